@@ -1,0 +1,72 @@
+# Every verb sets itself up: with Python 3.11 or newer, git and make, `make demo` and `make test`
+# work in a fresh clone. CI calls the same verbs.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Hypothesis examples for one test of `make fuzz`; the suite's own profile is short.
+FUZZ_EXAMPLES ?= 20000
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint format types test unit e2e fuzz bench demo docs all clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(INSTALLED) ## make the virtual environment .venv (the other verbs do it by themselves)
+
+# Built anew when the dependencies change. The stamp is written last, so that an
+# interrupted installation is done again.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Say which one: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@echo "Setting up $(VENV) (once; a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	@touch $@
+
+lint: $(INSTALLED) ## style, format, and the floors of the house
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED) ## mypy, strict, on package and tests
+	$(BIN)/mypy
+
+test: lint types unit ## everything that CI demands
+
+unit: $(INSTALLED)
+	$(BIN)/pytest -m 'not bench' $(ARGS)
+
+e2e: $(INSTALLED) ## only the tests against the stand-in's real PostgreSQL
+	$(BIN)/pytest -m e2e $(ARGS)
+
+fuzz: $(INSTALLED) ## generated input for longer (FUZZ_EXAMPLES=20000)
+	HYPOTHESIS_PROFILE=deep FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/fuzz tests/property $(ARGS)
+
+# Beside .venv it needs the distribution's PostgreSQL (the demo's has no TLS) and PgBouncer; it says
+# so where one is missing. ARGS: --rounds N, --only pgbench,copy,connect,memory, --full, --json FILE.
+bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (four minutes)
+	@exec $(BIN)/python -m bench $(ARGS)
+
+# exec: no shell stays between make and the program. Ctrl-C reaches the program, a SIGTERM to make
+# is passed on to it, and make waits until it has cleaned up.
+demo: $(INSTALLED) ## the whole system on this machine, nothing to sign up for
+	@exec $(BIN)/lakebase-auth-proxy demo $(ARGS)
+
+docs: $(INSTALLED) ## write the generated files anew: config.example.toml
+	$(BIN)/python -c 'from proxy.config import example_toml; print(example_toml(), end="")' > config.example.toml.new
+	mv config.example.toml.new config.example.toml
+
+all: test fuzz bench ## test, fuzz and bench
+
+clean: ## remove the virtual environment and every cache
+	rm -rf $(VENV) build dist htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,374 @@
+"""The start of a client's connection, from its first byte until it is told that it may query.
+
+The proxy is the server here. One machine a connection:
+
+    AWAIT_STARTUP --SSLRequest or ClientHello, certificate--> AWAIT_TLS
+    AWAIT_TLS --handshake done--> AWAIT_STARTUP
+    AWAIT_STARTUP --StartupMessage--> AWAIT_BACKEND --upstream is ready--> READY
+    AWAIT_STARTUP --CancelRequest--> CANCEL
+    any of these  --violation, refusal, end of stream--> FAILED
+
+The invariants:
+
+- How the bytes were cut into reads makes no difference to the events (W2), except that bytes behind
+  an accepted SSLRequest are an attack: they would be plaintext taken for encrypted (W3).
+- A peer cannot make it raise: what it does wrong is an event, `Violated`, and the last one.
+- At most `FIRST_PACKET_BYTES_MAX` bytes are held before the StartupMessage is whole, and at most
+  `EARLY_BYTES_MAX` behind it.
+
+PostgreSQL documentation, "Message Flow", sections Start-up, SSL Session Encryption, Canceling
+Requests in Progress. PostgreSQL's own side: ProcessStartupPacket in backend_startup.c.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+from proxy.wire.messages import (
+    AuthenticationOk,
+    ErrorResponse,
+    NegotiateProtocolVersion,
+)
+from proxy.wire.startup import (
+    FIRST_PACKET_BYTES_MAX,
+    FIRST_PACKET_BYTES_MIN,
+    LENGTH,
+    V3_0,
+    V3_2,
+    CancelRequest,
+    FirstPacket,
+    GSSENCRequest,
+    ProtocolVersion,
+    SSLRequest,
+    StartupMessage,
+    parse_first_packet,
+    unsupported_version,
+)
+from proxy.wire.violations import (
+    INVALID_AUTHORIZATION,
+    INVALID_PARAMETER_VALUE,
+    Answer,
+    ClientReason,
+    ClientViolation,
+    MachineMisuse,
+)
+
+# What a client may send behind its StartupMessage before it hears an answer. Drivers that pipeline
+# send a few queries; the owner stops reading long before this, so more is a fault of its own.
+EARLY_BYTES_MAX: Final = 1024 * 1024
+
+_PROTOCOL_OPTION_PREFIX: Final = b"_pq_."
+_TLS_HANDSHAKE_RECORD: Final = b"\x16"
+_HTTP_METHODS: Final = (b"GET ", b"POST", b"PUT ", b"HEAD", b"OPTI", b"DELE", b"CONN", b"PATC")
+
+
+class ClientState(Enum):
+    """Where a client's connection stands."""
+
+    AWAIT_STARTUP = auto()
+    AWAIT_TLS = auto()
+    AWAIT_BACKEND = auto()
+    READY = auto()
+    CANCEL = auto()
+    FAILED = auto()
+
+
+class ClientStep(Enum):
+    """What moves a client's connection on: the input of the table below."""
+
+    REFUSE_ENCRYPTION = auto()
+    ACCEPT_TLS = auto()
+    RECEIVE_HELLO = auto()
+    START_TLS = auto()
+    RECEIVE_STARTUP = auto()
+    RECEIVE_CANCEL = auto()
+    ACCEPT = auto()
+    REFUSE = auto()
+    VIOLATE = auto()
+    DISCONNECT = auto()
+
+
+# (state, step) -> state. A pair that is not here is a bug of ours: MachineMisuse. What a peer
+# sends is turned into a step only where the table has one for it, else into VIOLATE.
+CLIENT_TABLE: Final[dict[tuple[ClientState, ClientStep], ClientState]] = {
+    (ClientState.AWAIT_STARTUP, ClientStep.REFUSE_ENCRYPTION): ClientState.AWAIT_STARTUP,
+    (ClientState.AWAIT_STARTUP, ClientStep.ACCEPT_TLS): ClientState.AWAIT_TLS,
+    (ClientState.AWAIT_STARTUP, ClientStep.RECEIVE_HELLO): ClientState.AWAIT_TLS,
+    (ClientState.AWAIT_STARTUP, ClientStep.RECEIVE_STARTUP): ClientState.AWAIT_BACKEND,
+    (ClientState.AWAIT_STARTUP, ClientStep.RECEIVE_CANCEL): ClientState.CANCEL,
+    (ClientState.AWAIT_STARTUP, ClientStep.VIOLATE): ClientState.FAILED,
+    (ClientState.AWAIT_STARTUP, ClientStep.DISCONNECT): ClientState.FAILED,
+    (ClientState.AWAIT_TLS, ClientStep.START_TLS): ClientState.AWAIT_STARTUP,
+    (ClientState.AWAIT_TLS, ClientStep.VIOLATE): ClientState.FAILED,
+    (ClientState.AWAIT_TLS, ClientStep.DISCONNECT): ClientState.FAILED,
+    (ClientState.AWAIT_BACKEND, ClientStep.ACCEPT): ClientState.READY,
+    (ClientState.AWAIT_BACKEND, ClientStep.REFUSE): ClientState.FAILED,
+    (ClientState.AWAIT_BACKEND, ClientStep.VIOLATE): ClientState.FAILED,
+    (ClientState.AWAIT_BACKEND, ClientStep.DISCONNECT): ClientState.FAILED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptionAnswered:
+    """The client asked for encryption. After `S` the owner starts TLS, then calls `tls_started`."""
+
+    reply: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DirectTLSReceived:
+    """The client began with a ClientHello (W5): start TLS with these bytes, demand ALPN."""
+
+    hello: bytes
+    reply: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionNegotiated:
+    """The client asked for more than is spoken here and is told what is."""
+
+    reply: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StartupReceived:
+    """The client wants a session; `version` is what both sides speak from here on."""
+
+    message: StartupMessage
+    version: ProtocolVersion
+    reply: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelReceived:
+    """The client wants a cancel forwarded, and is never answered (W39)."""
+
+    request: CancelRequest
+    reply: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Violated:
+    """The client broke the protocol: send the reply, which may be empty, and close."""
+
+    violation: ClientViolation
+    reply: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The client ended its stream. `untouched`: without having sent a byte, as a probe does."""
+
+    untouched: bool
+    reply: bytes = b""
+
+
+ClientEvent = (
+    EncryptionAnswered
+    | DirectTLSReceived
+    | VersionNegotiated
+    | StartupReceived
+    | CancelReceived
+    | Violated
+    | Disconnected
+)
+
+
+class ClientStartup:
+    """The machine. `tls_offered`: a listener certificate exists, and TLS may be started."""
+
+    def __init__(self, *, tls_offered: bool = False) -> None:
+        self.state = ClientState.AWAIT_STARTUP
+        self._tls_offered = tls_offered
+        self._ssl_done = False
+        self._gssenc_done = False
+        self._touched = False
+        self._buffer = bytearray()
+
+    # -- what arrives ----------------------------------------------------------------------------
+
+    def receive_data(self, data: bytes) -> list[ClientEvent]:
+        """Take bytes as they arrived and return what they mean. The replies go out in order."""
+        events: list[ClientEvent] = []
+        self._touched = self._touched or bool(data)
+        if self.state in (ClientState.CANCEL, ClientState.FAILED):
+            return events  # bytes behind a CancelRequest or a refusal mean nothing (W38)
+        if self.state is ClientState.READY:
+            raise MachineMisuse("a session that is ready is relayed, not parsed")
+        self._buffer += data
+        try:
+            while self.state is ClientState.AWAIT_STARTUP:
+                if self._buffer[:1] == _TLS_HANDSHAKE_RECORD:
+                    self._receive_hello(events)
+                    break
+                packet = self._next_packet()
+                if packet is None:
+                    break
+                self._receive_packet(packet, events)
+            self._check_behind()
+        except ClientViolation as violation:
+            self._move(ClientStep.VIOLATE)
+            self._buffer.clear()
+            events.append(Violated(violation, _answer(violation)))
+        return events
+
+    def receive_eof(self) -> list[ClientEvent]:
+        """Take the end of the client's stream."""
+        if (self.state, ClientStep.DISCONNECT) not in CLIENT_TABLE:
+            return []
+        self._move(ClientStep.DISCONNECT)
+        return [Disconnected(untouched=not self._touched)]
+
+    # -- what the owner did or decides -----------------------------------------------------------
+
+    def tls_started(self) -> None:
+        """Record that the TLS handshake is done: what arrives from here on was encrypted."""
+        self._move(ClientStep.START_TLS)
+
+    def accept(self, welcome: bytes) -> bytes:
+        """Return AuthenticationOk and the upstream's welcome, in one piece (W24)."""
+        self._move(ClientStep.ACCEPT)
+        return AuthenticationOk().encode() + welcome
+
+    def refuse(self, error: ErrorResponse) -> bytes:
+        """Return the error that ends a connection which has sent its StartupMessage."""
+        self._move(ClientStep.REFUSE)
+        return error.encode()
+
+    def trailing_data(self) -> bytes:
+        """Take out what the client sent behind its StartupMessage: it belongs upstream (W3)."""
+        trailing = bytes(self._buffer)
+        self._buffer.clear()
+        return trailing
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _move(self, step: ClientStep) -> None:
+        following = CLIENT_TABLE.get((self.state, step))
+        if following is None:
+            raise MachineMisuse(f"{step.name} in {self.state.name}")
+        self.state = following
+
+    def _next_packet(self) -> bytes | None:
+        """Return the next whole packet. What can never become one is refused on its first bytes."""
+        if len(self._buffer) < LENGTH.size:
+            return None
+        (length,) = LENGTH.unpack_from(self._buffer)
+        if not FIRST_PACKET_BYTES_MIN <= length <= FIRST_PACKET_BYTES_MAX:
+            if bytes(self._buffer[:4]) in _HTTP_METHODS:
+                raise _silent("HTTP request on the Postgres port", ClientReason.HTTP_REQUEST)
+            raise _silent("invalid length of startup packet", ClientReason.STARTUP_LENGTH)
+        if len(self._buffer) < length:
+            return None
+        packet = bytes(self._buffer[:length])
+        del self._buffer[:length]
+        return packet
+
+    def _receive_hello(self, events: list[ClientEvent]) -> None:
+        # Decided on the first byte: read as a length it would be waited for in vain (W5).
+        if not self._tls_offered:
+            raise _silent("direct TLS where it is not offered", ClientReason.DIRECT_TLS)
+        self._tls_offered = False
+        self._move(ClientStep.RECEIVE_HELLO)
+        events.append(DirectTLSReceived(self.trailing_data()))
+
+    def _receive_packet(self, packet: bytes, events: list[ClientEvent]) -> None:
+        match parse_first_packet(packet):
+            case CancelRequest() as request:
+                self._move(ClientStep.RECEIVE_CANCEL)
+                self._buffer.clear()
+                events.append(CancelReceived(request))
+            case StartupMessage() as message:
+                self._receive_startup(message, events)
+            case SSLRequest() | GSSENCRequest() as request:  # pragma: no branch (mypy: exhaustive)
+                events.append(EncryptionAnswered(self._answer_encryption(request)))
+
+    def _answer_encryption(self, request: FirstPacket) -> bytes:
+        # Each kind at most once (W8): PostgreSQL reads a repeated code as a version, so do we.
+        if isinstance(request, SSLRequest):
+            if self._ssl_done:
+                raise unsupported_version(ProtocolVersion(1234, 5679))
+            self._ssl_done = True
+            if self._tls_offered:
+                self._tls_offered = False
+                self._gssenc_done = True  # inside TLS there is no further layer to ask for
+                self._move(ClientStep.ACCEPT_TLS)
+                return b"S"
+        else:
+            if self._gssenc_done:
+                raise unsupported_version(ProtocolVersion(1234, 5680))
+            self._gssenc_done = True
+        self._move(ClientStep.REFUSE_ENCRYPTION)
+        return b"N"
+
+    def _receive_startup(self, message: StartupMessage, events: list[ClientEvent]) -> None:
+        # PostgreSQL's order: a bad `replication`, then the negotiation, then a missing user.
+        for name, value in message.parameters:
+            if name == b"replication":
+                check_replication(value)  # each: PostgreSQL refuses a bad one that is repeated well
+        negotiation = _negotiate(message)
+        if negotiation is not None:
+            events.append(VersionNegotiated(negotiation.encode()))
+        if not message.get(b"user"):
+            raise ClientViolation(
+                "no PostgreSQL user name specified in startup packet",
+                reason=ClientReason.USER_MISSING,
+                sqlstate=INVALID_AUTHORIZATION,
+            )
+        self._move(ClientStep.RECEIVE_STARTUP)
+        events.append(StartupReceived(message, V3_2 if message.version >= V3_2 else V3_0))
+
+    def _check_behind(self) -> None:
+        if self.state is ClientState.AWAIT_TLS and self._buffer:
+            raise ClientViolation(
+                "received unencrypted data after SSL request", reason=ClientReason.EARLY_PLAINTEXT
+            )
+        if len(self._buffer) > EARLY_BYTES_MAX:
+            raise ClientViolation(
+                f"more than {EARLY_BYTES_MAX} bytes sent before the session started",
+                reason=ClientReason.EARLY_DATA_TOO_LONG,
+            )
+
+
+def _silent(message: str, reason: ClientReason) -> ClientViolation:
+    return ClientViolation(message, reason=reason, answer=Answer.NOTHING)
+
+
+def _answer(violation: ClientViolation) -> bytes:
+    match violation.answer:
+        case Answer.NOTHING:
+            return b""
+        case Answer.OLD_ERROR:
+            # elog.c, send_message_to_frontend: before 3.0 an error was a type byte and a string.
+            return b"EFATAL:  " + violation.message.encode() + b"\n\0"
+        case Answer.ERROR_RESPONSE:  # pragma: no branch (mypy: exhaustive)
+            detail = f"reason={violation.reason}"
+            return ErrorResponse.fatal(violation.sqlstate, violation.message, detail).encode()
+
+
+def _negotiate(message: StartupMessage) -> NegotiateProtocolVersion | None:
+    """Return the `v` that the message earns, if any (W11): a newer minor, or any `_pq_.` name."""
+    unknown = tuple(n for n, _ in message.parameters if n.startswith(_PROTOCOL_OPTION_PREFIX))
+    spoken = V3_2 if message.version >= V3_2 else V3_0
+    if message.version == spoken and not unknown:
+        return None
+    return NegotiateProtocolVersion(spoken.number, unknown)
+
+
+def check_replication(value: bytes) -> None:
+    """Raise ClientViolation unless the value is one that PostgreSQL takes for `replication` (W17).
+
+    `database`, or a boolean as parse_bool reads it: any case, any unambiguous beginning.
+    """
+    if value == b"database":
+        return
+    word = value.lower()
+    spelled = word and any(full.startswith(word) for full in (b"true", b"false", b"yes", b"no"))
+    if spelled or word in (b"on", b"off", b"of", b"1", b"0"):
+        return
+    shown = value.decode("utf-8", "replace")
+    raise ClientViolation(
+        f'invalid value for parameter "replication": "{shown}"',
+        reason=ClientReason.REPLICATION_VALUE,
+        sqlstate=INVALID_PARAMETER_VALUE,
+    )

@@ -1,0 +1,433 @@
+"""The start of an upstream connection, from SSLRequest until it is ready for a query.
+
+The proxy is the client here. One machine a dial:
+
+    AWAIT_SSL_REPLY --S--> AWAIT_TLS --handshake done--> AWAIT_AUTHENTICATION
+    AWAIT_AUTHENTICATION --AuthenticationOk--> AWAIT_READY --ReadyForQuery--> READY
+    any of these --error, violation, end of stream--> FAILED
+
+The invariants:
+
+- No password leaves before TLS: the verbs that answer an authentication exist only behind it, and
+  an upstream that answers N to SSLRequest has ended the dial (W52).
+- A password is given once. Whatever else an upstream asks for is unsupported, by name (W28).
+- What comes between AuthenticationOk and ReadyForQuery is kept as it is and in its order (W25).
+- A hostile upstream makes it hold at most `HELD_BYTES_MAX` plus one message (W53).
+
+PostgreSQL documentation, "Message Flow", section Start-up.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+from proxy.wire.framing import MessageReader
+from proxy.wire.messages import (
+    AuthenticationCleartextPassword,
+    AuthenticationOk,
+    AuthenticationSASL,
+    AuthenticationSASLContinue,
+    AuthenticationSASLFinal,
+    AuthenticationUnsupported,
+    BackendKeyData,
+    ErrorResponse,
+    Frame,
+    NegotiateProtocolVersion,
+    NoticeResponse,
+    PasswordMessage,
+    ReadyForQuery,
+    SASLInitialResponse,
+    SASLResponse,
+    decode_backend,
+)
+from proxy.wire.options import Setting, appended
+from proxy.wire.secret import Secret
+from proxy.wire.startup import FIRST_PACKET_BYTES_MAX, V3_0, SSLRequest, StartupMessage
+from proxy.wire.violations import (
+    ClientReason,
+    ClientViolation,
+    MachineMisuse,
+    UnsupportedAuthentication,
+    UpstreamViolation,
+)
+
+# W53. A session's start is about 1 KiB in PostgreSQL; login-trigger notices may add some.
+HELD_MESSAGE_BYTES_MAX: Final = 64 * 1024
+HELD_BYTES_MAX: Final = 256 * 1024
+
+# The pairs that travel as themselves: a front end may drop all others silently (W50).
+_OWN_PAIRS: Final = (b"user", b"database", b"replication", b"options", b"application_name")
+_PROTOCOL_OPTION_PREFIX: Final = b"_pq_."
+_INVALID_NAME: Final = "42602"
+_UNDEFINED_OBJECT: Final = "42704"
+_PROGRAM_LIMIT_EXCEEDED: Final = "54000"
+
+
+class UpstreamState(Enum):
+    """Where a dial stands."""
+
+    AWAIT_SSL_REPLY = auto()
+    AWAIT_TLS = auto()
+    AWAIT_AUTHENTICATION = auto()
+    AWAIT_READY = auto()
+    READY = auto()
+    FAILED = auto()
+
+
+class UpstreamStep(Enum):
+    """What moves a dial on: the input of the table below."""
+
+    ACCEPT_TLS = auto()
+    START_TLS = auto()
+    ASK = auto()
+    AUTHENTICATE = auto()
+    HOLD = auto()
+    BECOME_READY = auto()
+    FAIL = auto()
+
+
+# (state, step) -> state. What an upstream sends is a step only where the table has one for it;
+# anything else is an UpstreamViolation. A verb without an entry is a bug of ours: MachineMisuse.
+UPSTREAM_TABLE: Final[dict[tuple[UpstreamState, UpstreamStep], UpstreamState]] = {
+    (UpstreamState.AWAIT_SSL_REPLY, UpstreamStep.ACCEPT_TLS): UpstreamState.AWAIT_TLS,
+    (UpstreamState.AWAIT_SSL_REPLY, UpstreamStep.FAIL): UpstreamState.FAILED,
+    (UpstreamState.AWAIT_TLS, UpstreamStep.START_TLS): UpstreamState.AWAIT_AUTHENTICATION,
+    (UpstreamState.AWAIT_TLS, UpstreamStep.FAIL): UpstreamState.FAILED,
+    (UpstreamState.AWAIT_AUTHENTICATION, UpstreamStep.ASK): UpstreamState.AWAIT_AUTHENTICATION,
+    (UpstreamState.AWAIT_AUTHENTICATION, UpstreamStep.HOLD): UpstreamState.AWAIT_AUTHENTICATION,
+    (UpstreamState.AWAIT_AUTHENTICATION, UpstreamStep.AUTHENTICATE): UpstreamState.AWAIT_READY,
+    (UpstreamState.AWAIT_AUTHENTICATION, UpstreamStep.FAIL): UpstreamState.FAILED,
+    (UpstreamState.AWAIT_READY, UpstreamStep.HOLD): UpstreamState.AWAIT_READY,
+    (UpstreamState.AWAIT_READY, UpstreamStep.BECOME_READY): UpstreamState.READY,
+    (UpstreamState.AWAIT_READY, UpstreamStep.FAIL): UpstreamState.FAILED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TLSAccepted:
+    """The upstream answered S: start TLS now, then call `tls_started`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TLSRefused:
+    """The upstream answered N: the dial is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class PasswordRequested:
+    """Answer with `password`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SASLRequested:
+    """Answer with `sasl_initial_response`, with one of these mechanisms."""
+
+    mechanisms: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SASLContinued:
+    """Answer with `sasl_response`."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SASLFinished:
+    """Check the server's proof."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamReady:
+    """The session may be given to the client: see `key`, `welcome`, `trailing_data`."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRefused:
+    """The upstream sent an ErrorResponse; `raw` is it, byte for byte."""
+
+    error: ErrorResponse
+    raw: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamViolated:
+    """The upstream broke the protocol, or wants an authentication that is not spoken here."""
+
+    violation: UpstreamViolation | UnsupportedAuthentication
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamDisconnected:
+    """The upstream ended its stream before it was ready."""
+
+
+UpstreamEvent = (
+    TLSAccepted
+    | TLSRefused
+    | PasswordRequested
+    | SASLRequested
+    | SASLContinued
+    | SASLFinished
+    | UpstreamReady
+    | UpstreamRefused
+    | UpstreamViolated
+    | UpstreamDisconnected
+)
+
+Authentication = type[
+    AuthenticationOk
+    | AuthenticationCleartextPassword
+    | AuthenticationSASL
+    | AuthenticationSASLContinue
+    | AuthenticationSASLFinal
+]
+
+
+class UpstreamStartup:
+    """The machine. `key` is what the upstream gave for cancel requests, None if nothing (W26)."""
+
+    def __init__(self) -> None:
+        self.state = UpstreamState.AWAIT_SSL_REPLY
+        self.key: BackendKeyData | None = None
+        self._reader = MessageReader(HELD_MESSAGE_BYTES_MAX)
+        self._before_key: list[bytes] = []
+        self._held: list[bytes] = self._before_key
+        self._held_bytes = 0
+        self._next_asked: frozenset[Authentication] = frozenset(
+            (AuthenticationOk, AuthenticationCleartextPassword, AuthenticationSASL)
+        )
+        self._unanswered: set[type[UpstreamEvent]] = set()
+
+    # -- what arrives ----------------------------------------------------------------------------
+
+    def receive_data(self, data: bytes) -> list[UpstreamEvent]:
+        """Take bytes as they arrived and return what they mean."""
+        if self.state is UpstreamState.FAILED or not data:
+            return []
+        if self.state is UpstreamState.READY:
+            raise MachineMisuse("a session that is ready is relayed, not parsed")
+        events: list[UpstreamEvent] = []
+        try:
+            if self.state is UpstreamState.AWAIT_SSL_REPLY:
+                events.append(self._receive_ssl_reply(data))
+            elif self.state is UpstreamState.AWAIT_TLS:
+                raise UpstreamViolation("plaintext behind the answer to SSLRequest")
+            else:
+                self._receive_messages(data, events)
+        except (UpstreamViolation, UnsupportedAuthentication) as violation:
+            self._move(UpstreamStep.FAIL)
+            events.append(UpstreamViolated(violation))
+        return events
+
+    def receive_eof(self) -> list[UpstreamEvent]:
+        """Take the end of the upstream's stream."""
+        if (self.state, UpstreamStep.FAIL) not in UPSTREAM_TABLE:
+            return []
+        self._move(UpstreamStep.FAIL)
+        return [UpstreamDisconnected()]
+
+    # -- what the owner sends --------------------------------------------------------------------
+
+    def request_tls(self) -> bytes:
+        """Return SSLRequest, which goes out alone (W52)."""
+        self._require(UpstreamState.AWAIT_SSL_REPLY)
+        return SSLRequest().encode()
+
+    def tls_started(self) -> None:
+        """Record that the TLS handshake is done and the certificate verified."""
+        self._move(UpstreamStep.START_TLS)
+
+    def startup(self, message: StartupMessage) -> bytes:
+        """Return the StartupMessage. Its version must be 3.0: front ends take no other."""
+        self._require(UpstreamState.AWAIT_AUTHENTICATION)
+        if message.version != V3_0:
+            raise MachineMisuse("the upstream hop speaks exactly 3.0")
+        return message.encode()
+
+    def password(self, password: Secret) -> bytes:
+        """Return the PasswordMessage that answers PasswordRequested."""
+        self._answer(PasswordRequested)
+        return PasswordMessage(password).encode()
+
+    def sasl_initial_response(self, mechanism: bytes, data: bytes) -> bytes:
+        """Return the message that answers SASLRequested."""
+        self._answer(SASLRequested)
+        return SASLInitialResponse(mechanism, data).encode()
+
+    def sasl_response(self, data: bytes) -> bytes:
+        """Return the message that answers SASLContinued."""
+        self._answer(SASLContinued)
+        return SASLResponse(data).encode()
+
+    # -- what the client gets --------------------------------------------------------------------
+
+    def welcome(self, key: BackendKeyData | None) -> bytes:
+        """Return all that belongs between AuthenticationOk and the client's first query.
+
+        `key` stands where the upstream's BackendKeyData stood, if it sent one (W25, W27).
+        """
+        self._require(UpstreamState.READY)
+        middle = key.encode() if key is not None and self.key is not None else b""
+        after = b"" if self._held is self._before_key else b"".join(self._held)
+        return b"".join(self._before_key) + middle + after
+
+    def trailing_data(self) -> bytes:
+        """Take out what the upstream sent behind its ReadyForQuery."""
+        return self._reader.trailing_data()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _require(self, state: UpstreamState) -> None:
+        if self.state is not state:
+            raise MachineMisuse(f"not in {self.state.name}, only in {state.name}")
+
+    def _answer(self, question: type[UpstreamEvent]) -> None:
+        # Not bound to a state: what came in one read with the question, an ErrorResponse perhaps,
+        # has moved the machine on before its owner hears of the question.
+        if question not in self._unanswered:
+            raise MachineMisuse(f"no {question.__name__} is waiting for an answer")
+        self._unanswered.remove(question)
+
+    def _move(self, step: UpstreamStep) -> None:
+        following = UPSTREAM_TABLE.get((self.state, step))
+        if following is None:
+            raise MachineMisuse(f"{step.name} in {self.state.name}")
+        self.state = following
+
+    def _receive_ssl_reply(self, data: bytes) -> UpstreamEvent:
+        answer, behind = data[:1], data[1:]
+        if answer == b"S" and not behind:
+            self._move(UpstreamStep.ACCEPT_TLS)
+            return TLSAccepted()
+        if answer == b"S":
+            raise UpstreamViolation("bytes behind the answer to SSLRequest, outside TLS")
+        if answer == b"N":
+            self._move(UpstreamStep.FAIL)
+            return TLSRefused()
+        if answer == b"E":
+            # Not authenticated, so anybody's text: it may be logged, never believed.
+            raise UpstreamViolation("an error in plaintext instead of TLS")
+        raise UpstreamViolation("an answer to SSLRequest that is neither S nor N")
+
+    def _receive_messages(self, data: bytes, events: list[UpstreamEvent]) -> None:
+        self._reader.feed(data)
+        while self.state in (UpstreamState.AWAIT_AUTHENTICATION, UpstreamState.AWAIT_READY):
+            frame = self._reader.next()
+            if frame is None:
+                break
+            event = self._receive_message(frame)
+            if event is not None:
+                events.append(event)
+
+    def _receive_message(self, frame: Frame) -> UpstreamEvent | None:
+        message = decode_backend(frame)
+        if isinstance(message, ErrorResponse):
+            self._move(UpstreamStep.FAIL)
+            return UpstreamRefused(message, frame.encode())
+        if isinstance(message, NoticeResponse):  # may come at any time (W30)
+            self._hold(frame)
+            return None
+        if isinstance(message, NegotiateProtocolVersion):
+            if message.version != V3_0.number:
+                raise UpstreamViolation("a protocol version that was not asked for")
+            return None
+        if self.state is UpstreamState.AWAIT_AUTHENTICATION:
+            return self._receive_authentication(message)
+        return self._receive_held(message, frame)
+
+    def _receive_authentication(self, message: object) -> UpstreamEvent | None:
+        if isinstance(message, AuthenticationUnsupported):
+            raise UnsupportedAuthentication(message.method)
+        asked: tuple[Authentication, ...]
+        event: UpstreamEvent | None
+        match message:
+            case AuthenticationOk():
+                asked, event = (), None
+            case AuthenticationCleartextPassword():
+                asked, event = (AuthenticationOk,), PasswordRequested()
+            case AuthenticationSASL(mechanisms):
+                asked, event = (AuthenticationSASLContinue,), SASLRequested(mechanisms)
+            case AuthenticationSASLContinue(data):
+                asked, event = (AuthenticationSASLFinal,), SASLContinued(data)
+            case AuthenticationSASLFinal(data):
+                asked, event = (AuthenticationOk,), SASLFinished(data)
+            case _:
+                raise UpstreamViolation("a message that has no place before AuthenticationOk")
+        if type(message) not in self._next_asked:
+            raise UnsupportedAuthentication(f"{type(message).__name__} out of order")
+        self._next_asked = frozenset(asked)
+        self._move(UpstreamStep.ASK if event else UpstreamStep.AUTHENTICATE)
+        if event is not None:
+            self._unanswered.add(type(event))
+        return event
+
+    def _receive_held(self, message: object, frame: Frame) -> UpstreamEvent | None:
+        if isinstance(message, BackendKeyData):
+            if self.key is not None:
+                raise UpstreamViolation("a second BackendKeyData")
+            self.key, self._held = message, []
+            return None
+        if frame.type == b"R":
+            raise UpstreamViolation("an authentication request behind AuthenticationOk")
+        self._hold(frame)
+        if isinstance(message, ReadyForQuery):
+            self._move(UpstreamStep.BECOME_READY)
+            return UpstreamReady()
+        return None
+
+    def _hold(self, frame: Frame) -> None:
+        raw = frame.encode()
+        self._held_bytes += len(raw)
+        if self._held_bytes > HELD_BYTES_MAX:
+            raise UpstreamViolation(f"more than {HELD_BYTES_MAX} bytes before ReadyForQuery")
+        self._move(UpstreamStep.HOLD)
+        self._held.append(raw)
+
+
+def upstream_message(client: StartupMessage, user: bytes, database: bytes) -> StartupMessage:
+    """Return the StartupMessage that goes upstream for this client (W50).
+
+    The client's settings move into `options`, behind what it wrote there itself, since a front end
+    may drop all pairs but five; protocol options (`_pq_.`) never leave this hop (W13).
+
+    Raises ClientViolation: a name that no setting can have, or a packet too long (W51).
+    """
+    pairs = {b"user": user, b"database": database}
+    extra: list[Setting] = []
+    for name, value in client.parameters:
+        if name.lower() == b"application_name":
+            pairs[b"application_name"] = value
+        elif name == b"replication":
+            pairs[name] = value
+        elif name not in _OWN_PAIRS and not name.startswith(_PROTOCOL_OPTION_PREFIX):
+            extra.append(_setting(name, value))
+    options = appended(client.get(b"options") or b"", extra)
+    if options:
+        pairs[b"options"] = options
+    message = StartupMessage(V3_0, tuple(pairs.items()))
+    if len(message.encode()) >= FIRST_PACKET_BYTES_MAX:
+        raise ClientViolation(
+            "startup packet too long for the upstream",
+            reason=ClientReason.STARTUP_TOO_LONG,
+            sqlstate=_PROGRAM_LIMIT_EXCEEDED,
+        )
+    return message
+
+
+def _setting(name: bytes, value: bytes) -> Setting:
+    # On a command line `=` ends a name and `-` means `_`; in a pair neither does. PostgreSQL has
+    # no setting with either, so say of these what it would say: a custom one (dotted) is misnamed.
+    if b"=" in name or b"-" in name:
+        fault, sqlstate = (
+            ("invalid configuration parameter name", _INVALID_NAME)
+            if b"." in name
+            else ("unrecognized configuration parameter", _UNDEFINED_OBJECT)
+        )
+        shown = name.decode("utf-8", "replace")
+        raise ClientViolation(
+            f'{fault} "{shown}"', reason=ClientReason.UNKNOWN_PARAMETER, sqlstate=sqlstate
+        )
+    return Setting(name, value)

@@ -1,0 +1,171 @@
+"""The places settings come from: flags, environment, TOML file, the Lakebase guide's variables.
+
+For: turning each into a source that pydantic-settings merges, with how its user spells a key. Not
+for: judging values.
+
+Invariant: everything is read from the arguments; `os.environ` and `sys.argv` are not.
+
+pydantic-settings has readers of its own. The TOML one is used. The command line's is not, because
+argparse ends at the first error; the environment's is not, because it takes `os.environ` only and
+overlooks unknown sections.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic_settings import InitSettingsSource, TomlConfigSettingsSource
+
+from proxy.config.keys import (
+    ENVIRONMENT_DELIMITER,
+    ENVIRONMENT_PREFIX,
+    KeyPath,
+    settings_keys,
+    spell_flag,
+    spell_variable,
+)
+from proxy.config.problems import Problem
+from proxy.config.settings import Settings
+
+# The environment of the Lakebase guide, of AppKit and of Databricks Apps. Where two names stand
+# for one key the later one wins. PGSSLMODE is left out on purpose: whatever it says is met by
+# verify-full or would weaken it. DATABRICKS_* is left to the SDK.
+GUIDE_ENVIRONMENT = {
+    "LAKEBASE_ENDPOINT": ("upstream", "endpoint"),
+    "ENDPOINT_NAME": ("upstream", "endpoint"),
+    "PGHOST": ("upstream", "host"),
+    "PGPORT": ("upstream", "port"),
+    "PGDATABASE": ("upstream", "database"),
+    "PGUSER": ("upstream", "user"),
+}
+
+# Kubernetes describes a Service called `lakebase-proxy` to every pod under our own prefix
+# (service links). These are not ours, and a proxy that refused them would not start there.
+_SERVICE_LINK = re.compile(r"(SERVICE_(HOST|PORT)\w*|PORT_\d+_(TCP|UDP|SCTP)\w*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What one place gave, and how a key is spelled there."""
+
+    place: str
+    spell: Callable[[KeyPath], str]
+    source: InitSettingsSource
+
+    def find(self, path: KeyPath) -> object:
+        """Return the value at `path` as it was given, or None."""
+        found: object = self.source.init_kwargs
+        for part in path:
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
+
+    def problem(self, path: KeyPath, text: str) -> Problem:
+        """Say what is wrong with the key at `path`, and where it was given under which name."""
+        dotted, spelled = ".".join(path), self.spell(path)
+        given_as = self.place if spelled == dotted else f"{self.place} {spelled}"
+        return Problem(dotted, text, given_as)
+
+    def take_config_path(self) -> str | None:
+        """Remove and return the configuration file's path: it is no key of `Settings`."""
+        path = self.source.init_kwargs.get("config")
+        return self.source.init_kwargs.pop("config") if isinstance(path, str) else None
+
+
+def _put(values: dict[str, Any], path: KeyPath, value: str) -> bool:
+    """Store `value` at `path`; False where a section and a value would share one name."""
+    section: Any = values
+    for part in path[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            return False
+    if isinstance(section.get(path[-1]), dict):
+        return False
+    section[path[-1]] = value
+    return True
+
+
+def read_flags(argv: Sequence[str], problems: list[Problem]) -> Layer:
+    """Read `--listen.port 6000`, `--listen.port=6000` and, for a switch, `--listen.allow_remote`.
+
+    Unknown keys are kept, for validation to report. A key given twice has its last value.
+    """
+    values: dict[str, Any] = {}
+    layer = Layer("flag", spell_flag, InitSettingsSource(Settings, {}))
+    keys = {key.dotted: key for key in settings_keys()}
+    rest = deque(argv)
+    before = "the verb"
+    while rest:
+        flag, equals, value = rest.popleft().partition("=")
+        if not flag.startswith("--") or flag == "--":
+            # Not shown: a stray argument may well be a secret behind a flag that took no value.
+            problems.append(Problem("arguments", f"not a flag: the argument after {before}"))
+            continue
+        before = flag
+        dotted = flag.removeprefix("--")
+        path = tuple(dotted.split("."))
+        if not equals and rest and not rest[0].startswith("--"):
+            value = rest.popleft()
+        elif not equals and dotted in keys and keys[dotted].switch:
+            value = "true"
+        elif not equals and (dotted in keys or dotted == "config"):
+            problems.append(layer.problem(path, "needs a value"))
+            continue
+        if not _put(values, path, value):
+            problems.append(layer.problem(path, "given both as a section and as a key"))
+    layer.source.init_kwargs.update(values)
+    return layer
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    return bool(_SERVICE_LINK.fullmatch(name)) or (name == "PORT" and "://" in value)
+
+
+def read_environment(environ: Mapping[str, str], problems: list[Problem]) -> Layer:
+    """Read `LAKEBASE_PROXY_LISTEN__PORT` and its like; unknown keys are kept, as for flags."""
+    values: dict[str, Any] = {}
+    layer = Layer("environment", spell_variable, InitSettingsSource(Settings, {}))
+    for variable, value in environ.items():
+        name = variable.removeprefix(ENVIRONMENT_PREFIX)
+        if name == variable or _is_service_link(name, value):
+            continue
+        path = tuple(name.lower().split(ENVIRONMENT_DELIMITER))
+        if not _put(values, path, value):
+            problems.append(layer.problem(path, "given both as a section and as a key"))
+    layer.source.init_kwargs.update(values)
+    return layer
+
+
+def read_file(flags: Layer, environment: Layer, problems: list[Problem]) -> Layer:
+    """Read the file that the flags or, without one there, the environment name."""
+    by_flag, by_variable = flags.take_config_path(), environment.take_config_path()
+    layer, name = (flags, by_flag) if by_flag is not None else (environment, by_variable)
+    empty = Layer("file", ".".join, InitSettingsSource(Settings, {}))
+    if not name:
+        if by_flag is not None:
+            problems.append(layer.problem(("config",), "must name a file"))
+        return empty
+    try:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {name}")
+        return Layer(f"file {name}", ".".join, TomlConfigSettingsSource(Settings, path))
+    except (OSError, RuntimeError) as error:
+        problems.append(layer.problem(("config",), f"cannot be read: {error}"))
+    except ValueError as error:
+        # tomllib names the line and the kind of mistake, never what stands in the line.
+        problems.append(layer.problem(("config",), f"{name} is not TOML: {error}"))
+    return empty
+
+
+def read_guide(environ: Mapping[str, str]) -> Layer:
+    """Read the Lakebase guide's own variables; an empty one counts as not set."""
+    values: dict[str, Any] = {}
+    spelling: dict[KeyPath, str] = {}
+    for variable, path in GUIDE_ENVIRONMENT.items():
+        if value := environ.get(variable):
+            _put(values, path, value)
+            spelling[path] = variable
+    return Layer("environment", spelling.__getitem__, InitSettingsSource(Settings, values))

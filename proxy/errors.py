@@ -1,0 +1,373 @@
+"""Every way in which the proxy refuses a session: one closed list, one exception.
+
+An `ErrorKind` is a row: a stable reason word, the SQLSTATE, who broke it, what the dialer may do
+about it, a sentence for the client, and a hint for the person who reads it. The words are a
+contract (metrics, alerts and tests use them); the sentences are not.
+
+Above the floor that raises it a failure is a `ProxyError` or a `CancelledError`, nothing else.
+Texts name parameters, hosts and roles, never a token, a password or a cancel key.
+
+Sources: the tables of REST errors and of connection errors in the Lakebase facts; SQLSTATEs as in
+PostgreSQL's appendix "Error Codes".
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from proxy.wire.messages import ErrorResponse
+
+_CREATE_ROLE_HINT: Final = (
+    "Does the role exist on this branch? CREATE EXTENSION IF NOT EXISTS databricks_auth; "
+    "SELECT databricks_create_role('{user}', 'SERVICE_PRINCIPAL');"
+)
+_NETWORK_HINT: Final = (
+    "Check the workspace's IP access list and the private link; retrying is useless."
+)
+_RETRY_HINT: Final = "Try again in a few seconds."
+
+
+class Origin(Enum):
+    """Who broke it: the first cause, the same in the log and in the metrics."""
+
+    CLIENT = "client"
+    WORKSPACE = "workspace"
+    UPSTREAM = "upstream"
+    PROXY = "proxy"
+
+
+class Disposition(Enum):
+    """What may be done before the client is told. Only until the client has been answered."""
+
+    FAIL = "tell the client"
+    RETRY = "try again a few times, with back-off"
+    RETRY_ONCE = "try again one time"
+    WAIT = "try again, with a longer back-off, for as long as connect_timeout_seconds allows"
+    REMINT = "if the token came from the cache, mint a new one and dial again, one time"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One row of the list. `hint` may hold `{user}`, the role that was used."""
+
+    reason: str
+    sqlstate: str
+    origin: Origin
+    disposition: Disposition
+    message: str
+    hint: str = ""
+
+
+def _workspace(reason: str, sqlstate: str, message: str, hint: str, *, retry: bool = False) -> Kind:
+    disposition = Disposition.RETRY if retry else Disposition.FAIL
+    return Kind(reason, sqlstate, Origin.WORKSPACE, disposition, message, hint)
+
+
+def _upstream(
+    reason: str,
+    sqlstate: str,
+    message: str,
+    hint: str = "",
+    disposition: Disposition = Disposition.FAIL,
+) -> Kind:
+    return Kind(reason, sqlstate, Origin.UPSTREAM, disposition, message, hint)
+
+
+def _proxy(reason: str, sqlstate: str, message: str, hint: str = "") -> Kind:
+    return Kind(reason, sqlstate, Origin.PROXY, Disposition.FAIL, message, hint)
+
+
+class ErrorKind(Enum):
+    """The closed list. Grouped by who broke it."""
+
+    # The workspace: its login, its credential API.
+    WORKSPACE_LOGIN_FAILED = _workspace(
+        "workspace_login_failed",
+        "28000",
+        "the Databricks workspace refused the login",
+        "Are client id and secret right and not expired? Is it the right workspace host?",
+    )
+    WORKSPACE_ACCESS_MISSING = _workspace(
+        "workspace_access_missing",
+        "28000",
+        "the identity may not use this Databricks workspace",
+        "Give the service principal the Workspace access entitlement.",
+    )
+    IP_BLOCKED = _workspace(
+        "ip_blocked",
+        "28000",
+        "the Databricks workspace does not allow this IP address",
+        "Check the IP access list; a new token will not help.",
+    )
+    PAT_SCOPE = _workspace(
+        "pat_scope",
+        "28000",
+        "the personal access token lacks the scopes for database credentials",
+        "Use OAuth (a service principal) instead of a personal access token.",
+    )
+    PERMISSION_DENIED = _workspace(
+        "permission_denied",
+        "28000",
+        "the identity may not create credentials for this endpoint",
+        "May the identity use this Lakebase project?",
+    )
+    ENDPOINT_INVALID = _workspace(
+        "endpoint_invalid",
+        "08001",
+        "the endpoint's resource name is not valid",
+        "The form is projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT.",
+    )
+    ENDPOINT_NOT_FOUND = _workspace(
+        "endpoint_not_found",
+        "08001",
+        "the endpoint does not exist",
+        "Is it the endpoint's id (such as primary), not its uid (ep-...)? Was it deleted?",
+    )
+    API_BUSY = _workspace(
+        "api_busy",
+        "57P03",
+        "the Databricks API is busy with maintenance",
+        _RETRY_HINT,
+        retry=True,
+    )
+    API_THROTTLED = _workspace(
+        "api_throttled",
+        "57P03",
+        "the Databricks API limits the rate of credentials",
+        "Raise credentials.token_max_age_seconds.",
+        retry=True,
+    )
+    API_UNREACHABLE = _workspace(
+        "api_unreachable",
+        "57P03",
+        "the Databricks workspace cannot be reached",
+        "Is workspace.host right and reachable from here? Are HTTPS_PROXY and NO_PROXY right?",
+        retry=True,
+    )
+    CREDENTIAL_INVALID = _workspace(
+        "credential_invalid",
+        "57P03",
+        "the Databricks API returned a credential that cannot be used",
+        "Check this machine's clock.",
+        retry=True,
+    )
+    CONFIGURATION_INVALID = _workspace(
+        "workspace_configuration",
+        "28000",
+        "the Databricks SDK found no usable credentials",
+        "Set DATABRICKS_HOST, DATABRICKS_CLIENT_ID and DATABRICKS_CLIENT_SECRET.",
+    )
+
+    # The upstream: never connected.
+    UPSTREAM_DNS = _upstream(
+        "upstream_dns",
+        "08001",
+        "the upstream's host name cannot be resolved",
+        "Is the host the one that the API names? Does the resolver work?",
+        Disposition.RETRY,
+    )
+    UPSTREAM_UNREACHABLE = _upstream(
+        "upstream_unreachable",
+        "08001",
+        "the upstream cannot be reached",
+        "Check firewall, IP access list and port 5432.",
+        Disposition.RETRY,
+    )
+    UPSTREAM_CERTIFICATE = _upstream(
+        "upstream_certificate",
+        "08001",
+        "the upstream's certificate does not verify",
+        "Is there an intercepting proxy? Name its CA in upstream.ssl_root_cert.",
+    )
+    UPSTREAM_NO_TLS = _upstream(
+        "upstream_no_tls",
+        "08001",
+        "the upstream does not speak TLS",
+        "This is not a Lakebase host; the proxy never continues in plaintext.",
+    )
+    FRONT_END_PROTOCOL = _upstream(
+        "front_end_protocol",
+        "08001",
+        "the upstream's front end did not take the connection",
+        "A bug, something between, or endpoint= in options; please report it.",
+    )
+    ENDPOINT_DISABLED = _upstream(
+        "endpoint_disabled", "08001", "the endpoint is disabled", "Enable it in the project."
+    )
+
+    # The upstream: connected, then lost, silent or nonsensical before it was ready.
+    UPSTREAM_TIMEOUT = _upstream(
+        "upstream_timeout",
+        "08006",
+        "the upstream did not answer in time",
+        _RETRY_HINT,
+        Disposition.RETRY_ONCE,
+    )
+    UPSTREAM_LOST = _upstream(
+        "upstream_lost",
+        "08006",
+        "the upstream closed the connection before it was ready",
+        _RETRY_HINT,
+        Disposition.RETRY,
+    )
+    FRONT_END_ERROR = _upstream(
+        "front_end_error",
+        "08006",
+        "the upstream's front end failed",
+        _RETRY_HINT,
+        Disposition.RETRY,
+    )
+    UPSTREAM_PROTOCOL = _upstream(
+        "upstream_protocol", "08006", "the upstream broke the protocol before it was ready"
+    )
+    UPSTREAM_ERROR = _upstream(
+        "upstream_error", "08006", "the upstream's front end refused the connection"
+    )
+    UPSTREAM_STARTING = _upstream(
+        "upstream_starting",
+        "57P03",
+        "the database is starting",
+        _RETRY_HINT,
+        Disposition.WAIT,
+    )
+    UPSTREAM_BUSY = _upstream(
+        "upstream_busy",
+        "53300",
+        "the upstream takes no more connections at this moment",
+        "A connection storm: use a pool in the application.",
+        Disposition.WAIT,
+    )
+    UPSTREAM_FULL = _upstream(
+        "upstream_full",
+        "53300",
+        "the database has no free connection slot",
+        "Use more CU or fewer connections.",
+    )
+
+    # The upstream: it does not let this identity in.
+    NOT_A_TOKEN = _upstream(
+        "not_a_token",
+        "28000",
+        "the upstream wants an OAuth token and got something else",
+        "A personal access token or a password was used; an OAuth role needs a minted credential.",
+    )
+    TOKEN_REJECTED = _upstream(
+        "token_rejected",
+        "28000",
+        "the upstream rejected the token",
+        "A token of another workspace? Is this machine's clock right? " + _CREATE_ROLE_HINT,
+        Disposition.REMINT,
+    )
+    PASSWORD_REJECTED = _upstream(
+        "password_rejected",
+        "28P01",
+        "the upstream rejected the password or token",
+        _CREATE_ROLE_HINT,
+        Disposition.REMINT,
+    )
+    IDENTITY_MISMATCH = _upstream(
+        "identity_mismatch",
+        "28000",
+        "the token's identity is not the role's",
+        "upstream.user must be the client id, the e-mail, or a group that you belong to.",
+    )
+    ROLE_MISSING = _upstream("role_missing", "28000", "the role does not exist", _CREATE_ROLE_HINT)
+    DATABASE_MISSING = _upstream(
+        "database_missing",
+        "3D000",
+        "the database does not exist",
+        "Lakebase's default database is databricks_postgres.",
+    )
+    AUTHORIZATION_DENIED = _upstream(
+        "authorization_denied",
+        "28000",
+        "the upstream's front end did not authorize the connection",
+        "Is the endpoint paused or new, or are readable secondaries off? "
+        "Check the IP access list and the private link.",
+        Disposition.RETRY,
+    )
+    NETWORK_DENIED = _upstream(
+        "network_denied",
+        "28000",
+        "the upstream does not take connections from this network",
+        _NETWORK_HINT,
+    )
+    POOLER_NEEDS_PASSWORD = _upstream(
+        "pooler_needs_password",
+        "28000",
+        "the pooled host takes no OAuth token",
+        "Use the direct host (without -pooler), or a native role with credentials.password_file.",
+    )
+    POOLER_PARAMETER = _upstream(
+        "pooler_parameter",
+        "08P01",
+        "the pooled host does not take a startup parameter",
+        "Remove the parameter or use the direct host.",
+    )
+    UNSUPPORTED_AUTH = _upstream(
+        "unsupported_auth",
+        "28000",
+        "the upstream asks for an authentication method that is not supported",
+        "OAuth roles log in with a token, native roles with SCRAM-SHA-256.",
+    )
+    STARTUP_REFUSED = _upstream("startup_refused", "XX000", "the database refused the session")
+
+    # The proxy itself.
+    TOO_MANY_CONNECTIONS = _proxy(
+        "too_many_connections",
+        "53300",
+        "too many clients already",
+        "Raise listen.max_connections, or use a pool in the application.",
+    )
+    SHUTTING_DOWN = _proxy(
+        "shutting_down", "57P01", "terminating connection due to administrator command"
+    )
+    PASSWORD_FILE_UNREADABLE = _proxy(
+        "password_file_unreadable",
+        "28000",
+        "the native role's password cannot be read",
+        "Check credentials.password_file and who may read it.",
+    )
+    INTERNAL = _proxy("internal_error", "XX000", "internal error of the proxy", "See its log.")
+
+
+class ProxyError(Exception):
+    """A session that cannot be served, with all that the client and the log are to know.
+
+    `detail` is the original text, if there was one. `original` is an error of the upstream
+    PostgreSQL itself: it goes out with all of its fields, and only gains a hint.
+    """
+
+    def __init__(
+        self,
+        kind: ErrorKind,
+        detail: str = "",
+        *,
+        user: str = "",
+        original: ErrorResponse | None = None,
+    ) -> None:
+        super().__init__(f"{kind.value.reason}: {detail or kind.value.message}")
+        self.kind = kind
+        self.detail = detail
+        self.original = original
+        # A role's name stands inside a literal of the statement that the hint offers to paste.
+        self._hint = kind.value.hint.format(user=user.replace("'", "''"))
+
+    @property
+    def reason(self) -> str:
+        """The stable word of DETAIL, log and metrics."""
+        return self.kind.value.reason
+
+    def response(self) -> ErrorResponse:
+        """Return what the client is told."""
+        row = self.kind.value
+        if self.original is not None:
+            return _with_hint(self.original, self._hint)
+        detail = f"reason={row.reason} {self.detail}".rstrip()
+        return ErrorResponse.fatal(row.sqlstate, row.message, detail, self._hint)
+
+
+def _with_hint(error: ErrorResponse, hint: str) -> ErrorResponse:
+    if not hint or error.text(b"H"):
+        return error
+    return ErrorResponse((*error.fields, (b"H", hint.encode())))

@@ -1,0 +1,141 @@
+"""Logging: structlog set up once for the process, for our own lines and for every library's.
+
+For: one format on one stream, the connection's id in each of its lines, and a last line of defence
+that masks what looks like a secret. Not for: keeping secrets out of lines in the first place; that
+is done by `Secret`, and by not logging them.
+
+Invariant: no line is written that has not been through `mask`. Tracebacks show no local variables.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Final, Literal, TextIO, cast
+
+import structlog
+from structlog.typing import EventDict, Processor
+
+Logger = structlog.stdlib.BoundLogger
+
+MASK: Final = "[masked]"
+
+# The last word of a key whose value is never shown, as in client_secret or access_token. A number
+# under such a key is no secret (and `tokens`, `token_age_seconds` do not end in one of them).
+_SECRET_WORDS: Final = frozenset({"token", "password", "secret", "authorization", "credential"})
+
+# What secrets look like: a JWT, whole or cut short; Databricks' personal access tokens and OAuth
+# secrets; whatever follows an authorization scheme.
+_SECRET_TEXT: Final = re.compile(
+    r"\beyJ[\w-]{5,}(?:\.[\w-]*)*"
+    r"|\b(?:dapi|dose|dkea)[0-9a-f]{16,}(?:-\d+)?"
+    r"|(?<=\bBearer )[\w.~+/=-]+"
+    r"|(?<=\bBasic )[\w.~+/=-]{8,}",
+    re.ASCII,
+)
+
+# How deep values inside values are looked through; anything deeper is only masked as text.
+_NESTING_MAX: Final = 5
+
+
+def mask(text: str) -> str:
+    """Return `text` with everything that looks like a secret replaced by `MASK`."""
+    return _SECRET_TEXT.sub(MASK, text)
+
+
+def _is_secret_name(name: object) -> bool:
+    return isinstance(name, str) and re.split(r"[_\-. ]", name.lower())[-1] in _SECRET_WORDS
+
+
+def _without_secrets(value: object, depth: int = _NESTING_MAX) -> object:
+    """Mask the values of secret names in mappings, at any level."""
+    if depth == 0:
+        return value
+    if isinstance(value, Mapping):
+        return {
+            name: MASK
+            if _is_secret_name(name) and not isinstance(inner, int | float | None)
+            else _without_secrets(inner, depth - 1)
+            for name, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_without_secrets(inner, depth - 1) for inner in value]
+    return value
+
+
+def redact(logger: object, method_name: str, event: EventDict) -> EventDict:
+    """Mask the values of keys named like a secret (a structlog processor)."""
+    return cast(EventDict, _without_secrets(event))
+
+
+class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
+    """Renders a line and masks it as a whole: message, values and traceback alike."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask(super().format(record))
+
+
+def _renderer(console: bool, colors: bool) -> list[Processor]:
+    if not console:
+        return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    # The default formatter of exceptions shows local variables: tokens live in those.
+    plain = structlog.dev.plain_traceback
+    return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
+
+
+def configure_logging(
+    *,
+    format: Literal["auto", "console", "json"] = "auto",
+    level: Literal["debug", "info", "warning", "error"] = "info",
+    stream: TextIO | None = None,
+) -> None:
+    """Send the process's log to `stream`, standard error by default. May be called again.
+
+    `level` is for the proxy's own lines. Libraries speak from `warning` upwards whatever it says:
+    the SDK and urllib3 describe whole requests below that.
+    """
+    target = stream or sys.stderr
+    console = format == "console" or (format == "auto" and target.isatty())
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+        redact,
+    ]
+    handler = logging.StreamHandler(target)
+    handler.setFormatter(
+        _MaskingFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *_renderer(console, colors=target.isatty()),
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("proxy").setLevel(level.upper())
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+
+
+def get_logger(name: str) -> Logger:
+    """Return the logger of a module: `get_logger(__name__)`. Events are words, facts are keys."""
+    return structlog.stdlib.get_logger(name)
+
+
+def connection_log(connection_id: int | str) -> AbstractContextManager[Any]:
+    """Put `connection=<id>` into every line logged inside the block, and in tasks begun there."""
+    return structlog.contextvars.bound_contextvars(connection=connection_id)

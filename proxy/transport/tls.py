@@ -1,0 +1,207 @@
+"""TLS over a plain transport: a transport to the protocol above, a protocol to the one below.
+
+Why not the event loop's own TLS: it drops what it has decrypted but not delivered when the peer's
+FIN arrives while reading is paused (so a slow client would lose the upstream's last words, W34),
+it cannot send close_notify and go on reading, and it cannot resume a TLS session.
+
+Here every decrypted byte is delivered at once, and pausing stops the plain transport below: what
+is not delivered is not read, so order and end are those of the wire.
+"""
+
+import asyncio
+import ssl
+from contextlib import suppress
+from typing import Final, cast
+
+_READ_BYTES_MIN: Final = 256  # room for a small record's plaintext and then some
+
+
+class TLSTransport(asyncio.Transport, asyncio.Protocol):
+    """One TLS connection. Make it, then await `handshake`; the app protocol is the upper one."""
+
+    def __init__(
+        self,
+        lower: asyncio.Transport,
+        app: asyncio.Protocol,
+        context: ssl.SSLContext,
+        *,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+    ) -> None:
+        super().__init__()
+        self._lower = lower
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname)
+        self._handshake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._peer_ended = False
+        self._write_ended = False
+        self.set_protocol(app)
+
+    # -- the transport that the protocol above sees ----------------------------------------------
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Deliver to this protocol from here on."""
+        self._app = cast(asyncio.Protocol, protocol)
+        # Flow control is the plain transport's: its buffer is the only one.
+        self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """Return the protocol above."""
+        return self._app
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        """Return `ssl_object`, or what the plain transport says."""
+        return self._tls if name == "ssl_object" else self._lower.get_extra_info(name, default)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Encrypt and send. After `write_eof` or the connection's loss, do nothing."""
+        if self._write_ended or self._lower.is_closing():
+            return
+        written = self._tls.write(data)
+        if written < len(data):  # one record a call
+            rest = memoryview(data)[written:]
+            while rest:
+                rest = rest[self._tls.write(rest) :]
+        self._lower.write(self._outgoing.read())
+
+    def can_write_eof(self) -> bool:
+        """TLS 1.3 closes each direction alone; so does this, whatever the version."""
+        return True
+
+    def write_eof(self) -> None:
+        """Send close_notify, then FIN. What the peer still sends is still delivered."""
+        if self._write_ended or self._lower.is_closing():
+            return
+        self._write_ended = True
+        with suppress(ssl.SSLError):  # it only says that the peer's own has not come yet
+            self._tls.unwrap()
+        self._flush()
+        if self._peer_ended:
+            self._lower.close()  # both directions have ended: nothing is left to wait for
+        else:
+            self._lower.write_eof()
+
+    def get_write_buffer_size(self) -> int:
+        """Return the bytes not yet given to the kernel."""
+        return self._lower.get_write_buffer_size()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Set when the protocol above is told to pause and to resume writing."""
+        self._lower.set_write_buffer_limits(high, low)
+
+    def pause_reading(self) -> None:
+        """Stop reading below: nothing is delivered after the present read."""
+        self._lower.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read again."""
+        self._lower.resume_reading()
+
+    def is_closing(self) -> bool:
+        """Whether the plain transport is."""
+        return self._lower.is_closing()
+
+    def close(self) -> None:
+        """Send what is written, close_notify and FIN, and close."""
+        self.write_eof()
+        self._lower.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._lower.abort()
+
+    # -- the handshake ---------------------------------------------------------------------------
+
+    async def handshake(self, first: bytes = b"") -> None:
+        """Run the handshake; `first` are bytes of it that were read already.
+
+        Raises ssl.SSLError, or ConnectionError when the peer ends. Its bound is the caller's.
+        """
+        self._incoming.write(first)
+        self._lower.set_protocol(self)
+        self._advance_handshake()
+        await self._handshake
+
+    def _advance_handshake(self) -> None:
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._flush()
+        except ssl.SSLError as error:
+            self._flush()  # the alert that tells the peer why
+            self._handshake.set_exception(error)
+        else:
+            self._flush()
+            self._handshake.set_result(None)
+            if self._incoming.pending:
+                # Data in the same read as the handshake's end: after the waiter has run.
+                asyncio.get_running_loop().call_soon(self._deliver)
+
+    # -- the protocol that the plain transport sees ----------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Take ciphertext."""
+        self._incoming.write(data)
+        if self._handshake.done():
+            self._deliver()
+        else:
+            self._advance_handshake()
+
+    def eof_received(self) -> bool:
+        """Take the peer's FIN. Without a close_notify before it, the stream may be cut: still EOF.
+
+        Postgres has lengths in its messages, so whoever reads them sees a cut.
+        """
+        self._fail_handshake(ConnectionResetError("the peer ended during the TLS handshake"))
+        self._end_reading()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Take the end of the plain transport."""
+        self._fail_handshake(exc or ConnectionResetError("lost during the TLS handshake"))
+        self._app.connection_lost(exc)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _deliver(self) -> None:
+        """Decrypt all whole records and hand them up."""
+        tls, incoming = self._tls, self._incoming
+        pieces: list[bytes] = []
+        ended = False
+        try:
+            # Asking first is cheaper than the exception that says there is nothing.
+            while waiting := incoming.pending + tls.pending():
+                piece = tls.read(waiting + _READ_BYTES_MIN)
+                if not piece:
+                    ended = True
+                    break
+                pieces.append(piece)
+        except ssl.SSLWantReadError:
+            pass  # the rest of a record is on its way
+        except ssl.SSLZeroReturnError:
+            ended = True  # close_notify, as OpenSSL says it when ours is out already
+        except ssl.SSLError:
+            self._lower.abort()  # a forged or broken record: nothing behind it can be believed
+        if self._outgoing.pending:  # an answer to a key update
+            self._flush()
+        if pieces:
+            self._app.data_received(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if ended:
+            self._end_reading()
+
+    def _end_reading(self) -> None:
+        if self._peer_ended:
+            return
+        self._peer_ended = True
+        if not self._app.eof_received():
+            self.close()
+
+    def _fail_handshake(self, error: Exception) -> None:
+        if not self._handshake.done():
+            self._handshake.set_exception(error)
+
+    def _flush(self) -> None:
+        if self._outgoing.pending and not self._lower.is_closing():
+            self._lower.write(self._outgoing.read())

@@ -1,0 +1,5 @@
+"""Everything about reaching Lakebase: as whom, with what, where, and what went wrong.
+
+Reading order, which is also the import order: diagnosis, threads, workspace, credentials, targets,
+dialer.
+"""

@@ -1,0 +1,130 @@
+"""What an upstream's refusal means: its ErrorResponse before ReadyForQuery -> a ProxyError.
+
+Two dialects come over one port. PostgreSQL says FATAL with a true SQLSTATE; the front ends before
+it say ERROR without a `V` field and always XX000, or FATAL with a code of their own. So the text
+decides first, and only then the SQLSTATE (W29). An error of PostgreSQL itself goes out as it came,
+and gains a hint where a person can do something.
+
+The rows are the table of connection errors in the Lakebase facts; the order matters only where one
+text contains another.
+"""
+
+import ssl
+from typing import Final, NamedTuple
+
+from proxy.errors import ErrorKind, ProxyError
+from proxy.wire.messages import ErrorResponse
+
+_FRONT_END_SQLSTATE: Final = "XX000"
+
+
+class _Text(NamedTuple):
+    """One recognised piece of a message, compared in lower case."""
+
+    piece: str
+    kind: ErrorKind
+
+
+# Texts of the front ends, never of PostgreSQL itself.
+_FRONT_END_TEXTS: Final = (
+    _Text("not a valid jwt encoding", ErrorKind.NOT_A_TOKEN),
+    _Text("jwt token has expired", ErrorKind.TOKEN_REJECTED),
+    _Text("jwk not found", ErrorKind.TOKEN_REJECTED),
+    _Text("invalid jwt token audience", ErrorKind.TOKEN_REJECTED),
+    _Text("jwks settings for this role were not configured", ErrorKind.TOKEN_REJECTED),
+    _Text("private-link-not-supported", ErrorKind.NETWORK_DENIED),
+    _Text("unsupported-destination-type", ErrorKind.NETWORK_DENIED),
+    _Text("is blocked by databricks ip acl", ErrorKind.NETWORK_DENIED),
+    _Text("is not allowed to connect", ErrorKind.NETWORK_DENIED),
+    _Text("blocked network", ErrorKind.NETWORK_DENIED),
+    _Text("vpc endpoint id is not specified", ErrorKind.NETWORK_DENIED),
+    _Text("external authorization failed", ErrorKind.AUTHORIZATION_DENIED),
+    _Text("connection does not have sni", ErrorKind.FRONT_END_PROTOCOL),
+    _Text("insecure connection", ErrorKind.FRONT_END_PROTOCOL),
+    _Text("invalid protocol version", ErrorKind.FRONT_END_PROTOCOL),
+    _Text("unsupported frontend protocol", ErrorKind.FRONT_END_PROTOCOL),
+    _Text("received unencrypted data", ErrorKind.FRONT_END_PROTOCOL),
+    _Text("invalid length of startup packet", ErrorKind.FRONT_END_PROTOCOL),
+    _Text("inconsistent project name", ErrorKind.FRONT_END_PROTOCOL),
+    _Text("endpoint id is not specified", ErrorKind.FRONT_END_PROTOCOL),
+    _Text("client handshake timeout", ErrorKind.UPSTREAM_TIMEOUT),
+    _Text("authentication timed out", ErrorKind.UPSTREAM_TIMEOUT),
+    _Text("internal error.", ErrorKind.FRONT_END_ERROR),
+    _Text("invalid upstream handshake state", ErrorKind.FRONT_END_ERROR),
+    _Text("endpoint cannot be found", ErrorKind.ENDPOINT_NOT_FOUND),
+    _Text("endpoint is disabled", ErrorKind.ENDPOINT_DISABLED),
+    _Text("endpoint is temporarily unavailable", ErrorKind.UPSTREAM_STARTING),
+    _Text("control plane request failed", ErrorKind.UPSTREAM_STARTING),
+    _Text("couldn't connect to compute node", ErrorKind.UPSTREAM_STARTING),
+    _Text("failed to acquire permit", ErrorKind.UPSTREAM_BUSY),
+    _Text("too many connections attempts", ErrorKind.UPSTREAM_BUSY),
+    _Text("too many connections to this endpoint", ErrorKind.UPSTREAM_BUSY),
+    _Text("sasl authentication failed", ErrorKind.POOLER_NEEDS_PASSWORD),
+    _Text("no more connections allowed", ErrorKind.UPSTREAM_BUSY),
+)
+
+# Texts that PostgreSQL, its auth hook or the pooler says; a front end may relay them without their
+# SQLSTATE and with other quotes.
+_SERVER_TEXTS: Final = (
+    _Text("did not match the security label", ErrorKind.IDENTITY_MISMATCH),
+    _Text("password authentication failed for user", ErrorKind.PASSWORD_REJECTED),
+    _Text("unsupported startup parameter", ErrorKind.POOLER_PARAMETER),
+    _Text("remaining connection slots are reserved", ErrorKind.UPSTREAM_FULL),
+    _Text("too many clients already", ErrorKind.UPSTREAM_FULL),
+    _Text("the database system is starting up", ErrorKind.UPSTREAM_STARTING),
+)
+
+# What PostgreSQL's own SQLSTATE says when no text was recognised.
+_SQLSTATES: Final = {
+    "28P01": ErrorKind.PASSWORD_REJECTED,
+    "3D000": ErrorKind.DATABASE_MISSING,
+    "53300": ErrorKind.UPSTREAM_FULL,
+    "57P01": ErrorKind.UPSTREAM_LOST,
+    "57P02": ErrorKind.UPSTREAM_LOST,
+    "57P03": ErrorKind.UPSTREAM_STARTING,
+}
+
+
+def diagnose(error: ErrorResponse, *, user: str) -> ProxyError:
+    """Return what the client is told, and what the dialer may do. `user` is the role used."""
+    text = error.message.lower()
+    for row in _FRONT_END_TEXTS:
+        if row.piece in text:
+            return ProxyError(row.kind, error.message, user=user)
+    kind = _server_kind(error, text)
+    if kind is None and _from_front_end(error):
+        return ProxyError(ErrorKind.UPSTREAM_ERROR, error.message, user=user)
+    if _from_front_end(error) and kind is ErrorKind.PASSWORD_REJECTED:
+        return ProxyError(ErrorKind.TOKEN_REJECTED, error.message, user=user)
+    if _from_front_end(error) or not error.sqlstate:
+        return ProxyError(kind or ErrorKind.UPSTREAM_PROTOCOL, error.message, user=user)
+    return ProxyError(kind or ErrorKind.STARTUP_REFUSED, error.message, user=user, original=error)
+
+
+def _server_kind(error: ErrorResponse, text: str) -> ErrorKind | None:
+    for row in _SERVER_TEXTS:
+        if row.piece in text:
+            return row.kind
+    if text.startswith(("role ", "database ")) and text.endswith("does not exist"):
+        return ErrorKind.ROLE_MISSING if text.startswith("role") else ErrorKind.DATABASE_MISSING
+    return _SQLSTATES.get(error.sqlstate)
+
+
+def _from_front_end(error: ErrorResponse) -> bool:
+    """Whether the error is in the dialect without a `V` and without a true SQLSTATE."""
+    return not error.text(b"V") and error.sqlstate == _FRONT_END_SQLSTATE
+
+
+def diagnose_network(error: OSError, where: str) -> ProxyError:
+    """Return what a failure below Postgres means: route, certificate, loss. `where` was dialled."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, f"{where}: {error.verify_message}")
+    if isinstance(error, ssl.SSLError):
+        detail = f"{where}: TLS handshake failed: {error.reason or 'no reason given'}"
+        return ProxyError(ErrorKind.UPSTREAM_LOST, detail)
+    if isinstance(error, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
+        return ProxyError(ErrorKind.UPSTREAM_LOST, f"{where}: the connection was reset")
+    if isinstance(error, TimeoutError):
+        return ProxyError(ErrorKind.UPSTREAM_UNREACHABLE, f"{where}: no answer")
+    detail = f"{where}: {error.strerror or type(error).__name__}"
+    return ProxyError(ErrorKind.UPSTREAM_UNREACHABLE, detail)

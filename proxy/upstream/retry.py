@@ -1,0 +1,48 @@
+"""Whether and when a dial is tried again. Pure: no clock, no sleep; randomness comes in."""
+
+from collections.abc import Callable
+from typing import Final
+
+from proxy.errors import Disposition, ProxyError
+
+# Full jitter: each delay is a random part of a ceiling that doubles.
+RETRIES_MAX: Final = 2  # three tries: more does not mend a closed port, only hides it
+RETRY_CEILING_SECONDS: Final = (0.2, 2.0)  # first and last
+# A database that wakes, or a front end that is overloaded: patiently, until the dial's time is up.
+WAIT_CEILING_SECONDS: Final = (0.5, 8.0)
+
+
+class Retry:
+    """The retries of one dial. `jitter` returns a number from 0 to 1."""
+
+    def __init__(self, jitter: Callable[[], float]) -> None:
+        self._jitter = jitter
+        self._tries = 0
+        self._retries = 0
+        self._reminted = False
+
+    def delay(self, error: ProxyError, *, from_cache: bool) -> float | None:
+        """Return the seconds to wait before the next try, or None if there shall be none.
+
+        `from_cache`: the credential that was shown had not been minted for this dial.
+        """
+        self._tries += 1
+        match error.kind.value.disposition:
+            case Disposition.WAIT:
+                return self._backoff(*WAIT_CEILING_SECONDS)
+            case Disposition.RETRY | Disposition.RETRY_ONCE as disposition:
+                allowed = RETRIES_MAX if disposition is Disposition.RETRY else 1
+                self._retries += 1
+                if self._retries > allowed:
+                    return None
+                return self._backoff(*RETRY_CEILING_SECONDS)
+            case Disposition.REMINT:
+                again = from_cache and not self._reminted
+                self._reminted = True
+                return 0.0 if again else None
+            case Disposition.FAIL:
+                return None
+
+    def _backoff(self, first: float, last: float) -> float:
+        ceiling: float = min(last, first * 2 ** (self._tries - 1))
+        return ceiling * self._jitter()

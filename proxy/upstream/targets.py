@@ -1,0 +1,67 @@
+"""Where to dial and as whom: from the settings and the workspace's answers to a Target."""
+
+from dataclasses import dataclass
+
+from proxy.config import UpstreamSettings
+from proxy.upstream.workspace import Workspace
+from proxy.wire.startup import StartupMessage
+
+ANY_USER = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where to dial. `host` is what TLS verifies and SNI names, `hostaddr` what is dialled."""
+
+    host: str
+    hostaddr: str
+    port: int
+    sslmode: str
+    ssl_root_cert: str
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """As whom, and into which database."""
+
+    user: bytes
+    database: bytes
+
+
+class Targets:
+    """Works out targets; what it learns from the workspace it keeps until `forget_host`."""
+
+    def __init__(self, settings: UpstreamSettings, workspace: Workspace) -> None:
+        self._settings = settings
+        self._workspace = workspace
+        self._host = settings.host
+        self._user = settings.user
+
+    async def target(self) -> Target:
+        """Return where to dial. Raises ProxyError when the workspace does not say."""
+        if not self._host:
+            self._host = await self._workspace.endpoint_host(self._settings.endpoint)
+        settings = self._settings
+        return Target(
+            self._host, settings.hostaddr, settings.port, settings.sslmode, settings.ssl_root_cert
+        )
+
+    async def login(self, client: StartupMessage) -> Login:
+        """Return as whom this client logs in, and where. Raises ProxyError.
+
+        A database that equals the client's user is what drivers send for "none given" (W16).
+        """
+        asked_user = client.get(b"user") or b""
+        asked_database = client.get(b"database") or asked_user
+        database = self._settings.database.encode()
+        if asked_database != asked_user:
+            database = asked_database
+        if self._settings.user == ANY_USER:
+            return Login(asked_user, database)
+        if not self._user:
+            self._user = await self._workspace.identity()
+        return Login(self._user.encode(), database)
+
+    def forget_host(self) -> None:
+        """Look the host up again next time: a dial to it failed. A configured host stays."""
+        self._host = self._settings.host

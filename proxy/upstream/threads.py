@@ -1,0 +1,50 @@
+"""Calls that block, kept off the event loop and under a deadline.
+
+databricks-sdk blocks, and its token request has no timeout of its own. A thread cannot be stopped,
+so one that hangs is left behind: it is a daemon, it holds no lock of ours, and at most
+`THREADS_MAX` are alive at once.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Final, TypeVar
+
+from proxy.errors import ErrorKind, ProxyError
+
+# One mint is under way for an identity at a time; the rest is room for calls that hang.
+THREADS_MAX: Final = 8
+
+T = TypeVar("T")
+
+
+class Threads:
+    """Runs blocking calls. `name` shows in stack dumps."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._free = threading.BoundedSemaphore(THREADS_MAX)
+
+    async def run(self, call: Callable[[], T], timeout_seconds: float) -> T:
+        """Return what the call returns, or raise what it raises.
+
+        Raises TimeoutError at the deadline (the call goes on unheard), and ProxyError
+        API_UNREACHABLE when all threads hang.
+        """
+        if not self._free.acquire(blocking=False):
+            raise ProxyError(ErrorKind.API_UNREACHABLE, f"{THREADS_MAX} earlier calls still hang")
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()  # from here on nobody can cancel it under the call
+
+        def work() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:  # it is raised where the result is awaited
+                future.set_exception(error)
+            finally:
+                self._free.release()
+
+        threading.Thread(target=work, name=self._name, daemon=True).start()
+        async with asyncio.timeout(timeout_seconds):
+            return await asyncio.wrap_future(future)

@@ -1,0 +1,194 @@
+"""The Databricks workspace, through databricks-sdk: who we are, where an endpoint is, credentials.
+
+The only module that knows the SDK. Its calls block and its exceptions are many: they run in
+threads under `mint_timeout_seconds`, and come out as ProxyError. What a caller does not set is left
+to the SDK's own discovery (environment, profile, projected tokens).
+
+Observed behaviour of the SDK that shapes this file: no timeout and no retry on the token request,
+which also holds a lock; the constructor may do HTTP; a reply may lack any field.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from proxy.config import CredentialsSettings, WorkspaceSettings
+from proxy.errors import ErrorKind, ProxyError
+from proxy.upstream.threads import Threads
+from proxy.wire.secret import Secret
+
+if TYPE_CHECKING:  # importing it takes more than a second: only in a thread, and only once needed
+    from databricks.sdk import WorkspaceClient
+
+_PRODUCT: Final = "lakebase-auth-proxy"
+_REQUEST_SECONDS_MAX: Final = 15  # one HTTP request, so that a retry still fits the mint's time
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """What is shown as the password. Both times are seconds since the epoch, on the wall clock."""
+
+    secret: Secret
+    requested_at: float
+    expires_at: float
+    is_password: bool = False  # of a native role: answers SCRAM too, and never ages
+
+
+class Workspace:
+    """One workspace and one identity in it."""
+
+    def __init__(
+        self,
+        settings: WorkspaceSettings,
+        credentials: CredentialsSettings,
+        *,
+        version: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings = settings
+        self._timeout_seconds = credentials.mint_timeout_seconds
+        self._version = version
+        self._clock = clock
+        self._threads = Threads("databricks-sdk")
+        self._client: WorkspaceClient | None = None
+
+    async def mint(self, endpoint: str) -> Credential:
+        """Return a new database credential. Raises ProxyError."""
+        requested_at = self._clock()
+        credential = await self._call(lambda client: _mint(client, endpoint, requested_at))
+        if credential.expires_at <= self._clock():
+            raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has expired already")
+        return credential
+
+    async def endpoint_host(self, endpoint: str) -> str:
+        """Return the host that the API names for the endpoint. Raises ProxyError."""
+        return await self._call(lambda client: _endpoint_host(client, endpoint))
+
+    async def identity(self) -> str:
+        """Return the role that a token logs in as: client id, or user name. Raises ProxyError."""
+        return await self._call(_identity)
+
+    async def _call(self, call: Callable[["WorkspaceClient"], T]) -> T:
+        def work() -> T:
+            client = self._client
+            if client is None:
+                # Two threads may make one each; the later one stays, the other is garbage.
+                client = self._client = self._connect()
+            return call(client)
+
+        try:
+            return await self._threads.run(work, self._timeout_seconds)
+        except TimeoutError as error:
+            # The call may hang inside a lock of this client: leave both behind.
+            self._client = None
+            detail = f"no answer within {self._timeout_seconds:g} seconds"
+            raise ProxyError(ErrorKind.API_UNREACHABLE, detail) from error
+        except ProxyError:
+            raise
+        except Exception as error:
+            self._client = None  # a refused workspace token would be cached with it
+            raise _translate(error) from error
+
+    def _connect(self) -> "WorkspaceClient":
+        from databricks.sdk import WorkspaceClient  # noqa: PLC0415 - slow: see above
+        from databricks.sdk.core import Config  # noqa: PLC0415
+
+        given: dict[str, Any] = {
+            "host": self._settings.host,
+            "client_id": self._settings.client_id,
+            "client_secret": self._settings.client_secret.get_secret_value(),
+            "token": self._settings.token.get_secret_value(),
+            "profile": self._settings.profile,
+            "auth_type": self._settings.auth_type,
+        }
+        config = Config(
+            product=_PRODUCT,
+            product_version=self._version,
+            http_timeout_seconds=min(_REQUEST_SECONDS_MAX, self._timeout_seconds),
+            retry_timeout_seconds=max(1, int(self._timeout_seconds)),
+            # What is not set is not passed: the SDK looks for it in its own places.
+            **{name: value for name, value in given.items() if value},
+        )
+        return WorkspaceClient(config=config)
+
+
+def _mint(client: "WorkspaceClient", endpoint: str, requested_at: float) -> Credential:
+    # The endpoint alone: the other arguments came and went between versions of the SDK.
+    reply = client.postgres.generate_database_credential(endpoint=endpoint)
+    if not reply.token or reply.expire_time is None:
+        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has no token or no expiry")
+    expiry: datetime = reply.expire_time.ToDatetime(tzinfo=UTC)
+    return Credential(Secret(reply.token.encode()), requested_at, expiry.timestamp())
+
+
+def _endpoint_host(client: "WorkspaceClient", endpoint: str) -> str:
+    status = client.postgres.get_endpoint(name=endpoint).status
+    hosts = getattr(status, "hosts", None)
+    host: str | None = getattr(hosts, "host", None)
+    if not host:
+        raise ProxyError(ErrorKind.UPSTREAM_STARTING, "the API names no host for the endpoint yet")
+    return host
+
+
+def _identity(client: "WorkspaceClient") -> str:
+    identity = client.config.client_id or client.current_user.me().user_name
+    if not identity:
+        raise ProxyError(
+            ErrorKind.CONFIGURATION_INVALID, "the API names no user; set upstream.user"
+        )
+    return identity
+
+
+# A 403 says in its text which of several things is missing.
+_FORBIDDEN: Final = (
+    ("workspace-access entitlement", ErrorKind.WORKSPACE_ACCESS_MISSING),
+    ("ip acl", ErrorKind.IP_BLOCKED),
+    ("does not have required scopes", ErrorKind.PAT_SCOPE),
+)
+
+
+def _translate(error: Exception) -> ProxyError:
+    """Return what an exception of the SDK means. Its text is not passed on whole.
+
+    Messages of 401 and 403 carry the SDK's configuration; the secret in it is masked, but nothing
+    of it belongs in front of a client.
+    """
+    from databricks.sdk import errors  # noqa: PLC0415 - imported by now
+    from databricks.sdk.errors.base import DatabricksError  # noqa: PLC0415
+
+    text = str(error).split(". Config:")[0].split("\n")[0][:_TEXT_CHARACTERS_MAX]
+    rows: tuple[tuple[type[Exception], ErrorKind], ...] = (
+        (errors.Unauthenticated, ErrorKind.WORKSPACE_LOGIN_FAILED),
+        (errors.NotFound, ErrorKind.ENDPOINT_NOT_FOUND),
+        (errors.TooManyRequests, ErrorKind.API_THROTTLED),
+        (errors.ResourceConflict, ErrorKind.API_BUSY),
+        (errors.BadRequest, ErrorKind.ENDPOINT_INVALID),
+        (DatabricksError, ErrorKind.API_UNREACHABLE),
+        (TimeoutError, ErrorKind.API_UNREACHABLE),
+        (OSError, ErrorKind.API_UNREACHABLE),
+    )
+    if isinstance(error, errors.PermissionDenied):
+        lower = text.lower()
+        kinds = (kind for piece, kind in _FORBIDDEN if piece in lower)
+        return ProxyError(next(kinds, ErrorKind.PERMISSION_DENIED), text)
+    for kind_of_error, kind in rows:
+        if isinstance(error, kind_of_error):
+            return ProxyError(kind, text)
+    return _translate_value_error(text)
+
+
+def _translate_value_error(text: str) -> ProxyError:
+    # The SDK's own failures are bare ValueErrors, told apart by their text alone.
+    lower = text.lower()
+    if "invalid_client" in lower:
+        return ProxyError(ErrorKind.WORKSPACE_LOGIN_FAILED, text)
+    if "cannot configure default credentials" in lower or "more than one authorization" in lower:
+        return ProxyError(ErrorKind.CONFIGURATION_INVALID, text)
+    return ProxyError(ErrorKind.API_UNREACHABLE, text)
+
+
+_TEXT_CHARACTERS_MAX: Final = 300

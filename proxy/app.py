@@ -1,0 +1,131 @@
+"""The composition root: builds every object from the settings, hands them down, serves, drains.
+
+Nothing below makes its own collaborators; nothing here decides anything. `serve` is the whole
+program for `run`, for `demo` and for tests alike.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from proxy import __version__
+from proxy.config import ConfigurationError, Problem, Settings, UpstreamSettings
+from proxy.errors import ErrorKind
+from proxy.observe.admin import AdminAddress, AdminState, serve_admin
+from proxy.observe.logs import get_logger
+from proxy.observe.metrics import Metrics
+from proxy.session.cancel import CancelKeys
+from proxy.session.listener import Listener, Places
+from proxy.session.relay import EndReason
+from proxy.session.session import Session, SessionParts, StartupFailure
+from proxy.upstream.credentials import Credentials, CredentialSource, PasswordFile
+from proxy.upstream.dialer import Dialer, tls_context
+from proxy.upstream.targets import Targets
+from proxy.upstream.workspace import Workspace
+from proxy.wire.violations import ClientReason
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """A running proxy: its bound addresses, where 0 was asked for a port, and its parts."""
+
+    listen_host: str
+    listen_port: int
+    admin: AdminAddress | None
+    metrics: Metrics
+    cancel_keys: CancelKeys
+    _listener: Listener
+    _life: "_Life"
+
+    async def drain(self, seconds: float) -> int:
+        """Take no more connections, let sessions end for so long, cut the rest; return how many."""
+        self._life.draining = True
+        return await self._listener.drain(seconds)
+
+
+@dataclass(slots=True)
+class _Life:
+    started: bool = False
+    draining: bool = False
+
+
+@asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[App]:
+    """Serve while the block runs.
+
+    Raises OSError when an address cannot be listened on, and ConfigurationError for a file that
+    a setting names and that cannot be used.
+    """
+    async with AsyncExitStack() as stack:
+        metrics, life, cancel_keys = build_metrics(), _Life(), CancelKeys()
+        if settings.admin.enabled:
+            state = AdminState(
+                started=lambda: life.started,
+                ready=lambda: life.started and not life.draining,
+                metrics=metrics.exposition,
+            )
+            admin = await stack.enter_async_context(
+                serve_admin(state, host=settings.admin.host, port=settings.admin.port)
+            )
+        else:
+            admin = None
+        dialer = await stack.enter_async_context(_dialer(settings, metrics))
+        places = Places(settings.listen.max_connections)
+        parts = SessionParts(
+            dialer=dialer,
+            cancel_keys=cancel_keys,
+            metrics=metrics,
+            startup_timeout_seconds=settings.listen.startup_timeout_seconds,
+            tls=None,
+            place=places.take,
+        )
+        listener = Listener(settings.listen, metrics, lambda link: Session(link, parts).run())
+        host, port = await stack.enter_async_context(listener.accepting())
+        life.started = True
+        _log.info("serving", host=host, port=port, version=__version__)
+        yield App(host, port, admin, metrics, cancel_keys, listener, life)
+
+
+@asynccontextmanager
+async def _dialer(settings: Settings, metrics: Metrics) -> AsyncIterator[Dialer]:
+    """Give the way upstream: workspace, credentials, targets, dialer."""
+    upstream = settings.upstream
+    _check_root_cert(upstream)
+    workspace = Workspace(settings.workspace, settings.credentials, version=__version__)
+    async with AsyncExitStack() as stack:
+        credentials: CredentialSource
+        if settings.credentials.password_file:
+            credentials = PasswordFile(settings.credentials.password_file)
+        else:
+            mint = partial(workspace.mint, upstream.endpoint)
+            credentials = await Credentials(mint, settings.credentials, metrics).__aenter__()
+            # It is not told of the block's exception, which its TaskGroup would wrap.
+            stack.push_async_callback(credentials.__aexit__, None, None, None)
+        yield Dialer(
+            Targets(upstream, workspace),
+            credentials,
+            metrics,
+            connect_timeout_seconds=upstream.connect_timeout_seconds,
+        )
+
+
+def _check_root_cert(upstream: UpstreamSettings) -> None:
+    """Raise ConfigurationError for a file that cannot be used: it shall show now, not later."""
+    try:
+        tls_context(upstream.sslmode, upstream.ssl_root_cert)
+    except OSError as error:  # an ssl.SSLError is one
+        text = f"{upstream.ssl_root_cert}: {error.strerror or error}"
+        raise ConfigurationError([Problem("upstream.ssl_root_cert", text)]) from error
+
+
+def build_metrics() -> Metrics:
+    """Return the metrics with every reason word that the program has."""
+    refusals = [kind.value.reason for kind in ErrorKind]
+    return Metrics(
+        version=__version__,
+        session_end_reasons=list(EndReason),
+        startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure],
+    )

@@ -1,0 +1,129 @@
+"""Accepting clients: one task a connection, bounded in number, ended together.
+
+`max_connections` counts sessions, from the StartupMessage on: a client over it is told so (W44).
+Connections that are still starting, and cancel requests, have a bound of their own and are closed
+without a word over it: they must neither fill the places nor be refused by them (W42).
+"""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Final
+
+from proxy.config import ListenSettings
+from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.logs import connection_log, get_logger
+from proxy.observe.metrics import Metrics
+from proxy.session.relay import EndReason
+from proxy.transport.link import Link
+
+# A burst of reconnecting clients is some hundreds; more than this is a flood.
+UNSERVED_MAX: Final = 1000
+ACCEPT_BACKLOG: Final = 1024
+
+_log = get_logger(__name__)
+
+
+class Places:
+    """The `max_connections` places of a listener."""
+
+    def __init__(self, places_max: int) -> None:
+        self._places_max = places_max
+        self.taken = 0
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Hold a place while the block runs. Raises ProxyError when none is free."""
+        if self.taken >= self._places_max:
+            raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
+
+
+class _AcceptedLink(Link):
+    """A client's link, which tells when it is connected."""
+
+    def __init__(self, connected: Callable[[Link], None]) -> None:
+        super().__init__()
+        self._connected = connected
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._connected(self)
+
+
+class Listener:
+    """Accepts connections and serves each in a task of its own, until drained."""
+
+    def __init__(
+        self,
+        settings: ListenSettings,
+        metrics: Metrics,
+        serve: Callable[[Link], Coroutine[None, None, None]],
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._serve = serve
+        self._ids = itertools.count(1)
+        self._sessions: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    @asynccontextmanager
+    async def accepting(self) -> AsyncIterator[tuple[str, int]]:
+        """Accept while the block runs, and give the address; then end what is left.
+
+        Raises OSError when the address cannot be listened on.
+        """
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: _AcceptedLink(self._connected),
+            self._settings.host,
+            self._settings.port,
+            backlog=ACCEPT_BACKLOG,
+        )
+        # Not a TaskGroup: that would wrap whatever the block raises into an ExceptionGroup. No
+        # task is lost, because leaving the block waits for them all.
+        try:
+            host, port, *_ = self._server.sockets[0].getsockname()
+            yield host, port
+        finally:
+            await self.drain(0)
+            while self._sessions:  # ends: no session begins any more, and all are cancelled
+                await asyncio.wait(self._sessions)
+
+    def _connected(self, link: Link) -> None:
+        """Begin to serve a connection; one that comes out of the backlog after the close is cut."""
+        full = len(self._sessions) >= self._settings.max_connections + UNSERVED_MAX
+        if full or self._server is None:
+            link.transport.abort()
+            return
+        task = asyncio.get_running_loop().create_task(self._run(link))
+        self._sessions.add(task)
+        task.add_done_callback(self._sessions.discard)
+
+    async def drain(self, seconds: float) -> int:
+        """Stop accepting, let sessions end for so long, cut the rest; return how many were cut."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if not self._sessions:
+            return 0
+        _, cut = await asyncio.wait(self._sessions, timeout=seconds)
+        for task in cut:
+            task.cancel()
+        return len(cut)
+
+    async def _run(self, link: Link) -> None:
+        """The whole life of a connection's task: nothing that goes wrong in it leaves it."""
+        with connection_log(next(self._ids)), self._metrics.connection():
+            try:
+                await self._serve(link)
+            except Exception:
+                # A bug of ours must cost one session, not all of them.
+                self._metrics.session_ended(EndReason.INTERNAL_ERROR)
+                _log.exception("session failed")
+                link.transport.abort()

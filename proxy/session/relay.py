@@ -1,0 +1,122 @@
+"""The relay: opaque bytes in both directions until one side ends.
+
+The contract: each read of one side is written to the other as it is, at once, in order; while
+a side's send buffer is above its high-water mark the other side is not read. Each direction is
+alone: neither waits for the other, since a client may pipeline large messages while the upstream
+streams rows (W32). So at most `BUFFER_BYTES_MAX` plus one read is held for each direction.
+
+Nothing is parsed. What ends first is the cause of the session's end.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from enum import StrEnum, unique
+from typing import Final
+
+from proxy.transport.closing import LINGER_SECONDS, close_gracefully
+
+BUFFER_BYTES_MAX: Final = 64 * 1024
+
+
+@unique
+class EndReason(StrEnum):
+    """The first cause of a session's end."""
+
+    CLIENT_CLOSED = "client_closed"
+    CLIENT_LOST = "client_lost"
+    UPSTREAM_CLOSED = "upstream_closed"
+    UPSTREAM_LOST = "upstream_lost"
+    SHUTDOWN = "shutdown"
+    INTERNAL_ERROR = "internal_error"
+
+
+@dataclass(frozen=True, slots=True)
+class RelayEnd:
+    """How a relay ended, and the bytes that it carried."""
+
+    reason: EndReason
+    client_bytes: int
+    upstream_bytes: int
+
+
+class _Direction(asyncio.Protocol):
+    """Takes what `source` receives and writes it to `sink`; the protocol of `source`."""
+
+    __slots__ = ("_ended", "_sink", "_write", "closed", "lost", "received_bytes")
+
+    def __init__(
+        self,
+        sink: asyncio.Transport,
+        ended: asyncio.Future[EndReason],
+        closed: EndReason,
+        lost: EndReason,
+    ) -> None:
+        self.received_bytes = 0
+        self.closed = closed
+        self.lost = lost
+        self._sink = sink
+        self._write = sink.write
+        self._ended = ended
+
+    def data_received(self, data: bytes) -> None:
+        self.received_bytes += len(data)
+        self._write(data)
+
+    def pause_writing(self) -> None:
+        # Our source takes no more of what comes from the sink.
+        self._sink.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._sink.resume_reading()
+
+    def eof_received(self) -> bool:
+        self._end(self.closed)
+        return True  # what was written to the source is still to be flushed
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(self.lost)
+
+    def _end(self, reason: EndReason) -> None:
+        if not self._ended.done():
+            self._ended.set_result(reason)
+
+
+class Relay:
+    """One session's relay. Make it, `start` it, await `run`."""
+
+    def __init__(self, client: asyncio.Transport, upstream: asyncio.Transport) -> None:
+        self._client = client
+        self._upstream = upstream
+        self._ended: asyncio.Future[EndReason] = asyncio.get_running_loop().create_future()
+        self.from_client = _Direction(
+            upstream, self._ended, EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST
+        )
+        self.from_upstream = _Direction(
+            client, self._ended, EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST
+        )
+        for transport in (client, upstream):
+            transport.set_write_buffer_limits(high=BUFFER_BYTES_MAX)
+
+    async def run(self) -> RelayEnd:
+        """Return when one side has ended and both are closed. Cancelling it cuts both."""
+        try:
+            reason = await self._ended
+            # What one side sent before its end is flushed to the other; PostgreSQL knows no
+            # half-close, so the end of one is the end of both (W34).
+            client_ended = reason in (EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST)
+            async with asyncio.TaskGroup() as closing:
+                for transport, ended in (
+                    (self._client, client_ended),
+                    (self._upstream, not client_ended),
+                ):
+                    # The side that has ended its stream will not end it again: no lingering.
+                    linger_seconds = 0.0 if ended else LINGER_SECONDS
+                    closing.create_task(close_gracefully(transport, linger_seconds=linger_seconds))
+        finally:
+            self._client.abort()
+            self._upstream.abort()
+        return self.ended(reason)
+
+    def ended(self, reason: EndReason) -> RelayEnd:
+        """Return the end for this reason, with what was carried up to now."""
+        return RelayEnd(reason, self.from_client.received_bytes, self.from_upstream.received_bytes)

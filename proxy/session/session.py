@@ -1,0 +1,238 @@
+"""The story of one client connection, readable top to bottom.
+
+Startup under its own clock, then a target and a session upstream, then the welcome in one write,
+then the relay. A client that has sent its StartupMessage and cannot be served always gets an
+ErrorResponse; one that goes away ends whatever was begun for it.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
+from dataclasses import dataclass
+from enum import StrEnum, unique
+
+from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.logs import get_logger
+from proxy.observe.metrics import CancelResult, Metrics
+from proxy.session.cancel import CancelKeys
+from proxy.session.relay import EndReason, Relay, RelayEnd
+from proxy.transport.link import Link
+from proxy.upstream.dialer import Dialer, UpstreamSession
+from proxy.wire.client_startup import (
+    CancelReceived,
+    ClientEvent,
+    ClientStartup,
+    DirectTLSReceived,
+    Disconnected,
+    EncryptionAnswered,
+    StartupReceived,
+    Violated,
+)
+from proxy.wire.messages import BackendKeyData, ErrorResponse
+from proxy.wire.startup import CancelRequest
+from proxy.wire.violations import Answer, ClientViolation
+
+_log = get_logger(__name__)
+
+
+@unique
+class StartupFailure(StrEnum):
+    """The ways to fail that no ErrorResponse tells: their words in the metrics."""
+
+    STARTUP_TIMEOUT = "startup_timeout"
+    CLIENT_TLS = "client_tls"
+    PROBE = "probe"
+    CLIENT_GONE = "client_gone"
+
+
+class ClientGone(Exception):
+    """The client ended before its session was ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionParts:
+    """What all sessions of a proxy share."""
+
+    dialer: Dialer
+    cancel_keys: CancelKeys
+    metrics: Metrics
+    startup_timeout_seconds: float
+    tls: ssl.SSLContext | None
+    place: Callable[[], AbstractContextManager[None]]
+    """Takes one of `max_connections` places; raises ProxyError when there is none."""
+
+
+class Session:
+    """One client connection's whole life."""
+
+    def __init__(self, link: Link, parts: SessionParts) -> None:
+        self._link = link
+        self._parts = parts
+        self._startup = ClientStartup(tls_offered=parts.tls is not None)
+
+    async def run(self) -> None:
+        """Serve the connection from accept to close."""
+        try:
+            match await self._receive_startup():
+                case StartupReceived() as startup:
+                    await self._serve(startup)
+                case CancelReceived(request):
+                    await self._forward_cancel(request)
+                case _:
+                    pass
+        finally:
+            await self._link.close()
+
+    # -- startup ---------------------------------------------------------------------------------
+
+    async def _receive_startup(self) -> ClientEvent | None:
+        """Return what the client wants, once that is whole; None after the startup timeout.
+
+        Slow senders get no reply, as PostgreSQL gives none (W49).
+        """
+        try:
+            async with asyncio.timeout(self._parts.startup_timeout_seconds):
+                while True:
+                    for event in await self._next_events():
+                        self._link.write(event.reply)
+                        match event:
+                            case EncryptionAnswered(b"S"):
+                                await self._start_tls(b"")
+                            case DirectTLSReceived(hello):
+                                await self._start_tls(hello)
+                            case StartupReceived() | CancelReceived():
+                                return event
+                            case Violated() | Disconnected():
+                                self._note_failure(event)
+                                return event
+        except TimeoutError:
+            self._parts.metrics.startup_failed(StartupFailure.STARTUP_TIMEOUT)
+            _log.debug("startup timed out")
+        except (ssl.SSLError, ConnectionError) as error:
+            self._parts.metrics.startup_failed(StartupFailure.CLIENT_TLS)
+            _log.debug("TLS with the client failed", error=type(error).__name__)
+        return None
+
+    async def _next_events(self) -> list[ClientEvent]:
+        data = await self._link.receive()
+        return self._startup.receive_data(data) if data else self._startup.receive_eof()
+
+    async def _start_tls(self, hello: bytes) -> None:
+        assert self._parts.tls is not None
+        await self._link.start_tls(self._parts.tls, server_side=True, first=hello)
+        self._startup.tls_started()
+
+    def _note_failure(self, event: Violated | Disconnected) -> None:
+        """Count and log, quietly: probes and port scans are no news."""
+        if isinstance(event, Disconnected):
+            word = StartupFailure.PROBE if event.untouched else StartupFailure.CLIENT_GONE
+            self._parts.metrics.startup_failed(word)
+            _log.debug("client left before its startup", untouched=event.untouched)
+            return
+        violation = event.violation
+        self._parts.metrics.startup_failed(violation.reason)
+        level = _log.debug if violation.answer is Answer.NOTHING else _log.info
+        level("client refused", reason=violation.reason, sqlstate=violation.sqlstate)
+
+    # -- a session -------------------------------------------------------------------------------
+
+    async def _serve(self, startup: StartupReceived) -> None:
+        try:
+            with self._parts.place():
+                upstream = await self._dial(startup)
+                keys = self._parts.cancel_keys
+                with keys.issue(upstream.startup.key, upstream.target, startup.version) as key:
+                    _note_end(self._parts.metrics, await self._relay(upstream, key))
+        except ClientGone:
+            self._parts.metrics.startup_failed(StartupFailure.CLIENT_GONE)
+            _log.debug("client left before its session was ready")
+        except ProxyError as error:
+            self._refuse(error.reason, error.response())
+        except ClientViolation as violation:
+            detail = f"reason={violation.reason}"
+            refusal = ErrorResponse.fatal(violation.sqlstate, violation.message, detail)
+            self._refuse(violation.reason, refusal)
+
+    async def _dial(self, startup: StartupReceived) -> UpstreamSession:
+        """Return a session upstream. Raises ClientGone, ProxyError or ClientViolation."""
+        try:
+            async with self._while_connected():
+                return await self._parts.dialer.dial(startup.message)
+        except asyncio.CancelledError:
+            # A drain ends, and this client has not been answered yet.
+            error = ProxyError(ErrorKind.SHUTTING_DOWN)
+            self._refuse(error.reason, error.response())
+            raise
+
+    async def _relay(self, upstream: UpstreamSession, key: BackendKeyData | None) -> RelayEnd:
+        """Tell the client that it is served, hand both connections over, and see it through."""
+        client, link = self._link, upstream.link
+        relay = Relay(client.transport, link.transport)
+        # Each side's early bytes belong behind what the other is told first.
+        early = self._startup.trailing_data()
+        client.write(self._startup.accept(upstream.startup.welcome(key)))
+        client.write(upstream.startup.trailing_data() + link.hand_over(relay.from_upstream))
+        link.write(early + client.hand_over(relay.from_client))
+        if client.gone.done():
+            relay.from_client.eof_received()
+        if link.gone.done():
+            relay.from_upstream.eof_received()
+        _log.info("session started", host=upstream.target.host)
+        try:
+            return await relay.run()
+        except asyncio.CancelledError:
+            _note_end(self._parts.metrics, relay.ended(EndReason.SHUTDOWN))
+            raise
+
+    def _refuse(self, reason: str, error: ErrorResponse) -> None:
+        self._parts.metrics.startup_failed(reason)
+        _log.info(
+            "session refused", reason=reason, sqlstate=error.sqlstate, detail=error.text(b"D")
+        )
+        self._link.write(self._startup.refuse(error))
+
+    @asynccontextmanager
+    async def _while_connected(self) -> AsyncIterator[None]:
+        """Run the block as long as the client is there; then cancel it and raise ClientGone."""
+        gone = self._link.gone
+        try:
+            async with asyncio.timeout(None) as scope:
+
+                def leave(_: object) -> None:
+                    scope.reschedule(asyncio.get_running_loop().time())
+
+                gone.add_done_callback(leave)
+                try:
+                    yield
+                finally:
+                    gone.remove_done_callback(leave)
+        except TimeoutError:
+            raise ClientGone from None
+
+    # -- a cancel request ------------------------------------------------------------------------
+
+    async def _forward_cancel(self, request: CancelRequest) -> None:
+        """Forward it, and close the client only then: libpq takes EOF as "delivered" (W39)."""
+        issued = self._parts.cancel_keys.find(request)
+        if issued is None:
+            self._parts.metrics.cancel_requested(CancelResult.UNKNOWN_KEY)
+            _log.debug("cancel request with an unknown key")
+            return
+        try:
+            await self._parts.dialer.cancel(issued.target, issued.upstream)
+        except (ProxyError, TimeoutError) as error:
+            self._parts.metrics.cancel_requested(CancelResult.FAILED)
+            _log.warning("cancel request not delivered", error=str(error) or "no answer in time")
+        else:
+            self._parts.metrics.cancel_requested(CancelResult.FORWARDED)
+
+
+def _note_end(metrics: Metrics, end: RelayEnd) -> None:
+    metrics.session_ended(end.reason)
+    _log.info(
+        "session ended",
+        reason=end.reason.value,
+        client_bytes=end.client_bytes,
+        upstream_bytes=end.upstream_bytes,
+    )

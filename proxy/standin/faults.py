@@ -1,0 +1,121 @@
+"""What can be made to go wrong: replies of the workspace API, and stages of a gateway login.
+
+Only values and the two lists that hand them out; the workspace and the gateway act on them.
+"""
+
+import json
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Final, Generic, TypeVar
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An HTTP reply of the workspace API in place of the honest one."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+    content_type: str = "application/json"
+
+
+class Hang(Enum):
+    """The one fault that is no reply: hold the request until the faults are cleared."""
+
+    HANG = auto()
+
+
+HANG: Final = Hang.HANG
+
+
+def api_error(status: int, code: str | int, message: str, **headers: str) -> Reply:
+    """Return an error as the REST API words it; header names take `_` for `-`."""
+    body = json.dumps({"error_code": code, "message": message, "details": []}).encode()
+    return Reply(status, body, {name.replace("_", "-"): text for name, text in headers.items()})
+
+
+INVALID_CLIENT: Final = Reply(
+    401, b'{"error":"invalid_client","error_description":"Client authentication failed"}'
+)
+UNAUTHENTICATED: Final = api_error(401, "UNAUTHENTICATED", "Credential was not sent or was invalid")
+ACCESS_MISSING: Final = api_error(
+    403, "PERMISSION_DENIED", "API is disabled for users without workspace-access entitlement"
+)
+IP_BLOCKED: Final = api_error(
+    403,
+    "PERMISSION_DENIED",
+    "Source IP address: 192.0.2.7 is blocked by Databricks IP ACL for workspace: 123",
+)
+PAT_SCOPE: Final = api_error(
+    403, "PERMISSION_DENIED", "PAT token does not have required scopes: postgres"
+)
+PERMISSION_DENIED: Final = api_error(
+    403, "PERMISSION_DENIED", "User does not have permission CAN_USE on the project"
+)
+NOT_FOUND: Final = api_error(404, "NOT_FOUND", "The endpoint does not exist")
+ABORTED: Final = api_error(409, "ABORTED", "The project is under maintenance")
+THROTTLED: Final = api_error(429, "RESOURCE_EXHAUSTED", "Too many requests", Retry_After="1")
+THROTTLED_NO_DELAY: Final = api_error(429, "RESOURCE_EXHAUSTED", "Too many requests")
+INTERNAL: Final = api_error(500, "INTERNAL_ERROR", "Internal error")
+BAD_GATEWAY: Final = Reply(
+    502, b"<html><body><h1>502 Bad Gateway</h1></body></html>", content_type="text/html"
+)
+UNAVAILABLE: Final = api_error(503, "TEMPORARILY_UNAVAILABLE", "Try again", Retry_After="1")
+GATEWAY_TIMEOUT: Final = api_error(504, "DEADLINE_EXCEEDED", "Deadline exceeded")
+NUMERIC_CODE: Final = api_error(403, 7, "User does not have permission CAN_USE on the project")
+EMPTY: Final = Reply(200, b"{}")
+NOT_JSON: Final = Reply(200, b"<html>sign in</html>", content_type="text/html")
+
+
+class Stage(Enum):
+    """The places in a gateway connection where a fault can strike, in order."""
+
+    ACCEPTED = auto()  # before anything is read
+    SSL_REPLY = auto()  # SSLRequest read, not answered
+    TLS = auto()  # answered S; the ClientHello is not read
+    STARTUP = auto()  # TLS is up, StartupMessage read, endpoint known
+    PASSWORD = auto()  # token read, not checked
+    AUTHENTICATED = auto()  # AuthenticationOk sent
+    READY = auto()  # everything before ReadyForQuery sent, ReadyForQuery not
+    CANCEL = auto()  # CancelRequest read, not delivered
+
+
+class Strike(Enum):
+    """What a gateway fault does at its stage; bytes in its place are sent, and then CLOSE."""
+
+    HANG = auto()  # say nothing more, keep the connection until the faults are cleared
+    CLOSE = auto()  # an orderly end: close_notify where there is TLS, then FIN
+    FIN = auto()  # a bare FIN
+    RESET = auto()  # RST
+
+
+Where = TypeVar("Where", bound=Hashable)
+What = TypeVar("What")
+
+
+class FaultList(Generic[Where, What]):
+    """Faults by place, each for a number of times or until cleared; the oldest strikes first."""
+
+    def __init__(self) -> None:
+        self._faults: dict[Where, list[tuple[What, int | None]]] = {}
+
+    def add(self, where: Where, what: What, times: int | None) -> None:
+        """Let `what` happen at `where`, `times` times, or always with None."""
+        self._faults.setdefault(where, []).append((what, times))
+
+    def take(self, where: Where) -> What | None:
+        """Return the fault that strikes now, and count it."""
+        queue = self._faults.get(where)
+        if not queue:
+            return None
+        what, times = queue[0]
+        if times is not None:
+            queue[0] = (what, times - 1)
+            if times <= 1:
+                del queue[0]
+        return what
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._faults.clear()

@@ -1,0 +1,229 @@
+"""One connection of the gateway as a byte stream, first plain, then TLS, with a known ending.
+
+TLS runs over memory buffers here instead of in the event loop, because the gateway must choose
+record sizes, stop halfway through a handshake, and tell a close_notify from a bare FIN.
+
+Invariant: memory stays flat. `write` waits for the peer to take what was written, and nothing is
+read that is not asked for.
+"""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from enum import Enum
+from struct import Struct
+from typing import Final
+
+# What the front end cuts its TLS records to, towards the client.
+RECORD_BYTES_MAX: Final = 8192
+# One read of the relay; with asyncio's own buffer of twice that, all a session holds a direction.
+READ_BYTES_MAX: Final = 64 * 1024
+# What a peer may send while nobody reads for it: while a compute wakes, or a fault holds.
+HELD_BYTES_MAX: Final = 1024 * 1024
+
+# How long the last bytes may take to a peer that does not read.
+RELEASE_SECONDS_MAX: Final = 1.0
+
+_LINGER_NOTHING: Final = Struct("ii").pack(1, 0)  # close sends RST
+
+
+class EndedBy(Enum):
+    """How the peer ended its stream."""
+
+    CLOSE_NOTIFY = "close_notify"
+    FIN = "fin"
+    RESET = "reset"
+    TLS_ERROR = "tls_error"
+
+
+class StreamEnded(Exception):
+    """The peer is gone while something was expected of it; `Stream.ended_by` says how."""
+
+
+class _NamedSslObject(ssl.SSLObject):
+    """A server-side TLS object that remembers which host the client asked for."""
+
+    sni: str | None = None
+
+
+class Stream:
+    """Reads and writes one accepted connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.ended_by: EndedBy | None = None
+        self.sni: str | None = None
+        self._reader = reader
+        self._writer = writer
+        self._held = bytearray()
+        self._tls: ssl.SSLObject | None = None
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+
+    @property
+    def secure(self) -> bool:
+        """Whether TLS is up."""
+        return self._tls is not None
+
+    @property
+    def held_bytes(self) -> int:
+        """How much was received and not taken."""
+        return len(self._held)
+
+    async def start_tls(self, context: ssl.SSLContext) -> None:
+        """Do the server's side of the handshake. Raises StreamEnded."""
+        context.sslobject_class = _NamedSslObject
+        context.sni_callback = _remember_name
+        tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self._flush()
+                if not await self._feed():
+                    raise StreamEnded from None
+            except ssl.SSLError as error:
+                self._flush()  # the alert
+                self.ended_by = EndedBy.TLS_ERROR
+                raise StreamEnded from error
+        self._flush()
+        assert isinstance(tls, _NamedSslObject)
+        self._tls, self.sni = tls, tls.sni
+
+    async def read(self) -> bytes:
+        """Return what there is, at most READ_BYTES_MAX at a time, or b"" when the peer ended."""
+        if self._held:
+            held = bytes(self._held)
+            self._held.clear()
+            return held
+        return await self._receive()
+
+    async def read_exactly(self, count: int) -> bytes:
+        """Return exactly so many bytes and hold the rest. Raises StreamEnded."""
+        while len(self._held) < count:
+            received = await self._receive()
+            if not received:
+                raise StreamEnded
+            self._held += received
+        taken = bytes(self._held[:count])
+        del self._held[:count]
+        return taken
+
+    async def wait_for_end(self) -> None:
+        """Return when the peer ends; hold what it sends until then, HELD_BYTES_MAX at most."""
+        while len(self._held) < HELD_BYTES_MAX:
+            received = await self._receive()
+            if not received:
+                return
+            self._held += received
+        await asyncio.get_running_loop().create_future()
+
+    async def write(self, content: bytes) -> None:
+        """Send, in TLS records of RECORD_BYTES_MAX, and wait while the peer does not read.
+
+        Bytes for a peer that is gone vanish, as they do in a socket.
+        """
+        if self._tls is None:
+            self._writer.write(content)
+        else:
+            view = memoryview(content)
+            with contextlib.suppress(ssl.SSLError):  # the peer broke TLS; `read` notes it
+                for start in range(0, len(view), RECORD_BYTES_MAX):
+                    self._tls.write(view[start : start + RECORD_BYTES_MAX])
+            self._flush()
+        try:
+            await self._writer.drain()
+        except OSError:
+            self.ended_by = self.ended_by or EndedBy.RESET
+
+    async def finish(self, seconds_max: float) -> None:
+        """End orderly: close_notify where there is TLS, FIN; then see how the peer ends."""
+        if self._tls is not None:
+            with contextlib.suppress(ssl.SSLError):  # ours is sent, the peer's has not come
+                self._tls.unwrap()
+            self._flush()
+        self._send_fin()
+        await self.linger(seconds_max)
+
+    async def finish_bare(self, seconds_max: float) -> None:
+        """End with a FIN and no close_notify."""
+        self._send_fin()
+        await self.linger(seconds_max)
+
+    async def linger(self, seconds_max: float) -> None:
+        """Read and drop until the peer ends, for so long at most."""
+        try:
+            async with asyncio.timeout(seconds_max):
+                while await self.read():
+                    pass
+        except TimeoutError:
+            pass
+
+    def reset(self) -> None:
+        """End with RST."""
+        if not self._writer.transport.is_closing():
+            connection = self._writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOTHING)
+        self._writer.transport.abort()
+
+    async def release(self) -> None:
+        """Let go of the socket, with a moment for what is still on its way to the peer."""
+        try:
+            self._writer.close()
+            async with asyncio.timeout(RELEASE_SECONDS_MAX):
+                await self._writer.wait_closed()
+        except (TimeoutError, ConnectionError):
+            pass
+        finally:
+            self._writer.transport.abort()
+
+    def _send_fin(self) -> None:
+        if not self._writer.transport.is_closing():
+            self._writer.write_eof()
+
+    async def _receive(self) -> bytes:
+        if self.ended_by is not None:
+            return b""
+        while True:
+            try:
+                if self._tls is not None:
+                    received = self._tls.read(READ_BYTES_MAX)
+                    if not received:
+                        self.ended_by = EndedBy.CLOSE_NOTIFY
+                    return received
+            except ssl.SSLWantReadError:
+                self._flush()
+            except ssl.SSLZeroReturnError:  # the same, once we have sent ours
+                self.ended_by = EndedBy.CLOSE_NOTIFY
+                return b""
+            except ssl.SSLError:
+                self.ended_by = EndedBy.TLS_ERROR
+                return b""
+            if not await self._feed():
+                return b""
+            if self._tls is None:
+                return self._incoming.read()
+
+    async def _feed(self) -> bool:
+        """Move bytes from the socket into the TLS buffer; False when the peer ended."""
+        try:
+            received = await self._reader.read(READ_BYTES_MAX)
+        except OSError:
+            self.ended_by = EndedBy.RESET
+            return False
+        if not received:
+            self.ended_by = EndedBy.FIN
+            return False
+        self._incoming.write(received)
+        return True
+
+    def _flush(self) -> None:
+        pending = self._outgoing.read()
+        if pending and not self._writer.transport.is_closing():
+            self._writer.write(pending)
+
+
+def _remember_name(tls: object, name: str | None, context: ssl.SSLContext) -> None:
+    assert isinstance(tls, _NamedSslObject)
+    tls.sni = name

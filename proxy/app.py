@@ -101,9 +101,9 @@ async def _dialer(settings: Settings, metrics: Metrics) -> AsyncIterator[Dialer]
             credentials = PasswordFile(settings.credentials.password_file)
         else:
             mint = partial(workspace.mint, upstream.endpoint)
-            credentials = await Credentials(mint, settings.credentials, metrics).__aenter__()
-            # It is not told of the block's exception, which its TaskGroup would wrap.
-            stack.push_async_callback(credentials.__aexit__, None, None, None)
+            credentials = await stack.enter_async_context(
+                Credentials(mint, settings.credentials, metrics)
+            )
         yield Dialer(
             Targets(upstream, workspace),
             credentials,

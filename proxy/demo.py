@@ -74,12 +74,12 @@ def greeting(app: App, lakebase: "Lakebase") -> str:
         "No password is needed. Paste into another terminal:",
         "",
         f"  {psql} -c 'SELECT current_user, current_database()'",
-        f"  {psql} -c 'SELECT name FROM shard_identity'",
+        f"  {psql} -c 'TABLE shard_identity'",
         "",
         f"The first prints the service principal: {lakebase.client_id}",
         f"and the database: {lakebase.database}",
     ]
-    bundled = lakebase.shards[0].cluster._binaries / "psql"
+    bundled = lakebase.shards[0].cluster.binaries / "psql"
     lines += ["", f"No psql here? There is one in {_shown(bundled.parent)}"]
     if app.admin is not None:
         admin = f"http://{app.admin.host}:{app.admin.port}"

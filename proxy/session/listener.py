@@ -126,4 +126,5 @@ class Listener:
                 # A bug of ours must cost one session, not all of them.
                 self._metrics.session_ended(EndReason.INTERNAL_ERROR)
                 _log.exception("session failed")
-                link.transport.abort()
+            finally:
+                link.transport.abort()  # it is closed already, unless the session was cut

@@ -9,6 +9,7 @@ Nothing is parsed. What ends first is the cause of the session's end.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum, unique
 from typing import Final
@@ -42,7 +43,10 @@ class RelayEnd:
 class _Direction(asyncio.Protocol):
     """Takes what `source` receives and writes it to `sink`; the protocol of `source`."""
 
-    __slots__ = ("_ended", "_sink", "_write", "closed", "lost", "received_bytes")
+    __slots__ = ("_ended", "_sink", "_write", "back", "closed", "lost", "received_bytes")
+
+    back: "_Direction"
+    """The other direction, which writes to our source."""
 
     def __init__(
         self,
@@ -55,7 +59,7 @@ class _Direction(asyncio.Protocol):
         self.closed = closed
         self.lost = lost
         self._sink = sink
-        self._write = sink.write
+        self._write: Callable[[bytes], None] = sink.write
         self._ended = ended
 
     def data_received(self, data: bytes) -> None:
@@ -64,21 +68,32 @@ class _Direction(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         # Our source takes no more of what comes from the sink.
-        self._sink.pause_reading()
+        if not self._sink.is_closing():
+            self._sink.pause_reading()
 
     def resume_writing(self) -> None:
-        self._sink.resume_reading()
+        if not self._sink.is_closing():
+            self._sink.resume_reading()
 
     def eof_received(self) -> bool:
         self._end(self.closed)
         return True  # what was written to the source is still to be flushed
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.back.stop_writing()
         self._end(self.lost)
+
+    def stop_writing(self) -> None:
+        """Drop what still arrives: the sink is lost, and writing to it is an error."""
+        self._write = _drop
 
     def _end(self, reason: EndReason) -> None:
         if not self._ended.done():
             self._ended.set_result(reason)
+
+
+def _drop(data: bytes) -> None:
+    """Take the place of a lost transport's `write`."""
 
 
 class Relay:
@@ -94,6 +109,8 @@ class Relay:
         self.from_upstream = _Direction(
             client, self._ended, EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST
         )
+        self.from_client.back = self.from_upstream
+        self.from_upstream.back = self.from_client
         for transport in (client, upstream):
             transport.set_write_buffer_limits(high=BUFFER_BYTES_MAX)
 

@@ -94,10 +94,12 @@ class Session:
         try:
             async with asyncio.timeout(self._parts.startup_timeout_seconds):
                 while True:
-                    for event in await self._next_events():
+                    events = await self._next_events()
+                    for event in events:
                         self._link.write(event.reply)
                         match event:
-                            case EncryptionAnswered(b"S"):
+                            # With anything behind it, plaintext came behind the request (W3).
+                            case EncryptionAnswered(b"S") if event is events[-1]:
                                 await self._start_tls(b"")
                             case DirectTLSReceived(hello):
                                 await self._start_tls(hello)
@@ -158,12 +160,19 @@ class Session:
         """Return a session upstream. Raises ClientGone, ProxyError or ClientViolation."""
         try:
             async with self._while_connected():
-                return await self._parts.dialer.dial(startup.message)
+                upstream = await self._parts.dialer.dial(startup.message)
         except asyncio.CancelledError:
             # A drain ends, and this client has not been answered yet.
             error = ProxyError(ErrorKind.SHUTTING_DOWN)
             self._refuse(error.reason, error.response())
             raise
+        # Either side may have gone in the moment in which the other one was ready.
+        if self._link.gone.done():
+            upstream.link.transport.close()
+            raise ClientGone
+        if upstream.link.transport.is_closing():
+            raise ProxyError(ErrorKind.UPSTREAM_LOST)
+        return upstream
 
     async def _relay(self, upstream: UpstreamSession, key: BackendKeyData | None) -> RelayEnd:
         """Tell the client that it is served, hand both connections over, and see it through."""
@@ -174,8 +183,6 @@ class Session:
         client.write(self._startup.accept(upstream.startup.welcome(key)))
         client.write(upstream.startup.trailing_data() + link.hand_over(relay.from_upstream))
         link.write(early + client.hand_over(relay.from_client))
-        if client.gone.done():
-            relay.from_client.eof_received()
         if link.gone.done():
             relay.from_upstream.eof_received()
         _log.info("session started", host=upstream.target.host)
@@ -196,16 +203,19 @@ class Session:
     async def _while_connected(self) -> AsyncIterator[None]:
         """Run the block as long as the client is there; then cancel it and raise ClientGone."""
         gone = self._link.gone
+        over = False
         try:
             async with asyncio.timeout(None) as scope:
 
                 def leave(_: object) -> None:
-                    scope.reschedule(asyncio.get_running_loop().time())
+                    if not over:  # a callback that is under way cannot be removed any more
+                        scope.reschedule(asyncio.get_running_loop().time())
 
                 gone.add_done_callback(leave)
                 try:
                     yield
                 finally:
+                    over = True
                     gone.remove_done_callback(leave)
         except TimeoutError:
             raise ClientGone from None

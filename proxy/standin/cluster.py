@@ -101,9 +101,15 @@ class Cluster:
         """`shard` is the row in `shard_identity`; `settings` add to and override SETTINGS."""
         self.shard = shard
         self._settings = {**SETTINGS, **(settings or {})}
+        self._version = version
         self._binaries = _installation(version) / "bin"
         self._directory: Path | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
+
+    @property
+    def binaries(self) -> Path:
+        """The folder with PostgreSQL's programs, psql among them."""
+        return _installation(self._version) / "bin"
 
     @property
     def directory(self) -> Path:

@@ -92,7 +92,8 @@ class Credentials:
     ) -> None:
         if self._minting is not None:
             self._minting.cancel()
-        await self._tasks.__aexit__(kind, error, traceback)
+        # Without the block's own error, which would come out wrapped in a group.
+        await self._tasks.__aexit__(None, None, None)
 
     async def fresh(self) -> Credential:
         """Return a credential to log in with now. Raises ProxyError when there is none."""
@@ -140,9 +141,10 @@ class Credentials:
         except ProxyError as error:
             self._metrics.token_mint_failed()
             return error
-        self._metrics.token_minted()
         if not is_valid(credential, self._clock(), self._freshness):
+            self._metrics.token_mint_failed()
             return ProxyError(ErrorKind.CREDENTIAL_INVALID, "it expires within the margin")
+        self._metrics.token_minted()
         return credential
 
 

@@ -2,13 +2,15 @@
 
 Two dialects come over one port. PostgreSQL says FATAL with a true SQLSTATE; the front ends before
 it say ERROR without a `V` field and always XX000, or FATAL with a code of their own. So the text
-decides first, and only then the SQLSTATE (W29). An error of PostgreSQL itself goes out as it came,
-and gains a hint where a person can do something.
+decides first, and only then the SQLSTATE (W29); names that it quotes are a client's choice and
+decide nothing. An error of PostgreSQL itself goes out as it came, and gains a hint where a person
+can do something; unless it speaks of the upstream's state, which has a kind of its own.
 
 The rows are the table of connection errors in the Lakebase facts; the order matters only where one
 text contains another.
 """
 
+import re
 import ssl
 from typing import Final, NamedTuple
 
@@ -16,6 +18,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.messages import ErrorResponse
 
 _FRONT_END_SQLSTATE: Final = "XX000"
+_QUOTED: Final = re.compile('"[^"]*"')
 
 
 class _Text(NamedTuple):
@@ -84,10 +87,16 @@ _SQLSTATES: Final = {
     "57P03": ErrorKind.UPSTREAM_STARTING,
 }
 
+# Said by PostgreSQL or its hook, but not sent on as they are: who reads them is not to take a
+# restart of the upstream for the proxy's own, or miss the reason.
+_REWORDED: Final = frozenset(
+    (ErrorKind.IDENTITY_MISMATCH, ErrorKind.UPSTREAM_LOST, ErrorKind.UPSTREAM_STARTING)
+)
+
 
 def diagnose(error: ErrorResponse, *, user: str) -> ProxyError:
     """Return what the client is told, and what the dialer may do. `user` is the role used."""
-    text = error.message.lower()
+    text = _QUOTED.sub('""', error.message.lower())
     for row in _FRONT_END_TEXTS:
         if row.piece in text:
             return ProxyError(row.kind, error.message, user=user)
@@ -96,7 +105,7 @@ def diagnose(error: ErrorResponse, *, user: str) -> ProxyError:
         return ProxyError(ErrorKind.UPSTREAM_ERROR, error.message, user=user)
     if _from_front_end(error) and kind is ErrorKind.PASSWORD_REJECTED:
         return ProxyError(ErrorKind.TOKEN_REJECTED, error.message, user=user)
-    if _from_front_end(error) or not error.sqlstate:
+    if _from_front_end(error) or not error.sqlstate or kind in _REWORDED:
         return ProxyError(kind or ErrorKind.UPSTREAM_PROTOCOL, error.message, user=user)
     return ProxyError(kind or ErrorKind.STARTUP_REFUSED, error.message, user=user, original=error)
 
@@ -120,7 +129,7 @@ def diagnose_network(error: OSError, where: str) -> ProxyError:
     if isinstance(error, ssl.SSLCertVerificationError):
         return ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, f"{where}: {error.verify_message}")
     if isinstance(error, ssl.SSLError):
-        detail = f"{where}: TLS handshake failed: {error.reason or 'no reason given'}"
+        detail = f"{where}: TLS handshake failed: {getattr(error, 'reason', None) or 'no reason'}"
         return ProxyError(ErrorKind.UPSTREAM_LOST, detail)
     if isinstance(error, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
         return ProxyError(ErrorKind.UPSTREAM_LOST, f"{where}: the connection was reset")

@@ -12,6 +12,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -19,6 +20,7 @@ from typing import Final
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.observe.metrics import ConnectPhase, Metrics
 from proxy.transport.link import Link
+from proxy.transport.sockets import bound_unacknowledged
 from proxy.upstream.credentials import CredentialSource
 from proxy.upstream.diagnosis import diagnose, diagnose_network
 from proxy.upstream.retry import Retry
@@ -47,6 +49,16 @@ from proxy.wire.violations import UnsupportedAuthentication
 # One address that swallows packets must leave time for the next one.
 TCP_CONNECT_SECONDS_MAX: Final = 10.0
 CANCEL_SECONDS_MAX: Final = 10.0  # delivered later it could hit another query (W40)
+
+# What a dial is doing now, and what it means when its time ends there.
+_phase_now: Final[ContextVar[ConnectPhase]] = ContextVar("phase", default=ConnectPhase.MINT)
+_SILENCE: Final = {
+    ConnectPhase.MINT: ErrorKind.API_UNREACHABLE,
+    ConnectPhase.DNS: ErrorKind.UPSTREAM_DNS,
+    ConnectPhase.TCP: ErrorKind.UPSTREAM_UNREACHABLE,
+    ConnectPhase.TLS: ErrorKind.UPSTREAM_TIMEOUT,
+    ConnectPhase.LOGIN: ErrorKind.UPSTREAM_TIMEOUT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +101,8 @@ class Dialer:
                 return await self._dial_until_ready(client, failures)
         except TimeoutError as error:
             detail = f"no session within {self._timeout_seconds:g} seconds"
-            last = failures[-1] if failures else ProxyError(ErrorKind.UPSTREAM_TIMEOUT, detail)
-            raise last from error
+            silence = ProxyError(_SILENCE[_phase_now.get()], detail)
+            raise (failures[-1] if failures else silence) from error
 
     async def cancel(self, target: Target, key: BackendKeyData) -> None:
         """Forward a cancel and wait until the upstream has closed, which means delivered (W39).
@@ -113,28 +125,28 @@ class Dialer:
         retry = Retry(self._jitter)
         started_at = self._clock()
         while True:  # bounded by dial's timeout
-            # Before the dial: the front end gives a connection 15 s from accept to StartupMessage.
-            with self._phase(ConnectPhase.MINT):
-                credential = await self._credentials.fresh()
-            target = await self._targets.target()
-            login = await self._targets.login(client)
-            message = upstream_message(client, login.user, login.database)
+            credential: Credential | None = None
             try:
-                return await self._dial_once(target, login, message, credential)
+                # First: the front end gives a connection 15 s from accept to StartupMessage.
+                with self._phase(ConnectPhase.MINT):
+                    credential = await self._credentials.fresh()
+                return await self._dial_once(client, credential)
             except ProxyError as error:
                 failures.append(error)
-                from_cache = credential.requested_at < started_at
+                if error.original is None:  # else PostgreSQL itself spoke: the host is right
+                    self._targets.forget_host()
+                from_cache = credential is not None and credential.requested_at < started_at
                 delay = retry.delay(error, from_cache=from_cache)
                 if delay is None:
                     raise
-                if error.kind.value.disposition is Disposition.REMINT:
+                if credential is not None and error.kind.value.disposition is Disposition.REMINT:
                     self._credentials.reject(credential)
-                self._targets.forget_host()
                 await asyncio.sleep(delay)
 
-    async def _dial_once(
-        self, target: Target, login: Login, message: StartupMessage, credential: Credential
-    ) -> UpstreamSession:
+    async def _dial_once(self, client: StartupMessage, credential: Credential) -> UpstreamSession:
+        target = await self._targets.target()
+        login = await self._targets.login(client)
+        message = upstream_message(client, login.user, login.database)
         link = await self._connect(target)
         try:
             startup = UpstreamStartup()
@@ -159,7 +171,8 @@ class Dialer:
                 try:
                     async with asyncio.timeout(TCP_CONNECT_SECONDS_MAX):
                         _, link = await loop.create_connection(Link, address, target.port)
-                        return link
+                    bound_unacknowledged(link.transport)
+                    return link
                 except OSError as error:  # a TimeoutError is one
                     failure = error
         raise diagnose_network(failure, f"{target.host}:{target.port}")
@@ -186,6 +199,7 @@ class Dialer:
     @contextmanager
     def _phase(self, phase: ConnectPhase) -> Iterator[None]:
         """Record how long a phase took, if it succeeded."""
+        _phase_now.set(phase)
         begun = time.perf_counter()
         yield
         self._metrics.connect_phase_took(phase, time.perf_counter() - begun)
@@ -240,6 +254,8 @@ async def _resolve(target: Target) -> list[str]:
         found = await loop.getaddrinfo(name, target.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: {error.strerror or error}") from error
+    except UnicodeError as error:  # a label too long or empty: no resolver is even asked
+        raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: not a name that DNS can have") from error
     # str: an IPv6 scope makes the tuple longer, never its first element another type.
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 

@@ -10,6 +10,7 @@ RETRIES_MAX: Final = 2  # three tries: more does not mend a closed port, only hi
 RETRY_CEILING_SECONDS: Final = (0.2, 2.0)  # first and last
 # A database that wakes, or a front end that is overloaded: patiently, until the dial's time is up.
 WAIT_CEILING_SECONDS: Final = (0.5, 8.0)
+_DOUBLINGS_MAX: Final = 10  # beyond both last ceilings; a float ends at 1023
 
 
 class Retry:
@@ -44,5 +45,5 @@ class Retry:
                 return None
 
     def _backoff(self, first: float, last: float) -> float:
-        ceiling: float = min(last, first * 2 ** (self._tries - 1))
+        ceiling = min(last, first * 2.0 ** min(self._tries - 1, _DOUBLINGS_MAX))
         return ceiling * self._jitter()

@@ -4,6 +4,7 @@ RFC 5802, RFC 7677; PostgreSQL documentation, "SASL Authentication". No channel 
 a front end on the way (W28).
 """
 
+import re
 from typing import Final
 
 from scramp import ScramClient, ScramException
@@ -16,6 +17,7 @@ SCRAM_SHA_256: Final = b"SCRAM-SHA-256"
 # event loop busy for seconds (CVE-2026-6665); this one costs about 50 ms.
 ITERATIONS_MAX: Final = 100_000
 NONCE_BYTES_MAX: Final = 1024
+_COUNT: Final = re.compile(rb"[1-9][0-9]{0,6}")
 
 
 class Scram:
@@ -60,7 +62,7 @@ def _check_bounds(challenge: bytes) -> None:
     for attribute in challenge.split(b","):
         name, _, value = attribute.partition(b"=")
         too_long = name == b"r" and len(value) > NONCE_BYTES_MAX
-        # Compared as text first: int() of a huge number is itself an attack.
-        too_many = name == b"i" and (len(value) > 7 or int(value or b"0") > ITERATIONS_MAX)
+        # Looked at as text first: int() of a huge number is an attack, and of another an error.
+        too_many = name == b"i" and (not _COUNT.fullmatch(value) or int(value) > ITERATIONS_MAX)
         if too_long or too_many:
             raise ProxyError(ErrorKind.UPSTREAM_PROTOCOL, "a SCRAM challenge beyond its bounds")

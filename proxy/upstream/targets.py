@@ -1,8 +1,10 @@
 """Where to dial and as whom: from the settings and the workspace's answers to a Target."""
 
+import asyncio
 from dataclasses import dataclass
 
 from proxy.config import UpstreamSettings
+from proxy.errors import ProxyError
 from proxy.upstream.workspace import Workspace
 from proxy.wire.startup import StartupMessage
 
@@ -29,21 +31,26 @@ class Login:
 
 
 class Targets:
-    """Works out targets; what it learns from the workspace it keeps until `forget_host`."""
+    """Works out targets; what it learns from the workspace it keeps until `forget_host`.
+
+    A host that was forgotten still serves when the workspace cannot say a newer one.
+    """
 
     def __init__(self, settings: UpstreamSettings, workspace: Workspace) -> None:
         self._settings = settings
         self._workspace = workspace
         self._host = settings.host
+        self._host_is_current = bool(settings.host)
         self._user = settings.user
+        # Connections that arrive together wait for one answer of the workspace.
+        self._asking = asyncio.Lock()
 
     async def target(self) -> Target:
         """Return where to dial. Raises ProxyError when the workspace does not say."""
-        if not self._host:
-            self._host = await self._workspace.endpoint_host(self._settings.endpoint)
         settings = self._settings
+        host = self._host if self._host_is_current else await self._looked_up_host()
         return Target(
-            self._host, settings.hostaddr, settings.port, settings.sslmode, settings.ssl_root_cert
+            host, settings.hostaddr, settings.port, settings.sslmode, settings.ssl_root_cert
         )
 
     async def login(self, client: StartupMessage) -> Login:
@@ -58,10 +65,22 @@ class Targets:
             database = asked_database
         if self._settings.user == ANY_USER:
             return Login(asked_user, database)
-        if not self._user:
-            self._user = await self._workspace.identity()
+        async with self._asking:
+            if not self._user:
+                self._user = await self._workspace.identity()
         return Login(self._user.encode(), database)
+
+    async def _looked_up_host(self) -> str:
+        async with self._asking:
+            if not self._host_is_current:
+                try:
+                    self._host = await self._workspace.endpoint_host(self._settings.endpoint)
+                except ProxyError:
+                    if not self._host:
+                        raise
+                self._host_is_current = True
+            return self._host
 
     def forget_host(self) -> None:
         """Look the host up again next time: a dial to it failed. A configured host stays."""
-        self._host = self._settings.host
+        self._host_is_current = bool(self._settings.host)

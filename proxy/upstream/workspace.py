@@ -10,6 +10,7 @@ which also holds a lock; the constructor may do HTTP; a reply may lack any field
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -24,6 +25,9 @@ if TYPE_CHECKING:  # importing it takes more than a second: only in a thread, an
 
 _PRODUCT: Final = "lakebase-auth-proxy"
 _REQUEST_SECONDS_MAX: Final = 15  # one HTTP request, so that a retry still fits the mint's time
+# The SDK looks at its budget only between tries, and only it knows what the last one failed with:
+# its budget must be spent well before our own deadline.
+_RETRY_PART: Final = 0.5
 
 T = TypeVar("T")
 
@@ -74,11 +78,13 @@ class Workspace:
 
     async def _call(self, call: Callable[["WorkspaceClient"], T]) -> T:
         def work() -> T:
-            client = self._client
-            if client is None:
-                # Two threads may make one each; the later one stays, the other is garbage.
-                client = self._client = self._connect()
-            return call(client)
+            try:
+                return self._call_here(call)
+            except TimeoutError as error:  # the SDK's budget is spent: what was the last failure?
+                # Here, because an exception of this type loses its cause between threads.
+                if isinstance(error.__cause__, Exception):
+                    raise error.__cause__ from None
+                raise
 
         try:
             return await self._threads.run(work, self._timeout_seconds)
@@ -92,6 +98,16 @@ class Workspace:
         except Exception as error:
             self._client = None  # a refused workspace token would be cached with it
             raise _translate(error) from error
+
+    def _call_here(self, call: Callable[["WorkspaceClient"], T]) -> T:
+        """Call with the client there is, or a new one; blocks, in a thread."""
+        client = self._client
+        if client is not None:
+            with suppress(_unauthenticated()):  # the workspace token that it keeps may be old
+                return call(client)
+        # Two threads may make one each; the later one stays, the other is garbage.
+        client = self._client = self._connect()
+        return call(client)
 
     def _connect(self) -> "WorkspaceClient":
         from databricks.sdk import WorkspaceClient  # noqa: PLC0415 - slow: see above
@@ -109,7 +125,7 @@ class Workspace:
             product=_PRODUCT,
             product_version=self._version,
             http_timeout_seconds=min(_REQUEST_SECONDS_MAX, self._timeout_seconds),
-            retry_timeout_seconds=max(1, int(self._timeout_seconds)),
+            retry_timeout_seconds=max(1, int(self._timeout_seconds * _RETRY_PART)),
             # What is not set is not passed: the SDK looks for it in its own places.
             **{name: value for name, value in given.items() if value},
         )
@@ -141,6 +157,12 @@ def _identity(client: "WorkspaceClient") -> str:
             ErrorKind.CONFIGURATION_INVALID, "the API names no user; set upstream.user"
         )
     return identity
+
+
+def _unauthenticated() -> type[Exception]:
+    from databricks.sdk.errors import Unauthenticated  # noqa: PLC0415 - slow: see above
+
+    return Unauthenticated
 
 
 # A 403 says in its text which of several things is missing.
@@ -186,9 +208,18 @@ def _translate_value_error(text: str) -> ProxyError:
     lower = text.lower()
     if "invalid_client" in lower:
         return ProxyError(ErrorKind.WORKSPACE_LOGIN_FAILED, text)
-    if "cannot configure default credentials" in lower or "more than one authorization" in lower:
+    if any(piece in lower for piece in _CONFIGURATION_TEXTS):
         return ProxyError(ErrorKind.CONFIGURATION_INVALID, text)
+    if (
+        "invalid url 'none'" in lower
+    ):  # what becomes of a workspace that did not say where to log in
+        text = "the workspace does not say where to log in"
     return ProxyError(ErrorKind.API_UNREACHABLE, text)
 
 
+_CONFIGURATION_TEXTS: Final = (
+    "cannot configure default credentials",
+    "more than one authorization",
+    "profile configured",
+)
 _TEXT_CHARACTERS_MAX: Final = 300

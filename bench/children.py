@@ -1,0 +1,139 @@
+"""The programs that a run starts: apart from the terminal, each ended by whoever started it.
+
+Ctrl-C in the terminal reaches the harness alone, which then ends its children from the last one
+started to the first. Servers that refuse to be root run as an unprivileged user.
+"""
+
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bench.errors import BenchError
+
+LOOPBACK: Final = "127.0.0.1"
+START_SECONDS_MAX: Final = 30.0  # the slowest takes about two
+STOP_SECONDS_MAX: Final = 15.0  # Postgres with 1,000 sessions; then it is killed
+_POLL_SECONDS: Final = 0.02
+_LOG_TAIL_CHARACTERS: Final = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A running program and the file that its output goes to."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        """Its process id, which is also its process group's."""
+        return self.process.pid
+
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Poll until `ready`. Raises BenchError with the program's last words."""
+        deadline = time.monotonic() + START_SECONDS_MAX
+        while not ready():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise BenchError(f"{self.process.args!r} did not start:\n{self.tail()}")
+            time.sleep(_POLL_SECONDS)
+
+    def tail(self) -> str:
+        """Return the end of what it has written."""
+        return self.log.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:]
+
+
+@contextmanager
+def child(
+    command: Sequence[str | Path],
+    log: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    account: pwd.struct_passwd | None = None,
+    stop_signal: signal.Signals = signal.SIGTERM,
+) -> Iterator[Child]:
+    """Run a program while the block runs; `environment` adds to ours without Postgres' part."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603 - fixed commands, no shell
+            [str(word) for word in command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=_clean_environment() | dict(environment or {}),
+            start_new_session=True,
+            user=None if account is None else account.pw_uid,
+            group=None if account is None else account.pw_gid,
+            extra_groups=None if account is None else [],
+        )
+    try:
+        yield Child(process, log)
+    finally:
+        _stop(process, stop_signal)
+
+
+def run(
+    command: Sequence[str | Path],
+    log: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    account: pwd.struct_passwd | None = None,
+    seconds_max: float,
+) -> str:
+    """Run a program to its end and return its output. Raises BenchError when it fails."""
+    with child(command, log, environment=environment, account=account) as started:
+        try:
+            status = started.process.wait(seconds_max)
+        except subprocess.TimeoutExpired as error:
+            raise BenchError(
+                f"{command[0]} took over {seconds_max:g} s:\n{started.tail()}"
+            ) from error
+        if status:
+            raise BenchError(f"{command[0]} failed:\n{started.tail()}")
+        return log.read_text(errors="replace")
+
+
+def unprivileged() -> pwd.struct_passwd | None:
+    """Return whom to run a server as that refuses root; None when we are not root."""
+    return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+
+
+def private_directory(path: Path, account: pwd.struct_passwd | None) -> Path:
+    """Make a directory for a server alone, and give it to its account."""
+    path.mkdir(mode=0o700)
+    if account is not None:
+        os.chown(path, account.pw_uid, account.pw_gid)
+    return path
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago, for servers that cannot choose one themselves."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _clean_environment() -> dict[str, str]:
+    """Return ours without what would steer Postgres clients, the SDK or the proxy."""
+    foreign = ("PG", "DATABRICKS_", "LAKEBASE_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+
+
+def _stop(process: subprocess.Popen[bytes], stop_signal: signal.Signals) -> None:
+    if process.poll() is not None:
+        return
+    process.send_signal(stop_signal)
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS_MAX)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

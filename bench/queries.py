@@ -1,0 +1,128 @@
+"""Small queries: pgbench select-only, by query protocol and number of clients.
+
+The time counted is a window inside the run, when all clients are connected and none has finished:
+pgbench's log gives each transaction's end, and the CPU clock of the process in between is read
+several times a second.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Final
+
+from bench.accounting import CPU, cpu
+from bench.children import child
+from bench.contenders import Contender
+from bench.errors import BenchError
+from bench.postgres import Postgres
+from bench.readings import Quantity, Readings, percentile
+
+_WARM_UP_SECONDS: Final = 0.2  # caches fill and prepared statements are prepared
+_SAMPLE_SECONDS: Final = 0.05
+_SLACK_SECONDS: Final = 30.0  # for connecting, on top of the run itself
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One pgbench run."""
+
+    protocol: str  # simple, extended, prepared
+    clients: int
+    seconds: float
+
+    @property
+    def case(self) -> str:
+        """Its name in the table."""
+        return f"pgbench {self.protocol}, {self.clients} client{'s' * (self.clients > 1)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """One line of pgbench's log: when it ended, on the wall clock, and how long it took."""
+
+    ended_at: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A reading of the CPU clock at a moment of the wall clock; no CPU without a process."""
+
+    at: float
+    cpu: CPU | None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What happened between two samples."""
+
+    seconds: float
+    latencies: list[float]
+    cpu: CPU | None
+
+
+def measure(load: Load, contender: Contender, upstream: Postgres, readings: Readings) -> None:
+    """Run pgbench once and keep what it showed. Raises BenchError."""
+    prefix = upstream.scratch / "transactions"
+    command: list[str | Path] = [
+        *(upstream.binaries / "pgbench", "-n", "-S", "-M", load.protocol),
+        *("-c", str(load.clients), "-j", str(min(load.clients, 2)), "-T", f"{load.seconds:.0f}"),
+        *("-l", f"--log-prefix={prefix}"),
+    ]
+    samples: list[Sample] = []
+    log = upstream.scratch / "pgbench.log"
+    deadline = time.monotonic() + load.seconds + _SLACK_SECONDS
+    with child(command, log, environment=contender.environment) as started:
+        while (status := started.process.poll()) is None:
+            now = None if contender.pid is None else cpu(contender.pid)
+            samples.append(Sample(time.time(), now))
+            if time.monotonic() > deadline:
+                raise BenchError(f"{load.case} through {contender.name} hangs:\n{started.tail()}")
+            time.sleep(_SAMPLE_SECONDS)
+        if status:
+            raise BenchError(f"{load.case} through {contender.name}:\n{started.tail()}")
+    _keep(load.case, contender.name, window(samples, _transactions(prefix)), readings)
+
+
+def window(samples: list[Sample], transactions: list[Transaction]) -> Window:
+    """Return what happened from the first sample after the warm-up to the last in the run."""
+    begun = min(one.ended_at for one in transactions) + _WARM_UP_SECONDS
+    ended = max(one.ended_at for one in transactions)
+    inside = [sample for sample in samples if begun <= sample.at <= ended]
+    if len(inside) < 2:
+        raise BenchError("the run was too short to measure")
+    first, last = inside[0], inside[-1]
+    latencies = [one.seconds for one in transactions if first.at < one.ended_at <= last.at]
+    spent = None if first.cpu is None or last.cpu is None else last.cpu - first.cpu
+    return Window(last.at - first.at, latencies, spent)
+
+
+def _keep(case: str, contender: str, seen: Window, readings: Readings) -> None:
+    def keep(name: str, unit: str, value: float) -> None:
+        readings.add(contender, Quantity(case, name, unit), value)
+
+    keep("throughput", "TPS", len(seen.latencies) / seen.seconds)
+    keep("latency mean", "us", fmean(seen.latencies) * 1e6)
+    for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
+        keep(f"latency {name}", "us", percentile(seen.latencies, share) * 1e6)
+    if seen.cpu is not None:
+        for name, seconds in (
+            ("CPU", seen.cpu.total),
+            ("CPU user", seen.cpu.user),
+            ("CPU system", seen.cpu.system),
+        ):
+            keep(name, "us/transaction", seconds / len(seen.latencies) * 1e6)
+
+
+def _transactions(prefix: Path) -> list[Transaction]:
+    """Read and remove pgbench's logs, one a thread: client, number, us, script, s, us."""
+    found = []
+    for path in prefix.parent.glob(f"{prefix.name}.*"):
+        for line in path.read_text().splitlines():
+            _, _, took, _, seconds, microseconds = line.split()[:6]
+            found.append(Transaction(int(seconds) + int(microseconds) / 1e6, int(took) / 1e6))
+        path.unlink()
+    if not found:
+        raise BenchError("pgbench did no transaction")
+    return found

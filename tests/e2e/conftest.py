@@ -1,0 +1,85 @@
+"""Fixtures for whole sessions: the proxy in this process, and as a process of its own."""
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from proxy.app import App, serving
+from proxy.standin.lakebase import Lakebase
+from tests.support.proxy_process import ProxyProcess, started_process
+from tests.support.running import (
+    LogLines,
+    captured_log,
+    proxy_settings,
+    proxy_values,
+    toml,
+    without_own_account,
+)
+
+StartProxy = Callable[..., Awaitable[App]]
+StartProcess = Callable[..., Awaitable[ProxyProcess]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sdk() -> None:
+    """Import the SDK, which takes more than a second, before the first test's clock runs."""
+    import databricks.sdk  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def no_own_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the SDK and libpq from finding anything of the person's own."""
+    for name in set(os.environ) - set(kept := without_own_account(os.environ)):
+        monkeypatch.delenv(name)
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def log() -> Iterator[LogLines]:
+    """Return what the proxy logs during the test, from debug upwards."""
+    with captured_log() as lines:
+        yield lines
+
+
+@pytest_asyncio.fixture
+async def start_proxy(lakebase: Lakebase, log: LogLines) -> AsyncIterator[StartProxy]:
+    """Return a function that starts a proxy in this process; keyword arguments are sections."""
+    async with AsyncExitStack() as stack:
+
+        async def start(**sections: Mapping[str, object]) -> App:
+            return await stack.enter_async_context(serving(proxy_settings(lakebase, **sections)))
+
+        yield start
+
+
+@pytest_asyncio.fixture
+async def proxy(start_proxy: StartProxy) -> App:
+    """Return a proxy with default settings."""
+    return await start_proxy()
+
+
+@pytest_asyncio.fixture
+async def start_process(lakebase: Lakebase, tmp_path: Path) -> AsyncIterator[StartProcess]:
+    """Return a function that starts `python -m proxy run`; keyword arguments are sections."""
+    async with AsyncExitStack() as stack:
+
+        async def start(**sections: Mapping[str, object]) -> ProxyProcess:
+            config = tmp_path / "proxy.toml"
+            config.write_text(toml(proxy_values(lakebase, sections)))
+            arguments = ("run", "--config", str(config))
+            process = await stack.enter_async_context(started_process(*arguments))
+            await process.serving()
+            return process
+
+        yield start
+
+
+@pytest_asyncio.fixture
+async def proxy_process(start_process: StartProcess) -> ProxyProcess:
+    """Return a proxy process with default settings."""
+    return await start_process()

@@ -1,0 +1,121 @@
+"""The proxy as a process: signals, drain, exit codes, and what is left of it.
+
+0 after a clean drain, 3 when sessions were cut; a second signal ends it at once.
+"""
+
+import signal
+import socket
+import time
+
+import pytest
+
+from proxy.standin.faults import Stage, Strike
+from proxy.standin.lakebase import Lakebase
+from tests.e2e.conftest import StartProcess
+from tests.support.plain_client import plain_client, query, startup
+from tests.support.proxy_process import ProxyProcess
+from tests.support.running import eventually
+
+pytestmark = pytest.mark.slow  # the process starts in about a second
+
+BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+
+
+def is_listening(proxy: ProxyProcess) -> bool:
+    try:
+        with socket.create_connection((proxy.listen_host, proxy.listen_port), 1):
+            return True
+    except OSError:
+        return False
+
+
+@BOTH
+async def test_an_idle_proxy_stops_at_once_with_exit_code_0(
+    proxy_process: ProxyProcess, number: signal.Signals
+) -> None:
+    proxy_process.send(number)
+    assert await proxy_process.ended(3) == 0
+    assert not is_listening(proxy_process)
+    assert [line["signal"] for line in proxy_process.events("draining")] == [number.name]
+    assert "Traceback" not in proxy_process.err
+
+
+async def test_a_drain_lets_a_session_finish_and_exits_with_0(
+    start_process: StartProcess, lakebase: Lakebase
+) -> None:
+    proxy = await start_process(shutdown={"drain_seconds": 30})
+    async with plain_client(proxy) as client:
+        await client.start_up()
+        proxy.send(signal.SIGTERM)
+        await eventually(lambda: proxy.events("draining"), "it drains")
+        await eventually(lambda: not is_listening(proxy), "it takes no more connections")
+        for _ in range(3):
+            await client.query("SELECT 'still served'")
+            assert b"still served" in await client.receive()
+        assert proxy.running
+    assert await proxy.ended() == 0
+    assert [line["sessions_cut"] for line in proxy.events("stopped")] == [0]
+
+
+async def test_a_drain_that_times_out_cuts_the_rest_and_exits_with_3(
+    start_process: StartProcess, lakebase: Lakebase
+) -> None:
+    proxy = await start_process(shutdown={"drain_seconds": 0.2})
+    async with plain_client(proxy) as client:
+        await client.start_up()
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 3
+        await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session upstream")
+    assert [line["sessions_cut"] for line in proxy.events("stopped")] == [1]
+    assert "Traceback" not in proxy.err
+
+
+@BOTH
+async def test_a_second_signal_ends_it_at_once_with_3(
+    start_process: StartProcess, lakebase: Lakebase, number: signal.Signals
+) -> None:
+    proxy = await start_process(shutdown={"drain_seconds": 60})
+    async with plain_client(proxy) as client, plain_client(proxy) as waiting:
+        await client.start_up()
+        await client.query("SELECT pg_sleep(60)")
+        lakebase.gateway.strike(Stage.STARTUP, Strike.HANG)
+        await waiting.send(startup())
+        proxy.send(signal.SIGTERM)
+        await eventually(lambda: proxy.events("draining"), "it drains")
+        began = time.monotonic()
+        proxy.send(number)
+        assert await proxy.ended() == 3
+        assert time.monotonic() - began < 4
+        await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session upstream")
+    assert "Traceback" not in proxy.err
+
+
+async def test_no_session_of_many_leaves_a_file_or_a_task_in_the_process(
+    proxy_process: ProxyProcess, lakebase: Lakebase
+) -> None:
+    async def sessions(count: int) -> None:
+        for n in range(count):
+            async with plain_client(proxy_process) as client:
+                await client.start_up()
+                if n % 3 == 0:
+                    await client.send(query("SELECT 1"))
+                if n % 3 == 1:
+                    client.reset()
+        await eventually(lambda: lakebase.gateway.open_sessions == 0, "all are over")
+
+    await sessions(10)
+    before = proxy_process.open_files()
+    await sessions(100)
+    await eventually(lambda: proxy_process.open_files() <= before, "its files are closed")
+    assert [line for line in proxy_process.lines if line["level"] not in ("info", "debug")] == []
+
+
+async def test_three_signals_in_a_row_are_one_stop(
+    lakebase: Lakebase, start_process: StartProcess
+) -> None:
+    proxy = await start_process()
+    proxy.send(signal.SIGINT)
+    proxy.send(signal.SIGINT)
+    proxy.send(signal.SIGTERM)
+    assert await proxy.ended() in (0, 3)
+    assert "Traceback" not in proxy.err

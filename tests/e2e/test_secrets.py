@@ -1,0 +1,128 @@
+"""Secrets planted in every place that has one are found in no log line, metric, error or status.
+
+The log is at its most talkative. A token of the stand-in begins with `eyJ`, so that is looked for
+besides the planted words; what the log masks by its look would be found by its mask.
+"""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from proxy.observe.logs import MASK
+from proxy.standin import faults
+from proxy.standin.api import Call
+from proxy.standin.endpoints import neon_error
+from proxy.standin.faults import Reply
+from proxy.standin.lakebase import Lakebase
+from tests.e2e.conftest import StartProcess, StartProxy
+from tests.support.plain_client import plain_client, startup
+from tests.support.running import Listening, LogLines, eventually
+
+PLANTED_SECRET = "planted-client-secret"
+PLANTED_TOKEN = "planted-database-token"
+PLANTED_PASSWORD = "planted-native-password"
+JWT_BEGINNING = "eyJ"
+
+
+async def told(proxy: Listening) -> str:
+    """Connect and return all that came, as text."""
+    async with plain_client(proxy) as client:
+        await client.send(startup())
+        return (await client.receive()).decode(errors="replace")
+
+
+def names_in(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()]
+
+
+def assert_clean(*texts: str) -> None:
+    for text in texts:
+        for secret in (PLANTED_SECRET, PLANTED_TOKEN, PLANTED_PASSWORD, JWT_BEGINNING, MASK):
+            assert secret not in text
+
+
+async def test_no_secret_of_a_working_or_failing_proxy_is_ever_shown(
+    start_proxy: StartProxy, lakebase: Lakebase, log: LogLines
+) -> None:
+    lakebase.workspace.api.clients[lakebase.client_id] = PLANTED_SECRET
+    proxy = await start_proxy(
+        workspace={"client_secret": PLANTED_SECRET},
+        credentials={"token_max_age_seconds": 0},
+    )
+    said = [await told(proxy)]
+    lakebase["one"].endpoint.refuse(neon_error("jwk not found"), 2)
+    said.append(await told(proxy))
+    expiry = "2099-01-01T00:00:00Z"
+    reply = json.dumps({"token": PLANTED_TOKEN, "expire_time": expiry}).encode()
+    lakebase.workspace.fail(Call.CREDENTIAL, Reply(200, reply), times=2)
+    said.append(await told(proxy))
+    lakebase.workspace.heal()
+    for failure in (faults.PERMISSION_DENIED, faults.UNAUTHENTICATED, faults.NOT_FOUND):
+        lakebase.workspace.fail(Call.CREDENTIAL, failure, times=4)
+        said.append(await told(proxy))
+        lakebase.workspace.heal()
+    lakebase.workspace.api.clients.clear()
+    said.append(await told(proxy))
+    assert_clean(*said, log.getvalue(), proxy.metrics.exposition().decode(), repr(proxy))
+    refusals = log.events("session refused")
+    assert len(refusals) >= 5
+    assert {line["reason"] for line in refusals} >= {"token_rejected", "not_a_token"}
+
+
+async def test_no_cancel_key_is_ever_shown(
+    start_proxy: StartProxy, lakebase: Lakebase, log: LogLines
+) -> None:
+    proxy = await start_proxy()
+    async with plain_client(proxy) as client:
+        key = await client.start_up()
+        assert key is not None
+        shown = repr(proxy.cancel_keys) + repr(proxy) + repr(key)
+    await eventually(lambda: log.events("session ended"), "its closing line")
+    secret = key.key.reveal()
+    for spelled in (secret.hex(), str(int.from_bytes(secret, "big")), repr(secret)[2:-1]):
+        assert spelled not in log.getvalue() + shown
+
+
+async def test_a_native_password_is_used_and_never_shown(
+    start_proxy: StartProxy, lakebase: Lakebase, log: LogLines, tmp_path: Path
+) -> None:
+    endpoint = lakebase["one"].endpoint
+    endpoint.native_login = True
+    endpoint.native_passwords[lakebase.native_role] = PLANTED_PASSWORD
+    file = tmp_path / "password"
+    file.write_text(PLANTED_PASSWORD + "\n")
+    proxy = await start_proxy(
+        credentials={"password_file": str(file)}, upstream={"user": lakebase.native_role}
+    )
+    async with plain_client(proxy) as client:
+        await client.start_up()
+        await client.query("SELECT current_user")
+        assert lakebase.native_role.encode() in await client.receive()
+    assert lakebase.workspace.mints == []
+    endpoint.native_passwords[lakebase.native_role] = "another-not-real-password"
+    said = await told(proxy)
+    assert "28" in said
+    assert_clean(said, log.getvalue(), proxy.metrics.exposition().decode())
+
+
+@pytest.mark.slow
+async def test_the_process_writes_no_secret_to_any_stream_or_file(
+    start_process: StartProcess, lakebase: Lakebase, tmp_path: Path
+) -> None:
+    lakebase.workspace.api.clients[lakebase.client_id] = PLANTED_SECRET
+    proxy = await start_process(
+        workspace={"client_secret": PLANTED_SECRET},
+        log={"level": "debug"},
+        credentials={"token_max_age_seconds": 0},
+    )
+    said = [await told(proxy)]
+    lakebase["one"].endpoint.refuse(neon_error("jwk not found"), 2)
+    said.append(await told(proxy))
+    lakebase.workspace.api.clients.clear()
+    said.append(await told(proxy))
+    proxy.send(signal.SIGINT)
+    assert await proxy.ended() in (0, 3)
+    assert_clean(*said, proxy.out, proxy.err)
+    assert names_in(tmp_path) == ["proxy.toml"]

@@ -1,0 +1,1 @@
+"""A seeded mutation fuzzer for the startup machines, and its corpus of kept inputs."""

@@ -1,0 +1,211 @@
+"""Logs: one format for all, the connection's id in each line, and no secret in any."""
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from proxy.observe.logs import MASK, configure_logging, connection_log, get_logger, mask
+
+# Three parts as in a JWT, none of which means anything.
+FAKE_JWT = "eyJub3QiOiJyZWFsIn0.bm90LWEtcmVhbC1zZWNyZXQ.bm90LWEtc2lnbmF0dXJl"
+FAKE_JWT_HEADER = FAKE_JWT.partition(".")[0]
+FAKE_SECRET = "not-a-real-secret"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    root, ours = logging.getLogger(), logging.getLogger("proxy")
+    before = root.handlers, root.level, ours.level
+    yield
+    root.handlers, level, our_level = before
+    root.setLevel(level)
+    ours.setLevel(our_level)
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+
+
+@pytest.fixture
+def stream() -> io.StringIO:
+    stream = io.StringIO()
+    configure_logging(format="json", level="debug", stream=stream)
+    return stream
+
+
+def lines(stream: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_a_line_is_one_json_object_with_event_level_logger_and_utc_time(
+    stream: io.StringIO,
+) -> None:
+    get_logger("proxy.session").info("session_ended", reason="client_closed", seconds=1.5)
+    (line,) = lines(stream)
+    assert str(line.pop("timestamp")).endswith("Z")
+    assert line == {
+        "event": "session_ended",
+        "level": "info",
+        "logger": "proxy.session",
+        "reason": "client_closed",
+        "seconds": 1.5,
+    }
+
+
+def test_auto_is_console_on_a_terminal_and_json_elsewhere() -> None:
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        configure_logging(stream=stream)
+        get_logger("proxy").info("ready")
+    assert "ready" in terminal.getvalue()
+    assert not terminal.getvalue().startswith("{")
+    assert lines(file)[0]["event"] == "ready"
+
+
+def test_the_console_can_be_asked_for_without_a_terminal() -> None:
+    stream = io.StringIO()
+    configure_logging(format="console", stream=stream)
+    get_logger("proxy").info("ready", port=5432)
+    assert "port=5432" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue(), "no colours into a file"
+
+
+def test_lines_below_the_level_are_not_written() -> None:
+    stream = io.StringIO()
+    configure_logging(format="json", level="warning", stream=stream)
+    logger = get_logger("proxy.app")
+    logger.info("quiet")
+    logger.warning("loud")
+    assert [line["event"] for line in lines(stream)] == ["loud"]
+
+
+def test_libraries_speak_from_warning_upwards_in_the_same_format(stream: io.StringIO) -> None:
+    for name in ("databricks.sdk", "urllib3.connectionpool", "uvicorn.error", "asyncio"):
+        logging.getLogger(name).debug("whole request")
+        logging.getLogger(name).info("chatter")
+        logging.getLogger(name).warning("retry %d", 3)
+    assert {line["event"] for line in lines(stream)} == {"retry 3"}
+    assert len(lines(stream)) == 4
+
+
+def test_configuring_again_replaces_the_first_stream(stream: io.StringIO) -> None:
+    other = io.StringIO()
+    configure_logging(format="json", stream=other)
+    get_logger("proxy").info("once")
+    assert stream.getvalue() == ""
+    assert len(lines(other)) == 1
+
+
+def test_every_line_of_a_connection_has_its_id_and_others_have_none(stream: io.StringIO) -> None:
+    logger = get_logger("proxy.session")
+    with connection_log(7):
+        logger.info("inside")
+        logging.getLogger("databricks.sdk").warning("inside, too")
+    logger.info("outside")
+    assert [line.get("connection") for line in lines(stream)] == [7, 7, None]
+
+
+async def test_concurrent_connections_keep_their_ids_apart(stream: io.StringIO) -> None:
+    both_inside = asyncio.Barrier(2)
+
+    async def connection(number: int) -> None:
+        with connection_log(number):
+            await both_inside.wait()
+            get_logger("proxy.session").info("said", number=number)
+
+    await asyncio.gather(connection(1), connection(2))
+    assert len(lines(stream)) == 2
+    assert all(line["connection"] == line["number"] for line in lines(stream))
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_a_token_is_masked_wherever_it_comes_from(format: str) -> None:
+    stream = io.StringIO()
+    configure_logging(format="json" if format == "json" else "console", stream=stream)
+    logger = get_logger("proxy.upstream")
+    logger.info(f"got {FAKE_JWT}")
+    logger.info("nested", answer={"items": [{"body": f"x={FAKE_JWT}&y"}]}, raw=FAKE_JWT.encode())
+    logging.getLogger("databricks.sdk").warning("Authorization: Bearer %s", FAKE_JWT)
+    try:
+        raise ValueError(f"rejected {FAKE_JWT}")
+    except ValueError:
+        logger.exception("failed")
+        logging.getLogger("urllib3").exception("failed")
+    assert FAKE_JWT_HEADER not in stream.getvalue()
+    assert stream.getvalue().count(MASK) >= 6
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_a_traceback_shows_no_local_variable(format: str) -> None:
+    stream = io.StringIO()
+    configure_logging(format="json" if format == "json" else "console", stream=stream)
+    # Taken apart, because a traceback does show the lines of the source.
+    password = FAKE_SECRET[:5] + "planted"
+    try:
+        raise ConnectionError(len(password))
+    except ConnectionError:
+        get_logger("proxy.upstream").exception("failed")
+    assert password not in stream.getvalue()
+    assert "ConnectionError" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["token", "password", "secret", "client_secret", "access_token", "Authorization", "PASSWORD"],
+)
+def test_the_value_under_a_secrets_name_is_masked(stream: io.StringIO, name: str) -> None:
+    logger = get_logger("proxy")
+    logger.info("flat", **{name: FAKE_SECRET})
+    logger.info("deep", body={"list": [{name: FAKE_SECRET}]}, other=({name: [FAKE_SECRET]},))
+    assert FAKE_SECRET not in stream.getvalue()
+    assert stream.getvalue().count(MASK) == 3
+
+
+def test_a_value_nested_without_end_is_written_all_the_same(stream: io.StringIO) -> None:
+    nested: object = FAKE_JWT
+    for _ in range(50):
+        nested = [nested]
+    get_logger("proxy").info("deep", nested=nested)
+    assert MASK in stream.getvalue()
+    assert FAKE_JWT_HEADER not in stream.getvalue()
+
+
+def test_counts_and_times_about_tokens_stay_readable(stream: io.StringIO) -> None:
+    get_logger("proxy").info("minted", tokens=3, token_age_seconds=1.5, token_kind="oauth")
+    (line,) = lines(stream)
+    assert (line["tokens"], line["token_age_seconds"], line["token_kind"]) == (3, 1.5, "oauth")
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        FAKE_JWT,
+        FAKE_JWT[:40],
+        FAKE_JWT_HEADER,
+        "dapi" + "0" * 32,
+        "dapi" + "0" * 32 + "-2",
+        "dose" + "0" * 32,
+    ],
+)
+def test_what_looks_like_a_secret_is_masked_amid_text(secret: str) -> None:
+    assert mask(f'before "{secret}", after') == f'before "{MASK}", after'
+
+
+@pytest.mark.parametrize(
+    "text", ["eye", "they say", "projects/p/branches/b/endpoints/e", "dapier", "57P01", "key"]
+)
+def test_ordinary_text_is_not_masked(text: str) -> None:
+    assert mask(text) == text
+
+
+def test_an_authorization_scheme_hides_what_follows() -> None:
+    assert mask(f"Authorization: Bearer {FAKE_SECRET}") == f"Authorization: Bearer {MASK}"
+    assert mask("Authorization: Basic bm90OnJlYWw=") == f"Authorization: Basic {MASK}"

@@ -1,0 +1,168 @@
+"""Cancel keys: what a client is given, and which session a CancelRequest means (W14, W26, W27)."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from proxy.session.cancel import CancelKeys
+from proxy.upstream.targets import Target
+from proxy.wire.messages import BackendKeyData
+from proxy.wire.secret import Secret
+from proxy.wire.startup import V3_0, V3_2, CancelRequest, ProtocolVersion
+
+TARGET = Target("ep-one.example.com", "", 5432, "verify-full", "system")
+OTHER_TARGET = Target("ep-two.example.com", "", 5432, "verify-full", "system")
+UPSTREAM = BackendKeyData(4711, Secret(b"key1"))
+
+
+class Dice:
+    """Randomness that is told what to show: pids in order, and secrets of one repeated byte."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = iter(pids)
+        self.asked_bits: list[int] = []
+        self.asked_bytes: list[int] = []
+
+    def bits(self, count: int) -> int:
+        self.asked_bits.append(count)
+        return next(self._pids)
+
+    def bytes(self, count: int) -> bytes:
+        self.asked_bytes.append(count)
+        return b"r" * count
+
+
+def request(key: BackendKeyData) -> CancelRequest:
+    return CancelRequest(key.pid, key.key)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("version", [V3_0, V3_2], ids=str)
+def test_w27_the_upstreams_key_is_passed_through_unchanged(version: ProtocolVersion) -> None:
+    keys = CancelKeys()
+    with keys.issue(UPSTREAM, TARGET, version) as issued:
+        assert issued == UPSTREAM
+        found = keys.find(request(UPSTREAM))
+        assert found is not None
+        assert (found.issued, found.target, found.upstream) == (UPSTREAM, TARGET, UPSTREAM)
+
+
+def test_w26_without_a_key_from_upstream_the_client_gets_none() -> None:
+    keys = CancelKeys()
+    with keys.issue(None, TARGET, V3_0) as issued:
+        assert issued is None
+        assert len(keys) == 0
+
+
+@pytest.mark.parametrize("pid", [0, -1, -(2**31)])
+def test_w27_a_pid_that_is_not_positive_is_replaced(pid: int) -> None:
+    upstream = BackendKeyData(pid, Secret(b"key1"))
+    dice = Dice(815)
+    keys = CancelKeys(dice.bits, dice.bytes)
+    with keys.issue(upstream, TARGET, V3_0) as issued:
+        assert issued == BackendKeyData(815, Secret(b"rrrr"))
+        found = keys.find(request(issued))
+        assert found is not None
+        assert found.upstream == upstream
+        assert keys.find(request(upstream)) is None
+
+
+def test_an_own_pid_is_positive_of_31_bits_and_free(stack: ExitStack) -> None:
+    dice = Dice(0, 7, 7, 0, 8)
+    keys = CancelKeys(dice.bits, dice.bytes)
+    negative = BackendKeyData(-1, Secret(b"key1"))
+    first = stack.enter_context(keys.issue(negative, TARGET, V3_0))
+    second = stack.enter_context(keys.issue(negative, TARGET, V3_0))
+    assert first is not None
+    assert second is not None
+    assert (first.pid, second.pid) == (7, 8)
+    assert set(dice.asked_bits) == {31}
+
+
+def test_w14_an_own_key_has_32_bytes_for_a_client_that_speaks_3_2(stack: ExitStack) -> None:
+    dice = Dice(1, 2)
+    keys = CancelKeys(dice.bits, dice.bytes)
+    negative = BackendKeyData(-1, Secret(b"key1"))
+    old = stack.enter_context(keys.issue(negative, TARGET, V3_0))
+    new = stack.enter_context(keys.issue(negative, TARGET, V3_2))
+    assert old is not None
+    assert new is not None
+    assert (len(old.key), len(new.key)) == (4, 32)
+
+
+def test_w27_a_pair_that_a_live_session_holds_is_replaced(stack: ExitStack) -> None:
+    dice = Dice(815)
+    keys = CancelKeys(dice.bits, dice.bytes)
+    first = stack.enter_context(keys.issue(UPSTREAM, TARGET, V3_0))
+    second = stack.enter_context(keys.issue(UPSTREAM, OTHER_TARGET, V3_0))
+    assert first == UPSTREAM
+    assert second == BackendKeyData(815, Secret(b"rrrr"))
+    found = keys.find(request(second))
+    assert found is not None
+    assert (found.target, found.upstream) == (OTHER_TARGET, UPSTREAM)
+
+
+def test_two_sessions_may_hold_one_pid_with_different_keys(stack: ExitStack) -> None:
+    # Two shards count their processes each for itself.
+    keys = CancelKeys()
+    twin = BackendKeyData(UPSTREAM.pid, Secret(b"key2"))
+    assert stack.enter_context(keys.issue(UPSTREAM, TARGET, V3_0)) == UPSTREAM
+    assert stack.enter_context(keys.issue(twin, OTHER_TARGET, V3_0)) == twin
+    for key, target in ((UPSTREAM, TARGET), (twin, OTHER_TARGET)):
+        found = keys.find(request(key))
+        assert found is not None
+        assert found.target == target
+    assert len(keys) == 2
+
+
+def test_a_key_is_forgotten_with_its_session_and_only_with_it(stack: ExitStack) -> None:
+    keys = CancelKeys()
+    twin = BackendKeyData(UPSTREAM.pid, Secret(b"key2"))
+    with keys.issue(UPSTREAM, TARGET, V3_0), keys.issue(twin, TARGET, V3_0):
+        pass
+    assert len(keys) == 0
+    assert keys.find(request(UPSTREAM)) is None
+    with keys.issue(UPSTREAM, TARGET, V3_0):
+        with keys.issue(twin, TARGET, V3_0):
+            pass
+        assert keys.find(request(UPSTREAM)) is not None
+        assert keys.find(request(twin)) is None
+
+
+def test_a_session_that_fails_forgets_its_key_too() -> None:
+    keys = CancelKeys()
+    with pytest.raises(RuntimeError), keys.issue(UPSTREAM, TARGET, V3_0):
+        raise RuntimeError
+    assert len(keys) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        CancelRequest(4711, Secret(b"key2")),
+        CancelRequest(4711, Secret(b"key")),
+        CancelRequest(4711, Secret(b"key1\0")),
+        CancelRequest(4711, Secret(b"k" * 256)),
+        CancelRequest(4712, Secret(b"key1")),
+        CancelRequest(-4711, Secret(b"key1")),
+    ],
+    ids=["other key", "shorter", "longer", "longest", "other pid", "negative pid"],
+)
+def test_a_wrong_pid_or_key_finds_nothing(wrong: CancelRequest) -> None:
+    keys = CancelKeys()
+    with keys.issue(UPSTREAM, TARGET, V3_0):
+        assert keys.find(wrong) is None
+
+
+def test_real_randomness_makes_different_keys(stack: ExitStack) -> None:
+    keys = CancelKeys()
+    negative = BackendKeyData(-1, Secret(b"key1"))
+    issued = [stack.enter_context(keys.issue(negative, TARGET, V3_2)) for _ in range(100)]
+    assert len({key.pid for key in issued if key is not None}) == 100
+    assert len({key.key for key in issued if key is not None}) == 100

@@ -1,0 +1,221 @@
+"""The listener: places, one task a connection, a flood's bound, drain, and its failures."""
+
+import asyncio
+import contextlib
+import resource
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+
+import pytest
+
+from proxy.app import build_metrics
+from proxy.config import ListenSettings
+from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.logs import get_logger
+from proxy.observe.metrics import Metrics
+from proxy.session.listener import UNSERVED_MAX, Listener, Places
+from proxy.transport.link import Link
+from tests.support.plain_client import PlainClient, plain_client
+from tests.support.running import LogLines, captured_log, eventually
+
+Serve = Callable[[Link], Coroutine[None, None, None]]
+
+
+async def echo(link: Link) -> None:
+    while received := await link.receive():
+        link.write(received)
+    await link.close()
+
+
+class Listening:
+    """A listener that accepts, and a way to connect to it."""
+
+    def __init__(self, listener: Listener, metrics: Metrics, address: tuple[str, int]) -> None:
+        self.listener = listener
+        self.metrics = metrics
+        self.address = address
+        self.listen_host, self.listen_port = address
+
+    @property
+    def open(self) -> float:
+        return self.metrics.value("connections")
+
+
+@asynccontextmanager
+async def listening(serve: Serve = echo, max_connections: int = 10) -> AsyncIterator[Listening]:
+    metrics = build_metrics()
+    settings = ListenSettings(port=0, max_connections=max_connections)
+    listener = Listener(settings, metrics, serve)
+    async with listener.accepting() as address:
+        yield Listening(listener, metrics, address)
+
+
+@pytest.fixture
+def log() -> Iterator[LogLines]:
+    with captured_log() as lines:
+        yield lines
+
+
+@pytest.mark.parametrize("places_max", [1, 2, 3])
+def test_there_are_exactly_as_many_places_as_configured(places_max: int) -> None:
+    places = Places(places_max)
+    with ExitStack() as stack:
+        for _ in range(places_max):
+            stack.enter_context(places.take())
+        with pytest.raises(ProxyError) as raised, places.take():
+            pass
+        assert raised.value.kind is ErrorKind.TOO_MANY_CONNECTIONS
+        assert places.taken == places_max
+    assert places.taken == 0
+
+
+def test_a_place_is_given_back_when_the_session_fails() -> None:
+    places = Places(1)
+    with pytest.raises(RuntimeError), places.take():
+        raise RuntimeError
+    with places.take():
+        assert places.taken == 1
+
+
+async def exchange(client: PlainClient, content: bytes) -> None:
+    await client.send(content)
+    assert await client.receive() == content
+
+
+async def assert_cut(client: PlainClient) -> None:
+    with contextlib.suppress(ConnectionResetError):
+        assert await client.receive() == b""
+
+
+async def test_each_connection_is_served_in_a_task_of_its_own_and_counted() -> None:
+    async with listening() as there:
+        async with plain_client(there) as one, plain_client(there) as two:
+            await exchange(one, b"1")
+            await exchange(two, b"2")
+            await exchange(one, b"3")
+            assert there.open == 2
+        await eventually(lambda: there.open == 0, "all are gone")
+        assert there.metrics.value("connections_accepted_total") == 2
+
+
+async def test_every_line_of_a_connection_carries_its_number(log: LogLines) -> None:
+    async def serve(link: Link) -> None:
+        get_logger("proxy.session").info("served")
+        link.transport.close()
+
+    async with listening(serve) as there:
+        for _ in range(2):
+            async with plain_client(there) as client:
+                assert await client.receive() == b""
+    assert [line["connection"] for line in log.events("served")] == [1, 2]
+
+
+async def test_a_bug_costs_one_session_and_is_logged_and_counted(log: LogLines) -> None:
+    async def serve(link: Link) -> None:
+        if (first := await link.receive()) == b"bad":
+            raise ZeroDivisionError("a bug")
+        link.write(first)
+        await echo(link)
+
+    async with listening(serve) as there:
+        async with plain_client(there) as good, plain_client(there) as bad:
+            await exchange(good, b"before")
+            await bad.send(b"bad")
+            await assert_cut(bad)
+            await exchange(good, b"after")
+        assert there.metrics.value("sessions_ended_total", reason="internal_error") == 1
+    (line,) = log.above_info()
+    assert line["event"] == "session failed"
+    assert "ZeroDivisionError: a bug" in line["exception"]
+
+
+async def test_a_flood_is_bounded_and_cut_without_a_word() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * (UNSERVED_MAX + 100)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip(f"needs {wanted} open files")
+    served_max = 1 + UNSERVED_MAX
+    clients: list[socket.socket] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    try:
+        async with listening(max_connections=1) as there:
+            clients += [socket.create_connection(there.address) for _ in range(served_max)]
+            await eventually(lambda: there.open == served_max, "all are connected")
+            async with plain_client(there) as one_more:
+                await assert_cut(one_more)
+            assert there.open == served_max
+            clients.pop().close()
+            await eventually(lambda: there.open == served_max - 1, "one is gone")
+            async with plain_client(there) as next_one:
+                await exchange(next_one, b"x")
+    finally:
+        for client in clients:
+            client.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_an_address_in_use_is_an_os_error_and_nothing_else() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        settings = ListenSettings(port=busy.getsockname()[1])
+        with pytest.raises(OSError, match="in use"):
+            async with Listener(settings, build_metrics(), echo).accepting():
+                pass
+
+
+async def test_what_the_block_raises_comes_out_as_it_is() -> None:
+    # A TaskGroup would wrap it into an ExceptionGroup; the command line's sentences once got lost.
+    with pytest.raises(LookupError, match="mine"):
+        async with listening() as there, plain_client(there):
+            raise LookupError("mine")
+
+
+async def test_leaving_the_block_ends_every_connection_and_frees_the_port() -> None:
+    async with AsyncExitStack() as stack:
+        async with listening() as there:
+            client = await stack.enter_async_context(plain_client(there))
+            await exchange(client, b"x")
+        assert there.open == 0
+        await assert_cut(client)
+    with pytest.raises(ConnectionRefusedError):
+        await stack.enter_async_context(plain_client(there))
+
+
+async def test_a_drain_without_connections_ends_at_once() -> None:
+    async with listening() as there:
+        assert await there.listener.drain(60) == 0
+        with pytest.raises(ConnectionRefusedError):
+            async with plain_client(there):
+                pass
+
+
+async def test_a_drain_waits_for_those_that_end_and_cuts_none() -> None:
+    async with listening() as there, plain_client(there) as client:
+        await exchange(client, b"x")
+        draining = asyncio.create_task(there.listener.drain(60))
+        await exchange(client, b"y")
+        assert not draining.done()
+        client.close()
+        assert await draining == 0
+
+
+async def test_a_drain_cuts_what_is_left_and_says_how_many() -> None:
+    async with listening() as there, plain_client(there) as one, plain_client(there) as two:
+        async with plain_client(there) as leaving:
+            for client in (one, two, leaving):
+                await exchange(client, b"x")
+        assert await there.listener.drain(0.1) == 2
+
+
+async def test_a_connection_that_waits_in_the_backlog_at_the_end_is_cut() -> None:
+    # It is accepted by the kernel, perhaps by the loop, and has no task yet.
+    for turns in range(10):
+        async with listening() as there:
+            clients = [socket.create_connection(there.address) for _ in range(5)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        await eventually(lambda: there.open == 0, "none is served")
+        for sock in clients:
+            with sock:
+                sock.setblocking(False)
+                await assert_cut(PlainClient(sock))

@@ -1,0 +1,232 @@
+"""One connection's story where no driver leads: the order of its first bytes, and TLS below it.
+
+A real stand-in is behind it; what drivers and psql see is in `e2e`.
+"""
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from functools import partial
+
+import pytest
+import pytest_asyncio
+import trustme
+
+from proxy.app import App, _dialer, build_metrics, serving
+from proxy.config import ListenSettings
+from proxy.session.cancel import CancelKeys
+from proxy.session.listener import Listener, Places
+from proxy.session.session import Session, SessionParts
+from proxy.standin.faults import Stage, Strike
+from proxy.standin.lakebase import Lakebase
+from proxy.transport.link import Link
+from proxy.wire.messages import (
+    AuthenticationOk,
+    BackendKeyData,
+    BackendMessage,
+    ErrorResponse,
+    Frame,
+    NegotiateProtocolVersion,
+    ParameterStatus,
+    ReadyForQuery,
+)
+from proxy.wire.startup import CancelRequest, ProtocolVersion, SSLRequest
+from tests.support.plain_client import PlainClient, plain_client, query, startup
+from tests.support.running import eventually, proxy_settings
+
+SERVER_NAME = "localhost"
+
+
+@pytest_asyncio.fixture
+async def proxy(lakebase: Lakebase) -> AsyncIterator[App]:
+    async with serving(proxy_settings(lakebase)) as app:
+        yield app
+
+
+async def until_ready(client: PlainClient) -> list[BackendMessage | Frame]:
+    messages = [await client.message()]
+    while not isinstance(messages[-1], ReadyForQuery):
+        messages.append(await client.message())
+    return messages
+
+
+async def test_w24_the_welcome_is_in_order_and_complete(proxy: App) -> None:
+    async with plain_client(proxy) as client:
+        await client.send(startup())
+        welcome = await until_ready(client)
+    assert welcome[0] == AuthenticationOk()
+    kinds = [type(message) for message in welcome[1:]]
+    assert set(kinds[:-2]) == {ParameterStatus}
+    assert kinds[-2:] == [BackendKeyData, ReadyForQuery]
+    names = {message.name for message in welcome if isinstance(message, ParameterStatus)}
+    assert names >= {b"server_version", b"client_encoding", b"TimeZone", b"in_hot_standby"}
+
+
+async def test_w24_nothing_is_said_before_the_upstream_is_ready(
+    proxy: App, lakebase: Lakebase
+) -> None:
+    lakebase.gateway.strike(Stage.READY, Strike.HANG)
+    async with plain_client(proxy) as client:
+        await client.send(startup())
+        await lakebase.gateway.until(
+            lambda: (
+                any(record.shown_key for record in lakebase.gateway.records)
+                or any(record.real_pid for record in lakebase.gateway.records)
+                or any(record.token for record in lakebase.gateway.records)
+            )
+        )
+        with pytest.raises(TimeoutError):
+            await client.receive(0.1)
+
+
+async def test_w24_an_error_after_the_upstreams_authentication_ok_comes_alone(
+    proxy: App,
+) -> None:
+    async with plain_client(proxy) as client:
+        await client.send(startup(options="-c nonsense=1"))
+        assert isinstance(await client.message(), ErrorResponse)
+        assert await client.receive_rest() == b""
+
+
+async def test_w11_the_negotiation_comes_first_and_alone(proxy: App) -> None:
+    async with plain_client(proxy) as client:
+        parameters = {"_pq_.test_protocol_negotiation": ""}
+        await client.send(startup(ProtocolVersion(3, 9999), **parameters))
+        negotiated = await client.message()
+        assert isinstance(negotiated, NegotiateProtocolVersion)
+        assert negotiated.options == (b"_pq_.test_protocol_negotiation",)
+        assert (await until_ready(client))[0] == AuthenticationOk()
+
+
+async def test_a_client_that_closes_its_sending_side_behind_the_query_is_a_client_that_left(
+    proxy: App, lakebase: Lakebase
+) -> None:
+    # PostgreSQL knows no half-close: the end of one side is the end of both.
+    async with plain_client(proxy) as client:
+        await client.start_up()
+        client.sock.shutdown(1)
+        assert await client.receive_rest() == b""
+    await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session upstream")
+
+
+async def test_w3_the_tail_behind_the_startup_message_is_not_forwarded_before_ready(
+    proxy: App, lakebase: Lakebase
+) -> None:
+    async with plain_client(proxy) as client:
+        await client.send(startup() + query("SELECT 'tail'"))
+        welcome = await until_ready(client)
+        answer = await until_ready(client)
+    assert all(not isinstance(message, Frame) for message in welcome)
+    assert any(isinstance(message, Frame) and b"tail" in message.payload for message in answer)
+
+
+# -- TLS towards the client: the parts exist, no setting makes them yet ----------------------------
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest_asyncio.fixture
+async def secure_proxy(lakebase: Lakebase, authority: trustme.CA) -> AsyncIterator[App]:
+    """A proxy that offers TLS to its clients."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(SERVER_NAME).configure_cert(context)
+    metrics, keys = build_metrics(), CancelKeys()
+    settings = proxy_settings(lakebase)
+    async with AsyncExitStack() as stack:
+        dialer = await stack.enter_async_context(_dialer(settings, metrics))
+        parts = SessionParts(dialer, keys, metrics, 0.5, context, Places(10).take)
+
+        async def serve(link: Link) -> None:
+            await Session(link, parts).run()
+
+        listener = Listener(ListenSettings(port=0), metrics, serve)
+        host, port = await stack.enter_async_context(listener.accepting())
+        yield App(host, port, None, metrics, keys, listener, None)  # type: ignore[arg-type]
+
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def secured(proxy: App, authority: trustme.CA) -> Streams:
+    """Connect, ask for TLS, and bring it up."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    reader, writer = await asyncio.open_connection(proxy.listen_host, proxy.listen_port)
+    writer.write(SSLRequest().encode())
+    assert await reader.readexactly(1) == b"S"
+    await writer.start_tls(context, server_hostname=SERVER_NAME)
+    return reader, writer
+
+
+async def closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(ConnectionError, ssl.SSLError):  # it is the proxy that ended
+        await writer.wait_closed()
+
+
+async def test_a_client_is_served_inside_tls(secure_proxy: App, authority: trustme.CA) -> None:
+    async with asyncio.timeout(10):
+        reader, writer = await secured(secure_proxy, authority)
+        writer.write(startup() + query("SELECT 'inside'"))
+        received = b""
+        while b"inside" not in received:
+            received += await reader.read(65536)
+        assert received.startswith(AuthenticationOk().encode())
+        await closed(writer)
+
+
+async def test_w38_a_cancel_inside_tls_is_delivered(
+    secure_proxy: App, authority: trustme.CA, lakebase: Lakebase
+) -> None:
+    async with asyncio.timeout(10), plain_client(secure_proxy) as client:
+        key = await client.start_up()
+        assert key is not None
+        reader, writer = await secured(secure_proxy, authority)
+        writer.write(CancelRequest(key.pid, key.key).encode())
+        assert await reader.read() == b""
+        await closed(writer)
+    (cancel,) = lakebase.gateway.cancels
+    assert cancel.cancel_known
+
+
+async def test_w3_plaintext_behind_an_accepted_ssl_request_is_an_injection(
+    secure_proxy: App,
+) -> None:
+    async with plain_client(secure_proxy) as client:
+        await client.send(SSLRequest().encode() + startup())
+        rest = await client.receive_rest()
+    assert b"received unencrypted data after SSL request" in rest
+    assert b"C08P01\0" in rest
+
+
+@pytest.mark.parametrize("hello", [b"not a hello", b"\x16\x03\x01\x00\x05nonsense"], ids=repr)
+async def test_a_broken_handshake_ends_the_connection_and_is_counted(
+    secure_proxy: App, hello: bytes
+) -> None:
+    async with plain_client(secure_proxy) as client:
+        await client.send(SSLRequest().encode())
+        assert await client.receive() == b"S"
+        await client.send(hello)
+        await client.receive_rest()
+    reason = {"reason": "client_tls"}
+    await eventually(
+        lambda: secure_proxy.metrics.value("startup_failures_total", **reason) == 1, "it is counted"
+    )
+
+
+async def test_a_client_that_stops_within_the_handshake_is_ended_by_the_startup_timeout(
+    secure_proxy: App,
+) -> None:
+    async with plain_client(secure_proxy) as client:
+        await client.send(SSLRequest().encode())
+        assert await client.receive() == b"S"
+        await client.send(b"\x16\x03\x01")
+        receiving = partial(client.receive_rest)
+        assert await receiving() == b""
+    failures = secure_proxy.metrics.value("startup_failures_total", reason="startup_timeout")
+    assert failures == 1

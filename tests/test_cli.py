@@ -1,0 +1,131 @@
+"""The command line: what each verb prints and how it exits, up to the point where it serves.
+
+Everything that a configuration can get wrong is answered before anything is dialled, so these
+need no stand-in; serving and signals are in `e2e/test_process.py`.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from proxy import __version__
+from proxy.cli import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, main
+from tests.support.proxy_process import started_process
+
+ENDPOINT = ("--upstream.endpoint", "projects/p/branches/b/endpoints/e")
+SECRET = "not-a-real-secret"
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave none of the person's own settings in the way."""
+    for name in list(os.environ):
+        if name.startswith(("LAKEBASE_", "DATABRICKS_", "PG", "ENDPOINT_NAME")):
+            monkeypatch.delenv(name)
+
+
+def test_version_prints_the_version_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == EXIT_OK
+    assert capsys.readouterr() == (f"{__version__}\n", "")
+
+
+def test_version_takes_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version", "--listen.port", "1"]) == EXIT_USAGE
+    assert "version takes no argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["-h"], ["help"], ["run", "--help"], ["demo", "-h"]], ids=str
+)
+def test_help_names_every_verb_and_exits_with_0(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == EXIT_OK
+    out, err = capsys.readouterr()
+    assert err == ""
+    for verb in ("run", "demo", "version"):
+        assert f"\n  {verb} " in out
+
+
+def test_an_unknown_verb_is_named_with_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve"]) == EXIT_USAGE
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "there is no verb 'serve'" in err
+    assert "usage:" in err
+
+
+def test_every_configuration_error_is_reported_at_once_and_no_secret(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "proxy.toml"
+    file.write_text(f'[workspace]\nclient_secrt = "{SECRET}"\n[listen]\nport = 70000\n')
+    arguments = ["--config", str(file), "--listen.max_connections", "none", "--unknown.key", SECRET]
+    assert main(["run", *arguments]) == EXIT_USAGE
+    out, err = capsys.readouterr()
+    assert out == ""
+    for key in ("listen.port", "listen.max_connections", "client_secrt", "unknown.key"):
+        assert key in err
+    assert SECRET not in err
+    assert "Traceback" not in err
+
+
+def test_run_without_anything_to_dial_says_what_to_set(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["run"]) == EXIT_USAGE
+    assert "upstream.endpoint" in capsys.readouterr().err
+
+
+def test_a_remote_host_is_refused_unless_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *ENDPOINT, "--listen.host", "0.0.0.0"]) == EXIT_USAGE
+    assert "allow_remote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("section", ["listen", "admin"])
+def test_a_busy_port_is_answered_with_the_flag_that_chooses_another(
+    section: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        ports = {"listen": 0, "admin": 0} | {section: port}
+        flags = [word for name in ports for word in (f"--{name}.port", str(ports[name]))]
+        assert main(["run", *ENDPOINT, *flags]) == EXIT_FAILURE
+    err = capsys.readouterr().err
+    assert f"--{section}.port" in err
+    assert str(port) in err
+    assert "Traceback" not in err
+    assert "ExceptionGroup" not in err
+
+
+@pytest.mark.parametrize("content", [None, "not a certificate"], ids=["absent", "nonsense"])
+def test_a_certificate_file_that_cannot_be_used_is_a_configuration_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | None
+) -> None:
+    file = tmp_path / "ca.pem"
+    if content is not None:
+        file.write_text(content)
+    flags = ["--listen.port", "0", "--admin.port", "0", "--upstream.ssl_root_cert", str(file)]
+    assert main(["run", *ENDPOINT, *flags]) == EXIT_USAGE
+    err = capsys.readouterr().err
+    assert f"upstream.ssl_root_cert: {file}: " in err
+    assert "Traceback" not in err
+
+
+def test_a_host_that_is_not_ours_is_a_sentence_not_a_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # An address of the documentation's own network: no machine has it.
+    flags = ["--admin.port", "0", "--listen.port", "0", "--listen.host", "192.0.2.1"]
+    assert main(["run", *ENDPOINT, *flags, "--listen.allow_remote", "true"]) == EXIT_FAILURE
+    err = capsys.readouterr().err
+    assert err.startswith("lakebase-auth-proxy: ")
+    assert "Traceback" not in err
+
+
+async def test_python_m_proxy_is_the_same_command() -> None:
+    async with started_process("version") as proxy:
+        assert await proxy.ended() == EXIT_OK
+    assert (proxy.out, proxy.err) == (f"{__version__}\n", "")

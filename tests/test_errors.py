@@ -1,0 +1,122 @@
+"""The closed list of refusals, and the answer that each becomes."""
+
+import re
+
+import pytest
+
+from proxy.errors import Disposition, ErrorKind, Origin, ProxyError
+from proxy.wire.framing import MessageReader
+from proxy.wire.messages import ErrorResponse, decode_backend
+
+KINDS = pytest.mark.parametrize("kind", list(ErrorKind), ids=lambda kind: kind.value.reason)
+ORIGINAL = ErrorResponse(
+    (
+        (b"S", "FATAL (übersetzt)".encode()),
+        (b"V", b"FATAL"),
+        (b"C", b"28P01"),
+        (b"M", b'password authentication failed for user "app"'),
+        (b"F", b"auth.c"),
+        (b"L", b"326"),
+        (b"R", b"auth_failed"),
+        (b"?", b"a field of the future"),
+    )
+)
+
+
+@KINDS
+def test_every_kind_has_a_word_an_sqlstate_and_a_sentence(kind: ErrorKind) -> None:
+    row = kind.value
+    assert re.fullmatch(r"[a-z]+(_[a-z]+)*", row.reason)
+    assert re.fullmatch(r"[0-9A-Z]{5}", row.sqlstate)
+    assert len(row.message) > 10
+    assert not row.message.endswith(".")  # as PostgreSQL writes primary messages
+    assert row.hint == "" or row.hint.endswith((".", "?", ";"))
+    assert isinstance(row.origin, Origin)
+    assert isinstance(row.disposition, Disposition)
+
+
+def test_no_two_kinds_share_a_word() -> None:
+    reasons = [kind.value.reason for kind in ErrorKind]
+    assert sorted(reasons) == sorted(set(reasons))
+
+
+def test_no_kind_is_an_alias_of_another() -> None:
+    assert len(ErrorKind) == len(ErrorKind.__members__)
+
+
+@KINDS
+def test_w48_every_answer_has_s_v_c_m_and_a_detail_that_begins_with_the_word(
+    kind: ErrorKind,
+) -> None:
+    row = kind.value
+    answer = ProxyError(kind, "what the other side said", user="app").response()
+    fields = dict(answer.fields)
+    assert [name for name, _ in answer.fields[:4]] == [b"S", b"V", b"C", b"M"]
+    assert fields[b"S"] == fields[b"V"] == b"FATAL"
+    assert fields[b"C"] == row.sqlstate.encode()
+    assert fields[b"M"] == row.message.encode()
+    assert fields[b"D"] == f"reason={row.reason} what the other side said".encode()
+    assert fields.get(b"H", b"") == row.hint.format(user="app").encode()
+    assert b"{user}" not in answer.encode()
+
+
+@KINDS
+def test_an_answer_survives_the_wire(kind: ErrorKind) -> None:
+    answer = ProxyError(kind).response()
+    reader = MessageReader(65536)
+    reader.feed(answer.encode())
+    frame = reader.next()
+    assert frame is not None
+    assert decode_backend(frame) == answer
+    assert reader.trailing_data() == b""
+
+
+def test_without_a_text_of_the_other_side_the_detail_is_the_word_alone() -> None:
+    error = ProxyError(ErrorKind.UPSTREAM_LOST)
+    assert error.response().text(b"D") == "reason=upstream_lost"
+    assert error.reason == "upstream_lost"
+    assert str(error) == f"upstream_lost: {ErrorKind.UPSTREAM_LOST.value.message}"
+
+
+@KINDS
+def test_w29_an_error_of_postgres_keeps_every_field_in_its_order_and_gains_the_hint(
+    kind: ErrorKind,
+) -> None:
+    error = ProxyError(kind, ORIGINAL.message, user="app", original=ORIGINAL)
+    answer = error.response()
+    hint = kind.value.hint.format(user="app").encode()
+    assert answer.fields == (*ORIGINAL.fields, *([(b"H", hint)] if hint else []))
+
+
+def test_a_hint_of_postgres_itself_stays() -> None:
+    original = ErrorResponse((*ORIGINAL.fields, (b"H", b"Postgres knows better.")))
+    error = ProxyError(ErrorKind.PASSWORD_REJECTED, user="app", original=original)
+    assert error.response() == original
+
+
+@pytest.mark.parametrize(
+    ("user", "shown"),
+    [
+        ("app", "('app', "),
+        ("o'hara", "('o''hara', "),
+        ("'); DROP TABLE t; --", "('''); DROP TABLE t; --', "),
+        ("''", "('''''', "),
+        ("{0}{user}{kind}%s", "('{0}{user}{kind}%s', "),
+        ("back\\", "('back\\', "),  # no escape while standard_conforming_strings is on
+    ],
+)
+def test_a_quote_in_a_role_name_cannot_leave_the_literal_in_the_hint(user: str, shown: str) -> None:
+    for kind in (ErrorKind.TOKEN_REJECTED, ErrorKind.PASSWORD_REJECTED, ErrorKind.ROLE_MISSING):
+        hint = ProxyError(kind, user=user).response().text(b"H")
+        assert f"databricks_create_role{shown}'SERVICE_PRINCIPAL');" in hint
+
+
+def test_a_nul_in_the_original_text_cannot_end_the_field() -> None:
+    answer = ProxyError(ErrorKind.UPSTREAM_ERROR, "one\0Mtwo").response()
+    assert answer.encode().count(b"\0M") == 1
+    assert answer.text(b"D") == "reason=upstream_error one Mtwo"
+
+
+def test_bytes_that_are_no_utf_8_can_be_shown() -> None:
+    user = b"\xff\xfe".decode("utf-8", "replace")
+    assert ProxyError(ErrorKind.ROLE_MISSING, user=user).response().encode()

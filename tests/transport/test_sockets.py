@@ -1,0 +1,67 @@
+"""W36: the options that a connection's socket really has."""
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+
+from proxy.transport import sockets
+from tests.transport.peers import Notes, linked
+
+
+def option(sock: socket.socket, level: int, name: int) -> int:
+    return sock.getsockopt(level, name)
+
+
+async def test_w36_small_writes_go_at_once_and_dead_peers_are_noticed() -> None:
+    async with linked() as (link, _):
+        sock = link.transport.get_extra_info("socket")
+        tcp = socket.IPPROTO_TCP
+        assert option(sock, tcp, socket.TCP_NODELAY) == 1
+        assert option(sock, socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert option(sock, tcp, socket.TCP_KEEPIDLE) == 60
+        assert option(sock, tcp, socket.TCP_KEEPINTVL) == 10
+        assert option(sock, tcp, socket.TCP_KEEPCNT) == 3
+
+
+async def test_w33_a_client_that_stops_reading_for_long_is_not_cut_by_the_kernel() -> None:
+    # TCP_USER_TIMEOUT also runs while the peer's window is closed, however alive the peer is: a
+    # client that paused for 30 s in the middle of a result lost its connection.
+    async with linked() as (link, _):
+        sock = link.transport.get_extra_info("socket")
+        assert option(sock, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
+
+
+async def test_w36_unacknowledged_bytes_to_an_upstream_have_a_bound() -> None:
+    async with linked() as (link, _):
+        sockets.bound_unacknowledged(link.transport)
+        sock = link.transport.get_extra_info("socket")
+        assert option(sock, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+
+
+async def test_a_unix_socket_needs_no_options(tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    path = str(tmp_path / "s")
+    accepted = Notes(keep_open=False)
+    server = await loop.create_unix_server(lambda: accepted, path)
+    transport, _ = await loop.create_unix_connection(asyncio.Protocol, path)
+    sockets.tune(transport)
+    sockets.bound_unacknowledged(transport)
+    transport.abort()
+    await accepted.until_told("lost")
+    server.close()
+
+
+def test_what_has_no_socket_needs_no_options() -> None:
+    sockets.tune(asyncio.Transport())
+    sockets.bound_unacknowledged(asyncio.Transport())
+
+
+async def test_an_option_that_this_platform_does_not_have_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(socket, "TCP_KEEPIDLE")  # macOS calls it TCP_KEEPALIVE
+    async with linked() as (link, _):
+        sock = link.transport.get_extra_info("socket")
+        assert option(sock, socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1

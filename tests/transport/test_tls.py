@@ -1,0 +1,518 @@
+"""TLS over real sockets, from either side: what is delivered, in which order, and how it ends."""
+
+import asyncio
+import gc
+import ssl
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.transport.closing import close_gracefully
+from proxy.transport.link import Link
+from tests.transport.peers import (
+    HOST,
+    WAIT_SECONDS_MAX,
+    Contexts,
+    Notes,
+    Peer,
+    contexts,
+    linked,
+    resident_bytes,
+    secured,
+    start,
+)
+
+MIB = 1024 * 1024
+BOTH_SIDES = pytest.mark.parametrize("server_side", [False, True], ids=["client", "server"])
+
+
+@pytest.fixture(scope="module")
+def tls() -> Contexts:
+    return contexts()
+
+
+# -- the handshake -------------------------------------------------------------------------------
+
+
+@BOTH_SIDES
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "byte_by_byte"])
+async def test_both_sides_shake_hands_however_the_bytes_are_cut(
+    tls: Contexts, server_side: bool, split: bool
+) -> None:
+    async with linked() as (link, peer), asyncio.TaskGroup() as group:
+        context = tls.of(server_side=not server_side)
+        shaken = group.create_task(
+            peer.handshake(context, server_side=not server_side, split=split)
+        )
+        tls_object = await start(link, tls, server_side=server_side)
+        await shaken
+        assert tls_object.version() == "TLSv1.3"
+        link.write(b"from us")
+        assert await peer.receive_exactly(7) == b"from us"
+        await peer.send(b"from the peer")
+        assert await link.receive() == b"from the peer"
+
+
+@BOTH_SIDES
+async def test_data_in_the_write_that_ends_the_handshake_is_delivered_after_it(
+    tls: Contexts, server_side: bool
+) -> None:
+    async with linked() as (link, peer), asyncio.TaskGroup() as group:
+        context = tls.of(server_side=not server_side)
+        group.create_task(
+            peer.handshake(context, server_side=not server_side, tail=b"early" * 10_000)
+        )
+        await start(link, tls, server_side=server_side)
+        received = b""
+        while len(received) < 50_000:
+            received += await link.receive()
+        assert received == b"early" * 10_000
+
+
+async def test_data_in_the_write_that_ends_the_handshake_reaches_who_takes_over_at_once(
+    tls: Contexts,
+) -> None:
+    async with linked() as (link, peer), asyncio.TaskGroup() as group:
+        group.create_task(peer.handshake(tls.client, server_side=False, tail=b"early"))
+        await start(link, tls, server_side=True)
+        notes = Notes()
+        assert link.hand_over(notes) == b""
+        await notes.until_received(5)
+        assert notes.received == b"early"
+
+
+async def test_a_hello_that_was_read_already_begins_the_handshake(tls: Contexts) -> None:
+    async with linked() as (link, peer), asyncio.TaskGroup() as group:
+        shaken = group.create_task(peer.handshake(tls.client, server_side=False))
+        hello = await link.receive()
+        assert hello[:1] == b"\x16"
+        await start(link, tls, server_side=True, first=hello)
+        await shaken
+        await peer.send(b"after")
+        assert await link.receive() == b"after"
+
+
+async def test_a_certificate_that_does_not_verify_fails_and_the_peer_is_told(tls: Contexts) -> None:
+    other = contexts()
+    async with linked() as (link, peer), asyncio.TaskGroup() as group:
+
+        async def refused() -> None:
+            with pytest.raises(ssl.SSLError, match=r"(?i)unknown.ca"):
+                await peer.handshake(other.server, server_side=True)
+
+        told = group.create_task(refused())
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await start(link, tls, server_side=False)
+        link.transport.close()
+        await told
+
+
+async def test_a_peer_that_does_not_speak_tls_fails_the_handshake(tls: Contexts) -> None:
+    async with linked() as (link, peer):
+        peer.writer.write(b"Q\0\0\0\x0dselect 1\0")
+        with pytest.raises(ssl.SSLError):
+            await start(link, tls, server_side=True)
+        await peer.send(b"and more of it")  # nobody minds
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
+async def test_a_peer_that_ends_during_the_handshake_fails_it(tls: Contexts, reset: bool) -> None:
+    async with linked() as (link, peer), asyncio.TaskGroup() as group:
+        starting = group.create_task(_failing_start(link, tls))
+        await peer.reader.read(1)
+        peer.reset() if reset else peer.end()
+        assert isinstance(await starting, ConnectionError)
+
+
+async def test_a_peer_that_ended_before_the_handshake_fails_it_at_once(tls: Contexts) -> None:
+    # S and FIN in one read: the end was told to the Link, and to nobody else ever again.
+    async with linked() as (link, peer):
+        peer.writer.write(b"S")
+        peer.end()
+        await link.gone
+        assert await link.receive() == b"S"
+        assert isinstance(await _failing_start(link, tls), ConnectionError)
+
+
+async def _failing_start(link: Link, tls: Contexts) -> Exception:
+    with pytest.raises(OSError) as failed:  # noqa: PT011 - which one is the caller's question
+        await start(link, tls, server_side=False)
+    return failed.value
+
+
+@pytest.mark.parametrize("how", ["cancelled", "reset", "garbage"])
+async def test_a_handshake_that_fails_leaves_no_exception_that_nobody_retrieves(
+    tls: Contexts, how: str
+) -> None:
+    unhandled: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+    async with linked() as (link, peer):
+        starting = asyncio.create_task(start(link, tls, server_side=False))
+        await peer.reader.read(1)
+        match how:
+            case "cancelled":
+                starting.cancel()
+                peer.writer.write(b"\x15\x03\x03\x00\x02\x02\x28")  # an alert, too late
+            case "reset":
+                peer.reset()
+            case "garbage":
+                peer.writer.write(b"garbage" * 100)
+        await asyncio.wait([starting])
+        assert starting.cancelled() or starting.exception() is not None
+        await asyncio.sleep(0)
+        link.transport.close()
+        await link.gone
+        del starting
+    gc.collect()
+    await asyncio.sleep(0)
+    assert unhandled == []
+
+
+async def test_session_tickets_are_taken_and_deliver_nothing(tls: Contexts) -> None:
+    notes = Notes()
+    async with secured(tls, server_side=False, protocol=notes) as (link, peer):
+        assert notes.received == b""
+        await peer.send(b"first")
+        await notes.until_received(5)
+        session = link.transport.get_extra_info("ssl_object").session
+        assert session is not None
+        assert session.has_ticket
+
+
+async def test_key_updates_go_unnoticed(tls: Contexts, tmp_path: Path) -> None:
+    # Only OpenSSL's own client can be told to ask for one: a line "K" makes it do so.
+    loop = asyncio.get_running_loop()
+    trusted = tmp_path / "ca.pem"
+    tls.authority.cert_pem.write_to_path(str(trusted))
+    arrived: asyncio.Future[Link] = loop.create_future()
+
+    class Accepted(Link):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            arrived.set_result(self)
+
+    server = await loop.create_server(Accepted, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    command = f"openssl s_client -connect 127.0.0.1:{port} -servername {HOST} -CAfile {trusted}"
+    client = await asyncio.create_subprocess_exec(
+        *command.split(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert client.stdin is not None
+    assert client.stdout is not None
+    try:
+        async with asyncio.timeout(WAIT_SECONDS_MAX):
+            link = await arrived
+            await start(link, tls, server_side=True, first=await link.receive())
+            for round_ in range(3):
+                client.stdin.write(b"K\n")
+                await client.stdin.drain()
+                await _until_read(client.stdout, b"KEYUPDATE")
+                client.stdin.write(b"ping %d\n" % round_)
+                assert await link.receive() == b"ping %d\n" % round_
+                link.write(b"pong %d\n" % round_)
+                await _until_read(client.stdout, b"pong %d" % round_)
+    finally:
+        client.stdin.close()
+        client.kill()
+        await client.wait()
+        server.close()
+        link.transport.abort()
+
+
+async def _until_read(stream: asyncio.StreamReader, text: bytes) -> None:
+    while text not in (line := await stream.readline()):
+        assert line, f"ended before {text!r}"
+
+
+# -- delivery ------------------------------------------------------------------------------------
+
+
+@BOTH_SIDES
+@pytest.mark.parametrize("size", [0, 1, 16_384, 16_385, 1_000_000])
+async def test_writes_of_any_size_arrive_whole(tls: Contexts, server_side: bool, size: int) -> None:
+    async with secured(tls, server_side=server_side) as (link, peer):
+        link.transport.write(b"x" * size)
+        link.transport.write(bytearray(b"y"))
+        link.transport.write(memoryview(b"z"))
+        assert await peer.receive_exactly(size + 2) == b"x" * size + b"yz"
+
+
+async def test_records_cut_at_every_byte_are_put_together(tls: Contexts) -> None:
+    notes = Notes()
+    async with secured(tls, server_side=False, protocol=notes) as (_, peer):
+        records = peer.encrypted(b"one") + peer.encrypted(b"") + peer.encrypted(b"two")
+        for index in range(len(records)):
+            peer.writer.write(records[index : index + 1])
+            await asyncio.sleep(0)
+        await notes.until_received(6)
+        assert notes.received == b"onetwo"
+
+
+async def test_a_pause_stops_delivery_and_the_peer_and_loses_nothing(tls: Contexts) -> None:
+    notes = Notes()
+    content = bytes(range(256)) * (32 * MIB // 256)
+    async with secured(tls, server_side=False, protocol=notes) as (link, peer):
+        link.transport.pause_reading()
+        before = resident_bytes()
+        # The peer makes its records as it goes, or they would be what takes the memory.
+        sending = asyncio.create_task(_send_in_pieces(peer, content))
+        await _until_stuck(peer)
+        assert notes.received == b""
+        assert resident_bytes() - before < 16 * MIB
+        assert not sending.done()
+        link.transport.resume_reading()
+        await notes.until_received(len(content))
+        await sending
+        assert notes.received == content
+
+
+async def _send_in_pieces(peer: Peer, content: bytes) -> None:
+    for start_ in range(0, len(content), 65536):
+        await peer.send(content[start_ : start_ + 65536])
+
+
+async def _until_stuck(peer: Peer) -> None:
+    """Wait until the peer's own buffer has not moved for many turns of the loop."""
+    turns = 0
+    last = -1
+    async with asyncio.timeout(WAIT_SECONDS_MAX):
+        while turns < 200:
+            size = peer.writer.transport.get_write_buffer_size()
+            turns = turns + 1 if size == last and size > 0 else 0
+            last = size
+            await asyncio.sleep(0)
+
+
+async def test_a_peer_that_does_not_read_pauses_the_writer_and_then_resumes_it(
+    tls: Contexts,
+) -> None:
+    notes = Notes()
+    async with secured(tls, server_side=False, protocol=notes) as (link, peer):
+        link.transport.set_write_buffer_limits(high=65536)
+        written = 0
+        while "pause" not in notes.told:
+            link.transport.write(b"x" * 65536)
+            written += 65536
+            await asyncio.sleep(0)
+        assert link.transport.get_write_buffer_size() > 65536
+        assert await peer.receive_exactly(written) == b"x" * written
+        await notes.until_told("resume")
+
+
+class _Bulk(asyncio.Protocol):
+    """Writes so many bytes as fast as it may, and counts what it receives."""
+
+    def __init__(self, transport: asyncio.Transport, size: int) -> None:
+        self.received = 0
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.peak = 0
+        self._transport = transport
+        self._left = self._expected = size
+        self._may_write = True
+        self._piece = b"x" * 65536
+
+    def go(self) -> None:
+        while self._may_write and self._left:
+            self._transport.write(self._piece)
+            self._left -= len(self._piece)
+
+    def pause_writing(self) -> None:
+        self._may_write = False
+
+    def resume_writing(self) -> None:
+        self._may_write = True
+        self.go()
+
+    def data_received(self, data: bytes) -> None:
+        self.received += len(data)
+        self.peak = max(self.peak, resident_bytes())
+        if self.received >= self._expected and not self.done.done():
+            self.done.set_result(None)
+
+
+@pytest.mark.slow
+async def test_w32_100_megabytes_pass_both_ways_at_once_and_memory_stays_flat(
+    tls: Contexts,
+) -> None:
+    size = 1600 * 65536  # 100 MiB
+    loop = asyncio.get_running_loop()
+    accepted: asyncio.Queue[Link] = asyncio.Queue()
+
+    class Accepted(Link):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            accepted.put_nowait(self)
+
+    server = await loop.create_server(Accepted, "127.0.0.1", 0)
+    _, near = await loop.create_connection(Link, *server.sockets[0].getsockname())
+    far = await accepted.get()
+    server.close()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(start(near, tls, server_side=False))
+        group.create_task(start(far, tls, server_side=True))
+    ends = [_Bulk(link.transport, size) for link in (near, far)]
+    for link, end in zip((near, far), ends, strict=True):
+        link.hand_over(end)
+    before = resident_bytes()
+    async with asyncio.timeout(60):
+        for end in ends:
+            end.go()
+        await asyncio.gather(*(end.done for end in ends))
+    assert [end.received for end in ends] == [size, size]
+    assert max(end.peak for end in ends) - before < 16 * MIB
+    near.transport.abort()
+    far.transport.abort()
+    await asyncio.sleep(0)
+
+
+# -- ends ----------------------------------------------------------------------------------------
+
+
+@BOTH_SIDES
+async def test_w34_an_end_is_close_notify_and_then_fin(tls: Contexts, server_side: bool) -> None:
+    async with secured(tls, server_side=server_side) as (link, peer):
+        link.transport.write(b"last words")
+        link.transport.write_eof()
+        link.transport.write(b"too late")
+        assert await peer.receive_all() == b"last words"
+        assert peer.close_notify
+        assert not await peer.feed()  # and FIN behind it
+
+
+async def test_closing_says_close_notify_too(tls: Contexts) -> None:
+    async with secured(tls, server_side=False) as (link, peer):
+        link.transport.write(b"x" * MIB)
+        link.transport.close()
+        assert link.transport.is_closing()
+        assert await peer.receive_all() == b"x" * MIB
+        assert peer.close_notify
+
+
+@BOTH_SIDES
+async def test_what_the_peer_sends_after_our_end_is_delivered_and_so_is_its_end(
+    tls: Contexts, server_side: bool
+) -> None:
+    # With both close_notify on the way OpenSSL reports the peer's as an error of its own kind.
+    notes = Notes()
+    async with secured(tls, server_side=server_side, protocol=notes) as (link, peer):
+        link.transport.write_eof()
+        assert await peer.receive_all() == b""
+        await peer.send(b"late" * 10_000)
+        peer.say_close_notify()
+        await notes.until_told("eof")
+        assert notes.received == b"late" * 10_000
+        assert notes.told[:2] == ["data", "eof"]
+
+
+async def test_an_end_is_told_once_whether_close_notify_or_fin_or_both_say_it(
+    tls: Contexts,
+) -> None:
+    for close_notify in (True, False):
+        notes = Notes()
+        async with secured(tls, server_side=False, protocol=notes) as (link, peer):
+            await peer.send(b"x")
+            if close_notify:
+                peer.say_close_notify()
+            peer.end()
+            await notes.until_told("eof")
+            link.transport.resume_reading()
+            link.transport.write(b"we may still answer")
+            assert await peer.receive_exactly(19) == b"we may still answer"
+            assert notes.told == ["data", "eof"]
+
+
+async def test_a_protocol_that_does_not_keep_the_connection_open_ends_it(tls: Contexts) -> None:
+    notes = Notes(keep_open=False)
+    async with secured(tls, server_side=False, protocol=notes) as (_, peer):
+        peer.say_close_notify()
+        peer.end()
+        await notes.until_told("lost")
+        assert await peer.receive_all() == b""
+        assert peer.close_notify
+
+
+@pytest.mark.parametrize("close_notify", [True, False])
+async def test_closing_does_not_wait_for_a_peer_that_has_ended_already(
+    tls: Contexts, close_notify: bool
+) -> None:
+    # The relay closes both sides when the upstream has ended; it waited out the whole linger.
+    notes = Notes()
+    async with secured(tls, server_side=False, protocol=notes) as (link, peer):
+        if close_notify:
+            peer.say_close_notify()
+        peer.end()
+        await notes.until_told("eof")
+        async with asyncio.timeout(WAIT_SECONDS_MAX):
+            await close_gracefully(link.transport, linger_seconds=60)
+        assert await peer.receive_all() == b""
+        assert peer.close_notify
+
+
+async def test_w34_a_slow_reader_gets_every_byte_that_came_before_the_peers_fin(
+    tls: Contexts,
+) -> None:
+    # The event loop's own TLS drops what it has decrypted and not delivered when FIN comes.
+    content = bytes(range(256)) * (4 * MIB // 256)
+    notes = Notes()
+    async with secured(tls, server_side=False, protocol=notes) as (link, peer):
+        link.transport.pause_reading()
+
+        async def send_and_end() -> None:
+            await _send_in_pieces(peer, content)
+            peer.say_close_notify()
+            peer.end()
+
+        sending = asyncio.create_task(send_and_end())
+        while "eof" not in notes.told:  # reads once, rests, reads once
+            link.transport.resume_reading()
+            await notes.until_more()
+            link.transport.pause_reading()
+            await asyncio.sleep(0)
+        await sending
+        assert notes.received == content
+        assert notes.told == ["data", "eof"]
+
+
+async def test_a_broken_record_ends_the_connection_and_nothing_behind_it_is_believed(
+    tls: Contexts,
+) -> None:
+    notes = Notes()
+    async with secured(tls, server_side=False, protocol=notes) as (_, peer):
+        good = peer.encrypted(b"good")
+        broken = bytearray(peer.encrypted(b"broken"))
+        broken[-1] ^= 1
+        peer.writer.write(good + broken + peer.encrypted(b"behind"))
+        await notes.until_told("lost")
+        assert notes.received == b"good"
+
+
+async def test_plaintext_in_the_middle_of_tls_ends_the_connection(tls: Contexts) -> None:
+    notes = Notes()
+    async with secured(tls, server_side=False, protocol=notes) as (_, peer):
+        peer.writer.write(b"Q\0\0\0\x0dselect 1\0" * 10)
+        await notes.until_told("lost")
+        assert notes.received == b""
+
+
+async def test_a_reset_is_the_loss_of_the_connection(tls: Contexts) -> None:
+    notes = Notes()
+    async with secured(tls, server_side=False, protocol=notes) as (link, peer):
+        peer.reset()
+        await notes.until_told("lost")
+        link.transport.write(b"into the void")
+        link.transport.write_eof()
+        link.transport.close()
+        link.transport.abort()
+        assert link.transport.is_closing()
+
+
+async def test_it_answers_for_the_plain_transport_below(tls: Contexts) -> None:
+    notes = Notes()
+    async with secured(tls, server_side=False, protocol=notes) as (link, _):
+        assert link.transport.get_extra_info("peername")[0] == "127.0.0.1"
+        assert link.transport.get_extra_info("nothing", 7) == 7
+        assert link.transport.get_protocol() is notes
+        assert link.transport.can_write_eof()
+        assert link.transport.get_write_buffer_size() == 0

@@ -1,0 +1,37 @@
+"""A workspace without clusters, and an environment in which the SDK finds nothing of its own."""
+
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from proxy.standin.cluster import CLIENT_ID, Cluster
+from proxy.standin.endpoints import Dialect, Endpoint
+from proxy.standin.lakebase import CLIENT_SECRET, PERSONAL_TOKEN
+from proxy.standin.workspace import Workspace
+
+ENDPOINT = "projects/p/branches/b/endpoints/primary"
+
+
+@pytest.fixture(autouse=True)
+def no_databricks_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away what the SDK would discover on the machine that runs the tests."""
+    for name in list(os.environ):
+        if name.startswith("DATABRICKS_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", os.devnull)
+
+
+@pytest.fixture
+def endpoint() -> Endpoint:
+    """Return an endpoint whose cluster does not run: the API alone knows it."""
+    return Endpoint(ENDPOINT, "ep-quiet-forest-00000001", Dialect.AUTOSCALING, Cluster("none"))
+
+
+@pytest_asyncio.fixture
+async def api(endpoint: Endpoint) -> AsyncIterator[Workspace]:
+    """Return the stand-in's workspace alone."""
+    async with Workspace([endpoint], {CLIENT_ID: CLIENT_SECRET}) as started:
+        started.api.personal_tokens[PERSONAL_TOKEN] = CLIENT_ID
+        yield started

@@ -1,0 +1,382 @@
+"""The freshness of tokens: the rule as a table, and single flight under a clock that tests move."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from proxy.app import build_metrics
+from proxy.config import CredentialsSettings
+from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.metrics import Metrics
+from proxy.upstream.credentials import (
+    Credentials,
+    Freshness,
+    Need,
+    PasswordFile,
+    is_valid,
+    judge,
+)
+from proxy.upstream.workspace import Credential
+from proxy.wire.secret import Secret
+from tests.support.fake_clock import FakeClock
+
+HOUR = 3600.0
+T0 = 1_790_000_000.0
+MINUTE = Freshness(max_age_seconds=60, expiry_margin_seconds=120)
+
+
+def credential(requested_at: float = T0, expires_at: float = T0 + HOUR) -> Credential:
+    return Credential(Secret(b"not-a-real-token"), requested_at, expires_at)
+
+
+# -- the rule ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("after", "need"),
+    [
+        (0, Need.USE),
+        (30, Need.USE),
+        (30.001, Need.USE_AND_RENEW),
+        (60, Need.USE_AND_RENEW),
+        (60.001, Need.MINT),
+        (HOUR, Need.MINT),
+        (10 * HOUR, Need.MINT),
+        (-0.001, Need.MINT),  # the clock was set back: nobody knows how old the token is
+        (-HOUR, Need.MINT),
+    ],
+)
+def test_the_age_alone_decides_while_the_expiry_is_far(after: float, need: Need) -> None:
+    assert judge(credential(), T0 + after, MINUTE) is need
+
+
+@pytest.mark.parametrize(
+    ("before_expiry", "valid"),
+    [(120.001, True), (120, False), (119.999, False), (0, False), (-1, False)],
+)
+def test_a_token_is_not_shown_within_the_margin_of_its_expiry(
+    before_expiry: float, valid: bool
+) -> None:
+    newly_minted = credential(T0, T0 + before_expiry)
+    assert is_valid(newly_minted, T0, MINUTE) is valid
+    assert judge(newly_minted, T0, MINUTE) is (Need.USE if valid else Need.MINT)
+
+
+def test_without_a_token_one_is_minted() -> None:
+    assert judge(None, T0, MINUTE) is Need.MINT
+    assert not is_valid(None, T0, MINUTE)
+
+
+@pytest.mark.parametrize("after", [0, 0.001, 30])
+def test_an_age_of_zero_never_uses_a_token_again(after: float) -> None:
+    assert judge(credential(), T0 + after, Freshness(0, 120)) is Need.MINT
+
+
+# -- the mint ------------------------------------------------------------------------------------
+
+
+class Mint:
+    """Mints when told to go, counts, and fails when it has a failure."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.started = 0
+        self.finished = 0
+        self.cancelled = 0
+        self.lifetime = HOUR
+        self.failure: ProxyError | None = None
+        self.go = asyncio.Event()
+        self.go.set()
+        self._clock = clock
+
+    async def __call__(self) -> Credential:
+        self.started += 1
+        number, requested_at = self.started, self._clock()
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        self.finished += 1
+        if self.failure is not None:
+            raise self.failure
+        secret = Secret(b"not-a-real-token-%d" % number)
+        return Credential(secret, requested_at, requested_at + self.lifetime)
+
+
+class Story:
+    """Credentials with a mint and a clock of the test's."""
+
+    def __init__(self, max_age_seconds: float, expiry_margin_seconds: float) -> None:
+        self.clock = FakeClock(T0)
+        self.mint = Mint(self.clock)
+        self.metrics: Metrics = build_metrics()
+        settings = CredentialsSettings(
+            token_max_age_seconds=max_age_seconds, expiry_margin_seconds=expiry_margin_seconds
+        )
+        self.credentials = Credentials(self.mint, settings, self.metrics, clock=self.clock)
+
+    async def shown(self) -> bytes:
+        return (await self.credentials.fresh()).secret.reveal()
+
+
+@asynccontextmanager
+async def story(
+    max_age_seconds: float = 60, expiry_margin_seconds: float = 120
+) -> AsyncIterator[Story]:
+    told = Story(max_age_seconds, expiry_margin_seconds)
+    async with asyncio.timeout(5), told.credentials:
+        yield told
+
+
+async def turns(count: int = 5) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_thousand_that_wait_share_one_mint() -> None:
+    async with story() as told:
+        told.mint.go.clear()
+        asking = [asyncio.create_task(told.shown()) for _ in range(1000)]
+        await turns()
+        assert told.mint.started == 1
+        told.mint.go.set()
+        assert set(await asyncio.gather(*asking)) == {b"not-a-real-token-1"}
+        assert told.mint.started == 1
+        assert told.metrics.value("tokens_minted_total") == 1
+
+
+async def test_a_token_in_its_second_half_is_used_and_renewed_behind_the_asker() -> None:
+    async with story() as told:
+        await told.shown()
+        told.clock.move(31)
+        told.mint.go.clear()
+        assert await told.shown() == b"not-a-real-token-1"  # at once: nobody waits
+        assert await told.shown() == b"not-a-real-token-1"
+        await turns()
+        assert told.mint.started == 2
+        told.mint.go.set()
+        await turns()
+        assert await told.shown() == b"not-a-real-token-2"
+
+
+async def test_while_connections_keep_coming_nobody_waits() -> None:
+    async with story() as told:
+        await told.shown()
+        for _ in range(100):
+            told.clock.move(20)
+            asking = asyncio.create_task(told.shown())
+            await asyncio.sleep(0)
+            assert asking.done()
+            await turns()
+        assert 40 <= told.mint.started <= 60
+
+
+async def test_while_nobody_asks_nothing_is_minted() -> None:
+    async with story() as told:
+        await told.shown()
+        for _ in range(10):
+            told.clock.move(600)
+            await turns()
+        assert told.mint.started == 1
+
+
+async def test_a_token_older_than_the_age_is_not_used() -> None:
+    async with story() as told:
+        await told.shown()
+        told.clock.move(60.5)
+        assert await told.shown() == b"not-a-real-token-2"
+
+
+async def test_a_clock_that_is_set_back_means_a_new_token() -> None:
+    async with story() as told:
+        await told.shown()
+        told.clock.move(-HOUR / 2)
+        assert await told.shown() == b"not-a-real-token-2"
+
+
+async def test_an_age_of_zero_gives_everybody_a_token_of_their_own() -> None:
+    async with story(max_age_seconds=0) as told:
+        shown = await asyncio.gather(*(told.shown() for _ in range(20)))
+        assert len(set(shown)) == 20
+        assert told.mint.started == 20
+
+
+@pytest.mark.parametrize("max_age_seconds", [60, 0])
+async def test_when_minting_fails_a_token_that_is_still_valid_serves(
+    max_age_seconds: float,
+) -> None:
+    async with story(max_age_seconds) as told:
+        await told.shown()
+        told.mint.failure = ProxyError(ErrorKind.API_UNREACHABLE)
+        told.clock.move(HOUR - 121)
+        assert await told.shown() == b"not-a-real-token-1"
+        assert told.metrics.value("token_mint_failures_total") == 1
+        told.clock.move(1)  # within the margin: it may be shown no more
+        with pytest.raises(ProxyError) as refused:
+            await told.shown()
+        assert refused.value.kind is ErrorKind.API_UNREACHABLE
+        told.mint.failure = None
+        assert await told.shown() == b"not-a-real-token-%d" % told.mint.started
+
+
+async def test_a_failed_renewal_costs_nobody_anything() -> None:
+    async with story() as told:
+        await told.shown()
+        told.mint.failure = ProxyError(ErrorKind.API_UNREACHABLE)
+        told.clock.move(31)
+        assert await told.shown() == b"not-a-real-token-1"
+        await turns()
+        assert told.mint.finished == 2
+        assert await told.shown() == b"not-a-real-token-1"
+
+
+async def test_a_failure_is_told_to_all_who_wait_and_kept_from_the_next() -> None:
+    async with story() as told:
+        told.mint.failure = ProxyError(ErrorKind.WORKSPACE_LOGIN_FAILED)
+        told.mint.go.clear()
+        asking = [asyncio.create_task(told.shown()) for _ in range(10)]
+        await turns()
+        told.mint.go.set()
+        outcomes = await asyncio.gather(*asking, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {ProxyError}
+        assert told.mint.started == 1
+        told.mint.failure = None
+        assert await told.shown() == b"not-a-real-token-2"
+
+
+async def test_a_mint_within_the_margin_of_its_own_expiry_is_a_failure() -> None:
+    async with story() as told:
+        told.mint.lifetime = 119
+        with pytest.raises(ProxyError) as refused:
+            await told.shown()
+        assert refused.value.kind is ErrorKind.CREDENTIAL_INVALID
+        assert told.metrics.value("token_mint_failures_total") == 1
+
+
+async def test_w54_one_who_gives_up_does_not_end_the_mint_for_the_others() -> None:
+    async with story() as told:
+        told.mint.go.clear()
+        leaving, staying = (asyncio.create_task(told.shown()) for _ in range(2))
+        await turns()
+        leaving.cancel()
+        await turns()
+        assert leaving.cancelled()
+        told.mint.go.set()
+        assert await staying == b"not-a-real-token-1"
+        assert (told.mint.started, told.mint.cancelled) == (1, 0)
+
+
+async def test_w54_a_mint_that_nobody_waits_for_any_more_still_fills_the_cache() -> None:
+    async with story() as told:
+        told.mint.go.clear()
+        leaving = asyncio.create_task(told.shown())
+        await turns()
+        leaving.cancel()
+        told.mint.go.set()
+        await turns()
+        assert await told.shown() == b"not-a-real-token-1"
+        assert told.mint.started == 1
+
+
+async def test_a_rejected_token_is_forgotten_unless_a_newer_one_has_come() -> None:
+    async with story() as told:
+        first = await told.credentials.fresh()
+        told.credentials.reject(first)
+        second = await told.credentials.fresh()
+        assert second.secret.reveal() == b"not-a-real-token-2"
+        told.credentials.reject(first)  # a slower dial with the old one
+        assert await told.credentials.fresh() is second
+
+
+async def test_a_rejected_token_does_not_serve_when_minting_fails() -> None:
+    async with story() as told:
+        told.credentials.reject(await told.credentials.fresh())
+        told.mint.failure = ProxyError(ErrorKind.API_UNREACHABLE)
+        with pytest.raises(ProxyError):
+            await told.shown()
+
+
+async def test_leaving_ends_a_mint_that_is_under_way() -> None:
+    async with story() as told:
+        told.mint.go.clear()
+        waiting = asyncio.create_task(told.shown())
+        await turns()
+    assert told.mint.cancelled == 1
+    await asyncio.wait([waiting])
+    assert waiting.cancelled()
+
+
+async def test_an_error_of_the_block_comes_out_as_it_is() -> None:
+    # A port in use ended the program with a group that nothing above was ready for.
+    async def fail() -> None:
+        async with story() as told:
+            await told.shown()
+            raise OSError("in use")
+
+    with pytest.raises(OSError, match="in use"):
+        await fail()
+
+
+async def test_no_token_shows_in_a_repr() -> None:
+    async with story() as told:
+        got = await told.credentials.fresh()
+        assert "not-a-real" not in repr(got) + str(got) + repr(vars(told.credentials))
+
+
+# -- the password file ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "password"),
+    [
+        (b"not-a-real-password", b"not-a-real-password"),
+        (b"not-a-real-password\n", b"not-a-real-password"),
+        (b"not-a-real-password\r\n", b"not-a-real-password"),
+        (b" spaces stay ", b" spaces stay "),
+    ],
+)
+async def test_a_password_file_is_read_at_each_login(
+    tmp_path: Path, content: bytes, password: bytes
+) -> None:
+    path = tmp_path / "password"
+    path.write_bytes(content)
+    source = PasswordFile(str(path))
+    shown = await source.fresh()
+    assert shown.secret.reveal() == password
+    assert shown.is_password
+    assert shown.expires_at == math.inf
+    source.reject(shown)
+    path.write_bytes(b"rotated-not-real")
+    assert (await source.fresh()).secret.reveal() == b"rotated-not-real"
+
+
+def _missing(path: Path) -> None:
+    pass
+
+
+def _directory(path: Path) -> None:
+    path.mkdir()
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"\n")
+
+
+def _with_nul(path: Path) -> None:
+    path.write_bytes(b"not-a-real\0password")
+
+
+@pytest.mark.parametrize("make", [_missing, _directory, _empty, _with_nul])
+async def test_a_password_file_that_cannot_be_used_says_so_and_nothing_of_what_is_in_it(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "password"
+    make(path)
+    with pytest.raises(ProxyError) as refused:
+        await PasswordFile(str(path)).fresh()
+    assert refused.value.kind is ErrorKind.PASSWORD_FILE_UNREADABLE
+    assert "not-a-real" not in repr(refused.value.response())

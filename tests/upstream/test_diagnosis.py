@@ -1,0 +1,350 @@
+"""What an upstream's refusal means: the table of connection errors, row by row."""
+
+import socket
+import ssl
+
+import pytest
+
+from proxy.errors import Disposition, ErrorKind, ProxyError
+from proxy.standin.endpoints import neon_error
+from proxy.upstream.diagnosis import diagnose, diagnose_network
+from proxy.wire.messages import ErrorResponse
+
+FAIL, RETRY, ONCE, WAIT, REMINT = (
+    Disposition.FAIL,
+    Disposition.RETRY,
+    Disposition.RETRY_ONCE,
+    Disposition.WAIT,
+    Disposition.REMINT,
+)
+V = "verbatim"
+fatal = ErrorResponse.fatal
+neon = neon_error
+
+# The document's rows in its order: the error, class, SQLSTATE, reason, and V where it stands there.
+ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
+    (
+        neon("Provided authentication token is not a valid JWT encoding"),
+        FAIL,
+        "28000",
+        "not_a_token",
+        "",
+    ),
+    (
+        fatal("28000", "Provided authentication token is not a valid JWT encoding"),
+        FAIL,
+        "28000",
+        "not_a_token",
+        "",
+    ),
+    (neon("JWT token has expired"), REMINT, "28000", "token_rejected", ""),
+    (neon("jwk not found"), REMINT, "28000", "token_rejected", ""),
+    (neon("invalid JWT token audience"), REMINT, "28000", "token_rejected", ""),
+    (
+        neon("JWKs settings for this role were not configured"),
+        REMINT,
+        "28000",
+        "token_rejected",
+        "",
+    ),
+    (
+        fatal(
+            "28000",
+            'The token\'s identity "a" did not match the security label configured for role "b"',
+        ),
+        FAIL,
+        "28000",
+        "identity_mismatch",
+        "",
+    ),
+    (
+        neon('The token\'s identity "a" did not match the security label configured for role "b"'),
+        FAIL,
+        "28000",
+        "identity_mismatch",
+        "",
+    ),
+    (
+        fatal("28P01", 'password authentication failed for user "app"'),
+        REMINT,
+        "28P01",
+        "password_rejected",
+        V,
+    ),
+    (neon("password authentication failed for user 'app'"), REMINT, "28000", "token_rejected", ""),
+    (fatal("28000", 'role "app" does not exist'), FAIL, "28000", "role_missing", V),
+    (neon('role "app" does not exist'), FAIL, "28000", "role_missing", ""),
+    (fatal("3D000", 'database "x" does not exist'), FAIL, "3D000", "database_missing", V),
+    (neon('database "x" does not exist'), FAIL, "3D000", "database_missing", ""),
+    (fatal("28000", "External authorization failed."), RETRY, "28000", "authorization_denied", ""),
+    (
+        fatal("28000", "External authorization failed. reason: private-link-not-supported"),
+        FAIL,
+        "28000",
+        "network_denied",
+        "",
+    ),
+    (
+        fatal("28000", "External authorization failed: unsupported-destination-type"),
+        FAIL,
+        "28000",
+        "network_denied",
+        "",
+    ),
+    (
+        fatal(
+            "28000", "Source IP address: 192.0.2.1 is blocked by Databricks IP ACL for workspace: 1"
+        ),
+        FAIL,
+        "28000",
+        "network_denied",
+        "",
+    ),
+    (fatal("08006", "Connection does not have SNI."), FAIL, "08001", "front_end_protocol", ""),
+    (fatal("08006", "Insecure connection."), FAIL, "08001", "front_end_protocol", ""),
+    (
+        fatal("08P01", "Invalid protocol version. Protocol version: 196610"),
+        FAIL,
+        "08001",
+        "front_end_protocol",
+        "",
+    ),
+    (
+        fatal("0A000", "Unsupported frontend protocol 3.2: server supports 3.0 to 3.0"),
+        FAIL,
+        "08001",
+        "front_end_protocol",
+        "",
+    ),
+    (
+        fatal("08P01", "Received unencrypted data after SSL request."),
+        FAIL,
+        "08001",
+        "front_end_protocol",
+        "",
+    ),
+    (fatal("08006", "Invalid length of startup packet."), FAIL, "08001", "front_end_protocol", ""),
+    (fatal("08006", "Client handshake timeout."), ONCE, "08006", "upstream_timeout", ""),
+    (neon("Authentication timed out"), ONCE, "08006", "upstream_timeout", ""),
+    (fatal("XX000", "Internal error. Try again."), RETRY, "08006", "front_end_error", ""),
+    (fatal("XX000", "Invalid upstream handshake state."), RETRY, "08006", "front_end_error", ""),
+    (
+        neon("Control plane request failed: endpoint cannot be found"),
+        FAIL,
+        "08001",
+        "endpoint_not_found",
+        "",
+    ),
+    (
+        neon("Control plane request failed: endpoint is disabled"),
+        FAIL,
+        "08001",
+        "endpoint_disabled",
+        "",
+    ),
+    (
+        neon("Control plane request failed: endpoint is temporarily unavailable"),
+        WAIT,
+        "57P03",
+        "upstream_starting",
+        "",
+    ),
+    (neon("Control plane request failed"), WAIT, "57P03", "upstream_starting", ""),
+    (neon("Couldn't connect to compute node"), WAIT, "57P03", "upstream_starting", ""),
+    (
+        neon("Failed to acquire permit to connect to the database. Too many attempts"),
+        WAIT,
+        "53300",
+        "upstream_busy",
+        "",
+    ),
+    (neon("Too many connections attempts"), WAIT, "53300", "upstream_busy", ""),
+    (neon("Too many connections to this endpoint"), WAIT, "53300", "upstream_busy", ""),
+    (
+        fatal(
+            "53300",
+            "remaining connection slots are reserved for roles with the SUPERUSER attribute",
+        ),
+        FAIL,
+        "53300",
+        "upstream_full",
+        V,
+    ),
+    (fatal("53300", "sorry, too many clients already"), FAIL, "53300", "upstream_full", V),
+    (neon("sorry, too many clients already"), FAIL, "53300", "upstream_full", ""),
+    (fatal("08P01", "SASL authentication failed"), FAIL, "28000", "pooler_needs_password", ""),
+    (
+        fatal("08P01", "unsupported startup parameter: search_path"),
+        FAIL,
+        "08P01",
+        "pooler_parameter",
+        V,
+    ),
+    # The document's word is upstream_full; a word belongs to one kind, and that one is not retried.
+    (
+        fatal("08P01", "no more connections allowed (max_client_conn)"),
+        WAIT,
+        "53300",
+        "upstream_busy",
+        "",
+    ),
+    (fatal("57P03", "the database system is starting up"), WAIT, "57P03", "upstream_starting", ""),
+    (
+        fatal("57P03", "the database system is in recovery mode"),
+        WAIT,
+        "57P03",
+        "upstream_starting",
+        "",
+    ),
+    (neon("the database system is starting up"), WAIT, "57P03", "upstream_starting", ""),
+    (
+        fatal("57P01", "terminating connection due to administrator command"),
+        RETRY,
+        "08006",
+        "upstream_lost",
+        "",
+    ),
+    (
+        fatal("57P02", "terminating connection because of crash of another server process"),
+        RETRY,
+        "08006",
+        "upstream_lost",
+        "",
+    ),
+    (
+        neon("This IP address 192.0.2.1 is not allowed to connect to this endpoint."),
+        FAIL,
+        "28000",
+        "network_denied",
+        "",
+    ),
+    (neon("blocked network"), FAIL, "28000", "network_denied", ""),
+    (
+        neon("VPC endpoint ID is not specified. This endpoint requires one."),
+        FAIL,
+        "28000",
+        "network_denied",
+        "",
+    ),
+    (
+        neon("Inconsistent project name inferred from SNI ('a') and domain ('b')."),
+        FAIL,
+        "08001",
+        "front_end_protocol",
+        "",
+    ),
+    (
+        neon("Endpoint ID is not specified. Either upgrade the postgres client library"),
+        FAIL,
+        "08001",
+        "front_end_protocol",
+        "",
+    ),
+    # Below the table: an unknown text of a front end; and whatever else Postgres may say.
+    (neon("something nobody has seen yet"), FAIL, "08006", "upstream_error", ""),
+    (
+        fatal("42704", 'unrecognized configuration parameter "x"'),
+        FAIL,
+        "42704",
+        "startup_refused",
+        V,
+    ),
+    (fatal("42601", "-c timezone requires a value"), FAIL, "42601", "startup_refused", V),
+    (fatal("28000", 'role "app" is not permitted to log in'), FAIL, "28000", "startup_refused", V),
+    (fatal("53300", "too many connections for role"), FAIL, "53300", "upstream_full", V),
+    # W53: no C, as in CVE-2026-6666.
+    (
+        ErrorResponse(((b"S", b"FATAL"), (b"M", b"nonsense"))),
+        FAIL,
+        "08006",
+        "upstream_protocol",
+        "",
+    ),
+    (ErrorResponse(()), FAIL, "08006", "upstream_protocol", ""),
+    (
+        ErrorResponse(((b"S", b"FATAL"), (b"M", b"jwk not found"))),
+        REMINT,
+        "28000",
+        "token_rejected",
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "disposition", "sqlstate", "reason", "form"),
+    ROWS,
+    ids=[f"{row[0].severity}_{row[0].message[:40]}" for row in ROWS],
+)
+def test_w29_every_row_of_the_table(
+    error: ErrorResponse, disposition: Disposition, sqlstate: str, reason: str, form: str
+) -> None:
+    found = diagnose(error, user="app")
+    assert (found.reason, found.kind.value.disposition) == (reason, disposition)
+    answer = found.response()
+    assert answer.sqlstate == sqlstate
+    if form == V:
+        assert answer.fields[: len(error.fields)] == error.fields
+        assert [name for name, _ in answer.fields[len(error.fields) :]] in ([], [b"H"])
+    else:
+        assert answer.severity == "FATAL"
+        assert answer.text(b"D") == f"reason={reason} {error.message}".rstrip()
+    if reason not in ("startup_refused", "upstream_error", "upstream_protocol"):
+        assert answer.text(b"H")
+
+
+@pytest.mark.parametrize("case", [str.upper, str.lower])
+def test_texts_are_compared_without_regard_to_case(case: type[str]) -> None:
+    text = case("jwt token has EXPIRED")
+    assert diagnose(neon(text), user="app").kind is ErrorKind.TOKEN_REJECTED
+
+
+@pytest.mark.parametrize("text", ["jwk not found", "Insecure connection.", "blocked network"])
+def test_a_name_that_the_client_chose_does_not_decide(text: str) -> None:
+    # A database called "jwk not found" made the proxy mint a token and blame the clock.
+    error = fatal("3D000", f'database "{text}" does not exist')
+    found = diagnose(error, user="app")
+    assert found.kind is ErrorKind.DATABASE_MISSING
+    assert found.response().fields[: len(error.fields)] == error.fields
+
+
+def test_the_hint_names_the_role_that_was_used() -> None:
+    found = diagnose(fatal("28000", 'role "o\'hara" does not exist'), user="o'hara")
+    assert "databricks_create_role('o''hara'" in found.response().text(b"H")
+
+
+def test_a_refusal_in_another_language_is_known_by_its_sqlstate() -> None:
+    found = diagnose(fatal("3D000", "Datenbank »x« existiert nicht"), user="app")
+    assert found.kind is ErrorKind.DATABASE_MISSING
+
+
+def certificate_error() -> ssl.SSLCertVerificationError:
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_message = "self-signed certificate"
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (certificate_error(), ErrorKind.UPSTREAM_CERTIFICATE, "self-signed certificate"),
+        (ssl.SSLError(1, "wrong version"), ErrorKind.UPSTREAM_LOST, "TLS handshake failed"),
+        (ConnectionResetError(104, "reset"), ErrorKind.UPSTREAM_LOST, "reset"),
+        (BrokenPipeError(32, "broken pipe"), ErrorKind.UPSTREAM_LOST, "reset"),
+        (ConnectionAbortedError(103, "aborted"), ErrorKind.UPSTREAM_LOST, "reset"),
+        (TimeoutError(), ErrorKind.UPSTREAM_UNREACHABLE, "no answer"),
+        (TimeoutError(110, "timed out"), ErrorKind.UPSTREAM_UNREACHABLE, "no answer"),
+        (ConnectionRefusedError(111, "refused"), ErrorKind.UPSTREAM_UNREACHABLE, "refused"),
+        (OSError(113, "No route to host"), ErrorKind.UPSTREAM_UNREACHABLE, "No route to host"),
+        (OSError("no address"), ErrorKind.UPSTREAM_UNREACHABLE, "OSError"),
+        (socket.gaierror(-2, "unknown"), ErrorKind.UPSTREAM_UNREACHABLE, "unknown"),
+    ],
+)
+def test_what_fails_below_postgres_is_told_apart_and_names_what_was_dialled(
+    error: OSError, kind: ErrorKind, text: str
+) -> None:
+    found = diagnose_network(error, "db.example.com:5432")
+    assert isinstance(found, ProxyError)
+    assert found.kind is kind
+    assert found.detail.startswith("db.example.com:5432")
+    assert text in found.detail

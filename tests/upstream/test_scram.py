@@ -1,0 +1,124 @@
+"""SCRAM against scramp's own server, and against servers that mean harm."""
+
+import base64
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scramp import ScramMechanism
+
+from proxy.errors import ErrorKind, ProxyError
+from proxy.upstream.scram import ITERATIONS_MAX, NONCE_BYTES_MAX, SCRAM_SHA_256, Scram
+from proxy.wire.secret import Secret
+
+PASSWORD = "not-a-real-password"
+SALT = base64.b64encode(b"0123456789abcdef").decode()
+
+
+def exchange() -> tuple[Scram, str]:
+    """Return an exchange whose first message is out, and its nonce."""
+    scram = Scram((SCRAM_SHA_256,), Secret(PASSWORD.encode()))
+    return scram, scram.first().decode().rpartition("r=")[2]
+
+
+@pytest.mark.parametrize("password", [PASSWORD, "pässwörd", "x" * 1000, " , = "])
+def test_w28_a_right_password_proves_itself_and_so_does_the_server(password: str) -> None:
+    mechanism = ScramMechanism("SCRAM-SHA-256")
+    stored = mechanism.make_auth_info(password)
+    server = mechanism.make_server(lambda user: stored)
+    scram = Scram((b"SCRAM-SHA-256-PLUS", SCRAM_SHA_256), Secret(password.encode()))
+    server.set_client_first(scram.first().decode())
+    server.set_client_final(scram.proof(server.get_server_first().encode()).decode())
+    scram.check(server.get_server_final().encode())
+
+
+@pytest.mark.parametrize("mechanisms", [(), (b"SCRAM-SHA-256-PLUS",), (b"\xff", b"OAUTHBEARER")])
+def test_w28_another_mechanism_is_unsupported_and_named(mechanisms: tuple[bytes, ...]) -> None:
+    with pytest.raises(ProxyError) as refused:
+        Scram(mechanisms, Secret(PASSWORD.encode()))
+    assert refused.value.kind is ErrorKind.UNSUPPORTED_AUTH
+    assert "SASL" in refused.value.detail
+
+
+def test_a_password_that_is_no_utf_8_is_the_password_files_fault() -> None:
+    with pytest.raises(ProxyError) as refused:
+        Scram((SCRAM_SHA_256,), Secret(b"\xff\xfe"))
+    assert refused.value.kind is ErrorKind.PASSWORD_FILE_UNREADABLE
+
+
+@pytest.mark.parametrize(
+    "challenge",
+    [
+        "",
+        "nonsense",
+        "r={nonce}x",
+        "r={nonce}x,s={salt}",
+        "r={nonce}x,s={salt},i=",
+        "r={nonce}x,s={salt},i=abc",
+        "r={nonce}x,s={salt},i=-1",
+        "r={nonce}x,s={salt},i=0",
+        "r={nonce}x,s={salt},i=+4096",
+        "r={nonce}x,s={salt},i=4_096",
+        "r={nonce}x,s={salt},i=\u0664\u0660",
+        "r={nonce}x,s={salt},i=100001",
+        "r={nonce}x,s={salt},i=9999999",
+        "r={nonce}x,s={salt},i=99999999999999999999",
+        "r={nonce}x,s={salt},i=4096,i=9999999",
+        "r={nonce}x,s={salt},iX9999999",
+        "r={nonce}x,s=not base64!,i=4096",
+        "r={nonce}x,s=,i=4096",
+        "r={nonce},s={salt},i=4096",  # the server added nothing of its own
+        "r=another-nonce,s={salt},i=4096",
+        "m=extension,r={nonce}x,s={salt},i=4096",
+        "e=other-error",
+        "i=4096,s={salt},r={nonce}x",
+    ],
+)
+def test_w53_a_hostile_challenge_is_a_violation_and_costs_nothing(challenge: str) -> None:
+    scram, nonce = exchange()
+    begun = time.perf_counter()
+    with pytest.raises(ProxyError) as refused:
+        scram.proof(challenge.format(nonce=nonce, salt=SALT).encode())
+    assert refused.value.kind is ErrorKind.UPSTREAM_PROTOCOL
+    assert time.perf_counter() - begun < 0.05
+    assert PASSWORD not in repr(refused.value.response())
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_w53_the_bounds_of_nonce_and_iterations_are_exact(over: int) -> None:
+    for count, size in ((ITERATIONS_MAX + over, 100), (4096, NONCE_BYTES_MAX + over)):
+        scram, nonce = exchange()
+        long_nonce = nonce + "x" * (size - len(nonce))
+        challenge = f"r={long_nonce},s={SALT},i={count}".encode()
+        if over <= 0:
+            assert scram.proof(challenge).startswith(b"c=biws,r=")
+        else:
+            with pytest.raises(ProxyError, match="beyond its bounds"):
+                scram.proof(challenge)
+
+
+def test_w53_a_challenge_that_is_no_utf_8_is_a_violation() -> None:
+    scram, nonce = exchange()
+    with pytest.raises(ProxyError, match="SCRAM"):
+        scram.proof(b"r=" + nonce.encode() + b"\xff,s=" + SALT.encode() + b",i=4096")
+
+
+@given(
+    challenge=st.binary(max_size=200) | st.text("rsim=,+/0123456789", max_size=60).map(str.encode)
+)
+def test_w53_any_challenge_is_answered_or_a_violation(challenge: bytes) -> None:
+    scram, _ = exchange()
+    with pytest.raises(ProxyError):  # none of these knows the nonce
+        scram.proof(challenge)
+
+
+@pytest.mark.parametrize(
+    "proof", [b"", b"v=AAAA", b"v=", b"v=!", b"e=invalid-proof", b"e=nonsense", b"\xff", b"x"]
+)
+def test_a_server_that_does_not_know_the_password_is_not_believed(proof: bytes) -> None:
+    scram, nonce = exchange()
+    scram.proof(f"r={nonce}x,s={SALT},i=4096".encode())
+    with pytest.raises(ProxyError) as refused:
+        scram.check(proof)
+    assert refused.value.kind is ErrorKind.UPSTREAM_PROTOCOL

@@ -1,0 +1,336 @@
+"""The real databricks-sdk against the stand-in's workspace: every REST error, and what hangs."""
+
+import asyncio
+import importlib
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from proxy.config import CredentialsSettings, WorkspaceSettings
+from proxy.errors import ErrorKind, ProxyError
+from proxy.standin import faults
+from proxy.standin import workspace as standin
+from proxy.standin.api import Call, ExpiryForm
+from proxy.standin.cluster import CLIENT_ID
+from proxy.standin.endpoints import Endpoint
+from proxy.standin.faults import HANG, Reply, api_error
+from proxy.standin.lakebase import CLIENT_SECRET, PERSONAL_TOKEN
+from proxy.standin.tokens import fingerprint
+from proxy.upstream.workspace import Workspace
+from tests.support.fake_clock import FakeClock
+from tests.upstream.conftest import ENDPOINT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sdk_is_imported() -> None:
+    """Import it once, so that its second is nobody's deadline."""
+    importlib.import_module("databricks.sdk.core")
+
+
+def workspace(api: standin.Workspace, timeout: float = 10, **settings: Any) -> Workspace:
+    given = {"host": api.url, "client_id": CLIENT_ID, "client_secret": SecretStr(CLIENT_SECRET)}
+    return Workspace(
+        WorkspaceSettings(**{**given, **settings}),
+        CredentialsSettings(mint_timeout_seconds=timeout),
+        version="0",
+    )
+
+
+async def refusal(made: Workspace, endpoint: str = ENDPOINT) -> ProxyError:
+    with pytest.raises(ProxyError) as refused:
+        await made.mint(endpoint)
+    return refused.value
+
+
+def shows(error: ProxyError) -> str:
+    """Return all that anybody sees of an error."""
+    return f"{error!s} {error!r} {error.args!r} {error.detail} {error.response()!r}"
+
+
+# -- what works ----------------------------------------------------------------------------------
+
+
+async def test_a_service_principal_gets_a_credential(api: standin.Workspace) -> None:
+    credential = await workspace(api).mint(ENDPOINT)
+    (mint,) = api.mints
+    assert fingerprint(credential.secret.reveal()) == mint.fingerprint
+    assert (mint.identity, mint.name) == (CLIENT_ID, ENDPOINT)
+    assert 3590 < credential.expires_at - credential.requested_at < 3601
+    assert not credential.is_password
+
+
+async def test_a_personal_access_token_is_used_where_it_is_given(api: standin.Workspace) -> None:
+    made = workspace(
+        api, client_id="", client_secret=SecretStr(""), token=SecretStr(PERSONAL_TOKEN)
+    )
+    await made.mint(ENDPOINT)
+    assert api.calls[Call.TOKEN] == 0
+    assert await made.identity() == CLIENT_ID
+
+
+async def test_the_sdk_finds_what_is_not_set(
+    api: standin.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABRICKS_HOST", api.url)
+    monkeypatch.setenv("DATABRICKS_CLIENT_ID", CLIENT_ID)
+    monkeypatch.setenv("DATABRICKS_CLIENT_SECRET", CLIENT_SECRET)
+    made = workspace(api, host="", client_id="", client_secret=SecretStr(""))
+    await made.mint(ENDPOINT)
+    assert await made.identity() == CLIENT_ID
+
+
+@pytest.mark.parametrize("form", list(ExpiryForm))
+async def test_an_expiry_is_understood_in_each_of_its_forms(
+    api: standin.Workspace, form: ExpiryForm
+) -> None:
+    api.api.expiry_form = form
+    credential = await workspace(api).mint(ENDPOINT)
+    assert 3590 < credential.expires_at - credential.requested_at < 3601
+
+
+async def test_the_host_is_the_one_that_the_api_names(
+    api: standin.Workspace, endpoint: Endpoint
+) -> None:
+    assert await workspace(api).endpoint_host(ENDPOINT) == endpoint.host
+
+
+async def test_an_endpoint_without_a_host_is_starting(
+    api: standin.Workspace, endpoint: Endpoint
+) -> None:
+    endpoint.hidden_hosts = set(endpoint.hosts)
+    with pytest.raises(ProxyError) as refused:
+        await workspace(api).endpoint_host(ENDPOINT)
+    assert refused.value.kind is ErrorKind.UPSTREAM_STARTING
+
+
+async def test_a_reply_without_a_status_is_no_crash(api: standin.Workspace) -> None:
+    api.fail(Call.RESOURCE, faults.EMPTY)
+    with pytest.raises(ProxyError) as refused:
+        await workspace(api).endpoint_host(ENDPOINT)
+    assert refused.value.kind is ErrorKind.UPSTREAM_STARTING
+
+
+async def test_a_person_without_a_name_is_told_to_set_the_user(api: standin.Workspace) -> None:
+    api.fail(Call.ME, faults.EMPTY)
+    made = workspace(
+        api, client_id="", client_secret=SecretStr(""), token=SecretStr(PERSONAL_TOKEN)
+    )
+    with pytest.raises(ProxyError, match=r"upstream\.user"):
+        await made.identity()
+
+
+async def test_one_client_serves_all_calls(api: standin.Workspace) -> None:
+    made = workspace(api)
+    for _ in range(3):
+        await made.mint(ENDPOINT)
+    assert (api.calls[Call.TOKEN], api.calls[Call.CREDENTIAL]) == (1, 3)
+
+
+async def test_a_burst_of_mints_gets_a_token_each(api: standin.Workspace) -> None:
+    made = workspace(api)
+    credentials = await asyncio.gather(*(made.mint(ENDPOINT) for _ in range(40)))
+    assert len({credential.secret.reveal() for credential in credentials}) == 40
+
+
+# -- the table of REST errors --------------------------------------------------------------------
+
+TABLE: list[tuple[str, Call, Reply, ErrorKind]] = [
+    ("invalid_client", Call.TOKEN, faults.INVALID_CLIENT, ErrorKind.WORKSPACE_LOGIN_FAILED),
+    ("401", Call.CREDENTIAL, faults.UNAUTHENTICATED, ErrorKind.WORKSPACE_LOGIN_FAILED),
+    ("access", Call.CREDENTIAL, faults.ACCESS_MISSING, ErrorKind.WORKSPACE_ACCESS_MISSING),
+    ("ip", Call.CREDENTIAL, faults.IP_BLOCKED, ErrorKind.IP_BLOCKED),
+    ("pat", Call.CREDENTIAL, faults.PAT_SCOPE, ErrorKind.PAT_SCOPE),
+    ("403", Call.CREDENTIAL, faults.PERMISSION_DENIED, ErrorKind.PERMISSION_DENIED),
+    ("numeric", Call.CREDENTIAL, faults.NUMERIC_CODE, ErrorKind.PERMISSION_DENIED),
+    (
+        "400",
+        Call.CREDENTIAL,
+        api_error(400, "INVALID_PARAMETER_VALUE", "endpoint is not valid"),
+        ErrorKind.ENDPOINT_INVALID,
+    ),
+    ("404", Call.CREDENTIAL, faults.NOT_FOUND, ErrorKind.ENDPOINT_NOT_FOUND),
+    (
+        "404_gone",
+        Call.CREDENTIAL,
+        api_error(404, "RESOURCE_DOES_NOT_EXIST", "no such endpoint"),
+        ErrorKind.ENDPOINT_NOT_FOUND,
+    ),
+    ("409", Call.CREDENTIAL, faults.ABORTED, ErrorKind.API_BUSY),
+    ("500", Call.CREDENTIAL, faults.INTERNAL, ErrorKind.API_UNREACHABLE),
+    ("502", Call.CREDENTIAL, faults.BAD_GATEWAY, ErrorKind.API_UNREACHABLE),
+    ("504", Call.CREDENTIAL, faults.GATEWAY_TIMEOUT, ErrorKind.API_UNREACHABLE),
+    ("empty", Call.CREDENTIAL, faults.EMPTY, ErrorKind.CREDENTIAL_INVALID),
+    ("not_json", Call.CREDENTIAL, faults.NOT_JSON, ErrorKind.API_UNREACHABLE),
+    ("500_token", Call.TOKEN, faults.INTERNAL, ErrorKind.API_UNREACHABLE),
+    ("429_token", Call.TOKEN, faults.THROTTLED, ErrorKind.API_UNREACHABLE),
+    ("empty_token", Call.TOKEN, faults.EMPTY, ErrorKind.API_UNREACHABLE),
+    ("not_json_token", Call.TOKEN, faults.NOT_JSON, ErrorKind.API_UNREACHABLE),
+    ("404_discovery", Call.DISCOVERY, faults.NOT_FOUND, ErrorKind.API_UNREACHABLE),
+    ("500_discovery", Call.DISCOVERY, faults.INTERNAL, ErrorKind.API_UNREACHABLE),
+    ("empty_discovery", Call.DISCOVERY, faults.EMPTY, ErrorKind.API_UNREACHABLE),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "fault", "kind"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
+)
+async def test_every_rest_error_has_its_kind_and_shows_no_secret_and_passes(
+    api: standin.Workspace, call: Call, fault: Reply, kind: ErrorKind
+) -> None:
+    api.fail(call, fault)
+    made = workspace(api)
+    error = await refusal(made)
+    assert error.kind is kind
+    assert CLIENT_SECRET not in shows(error)
+    assert "eyJ" not in shows(error)
+    assert "\n" not in error.detail
+    assert "None" not in error.detail  # "Invalid URL 'None'" helps nobody
+    assert len(error.detail) <= 300
+    api.heal()
+    await made.mint(ENDPOINT)  # and when the cause is gone it works, with the same object
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (faults.THROTTLED, ErrorKind.API_THROTTLED),
+        (faults.THROTTLED_NO_DELAY, ErrorKind.API_THROTTLED),
+        (faults.UNAVAILABLE, ErrorKind.API_UNREACHABLE),
+    ],
+    ids=["429", "429_without_retry_after", "503"],
+)
+async def test_what_the_sdk_retries_until_its_budget_is_spent_keeps_its_kind(
+    api: standin.Workspace, fault: Reply, kind: ErrorKind
+) -> None:
+    # The SDK reports a budget spent as TimeoutError, and its last error only as the cause.
+    api.fail(Call.CREDENTIAL, fault)
+    made = workspace(api, timeout=6)
+    error = await refusal(made)
+    assert error.kind is kind
+    assert api.calls[Call.CREDENTIAL] > 1
+    api.heal()
+    await made.mint(ENDPOINT)
+
+
+@pytest.mark.slow
+async def test_a_429_that_passes_is_nobodys_failure(api: standin.Workspace) -> None:
+    api.fail(Call.CREDENTIAL, faults.THROTTLED, times=1)
+    await workspace(api).mint(ENDPOINT)
+
+
+async def test_a_refused_workspace_token_is_replaced_once(api: standin.Workspace) -> None:
+    # A 401 of the API does not make the SDK drop the workspace token that it has.
+    made = workspace(api)
+    await made.mint(ENDPOINT)
+    api.fail(Call.CREDENTIAL, faults.UNAUTHENTICATED, times=1)
+    await made.mint(ENDPOINT)
+    assert api.calls[Call.TOKEN] == 2
+
+
+@pytest.mark.parametrize("seconds", [-1, 0])
+async def test_an_expiry_in_the_past_is_a_credential_of_no_use(
+    api: standin.Workspace, seconds: float
+) -> None:
+    api.api.credential_seconds = seconds
+    assert (await refusal(workspace(api))).kind is ErrorKind.CREDENTIAL_INVALID
+
+
+async def test_the_uid_in_place_of_the_id_is_not_found(
+    api: standin.Workspace, endpoint: Endpoint
+) -> None:
+    name = ENDPOINT.replace("primary", endpoint.uid)
+    assert (await refusal(workspace(api), name)).kind is ErrorKind.ENDPOINT_NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"client_secret": SecretStr("wrong-not-real")}, ErrorKind.WORKSPACE_LOGIN_FAILED),
+        ({"token": SecretStr(PERSONAL_TOKEN)}, ErrorKind.CONFIGURATION_INVALID),
+        (
+            {"client_id": "", "client_secret": SecretStr("")},
+            ErrorKind.CONFIGURATION_INVALID,
+        ),
+        (
+            {"client_id": "", "client_secret": SecretStr(""), "token": SecretStr("wrong-not-real")},
+            ErrorKind.WORKSPACE_LOGIN_FAILED,
+        ),
+        ({"auth_type": "no-such-type"}, ErrorKind.CONFIGURATION_INVALID),
+        ({"profile": "no-such-profile"}, ErrorKind.CONFIGURATION_INVALID),
+    ],
+    ids=["wrong_secret", "two_ways", "no_way", "wrong_token", "auth_type", "profile"],
+)
+async def test_a_wrong_configuration_says_so_and_shows_no_secret(
+    api: standin.Workspace, settings: dict[str, Any], kind: ErrorKind
+) -> None:
+    error = await refusal(workspace(api, **settings))
+    assert error.kind is kind
+    assert not any(secret in shows(error) for secret in ("not-real", CLIENT_SECRET, PERSONAL_TOKEN))
+
+
+# -- what hangs or is not there ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [Call.DISCOVERY, Call.OIDC, Call.TOKEN, Call.CREDENTIAL])
+async def test_a_call_that_hangs_ends_at_the_deadline_and_the_next_one_works(
+    api: standin.Workspace, call: Call
+) -> None:
+    api.fail(call, HANG)
+    made = workspace(api, timeout=0.3)
+    error = await refusal(made)
+    assert error.kind is ErrorKind.API_UNREACHABLE
+    assert "0.3 seconds" in error.detail
+    # It still hangs, in the SDK's lock; a new client does not wait for it.
+    api._faults.clear()
+    await workspace(api).mint(ENDPOINT)
+    await _patiently(made)
+    api.heal()
+
+
+async def _patiently(made: Workspace) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                await made.mint(ENDPOINT)
+            except ProxyError:  # a busy machine may need longer than this short deadline
+                continue
+            return
+
+
+async def test_one_that_gives_up_while_a_call_hangs_is_gone_at_once(
+    api: standin.Workspace,
+) -> None:
+    api.fail(Call.TOKEN, HANG)
+    asking = asyncio.create_task(workspace(api).mint(ENDPOINT))
+    await api.called(Call.TOKEN)
+    asking.cancel()
+    await asyncio.wait([asking])
+    assert asking.cancelled()
+    api.heal()
+
+
+async def test_a_workspace_that_is_not_there_is_unreachable_and_then_back(
+    api: standin.Workspace,
+) -> None:
+    made = workspace(api, timeout=0.5)
+    await api.refuse_connections()
+    assert (await refusal(made)).kind is ErrorKind.API_UNREACHABLE
+    await api.accept_connections()
+    await _patiently(made)
+
+
+async def test_the_time_of_a_request_is_taken_before_it_is_made(api: standin.Workspace) -> None:
+    clock = FakeClock()
+    settings = WorkspaceSettings(
+        host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)
+    )
+    made = Workspace(settings, CredentialsSettings(), version="0", clock=clock)
+    begun = clock()
+    api.fail(Call.CREDENTIAL, HANG)
+    minting = asyncio.create_task(made.mint(ENDPOINT))
+    await api.called(Call.CREDENTIAL)
+    clock.move(-500)
+    api.heal()
+    assert (await minting).requested_at == begun

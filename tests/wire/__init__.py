@@ -1,0 +1,1 @@
+"""Tests of proxy.wire, one file per source file: bytes in, events and bytes out, no socket."""

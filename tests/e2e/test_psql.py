@@ -78,9 +78,7 @@ async def test_a_client_that_names_no_database_gets_the_default_one(proxy: App) 
     assert out.strip() == "databricks_postgres"
 
 
-async def test_ctrl_c_in_psql_cancels_the_query_and_leaves_the_session(
-    proxy: App, lakebase: Lakebase
-) -> None:
+async def test_ctrl_c_in_psql_cancels_the_query(proxy: App, lakebase: Lakebase) -> None:
     where = ("-h", proxy.listen_host, "-p", str(proxy.listen_port), "-U", "anyone")
     process = await asyncio.create_subprocess_exec(
         *(psql_path(), "-X", *where, "-At", "-f", "-"),

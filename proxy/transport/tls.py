@@ -13,7 +13,11 @@ import ssl
 from contextlib import suppress
 from typing import Final, cast
 
-_READ_BYTES_MIN: Final = 256  # room for a small record's plaintext and then some
+# The most plaintext that a record holds (RFC 8446): a read of so much always takes a whole one.
+_RECORD_BYTES_MAX: Final = 16 * 1024
+# OpenSSL's memory buffers never shrink, so a session would keep the size of its largest read for
+# life. What is larger than this goes through them in parts.
+_PART_BYTES_MAX: Final = 64 * 1024
 
 
 class TLSTransport(asyncio.Transport, asyncio.Protocol):
@@ -59,12 +63,14 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         """Encrypt and send. After `write_eof` or the connection's loss, do nothing."""
         if self._write_ended or self._lower.is_closing():
             return
-        written = self._tls.write(data)
-        if written < len(data):  # one record a call
-            rest = memoryview(data)[written:]
-            while rest:
-                rest = rest[self._tls.write(rest) :]
-        self._lower.write(self._outgoing.read())
+        if len(data) <= _RECORD_BYTES_MAX:
+            self._tls.write(data)
+            self._lower.write(self._outgoing.read())
+            return
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._tls.write(rest[:_PART_BYTES_MAX]) :]
+            self._lower.write(self._outgoing.read())
 
     def can_write_eof(self) -> bool:
         """TLS 1.3 closes each direction alone; so does this, whatever the version."""
@@ -143,11 +149,17 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take ciphertext."""
-        self._incoming.write(data)
-        if self._handshake.done():
+        if not self._handshake.done():
+            self._incoming.write(data)
+            self._advance_handshake()
+        elif len(data) <= _PART_BYTES_MAX:
+            self._incoming.write(data)
             self._deliver()
         else:
-            self._advance_handshake()
+            view = memoryview(data)
+            for start in range(0, len(data), _PART_BYTES_MAX):
+                self._incoming.write(view[start : start + _PART_BYTES_MAX])
+                self._deliver()
 
     def eof_received(self) -> bool:
         """Take the peer's FIN. Without a close_notify before it, the stream may be cut: still EOF.
@@ -172,8 +184,8 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         ended = False
         try:
             # Asking first is cheaper than the exception that says there is nothing.
-            while waiting := incoming.pending + tls.pending():
-                piece = tls.read(waiting + _READ_BYTES_MIN)
+            while incoming.pending:
+                piece = tls.read(_RECORD_BYTES_MAX)
                 if not piece:
                     ended = True
                     break

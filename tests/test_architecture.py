@@ -36,9 +36,6 @@ TASK_MAKERS = {
 # Waits of these tests are for another process, where there is no event to wait for; in the last two
 # a call that takes a moment is what is tested.
 SLEEPERS = (
-    *("tests/e2e/", "tests/standin/", "tests/support/"),
-    *("tests/session/test_relay.py", "tests/upstream/test_threads.py"),
-)
     "tests/e2e/",
     "tests/standin/",
     "tests/support/",

@@ -100,12 +100,16 @@ def without(options: bytes, names: Iterable[bytes]) -> bytes:
 def appended(options: bytes, extra: Iterable[Setting]) -> bytes:
     """Return `options` with ` -c NAME=VALUE` for each extra setting behind it (W50).
 
-    A backslash that stands alone at the end is dropped: it would swallow the separator.
+    A backslash that stands alone at the end is dropped: it would swallow the separator. So would a
+    `-c` that lacks its setting, an error that is to stay what it is: that goes last.
     """
-    words = [_without_open_escape(options)] if options else []
-    for setting in extra:
-        words += [b"-c", escaped(setting.name) + b"=" + escaped(setting.value)]
-    return b" ".join(words)
+    own = [_without_open_escape(options)] if options else []
+    words = [
+        word
+        for setting in extra
+        for word in (b"-c", escaped(setting.name) + b"=" + escaped(setting.value))
+    ]
+    return b" ".join([*words, *own] if _ends_in_open_switch(options) else [*own, *words])
 
 
 def escaped(text: bytes) -> bytes:
@@ -119,6 +123,11 @@ def escaped(text: bytes) -> bytes:
 def _parse_setting(argument: bytes) -> Setting | None:
     name, equals, value = argument.partition(b"=")
     return Setting(name.replace(b"-", b"_"), value) if equals else None
+
+
+def _ends_in_open_switch(options: bytes) -> bool:
+    last = parse_switches(options)[-1:]
+    return [[word.text for word in switch.words] for switch in last] == [[b"-c"]]
 
 
 def _without_open_escape(options: bytes) -> bytes:

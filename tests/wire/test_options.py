@@ -214,3 +214,11 @@ def test_w50_nothing_appended_leaves_the_words_alone() -> None:
 def test_w50_the_order_of_the_extra_settings_is_kept() -> None:
     extra = [Setting(b"a", b"1"), Setting(b"b", b""), Setting(b"a", b"2")]
     assert appended(b"-c z=0", extra) == b"-c z=0 -c a=1 -c b= -c a=2"
+
+
+def test_w50_a_switch_that_lacks_its_setting_does_not_swallow_what_is_appended() -> None:
+    # It is an error, and is to stay the one that PostgreSQL makes of it.
+    extra = [Setting(b"timezone", b"UTC")]
+    assert appended(b"-c", extra) == b"-c timezone=UTC -c"
+    assert appended(b"-c a=b -c", extra) == b"-c timezone=UTC -c a=b -c"
+    assert appended(b"-c -c", extra) == b"-c -c -c timezone=UTC"

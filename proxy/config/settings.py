@@ -70,6 +70,19 @@ def _check_endpoint(value: str) -> str:
     return value
 
 
+def _check_directory(value: str) -> str:
+    # 107 bytes is what sockaddr_un takes on Linux; the socket's own name has up to 14.
+    if not value.startswith("/") or len(value.encode()) > 92:
+        raise ValueError("must be an absolute path of at most 92 bytes")
+    return value
+
+
+def _check_mode(value: str) -> str:
+    if not re.fullmatch(r"0?[0-7]{3}", value):
+        raise ValueError("must be three octal digits, such as 0600 or 0660")
+    return value
+
+
 def _check_no_nul(value: str) -> str:
     # NUL ends a string in the StartupMessage: what follows it would become parameters.
     if "\0" in value:
@@ -115,10 +128,28 @@ class ListenSettings(Section):
         le=65535,
         description="TCP port. 5432 is what every driver assumes; 0 takes a free one.",
     )
+    unix_socket_directory: Annotated[str, _or_empty(_check_directory)] = Field(
+        default="",
+        description="Directory in which to listen as well, on the socket .s.PGSQL.PORT that "
+        "drivers expect there. File permissions then decide who may connect. Empty: none.",
+    )
+    unix_socket_mode: Annotated[str, AfterValidator(_check_mode)] = Field(
+        default="0600",
+        description="Permissions of that socket, in octal. 0600: only processes of the same user.",
+    )
     allow_remote: bool = Field(
         default=False,
         description="Allows a host that is not loopback. The proxy asks clients for no password: "
         "set it only where the network itself decides who may connect.",
+    )
+    tls_certificate: str = Field(
+        default="",
+        description="PEM file with the listener's certificate chain, for drivers that insist on "
+        "sslmode=require. Needs tls_key. Empty: clients that ask for TLS are told no.",
+    )
+    tls_key: str = Field(
+        default="",
+        description="PEM file with the key of tls_certificate.",
     )
     max_connections: int = Field(
         default=1000,
@@ -134,6 +165,13 @@ class ListenSettings(Section):
         description="Time a client has to send its StartupMessage, in seconds. Drivers need "
         "milliseconds; a connection that says nothing must not keep its place.",
     )
+
+    @field_validator("tls_key")
+    @classmethod
+    def _key_and_certificate(cls, value: str, info: ValidationInfo) -> str:
+        if bool(value) != bool(info.data.get("tls_certificate")):
+            raise ValueError("must be set together with listen.tls_certificate, or neither")
+        return value
 
     @field_validator("allow_remote")
     @classmethod

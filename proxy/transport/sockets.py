@@ -1,17 +1,25 @@
-"""Options of a connected socket: small writes at once, dead peers noticed (W36)."""
+"""Sockets: the options of connected ones, and listening on a unix one.
+
+Small writes go at once, and dead peers are noticed (W36).
+"""
 
 import asyncio
+import errno
+import os
 import socket
+import stat
+from pathlib import Path
 from typing import Final
 
 # Network address translation and load balancers forget a connection after 350 s or less.
 KEEPALIVE_IDLE_SECONDS: Final = 60
 KEEPALIVE_INTERVAL_SECONDS: Final = 10
 KEEPALIVE_PROBES: Final = 3
-# Keepalive does not run while sent bytes are unacknowledged; this ends such a connection. For
-# upstreams only: the kernel counts the time that a peer's window is closed too, so a client that
-# stopped reading for so long would be cut in the middle of its result.
-UNACKNOWLEDGED_SECONDS_MAX: Final = 30
+# Keepalive does not run while sent bytes are unacknowledged; this ends such a connection. But the
+# kernel counts the time that a peer's window is closed, too: a client that stopped reading for so
+# long would be cut in the middle of its result, so clients have none; and a COPY that waits for a
+# lock looks the same upstream, so this is four times what suffices to notice a failover.
+UNACKNOWLEDGED_SECONDS_MAX: Final = 120
 
 
 def tune(transport: asyncio.BaseTransport) -> None:
@@ -48,3 +56,50 @@ _PROBING: Final = (
     ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
     ("TCP_KEEPCNT", KEEPALIVE_PROBES),
 )
+
+
+def is_unix(transport: asyncio.BaseTransport) -> bool:
+    """Whether the connection came over a unix socket."""
+    sock: socket.socket | None = transport.get_extra_info("socket")
+    return sock is not None and sock.family == socket.AF_UNIX
+
+
+def listen_unix(path: Path, mode: int, backlog: int) -> socket.socket:
+    """Return a socket that listens at `path` with these permissions from its first moment.
+
+    A socket that a dead process left there is replaced. Raises OSError, EADDRINUSE when a live
+    process listens, and for anything at `path` that is no socket.
+    """
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        before = os.umask(0o777 & ~mode)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(before)
+        path.chmod(mode)  # the umask can only take away
+        sock.listen(backlog)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise OSError(errno.EADDRINUSE, f"{path} is there and is no socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # where a backlog is full, connecting waits as long as it is
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)  # nobody listens: its process is dead
+            return
+        except BlockingIOError:
+            pass  # somebody listens, and is busy
+    raise OSError(errno.EADDRINUSE, f"another process listens on {path}")

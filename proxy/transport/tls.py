@@ -20,6 +20,20 @@ _RECORD_BYTES_MAX: Final = 16 * 1024
 _PART_BYTES_MAX: Final = 64 * 1024
 
 
+# What a client that begins with TLS must offer (PostgreSQL 17): else any TLS client could be led to
+# this port (the ALPACA attack).
+ALPN_PROTOCOL: Final = "postgresql"
+
+
+def server_context(certificate: str, key: str) -> ssl.SSLContext:
+    """Return the context for clients. Raises OSError (ssl.SSLError too) for unusable files."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+    context.set_alpn_protocols([ALPN_PROTOCOL])
+    return context
+
+
 class TLSTransport(asyncio.Transport, asyncio.Protocol):
     """One TLS connection. Make it, then await `handshake`; the app protocol is the upper one."""
 

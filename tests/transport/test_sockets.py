@@ -37,7 +37,7 @@ async def test_w36_unacknowledged_bytes_to_an_upstream_have_a_bound() -> None:
     async with linked() as (link, _):
         sockets.bound_unacknowledged(link.transport)
         sock = link.transport.get_extra_info("socket")
-        assert option(sock, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+        assert option(sock, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
 
 
 async def test_a_unix_socket_needs_no_options(tmp_path: Path) -> None:

@@ -4,21 +4,23 @@ Nothing below makes its own collaborators; nothing here decides anything. `serve
 program for `run`, for `demo` and for tests alike.
 """
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from proxy import __version__
-from proxy.config import ConfigurationError, Problem, Settings, UpstreamSettings
+from proxy.config import ConfigurationError, ListenSettings, Problem, Settings, UpstreamSettings
 from proxy.errors import ErrorKind
 from proxy.observe.admin import AdminAddress, AdminState, serve_admin
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
-from proxy.session.cancel import CancelKeys
+from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.listener import Listener, Places
 from proxy.session.relay import EndReason
 from proxy.session.session import Session, SessionParts, StartupFailure
+from proxy.transport.tls import server_context
 from proxy.upstream.credentials import Credentials, CredentialSource, PasswordFile
 from proxy.upstream.dialer import Dialer, tls_context
 from proxy.upstream.targets import Targets
@@ -77,9 +79,11 @@ async def serving(settings: Settings) -> AsyncIterator[App]:
         parts = SessionParts(
             dialer=dialer,
             cancel_keys=cancel_keys,
+            cancels=CancelForwarder(cancel_keys, dialer, metrics),
             metrics=metrics,
             startup_timeout_seconds=settings.listen.startup_timeout_seconds,
-            tls=None,
+            cancel_on_disconnect=settings.upstream.cancel_on_disconnect,
+            tls=_listener_tls(settings.listen),
             place=places.take,
         )
         listener = Listener(settings.listen, metrics, lambda link: Session(link, parts).run())
@@ -119,6 +123,17 @@ def _check_root_cert(upstream: UpstreamSettings) -> None:
     except OSError as error:  # an ssl.SSLError is one
         text = f"{upstream.ssl_root_cert}: {error.strerror or error}"
         raise ConfigurationError([Problem("upstream.ssl_root_cert", text)]) from error
+
+
+def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
+    """Return the context for clients that want TLS, if there is a certificate for it."""
+    if not settings.tls_certificate:
+        return None
+    try:
+        return server_context(settings.tls_certificate, settings.tls_key)
+    except OSError as error:
+        text = f"cannot be used with its key: {error.strerror or error}"
+        raise ConfigurationError([Problem("listen.tls_certificate", text)]) from error
 
 
 def build_metrics() -> Metrics:

@@ -52,6 +52,8 @@ class CancelResult(StrEnum):
 
     FORWARDED = "forwarded"
     UNKNOWN_KEY = "unknown_key"
+    SESSION_ENDED = "session_ended"
+    TOO_MANY = "too_many"
     FAILED = "failed"
 
 

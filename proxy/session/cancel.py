@@ -1,7 +1,9 @@
-"""Cancel keys: what each live session's client was given, and whom it cancels.
+"""Cancel: the key that each live session's client was given, and forwarding what is asked with it.
 
 The upstream's own key goes to the client where it can, so that the pid which a driver shows is the
 backend's (W27). A key lives exactly as long as its session, so there are never more than sessions.
+
+A cancel is forwarded at once or not at all: one that is late would hit another query (W40).
 """
 
 import hmac
@@ -11,6 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
+from proxy.errors import ProxyError
+from proxy.observe.logs import get_logger
+from proxy.observe.metrics import CancelResult, Metrics
+from proxy.upstream.dialer import Dialer
 from proxy.upstream.targets import Target
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.secret import Secret
@@ -21,13 +27,21 @@ _KEY_BYTES: Final = 4
 _KEY_BYTES_V3_2: Final = 32
 
 
-@dataclass(frozen=True, slots=True)
+# Cancels under way at once. Each is a TLS connection upstream that lives some milliseconds; more
+# than this is an attack or a broken client, and is closed without a word (W42).
+FORWARDS_MAX: Final = 100
+
+_log = get_logger(__name__)
+
+
+@dataclass(eq=False, slots=True)
 class IssuedKey:
-    """A key that a client holds, and the upstream session that it stands for."""
+    """A key that a client holds, and the upstream session that it stands for while it is live."""
 
     issued: BackendKeyData
     target: Target
     upstream: BackendKeyData
+    live: bool = True
 
 
 class CancelKeys:
@@ -48,8 +62,8 @@ class CancelKeys:
     @contextmanager
     def issue(
         self, upstream: BackendKeyData | None, target: Target, version: ProtocolVersion
-    ) -> Iterator[BackendKeyData | None]:
-        """Hold a key while the block runs, and give what the client is told.
+    ) -> Iterator[IssuedKey | None]:
+        """Hold a key while the block runs, and give it; the client is told its `issued`.
 
         None where the upstream gave none (W26): a client without a key sends no CancelRequest.
         """
@@ -61,8 +75,9 @@ class CancelKeys:
         held = self._by_pid.setdefault(issued.pid, [])
         held.append(entry)
         try:
-            yield issued
+            yield entry
         finally:
+            entry.live = False
             held.remove(entry)
             if not held:
                 del self._by_pid[issued.pid]
@@ -85,3 +100,45 @@ class CancelKeys:
             pid = self._random_bits(_PID_BITS)
         size = _KEY_BYTES_V3_2 if version >= V3_2 else _KEY_BYTES
         return BackendKeyData(pid, Secret(self._random_bytes(size)))
+
+
+class CancelForwarder:
+    """Forwards cancel requests, a bounded number at once."""
+
+    def __init__(self, keys: CancelKeys, dialer: Dialer, metrics: Metrics) -> None:
+        self._keys = keys
+        self._dialer = dialer
+        self._metrics = metrics
+        self._under_way = 0
+
+    async def request(self, request: CancelRequest) -> None:
+        """Do what a client asks; return when the upstream has closed, which means delivered.
+
+        The client is to be closed only then: libpq takes EOF as "delivered" (W39).
+        """
+        issued = self._keys.find(request)
+        if issued is None:
+            self._metrics.cancel_requested(CancelResult.UNKNOWN_KEY)
+            _log.debug("cancel request with an unknown key")
+        else:
+            await self.cancel(issued)
+
+    async def cancel(self, issued: IssuedKey) -> None:
+        """Cancel what the session is running. A failure is logged and counted, never raised."""
+        if self._under_way >= FORWARDS_MAX:
+            self._metrics.cancel_requested(CancelResult.TOO_MANY)
+            return
+        self._under_way += 1
+        try:
+            sent = await self._dialer.cancel(
+                issued.target, issued.upstream, still_wanted=lambda: issued.live
+            )
+        except (ProxyError, TimeoutError) as error:
+            self._metrics.cancel_requested(CancelResult.FAILED)
+            _log.warning("cancel request not delivered", error=str(error) or "no answer in time")
+        else:
+            self._metrics.cancel_requested(
+                CancelResult.FORWARDED if sent else CancelResult.SESSION_ENDED
+            )
+        finally:
+            self._under_way -= 1

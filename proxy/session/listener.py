@@ -9,6 +9,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Final
 
 from proxy.config import ListenSettings
@@ -17,6 +18,7 @@ from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
 from proxy.session.relay import EndReason
 from proxy.transport.link import Link
+from proxy.transport.sockets import listen_unix
 
 # A burst of reconnecting clients is some hundreds; more than this is a flood.
 UNSERVED_MAX: Final = 1000
@@ -70,7 +72,8 @@ class Listener:
         self._serve = serve
         self._ids = itertools.count(1)
         self._sessions: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
+        self._unix_path: Path | None = None
 
     @asynccontextmanager
     async def accepting(self) -> AsyncIterator[tuple[str, int]]:
@@ -78,27 +81,42 @@ class Listener:
 
         Raises OSError when the address cannot be listened on.
         """
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: _AcceptedLink(self._connected),
-            self._settings.host,
-            self._settings.port,
-            backlog=ACCEPT_BACKLOG,
-        )
         # Not a TaskGroup: that would wrap whatever the block raises into an ExceptionGroup. No
         # task is lost, because leaving the block waits for them all.
         try:
-            host, port, *_ = self._server.sockets[0].getsockname()
+            host, port = await self._open_tcp()
+            if self._settings.unix_socket_directory:
+                await self._open_unix(port)
             yield host, port
         finally:
             await self.drain(0)
             while self._sessions:  # ends: no session begins any more, and all are cancelled
                 await asyncio.wait(self._sessions)
 
+    async def _open_tcp(self) -> tuple[str, int]:
+        settings = self._settings
+        server = await asyncio.get_running_loop().create_server(
+            self._accepted, settings.host, settings.port, backlog=ACCEPT_BACKLOG
+        )
+        self._servers.append(server)
+        host, port, *_ = server.sockets[0].getsockname()
+        return host, port
+
+    async def _open_unix(self, port: int) -> None:
+        """Listen where drivers look for the socket of a server on this port."""
+        path = Path(self._settings.unix_socket_directory) / f".s.PGSQL.{port}"
+        sock = listen_unix(path, int(self._settings.unix_socket_mode, 8), ACCEPT_BACKLOG)
+        self._unix_path = path
+        loop = asyncio.get_running_loop()
+        self._servers.append(await loop.create_unix_server(self._accepted, sock=sock))
+
+    def _accepted(self) -> Link:
+        return _AcceptedLink(self._connected)
+
     def _connected(self, link: Link) -> None:
         """Begin to serve a connection; one that comes out of the backlog after the close is cut."""
         full = len(self._sessions) >= self._settings.max_connections + UNSERVED_MAX
-        if full or self._server is None:
+        if full or not self._servers:
             link.transport.abort()
             return
         task = asyncio.get_running_loop().create_task(self._run(link))
@@ -107,9 +125,11 @@ class Listener:
 
     async def drain(self, seconds: float) -> int:
         """Stop accepting, let sessions end for so long, cut the rest; return how many were cut."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        while self._servers:
+            self._servers.pop().close()
+        if self._unix_path is not None:
+            self._unix_path.unlink(missing_ok=True)
+            self._unix_path = None
         if not self._sessions:
             return 0
         _, cut = await asyncio.wait(self._sessions, timeout=seconds)

@@ -5,16 +5,18 @@ a side's send buffer is above its high-water mark the other side is not read. Ea
 alone: neither waits for the other, since a client may pipeline large messages while the upstream
 streams rows (W32). So at most `BUFFER_BYTES_MAX` plus one read is held for each direction.
 
-Nothing is parsed. What ends first is the cause of the session's end.
+No byte waits for being understood: message headers are read off what has been written already, only
+to know whether the session is idle. What ends first is the cause of the session's end.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum, unique
 from typing import Final
 
 from proxy.transport.closing import LINGER_SECONDS, close_gracefully
+from proxy.wire.activity import Activity
 
 BUFFER_BYTES_MAX: Final = 64 * 1024
 
@@ -43,7 +45,7 @@ class RelayEnd:
 class _Direction(asyncio.Protocol):
     """Takes what `source` receives and writes it to `sink`; the protocol of `source`."""
 
-    __slots__ = ("_ended", "_sink", "_write", "back", "closed", "lost", "received_bytes")
+    __slots__ = ("_ended", "_note", "_sink", "_write", "back", "closed", "lost", "received_bytes")
 
     back: "_Direction"
     """The other direction, which writes to our source."""
@@ -51,11 +53,13 @@ class _Direction(asyncio.Protocol):
     def __init__(
         self,
         sink: asyncio.Transport,
+        note: Callable[[bytes], None],
         ended: asyncio.Future[EndReason],
         closed: EndReason,
         lost: EndReason,
     ) -> None:
         self.received_bytes = 0
+        self._note = note
         self.closed = closed
         self.lost = lost
         self._sink = sink
@@ -63,8 +67,9 @@ class _Direction(asyncio.Protocol):
         self._ended = ended
 
     def data_received(self, data: bytes) -> None:
-        self.received_bytes += len(data)
         self._write(data)
+        self.received_bytes += len(data)
+        self._note(data)
 
     def pause_writing(self) -> None:
         # Our source takes no more of what comes from the sink.
@@ -97,17 +102,36 @@ def _drop(data: bytes) -> None:
 
 
 class Relay:
-    """One session's relay. Make it, `start` it, await `run`."""
+    """One session's relay. Make it, hand both transports to its directions, await `run`.
 
-    def __init__(self, client: asyncio.Transport, upstream: asyncio.Transport) -> None:
+    `abandon` is awaited when the client has gone and left the upstream at work, before that is
+    closed: here its query is cancelled.
+    """
+
+    def __init__(
+        self,
+        client: asyncio.Transport,
+        upstream: asyncio.Transport,
+        abandon: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._client = client
         self._upstream = upstream
+        self._abandon = abandon
+        self.activity = Activity()
         self._ended: asyncio.Future[EndReason] = asyncio.get_running_loop().create_future()
         self.from_client = _Direction(
-            upstream, self._ended, EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST
+            upstream,
+            self.activity.client_sent,
+            self._ended,
+            EndReason.CLIENT_CLOSED,
+            EndReason.CLIENT_LOST,
         )
         self.from_upstream = _Direction(
-            client, self._ended, EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST
+            client,
+            self.activity.upstream_sent,
+            self._ended,
+            EndReason.UPSTREAM_CLOSED,
+            EndReason.UPSTREAM_LOST,
         )
         self.from_client.back = self.from_upstream
         self.from_upstream.back = self.from_client
@@ -121,6 +145,8 @@ class Relay:
             # What one side sent before its end is flushed to the other; PostgreSQL knows no
             # half-close, so the end of one is the end of both (W34).
             client_ended = reason in (EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST)
+            if client_ended:
+                await self._leave()
             async with asyncio.TaskGroup() as closing:
                 for transport, ended in (
                     (self._client, client_ended),
@@ -133,6 +159,13 @@ class Relay:
             self._client.abort()
             self._upstream.abort()
         return self.ended(reason)
+
+    async def _leave(self) -> None:
+        """The client has gone. One that said Terminate wants what it asked for before (W35)."""
+        self.from_upstream.stop_writing()
+        activity = self.activity
+        if self._abandon is not None and activity.busy and not activity.terminated:
+            await self._abandon()
 
     def ended(self, reason: EndReason) -> RelayEnd:
         """Return the end for this reason, with what was carried up to now."""

@@ -11,13 +11,16 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum, unique
+from functools import partial
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
-from proxy.observe.metrics import CancelResult, Metrics
-from proxy.session.cancel import CancelKeys
+from proxy.observe.metrics import Metrics
+from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
 from proxy.session.relay import EndReason, Relay, RelayEnd
 from proxy.transport.link import Link
+from proxy.transport.sockets import is_unix
+from proxy.transport.tls import ALPN_PROTOCOL
 from proxy.upstream.dialer import Dialer, UpstreamSession
 from proxy.wire.client_startup import (
     CancelReceived,
@@ -29,8 +32,7 @@ from proxy.wire.client_startup import (
     StartupReceived,
     Violated,
 )
-from proxy.wire.messages import BackendKeyData, ErrorResponse
-from proxy.wire.startup import CancelRequest
+from proxy.wire.messages import ErrorResponse
 from proxy.wire.violations import Answer, ClientViolation
 
 _log = get_logger(__name__)
@@ -56,8 +58,10 @@ class SessionParts:
 
     dialer: Dialer
     cancel_keys: CancelKeys
+    cancels: CancelForwarder
     metrics: Metrics
     startup_timeout_seconds: float
+    cancel_on_disconnect: bool
     tls: ssl.SSLContext | None
     place: Callable[[], AbstractContextManager[None]]
     """Takes one of `max_connections` places; raises ProxyError when there is none."""
@@ -69,7 +73,9 @@ class Session:
     def __init__(self, link: Link, parts: SessionParts) -> None:
         self._link = link
         self._parts = parts
-        self._startup = ClientStartup(tls_offered=parts.tls is not None)
+        # A unix socket's bytes do not leave the machine: TLS is refused there as PostgreSQL does.
+        tls_offered = parts.tls is not None and not is_unix(link.transport)
+        self._startup = ClientStartup(tls_offered=tls_offered)
 
     async def run(self) -> None:
         """Serve the connection from accept to close."""
@@ -78,7 +84,7 @@ class Session:
                 case StartupReceived() as startup:
                     await self._serve(startup)
                 case CancelReceived(request):
-                    await self._forward_cancel(request)
+                    await self._parts.cancels.request(request)
                 case _:
                     pass
         finally:
@@ -121,8 +127,14 @@ class Session:
         return self._startup.receive_data(data) if data else self._startup.receive_eof()
 
     async def _start_tls(self, hello: bytes) -> None:
+        """Start TLS; a client that began with it must have meant Postgres (W5).
+
+        Raises ssl.SSLError or ConnectionError.
+        """
         assert self._parts.tls is not None
-        await self._link.start_tls(self._parts.tls, server_side=True, first=hello)
+        tls = await self._link.start_tls(self._parts.tls, server_side=True, first=hello)
+        if hello and tls.selected_alpn_protocol() != ALPN_PROTOCOL:
+            raise ConnectionError("direct TLS without ALPN")
         self._startup.tls_started()
 
     def _note_failure(self, event: Violated | Disconnected) -> None:
@@ -174,15 +186,22 @@ class Session:
             raise ProxyError(ErrorKind.UPSTREAM_LOST)
         return upstream
 
-    async def _relay(self, upstream: UpstreamSession, key: BackendKeyData | None) -> RelayEnd:
+    async def _relay(self, upstream: UpstreamSession, key: IssuedKey | None) -> RelayEnd:
         """Tell the client that it is served, hand both connections over, and see it through."""
         client, link = self._link, upstream.link
-        relay = Relay(client.transport, link.transport)
-        # Each side's early bytes belong behind what the other is told first.
-        early = self._startup.trailing_data()
-        client.write(self._startup.accept(upstream.startup.welcome(key)))
-        client.write(upstream.startup.trailing_data() + link.hand_over(relay.from_upstream))
-        link.write(early + client.hand_over(relay.from_client))
+        abandon = None
+        if key is not None and self._parts.cancel_on_disconnect:
+            abandon = partial(self._parts.cancels.cancel, key)
+        relay = Relay(client.transport, link.transport, abandon)
+        # What either side sent early goes behind what the other is told first.
+        shown = None if key is None else key.issued
+        client.write(self._startup.accept(upstream.startup.welcome(shown)))
+        relay.from_upstream.data_received(
+            upstream.startup.trailing_data() + link.hand_over(relay.from_upstream)
+        )
+        relay.from_client.data_received(
+            self._startup.trailing_data() + client.hand_over(relay.from_client)
+        )
         if link.gone.done():
             relay.from_upstream.eof_received()
         _log.info("session started", host=upstream.target.host)
@@ -219,23 +238,6 @@ class Session:
                     gone.remove_done_callback(leave)
         except TimeoutError:
             raise ClientGone from None
-
-    # -- a cancel request ------------------------------------------------------------------------
-
-    async def _forward_cancel(self, request: CancelRequest) -> None:
-        """Forward it, and close the client only then: libpq takes EOF as "delivered" (W39)."""
-        issued = self._parts.cancel_keys.find(request)
-        if issued is None:
-            self._parts.metrics.cancel_requested(CancelResult.UNKNOWN_KEY)
-            _log.debug("cancel request with an unknown key")
-            return
-        try:
-            await self._parts.dialer.cancel(issued.target, issued.upstream)
-        except (ProxyError, TimeoutError) as error:
-            self._parts.metrics.cancel_requested(CancelResult.FAILED)
-            _log.warning("cancel request not delivered", error=str(error) or "no answer in time")
-        else:
-            self._parts.metrics.cancel_requested(CancelResult.FORWARDED)
 
 
 def _note_end(metrics: Metrics, end: RelayEnd) -> None:

@@ -6,6 +6,7 @@ client may see is decided in `connection`.
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -25,11 +26,15 @@ class BackendGone(Exception):
 
 
 class Backend:
-    """One connection to Postgres."""
+    """One connection to Postgres, on a bare socket.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    A transport would be closed by a write that fails, and with it would go what Postgres said last
+    before it ended the session, still unread.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._loop = asyncio.get_running_loop()
         self._framing = MessageReader(MESSAGE_BYTES_MAX)
 
     async def message(self) -> Frame:
@@ -44,28 +49,26 @@ class Backend:
     async def read(self) -> bytes:
         """Return what there is, b"" when Postgres ended."""
         try:
-            return await self._reader.read(READ_BYTES_MAX)
+            return await self._loop.sock_recv(self._socket, READ_BYTES_MAX)
         except OSError:
             return b""
 
     async def write(self, content: bytes) -> None:
         """Send, and wait while Postgres does not read; bytes for one that is gone vanish."""
         with contextlib.suppress(OSError):
-            self._writer.write(content)
-            await self._writer.drain()
+            await self._loop.sock_sendall(self._socket, content)
 
 
 @asynccontextmanager
 async def connected(socket_path: str) -> AsyncIterator[Backend]:
     """Keep a connection to Postgres open. Raises BackendGone where nobody listens."""
-    try:
-        reader, writer = await asyncio.open_unix_connection(socket_path, limit=READ_BYTES_MAX)
-    except OSError as error:
-        raise BackendGone from error
-    try:
-        yield Backend(reader, writer)
-    finally:
-        writer.close()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(connection, socket_path)
+        except OSError as error:
+            raise BackendGone from error
+        yield Backend(connection)
 
 
 async def deliver_cancel(session: BackendSession) -> None:

@@ -104,18 +104,24 @@ class Dialer:
             silence = ProxyError(_SILENCE[_phase_now.get()], detail)
             raise (failures[-1] if failures else silence) from error
 
-    async def cancel(self, target: Target, key: BackendKeyData) -> None:
+    async def cancel(
+        self, target: Target, key: BackendKeyData, *, still_wanted: Callable[[], bool]
+    ) -> bool:
         """Forward a cancel and wait until the upstream has closed, which means delivered (W39).
 
-        Raises ProxyError, or TimeoutError after CANCEL_SECONDS_MAX.
+        Returns False when it was not wanted any more once the connection stood: nothing is sent
+        then. Raises ProxyError, or TimeoutError after CANCEL_SECONDS_MAX.
         """
         async with asyncio.timeout(CANCEL_SECONDS_MAX):
             link = await self._connect(target)
             try:
                 await self._start_tls(link, UpstreamStartup(), target)
+                if not still_wanted():
+                    return False
                 link.write(CancelRequest(key.pid, key.key).encode())
                 while await link.receive():
                     pass  # nothing is ever said on such a connection
+                return True
             finally:
                 link.transport.close()
 

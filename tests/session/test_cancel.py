@@ -43,20 +43,34 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
+def told(
+    stack: ExitStack,
+    keys: CancelKeys,
+    upstream: BackendKeyData,
+    target: Target = TARGET,
+    version: ProtocolVersion = V3_0,
+) -> BackendKeyData:
+    """Hold a key until the test ends, and return what its client is told."""
+    held = stack.enter_context(keys.issue(upstream, target, version))
+    assert held is not None
+    return held.issued
+
+
 @pytest.mark.parametrize("version", [V3_0, V3_2], ids=str)
 def test_w27_the_upstreams_key_is_passed_through_unchanged(version: ProtocolVersion) -> None:
     keys = CancelKeys()
-    with keys.issue(UPSTREAM, TARGET, version) as issued:
-        assert issued == UPSTREAM
+    with keys.issue(UPSTREAM, TARGET, version) as held:
+        assert held is not None
+        assert held.issued == UPSTREAM
         found = keys.find(request(UPSTREAM))
-        assert found is not None
+        assert found is held
         assert (found.issued, found.target, found.upstream) == (UPSTREAM, TARGET, UPSTREAM)
 
 
 def test_w26_without_a_key_from_upstream_the_client_gets_none() -> None:
     keys = CancelKeys()
-    with keys.issue(None, TARGET, V3_0) as issued:
-        assert issued is None
+    with keys.issue(None, TARGET, V3_0) as held:
+        assert held is None
         assert len(keys) == 0
 
 
@@ -65,9 +79,10 @@ def test_w27_a_pid_that_is_not_positive_is_replaced(pid: int) -> None:
     upstream = BackendKeyData(pid, Secret(b"key1"))
     dice = Dice(815)
     keys = CancelKeys(dice.bits, dice.bytes)
-    with keys.issue(upstream, TARGET, V3_0) as issued:
-        assert issued == BackendKeyData(815, Secret(b"rrrr"))
-        found = keys.find(request(issued))
+    with keys.issue(upstream, TARGET, V3_0) as held:
+        assert held is not None
+        assert held.issued == BackendKeyData(815, Secret(b"rrrr"))
+        found = keys.find(request(held.issued))
         assert found is not None
         assert found.upstream == upstream
         assert keys.find(request(upstream)) is None
@@ -77,10 +92,8 @@ def test_an_own_pid_is_positive_of_31_bits_and_free(stack: ExitStack) -> None:
     dice = Dice(0, 7, 7, 0, 8)
     keys = CancelKeys(dice.bits, dice.bytes)
     negative = BackendKeyData(-1, Secret(b"key1"))
-    first = stack.enter_context(keys.issue(negative, TARGET, V3_0))
-    second = stack.enter_context(keys.issue(negative, TARGET, V3_0))
-    assert first is not None
-    assert second is not None
+    first = told(stack, keys, negative)
+    second = told(stack, keys, negative)
     assert (first.pid, second.pid) == (7, 8)
     assert set(dice.asked_bits) == {31}
 
@@ -89,18 +102,16 @@ def test_w14_an_own_key_has_32_bytes_for_a_client_that_speaks_3_2(stack: ExitSta
     dice = Dice(1, 2)
     keys = CancelKeys(dice.bits, dice.bytes)
     negative = BackendKeyData(-1, Secret(b"key1"))
-    old = stack.enter_context(keys.issue(negative, TARGET, V3_0))
-    new = stack.enter_context(keys.issue(negative, TARGET, V3_2))
-    assert old is not None
-    assert new is not None
+    old = told(stack, keys, negative)
+    new = told(stack, keys, negative, version=V3_2)
     assert (len(old.key), len(new.key)) == (4, 32)
 
 
 def test_w27_a_pair_that_a_live_session_holds_is_replaced(stack: ExitStack) -> None:
     dice = Dice(815)
     keys = CancelKeys(dice.bits, dice.bytes)
-    first = stack.enter_context(keys.issue(UPSTREAM, TARGET, V3_0))
-    second = stack.enter_context(keys.issue(UPSTREAM, OTHER_TARGET, V3_0))
+    first = told(stack, keys, UPSTREAM)
+    second = told(stack, keys, UPSTREAM, OTHER_TARGET)
     assert first == UPSTREAM
     assert second == BackendKeyData(815, Secret(b"rrrr"))
     found = keys.find(request(second))
@@ -112,8 +123,8 @@ def test_two_sessions_may_hold_one_pid_with_different_keys(stack: ExitStack) -> 
     # Two shards count their processes each for itself.
     keys = CancelKeys()
     twin = BackendKeyData(UPSTREAM.pid, Secret(b"key2"))
-    assert stack.enter_context(keys.issue(UPSTREAM, TARGET, V3_0)) == UPSTREAM
-    assert stack.enter_context(keys.issue(twin, OTHER_TARGET, V3_0)) == twin
+    assert told(stack, keys, UPSTREAM) == UPSTREAM
+    assert told(stack, keys, twin, OTHER_TARGET) == twin
     for key, target in ((UPSTREAM, TARGET), (twin, OTHER_TARGET)):
         found = keys.find(request(key))
         assert found is not None
@@ -160,9 +171,17 @@ def test_a_wrong_pid_or_key_finds_nothing(wrong: CancelRequest) -> None:
         assert keys.find(wrong) is None
 
 
+def test_w40_what_is_held_tells_whether_its_session_lives() -> None:
+    keys = CancelKeys()
+    with keys.issue(UPSTREAM, TARGET, V3_0) as held:
+        assert held is not None
+        assert held.live
+    assert not held.live
+
+
 def test_real_randomness_makes_different_keys(stack: ExitStack) -> None:
     keys = CancelKeys()
     negative = BackendKeyData(-1, Secret(b"key1"))
-    issued = [stack.enter_context(keys.issue(negative, TARGET, V3_2)) for _ in range(100)]
-    assert len({key.pid for key in issued if key is not None}) == 100
-    assert len({key.key for key in issued if key is not None}) == 100
+    issued = [told(stack, keys, negative, version=V3_2) for _ in range(100)]
+    assert len({key.pid for key in issued}) == 100
+    assert len({key.key for key in issued}) == 100

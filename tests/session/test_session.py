@@ -16,7 +16,7 @@ import trustme
 
 from proxy.app import App, _dialer, build_metrics, serving
 from proxy.config import ListenSettings
-from proxy.session.cancel import CancelKeys
+from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.listener import Listener, Places
 from proxy.session.session import Session, SessionParts
 from proxy.standin.faults import Stage, Strike
@@ -122,7 +122,7 @@ async def test_w3_the_tail_behind_the_startup_message_is_not_forwarded_before_re
     assert any(isinstance(message, Frame) and b"tail" in message.payload for message in answer)
 
 
-# -- TLS towards the client: the parts exist, no setting makes them yet ----------------------------
+# -- TLS towards the client; as configured it is in e2e/test_wire_listener_tls.py -----------------
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,16 @@ async def secure_proxy(lakebase: Lakebase, authority: trustme.CA) -> AsyncIterat
     settings = proxy_settings(lakebase)
     async with AsyncExitStack() as stack:
         dialer = await stack.enter_async_context(_dialer(settings, metrics))
-        parts = SessionParts(dialer, keys, metrics, 0.5, context, Places(10).take)
+        parts = SessionParts(
+            dialer=dialer,
+            cancel_keys=keys,
+            cancels=CancelForwarder(keys, dialer, metrics),
+            metrics=metrics,
+            startup_timeout_seconds=0.5,
+            cancel_on_disconnect=True,
+            tls=context,
+            place=Places(10).take,
+        )
 
         async def serve(link: Link) -> None:
             await Session(link, parts).run()

@@ -80,6 +80,11 @@ STAGES = [
 ]
 
 
+def always() -> bool:
+    """A cancel that stays wanted."""
+    return True
+
+
 class Counted:
     """A source of credentials that counts; `tokens` are minted in turn, the last one for ever."""
 
@@ -226,7 +231,7 @@ async def test_w36_an_upstream_connection_has_a_bound_for_unacknowledged_bytes(
     async with lakebase_dialing(lakebase, endpoint) as made:
         session = await made.dial()
         sock = session.link.transport.get_extra_info("socket")
-        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         session.link.transport.abort()
 
@@ -724,7 +729,7 @@ async def test_w40_a_cancel_reaches_the_query_and_brings_no_token(
         session.link.write(query("SELECT pg_sleep(30)"))
         record = lakebase.gateway.sessions[0]
         await _until_asleep(lakebase, record.real_pid)
-        await made.dialer.cancel(session.target, key)
+        await made.dialer.cancel(session.target, key, still_wanted=always)
         (error,) = [
             message
             for message in await messages_until(session, ReadyForQuery)
@@ -752,7 +757,7 @@ async def test_w39_a_cancel_is_delivered_only_when_the_upstream_has_closed(
         session = await made.dial()
         key = session.startup.key
         assert key is not None
-        cancel = asyncio.create_task(made.dialer.cancel(session.target, key))
+        cancel = asyncio.create_task(made.dialer.cancel(session.target, key, still_wanted=always))
         await lakebase.gateway.until(lambda: len(lakebase.gateway.cancels) == 1)
         for _ in range(20):
             await asyncio.sleep(0)
@@ -775,7 +780,7 @@ async def test_w40_a_cancel_whose_session_ends_meanwhile_is_dropped(
             str(lakebase.ca_file),
         )
         key = BackendKeyData(1, Secret(b"none"))
-        cancel = asyncio.create_task(made.dialer.cancel(target, key))
+        cancel = asyncio.create_task(made.dialer.cancel(target, key, still_wanted=always))
         await lakebase.gateway.until(lambda: len(lakebase.gateway.cancels) == 1)
         cancel.cancel()
         await asyncio.wait([cancel])
@@ -792,15 +797,15 @@ async def test_w40_a_cancel_that_cannot_be_delivered_is_a_proxy_error(
     async with lakebase_dialing(lakebase, endpoint) as made:
         lakebase.gateway.offers_tls = False
         with pytest.raises(ProxyError) as refused:
-            await made.dialer.cancel(target, key)
+            await made.dialer.cancel(target, key, still_wanted=always)
         assert refused.value.kind is ErrorKind.UPSTREAM_NO_TLS
         lakebase.gateway.certificate, lakebase.gateway.offers_tls = Certificate.UNTRUSTED, True
         with pytest.raises(ProxyError) as refused:
-            await made.dialer.cancel(target, key)
+            await made.dialer.cancel(target, key, still_wanted=always)
         assert refused.value.kind is ErrorKind.UPSTREAM_CERTIFICATE
         await lakebase.gateway.refuse_connections()
         with pytest.raises(ProxyError) as refused:
-            await made.dialer.cancel(target, key)
+            await made.dialer.cancel(target, key, still_wanted=always)
         assert refused.value.kind is ErrorKind.UPSTREAM_UNREACHABLE
 
 
@@ -1014,7 +1019,7 @@ async def test_w40_a_cancel_is_sixteen_bytes_inside_tls(
     async with dialing_script(ca_file, *steps) as (made, server):
         target = Target(HOST, "127.0.0.1", server.port, "verify-full", ca_file)
         async with asyncio.timeout(WAIT_SECONDS_MAX):
-            await made.dialer.cancel(target, key)
+            await made.dialer.cancel(target, key, still_wanted=always)
         assert server.packets == [CancelRequest(-5, Secret(b"none")).encode()]
         await server.until_open(0)
 
@@ -1026,7 +1031,9 @@ async def test_a_host_that_no_certificate_can_have_is_a_matter_of_certificates(
     async with dialing_script(ca_file, Expect(SSLRequest().encode()), Send(b"S")) as (made, server):
         target = Target(".example.com", "127.0.0.1", server.port, "verify-full", ca_file)
         with pytest.raises(ProxyError) as refused:
-            await made.dialer.cancel(target, BackendKeyData(1, Secret(b"none")))
+            await made.dialer.cancel(
+                target, BackendKeyData(1, Secret(b"none")), still_wanted=always
+            )
         assert refused.value.kind is ErrorKind.UPSTREAM_CERTIFICATE
 
 

@@ -10,6 +10,9 @@ INSTALLED := $(VENV)/.installed
 
 # Hypothesis examples for one test of `make fuzz`; the suite's own profile is short.
 FUZZ_EXAMPLES ?= 20000
+# Inputs a side of the byte fuzzer; the seed makes a run repeatable.
+FUZZ_INPUTS ?= 2000000
+FUZZ_SEED ?= 20261122
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint format types test unit e2e fuzz bench demo docs all clean
@@ -48,7 +51,9 @@ unit: $(INSTALLED)
 e2e: $(INSTALLED) ## only the tests against the stand-in's real PostgreSQL
 	$(BIN)/pytest -m e2e $(ARGS)
 
-fuzz: $(INSTALLED) ## generated input for longer (FUZZ_EXAMPLES=20000)
+fuzz: $(INSTALLED) ## two million inputs a side, and generated tests for longer (FUZZ_SEED=...)
+	$(BIN)/python -m tests.fuzz.startup --side client --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
+	$(BIN)/python -m tests.fuzz.startup --side upstream --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
 	HYPOTHESIS_PROFILE=deep FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/fuzz tests/property $(ARGS)
 
 # Beside .venv it needs the distribution's PostgreSQL (the demo's has no TLS) and PgBouncer; it says
@@ -61,9 +66,10 @@ bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (four mi
 demo: $(INSTALLED) ## the whole system on this machine, nothing to sign up for
 	@exec $(BIN)/lakebase-auth-proxy demo $(ARGS)
 
-docs: $(INSTALLED) ## write the generated files anew: config.example.toml
+docs: $(INSTALLED) ## write the generated files anew: config.example.toml, docs/protocol-states.md
 	$(BIN)/python -c 'from proxy.config import example_toml; print(example_toml(), end="")' > config.example.toml.new
 	mv config.example.toml.new config.example.toml
+	$(BIN)/python -m tests.protocol_states
 
 all: test fuzz bench ## test, fuzz and bench
 

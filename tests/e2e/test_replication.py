@@ -1,0 +1,136 @@
+"""Replication connections through the proxy: they go to a server of their own, so they work.
+
+PostgreSQL documentation, "Streaming Replication Protocol". The role needs the attribute, which
+Lakebase gives on request and the tests give here.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+import pytest
+
+from proxy.app import App
+from proxy.standin.cluster import CLIENT_ID, DATABASE, Cluster, quoted
+from proxy.standin.lakebase import Lakebase
+from tests.support.proxy_process import run_to_end
+from tests.support.running import USER, Listening, libpq
+
+SLOT: Final = "proxied"
+
+
+@pytest.fixture(autouse=True)
+def replication_role(lakebase: Lakebase) -> Iterator[Cluster]:
+    """Let the client's role replicate during the test; no slot stays."""
+    cluster = lakebase["one"].cluster
+    cluster.execute(f"ALTER ROLE {quoted(CLIENT_ID)} REPLICATION")
+    yield cluster
+    cluster.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots")
+    cluster.execute(f"ALTER ROLE {quoted(CLIENT_ID)} NOREPLICATION")
+
+
+def where(proxy: Listening) -> tuple[str, ...]:
+    return ("-h", proxy.listen_host, "-p", str(proxy.listen_port), "-U", USER, "-w")
+
+
+async def run(program: Path, *arguments: str) -> str:
+    code, out, err = await run_to_end(program, *arguments)
+    assert code == 0, err
+    return out
+
+
+def identity(cluster: Cluster) -> str:
+    return cluster.execute("SELECT system_identifier FROM pg_control_system()")
+
+
+def answer(arguments: dict[str, Any], command: bytes) -> list[bytes | None]:
+    """Return the only row of a command's answer; blocks, as all of libpq's simple calls do."""
+    with psycopg.connect(**arguments, autocommit=True) as connection:
+        result = connection.pgconn.exec_(command)
+        return [result.get_value(0, column) for column in range(result.nfields)]
+
+
+@pytest.mark.slow
+async def test_pg_basebackup_makes_a_backup_that_verifies(
+    proxy: App, replication_role: Cluster, tmp_path: Path
+) -> None:
+    # The log is streamed over a second connection with a slot of its own.
+    options = ("-D", str(tmp_path / "base"), "-c", "fast", "-X", "stream", "--no-sync")
+    await run(replication_role.binaries / "pg_basebackup", *where(proxy), *options)
+    out = await run(replication_role.binaries / "pg_verifybackup", str(tmp_path / "base"))
+    assert "successfully verified" in out
+
+
+@pytest.mark.slow
+async def test_pg_recvlogical_receives_what_was_changed(
+    proxy: App, replication_role: Cluster, tmp_path: Path
+) -> None:
+    cluster = replication_role
+    program = cluster.binaries / "pg_recvlogical"
+    slot = (*where(proxy), "-d", DATABASE, "-S", SLOT)
+    cluster.execute("CREATE TABLE public.replicated (n int, s text)")
+    cluster.execute("CREATE PUBLICATION replicated FOR TABLE public.replicated")
+    try:
+        await run(program, *slot, "--create-slot", "-P", "pgoutput")
+        insert = "INSERT INTO public.replicated VALUES (1, 'through the proxy')"
+        cluster.execute(f"SET synchronous_commit = on; {insert}")  # so that its end is flushed
+        end = cluster.execute("SELECT pg_current_wal_flush_lsn()")
+        options = ("-o", "proto_version=1", "-o", "publication_names=replicated")
+        received = tmp_path / "received"
+        await run(program, *slot, "--start", "--no-loop", "-E", end, "-f", str(received), *options)
+        assert b"through the proxy" in received.read_bytes()
+        await run(program, *slot, "--drop-slot")
+        assert cluster.execute("SELECT count(*) FROM pg_replication_slots") == "0"
+    finally:
+        cluster.execute("DROP PUBLICATION replicated; DROP TABLE public.replicated")
+
+
+async def test_pg_receivewal_makes_and_drops_a_physical_slot(
+    proxy: App, replication_role: Cluster
+) -> None:
+    program = replication_role.binaries / "pg_receivewal"
+    slots = "SELECT slot_type FROM pg_replication_slots"
+    await run(program, *where(proxy), "-S", SLOT, "--create-slot")
+    assert replication_role.execute(slots) == "physical"
+    await run(program, *where(proxy), "-S", SLOT, "--drop-slot")
+    assert replication_role.execute(slots) == ""
+
+
+@pytest.mark.parametrize("replication", ["database", "true", "on", "1"])
+async def test_w17_psycopg_identifies_the_system(
+    proxy: App, replication_role: Cluster, replication: str
+) -> None:
+    arguments = libpq(proxy, replication=replication)
+    system, _, _, database = await asyncio.to_thread(answer, arguments, b"IDENTIFY_SYSTEM")
+    assert system == identity(replication_role).encode()
+    assert database == (DATABASE.encode() if replication == "database" else None)
+
+
+@pytest.mark.parametrize("replication", ["database", "true"])
+async def test_w17_psql_identifies_the_system(
+    proxy: App, replication_role: Cluster, replication: str
+) -> None:
+    conninfo = psycopg.conninfo.make_conninfo(**libpq(proxy, replication=replication))
+    options = ("-X", "-At", "-d", conninfo, "-c", "IDENTIFY_SYSTEM")
+    out = await run(replication_role.binaries / "psql", *options)
+    assert out.split("|")[0] == identity(replication_role)
+
+
+async def test_w17_replication_without_the_attribute_is_refused_as_by_postgres(
+    proxy: App, replication_role: Cluster
+) -> None:
+    replication_role.execute(f"ALTER ROLE {quoted(CLIENT_ID)} NOREPLICATION")
+    with pytest.raises(psycopg.OperationalError, match="permission denied to start WAL sender"):
+        await psycopg.AsyncConnection.connect(**libpq(proxy, replication="true"))
+
+
+async def test_w17_settings_of_a_subscription_reach_the_walsender(
+    proxy: App, replication_role: Cluster
+) -> None:
+    # What CREATE SUBSCRIPTION sends in its options.
+    options = "-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=3"
+    arguments = libpq(proxy, replication="database", options=options)
+    shown = await asyncio.to_thread(answer, arguments, b"SHOW extra_float_digits")
+    assert shown == [b"3"]

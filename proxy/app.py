@@ -17,7 +17,7 @@ from proxy.observe.admin import AdminAddress, AdminState, serve_admin
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.session.cancel import CancelForwarder, CancelKeys
-from proxy.session.listener import Listener, Places
+from proxy.session.listener import UNSERVED, Listener, Places
 from proxy.session.relay import EndReason
 from proxy.session.session import Session, SessionParts, StartupFailure
 from proxy.transport.tls import server_context
@@ -86,7 +86,9 @@ async def serving(settings: Settings) -> AsyncIterator[App]:
             tls=_listener_tls(settings.listen),
             place=places.take,
         )
-        listener = Listener(settings.listen, metrics, lambda link: Session(link, parts).run())
+        listener = Listener(
+            settings.listen, places, metrics, lambda link: Session(link, parts).run()
+        )
         host, port = await stack.enter_async_context(listener.accepting())
         life.started = True
         _log.info("serving", host=host, port=port, version=__version__)
@@ -142,5 +144,5 @@ def build_metrics() -> Metrics:
     return Metrics(
         version=__version__,
         session_end_reasons=list(EndReason),
-        startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure],
+        startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure, UNSERVED],
     )

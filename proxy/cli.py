@@ -9,9 +9,11 @@
 import asyncio
 import errno
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Final
 
 import uvloop
@@ -19,7 +21,7 @@ import uvloop
 from proxy import __version__
 from proxy.app import App, serving
 from proxy.config import ConfigurationError, Settings, load_settings
-from proxy.demo import demonstrating, greeting
+from proxy.demo import DemoError, demonstrating, greeting
 from proxy.observe.logs import configure_logging, get_logger
 
 EXIT_OK: Final = 0
@@ -93,14 +95,25 @@ Program = Callable[[Settings], Coroutine[None, None, int]]
 def _serve(settings: Settings, program: Program) -> int:
     """Run a program that serves until it is told to stop; say what keeps it from starting."""
     configure_logging(format=settings.log.format, level=settings.log.level)
+    _raise_file_limit()
     try:
         return uvloop.run(program(settings))
     except asyncio.CancelledError:
         return EXIT_OK  # told to stop before it served
     except ImportError as error:
         return _fail(f"{error}. For the demo: pip install 'lakebase-auth-proxy[demo]'")
+    except DemoError as error:
+        return _fail(f"the demo cannot start: {error}")
     except OSError as error:
-        return _fail(_explain(error, settings))
+        return _fail(_explain(error))
+
+
+def _raise_file_limit() -> None:
+    """Use all the file descriptors that we may have: a session takes two, and the usual soft limit
+    of 1024 is for programs that use select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # some systems say "unlimited" and mean less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Signals:
@@ -142,21 +155,25 @@ async def _until_stopped(app: App, settings: Settings, signals: _Signals) -> int
     """Wait for SIGTERM or SIGINT, then drain. A second signal cuts what is left at once."""
     first = await signals.next()
     _log.info("draining", signal=first.name)
-    draining = asyncio.ensure_future(app.drain(settings.shutdown.drain_seconds))
-    second = asyncio.ensure_future(signals.next())
-    await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
-    second.cancel()
-    cut = await draining if draining.done() else await app.drain(0)
-    draining.cancel()
+    async with asyncio.TaskGroup() as tasks:
+        impatience = tasks.create_task(_cut_at_second_signal(app, signals))
+        cut = await app.drain(settings.shutdown.drain_seconds)
+        if impatience.done():
+            cut = impatience.result()
+        impatience.cancel()
     _log.info("stopped", sessions_cut=cut)
     return EXIT_CUT if cut else EXIT_OK
 
 
-def _explain(error: OSError, settings: Settings) -> str:
+async def _cut_at_second_signal(app: App, signals: _Signals) -> int:
+    await signals.next()
+    return await app.drain(0)
+
+
+def _explain(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return (
-            f"{error.strerror or error}. Is a Postgres or another proxy on port "
-            f"{settings.listen.port}, or something on port {settings.admin.port}? Choose others: "
+            f"{error.strerror or error}. Is another Postgres or proxy there? Choose free ports: "
             "--listen.port 6432 --admin.port 9091"
         )
     return f"cannot start: {error}"

@@ -6,7 +6,7 @@ front of it, the very proxy that `run` serves. What it tells a person to paste w
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,10 @@ from proxy.config import Settings
 
 if TYPE_CHECKING:
     from proxy.standin.lakebase import Lakebase
+
+
+class DemoError(Exception):
+    """The stand-in cannot start; the text says why."""
 
 
 def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
@@ -32,10 +36,12 @@ def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
                     "auth_type": "oauth-m2m",
                 }
             ),
+            "credentials": settings.credentials.model_copy(update={"password_file": ""}),
             "upstream": settings.upstream.model_copy(
                 update={
                     "endpoint": endpoint.name,
                     "host": "",
+                    "user": "",
                     "hostaddr": lakebase.host_address,
                     "port": lakebase.port,
                     "ssl_root_cert": str(lakebase.ca_file),
@@ -49,12 +55,20 @@ def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
 async def demonstrating(settings: Settings) -> AsyncIterator[tuple[App, "Lakebase"]]:
     """Run stand-in and proxy while the block runs; leave nothing behind.
 
-    Raises ImportError when the extra `demo` is not installed, OSError when a port is taken.
+    Raises ImportError when the extra `demo` is not installed, OSError when a port is taken, and
+    DemoError when the stand-in does not start.
     """
-    from proxy.standin.lakebase import Lakebase  # noqa: PLC0415 - an extra; only the demo needs it
+    # An extra; only the demo needs it.
+    from proxy.standin.cluster import ClusterError  # noqa: PLC0415
+    from proxy.standin.lakebase import Lakebase  # noqa: PLC0415
 
     _forget_databricks()
-    async with Lakebase() as lakebase, serving(demo_settings(settings, lakebase)) as app:
+    async with AsyncExitStack() as stack:
+        try:
+            lakebase = await stack.enter_async_context(Lakebase())
+        except ClusterError as error:
+            raise DemoError(str(error)) from error
+        app = await stack.enter_async_context(serving(demo_settings(settings, lakebase)))
         yield app, lakebase
 
 

@@ -27,7 +27,6 @@ EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"} |
 
 # Where a task is made outside a TaskGroup, and what makes sure that it cannot be lost.
 TASK_MAKERS = {
-    "proxy/cli.py": "the process ends right after them",
     "proxy/session/listener.py": "leaving the block of accepting waits for them all",
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
     "proxy/standin/connection.py": "a connection of the stand-in waits for its own tasks",

@@ -119,6 +119,8 @@ def configure_logging(
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("proxy").setLevel(level.upper())
+    # What it warns of comes again as the failure of the call, with a connection's id.
+    logging.getLogger("databricks").setLevel(logging.ERROR)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -23,6 +23,7 @@ from proxy.transport.sockets import listen_unix
 # A burst of reconnecting clients is some hundreds; more than this is a flood.
 UNSERVED_MAX: Final = 1000
 ACCEPT_BACKLOG: Final = 1024
+UNSERVED: Final = "too_many_starting"  # the word for it in the metrics
 
 _log = get_logger(__name__)
 
@@ -64,10 +65,12 @@ class Listener:
     def __init__(
         self,
         settings: ListenSettings,
+        places: Places,
         metrics: Metrics,
         serve: Callable[[Link], Coroutine[None, None, None]],
     ) -> None:
         self._settings = settings
+        self._places = places
         self._metrics = metrics
         self._serve = serve
         self._ids = itertools.count(1)
@@ -115,8 +118,10 @@ class Listener:
 
     def _connected(self, link: Link) -> None:
         """Begin to serve a connection; one that comes out of the backlog after the close is cut."""
-        full = len(self._sessions) >= self._settings.max_connections + UNSERVED_MAX
-        if full or not self._servers:
+        unserved = len(self._sessions) - self._places.taken
+        if unserved >= UNSERVED_MAX or not self._servers:
+            self._metrics.startup_failed(UNSERVED)
+            _log.debug("connection cut: too many are starting", unserved=unserved)
             link.transport.abort()
             return
         task = asyncio.get_running_loop().create_task(self._run(link))

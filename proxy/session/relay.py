@@ -168,5 +168,7 @@ class Relay:
             await self._abandon()
 
     def ended(self, reason: EndReason) -> RelayEnd:
-        """Return the end for this reason, with what was carried up to now."""
+        """Return the end for this reason, unless another one came first: that is the cause."""
+        if self._ended.done() and not self._ended.cancelled():
+            reason = self._ended.result()
         return RelayEnd(reason, self.from_client.received_bytes, self.from_upstream.received_bytes)

@@ -82,7 +82,8 @@ class Link(asyncio.Protocol):
         Raises ssl.SSLError or ConnectionError. Plaintext that waits unread at this moment would
         cross into the encrypted stream, so there must be none.
         """
-        assert not self._inbox, "plaintext left at the switch to TLS"
+        if self._inbox:
+            raise ConnectionAbortedError("plaintext left at the switch to TLS")
         if self.gone.done():  # which nobody would tell the handshake again
             raise ConnectionResetError("the peer ended before the TLS handshake")
         upper = TLSTransport(

@@ -46,7 +46,7 @@ class Listening:
 async def listening(serve: Serve = echo, max_connections: int = 10) -> AsyncIterator[Listening]:
     metrics = build_metrics()
     settings = ListenSettings(port=0, max_connections=max_connections)
-    listener = Listener(settings, metrics, serve)
+    listener = Listener(settings, Places(settings.max_connections), metrics, serve)
     async with listener.accepting() as address:
         yield Listening(listener, metrics, address)
 
@@ -135,7 +135,7 @@ async def test_a_flood_is_bounded_and_cut_without_a_word() -> None:
     wanted = 2 * (UNSERVED_MAX + 100)
     if hard != resource.RLIM_INFINITY and hard < wanted:
         pytest.skip(f"needs {wanted} open files")
-    served_max = 1 + UNSERVED_MAX
+    served_max = UNSERVED_MAX
     clients: list[socket.socket] = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     try:
@@ -159,7 +159,7 @@ async def test_an_address_in_use_is_an_os_error_and_nothing_else() -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         settings = ListenSettings(port=busy.getsockname()[1])
         with pytest.raises(OSError, match="in use"):
-            async with Listener(settings, build_metrics(), echo).accepting():
+            async with Listener(settings, Places(1), build_metrics(), echo).accepting():
                 pass
 
 
@@ -219,3 +219,19 @@ async def test_a_connection_that_waits_in_the_backlog_at_the_end_is_cut() -> Non
             with sock:
                 sock.setblocking(False)
                 await assert_cut(PlainClient(sock))
+
+
+async def test_connections_that_only_start_do_not_use_up_the_places_of_sessions() -> None:
+    # Once both were counted together: 1005 idle sockets shut out everybody, with all places free.
+    places = Places(1)
+    metrics = build_metrics()
+    listener = Listener(ListenSettings(port=0, max_connections=1), places, metrics, echo)
+    async with listener.accepting() as address:
+        with places.take():
+            async with AsyncExitStack() as stack:
+                for _ in range(5):
+                    reader, writer = await asyncio.open_connection(*address)
+                    stack.callback(writer.close)
+                    writer.write(b"hello")
+                    async with asyncio.timeout(5):
+                        assert await reader.readexactly(5) == b"hello"

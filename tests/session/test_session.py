@@ -153,7 +153,7 @@ async def secure_proxy(lakebase: Lakebase, authority: trustme.CA) -> AsyncIterat
         async def serve(link: Link) -> None:
             await Session(link, parts).run()
 
-        listener = Listener(ListenSettings(port=0), metrics, serve)
+        listener = Listener(ListenSettings(port=0), Places(10), metrics, serve)
         host, port = await stack.enter_async_context(listener.accepting())
         yield App(host, port, None, metrics, keys, listener, None)  # type: ignore[arg-type]
 

@@ -6,6 +6,7 @@ Small writes go at once, and dead peers are noticed (W36).
 import asyncio
 import errno
 import os
+import select
 import socket
 import stat
 from pathlib import Path
@@ -20,6 +21,9 @@ KEEPALIVE_PROBES: Final = 3
 # long would be cut in the middle of its result, so clients have none; and a COPY that waits for a
 # lock looks the same upstream, so this is four times what suffices to notice a failover.
 UNACKNOWLEDGED_SECONDS_MAX: Final = 120
+
+# Linux tells of the peer's FIN apart from the bytes before it; elsewhere only a reset is seen.
+_HUNG_UP: Final = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
 def tune(transport: asyncio.BaseTransport) -> None:
@@ -62,6 +66,16 @@ def is_unix(transport: asyncio.BaseTransport) -> bool:
     """Whether the connection came over a unix socket."""
     sock: socket.socket | None = transport.get_extra_info("socket")
     return sock is not None and sock.family == socket.AF_UNIX
+
+
+def has_hung_up(transport: asyncio.BaseTransport) -> bool:
+    """Whether the peer has ended its stream, whatever it sent before and nobody has read yet."""
+    sock: socket.socket | None = transport.get_extra_info("socket")
+    if sock is None or sock.fileno() < 0:
+        return True
+    poll = select.poll()
+    poll.register(sock.fileno(), _HUNG_UP)
+    return any(event & _HUNG_UP for _, event in poll.poll(0))
 
 
 def listen_unix(path: Path, mode: int, backlog: int) -> socket.socket:

@@ -18,6 +18,8 @@ _RECORD_BYTES_MAX: Final = 16 * 1024
 # OpenSSL's memory buffers never shrink, so a session would keep the size of its largest read for
 # life. What is larger than this goes through them in parts.
 _PART_BYTES_MAX: Final = 64 * 1024
+# What TLS itself may have waiting to be sent, beside the data of the protocol above.
+_UNREAD_BYTES_MAX: Final = 1024 * 1024
 
 
 # What a client that begins with TLS must offer (PostgreSQL 17): else any TLS client could be led to
@@ -212,6 +214,8 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
             self._lower.abort()  # a forged or broken record: nothing behind it can be believed
         if self._outgoing.pending:  # an answer to a key update
             self._flush()
+            if self._lower.get_write_buffer_size() > _UNREAD_BYTES_MAX:
+                self._lower.abort()  # a flood of them from a peer that reads no answer
         if pieces:
             self._app.data_received(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         if ended:

@@ -22,7 +22,7 @@ from proxy.standin.lakebase import Lakebase
 from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery
 from tests.e2e.conftest import StartProxy
 from tests.support.plain_client import PlainClient, plain_client, query, startup
-from tests.support.running import eventually, libpq
+from tests.support.running import libpq
 from tests.support.written_upstream import (
     WELCOME,
     WrittenSession,
@@ -254,34 +254,3 @@ async def test_w36_both_sockets_send_at_once_and_notice_a_dead_peer(
                 assert found == expected, side
                 user_timeout = sock.getsockopt(tcp, socket.TCP_USER_TIMEOUT)
                 assert user_timeout == unacknowledged[side], side
-
-
-# -- W47: only when idle ---------------------------------------------------------------------------
-
-
-async def test_w47_a_session_that_pipelines_is_seen_as_busy_to_its_last_answer(
-    start_proxy: StartProxy, upstream: WrittenUpstream
-) -> None:
-    # Seen by what a vanishing client's session does: it is cancelled while busy, else not.
-    answer = Frame(b"C", b"SELECT 1\0").encode() + ReadyForQuery(b"I").encode()
-    proxy = await start_proxy(upstream={"port": upstream.port})
-    sent = query("SELECT 1") + extended("SELECT 1") + SYNC + SYNC
-
-    async def leave_behind(answered: int) -> None:
-        async with plain_client(proxy) as client:
-            await client.send(startup())
-            assert await client.receive()
-            session = await upstream.session(answered)
-            await client.send(sent)
-            await upstream.until(lambda: session.received == sent)
-            await session.stream.write(answer * answered)
-            received = 0
-            while received < len(answer) * answered:
-                received += len(await client.receive())
-            client.close()
-            await upstream.until(lambda: session.ended)
-
-    for answered in range(4):
-        await leave_behind(answered)
-        assert len(upstream.cancels) == min(answered + 1, 3), answered
-    await eventually(lambda: proxy.metrics.value("connections") == 0, "all are over")

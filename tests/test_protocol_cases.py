@@ -5,6 +5,7 @@ number; and docs/protocol-states.md is what the tables say.
 import ast
 import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -25,16 +26,22 @@ def rows() -> list[tuple[int, list[str]]]:
     return [(int(number), [cell.strip() for cell in rest.split("|")]) for number, rest in found]
 
 
-def numbered_tests() -> dict[int, set[str]]:
-    """Return by number the files that have a test of it; one test may have several numbers."""
-    found: defaultdict[int, set[str]] = defaultdict(set)
+@cache
+def numbered_tests() -> dict[int, set[tuple[str, str]]]:
+    """Return by number its tests, as file and name; one test may have several numbers."""
+    found: defaultdict[int, set[tuple[str, str]]] = defaultdict(set)
     for path in TESTS.rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 named = _NAMED.match(node.name)
                 for number in re.findall(r"\d+", named[1]) if named else ():
-                    found[int(number)].add(path.relative_to(TESTS).as_posix())
+                    found[int(number)].add((path.relative_to(TESTS).as_posix(), node.name))
     return dict(found)
+
+
+def files_of(number: int) -> set[str]:
+    """Return the files that have a test of this case."""
+    return {file for file, _ in numbered_tests()[number]}
 
 
 def test_the_document_has_each_case_once_and_in_order() -> None:
@@ -56,7 +63,17 @@ def test_a_file_that_a_row_names_has_a_test_of_its_case(number: int) -> None:
     ((_, cells),) = (row for row in rows() if row[0] == number)
     named = set(re.findall(r"`([\w/]+\.py)`", cells[-1]))
     assert named
-    assert named <= numbered_tests()[number]
+    assert named <= files_of(number)
+
+
+def test_pytest_k_wire_runs_a_test_of_every_case() -> None:
+    # What -k looks into: the names of the test, its file, and the directories below the root.
+    selected = {
+        number
+        for number, tests in numbered_tests().items()
+        if any("wire" in f"{file}/{name}".lower() for file, name in tests)
+    }
+    assert sorted(set(NUMBERS) - selected) == []
 
 
 def test_the_states_document_is_up_to_date() -> None:

@@ -8,7 +8,7 @@ import pytest
 from proxy.app import App
 from proxy.standin.faults import Stage, Strike
 from proxy.standin.lakebase import Lakebase
-from proxy.wire.messages import BackendKeyData
+from proxy.wire.messages import BackendKeyData, Terminate
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, V3_2, CancelRequest, ProtocolVersion, SSLRequest
 from tests.e2e.conftest import StartProxy
@@ -100,6 +100,7 @@ async def test_a_key_ends_with_its_session(proxy: App, lakebase: Lakebase) -> No
         key = await client.start_up()
         assert key is not None
         assert len(proxy.cancel_keys) == 1
+        await client.send(Terminate().encode())
         client.close()
         await eventually(lambda: len(proxy.cancel_keys) == 0, "the key is forgotten")
     assert await cancel(proxy, key) == b""

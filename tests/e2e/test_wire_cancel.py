@@ -16,7 +16,7 @@ from proxy.session.cancel import FORWARDS_MAX
 from proxy.standin.faults import Stage, Strike
 from proxy.standin.lakebase import Lakebase
 from proxy.upstream.dialer import CANCEL_SECONDS_MAX
-from proxy.wire.messages import BackendKeyData
+from proxy.wire.messages import BackendKeyData, Terminate
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_2, CancelRequest
 from tests.e2e.conftest import StartProxy
@@ -135,6 +135,7 @@ async def test_w40_a_session_that_ends_meanwhile_drops_its_cancel(
             lakebase.gateway.strike(Stage.SSL_REPLY, Strike.HANG, times=1)
             await canceller.send(request(key))
             await lakebase.gateway.until(lambda: lakebase.gateway.accepted > accepted)
+            await client.send(Terminate().encode())
         await eventually(lambda: len(proxy.cancel_keys) == 0, "the session is over")
         lakebase.gateway.heal()
         assert await canceller.receive_rest() == b""

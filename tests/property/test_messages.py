@@ -5,6 +5,7 @@ from collections.abc import Callable
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from proxy.wire.framing import MessageReader
 from proxy.wire.messages import (
     CANCEL_KEY_BYTES_MAX,
     CANCEL_KEY_BYTES_MIN,
@@ -21,7 +22,11 @@ from proxy.wire.messages import (
     NegotiateProtocolVersion,
     NoticeResponse,
     ParameterStatus,
+    PasswordMessage,
     ReadyForQuery,
+    SASLInitialResponse,
+    SASLResponse,
+    Terminate,
     decode_backend,
 )
 from proxy.wire.secret import Secret
@@ -60,6 +65,19 @@ BACKEND: st.SearchStrategy[BackendMessage] = st.one_of(
     st.builds(NoticeResponse, FIELDS),
     st.builds(NegotiateProtocolVersion, st.integers(0, 2**32 - 1), st.lists(STRINGS).map(tuple)),
 )
+# What the proxy says upstream, and its payload spelled by hand.
+FRONTEND: st.SearchStrategy[tuple[PasswordMessage | SASLInitialResponse | SASLResponse, bytes]] = (
+    st.one_of(
+        STRINGS.map(lambda text: (PasswordMessage(Secret(text)), text + b"\0")),
+        st.tuples(NAMES, st.binary(max_size=300)).map(
+            lambda pair: (
+                SASLInitialResponse(*pair),
+                pair[0] + b"\0" + len(pair[1]).to_bytes(4, "big") + pair[1],
+            )
+        ),
+        st.binary(max_size=300).map(lambda proof: (SASLResponse(proof), proof)),
+    )
+)
 FIRST: st.SearchStrategy[FirstPacket] = st.one_of(
     st.builds(SSLRequest),
     st.builds(GSSENCRequest),
@@ -78,6 +96,22 @@ def test_a_backend_message_reads_back(message: BackendMessage) -> None:
     [frame] = frames(wire)
     assert decode_backend(frame) == message
     assert frame.encode() == wire
+
+
+@given(st.lists(FRONTEND, max_size=4), st.integers(1, 50))
+def test_what_goes_upstream_is_framed_as_it_was_meant(
+    said: list[tuple[PasswordMessage | SASLInitialResponse | SASLResponse, bytes]],
+    piece_bytes: int,
+) -> None:
+    stream = b"".join(message.encode() for message, _ in said) + Terminate().encode()
+    reader, found = MessageReader(limit=1000), list[Frame]()
+    for at in range(0, len(stream), piece_bytes):
+        reader.feed(stream[at : at + piece_bytes])
+        while (frame := reader.next()) is not None:
+            found.append(frame)
+    expected = [Frame(b"p", payload) for _, payload in said]
+    assert found == [*expected, Frame(b"X", b"")]
+    assert reader.trailing_data() == b""
 
 
 @given(FIRST)

@@ -5,7 +5,7 @@ program for `run`, for `demo` and for tests alike.
 """
 
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from proxy.config import ConfigurationError, ListenSettings, Problem, Settings, 
 from proxy.errors import ErrorKind
 from proxy.observe.admin import AdminAddress, AdminState, serve_admin
 from proxy.observe.logs import get_logger
-from proxy.observe.metrics import Metrics
+from proxy.observe.metrics import ConnectPhase, Metrics
 from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.listener import UNSERVED, Listener, Places
 from proxy.session.relay import EndReason
@@ -23,6 +23,7 @@ from proxy.session.session import Session, SessionParts, StartupFailure
 from proxy.transport.tls import server_context
 from proxy.upstream.credentials import Credentials, CredentialSource, PasswordFile
 from proxy.upstream.dialer import Dialer, tls_context
+from proxy.upstream.resources import Resource, resource_of
 from proxy.upstream.targets import Targets
 from proxy.upstream.workspace import Workspace
 from proxy.wire.violations import ClientReason
@@ -74,7 +75,8 @@ async def serving(settings: Settings) -> AsyncIterator[App]:
             )
         else:
             admin = None
-        dialer = await stack.enter_async_context(_dialer(settings, metrics))
+        upstream = await stack.enter_async_context(reaching_upstream(settings, metrics))
+        dialer = upstream.dialer
         places = Places(settings.listen.max_connections)
         parts = SessionParts(
             dialer=dialer,
@@ -95,27 +97,46 @@ async def serving(settings: Settings) -> AsyncIterator[App]:
         yield App(host, port, admin, metrics, cancel_keys, listener, life)
 
 
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """The way upstream, part by part: `run` needs the dialer, `check` walks through all."""
+
+    resource: Resource | None
+    workspace: Workspace
+    credentials: CredentialSource
+    targets: Targets
+    dialer: Dialer
+
+
 @asynccontextmanager
-async def _dialer(settings: Settings, metrics: Metrics) -> AsyncIterator[Dialer]:
-    """Give the way upstream: workspace, credentials, targets, dialer."""
+async def reaching_upstream(
+    settings: Settings,
+    metrics: Metrics,
+    phase_took: Callable[[ConnectPhase, float], None] | None = None,
+) -> AsyncIterator[Upstream]:
+    """Give the way upstream while the block runs. Raises ConfigurationError for a bad file.
+
+    `phase_took` hears of each phase of a dial that succeeded, in place of the metrics.
+    """
     upstream = settings.upstream
     _check_root_cert(upstream)
     workspace = Workspace(settings.workspace, settings.credentials, version=__version__)
+    resource = resource_of(upstream)
+    targets = Targets(upstream, resource, workspace)
     async with AsyncExitStack() as stack:
+        stack.push_async_callback(targets.close)
         credentials: CredentialSource
         if settings.credentials.password_file:
             credentials = PasswordFile(settings.credentials.password_file)
         else:
-            mint = partial(workspace.mint, upstream.endpoint)
-            credentials = await stack.enter_async_context(
-                Credentials(mint, settings.credentials, metrics)
-            )
-        yield Dialer(
-            Targets(upstream, workspace),
-            credentials,
-            metrics,
-            connect_timeout_seconds=upstream.connect_timeout_seconds,
-        )
+            assert resource is not None, "settings without a password name a resource"
+            tokens = Credentials(partial(workspace.mint, resource), settings.credentials, metrics)
+            stack.push_async_callback(tokens.close)
+            credentials = tokens
+        seconds = upstream.connect_timeout_seconds
+        heard = phase_took or metrics.connect_phase_took
+        dialer = Dialer(targets, credentials, heard, connect_timeout_seconds=seconds)
+        yield Upstream(resource, workspace, credentials, targets, dialer)
 
 
 def _check_root_cert(upstream: UpstreamSettings) -> None:

@@ -8,19 +8,22 @@
 
 import asyncio
 import errno
+import json
 import os
 import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Final
 
 import uvloop
 
 from proxy import __version__
 from proxy.app import App, serving
-from proxy.config import ConfigurationError, Settings, load_settings
+from proxy.check import as_line, check
+from proxy.config import ConfigurationError, LogSettings, Settings, load_settings
 from proxy.demo import DemoError, demonstrating, greeting
 from proxy.observe.logs import configure_logging, get_logger
 
@@ -33,6 +36,7 @@ USAGE: Final = """\
 usage: lakebase-auth-proxy VERB [--config FILE] [--SECTION.KEY VALUE ...]
 
   run       serve: local Postgres clients on one side, Databricks Lakebase on the other
+  check     walk the whole way once and say what is wrong and how to mend it (--json)
   demo      the whole system on this machine, nothing to install or sign up for
   version   print the version
 
@@ -75,6 +79,26 @@ def _run(arguments: Sequence[str]) -> int:
     return _serve(settings, _serve_lakebase)
 
 
+def _check(arguments: Sequence[str]) -> int:
+    as_json = "--json" in arguments
+    flags = [argument for argument in arguments if argument != "--json"]
+    settings = load_settings(flags, os.environ, upstream_required=True)
+
+    async def walk(settings: Settings) -> int:
+        steps = []
+        async for step in check(settings):
+            steps.append(step)
+            if not as_json:
+                print(as_line(step), flush=True)
+        good = all(step.ok for step in steps)
+        if as_json:
+            print(json.dumps({"ok": good, "steps": [asdict(step) for step in steps]}))
+        return EXIT_OK if good else EXIT_FAILURE
+
+    quiet = settings.model_copy(update={"log": LogSettings(level="error")})
+    return _serve(quiet, walk)
+
+
 def _demo(arguments: Sequence[str]) -> int:
     # The guide's variables point at a real Lakebase: the demo has its own.
     own = {name: value for name, value in os.environ.items() if name.startswith("LAKEBASE_PROXY_")}
@@ -84,6 +108,7 @@ def _demo(arguments: Sequence[str]) -> int:
 
 _VERBS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
     "run": _run,
+    "check": _check,
     "demo": _demo,
     "version": _version,
 }

@@ -310,6 +310,20 @@ class ErrorKind(Enum):
         "the upstream asks for an authentication method that is not supported",
         "OAuth roles log in with a token, native roles with SCRAM-SHA-256.",
     )
+    # What PostgreSQL says of a client's own mistake; a front end relays it without its SQLSTATE,
+    # and a pool that took it for a lost connection would try again for ever.
+    SETTING_UNKNOWN = _upstream(
+        "setting_unknown", "42704", "the database does not know a setting of the session"
+    )
+    SETTING_INVALID = _upstream(
+        "setting_invalid", "22023", "a setting of the session has a value that is not valid"
+    )
+    ARGUMENT_INVALID = _upstream(
+        "argument_invalid", "42601", "the options of the session are not valid"
+    )
+    PRIVILEGE_MISSING = _upstream(
+        "privilege_missing", "42501", "the role may not open such a session"
+    )
     STARTUP_REFUSED = _upstream("startup_refused", "XX000", "the database refused the session")
 
     # The proxy itself.
@@ -327,6 +341,12 @@ class ErrorKind(Enum):
         "28000",
         "the native role's password cannot be read",
         "Check credentials.password_file and who may read it.",
+    )
+    OUT_OF_RESOURCES = _proxy(
+        "out_of_resources",
+        "53000",
+        "the proxy has no more file descriptors or memory",
+        "Raise its limit of open files: a session takes two.",
     )
     INTERNAL = _proxy("internal_error", "XX000", "internal error of the proxy", "See its log.")
 

@@ -28,6 +28,7 @@ EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"} |
 # Where a task is made outside a TaskGroup, and what makes sure that it cannot be lost.
 TASK_MAKERS = {
     "proxy/session/listener.py": "leaving the block of accepting waits for them all",
+    "proxy/upstream/shared.py": "whoever made the Shared closes it, which waits for its call",
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
     "proxy/standin/connection.py": "a connection of the stand-in waits for its own tasks",
 }

@@ -181,7 +181,7 @@ def test_every_problem_of_every_source_is_reported_at_once(tmp_path: Path) -> No
         "prot": "unknown key; did you mean --listen.port or --admin.port or --upstream.port?",
         "upstream.endpoint": (
             "required, because tokens are issued for an endpoint: set it, or ENDPOINT_NAME, to"
-            " projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT"
+            " projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT (or upstream.instance)"
         ),
     }
     assert str(caught.value).splitlines() == [str(problem) for problem in caught.value.problems]
@@ -434,7 +434,11 @@ def test_a_secret_is_never_shown(key: SettingKey) -> None:
 
 def test_client_secret_and_token_are_secrets() -> None:
     secrets = {key.dotted for key in settings_keys() if key.secret}
-    assert secrets == {"workspace.client_secret", "workspace.token"}
+    assert secrets == {
+        "workspace.client_secret",
+        "workspace.token",
+        "workspace.azure_client_secret",
+    }
 
 
 def test_a_secret_is_in_no_error(tmp_path: Path) -> None:
@@ -537,3 +541,51 @@ def test_reading_the_configuration_imports_no_event_loop() -> None:
     code = "import proxy.config, sys; print({'databricks', 'uvloop'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert ran.stdout.strip() == "set()"
+
+
+POOLED = (
+    "ep-quiet-forest-00000001-pooler.database.eu-west-1.cloud.databricks.com",
+    "ep-quiet-forest-00000001-ro-pooler.database.eu-west-1.cloud.databricks.com",
+    "EP-QUIET-FOREST-00000001-POOLER.database.example.com",
+)
+
+
+@pytest.mark.parametrize("host", POOLED)
+def test_a_pooled_host_takes_no_token_and_is_refused_with_the_reason(host: str) -> None:
+    environ = {"ENDPOINT_NAME": "projects/p/branches/b/endpoints/e", "PGHOST": host}
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings([], environ, upstream_required=True)
+    (problem,) = caught.value.problems
+    assert problem.key == "upstream.host"
+    assert "takes no OAuth token" in problem.text
+    assert "without -pooler" in problem.text
+    assert "credentials.password_file" in problem.text
+
+
+@pytest.mark.parametrize("host", POOLED)
+def test_a_pooled_host_is_taken_with_a_native_password(host: str) -> None:
+    argv = ["--credentials.password_file", "password", "--upstream.user", "app"]
+    settings = load_settings(argv, {"PGHOST": host}, upstream_required=True)
+    assert settings.upstream.host == host
+
+
+@pytest.mark.parametrize("host", ["db.example.com", "my-pooler-x.example.com", "x.a-pooler.com"])
+def test_a_host_is_pooled_by_the_end_of_its_first_label_alone(host: str) -> None:
+    argv = ["--upstream.instance", "shop"]
+    load_settings(argv, {"PGHOST": host}, upstream_required=True)
+
+
+def test_an_instance_is_enough_and_stands_in_the_place_of_an_endpoint() -> None:
+    settings = load_settings(["--upstream.instance", "shop"], {}, upstream_required=True)
+    assert (settings.upstream.instance, settings.upstream.endpoint) == ("shop", "")
+    environ = {"ENDPOINT_NAME": "projects/p/branches/b/endpoints/e"}
+    with pytest.raises(ConfigurationError, match=r"together with upstream\.endpoint"):
+        load_settings(["--upstream.instance", "shop"], environ)
+
+
+def test_a_secret_is_given_by_value_or_by_file_not_both() -> None:
+    argv = ["--workspace.client_secret=not-a-real-secret", "--workspace.client_secret_file=x"]
+    together = r"together with workspace\.client_secret"
+    with pytest.raises(ConfigurationError, match=together) as caught:
+        load_settings(argv, {})
+    assert "not-a-real" not in str(caught.value)

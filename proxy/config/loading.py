@@ -128,17 +128,23 @@ def _suggestion(path: KeyPath, layer: Layer) -> str:
 def _missing_for_upstream(layers: Sequence[Layer]) -> Iterator[Problem]:
     """Yield what a verb that dials lacks. Judges raw values: others may be wrong as well."""
 
-    def given(section: str, name: str) -> bool:
+    def given(section: str, name: str) -> object:
         values = (layer.find((section, name)) for layer in layers)
-        return bool(next((value for value in values if value is not None), None))
+        return next((value for value in values if value is not None), None)
 
-    endpoint = given("upstream", "endpoint")
+    endpoint = given("upstream", "endpoint") or given("upstream", "instance")
     if not given("credentials", "password_file"):
+        if _is_pooled(given("upstream", "host")):
+            yield Problem(
+                "upstream.host",
+                "is a pooled host, which takes no OAuth token: use the direct host, without"
+                " -pooler, or a native role's password with credentials.password_file",
+            )
         if not endpoint:
             yield Problem(
                 "upstream.endpoint",
                 "required, because tokens are issued for an endpoint: set it, or ENDPOINT_NAME, to"
-                " projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT",
+                " projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT (or upstream.instance)",
             )
         return
     if not endpoint and not given("upstream", "host"):
@@ -149,3 +155,8 @@ def _missing_for_upstream(layers: Sequence[Layer]) -> Iterator[Problem]:
             "required with credentials.password_file, because there is no token to say who logs in:"
             " set it, or PGUSER",
         )
+
+
+def _is_pooled(host: object) -> bool:
+    """Tell a pooled host by the suffix of its first label: -pooler, -ro-pooler."""
+    return isinstance(host, str) and host.partition(".")[0].lower().endswith("-pooler")

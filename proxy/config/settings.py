@@ -218,6 +218,11 @@ class WorkspaceSettings(Section):
         description="OAuth secret of the service principal; else DATABRICKS_CLIENT_SECRET. "
         "Prefer the environment to a flag, which every process of the machine can see.",
     )
+    client_secret_file: str = Field(
+        default="",
+        description="File with that secret, in place of it. Read again at each use, so that a "
+        "rotated secret needs no restart.",
+    )
     token: SecretStr = Field(
         default=SecretStr(""),
         description="Personal access token, in place of a service principal; else "
@@ -232,6 +237,51 @@ class WorkspaceSettings(Section):
         description="Forces one of the SDK's ways to log in, such as oauth-m2m, where several "
         "would do; else DATABRICKS_AUTH_TYPE.",
     )
+    config_file: str = Field(
+        default="",
+        description="File with the profiles; else DATABRICKS_CONFIG_FILE.",
+    )
+    oidc_token_filepath: str = Field(
+        default="",
+        description="File with an OIDC token to exchange, such as a Kubernetes projected token, "
+        "with auth_type file-oidc and client_id; else DATABRICKS_OIDC_TOKEN_FILEPATH.",
+    )
+    oidc_token_env: str = Field(
+        default="",
+        description="Name of the variable with such a token, with auth_type env-oidc; else "
+        "DATABRICKS_OIDC_TOKEN_ENV.",
+    )
+    token_audience: str = Field(
+        default="",
+        description="Audience to ask such tokens for, where the platform issues them (GitHub); "
+        "else DATABRICKS_TOKEN_AUDIENCE.",
+    )
+    azure_workspace_resource_id: str = Field(
+        default="",
+        description="Azure resource id of the workspace; else DATABRICKS_AZURE_RESOURCE_ID.",
+    )
+    azure_tenant_id: str = Field(
+        default="", description="Entra tenant of the service principal; else ARM_TENANT_ID."
+    )
+    azure_client_id: str = Field(
+        default="", description="Entra application id of the principal; else ARM_CLIENT_ID."
+    )
+    azure_client_secret: SecretStr = Field(
+        default=SecretStr(""),
+        description="Entra secret of the service principal; else ARM_CLIENT_SECRET.",
+    )
+    google_service_account: str = Field(
+        default="",
+        description="Google service account to act as; else DATABRICKS_GOOGLE_SERVICE_ACCOUNT.",
+    )
+
+    @field_validator("client_secret_file")
+    @classmethod
+    def _one_secret(cls, value: str, info: ValidationInfo) -> str:
+        secret = info.data.get("client_secret")
+        if value and secret is not None and secret.get_secret_value():
+            raise ValueError("must not be set together with workspace.client_secret")
+        return value
 
 
 class CredentialsSettings(Section):
@@ -272,6 +322,14 @@ class UpstreamSettings(Section):
         default="",
         description="Resource name projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT that tokens "
         "are issued for; else ENDPOINT_NAME or LAKEBASE_ENDPOINT.",
+    )
+    instance: str = Field(
+        default="",
+        description="Name of a Provisioned instance, in place of an Autoscaling endpoint.",
+    )
+    read_only: bool = Field(
+        default=False,
+        description="Dials the read-only host of the endpoint or instance, which must have one.",
     )
     host: Annotated[str, _or_empty(_check_host)] = Field(
         default="",
@@ -317,6 +375,13 @@ class UpstreamSettings(Section):
         description="Cancels the running query of a client that disappears, so that it does not "
         "go on using the database for nobody.",
     )
+
+    @field_validator("instance")
+    @classmethod
+    def _endpoint_or_instance(cls, value: str, info: ValidationInfo) -> str:
+        if value and info.data.get("endpoint"):
+            raise ValueError("must not be set together with upstream.endpoint")
+        return value
 
 
 class ShutdownSettings(Section):

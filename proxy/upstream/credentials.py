@@ -9,22 +9,27 @@ Times are the wall clock's (a monotonic one stops while a laptop sleeps) and com
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Protocol
 
 from proxy.config import CredentialsSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
+from proxy.upstream.shared import Quiet, Shared, is_transient
+from proxy.upstream.threads import THREADS_MAX
 from proxy.upstream.workspace import Credential
 from proxy.wire.secret import Secret
 
 # At this part of its permitted age a token that is asked for is renewed behind the asker's back.
 RENEW_AT: Final = 0.5
+
+# A token that is valid but older than it should be is used after this long without a newer one.
+HANG_SECONDS_MAX: Final = 5.0
 
 
 class Need(Enum):
@@ -59,10 +64,7 @@ def judge(credential: Credential | None, now: float, freshness: Freshness) -> Ne
 
 
 class Credentials:
-    """The tokens of one identity in one workspace; any endpoint there takes them.
-
-    Use it as an async context manager: it owns the task of the mint that is under way.
-    """
+    """The tokens of one identity in one workspace; any endpoint there takes them."""
 
     def __init__(
         self,
@@ -71,39 +73,42 @@ class Credentials:
         metrics: Metrics,
         *,
         clock: Callable[[], float] = time.time,
+        jitter: Callable[[], float] = random.random,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        """`jitter` returns a number from 0 to 1."""
         self._mint = mint
         self._freshness = Freshness(settings.token_max_age_seconds, settings.expiry_margin_seconds)
+        self._patience_seconds = settings.mint_timeout_seconds
         self._metrics = metrics
         self._clock = clock
+        self._sleep = sleep
         self._newest: Credential | None = None
-        self._minting: asyncio.Task[Credential | ProxyError] | None = None
-        self._tasks = asyncio.TaskGroup()
+        self._renewal = Shared(self._renew)
+        # More calls than threads would wait there, and not hear that the first ones failed.
+        self._places = asyncio.Semaphore(THREADS_MAX)
+        self._quiet = Quiet(clock, jitter)
 
-    async def __aenter__(self) -> Self:
-        await self._tasks.__aenter__()
-        return self
+    async def close(self) -> None:
+        """End the mint that is under way."""
+        await self._renewal.close()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._minting is not None:
-            self._minting.cancel()
-        # Without the block's own error, which would come out wrapped in a group.
-        await self._tasks.__aexit__(None, None, None)
+    @property
+    def newest(self) -> Credential | None:
+        """The newest token, valid or not, for those who show its age."""
+        return self._newest
 
     async def fresh(self) -> Credential:
         """Return a credential to log in with now. Raises ProxyError when there is none."""
         newest = self._newest
-        need = judge(newest, self._clock(), self._freshness)
-        if newest is None or need is Need.MINT:
-            return await self._minted()
-        if need is Need.USE_AND_RENEW:
-            self._start_mint()
-        return newest
+        match judge(newest, self._clock(), self._freshness):
+            case Need.USE if newest is not None:
+                return newest
+            case Need.USE_AND_RENEW if newest is not None:
+                if not self._quiet.seconds:
+                    self._renewal.start()
+                return newest
+        return await self._minted()
 
     def reject(self, credential: Credential) -> None:
         """Forget a credential that an upstream refused, so that the next one asked for is new."""
@@ -111,41 +116,55 @@ class Credentials:
             self._newest = None
 
     async def _minted(self) -> Credential:
-        """Return a credential minted now; if that fails, the newest that is still valid."""
-        if self._freshness.max_age_seconds == 0:
-            outcome = await self._renew()
-        else:
-            # With everybody else who waits; shielded, so that one who gives up does not end it.
-            outcome = await asyncio.shield(self._start_mint())
-        if not isinstance(outcome, ProxyError):
-            return outcome
-        if self._newest is not None and is_valid(self._newest, self._clock(), self._freshness):
-            return self._newest
-        raise outcome
+        """Return a credential minted now; while the API fails, the newest that is still valid."""
+        ends_at = self._clock() + self._patience_seconds
+        while True:  # ends with the caller's patience, and with every failure that is for good
+            valid, quiet_seconds, failure = self._valid(), self._quiet.seconds, self._quiet.failure
+            if valid is not None and quiet_seconds:
+                return valid
+            if failure is not None and quiet_seconds:
+                if not is_transient(failure) or self._clock() + quiet_seconds > ends_at:
+                    raise failure.with_traceback(None)  # nothing new is to be heard so soon
+                await self._sleep(quiet_seconds)  # with all who came before
+                continue
+            try:
+                # With a valid token at hand, an API that hangs is not waited for to the end.
+                async with asyncio.timeout(None if valid is None else HANG_SECONDS_MAX):
+                    return await self._mint_now()
+            except TimeoutError:
+                self._quiet.begin()
+            except ProxyError:
+                pass  # it is in `_quiet`
 
-    def _start_mint(self) -> asyncio.Task[Credential | ProxyError]:
-        if self._minting is None or self._minting.done():
-            self._minting = self._tasks.create_task(self._renew(), name="mint")
-        return self._minting
+    async def _mint_now(self) -> Credential:
+        if self._freshness.max_age_seconds > 0:
+            return await self._renewal.result()  # with everybody else who waits
+        async with self._places:
+            failure = self._quiet.failure
+            if failure is None:
+                return await self._renew()  # its own, for this connection alone
+            if self._quiet.seconds:
+                raise failure.with_traceback(None)  # it failed for those before
+        await self._renewal.result()  # one of all is enough to find out that an outage ends
+        return await self._mint_now()
 
-    async def _renew(self) -> Credential | ProxyError:
-        outcome = await self._attempt()
-        if not isinstance(outcome, ProxyError):
-            self._newest = outcome
-        return outcome
-
-    async def _attempt(self) -> Credential | ProxyError:
-        """Mint once. A failure is a value: nobody may be waiting for it."""
+    async def _renew(self) -> Credential:
+        """Call the API once, and remember how it went. Raises ProxyError."""
         try:
             credential = await self._mint()
+            if not is_valid(credential, self._clock(), self._freshness):
+                raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it expires within the margin")
         except ProxyError as error:
             self._metrics.token_mint_failed()
-            return error
-        if not is_valid(credential, self._clock(), self._freshness):
-            self._metrics.token_mint_failed()
-            return ProxyError(ErrorKind.CREDENTIAL_INVALID, "it expires within the margin")
+            self._quiet.begin(error)
+            raise
         self._metrics.token_minted()
+        self._quiet.end()
+        self._newest = credential
         return credential
+
+    def _valid(self) -> Credential | None:
+        return self._newest if is_valid(self._newest, self._clock(), self._freshness) else None
 
 
 class PasswordFile:

@@ -10,6 +10,8 @@ The rows are the table of connection errors in the Lakebase facts; the order mat
 text contains another.
 """
 
+import errno
+import os
 import re
 import ssl
 from typing import Final, NamedTuple
@@ -18,6 +20,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.messages import ErrorResponse
 
 _FRONT_END_SQLSTATE: Final = "XX000"
+_OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 _QUOTED: Final = re.compile('"[^"]*"')
 
 
@@ -77,6 +80,14 @@ _SERVER_TEXTS: Final = (
     _Text("the database system is starting up", ErrorKind.UPSTREAM_STARTING),
 )
 
+# A client's own mistakes, where a front end has taken their SQLSTATE.
+_CLIENT_TEXTS: Final = (
+    _Text("unrecognized configuration parameter", ErrorKind.SETTING_UNKNOWN),
+    _Text("invalid value for parameter", ErrorKind.SETTING_INVALID),
+    _Text("invalid command-line argument", ErrorKind.ARGUMENT_INVALID),
+    _Text("permission denied", ErrorKind.PRIVILEGE_MISSING),
+)
+
 # What PostgreSQL's own SQLSTATE says when no text was recognised.
 _SQLSTATES: Final = {
     "28P01": ErrorKind.PASSWORD_REJECTED,
@@ -102,7 +113,8 @@ def diagnose(error: ErrorResponse, *, user: str) -> ProxyError:
             return ProxyError(row.kind, error.message, user=user)
     kind = _server_kind(error, text)
     if kind is None and _from_front_end(error):
-        return ProxyError(ErrorKind.UPSTREAM_ERROR, error.message, user=user)
+        mistakes = (row.kind for row in _CLIENT_TEXTS if row.piece in text)
+        return ProxyError(next(mistakes, ErrorKind.UPSTREAM_ERROR), error.message, user=user)
     if _from_front_end(error) and kind is ErrorKind.PASSWORD_REJECTED:
         return ProxyError(ErrorKind.TOKEN_REJECTED, error.message, user=user)
     if _from_front_end(error) or not error.sqlstate or kind in _REWORDED:
@@ -126,6 +138,8 @@ def _from_front_end(error: ErrorResponse) -> bool:
 
 def diagnose_network(error: OSError, where: str) -> ProxyError:
     """Return what a failure below Postgres means: route, certificate, loss. `where` was dialled."""
+    if error.errno in _OUT_OF_RESOURCES:
+        return ProxyError(ErrorKind.OUT_OF_RESOURCES, os.strerror(error.errno))
     if isinstance(error, ssl.SSLCertVerificationError):
         return ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, f"{where}: {error.verify_message}")
     if isinstance(error, ssl.SSLError):
@@ -135,5 +149,8 @@ def diagnose_network(error: OSError, where: str) -> ProxyError:
         return ProxyError(ErrorKind.UPSTREAM_LOST, f"{where}: the connection was reset")
     if isinstance(error, TimeoutError):
         return ProxyError(ErrorKind.UPSTREAM_UNREACHABLE, f"{where}: no answer")
-    detail = f"{where}: {error.strerror or type(error).__name__}"
+    # By its number: the text may be a library's own, which says only that it failed.
+    number = error.errno or 0
+    text = os.strerror(number) if number > 0 else error.strerror or type(error).__name__
+    detail = f"{where}: {text}"
     return ProxyError(ErrorKind.UPSTREAM_UNREACHABLE, detail)

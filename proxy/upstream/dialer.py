@@ -10,15 +10,17 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
+from aiohappyeyeballs import AddrInfoType, start_connection
+
 from proxy.errors import Disposition, ErrorKind, ProxyError
-from proxy.observe.metrics import ConnectPhase, Metrics
+from proxy.observe.metrics import ConnectPhase
 from proxy.transport.link import Link
 from proxy.transport.sockets import bound_unacknowledged
 from proxy.upstream.credentials import CredentialSource
@@ -46,8 +48,10 @@ from proxy.wire.upstream_startup import (
 )
 from proxy.wire.violations import UnsupportedAuthentication
 
-# One address that swallows packets must leave time for the next one.
+# For all addresses of the host together; a name resolves to several, some of which may be dead.
 TCP_CONNECT_SECONDS_MAX: Final = 10.0
+# An address that does not answer for so long is not waited for alone (RFC 8305).
+NEXT_ADDRESS_SECONDS: Final = 0.25
 CANCEL_SECONDS_MAX: Final = 10.0  # delivered later it could hit another query (W40)
 
 # What a dial is doing now, and what it means when its time ends there.
@@ -77,18 +81,21 @@ class Dialer:
         self,
         targets: Targets,
         credentials: CredentialSource,
-        metrics: Metrics,
+        phase_took: Callable[[ConnectPhase, float], None],
         *,
         connect_timeout_seconds: float,
         jitter: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.time,
+        resolve: Callable[[Target], Awaitable[Sequence[AddrInfoType]]] | None = None,
     ) -> None:
+        """`resolve` gives a target's addresses, in the order in which to try them."""
         self._targets = targets
         self._credentials = credentials
-        self._metrics = metrics
+        self._phase_took = phase_took
         self._timeout_seconds = connect_timeout_seconds
         self._jitter = jitter
         self._clock = clock
+        self._resolve = resolve or _resolve
 
     async def dial(self, client: StartupMessage) -> UpstreamSession:
         """Return a session for this client, within `connect_timeout_seconds`.
@@ -131,21 +138,21 @@ class Dialer:
         retry = Retry(self._jitter)
         started_at = self._clock()
         while True:  # bounded by dial's timeout
-            credential: Credential | None = None
+            # First: the front end gives a connection 15 s from accept to StartupMessage. What the
+            # API fails with is not tried again here: that is done once for all who wait.
+            with self._phase(ConnectPhase.MINT):
+                credential = await self._credentials.fresh()
             try:
-                # First: the front end gives a connection 15 s from accept to StartupMessage.
-                with self._phase(ConnectPhase.MINT):
-                    credential = await self._credentials.fresh()
                 return await self._dial_once(client, credential)
             except ProxyError as error:
                 failures.append(error)
                 if error.original is None:  # else PostgreSQL itself spoke: the host is right
                     self._targets.forget_host()
-                from_cache = credential is not None and credential.requested_at < started_at
+                from_cache = credential.requested_at < started_at
                 delay = retry.delay(error, from_cache=from_cache)
                 if delay is None:
                     raise
-                if credential is not None and error.kind.value.disposition is Disposition.REMINT:
+                if error.kind.value.disposition is Disposition.REMINT:
                     self._credentials.reject(credential)
                 await asyncio.sleep(delay)
 
@@ -170,18 +177,18 @@ class Dialer:
     async def _connect(self, target: Target) -> Link:
         loop = asyncio.get_running_loop()
         with self._phase(ConnectPhase.DNS):
-            addresses = await _resolve(target)
-        failure: OSError = OSError("no address")
+            addresses = await self._resolve(target)
         with self._phase(ConnectPhase.TCP):
-            for address in addresses:
-                try:
-                    async with asyncio.timeout(TCP_CONNECT_SECONDS_MAX):
-                        _, link = await loop.create_connection(Link, address, target.port)
-                    bound_unacknowledged(link.transport)
-                    return link
-                except OSError as error:  # a TimeoutError is one
-                    failure = error
-        raise diagnose_network(failure, f"{target.host}:{target.port}")
+            try:
+                async with asyncio.timeout(TCP_CONNECT_SECONDS_MAX):
+                    sock = await start_connection(
+                        addresses, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, interleave=1
+                    )
+                _, link = await loop.create_connection(Link, sock=sock)
+            except OSError as error:  # a TimeoutError is one
+                raise diagnose_network(error, f"{target.host}:{target.port}") from error
+        bound_unacknowledged(link.transport)
+        return link
 
     async def _start_tls(self, link: Link, startup: UpstreamStartup, target: Target) -> None:
         with self._phase(ConnectPhase.TLS):
@@ -208,7 +215,7 @@ class Dialer:
         _phase_now.set(phase)
         begun = time.perf_counter()
         yield
-        self._metrics.connect_phase_took(phase, time.perf_counter() - begun)
+        self._phase_took(phase, time.perf_counter() - begun)
 
 
 class _Authentication:
@@ -252,18 +259,16 @@ class _Authentication:
                 raise _failure(event)
 
 
-async def _resolve(target: Target) -> list[str]:
+async def _resolve(target: Target) -> Sequence[AddrInfoType]:
     """Return the addresses to try, in the resolver's order."""
     loop = asyncio.get_running_loop()
     name = target.hostaddr or target.host
     try:
-        found = await loop.getaddrinfo(name, target.port, type=socket.SOCK_STREAM)
+        return await loop.getaddrinfo(name, target.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: {error.strerror or error}") from error
     except UnicodeError as error:  # a label too long or empty: no resolver is even asked
         raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: not a name that DNS can have") from error
-    # str: an IPv6 scope makes the tuple longer, never its first element another type.
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 async def _next_events(link: Link, startup: UpstreamStartup) -> list[UpstreamEvent]:

@@ -1,14 +1,23 @@
 """Where to dial and as whom: from the settings and the workspace's answers to a Target."""
 
 import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Final
 
 from proxy.config import UpstreamSettings
-from proxy.errors import ProxyError
+from proxy.errors import ErrorKind, ProxyError
+from proxy.upstream.resources import Resource, ResourceStatus
+from proxy.upstream.shared import Quiet, Shared, is_transient
 from proxy.upstream.workspace import Workspace
 from proxy.wire.startup import StartupMessage
 
 ANY_USER = "*"
+
+# A host that is known but may have moved is asked for again no longer than this.
+LOOK_UP_SECONDS_MAX: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,26 +40,47 @@ class Login:
 
 
 class Targets:
-    """Works out targets; what it learns from the workspace it keeps until `forget_host`.
+    """Works out targets. What the workspace answered is kept; `forget_host` has it asked again."""
 
-    A host that was forgotten still serves when the workspace cannot say a newer one.
-    """
-
-    def __init__(self, settings: UpstreamSettings, workspace: Workspace) -> None:
+    def __init__(
+        self,
+        settings: UpstreamSettings,
+        resource: Resource | None,
+        workspace: Workspace,
+        *,
+        clock: Callable[[], float] = time.time,
+        jitter: Callable[[], float] = random.random,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """`jitter` returns a number from 0 to 1."""
         self._settings = settings
+        self._resource = resource
         self._workspace = workspace
         self._host = settings.host
-        self._host_is_current = bool(settings.host)
+        self._stale = False
         self._user = settings.user
         # Connections that arrive together wait for one answer of the workspace.
-        self._asking = asyncio.Lock()
+        self._look_up = Shared(self._ask_host)
+        self._identify = Shared(self._ask_user)
+        # After a failure, or an answer that was no news, nobody asks for the host for a while: a
+        # thousand clients dial a database that sleeps again and again.
+        self._quiet = Quiet(clock, jitter)
+        self._sleep = sleep
+
+    async def close(self) -> None:
+        """End what is being asked of the workspace."""
+        await self._look_up.close()
+        await self._identify.close()
 
     async def target(self) -> Target:
         """Return where to dial. Raises ProxyError when the workspace does not say."""
+        if not self._host:
+            await self._first_look_up()
+        elif self._stale and not self._quiet.seconds:
+            await self._look_up_again()
         settings = self._settings
-        host = self._host if self._host_is_current else await self._looked_up_host()
         return Target(
-            host, settings.hostaddr, settings.port, settings.sslmode, settings.ssl_root_cert
+            self._host, settings.hostaddr, settings.port, settings.sslmode, settings.ssl_root_cert
         )
 
     async def login(self, client: StartupMessage) -> Login:
@@ -65,22 +95,60 @@ class Targets:
             database = asked_database
         if self._settings.user == ANY_USER:
             return Login(asked_user, database)
-        async with self._asking:
-            if not self._user:
-                self._user = await self._workspace.identity()
+        if not self._user:
+            await self._identify.result()
         return Login(self._user.encode(), database)
-
-    async def _looked_up_host(self) -> str:
-        async with self._asking:
-            if not self._host_is_current:
-                try:
-                    self._host = await self._workspace.endpoint_host(self._settings.endpoint)
-                except ProxyError:
-                    if not self._host:
-                        raise
-                self._host_is_current = True
-            return self._host
 
     def forget_host(self) -> None:
         """Look the host up again next time: a dial to it failed. A configured host stays."""
-        self._host_is_current = bool(self._settings.host)
+        self._stale = not self._settings.host
+
+    async def _first_look_up(self) -> None:
+        while seconds := self._quiet.seconds:  # ends with the dial's time
+            failure = self._quiet.failure
+            if failure is not None and not is_transient(failure):
+                raise failure.with_traceback(None)  # nothing new is to be heard so soon
+            await self._sleep(seconds)
+        if not self._host:
+            await self._look_up.result()
+
+    async def _look_up_again(self) -> None:
+        """Look up a host that is known, for a while; then the known one serves."""
+        try:
+            async with asyncio.timeout(LOOK_UP_SECONDS_MAX):
+                await self._look_up.result()
+        except TimeoutError:
+            self._quiet.begin()
+
+    async def _ask_host(self) -> None:
+        assert self._resource is not None, "settings without a host name a resource"
+        try:
+            status = await self._workspace.status(self._resource)
+        except ProxyError as error:
+            self._quiet.begin(error)
+            if self._host:
+                return  # a failure of the API shall not cost a host that is known
+            raise
+        try:
+            host = _host_in(status, self._resource.name)
+        except ProxyError as error:
+            self._quiet.begin(error)
+            raise
+        if host == self._host:
+            self._quiet.begin()
+        else:
+            self._quiet.end()
+        self._host, self._stale = host, False
+
+    async def _ask_user(self) -> None:
+        self._user = (await self._workspace.identity()).role
+
+
+def _host_in(status: ResourceStatus, name: str) -> str:
+    """Return the host that the API names. Raises ProxyError when there is none to dial."""
+    if status.disabled:
+        raise ProxyError(ErrorKind.ENDPOINT_DISABLED, name)
+    if not status.host:
+        detail = f"the API names no host for {name} ({status.state})"
+        raise ProxyError(ErrorKind.UPSTREAM_STARTING, detail)
+    return status.host

@@ -8,15 +8,20 @@ Observed behaviour of the SDK that shapes this file: no timeout and no retry on 
 which also holds a lock; the constructor may do HTTP; a reply may lack any field.
 """
 
+import errno
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from pydantic import SecretStr
 
 from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
+from proxy.upstream.resources import Resource, ResourceStatus
 from proxy.upstream.threads import Threads
 from proxy.wire.secret import Secret
 
@@ -42,6 +47,15 @@ class Credential:
     is_password: bool = False  # of a native role: answers SCRAM too, and never ages
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whom a token logs in as: the client id of a service principal, or a person's user name."""
+
+    role: str
+    host: str
+    auth_type: str
+
+
 class Workspace:
     """One workspace and one identity in it."""
 
@@ -59,21 +73,25 @@ class Workspace:
         self._clock = clock
         self._threads = Threads("databricks-sdk")
         self._client: WorkspaceClient | None = None
+        self._file_secret: Secret | None = None
 
-    async def mint(self, endpoint: str) -> Credential:
+    async def mint(self, resource: Resource) -> Credential:
         """Return a new database credential. Raises ProxyError."""
         requested_at = self._clock()
-        credential = await self._call(lambda client: _mint(client, endpoint, requested_at))
-        if credential.expires_at <= self._clock():
+        minted = await self._call(resource.mint)
+        if not minted.token or minted.expires_at is None:
+            raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has no token or no expiry")
+        expires_at = minted.expires_at.timestamp()
+        if expires_at <= self._clock():
             raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has expired already")
-        return credential
+        return Credential(Secret(minted.token.encode()), requested_at, expires_at)
 
-    async def endpoint_host(self, endpoint: str) -> str:
-        """Return the host that the API names for the endpoint. Raises ProxyError."""
-        return await self._call(lambda client: _endpoint_host(client, endpoint))
+    async def status(self, resource: Resource) -> ResourceStatus:
+        """Return state and host of a resource. Raises ProxyError."""
+        return await self._call(resource.status)
 
-    async def identity(self) -> str:
-        """Return the role that a token logs in as: client id, or user name. Raises ProxyError."""
+    async def identity(self) -> Identity:
+        """Return who we are, by a call that the workspace must accept. Raises ProxyError."""
         return await self._call(_identity)
 
     async def _call(self, call: Callable[["WorkspaceClient"], T]) -> T:
@@ -95,12 +113,17 @@ class Workspace:
             raise ProxyError(ErrorKind.API_UNREACHABLE, detail) from error
         except ProxyError:
             raise
+        except ImportError as error:
+            raise ProxyError(
+                ErrorKind.INTERNAL, f"databricks-sdk cannot be used: {error}"
+            ) from error
         except Exception as error:
             self._client = None  # a refused workspace token would be cached with it
             raise _translate(error) from error
 
     def _call_here(self, call: Callable[["WorkspaceClient"], T]) -> T:
         """Call with the client there is, or a new one; blocks, in a thread."""
+        self._read_secret_file()
         client = self._client
         if client is not None:
             with suppress(_unauthenticated()):  # the workspace token that it keeps may be old
@@ -109,18 +132,33 @@ class Workspace:
         client = self._client = self._connect()
         return call(client)
 
+    def _read_secret_file(self) -> None:
+        """Read `client_secret_file` again: a secret that has been rotated makes a new client."""
+        if not self._settings.client_secret_file:
+            return
+        try:
+            secret = Secret(Path(self._settings.client_secret_file).read_bytes().strip())
+            secret.reveal().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is not UTF-8"
+            detail = f"workspace.client_secret_file: {why}"
+            raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail) from None
+        if secret != self._file_secret:
+            self._file_secret = secret
+            self._client = None
+
     def _connect(self) -> "WorkspaceClient":
         from databricks.sdk import WorkspaceClient  # noqa: PLC0415 - slow: see above
         from databricks.sdk.core import Config  # noqa: PLC0415
 
+        # The settings have the SDK's own names, but for the file.
         given: dict[str, Any] = {
-            "host": self._settings.host,
-            "client_id": self._settings.client_id,
-            "client_secret": self._settings.client_secret.get_secret_value(),
-            "token": self._settings.token.get_secret_value(),
-            "profile": self._settings.profile,
-            "auth_type": self._settings.auth_type,
+            name: value.get_secret_value() if isinstance(value, SecretStr) else value
+            for name, value in self._settings
+            if name != "client_secret_file"
         }
+        if self._file_secret:
+            given["client_secret"] = self._file_secret.reveal().decode()
         config = Config(
             product=_PRODUCT,
             product_version=self._version,
@@ -132,31 +170,14 @@ class Workspace:
         return WorkspaceClient(config=config)
 
 
-def _mint(client: "WorkspaceClient", endpoint: str, requested_at: float) -> Credential:
-    # The endpoint alone: the other arguments came and went between versions of the SDK.
-    reply = client.postgres.generate_database_credential(endpoint=endpoint)
-    if not reply.token or reply.expire_time is None:
-        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has no token or no expiry")
-    expiry: datetime = reply.expire_time.ToDatetime(tzinfo=UTC)
-    return Credential(Secret(reply.token.encode()), requested_at, expiry.timestamp())
-
-
-def _endpoint_host(client: "WorkspaceClient", endpoint: str) -> str:
-    status = client.postgres.get_endpoint(name=endpoint).status
-    hosts = getattr(status, "hosts", None)
-    host: str | None = getattr(hosts, "host", None)
-    if not host:
-        raise ProxyError(ErrorKind.UPSTREAM_STARTING, "the API names no host for the endpoint yet")
-    return host
-
-
-def _identity(client: "WorkspaceClient") -> str:
-    identity = client.config.client_id or client.current_user.me().user_name
-    if not identity:
-        raise ProxyError(
-            ErrorKind.CONFIGURATION_INVALID, "the API names no user; set upstream.user"
-        )
-    return identity
+def _identity(client: "WorkspaceClient") -> Identity:
+    config = client.config
+    role = config.client_id or client.current_user.me().user_name
+    if not role:
+        detail = "the API names no user: set upstream.user"
+        raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail)
+    client.config.authenticate()  # with a client id nothing has been asked of the workspace yet
+    return Identity(role, config.host or "", config.auth_type or "")
 
 
 def _unauthenticated() -> type[Exception]:
@@ -179,6 +200,8 @@ def _translate(error: Exception) -> ProxyError:
     Messages of 401 and 403 carry the SDK's configuration; the secret in it is masked, but nothing
     of it belongs in front of a client.
     """
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return ProxyError(ErrorKind.OUT_OF_RESOURCES, os.strerror(error.errno))
     from databricks.sdk import errors  # noqa: PLC0415 - imported by now
     from databricks.sdk.errors.base import DatabricksError  # noqa: PLC0415
 

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 import trustme
 
-from proxy.app import App, _dialer, build_metrics, serving
+from proxy.app import App, build_metrics, reaching_upstream, serving
 from proxy.config import ListenSettings
 from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.listener import Listener, Places
@@ -138,7 +138,8 @@ async def secure_proxy(lakebase: Lakebase, authority: trustme.CA) -> AsyncIterat
     metrics, keys = build_metrics(), CancelKeys()
     settings = proxy_settings(lakebase)
     async with AsyncExitStack() as stack:
-        dialer = await stack.enter_async_context(_dialer(settings, metrics))
+        upstream = await stack.enter_async_context(reaching_upstream(settings, metrics))
+        dialer = upstream.dialer
         parts = SessionParts(
             dialer=dialer,
             cancel_keys=keys,

@@ -1,5 +1,6 @@
 """What an upstream's refusal means: the table of connection errors, row by row."""
 
+import errno
 import socket
 import ssl
 
@@ -348,3 +349,25 @@ def test_what_fails_below_postgres_is_told_apart_and_names_what_was_dialled(
     assert found.kind is kind
     assert found.detail.startswith("db.example.com:5432")
     assert text in found.detail
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_our_own_lack_of_resources_is_not_the_upstreams_fault(number: int) -> None:
+    error = diagnose_network(OSError(number, "no more"), "host:5432")
+    assert error.kind is ErrorKind.OUT_OF_RESOURCES
+    assert error.response().sqlstate == "53000"
+
+
+@pytest.mark.parametrize(
+    ("text", "sqlstate"),
+    [
+        ("unrecognized configuration parameter 'shard_key'", "42704"),
+        ("invalid value for parameter 'timezone': 'nowhere'", "22023"),
+        ("invalid command-line argument for server process: -d", "42601"),
+        ("permission denied to start WAL sender", "42501"),
+    ],
+)
+def test_a_clients_own_mistake_is_not_a_lost_connection(text: str, sqlstate: str) -> None:
+    # A pool tries again on 08006: a misspelt setting became a loop.
+    error = ErrorResponse(((b"S", b"ERROR"), (b"C", b"XX000"), (b"M", text.encode())))
+    assert diagnose(error, user="app").response().sqlstate == sqlstate

@@ -5,13 +5,21 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
+from aiohappyeyeballs import AddrInfoType
 from pydantic import SecretStr
 
 from proxy.app import build_metrics
@@ -26,7 +34,8 @@ from proxy.standin.faults import HANG, Stage, Strike
 from proxy.standin.lakebase import Lakebase
 from proxy.standin.streams import EndedBy
 from proxy.upstream.credentials import Credentials, CredentialSource, PasswordFile
-from proxy.upstream.dialer import Dialer, UpstreamSession
+from proxy.upstream.dialer import NEXT_ADDRESS_SECONDS, Dialer, UpstreamSession
+from proxy.upstream.resources import resource_of
 from proxy.upstream.targets import Target, Targets
 from proxy.upstream.workspace import Credential, Workspace
 from proxy.wire.framing import MessageReader
@@ -47,6 +56,7 @@ from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, CancelRequest, SSLRequest, StartupMessage
 from proxy.wire.violations import ClientViolation
 from tests.support.fake_clock import FakeClock
+from tests.support.running import nothing_left
 from tests.support.script import (
     Close,
     Expect,
@@ -116,7 +126,7 @@ class Dialing:
         self.dialer = Dialer(
             targets,
             credentials,
-            self.metrics,
+            self.metrics.connect_phase_took,
             connect_timeout_seconds=seconds,
             jitter=lambda: 0.05,
             clock=clock,
@@ -138,9 +148,13 @@ async def dialing(
 ) -> AsyncIterator[Dialing]:
     workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
     settings = CredentialsSettings(token_max_age_seconds=max_age)
-    async with Credentials(mint, settings, build_metrics(), clock=CLOCK) as credentials:
-        targets = Targets(UpstreamSettings(**upstream), workspace)
+    credentials = Credentials(mint, settings, build_metrics(), clock=CLOCK, sleep=CLOCK.sleep)
+    targets = Targets(UpstreamSettings(**upstream), None, workspace)
+    try:
         yield Dialing(credentials, targets, seconds)
+    finally:
+        await credentials.close()
+        await targets.close()
 
 
 def toward(lakebase: Lakebase, endpoint: Endpoint) -> dict[str, Any]:
@@ -262,10 +276,17 @@ async def _through_workspace(
         port=lakebase.port,
         ssl_root_cert=str(lakebase.ca_file),
     )
-    async with Credentials(
-        lambda: workspace.mint(endpoint.name), CredentialsSettings(), build_metrics()
-    ) as credentials:
-        yield Dialing(credentials, Targets(upstream, workspace), seconds, time.time)
+    resource = resource_of(upstream)
+    assert resource is not None
+    credentials = Credentials(
+        partial(workspace.mint, resource), CredentialsSettings(), build_metrics()
+    )
+    targets = Targets(upstream, resource, workspace)
+    try:
+        yield Dialing(credentials, targets, seconds, time.time)
+    finally:
+        await credentials.close()
+        await targets.close()
 
 
 @pytest.mark.parametrize("fault", [faults.INTERNAL, faults.ABORTED, faults.BAD_GATEWAY])
@@ -334,7 +355,7 @@ async def test_w28_a_native_role_logs_in_with_scram(
     upstream = {**toward(lakebase, endpoint), "user": lakebase.native_role}
     workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
     with _password_source(tmp_path, password) as source:
-        made = Dialing(source, Targets(UpstreamSettings(**upstream), workspace), 5)
+        made = Dialing(source, Targets(UpstreamSettings(**upstream), None, workspace), 5)
         if right:
             session = await made.dial()
             assert await asked(session, "SELECT current_user") == lakebase.native_role.encode()
@@ -719,6 +740,10 @@ async def test_w54_dials_cancelled_at_any_moment_leak_no_connection(
 # -- cancel requests -----------------------------------------------------------------------------
 
 
+def wanted() -> bool:
+    return True
+
+
 async def test_w40_a_cancel_reaches_the_query_and_brings_no_token(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
@@ -729,7 +754,7 @@ async def test_w40_a_cancel_reaches_the_query_and_brings_no_token(
         session.link.write(query("SELECT pg_sleep(30)"))
         record = lakebase.gateway.sessions[0]
         await _until_asleep(lakebase, record.real_pid)
-        await made.dialer.cancel(session.target, key, still_wanted=always)
+        await made.dialer.cancel(session.target, key, still_wanted=wanted)
         (error,) = [
             message
             for message in await messages_until(session, ReadyForQuery)
@@ -757,7 +782,7 @@ async def test_w39_a_cancel_is_delivered_only_when_the_upstream_has_closed(
         session = await made.dial()
         key = session.startup.key
         assert key is not None
-        cancel = asyncio.create_task(made.dialer.cancel(session.target, key, still_wanted=always))
+        cancel = asyncio.create_task(made.dialer.cancel(session.target, key, still_wanted=wanted))
         await lakebase.gateway.until(lambda: len(lakebase.gateway.cancels) == 1)
         for _ in range(20):
             await asyncio.sleep(0)
@@ -780,7 +805,7 @@ async def test_w40_a_cancel_whose_session_ends_meanwhile_is_dropped(
             str(lakebase.ca_file),
         )
         key = BackendKeyData(1, Secret(b"none"))
-        cancel = asyncio.create_task(made.dialer.cancel(target, key, still_wanted=always))
+        cancel = asyncio.create_task(made.dialer.cancel(target, key, still_wanted=wanted))
         await lakebase.gateway.until(lambda: len(lakebase.gateway.cancels) == 1)
         cancel.cancel()
         await asyncio.wait([cancel])
@@ -797,15 +822,15 @@ async def test_w40_a_cancel_that_cannot_be_delivered_is_a_proxy_error(
     async with lakebase_dialing(lakebase, endpoint) as made:
         lakebase.gateway.offers_tls = False
         with pytest.raises(ProxyError) as refused:
-            await made.dialer.cancel(target, key, still_wanted=always)
+            await made.dialer.cancel(target, key, still_wanted=wanted)
         assert refused.value.kind is ErrorKind.UPSTREAM_NO_TLS
         lakebase.gateway.certificate, lakebase.gateway.offers_tls = Certificate.UNTRUSTED, True
         with pytest.raises(ProxyError) as refused:
-            await made.dialer.cancel(target, key, still_wanted=always)
+            await made.dialer.cancel(target, key, still_wanted=wanted)
         assert refused.value.kind is ErrorKind.UPSTREAM_CERTIFICATE
         await lakebase.gateway.refuse_connections()
         with pytest.raises(ProxyError) as refused:
-            await made.dialer.cancel(target, key, still_wanted=always)
+            await made.dialer.cancel(target, key, still_wanted=wanted)
         assert refused.value.kind is ErrorKind.UPSTREAM_UNREACHABLE
 
 
@@ -1019,7 +1044,7 @@ async def test_w40_a_cancel_is_sixteen_bytes_inside_tls(
     async with dialing_script(ca_file, *steps) as (made, server):
         target = Target(HOST, "127.0.0.1", server.port, "verify-full", ca_file)
         async with asyncio.timeout(WAIT_SECONDS_MAX):
-            await made.dialer.cancel(target, key, still_wanted=always)
+            await made.dialer.cancel(target, key, still_wanted=wanted)
         assert server.packets == [CancelRequest(-5, Secret(b"none")).encode()]
         await server.until_open(0)
 
@@ -1032,7 +1057,7 @@ async def test_a_host_that_no_certificate_can_have_is_a_matter_of_certificates(
         target = Target(".example.com", "127.0.0.1", server.port, "verify-full", ca_file)
         with pytest.raises(ProxyError) as refused:
             await made.dialer.cancel(
-                target, BackendKeyData(1, Secret(b"none")), still_wanted=always
+                target, BackendKeyData(1, Secret(b"none")), still_wanted=wanted
             )
         assert refused.value.kind is ErrorKind.UPSTREAM_CERTIFICATE
 
@@ -1046,6 +1071,94 @@ async def test_the_first_address_that_answers_is_taken(
         ca_file, *steps, host="localhost", hostaddr="", sslmode="verify-ca"
     ) as (made, _):
         (await made.dial()).link.transport.abort()
+
+
+# -- several addresses ---------------------------------------------------------------------------
+
+
+def address(host: str, port: int) -> AddrInfoType:
+    return socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port)
+
+
+@contextmanager
+def black_hole() -> Iterator[AddrInfoType]:
+    """Give an address that answers nothing: a listening socket whose queue is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ExitStack() as stack:
+        host, port = full.getsockname()
+        for _ in range(2):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex((host, port))
+        yield address(host, port)
+
+
+def resolving(made: Dialing, *addresses: AddrInfoType) -> None:
+    """Have the dialer's resolver give these."""
+
+    async def resolve(_: Target) -> Sequence[AddrInfoType]:
+        return addresses
+
+    made.dialer = Dialer(
+        *(made.dialer._targets, made.dialer._credentials, made.metrics.connect_phase_took),
+        connect_timeout_seconds=5,
+        jitter=lambda: 0.05,
+        clock=CLOCK,
+        resolve=resolve,
+    )
+
+
+@pytest.mark.parametrize("dead_first", [1, 2, 3])
+async def test_addresses_that_are_dead_are_passed_over(
+    lakebase: Lakebase, endpoint: Endpoint, dead_first: int
+) -> None:
+    dead, good = (
+        address(host, lakebase.port) for host in (lakebase.dead_address, lakebase.host_address)
+    )
+    async with lakebase_dialing(lakebase, endpoint) as made:
+        resolving(made, *[dead] * dead_first, good)
+        (await made.dial()).link.transport.abort()
+        assert lakebase.gateway.accepted == 1
+        assert made.metrics.value("upstream_connect_seconds_sum", phase=ConnectPhase.TCP) < 0.2
+
+
+@pytest.mark.parametrize("holes", [1, 2])
+async def test_an_address_that_swallows_packets_costs_a_quarter_of_a_second(
+    lakebase: Lakebase, endpoint: Endpoint, holes: int
+) -> None:
+    good = address(lakebase.host_address, lakebase.port)
+    async with lakebase_dialing(lakebase, endpoint) as made, AsyncExitStack() as stack:
+        resolving(made, *(stack.enter_context(black_hole()) for _ in range(holes)), good)
+        (await made.dial()).link.transport.abort()
+        seconds = made.metrics.value("upstream_connect_seconds_sum", phase=ConnectPhase.TCP)
+        assert holes * NEXT_ADDRESS_SECONDS <= seconds < holes * NEXT_ADDRESS_SECONDS + 0.3
+        assert lakebase.gateway.accepted == 1
+
+
+async def test_when_every_address_is_dead_the_upstream_is_unreachable(
+    lakebase: Lakebase, endpoint: Endpoint
+) -> None:
+    async with lakebase_dialing(lakebase, endpoint) as made:
+        resolving(made, *[address(lakebase.dead_address, lakebase.port)] * 3)
+        error = await made.refusal()
+        assert error.kind is ErrorKind.UPSTREAM_UNREACHABLE
+        assert error.detail.startswith(f"{endpoint.host}:{lakebase.port}: ")
+        assert "refused" in error.detail.lower()
+
+
+async def test_w54_a_dial_cancelled_while_addresses_are_tried_leaves_no_socket(
+    lakebase: Lakebase, endpoint: Endpoint
+) -> None:
+    async with lakebase_dialing(lakebase, endpoint) as made:
+        with black_hole() as hole:
+            resolving(made, hole, hole)
+            async with nothing_left():
+                dial = asyncio.create_task(made.dial())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(2 * NEXT_ADDRESS_SECONDS):
+                        await asyncio.shield(dial)
+                dial.cancel()
+                await asyncio.wait([dial])
+                assert dial.cancelled()
 
 
 async def test_no_secret_is_in_what_a_dial_leaves_behind(

@@ -12,20 +12,33 @@ from proxy.standin import workspace as standin
 from proxy.standin.api import Call
 from proxy.standin.cluster import CLIENT_ID
 from proxy.standin.endpoints import Endpoint
-from proxy.standin.faults import INTERNAL, NOT_FOUND
+from proxy.standin.faults import (
+    INTERNAL,
+    NOT_FOUND,
+    PERMISSION_DENIED,
+    UNAUTHENTICATED,
+    Reply,
+)
 from proxy.standin.lakebase import CLIENT_SECRET
+from proxy.upstream.resources import resource_of
+from proxy.upstream.shared import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN
 from proxy.upstream.targets import Login, Target, Targets
 from proxy.upstream.workspace import Workspace
 from proxy.wire.startup import V3_0, StartupMessage
+from tests.support.fake_clock import FakeClock
 from tests.upstream.conftest import ENDPOINT
 
 
-def targets(api: standin.Workspace, **upstream: Any) -> Targets:
+def targets(api: standin.Workspace, clock: FakeClock | None = None, **upstream: Any) -> Targets:
     settings = WorkspaceSettings(
         host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)
     )
     made = Workspace(settings, CredentialsSettings(), version="0")
-    return Targets(UpstreamSettings(endpoint=ENDPOINT, **upstream), made)
+    given = UpstreamSettings(**{"endpoint": ENDPOINT, **upstream})
+    told = clock or FakeClock()
+    return Targets(
+        given, resource_of(given), made, clock=told, jitter=lambda: 1.0, sleep=told.sleep
+    )
 
 
 def client(**parameters: str) -> StartupMessage:
@@ -68,24 +81,89 @@ async def test_a_burst_looks_the_host_and_the_identity_up_once(api: standin.Work
 async def test_a_look_up_that_failed_is_made_again(
     api: standin.Workspace, endpoint: Endpoint
 ) -> None:
-    made = targets(api)
+    clock = FakeClock()
+    made = targets(api, clock)
     api.fail(Call.RESOURCE, NOT_FOUND, times=1)
-    with pytest.raises(ProxyError) as refused:
-        await made.target()
-    assert refused.value.kind is ErrorKind.ENDPOINT_NOT_FOUND
+    for _ in range(5):  # the failure is for good: it is not asked for again so soon
+        with pytest.raises(ProxyError) as refused:
+            await made.target()
+        assert refused.value.kind is ErrorKind.ENDPOINT_NOT_FOUND
+    assert api.calls[Call.RESOURCE] == 1
+    clock.move(BACKOFF_SECONDS_MIN)
     assert (await made.target()).host == endpoint.host
 
 
-async def test_a_host_that_was_forgotten_serves_while_the_api_is_down(
+@pytest.mark.parametrize("asking", [1, 100])
+async def test_a_look_up_that_fails_for_a_while_is_made_again_after_a_while(
+    api: standin.Workspace, endpoint: Endpoint, asking: int
+) -> None:
+    clock = FakeClock()
+    made = targets(api, clock)
+    api.fail(Call.RESOURCE, INTERNAL, times=1)
+    await asyncio.gather(*(made.target() for _ in range(asking)), return_exceptions=True)
+    found = await asyncio.gather(*(made.target() for _ in range(asking)))
+    assert {target.host for target in found} == {endpoint.host}
+    assert api.calls[Call.RESOURCE] == 2
+    assert clock() == FakeClock()() + BACKOFF_SECONDS_MIN
+
+
+async def test_a_host_that_is_forgotten_again_and_again_is_asked_for_now_and_then(
     api: standin.Workspace, endpoint: Endpoint
+) -> None:
+    # Each try to reach a database that sleeps asked the API for its host.
+    clock = FakeClock()
+    made = targets(api, clock)
+    for _ in range(600):  # a minute
+        assert (await made.target()).host == endpoint.host
+        made.forget_host()
+        clock.move(0.1)
+    assert api.calls[Call.RESOURCE] <= 2 + 4 + 60 / BACKOFF_SECONDS_MAX
+    endpoint.hosts["host"] = "ep-moved.database.example.com"
+    clock.move(BACKOFF_SECONDS_MAX)
+    assert (await made.target()).host == "ep-moved.database.example.com"
+
+
+async def test_an_endpoint_that_was_disabled_is_told_so_even_if_its_host_was_known(
+    api: standin.Workspace, endpoint: Endpoint
+) -> None:
+    made = targets(api)
+    await made.target()
+    made.forget_host()
+    endpoint.disabled = True
+    with pytest.raises(ProxyError) as refused:
+        await made.target()
+    assert refused.value.kind is ErrorKind.ENDPOINT_DISABLED
+
+
+async def test_an_endpoint_without_a_host_is_starting(
+    api: standin.Workspace, endpoint: Endpoint
+) -> None:
+    endpoint.hidden_hosts = set(endpoint.hosts)
+    with pytest.raises(ProxyError) as refused:
+        await targets(api).target()
+    assert refused.value.kind is ErrorKind.UPSTREAM_STARTING
+    assert "ACTIVE" in refused.value.detail
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+async def test_the_read_only_host_is_taken_where_it_is_asked_for(
+    api: standin.Workspace, endpoint: Endpoint, read_only: bool
+) -> None:
+    expected = endpoint.hosts["read_only_host" if read_only else "host"]
+    assert (await targets(api, read_only=read_only).target()).host == expected
+
+
+@pytest.mark.parametrize("fault", [INTERNAL, NOT_FOUND, UNAUTHENTICATED, PERMISSION_DENIED])
+async def test_a_host_that_was_forgotten_serves_while_the_api_fails(
+    api: standin.Workspace, endpoint: Endpoint, fault: Reply
 ) -> None:
     # A dial that failed for a reason of its own must not need the API to be made again.
     made = targets(api)
     await made.target()
     made.forget_host()
-    api.fail(Call.RESOURCE, INTERNAL)
+    api.fail(Call.RESOURCE, fault)
     assert (await made.target()).host == endpoint.host
-    assert api.calls[Call.RESOURCE] == 2
+    assert api.calls[Call.RESOURCE] == (3 if fault is UNAUTHENTICATED else 2)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,12 @@ from proxy.standin.endpoints import Endpoint
 from proxy.standin.faults import HANG, Reply, api_error
 from proxy.standin.lakebase import CLIENT_SECRET, PERSONAL_TOKEN
 from proxy.standin.tokens import fingerprint
+from proxy.upstream import resources
 from proxy.upstream.workspace import Workspace
 from tests.support.fake_clock import FakeClock
 from tests.upstream.conftest import ENDPOINT
+
+PRIMARY = resources.Endpoint(ENDPOINT)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,9 +40,9 @@ def workspace(api: standin.Workspace, timeout: float = 10, **settings: Any) -> W
     )
 
 
-async def refusal(made: Workspace, endpoint: str = ENDPOINT) -> ProxyError:
+async def refusal(made: Workspace, name: str = ENDPOINT) -> ProxyError:
     with pytest.raises(ProxyError) as refused:
-        await made.mint(endpoint)
+        await made.mint(resources.Endpoint(name))
     return refused.value
 
 
@@ -52,7 +55,7 @@ def shows(error: ProxyError) -> str:
 
 
 async def test_a_service_principal_gets_a_credential(api: standin.Workspace) -> None:
-    credential = await workspace(api).mint(ENDPOINT)
+    credential = await workspace(api).mint(PRIMARY)
     (mint,) = api.mints
     assert fingerprint(credential.secret.reveal()) == mint.fingerprint
     assert (mint.identity, mint.name) == (CLIENT_ID, ENDPOINT)
@@ -64,9 +67,9 @@ async def test_a_personal_access_token_is_used_where_it_is_given(api: standin.Wo
     made = workspace(
         api, client_id="", client_secret=SecretStr(""), token=SecretStr(PERSONAL_TOKEN)
     )
-    await made.mint(ENDPOINT)
+    await made.mint(PRIMARY)
     assert api.calls[Call.TOKEN] == 0
-    assert await made.identity() == CLIENT_ID
+    assert (await made.identity()).role == CLIENT_ID
 
 
 async def test_the_sdk_finds_what_is_not_set(
@@ -76,8 +79,8 @@ async def test_the_sdk_finds_what_is_not_set(
     monkeypatch.setenv("DATABRICKS_CLIENT_ID", CLIENT_ID)
     monkeypatch.setenv("DATABRICKS_CLIENT_SECRET", CLIENT_SECRET)
     made = workspace(api, host="", client_id="", client_secret=SecretStr(""))
-    await made.mint(ENDPOINT)
-    assert await made.identity() == CLIENT_ID
+    await made.mint(PRIMARY)
+    assert (await made.identity()).role == CLIENT_ID
 
 
 @pytest.mark.parametrize("form", list(ExpiryForm))
@@ -85,30 +88,33 @@ async def test_an_expiry_is_understood_in_each_of_its_forms(
     api: standin.Workspace, form: ExpiryForm
 ) -> None:
     api.api.expiry_form = form
-    credential = await workspace(api).mint(ENDPOINT)
+    credential = await workspace(api).mint(PRIMARY)
     assert 3590 < credential.expires_at - credential.requested_at < 3601
 
 
 async def test_the_host_is_the_one_that_the_api_names(
     api: standin.Workspace, endpoint: Endpoint
 ) -> None:
-    assert await workspace(api).endpoint_host(ENDPOINT) == endpoint.host
+    assert (await workspace(api).status(PRIMARY)).host == endpoint.host
 
 
-async def test_an_endpoint_without_a_host_is_starting(
+async def test_an_endpoint_without_a_host_has_none(
     api: standin.Workspace, endpoint: Endpoint
 ) -> None:
     endpoint.hidden_hosts = set(endpoint.hosts)
-    with pytest.raises(ProxyError) as refused:
-        await workspace(api).endpoint_host(ENDPOINT)
-    assert refused.value.kind is ErrorKind.UPSTREAM_STARTING
+    status = await workspace(api).status(PRIMARY)
+    assert (status.state, status.host, status.disabled) == ("ACTIVE", "", False)
 
 
 async def test_a_reply_without_a_status_is_no_crash(api: standin.Workspace) -> None:
     api.fail(Call.RESOURCE, faults.EMPTY)
-    with pytest.raises(ProxyError) as refused:
-        await workspace(api).endpoint_host(ENDPOINT)
-    assert refused.value.kind is ErrorKind.UPSTREAM_STARTING
+    status = await workspace(api).status(PRIMARY)
+    assert (status.state, status.host, status.disabled) == ("unknown", "", False)
+
+
+async def test_a_disabled_endpoint_says_so(api: standin.Workspace, endpoint: Endpoint) -> None:
+    endpoint.disabled = True
+    assert (await workspace(api).status(PRIMARY)).disabled
 
 
 async def test_a_person_without_a_name_is_told_to_set_the_user(api: standin.Workspace) -> None:
@@ -123,13 +129,13 @@ async def test_a_person_without_a_name_is_told_to_set_the_user(api: standin.Work
 async def test_one_client_serves_all_calls(api: standin.Workspace) -> None:
     made = workspace(api)
     for _ in range(3):
-        await made.mint(ENDPOINT)
+        await made.mint(PRIMARY)
     assert (api.calls[Call.TOKEN], api.calls[Call.CREDENTIAL]) == (1, 3)
 
 
 async def test_a_burst_of_mints_gets_a_token_each(api: standin.Workspace) -> None:
     made = workspace(api)
-    credentials = await asyncio.gather(*(made.mint(ENDPOINT) for _ in range(40)))
+    credentials = await asyncio.gather(*(made.mint(PRIMARY) for _ in range(40)))
     assert len({credential.secret.reveal() for credential in credentials}) == 40
 
 
@@ -188,7 +194,7 @@ async def test_every_rest_error_has_its_kind_and_shows_no_secret_and_passes(
     assert "None" not in error.detail  # "Invalid URL 'None'" helps nobody
     assert len(error.detail) <= 300
     api.heal()
-    await made.mint(ENDPOINT)  # and when the cause is gone it works, with the same object
+    await made.mint(PRIMARY)  # and when the cause is gone it works, with the same object
 
 
 @pytest.mark.slow
@@ -211,21 +217,21 @@ async def test_what_the_sdk_retries_until_its_budget_is_spent_keeps_its_kind(
     assert error.kind is kind
     assert api.calls[Call.CREDENTIAL] > 1
     api.heal()
-    await made.mint(ENDPOINT)
+    await made.mint(PRIMARY)
 
 
 @pytest.mark.slow
 async def test_a_429_that_passes_is_nobodys_failure(api: standin.Workspace) -> None:
     api.fail(Call.CREDENTIAL, faults.THROTTLED, times=1)
-    await workspace(api).mint(ENDPOINT)
+    await workspace(api).mint(PRIMARY)
 
 
 async def test_a_refused_workspace_token_is_replaced_once(api: standin.Workspace) -> None:
     # A 401 of the API does not make the SDK drop the workspace token that it has.
     made = workspace(api)
-    await made.mint(ENDPOINT)
+    await made.mint(PRIMARY)
     api.fail(Call.CREDENTIAL, faults.UNAUTHENTICATED, times=1)
-    await made.mint(ENDPOINT)
+    await made.mint(PRIMARY)
     assert api.calls[Call.TOKEN] == 2
 
 
@@ -284,7 +290,7 @@ async def test_a_call_that_hangs_ends_at_the_deadline_and_the_next_one_works(
     assert "0.3 seconds" in error.detail
     # It still hangs, in the SDK's lock; a new client does not wait for it.
     api._faults.clear()
-    await workspace(api).mint(ENDPOINT)
+    await workspace(api).mint(PRIMARY)
     await _patiently(made)
     api.heal()
 
@@ -293,7 +299,7 @@ async def _patiently(made: Workspace) -> None:
     async with asyncio.timeout(5):
         while True:
             try:
-                await made.mint(ENDPOINT)
+                await made.mint(PRIMARY)
             except ProxyError:  # a busy machine may need longer than this short deadline
                 continue
             return
@@ -303,7 +309,7 @@ async def test_one_that_gives_up_while_a_call_hangs_is_gone_at_once(
     api: standin.Workspace,
 ) -> None:
     api.fail(Call.TOKEN, HANG)
-    asking = asyncio.create_task(workspace(api).mint(ENDPOINT))
+    asking = asyncio.create_task(workspace(api).mint(PRIMARY))
     await api.called(Call.TOKEN)
     asking.cancel()
     await asyncio.wait([asking])
@@ -329,7 +335,7 @@ async def test_the_time_of_a_request_is_taken_before_it_is_made(api: standin.Wor
     made = Workspace(settings, CredentialsSettings(), version="0", clock=clock)
     begun = clock()
     api.fail(Call.CREDENTIAL, HANG)
-    minting = asyncio.create_task(made.mint(ENDPOINT))
+    minting = asyncio.create_task(made.mint(PRIMARY))
     await api.called(Call.CREDENTIAL)
     clock.move(-500)
     api.heal()

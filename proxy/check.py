@@ -1,0 +1,206 @@
+"""`check`: the whole way to the database once, one line a step, and the fix for what fails.
+
+It uses the very parts that `run` serves with: workspace, credentials, targets, dialer, and for the
+last step a proxy on a free port with an ordinary driver in front. The first failure ends it, since
+nothing behind it could be told apart from it. No line shows a secret.
+"""
+
+import getpass
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import asyncpg
+
+from proxy.app import Upstream, build_metrics, reaching_upstream, serving
+from proxy.config import AdminSettings, ListenSettings, Settings
+from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.metrics import ConnectPhase
+from proxy.wire.messages import Terminate
+from proxy.wire.startup import V3_0, StartupMessage
+
+# A token lives an hour. One that seems to live longer, or hardly at all, was dated by another
+# clock than this machine's.
+TOKEN_SECONDS_MAX: Final = 3600 + 300
+TOKEN_SECONDS_MIN: Final = 300
+QUERY_SECONDS_MAX: Final = 30.0
+
+_QUESTION: Final = "SELECT current_user::text, current_database()::text"
+_PHASES: Final = {
+    ConnectPhase.DNS: "DNS",
+    ConnectPhase.TCP: "TCP",
+    ConnectPhase.TLS: "TLS",
+    ConnectPhase.LOGIN: "Postgres login",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step's outcome. `reason`, `sqlstate` and `fix` are empty when it is `ok`."""
+
+    name: str
+    ok: bool
+    seconds: float
+    text: str
+    reason: str = ""
+    sqlstate: str = ""
+    fix: str = ""
+
+
+async def check(settings: Settings) -> AsyncIterator[Step]:
+    """Yield each step's outcome as it is known; the first that is not ok is the last.
+
+    Raises ConfigurationError for a file that a setting names and that cannot be used.
+    """
+    phases = Phases()
+    async with reaching_upstream(settings, build_metrics(), phases.took) as upstream:
+        yield Step("configuration", True, 0.0, _configuration(settings, upstream))
+        for name, answer in _workspace_steps(settings, upstream):
+            step = await _timed(name, answer())
+            yield step
+            if not step.ok:
+                return
+        for step in await _dial(upstream, phases):
+            yield step
+            if not step.ok:
+                return
+        yield await _timed("query", _query(settings))
+
+
+async def _timed(name: str, answer: Awaitable[str]) -> Step:
+    begun = time.perf_counter()
+    try:
+        text = await answer
+    except ProxyError as error:
+        return _failed(name, error, time.perf_counter() - begun)
+    return Step(name, True, time.perf_counter() - begun, text)
+
+
+def _failed(name: str, error: ProxyError, seconds: float) -> Step:
+    response = error.response()
+    text = f"{response.message}: {error.detail}" if error.detail else response.message
+    fix = response.text(b"H")
+    return Step(name, False, seconds, text, error.reason, response.sqlstate, fix)
+
+
+def _configuration(settings: Settings, upstream: Upstream) -> str:
+    what = upstream.resource.name if upstream.resource else settings.upstream.host
+    how = "a native password" if settings.credentials.password_file else "OAuth tokens"
+    return f"{what}, with {how}, sslmode {settings.upstream.sslmode}"
+
+
+# -- the workspace -------------------------------------------------------------------------------
+
+_Ask = tuple[str, Callable[[], Awaitable[str]]]
+
+
+def _workspace_steps(settings: Settings, upstream: Upstream) -> list[_Ask]:
+    """Return what is to be asked of the workspace: nothing, where a password and a host are set."""
+    resource = upstream.resource
+    if resource is None:
+        return []
+
+    async def login() -> str:
+        identity = await upstream.workspace.identity()
+        return f"as {identity.role}, by {identity.auth_type}, at {identity.host}"
+
+    async def credential() -> str:
+        minted = await upstream.credentials.fresh()
+        lifetime_seconds = minted.expires_at - time.time()
+        if not TOKEN_SECONDS_MIN <= lifetime_seconds <= TOKEN_SECONDS_MAX:
+            detail = f"the token's life ends in {lifetime_seconds:.0f} s by this machine's clock"
+            raise ProxyError(ErrorKind.CREDENTIAL_INVALID, detail)
+        age_seconds = time.time() - minted.requested_at
+        return f"a token {age_seconds:.1f} s old, valid for {lifetime_seconds / 60:.0f} min more"
+
+    async def host() -> str:
+        status = await upstream.workspace.status(resource)
+        target = await upstream.targets.target()
+        return f"{status.state}, host {target.host}"
+
+    if settings.credentials.password_file:
+        return [("workspace login", login), ("endpoint", host)]
+    return [("workspace login", login), ("credential", credential), ("endpoint", host)]
+
+
+# -- the database --------------------------------------------------------------------------------
+
+
+class Phases:
+    """How long each phase of the dialer's last try took: those that succeeded."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[ConnectPhase, float] = {}
+
+    def took(self, phase: ConnectPhase, seconds: float) -> None:
+        """Take one phase; the first of a try forgets the tries before."""
+        if phase is ConnectPhase.MINT:
+            self.seconds.clear()
+        self.seconds[phase] = seconds
+
+
+async def _dial(upstream: Upstream, phases: Phases) -> list[Step]:
+    """Dial once as for a client, and return a step for each phase up to the one that failed."""
+    pairs = ((b"user", getpass.getuser().encode()), (b"application_name", b"lakebase-auth-proxy"))
+    begun = time.perf_counter()
+    failure: ProxyError | None = None
+    where = ""
+    try:
+        session = await upstream.dialer.dial(StartupMessage(V3_0, pairs))
+    except ProxyError as error:
+        failure = error
+    else:
+        where = f"{session.target.host}:{session.target.port}"
+        session.link.write(Terminate().encode())
+        await session.link.close()
+    spent = time.perf_counter() - begun
+    steps: list[Step] = []
+    for phase, name in _PHASES.items():
+        seconds = phases.seconds.get(phase)
+        if failure is not None and (seconds is None or phase is ConnectPhase.LOGIN):
+            return [*steps, _failed(name, failure, spent)]
+        steps.append(Step(name, True, seconds or 0.0, where))
+    return steps
+
+
+async def _query(settings: Settings) -> str:
+    """Ask the database who and where we are, as an application would: through a proxy."""
+    own = settings.model_copy(
+        update={
+            "listen": ListenSettings(host="127.0.0.1", port=0, max_connections=1),
+            "admin": AdminSettings(enabled=False),
+        }
+    )
+    async with serving(own) as app:
+        try:
+            connection = await asyncpg.connect(
+                host=app.listen_host,
+                port=app.listen_port,
+                user=getpass.getuser(),
+                database=settings.upstream.database,
+                ssl=False,
+                timeout=settings.upstream.connect_timeout_seconds,
+                statement_cache_size=0,
+            )
+            try:
+                row = await connection.fetchrow(_QUESTION, timeout=QUERY_SECONDS_MAX)
+            finally:
+                await connection.close(timeout=QUERY_SECONDS_MAX)
+        except (asyncpg.PostgresError, OSError, TimeoutError) as error:
+            detail = f"{type(error).__name__}: {error}"
+            raise ProxyError(ErrorKind.STARTUP_REFUSED, detail) from error
+    assert row is not None
+    return f"current_user {row[0]}, current_database {row[1]}"
+
+
+# -- for people and for machines -----------------------------------------------------------------
+
+
+def as_line(step: Step) -> str:
+    """Return a step for people: a line, and its fix below it where it failed."""
+    mark = "ok  " if step.ok else "FAIL"
+    line = f"{mark}  {step.name:<15} {step.seconds * 1000:7.0f} ms  {step.text}"
+    if step.ok:
+        return line
+    return f"{line}\n      SQLSTATE {step.sqlstate}, reason={step.reason}\n      fix: {step.fix}"

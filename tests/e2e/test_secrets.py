@@ -10,15 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from proxy.app import build_metrics, reaching_upstream
+from proxy.check import as_line, check
+from proxy.errors import ProxyError
 from proxy.observe.logs import MASK
 from proxy.standin import faults
 from proxy.standin.api import Call
 from proxy.standin.endpoints import neon_error
 from proxy.standin.faults import Reply
 from proxy.standin.lakebase import Lakebase
+from proxy.wire.startup import V3_0, StartupMessage
 from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.plain_client import plain_client, startup
-from tests.support.running import Listening, LogLines, eventually
+from tests.support.running import Listening, LogLines, eventually, proxy_settings
 
 PLANTED_SECRET = "planted-client-secret"
 PLANTED_TOKEN = "planted-database-token"
@@ -105,6 +109,66 @@ async def test_a_native_password_is_used_and_never_shown(
     said = await told(proxy)
     assert "28" in said
     assert_clean(said, log.getvalue(), proxy.metrics.exposition().decode())
+
+
+PLANTED_PAT = "dapi-planted-personal-token"
+PLANTED_FEDERATION = "planted-projected-token"
+
+
+async def test_no_secret_of_any_way_to_log_in_to_the_workspace_is_ever_shown(
+    start_proxy: StartProxy, lakebase: Lakebase, log: LogLines, tmp_path: Path
+) -> None:
+    secret, projected = tmp_path / "secret", tmp_path / "projected"
+    secret.write_text(PLANTED_SECRET)
+    projected.write_text(PLANTED_FEDERATION)
+    nobody = {"client_id": "", "client_secret": "", "auth_type": ""}
+    ways: list[dict[str, object]] = [
+        {"client_secret": "", "client_secret_file": str(secret)},
+        {**nobody, "auth_type": "pat", "token": PLANTED_PAT},
+        {"client_secret": "", "auth_type": "file-oidc", "oidc_token_filepath": str(projected)},
+        {"auth_type": "", "client_secret": PLANTED_SECRET, "token": PLANTED_PAT},  # two at once
+        {"client_secret": "", "azure_client_secret": PLANTED_SECRET, "auth_type": "azure-client"},
+    ]
+    shown = []
+    for way in ways:
+        settings = proxy_settings(lakebase, workspace=way)
+        proxy = await start_proxy(workspace=way, credentials={"mint_timeout_seconds": 5})
+        shown.append(await told(proxy))
+        assert "reason=workspace_" in shown[-1]
+        shown += [repr(settings), repr(proxy), proxy.metrics.exposition().decode()]
+        async with reaching_upstream(settings, build_metrics()) as upstream:
+            for failing in (upstream.credentials.fresh(), upstream.workspace.identity()):
+                with pytest.raises(ProxyError) as refused:
+                    await failing
+                shown += [repr(refused.value), str(refused.value), repr(refused.value.response())]
+            parts = (upstream.workspace, upstream.credentials, upstream.targets, upstream.dialer)
+            shown += [repr(upstream), *(repr(vars(part)) for part in parts)]
+        async for step in check(settings):
+            shown += [repr(step), as_line(step)]
+    everything = [*shown, log.getvalue()]
+    assert_clean(*everything)
+    for text in everything:
+        assert PLANTED_PAT not in text
+        assert PLANTED_FEDERATION not in text
+    assert sorted(names_in(tmp_path)) == ["projected", "secret"]
+
+
+async def test_no_token_is_in_what_works(
+    start_proxy: StartProxy, lakebase: Lakebase, log: LogLines
+) -> None:
+    settings = proxy_settings(lakebase)
+    shown = []
+    async with reaching_upstream(settings, build_metrics()) as upstream:
+        credential = await upstream.credentials.fresh()
+        session = await upstream.dialer.dial(StartupMessage(V3_0, ((b"user", b"x"),)))
+        shown += [repr(credential), repr(session), repr(await upstream.workspace.identity())]
+        parts = (upstream.workspace, upstream.credentials, upstream.targets, upstream.dialer)
+        shown += [repr(upstream), *(repr(vars(part)) for part in parts)]
+        session.link.transport.abort()
+    async for step in check(settings):
+        assert step.ok, step
+        shown += [repr(step), as_line(step)]
+    assert_clean(*shown, log.getvalue())
 
 
 @pytest.mark.slow

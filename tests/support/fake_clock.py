@@ -1,4 +1,6 @@
-"""A wall clock that stands still until a test moves it."""
+"""A wall clock that stands still until a test moves it, or something sleeps by it."""
+
+import asyncio
 
 
 class FakeClock:
@@ -13,3 +15,9 @@ class FakeClock:
     def move(self, seconds: float) -> None:
         """Move on, or back with a negative number."""
         self.now += seconds
+
+    async def sleep(self, seconds: float) -> None:
+        """Return when so much is over, in no time; those that sleep together sleep once."""
+        until = self.now + seconds
+        await asyncio.sleep(0)
+        self.now = max(self.now, until)

@@ -4,12 +4,14 @@ The upstream is written by the test where the bytes count, and a real one where 
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
 
 from proxy.app import App
+from proxy.session.relay import LOOK_SECONDS
 from proxy.standin.faults import Stage, Strike
 from proxy.standin.lakebase import Lakebase
 from proxy.standin.streams import EndedBy
@@ -353,3 +355,27 @@ async def test_w55_an_upstream_lost_in_mid_stream_closes_the_client_and_nothing_
     expected = "upstream_lost" if way == "reset" else "upstream_closed"
     assert [line["reason"] for line in log.events("session ended")] == [expected]
     assert len(upstream.sessions) == 1  # nor is the statement sent to another session
+
+
+@pytest.mark.slow
+async def test_w35_a_client_that_leaves_while_its_upload_is_stuck_is_noticed(
+    proxy: App, lakebase: Lakebase
+) -> None:
+    # The upstream waits for a lock and reads nothing, so the client is not read, and its end does
+    # not arrive as one. Once such a session went on until the lock was given.
+    lock = query("SELECT pg_advisory_lock(4711)")
+    async with plain_client(proxy) as owner, plain_client(proxy) as client:
+        for each in (owner, client):
+            await each.start_up()
+        await owner.send(lock)
+        while not isinstance(await owner.message(), ReadyForQuery):
+            pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                await client.send(lock + query("SELECT '" + "x" * 1_000_000 + "'") * 40)
+        client.reset()
+        await eventually(
+            lambda: proxy.metrics.value("connections") == 1, "the client is gone", 4 * LOOK_SECONDS
+        )
+        waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        await eventually(lambda: not lakebase["one"].cluster.execute(waits), "nothing waits")

@@ -65,3 +65,20 @@ async def test_an_option_that_this_platform_does_not_have_is_left_out(
     async with linked() as (link, _):
         sock = link.transport.get_extra_info("socket")
         assert option(sock, socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+
+
+async def test_a_peers_end_is_seen_before_its_bytes_are_read() -> None:
+    # Reading may be paused for the other side's sake: then nothing else tells that it has gone.
+    loop = asyncio.get_running_loop()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as peer,
+    ):
+        accepted, _ = listener.accept()
+        transport, _ = await loop.connect_accepted_socket(asyncio.Protocol, accepted)
+        transport.pause_reading()
+        peer.sendall(b"unread" * 1000)
+        assert not sockets.has_hung_up(transport)
+        peer.shutdown(socket.SHUT_WR)  # on loopback it has arrived when this returns
+        assert sockets.has_hung_up(transport)
+        transport.abort()

@@ -15,6 +15,7 @@ from typing import Final, cast
 
 # The most plaintext that a record holds (RFC 8446): a read of so much always takes a whole one.
 _RECORD_BYTES_MAX: Final = 16 * 1024
+_READ_BYTES_MIN: Final = 256  # part of a record may be inside OpenSSL already, and not counted
 # OpenSSL's memory buffers never shrink, so a session would keep the size of its largest read for
 # life. What is larger than this goes through them in parts.
 _PART_BYTES_MAX: Final = 64 * 1024
@@ -200,8 +201,9 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         ended = False
         try:
             # Asking first is cheaper than the exception that says there is nothing.
-            while incoming.pending:
-                piece = tls.read(_RECORD_BYTES_MAX)
+            # Room for what there can be, no more: a small answer shall not cost a large buffer.
+            while waiting := incoming.pending + tls.pending():
+                piece = tls.read(min(waiting + _READ_BYTES_MIN, _RECORD_BYTES_MAX))
                 if not piece:
                     ended = True
                     break

@@ -133,8 +133,9 @@ class Credentials:
                     return await self._mint_now()
             except TimeoutError:
                 self._quiet.begin()
-            except ProxyError:
-                pass  # it is in `_quiet`
+            except ProxyError as error:
+                if self._quiet.failure is None:  # not the API's: a bug of ours in the call
+                    self._quiet.begin(error)
 
     async def _mint_now(self) -> Credential:
         if self._freshness.max_age_seconds > 0:

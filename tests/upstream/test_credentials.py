@@ -605,3 +605,21 @@ async def test_a_password_file_that_cannot_be_used_says_so_and_nothing_of_what_i
         await PasswordFile(str(path)).fresh()
     assert refused.value.kind is ErrorKind.PASSWORD_FILE_UNREADABLE
     assert "not-a-real" not in repr(refused.value.response())
+
+
+async def test_a_bug_in_a_mint_is_told_once_and_not_tried_for_ever() -> None:
+    # It is no failure of the API's, so nothing kept it: who waited called again without a pause.
+    calls = 0
+
+    async def broken() -> Credential:
+        nonlocal calls
+        calls += 1
+        raise ZeroDivisionError
+
+    credentials = Credentials(broken, CredentialsSettings(), build_metrics())
+    with pytest.raises(ProxyError) as refused:
+        async with asyncio.timeout(5):
+            await credentials.fresh()
+    assert refused.value.kind is ErrorKind.INTERNAL
+    assert calls == 1
+    await credentials.close()

@@ -100,9 +100,6 @@ class Link(asyncio.Protocol):
     def hand_over(self, protocol: asyncio.Protocol) -> bytes:
         """Let another protocol have the connection from here on; return what waits unread."""
         self.transport.set_protocol(protocol)
-        if self._paused:
-            self._paused = False
-            self.transport.resume_reading()
         return self._take()
 
     async def close(self) -> None:

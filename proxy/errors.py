@@ -2,7 +2,8 @@
 
 An `ErrorKind` is a row: a stable reason word, the SQLSTATE, who broke it, what the dialer may do
 about it, a sentence for the client, and a hint for the person who reads it. The words are a
-contract (metrics, alerts and tests use them); the sentences are not.
+contract (metrics, alerts and tests use them); the sentences are not. Kinds that an operator counts
+as one share a word and its SQLSTATE, and differ in what is done or advised.
 
 Above the floor that raises it a failure is a `ProxyError` or a `CancelledError`, nothing else.
 Texts name parameters, hosts and roles, never a token, a password or a cancel key.
@@ -25,6 +26,7 @@ _NETWORK_HINT: Final = (
     "Check the workspace's IP access list and the private link; retrying is useless."
 )
 _RETRY_HINT: Final = "Try again in a few seconds."
+_FULL_HINT: Final = "Use more CU or fewer connections."
 
 
 class Origin(Enum):
@@ -121,7 +123,8 @@ class ErrorKind(Enum):
         "endpoint_not_found",
         "08001",
         "the endpoint does not exist",
-        "Is it the endpoint's id (such as primary), not its uid (ep-...)? Was it deleted?",
+        "Is it the endpoint's id (such as primary), not its uid (ep-...)? Was it deleted? "
+        "Is workspace.host the workspace that it belongs to?",
     )
     API_BUSY = _workspace(
         "api_busy",
@@ -141,7 +144,8 @@ class ErrorKind(Enum):
         "api_unreachable",
         "57P03",
         "the Databricks workspace cannot be reached",
-        "Is workspace.host right and reachable from here? Are HTTPS_PROXY and NO_PROXY right?",
+        "Is workspace.host right and reachable from here? Are HTTPS_PROXY and NO_PROXY right? "
+        "Behind an intercepting proxy, name its CA in REQUESTS_CA_BUNDLE.",
         retry=True,
     )
     CREDENTIAL_INVALID = _workspace(
@@ -189,7 +193,19 @@ class ErrorKind(Enum):
         "front_end_protocol",
         "08001",
         "the upstream's front end did not take the connection",
-        "A bug, something between, or endpoint= in options; please report it.",
+        "A bug of the proxy, or something between that speaks for it; please report it.",
+    )
+    ENDPOINT_OPTION = _upstream(
+        "front_end_protocol",
+        "08001",
+        "the upstream's front end did not take the connection",
+        "Remove endpoint= and project= from the client's options.",
+    )
+    ENDPOINT_GONE = _upstream(
+        "endpoint_not_found",
+        "08001",
+        "the endpoint does not exist any more",
+        "Was it deleted? Its host is looked up again with the next connection.",
     )
     ENDPOINT_DISABLED = _upstream(
         "endpoint_disabled", "08001", "the endpoint is disabled", "Enable it in the project."
@@ -207,7 +223,7 @@ class ErrorKind(Enum):
         "upstream_lost",
         "08006",
         "the upstream closed the connection before it was ready",
-        _RETRY_HINT,
+        "A failover or a suspend, perhaps. " + _RETRY_HINT,
         Disposition.RETRY,
     )
     FRONT_END_ERROR = _upstream(
@@ -227,7 +243,7 @@ class ErrorKind(Enum):
         "upstream_starting",
         "57P03",
         "the database is starting",
-        _RETRY_HINT,
+        _RETRY_HINT + " If it stays so: are the project's quotas used up?",
         Disposition.WAIT,
     )
     UPSTREAM_BUSY = _upstream(
@@ -241,7 +257,14 @@ class ErrorKind(Enum):
         "upstream_full",
         "53300",
         "the database has no free connection slot",
-        "Use more CU or fewer connections.",
+        _FULL_HINT,
+    )
+    POOLER_FULL = _upstream(
+        "upstream_full",
+        "53300",
+        "the pooled host has no free connection slot",
+        _FULL_HINT,
+        Disposition.WAIT,  # its clients come and go
     )
 
     # The upstream: it does not let this identity in.
@@ -356,6 +379,7 @@ class ProxyError(Exception):
 
     `detail` is the original text, if there was one. `original` is an error of the upstream
     PostgreSQL itself: it goes out with all of its fields, and only gains a hint.
+    `retry_after_seconds` is how long the other side wants to be left alone, 0 where it did not say.
     """
 
     def __init__(
@@ -365,11 +389,13 @@ class ProxyError(Exception):
         *,
         user: str = "",
         original: ErrorResponse | None = None,
+        retry_after_seconds: float = 0.0,
     ) -> None:
         super().__init__(f"{kind.value.reason}: {detail or kind.value.message}")
         self.kind = kind
         self.detail = detail
         self.original = original
+        self.retry_after_seconds = retry_after_seconds
         # A role's name stands inside a literal of the statement that the hint offers to paste.
         self._hint = kind.value.hint.format(user=user.replace("'", "''"))
 

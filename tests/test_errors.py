@@ -35,9 +35,12 @@ def test_every_kind_has_a_word_an_sqlstate_and_a_sentence(kind: ErrorKind) -> No
     assert isinstance(row.disposition, Disposition)
 
 
-def test_no_two_kinds_share_a_word() -> None:
-    reasons = [kind.value.reason for kind in ErrorKind]
-    assert sorted(reasons) == sorted(set(reasons))
+def test_kinds_that_share_a_word_share_its_sqlstate_and_differ_in_what_helps() -> None:
+    for kind in ErrorKind:
+        alike = [other for other in ErrorKind if other.value.reason == kind.value.reason]
+        assert {other.value.sqlstate for other in alike} == {kind.value.sqlstate}
+        helps = {(other.value.disposition, other.value.hint) for other in alike}
+        assert len(helps) == len(alike)
 
 
 def test_no_kind_is_an_alias_of_another() -> None:

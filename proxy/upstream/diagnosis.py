@@ -51,13 +51,13 @@ _FRONT_END_TEXTS: Final = (
     _Text("unsupported frontend protocol", ErrorKind.FRONT_END_PROTOCOL),
     _Text("received unencrypted data", ErrorKind.FRONT_END_PROTOCOL),
     _Text("invalid length of startup packet", ErrorKind.FRONT_END_PROTOCOL),
-    _Text("inconsistent project name", ErrorKind.FRONT_END_PROTOCOL),
-    _Text("endpoint id is not specified", ErrorKind.FRONT_END_PROTOCOL),
+    _Text("inconsistent project name", ErrorKind.ENDPOINT_OPTION),
+    _Text("endpoint id is not specified", ErrorKind.ENDPOINT_OPTION),
     _Text("client handshake timeout", ErrorKind.UPSTREAM_TIMEOUT),
     _Text("authentication timed out", ErrorKind.UPSTREAM_TIMEOUT),
     _Text("internal error.", ErrorKind.FRONT_END_ERROR),
     _Text("invalid upstream handshake state", ErrorKind.FRONT_END_ERROR),
-    _Text("endpoint cannot be found", ErrorKind.ENDPOINT_NOT_FOUND),
+    _Text("endpoint cannot be found", ErrorKind.ENDPOINT_GONE),
     _Text("endpoint is disabled", ErrorKind.ENDPOINT_DISABLED),
     _Text("endpoint is temporarily unavailable", ErrorKind.UPSTREAM_STARTING),
     _Text("control plane request failed", ErrorKind.UPSTREAM_STARTING),
@@ -66,7 +66,7 @@ _FRONT_END_TEXTS: Final = (
     _Text("too many connections attempts", ErrorKind.UPSTREAM_BUSY),
     _Text("too many connections to this endpoint", ErrorKind.UPSTREAM_BUSY),
     _Text("sasl authentication failed", ErrorKind.POOLER_NEEDS_PASSWORD),
-    _Text("no more connections allowed", ErrorKind.UPSTREAM_BUSY),
+    _Text("no more connections allowed", ErrorKind.POOLER_FULL),
 )
 
 # Texts that PostgreSQL, its auth hook or the pooler says; a front end may relay them without their

@@ -118,7 +118,7 @@ CREATE_ROLE = (
 
 def _front_end(sqlstate: str, reason: str, hint: str, *texts: ErrorResponse) -> tuple[Case, ...]:
     """Return a case for each text of one row of the table of connection errors."""
-    waits = reason in ("upstream_starting", "upstream_busy")
+    waits = reason in ("upstream_starting", "upstream_busy", "upstream_full")
     return tuple(
         Case(
             *(f"{reason}: {error.message}", _say(error), sqlstate, reason, hint, error.message),
@@ -201,13 +201,16 @@ CONNECTION_ERRORS = (
         neon_error("VPC endpoint ID is not specified."),
     ),
     *_front_end(
-        *("08001", "front_end_protocol", "endpoint= in options"),
+        *("08001", "front_end_protocol", "something between"),
         fatal("08006", "Connection does not have SNI."),
         fatal("08P01", "Insecure connection."),
         fatal("08P01", "Invalid protocol version. Protocol version: 196610"),
         fatal("0A000", "Unsupported frontend protocol 3.2: server supports 3.0 to 3.0"),
         fatal("08P01", "Received unencrypted data after SSL request."),
         fatal("08006", "Invalid length of startup packet."),
+    ),
+    *_front_end(
+        *("08001", "front_end_protocol", "Remove endpoint= and project="),
         neon_error("Inconsistent project name inferred from SNI ('a') and domain ('b')."),
         neon_error("Endpoint ID is not specified"),
     ),
@@ -240,7 +243,10 @@ CONNECTION_ERRORS = (
         neon_error("Failed to acquire permit to connect to the database. Too many concurrent."),
         neon_error("Too many connections attempts"),
         neon_error("Too many connections to this endpoint"),
-        fatal("53300", "no more connections allowed (max_client_conn)"),
+    ),
+    *_front_end(
+        *("53300", "upstream_full", "more CU or fewer connections"),
+        fatal("08P01", "no more connections allowed (max_client_conn)"),
     ),
     *_postgres(
         *("53300", "upstream_full", "more CU or fewer connections"),

@@ -181,12 +181,12 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
         "pooler_parameter",
         V,
     ),
-    # The document's word is upstream_full; a word belongs to one kind, and that one is not retried.
+    # The same word as of a database that is full, and yet worth another try: clients come and go.
     (
         fatal("08P01", "no more connections allowed (max_client_conn)"),
         WAIT,
         "53300",
-        "upstream_busy",
+        "upstream_full",
         "",
     ),
     (fatal("57P03", "the database system is starting up"), WAIT, "57P03", "upstream_starting", ""),
@@ -292,6 +292,37 @@ def test_w29_every_row_of_the_table(
         assert answer.text(b"D") == f"reason={reason} {error.message}".rstrip()
     if reason not in ("startup_refused", "upstream_error", "upstream_protocol"):
         assert answer.text(b"H")
+
+
+# What the table advises, piece by piece, wherever the text and not the reason decides about it.
+HINTS = [
+    (neon("JWT token has expired"), ("another workspace", "clock")),
+    (neon("password authentication failed for user 'x'"), ("databricks_create_role('app'",)),
+    (fatal("28P01", 'password authentication failed for user "x"'), ("databricks_auth;",)),
+    (fatal("28000", 'role "x" does not exist'), ("databricks_create_role('app'",)),
+    (fatal("28000", "External authorization failed."), ("paused or new", "secondaries", "private")),
+    (fatal("28000", "External authorization failed: unsupported-destination-type"), ("useless",)),
+    (neon("blocked network"), ("IP access list", "private link")),
+    (fatal("08006", "Connection does not have SNI."), ("bug", "between", "report")),
+    (neon("Inconsistent project name inferred"), ("Remove endpoint=", "options")),
+    (neon("Endpoint ID is not specified"), ("Remove endpoint=", "options")),
+    (neon("Control plane request failed: endpoint cannot be found"), ("deleted", "looked up")),
+    (neon("Control plane request failed: endpoint is disabled"), ("Enable it",)),
+    (neon("endpoint is temporarily unavailable"), ("quotas",)),
+    (neon("Too many connections attempts"), ("connection storm", "pool in the application")),
+    (fatal("53300", "too many clients already"), ("more CU or fewer connections",)),
+    (fatal("08P01", "no more connections allowed"), ("more CU or fewer connections",)),
+    (fatal("08P01", "SASL authentication failed"), ("direct host",)),
+    (fatal("57P01", "terminating connection"), ("failover or a suspend",)),
+]
+
+
+@pytest.mark.parametrize(("error", "pieces"), HINTS, ids=[row[0].message for row in HINTS])
+def test_every_row_advises_what_the_table_does(
+    error: ErrorResponse, pieces: tuple[str, ...]
+) -> None:
+    hint = diagnose(error, user="app").response().text(b"H")
+    assert all(piece in hint for piece in pieces), hint
 
 
 @pytest.mark.parametrize("case", [str.upper, str.lower])

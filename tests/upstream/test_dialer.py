@@ -317,7 +317,7 @@ async def test_an_endpoint_that_moved_is_found_by_the_next_dial(
     async with _through_workspace(lakebase, endpoint) as made:
         (await made.dial()).link.transport.abort()
         endpoint.hosts["host"] = "ep-moved" + endpoint.host[endpoint.host.index(".") :]
-        assert (await made.refusal()).kind is ErrorKind.ENDPOINT_NOT_FOUND
+        assert (await made.refusal()).kind is ErrorKind.ENDPOINT_GONE
         session = await made.dial()
         assert session.target.host == endpoint.host
         session.link.transport.abort()

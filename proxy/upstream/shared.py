@@ -14,6 +14,8 @@ from proxy.observe.logs import get_logger
 # After a failed call nobody calls again for a while; the while doubles from first to last.
 BACKOFF_SECONDS_MIN: Final = 0.5
 BACKOFF_SECONDS_MAX: Final = 8.0
+# What a Retry-After may make of it: a limit of calls a minute is the longest that is plausible.
+RETRY_AFTER_SECONDS_MAX: Final = 60.0
 _DOUBLINGS_MAX: Final = 10  # beyond the last; a float ends at 1023
 
 _log = get_logger(__name__)
@@ -30,13 +32,14 @@ class Quiet:
         self._jitter = jitter
         self._in_a_row = 0
         self._until = 0.0
+        self._length_seconds = 0.0
         self.failure: ProxyError | None = None
 
     @property
     def seconds(self) -> float:
         """How long nobody calls yet; not at all, should the clock be set back."""
         seconds = self._until - self._clock()
-        return seconds if 0 < seconds <= BACKOFF_SECONDS_MAX else 0.0
+        return seconds if 0 < seconds <= self._length_seconds else 0.0
 
     def begin(self, failure: ProxyError | None = None) -> None:
         """Have nobody call for a while, which doubles with each failure in a row."""
@@ -46,12 +49,25 @@ class Quiet:
         ceiling = BACKOFF_SECONDS_MIN * 2.0 ** min(self._in_a_row, _DOUBLINGS_MAX)
         # Half of it for sure: a jitter near 0 would let the next call follow at once.
         part = 0.5 + 0.5 * self._jitter()
-        self._until = self._clock() + min(BACKOFF_SECONDS_MAX, ceiling) * part
+        wanted = 0.0 if failure is None else failure.retry_after_seconds
+        backoff = min(BACKOFF_SECONDS_MAX, ceiling) * part
+        self._length_seconds = max(backoff, min(wanted, RETRY_AFTER_SECONDS_MAX))
+        self._until = self._clock() + self._length_seconds
         self._in_a_row += 1
 
     def end(self) -> None:
         """Let everybody call: it works."""
         self._in_a_row, self._until, self.failure = 0, 0.0, None
+
+    async def over(self, sleep: Callable[[float], Awaitable[None]]) -> None:
+        """Wait until the call may be made. Raises its failure at once where that is for good.
+
+        It has no bound of its own: whoever waits has one.
+        """
+        while seconds := self.seconds:
+            if self.failure is not None and not is_transient(self.failure):
+                raise self.failure.with_traceback(None)  # nothing new is to be heard so soon
+            await sleep(seconds)
 
 
 def is_transient(failure: ProxyError) -> bool:

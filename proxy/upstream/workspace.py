@@ -10,12 +10,14 @@ which also holds a lock; the constructor may do HTTP; a reply may lack any field
 
 import errno
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from pydantic import SecretStr
 
@@ -27,12 +29,15 @@ from proxy.wire.secret import Secret
 
 if TYPE_CHECKING:  # importing it takes more than a second: only in a thread, and only once needed
     from databricks.sdk import WorkspaceClient
+    from databricks.sdk.clock import Clock
 
 _PRODUCT: Final = "lakebase-auth-proxy"
 _REQUEST_SECONDS_MAX: Final = 15  # one HTTP request, so that a retry still fits the mint's time
 # The SDK looks at its budget only between tries, and only it knows what the last one failed with:
 # its budget must be spent well before our own deadline.
 _RETRY_PART: Final = 0.5
+_SDK_JITTER_SECONDS_MAX: Final = 1.0  # what it adds to a Retry-After
+_TEXT_CHARACTERS_MAX: Final = 300  # of what the SDK says, in the DETAIL of an error
 
 T = TypeVar("T")
 
@@ -159,15 +164,35 @@ class Workspace:
         }
         if self._file_secret:
             given["client_secret"] = self._file_secret.reveal().decode()
+        budget_seconds = max(1, int(self._timeout_seconds * _RETRY_PART))
         config = Config(
+            clock=_impatient_clock(budget_seconds),
             product=_PRODUCT,
             product_version=self._version,
             http_timeout_seconds=min(_REQUEST_SECONDS_MAX, self._timeout_seconds),
-            retry_timeout_seconds=max(1, int(self._timeout_seconds * _RETRY_PART)),
+            retry_timeout_seconds=budget_seconds,
             # What is not set is not passed: the SDK looks for it in its own places.
             **{name: value for name, value in given.items() if value},
         )
         return WorkspaceClient(config=config)
+
+
+def _impatient_clock(sleep_seconds_max: float) -> "Clock":
+    """Return a clock for the SDK, which gives up at once where it would sleep past its budget.
+
+    A Retry-After may name any time. Slept through, it would end as a call that hangs, and nobody
+    would hear that the API limits its calls.
+    """
+    from databricks.sdk.clock import RealClock  # noqa: PLC0415 - imported by now
+
+    class ImpatientClock(RealClock):
+        def sleep(self, seconds: float) -> None:
+            if seconds > sleep_seconds_max + _SDK_JITTER_SECONDS_MAX:
+                # It is handling the failure after which it wants to try again.
+                raise TimeoutError(f"told to wait {seconds:.0f} seconds") from sys.exception()
+            super().sleep(seconds)
+
+    return ImpatientClock()
 
 
 def _identity(client: "WorkspaceClient") -> Identity:
@@ -186,12 +211,46 @@ def _unauthenticated() -> type[Exception]:
     return Unauthenticated
 
 
-# A 403 says in its text which of several things is missing.
-_FORBIDDEN: Final = (
-    ("workspace-access entitlement", ErrorKind.WORKSPACE_ACCESS_MISSING),
-    ("ip acl", ErrorKind.IP_BLOCKED),
-    ("does not have required scopes", ErrorKind.PAT_SCOPE),
-)
+class _Row(NamedTuple):
+    """One case: the exception's class, a piece of its text where that decides, what it means."""
+
+    error: type[Exception]
+    piece: str  # in lower case
+    kind: ErrorKind
+
+
+@cache
+def _rows() -> tuple[_Row, ...]:
+    """Return what the SDK fails with, the first row that fits being the one; all that is left is
+    an API that cannot be reached: 5xx, time-outs, refused connections, replies that are not JSON.
+    """
+    from databricks.sdk import errors  # noqa: PLC0415 - imported by now
+
+    kinds = ErrorKind
+    return (
+        # At any call, the login included, and in whatever form.
+        _Row(Exception, "databricks ip acl", kinds.IP_BLOCKED),
+        # The API, by its status; a 403 says in its text which of several things is missing.
+        _Row(errors.Unauthenticated, "", kinds.WORKSPACE_LOGIN_FAILED),
+        _Row(
+            errors.PermissionDenied, "workspace-access entitlement", kinds.WORKSPACE_ACCESS_MISSING
+        ),
+        _Row(errors.PermissionDenied, "does not have required scopes", kinds.PAT_SCOPE),
+        _Row(errors.PermissionDenied, "", kinds.PERMISSION_DENIED),
+        _Row(errors.NotFound, "", kinds.ENDPOINT_NOT_FOUND),
+        _Row(errors.BadRequest, "", kinds.ENDPOINT_INVALID),
+        _Row(errors.ResourceConflict, "", kinds.API_BUSY),
+        _Row(errors.TooManyRequests, "", kinds.API_THROTTLED),
+        # The login and the SDK's own checks: bare ValueErrors, told apart by their text alone.
+        # The words of a refused login are those of RFC 6749, section 5.2.
+        _Row(ValueError, "invalid_client", kinds.WORKSPACE_LOGIN_FAILED),
+        _Row(ValueError, "invalid_grant", kinds.WORKSPACE_LOGIN_FAILED),
+        _Row(ValueError, "unauthorized_client", kinds.WORKSPACE_LOGIN_FAILED),
+        _Row(ValueError, "cannot configure default credentials", kinds.CONFIGURATION_INVALID),
+        _Row(ValueError, "more than one authorization", kinds.CONFIGURATION_INVALID),
+        _Row(ValueError, "profile configured", kinds.CONFIGURATION_INVALID),
+        _Row(Exception, "", kinds.API_UNREACHABLE),
+    )
 
 
 def _translate(error: Exception) -> ProxyError:
@@ -202,47 +261,10 @@ def _translate(error: Exception) -> ProxyError:
     """
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return ProxyError(ErrorKind.OUT_OF_RESOURCES, os.strerror(error.errno))
-    from databricks.sdk import errors  # noqa: PLC0415 - imported by now
-    from databricks.sdk.errors.base import DatabricksError  # noqa: PLC0415
-
     text = str(error).split(". Config:")[0].split("\n")[0][:_TEXT_CHARACTERS_MAX]
-    rows: tuple[tuple[type[Exception], ErrorKind], ...] = (
-        (errors.Unauthenticated, ErrorKind.WORKSPACE_LOGIN_FAILED),
-        (errors.NotFound, ErrorKind.ENDPOINT_NOT_FOUND),
-        (errors.TooManyRequests, ErrorKind.API_THROTTLED),
-        (errors.ResourceConflict, ErrorKind.API_BUSY),
-        (errors.BadRequest, ErrorKind.ENDPOINT_INVALID),
-        (DatabricksError, ErrorKind.API_UNREACHABLE),
-        (TimeoutError, ErrorKind.API_UNREACHABLE),
-        (OSError, ErrorKind.API_UNREACHABLE),
-    )
-    if isinstance(error, errors.PermissionDenied):
-        lower = text.lower()
-        kinds = (kind for piece, kind in _FORBIDDEN if piece in lower)
-        return ProxyError(next(kinds, ErrorKind.PERMISSION_DENIED), text)
-    for kind_of_error, kind in rows:
-        if isinstance(error, kind_of_error):
-            return ProxyError(kind, text)
-    return _translate_value_error(text)
-
-
-def _translate_value_error(text: str) -> ProxyError:
-    # The SDK's own failures are bare ValueErrors, told apart by their text alone.
     lower = text.lower()
-    if "invalid_client" in lower:
-        return ProxyError(ErrorKind.WORKSPACE_LOGIN_FAILED, text)
-    if any(piece in lower for piece in _CONFIGURATION_TEXTS):
-        return ProxyError(ErrorKind.CONFIGURATION_INVALID, text)
-    if (
-        "invalid url 'none'" in lower
-    ):  # what becomes of a workspace that did not say where to log in
+    if "invalid url 'none'" in lower:  # what becomes of discovery that failed
         text = "the workspace does not say where to log in"
-    return ProxyError(ErrorKind.API_UNREACHABLE, text)
-
-
-_CONFIGURATION_TEXTS: Final = (
-    "cannot configure default credentials",
-    "more than one authorization",
-    "profile configured",
-)
-_TEXT_CHARACTERS_MAX: Final = 300
+    fitting = (row.kind for row in _rows() if isinstance(error, row.error) and row.piece in lower)
+    retry_after_seconds = float(getattr(error, "retry_after_secs", None) or 0)
+    return ProxyError(next(fitting), text, retry_after_seconds=retry_after_seconds)

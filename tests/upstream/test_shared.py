@@ -8,6 +8,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.upstream.shared import (
     BACKOFF_SECONDS_MAX,
     BACKOFF_SECONDS_MIN,
+    RETRY_AFTER_SECONDS_MAX,
     Quiet,
     Shared,
     is_transient,
@@ -98,6 +99,31 @@ def test_failures_that_come_together_are_one() -> None:
     for _ in range(100):
         quiet.begin(DOWN)
     assert quiet.seconds == pytest.approx(BACKOFF_SECONDS_MIN)
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"), [(0.1, BACKOFF_SECONDS_MIN), (30, 30), (86400, RETRY_AFTER_SECONDS_MAX)]
+)
+def test_a_retry_after_makes_it_longer_but_not_for_ever(asked: float, seconds: float) -> None:
+    clock = FakeClock()
+    quiet = Quiet(clock, lambda: 1.0)
+    quiet.begin(ProxyError(ErrorKind.API_THROTTLED, retry_after_seconds=asked))
+    assert quiet.seconds == pytest.approx(seconds)
+    clock.move(-1)
+    assert quiet.seconds == 0
+
+
+async def test_who_waits_for_it_to_be_over_hears_at_once_of_a_failure_for_good() -> None:
+    clock = FakeClock()
+    quiet = Quiet(clock, lambda: 1.0)
+    await quiet.over(clock.sleep)
+    quiet.begin(DOWN)
+    await quiet.over(clock.sleep)
+    assert clock() == pytest.approx(FakeClock()() + BACKOFF_SECONDS_MIN)
+    quiet.begin(ProxyError(ErrorKind.PERMISSION_DENIED))
+    with pytest.raises(ProxyError) as refused:
+        await quiet.over(clock.sleep)
+    assert refused.value.kind is ErrorKind.PERMISSION_DENIED
 
 
 def test_a_success_ends_it_and_the_next_failure_begins_anew() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import time
 from typing import Any
 
 import pytest
@@ -141,6 +142,7 @@ async def test_a_burst_of_mints_gets_a_token_each(api: standin.Workspace) -> Non
 
 # -- the table of REST errors --------------------------------------------------------------------
 
+LOGIN_FAILED = ErrorKind.WORKSPACE_LOGIN_FAILED
 TABLE: list[tuple[str, Call, Reply, ErrorKind]] = [
     ("invalid_client", Call.TOKEN, faults.INVALID_CLIENT, ErrorKind.WORKSPACE_LOGIN_FAILED),
     ("401", Call.CREDENTIAL, faults.UNAUTHENTICATED, ErrorKind.WORKSPACE_LOGIN_FAILED),
@@ -162,6 +164,14 @@ TABLE: list[tuple[str, Call, Reply, ErrorKind]] = [
         api_error(404, "RESOURCE_DOES_NOT_EXIST", "no such endpoint"),
         ErrorKind.ENDPOINT_NOT_FOUND,
     ),
+    (
+        "ip_at_login",
+        Call.TOKEN,
+        Reply(403, b"Source IP is blocked by Databricks IP ACL", content_type="text/plain"),
+        ErrorKind.IP_BLOCKED,
+    ),
+    ("grant", Call.TOKEN, Reply(400, b'{"error":"invalid_grant"}'), LOGIN_FAILED),
+    ("client", Call.TOKEN, Reply(400, b'{"error":"unauthorized_client"}'), LOGIN_FAILED),
     ("409", Call.CREDENTIAL, faults.ABORTED, ErrorKind.API_BUSY),
     ("500", Call.CREDENTIAL, faults.INTERNAL, ErrorKind.API_UNREACHABLE),
     ("502", Call.CREDENTIAL, faults.BAD_GATEWAY, ErrorKind.API_UNREACHABLE),
@@ -218,6 +228,21 @@ async def test_what_the_sdk_retries_until_its_budget_is_spent_keeps_its_kind(
     assert api.calls[Call.CREDENTIAL] > 1
     api.heal()
     await made.mint(PRIMARY)
+
+
+@pytest.mark.parametrize("seconds", [30, 3600])
+async def test_a_retry_after_beyond_our_time_is_told_at_once_as_what_it_is(
+    api: standin.Workspace, seconds: int
+) -> None:
+    # The SDK slept through it, the call ended at its deadline, and the client heard of an API that
+    # cannot be reached; a thread slept on.
+    reply = api_error(429, "RESOURCE_EXHAUSTED", "Too many requests", Retry_After=str(seconds))
+    api.fail(Call.CREDENTIAL, reply)
+    begun = time.monotonic()
+    error = await refusal(workspace(api, timeout=10))
+    assert time.monotonic() - begun < 5
+    assert (error.kind, error.retry_after_seconds) == (ErrorKind.API_THROTTLED, seconds)
+    assert api.calls[Call.CREDENTIAL] == 1
 
 
 @pytest.mark.slow

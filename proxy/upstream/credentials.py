@@ -31,6 +31,9 @@ RENEW_AT: Final = 0.5
 # A token that is valid but older than it should be is used after this long without a newer one.
 HANG_SECONDS_MAX: Final = 5.0
 
+# A call that ends with its own deadline knows why; who waits for it gives it so long to say so.
+LAST_WORD_SECONDS: Final = 0.2
+
 
 class Need(Enum):
     """What an asker's moment calls for."""
@@ -127,15 +130,26 @@ class Credentials:
                     raise failure.with_traceback(None)  # nothing new is to be heard so soon
                 await self._sleep(quiet_seconds)  # with all who came before
                 continue
+            # The call may have begun before this caller came, and another may follow it. With a
+            # valid token at hand, an API that hangs is not waited for to the end.
+            left_seconds = ends_at - self._clock()
+            wait_seconds = left_seconds + LAST_WORD_SECONDS if valid is None else HANG_SECONDS_MAX
             try:
-                # With a valid token at hand, an API that hangs is not waited for to the end.
-                async with asyncio.timeout(None if valid is None else HANG_SECONDS_MAX):
+                async with asyncio.timeout(wait_seconds):
                     return await self._mint_now()
             except TimeoutError:
+                if valid is None:
+                    raise self._no_answer() from None
                 self._quiet.begin()
             except ProxyError as error:
                 if self._quiet.failure is None:  # not the API's: a bug of ours in the call
                     self._quiet.begin(error)
+
+    def _no_answer(self) -> ProxyError:
+        if self._quiet.failure is not None:
+            return self._quiet.failure.with_traceback(None)
+        detail = f"no answer within {self._patience_seconds:g} seconds"
+        return ProxyError(ErrorKind.API_UNREACHABLE, detail)
 
     async def _mint_now(self) -> Credential:
         if self._freshness.max_age_seconds > 0:

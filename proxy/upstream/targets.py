@@ -10,7 +10,7 @@ from typing import Final
 from proxy.config import UpstreamSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.upstream.resources import Resource, ResourceStatus
-from proxy.upstream.shared import Quiet, Shared, is_transient
+from proxy.upstream.shared import Quiet, Shared
 from proxy.upstream.workspace import Workspace
 from proxy.wire.startup import StartupMessage
 
@@ -62,9 +62,10 @@ class Targets:
         # Connections that arrive together wait for one answer of the workspace.
         self._look_up = Shared(self._ask_host)
         self._identify = Shared(self._ask_user)
-        # After a failure, or an answer that was no news, nobody asks for the host for a while: a
-        # thousand clients dial a database that sleeps again and again.
-        self._quiet = Quiet(clock, jitter)
+        # After a failure, or an answer that was no news, nobody asks for a while: a thousand
+        # clients dial a database that sleeps again and again.
+        self._host_quiet = Quiet(clock, jitter)
+        self._user_quiet = Quiet(clock, jitter)
         self._sleep = sleep
 
     async def close(self) -> None:
@@ -74,10 +75,11 @@ class Targets:
 
     async def target(self) -> Target:
         """Return where to dial. Raises ProxyError when the workspace does not say."""
-        if not self._host:
+        if self._host:
+            if self._stale and not self._host_quiet.seconds:
+                await self._look_up_again()
+        else:
             await self._first_look_up()
-        elif self._stale and not self._quiet.seconds:
-            await self._look_up_again()
         settings = self._settings
         return Target(
             self._host, settings.hostaddr, settings.port, settings.sslmode, settings.ssl_root_cert
@@ -96,7 +98,7 @@ class Targets:
         if self._settings.user == ANY_USER:
             return Login(asked_user, database)
         if not self._user:
-            await self._identify.result()
+            await self._first_identify()
         return Login(self._user.encode(), database)
 
     def forget_host(self) -> None:
@@ -104,12 +106,8 @@ class Targets:
         self._stale = not self._settings.host
 
     async def _first_look_up(self) -> None:
-        while seconds := self._quiet.seconds:  # ends with the dial's time
-            failure = self._quiet.failure
-            if failure is not None and not is_transient(failure):
-                raise failure.with_traceback(None)  # nothing new is to be heard so soon
-            await self._sleep(seconds)
-        if not self._host:
+        await self._host_quiet.over(self._sleep)
+        if not self._host:  # nobody has found out meanwhile
             await self._look_up.result()
 
     async def _look_up_again(self) -> None:
@@ -118,30 +116,41 @@ class Targets:
             async with asyncio.timeout(LOOK_UP_SECONDS_MAX):
                 await self._look_up.result()
         except TimeoutError:
-            self._quiet.begin()
+            self._host_quiet.begin()
 
     async def _ask_host(self) -> None:
         assert self._resource is not None, "settings without a host name a resource"
         try:
             status = await self._workspace.status(self._resource)
         except ProxyError as error:
-            self._quiet.begin(error)
+            self._host_quiet.begin(error)
             if self._host:
                 return  # a failure of the API shall not cost a host that is known
             raise
         try:
             host = _host_in(status, self._resource.name)
         except ProxyError as error:
-            self._quiet.begin(error)
+            self._host_quiet.begin(error)
             raise
         if host == self._host:
-            self._quiet.begin()
+            self._host_quiet.begin()
         else:
-            self._quiet.end()
+            self._host_quiet.end()
         self._host, self._stale = host, False
 
+    async def _first_identify(self) -> None:
+        await self._user_quiet.over(self._sleep)
+        if not self._user:  # as above
+            await self._identify.result()
+
     async def _ask_user(self) -> None:
-        self._user = (await self._workspace.identity()).role
+        try:
+            identity = await self._workspace.identity()
+        except ProxyError as error:
+            self._user_quiet.begin(error)
+            raise
+        self._user_quiet.end()
+        self._user = identity.role
 
 
 def _host_in(status: ResourceStatus, name: str) -> str:

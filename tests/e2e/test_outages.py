@@ -107,6 +107,22 @@ async def test_a_host_that_the_api_does_not_say_costs_a_handful_of_calls_too(
     assert lakebase.workspace.calls[Call.RESOURCE] <= CALLS_MAX
 
 
+async def test_an_identity_that_the_api_does_not_say_costs_a_handful_of_calls_too(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    # With a personal access token the current user's name is the role, and the API is asked for it.
+    workspace = {"client_id": "", "client_secret": "", "auth_type": "pat"}
+    proxy = await start_proxy(
+        listen={"port": 0, "max_connections": CLIENTS},
+        workspace={**workspace, "token": lakebase.personal_token},
+    )
+    lakebase.workspace.fail(Call.ME, faults.INTERNAL)
+    errors = await asyncio.gather(*(told(proxy) for _ in range(CLIENTS)))
+    assert {error.text(b"D").split()[0] for error in errors} == {"reason=api_unreachable"}
+    assert lakebase.workspace.calls[Call.ME] <= CALLS_MAX
+    assert lakebase.gateway.accepted == 0
+
+
 @pytest.mark.parametrize("how", REASONS)
 async def test_an_outage_costs_nobody_a_connection_while_a_token_is_valid(
     start_proxy: StartProxy, lakebase: Lakebase, how: str

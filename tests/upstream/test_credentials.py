@@ -15,6 +15,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.upstream.credentials import (
     HANG_SECONDS_MAX,
+    LAST_WORD_SECONDS,
     Credentials,
     Freshness,
     Need,
@@ -29,6 +30,7 @@ from proxy.wire.secret import Secret
 from tests.support.fake_clock import FakeClock
 
 HOUR = 3600.0
+PATIENCE_SECONDS = CredentialsSettings().mint_timeout_seconds
 T0 = 1_790_000_000.0
 MINUTE = Freshness(max_age_seconds=60, expiry_margin_seconds=120)
 
@@ -118,12 +120,16 @@ class Mint:
 class Story:
     """Credentials with a mint and a clock of the test's."""
 
-    def __init__(self, max_age_seconds: float, expiry_margin_seconds: float) -> None:
+    def __init__(
+        self, max_age_seconds: float, expiry_margin_seconds: float, patience_seconds: float
+    ) -> None:
         self.clock = FakeClock(T0)
         self.mint = Mint(self.clock)
         self.metrics: Metrics = build_metrics()
         settings = CredentialsSettings(
-            token_max_age_seconds=max_age_seconds, expiry_margin_seconds=expiry_margin_seconds
+            token_max_age_seconds=max_age_seconds,
+            expiry_margin_seconds=expiry_margin_seconds,
+            mint_timeout_seconds=patience_seconds,
         )
         self.credentials = Credentials(
             self.mint,
@@ -147,9 +153,12 @@ class Story:
 
 @asynccontextmanager
 async def story(
-    max_age_seconds: float = 60, expiry_margin_seconds: float = 120, seconds: float = 5
+    max_age_seconds: float = 60,
+    expiry_margin_seconds: float = 120,
+    seconds: float = 5,
+    patience_seconds: float = PATIENCE_SECONDS,
 ) -> AsyncIterator[Story]:
-    told = Story(max_age_seconds, expiry_margin_seconds)
+    told = Story(max_age_seconds, expiry_margin_seconds, patience_seconds)
     try:
         async with asyncio.timeout(seconds):
             yield told
@@ -330,7 +339,6 @@ async def test_a_rejected_token_does_not_serve_when_minting_fails() -> None:
 # -- the API's bad days ---------------------------------------------------------------------------
 
 DOWN = ErrorKind.API_UNREACHABLE
-PATIENCE_SECONDS = CredentialsSettings().mint_timeout_seconds
 
 
 @pytest.mark.parametrize("max_age_seconds", [60, 0])
@@ -428,6 +436,26 @@ async def test_an_api_that_hangs_costs_one_who_has_a_valid_token_little(
         assert await told.shown() == b"not-a-real-token-1"
         assert loop.time() - begun < 1
         told.mint.go.set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_age_seconds", [60, 0])
+async def test_one_who_joins_a_call_that_hangs_waits_no_longer_than_its_own_time(
+    max_age_seconds: float,
+) -> None:
+    # It waited for the end of the call that it had found under way, and then for another.
+    loop = asyncio.get_running_loop()
+    async with story(max_age_seconds, patience_seconds=1.0) as told:
+        told.mint.go.clear()
+        first = asyncio.create_task(told.shown())
+        await turns()
+        begun = loop.time()
+        with pytest.raises(ProxyError) as refused:
+            await told.shown()
+        assert refused.value.kind is DOWN
+        assert "no answer within 1 seconds" in refused.value.detail
+        assert loop.time() - begun < 1.0 + LAST_WORD_SECONDS + 0.5
+        await asyncio.wait([first])
 
 
 async def test_a_clock_that_is_set_back_in_an_outage_does_not_make_the_quiet_time_longer() -> None:

@@ -14,6 +14,7 @@ from proxy.standin.cluster import CLIENT_ID
 from proxy.standin.endpoints import Endpoint
 from proxy.standin.faults import (
     INTERNAL,
+    INVALID_CLIENT,
     NOT_FOUND,
     PERMISSION_DENIED,
     UNAUTHENTICATED,
@@ -191,6 +192,35 @@ async def test_the_user_is_the_tokens_identity_unless_it_is_configured(
     assert (await targets(api).login(client(user="app"))).user == CLIENT_ID.encode()
     assert (await targets(api, user="ada").login(client(user="app"))).user == b"ada"
     assert (await targets(api, user="*").login(client(user="app"))).user == b"app"
+
+
+@pytest.mark.parametrize("asking", [1, 100])
+async def test_who_we_are_is_asked_again_after_a_while_and_by_one_for_all(
+    api: standin.Workspace, asking: int
+) -> None:
+    # Each client of an outage asked by itself as soon as the one before had failed.
+    clock = FakeClock()
+    made = targets(api, clock)
+    api.fail(Call.TOKEN, INTERNAL, times=1)
+    message = client(user="app")
+    await asyncio.gather(*(made.login(message) for _ in range(asking)), return_exceptions=True)
+    found = await asyncio.gather(*(made.login(message) for _ in range(asking)))
+    assert {login.user for login in found} == {CLIENT_ID.encode()}
+    assert api.calls[Call.TOKEN] == 2
+    assert clock() == FakeClock()() + BACKOFF_SECONDS_MIN
+
+
+async def test_an_identity_that_is_refused_is_not_asked_for_with_every_client(
+    api: standin.Workspace,
+) -> None:
+    clock = FakeClock()
+    made = targets(api, clock)
+    api.fail(Call.TOKEN, INVALID_CLIENT)
+    for _ in range(100):
+        with pytest.raises(ProxyError) as refused:
+            await made.login(client(user="app"))
+        assert refused.value.kind is ErrorKind.WORKSPACE_LOGIN_FAILED
+    assert api.calls[Call.TOKEN] == 1
 
 
 async def test_names_of_the_client_need_not_be_utf_8(api: standin.Workspace) -> None:

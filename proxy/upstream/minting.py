@@ -1,0 +1,53 @@
+"""A token for all the endpoints of one workspace, minted for whichever of them will do.
+
+The credential call names one resource, and its token opens every database of that workspace which
+the identity may use. So the resources of a workspace profile share their tokens, and one that was
+deleted, or is not ours to use, must not cost the others theirs.
+
+For: choosing the resource. Not for: when to mint (`credentials`), or the call (`workspace`).
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from proxy.errors import ErrorKind, ProxyError
+from proxy.upstream.resources import Resource
+from proxy.upstream.workspace import Credential
+
+# Resources tried for one mint: each is a call, and a workspace that refuses three refuses all.
+TRIES_MAX: Final = 3
+
+# What is wrong with the one resource that was named; anything else would be the same for the next.
+_ITS_OWN_FAULT: Final = frozenset(
+    (ErrorKind.ENDPOINT_NOT_FOUND, ErrorKind.ENDPOINT_INVALID, ErrorKind.PERMISSION_DENIED)
+)
+
+
+class MintForAny:
+    """Mints for the resource that worked last, or else for the next one that works."""
+
+    def __init__(
+        self, mint: Callable[[Resource], Awaitable[Credential]], resources: Sequence[Resource]
+    ) -> None:
+        """`resources` are of one workspace and of one kind, in the order in which to try them."""
+        assert resources, "a profile without resources has nothing to mint for"
+        self._mint = mint
+        self._resources = tuple(resources)
+        self._next = 0  # the one that worked last, or the first of those not tried for longest
+
+    async def __call__(self) -> Credential:
+        """Return a new credential. Raises the ProxyError of the first resource that was tried."""
+        first_failure: ProxyError | None = None
+        for _ in range(min(TRIES_MAX, len(self._resources))):
+            tried = self._next
+            try:
+                return await self._mint(self._resources[tried])
+            except ProxyError as error:
+                if error.kind not in _ITS_OWN_FAULT:
+                    raise
+                first_failure = first_failure or error
+                # Unless another mint, under way at the same time, has gone on already.
+                if self._next == tried:
+                    self._next = (tried + 1) % len(self._resources)
+        assert first_failure is not None
+        raise first_failure

@@ -24,6 +24,8 @@ from proxy.wire.startup import V3_0, StartupMessage
 # clock than this machine's.
 TOKEN_SECONDS_MAX: Final = 3600 + 300
 TOKEN_SECONDS_MIN: Final = 300
+# Half of the default margin before a token's expiry: with more, it is used too long or too little.
+CLOCK_OFF_SECONDS_MAX: Final = 60.0
 QUERY_SECONDS_MAX: Final = 30.0
 
 _QUESTION: Final = "SELECT current_user::text, current_database()::text"
@@ -105,6 +107,18 @@ def _workspace_steps(settings: Settings, upstream: Upstream) -> list[_Ask]:
         identity = await upstream.workspace.identity()
         return f"as {identity.role}, by {identity.auth_type}, at {identity.host}"
 
+    async def clock() -> str:
+        try:
+            ahead_seconds = await upstream.workspace.clock_ahead_seconds()
+        except ProxyError:  # an old workspace has no such document; what is broken shows below
+            ahead_seconds = None
+        if ahead_seconds is None:
+            return "the workspace does not say what time it is"
+        text = f"{abs(ahead_seconds):.0f} s {'ahead of' if ahead_seconds > 0 else 'behind'}"
+        if abs(ahead_seconds) > CLOCK_OFF_SECONDS_MAX:
+            raise ProxyError(ErrorKind.CLOCK_OFF, f"it is {text} the workspace's")
+        return f"{text} the workspace's"
+
     async def credential() -> str:
         minted = await upstream.credentials.fresh()
         lifetime_seconds = minted.expires_at - time.time()
@@ -121,7 +135,12 @@ def _workspace_steps(settings: Settings, upstream: Upstream) -> list[_Ask]:
 
     if settings.credentials.password_file:
         return [("workspace login", login), ("endpoint", host)]
-    return [("workspace login", login), ("credential", credential), ("endpoint", host)]
+    return [
+        ("workspace login", login),
+        ("clock", clock),
+        ("credential", credential),
+        ("endpoint", host),
+    ]
 
 
 # -- the database --------------------------------------------------------------------------------

@@ -155,6 +155,13 @@ class ErrorKind(Enum):
         "Check this machine's clock.",
         retry=True,
     )
+    CLOCK_OFF = _workspace(
+        "credential_invalid",
+        "57P03",
+        "this machine's clock is not the workspace's",
+        "Set this machine's clock: a token's life is told by the workspace's.",
+        retry=True,
+    )
     CONFIGURATION_INVALID = _workspace(
         "workspace_configuration",
         "28000",

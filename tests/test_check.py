@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,14 +16,16 @@ from proxy.cli import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
 from proxy.standin import faults
 from proxy.standin.api import Call
 from proxy.standin.certificates import Certificate
+from proxy.standin.cluster import Cluster
 from proxy.standin.endpoints import neon_error
 from proxy.standin.faults import Reply
 from proxy.standin.lakebase import Lakebase
 from proxy.standin.tokens import TokenIssuer
+from proxy.wire.messages import ErrorResponse
 from tests.support.proxy_process import ROOT, run_to_end
 from tests.support.running import proxy_values, toml
 
-STEPS = ["configuration", "workspace login", "credential", "endpoint"]
+STEPS = ["configuration", "workspace login", "clock", "credential", "endpoint"]
 STEPS += ["DNS", "TCP", "TLS", "Postgres login", "query"]
 PLANTED_SECRET = "planted-client-secret"
 PLANTED_PASSWORD = "planted-native-password"
@@ -77,9 +80,10 @@ async def test_all_steps_pass_and_the_last_line_says_who_and_where(
     assert [line[6:21].strip() for line in lines] == STEPS
     assert all(line.startswith("ok    ") and " ms  " in line for line in lines)
     assert f"as {lakebase.client_id}, by oauth-m2m, at {lakebase.workspace_url}" in lines[1]
-    assert "a token 0." in lines[2]
-    assert "valid for 60 min more" in lines[2]
-    assert f"ACTIVE, host {lakebase['one'].endpoint.host}" in lines[3]
+    assert lines[2].endswith((" s ahead of the workspace's", " s behind the workspace's"))
+    assert "a token 0." in lines[3]
+    assert "valid for 60 min more" in lines[3]
+    assert f"ACTIVE, host {lakebase['one'].endpoint.host}" in lines[4]
     assert lines[-1].endswith(
         f"current_user {lakebase.client_id}, current_database databricks_postgres"
     )
@@ -112,7 +116,7 @@ async def test_a_native_password_is_checked_without_any_token(
     )
     assert found.code == EXIT_OK
     lines = found.out.splitlines()
-    assert [line[6:21].strip() for line in lines] == [STEPS[0], *STEPS[4:]]
+    assert [line[6:21].strip() for line in lines] == [STEPS[0], *STEPS[5:]]
     assert "with a native password" in lines[0]
     assert f"current_user {lakebase.native_role}, " in lines[-1]
     assert lakebase.workspace.calls.total() == 0
@@ -170,6 +174,32 @@ def _wrong_secret(lakebase: Lakebase) -> None:
 
 def _another_certificate(lakebase: Lakebase) -> None:
     lakebase.gateway.certificate = Certificate.UNTRUSTED
+
+
+def _expired_certificate(lakebase: Lakebase) -> None:
+    lakebase.gateway.certificate = Certificate.EXPIRED
+
+
+def _certificate_of_another(lakebase: Lakebase) -> None:
+    lakebase.gateway.certificate = Certificate.WRONG_NAME
+
+
+def _endpoint_elsewhere(lakebase: Lakebase) -> None:
+    lakebase.workspace.api.endpoints.clear()
+
+
+def _unknown_client(lakebase: Lakebase) -> None:
+    lakebase.workspace.api.clients.clear()
+
+
+IP_BLOCKED_TEXT = Reply(
+    403, b"Source IP address: 192.0.2.7 is blocked by Databricks IP ACL", content_type="text/plain"
+)
+
+
+def _network_denied(lakebase: Lakebase) -> None:
+    text = "Source IP address: 192.0.2.7 is blocked by Databricks IP ACL for workspace: 123"
+    lakebase["one"].endpoint.refuse(ErrorResponse.fatal("28000", text), None)
 
 
 def _another_workspace(lakebase: Lakebase) -> None:
@@ -244,6 +274,34 @@ CASES = (
     Case(
         *("IP access list", _fail(Call.CREDENTIAL, faults.IP_BLOCKED), "credential"),
         *("ip_blocked", "a new token will not help", "192.0.2.7 is blocked"),
+    ),
+    Case(
+        *("another workspace", _endpoint_elsewhere, "credential", "endpoint_not_found"),
+        "Is workspace.host the workspace that it belongs to?",
+    ),
+    Case(
+        *("a workspace that does not know us", _unknown_client, "workspace login"),
+        *("workspace_login_failed", "Is it the right workspace host?"),
+    ),
+    Case(
+        *("not a workspace", _fail(Call.DISCOVERY, faults.NOT_JSON), "workspace login"),
+        *("api_unreachable", "Is workspace.host right", "does not say where to log in"),
+    ),
+    Case(
+        *("IP access list at the login", _fail(Call.TOKEN, IP_BLOCKED_TEXT), "workspace login"),
+        *("ip_blocked", "a new token will not help"),
+    ),
+    Case(
+        *("IP access list of the database", _network_denied, "Postgres login", "network_denied"),
+        *("Check the workspace's IP access list", "is blocked by Databricks IP ACL"),
+    ),
+    Case(
+        *("expired certificate", _expired_certificate, "TLS", "upstream_certificate"),
+        *("Is there an intercepting proxy?", "expired"),
+    ),
+    Case(
+        *("certificate of another host", _certificate_of_another, "TLS", "upstream_certificate"),
+        *("Is there an intercepting proxy?", "ostname mismatch"),
     ),
     Case(
         *("uid for id", _nothing, "credential", "endpoint_not_found", "not its uid (ep-...)"),
@@ -321,6 +379,38 @@ async def test_the_first_step_that_fails_is_the_last_and_says_how_to_mend_it(
     assert len(failed["sqlstate"]) == 5
     assert [step["name"] for step in passed] == STEPS[: STEPS.index(case.step)]
     assert all(step["ok"] for step in passed)
+
+
+@pytest.mark.parametrize(
+    ("their_clock", "text"),
+    [(+600, "s behind the workspace's"), (-600, "s ahead of the workspace's")],
+    ids=["ours is behind", "ours is ahead"],
+)
+async def test_a_clock_that_is_off_is_told_so_whatever_the_tokens_life_looks_like(
+    clusters: Mapping[str, Cluster], tmp_path: Path, their_clock: float, text: str
+) -> None:
+    # A token of an hour that seems to have fifty minutes left looks like any other.
+    async with Lakebase(clusters=clusters, clock=lambda: time.time() + their_clock) as lakebase:
+        found = await checked(lakebase, tmp_path, "--json")
+    assert found.code == EXIT_FAILURE
+    failed = found.json["steps"][-1]
+    assert (failed["name"], failed["reason"]) == ("clock", "credential_invalid")
+    assert text in failed["text"]
+    assert 595 <= int(re.findall(r"it is (\d+) s", failed["text"])[0]) <= 605
+    assert "Set this machine's clock" in failed["fix"]
+
+
+async def test_a_workspace_that_does_not_say_the_time_is_no_failure(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    # The document is asked for at the start, too, where its absence is no failure of a PAT.
+    lakebase.workspace.fail(Call.DISCOVERY, faults.NOT_FOUND)
+    workspace = {"client_id": "", "client_secret": "", "auth_type": "pat"}
+    found = await checked(
+        lakebase, tmp_path, workspace={**workspace, "token": lakebase.personal_token}
+    )
+    assert found.code == EXIT_OK
+    assert "the workspace does not say what time it is" in found.out.splitlines()[2]
 
 
 async def test_for_people_a_failure_has_its_fix_below_it(

@@ -10,6 +10,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from email.utils import formatdate
 from types import TracebackType
 from typing import Final, Self
 
@@ -42,6 +43,7 @@ class Workspace:
         """`clients` has secrets by client id; `clock` returns seconds since the epoch."""
         self.api = Api(endpoints, clients, clock)
         self.calls: Counter[Call] = Counter()
+        self._clock = clock
         self._faults: FaultList[Call, Reply | Hang] = FaultList()
         self._released = asyncio.Event()
         self._changed = asyncio.Condition()
@@ -110,16 +112,21 @@ class Workspace:
     async def _answer(self, request: Request) -> Response:
         asked = await self._asked(request)
         if asked is None:
-            return _response(NOT_FOUND)
+            return self._response(NOT_FOUND)
         async with self._changed:
             self.calls[asked.call] += 1
             self._changed.notify_all()
         fault = self._faults.take(asked.call)
         if isinstance(fault, Reply):
-            return _response(fault)
+            return self._response(fault)
         if fault is not None:
             await self._released.wait()
-        return _response(self.api.answer(asked))
+        return self._response(self.api.answer(asked))
+
+    def _response(self, reply: Reply) -> Response:
+        date = formatdate(self._clock(), usegmt=True)
+        headers = {"Date": date, **reply.headers}
+        return Response(reply.body, reply.status, headers, reply.content_type)
 
     async def _asked(self, request: Request) -> Asked | None:
         line = f"{request.method} {request.url.path}"
@@ -145,6 +152,7 @@ class Workspace:
             lifespan="off",
             log_config=None,
             access_log=False,
+            date_header=False,  # the time is the clock's, not the machine's
         )
         config.load()
         self._server = uvicorn.Server(config)
@@ -173,7 +181,3 @@ def _bound_socket(port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((LOOPBACK, port))
     return bound
-
-
-def _response(reply: Reply) -> Response:
-    return Response(reply.body, reply.status, dict(reply.headers), reply.content_type)

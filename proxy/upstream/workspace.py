@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
@@ -98,6 +99,14 @@ class Workspace:
     async def identity(self) -> Identity:
         """Return who we are, by a call that the workspace must accept. Raises ProxyError."""
         return await self._call(_identity)
+
+    async def clock_ahead_seconds(self) -> float | None:
+        """Return how far this machine's clock is ahead of the workspace's, to about a second.
+
+        None if the workspace does not say. Raises ProxyError.
+        """
+        there = await self._call(_date)
+        return None if there is None else self._clock() - there
 
     async def _call(self, call: Callable[["WorkspaceClient"], T]) -> T:
         def work() -> T:
@@ -203,6 +212,16 @@ def _identity(client: "WorkspaceClient") -> Identity:
         raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail)
     client.config.authenticate()  # with a client id nothing has been asked of the workspace yet
     return Identity(role, config.host or "", config.auth_type or "")
+
+
+def _date(client: "WorkspaceClient") -> float | None:
+    """Return what time it is there: the Date of a document that anybody may read."""
+    reply = client.api_client.do("GET", "/.well-known/databricks-config", response_headers=["date"])
+    text = reply.get("date") if isinstance(reply, dict) else None
+    try:
+        return parsedate_to_datetime(text).timestamp() if isinstance(text, str) else None
+    except ValueError:
+        return None
 
 
 def _unauthenticated() -> type[Exception]:

@@ -20,9 +20,10 @@ from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.listener import UNSERVED, Listener, Places
 from proxy.session.relay import EndReason
 from proxy.session.session import Session, SessionParts, StartupFailure
-from proxy.transport.tls import server_context
+from proxy.transport.tls import client_context, server_context
+from proxy.upstream.connector import Connector
 from proxy.upstream.credentials import Credentials, CredentialSource, PasswordFile
-from proxy.upstream.dialer import Dialer, tls_context
+from proxy.upstream.dialer import Dialer
 from proxy.upstream.resources import Resource, resource_of
 from proxy.upstream.targets import Targets
 from proxy.upstream.workspace import Workspace
@@ -81,7 +82,7 @@ async def serving(settings: Settings) -> AsyncIterator[App]:
         parts = SessionParts(
             dialer=dialer,
             cancel_keys=cancel_keys,
-            cancels=CancelForwarder(cancel_keys, dialer, metrics),
+            cancels=CancelForwarder(cancel_keys, upstream.connector, metrics),
             metrics=metrics,
             startup_timeout_seconds=settings.listen.startup_timeout_seconds,
             cancel_on_disconnect=settings.upstream.cancel_on_disconnect,
@@ -105,6 +106,7 @@ class Upstream:
     workspace: Workspace
     credentials: CredentialSource
     targets: Targets
+    connector: Connector
     dialer: Dialer
 
 
@@ -135,14 +137,15 @@ async def reaching_upstream(
             credentials = tokens
         seconds = upstream.connect_timeout_seconds
         heard = phase_took or metrics.connect_phase_took
-        dialer = Dialer(targets, credentials, heard, connect_timeout_seconds=seconds)
-        yield Upstream(resource, workspace, credentials, targets, dialer)
+        connector = Connector(heard)
+        dialer = Dialer(connector, targets, credentials, heard, connect_timeout_seconds=seconds)
+        yield Upstream(resource, workspace, credentials, targets, connector, dialer)
 
 
 def _check_root_cert(upstream: UpstreamSettings) -> None:
     """Raise ConfigurationError for a file that cannot be used: it shall show now, not later."""
     try:
-        tls_context(upstream.sslmode, upstream.ssl_root_cert)
+        client_context(upstream.sslmode, upstream.ssl_root_cert)
     except OSError as error:  # an ssl.SSLError is one
         text = f"{upstream.ssl_root_cert}: {error.strerror or error}"
         raise ConfigurationError([Problem("upstream.ssl_root_cert", text)]) from error

@@ -16,7 +16,7 @@ from typing import Final
 from proxy.errors import ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import CancelResult, Metrics
-from proxy.upstream.dialer import Dialer
+from proxy.upstream.connector import Connector
 from proxy.upstream.targets import Target
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.secret import Secret
@@ -105,9 +105,9 @@ class CancelKeys:
 class CancelForwarder:
     """Forwards cancel requests, a bounded number at once."""
 
-    def __init__(self, keys: CancelKeys, dialer: Dialer, metrics: Metrics) -> None:
+    def __init__(self, keys: CancelKeys, connector: Connector, metrics: Metrics) -> None:
         self._keys = keys
-        self._dialer = dialer
+        self._connector = connector
         self._metrics = metrics
         self._under_way = 0
 
@@ -130,7 +130,7 @@ class CancelForwarder:
             return
         self._under_way += 1
         try:
-            sent = await self._dialer.cancel(
+            sent = await self._connector.cancel(
                 issued.target, issued.upstream, still_wanted=lambda: issued.live
             )
         except (ProxyError, TimeoutError) as error:

@@ -11,6 +11,8 @@ is not delivered is not read, so order and end are those of the wire.
 import asyncio
 import ssl
 from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
 from typing import Final, cast
 
 # The most plaintext that a record holds (RFC 8446): a read of so much always takes a whole one.
@@ -21,6 +23,7 @@ _READ_BYTES_MIN: Final = 256  # part of a record may be inside OpenSSL already, 
 _PART_BYTES_MAX: Final = 64 * 1024
 # What TLS itself may have waiting to be sent, beside the data of the protocol above.
 _UNREAD_BYTES_MAX: Final = 1024 * 1024
+_CONTEXTS_MAX: Final = 64  # of pairs of sslmode and authorities; the least used is made anew
 
 
 # What a client that begins with TLS must offer (PostgreSQL 17): else any TLS client could be led to
@@ -34,6 +37,32 @@ def server_context(certificate: str, key: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
     context.set_alpn_protocols([ALPN_PROTOCOL])
+    return context
+
+
+def client_context(sslmode: str, ssl_root_cert: str) -> ssl.SSLContext:
+    """Return the context for an upstream: `verify-full` checks chain and name.
+
+    It is kept for all who ask alike (reading the system's certificates takes tens of milliseconds)
+    until the file changes: an authority that was replaced counts from the next connection on.
+    Raises OSError (ssl.SSLError too) for an unusable file.
+    """
+    if ssl_root_cert == "system":
+        return _client_context(sslmode, None, None)
+    seen = Path(ssl_root_cert).stat()
+    version = (seen.st_mtime_ns, seen.st_size, seen.st_ino)
+    return _client_context(sslmode, ssl_root_cert, version)
+
+
+@lru_cache(maxsize=_CONTEXTS_MAX)
+def _client_context(
+    sslmode: str, cafile: str | None, _version: tuple[int, ...] | None
+) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=cafile)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = sslmode == "verify-full"
+    if sslmode == "require":
+        context.verify_mode = ssl.CERT_NONE
     return context
 
 

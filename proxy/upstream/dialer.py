@@ -1,61 +1,49 @@
-"""From a target to a session that is ready for its first query.
+"""From a target to a session that is ready for its first query: credential, retry, login.
 
-Name, TCP, SSLRequest, TLS, StartupMessage, credential, ReadyForQuery; each step's failure becomes
-one ProxyError. What is transient is tried again within `connect_timeout_seconds`, which is possible
-because the client has been told nothing yet; no statement is ever replayed.
+The connection itself is the connector's; here it gets its StartupMessage and its credential, until
+ReadyForQuery; each step's failure becomes one ProxyError. What is transient is tried again within
+`connect_timeout_seconds`, which is possible because the client has been told nothing yet; no
+statement is ever replayed.
 """
 
 import asyncio
 import random
-import socket
-import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Final
-
-from aiohappyeyeballs import AddrInfoType, start_connection
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.observe.metrics import ConnectPhase
 from proxy.transport.link import Link
-from proxy.transport.sockets import bound_unacknowledged
+from proxy.upstream.connector import (
+    Connection,
+    Connector,
+    PhaseTook,
+    Progress,
+    failure,
+    next_events,
+)
 from proxy.upstream.credentials import CredentialSource
-from proxy.upstream.diagnosis import diagnose, diagnose_network
+from proxy.upstream.diagnosis import diagnose
 from proxy.upstream.retry import Retry
 from proxy.upstream.scram import SCRAM_SHA_256, Scram
 from proxy.upstream.targets import Login, Target, Targets
 from proxy.upstream.workspace import Credential
-from proxy.wire.messages import BackendKeyData
-from proxy.wire.startup import CancelRequest, StartupMessage
+from proxy.wire.startup import StartupMessage
 from proxy.wire.upstream_startup import (
     PasswordRequested,
     SASLContinued,
     SASLFinished,
     SASLRequested,
-    TLSAccepted,
-    TLSRefused,
-    UpstreamDisconnected,
     UpstreamEvent,
     UpstreamReady,
     UpstreamRefused,
     UpstreamStartup,
-    UpstreamViolated,
     upstream_message,
 )
-from proxy.wire.violations import UnsupportedAuthentication
 
-# For all addresses of the host together; a name resolves to several, some of which may be dead.
-TCP_CONNECT_SECONDS_MAX: Final = 10.0
-# An address that does not answer for so long is not waited for alone (RFC 8305).
-NEXT_ADDRESS_SECONDS: Final = 0.25
-CANCEL_SECONDS_MAX: Final = 10.0  # delivered later it could hit another query (W40)
-
-# What a dial is doing now, and what it means when its time ends there.
-_phase_now: Final[ContextVar[ConnectPhase]] = ContextVar("phase", default=ConnectPhase.MINT)
+# What it means when a dial's time ends in a phase.
 _SILENCE: Final = {
     ConnectPhase.MINT: ErrorKind.API_UNREACHABLE,
     ConnectPhase.DNS: ErrorKind.UPSTREAM_DNS,
@@ -75,27 +63,27 @@ class UpstreamSession:
 
 
 class Dialer:
-    """Opens upstream sessions and forwards cancel requests."""
+    """Opens upstream sessions."""
 
     def __init__(
         self,
+        connector: Connector,
         targets: Targets,
         credentials: CredentialSource,
-        phase_took: Callable[[ConnectPhase, float], None],
+        phase_took: PhaseTook,
         *,
         connect_timeout_seconds: float,
         jitter: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.time,
-        resolve: Callable[[Target], Awaitable[Sequence[AddrInfoType]]] | None = None,
     ) -> None:
-        """`resolve` gives a target's addresses, in the order in which to try them."""
+        """`jitter` returns a number from 0 to 1."""
+        self._connector = connector
         self._targets = targets
         self._credentials = credentials
         self._phase_took = phase_took
         self._timeout_seconds = connect_timeout_seconds
         self._jitter = jitter
         self._clock = clock
-        self._resolve = resolve or _resolve
 
     async def dial(self, client: StartupMessage) -> UpstreamSession:
         """Return a session for this client, within `connect_timeout_seconds`.
@@ -103,47 +91,29 @@ class Dialer:
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
         failures: list[ProxyError] = []
+        progress = Progress(self._phase_took)
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                return await self._dial_until_ready(client, failures)
+                return await self._dial_until_ready(client, progress, failures)
         except TimeoutError as error:
+            if failures:
+                raise failures[-1] from error
             detail = f"no session within {self._timeout_seconds:g} seconds"
-            silence = ProxyError(_SILENCE[_phase_now.get()], detail)
-            raise (failures[-1] if failures else silence) from error
-
-    async def cancel(
-        self, target: Target, key: BackendKeyData, *, still_wanted: Callable[[], bool]
-    ) -> bool:
-        """Forward a cancel and wait until the upstream has closed, which means delivered (W39).
-
-        Returns False when it was not wanted any more once the connection stood: nothing is sent
-        then. Raises ProxyError, or TimeoutError after CANCEL_SECONDS_MAX.
-        """
-        async with asyncio.timeout(CANCEL_SECONDS_MAX):
-            link = await self._connect(target)
-            try:
-                await self._start_tls(link, UpstreamStartup(), target)
-                if not still_wanted():
-                    return False
-                link.write(CancelRequest(key.pid, key.key).encode())
-                while await link.receive():
-                    pass  # nothing is ever said on such a connection
-                return True
-            finally:
-                link.transport.close()
+            kind = _SILENCE[progress.now or ConnectPhase.MINT]
+            raise ProxyError(kind, detail) from error
 
     async def _dial_until_ready(
-        self, client: StartupMessage, failures: list[ProxyError]
+        self, client: StartupMessage, progress: Progress, failures: list[ProxyError]
     ) -> UpstreamSession:
         retry = Retry(self._jitter)
         started_at = self._clock()
         while True:  # bounded by dial's timeout
             # First: the front end gives a connection 15 s from accept to StartupMessage. What the
             # API fails with is not tried again here: that is done once for all who wait.
-            with self._phase(ConnectPhase.MINT):
+            with progress.phase(ConnectPhase.MINT):
                 credential = await self._credentials.fresh()
             try:
-                return await self._dial_once(client, credential)
+                return await self._dial_once(client, credential, progress)
             except ProxyError as error:
                 failures.append(error)
                 if error.original is None:  # else PostgreSQL itself spoke: the host is right
@@ -156,76 +126,29 @@ class Dialer:
                     self._credentials.reject(credential)
                 await asyncio.sleep(delay)
 
-    async def _dial_once(self, client: StartupMessage, credential: Credential) -> UpstreamSession:
+    async def _dial_once(
+        self, client: StartupMessage, credential: Credential, progress: Progress
+    ) -> UpstreamSession:
         target = await self._targets.target()
         login = await self._targets.login(client)
         message = upstream_message(client, login.user, login.database)
-        link = await self._connect(target)
+        connection = await self._connector.connect(target, progress)
         try:
-            startup = UpstreamStartup()
-            await self._start_tls(link, startup, target)
-            with self._phase(ConnectPhase.LOGIN):
-                await _Authentication(link, startup, login, credential).run(message)
-            return UpstreamSession(link, startup, target)
+            with progress.phase(ConnectPhase.LOGIN):
+                await _Authentication(connection, login, credential).run(message)
         except BaseException:
             # Cancelled, timed out or refused: no orphan session stays upstream (W54).
-            link.transport.close()
+            connection.link.transport.close()
             raise
-
-    # -- name, TCP, TLS --------------------------------------------------------------------------
-
-    async def _connect(self, target: Target) -> Link:
-        loop = asyncio.get_running_loop()
-        with self._phase(ConnectPhase.DNS):
-            addresses = await self._resolve(target)
-        with self._phase(ConnectPhase.TCP):
-            try:
-                async with asyncio.timeout(TCP_CONNECT_SECONDS_MAX):
-                    sock = await start_connection(
-                        addresses, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, interleave=1
-                    )
-                _, link = await loop.create_connection(Link, sock=sock)
-            except OSError as error:  # a TimeoutError is one
-                raise diagnose_network(error, f"{target.host}:{target.port}") from error
-        bound_unacknowledged(link.transport)
-        return link
-
-    async def _start_tls(self, link: Link, startup: UpstreamStartup, target: Target) -> None:
-        with self._phase(ConnectPhase.TLS):
-            link.write(startup.request_tls())
-            match await _next_events(link, startup):
-                case [TLSAccepted()]:
-                    pass
-                case [TLSRefused()]:
-                    raise ProxyError(ErrorKind.UPSTREAM_NO_TLS, target.host)
-                case [event, *_]:
-                    raise _failure(event)
-            context = tls_context(target.sslmode, target.ssl_root_cert)
-            try:
-                await link.start_tls(context, server_hostname=target.host)
-            except OSError as error:
-                raise diagnose_network(error, target.host) from error
-            except ValueError as error:  # a name that no certificate can have
-                raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, target.host) from error
-            startup.tls_started()
-
-    @contextmanager
-    def _phase(self, phase: ConnectPhase) -> Iterator[None]:
-        """Record how long a phase took, if it succeeded."""
-        _phase_now.set(phase)
-        begun = time.perf_counter()
-        yield
-        self._phase_took(phase, time.perf_counter() - begun)
+        return UpstreamSession(connection.link, connection.startup, target)
 
 
 class _Authentication:
     """StartupMessage to ReadyForQuery on one connection."""
 
-    def __init__(
-        self, link: Link, startup: UpstreamStartup, login: Login, credential: Credential
-    ) -> None:
-        self._link = link
-        self._startup = startup
+    def __init__(self, connection: Connection, login: Login, credential: Credential) -> None:
+        self._link = connection.link
+        self._startup = connection.startup
         self._user = login.user.decode("utf-8", "replace")
         self._credential = credential
         self._scram: Scram | None = None
@@ -234,7 +157,7 @@ class _Authentication:
         """Return when the upstream is ready. Raises ProxyError."""
         self._link.write(self._startup.startup(message))
         while True:  # bounded by the machine, which lets a password be asked once
-            for event in await _next_events(self._link, self._startup):
+            for event in await next_events(self._link, self._startup):
                 if isinstance(event, UpstreamReady):
                     return
                 self._link.write(self._answer(event))
@@ -256,49 +179,4 @@ class _Authentication:
             case UpstreamRefused(error):
                 raise diagnose(error, user=self._user)
             case _:
-                raise _failure(event)
-
-
-async def _resolve(target: Target) -> Sequence[AddrInfoType]:
-    """Return the addresses to try, in the resolver's order."""
-    loop = asyncio.get_running_loop()
-    name = target.hostaddr or target.host
-    try:
-        return await loop.getaddrinfo(name, target.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: {error.strerror or error}") from error
-    except UnicodeError as error:  # a label too long or empty: no resolver is even asked
-        raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: not a name that DNS can have") from error
-
-
-async def _next_events(link: Link, startup: UpstreamStartup) -> list[UpstreamEvent]:
-    """Return what the upstream says next, one thing or several that came together."""
-    while True:  # ends with the stream; the time is dial's
-        data = await link.receive()
-        events = startup.receive_data(data) if data else startup.receive_eof()
-        if events:
-            return events
-
-
-def _failure(event: UpstreamEvent) -> ProxyError:
-    match event:
-        case UpstreamViolated(violation):
-            if isinstance(violation, UnsupportedAuthentication):
-                return ProxyError(ErrorKind.UNSUPPORTED_AUTH, violation.message)
-            return ProxyError(ErrorKind.UPSTREAM_PROTOCOL, violation.message)
-        case UpstreamDisconnected():
-            return ProxyError(ErrorKind.UPSTREAM_LOST)
-        case _:
-            return ProxyError(ErrorKind.UPSTREAM_PROTOCOL, f"{type(event).__name__} out of order")
-
-
-@lru_cache(maxsize=64)  # reading the system's certificates takes tens of milliseconds
-def tls_context(sslmode: str, ssl_root_cert: str) -> ssl.SSLContext:
-    """Return the context for an upstream. `verify-full` checks chain and name."""
-    cafile = None if ssl_root_cert == "system" else ssl_root_cert
-    context = ssl.create_default_context(cafile=cafile)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.check_hostname = sslmode == "verify-full"
-    if sslmode == "require":
-        context.verify_mode = ssl.CERT_NONE
-    return context
+                raise failure(event)

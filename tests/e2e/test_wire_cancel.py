@@ -15,7 +15,7 @@ from proxy.app import App
 from proxy.session.cancel import FORWARDS_MAX
 from proxy.standin.faults import Stage, Strike
 from proxy.standin.lakebase import Lakebase
-from proxy.upstream.dialer import CANCEL_SECONDS_MAX
+from proxy.upstream.connector import CANCEL_SECONDS_MAX
 from proxy.wire.messages import BackendKeyData, Terminate
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_2, CancelRequest

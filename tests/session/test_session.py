@@ -143,7 +143,7 @@ async def secure_proxy(lakebase: Lakebase, authority: trustme.CA) -> AsyncIterat
         parts = SessionParts(
             dialer=dialer,
             cancel_keys=keys,
-            cancels=CancelForwarder(keys, dialer, metrics),
+            cancels=CancelForwarder(keys, upstream.connector, metrics),
             metrics=metrics,
             startup_timeout_seconds=0.5,
             cancel_on_disconnect=True,

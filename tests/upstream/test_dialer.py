@@ -33,8 +33,9 @@ from proxy.standin.endpoints import Endpoint, neon_error
 from proxy.standin.faults import HANG, Stage, Strike
 from proxy.standin.lakebase import Lakebase
 from proxy.standin.streams import EndedBy
+from proxy.upstream.connector import NEXT_ADDRESS_SECONDS, Connector, resolve
 from proxy.upstream.credentials import Credentials, CredentialSource, PasswordFile
-from proxy.upstream.dialer import NEXT_ADDRESS_SECONDS, Dialer, UpstreamSession
+from proxy.upstream.dialer import Dialer, UpstreamSession
 from proxy.upstream.resources import resource_of
 from proxy.upstream.targets import Target, Targets
 from proxy.upstream.workspace import Credential, Workspace
@@ -123,7 +124,10 @@ class Dialing:
         clock: Callable[[], float] = CLOCK,
     ) -> None:
         self.metrics: Metrics = build_metrics()
+        self.connector = Connector(self.metrics.connect_phase_took, resolve=self._resolve)
+        self.addresses: Sequence[AddrInfoType] = ()  # what the resolver says, if not the truth
         self.dialer = Dialer(
+            self.connector,
             targets,
             credentials,
             self.metrics.connect_phase_took,
@@ -131,6 +135,9 @@ class Dialing:
             jitter=lambda: 0.05,
             clock=clock,
         )
+
+    async def _resolve(self, target: Target) -> Sequence[AddrInfoType]:
+        return self.addresses or await resolve(target)
 
     async def dial(self, client: StartupMessage = CLIENT) -> UpstreamSession:
         async with asyncio.timeout(WAIT_SECONDS_MAX):
@@ -408,6 +415,23 @@ async def test_the_systems_authorities_do_not_trust_a_stranger(
 ) -> None:
     async with lakebase_dialing(lakebase, endpoint, ssl_root_cert="system") as made:
         assert (await made.refusal()).kind is ErrorKind.UPSTREAM_CERTIFICATE
+
+
+async def test_authorities_that_are_replaced_count_from_the_next_connection_on(
+    lakebase: Lakebase, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    path = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(path))
+    async with lakebase_dialing(lakebase, endpoint, ssl_root_cert=str(path)) as made:
+        assert (await made.refusal()).kind is ErrorKind.UPSTREAM_CERTIFICATE
+        replacement = tmp_path / "new.pem"
+        replacement.write_bytes(Path(lakebase.ca_file).read_bytes())
+        replacement.replace(path)
+        (await made.dial()).link.transport.abort()
+        path.unlink()
+        error = await made.refusal()
+        assert error.kind is ErrorKind.UPSTREAM_CERTIFICATE
+        assert error.detail == f"{path}: No such file or directory"
 
 
 async def test_w52_an_upstream_without_tls_is_never_continued_in_plaintext(
@@ -754,7 +778,7 @@ async def test_w40_a_cancel_reaches_the_query_and_brings_no_token(
         session.link.write(query("SELECT pg_sleep(30)"))
         record = lakebase.gateway.sessions[0]
         await _until_asleep(lakebase, record.real_pid)
-        await made.dialer.cancel(session.target, key, still_wanted=wanted)
+        await made.connector.cancel(session.target, key, still_wanted=wanted)
         (error,) = [
             message
             for message in await messages_until(session, ReadyForQuery)
@@ -782,7 +806,9 @@ async def test_w39_a_cancel_is_delivered_only_when_the_upstream_has_closed(
         session = await made.dial()
         key = session.startup.key
         assert key is not None
-        cancel = asyncio.create_task(made.dialer.cancel(session.target, key, still_wanted=wanted))
+        cancel = asyncio.create_task(
+            made.connector.cancel(session.target, key, still_wanted=wanted)
+        )
         await lakebase.gateway.until(lambda: len(lakebase.gateway.cancels) == 1)
         for _ in range(20):
             await asyncio.sleep(0)
@@ -805,7 +831,7 @@ async def test_w40_a_cancel_whose_session_ends_meanwhile_is_dropped(
             str(lakebase.ca_file),
         )
         key = BackendKeyData(1, Secret(b"none"))
-        cancel = asyncio.create_task(made.dialer.cancel(target, key, still_wanted=wanted))
+        cancel = asyncio.create_task(made.connector.cancel(target, key, still_wanted=wanted))
         await lakebase.gateway.until(lambda: len(lakebase.gateway.cancels) == 1)
         cancel.cancel()
         await asyncio.wait([cancel])
@@ -822,15 +848,15 @@ async def test_w40_a_cancel_that_cannot_be_delivered_is_a_proxy_error(
     async with lakebase_dialing(lakebase, endpoint) as made:
         lakebase.gateway.offers_tls = False
         with pytest.raises(ProxyError) as refused:
-            await made.dialer.cancel(target, key, still_wanted=wanted)
+            await made.connector.cancel(target, key, still_wanted=wanted)
         assert refused.value.kind is ErrorKind.UPSTREAM_NO_TLS
         lakebase.gateway.certificate, lakebase.gateway.offers_tls = Certificate.UNTRUSTED, True
         with pytest.raises(ProxyError) as refused:
-            await made.dialer.cancel(target, key, still_wanted=wanted)
+            await made.connector.cancel(target, key, still_wanted=wanted)
         assert refused.value.kind is ErrorKind.UPSTREAM_CERTIFICATE
         await lakebase.gateway.refuse_connections()
         with pytest.raises(ProxyError) as refused:
-            await made.dialer.cancel(target, key, still_wanted=wanted)
+            await made.connector.cancel(target, key, still_wanted=wanted)
         assert refused.value.kind is ErrorKind.UPSTREAM_UNREACHABLE
 
 
@@ -1044,7 +1070,7 @@ async def test_w40_a_cancel_is_sixteen_bytes_inside_tls(
     async with dialing_script(ca_file, *steps) as (made, server):
         target = Target(HOST, "127.0.0.1", server.port, "verify-full", ca_file)
         async with asyncio.timeout(WAIT_SECONDS_MAX):
-            await made.dialer.cancel(target, key, still_wanted=wanted)
+            await made.connector.cancel(target, key, still_wanted=wanted)
         assert server.packets == [CancelRequest(-5, Secret(b"none")).encode()]
         await server.until_open(0)
 
@@ -1056,7 +1082,7 @@ async def test_a_host_that_no_certificate_can_have_is_a_matter_of_certificates(
     async with dialing_script(ca_file, Expect(SSLRequest().encode()), Send(b"S")) as (made, server):
         target = Target(".example.com", "127.0.0.1", server.port, "verify-full", ca_file)
         with pytest.raises(ProxyError) as refused:
-            await made.dialer.cancel(
+            await made.connector.cancel(
                 target, BackendKeyData(1, Secret(b"none")), still_wanted=wanted
             )
         assert refused.value.kind is ErrorKind.UPSTREAM_CERTIFICATE
@@ -1092,21 +1118,6 @@ def black_hole() -> Iterator[AddrInfoType]:
         yield address(host, port)
 
 
-def resolving(made: Dialing, *addresses: AddrInfoType) -> None:
-    """Have the dialer's resolver give these."""
-
-    async def resolve(_: Target) -> Sequence[AddrInfoType]:
-        return addresses
-
-    made.dialer = Dialer(
-        *(made.dialer._targets, made.dialer._credentials, made.metrics.connect_phase_took),
-        connect_timeout_seconds=5,
-        jitter=lambda: 0.05,
-        clock=CLOCK,
-        resolve=resolve,
-    )
-
-
 @pytest.mark.parametrize("dead_first", [1, 2, 3])
 async def test_addresses_that_are_dead_are_passed_over(
     lakebase: Lakebase, endpoint: Endpoint, dead_first: int
@@ -1115,7 +1126,7 @@ async def test_addresses_that_are_dead_are_passed_over(
         address(host, lakebase.port) for host in (lakebase.dead_address, lakebase.host_address)
     )
     async with lakebase_dialing(lakebase, endpoint) as made:
-        resolving(made, *[dead] * dead_first, good)
+        made.addresses = (*[dead] * dead_first, good)
         (await made.dial()).link.transport.abort()
         assert lakebase.gateway.accepted == 1
         assert made.metrics.value("upstream_connect_seconds_sum", phase=ConnectPhase.TCP) < 0.2
@@ -1127,7 +1138,7 @@ async def test_an_address_that_swallows_packets_costs_a_quarter_of_a_second(
 ) -> None:
     good = address(lakebase.host_address, lakebase.port)
     async with lakebase_dialing(lakebase, endpoint) as made, AsyncExitStack() as stack:
-        resolving(made, *(stack.enter_context(black_hole()) for _ in range(holes)), good)
+        made.addresses = (*(stack.enter_context(black_hole()) for _ in range(holes)), good)
         (await made.dial()).link.transport.abort()
         seconds = made.metrics.value("upstream_connect_seconds_sum", phase=ConnectPhase.TCP)
         assert holes * NEXT_ADDRESS_SECONDS <= seconds < holes * NEXT_ADDRESS_SECONDS + 0.3
@@ -1138,7 +1149,7 @@ async def test_when_every_address_is_dead_the_upstream_is_unreachable(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
     async with lakebase_dialing(lakebase, endpoint) as made:
-        resolving(made, *[address(lakebase.dead_address, lakebase.port)] * 3)
+        made.addresses = [address(lakebase.dead_address, lakebase.port)] * 3
         error = await made.refusal()
         assert error.kind is ErrorKind.UPSTREAM_UNREACHABLE
         assert error.detail.startswith(f"{endpoint.host}:{lakebase.port}: ")
@@ -1150,7 +1161,7 @@ async def test_w54_a_dial_cancelled_while_addresses_are_tried_leaves_no_socket(
 ) -> None:
     async with lakebase_dialing(lakebase, endpoint) as made:
         with black_hole() as hole:
-            resolving(made, hole, hole)
+            made.addresses = (hole, hole)
             async with nothing_left():
                 dial = asyncio.create_task(made.dial())
                 with suppress(TimeoutError):

@@ -1,0 +1,191 @@
+"""From a target to a TLS connection: name, TCP, SSLRequest, TLS. No credential is needed for it.
+
+For: the dialer, which then logs in, and cancel requests, which need no login. Not for: retries;
+a failure is one ProxyError, and what follows from it is the caller's to decide.
+
+The invariant: nothing but SSLRequest leaves before the upstream has answered S, and nothing else
+before its certificate was checked as far as `sslmode` says (W52).
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from aiohappyeyeballs import AddrInfoType, start_connection
+
+from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.metrics import ConnectPhase
+from proxy.transport.link import Link
+from proxy.transport.sockets import bound_unacknowledged
+from proxy.transport.tls import client_context
+from proxy.upstream.diagnosis import diagnose_network
+from proxy.upstream.targets import Target
+from proxy.wire.messages import BackendKeyData
+from proxy.wire.startup import CancelRequest
+from proxy.wire.upstream_startup import (
+    TLSAccepted,
+    TLSRefused,
+    UpstreamDisconnected,
+    UpstreamEvent,
+    UpstreamStartup,
+    UpstreamViolated,
+)
+from proxy.wire.violations import UnsupportedAuthentication
+
+# For all addresses of the host together; a name resolves to several, some of which may be dead.
+TCP_CONNECT_SECONDS_MAX: Final = 10.0
+# An address that does not answer for so long is not waited for alone (RFC 8305).
+NEXT_ADDRESS_SECONDS: Final = 0.25
+CANCEL_SECONDS_MAX: Final = 10.0  # delivered later it could hit another query (W40)
+
+PhaseTook = Callable[[ConnectPhase, float], None]
+
+
+class Progress:
+    """What one dial is doing now, and how long each phase took that succeeded.
+
+    `now` is None while it does nothing for its client: while it waits for others.
+    """
+
+    def __init__(self, phase_took: PhaseTook) -> None:
+        self.now: ConnectPhase | None = None
+        self._phase_took = phase_took
+
+    @contextmanager
+    def phase(self, phase: ConnectPhase) -> Iterator[None]:
+        """Be in a phase while the block runs; on a failure `now` stays, to say where it was."""
+        self.now = phase
+        begun = time.perf_counter()
+        yield
+        self._phase_took(phase, time.perf_counter() - begun)
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A connection under TLS, and its machine, which is to send the StartupMessage next."""
+
+    link: Link
+    startup: UpstreamStartup
+
+
+async def resolve(target: Target) -> Sequence[AddrInfoType]:
+    """Return a target's addresses, in the order in which to try them. Raises ProxyError."""
+    loop = asyncio.get_running_loop()
+    name = target.hostaddr or target.host
+    try:
+        return await loop.getaddrinfo(name, target.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: {error.strerror or error}") from error
+    except UnicodeError as error:  # a label too long or empty: no resolver is even asked
+        raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: not a name that DNS can have") from error
+
+
+class Connector:
+    """Opens TLS connections to targets, and forwards cancel requests over them."""
+
+    def __init__(
+        self,
+        phase_took: PhaseTook,
+        *,
+        resolve: Callable[[Target], Awaitable[Sequence[AddrInfoType]]] = resolve,
+    ) -> None:
+        self._phase_took = phase_took
+        self._resolve = resolve
+
+    async def connect(self, target: Target, progress: Progress) -> Connection:
+        """Return a connection under TLS. Raises ProxyError; the time is the caller's to bound."""
+        link = await self._reach(target, progress)
+        startup = UpstreamStartup()
+        try:
+            with progress.phase(ConnectPhase.TLS):
+                await _start_tls(link, startup, target)
+        except BaseException:
+            link.transport.close()
+            raise
+        return Connection(link, startup)
+
+    async def cancel(
+        self, target: Target, key: BackendKeyData, *, still_wanted: Callable[[], bool]
+    ) -> bool:
+        """Forward a cancel and wait until the upstream has closed, which means delivered (W39).
+
+        Returns False when it was not wanted any more once the connection stood: nothing is sent
+        then. Raises ProxyError, or TimeoutError after CANCEL_SECONDS_MAX.
+        """
+        async with asyncio.timeout(CANCEL_SECONDS_MAX):
+            link = (await self.connect(target, Progress(self._phase_took))).link
+            try:
+                if not still_wanted():
+                    return False
+                link.write(CancelRequest(key.pid, key.key).encode())
+                while await link.receive():
+                    pass  # nothing is ever said on such a connection
+                return True
+            finally:
+                link.transport.close()
+
+    async def _reach(self, target: Target, progress: Progress) -> Link:
+        """Return a TCP connection to the first of the target's addresses that answers."""
+        loop = asyncio.get_running_loop()
+        with progress.phase(ConnectPhase.DNS):
+            addresses = await self._resolve(target)
+        with progress.phase(ConnectPhase.TCP):
+            try:
+                async with asyncio.timeout(TCP_CONNECT_SECONDS_MAX):
+                    sock = await start_connection(
+                        addresses, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, interleave=1
+                    )
+                _, link = await loop.create_connection(Link, sock=sock)
+            except OSError as error:  # a TimeoutError is one
+                raise diagnose_network(error, f"{target.host}:{target.port}") from error
+        bound_unacknowledged(link.transport)
+        return link
+
+
+async def next_events(link: Link, startup: UpstreamStartup) -> list[UpstreamEvent]:
+    """Return what the upstream says next, one thing or several that came together."""
+    while True:  # ends with the stream; the time is the dial's
+        data = await link.receive()
+        events = startup.receive_data(data) if data else startup.receive_eof()
+        if events:
+            return events
+
+
+def failure(event: UpstreamEvent) -> ProxyError:
+    """Return what an event means that ends a dial, be it only that it came out of order."""
+    match event:
+        case UpstreamViolated(violation):
+            if isinstance(violation, UnsupportedAuthentication):
+                return ProxyError(ErrorKind.UNSUPPORTED_AUTH, violation.message)
+            return ProxyError(ErrorKind.UPSTREAM_PROTOCOL, violation.message)
+        case UpstreamDisconnected():
+            return ProxyError(ErrorKind.UPSTREAM_LOST)
+        case _:
+            return ProxyError(ErrorKind.UPSTREAM_PROTOCOL, f"{type(event).__name__} out of order")
+
+
+async def _start_tls(link: Link, startup: UpstreamStartup, target: Target) -> None:
+    link.write(startup.request_tls())
+    match await next_events(link, startup):
+        case [TLSAccepted()]:
+            pass
+        case [TLSRefused()]:
+            raise ProxyError(ErrorKind.UPSTREAM_NO_TLS, target.host)
+        case [event, *_]:
+            raise failure(event)
+    try:
+        context = client_context(target.sslmode, target.ssl_root_cert)
+    except OSError as error:  # it could be read when the program started
+        detail = f"{target.ssl_root_cert}: {error.strerror or error}"
+        raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, detail) from error
+    try:
+        await link.start_tls(context, server_hostname=target.host)
+    except OSError as error:
+        raise diagnose_network(error, target.host) from error
+    except ValueError as error:  # a name that no certificate can have
+        raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, target.host) from error
+    startup.tls_started()

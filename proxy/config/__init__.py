@@ -1,20 +1,19 @@
 """Every setting of the proxy, from flags, environment and file to one frozen `Settings`."""
 
-from proxy.config.keys import SettingKey, example_toml, settings_keys
-from proxy.config.loading import load_settings
-from proxy.config.problems import ConfigurationError, Problem
-from proxy.config.settings import (
-    AdminSettings,
+from proxy.config.example import example_toml
+from proxy.config.keys import SettingKey, key_at, named_keys, settings_keys
+from proxy.config.lakebase import (
     CredentialsSettings,
-    ListenSettings,
-    LogSettings,
-    Settings,
-    ShutdownSettings,
     SslMode,
     UpstreamSettings,
     WorkspaceSettings,
-    is_loopback,
 )
+from proxy.config.loading import Configuration, Inspect, load, load_settings
+from proxy.config.problems import ConfigurationError, Problem
+from proxy.config.routes import DatabaseAlias, MappingEntry, RoutingSettings, ShardMapSettings
+from proxy.config.serving import AdminSettings, ListenSettings, LogSettings, ShutdownSettings
+from proxy.config.settings import UPSTREAM, Settings
+from proxy.config.values import is_loopback
 
 __all__ = [
     "Settings",
@@ -23,14 +22,24 @@ __all__ = [
     "WorkspaceSettings",
     "CredentialsSettings",
     "UpstreamSettings",
+    "UPSTREAM",
+    "DatabaseAlias",
+    "RoutingSettings",
+    "ShardMapSettings",
+    "MappingEntry",
     "ShutdownSettings",
     "LogSettings",
     "SslMode",
+    "load",
     "load_settings",
+    "Configuration",
+    "Inspect",
     "ConfigurationError",
     "Problem",
     "SettingKey",
     "settings_keys",
+    "named_keys",
+    "key_at",
     "example_toml",
     "is_loopback",
 ]

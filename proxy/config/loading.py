@@ -1,35 +1,60 @@
 """Read every source, merge, validate, and report everything that is wrong at once.
 
-For: `load_settings`, the one way from a command line to a `Settings`. Not for: how a source is
-read (`sources`) or what a value may be (`settings`).
+For: `load`, the one way from a command line to settings whose sources are known, and
+`load_settings` for the settings alone. Not for: how a source is read (`sources`) or what a value
+may be (`settings`).
 
 Invariant: no value of a secret, and no value of an unknown key, which may be a misspelled secret,
 is in an error.
 """
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from pydantic_settings import PydanticBaseSettingsSource
 
-from proxy.config.keys import KeyPath, settings_keys
+from proxy.config.keys import NAME, KeyPath, named_keys, named_sections, settings_keys
 from proxy.config.problems import ConfigurationError, Problem
+from proxy.config.references import incomplete_workspaces, missing_for_upstream, unknown_names
+from proxy.config.routes import ENTRIES_SHOWN_MAX
 from proxy.config.settings import Settings
 from proxy.config.sources import Layer, read_environment, read_file, read_flags, read_guide
+from proxy.config.toml import split_path, toml_path
+from proxy.config.translation import translate
 
-# A value longer than this tells no more in an error message.
-_SHOWN_CHARACTERS_MAX = 80
+Inspect = Callable[[Settings], Iterable[Problem]]
 
 
-def load_settings(
-    argv: Sequence[str], environ: Mapping[str, str], *, upstream_required: bool = False
-) -> Settings:
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """Settings, and where each value in them was given."""
+
+    settings: Settings
+    layers: tuple[Layer, ...]
+
+    def source_of(self, path: KeyPath) -> str | None:
+        """Say which source gave the key at `path`, as in `flag --listen.port`; None for none."""
+        givers = (layer for layer in self.layers if layer.find(path) is not None)
+        return next((layer.given_as(path) for layer in givers), None)
+
+
+def load(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    upstream_required: bool = False,
+    inspect: Sequence[Inspect] = (),
+) -> Configuration:
     """Read flags, environment and file, in this order of precedence, and validate them.
 
     `argv` is what follows the verb. `upstream_required` also demands what a verb needs that
-    dials: somewhere to dial, and an endpoint or a password to log in there.
+    dials: for every target somewhere to dial, and an endpoint or a password to log in there.
+    `inspect` finds problems that are not of shape, in settings that are valid as far as it goes:
+    what a shard map's entries mean. Theirs are reported among the others, and those without a
+    place get that of their key.
 
     Raises:
         ConfigurationError: with every problem at once.
@@ -42,23 +67,49 @@ def load_settings(
     for layer in layers:
         _drop_sections_without_keys(layer, problems)
     settings = _validate(layers, problems)
-    if upstream_required:
-        problems += _missing_for_upstream(layers)
+    problems += list(_inspect(layers, settings, upstream_required, inspect, problems))
     if settings is None or problems:
-        raise ConfigurationError(problems)
-    return settings
+        raise ConfigurationError(_bounded(problems))
+    return Configuration(settings, layers)
+
+
+def load_settings(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    upstream_required: bool = False,
+    inspect: Sequence[Inspect] = (),
+) -> Settings:
+    """Return the settings that `load` finds. Raises ConfigurationError as it does."""
+    return load(argv, environ, upstream_required=upstream_required, inspect=inspect).settings
 
 
 def _drop_sections_without_keys(layer: Layer, problems: list[Problem]) -> None:
     """Report a value where a section belongs; merged, it would hide the section's other keys."""
+    values = layer.source.init_kwargs
     for section in Settings.model_fields:
-        found = layer.find((section,))
-        if found is not None and not isinstance(found, dict):
-            first = next(key for key in settings_keys() if key.section == section)
-            spelled = layer.spell((section, first.name))
-            text = f"is a section: give one of its keys, such as {spelled}"
-            problems.append(layer.problem((section,), text))
-            del layer.source.init_kwargs[section]
+        if section not in values:
+            continue
+        found = values[section]
+        if not isinstance(found, dict):
+            problems.append(_no_section(layer, (section,)))
+            del values[section]
+        elif section in named_sections() and section != "databases":
+            for name in [name for name, table in found.items() if not isinstance(table, dict)]:
+                problems.append(_no_section(layer, (section, name)))
+                del found[name]
+
+
+def _no_section(layer: Layer, path: KeyPath) -> Problem:
+    keys = (*settings_keys(), *named_keys())
+    first = next(key.path for key in keys if key.path[0] == path[0])
+    # With the name that was chosen, where one was.
+    example = (*path, *first[len(path) :])
+    if path == ("databases",):
+        example = (*path, NAME)
+    return layer.problem(
+        path, f"is a section: give one of its keys, such as {layer.spell(example)}"
+    )
 
 
 def _validate(layers: Sequence[Layer], problems: list[Problem]) -> Settings | None:
@@ -75,88 +126,61 @@ def _validate(layers: Sequence[Layer], problems: list[Problem]) -> Settings | No
         return Settings(**dict(Layered()))
     except ValidationError as refused:
         for error in refused.errors(include_url=False, include_input=False):
-            problems += _translate(error, layers)
+            problems += translate(error, layers)
     return None
 
 
-def _translate(error: ErrorDetails, layers: Sequence[Layer]) -> Iterator[Problem]:
-    """Say one of pydantic's errors in our words, for the places where the key was given."""
-    path = tuple(str(part) for part in error["loc"])
-    givers = [layer for layer in layers if layer.find(path) is not None]
-    if error["type"] == "extra_forbidden":
-        for layer in givers:
-            for unknown in _leaves(path, layer.find(path)):
-                yield layer.problem(unknown, "unknown key" + _suggestion(unknown, layer))
-        return
-    text = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
-    text = text.partition(", unable to")[0]
-    if not givers:
-        yield Problem(".".join(path), text)
-        return
-    shown = any(key.dotted == ".".join(path) and not key.secret for key in settings_keys())
-    value = repr(givers[0].find(path))[:_SHOWN_CHARACTERS_MAX]
-    yield givers[0].problem(path, f"{text}, not {value}" if shown else text)
+def _inspect(
+    layers: Sequence[Layer],
+    settings: Settings | None,
+    upstream_required: bool,
+    inspect: Sequence[Inspect],
+    problems: Sequence[Problem],
+) -> Iterator[Problem]:
+    """Yield what no section sees alone, each with the place where its key was given."""
+    raw = _merged([layer.source.init_kwargs for layer in layers])
+    found = [*unknown_names(raw), *incomplete_workspaces(raw)]
+    if upstream_required:
+        found += missing_for_upstream(raw)
+    if settings is not None:
+        for one in inspect:
+            found += one(settings)
+    known = {problem.key for problem in problems}
+    for problem in found:
+        if problem.key not in known:
+            yield problem if problem.given_as else _placed(problem, layers)
 
 
-def _leaves(path: KeyPath, value: object) -> Iterator[KeyPath]:
-    """Yield the keys below `path`: an unknown section is reported as what its user wrote."""
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from _leaves((*path, name), inner)
-    else:
-        yield path
+def _bounded(problems: Sequence[Problem]) -> list[Problem]:
+    """Leave away what only repeats itself: a long table that is wrong is wrong line by line."""
+    shown: list[Problem] = []
+    count = Counter[KeyPath]()
+    for problem in problems:
+        path = split_path(problem.key)
+        table = path[:3] if path[0] == "shard_maps" and len(path) > 3 else ()
+        count[table] += 1
+        if not table or count[table] <= ENTRIES_SHOWN_MAX:
+            shown.append(problem)
+    for table, total in count.items():
+        if table and total > ENTRIES_SHOWN_MAX:
+            text = f"has {total - ENTRIES_SHOWN_MAX} more problems in its entries"
+            shown.append(Problem(toml_path(table), text))
+    return shown
 
 
-def _name(dotted: str) -> str:
-    return dotted.rpartition(".")[2]
+def _placed(problem: Problem, layers: Sequence[Layer]) -> Problem:
+    path = split_path(problem.key)
+    givers = (layer for layer in layers if layer.find(path) is not None)
+    return next((replace(problem, given_as=one.given_as(path)) for one in givers), problem)
 
 
-def _suggestion(path: KeyPath, layer: Layer) -> str:
-    """Name the key that was probably meant, spelled as in the place where it was given."""
-    known = [*Settings.model_fields, *(key.dotted for key in settings_keys())]
-    dotted = ".".join(path).lower().replace("-", "_")
-    # A key without its section, or in a wrong one, is a likelier slip than a typing error.
-    meant = (
-        [key for key in known if _name(key) == _name(dotted)]
-        or difflib.get_close_matches(dotted, known, n=1)
-        or [key for key in known if difflib.get_close_matches(_name(dotted), [_name(key)])]
-    )
-    spelled = [layer.spell(tuple(name.split("."))) for name in meant]
-    return f"; did you mean {' or '.join(spelled)}?" if spelled else ""
-
-
-def _missing_for_upstream(layers: Sequence[Layer]) -> Iterator[Problem]:
-    """Yield what a verb that dials lacks. Judges raw values: others may be wrong as well."""
-
-    def given(section: str, name: str) -> object:
-        values = (layer.find((section, name)) for layer in layers)
-        return next((value for value in values if value is not None), None)
-
-    endpoint = given("upstream", "endpoint") or given("upstream", "instance")
-    if not given("credentials", "password_file"):
-        if _is_pooled(given("upstream", "host")):
-            yield Problem(
-                "upstream.host",
-                "is a pooled host, which takes no OAuth token: use the direct host, without"
-                " -pooler, or a native role's password with credentials.password_file",
-            )
-        if not endpoint:
-            yield Problem(
-                "upstream.endpoint",
-                "required, because tokens are issued for an endpoint: set it, or ENDPOINT_NAME, to"
-                " projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT (or upstream.instance)",
-            )
-        return
-    if not endpoint and not given("upstream", "host"):
-        yield Problem("upstream.host", "required without an endpoint: set it, or PGHOST")
-    if not given("upstream", "user"):
-        yield Problem(
-            "upstream.user",
-            "required with credentials.password_file, because there is no token to say who logs in:"
-            " set it, or PGUSER",
-        )
-
-
-def _is_pooled(host: object) -> bool:
-    """Tell a pooled host by the suffix of its first label: -pooler, -ro-pooler."""
-    return isinstance(host, str) and host.partition(".")[0].lower().endswith("-pooler")
+def _merged(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merge tables, the first of the sequence winning, as pydantic-settings does."""
+    merged: dict[str, Any] = {}
+    for table in values:
+        for key, value in table.items():
+            if key not in merged:
+                merged[key] = _merged([value]) if isinstance(value, dict) else value
+            elif isinstance(value, dict) and isinstance(merged[key], dict):
+                merged[key] = _merged([merged[key], value])
+    return merged

@@ -10,9 +10,10 @@ argparse ends at the first error; the environment's is not, because it takes `os
 overlooks unknown sections.
 """
 
+import json
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from proxy.config.keys import (
     ENVIRONMENT_DELIMITER,
     ENVIRONMENT_PREFIX,
     KeyPath,
-    settings_keys,
+    key_at,
     spell_flag,
     spell_variable,
 )
 from proxy.config.problems import Problem
 from proxy.config.settings import Settings
+from proxy.config.toml import split_path, toml_path
 
 # The environment of the Lakebase guide, of AppKit and of Databricks Apps. Where two names stand
 # for one key the later one wins. PGSSLMODE is left out on purpose: whatever it says is met by
@@ -59,14 +61,25 @@ class Layer:
         """Return the value at `path` as it was given, or None."""
         found: object = self.source.init_kwargs
         for part in path:
-            found = found.get(part) if isinstance(found, dict) else None
+            match found:
+                case dict():
+                    found = found.get(part)
+                case list() if part.isdecimal() and int(part) < len(found):
+                    found = found[int(part)]
+                case _:
+                    return None
         return found
+
+    def given_as(self, path: KeyPath) -> str:
+        """Say where the key at `path` was given, and under which name if it is another there."""
+        # What is inside a list has no name of its own but in the file.
+        in_list = next((n for n in range(1, len(path)) if isinstance(self.find(path[:n]), list)), 0)
+        spelled = self.spell(path[:in_list] if in_list else path)
+        return self.place if self.spell is toml_path else f"{self.place} {spelled}"
 
     def problem(self, path: KeyPath, text: str) -> Problem:
         """Say what is wrong with the key at `path`, and where it was given under which name."""
-        dotted, spelled = ".".join(path), self.spell(path)
-        given_as = self.place if spelled == dotted else f"{self.place} {spelled}"
-        return Problem(dotted, text, given_as)
+        return Problem(toml_path(path), text, self.given_as(path))
 
     def take_config_path(self) -> str | None:
         """Remove and return the configuration file's path: it is no key of `Settings`."""
@@ -90,11 +103,12 @@ def _put(values: dict[str, Any], path: KeyPath, value: str) -> bool:
 def read_flags(argv: Sequence[str], problems: list[Problem]) -> Layer:
     """Read `--listen.port 6000`, `--listen.port=6000` and, for a switch, `--listen.allow_remote`.
 
+    A dot in a chosen name is quoted: `--databases."my.db" eu`.
+
     Unknown keys are kept, for validation to report. A key given twice has its last value.
     """
     values: dict[str, Any] = {}
     layer = Layer("flag", spell_flag, InitSettingsSource(Settings, {}))
-    keys = {key.dotted: key for key in settings_keys()}
     rest = deque(argv)
     before = "the verb"
     while rest:
@@ -104,19 +118,50 @@ def read_flags(argv: Sequence[str], problems: list[Problem]) -> Layer:
             problems.append(Problem("arguments", f"not a flag: the argument after {before}"))
             continue
         before = flag
-        dotted = flag.removeprefix("--")
-        path = tuple(dotted.split("."))
+        path = split_path(flag.removeprefix("--"))
+        key = key_at(path)
         if not equals and rest and not rest[0].startswith("--"):
             value = rest.popleft()
-        elif not equals and dotted in keys and keys[dotted].switch:
+        elif not equals and key and key.switch:
             value = "true"
-        elif not equals and (dotted in keys or dotted == "config"):
+        elif not equals and (key or path == ("config",)):
             problems.append(layer.problem(path, "needs a value"))
             continue
         if not _put(values, path, value):
             problems.append(layer.problem(path, "given both as a section and as a key"))
     layer.source.init_kwargs.update(values)
+    _read_json(layer, problems)
     return layer
+
+
+def _read_json(layer: Layer, problems: list[Problem]) -> None:
+    """Put what JSON says in the place of its text, where a key has more than one value."""
+    for path, text in list(_structured(layer)):
+        inside = layer.find(path[:-1])
+        assert isinstance(inside, dict)
+        try:
+            inside[path[-1]] = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            # json names the place and the kind of mistake, never what stands there.
+            why = error if isinstance(error, json.JSONDecodeError) else "it is too large"
+            problems.append(layer.problem(path, f"must be JSON: {why}"))
+            del inside[path[-1]]
+
+
+def _structured(layer: Layer) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the places where JSON stands for a table or a list, with their text."""
+    aliases = layer.find(("databases",))
+    if isinstance(aliases, str):
+        yield ("databases",), aliases
+    for section in ("databases", "shard_maps"):
+        tables = layer.find((section,))
+        for name, table in tables.items() if isinstance(tables, dict) else ():
+            if section == "databases" and isinstance(table, str) and table.startswith("{"):
+                yield (section, name), table
+            for key, value in table.items() if isinstance(table, dict) else ():
+                known = key_at((section, name, key))
+                if known and known.structured and isinstance(value, str):
+                    yield (section, name, key), value
 
 
 def _is_service_link(name: str, value: str) -> bool:
@@ -124,7 +169,10 @@ def _is_service_link(name: str, value: str) -> bool:
 
 
 def read_environment(environ: Mapping[str, str], problems: list[Problem]) -> Layer:
-    """Read `LAKEBASE_PROXY_LISTEN__PORT` and its like; unknown keys are kept, as for flags."""
+    """Read `LAKEBASE_PROXY_LISTEN__PORT` and its like; unknown keys are kept, as for flags.
+
+    A chosen name is in lower case: `LAKEBASE_PROXY_TARGETS__EU__PORT` is `targets.eu.port`.
+    """
     values: dict[str, Any] = {}
     layer = Layer("environment", spell_variable, InitSettingsSource(Settings, {}))
     for variable, value in environ.items():
@@ -135,6 +183,7 @@ def read_environment(environ: Mapping[str, str], problems: list[Problem]) -> Lay
         if not _put(values, path, value):
             problems.append(layer.problem(path, "given both as a section and as a key"))
     layer.source.init_kwargs.update(values)
+    _read_json(layer, problems)
     return layer
 
 
@@ -142,7 +191,7 @@ def read_file(flags: Layer, environment: Layer, problems: list[Problem]) -> Laye
     """Read the file that the flags or, without one there, the environment name."""
     by_flag, by_variable = flags.take_config_path(), environment.take_config_path()
     layer, name = (flags, by_flag) if by_flag is not None else (environment, by_variable)
-    empty = Layer("file", ".".join, InitSettingsSource(Settings, {}))
+    empty = Layer("file", toml_path, InitSettingsSource(Settings, {}))
     if not name:
         if by_flag is not None:
             problems.append(layer.problem(("config",), "must name a file"))
@@ -151,7 +200,7 @@ def read_file(flags: Layer, environment: Layer, problems: list[Problem]) -> Laye
         path = Path(name).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {name}")
-        return Layer(f"file {name}", ".".join, TomlConfigSettingsSource(Settings, path))
+        return Layer(f"file {name}", toml_path, TomlConfigSettingsSource(Settings, path))
     except (OSError, RuntimeError) as error:
         problems.append(layer.problem(("config",), f"cannot be read: {error}"))
     except ValueError as error:

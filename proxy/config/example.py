@@ -1,0 +1,130 @@
+"""`config.example.toml`, written from the model.
+
+For: the file's text. Not for: settings in use, which `printing` shows.
+
+Invariant: prose follows "# " and a key or table to take in follows a bare "#", so that a test (and
+a person's editor) can take everything in at once and has a valid configuration.
+"""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from pydantic import SecretStr
+
+from proxy.config.keys import SettingKey, named_keys, named_sections, sections, settings_keys
+from proxy.config.settings import Settings
+from proxy.config.toml import toml_value
+
+_COLUMNS_MAX: Final = 96
+
+_HEAD: Final = """\
+# Every key of lakebase-auth-proxy with its default. Copy the file, take away the # in front of
+# what you change, and name it with --config or in LAKEBASE_PROXY_CONFIG.
+#
+# Each key is also an environment variable (LAKEBASE_PROXY_LISTEN__PORT=6000) and a flag
+# (--listen.port 6000). A flag wins over the environment, that over this file, and this file over
+# the Lakebase guide's own variables (ENDPOINT_NAME, PGHOST, PGPORT, PGDATABASE, PGUSER).
+# A name that you choose, such as eu, is in lower case as a variable:
+# LAKEBASE_PROXY_TARGETS__EU__ENDPOINT. Mappings are JSON there and in a flag.
+#
+# This file is generated from the settings model by `make docs`."""
+
+# What a table of a chosen name is for; its keys are explained below it or in the section named.
+_PROSE: Final[Mapping[str, str]] = {
+    "workspaces": "A further Databricks workspace, for targets that name it. The keys are those of "
+    "[workspace], but nothing comes from there or from DATABRICKS_*, so that no identity or secret "
+    "of one workspace reaches another: host and the way to log in are required (client_id with "
+    "client_secret or client_secret_file, or token, or auth_type with what it needs), or else a "
+    "profile.",
+    "targets": "A further place to dial, for aliases and shard maps. The keys are those of "
+    "[upstream], which gives what is not set here; but a target that sets any of endpoint, "
+    "instance, host and hostaddr, or another workspace, takes none of these four from there.",
+    "databases": "Aliases: names that clients connect to in place of a database. An alias is the "
+    "NAME of a target, or a table with these keys:",
+    "shard_maps": "A static shard map: which shard keys are in which target. kind and key_type "
+    "are required, and either mappings or mappings_file.",
+}
+
+# Values for the blocks of chosen names, where the default alone would be no configuration.
+_SAMPLES: Final[Mapping[tuple[str, str], object]] = {
+    ("workspaces", "host"): "https://eu.cloud.databricks.com",
+    ("workspaces", "client_id"): "00000000-0000-0000-0000-000000000000",
+    ("workspaces", "client_secret_file"): "/run/secrets/eu",
+    ("targets", "endpoint"): "projects/shop/branches/production/endpoints/eu",
+    ("targets", "workspace"): "eu",
+    ("shard_maps", "kind"): "range",
+    ("shard_maps", "key_type"): "int8",
+    ("shard_maps", "mappings"): [
+        {"high": 1000, "target": "upstream"},
+        {"low": 1000, "target": "eu"},
+    ],
+}
+_SAMPLE_NAMES: Final[Mapping[str, str]] = {
+    "workspaces": "eu",
+    "targets": "eu",
+    "shard_maps": "tenants",
+}
+# Their keys are explained where they are used first.
+_EXPLAINED_ABOVE: Final = ("workspaces", "targets")
+
+
+def example_toml() -> str:
+    """Write `config.example.toml`."""
+    lines = [_HEAD]
+    for section in Settings.model_fields:
+        lines.append("")
+        if section in sections():
+            lines += _section(section)
+        elif section == "databases":
+            lines += _aliases()
+        else:
+            lines += _named(section)
+    return "\n".join(lines) + "\n"
+
+
+def _section(section: str) -> Iterator[str]:
+    yield f"# {type(sections()[section]).__doc__}"
+    yield f"[{section}]"
+    for key in settings_keys():
+        if key.section == section:
+            yield ""
+            yield from _explained(key)
+            yield f"#{key.name} = {_default(key.default)}"
+
+
+def _named(section: str) -> Iterator[str]:
+    """Write a commented block with every key of a table of a chosen name."""
+    yield from _wrapped(_PROSE[section])
+    yield f"#[{section}.{_SAMPLE_NAMES[section]}]"
+    for key in _keys_of(section):
+        if section not in _EXPLAINED_ABOVE:
+            yield ""
+            yield from _explained(key)
+        yield f"#{key.name} = {_default(_SAMPLES.get((section, key.name), key.default))}"
+
+
+def _aliases() -> Iterator[str]:
+    yield from _wrapped(_PROSE["databases"])
+    for key in _keys_of("databases"):
+        yield from _wrapped(f"{key.name}: {key.description}")
+    yield "[databases]"
+    yield '#orders = "eu"'
+    yield f"#archive = {toml_value({'target': 'eu', 'database': 'orders_archive'})}"
+
+
+def _keys_of(section: str) -> list[SettingKey]:
+    assert section in named_sections()
+    return [key for key in named_keys() if key.path[0] == section]
+
+
+def _explained(key: SettingKey) -> list[str]:
+    return _wrapped(f"{key.description} {key.bounds}".strip())
+
+
+def _wrapped(prose: str) -> list[str]:
+    return textwrap.wrap(prose, _COLUMNS_MAX, initial_indent="# ", subsequent_indent="# ")
+
+
+def _default(value: object) -> str:
+    return toml_value(value.get_secret_value() if isinstance(value, SecretStr) else value)

@@ -73,6 +73,11 @@ class Targets:
         await self._look_up.close()
         await self._identify.close()
 
+    @property
+    def host(self) -> str:
+        """The host as it is known now, empty before it was looked up; for those who show it."""
+        return self._host
+
     async def target(self) -> Target:
         """Return where to dial. Raises ProxyError when the workspace does not say."""
         if self._host:

@@ -5,7 +5,8 @@ program for `run`, for `demo` and for tests alike.
 """
 
 import ssl
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,14 @@ from proxy import __version__
 from proxy.config import ConfigurationError, ListenSettings, Problem, Settings, UpstreamSettings
 from proxy.errors import ErrorKind
 from proxy.observe.admin import AdminAddress, AdminState, serve_admin
+from proxy.observe.lag import sampling_lag
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import ConnectPhase, Metrics
+from proxy.observe.status import State, StatusSource, Token, report
 from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.listener import UNSERVED, Listener, Places
 from proxy.session.relay import EndReason
-from proxy.session.session import Session, SessionParts, StartupFailure
+from proxy.session.session import TARGET, Session, SessionParts, StartupFailure
 from proxy.transport.tls import client_context, server_context
 from proxy.upstream.connector import Connector
 from proxy.upstream.credentials import Credentials, CredentialSource, PasswordFile
@@ -46,14 +49,34 @@ class App:
 
     async def drain(self, seconds: float) -> int:
         """Take no more connections, let sessions end for so long, cut the rest; return how many."""
-        self._life.draining = True
+        self._life.drain(seconds)
         return await self._listener.drain(seconds)
 
 
 @dataclass(slots=True)
 class _Life:
+    """How far the proxy is; what it listens on and whom it reaches become known on the way."""
+
+    began_at: float
+    listen: str = ""
+    upstream: "Upstream | None" = None
     started: bool = False
     draining: bool = False
+    cut_at: float = 0
+
+    @property
+    def state(self) -> State:
+        if self.draining:
+            return State.DRAINING
+        return State.SERVING if self.started else State.STARTING
+
+    @property
+    def drain_seconds_left(self) -> float | None:
+        return max(0.0, self.cut_at - time.monotonic()) if self.draining else None
+
+    def drain(self, seconds: float) -> None:
+        self.draining = True
+        self.cut_at = time.monotonic() + seconds
 
 
 @asynccontextmanager
@@ -64,19 +87,17 @@ async def serving(settings: Settings) -> AsyncIterator[App]:
     a setting names and that cannot be used.
     """
     async with AsyncExitStack() as stack:
-        metrics, life, cancel_keys = build_metrics(), _Life(), CancelKeys()
+        metrics, life, cancel_keys = build_metrics(), _Life(time.monotonic()), CancelKeys()
+        stack.enter_context(sampling_lag(metrics.loop_lagged))
+        state = _admin_state(metrics, _status_source(settings, life), life)
         if settings.admin.enabled:
-            state = AdminState(
-                started=lambda: life.started,
-                ready=lambda: life.started and not life.draining,
-                metrics=metrics.exposition,
-            )
             admin = await stack.enter_async_context(
                 serve_admin(state, host=settings.admin.host, port=settings.admin.port)
             )
         else:
             admin = None
         upstream = await stack.enter_async_context(reaching_upstream(settings, metrics))
+        life.upstream = upstream
         dialer = upstream.dialer
         places = Places(settings.listen.max_connections)
         parts = SessionParts(
@@ -93,9 +114,65 @@ async def serving(settings: Settings) -> AsyncIterator[App]:
             settings.listen, places, metrics, lambda link: Session(link, parts).run()
         )
         host, port = await stack.enter_async_context(listener.accepting())
-        life.started = True
+        life.listen, life.started = _address(host, port), True
         _log.info("serving", host=host, port=port, version=__version__)
         yield App(host, port, admin, metrics, cancel_keys, listener, life)
+
+
+def _admin_state(metrics: Metrics, source: StatusSource, life: _Life) -> AdminState:
+    metrics.watch(source)
+    return AdminState(
+        started=lambda: life.started,
+        ready=lambda: life.state is State.SERVING,
+        metrics=metrics.exposition,
+        status=lambda: report(
+            source, metrics.live.readings(), metrics.failures.latest(), time.time()
+        ),
+        failed=metrics.admin_failed,
+        restarted=metrics.admin_restarted,
+    )
+
+
+def _status_source(settings: Settings, life: _Life) -> StatusSource:
+    def hosts() -> dict[str, str]:
+        return {TARGET: life.upstream.targets.host if life.upstream else settings.upstream.host}
+
+    def tokens() -> list[Token]:
+        source = life.upstream.credentials if life.upstream else None
+        newest = source.newest if isinstance(source, Credentials) else None
+        if newest is None:
+            return []
+        now = time.time()
+        return [Token("workspace", now - newest.requested_at, newest.expires_at - now)]
+
+    return StatusSource(
+        version=__version__,
+        state=lambda: life.state,
+        uptime_seconds=lambda: time.monotonic() - life.began_at,
+        listen=lambda: life.listen,
+        sessions_max=lambda: settings.listen.max_connections,
+        hosts=hosts,
+        tokens=tokens,
+        drain_seconds_left=lambda: life.drain_seconds_left,
+        warnings=lambda: _warnings(settings),
+    )
+
+
+def _warnings(settings: Settings) -> list[str]:
+    """Say what the configuration weakens. A person should see it wherever they look."""
+    said = []
+    if settings.upstream.sslmode != "verify-full":
+        said.append(
+            f'upstream.sslmode is "{settings.upstream.sslmode}": who is in between can read the '
+            "token."
+        )
+    if settings.listen.allow_remote:
+        said.append("listen.allow_remote is set: who reaches the listener is logged in.")
+    return said
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +213,7 @@ async def reaching_upstream(
             stack.push_async_callback(tokens.close)
             credentials = tokens
         seconds = upstream.connect_timeout_seconds
-        heard = phase_took or metrics.connect_phase_took
+        heard = phase_took or partial(metrics.connect_phase_took, target=TARGET)
         connector = Connector(heard)
         dialer = Dialer(connector, targets, credentials, heard, connect_timeout_seconds=seconds)
         yield Upstream(resource, workspace, credentials, targets, connector, dialer)
@@ -162,11 +239,12 @@ def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
         raise ConfigurationError([Problem("listen.tls_certificate", text)]) from error
 
 
-def build_metrics() -> Metrics:
-    """Return the metrics with every reason word that the program has."""
+def build_metrics(targets: Iterable[str] = (TARGET,)) -> Metrics:
+    """Return the metrics with every reason word that the program has, and these targets."""
     refusals = [kind.value.reason for kind in ErrorKind]
     return Metrics(
         version=__version__,
         session_end_reasons=list(EndReason),
         startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure, UNSERVED],
+        target_names=targets,
     )

@@ -33,7 +33,7 @@ async def test_it_serves_without_having_dialled_anybody() -> None:
         assert app.listen_port > 0
         assert app.admin is not None
         reader, writer = await asyncio.open_connection(app.admin.host, app.admin.port)
-        writer.write(b"GET /readiness HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        writer.write(b"GET /readiness HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert (await reader.readline()).split()[1] == b"200"
         writer.close()
         await writer.wait_closed()

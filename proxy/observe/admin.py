@@ -1,35 +1,57 @@
-"""The admin address: health for orchestrators and metrics for scrapers, over HTTP.
+"""The admin address: health for orchestrators, metrics for scrapers, a page for people, over HTTP.
 
-For: `/startup`, `/readiness`, `/liveness`, `/metrics`. Not for: finding anything out. State
-arrives as callables that answer at once, so that asking can neither wake a database that sleeps
-nor restart a pod over one that is full.
+For: `/startup`, `/readiness`, `/liveness`, `/metrics`, `/status`, `/`, `/quitquitquit`. Not for:
+finding anything out. State arrives as callables that answer at once, so that asking can neither
+wake a database that sleeps nor restart a pod over one that is full.
 
-Invariants: it never dials; it takes no signal and changes no logger's level; the port is free and
-every connection closed when the block of `serve_admin` has ended.
+Invariants: it never dials; it takes no signal and changes no logger's level; sessions do not depend
+on it, and when it dies it is opened anew; the port is free and every connection closed when the
+block of `serve_admin` has ended.
 """
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
+from proxy.observe.gate import BoundedProtocol, HostGate, is_from_this_machine, is_loopback
+from proxy.observe.logs import get_logger
 from proxy.observe.metrics import EXPOSITION_CONTENT_TYPE
+from proxy.observe.page import PAGE, PAGE_HEADERS
+from proxy.observe.status import Status
 
 # Probes and one or two scrapers: more at a time is not use but abuse, and is answered with 503.
 _CONNECTIONS_MAX: Final = 64
 _BACKLOG: Final = 64
+# A request's line and headers; a browser's are some hundreds of bytes. No body is ever read.
+REQUEST_BYTES_MAX: Final = 16 * 1024
 # Between two scrapes a connection is cheap to make anew, and must not outstay its use.
 _KEEP_ALIVE_SECONDS: Final = 5
 # An answer takes milliseconds; whoever has not read it by then is cut, so that drain can end.
 _SHUTDOWN_SECONDS: Final = 2
+# Shorter than the period of a probe, so that a death costs no pod; a port that is gone for good is
+# not asked for without rest.
+_REOPEN_SECONDS: Final = 1.0
+
+# What is served is of now, and is nobody's but the one's who asked.
+_EVERY_ANSWER: Final = [
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+]
+
+_log = get_logger(__name__)
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +59,17 @@ class AdminState:
     """What the admin address shows. Each callable answers at once, from memory.
 
     `started`: the listener has been opened (and stays true while draining). `ready`: it serves and
-    is not draining. `metrics`: the exposition.
+    is not draining. `metrics`: the exposition. `failed` and `restarted` count what goes wrong with
+    the admin address itself. `quit` begins a drain; None: nobody may ask for one.
     """
 
     started: Callable[[], bool]
     ready: Callable[[], bool]
     metrics: Callable[[], bytes]
+    status: Callable[[], Status]
+    failed: Callable[[], None]
+    restarted: Callable[[], None]
+    quit: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +93,7 @@ def _verdict(good: bool) -> Response:
 
 
 def admin_app(state: AdminState) -> Starlette:
-    """Return the HTTP application: GET and HEAD of four paths, 404 for every other one."""
+    """Return the HTTP application: GET and HEAD, and one POST; 404 for every other path."""
 
     async def startup(_request: Request) -> Response:
         return _verdict(state.started())
@@ -81,14 +108,53 @@ def admin_app(state: AdminState) -> Starlette:
     async def metrics(_request: Request) -> Response:
         return Response(state.metrics(), headers={"Content-Type": EXPOSITION_CONTENT_TYPE})
 
-    return Starlette(
-        routes=[
-            Route("/startup", startup),
-            Route("/readiness", readiness),
-            Route("/liveness", liveness),
-            Route("/metrics", metrics),
-        ]
-    )
+    async def status(_request: Request) -> Response:
+        return JSONResponse(state.status().as_dict())
+
+    async def page(_request: Request) -> Response:
+        return Response(PAGE, headers=PAGE_HEADERS, media_type="text/html; charset=utf-8")
+
+    def shown(path: str, endpoint: Endpoint) -> Route:
+        return Route(path, _guarded(endpoint, state.failed))
+
+    routes = [
+        shown("/", page),
+        shown("/startup", startup),
+        shown("/readiness", readiness),
+        shown("/liveness", liveness),
+        shown("/metrics", metrics),
+        shown("/status", status),
+    ]
+    if state.quit is not None:
+        quitting = _guarded(_quitting(state.quit), state.failed)
+        routes.append(Route("/quitquitquit", quitting, methods=["POST"]))
+    return Starlette(routes=routes)
+
+
+def _quitting(quit: Callable[[], None]) -> Endpoint:
+    async def quitquitquit(request: Request) -> Response:
+        if not is_from_this_machine(request):
+            return PlainTextResponse("only from this machine\n", 403)
+        _log.info("asked to quit")
+        quit()
+        return PlainTextResponse("draining\n", 202)
+
+    return quitquitquit
+
+
+def _guarded(endpoint: Endpoint, failed: Callable[[], None]) -> Endpoint:
+    """Answer 500 for what goes wrong in an endpoint; log and count it."""
+
+    async def guarded(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except Exception:
+            # A bug of ours must not end the address that probes look at.
+            failed()
+            _log.exception("admin request failed", path=request.url.path)
+            return PlainTextResponse("internal error; see the log\n", 500)
+
+    return guarded
 
 
 async def _listen(host: str, port: int) -> socket.socket:
@@ -99,23 +165,74 @@ async def _listen(host: str, port: int) -> socket.socket:
     return socket.create_server(address, family=family, backlog=_BACKLOG)
 
 
-def _embedded(app: Starlette) -> _EmbeddedServer:
+def _embedded(app: ASGIApp) -> _EmbeddedServer:
     return _EmbeddedServer(
         uvicorn.Config(
             app,
             interface="asgi3",
-            http="h11",
+            http=BoundedProtocol,
+            h11_max_incomplete_event_size=REQUEST_BYTES_MAX,
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
+            headers=_EVERY_ANSWER,
             backlog=_BACKLOG,
             limit_concurrency=_CONNECTIONS_MAX,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
     )
+
+
+class _Admin:
+    """The server that serves now. When one dies, the next takes its address."""
+
+    def __init__(self, app: ASGIApp, restarted: Callable[[], None]) -> None:
+        self._app = app
+        self._restarted = restarted
+        self._server = _embedded(app)
+        self._ending = asyncio.Event()
+
+    def end(self) -> None:
+        """Have `run` return soon."""
+        self._ending.set()
+        self._server.should_exit = True
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serve until told to end; what kills a server is logged and counted."""
+        host, port = listener.getsockname()[:2]
+        current: socket.socket | None = listener
+        while current is not None:
+            serving = self._server.serve(sockets=[current])
+            served = asyncio.create_task(serving, name="admin server")
+            await asyncio.wait([served])
+            with closing(current):
+                if self._ending.is_set():
+                    return
+                await self._bury(served)
+            current = await self._reopened(host, port)
+
+    async def _bury(self, served: asyncio.Task[None]) -> None:
+        error = None if served.cancelled() else served.exception()
+        _log.error("admin address died; sessions go on", exc_info=error)
+        self._restarted()
+        if self._server.started:
+            await self._server.shutdown()
+        self._server = _embedded(self._app)
+
+    async def _reopened(self, host: str, port: int) -> socket.socket | None:
+        """Return a socket on the same address as soon as there is one; None once it is to end."""
+        while not self._ending.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), _REOPEN_SECONDS)
+            try:
+                return await _listen(host, port)
+            except OSError as error:  # another program took it: until it lets go
+                _log.debug("admin address not opened anew", error=error.strerror)
+        return None
 
 
 @asynccontextmanager
@@ -127,12 +244,15 @@ async def serve_admin(state: AdminState, *, host: str, port: int) -> AsyncIterat
     """
     with closing(await _listen(host, port)) as listener:
         bound_host, bound_port = listener.getsockname()[:2]
-        server = _embedded(admin_app(state))
+        app: ASGIApp = admin_app(state)
+        if is_loopback(bound_host):
+            app = HostGate(app, own_name=host)
+        admin = _Admin(app, state.restarted)
         # Not a TaskGroup: that would wrap whatever the block raises into an ExceptionGroup. The
         # task cannot be lost, because leaving the block waits for it.
-        serving = asyncio.create_task(server.serve(sockets=[listener]), name="admin")
+        running = asyncio.create_task(admin.run(listener), name="admin")
         try:
             yield AdminAddress(bound_host, bound_port)
         finally:
-            server.should_exit = True
-            await serving
+            admin.end()
+            await running

@@ -1,16 +1,19 @@
 """Every metric of the proxy, each declared once.
 
-For: counting, and the text that Prometheus scrapes. Not for: deciding anything; no code reads a
-metric back. Metrics are kept per instance, never in the library's global registry, so that two
-proxies in one process (as in tests) count apart.
+For: counting, and the text that Prometheus scrapes; what is counted as a failure is remembered as
+one of the last, too, so that both agree. Not for: deciding anything; no code reads a metric back.
+Metrics are kept per instance, never in the library's global registry, so that two proxies in one
+process (as in tests) count apart.
 
 Invariants: names begin with `lakebase_proxy_`, units are base units, and every label takes its
-values from a closed set: never a user, a database, a shard key or SQL. A word outside its set is
-counted as `other`, because a metric must neither grow without bound nor end a session.
+values from a closed set: never a user, a database, a shard key or SQL. Names of targets and of
+workspaces are such a set: the configuration's. A word outside its set is counted as `other`,
+because a metric must neither grow without bound nor end a session.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum, unique
 from typing import Final
 
@@ -20,12 +23,19 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from proxy.observe.failures import CANCEL_NOT_DELIVERED, Failures
+from proxy.observe.live import OTHER, Carried, Live, TargetReading
+from proxy.observe.status import State, StatusSource
 
 EXPOSITION_CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
-OTHER: Final = "other"
+_PREFIX: Final = "lakebase_proxy"
 
 # From a local DNS answer to a database that wakes up: 1 ms to 60 s, which is also the default of
 # upstream.connect_timeout_seconds.
@@ -33,6 +43,10 @@ _CONNECT_SECONDS_BUCKETS: Final = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
 )
+
+
+# From a loop that has nothing to do to one that probes give up on.
+_LAG_SECONDS_BUCKETS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 
 @unique
@@ -57,6 +71,34 @@ class CancelResult(StrEnum):
     FAILED = "failed"
 
 
+@unique
+class Outcome(StrEnum):
+    """How a session that had started ended, in one word for alerts; the reason says more."""
+
+    COMPLETED = "completed"
+    LOST = "lost"
+    CUT = "cut"
+    FAILED = "failed"
+
+
+# Any other reason is one for which the proxy itself ends sessions: a drain, a timeout.
+_OUTCOMES: Final = {
+    "client_closed": Outcome.COMPLETED,
+    "client_lost": Outcome.LOST,
+    "upstream_closed": Outcome.LOST,
+    "upstream_lost": Outcome.LOST,
+    "internal_error": Outcome.FAILED,
+    OTHER: Outcome.FAILED,
+}
+# An upstream that closes ends many sessions at once: the failures worth showing.
+_FAILED_ENDS: Final = frozenset({"upstream_lost", "internal_error"})
+
+
+def outcome_of(reason: str) -> Outcome:
+    """Return the outcome that a reason of a session's end stands for."""
+    return _OUTCOMES.get(reason, Outcome.CUT)
+
+
 class _Words:
     """A counter with one label of closed values, each of them shown from the start, at 0."""
 
@@ -68,9 +110,68 @@ class _Words:
         self._counters.get(word, self._counters[OTHER]).inc()
 
 
+class _Scraped(Collector):
+    """What is read at the moment of a scrape instead of being counted as it happens."""
+
+    def __init__(self, readings: Callable[[], list[TargetReading]]) -> None:
+        self._readings = readings
+        self.source: StatusSource | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        yield from _of_targets(self._readings())
+        if self.source is not None:
+            yield from _of_source(self.source)
+
+
+def _of_targets(readings: list[TargetReading]) -> Iterable[Metric]:
+    active = GaugeMetricFamily(
+        f"{_PREFIX}_sessions_active", "Sessions that are served now.", labels=["target"]
+    )
+    started = CounterMetricFamily(
+        f"{_PREFIX}_sessions_started", "Sessions that reached their relay.", labels=["target"]
+    )
+    relayed = CounterMetricFamily(
+        f"{_PREFIX}_relayed_bytes",
+        "Bytes relayed, those of sessions that still live among them.",
+        labels=["target", "direction"],
+    )
+    for one in readings:
+        active.add_metric([one.target], one.sessions)
+        started.add_metric([one.target], one.sessions_started)
+        relayed.add_metric([one.target, "to_upstream"], one.client_bytes)
+        relayed.add_metric([one.target, "to_client"], one.upstream_bytes)
+    return active, started, relayed
+
+
+def _of_source(source: StatusSource) -> Iterable[Metric]:
+    age = GaugeMetricFamily(
+        f"{_PREFIX}_token_age_seconds", "Age of the newest token.", labels=["workspace"]
+    )
+    expiry = GaugeMetricFamily(
+        f"{_PREFIX}_token_expires_in_seconds",
+        "Time until the newest token expires; below zero, since when it has.",
+        labels=["workspace"],
+    )
+    for token in source.tokens():
+        age.add_metric([token.workspace], token.age_seconds)
+        expiry.add_metric([token.workspace], token.expires_in_seconds)
+    yield age
+    yield expiry
+    yield GaugeMetricFamily(
+        f"{_PREFIX}_draining",
+        "1 while the proxy drains.",
+        value=source.state() is State.DRAINING,
+    )
+    yield GaugeMetricFamily(
+        f"{_PREFIX}_sessions_max",
+        "The bound of sessions: listen.max_connections.",
+        value=source.sessions_max(),
+    )
+
+
 class Metrics:
     """The metrics of one proxy. The reasons that sessions end and startups fail with are given
-    by the floors that own these words."""
+    by the floors that own these words; `target_names` are those of the configuration."""
 
     def __init__(
         self,
@@ -78,50 +179,84 @@ class Metrics:
         version: str,
         session_end_reasons: Iterable[str],
         startup_failure_reasons: Iterable[str],
+        target_names: Iterable[str] = (),
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._registry = registry = CollectorRegistry(auto_describe=True)
+        self.live = Live(target_names)
+        self.failures = Failures(clock)
+        self._registry = CollectorRegistry(auto_describe=True)
+        self._scraped = _Scraped(self.live.readings)
+        self._registry.register(self._scraped)
+        # Memory, processor time and open files, where the system tells (Linux).
+        ProcessCollector(namespace=_PREFIX, registry=self._registry)
+        self._declare_sessions(list(session_end_reasons), startup_failure_reasons)
+        self._declare_upstream()
+        self._declare_program(version)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"lakebase_proxy_{name}", text, labels, registry=registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
 
+    def _declare_sessions(self, ends: list[str], failures: Iterable[str]) -> None:
         self._connections = Gauge(
-            "lakebase_proxy_connections",
-            "Client connections open now.",
-            registry=registry,
+            f"{_PREFIX}_connections", "Client connections open now.", registry=self._registry
         )
-        self._connections_accepted = counter("connections_accepted", "Client connections.")
-        self._sessions_ended = _Words(
-            counter(
-                "sessions_ended", "Sessions that had started, by first cause of end.", "reason"
-            ),
-            session_end_reasons,
+        self._connections_accepted = self._counter("connections_accepted", "Client connections.")
+        ended = self._counter(
+            "sessions_ended",
+            "Sessions that had started, by outcome and first cause of end.",
+            *("outcome", "reason"),
         )
+        self._sessions_ended = {
+            reason: ended.labels(outcome_of(reason), reason) for reason in (*ends, OTHER)
+        }
         self._startup_failures = _Words(
-            counter("startup_failures", "Clients that were not served, by reason.", "reason"),
-            startup_failure_reasons,
+            self._counter("startup_failures", "Clients that were not served, by reason.", "reason"),
+            failures,
         )
+        self._cancel_requests = _Words(
+            self._counter("cancel_requests", "CancelRequests received, by result.", "result"),
+            CancelResult,
+        )
+
+    def _declare_upstream(self) -> None:
         self._connect_seconds = Histogram(
-            "lakebase_proxy_upstream_connect_seconds",
+            f"{_PREFIX}_upstream_connect_seconds",
             "Time spent on each phase of reaching a ready upstream, in seconds.",
             ["phase"],
             buckets=_CONNECT_SECONDS_BUCKETS,
-            registry=registry,
+            registry=self._registry,
         )
         for phase in ConnectPhase:
             self._connect_seconds.labels(phase)
-        self._tokens_minted = counter("tokens_minted", "Tokens issued by the credential API.")
-        self._mint_failures = counter("token_mint_failures", "Attempts to get a token that failed.")
-        self._cancel_requests = _Words(
-            counter("cancel_requests", "CancelRequests received, by result.", "result"),
-            CancelResult,
+        self._tokens_minted = self._counter("tokens_minted", "Tokens issued by the credential API.")
+        self._mint_failures = self._counter(
+            "token_mint_failures", "Attempts to get a token that failed."
+        )
+
+    def _declare_program(self, version: str) -> None:
+        self._lag_seconds = Histogram(
+            f"{_PREFIX}_event_loop_lag_seconds",
+            "How late the event loop came to a timer, in seconds.",
+            buckets=_LAG_SECONDS_BUCKETS,
+            registry=self._registry,
+        )
+        self._admin_errors = self._counter(
+            "admin_errors", "Requests to the admin address that failed with 500."
+        )
+        self._admin_restarts = self._counter(
+            "admin_restarts", "Times that the admin address died and was opened anew."
         )
         build = Gauge(
-            "lakebase_proxy_build_info",
+            f"{_PREFIX}_build_info",
             "Always 1; the labels say which program this is.",
             ["version"],
-            registry=registry,
+            registry=self._registry,
         )
         build.labels(version).set(1)
+
+    def watch(self, source: StatusSource) -> None:
+        """Read tokens, drain and bounds from here at each scrape."""
+        self._scraped.source = source
 
     @contextmanager
     def connection(self) -> Iterator[None]:
@@ -130,34 +265,72 @@ class Metrics:
         with self._connections.track_inprogress():
             yield
 
-    def session_ended(self, reason: str) -> None:
+    def session(self, target: str, carried: Callable[[], Carried]) -> AbstractContextManager[None]:
+        """Count a session that is served while the block runs, and the bytes that it carries."""
+        return self.live.session(target, carried)
+
+    def session_ended(self, reason: str, target: str = "") -> None:
         """Count a session that had reached ReadyForQuery, by the first cause of its end."""
-        self._sessions_ended.count(reason)
+        reason = reason if reason in self._sessions_ended else OTHER
+        self._sessions_ended[reason].inc()
+        if reason in _FAILED_ENDS:
+            self._failed(reason, target=target)
 
     def startup_failed(self, reason: str) -> None:
-        """Count a client that was refused or lost before ReadyForQuery."""
+        """Count a client that was lost, or whose like is no news, before ReadyForQuery."""
         self._startup_failures.count(reason)
 
-    def connect_phase_took(self, phase: ConnectPhase, seconds: float) -> None:
+    def session_refused(self, reason: str, sqlstate: str = "", target: str = "") -> None:
+        """Count a client that was told that it is not served, and remember why."""
+        self._startup_failures.count(reason)
+        self._failed(reason, sqlstate, target)
+
+    def connect_phase_took(self, phase: ConnectPhase, seconds: float, target: str = OTHER) -> None:
         """Record one completed phase of reaching an upstream; the caller has the clock."""
         self._connect_seconds.labels(phase).observe(seconds)
+        self.live.connect_phase_took(target, phase, seconds)
 
     def token_minted(self) -> None:
         """Count a token that the credential API issued."""
         self._tokens_minted.inc()
 
-    def token_mint_failed(self) -> None:
+    def token_mint_failed(self, reason: str = "") -> None:
         """Count an attempt to get a token that failed, whether or not an older one was used."""
         self._mint_failures.inc()
+        if reason:
+            self._failed(reason)
 
     def cancel_requested(self, result: CancelResult) -> None:
         """Count a CancelRequest by what became of it."""
         self._cancel_requests.count(result)
+        if result is CancelResult.FAILED:
+            self._failed(CANCEL_NOT_DELIVERED)
+
+    def loop_lagged(self, seconds: float) -> None:
+        """Record how late the event loop was."""
+        self._lag_seconds.observe(seconds)
+
+    def admin_failed(self) -> None:
+        """Count a request to the admin address that a bug of ours left without an answer."""
+        self._admin_errors.inc()
+
+    def admin_restarted(self) -> None:
+        """Count a death of the admin address."""
+        self._admin_restarts.inc()
 
     def exposition(self) -> bytes:
         """Return all metrics in the text format, of type `EXPOSITION_CONTENT_TYPE`."""
         return generate_latest(self._registry)
 
     def value(self, name: str, **labels: str) -> float:
-        """Return one sample, 0 if there is none: `value("tokens_minted_total")`."""
-        return self._registry.get_sample_value(f"lakebase_proxy_{name}", labels) or 0.0
+        """Return the sum of the samples that have these labels, 0 if there are none:
+        `value("tokens_minted_total")`. For tests."""
+        return sum(
+            sample.value
+            for family in self._registry.collect()
+            for sample in family.samples
+            if sample.name == f"{_PREFIX}_{name}" and labels.items() <= sample.labels.items()
+        )
+
+    def _failed(self, reason: str, sqlstate: str = "", target: str = "") -> None:
+        self.failures.note(reason, sqlstate, self.live.named(target) if target else "")

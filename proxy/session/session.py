@@ -12,8 +12,10 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum, unique
 from functools import partial
+from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.live import Carried
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
@@ -34,6 +36,9 @@ from proxy.wire.client_startup import (
 )
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.violations import Answer, ClientViolation
+
+# The name under which log, metrics and status show the target of the section [upstream].
+TARGET: Final = "upstream"
 
 _log = get_logger(__name__)
 
@@ -76,6 +81,7 @@ class Session:
         # A unix socket's bytes do not leave the machine: TLS is refused there as PostgreSQL does.
         tls_offered = parts.tls is not None and not is_unix(link.transport)
         self._startup = ClientStartup(tls_offered=tls_offered)
+        self._begun_at = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
         """Serve the connection from accept to close."""
@@ -157,7 +163,7 @@ class Session:
                 upstream = await self._dial(startup)
                 keys = self._parts.cancel_keys
                 with keys.issue(upstream.startup.key, upstream.target, startup.version) as key:
-                    _note_end(self._parts.metrics, await self._relay(upstream, key))
+                    await self._relay(upstream, key)
         except ClientGone:
             self._parts.metrics.startup_failed(StartupFailure.CLIENT_GONE)
             _log.debug("client left before its session was ready")
@@ -186,7 +192,7 @@ class Session:
             raise ProxyError(ErrorKind.UPSTREAM_LOST)
         return upstream
 
-    async def _relay(self, upstream: UpstreamSession, key: IssuedKey | None) -> RelayEnd:
+    async def _relay(self, upstream: UpstreamSession, key: IssuedKey | None) -> None:
         """Tell the client that it is served, hand both connections over, and see it through."""
         client, link = self._link, upstream.link
         abandon = None
@@ -204,19 +210,41 @@ class Session:
         )
         if link.gone.done():
             relay.from_upstream.eof_received()
-        _log.info("session started", host=upstream.target.host)
-        try:
-            return await relay.run()
-        except asyncio.CancelledError:
-            _note_end(self._parts.metrics, relay.ended(EndReason.SHUTDOWN))
-            raise
+        _log.info("session started", target=TARGET, host=upstream.target.host)
+        with self._parts.metrics.session(TARGET, partial(_carried, relay)):
+            try:
+                end = await relay.run()
+            except asyncio.CancelledError:
+                self._note_end(relay.ended(EndReason.SHUTDOWN))
+                raise
+        self._note_end(end)
 
     def _refuse(self, reason: str, error: ErrorResponse) -> None:
-        self._parts.metrics.startup_failed(reason)
+        self._parts.metrics.session_refused(reason, error.sqlstate, TARGET)
         _log.info(
-            "session refused", reason=reason, sqlstate=error.sqlstate, detail=error.text(b"D")
+            "session refused",
+            reason=reason,
+            sqlstate=error.sqlstate,
+            detail=error.text(b"D"),
+            target=TARGET,
+            duration_seconds=self._duration_seconds(),
         )
         self._link.write(self._startup.refuse(error))
+
+    def _note_end(self, end: RelayEnd) -> None:
+        self._parts.metrics.session_ended(end.reason, TARGET)
+        _log.info(
+            "session ended",
+            reason=end.reason.value,
+            target=TARGET,
+            duration_seconds=self._duration_seconds(),
+            client_bytes=end.client_bytes,
+            upstream_bytes=end.upstream_bytes,
+        )
+
+    def _duration_seconds(self) -> float:
+        """Return the time since accept, as the log shows it."""
+        return round(asyncio.get_running_loop().time() - self._begun_at, 3)
 
     @asynccontextmanager
     async def _while_connected(self) -> AsyncIterator[None]:
@@ -240,11 +268,5 @@ class Session:
             raise ClientGone from None
 
 
-def _note_end(metrics: Metrics, end: RelayEnd) -> None:
-    metrics.session_ended(end.reason)
-    _log.info(
-        "session ended",
-        reason=end.reason.value,
-        client_bytes=end.client_bytes,
-        upstream_bytes=end.upstream_bytes,
-    )
+def _carried(relay: Relay) -> Carried:
+    return Carried(relay.from_client.received_bytes, relay.from_upstream.received_bytes)

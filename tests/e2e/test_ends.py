@@ -238,7 +238,9 @@ async def test_readiness_fails_while_draining_and_new_clients_are_refused(
 
     async def status(path: str) -> str:
         reader, writer = await asyncio.open_connection(admin.host, admin.port)
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        writer.write(
+            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        )
         line = await reader.readline()
         await reader.read()
         writer.close()

@@ -3,65 +3,21 @@
 import asyncio
 import signal
 import socket
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.observe.admin import AdminState, serve_admin
-from proxy.observe.metrics import Metrics
-
-LOOPBACK = "127.0.0.1"
-
-# Far more than an answer on loopback takes; only a hang gets here.
-ANSWER_SECONDS_MAX = 5
-
-
-@dataclass
-class Proxy:
-    """What the admin address shows, set by each test."""
-
-    started: bool = True
-    ready: bool = True
-    metrics: Metrics = field(
-        default_factory=lambda: Metrics(
-            version="1", session_end_reasons=[], startup_failure_reasons=[]
-        )
-    )
-
-    def state(self) -> AdminState:
-        return AdminState(
-            started=lambda: self.started,
-            ready=lambda: self.ready,
-            metrics=self.metrics.exposition,
-        )
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-
-async def ask(port: int, path: str, method: str = "GET", host: str = LOOPBACK) -> Answer:
-    async with asyncio.timeout(ANSWER_SECONDS_MAX):
-        reader, writer = await asyncio.open_connection(host, port)
-        try:
-            request = f"{method} {path} HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n"
-            writer.write(request.encode())
-            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        finally:
-            writer.close()
-            await writer.wait_closed()
-    status_line, *header_lines = head.decode().split("\r\n")
-    headers = dict(line.lower().split(": ", 1) for line in header_lines)
-    return Answer(int(status_line.split(" ")[1]), headers, body)
+from proxy.observe.admin import REQUEST_BYTES_MAX, serve_admin
+from proxy.observe.gate import CONNECTION_SECONDS_MAX
+from tests.support.admin_address import ANSWER_SECONDS_MAX, LOOPBACK, Shown, ask
+from tests.support.running import captured_log, eventually
 
 
 @pytest.mark.parametrize("path", ["/startup", "/readiness", "/liveness"])
 async def test_a_proxy_that_serves_is_well(path: str) -> None:
-    async with serve_admin(Proxy().state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, path)
     assert (answer.status, answer.body) == (200, b"yes\n")
 
@@ -78,15 +34,15 @@ async def test_a_proxy_that_serves_is_well(path: str) -> None:
 async def test_each_probe_answers_its_own_question(
     started: bool, ready: bool, statuses: list[int]
 ) -> None:
-    proxy = Proxy(started, ready)
-    async with serve_admin(proxy.state(), host=LOOPBACK, port=0) as address:
+    proxy = Shown(started, ready)
+    async with serve_admin(proxy.admin_state(), host=LOOPBACK, port=0) as address:
         answers = [await ask(address.port, f"/{p}") for p in ("startup", "readiness", "liveness")]
     assert [answer.status for answer in answers] == statuses
 
 
 async def test_an_answer_is_of_now() -> None:
-    proxy = Proxy()
-    async with serve_admin(proxy.state(), host=LOOPBACK, port=0) as address:
+    proxy = Shown()
+    async with serve_admin(proxy.admin_state(), host=LOOPBACK, port=0) as address:
         before = await ask(address.port, "/readiness")
         proxy.ready = False
         after = await ask(address.port, "/readiness")
@@ -94,9 +50,9 @@ async def test_an_answer_is_of_now() -> None:
 
 
 async def test_metrics_are_in_the_format_that_prometheus_reads() -> None:
-    proxy = Proxy()
+    proxy = Shown()
     proxy.metrics.token_minted()
-    async with serve_admin(proxy.state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(proxy.admin_state(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
     families = text_string_to_metric_families(answer.body.decode())
@@ -105,29 +61,36 @@ async def test_metrics_are_in_the_format_that_prometheus_reads() -> None:
 
 
 async def test_head_is_answered_without_a_body() -> None:
-    async with serve_admin(Proxy().state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, "/readiness", "HEAD")
     assert (answer.status, answer.body) == (200, b"")
 
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/", 404), ("GET", "/status/x", 404), ("POST", "/metrics", 405)],
+    [
+        ("GET", "/status/x", 404),
+        ("POST", "/metrics", 405),
+        ("PUT", "/", 405),
+        ("DELETE", "/status", 405),
+        ("GET", "/quitquitquit", 404),  # it was not enabled
+        ("POST", "/quitquitquit", 404),
+    ],
 )
 async def test_nothing_else_is_served(method: str, path: str, status: int) -> None:
-    async with serve_admin(Proxy().state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, path, method)
     assert answer.status == status
 
 
 async def test_the_program_behind_it_is_not_named() -> None:
-    async with serve_admin(Proxy().state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
         assert "server" not in (await ask(address.port, "/liveness")).headers
 
 
 async def test_ipv6_loopback_is_served() -> None:
     try:
-        async with serve_admin(Proxy().state(), host="::1", port=0) as address:
+        async with serve_admin(Shown().admin_state(), host="::1", port=0) as address:
             assert (await ask(address.port, "/liveness", host="::1")).status == 200
     except OSError:
         pytest.skip("this machine has no IPv6")
@@ -137,7 +100,7 @@ async def test_a_port_that_is_taken_raises_before_the_block_begins() -> None:
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match="in use"):
-            async with serve_admin(Proxy().state(), host=LOOPBACK, port=port):
+            async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=port):
                 pytest.fail("it must not begin")
 
 
@@ -150,13 +113,13 @@ async def refuses(port: int) -> bool:
 
 
 async def test_the_port_is_free_after_the_block() -> None:
-    async with serve_admin(Proxy().state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
         await ask(address.port, "/liveness")
     assert await refuses(address.port)
 
 
 async def test_a_block_that_ends_at_once_gives_the_port_back() -> None:
-    async with serve_admin(Proxy().state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
         pass
     assert await refuses(address.port)
 
@@ -165,7 +128,7 @@ async def test_what_the_block_raises_comes_out_as_it_was() -> None:
     ports = []
 
     async def fail_inside() -> None:
-        async with serve_admin(Proxy().state(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
             ports.append(address.port)
             raise ZeroDivisionError
 
@@ -178,7 +141,7 @@ async def test_a_cancelled_block_gives_the_port_back() -> None:
     ports: asyncio.Queue[int] = asyncio.Queue()
 
     async def serve_for_ever() -> None:
-        async with serve_admin(Proxy().state(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
             ports.put_nowait(address.port)
             await asyncio.Event().wait()
 
@@ -192,7 +155,7 @@ async def test_a_cancelled_block_gives_the_port_back() -> None:
 
 async def test_a_client_that_says_nothing_does_not_hold_up_the_end() -> None:
     async with asyncio.timeout(ANSWER_SECONDS_MAX):
-        async with serve_admin(Proxy().state(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
             await ask(address.port, "/liveness")
             reader, writer = await asyncio.open_connection(LOOPBACK, address.port)
         assert await reader.read() == b""
@@ -204,17 +167,122 @@ async def test_a_failing_callable_is_a_500_and_nothing_more() -> None:
     def broken() -> bool:
         raise RuntimeError("not-a-real-secret")
 
-    state = AdminState(started=lambda: True, ready=broken, metrics=lambda: b"")
-    async with serve_admin(state, host=LOOPBACK, port=0) as address:
-        answer = await ask(address.port, "/readiness")
-        assert answer.status == 500
-        assert b"not-a-real-secret" not in answer.body
-        assert (await ask(address.port, "/liveness")).status == 200
+    shown = Shown()
+    state = replace(shown.admin_state(), ready=broken)
+    with captured_log() as log:
+        async with serve_admin(state, host=LOOPBACK, port=0) as address:
+            answer = await ask(address.port, "/readiness")
+            assert answer.status == 500
+            assert b"not-a-real-secret" not in answer.body
+            assert (await ask(address.port, "/liveness")).status == 200
+    assert shown.metrics.value("admin_errors_total") == 1
+    (line,) = log.above_info()
+    assert (line["event"], line["path"], line["level"]) == (
+        *("admin request failed", "/readiness"),
+        "error",
+    )
+    assert "RuntimeError" in line["exception"]
+
+
+async def kill_the_server() -> None:
+    """End the task that serves, as a bug in the HTTP library would."""
+    (served,) = [task for task in asyncio.all_tasks() if task.get_name() == "admin server"]
+    served.cancel()
+    await asyncio.wait([served])
+
+
+def reopened() -> bool:
+    return any(task.get_name() == "admin server" for task in asyncio.all_tasks())
+
+
+async def test_an_admin_address_that_dies_is_noticed_and_opened_anew() -> None:
+    # Otherwise probes fail until the orchestrator restarts a proxy that serves well.
+    shown = Shown()
+    with captured_log() as log:
+        async with serve_admin(shown.admin_state(), host=LOOPBACK, port=0) as address:
+            for deaths in (1, 2):
+                assert (await ask(address.port, "/readiness")).status == 200
+                await kill_the_server()
+                await eventually(reopened, "another one serves")
+                assert shown.metrics.value("admin_restarts_total") == deaths
+            assert (await ask(address.port, "/readiness")).status == 200
+    assert await refuses(address.port)
+    assert [(line["event"], line["level"]) for line in log.above_info()] == [
+        ("admin address died; sessions go on", "error")
+    ] * 2
+
+
+async def test_a_dead_admin_address_does_not_hold_up_the_end() -> None:
+    async with asyncio.timeout(ANSWER_SECONDS_MAX):
+        async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+            await ask(address.port, "/liveness")
+            await kill_the_server()
+        assert await refuses(address.port)
+
+
+async def take(port: int) -> socket.socket:
+    """Listen on the port as soon as nobody else does."""
+    while True:  # ends with the test's own timeout
+        try:
+            return socket.create_server((LOOPBACK, port))
+        except OSError:
+            await asyncio.sleep(0)
+
+
+async def test_a_port_that_another_program_took_meanwhile_is_waited_for() -> None:
+    with captured_log() as log:
+        async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+            await ask(address.port, "/liveness")
+            await kill_the_server()
+            async with asyncio.timeout(ANSWER_SECONDS_MAX):
+                taken = await take(address.port)
+            with taken:
+                await eventually(lambda: log.events("admin address not opened anew"), "it tries")
+            await eventually(reopened, "it has the port again")
+            assert (await ask(address.port, "/liveness")).status == 200
+
+
+async def test_a_request_has_a_bounded_size() -> None:
+    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+        reader, writer = await asyncio.open_connection(LOOPBACK, address.port)
+        head = b"GET /liveness HTTP/1.1\r\nHost: localhost\r\nX-Long: "
+        writer.write(head + b"x" * REQUEST_BYTES_MAX)
+        async with asyncio.timeout(ANSWER_SECONDS_MAX):
+            assert (await reader.readline()).split()[1] == b"400"
+            assert b"yes" not in await reader.read()
+        writer.close()
+
+
+@pytest.mark.slow
+async def test_a_connection_that_never_finishes_its_request_ends() -> None:
+    # A few of these would have used up the places that probes need, for ever.
+    async def stay(port: int, said: bytes) -> None:
+        reader, writer = await asyncio.open_connection(LOOPBACK, port)
+        writer.write(said)
+        with suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.close()
+
+    async with (
+        asyncio.timeout(CONNECTION_SECONDS_MAX + ANSWER_SECONDS_MAX),
+        serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address,
+        asyncio.TaskGroup() as tasks,
+    ):
+        for said in (b"", b"GET /liveness HTTP/1.1\r\nHost: lo"):
+            tasks.create_task(stay(address.port, said))
+
+
+async def test_no_answer_is_kept_or_guessed_at_by_a_browser() -> None:
+    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+        for path in ("/", "/status", "/metrics", "/liveness"):
+            headers = (await ask(address.port, path)).headers
+            assert headers["cache-control"] == "no-store"
+            assert headers["x-content-type-options"] == "nosniff"
 
 
 async def test_signals_stay_with_the_proxy() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    async with serve_admin(Proxy().state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
         await ask(address.port, "/liveness")
         during = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert during == before

@@ -6,7 +6,10 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.observe.metrics import CancelResult, ConnectPhase, Metrics
+from proxy.observe.live import Carried
+from proxy.observe.metrics import CancelResult, ConnectPhase, Metrics, Outcome, outcome_of
+from proxy.observe.status import State, Token
+from tests.support.admin_address import NOW, Shown
 
 
 def new_metrics() -> Metrics:
@@ -14,6 +17,8 @@ def new_metrics() -> Metrics:
         version="1.2.3",
         session_end_reasons=["client_closed", "drained"],
         startup_failure_reasons=["token_rejected"],
+        target_names=["upstream", "eu"],
+        clock=lambda: NOW,
     )
 
 
@@ -57,7 +62,11 @@ def test_a_word_outside_the_closed_set_makes_no_new_series() -> None:
 def test_every_series_is_there_before_its_first_event() -> None:
     exposition = new_metrics().exposition().decode()
     for series in (
-        'lakebase_proxy_sessions_ended_total{reason="client_closed"} 0.0',
+        'lakebase_proxy_sessions_ended_total{outcome="completed",reason="client_closed"} 0.0',
+        'lakebase_proxy_sessions_active{target="eu"} 0.0',
+        'lakebase_proxy_sessions_started_total{target="eu"} 0.0',
+        'lakebase_proxy_relayed_bytes_total{direction="to_client",target="eu"} 0.0',
+        "lakebase_proxy_admin_errors_total 0.0",
         'lakebase_proxy_startup_failures_total{reason="token_rejected"} 0.0',
         'lakebase_proxy_cancel_requests_total{result="unknown_key"} 0.0',
         'lakebase_proxy_upstream_connect_seconds_count{phase="tls"} 0.0',
@@ -98,12 +107,18 @@ def test_the_build_is_shown() -> None:
     assert new_metrics().value("build_info", version="1.2.3") == 1
 
 
+LABELS = {
+    *("reason", "outcome", "result", "phase", "direction"),
+    *("target", "workspace", "version", "le"),
+}
+
+
 def test_names_have_the_prefix_and_labels_are_from_the_short_list() -> None:
     for family in text_string_to_metric_families(new_metrics().exposition().decode()):
         assert re.fullmatch(r"lakebase_proxy_[a-z_]+", family.name)
         assert family.documentation.endswith(".")
         for sample in family.samples:
-            assert set(sample.labels) <= {"reason", "result", "phase", "version", "le"}
+            assert sample.labels.keys() <= LABELS
 
 
 def test_two_proxies_in_one_process_count_apart() -> None:
@@ -111,3 +126,85 @@ def test_two_proxies_in_one_process_count_apart() -> None:
     first.token_minted()
     assert second.value("tokens_minted_total") == 0
     assert not [family for family in REGISTRY.collect() if "lakebase" in family.name]
+
+
+@pytest.mark.parametrize(
+    ("reason", "outcome"),
+    [
+        ("client_closed", Outcome.COMPLETED),
+        ("client_lost", Outcome.LOST),
+        ("upstream_lost", Outcome.LOST),
+        ("shutdown", Outcome.CUT),
+        ("internal_error", Outcome.FAILED),
+        ("other", Outcome.FAILED),
+    ],
+)
+def test_a_reason_of_an_end_has_one_outcome(reason: str, outcome: Outcome) -> None:
+    assert outcome_of(reason) is outcome
+
+
+def test_an_outcome_is_counted_with_its_reason() -> None:
+    metrics = new_metrics()
+    metrics.session_ended("client_closed")
+    metrics.session_ended("drained")
+    metrics.session_ended("never-heard-of")
+    counts = {word: metrics.value("sessions_ended_total", outcome=word) for word in Outcome}
+    assert counts == {"completed": 1, "cut": 1, "failed": 1, "lost": 0}
+
+
+def test_bytes_move_while_a_session_lives_and_never_fall() -> None:
+    metrics, carried = new_metrics(), Carried(0, 0)
+    to_upstream = {"target": "eu", "direction": "to_upstream"}
+    to_client = {"target": "eu", "direction": "to_client"}
+    seen = []
+    with metrics.session("eu", lambda: carried):
+        assert metrics.value("sessions_active", target="eu") == 1
+        for carried in (Carried(1, 10), Carried(2, 20)):
+            seen.append(metrics.value("relayed_bytes_total", **to_upstream))
+            assert metrics.value("relayed_bytes_total", **to_client) == carried.upstream_bytes
+    seen.append(metrics.value("relayed_bytes_total", **to_upstream))
+    assert seen == [1, 2, 2]
+    assert metrics.value("sessions_active") == 0
+    assert metrics.value("sessions_started_total", target="eu") == 1
+    assert metrics.value("sessions_started_total", target="upstream") == 0
+
+
+def test_a_target_that_is_not_configured_makes_no_series() -> None:
+    metrics = new_metrics()
+    for number in range(50):
+        with metrics.session(f"client-{number}", lambda: Carried(1, 1)):
+            pass
+        metrics.session_refused("token_rejected", "28000", f"client-{number}")
+    assert metrics.value("sessions_started_total", target="other") == 50
+    assert b"client-" not in metrics.exposition()
+    assert [failure.target for failure in metrics.failures.latest()] == ["other"]
+
+
+def test_what_is_refused_is_counted_and_remembered() -> None:
+    metrics = new_metrics()
+    metrics.session_refused("token_rejected", "28000", "eu")
+    metrics.startup_failed("token_rejected")
+    assert metrics.value("startup_failures_total", reason="token_rejected") == 2
+    (failure,) = metrics.failures.latest()
+    assert (failure.reason, failure.target, failure.count) == ("token_rejected", "eu", 1)
+
+
+def test_tokens_and_drain_are_read_at_the_scrape() -> None:
+    metrics, shown = new_metrics(), Shown()
+    metrics.watch(shown.source())
+    assert metrics.value("draining") == 0
+    assert "lakebase_proxy_token_age_seconds{" not in metrics.exposition().decode()
+    shown.state = State.DRAINING
+    shown.tokens = [Token("workspace", 12.5, -3.0)]
+    assert metrics.value("draining") == 1
+    assert metrics.value("sessions_max") == 1000
+    assert metrics.value("token_age_seconds", workspace="workspace") == 12.5
+    assert metrics.value("token_expires_in_seconds", workspace="workspace") == -3
+
+
+def test_lag_is_a_histogram_of_seconds() -> None:
+    metrics = new_metrics()
+    metrics.loop_lagged(0.002)
+    metrics.loop_lagged(0.7)
+    assert metrics.value("event_loop_lag_seconds_sum") == pytest.approx(0.702)
+    assert metrics.value("event_loop_lag_seconds_bucket", le="0.5") == 1

@@ -1,0 +1,72 @@
+"""The last failures, for whoever looks at the status: a few, each with how often it came.
+
+For: "what is going wrong now" without a search through the log. Not for: details; those are in the
+log, with the connection's id.
+
+Invariants: at most `FAILURES_MAX` are kept; and each is made of words of closed lists alone (a
+reason, a SQLSTATE, a configured target, the sentences of `ErrorKind`), never of what a client or
+an upstream said, so that no secret can get here.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from proxy.errors import ErrorKind
+
+# What a person reads at a glance; an older kind of failure makes room for a new one.
+FAILURES_MAX: Final = 20
+
+_SQLSTATE: Final = re.compile(r"[0-9A-Z]{5}", re.ASCII)
+_ROWS: Final = {kind.value.reason: kind.value for kind in ErrorKind}
+
+# A failure that nobody is told of with an ErrorResponse.
+CANCEL_NOT_DELIVERED: Final = "cancel_not_delivered"
+_SENTENCES: Final = {CANCEL_NOT_DELIVERED: "a cancel request did not reach the upstream"}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One kind of failure at one target: when it last came (seconds since 1970), and how often.
+
+    `target` is empty where the failure was none of a target's.
+    """
+
+    at: float
+    reason: str
+    sqlstate: str
+    target: str
+    count: int
+    message: str
+    hint: str
+
+
+class Failures:
+    """The last failures of one proxy. `clock` is the wall clock, in seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._latest: dict[tuple[str, str, str], Failure] = {}
+
+    def note(self, reason: str, sqlstate: str = "", target: str = "") -> None:
+        """Remember a failure. `reason` and `target` are words of closed lists.
+
+        Without a SQLSTATE, or with a malformed one, the reason's own is shown.
+        """
+        row = _ROWS.get(reason)
+        if not _SQLSTATE.fullmatch(sqlstate):
+            sqlstate = row.sqlstate if row else ""
+        message = row.message if row else _SENTENCES.get(reason, "")
+        hint = row.hint.replace("{user}", "ROLE") if row else ""
+        cause = (reason, sqlstate, target)
+        before = self._latest.pop(cause, None)
+        failure = before or Failure(0, reason, sqlstate, target, 0, message, hint)
+        # The newest stands last.
+        self._latest[cause] = replace(failure, at=self._clock(), count=failure.count + 1)
+        if len(self._latest) > FAILURES_MAX:
+            del self._latest[next(iter(self._latest))]
+
+    def latest(self) -> list[Failure]:
+        """Return them, the newest first."""
+        return list(reversed(self._latest.values()))

@@ -1,0 +1,89 @@
+"""Who may ask the admin address, and how long a connection to it may last.
+
+For: keeping web pages on the same machine from reading or ending the proxy through a browser, and
+slow or silent connections from using up the few places that probes need. Not for: users; the
+address is loopback's unless the configuration says otherwise.
+
+Invariant: nothing here waits, and every connection ends within `CONNECTION_SECONDS_MAX`.
+"""
+
+import asyncio
+import ipaddress
+from typing import Any, Final
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# From connect to close, whatever it does. A scrape takes milliseconds, and who comes again after
+# some seconds (a probe, a scraper, the page) may as well connect again.
+CONNECTION_SECONDS_MAX: Final = 10.0
+
+# Headers that a browser sends with a page's POST, or a forwarding proxy in front of us: the peer's
+# address then says nothing of who asks.
+_FOREIGN_HEADERS: Final = ("origin", "forwarded", "x-forwarded-for")
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's connection with an end: uvicorn itself waits for a request without a limit."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._end = asyncio.get_running_loop().call_later(CONNECTION_SECONDS_MAX, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end.cancel()
+        super().connection_lost(exc)
+
+
+class HostGate:
+    """Answers 421 to a Host that is a foreign name, where only this machine is served.
+
+    A page on the web can have its own name resolve to 127.0.0.1 and then read what is served there
+    as its own ("DNS rebinding"). Its name is in the Host header; an address is not a name.
+    """
+
+    def __init__(self, app: ASGIApp, own_name: str) -> None:
+        self._app = app
+        self._own_name = own_name.lower()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = _without_port(Headers(scope=scope).get("host", ""))
+        if host in ("", "localhost", self._own_name) or _is_address(host):
+            await self._app(scope, receive, send)
+        else:
+            answer = PlainTextResponse("ask for localhost or for an address\n", 421)
+            await answer(scope, receive, send)
+
+
+def is_from_this_machine(request: Request) -> bool:
+    """Tell whether a program on this machine asks, itself: not a browser's page, not a proxy."""
+    peer: Any = request.client
+    if peer is None or any(name in request.headers for name in _FOREIGN_HEADERS):
+        return False
+    return is_loopback(peer.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address is loopback's. Names are not, whatever they resolve to."""
+    if not _is_address(host):
+        return False
+    address = ipaddress.ip_address(host)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower()
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,104 @@
+"""What goes on at each target now: its sessions, the bytes they carry, its last connect.
+
+For: numbers that move while a session lives. A session's relay counts its bytes anyway; here they
+are summed up when somebody asks, so that a chunk costs nothing. Not for: what is only counted
+(`metrics`), or anything about one session.
+
+Invariants: a target's sums never fall, since a session's bytes move from the living to the ended in
+one step; and targets are those of the configuration, any other name is `other`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+OTHER: Final = "other"
+
+# A reload may bring new names, and the old ones keep their sums: a bound for all that ever were.
+TARGETS_MAX: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Bytes received from a client and from its upstream."""
+
+    client_bytes: int
+    upstream_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TargetReading:
+    """What a target has now: sessions open and ever started, bytes of all of them, and the seconds
+    that each phase of the last connect took."""
+
+    target: str
+    sessions: int
+    sessions_started: int
+    client_bytes: int
+    upstream_bytes: int
+    connect_seconds: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class _Tally:
+    started: int = 0
+    client_bytes: int = 0  # of the sessions that have ended
+    upstream_bytes: int = 0
+    # By a number of their own: two sessions' functions could compare equal.
+    living: dict[int, Callable[[], Carried]] = field(default_factory=dict)
+    connect_seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Live:
+    """The sessions of one proxy, by target."""
+
+    def __init__(self, targets: Iterable[str]) -> None:
+        self._tallies = {OTHER: _Tally()}
+        self.know(targets)
+
+    def know(self, targets: Iterable[str]) -> None:
+        """Give each of these targets a reading of its own from now on, up to `TARGETS_MAX`."""
+        for name in targets:
+            if len(self._tallies) <= TARGETS_MAX:
+                self._tallies.setdefault(name, _Tally())
+
+    def named(self, target: str) -> str:
+        """Return the name under which a target is shown: its own, or `other`."""
+        return target if target in self._tallies else OTHER
+
+    @contextmanager
+    def session(self, target: str, carried: Callable[[], Carried]) -> Iterator[None]:
+        """Count a session while the block runs; `carried` tells its bytes so far, from memory."""
+        tally = self._tallies[self.named(target)]
+        tally.started += 1
+        number = tally.started
+        tally.living[number] = carried
+        try:
+            yield
+        finally:
+            del tally.living[number]
+            last = carried()
+            tally.client_bytes += last.client_bytes
+            tally.upstream_bytes += last.upstream_bytes
+
+    def connect_phase_took(self, target: str, phase: str, seconds: float) -> None:
+        """Remember how long a phase of a connect took, in place of what was known before."""
+        self._tallies[self.named(target)].connect_seconds[phase] = seconds
+
+    def readings(self) -> list[TargetReading]:
+        """Return a reading of each target, `other` last."""
+        other, *named = self._tallies.items()
+        return [_reading(name, tally) for name, tally in (*named, other)]
+
+
+def _reading(name: str, tally: _Tally) -> TargetReading:
+    living = [carried() for carried in tally.living.values()]
+    return TargetReading(
+        target=name,
+        sessions=len(living),
+        sessions_started=tally.started,
+        client_bytes=tally.client_bytes + sum(one.client_bytes for one in living),
+        upstream_bytes=tally.upstream_bytes + sum(one.upstream_bytes for one in living),
+        connect_seconds=dict(tally.connect_seconds),
+    )

@@ -1,0 +1,70 @@
+"""The status as a value: what it holds, in what shape, and what it never holds."""
+
+import json
+from dataclasses import fields
+
+from proxy.observe.live import Carried
+from proxy.observe.status import State, Token
+from tests.support.admin_address import Shown
+
+
+def test_it_is_json_with_units_in_its_names() -> None:
+    shown = Shown(tokens=[Token("workspace", 5.0, 3595.0)], warnings=["careful"])
+    assert json.loads(json.dumps(shown.status().as_dict())) == {
+        "state": "serving",
+        "version": "1.2.3",
+        "at": "2026-09-21T14:13:20+00:00",
+        "uptime_seconds": 3.5,
+        "listen": "127.0.0.1:5432",
+        "sessions": 0,
+        "sessions_max": 1000,
+        "targets": [
+            {
+                "name": "upstream",
+                "host": "ep-a.example.com",
+                "sessions": 0,
+                "sessions_started": 0,
+                "client_bytes": 0,
+                "upstream_bytes": 0,
+                "connect_seconds": {},
+            }
+        ],
+        "tokens": [{"workspace": "workspace", "age_seconds": 5.0, "expires_in_seconds": 3595.0}],
+        "errors": [],
+        "drain": {"draining": False, "seconds_left": None, "sessions_left": 0},
+        "warnings": ["careful"],
+    }
+
+
+def test_a_token_has_no_field_for_the_token() -> None:
+    names = [field.name for field in fields(Token)]
+    assert names == ["workspace", "age_seconds", "expires_in_seconds"]
+
+
+def test_a_drain_says_what_is_left() -> None:
+    shown = Shown(state=State.DRAINING, drain_seconds_left=12.0)
+    with shown.metrics.session("upstream", lambda: Carried(0, 0)):
+        status = shown.status()
+    assert (status.drain.draining, status.drain.seconds_left) == (True, 12.0)
+    assert status.drain.sessions_left == status.sessions == 1
+
+
+def test_a_target_of_before_a_reload_is_shown_while_it_has_sessions() -> None:
+    shown = Shown()
+    shown.metrics.live.know(["us"])
+    shown.hosts = {"us": "us.example.com"}
+    with shown.metrics.session("upstream", lambda: Carried(0, 0)):
+        during = shown.status()
+    assert [target.name for target in during.targets] == ["upstream", "us"]
+    assert [target.name for target in shown.status().targets] == ["us"]
+
+
+def test_a_failure_is_shown_with_its_age() -> None:
+    shown = Shown()
+    shown.metrics.session_refused("token_rejected", "28000", "upstream")
+    (error,) = shown.status().errors
+    assert (error.at, error.age_seconds) == ("2026-09-21T14:13:20+00:00", 0)
+    assert (error.reason, error.sqlstate, error.target, error.count) == (
+        *("token_rejected", "28000", "upstream"),
+        1,
+    )

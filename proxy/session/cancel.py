@@ -135,7 +135,8 @@ class CancelForwarder:
             )
         except (ProxyError, TimeoutError) as error:
             self._metrics.cancel_requested(CancelResult.FAILED)
-            _log.warning("cancel request not delivered", error=str(error) or "no answer in time")
+            # Quietly: it is counted, and an upstream that is away would write one for each client.
+            _log.info("cancel request not delivered", error=str(error) or "no answer in time")
         else:
             self._metrics.cancel_requested(
                 CancelResult.FORWARDED if sent else CancelResult.SESSION_ENDED

@@ -141,7 +141,8 @@ async def test_a_cancel_that_cannot_be_delivered_closes_and_is_counted(
         assert await cancel(proxy, key) == b""
         await lakebase.gateway.accept_connections()
     assert proxy.metrics.value("cancel_requests_total", result="failed") == 1
-    assert [line["event"] for line in log.above_info()] == ["cancel request not delivered"]
+    assert len(log.events("cancel request not delivered")) == 1
+    assert log.above_info() == []
 
 
 @pytest.mark.parametrize("version", [V3_0, V3_2], ids=str)

@@ -312,7 +312,7 @@ async def test_w35_a_cancel_that_cannot_be_delivered_does_not_keep_the_session(
         await all_over(proxy, lakebase)
     pid = lakebase.gateway.sessions[-1].real_pid
     lakebase["one"].cluster.execute(f"SELECT pg_terminate_backend({pid})")
-    assert [line["event"] for line in log.above_info()] == ["cancel request not delivered"]
+    assert len(log.events("cancel request not delivered")) == 1
     assert proxy.metrics.value("sessions_ended_total", reason="client_closed") == 1
 
 

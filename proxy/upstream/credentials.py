@@ -170,7 +170,7 @@ class Credentials:
             if not is_valid(credential, self._clock(), self._freshness):
                 raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it expires within the margin")
         except ProxyError as error:
-            self._metrics.token_mint_failed()
+            self._metrics.token_mint_failed(error.reason)
             self._quiet.begin(error)
             raise
         self._metrics.token_minted()

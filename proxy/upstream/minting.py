@@ -7,6 +7,7 @@ deleted, or is not ours to use, must not cost the others theirs.
 For: choosing the resource. Not for: when to mint (`credentials`), or the call (`workspace`).
 """
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -30,24 +31,32 @@ class MintForAny:
         self, mint: Callable[[Resource], Awaitable[Credential]], resources: Sequence[Resource]
     ) -> None:
         """`resources` are of one workspace and of one kind, in the order in which to try them."""
-        assert resources, "a profile without resources has nothing to mint for"
         self._mint = mint
-        self._resources = tuple(resources)
-        self._next = 0  # the one that worked last, or the first of those not tried for longest
+        self._resources: deque[Resource] = deque()
+        self.offer(resources)
+
+    def offer(self, resources: Sequence[Resource]) -> None:
+        """Mint for one of these from now on; the one that worked last stays first if it is there.
+
+        A reload may bring others.
+        """
+        assert resources, "a profile without resources has nothing to mint for"
+        last = self._resources[0] if self._resources else resources[0]
+        self._resources = deque(sorted(resources, key=lambda one: one != last))
 
     async def __call__(self) -> Credential:
         """Return a new credential. Raises the ProxyError of the first resource that was tried."""
         first_failure: ProxyError | None = None
         for _ in range(min(TRIES_MAX, len(self._resources))):
-            tried = self._next
+            tried = self._resources[0]
             try:
-                return await self._mint(self._resources[tried])
+                return await self._mint(tried)
             except ProxyError as error:
                 if error.kind not in _ITS_OWN_FAULT:
                     raise
                 first_failure = first_failure or error
                 # Unless another mint, under way at the same time, has gone on already.
-                if self._next == tried:
-                    self._next = (tried + 1) % len(self._resources)
+                if self._resources[0] is tried:
+                    self._resources.rotate(-1)
         assert first_failure is not None
         raise first_failure

@@ -1,0 +1,206 @@
+"""The ways to all targets of one configuration.
+
+For: a dialer for each target, and one source of tokens for all the targets that one identity
+reaches in one workspace. Not for: choosing the target (`routing`).
+
+Invariants: a way never changes, so that a token of one workspace cannot meet a host of another. A
+reload makes a new fleet, in which what is configured as before keeps its tokens. Whoever still
+dials on an old way keeps that alive, and nobody else does.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from weakref import WeakSet, WeakValueDictionary
+
+from proxy.config import (
+    UPSTREAM,
+    ConfigurationError,
+    CredentialsSettings,
+    Problem,
+    Settings,
+    UpstreamSettings,
+    WorkspaceSettings,
+)
+from proxy.observe.metrics import ConnectPhase, Metrics
+from proxy.transport.tls import client_context
+from proxy.upstream.connector import Connector
+from proxy.upstream.credentials import Credentials, CredentialSource, PasswordFile
+from proxy.upstream.dialer import Dialer
+from proxy.upstream.minting import MintForAny
+from proxy.upstream.resources import Endpoint, Instance, Resource, resource_of
+from proxy.upstream.targets import Targets
+from proxy.upstream.workspace import Workspace
+
+PhaseTook = Callable[[str, ConnectPhase, float], None]
+"""Hears the target, the phase that succeeded there, and its seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The way to one target, part by part: a session needs the dialer, `check` walks through all.
+
+    `resource` is None where a plain host is dialled with a password.
+    """
+
+    settings: UpstreamSettings
+    resource: Resource | None
+    workspace: Workspace
+    account: "Account | None"
+    credentials: CredentialSource
+    targets: Targets
+    dialer: Dialer
+
+
+@dataclass(frozen=True, eq=False)
+class Account:
+    """One identity in one workspace, as far as it shares tokens."""
+
+    workspace: str
+    """The name of the section that it is configured in."""
+    credentials: Credentials
+    minting: MintForAny
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a `Workspace` is made from: two that are equal are one."""
+
+    name: str
+    settings: WorkspaceSettings
+    credentials: CredentialsSettings
+
+
+class Accounts:
+    """The workspaces and accounts in use, by what they are configured as."""
+
+    def __init__(self, metrics: Metrics, *, version: str) -> None:
+        self._metrics = metrics
+        self._version = version
+        self._workspaces: WeakValueDictionary[Profile, Workspace] = WeakValueDictionary()
+        self._accounts: WeakValueDictionary[tuple[Profile, str], Account] = WeakValueDictionary()
+        self._targets: WeakSet[Targets] = WeakSet()
+
+    async def close(self) -> None:
+        """End what is being asked of the workspaces."""
+        for targets in list(self._targets):
+            await targets.close()
+        for account in list(self._accounts.values()):
+            await account.credentials.close()
+
+    def workspace(self, profile: Profile) -> Workspace:
+        """Return the workspace of a profile."""
+        found = self._workspaces.get(profile)
+        if found is None:
+            found = Workspace(profile.settings, profile.credentials, version=self._version)
+            self._workspaces[profile] = found
+        return found
+
+    def account(self, profile: Profile, resources: list[Resource]) -> Account:
+        """Return the account whose tokens are minted for one of these, whichever will do.
+
+        A token is good for every endpoint of its workspace (lakebase.md, 3). Of Provisioned
+        instances that is not known: each has tokens of its own, and is alone in `resources`.
+        """
+        first = resources[0]
+        key = (profile, first.name if isinstance(first, Instance) else "")
+        found = self._accounts.get(key)
+        if found is None:
+            minting = MintForAny(self.workspace(profile).mint, resources)
+            credentials = Credentials(minting, profile.credentials, self._metrics)
+            found = self._accounts[key] = Account(profile.name, credentials, minting)
+        found.minting.offer(resources)
+        return found
+
+    def close_at_end(self, targets: Targets) -> None:
+        """Have `close` end these look-ups, too, if somebody still needs them then."""
+        self._targets.add(targets)
+
+
+class Fleet(Mapping[str, Way]):
+    """The ways of one configuration, by the targets' names."""
+
+    def __init__(self, settings: Settings, accounts: Accounts, phase_took: PhaseTook) -> None:
+        """Raises ConfigurationError for certificate files that cannot be used."""
+        _check_root_certs(settings)
+        self._settings = settings
+        self._accounts = accounts
+        self._phase_took = phase_took
+        targets = {name: settings.target(name) for name in settings.target_names()}
+        endpoints = self._endpoints(targets.values())
+        self._ways = {
+            name: self._way(name, target, endpoints) for name, target in targets.items()
+        }
+
+    def __getitem__(self, target: str) -> Way:
+        return self._ways[target]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ways)
+
+    def __len__(self) -> int:
+        return len(self._ways)
+
+    @property
+    def accounts(self) -> list[Account]:
+        """The accounts in use, for those who show their tokens' ages."""
+        accounts = {id(way.account): way.account for way in self._ways.values()}
+        return [account for account in accounts.values() if account is not None]
+
+    def _profile(self, target: UpstreamSettings) -> Profile:
+        name = target.workspace
+        workspace = self._settings.workspaces[name] if name else self._settings.workspace
+        return Profile(name, workspace, self._settings.credentials)
+
+    def _endpoints(self, targets: Iterable[UpstreamSettings]) -> dict[Profile, list[Resource]]:
+        """Return the endpoints of each profile: a token for one of them is good for all."""
+        endpoints: dict[Profile, list[Resource]] = defaultdict(list)
+        for target in targets:
+            resource = resource_of(target)
+            if isinstance(resource, Endpoint):
+                found = endpoints[self._profile(target)]
+                if resource not in found:
+                    found.append(resource)
+        return endpoints
+
+    def _way(
+        self, name: str, target: UpstreamSettings, endpoints: Mapping[Profile, list[Resource]]
+    ) -> Way:
+        profile, resource = self._profile(target), resource_of(target)
+        workspace = self._accounts.workspace(profile)
+        account: Account | None = None
+        credentials: CredentialSource
+        if self._settings.credentials.password_file:
+            credentials = PasswordFile(self._settings.credentials.password_file)
+        else:
+            assert resource is not None, "settings without a password name a resource"
+            alone = isinstance(resource, Instance)
+            account = self._accounts.account(profile, [resource] if alone else endpoints[profile])
+            credentials = account.credentials
+        targets = Targets(target, resource, workspace)
+        self._accounts.close_at_end(targets)
+        heard = partial(self._phase_took, name)
+        dialer = Dialer(
+            Connector(heard),
+            targets,
+            credentials,
+            heard,
+            connect_timeout_seconds=target.connect_timeout_seconds,
+        )
+        return Way(target, resource, workspace, account, credentials, targets, dialer)
+
+
+def _check_root_certs(settings: Settings) -> None:
+    """Raise ConfigurationError for files that cannot be used: it shall show now, not later."""
+    problems = []
+    for name in settings.target_names():
+        target = settings.target(name)
+        try:
+            client_context(target.sslmode, target.ssl_root_cert)
+        except OSError as error:  # an ssl.SSLError is one
+            key = f"{name if name == UPSTREAM else f'targets.{name}'}.ssl_root_cert"
+            text = f"{target.ssl_root_cert}: {error.strerror or error}"
+            problems.append(Problem(key, text))
+    if problems:
+        raise ConfigurationError(problems)

@@ -18,6 +18,9 @@ import uvloop
 from proxy.standin.cluster import CLIENT_ID, Cluster, quoted, start_together, stop_together
 from proxy.standin.lakebase import SHARDS, Lakebase
 
+# Nothing that a test starts may show a secret.
+pytest_plugins = ("tests.support.planted",)
+
 hypothesis.settings.register_profile("fast", deadline=None)
 hypothesis.settings.register_profile(
     "deep", deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "20000"))

@@ -17,6 +17,10 @@ from typing import Final
 # Real ones are said to have 1 to 2 KB or more. This catches buffers of 512, 1024 and 2048 bytes.
 TOKEN_BYTES_MIN: Final = 2100
 
+# What fills them, so that a piece of a token in the wrong place is known for what it is. A multiple
+# of three bytes: in base64 it repeats as well.
+_WATERMARK: Final = "not-a-real-token--"
+
 
 class Purpose(Enum):
     """What a token opens; the `aud` claim."""
@@ -72,7 +76,7 @@ class TokenIssuer:
             "jti": secrets.token_hex(16),
         }
         # Three quarters: base64 makes four bytes of three.
-        claims["pad"] = secrets.token_hex(TOKEN_BYTES_MIN * 3 // 8)
+        claims["pad"] = _WATERMARK * (TOKEN_BYTES_MIN * 3 // 4 // len(_WATERMARK) + 1)
         header = {"alg": "HS256", "typ": "JWT", "kid": self._workspace_id}
         signed = f"{_encoded(header)}.{_encoded(claims)}"
         return f"{signed}.{self._signature(signed)}"
@@ -100,6 +104,15 @@ def fingerprint(token: str | bytes) -> str:
     """Return a short name for a token, by which records tell tokens apart without holding them."""
     value = token.encode() if isinstance(token, str) else token
     return hashlib.sha256(value).hexdigest()[:16]
+
+
+def watermarks() -> tuple[str, ...]:
+    """Return how the filling looks inside a token.
+
+    One of these is in any 48 letters of it: which one depends on the length of what stands before.
+    """
+    twice, length = _WATERMARK * 2, len(_WATERMARK)
+    return tuple(_base64(twice[start : start + length].encode()) for start in range(3))
 
 
 def _encoded(part: Mapping[str, object]) -> str:

@@ -18,6 +18,7 @@ from proxy.standin.cluster import Cluster
 from proxy.standin.lakebase import Lakebase
 from tests.differential.comparison import difference
 from tests.differential.frontend import OPENING, Exchange
+from tests.support.planted import watching
 from tests.support.running import captured_log, proxy_settings, without_own_account
 from tests.support.scripted_client import Cut, Transcript, run_script, whole
 
@@ -75,7 +76,7 @@ async def roads_to(clusters: Mapping[str, Cluster]) -> AsyncIterator[Roads]:
         shard.instance.passes_real_key = True
         settings = proxy_settings(lakebase, upstream={"host": shard.instance.host})
         with captured_log() as log:
-            async with serving(settings) as proxy:
+            async with serving(settings) as proxy, watching(proxy):
                 yield Roads(shard.cluster, proxy)
         assert log.above_info() == []
 

@@ -10,6 +10,7 @@ import pytest_asyncio
 
 from proxy.app import App, serving
 from proxy.standin.lakebase import Lakebase
+from tests.support.planted import watching
 from tests.support.proxy_process import ProxyProcess, started_process
 from tests.support.running import (
     LogLines,
@@ -52,7 +53,8 @@ async def start_proxy(lakebase: Lakebase, log: LogLines) -> AsyncIterator[StartP
     async with AsyncExitStack() as stack:
 
         async def start(**sections: Mapping[str, object]) -> App:
-            return await stack.enter_async_context(serving(proxy_settings(lakebase, **sections)))
+            app = await stack.enter_async_context(serving(proxy_settings(lakebase, **sections)))
+            return await stack.enter_async_context(watching(app))
 
         yield start
 

@@ -4,6 +4,7 @@ The log is at its most talkative. A token of the stand-in begins with `eyJ`, so 
 besides the planted words; what the log masks by its look would be found by its mask.
 """
 
+import gc
 import json
 import signal
 from pathlib import Path
@@ -17,11 +18,12 @@ from proxy.observe.logs import MASK
 from proxy.standin import faults
 from proxy.standin.api import Call
 from proxy.standin.endpoints import neon_error
-from proxy.standin.faults import Reply
+from proxy.standin.faults import Reply, Stage, Strike
 from proxy.standin.lakebase import Lakebase
 from proxy.wire.startup import V3_0, StartupMessage
 from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.plain_client import plain_client, startup
+from tests.support.planted import look
 from tests.support.running import Listening, LogLines, eventually, proxy_settings
 
 PLANTED_SECRET = "planted-client-secret"
@@ -169,6 +171,46 @@ async def test_no_token_is_in_what_works(
         assert step.ok, step
         shown += [repr(step), as_line(step)]
     assert_clean(*shown, log.getvalue())
+
+
+def shown_by_live_objects() -> dict[str, str]:
+    """Return what each object of the proxy in this process says of itself, by its class."""
+    shown: dict[str, str] = {}
+    for found in gc.get_objects():
+        module = str(type(found).__module__)
+        if module.startswith("proxy.") and not module.startswith("proxy.standin"):
+            name = f"{module}.{type(found).__qualname__}"
+            shown[name] = shown.get(name, "") + repr(found)
+    return shown
+
+
+async def test_no_live_object_of_a_proxy_at_work_shows_a_secret_in_its_repr(
+    start_proxy: StartProxy, lakebase: Lakebase, tmp_path: Path
+) -> None:
+    endpoint = lakebase["one"].endpoint
+    endpoint.native_login = True
+    endpoint.native_passwords[lakebase.native_role] = PLANTED_PASSWORD
+    file = tmp_path / "password"
+    file.write_text(PLANTED_PASSWORD)
+    tokens = await start_proxy()
+    password = await start_proxy(
+        credentials={"password_file": str(file)}, upstream={"user": lakebase.native_role}
+    )
+    async with plain_client(tokens) as one, plain_client(password) as two:
+        for client in (one, two):
+            await client.start_up()
+        lakebase.gateway.strike(Stage.PASSWORD, Strike.HANG)
+        async with plain_client(tokens) as waiting:
+            await waiting.send(startup())
+            # A login that hears nothing more: all of its objects are alive.
+            login = "proxy.upstream.dialer._Authentication"
+            await eventually(lambda: login in shown_by_live_objects(), "the third login")
+            shown = shown_by_live_objects()
+    holding = ("wire.secret.Secret", "upstream.workspace.Credential", "config.settings.Settings")
+    assert {f"proxy.{name}" for name in holding} <= shown.keys()
+    for name, text in shown.items():
+        look(f"the repr of {name}", text)
+        assert_clean(text)
 
 
 @pytest.mark.slow

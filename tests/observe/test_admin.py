@@ -165,7 +165,7 @@ async def test_a_client_that_says_nothing_does_not_hold_up_the_end() -> None:
 
 async def test_a_failing_callable_is_a_500_and_nothing_more() -> None:
     def broken() -> bool:
-        raise RuntimeError("not-a-real-secret")
+        raise RuntimeError("what only the log is told")
 
     shown = Shown()
     state = replace(shown.admin_state(), ready=broken)
@@ -173,7 +173,7 @@ async def test_a_failing_callable_is_a_500_and_nothing_more() -> None:
         async with serve_admin(state, host=LOOPBACK, port=0) as address:
             answer = await ask(address.port, "/readiness")
             assert answer.status == 500
-            assert b"not-a-real-secret" not in answer.body
+            assert b"what only" not in answer.body
             assert (await ask(address.port, "/liveness")).status == 200
     assert shown.metrics.value("admin_errors_total") == 1
     (line,) = log.above_info()

@@ -34,6 +34,7 @@ from proxy.wire.messages import (
 )
 from proxy.wire.startup import CancelRequest, ProtocolVersion, SSLRequest
 from tests.support.plain_client import PlainClient, plain_client, query, startup
+from tests.support.planted import watching
 from tests.support.running import eventually, proxy_settings
 
 SERVER_NAME = "localhost"
@@ -41,7 +42,7 @@ SERVER_NAME = "localhost"
 
 @pytest_asyncio.fixture
 async def proxy(lakebase: Lakebase) -> AsyncIterator[App]:
-    async with serving(proxy_settings(lakebase)) as app:
+    async with serving(proxy_settings(lakebase)) as app, watching(app):
         yield app
 
 

@@ -20,6 +20,7 @@ from proxy.wire.messages import (
     decode_backend,
 )
 from proxy.wire.startup import V3_0, ProtocolVersion, StartupMessage
+from tests.support.planted import look
 from tests.support.running import USER, Listening
 
 WAIT_SECONDS_MAX: Final = 10.0
@@ -42,7 +43,9 @@ class PlainClient:
     async def receive(self, seconds_max: float = WAIT_SECONDS_MAX) -> bytes:
         """Return some bytes, none at the end. Raises TimeoutError when nothing comes."""
         async with asyncio.timeout(seconds_max):
-            return await asyncio.get_running_loop().sock_recv(self.sock, _READ_BYTES)
+            received = await asyncio.get_running_loop().sock_recv(self.sock, _READ_BYTES)
+        look("what a client received", received)
+        return received
 
     async def receive_rest(self) -> bytes:
         """Return everything up to the end."""

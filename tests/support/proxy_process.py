@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from tests.support.planted import look
 from tests.support.running import WAIT_SECONDS_MAX, eventually, without_own_account
 
 # Importing the SDK and starting Postgres clusters on a machine that is busy with something else.
@@ -133,6 +134,7 @@ async def started_process(
         for reader in proxy._reading:
             reader.cancel()  # a child that outlived it may hold the pipes
         await asyncio.wait(proxy._reading)
+        look("the output of a process", proxy.out + proxy.err)
 
 
 async def run_to_end(
@@ -155,6 +157,7 @@ async def run_to_end(
             process.kill()
             await process.wait()
     assert process.returncode is not None
+    look("the output of a process", (out + err).decode())
     return process.returncode, out.decode(), err.decode()
 
 

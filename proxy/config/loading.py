@@ -8,7 +8,6 @@ Invariant: no value of a secret, and no value of an unknown key, which may be a 
 is in an error.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,12 +16,11 @@ from pydantic import ValidationError
 from pydantic_settings import PydanticBaseSettingsSource
 
 from proxy.config.keys import NAME, KeyPath, named_keys, named_sections, settings_keys
-from proxy.config.problems import ConfigurationError, Problem
+from proxy.config.problems import ConfigurationError, Problem, in_order
 from proxy.config.references import incomplete_workspaces, missing_for_upstream, unknown_names
-from proxy.config.routes import ENTRIES_SHOWN_MAX
 from proxy.config.settings import Settings
 from proxy.config.sources import Layer, read_environment, read_file, read_flags, read_guide
-from proxy.config.toml import split_path, toml_path
+from proxy.config.toml import split_path
 from proxy.config.translation import translate
 
 Inspect = Callable[[Settings], Iterable[Problem]]
@@ -52,9 +50,9 @@ def load(
 
     `argv` is what follows the verb. `upstream_required` also demands what a verb needs that
     dials: for every target somewhere to dial, and an endpoint or a password to log in there.
-    `inspect` finds problems that are not of shape, in settings that are valid as far as it goes:
-    what a shard map's entries mean. Theirs are reported among the others, and those without a
-    place get that of their key.
+    `inspect` finds what is not a question of shape, such as what the mappings of a shard map mean,
+    in settings that are valid each by itself (names and targets may still be wrong). Its problems
+    are reported among the others; one without a place gets that of its key.
 
     Raises:
         ConfigurationError: with every problem at once.
@@ -67,9 +65,9 @@ def load(
     for layer in layers:
         _drop_sections_without_keys(layer, problems)
     settings = _validate(layers, problems)
-    problems += list(_inspect(layers, settings, upstream_required, inspect, problems))
+    problems += _further(layers, settings, upstream_required, inspect)
     if settings is None or problems:
-        raise ConfigurationError(_bounded(problems))
+        raise ConfigurationError(in_order(problems))
     return Configuration(settings, layers)
 
 
@@ -130,12 +128,11 @@ def _validate(layers: Sequence[Layer], problems: list[Problem]) -> Settings | No
     return None
 
 
-def _inspect(
+def _further(
     layers: Sequence[Layer],
     settings: Settings | None,
     upstream_required: bool,
     inspect: Sequence[Inspect],
-    problems: Sequence[Problem],
 ) -> Iterator[Problem]:
     """Yield what no section sees alone, each with the place where its key was given."""
     raw = _merged([layer.source.init_kwargs for layer in layers])
@@ -145,27 +142,8 @@ def _inspect(
     if settings is not None:
         for one in inspect:
             found += one(settings)
-    known = {problem.key for problem in problems}
     for problem in found:
-        if problem.key not in known:
-            yield problem if problem.given_as else _placed(problem, layers)
-
-
-def _bounded(problems: Sequence[Problem]) -> list[Problem]:
-    """Leave away what only repeats itself: a long table that is wrong is wrong line by line."""
-    shown: list[Problem] = []
-    count = Counter[KeyPath]()
-    for problem in problems:
-        path = split_path(problem.key)
-        table = path[:3] if path[0] == "shard_maps" and len(path) > 3 else ()
-        count[table] += 1
-        if not table or count[table] <= ENTRIES_SHOWN_MAX:
-            shown.append(problem)
-    for table, total in count.items():
-        if table and total > ENTRIES_SHOWN_MAX:
-            text = f"has {total - ENTRIES_SHOWN_MAX} more problems in its entries"
-            shown.append(Problem(toml_path(table), text))
-    return shown
+        yield problem if problem.given_as else _placed(problem, layers)
 
 
 def _placed(problem: Problem, layers: Sequence[Layer]) -> Problem:

@@ -34,8 +34,8 @@ ShardMapKind = Literal["list", "range", "hash"]
 ShardKeyType = Literal["int4", "int8", "uuid", "text", "bytea", "timestamptz"]
 ShardKeyNormalise = Literal["none", "ascii_lower", "nfc"]
 
-# So many wrong entries are enough to see what is wrong with a table of them.
-ENTRIES_SHOWN_MAX: Final = 10
+# So many wrong mappings are enough to see what is wrong with all of them.
+_MAPPINGS_SHOWN_MAX: Final = 10
 
 
 def _as_text(value: object) -> str:
@@ -58,6 +58,11 @@ class MappingEntry:
     low: Bound | None = None
     high: Bound | None = None
     key: Bound | None = None
+
+    def columns(self) -> dict[str, str]:
+        """Return what was written, by its column; what was left away is not there."""
+        columns = {"key": self.key, "low": self.low, "high": self.high, "target": self.target}
+        return {name: text for name, text in columns.items() if text is not None}
 
 
 class DatabaseAlias(Section):
@@ -157,7 +162,7 @@ class ShardMapSettings(Section):
                 return value
         if wrong:
             kind = info.data["kind"]
-            raise ValueError(f"a {kind} has the columns {columns}: see {_entries(wrong)}")
+            raise ValueError(f"a {kind} has the columns {columns}: see {_mappings(wrong)}")
         return value
 
     @model_validator(mode="after")
@@ -171,8 +176,8 @@ def _bounded(row: MappingEntry) -> bool:
     return row.low is not None or row.high is not None
 
 
-def _entries(numbers: Sequence[int]) -> str:
-    """Say which entries, counted from 0 as in the keys of other problems; not all of a thousand."""
-    shown = ", ".join(map(str, numbers[:ENTRIES_SHOWN_MAX]))
-    more = len(numbers) - ENTRIES_SHOWN_MAX
-    return f"entries {shown}" + (f" and {more} more" if more > 0 else "")
+def _mappings(numbers: Sequence[int]) -> str:
+    """Say which mappings, counted from 1; not all of a thousand."""
+    shown = ", ".join(str(number + 1) for number in numbers[:_MAPPINGS_SHOWN_MAX])
+    more = len(numbers) - _MAPPINGS_SHOWN_MAX
+    return f"mapping {shown}" + (f" and {more} more" if more > 0 else "")

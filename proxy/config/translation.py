@@ -38,6 +38,9 @@ def translate(error: ErrorDetails, layers: Sequence[Layer]) -> Iterator[Problem]
     # What is missing is missing where its table is.
     found = path[:-1] if error["type"] == "missing" else path
     givers = [layer for layer in layers if layer.find(found) is not None]
+    if not givers and path[0] == "databases":
+        path = path[:2]  # an alias that is no table
+        givers = [layer for layer in layers if layer.find(path) is not None]
     if error["type"] in _UNKNOWN:
         for layer in givers:
             for unknown in _leaves(path, layer.find(path)):
@@ -62,6 +65,8 @@ def _text(error: ErrorDetails) -> str:
             return "required"
         case "dataclass_type":
             return "must be a table such as { low, high, target } or { key, target }"
+        case "tuple_type":
+            return "must be a list of tables"
         case "model_type":
             return "must be a name or a table such as { target, database }"
         case _:

@@ -1,0 +1,253 @@
+"""What one key demands of others: names that are there, complete workspaces, dialable targets."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from proxy.config import Problem, Settings, load
+from tests.support.configuring import ENDPOINT, ENDPOINT_EU, loaded, refusals, written
+
+EU = f'[targets.eu]\nendpoint = "{ENDPOINT_EU}"\n'
+POINTS = """
+[shard_maps.m]
+kind = "list"
+key_type = "int4"
+mappings = [{ key = 1, target = "upstream" }, { key = 2, target = "zz" }]
+"""
+FAKE_SECRET = "not-a-real-secret"
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("toml", "key", "said"),
+    [
+        (
+            '[targets.eu]\n[targets.us]\n[databases]\norders = "euu"\n',
+            "databases.orders",
+            "there is no target 'euu' (there is: eu, us, upstream); did you mean eu?",
+        ),
+        (
+            '[databases]\norders = { target = "zz" }\n',
+            "databases.orders.target",
+            "there is no target 'zz' (there is: upstream)",
+        ),
+        (
+            POINTS,
+            "shard_maps.m.mappings",
+            "mapping 2: there is no target 'zz' (there is: upstream)",
+        ),
+        (
+            '[routing]\nshard_map = "zz"\n',
+            "routing.shard_map",
+            "there is no shard map 'zz' (there is: none)",
+        ),
+        (
+            '[upstream]\nworkspace = "zz"\n[workspaces.eu]\nprofile = "p"\n',
+            "upstream.workspace",
+            "there is no workspace 'zz' (there is: eu)",
+        ),
+        (
+            '[targets.eu]\nworkspace = "zz"\n',
+            "targets.eu.workspace",
+            "there is no workspace 'zz' (there is: none)",
+        ),
+        (
+            "[targets.eu]\n[targets.EU]\n[targets.us]\n",
+            "targets.EU",
+            "another name differs from it only in case: a variable could mean either",
+        ),
+    ],
+)
+def test_a_name_that_nothing_is_called_is_told_the_known_ones(
+    tmp_path: Path, toml: str, key: str, said: str
+) -> None:
+    argv = written(tmp_path, toml)
+    assert refusals(argv)[key] == f"(file {argv[1]}): {said}"
+
+
+def test_names_are_told_with_every_other_problem() -> None:
+    said = refusals(
+        ["--databases.orders=euu", "--listen.port=x"],
+        {"LAKEBASE_PROXY_ROUTING__SHARD_MAP": "m", "LAKEBASE_PROXY_TARGETS__EU__PORT": "0"},
+        upstream_required=True,
+    )
+    assert said.keys() == {
+        "databases.orders",
+        "listen.port",
+        "routing.shard_map",
+        "targets.eu.port",
+        "targets.eu.endpoint",
+    }
+
+
+def test_a_name_that_is_none_is_reported_once() -> None:
+    assert "must be a name" in refusals(["--databases.orders=a b"])["databases.orders"]
+    assert "must be a name" in refusals(["--targets.a b.port=1"])['targets."a b"']
+
+
+def test_upstream_is_the_name_of_no_table() -> None:
+    said = refusals(["--targets.upstream.port=1"])["targets.upstream"]
+    assert "upstream is the section [upstream]" in said
+
+
+def test_a_long_table_of_wrong_entries_is_reported_in_part(tmp_path: Path) -> None:
+    entries = ", ".join(f'{{ key = {n}, target = "zz" }}' for n in range(1000))
+    said = refusals(
+        written(
+            tmp_path,
+            f'[shard_maps.m]\nkind = "list"\nkey_type = "int4"\nmappings = [{entries}]\n',
+        )
+    )
+    lines = said["shard_maps.m.mappings"].splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "and 990 more"
+
+
+# Workspaces
+
+
+@pytest.mark.parametrize(
+    ("keys", "missing"),
+    [
+        ({}, ["auth_type", "host"]),
+        ({"host": "h"}, ["auth_type"]),
+        ({"profile": "p"}, []),
+        ({"token": FAKE_SECRET}, ["host"]),
+        ({"host": "h", "token": FAKE_SECRET}, []),
+        ({"host": "h", "client_id": "c"}, ["auth_type"]),
+        ({"host": "h", "client_secret": FAKE_SECRET}, ["client_id"]),
+        ({"host": "h", "client_id": "c", "client_secret": FAKE_SECRET}, []),
+        ({"host": "h", "client_id": "c", "client_secret_file": "/s"}, []),
+        ({"host": "h", "auth_type": "file-oidc", "client_id": "c"}, []),
+        ({"host": "h", "google_service_account": "g"}, ["auth_type"]),
+    ],
+)
+def test_a_named_workspace_says_where_it_is_and_how_to_log_in(
+    keys: dict[str, str], missing: list[str]
+) -> None:
+    # The default workspace has everything: nothing of it may be taken.
+    environ = {"LAKEBASE_PROXY_WORKSPACE__HOST": "h", "LAKEBASE_PROXY_WORKSPACE__TOKEN": "t"}
+    argv = [
+        f"--workspaces.eu.{key}={value}" for key, value in (keys or {"config_file": "x"}).items()
+    ]
+    if not missing:
+        assert load(argv, environ).settings.workspaces.keys() == {"eu"}
+        return
+    said = refusals(argv, environ)
+    assert sorted(said) == [f"workspaces.eu.{key}" for key in missing]
+    assert FAKE_SECRET not in str(said)
+
+
+# Targets that can be dialled
+
+
+@pytest.mark.parametrize(
+    ("toml", "missing"),
+    [
+        (EU, []),
+        (EU + '[databases]\norders = "eu"\n', []),
+        (EU + '[databases]\norders = "upstream"\n', ["upstream.endpoint"]),
+        (EU + '[databases]\norders = { target = "upstream" }\n', ["upstream.endpoint"]),
+        (EU + '[upstream]\nhost = "h"\n', ["upstream.endpoint"]),
+        (EU + "[upstream]\nport = 1\n", []),
+        (EU + "[targets.us]\nport = 1\n", ["targets.us.endpoint"]),
+        (
+            EU + f'[upstream]\nendpoint = "{ENDPOINT}"\n[targets.us]\nhost = "h"\n',
+            ["targets.us.endpoint"],
+        ),
+        (EU + f'[upstream]\nendpoint = "{ENDPOINT}"\n[targets.us]\nport = 1\n', []),
+        (EU + '[targets.us]\ninstance = "x"\nhost = "a-pooler.example.com"\n', ["targets.us.host"]),
+        (
+            EU + '[targets.us]\nhost = "a-pooler.example.com"\n[credentials]\npassword_file = "p"\n'
+            '[upstream]\nuser = "u"\n',
+            [],
+        ),
+        (
+            EU + '[targets.us]\nport = 1\n[credentials]\npassword_file = "p"\n',
+            ["targets.eu.user", "targets.us.host", "targets.us.user"],
+        ),
+    ],
+)
+def test_every_target_that_sessions_can_go_to_must_be_dialable(
+    tmp_path: Path, toml: str, missing: list[str]
+) -> None:
+    argv = written(tmp_path, toml)
+    if missing:
+        assert sorted(refusals(argv, upstream_required=True)) == missing
+    loaded(argv, dials=not missing)
+
+
+KEYED = (
+    EU + '[shard_maps.m]\nkind = "list"\nkey_type = "int4"\n'
+    'mappings = [{ key = 1, target = "eu" }]\n[routing]\nshard_map = "m"\n'
+)
+
+
+def test_sessions_without_a_key_need_upstream_only_where_they_are_allowed(tmp_path: Path) -> None:
+    argv = written(tmp_path, KEYED)
+    loaded(argv, dials=True)
+    for false in ("false", "0", "no", "OFF"):
+        said = refusals([*argv, f"--routing.require_key={false}"], upstream_required=True)
+        assert said.keys() == {"upstream.endpoint"}
+
+
+def test_raw_and_valid_settings_agree_on_whether_upstream_is_a_target(tmp_path: Path) -> None:
+    for flags in (
+        [],
+        ["--routing.require_key=f"],
+        ["--upstream.host=h"],
+        ["--databases.x=upstream"],
+    ):
+        argv = [*written(tmp_path, KEYED), *flags]
+        is_target = "upstream" in loaded(argv).settings.target_names()
+        refused = bool(flags) and bool(refusals(argv, upstream_required=True))
+        assert is_target == refused
+
+
+# What others find
+
+
+def test_what_is_found_elsewhere_is_reported_among_the_others_with_its_place(
+    tmp_path: Path,
+) -> None:
+    def inspect(settings: Settings) -> Iterator[Problem]:
+        assert settings.routing.shard_map == "m"
+        yield Problem(
+            "shard_maps.m.mappings", "mapping 1 (1 on eu) and mapping 1 (1 on eu) overlap"
+        )
+        yield Problem("shard_maps.m.mappings_file", "cannot be read", "line 7")
+
+    argv = written(tmp_path, KEYED)
+    said = refusals([*argv, "--targets.us.port=1"], upstream_required=True, inspect=[inspect])
+    overlap = "mapping 1 (1 on eu) and mapping 1 (1 on eu) overlap"
+    assert said["shard_maps.m.mappings"] == f"(file {argv[1]}): {overlap}"
+    assert said["shard_maps.m.mappings_file"] == "(line 7): cannot be read"
+    assert "targets.us.endpoint" in said
+
+
+def test_a_target_that_two_find_unknown_is_reported_once(tmp_path: Path) -> None:
+    def inspect(_settings: Settings) -> Iterator[Problem]:
+        yield Problem("shard_maps.m.mappings", "mapping 2: there is no target 'zz'")
+        yield Problem("shard_maps.m.mappings", "mapping 7: there is no target 'zz'")
+
+    (first, second) = refusals(written(tmp_path, POINTS), inspect=[inspect])[
+        "shard_maps.m.mappings"
+    ].splitlines()
+    assert "mapping 2: there is no target 'zz' (there is: upstream)" in first
+    assert "mapping 7: there is no target 'zz'" in second
+
+
+def test_nobody_else_is_asked_about_settings_that_are_not_valid() -> None:
+    asked: list[Settings] = []
+
+    def ask(settings: Settings) -> list[Problem]:
+        asked.append(settings)
+        return []
+
+    assert refusals(["--listen.port=x"], inspect=[ask]).keys() == {"listen.port"}
+    assert asked == []
+    load([], {}, inspect=[ask])
+    assert asked == [Settings()]

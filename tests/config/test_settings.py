@@ -1,0 +1,209 @@
+"""What follows from all sections together: a target's effective values, and warnings."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from proxy.config import (
+    UPSTREAM,
+    DatabaseAlias,
+    ListenSettings,
+    MappingEntry,
+    RoutingSettings,
+    Settings,
+    ShardMapSettings,
+    UpstreamSettings,
+    WorkspaceSettings,
+)
+from tests.support.configuring import ENDPOINT, ENDPOINT_EU, loaded, written
+
+EU = UpstreamSettings(endpoint=ENDPOINT_EU)
+MAP = ShardMapSettings(kind="list", key_type="int4", mappings=(MappingEntry("eu", key="1"),))
+
+
+# A target's values
+
+
+def test_a_target_takes_what_it_does_not_set_from_upstream() -> None:
+    upstream = UpstreamSettings(endpoint=ENDPOINT, port=6000, database="shop", sslmode="verify-ca")
+    settings = Settings(
+        upstream=upstream, targets={"eu": UpstreamSettings(port=7000, database="shop_eu")}
+    )
+    target = settings.target("eu")
+    assert (target.port, target.database) == (7000, "shop_eu")
+    assert (target.endpoint, target.sslmode) == (ENDPOINT, "verify-ca")
+    assert settings.target(UPSTREAM) == upstream
+
+
+def test_a_value_that_a_target_sets_to_its_default_is_set() -> None:
+    settings = Settings(
+        upstream=UpstreamSettings(port=6000, read_only=True),
+        targets={"eu": UpstreamSettings(port=5432, read_only=False)},
+    )
+    assert (settings.target("eu").port, settings.target("eu").read_only) == (5432, False)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"endpoint": ENDPOINT_EU},
+        {"instance": "shop-eu"},
+        {"host": "eu.example.com"},
+        {"hostaddr": "10.0.0.2"},
+        {"workspace": "eu"},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_a_target_that_says_where_it_is_takes_nothing_of_that_from_upstream(
+    own: dict[str, str],
+) -> None:
+    """PGHOST is in the environment of the guide: it must not send every target to one host."""
+    settings = Settings(
+        upstream=UpstreamSettings(endpoint=ENDPOINT, host="h.example.com", hostaddr="10.0.0.1"),
+        workspaces={"eu": WorkspaceSettings(profile="eu")},
+        targets={"eu": UpstreamSettings.model_validate(own)},
+    )
+    where = {name: getattr(settings.target("eu"), name) for name in ("endpoint", "instance")}
+    where |= {name: getattr(settings.target("eu"), name) for name in ("host", "hostaddr")}
+    assert where == {"endpoint": "", "instance": "", "host": "", "hostaddr": ""} | {
+        name: value for name, value in own.items() if name != "workspace"
+    }
+
+
+def test_an_empty_host_of_a_target_takes_upstreams_back_and_leaves_its_endpoint() -> None:
+    settings = Settings(
+        upstream=UpstreamSettings(endpoint=ENDPOINT, host="h.example.com"),
+        targets={"eu": UpstreamSettings(host="", workspace="")},
+    )
+    assert (settings.target("eu").endpoint, settings.target("eu").host) == (ENDPOINT, "")
+
+
+def test_a_name_that_is_no_target_has_no_values() -> None:
+    with pytest.raises(KeyError):
+        Settings().target("eu")
+
+
+def test_a_target_keeps_what_it_was_given_through_every_source(tmp_path: Path) -> None:
+    file = written(tmp_path, f'[upstream]\nport = 1\n[targets.eu]\nendpoint = "{ENDPOINT_EU}"\n')
+    environ = {"PGHOST": "guide.example.com", "LAKEBASE_PROXY_TARGETS__EU__DATABASE": "shop"}
+    settings = loaded([*file, "--targets.eu.user", "app"], environ, dials=False).settings
+    target = settings.target("eu")
+    assert (target.endpoint, target.host, target.port) == (ENDPOINT_EU, "", 1)
+    assert (target.database, target.user) == ("shop", "app")
+
+
+# Which targets there are
+
+
+@pytest.mark.parametrize(
+    ("sections", "is_target"),
+    [
+        ({}, False),
+        ({"upstream": UpstreamSettings(port=6000, user="app")}, False),
+        ({"upstream": UpstreamSettings(endpoint=ENDPOINT)}, True),
+        ({"upstream": UpstreamSettings(host="h")}, True),
+        ({"databases": {"orders": DatabaseAlias(target="eu")}}, False),
+        ({"databases": {"orders": DatabaseAlias(target="upstream")}}, True),
+        ({"shard_maps": {"m": MAP}, "routing": RoutingSettings(shard_map="m")}, False),
+        (
+            {
+                "shard_maps": {"m": MAP},
+                "routing": RoutingSettings(shard_map="m", require_key=False),
+            },
+            True,
+        ),
+        (
+            {
+                "shard_maps": {
+                    "m": ShardMapSettings(
+                        kind="list", key_type="int4", mappings=(MappingEntry("upstream", key="1"),)
+                    )
+                }
+            },
+            True,
+        ),
+    ],
+)
+def test_upstream_is_a_target_where_sessions_can_go_there(
+    sections: dict[str, object], is_target: bool
+) -> None:
+    settings = Settings.model_validate({"targets": {"eu": EU}, **sections})
+    assert settings.target_names() == (("upstream", "eu") if is_target else ("eu",))
+
+
+def test_without_targets_upstream_is_the_one() -> None:
+    assert Settings().target_names() == ("upstream",)
+
+
+def test_targets_of_one_workspace_share_it() -> None:
+    named = WorkspaceSettings(profile="eu")
+    settings = Settings(
+        workspaces={"eu": named},
+        targets={"a": UpstreamSettings(workspace="eu"), "b": UpstreamSettings(workspace="")},
+    )
+    assert settings.workspace_of("a") is named
+    assert settings.workspace_of("b") is settings.workspace_of("upstream") is settings.workspace
+
+
+def test_a_target_takes_its_workspace_from_upstream_unless_it_says_otherwise() -> None:
+    named = WorkspaceSettings(profile="eu")
+    settings = Settings(
+        workspaces={"eu": named},
+        upstream=UpstreamSettings(workspace="eu"),
+        targets={"a": EU, "b": UpstreamSettings(workspace="")},
+    )
+    assert settings.workspace_of("a") is named
+    assert settings.workspace_of("b") is settings.workspace
+
+
+@pytest.mark.parametrize(
+    ("routing", "required"),
+    [
+        ({}, False),
+        ({"shard_map": "m"}, True),
+        ({"shard_map": "m", "require_key": False}, False),
+        ({"require_key": True}, True),
+    ],
+)
+def test_a_key_is_required_where_there_is_a_map_unless_it_is_said(
+    routing: dict[str, object], required: bool
+) -> None:
+    assert RoutingSettings.model_validate(routing).require_key is required
+
+
+@pytest.mark.parametrize(
+    ("seconds", "good"),
+    [(0, True), (0.5, False), (1, True), (604_800, True), (604_801, False), (-1, False)],
+)
+def test_the_idle_timeout_is_never_or_at_least_a_second(seconds: float, good: bool) -> None:
+    if good:
+        assert ListenSettings(idle_timeout_seconds=seconds).idle_timeout_seconds == seconds
+        return
+    with pytest.raises(ValidationError):
+        ListenSettings(idle_timeout_seconds=seconds)
+
+
+# Warnings
+
+
+def test_the_defaults_deserve_no_warning() -> None:
+    assert Settings().warnings() == []
+
+
+def test_each_target_whose_certificate_is_not_checked_in_full_is_warned_of() -> None:
+    settings = Settings(
+        upstream=UpstreamSettings(endpoint=ENDPOINT, sslmode="verify-ca"),
+        targets={"a": EU, "b": UpstreamSettings(sslmode="require")},
+    )
+    first, second, third = settings.warnings()
+    assert first.startswith("upstream.sslmode verify-ca does not compare the host name")
+    assert second.startswith("targets.a.sslmode verify-ca")
+    assert third.startswith("targets.b.sslmode require checks no certificate")
+
+
+def test_a_remote_listener_is_warned_of() -> None:
+    settings = Settings(listen=ListenSettings(host="0.0.0.0", allow_remote=True))
+    (warning,) = settings.warnings()
+    assert "listen.host 0.0.0.0 is not loopback" in warning
+    assert Settings(listen=ListenSettings(allow_remote=True)).warnings() == []

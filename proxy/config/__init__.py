@@ -1,5 +1,6 @@
 """Every setting of the proxy, from flags, environment and file to one frozen `Settings`."""
 
+from proxy.config.changes import Changes, compare
 from proxy.config.example import example_toml
 from proxy.config.keys import SettingKey, key_at, named_keys, settings_keys
 from proxy.config.lakebase import (
@@ -36,6 +37,8 @@ __all__ = [
     "Inspect",
     "ConfigurationError",
     "Problem",
+    "compare",
+    "Changes",
     "SettingKey",
     "settings_keys",
     "named_keys",

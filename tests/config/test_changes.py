@@ -1,0 +1,109 @@
+"""What differs between two configurations, and what of it needs a restart."""
+
+import pytest
+from hypothesis import given
+from pydantic import SecretStr
+
+from proxy.config import Changes, SettingKey, Settings, compare, settings_keys
+from tests.support.configurations import Table, tables
+from tests.support.configuring import ENDPOINT, ENDPOINT_EU
+
+EU = {"endpoint": ENDPOINT_EU}
+SECRETS = ("not-a-real-secret", "another-secret")
+
+
+def settings(**sections: object) -> Settings:
+    return Settings.model_validate(sections)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reloadable", "restart"),
+    [
+        ({}, {}, (), ()),
+        ({}, {"listen": {"port": 1}}, (), ("listen.port",)),
+        ({}, {"admin": {"quit": True}}, (), ("admin.quit",)),
+        ({}, {"log": {"level": "debug", "format": "json"}}, ("log.level",), ("log.format",)),
+        ({}, {"shutdown": {"drain_seconds": 1}}, ("shutdown.drain_seconds",), ()),
+        ({}, {"targets": {"eu": EU}}, ("targets.eu",), ()),
+        ({"targets": {"eu": EU, "us": {}}}, {"targets": {"eu": EU}}, ("targets.us",), ()),
+        (
+            {"targets": {"eu": EU}},
+            {"targets": {"eu": {"endpoint": ENDPOINT}}},
+            ("targets.eu.endpoint",),
+            (),
+        ),
+        # Set to what it is by default, or taken from [upstream]: nothing changes for anybody.
+        ({"targets": {"eu": EU}}, {"targets": {"eu": EU | {"port": 5432}}}, (), ()),
+        (
+            {"targets": {"eu": EU}},
+            {"targets": {"eu": EU}, "upstream": {"port": 1}},
+            ("targets.eu.port", "upstream.port"),
+            (),
+        ),
+        ({}, {"databases": {"my.db": "upstream"}}, ('databases."my.db"',), ()),
+        (
+            {"databases": {"a": {"target": "upstream"}}},
+            {"databases": {"a": {"target": "upstream", "database": "x"}}},
+            ("databases.a",),
+            (),
+        ),
+        (
+            {"workspaces": {"eu": {"token": SECRETS[0]}}},
+            {"workspaces": {"eu": {"token": SECRETS[1]}}},
+            ("workspaces.eu.token",),
+            (),
+        ),
+        (
+            {"shard_maps": {"m": {"kind": "range", "key_type": "int4", "mappings_file": "a"}}},
+            {"shard_maps": {"m": {"kind": "range", "key_type": "int8", "mappings_file": "a"}}},
+            ("shard_maps.m.key_type",),
+            (),
+        ),
+        (
+            {"shard_maps": {"m": {"kind": "range", "key_type": "int4", "mappings_file": "a"}}},
+            {},
+            ("shard_maps.m",),
+            (),
+        ),
+        (
+            {},
+            {"routing": {"shard_map": "m"}, "listen": {"host": "::1"}},
+            ("routing.require_key", "routing.shard_map"),
+            ("listen.host",),
+        ),
+    ],
+)
+def test_changes_are_named_by_their_keys(
+    old: dict[str, object],
+    new: dict[str, object],
+    reloadable: tuple[str, ...],
+    restart: tuple[str, ...],
+) -> None:
+    assert compare(settings(**old), settings(**new)) == Changes(reloadable, restart)
+    assert compare(settings(**new), settings(**old)) == Changes(reloadable, restart)
+
+
+@pytest.mark.parametrize("key", settings_keys(), ids=lambda key: key.dotted)
+def test_every_key_is_compared(key: SettingKey) -> None:
+    section, name = key.path
+    default = getattr(Settings(), section)
+    changed = default.model_copy(update={name: "something else"})
+    found = compare(Settings(), Settings().model_copy(update={section: changed}))
+    assert (*found.reloadable, *found.restart) == (key.dotted,)
+    assert bool(found.restart) == (section in ("listen", "admin") or key.dotted == "log.format")
+
+
+def test_no_secret_is_in_the_changes() -> None:
+    old, new = (settings(workspace={"token": SecretStr(secret)}) for secret in SECRETS)
+    shown = repr(compare(old, new))
+    assert "workspace.token" in shown
+    assert not any(secret in shown for secret in SECRETS)
+
+
+@given(tables())
+def test_a_configuration_does_not_differ_from_itself(found: dict[str, Table]) -> None:
+    nested: dict[str, dict[str, object]] = {}
+    for path, table in found.items():
+        section, _, name = path.partition(".")
+        nested.setdefault(section, {}).update({name: table} if name else table)
+    assert compare(settings(**nested), settings(**nested)) == Changes((), ())

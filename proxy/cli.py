@@ -23,7 +23,14 @@ import uvloop
 from proxy import __version__
 from proxy.app import App, serving
 from proxy.check import as_line, check
-from proxy.config import ConfigurationError, LogSettings, Settings, load_settings
+from proxy.config import (
+    ConfigurationError,
+    LogSettings,
+    Settings,
+    effective_toml,
+    load,
+    load_settings,
+)
 from proxy.demo import DemoError, demonstrating, greeting
 from proxy.observe.logs import configure_logging, get_logger
 
@@ -42,6 +49,7 @@ usage: lakebase-auth-proxy VERB [--config FILE] [--SECTION.KEY VALUE ...]
 
 Every key of config.example.toml is a flag (--listen.port 6000) and an environment variable
 (LAKEBASE_PROXY_LISTEN__PORT=6000). A flag beats the environment, which beats the file.
+run and check with --print-config print the values in force and where each came from.
 """
 
 _log = get_logger(__name__)
@@ -74,7 +82,19 @@ def _version(arguments: Sequence[str]) -> int:
     return EXIT_OK
 
 
+_PRINT_CONFIG: Final = "--print-config"
+
+
+def _print_config(arguments: Sequence[str]) -> int:
+    """Print the values in force. It shows what there is, so it asks for nothing that is missing."""
+    flags = [argument for argument in arguments if argument != _PRINT_CONFIG]
+    print(effective_toml(load(flags, os.environ)), end="")
+    return EXIT_OK
+
+
 def _run(arguments: Sequence[str]) -> int:
+    if _PRINT_CONFIG in arguments:
+        return _print_config(arguments)
     settings = load_settings(arguments, os.environ, upstream_required=True)
     return _serve(settings, _serve_lakebase)
 
@@ -82,6 +102,8 @@ def _run(arguments: Sequence[str]) -> int:
 def _check(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     flags = [argument for argument in arguments if argument != "--json"]
+    if _PRINT_CONFIG in flags:
+        return _print_config(flags)
     settings = load_settings(flags, os.environ, upstream_required=True)
 
     async def walk(settings: Settings) -> int:

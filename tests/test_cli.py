@@ -84,6 +84,33 @@ def test_a_remote_host_is_refused_unless_allowed(capsys: pytest.CaptureFixture[s
     assert "allow_remote" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["run", "check"])
+def test_print_config_prints_a_file_that_can_be_used_and_asks_for_nothing(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LAKEBASE_PROXY_WORKSPACE__CLIENT_SECRET", SECRET)
+    assert main([verb, "--listen.port", "6000", "--print-config"]) == EXIT_OK
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "port = 6000  # flag --listen.port\n" in out
+    assert SECRET not in out
+    file = tmp_path / "proxy.toml"
+    file.write_text(out)
+    assert main([verb, "--print-config", "--config", str(file)]) == EXIT_OK
+    again = capsys.readouterr().out
+    assert f"port = 6000  # file {file}\n" in again
+
+
+@pytest.mark.parametrize("verb", ["run", "check"])
+def test_print_config_of_a_bad_configuration_exits_with_2(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb, "--print-config", "--listen.port", "none"]) == EXIT_USAGE
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "listen.port" in err
+
+
 @pytest.mark.parametrize("section", ["listen", "admin"])
 def test_a_busy_port_is_answered_with_the_flag_that_chooses_another(
     section: str, capsys: pytest.CaptureFixture[str]

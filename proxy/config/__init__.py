@@ -10,6 +10,7 @@ from proxy.config.lakebase import (
     WorkspaceSettings,
 )
 from proxy.config.loading import Configuration, Inspect, load, load_settings
+from proxy.config.printing import effective_toml
 from proxy.config.problems import ConfigurationError, Problem
 from proxy.config.routes import DatabaseAlias, MappingEntry, RoutingSettings, ShardMapSettings
 from proxy.config.serving import AdminSettings, ListenSettings, LogSettings, ShutdownSettings
@@ -39,6 +40,7 @@ __all__ = [
     "Problem",
     "compare",
     "Changes",
+    "effective_toml",
     "SettingKey",
     "settings_keys",
     "named_keys",

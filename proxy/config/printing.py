@@ -1,0 +1,70 @@
+"""What `--print-config` prints: the values in force as TOML, each with its source.
+
+For: a file that can be fed back, and read by whoever asks where a value came from. Not for: the
+example file, which shows defaults.
+
+Invariant: a secret that is set is commented out and masked: fed back it is missing, not wrong.
+"""
+
+from collections.abc import Iterator
+from typing import Final
+
+from pydantic import SecretStr
+
+from proxy.config.effective import effective_values
+from proxy.config.keys import KeyPath
+from proxy.config.lakebase import MASK, WHERE, is_elsewhere
+from proxy.config.loading import Configuration
+from proxy.config.routes import DatabaseAlias
+from proxy.config.toml import toml_key, toml_path, toml_value
+
+_HEAD: Final = "# The configuration in force, each value with its source. Secrets are left out."
+
+
+def effective_toml(configuration: Configuration) -> str:
+    """Write the effective values as TOML; loading it gives them again, but for secrets."""
+    lines = [_HEAD]
+    header = ""
+    for path, value in effective_values(configuration.settings):
+        if toml_path(path[:-1]) != header:
+            header = toml_path(path[:-1])
+            lines += ["", f"[{header}]"]
+        lines += _key(path, value, _source(configuration, path))
+    return "\n".join(lines) + "\n"
+
+
+def _key(path: KeyPath, value: object, source: str) -> Iterator[str]:
+    name = toml_key(path[-1])
+    match value:
+        case SecretStr() if value.get_secret_value():
+            yield f'# {name} = "{MASK}"  # {source}'
+        case SecretStr():
+            yield f'{name} = ""  # {source}'
+        case DatabaseAlias(target=target, database=""):
+            yield f"{name} = {toml_value(target)}  # {source}"
+        case DatabaseAlias():
+            yield f"{name} = {toml_value(value.model_dump())}  # {source}"
+        case tuple() if value:
+            yield f"{name} = [  # {source}"
+            yield from (f"    {toml_value(entry.columns())}," for entry in value)
+            yield "]"
+        case _:
+            yield f"{name} = {toml_value(value)}  # {source}"
+
+
+def _source(configuration: Configuration, path: KeyPath) -> str:
+    """Say where a value came from, on one line whatever a file is called."""
+    source = configuration.source_of(path) or _inherited(configuration, path) or "default"
+    return "".join(letter if letter.isprintable() else "?" for letter in source)
+
+
+def _inherited(configuration: Configuration, path: KeyPath) -> str | None:
+    """Say where a target's value came from that it does not set itself."""
+    if path[0] != "targets":
+        return None
+    _, name, key = path
+    own = configuration.settings.targets[name].given()
+    if key in WHERE and is_elsewhere(dict(configuration.settings.upstream), own):
+        return "default, because the target says itself where to dial"
+    given = configuration.source_of(("upstream", key))
+    return f"upstream.{toml_key(key)}, {given}" if given else None

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any, Final, Literal, TextIO, cast
 
 import structlog
@@ -35,6 +36,8 @@ _SECRET_TEXT: Final = re.compile(
     re.ASCII,
 )
 
+_NAMES_MAX: Final = 1024  # of keys whose verdict is remembered; there are some dozens
+
 # How deep values inside values are looked through; anything deeper is only masked as text.
 _NESTING_MAX: Final = 5
 
@@ -44,6 +47,7 @@ def mask(text: str) -> str:
     return _SECRET_TEXT.sub(MASK, text)
 
 
+@lru_cache(maxsize=_NAMES_MAX)
 def _is_secret_name(name: object) -> bool:
     return isinstance(name, str) and re.split(r"[_\-. ]", name.lower())[-1] in _SECRET_WORDS
 

@@ -219,15 +219,14 @@ class Metrics:
         )
 
     def _declare_upstream(self) -> None:
-        self._connect_seconds = Histogram(
+        connect_seconds = Histogram(
             f"{_PREFIX}_upstream_connect_seconds",
             "Time spent on each phase of reaching a ready upstream, in seconds.",
             ["phase"],
             buckets=_CONNECT_SECONDS_BUCKETS,
             registry=self._registry,
         )
-        for phase in ConnectPhase:
-            self._connect_seconds.labels(phase)
+        self._connect_seconds = {phase: connect_seconds.labels(phase) for phase in ConnectPhase}
         self._tokens_minted = self._counter("tokens_minted", "Tokens issued by the credential API.")
         self._mint_failures = self._counter(
             "token_mint_failures", "Attempts to get a token that failed."
@@ -287,7 +286,7 @@ class Metrics:
 
     def connect_phase_took(self, phase: ConnectPhase, seconds: float, target: str = OTHER) -> None:
         """Record one completed phase of reaching an upstream; the caller has the clock."""
-        self._connect_seconds.labels(phase).observe(seconds)
+        self._connect_seconds[phase].observe(seconds)
         self.live.connect_phase_took(target, phase, seconds)
 
     def token_minted(self) -> None:

@@ -82,10 +82,6 @@ class Link(asyncio.Protocol):
         Raises ssl.SSLError or ConnectionError. Plaintext that waits unread at this moment would
         cross into the encrypted stream, so there must be none.
         """
-        if self._inbox:
-            raise ConnectionAbortedError("plaintext left at the switch to TLS")
-        if self.gone.done():  # which nobody would tell the handshake again
-            raise ConnectionResetError("the peer ended before the TLS handshake")
         upper = TLSTransport(
             self.transport,
             self,
@@ -93,6 +89,23 @@ class Link(asyncio.Protocol):
             server_side=server_side,
             server_hostname=server_hostname,
         )
+        return await self.switch_to(upper, first)
+
+    def prepare_tls(self, context: ssl.SSLContext, server_hostname: str) -> TLSTransport:
+        """Return a client's TLS for `switch_to`, its first message computed and not yet sent.
+
+        Raises ValueError for a name that no certificate can have.
+        """
+        upper = TLSTransport(self.transport, self, context, server_hostname=server_hostname)
+        upper.prepare()
+        return upper
+
+    async def switch_to(self, upper: TLSTransport, first: bytes = b"") -> ssl.SSLObject:
+        """Put prepared TLS on the connection: what `start_tls` does, in two steps."""
+        if self._inbox:
+            raise ConnectionAbortedError("plaintext left at the switch to TLS")
+        if self.gone.done():  # which nobody would tell the handshake again
+            raise ConnectionResetError("the peer ended before the TLS handshake")
         await upper.handshake(first)
         self.transport = upper
         return cast(ssl.SSLObject, upper.get_extra_info("ssl_object"))

@@ -166,6 +166,14 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
 
     # -- the handshake ---------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Compute a client's first message, which `handshake` then sends: it takes a key pair.
+
+        For the time in which the peer's leave to begin is awaited. Nothing is sent.
+        """
+        with suppress(ssl.SSLWantReadError):
+            self._tls.do_handshake()
+
     async def handshake(self, first: bytes = b"") -> None:
         """Run the handshake; `first` are bytes of it that were read already.
 

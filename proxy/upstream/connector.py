@@ -10,8 +10,7 @@ before its certificate was checked as far as `sslmode` says (W52).
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,7 +20,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import ConnectPhase
 from proxy.transport.link import Link
 from proxy.transport.sockets import bound_unacknowledged
-from proxy.transport.tls import client_context
+from proxy.transport.tls import TLSTransport, client_context
 from proxy.upstream.diagnosis import diagnose_network
 from proxy.upstream.targets import Target
 from proxy.wire.messages import BackendKeyData
@@ -54,14 +53,17 @@ class Progress:
     def __init__(self, phase_took: PhaseTook) -> None:
         self.now: ConnectPhase | None = None
         self._phase_took = phase_took
+        self._begun = 0.0
 
-    @contextmanager
-    def phase(self, phase: ConnectPhase) -> Iterator[None]:
-        """Be in a phase while the block runs; on a failure `now` stays, to say where it was."""
+    def begin(self, phase: ConnectPhase) -> None:
+        """Be in a phase from here on. On a failure `now` stays, to say where it was."""
         self.now = phase
-        begun = time.perf_counter()
-        yield
-        self._phase_took(phase, time.perf_counter() - begun)
+        self._begun = time.perf_counter()
+
+    def done(self) -> None:
+        """Record that the phase succeeded. What follows is no phase's time until the next one."""
+        assert self.now is not None
+        self._phase_took(self.now, time.perf_counter() - self._begun)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +103,9 @@ class Connector:
         link = await self._reach(target, progress)
         startup = UpstreamStartup()
         try:
-            with progress.phase(ConnectPhase.TLS):
-                await _start_tls(link, startup, target)
+            progress.begin(ConnectPhase.TLS)
+            await _start_tls(link, startup, target)
+            progress.done()
         except BaseException:
             link.transport.close()
             raise
@@ -130,20 +133,33 @@ class Connector:
 
     async def _reach(self, target: Target, progress: Progress) -> Link:
         """Return a TCP connection to the first of the target's addresses that answers."""
-        loop = asyncio.get_running_loop()
-        with progress.phase(ConnectPhase.DNS):
-            addresses = await self._resolve(target)
-        with progress.phase(ConnectPhase.TCP):
-            try:
-                async with asyncio.timeout(TCP_CONNECT_SECONDS_MAX):
-                    sock = await start_connection(
-                        addresses, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, interleave=1
-                    )
-                _, link = await loop.create_connection(Link, sock=sock)
-            except OSError as error:  # a TimeoutError is one
-                raise diagnose_network(error, f"{target.host}:{target.port}") from error
+        progress.begin(ConnectPhase.DNS)
+        addresses = await self._resolve(target)
+        progress.done()
+        progress.begin(ConnectPhase.TCP)
+        try:
+            async with asyncio.timeout(TCP_CONNECT_SECONDS_MAX):
+                link = await _connected(addresses)
+        except OSError as error:  # a TimeoutError is one
+            raise diagnose_network(error, f"{target.host}:{target.port}") from error
+        progress.done()
         bound_unacknowledged(link.transport)
         return link
+
+
+async def _connected(addresses: Sequence[AddrInfoType]) -> Link:
+    """Return a connection to the first address that answers. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    if len(addresses) == 1 and (single := addresses[0])[0] == socket.AF_INET:
+        # No race, so no socket of our own that the loop then has to take over: half the time.
+        host, port = single[4][:2]
+        _, link = await loop.create_connection(Link, host, port)
+        return link
+    sock = await start_connection(
+        addresses, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, interleave=1
+    )
+    _, link = await loop.create_connection(Link, sock=sock)
+    return link
 
 
 async def next_events(link: Link, startup: UpstreamStartup) -> list[UpstreamEvent]:
@@ -170,6 +186,7 @@ def failure(event: UpstreamEvent) -> ProxyError:
 
 async def _start_tls(link: Link, startup: UpstreamStartup, target: Target) -> None:
     link.write(startup.request_tls())
+    tls = _prepared_tls(link, target)  # while the upstream looks at the request
     match await next_events(link, startup):
         case [TLSAccepted()]:
             pass
@@ -178,14 +195,19 @@ async def _start_tls(link: Link, startup: UpstreamStartup, target: Target) -> No
         case [event, *_]:
             raise failure(event)
     try:
+        await link.switch_to(tls)
+    except OSError as error:
+        raise diagnose_network(error, target.host) from error
+    startup.tls_started()
+
+
+def _prepared_tls(link: Link, target: Target) -> TLSTransport:
+    try:
         context = client_context(target.sslmode, target.ssl_root_cert)
     except OSError as error:  # it could be read when the program started
         detail = f"{target.ssl_root_cert}: {error.strerror or error}"
         raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, detail) from error
     try:
-        await link.start_tls(context, server_hostname=target.host)
-    except OSError as error:
-        raise diagnose_network(error, target.host) from error
+        return link.prepare_tls(context, target.host)
     except ValueError as error:  # a name that no certificate can have
         raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, target.host) from error
-    startup.tls_started()

@@ -110,8 +110,9 @@ class Dialer:
         while True:  # bounded by dial's timeout
             # First: the front end gives a connection 15 s from accept to StartupMessage. What the
             # API fails with is not tried again here: that is done once for all who wait.
-            with progress.phase(ConnectPhase.MINT):
-                credential = await self._credentials.fresh()
+            progress.begin(ConnectPhase.MINT)
+            credential = await self._credentials.fresh()
+            progress.done()
             try:
                 return await self._dial_once(client, credential, progress)
             except ProxyError as error:
@@ -134,8 +135,9 @@ class Dialer:
         message = upstream_message(client, login.user, login.database)
         connection = await self._connector.connect(target, progress)
         try:
-            with progress.phase(ConnectPhase.LOGIN):
-                await _Authentication(connection, login, credential).run(message)
+            progress.begin(ConnectPhase.LOGIN)
+            await _Authentication(connection, login, credential).run(message)
+            progress.done()
         except BaseException:
             # Cancelled, timed out or refused: no orphan session stays upstream (W54).
             connection.link.transport.close()

@@ -2,6 +2,7 @@
 against scripted servers that do what no honest one would."""
 
 import asyncio
+import shutil
 import socket
 import ssl
 import time
@@ -424,9 +425,7 @@ async def test_authorities_that_are_replaced_count_from_the_next_connection_on(
     trustme.CA().cert_pem.write_to_path(str(path))
     async with lakebase_dialing(lakebase, endpoint, ssl_root_cert=str(path)) as made:
         assert (await made.refusal()).kind is ErrorKind.UPSTREAM_CERTIFICATE
-        replacement = tmp_path / "new.pem"
-        replacement.write_bytes(Path(lakebase.ca_file).read_bytes())
-        replacement.replace(path)
+        shutil.copyfile(lakebase.ca_file, path)
         (await made.dial()).link.transport.abort()
         path.unlink()
         error = await made.refusal()

@@ -2,18 +2,26 @@
 
 `options` is a command line in one string (PostgreSQL: `pg_split_opts`, then
 `process_postgres_switches`). A word ends at whitespace, a backslash makes the next byte literal.
+Switches are `getopt`'s: `-ec x=1` is `-e` and `-c x=1`, and `-S -cx=1` makes no setting.
 Nothing here judges a switch: what is not `-c NAME=VALUE` or `--NAME=VALUE` is carried along as it
 stands, and the upstream complains (W23).
 
 Rewriting never re-renders: a word that stays keeps its bytes, escapes included (W22).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 _WHITESPACE: Final = b" \t\n\v\f\r"
 _BACKSLASH: Final = 0x5C
+_END_OF_SWITCHES: Final = b"--"
+
+# The letters of process_postgres_switches (PostgreSQL 16 to 18). The first take the rest of their
+# word as an argument or, where there is none, the next word, whatever that looks like.
+_LETTERS_WITH_ARGUMENT: Final = b"BCDNSWcdfhkprtv-"
+_LETTERS_ALONE: Final = b"EFOPTbeijlns"
+_SETTING_LETTERS: Final = b"c-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +42,16 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """One command-line switch, or a stray word: one or two words, and the setting if it is one."""
+    """One command-line switch, or a stray word: one or two words, and the setting if it is one.
+
+    `flags` are the switches without argument in front of it in the same word, as written: the
+    `-e` of `-ec x=1`. `is_last` says that a word behind it would be its argument, or stray.
+    """
 
     words: tuple[Word, ...]
     setting: Setting | None
+    flags: bytes = b""
+    is_last: bool = False
 
 
 def split_words(options: bytes) -> list[Word]:
@@ -60,20 +74,15 @@ def split_words(options: bytes) -> list[Word]:
 
 
 def parse_switches(options: bytes) -> list[Switch]:
-    """Return the switches in order. `-c` takes the next word, whatever that looks like."""
+    """Return the switches in order. `--` ends them: what comes behind is stray words."""
     switches: list[Switch] = []
     words = iter(split_words(options))
     for word in words:
-        if word.text == b"-c":
-            argument = next(words, None)
-            if argument is None:
-                switches.append(Switch((word,), None))
-            else:
-                switches.append(Switch((word, argument), _parse_setting(argument.text)))
-        elif word.text[:2] in (b"-c", b"--") and len(word.text) > 2:
-            switches.append(Switch((word,), _parse_setting(word.text[2:])))
+        if word.text == _END_OF_SWITCHES:
+            switches.append(Switch((word,), None, is_last=True))
+            switches += [Switch((stray,), None) for stray in words]
         else:
-            switches.append(Switch((word,), None))
+            switches.append(_parse_switch(word, words))
     return switches
 
 
@@ -88,12 +97,12 @@ def without(options: bytes, names: Iterable[bytes]) -> bytes:
     Empty when nothing remains. Names compare case-insensitively (W19, W22).
     """
     removed = frozenset(names)
-    kept = [
-        word.raw
-        for switch in parse_switches(options)
-        if switch.setting is None or switch.setting.name.lower() not in removed
-        for word in switch.words
-    ]
+    kept: list[bytes] = []
+    for switch in parse_switches(options):
+        if switch.setting is None or switch.setting.name.lower() not in removed:
+            kept += _raw(switch)
+        elif switch.flags:
+            kept.append(switch.flags)
     return b" ".join(kept)
 
 
@@ -101,15 +110,22 @@ def appended(options: bytes, extra: Iterable[Setting]) -> bytes:
     """Return `options` with ` -c NAME=VALUE` for each extra setting behind it (W50).
 
     A backslash that stands alone at the end is dropped: it would swallow the separator. So would a
-    `-c` that lacks its setting, an error that is to stay what it is: that goes last.
+    switch that lacks its argument, an error that is to stay what it is, and behind `--` nothing is
+    a switch: these go last.
     """
-    own = [_without_open_escape(options)] if options else []
+    own = _without_open_escape(options)
     words = [
         word
         for setting in extra
         for word in (b"-c", escaped(setting.name) + b"=" + escaped(setting.value))
     ]
-    return b" ".join([*words, *own] if _ends_in_open_switch(options) else [*own, *words])
+    switches = parse_switches(own)
+    for at, switch in enumerate(switches):
+        if words and switch.is_last:
+            before = [raw for switch in switches[:at] for raw in _raw(switch)]
+            behind = [raw for switch in switches[at:] for raw in _raw(switch)]
+            return b" ".join([*before, *words, *behind])
+    return b" ".join([own, *words] if options else words)
 
 
 def escaped(text: bytes) -> bytes:
@@ -120,14 +136,49 @@ def escaped(text: bytes) -> bytes:
     )
 
 
+def _parse_switch(word: Word, following: Iterator[Word]) -> Switch:
+    """Return the switch that begins with this word; its argument may be the following one."""
+    at = _argument_letter(word.text)
+    if at is None:
+        return Switch((word,), None)
+    words, argument = (word,), word.text[at + 1 :]
+    if not argument:
+        next_word = next(following, None)
+        if next_word is None:
+            return Switch((word,), None, is_last=True)
+        words, argument = (word, next_word), next_word.text
+    if word.text[at] not in _SETTING_LETTERS:
+        return Switch(words, None)
+    flags = _raw_prefix(word.raw, at) if at > 1 else b""
+    return Switch(words, _parse_setting(argument), flags)
+
+
+def _argument_letter(text: bytes) -> int | None:
+    """Return where in the word the letter stands that takes an argument, if there is one."""
+    if text.startswith(b"-"):
+        for at in range(1, len(text)):
+            if text[at] in _LETTERS_WITH_ARGUMENT:
+                return at
+            if text[at] not in _LETTERS_ALONE:
+                return None
+    return None
+
+
+def _raw_prefix(raw: bytes, length: int) -> bytes:
+    """Return what was written for the first `length` bytes of a word's text."""
+    at = 0
+    for _ in range(length):
+        at += 2 if raw[at] == _BACKSLASH else 1
+    return raw[:at]
+
+
+def _raw(switch: Switch) -> list[bytes]:
+    return [word.raw for word in switch.words]
+
+
 def _parse_setting(argument: bytes) -> Setting | None:
     name, equals, value = argument.partition(b"=")
     return Setting(name.replace(b"-", b"_"), value) if equals else None
-
-
-def _ends_in_open_switch(options: bytes) -> bool:
-    last = parse_switches(options)[-1:]
-    return [[word.text for word in switch.words] for switch in last] == [[b"-c"]]
 
 
 def _without_open_escape(options: bytes) -> bytes:

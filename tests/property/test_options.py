@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from proxy.wire.options import (
     Setting,
+    Switch,
     Word,
     appended,
     escaped,
@@ -19,7 +20,23 @@ from proxy.wire.violations import ClientViolation
 
 WHITESPACE = b" \t\n\v\f\r"
 # Rich in what matters: switches, escapes, every kind of whitespace, the names used below.
-PIECES = [b"-c", b"--", b"-", b"=", b"\\", b"key", b"K", b"_", b"a", b"'", b'"', b"\xff", b"\x1c"]
+PIECES = [
+    b"-c",
+    b"--",
+    b"-",
+    b"=",
+    b"\\",
+    b"key",
+    b"K",
+    b"e",
+    b"S",
+    b"_",
+    b"a",
+    b"'",
+    b'"',
+    b"\xff",
+    b"\x1c",
+]
 PIECES += [bytes([byte]) for byte in WHITESPACE]
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=25).map(b"".join)
 NO_NUL = st.binary(max_size=30).filter(lambda text: b"\0" not in text)
@@ -67,17 +84,15 @@ def test_escaped_text_is_one_word_that_reads_back(text: bytes) -> None:
     assert split_words(escaped(text)) == [Word(escaped(text), text)]
 
 
-def takes_the_next_word(options: bytes) -> bool:
-    """Tell whether the last word is a `-c` that still waits for its argument."""
-    switches = parse_switches(appended(options, []))
-    return bool(switches) and [word.text for word in switches[-1].words] == [b"-c"]
+def is_closed(options: bytes) -> bool:
+    """Tell whether nothing may be written behind: a switch lacks its argument, or `--`."""
+    return any(switch.is_last for switch in parse_switches(appended(options, [])))
 
 
 @given(st.one_of(TEXTS, NO_NUL), EXTRA)
 def test_w50_appended_settings_read_back_behind_the_others(
     options: bytes, extra: list[Setting]
 ) -> None:
-    assume(not takes_the_next_word(options))
     assert settings(appended(options, extra)) == settings(options) + extra
 
 
@@ -85,7 +100,7 @@ def test_w50_appended_settings_read_back_behind_the_others(
 def test_w50_what_was_there_is_still_there_byte_for_byte(
     options: bytes, extra: list[Setting]
 ) -> None:
-    assume(not takes_the_next_word(options))
+    assume(not is_closed(options))
     raw = appended(options, extra)
     assert raw.startswith(appended(options, []))
     assert options[:-1] in (raw[: len(options) - 1], options)
@@ -96,11 +111,12 @@ def test_w50_what_was_there_is_still_there_byte_for_byte(
 def test_w22_without_removes_the_named_and_keeps_the_rest_verbatim(
     options: bytes, names: set[bytes]
 ) -> None:
-    kept = [
-        switch
-        for switch in parse_switches(options)
-        if switch.setting is None or switch.setting.name.lower() not in names
-    ]
+    kept: list[Switch] = []
+    for switch in parse_switches(options):
+        if switch.setting is None or switch.setting.name.lower() not in names:
+            kept.append(switch)
+        elif switch.flags:
+            kept += parse_switches(switch.flags)
     rewritten = without(options, names)
     assert parse_switches(rewritten) == kept
     assert [word.raw for word in split_words(rewritten)] == [
@@ -118,7 +134,7 @@ OWN = (b"user", b"database", b"application_name", b"replication", b"options")
 def test_w50_an_upstream_message_carries_five_names_and_every_setting(
     options: bytes, pairs: list[tuple[bytes, bytes]]
 ) -> None:
-    assume(not takes_the_next_word(options))
+    assume(not is_closed(options))
     extra = [
         Setting(name, value)
         for name, value in pairs

@@ -58,7 +58,17 @@ W21_VECTORS: list[tuple[bytes, list[tuple[bytes, bytes]]]] = [
     (b"--=5", [(b"", b"5")]),
     (b"--=", [(b"", b"")]),
     (b"--", []),
-    (b"-ec x=1", []),
+    (b"-ec x=1", [(b"x", b"1")]),
+    (b"-esc x=1 -Ecy=2", [(b"x", b"1"), (b"y", b"2")]),
+    (b"-e-x=1 -e- y=2", [(b"x", b"1"), (b"y", b"2")]),
+    (b"-eS 64 -cx=1", [(b"x", b"1")]),
+    (b"-S64 -cx=1", [(b"x", b"1")]),
+    (b"-S 64 -cx=1", [(b"x", b"1")]),
+    (b"-d -cx=1", []),
+    (b"-S", []),
+    (b"-xc y=1", []),
+    (b"- -cx=1", [(b"x", b"1")]),
+    (b"-- -cx=1 --y=2", []),
     (b"-c a\\", []),
     (b"-c a.b=\xff\xfe", [(b"a.b", b"\xff\xfe")]),
     (b"-c --x=1", [(b"__x", b"1")]),
@@ -74,12 +84,19 @@ def test_w21_settings_are_read_as_postgresql_reads_them(
     assert settings(options) == [Setting(name, value) for name, value in expected]
 
 
-def test_w21_the_switch_minus_minus_alone_is_a_stray_word() -> None:
-    # PostgreSQL: invalid command-line argument for server process: -c. What comes behind is its
-    # to refuse; read as a setting here it makes nothing legal that was not.
+def test_w21_the_switch_minus_minus_alone_ends_the_switches() -> None:
+    # PostgreSQL: invalid command-line argument for server process: -c.
     assert parse_switches(b"-- -c x=1") == [
-        Switch((Word(b"--", b"--"),), None),
-        Switch((Word(b"-c", b"-c"), Word(b"x=1", b"x=1")), Setting(b"x", b"1")),
+        Switch((Word(b"--", b"--"),), None, is_last=True),
+        Switch((Word(b"-c", b"-c"),), None),
+        Switch((Word(b"x=1", b"x=1"),), None),
+    ]
+
+
+def test_w21_switches_without_an_argument_may_stand_in_front_in_the_same_word() -> None:
+    assert parse_switches(rb"-\ec a=1 -S 64") == [
+        Switch((Word(rb"-\ec", b"-ec"), Word(b"a=1", b"a=1")), Setting(b"a", b"1"), rb"-\e"),
+        Switch((Word(b"-S", b"-S"), Word(b"64", b"64")), None),
     ]
 
 
@@ -138,6 +155,11 @@ REMOVALS: list[tuple[bytes, bytes]] = [
     (b"-c x.shard_key=7", b"-c x.shard_key=7"),
     (b"-c -c shard_key=7", b"-c -c shard_key=7"),
     (b"-c a=shard_key=7", b"-c a=shard_key=7"),
+    (b"-ec shard_key=7 -c b=2", b"-e -c b=2"),
+    (rb"-\e\scshard_key=7", rb"-\e\s"),
+    (b"-S 64 -cshard_key=7", b"-S 64"),
+    (b"-d -cshard_key=7", b"-d -cshard_key=7"),
+    (b"-- -c shard_key=7", b"-- -c shard_key=7"),
     (b"-d 5 foo -- -e", b"-d 5 foo -- -e"),
     (b"", b""),
     (b"   ", b""),
@@ -155,10 +177,9 @@ def test_w20_the_routing_parameter_may_be_dotted_and_of_several_names() -> None:
     assert without(b"-c lake.key=1 -c key=2 -c other=3", [b"lake.key", b"key"]) == b"-c other=3"
 
 
-@pytest.mark.parametrize("options", [b"-d 5", b"-e", b"foo bar", b"-ec x=1", b"-f s -W 3", b"--"])
+@pytest.mark.parametrize("options", [b"-d 5", b"-e", b"foo bar", b"-ec x=1", b"-f s -W 3"])
 def test_w23_unknown_switches_are_carried_along(options: bytes) -> None:
-    assert settings(options) == []
-    assert without(options, [b"x"]) == options
+    assert without(options, [b"timezone"]) == options
     assert appended(options, [Setting(b"a", b"b")]) == options + b" -c a=b"
 
 
@@ -216,9 +237,22 @@ def test_w50_the_order_of_the_extra_settings_is_kept() -> None:
     assert appended(b"-c z=0", extra) == b"-c z=0 -c a=1 -c b= -c a=2"
 
 
-def test_w50_a_switch_that_lacks_its_setting_does_not_swallow_what_is_appended() -> None:
-    # It is an error, and is to stay the one that PostgreSQL makes of it.
-    extra = [Setting(b"timezone", b"UTC")]
-    assert appended(b"-c", extra) == b"-c timezone=UTC -c"
-    assert appended(b"-c a=b -c", extra) == b"-c timezone=UTC -c a=b -c"
-    assert appended(b"-c -c", extra) == b"-c -c -c timezone=UTC"
+LAST: list[tuple[bytes, bytes]] = [
+    (b"-c", b"-c timezone=UTC -c"),
+    (b"-c a=b -c", b"-c a=b -c timezone=UTC -c"),
+    (b"-c -c", b"-c -c -c timezone=UTC"),
+    (b"-S", b"-c timezone=UTC -S"),
+    (b"-c a=b -eS\\", b"-c a=b -c timezone=UTC -eS"),
+    (b"-S -S", b"-S -S -c timezone=UTC"),
+    (b"--", b"-c timezone=UTC --"),
+    (b"-c a=b --  foo", b"-c a=b -c timezone=UTC -- foo"),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), LAST)
+def test_w50_a_word_that_would_swallow_what_is_appended_goes_last(
+    options: bytes, expected: bytes
+) -> None:
+    # A switch that lacks its argument is an error, and is to stay the one that PostgreSQL makes
+    # of it. `--` alone is none, but behind it nothing is a switch.
+    assert appended(options, [Setting(b"timezone", b"UTC")]) == expected

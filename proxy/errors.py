@@ -75,6 +75,10 @@ def _upstream(
     return Kind(reason, sqlstate, Origin.UPSTREAM, disposition, message, hint)
 
 
+def _routing(reason: str, sqlstate: str, message: str, hint: str = "") -> Kind:
+    return Kind(reason, sqlstate, Origin.CLIENT, Disposition.FAIL, message, hint)
+
+
 def _proxy(reason: str, sqlstate: str, message: str, hint: str = "") -> Kind:
     return Kind(reason, sqlstate, Origin.PROXY, Disposition.FAIL, message, hint)
 
@@ -355,6 +359,39 @@ class ErrorKind(Enum):
         "privilege_missing", "42501", "the role may not open such a session"
     )
     STARTUP_REFUSED = _upstream("startup_refused", "XX000", "the database refused the session")
+
+    # The shard key that the client sends, and where it leads. That a key is not valid is one reason
+    # with three SQLSTATEs, as PostgreSQL has them for a value: syntax, range, anything else.
+    KEY_MISSING = _routing(
+        "key_missing",
+        "22023",
+        "no shard key was given",
+        "Give it in options (-c shard_key=KEY), as a startup parameter, or in the database name.",
+    )
+    KEY_CONFLICT = _routing(
+        "key_conflict",
+        "22023",
+        "the shard key was given more than once, with different values",
+        "Give it in one place, or the same everywhere.",
+    )
+    KEY_TOO_LONG = _routing("key_too_long", "22023", "the shard key is too long")
+    KEY_SYNTAX = _routing(
+        "key_invalid", "22P02", "the shard key is not written as a value of its type"
+    )
+    KEY_RANGE = _routing("key_invalid", "22003", "the shard key is out of its type's range")
+    KEY_INVALID = _routing("key_invalid", "22023", "the shard key is not valid")
+    MAPPING_NOT_FOUND = _routing(
+        "mapping_not_found",
+        "3D000",
+        "no shard has this shard key",
+        "Is it the right key? What covers it: lakebase-auth-proxy resolve KEY.",
+    )
+    MAP_MISSING = _routing(
+        "map_missing",
+        "3D000",
+        "no shard map is configured",
+        "Set routing.shard_map, and the map in shard_maps.",
+    )
 
     # The proxy itself.
     TOO_MANY_CONNECTIONS = _proxy(

@@ -19,6 +19,10 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 FUNCTION_LINES_MAX = 70
 
 WIRE_IMPORTS = {"__future__", "collections", "dataclasses", "enum", "struct", "typing"}
+# Pure computation: unsigned arrays and CSV lines for large maps, normal forms of Unicode for keys.
+ROUTING_IMPORTS = WIRE_IMPORTS | {
+    *("array", "bisect", "csv", "datetime", "hashlib", "unicodedata", "uuid"),
+}
 
 # Words that say nothing about what is inside.
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"} | {
@@ -70,6 +74,16 @@ def foreign_to_wire(tree: ast.Module) -> set[str]:
         if module.partition(".")[0] not in WIRE_IMPORTS
         and module != "proxy.wire"
         and not module.startswith("proxy.wire.")
+    }
+
+
+def foreign_to_routing(tree: ast.Module) -> set[str]:
+    own = ("proxy.routing", "proxy.errors", "proxy.wire")
+    return {
+        module
+        for module in imports(tree)
+        if module.partition(".")[0] not in ROUTING_IMPORTS
+        and not any(module == name or module.startswith(f"{name}.") for name in own)
     }
 
 
@@ -146,6 +160,12 @@ def test_wire_imports_nothing_that_could_do_io_or_tell_the_time() -> None:
     wire = [path for path in PACKAGE if relative(path).startswith("proxy/wire/")]
     assert wire, "the rule has lost its subject"
     assert broken(wire, lambda tree: sorted(foreign_to_wire(tree))) == {}
+
+
+def test_routing_imports_nothing_that_could_do_io_or_tell_the_time() -> None:
+    routing = [path for path in PACKAGE if relative(path).startswith("proxy/routing/")]
+    assert routing, "the rule has lost its subject"
+    assert broken(routing, lambda tree: sorted(foreign_to_routing(tree))) == {}
 
 
 def test_the_package_itself_imports_nothing() -> None:

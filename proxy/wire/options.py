@@ -141,16 +141,17 @@ def _parse_switch(word: Word, following: Iterator[Word]) -> Switch:
     at = _argument_letter(word.text)
     if at is None:
         return Switch((word,), None)
-    words, argument = (word,), word.text[at + 1 :]
+    words, argument = [word], word.text[at + 1 :]
     if not argument:
         next_word = next(following, None)
         if next_word is None:
             return Switch((word,), None, is_last=True)
-        words, argument = (word, next_word), next_word.text
+        words.append(next_word)
+        argument = next_word.text
     if word.text[at] not in _SETTING_LETTERS:
-        return Switch(words, None)
+        return Switch(tuple(words), None)
     flags = _raw_prefix(word.raw, at) if at > 1 else b""
-    return Switch(words, _parse_setting(argument), flags)
+    return Switch(tuple(words), _parse_setting(argument), flags)
 
 
 def _argument_letter(text: bytes) -> int | None:

@@ -1,0 +1,172 @@
+"""A static shard map in memory: from a key's canonical bytes to the target that has it.
+
+Not for how a map is read and checked (`building`). Every kind is sorted bounds and one bisection:
+a list holds its keys, range and hash hold where a mapping begins, and where one ends without
+another that begins there.
+
+Invariant: a map never changes. Reload makes a new one, and whoever holds this one keeps it.
+"""
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, NamedTuple
+
+from proxy.routing.keys import (
+    HASH_BYTES,
+    KEY_BYTES,
+    KeyType,
+    Normalise,
+    hash_key,
+    key_parser,
+    show_key,
+)
+
+# The owner of a stretch between two mappings.
+NOBODY: Final = 0xFFFFFFFF
+_WINDOW_BYTES: Final = 8  # an array's longest integer
+
+LOWEST_BOUND: Final = "-inf"
+HIGHEST_BOUND: Final = "+inf"
+
+
+class Kind(StrEnum):
+    """How a map assigns keys: one by one, by ranges of them, or by ranges of their hash."""
+
+    LIST = "list"
+    RANGE = "range"
+    HASH = "hash"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What kind of map it is and what its keys are: fixed for its life."""
+
+    kind: Kind
+    key_type: KeyType
+    normalise: Normalise = Normalise.NONE
+
+    def show_bounds(self, mapping: "ShardMapping") -> tuple[str, str]:
+        """Return the bounds as a configuration would write them; a list's are both the key."""
+        low = LOWEST_BOUND if mapping.lo == b"" else self._show(mapping.lo)
+        if self.kind is Kind.LIST:
+            return low, low
+        return low, HIGHEST_BOUND if mapping.hi is None else self._show(mapping.hi)
+
+    def _show(self, bound: bytes) -> str:
+        if self.kind is Kind.HASH:
+            return "0x" + bound.hex()
+        return show_key(bound, self.key_type)
+
+
+class ShardMapping(NamedTuple):
+    """The keys from `lo` to below `hi` (None: no end) are on one target; of a hash, its values."""
+
+    lo: bytes
+    hi: bytes | None
+    target: str
+
+
+class ShardMap:
+    """Finds a key's mapping in one bisection; about 20 bytes a bound beside the bound itself."""
+
+    def __init__(
+        self,
+        form: Form,
+        bounds: list[bytes],
+        owners: "array[int]",
+        targets: Sequence[str],
+    ) -> None:
+        """Take sorted, distinct bounds, and for each whose mapping begins there.
+
+        An owner is a position in `targets`, or NOBODY. `building` makes these.
+        """
+        assert len(bounds) == len(owners), "every bound has its owner"
+        self.form = form
+        self._parse = key_parser(form.key_type, form.normalise)
+        self._is_list = form.kind is Kind.LIST
+        self._is_hash = form.kind is Kind.HASH
+        self._bounds = bounds
+        self._order = _Order(bounds, HASH_BYTES if self._is_hash else KEY_BYTES[form.key_type])
+        self._owners = owners
+        self._targets = tuple(targets)
+
+    def __len__(self) -> int:
+        """Return the number of mappings."""
+        return len(self._owners) - self._owners.count(NOBODY)
+
+    def targets(self) -> frozenset[str]:
+        """Return the names of the targets that have keys."""
+        return frozenset(self._targets[owner] for owner in set(self._owners) - {NOBODY})
+
+    def parse_key(self, text: str) -> bytes:
+        """Return a key's canonical bytes. Raises ProxyError, as `keys.parse_key` does."""
+        return self._parse(text)
+
+    def show_key(self, key: bytes) -> str:
+        """Return the canonical text of a key."""
+        return show_key(key, self.form.key_type)
+
+    def target(self, key: bytes) -> str | None:
+        """Return the target that has these canonical bytes, if one has. What each session asks."""
+        sought = hash_key(key) if self._is_hash else key
+        at = self._order.last_up_to(sought)
+        if at < 0 or (self._is_list and self._bounds[at] != sought):
+            return None
+        owner = self._owners[at]
+        return None if owner == NOBODY else self._targets[owner]
+
+    def find(self, key: bytes) -> ShardMapping | None:
+        """Return the mapping that covers these canonical bytes, if one does."""
+        target = self.target(key)
+        if target is None:
+            return None
+        at = self._order.last_up_to(hash_key(key) if self._is_hash else key)
+        lo = self._bounds[at]
+        if self._is_list:
+            return ShardMapping(lo, lo + b"\0", target)
+        return ShardMapping(lo, next(iter(self._bounds[at + 1 : at + 2]), None), target)
+
+
+class _Order:
+    """Bisects sorted bounds by eight bytes of each, which lie side by side as integers.
+
+    A million bounds are objects all over the memory, and every step of a bisection would wait for
+    another of them. The eight bytes are the first behind what all bounds begin with; they order
+    two bounds as the bounds themselves do, unless they are equal.
+    """
+
+    def __init__(self, bounds: list[bytes], size_bytes: int | None) -> None:
+        """`size_bytes` is that of every key, None where keys are of any length."""
+        self._bounds = bounds
+        # Sorted: what the first and the last begin with, all do. Only -inf, at the very front,
+        # begins with nothing, and its window is as low as any.
+        lowest = next((bound for bound in bounds if bound), b"")
+        self._prefix = _common_prefix(lowest, bounds[-1] if bounds else b"")
+        self._begin = len(self._prefix)
+        self._end = self._begin + _WINDOW_BYTES
+        self._is_exact = size_bytes is not None and size_bytes <= self._end
+        self._windows = array("Q", map(self._window, bounds))
+
+    def last_up_to(self, key: bytes) -> int:
+        """Return the position of the last bound that is not above the key, -1 if all are."""
+        if not key.startswith(self._prefix):
+            return bisect_right(self._bounds, key) - 1
+        window = self._window(key)
+        at = bisect_right(self._windows, window) - 1
+        if self._is_exact or at < 0 or self._windows[at] != window or self._bounds[at] <= key:
+            return at
+        first = bisect_left(self._windows, window, 0, at)
+        return bisect_right(self._bounds, key, first, at) - 1
+
+    def _window(self, bound: bytes) -> int:
+        return int.from_bytes(bound[self._begin : self._end].ljust(_WINDOW_BYTES, b"\0"))
+
+
+def _common_prefix(one: bytes, other: bytes) -> bytes:
+    length = 0
+    while one[length : length + 1] == other[length : length + 1] != b"":
+        length += 1
+    return one[:length]

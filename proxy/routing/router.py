@@ -1,0 +1,196 @@
+"""From a client's StartupMessage to a target, or to a refusal that says why.
+
+Not for dialling, and not for what a target is: it knows targets by name.
+
+What the client asks for is looked at in this order:
+
+1. No database, an empty one, or the user's name (what drivers send for "none given"): the target's
+   own, and no key, even where the user is an address such as ada@example.com.
+2. A name in `aliases`, all of it: that alias, even where it also matches the pattern.
+3. A match of the pattern, while there is a shard map: its key counts with those of parameters and
+   `options`; its database is a label, and the map's target decides.
+4. Anything else goes on as it is.
+
+With a shard map a key decides, whatever the database; without a key 1, 2 and 4 hold if
+`require_key` is false. Without a shard map nothing is taken out of a message.
+
+Invariant: a key is in no error, log or repr, only its fingerprint. Nothing changes after the
+start: one router serves every session until a reload makes another.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from proxy.errors import ErrorKind, ProxyError
+from proxy.routing.keys import fingerprint, hash_key
+from proxy.routing.maps import Kind, ShardMap
+from proxy.routing.sources import (
+    OWN_PARAMETER,
+    DatabasePattern,
+    Occurrence,
+    take_parameters,
+    with_database,
+    with_forwarded_key,
+)
+from proxy.wire.startup import StartupMessage
+
+DEFAULT_PARAMETER: Final = "shard_key"
+DEFAULT_PATTERN: Final = DatabasePattern.parse("{database}@{shard_key}")
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A database name of clients: a target, and a database of it (None: the target's own)."""
+
+    target: str
+    database: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a session goes, and what it says there.
+
+    `message` has no key any more, nor a database where the route decides it: with `database` None
+    the target's own is meant if the message has none. `shard_map` and `key`, the key's fingerprint
+    for logs, are None unless a shard map decided.
+    """
+
+    target: str
+    message: StartupMessage = field(repr=False)  # may carry the key, with `forward_key`
+    shard_map: str | None = None
+    key: str | None = None
+    database: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What a shard map says of a key, for people: the bounds are written as in a configuration.
+
+    `hash` is what a hash map compares, in hex; empty for the other kinds.
+    """
+
+    key: str
+    hash: str
+    low: str
+    high: str
+    target: str
+
+
+class Router:
+    """Decides for one configuration. Every method is a function of its argument alone."""
+
+    def __init__(
+        self,
+        default_target: str,
+        *,
+        aliases: Mapping[str, Alias] | None = None,
+        shard_map: ShardMap | None = None,
+        map_name: str = "",
+        parameter: str = DEFAULT_PARAMETER,
+        pattern: DatabasePattern | None = DEFAULT_PATTERN,
+        require_key: bool = True,
+        forward_key: bool = False,
+    ) -> None:
+        """`parameter` is read beside lakebase.shard_key; without `pattern` no name has a key."""
+        self._default_target = default_target
+        self._aliases = {name.encode(): alias for name, alias in (aliases or {}).items()}
+        self._map = shard_map
+        self._map_name = map_name
+        self._parameters = frozenset((OWN_PARAMETER, parameter.lower().encode()))
+        self._pattern = pattern
+        self._require_key = require_key
+        self._forward_key = forward_key
+
+    def route(self, message: StartupMessage) -> Route:
+        """Return the way of this client.
+
+        Raises ProxyError: KEY_MISSING, KEY_CONFLICT, KEY_SYNTAX, KEY_RANGE, KEY_INVALID,
+        KEY_TOO_LONG, MAPPING_NOT_FOUND.
+        """
+        shard_map = self._map
+        if shard_map is None:
+            return self._unsharded(message)
+        found, message = take_parameters(message, self._parameters)
+        in_name = self._split_database(message)
+        if in_name is not None:
+            database, occurrence = in_name
+            found.append(occurrence)
+            message = with_database(message, database)
+        key = _agreed(found, shard_map)
+        if key:
+            return self._sharded(message, key, shard_map)
+        if self._require_key:
+            raise ProxyError(ErrorKind.KEY_MISSING)
+        return self._unsharded(message)
+
+    def resolve(self, text: str) -> Resolution:
+        """Return what the shard map says of a key, without a session.
+
+        Raises ProxyError: MAP_MISSING, and what `route` raises of a key.
+        """
+        shard_map = self._map
+        if shard_map is None:
+            raise ProxyError(ErrorKind.MAP_MISSING)
+        key = shard_map.parse_key(text)
+        if not key:
+            raise ProxyError(ErrorKind.KEY_MISSING)
+        mapping = shard_map.find(key)
+        if mapping is None:
+            raise self._not_found(key)
+        low, high = shard_map.form.show_bounds(mapping)
+        hashed = hash_key(key).hex() if shard_map.form.kind is Kind.HASH else ""
+        return Resolution(key.hex(), hashed, low, high, mapping.target)
+
+    def _sharded(self, message: StartupMessage, key: bytes, shard_map: ShardMap) -> Route:
+        target = shard_map.target(key)
+        if target is None:
+            raise self._not_found(key)
+        message = with_database(message, None)
+        if self._forward_key:
+            message = with_forwarded_key(message, shard_map.show_key(key).encode())
+        return Route(target, message, self._map_name, fingerprint(key))
+
+    def _unsharded(self, message: StartupMessage) -> Route:
+        asked = _asked_database(message)
+        alias = self._aliases.get(asked)
+        if alias is None:
+            return Route(self._default_target, message)
+        database = None if alias.database is None else alias.database.encode()
+        return Route(alias.target, with_database(message, None), database=database)
+
+    def _split_database(self, message: StartupMessage) -> tuple[bytes, Occurrence] | None:
+        asked = _asked_database(message)
+        if self._pattern is None or not asked or asked in self._aliases:
+            return None
+        return self._pattern.split(asked)
+
+    def _not_found(self, key: bytes) -> ProxyError:
+        detail = f"shard map {self._map_name}, key with fingerprint {fingerprint(key)}"
+        return ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
+
+
+def _asked_database(message: StartupMessage) -> bytes:
+    """Return the database that the client named, empty where it means the target's own (W16)."""
+    asked = message.get(b"database") or b""
+    return b"" if asked == message.get(b"user") else asked
+
+
+def _agreed(found: Sequence[Occurrence], shard_map: ShardMap) -> bytes:
+    """Return the one key that every occurrence gives, none if there is none or it is empty."""
+    keys: dict[bytes, str] = {}
+    for occurrence in found:
+        key = _parse(occurrence, shard_map) if occurrence.text else b""
+        keys.setdefault(key, occurrence.place)
+    if len(keys) > 1:
+        places = " and ".join(dict.fromkeys(keys.values()))
+        raise ProxyError(ErrorKind.KEY_CONFLICT, f"{len(keys)} keys in {places}")
+    return next(iter(keys), b"")
+
+
+def _parse(occurrence: Occurrence, shard_map: ShardMap) -> bytes:
+    try:
+        text = occurrence.text.decode()
+    except UnicodeDecodeError:
+        raise ProxyError(ErrorKind.KEY_INVALID, "a shard key is valid UTF-8") from None
+    return shard_map.parse_key(text)

@@ -1,0 +1,1 @@
+"""Tests of proxy.routing, one file per source file: texts in, targets out, no socket."""

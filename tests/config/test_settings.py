@@ -207,3 +207,29 @@ def test_a_remote_listener_is_warned_of() -> None:
     (warning,) = settings.warnings()
     assert "listen.host 0.0.0.0 is not loopback" in warning
     assert Settings(listen=ListenSettings(allow_remote=True)).warnings() == []
+
+
+# Listening
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"unix_socket_directory": "run"}, "must be an absolute path"),
+        ({"unix_socket_directory": "/" + "x" * 92}, "at most 92 bytes"),
+        ({"unix_socket_mode": "0800"}, "must be three octal digits"),
+        ({"unix_socket_mode": "rw"}, "must be three octal digits"),
+        ({"tls_key": "k"}, "together with listen.tls_certificate"),
+        ({"tls_certificate": "c"}, "together with listen.tls_certificate"),
+    ],
+)
+def test_a_listener_that_cannot_be_is_refused(keys: dict[str, str], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        ListenSettings.model_validate(keys)
+
+
+def test_a_listener_takes_the_longest_directory_and_either_spelling_of_a_mode() -> None:
+    directory = "/" + "x" * 91
+    for mode in ("0660", "660"):
+        listen = ListenSettings(unix_socket_directory=directory, unix_socket_mode=mode)
+        assert (listen.unix_socket_directory, listen.unix_socket_mode) == (directory, mode)

@@ -60,6 +60,10 @@ class Progress:
         self.now = phase
         self._begun = time.perf_counter()
 
+    def wait(self) -> None:
+        """Be in no phase from here on: others are waited for."""
+        self.now = None
+
     def done(self) -> None:
         """Record that the phase succeeded. What follows is no phase's time until the next one."""
         assert self.now is not None

@@ -113,6 +113,15 @@ class Credentials:
                 return newest
         return await self._minted()
 
+    def is_fresh(self, credential: Credential) -> bool:
+        """Whether a credential that was got some time ago may still be shown.
+
+        One that was minted for its connection alone is that connection's own until it expires.
+        """
+        if self._freshness.max_age_seconds == 0:
+            return is_valid(credential, self._clock(), self._freshness)
+        return judge(credential, self._clock(), self._freshness) is not Need.MINT
+
     def reject(self, credential: Credential) -> None:
         """Forget a credential that an upstream refused, so that the next one asked for is new."""
         if self._newest is credential:
@@ -200,6 +209,10 @@ class PasswordFile:
             raise ProxyError(ErrorKind.PASSWORD_FILE_UNREADABLE, detail)
         return Credential(Secret(text), time.time(), math.inf, is_password=True)
 
+    def is_fresh(self, credential: Credential) -> bool:
+        """Say yes: the file was read for this dial."""
+        return True
+
     def reject(self, credential: Credential) -> None:
         """Do nothing: the next login reads the file again."""
 
@@ -209,6 +222,9 @@ class CredentialSource(Protocol):
 
     async def fresh(self) -> Credential:
         """Return a credential to log in with now. Raises ProxyError."""
+
+    def is_fresh(self, credential: Credential) -> bool:
+        """Whether a credential that was got some time ago may still be shown."""
 
     def reject(self, credential: Credential) -> None:
         """Forget a credential that an upstream refused."""

@@ -9,7 +9,8 @@ statement is ever replayed.
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,6 +44,11 @@ from proxy.wire.upstream_startup import (
     upstream_message,
 )
 
+# Sessions being opened at a time, for one target. A front end limits the rate of connections, a
+# database forks for each, and a storm that is served in order is over sooner than one that times
+# out together; 50 handshakes keep both sides busy.
+CONNECTS_MAX: Final = 50
+
 # What it means when a dial's time ends in a phase.
 _SILENCE: Final = {
     ConnectPhase.MINT: ErrorKind.API_UNREACHABLE,
@@ -73,15 +79,18 @@ class Dialer:
         phase_took: PhaseTook,
         *,
         connect_timeout_seconds: float,
+        connects_max: int = CONNECTS_MAX,
         jitter: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`jitter` returns a number from 0 to 1."""
+        """`connects_max` sessions are opened at a time; `jitter` returns a number from 0 to 1."""
         self._connector = connector
         self._targets = targets
         self._credentials = credentials
         self._phase_took = phase_took
         self._timeout_seconds = connect_timeout_seconds
+        self._connects_max = connects_max
+        self._places = asyncio.Semaphore(connects_max)  # first come, first served
         self._jitter = jitter
         self._clock = clock
 
@@ -98,9 +107,18 @@ class Dialer:
         except TimeoutError as error:
             if failures:
                 raise failures[-1] from error
-            detail = f"no session within {self._timeout_seconds:g} seconds"
-            kind = _SILENCE[progress.now or ConnectPhase.MINT]
-            raise ProxyError(kind, detail) from error
+            raise self._silence(progress) from error
+
+    def _silence(self, progress: Progress) -> ProxyError:
+        """Return what it means that the time ended where it did."""
+        if progress.now is None:
+            detail = (
+                f"waited for one of {self._connects_max} places (upstream.connects_max) "
+                f"until {self._timeout_seconds:g} seconds were over"
+            )
+            return ProxyError(ErrorKind.UPSTREAM_BUSY, detail)
+        detail = f"no session within {self._timeout_seconds:g} seconds"
+        return ProxyError(_SILENCE[progress.now], detail)
 
     async def _dial_until_ready(
         self, client: StartupMessage, progress: Progress, failures: list[ProxyError]
@@ -110,28 +128,52 @@ class Dialer:
         while True:  # bounded by dial's timeout
             # First: the front end gives a connection 15 s from accept to StartupMessage. What the
             # API fails with is not tried again here: that is done once for all who wait.
-            progress.begin(ConnectPhase.MINT)
-            credential = await self._credentials.fresh()
-            progress.done()
+            credential = await self._credential(progress)
             try:
-                return await self._dial_once(client, credential, progress)
-            except ProxyError as error:
-                failures.append(error)
-                if error.original is None:  # else PostgreSQL itself spoke: the host is right
-                    self._targets.forget_host()
-                from_cache = credential.requested_at < started_at
-                delay = retry.delay(error, from_cache=from_cache)
-                if delay is None:
-                    raise
-                if error.kind.value.disposition is Disposition.REMINT:
-                    self._credentials.reject(credential)
-                await asyncio.sleep(delay)
+                target = await self._targets.target()
+                login = await self._targets.login(client)
+                async with self._place(progress) as queued:
+                    if queued and not self._credentials.is_fresh(credential):
+                        credential = await self._credential(progress)
+                    return await self._dial_once(client, target, login, credential, progress)
+            except ProxyError as failed:
+                failures.append(failed)
+            error = failures[-1]
+            if error.original is None:  # else PostgreSQL itself spoke: the host is right
+                self._targets.forget_host()
+            delay = retry.delay(error, from_cache=credential.requested_at < started_at)
+            if delay is None:
+                raise error
+            if error.kind.value.disposition is Disposition.REMINT:
+                self._credentials.reject(credential)
+            # Without a place: who sleeps opens nothing upstream and keeps nobody from trying.
+            await asyncio.sleep(delay)
+
+    @asynccontextmanager
+    async def _place(self, progress: Progress) -> AsyncIterator[bool]:
+        """Hold one of `connects_max` places while the block runs; tell whether it was waited for.
+
+        The time spent waiting belongs to no phase: nothing is done for this client in it.
+        """
+        if queued := self._places.locked():
+            progress.wait()
+        async with self._places:
+            yield queued
+
+    async def _credential(self, progress: Progress) -> Credential:
+        progress.begin(ConnectPhase.MINT)
+        credential = await self._credentials.fresh()
+        progress.done()
+        return credential
 
     async def _dial_once(
-        self, client: StartupMessage, credential: Credential, progress: Progress
+        self,
+        client: StartupMessage,
+        target: Target,
+        login: Login,
+        credential: Credential,
+        progress: Progress,
     ) -> UpstreamSession:
-        target = await self._targets.target()
-        login = await self._targets.login(client)
         message = upstream_message(client, login.user, login.database)
         connection = await self._connector.connect(target, progress)
         try:

@@ -80,6 +80,8 @@ class ScriptedServer:
         self.port = 0
         self.accepted = 0
         self.open = 0
+        self.scripted = 0  # connections whose script has not come to its end
+        self.scripted_most = 0
         self.packets: list[bytes] = []
         self.ends: list[EndedBy | None] = []
         self.failures: list[str] = []
@@ -95,8 +97,7 @@ class ScriptedServer:
         stream = Stream(reader, writer)
         await self._count(accepted=1, opened=1)
         try:
-            for step in self._steps:
-                await self._run(step, stream)
+            await self._run_all(stream)
             await stream.linger(WAIT_SECONDS_MAX)
         except StreamEnded:
             pass  # the client left in the middle, which a test may want; `ends` says how
@@ -109,6 +110,15 @@ class ScriptedServer:
             self._tasks.discard(task)
             self.ends.append(stream.ended_by)
             await self._count(accepted=0, opened=-1)
+
+    async def _run_all(self, stream: Stream) -> None:
+        self.scripted += 1
+        self.scripted_most = max(self.scripted, self.scripted_most)
+        try:
+            for step in self._steps:
+                await self._run(step, stream)
+        finally:
+            self.scripted -= 1
 
     async def until_open(self, count: int) -> None:
         """Wait until so many connections are open."""

@@ -36,7 +36,7 @@ from proxy.standin.lakebase import Lakebase
 from proxy.standin.streams import EndedBy
 from proxy.upstream.connector import NEXT_ADDRESS_SECONDS, Connector, resolve
 from proxy.upstream.credentials import Credentials, CredentialSource, PasswordFile
-from proxy.upstream.dialer import Dialer, UpstreamSession
+from proxy.upstream.dialer import CONNECTS_MAX, Dialer, UpstreamSession
 from proxy.upstream.resources import resource_of
 from proxy.upstream.targets import Target, Targets
 from proxy.upstream.workspace import Credential, Workspace
@@ -123,6 +123,7 @@ class Dialing:
         targets: Targets,
         seconds: float,
         clock: Callable[[], float] = CLOCK,
+        connects_max: int = CONNECTS_MAX,
     ) -> None:
         self.metrics: Metrics = build_metrics()
         self.connector = Connector(self.metrics.connect_phase_took, resolve=self._resolve)
@@ -133,6 +134,7 @@ class Dialing:
             credentials,
             self.metrics.connect_phase_took,
             connect_timeout_seconds=seconds,
+            connects_max=connects_max,
             jitter=lambda: 0.05,
             clock=clock,
         )
@@ -152,14 +154,19 @@ class Dialing:
 
 @asynccontextmanager
 async def dialing(
-    mint: Callable[[], Any], *, seconds: float = 5, max_age: float = 60, **upstream: Any
+    mint: Callable[[], Any],
+    *,
+    seconds: float = 5,
+    max_age: float = 60,
+    connects_max: int = CONNECTS_MAX,
+    **upstream: Any,
 ) -> AsyncIterator[Dialing]:
     workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
     settings = CredentialsSettings(token_max_age_seconds=max_age)
     credentials = Credentials(mint, settings, build_metrics(), clock=CLOCK, sleep=CLOCK.sleep)
     targets = Targets(UpstreamSettings(**upstream), None, workspace)
     try:
-        yield Dialing(credentials, targets, seconds)
+        yield Dialing(credentials, targets, seconds, connects_max=connects_max)
     finally:
         await credentials.close()
         await targets.close()
@@ -1059,6 +1066,116 @@ async def test_w53_an_end_at_any_offset_is_a_loss(ca_file: str, context: ssl.SSL
         async with dialing_script(ca_file, *steps) as (made, server):
             assert (await made.refusal()).kind is ErrorKind.UPSTREAM_LOST, offset
             assert server.accepted == 3
+
+
+# -- many at once --------------------------------------------------------------------------------
+
+
+async def opened(made: Dialing) -> None:
+    """Open a session and close it."""
+    (await made.dialer.dial(CLIENT)).link.transport.close()
+
+
+@pytest.mark.slow
+async def test_a_thousand_clients_are_served_by_connects_max_handshakes_at_a_time(
+    ca_file: str, context: ssl.SSLContext
+) -> None:
+    steps = (*tls_opening(context), Send(HONEST))
+    async with dialing_script(ca_file, *steps, seconds=60, connects_max=7) as (made, server):
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            for _ in range(1000):
+                group.create_task(opened(made))
+        assert server.accepted == 1000
+        assert 1 < server.scripted_most <= 7
+
+
+async def test_who_waits_for_a_place_until_the_end_is_told_so(ca_file: str) -> None:
+    async with dialing_script(ca_file, seconds=0.05, connects_max=1) as (made, server):
+        async with made.dialer._places:
+            error = await made.refusal()
+        assert error.kind is ErrorKind.UPSTREAM_BUSY
+        assert error.response().sqlstate == "53300"
+        assert "waited for one of 1 places" in error.detail
+        assert server.accepted == 0
+        for phase in (ConnectPhase.DNS, ConnectPhase.TCP):
+            assert made.metrics.value("upstream_connect_seconds_count", phase=phase) == 0
+
+
+async def test_places_are_given_in_the_order_of_arrival(
+    ca_file: str, context: ssl.SSLContext
+) -> None:
+    steps = (*tls_opening(context), Send(HONEST))
+    async with dialing_script(ca_file, *steps, connects_max=1) as (made, _):
+        served: list[int] = []
+
+        async def one(number: int) -> None:
+            await opened(made)
+            served.append(number)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(5):
+                group.create_task(one(number))
+        assert served == [0, 1, 2, 3, 4]
+
+
+async def test_a_dial_that_sleeps_before_its_next_try_holds_no_place(
+    lakebase: Lakebase, endpoint: Endpoint
+) -> None:
+    waking = neon_error("Couldn't connect to compute node").encode()
+    lakebase.gateway.strike(Stage.STARTUP, waking, times=1)
+    async with lakebase_dialing(lakebase, endpoint, connects_max=1) as made:
+        made.dialer._jitter = lambda: 1.0
+        first = asyncio.create_task(opened(made))
+        await lakebase.gateway.until(lambda: lakebase.gateway.accepted == 1)
+        await opened(made)
+        assert not first.done()
+        await first
+        assert lakebase.gateway.accepted == 3
+
+
+async def test_w54_a_client_that_leaves_the_queue_takes_no_place_with_it(
+    ca_file: str, context: ssl.SSLContext
+) -> None:
+    steps = (*tls_opening(context), Send(HONEST))
+    async with dialing_script(ca_file, *steps, connects_max=1) as (made, server):
+        async with made.dialer._places:
+            leaving = asyncio.create_task(made.dial())
+            staying = asyncio.create_task(opened(made))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.wait([leaving])
+        await staying
+        assert server.accepted == 1
+
+
+@pytest.mark.parametrize(("max_age", "waited", "minted"), [(60, 61, 2), (60, 30, 1), (0, 61, 1)])
+async def test_a_token_that_grew_too_old_in_the_queue_is_not_shown(
+    ca_file: str, context: ssl.SSLContext, max_age: float, waited: float, minted: int
+) -> None:
+    mint = Counted(b"eyJ-first-not-real", b"eyJ-second-not-real")
+    async with scripted(*password_opening(context), Send(HONEST)) as server:
+        upstream: dict[str, Any] = {"host": HOST, "hostaddr": "127.0.0.1", "user": "app"}
+        async with dialing(
+            mint,
+            max_age=max_age,
+            connects_max=1,
+            port=server.port,
+            ssl_root_cert=ca_file,
+            **upstream,
+        ) as made:
+            async with made.dialer._places:
+                dial = asyncio.create_task(opened(made))
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                CLOCK.move(waited)
+            await dial
+        assert mint.minted == minted
+        shown = password_in(server.packets[-1])
+        assert shown == (b"eyJ-second-not-real" if minted == 2 else b"eyJ-first-not-real")
+
+
+# -- cancels and addresses -------------------------------------------------------------------------
 
 
 async def test_w40_a_cancel_is_sixteen_bytes_inside_tls(

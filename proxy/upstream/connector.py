@@ -17,6 +17,7 @@ from typing import Final
 from aiohappyeyeballs import AddrInfoType, start_connection
 
 from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.logs import get_logger
 from proxy.observe.metrics import ConnectPhase
 from proxy.transport.link import Link
 from proxy.transport.sockets import bound_unacknowledged
@@ -40,6 +41,8 @@ TCP_CONNECT_SECONDS_MAX: Final = 10.0
 # An address that does not answer for so long is not waited for alone (RFC 8305).
 NEXT_ADDRESS_SECONDS: Final = 0.25
 CANCEL_SECONDS_MAX: Final = 10.0  # delivered later it could hit another query (W40)
+
+_log = get_logger(__name__)
 
 PhaseTook = Callable[[ConnectPhase, float], None]
 
@@ -197,12 +200,24 @@ async def _start_tls(link: Link, startup: UpstreamStartup, target: Target) -> No
         case [TLSRefused()]:
             raise ProxyError(ErrorKind.UPSTREAM_NO_TLS, target.host)
         case [event, *_]:
+            if startup.plaintext:
+                _log.warning(
+                    "upstream sent an error in plaintext",
+                    host=target.host,
+                    text=_printable(startup.plaintext),
+                )
             raise failure(event)
     try:
         await link.switch_to(tls)
     except OSError as error:
         raise diagnose_network(error, target.host) from error
     startup.tls_started()
+
+
+def _printable(text: bytes) -> str:
+    """Return anybody's text fit for a log line, with blanks where something else could act."""
+    characters = text.decode("utf-8", "replace")
+    return "".join(one if one.isprintable() else " " for one in characters).strip()
 
 
 def _prepared_tls(link: Link, target: Target) -> TLSTransport:

@@ -54,6 +54,8 @@ from proxy.wire.violations import (
 # W53. A session's start is about 1 KiB in PostgreSQL; login-trigger notices may add some.
 HELD_MESSAGE_BYTES_MAX: Final = 64 * 1024
 HELD_BYTES_MAX: Final = 256 * 1024
+# Of an error outside TLS, for the log: PostgreSQL's "out of memory" and the like are shorter (W52).
+PLAINTEXT_BYTES_MAX: Final = 512
 
 # The pairs that travel as themselves: a front end may drop all others silently (W50).
 _OWN_PAIRS: Final = (b"user", b"database", b"replication", b"options", b"application_name")
@@ -187,11 +189,15 @@ Authentication = type[
 
 
 class UpstreamStartup:
-    """The machine. `key` is what the upstream gave for cancel requests, None if nothing (W26)."""
+    """The machine. `key` is what the upstream gave for cancel requests, None if nothing (W26).
+
+    `plaintext` is the start of an error that came in place of TLS: for the log, for nobody else.
+    """
 
     def __init__(self) -> None:
         self.state = UpstreamState.AWAIT_SSL_REPLY
         self.key: BackendKeyData | None = None
+        self.plaintext = b""
         self._reader = MessageReader(HELD_MESSAGE_BYTES_MAX)
         self._before_key: list[bytes] = []
         self._held: list[bytes] = self._before_key
@@ -309,6 +315,7 @@ class UpstreamStartup:
             return TLSRefused()
         if answer == b"E":
             # Not authenticated, so anybody's text: it may be logged, never believed.
+            self.plaintext = behind[:PLAINTEXT_BYTES_MAX]
             raise UpstreamViolation("an error in plaintext instead of TLS")
         raise UpstreamViolation("an answer to SSLRequest that is neither S nor N")
 

@@ -58,7 +58,7 @@ from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, CancelRequest, SSLRequest, StartupMessage
 from proxy.wire.violations import ClientViolation
 from tests.support.fake_clock import FakeClock
-from tests.support.running import nothing_left
+from tests.support.running import captured_log, nothing_left
 from tests.support.script import (
     Close,
     Expect,
@@ -1057,6 +1057,19 @@ async def test_w52_any_answer_but_s_alone_ends_the_dial(
         assert server.accepted == (3 if kind is ErrorKind.UPSTREAM_LOST else 1)
         assert server.packets == []
         await server.until_open(0)
+
+
+async def test_w52_an_error_in_plaintext_is_logged_and_not_passed_on(ca_file: str) -> None:
+    text = b"E" + b"FATAL:  \x1b[31mout of memory\n eyJhbGciOi-not-real " + b"x" * 2000 + b"\0"
+    steps = (Expect(SSLRequest().encode()), Send(text))
+    with captured_log() as log:
+        async with dialing_script(ca_file, *steps) as (made, _):
+            error = await made.refusal()
+    (line,) = log.events("upstream sent an error in plaintext")
+    assert line["host"] == HOST
+    assert line["text"].startswith("FATAL:   [31mout of memory  [masked] xxx")
+    assert len(line["text"]) <= 512
+    assert "out of memory" not in f"{error!r} {error.response()!r}"
 
 
 @pytest.mark.slow

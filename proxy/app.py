@@ -59,6 +59,7 @@ class _Life:
 
     began_at: float
     listen: str = ""
+    places: Places | None = None
     upstream: "Upstream | None" = None
     started: bool = False
     draining: bool = False
@@ -99,7 +100,7 @@ async def serving(settings: Settings) -> AsyncIterator[App]:
         upstream = await stack.enter_async_context(reaching_upstream(settings, metrics))
         life.upstream = upstream
         dialer = upstream.dialer
-        places = Places(settings.listen.max_connections)
+        life.places = places = Places(settings.listen.max_connections)
         parts = SessionParts(
             dialer=dialer,
             cancel_keys=cancel_keys,
@@ -151,6 +152,7 @@ def _status_source(settings: Settings, life: _Life) -> StatusSource:
         uptime_seconds=lambda: time.monotonic() - life.began_at,
         listen=lambda: life.listen,
         sessions_max=lambda: settings.listen.max_connections,
+        places_taken=lambda: life.places.taken if life.places else 0,
         hosts=hosts,
         tokens=tokens,
         drain_seconds_left=lambda: life.drain_seconds_left,

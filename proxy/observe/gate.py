@@ -29,6 +29,7 @@ _FOREIGN_HEADERS: Final = ("origin", "forwarded", "x-forwarded-for")
 class BoundedProtocol(H11Protocol):
     """uvicorn's connection with an end: uvicorn itself waits for a request without a limit."""
 
+    # uvicorn narrows the argument, too: what listens on TCP is given nothing else.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._end = asyncio.get_running_loop().call_later(CONNECTION_SECONDS_MAX, transport.abort)

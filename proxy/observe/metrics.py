@@ -163,8 +163,13 @@ def _of_source(source: StatusSource) -> Iterable[Metric]:
         value=source.state() is State.DRAINING,
     )
     yield GaugeMetricFamily(
+        f"{_PREFIX}_places_taken",
+        "Sessions that are served or whose upstream is being opened.",
+        value=source.places_taken(),
+    )
+    yield GaugeMetricFamily(
         f"{_PREFIX}_sessions_max",
-        "The bound of sessions: listen.max_connections.",
+        "The bound of places taken: listen.max_connections.",
         value=source.sessions_max(),
     )
 

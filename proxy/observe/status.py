@@ -48,8 +48,10 @@ class Drain:
 class StatusSource:
     """What the parts of a proxy tell of themselves. Each callable answers at once.
 
-    `hosts` gives each configured target's host, empty while it is not known; `warnings` are
-    sentences about the configuration; `drain_seconds_left` is None while nothing is drained.
+    `places_taken` counts what `sessions_max` bounds: sessions that are served and those whose
+    upstream is being opened. `hosts` gives each configured target's host, empty while it is not
+    known; `warnings` are sentences about the configuration; `drain_seconds_left` is None while
+    nothing is drained.
     """
 
     version: str
@@ -57,6 +59,7 @@ class StatusSource:
     uptime_seconds: Callable[[], float]
     listen: Callable[[], str]
     sessions_max: Callable[[], int]
+    places_taken: Callable[[], int]
     hosts: Callable[[], Mapping[str, str]]
     tokens: Callable[[], Sequence[Token]]
     drain_seconds_left: Callable[[], float | None]
@@ -100,6 +103,7 @@ class Status:
     uptime_seconds: float
     listen: str
     sessions: int
+    sessions_opening: int
     sessions_max: int
     targets: Sequence[TargetStatus]
     tokens: Sequence[Token]
@@ -128,6 +132,8 @@ def report(
         uptime_seconds=source.uptime_seconds(),
         listen=source.listen(),
         sessions=sessions,
+        # One that has ended gives its place back a moment after its relay.
+        sessions_opening=max(0, source.places_taken() - sessions),
         sessions_max=source.sessions_max(),
         targets=_targets(source.hosts(), readings),
         tokens=source.tokens(),

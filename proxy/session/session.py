@@ -81,6 +81,8 @@ class Session:
         # A unix socket's bytes do not leave the machine: TLS is refused there as PostgreSQL does.
         tls_offered = parts.tls is not None and not is_unix(link.transport)
         self._startup = ClientStartup(tls_offered=tls_offered)
+        # What each of its lines in the log says of where it goes; `shard` as well, if there is one.
+        self._where = {"target": TARGET}
         self._begun_at = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
@@ -210,8 +212,8 @@ class Session:
         )
         if link.gone.done():
             relay.from_upstream.eof_received()
-        _log.info("session started", target=TARGET, host=upstream.target.host)
-        with self._parts.metrics.session(TARGET, partial(_carried, relay)):
+        _log.info("session started", **self._where, host=upstream.target.host)
+        with self._parts.metrics.session(self._where["target"], partial(_carried, relay)):
             try:
                 end = await relay.run()
             except asyncio.CancelledError:
@@ -220,23 +222,23 @@ class Session:
         self._note_end(end)
 
     def _refuse(self, reason: str, error: ErrorResponse) -> None:
-        self._parts.metrics.session_refused(reason, error.sqlstate, TARGET)
+        self._parts.metrics.session_refused(reason, error.sqlstate, self._where["target"])
         _log.info(
             "session refused",
             reason=reason,
             sqlstate=error.sqlstate,
             detail=error.text(b"D"),
-            target=TARGET,
+            **self._where,
             duration_seconds=self._duration_seconds(),
         )
         self._link.write(self._startup.refuse(error))
 
     def _note_end(self, end: RelayEnd) -> None:
-        self._parts.metrics.session_ended(end.reason, TARGET)
+        self._parts.metrics.session_ended(end.reason, self._where["target"])
         _log.info(
             "session ended",
             reason=end.reason.value,
-            target=TARGET,
+            **self._where,
             duration_seconds=self._duration_seconds(),
             client_bytes=end.client_bytes,
             upstream_bytes=end.upstream_bytes,

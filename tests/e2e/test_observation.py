@@ -68,6 +68,22 @@ async def test_a_session_is_seen_with_its_target_its_connect_and_the_tokens_time
     assert 3000 < token["expires_in_seconds"] <= 3600
 
 
+async def test_a_session_that_waits_for_its_upstream_is_shown_as_opening(
+    shown: App, lakebase: Lakebase
+) -> None:
+    lakebase.gateway.strike(Stage.STARTUP, Strike.HANG, times=1)
+    async with plain_client(shown) as client:
+        await client.send(startup())
+        await eventually(lambda: shown.metrics.value("places_taken") == 1, "it has its place")
+        status = (await get(shown, "/status")).json
+        assert (status["sessions"], status["sessions_opening"]) == (0, 1)
+    await eventually(lambda: shown.metrics.value("places_taken") == 0, "it gave it back")
+
+
+async def test_the_loops_lag_is_sampled_while_the_proxy_runs(proxy: App) -> None:
+    await eventually(lambda: proxy.metrics.value("event_loop_lag_seconds_count") > 0, "a sample")
+
+
 async def test_no_token_is_in_anything_that_the_admin_address_shows(
     shown: App, lakebase: Lakebase
 ) -> None:

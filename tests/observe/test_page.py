@@ -112,6 +112,7 @@ def busy() -> Shown:
         tokens=[Token("workspace", 23.0, 3577.0), Token("old", 4000.0, -400.0)],
         warnings=['upstream.sslmode is "require": who is in between can read the token.'],
         uptime_seconds=93_784.0,
+        places_taken=3,
     )
     for phase in ConnectPhase:
         shown.metrics.connect_phase_took(phase, 0.02, "upstream")
@@ -139,7 +140,7 @@ async def test_a_person_sees_all_of_it(stack: AsyncExitStack, browser: Browser) 
         page, _ = await opened(stack, browser, shown)
     seen = await page.text("main")
     for text in (
-        *("serving", "1 of 1000", "127.0.0.1:5432", "1 d 2 h", "1.2.3", "1 session"),
+        *("serving", "1 of 1000, 2 opening", "127.0.0.1:5432", "1 d 2 h", "1.2.3", "1 session"),
         *(shown.hosts["upstream"], "2.0 kB to the upstream", "3.0 MB to clients"),
         *("Last connect 100 ms:", "mint 20 ms", "login 20 ms"),
         *("expires in 59 min 37 s", "minted 23 s ago", "expired 6 min 40 s ago"),

@@ -3,6 +3,8 @@
 import json
 from dataclasses import fields
 
+import pytest
+
 from proxy.observe.live import Carried
 from proxy.observe.status import State, Token
 from tests.support.admin_address import Shown
@@ -17,6 +19,7 @@ def test_it_is_json_with_units_in_its_names() -> None:
         "uptime_seconds": 3.5,
         "listen": "127.0.0.1:5432",
         "sessions": 0,
+        "sessions_opening": 0,
         "sessions_max": 1000,
         "targets": [
             {
@@ -47,6 +50,16 @@ def test_a_drain_says_what_is_left() -> None:
         status = shown.status()
     assert (status.drain.draining, status.drain.seconds_left) == (True, 12.0)
     assert status.drain.sessions_left == status.sessions == 1
+
+
+@pytest.mark.parametrize(("places_taken", "opening"), [(0, 0), (1, 0), (4, 3)])
+def test_a_session_whose_upstream_is_being_opened_is_told_apart(
+    places_taken: int, opening: int
+) -> None:
+    shown = Shown(places_taken=places_taken)
+    with shown.metrics.session("upstream", lambda: Carried(0, 0)):
+        status = shown.status()
+    assert (status.sessions, status.sessions_opening) == (1, opening)
 
 
 def test_a_target_of_before_a_reload_is_shown_while_it_has_sessions() -> None:

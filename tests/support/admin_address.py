@@ -32,6 +32,7 @@ class Shown:
     warnings: list[str] = field(default_factory=list)
     uptime_seconds: float = 3.5
     drain_seconds_left: float | None = None
+    places_taken: int = 0
     quits: int = 0
     metrics: Metrics = field(
         default_factory=lambda: Metrics(
@@ -63,6 +64,7 @@ class Shown:
             uptime_seconds=lambda: self.uptime_seconds,
             listen=lambda: "127.0.0.1:5432",
             sessions_max=lambda: 1000,
+            places_taken=lambda: self.places_taken,
             hosts=lambda: self.hosts,
             tokens=lambda: self.tokens,
             drain_seconds_left=lambda: self.drain_seconds_left,

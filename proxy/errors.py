@@ -386,6 +386,12 @@ class ErrorKind(Enum):
         "no shard has this shard key",
         "Is it the right key? What covers it: lakebase-auth-proxy resolve KEY.",
     )
+    NO_TARGET = _routing(
+        "no_target",
+        "3D000",
+        "no target is configured for this database",
+        "Connect to one of the names in [databases], or set upstream.endpoint for all others.",
+    )
     MAP_MISSING = _routing(
         "map_missing",
         "3D000",

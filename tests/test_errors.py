@@ -39,7 +39,7 @@ def test_kinds_that_share_a_word_share_its_sqlstate_and_differ_in_what_helps() -
     for kind in ErrorKind:
         alike = [other for other in ErrorKind if other.value.reason == kind.value.reason]
         if kind.value.reason == "key_invalid":
-            # shard-map.md, 8: one word, and PostgreSQL's three SQLSTATEs for what is wrong.
+            # One word, and PostgreSQL's three SQLSTATEs for what is wrong with a value.
             assert sorted(one.value.sqlstate for one in alike) == ["22003", "22023", "22P02"]
             continue
         assert {other.value.sqlstate for other in alike} == {kind.value.sqlstate}

@@ -51,16 +51,15 @@ class Alias:
 class Route:
     """Where a session goes, and what it says there.
 
-    `message` has no key any more, nor a database where the route decides it: with `database` None
-    the target's own is meant if the message has none. `shard_map` and `key`, the key's fingerprint
-    for logs, are None unless a shard map decided.
+    `message` has no key any more, and its database is the one to open; without one the target's own
+    is meant. `shard_map` and `key`, the key's fingerprint for logs, are None unless a shard map
+    decided.
     """
 
     target: str
     message: StartupMessage = field(repr=False)  # may carry the key, with `forward_key`
     shard_map: str | None = None
     key: str | None = None
-    database: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ class Router:
 
     def __init__(
         self,
-        default_target: str,
+        default_target: str | None,
         *,
         aliases: Mapping[str, Alias] | None = None,
         shard_map: ShardMap | None = None,
@@ -92,7 +91,10 @@ class Router:
         require_key: bool = True,
         forward_key: bool = False,
     ) -> None:
-        """`parameter` is read beside lakebase.shard_key; without `pattern` no name has a key."""
+        """`default_target` serves who names no alias and no key; None: they are refused.
+
+        `parameter` is read beside lakebase.shard_key; without `pattern` no name has a key.
+        """
         self._default_target = default_target
         self._aliases = {name.encode(): alias for name, alias in (aliases or {}).items()}
         self._map = shard_map
@@ -106,7 +108,7 @@ class Router:
         """Return the way of this client.
 
         Raises ProxyError: KEY_MISSING, KEY_CONFLICT, KEY_SYNTAX, KEY_RANGE, KEY_INVALID,
-        KEY_TOO_LONG, MAPPING_NOT_FOUND.
+        KEY_TOO_LONG, MAPPING_NOT_FOUND, NO_TARGET.
         """
         shard_map = self._map
         if shard_map is None:
@@ -155,9 +157,11 @@ class Router:
         asked = _asked_database(message)
         alias = self._aliases.get(asked)
         if alias is None:
-            return Route(self._default_target, message)
+            if self._default_target is None:
+                raise ProxyError(ErrorKind.NO_TARGET)
+            return Route(self._default_target, message if asked else with_database(message, None))
         database = None if alias.database is None else alias.database.encode()
-        return Route(alias.target, with_database(message, None), database=database)
+        return Route(alias.target, with_database(message, database))
 
     def _split_database(self, message: StartupMessage) -> tuple[bytes, Occurrence] | None:
         asked = _asked_database(message)

@@ -91,15 +91,12 @@ class Targets:
         )
 
     async def login(self, client: StartupMessage) -> Login:
-        """Return as whom this client logs in, and where. Raises ProxyError.
+        """Return as whom this client logs in, and where: without a database, the target's own.
 
-        A database that equals the client's user is what drivers send for "none given" (W16).
+        Raises ProxyError.
         """
         asked_user = client.get(b"user") or b""
-        asked_database = client.get(b"database") or asked_user
-        database = self._settings.database.encode()
-        if asked_database != asked_user:
-            database = asked_database
+        database = client.get(b"database") or self._settings.database.encode()
         if self._settings.user == ANY_USER:
             return Login(asked_user, database)
         if not self._user:

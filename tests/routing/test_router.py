@@ -80,14 +80,20 @@ def refusal(routing: Router, message: StartupMessage) -> ProxyError:
 
 @pytest.mark.parametrize("routing", [UNSHARDED, OPTIONAL], ids=["no map", "key optional"])
 @pytest.mark.parametrize(
-    "message",
-    [startup(), named(b""), named(USER[1]), named(b"other"), named(b"Reports")],
-    ids=["absent", "empty", "user", "other", "another case"],
+    "message", [startup(), named(b"other"), named(b"Reports")], ids=["absent", "other", "case"]
 )
 def test_no_alias_is_the_default_target_and_the_message_as_it_is(
     routing: Router, message: StartupMessage
 ) -> None:
     assert routing.route(message) == Route("main", message)
+
+
+@pytest.mark.parametrize("routing", [UNSHARDED, OPTIONAL], ids=["no map", "key optional"])
+@pytest.mark.parametrize("none", [b"", USER[1]], ids=["empty", "user"])
+def test_w16_a_database_that_is_empty_or_the_users_name_is_none(
+    routing: Router, none: bytes
+) -> None:
+    assert routing.route(named(none)) == Route("main", startup())
 
 
 @pytest.mark.parametrize("routing", [UNSHARDED, OPTIONAL], ids=["no map", "key optional"])
@@ -103,8 +109,17 @@ def test_an_alias_is_its_target_and_database_even_where_it_matches_the_pattern(
     routing: Router, name: bytes, target: str, database: bytes | None
 ) -> None:
     message = startup((b"database", name), (b"TimeZone", b"UTC"))
-    kept = startup((b"TimeZone", b"UTC"))
-    assert routing.route(message) == Route(target, kept, database=database)
+    opened = [(b"database", database)] if database else []
+    expected = startup((b"TimeZone", b"UTC"), *opened)
+    assert routing.route(message) == Route(target, expected)
+
+
+def test_w45_without_a_default_target_only_aliases_lead_anywhere() -> None:
+    routing = Router(None, aliases={"reports": Alias("eu")})
+    assert routing.route(named(b"reports")) == Route("eu", startup())
+    for message in (startup(), named(b"other")):
+        error = refusal(routing, message)
+        assert (error.reason, error.response().sqlstate) == ("no_target", "3D000")
 
 
 def test_an_alias_that_is_the_users_name_counts_as_not_given() -> None:

@@ -172,14 +172,13 @@ async def test_a_host_that_was_forgotten_serves_while_the_api_fails(
     [
         ({"user": "app"}, "databricks_postgres"),
         ({"user": "app", "database": ""}, "databricks_postgres"),
-        ({"user": "app", "database": "app"}, "databricks_postgres"),
-        ({"user": "app", "database": "App"}, "App"),
+        ({"user": "app", "database": "app"}, "app"),
         ({"user": "app", "database": "orders"}, "orders"),
         ({"user": "", "database": ""}, "databricks_postgres"),
         ({"user": "app", "database": "databricks_postgres"}, "databricks_postgres"),
     ],
 )
-async def test_w16_a_database_that_is_none_or_the_users_name_is_the_targets(
+async def test_w16_without_a_database_the_targets_own_is_opened(
     api: standin.Workspace, parameters: dict[str, str], database: str
 ) -> None:
     made = targets(api, user="role")

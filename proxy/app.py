@@ -1,83 +1,114 @@
 """The composition root: builds every object from the settings, hands them down, serves, drains.
 
-Nothing below makes its own collaborators; nothing here decides anything. `serve` is the whole
+Nothing below makes its own collaborators; nothing here decides anything. `serving` is the whole
 program for `run`, for `demo` and for tests alike.
 """
 
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from functools import partial
 
 from proxy import __version__
-from proxy.config import ConfigurationError, ListenSettings, Problem, Settings, UpstreamSettings
+from proxy.config import Changes, ConfigurationError, ListenSettings, Problem, Settings, compare
 from proxy.errors import ErrorKind
+from proxy.life import Life
 from proxy.observe.admin import AdminAddress, AdminState, serve_admin
 from proxy.observe.lag import sampling_lag
-from proxy.observe.logs import get_logger
+from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.metrics import ConnectPhase, Metrics
 from proxy.observe.status import State, StatusSource, Token, report
+from proxy.plan import Plan
 from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.listener import UNSERVED, Listener, Places
+from proxy.session.live import LiveSessions
 from proxy.session.relay import EndReason
-from proxy.session.session import TARGET, Session, SessionParts, StartupFailure
-from proxy.transport.tls import client_context, server_context
+from proxy.session.session import Passage, Session, SessionParts, StartupFailure
+from proxy.transport.tls import server_context
 from proxy.upstream.connector import Connector
-from proxy.upstream.credentials import Credentials, CredentialSource, PasswordFile
-from proxy.upstream.dialer import Dialer
-from proxy.upstream.resources import Resource, resource_of
-from proxy.upstream.targets import Targets
-from proxy.upstream.workspace import Workspace
+from proxy.upstream.fleet import Accounts, PhaseTook
+from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import ClientReason
 
 _log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
 class App:
-    """A running proxy: its bound addresses, where 0 was asked for a port, and its parts."""
+    """A running proxy: its parts, and the addresses where 0 was asked for a port."""
 
     listen_host: str
     listen_port: int
-    admin: AdminAddress | None
-    metrics: Metrics
-    cancel_keys: CancelKeys
-    _listener: Listener
-    _life: "_Life"
+    admin: AdminAddress | None = None
 
-    async def drain(self, seconds: float) -> int:
-        """Take no more connections, let sessions end for so long, cut the rest; return how many."""
-        self._life.drain(seconds)
-        return await self._listener.drain(seconds)
-
-
-@dataclass(slots=True)
-class _Life:
-    """How far the proxy is; what it listens on and whom it reaches become known on the way."""
-
-    began_at: float
-    listen: str = ""
-    places: Places | None = None
-    upstream: "Upstream | None" = None
-    started: bool = False
-    draining: bool = False
-    cut_at: float = 0
+    def __init__(self, settings: Settings) -> None:
+        """Raises ConfigurationError for a file that a setting names and that cannot be used."""
+        self.life = Life()
+        self.metrics = build_metrics(settings.target_names())
+        self.cancel_keys = CancelKeys()
+        self.accounts = Accounts(self.metrics, version=__version__)
+        self.plan = Plan(settings, self.accounts, self._phase_took)
+        self.places = Places(settings.listen.max_connections)
+        self.listener = self._make_listener(settings)
 
     @property
-    def state(self) -> State:
-        if self.draining:
-            return State.DRAINING
-        return State.SERVING if self.started else State.STARTING
+    def settings(self) -> Settings:
+        """What is in force now. What needs a restart is as it was at the start."""
+        return self.plan.settings
 
-    @property
-    def drain_seconds_left(self) -> float | None:
-        return max(0.0, self.cut_at - time.monotonic()) if self.draining else None
+    def reload(self, settings: Settings) -> Changes:
+        """Take over what can change while sessions go on; return what changed.
 
-    def drain(self, seconds: float) -> None:
-        self.draining = True
-        self.cut_at = time.monotonic() + seconds
+        New sessions go by the new settings, all of them or, when they cannot be used, none.
+        Raises ConfigurationError, and nothing has changed then.
+        """
+        changes = compare(self.settings, settings)
+        kept = settings.model_copy(
+            update={
+                "listen": self.settings.listen,
+                "admin": self.settings.admin,
+                "log": settings.log.model_copy(update={"format": self.settings.log.format}),
+            }
+        )
+        plan = Plan(kept, self.accounts, self._phase_took)
+        self.metrics.live.know(kept.target_names())
+        if kept.log != self.settings.log:
+            configure_logging(format=kept.log.format, level=kept.log.level)
+        self.plan = plan
+        return changes
+
+    async def drain(self, drain_seconds: float, *, accept_seconds: float = 0) -> int:
+        """Say no to readiness, then end all sessions; return how many had to be cut.
+
+        New connections are taken for `accept_seconds` more; the sessions have `drain_seconds` from
+        then on. Called again meanwhile it hastens: `drain(0)` ends what is left at once.
+        """
+        self.life.drain(accept_seconds + drain_seconds)
+        return await self.listener.drain(drain_seconds, accept_seconds=accept_seconds)
+
+    def _make_listener(self, settings: Settings) -> Listener:
+        live = LiveSessions()
+        # A cancel is no connect: its phases are nobody's.
+        connector = Connector(lambda phase, seconds: None)
+        parts = SessionParts(
+            route=self._passage,
+            cancel_keys=self.cancel_keys,
+            cancels=CancelForwarder(self.cancel_keys, connector, self.metrics),
+            metrics=self.metrics,
+            startup_timeout_seconds=settings.listen.startup_timeout_seconds,
+            tls=_listener_tls(settings.listen),
+            place=self.places.take,
+            live=live,
+            idle_timeout_seconds=settings.listen.idle_timeout_seconds,
+        )
+        return Listener(
+            settings.listen, self.places, self.metrics, lambda link: Session(link, parts).run(), live
+        )
+
+    def _passage(self, message: StartupMessage) -> Passage:
+        return self.plan.passage(message)  # whichever plan it is then: a reload exchanges it
+
+    def _phase_took(self, target: str, phase: ConnectPhase, seconds: float) -> None:
+        self.metrics.connect_phase_took(phase, seconds, target)
 
 
 @asynccontextmanager
@@ -88,39 +119,35 @@ async def serving(settings: Settings) -> AsyncIterator[App]:
     a setting names and that cannot be used.
     """
     async with AsyncExitStack() as stack:
-        metrics, life, cancel_keys = build_metrics(), _Life(time.monotonic()), CancelKeys()
-        stack.enter_context(sampling_lag(metrics.loop_lagged))
-        state = _admin_state(metrics, _status_source(settings, life), life)
+        app = App(settings)
+        stack.push_async_callback(app.accounts.close)
+        stack.enter_context(sampling_lag(app.metrics.loop_lagged))
         if settings.admin.enabled:
-            admin = await stack.enter_async_context(
-                serve_admin(state, host=settings.admin.host, port=settings.admin.port)
+            app.admin = await stack.enter_async_context(
+                serve_admin(_admin_state(app), host=settings.admin.host, port=settings.admin.port)
             )
-        else:
-            admin = None
-        upstream = await stack.enter_async_context(reaching_upstream(settings, metrics))
-        life.upstream = upstream
-        dialer = upstream.dialer
-        life.places = places = Places(settings.listen.max_connections)
-        parts = SessionParts(
-            dialer=dialer,
-            cancel_keys=cancel_keys,
-            cancels=CancelForwarder(cancel_keys, upstream.connector, metrics),
-            metrics=metrics,
-            startup_timeout_seconds=settings.listen.startup_timeout_seconds,
-            cancel_on_disconnect=settings.upstream.cancel_on_disconnect,
-            tls=_listener_tls(settings.listen),
-            place=places.take,
-        )
-        listener = Listener(
-            settings.listen, places, metrics, lambda link: Session(link, parts).run()
-        )
-        host, port = await stack.enter_async_context(listener.accepting())
-        life.listen, life.started = _address(host, port), True
+        host, port = await stack.enter_async_context(app.listener.accepting())
+        app.listen_host, app.listen_port = host, port
+        app.life.serve()
         _log.info("serving", host=host, port=port, version=__version__)
-        yield App(host, port, admin, metrics, cancel_keys, listener, life)
+        yield app
 
 
-def _admin_state(metrics: Metrics, source: StatusSource, life: _Life) -> AdminState:
+@asynccontextmanager
+async def planned(settings: Settings, phase_took: PhaseTook) -> AsyncIterator[Plan]:
+    """Give what sessions would be served by while the block runs, without a listener.
+
+    Raises ConfigurationError for a file that a setting names and that cannot be used.
+    """
+    accounts = Accounts(build_metrics(settings.target_names()), version=__version__)
+    try:
+        yield Plan(settings, accounts, phase_took)
+    finally:
+        await accounts.close()
+
+
+def _admin_state(app: App) -> AdminState:
+    source, metrics, life = _status_source(app), app.metrics, app.life
     metrics.watch(source)
     return AdminState(
         started=lambda: life.started,
@@ -131,103 +158,38 @@ def _admin_state(metrics: Metrics, source: StatusSource, life: _Life) -> AdminSt
         ),
         failed=metrics.admin_failed,
         restarted=metrics.admin_restarted,
+        quit=life.quit_asked.set if app.settings.admin.quit else None,
     )
 
 
-def _status_source(settings: Settings, life: _Life) -> StatusSource:
-    def hosts() -> dict[str, str]:
-        return {TARGET: life.upstream.targets.host if life.upstream else settings.upstream.host}
+def _status_source(app: App) -> StatusSource:
+    def listen() -> str:
+        if not app.life.started:
+            return ""
+        host, port = app.listen_host, app.listen_port
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def tokens() -> list[Token]:
-        source = life.upstream.credentials if life.upstream else None
-        newest = source.newest if isinstance(source, Credentials) else None
-        if newest is None:
-            return []
-        now = time.time()
-        return [Token("workspace", now - newest.requested_at, newest.expires_at - now)]
+    def hosts() -> Mapping[str, str]:
+        return app.plan.hosts()
+
+    def tokens() -> Sequence[Token]:
+        return app.plan.tokens()
+
+    def warnings() -> Sequence[str]:
+        return app.settings.warnings()
 
     return StatusSource(
         version=__version__,
-        state=lambda: life.state,
-        uptime_seconds=lambda: time.monotonic() - life.began_at,
-        listen=lambda: life.listen,
-        sessions_max=lambda: settings.listen.max_connections,
-        places_taken=lambda: life.places.taken if life.places else 0,
+        state=lambda: app.life.state,
+        uptime_seconds=lambda: app.life.uptime_seconds,
+        listen=listen,
+        sessions_max=lambda: app.settings.listen.max_connections,
+        places_taken=lambda: app.places.taken,
         hosts=hosts,
         tokens=tokens,
-        drain_seconds_left=lambda: life.drain_seconds_left,
-        warnings=lambda: _warnings(settings),
+        drain_seconds_left=lambda: app.life.drain_seconds_left,
+        warnings=warnings,
     )
-
-
-def _warnings(settings: Settings) -> list[str]:
-    """Say what the configuration weakens. A person should see it wherever they look."""
-    said = []
-    if settings.upstream.sslmode != "verify-full":
-        said.append(
-            f'upstream.sslmode is "{settings.upstream.sslmode}": who is in between can read the '
-            "token."
-        )
-    if settings.listen.allow_remote:
-        said.append("listen.allow_remote is set: who reaches the listener is logged in.")
-    return said
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-@dataclass(frozen=True, slots=True)
-class Upstream:
-    """The way upstream, part by part: `run` needs the dialer, `check` walks through all."""
-
-    resource: Resource | None
-    workspace: Workspace
-    credentials: CredentialSource
-    targets: Targets
-    connector: Connector
-    dialer: Dialer
-
-
-@asynccontextmanager
-async def reaching_upstream(
-    settings: Settings,
-    metrics: Metrics,
-    phase_took: Callable[[ConnectPhase, float], None] | None = None,
-) -> AsyncIterator[Upstream]:
-    """Give the way upstream while the block runs. Raises ConfigurationError for a bad file.
-
-    `phase_took` hears of each phase of a dial that succeeded, in place of the metrics.
-    """
-    upstream = settings.upstream
-    _check_root_cert(upstream)
-    workspace = Workspace(settings.workspace, settings.credentials, version=__version__)
-    resource = resource_of(upstream)
-    targets = Targets(upstream, resource, workspace)
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(targets.close)
-        credentials: CredentialSource
-        if settings.credentials.password_file:
-            credentials = PasswordFile(settings.credentials.password_file)
-        else:
-            assert resource is not None, "settings without a password name a resource"
-            tokens = Credentials(partial(workspace.mint, resource), settings.credentials, metrics)
-            stack.push_async_callback(tokens.close)
-            credentials = tokens
-        seconds = upstream.connect_timeout_seconds
-        heard = phase_took or partial(metrics.connect_phase_took, target=TARGET)
-        connector = Connector(heard)
-        dialer = Dialer(connector, targets, credentials, heard, connect_timeout_seconds=seconds)
-        yield Upstream(resource, workspace, credentials, targets, connector, dialer)
-
-
-def _check_root_cert(upstream: UpstreamSettings) -> None:
-    """Raise ConfigurationError for a file that cannot be used: it shall show now, not later."""
-    try:
-        client_context(upstream.sslmode, upstream.ssl_root_cert)
-    except OSError as error:  # an ssl.SSLError is one
-        text = f"{upstream.ssl_root_cert}: {error.strerror or error}"
-        raise ConfigurationError([Problem("upstream.ssl_root_cert", text)]) from error
 
 
 def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
@@ -241,7 +203,7 @@ def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
         raise ConfigurationError([Problem("listen.tls_certificate", text)]) from error
 
 
-def build_metrics(targets: Iterable[str] = (TARGET,)) -> Metrics:
+def build_metrics(targets: Iterable[str] = ()) -> Metrics:
     """Return the metrics with every reason word that the program has, and these targets."""
     refusals = [kind.value.reason for kind in ErrorKind]
     return Metrics(

@@ -13,10 +13,18 @@ from typing import Final
 
 import asyncpg
 
-from proxy.app import Upstream, build_metrics, reaching_upstream, serving
-from proxy.config import AdminSettings, ListenSettings, Settings
+from proxy.app import planned, serving
+from proxy.config import (
+    UPSTREAM,
+    AdminSettings,
+    DatabaseAlias,
+    ListenSettings,
+    RoutingSettings,
+    Settings,
+)
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import ConnectPhase
+from proxy.upstream.fleet import Way
 from proxy.wire.messages import Terminate
 from proxy.wire.startup import V3_0, StartupMessage
 
@@ -39,9 +47,10 @@ _PHASES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step's outcome. `reason`, `sqlstate` and `fix` are empty when it is `ok`."""
+    """One step at one target. `reason`, `sqlstate` and `fix` are empty when it is `ok`."""
 
     name: str
+    target: str
     ok: bool
     seconds: float
     text: str
@@ -50,46 +59,57 @@ class Step:
     fix: str = ""
 
 
-async def check(settings: Settings) -> AsyncIterator[Step]:
-    """Yield each step's outcome as it is known; the first that is not ok is the last.
+async def check(settings: Settings, *, all_targets: bool = False) -> AsyncIterator[Step]:
+    """Yield each step's outcome as it is known; the first that is not ok is its target's last.
 
+    The way checked is that of a client that names nothing, or every target's, one after another.
     Raises ConfigurationError for a file that a setting names and that cannot be used.
     """
+    names = settings.target_names()
+    usual = UPSTREAM if UPSTREAM in names else names[0]
     phases = Phases()
-    async with reaching_upstream(settings, build_metrics(), phases.took) as upstream:
-        yield Step("configuration", True, 0.0, _configuration(settings, upstream))
-        for name, answer in _workspace_steps(settings, upstream):
-            step = await _timed(name, answer())
-            yield step
-            if not step.ok:
-                return
-        for step in await _dial(upstream, phases):
-            yield step
-            if not step.ok:
-                return
-        yield await _timed("query", _query(settings))
+    async with planned(settings, phases.took) as plan:
+        for name in names if all_targets else [usual]:
+            async for step in _check_target(settings, name, plan.fleet[name], phases):
+                yield step
 
 
-async def _timed(name: str, answer: Awaitable[str]) -> Step:
+async def _check_target(
+    settings: Settings, name: str, way: Way, phases: "Phases"
+) -> AsyncIterator[Step]:
+    yield Step("configuration", name, True, 0.0, _configuration(settings, way))
+    for title, answer in _workspace_steps(settings, way):
+        step = await _timed(title, name, answer())
+        yield step
+        if not step.ok:
+            return
+    for step in await _dial(name, way, phases):
+        yield step
+        if not step.ok:
+            return
+    yield await _timed("query", name, _query(settings, name))
+
+
+async def _timed(name: str, target: str, answer: Awaitable[str]) -> Step:
     begun = time.perf_counter()
     try:
         text = await answer
     except ProxyError as error:
-        return _failed(name, error, time.perf_counter() - begun)
-    return Step(name, True, time.perf_counter() - begun, text)
+        return _failed(name, target, error, time.perf_counter() - begun)
+    return Step(name, target, True, time.perf_counter() - begun, text)
 
 
-def _failed(name: str, error: ProxyError, seconds: float) -> Step:
+def _failed(name: str, target: str, error: ProxyError, seconds: float) -> Step:
     response = error.response()
     text = f"{response.message}: {error.detail}" if error.detail else response.message
     fix = response.text(b"H")
-    return Step(name, False, seconds, text, error.reason, response.sqlstate, fix)
+    return Step(name, target, False, seconds, text, error.reason, response.sqlstate, fix)
 
 
-def _configuration(settings: Settings, upstream: Upstream) -> str:
-    what = upstream.resource.name if upstream.resource else settings.upstream.host
+def _configuration(settings: Settings, way: Way) -> str:
+    what = way.resource.name if way.resource else way.settings.host
     how = "a native password" if settings.credentials.password_file else "OAuth tokens"
-    return f"{what}, with {how}, sslmode {settings.upstream.sslmode}"
+    return f"{what}, with {how}, sslmode {way.settings.sslmode}"
 
 
 # -- the workspace -------------------------------------------------------------------------------
@@ -97,19 +117,19 @@ def _configuration(settings: Settings, upstream: Upstream) -> str:
 _Ask = tuple[str, Callable[[], Awaitable[str]]]
 
 
-def _workspace_steps(settings: Settings, upstream: Upstream) -> list[_Ask]:
+def _workspace_steps(settings: Settings, way: Way) -> list[_Ask]:
     """Return what is to be asked of the workspace: nothing, where a password and a host are set."""
-    resource = upstream.resource
+    resource = way.resource
     if resource is None:
         return []
 
     async def login() -> str:
-        identity = await upstream.workspace.identity()
+        identity = await way.workspace.identity()
         return f"as {identity.role}, by {identity.auth_type}, at {identity.host}"
 
     async def clock() -> str:
         try:
-            ahead_seconds = await upstream.workspace.clock_ahead_seconds()
+            ahead_seconds = await way.workspace.clock_ahead_seconds()
         except ProxyError:  # an old workspace has no such document; what is broken shows below
             ahead_seconds = None
         if ahead_seconds is None:
@@ -120,7 +140,7 @@ def _workspace_steps(settings: Settings, upstream: Upstream) -> list[_Ask]:
         return f"{text} the workspace's"
 
     async def credential() -> str:
-        minted = await upstream.credentials.fresh()
+        minted = await way.credentials.fresh()
         lifetime_seconds = minted.expires_at - time.time()
         if not TOKEN_SECONDS_MIN <= lifetime_seconds <= TOKEN_SECONDS_MAX:
             detail = f"the token's life ends in {lifetime_seconds:.0f} s by this machine's clock"
@@ -129,8 +149,8 @@ def _workspace_steps(settings: Settings, upstream: Upstream) -> list[_Ask]:
         return f"a token {age_seconds:.1f} s old, valid for {lifetime_seconds / 60:.0f} min more"
 
     async def host() -> str:
-        status = await upstream.workspace.status(resource)
-        target = await upstream.targets.target()
+        status = await way.workspace.status(resource)
+        target = await way.targets.target()
         return f"{status.state}, host {target.host}"
 
     if settings.credentials.password_file:
@@ -152,21 +172,21 @@ class Phases:
     def __init__(self) -> None:
         self.seconds: dict[ConnectPhase, float] = {}
 
-    def took(self, phase: ConnectPhase, seconds: float) -> None:
+    def took(self, target: str, phase: ConnectPhase, seconds: float) -> None:
         """Take one phase; the first of a try forgets the tries before."""
         if phase is ConnectPhase.MINT:
             self.seconds.clear()
         self.seconds[phase] = seconds
 
 
-async def _dial(upstream: Upstream, phases: Phases) -> list[Step]:
+async def _dial(target: str, way: Way, phases: Phases) -> list[Step]:
     """Dial once as for a client, and return a step for each phase up to the one that failed."""
-    pairs = ((b"user", getpass.getuser().encode()), (b"application_name", b"lakebase-auth-proxy"))
+    pairs = ((b"user", _client_user().encode()), (b"application_name", b"lakebase-auth-proxy"))
     begun = time.perf_counter()
     failure: ProxyError | None = None
     where = ""
     try:
-        session = await upstream.dialer.dial(StartupMessage(V3_0, pairs))
+        session = await way.dialer.dial(StartupMessage(V3_0, pairs))
     except ProxyError as error:
         failure = error
     else:
@@ -178,15 +198,25 @@ async def _dial(upstream: Upstream, phases: Phases) -> list[Step]:
     for phase, name in _PHASES.items():
         seconds = phases.seconds.get(phase)
         if failure is not None and (seconds is None or phase is ConnectPhase.LOGIN):
-            return [*steps, _failed(name, failure, spent)]
-        steps.append(Step(name, True, seconds or 0.0, where))
+            return [*steps, _failed(name, target, failure, spent)]
+        steps.append(Step(name, target, True, seconds or 0.0, where))
     return steps
 
 
-async def _query(settings: Settings) -> str:
+def _client_user() -> str:
+    """Return the user that the client of this check names, which counts where `user` is "*"."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container the number of a user may have no name
+        return "lakebase-auth-proxy"
+
+
+async def _query(settings: Settings, target: str) -> str:
     """Ask the database who and where we are, as an application would: through a proxy."""
     own = settings.model_copy(
         update={
+            "databases": {target: DatabaseAlias(target=target)},
+            "routing": RoutingSettings(),
             "listen": ListenSettings(host="127.0.0.1", port=0, max_connections=1),
             "admin": AdminSettings(enabled=False),
         }
@@ -196,10 +226,10 @@ async def _query(settings: Settings) -> str:
             connection = await asyncpg.connect(
                 host=app.listen_host,
                 port=app.listen_port,
-                user=getpass.getuser(),
-                database=settings.upstream.database,
+                user=_client_user(),
+                database=target,
                 ssl=False,
-                timeout=settings.upstream.connect_timeout_seconds,
+                timeout=settings.target(target).connect_timeout_seconds,
                 statement_cache_size=0,
             )
             try:

@@ -12,18 +12,19 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum, unique
 from functools import partial
-from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.live import Carried
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
+from proxy.routing.router import Route
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
 from proxy.session.relay import EndReason, Relay, RelayEnd
 from proxy.transport.link import Link
 from proxy.transport.sockets import is_unix
 from proxy.transport.tls import ALPN_PROTOCOL
-from proxy.upstream.dialer import Dialer, UpstreamSession
+from proxy.upstream.dialer import UpstreamSession
+from proxy.upstream.fleet import Way
 from proxy.wire.client_startup import (
     CancelReceived,
     ClientEvent,
@@ -35,10 +36,8 @@ from proxy.wire.client_startup import (
     Violated,
 )
 from proxy.wire.messages import ErrorResponse
+from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import Answer, ClientViolation
-
-# The name under which log, metrics and status show the target of the section [upstream].
-TARGET: Final = "upstream"
 
 _log = get_logger(__name__)
 
@@ -58,15 +57,33 @@ class ClientGone(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Passage:
+    """Where one session goes, on which way, and what it says there."""
+
+    route: Route
+    way: Way
+
+    @property
+    def where(self) -> dict[str, str]:
+        """What a log line says of it: the target, and the fingerprint of a shard key."""
+        key = self.route.key
+        return {"target": self.route.target} | ({"shard_key": key} if key else {})
+
+    async def dial(self) -> UpstreamSession:
+        """Return a session upstream. Raises what `Dialer.dial` does."""
+        return await self.way.dialer.dial(self.route.message)
+
+
+@dataclass(frozen=True, slots=True)
 class SessionParts:
     """What all sessions of a proxy share."""
 
-    dialer: Dialer
+    route: Callable[[StartupMessage], Passage]
+    """Decides by what is configured now; raises ProxyError for a client that has no way."""
     cancel_keys: CancelKeys
     cancels: CancelForwarder
     metrics: Metrics
     startup_timeout_seconds: float
-    cancel_on_disconnect: bool
     tls: ssl.SSLContext | None
     place: Callable[[], AbstractContextManager[None]]
     """Takes one of `max_connections` places; raises ProxyError when there is none."""
@@ -81,8 +98,8 @@ class Session:
         # A unix socket's bytes do not leave the machine: TLS is refused there as PostgreSQL does.
         tls_offered = parts.tls is not None and not is_unix(link.transport)
         self._startup = ClientStartup(tls_offered=tls_offered)
-        # What each of its lines in the log says of where it goes; `shard` as well, if there is one.
-        self._where = {"target": TARGET}
+        # What its lines in the log say of where it goes, once that is decided.
+        self._where = {"target": ""}
         self._begun_at = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
@@ -162,10 +179,12 @@ class Session:
     async def _serve(self, startup: StartupReceived) -> None:
         try:
             with self._parts.place():
-                upstream = await self._dial(startup)
+                passage = self._parts.route(startup.message)
+                self._where = passage.where
+                upstream = await self._dial(passage)
                 keys = self._parts.cancel_keys
                 with keys.issue(upstream.startup.key, upstream.target, startup.version) as key:
-                    await self._relay(upstream, key)
+                    await self._relay(passage, upstream, key)
         except ClientGone:
             self._parts.metrics.startup_failed(StartupFailure.CLIENT_GONE)
             _log.debug("client left before its session was ready")
@@ -176,11 +195,11 @@ class Session:
             refusal = ErrorResponse.fatal(violation.sqlstate, violation.message, detail)
             self._refuse(violation.reason, refusal)
 
-    async def _dial(self, startup: StartupReceived) -> UpstreamSession:
+    async def _dial(self, passage: Passage) -> UpstreamSession:
         """Return a session upstream. Raises ClientGone, ProxyError or ClientViolation."""
         try:
             async with self._while_connected():
-                upstream = await self._parts.dialer.dial(startup.message)
+                upstream = await passage.dial()
         except asyncio.CancelledError:
             # A drain ends, and this client has not been answered yet.
             error = ProxyError(ErrorKind.SHUTTING_DOWN)
@@ -194,11 +213,13 @@ class Session:
             raise ProxyError(ErrorKind.UPSTREAM_LOST)
         return upstream
 
-    async def _relay(self, upstream: UpstreamSession, key: IssuedKey | None) -> None:
+    async def _relay(
+        self, passage: Passage, upstream: UpstreamSession, key: IssuedKey | None
+    ) -> None:
         """Tell the client that it is served, hand both connections over, and see it through."""
         client, link = self._link, upstream.link
         abandon = None
-        if key is not None and self._parts.cancel_on_disconnect:
+        if key is not None and passage.way.settings.cancel_on_disconnect:
             abandon = partial(self._parts.cancels.cancel, key)
         relay = Relay(client.transport, link.transport, abandon)
         # What either side sent early goes behind what the other is told first.

@@ -100,8 +100,8 @@ class Accounts:
     def account(self, profile: Profile, resources: list[Resource]) -> Account:
         """Return the account whose tokens are minted for one of these, whichever will do.
 
-        A token is good for every endpoint of its workspace (lakebase.md, 3). Of Provisioned
-        instances that is not known: each has tokens of its own, and is alone in `resources`.
+        A token is good for every endpoint of its workspace, the documentation says. Of Provisioned
+        instances it does not: each has tokens of its own, and is alone in `resources`.
         """
         first = resources[0]
         key = (profile, first.name if isinstance(first, Instance) else "")
@@ -129,9 +129,7 @@ class Fleet(Mapping[str, Way]):
         self._phase_took = phase_took
         targets = {name: settings.target(name) for name in settings.target_names()}
         endpoints = self._endpoints(targets.values())
-        self._ways = {
-            name: self._way(name, target, endpoints) for name, target in targets.items()
-        }
+        self._ways = {name: self._way(name, target, endpoints) for name, target in targets.items()}
 
     def __getitem__(self, target: str) -> Way:
         return self._ways[target]
@@ -187,6 +185,7 @@ class Fleet(Mapping[str, Way]):
             credentials,
             heard,
             connect_timeout_seconds=target.connect_timeout_seconds,
+            connects_max=target.connects_max,
         )
         return Way(target, resource, workspace, account, credentials, targets, dialer)
 

@@ -1,0 +1,45 @@
+"""What the present configuration makes of a session: its target, and the way there.
+
+For: one object that a reload exchanges as a whole, so that a session sees either the old
+configuration or the new one. Not for: deciding; the router does, and the fleet dials.
+
+Invariant: a plan never changes. A session keeps the passage that it was given.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+
+from proxy.config import Settings
+from proxy.observe.status import Token
+from proxy.routes import router_of
+from proxy.session.session import Passage
+from proxy.upstream.fleet import Accounts, Fleet, PhaseTook
+from proxy.wire.startup import StartupMessage
+
+
+class Plan:
+    """Settings, and what is made from them for sessions."""
+
+    def __init__(self, settings: Settings, accounts: Accounts, phase_took: PhaseTook) -> None:
+        """Raises ConfigurationError for files that settings name and that cannot be used."""
+        self.settings = settings
+        self.router = router_of(settings)
+        self.fleet = Fleet(settings, accounts, phase_took)
+
+    def passage(self, message: StartupMessage) -> Passage:
+        """Return where a client goes. Raises ProxyError for one that has no way."""
+        route = self.router.route(message)
+        return Passage(route, self.fleet[route.target])
+
+    def hosts(self) -> Mapping[str, str]:
+        """Return each target's host, empty while it is not known."""
+        return {name: way.targets.host for name, way in self.fleet.items()}
+
+    def tokens(self) -> Sequence[Token]:
+        """Return the times of each account's newest token."""
+        now = time.time()
+        return [
+            Token(account.workspace, now - newest.requested_at, newest.expires_at - now)
+            for account in self.fleet.accounts
+            if (newest := account.credentials.newest) is not None
+        ]

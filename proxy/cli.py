@@ -7,22 +7,20 @@
 """
 
 import asyncio
-import errno
 import json
 import os
-import resource
-import signal
+import re
 import sys
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Final
 
 import uvloop
 
 from proxy import __version__
-from proxy.app import App, serving
-from proxy.check import as_line, check
+from proxy.admin_client import AdminError, ask_to_drain, wait_until_ready
+from proxy.check import Step, as_line, check
 from proxy.config import (
     ConfigurationError,
     LogSettings,
@@ -32,27 +30,39 @@ from proxy.config import (
     load_settings,
 )
 from proxy.demo import DemoError, demonstrating, greeting
-from proxy.observe.logs import configure_logging, get_logger
+from proxy.errors import ProxyError
+from proxy.observe.logs import configure_logging
+from proxy.process import (
+    EXIT_FAILURE,
+    EXIT_OK,
+    EXIT_USAGE,
+    Signals,
+    explain,
+    raise_file_limit,
+    serve,
+    until_stopped,
+)
+from proxy.routes import map_problems, resolution_lines, router_of
 
-EXIT_OK: Final = 0
-EXIT_FAILURE: Final = 1
-EXIT_USAGE: Final = 2
-EXIT_CUT: Final = 3
+# What `wait` waits without --timeout.
+WAIT_SECONDS: Final = 30.0
 
 USAGE: Final = """\
 usage: lakebase-auth-proxy VERB [--config FILE] [--SECTION.KEY VALUE ...]
 
   run       serve: local Postgres clients on one side, Databricks Lakebase on the other
-  check     walk the whole way once and say what is wrong and how to mend it (--json)
+  check     walk the whole way once and say what is wrong and how to mend it (--json;
+            --all-shards: to every target)
   demo      the whole system on this machine, nothing to install or sign up for
+  resolve   say where a shard key leads, without connecting: resolve KEY
+  wait      wait until a running proxy is ready (--timeout SECONDS, 30)
+  shutdown  ask a running proxy to drain and end (it must run with admin.quit)
   version   print the version
 
 Every key of config.example.toml is a flag (--listen.port 6000) and an environment variable
 (LAKEBASE_PROXY_LISTEN__PORT=6000). A flag beats the environment, which beats the file.
 run and check with --print-config print the values in force and where each came from.
 """
-
-_log = get_logger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,10 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
 
 
+def _wrong_usage(sentence: str) -> int:
+    print(f"lakebase-auth-proxy: {sentence}", file=sys.stderr)
+    return EXIT_USAGE
+
+
 def _version(arguments: Sequence[str]) -> int:
     if arguments:
-        print("lakebase-auth-proxy: version takes no argument", file=sys.stderr)
-        return EXIT_USAGE
+        return _wrong_usage("version takes no argument")
     print(__version__)
     return EXIT_OK
 
@@ -88,50 +102,108 @@ _PRINT_CONFIG: Final = "--print-config"
 def _print_config(arguments: Sequence[str]) -> int:
     """Print the values in force. It shows what there is, so it asks for nothing that is missing."""
     flags = [argument for argument in arguments if argument != _PRINT_CONFIG]
-    print(effective_toml(load(flags, os.environ)), end="")
+    print(effective_toml(load(flags, os.environ, inspect=[map_problems])), end="")
     return EXIT_OK
+
+
+def _settings(arguments: Sequence[str]) -> Settings:
+    """Return settings that sessions can be served with. Raises ConfigurationError."""
+    return load_settings(arguments, os.environ, upstream_required=True, inspect=[map_problems])
 
 
 def _run(arguments: Sequence[str]) -> int:
     if _PRINT_CONFIG in arguments:
         return _print_config(arguments)
-    settings = load_settings(arguments, os.environ, upstream_required=True)
-    return _serve(settings, _serve_lakebase)
+    reread = partial(_settings, arguments)
+    return _until_done(reread(), lambda settings: serve(settings, reread))
 
 
 def _check(arguments: Sequence[str]) -> int:
-    as_json = "--json" in arguments
-    flags = [argument for argument in arguments if argument != "--json"]
-    if _PRINT_CONFIG in flags:
-        return _print_config(flags)
-    settings = load_settings(flags, os.environ, upstream_required=True)
+    if _PRINT_CONFIG in arguments:
+        return _print_config(arguments)
+    as_json, all_targets = "--json" in arguments, "--all-shards" in arguments
+    flags = [argument for argument in arguments if argument not in ("--json", "--all-shards")]
 
     async def walk(settings: Settings) -> int:
-        steps = []
-        async for step in check(settings):
-            steps.append(step)
+        Signals()  # which end it quietly
+        steps: list[Step] = []
+        async for step in check(settings, all_targets=all_targets):
             if not as_json:
+                if all_targets and (not steps or steps[-1].target != step.target):
+                    print(f"target {step.target}")
                 print(as_line(step), flush=True)
+            steps.append(step)
         good = all(step.ok for step in steps)
         if as_json:
             print(json.dumps({"ok": good, "steps": [asdict(step) for step in steps]}))
         return EXIT_OK if good else EXIT_FAILURE
 
-    quiet = settings.model_copy(update={"log": LogSettings(level="error")})
-    return _serve(quiet, walk)
+    settings = _settings(flags)
+    return _until_done(settings.model_copy(update={"log": LogSettings(level="error")}), walk)
+
+
+def _resolve(arguments: Sequence[str]) -> int:
+    """Print what the shard map says of a key: the argument that is no flag, in front of them."""
+    if not arguments or arguments[0].startswith("--"):
+        return _wrong_usage("resolve needs a shard key: lakebase-auth-proxy resolve KEY [flags]")
+    settings = load_settings(arguments[1:], os.environ, inspect=[map_problems])
+    try:
+        found = router_of(settings).resolve(arguments[0])
+    except ProxyError as error:
+        answer = error.response()
+        return _fail(f"{answer.message} (SQLSTATE {answer.sqlstate}, reason={error.reason})")
+    print("\n".join(resolution_lines(settings, found)))
+    return EXIT_OK
+
+
+def _wait(arguments: Sequence[str]) -> int:
+    """Wait until a proxy with this configuration is ready."""
+    seconds, flags = _take_timeout(arguments)
+    if seconds is None:
+        return _wrong_usage("--timeout needs a number of seconds")
+    try:
+        wait_until_ready(load_settings(flags, os.environ).admin, seconds)
+    except AdminError as error:
+        return _fail(str(error))
+    return EXIT_OK
+
+
+def _take_timeout(arguments: Sequence[str]) -> tuple[float | None, list[str]]:
+    """Return the value of --timeout, None for one that is no number, and the other arguments."""
+    rest, seconds = list(arguments), str(WAIT_SECONDS)
+    for at, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag == "--timeout":
+            seconds = value if equals else " ".join(arguments[at + 1 : at + 2])
+            del rest[at : at + (1 if equals else 2)]
+            break
+    number = float(seconds) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", seconds) else None
+    return number, rest
+
+
+def _shutdown(arguments: Sequence[str]) -> int:
+    """Ask a proxy with this configuration to drain and end."""
+    try:
+        ask_to_drain(load_settings(arguments, os.environ).admin)
+    except AdminError as error:
+        return _fail(str(error))
+    return EXIT_OK
 
 
 def _demo(arguments: Sequence[str]) -> int:
     # The guide's variables point at a real Lakebase: the demo has its own.
     own = {name: value for name, value in os.environ.items() if name.startswith("LAKEBASE_PROXY_")}
     settings = load_settings(arguments, {"LAKEBASE_PROXY_LOG__LEVEL": "warning", **own})
-    return _serve(settings, _serve_demo)
+    return _until_done(settings, _serve_demo)
 
 
 _VERBS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
     "run": _run,
     "check": _check,
     "demo": _demo,
+    "resolve": _resolve,
+    "wait": _wait,
+    "shutdown": _shutdown,
     "version": _version,
 }
 
@@ -139,10 +211,10 @@ _VERBS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
 Program = Callable[[Settings], Coroutine[None, None, int]]
 
 
-def _serve(settings: Settings, program: Program) -> int:
-    """Run a program that serves until it is told to stop; say what keeps it from starting."""
+def _until_done(settings: Settings, program: Program) -> int:
+    """Run a program on an event loop; say what keeps it from starting."""
     configure_logging(format=settings.log.format, level=settings.log.level)
-    _raise_file_limit()
+    raise_file_limit()
     try:
         return uvloop.run(program(settings))
     except asyncio.CancelledError:
@@ -152,78 +224,14 @@ def _serve(settings: Settings, program: Program) -> int:
     except DemoError as error:
         return _fail(f"the demo cannot start: {error}")
     except OSError as error:
-        return _fail(_explain(error))
-
-
-def _raise_file_limit() -> None:
-    """Use all the file descriptors that we may have: a session takes two, and the usual soft limit
-    of 1024 is for programs that use select()."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # some systems say "unlimited" and mean less
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-class _Signals:
-    """SIGTERM and SIGINT. Until somebody waits for one, the first ends the start of the program."""
-
-    def __init__(self) -> None:
-        self._arrived: asyncio.Queue[signal.Signals] = asyncio.Queue()
-        self._starting = asyncio.current_task()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._arrive, number)
-
-    async def next(self) -> signal.Signals:
-        """Return the next one."""
-        self._starting = None
-        return await self._arrived.get()
-
-    def _arrive(self, number: signal.Signals) -> None:
-        self._arrived.put_nowait(number)
-        if self._starting is not None:
-            self._starting.cancel()
-            self._starting = None  # what was begun is undone undisturbed
-
-
-async def _serve_lakebase(settings: Settings) -> int:
-    signals = _Signals()
-    async with serving(settings) as app:
-        return await _until_stopped(app, settings, signals)
+        return _fail(explain(error))
 
 
 async def _serve_demo(settings: Settings) -> int:
-    signals = _Signals()
+    signals = Signals()
     async with demonstrating(settings) as (app, lakebase):
         print(greeting(app, lakebase), flush=True)
-        return await _until_stopped(app, settings, signals)
-
-
-async def _until_stopped(app: App, settings: Settings, signals: _Signals) -> int:
-    """Wait for SIGTERM or SIGINT, then drain. A second signal cuts what is left at once."""
-    first = await signals.next()
-    _log.info("draining", signal=first.name)
-    async with asyncio.TaskGroup() as tasks:
-        impatience = tasks.create_task(_cut_at_second_signal(app, signals))
-        cut = await app.drain(settings.shutdown.drain_seconds)
-        if impatience.done():
-            cut = impatience.result()
-        impatience.cancel()
-    _log.info("stopped", sessions_cut=cut)
-    return EXIT_CUT if cut else EXIT_OK
-
-
-async def _cut_at_second_signal(app: App, signals: _Signals) -> int:
-    await signals.next()
-    return await app.drain(0)
-
-
-def _explain(error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"{error.strerror or error}. Is another Postgres or proxy there? Choose free ports: "
-            "--listen.port 6432 --admin.port 9091"
-        )
-    return f"cannot start: {error}"
+        return await until_stopped(app, signals)
 
 
 def _fail(sentence: str) -> int:

@@ -1,0 +1,189 @@
+"""The proxy as a process: signals, reload, drain, exit codes, the limit of open files.
+
+For: what happens around `serving` between the command line and the end of the process. Not for:
+reading arguments (`cli`), or how sessions end (`session`).
+
+SIGTERM and SIGINT drain, and a second one cuts what is left; SIGHUP reads the configuration again.
+"""
+
+import asyncio
+import errno
+import resource
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Final
+
+from proxy.app import App, serving
+from proxy.config import ConfigurationError, Settings
+from proxy.observe.logs import get_logger
+from proxy.observe.service_manager import READY, STOPPING, notify, reloading
+
+EXIT_OK: Final = 0
+EXIT_FAILURE: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_CUT: Final = 3
+
+FILES_A_SESSION: Final = 2
+# Listeners, the admin address's connections (64), calls to the workspace, cancels, and connections
+# that are still starting.
+FILES_RESERVED: Final = 128
+
+Reread = Callable[[], Settings]
+"""Reads the configuration again, from where it came from. Raises ConfigurationError."""
+
+_log = get_logger(__name__)
+
+
+class Signals:
+    """SIGTERM and SIGINT, and SIGHUP where somebody reloads.
+
+    Until somebody waits for it, the first of SIGTERM and SIGINT ends the start of the program.
+    """
+
+    def __init__(self, *, hangups: bool = False) -> None:
+        self._ends: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        self._hangups: asyncio.Queue[None] = asyncio.Queue(maxsize=1)  # several are as good as one
+        self._starting = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, number)
+        if hangups:
+            loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+
+    async def end(self) -> signal.Signals:
+        """Return the next signal to end."""
+        self._starting = None
+        return await self._ends.get()
+
+    async def hangup(self) -> None:
+        """Return when the configuration is to be read again."""
+        await self._hangups.get()
+
+    def _end(self, number: signal.Signals) -> None:
+        self._ends.put_nowait(number)
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None  # what was begun is undone undisturbed
+
+    def _hang_up(self) -> None:
+        with suppress(asyncio.QueueFull):
+            self._hangups.put_nowait(None)
+
+
+async def serve(settings: Settings, reread: Reread) -> int:
+    """Serve Lakebase until told to stop; return the exit code. Raises what `serving` does."""
+    signals = Signals(hangups=True)
+    _check_file_limit(settings.listen.max_connections)
+    async with serving(settings) as app:
+        for warning in settings.warnings():
+            _log.warning("the configuration gives protection away", warning=warning)
+        notify(READY)
+        async with _beside(_reload_on_hangup(app, signals, reread)):
+            return await until_stopped(app, signals)
+
+
+async def until_stopped(app: App, signals: Signals) -> int:
+    """Wait until told to stop, then drain. A second signal cuts what is left at once."""
+    why = await _told_to_stop(app, signals)
+    notify(STOPPING)
+    shutdown = app.settings.shutdown
+    _log.info(
+        "draining",
+        signal=why,
+        accept_seconds=shutdown.accept_seconds,
+        drain_seconds=shutdown.drain_seconds,
+    )
+    async with asyncio.TaskGroup() as tasks:
+        impatience = tasks.create_task(_cut_at_second_signal(app, signals))
+        cut = await app.drain(shutdown.drain_seconds, accept_seconds=shutdown.accept_seconds)
+        if impatience.done():
+            cut = impatience.result()
+        impatience.cancel()
+    _log.info("stopped", sessions_cut=cut)
+    return EXIT_CUT if cut else EXIT_OK
+
+
+async def _told_to_stop(app: App, signals: Signals) -> str:
+    """Return the name of the signal, or of the request, that ends the proxy."""
+    async with asyncio.TaskGroup() as tasks:
+        asked = tasks.create_task(app.life.quit_asked.wait())
+        signalled = tasks.create_task(signals.end())
+        await asyncio.wait((asked, signalled), return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        signalled.cancel()
+    return signalled.result().name if not signalled.cancelled() else "quitquitquit"
+
+
+async def _cut_at_second_signal(app: App, signals: Signals) -> int:
+    await signals.end()
+    return await app.drain(0)
+
+
+# -- reload --------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _beside(work: Awaitable[None]) -> AsyncIterator[None]:
+    """Have `work` done while the block runs."""
+    task = asyncio.ensure_future(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
+    while True:  # ends with the proxy
+        await signals.hangup()
+        notify(reloading())
+        try:
+            # In a thread: a file with a million mappings takes seconds.
+            changes = app.reload(await asyncio.to_thread(reread))
+        except ConfigurationError as error:
+            problems = [str(problem) for problem in error.problems]
+            _log.error("not reloaded; the configuration stays as it was", problems=problems)
+        else:
+            _log.info("reloaded", changed=changes.reloadable)
+            if changes.restart:
+                _log.warning("restart to let these take effect", keys=changes.restart)
+        notify(READY)
+
+
+# -- the limit of open files ---------------------------------------------------------------------
+
+
+def raise_file_limit() -> None:
+    """Use all the file descriptors that we may have: a session takes two, and the usual soft limit
+    of 1024 is for programs that use select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # some systems say "unlimited" and mean less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _check_file_limit(max_connections: int) -> None:
+    """Warn where the limit of open files would refuse clients before `max_connections` does."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = FILES_A_SESSION * max_connections + FILES_RESERVED
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        _log.warning(
+            "the limit of open files is too low for listen.max_connections",
+            limit=limit,
+            needed=needed,
+            max_connections=max_connections,
+            connections_possible=max(0, (limit - FILES_RESERVED) // FILES_A_SESSION),
+            hint="raise the hard limit (ulimit -Hn, LimitNOFILE= of systemd, --ulimit nofile= of"
+            " a container), or lower listen.max_connections",
+        )
+
+
+def explain(error: OSError) -> str:
+    """Return what keeps the proxy from starting, with what to do."""
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"{error.strerror or error}. Is another Postgres or proxy there? Choose free ports: "
+            "--listen.port 6432 --admin.port 9091"
+        )
+    return f"cannot start: {error}"

@@ -8,12 +8,18 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pydantic import SecretStr
 
 from proxy.app import App, serving
-from proxy.config import Settings
+from proxy.config import (
+    MappingEntry,
+    RoutingSettings,
+    Settings,
+    ShardMapSettings,
+    UpstreamSettings,
+)
 
 if TYPE_CHECKING:
     from proxy.standin.lakebase import Lakebase
@@ -23,9 +29,12 @@ class DemoError(Exception):
     """The stand-in cannot start; the text says why."""
 
 
+# Tenants 0 to 999 are on the first shard, 1000 to 1999 on the second; nobody has the others.
+TENANTS_A_SHARD: Final = 1000
+
+
 def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
     """Return the settings with everything upstream of the proxy pointed at the stand-in."""
-    endpoint = lakebase.shards[0].endpoint
     return settings.model_copy(
         update={
             "workspace": settings.workspace.model_copy(
@@ -39,7 +48,8 @@ def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
             "credentials": settings.credentials.model_copy(update={"password_file": ""}),
             "upstream": settings.upstream.model_copy(
                 update={
-                    "endpoint": endpoint.name,
+                    "endpoint": lakebase.shards[0].endpoint.name,
+                    "instance": "",
                     "host": "",
                     "user": "",
                     "hostaddr": lakebase.host_address,
@@ -47,8 +57,36 @@ def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
                     "ssl_root_cert": str(lakebase.ca_file),
                 }
             ),
+            **_sharding(lakebase),
         }
     )
+
+
+def _sharding(lakebase: "Lakebase") -> dict[str, object]:
+    """Return the sections that send each tenant to its shard, and who names none to the first."""
+    mappings = tuple(
+        MappingEntry(
+            target=shard.name,
+            low=str(number * TENANTS_A_SHARD),
+            high=str((number + 1) * TENANTS_A_SHARD),
+        )
+        for number, shard in enumerate(lakebase.shards)
+    )
+    return {
+        "workspaces": {},
+        "databases": {},
+        "targets": {
+            # The address as well: a target that says where to dial takes nothing of it from above.
+            shard.name: UpstreamSettings(
+                endpoint=shard.endpoint.name, hostaddr=lakebase.host_address
+            )
+            for shard in lakebase.shards
+        },
+        "shard_maps": {
+            "tenants": ShardMapSettings(kind="range", key_type="int4", mappings=mappings)
+        },
+        "routing": RoutingSettings(shard_map="tenants", require_key=False),
+    }
 
 
 @asynccontextmanager
@@ -82,22 +120,29 @@ def _forget_databricks() -> None:
 
 def greeting(app: App, lakebase: "Lakebase") -> str:
     """Return what the demo prints when it is ready."""
-    psql = f"psql -h {app.listen_host} -p {app.listen_port} -U anyone -d {lakebase.database}"
+    psql = f"psql -h {app.listen_host} -p {app.listen_port} -U anyone"
+    table = "-c 'TABLE shard_identity'"
+    uncovered = len(lakebase.shards) * TENANTS_A_SHARD
     lines = [
         "The demo is ready: a Lakebase stand-in, and lakebase-auth-proxy in front of it.",
         "No password is needed. Paste into another terminal:",
         "",
-        f"  {psql} -c 'SELECT current_user, current_database()'",
-        f"  {psql} -c 'TABLE shard_identity'",
+        f"  {psql} -d {lakebase.database} -c 'SELECT current_user, current_database()'",
         "",
-        f"The first prints the service principal: {lakebase.client_id}",
+        f"It prints the service principal: {lakebase.client_id}",
         f"and the database: {lakebase.database}",
+        "",
+        "The same, with a shard key: two tenants in two databases, and one whom nobody has.",
+        "",
+        f'  {psql} -d "dbname=app@42" {table}',
+        f"  {psql} -d \"dbname={lakebase.database} options='-c shard_key=1500'\" {table}",
+        f'  {psql} -d "dbname=app@{uncovered}" {table}',
     ]
     bundled = lakebase.shards[0].cluster.binaries / "psql"
     lines += ["", f"No psql here? There is one in {_shown(bundled.parent)}"]
     if app.admin is not None:
         admin = f"http://{app.admin.host}:{app.admin.port}"
-        lines.append(f"Health and metrics: {admin}/readiness {admin}/metrics")
+        lines.append(f"See what it does: {admin}/ {admin}/metrics")
     return "\n".join([*lines, "", "Ctrl-C stops everything and leaves nothing behind."])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.observe.admin import AdminState, serve_admin
 from proxy.standin.lakebase import CLIENT_SECRET
 from proxy.standin.tokens import Purpose, TokenIssuer
 from tests.support import planted
@@ -89,3 +90,12 @@ def test_a_secret_in_a_basic_login_is_found(client: str) -> None:
 )
 def test_nothing_is_found_where_nothing_is(text: str) -> None:
     assert not found(text)
+
+
+async def test_a_secret_on_a_page_of_the_admin_address_is_found() -> None:
+    state = AdminState(
+        started=lambda: True, ready=lambda: True, metrics=lambda: b"a " + CLIENT_SECRET.encode()
+    )
+    async with serve_admin(state, host="127.0.0.1", port=0) as address:
+        assert found(await planted._page(address.host, address.port, "/metrics"))
+        assert not found(await planted._page(address.host, address.port, "/liveness"))

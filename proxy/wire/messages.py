@@ -31,10 +31,16 @@ _TRANSACTION_STATUSES: Final = (IDLE, IN_TRANSACTION, IN_FAILED_TRANSACTION)
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One whole message that is not interpreted: its type byte and what follows the length."""
+    """One whole message that is not interpreted: its type byte and what follows the length.
+
+    Its `repr` shows no payload: that may be a password, and is a client's business in any case.
+    """
 
     type: bytes
     payload: bytes
+
+    def __repr__(self) -> str:
+        return f"Frame({self.type!r}, {len(self.payload)} bytes)"
 
     def encode(self) -> bytes:
         """Return the bytes as they were on the wire."""

@@ -20,7 +20,7 @@ from proxy.wire.messages import (
     decode_backend,
 )
 from proxy.wire.startup import V3_0, ProtocolVersion, StartupMessage
-from tests.support.planted import look
+from tests.support.planted import look_at_answer
 from tests.support.running import USER, Listening
 
 WAIT_SECONDS_MAX: Final = 10.0
@@ -44,7 +44,7 @@ class PlainClient:
         """Return some bytes, none at the end. Raises TimeoutError when nothing comes."""
         async with asyncio.timeout(seconds_max):
             received = await asyncio.get_running_loop().sock_recv(self.sock, _READ_BYTES)
-        look("what a client received", received)
+        look_at_answer(received)
         return received
 
     async def receive_rest(self) -> bytes:

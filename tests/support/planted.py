@@ -10,6 +10,7 @@ Not looked through: what `pytest.raises` catches, for which there is no hook; a 
 the log line of its session. The secret itself is never repeated here, only where it was.
 """
 
+import asyncio
 import base64
 import logging
 import re
@@ -27,8 +28,12 @@ from proxy.standin.tokens import watermarks
 # Here secrets are shown on purpose, to see that they are masked or found.
 ON_PURPOSE: Final = ("tests/observe/test_logs.py",)
 
-# More at once is a bulk of rows, which a test made up itself.
-LOOKED_AT_BYTES_MAX: Final = 64 * 1024
+# More at once is a bulk of rows, which a test made up itself; a refusal is shorter.
+RECEIVED_BYTES_MAX: Final = 8 * 1024
+
+# What the admin address shows to people; a path that it does not have shows nothing.
+ADMIN_PATHS: Final = ("/", "/status", "/metrics")
+PAGE_SECONDS_MAX: Final = 10.0
 
 
 def _in_base64(word: str) -> Iterator[str]:
@@ -56,11 +61,15 @@ _found: Final[list[str]] = []  # where, in the test that runs
 
 def look(where: str, text: str | bytes) -> None:
     """Look for secrets in something that anybody may see; `where` is what the failure says."""
-    if len(text) > LOOKED_AT_BYTES_MAX and isinstance(text, bytes):
-        return
     shown = text.decode("latin-1") if isinstance(text, bytes) else text
     if _SECRET.search(shown):
         _found.append(where)
+
+
+def look_at_answer(received: bytes) -> None:
+    """Look at what came to a client in one piece, unless it is a bulk."""
+    if len(received) <= RECEIVED_BYTES_MAX:
+        look("what a client received", received)
 
 
 @asynccontextmanager
@@ -71,6 +80,24 @@ async def watching(app: App) -> AsyncIterator[App]:
     finally:
         look("the metrics", app.metrics.exposition())
         look("the repr of a proxy", repr(app))
+        if app.admin is not None:
+            for path in ADMIN_PATHS:
+                look(f"the page {path}", await _page(app.admin.host, app.admin.port, path))
+
+
+async def _page(host: str, port: int, path: str) -> bytes:
+    """Return a whole HTTP answer; none where nobody listens any more."""
+    async with asyncio.timeout(PAGE_SECONDS_MAX):
+        try:
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+                return await reader.read()
+            finally:
+                writer.close()
+                await writer.wait_closed()
+        except OSError:
+            return b""
 
 
 class LogRecord(logging.LogRecord):

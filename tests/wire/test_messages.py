@@ -320,3 +320,8 @@ def test_an_error_is_never_taken_for_a_notice() -> None:
     fields = ((b"M", b"x"),)
     notice: object = NoticeResponse(fields)
     assert notice != ErrorResponse(fields)
+
+
+def test_a_frame_shows_no_payload() -> None:
+    # One that a password came in was alive in the middle of a login.
+    assert repr(Frame(b"p", b"not-a-real-token\0")) == "Frame(b'p', 17 bytes)"

@@ -1,7 +1,8 @@
 """The Postgres protocol, sans-IO: bytes in, typed events out, bytes to send back.
 
 Nothing here knows a socket, a clock or a log. Reading order, which is also the import order:
-secret, violations, messages, startup, options, framing, client_startup, upstream_startup.
+secret, violations, messages, startup, options, framing, activity, client_startup,
+upstream_startup.
 
 Reference: PostgreSQL documentation, chapter "Frontend/Backend Protocol".
 """

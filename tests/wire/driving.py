@@ -26,7 +26,7 @@ BACKEND_KEY_DATA = bytes.fromhex("4b 00 00 00 0c 00 00 04 d2 01 02 03 04")
 STARTUP = bytes.fromhex("00 00 00 20 00 03 00 00") + b"user\0app\0database\0main\0\0"
 
 
-def message(type_byte: bytes, payload: bytes) -> bytes:
+def message(type_byte: bytes, payload: bytes = b"") -> bytes:
     """Spell a typed message."""
     return type_byte + pack("!I", len(payload) + 4) + payload
 

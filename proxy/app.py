@@ -129,7 +129,8 @@ async def serving(settings: Settings) -> AsyncIterator[App]:
         host, port = await stack.enter_async_context(app.listener.accepting())
         app.listen_host, app.listen_port = host, port
         app.life.serve()
-        _log.info("serving", host=host, port=port, version=__version__)
+        admin_port = None if app.admin is None else app.admin.port
+        _log.info("serving", host=host, port=port, admin_port=admin_port, version=__version__)
         yield app
 
 

@@ -407,7 +407,16 @@ class ErrorKind(Enum):
         "Raise listen.max_connections, or use a pool in the application.",
     )
     SHUTTING_DOWN = _proxy(
-        "shutting_down", "57P01", "terminating connection due to administrator command"
+        "shutting_down",
+        "57P01",
+        "terminating connection due to administrator command",
+        "The proxy is being stopped or replaced. Connect again.",
+    )
+    IDLE_TIMEOUT = _proxy(
+        "idle_timeout",
+        "57P05",
+        "terminating connection due to idle-session timeout",
+        "Connect again when there is work, or raise listen.idle_timeout_seconds.",
     )
     PASSWORD_FILE_UNREADABLE = _proxy(
         "password_file_unreadable",

@@ -8,7 +8,7 @@ without a word over it: they must neither fill the places nor be refused by them
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ from proxy.config import ListenSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
+from proxy.session.live import LiveSessions
 from proxy.session.relay import EndReason
 from proxy.transport.link import Link
 from proxy.transport.sockets import listen_unix
@@ -23,6 +24,8 @@ from proxy.transport.sockets import listen_unix
 # A burst of reconnecting clients is some hundreds; more than this is a flood.
 UNSERVED_MAX: Final = 1000
 ACCEPT_BACKLOG: Final = 1024
+# Who connected just before the listener closed gets so long to say what it wants, and to be told.
+SILENT_SECONDS: Final = 1.0
 UNSERVED: Final = "too_many_starting"  # the word for it in the metrics
 
 _log = get_logger(__name__)
@@ -68,11 +71,15 @@ class Listener:
         places: Places,
         metrics: Metrics,
         serve: Callable[[Link], Coroutine[None, None, None]],
+        live: LiveSessions | None = None,
     ) -> None:
+        """`live` are the sessions that `serve` enters there; others are waited for, then cut."""
         self._settings = settings
         self._places = places
         self._metrics = metrics
         self._serve = serve
+        self._live = live or LiveSessions()
+        self._hurried = asyncio.Event()  # somebody has called drain again
         self._ids = itertools.count(1)
         self._sessions: set[asyncio.Task[None]] = set()
         self._servers: list[asyncio.Server] = []
@@ -128,19 +135,56 @@ class Listener:
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
 
-    async def drain(self, seconds: float) -> int:
-        """Stop accepting, let sessions end for so long, cut the rest; return how many were cut."""
+    async def drain(self, seconds: float, *, accept_seconds: float = 0) -> int:
+        """Go on accepting for `accept_seconds`, then end all sessions; return how many were cut.
+
+        From then on the sessions have `seconds`: an idle one is ended with 57P01, after half of the
+        time also in the midst of a client's hurry; a busy one when it becomes idle; what is left
+        is cut. Called again meanwhile, it does with the shorter times what is left to do.
+        """
+        if accept_seconds and not self._hurried.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(accept_seconds):
+                    await self._hurried.wait()
+        self._hurried.set()
+        self._close()
+        self._live.end()
+        if not self._sessions:
+            return 0
+        if seconds:
+            _log.info("sessions are ending", **self._left(), idle=self._live.idle_count())
+        loop = asyncio.get_running_loop()
+        timers = [
+            loop.call_later(min(SILENT_SECONDS, seconds), self._live.dismiss_silent),
+            loop.call_later(seconds / 2, self._live.hurry),
+        ]
+        _, left = await asyncio.wait(self._sessions, timeout=seconds)
+        for timer in timers:
+            timer.cancel()
+        return self._cut(left, told=seconds > 0)
+
+    def _close(self) -> None:
         while self._servers:
             self._servers.pop().close()
         if self._unix_path is not None:
             self._unix_path.unlink(missing_ok=True)
             self._unix_path = None
-        if not self._sessions:
-            return 0
-        _, cut = await asyncio.wait(self._sessions, timeout=seconds)
-        for task in cut:
+
+    def _cut(self, tasks: set[asyncio.Task[None]], *, told: bool) -> int:
+        """Cancel the tasks; return how many of them had a client that this takes something from."""
+        cut = [task for task in tasks if self._live.is_unfinished(task)]
+        if cut and told:
+            _log.warning("sessions are cut: the time to drain is over", **self._left())
+        for task in tasks:
             task.cancel()
         return len(cut)
+
+    def _left(self) -> dict[str, float]:
+        """Return what a log line says of the sessions that are left."""
+        left = self._live.unfinished()
+        now = asyncio.get_running_loop().time()
+        oldest_seconds = round(now - left[0].began, 1) if left else 0
+        return {"sessions": len(left), "oldest_seconds": oldest_seconds}
 
     async def _run(self, link: Link) -> None:
         """The whole life of a connection's task: nothing that goes wrong in it leaves it."""

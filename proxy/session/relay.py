@@ -5,8 +5,8 @@ a side's send buffer is above its high-water mark the other side is not read. Ea
 alone: neither waits for the other, since a client may pipeline large messages while the upstream
 streams rows (W32). So at most `BUFFER_BYTES_MAX` plus one read is held for each direction.
 
-Nothing is parsed; only the last bytes of each read are kept, for the moment when a client goes.
-What ends first is the cause of the session's end.
+No payload is looked at; `wire/activity.py` walks the message headers, behind each write, so that a
+session can be ended between two messages. What ends first is the cause of the session's end.
 """
 
 import asyncio
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from enum import StrEnum, unique
 from typing import Final
 
-from proxy.transport.closing import close_gracefully
+from proxy.transport.closing import LINGER_SECONDS, close_gracefully
 from proxy.transport.sockets import has_hung_up
-from proxy.wire.messages import Terminate
+from proxy.wire.activity import Activity
+from proxy.wire.messages import ErrorResponse, Terminate
 
 BUFFER_BYTES_MAX: Final = 64 * 1024
 # While the upstream takes nothing the client is not read, so its end is not seen but looked for.
@@ -27,6 +28,8 @@ LOOK_SECONDS: Final = 5.0
 # pipeline may have begun, and it is cancelled again, but not for longer than this in all.
 CANCEL_ANSWER_SECONDS: Final = 0.25
 ABANDON_SECONDS_MAX: Final = 10.0
+# An idle timeout is looked for so often in its time: so much too late, at most, a session ends.
+IDLE_LOOKS: Final = 8
 
 _TERMINATE: Final = Terminate().encode()
 
@@ -40,6 +43,7 @@ class EndReason(StrEnum):
     UPSTREAM_CLOSED = "upstream_closed"
     UPSTREAM_LOST = "upstream_lost"
     SHUTDOWN = "shutdown"
+    IDLE_TIMEOUT = "idle_timeout"
     INTERNAL_ERROR = "internal_error"
 
 
@@ -53,9 +57,12 @@ class RelayEnd:
 
 
 class _Direction(asyncio.Protocol):
-    """Takes what `source` receives and writes it to `sink`; the protocol of `source`."""
+    """Takes what `source` receives and writes it to `sink`; the protocol of `source`.
 
-    __slots__ = ("_ended", "_sink", "_write", "back", "closed", "lost", "received_bytes", "tail")
+    `seen` is told of each read behind its write.
+    """
+
+    __slots__ = ("_ended", "_sink", "_write", "back", "closed", "lost", "received_bytes", "seen")
 
     back: "_Direction"  # the other direction, which writes to our source
 
@@ -63,12 +70,13 @@ class _Direction(asyncio.Protocol):
         self,
         sink: asyncio.Transport,
         ended: asyncio.Future[EndReason],
+        seen: Callable[[bytes], None],
         *,
         closed: EndReason,
         lost: EndReason,
     ) -> None:
         self.received_bytes = 0
-        self.tail = b""
+        self.seen = seen
         self.closed = closed
         self.lost = lost
         self._sink = sink
@@ -78,7 +86,7 @@ class _Direction(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._write(data)
         self.received_bytes += len(data)
-        self.tail = data[-len(_TERMINATE) :]
+        self.seen(data)
 
     def pause_writing(self) -> None:
         # Our source takes no more of what comes from the sink.
@@ -135,6 +143,15 @@ def _drop(data: bytes) -> None:
     """Take the place of a lost transport's `write`."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Farewell:
+    """How a session is to end as soon as it is idle."""
+
+    reason: EndReason
+    error: bytes
+    lull_seconds: float
+
+
 class Relay:
     """One session's relay. Make it, hand both transports to its directions, await `run`.
 
@@ -151,22 +168,110 @@ class Relay:
         self._client = client
         self._upstream = upstream
         self._abandon = abandon
-        self._ended: asyncio.Future[EndReason] = asyncio.get_running_loop().create_future()
+        self._activity = activity = Activity()
+        self._farewell: _Farewell | None = None
+        self._lull: asyncio.TimerHandle | None = None
+        self._idle_look: asyncio.TimerHandle | None = None
+        self._ended = ended = asyncio.get_running_loop().create_future()
         self.from_client = _Direction(
-            upstream, self._ended, closed=EndReason.CLIENT_CLOSED, lost=EndReason.CLIENT_LOST
+            upstream,
+            ended,
+            activity.client_sent,
+            closed=EndReason.CLIENT_CLOSED,
+            lost=EndReason.CLIENT_LOST,
         )
         self.from_upstream = _FromUpstream(
-            client, self._ended, closed=EndReason.UPSTREAM_CLOSED, lost=EndReason.UPSTREAM_LOST
+            client,
+            ended,
+            activity.upstream_sent,
+            closed=EndReason.UPSTREAM_CLOSED,
+            lost=EndReason.UPSTREAM_LOST,
         )
         self.from_client.back = self.from_upstream
         self.from_upstream.back = self.from_client
         for transport in (client, upstream):
             transport.set_write_buffer_limits(high=BUFFER_BYTES_MAX)
 
+    @property
+    def idle(self) -> bool:
+        """Whether the session could end now without cutting an answer (W47)."""
+        return self._activity.idle
+
+    @property
+    def over(self) -> bool:
+        """Whether the session has ended; the rest is closing both sides."""
+        return self._ended.done()
+
+    # -- an end that the proxy wants -------------------------------------------------------------
+
+    def end_when_idle(
+        self, reason: EndReason, error: ErrorResponse, *, lull_seconds: float = 0
+    ) -> None:
+        """Tell the client so and close both sides, once the session has been idle for the lull.
+
+        What is asked for last holds. A session that never becomes idle goes on: cancel `run`.
+        """
+        self._farewell = _Farewell(reason, error.encode(), lull_seconds)
+        client_sent, upstream_sent = self._activity.client_sent, self._activity.upstream_sent
+        self.from_client.seen = lambda data: self._moved(client_sent, data)
+        self.from_upstream.seen = lambda data: self._moved(upstream_sent, data)
+        self._moved(client_sent, b"")
+
+    def end_after_idle(self, seconds: float, error: ErrorResponse) -> None:
+        """Do the same as soon as the session was idle, and no byte came, for so long.
+
+        It is up to an eighth later. A byte costs nothing: only the counts are compared, now and
+        then.
+        """
+        interval = seconds / IDLE_LOOKS
+        call_later = asyncio.get_running_loop().call_later
+        seen, quiet_looks = -1, -1
+
+        def look() -> None:
+            nonlocal seen, quiet_looks
+            before, seen = seen, self.from_client.received_bytes + self.from_upstream.received_bytes
+            quiet_looks = quiet_looks + 1 if seen == before else 0
+            if quiet_looks >= IDLE_LOOKS and self.idle:
+                self.end_when_idle(EndReason.IDLE_TIMEOUT, error)
+            else:
+                self._idle_look = call_later(interval, look)
+
+        look()
+
+    def _moved(self, sent: Callable[[bytes], None], data: bytes) -> None:
+        """Follow a read while the session is to end; the lull begins anew."""
+        sent(data)
+        if self._lull is not None:
+            self._lull.cancel()
+            self._lull = None
+        farewell = self._farewell
+        assert farewell is not None
+        if not self.idle or self._ended.done():
+            return
+        if farewell.lull_seconds:
+            loop = asyncio.get_running_loop()
+            self._lull = loop.call_later(farewell.lull_seconds, self._leave, farewell)
+        else:
+            self._leave(farewell)
+
+    def _leave(self, farewell: _Farewell) -> None:
+        """End the session, which is idle: from here on nothing is relayed."""
+        if self._ended.done() or self._client.is_closing():
+            return
+        self._client.write(farewell.error)
+        self.from_client.stop_writing()
+        self.from_upstream.stop_writing()
+        if not self._upstream.is_closing():
+            self._upstream.write(_TERMINATE)
+        self._ended.set_result(farewell.reason)
+
+    # -- its run ---------------------------------------------------------------------------------
+
     async def run(self) -> RelayEnd:
         """Return when one side has ended and both are closed. Cancelling it cuts both."""
         try:
             reason = await self._ended
+            self._stop_timers()
             # What one side sent before its end is flushed to the other; PostgreSQL knows no
             # half-close, so the end of one is the end of both (W34).
             async with asyncio.TaskGroup() as closing:
@@ -174,9 +279,14 @@ class Relay:
                     closing.create_task(close_gracefully(self._client, linger_seconds=0))
                     closing.create_task(self._leave_upstream())
                 else:
+                    lost = reason in (EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST)
+                    linger_seconds = 0 if lost else LINGER_SECONDS
                     closing.create_task(close_gracefully(self._client))
-                    closing.create_task(close_gracefully(self._upstream, linger_seconds=0))
+                    closing.create_task(
+                        close_gracefully(self._upstream, linger_seconds=linger_seconds)
+                    )
         finally:
+            self._stop_timers()
             self._client.abort()
             self._upstream.abort()
         return self.ended(reason)
@@ -188,7 +298,7 @@ class Relay:
         cancelled first: a front end may forget the session, and its key, once its stream has ended.
         """
         self.from_upstream.stop_writing()
-        if self._abandon is not None and self.from_client.tail != _TERMINATE:
+        if self._abandon is not None and not self._activity.terminated:
             with suppress(TimeoutError):
                 async with asyncio.timeout(ABANDON_SECONDS_MAX):
                     await self._cancel_all(self._abandon)
@@ -203,6 +313,11 @@ class Relay:
             await abandon()
             await asyncio.sleep(CANCEL_ANSWER_SECONDS)
             answered = self.from_upstream.received_bytes > before
+
+    def _stop_timers(self) -> None:
+        for timer in (self._lull, self._idle_look):
+            if timer is not None:
+                timer.cancel()
 
     def ended(self, reason: EndReason) -> RelayEnd:
         """Return the end for this reason, unless another one came first: that is the cause."""

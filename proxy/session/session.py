@@ -9,7 +9,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum, unique
 from functools import partial
 
@@ -19,6 +19,7 @@ from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.routing.router import Route
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
+from proxy.session.live import LiveSession, LiveSessions
 from proxy.session.relay import EndReason, Relay, RelayEnd
 from proxy.transport.link import Link
 from proxy.transport.sockets import is_unix
@@ -87,6 +88,9 @@ class SessionParts:
     tls: ssl.SSLContext | None
     place: Callable[[], AbstractContextManager[None]]
     """Takes one of `max_connections` places; raises ProxyError when there is none."""
+    live: LiveSessions = field(default_factory=LiveSessions)
+    idle_timeout_seconds: float = 0
+    """Ends a session that was idle for so long; 0: never."""
 
 
 class Session:
@@ -104,16 +108,19 @@ class Session:
 
     async def run(self) -> None:
         """Serve the connection from accept to close."""
-        try:
-            match await self._receive_startup():
-                case StartupReceived() as startup:
-                    await self._serve(startup)
-                case CancelReceived(request):
-                    await self._parts.cancels.request(request)
-                case _:
-                    pass
-        finally:
-            await self._link.close()
+        with self._parts.live.session() as live:
+            try:
+                match await self._receive_startup():
+                    case StartupReceived() as startup:
+                        await self._serve(startup, live)
+                    case CancelReceived(request):
+                        live.closing()  # it is no session, and is done in seconds
+                        await self._parts.cancels.request(request)
+                    case _:
+                        pass
+            finally:
+                live.closing()
+                await self._link.close()
 
     # -- startup ---------------------------------------------------------------------------------
 
@@ -176,15 +183,16 @@ class Session:
 
     # -- a session -------------------------------------------------------------------------------
 
-    async def _serve(self, startup: StartupReceived) -> None:
+    async def _serve(self, startup: StartupReceived, live: LiveSession) -> None:
         try:
             with self._parts.place():
                 passage = self._parts.route(startup.message)
                 self._where = passage.where
+                live.opening()
                 upstream = await self._dial(passage)
                 keys = self._parts.cancel_keys
                 with keys.issue(upstream.startup.key, upstream.target, startup.version) as key:
-                    await self._relay(passage, upstream, key)
+                    await self._relay(passage, upstream, key, live)
         except ClientGone:
             self._parts.metrics.startup_failed(StartupFailure.CLIENT_GONE)
             _log.debug("client left before its session was ready")
@@ -201,7 +209,7 @@ class Session:
             async with self._while_connected():
                 upstream = await passage.dial()
         except asyncio.CancelledError:
-            # A drain ends, and this client has not been answered yet.
+            # A drain begins, and this client has not been answered yet.
             error = ProxyError(ErrorKind.SHUTTING_DOWN)
             self._refuse(error.reason, error.response())
             raise
@@ -214,7 +222,11 @@ class Session:
         return upstream
 
     async def _relay(
-        self, passage: Passage, upstream: UpstreamSession, key: IssuedKey | None
+        self,
+        passage: Passage,
+        upstream: UpstreamSession,
+        key: IssuedKey | None,
+        live: LiveSession,
     ) -> None:
         """Tell the client that it is served, hand both connections over, and see it through."""
         client, link = self._link, upstream.link
@@ -233,6 +245,9 @@ class Session:
         )
         if link.gone.done():
             relay.from_upstream.eof_received()
+        live.relaying(relay)
+        if timeout_seconds := self._parts.idle_timeout_seconds:
+            relay.end_after_idle(timeout_seconds, ProxyError(ErrorKind.IDLE_TIMEOUT).response())
         _log.info("session started", **self._where, host=upstream.target.host)
         with self._parts.metrics.session(self._where["target"], partial(_carried, relay)):
             try:

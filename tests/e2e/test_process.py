@@ -40,12 +40,14 @@ async def test_an_idle_proxy_stops_at_once_with_exit_code_0(
     assert "Traceback" not in proxy_process.err
 
 
-async def test_a_drain_lets_a_session_finish_and_exits_with_0(
+async def test_a_drain_lets_a_transaction_finish_and_exits_with_0(
     start_process: StartProcess, lakebase: Lakebase
 ) -> None:
     proxy = await start_process(shutdown={"drain_seconds": 30})
     async with plain_client(proxy) as client:
         await client.start_up()
+        await client.query("BEGIN")
+        assert b"BEGIN" in await client.receive()
         proxy.send(signal.SIGTERM)
         await eventually(lambda: proxy.events("draining"), "it drains")
         await eventually(lambda: not is_listening(proxy), "it takes no more connections")
@@ -63,6 +65,8 @@ async def test_a_drain_that_times_out_cuts_the_rest_and_exits_with_3(
     proxy = await start_process(shutdown={"drain_seconds": 0.2})
     async with plain_client(proxy) as client:
         await client.start_up()
+        await client.query("BEGIN")
+        assert b"BEGIN" in await client.receive()
         proxy.send(signal.SIGTERM)
         assert await proxy.ended() == 3
         await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session upstream")

@@ -1,0 +1,240 @@
+"""The end of a proxy with sessions: drain, with real processes, signals and drivers; idle timeout.
+
+An idle session is told 57P01, a busy one when it becomes idle; what is busy at the deadline is cut.
+"""
+
+import asyncio
+import signal
+from contextlib import AsyncExitStack
+
+import asyncpg
+import psycopg
+import pytest
+
+from proxy.standin.faults import Stage, Strike
+from proxy.standin.lakebase import Lakebase
+from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery, Terminate
+from tests.differential.frontend import SYNC, copy_data, extended, message
+from tests.e2e.conftest import StartProcess, StartProxy
+from tests.support.plain_client import PlainClient, plain_client, query, startup
+from tests.support.proxy_process import ProxyProcess
+from tests.support.running import asyncpg_arguments, eventually, libpq, nothing_left
+
+pytestmark = pytest.mark.slow
+
+SESSIONS = 200
+
+
+async def answered(client: PlainClient) -> bytes:
+    """Read up to the next ReadyForQuery and return its status; an error fails the test."""
+    while not isinstance(said := await client.message(), ReadyForQuery):
+        assert not isinstance(said, ErrorResponse), said
+    return said.status
+
+
+async def told(client: PlainClient, sqlstate: str, reason: str) -> None:
+    """Expect the proxy's own last word, and the end of the stream behind it."""
+    error = await client.message()
+    assert isinstance(error, ErrorResponse), error
+    assert (error.severity, error.sqlstate) == ("FATAL", sqlstate)
+    assert error.text(b"D") == f"reason={reason}"
+    assert error.text(b"H")
+    assert await client.receive_rest() == b""
+
+
+async def readiness(process: ProxyProcess) -> int:
+    """Ask the admin address, whose port is in the log, for its verdict."""
+    port = int(process.events("serving")[0]["admin_port"])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /readiness HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    status = int((await reader.readline()).split()[1])
+    writer.close()
+    await writer.wait_closed()
+    return status
+
+
+def upstream_sessions(lakebase: Lakebase) -> int:
+    return lakebase.gateway.open_sessions
+
+
+async def test_200_sessions_lose_nothing_that_was_begun(
+    start_process: StartProcess, lakebase: Lakebase, scratch_database: str
+) -> None:
+    proxy = await start_process(
+        upstream={"database": scratch_database}, shutdown={"drain_seconds": 30}
+    )
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(plain_client(proxy)) for _ in range(SESSIONS)]
+        for start in range(0, SESSIONS, 20):
+            async with asyncio.TaskGroup() as group:
+                for client in clients[start : start + 20]:
+                    group.create_task(client.start_up())
+        await clients[0].query("CREATE TABLE done (n int)")
+        await answered(clients[0])
+        busy, idle = clients[: SESSIONS // 2], clients[SESSIONS // 2 :]
+        for number, client in enumerate(busy):
+            await client.query(f"BEGIN; INSERT INTO done VALUES ({number})")
+            assert await answered(client) == b"T"
+        proxy.send(signal.SIGTERM)
+        for client in idle:
+            await told(client, "57P01", "shutting_down")
+            client.close()
+        for client in busy:
+            await client.query("SELECT pg_sleep(0.01); COMMIT")
+        for client in busy:
+            assert await answered(client) == b"I"
+            await told(client, "57P01", "shutting_down")
+            client.close()
+        assert await proxy.ended() == 0
+    rows = lakebase["one"].cluster.execute(
+        "SELECT count(*), sum(n) FROM done", database=scratch_database
+    )
+    numbers = range(SESSIONS // 2)
+    assert rows.strip() == f"{len(numbers)}|{sum(numbers)}"
+    await eventually(lambda: upstream_sessions(lakebase) == 0, "no session upstream")
+
+
+async def test_while_it_still_accepts_readiness_says_no_and_clients_are_served(
+    start_process: StartProcess,
+) -> None:
+    proxy = await start_process(
+        admin={"enabled": True}, shutdown={"accept_seconds": 1.5, "drain_seconds": 30}
+    )
+    async with plain_client(proxy) as old:
+        await old.start_up()
+        assert await readiness(proxy) == 200
+        proxy.send(signal.SIGTERM)
+        await eventually(lambda: proxy.events("draining"), "it drains")
+        assert await readiness(proxy) == 503
+        async with plain_client(proxy) as new:
+            await new.start_up()
+            for client in (old, new):
+                await client.query("SELECT 1")
+                assert await answered(client) == b"I"
+            await told(new, "57P01", "shutting_down")
+            await told(old, "57P01", "shutting_down")
+    assert await proxy.ended() == 0
+
+
+async def test_who_waits_for_the_upstream_is_refused_at_once(
+    start_process: StartProcess, lakebase: Lakebase
+) -> None:
+    proxy = await start_process(shutdown={"drain_seconds": 30})
+    lakebase.gateway.strike(Stage.STARTUP, Strike.HANG)
+    async with plain_client(proxy) as waiting, plain_client(proxy) as silent:
+        await waiting.send(startup())
+        await eventually(lambda: lakebase.gateway.records, "it is being dialled")
+        proxy.send(signal.SIGTERM)
+        await told(waiting, "57P01", "shutting_down")
+        assert await silent.receive_rest() == b""
+    assert await proxy.ended() == 0
+
+
+async def test_idle_in_a_transaction_is_busy_until_the_deadline(
+    start_process: StartProcess,
+) -> None:
+    proxy = await start_process(shutdown={"drain_seconds": 0.5})
+    async with plain_client(proxy) as client:
+        await client.start_up()
+        await client.query("BEGIN")
+        assert await answered(client) == b"T"
+        proxy.send(signal.SIGTERM)
+        assert await client.receive_rest() == b""  # cut, and no message in the midst of it
+        assert await proxy.ended() == 3
+    (line,) = proxy.events("sessions are cut: the time to drain is over")
+    assert line["sessions"] == 1
+    assert line["oldest_seconds"] >= 0.4
+
+
+async def test_a_copy_is_busy_to_its_end(start_process: StartProcess) -> None:
+    proxy = await start_process(shutdown={"drain_seconds": 30})
+    async with plain_client(proxy) as client:
+        await client.start_up()
+        await client.query("CREATE TEMP TABLE t (n int)")
+        await answered(client)
+        await client.query("COPY t FROM STDIN")
+        assert isinstance(await client.message(), Frame)
+        proxy.send(signal.SIGTERM)
+        await eventually(lambda: proxy.events("sessions are ending"), "it drains")
+        for n in range(3):
+            await client.send(copy_data(f"{n}\n"))
+            with pytest.raises(TimeoutError):
+                await client.receive(0.2)
+        await client.send(message(b"c"))
+        assert await answered(client) == b"I"
+        await told(client, "57P01", "shutting_down")
+    assert await proxy.ended() == 0
+
+
+async def test_w47_a_pipeline_gets_all_of_its_answers(start_process: StartProcess) -> None:
+    proxy = await start_process(shutdown={"drain_seconds": 30})
+    async with plain_client(proxy) as client:
+        await client.start_up()
+        await client.send((extended("SELECT pg_sleep(0.15)") + SYNC) * 5)
+        proxy.send(signal.SIGTERM)
+        for _ in range(5):
+            assert await answered(client) == b"I"
+        await told(client, "57P01", "shutting_down")
+    assert await proxy.ended() == 0
+
+
+async def test_drivers_pipelines_get_whole_answers(start_process: StartProcess) -> None:
+    proxy = await start_process(shutdown={"drain_seconds": 30})
+    async with await psycopg.AsyncConnection.connect(**libpq(proxy, autocommit=True)) as one:
+        other = await asyncpg.connect(**asyncpg_arguments(proxy))
+        fetching = asyncio.create_task(
+            other.fetch("SELECT n, pg_sleep(0.001) FROM generate_series(1, 400) n")
+        )
+        async with one.pipeline():
+            cursors = [one.cursor() for _ in range(10)]
+            for n, cursor in enumerate(cursors):
+                await cursor.execute("SELECT pg_sleep(0.05), %s::int", (n,))
+            proxy.send(signal.SIGTERM)
+            await eventually(lambda: proxy.events("sessions are ending"), "it drains")
+        assert [(await cursor.fetchone() or ())[1] for cursor in cursors] == list(range(10))
+        assert [row["n"] for row in await fetching] == list(range(1, 401))
+        with pytest.raises(psycopg.OperationalError):
+            await one.execute("SELECT 1")
+        await other.close()
+    assert await proxy.ended() == 0
+
+
+async def test_an_idle_session_is_ended_after_its_time_and_leaves_nothing(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    proxy = await start_proxy(listen={"idle_timeout_seconds": 0.4})
+    async with plain_client(proxy) as first:
+        await first.start_up()  # opens what a proxy keeps: its connection to the workspace
+        await told(first, "57P05", "idle_timeout")
+    async with nothing_left(), plain_client(proxy) as client:
+        await client.start_up()
+        await client.send((extended("SELECT pg_sleep(0.3)") + SYNC) * 3)  # longer than the timeout
+        for _ in range(3):
+            assert await answered(client) == b"I"
+        await told(client, "57P05", "idle_timeout")
+        client.close()
+        await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session upstream")
+        await eventually(
+            lambda: proxy.metrics.value("sessions_ended_total", reason="idle_timeout") == 2,
+            "counted",
+        )
+
+
+async def test_a_session_in_a_transaction_or_in_use_is_not_timed_out(
+    start_proxy: StartProxy,
+) -> None:
+    proxy = await start_proxy(listen={"idle_timeout_seconds": 0.4})
+    async with plain_client(proxy) as held, plain_client(proxy) as used:
+        await held.start_up()
+        await used.start_up()
+        await held.query("BEGIN")
+        assert await answered(held) == b"T"
+        for _ in range(6):
+            with pytest.raises(TimeoutError):
+                await held.receive(0.2)
+            await used.query("SELECT 1")
+            assert await answered(used) == b"I"
+        await held.query("COMMIT")
+        assert await answered(held) == b"I"
+        await told(held, "57P05", "idle_timeout")
+        await used.send(Terminate().encode())

@@ -101,7 +101,11 @@ class App:
             idle_timeout_seconds=settings.listen.idle_timeout_seconds,
         )
         return Listener(
-            settings.listen, self.places, self.metrics, lambda link: Session(link, parts).run(), live
+            settings.listen,
+            self.places,
+            self.metrics,
+            lambda link: Session(link, parts).run(),
+            live,
         )
 
     def _passage(self, message: StartupMessage) -> Passage:

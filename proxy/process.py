@@ -10,8 +10,8 @@ import asyncio
 import errno
 import resource
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from proxy.app import App, serving
@@ -79,8 +79,11 @@ async def serve(settings: Settings, reread: Reread) -> int:
         for warning in settings.warnings():
             _log.warning("the configuration gives protection away", warning=warning)
         notify(READY)
-        async with _beside(_reload_on_hangup(app, signals, reread)):
-            return await until_stopped(app, signals)
+        async with asyncio.TaskGroup() as tasks:
+            reloads = tasks.create_task(_reload_on_hangup(app, signals, reread))
+            code = await until_stopped(app, signals)
+            reloads.cancel()
+    return code
 
 
 async def until_stopped(app: App, signals: Signals) -> int:
@@ -121,18 +124,6 @@ async def _cut_at_second_signal(app: App, signals: Signals) -> int:
 
 
 # -- reload --------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def _beside(work: Awaitable[None]) -> AsyncIterator[None]:
-    """Have `work` done while the block runs."""
-    task = asyncio.ensure_future(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
 
 
 async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:

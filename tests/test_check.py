@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from proxy.cli import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
+from proxy.process import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
 from proxy.standin import faults
 from proxy.standin.api import Call
 from proxy.standin.certificates import Certificate
@@ -96,7 +96,11 @@ async def test_json_has_the_same_for_machines(lakebase: Lakebase, tmp_path: Path
     steps = found.json["steps"]
     assert [step["name"] for step in steps] == STEPS
     for step in steps:
-        assert step.keys() == {"name", "ok", "seconds", "text", "reason", "sqlstate", "fix"}
+        assert step.keys() == {
+            *("name", "target", "ok", "seconds", "text"),
+            *("reason", "sqlstate", "fix"),
+        }
+        assert step["target"] == "upstream"
         assert step["ok"] is True
         assert step["seconds"] >= 0
         assert step["reason"] == step["sqlstate"] == step["fix"] == ""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from proxy import __version__
-from proxy.cli import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, main
+from proxy.cli import main
+from proxy.process import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
 from tests.support.proxy_process import started_process
 
 ENDPOINT = ("--upstream.endpoint", "projects/p/branches/b/endpoints/e")

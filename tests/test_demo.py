@@ -91,9 +91,15 @@ async def test_the_printed_commands_work_and_a_signal_leaves_nothing_behind(
 ) -> None:
     async with demo(tmp_path, *FREE_PORTS) as proxy:
         await proxy.printed(LAST_LINE)
-        first, second = printed_commands(proxy)
+        first, by_name, by_options, uncovered = printed_commands(proxy)
         assert await paste(first) == f"{CLIENT_ID}|databricks_postgres"
-        assert await paste(second) == "one"
+        assert await paste(by_name) == "one"
+        assert await paste(by_options) == "two"
+        code, out, err = await run_to_end(psql_path(), "-X", "-At", *uncovered[1:])
+        assert (code, out) == (2, "")
+        assert "no shard has this shard key" in err
+        assert "reason=mapping_not_found" in err
+        assert "HINT: " in err
         bundled = re.search(r"No psql here\? There is one in (\S+)", proxy.out)
         assert bundled is not None
         assert (Path(__file__).parents[1] / bundled[1] / "psql").exists()

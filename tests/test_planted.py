@@ -4,14 +4,16 @@ import base64
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from proxy.observe.admin import AdminState, serve_admin
+from proxy.observe.admin import serve_admin
 from proxy.standin.lakebase import CLIENT_SECRET
 from proxy.standin.tokens import Purpose, TokenIssuer
 from tests.support import planted
+from tests.support.admin_address import Shown
 from tests.support.proxy_process import ROOT, run_to_end
 
 TOKEN = TokenIssuer("1", time.time).issue("ada", Purpose.DATABASE, 60)
@@ -93,9 +95,8 @@ def test_nothing_is_found_where_nothing_is(text: str) -> None:
 
 
 async def test_a_secret_on_a_page_of_the_admin_address_is_found() -> None:
-    state = AdminState(
-        started=lambda: True, ready=lambda: True, metrics=lambda: b"a " + CLIENT_SECRET.encode()
-    )
+    shown = Shown()
+    state = replace(shown.admin_state(), metrics=lambda: b"a " + CLIENT_SECRET.encode())
     async with serve_admin(state, host="127.0.0.1", port=0) as address:
         assert found(await planted._page(address.host, address.port, "/metrics"))
         assert not found(await planted._page(address.host, address.port, "/liveness"))

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from proxy.app import build_metrics, reaching_upstream
+from proxy.app import planned
 from proxy.check import as_line, check
+from proxy.config import UPSTREAM
 from proxy.errors import ProxyError
 from proxy.observe.logs import MASK
+from proxy.observe.metrics import ConnectPhase
 from proxy.standin import faults
 from proxy.standin.api import Call
 from proxy.standin.endpoints import neon_error
@@ -138,7 +140,8 @@ async def test_no_secret_of_any_way_to_log_in_to_the_workspace_is_ever_shown(
         shown.append(await told(proxy))
         assert "reason=workspace_" in shown[-1]
         shown += [repr(settings), repr(proxy), proxy.metrics.exposition().decode()]
-        async with reaching_upstream(settings, build_metrics()) as upstream:
+        async with planned(settings, unheard) as plan:
+            upstream = plan.fleet[UPSTREAM]
             for failing in (upstream.credentials.fresh(), upstream.workspace.identity()):
                 with pytest.raises(ProxyError) as refused:
                     await failing
@@ -160,7 +163,8 @@ async def test_no_token_is_in_what_works(
 ) -> None:
     settings = proxy_settings(lakebase)
     shown = []
-    async with reaching_upstream(settings, build_metrics()) as upstream:
+    async with planned(settings, unheard) as plan:
+        upstream = plan.fleet[UPSTREAM]
         credential = await upstream.credentials.fresh()
         session = await upstream.dialer.dial(StartupMessage(V3_0, ((b"user", b"x"),)))
         shown += [repr(credential), repr(session), repr(await upstream.workspace.identity())]
@@ -171,6 +175,10 @@ async def test_no_token_is_in_what_works(
         assert step.ok, step
         shown += [repr(step), as_line(step)]
     assert_clean(*shown, log.getvalue())
+
+
+def unheard(target: str, phase: ConnectPhase, seconds: float) -> None:
+    """Take no interest in how long a dial took."""
 
 
 def shown_by_live_objects() -> dict[str, str]:

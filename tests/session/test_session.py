@@ -7,21 +7,16 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from functools import partial
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 import trustme
 
-from proxy.app import App, build_metrics, reaching_upstream, serving
-from proxy.config import ListenSettings
-from proxy.session.cancel import CancelForwarder, CancelKeys
-from proxy.session.listener import Listener, Places
-from proxy.session.session import Session, SessionParts
+from proxy.app import App, serving
 from proxy.standin.faults import Stage, Strike
 from proxy.standin.lakebase import Lakebase
-from proxy.transport.link import Link
 from proxy.wire.messages import (
     AuthenticationOk,
     BackendKeyData,
@@ -132,32 +127,22 @@ def authority() -> trustme.CA:
 
 
 @pytest_asyncio.fixture
-async def secure_proxy(lakebase: Lakebase, authority: trustme.CA) -> AsyncIterator[App]:
+async def secure_proxy(
+    lakebase: Lakebase, authority: trustme.CA, tmp_path: Path
+) -> AsyncIterator[App]:
     """A proxy that offers TLS to its clients."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(SERVER_NAME).configure_cert(context)
-    metrics, keys = build_metrics(), CancelKeys()
-    settings = proxy_settings(lakebase)
-    async with AsyncExitStack() as stack:
-        upstream = await stack.enter_async_context(reaching_upstream(settings, metrics))
-        dialer = upstream.dialer
-        parts = SessionParts(
-            dialer=dialer,
-            cancel_keys=keys,
-            cancels=CancelForwarder(keys, upstream.connector, metrics),
-            metrics=metrics,
-            startup_timeout_seconds=0.5,
-            cancel_on_disconnect=True,
-            tls=context,
-            place=Places(10).take,
-        )
-
-        async def serve(link: Link) -> None:
-            await Session(link, parts).run()
-
-        listener = Listener(ListenSettings(port=0), Places(10), metrics, serve)
-        host, port = await stack.enter_async_context(listener.accepting())
-        yield App(host, port, None, metrics, keys, listener, None)  # type: ignore[arg-type]
+    issued = authority.issue_cert(SERVER_NAME)
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    listen = {
+        "tls_certificate": str(certificate),
+        "tls_key": str(key),
+        "port": 0,
+        "startup_timeout_seconds": 0.5,
+    }
+    async with serving(proxy_settings(lakebase, listen=listen)) as app, watching(app):
+        yield app
 
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]

@@ -113,8 +113,7 @@ def _round(
         for contender in contenders:
             bulk.measure(contender, readings)
     if "connect" in plan.subjects:
-        for contender in contenders:
-            sessions.measure(plan.connects, contender, readings)
+        sessions.measure(plan.connects, contenders, readings)
 
 
 def _starts(upstream: Postgres, directory: Path, workspace_url: str) -> dict[str, Start]:

@@ -1,10 +1,17 @@
-"""New sessions, one after the other: from connect to the first answer, with a warm token.
+"""New sessions, one at a time: from connect to the first answer, with a warm token.
 
-The client is libpq itself, without a driver around it. PgBouncer keeps its server connections
-and gives them to the next client, so that it logs in upstream once; the proxy does so for each.
+The client is libpq itself, without a driver around it, and verifies the certificate where it
+speaks TLS itself; so a direct session's time holds libpq's own TLS, and one through the proxy the
+proxy's. The contenders take turns session by session, and after each one there is a pause: its end
+is work for others, too, and is not to be measured with the next one's start.
+
+All of it shares this machine, and the network takes no time: what the proxy adds is seen next to
+the least that a session can cost. PgBouncer keeps its server connections and gives them to the
+next client, so that it logs in upstream once; the proxy does so for each.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from psycopg import pq
@@ -15,7 +22,9 @@ from bench.contenders import Contender
 from bench.errors import BenchError
 from bench.readings import Quantity, Readings, percentile
 
+_CASE: Final = "connect and SELECT 1"
 _WARM_UP_SESSIONS: Final = 3  # the first mints a token
+_PAUSE_SECONDS: Final = 0.003  # PostgreSQL and the proxy take about one to end a session
 
 
 def open_session(contender: Contender) -> PGconn:
@@ -28,19 +37,24 @@ def open_session(contender: Contender) -> PGconn:
     raise BenchError(f"no session through {contender.name}: {message}")
 
 
-def measure(count: int, contender: Contender, readings: Readings) -> None:
-    """Open and close so many sessions and keep how long they took. Raises BenchError."""
-    for _ in range(_WARM_UP_SESSIONS):
-        open_session(contender).finish()
-    before = None if contender.pid is None else cpu(contender.pid)
-    seconds = [_timed(contender) for _ in range(count)]
-    case = "connect and SELECT 1"
-    for name, share in (("p50", 0.5), ("p99", 0.99)):
-        milliseconds = percentile(seconds, share) * 1e3
-        readings.add(contender.name, Quantity(case, name, "ms"), milliseconds)
-    if contender.pid is not None and before is not None:
-        spent = (cpu(contender.pid) - before).total
-        readings.add(contender.name, Quantity(case, "CPU", "ms/session"), spent / count * 1e3)
+def measure(count: int, contenders: Sequence[Contender], readings: Readings) -> None:
+    """Open and close so many sessions of each and keep how long they took. Raises BenchError."""
+    for contender in contenders:
+        for _ in range(_WARM_UP_SESSIONS):
+            open_session(contender).finish()
+    before = [None if one.pid is None else cpu(one.pid) for one in contenders]
+    seconds: list[list[float]] = [[] for _ in contenders]
+    for number in range(count):
+        for turn in range(len(contenders)):  # each round of turns begins with another one
+            index = (number * (len(contenders) - 1) + turn) % len(contenders)
+            seconds[index].append(_timed(contenders[index]))
+            time.sleep(_PAUSE_SECONDS)
+    for contender, took, then in zip(contenders, seconds, before, strict=True):
+        for name, share in (("p50", 0.5), ("p99", 0.99)):
+            readings.add(contender.name, Quantity(_CASE, name, "ms"), percentile(took, share) * 1e3)
+        if contender.pid is not None and then is not None:
+            spent = (cpu(contender.pid) - then).total
+            readings.add(contender.name, Quantity(_CASE, "CPU", "ms/session"), spent / count * 1e3)
 
 
 def _timed(contender: Contender) -> float:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from proxy.transport.closing import close_gracefully
 from proxy.transport.link import Link
+from proxy.transport.tls import client_context
 from tests.transport.peers import (
     HOST,
     WAIT_SECONDS_MAX,
@@ -53,6 +55,34 @@ async def test_both_sides_shake_hands_however_the_bytes_are_cut(
         assert await peer.receive_exactly(7) == b"from us"
         await peer.send(b"from the peer")
         assert await link.receive() == b"from the peer"
+
+
+async def test_prepared_tls_sends_nothing_until_it_is_switched_to(tls: Contexts) -> None:
+    async with linked() as (link, peer), asyncio.TaskGroup() as group:
+        prepared = link.prepare_tls(tls.client, HOST)
+        link.write(b"plain")
+        assert await peer.receive_exactly(5) == b"plain"  # and not the hello before it
+        shaken = group.create_task(peer.handshake(tls.server, server_side=True))
+        tls_object = await link.switch_to(prepared)
+        await shaken
+        assert tls_object.version() == "TLSv1.3"
+        link.write(b"from us")
+        assert await peer.receive_exactly(7) == b"from us"
+
+
+def test_a_context_is_kept_until_its_file_changes(tmp_path: Path) -> None:
+    path = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(path))
+    first = client_context("verify-full", str(path))
+    assert client_context("verify-full", str(path)) is first
+    assert client_context("verify-ca", str(path)) is not first
+    replacement = tmp_path / "new.pem"
+    trustme.CA().cert_pem.write_to_path(str(replacement))
+    replacement.replace(path)
+    second = client_context("verify-full", str(path))
+    assert second is not first
+    assert second.get_ca_certs() != first.get_ca_certs()
+    assert client_context("verify-full", "system") is client_context("verify-full", "system")
 
 
 @BOTH_SIDES

@@ -2,7 +2,7 @@
 
 Why not the event loop's own TLS: it drops what it has decrypted but not delivered when the peer's
 FIN arrives while reading is paused (so a slow client would lose the upstream's last words, W34),
-it cannot send close_notify and go on reading, and it cannot resume a TLS session.
+and it cannot send close_notify and go on reading.
 
 Here every decrypted byte is delivered at once, and pausing stops the plain transport below: what
 is not delivered is not read, so order and end are those of the wire.

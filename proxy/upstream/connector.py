@@ -3,7 +3,7 @@
 For: the dialer, which then logs in, and cancel requests, which need no login. Not for: retries;
 a failure is one ProxyError, and what follows from it is the caller's to decide.
 
-The invariant: nothing but SSLRequest leaves before the upstream has answered S, and nothing else
+The invariant: only SSLRequest leaves before the upstream has answered S, and no Postgres message
 before its certificate was checked as far as `sslmode` says (W52).
 """
 

@@ -27,6 +27,7 @@ from tests.support.running import proxy_settings
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "grafana" / "lakebase-auth-proxy.json"
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yaml"
+METRICS_LIST = ROOT / "docs" / "metrics.md"
 ALERT_CASES = ROOT / "tests" / "observe" / "alerts_test.yaml"
 
 PROMTOOL = shutil.which("promtool")
@@ -124,9 +125,7 @@ async def test_every_metric_is_on_the_dashboard(exported: Exported) -> None:
     shown = " ".join(expr for expr, _ in queries())
     # Of a histogram its buckets are shown; these are of the library or of no use in a graph.
     unshown = {
-        name
-        for name in exported
-        if name not in shown and not name.endswith(("_sum", "_count", "_created"))
+        name for name in exported if name not in shown and not name.endswith(("_sum", "_count"))
     }
     assert unshown == {
         "lakebase_proxy_process_virtual_memory_bytes",
@@ -221,3 +220,17 @@ def test_every_panel_is_a_query_that_prometheus_understands(tmp_path: Path) -> N
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert f"{len(asked)} rules found" in ran.stdout
+
+
+async def test_the_list_of_metrics_in_the_documents_is_that_of_the_program(
+    exported: Exported,
+) -> None:
+    row = re.compile(r"^\| `(lakebase_proxy_\w+)` \|([^|]*)\|", re.MULTILINE)
+    described = dict(row.findall(METRICS_LIST.read_text()))
+    families = {re.sub("_(bucket|sum|count)$", "", name) for name in exported}
+    assert described.keys() == families
+    labels: dict[str, set[str]] = {name: set() for name in families}
+    for sample, of_sample in exported.items():
+        labels[re.sub("_(bucket|sum|count)$", "", sample)] |= of_sample.keys() - {"le"}
+    written = {name: set(re.findall(r"`(\w+)`", text)) for name, text in described.items()}
+    assert written == labels

@@ -210,3 +210,7 @@ def test_lag_is_a_histogram_of_seconds() -> None:
     metrics.loop_lagged(0.7)
     assert metrics.value("event_loop_lag_seconds_sum") == pytest.approx(0.702)
     assert metrics.value("event_loop_lag_seconds_bucket", le="0.5") == 1
+
+
+def test_a_counter_is_one_series_and_not_two() -> None:
+    assert b"_created" not in new_metrics().exposition()

@@ -177,6 +177,7 @@ async def test_it_is_readable_by_day_and_by_night_and_on_a_phone(
         assert await page.value("window.innerWidth") == width
         assert await page.value("document.documentElement.scrollWidth") <= width
         assert await page.value(FAINT_TEXT) == []
+        assert await page.value("document.getElementById('listen').offsetHeight") < 32, "one line"
 
 
 @in_a_browser

@@ -6,7 +6,7 @@ Invariant: mappings of a map never overlap, none is empty, and each leads to a t
 """
 
 from array import array
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final, TypeAlias
 
 from proxy.errors import ProxyError
@@ -56,6 +56,10 @@ class _Builder:
     def __init__(self, form: Form, targets: Collection[str], word: str, problems: Problems) -> None:
         """`word` is what a row is called in a problem, in front of its place."""
         self._form = form
+        self._is_list = form.kind is Kind.LIST
+        self._read_bounds = _READERS[form.kind]
+        self._parse = key_parser(form.key_type, form.normalise)
+        self._lowest = _lowest_value(form)
         self._names = sorted(targets)
         self._owner_of = {name: owner for owner, name in enumerate(self._names)}
         self._word = word
@@ -70,29 +74,38 @@ class _Builder:
         form = self._form
         if form.normalise is not Normalise.NONE and form.key_type is not KeyType.TEXT:
             self._problems.add(f"normalise is for keys of type text, not {form.key_type}")
-        read_bounds, parse = _READERS[form.kind], key_parser(form.key_type, form.normalise)
-        lowest = _lowest_value(form)
         for row in rows:
             try:
-                lo, hi = read_bounds(row, parse)
-                if hi is not None and (lo >= hi or hi <= lowest):
-                    raise _Refused("low is not below high: no key is in it")
-                owner = self._owner_of[row.target]
+                self._take(row)
             except _Refused as error:
                 self._problems.add(f"{self._word} {row.place}: {error}")
-            except KeyError:
-                self._problems.add(f"{self._word} {row.place}: there is no target {row.target!r}")
-            else:
-                self._los.append(lo)
-                self._his.append(hi)
-                self._owners.append(owner)
-                self._places.append(row.place)
-        order = sorted(range(len(self._los)), key=self._los.__getitem__)
+        order = self._order()
         self._check_overlaps(order)
         self._problems.check()
         return self._assemble(order)
 
-    def _check_overlaps(self, order: list[int]) -> None:
+    def _take(self, row: Row) -> None:
+        """Keep a row, or raise _Refused."""
+        lo, hi = self._read_bounds(row, self._parse)
+        if hi is not None and not self._is_list and (lo >= hi or hi <= self._lowest):
+            raise _Refused("low is not below high: no key is in it")
+        owner = self._owner_of.get(row.target)
+        if owner is None:
+            raise _Refused(f"there is no target {row.target!r}")
+        self._los.append(lo)
+        self._his.append(hi)
+        self._owners.append(owner)
+        self._places.append(row.place)
+
+    def _order(self) -> Sequence[int]:
+        """Return the positions of the rows by their lower bounds; a large file is often sorted."""
+        los, following = self._los, iter(self._los)
+        next(following, None)
+        if all(lo <= next_lo for lo, next_lo in zip(los, following, strict=False)):
+            return range(len(los))
+        return sorted(range(len(los)), key=los.__getitem__)
+
+    def _check_overlaps(self, order: Sequence[int]) -> None:
         """Report each mapping that begins before the ones in front of it have ended."""
         los, his = self._los, self._his
         widest = -1  # the mapping that ends last so far
@@ -101,7 +114,7 @@ class _Builder:
                 widest = at
                 continue
             hi, end = his[at], his[widest]
-            if end is None or los[at] < end:
+            if end is None or los[at] < end or (self._is_list and los[at] == end):
                 self._report_overlap(widest, at)
             if end is not None and (hi is None or hi > end):
                 widest = at
@@ -114,10 +127,10 @@ class _Builder:
         target = self._names[self._owners[at]]
         mapping = ShardMapping(self._los[at], self._his[at], target)
         low, high = self._form.show_bounds(mapping)
-        keys = low if self._form.kind is Kind.LIST else f"[{low}, {high})"
+        keys = low if self._is_list else f"[{low}, {high})"
         return f"{self._word} {self._places[at]} ({keys} on {target})"
 
-    def _assemble(self, order: list[int]) -> ShardMap:
+    def _assemble(self, order: Sequence[int]) -> ShardMap:
         """Return the map. Where one mapping ends and the next begins is one bound."""
         bounds: list[bytes] = []
         owners = array("I")
@@ -129,7 +142,7 @@ class _Builder:
                 owners.append(NOBODY)
             bounds.append(lo)
             owners.append(self._owners[at])
-            end = None if self._form.kind is Kind.LIST else self._his[at]
+            end = None if self._is_list else self._his[at]
         if end is not None:
             bounds.append(end)
             owners.append(NOBODY)
@@ -146,7 +159,7 @@ def _read_list(row: Row, parse: _Parse) -> _Bounds:
     key = _read_key("key", row.low, parse)
     if not key:
         raise _Refused("the key is empty")
-    return key, key + b"\0"
+    return key, key  # not the bound behind it: a million keys need not be there twice
 
 
 def _read_range(row: Row, parse: _Parse) -> _Bounds:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from bench import memory, queries, sessions
+from bench import memory, queries, sessions, shard_maps
 from bench.accounting import others_seconds
 from bench.bulk import Bulk
 from bench.children import run
@@ -38,7 +38,8 @@ from bench.readings import Readings
 from bench.report import as_json, machine, table
 from bench.workspace import workspace
 
-_SUBJECTS: Final = ("pgbench", "copy", "connect", "memory")
+_SHARD_MAPS: Final = "shardmap"  # the one subject that needs no PostgreSQL
+_SUBJECTS: Final = ("pgbench", "copy", "connect", "memory", _SHARD_MAPS)
 _MISSING: Final = "PgBouncer is MISSING, nothing is compared with it: apt-get install pgbouncer"
 
 
@@ -59,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     plan = _plan(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if _SHARD_MAPS in plan.subjects:
+        sys.stdout.write(shard_maps.report() + "\n")
+        if len(plan.subjects) == 1:
+            return 0
     readings, status = Readings(), 0
     described: dict[str, str] = {}
     try:

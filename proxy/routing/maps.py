@@ -145,24 +145,23 @@ class _Order:
         # begins with nothing, and its window is as low as any.
         lowest = next((bound for bound in bounds if bound), b"")
         self._prefix = _common_prefix(lowest, bounds[-1] if bounds else b"")
-        self._begin = len(self._prefix)
-        self._end = self._begin + _WINDOW_BYTES
-        self._is_exact = size_bytes is not None and size_bytes <= self._end
-        self._windows = array("Q", map(self._window, bounds))
+        end = len(self._prefix) + _WINDOW_BYTES
+        self._is_exact = size_bytes is not None and size_bytes <= end
+        self._part = part = slice(len(self._prefix), end)
+        self._windows = array(
+            "Q", (int.from_bytes(bound[part].ljust(_WINDOW_BYTES, b"\0")) for bound in bounds)
+        )
 
     def last_up_to(self, key: bytes) -> int:
         """Return the position of the last bound that is not above the key, -1 if all are."""
         if not key.startswith(self._prefix):
             return bisect_right(self._bounds, key) - 1
-        window = self._window(key)
+        window = int.from_bytes(key[self._part].ljust(_WINDOW_BYTES, b"\0"))
         at = bisect_right(self._windows, window) - 1
         if self._is_exact or at < 0 or self._windows[at] != window or self._bounds[at] <= key:
             return at
         first = bisect_left(self._windows, window, 0, at)
         return bisect_right(self._bounds, key, first, at) - 1
-
-    def _window(self, bound: bytes) -> int:
-        return int.from_bytes(bound[self._begin : self._end].ljust(_WINDOW_BYTES, b"\0"))
 
 
 def _common_prefix(one: bytes, other: bytes) -> bytes:

@@ -384,7 +384,7 @@ class ErrorKind(Enum):
         "mapping_not_found",
         "3D000",
         "no shard has this shard key",
-        "Is it the right key? What covers it: lakebase-auth-proxy resolve KEY.",
+        "Is it the right key? Which mapping should cover it? See lakebase-auth-proxy resolve KEY.",
     )
     NO_TARGET = _routing(
         "no_target",

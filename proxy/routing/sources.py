@@ -49,14 +49,14 @@ def take_parameters(
     for name, value in message.parameters:
         if name.lower() in names:
             found.append(Occurrence("startup parameter", value))
-            continue
-        inside = [one for one in settings(value) if one.name.lower() in names]
-        if name != _OPTIONS or not inside:
+        elif name == _OPTIONS:
+            inside = [one.value for one in settings(value) if one.name.lower() in names]
+            found += [Occurrence("options", text) for text in inside]
+            rest = without(value, names) if inside else value
+            if rest or not inside:
+                kept.append((name, rest))
+        else:
             kept.append((name, value))
-            continue
-        found += [Occurrence("options", one.value) for one in inside]
-        if rest := without(value, names):
-            kept.append((name, rest))
     return found, replace(message, parameters=tuple(kept))
 
 

@@ -11,8 +11,7 @@ PROXIES = ("lakebase-auth-proxy", "demo")
 
 
 def seconds(duration: str) -> float:
-    parsed: float = compose_spec.parse_duration(duration).total_seconds()
-    return parsed
+    return compose_spec.parse_duration(duration)
 
 
 def service(name: str) -> Object:

@@ -1,0 +1,109 @@
+"""The documents for people: links lead somewhere, and every verb, key and reason in them exists.
+
+Not for: whether the prose is good, the examples of languages (`e2e/test_languages.py`), or what the
+demo prints (`test_demo.py`).
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from proxy import cli
+from proxy.config import load_settings, settings_keys
+from proxy.errors import ErrorKind
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[dt]*/**/*.md"))]
+README = ROOT / "README.md"
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+KINDS = {kind.value.reason: kind.value for kind in ErrorKind}
+# A row of a table that begins with reasons; an SQLSTATE may follow.
+REASON_ROW = re.compile(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \|(?: ([0-9A-Z]{5}) \|)?", re.MULTILINE)
+
+documents = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
+
+
+def anchor(heading: str) -> str:
+    """Return the name that a forge gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {anchor(heading) for heading in headings}
+
+
+def links(document: Path) -> list[str]:
+    prose = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in link]
+
+
+@documents
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for link in links(document):
+        name, _, part = link.partition("#")
+        meant = document.parent / name if name else document
+        assert meant.exists(), link
+        assert not part or part in anchors(meant), link
+
+
+@documents
+def test_every_verb_in_a_command_exists(document: Path) -> None:
+    used = set(re.findall(r"lakebase-auth-proxy ([a-z]+)\b(?=[` \n])", _code(document)))
+    assert used <= set(cli._VERBS)
+
+
+@documents
+def test_every_key_that_is_named_exists(document: Path) -> None:
+    """`section.key`, as people write a key in prose, when the section is one of ours."""
+    keys = {key.dotted for key in settings_keys()}
+    sections = "|".join({key.section for key in settings_keys()})
+    named = set(re.findall(rf"`(?:--)?((?:{sections})\.[a-z_]+)\b", document.read_text()))
+    assert named - {"config.example"} <= keys
+
+
+@documents
+def test_every_variable_that_is_named_exists(document: Path) -> None:
+    known = {key.variable for key in settings_keys()} | {"LAKEBASE_PROXY_CONFIG"}
+    named = set(re.findall(r"\bLAKEBASE_PROXY_[A-Z_]*[A-Z]\b", document.read_text()))
+    assert named <= known
+
+
+@pytest.mark.parametrize(
+    "document", [README, TROUBLESHOOTING], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_every_reason_exists_and_has_the_sqlstate_that_is_said(document: Path) -> None:
+    rows = REASON_ROW.findall(document.read_text())
+    assert rows
+    for words, sqlstate in rows:
+        for reason in re.findall(r"`([a-z_]+)`", words):
+            assert reason in KINDS
+            assert sqlstate in ("", KINDS[reason].sqlstate)
+
+
+def test_the_guides_own_five_rows_name_reasons_that_exist() -> None:
+    section = TROUBLESHOOTING.read_text().partition("guide's own list")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 5
+    for row in rows:
+        reasons = re.findall(r"`([a-z_]+)`", row.split("|")[2])
+        assert reasons
+        assert set(reasons) <= KINDS.keys()
+
+
+def test_the_shard_map_of_the_readme_is_taken(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", README.read_text(), re.DOTALL)
+    file = tmp_path / "proxy.toml"
+    file.write_text(block)
+    load_settings(["--config", str(file)], {})
+
+
+def _code(document: Path) -> str:
+    """Return what stands in blocks of code or between back-ticks."""
+    text = document.read_text()
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return "\n".join([*blocks, *(span + "\n" for span in spans)])

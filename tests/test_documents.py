@@ -52,7 +52,8 @@ def test_every_link_leads_somewhere(document: Path) -> None:
 
 @documents
 def test_every_verb_in_a_command_exists(document: Path) -> None:
-    used = set(re.findall(r"lakebase-auth-proxy ([a-z]+)\b(?=[` \n])", _code(document)))
+    command = r"(?:^|[$] |-- |CONTAINER )lakebase-auth-proxy ([a-z]+)\b"
+    used = set(re.findall(command, _code(document), re.MULTILINE))
     assert used <= set(cli._VERBS)
 
 

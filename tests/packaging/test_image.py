@@ -11,7 +11,10 @@ tests say so when they are skipped.
 
 import asyncio
 import faulthandler
+import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -112,12 +115,14 @@ class Images:
         command = (*self.storage("podman"), "image", "inspect", "--format", template)
         return run(*command, f"localhost/{image}").strip()
 
-    def command(self, image: str, *options: str, arguments: Sequence[str] = ()) -> list[str]:
+    def command(
+        self, image: str, *options: str, arguments: Sequence[str] = (), network: str = "host"
+    ) -> list[str]:
         """Return the command line that runs an image, locked up as our manifests lock it up."""
         return [
             *self.storage("podman"),
             *("--runtime", "runc", "--cgroup-manager", "cgroupfs", "run", "--rm"),
-            *("--network", "host", "--cap-drop", "all", "--security-opt", "no-new-privileges"),
+            *("--network", network, "--cap-drop", "all", "--security-opt", "no-new-privileges"),
             *("--read-only", "--read-only-tmpfs=false", "--no-healthcheck"),
             # What this machine may give; the defaults ask for more.
             *("--ulimit", "nofile=4096:4096", "--ulimit", "nproc=1024:1024"),
@@ -127,10 +132,12 @@ class Images:
         ]
 
     @asynccontextmanager
-    async def running(self, image: str, name: str, *options: str) -> AsyncIterator[ProxyProcess]:
+    async def running(
+        self, image: str, name: str, *options: str, network: str = "host"
+    ) -> AsyncIterator[ProxyProcess]:
         """Run an image while the block runs; signals go to its PID 1."""
         process = await asyncio.create_subprocess_exec(
-            *self.command(image, "--name", name, *options),
+            *self.command(image, "--name", name, *options, network=network),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -228,10 +235,23 @@ async def test_the_container_needs_no_name_for_its_user(images: Images, lakebase
         assert await proxy.ended(STOP_SECONDS_MAX) == 0
 
 
-async def test_the_demo_needs_no_account_and_only_its_tmp(images: Images) -> None:
-    ports = ("LAKEBASE_PROXY_LISTEN__PORT=0", "LAKEBASE_PROXY_ADMIN__PORT=0")
-    options = ("--tmpfs", "/tmp", *(part for port in ports for part in ("--env", port)))
-    async with images.running("demo", "lakebase-demo", *options) as proxy:
+async def test_the_demo_needs_no_account_no_network_and_only_its_tmp(images: Images) -> None:
+    """As docker-compose.yml has it: its own ports, and a client inside the same network."""
+    running = images.running("demo", "lakebase-demo", "--tmpfs", "/tmp", network="none")
+    async with running as proxy:
         await proxy.printed("Ctrl-C stops everything")
+        healthcheck = json.loads(images.inspect("demo", "{{json .Config.Healthcheck.Test}}"))
+        images.execute("lakebase-demo", *healthcheck[1:])
+        command = next(line for line in proxy.out.splitlines() if "SELECT current_user" in line)
+        answer = images.execute("lakebase-demo", *with_bundled_psql(proxy, command))
+        assert CLIENT_ID in answer
         proxy.send(signal.SIGTERM)
         assert await proxy.ended(STOP_SECONDS_MAX) == 0
+
+
+def with_bundled_psql(proxy: ProxyProcess, command: str) -> list[str]:
+    """Return the command that the demo prints, with the psql that it says is there."""
+    directory = re.search(r"There is one in (\S+)", proxy.out)
+    assert directory is not None
+    _, *arguments = shlex.split(command)
+    return [f"/{directory[1].lstrip('/')}/psql", *arguments]

@@ -7,7 +7,7 @@ ARG BASE=docker.io/library/python:3.13-slim-bookworm
 # What is installed, and pip, which stays here. Every dependency is a wheel: no compiler is needed.
 FROM ${BASE} AS installed
 WORKDIR /source
-# Without site-packages of its own the environment has no pip; the builder's installs into it.
+# The environment that goes into the image has no pip: the builder's installs into it.
 RUN python3 -m venv /builder && python3 -m venv --without-pip /opt/lakebase-auth-proxy
 COPY pyproject.toml README.md LICENSE ./
 COPY proxy ./proxy

@@ -85,8 +85,8 @@ def test_every_reason_exists_and_has_the_sqlstate_that_is_said(document: Path) -
             assert sqlstate in ("", KINDS[reason].sqlstate)
 
 
-def test_the_guides_own_five_rows_name_reasons_that_exist() -> None:
-    section = TROUBLESHOOTING.read_text().partition("guide's own list")[2].partition("\n## ")[0]
+def test_the_five_most_frequent_causes_name_reasons_that_exist() -> None:
+    section = TROUBLESHOOTING.read_text().partition("## The five most")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 5
     for row in rows:

@@ -78,16 +78,9 @@ class ListenSettings(Section):
         ge=0,
         le=604_800,
         description="Time after which a session that is idle ends with 57P05, in seconds; 0 is "
-        "never, anything else at least 1. For applications that forget connections; a pool is "
+        "never. For applications that forget connections; a pool is "
         "better told itself.",
     )
-
-    @field_validator("idle_timeout_seconds")
-    @classmethod
-    def _never_or_a_second(cls, value: float) -> float:
-        if 0 < value < 1:
-            raise ValueError("must be 0, which is never, or at least 1")
-        return value
 
     @field_validator("tls_key")
     @classmethod

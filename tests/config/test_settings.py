@@ -172,18 +172,6 @@ def test_a_key_is_required_where_there_is_a_map_unless_it_is_said(
     assert RoutingSettings.model_validate(routing).require_key is required
 
 
-@pytest.mark.parametrize(
-    ("seconds", "good"),
-    [(0, True), (0.5, False), (1, True), (604_800, True), (604_801, False), (-1, False)],
-)
-def test_the_idle_timeout_is_never_or_at_least_a_second(seconds: float, good: bool) -> None:
-    if good:
-        assert ListenSettings(idle_timeout_seconds=seconds).idle_timeout_seconds == seconds
-        return
-    with pytest.raises(ValidationError):
-        ListenSettings(idle_timeout_seconds=seconds)
-
-
 # Warnings
 
 

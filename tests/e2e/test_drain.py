@@ -16,7 +16,7 @@ from proxy.standin.lakebase import Lakebase
 from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery, Terminate
 from tests.differential.frontend import SYNC, copy_data, extended, message
 from tests.e2e.conftest import StartProcess, StartProxy
-from tests.support.plain_client import PlainClient, plain_client, query, startup
+from tests.support.plain_client import PlainClient, plain_client, startup
 from tests.support.proxy_process import ProxyProcess
 from tests.support.running import asyncpg_arguments, eventually, libpq, nothing_left
 
@@ -46,7 +46,7 @@ async def readiness(process: ProxyProcess) -> int:
     """Ask the admin address, whose port is in the log, for its verdict."""
     port = int(process.events("serving")[0]["admin_port"])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"GET /readiness HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    writer.write(b"GET /readiness HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     status = int((await reader.readline()).split()[1])
     writer.close()
     await writer.wait_closed()

@@ -74,7 +74,7 @@ class Signals:
 async def serve(settings: Settings, reread: Reread) -> int:
     """Serve Lakebase until told to stop; return the exit code. Raises what `serving` does."""
     signals = Signals(hangups=True)
-    _check_file_limit(settings.listen.max_connections)
+    check_file_limit(settings.listen.max_connections)
     async with serving(settings) as app:
         for warning in settings.warnings():
             _log.warning("the configuration gives protection away", warning=warning)
@@ -154,7 +154,7 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _check_file_limit(max_connections: int) -> None:
+def check_file_limit(max_connections: int) -> None:
     """Warn where the limit of open files would refuse clients before `max_connections` does."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = FILES_A_SESSION * max_connections + FILES_RESERVED

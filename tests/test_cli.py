@@ -5,6 +5,7 @@ need no stand-in; serving and signals are in `e2e/test_process.py`.
 """
 
 import os
+import resource
 import socket
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 
 from proxy import __version__
 from proxy.cli import main
-from proxy.process import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
+from proxy.process import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, FILES_RESERVED, check_file_limit
 from tests.support.proxy_process import started_process
+from tests.support.running import captured_log
 
 ENDPOINT = ("--upstream.endpoint", "projects/p/branches/b/endpoints/e")
 SECRET = "not-a-real-secret"
@@ -157,3 +159,20 @@ async def test_python_m_proxy_is_the_same_command() -> None:
     async with started_process("version") as proxy:
         assert await proxy.ended() == EXIT_OK
     assert (proxy.out, proxy.err) == (f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize(("files_max", "warned"), [(2 * 10 + FILES_RESERVED, False), (147, True)])
+def test_a_limit_of_open_files_below_max_connections_is_a_warning_with_numbers(
+    files_max: int, warned: bool
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, hard))
+    try:
+        with captured_log() as log:
+            check_file_limit(max_connections=10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(log.above_info()) == warned
+    for line in log.above_info():
+        assert (line["limit"], line["needed"], line["connections_possible"]) == (147, 148, 9)
+        assert "ulimit -Hn" in line["hint"]

@@ -4,11 +4,15 @@ An idle session is told 57P01, a busy one when it becomes idle; what is busy at 
 """
 
 import asyncio
+import contextlib
 import signal
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import asyncpg
 import psycopg
+import psycopg_pool
 import pytest
 
 from proxy.standin.faults import Stage, Strike
@@ -17,7 +21,7 @@ from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery, Terminate
 from tests.differential.frontend import SYNC, copy_data, extended, message
 from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.plain_client import PlainClient, plain_client, startup
-from tests.support.proxy_process import ProxyProcess
+from tests.support.proxy_process import ProxyProcess, alive, descendants
 from tests.support.running import asyncpg_arguments, eventually, libpq, nothing_left
 
 pytestmark = pytest.mark.slow
@@ -42,6 +46,10 @@ async def told(client: PlainClient, sqlstate: str, reason: str) -> None:
     assert await client.receive_rest() == b""
 
 
+def sockets(directory: Path) -> list[Path]:
+    return list(directory.glob(".s.PGSQL.*"))
+
+
 async def readiness(process: ProxyProcess) -> int:
     """Ask the admin address, whose port is in the log, for its verdict."""
     port = int(process.events("serving")[0]["admin_port"])
@@ -53,16 +61,15 @@ async def readiness(process: ProxyProcess) -> int:
     return status
 
 
-def upstream_sessions(lakebase: Lakebase) -> int:
-    return lakebase.gateway.open_sessions
-
-
-async def test_200_sessions_lose_nothing_that_was_begun(
-    start_process: StartProcess, lakebase: Lakebase, scratch_database: str
+async def test_200_sessions_lose_nothing_that_was_begun_and_leave_nothing(
+    start_process: StartProcess, lakebase: Lakebase, scratch_database: str, tmp_path: Path
 ) -> None:
     proxy = await start_process(
-        upstream={"database": scratch_database}, shutdown={"drain_seconds": 30}
+        listen={"unix_socket_directory": str(tmp_path)},
+        upstream={"database": scratch_database},
+        shutdown={"drain_seconds": 30},
     )
+    assert len(sockets(tmp_path)) == 1
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(plain_client(proxy)) for _ in range(SESSIONS)]
         for start in range(0, SESSIONS, 20):
@@ -85,13 +92,18 @@ async def test_200_sessions_lose_nothing_that_was_begun(
             assert await answered(client) == b"I"
             await told(client, "57P01", "shutting_down")
             client.close()
+        children = descendants(proxy.pid)
         assert await proxy.ended() == 0
+    assert alive(children) == set()
+    assert sockets(tmp_path) == []
     rows = lakebase["one"].cluster.execute(
         "SELECT count(*), sum(n) FROM done", database=scratch_database
     )
     numbers = range(SESSIONS // 2)
     assert rows.strip() == f"{len(numbers)}|{sum(numbers)}"
-    await eventually(lambda: upstream_sessions(lakebase) == 0, "no session upstream")
+    await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session upstream")
+    left = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{scratch_database}'"
+    await eventually(lambda: lakebase["one"].cluster.execute(left).strip() == "0", "none in it")
 
 
 async def test_while_it_still_accepts_readiness_says_no_and_clients_are_served(
@@ -191,7 +203,8 @@ async def test_drivers_pipelines_get_whole_answers(start_process: StartProcess) 
                 await cursor.execute("SELECT pg_sleep(0.05), %s::int", (n,))
             proxy.send(signal.SIGTERM)
             await eventually(lambda: proxy.events("sessions are ending"), "it drains")
-        assert [(await cursor.fetchone() or ())[1] for cursor in cursors] == list(range(10))
+        numbers = [row[1] for cursor in cursors for row in await cursor.fetchall()]
+        assert numbers == list(range(10))
         assert [row["n"] for row in await fetching] == list(range(1, 401))
         with pytest.raises(psycopg.OperationalError):
             await one.execute("SELECT 1")
@@ -238,3 +251,80 @@ async def test_a_session_in_a_transaction_or_in_use_is_not_timed_out(
         assert await answered(held) == b"I"
         await told(held, "57P05", "idle_timeout")
         await used.send(Terminate().encode())
+
+
+class Service:
+    """What a cluster puts before its pods: new connections go to the present one.
+
+    `to` changes where they go; a connection that is open stays where it is.
+    """
+
+    listen_host = "127.0.0.1"
+
+    def __init__(self) -> None:
+        self.to: ProxyProcess | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert self.to is not None
+        self._writers.add(writer)
+        there = await asyncio.open_connection(self.to.listen_host, self.to.listen_port)
+        self._writers.add(there[1])
+        await asyncio.gather(self._copy(reader, there[1]), self._copy(there[0], writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while received := await reader.read(65536):
+                writer.write(received)
+                await writer.drain()
+        writer.close()
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[int]:
+        server = await asyncio.start_server(self.accept, self.listen_host, 0)
+        async with server:
+            yield server.sockets[0].getsockname()[1]
+            for writer in self._writers:
+                writer.close()
+
+
+async def test_pools_lose_no_transaction_over_three_restarts(start_process: StartProcess) -> None:
+    # A pool whose connections live for less than accept_seconds, and that checks them: what a
+    # rolling deployment asks of its applications.
+    service, done, stopping = Service(), 0, False
+    shutdown = {"accept_seconds": 1.5, "drain_seconds": 20}
+    service.to = await start_process(shutdown=shutdown)
+    async with service.serving() as port:
+        where = libpq(service.to, port=port)
+        pool = psycopg_pool.AsyncConnectionPool(
+            kwargs=where,
+            min_size=4,
+            max_size=8,
+            max_lifetime=0.8,
+            check=psycopg_pool.AsyncConnectionPool.check_connection,
+            open=False,
+        )
+
+        async def work() -> None:
+            nonlocal done
+            while not stopping:
+                async with pool.connection() as connection:
+                    await connection.execute("SELECT pg_sleep(0.002)")
+                    await connection.execute("SELECT 1")
+                done += 1
+
+        async def some_more() -> None:
+            goal = done + 20
+            await eventually(lambda: done > goal, "transactions go on")
+
+        async with pool, asyncio.TaskGroup() as group:
+            for _ in range(6):
+                group.create_task(work())
+            for _ in range(3):
+                old = service.to
+                service.to = await start_process(shutdown=shutdown)
+                old.send(signal.SIGTERM)
+                assert await old.ended(25) == 0
+                await some_more()
+            stopping = True
+    assert done > 100

@@ -239,7 +239,7 @@ class SessionStart:
     def finish(self, count: int, fault: Fault | None = None) -> None:
         """Move and speak in a fixed order until nothing moves; `fault` comes at its step."""
         while True:
-            if fault is not None and self.peers[fault.side].done == fault.at:
+            if fault is not None and self.may_come(fault):
                 self.peers[fault.side].fail(fault)
                 fault = None
             speakers = [peer for peer in self.peers.values() if peer.may_speak]
@@ -247,6 +247,13 @@ class SessionStart:
                 speakers[0].speak()
             elif sum(self.move(number, count) for number in range(len(self.pipes))) == 0:
                 return  # no pipe moved
+
+    def may_come(self, fault: Fault) -> bool:
+        """Whether it is the fault's step, and a moment at which it could happen."""
+        peer = self.peers[fault.side]
+        # Between its S and the StartupMessage there is TLS, which lets nothing foreign through.
+        in_tls = fault.side is Side.UPSTREAM and peer.done == 1 and not peer.may_speak
+        return peer.done == fault.at and not (fault.said and in_tls)
 
     def heard(self) -> list[tuple[bytes, bool]]:
         """Return what each peer has received, and whether it saw the end."""
@@ -397,11 +404,9 @@ class SessionStartWalk(RuleBasedStateMachine):
         return self.fault is None and len(self.session.states) >= self.calm
 
     def inject(self, side: Side, said: bytes) -> None:
-        peer = self.session.peers[side]
-        # Between its S and the StartupMessage there is TLS, which lets nothing foreign through.
-        if side is Side.UPSTREAM and peer.done == 1 and not peer.may_speak:
-            return
-        self.fail(side, said)
+        fault = Fault(side, self.session.peers[side].done, said)
+        if self.session.may_come(fault):
+            self.fail(side, said)
 
     def fail(self, side: Side, said: bytes) -> None:
         peer = self.session.peers[side]

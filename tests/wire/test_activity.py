@@ -149,6 +149,21 @@ def test_a_query_among_copy_data_is_busy_for_ever() -> None:
     assert not activity.idle
 
 
+def test_work_among_what_is_in_doubt_is_known_to_be_done_when_all_is_answered() -> None:
+    group = WORK + QUERY + WORK + SYNC
+    answered = after(("client", group), ("upstream", ANSWER + ready() + ANSWER + ready()))
+    assert answered.idle
+    # The first work failed: the Query was skipped, or it was not; nothing tells which.
+    assert not after(("client", group), ("upstream", ERROR + ready())).idle
+
+
+def test_other_answers_while_a_copy_is_entered_tell_nothing() -> None:
+    other = message(b"T", bytes(9))
+    activity = after(("client", QUERY), ("upstream", GO_AHEAD + other), ("client", DATA + DONE))
+    activity.upstream_sent(COMPLETE + ready())
+    assert activity.idle
+
+
 def test_the_late_end_of_a_failed_copy_does_not_end_the_next_one() -> None:
     nowhere = WORK + DATA + DONE + SYNC
     activity = after(("client", nowhere + WORK + SYNC), ("upstream", ERROR + ready()))

@@ -1,8 +1,11 @@
 """Calls that block, kept off the event loop and under a deadline.
 
-databricks-sdk blocks, and its token request has no timeout of its own. A thread cannot be stopped,
-so one that hangs is left behind: it is a daemon, it holds no lock of ours, and at most
-`THREADS_MAX` are alive at once. More calls than that wait their turn.
+databricks-sdk blocks, and a thread cannot be stopped: one that hangs is left behind. It is a daemon
+and holds no lock of ours. At most `THREADS_MAX` calls run at once, and more than that wait their
+turn; a call that is past its deadline does not count among them, so that calls which hang cost the
+others nothing. Of those there are `OVERDUE_MAX` and some before nothing is called any more.
+
+For: where a call runs, and for how long. Not for: which call, or what its failure means.
 """
 
 import asyncio
@@ -10,13 +13,15 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from proxy.errors import ErrorKind, ProxyError
 
-# One mint is under way for an identity at a time, unless every connection has its own; the rest is
-# room for calls that hang.
+# One mint is under way for an identity at a time, unless every connection has its own.
 THREADS_MAX: Final = 8
+# Each is some kilobytes and a socket. Calls have time limits of their own; this is for the call
+# whose limit does not work, and it must not end in a thread for each client.
+OVERDUE_MAX: Final = 64
 
 T = TypeVar("T")
 
@@ -27,26 +32,34 @@ class Threads:
     def __init__(self, name: str) -> None:
         self._name = name
         self._free = asyncio.Semaphore(THREADS_MAX)
+        self._overdue: set[Future[Any]] = set()
 
     async def run(self, call: Callable[[], T], timeout_seconds: float) -> T:
         """Return what the call returns, or raise what it raises.
 
         Raises TimeoutError at the deadline (the call goes on unheard), and ProxyError
-        API_UNREACHABLE when no thread has become free by then.
+        API_UNREACHABLE when no thread has become free by then, or too many are overdue.
         """
-        ends_at = asyncio.get_running_loop().time() + timeout_seconds
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + timeout_seconds
         try:
             async with asyncio.timeout_at(ends_at):
                 await self._free.acquire()
         except TimeoutError:
-            detail = f"{THREADS_MAX} earlier calls still hang"
+            detail = f"{THREADS_MAX} earlier calls have not ended"
             raise ProxyError(ErrorKind.API_UNREACHABLE, detail) from None
+        if len(self._overdue) >= OVERDUE_MAX:
+            self._free.release()
+            detail = f"{len(self._overdue)} earlier calls still hang"
+            raise ProxyError(ErrorKind.API_UNREACHABLE, detail)
         future = self._start(call)
+        # Whoever asked may leave before.
+        timer = loop.call_at(ends_at, self._give_up, future)
+        future.add_done_callback(lambda _: _call_soon(loop, lambda: self._end(future, timer)))
         async with asyncio.timeout_at(ends_at):
             return await asyncio.wrap_future(future)
 
     def _start(self, call: Callable[[], T]) -> Future[T]:
-        loop = asyncio.get_running_loop()
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # from here on nobody can cancel it under the call
 
@@ -55,9 +68,6 @@ class Threads:
                 future.set_result(call())
             except BaseException as error:  # it is raised where the result is awaited
                 future.set_exception(error)
-            finally:
-                with suppress(RuntimeError):  # the loop has closed meanwhile
-                    loop.call_soon_threadsafe(self._free.release)
 
         try:
             threading.Thread(target=work, name=self._name, daemon=True).start()
@@ -65,3 +75,20 @@ class Threads:
             self._free.release()
             raise
         return future
+
+    def _give_up(self, future: Future[Any]) -> None:
+        self._overdue.add(future)
+        self._free.release()
+
+    def _end(self, future: Future[Any], timer: asyncio.TimerHandle) -> None:
+        timer.cancel()
+        if future in self._overdue:
+            self._overdue.remove(future)
+        else:
+            self._free.release()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    """Call it on the loop, from any thread."""
+    with suppress(RuntimeError):  # the loop has closed meanwhile
+        loop.call_soon_threadsafe(callback)

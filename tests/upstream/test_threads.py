@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.upstream.threads import THREADS_MAX, Threads
+from proxy.upstream.threads import OVERDUE_MAX, THREADS_MAX, Threads
 
 
 @pytest.fixture
@@ -65,18 +65,48 @@ async def test_an_asker_that_is_cancelled_leaves_the_call_behind(release: thread
     assert asking.cancelled()
 
 
+async def test_calls_that_hang_cost_the_others_no_thread(release: threading.Event) -> None:
+    # Eight logins that never returned left no thread: nothing was minted until a restart, although
+    # the API was well again.
+    threads = Threads("test")
+    for _ in range(3):
+        hanging = [threads.run(release.wait, 0.01) for _ in range(THREADS_MAX)]
+        outcomes = await asyncio.gather(*hanging, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {TimeoutError}
+        assert await threads.run(lambda: 7, 5) == 7
+
+
+async def test_a_call_that_nobody_waits_for_any_more_and_hangs_costs_no_thread_either(
+    release: threading.Event,
+) -> None:
+    threads = Threads("test")
+    asking = [asyncio.create_task(threads.run(release.wait, 0.3)) for _ in range(THREADS_MAX)]
+    await asyncio.sleep(0)  # each has its thread
+    for task in asking:
+        task.cancel()
+    await asyncio.wait(asking)
+    assert await threads.run(lambda: 7, 5) == 7
+
+
 async def test_calls_that_hang_are_bounded_in_number_and_the_next_is_told(
     release: threading.Event,
 ) -> None:
     threads = Threads("test")
-    hanging = [threads.run(release.wait, 0.01) for _ in range(THREADS_MAX)]
-    await asyncio.gather(*hanging, return_exceptions=True)
     before = threading.active_count()
+    asked = 0
+    while threading.active_count() < before + OVERDUE_MAX:
+        hanging = [threads.run(release.wait, 0.01) for _ in range(THREADS_MAX)]
+        await asyncio.gather(*hanging, return_exceptions=True)
+        asked += THREADS_MAX
+        assert asked <= OVERDUE_MAX
     with pytest.raises(ProxyError) as refused:
         await threads.run(lambda: 7, 0.01)
     assert refused.value.kind is ErrorKind.API_UNREACHABLE
-    assert threading.active_count() == before
+    assert f"{OVERDUE_MAX} earlier calls still hang" in refused.value.detail
+    assert threading.active_count() == before + OVERDUE_MAX
     release.set()
+    while threading.active_count() > before:  # bounded by the test run
+        await asyncio.sleep(0.001)
     assert await threads.run(lambda: 7, 5) == 7  # they ended, so there is room again
 
 

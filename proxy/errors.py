@@ -152,6 +152,19 @@ class ErrorKind(Enum):
         "Behind an intercepting proxy, name its CA in REQUESTS_CA_BUNDLE.",
         retry=True,
     )
+    API_REPLY_INVALID = _workspace(
+        "api_unreachable",
+        "57P03",
+        "the Databricks API's reply makes no sense",
+        "Is workspace.host a Databricks workspace, and is there nothing that answers for it?",
+        retry=True,
+    )
+    WORKSPACE_CERTIFICATE = _workspace(
+        "workspace_certificate",
+        "08001",
+        "the Databricks workspace's certificate does not verify",
+        "Is there an intercepting proxy? Name its CA in REQUESTS_CA_BUNDLE.",
+    )
     CREDENTIAL_INVALID = _workspace(
         "credential_invalid",
         "57P03",

@@ -17,18 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Minted:
-    """A reply to a credential call; either may be missing."""
+    """A reply to a credential call, as it came: either may be missing, and the token no text.
 
-    token: str | None
-    expires_at: datetime | None
+    `expires_at` is in seconds since the epoch.
+    """
+
+    token: object
+    expires_at: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class ResourceStatus:
-    """What the API says of a resource. `host` is empty where it names none (yet)."""
+    """What the API says of a resource, as it came. `host` is empty where it names none (yet)."""
 
     state: str
-    host: str
+    host: object
     disabled: bool
 
 
@@ -57,7 +60,7 @@ class Endpoint:
         """Ask for a credential; the endpoint alone, as other arguments came and went."""
         reply = client.postgres.generate_database_credential(endpoint=self.name)
         expiry = reply.expire_time
-        return Minted(reply.token, None if expiry is None else expiry.ToDatetime(tzinfo=UTC))
+        return Minted(reply.token, None if expiry is None else expiry.ToNanoseconds() / 1e9)
 
     def status(self, client: "WorkspaceClient") -> ResourceStatus:
         """Ask for state and host; a read replica is an endpoint of its own, with a plain host."""
@@ -84,8 +87,7 @@ class Instance:
         reply = client.database.generate_database_credential(
             instance_names=[self.name], request_id=str(uuid.uuid4())
         )
-        expiry = reply.expiration_time
-        return Minted(reply.token, None if not expiry else datetime.fromisoformat(expiry))
+        return Minted(reply.token, _seconds(reply.expiration_time))
 
     def status(self, client: "WorkspaceClient") -> ResourceStatus:
         """Ask for state and host."""
@@ -93,6 +95,15 @@ class Instance:
         host = instance.read_only_dns if self.read_only else instance.read_write_dns
         state = instance.state
         return ResourceStatus("unknown" if state is None else state.value, host or "", False)
+
+
+def _seconds(text: object) -> float | None:
+    """Return a moment in seconds since the epoch; None if it is none. Without offset it is UTC."""
+    try:
+        moment = datetime.fromisoformat(str(text))
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def resource_of(settings: UpstreamSettings) -> Resource | None:

@@ -1,44 +1,35 @@
 """The Databricks workspace, through databricks-sdk: who we are, where an endpoint is, credentials.
 
-The only module that knows the SDK. Its calls block and its exceptions are many: they run in
-threads under `mint_timeout_seconds`, and come out as ProxyError. What a caller does not set is left
-to the SDK's own discovery (environment, profile, projected tokens).
+The SDK's calls block and its exceptions are many: they run in threads under `mint_timeout_seconds`,
+and come out as ProxyError. Its replies may lack any field and hold anything: what is passed on has
+been looked at. What a caller does not set is left to the SDK's own discovery (environment, profile,
+projected tokens), unless it is a named workspace.
 
-Observed behaviour of the SDK that shapes this file: no timeout and no retry on the token request,
-which also holds a lock; the constructor may do HTTP; a reply may lack any field.
+For: the calls, and one client for them. Not for: how that is made (`sdk`), the time limits of its
+requests (`exchange`), what its failures mean (`sdk_errors`).
 """
 
-import errno
-import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import SecretStr
 
 from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
-from proxy.upstream.resources import Resource, ResourceStatus
+from proxy.upstream.exchange import exchange
+from proxy.upstream.resources import Minted, Resource, ResourceStatus
+from proxy.upstream.sdk import connect
+from proxy.upstream.sdk_errors import translate
 from proxy.upstream.threads import Threads
 from proxy.wire.secret import Secret
 
 if TYPE_CHECKING:  # importing it takes more than a second: only in a thread, and only once needed
     from databricks.sdk import WorkspaceClient
-    from databricks.sdk.clock import Clock
-
-_PRODUCT: Final = "lakebase-auth-proxy"
-_REQUEST_SECONDS_MAX: Final = 15  # one HTTP request, so that a retry still fits the mint's time
-# The SDK looks at its budget only between tries, and only it knows what the last one failed with:
-# its budget must be spent well before our own deadline.
-_RETRY_PART: Final = 0.5
-_SDK_JITTER_SECONDS_MAX: Final = 1.0  # what it adds to a Retry-After
-_TEXT_CHARACTERS_MAX: Final = 300  # of what the SDK says, in the DETAIL of an error
 
 T = TypeVar("T")
 
@@ -71,26 +62,27 @@ class Workspace:
         credentials: CredentialsSettings,
         *,
         version: str,
+        discover: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """Without `discover` only the settings, and the profile that they name, are logged in with.
+
+        `clock` returns seconds since the epoch.
+        """
         self._settings = settings
         self._timeout_seconds = credentials.mint_timeout_seconds
         self._version = version
+        self._discover = discover
         self._clock = clock
         self._threads = Threads("databricks-sdk")
         self._client: WorkspaceClient | None = None
+        self._era = object()  # another one since the client was dropped
         self._file_secret: Secret | None = None
 
     async def mint(self, resource: Resource) -> Credential:
         """Return a new database credential. Raises ProxyError."""
         requested_at = self._clock()
-        minted = await self._call(resource.mint)
-        if not minted.token or minted.expires_at is None:
-            raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has no token or no expiry")
-        expires_at = minted.expires_at.timestamp()
-        if expires_at <= self._clock():
-            raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has expired already")
-        return Credential(Secret(minted.token.encode()), requested_at, expires_at)
+        return _credential(await self._call(resource.mint), requested_at, self._clock())
 
     async def status(self, resource: Resource) -> ResourceStatus:
         """Return state and host of a resource. Raises ProxyError."""
@@ -109,42 +101,58 @@ class Workspace:
         return None if there is None else self._clock() - there
 
     async def _call(self, call: Callable[["WorkspaceClient"], T]) -> T:
-        def work() -> T:
-            try:
-                return self._call_here(call)
-            except TimeoutError as error:  # the SDK's budget is spent: what was the last failure?
-                # Here, because an exception of this type loses its cause between threads.
-                if isinstance(error.__cause__, Exception):
-                    raise error.__cause__ from None
-                raise
-
+        era = self._era
         try:
-            return await self._threads.run(work, self._timeout_seconds)
+            outcome = await self._threads.run(lambda: self._outcome(call), self._timeout_seconds)
         except TimeoutError as error:
             # The call may hang inside a lock of this client: leave both behind.
-            self._client = None
+            self._drop_client(era)
             detail = f"no answer within {self._timeout_seconds:g} seconds"
             raise ProxyError(ErrorKind.API_UNREACHABLE, detail) from error
-        except ProxyError:
-            raise
-        except ImportError as error:
-            raise ProxyError(
-                ErrorKind.INTERNAL, f"databricks-sdk cannot be used: {error}"
-            ) from error
-        except Exception as error:
-            self._client = None  # a refused workspace token would be cached with it
-            raise _translate(error) from error
+        if isinstance(outcome, ProxyError):
+            if outcome.kind is ErrorKind.WORKSPACE_LOGIN_FAILED:
+                self._drop_client(era)  # a refused workspace token would be cached with it
+            raise outcome
+        return outcome
+
+    def _outcome(self, call: Callable[["WorkspaceClient"], T]) -> T | ProxyError:
+        """Make the call; blocks, in a thread.
+
+        A failure is a value here: what it was made from may hold a secret, and is left behind.
+        """
+        with exchange(self._timeout_seconds) as here:
+            try:
+                return self._call_here(call)
+            except ProxyError as error:
+                return error
+            except ImportError as error:
+                return ProxyError(ErrorKind.INTERNAL, f"databricks-sdk cannot be used: {error}")
+            except Exception as error:
+                return translate(error, here, self._secrets())
 
     def _call_here(self, call: Callable[["WorkspaceClient"], T]) -> T:
-        """Call with the client there is, or a new one; blocks, in a thread."""
+        """Call with the client there is, or a new one."""
         self._read_secret_file()
-        client = self._client
+        client, era = self._client, self._era
         if client is not None:
             with suppress(_unauthenticated()):  # the workspace token that it keeps may be old
                 return call(client)
-        # Two threads may make one each; the later one stays, the other is garbage.
-        client = self._client = self._connect()
+        client = connect(
+            self._settings,
+            self._file_secret,
+            version=self._version,
+            timeout_seconds=self._timeout_seconds,
+            discover=self._discover,
+        )
+        # Two threads may make one each; the later one stays, unless it is too late.
+        if era is self._era:
+            self._client = client
         return call(client)
+
+    def _drop_client(self, era: object) -> None:
+        """Drop the client of that era; a call that is late must not cost the others theirs."""
+        if era is self._era:
+            self._client, self._era = None, object()
 
     def _read_secret_file(self) -> None:
         """Read `client_secret_file` again: a secret that has been rotated makes a new client."""
@@ -157,59 +165,40 @@ class Workspace:
             why = getattr(error, "strerror", None) or "it is not UTF-8"
             detail = f"workspace.client_secret_file: {why}"
             raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail) from None
+        if not secret:  # the SDK would look for one elsewhere
+            detail = "workspace.client_secret_file: it is empty"
+            raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail)
         if secret != self._file_secret:
             self._file_secret = secret
-            self._client = None
+            self._drop_client(self._era)
 
-    def _connect(self) -> "WorkspaceClient":
-        from databricks.sdk import WorkspaceClient  # noqa: PLC0415 - slow: see above
-        from databricks.sdk.core import Config  # noqa: PLC0415
-
-        # The settings have the SDK's own names, but for the file.
-        given: dict[str, Any] = {
-            name: value.get_secret_value() if isinstance(value, SecretStr) else value
-            for name, value in self._settings
-            if name != "client_secret_file"
-        }
-        if self._file_secret:
-            given["client_secret"] = self._file_secret.reveal().decode()
-        budget_seconds = max(1, int(self._timeout_seconds * _RETRY_PART))
-        config = Config(
-            clock=_impatient_clock(budget_seconds),
-            product=_PRODUCT,
-            product_version=self._version,
-            http_timeout_seconds=min(_REQUEST_SECONDS_MAX, self._timeout_seconds),
-            retry_timeout_seconds=budget_seconds,
-            # What is not set is not passed: the SDK looks for it in its own places.
-            **{name: value for name, value in given.items() if value},
-        )
-        return WorkspaceClient(config=config)
+    def _secrets(self) -> list[str]:
+        settings = (value for _name, value in self._settings)
+        given = [value.get_secret_value() for value in settings if isinstance(value, SecretStr)]
+        return given + ([self._file_secret.reveal().decode()] if self._file_secret else [])
 
 
-def _impatient_clock(sleep_seconds_max: float) -> "Clock":
-    """Return a clock for the SDK, which gives up at once where it would sleep past its budget.
-
-    A Retry-After may name any time. Slept through, it would end as a call that hangs, and nobody
-    would hear that the API limits its calls.
-    """
-    from databricks.sdk.clock import RealClock  # noqa: PLC0415 - imported by now
-
-    class ImpatientClock(RealClock):
-        def sleep(self, seconds: float) -> None:
-            if seconds > sleep_seconds_max + _SDK_JITTER_SECONDS_MAX:
-                # It is handling the failure after which it wants to try again.
-                raise TimeoutError(f"told to wait {seconds:.0f} seconds") from sys.exception()
-            super().sleep(seconds)
-
-    return ImpatientClock()
+def _credential(minted: Minted, requested_at: float, now: float) -> Credential:
+    """Return what may be shown as a password. Raises ProxyError."""
+    token, expires_at = minted.token, minted.expires_at
+    if not token or expires_at is None:
+        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has no token or no expiry")
+    if not isinstance(token, str) or not (token.isascii() and token.isprintable()):
+        # A NUL would end the PasswordMessage, and what is no text cannot be sent at all.
+        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "its token is not printable ASCII")
+    if expires_at <= now:
+        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has expired already")
+    return Credential(Secret(token.encode()), requested_at, expires_at)
 
 
 def _identity(client: "WorkspaceClient") -> Identity:
     config = client.config
-    role = config.client_id or client.current_user.me().user_name
+    role: object = config.client_id or client.current_user.me().user_name
     if not role:
         detail = "the API names no user: set upstream.user"
         raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail)
+    if not isinstance(role, str) or not role.isprintable():
+        raise ProxyError(ErrorKind.API_REPLY_INVALID, "the user's name is no text")
     client.config.authenticate()  # with a client id nothing has been asked of the workspace yet
     return Identity(role, config.host or "", config.auth_type or "")
 
@@ -228,62 +217,3 @@ def _unauthenticated() -> type[Exception]:
     from databricks.sdk.errors import Unauthenticated  # noqa: PLC0415 - slow: see above
 
     return Unauthenticated
-
-
-class _Row(NamedTuple):
-    """One case: the exception's class, a piece of its text where that decides, what it means."""
-
-    error: type[Exception]
-    piece: str  # in lower case
-    kind: ErrorKind
-
-
-@cache
-def _rows() -> tuple[_Row, ...]:
-    """Return what the SDK fails with, the first row that fits being the one; all that is left is
-    an API that cannot be reached: 5xx, time-outs, refused connections, replies that are not JSON.
-    """
-    from databricks.sdk import errors  # noqa: PLC0415 - imported by now
-
-    kinds = ErrorKind
-    return (
-        # At any call, the login included, and in whatever form.
-        _Row(Exception, "databricks ip acl", kinds.IP_BLOCKED),
-        # The API, by its status; a 403 says in its text which of several things is missing.
-        _Row(errors.Unauthenticated, "", kinds.WORKSPACE_LOGIN_FAILED),
-        _Row(
-            errors.PermissionDenied, "workspace-access entitlement", kinds.WORKSPACE_ACCESS_MISSING
-        ),
-        _Row(errors.PermissionDenied, "does not have required scopes", kinds.PAT_SCOPE),
-        _Row(errors.PermissionDenied, "", kinds.PERMISSION_DENIED),
-        _Row(errors.NotFound, "", kinds.ENDPOINT_NOT_FOUND),
-        _Row(errors.BadRequest, "", kinds.ENDPOINT_INVALID),
-        _Row(errors.ResourceConflict, "", kinds.API_BUSY),
-        _Row(errors.TooManyRequests, "", kinds.API_THROTTLED),
-        # The login and the SDK's own checks: bare ValueErrors, told apart by their text alone.
-        # The words of a refused login are those of RFC 6749, section 5.2.
-        _Row(ValueError, "invalid_client", kinds.WORKSPACE_LOGIN_FAILED),
-        _Row(ValueError, "invalid_grant", kinds.WORKSPACE_LOGIN_FAILED),
-        _Row(ValueError, "unauthorized_client", kinds.WORKSPACE_LOGIN_FAILED),
-        _Row(ValueError, "cannot configure default credentials", kinds.CONFIGURATION_INVALID),
-        _Row(ValueError, "more than one authorization", kinds.CONFIGURATION_INVALID),
-        _Row(ValueError, "profile configured", kinds.CONFIGURATION_INVALID),
-        _Row(Exception, "", kinds.API_UNREACHABLE),
-    )
-
-
-def _translate(error: Exception) -> ProxyError:
-    """Return what an exception of the SDK means. Its text is not passed on whole.
-
-    Messages of 401 and 403 carry the SDK's configuration; the secret in it is masked, but nothing
-    of it belongs in front of a client.
-    """
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return ProxyError(ErrorKind.OUT_OF_RESOURCES, os.strerror(error.errno))
-    text = str(error).split(". Config:")[0].split("\n")[0][:_TEXT_CHARACTERS_MAX]
-    lower = text.lower()
-    if "invalid url 'none'" in lower:  # what becomes of discovery that failed
-        text = "the workspace does not say where to log in"
-    fitting = (row.kind for row in _rows() if isinstance(error, row.error) and row.piece in lower)
-    retry_after_seconds = float(getattr(error, "retry_after_secs", None) or 0)
-    return ProxyError(next(fitting), text, retry_after_seconds=retry_after_seconds)

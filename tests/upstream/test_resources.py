@@ -1,6 +1,9 @@
 """Endpoint and instance: which calls, and what becomes of replies that lack their fields."""
 
+import json
+import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import pytest_asyncio
@@ -97,6 +100,26 @@ async def test_an_expiry_that_is_no_time_is_a_failure_of_the_api(
     with pytest.raises(ProxyError) as refused:
         await reached(both).mint(resource(face))
     assert refused.value.kind in (ErrorKind.API_UNREACHABLE, ErrorKind.CREDENTIAL_INVALID)
+
+
+async def test_an_expiry_without_an_offset_is_utc(
+    both: standin.Workspace, face: StandinEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It was taken for this machine's time: hours too long or too short.
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    expiry = datetime.now(UTC) + timedelta(minutes=30)
+    text = expiry.strftime("%Y-%m-%dT%H:%M:%S") + (
+        "Z" if face.dialect is Dialect.AUTOSCALING else ""
+    )
+    body = {"token": "x", "expire_time": text, "expiration_time": text}
+    both.fail(CREDENTIAL[type(resource(face))], faults.Reply(200, json.dumps(body).encode()))
+    try:
+        credential = await reached(both).mint(resource(face))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert credential.expires_at == pytest.approx(expiry.timestamp(), abs=1)
 
 
 async def test_a_name_that_is_not_there_is_not_found(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from proxy.config import UpstreamSettings
+from proxy.config.values import check_host
 from proxy.errors import ErrorKind, ProxyError
 from proxy.upstream.resources import Resource, ResourceStatus
 from proxy.upstream.shared import Quiet, Shared
@@ -162,4 +163,8 @@ def _host_in(status: ResourceStatus, name: str) -> str:
     if not status.host:
         detail = f"the API names no host for {name} ({status.state})"
         raise ProxyError(ErrorKind.UPSTREAM_STARTING, detail)
-    return status.host
+    try:
+        return check_host(status.host if isinstance(status.host, str) else "")
+    except ValueError as error:
+        detail = f"the host that the API names for {name} {error}"
+        raise ProxyError(ErrorKind.API_REPLY_INVALID, detail) from None

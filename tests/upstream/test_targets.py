@@ -1,6 +1,7 @@
 """Where to dial and as whom: settings, the workspace's answers, and what the client asks for."""
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -144,6 +145,21 @@ async def test_an_endpoint_without_a_host_is_starting(
         await targets(api).target()
     assert refused.value.kind is ErrorKind.UPSTREAM_STARTING
     assert "ACTIVE" in refused.value.detail
+
+
+@pytest.mark.parametrize(
+    "host", [5, ["x"], "a\0b", "https://db.example.com/", "\ud800", "a b", "x" * 300], ids=repr
+)
+async def test_a_host_that_is_none_is_a_failure_of_the_api_and_no_crash(
+    api: standin.Workspace, host: object
+) -> None:
+    # The session ended without an answer.
+    body = {"status": {"current_state": "ACTIVE", "hosts": {"host": host}}}
+    api.fail(Call.RESOURCE, Reply(200, json.dumps(body).encode()))
+    with pytest.raises(ProxyError) as refused:
+        await targets(api).target()
+    assert refused.value.kind is ErrorKind.API_REPLY_INVALID
+    assert "must be a host name or an address" in refused.value.detail
 
 
 @pytest.mark.parametrize("read_only", [True, False])

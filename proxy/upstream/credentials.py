@@ -1,8 +1,9 @@
-"""How fresh a token is, and when the next one is minted: one number, `token_max_age_seconds`.
+"""The tokens of one identity: a fresh one for each login, whatever the API does.
 
-Every login uses a token minted at most that long ago. Connections that arrive together share one
-mint; while connections keep coming the next token is minted ahead of need, so none of them waits;
-while none come, nothing is minted. When minting fails, the newest token that is still valid serves.
+Every login uses a token minted at most `token_max_age_seconds` ago (the rule is in `freshness`).
+Connections that arrive together share one mint; while connections keep coming the next token is
+minted ahead of need, so none of them waits; while none come, nothing is minted. When minting fails,
+the newest token that is still valid serves.
 
 Times are the wall clock's (a monotonic one stops while a laptop sleeps) and come in as a function.
 """
@@ -12,58 +13,27 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from enum import Enum, auto
 from pathlib import Path
 from typing import Final, Protocol
 
 from proxy.config import CredentialsSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
-from proxy.upstream.shared import Quiet, Shared, is_transient
-from proxy.upstream.threads import THREADS_MAX
+from proxy.upstream.freshness import Freshness, Need, is_valid, judge
+from proxy.upstream.shared import Quiet, is_transient
+from proxy.upstream.tokens import OwnToken, SharedToken, Tokens
 from proxy.upstream.workspace import Credential
 from proxy.wire.secret import Secret
 
-# At this part of its permitted age a token that is asked for is renewed behind the asker's back.
-RENEW_AT: Final = 0.5
-
-# A token that is valid but older than it should be is used after this long without a newer one.
+# A token that is valid but older than it should be is used once a call is under way so long.
 HANG_SECONDS_MAX: Final = 5.0
 
 # A call that ends with its own deadline knows why; who waits for it gives it so long to say so.
 LAST_WORD_SECONDS: Final = 0.2
 
-
-class Need(Enum):
-    """What an asker's moment calls for."""
-
-    USE = auto()
-    USE_AND_RENEW = auto()
-    MINT = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Freshness:
-    """The rule's two numbers, in seconds."""
-
-    max_age_seconds: float
-    expiry_margin_seconds: float
-
-
-def is_valid(credential: Credential | None, now: float, freshness: Freshness) -> bool:
-    """Whether the credential may be shown at all: far enough from its expiry, whatever its age."""
-    return credential is not None and now < credential.expires_at - freshness.expiry_margin_seconds
-
-
-def judge(credential: Credential | None, now: float, freshness: Freshness) -> Need:
-    """Return what to do for one who asks now. Pure: the whole policy is here."""
-    if credential is None or not is_valid(credential, now, freshness):
-        return Need.MINT
-    age = now - credential.requested_at
-    if not 0 <= age <= freshness.max_age_seconds or freshness.max_age_seconds == 0:
-        return Need.MINT  # also when the clock was set back: the age is then unknown
-    return Need.USE_AND_RENEW if age > freshness.max_age_seconds * RENEW_AT else Need.USE
+# A new token is tried once for one that an upstream refused; if it is refused as well, it is not
+# the token. Nor does a role that does not exist cost a mint with each client that names it.
+REJECTION_SECONDS_MIN: Final = 30.0
 
 
 class Credentials:
@@ -87,14 +57,18 @@ class Credentials:
         self._clock = clock
         self._sleep = sleep
         self._newest: Credential | None = None
-        self._renewal = Shared(self._renew)
-        # More calls than threads would wait there, and not hear that the first ones failed.
-        self._places = asyncio.Semaphore(THREADS_MAX)
+        self._begun = self._kept = 0  # mints, and which of them the newest is from
+        self._rejected_at = -math.inf
         self._quiet = Quiet(clock, jitter)
+        self._tokens: Tokens = (
+            SharedToken(self._mint_and_keep)
+            if settings.token_max_age_seconds > 0
+            else OwnToken(self._mint_and_keep, self._quiet)
+        )
 
     async def close(self) -> None:
-        """End the mint that is under way."""
-        await self._renewal.close()
+        """End the mints that are under way."""
+        await self._tokens.close()
 
     @property
     def newest(self) -> Credential | None:
@@ -109,7 +83,7 @@ class Credentials:
                 return newest
             case Need.USE_AND_RENEW if newest is not None:
                 if not self._quiet.seconds:
-                    self._renewal.start()
+                    self._tokens.renew()
                 return newest
         return await self._minted()
 
@@ -122,10 +96,18 @@ class Credentials:
             return is_valid(credential, self._clock(), self._freshness)
         return judge(credential, self._clock(), self._freshness) is not Need.MINT
 
-    def reject(self, credential: Credential) -> None:
-        """Forget a credential that an upstream refused, so that the next one asked for is new."""
-        if self._newest is credential:
-            self._newest = None
+    def reject(self, credential: Credential) -> bool:
+        """Tell that an upstream refused a credential: whether the next one will be another.
+
+        It is forgotten, unless it is what another was replaced with a moment ago.
+        """
+        if self._newest is not credential:
+            return True
+        now = self._clock()
+        if 0 <= now - self._rejected_at < REJECTION_SECONDS_MIN:
+            return False
+        self._newest, self._rejected_at = None, now
+        return True
 
     async def _minted(self) -> Credential:
         """Return a credential minted now; while the API fails, the newest that is still valid."""
@@ -139,19 +121,17 @@ class Credentials:
                     raise failure.with_traceback(None)  # nothing new is to be heard so soon
                 await self._sleep(quiet_seconds)  # with all who came before
                 continue
-            # The call may have begun before this caller came, and another may follow it. With a
-            # valid token at hand, an API that hangs is not waited for to the end.
-            left_seconds = ends_at - self._clock()
-            wait_seconds = left_seconds + LAST_WORD_SECONDS if valid is None else HANG_SECONDS_MAX
+            # With a valid token at hand, an API that hangs is not waited for to the end.
+            hang_seconds = None if valid is None else HANG_SECONDS_MAX
             try:
-                async with asyncio.timeout(wait_seconds):
-                    return await self._mint_now()
+                async with asyncio.timeout(ends_at - self._clock() + LAST_WORD_SECONDS):
+                    return await self._tokens.token(hang_seconds)
             except TimeoutError:
-                if valid is None:
-                    raise self._no_answer() from None
-                self._quiet.begin()
+                if valid is not None:
+                    return valid  # so many wait before it
+                raise self._no_answer() from None
             except ProxyError as error:
-                if self._quiet.failure is None:  # not the API's: a bug of ours in the call
+                if not self._quiet.seconds:  # it hangs, or has a bug of ours: nobody was told
                     self._quiet.begin(error)
 
     def _no_answer(self) -> ProxyError:
@@ -160,20 +140,10 @@ class Credentials:
         detail = f"no answer within {self._patience_seconds:g} seconds"
         return ProxyError(ErrorKind.API_UNREACHABLE, detail)
 
-    async def _mint_now(self) -> Credential:
-        if self._freshness.max_age_seconds > 0:
-            return await self._renewal.result()  # with everybody else who waits
-        async with self._places:
-            failure = self._quiet.failure
-            if failure is None:
-                return await self._renew()  # its own, for this connection alone
-            if self._quiet.seconds:
-                raise failure.with_traceback(None)  # it failed for those before
-        await self._renewal.result()  # one of all is enough to find out that an outage ends
-        return await self._mint_now()
-
-    async def _renew(self) -> Credential:
+    async def _mint_and_keep(self) -> Credential:
         """Call the API once, and remember how it went. Raises ProxyError."""
+        self._begun += 1
+        number = self._begun
         try:
             credential = await self._mint()
             if not is_valid(credential, self._clock(), self._freshness):
@@ -184,7 +154,8 @@ class Credentials:
             raise
         self._metrics.token_minted()
         self._quiet.end()
-        self._newest = credential
+        if number > self._kept:  # else it is late, and a newer one has come
+            self._newest, self._kept = credential, number
         return credential
 
     def _valid(self) -> Credential | None:
@@ -213,8 +184,9 @@ class PasswordFile:
         """Say yes: the file was read for this dial."""
         return True
 
-    def reject(self, credential: Credential) -> None:
-        """Do nothing: the next login reads the file again."""
+    def reject(self, credential: Credential) -> bool:
+        """Return that the next one may be another: the next login reads the file again."""
+        return True
 
 
 class CredentialSource(Protocol):
@@ -226,5 +198,5 @@ class CredentialSource(Protocol):
     def is_fresh(self, credential: Credential) -> bool:
         """Whether a credential that was got some time ago may still be shown."""
 
-    def reject(self, credential: Credential) -> None:
-        """Forget a credential that an upstream refused."""
+    def reject(self, credential: Credential) -> bool:
+        """Tell that an upstream refused a credential: whether the next one will be another."""

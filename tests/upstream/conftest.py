@@ -1,15 +1,18 @@
 """A workspace without clusters, and an environment in which the SDK finds nothing of its own."""
 
 import os
+import ssl
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+import trustme
 
 from proxy.standin.cluster import CLIENT_ID, Cluster
 from proxy.standin.endpoints import Dialect, Endpoint
 from proxy.standin.lakebase import CLIENT_SECRET, PERSONAL_TOKEN
 from proxy.standin.workspace import Workspace
+from tests.support.dialing import HOST
 
 ENDPOINT = "projects/p/branches/b/endpoints/primary"
 
@@ -35,3 +38,25 @@ async def api(endpoint: Endpoint) -> AsyncIterator[Workspace]:
     async with Workspace([endpoint], {CLIENT_ID: CLIENT_SECRET}) as started:
         started.api.personal_tokens[PERSONAL_TOKEN] = CLIENT_ID
         yield started
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    """Return an authority that signs the certificate of scripted servers."""
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def context(authority: trustme.CA) -> ssl.SSLContext:
+    """Return what a scripted server shakes hands with."""
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(HOST).configure_cert(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def ca_file(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the file with that authority, as `ssl_root_cert` names it."""
+    path = tmp_path_factory.mktemp("script") / "ca.pem"
+    authority.cert_pem.write_to_path(str(path))
+    return str(path)

@@ -12,6 +12,7 @@ Sources: the tables of REST errors and of connection errors in the Lakebase fact
 PostgreSQL's appendix "Error Codes".
 """
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -20,13 +21,16 @@ from proxy.wire.messages import ErrorResponse
 
 _CREATE_ROLE_HINT: Final = (
     "Does the role exist on this branch? CREATE EXTENSION IF NOT EXISTS databricks_auth; "
-    "SELECT databricks_create_role('{user}', 'SERVICE_PRINCIPAL');"
+    "SELECT databricks_create_role('{user}', '{identity}');"
 )
 _NETWORK_HINT: Final = (
     "Check the workspace's IP access list and the private link; retrying is useless."
 )
 _RETRY_HINT: Final = "Try again in a few seconds."
 _FULL_HINT: Final = "Use more CU or fewer connections."
+
+# A service principal's role is called as its client id is.
+_CLIENT_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 
 class Origin(Enum):
@@ -50,7 +54,9 @@ class Disposition(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One row of the list. `hint` may hold `{user}`, the role that was used."""
+    """One row of the list. `hint` may hold `{user}`, the role that was used, and its `{identity}`:
+    what Databricks calls the kind of it.
+    """
 
     reason: str
     sqlstate: str
@@ -312,6 +318,13 @@ class ErrorKind(Enum):
         _CREATE_ROLE_HINT,
         Disposition.REMINT,
     )
+    NATIVE_PASSWORD_REJECTED = _upstream(
+        "password_rejected",
+        "28P01",
+        "the upstream rejected the native role's password",
+        "Is it the password of upstream.user that is in credentials.password_file? Does the role "
+        "exist on this branch, and does the project allow native passwords?",
+    )
     IDENTITY_MISMATCH = _upstream(
         "identity_mismatch",
         "28000",
@@ -319,6 +332,12 @@ class ErrorKind(Enum):
         "upstream.user must be the client id, the e-mail, or a group that you belong to.",
     )
     ROLE_MISSING = _upstream("role_missing", "28000", "the role does not exist", _CREATE_ROLE_HINT)
+    NATIVE_ROLE_MISSING = _upstream(
+        "role_missing",
+        "28000",
+        "the native role does not exist",
+        "Create it on this branch with CREATE ROLE ... LOGIN PASSWORD, or mend upstream.user.",
+    )
     DATABASE_MISSING = _upstream(
         "database_missing",
         "3D000",
@@ -450,7 +469,8 @@ class ProxyError(Exception):
     """A session that cannot be served, with all that the client and the log are to know.
 
     `detail` is the original text, if there was one. `original` is an error of the upstream
-    PostgreSQL itself: it goes out with all of its fields, and only gains a hint.
+    PostgreSQL itself: it goes out with all of its fields, and gains a detail and a hint where it
+    has none.
     `retry_after_seconds` is how long the other side wants to be left alone, 0 where it did not say.
     """
 
@@ -469,7 +489,8 @@ class ProxyError(Exception):
         self.original = original
         self.retry_after_seconds = retry_after_seconds
         # A role's name stands inside a literal of the statement that the hint offers to paste.
-        self._hint = kind.value.hint.format(user=user.replace("'", "''"))
+        literal = user.replace("'", "''")
+        self._hint = kind.value.hint.format(user=literal, identity=_identity(user))
 
     @property
     def reason(self) -> str:
@@ -480,12 +501,21 @@ class ProxyError(Exception):
         """Return what the client is told."""
         row = self.kind.value
         if self.original is not None:
-            return _with_hint(self.original, self._hint)
+            return _completed(self.original, f"reason={row.reason}", self._hint)
         detail = f"reason={row.reason} {self.detail}".rstrip()
         return ErrorResponse.fatal(row.sqlstate, row.message, detail, self._hint)
 
 
-def _with_hint(error: ErrorResponse, hint: str) -> ErrorResponse:
-    if not hint or error.text(b"H"):
-        return error
-    return ErrorResponse((*error.fields, (b"H", hint.encode())))
+def _completed(error: ErrorResponse, detail: str, hint: str) -> ErrorResponse:
+    """Return PostgreSQL's error with these where it says nothing itself."""
+    ours = ((b"D", detail.encode()), (b"H", hint.encode()))
+    return ErrorResponse(
+        (*error.fields, *((name, text) for name, text in ours if text and not error.text(name)))
+    )
+
+
+def _identity(role: str) -> str:
+    """Return the kind of identity that a role's name has the shape of."""
+    if _CLIENT_ID.fullmatch(role):
+        return "SERVICE_PRINCIPAL"
+    return "USER" if "@" in role else "GROUP"

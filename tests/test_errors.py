@@ -63,8 +63,9 @@ def test_w48_every_answer_has_s_v_c_m_and_a_detail_that_begins_with_the_word(
     assert fields[b"C"] == row.sqlstate.encode()
     assert fields[b"M"] == row.message.encode()
     assert fields[b"D"] == f"reason={row.reason} what the other side said".encode()
-    assert fields.get(b"H", b"") == row.hint.format(user="app").encode()
+    assert fields.get(b"H", b"") == row.hint.format(user="app", identity="GROUP").encode()
     assert b"{user}" not in answer.encode()
+    assert b"{identity}" not in answer.encode()
 
 
 @KINDS
@@ -86,17 +87,20 @@ def test_without_a_text_of_the_other_side_the_detail_is_the_word_alone() -> None
 
 
 @KINDS
-def test_w29_an_error_of_postgres_keeps_every_field_in_its_order_and_gains_the_hint(
+def test_w29_an_error_of_postgres_keeps_its_fields_in_order_and_gains_word_and_hint(
     kind: ErrorKind,
 ) -> None:
     error = ProxyError(kind, ORIGINAL.message, user="app", original=ORIGINAL)
     answer = error.response()
-    hint = kind.value.hint.format(user="app").encode()
-    assert answer.fields == (*ORIGINAL.fields, *([(b"H", hint)] if hint else []))
+    word = b"reason=" + kind.value.reason.encode()
+    hint = kind.value.hint.format(user="app", identity="GROUP").encode()
+    ours = ((b"D", word), (b"H", hint)) if hint else ((b"D", word),)
+    assert answer.fields == (*ORIGINAL.fields, *ours)
 
 
-def test_a_hint_of_postgres_itself_stays() -> None:
-    original = ErrorResponse((*ORIGINAL.fields, (b"H", b"Postgres knows better.")))
+def test_a_detail_and_a_hint_of_postgres_itself_stay() -> None:
+    theirs = ((b"D", b"What Postgres knows."), (b"H", b"Postgres knows better."))
+    original = ErrorResponse((*ORIGINAL.fields, *theirs))
     error = ProxyError(ErrorKind.PASSWORD_REJECTED, user="app", original=original)
     assert error.response() == original
 
@@ -115,7 +119,24 @@ def test_a_hint_of_postgres_itself_stays() -> None:
 def test_a_quote_in_a_role_name_cannot_leave_the_literal_in_the_hint(user: str, shown: str) -> None:
     for kind in (ErrorKind.TOKEN_REJECTED, ErrorKind.PASSWORD_REJECTED, ErrorKind.ROLE_MISSING):
         hint = ProxyError(kind, user=user).response().text(b"H")
-        assert f"databricks_create_role{shown}'SERVICE_PRINCIPAL');" in hint
+        assert f"databricks_create_role{shown}'GROUP');" in hint
+
+
+@pytest.mark.parametrize(
+    ("user", "identity"),
+    [
+        ("5ca1ab1e-0000-4000-8000-00000000beef", "SERVICE_PRINCIPAL"),
+        ("5CA1AB1E-0000-4000-8000-00000000BEEF", "SERVICE_PRINCIPAL"),
+        ("5ca1ab1e-0000-4000-8000-00000000bee", "GROUP"),
+        ("ada@example.com", "USER"),
+        ("data team", "GROUP"),
+    ],
+)
+def test_the_statement_to_paste_says_what_kind_of_identity_the_role_is(
+    user: str, identity: str
+) -> None:
+    hint = ProxyError(ErrorKind.ROLE_MISSING, user=user).response().text(b"H")
+    assert f"databricks_create_role('{user}', '{identity}');" in hint
 
 
 def test_a_nul_in_the_original_text_cannot_end_the_field() -> None:

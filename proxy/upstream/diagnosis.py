@@ -14,14 +14,23 @@ import errno
 import os
 import re
 import ssl
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.messages import ErrorResponse
+from proxy.wire.secret import Secret
 
 _FRONT_END_SQLSTATE: Final = "XX000"
 _OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-_QUOTED: Final = re.compile('"[^"]*"')
+# The apostrophe of a word opens and closes nothing.
+_QUOTED: Final = re.compile(r""""[^"]*"|(?<!\w)'[^']*'(?!\w)""")
+# PostgreSQL cuts longer names, and speaks of them as they are then.
+_NAME_BYTES_MAX: Final = 63
+# What stands where a peer repeats what it was shown.
+_REPEATED: Final = b"(the credential)"
+# Which words of an error a program reads; the others are for people.
+_CODES: Final = (b"S", b"V", b"C")
 
 
 class _Text(NamedTuple):
@@ -105,21 +114,73 @@ _REWORDED: Final = frozenset(
 )
 
 
-def diagnose(error: ErrorResponse, *, user: str) -> ProxyError:
-    """Return what the client is told, and what the dialer may do. `user` is the role used."""
-    text = _QUOTED.sub('""', error.message.lower())
+# What the same refusal means to who logs in with a native role's password: other advice, and no
+# new token.
+_NATIVE: Final = {
+    ErrorKind.TOKEN_REJECTED: ErrorKind.NATIVE_PASSWORD_REJECTED,
+    ErrorKind.PASSWORD_REJECTED: ErrorKind.NATIVE_PASSWORD_REJECTED,
+    ErrorKind.ROLE_MISSING: ErrorKind.NATIVE_ROLE_MISSING,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What the upstream had been shown when it refused, which it may repeat."""
+
+    user: str
+    database: str
+    secret: Secret
+    is_password: bool
+
+
+def diagnose(error: ErrorResponse, shown: Shown) -> ProxyError:
+    """Return what the client is told, and what the dialer may do. No text repeats the secret."""
+    kind, is_original = _kind(error, _plain_text(error.message, shown))
+    if shown.is_password:
+        kind = _NATIVE.get(kind, kind)
+    told = _without(shown.secret, error)
+    original = told if is_original else None
+    return ProxyError(kind, told.message, user=shown.user, original=original)
+
+
+def _kind(error: ErrorResponse, text: str) -> tuple[ErrorKind, bool]:
+    """Return what the error means, and whether it goes out as it came."""
     for row in _FRONT_END_TEXTS:
         if row.piece in text:
-            return ProxyError(row.kind, error.message, user=user)
+            return row.kind, False
     kind = _server_kind(error, text)
-    if kind is None and _from_front_end(error):
-        mistakes = (row.kind for row in _CLIENT_TEXTS if row.piece in text)
-        return ProxyError(next(mistakes, ErrorKind.UPSTREAM_ERROR), error.message, user=user)
-    if _from_front_end(error) and kind is ErrorKind.PASSWORD_REJECTED:
-        return ProxyError(ErrorKind.TOKEN_REJECTED, error.message, user=user)
-    if _from_front_end(error) or not error.sqlstate or kind in _REWORDED:
-        return ProxyError(kind or ErrorKind.UPSTREAM_PROTOCOL, error.message, user=user)
-    return ProxyError(kind or ErrorKind.STARTUP_REFUSED, error.message, user=user, original=error)
+    if _from_front_end(error):
+        if kind is None:
+            mistakes = (row.kind for row in _CLIENT_TEXTS if row.piece in text)
+            return next(mistakes, ErrorKind.UPSTREAM_ERROR), False
+        rejected = kind is ErrorKind.PASSWORD_REJECTED
+        return (ErrorKind.TOKEN_REJECTED if rejected else kind), False
+    if not error.sqlstate or kind in _REWORDED:
+        return kind or ErrorKind.UPSTREAM_PROTOCOL, False
+    return kind or ErrorKind.STARTUP_REFUSED, True
+
+
+def _plain_text(message: str, shown: Shown) -> str:
+    """Return the message in lower case and without names, which are anybody's choice.
+
+    Those that are known first: they may have quotes in them.
+    """
+    for name in (shown.user, shown.database):
+        cut = name.encode()[:_NAME_BYTES_MAX].decode("utf-8", "replace")
+        for quote in ("'", '"'):
+            for written in (name, cut):
+                message = message.replace(f"{quote}{written}{quote}", '""')
+    return _QUOTED.sub('""', message.lower())
+
+
+def _without(secret: Secret, error: ErrorResponse) -> ErrorResponse:
+    """Return the error without the secret in any text for people."""
+    return ErrorResponse(
+        tuple(
+            (name, value if name in _CODES else value.replace(secret.reveal(), _REPEATED))
+            for name, value in error.fields
+        )
+    )
 
 
 def _server_kind(error: ErrorResponse, text: str) -> ErrorKind | None:

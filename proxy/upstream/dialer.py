@@ -26,7 +26,7 @@ from proxy.upstream.connector import (
     next_events,
 )
 from proxy.upstream.credentials import CredentialSource
-from proxy.upstream.diagnosis import diagnose
+from proxy.upstream.diagnosis import Shown, diagnose
 from proxy.upstream.retry import Retry
 from proxy.upstream.scram import SCRAM_SHA_256, Scram
 from proxy.upstream.targets import Login, Target, Targets
@@ -193,7 +193,7 @@ class _Authentication:
     def __init__(self, connection: Connection, login: Login, credential: Credential) -> None:
         self._link = connection.link
         self._startup = connection.startup
-        self._user = login.user.decode("utf-8", "replace")
+        self._login = login
         self._credential = credential
         self._scram: Scram | None = None
 
@@ -221,6 +221,14 @@ class _Authentication:
                 self._scram.check(data)
                 return b""
             case UpstreamRefused(error):
-                raise diagnose(error, user=self._user)
+                raise diagnose(error, self._shown())
             case _:
                 raise failure(event)
+
+    def _shown(self) -> Shown:
+        return Shown(
+            self._login.user.decode("utf-8", "replace"),
+            self._login.database.decode("utf-8", "replace"),
+            self._credential.secret,
+            self._credential.is_password,
+        )

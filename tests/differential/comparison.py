@@ -16,8 +16,9 @@ from tests.support.scripted_client import Transcript
 
 _SHOWN_BYTES: Final = 300
 _LOGIN_OK: Final = Frame(b"R", bytes(4))
-# What tells a proxy's own error from one that it passes on.
-_OWN_ERROR: Final = b"reason="
+# What tells a proxy's own error from one that it passes on: only PostgreSQL names its source.
+_REASON: Final = b"reason="
+_SOURCE_FILE: Final = b"F"
 _COMPARED_FIELDS: Final = (b"S", b"V", b"C", b"M")
 _DATABASE_MISSING: Final = b"3D000"
 
@@ -67,7 +68,8 @@ def _without_own_fields(direct: Frame, proxied: Frame) -> tuple[Frame, Frame]:
     theirs, ours = decode_backend(direct), decode_backend(proxied)
     assert isinstance(theirs, ErrorResponse)
     assert isinstance(ours, ErrorResponse)
-    if not dict(ours.fields).get(b"D", b"").startswith(_OWN_ERROR):
+    fields = dict(ours.fields)
+    if _SOURCE_FILE in fields or not fields.get(b"D", b"").startswith(_REASON):
         return direct, proxied
     return _only_compared(theirs), _only_compared(ours)
 
@@ -78,9 +80,27 @@ def _only_compared(error: ErrorResponse) -> Frame:
     return Frame(b"E", payload)
 
 
+def _reason_passed_on(direct: Messages, proxied: Messages) -> Both:
+    """A refusal of PostgreSQL's that has no D: the proxy puts its reason there."""
+    ours = [_without_reason(one) for one in proxied]
+    return (direct, ours) if direct[-1:] == ours[-1:] else (direct, proxied)
+
+
+def _without_reason(frame: Frame) -> Frame:
+    error = decode_backend(frame) if frame.type == b"E" else None
+    if not isinstance(error, ErrorResponse):
+        return frame
+    fields = b"".join(
+        name + value + b"\0"
+        for name, value in error.fields
+        if not (name == b"D" and value.startswith(_REASON))
+    )
+    return Frame(b"E", fields + b"\0")
+
+
 def _database_hint(direct: Messages, proxied: Messages) -> Both:
     """A missing database: PostgreSQL's error as it is, and a hint at Lakebase's default one."""
-    ours = [_without_hint(one) for one in proxied]
+    ours = [_without_reason(_without_hint(one)) for one in proxied]
     return (direct, ours) if direct[-1:] == ours[-1:] else (direct, proxied)
 
 
@@ -99,6 +119,7 @@ ALLOWED: Final = (
     Allowance("AuthenticationOk before a login error", _early_ok),
     Allowance("fields of errors the proxy makes itself", _own_error_fields),
     # Not of section 10, but of the table of login errors in the Lakebase facts.
+    Allowance("the reason in a refusal of PostgreSQL's", _reason_passed_on),
     Allowance("the hint that a missing database gets", _database_hint),
 )
 

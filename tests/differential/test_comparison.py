@@ -38,6 +38,10 @@ ALLOWED = {
     "the pid that a key showed": ([key(1), notification(1)], [key(2), notification(2)]),
     "an early Ok": ([LOGIN_OK, error("3D000")], [error("3D000")]),
     "fields of an own error": ([error("0A000", "told", FILE)], [error("0A000", "told", OWN)]),
+    "the reason of an error passed on": (
+        [error("42704", "told", FILE)],
+        [error("42704", "told", FILE, OWN)],
+    ),
     "a missing database's hint": ([error("3D000")], [error("3D000", "told", (b"H", b"h"))]),
 }
 
@@ -51,6 +55,14 @@ NOT_ALLOWED = {
     "another SQLSTATE": ([error("0A000")], [error("08P01", "told", OWN)]),
     "another text": ([error("0A000")], [error("0A000", "said", OWN)]),
     "fields of an error passed on": ([error("0A000", "told", FILE)], [error("0A000")]),
+    "another DETAIL of an error passed on": (
+        [error("42704", "told", FILE)],
+        [error("42704", "told", FILE, (b"D", b"a detail"))],
+    ),
+    "a reason in place of a DETAIL": (
+        [error("42704", "told", FILE, (b"D", b"a detail"))],
+        [error("42704", "told", FILE, OWN)],
+    ),
     "a hint on any other error": ([error("42704")], [error("42704", "told", (b"H", b"h"))]),
     "another status": ([READY], [Frame(b"Z", b"T")]),
     "one message less": ([READY, READY], [READY]),

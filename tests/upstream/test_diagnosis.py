@@ -3,13 +3,15 @@
 import errno
 import socket
 import ssl
+from collections.abc import Callable
 
 import pytest
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.standin.endpoints import neon_error
-from proxy.upstream.diagnosis import diagnose, diagnose_network
+from proxy.upstream.diagnosis import Shown, diagnose, diagnose_network
 from proxy.wire.messages import ErrorResponse
+from proxy.wire.secret import Secret
 
 FAIL, RETRY, ONCE, WAIT, REMINT = (
     Disposition.FAIL,
@@ -19,8 +21,16 @@ FAIL, RETRY, ONCE, WAIT, REMINT = (
     Disposition.REMINT,
 )
 V = "verbatim"
+TOKEN = "eyJ-not-a-real-token"
 fatal = ErrorResponse.fatal
 neon = neon_error
+
+
+def shown(
+    user: str = "app", database: str = "main", secret: str = TOKEN, *, password: bool = False
+) -> Shown:
+    return Shown(user, database, Secret(secret.encode()), password)
+
 
 # The document's rows in its order: the error, class, SQLSTATE, reason, and V where it stands there.
 ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
@@ -280,13 +290,14 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
 def test_w29_every_row_of_the_table(
     error: ErrorResponse, disposition: Disposition, sqlstate: str, reason: str, form: str
 ) -> None:
-    found = diagnose(error, user="app")
+    found = diagnose(error, shown())
     assert (found.reason, found.kind.value.disposition) == (reason, disposition)
     answer = found.response()
     assert answer.sqlstate == sqlstate
     if form == V:
         assert answer.fields[: len(error.fields)] == error.fields
-        assert [name for name, _ in answer.fields[len(error.fields) :]] in ([], [b"H"])
+        assert [name for name, _ in answer.fields[len(error.fields) :]] in ([b"D"], [b"D", b"H"])
+        assert answer.text(b"D") == f"reason={reason}"
     else:
         assert answer.severity == "FATAL"
         assert answer.text(b"D") == f"reason={reason} {error.message}".rstrip()
@@ -321,32 +332,113 @@ HINTS = [
 def test_every_row_advises_what_the_table_does(
     error: ErrorResponse, pieces: tuple[str, ...]
 ) -> None:
-    hint = diagnose(error, user="app").response().text(b"H")
+    hint = diagnose(error, shown()).response().text(b"H")
     assert all(piece in hint for piece in pieces), hint
 
 
 @pytest.mark.parametrize("case", [str.upper, str.lower])
 def test_texts_are_compared_without_regard_to_case(case: type[str]) -> None:
     text = case("jwt token has EXPIRED")
-    assert diagnose(neon(text), user="app").kind is ErrorKind.TOKEN_REJECTED
+    assert diagnose(neon(text), shown()).kind is ErrorKind.TOKEN_REJECTED
 
 
 @pytest.mark.parametrize("text", ["jwk not found", "Insecure connection.", "blocked network"])
 def test_a_name_that_the_client_chose_does_not_decide(text: str) -> None:
     # A database called "jwk not found" made the proxy mint a token and blame the clock.
     error = fatal("3D000", f'database "{text}" does not exist')
-    found = diagnose(error, user="app")
+    found = diagnose(error, shown())
     assert found.kind is ErrorKind.DATABASE_MISSING
     assert found.response().fields[: len(error.fields)] == error.fields
 
 
+DECIDING_NAMES = ("too many connections attempts", "jwk not found", "external authorization failed")
+
+
+@pytest.mark.parametrize("name", DECIDING_NAMES)
+def test_a_name_in_single_quotes_does_not_decide_either(name: str) -> None:
+    # The dialect of the front end: a role called so was waited for until the dial's time was up.
+    found = diagnose(neon(f"password authentication failed for user '{name}'"), shown())
+    assert found.kind is ErrorKind.TOKEN_REJECTED
+    found = diagnose(neon(f"role '{name}' does not exist"), shown())
+    assert found.kind is ErrorKind.ROLE_MISSING
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+@pytest.mark.parametrize("inside", ["'", '"'])
+@pytest.mark.parametrize("text", DECIDING_NAMES)
+def test_a_known_name_with_quotes_of_its_own_does_not_decide(
+    text: str, inside: str, quote: str
+) -> None:
+    name = f"a{inside}{text}{inside}b"
+    long = f"{name}{'x' * 70}"
+    for chosen, told in ((name, name), (long, long[:63])):
+        error = fatal("3D000", f"database {quote}{told}{quote} does not exist")
+        assert diagnose(error, shown(database=chosen)).kind is ErrorKind.DATABASE_MISSING
+        error = fatal("28000", f"role {quote}{told}{quote} does not exist")
+        assert diagnose(error, shown(chosen)).kind is ErrorKind.ROLE_MISSING
+
+
+def test_the_apostrophe_of_a_word_is_no_quote() -> None:
+    text = "Couldn't connect to compute node 'compute-1': it didn't answer"
+    assert diagnose(neon(text), shown()).kind is ErrorKind.UPSTREAM_STARTING
+    text = "The token's identity 'a' did not match the security label configured for role 'b'"
+    assert diagnose(neon(text), shown()).kind is ErrorKind.IDENTITY_MISMATCH
+
+
+@pytest.mark.parametrize("dialect", [neon, lambda text: fatal("28P01", text)])
+def test_a_wrong_native_password_gets_no_advice_about_tokens(
+    dialect: Callable[[str], ErrorResponse],
+) -> None:
+    # It was told to create an OAuth role for a service principal.
+    error = dialect('password authentication failed for user "app"')
+    found = diagnose(error, shown(password=True))
+    assert (found.reason, found.response().sqlstate) == ("password_rejected", "28P01")
+    assert found.kind.value.disposition is FAIL
+    assert "credentials.password_file" in found.response().text(b"H")
+    assert "databricks_create_role" not in found.response().text(b"H")
+    missing = diagnose(fatal("28000", 'role "app" does not exist'), shown(password=True))
+    assert missing.reason == "role_missing"
+    assert "CREATE ROLE" in missing.response().text(b"H")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        neon(f"invalid token {TOKEN}"),
+        neon(f"JWT token has expired: '{TOKEN}'"),
+        fatal("28P01", f"no: {TOKEN}", f"D {TOKEN}", f"H {TOKEN}{TOKEN}"),
+        ErrorResponse(
+            ((b"S", b"FATAL"), (b"C", b"XX001"), (b"M", b"no"), (b"?", TOKEN.encode())),
+        ),
+    ],
+    ids=lambda error: error.message[:15],
+)
+def test_a_secret_that_the_upstream_repeats_is_told_nobody(error: ErrorResponse) -> None:
+    # Which happens: a proxy on the way that says what it did not understand.
+    found = diagnose(error, shown())
+    assert TOKEN.encode() not in found.response().encode()
+    assert b"(the credential)" in found.response().encode()
+    assert TOKEN not in f"{found!r} {found} {found.detail}"
+
+
+@pytest.mark.parametrize("password", ["password", "28P01", "FATAL", "a"])
+def test_a_password_that_is_a_word_of_the_error_does_not_change_what_it_means(
+    password: str,
+) -> None:
+    error = fatal("28P01", 'password authentication failed for user "app"')
+    found = diagnose(error, shown(secret=password, password=True))
+    assert found.kind is ErrorKind.NATIVE_PASSWORD_REJECTED
+    assert found.response().sqlstate == "28P01"
+    assert found.response().severity == "FATAL"
+
+
 def test_the_hint_names_the_role_that_was_used() -> None:
-    found = diagnose(fatal("28000", 'role "o\'hara" does not exist'), user="o'hara")
+    found = diagnose(fatal("28000", 'role "o\'hara" does not exist'), shown("o'hara"))
     assert "databricks_create_role('o''hara'" in found.response().text(b"H")
 
 
 def test_a_refusal_in_another_language_is_known_by_its_sqlstate() -> None:
-    found = diagnose(fatal("3D000", "Datenbank »x« existiert nicht"), user="app")
+    found = diagnose(fatal("3D000", "Datenbank »x« existiert nicht"), shown())
     assert found.kind is ErrorKind.DATABASE_MISSING
 
 
@@ -401,4 +493,4 @@ def test_our_own_lack_of_resources_is_not_the_upstreams_fault(number: int) -> No
 def test_a_clients_own_mistake_is_not_a_lost_connection(text: str, sqlstate: str) -> None:
     # A pool tries again on 08006: a misspelt setting became a loop.
     error = ErrorResponse(((b"S", b"ERROR"), (b"C", b"XX000"), (b"M", text.encode())))
-    assert diagnose(error, user="app").response().sqlstate == sqlstate
+    assert diagnose(error, shown()).response().sqlstate == sqlstate

@@ -1,7 +1,10 @@
-"""SCRAM against scramp's own server, and against servers that mean harm."""
+"""SCRAM against PostgreSQL, against scramp's server, and against servers that mean harm."""
 
+import asyncio
 import base64
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,8 +12,27 @@ from hypothesis import strategies as st
 from scramp import ScramMechanism
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.upstream.scram import ITERATIONS_MAX, NONCE_BYTES_MAX, SCRAM_SHA_256, Scram
+from proxy.standin.cluster import DATABASE, Cluster
+from proxy.upstream.scram import (
+    ITERATIONS_MAX,
+    ITERATIONS_MIN,
+    NONCE_BYTES_MAX,
+    SCRAM_SHA_256,
+    Scram,
+)
+from proxy.wire.framing import MessageReader
+from proxy.wire.messages import (
+    AuthenticationOk,
+    AuthenticationSASL,
+    AuthenticationSASLContinue,
+    AuthenticationSASLFinal,
+    ErrorResponse,
+    SASLInitialResponse,
+    SASLResponse,
+    decode_backend,
+)
 from proxy.wire.secret import Secret
+from proxy.wire.startup import V3_0, StartupMessage
 
 PASSWORD = "not-a-real-password"
 SALT = base64.b64encode(b"0123456789abcdef").decode()
@@ -31,6 +53,90 @@ def test_w28_a_right_password_proves_itself_and_so_does_the_server(password: str
     server.set_client_first(scram.first().decode())
     server.set_client_final(scram.proof(server.get_server_first().encode()).decode())
     scram.check(server.get_server_final().encode())
+
+
+# -- PostgreSQL itself ---------------------------------------------------------------------------
+
+ROLE = "app_scram"
+# What SASLprep changes, and what it refuses, so that PostgreSQL takes the bytes as they are.
+PASSWORDS = {
+    "ascii": PASSWORD,
+    "umlaut": "p\u00e4ssw\u00f6rd",
+    "decomposed": "pa\u0308ssword",
+    "no_break_space": "a\u00a0b",
+    "soft_hyphen": "soft\u00adhyphen",
+    "roman_nine": "\u2168",
+    "full_width": "\uff50\uff57",
+    "right_to_left": "\u0627\u0628",
+    "joiner": "zwj\u200d",
+    "emoji": "emoji\U0001f600",
+    "tab": "tab\tinside",
+    "control": "bell\x07",
+    "control_and_umlaut": "b\u00e4ll\x07",
+    "mixed_directions": "\u06271x",
+    "private_use": "\ue000",
+    "nothing_left": "\u00ad",
+    "comma_and_equals": " , = ",
+    "long": "x" * 900,
+}
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Cluster]:
+    """Return a PostgreSQL that asks one role for its password."""
+    with Cluster("scram") as cluster:
+        cluster.execute(f"CREATE ROLE {ROLE} LOGIN")
+        hba = Path(cluster.execute("SHOW hba_file"))
+        hba.write_text(f"local all {ROLE} scram-sha-256\n{hba.read_text()}")
+        loaded = cluster.execute("SELECT pg_conf_load_time()")
+        cluster.execute("SELECT pg_reload_conf()")
+        ends_at = time.monotonic() + 10
+        while cluster.execute("SELECT pg_conf_load_time()") == loaded:
+            assert time.monotonic() < ends_at, "PostgreSQL does not read its rules again"
+        yield cluster
+
+
+async def logs_in(postgres: Cluster, password: str) -> bool:
+    """Log in by SCRAM alone and tell whether PostgreSQL lets us."""
+    scram = Scram((SCRAM_SHA_256,), Secret(password.encode()))
+    messages = MessageReader(1 << 16)
+    async with asyncio.timeout(10):
+        reader, writer = await asyncio.open_unix_connection(postgres.socket_path)
+        pairs = ((b"user", ROLE.encode()), (b"database", DATABASE.encode()))
+        writer.write(StartupMessage(V3_0, pairs).encode())
+        try:
+            while True:  # ends with PostgreSQL's decision
+                while (frame := messages.next()) is None:
+                    messages.feed(await reader.read(1 << 16))
+                match decode_backend(frame):
+                    case AuthenticationSASL():
+                        writer.write(SASLInitialResponse(SCRAM_SHA_256, scram.first()).encode())
+                    case AuthenticationSASLContinue(data):
+                        writer.write(SASLResponse(scram.proof(data)).encode())
+                    case AuthenticationSASLFinal(data):
+                        scram.check(data)
+                    case AuthenticationOk():
+                        return True
+                    case ErrorResponse() as error:
+                        assert error.sqlstate == "28P01"
+                        return False
+        finally:
+            writer.close()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("password", PASSWORDS.values(), ids=PASSWORDS)
+async def test_postgres_lets_in_whoever_has_the_password_whatever_that_is(
+    postgres: Cluster, password: str
+) -> None:
+    # An emoji in a password ended the session without a word: SASLprep refuses it, and what
+    # PostgreSQL and libpq do then is to take the password as it is.
+    postgres.execute(f"ALTER ROLE {ROLE} PASSWORD '{password}'")
+    assert await logs_in(postgres, password)
+    assert not await logs_in(postgres, password + "x")
+
+
+# -- another server ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mechanisms", [(), (b"SCRAM-SHA-256-PLUS",), (b"\xff", b"OAUTHBEARER")])
@@ -102,6 +208,24 @@ def test_w53_a_challenge_that_is_no_utf_8_is_a_violation() -> None:
     scram, nonce = exchange()
     with pytest.raises(ProxyError, match="SCRAM"):
         scram.proof(b"r=" + nonce.encode() + b"\xff,s=" + SALT.encode() + b",i=4096")
+
+
+@pytest.mark.parametrize("under", [0, 1])
+def test_w53_so_few_iterations_that_a_password_could_be_guessed_are_refused(under: int) -> None:
+    scram, nonce = exchange()
+    challenge = f"r={nonce}x,s={SALT},i={ITERATIONS_MIN - under}".encode()
+    if not under:
+        assert scram.proof(challenge)
+        return
+    with pytest.raises(ProxyError, match="beyond its bounds"):
+        scram.proof(challenge)
+
+
+def test_a_server_that_proves_itself_before_it_was_asked_is_not_believed() -> None:
+    scram, _ = exchange()
+    for answer in (b"", b"v="):
+        with pytest.raises(ProxyError):
+            scram.check(answer)
 
 
 @given(

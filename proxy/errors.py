@@ -28,6 +28,9 @@ _NETWORK_HINT: Final = (
 )
 _RETRY_HINT: Final = "Try again in a few seconds."
 _FULL_HINT: Final = "Use more CU or fewer connections."
+_KEY_HINT: Final = (
+    "Give a value of the shard map's key_type, as PostgreSQL writes it, of 128 bytes at most."
+)
 
 # A service principal's role is called as its client id is.
 _CLIENT_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -406,12 +409,14 @@ class ErrorKind(Enum):
         "the shard key was given more than once, with different values",
         "Give it in one place, or the same everywhere.",
     )
-    KEY_TOO_LONG = _routing("key_too_long", "22023", "the shard key is too long")
+    KEY_TOO_LONG = _routing("key_too_long", "22023", "the shard key is too long", _KEY_HINT)
     KEY_SYNTAX = _routing(
-        "key_invalid", "22P02", "the shard key is not written as a value of its type"
+        "key_invalid", "22P02", "the shard key is not written as a value of its type", _KEY_HINT
     )
-    KEY_RANGE = _routing("key_invalid", "22003", "the shard key is out of its type's range")
-    KEY_INVALID = _routing("key_invalid", "22023", "the shard key is not valid")
+    KEY_RANGE = _routing(
+        "key_invalid", "22003", "the shard key is out of its type's range", _KEY_HINT
+    )
+    KEY_INVALID = _routing("key_invalid", "22023", "the shard key is not valid", _KEY_HINT)
     MAPPING_NOT_FOUND = _routing(
         "mapping_not_found",
         "3D000",

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 import structlog
 
 from proxy.config import Settings
+from proxy.config.toml import toml_path, toml_value
 from proxy.observe.logs import configure_logging
 from proxy.standin.lakebase import Lakebase
 
@@ -72,8 +73,7 @@ def toml(values: Sections) -> str:
     lines: list[str] = []
     for section, keys in values.items():
         lines.append(f"[{section}]")
-        # JSON's strings, numbers and booleans are TOML's.
-        lines += [f"{name} = {json.dumps(value)}" for name, value in keys.items()]
+        lines += [f"{toml_path([name])} = {toml_value(value)}" for name, value in keys.items()]
     return "\n".join(lines) + "\n"
 
 

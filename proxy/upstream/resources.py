@@ -5,7 +5,7 @@ calls and in the names of the reply's fields, all of which are optional.
 """
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,7 +22,7 @@ class Minted:
     `expires_at` is in seconds since the epoch.
     """
 
-    token: object
+    token: object = field(repr=False)
     expires_at: float | None
 
 

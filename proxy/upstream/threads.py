@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from proxy.errors import ErrorKind, ProxyError
 
@@ -32,7 +32,7 @@ class Threads:
     def __init__(self, name: str) -> None:
         self._name = name
         self._free = asyncio.Semaphore(THREADS_MAX)
-        self._overdue: set[Future[Any]] = set()
+        self._overdue: set[object] = set()
 
     async def run(self, call: Callable[[], T], timeout_seconds: float) -> T:
         """Return what the call returns, or raise what it raises.
@@ -53,9 +53,11 @@ class Threads:
             detail = f"{len(self._overdue)} earlier calls still hang"
             raise ProxyError(ErrorKind.API_UNREACHABLE, detail)
         future = self._start(call)
-        # Whoever asked may leave before.
-        timer = loop.call_at(ends_at, self._give_up, future)
-        future.add_done_callback(lambda _: _call_soon(loop, lambda: self._end(future, timer)))
+        # Whoever asked may leave before. The mark stands for the future, which shall hold no ring
+        # of references to itself: its result may be a secret.
+        mark = object()
+        timer = loop.call_at(ends_at, self._give_up, mark)
+        future.add_done_callback(lambda _: _call_soon(loop, lambda: self._end(mark, timer)))
         async with asyncio.timeout_at(ends_at):
             return await asyncio.wrap_future(future)
 
@@ -76,14 +78,14 @@ class Threads:
             raise
         return future
 
-    def _give_up(self, future: Future[Any]) -> None:
-        self._overdue.add(future)
+    def _give_up(self, mark: object) -> None:
+        self._overdue.add(mark)
         self._free.release()
 
-    def _end(self, future: Future[Any], timer: asyncio.TimerHandle) -> None:
+    def _end(self, mark: object, timer: asyncio.TimerHandle) -> None:
         timer.cancel()
-        if future in self._overdue:
-            self._overdue.remove(future)
+        if mark in self._overdue:
+            self._overdue.remove(mark)
         else:
             self._free.release()
 

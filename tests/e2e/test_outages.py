@@ -1,10 +1,11 @@
 """The API's bad days with a thousand clients: real sockets, the real SDK, calls that are counted.
 
-A call of the proxy is up to three HTTP requests: the SDK itself retries 429 and 503 inside it.
+A call of the proxy is up to three HTTP requests: the SDK tries a lost connection again inside it.
 """
 
 import asyncio
 import time
+from contextlib import suppress
 
 import psycopg
 import pytest
@@ -12,8 +13,10 @@ import pytest
 from proxy.app import App
 from proxy.standin import faults
 from proxy.standin.api import Call
+from proxy.standin.endpoints import neon_error
 from proxy.standin.faults import Hang, Reply
 from proxy.standin.lakebase import Lakebase
+from proxy.upstream.shared import BACKOFF_SECONDS_MAX
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import ErrorResponse, decode_backend
 from tests.e2e.conftest import StartProxy
@@ -35,7 +38,9 @@ async def told(proxy: App) -> ErrorResponse:
         await client.send(startup())
         reader = MessageReader(1 << 16)
         while (frame := reader.next()) is None:
-            reader.feed(await client.receive(MINT_SECONDS + BUSY_SECONDS))
+            received = await client.receive(MINT_SECONDS + BUSY_SECONDS)
+            assert received, "the connection ended without an answer"
+            reader.feed(received)
         message = decode_backend(frame)
         assert isinstance(message, ErrorResponse)
         return message
@@ -176,3 +181,54 @@ async def test_a_database_that_sleeps_is_not_asked_for_at_the_api_with_every_try
     await asyncio.gather(*(served() for _ in range(30)))
     assert lakebase.gateway.accepted > 60
     assert lakebase.workspace.calls[Call.RESOURCE] <= CALLS_MAX
+
+
+async def test_logins_that_never_return_cost_nothing_once_the_api_is_well(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    # Each held one of eight threads for ever: nothing was minted until a restart.
+    proxy = await start_proxy(credentials={"token_max_age_seconds": 0, "mint_timeout_seconds": 1})
+    lakebase.workspace.fail(Call.TOKEN, faults.HANG, times=8)
+    async with asyncio.timeout(60):
+        while lakebase.workspace.calls[Call.TOKEN] < 8:
+            errors = await asyncio.gather(*(told(proxy) for _ in range(8)))
+            assert {error.sqlstate for error in errors} == {"57P03"}
+    async with asyncio.timeout(BUSY_SECONDS + BACKOFF_SECONDS_MAX):
+        while True:
+            with suppress(psycopg.OperationalError):
+                async with await psycopg.AsyncConnection.connect(**libpq(proxy)):
+                    break
+
+
+@pytest.mark.parametrize("max_age_seconds", [60, 0])
+@pytest.mark.parametrize("token", ["5", '"\\ud800"', '"not-a\\u0000real-token"'])
+async def test_a_token_that_is_none_is_told_and_no_crash(
+    start_proxy: StartProxy, lakebase: Lakebase, token: str, max_age_seconds: float
+) -> None:
+    proxy = await start_proxy(
+        credentials={"token_max_age_seconds": max_age_seconds, "mint_timeout_seconds": 1}
+    )
+    body = f'{{"token": {token}, "expire_time": "2099-01-01T00:00:00Z"}}'
+    lakebase.workspace.fail(Call.CREDENTIAL, Reply(200, body.encode()))
+    assert (await told(proxy)).text(b"D").startswith("reason=credential_invalid ")
+
+
+@pytest.mark.parametrize("host", ["5", '"a\\u0000b"', '"https://db.example.com/"'])
+async def test_a_host_that_is_none_is_told_and_no_crash(
+    start_proxy: StartProxy, lakebase: Lakebase, host: str
+) -> None:
+    proxy = await start_proxy()
+    body = f'{{"status": {{"current_state": "ACTIVE", "hosts": {{"host": {host}}}}}}}'
+    lakebase.workspace.fail(Call.RESOURCE, Reply(200, body.encode()))
+    assert (await told(proxy)).text(b"D").startswith("reason=api_unreachable the host that")
+
+
+async def test_a_role_that_is_refused_does_not_cost_a_mint_for_each_client(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    proxy = await start_proxy()
+    text = f"password authentication failed for user '{lakebase.client_id}'"
+    lakebase["one"].endpoint.refuse(neon_error(text), None)
+    for _ in range(20):
+        assert (await told(proxy)).text(b"D").startswith("reason=token_rejected ")
+    assert len(lakebase.workspace.mints) <= 2

@@ -93,7 +93,12 @@ class Accounts:
         """Return the workspace of a profile."""
         found = self._workspaces.get(profile)
         if found is None:
-            found = Workspace(profile.settings, profile.credentials, version=self._version)
+            found = Workspace(
+                profile.settings,
+                profile.credentials,
+                version=self._version,
+                discover=not profile.name,  # the environment's identity is that of [workspace]
+            )
             self._workspaces[profile] = found
         return found
 

@@ -174,7 +174,7 @@ class Phases:
 
     def took(self, target: str, phase: ConnectPhase, seconds: float) -> None:
         """Take one phase; the first of a try forgets the tries before."""
-        if phase is ConnectPhase.MINT:
+        if phase is ConnectPhase.DNS:
             self.seconds.clear()
         self.seconds[phase] = seconds
 

@@ -58,8 +58,8 @@ _LAG_SECONDS_BUCKETS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 
 class ConnectPhase(StrEnum):
     """What the time until an upstream is ready is spent on, in this order."""
 
-    MINT = "mint"
     DNS = "dns"
+    MINT = "mint"
     TCP = "tcp"
     TLS = "tls"
     LOGIN = "login"

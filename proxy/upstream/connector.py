@@ -36,10 +36,16 @@ from proxy.wire.upstream_startup import (
 )
 from proxy.wire.violations import UnsupportedAuthentication
 
+Addresses = Sequence[AddrInfoType]
+"""A target's addresses, in the order in which to try them."""
+
 # For all addresses of the host together; a name resolves to several, some of which may be dead.
 TCP_CONNECT_SECONDS_MAX: Final = 10.0
 # An address that does not answer for so long is not waited for alone (RFC 8305).
 NEXT_ADDRESS_SECONDS: Final = 0.25
+# As long as the front end itself bears with a connection. One that takes TCP and then says nothing
+# must leave time for another address.
+TLS_SECONDS_MAX: Final = 15.0
 CANCEL_SECONDS_MAX: Final = 10.0  # delivered later it could hit another query (W40)
 
 _log = get_logger(__name__)
@@ -81,8 +87,8 @@ class Connection:
     startup: UpstreamStartup
 
 
-async def resolve(target: Target) -> Sequence[AddrInfoType]:
-    """Return a target's addresses, in the order in which to try them. Raises ProxyError."""
+async def resolve(target: Target) -> Addresses:
+    """Return a target's addresses. Raises ProxyError."""
     loop = asyncio.get_running_loop()
     name = target.hostaddr or target.host
     try:
@@ -100,19 +106,33 @@ class Connector:
         self,
         phase_took: PhaseTook,
         *,
-        resolve: Callable[[Target], Awaitable[Sequence[AddrInfoType]]] = resolve,
+        resolve: Callable[[Target], Awaitable[Addresses]] = resolve,
+        tls_seconds_max: float = TLS_SECONDS_MAX,
     ) -> None:
         self._phase_took = phase_took
         self._resolve = resolve
+        self._tls_seconds_max = tls_seconds_max
 
-    async def connect(self, target: Target, progress: Progress) -> Connection:
-        """Return a connection under TLS. Raises ProxyError; the time is the caller's to bound."""
-        link = await self._reach(target, progress)
+    async def addresses(self, target: Target, progress: Progress) -> Addresses:
+        """Return where the target is to be had now. Raises ProxyError; has no bound of its own."""
+        progress.begin(ConnectPhase.DNS)
+        found = await self._resolve(target)
+        progress.done()
+        return found
+
+    async def connect(self, target: Target, addresses: Addresses, progress: Progress) -> Connection:
+        """Return a connection under TLS, within the bounds above. Raises ProxyError."""
+        link = await self._reach(target, addresses, progress)
         startup = UpstreamStartup()
         try:
             progress.begin(ConnectPhase.TLS)
-            await _start_tls(link, startup, target)
+            async with asyncio.timeout(self._tls_seconds_max):
+                await _start_tls(link, startup, target)
             progress.done()
+        except TimeoutError as error:
+            link.transport.close()
+            detail = f"{target.host}: no TLS within {self._tls_seconds_max:g} seconds"
+            raise ProxyError(ErrorKind.UPSTREAM_TIMEOUT, detail) from error
         except BaseException:
             link.transport.close()
             raise
@@ -127,7 +147,9 @@ class Connector:
         then. Raises ProxyError, or TimeoutError after CANCEL_SECONDS_MAX.
         """
         async with asyncio.timeout(CANCEL_SECONDS_MAX):
-            link = (await self.connect(target, Progress(self._phase_took))).link
+            progress = Progress(self._phase_took)
+            addresses = await self.addresses(target, progress)
+            link = (await self.connect(target, addresses, progress)).link
             try:
                 if not still_wanted():
                     return False
@@ -138,11 +160,8 @@ class Connector:
             finally:
                 link.transport.close()
 
-    async def _reach(self, target: Target, progress: Progress) -> Link:
-        """Return a TCP connection to the first of the target's addresses that answers."""
-        progress.begin(ConnectPhase.DNS)
-        addresses = await self._resolve(target)
-        progress.done()
+    async def _reach(self, target: Target, addresses: Addresses, progress: Progress) -> Link:
+        """Return a TCP connection to the first of the addresses that answers."""
         progress.begin(ConnectPhase.TCP)
         try:
             async with asyncio.timeout(TCP_CONNECT_SECONDS_MAX):
@@ -154,7 +173,7 @@ class Connector:
         return link
 
 
-async def _connected(addresses: Sequence[AddrInfoType]) -> Link:
+async def _connected(addresses: Addresses) -> Link:
     """Return a connection to the first address that answers. Raises OSError."""
     loop = asyncio.get_running_loop()
     if len(addresses) == 1 and (single := addresses[0])[0] == socket.AF_INET:

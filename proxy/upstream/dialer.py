@@ -7,17 +7,19 @@ statement is ever replayed.
 """
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.observe.metrics import ConnectPhase
 from proxy.transport.link import Link
 from proxy.upstream.connector import (
+    Addresses,
     Connection,
     Connector,
     PhaseTook,
@@ -49,6 +51,13 @@ from proxy.wire.upstream_startup import (
 # out together; 50 handshakes keep both sides busy.
 CONNECTS_MAX: Final = 50
 
+# What a front end does before it asks for the password needs no database, which may be asleep: that
+# one is waited for afterwards, as long as connect_timeout_seconds allows.
+ANSWER_SECONDS_MAX: Final = 15.0
+# Where a token minted for its dial was refused, another one is not tried for so long: otherwise
+# every client of a role that is missing would cost a mint.
+REMINT_SECONDS_MIN: Final = 30.0
+
 # What it means when a dial's time ends in a phase.
 _SILENCE: Final = {
     ConnectPhase.MINT: ErrorKind.API_UNREACHABLE,
@@ -57,6 +66,17 @@ _SILENCE: Final = {
     ConnectPhase.TLS: ErrorKind.UPSTREAM_TIMEOUT,
     ConnectPhase.LOGIN: ErrorKind.UPSTREAM_TIMEOUT,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Dial:
+    """One client's dial: what is tried, and what became of the tries so far."""
+
+    client: StartupMessage
+    progress: Progress
+    retry: Retry
+    started_at: float
+    failures: list[ProxyError] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +100,13 @@ class Dialer:
         *,
         connect_timeout_seconds: float,
         connects_max: int = CONNECTS_MAX,
+        answer_seconds_max: float = ANSWER_SECONDS_MAX,
         jitter: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`connects_max` sessions are opened at a time; `jitter` returns a number from 0 to 1."""
+        """`connects_max` sessions are opened at a time; in each the upstream has to say something
+        within `answer_seconds_max`. `jitter` returns a number from 0 to 1.
+        """
         self._connector = connector
         self._targets = targets
         self._credentials = credentials
@@ -91,23 +114,24 @@ class Dialer:
         self._timeout_seconds = connect_timeout_seconds
         self._connects_max = connects_max
         self._places = asyncio.Semaphore(connects_max)  # first come, first served
+        self._answer_seconds_max = answer_seconds_max
         self._jitter = jitter
         self._clock = clock
+        self._refused_fresh_at = -math.inf  # a token that was minted for its dial
 
     async def dial(self, client: StartupMessage) -> UpstreamSession:
         """Return a session for this client, within `connect_timeout_seconds`.
 
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
-        failures: list[ProxyError] = []
-        progress = Progress(self._phase_took)
+        dial = _Dial(client, Progress(self._phase_took), Retry(self._jitter), self._clock())
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                return await self._dial_until_ready(client, progress, failures)
+                return await self._dial_until_ready(dial)
         except TimeoutError as error:
-            if failures:
-                raise failures[-1] from error
-            raise self._silence(progress) from error
+            if dial.failures:
+                raise dial.failures[-1] from error
+            raise self._silence(dial.progress) from error
 
     def _silence(self, progress: Progress) -> ProxyError:
         """Return what it means that the time ended where it did."""
@@ -117,37 +141,67 @@ class Dialer:
                 f"until {self._timeout_seconds:g} seconds were over"
             )
             return ProxyError(ErrorKind.UPSTREAM_BUSY, detail)
-        detail = f"no session within {self._timeout_seconds:g} seconds"
-        return ProxyError(_SILENCE[progress.now], detail)
+        kind = _SILENCE[progress.now]
+        is_api = kind is ErrorKind.API_UNREACHABLE
+        what = "the workspace API did not answer" if is_api else "no session"
+        return ProxyError(kind, f"{what} within {self._timeout_seconds:g} seconds")
 
-    async def _dial_until_ready(
-        self, client: StartupMessage, progress: Progress, failures: list[ProxyError]
-    ) -> UpstreamSession:
-        retry = Retry(self._jitter)
-        started_at = self._clock()
+    async def _dial_until_ready(self, dial: _Dial) -> UpstreamSession:
         while True:  # bounded by dial's timeout
-            # First: the front end gives a connection 15 s from accept to StartupMessage. What the
-            # API fails with is not tried again here: that is done once for all who wait.
-            credential = await self._credential(progress)
             try:
-                target = await self._targets.target()
-                login = await self._targets.login(client)
-                async with self._place(progress) as queued:
+                target, login, addresses = await self._way(dial)
+            except ProxyError as error:
+                await self._next_try(dial, error)
+                continue
+            # Last, so that it is fresh when it is shown, and before TCP: the front end gives a
+            # connection 15 s from accept to StartupMessage. What the API fails with is not tried
+            # again here: that is done once for all who wait.
+            credential = await self._credential(dial.progress)
+            try:
+                async with self._place(dial.progress) as queued:
                     if queued and not self._credentials.is_fresh(credential):
-                        credential = await self._credential(progress)
-                    return await self._dial_once(client, target, login, credential, progress)
-            except ProxyError as failed:
-                failures.append(failed)
-            error = failures[-1]
-            if error.original is None:  # else PostgreSQL itself spoke: the host is right
-                self._targets.forget_host()
-            delay = retry.delay(error, from_cache=credential.requested_at < started_at)
-            if delay is None:
-                raise error
-            if error.kind.value.disposition is Disposition.REMINT:
-                self._credentials.reject(credential)
-            # Without a place: who sleeps opens nothing upstream and keeps nobody from trying.
-            await asyncio.sleep(delay)
+                        credential = await self._credential(dial.progress)
+                    message = upstream_message(dial.client, login.user, login.database)
+                    connection = await self._connector.connect(target, addresses, dial.progress)
+                    await self._log_in(connection, message, login, credential, dial.progress)
+                    return UpstreamSession(connection.link, connection.startup, target)
+            except ProxyError as error:
+                await self._next_try(dial, error, credential)
+
+    async def _way(self, dial: _Dial) -> tuple[Target, Login, Addresses]:
+        """Return where this try goes, and as whom. Raises ProxyError."""
+        dial.progress.begin(ConnectPhase.MINT)  # not its time, but the workspace may be asked
+        target = await self._targets.target()
+        login = await self._targets.login(dial.client)
+        addresses = await self._connector.addresses(target, dial.progress)
+        # An address that takes TCP and does nothing good with it is not the first one again.
+        first = len(dial.failures) % len(addresses)
+        return target, login, (*addresses[first:], *addresses[:first])
+
+    async def _next_try(
+        self, dial: _Dial, error: ProxyError, credential: Credential | None = None
+    ) -> None:
+        """Return when it is time for another try; raise the error when there shall be none."""
+        dial.failures.append(error)
+        if error.original is None:  # else PostgreSQL itself spoke: the host is right
+            self._targets.forget_host()
+        remint = credential is not None and self._may_remint(dial, error, credential)
+        delay = dial.retry.delay(error, from_cache=remint)
+        if delay is None:
+            raise error
+        if remint and credential is not None:
+            self._credentials.reject(credential)
+        # Without a place: who sleeps opens nothing upstream and keeps nobody from trying.
+        await asyncio.sleep(delay)
+
+    def _may_remint(self, dial: _Dial, error: ProxyError, credential: Credential) -> bool:
+        """Tell whether the error is a refused token's, and another token could do better."""
+        if error.kind.value.disposition is not Disposition.REMINT:
+            return False
+        if credential.requested_at >= dial.started_at:
+            self._refused_fresh_at = self._clock()
+            return False
+        return not 0 <= self._clock() - self._refused_fresh_at < REMINT_SECONDS_MIN
 
     @asynccontextmanager
     async def _place(self, progress: Progress) -> AsyncIterator[bool]:
@@ -166,25 +220,24 @@ class Dialer:
         progress.done()
         return credential
 
-    async def _dial_once(
+    async def _log_in(
         self,
-        client: StartupMessage,
-        target: Target,
+        connection: Connection,
+        message: StartupMessage,
         login: Login,
         credential: Credential,
         progress: Progress,
-    ) -> UpstreamSession:
-        message = upstream_message(client, login.user, login.database)
-        connection = await self._connector.connect(target, progress)
+    ) -> None:
+        """Return when the upstream is ready; otherwise close the connection. Raises ProxyError."""
+        authentication = _Authentication(connection, login, credential)
         try:
             progress.begin(ConnectPhase.LOGIN)
-            await _Authentication(connection, login, credential).run(message)
+            await authentication.run(message, self._answer_seconds_max)
             progress.done()
         except BaseException:
             # Cancelled, timed out or refused: no orphan session stays upstream (W54).
             connection.link.transport.close()
             raise
-        return UpstreamSession(connection.link, connection.startup, target)
 
 
 class _Authentication:
@@ -197,14 +250,24 @@ class _Authentication:
         self._credential = credential
         self._scram: Scram | None = None
 
-    async def run(self, message: StartupMessage) -> None:
+    async def run(self, message: StartupMessage, answer_seconds_max: float) -> None:
         """Return when the upstream is ready. Raises ProxyError."""
         self._link.write(self._startup.startup(message))
+        events = await self._first_events(answer_seconds_max)
         while True:  # bounded by the machine, which lets a password be asked once
-            for event in await next_events(self._link, self._startup):
+            for event in events:
                 if isinstance(event, UpstreamReady):
                     return
                 self._link.write(self._answer(event))
+            events = await next_events(self._link, self._startup)
+
+    async def _first_events(self, seconds_max: float) -> list[UpstreamEvent]:
+        try:
+            async with asyncio.timeout(seconds_max):
+                return await next_events(self._link, self._startup)
+        except TimeoutError as error:
+            detail = f"no answer to the StartupMessage within {seconds_max:g} seconds"
+            raise ProxyError(ErrorKind.UPSTREAM_TIMEOUT, detail) from error
 
     def _answer(self, event: UpstreamEvent) -> bytes:
         match event:

@@ -331,6 +331,13 @@ REST_ERRORS = (
         NO_API,
     ),
     Case(
+        "the credential call hangs for longer than a dial may take",
+        _fail(Call.CREDENTIAL, faults.HANG),
+        *UNREACHABLE,
+        "the workspace API did not answer within 0.3 seconds",
+        SOON,
+    ),
+    Case(
         "the workspace is unknown to DNS",
         lambda _: None,
         *UNREACHABLE,

@@ -21,7 +21,7 @@ from proxy.standin.endpoints import Endpoint
 from proxy.standin.lakebase import Lakebase
 from proxy.upstream.connector import Connector, resolve
 from proxy.upstream.credentials import Credentials, CredentialSource
-from proxy.upstream.dialer import CONNECTS_MAX, Dialer, UpstreamSession
+from proxy.upstream.dialer import ANSWER_SECONDS_MAX, CONNECTS_MAX, Dialer, UpstreamSession
 from proxy.upstream.targets import Target, Targets
 from proxy.upstream.workspace import Credential, Workspace
 from proxy.wire.framing import MessageReader
@@ -76,11 +76,18 @@ class Dialing:
         targets: Targets,
         seconds: float,
         clock: Callable[[], float] = CLOCK,
+        *,
         connects_max: int = CONNECTS_MAX,
+        silence_seconds_max: float = ANSWER_SECONDS_MAX,
     ) -> None:
         self.metrics: Metrics = build_metrics()
-        self.connector = Connector(self.metrics.connect_phase_took, resolve=self._resolve)
+        self.connector = Connector(
+            self.metrics.connect_phase_took,
+            resolve=self._resolve,
+            tls_seconds_max=silence_seconds_max,
+        )
         self.addresses: Sequence[AddrInfoType] = ()  # what the resolver says, if not the truth
+        self.resolving_seconds = 0.0  # how long it takes, by the clock
         self.dialer = Dialer(
             self.connector,
             targets,
@@ -88,11 +95,13 @@ class Dialing:
             self.metrics.connect_phase_took,
             connect_timeout_seconds=seconds,
             connects_max=connects_max,
+            answer_seconds_max=silence_seconds_max,
             jitter=lambda: 0.05,
             clock=clock,
         )
 
     async def _resolve(self, target: Target) -> Sequence[AddrInfoType]:
+        CLOCK.move(self.resolving_seconds)
         return self.addresses or await resolve(target)
 
     async def dial(self, client: StartupMessage = CLIENT) -> UpstreamSession:
@@ -112,6 +121,7 @@ async def dialing(
     seconds: float = 5,
     max_age: float = 60,
     connects_max: int = CONNECTS_MAX,
+    silence_seconds_max: float = ANSWER_SECONDS_MAX,
     **upstream: Any,
 ) -> AsyncIterator[Dialing]:
     workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
@@ -119,7 +129,13 @@ async def dialing(
     credentials = Credentials(mint, settings, build_metrics(), clock=CLOCK, sleep=CLOCK.sleep)
     targets = Targets(UpstreamSettings(**upstream), None, workspace)
     try:
-        yield Dialing(credentials, targets, seconds, connects_max=connects_max)
+        yield Dialing(
+            credentials,
+            targets,
+            seconds,
+            connects_max=connects_max,
+            silence_seconds_max=silence_seconds_max,
+        )
     finally:
         await credentials.close()
         await targets.close()

@@ -57,6 +57,7 @@ from tests.support.script import (
     Send,
     StartTLS,
     Step,
+    scripted,
     tls_opening,
 )
 
@@ -416,6 +417,47 @@ async def test_an_address_that_swallows_packets_costs_a_quarter_of_a_second(
         seconds = made.metrics.value("upstream_connect_seconds_sum", phase=ConnectPhase.TCP)
         assert holes * NEXT_ADDRESS_SECONDS <= seconds < holes * NEXT_ADDRESS_SECONDS + 0.3
         assert lakebase.gateway.accepted == 1
+
+
+SILENT_SECONDS_MAX = 0.2
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (Reset(),),
+        (Close(),),
+        (Expect(SSLRequest().encode()), Reset()),
+        (Expect(SSLRequest().encode()),),
+        (Expect(SSLRequest().encode()), Send(b"S")),
+    ],
+    ids=["resets", "closes", "resets_behind_the_request", "silent", "silent_in_tls"],
+)
+async def test_an_address_that_connects_and_does_no_more_is_not_the_only_one_tried(
+    lakebase: Lakebase, endpoint: Endpoint, steps: tuple[Step, ...]
+) -> None:
+    # The race is won by TCP alone: all three tries went to the one address that dropped or kept
+    # silent, and a silent one had the whole of connect_timeout_seconds.
+    options = {"silence_seconds_max": SILENT_SECONDS_MAX}
+    async with scripted(*steps) as server, lakebase_dialing(lakebase, endpoint, **options) as made:
+        made.addresses = (
+            address("127.0.0.1", server.port),
+            address(lakebase.host_address, lakebase.port),
+        )
+        (await made.dial()).link.transport.abort()
+        assert (server.accepted, lakebase.gateway.accepted) == (1, 1)
+        await server.until_open(0)
+
+
+async def test_silence_in_tls_is_tried_once_more_and_then_told(ca_file: str) -> None:
+    async with dialing_script(
+        ca_file, Expect(SSLRequest().encode()), silence_seconds_max=SILENT_SECONDS_MAX
+    ) as (made, server):
+        error = await made.refusal()
+        assert (error.reason, error.response().sqlstate) == ("upstream_timeout", "08006")
+        assert error.detail == f"{HOST}: no TLS within {SILENT_SECONDS_MAX:g} seconds"
+        assert server.accepted == 2
+        await server.until_open(0)
 
 
 async def test_when_every_address_is_dead_the_upstream_is_unreachable(

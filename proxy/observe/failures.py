@@ -19,7 +19,10 @@ from proxy.errors import ErrorKind
 FAILURES_MAX: Final = 20
 
 _SQLSTATE: Final = re.compile(r"[0-9A-Z]{5}", re.ASCII)
-_ROWS: Final = {kind.value.reason: kind.value for kind in ErrorKind}
+# Of kinds that share a word, the first: it is the most common one.
+_ROWS: Final = {kind.value.reason: kind.value for kind in reversed(ErrorKind)}
+# The role is not shown here, nor what it is: the demo's and most others are this.
+_ANY_ROLE: Final = {"user": "ROLE", "identity": "SERVICE_PRINCIPAL"}
 
 # A failure that nobody is told of with an ErrorResponse.
 CANCEL_NOT_DELIVERED: Final = "cancel_not_delivered"
@@ -58,7 +61,7 @@ class Failures:
         if not _SQLSTATE.fullmatch(sqlstate):
             sqlstate = row.sqlstate if row else ""
         message = row.message if row else _SENTENCES.get(reason, "")
-        hint = row.hint.replace("{user}", "ROLE") if row else ""
+        hint = row.hint.format(**_ANY_ROLE) if row else ""
         cause = (reason, sqlstate, target)
         before = self._latest.pop(cause, None)
         failure = before or Failure(0, reason, sqlstate, target, 0, message, hint)

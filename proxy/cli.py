@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import takewhile
 from typing import Final
 
 import uvloop
@@ -42,7 +43,7 @@ from proxy.process import (
     serve,
     until_stopped,
 )
-from proxy.routes import map_problems, resolution_lines, router_of
+from proxy.routes import map_problems, resolution_facts, resolution_lines, router_of
 
 # What `wait` waits without --timeout.
 WAIT_SECONDS: Final = 30.0
@@ -54,7 +55,7 @@ usage: lakebase-auth-proxy VERB [--config FILE] [--SECTION.KEY VALUE ...]
   check     walk the whole way once and say what is wrong and how to mend it (--json;
             --all-shards: to every target)
   demo      the whole system on this machine, nothing to install or sign up for
-  resolve   say where a shard key leads, without connecting: resolve KEY
+  resolve   say where a shard key leads, without connecting: resolve KEY (--json)
   wait      wait until a running proxy is ready (--timeout SECONDS, 30)
   shutdown  ask a running proxy to drain and end (it must run with admin.quit)
   version   print the version
@@ -68,7 +69,7 @@ run and check with --print-config print the values in force and where each came 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if verb in ("--help", "-h", "help") or (verb in _VERBS and {"--help", "-h"} & set(rest)):
+    if verb in ("--help", "-h", "help") or (verb in _VERBS and _wants_help(rest)):
         print(USAGE, end="")
         return EXIT_OK
     run = _VERBS.get(verb)
@@ -84,6 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
 
 
+def _wants_help(arguments: Sequence[str]) -> bool:
+    flags = takewhile(lambda argument: argument != _END_OF_FLAGS, arguments)
+    return not {"--help", "-h"}.isdisjoint(flags)
+
+
 def _wrong_usage(sentence: str) -> int:
     print(f"lakebase-auth-proxy: {sentence}", file=sys.stderr)
     return EXIT_USAGE
@@ -97,6 +103,8 @@ def _version(arguments: Sequence[str]) -> int:
 
 
 _PRINT_CONFIG: Final = "--print-config"
+_JSON: Final = "--json"
+_END_OF_FLAGS: Final = "--"
 
 
 def _print_config(arguments: Sequence[str]) -> int:
@@ -121,8 +129,8 @@ def _run(arguments: Sequence[str]) -> int:
 def _check(arguments: Sequence[str]) -> int:
     if _PRINT_CONFIG in arguments:
         return _print_config(arguments)
-    as_json, all_targets = "--json" in arguments, "--all-shards" in arguments
-    flags = [argument for argument in arguments if argument not in ("--json", "--all-shards")]
+    as_json, all_targets = _JSON in arguments, "--all-shards" in arguments
+    flags = [argument for argument in arguments if argument not in (_JSON, "--all-shards")]
 
     async def walk(settings: Settings) -> int:
         Signals()  # which end it quietly
@@ -143,17 +151,45 @@ def _check(arguments: Sequence[str]) -> int:
 
 
 def _resolve(arguments: Sequence[str]) -> int:
-    """Print what the shard map says of a key: the argument that is no flag, in front of them."""
-    if not arguments or arguments[0].startswith("--"):
-        return _wrong_usage("resolve needs a shard key: lakebase-auth-proxy resolve KEY [flags]")
-    settings = load_settings(arguments[1:], os.environ, inspect=[map_problems])
+    """Print what the shard map says of a key, without connecting."""
+    key, flags = _take_key(arguments)
+    if key is None:
+        return _wrong_usage(
+            "resolve needs a shard key in front of all flags, or behind --:"
+            " lakebase-auth-proxy resolve KEY [flags]"
+        )
+    as_json, flags = _JSON in flags, [flag for flag in flags if flag != _JSON]
+    settings = load_settings(flags, os.environ, inspect=[map_problems])
     try:
-        found = router_of(settings).resolve(arguments[0])
+        found = router_of(settings).resolve(key)
     except ProxyError as error:
         answer = error.response()
-        return _fail(f"{answer.message} (SQLSTATE {answer.sqlstate}, reason={error.reason})")
-    print("\n".join(resolution_lines(settings, found)))
+        if as_json:
+            words = {"sqlstate": answer.sqlstate, "reason": error.reason, "error": answer.message}
+            print(json.dumps({"ok": False, **words}))
+            return EXIT_FAILURE
+        return _fail(f"{answer.message} (SQLSTATE {answer.sqlstate}, {answer.text(b'D')})")
+    if as_json:
+        print(json.dumps({"ok": True, **resolution_facts(settings, found)}))
+    else:
+        print("\n".join(resolution_lines(settings, found)))
     return EXIT_OK
+
+
+def _take_key(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the key, None if there is none, and the flags.
+
+    A key may be negative: no flag begins with one dash. One that begins with two stands behind --.
+    """
+    rest = list(arguments)
+    if _END_OF_FLAGS in rest:
+        at = rest.index(_END_OF_FLAGS)
+        del rest[at]
+    else:
+        at = 1 if rest[:1] == [_JSON] else 0  # the one flag without a value
+        if rest[at : at + 1] and rest[at].startswith("--"):
+            return None, rest
+    return (rest.pop(at) if at < len(rest) else None), rest
 
 
 def _wait(arguments: Sequence[str]) -> int:

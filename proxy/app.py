@@ -19,6 +19,7 @@ from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.metrics import ConnectPhase, Metrics
 from proxy.observe.status import State, StatusSource, Token, report
 from proxy.plan import Plan
+from proxy.routes import rewritten_file
 from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.listener import UNSERVED, Listener, Places
 from proxy.session.live import LiveSessions
@@ -73,8 +74,9 @@ class App:
         self.metrics.live.know(kept.target_names())
         if kept.log != self.settings.log:
             configure_logging(format=kept.log.format, level=kept.log.level)
+        file = rewritten_file(kept, self.plan.router.shard_map, plan.router.shard_map)
         self.plan = plan
-        return changes
+        return changes if file is None else changes.and_reloadable(file)
 
     async def drain(self, drain_seconds: float, *, accept_seconds: float = 0) -> int:
         """Say no to readiness, then end all sessions; return how many had to be cut.
@@ -134,7 +136,14 @@ async def serving(settings: Settings) -> AsyncIterator[App]:
         app.listen_host, app.listen_port = host, port
         app.life.serve()
         admin_port = None if app.admin is None else app.admin.port
-        _log.info("serving", host=host, port=port, admin_port=admin_port, version=__version__)
+        _log.info(
+            "serving",
+            host=host,
+            port=port,
+            admin_port=admin_port,
+            version=__version__,
+            **app.plan.map_facts,
+        )
         yield app
 
 

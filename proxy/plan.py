@@ -31,6 +31,15 @@ class Plan:
         route = self.router.route(message)
         return Passage(route, self.fleet[route.target])
 
+    @property
+    def map_facts(self) -> Mapping[str, object]:
+        """What a log line says of the shard map in use, so that two of them can be told apart."""
+        shard_map = self.router.shard_map
+        if shard_map is None:
+            return {}
+        name = self.settings.routing.shard_map
+        return {"shard_map": name, "mappings": len(shard_map), "map_digest": shard_map.digest}
+
     def hosts(self) -> Mapping[str, str]:
         """Return each target's host, empty while it is not known."""
         return {name: way.targets.host for name, way in self.fleet.items()}

@@ -137,7 +137,7 @@ async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
             problems = [str(problem) for problem in error.problems]
             _log.error("not reloaded; the configuration stays as it was", problems=problems)
         else:
-            _log.info("reloaded", changed=changes.reloadable)
+            _log.info("reloaded", changed=changes.reloadable, **app.plan.map_facts)
             if changes.restart:
                 _log.warning("restart to let these take effect", keys=changes.restart)
         notify(READY)

@@ -11,7 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from proxy.config import UPSTREAM, ConfigurationError, Problem, Settings, ShardMapSettings
+from proxy.config import (
+    UPSTREAM,
+    ConfigurationError,
+    Problem,
+    Settings,
+    ShardMapSettings,
+)
 from proxy.routing.building import map_of_csv, map_of_tables
 from proxy.routing.keys import KeyType, Normalise
 from proxy.routing.maps import Form, Kind, ShardMap
@@ -26,10 +32,10 @@ _Stamp = tuple[int, int, int] | None
 
 
 def router_of(settings: Settings) -> Router:
-    """Return the router of these settings. Raises ConfigurationError for a map that is wrong."""
-    problems = list(map_problems(settings))
-    if problems:
-        raise ConfigurationError(problems)
+    """Return the router of these settings.
+
+    Raises ConfigurationError for the one map that it routes by; `map_problems` looks at all.
+    """
     routing = settings.routing
     aliases = {
         name: Alias(alias.target, alias.database or None)
@@ -38,7 +44,7 @@ def router_of(settings: Settings) -> Router:
     return Router(
         UPSTREAM if UPSTREAM in settings.target_names() else None,
         aliases=aliases,
-        shard_map=_shard_map(settings, routing.shard_map) if routing.shard_map else None,
+        shard_map=_checked_map(settings, routing.shard_map) if routing.shard_map else None,
         map_name=routing.shard_map,
         parameter=routing.parameter,
         pattern=DatabasePattern.parse(routing.database_pattern),
@@ -49,31 +55,71 @@ def router_of(settings: Settings) -> Router:
 
 def map_problems(settings: Settings) -> Iterator[Problem]:
     """Yield what is wrong with the mappings of the shard maps: bounds, overlaps, targets, files."""
-    for name, shard_map in settings.shard_maps.items():
-        key = f"shard_maps.{name}.{'mappings_file' if shard_map.mappings_file else 'mappings'}"
+    # The one in use comes last, so that it is still built when the router wants it.
+    for name in sorted(settings.shard_maps, key=lambda name: name == settings.routing.shard_map):
         try:
-            _shard_map(settings, name)
-        except MapError as error:
-            yield from (Problem(key, problem) for problem in error.problems)
-        except OSError as error:
-            yield Problem(key, f"{shard_map.mappings_file}: {error.strerror or error}")
-        except UnicodeDecodeError:
-            yield Problem(key, f"{shard_map.mappings_file}: it is not UTF-8")
+            _checked_map(settings, name)
+        except ConfigurationError as error:
+            yield from error.problems
+
+
+def rewritten_file(settings: Settings, old: ShardMap | None, new: ShardMap | None) -> str | None:
+    """Return the key of the file that gives the map in use, if its mappings are others now.
+
+    What differs in the settings is `config.compare`'s to tell; it opens no file.
+    """
+    name = settings.routing.shard_map
+    if old is None or new is None or not settings.shard_maps[name].mappings_file:
+        return None
+    return None if new.digest == old.digest else _mappings_key(settings, name)
+
+
+def resolution_facts(settings: Settings, found: Resolution) -> dict[str, str]:
+    """Return what `resolve` says for machines; what does not apply is empty."""
+    target = settings.target(found.target)
+    return {
+        "canonical_key": found.key,
+        "hash": found.hash,
+        "low": found.low,
+        "high": found.high,
+        "target": found.target,
+        "endpoint": target.endpoint or target.instance,
+        "host": target.host,
+        "database": target.database,
+    }
 
 
 def resolution_lines(settings: Settings, found: Resolution) -> list[str]:
     """Return what `resolve` prints: the key, the mapping that has it, and where that leads."""
-    target = settings.target(found.target)
-    where = target.endpoint or target.instance or target.host
+    facts = resolution_facts(settings, found)
     rows = [
         ("canonical key", found.key),
         ("hash", found.hash),
         ("mapping", found.low if found.low == found.high else f"[{found.low}, {found.high})"),
         ("target", found.target),
-        ("host", target.host or f"looked up from {where}"),
-        ("database", target.database),
+        ("host", facts["host"] or f"looked up from {facts['endpoint']}"),
+        ("database", facts["database"]),
     ]
     return [f"{name:<14} {value}" for name, value in rows if value]
+
+
+def _checked_map(settings: Settings, name: str) -> ShardMap:
+    """Return a shard map. Raises ConfigurationError."""
+    key, file = _mappings_key(settings, name), settings.shard_maps[name].mappings_file
+    try:
+        return _shard_map(settings, name)
+    except MapError as error:
+        problems = [Problem(key, problem) for problem in error.problems]
+    except OSError as error:
+        problems = [Problem(key, f"{file}: {error.strerror or error}")]
+    except UnicodeDecodeError:
+        problems = [Problem(key, f"{file}: it is not UTF-8")]
+    raise ConfigurationError(problems)
+
+
+def _mappings_key(settings: Settings, name: str) -> str:
+    file = settings.shard_maps[name].mappings_file
+    return f"shard_maps.{name}.{'mappings_file' if file else 'mappings'}"
 
 
 def _shard_map(settings: Settings, name: str) -> ShardMap:

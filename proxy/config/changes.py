@@ -1,12 +1,13 @@
 """What differs between two configurations, and what of it needs a restart.
 
 For: a reload that says what it changed. Not for: the contents of files that a setting names (a
-mappings_file, a secret, a certificate): under an unchanged name these are not seen here.
+mappings_file, a secret, a certificate): under an unchanged name these are not seen here. Whoever
+reads such a file adds its key.
 
 Invariant: names of keys only, never a value, which may be a secret.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from proxy.config.effective import effective_values
@@ -25,6 +26,10 @@ class Changes:
 
     reloadable: tuple[str, ...]
     restart: tuple[str, ...]
+
+    def and_reloadable(self, key: str) -> "Changes":
+        """Return these, and a key whose value is the same but means something else now."""
+        return replace(self, reloadable=tuple(sorted({*self.reloadable, key})))
 
 
 def compare(old: Settings, new: Settings) -> Changes:

@@ -7,6 +7,7 @@ another that begins there.
 Invariant: a map never changes. Reload makes a new one, and whoever holds this one keeps it.
 """
 
+import hashlib
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from proxy.routing.keys import (
 # The owner of a stretch between two mappings.
 NOBODY: Final = 0xFFFFFFFF
 _WINDOW_BYTES: Final = 8  # an array's longest integer
+_DIGEST_DIGITS: Final = 8
 
 LOWEST_BOUND: Final = "-inf"
 HIGHEST_BOUND: Final = "+inf"
@@ -92,6 +94,8 @@ class ShardMap:
         self._order = _Order(bounds, HASH_BYTES if self._is_hash else KEY_BYTES[form.key_type])
         self._owners = owners
         self._targets = tuple(targets)
+        self.digest = self._digest()
+        """Names the content: that of a map with the same mappings is the same."""
 
     def __len__(self) -> int:
         """Return the number of mappings."""
@@ -128,6 +132,20 @@ class ShardMap:
         if self._is_list:
             return ShardMapping(lo, lo + b"\0", target)
         return ShardMapping(lo, next(iter(self._bounds[at + 1 : at + 2]), None), target)
+
+    def _digest(self) -> str:
+        # Owners count the targets of a configuration, which may be others next time: here only
+        # those in use count.
+        used = sorted(set(self._owners), key=lambda owner: self._name(owner) or "")
+        numbers = {owner: number for number, owner in enumerate(used)}
+        found = hashlib.sha256(repr((self.form, [self._name(owner) for owner in used])).encode())
+        found.update(array("I", map(numbers.__getitem__, self._owners)).tobytes())
+        found.update(array("I", map(len, self._bounds)).tobytes())
+        found.update(b"".join(self._bounds))
+        return found.hexdigest()[:_DIGEST_DIGITS]
+
+    def _name(self, owner: int) -> str | None:
+        return None if owner == NOBODY else self._targets[owner]
 
 
 class _Order:

@@ -104,6 +104,11 @@ class Router:
         self._require_key = require_key
         self._forward_key = forward_key
 
+    @property
+    def shard_map(self) -> ShardMap | None:
+        """The map that keys are looked up in, if there is one."""
+        return self._map
+
     def route(self, message: StartupMessage) -> Route:
         """Return the way of this client.
 
@@ -134,7 +139,7 @@ class Router:
         shard_map = self._map
         if shard_map is None:
             raise ProxyError(ErrorKind.MAP_MISSING)
-        key = shard_map.parse_key(text)
+        key = shard_map.parse_key(text) if text else b""
         if not key:
             raise ProxyError(ErrorKind.KEY_MISSING)
         mapping = shard_map.find(key)

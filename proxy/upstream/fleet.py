@@ -4,15 +4,16 @@ For: a dialer for each target, and one source of tokens for all the targets that
 reaches in one workspace. Not for: choosing the target (`routing`).
 
 Invariants: a way never changes, so that a token of one workspace cannot meet a host of another. A
-reload makes a new fleet, in which what is configured as before keeps its tokens. Whoever still
-dials on an old way keeps that alive, and nobody else does.
+reload makes a new fleet, in which what is configured as before is the same way: it keeps its token,
+host and identity, and asks the workspace nothing. Whoever still dials on an old way keeps that
+alive, and nobody else does.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 from proxy.config import (
     UPSTREAM,
@@ -37,7 +38,7 @@ PhaseTook = Callable[[str, ConnectPhase, float], None]
 """Hears the target, the phase that succeeded there, and its seconds."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Way:
     """The way to one target, part by part: a session needs the dialer, `check` walks through all.
 
@@ -80,12 +81,14 @@ class Accounts:
         self._version = version
         self._workspaces: WeakValueDictionary[Profile, Workspace] = WeakValueDictionary()
         self._accounts: WeakValueDictionary[tuple[Profile, str], Account] = WeakValueDictionary()
-        self._targets: WeakSet[Targets] = WeakSet()
+        self._ways: WeakValueDictionary[tuple[str, UpstreamSettings, Profile], Way] = (
+            WeakValueDictionary()
+        )
 
     async def close(self) -> None:
         """End what is being asked of the workspaces."""
-        for targets in list(self._targets):
-            await targets.close()
+        for way in list(self._ways.values()):
+            await way.targets.close()
         for account in list(self._accounts.values()):
             await account.credentials.close()
 
@@ -118,9 +121,15 @@ class Accounts:
         found.minting.offer(resources)
         return found
 
-    def close_at_end(self, targets: Targets) -> None:
-        """Have `close` end these look-ups, too, if somebody still needs them then."""
-        self._targets.add(targets)
+    def way(
+        self, name: str, settings: UpstreamSettings, profile: Profile, make: Callable[[], Way]
+    ) -> Way:
+        """Return the way to a target, the one that is there already if it is configured so."""
+        key = (name, settings, profile)
+        found = self._ways.get(key)
+        if found is None:
+            found = self._ways[key] = make()
+        return found
 
 
 class Fleet(Mapping[str, Way]):
@@ -171,18 +180,24 @@ class Fleet(Mapping[str, Way]):
         self, name: str, target: UpstreamSettings, endpoints: Mapping[Profile, list[Resource]]
     ) -> Way:
         profile, resource = self._profile(target), resource_of(target)
-        workspace = self._accounts.workspace(profile)
         account: Account | None = None
-        credentials: CredentialSource
-        if self._settings.credentials.password_file:
-            credentials = PasswordFile(self._settings.credentials.password_file)
-        else:
+        if not self._settings.credentials.password_file:
             assert resource is not None, "settings without a password name a resource"
             alone = isinstance(resource, Instance)
             account = self._accounts.account(profile, [resource] if alone else endpoints[profile])
+        make = partial(self._new_way, name, target, profile, account)
+        return self._accounts.way(name, target, profile, make)
+
+    def _new_way(
+        self, name: str, target: UpstreamSettings, profile: Profile, account: Account | None
+    ) -> Way:
+        workspace, resource = self._accounts.workspace(profile), resource_of(target)
+        credentials: CredentialSource
+        if account is None:
+            credentials = PasswordFile(profile.credentials.password_file)
+        else:
             credentials = account.credentials
         targets = Targets(target, resource, workspace)
-        self._accounts.close_at_end(targets)
         heard = partial(self._phase_took, name)
         dialer = Dialer(
             Connector(heard),

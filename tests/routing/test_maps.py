@@ -128,6 +128,22 @@ def test_a_map_counts_its_mappings_and_names_the_targets_in_use() -> None:
     assert gap.targets() == {"eu"}
 
 
+def test_maps_with_the_same_mappings_have_the_same_digest_whatever_else_there_is() -> None:
+    rows = [{"high": 0, "target": "us"}, {"low": 5, "high": 6, "target": "us"}]
+    one = built(INT4_RANGE, *rows)
+    more_targets = map_of_tables(reversed(rows), INT4_RANGE, ("a", "us", "zz"))
+    assert one.digest == more_targets.digest
+    others = [
+        built(INT4_RANGE, *rows[:1]),
+        built(INT4_RANGE, rows[0], {**rows[1], "target": "eu"}),
+        built(INT4_RANGE, rows[0], {**rows[1], "low": 4}),
+        built(INT4_RANGE, rows[0], {**rows[1], "low": 0}),
+        built(Form(Kind.HASH, KeyType.INT4)),
+        built(INT4_RANGE),
+    ]
+    assert len({one.digest, *(other.digest for other in others)}) == len(others) + 1
+
+
 def test_a_key_is_shown_as_its_type_writes_it() -> None:
     assert built(INT4_RANGE).show_key(parse_key("007", KeyType.INT4)) == "7"
 

@@ -1,0 +1,306 @@
+"""SIGHUP: the whole new configuration for new sessions, or none of it; the others go on.
+
+A real process each time, told by a real signal. What a configuration may say is tested in
+`tests/config`, tokens across a reload also in `test_workspaces`.
+"""
+
+import asyncio
+import re
+import signal
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from proxy.standin.lakebase import Lakebase
+from tests.e2e.conftest import StartProcess
+from tests.support.proxy_process import ProxyProcess, started_process
+from tests.support.running import WAIT_SECONDS_MAX, eventually, libpq, proxy_values, toml
+from tests.support.sharding import TABLE, range_map, shard_by_psycopg, sharded, targets
+
+pytestmark = pytest.mark.slow
+
+Sections = Mapping[str, Mapping[str, object]]
+RELOADED, KEPT = "reloaded", "not reloaded; the configuration stays as it was"
+RESTART = "restart to let these take effect"
+LOAD_SESSIONS = 200  # opened while the configuration is exchanged again and again
+
+
+class Reloading:
+    """A proxy process and its file."""
+
+    def __init__(self, proxy: ProxyProcess, lakebase: Lakebase, file: Path) -> None:
+        self.proxy = proxy
+        self.lakebase = lakebase
+        self.file = file
+
+    def write(self, sections: Sections) -> None:
+        self.file.write_text(toml(proxy_values(self.lakebase, sections)))
+
+    async def hang_up(self, event: str = RELOADED) -> dict[str, Any]:
+        """Send SIGHUP and return the next line with this event."""
+        before = len(self.proxy.events(event))
+        self.proxy.send(signal.SIGHUP)
+        await eventually(lambda: len(self.proxy.events(event)) > before, event)
+        return self.proxy.events(event)[-1]
+
+    async def take(self, sections: Sections) -> dict[str, Any]:
+        self.write(sections)
+        return await self.hang_up()
+
+
+@pytest.fixture
+def start(start_process: StartProcess, lakebase: Lakebase, tmp_path: Path) -> Any:
+    """Return a function that starts a process whose file can be written anew."""
+
+    async def started(sections: Sections) -> Reloading:
+        proxy = await start_process(**sections)
+        return Reloading(proxy, lakebase, tmp_path / "proxy.toml")
+
+    return started
+
+
+def turned(lakebase: Lakebase) -> dict[str, dict[str, object]]:
+    """Return sections in which each shard has the other's keys."""
+    return sharded(lakebase, range_map(["two", "one"]))
+
+
+async def test_a_changed_map_counts_for_new_sessions_and_running_ones_stay(
+    start: Any, lakebase: Lakebase
+) -> None:
+    reloading = await start(sharded(lakebase))
+    proxy = reloading.proxy
+    async with await psycopg.AsyncConnection.connect(**libpq(proxy, dbname="app@7")) as staying:
+        line = await reloading.take(turned(lakebase))
+        assert line["changed"] == ["shard_maps.tenants.mappings"]
+        assert line["mappings"] == 2
+        assert await shard_by_psycopg(proxy, dbname="app@7") == "two"
+        assert await shard_by_psycopg(proxy, dbname="app@1500") == "one"
+        row = await (await staying.execute(TABLE)).fetchone()
+        assert row == ("one",)
+    # The same account: what was minted before it still serves.
+    assert len(lakebase.workspace.mints) == 1
+
+
+OVERLAPPING = """
+[shard_maps.m]
+kind = "range"
+key_type = "int4"
+mappings = [
+  { low = 1, high = 9, target = "upstream" },
+  { low = 5, target = "upstream" },
+  { low = 9, target = "eu" },
+]
+"""
+BROKEN: Mapping[str, tuple[str, list[str]]] = {
+    "no TOML": ("[routing\n", ["proxy.toml"]),
+    "several keys": (
+        '[listen]\nport = 99999\n[routing]\nshard_map = "none"\n[upstream]\nsslmod = "x"\n',
+        ["listen.port", "routing.shard_map", "upstream.sslmod"],
+    ),
+    "an overlap and an unknown target": (
+        OVERLAPPING,
+        ["mapping 1 ([1, 9) on upstream) and mapping 2", "'eu'"],
+    ),
+    "a file of mappings that is not there": (
+        '[shard_maps.m]\nkind = "list"\nkey_type = "text"\nmappings_file = "/nonexistent/m.csv"\n',
+        ["shard_maps.m.mappings_file"],
+    ),
+    "a certificate that is not there": (
+        '[upstream]\nendpoint = "projects/p/branches/b/endpoints/e"\nssl_root_cert = "/nowhere"\n',
+        ["upstream.ssl_root_cert"],
+    ),
+}
+
+
+async def test_a_configuration_that_is_wrong_changes_nothing_and_every_problem_is_logged(
+    start: Any, lakebase: Lakebase
+) -> None:
+    reloading = await start(sharded(lakebase))
+    good = reloading.file.read_text()
+    for text, problems in BROKEN.values():
+        reloading.file.write_text(text)
+        line = await reloading.hang_up(KEPT)
+        assert line["level"] == "error"
+        for problem in problems:
+            assert problem in "\n".join(line["problems"])
+        assert await shard_by_psycopg(reloading.proxy, dbname="app@7") == "one"
+    reloading.file.unlink()
+    line = await reloading.hang_up(KEPT)
+    assert str(reloading.file) in "\n".join(line["problems"])
+    reloading.file.write_text(good)
+    assert (await reloading.hang_up())["changed"] == []
+    assert "Traceback" not in reloading.proxy.err
+
+
+async def test_what_needs_a_restart_is_named_and_stays_as_it_was(
+    start: Any, lakebase: Lakebase
+) -> None:
+    reloading = await start(sharded(lakebase))
+    port = reloading.proxy.listen_port
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        other = free.getsockname()[1]
+    listen = {"port": other, "max_connections": 7}
+    given = {**turned(lakebase), "listen": listen, "log": {"format": "console"}}
+    line = await reloading.take(given)
+    assert line["changed"] == ["shard_maps.tenants.mappings"]
+    (warned,) = reloading.proxy.events(RESTART)
+    assert warned["keys"] == ["listen.max_connections", "listen.port", "log.format"]
+    assert reloading.proxy.listen_port == port
+    assert await shard_by_psycopg(reloading.proxy, dbname="app@7") == "two"
+
+
+async def test_the_log_level_and_the_time_to_drain_change(start: Any, lakebase: Lakebase) -> None:
+    reloading = await start({**sharded(lakebase), "shutdown": {"drain_seconds": 60}})
+    proxy = reloading.proxy
+    quiet = {"log": {"level": "warning"}, "shutdown": {"drain_seconds": 0}}
+    reloading.write({**turned(lakebase), **quiet})
+    proxy.send(signal.SIGHUP)  # it is too quiet to say so
+    async with asyncio.timeout(WAIT_SECONDS_MAX):
+        while await shard_by_psycopg(proxy, dbname="app@7") == "one":
+            pass
+    said = len(proxy.lines)
+    await shard_by_psycopg(proxy, dbname="app@7")
+    talkative = {"log": {"level": "debug"}, "shutdown": {"drain_seconds": 0}}
+    line = await reloading.take({**sharded(lakebase), **talkative})
+    assert line["changed"] == ["log.level", "shard_maps.tenants.mappings"]
+    assert [one["event"] for one in proxy.lines[said:]] == [RELOADED]
+    busy = await psycopg.AsyncConnection.connect(**libpq(proxy, dbname="app@7"))
+    await busy.execute(TABLE)  # begins a transaction: it is not idle
+    proxy.send(signal.SIGTERM)
+    assert await proxy.ended() == 3  # at once, not after a minute
+    await busy.close()
+    assert proxy.events("draining")[0]["drain_seconds"] == 0
+
+
+async def test_targets_come_and_go(start: Any, lakebase: Lakebase) -> None:
+    both = targets(lakebase)
+    admin = {"admin": {"enabled": True, "port": 0}}
+    reloading = await start({**admin, "targets": {"one": both["one"]}})
+    proxy = reloading.proxy
+    line = await reloading.take({**admin, **sharded(lakebase)})
+    assert line["changed"] == [
+        *("routing.require_key", "routing.shard_map", "shard_maps.tenants", "targets.two"),
+    ]
+    async with await psycopg.AsyncConnection.connect(**libpq(proxy, dbname="x@1500")) as staying:
+        line = await reloading.take({**admin, "targets": {"one": both["one"]}})
+        assert "targets.two" in line["changed"]
+        row = await (await staying.execute(TABLE)).fetchone()
+        assert row == ("two",)  # on a target that is configured no more
+    assert await shard_by_psycopg(proxy) == "one"
+    assert len(lakebase.workspace.mints) == 1
+
+
+def written_csv(file: Path, rows: Mapping[str, str]) -> None:
+    """Exchange a file of mappings in one step, as a careful deployment does."""
+    new = file.with_suffix(".new")
+    new.write_text("key,target\n" + "".join(f"{key},{name}\n" for key, name in rows.items()))
+    new.replace(file)
+
+
+async def test_a_file_of_mappings_that_changed_under_its_name_is_read_and_said(
+    start: Any, lakebase: Lakebase, tmp_path: Path
+) -> None:
+    file = tmp_path / "tenants.csv"
+    written_csv(file, {"a": "one", "b": "two"})
+    by_file: dict[str, object] = {"kind": "list", "key_type": "text", "mappings_file": str(file)}
+    reloading = await start(sharded(lakebase, by_file))
+    proxy = reloading.proxy
+    assert await shard_by_psycopg(proxy, dbname="x@a") == "one"
+    line = await reloading.hang_up()
+    assert (line["changed"], line["mappings"]) == ([], 2)
+    written_csv(file, {"a": "two", "b": "two", "c": "one"})
+    line = await reloading.hang_up()
+    assert (line["changed"], line["mappings"]) == (["shard_maps.tenants.mappings_file"], 3)
+    assert [await shard_by_psycopg(proxy, dbname=f"x@{key}") for key in "abc"] == [
+        *("two", "two", "one"),
+    ]
+    # The same mappings in another order are no change.
+    written_csv(file, {"c": "one", "b": "two", "a": "two"})
+    assert (await reloading.hang_up())["changed"] == []
+    written_csv(file, {"a": "nowhere", "": "one"})
+    line = await reloading.hang_up(KEPT)
+    said = "\n".join(line["problems"])
+    assert "line 2: there is no target 'nowhere'" in said
+    assert "line 3: the key is empty" in said
+    assert await shard_by_psycopg(proxy, dbname="x@c") == "one"
+
+
+async def test_a_reload_while_the_workspace_is_away_costs_no_session(
+    start: Any, lakebase: Lakebase
+) -> None:
+    # What is configured as before keeps its token, its host and its identity: a proxy that served
+    # through an outage serves on when somebody reloads it.
+    reloading = await start(sharded(lakebase))
+    for key in ("7", "1500"):
+        await shard_by_psycopg(reloading.proxy, dbname=f"app@{key}")
+    await lakebase.workspace.refuse_connections()
+    await reloading.take(turned(lakebase))
+    assert await shard_by_psycopg(reloading.proxy, dbname="app@7") == "two"
+    assert await shard_by_psycopg(reloading.proxy, dbname="app@1500") == "one"
+    await lakebase.workspace.accept_connections()
+
+
+async def test_sessions_that_are_opened_all_the_while_never_fail(
+    start: Any, lakebase: Lakebase
+) -> None:
+    reloading = await start(sharded(lakebase))
+    proxy = reloading.proxy
+    seen: list[tuple[str, str]] = []
+    lanes = 8
+
+    async def lane(key: str) -> None:
+        for _ in range(LOAD_SESSIONS // lanes):
+            shard = await shard_by_psycopg(proxy, dbname=f"app@{key}")
+            seen.append((key, shard))
+
+    async with asyncio.TaskGroup() as tasks:
+        work = [tasks.create_task(lane(("7", "1500")[n % 2])) for n in range(lanes)]
+        reloads = 0
+        while not all(task.done() for task in work):
+            reloads += 1
+            await reloading.take((sharded, turned)[reloads % 2](lakebase))
+    assert len(seen) == LOAD_SESSIONS
+    assert reloads >= 5
+    assert set(seen) == {(key, shard) for key in ("7", "1500") for shard in ("one", "two")}
+    for key in ("7", "1500"):
+        await reloading.take(turned(lakebase))
+        assert await shard_by_psycopg(proxy, dbname=f"app@{key}") == {"7": "two"}.get(key, "one")
+    assert [line for line in proxy.lines if line["level"] not in ("debug", "info")] == []
+    assert proxy.events("session refused") == []
+    assert len(lakebase.workspace.mints) == 1
+
+
+async def test_systemd_hears_of_readiness_each_reload_and_the_end(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    file = tmp_path / "proxy.toml"
+    file.write_text(toml(proxy_values(lakebase, sharded(lakebase))))
+    heard: list[str] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.setblocking(False)
+
+        async def hear() -> str:
+            async with asyncio.timeout(30):
+                message = await asyncio.get_running_loop().sock_recv(supervisor, 4096)
+            heard.append(message.decode())
+            return heard[-1]
+
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        run = ("run", "--config", str(file))
+        async with started_process(*run, environment=environment) as proxy:
+            assert await hear() == "READY=1"
+            assert proxy.events("serving")
+            for text in (file.read_text(), "[routing\n"):  # a good one, and a bad one
+                file.write_text(text)
+                proxy.send(signal.SIGHUP)
+                assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", await hear())
+                assert await hear() == "READY=1"
+            proxy.send(signal.SIGTERM)
+            assert await hear() == "STOPPING=1"
+            assert await proxy.ended() == 0
+    assert len(heard) == 6

@@ -1,0 +1,1 @@
+"""Long runs through the whole product, outside the suite: `make soak`."""

@@ -2,7 +2,8 @@
 
 Startup under its own clock, then a target and a session upstream, then the welcome in one write,
 then the relay. A client that has sent its StartupMessage and cannot be served always gets an
-ErrorResponse; one that goes away ends whatever was begun for it.
+ErrorResponse, also when it is a bug that keeps it from being served; one that goes away ends
+whatever was begun for it.
 """
 
 import asyncio
@@ -30,6 +31,7 @@ from proxy.wire.client_startup import (
     CancelReceived,
     ClientEvent,
     ClientStartup,
+    ClientState,
     DirectTLSReceived,
     Disconnected,
     EncryptionAnswered,
@@ -202,6 +204,12 @@ class Session:
             detail = f"reason={violation.reason}"
             refusal = ErrorResponse.fatal(violation.sqlstate, violation.message, detail)
             self._refuse(violation.reason, refusal)
+        except Exception:
+            # A bug of ours: its client is told what any other is, and the listener counts it.
+            if self._startup.state is ClientState.AWAIT_BACKEND:
+                bug = ProxyError(ErrorKind.INTERNAL)
+                self._refuse(bug.reason, bug.response())
+            raise
 
     async def _dial(self, passage: Passage) -> UpstreamSession:
         """Return a session upstream. Raises ClientGone, ProxyError or ClientViolation."""

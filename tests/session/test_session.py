@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,14 @@ import pytest
 import pytest_asyncio
 import trustme
 
-from proxy.app import App, serving
+from proxy.app import App, build_metrics, serving
+from proxy.config import ListenSettings
+from proxy.session.cancel import CancelForwarder, CancelKeys
+from proxy.session.listener import Listener, Places
+from proxy.session.session import Passage, Session, SessionParts
 from proxy.standin.faults import Stage, Strike
 from proxy.standin.lakebase import Lakebase
+from proxy.upstream.connector import Connector
 from proxy.wire.messages import (
     AuthenticationOk,
     BackendKeyData,
@@ -27,12 +33,20 @@ from proxy.wire.messages import (
     ParameterStatus,
     ReadyForQuery,
 )
-from proxy.wire.startup import CancelRequest, ProtocolVersion, SSLRequest
+from proxy.wire.startup import CancelRequest, ProtocolVersion, SSLRequest, StartupMessage
 from tests.support.plain_client import PlainClient, plain_client, query, startup
 from tests.support.planted import watching
-from tests.support.running import eventually, proxy_settings
+from tests.support.running import captured_log, eventually, proxy_settings
 
 SERVER_NAME = "localhost"
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where a listener listens."""
+
+    listen_host: str
+    listen_port: int
 
 
 @pytest_asyncio.fixture
@@ -116,6 +130,42 @@ async def test_w3_the_tail_behind_the_startup_message_is_not_forwarded_before_re
         answer = await until_ready(client)
     assert all(not isinstance(message, Frame) for message in welcome)
     assert any(isinstance(message, Frame) and b"tail" in message.payload for message in answer)
+
+
+async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged() -> None:
+    # What the program did not expect closed the connection without a word.
+    def bug(_message: StartupMessage) -> Passage:
+        raise ZeroDivisionError("a bug")
+
+    metrics, keys, settings = build_metrics(), CancelKeys(), ListenSettings(port=0)
+    places = Places(1)
+    parts = SessionParts(
+        route=bug,
+        cancel_keys=keys,
+        cancels=CancelForwarder(keys, Connector(metrics.connect_phase_took), metrics),
+        metrics=metrics,
+        startup_timeout_seconds=5,
+        tls=None,
+        place=places.take,
+    )
+    listener = Listener(settings, places, metrics, lambda link: Session(link, parts).run())
+    with captured_log() as log:
+        async with listener.accepting() as (host, port):
+            for _ in range(2):  # the place is free again
+                async with plain_client(Where(host, port)) as client:
+                    await client.send(startup())
+                    error = await client.error()
+                    assert await client.receive_rest() == b""
+                assert (error.severity, error.sqlstate) == ("FATAL", "XX000")
+                assert error.text(b"D") == "reason=internal_error"
+            ended = partial(metrics.value, "sessions_ended_total", reason="internal_error")
+            await eventually(lambda: ended() == 2, "both are counted")
+    assert metrics.value("startup_failures_total", reason="internal_error") == 2
+    told, failed = log.events("session refused"), log.events("session failed")
+    assert [line["connection"] for line in told] == [1, 2]
+    assert [line["connection"] for line in failed] == [1, 2]
+    assert all(line["reason"] == "internal_error" for line in told)
+    assert all("ZeroDivisionError: a bug" in line["exception"] for line in failed)
 
 
 # -- TLS towards the client; as configured it is in e2e/test_wire_listener_tls.py -----------------

@@ -16,6 +16,7 @@ from proxy.app import App
 from proxy.standin.cluster import CLIENT_ID
 from tests.e2e.conftest import StartProxy
 from tests.packaging.manifests import ROOT
+from tests.support.languages import GO_ENVIRONMENT, GO_IS_THERE, GO_RUN, JDBC
 from tests.support.proxy_process import run_to_end
 from tests.support.running import psql_path
 from tests.support.tools import lack
@@ -24,7 +25,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 DOCUMENT = ROOT / "docs" / "languages.md"
 RUNS = "✓"
-JDBC = Path("/usr/share/java/postgresql.jar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ RUNNERS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "sh": ("sh", lambda file: ["sh", str(file)]),
     "python": ("py", lambda file: [sys.executable, str(file)]),
     "js": ("js", _node),
+    "go": ("go", lambda file: [*GO_RUN, str(file)]),
     "java": ("java", lambda file: ["java", "-cp", str(JDBC), str(file)]),
     "ruby": ("rb", lambda file: ["ruby", str(file)]),
     "php": ("php", lambda file: ["php", str(file)]),
@@ -62,6 +63,7 @@ RUNNERS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
 # A command that succeeds when a language's driver is installed.
 DRIVERS = {
     "js": ["node", "-e", "require('pg')"],
+    "go": list(GO_IS_THERE),
     "java": ["test", "-f", str(JDBC)],
     "ruby": ["ruby", "-e", "require 'pg'"],
     "php": ["php", "-r", "exit(extension_loaded('pdo_pgsql') ? 0 : 1);"],
@@ -98,7 +100,9 @@ async def test_an_example_logs_in_and_asks(
     await need_language(example)
     proxy: App = await start_proxy()
     file = placed(example, tmp_path, proxy.listen_port)
-    code, out, err = await run_to_end(*RUNNERS[example.language][1](file))
+    environment = GO_ENVIRONMENT if example.language == "go" else None
+    command = RUNNERS[example.language][1](file)
+    code, out, err = await run_to_end(*command, environment=environment)
     assert code == 0, err
     assert CLIENT_ID in out
 

@@ -1,0 +1,176 @@
+"""The same key by both ways reaches the same shard, from each language's ordinary driver.
+
+A program gets the proxy's port, opens a session for each of two keys by each of the two ways that
+every driver has, and prints the shard that the session finds itself on.
+"""
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from proxy.standin.lakebase import Lakebase
+from tests.e2e.conftest import StartProxy
+from tests.support.languages import GO_ENVIRONMENT, GO_IS_THERE, GO_RUN, JDBC
+from tests.support.proxy_process import run_to_end
+from tests.support.sharding import sharded
+from tests.support.tools import lack
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+# options, database name; then the same for the other key.
+EXPECTED = ["one", "one", "two", "two"]
+
+PSYCOPG = """
+import sys
+import psycopg
+
+for key in ("7", "1500"):
+    for more in (f"dbname=app options='-c shard_key={key}'", f"dbname=app@{key}"):
+        where = f"host=127.0.0.1 port={sys.argv[1]} user=application {more}"
+        with psycopg.connect(where) as connection:
+            print(connection.execute("SELECT name FROM shard_identity").fetchone()[0])
+"""
+
+ASYNCPG = """
+import asyncio
+import sys
+import asyncpg
+
+async def main():
+    where = {"host": "127.0.0.1", "port": int(sys.argv[1]), "user": "application"}
+    for key in ("7", "1500"):
+        for more in (
+            {"database": "app", "server_settings": {"shard_key": key}},
+            {"database": f"app@{key}"},
+        ):
+            connection = await asyncpg.connect(**where, **more)
+            print(await connection.fetchval("SELECT name FROM shard_identity"))
+            await connection.close()
+
+asyncio.run(main())
+"""
+
+NODE = """
+const { Client } = require("pg");
+
+(async () => {
+  for (const key of ["7", "1500"]) {
+    for (const more of [
+      { database: "app", options: `-c shard_key=${key}` },
+      { database: `app@${key}` },
+    ]) {
+      const where = { host: "127.0.0.1", port: Number(process.argv[2]), user: "application" };
+      const client = new Client({ ...where, ...more });
+      await client.connect();
+      console.log((await client.query("SELECT name FROM shard_identity")).rows[0].name);
+      await client.end();
+    }
+  }
+})();
+"""
+
+JAVA = """
+import java.sql.DriverManager;
+
+class Main {
+    public static void main(String[] arguments) throws Exception {
+        var where = "jdbc:postgresql://127.0.0.1:" + arguments[0];
+        for (var key : new String[] {"7", "1500"}) {
+            for (var more : new String[] {
+                "/app?options=-c%20shard_key=" + key + "&", "/app@" + key + "?"
+            }) {
+                var url = where + more + "user=application&sslmode=disable";
+                try (var connection = DriverManager.getConnection(url);
+                        var rows = connection.createStatement()
+                                .executeQuery("SELECT name FROM shard_identity")) {
+                    rows.next();
+                    System.out.println(rows.getString(1));
+                }
+            }
+        }
+    }
+}
+"""
+
+GO = """
+package main
+
+import (
+	"database/sql"
+	"fmt"
+	"os"
+
+	_ "github.com/lib/pq"
+)
+
+func main() {
+	where := "host=127.0.0.1 user=application sslmode=disable port=" + os.Args[1]
+	for _, key := range []string{"7", "1500"} {
+		for _, more := range []string{
+			" dbname=app options='-c shard_key=" + key + "'", " dbname=app@" + key,
+		} {
+			db, err := sql.Open("postgres", where+more)
+			if err != nil {
+				panic(err)
+			}
+			var name string
+			if err := db.QueryRow("SELECT name FROM shard_identity").Scan(&name); err != nil {
+				panic(err)
+			}
+			fmt.Println(name)
+			db.Close()
+		}
+	}
+}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """A program, the file it belongs into, and how that is run."""
+
+    program: str
+    file: str
+    command: tuple[str, ...]
+    driver: tuple[str, ...] = ()  # succeeds where the driver is installed
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+LANGUAGES = {
+    "psycopg": Language(PSYCOPG, "main.py", (sys.executable,)),
+    "asyncpg": Language(ASYNCPG, "main.py", (sys.executable,)),
+    "node": Language(NODE, "main.js", ("node",), ("node", "-e", "require('pg')")),
+    "java": Language(JAVA, "Main.java", ("java", "-cp", str(JDBC)), ("test", "-f", str(JDBC))),
+    "go": Language(GO, "main.go", GO_RUN, GO_IS_THERE, GO_ENVIRONMENT),
+}
+
+
+async def need(name: str, language: Language) -> None:
+    """Skip, loudly, where a language or its driver is not installed."""
+    program = language.command[0]
+    missing = [] if shutil.which(program) else [f"{program} is missing"]
+    if not missing and language.driver:
+        code, _, _ = await run_to_end(*language.driver)
+        missing += ["its driver is missing"] if code else []
+    lack(f"shard keys from {name}", missing)
+
+
+@pytest.mark.parametrize("name", list(LANGUAGES))
+async def test_s15_the_same_key_by_both_ways_reaches_the_same_shard(
+    start_proxy: StartProxy, lakebase: Lakebase, tmp_path: Path, name: str
+) -> None:
+    language = LANGUAGES[name]
+    await need(name, language)
+    proxy = await start_proxy(**sharded(lakebase))
+    file = tmp_path / language.file
+    file.write_text(language.program)
+    arguments = (*language.command, str(file), str(proxy.listen_port))
+    code, out, err = await run_to_end(*arguments, environment=language.environment)
+    assert code == 0, err
+    assert out.split() == EXPECTED
+    hosts = [lakebase[shard].endpoint.host for shard in EXPECTED]
+    assert [record.sni for record in lakebase.gateway.sessions] == hosts

@@ -7,7 +7,6 @@ statement is ever replayed.
 """
 
 import asyncio
-import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable
@@ -54,9 +53,6 @@ CONNECTS_MAX: Final = 50
 # What a front end does before it asks for the password needs no database, which may be asleep: that
 # one is waited for afterwards, as long as connect_timeout_seconds allows.
 ANSWER_SECONDS_MAX: Final = 15.0
-# Where a token minted for its dial was refused, another one is not tried for so long: otherwise
-# every client of a role that is missing would cost a mint.
-REMINT_SECONDS_MIN: Final = 30.0
 
 # What it means when a dial's time ends in a phase.
 _SILENCE: Final = {
@@ -117,7 +113,6 @@ class Dialer:
         self._answer_seconds_max = answer_seconds_max
         self._jitter = jitter
         self._clock = clock
-        self._refused_fresh_at = -math.inf  # a token that was minted for its dial
 
     async def dial(self, client: StartupMessage) -> UpstreamSession:
         """Return a session for this client, within `connect_timeout_seconds`.
@@ -185,23 +180,20 @@ class Dialer:
         dial.failures.append(error)
         if error.original is None:  # else PostgreSQL itself spoke: the host is right
             self._targets.forget_host()
-        remint = credential is not None and self._may_remint(dial, error, credential)
-        delay = dial.retry.delay(error, from_cache=remint)
+        delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error, credential))
         if delay is None:
             raise error
-        if remint and credential is not None:
-            self._credentials.reject(credential)
         # Without a place: who sleeps opens nothing upstream and keeps nobody from trying.
         await asyncio.sleep(delay)
 
-    def _may_remint(self, dial: _Dial, error: ProxyError, credential: Credential) -> bool:
-        """Tell whether the error is a refused token's, and another token could do better."""
-        if error.kind.value.disposition is not Disposition.REMINT:
+    def _is_replaced(self, dial: _Dial, error: ProxyError, credential: Credential | None) -> bool:
+        """Tell whether the error is a cached token's, and the next one asked for will be another.
+
+        A role that is refused with a new token as well is not the token's fault: then it is not.
+        """
+        if credential is None or error.kind.value.disposition is not Disposition.REMINT:
             return False
-        if credential.requested_at >= dial.started_at:
-            self._refused_fresh_at = self._clock()
-            return False
-        return not 0 <= self._clock() - self._refused_fresh_at < REMINT_SECONDS_MIN
+        return credential.requested_at < dial.started_at and self._credentials.reject(credential)
 
     @asynccontextmanager
     async def _place(self, progress: Progress) -> AsyncIterator[bool]:

@@ -1,170 +1,94 @@
-"""`python -m bench`: the command line and the order of a run.
+"""`python -m bench`: measures, prints, writes.
 
 What is started is ended again on every way out: at the end, on a failure, on Ctrl-C and SIGTERM.
 """
 
-import argparse
-import json
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
-from bench import memory, queries, sessions, shard_maps
+from bench import contest, plan, publish, shard_maps
 from bench.accounting import others_seconds
-from bench.bulk import Bulk
 from bench.children import run
-from bench.contenders import (
-    PGBOUNCER,
-    PROXY,
-    Contender,
-    Start,
-    direct,
-    find_pgbouncer,
-    pgbouncer,
-    proxy,
-)
+from bench.contenders import HAPROXY, PGBOUNCER
+from bench.contest import say
 from bench.errors import BenchError
-from bench.postgres import Postgres, find_binaries, postgres
-from bench.queries import Load
-from bench.readings import Readings
-from bench.report import as_json, machine, table
-from bench.workspace import workspace
+from bench.picture import draw
+from bench.plan import Outputs, Plan
+from bench.postgres import find_binaries
+from bench.record import Record, to_json
+from bench.report import machine, table
+from bench.starting import find
 
-_SHARD_MAPS: Final = "shardmap"  # the one subject that needs no PostgreSQL
-_SUBJECTS: Final = ("pgbench", "copy", "connect", "memory", _SHARD_MAPS)
 _MISSING: Final = "PgBouncer is MISSING, nothing is compared with it: apt-get install pgbouncer"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run measures, and how much of it."""
-
-    subjects: frozenset[str]
-    rounds: int
-    loads: tuple[Load, ...]
-    megabytes: int
-    connects: int
-    idle_sessions: int
+# Cores that others took, on average: the kernel's own work and a terminal stay below.
+_DISTURBED_CORES: Final = 0.1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; return the exit code."""
-    options = _options(arguments)
-    plan = _plan(options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if _SHARD_MAPS in plan.subjects:
-        sys.stdout.write(shard_maps.report() + "\n")
-        if len(plan.subjects) == 1:
+    planned, outputs = plan.read(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _interrupt)
+    if plan.SHARD_MAPS in planned.subjects:
+        sys.stdout.write(shard_maps.report() + "\n\n")
+        if len(planned.subjects) == 1:
             return 0
-    readings, status = Readings(), 0
-    described: dict[str, str] = {}
+    record, status = Record(planned.rounds), 0
     try:
-        described |= _describe()
-        begun, others = time.monotonic(), others_seconds()
-        with _scratch() as directory:
-            _run(plan, directory, readings)
-        disturbed = (others_seconds() - others) / (time.monotonic() - begun)
-        described["disturbance"] = f"other programs took {disturbed:.2f} cores meanwhile"
+        _measure(planned, record)
     except BenchError as error:
-        _say(f"bench: {error}")
+        say(f"bench: {error}")
         status = 1
     except KeyboardInterrupt:
-        _say("bench: stopped; nothing is left running")
+        say("bench: stopped; nothing is left running")
         status = 130
-    if readings.values:  # those of an interrupted run are no worse for that
-        sys.stdout.write(table(readings, described, plan.rounds) + "\n")
-        if options.json:
-            text = json.dumps(as_json(readings, described, plan.rounds), indent=1)
-            options.json.write_text(text + "\n")
+    if record.readings.values:  # those of an interrupted run are no worse for that
+        _show(record, outputs, whole=status == 0)
     return status
 
 
-def _run(plan: Plan, directory: Path, readings: Readings) -> None:
-    with ExitStack() as stack:
-        upstream = stack.enter_context(postgres(directory))
-        starts = _starts(upstream, directory, stack.enter_context(workspace(directory)))
-        bulk = Bulk(plan.megabytes, upstream)
-        with ExitStack() as contest:
-            started = [contest.enter_context(start()) for start in starts.values()]
-            contenders = [direct(upstream), *started]
-            if "copy" in plan.subjects:
-                bulk.prepare(contenders[0])
-            for number in range(plan.rounds):
-                _say(f"round {number + 1} of {plan.rounds}")
-                _round(plan, _rotated(contenders, number), upstream, bulk, readings)
-        if "memory" in plan.subjects:
-            for name, start in starts.items():
-                _say(f"memory of {name}")
-                memory.measure(start, plan.idle_sessions, bulk, readings)
+def _measure(planned: Plan, record: Record) -> None:
+    if not find(PGBOUNCER):
+        say(_MISSING)
+    with _scratch() as directory:
+        record.machine |= machine(_versions(directory, planned.floor))
+        record.machine["run"] = planned.sizes()
+        begun, others = time.monotonic(), others_seconds()
+        contest.hold(planned, directory, record.readings)
+    seconds = time.monotonic() - begun
+    cores = max(0.0, (others_seconds() - others) / seconds)
+    say(f"took {seconds // 60:.0f} min {seconds % 60:.0f} s")
+    record.machine["disturbance"] = f"other programs took {cores:.2f} cores meanwhile"
+    if cores > _DISTURBED_CORES:
+        record.machine["disturbance"] += ": DISTURBED, not to be relied on"
 
 
-def _round(
-    plan: Plan, contenders: list[Contender], upstream: Postgres, bulk: Bulk, readings: Readings
-) -> None:
-    """Measure everything once; for each thing all contenders, right after each other."""
-    if "pgbench" in plan.subjects:
-        for load in plan.loads:
-            for contender in contenders:
-                queries.measure(load, contender, upstream, readings)
-    if "copy" in plan.subjects:
-        for contender in contenders:
-            bulk.measure(contender, readings)
-    if "connect" in plan.subjects:
-        sessions.measure(plan.connects, contenders, readings)
+def _show(record: Record, outputs: Outputs, *, whole: bool) -> None:
+    sys.stdout.write(table(record) + "\n")
+    if outputs.json:
+        outputs.json.write_text(to_json(record))
+    if outputs.picture:
+        outputs.picture.write_text(draw(record))
+    if outputs.publish and whole:
+        publish.publish(to_json(record))
+    elif outputs.publish:
+        say("bench: not published, since it did not run to its end")
 
 
-def _starts(upstream: Postgres, directory: Path, workspace_url: str) -> dict[str, Start]:
-    starts: dict[str, Start] = {}
-    program = find_pgbouncer()
-    if program is None:
-        _say(_MISSING)
-    else:
-        starts[PGBOUNCER] = partial(pgbouncer, upstream, directory, program)
-    starts[PROXY] = partial(proxy, upstream, directory, workspace_url)
-    return starts
-
-
-def _rotated(contenders: list[Contender], number: int) -> list[Contender]:
-    """Let another one be first in each round: the first finds the caches as nobody else does."""
-    first = number % len(contenders)
-    return contenders[first:] + contenders[:first]
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured")
-    parser.add_argument("--only", default=",".join(_SUBJECTS), help="some of %(default)s")
-    parser.add_argument("--full", action="store_true", help="longer, with 32 clients and 1 GB")
-    parser.add_argument("--megabytes", type=int, help="size of a COPY (256; with --full 1024)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there")
-    options = parser.parse_args(arguments)
-    unknown = set(options.only.split(",")) - set(_SUBJECTS)
-    if unknown or options.rounds < 1:
-        parser.error(f"--only takes {','.join(_SUBJECTS)}; --rounds at least 1")
-    return options
-
-
-def _plan(options: argparse.Namespace) -> Plan:
-    full: bool = options.full
-    protocols = ("simple", "extended", "prepared") if full else ("simple", "prepared")
-    clients = (1, 8, 32) if full else (1, 8)
-    seconds = 5 if full else 2
-    return Plan(
-        subjects=frozenset(options.only.split(",")),
-        rounds=options.rounds,
-        loads=tuple(Load(one, count, seconds) for one in protocols for count in clients),
-        megabytes=options.megabytes or (1024 if full else 256),
-        connects=500 if full else 150,
-        idle_sessions=1000,
-    )
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """Leave once: what is under way then is the tidying up, each step of which is bounded."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -178,20 +102,21 @@ def _scratch() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _describe() -> dict[str, str]:
-    """Return the machine and the versions. Raises BenchError without a PostgreSQL."""
-    program = find_pgbouncer()
-    with _scratch() as directory:
-        versions = [
-            run([command, "--version"], directory / "version.log", seconds_max=10).split("\n")[0]
-            for command in (find_binaries() / "postgres", program)
-            if command is not None
-        ]
-    return machine(versions[0], versions[1] if program else "MISSING")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+def _versions(directory: Path, floor: bool) -> dict[str, str]:
+    """Return the version of each program. Raises BenchError without a PostgreSQL."""
+    programs: dict[str, tuple[str | Path | None, str]] = {
+        "postgres": (find_binaries() / "postgres", "--version"),
+        PGBOUNCER: (find(PGBOUNCER), "--version"),
+    }
+    if floor:
+        programs[HAPROXY] = (find(HAPROXY), "-v")
+    versions = {}
+    for name, (program, flag) in programs.items():
+        versions[name] = "MISSING"
+        if program is not None:
+            words = run([program, flag], directory / "version.log", seconds_max=10)
+            versions[name] = words.split("\n")[0]
+    return versions
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the kernel has booked to a process: CPU time and resident memory.
+"""What the kernel has booked to a process: CPU time, resident memory, open files.
 
 All of it is the process's own account, so that the load of others on the machine, which changes
 how long something takes, changes little here.
@@ -6,6 +6,7 @@ how long something takes, changes little here.
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,10 @@ class CPU:
     user: float
     system: float
     total: float
+
+    def __add__(self, other: "CPU") -> "CPU":
+        """Return what both have spent."""
+        return CPU(self.user + other.user, self.system + other.system, self.total + other.total)
 
     def __sub__(self, earlier: "CPU") -> "CPU":
         """Return what was spent since `earlier`.
@@ -57,3 +62,30 @@ def others_seconds() -> float:
 def resident_bytes(pid: int) -> int:
     """Return the process's resident memory."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+
+
+def open_files(pid: int) -> int:
+    """Return how many descriptors the process holds."""
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def open_sockets(pid: int) -> int:
+    """Return how many of its descriptors are sockets; one may be closed while they are counted."""
+    count = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            count += str(descriptor.readlink()).startswith("socket:")
+    return count
+
+
+def descendants(pid: int) -> tuple[int, ...]:
+    """Return the processes that this one has started, and theirs."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(path.parent.name))
+    found = list(parents.get(pid, ()))
+    for one in found:
+        found += parents.get(one, ())
+    return tuple(found)

@@ -1,11 +1,13 @@
 """The programs that a run starts: apart from the terminal, each ended by whoever started it.
 
 Ctrl-C in the terminal reaches the harness alone, which then ends its children from the last one
-started to the first. Servers that refuse to be root run as an unprivileged user.
+started to the first. If the harness itself is killed, the kernel tells its children (Linux, by
+util-linux's `setpriv`). Servers that refuse to be root run as an unprivileged user.
 """
 
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,7 +64,7 @@ def child(
     """Run a program while the block runs; `environment` adds to ours without Postgres' part."""
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 - fixed commands, no shell
-            [str(word) for word in command],
+            [*_with_us(stop_signal), *(str(word) for word in command)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -118,6 +120,15 @@ def free_port() -> int:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _with_us(stop_signal: signal.Signals) -> list[str]:
+    """Return what lets a program end with us even when we are killed; nothing where it is missing.
+
+    It becomes the program itself, so that the process id stays.
+    """
+    program = shutil.which("setpriv")
+    return [program, "--pdeathsig", stop_signal.name[3:]] if program else []
 
 
 def _clean_environment() -> dict[str, str]:

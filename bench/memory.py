@@ -6,8 +6,11 @@ measured once, not in rounds: it hardly varies.
 """
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Final
+
+from psycopg.pq.abc import PGconn
 
 from bench.accounting import resident_bytes
 from bench.bulk import Bulk
@@ -15,6 +18,7 @@ from bench.contenders import Contender, Start
 from bench.readings import Quantity, Readings
 from bench.sessions import open_session
 
+CASE: Final = "resident memory"
 _SETTLE_SECONDS: Final = 1.0  # sessions end on both sides, allocators return what they will
 # A megabyte for each session: do its buffers stay as large as they once were?
 _LARGE_QUERY: Final = b"SELECT repeat('x', 1000000)"
@@ -25,11 +29,7 @@ def measure(start: Start, sessions_count: int, bulk: Bulk, readings: Readings) -
     with start() as contender:
         open_session(contender).finish()  # what the first session loads belongs to the rest
         rest = _settled(contender)
-        with ExitStack() as stack:
-            sessions = []
-            for _ in range(sessions_count):
-                sessions.append(open_session(contender))
-                stack.callback(sessions[-1].finish)
+        with _idle_sessions(contender, sessions_count) as sessions:
             full = _settled(contender)
             for session in sessions:
                 session.exec_(_LARGE_QUERY)
@@ -40,19 +40,42 @@ def measure(start: Start, sessions_count: int, bulk: Bulk, readings: Readings) -
         before = _settled(contender)
         bulk.copy_out(contender)
         after = _settled(contender)
-    many = f"{sessions_count} idle sessions"
+    many = f"{sessions_count:,} idle sessions"
     for name, unit, value in (
         ("at rest", "MB", rest / 1e6),
         (many, "MB", full / 1e6),
-        ("per idle session", "kB", (full - rest) / sessions_count / 1e3),
-        ("per idle session, used", "kB", (used - rest) / sessions_count / 1e3),
+        (f"per session of {sessions_count:,}", "kB", (full - rest) / sessions_count / 1e3),
+        ("per session, each used for 1 MB", "kB", (used - rest) / sessions_count / 1e3),
         (f"after {many}", "MB", closed / 1e6),
         ("growth by a bulk transfer", "%", (after / before - 1) * 100),
     ):
-        readings.add(contender.name, Quantity("resident memory", name, unit), value)
+        readings.add(contender.name, Quantity(CASE, name, unit), value)
+
+
+def measure_many(start: Start, sessions_count: int, readings: Readings) -> None:
+    """Start a contender whose upstream holds so many sessions, and fill it. Raises BenchError."""
+    with start() as contender:
+        open_session(contender).finish()
+        rest = _settled(contender)
+        with _idle_sessions(contender, sessions_count):
+            full = _settled(contender)
+    for name, unit, value in (
+        (f"{sessions_count:,} idle sessions", "MB", full / 1e6),
+        (f"per session of {sessions_count:,}", "kB", (full - rest) / sessions_count / 1e3),
+    ):
+        readings.add(contender.name, Quantity(CASE, name, unit), value)
+
+
+@contextmanager
+def _idle_sessions(contender: Contender, count: int) -> Iterator[list[PGconn]]:
+    with ExitStack() as stack:
+        sessions = []
+        for _ in range(count):
+            sessions.append(open_session(contender))
+            stack.callback(sessions[-1].finish)
+        yield sessions
 
 
 def _settled(contender: Contender) -> int:
-    assert contender.pid is not None
     time.sleep(_SETTLE_SECONDS)
-    return resident_bytes(contender.pid)
+    return sum(resident_bytes(pid) for pid in contender.pids)

@@ -8,6 +8,7 @@ pgbench; these are the distribution's (Debian: `apt-get install postgresql`).
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Final
 
 import trustme
 from psycopg import pq
+from psycopg.conninfo import make_conninfo
 
 from bench.children import LOOPBACK, child, free_port, private_directory, run, unprivileged
 from bench.errors import BenchError
@@ -24,8 +26,13 @@ from proxy.standin.cluster import CLIENT_ID, DATABASE
 HOST: Final = "upstream.bench.test"  # what the certificate names; no resolver is asked
 CONNECT_SECONDS_MAX: Final = "30"  # libpq waits without it for ever, deaf to Ctrl-C
 PGBENCH_SCALE: Final = 10  # 1,000,000 accounts: in memory, and a second to make
+_CERTIFICATE: Final = "server.pem"
+_PRIVATE_KEY: Final = "server.key"
 _INITDB_SECONDS_MAX: Final = 60.0
 _SQL_SECONDS_MAX: Final = 120.0
+_SETTLE_SECONDS: Final = 0.1
+_SETTLE_SECONDS_MAX: Final = 30.0
+_SESSIONS: Final = b"SELECT count(*) FROM pg_stat_activity"
 
 _SETTINGS: Final = {
     "listen_addresses": LOOPBACK,
@@ -40,14 +47,11 @@ _SETTINGS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Postgres:
-    """A running server."""
+class Place:
+    """Where something that speaks Postgres with TLS listens, and who vouches for it."""
 
-    binaries: Path
     port: int
     ca_file: Path
-    socket_directory: Path
-    scratch: Path
 
     @property
     def direct(self) -> dict[str, str]:
@@ -65,6 +69,34 @@ class Postgres:
             "connect_timeout": CONNECT_SECONDS_MAX,
         }
 
+
+@dataclass(frozen=True, slots=True)
+class Postgres:
+    """A running server."""
+
+    binaries: Path
+    place: Place
+    certificate: Path  # with `private_key`, for another that stands in for the server
+    private_key: Path
+    socket_directory: Path
+    scratch: Path
+
+    def settle(self) -> None:
+        """Wait until the sessions that ended are gone from the server, too. Raises BenchError."""
+        local = {"host": str(self.socket_directory), "port": str(self.place.port)}
+        target = make_conninfo(**local, user="postgres", dbname="postgres").encode()
+        session = pq.PGconn.connect(target)
+        deadline, before = time.monotonic() + _SETTLE_SECONDS_MAX, None
+        try:
+            # Those that stay are idle in somebody's pool: their number is not known, but stands.
+            while (now := session.exec_(_SESSIONS).get_value(0, 0)) != before:
+                if time.monotonic() > deadline:
+                    raise BenchError("sessions keep ending: the server does not settle")
+                before = now
+                time.sleep(_SETTLE_SECONDS)
+        finally:
+            session.finish()
+
     def sql(self, script: str, *, database: str = DATABASE) -> str:
         """Run a script as the superuser. Raises BenchError."""
         command = ["psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-c", script]
@@ -73,7 +105,7 @@ class Postgres:
     def _local(self, command: list[str], user: str, database: str) -> str:
         environment = {
             "PGHOST": str(self.socket_directory),
-            "PGPORT": str(self.port),
+            "PGPORT": str(self.place.port),
             "PGUSER": user,
             "PGDATABASE": database,
         }
@@ -106,8 +138,8 @@ def postgres(directory: Path) -> Iterator[Postgres]:
     settings = _SETTINGS | {
         "port": str(port),
         "unix_socket_directories": str(home),
-        "ssl_cert_file": str(home / "server.pem"),
-        "ssl_key_file": str(home / "server.key"),
+        "ssl_cert_file": str(home / _CERTIFICATE),
+        "ssl_key_file": str(home / _PRIVATE_KEY),
     }
     data = home / "data"
     initdb: list[str | Path] = [binaries / "initdb", "-D", data, "-U", "postgres", "--auth=trust"]
@@ -124,7 +156,14 @@ def postgres(directory: Path) -> Iterator[Postgres]:
     with child(command, log, account=account, stop_signal=fast) as server:
         target = f"host={home} port={port} user=postgres dbname=postgres".encode()
         server.wait_until(lambda: pq.PGconn.ping(target) == pq.Ping.OK)
-        running = Postgres(binaries, port, ca_file, home, directory)
+        running = Postgres(
+            binaries,
+            Place(port, ca_file),
+            certificate=home / _CERTIFICATE,
+            private_key=home / _PRIVATE_KEY,
+            socket_directory=home,
+            scratch=directory,
+        )
         running.prepare()
         yield running
 
@@ -155,8 +194,8 @@ def _certify(directory: Path, home: Path) -> Path:
     authority.cert_pem.write_to_path(str(ca_file))
     owner = home.stat()
     for name, blobs in (
-        ("server.pem", certificate.cert_chain_pems),
-        ("server.key", [certificate.private_key_pem]),
+        (_CERTIFICATE, certificate.cert_chain_pems),
+        (_PRIVATE_KEY, [certificate.private_key_pem]),
     ):
         path = home / name
         path.touch(mode=0o600)

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Final
 
-from bench.accounting import CPU, cpu
+from bench.accounting import CPU
 from bench.children import child
 from bench.contenders import Contender
 from bench.errors import BenchError
@@ -34,7 +34,7 @@ class Load:
     @property
     def case(self) -> str:
         """Its name in the table."""
-        return f"pgbench {self.protocol}, {self.clients} client{'s' * (self.clients > 1)}"
+        return f"{self.protocol}, {self.clients} client{'s' * (self.clients > 1)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,19 @@ class Window:
     latencies: list[float]
     cpu: CPU | None
 
+    @property
+    def throughput(self) -> float:
+        """Transactions a second."""
+        return len(self.latencies) / self.seconds
+
 
 def measure(load: Load, contender: Contender, upstream: Postgres, readings: Readings) -> None:
     """Run pgbench once and keep what it showed. Raises BenchError."""
+    _keep(f"pgbench {load.case}", contender.name, observe(load, contender, upstream), readings)
+
+
+def observe(load: Load, contender: Contender, upstream: Postgres) -> Window:
+    """Run pgbench once and return what happened in its middle. Raises BenchError."""
     prefix = upstream.scratch / "transactions"
     command: list[str | Path] = [
         *(upstream.binaries / "pgbench", "-n", "-S", "-M", load.protocol),
@@ -75,14 +85,13 @@ def measure(load: Load, contender: Contender, upstream: Postgres, readings: Read
     deadline = time.monotonic() + load.seconds + _SLACK_SECONDS
     with child(command, log, environment=contender.environment) as started:
         while (status := started.process.poll()) is None:
-            now = None if contender.pid is None else cpu(contender.pid)
-            samples.append(Sample(time.time(), now))
+            samples.append(Sample(time.time(), contender.cpu()))
             if time.monotonic() > deadline:
                 raise BenchError(f"{load.case} through {contender.name} hangs:\n{started.tail()}")
             time.sleep(_SAMPLE_SECONDS)
         if status:
             raise BenchError(f"{load.case} through {contender.name}:\n{started.tail()}")
-    _keep(load.case, contender.name, window(samples, _transactions(prefix)), readings)
+    return window(samples, _transactions(prefix))
 
 
 def window(samples: list[Sample], transactions: list[Transaction]) -> Window:
@@ -102,17 +111,11 @@ def _keep(case: str, contender: str, seen: Window, readings: Readings) -> None:
     def keep(name: str, unit: str, value: float) -> None:
         readings.add(contender, Quantity(case, name, unit), value)
 
-    keep("throughput", "TPS", len(seen.latencies) / seen.seconds)
+    keep("throughput", "TPS", seen.throughput)
     keep("latency mean", "us", fmean(seen.latencies) * 1e6)
     for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
         keep(f"latency {name}", "us", percentile(seen.latencies, share) * 1e6)
-    if seen.cpu is not None:
-        for name, seconds in (
-            ("CPU", seen.cpu.total),
-            ("CPU user", seen.cpu.user),
-            ("CPU system", seen.cpu.system),
-        ):
-            keep(name, "us/transaction", seconds / len(seen.latencies) * 1e6)
+    readings.add_cpu(contender, case, "us/transaction", seen.cpu, 1e6 / len(seen.latencies))
 
 
 def _transactions(prefix: Path) -> list[Transaction]:

@@ -7,6 +7,8 @@ machine down for a round slows both contenders.
 from dataclasses import dataclass, field
 from statistics import median
 
+from bench.accounting import CPU
+
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
@@ -27,18 +29,58 @@ class Readings:
         """Keep one round's value."""
         self.values.setdefault(quantity, {}).setdefault(contender, []).append(value)
 
-    def median(self, quantity: Quantity, contender: str) -> float | None:
+    def add_cpu(
+        self, contender: str, case: str, unit: str, spent: CPU | None, scale: float
+    ) -> None:
+        """Keep CPU time, user and system apart, in units of which a second has `scale`."""
+        if spent is None:
+            return
+        for name, seconds in (
+            ("CPU", spent.total),
+            ("CPU user", spent.user),
+            ("CPU system", spent.system),
+        ):
+            self.add(contender, Quantity(case, name, unit), seconds * scale)
+
+    def find(self, case: str, name: str) -> Quantity | None:
+        """Return the first quantity of this name whose case begins so; a size may follow there."""
+        found = (one for one in self.values if one.case.startswith(case) and one.name == name)
+        return next(found, None)
+
+    def median(self, quantity: Quantity | None, contender: str) -> float | None:
         """Return the median over the rounds, None where nothing was measured."""
-        values = self.values.get(quantity, {}).get(contender)
+        values = self._of(quantity, contender)
         return median(values) if values else None
 
-    def ratio(self, quantity: Quantity, contender: str, reference: str) -> float | None:
+    def ratio(self, quantity: Quantity | None, contender: str, reference: str) -> float | None:
         """Return the median of the rounds' ratios to `reference`, None where there is none."""
-        values = self.values.get(quantity, {})
-        mine, theirs = values.get(contender, []), values.get(reference, [])
+        mine, theirs = self._of(quantity, contender), self._of(quantity, reference)
         if not mine or len(mine) != len(theirs) or not all(theirs):
             return None
         return median(one / other for one, other in zip(mine, theirs, strict=True))
+
+    def added_ratio(
+        self, quantity: Quantity | None, contender: str, reference: str, floor: str
+    ) -> float | None:
+        """Return how many times what `reference` adds to `floor` the contender adds to it.
+
+        Of the medians of the rounds' differences: a single round's may be next to nothing. None
+        where nothing was measured, or where the reference adds nothing.
+        """
+        mine, theirs = (
+            self._added(quantity, contender, floor),
+            self._added(quantity, reference, floor),
+        )
+        return None if mine is None or theirs is None or theirs <= 0 else mine / theirs
+
+    def _added(self, quantity: Quantity | None, contender: str, floor: str) -> float | None:
+        values, least = self._of(quantity, contender), self._of(quantity, floor)
+        if not values or len(values) != len(least):
+            return None
+        return median(one - other for one, other in zip(values, least, strict=True))
+
+    def _of(self, quantity: Quantity | None, contender: str) -> list[float]:
+        return [] if quantity is None else self.values.get(quantity, {}).get(contender, [])
 
 
 def percentile(values: list[float], share: float) -> float:

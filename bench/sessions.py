@@ -6,8 +6,9 @@ proxy's. The contenders take turns session by session, and after each one there 
 is work for others, too, and is not to be measured with the next one's start.
 
 All of it shares this machine, and the network takes no time: what the proxy adds is seen next to
-the least that a session can cost. PgBouncer keeps its server connections and gives them to the
-next client, so that it logs in upstream once; the proxy does so for each.
+the least that a session can cost. Lakebase is never that near, so the same is measured with
+`delay.py` between every contender and PostgreSQL. PgBouncer keeps its server connections and gives
+them to the next client, so that it logs in upstream once; the proxy does so for each.
 """
 
 import time
@@ -17,12 +18,10 @@ from typing import Final
 from psycopg import pq
 from psycopg.pq.abc import PGconn
 
-from bench.accounting import cpu
 from bench.contenders import Contender
 from bench.errors import BenchError
 from bench.readings import Quantity, Readings, percentile
 
-_CASE: Final = "connect and SELECT 1"
 _WARM_UP_SESSIONS: Final = 3  # the first mints a token
 _PAUSE_SECONDS: Final = 0.003  # PostgreSQL and the proxy take about one to end a session
 
@@ -37,12 +36,12 @@ def open_session(contender: Contender) -> PGconn:
     raise BenchError(f"no session through {contender.name}: {message}")
 
 
-def measure(count: int, contenders: Sequence[Contender], readings: Readings) -> None:
+def measure(case: str, count: int, contenders: Sequence[Contender], readings: Readings) -> None:
     """Open and close so many sessions of each and keep how long they took. Raises BenchError."""
     for contender in contenders:
         for _ in range(_WARM_UP_SESSIONS):
             open_session(contender).finish()
-    before = [None if one.pid is None else cpu(one.pid) for one in contenders]
+    before = [one.cpu() for one in contenders]
     seconds: list[list[float]] = [[] for _ in contenders]
     for number in range(count):
         for turn in range(len(contenders)):  # each round of turns begins with another one
@@ -51,10 +50,11 @@ def measure(count: int, contenders: Sequence[Contender], readings: Readings) -> 
             time.sleep(_PAUSE_SECONDS)
     for contender, took, then in zip(contenders, seconds, before, strict=True):
         for name, share in (("p50", 0.5), ("p99", 0.99)):
-            readings.add(contender.name, Quantity(_CASE, name, "ms"), percentile(took, share) * 1e3)
-        if contender.pid is not None and then is not None:
-            spent = (cpu(contender.pid) - then).total
-            readings.add(contender.name, Quantity(_CASE, "CPU", "ms/session"), spent / count * 1e3)
+            readings.add(contender.name, Quantity(case, name, "ms"), percentile(took, share) * 1e3)
+        now = contender.cpu()
+        if now is not None and then is not None:
+            spent = (now - then).total / count
+            readings.add(contender.name, Quantity(case, "CPU", "ms/session"), spent * 1e3)
 
 
 def _timed(contender: Contender) -> float:

@@ -57,9 +57,9 @@ fuzz: $(INSTALLED) ## two million inputs a side, and generated tests for longer 
 	HYPOTHESIS_PROFILE=deep FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/fuzz tests/property $(ARGS)
 
 # Beside .venv it needs the distribution's PostgreSQL (the demo's has no TLS) and PgBouncer; it says
-# so where one is missing. ARGS: --rounds N, --only pgbench,copy,connect,memory,shardmap, --full,
-# --json FILE. `--only shardmap` needs neither and takes a minute.
-bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (four minutes)
+# so where one is missing. ARGS: --help lists them. `--only shardmap` needs neither and takes a
+# minute; `--full --publish --soak 60` is what docs/performance.md shows, and takes an hour and a half.
+bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (six minutes)
 	@exec $(BIN)/python -m bench $(ARGS)
 
 # exec: no shell stays between make and the program. Ctrl-C reaches the program, a SIGTERM to make

@@ -23,7 +23,7 @@ from bench.errors import BenchError
 from bench.picture import draw
 from bench.plan import Outputs, Plan
 from bench.postgres import find_binaries
-from bench.record import Record, to_json
+from bench.record import Record, from_json, to_json
 from bench.report import machine, table
 from bench.starting import find
 
@@ -73,13 +73,15 @@ def _measure(planned: Plan, record: Record) -> None:
 
 
 def _show(record: Record, outputs: Outputs, *, whole: bool) -> None:
-    sys.stdout.write(table(record) + "\n")
+    text = to_json(record)
+    kept = from_json(text)  # its digits, so that all that is shown is the same
+    sys.stdout.write(table(kept) + "\n")
     if outputs.json:
-        outputs.json.write_text(to_json(record))
+        outputs.json.write_text(text)
     if outputs.picture:
-        outputs.picture.write_text(draw(record))
+        outputs.picture.write_text(draw(kept))
     if outputs.publish and whole:
-        publish.publish(to_json(record))
+        publish.publish(text)
     elif outputs.publish:
         say("bench: not published, since it did not run to its end")
 
@@ -115,7 +117,7 @@ def _versions(directory: Path, floor: bool) -> dict[str, str]:
         versions[name] = "MISSING"
         if program is not None:
             words = run([program, flag], directory / "version.log", seconds_max=10)
-            versions[name] = words.split("\n")[0]
+            versions[name] = words.split("\n")[0].partition(" - ")[0]
     return versions
 
 

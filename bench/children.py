@@ -60,8 +60,12 @@ def child(
     environment: Mapping[str, str] | None = None,
     account: pwd.struct_passwd | None = None,
     stop_signal: signal.Signals = signal.SIGTERM,
+    stop_seconds_max: float = STOP_SECONDS_MAX,
 ) -> Iterator[Child]:
-    """Run a program while the block runs; `environment` adds to ours without Postgres' part."""
+    """Run a program while the block runs; `environment` adds to ours without Postgres' part.
+
+    At the block's end it gets the signal, and so much later it is killed with its process group.
+    """
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 - fixed commands, no shell
             [*_with_us(stop_signal), *(str(word) for word in command)],
@@ -77,7 +81,7 @@ def child(
     try:
         yield Child(process, log)
     finally:
-        _stop(process, stop_signal)
+        _stop(process, stop_signal, stop_seconds_max)
 
 
 def run(
@@ -137,13 +141,15 @@ def _clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
 
 
-def _stop(process: subprocess.Popen[bytes], stop_signal: signal.Signals) -> None:
+def _stop(
+    process: subprocess.Popen[bytes], stop_signal: signal.Signals, seconds_max: float
+) -> None:
     if process.poll() is not None:
         return
     process.send_signal(stop_signal)
     try:
         with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS_MAX)
+            process.wait(seconds_max)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

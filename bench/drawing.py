@@ -26,6 +26,7 @@ _STYLE: Final = """
   .line { stroke: var(--line); } .one { stroke: var(--soft); stroke-width: 1.5; }
   .better { fill: var(--better); } .even { fill: var(--even); } .worse { fill: var(--worse); }
   .mark { fill: var(--paper); stroke: var(--mark); stroke-width: 2; }
+  .cut { fill: none; stroke: var(--paper); stroke-width: 2.5; }
   .tile { fill: none; stroke: var(--line); }
 """
 
@@ -60,6 +61,12 @@ class Canvas:
     def diamond(self, x: float, y: float) -> None:
         """Mark a place."""
         self.elements.append(f'<path class="mark" d="M{x:g} {y - 6:g}l5 6l-5 6l-5 -6z"/>')
+
+    def chevron(self, x: float, y: float, *, left: bool) -> None:
+        """Cut a box that ends here in paper's colour: it would go on."""
+        step = 5 if left else -5
+        path = f"M{x + 2 * step:g} {y - 7:g}l{-step} 7l{step} 7"
+        self.elements.append(f'<path class="cut" d="{path}"/>')
 
     def svg(self, title: str, description: str, *, margin: int) -> str:
         """Return the page, which ends a margin below the last element."""

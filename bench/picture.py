@@ -26,7 +26,7 @@ _FIELD: Final = (250, 650)
 _COLUMNS: Final = (712, 800, 880, 968)  # right edges: ratio, proxy, PgBouncer, direct
 _ROW: Final = 24
 _BAR: Final = 12
-_RATIO_MAX: Final = 4.0  # a bar that goes further is cut, and its end drawn open
+_RATIO_MAX: Final = 4.0  # a bar that goes further is cut, and ends in an arrow
 _TICKS: Final = (0.25, 0.5, 1.0, 2.0, 4.0)
 _EVEN: Final = 0.025  # so near to 1.0 is neither better nor worse
 
@@ -70,10 +70,10 @@ _TRANSFERS: Final = (
 
 _PANELS: Final = (
     _Panel("Throughput", "transactions a second", _loads("throughput"), more_is_better=True),
-    _Panel("CPU a transaction", "us", _loads("CPU")),
+    _Panel("CPU a transaction", "microseconds, user and system", _loads("CPU")),
     _Panel(
         "Latency",
-        "us",
+        "microseconds",
         tuple(
             _Row(
                 f"prepared, {clients}, {share}", f"pgbench prepared, {clients}", f"latency {share}"
@@ -88,7 +88,7 @@ _PANELS: Final = (
         tuple(_Row(label, case, "speed") for label, case in _TRANSFERS),
         more_is_better=True,
     ),
-    _Panel("CPU a GB", "s", tuple(_Row(label, case, "CPU") for label, case in _TRANSFERS)),
+    _Panel("CPU a GB", "seconds", tuple(_Row(label, case, "CPU") for label, case in _TRANSFERS)),
     _Panel(
         "New session, beside direct TLS",
         "ms to the first answer; PgBouncer logs in once and keeps its connections",
@@ -146,7 +146,7 @@ def _legend(canvas: Canvas) -> None:
         canvas.text(x + 29, words, "soft")
         x += 84
     canvas.diamond(x + 6, canvas.y - 4)
-    canvas.text(x + 20, "the other one: direct, or PgBouncer where direct is 1", "soft")
+    canvas.text(x + 20, "direct TLS (PgBouncer in the last panel)", "soft")
 
 
 def _panel(canvas: Canvas, panel: _Panel, readings: Readings) -> None:
@@ -185,6 +185,8 @@ def _bar(canvas: Canvas, panel: _Panel, row: _Row, readings: Readings) -> None:
     start, end = sorted((_place(1.0), _place(good)))
     baseline, middle = canvas.y - 4, canvas.y - 8
     canvas.box(kind, start, middle - _BAR / 2, max(2.0, end - start), _BAR)
+    if not 1 / _RATIO_MAX <= good <= _RATIO_MAX:
+        canvas.chevron(_place(good), middle, left=good < 1)
     mark = readings.ratio(quantity, panel.mark, panel.reference)
     if mark and 1 / _RATIO_MAX <= mark <= _RATIO_MAX:
         at = factor(mark, 1.0, more_is_better=panel.more_is_better)

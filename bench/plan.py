@@ -65,7 +65,8 @@ def read(arguments: Sequence[str] | None) -> tuple[Plan, Outputs]:
     subjects = frozenset(options.only.split(",")) if options.only else _default(options.full)
     if subjects - set(SUBJECTS):
         parser.error(f"--only takes some of {','.join(SUBJECTS)}")
-    if options.rounds < 1 or options.soak < 0.1 or (options.megabytes or 1) < 1:
+    sizes = (options.rounds, options.megabytes if options.megabytes is not None else 1)
+    if min(sizes) < 1 or options.soak < 0.1:
         parser.error("--rounds and --megabytes are at least 1, --soak 0.1")
     if options.publish and options.only:
         parser.error("--publish shows one whole run: it does not go with --only")

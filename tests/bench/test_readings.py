@@ -1,15 +1,11 @@
 """The arithmetic of the benchmark: what it prints follows from what it saw."""
 
-import os
-import time
-
 import pytest
 
-from bench.accounting import CPU, cpu, resident_bytes
+from bench.accounting import CPU
 from bench.errors import BenchError
 from bench.queries import Sample, Transaction, window
 from bench.readings import Quantity, Readings, percentile
-from bench.report import as_json, table
 
 SPEED = Quantity("COPY out", "speed", "MB/s")
 
@@ -37,6 +33,36 @@ def test_there_is_no_ratio_to_what_was_not_measured() -> None:
     assert kept.median(SPEED, "direct") is None
 
 
+def test_what_is_added_to_the_floor_is_compared_with_what_another_adds() -> None:
+    kept = readings(direct=[10, 20, 10], pgbouncer=[14, 24, 14], proxy=[12, 23, 13])
+    assert kept.added_ratio(SPEED, "proxy", "pgbouncer", "direct") == 0.75  # 3 of 4
+
+
+def test_there_is_no_added_ratio_to_one_who_adds_nothing() -> None:
+    kept = readings(direct=[10], pgbouncer=[10], proxy=[12])
+    assert kept.added_ratio(SPEED, "proxy", "pgbouncer", "direct") is None
+    assert kept.added_ratio(SPEED, "proxy", "haproxy", "direct") is None
+
+
+def test_a_quantity_is_found_by_the_beginning_of_its_case() -> None:
+    kept = readings(proxy=[1])
+    assert kept.find("COPY", "speed") == SPEED
+    assert kept.find("COPY", "CPU") is None
+    assert kept.find("out", "speed") is None
+
+
+def test_cpu_is_kept_in_its_parts_and_in_the_unit_that_is_asked_for() -> None:
+    kept = Readings()
+    kept.add_cpu("proxy", "COPY out", "us", CPU(user=1, system=2, total=3), scale=1e6 / 10)
+    kept.add_cpu("direct", "COPY out", "us", None, scale=1)
+    found = {one.name: values for one, values in kept.values.items()}
+    assert found == {
+        "CPU": {"proxy": [3e5]},
+        "CPU user": {"proxy": [1e5]},
+        "CPU system": {"proxy": [2e5]},
+    }
+
+
 @pytest.mark.parametrize(
     ("share", "expected"), [(0.0, 1), (0.01, 1), (0.5, 50), (0.99, 99), (0.995, 100), (1.0, 100)]
 )
@@ -57,25 +83,10 @@ def test_window_leaves_out_warm_up_and_end() -> None:
 def test_window_of_a_run_that_is_too_short_is_an_error() -> None:
     with pytest.raises(BenchError, match="too short"):
         window([Sample(1.0, None)], [Transaction(1.0, 0.1)])
-
-
-def test_cpu_is_split_as_its_coarse_parts_are() -> None:
-    spent = CPU(3, 2, 5.004) - CPU(0, 1, 1.004)
-    assert (spent.user, spent.system, spent.total) == pytest.approx((3, 1, 4))
-    assert (CPU(1, 1, 2.001) - CPU(1, 1, 2.0)).total == pytest.approx(0.001)
-
-
-def test_accounting_agrees_with_this_process() -> None:
-    before = time.process_time()
-    assert before <= cpu(os.getpid()).total <= time.process_time()
-    assert resident_bytes(os.getpid()) > 1_000_000
-
-
-def test_table_and_json_tell_the_same() -> None:
-    kept = readings(direct=[40], proxy=[30])
-    lines = table(kept, {"cores": "2"}, rounds=1).splitlines()
-    assert lines[0] == "cores:       2"
-    assert lines[-1].split() == ["speed,", "MB/s", "40.0", "-", "30.0", "-", "0.75"]
-    (quantity,) = as_json(kept, {}, rounds=1)["quantities"]
-    assert quantity["medians"] == {"direct": 40, "proxy": 30}
-    assert quantity["ratios"] == {"proxy/pgbouncer": None, "proxy/direct": 0.75}
+    with pytest.raises(BenchError, match="too short"):
+        window([Sample(1.0, None)], [])
+    with pytest.raises(BenchError, match="too short"):  # nothing between the two samples
+        window(
+            [Sample(1.5, None), Sample(1.6, None)],
+            [Transaction(1.0, 0.1), Transaction(1.7, 0.1)],
+        )

@@ -1,0 +1,48 @@
+"""A record to look at: every target measured, each at a value that is chosen."""
+
+from collections.abc import Iterator
+
+from bench.contenders import DIRECT, PGBOUNCER, PROXY
+from bench.readings import Quantity
+from bench.record import Record
+
+MACHINE = {"processor": "a <processor>", "cores": "2", "memory": "4 GiB", "system": "Linux"}
+LOADS = [f"{one}, {count}" for one in ("simple", "prepared") for count in ("1 client", "8 clients")]
+
+
+def record(
+    *, speed: float = 2.0, cost: float = 0.5, latency: float = 110.0, own: float = 1.0
+) -> Record:
+    """Return one in which PgBouncer is 1 in speed and cost, and direct 1 too.
+
+    A latency is 100 for direct and 120 for PgBouncer. `own` is what stands for itself.
+    """
+    made = Record(2, dict(MACHINE))
+    for quantity, values in _values(speed, cost, latency, own):
+        for contender, value in values.items():
+            for _ in range(made.rounds):
+                made.readings.add(contender, quantity, value)
+    return made
+
+
+def _values(
+    speed: float, cost: float, latency: float, own: float
+) -> Iterator[tuple[Quantity, dict[str, float]]]:
+    for load in LOADS:
+        case = f"pgbench {load}"
+        yield Quantity(case, "throughput", "TPS"), {DIRECT: 1, PGBOUNCER: 1, PROXY: speed}
+        latencies = {DIRECT: 100.0, PGBOUNCER: 120.0, PROXY: latency}
+        yield Quantity(case, "latency p50", "us"), latencies
+        yield Quantity(case, "CPU", "us/transaction"), {PGBOUNCER: 1, PROXY: cost}
+    for way in ("out", "in"):
+        case = f"COPY {way}, 64 MB"
+        yield Quantity(case, "speed", "MB/s"), {DIRECT: 1, PGBOUNCER: 1, PROXY: speed}
+        yield Quantity(case, "CPU", "s/GB"), {PGBOUNCER: 1, PROXY: cost}
+    for where in ("on this machine", "PostgreSQL 1 ms away"):
+        quantity = Quantity(f"connect, {where}", "p50", "ms")
+        yield quantity, {DIRECT: 1, PGBOUNCER: 0.1, PROXY: cost}
+    for name in ("per session of 1,000", "per session of 5,000", "growth by a bulk transfer"):
+        yield Quantity("resident memory", name, ""), {PROXY: own}
+    for load in ("simple, 8 clients", "prepared, 8 clients"):
+        yield Quantity(f"workers, {load}", "CPU, 2 workers / 1", ""), {PROXY: own}
+    yield Quantity("workers", "sessions of the least even worker", ""), {PROXY: own}

@@ -1,0 +1,59 @@
+"""What is published: picture and document follow from the record; what is missed is explained."""
+
+import re
+
+import pytest
+
+from bench import publish
+from bench.picture import draw
+from bench.record import Record, from_json
+from bench.targets import TARGETS
+from tests.bench.records import record
+
+EMPTY = f"before\n{publish.BEGIN}\n{publish.END}\nafter\n"
+
+
+def test_the_published_picture_is_that_of_the_published_record() -> None:
+    assert publish.PICTURE.read_text() == draw(from_json(publish.RECORD.read_text()))
+
+
+def test_the_published_document_is_that_of_the_published_record() -> None:
+    document = publish.DOCUMENT.read_text()
+    assert publish.with_results(document, from_json(publish.RECORD.read_text())) == document
+
+
+def test_every_measure_has_a_place_where_its_reason_stands() -> None:
+    headings = re.findall(r"^### (.+)$", publish.DOCUMENT.read_text(), re.MULTILINE)
+    assert headings == [target.measure for target in TARGETS]
+
+
+def test_only_what_stands_between_the_markers_is_written() -> None:
+    once = publish.with_results(EMPTY, record())
+    assert once.startswith(f"before\n{publish.BEGIN}\n\n## ")
+    assert once.endswith(f"```\n\n{publish.END}\nafter\n")
+    assert publish.with_results(once, record()) == once
+
+
+def test_a_document_without_markers_is_not_written() -> None:
+    with pytest.raises(ValueError, match="markers"):
+        publish.with_results("nothing\n", record())
+
+
+def test_met_missed_and_not_measured_are_told_apart() -> None:
+    good, poor, none = (
+        publish.results(one)
+        for one in (record(), record(speed=0.5, cost=2, latency=150, own=99), Record(1))
+    )
+    assert "| met |" in good
+    assert "**missed**" not in good
+    assert "[why](#cpu-a-transaction)" in poor
+    assert "| met |" not in poor
+    assert "| - | not measured |" in none
+
+
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [("Two workers, CPU", "two-workers-cpu"), ("CPU a GB", "cpu-a-gb")],
+)
+def test_the_anchor_is_a_forges(measure: str, expected: str) -> None:
+    assert publish.anchor(measure) == expected

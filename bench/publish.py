@@ -48,7 +48,7 @@ def results(record: Record) -> str:
         [
             "## Where each number stands",
             "",
-            f"{met} of {len(known)} values keep their bound. What is missed leads to its reason.",
+            f"{met} of {len(known)} values keep their bound. A missed one links to its reason.",
             "",
             "| measure | target | value | measured | |",
             "|---|---|---|--:|---|",

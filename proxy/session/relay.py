@@ -59,10 +59,25 @@ class RelayEnd:
 class _Direction(asyncio.Protocol):
     """Takes what `source` receives and writes it to `sink`; the protocol of `source`.
 
-    `seen` is told of each read behind its write.
+    `seen` is told of each read behind its write. One that `looks` is the upstream's: while that
+    one takes nothing, it looks whether the client is still there.
+
+    Both directions are of this very class: what runs for each read is then specialised by the
+    interpreter, which it gives up where the class of `self` changes from call to call.
     """
 
-    __slots__ = ("_ended", "_sink", "_write", "back", "closed", "lost", "received_bytes", "seen")
+    __slots__ = (
+        "_ended",
+        "_look",
+        "_looks",
+        "_sink",
+        "_write",
+        "back",
+        "closed",
+        "lost",
+        "received_bytes",
+        "seen",
+    )
 
     back: "_Direction"  # the other direction, which writes to our source
 
@@ -74,6 +89,7 @@ class _Direction(asyncio.Protocol):
         *,
         closed: EndReason,
         lost: EndReason,
+        looks: bool = False,
     ) -> None:
         self.received_bytes = 0
         self.seen = seen
@@ -82,18 +98,26 @@ class _Direction(asyncio.Protocol):
         self._sink = sink
         self._write: Callable[[bytes], None] = sink.write
         self._ended = ended
+        self._looks = looks
+        self._look: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
-        self._write(data)
+        # Names of their own: Python 3.11 is slow to call what an attribute holds.
+        write, seen = self._write, self.seen
+        write(data)
         self.received_bytes += len(data)
-        self.seen(data)
+        seen(data)
 
     def pause_writing(self) -> None:
         # Our source takes no more of what comes from the sink.
         if not self._sink.is_closing():
             self._sink.pause_reading()
+        if self._looks:
+            self._look_later()
 
     def resume_writing(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
         if not self._sink.is_closing():
             self._sink.resume_reading()
 
@@ -114,21 +138,8 @@ class _Direction(asyncio.Protocol):
         if not self._ended.done():
             self._ended.set_result(reason)
 
-
-class _FromUpstream(_Direction):
-    """The direction of the upstream's bytes. While it takes none, it looks after the client."""
-
-    __slots__ = ("_look",)
-
-    _look: asyncio.TimerHandle
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
+    def _look_later(self) -> None:
         self._look = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look_for_client)
-
-    def resume_writing(self) -> None:
-        self._look.cancel()
-        super().resume_writing()
 
     def _look_for_client(self) -> None:
         if self._ended.done():
@@ -136,7 +147,7 @@ class _FromUpstream(_Direction):
         if self._sink.is_closing() or has_hung_up(self._sink):
             self.end(EndReason.CLIENT_LOST)
         else:
-            self._look = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look_for_client)
+            self._look_later()
 
 
 def _drop(data: bytes) -> None:
@@ -180,12 +191,13 @@ class Relay:
             closed=EndReason.CLIENT_CLOSED,
             lost=EndReason.CLIENT_LOST,
         )
-        self.from_upstream = _FromUpstream(
+        self.from_upstream = _Direction(
             client,
             ended,
             activity.upstream_sent,
             closed=EndReason.UPSTREAM_CLOSED,
             lost=EndReason.UPSTREAM_LOST,
+            looks=True,
         )
         self.from_client.back = self.from_upstream
         self.from_upstream.back = self.from_client

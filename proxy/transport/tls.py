@@ -83,6 +83,13 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname)
+        # What each read and write needs, looked up once.
+        self._feed = self._incoming.write
+        self._decrypt = self._tls.read
+        self._encrypt = self._tls.write
+        self._encrypted = self._outgoing.read
+        self._send = lower.write
+        self._established = False
         self._handshake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._peer_ended = False
         self._write_ended = False
@@ -93,6 +100,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Deliver to this protocol from here on."""
         self._app = cast(asyncio.Protocol, protocol)
+        self._hand_up = self._app.data_received
         # Flow control is the plain transport's: its buffer is the only one.
         self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
         self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]
@@ -107,11 +115,13 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Encrypt and send. After `write_eof` or the connection's loss, do nothing."""
-        if self._write_ended or self._lower.is_closing():
+        if self._write_ended:
             return
         if len(data) <= _RECORD_BYTES_MAX:
-            self._tls.write(data)
-            self._lower.write(self._outgoing.read())
+            # Names of their own: Python 3.11 is slow to call what an attribute holds.
+            encrypt, encrypted, send = self._encrypt, self._encrypted, self._send
+            encrypt(data)
+            send(encrypted())
             return
         rest = memoryview(data)
         while rest:
@@ -194,26 +204,33 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
             self._handshake.set_exception(error)
         else:
             self._flush()
+            self._established = True
             self._handshake.set_result(None)
             if self._incoming.pending:
                 # Data in the same read as the handshake's end: after the waiter has run.
-                asyncio.get_running_loop().call_soon(self._deliver)
+                asyncio.get_running_loop().call_soon(self._deliver, [])
 
     # -- the protocol that the plain transport sees ----------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         """Take ciphertext."""
-        if not self._handshake.done():
-            self._incoming.write(data)
-            self._advance_handshake()
-        elif len(data) <= _PART_BYTES_MAX:
-            self._incoming.write(data)
-            self._deliver()
+        size = len(data)
+        if size > _RECORD_BYTES_MAX or not self._established:
+            self._receive(data)
+            return
+        # Nearly every answer to a query is one record that comes in one read. A record is longer
+        # than what it holds, so that a piece as long as the read is not the whole of it.
+        feed, decrypt, hand_up = self._feed, self._decrypt, self._hand_up
+        feed(data)
+        try:
+            piece = decrypt(size)
+        except ssl.SSLError as error:
+            self._deliver([], error)
+            return
+        if not piece or len(piece) == size or self._incoming.pending or self._outgoing.pending:
+            self._deliver([piece])
         else:
-            view = memoryview(data)
-            for start in range(0, len(data), _PART_BYTES_MAX):
-                self._incoming.write(view[start : start + _PART_BYTES_MAX])
-                self._deliver()
+            hand_up(piece)
 
     def eof_received(self) -> bool:
         """Take the peer's FIN. Without a close_notify before it, the stream may be cut: still EOF.
@@ -226,25 +243,39 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Take the end of the plain transport."""
+        self._write_ended = True
         self._fail_handshake(exc or ConnectionResetError("lost during the TLS handshake"))
         self._app.connection_lost(exc)
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _deliver(self) -> None:
-        """Decrypt all whole records and hand them up."""
+    def _receive(self, data: bytes) -> None:
+        """Take ciphertext that belongs to the handshake, or is more than a record."""
+        if not self._established:
+            if not self._handshake.done():
+                self._incoming.write(data)
+                self._advance_handshake()
+            return
+        view = memoryview(data)
+        for start in range(0, len(data), _PART_BYTES_MAX):
+            self._incoming.write(view[start : start + _PART_BYTES_MAX])
+            self._deliver([])
+
+    def _deliver(self, pieces: list[bytes], stop: ssl.SSLError | None = None) -> None:
+        """Decrypt all whole records behind these pieces, and hand them up.
+
+        `stop` is what kept one from being read; an empty piece is the end.
+        """
         tls, incoming = self._tls, self._incoming
-        pieces: list[bytes] = []
-        ended = False
+        ended = pieces == [b""]
         try:
+            if stop is not None:
+                raise stop
             # Asking first is cheaper than the exception that says there is nothing.
             # Room for what there can be, no more: a small answer shall not cost a large buffer.
-            while waiting := incoming.pending + tls.pending():
-                piece = tls.read(min(waiting + _READ_BYTES_MIN, _RECORD_BYTES_MAX))
-                if not piece:
-                    ended = True
-                    break
-                pieces.append(piece)
+            while not ended and (waiting := incoming.pending + tls.pending()):
+                pieces.append(tls.read(min(waiting + _READ_BYTES_MIN, _RECORD_BYTES_MAX)))
+                ended = not pieces[-1]
         except ssl.SSLWantReadError:
             pass  # the rest of a record is on its way
         except ssl.SSLZeroReturnError:
@@ -255,8 +286,8 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
             self._flush()
             if self._lower.get_write_buffer_size() > _UNREAD_BYTES_MAX:
                 self._lower.abort()  # a flood of them from a peer that reads no answer
-        if pieces:
-            self._app.data_received(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if plain := pieces[0] if len(pieces) == 1 else b"".join(pieces):
+            self._app.data_received(plain)
         if ended:
             self._end_reading()
 

@@ -203,7 +203,8 @@ class Activity:
             self._upstream_stub = b""
         position, size = self._upstream_skip, len(data)
         # A header alone is kept back as a stub: behind that of ReadyForQuery comes its status.
-        while position < size - _HEADER_BYTES:
+        end = size - _HEADER_BYTES
+        while position < end:
             kind, length = _HEADER(data, position)
             if kind == _DATA_ROW or kind == _COPY_DATA:  # noqa: PLR1714, SIM109 - faster
                 position += length + 1

@@ -124,7 +124,8 @@ class _Contest:
             place, url = self.upstream.place, self.workspace_url
             return partial(starting.proxy, place, self.directory, url, more)
 
-        workers.measure(start, self.plan.rounds, self.upstream, self.readings)
+        seconds = self.plan.loads[0].seconds
+        workers.measure(start, self.plan.rounds, seconds, self.upstream, self.readings)
 
     def memory(self) -> None:
         """Fill and empty each contender."""

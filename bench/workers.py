@@ -21,7 +21,8 @@ from proxy.config import settings_keys
 KEY: Final = "listen.workers"
 MISSING: Final = f"workers: skipped, this proxy has no {KEY}"
 CASE: Final = "workers"
-_LOADS: Final = (Load("simple", 8, 2), Load("prepared", 8, 2), Load("prepared", 32, 2))
+_PROTOCOLS: Final = ("simple", "prepared")
+_CLIENTS: Final = 8
 _SESSIONS: Final = 400
 
 
@@ -33,14 +34,17 @@ def available() -> bool:
     return any(key.dotted == KEY for key in settings_keys())
 
 
-def measure(start: StartWorkers, rounds: int, upstream: Postgres, readings: Readings) -> None:
+def measure(
+    start: StartWorkers, rounds: int, seconds: float, upstream: Postgres, readings: Readings
+) -> None:
     """Compare one with two in as many rounds, and keep the spread of two. Raises BenchError."""
+    loads = [Load(protocol, _CLIENTS, seconds) for protocol in _PROTOCOLS]
     with ExitStack() as stack:
         one, two = (stack.enter_context(start(workers)()) for workers in (1, 2))
         if len(two.pids) < 2:
             raise BenchError(f"{KEY} = 2 made no process of its own")
         for number in range(rounds):
-            for load in _LOADS:
+            for load in loads:
                 _compare(load, (one, two), upstream, readings, turned=number % 2 == 1)
         readings.add(
             PROXY, Quantity(CASE, "sessions of the least even worker", "% off"), _spread(two)

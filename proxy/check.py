@@ -6,6 +6,7 @@ nothing behind it could be told apart from it. No line shows a secret.
 """
 
 import getpass
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ from proxy.config import (
     RoutingSettings,
     Settings,
 )
-from proxy.errors import ErrorKind, ProxyError
+from proxy.errors import ErrorKind, Origin, ProxyError
 from proxy.observe.metrics import ConnectPhase
 from proxy.upstream.fleet import Way
-from proxy.wire.messages import Terminate
+from proxy.upstream.targets import ANY_USER
+from proxy.wire.messages import ErrorResponse, Terminate
 from proxy.wire.startup import V3_0, StartupMessage
 
 # A token lives an hour. One that seems to live longer, or hardly at all, was dated by another
@@ -37,6 +39,16 @@ CLOCK_OFF_SECONDS_MAX: Final = 60.0
 QUERY_SECONDS_MAX: Final = 30.0
 
 _QUESTION: Final = "SELECT current_user::text, current_database()::text"
+# The driver is to look at nothing but this: its environment is the upstream's.
+_DRIVER: Final = {
+    "ssl": False,
+    "direct_tls": False,
+    "password": "",
+    "target_session_attrs": "any",
+    "gsslib": "gssapi",
+    "statement_cache_size": 0,
+}
+_REASON: Final = re.compile(r"reason=(\w+) ?")
 _PHASES: Final = {
     ConnectPhase.DNS: "DNS",
     ConnectPhase.TCP: "TCP",
@@ -83,11 +95,12 @@ async def _check_target(
         yield step
         if not step.ok:
             return
-    for step in await _dial(name, way, phases):
+    user = await _client_user(way)
+    for step in await _dial(name, way, user, phases):
         yield step
         if not step.ok:
             return
-    yield await _timed("query", name, _query(settings, name))
+    yield await _timed("query", name, _query(settings, name, user))
 
 
 async def _timed(name: str, target: str, answer: Awaitable[str]) -> Step:
@@ -101,7 +114,8 @@ async def _timed(name: str, target: str, answer: Awaitable[str]) -> Step:
 
 def _failed(name: str, target: str, error: ProxyError, seconds: float) -> Step:
     response = error.response()
-    text = f"{response.message}: {error.detail}" if error.detail else response.message
+    said = (response.message, error.detail)
+    text = ": ".join(dict.fromkeys(one for one in said if one))  # PostgreSQL's own is both
     fix = response.text(b"H")
     return Step(name, target, False, seconds, text, error.reason, response.sqlstate, fix)
 
@@ -179,9 +193,9 @@ class Phases:
         self.seconds[phase] = seconds
 
 
-async def _dial(target: str, way: Way, phases: Phases) -> list[Step]:
+async def _dial(target: str, way: Way, user: str, phases: Phases) -> list[Step]:
     """Dial once as for a client, and return a step for each phase up to the one that failed."""
-    pairs = ((b"user", _client_user().encode()), (b"application_name", b"lakebase-auth-proxy"))
+    pairs = ((b"user", user.encode()), (b"application_name", b"lakebase-auth-proxy"))
     begun = time.perf_counter()
     failure: ProxyError | None = None
     where = ""
@@ -194,6 +208,8 @@ async def _dial(target: str, way: Way, phases: Phases) -> list[Step]:
         session.link.write(Terminate().encode())
         await session.link.close()
     spent = time.perf_counter() - begun
+    if failure is not None and failure.kind.value.origin is Origin.WORKSPACE:
+        return [_failed("credential", target, failure, spent)]  # it was asked for once more
     steps: list[Step] = []
     for phase, name in _PHASES.items():
         seconds = phases.seconds.get(phase)
@@ -203,15 +219,23 @@ async def _dial(target: str, way: Way, phases: Phases) -> list[Step]:
     return steps
 
 
-def _client_user() -> str:
-    """Return the user that the client of this check names, which counts where `user` is "*"."""
+async def _client_user(way: Way) -> str:
+    """Return the user that the client of this check names.
+
+    It counts where `user` is "*": there it is the token's own identity, whom the token lets in.
+    """
+    if way.settings.user == ANY_USER and way.account is not None:
+        try:
+            return (await way.workspace.identity()).role
+        except ProxyError:
+            pass  # it was known a moment ago; what is broken now shows below
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # in a container the number of a user may have no name
         return "lakebase-auth-proxy"
 
 
-async def _query(settings: Settings, target: str) -> str:
+async def _query(settings: Settings, target: str, user: str) -> str:
     """Ask the database who and where we are, as an application would: through a proxy."""
     own = settings.model_copy(
         update={
@@ -226,21 +250,33 @@ async def _query(settings: Settings, target: str) -> str:
             connection = await asyncpg.connect(
                 host=app.listen_host,
                 port=app.listen_port,
-                user=_client_user(),
+                user=user,
                 database=target,
-                ssl=False,
                 timeout=settings.target(target).connect_timeout_seconds,
-                statement_cache_size=0,
+                **_DRIVER,
             )
             try:
                 row = await connection.fetchrow(_QUESTION, timeout=QUERY_SECONDS_MAX)
             finally:
                 await connection.close(timeout=QUERY_SECONDS_MAX)
-        except (asyncpg.PostgresError, OSError, TimeoutError) as error:
+        except asyncpg.PostgresError as error:
+            raise _as_told(error) from error
+        except (asyncpg.InterfaceError, OSError, TimeoutError) as error:
             detail = f"{type(error).__name__}: {error}"
             raise ProxyError(ErrorKind.STARTUP_REFUSED, detail) from error
     assert row is not None
     return f"current_user {row[0]}, current_database {row[1]}"
+
+
+def _as_told(error: asyncpg.PostgresError) -> ProxyError:
+    """Return what the driver was told, by the proxy or by the database behind it."""
+    detail, hint = error.detail or "", error.hint or ""
+    told = ErrorResponse.fatal(error.sqlstate or "", error.message, detail, hint)
+    found = _REASON.match(detail)
+    word = found[1] if found else ErrorKind.STARTUP_REFUSED.value.reason
+    kinds = (kind for kind in ErrorKind if kind.value.reason == word)
+    kind = next(kinds, ErrorKind.STARTUP_REFUSED)
+    return ProxyError(kind, _REASON.sub("", detail, count=1), original=told)
 
 
 # -- for people and for machines -----------------------------------------------------------------
@@ -252,4 +288,5 @@ def as_line(step: Step) -> str:
     line = f"{mark}  {step.name:<15} {step.seconds * 1000:7.0f} ms  {step.text}"
     if step.ok:
         return line
-    return f"{line}\n      SQLSTATE {step.sqlstate}, reason={step.reason}\n      fix: {step.fix}"
+    line = f"{line}\n      SQLSTATE {step.sqlstate}, reason={step.reason}"
+    return f"{line}\n      fix: {step.fix}" if step.fix else line

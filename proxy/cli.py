@@ -146,8 +146,15 @@ def _check(arguments: Sequence[str]) -> int:
             print(json.dumps({"ok": good, "steps": [asdict(step) for step in steps]}))
         return EXIT_OK if good else EXIT_FAILURE
 
+    async def walk_or_stop(settings: Settings) -> int:
+        try:
+            return await walk(settings)
+        except asyncio.CancelledError:
+            return _fail("check was interrupted")  # 0 would say that all is well
+
     settings = _settings(flags)
-    return _until_done(settings.model_copy(update={"log": LogSettings(level="error")}), walk)
+    quiet = settings.model_copy(update={"log": LogSettings(level="error")})
+    return _until_done(quiet, walk_or_stop)
 
 
 def _resolve(arguments: Sequence[str]) -> int:

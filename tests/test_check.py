@@ -1,8 +1,10 @@
 """`check` as a process of its own against the stand-in: each step that fails, with its fix."""
 
+import asyncio
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,11 +20,11 @@ from proxy.standin.api import Call
 from proxy.standin.certificates import Certificate
 from proxy.standin.cluster import Cluster
 from proxy.standin.endpoints import neon_error
-from proxy.standin.faults import Reply
+from proxy.standin.faults import Reply, Stage
 from proxy.standin.lakebase import Lakebase
 from proxy.standin.tokens import TokenIssuer
 from proxy.wire.messages import ErrorResponse
-from tests.support.proxy_process import ROOT, run_to_end
+from tests.support.proxy_process import ROOT, run_to_end, started_process
 from tests.support.running import proxy_values, toml
 
 STEPS = ["configuration", "workspace login", "clock", "credential", "endpoint"]
@@ -482,3 +484,139 @@ async def test_the_guides_environment_alone_is_enough(lakebase: Lakebase, tmp_pa
     expected = f"current_user {lakebase.client_id}, current_database databricks_postgres"
     assert out.splitlines()[-1].endswith(expected)
     assert lakebase.client_secret not in out
+
+
+async def test_a_client_that_may_be_anyone_is_checked_as_the_tokens_identity(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    # As the user of the machine, whom no token lets in, it always failed.
+    found = await checked(lakebase, tmp_path, upstream={"user": "*"})
+    assert found.code == EXIT_OK
+    assert f"current_user {lakebase.client_id}, " in found.out.splitlines()[-1]
+
+
+async def test_what_the_environment_says_to_drivers_is_not_for_the_last_step(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    names = ("PGTARGETSESSIONATTRS", "PGSSLNEGOTIATION", "PGGSSLIB", "PGSERVICE", "PGPASSWORD")
+    nonsense = {"PGSSLMODE": "verify-full", **dict.fromkeys(names, "nonsense")}
+    config = tmp_path / "proxy.toml"
+    config.write_text(toml(proxy_values(lakebase, {})))
+    command = ("-B", "-m", "proxy", "check", "--config", str(config))
+    environment = {"PYTHONPATH": str(ROOT), **nonsense}
+    code, _, err = await run_to_end(sys.executable, *command, environment=environment)
+    assert (code, err) == (EXIT_OK, "")
+
+
+async def test_who_interrupts_it_is_not_told_that_all_is_well(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    lakebase.workspace.fail(Call.TOKEN, faults.HANG)
+    config = tmp_path / "proxy.toml"
+    config.write_text(toml(proxy_values(lakebase, {})))
+    async with started_process("check", "--config", str(config)) as process:
+        await lakebase.workspace.called(Call.TOKEN)
+        process.send(signal.SIGINT)
+        assert await process.ended() == EXIT_FAILURE
+    assert process.err == "lakebase-auth-proxy: check was interrupted\n"
+
+
+async def test_a_refusal_of_the_last_step_has_its_own_reason_and_fix(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    # It was "startup_refused", XX000, without a fix, and three lines long.
+    checking = asyncio.create_task(checked(lakebase, tmp_path, "--json"))
+    await lakebase.gateway.until(lambda: len(lakebase.gateway.sessions) == 1)
+    full = ErrorResponse.fatal("53300", "sorry, too many clients already")
+    lakebase["one"].endpoint.refuse(full, None)
+    failed = (await checking).json["steps"][-1]
+    assert (failed["name"], failed["reason"]) == ("query", "upstream_full")
+    assert failed["sqlstate"] == "53300"
+    assert failed["text"] == "sorry, too many clients already"
+    assert "Use more CU" in failed["fix"]
+
+
+async def test_a_refusal_of_the_last_step_by_the_proxy_itself_is_told_the_same_way(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    checking = asyncio.create_task(checked(lakebase, tmp_path, "--json"))
+    await lakebase.gateway.until(lambda: len(lakebase.gateway.sessions) == 1)
+    lakebase.workspace.fail(Call.CREDENTIAL, faults.IP_BLOCKED)
+    failed = (await checking).json["steps"][-1]
+    assert (failed["name"], failed["reason"]) == ("query", "ip_blocked")
+    assert (failed["sqlstate"], "\n" in failed["text"]) == ("28000", False)
+    assert "192.0.2.7 is blocked" in failed["text"]
+    assert "a new token will not help" in failed["fix"]
+
+
+async def test_what_postgres_itself_says_is_said_once(lakebase: Lakebase, tmp_path: Path) -> None:
+    upstream = {"endpoint": "", "instance": lakebase["one"].instance.name, "database": "nowhere"}
+    found = await checked(lakebase, tmp_path, upstream=upstream)
+    assert found.code == EXIT_FAILURE
+    assert found.out.count('database "nowhere" does not exist') == 1
+
+
+async def test_where_nothing_can_be_advised_there_is_no_empty_fix(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    lakebase.gateway.strike(Stage.STARTUP, b"Zgarbage")
+    found = await checked(lakebase, tmp_path, **SHORT)
+    assert found.out.endswith("SQLSTATE 08006, reason=upstream_protocol\n")
+
+
+# -- every target --------------------------------------------------------------------------------
+
+
+def _two_targets(lakebase: Lakebase) -> dict[str, dict[str, object]]:
+    return {
+        "upstream": {"endpoint": "", "hostaddr": ""},
+        **{
+            f"targets.{shard}": {
+                "endpoint": lakebase[shard].endpoint.name,
+                "hostaddr": lakebase.host_address,
+            }
+            for shard in ("one", "two")
+        },
+    }
+
+
+async def test_every_target_is_checked_under_its_name(lakebase: Lakebase, tmp_path: Path) -> None:
+    found = await checked(lakebase, tmp_path, "--all-shards", **_two_targets(lakebase))
+    assert (found.code, found.err) == (EXIT_OK, "")
+    lines = found.out.splitlines()
+    assert [line for line in lines if not line.startswith("ok    ")] == ["target one", "target two"]
+    assert lines[0] == "target one"
+    assert lines[len(STEPS) + 1] == "target two"
+    assert len(lines) == 2 * (len(STEPS) + 1)
+    assert lakebase["two"].endpoint.host in lines[len(STEPS) + 6]
+
+
+@pytest.mark.parametrize("broken", ["one", "two"])
+async def test_a_target_that_fails_ends_its_own_steps_alone(
+    lakebase: Lakebase, tmp_path: Path, broken: str
+) -> None:
+    lakebase[broken].endpoint.disabled = True
+    found = await checked(lakebase, tmp_path, "--all-shards", "--json", **_two_targets(lakebase))
+    assert (found.code, found.json["ok"]) == (EXIT_FAILURE, False)
+    names: dict[str, list[str]] = {"one": [], "two": []}
+    for step in found.json["steps"]:
+        names[step["target"]].append(step["name"])
+    served = "two" if broken == "one" else "one"
+    assert names[served] == STEPS
+    assert names[broken] == STEPS[: len(names[broken])]
+    failed = [step for step in found.json["steps"] if not step["ok"]]
+    assert [(step["target"], step["reason"]) for step in failed] == [(broken, "endpoint_disabled")]
+    found = await checked(lakebase, tmp_path, "--all-shards", **_two_targets(lakebase))
+    assert found.code == EXIT_FAILURE
+    below = {"one": 0, "two": 1}[broken]
+    parts = re.split(r"^target (?:one|two)$", found.out, flags=re.MULTILINE)[1:]
+    assert ["FAIL" in part for part in parts] == [below == 0, below == 1]
+    assert "fix: Enable it in the project." in parts[below]
+
+
+async def test_without_the_flag_one_target_is_checked_and_not_named(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    lakebase["two"].endpoint.disabled = True
+    found = await checked(lakebase, tmp_path, **_two_targets(lakebase))
+    assert (found.code, "target" in found.out) == (EXIT_OK, False)

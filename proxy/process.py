@@ -77,7 +77,7 @@ async def serve(settings: Settings, reread: Reread) -> int:
     check_file_limit(settings.listen.max_connections)
     async with serving(settings) as app:
         for warning in settings.warnings():
-            _log.warning("the configuration gives protection away", warning=warning)
+            _log.warning("the configuration has a weak point", warning=warning)
         notify(READY)
         async with asyncio.TaskGroup() as tasks:
             reloads = tasks.create_task(_reload_on_hangup(app, signals, reread))

@@ -18,6 +18,7 @@ from proxy.config.values import (
     check_host,
     check_name,
     check_no_nul,
+    check_workspace_host,
     or_empty,
 )
 
@@ -30,9 +31,10 @@ MASK: Final = "********"
 class WorkspaceSettings(Section):
     """The Databricks workspace. What is not set is left to the SDK's own discovery."""
 
-    host: str = Field(
+    host: Annotated[str, or_empty(check_workspace_host)] = Field(
         default="",
-        description="Address of the workspace, https://...; else DATABRICKS_HOST.",
+        description="Address of the workspace, https://...; else DATABRICKS_HOST. http:// is for "
+        "this machine alone: the client secret goes there.",
     )
     client_id: str = Field(
         default="",
@@ -185,7 +187,8 @@ class UpstreamSettings(Section):
     )
     read_only: bool = Field(
         default=False,
-        description="Dials the read-only host of the endpoint or instance, which must have one.",
+        description="Dials the read-only host of the endpoint or instance, which must have one. "
+        "It is looked up, so that host must not be set.",
     )
     host: Annotated[str, or_empty(check_host)] = Field(
         default="",

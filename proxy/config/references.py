@@ -21,6 +21,7 @@ Raw = Mapping[str, object]
 _NAMES_SHOWN_MAX: Final = 20
 # As pydantic reads a switch that is given as text.
 _FALSE: Final = ("false", "0", "no", "off", "n", "f")
+_TRUE: Final = ("true", "1", "yes", "on", "y", "t")
 
 
 def _table(raw: Raw, name: str) -> Raw:
@@ -158,6 +159,12 @@ def _missing_for_target(
     if section != ("upstream",):
         or_variable = {"endpoint": "", "host": "", "user": ", or upstream.user"}
     endpoint = target.get("endpoint") or target.get("instance")
+    if target.get("host") and str(target.get("read_only")).lower() in _TRUE:
+        yield problem(
+            "read_only",
+            f"must not be set together with host{or_variable['host']}, which is dialled as it is:"
+            " take host away, and the read-only host is looked up; or name that in host",
+        )
     if not password:
         if _is_pooled(target.get("host")):
             yield problem(

@@ -97,8 +97,8 @@ class Settings(BaseSettings):
         return self.workspaces[workspace] if workspace else self.workspace
 
     def warnings(self) -> list[str]:
-        """Return a sentence for each setting that is allowed but gives protection away."""
-        return [*self._exposed(), *self._unverified()]
+        """Return a sentence for each setting that is allowed and may be regretted."""
+        return [*self._exposed(), *self._unverified(), *self._impatient()]
 
     def _upstream_is_target(self) -> bool:
         where = any(getattr(self.upstream, key) for key in WHERE)
@@ -126,7 +126,7 @@ class Settings(BaseSettings):
     def _unverified(self) -> Iterator[str]:
         for name in self.target_names():
             target = self.target(name)
-            key = "upstream.sslmode" if name == UPSTREAM else f"targets.{name}.sslmode"
+            key = _key(name, "sslmode")
             if target.sslmode == "verify-ca":
                 yield (
                     f"{key} verify-ca does not compare the host name: whoever has a certificate of"
@@ -134,3 +134,18 @@ class Settings(BaseSettings):
                 )
             elif target.sslmode == "require":
                 yield f"{key} require checks no certificate: whoever is in between sees the token"
+
+    def _impatient(self) -> Iterator[str]:
+        mint_seconds = self.credentials.mint_timeout_seconds
+        for name in () if self.credentials.password_file else self.target_names():
+            seconds = self.target(name).connect_timeout_seconds
+            if seconds < mint_seconds:
+                yield (
+                    f"{_key(name, 'connect_timeout_seconds')} {seconds:g} is less than"
+                    f" credentials.mint_timeout_seconds {mint_seconds:g}: one call of the workspace"
+                    " API that hangs keeps all new sessions out for so long"
+                )
+
+
+def _key(target: str, key: str) -> str:
+    return f"{target if target == UPSTREAM else f'targets.{target}'}.{key}"

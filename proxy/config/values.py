@@ -8,6 +8,7 @@ Invariant: a refusal says what is wanted and never shows the value, which may be
 import ipaddress
 import re
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -44,6 +45,16 @@ def is_loopback(host: str) -> bool:
 def check_host(value: str) -> str:
     if not _is_address(value) and not _HOST_NAME.fullmatch(value):
         raise ValueError("must be a host name or an address, without scheme, port or path")
+    return value
+
+
+def check_workspace_host(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        raise ValueError(
+            "must be https:// anywhere but on this machine: whoever is in between could read the"
+            " client secret"
+        )
     return value
 
 

@@ -180,6 +180,49 @@ def test_every_target_that_sessions_can_go_to_must_be_dialable(
     loaded(argv, dials=not missing)
 
 
+@pytest.mark.parametrize(
+    ("toml", "refused"),
+    [
+        (f'[upstream]\nendpoint = "{ENDPOINT}"\nread_only = true\n', []),
+        (f'[upstream]\nendpoint = "{ENDPOINT}"\nhost = "h"\nread_only = false\n', []),
+        (
+            f'[upstream]\nendpoint = "{ENDPOINT}"\nhost = "h"\nread_only = true\n',
+            ["upstream.read_only"],
+        ),
+        (EU + "read_only = true\n", []),
+        (EU + 'host = "h"\nread_only = true\n', ["targets.eu.read_only"]),
+        (EU + 'host = "h"\n[upstream]\nread_only = true\n', ["targets.eu.read_only"]),
+        (
+            EU
+            + f'[upstream]\nendpoint = "{ENDPOINT}"\nhost = "h"\n[targets.us]\nread_only = true\n',
+            ["targets.us.read_only"],
+        ),
+    ],
+)
+def test_a_read_only_host_is_looked_up_or_named_and_never_passed_over(
+    tmp_path: Path, toml: str, refused: list[str]
+) -> None:
+    # The guide's environment names the host, and read_only was passed over without a word.
+    argv = written(tmp_path, toml)
+    if not refused:
+        loaded(argv, dials=True)
+        return
+    said = refusals(argv, upstream_required=True)
+    assert sorted(said) == refused
+    assert "must not be set together with host" in said[refused[0]]
+
+
+@pytest.mark.parametrize("given", ["true", "1", "YES", "on"])
+def test_a_read_only_host_of_the_guides_environment_is_found_however_it_is_written(
+    given: str,
+) -> None:
+    environ = {"PGHOST": "h", "ENDPOINT_NAME": ENDPOINT}
+    said = refusals([f"--upstream.read_only={given}"], environ, upstream_required=True)
+    assert "or PGHOST" in said["upstream.read_only"]
+    argv = ["--upstream.read_only=false"]
+    assert loaded(argv, environ, dials=True).settings.upstream.host == "h"
+
+
 KEYED = (
     EU + '[shard_maps.m]\nkind = "list"\nkey_type = "int4"\n'
     'mappings = [{ key = 1, target = "eu" }]\n[routing]\nshard_map = "m"\n'

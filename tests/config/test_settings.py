@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from proxy.config import (
     UPSTREAM,
+    CredentialsSettings,
     DatabaseAlias,
     ListenSettings,
     MappingEntry,
@@ -16,7 +17,7 @@ from proxy.config import (
     UpstreamSettings,
     WorkspaceSettings,
 )
-from tests.support.configuring import ENDPOINT, ENDPOINT_EU, loaded, written
+from tests.support.configuring import ENDPOINT, ENDPOINT_EU, loaded, refusals, written
 
 EU = UpstreamSettings(endpoint=ENDPOINT_EU)
 MAP = ShardMapSettings(kind="list", key_type="int4", mappings=(MappingEntry("eu", key="1"),))
@@ -195,6 +196,52 @@ def test_a_remote_listener_is_warned_of() -> None:
     (warning,) = settings.warnings()
     assert "listen.host 0.0.0.0 is not loopback" in warning
     assert Settings(listen=ListenSettings(allow_remote=True)).warnings() == []
+
+
+@pytest.mark.parametrize(("connect", "mint", "said"), [(30, 30, 0), (29.5, 30, 1), (60, 61, 1)])
+def test_a_dial_shorter_than_a_mint_is_warned_of(connect: float, mint: float, said: int) -> None:
+    settings = Settings(
+        upstream=UpstreamSettings(endpoint=ENDPOINT),
+        targets={"a": UpstreamSettings(connect_timeout_seconds=connect)},
+        credentials=CredentialsSettings(mint_timeout_seconds=mint),
+    )
+    warnings = [one for one in settings.warnings() if one.startswith("targets.a")]
+    assert len(warnings) == said
+    if said:
+        assert f"connect_timeout_seconds {connect:g} is less than" in warnings[0]
+    native = CredentialsSettings(mint_timeout_seconds=mint, password_file="p")
+    assert settings.model_copy(update={"credentials": native}).warnings() == []
+
+
+# Workspaces
+
+
+@pytest.mark.parametrize(
+    ("host", "good"),
+    [
+        ("", True),
+        ("https://shop.cloud.databricks.com", True),
+        ("shop.cloud.databricks.com", True),
+        ("http://127.0.0.1:8080", True),
+        ("http://localhost:8080/", True),
+        ("http://[::1]:8080", True),
+        ("http://shop.cloud.databricks.com", False),
+        ("HTTP://10.0.0.1", False),
+        (" http://shop.cloud.databricks.com", False),
+        ("http://localhost.example.com", False),
+        ("http://localhost@example.com", False),
+        ("http://", False),
+    ],
+)
+def test_a_client_secret_never_leaves_the_machine_in_the_clear(host: str, good: bool) -> None:
+    if good:
+        assert WorkspaceSettings(host=host).host == host
+        return
+    with pytest.raises(ValidationError, match="must be https://"):
+        WorkspaceSettings(host=host)
+    for section in ("workspace", "workspaces.eu"):
+        said = refusals([f"--{section}.host={host}"])
+        assert "must be https://" in said[f"{section}.host"]
 
 
 # Listening

@@ -341,7 +341,7 @@ REST_ERRORS = (
         "the workspace is unknown to DNS",
         lambda _: None,
         *UNREACHABLE,
-        settings={**FEW_CALLS, "workspace": {"host": "http://no-such-host.invalid"}},
+        settings={**FEW_CALLS, "workspace": {"host": "https://no-such-host.invalid"}},
     ),
     # The same for the call that says where to dial: the token is there already.
     *_api("08001", "endpoint_not_found", "not its uid", faults.NOT_FOUND, call=Call.RESOURCE),

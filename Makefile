@@ -15,7 +15,7 @@ FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format types test unit e2e fuzz bench demo docs all clean
+.PHONY: help setup lint format types test unit e2e fuzz bench soak demo docs all clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,10 @@ fuzz: $(INSTALLED) ## two million inputs a side, and generated tests for longer 
 # minute; `--full --publish --soak 60` is what docs/performance.md shows, and takes an hour and a half.
 bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (six minutes)
 	@exec $(BIN)/python -m bench $(ARGS)
+
+# ARGS: --sessions N, --keys N. The hundred thousand take ten minutes on two cores of their own.
+soak: $(INSTALLED) ## 100,000 sessions over 1,000 shard keys: every one is on the right shard
+	@exec $(BIN)/python -m tests.soak.routing $(ARGS)
 
 # exec: no shell stays between make and the program. Ctrl-C reaches the program, a SIGTERM to make
 # is passed on to it, and make waits until it has cleaned up.

@@ -132,7 +132,7 @@ async def test_s15_the_database_that_a_client_names_beside_a_key_is_a_label(
     assert {record.sni for record in lakebase.gateway.records} == {lakebase["one"].endpoint.host}
 
 
-async def test_s48_the_key_is_taken_out_and_everything_else_in_options_holds(
+async def test_w20_s48_the_key_is_taken_out_and_everything_else_in_options_holds(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
     proxy = await start_proxy(**sharded(lakebase))

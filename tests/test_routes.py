@@ -1,0 +1,71 @@
+"""From settings to a router: what is built, and how often. What maps mean: `tests/routing`."""
+
+from pathlib import Path
+
+import pytest
+
+from proxy import routes
+from proxy.config import ConfigurationError, Settings
+from proxy.routes import map_problems, rewritten_file, router_of
+
+ENDPOINT = "projects/p/branches/b/endpoints/e"
+
+
+def settings(directory: Path, *names: str, used: str) -> Settings:
+    """Return settings with a map from a file of its own for each name."""
+    maps = {}
+    for name in names:
+        file = directory / f"{name}.csv"
+        if not file.exists():
+            file.write_text(f"key,target\n{name},upstream\n")
+        maps[name] = {"kind": "list", "key_type": "text", "mappings_file": str(file)}
+    values = {
+        "upstream": {"endpoint": ENDPOINT},
+        "routing": {"shard_map": used},
+        "shard_maps": maps,
+    }
+    return Settings.model_validate(values)
+
+
+@pytest.mark.parametrize("used", ["a", "b", "c", "d"])
+def test_checking_all_maps_and_using_one_builds_each_once(tmp_path: Path, used: str) -> None:
+    # A million mappings take seconds, and the router is made while sessions wait.
+    routes._built.cache_clear()
+    configured = settings(tmp_path, "a", "b", "c", "d", used=used)
+    assert list(map_problems(configured)) == []
+    assert router_of(configured).shard_map is not None
+    assert routes._built.cache_info().misses == 4
+
+
+def test_a_file_that_is_as_it_was_is_read_once(tmp_path: Path) -> None:
+    routes._built.cache_clear()
+    first = router_of(settings(tmp_path, "a", used="a")).shard_map
+    assert router_of(settings(tmp_path, "a", used="a")).shard_map is first
+
+
+def test_a_file_that_was_rewritten_is_told_by_what_it_maps(tmp_path: Path) -> None:
+    configured = settings(tmp_path, "a", used="a")
+    first = router_of(configured).shard_map
+    file = tmp_path / "a.csv"
+    file.write_text("target,key\nupstream,a\n")  # the same in other words
+    second = router_of(configured).shard_map
+    assert second is not first
+    assert rewritten_file(configured, first, second) is None
+    file.write_text("key,target\nb,upstream\n")
+    third = router_of(configured).shard_map
+    assert rewritten_file(configured, second, third) == "shard_maps.a.mappings_file"
+    assert rewritten_file(configured, None, third) is None
+
+
+def test_a_file_that_cannot_be_used_is_a_problem_under_its_key(tmp_path: Path) -> None:
+    configured = settings(tmp_path, "a", "b", "c", used="a")
+    (tmp_path / "a.csv").write_bytes(b"key,target\n\xff,upstream\n")
+    (tmp_path / "b.csv").unlink()
+    (tmp_path / "c.csv").write_text("key,target\nx,nowhere\n")
+    said = {problem.key: problem.text for problem in map_problems(configured)}
+    assert "not UTF-8" in said["shard_maps.a.mappings_file"]
+    assert "No such file" in said["shard_maps.b.mappings_file"]
+    assert "nowhere" in said["shard_maps.c.mappings_file"]
+    with pytest.raises(ConfigurationError) as caught:
+        router_of(configured)
+    assert [problem.key for problem in caught.value.problems] == ["shard_maps.a.mappings_file"]

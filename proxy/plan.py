@@ -48,7 +48,7 @@ class Plan:
         """Return the times of each account's newest token."""
         now = time.time()
         return [
-            Token(account.workspace, now - newest.requested_at, newest.expires_at - now)
+            Token(account.name, now - newest.requested_at, newest.expires_at - now)
             for account in self.fleet.accounts
             if (newest := account.credentials.newest) is not None
         ]

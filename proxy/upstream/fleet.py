@@ -58,8 +58,8 @@ class Way:
 class Account:
     """One identity in one workspace, as far as it shares tokens."""
 
-    workspace: str
-    """The name of the section that it is configured in."""
+    name: str
+    """What it is called where its tokens' times are shown."""
     credentials: Credentials
     minting: MintForAny
 
@@ -71,6 +71,11 @@ class Profile:
     name: str
     settings: WorkspaceSettings
     credentials: CredentialsSettings
+
+    def shown(self, instance: str) -> str:
+        """Return what its account is called; that of an instance alone has a name of its own."""
+        section = self.name or "workspace"
+        return f"{section}/{instance}" if instance else section
 
 
 class Accounts:
@@ -112,12 +117,13 @@ class Accounts:
         instances it does not: each has tokens of its own, and is alone in `resources`.
         """
         first = resources[0]
-        key = (profile, first.name if isinstance(first, Instance) else "")
+        instance = first.name if isinstance(first, Instance) else ""
+        key = (profile, instance)
         found = self._accounts.get(key)
         if found is None:
             minting = MintForAny(self.workspace(profile).mint, resources)
             credentials = Credentials(minting, profile.credentials, self._metrics)
-            found = self._accounts[key] = Account(profile.name, credentials, minting)
+            found = self._accounts[key] = Account(profile.shown(instance), credentials, minting)
         found.minting.offer(resources)
         return found
 

@@ -26,7 +26,7 @@ BRANCH = "projects/demo-one/branches/production"
 
 def client_of(lakebase: Lakebase, **overrides: str) -> WorkspaceClient:
     login = {"client_id": lakebase.client_id, "client_secret": lakebase.client_secret}
-    settings: dict[str, Any] = {**(overrides or login), "retry_timeout_seconds": 2}
+    settings: dict[str, Any] = {**(overrides or login), "retry_timeout_seconds": 5}
     config = Config(host=lakebase.workspace_url, **settings)
     return WorkspaceClient(config=config)
 

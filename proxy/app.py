@@ -70,7 +70,7 @@ class App:
                 "log": settings.log.model_copy(update={"format": self.settings.log.format}),
             }
         )
-        plan = Plan(kept, self.accounts, self._phase_took)
+        plan = Plan(kept, self.accounts, self._phase_took, self.plan)
         self.metrics.live.know(kept.target_names())
         if kept.log != self.settings.log:
             configure_logging(format=kept.log.format, level=kept.log.level)

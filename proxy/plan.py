@@ -20,11 +20,20 @@ from proxy.wire.startup import StartupMessage
 class Plan:
     """Settings, and what is made from them for sessions."""
 
-    def __init__(self, settings: Settings, accounts: Accounts, phase_took: PhaseTook) -> None:
-        """Raises ConfigurationError for files that settings name and that cannot be used."""
+    def __init__(
+        self,
+        settings: Settings,
+        accounts: Accounts,
+        phase_took: PhaseTook,
+        before: "Plan | None" = None,
+    ) -> None:
+        """`before` is the plan that this one replaces.
+
+        Raises ConfigurationError for files that settings name and that cannot be used.
+        """
         self.settings = settings
         self.router = router_of(settings)
-        self.fleet = Fleet(settings, accounts, phase_took)
+        self.fleet: Fleet = Fleet(settings, accounts, phase_took, before.fleet if before else None)
 
     def passage(self, message: StartupMessage) -> Passage:
         """Return where a client goes. Raises ProxyError for one that has no way."""

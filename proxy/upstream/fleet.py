@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from proxy.config import (
     UPSTREAM,
@@ -38,7 +38,7 @@ PhaseTook = Callable[[str, ConnectPhase, float], None]
 """Hears the target, the phase that succeeded there, and its seconds."""
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, slots=True)
 class Way:
     """The way to one target, part by part: a session needs the dialer, `check` walks through all.
 
@@ -46,6 +46,7 @@ class Way:
     """
 
     settings: UpstreamSettings
+    profile: "Profile"
     resource: Resource | None
     workspace: Workspace
     account: "Account | None"
@@ -86,14 +87,12 @@ class Accounts:
         self._version = version
         self._workspaces: WeakValueDictionary[Profile, Workspace] = WeakValueDictionary()
         self._accounts: WeakValueDictionary[tuple[Profile, str], Account] = WeakValueDictionary()
-        self._ways: WeakValueDictionary[tuple[str, UpstreamSettings, Profile], Way] = (
-            WeakValueDictionary()
-        )
+        self._targets: WeakSet[Targets] = WeakSet()
 
     async def close(self) -> None:
         """End what is being asked of the workspaces."""
-        for way in list(self._ways.values()):
-            await way.targets.close()
+        for targets in list(self._targets):
+            await targets.close()
         for account in list(self._accounts.values()):
             await account.credentials.close()
 
@@ -127,29 +126,34 @@ class Accounts:
         found.minting.offer(resources)
         return found
 
-    def way(
-        self, name: str, settings: UpstreamSettings, profile: Profile, make: Callable[[], Way]
-    ) -> Way:
-        """Return the way to a target, the one that is there already if it is configured so."""
-        key = (name, settings, profile)
-        found = self._ways.get(key)
-        if found is None:
-            found = self._ways[key] = make()
-        return found
+    def close_at_end(self, targets: Targets) -> None:
+        """Have `close` end these look-ups, too, if somebody still needs them then."""
+        self._targets.add(targets)
 
 
 class Fleet(Mapping[str, Way]):
     """The ways of one configuration, by the targets' names."""
 
-    def __init__(self, settings: Settings, accounts: Accounts, phase_took: PhaseTook) -> None:
-        """Raises ConfigurationError for certificate files that cannot be used."""
+    def __init__(
+        self,
+        settings: Settings,
+        accounts: Accounts,
+        phase_took: PhaseTook,
+        before: "Mapping[str, Way] | None" = None,
+    ) -> None:
+        """`before` is the fleet that this one replaces.
+
+        Raises ConfigurationError for certificate files that cannot be used.
+        """
         _check_root_certs(settings)
         self._settings = settings
         self._accounts = accounts
         self._phase_took = phase_took
         targets = {name: settings.target(name) for name in settings.target_names()}
         endpoints = self._endpoints(targets.values())
+        self._before = before or {}
         self._ways = {name: self._way(name, target, endpoints) for name, target in targets.items()}
+        self._before = {}  # its other ways go when nobody dials on them any more
 
     def __getitem__(self, target: str) -> Way:
         return self._ways[target]
@@ -191,19 +195,22 @@ class Fleet(Mapping[str, Way]):
             assert resource is not None, "settings without a password name a resource"
             alone = isinstance(resource, Instance)
             account = self._accounts.account(profile, [resource] if alone else endpoints[profile])
-        make = partial(self._new_way, name, target, profile, account)
-        return self._accounts.way(name, target, profile, make)
+        found = self._before.get(name)
+        if found is not None and (found.settings, found.profile) == (target, profile):
+            return found
+        return self._new_way(name, target, profile, account)
 
     def _new_way(
         self, name: str, target: UpstreamSettings, profile: Profile, account: Account | None
     ) -> Way:
-        workspace, resource = self._accounts.workspace(profile), resource_of(target)
+        resource, workspace = resource_of(target), self._accounts.workspace(profile)
         credentials: CredentialSource
         if account is None:
             credentials = PasswordFile(profile.credentials.password_file)
         else:
             credentials = account.credentials
         targets = Targets(target, resource, workspace)
+        self._accounts.close_at_end(targets)
         heard = partial(self._phase_took, name)
         dialer = Dialer(
             Connector(heard),
@@ -213,7 +220,7 @@ class Fleet(Mapping[str, Way]):
             connect_timeout_seconds=target.connect_timeout_seconds,
             connects_max=target.connects_max,
         )
-        return Way(target, resource, workspace, account, credentials, targets, dialer)
+        return Way(target, profile, resource, workspace, account, credentials, targets, dialer)
 
 
 def _check_root_certs(settings: Settings) -> None:

@@ -294,7 +294,7 @@ async def test_systemd_hears_of_readiness_each_reload_and_the_end(
         run = ("run", "--config", str(file))
         async with started_process(*run, environment=environment) as proxy:
             assert await hear() == "READY=1"
-            assert proxy.events("serving")
+            await proxy.serving()
             for text in (file.read_text(), "[routing\n"):  # a good one, and a bad one
                 file.write_text(text)
                 proxy.send(signal.SIGHUP)

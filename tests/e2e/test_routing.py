@@ -311,6 +311,17 @@ async def test_w45_an_alias_is_a_database_of_a_target(
     assert (error.sqlstate, error.text(b"D").split()[0]) == ("3D000", "reason=database_missing")
 
 
+async def test_an_alias_beside_a_shard_map_serves_who_gives_no_key_and_beats_the_pattern(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    databases: dict[str, object] = {"orders": "two", "app@7": "two"}
+    proxy = await start_proxy(databases=databases, **sharded(lakebase, require_key=False))
+    assert await shard_by_psycopg(proxy, dbname="orders") == "two"
+    assert await shard_by_psycopg(proxy, dbname="app@7") == "two"
+    assert await shard_by_psycopg(proxy, dbname="other@7") == "one"
+    assert await shard_by_psycopg(proxy, dbname="orders", options="-c shard_key=7") == "one"
+
+
 async def test_an_alias_that_is_named_like_the_user_is_never_meant(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:

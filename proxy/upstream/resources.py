@@ -7,12 +7,10 @@ calls and in the names of the reply's fields, all of which are optional.
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from proxy.config import UpstreamSettings
-
-if TYPE_CHECKING:
-    from databricks.sdk import WorkspaceClient
+from proxy.upstream.services import WorkspaceClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +40,10 @@ class Resource(Protocol):
     def name(self) -> str:
         """The resource's name, as the settings give it."""
 
-    def mint(self, client: "WorkspaceClient") -> Minted:
+    def mint(self, client: WorkspaceClient) -> Minted:
         """Ask for a credential."""
 
-    def status(self, client: "WorkspaceClient") -> ResourceStatus:
+    def status(self, client: WorkspaceClient) -> ResourceStatus:
         """Ask for state and host."""
 
 
@@ -56,13 +54,13 @@ class Endpoint:
     name: str
     read_only: bool = False
 
-    def mint(self, client: "WorkspaceClient") -> Minted:
+    def mint(self, client: WorkspaceClient) -> Minted:
         """Ask for a credential; the endpoint alone, as other arguments came and went."""
         reply = client.postgres.generate_database_credential(endpoint=self.name)
         expiry = reply.expire_time
         return Minted(reply.token, None if expiry is None else expiry.ToNanoseconds() / 1e9)
 
-    def status(self, client: "WorkspaceClient") -> ResourceStatus:
+    def status(self, client: WorkspaceClient) -> ResourceStatus:
         """Ask for state and host; a read replica is an endpoint of its own, with a plain host."""
         status = client.postgres.get_endpoint(name=self.name).status
         hosts = getattr(status, "hosts", None)
@@ -82,14 +80,14 @@ class Instance:
     name: str
     read_only: bool = False
 
-    def mint(self, client: "WorkspaceClient") -> Minted:
+    def mint(self, client: WorkspaceClient) -> Minted:
         """Ask for a credential; its expiry comes as text."""
         reply = client.database.generate_database_credential(
             instance_names=[self.name], request_id=str(uuid.uuid4())
         )
         return Minted(reply.token, _seconds(reply.expiration_time))
 
-    def status(self, client: "WorkspaceClient") -> ResourceStatus:
+    def status(self, client: WorkspaceClient) -> ResourceStatus:
         """Ask for state and host."""
         instance = client.database.get_database_instance(name=self.name)
         host = instance.read_only_dns if self.read_only else instance.read_write_dns

@@ -19,10 +19,10 @@ from pydantic import SecretStr
 from proxy.config import WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.upstream.exchange import REQUEST_SECONDS_MAX
+from proxy.upstream.services import WorkspaceClient, enter
 from proxy.wire.secret import Secret
 
 if TYPE_CHECKING:
-    from databricks.sdk import WorkspaceClient
     from databricks.sdk.clock import Clock
     from databricks.sdk.core import Config
 
@@ -55,13 +55,12 @@ def connect(
     version: str,
     timeout_seconds: float,
     discover: bool,
-) -> "WorkspaceClient":
+) -> WorkspaceClient:
     """Return a client. It blocks, may make requests, and raises what the SDK raises.
 
     `file_secret` is what `client_secret_file` holds. Without `discover` the client is closed.
     """
-    from databricks.sdk import WorkspaceClient  # noqa: PLC0415 - slow: see above
-
+    enter()
     # The settings have the SDK's own names, but for the file.
     given: dict[str, Any] = {
         name: value.get_secret_value() if isinstance(value, SecretStr) else value
@@ -81,7 +80,7 @@ def connect(
         # What is not set is not passed: the SDK looks for it in its own places.
         **{name: value for name, value in given.items() if value},
     )
-    return WorkspaceClient(config=config)
+    return WorkspaceClient(config)
 
 
 @cache

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from pydantic import SecretStr
 
@@ -25,11 +25,9 @@ from proxy.upstream.exchange import exchange
 from proxy.upstream.resources import Minted, Resource, ResourceStatus
 from proxy.upstream.sdk import connect
 from proxy.upstream.sdk_errors import translate
+from proxy.upstream.services import WorkspaceClient
 from proxy.upstream.threads import Threads
 from proxy.wire.secret import Secret
-
-if TYPE_CHECKING:  # importing it takes more than a second: only in a thread, and only once needed
-    from databricks.sdk import WorkspaceClient
 
 T = TypeVar("T")
 
@@ -100,7 +98,7 @@ class Workspace:
         there = await self._call(_date)
         return None if there is None else self._clock() - there
 
-    async def _call(self, call: Callable[["WorkspaceClient"], T]) -> T:
+    async def _call(self, call: Callable[[WorkspaceClient], T]) -> T:
         era = self._era
         try:
             outcome = await self._threads.run(lambda: self._outcome(call), self._timeout_seconds)
@@ -115,7 +113,7 @@ class Workspace:
             raise outcome
         return outcome
 
-    def _outcome(self, call: Callable[["WorkspaceClient"], T]) -> T | ProxyError:
+    def _outcome(self, call: Callable[[WorkspaceClient], T]) -> T | ProxyError:
         """Make the call; blocks, in a thread.
 
         A failure is a value here: what it was made from may hold a secret, and is left behind.
@@ -130,7 +128,7 @@ class Workspace:
             except Exception as error:
                 return translate(error, here, self._secrets())
 
-    def _call_here(self, call: Callable[["WorkspaceClient"], T]) -> T:
+    def _call_here(self, call: Callable[[WorkspaceClient], T]) -> T:
         """Call with the client there is, or a new one."""
         self._read_secret_file()
         client, era = self._client, self._era
@@ -191,7 +189,7 @@ def _credential(minted: Minted, requested_at: float, now: float) -> Credential:
     return Credential(Secret(token.encode()), requested_at, expires_at)
 
 
-def _identity(client: "WorkspaceClient") -> Identity:
+def _identity(client: WorkspaceClient) -> Identity:
     config = client.config
     role: object = config.client_id or client.current_user.me().user_name
     if not role:
@@ -203,7 +201,7 @@ def _identity(client: "WorkspaceClient") -> Identity:
     return Identity(role, config.host or "", config.auth_type or "")
 
 
-def _date(client: "WorkspaceClient") -> float | None:
+def _date(client: WorkspaceClient) -> float | None:
     """Return what time it is there: the Date of a document that anybody may read."""
     reply = client.api_client.do("GET", "/.well-known/databricks-config", response_headers=["date"])
     text = reply.get("date") if isinstance(reply, dict) else None

@@ -8,13 +8,19 @@ Invariant: a plan never changes. A session keeps the passage that it was given.
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from proxy.config import Settings
 from proxy.observe.status import Token
 from proxy.routes import router_of
 from proxy.session.session import Passage
+from proxy.upstream import services
 from proxy.upstream.fleet import Accounts, Fleet, PhaseTook
+from proxy.upstream.threads import Threads
 from proxy.wire.startup import StartupMessage
+
+# Importing databricks-sdk takes some tenths of a second, on a small part of a core some seconds.
+LOAD_SECONDS_MAX: Final = 60.0
 
 
 class Plan:
@@ -48,6 +54,14 @@ class Plan:
             return {}
         name = self.settings.routing.shard_map
         return {"shard_map": name, "mappings": len(shard_map), "map_digest": shard_map.digest}
+
+    async def load_sdk(self) -> None:
+        """Import databricks-sdk, off the loop, if anything is to be asked of a workspace.
+
+        Raises ImportError when it cannot be used, and TimeoutError.
+        """
+        if any(way.resource is not None for way in self.fleet.values()):
+            await Threads("databricks-sdk").run(services.load, LOAD_SECONDS_MAX)
 
     def hosts(self) -> Mapping[str, str]:
         """Return each target's host, empty while it is not known."""

@@ -8,6 +8,7 @@ SIGTERM and SIGINT drain, and a second one cuts what is left; SIGHUP reads the c
 
 import asyncio
 import errno
+import gc
 import resource
 import signal
 from collections.abc import Callable
@@ -81,9 +82,22 @@ async def serve(settings: Settings, reread: Reread) -> int:
         notify(READY)
         async with asyncio.TaskGroup() as tasks:
             reloads = tasks.create_task(_reload_on_hangup(app, signals, reread))
+            preparation = tasks.create_task(_prepare(app))
             code = await until_stopped(app, signals)
             reloads.cancel()
+            preparation.cancel()
     return code
+
+
+async def _prepare(app: App) -> None:
+    """Do what the first session would wait for, and what would make all others wait.
+
+    The garbage collector walks all objects now and then while everything waits: some hundred
+    thousand that came with imports, and stay. From here on it leaves them out.
+    """
+    with suppress(ImportError, TimeoutError):  # whoever needs it is told so
+        await app.plan.load_sdk()
+    gc.freeze()
 
 
 async def until_stopped(app: App, signals: Signals) -> int:

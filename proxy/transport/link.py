@@ -28,7 +28,8 @@ class Link(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = loop.create_future()
         self._inbox = bytearray()
-        self._arrived = asyncio.Event()
+        # What waits for bytes. No asyncio.Event: that takes 800 bytes, for a session's whole life.
+        self._waiting: asyncio.Future[None] | None = None
         self._paused = False
 
     # -- the protocol ----------------------------------------------------------------------------
@@ -41,7 +42,7 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Keep bytes until they are asked for."""
         self._inbox += data
-        self._arrived.set()
+        self._wake()
         if len(self._inbox) > INBOX_BYTES_MAX and not self._paused:
             self._paused = True
             self.transport.pause_reading()
@@ -60,8 +61,11 @@ class Link(asyncio.Protocol):
     async def receive(self) -> bytes:
         """Return what has arrived, at least one byte; empty only when the peer has ended."""
         if not self._inbox and not self.gone.done():
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._waiting = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
         return self._take()
 
     def write(self, data: bytes) -> None:
@@ -133,4 +137,8 @@ class Link(asyncio.Protocol):
     def _end(self) -> None:
         if not self.gone.done():
             self.gone.set_result(None)
-        self._arrived.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)

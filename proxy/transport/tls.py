@@ -20,7 +20,7 @@ _RECORD_BYTES_MAX: Final = 16 * 1024
 _READ_BYTES_MIN: Final = 256  # part of a record may be inside OpenSSL already, and not counted
 # OpenSSL's memory buffers never shrink, so a session would keep the size of its largest read for
 # life. What is larger than this goes through them in parts.
-_PART_BYTES_MAX: Final = 64 * 1024
+_PART_BYTES_MAX: Final = 32 * 1024
 # What TLS itself may have waiting to be sent, beside the data of the protocol above.
 _UNREAD_BYTES_MAX: Final = 1024 * 1024
 _CONTEXTS_MAX: Final = 64  # of pairs of sslmode and authorities; the least used is made anew

@@ -75,7 +75,7 @@ async def test_each_workspace_gets_its_own_tokens_and_one_each_is_enough(
     for stand in (lakebase, other):
         assert len(stand.gateway.sessions) == STORM // 2
         assert len(stand.workspace.mints) == 1
-    assert {token.workspace for token in proxy.plan.tokens()} == {"", "b"}
+    assert {token.workspace for token in proxy.plan.tokens()} == {"workspace", "b"}
 
 
 async def test_one_mint_serves_all_endpoints_of_a_workspace(
@@ -97,6 +97,9 @@ async def test_provisioned_and_autoscaling_are_mixed_and_an_instance_has_tokens_
     proxy = await start_proxy(**{**given, "targets": {**targets(lakebase), **instances}})
     shards = await opened(proxy, *(["0", "1000", "2000", "3000"] * 3))
     assert shards == ["one", "two", "one", "two"] * 3
+    told = [token.workspace for token in proxy.plan.tokens()]
+    labels = [f"workspace/{shard.instance.name}" for shard in lakebase.shards]
+    assert sorted(told) == ["workspace", *labels]  # each a time series of its own
     endpoints = {shard.endpoint.name for shard in lakebase.shards}
     minted = [mint.name for mint in lakebase.workspace.mints]
     assert len(minted) == 3

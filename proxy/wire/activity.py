@@ -3,23 +3,24 @@
 For: knowing when a session can be ended without cutting an answer (W47). Not for: understanding
 anything; payloads are skipped. The invariant: `idle` is true only if every ReadyForQuery that the
 upstream owes has come, the last one said `I`, and both streams stand between two messages. Where
-that cannot be known the session is busy.
+that cannot be known the session is busy: for ever, which means that a drain ends it at its deadline
+and not before, and an idle timeout never.
 
 What the upstream owes is counted: one ReadyForQuery for each Query, FunctionCall and Sync. That is
-all there is to nearly every session, and what the two short loops do. The rest is about the sync
-points whose answer depends on what the upstream finds (PostgreSQL documentation, "Extended Query"
-and "COPY Operations"):
-
-- While it takes COPY data it ignores Sync. One that was sent between CopyInResponse's command and
-  the end of the data is *in doubt*: swallowed if the COPY succeeds (CommandComplete says so); if it
-  fails, answered or not, depending on how far the upstream had read.
-- After an error in the extended protocol it skips everything up to Sync, a Query too. A Query that
-  follows extended messages without a Sync between is therefore in doubt.
+all there is to nearly every session, and what the two short loops do. The rest is about Syncs that
+may have no answer: while the upstream takes COPY data it ignores Sync (PostgreSQL documentation,
+"COPY Operations"). One that was sent between CopyInResponse's command and the end of the data is
+*in doubt*: swallowed if the COPY succeeds (CommandComplete says so); if it fails, answered or not,
+depending on how far the upstream had read.
 
 So the count is an upper bound, of which `_doubt` may never be answered, and the session is idle
 when the bound is reached. Doubt that is left behind ends with the next request: if everything that
 is certain has been answered and then a request is sent, the first answer other than a bare
 ReadyForQuery belongs to that request, and what was in doubt before it is settled.
+
+That holds as long as nothing but bare Syncs is sent behind the COPY until then; a request among
+them is not followed, nor is a Query behind extended messages without a Sync between, which is
+skipped if one of those fails. No driver that is known to us sends either.
 
 Reference: PostgreSQL documentation, "Message Flow".
 """
@@ -73,9 +74,9 @@ class Activity:
         "_doubt",
         "_ends",
         "_entered",
+        "_last_group",
         "_last_query",
         "_lost",
-        "_muddled",
         "_odd",
         "_renewed",
         "_sent",
@@ -95,7 +96,9 @@ class Activity:
         self._client_skip = self._upstream_skip = 0
         self._client_stub = self._upstream_stub = b""
         # Sync points sent and those that are done with, both counted from the session's start.
-        self._sent = self._answered = self._last_query = 0
+        self._sent = self._answered = 0
+        # Which of those sent was the last Query, and the last Sync that ended extended messages.
+        self._last_query = self._last_group = 0
         self._work = False  # extended messages have been sent that no sync point follows yet
         self._status = _IDLE
         # The rest is at rest unless there is COPY data or doubt; `_odd` says that it is not.
@@ -104,7 +107,6 @@ class Activity:
         self._copying = False  # the same, and the client has not sent the end of the data
         self._ends: list[int] = []  # `_sent` at each end of COPY data that came before its response
         self._doubt = 0  # how many of those not answered yet may never be
-        self._muddled = False  # work was sent among what is in doubt: it can no longer be settled
         self._settled = False  # all that is certain has been answered, and something is in doubt
         self._renewed = False  # and then a request was sent
 
@@ -139,15 +141,18 @@ class Activity:
                 if self._odd:
                     self._ask()
             elif kind == _SYNC:
-                work = False
                 self._sent += 1
+                if work:
+                    self._last_group = self._sent
+                    work = False
                 if self._odd:
                     self._sync()
             elif kind == _QUERY or kind == _FUNCTION_CALL:  # noqa: PLR1714, SIM109 - faster
                 self._sent = self._last_query = self._sent + 1
-                if work or self._odd:
-                    self._query(after_work=work)
-                    work = False
+                if work:
+                    self._lost = True
+                if self._odd:
+                    self._ask()
             elif not self._is_known(kind, work=work):
                 # A length below 4 leads here, too: the byte behind it, one of its own, is no type.
                 position = _NOWHERE
@@ -179,20 +184,14 @@ class Activity:
             self._doubt += 1
         self._settled = False
 
-    def _query(self, *, after_work: bool) -> None:
-        self._ask()
-        if after_work:
-            self._doubt += 1
-            self._odd = True
-
     def _ask(self) -> None:
         """Note a request that is sent while something is odd."""
         if self._copying:
             self._lost = True  # not allowed among the data
         elif self._settled:
             self._renewed = True
-        elif self._doubt:
-            self._muddled = True
+        elif self._doubt and not self._renewed:
+            self._lost = True
 
     # -- the upstream's stream -------------------------------------------------------------------
 
@@ -238,7 +237,7 @@ class Activity:
             self._ends.clear()
         if not self._doubt:
             self._certain()
-        elif owed == self._doubt and not self._muddled:
+        elif owed == self._doubt:
             self._settled = True
 
     def _reply(self, kind: int) -> None:
@@ -261,17 +260,19 @@ class Activity:
 
     def _copy_began(self) -> None:
         """Begin a COPY of the client's, whose data and their end may have been sent already."""
-        self._lost |= self._doubt > 0
         while self._ends and self._ends[0] < self._answered:
             del self._ends[0]  # the late end of a COPY that failed
         self._copying = not self._ends
         end = self._ends.pop(0) if self._ends else self._sent
+        own = self._answered + 1  # the sync point that the COPY itself belongs to
         # A Query's own ReadyForQuery comes whatever the COPY does.
         self._doubt = max(0, end - max(self._answered, self._last_query))
+        asked = self._sent + 1 if self._work else max(self._last_query, self._last_group)
+        self._lost |= self._doubt > 0 and asked > own
         self._entered = self._odd = True
 
     def _certain(self) -> None:
         """Forget doubt that has been settled."""
         self._doubt = 0
-        self._muddled = self._settled = self._renewed = False
+        self._settled = self._renewed = False
         self._odd = self._entered or bool(self._ends)

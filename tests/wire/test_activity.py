@@ -149,12 +149,63 @@ def test_a_query_among_copy_data_is_busy_for_ever() -> None:
     assert not activity.idle
 
 
-def test_work_among_what_is_in_doubt_is_known_to_be_done_when_all_is_answered() -> None:
-    group = WORK + QUERY + WORK + SYNC
-    answered = after(("client", group), ("upstream", ANSWER + ready() + ANSWER + ready()))
-    assert answered.idle
-    # The first work failed: the Query was skipped, or it was not; nothing tells which.
-    assert not after(("client", group), ("upstream", ERROR + ready())).idle
+def test_a_query_behind_work_without_a_sync_is_busy_for_ever() -> None:
+    # It was once taken for settled by the ReadyForQuery of an earlier group: what the work was
+    # answered with then counted for the next request, and a session ended inside an answer.
+    group = message(b"P", b"\0SELECT 1\0\0\0")
+    activity = after(("client", group + SYNC), ("client", group + QUERY))
+    activity.upstream_sent(message(b"1") + ready())
+    activity.client_sent(QUERY)
+    activity.upstream_sent(message(b"1") + ANSWER + ready())
+    assert not activity.idle  # the second Query is owed its answer
+    activity.upstream_sent(ANSWER + ready())
+    assert not activity.idle
+
+
+def test_a_query_behind_a_flushed_copy_is_not_taken_for_swallowed() -> None:
+    activity = after(("client", WORK + message(b"H")), ("upstream", GO_AHEAD))
+    activity.client_sent(DATA + DONE + QUERY)
+    activity.upstream_sent(COMPLETE)
+    assert not activity.idle
+    activity.upstream_sent(ready())
+    assert not activity.idle
+
+
+COPY_GROUP = WORK + SYNC + DATA + DONE + SYNC
+
+
+@pytest.mark.parametrize(
+    "request_", [QUERY, WORK, WORK + SYNC, CALL], ids=["Q", "PBE", "PBES", "F"]
+)
+def test_a_request_in_one_piece_with_a_copy_in_doubt_is_busy_for_ever(request_: bytes) -> None:
+    # The COPY fails before its data: both Syncs are answered, and the request runs on. The next
+    # request must not take what answers this one for its own.
+    activity = after(
+        ("client", COPY_GROUP + request_), ("upstream", GO_AHEAD + ERROR + ready() + ready())
+    )
+    activity.client_sent(QUERY)
+    activity.upstream_sent(ANSWER + ready())
+    assert not activity.idle
+
+
+def test_a_request_behind_a_copy_in_doubt_is_busy_for_ever() -> None:
+    activity = after(("client", WORK + SYNC), ("upstream", GO_AHEAD))
+    activity.client_sent(DATA + DONE + SYNC + QUERY)
+    activity.upstream_sent(ERROR + ready() + ready())
+    activity.client_sent(QUERY)
+    activity.upstream_sent(ANSWER + ready())
+    assert not activity.idle
+
+
+def test_requests_in_one_piece_settle_the_doubt_of_a_failed_copy() -> None:
+    activity = after(("client", WORK + SYNC), ("upstream", GO_AHEAD))
+    activity.client_sent(DATA + DONE + SYNC)
+    activity.upstream_sent(ERROR + ready())
+    activity.client_sent((WORK + SYNC) * 2)
+    activity.upstream_sent(ANSWER + ready())
+    assert not activity.idle
+    activity.upstream_sent(ANSWER + ready())
+    assert activity.idle
 
 
 def test_other_answers_while_a_copy_is_entered_tell_nothing() -> None:

@@ -1,0 +1,145 @@
+"""Random exchanges against a real PostgreSQL: once the tracker has said idle, nothing comes unasked.
+
+The scripted exchanges are those that somebody thought of. These are made of the same pieces in any
+order, cut anywhere, with answers that arrive at any moment; a failure names its seed. A tracker
+that says idle inside an answer would let a drain put a FATAL there (W47).
+"""
+
+import asyncio
+import random
+from typing import Final
+
+import pytest
+
+from proxy.wire.activity import Activity
+from proxy.wire.framing import MessageReader
+from tests.differential.conftest import Roads
+from tests.differential.frontend import (
+    COPY_DONE,
+    FLUSH,
+    SYNC,
+    copy_data,
+    copy_fail,
+    extended,
+    message,
+    parse,
+    query,
+    startup,
+)
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
+
+LANES: Final = 8
+EXCHANGES_A_SEED: Final = 80
+PAUSES_SECONDS: Final = (0, 0.001, 0.004, 0.02)
+REST_SECONDS: Final = 0.03  # longer than the longest statement
+READ_BYTES: Final = (1, 5, 6, 7, 100, 65536)
+ASYNCHRONOUS: Final = b"NSA"
+
+# A COPY into `early` fails before it reads any data, one into `nowhere` before it asks for them.
+TABLES: Final = query(
+    "CREATE TEMP TABLE t (n int, s text); CREATE TEMP TABLE early (n int, s text);"
+    "CREATE FUNCTION pg_temp.no() RETURNS trigger LANGUAGE plpgsql AS"
+    " 'BEGIN RAISE EXCEPTION ''no''; END';"
+    "CREATE TRIGGER no BEFORE INSERT ON early FOR EACH STATEMENT EXECUTE FUNCTION pg_temp.no()"
+)
+SLOW: Final = "SELECT pg_sleep(0.01)"
+ROW: Final = copy_data("1\ta\n")
+BAD_ROW: Final = copy_data("x\ty\n")
+COPY: Final = extended("COPY t FROM STDIN")
+EARLY: Final = extended("COPY early FROM STDIN")
+ATOMS: Final = (
+    *(query(text) for text in ("SELECT 1", "SELEC", "", "BEGIN", "COMMIT", SLOW)),
+    *(query(f"COPY {name} FROM STDIN") for name in ("t", "nowhere", "early")),
+    query("COPY t FROM STDIN; COPY t FROM STDIN"),
+    query("COPY t TO STDOUT"),
+    *(extended(text) for text in ("SELECT 1", "SELEC", "COPY t TO STDOUT", SLOW)),
+    *(COPY, EARLY, SYNC, SYNC, SYNC, FLUSH, COPY_DONE, copy_fail("x"), ROW, BAD_ROW),
+    *(message(kind, b"S\0") for kind in (b"D", b"C")),
+    parse("SELECT 1"),
+    message(b"F", bytes((0, 0, 0, 1, 0, 0, 0, 0, 0, 0))),
+)
+GROUPS: Final = (
+    (COPY, SYNC),
+    (COPY, SYNC, ROW, COPY_DONE, SYNC),
+    (COPY, FLUSH),
+    (ROW, COPY_DONE, SYNC),
+    (ROW, COPY_DONE, query("SELECT 1")),
+    (BAD_ROW, COPY_DONE, SYNC),
+    (extended("SELECT 1"), SYNC),
+    (extended(SLOW), SYNC),
+    (parse("SELECT 1"), query(SLOW)),
+    (EARLY, SYNC, ROW, COPY_DONE, SYNC),
+    (EARLY, SYNC, ROW, COPY_DONE, SYNC, extended(SLOW), SYNC),
+    (query("COPY early FROM STDIN"), ROW, COPY_DONE),
+    (query("SELECT 1"),),
+)
+
+
+class Follower:
+    """One connection whose both directions a tracker follows."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.activity = Activity()
+        self.idle_moments = 0
+        self.unasked = b""
+        self._reader = reader
+        self._writer = writer
+
+    async def start(self) -> None:
+        """See the session through to its first rest, with its tables."""
+        for said in (startup(), TABLES):
+            self._writer.write(said)
+            frames = MessageReader(1 << 20)
+            last = b""
+            while last != b"Z":
+                frames.feed(await self._reader.read(READ_BYTES[-1]))
+                while (frame := frames.next()) is not None:
+                    last = frame.type
+
+    def say(self, content: bytes) -> None:
+        if not self._writer.is_closing():  # the server ends a session that it cannot follow
+            self.activity.client_sent(content)
+            self._writer.write(content)
+
+    async def listen(self, dice: random.Random) -> None:
+        while received := await self._reader.read(dice.choice(READ_BYTES)):
+            if self.activity.idle and received[:1] not in ASYNCHRONOUS:
+                self.unasked = self.unasked or received
+            self.activity.upstream_sent(received)
+            self.idle_moments += self.activity.idle
+
+
+async def exchange(roads: Roads, seed: str) -> int:
+    """Follow one random exchange; return how often it was idle."""
+    dice = random.Random(seed)
+    reader, writer = await asyncio.open_unix_connection(roads.cluster.socket_path)
+    follower = Follower(reader, writer)
+    await follower.start()
+    listening = asyncio.ensure_future(follower.listen(random.Random(f"{seed} read")))
+    try:
+        for _ in range(dice.randint(2, 14)):
+            group = dice.choice(GROUPS) if dice.random() < 0.9 else (dice.choice(ATOMS),)
+            content = b"".join(group)
+            cuts = sorted(dice.sample(range(1, len(content)), k=dice.choice((0, 0, 1, 3))))
+            for low, high in zip((0, *cuts), (*cuts, len(content)), strict=True):
+                follower.say(content[low:high])
+                await asyncio.sleep(dice.choice((0, 0, 0.0005)))
+            if dice.random() < 0.7:
+                await asyncio.sleep(dice.choice(PAUSES_SECONDS))
+        await asyncio.sleep(REST_SECONDS)
+    finally:
+        listening.cancel()
+        writer.close()
+        await asyncio.wait([listening])
+    assert follower.unasked == b"", f"seed {seed}: idle, and then came {follower.unasked!r}"
+    return follower.idle_moments
+
+
+@pytest.mark.parametrize("seed", range(LANES))
+async def test_nothing_comes_unasked_once_it_was_idle(roads: Roads, seed: int) -> None:
+    idle_moments = 0
+    for first in range(0, EXCHANGES_A_SEED, LANES):
+        names = [f"{seed}.{number}" for number in range(first, first + LANES)]
+        idle_moments += sum(await asyncio.gather(*(exchange(roads, name) for name in names)))
+    assert idle_moments > 0  # it was not busy for ever throughout

@@ -5,6 +5,8 @@ kernel drops a signal for which PID 1, which is what we are in a container, has 
 that is deleted while it starts would wait for SIGKILL. Not for: verbs, or how a proxy that serves
 ends; that is `cli`.
 
+A SIGHUP that comes before the proxy serves is dropped: it is reading its configuration anyway.
+
 Invariant: nothing is imported here but the standard library, until the handlers are set.
 """
 
@@ -21,6 +23,8 @@ def main() -> int:
     """Run the command line and return its exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
+    if sys.argv[1:2] == ["run"]:
+        signal.signal(signal.SIGHUP, _drop)
     from proxy import cli  # noqa: PLC0415
 
     return cli.main()
@@ -29,6 +33,10 @@ def main() -> int:
 def _end(number: int, _frame: FrameType | None) -> None:
     """End at once: until `cli` takes the signals over there is nothing to drain."""
     raise SystemExit(0 if sys.argv[1:2] and sys.argv[1] in _SERVING_VERBS else 128 + number)
+
+
+def _drop(number: int, frame: FrameType | None) -> None:
+    """Do nothing. SIG_IGN would go over to every program that is started from here."""
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from proxy.observe.status import State, StatusSource, Token, report
 from proxy.plan import Plan
 from proxy.routes import rewritten_file
 from proxy.session.cancel import CancelForwarder, CancelKeys
-from proxy.session.listener import UNSERVED, Listener, Places
+from proxy.session.listener import UNSERVED, UNSERVED_MAX, Listener, Places
 from proxy.session.live import LiveSessions
 from proxy.session.relay import EndReason
 from proxy.session.session import Passage, Session, SessionParts, StartupFailure
@@ -41,15 +41,17 @@ class App:
     listen_port: int
     admin: AdminAddress | None = None
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises ConfigurationError for a file that a setting names and that cannot be used."""
+    def __init__(self, settings: Settings, *, unserved_max: int = UNSERVED_MAX) -> None:
+        """`unserved_max` connections may be starting at a time.
+
+        Raises ConfigurationError for a file that a setting names and that cannot be used."""
         self.life = Life()
         self.metrics = build_metrics(settings.target_names())
         self.cancel_keys = CancelKeys()
         self.accounts = Accounts(self.metrics, version=__version__)
         self.plan = Plan(settings, self.accounts, self._phase_took)
         self.places = Places(settings.listen.max_connections)
-        self.listener = self._make_listener(settings)
+        self.listener = self._make_listener(settings, unserved_max)
 
     @property
     def settings(self) -> Settings:
@@ -87,7 +89,7 @@ class App:
         self.life.drain(accept_seconds + drain_seconds)
         return await self.listener.drain(drain_seconds, accept_seconds=accept_seconds)
 
-    def _make_listener(self, settings: Settings) -> Listener:
+    def _make_listener(self, settings: Settings, unserved_max: int) -> Listener:
         live = LiveSessions()
         # A cancel is no connect: its phases are nobody's.
         connector = Connector(lambda phase, seconds: None)
@@ -108,6 +110,7 @@ class App:
             self.metrics,
             lambda link: Session(link, parts).run(),
             live,
+            unserved_max=unserved_max,
         )
 
     def _passage(self, message: StartupMessage) -> Passage:
@@ -118,14 +121,14 @@ class App:
 
 
 @asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[App]:
-    """Serve while the block runs.
+async def serving(settings: Settings, *, unserved_max: int = UNSERVED_MAX) -> AsyncIterator[App]:
+    """Serve while the block runs; `unserved_max` connections may be starting at a time.
 
     Raises OSError when an address cannot be listened on, and ConfigurationError for a file that
     a setting names and that cannot be used.
     """
     async with AsyncExitStack() as stack:
-        app = App(settings)
+        app = App(settings, unserved_max=unserved_max)
         stack.push_async_callback(app.accounts.close)
         stack.enter_context(sampling_lag(app.metrics.loop_lagged))
         if settings.admin.enabled:

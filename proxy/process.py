@@ -4,6 +4,7 @@ For: what happens around `serving` between the command line and the end of the p
 reading arguments (`cli`), or how sessions end (`session`).
 
 SIGTERM and SIGINT drain, and a second one cuts what is left; SIGHUP reads the configuration again.
+Invariant: once it is told to stop, nothing is reloaded any more.
 """
 
 import asyncio
@@ -19,6 +20,8 @@ from proxy.app import App, serving
 from proxy.config import ConfigurationError, Settings
 from proxy.observe.logs import get_logger
 from proxy.observe.service_manager import READY, STOPPING, notify, reloading
+from proxy.session.listener import UNSERVED_MAX
+from proxy.upstream.threads import Threads
 
 EXIT_OK: Final = 0
 EXIT_FAILURE: Final = 1
@@ -26,9 +29,17 @@ EXIT_USAGE: Final = 2
 EXIT_CUT: Final = 3
 
 FILES_A_SESSION: Final = 2
-# Listeners, the admin address's connections (64), calls to the workspace, cancels, and connections
-# that are still starting.
+# Listeners, the admin address's connections (64), calls to the workspace, cancels, and as many
+# connections that are still starting as there are in any case.
 FILES_RESERVED: Final = 128
+UNSERVED_MIN: Final = 32
+
+# A file with a million mappings takes seconds. A disk that does not answer takes for ever.
+RELOAD_SECONDS_MAX: Final = 60.0
+
+QUIT: Final = "quitquitquit"
+_KEPT: Final = "not reloaded; the configuration stays as it was"
+_WEAK_POINT: Final = "the configuration has a weak point"
 
 Reread = Callable[[], Settings]
 """Reads the configuration again, from where it came from. Raises ConfigurationError."""
@@ -76,17 +87,18 @@ async def serve(settings: Settings, reread: Reread) -> int:
     """Serve Lakebase until told to stop; return the exit code. Raises what `serving` does."""
     signals = Signals(hangups=True)
     check_file_limit(settings.listen.max_connections)
-    async with serving(settings) as app:
+    bound = unserved_max(settings.listen.max_connections)
+    async with serving(settings, unserved_max=bound) as app:
         for warning in settings.warnings():
-            _log.warning("the configuration has a weak point", warning=warning)
+            _log.warning(_WEAK_POINT, warning=warning)
         notify(READY)
         async with asyncio.TaskGroup() as tasks:
             reloads = tasks.create_task(_reload_on_hangup(app, signals, reread))
             preparation = tasks.create_task(_prepare(app))
-            code = await until_stopped(app, signals)
+            why = await _told_to_stop(app, signals)
             reloads.cancel()
             preparation.cancel()
-    return code
+        return await _drained(app, signals, why)
 
 
 async def _prepare(app: App) -> None:
@@ -101,8 +113,12 @@ async def _prepare(app: App) -> None:
 
 
 async def until_stopped(app: App, signals: Signals) -> int:
-    """Wait until told to stop, then drain. A second signal cuts what is left at once."""
-    why = await _told_to_stop(app, signals)
+    """Wait until told to stop, then drain; return the exit code."""
+    return await _drained(app, signals, await _told_to_stop(app, signals))
+
+
+async def _drained(app: App, signals: Signals, why: str) -> int:
+    """Drain; return the exit code. A second signal cuts what is left at once."""
     notify(STOPPING)
     shutdown = app.settings.shutdown
     _log.info(
@@ -112,10 +128,8 @@ async def until_stopped(app: App, signals: Signals) -> int:
         drain_seconds=shutdown.drain_seconds,
     )
     async with asyncio.TaskGroup() as tasks:
-        impatience = tasks.create_task(_cut_at_second_signal(app, signals))
+        impatience = tasks.create_task(_cut_at_second_signal(app, signals, why))
         cut = await app.drain(shutdown.drain_seconds, accept_seconds=shutdown.accept_seconds)
-        if impatience.done():
-            cut = impatience.result()
         impatience.cancel()
     _log.info("stopped", sessions_cut=cut)
     return EXIT_CUT if cut else EXIT_OK
@@ -129,32 +143,51 @@ async def _told_to_stop(app: App, signals: Signals) -> str:
         await asyncio.wait((asked, signalled), return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
         signalled.cancel()
-    return signalled.result().name if not signalled.cancelled() else "quitquitquit"
+    return signalled.result().name if not signalled.cancelled() else QUIT
 
 
-async def _cut_at_second_signal(app: App, signals: Signals) -> int:
-    await signals.end()
-    return await app.drain(0)
+async def _cut_at_second_signal(app: App, signals: Signals, why: str) -> None:
+    number = await signals.end()
+    if why == QUIT:
+        # A preStop hook has asked, and the kubelet sends its one SIGTERM behind every hook.
+        _log.info("draining already; one more signal cuts what is left", signal=number.name)
+        await signals.end()
+    await app.drain(0)
 
 
 # -- reload --------------------------------------------------------------------------------------
 
 
 async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
+    threads = Threads("reload")  # daemons: one whose file does not answer keeps nobody from ending
     while True:  # ends with the proxy
         await signals.hangup()
         notify(reloading())
         try:
-            # In a thread: a file with a million mappings takes seconds.
-            changes = app.reload(await asyncio.to_thread(reread))
+            _take_over(app, await threads.run(reread, RELOAD_SECONDS_MAX))
         except ConfigurationError as error:
-            problems = [str(problem) for problem in error.problems]
-            _log.error("not reloaded; the configuration stays as it was", problems=problems)
-        else:
-            _log.info("reloaded", changed=changes.reloadable, **app.plan.map_facts)
-            if changes.restart:
-                _log.warning("restart to let these take effect", keys=changes.restart)
+            app.metrics.reload_failed()
+            _log.error(_KEPT, problems=[str(problem) for problem in error.problems])
+        except TimeoutError:
+            app.metrics.reload_failed()
+            _log.error(_KEPT, problems=[f"reading it took more than {RELOAD_SECONDS_MAX:g} s"])
+        except Exception:
+            # A bug of ours must cost one reload, not all sessions.
+            app.metrics.reload_failed()
+            _log.exception(_KEPT)
         notify(READY)
+
+
+def _take_over(app: App, settings: Settings) -> None:
+    """Serve new sessions by these settings. Raises ConfigurationError."""
+    warned = app.settings.warnings()
+    changes = app.reload(settings)
+    _log.info("reloaded", changed=changes.reloadable, **app.plan.map_facts)
+    if changes.restart:
+        _log.warning("restart to let these take effect", keys=changes.restart)
+    for warning in app.settings.warnings():
+        if warning not in warned:
+            _log.warning(_WEAK_POINT, warning=warning)
 
 
 # -- the limit of open files ---------------------------------------------------------------------
@@ -182,6 +215,16 @@ def check_file_limit(max_connections: int) -> None:
             hint="raise the hard limit (ulimit -Hn, LimitNOFILE= of systemd, --ulimit nofile= of"
             " a container), or lower listen.max_connections",
         )
+
+
+def unserved_max(max_connections: int) -> int:
+    """Return how many connections may be starting at a time, so that they leave the sessions, the
+    admin address and the calls to the workspace their files."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return UNSERVED_MAX
+    left = limit - FILES_A_SESSION * max_connections - FILES_RESERVED
+    return max(UNSERVED_MIN, min(UNSERVED_MAX, left))
 
 
 def explain(error: OSError) -> str:

@@ -6,6 +6,8 @@ For: building what `routing` decides by, and reading the file of a map. Not for:
 Invariant: what cannot be used is a Problem under its key, so that it shows with all the others.
 """
 
+import errno
+import stat
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -128,6 +130,8 @@ def _shard_map(settings: Settings, name: str) -> ShardMap:
     stamp: _Stamp = None
     if shard_map.mappings_file:
         found = Path(shard_map.mappings_file).stat()
+        if not stat.S_ISREG(found.st_mode):  # nobody may ever write into a pipe
+            raise OSError(errno.EINVAL, "it is not a regular file")
         stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
     return _built(shard_map, frozenset(settings.target_names()), stamp)
 

@@ -5,7 +5,7 @@ For: `[listen]`, `[admin]`, `[shutdown]`, `[log]`. Not for: anything upstream of
 Invariant: a section that validates can be used as it is, on its own.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
@@ -18,8 +18,17 @@ from proxy.config.values import (
     or_empty,
 )
 
+# Sessions are looked at several times in this time: less would cost the others.
+_IDLE_TIMEOUT_SECONDS_MIN: Final = 0.1
+
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _check_idle_timeout(value: float) -> float:
+    if 0 < value < _IDLE_TIMEOUT_SECONDS_MIN:
+        raise ValueError(f"must be 0, which is never, or at least {_IDLE_TIMEOUT_SECONDS_MIN:g}")
+    return value
 
 
 class ListenSettings(Section):
@@ -73,12 +82,12 @@ class ListenSettings(Section):
         description="Time a client has to send its StartupMessage, in seconds. Drivers need "
         "milliseconds; a connection that says nothing must not keep its place.",
     )
-    idle_timeout_seconds: float = Field(
+    idle_timeout_seconds: Annotated[float, AfterValidator(_check_idle_timeout)] = Field(
         default=0,
         ge=0,
         le=604_800,
-        description="Time after which a session that is idle ends with 57P05, in seconds; 0 is "
-        "never. For applications that forget connections; a pool is "
+        description="Time after which a session that is idle ends with 57P05, in seconds from 0.1; "
+        "0 is never. For applications that forget connections; a pool is "
         "better told itself.",
     )
 

@@ -249,6 +249,9 @@ class Metrics:
             buckets=_LAG_SECONDS_BUCKETS,
             registry=self._registry,
         )
+        self._reload_failures = self._counter(
+            "reload_failures", "Reloads that were asked for and changed nothing."
+        )
         self._admin_errors = self._counter(
             "admin_errors", "Requests to the admin address that failed with 500."
         )
@@ -322,6 +325,10 @@ class Metrics:
     def admin_failed(self) -> None:
         """Count a request to the admin address that a bug of ours left without an answer."""
         self._admin_errors.inc()
+
+    def reload_failed(self) -> None:
+        """Count a reload that was asked for and changed nothing."""
+        self._reload_failures.inc()
 
     def admin_restarted(self) -> None:
         """Count a death of the admin address."""

@@ -24,8 +24,12 @@ from proxy.transport.sockets import listen_unix
 # A burst of reconnecting clients is some hundreds; more than this is a flood.
 UNSERVED_MAX: Final = 1000
 ACCEPT_BACKLOG: Final = 1024
+# A flood is one line in so long a time.
+UNSERVED_WARNING_SECONDS: Final = 60.0
 # Who connected just before the listener closed gets so long to say what it wants, and to be told.
 SILENT_SECONDS: Final = 1.0
+# Who was told that the session ends gets so long to be sent it: nothing else keeps it from a cut.
+FAREWELL_SECONDS: Final = 0.1
 UNSERVED: Final = "too_many_starting"  # the word for it in the metrics
 
 _log = get_logger(__name__)
@@ -72,6 +76,8 @@ class Listener:
         metrics: Metrics,
         serve: Callable[[Link], Coroutine[None, None, None]],
         live: LiveSessions | None = None,
+        *,
+        unserved_max: int = UNSERVED_MAX,
     ) -> None:
         """`live` are the sessions that `serve` enters there; others are waited for, then cut."""
         self._settings = settings
@@ -82,6 +88,9 @@ class Listener:
         self._hurried = asyncio.Event()  # somebody has called drain again
         self._ids = itertools.count(1)
         self._sessions: set[asyncio.Task[None]] = set()
+        self._unserved_max = unserved_max
+        self._flood_said_at: float | None = None
+        self._cut_sessions: set[asyncio.Task[None]] = set()
         self._servers: list[asyncio.Server] = []
         self._unix_path: Path | None = None
 
@@ -126,21 +135,31 @@ class Listener:
     def _connected(self, link: Link) -> None:
         """Begin to serve a connection; one that comes out of the backlog after the close is cut."""
         unserved = len(self._sessions) - self._places.taken
-        if unserved >= UNSERVED_MAX or not self._servers:
+        if unserved >= self._unserved_max or not self._servers:
             self._metrics.startup_failed(UNSERVED)
-            _log.debug("connection cut: too many are starting", unserved=unserved)
+            if self._servers:
+                self._warn_of_flood(unserved)
             link.transport.abort()
             return
         task = asyncio.get_running_loop().create_task(self._run(link))
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
 
+    def _warn_of_flood(self, unserved: int) -> None:
+        """Say once in a while that connections are cut; the metrics count them."""
+        now = asyncio.get_running_loop().time()
+        said_at = self._flood_said_at
+        if said_at is None or now - said_at >= UNSERVED_WARNING_SECONDS:
+            self._flood_said_at = now
+            _log.warning("connections are cut: too many are starting", unserved=unserved)
+
     async def drain(self, seconds: float, *, accept_seconds: float = 0) -> int:
         """Go on accepting for `accept_seconds`, then end all sessions; return how many were cut.
 
         From then on the sessions have `seconds`: an idle one is ended with 57P01, after half of the
         time also in the midst of a client's hurry; a busy one when it becomes idle; what is left
-        is cut. Called again meanwhile, it does with the shorter times what is left to do.
+        is cut. Called again meanwhile, it does with the shorter times what is left to do; both
+        calls return how many were cut in all.
         """
         if accept_seconds and not self._hurried.is_set():
             with suppress(TimeoutError):
@@ -150,8 +169,10 @@ class Listener:
         self._close()
         self._live.end()
         if not self._sessions:
-            return 0
-        if seconds:
+            return len(self._cut_sessions)
+        if not seconds:
+            self._live.hurry()
+        else:
             _log.info("sessions are ending", **self._left(), idle=self._live.idle_count())
         loop = asyncio.get_running_loop()
         timers = [
@@ -161,7 +182,8 @@ class Listener:
         _, left = await asyncio.wait(self._sessions, timeout=seconds)
         for timer in timers:
             timer.cancel()
-        return self._cut(left, told=seconds > 0)
+        await self._cut(left, told=seconds > 0)
+        return len(self._cut_sessions)
 
     def _close(self) -> None:
         while self._servers:
@@ -170,14 +192,18 @@ class Listener:
             self._unix_path.unlink(missing_ok=True)
             self._unix_path = None
 
-    def _cut(self, tasks: set[asyncio.Task[None]], *, told: bool) -> int:
-        """Cancel the tasks; return how many of them had a client that this takes something from."""
-        cut = [task for task in tasks if self._live.is_unfinished(task)]
+    async def _cut(self, tasks: set[asyncio.Task[None]], *, told: bool) -> None:
+        """Cancel the tasks, and note those that had a client that this takes something from."""
+        cut = {task for task in tasks if self._live.is_unfinished(task)}
         if cut and told:
             _log.warning("sessions are cut: the time to drain is over", **self._left())
-        for task in tasks:
+        self._cut_sessions |= cut
+        for task in cut:
             task.cancel()
-        return len(cut)
+        if ending := tasks - cut:
+            _, ending = await asyncio.wait(ending, timeout=FAREWELL_SECONDS)
+            for task in ending:
+                task.cancel()
 
     def _left(self) -> dict[str, float]:
         """Return what a log line says of the sessions that are left."""

@@ -30,6 +30,8 @@ CANCEL_ANSWER_SECONDS: Final = 0.25
 ABANDON_SECONDS_MAX: Final = 10.0
 # An idle timeout is looked for so often in its time: so much too late, at most, a session ends.
 IDLE_LOOKS: Final = 8
+# And not more often than this, however short its time.
+IDLE_LOOK_SECONDS_MIN: Final = 0.05
 
 _TERMINATE: Final = Terminate().encode()
 
@@ -232,10 +234,10 @@ class Relay:
     def end_after_idle(self, seconds: float, error: ErrorResponse) -> None:
         """Do the same as soon as the session was idle, and no byte came, for so long.
 
-        It is up to an eighth later. A byte costs nothing: only the counts are compared, now and
-        then.
+        It is up to an eighth later, or later by a few looks where its time is shorter than those.
+        A byte costs nothing: only the counts are compared, now and then.
         """
-        interval = seconds / IDLE_LOOKS
+        interval = max(seconds / IDLE_LOOKS, IDLE_LOOK_SECONDS_MIN)
         call_later = asyncio.get_running_loop().call_later
         seen, quiet_looks = -1, -1
 

@@ -10,9 +10,10 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum, unique
 from functools import partial
+from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.live import Carried
@@ -40,9 +41,21 @@ from proxy.wire.client_startup import (
 )
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import StartupMessage
-from proxy.wire.violations import Answer, ClientViolation
+from proxy.wire.violations import ClientReason, ClientViolation
 
 _log = get_logger(__name__)
+
+
+# What is wrong with a whole StartupMessage is a driver's, or its settings', and worth a line.
+# Whatever else arrives may be a port scan.
+_OF_A_DRIVER: Final = frozenset(
+    {
+        ClientReason.REPLICATION_VALUE,
+        ClientReason.STARTUP_LAYOUT,
+        ClientReason.UNKNOWN_PARAMETER,
+        ClientReason.USER_MISSING,
+    }
+)
 
 
 @unique
@@ -106,6 +119,7 @@ class Session:
         self._startup = ClientStartup(tls_offered=tls_offered)
         # What its lines in the log say of where it goes, once that is decided.
         self._where = {"target": ""}
+        self._relay_made: Relay | None = None
         self._begun_at = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
@@ -180,7 +194,7 @@ class Session:
             return
         violation = event.violation
         self._parts.metrics.startup_failed(violation.reason)
-        level = _log.debug if violation.answer is Answer.NOTHING else _log.info
+        level = _log.info if violation.reason in _OF_A_DRIVER else _log.debug
         level("client refused", reason=violation.reason, sqlstate=violation.sqlstate)
 
     # -- a session -------------------------------------------------------------------------------
@@ -209,6 +223,9 @@ class Session:
             if self._startup.state is ClientState.AWAIT_BACKEND:
                 bug = ProxyError(ErrorKind.INTERNAL)
                 self._refuse(bug.reason, bug.response())
+            elif self._relay_made is not None:
+                end = self._relay_made.ended(EndReason.INTERNAL_ERROR)
+                self._log_end(replace(end, reason=EndReason.INTERNAL_ERROR))
             raise
 
     async def _dial(self, passage: Passage) -> UpstreamSession:
@@ -241,7 +258,7 @@ class Session:
         abandon = None
         if key is not None and passage.way.settings.cancel_on_disconnect:
             abandon = partial(self._parts.cancels.cancel, key)
-        relay = Relay(client.transport, link.transport, abandon)
+        relay = self._relay_made = Relay(client.transport, link.transport, abandon)
         # What either side sent early goes behind what the other is told first.
         shown = None if key is None else key.issued
         client.write(self._startup.accept(upstream.startup.welcome(shown)))
@@ -279,6 +296,9 @@ class Session:
 
     def _note_end(self, end: RelayEnd) -> None:
         self._parts.metrics.session_ended(end.reason, self._where["target"])
+        self._log_end(end)
+
+    def _log_end(self, end: RelayEnd) -> None:
         _log.info(
             "session ended",
             reason=end.reason.value,

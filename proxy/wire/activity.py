@@ -141,18 +141,15 @@ class Activity:
                 if self._odd:
                     self._ask()
             elif kind == _SYNC:
-                self._sent += 1
-                if work:
-                    self._last_group = self._sent
-                    work = False
+                self._sent = sent = self._sent + 1
+                self._last_group = sent if work else self._last_group
+                work = False
                 if self._odd:
                     self._sync()
             elif kind == _QUERY or kind == _FUNCTION_CALL:  # noqa: PLR1714, SIM109 - faster
                 self._sent = self._last_query = self._sent + 1
-                if work:
-                    self._lost = True
-                if self._odd:
-                    self._ask()
+                if work or self._odd:
+                    self._query(after_work=work)
             elif not self._is_known(kind, work=work):
                 # A length below 4 leads here, too: the byte behind it, one of its own, is no type.
                 position = _NOWHERE
@@ -183,6 +180,10 @@ class Activity:
         if self._copying:
             self._doubt += 1
         self._settled = False
+
+    def _query(self, *, after_work: bool) -> None:
+        self._ask()
+        self._lost |= after_work
 
     def _ask(self) -> None:
         """Note a request that is sent while something is odd."""

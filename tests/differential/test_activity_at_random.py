@@ -1,4 +1,4 @@
-"""Random exchanges against a real PostgreSQL: once the tracker has said idle, nothing comes unasked.
+"""Random exchanges against a real PostgreSQL: behind idle nothing comes unasked.
 
 The scripted exchanges are those that somebody thought of. These are made of the same pieces in any
 order, cut anywhere, with answers that arrive at any moment; a failure names its seed. A tracker

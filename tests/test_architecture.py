@@ -37,9 +37,8 @@ TASK_MAKERS = {
     "proxy/standin/connection.py": "a connection of the stand-in waits for its own tasks",
 }
 
-# Waits of these tests are for another process, where there is no event to wait for; in
-# `session` and `upstream` a call that takes a moment is what is tested, and in `differential` what is
-# sent at any moment.
+# Waits of these tests are for another process, where there is no event to wait for; in `session`
+# and `upstream` a call that takes a moment is tested, in `differential` what is sent at any moment.
 SLEEPERS = (
     "tests/differential/test_activity_at_random.py",
     "tests/e2e/",

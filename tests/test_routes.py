@@ -1,5 +1,6 @@
 """From settings to a router: what is built, and how often. What maps mean: `tests/routing`."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,11 @@ def test_a_file_that_cannot_be_used_is_a_problem_under_its_key(tmp_path: Path) -
     with pytest.raises(ConfigurationError) as caught:
         router_of(configured)
     assert [problem.key for problem in caught.value.problems] == ["shard_maps.a.mappings_file"]
+
+
+def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path) -> None:
+    # A reload waited for somebody to write into a pipe, and the process could not be ended.
+    os.mkfifo(tmp_path / "a.csv")
+    (problem,) = map_problems(settings(tmp_path, "a", used="a"))
+    assert "shard_maps.a.mappings_file" in str(problem)
+    assert "it is not a regular file" in str(problem)

@@ -141,3 +141,47 @@ async def test_quitquitquit_cuts_what_does_not_end_in_time_and_exits_with_3(
         assert (await ask(unused_tcp_port, "/quitquitquit", "POST")).status == 202
         assert await proxy.ended() == 3
     assert stopped_well(proxy)
+
+
+async def test_the_signal_behind_a_pre_stop_hook_that_asks_to_quit_cuts_nothing(
+    start_process: StartProcess, unused_tcp_port: int
+) -> None:
+    # The hook asks, and the kubelet sends its one SIGTERM behind it: that was taken for the second
+    # signal, and every transaction was cut.
+    shutdown = {"drain_seconds": 60}
+    proxy = await start_process(admin=admin(unused_tcp_port, quit=True), shutdown=shutdown)
+    async with plain_client(proxy) as client, plain_client(proxy) as stuck:
+        for one in (client, stuck):
+            await one.start_up()
+            await one.query("BEGIN")
+            assert b"BEGIN" in await one.receive()
+        assert (await ask(unused_tcp_port, "/quitquitquit", "POST")).status == 202
+        await eventually(lambda: proxy.events("draining"), "it drains")
+        proxy.send(signal.SIGTERM)
+        absorbed = "draining already; one more signal cuts what is left"
+        await eventually(lambda: proxy.events(absorbed), "it says so")
+        await client.query("COMMIT")
+        assert b"COMMIT" in await client.receive()
+        assert proxy.running
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 3
+    assert [line["sessions_cut"] for line in proxy.events("stopped")] == [1]
+    assert stopped_well(proxy)
+
+
+async def test_quitquitquit_during_a_drain_hastens_nothing(
+    start_process: StartProcess, unused_tcp_port: int
+) -> None:
+    shutdown = {"accept_seconds": 60, "drain_seconds": 60}
+    proxy = await start_process(admin=admin(unused_tcp_port, quit=True), shutdown=shutdown)
+    async with plain_client(proxy) as client:
+        await client.start_up()
+        proxy.send(signal.SIGTERM)
+        await eventually(lambda: proxy.events("draining"), "it drains")
+        assert (await ask(unused_tcp_port, "/quitquitquit", "POST")).status == 202
+        await client.query("SELECT 'still served'")
+        assert b"still served" in await client.receive()
+        proxy.send(signal.SIGTERM)
+        assert (await client.error()).sqlstate == "57P01"  # it was idle
+    assert await proxy.ended() == 0
+    assert len(proxy.events("draining")) == 1

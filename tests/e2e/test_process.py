@@ -3,9 +3,13 @@
 0 after a clean drain, 3 when sessions were cut; a second signal ends it at once.
 """
 
+import asyncio
 import signal
 import socket
+import statistics
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -13,10 +17,13 @@ from proxy.standin.faults import Stage, Strike
 from proxy.standin.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
 from tests.support.plain_client import plain_client, query, startup
-from tests.support.proxy_process import ProxyProcess
-from tests.support.running import eventually
+from tests.support.proxy_process import ProxyProcess, handles, started_process
+from tests.support.running import eventually, proxy_values, toml
 
 pytestmark = pytest.mark.slow  # the process starts in about a second
+
+START_SECONDS = 3.0
+REST_BYTES_MAX = 120_000_000
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 
@@ -92,6 +99,59 @@ async def test_a_second_signal_ends_it_at_once_with_3(
         assert time.monotonic() - began < 4
         await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session upstream")
     assert "Traceback" not in proxy.err
+
+
+@pytest.mark.parametrize("seconds", [0, 60])
+async def test_idle_sessions_are_told_however_short_the_drain_is(
+    start_process: StartProcess, seconds: int
+) -> None:
+    # They were cut without a word, and counted as if somebody had lost something.
+    proxy = await start_process(shutdown={"drain_seconds": seconds})
+    async with plain_client(proxy) as idle, plain_client(proxy) as busy:
+        for client in (idle, busy):
+            await client.start_up()
+        await busy.query("BEGIN")
+        assert b"BEGIN" in await busy.receive()
+        proxy.send(signal.SIGTERM)
+        if seconds:
+            await eventually(lambda: proxy.events("draining"), "it drains")
+            proxy.send(signal.SIGTERM)
+        assert (await idle.error()).sqlstate == "57P01"
+        assert await proxy.ended() == 3
+    assert [line["sessions_cut"] for line in proxy.events("stopped")] == [1]
+
+
+async def test_a_hangup_before_it_serves_is_nothing(lakebase: Lakebase, tmp_path: Path) -> None:
+    # Until the event loop had its handler, SIGHUP ended the process.
+    file = tmp_path / "proxy.toml"
+    file.write_text(toml(proxy_values(lakebase, {})))
+    async with started_process("run", "--config", str(file)) as proxy:
+        await eventually(lambda: handles(proxy.pid, signal.SIGHUP), "it handles SIGHUP")
+        while not proxy.events("serving"):
+            assert proxy.running, proxy.err
+            proxy.send(signal.SIGHUP)
+            await asyncio.sleep(0.02)
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 0
+
+
+async def test_it_serves_within_three_seconds_and_takes_little_memory(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    file = tmp_path / "proxy.toml"
+    file.write_text(toml(proxy_values(lakebase, {})))
+    took_seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        async with started_process("run", "--config", str(file)) as proxy:
+            await proxy.serving()
+            took_seconds.append(time.monotonic() - began)
+            async with plain_client(proxy) as client:
+                await client.start_up()
+            ended = partial(proxy.events, "session ended")
+            await eventually(ended, "it is at rest")
+            assert proxy.memory_bytes() <= REST_BYTES_MAX
+    assert statistics.median(took_seconds) < START_SECONDS
 
 
 async def test_no_session_of_many_leaves_a_file_or_a_task_in_the_process(

@@ -5,6 +5,7 @@ A real process each time, told by a real signal. What a configuration may say is
 """
 
 import asyncio
+import os
 import re
 import signal
 import socket
@@ -313,3 +314,43 @@ async def test_systemd_hears_of_readiness_each_reload_and_the_end(
             assert await hear() == "STOPPING=1"
             assert await proxy.ended() == 0
     assert len(heard) == 6
+
+
+async def test_a_reload_that_hangs_keeps_nobody_from_ending(start: Any, lakebase: Lakebase) -> None:
+    reloading = await start(sharded(lakebase))
+    proxy = reloading.proxy
+    reloading.file.unlink()
+    os.mkfifo(reloading.file)  # nobody writes into it
+    proxy.send(signal.SIGHUP)
+    await asyncio.to_thread(partial(os.open, reloading.file, os.O_WRONLY))  # it reads by now
+    assert await shard_by_psycopg(proxy, dbname="app@7") == "one"
+    proxy.send(signal.SIGTERM)
+    assert await proxy.ended(5) == 0
+
+
+async def test_a_hangup_during_a_drain_is_not_served(
+    start: Any, lakebase: Lakebase, tmp_path: Path
+) -> None:
+    reloading = await start({**sharded(lakebase), "shutdown": {"drain_seconds": 60}})
+    proxy = reloading.proxy
+    busy = await psycopg.AsyncConnection.connect(**libpq(proxy, dbname="app@7"))
+    await busy.execute(TABLE)
+    proxy.send(signal.SIGTERM)
+    await eventually(lambda: proxy.events("draining"), "it drains")
+    reloading.write(turned(lakebase))
+    proxy.send(signal.SIGHUP)
+    await busy.execute(TABLE)
+    await busy.commit()
+    await busy.close()
+    assert await proxy.ended() == 0
+    assert proxy.events(RELOADED) == []
+
+
+async def test_a_warning_that_is_new_is_logged_once(start: Any, lakebase: Lakebase) -> None:
+    reloading = await start({})
+    weak = {"upstream": {"sslmode": "require"}}
+    await reloading.take(weak)
+    await reloading.take(weak)
+    (line,) = reloading.proxy.events("the configuration has a weak point")
+    assert line["level"] == "warning"
+    assert "sslmode" in line["warning"]

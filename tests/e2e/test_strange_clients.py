@@ -229,3 +229,21 @@ async def test_a_hundred_strange_clients_at_once_do_not_keep_an_ordinary_one_wai
             group.create_task(strange())
         async with asyncio.timeout(5):
             await ordinary_session(guarded)
+
+
+SMB_NEGOTIATE = bytes.fromhex("000000a4ff534d42") + bytes(156)
+
+
+async def test_a_port_scan_of_smb_is_no_news(guarded: App, log: LogLines) -> None:
+    async with plain_client(guarded) as client:
+        await client.send(SMB_NEGOTIATE)
+        await client.receive_rest()
+    assert [line["level"] for line in log.events("client refused")] == ["debug"]
+
+
+async def test_what_a_driver_says_wrong_is_a_line(guarded: App, log: LogLines) -> None:
+    async with plain_client(guarded) as client:
+        await client.send(bytes((0, 0, 0, 9, 0, 3, 0, 0, 0)))
+        assert (await client.error()).sqlstate == "28000"
+    (line,) = log.events("client refused")
+    assert (line["level"], line["reason"]) == ("info", "user_missing")

@@ -7,7 +7,6 @@ at the end of the grace period.
 
 import asyncio
 import os
-import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -16,20 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.proxy_process import ROOT, descendants
+from tests.support.proxy_process import ROOT, descendants, handles
 from tests.support.running import eventually, without_own_account
 from tests.support.tools import need
 
 ENDPOINT = ("--upstream.endpoint", "projects/p/branches/b/endpoints/e")
 PORTS = ("--listen.port", "0", "--admin.port", "0")
-
-
-def handles(pid: int, number: signal.Signals) -> bool:
-    """Tell whether a process has a handler for a signal, as the kernel sees it."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    caught = re.search(r"^SigCgt:\s+([0-9a-f]+)$", status, re.MULTILINE)
-    assert caught is not None
-    return bool(int(caught[1], 16) & 1 << (number - 1))
 
 
 def has_loaded(pid: int, library: str) -> bool:

@@ -14,7 +14,7 @@ from proxy.config import ListenSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
-from proxy.session.listener import UNSERVED_MAX, Listener, Places
+from proxy.session.listener import UNSERVED, UNSERVED_MAX, Listener, Places
 from proxy.transport.link import Link
 from tests.support.plain_client import PlainClient, plain_client
 from tests.support.running import LogLines, captured_log, eventually
@@ -43,10 +43,13 @@ class Listening:
 
 
 @asynccontextmanager
-async def listening(serve: Serve = echo, max_connections: int = 10) -> AsyncIterator[Listening]:
+async def listening(
+    serve: Serve = echo, max_connections: int = 10, unserved_max: int = UNSERVED_MAX
+) -> AsyncIterator[Listening]:
     metrics = build_metrics()
     settings = ListenSettings(port=0, max_connections=max_connections)
-    listener = Listener(settings, Places(settings.max_connections), metrics, serve)
+    places = Places(settings.max_connections)
+    listener = Listener(settings, places, metrics, serve, unserved_max=unserved_max)
     async with listener.accepting() as address:
         yield Listening(listener, metrics, address)
 
@@ -153,6 +156,18 @@ async def test_a_flood_is_bounded_and_cut_without_a_word() -> None:
         for client in clients:
             client.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_flood_is_one_warning(log: LogLines) -> None:
+    async with listening(unserved_max=2) as there, AsyncExitStack() as stack:
+        for _ in range(2):
+            await exchange(await stack.enter_async_context(plain_client(there)), b"x")
+        for _ in range(5):
+            await assert_cut(await stack.enter_async_context(plain_client(there)))
+        assert there.metrics.value("startup_failures_total", reason=UNSERVED) == 5
+    (line,) = log.above_info()
+    assert line["event"] == "connections are cut: too many are starting"
+    assert line["unserved"] == 2
 
 
 async def test_an_address_in_use_is_an_os_error_and_nothing_else() -> None:

@@ -190,3 +190,11 @@ def alive(pids: Sequence[int] | set[int]) -> set[int]:
         if state != "Z":
             running.add(pid)
     return running
+
+
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Tell whether a process has a handler for a signal, as the kernel sees it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = re.search(r"^SigCgt:\s+([0-9a-f]+)$", status, re.MULTILINE)
+    assert caught is not None
+    return bool(int(caught[1], 16) & 1 << (number - 1))

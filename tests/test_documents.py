@@ -8,15 +8,20 @@ import re
 from pathlib import Path
 
 import pytest
+from starlette.routing import Route
 
 from proxy import cli
 from proxy.config import load_settings, settings_keys
 from proxy.errors import ErrorKind
+from proxy.observe.admin import admin_app
+from tests.support.admin_address import Shown
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[dt]*/**/*.md"))]
 README = ROOT / "README.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+# Drawn for who works on the code: docs/protocol-cases.md links to it.
+STATES = ROOT / "docs" / "protocol-states.md"
 KINDS = {kind.value.reason: kind.value for kind in ErrorKind}
 # A row of a table that begins with reasons; an SQLSTATE may follow.
 REASON_ROW = re.compile(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \|(?: ([0-9A-Z]{5}) \|)?", re.MULTILINE)
@@ -100,6 +105,26 @@ def test_the_shard_map_of_the_readme_is_taken(tmp_path: Path) -> None:
     file = tmp_path / "proxy.toml"
     file.write_text(block)
     load_settings(["--config", str(file)], {})
+
+
+def test_the_readme_names_every_path_of_the_admin_address() -> None:
+    shown = README.read_text()
+    for route in admin_app(Shown().admin_state(quit=True)).routes:
+        assert isinstance(route, Route)
+        assert re.search(rf"[` 0]{route.path}[`>]", shown), route.path
+
+
+def test_the_readme_links_to_what_was_built_for_operating_it() -> None:
+    built = [*ROOT.glob("docs/*.md"), *ROOT.glob("deploy/grafana/*"), *ROOT.glob("deploy/prom*/*")]
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in links(README)}
+    assert set(built) - {STATES} <= linked
+
+
+def test_a_container_that_is_stopped_has_the_time_to_drain() -> None:
+    # Docker kills after ten seconds.
+    (seconds,) = re.findall(r"docker run .*--stop-timeout (\d+)", README.read_text())
+    shutdown = load_settings([], {}).shutdown
+    assert int(seconds) > shutdown.accept_seconds + shutdown.drain_seconds
 
 
 def _code(document: Path) -> str:

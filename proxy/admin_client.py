@@ -8,11 +8,11 @@ request has a bound.
 """
 
 import http.client
-import ipaddress
 import time
 from collections.abc import Callable
 from typing import Final
 
+from proxy.addresses import address_of
 from proxy.config import AdminSettings, ConfigurationError, Problem
 
 # An answer comes from memory: one that takes longer is as good as none.
@@ -93,11 +93,8 @@ def _address(settings: AdminSettings) -> tuple[str, int]:
 
 def _reachable(host: str) -> str:
     """Return where to ask a server that listens on `host`: on all addresses, that is loopback."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host
-    if not address.is_unspecified:
+    address = address_of(host)
+    if address is None or not address.is_unspecified:
         return host
     return "127.0.0.1" if address.version == 4 else "::1"
 

@@ -15,7 +15,6 @@ from proxy.config.problems import ConfigurationError, Problem
 from proxy.config.routes import DatabaseAlias, MappingEntry, RoutingSettings, ShardMapSettings
 from proxy.config.serving import AdminSettings, ListenSettings, LogSettings, ShutdownSettings
 from proxy.config.settings import UPSTREAM, Settings
-from proxy.config.values import is_loopback
 
 __all__ = [
     "Settings",
@@ -46,5 +45,4 @@ __all__ = [
     "named_keys",
     "key_at",
     "example_toml",
-    "is_loopback",
 ]

@@ -9,12 +9,12 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
+from proxy.addresses import address_of, is_loopback
 from proxy.config.values import (
     Section,
     check_directory,
     check_host,
     check_mode,
-    is_loopback,
     or_empty,
 )
 
@@ -130,6 +130,17 @@ class AdminSettings(Section):
         description="Takes POST /quitquitquit from loopback, which drains as SIGTERM does: for a "
         "job whose application ends and whose sidecar must follow.",
     )
+
+    @field_validator("quit")
+    @classmethod
+    def _quit_is_reached(cls, value: bool, info: ValidationInfo) -> bool:
+        address = address_of(info.data.get("host", ""))
+        if value and address and not (address.is_loopback or address.is_unspecified):
+            raise ValueError(
+                "takes requests from loopback alone, which does not reach admin.host: set that to"
+                " 127.0.0.1, or to 0.0.0.0"
+            )
+        return value
 
 
 class ShutdownSettings(Section):

@@ -14,6 +14,7 @@ from typing import Annotated, Final
 from pydantic import AfterValidator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from proxy.addresses import is_loopback
 from proxy.config.lakebase import (
     WHERE,
     CredentialsSettings,
@@ -22,7 +23,7 @@ from proxy.config.lakebase import (
 )
 from proxy.config.routes import DatabaseAlias, RoutingSettings, ShardMapSettings
 from proxy.config.serving import AdminSettings, ListenSettings, LogSettings, ShutdownSettings
-from proxy.config.values import check_alias, check_name, is_loopback
+from proxy.config.values import check_alias, check_name
 
 # The name by which [upstream] is a target.
 UPSTREAM: Final = "upstream"

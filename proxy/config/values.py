@@ -5,12 +5,13 @@ For: hosts, names, paths, templates. Not for: what one key demands of another.
 Invariant: a refusal says what is wanted and never shows the value, which may be a misplaced secret.
 """
 
-import ipaddress
 import re
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
+
+from proxy.addresses import address_of, is_loopback
 
 # As in RFC 1123, with the underscore that private DNS zones use; 253 is the longest DNS name.
 _HOST_NAME = re.compile(r"(?=.{1,253}$)\w([\w.-]*[\w.])?", re.ASCII)
@@ -25,25 +26,8 @@ _PARAMETER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _PARAMETERS_TAKEN = ("user", "database", "options", "replication")
 
 
-def _is_address(value: str) -> bool:
-    try:
-        ipaddress.ip_address(value)
-    except ValueError:
-        return False
-    return True
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches `host`, without asking DNS: other names do not."""
-    if not _is_address(host):
-        return host.lower() == "localhost"
-    address = ipaddress.ip_address(host)
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
-
-
 def check_host(value: str) -> str:
-    if not _is_address(value) and not _HOST_NAME.fullmatch(value):
+    if address_of(value) is None and not _HOST_NAME.fullmatch(value):
         raise ValueError("must be a host name or an address, without scheme, port or path")
     return value
 
@@ -59,7 +43,7 @@ def check_workspace_host(value: str) -> str:
 
 
 def check_address(value: str) -> str:
-    if not _is_address(value):
+    if address_of(value) is None:
         raise ValueError("must be an IPv4 or IPv6 address")
     return value
 

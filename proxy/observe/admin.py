@@ -23,7 +23,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from proxy.observe.gate import BoundedProtocol, HostGate, is_from_this_machine, is_loopback
+from proxy.addresses import is_loopback
+from proxy.observe.gate import BoundedProtocol, HostGate, is_from_this_machine
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import EXPOSITION_CONTENT_TYPE
 from proxy.observe.page import PAGE, PAGE_HEADERS

@@ -8,7 +8,6 @@ Invariant: nothing here waits, and every connection ends within `CONNECTION_SECO
 """
 
 import asyncio
-import ipaddress
 from typing import Any, Final
 
 from starlette.datastructures import Headers
@@ -17,6 +16,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from proxy.addresses import address_of
+
 # From connect to close, whatever it does. A scrape takes milliseconds, and who comes again after
 # some seconds (a probe, a scraper, the page) may as well connect again.
 CONNECTION_SECONDS_MAX: Final = 10.0
@@ -24,6 +25,10 @@ CONNECTION_SECONDS_MAX: Final = 10.0
 # Headers that a browser sends with a page's POST, or a forwarding proxy in front of us: the peer's
 # address then says nothing of who asks.
 _FOREIGN_HEADERS: Final = ("origin", "forwarded", "x-forwarded-for")
+
+# What a program that calls loopback calls from. The rest of 127.0.0.0/8 may be others' calls that
+# something on this machine hands on: Istio's sidecar does so from 127.0.0.6.
+_OWN_ADDRESSES: Final = (address_of("127.0.0.1"), address_of("::1"))
 
 
 class BoundedProtocol(H11Protocol):
@@ -52,7 +57,7 @@ class HostGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = _without_port(Headers(scope=scope).get("host", ""))
-        if host in ("", "localhost", self._own_name) or _is_address(host):
+        if host in ("", "localhost", self._own_name) or address_of(host) is not None:
             await self._app(scope, receive, send)
         else:
             answer = PlainTextResponse("ask for localhost or for an address\n", 421)
@@ -64,27 +69,10 @@ def is_from_this_machine(request: Request) -> bool:
     peer: Any = request.client
     if peer is None or any(name in request.headers for name in _FOREIGN_HEADERS):
         return False
-    return is_loopback(peer.host)
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether an address is loopback's. Names are not, whatever they resolve to."""
-    if not _is_address(host):
-        return False
-    address = ipaddress.ip_address(host)
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
+    return address_of(peer.host) in _OWN_ADDRESSES
 
 
 def _without_port(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0].lower()
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

@@ -12,7 +12,6 @@ from proxy.config import (
     ConfigurationError,
     SettingKey,
     Settings,
-    is_loopback,
     load_settings,
     settings_keys,
 )
@@ -316,6 +315,18 @@ def test_the_upstreams_port_is_never_chosen_by_chance() -> None:
     assert "upstream.port" in refused(["--upstream.port=0"])
 
 
+@pytest.mark.parametrize("host", ["10.1.2.3", "::ffff:10.1.2.3", "192.0.2.7"])
+def test_nobody_could_quit_by_an_admin_address_that_loopback_does_not_reach(host: str) -> None:
+    argv = [f"--admin.host={host}", "--admin.quit"]
+    assert refused(argv).startswith("admin.quit (flag --admin.quit): takes requests from loopback")
+    assert load_settings(argv[:1], {}).admin.host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "::1", "localhost", "0.0.0.0", "::"])
+def test_quitting_is_for_an_admin_address_that_loopback_reaches(host: str) -> None:
+    assert load_settings([f"--admin.host={host}", "--admin.quit"], {}).admin.quit
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "localhost.example.com", "db"])
 def test_a_host_that_is_not_loopback_needs_allow_remote(host: str) -> None:
     said = refused([f"--listen.host={host}"])
@@ -328,7 +339,6 @@ def test_a_host_that_is_not_loopback_needs_allow_remote(host: str) -> None:
     "host", ["127.0.0.1", "127.8.9.10", "::1", "localhost", "LOCALHOST", "::ffff:127.0.0.1"]
 )
 def test_loopback_needs_no_leave(host: str) -> None:
-    assert is_loopback(host)
     assert load_settings([f"--listen.host={host}"], {}).listen.host == host
 
 

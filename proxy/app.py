@@ -21,7 +21,7 @@ from proxy.observe.status import State, StatusSource, Token, report
 from proxy.plan import Plan
 from proxy.routes import rewritten_file
 from proxy.session.cancel import CancelForwarder, CancelKeys
-from proxy.session.listener import UNSERVED, UNSERVED_MAX, Listener, Places
+from proxy.session.listener import UNSERVED, UNSERVED_MAX, Listener, Places, socket_name
 from proxy.session.live import LiveSessions
 from proxy.session.relay import EndReason
 from proxy.session.session import Passage, Session, SessionParts, StartupFailure
@@ -35,7 +35,10 @@ _log = get_logger(__name__)
 
 
 class App:
-    """A running proxy: its parts, and the addresses where 0 was asked for a port."""
+    """A running proxy: its parts, and the addresses where 0 was asked for a port.
+
+    Without TCP `listen_host` is the directory of the unix socket, as drivers take it for a host.
+    """
 
     listen_host: str
     listen_port: int
@@ -184,6 +187,8 @@ def _status_source(app: App) -> StatusSource:
         if not app.life.started:
             return ""
         host, port = app.listen_host, app.listen_port
+        if host.startswith("/"):
+            return f"{host}/{socket_name(port)}"
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def hosts() -> Mapping[str, str]:

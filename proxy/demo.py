@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Final
 
 from pydantic import SecretStr
@@ -120,7 +121,7 @@ def _forget_databricks() -> None:
 
 def greeting(app: App, lakebase: "Lakebase") -> str:
     """Return what the demo prints when it is ready."""
-    psql = f"psql -h {app.listen_host} -p {app.listen_port} -U anyone"
+    psql = f"psql -h {quote(app.listen_host)} -p {app.listen_port} -U anyone"
     table = "-c 'TABLE shard_identity'"
     uncovered = len(lakebase.shards) * TENANTS_A_SHARD
     lines = [

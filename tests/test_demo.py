@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import socket
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -110,6 +111,16 @@ async def test_the_printed_commands_work_and_a_signal_leaves_nothing_behind(
         assert await proxy.ended() == 0
         await leavings.are_gone()
     assert proxy.err == ""
+
+
+async def test_without_tcp_the_printed_commands_name_the_socket(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="lap-") as directory:
+        flags = ("--listen.host=", f"--listen.unix_socket_directory={directory}", "--admin.port=0")
+        async with demo(tmp_path, *flags) as proxy:
+            await proxy.printed(LAST_LINE)
+            assert await paste(printed_commands(proxy)[0]) == f"{CLIENT_ID}|databricks_postgres"
+            proxy.send(signal.SIGINT)
+            assert await proxy.ended() == 0
 
 
 async def test_ctrl_c_with_a_client_connected_is_a_clean_stop_too(tmp_path: Path) -> None:

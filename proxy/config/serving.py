@@ -34,21 +34,23 @@ def _check_idle_timeout(value: float) -> float:
 class ListenSettings(Section):
     """Where clients connect."""
 
-    host: Annotated[str, AfterValidator(check_host)] = Field(
+    host: Annotated[str, or_empty(check_host)] = Field(
         default="127.0.0.1",
         description="Address or host name to listen on. Whoever reaches it is logged in as the "
-        "proxy's identity, so it is loopback unless allow_remote says otherwise.",
+        "proxy's identity, so it is loopback unless allow_remote says otherwise. Empty: no TCP, "
+        "only the unix socket.",
     )
     port: int = Field(
         default=5432,
         ge=0,
         le=65535,
-        description="TCP port. 5432 is what every driver assumes; 0 takes a free one.",
+        description="TCP port, and the number in the unix socket's name. 5432 is what every driver "
+        "assumes; 0 takes a free one.",
     )
     unix_socket_directory: Annotated[str, or_empty(check_directory)] = Field(
         default="",
         description="Directory in which to listen as well, on the socket .s.PGSQL.PORT that "
-        "drivers expect there. File permissions then decide who may connect. Empty: none.",
+        "drivers look for there. File permissions then decide who may connect. Empty: none.",
     )
     unix_socket_mode: Annotated[str, AfterValidator(check_mode)] = Field(
         default="0600",
@@ -91,6 +93,20 @@ class ListenSettings(Section):
         "better told itself.",
     )
 
+    @field_validator("port")
+    @classmethod
+    def _socket_has_a_number(cls, value: int, info: ValidationInfo) -> int:
+        if not value and info.data.get("host") == "":
+            raise ValueError("must not be 0 with an empty listen.host: it names the unix socket")
+        return value
+
+    @field_validator("unix_socket_directory")
+    @classmethod
+    def _clients_can_connect(cls, value: str, info: ValidationInfo) -> str:
+        if not value and info.data.get("host") == "":
+            raise ValueError("required with an empty listen.host: there is no way in otherwise")
+        return value
+
     @field_validator("tls_key")
     @classmethod
     def _key_and_certificate(cls, value: str, info: ValidationInfo) -> str:
@@ -102,7 +118,7 @@ class ListenSettings(Section):
     @classmethod
     def _remote_is_meant(cls, value: bool, info: ValidationInfo) -> bool:
         host = info.data.get("host")
-        if host is not None and not value and not is_loopback(host):
+        if host and not value and not is_loopback(host):
             raise ValueError(
                 f"must be true because listen.host {host} is not loopback: whoever reaches it is"
                 " logged in without a password"

@@ -118,7 +118,7 @@ class Settings(BaseSettings):
 
     def _exposed(self) -> Iterator[str]:
         host = self.listen.host
-        if not is_loopback(host):
+        if host and not is_loopback(host):
             yield (
                 f"listen.host {host} is not loopback: whoever reaches it is logged in without a"
                 " password"

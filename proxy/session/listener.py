@@ -35,6 +35,11 @@ UNSERVED: Final = "too_many_starting"  # the word for it in the metrics
 _log = get_logger(__name__)
 
 
+def socket_name(port: int) -> str:
+    """Return the name that drivers look for in a directory, for a server on this port."""
+    return f".s.PGSQL.{port}"
+
+
 class Places:
     """The `max_connections` places of a listener."""
 
@@ -98,15 +103,18 @@ class Listener:
     async def accepting(self) -> AsyncIterator[tuple[str, int]]:
         """Accept while the block runs, and give the address; then end what is left.
 
+        Without TCP the address is the directory of the unix socket, as drivers take it for a host.
         Raises OSError when the address cannot be listened on.
         """
         # Not a TaskGroup: that would wrap whatever the block raises into an ExceptionGroup. No
         # task is lost, because leaving the block waits for them all.
         try:
-            host, port = await self._open_tcp()
-            if self._settings.unix_socket_directory:
-                await self._open_unix(port)
-            yield host, port
+            host, port = self._settings.host, self._settings.port
+            if host:
+                host, port = await self._open_tcp()
+            if directory := self._settings.unix_socket_directory:
+                await self._open_unix(Path(directory) / socket_name(port))
+            yield host or directory, port
         finally:
             await self.drain(0)
             while self._sessions:  # ends: no session begins any more, and all are cancelled
@@ -121,9 +129,7 @@ class Listener:
         host, port, *_ = server.sockets[0].getsockname()
         return host, port
 
-    async def _open_unix(self, port: int) -> None:
-        """Listen where drivers look for the socket of a server on this port."""
-        path = Path(self._settings.unix_socket_directory) / f".s.PGSQL.{port}"
+    async def _open_unix(self, path: Path) -> None:
         sock = listen_unix(path, int(self._settings.unix_socket_mode, 8), ACCEPT_BACKLOG)
         self._unix_path = path
         loop = asyncio.get_running_loop()

@@ -342,8 +342,12 @@ def test_loopback_needs_no_leave(host: str) -> None:
     assert load_settings([f"--listen.host={host}"], {}).listen.host == host
 
 
-def test_an_empty_listen_host_would_mean_every_address_and_is_refused() -> None:
-    assert "listen.host" in refused(["--listen.host="])
+def test_without_a_listen_host_there_is_the_unix_socket_alone() -> None:
+    argv = ["--listen.host=", "--listen.unix_socket_directory=/run/lakebase"]
+    settings = load_settings(argv, {})
+    assert (settings.listen.host, settings.warnings()) == ("", [])
+    assert refused(argv[:1]).startswith("listen.unix_socket_directory: required with an empty")
+    assert "it names the unix socket" in refused([*argv, "--listen.port=0"])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ TCP, but for encryption, which nobody needs inside one machine.
 """
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ from proxy.transport.sockets import listen_unix
 from proxy.wire.messages import ReadyForQuery
 from proxy.wire.startup import CancelRequest
 from tests.e2e.conftest import StartProcess, StartProxy
+from tests.support.admin_address import ask
 from tests.support.plain_client import PlainClient, plain_client, query, startup
 from tests.support.proxy_process import run_to_end
 from tests.support.running import eventually, libpq, nothing_left, psql_path
@@ -104,6 +106,25 @@ async def test_w37_tcp_is_served_beside_it(start_proxy: StartProxy, directory: P
     async with plain_client(proxy) as tcp, unix_client(path_of(proxy, directory)) as unix:
         await tcp.start_up()
         await unix.start_up()
+
+
+async def test_w37_without_tcp_the_socket_is_the_only_way_in(
+    start_process: StartProcess, directory: Path
+) -> None:
+    port = free_port()
+    listen = at(directory, host="", port=port)
+    proxy = await start_process(listen=listen, admin={"enabled": True})
+    # What it calls its host is what drivers take for one.
+    assert (proxy.listen_host, proxy.listen_port) == (str(directory), port)
+    async with await psycopg.AsyncConnection.connect(**libpq(proxy)) as connection:
+        await connection.execute("SELECT 1")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    answer = await ask(int(proxy.events("serving")[0]["admin_port"]), "/status")
+    assert json.loads(answer.body)["listen"] == f"{directory}/.s.PGSQL.{port}"
+    proxy.send(signal.SIGTERM)
+    assert await proxy.ended() == 0
+    assert left_in(directory) == []
 
 
 @pytest.mark.parametrize("certificate", [False, True], ids=["no certificate", "certificate"])

@@ -19,7 +19,6 @@ from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.metrics import ConnectPhase, Metrics
 from proxy.observe.status import State, StatusSource, Token, report
 from proxy.plan import Plan
-from proxy.routes import rewritten_file
 from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.listener import UNSERVED, UNSERVED_MAX, Listener, Places, socket_name
 from proxy.session.live import LiveSessions
@@ -53,6 +52,7 @@ class App:
         self.cancel_keys = CancelKeys()
         self.accounts = Accounts(self.metrics, version=__version__)
         self.plan = Plan(settings, self.accounts, self._phase_took)
+        self._tls = _listener_tls(settings.listen)
         self.places = Places(settings.listen.max_connections)
         self.listener = self._make_listener(settings, unserved_max)
 
@@ -68,20 +68,29 @@ class App:
         Raises ConfigurationError, and nothing has changed then.
         """
         changes = compare(self.settings, settings)
-        kept = settings.model_copy(
+        kept = self._without_restart(settings)
+        plan = Plan(kept, self.accounts, self._phase_took, self.plan)
+        tls = _listener_tls(kept.listen)
+        self.metrics.live.know(kept.target_names())
+        if kept.log != self.settings.log:
+            configure_logging(format=kept.log.format, level=kept.log.level)
+        changes = changes.and_contents(self.plan.rewritten(plan))
+        self.plan, self._tls = plan, tls
+        return changes
+
+    def _without_restart(self, settings: Settings) -> Settings:
+        """Return the settings with what was made once at the start as it was then."""
+        certificate = {
+            "tls_certificate": settings.listen.tls_certificate,
+            "tls_key": settings.listen.tls_key,
+        }
+        return settings.model_copy(
             update={
-                "listen": self.settings.listen,
+                "listen": self.settings.listen.model_copy(update=certificate),
                 "admin": self.settings.admin,
                 "log": settings.log.model_copy(update={"format": self.settings.log.format}),
             }
         )
-        plan = Plan(kept, self.accounts, self._phase_took, self.plan)
-        self.metrics.live.know(kept.target_names())
-        if kept.log != self.settings.log:
-            configure_logging(format=kept.log.format, level=kept.log.level)
-        file = rewritten_file(kept, self.plan.router.shard_map, plan.router.shard_map)
-        self.plan = plan
-        return changes if file is None else changes.and_reloadable(file)
 
     async def drain(self, drain_seconds: float, *, accept_seconds: float = 0) -> int:
         """Say no to readiness, then end all sessions; return how many had to be cut.
@@ -102,7 +111,7 @@ class App:
             cancels=CancelForwarder(self.cancel_keys, connector, self.metrics),
             metrics=self.metrics,
             startup_timeout_seconds=settings.listen.startup_timeout_seconds,
-            tls=_listener_tls(settings.listen),
+            tls=lambda: self._tls,
             place=self.places.take,
             live=live,
             idle_timeout_seconds=settings.listen.idle_timeout_seconds,

@@ -7,12 +7,12 @@ Invariant: a plan never changes. A session keeps the passage that it was given.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from proxy.config import Settings
+from proxy.config import Files, Settings
 from proxy.observe.status import Token
-from proxy.routes import router_of
+from proxy.routes import rewritten_file, router_of
 from proxy.session.session import Passage
 from proxy.upstream import services
 from proxy.upstream.fleet import Accounts, Fleet, PhaseTook
@@ -38,6 +38,7 @@ class Plan:
         Raises ConfigurationError for files that settings name and that cannot be used.
         """
         self.settings = settings
+        self.files = Files.of(settings)  # before they are read: what is written meanwhile shows
         self.router = router_of(settings)
         self.fleet: Fleet = Fleet(settings, accounts, phase_took, before.fleet if before else None)
 
@@ -45,6 +46,14 @@ class Plan:
         """Return where a client goes. Raises ProxyError for one that has no way."""
         route = self.router.route(message)
         return Passage(route, self.fleet[route.target])
+
+    def rewritten(self, later: "Plan") -> Iterator[str]:
+        """Yield the keys that name the same file in a later plan, which holds something else."""
+        yield from self.files.rewritten(later.files)
+        if self.settings.routing.shard_map == later.settings.routing.shard_map:
+            file = rewritten_file(later.settings, self.router.shard_map, later.router.shard_map)
+            if file is not None:
+                yield file
 
     @property
     def map_facts(self) -> Mapping[str, object]:

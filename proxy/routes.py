@@ -20,6 +20,7 @@ from proxy.config import (
     Settings,
     ShardMapSettings,
 )
+from proxy.files import Stamp, stamp_of
 from proxy.routing.building import map_of_csv, map_of_tables
 from proxy.routing.keys import KeyType, Normalise
 from proxy.routing.maps import Form, Kind, ShardMap
@@ -29,8 +30,6 @@ from proxy.routing.sources import DatabasePattern
 
 # Maps that are kept so that checking and using one builds it once: a million mappings take seconds.
 _BUILT_MAX: Final = 2
-
-_Stamp = tuple[int, int, int] | None
 
 
 def router_of(settings: Settings) -> Router:
@@ -127,17 +126,15 @@ def _mappings_key(settings: Settings, name: str) -> str:
 def _shard_map(settings: Settings, name: str) -> ShardMap:
     """Return a shard map. Raises MapError, OSError or UnicodeDecodeError."""
     shard_map = settings.shard_maps[name]
-    stamp: _Stamp = None
-    if shard_map.mappings_file:
-        found = Path(shard_map.mappings_file).stat()
-        if not stat.S_ISREG(found.st_mode):  # nobody may ever write into a pipe
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
+    file = shard_map.mappings_file
+    stamp = stamp_of(file) if file else None
+    if file and not stat.S_ISREG(Path(file).stat().st_mode):  # nobody may ever write into a pipe
+        raise OSError(errno.EINVAL, "it is not a regular file")
     return _built(shard_map, frozenset(settings.target_names()), stamp)
 
 
 @lru_cache(maxsize=_BUILT_MAX)
-def _built(shard_map: ShardMapSettings, targets: frozenset[str], stamp: _Stamp) -> ShardMap:
+def _built(shard_map: ShardMapSettings, targets: frozenset[str], stamp: Stamp | None) -> ShardMap:
     form = Form(Kind(shard_map.kind), KeyType(shard_map.key_type), Normalise(shard_map.normalise))
     if stamp is None:
         return map_of_tables((entry.columns() for entry in shard_map.mappings), form, targets)

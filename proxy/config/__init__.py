@@ -1,6 +1,6 @@
 """Every setting of the proxy, from flags, environment and file to one frozen `Settings`."""
 
-from proxy.config.changes import Changes, compare
+from proxy.config.changes import Changes, Files, compare
 from proxy.config.example import example_toml
 from proxy.config.keys import SettingKey, key_at, named_keys, settings_keys
 from proxy.config.lakebase import (
@@ -39,6 +39,7 @@ __all__ = [
     "Problem",
     "compare",
     "Changes",
+    "Files",
     "effective_toml",
     "SettingKey",
     "settings_keys",

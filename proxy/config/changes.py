@@ -1,23 +1,32 @@
 """What differs between two configurations, and what of it needs a restart.
 
-For: a reload that says what it changed. Not for: the contents of files that a setting names (a
-mappings_file, a secret, a certificate): under an unchanged name these are not seen here. Whoever
-reads such a file adds its key.
+For: a reload that says what it changed, be it a value or the contents of a file that a setting
+names. Not for: what a file says: a `mappings_file` is read, and its key added, by whoever uses it.
 
 Invariant: names of keys only, never a value, which may be a secret.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
 from proxy.config.effective import effective_values
 from proxy.config.keys import KeyPath
+from proxy.config.lakebase import SYSTEM
 from proxy.config.settings import Settings
 from proxy.config.toml import toml_path
+from proxy.files import Stamp, stamp_of
 
 # Sockets and the log's form are made once, when the process starts.
 _RESTART_SECTIONS: Final = ("listen", "admin")
 _RESTART_KEYS: Final = (("log", "format"),)
+_RELOADABLE_KEYS: Final = (("listen", "tls_certificate"), ("listen", "tls_key"))
+
+# Keys whose value is the name of a file. The files that the SDK reads are its own affair.
+_FILES: Final = (
+    *("tls_certificate", "tls_key", "client_secret_file", "password_file", "ssl_root_cert"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +36,38 @@ class Changes:
     reloadable: tuple[str, ...]
     restart: tuple[str, ...]
 
-    def and_reloadable(self, key: str) -> "Changes":
-        """Return these, and a key whose value is the same but means something else now."""
-        return replace(self, reloadable=tuple(sorted({*self.reloadable, key})))
+    def and_contents(self, keys: Iterable[str]) -> "Changes":
+        """Return these, and keys that name the same file as before, which holds something else."""
+        contents = {f"{key} (contents)" for key in keys}
+        return replace(self, reloadable=tuple(sorted({*self.reloadable, *contents})))
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files that settings name, as they are at one moment, by the key that names each."""
+
+    stamps: Mapping[tuple[KeyPath, str], Stamp]
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Files":
+        """Return the files of these settings that are there."""
+        stamps = {}
+        for path, file in _named_files(settings):
+            with suppress(OSError):  # whoever reads it says what is wrong
+                stamps[path, file] = stamp_of(file)
+        return cls(stamps)
+
+    def rewritten(self, later: "Files") -> Iterator[str]:
+        """Yield the keys whose file is another one later, under the same name."""
+        for place, stamp in self.stamps.items():
+            if later.stamps.get(place, stamp) != stamp:
+                yield toml_path(place[0])
+
+
+def _named_files(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
+    for path, value in effective_values(settings):
+        if path[-1] in _FILES and isinstance(value, str) and value not in ("", SYSTEM):
+            yield path, value
 
 
 def compare(old: Settings, new: Settings) -> Changes:
@@ -44,8 +82,14 @@ def compare(old: Settings, new: Settings) -> Changes:
         for path in before.keys() | after.keys()
         if path not in before or path not in after or before[path] != after[path]
     }
-    restart = {path for path in changed if path[0] in _RESTART_SECTIONS or path in _RESTART_KEYS}
+    restart = {path for path in changed if _needs_restart(path)}
     return Changes(_spelled(changed - restart), _spelled(restart))
+
+
+def _needs_restart(path: KeyPath) -> bool:
+    if path in _RELOADABLE_KEYS:
+        return False
+    return path[0] in _RESTART_SECTIONS or path in _RESTART_KEYS
 
 
 def _table_or_key(path: KeyPath, old: Settings, new: Settings) -> KeyPath:

@@ -24,6 +24,8 @@ from proxy.config.values import (
 
 SslMode = Literal["verify-full", "verify-ca", "require"]
 
+# In place of a file: the authorities that the operating system trusts.
+SYSTEM: Final = "system"
 # What stands for a secret that is set wherever settings are shown.
 MASK: Final = "********"
 
@@ -218,7 +220,7 @@ class UpstreamSettings(Section):
         "not change it.",
     )
     ssl_root_cert: str = Field(
-        default="system",
+        default=SYSTEM,
         min_length=1,
         description='Certificate authorities to trust: "system", or a PEM file.',
     )

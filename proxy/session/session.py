@@ -100,7 +100,8 @@ class SessionParts:
     cancels: CancelForwarder
     metrics: Metrics
     startup_timeout_seconds: float
-    tls: ssl.SSLContext | None
+    tls: Callable[[], ssl.SSLContext | None]
+    """Gives what clients are offered now: a renewed certificate counts from the next client on."""
     place: Callable[[], AbstractContextManager[None]]
     """Takes one of `max_connections` places; raises ProxyError when there is none."""
     live: LiveSessions = field(default_factory=LiveSessions)
@@ -115,8 +116,8 @@ class Session:
         self._link = link
         self._parts = parts
         # A unix socket's bytes do not leave the machine: TLS is refused there as PostgreSQL does.
-        tls_offered = parts.tls is not None and not is_unix(link.transport)
-        self._startup = ClientStartup(tls_offered=tls_offered)
+        self._tls = None if is_unix(link.transport) else parts.tls()
+        self._startup = ClientStartup(tls_offered=self._tls is not None)
         # What its lines in the log say of where it goes, once that is decided.
         self._where = {"target": ""}
         self._relay_made: Relay | None = None
@@ -179,8 +180,8 @@ class Session:
 
         Raises ssl.SSLError or ConnectionError.
         """
-        assert self._parts.tls is not None
-        tls = await self._link.start_tls(self._parts.tls, server_side=True, first=hello)
+        assert self._tls is not None
+        tls = await self._link.start_tls(self._tls, server_side=True, first=hello)
         if hello and tls.selected_alpn_protocol() != ALPN_PROTOCOL:
             raise ConnectionError("direct TLS without ALPN")
         self._startup.tls_started()

@@ -12,8 +12,9 @@ import asyncio
 import ssl
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Final, cast
+
+from proxy.files import Stamp, stamp_of
 
 # The most plaintext that a record holds (RFC 8446): a read of so much always takes a whole one.
 _RECORD_BYTES_MAX: Final = 16 * 1024
@@ -49,15 +50,11 @@ def client_context(sslmode: str, ssl_root_cert: str) -> ssl.SSLContext:
     """
     if ssl_root_cert == "system":
         return _client_context(sslmode, None, None)
-    seen = Path(ssl_root_cert).stat()
-    version = (seen.st_mtime_ns, seen.st_size, seen.st_ino)
-    return _client_context(sslmode, ssl_root_cert, version)
+    return _client_context(sslmode, ssl_root_cert, stamp_of(ssl_root_cert))
 
 
 @lru_cache(maxsize=_CONTEXTS_MAX)
-def _client_context(
-    sslmode: str, cafile: str | None, _version: tuple[int, ...] | None
-) -> ssl.SSLContext:
+def _client_context(sslmode: str, cafile: str | None, _stamp: Stamp | None) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=cafile)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.check_hostname = sslmode == "verify-full"

@@ -1,10 +1,12 @@
 """What differs between two configurations, and what of it needs a restart."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from pydantic import SecretStr
 
-from proxy.config import Changes, SettingKey, Settings, compare, settings_keys
+from proxy.config import Changes, Files, SettingKey, Settings, compare, settings_keys
 from tests.support.configurations import Table, tables
 from tests.support.configuring import ENDPOINT, ENDPOINT_EU
 
@@ -90,7 +92,35 @@ def test_every_key_is_compared(key: SettingKey) -> None:
     changed = default.model_copy(update={name: "something else"})
     found = compare(Settings(), Settings().model_copy(update={section: changed}))
     assert (*found.reloadable, *found.restart) == (key.dotted,)
-    assert bool(found.restart) == (section in ("listen", "admin") or key.dotted == "log.format")
+    kept = section in ("listen", "admin") and not name.startswith("tls_")
+    assert bool(found.restart) == (kept or key.dotted == "log.format")
+
+
+def test_a_file_that_was_written_anew_is_named_by_its_keys(tmp_path: Path) -> None:
+    authority, secret = tmp_path / "ca.pem", tmp_path / "secret"
+    authority.write_text("a")
+    configured = settings(
+        upstream={"ssl_root_cert": str(authority)},
+        targets={"eu": {}},
+        workspaces={"eu": {"client_secret_file": str(secret)}},
+        credentials={"password_file": str(tmp_path / "nowhere")},
+    )
+    before = Files.of(configured)
+    assert list(before.rewritten(Files.of(configured))) == []
+    authority.write_text("another one")
+    secret.write_text("it was not there")
+    assert list(before.rewritten(Files.of(configured))) == [
+        *("upstream.ssl_root_cert", "targets.eu.ssl_root_cert"),
+    ]
+    with_secret = Files.of(configured)
+    replacement = tmp_path / "new"
+    replacement.write_text("as long as this!")
+    replacement.replace(secret)
+    assert list(with_secret.rewritten(Files.of(configured))) == [
+        "workspaces.eu.client_secret_file",
+    ]
+    changes = Changes(("log.level",), ()).and_contents(["listen.tls_key"])
+    assert changes.reloadable == ("listen.tls_key (contents)", "log.level")
 
 
 def test_no_secret_is_in_the_changes() -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import trustme
 
 from proxy.standin.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
@@ -224,7 +226,10 @@ async def test_a_file_of_mappings_that_changed_under_its_name_is_read_and_said(
     assert (line["changed"], line["mappings"]) == ([], 2)
     written_csv(file, {"a": "two", "b": "two", "c": "one"})
     line = await reloading.hang_up()
-    assert (line["changed"], line["mappings"]) == (["shard_maps.tenants.mappings_file"], 3)
+    assert (line["changed"], line["mappings"]) == (
+        ["shard_maps.tenants.mappings_file (contents)"],
+        3,
+    )
     assert [await shard_by_psycopg(proxy, dbname=f"x@{key}") for key in "abc"] == [
         *("two", "two", "one"),
     ]
@@ -237,6 +242,57 @@ async def test_a_file_of_mappings_that_changed_under_its_name_is_read_and_said(
     assert "line 2: there is no target 'nowhere'" in said
     assert "line 3: the key is empty" in said
     assert await shard_by_psycopg(proxy, dbname="x@c") == "one"
+
+
+def issue(authority: trustme.CA, certificate: Path, key: Path) -> None:
+    """Write a new pair over what is there."""
+    issued = authority.issue_cert("localhost", "127.0.0.1")
+    issued.private_key_pem.write_to_path(str(key))
+    issued.cert_chain_pems[0].write_to_path(str(certificate))
+
+
+async def served_certificate(proxy: ProxyProcess) -> bytes:
+    """Return the certificate that a client is shown, whoever signed it."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    reader, writer = await asyncio.open_connection(proxy.listen_host, proxy.listen_port)
+    writer.write(bytes.fromhex("00000008 04d2162f"))
+    assert await reader.readexactly(1) == b"S"
+    await writer.start_tls(context)
+    shown: bytes = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    return shown
+
+
+async def test_a_renewed_listener_certificate_is_served_without_a_restart(
+    start: Any, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    certificate, key = tmp_path / "listener.pem", tmp_path / "listener.key"
+    issue(authority, certificate, key)
+    pair = {"tls_certificate": str(certificate), "tls_key": str(key)}
+    reloading = await start({"listen": pair})
+    proxy = reloading.proxy
+    first = await served_certificate(proxy)
+    async with await psycopg.AsyncConnection.connect(**libpq(proxy, sslmode="require")) as staying:
+        issue(authority, certificate, key)
+        line = await reloading.hang_up()
+        assert line["changed"] == [f"listen.{name} (contents)" for name in sorted(pair)]
+        second = await served_certificate(proxy)
+        assert second == ssl.PEM_cert_to_DER_cert(certificate.read_text()) != first
+        await staying.execute("SELECT 1")
+    # A pair that does not belong together: half of a renewal.
+    authority.issue_cert("localhost").private_key_pem.write_to_path(str(key))
+    line = await reloading.hang_up(KEPT)
+    assert "listen.tls_certificate: cannot be used with its key" in "\n".join(line["problems"])
+    assert await served_certificate(proxy) == second
+    # Under another name.
+    moved = {"tls_certificate": str(tmp_path / "b.pem"), "tls_key": str(tmp_path / "b.key")}
+    issue(authority, Path(moved["tls_certificate"]), Path(moved["tls_key"]))
+    line = await reloading.take({"listen": moved})
+    assert line["changed"] == ["listen.tls_certificate", "listen.tls_key"]
+    assert await served_certificate(proxy) not in (first, second)
+    assert proxy.events(RESTART) == []
 
 
 async def test_a_reload_while_the_workspace_is_away_costs_no_session(

@@ -145,7 +145,7 @@ async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged(
         cancels=CancelForwarder(keys, Connector(metrics.connect_phase_took), metrics),
         metrics=metrics,
         startup_timeout_seconds=5,
-        tls=None,
+        tls=lambda: None,
         place=places.take,
     )
     listener = Listener(settings, places, metrics, lambda link: Session(link, parts).run())

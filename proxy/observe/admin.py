@@ -24,14 +24,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from proxy.addresses import is_loopback
-from proxy.observe.gate import BoundedProtocol, HostGate, is_from_this_machine
+from proxy.observe.gate import (
+    CONNECTIONS_MAX,
+    BoundedProtocol,
+    HostGate,
+    is_from_this_machine,
+)
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import EXPOSITION_CONTENT_TYPE
 from proxy.observe.page import PAGE, PAGE_HEADERS
 from proxy.observe.status import Status
 
-# Probes and one or two scrapers: more at a time is not use but abuse, and is answered with 503.
-_CONNECTIONS_MAX: Final = 64
 _BACKLOG: Final = 64
 # A request's line and headers; a browser's are some hundreds of bytes. No body is ever read.
 REQUEST_BYTES_MAX: Final = 16 * 1024
@@ -181,7 +184,7 @@ def _embedded(app: ASGIApp) -> _EmbeddedServer:
             proxy_headers=False,
             headers=_EVERY_ANSWER,
             backlog=_BACKLOG,
-            limit_concurrency=_CONNECTIONS_MAX,
+            limit_concurrency=CONNECTIONS_MAX + 1,  # uvicorn refuses what reaches its limit
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )

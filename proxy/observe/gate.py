@@ -4,7 +4,8 @@ For: keeping web pages on the same machine from reading or ending the proxy thro
 slow or silent connections from using up the few places that probes need. Not for: users; the
 address is loopback's unless the configuration says otherwise.
 
-Invariant: nothing here waits, and every connection ends within `CONNECTION_SECONDS_MAX`.
+Invariant: nothing here waits; every connection ends within `CONNECTION_SECONDS_MAX`, and one that
+asks for nothing keeps no place that another needs.
 """
 
 import asyncio
@@ -14,13 +15,16 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from proxy.addresses import address_of
 
 # From connect to close, whatever it does. A scrape takes milliseconds, and who comes again after
 # some seconds (a probe, a scraper, the page) may as well connect again.
 CONNECTION_SECONDS_MAX: Final = 10.0
+# Probes and one or two scrapers, many times over. Whoever is one too many takes the place of the
+# oldest connection without a request; where all have one, that is abuse and is answered with 503.
+CONNECTIONS_MAX: Final = 64
 
 # Headers that a browser sends with a page's POST, or a forwarding proxy in front of us: the peer's
 # address then says nothing of who asks.
@@ -32,16 +36,43 @@ _OWN_ADDRESSES: Final = (address_of("127.0.0.1"), address_of("::1"))
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's connection with an end: uvicorn itself waits for a request without a limit."""
+    """uvicorn's connection with an end: uvicorn itself waits for a request without a limit.
+
+    And with a way in for a probe while others hold all places in silence: uvicorn's limit refuses
+    whoever comes, which would have a pod restarted.
+    """
 
     # uvicorn narrows the argument, too: what listens on TCP is given nothing else.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._end = asyncio.get_running_loop().call_later(CONNECTION_SECONDS_MAX, transport.abort)
+        loop = asyncio.get_running_loop()
+        self.opened = loop.time()
+        self._end = loop.call_later(CONNECTION_SECONDS_MAX, transport.abort)
+        if len(self.connections) > CONNECTIONS_MAX:
+            self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end.cancel()
         super().connection_lost(exc)
+
+    def _make_room(self) -> None:
+        """Cut the oldest of the other connections that no request is answered on, if there is."""
+        silent = [
+            other
+            for other in self.connections
+            if isinstance(other, BoundedProtocol) and other is not self and not other.is_asked
+        ]
+        if silent:
+            oldest = min(silent, key=lambda other: other.opened)
+            self.connections.discard(oldest)  # now: its end is told later
+            oldest.transport.abort()
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a request has come whole and its answer has not gone out."""
+        # uvicorn has no cycle before the first request, whatever it has annotated.
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is not None and not cycle.response_complete
 
 
 class HostGate:

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.observe.admin import REQUEST_BYTES_MAX, serve_admin
-from proxy.observe.gate import CONNECTION_SECONDS_MAX
+from proxy.observe.gate import CONNECTION_SECONDS_MAX, CONNECTIONS_MAX
 from tests.support.admin_address import ANSWER_SECONDS_MAX, LOOPBACK, Shown, ask
 from tests.support.running import captured_log, eventually
 
@@ -270,6 +270,27 @@ async def test_a_connection_that_never_finishes_its_request_ends() -> None:
     ):
         for said in (b"", b"GET /liveness HTTP/1.1\r\nHost: lo"):
             tasks.create_task(stay(address.port, said))
+
+
+async def test_connections_that_ask_for_nothing_do_not_keep_a_probe_out() -> None:
+    # Sixty-four of them were enough for a 503, and so for a restart of the pod.
+    async with (
+        asyncio.timeout(ANSWER_SECONDS_MAX),
+        serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address,
+    ):
+        held = []
+        for number in range(2 * CONNECTIONS_MAX):
+            reader, writer = await asyncio.open_connection(LOOPBACK, address.port)
+            writer.write(b"GET /liveness HTTP/1.1\r\nHost: lo" if number % 2 else b"")
+            held.append((reader, writer))
+        assert (await ask(address.port, "/liveness")).status == 200
+        with suppress(ConnectionResetError):
+            assert await held[0][0].read() == b""  # the oldest went
+        reader, writer = held[-1]
+        writer.write(b"calhost\r\n\r\n")
+        assert (await reader.readline()).split()[1] == b"200"  # the youngest did not
+        for _, writer in held:
+            writer.close()
 
 
 async def test_no_answer_is_kept_or_guessed_at_by_a_browser() -> None:

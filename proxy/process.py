@@ -18,15 +18,11 @@ from typing import Final
 
 from proxy.app import App, serving
 from proxy.config import ConfigurationError, Settings
+from proxy.exit_codes import EXIT_CUT, EXIT_OK
 from proxy.observe.logs import get_logger
 from proxy.observe.service_manager import READY, STOPPING, notify, reloading
 from proxy.session.listener import UNSERVED_MAX
 from proxy.upstream.threads import Threads
-
-EXIT_OK: Final = 0
-EXIT_FAILURE: Final = 1
-EXIT_USAGE: Final = 2
-EXIT_CUT: Final = 3
 
 FILES_A_SESSION: Final = 2
 # Listeners, the admin address's connections (64), calls to the workspace, cancels, and as many

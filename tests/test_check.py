@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from proxy.process import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
+from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
 from proxy.standin import faults
 from proxy.standin.api import Call
 from proxy.standin.certificates import Certificate

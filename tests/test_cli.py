@@ -7,13 +7,17 @@ need no stand-in; serving and signals are in `e2e/test_process.py`.
 import os
 import resource
 import socket
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from proxy import __version__
+from proxy import __version__, cli
 from proxy.cli import main
-from proxy.process import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, FILES_RESERVED, check_file_limit
+from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
+from proxy.process import FILES_RESERVED, check_file_limit
 from tests.support.proxy_process import started_process
 from tests.support.running import captured_log
 
@@ -27,6 +31,26 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("LAKEBASE_", "DATABRICKS_", "PG", "ENDPOINT_NAME")):
             monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("verb", cli._VERBS)
+def test_every_verb_has_a_module_and_a_line_in_the_help(verb: str) -> None:
+    assert callable(import_module(f"proxy.verbs.{verb}").run)
+    assert f"\n  {verb} " in cli.USAGE
+
+
+def test_waiting_does_not_pay_for_serving(unused_tcp_port: int) -> None:
+    # It is a container's health check, run every few seconds.
+    heavy = ["asyncpg", "databricks", "prometheus_client", "starlette", "structlog", "uvicorn"]
+    code = (
+        "import sys; from proxy.cli import main;"
+        f" code = main(['wait', '--timeout=0', '--admin.port={unused_tcp_port}']);"
+        f" print(code, [name for name in {[*heavy, 'uvloop']} if name in sys.modules])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout == f"{EXIT_FAILURE} []\n", ran.stderr
 
 
 def test_version_prints_the_version_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from proxy.cli import main
-from proxy.process import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
+from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
 from tests.support.proxy_process import run_to_end
 
 CONFIGURATION = """

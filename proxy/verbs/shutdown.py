@@ -1,0 +1,18 @@
+"""`shutdown`: ask a running proxy to drain and end."""
+
+import os
+from collections.abc import Sequence
+
+from proxy.admin_client import AdminError, ask_to_drain
+from proxy.config import load_settings
+from proxy.exit_codes import EXIT_OK
+from proxy.verbs.telling import fail
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Ask a proxy with this configuration. Raises ConfigurationError."""
+    try:
+        ask_to_drain(load_settings(arguments, os.environ).admin)
+    except AdminError as error:
+        return fail(str(error))
+    return EXIT_OK

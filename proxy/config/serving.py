@@ -186,3 +186,8 @@ class LogSettings(Section):
         description="auto: console on a terminal, else json, one object a line.",
     )
     level: LogLevel = Field(default="info", description="The least severe level to show.")
+
+    @field_validator("level", mode="before")
+    @classmethod
+    def _in_any_case(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value  # INFO, as many programs write it

@@ -88,14 +88,12 @@ class Settings(BaseSettings):
         """Return a target's effective values. Raises KeyError for a name that is none."""
         return self.upstream if name == UPSTREAM else self.targets[name].over(self.upstream)
 
-    def workspace_of(self, name: str) -> WorkspaceSettings:
-        """Return the workspace that a target's tokens come from.
+    def workspace_of(self, target: UpstreamSettings) -> WorkspaceSettings:
+        """Return the workspace that the tokens of a target with these effective values come from.
 
-        Targets with the same `target(name).workspace` share it, and with it their tokens.
-        Raises KeyError for a name that is no target.
+        Targets of the same workspace share it, and with it their tokens.
         """
-        workspace = self.target(name).workspace
-        return self.workspaces[workspace] if workspace else self.workspace
+        return self.workspaces[target.workspace] if target.workspace else self.workspace
 
     def warnings(self) -> list[str]:
         """Return a sentence for each setting that is allowed and may be regretted."""

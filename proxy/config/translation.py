@@ -90,13 +90,14 @@ def _unknown(path: KeyPath, layer: Layer) -> str:
     if path[0] == "shard_maps" and len(path) > 3:  # inside an entry
         spelled = difflib.get_close_matches(path[-1], _ENTRY_COLUMNS, n=1)
     else:
-        spelled = [layer.spell(meant) for meant in _meant(path)]
+        is_table = isinstance(layer.find(path), dict)
+        spelled = [layer.spell(meant) for meant in _meant(path, is_table=is_table)]
     return "unknown key" + (f"; did you mean {' or '.join(spelled)}?" if spelled else "")
 
 
-def _meant(path: KeyPath) -> list[KeyPath]:
+def _meant(path: KeyPath, *, is_table: bool) -> list[KeyPath]:
     """Return the keys that were probably meant."""
-    known = {".".join(key): key for key in _known(path)}
+    known = {".".join(key): key for key in _known(path, is_table=is_table)}
     dotted = ".".join(path).lower().replace("-", "_")
     name = dotted.rpartition(".")[2]
     # A key without its section, or in a wrong one, is a likelier slip than a typing error.
@@ -107,10 +108,14 @@ def _meant(path: KeyPath) -> list[KeyPath]:
     )
 
 
-def _known(path: KeyPath) -> Iterator[KeyPath]:
-    """Yield the keys that `path` could be a slip of: with a chosen name in it, or with none."""
+def _known(path: KeyPath, *, is_table: bool) -> Iterator[KeyPath]:
+    """Yield the keys that `path` could be a slip of: with a chosen name in it, or with none.
+
+    A section is one only for an empty table: what has a value cannot have been meant as one. But
+    for the aliases, which can be given as JSON.
+    """
     if len(path) < 3:
-        yield from ((section,) for section in Settings.model_fields)
+        yield from ((name,) for name in Settings.model_fields if is_table or name == "databases")
         yield from (key.path for key in settings_keys())
     else:
         yield from ((key.path[0], path[1], key.name) for key in named_keys())

@@ -171,9 +171,8 @@ class Fleet(Mapping[str, Way]):
         return [account for account in accounts.values() if account is not None]
 
     def _profile(self, target: UpstreamSettings) -> Profile:
-        name = target.workspace
-        workspace = self._settings.workspaces[name] if name else self._settings.workspace
-        return Profile(name, workspace, self._settings.credentials)
+        settings = self._settings
+        return Profile(target.workspace, settings.workspace_of(target), settings.credentials)
 
     def _endpoints(self, targets: Iterable[UpstreamSettings]) -> dict[Profile, list[Resource]]:
         """Return the endpoints of each profile: a token for one of them is good for all."""

@@ -73,7 +73,7 @@ def test_the_example_can_be_used_with_everything_taken_in(tmp_path: Path) -> Non
         "archive": DatabaseAlias(target="eu", database="orders_archive"),
     }
     assert settings.target("eu").workspace == "eu"
-    assert settings.workspace_of("eu").client_secret_file == "/run/secrets/eu"
+    assert settings.workspace_of(settings.target("eu")).client_secret_file == "/run/secrets/eu"
     assert settings.shard_maps["tenants"].mappings == (
         MappingEntry(target="upstream", high="1000"),
         MappingEntry(target="eu", low="1000"),

@@ -1,5 +1,6 @@
 """Settings: where they come from, which source wins, and what is said about a wrong one."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -200,6 +201,7 @@ def test_problems_can_be_read_one_by_one() -> None:
         (["--port=1"], {}, "did you mean --listen.port or --admin.port or --upstream.port?"),
         ([], {"LAKEBASE_PROXY_LISTEN__PROT": "1"}, "did you mean LAKEBASE_PROXY_LISTEN__PORT?"),
         ([], {"LAKEBASE_PROXY_LISTEN_PORT": "1"}, "did you mean LAKEBASE_PROXY_LISTEN__PORT?"),
+        ([], {"LAKEBASE_PROXY_DATABASSES": "{}"}, "did you mean LAKEBASE_PROXY_DATABASES?"),
         ([], {"LAKEBASE_PROXY_CREDENTIAL__X": "1"}, "unknown key"),
     ],
 )
@@ -207,6 +209,27 @@ def test_an_unknown_key_is_told_the_nearest_known_one(
     argv: list[str], environ: dict[str, str], suggestion: str
 ) -> None:
     assert suggestion in refused(argv, environ)
+
+
+@pytest.mark.parametrize("slip", ["LISTENS", "LISTENER", "ADMINS", "LOGS", "WORKSPACE_"])
+def test_a_section_is_no_answer_to_a_key_that_does_not_exist(slip: str) -> None:
+    # It would be refused itself: it is a section, and takes no value.
+    said = refused([], {f"LAKEBASE_PROXY_{slip}": "1"})
+    assert "unknown key" in said
+    for meant in re.findall(r"LAKEBASE_PROXY_\w+", said.partition("did you mean")[2]):
+        assert "__" in meant
+
+
+def test_an_empty_table_with_a_slip_is_told_the_section(tmp_path: Path) -> None:
+    file = tmp_path / "proxy.toml"
+    file.write_text("[lisen]\n")
+    assert "did you mean listen?" in refused([f"--config={file}"])
+
+
+@pytest.mark.parametrize("level", ["INFO", "info", "Warning", "DEBUG"])
+def test_a_log_level_is_taken_in_any_case(level: str) -> None:
+    assert load_settings([f"--log.level={level}"], {}).log.level == level.lower()
+    assert "must be 'debug', 'info'" in refused([f"--log.level={level}X"])
 
 
 def test_an_unknown_key_is_reported_for_every_source_that_has_it(tmp_path: Path) -> None:

@@ -143,8 +143,12 @@ def test_targets_of_one_workspace_share_it() -> None:
         workspaces={"eu": named},
         targets={"a": UpstreamSettings(workspace="eu"), "b": UpstreamSettings(workspace="")},
     )
-    assert settings.workspace_of("a") is named
-    assert settings.workspace_of("b") is settings.workspace_of("upstream") is settings.workspace
+    assert settings.workspace_of(settings.target("a")) is named
+    assert (
+        settings.workspace_of(settings.target("b"))
+        is settings.workspace_of(settings.target("upstream"))
+        is settings.workspace
+    )
 
 
 def test_a_target_takes_its_workspace_from_upstream_unless_it_says_otherwise() -> None:
@@ -154,8 +158,8 @@ def test_a_target_takes_its_workspace_from_upstream_unless_it_says_otherwise() -
         upstream=UpstreamSettings(workspace="eu"),
         targets={"a": EU, "b": UpstreamSettings(workspace="")},
     )
-    assert settings.workspace_of("a") is named
-    assert settings.workspace_of("b") is settings.workspace
+    assert settings.workspace_of(settings.target("a")) is named
+    assert settings.workspace_of(settings.target("b")) is settings.workspace
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Telling systemd how the proxy is: ready, reloading, stopping (sd_notify).
 
-For: a unit of `Type=notify-reload`. Not for: any other supervisor; without NOTIFY_SOCKET nothing is
-sent.
+For: a unit of `Type=notify` whose `ExecReload` sends SIGHUP, as ours is; `Type=notify-reload` would
+send it by itself, and needs systemd 253. Not for: any other supervisor; without NOTIFY_SOCKET
+nothing is sent.
 
 Invariant: a supervisor that does not listen changes nothing here. Messages are datagrams; one that
 cannot be delivered at once is dropped.

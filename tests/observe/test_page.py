@@ -172,8 +172,8 @@ async def test_it_is_readable_by_day_and_by_night_and_on_a_phone(
     await page.prefer(scheme)
     ground = await page.value("getComputedStyle(document.body).backgroundColor")
     assert (int(re.findall(r"\d+", ground)[0]) < 64) == (scheme == "dark")
-    for width, height in ((320, 640), (1200, 900)):
-        await page.resize(width, height)
+    for width in (320, 480, 500, 520, 600, 700, 760, 900, 1200):
+        await page.resize(width, 900)
         assert await page.value("window.innerWidth") == width
         assert await page.value("document.documentElement.scrollWidth") <= width
         assert await page.value(FAINT_TEXT) == []

@@ -144,11 +144,8 @@ def test_targets_of_one_workspace_share_it() -> None:
         targets={"a": UpstreamSettings(workspace="eu"), "b": UpstreamSettings(workspace="")},
     )
     assert settings.workspace_of(settings.target("a")) is named
-    assert (
-        settings.workspace_of(settings.target("b"))
-        is settings.workspace_of(settings.target("upstream"))
-        is settings.workspace
-    )
+    for name in ("b", "upstream"):
+        assert settings.workspace_of(settings.target(name)) is settings.workspace
 
 
 def test_a_target_takes_its_workspace_from_upstream_unless_it_says_otherwise() -> None:

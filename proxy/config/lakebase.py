@@ -156,23 +156,22 @@ class CredentialsSettings(Section):
 WHERE: Final = ("endpoint", "instance", "host", "hostaddr")
 
 
-def is_elsewhere(upstream: Mapping[str, object], own: Mapping[str, object]) -> bool:
-    """Tell whether a target says where to dial: by one of `WHERE`, or by another workspace.
+def not_inherited(upstream: Mapping[str, object], own: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the keys that a target does not take from `[upstream]`, set or not.
 
-    An endpoint is one workspace's, and a host must not be shown the token of another.
+    All of `WHERE`, if it says where to dial: by one of them, or by another workspace, for an
+    endpoint is one workspace's, and a host must not be shown the token of another. A role is one
+    workspace's identity as well.
     """
     workspace = own.get("workspace")
-    other_workspace = workspace is not None and workspace != (upstream.get("workspace") or "")
-    return other_workspace or any(own.get(key) for key in WHERE)
+    if workspace is not None and workspace != (upstream.get("workspace") or ""):
+        return (*WHERE, "user")
+    return WHERE if any(own.get(key) for key in WHERE) else ()
 
 
 def overlay(upstream: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
-    """Return a target's values: its own, and those of `[upstream]` for what it does not set.
-
-    One that is elsewhere takes none of `WHERE` from `[upstream]`.
-    """
-    nowhere = dict.fromkeys(WHERE, "") if is_elsewhere(upstream, own) else {}
-    return {**upstream, **nowhere, **own}
+    """Return a target's values: its own, and those of `[upstream]` for what it does not set."""
+    return {**upstream, **dict.fromkeys(not_inherited(upstream, own), ""), **own}
 
 
 class UpstreamSettings(Section):

@@ -61,7 +61,8 @@ def load(
     flags = read_flags(argv, problems)
     environment = read_environment(environ, problems)
     file = read_file(flags, environment, problems)
-    layers = (flags, environment, file, read_guide(environ))
+    above = (flags, environment, file)
+    layers = (*above, read_guide(environ, above))
     for layer in layers:
         _drop_sections_without_keys(layer, problems)
     settings = _validate(layers, problems)

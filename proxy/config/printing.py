@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from proxy.config.effective import effective_values
 from proxy.config.keys import KeyPath
-from proxy.config.lakebase import MASK, WHERE, is_elsewhere
+from proxy.config.lakebase import MASK, not_inherited
 from proxy.config.loading import Configuration
 from proxy.config.routes import DatabaseAlias
 from proxy.config.toml import toml_key, toml_path, toml_value
@@ -64,7 +64,7 @@ def _inherited(configuration: Configuration, path: KeyPath) -> str | None:
         return None
     _, name, key = path
     own = configuration.settings.targets[name].given()
-    if key in WHERE and is_elsewhere(dict(configuration.settings.upstream), own):
+    if key in not_inherited(dict(configuration.settings.upstream), own):
         return "default, because the target says itself where to dial"
     given = configuration.source_of(("upstream", key))
     return f"upstream.{toml_key(key)}, {given}" if given else None

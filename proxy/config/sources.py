@@ -28,12 +28,13 @@ from proxy.config.keys import (
     spell_flag,
     spell_variable,
 )
+from proxy.config.lakebase import WHERE
 from proxy.config.problems import Problem
 from proxy.config.settings import Settings
 from proxy.config.toml import split_path, toml_path
 
 # The environment of the Lakebase guide, of AppKit and of Databricks Apps. Where two names stand
-# for one key the later one wins. PGSSLMODE is left out on purpose: whatever it says is met by
+# for one key the later one wins. The four of `WHERE` count together or not at all. PGSSLMODE is left out on purpose: whatever it says is met by
 # verify-full or would weaken it. DATABRICKS_* is left to the SDK.
 GUIDE_ENVIRONMENT = {
     "LAKEBASE_ENDPOINT": ("upstream", "endpoint"),
@@ -209,12 +210,30 @@ def read_file(flags: Layer, environment: Layer, problems: list[Problem]) -> Laye
     return empty
 
 
-def read_guide(environ: Mapping[str, str]) -> Layer:
-    """Read the Lakebase guide's own variables; an empty one counts as not set."""
+def read_guide(environ: Mapping[str, str], above: Sequence[Layer]) -> Layer:
+    """Read the Lakebase guide's own variables; an empty one counts as not set.
+
+    They describe one database of one workspace. Where the layers `above` name another, what would
+    make a mixture of the two is left out: no token may be sent to a host of another workspace.
+    """
     values: dict[str, Any] = {}
     spelling: dict[KeyPath, str] = {}
+    elsewhere = _elsewhere(above)
     for variable, path in GUIDE_ENVIRONMENT.items():
-        if value := environ.get(variable):
+        value = environ.get(variable)
+        if value and path[-1] not in elsewhere:
             _put(values, path, value)
             spelling[path] = variable
     return Layer("environment", spelling.__getitem__, InitSettingsSource(Settings, values))
+
+
+def _elsewhere(above: Sequence[Layer]) -> frozenset[str]:
+    """Return the keys of [upstream] that are of another place than the guide's variables are."""
+
+    def given(key: str) -> bool:
+        return any(layer.find(("upstream", key)) for layer in above)
+
+    if given("workspace"):
+        return frozenset((*WHERE, "user"))
+    # Not hostaddr, which is a way to the host and no other host: TLS verifies the name.
+    return frozenset(WHERE) if any(map(given, ("endpoint", "instance", "host"))) else frozenset()

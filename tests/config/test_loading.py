@@ -575,16 +575,16 @@ def test_a_pooled_host_is_taken_with_a_native_password(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["db.example.com", "my-pooler-x.example.com", "x.a-pooler.com"])
 def test_a_host_is_pooled_by_the_end_of_its_first_label_alone(host: str) -> None:
-    argv = ["--upstream.instance", "shop"]
-    load_settings(argv, {"PGHOST": host}, upstream_required=True)
+    environ = {"PGHOST": host, "ENDPOINT_NAME": ENDPOINT}
+    assert load_settings([], environ, upstream_required=True).upstream.host == host
 
 
 def test_an_instance_is_enough_and_stands_in_the_place_of_an_endpoint() -> None:
     settings = load_settings(["--upstream.instance", "shop"], {}, upstream_required=True)
     assert (settings.upstream.instance, settings.upstream.endpoint) == ("shop", "")
-    environ = {"ENDPOINT_NAME": "projects/p/branches/b/endpoints/e"}
+    argv = ["--upstream.instance", "shop", "--upstream.endpoint", ENDPOINT]
     with pytest.raises(ConfigurationError, match=r"together with endpoint"):
-        load_settings(["--upstream.instance", "shop"], environ)
+        load_settings(argv, {})
 
 
 def test_a_secret_is_given_by_value_or_by_file_not_both() -> None:

@@ -34,7 +34,7 @@ from proxy.config.settings import Settings
 from proxy.config.toml import split_path, toml_path
 
 # The environment of the Lakebase guide, of AppKit and of Databricks Apps. Where two names stand
-# for one key the later one wins. The four of `WHERE` count together or not at all. PGSSLMODE is left out on purpose: whatever it says is met by
+# for one key the later one wins. PGSSLMODE is left out on purpose: whatever it says is met by
 # verify-full or would weaken it. DATABRICKS_* is left to the SDK.
 GUIDE_ENVIRONMENT = {
     "LAKEBASE_ENDPOINT": ("upstream", "endpoint"),
@@ -234,6 +234,6 @@ def _elsewhere(above: Sequence[Layer]) -> frozenset[str]:
         return any(layer.find(("upstream", key)) for layer in above)
 
     if given("workspace"):
-        return frozenset((*WHERE, "user"))
+        return frozenset(key for _, key in GUIDE_ENVIRONMENT.values())
     # Not hostaddr, which is a way to the host and no other host: TLS verifies the name.
     return frozenset(WHERE) if any(map(given, ("endpoint", "instance", "host"))) else frozenset()

@@ -18,7 +18,6 @@ from proxy.app import planned, serving
 from proxy.config import (
     UPSTREAM,
     AdminSettings,
-    DatabaseAlias,
     ListenSettings,
     RoutingSettings,
     Settings,
@@ -236,11 +235,17 @@ async def _client_user(way: Way) -> str:
 
 
 async def _query(settings: Settings, target: str, user: str) -> str:
-    """Ask the database who and where we are, as an application would: through a proxy."""
+    """Ask the database who and where we are, as an application would: through a proxy.
+
+    Its one target is this one: no name of a user or a database could lead to another.
+    """
     own = settings.model_copy(
         update={
-            "databases": {target: DatabaseAlias(target=target)},
+            "upstream": settings.target(target),
+            "targets": {},
+            "databases": {},
             "routing": RoutingSettings(),
+            "shard_maps": {},
             "listen": ListenSettings(host="127.0.0.1", port=0, max_connections=1),
             "admin": AdminSettings(enabled=False),
         }
@@ -251,7 +256,7 @@ async def _query(settings: Settings, target: str, user: str) -> str:
                 host=app.listen_host,
                 port=app.listen_port,
                 user=user,
-                database=target,
+                database=user,  # what drivers send for the target's own
                 timeout=settings.target(target).connect_timeout_seconds,
                 **_DRIVER,
             )

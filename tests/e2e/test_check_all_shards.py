@@ -35,6 +35,19 @@ async def test_every_shard_is_walked_to_and_named(lakebase: Lakebase, tmp_path: 
     }
 
 
+@pytest.mark.parametrize("user", ["", "*"])
+async def test_a_user_who_is_called_like_a_target_does_not_confuse_it(
+    lakebase: Lakebase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    """A database that is named like the user counts as none, also where it is an alias."""
+    monkeypatch.setenv("LOGNAME", "two")
+    code, out = await checked(lakebase, tmp_path, f"--upstream.user={user}")
+    assert code == 0, out
+    # Each target is dialled twice: by the steps, and by the query.
+    shards = [record.sni for record in lakebase.gateway.sessions]
+    assert shards == [shard.endpoint.host for shard in lakebase.shards for _ in range(2)]
+
+
 async def test_a_shard_that_fails_is_told_apart_from_one_that_works(
     lakebase: Lakebase, tmp_path: Path
 ) -> None:

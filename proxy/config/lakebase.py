@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
 
 from proxy.config.values import (
+    FileName,
     Section,
     check_address,
     check_endpoint,
@@ -47,7 +48,7 @@ class WorkspaceSettings(Section):
         description="OAuth secret of the service principal; else DATABRICKS_CLIENT_SECRET. "
         "Prefer the environment to a flag, which every process of the machine can see.",
     )
-    client_secret_file: str = Field(
+    client_secret_file: FileName = Field(
         default="",
         description="File with that secret, in place of it. Read again at each use, so that a "
         "rotated secret needs no restart.",
@@ -66,11 +67,11 @@ class WorkspaceSettings(Section):
         description="Forces one of the SDK's ways to log in, such as oauth-m2m, where several "
         "would do; else DATABRICKS_AUTH_TYPE.",
     )
-    config_file: str = Field(
+    config_file: FileName = Field(
         default="",
         description="File with the profiles; else DATABRICKS_CONFIG_FILE.",
     )
-    oidc_token_filepath: str = Field(
+    oidc_token_filepath: FileName = Field(
         default="",
         description="File with an OIDC token to exchange, such as a Kubernetes projected token, "
         "with auth_type file-oidc and client_id; else DATABRICKS_OIDC_TOKEN_FILEPATH.",
@@ -144,7 +145,7 @@ class CredentialsSettings(Section):
         description="Time for one token, workspace login included, in seconds. The SDK's own "
         "login request has no time limit at all.",
     )
-    password_file: str = Field(
+    password_file: FileName = Field(
         default="",
         description="File with the password of a native Postgres role (upstream.user), used "
         "instead of tokens. Empty: tokens.",
@@ -218,7 +219,7 @@ class UpstreamSettings(Section):
         "require checks nothing: either shows the token to whoever is in between. PGSSLMODE does "
         "not change it.",
     )
-    ssl_root_cert: str = Field(
+    ssl_root_cert: FileName = Field(
         default=SYSTEM,
         min_length=1,
         description='Certificate authorities to trust: "system", or a PEM file.',

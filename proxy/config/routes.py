@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from proxy.config.values import (
+    FileName,
     Section,
     check_alias,
     check_database_pattern,
@@ -134,7 +135,7 @@ class ShardMapSettings(Section):
         description="The entries: { key, target } of a list, { low, high, target } else, where an "
         "absent bound is open. Keys and bounds are strings or integers.",
     )
-    mappings_file: str = Field(
+    mappings_file: FileName = Field(
         default="",
         description="CSV file with the same columns, in place of mappings.",
     )

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from proxy.addresses import address_of, is_loopback
 from proxy.config.values import (
+    FileName,
     Section,
     check_directory,
     check_host,
@@ -61,12 +62,12 @@ class ListenSettings(Section):
         description="Allows a host that is not loopback. The proxy asks clients for no password: "
         "set it only where the network itself decides who may connect.",
     )
-    tls_certificate: str = Field(
+    tls_certificate: FileName = Field(
         default="",
         description="PEM file with the listener's certificate chain, for drivers that insist on "
         "sslmode=require. Needs tls_key. Empty: clients that ask for TLS are told no.",
     )
-    tls_key: str = Field(
+    tls_key: FileName = Field(
         default="",
         description="PEM file with the key of tls_certificate.",
     )

@@ -7,6 +7,7 @@ Invariant: a refusal says what is wanted and never shows the value, which may be
 
 import re
 from collections.abc import Callable
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -61,7 +62,7 @@ def check_directory(value: str) -> str:
     # 107 bytes is what sockaddr_un takes on Linux; the socket's own name has up to 14.
     if not value.startswith("/") or len(value.encode()) > 92:
         raise ValueError("must be an absolute path of at most 92 bytes")
-    return value
+    return check_no_nul(value)
 
 
 def check_mode(value: str) -> str:
@@ -71,7 +72,8 @@ def check_mode(value: str) -> str:
 
 
 def check_no_nul(value: str) -> str:
-    # NUL ends a string in the StartupMessage: what follows it would become parameters.
+    # NUL ends a string in the StartupMessage: what follows it would become parameters. In the
+    # name of a file it is no OSError but a ValueError, wherever that is opened.
     if "\0" in value:
         raise ValueError("must not contain a NUL character")
     return value
@@ -102,6 +104,9 @@ def check_database_pattern(value: str) -> str:
     if not _DATABASE_PATTERN.fullmatch(value):
         raise ValueError("must be {database}, a separator, and {shard_key}")
     return value
+
+
+FileName = Annotated[str, AfterValidator(check_no_nul)]
 
 
 def or_empty(check: Callable[[str], str]) -> AfterValidator:

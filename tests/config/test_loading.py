@@ -587,6 +587,23 @@ def test_an_instance_is_enough_and_stands_in_the_place_of_an_endpoint() -> None:
         load_settings(argv, {})
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("workspace.client_secret_file", "workspace.config_file", "workspace.oidc_token_filepath"),
+        *("credentials.password_file", "upstream.ssl_root_cert", "targets.eu.ssl_root_cert"),
+        *("listen.tls_certificate", "listen.tls_key", "shard_maps.m.mappings_file"),
+    ],
+)
+def test_no_file_has_a_nul_in_its_name(key: str) -> None:
+    """Opened, it is a ValueError and no OSError, which ended the process at a reload."""
+    assert f"{key} (flag --{key}): must not contain a NUL character" in refused([f"--{key}=a\0b"])
+
+
+def test_a_socket_has_no_nul_in_its_directory() -> None:
+    assert "must not contain a NUL" in refused(["--listen.unix_socket_directory=/tmp\0"])
+
+
 def test_a_secret_is_given_by_value_or_by_file_not_both() -> None:
     argv = ["--workspace.client_secret=not-a-real-secret", "--workspace.client_secret_file=x"]
     together = r"together with client_secret"

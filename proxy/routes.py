@@ -139,4 +139,8 @@ def _built(shard_map: ShardMapSettings, targets: frozenset[str], stamp: Stamp | 
     if stamp is None:
         return map_of_tables((entry.columns() for entry in shard_map.mappings), form, targets)
     with Path(shard_map.mappings_file).open(encoding="utf-8-sig", newline="") as lines:
-        return map_of_csv(lines, form, targets)
+        built = map_of_csv(lines, form, targets)
+    if not len(built):
+        # A file that lost its rows, or is being written: it must not take every tenant's way.
+        raise MapError(("it has no mapping",))
+    return built

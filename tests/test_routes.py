@@ -78,3 +78,12 @@ def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path) -> None:
     (problem,) = map_problems(settings(tmp_path, "a", used="a"))
     assert "shard_maps.a.mappings_file" in str(problem)
     assert "it is not a regular file" in str(problem)
+
+
+def test_a_file_without_any_row_is_no_map(tmp_path: Path) -> None:
+    """A file that lost its rows must not take every tenant's way at the next reload."""
+    configured = settings(tmp_path, "a", used="a")
+    for text in ("key,target\n", "target,key\n\n\n"):
+        (tmp_path / "a.csv").write_text(text)
+        (problem,) = map_problems(configured)
+        assert str(problem) == "shard_maps.a.mappings_file: it has no mapping"

@@ -182,7 +182,7 @@ def test_a_map_that_is_wrong_is_a_configuration_error(
     assert main(["resolve", "7", *config]) == EXIT_USAGE
     err = capsys.readouterr().err
     assert "shard_maps.customers.mappings (file " in err
-    assert "mapping 1 ([-inf, 0) on eu) and mapping 2 ([-9, 1000) on us) overlap" in err
+    assert "mapping 1 (on eu) and mapping 2 (on us) overlap" in err
 
 
 @pytest.mark.slow

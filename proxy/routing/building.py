@@ -1,6 +1,7 @@
 """From rows to a shard map, or to all that is wrong with them.
 
-Not for finding a key in the map (`maps`). A configuration is no secret: its problems quote it.
+Not for finding a key in the map (`maps`). A problem names the place of a row, its target and the
+rule that is broken, never a key or bound: a reload logs it, and a log has no shard key.
 
 Invariant: mappings of a map never overlap, none is empty, and each leads to a target that exists.
 """
@@ -18,7 +19,6 @@ from proxy.routing.maps import (
     Form,
     Kind,
     ShardMap,
-    ShardMapping,
 )
 from proxy.routing.rows import Problems, Row, rows_of_csv, rows_of_tables
 
@@ -26,6 +26,8 @@ _Parse: TypeAlias = Callable[[str], bytes]
 _Bounds: TypeAlias = tuple[bytes, bytes | None]
 
 _HASH_VALUES: Final = 1 << 8 * HASH_BYTES
+# Of a name that is none: enough to find it, where a line of a file is anything at all.
+_SHOWN_CHARACTERS_MAX: Final = 40
 _OPEN_LOW: Final = frozenset(("", LOWEST_BOUND))
 _OPEN_HIGH: Final = frozenset(("", HIGHEST_BOUND))
 
@@ -91,7 +93,7 @@ class _Builder:
             raise _Refused("low is not below high: no key is in it")
         owner = self._owner_of.get(row.target)
         if owner is None:
-            raise _Refused(f"there is no target {row.target!r}")
+            raise _Refused(f"there is no target {row.target[:_SHOWN_CHARACTERS_MAX]!r}")
         self._los.append(lo)
         self._his.append(hi)
         self._owners.append(owner)
@@ -124,11 +126,7 @@ class _Builder:
         self._problems.add(f"{self._describe(first)} and {self._describe(second)} overlap")
 
     def _describe(self, at: int) -> str:
-        target = self._names[self._owners[at]]
-        mapping = ShardMapping(self._los[at], self._his[at], target)
-        low, high = self._form.show_bounds(mapping)
-        keys = low if self._is_list else f"[{low}, {high})"
-        return f"{self._word} {self._places[at]} ({keys} on {target})"
+        return f"{self._word} {self._places[at]} (on {self._names[self._owners[at]]})"
 
     def _assemble(self, order: Sequence[int]) -> ShardMap:
         """Return the map. Where one mapping ends and the next begins is one bound."""
@@ -183,7 +181,7 @@ def _read_key(name: str, text: str, parse: _Parse) -> bytes:
     try:
         return parse(text)
     except ProxyError as error:
-        raise _Refused(f"{name} {text!r}: {error.detail}") from None
+        raise _Refused(f"{name}: {error.detail}") from None
 
 
 def _read_hash_bound(name: str, text: str) -> int:
@@ -192,10 +190,10 @@ def _read_hash_bound(name: str, text: str) -> int:
     digits = text.removeprefix("0x")
     known = frozenset("0123456789abcdefABCDEF" if is_hex else "0123456789")
     if not 0 < len(digits) <= 10 or not known.issuperset(digits):
-        raise _Refused(f"{name} {text!r}: a hash is a number from 0 to {_HASH_VALUES}")
+        raise _Refused(f"{name}: a hash is a number from 0 to {_HASH_VALUES}")
     value = int(digits, 16 if is_hex else 10)
     if value > _HASH_VALUES:
-        raise _Refused(f"{name} {text!r}: a hash is a number from 0 to {_HASH_VALUES}")
+        raise _Refused(f"{name}: a hash is a number from 0 to {_HASH_VALUES}")
     return value
 
 

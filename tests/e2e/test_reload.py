@@ -112,7 +112,7 @@ BROKEN: Mapping[str, tuple[str, list[str]]] = {
     ),
     "an overlap and an unknown target": (
         OVERLAPPING,
-        ["mapping 1 ([1, 9) on upstream) and mapping 2", "'eu'"],
+        ["mapping 1 (on upstream) and mapping 2", "'eu'"],
     ),
     "a file of mappings that is not there": (
         '[shard_maps.m]\nkind = "list"\nkey_type = "text"\nmappings_file = "/nonexistent/m.csv"\n',

@@ -45,6 +45,12 @@ from proxy.wire.violations import ClientReason, ClientViolation
 
 _log = get_logger(__name__)
 
+# Here PostgreSQL quotes the client's options, where a forgotten -c leaves a shard key: the client
+# may read that, a log may not.
+_QUOTING_OPTIONS: Final = frozenset(
+    kind.value.reason for kind in (ErrorKind.ARGUMENT_INVALID, ErrorKind.SETTING_INVALID)
+)
+
 
 # What is wrong with a whole StartupMessage is a driver's, or its settings', and worth a line.
 # Whatever else arrives may be a port scan.
@@ -85,6 +91,11 @@ class Passage:
         key = self.route.key
         return {"target": self.route.target} | ({"shard_key": key} if key else {})
 
+    @property
+    def shard(self) -> str:
+        """The target, where a shard map chose it; else empty."""
+        return self.route.target if self.route.shard_map else ""
+
     async def dial(self) -> UpstreamSession:
         """Return a session upstream. Raises what `Dialer.dial` does."""
         return await self.way.dialer.dial(self.route.message)
@@ -121,6 +132,7 @@ class Session:
         # What its lines in the log say of where it goes, once that is decided.
         self._where = {"target": ""}
         self._relay_made: Relay | None = None
+        self._shard = ""
         self._begun_at = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
@@ -204,7 +216,7 @@ class Session:
         try:
             with self._parts.place():
                 passage = self._parts.route(startup.message)
-                self._where = passage.where
+                self._where, self._shard = passage.where, passage.shard
                 live.opening()
                 upstream = await self._dial(passage)
                 keys = self._parts.cancel_keys
@@ -289,11 +301,11 @@ class Session:
             "session refused",
             reason=reason,
             sqlstate=error.sqlstate,
-            detail=error.text(b"D"),
+            detail=f"reason={reason}" if reason in _QUOTING_OPTIONS else error.text(b"D"),
             **self._where,
             duration_seconds=self._duration_seconds(),
         )
-        self._link.write(self._startup.refuse(error))
+        self._link.write(self._startup.refuse(_naming(self._shard, error)))
 
     def _note_end(self, end: RelayEnd) -> None:
         self._parts.metrics.session_ended(end.reason, self._where["target"])
@@ -333,6 +345,13 @@ class Session:
                     gone.remove_done_callback(leave)
         except TimeoutError:
             raise ClientGone from None
+
+
+def _naming(shard: str, error: ErrorResponse) -> ErrorResponse:
+    """Return the error with the shard behind its DETAIL: who gave a key did not say which one."""
+    ending = f" shard={shard}".encode() if shard else b""
+    fields = ((kind, text + ending if kind == b"D" else text) for kind, text in error.fields)
+    return ErrorResponse(tuple(fields))
 
 
 def _carried(relay: Relay) -> Carried:

@@ -5,6 +5,7 @@ corner of finding it, is tested without a network in `tests/routing`.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -440,6 +441,31 @@ async def test_a_key_is_in_no_log_line_no_error_and_no_metric(
     failed = log.events("session refused")[0]
     assert (failed["target"], failed["shard_key"]) == ("one", fingerprint)
     assert hashlib.sha256(uncovered.encode()).hexdigest()[:8] in answers[1].text(b"D")
+
+
+@pytest.mark.parametrize("options", ["shard_key=renown", "-c work_mem=renown"])
+async def test_s15_a_misplaced_key_is_quoted_to_its_client_and_to_no_log(
+    start_proxy: StartProxy, lakebase: Lakebase, log: LogLines, options: str
+) -> None:
+    """A forgotten -c makes an argument of it, which PostgreSQL quotes."""
+    proxy = await start_proxy(**sharded(lakebase, require_key=False))
+    error = await refused(proxy, user=USER, options=options)
+    assert "renown" in error.text(b"D")
+    assert "shard=" not in error.text(b"D"), "no map chose this one"
+    assert log.events("session refused")
+    assert "renown" not in log.getvalue()
+
+
+async def test_s15_an_error_behind_a_key_names_the_shard(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    proxy = await start_proxy(**sharded(lakebase))
+    lakebase["two"].endpoint.disabled = True
+    error = await refused(proxy, user=USER, database="app@1500")
+    assert re.fullmatch(r"reason=\w+ .+ shard=two", error.text(b"D") or "")
+    error = await refused(proxy, user=USER, database="app@7", options="-c nonsense=1")
+    assert re.fullmatch(r"reason=\w+ .+ shard=one", error.text(b"D") or "")
+    assert "shard=" not in (await refused(proxy, user=USER, database="app@2500")).text(b"D")
 
 
 async def test_sessions_are_counted_by_the_target_that_their_key_led_to(

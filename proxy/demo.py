@@ -20,6 +20,7 @@ from proxy.config import (
     Settings,
     ShardMapSettings,
     UpstreamSettings,
+    WorkspaceSettings,
 )
 
 if TYPE_CHECKING:
@@ -35,59 +36,47 @@ TENANTS_A_SHARD: Final = 1000
 
 
 def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
-    """Return the settings with everything upstream of the proxy pointed at the stand-in."""
-    return settings.model_copy(
-        update={
-            "workspace": settings.workspace.model_copy(
-                update={
-                    "host": lakebase.workspace_url,
-                    "client_id": lakebase.client_id,
-                    "client_secret": SecretStr(lakebase.client_secret),
-                    "auth_type": "oauth-m2m",
-                }
-            ),
-            "credentials": settings.credentials.model_copy(update={"password_file": ""}),
-            "upstream": settings.upstream.model_copy(
-                update={
-                    "endpoint": lakebase.shards[0].endpoint.name,
-                    "instance": "",
-                    "host": "",
-                    "user": "",
-                    "hostaddr": lakebase.host_address,
-                    "port": lakebase.port,
-                    "ssl_root_cert": str(lakebase.ca_file),
-                }
-            ),
-            **_sharding(lakebase),
-        }
-    )
+    """Return settings for the stand-in. Of the given ones only how this process serves is kept.
 
-
-def _sharding(lakebase: "Lakebase") -> dict[str, object]:
-    """Return the sections that send each tenant to its shard, and who names none to the first."""
+    What leads to Lakebase is made afresh: a workspace, a role or a database of the person's own
+    is not the stand-in's.
+    """
+    shards = lakebase.shards
     mappings = tuple(
         MappingEntry(
             target=shard.name,
             low=str(number * TENANTS_A_SHARD),
             high=str((number + 1) * TENANTS_A_SHARD),
         )
-        for number, shard in enumerate(lakebase.shards)
+        for number, shard in enumerate(shards)
     )
-    return {
-        "workspaces": {},
-        "databases": {},
-        "targets": {
-            # The address as well: a target that says where to dial takes nothing of it from above.
-            shard.name: UpstreamSettings(
-                endpoint=shard.endpoint.name, hostaddr=lakebase.host_address
-            )
-            for shard in lakebase.shards
+    address = lakebase.host_address
+    return Settings(
+        listen=settings.listen,
+        admin=settings.admin,
+        log=settings.log,
+        shutdown=settings.shutdown,
+        workspace=WorkspaceSettings(
+            host=lakebase.workspace_url,
+            client_id=lakebase.client_id,
+            client_secret=SecretStr(lakebase.client_secret),
+            auth_type="oauth-m2m",
+        ),
+        upstream=UpstreamSettings(
+            endpoint=shards[0].endpoint.name,
+            hostaddr=address,
+            port=lakebase.port,
+            ssl_root_cert=str(lakebase.ca_file),
+        ),
+        # The address as well: a target that says where to dial takes nothing of it from above.
+        targets={
+            shard.name: UpstreamSettings(endpoint=shard.endpoint.name, hostaddr=address)
+            for shard in shards
         },
-        "shard_maps": {
-            "tenants": ShardMapSettings(kind="range", key_type="int4", mappings=mappings)
-        },
-        "routing": RoutingSettings(shard_map="tenants", require_key=False),
-    }
+        shard_maps={"tenants": ShardMapSettings(kind="range", key_type="int4", mappings=mappings)},
+        # Each tenant to its shard, and who names none to the first.
+        routing=RoutingSettings(shard_map="tenants", require_key=False),
+    )
 
 
 @asynccontextmanager

@@ -180,6 +180,23 @@ async def test_a_persons_own_databricks_account_is_not_touched(tmp_path: Path) -
         assert await proxy.ended() == 0
 
 
+async def test_a_persons_own_configuration_does_not_reach_the_stand_in(tmp_path: Path) -> None:
+    """What one says of the way to Lakebase would not lead to the stand-in."""
+    file = tmp_path / "own.toml"
+    file.write_text(
+        '[workspaces.b]\nhost = "https://b.example.com"\ntoken = "not-a-real-token"\n'
+        '[credentials]\npassword_file = "/nonexistent/password"\n'
+        '[upstream]\nworkspace = "b"\ndatabase = "mine"\nuser = "me"\nread_only = true\n'
+        'endpoint = "projects/p/branches/b/endpoints/e"\nsslmode = "require"\n'
+    )
+    async with demo(tmp_path, *FREE_PORTS, "--config", str(file)) as proxy:
+        await proxy.printed(LAST_LINE)
+        assert await paste(printed_commands(proxy)[0]) == f"{CLIENT_ID}|databricks_postgres"
+        assert await paste(printed_commands(proxy)[2]) == "two"
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 0
+
+
 async def test_a_configuration_error_exits_with_2_before_anything_is_started(
     tmp_path: Path,
 ) -> None:

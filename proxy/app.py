@@ -19,6 +19,7 @@ from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.metrics import ConnectPhase, Metrics
 from proxy.observe.status import State, StatusSource, Token, report
 from proxy.plan import Plan
+from proxy.routing.router import Router
 from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.listener import UNSERVED, UNSERVED_MAX, Listener, Places, socket_name
 from proxy.session.live import LiveSessions
@@ -61,15 +62,16 @@ class App:
         """What is in force now. What needs a restart is as it was at the start."""
         return self.plan.settings
 
-    def reload(self, settings: Settings) -> Changes:
+    def reload(self, settings: Settings, router: Router | None = None) -> Changes:
         """Take over what can change while sessions go on; return what changed.
 
+        `router` is that of the settings, if it was made already (`Plan`).
         New sessions go by the new settings, all of them or, when they cannot be used, none.
         Raises ConfigurationError, and nothing has changed then.
         """
         changes = compare(self.settings, settings)
         kept = self._without_restart(settings)
-        plan = Plan(kept, self.accounts, self._phase_took, self.plan)
+        plan = Plan(kept, self.accounts, self._phase_took, self.plan, router)
         tls = _listener_tls(kept.listen)
         self.metrics.live.know(kept.target_names())
         if kept.log != self.settings.log:

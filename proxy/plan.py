@@ -13,6 +13,7 @@ from typing import Final
 from proxy.config import Files, Settings
 from proxy.observe.status import Token
 from proxy.routes import rewritten_file, router_of
+from proxy.routing.router import Router
 from proxy.session.session import Passage
 from proxy.upstream import services
 from proxy.upstream.fleet import Accounts, Fleet, PhaseTook
@@ -32,14 +33,18 @@ class Plan:
         accounts: Accounts,
         phase_took: PhaseTook,
         before: "Plan | None" = None,
+        router: Router | None = None,
     ) -> None:
         """`before` is the plan that this one replaces.
+
+        `router` is that of these settings, where it was made already: that of a large map takes
+        seconds, and belongs in a thread.
 
         Raises ConfigurationError for files that settings name and that cannot be used.
         """
         self.settings = settings
         self.files = Files.of(settings)  # before they are read: what is written meanwhile shows
-        self.router = router_of(settings)
+        self.router = router or router_of(settings)
         self.fleet: Fleet = Fleet(settings, accounts, phase_took, before.fleet if before else None)
 
     def passage(self, message: StartupMessage) -> Passage:

@@ -14,6 +14,7 @@ import resource
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from proxy.app import App, serving
@@ -21,6 +22,8 @@ from proxy.config import ConfigurationError, Settings
 from proxy.exit_codes import EXIT_CUT, EXIT_OK
 from proxy.observe.logs import get_logger
 from proxy.observe.service_manager import READY, STOPPING, notify, reloading
+from proxy.routes import router_of
+from proxy.routing.router import Router
 from proxy.session.listener import UNSERVED_MAX
 from proxy.upstream.threads import Threads
 
@@ -160,11 +163,13 @@ async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
         await signals.hangup()
         notify(reloading())
         try:
-            _take_over(app, await threads.run(reread, RELOAD_SECONDS_MAX))
+            read = partial(reread_with_router, reread)
+            _take_over(app, *await threads.run(read, RELOAD_SECONDS_MAX))
         except ConfigurationError as error:
             app.metrics.reload_failed()
             _log.error(_KEPT, problems=[str(problem) for problem in error.problems])
         except TimeoutError:
+            gc.enable()  # which the thread left behind will not do
             app.metrics.reload_failed()
             _log.error(_KEPT, problems=[f"reading it took more than {RELOAD_SECONDS_MAX:g} s"])
         except Exception:
@@ -174,16 +179,30 @@ async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
         notify(READY)
 
 
-def _take_over(app: App, settings: Settings) -> None:
+def _take_over(app: App, settings: Settings, router: Router) -> None:
     """Serve new sessions by these settings. Raises ConfigurationError."""
     warned = app.settings.warnings()
-    changes = app.reload(settings)
+    changes = app.reload(settings, router)
     _log.info("reloaded", changed=changes.reloadable, **app.plan.map_facts)
     if changes.restart:
         _log.warning("restart to let these take effect", keys=changes.restart)
     for warning in app.settings.warnings():
         if warning not in warned:
             _log.warning(_WEAK_POINT, warning=warning)
+
+
+def reread_with_router(reread: Reread) -> tuple[Settings, Router]:
+    """Return the settings, and all that is made of them at length. Raises ConfigurationError.
+
+    The garbage collector rests meanwhile: it would walk a growing map again and again, and no
+    session goes on while it does.
+    """
+    gc.disable()
+    try:
+        settings = reread()
+        return settings, router_of(settings)
+    finally:
+        gc.enable()
 
 
 # -- the limit of open files ---------------------------------------------------------------------

@@ -29,6 +29,7 @@ from proxy.routing.keys import (
 NOBODY: Final = 0xFFFFFFFF
 _WINDOW_BYTES: Final = 8  # an array's longest integer
 _DIGEST_DIGITS: Final = 8
+_PART_BOUNDS: Final = 50_000
 
 LOWEST_BOUND: Final = "-inf"
 HIGHEST_BOUND: Final = "+inf"
@@ -90,16 +91,21 @@ class ShardMap:
         self._parse = key_parser(form.key_type, form.normalise)
         self._is_list = form.kind is Kind.LIST
         self._is_hash = form.kind is Kind.HASH
-        self._bounds = bounds
-        self._order = _Order(bounds, HASH_BYTES if self._is_hash else KEY_BYTES[form.key_type])
+        # A tuple of bytes is soon of no interest to the garbage collector; a list of a million it
+        # would walk again and again, while everything waits.
+        self._bounds = tuple(bounds)
+        self._order = _Order(
+            self._bounds, HASH_BYTES if self._is_hash else KEY_BYTES[form.key_type]
+        )
         self._owners = owners
         self._targets = tuple(targets)
+        self._length = len(owners) - owners.count(NOBODY)
         self.digest = self._digest()
         """Names the content: that of a map with the same mappings is the same."""
 
     def __len__(self) -> int:
         """Return the number of mappings."""
-        return len(self._owners) - self._owners.count(NOBODY)
+        return self._length
 
     def targets(self) -> frozenset[str]:
         """Return the names of the targets that have keys."""
@@ -139,9 +145,14 @@ class ShardMap:
         used = sorted(set(self._owners), key=lambda owner: self._name(owner) or "")
         numbers = {owner: number for number, owner in enumerate(used)}
         found = hashlib.sha256(repr((self.form, [self._name(owner) for owner in used])).encode())
-        found.update(array("I", map(numbers.__getitem__, self._owners)).tobytes())
-        found.update(array("I", map(len, self._bounds)).tobytes())
-        found.update(b"".join(self._bounds))
+        # In parts, between which other threads run: a reload must not stop the sessions.
+        parts = [slice(at, at + _PART_BOUNDS) for at in range(0, len(self._bounds), _PART_BOUNDS)]
+        for part in parts:
+            found.update(array("I", map(numbers.__getitem__, self._owners[part])).tobytes())
+        for part in parts:
+            found.update(array("I", map(len, self._bounds[part])).tobytes())
+        for part in parts:
+            found.update(b"".join(self._bounds[part]))
         return found.hexdigest()[:_DIGEST_DIGITS]
 
     def _name(self, owner: int) -> str | None:
@@ -156,7 +167,7 @@ class _Order:
     two bounds as the bounds themselves do, unless they are equal.
     """
 
-    def __init__(self, bounds: list[bytes], size_bytes: int | None) -> None:
+    def __init__(self, bounds: Sequence[bytes], size_bytes: int | None) -> None:
         """`size_bytes` is that of every key, None where keys are of any length."""
         self._bounds = bounds
         # Sorted: what the first and the last begin with, all do. Only -inf, at the very front,

@@ -35,6 +35,10 @@ ShardMapKind = Literal["list", "range", "hash"]
 ShardKeyType = Literal["int4", "int8", "uuid", "text", "bytea", "timestamptz"]
 ShardKeyNormalise = Literal["none", "ascii_lower", "nfc"]
 
+# What somebody writes by hand. Read as a file of settings, a million take minutes and gigabytes; a
+# CSV file takes seconds.
+MAPPINGS_MAX: Final = 10_000
+
 # So many wrong mappings are enough to see what is wrong with all of them.
 _MAPPINGS_SHOWN_MAX: Final = 10
 
@@ -92,8 +96,8 @@ class RoutingSettings(Section):
     )
     parameter: Annotated[str, AfterValidator(check_parameter)] = Field(
         default="shard_key",
-        description="Startup parameter that carries the key, with or without the prefix "
-        "lakebase. before its name, alone or inside options (-c shard_key=42).",
+        description="Startup parameter that carries the key, alone or inside options (-c "
+        "shard_key=42). It is read beside lakebase.shard_key, which always carries it.",
     )
     database_pattern: Annotated[str, AfterValidator(check_database_pattern)] = Field(
         default="{database}@{shard_key}",
@@ -133,7 +137,8 @@ class ShardMapSettings(Section):
     mappings: tuple[MappingEntry, ...] = Field(
         default=(),
         description="The entries: { key, target } of a list, { low, high, target } else, where an "
-        "absent bound is open. Keys and bounds are strings or integers.",
+        "absent bound is open. Keys and bounds are strings or integers. For maps written by hand: "
+        f"{MAPPINGS_MAX} at most.",
     )
     mappings_file: FileName = Field(
         default="",
@@ -145,6 +150,16 @@ class ShardMapSettings(Section):
     def _only_text(cls, value: str, info: ValidationInfo) -> str:
         if value != "none" and info.data.get("key_type", "text") != "text":
             raise ValueError("must be none unless key_type is text")
+        return value
+
+    @field_validator("mappings")
+    @classmethod
+    def _not_too_many(cls, value: tuple[MappingEntry, ...]) -> tuple[MappingEntry, ...]:
+        if len(value) > MAPPINGS_MAX:
+            raise ValueError(
+                f"has {len(value)} entries, and {MAPPINGS_MAX} are allowed: write them to a CSV"
+                " file and name it in mappings_file"
+            )
         return value
 
     @field_validator("mappings")

@@ -166,6 +166,14 @@ def test_a_shard_map_with_a_mistake_is_refused(
     assert found.startswith(f"(file {argv[1]})")
 
 
+def test_more_mappings_than_people_write_belong_in_a_file(tmp_path: Path) -> None:
+    entries = ['{ target = "upstream" }'] * 10_000
+    assert len(load_settings(written(tmp_path, shard_map(",".join(entries))), {}).shard_maps) == 1
+    said = refusals(written(tmp_path, shard_map(",".join([*entries, entries[0]]))))
+    assert "has 10001 entries, and 10000 are allowed" in said["shard_maps.m.mappings"]
+    assert "name it in mappings_file" in said["shard_maps.m.mappings"]
+
+
 def test_mappings_are_a_list() -> None:
     for flag in ("--shard_maps.m.mappings.foo=1", '--shard_maps.m.mappings={"0": {}}'):
         assert "must be a list of tables" in refusals([flag])["shard_maps.m.mappings"]

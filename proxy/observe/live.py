@@ -5,7 +5,8 @@ are summed up when somebody asks, so that a chunk costs nothing. Not for: what i
 (`metrics`), or anything about one session.
 
 Invariants: a target's sums never fall, since a session's bytes move from the living to the ended in
-one step; and targets are those of the configuration, any other name is `other`.
+one step; and targets are those of the configuration, any other name is `other`. A target that a
+reload took away is forgotten with its last session: names of the past must not pile up.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import Final
 
 OTHER: Final = "other"
 
-# A reload may bring new names, and the old ones keep their sums: a bound for all that ever were.
+# Configured, or with sessions that outlived their configuration.
 TARGETS_MAX: Final = 1000
 
 
@@ -55,11 +56,19 @@ class Live:
 
     def __init__(self, targets: Iterable[str]) -> None:
         self._tallies = {OTHER: _Tally()}
+        self._configured: frozenset[str] = frozenset()
         self.know(targets)
 
     def know(self, targets: Iterable[str]) -> None:
-        """Give each of these targets a reading of its own from now on, up to `TARGETS_MAX`."""
-        for name in targets:
+        """Give each of these targets a reading of its own from now on, up to `TARGETS_MAX`.
+
+        Any other loses its own, as soon as it has no session any more.
+        """
+        names = tuple(targets)
+        self._configured = frozenset((*names, OTHER))
+        for name in tuple(self._tallies):
+            self._forget_if_gone(name)
+        for name in names:
             if len(self._tallies) <= TARGETS_MAX:
                 self._tallies.setdefault(name, _Tally())
 
@@ -70,7 +79,8 @@ class Live:
     @contextmanager
     def session(self, target: str, carried: Callable[[], Carried]) -> Iterator[None]:
         """Count a session while the block runs; `carried` tells its bytes so far, from memory."""
-        tally = self._tallies[self.named(target)]
+        name = self.named(target)
+        tally = self._tallies[name]
         tally.started += 1
         number = tally.started
         tally.living[number] = carried
@@ -81,6 +91,11 @@ class Live:
             last = carried()
             tally.client_bytes += last.client_bytes
             tally.upstream_bytes += last.upstream_bytes
+            self._forget_if_gone(name)
+
+    def _forget_if_gone(self, name: str) -> None:
+        if name not in self._configured and not self._tallies[name].living:
+            del self._tallies[name]
 
     def connect_phase_took(self, target: str, phase: str, seconds: float) -> None:
         """Remember how long a phase of a connect took, in place of what was known before."""

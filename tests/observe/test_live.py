@@ -54,3 +54,28 @@ def test_names_are_bounded_however_often_one_reloads(names: int) -> None:
     live = Live([])
     live.know(str(number) for number in range(names))
     assert len(live.readings()) == min(names, TARGETS_MAX) + 1
+
+
+def test_a_target_that_is_gone_is_forgotten_with_its_last_session() -> None:
+    live = Live(["eu", "us"])
+    with live.session("eu", lambda: Carried(1, 1)), live.session("eu", lambda: Carried(1, 1)):
+        live.know(["us"])
+        assert [one.target for one in live.readings()] == ["eu", "us", OTHER]
+        assert reading(live, "eu").sessions == 2
+    assert [one.target for one in live.readings()] == ["us", OTHER]
+    assert live.named("eu") == OTHER
+
+
+def test_a_target_that_comes_back_meanwhile_goes_on_counting() -> None:
+    live = Live(["eu"])
+    with live.session("eu", lambda: Carried(1, 1)):
+        live.know([])
+        live.know(["eu"])
+    assert reading(live, "eu").client_bytes == 1
+
+
+def test_names_of_the_past_do_not_pile_up() -> None:
+    live = Live([])
+    for number in range(3 * TARGETS_MAX):
+        live.know([f"t{number}"])
+    assert [one.target for one in live.readings()] == [f"t{3 * TARGETS_MAX - 1}", OTHER]

@@ -55,9 +55,9 @@ class Way:
     dialer: Dialer
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Account:
-    """One identity in one workspace, as far as it shares tokens."""
+    """One identity in one workspace, as far as it shares tokens: equal ones are one."""
 
     name: str
     """What it is called where its tokens' times are shown."""
@@ -79,6 +79,9 @@ class Profile:
         return f"{section}/{instance}" if instance else section
 
 
+_AccountKey = tuple[Profile, str]
+
+
 class Accounts:
     """The workspaces and accounts in use, by what they are configured as."""
 
@@ -86,15 +89,18 @@ class Accounts:
         self._metrics = metrics
         self._version = version
         self._workspaces: WeakValueDictionary[Profile, Workspace] = WeakValueDictionary()
-        self._accounts: WeakValueDictionary[tuple[Profile, str], Account] = WeakValueDictionary()
+        # What a mint under way keeps alive, even when no way leads there any more: an account that
+        # comes back meanwhile shall not mint a second time beside it, and `close` shall find it.
+        self._credentials: WeakValueDictionary[_AccountKey, Credentials] = WeakValueDictionary()
+        self._mintings: WeakValueDictionary[_AccountKey, MintForAny] = WeakValueDictionary()
         self._targets: WeakSet[Targets] = WeakSet()
 
     async def close(self) -> None:
         """End what is being asked of the workspaces."""
         for targets in list(self._targets):
             await targets.close()
-        for account in list(self._accounts.values()):
-            await account.credentials.close()
+        for credentials in list(self._credentials.values()):
+            await credentials.close()
 
     def workspace(self, profile: Profile) -> Workspace:
         """Return the workspace of a profile."""
@@ -113,18 +119,18 @@ class Accounts:
         """Return the account whose tokens are minted for one of these, whichever will do.
 
         A token is good for every endpoint of its workspace, the documentation says. Of Provisioned
-        instances it does not: each has tokens of its own, and is alone in `resources`.
+        instances it does not: each has tokens of its own, and is alone in `resources`. An account
+        that is in use goes on with what it has until it is offered others.
         """
         first = resources[0]
         instance = first.name if isinstance(first, Instance) else ""
         key = (profile, instance)
-        found = self._accounts.get(key)
-        if found is None:
+        credentials, minting = self._credentials.get(key), self._mintings.get(key)
+        if credentials is None or minting is None:
             minting = MintForAny(self.workspace(profile).mint, resources)
             credentials = Credentials(minting, profile.credentials, self._metrics)
-            found = self._accounts[key] = Account(profile.shown(instance), credentials, minting)
-        found.minting.offer(resources)
-        return found
+            self._credentials[key], self._mintings[key] = credentials, minting
+        return Account(profile.shown(instance), credentials, minting)
 
     def close_at_end(self, targets: Targets) -> None:
         """Have `close` end these look-ups, too, if somebody still needs them then."""
@@ -154,6 +160,9 @@ class Fleet(Mapping[str, Way]):
         self._before = before or {}
         self._ways = {name: self._way(name, target, endpoints) for name, target in targets.items()}
         self._before = {}  # its other ways go when nobody dials on them any more
+        for way in self._ways.values():  # not before all of them could be made
+            if way.account is not None:
+                way.account.minting.offer(_alike(way, endpoints))
 
     def __getitem__(self, target: str) -> Way:
         return self._ways[target]
@@ -167,8 +176,8 @@ class Fleet(Mapping[str, Way]):
     @property
     def accounts(self) -> list[Account]:
         """The accounts in use, for those who show their tokens' ages."""
-        accounts = {id(way.account): way.account for way in self._ways.values()}
-        return [account for account in accounts.values() if account is not None]
+        accounts = dict.fromkeys(way.account for way in self._ways.values())
+        return [account for account in accounts if account is not None]
 
     def _profile(self, target: UpstreamSettings) -> Profile:
         settings = self._settings
@@ -220,6 +229,12 @@ class Fleet(Mapping[str, Way]):
             connects_max=target.connects_max,
         )
         return Way(target, profile, resource, workspace, account, credentials, targets, dialer)
+
+
+def _alike(way: Way, endpoints: Mapping[Profile, list[Resource]]) -> list[Resource]:
+    """Return the resources whose tokens are this way's as well, its own among them."""
+    assert way.resource is not None, "who has an account has a resource"
+    return [way.resource] if isinstance(way.resource, Instance) else endpoints[way.profile]
 
 
 def _check_root_certs(settings: Settings) -> None:

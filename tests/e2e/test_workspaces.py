@@ -6,6 +6,7 @@ one from a token of the other. Each gateway keeps which tokens it saw, whatever 
 """
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -18,8 +19,10 @@ from proxy.standin.cluster import Cluster
 from proxy.standin.endpoints import neon_error
 from proxy.standin.faults import HANG, Stage, Strike
 from proxy.standin.lakebase import Lakebase
+from proxy.wire.startup import V3_0
 from tests.e2e.conftest import StartProxy
-from tests.support.running import proxy_settings
+from tests.support.plain_client import plain_client, startup
+from tests.support.running import eventually, proxy_settings
 from tests.support.sharding import Section, range_map, shard_by_psycopg, sharded, target, targets
 
 # Of sessions that are begun at once: two cores serve them in a second or two.
@@ -225,3 +228,48 @@ async def test_s49_no_token_goes_astray_while_a_target_moves_to_and_fro(
     assert reloads > 4
     assert len(lakebase.gateway.sessions) + len(other.gateway.sessions) == STORM
     assert_own_tokens_only(lakebase, other)
+
+
+async def test_an_account_that_comes_back_while_it_still_mints_does_not_mint_twice(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    """Nobody's way leads to it meanwhile, but its call is under way."""
+    first = sharded(lakebase)
+    proxy = await start_proxy(**first)
+    lakebase.workspace.fail(Call.CREDENTIAL, HANG)
+    await give_up_while_it_mints(proxy, lakebase)
+    proxy.reload(proxy_settings(lakebase, **first, credentials={"token_max_age_seconds": 59}))
+    gc.collect()
+    proxy.reload(proxy_settings(lakebase, **first))
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(opened(proxy, "7"))
+        await eventually(lambda: proxy.places.taken == 1, "it waits for a token")
+        lakebase.workspace.heal()
+        assert await waiting == ["one"]
+    assert len(lakebase.workspace.mints) == 1
+
+
+async def test_a_mint_of_an_account_that_is_gone_ends_with_the_proxy(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    first = sharded(lakebase)
+    proxy = await start_proxy(**first)
+    lakebase.workspace.fail(Call.CREDENTIAL, HANG)
+    await give_up_while_it_mints(proxy, lakebase)
+    proxy.reload(proxy_settings(lakebase, **first, credentials={"token_max_age_seconds": 59}))
+    gc.collect()
+    assert minting_tasks()
+    await proxy.accounts.close()
+    assert not minting_tasks()
+
+
+async def give_up_while_it_mints(proxy: App, lakebase: Lakebase) -> None:
+    """Begin a session and leave as soon as a token is asked for it."""
+    async with plain_client(proxy) as client, asyncio.timeout(10):
+        await client.send(startup(V3_0, user="anyone", database="app@7"))
+        await lakebase.workspace.called(Call.CREDENTIAL)
+    await eventually(lambda: proxy.places.taken == 0, "its session is over")
+
+
+def minting_tasks() -> list[asyncio.Task[Any]]:
+    return [task for task in asyncio.all_tasks() if "Shared._outcome" in repr(task.get_coro())]

@@ -102,7 +102,8 @@ class RoutingSettings(Section):
     database_pattern: Annotated[str, AfterValidator(check_database_pattern)] = Field(
         default="{database}@{shard_key}",
         description="How a database name carries the key, for tools that can set nothing else. It "
-        "is split at the first separator; what stands for {database} is a label.",
+        "is split at the first separator; what stands for {database} is a label and may be left "
+        "out, as in tenant_{shard_key}.",
     )
     require_key: bool = Field(
         default=False,

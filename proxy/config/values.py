@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from proxy.addresses import address_of, is_loopback
+from proxy.routing.sources import DatabasePattern
 
 # As in RFC 1123, with the underscore that private DNS zones use; 253 is the longest DNS name.
 _HOST_NAME = re.compile(r"(?=.{1,253}$)\w([\w.-]*[\w.])?", re.ASCII)
@@ -20,7 +21,6 @@ _ENDPOINT = re.compile(r"projects/[^/\s]+/branches/[^/\s]+/endpoints/[^/\s]+")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,63}")
 # Longer names of databases are cut by PostgreSQL.
 _ALIAS_BYTES_MAX = 63
-_DATABASE_PATTERN = re.compile(r"\{database\}[^{}\0]+\{shard_key\}")
 # No dot: the prefix "lakebase." is ours.
 _PARAMETER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 # What a StartupMessage says otherwise.
@@ -101,8 +101,7 @@ def check_parameter(value: str) -> str:
 
 
 def check_database_pattern(value: str) -> str:
-    if not _DATABASE_PATTERN.fullmatch(value):
-        raise ValueError("must be {database}, a separator, and {shard_key}")
+    DatabasePattern.parse(value)
     return value
 
 

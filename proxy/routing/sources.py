@@ -3,7 +3,8 @@
 Not for what the texts mean (`keys`) or which of them counts (`router`): every occurrence comes
 out, unparsed. `options` is read as PostgreSQL reads it (`wire.options`).
 
-Invariant: what stays in the message is byte for byte what the client wrote.
+Invariant: each parameter, and each word of `options`, that stays is byte for byte what the client
+wrote; where words were taken out, one blank is between those that stay.
 """
 
 from collections.abc import Set as AbstractSet

@@ -45,15 +45,19 @@ def test_an_alias_is_a_name_that_postgresql_would_not_cut(
         ("{database}@{shard_key}", True),
         ("{database}--{shard_key}", True),
         ("{database}{shard_key}", False),
-        ("{shard_key}@{database}", False),
+        ("{shard_key}@{database}", True),
+        ("tenant_{shard_key}", True),
+        ("x{database}@{shard_key}y", True),
         ("{database}", False),
-        ("x{database}@{shard_key}", False),
+        ("{shard_key}", False),
         ("{database}@{shard_key}@{shard_key}", False),
         ("{database}@{key}", False),
         ("", False),
     ],
 )
-def test_a_database_pattern_is_two_words_and_a_separator(pattern: str, good: bool) -> None:
+def test_a_database_pattern_has_a_key_and_a_text_that_tells_it_apart(
+    pattern: str, good: bool
+) -> None:
     argv = [f"--routing.database_pattern={pattern}"]
     if good:
         assert load_settings(argv, {}).routing.database_pattern == pattern

@@ -5,11 +5,13 @@ A real process each time, told by a real signal. What a configuration may say is
 """
 
 import asyncio
+import json
 import os
 import re
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,8 +23,15 @@ import trustme
 
 from proxy.standin.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
-from tests.support.proxy_process import START_SECONDS_MAX, ProxyProcess, started_process
-from tests.support.running import WAIT_SECONDS_MAX, eventually, libpq, proxy_values, toml
+from tests.support.proxy_process import ROOT, START_SECONDS_MAX, ProxyProcess, started_process
+from tests.support.running import (
+    WAIT_SECONDS_MAX,
+    eventually,
+    libpq,
+    proxy_values,
+    toml,
+    without_own_account,
+)
 from tests.support.sharding import TABLE, range_map, shard_by_psycopg, sharded, targets
 
 pytestmark = pytest.mark.slow
@@ -372,16 +381,64 @@ async def test_systemd_hears_of_readiness_each_reload_and_the_end(
     assert len(heard) == 6
 
 
-async def test_a_reload_that_hangs_keeps_nobody_from_ending(start: Any, lakebase: Lakebase) -> None:
-    reloading = await start(sharded(lakebase))
-    proxy = reloading.proxy
-    reloading.file.unlink()
-    os.mkfifo(reloading.file)  # nobody writes into it
-    proxy.send(signal.SIGHUP)
-    await asyncio.to_thread(partial(os.open, reloading.file, os.O_WRONLY))  # it reads by now
-    assert await shard_by_psycopg(proxy, dbname="app@7") == "one"
-    proxy.send(signal.SIGTERM)
-    assert await proxy.ended(5) == 0
+# A configuration that cannot be read in a way that nobody thought of, and then one that hangs.
+STRANGE_REREAD = """
+import json, sys, threading
+import uvloop
+from proxy.config import Settings
+from proxy.process import serve
+
+asked = []
+
+def reread():
+    asked.append(True)
+    print("asked", len(asked), flush=True)
+    if len(asked) == 1:
+        raise ZeroDivisionError("a bug")
+    threading.Event().wait()
+
+settings = Settings.model_validate(json.loads(sys.argv[1]))
+print("begins", flush=True)
+sys.exit(uvloop.run(serve(settings, reread)))
+"""
+
+
+async def test_a_reload_that_fails_or_hangs_ends_nothing_and_keeps_nobody_from_ending(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    # A file that was never read to its end kept the process from ending, whatever it was sent.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.setblocking(False)
+
+        async def hear(expected: str) -> None:
+            async with asyncio.timeout(START_SECONDS_MAX):
+                heard = await asyncio.get_running_loop().sock_recv(supervisor, 4096)
+            assert heard.decode().startswith(expected)
+
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", STRANGE_REREAD, json.dumps(proxy_values(lakebase, {}))),
+            cwd=ROOT,
+            env={**without_own_account(os.environ), "NOTIFY_SOCKET": str(tmp_path / "notify")},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            await hear("READY")
+            for expected in (("RELOADING", "READY"), ("RELOADING",)):
+                process.send_signal(signal.SIGHUP)
+                for state in expected:
+                    await hear(state)
+            assert process.stdout is not None
+            async with asyncio.timeout(WAIT_SECONDS_MAX):
+                await process.stdout.readuntil(b"asked 2\n")
+            process.send_signal(signal.SIGTERM)
+            await hear("STOPPING")
+            async with asyncio.timeout(WAIT_SECONDS_MAX):
+                assert await process.wait() == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
 
 async def test_a_hangup_during_a_drain_is_not_served(

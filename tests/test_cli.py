@@ -17,7 +17,8 @@ import pytest
 from proxy import __version__, cli
 from proxy.cli import main
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
-from proxy.process import FILES_RESERVED, check_file_limit
+from proxy.process import FILES_RESERVED, UNSERVED_MIN, check_file_limit, unserved_max
+from proxy.session.listener import UNSERVED_MAX
 from tests.support.proxy_process import started_process
 from tests.support.running import captured_log
 
@@ -200,3 +201,19 @@ def test_a_limit_of_open_files_below_max_connections_is_a_warning_with_numbers(
     for line in log.above_info():
         assert (line["limit"], line["needed"], line["connections_possible"]) == (147, 148, 9)
         assert "ulimit -Hn" in line["hint"]
+
+
+def test_connections_that_are_starting_leave_the_sessions_their_files() -> None:
+    # A thousand were allowed whatever the limit: silent ones took the files of health and sessions.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    bounds = []
+    try:
+        for more in (0, 100, 2000):
+            limit = FILES_RESERVED + 2 * 50 + more
+            if hard != resource.RLIM_INFINITY and limit > hard:
+                pytest.skip(f"needs {limit} open files")
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            bounds.append(unserved_max(50))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert bounds == [UNSERVED_MIN, 100, UNSERVED_MAX]

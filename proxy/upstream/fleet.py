@@ -147,7 +147,10 @@ class Fleet(Mapping[str, Way]):
         phase_took: PhaseTook,
         before: "Mapping[str, Way] | None" = None,
     ) -> None:
-        """`before` is the fleet that this one replaces.
+        """`before` is the fleet that this one replaces: ways that are configured as there go over.
+
+        Another one counts its `connects_max` anew, beside the sessions that are still being opened
+        on the way that it replaces.
 
         Raises ConfigurationError for certificate files that cannot be used.
         """

@@ -269,3 +269,15 @@ def test_a_listener_takes_the_longest_directory_and_either_spelling_of_a_mode() 
     for mode in ("0660", "660"):
         listen = ListenSettings(unix_socket_directory=directory, unix_socket_mode=mode)
         assert (listen.unix_socket_directory, listen.unix_socket_mode) == (directory, mode)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.1, 604_800])
+def test_an_idle_timeout_is_never_or_long_enough_to_be_looked_for(seconds: float) -> None:
+    assert ListenSettings(idle_timeout_seconds=seconds).idle_timeout_seconds == seconds
+
+
+@pytest.mark.parametrize("seconds", [-1, 0.000001, 0.099, 604_801])
+def test_an_idle_timeout_out_of_bounds_is_refused(seconds: float) -> None:
+    # A session idle in a transaction was looked at without a pause.
+    with pytest.raises(ValidationError):
+        ListenSettings(idle_timeout_seconds=seconds)

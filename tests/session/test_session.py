@@ -17,7 +17,7 @@ import trustme
 
 from proxy.app import App, build_metrics, serving
 from proxy.config import ListenSettings
-from proxy.session.cancel import CancelForwarder, CancelKeys
+from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
 from proxy.session.listener import Listener, Places
 from proxy.session.session import Passage, Session, SessionParts
 from proxy.standin.faults import Stage, Strike
@@ -276,3 +276,33 @@ async def test_a_client_that_stops_within_the_handshake_is_ended_by_the_startup_
         assert await receiving() == b""
     failures = secure_proxy.metrics.value("startup_failures_total", reason="startup_timeout")
     assert failures == 1
+
+
+class BrokenForwarder(CancelForwarder):
+    """One that fails in a way that nobody thought of."""
+
+    async def cancel(self, key: IssuedKey) -> None:
+        raise ZeroDivisionError("a bug")
+
+
+async def test_a_session_that_a_bug_ends_while_it_is_relayed_has_its_line(proxy: App) -> None:
+    metrics, keys, settings = build_metrics(), CancelKeys(), ListenSettings(port=0)
+    parts = SessionParts(
+        route=proxy.plan.passage,
+        cancel_keys=keys,
+        cancels=BrokenForwarder(keys, Connector(metrics.connect_phase_took), metrics),
+        metrics=metrics,
+        startup_timeout_seconds=5,
+        tls=None,
+        place=Places(1).take,
+    )
+    listener = Listener(settings, Places(1), metrics, lambda link: Session(link, parts).run())
+    with captured_log() as log:
+        async with listener.accepting() as (host, port):
+            async with plain_client(Where(host, port)) as client:
+                await client.start_up()
+                client.close()  # which cancels what the upstream does
+            await eventually(lambda: log.events("session failed"), "it fails")
+    (ended,) = log.events("session ended")
+    assert (ended["reason"], ended["target"]) == ("internal_error", "upstream")
+    assert metrics.value("sessions_ended_total", reason="internal_error") == 1

@@ -9,10 +9,12 @@ host and identity, and asks the workspace nothing. Whoever still dials on an old
 alive, and nobody else does.
 """
 
+import errno
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from weakref import WeakSet, WeakValueDictionary
 
 from proxy.config import (
@@ -246,6 +248,8 @@ def _check_root_certs(settings: Settings) -> None:
     for name in settings.target_names():
         target = settings.target(name)
         try:
+            if target.ssl_root_cert and Path(target.ssl_root_cert).is_fifo():
+                raise OSError(errno.EINVAL, "it is not a regular file")  # opening it might wait
             client_context(target.sslmode, target.ssl_root_cert)
         except OSError as error:  # an ssl.SSLError is one
             key = f"{name if name == UPSTREAM else f'targets.{name}'}.ssl_root_cert"

@@ -90,6 +90,11 @@ def test_every_reason_exists_and_has_the_sqlstate_that_is_said(document: Path) -
             assert sqlstate in ("", KINDS[reason].sqlstate)
 
 
+def test_every_reason_is_explained() -> None:
+    explained = set(re.findall(r"`([a-z_]+)`", TROUBLESHOOTING.read_text()))
+    assert set(KINDS) <= explained
+
+
 def test_the_five_most_frequent_causes_name_reasons_that_exist() -> None:
     section = TROUBLESHOOTING.read_text().partition("## The five most")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]

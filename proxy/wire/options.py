@@ -94,7 +94,7 @@ def settings(options: bytes) -> list[Setting]:
 def without(options: bytes, names: Iterable[bytes]) -> bytes:
     """Return `options` less the settings of these lower-case names, other words kept verbatim.
 
-    Between two words is one blank then, whatever was there. Empty when nothing remains. Names
+    Between two words is one blank then, whatever was there; empty when nothing remains. Names
     compare case-insensitively (W19, W22).
     """
     removed = frozenset(names)

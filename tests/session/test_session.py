@@ -293,7 +293,7 @@ async def test_a_session_that_a_bug_ends_while_it_is_relayed_has_its_line(proxy:
         cancels=BrokenForwarder(keys, Connector(metrics.connect_phase_took), metrics),
         metrics=metrics,
         startup_timeout_seconds=5,
-        tls=None,
+        tls=lambda: None,
         place=Places(1).take,
     )
     listener = Listener(settings, Places(1), metrics, lambda link: Session(link, parts).run())

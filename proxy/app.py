@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from proxy import __version__
 from proxy.config import Changes, ConfigurationError, ListenSettings, Problem, Settings, compare
-from proxy.errors import ErrorKind
+from proxy.errors import ErrorKind, ProxyError
 from proxy.life import Life
 from proxy.observe.admin import AdminAddress, AdminState, serve_admin
 from proxy.observe.lag import sampling_lag
@@ -53,6 +53,7 @@ class App:
         self.cancel_keys = CancelKeys()
         self.accounts = Accounts(self.metrics, version=__version__)
         self.plan = Plan(settings, self.accounts, self._phase_took)
+        self._count_by(self.plan)
         self._tls = _listener_tls(settings.listen)
         self.places = Places(settings.listen.max_connections)
         self.listener = self._make_listener(settings, unserved_max)
@@ -73,7 +74,7 @@ class App:
         kept = self._without_restart(settings)
         plan = Plan(kept, self.accounts, self._phase_took, self.plan, router)
         tls = _listener_tls(kept.listen)
-        self.metrics.live.know(kept.target_names())
+        self._count_by(plan)
         if kept.log != self.settings.log:
             configure_logging(format=kept.log.format, level=kept.log.level)
         changes = changes.and_contents(self.plan.rewritten(plan))
@@ -128,7 +129,24 @@ class App:
         )
 
     def _passage(self, message: StartupMessage) -> Passage:
-        return self.plan.passage(message)  # whichever plan it is then: a reload exchanges it
+        plan = self.plan  # whichever it is then: a reload exchanges it
+        shard_map = plan.settings.routing.shard_map
+        try:
+            passage = plan.passage(message)
+        except ProxyError as error:
+            if shard_map:
+                missed = error.kind is ErrorKind.MAPPING_NOT_FOUND
+                self.metrics.route_refused(shard_map, missed=missed)
+            raise
+        if passage.shard:
+            self.metrics.routed(shard_map, passage.shard)
+        return passage
+
+    def _count_by(self, plan: Plan) -> None:
+        shard_map = plan.router.shard_map
+        mappings = 0 if shard_map is None else len(shard_map)
+        names = plan.settings.target_names()
+        self.metrics.know(names, plan.settings.routing.shard_map, mappings)
 
     def _phase_took(self, target: str, phase: ConnectPhase, seconds: float) -> None:
         self.metrics.connect_phase_took(phase, seconds, target)

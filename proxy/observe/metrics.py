@@ -6,7 +6,7 @@ Metrics are kept per instance, never in the library's global registry, so that t
 process (as in tests) count apart.
 
 Invariants: names begin with `lakebase_proxy_`, units are base units, and every label takes its
-values from a closed set: never a user, a database, a shard key or SQL. Names of targets and of
+values from a closed set: never a user, a database, a shard key or SQL. Names of targets, maps and
 workspaces are such a set: the configuration's. A word outside its set is counted as `other`,
 because a metric must neither grow without bound nor end a session.
 """
@@ -74,6 +74,22 @@ class CancelResult(StrEnum):
     SESSION_ENDED = "session_ended"
     TOO_MANY = "too_many"
     FAILED = "failed"
+
+
+@unique
+class Lookup(StrEnum):
+    """What a shard map said of a session's key."""
+
+    HIT = "hit"
+    MISS = "miss"
+
+
+@unique
+class RouteResult(StrEnum):
+    """What became of a client where a shard map decides."""
+
+    ROUTED = "routed"
+    REFUSED = "refused"
 
 
 @unique
@@ -201,6 +217,7 @@ class Metrics:
         ProcessCollector(namespace=_PREFIX, registry=self._registry)
         self._declare_sessions(list(session_end_reasons), startup_failure_reasons)
         self._declare_upstream()
+        self._declare_routing()
         self._declare_program(version)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -242,6 +259,21 @@ class Metrics:
             "token_mint_failures", "Attempts to get a token that failed."
         )
 
+    def _declare_routing(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._routes = self._counter(
+            "route",
+            "Clients for whom a shard map decides, by the shard that they were sent to.",
+            *("map", "shard", "result"),
+        )
+        self._lookups = self._counter("lookup", "Shard keys looked up.", "map", "result")
+        self._mappings = Gauge(
+            f"{_PREFIX}_shard_map_mappings",
+            "Mappings of the shard map in use.",
+            ["map"],
+            registry=self._registry,
+        )
+
     def _declare_program(self, version: str) -> None:
         self._lag_seconds = Histogram(
             f"{_PREFIX}_event_loop_lag_seconds",
@@ -265,6 +297,33 @@ class Metrics:
             registry=self._registry,
         )
         build.labels(version).set(1)
+
+    def know(self, targets: Iterable[str], shard_map: str = "", mappings: int = 0) -> None:
+        """Count for these targets and this shard map from now on.
+
+        With other names than before the counts of routing begin anew: old names must not pile up.
+        """
+        names = (shard_map, *targets)
+        self.live.know(names[1:])
+        if names != self._names:
+            self._names = names
+            for family in (self._routes, self._lookups, self._mappings):
+                family.clear()
+        if shard_map:
+            self._mappings.labels(shard_map).set(mappings)
+            for result in Lookup:
+                self._lookups.labels(shard_map, result)
+
+    def routed(self, shard_map: str, shard: str) -> None:
+        """Count a client whose key led to a shard."""
+        self._lookups.labels(shard_map, Lookup.HIT).inc()
+        self._routes.labels(shard_map, self.live.named(shard), RouteResult.ROUTED).inc()
+
+    def route_refused(self, shard_map: str, *, missed: bool) -> None:
+        """Count a client that has no shard; `missed`: no mapping covers its key."""
+        if missed:
+            self._lookups.labels(shard_map, Lookup.MISS).inc()
+        self._routes.labels(shard_map, "", RouteResult.REFUSED).inc()
 
     def watch(self, source: StatusSource) -> None:
         """Read tokens, drain and bounds from here at each scrape."""

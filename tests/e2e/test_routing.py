@@ -19,7 +19,14 @@ from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import V3_0
 from tests.e2e.conftest import StartProxy
 from tests.support.plain_client import plain_client, startup
-from tests.support.running import USER, LogLines, asyncpg_arguments, eventually, libpq
+from tests.support.running import (
+    USER,
+    LogLines,
+    asyncpg_arguments,
+    eventually,
+    libpq,
+    proxy_settings,
+)
 from tests.support.sharding import (
     list_map,
     shard_by_asyncpg,
@@ -479,6 +486,25 @@ async def test_sessions_are_counted_by_the_target_that_their_key_led_to(
         name: proxy.metrics.value("sessions_started_total", target=name) for name in ("one", "two")
     }
     assert started == {"one": 2, "two": 3}
+
+
+async def test_what_a_shard_map_says_is_counted_without_any_key(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    proxy = await start_proxy(**sharded(lakebase))
+    value = proxy.metrics.value
+    assert value("shard_map_mappings", map="tenants") == 2
+    for key in ("7", "8", "1500"):
+        await shard_by_psycopg(proxy, dbname=f"app@{key}")
+    await refused(proxy, user=USER, database="app@2500")
+    await refused(proxy, user=USER)
+    routed = [value("route_total", shard=name, result="routed") for name in ("one", "two")]
+    assert routed == [2, 1]
+    assert value("route_total", map="tenants", result="refused") == 2
+    found = [value("lookup_total", map="tenants", result=result) for result in ("hit", "miss")]
+    assert found == [3, 1]
+    proxy.reload(proxy_settings(lakebase))
+    assert "tenants" not in proxy.metrics.exposition().decode()
 
 
 async def test_a_cancel_request_goes_to_the_shard_of_its_session(

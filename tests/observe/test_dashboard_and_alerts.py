@@ -23,6 +23,7 @@ from proxy.standin.lakebase import Lakebase
 from tests.support.admin_address import ask
 from tests.support.plain_client import plain_client
 from tests.support.running import proxy_settings
+from tests.support.sharding import shard_by_psycopg, sharded
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "grafana" / "lakebase-auth-proxy.json"
@@ -38,7 +39,7 @@ with_promtool = pytest.mark.skipif(
 # Labels that Prometheus itself adds to what it scrapes.
 OF_THE_SCRAPE = {"instance", "job"}
 # Their values are names of the configuration, not words of the program.
-OPEN_LABELS = {"target", "workspace", "version", "le"}
+OPEN_LABELS = {"target", "workspace", "version", "le", "map", "shard"}
 
 Exported = Mapping[str, Mapping[str, set[str]]]
 """Sample names, to their labels, to the values of these."""
@@ -48,9 +49,11 @@ Exported = Mapping[str, Mapping[str, set[str]]]
 async def exported(lakebase: Lakebase) -> AsyncIterator[Exported]:
     """Return what is scraped from a proxy that has served a session."""
     async with AsyncExitStack() as stack:
-        settings = proxy_settings(lakebase, admin={"enabled": True})
+        routing = sharded(lakebase, require_key=False)
+        settings = proxy_settings(lakebase, admin={"enabled": True}, **routing)
         proxy = await stack.enter_async_context(serving(settings))
         assert proxy.admin is not None
+        await shard_by_psycopg(proxy, dbname="app@7")
         async with plain_client(proxy) as client:
             await client.start_up()
             yield names_and_labels((await ask(proxy.admin.port, "/metrics")).body.decode())

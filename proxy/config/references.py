@@ -156,8 +156,6 @@ def _missing_for_target(
 
     # The guide's variables give [upstream], and a target only what it takes from there.
     or_variable = {"endpoint": ", or ENDPOINT_NAME,", "host": ", or PGHOST", "user": ", or PGUSER"}
-    if target.get("host"):  # one that is set otherwise hides both of the guide's
-        or_variable["endpoint"] = ", or ENDPOINT_NAME with PGHOST,"
     if section != ("upstream",):
         or_variable = {"endpoint": "", "host": "", "user": ", or upstream.user"}
     endpoint = target.get("endpoint") or target.get("instance")

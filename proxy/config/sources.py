@@ -235,5 +235,5 @@ def _elsewhere(above: Sequence[Layer]) -> frozenset[str]:
 
     if given("workspace"):
         return frozenset(key for _, key in GUIDE_ENVIRONMENT.values())
-    # Not hostaddr, which is a way to the host and no other host: TLS verifies the name.
-    return frozenset(WHERE) if any(map(given, ("endpoint", "instance", "host"))) else frozenset()
+    # Not host and hostaddr: whoever sets only these says how the same endpoint is reached.
+    return frozenset(WHERE) if given("endpoint") or given("instance") else frozenset()

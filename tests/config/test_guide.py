@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from proxy.config import UpstreamSettings
-from tests.support.configuring import ENDPOINT, ENDPOINT_EU, loaded, refusals, written
+from tests.support.configuring import ENDPOINT, ENDPOINT_EU, loaded, written
 
 HOST = "ep-x.database.example.com"
 GUIDE = {"ENDPOINT_NAME": ENDPOINT, "PGHOST": HOST, "PGUSER": "app", "PGPORT": "5433"}
@@ -62,10 +62,10 @@ def test_a_flag_that_names_no_place_leaves_the_guides() -> None:
     assert found == {"endpoint": ENDPOINT, "host": HOST, "user": "app"}
 
 
-def test_a_host_of_its_own_wants_an_endpoint_of_its_own(tmp_path: Path) -> None:
-    argv = written(tmp_path, '[upstream]\nhost = "other.example.com"\n')
-    said = refusals(argv, GUIDE, upstream_required=True)
-    assert "set it, or ENDPOINT_NAME with PGHOST, to projects/" in said["upstream.endpoint"]
+def test_a_host_of_its_own_is_another_way_to_the_guides_endpoint(tmp_path: Path) -> None:
+    argv = written(tmp_path, '[upstream]\nhost = "private.example.com"\n')
+    found = where(loaded(argv, GUIDE, dials=True).settings.upstream)
+    assert found == {"endpoint": ENDPOINT, "host": "private.example.com", "user": "app"}
 
 
 def test_a_target_in_another_workspace_does_not_inherit_the_role(tmp_path: Path) -> None:

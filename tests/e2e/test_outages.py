@@ -189,15 +189,19 @@ async def test_logins_that_never_return_cost_nothing_once_the_api_is_well(
     # Each held one of eight threads for ever: nothing was minted until a restart.
     proxy = await start_proxy(credentials={"token_max_age_seconds": 0, "mint_timeout_seconds": 1})
     lakebase.workspace.fail(Call.TOKEN, faults.HANG, times=8)
+
+    async def served() -> bool:
+        with suppress(psycopg.OperationalError):
+            async with await psycopg.AsyncConnection.connect(**libpq(proxy)):
+                return True
+        return False
+
     async with asyncio.timeout(60):
         while lakebase.workspace.calls[Call.TOKEN] < 8:
-            errors = await asyncio.gather(*(told(proxy) for _ in range(8)))
-            assert {error.sqlstate for error in errors} == {"57P03"}
+            await asyncio.gather(*(served() for _ in range(8)))
     async with asyncio.timeout(BUSY_SECONDS + BACKOFF_SECONDS_MAX):
-        while True:
-            with suppress(psycopg.OperationalError):
-                async with await psycopg.AsyncConnection.connect(**libpq(proxy)):
-                    break
+        while not await served():
+            pass
 
 
 @pytest.mark.parametrize("max_age_seconds", [60, 0])

@@ -221,7 +221,10 @@ class Session:
                 upstream = await self._dial(passage)
                 keys = self._parts.cancel_keys
                 with keys.issue(upstream.startup.key, upstream.target, startup.version) as key:
-                    await self._relay(passage, upstream, key, live)
+                    relay = self._hand_over(passage, upstream, key)
+                    # It may go on for days: what it only began with is not kept so long.
+                    del startup, passage, upstream, key
+                    await self._relay(relay, live)
         except ClientGone:
             self._parts.metrics.startup_failed(StartupFailure.CLIENT_GONE)
             _log.debug("client left before its session was ready")
@@ -259,14 +262,10 @@ class Session:
             raise ProxyError(ErrorKind.UPSTREAM_LOST)
         return upstream
 
-    async def _relay(
-        self,
-        passage: Passage,
-        upstream: UpstreamSession,
-        key: IssuedKey | None,
-        live: LiveSession,
-    ) -> None:
-        """Tell the client that it is served, hand both connections over, and see it through."""
+    def _hand_over(
+        self, passage: Passage, upstream: UpstreamSession, key: IssuedKey | None
+    ) -> Relay:
+        """Tell the client that it is served, and hand both connections over to a relay."""
         client, link = self._link, upstream.link
         abandon = None
         if key is not None and passage.way.settings.cancel_on_disconnect:
@@ -283,10 +282,14 @@ class Session:
         )
         if link.gone.done():
             relay.from_upstream.eof_received()
+        _log.info("session started", **self._where, host=upstream.target.host)
+        return relay
+
+    async def _relay(self, relay: Relay, live: LiveSession) -> None:
+        """See a session through to its end."""
         live.relaying(relay)
         if timeout_seconds := self._parts.idle_timeout_seconds:
             relay.end_after_idle(timeout_seconds, ProxyError(ErrorKind.IDLE_TIMEOUT).response())
-        _log.info("session started", **self._where, host=upstream.target.host)
         with self._parts.metrics.session(self._where["target"], partial(_carried, relay)):
             try:
                 end = await relay.run()

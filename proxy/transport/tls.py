@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Final, cast
 
 from proxy.files import Stamp, stamp_of
+from proxy.transport.key_exchange import asked_curve
 
 # The most plaintext that a record holds (RFC 8446): a read of so much always takes a whole one.
 _RECORD_BYTES_MAX: Final = 16 * 1024
@@ -24,7 +25,7 @@ _READ_BYTES_MIN: Final = 256  # part of a record may be inside OpenSSL already, 
 _PART_BYTES_MAX: Final = 32 * 1024
 # What TLS itself may have waiting to be sent, beside the data of the protocol above.
 _UNREAD_BYTES_MAX: Final = 1024 * 1024
-_CONTEXTS_MAX: Final = 64  # of pairs of sslmode and authorities; the least used is made anew
+_CONTEXTS_MAX: Final = 64  # of sslmode, authorities and curve; the least used is made anew
 
 
 # What a client that begins with TLS must offer (PostgreSQL 17): else any TLS client could be led to
@@ -41,30 +42,40 @@ def server_context(certificate: str, key: str) -> ssl.SSLContext:
     return context
 
 
-def client_context(sslmode: str, ssl_root_cert: str) -> ssl.SSLContext:
+def client_context(sslmode: str, ssl_root_cert: str, curve: str | None = None) -> ssl.SSLContext:
     """Return the context for an upstream: `verify-full` checks chain and name.
 
+    With a curve, that one alone is offered for the key exchange (Python cannot give two).
     It is kept for all who ask alike (reading the system's certificates takes tens of milliseconds)
     until the file changes: an authority that was replaced counts from the next connection on.
     Raises OSError (ssl.SSLError too) for an unusable file.
     """
     if ssl_root_cert == "system":
-        return _client_context(sslmode, None, None)
-    return _client_context(sslmode, ssl_root_cert, stamp_of(ssl_root_cert))
+        return _client_context(sslmode, curve, None, None)
+    return _client_context(sslmode, curve, ssl_root_cert, stamp_of(ssl_root_cert))
 
 
 @lru_cache(maxsize=_CONTEXTS_MAX)
-def _client_context(sslmode: str, cafile: str | None, _stamp: Stamp | None) -> ssl.SSLContext:
+def _client_context(
+    sslmode: str, curve: str | None, cafile: str | None, _stamp: Stamp | None
+) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=cafile)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.check_hostname = sslmode == "verify-full"
     if sslmode == "require":
         context.verify_mode = ssl.CERT_NONE
+    if curve is not None:
+        context.set_ecdh_curve(curve)
     return context
 
 
 class TLSTransport(asyncio.Transport, asyncio.Protocol):
-    """One TLS connection. Make it, then await `handshake`; the app protocol is the upper one."""
+    """One TLS connection. Make it, then await `handshake`; the app protocol is the upper one.
+
+    `asked_curve` is what a server asked for during the handshake, beside what was offered first.
+    """
+
+    asked_curve: str | None = None
 
     def __init__(
         self,
@@ -250,6 +261,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         """Take ciphertext that belongs to the handshake, or is more than a record."""
         if not self._established:
             if not self._handshake.done():
+                self.asked_curve = self.asked_curve or asked_curve(data)
                 self._incoming.write(data)
                 self._advance_handshake()
             return

@@ -19,6 +19,7 @@ from aiohappyeyeballs import AddrInfoType, start_connection
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import ConnectPhase
+from proxy.transport.key_exchange import Curves
 from proxy.transport.link import Link
 from proxy.transport.sockets import bound_unacknowledged
 from proxy.transport.tls import TLSTransport, client_context
@@ -112,6 +113,7 @@ class Connector:
         self._phase_took = phase_took
         self._resolve = resolve
         self._tls_seconds_max = tls_seconds_max
+        self._curves = Curves()
 
     async def addresses(self, target: Target, progress: Progress) -> Addresses:
         """Return where the target is to be had now. Raises ProxyError; has no bound of its own."""
@@ -127,13 +129,15 @@ class Connector:
         try:
             progress.begin(ConnectPhase.TLS)
             async with asyncio.timeout(self._tls_seconds_max):
-                await _start_tls(link, startup, target)
+                await self._start_tls(link, startup, target)
             progress.done()
         except TimeoutError as error:
+            self._curves.forget(target)
             link.transport.close()
             detail = f"{target.host}: no TLS within {self._tls_seconds_max:g} seconds"
             raise ProxyError(ErrorKind.UPSTREAM_TIMEOUT, detail) from error
         except BaseException:
+            self._curves.forget(target)  # the next try shall not depend on it
             link.transport.close()
             raise
         return Connection(link, startup)
@@ -171,6 +175,19 @@ class Connector:
         progress.done()
         bound_unacknowledged(link.transport)
         return link
+
+    async def _start_tls(self, link: Link, startup: UpstreamStartup, target: Target) -> None:
+        link.write(startup.request_tls())
+        # While the upstream looks at the request.
+        tls = _prepared_tls(link, target, self._curves.find(target))
+        _check_answer(await next_events(link, startup), startup, target)
+        try:
+            await link.switch_to(tls)
+        except OSError as error:
+            raise diagnose_network(error, target.host) from error
+        startup.tls_started()
+        if tls.asked_curve is not None:
+            self._curves.keep(target, tls.asked_curve)
 
 
 async def _connected(addresses: Addresses) -> Link:
@@ -210,10 +227,9 @@ def failure(event: UpstreamEvent) -> ProxyError:
             return ProxyError(ErrorKind.UPSTREAM_PROTOCOL, f"{type(event).__name__} out of order")
 
 
-async def _start_tls(link: Link, startup: UpstreamStartup, target: Target) -> None:
-    link.write(startup.request_tls())
-    tls = _prepared_tls(link, target)  # while the upstream looks at the request
-    match await next_events(link, startup):
+def _check_answer(events: list[UpstreamEvent], startup: UpstreamStartup, target: Target) -> None:
+    """Return when the upstream agrees to TLS and says nothing else. Raises ProxyError."""
+    match events:
         case [TLSAccepted()]:
             pass
         case [TLSRefused()]:
@@ -226,11 +242,6 @@ async def _start_tls(link: Link, startup: UpstreamStartup, target: Target) -> No
                     text=_printable(startup.plaintext),
                 )
             raise failure(event)
-    try:
-        await link.switch_to(tls)
-    except OSError as error:
-        raise diagnose_network(error, target.host) from error
-    startup.tls_started()
 
 
 def _printable(text: bytes) -> str:
@@ -239,9 +250,9 @@ def _printable(text: bytes) -> str:
     return "".join(one if one.isprintable() else " " for one in characters).strip()
 
 
-def _prepared_tls(link: Link, target: Target) -> TLSTransport:
+def _prepared_tls(link: Link, target: Target, curve: str | None) -> TLSTransport:
     try:
-        context = client_context(target.sslmode, target.ssl_root_cert)
+        context = client_context(target.sslmode, target.ssl_root_cert, curve)
     except OSError as error:  # it could be read when the program started
         detail = f"{target.ssl_root_cert}: {error.strerror or error}"
         raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, detail) from error

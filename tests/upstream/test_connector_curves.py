@@ -1,0 +1,105 @@
+"""The curve that an upstream asked for is offered first to it from then on, and shuts nobody out.
+
+A server counts the ClientHellos that it gets: one for a key share that it takes, two where it has
+to ask for another. PostgreSQL until 17 is such a server with prime256v1.
+"""
+
+import asyncio
+import ssl
+from typing import Any
+
+import pytest
+import trustme
+
+from proxy.errors import ErrorKind
+from tests.support.dialing import HONEST, HOST, Dialing, dialing_script
+from tests.support.script import ScriptedServer, Send, tls_opening
+
+
+class CountingContext(ssl.SSLContext):
+    """Counts the ClientHellos that it is shown."""
+
+    hellos = 0
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        remember_name = self.sni_callback
+
+        def count(tls: ssl.SSLObject, name: str, context: ssl.SSLContext) -> None:
+            self.hellos += 1
+            assert remember_name is not None
+            remember_name(tls, name, context)
+
+        self.sni_callback = count
+        return super().wrap_bio(*args, **options)
+
+
+class Server:
+    """A scripted server whose certificate and curve can change."""
+
+    def __init__(self, authority: trustme.CA) -> None:
+        self.context = CountingContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.set_ecdh_curve("prime256v1")
+        self.show(authority)
+        self.steps = (*tls_opening(self.context), Send(HONEST))
+
+    def show(self, authority: trustme.CA) -> None:
+        """Have a certificate of this authority from the next connection on."""
+        authority.issue_cert(HOST).configure_cert(self.context)
+
+    async def hellos_of_a_dial(self, made: Dialing) -> int:
+        """Open a session, close it, and return how many hellos that took."""
+        before = self.context.hellos
+        (await made.dial()).link.transport.abort()
+        return self.context.hellos - before
+
+
+@pytest.fixture
+def postgres(authority: trustme.CA) -> Server:
+    return Server(authority)
+
+
+@pytest.mark.parametrize("sslmode", ["verify-full", "require"])
+async def test_a_curve_that_was_asked_for_is_offered_first_from_then_on(
+    ca_file: str, postgres: Server, sslmode: str
+) -> None:
+    async with dialing_script(ca_file, *postgres.steps, sslmode=sslmode) as (made, _):
+        assert [await postgres.hellos_of_a_dial(made) for _ in range(3)] == [2, 1, 1]
+
+
+async def test_connections_that_begin_together_learn_the_same(
+    ca_file: str, postgres: Server
+) -> None:
+    async with dialing_script(ca_file, *postgres.steps) as (made, _):
+        for session in await asyncio.gather(*(made.dial() for _ in range(5))):
+            session.link.transport.abort()
+        assert await postgres.hellos_of_a_dial(made) == 1
+
+
+async def test_an_upstream_that_refuses_its_former_curve_is_reached_in_the_same_dial(
+    ca_file: str, postgres: Server
+) -> None:
+    async with dialing_script(ca_file, *postgres.steps) as (made, server):
+        await postgres.hellos_of_a_dial(made)
+        postgres.context.set_ecdh_curve("X25519")
+        accepted = server.accepted
+        assert await _tries(made, server, accepted) == 2  # refused, and by its own guess
+        assert await _tries(made, server, accepted + 2) == 1
+        postgres.context.set_ecdh_curve("secp384r1")
+        assert [await postgres.hellos_of_a_dial(made) for _ in range(2)] == [2, 1]
+
+
+async def _tries(made: Dialing, server: ScriptedServer, accepted: int) -> int:
+    (await made.dial()).link.transport.abort()
+    return server.accepted - accepted
+
+
+async def test_nothing_is_learnt_from_a_server_that_does_not_prove_who_it_is(
+    ca_file: str, postgres: Server, authority: trustme.CA
+) -> None:
+    postgres.show(trustme.CA())
+    async with dialing_script(ca_file, *postgres.steps) as (made, _):
+        for _ in range(2):
+            assert (await made.refusal()).kind is ErrorKind.UPSTREAM_CERTIFICATE
+        assert postgres.context.hellos == 4
+        postgres.show(authority)
+        assert [await postgres.hellos_of_a_dial(made) for _ in range(2)] == [2, 1]

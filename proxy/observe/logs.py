@@ -10,7 +10,7 @@ Invariant: no line is written that has not been through `mask`. Tracebacks show 
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, Final, Literal, TextIO, cast
@@ -36,6 +36,10 @@ _SECRET_TEXT: Final = re.compile(
     re.ASCII,
 )
 
+# One of these is in whatever that finds. Looking for them first is 25 times as fast, and nearly no
+# line has one.
+_SECRET_PIECES: Final = ("eyJ", "dapi", "dose", "dkea", "Bearer ", "Basic ")
+
 _NAMES_MAX: Final = 1024  # of keys whose verdict is remembered; there are some dozens
 
 # How deep values inside values are looked through; anything deeper is only masked as text.
@@ -44,6 +48,8 @@ _NESTING_MAX: Final = 5
 
 def mask(text: str) -> str:
     """Return `text` with everything that looks like a secret replaced by `MASK`."""
+    if not any(piece in text for piece in _SECRET_PIECES):
+        return text
     return _SECRET_TEXT.sub(MASK, text)
 
 
@@ -54,7 +60,7 @@ def _is_secret_name(name: object) -> bool:
 
 def _without_secrets(value: object, depth: int = _NESTING_MAX) -> object:
     """Mask the values of secret names in mappings, at any level."""
-    if depth == 0:
+    if depth == 0 or isinstance(value, str | int | float | None):
         return value
     if isinstance(value, Mapping):
         return {
@@ -76,8 +82,21 @@ def redact(logger: object, method_name: str, event: EventDict) -> EventDict:
 class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
     """Renders a line and masks it as a whole: message, values and traceback alike."""
 
+    def __init__(self, *, foreign: Sequence[Processor], render: Sequence[Processor]) -> None:
+        super().__init__(
+            foreign_pre_chain=foreign, processors=[self.remove_processors_meta, *render]
+        )
+        self._render = render
+
     def format(self, record: logging.LogRecord) -> str:
-        return mask(super().format(record))
+        method = getattr(record, "_name", None)  # `wrap_for_formatter` gives it to our own lines
+        if method is None or not isinstance(record.msg, dict):
+            return mask(super().format(record))
+        # They are complete: there is nothing to add as to a library's, which takes as long again.
+        line: Any = dict(record.msg)
+        for processor in self._render:
+            line = processor(None, method, line)
+        return mask(str(line))
 
 
 def _renderer(console: bool, colors: bool) -> list[Processor]:
@@ -111,14 +130,9 @@ def configure_logging(
     ]
     handler = logging.StreamHandler(target)
     handler.setFormatter(
-        _MaskingFormatter(
-            foreign_pre_chain=shared,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *_renderer(console, colors=target.isatty()),
-            ],
-        )
+        _MaskingFormatter(foreign=shared, render=_renderer(console, colors=target.isatty()))
     )
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
@@ -133,7 +147,8 @@ def configure_logging(
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=False,
+        # What can be configured again is the handler's: a logger is what it was.
+        cache_logger_on_first_use=True,
     )
 
 

@@ -70,6 +70,21 @@ def test_auto_is_console_on_a_terminal_and_json_elsewhere() -> None:
     assert lines(file)[0]["event"] == "ready"
 
 
+def test_a_logger_that_was_used_before_follows_what_is_configured_later() -> None:
+    logger, files = get_logger("proxy"), [io.StringIO(), io.StringIO()]
+    configure_logging(format="json", stream=files[0])
+    logger.info("ready")
+    configure_logging(format="json", level="warning", stream=files[1])
+    logger.info("ready")
+    assert [len(lines(file)) for file in files] == [1, 0]
+
+
+def test_what_a_library_says_as_a_mapping_is_a_line_like_any_other(stream: io.StringIO) -> None:
+    logging.getLogger("library").warning({"said": FAKE_JWT})
+    (line,) = lines(stream)
+    assert (line["event"], line["level"]) == (f"{{'said': '{MASK}'}}", "warning")
+
+
 def test_the_console_can_be_asked_for_without_a_terminal() -> None:
     stream = io.StringIO()
     configure_logging(format="console", stream=stream)

@@ -9,6 +9,7 @@ from proxy.wire.messages import UINT32, Frame
 from proxy.wire.violations import UpstreamViolation
 
 _HEADER_BYTES: Final = 5
+_PARAMETER_STATUS: Final = b"S"
 _LENGTH_MIN: Final = 4  # the length counts itself
 
 
@@ -40,6 +41,26 @@ class MessageReader:
         frame = Frame(bytes(self._buffer[:1]), bytes(self._buffer[_HEADER_BYTES:end]))
         del self._buffer[:end]
         return frame
+
+    def take_parameters(self) -> bytes:
+        """Take out the whole ParameterStatus messages that come next, as they arrived.
+
+        A session's start has some fifteen in a row, whose contents nobody here reads. Anything
+        that is not as it should be stays for `next`, which says what is wrong.
+        """
+        buffer, held_bytes, end = self._buffer, len(self._buffer), 0
+        while buffer.startswith(_PARAMETER_STATUS, end) and end + _HEADER_BYTES <= held_bytes:
+            (length,) = UINT32.unpack_from(buffer, end + 1)
+            begin, following = end + _HEADER_BYTES, end + 1 + length
+            if following > held_bytes or length > self._limit + _LENGTH_MIN:
+                break
+            # A name and a value, each with its zero.
+            if buffer.count(0, begin, following) != 2 or buffer[following - 1]:
+                break
+            end = following
+        taken = bytes(buffer[:end])
+        del buffer[:end]
+        return taken
 
     def trailing_data(self) -> bytes:
         """Take out the bytes behind the last whole message."""

@@ -322,6 +322,9 @@ class UpstreamStartup:
     def _receive_messages(self, data: bytes, events: list[UpstreamEvent]) -> None:
         self._reader.feed(data)
         while self.state in (UpstreamState.AWAIT_AUTHENTICATION, UpstreamState.AWAIT_READY):
+            is_started = self.state is UpstreamState.AWAIT_READY
+            if is_started and (parameters := self._reader.take_parameters()):
+                self._hold(parameters)
             frame = self._reader.next()
             if frame is None:
                 break
@@ -335,7 +338,7 @@ class UpstreamStartup:
             self._move(UpstreamStep.FAIL)
             return UpstreamRefused(message, frame.encode())
         if isinstance(message, NoticeResponse):  # may come at any time (W30)
-            self._hold(frame)
+            self._hold(frame.encode())
             return None
         if isinstance(message, NegotiateProtocolVersion):
             if message.version != V3_0.number:
@@ -379,14 +382,13 @@ class UpstreamStartup:
             return None
         if frame.type == b"R":
             raise UpstreamViolation("an authentication request behind AuthenticationOk")
-        self._hold(frame)
+        self._hold(frame.encode())
         if isinstance(message, ReadyForQuery):
             self._move(UpstreamStep.BECOME_READY)
             return UpstreamReady()
         return None
 
-    def _hold(self, frame: Frame) -> None:
-        raw = frame.encode()
+    def _hold(self, raw: bytes) -> None:
         self._held_bytes += len(raw)
         if self._held_bytes > HELD_BYTES_MAX:
             raise UpstreamViolation(f"more than {HELD_BYTES_MAX} bytes before ReadyForQuery")

@@ -1,6 +1,8 @@
 """MessageReader: whole messages out of any cut of the stream, and no length believed unchecked."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import Frame
@@ -101,3 +103,60 @@ def test_messages_before_an_impossible_length_still_come_out() -> None:
     assert reader.next() == Frame(b"Z", b"I")
     with pytest.raises(UpstreamViolation):
         reader.next()
+
+
+# -- a run of ParameterStatus --------------------------------------------------------------------
+
+STATUS = message(b"S", b"a\0b\0")
+
+
+def taken(content: bytes) -> tuple[bytes, bytes]:
+    """Return what is taken as parameters, and what is left."""
+    reader = MessageReader(LIMIT)
+    reader.feed(content)
+    return reader.take_parameters(), reader.trailing_data()
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        b"",
+        READY_FOR_QUERY,
+        b"S",
+        b"S\0\0\0",
+        STATUS[:-1],
+        message(b"S", b""),
+        message(b"S", b"ab"),
+        message(b"S", b"a\0"),
+        message(b"S", b"a\0b"),
+        message(b"S", b"\0a\0b"),
+        message(b"S", b"a\0b\0\0"),
+        message(b"S", b"a\0" + b"b" * (LIMIT - 2) + b"\0"),
+        b"S\0\0\0\3" + STATUS,
+        b"S\0\0\0\0" + STATUS,
+        b"S\xff\xff\xff\xff" + STATUS,
+    ],
+)
+def test_parameters_come_out_together_and_anything_else_stays(behind: bytes) -> None:
+    assert taken(behind) == (b"", behind)
+    assert taken(STATUS * 3 + behind) == (STATUS * 3, behind)
+
+
+def test_a_parameter_at_the_limit_comes_out() -> None:
+    status = message(b"S", b"a\0" + b"b" * (LIMIT - 3) + b"\0")
+    assert taken(status) == (status, b"")
+
+
+PIECES = [STATUS, message(b"S", b"\0\0"), READY_FOR_QUERY, message(b"S", b"ab"), b"S\0\0\0\4"]
+
+
+@given(st.lists(st.one_of(st.sampled_from(PIECES), st.binary(max_size=12))).map(b"".join))
+def test_what_is_taken_is_what_comes_out_one_by_one(content: bytes) -> None:
+    parameters, rest = taken(content)
+    assert parameters + rest == content
+    reader = MessageReader(LIMIT)
+    reader.feed(parameters)
+    frames = read_all(reader)
+    assert b"".join(frame.encode() for frame in frames) == parameters
+    assert {frame.type for frame in frames} <= {b"S"}
+    assert all(len(frame.payload.split(b"\0")) == 3 for frame in frames)

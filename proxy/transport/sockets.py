@@ -28,13 +28,18 @@ _HUNG_UP: Final = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP",
 
 def tune(transport: asyncio.BaseTransport) -> None:
     """Set the options on a TCP transport's socket; a unix socket needs none."""
-    sock = _tcp_socket(transport)
-    if sock is None:
+    found = _tcp_socket(transport)
+    if found is None:
         return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _PROBING:
-        _set_where_known(sock, name, value)
+    # The loop's stand-in for a socket makes a new one for each option: here one does for all.
+    sock = socket.socket(found.family, found.type, found.proto, fileno=found.fileno())
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _PROBING:
+            _set_where_known(sock, name, value)
+    finally:
+        sock.detach()  # the descriptor is the transport's
 
 
 def bound_unacknowledged(transport: asyncio.BaseTransport) -> None:

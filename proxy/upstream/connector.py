@@ -57,13 +57,15 @@ PhaseTook = Callable[[ConnectPhase, float], None]
 class Progress:
     """What one dial is doing now, and how long each phase took that succeeded.
 
-    `now` is None while it does nothing for its client: while it waits for others.
+    `now` is None while it does nothing for its client: while it waits for others. What phases took
+    is told when the upstream's turn has come, or the dial is over: nobody waits for a measurement.
     """
 
     def __init__(self, phase_took: PhaseTook) -> None:
         self.now: ConnectPhase | None = None
         self._phase_took = phase_took
         self._begun = 0.0
+        self._untold: list[tuple[ConnectPhase, float]] = []
 
     def begin(self, phase: ConnectPhase) -> None:
         """Be in a phase from here on. On a failure `now` stays, to say where it was."""
@@ -77,7 +79,13 @@ class Progress:
     def done(self) -> None:
         """Record that the phase succeeded. What follows is no phase's time until the next one."""
         assert self.now is not None
-        self._phase_took(self.now, time.perf_counter() - self._begun)
+        self._untold.append((self.now, time.perf_counter() - self._begun))
+
+    def tell(self) -> None:
+        """Tell what phases took that is not told yet. To be called once more at the very end."""
+        for phase, seconds in self._untold:
+            self._phase_took(phase, seconds)
+        self._untold.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +137,7 @@ class Connector:
         try:
             progress.begin(ConnectPhase.TLS)
             async with asyncio.timeout(self._tls_seconds_max):
-                await self._start_tls(link, startup, target)
+                await self._start_tls(link, startup, target, progress)
             progress.done()
         except TimeoutError as error:
             self._curves.forget(target)
@@ -152,8 +160,11 @@ class Connector:
         """
         async with asyncio.timeout(CANCEL_SECONDS_MAX):
             progress = Progress(self._phase_took)
-            addresses = await self.addresses(target, progress)
-            link = (await self.connect(target, addresses, progress)).link
+            try:
+                addresses = await self.addresses(target, progress)
+                link = (await self.connect(target, addresses, progress)).link
+            finally:
+                progress.tell()
             try:
                 if not still_wanted():
                     return False
@@ -176,10 +187,13 @@ class Connector:
         bound_unacknowledged(link.transport)
         return link
 
-    async def _start_tls(self, link: Link, startup: UpstreamStartup, target: Target) -> None:
+    async def _start_tls(
+        self, link: Link, startup: UpstreamStartup, target: Target, progress: Progress
+    ) -> None:
         link.write(startup.request_tls())
         # While the upstream looks at the request.
         tls = _prepared_tls(link, target, self._curves.find(target))
+        progress.tell()
         _check_answer(await next_events(link, startup), startup, target)
         try:
             await link.switch_to(tls)

@@ -127,6 +127,8 @@ class Dialer:
             if dial.failures:
                 raise dial.failures[-1] from error
             raise self._silence(dial.progress) from error
+        finally:
+            dial.progress.tell()
 
     def _silence(self, progress: Progress) -> ProxyError:
         """Return what it means that the time ended where it did."""
@@ -224,7 +226,9 @@ class Dialer:
         authentication = _Authentication(connection, login, credential)
         try:
             progress.begin(ConnectPhase.LOGIN)
-            await authentication.run(message, self._answer_seconds_max)
+            authentication.begin(message)
+            progress.tell()
+            await authentication.run(self._answer_seconds_max)
             progress.done()
         except BaseException:
             # Cancelled, timed out or refused: no orphan session stays upstream (W54).
@@ -242,9 +246,12 @@ class _Authentication:
         self._credential = credential
         self._scram: Scram | None = None
 
-    async def run(self, message: StartupMessage, answer_seconds_max: float) -> None:
-        """Return when the upstream is ready. Raises ProxyError."""
+    def begin(self, message: StartupMessage) -> None:
+        """Send the StartupMessage."""
         self._link.write(self._startup.startup(message))
+
+    async def run(self, answer_seconds_max: float) -> None:
+        """Return when the upstream is ready. Raises ProxyError."""
         events = await self._first_events(answer_seconds_max)
         while True:  # bounded by the machine, which lets a password be asked once
             for event in events:

@@ -52,6 +52,9 @@ _QUOTING_OPTIONS: Final = frozenset(
 )
 
 
+# So long a session's first line waits, for the client's first query not to wait for the line.
+_LINE_SECONDS: Final = 0.002
+
 # What is wrong with a whole StartupMessage is a driver's, or its settings', and worth a line.
 # Whatever else arrives may be a port scan.
 _OF_A_DRIVER: Final = frozenset(
@@ -133,6 +136,7 @@ class Session:
         self._where = {"target": ""}
         self._relay_made: Relay | None = None
         self._shard = ""
+        self._started_at_host = ""  # until that is logged
         self._begun_at = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
@@ -282,7 +286,8 @@ class Session:
         )
         if link.gone.done():
             relay.from_upstream.eof_received()
-        _log.info("session started", **self._where, host=upstream.target.host)
+        self._started_at_host = upstream.target.host
+        asyncio.get_running_loop().call_later(_LINE_SECONDS, self._log_start)
         return relay
 
     async def _relay(self, relay: Relay, live: LiveSession) -> None:
@@ -314,7 +319,13 @@ class Session:
         self._parts.metrics.session_ended(end.reason, self._where["target"])
         self._log_end(end)
 
+    def _log_start(self) -> None:
+        if host := self._started_at_host:
+            self._started_at_host = ""
+            _log.info("session started", **self._where, host=host)
+
     def _log_end(self, end: RelayEnd) -> None:
+        self._log_start()
         _log.info(
             "session ended",
             reason=end.reason.value,

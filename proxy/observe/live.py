@@ -9,9 +9,9 @@ one step; and targets are those of the configuration, any other name is `other`.
 reload took away is forgotten with its last session: names of the past must not pile up.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Final
 
 OTHER: Final = "other"
@@ -51,6 +51,31 @@ class _Tally:
     connect_seconds: dict[str, float] = field(default_factory=dict)
 
 
+class CountedSession:
+    """One session, counted while a `with` block runs."""
+
+    __slots__ = ("_carried", "_live", "_name", "_number")
+
+    def __init__(self, live: "Live", name: str, carried: Callable[[], Carried]) -> None:
+        self._live = live
+        self._name = name
+        self._carried = carried
+        self._number = 0
+
+    def __enter__(self) -> None:
+        """Count it among the living."""
+        self._number = self._live.begin(self._name, self._carried)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Move its bytes to the ended."""
+        self._live.end(self._name, self._number)
+
+
 class Live:
     """The sessions of one proxy, by target."""
 
@@ -76,22 +101,24 @@ class Live:
         """Return the name under which a target is shown: its own, or `other`."""
         return target if target in self._tallies else OTHER
 
-    @contextmanager
-    def session(self, target: str, carried: Callable[[], Carried]) -> Iterator[None]:
+    def session(self, target: str, carried: Callable[[], Carried]) -> CountedSession:
         """Count a session while the block runs; `carried` tells its bytes so far, from memory."""
-        name = self.named(target)
+        return CountedSession(self, self.named(target), carried)
+
+    def begin(self, name: str, carried: Callable[[], Carried]) -> int:
+        """Count a session of a target that has a reading; return its number there."""
         tally = self._tallies[name]
         tally.started += 1
-        number = tally.started
-        tally.living[number] = carried
-        try:
-            yield
-        finally:
-            del tally.living[number]
-            last = carried()
-            tally.client_bytes += last.client_bytes
-            tally.upstream_bytes += last.upstream_bytes
-            self._forget_if_gone(name)
+        tally.living[tally.started] = carried
+        return tally.started
+
+    def end(self, name: str, number: int) -> None:
+        """Move a session's bytes to those of the ended."""
+        tally = self._tallies[name]
+        last = tally.living.pop(number)()
+        tally.client_bytes += last.client_bytes
+        tally.upstream_bytes += last.upstream_bytes
+        self._forget_if_gone(name)
 
     def _forget_if_gone(self, name: str) -> None:
         if name not in self._configured and not self._tallies[name].living:

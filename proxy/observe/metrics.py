@@ -12,9 +12,10 @@ because a metric must neither grow without bound nor end a session.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from enum import StrEnum, unique
+from types import TracebackType
 from typing import Final
 
 from prometheus_client import (
@@ -131,6 +132,26 @@ class _Words:
         self._counters.get(word, self._counters[OTHER]).inc()
 
 
+class _Connection:
+    """Counts a client connection while a `with` block runs: one object for all of them."""
+
+    def __init__(self, accepted: Counter, now: Gauge) -> None:
+        self._accepted = accepted
+        self._now = now
+
+    def __enter__(self) -> None:
+        self._accepted.inc()
+        self._now.inc()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._now.dec()
+
+
 class _Scraped(Collector):
     """What is read at the moment of a scrape instead of being counted as it happens."""
 
@@ -224,10 +245,11 @@ class Metrics:
         return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
 
     def _declare_sessions(self, ends: list[str], failures: Iterable[str]) -> None:
-        self._connections = Gauge(
+        connections = Gauge(
             f"{_PREFIX}_connections", "Client connections open now.", registry=self._registry
         )
-        self._connections_accepted = self._counter("connections_accepted", "Client connections.")
+        accepted = self._counter("connections_accepted", "Client connections.")
+        self._connection = _Connection(accepted, connections)
         ended = self._counter(
             "sessions_ended",
             "Sessions that had started, by outcome and first cause of end.",
@@ -329,12 +351,9 @@ class Metrics:
         """Read tokens, drain and bounds from here at each scrape."""
         self._scraped.source = source
 
-    @contextmanager
-    def connection(self) -> Iterator[None]:
+    def connection(self) -> AbstractContextManager[None]:
         """Count one client connection: in total, and among the open ones until the block ends."""
-        self._connections_accepted.inc()
-        with self._connections.track_inprogress():
-            yield
+        return self._connection
 
     def session(self, target: str, carried: Callable[[], Carried]) -> AbstractContextManager[None]:
         """Count a session that is served while the block runs, and the bytes that it carries."""

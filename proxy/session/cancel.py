@@ -8,9 +8,10 @@ A cancel is forwarded at once or not at all: one that is late would hit another 
 
 import hmac
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Final
 
 from proxy.errors import ProxyError
@@ -36,12 +37,29 @@ _log = get_logger(__name__)
 
 @dataclass(eq=False, slots=True)
 class IssuedKey:
-    """A key that a client holds, and the upstream session that it stands for while it is live."""
+    """A key that a client holds, and the upstream session that it stands for while it is live:
+    as long as a `with` block runs."""
 
     issued: BackendKeyData
     target: Target
     upstream: BackendKeyData
+    held: "CancelKeys"
     live: bool = True
+
+    def __enter__(self) -> "IssuedKey":
+        """Be found from here on."""
+        self.held.add(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stand for nothing any more."""
+        self.live = False
+        self.held.remove(self)
 
 
 class CancelKeys:
@@ -54,33 +72,34 @@ class CancelKeys:
     ) -> None:
         self._random_bits = random_bits
         self._random_bytes = random_bytes
-        self._by_pid: dict[int, list[IssuedKey]] = {}
+        self._by_pid: dict[int, tuple[IssuedKey, ...]] = {}
 
     def __len__(self) -> int:
         return sum(len(held) for held in self._by_pid.values())
 
-    @contextmanager
     def issue(
         self, upstream: BackendKeyData | None, target: Target, version: ProtocolVersion
-    ) -> Iterator[IssuedKey | None]:
-        """Hold a key while the block runs, and give it; the client is told its `issued`.
+    ) -> AbstractContextManager[IssuedKey | None]:
+        """Return a key to be held while a block runs; the client is told its `issued`.
 
         None where the upstream gave none (W26): a client without a key sends no CancelRequest.
         """
         if upstream is None:
-            yield None
-            return
+            return nullcontext()
         issued = upstream if self._may_pass(upstream) else self._own(version)
-        entry = IssuedKey(issued, target, upstream)
-        held = self._by_pid.setdefault(issued.pid, [])
-        held.append(entry)
-        try:
-            yield entry
-        finally:
-            entry.live = False
-            held.remove(entry)
-            if not held:
-                del self._by_pid[issued.pid]
+        return IssuedKey(issued, target, upstream, self)
+
+    def add(self, entry: IssuedKey) -> None:
+        """Let a key be found."""
+        pid = entry.issued.pid
+        self._by_pid[pid] = (*self._by_pid.get(pid, ()), entry)
+
+    def remove(self, entry: IssuedKey) -> None:
+        """Forget a key."""
+        pid = entry.issued.pid
+        held = self._by_pid.pop(pid)
+        if left := tuple(other for other in held if other is not entry):
+            self._by_pid[pid] = left
 
     def find(self, request: CancelRequest) -> IssuedKey | None:
         """Return the session that a CancelRequest means, comparing its key in constant time."""

@@ -7,9 +7,10 @@ without a word over it: they must neither fill the places nor be refused by them
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Final
 
 from proxy.config import ListenSettings
@@ -47,16 +48,24 @@ class Places:
         self._places_max = places_max
         self.taken = 0
 
-    @contextmanager
-    def take(self) -> Iterator[None]:
+    def take(self) -> AbstractContextManager[None]:
         """Hold a place while the block runs. Raises ProxyError when none is free."""
+        return self
+
+    def __enter__(self) -> None:
+        """Take a place. One object serves all who hold one: it is only counted."""
         if self.taken >= self._places_max:
             raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
         self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Give a place back."""
+        self.taken -= 1
 
 
 class _AcceptedLink(Link):

@@ -6,9 +6,8 @@ soon as it is idle.
 """
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum, auto
+from types import TracebackType
 from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
@@ -29,7 +28,9 @@ class Stage(Enum):
 
 
 class LiveSession:
-    """One entry: the session that its task runs."""
+    """One entry: the session that its task runs, kept while a `with` block runs."""
+
+    __slots__ = ("_sessions", "began", "relay", "stage", "task")
 
     def __init__(self, sessions: "LiveSessions") -> None:
         self._sessions = sessions
@@ -39,6 +40,20 @@ class LiveSession:
         self.began = asyncio.get_running_loop().time()
         self.stage = Stage.ARRIVING
         self.relay: Relay | None = None
+
+    def __enter__(self) -> "LiveSession":
+        """Count among the living from here on."""
+        self._sessions.add(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Be forgotten."""
+        self._sessions.remove(self)
 
     def opening(self) -> None:
         """Note that the client has said what it wants. Raises ProxyError when all are to end."""
@@ -70,15 +85,17 @@ class LiveSessions:
         self.ending = False
         self._by_task: dict[asyncio.Task[None], LiveSession] = {}
 
-    @contextmanager
-    def session(self) -> Iterator[LiveSession]:
-        """Keep an entry for the current task while the block runs."""
-        entry = LiveSession(self)
+    def session(self) -> LiveSession:
+        """Return an entry for the current task, to be kept while a block runs."""
+        return LiveSession(self)
+
+    def add(self, entry: LiveSession) -> None:
+        """Take an entry."""
         self._by_task[entry.task] = entry
-        try:
-            yield entry
-        finally:
-            del self._by_task[entry.task]
+
+    def remove(self, entry: LiveSession) -> None:
+        """Forget an entry."""
+        del self._by_task[entry.task]
 
     def unfinished(self) -> list[LiveSession]:
         """Return the sessions that a cut would hurt, the oldest first."""

@@ -71,13 +71,17 @@ class Places:
 class _AcceptedLink(Link):
     """A client's link, which tells when it is connected."""
 
+    __slots__ = ("_connected",)
+
     def __init__(self, connected: Callable[[Link], None]) -> None:
         super().__init__()
         self._connected = connected
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._connected(self)
+        connected = self._connected
+        del self._connected  # it is asked once, and the link lives as long as the session
+        connected(self)
 
 
 class Listener:
@@ -156,7 +160,7 @@ class Listener:
                 self._warn_of_flood(unserved)
             link.transport.abort()
             return
-        task = asyncio.get_running_loop().create_task(self._run(link))
+        task = asyncio.get_running_loop().create_task(self._run(link), name="session")
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
 

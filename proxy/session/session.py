@@ -89,12 +89,6 @@ class Passage:
     way: Way
 
     @property
-    def where(self) -> dict[str, str]:
-        """What a log line says of it: the target, and the fingerprint of a shard key."""
-        key = self.route.key
-        return {"target": self.route.target} | ({"shard_key": key} if key else {})
-
-    @property
     def shard(self) -> str:
         """The target, where a shard map chose it; else empty."""
         return self.route.target if self.route.shard_map else ""
@@ -124,7 +118,24 @@ class SessionParts:
 
 
 class Session:
-    """One client connection's whole life."""
+    """One client connection's whole life.
+
+    While it is relayed, which may be for days, it is little more than the relay: what it only began
+    with is let go, and no frame waits that has nothing left to do.
+    """
+
+    __slots__ = (
+        "_begun_at",
+        "_key",
+        "_link",
+        "_parts",
+        "_relay",
+        "_shard",
+        "_started_at_host",
+        "_startup",
+        "_target",
+        "_tls",
+    )
 
     def __init__(self, link: Link, parts: SessionParts) -> None:
         self._link = link
@@ -133,9 +144,10 @@ class Session:
         self._tls = None if is_unix(link.transport) else parts.tls()
         self._startup = ClientStartup(tls_offered=self._tls is not None)
         # What its lines in the log say of where it goes, once that is decided.
-        self._where = {"target": ""}
-        self._relay_made: Relay | None = None
+        self._target = ""
+        self._key: str | None = None  # the fingerprint of a shard key
         self._shard = ""
+        self._relay: Relay | None = None
         self._started_at_host = ""  # until that is logged
         self._begun_at = asyncio.get_running_loop().time()
 
@@ -143,14 +155,7 @@ class Session:
         """Serve the connection from accept to close."""
         with self._parts.live.session() as live:
             try:
-                match await self._receive_startup():
-                    case StartupReceived() as startup:
-                        await self._serve(startup, live)
-                    case CancelReceived(request):
-                        live.closing()  # it is no session, and is done in seconds
-                        await self._parts.cancels.request(request)
-                    case _:
-                        pass
+                await self._serve(live)
             finally:
                 live.closing()
                 await self._link.close()
@@ -216,21 +221,34 @@ class Session:
 
     # -- a session -------------------------------------------------------------------------------
 
-    async def _serve(self, startup: StartupReceived, live: LiveSession) -> None:
+    async def _serve(self, live: LiveSession) -> None:
+        """Do what the client wants; tell it when that cannot be."""
+        parts = self._parts
         try:
-            with self._parts.place():
-                passage = self._parts.route(startup.message)
-                self._where, self._shard = passage.where, passage.shard
+            startup = await self._receive_startup()
+            if isinstance(startup, CancelReceived):
+                live.closing()  # it is no session, and is done in seconds
+                await parts.cancels.request(startup.request)
+            if not isinstance(startup, StartupReceived):
+                return
+            with parts.place():
+                passage = self._route(startup.message)
                 live.opening()
                 upstream = await self._dial(passage)
-                keys = self._parts.cancel_keys
-                with keys.issue(upstream.startup.key, upstream.target, startup.version) as key:
+                key_of = parts.cancel_keys.issue
+                with key_of(upstream.startup.key, upstream.target, startup.version) as key:
                     relay = self._hand_over(passage, upstream, key)
-                    # It may go on for days: what it only began with is not kept so long.
-                    del startup, passage, upstream, key
-                    await self._relay(relay, live)
+                    del startup, passage, upstream, key, self._startup
+                    live.relaying(relay)
+                    with parts.metrics.session(self._target, partial(_carried, relay)):
+                        end = await relay.run()
+            self._note_end(end)
+        except asyncio.CancelledError:
+            if self._relay is not None:
+                self._note_end(self._relay.ended(EndReason.SHUTDOWN))
+            raise
         except ClientGone:
-            self._parts.metrics.startup_failed(StartupFailure.CLIENT_GONE)
+            parts.metrics.startup_failed(StartupFailure.CLIENT_GONE)
             _log.debug("client left before its session was ready")
         except ProxyError as error:
             self._refuse(error.reason, error.response())
@@ -240,13 +258,20 @@ class Session:
             self._refuse(violation.reason, refusal)
         except Exception:
             # A bug of ours: its client is told what any other is, and the listener counts it.
-            if self._startup.state is ClientState.AWAIT_BACKEND:
+            if self._relay is not None:
+                end = self._relay.ended(EndReason.INTERNAL_ERROR)
+                self._log_end(replace(end, reason=EndReason.INTERNAL_ERROR))
+            elif self._startup.state is ClientState.AWAIT_BACKEND:
                 bug = ProxyError(ErrorKind.INTERNAL)
                 self._refuse(bug.reason, bug.response())
-            elif self._relay_made is not None:
-                end = self._relay_made.ended(EndReason.INTERNAL_ERROR)
-                self._log_end(replace(end, reason=EndReason.INTERNAL_ERROR))
             raise
+
+    def _route(self, message: StartupMessage) -> Passage:
+        """Return where the client goes, and note it. Raises ProxyError for one without a way."""
+        passage = self._parts.route(message)
+        route = passage.route
+        self._target, self._key, self._shard = route.target, route.key, passage.shard
+        return passage
 
     async def _dial(self, passage: Passage) -> UpstreamSession:
         """Return a session upstream. Raises ClientGone, ProxyError or ClientViolation."""
@@ -274,10 +299,11 @@ class Session:
         abandon = None
         if key is not None and passage.way.settings.cancel_on_disconnect:
             abandon = partial(self._parts.cancels.cancel, key)
-        relay = self._relay_made = Relay(client.transport, link.transport, abandon)
+        relay = Relay(client.transport, link.transport, abandon)
         # What either side sent early goes behind what the other is told first.
         shown = None if key is None else key.issued
         client.write(self._startup.accept(upstream.startup.welcome(shown)))
+        self._relay = relay  # from here on no refusal can be told
         relay.from_upstream.data_received(
             upstream.startup.trailing_data() + link.hand_over(relay.from_upstream)
         )
@@ -286,54 +312,47 @@ class Session:
         )
         if link.gone.done():
             relay.from_upstream.eof_received()
+        if timeout_seconds := self._parts.idle_timeout_seconds:
+            relay.end_after_idle(timeout_seconds, ProxyError(ErrorKind.IDLE_TIMEOUT).response())
         self._started_at_host = upstream.target.host
         asyncio.get_running_loop().call_later(_LINE_SECONDS, self._log_start)
         return relay
 
-    async def _relay(self, relay: Relay, live: LiveSession) -> None:
-        """See a session through to its end."""
-        live.relaying(relay)
-        if timeout_seconds := self._parts.idle_timeout_seconds:
-            relay.end_after_idle(timeout_seconds, ProxyError(ErrorKind.IDLE_TIMEOUT).response())
-        with self._parts.metrics.session(self._where["target"], partial(_carried, relay)):
-            try:
-                end = await relay.run()
-            except asyncio.CancelledError:
-                self._note_end(relay.ended(EndReason.SHUTDOWN))
-                raise
-        self._note_end(end)
-
     def _refuse(self, reason: str, error: ErrorResponse) -> None:
-        self._parts.metrics.session_refused(reason, error.sqlstate, self._where["target"])
+        self._parts.metrics.session_refused(reason, error.sqlstate, self._target)
         _log.info(
             "session refused",
             reason=reason,
             sqlstate=error.sqlstate,
             detail=f"reason={reason}" if reason in _QUOTING_OPTIONS else error.text(b"D"),
-            **self._where,
+            **self._where(),
             duration_seconds=self._duration_seconds(),
         )
         self._link.write(self._startup.refuse(_naming(self._shard, error)))
 
     def _note_end(self, end: RelayEnd) -> None:
-        self._parts.metrics.session_ended(end.reason, self._where["target"])
+        self._parts.metrics.session_ended(end.reason, self._target)
         self._log_end(end)
 
     def _log_start(self) -> None:
         if host := self._started_at_host:
             self._started_at_host = ""
-            _log.info("session started", **self._where, host=host)
+            _log.info("session started", **self._where(), host=host)
 
     def _log_end(self, end: RelayEnd) -> None:
         self._log_start()
         _log.info(
             "session ended",
             reason=end.reason.value,
-            **self._where,
+            **self._where(),
             duration_seconds=self._duration_seconds(),
             client_bytes=end.client_bytes,
             upstream_bytes=end.upstream_bytes,
         )
+
+    def _where(self) -> dict[str, str]:
+        """Return what a log line says of where it goes."""
+        return {"target": self._target} | ({"shard_key": self._key} if self._key else {})
 
     def _duration_seconds(self) -> float:
         """Return the time since accept, as the log shows it."""

@@ -22,6 +22,8 @@ class Link(asyncio.Protocol):
     `gone` is done as soon as the peer has ended its stream or the connection is lost.
     """
 
+    __slots__ = ("_inbox", "_paused", "_waiting", "gone", "transport")
+
     transport: asyncio.Transport
 
     def __init__(self) -> None:

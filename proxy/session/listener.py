@@ -17,6 +17,7 @@ from proxy.config import ListenSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
+from proxy.session.leftovers import Leftovers
 from proxy.session.live import LiveSessions
 from proxy.session.relay import EndReason
 from proxy.transport.link import Link
@@ -95,6 +96,7 @@ class Listener:
         serve: Callable[[Link], Coroutine[None, None, None]],
         live: LiveSessions | None = None,
         *,
+        leftovers: Leftovers | None = None,
         unserved_max: int = UNSERVED_MAX,
     ) -> None:
         """`live` are the sessions that `serve` enters there; others are waited for, then cut."""
@@ -106,6 +108,8 @@ class Listener:
         self._hurried = asyncio.Event()  # somebody has called drain again
         self._ids = itertools.count(1)
         self._sessions: set[asyncio.Task[None]] = set()
+        self._ended = self._session_ended  # bound once, not for each session
+        self._leftovers = leftovers or Leftovers()
         self._unserved_max = unserved_max
         self._flood_said_at: float | None = None
         self._cut_sessions: set[asyncio.Task[None]] = set()
@@ -132,6 +136,7 @@ class Listener:
             await self.drain(0)
             while self._sessions:  # ends: no session begins any more, and all are cancelled
                 await asyncio.wait(self._sessions)
+            self._leftovers.close()
 
     async def _open_tcp(self) -> tuple[str, int]:
         settings = self._settings
@@ -162,7 +167,11 @@ class Listener:
             return
         task = asyncio.get_running_loop().create_task(self._run(link), name="session")
         self._sessions.add(task)
-        task.add_done_callback(self._sessions.discard)
+        task.add_done_callback(self._ended)
+
+    def _session_ended(self, task: asyncio.Task[None]) -> None:
+        self._sessions.discard(task)
+        self._leftovers.session_ended()
 
     def _warn_of_flood(self, unserved: int) -> None:
         """Say once in a while that connections are cut; the metrics count them."""

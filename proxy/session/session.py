@@ -158,7 +158,8 @@ class Session:
                 await self._serve(live)
             finally:
                 live.closing()
-                await self._link.close()
+                if self._relay is None:  # which closes both connections
+                    await self._link.close()
 
     # -- startup ---------------------------------------------------------------------------------
 
@@ -240,7 +241,7 @@ class Session:
                     relay = self._hand_over(passage, upstream, key)
                     del startup, passage, upstream, key, self._startup
                     live.relaying(relay)
-                    with parts.metrics.session(self._target, partial(_carried, relay)):
+                    with parts.metrics.session(self._target, self._carried):
                         end = await relay.run()
             self._note_end(end)
         except asyncio.CancelledError:
@@ -304,13 +305,14 @@ class Session:
         shown = None if key is None else key.issued
         client.write(self._startup.accept(upstream.startup.welcome(shown)))
         self._relay = relay  # from here on no refusal can be told
+        upstream_gone = link.gone
         relay.from_upstream.data_received(
             upstream.startup.trailing_data() + link.hand_over(relay.from_upstream)
         )
         relay.from_client.data_received(
             self._startup.trailing_data() + client.hand_over(relay.from_client)
         )
-        if link.gone.done():
+        if upstream_gone.done():
             relay.from_upstream.eof_received()
         if timeout_seconds := self._parts.idle_timeout_seconds:
             relay.end_after_idle(timeout_seconds, ProxyError(ErrorKind.IDLE_TIMEOUT).response())
@@ -354,6 +356,11 @@ class Session:
         """Return what a log line says of where it goes."""
         return {"target": self._target} | ({"shard_key": self._key} if self._key else {})
 
+    def _carried(self) -> Carried:
+        relay = self._relay
+        assert relay is not None
+        return Carried(relay.from_client.received_bytes, relay.from_upstream.received_bytes)
+
     def _duration_seconds(self) -> float:
         """Return the time since accept, as the log shows it."""
         return round(asyncio.get_running_loop().time() - self._begun_at, 3)
@@ -385,7 +392,3 @@ def _naming(shard: str, error: ErrorResponse) -> ErrorResponse:
     ending = f" shard={shard}".encode() if shard else b""
     fields = ((kind, text + ending if kind == b"D" else text) for kind, text in error.fields)
     return ErrorResponse(tuple(fields))
-
-
-def _carried(relay: Relay) -> Carried:
-    return Carried(relay.from_client.received_bytes, relay.from_upstream.received_bytes)

@@ -117,9 +117,14 @@ class Link(asyncio.Protocol):
         return cast(ssl.SSLObject, upper.get_extra_info("ssl_object"))
 
     def hand_over(self, protocol: asyncio.Protocol) -> bytes:
-        """Let another protocol have the connection from here on; return what waits unread."""
+        """Let another protocol have the connection from here on; return what waits unread.
+
+        Only `transport` is left of this object then: whoever holds it does so for long.
+        """
         self.transport.set_protocol(protocol)
-        return self._take()
+        unread = self._take()
+        del self._inbox, self.gone
+        return unread
 
     async def close(self) -> None:
         """End the connection so that the peer gets what was written and sees a clean end."""

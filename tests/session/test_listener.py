@@ -14,6 +14,7 @@ from proxy.config import ListenSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
+from proxy.session.leftovers import SESSIONS_MIN, Leftovers
 from proxy.session.listener import UNSERVED, UNSERVED_MAX, Listener, Places
 from proxy.transport.link import Link
 from tests.support.plain_client import PlainClient, plain_client
@@ -44,12 +45,17 @@ class Listening:
 
 @asynccontextmanager
 async def listening(
-    serve: Serve = echo, max_connections: int = 10, unserved_max: int = UNSERVED_MAX
+    serve: Serve = echo,
+    max_connections: int = 10,
+    unserved_max: int = UNSERVED_MAX,
+    leftovers: Leftovers | None = None,
 ) -> AsyncIterator[Listening]:
     metrics = build_metrics()
     settings = ListenSettings(port=0, max_connections=max_connections)
     places = Places(settings.max_connections)
-    listener = Listener(settings, places, metrics, serve, unserved_max=unserved_max)
+    listener = Listener(
+        settings, places, metrics, serve, leftovers=leftovers, unserved_max=unserved_max
+    )
     async with listener.accepting() as address:
         yield Listening(listener, metrics, address)
 
@@ -100,6 +106,16 @@ async def test_each_connection_is_served_in_a_task_of_its_own_and_counted() -> N
             assert there.open == 2
         await eventually(lambda: there.open == 0, "all are gone")
         assert there.metrics.value("connections_accepted_total") == 2
+
+
+async def test_memory_is_given_back_after_many_connections() -> None:
+    given = asyncio.Event()
+    async with listening(leftovers=Leftovers(given.set)) as there:
+        for _ in range(SESSIONS_MIN):
+            async with plain_client(there) as client:
+                await exchange(client, b"x")
+        async with asyncio.timeout(10):
+            await given.wait()
 
 
 async def test_every_line_of_a_connection_carries_its_number(log: LogLines) -> None:

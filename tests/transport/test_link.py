@@ -103,7 +103,6 @@ async def test_hand_over_gives_what_waits_and_then_everything_to_the_new_protoco
         await sending
         peer.end()
         await notes.until_told("eof")
-        assert not link.gone.done()  # the Link is done: it is the new protocol's business
 
 
 async def test_plaintext_that_waits_at_the_switch_to_tls_is_a_bug_of_ours() -> None:

@@ -1,0 +1,78 @@
+"""What ended sessions leave in memory, given back to the system once many have ended.
+
+For: a proxy that is as small after a storm as before. Two things keep it large. A relay's two
+directions know each other, so that what a session held waits for the garbage collector, which does
+not come for a few thousand objects. And glibc gives back only the end of its heap by itself, while
+what is freed lies between what lives. Not for: what living sessions hold.
+
+Invariant: where fewer than `SESSIONS_MIN` ended nothing is done. It is done when no session has
+ended for a moment, and where sessions always end, once in `STORM_SECONDS`: it takes milliseconds in
+which all others wait.
+"""
+
+import asyncio
+import ctypes
+import gc
+from collections.abc import Callable
+from typing import Final
+
+# Some megabytes: less is not worth the time.
+SESSIONS_MIN: Final = 100
+QUIET_SECONDS: Final = 0.25
+STORM_SECONDS: Final = 10.0
+
+
+def _no_trim(_keep_bytes: int) -> int:
+    """Take the place of malloc_trim(3) where the C library is another than glibc."""
+    return 0
+
+
+_malloc_trim: Final[Callable[[int], int]] = getattr(ctypes.CDLL(None), "malloc_trim", _no_trim)
+
+
+def give_back() -> None:
+    """Free what nothing refers to, and give the system what is free."""
+    gc.collect()
+    _malloc_trim(0)
+
+
+class Leftovers:
+    """Counts the sessions that end, and has memory given back by `give_back` at a good time."""
+
+    def __init__(
+        self,
+        give_back: Callable[[], object] = give_back,
+        *,
+        storm_seconds: float = STORM_SECONDS,
+    ) -> None:
+        self._give_back = give_back
+        self._storm_seconds = storm_seconds
+        self._ended = 0
+        self._seen = 0
+        self._looks = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def session_ended(self) -> None:
+        """Count one. Call it on the event loop."""
+        self._ended += 1
+        if self._ended >= SESSIONS_MIN and self._timer is None:
+            self._looks = 0
+            self._look_later()
+
+    def close(self) -> None:
+        """Do nothing any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look_later(self) -> None:
+        self._seen = self._ended
+        self._timer = asyncio.get_running_loop().call_later(QUIET_SECONDS, self._look)
+
+    def _look(self) -> None:
+        self._looks += 1
+        if self._ended != self._seen and self._looks * QUIET_SECONDS < self._storm_seconds:
+            self._look_later()
+            return
+        self._timer = None
+        self._ended = 0
+        self._give_back()

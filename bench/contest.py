@@ -1,8 +1,8 @@
 """The order of a run: what is started, who is measured when.
 
 Everything that is compared is measured in the same round, one contender after the other, and each
-round begins with another one: the first finds the caches as nobody else does. Memory, soak and
-workers begin with programs started anew, since what one did before shows.
+round begins with another one: the first finds the caches as nobody else does. Start, memory, soak
+and workers begin with programs started anew, since what one did before shows.
 """
 
 import resource
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench import memory, queries, results, sessions, soak, starting, storm, workers
+from bench import memory, queries, results, sessions, soak, start_up, starting, storm, workers
 from bench.bulk import Bulk
 from bench.contenders import HAPROXY, PGBOUNCER, PROXY, Contender, Start, direct
 from bench.delay import ONE_WAY_MILLISECONDS, delayed
 from bench.idle_upstream import idle_upstream
-from bench.plan import BULK, CONNECT, MEMORY, PGBENCH, SOAK, STORM, WORKERS, Plan
+from bench.plan import BULK, CONNECT, MEMORY, PGBENCH, SOAK, START, STORM, WORKERS, Plan
 from bench.postgres import Place, Postgres, postgres
 from bench.readings import Readings
 from bench.workspace import workspace
@@ -41,6 +41,8 @@ def hold(plan: Plan, directory: Path, readings: Readings) -> None:
             contest.rounds()
         if WORKERS in plan.subjects:
             contest.workers()
+        if START in plan.subjects:
+            contest.start_up()
         if MEMORY in plan.subjects:
             contest.memory()
         if SOAK in plan.subjects:
@@ -126,6 +128,13 @@ class _Contest:
 
         seconds = self.plan.loads[0].seconds
         workers.measure(start, self.plan.rounds, seconds, self.upstream, self.readings)
+
+    def start_up(self) -> None:
+        """Start the proxy again and again."""
+        say("start")
+        place, url = self.upstream.place, self.workspace_url
+        run = partial(starting.proxy_process, place, self.directory, url)
+        start_up.measure(run, self.plan.rounds, self.readings)
 
     def memory(self) -> None:
         """Fill and empty each contender."""

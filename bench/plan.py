@@ -14,9 +14,10 @@ CONNECT: Final = "connect"
 STORM: Final = "storm"
 WORKERS: Final = "workers"
 MEMORY: Final = "memory"
+START: Final = "start"
 SOAK: Final = "soak"
 SHARD_MAPS: Final = "shardmap"  # the one subject that needs no PostgreSQL, and a minute
-SUBJECTS: Final = (PGBENCH, BULK, CONNECT, STORM, WORKERS, MEMORY, SOAK, SHARD_MAPS)
+SUBJECTS: Final = (PGBENCH, BULK, CONNECT, STORM, WORKERS, START, MEMORY, SOAK, SHARD_MAPS)
 
 _EPILOGUE: Final = """\
 The run of five rounds takes about six minutes, that of --full half an hour. What is published

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -70,6 +70,16 @@ def proxy(
 
     `more` are settings beyond these, by the name of their variable without its prefix.
     """
+    with proxy_process(place, directory, workspace_url, more) as started:
+        started.wait_until(lambda: _serving_port(started) is not None)
+        pids = (started.pid, *descendants(started.pid))
+        yield Contender(PROXY, _plain(_serving_port(started)), pids)
+
+
+def proxy_process(
+    place: Place, directory: Path, workspace_url: str, more: Mapping[str, str] | None = None
+) -> AbstractContextManager[Child]:
+    """Run the proxy, as `proxy` does, and do not wait until it serves."""
     settings = {
         "LISTEN__PORT": "0",
         "LISTEN__MAX_CONNECTIONS": str(SESSIONS_MAX),
@@ -90,10 +100,7 @@ def proxy(
     # Nothing of a person's own account, and no HTTP proxy on the way to the stand-in.
     environment |= {"DATABRICKS_CONFIG_FILE": os.devnull, "NO_PROXY": LOOPBACK}
     command = [sys.executable, "-m", "proxy", "run"]
-    with child(command, _log(directory, "proxy"), environment=environment) as started:
-        started.wait_until(lambda: _serving_port(started) is not None)
-        pids = (started.pid, *descendants(started.pid))
-        yield Contender(PROXY, _plain(_serving_port(started)), pids)
+    return child(command, _log(directory, "proxy"), environment=environment)
 
 
 @contextmanager

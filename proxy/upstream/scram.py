@@ -14,9 +14,6 @@ import secrets
 from base64 import b64decode, b64encode
 from typing import Final
 
-from scramp import ScramException
-from scramp.utils import saslprep
-
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
 
@@ -89,6 +86,12 @@ def _prepared(password: Secret) -> Secret:
         text = password.reveal().decode()
     except UnicodeDecodeError:
         raise ProxyError(ErrorKind.PASSWORD_FILE_UNREADABLE, "it is not UTF-8") from None
+    if text.isascii():
+        return password  # which SASLprep leaves alone, or refuses
+    # Of some megabytes, for passwords that hardly anybody has.
+    from scramp import ScramException  # noqa: PLC0415
+    from scramp.utils import saslprep  # noqa: PLC0415
+
     try:
         return Secret(saslprep(text).encode() or password.reveal())
     except ScramException:

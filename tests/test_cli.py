@@ -54,6 +54,18 @@ def test_waiting_does_not_pay_for_serving(unused_tcp_port: int) -> None:
     assert ran.stdout == f"{EXIT_FAILURE} []\n", ran.stderr
 
 
+def test_serving_does_not_import_what_only_others_need_or_what_comes_later() -> None:
+    late = ["asyncpg", "databricks", "proxy.standin", "scramp"]
+    code = (
+        "import sys, proxy.verbs.run;"
+        f" print([name for name in {late} if name in sys.modules], 'uvicorn' in sys.modules)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout == "[] True\n", ran.stderr
+
+
 def test_version_prints_the_version_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == EXIT_OK
     assert capsys.readouterr() == (f"{__version__}\n", "")

@@ -239,6 +239,7 @@ class Session:
                 key_of = parts.cancel_keys.issue
                 with key_of(upstream.startup.key, upstream.target, startup.version) as key:
                     relay = self._hand_over(passage, upstream, key)
+                    # It may go on for days: what it only began with is not kept so long.
                     del startup, passage, upstream, key, self._startup
                     live.relaying(relay)
                     with parts.metrics.session(self._target, self._carried):

@@ -1,0 +1,335 @@
+# cython: language_level=3
+"""TLS to an upstream through OpenSSL itself: what `ssl.SSLObject` is, for the compiled relay.
+
+For: the relay's fast lane, which decrypts from one shared buffer into another and so needs what
+Python's ssl does not give out. Not for: policy. A context is a copy of an `ssl.SSLContext`, and an
+engine does and raises what an `ssl.SSLObject` would, so that everything above serves both.
+
+The invariant: an engine never touches a descriptor, but for the `sink` that a lane lends it for
+one call. The window belongs to whoever fed it and is empty before the lane lends its own.
+"""
+
+import ipaddress
+import ssl
+
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+
+from proxy.native cimport openssl
+from proxy.native.openssl cimport BIO, BIO_METHOD, SSL
+
+cdef extern from "sys/socket.h" nogil:
+    ssize_t send(int descriptor, const void* source, size_t size, int flags)
+    int MSG_NOSIGNAL
+
+cdef int _OWED_BYTES_STEP = 4096  # a handshake's answer; more is asked for as it is needed
+
+
+# -- OpenSSL's reads and writes ----------------------------------------------------------------
+
+cdef int _read(BIO* bio, char* into, int size) noexcept nogil:
+    """Give OpenSSL of the window; an empty one is "not yet"."""
+    cdef Ciphertext* ciphertext = <Ciphertext*>openssl.BIO_get_data(bio)
+    openssl.BIO_clear_retry_flags(bio)
+    if ciphertext.window_bytes == 0:
+        openssl.BIO_set_retry_read(bio)
+        return -1
+    if size > ciphertext.window_bytes:
+        size = <int>ciphertext.window_bytes
+    memcpy(into, ciphertext.window, size)
+    ciphertext.window += size
+    ciphertext.window_bytes -= size
+    return size
+
+
+cdef int _write(BIO* bio, const char* source, int size) noexcept nogil:
+    """Send a record at once where that is possible, and keep the rest."""
+    cdef Ciphertext* ciphertext = <Ciphertext*>openssl.BIO_get_data(bio)
+    cdef ssize_t sent = 0
+    openssl.BIO_clear_retry_flags(bio)
+    if ciphertext.sink >= 0 and ciphertext.owed_bytes == 0 and not ciphertext.full:
+        sent = send(ciphertext.sink, source, size, MSG_NOSIGNAL)
+        if sent == size:
+            return size
+        if sent < 0:
+            sent = 0  # full or lost: who sends what is owed will see
+    return size if _owe(ciphertext, source + sent, size - sent) else -1
+
+
+cdef bint _owe(Ciphertext* ciphertext, const char* source, Py_ssize_t size) noexcept nogil:
+    cdef Py_ssize_t needed = ciphertext.owed_bytes + size
+    cdef char* owed
+    if needed > ciphertext.owed_bytes_max:
+        needed += _OWED_BYTES_STEP
+        owed = <char*>realloc(ciphertext.owed, needed)
+        if owed is NULL:
+            return False
+        ciphertext.owed = owed
+        ciphertext.owed_bytes_max = needed
+    memcpy(ciphertext.owed + ciphertext.owed_bytes, source, size)
+    ciphertext.owed_bytes += size
+    return True
+
+
+cdef long _control(BIO* bio, int command, long number, void* held) noexcept nogil:
+    return 1 if command == openssl.BIO_CTRL_FLUSH else 0
+
+
+cdef BIO_METHOD* _METHOD = openssl.BIO_meth_new(
+    openssl.BIO_get_new_index() | openssl.BIO_TYPE_SOURCE_SINK, b"window"
+)
+openssl.BIO_meth_set_read(_METHOD, _read)
+openssl.BIO_meth_set_write(_METHOD, _write)
+openssl.BIO_meth_set_ctrl(_METHOD, _control)
+
+
+# -- a context -----------------------------------------------------------------------------------
+
+cdef class ClientContext:
+    """The rules of connections to one kind of upstream.
+
+    They are those of `like`; only its authorities cannot be read out of it, so `cafile` is the
+    file of them, None the system's. Raises OSError (ssl.SSLError too) for an unusable file.
+    """
+
+    def __cinit__(self) -> None:
+        self._context = openssl.SSL_CTX_new(openssl.TLS_client_method())
+        if self._context is NULL:
+            raise MemoryError
+
+    def __init__(self, like: ssl.SSLContext, cafile: str | None, groups: str = "") -> None:
+        cdef openssl.SSL_CTX* context = self._context
+        names = [one["name"] for one in like.get_ciphers() if one["protocol"] != "TLSv1.3"]
+        ciphers = ":".join(names).encode()
+        openssl.SSL_CTX_clear_options(context, openssl.SSL_CTX_get_options(context))
+        openssl.SSL_CTX_set_options(context, like.options)
+        openssl.SSL_CTX_set_mode(context, openssl.SSL_MODE_RELEASE_BUFFERS)
+        openssl.SSL_CTX_set_session_cache_mode(context, openssl.SSL_SESS_CACHE_OFF)
+        openssl.SSL_CTX_set_security_level(context, like.security_level)
+        self._check_hostname = like.check_hostname
+        verify = openssl.SSL_VERIFY_NONE if like.verify_mode == ssl.CERT_NONE else openssl.SSL_VERIFY_PEER
+        openssl.SSL_CTX_set_verify(context, verify, NULL)
+        cdef openssl.X509_VERIFY_PARAM* rules = openssl.SSL_CTX_get0_param(context)
+        openssl.X509_VERIFY_PARAM_set_hostflags(rules, openssl.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS)
+        taken = (
+            openssl.SSL_CTX_set_min_proto_version(context, _version(like.minimum_version))
+            and openssl.SSL_CTX_set_max_proto_version(context, _version(like.maximum_version))
+            and openssl.SSL_CTX_set_cipher_list(context, ciphers)
+            and openssl.X509_VERIFY_PARAM_set_flags(rules, like.verify_flags)
+        )
+        if groups:
+            named = groups.encode()
+            taken = taken and openssl.SSL_CTX_set1_groups_list(context, named)
+        if not taken:
+            raise _error(ssl.SSLError)
+        if verify == openssl.SSL_VERIFY_PEER:
+            self._trust(cafile)
+
+    def __dealloc__(self) -> None:
+        openssl.SSL_CTX_free(self._context)
+
+    def _trust(self, cafile: str | None) -> None:
+        openssl.ERR_clear_error()
+        if cafile is None:
+            loaded = openssl.SSL_CTX_set_default_verify_paths(self._context)
+        else:
+            open(cafile, "rb").close()  # its error says more than OpenSSL's
+            path = cafile.encode()
+            loaded = openssl.SSL_CTX_load_verify_locations(self._context, path, NULL)
+        if not loaded:
+            raise _error(ssl.SSLError)
+
+
+cdef int _version(object version) except -1:
+    """Return a bound on the version as OpenSSL has it: 0 is "none"."""
+    return 0 if version < 0 else version
+
+
+# -- one connection ------------------------------------------------------------------------------
+
+cdef class Engine:
+    """One connection's TLS. All methods are those of ssl.SSLObject unless they say otherwise."""
+
+    def __cinit__(self, ClientContext context, server_hostname: str | None) -> None:
+        cdef BIO* bio
+        self.ciphertext.sink = -1
+        self.ssl = openssl.SSL_new(context._context)
+        if self.ssl is NULL:
+            raise MemoryError
+        bio = openssl.BIO_new(_METHOD)
+        if bio is NULL:
+            raise MemoryError
+        openssl.BIO_set_data(bio, &self.ciphertext)
+        openssl.BIO_set_init(bio, 1)
+        openssl.SSL_set_bio(self.ssl, bio, bio)
+        openssl.SSL_set_connect_state(self.ssl)
+        self._name = server_hostname
+        if server_hostname is not None:
+            self._expect(server_hostname, context._check_hostname)
+        elif context._check_hostname:
+            raise ValueError("check_hostname requires server_hostname")
+
+    def __dealloc__(self) -> None:
+        openssl.SSL_free(self.ssl)
+        free(self.ciphertext.owed)
+
+    def _expect(self, server_hostname: str, check: bool) -> None:
+        """Send the name, and let the certificate be good for it only. Raises ValueError."""
+        if not server_hostname or server_hostname.startswith(".") or "\0" in server_hostname:
+            raise ValueError("server_hostname cannot be an empty string or start with a dot.")
+        plain = server_hostname.encode("ascii" if server_hostname.isascii() else "idna")
+        cdef openssl.X509_VERIFY_PARAM* rules = openssl.SSL_get0_param(self.ssl)
+        if _is_address(server_hostname):
+            taken = not check or openssl.X509_VERIFY_PARAM_set1_ip_asc(rules, plain)
+        else:
+            taken = openssl.SSL_set_tlsext_host_name(self.ssl, plain)
+            if check:
+                taken = taken and openssl.X509_VERIFY_PARAM_set1_host(rules, plain, len(plain))
+        if not taken:
+            openssl.ERR_clear_error()
+            raise ValueError("server_hostname is no name of a host")
+
+    # -- what ssl.SSLObject has ------------------------------------------------------------------
+
+    def do_handshake(self) -> None:
+        openssl.ERR_clear_error()
+        result = openssl.SSL_do_handshake(self.ssl)
+        self._let_go()
+        if result != 1:
+            raise self.failure(result)
+
+    def read(self, int size) -> bytes:
+        piece = PyBytes_FromStringAndSize(NULL, size)
+        openssl.ERR_clear_error()
+        taken = openssl.SSL_read(self.ssl, PyBytes_AS_STRING(piece), size)
+        self._let_go()
+        if taken > 0:
+            return piece if taken == size else piece[:taken]
+        error = self.failure(taken)
+        if (
+            isinstance(error, ssl.SSLZeroReturnError)
+            and openssl.SSL_get_shutdown(self.ssl) == openssl.SSL_RECEIVED_SHUTDOWN
+        ):
+            return b""
+        raise error
+
+    def write(self, const unsigned char[::1] source) -> int:
+        if source.shape[0] == 0:
+            return 0
+        openssl.ERR_clear_error()
+        taken = openssl.SSL_write(self.ssl, &source[0], <int>source.shape[0])
+        if taken <= 0:
+            raise self.failure(taken)
+        return taken
+
+    def pending(self) -> int:
+        return openssl.SSL_pending(self.ssl)
+
+    def unwrap(self) -> None:
+        openssl.ERR_clear_error()
+        result = openssl.SSL_shutdown(self.ssl)
+        if result == 0:
+            raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "the peer's has not come yet")
+        if result < 0:
+            raise self.failure(result)
+
+    def version(self) -> str:
+        return openssl.SSL_get_version(self.ssl).decode()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    cdef void feed(self, bytes fed):
+        """Take ciphertext of the peer's, behind what has not been looked at."""
+        if self.ciphertext.window_bytes:
+            fed = self.ciphertext.window[: self.ciphertext.window_bytes] + fed
+        self._held = fed
+        self.ciphertext.window = PyBytes_AS_STRING(fed)
+        self.ciphertext.window_bytes = PyBytes_GET_SIZE(fed)
+
+    cdef void _let_go(self):
+        """Forget what was fed once it has been looked at: an idle session keeps no read."""
+        if self.ciphertext.window_bytes == 0:
+            self._held = None
+
+    cdef bytes take(self):
+        """Return what is to be sent to the peer, and forget it."""
+        owed = PyBytes_FromStringAndSize(self.ciphertext.owed, self.ciphertext.owed_bytes)
+        free(self.ciphertext.owed)
+        self.ciphertext.owed = NULL
+        self.ciphertext.owed_bytes = self.ciphertext.owed_bytes_max = 0
+        return owed
+
+    cdef object failure(self, int result):
+        """Return what ssl.SSLObject would raise where OpenSSL returned this."""
+        kind = openssl.SSL_get_error(self.ssl, result)
+        if kind == openssl.SSL_ERROR_WANT_READ:
+            return ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "more is to come")
+        if kind == openssl.SSL_ERROR_ZERO_RETURN:
+            return ssl.SSLZeroReturnError(ssl.SSL_ERROR_ZERO_RETURN, "the peer has ended TLS")
+        verified = openssl.SSL_get_verify_result(self.ssl)
+        error = _error(ssl.SSLError)
+        if error.reason != "CERTIFICATE_VERIFY_FAILED" or verified == openssl.X509_V_OK:
+            return error
+        said = _refusal(verified, self._name)
+        error = ssl.SSLCertVerificationError(1, f"certificate verify failed: {said}")
+        error.library, error.reason = "SSL", "CERTIFICATE_VERIFY_FAILED"
+        error.verify_code, error.verify_message = verified, said
+        return error
+
+
+cdef class Incoming:
+    """What an engine reads from, as an ssl.MemoryBIO."""
+
+    def __init__(self, Engine engine) -> None:
+        self._engine = engine
+
+    @property
+    def pending(self) -> int:
+        return self._engine.ciphertext.window_bytes
+
+    def write(self, source) -> int:
+        self._engine.feed(bytes(source))
+        return len(source)
+
+
+cdef class Outgoing:
+    """What an engine has written, as an ssl.MemoryBIO."""
+
+    def __init__(self, Engine engine) -> None:
+        self._engine = engine
+
+    @property
+    def pending(self) -> int:
+        return self._engine.ciphertext.owed_bytes
+
+    def read(self) -> bytes:
+        return self._engine.take()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+cdef str _refusal(long code, object name):
+    if code == openssl.X509_V_ERR_HOSTNAME_MISMATCH:
+        return f"Hostname mismatch, certificate is not valid for '{name}'."
+    if code == openssl.X509_V_ERR_IP_ADDRESS_MISMATCH:
+        return f"IP address mismatch, certificate is not valid for '{name}'."
+    return openssl.X509_verify_cert_error_string(code).decode()
+
+
+cdef object _error(object kind):
+    """Return OpenSSL's last error, which it forgets, with the attributes that Python's have."""
+    cdef const char* text = openssl.ERR_reason_error_string(openssl.ERR_peek_last_error())
+    openssl.ERR_clear_error()
+    said = "unknown error" if text is NULL else text.decode()
+    error = kind(1, said)
+    error.library = "SSL"
+    error.reason = "".join(one if one.isalnum() else "_" for one in said).upper()
+    return error

@@ -1,0 +1,31 @@
+from collections.abc import Callable
+
+from proxy.native.activity import Activity
+from proxy.native.tls import Engine
+
+class Lanes:
+    def __len__(self) -> int: ...
+    def fileno(self) -> int: ...
+    def turn(self) -> None: ...
+    def close(self) -> None: ...
+
+class Lane:
+    carried_bytes: int
+    paused: bool
+    def __init__(
+        self,
+        lanes: Lanes,
+        source: int,
+        sink: int,
+        *,
+        opens: Engine | None,
+        seals: Engine | None,
+        activity: Activity,
+        from_upstream: bool,
+        overflow: Callable[[bytes], None],
+        ended: Callable[[Exception | None], None],
+        paused: bool,
+    ) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def close(self) -> None: ...

@@ -1,0 +1,297 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The relay's fast lanes: reads that go from socket to socket without an object made of them.
+
+For: the ordinary read, which is taken, decrypted or encrypted, sent whole, and counted. Not for
+anything else: what the kernel does not take is given to the transport, and at the end of a stream,
+an error or anything odd the lane closes and leaves the connection to the transports and protocols,
+which know what to do. So there is one place for each of these, and it is in Python.
+
+A lane reads the socket of a transport whose reading is paused. Both live in one thread: a
+descriptor is closed only after `connection_lost`, where the relay has closed its lanes.
+
+`Lanes` is one epoll set that the event loop watches as one descriptor: all that is ready is carried
+in one turn. The buffers are everybody's, and empty between two reads: a session holds none.
+"""
+
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport uint32_t
+from libc.stdlib cimport free, malloc
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_SetFromErrno
+
+from proxy.native cimport openssl
+from proxy.native.activity cimport Activity
+from proxy.native.tls cimport Engine
+
+cdef extern from "sys/epoll.h" nogil:
+    ctypedef union epoll_data_t:
+        int fd
+
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+
+    int EPOLL_CLOEXEC
+    int EPOLL_CTL_ADD
+    int EPOLL_CTL_DEL
+    uint32_t EPOLLIN
+    int epoll_create1(int flags)
+    int epoll_ctl(int epoll, int operation, int descriptor, epoll_event* event)
+    int epoll_wait(int epoll, epoll_event* events, int events_max, int milliseconds)
+
+cdef extern from "sys/socket.h" nogil:
+    ssize_t recv(int descriptor, void* into, size_t size, int flags)
+    ssize_t send(int descriptor, const void* source, size_t size, int flags)
+    int MSG_NOSIGNAL
+
+cdef extern from "unistd.h" nogil:
+    int c_close "close"(int descriptor)
+
+# Large enough for COPY, small enough for a processor's cache.
+cdef Py_ssize_t _READ_BYTES = 256 * 1024
+# A read and what was held back of a record before it (RFC 8446: a record is longer than its text).
+cdef Py_ssize_t _PLAIN_BYTES = 256 * 1024 + 2 * 16 * 1024
+# One turn of the loop carries what is ready, and what became ready meanwhile, but no more than
+# this: everything else in the process waits for it.
+DEF _EVENTS_MAX = 64
+cdef int _LOOKS_MAX = 3
+cdef Py_ssize_t _TURN_BYTES_MAX = 1024 * 1024
+
+
+cdef class Lanes:
+    """The lanes of one event loop: have it watch `fileno` and call `turn`. Raises OSError."""
+
+    cdef int _epoll
+    cdef dict _open
+    cdef char* _read
+    cdef char* _plain
+
+    def __cinit__(self) -> None:
+        self._open = {}
+        self._epoll = epoll_create1(EPOLL_CLOEXEC)
+        if self._epoll < 0:
+            PyErr_SetFromErrno(OSError)
+        self._read = <char*>malloc(_READ_BYTES)
+        self._plain = <char*>malloc(_PLAIN_BYTES)
+        if self._read is NULL or self._plain is NULL:
+            raise MemoryError
+
+    def __dealloc__(self) -> None:
+        free(self._read)
+        free(self._plain)
+        self.close()
+
+    cpdef close(self):
+        """Give the descriptor back. No lane is opened from here on."""
+        if self._epoll >= 0:
+            c_close(self._epoll)
+            self._epoll = -1
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when a lane's source is."""
+        return self._epoll
+
+    def turn(self) -> None:
+        """Carry what is ready."""
+        cdef epoll_event events[_EVENTS_MAX]
+        cdef Py_ssize_t carried = 0
+        cdef int look, count, number
+        cdef Lane lane
+        for look in range(_LOOKS_MAX):
+            count = epoll_wait(self._epoll, events, _EVENTS_MAX, 0)
+            for number in range(count):
+                # One event's consequences may close the lane of another one.
+                lane = <Lane>self._open.get(events[number].data.fd)
+                if lane is not None:
+                    carried += lane.carry_or_end(self._read, self._plain)
+            # A lone session has nothing ready yet: its peer has only just been woken.
+            if count < 2 or carried > _TURN_BYTES_MAX:
+                return
+
+    cdef int add(self, Lane lane) except -1:
+        cdef epoll_event event
+        event.events = EPOLLIN
+        event.data.fd = lane.source
+        if epoll_ctl(self._epoll, EPOLL_CTL_ADD, lane.source, &event) < 0:
+            PyErr_SetFromErrno(OSError)
+        self._open[lane.source] = lane
+        return 0
+
+    cdef int remove(self, Lane lane) except -1:
+        cdef epoll_event event  # kernels before 2.6.9 insist on one
+        del self._open[lane.source]
+        epoll_ctl(self._epoll, EPOLL_CTL_DEL, lane.source, &event)
+        return 0
+
+
+cdef class Lane:
+    """One direction of a session: from the socket `source` to the socket `sink`.
+
+    `opens` is the TLS of the source, `seals` that of the sink; None is plain. `overflow` is called
+    with what the kernel did not take, which is to be sent before anything else: while the sink is
+    full the lane has to be paused. `ended` is called once, when the lane has closed itself: with
+    None where the transport is to read on, else with the error that the connection ends by.
+    """
+
+    cdef readonly unsigned long long carried_bytes
+    """Plain bytes that went this way."""
+    cdef readonly bint paused
+    cdef int source
+    cdef int _sink
+    cdef Lanes _lanes
+    cdef Engine _opens
+    cdef Engine _seals
+    cdef Activity _activity
+    cdef bint _is_upstream
+    cdef bint _closed
+    cdef object _overflow
+    cdef object _ended
+
+    def __init__(
+        self,
+        Lanes lanes,
+        int source,
+        int sink,
+        *,
+        Engine opens,
+        Engine seals,
+        Activity activity,
+        bint from_upstream,
+        overflow,
+        ended,
+        bint paused,
+    ) -> None:
+        self._lanes = lanes
+        self.source, self._sink = source, sink
+        self._opens, self._seals = opens, seals
+        self._activity, self._is_upstream = activity, from_upstream
+        self._overflow, self._ended = overflow, ended
+        self.paused = paused
+        if seals is not None:
+            seals.ciphertext.full = paused
+        if not paused:
+            lanes.add(self)
+
+    def pause(self) -> None:
+        """Stop reading the source: its sink is full."""
+        if self._closed or self.paused:
+            return
+        self.paused = True
+        if self._seals is not None:
+            self._seals.ciphertext.full = True
+        self._lanes.remove(self)
+
+    def resume(self) -> None:
+        """Read again."""
+        if self._closed or not self.paused:
+            return
+        self.paused = False
+        if self._seals is not None:
+            self._seals.ciphertext.full = False
+        self._lanes.add(self)
+
+    def close(self) -> None:
+        """Touch neither socket from here on."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self.paused:
+            self._lanes.remove(self)
+        self._overflow = self._ended = None
+
+    # -- one read --------------------------------------------------------------------------------
+
+    cdef Py_ssize_t carry_or_end(self, char* read, char* plain) except -1:
+        """Carry one read; a bug of ours, or no memory, ends its session and no other one."""
+        try:
+            return self._carry(read, plain)
+        except Exception as error:
+            self._end(error)
+            return 0
+
+    cdef Py_ssize_t _carry(self, char* read, char* plain) except -1:
+        """Carry one read, and return its size."""
+        cdef Py_ssize_t size = recv(self.source, read, _READ_BYTES, 0)
+        if size < 0:
+            if errno != EAGAIN and errno != EINTR:
+                self._end(ConnectionResetError(errno, "lost"))
+            return 0
+        if size == 0:
+            self._end(None)
+            return 0
+        if self._opens is not None:
+            self._open_and_send(read, plain, size)
+        elif self._seals is not None:
+            self._seal(read, size)
+        else:
+            self._send(read, size)
+        return size
+
+    cdef int _send(self, char* plain, Py_ssize_t size) except -1:
+        """Send plain bytes, and have them counted."""
+        cdef ssize_t sent = 0
+        if not self.paused:
+            sent = send(self._sink, plain, size, MSG_NOSIGNAL)
+            if sent < 0:
+                sent = 0  # full or lost: the transport sees which
+        if sent < size:
+            self._overflow(PyBytes_FromStringAndSize(plain + sent, size - sent))
+        return self._count(plain, size)
+
+    cdef int _seal(self, char* plain, Py_ssize_t size) except -1:
+        """Encrypt and send."""
+        cdef Engine engine = self._seals
+        cdef Py_ssize_t done = 0
+        cdef int taken
+        engine.ciphertext.sink = self._sink
+        while done < size:
+            taken = openssl.SSL_write(engine.ssl, plain + done, <int>(size - done))
+            if taken <= 0:
+                break
+            done += taken
+        engine.ciphertext.sink = -1
+        if done < size:
+            self._end(engine.failure(taken))
+            return 0
+        if engine.ciphertext.owed_bytes:
+            self._overflow(engine.take())
+        return self._count(plain, size)
+
+    cdef int _open_and_send(self, char* read, char* plain, Py_ssize_t size) except -1:
+        """Decrypt all that is whole, and send it."""
+        cdef Engine engine = self._opens
+        cdef Py_ssize_t done = 0
+        cdef int taken
+        engine.ciphertext.window = read
+        engine.ciphertext.window_bytes = size
+        while True:
+            taken = openssl.SSL_read(engine.ssl, plain + done, <int>(_PLAIN_BYTES - done))
+            if taken <= 0:
+                break
+            done += taken
+        odd = None
+        if openssl.SSL_want(engine.ssl) != openssl.SSL_READING or engine.ciphertext.window_bytes:
+            odd = engine.failure(taken)
+        engine.ciphertext.window_bytes = 0
+        if done:
+            self._send(plain, done)
+        if odd is not None or engine.ciphertext.owed_bytes:
+            self._end(odd)  # TLS has something to say itself, or its stream has ended
+        return 0
+
+    cdef int _count(self, char* plain, Py_ssize_t size) except -1:
+        self.carried_bytes += size
+        if self._is_upstream:
+            return self._activity.upstream(<const unsigned char*>plain, size)
+        return self._activity.client(<const unsigned char*>plain, size)
+
+    cdef int _end(self, error) except -1:
+        if not self._closed:
+            ended = self._ended
+            self.close()
+            ended(error)
+        return 0

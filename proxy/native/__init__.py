@@ -1,0 +1,29 @@
+"""The relay's fast lane, compiled by Cython: whether it was built here.
+
+For: one answer, to whoever relays and to whoever tells operators. The modules are `activity` (the
+idle tracker), `tls` (client TLS through libssl) and `lanes` (epoll, so Linux only): import one from
+here where `AVAILABLE` says so. Not for: anything that pure Python does not do as well, only slower.
+
+Invariant: importing this package succeeds on every platform, built or not. Either all three modules
+are there or none counts.
+"""
+
+from importlib import import_module
+from typing import Final
+
+MODULES: Final = ("activity", "tls", "lanes")
+
+
+def _why_missing() -> str:
+    try:
+        for name in MODULES:
+            import_module(f"{__name__}.{name}")
+    except ImportError as error:  # not built, or a library that it was built with is not here
+        return str(error)
+    return ""
+
+
+WHY_MISSING: Final = _why_missing()
+"""Why the compiled relay is not there, in Python's words; empty where it is."""
+
+AVAILABLE: Final = not WHY_MISSING

@@ -7,6 +7,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The compiled relay: what it is made of, and what is made of it.
+NATIVE := $(wildcard proxy/native/*.pyx proxy/native/*.pxd)
+COMPILED := proxy/native/*.so proxy/native/*.c
 
 # Hypothesis examples for one test of `make fuzz`; the suite's own profile is short.
 FUZZ_EXAMPLES ?= 20000
@@ -15,25 +18,33 @@ FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format types test unit e2e fuzz bench soak demo docs all clean
+.PHONY: help setup pure lint format types test unit e2e fuzz bench soak demo docs all clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 setup: $(INSTALLED) ## make the virtual environment .venv (the other verbs do it by themselves)
 
-# Built anew when the dependencies change. The stamp is written last, so that an
-# interrupted installation is done again.
-$(INSTALLED): pyproject.toml
+# Built anew when the dependencies or the compiled relay change. The stamp is written last, so that
+# an interrupted installation is done again. What was compiled before goes first: where it cannot be
+# compiled now, the proxy must not run what is old.
+$(INSTALLED): pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Say which one: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	@echo "Setting up $(VENV) (once; a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
+	@rm -rf build $(COMPILED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	@$(BIN)/python -c 'import sys; from proxy.native import WHY_MISSING as why; why and print("NOT COMPILED: the relay is pure Python here (%s). It takes a C compiler, and the headers of Python and OpenSSL." % why, file=sys.stderr)'
 	@touch $@
+
+# To test what a machine without a compiler runs; `make clean`, or a change to a .pyx, undoes it.
+pure: $(INSTALLED) ## take the compiled relay away, until it is built anew
+	rm -rf build $(COMPILED)
 
 lint: $(INSTALLED) ## style, format, and the floors of the house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint proxy/native
 	$(BIN)/lint-imports
 
 format: $(INSTALLED) ## let ruff repair what it can
@@ -78,6 +89,6 @@ docs: $(INSTALLED) ## write the generated files anew: config.example.toml, docs/
 
 all: test fuzz bench ## test, fuzz and bench
 
-clean: ## remove the virtual environment and every cache
-	rm -rf $(VENV) build dist htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## remove the virtual environment, what was compiled, and every cache
+	rm -rf $(VENV) $(COMPILED) *.egg-info build dist htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

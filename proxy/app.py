@@ -147,6 +147,7 @@ class App:
         mappings = 0 if shard_map is None else len(shard_map)
         names = plan.settings.target_names()
         self.metrics.know(names, plan.settings.routing.shard_map, mappings)
+        self.metrics.build_is(plan.acceleration)
 
     def _phase_took(self, target: str, phase: ConnectPhase, seconds: float) -> None:
         self.metrics.connect_phase_took(phase, seconds, target)
@@ -177,6 +178,7 @@ async def serving(settings: Settings, *, unserved_max: int = UNSERVED_MAX) -> As
             port=port,
             admin_port=admin_port,
             version=__version__,
+            acceleration=app.plan.acceleration,
             **app.plan.map_facts,
         )
         yield app
@@ -231,6 +233,7 @@ def _status_source(app: App) -> StatusSource:
 
     return StatusSource(
         version=__version__,
+        acceleration=lambda: app.plan.acceleration,
         state=lambda: app.life.state,
         uptime_seconds=lambda: app.life.uptime_seconds,
         listen=listen,

@@ -30,7 +30,7 @@ usage: lakebase-auth-proxy VERB [--config FILE] [--SECTION.KEY VALUE ...]
   resolve   say where a shard key leads, without connecting: resolve KEY (--json)
   wait      wait until a running proxy is ready (--timeout SECONDS, 30)
   shutdown  ask a running proxy to drain and end (it must run with admin.quit)
-  version   print the version
+  version   print the version (--build: and whether the compiled relay was built)
 
 Every key of config.example.toml is a flag (--listen.port 6000) and an environment variable
 (LAKEBASE_PROXY_LISTEN__PORT=6000). A flag beats the environment, which beats the file.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from proxy.config import Files, Settings
+from proxy.native import Acceleration, acceleration
 from proxy.observe.status import Token
 from proxy.routes import rewritten_file, router_of
 from proxy.routing.router import Router
@@ -68,6 +69,11 @@ class Plan:
             return {}
         name = self.settings.routing.shard_map
         return {"shard_map": name, "mappings": len(shard_map), "map_digest": shard_map.digest}
+
+    @property
+    def acceleration(self) -> Acceleration:
+        """What sessions get of the compiled relay."""
+        return acceleration(way.settings.accelerated for way in self.fleet.values())
 
     async def load_sdk(self) -> None:
         """Import databricks-sdk, off the loop, if anything is to be asked of a workspace.

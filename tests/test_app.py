@@ -13,6 +13,7 @@ from proxy.session.relay import EndReason
 from proxy.session.session import StartupFailure
 from proxy.wire.violations import ClientReason
 from tests.support.running import nothing_left
+from tests.support.tools import need_compiled_relay
 
 ENDPOINT = "projects/p/branches/b/endpoints/e"
 
@@ -62,6 +63,16 @@ async def test_two_proxies_in_one_process_count_apart() -> None:
         writer.close()
         await writer.wait_closed()
         assert two.metrics.value("connections_accepted_total") == 0
+
+
+async def test_new_sessions_get_the_compiled_relay_until_a_reload_says_no() -> None:
+    need_compiled_relay("a reload that turns it off")
+    async with serving(settings()) as app:
+        assert app.metrics.value("build_info", acceleration="used") == 1
+        changes = app.reload(settings(upstream={"endpoint": ENDPOINT, "accelerated": False}))
+        assert changes.reloadable == ("upstream.accelerated",)
+        assert app.metrics.value("build_info", acceleration="off") == 1
+        assert app.metrics.value("build_info") == 1
 
 
 async def test_a_busy_port_is_a_plain_os_error_and_leaves_nothing() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy import __version__, cli
+from proxy import __version__, cli, native
 from proxy.cli import main
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
 from proxy.process import FILES_RESERVED, UNSERVED_MIN, check_file_limit, unserved_max
@@ -74,6 +74,16 @@ def test_version_prints_the_version_and_nothing_else(capsys: pytest.CaptureFixtu
 def test_version_takes_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version", "--listen.port", "1"]) == EXIT_USAGE
     assert "version takes no argument" in capsys.readouterr().err
+
+
+def test_version_says_what_was_compiled_if_it_is_asked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["version", "--build"]) == EXIT_OK
+    version, relay = capsys.readouterr().out.splitlines()
+    assert version == __version__
+    built = "built" if native.AVAILABLE else f"not built ({native.WHY_MISSING})"
+    assert relay == f"compiled relay: {built}"
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,12 @@ class UpstreamSettings(Section):
         description="Cancels the running query of a client that disappears, so that it does not "
         "go on using the database for nobody.",
     )
+    accelerated: bool = Field(
+        default=True,
+        description="Relays by compiled code where it was built (lakebase-auth-proxy version "
+        "--build). false: pure Python, which does the same and takes more CPU, for when the "
+        "compiled code is in doubt.",
+    )
 
     @field_validator("instance")
     @classmethod

@@ -312,13 +312,19 @@ class Metrics:
         self._admin_restarts = self._counter(
             "admin_restarts", "Times that the admin address died and was opened anew."
         )
-        build = Gauge(
+        self._version = version
+        self._build = Gauge(
             f"{_PREFIX}_build_info",
             "Always 1; the labels say which program this is.",
-            ["version"],
+            ["version", "acceleration"],
             registry=self._registry,
         )
-        build.labels(version).set(1)
+        self.build_is("")
+
+    def build_is(self, acceleration: str) -> None:
+        """Show what new sessions get from now on, one of the words of `native.Acceleration`."""
+        self._build.clear()
+        self._build.labels(self._version, acceleration).set(1)
 
     def know(self, targets: Iterable[str], shard_map: str = "", mappings: int = 0) -> None:
         """Count for these targets and this shard map from now on.

@@ -50,11 +50,12 @@ class StatusSource:
 
     `places_taken` counts what `sessions_max` bounds: sessions that are served and those whose
     upstream is being opened. `hosts` gives each configured target's host, empty while it is not
-    known; `warnings` are sentences about the configuration; `drain_seconds_left` is None while
-    nothing is drained.
+    known; `acceleration` is a word of `native.Acceleration`; `warnings` are sentences about the
+    configuration; `drain_seconds_left` is None while nothing is drained.
     """
 
     version: str
+    acceleration: Callable[[], str]
     state: Callable[[], State]
     uptime_seconds: Callable[[], float]
     listen: Callable[[], str]
@@ -99,6 +100,7 @@ class Status:
 
     state: State
     version: str
+    acceleration: str
     at: str
     uptime_seconds: float
     listen: str
@@ -128,6 +130,7 @@ def report(
     return Status(
         state=state,
         version=source.version,
+        acceleration=source.acceleration(),
         at=_time_of(now),
         uptime_seconds=source.uptime_seconds(),
         listen=source.listen(),

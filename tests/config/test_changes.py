@@ -26,6 +26,7 @@ def settings(**sections: object) -> Settings:
         ({}, {"admin": {"quit": True}}, (), ("admin.quit",)),
         ({}, {"log": {"level": "debug", "format": "json"}}, ("log.level",), ("log.format",)),
         ({}, {"shutdown": {"drain_seconds": 1}}, ("shutdown.drain_seconds",), ()),
+        ({}, {"upstream": {"accelerated": False}}, ("upstream.accelerated",), ()),
         ({}, {"targets": {"eu": EU}}, ("targets.eu",), ()),
         ({"targets": {"eu": EU, "us": {}}}, {"targets": {"eu": EU}}, ("targets.us",), ()),
         (

@@ -107,9 +107,17 @@ def test_the_build_is_shown() -> None:
     assert new_metrics().value("build_info", version="1.2.3") == 1
 
 
+def test_the_build_is_one_series_whatever_a_reload_makes_of_it() -> None:
+    metrics = new_metrics()
+    metrics.build_is("used")
+    metrics.build_is("off")
+    assert metrics.value("build_info", version="1.2.3", acceleration="off") == 1
+    assert metrics.value("build_info") == 1
+
+
 LABELS = {
     *("reason", "outcome", "result", "phase", "direction"),
-    *("target", "workspace", "version", "le"),
+    *("target", "workspace", "version", "acceleration", "le"),
 }
 
 

@@ -15,6 +15,7 @@ def test_it_is_json_with_units_in_its_names() -> None:
     assert json.loads(json.dumps(shown.status().as_dict())) == {
         "state": "serving",
         "version": "1.2.3",
+        "acceleration": "used",
         "at": "2026-09-21T14:13:20+00:00",
         "uptime_seconds": 3.5,
         "listen": "127.0.0.1:5432",

@@ -31,6 +31,7 @@ class Shown:
     tokens: list[Token] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     uptime_seconds: float = 3.5
+    acceleration: str = "used"
     drain_seconds_left: float | None = None
     places_taken: int = 0
     quits: int = 0
@@ -60,6 +61,7 @@ class Shown:
         """Return the seam that an application fills."""
         return StatusSource(
             version="1.2.3",
+            acceleration=lambda: self.acceleration,
             state=lambda: self.state,
             uptime_seconds=lambda: self.uptime_seconds,
             listen=lambda: "127.0.0.1:5432",

@@ -4,9 +4,16 @@
 # Any image of Debian's family with Python 3.11 or newer serves as BASE.
 ARG BASE=docker.io/library/python:3.13-slim-bookworm
 
-# What is installed, and pip, which stays here. Every dependency is a wheel: no compiler is needed.
+# What is installed, and what installs it, which stays here. The compiler is for the relay alone:
+# every dependency is a wheel. Debian's own Python has its headers in a package, the official base
+# has them already. No version of a package: those of the base's release belong together.
 FROM ${BASE} AS installed
 WORKDIR /source
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev libssl-dev \
+    && { command -v python3-config || apt-get install --yes --no-install-recommends python3-dev; } \
+    && rm -rf /var/lib/apt/lists/*
 # The environment that goes into the image has no pip: the builder's installs into it.
 RUN python3 -m venv /builder && python3 -m venv --without-pip /opt/lakebase-auth-proxy
 COPY pyproject.toml README.md LICENSE ./
@@ -41,16 +48,17 @@ LABEL org.opencontainers.image.title="lakebase-auth-proxy" \
 
 # Both images: the official base has no compiled standard library, and a read-only file system
 # could not keep one, so what the program imports is compiled now, once for every start to come.
+# A relay that could not be built, or finds no libssl here, ends the build: no image is slow unnoticed.
 # The user is a number, so that Kubernetes can see that it is not root.
 FROM bare AS demo
 COPY --from=installed-demo /opt/lakebase-auth-proxy /opt/lakebase-auth-proxy
-RUN ["/opt/lakebase-auth-proxy/bin/python", "-c", "import proxy.cli, proxy.standin.lakebase, databricks.sdk"]
+RUN ["/opt/lakebase-auth-proxy/bin/python", "-c", "import sys, proxy.cli, proxy.native, proxy.standin.lakebase, databricks.sdk; sys.exit(proxy.native.WHY_MISSING or 0)"]
 USER 65532:65532
 CMD ["demo"]
 
 # The last stage is what a build without --target makes.
 FROM bare AS proxy
 COPY --from=installed /opt/lakebase-auth-proxy /opt/lakebase-auth-proxy
-RUN ["/opt/lakebase-auth-proxy/bin/python", "-c", "import proxy.cli, databricks.sdk"]
+RUN ["/opt/lakebase-auth-proxy/bin/python", "-c", "import sys, proxy.cli, proxy.native, databricks.sdk; sys.exit(proxy.native.WHY_MISSING or 0)"]
 USER 65532:65532
 CMD ["run"]

@@ -37,9 +37,10 @@ $(INSTALLED): pyproject.toml $(NATIVE)
 	@$(BIN)/python -c 'import sys; from proxy.native import WHY_MISSING as why; why and print("NOT COMPILED: the relay is pure Python here (%s). It takes a C compiler, and the headers of Python and OpenSSL." % why, file=sys.stderr)'
 	@touch $@
 
-# To test what a machine without a compiler runs; `make clean`, or a change to a .pyx, undoes it.
-pure: $(INSTALLED) ## take the compiled relay away, until it is built anew
-	rm -rf build $(COMPILED)
+# For `make pure test`: what a machine without a compiler runs. The next make compiles anew, for the
+# stamp goes as well; in this one it counts as made.
+pure: $(INSTALLED) ## take the compiled relay away for the verbs behind it: make pure test
+	rm -rf build $(COMPILED) $(INSTALLED)
 
 lint: $(INSTALLED) ## style, format, and the floors of the house
 	$(BIN)/ruff check .

@@ -1,9 +1,9 @@
 """The relay's fast lane, compiled by Cython: whether it was built here.
 
 For: one answer, to whoever relays and to whoever tells operators of it. The modules are `activity`
-(the idle tracker), `tls` (client TLS through libssl) and `lanes` (epoll, so Linux only): import one
-from here where `AVAILABLE` says so. Not for: anything that pure Python does not do as well, only
-slower.
+(the idle tracker), `tls` (client TLS through libssl) and `lanes` (epoll, so Linux only); they are
+names of this package where `AVAILABLE` says so. Not for: anything that pure Python does not do as
+well, only slower.
 
 Invariant: importing this package succeeds on every platform, built or not. Either all three modules
 are there or none counts.
@@ -12,7 +12,12 @@ are there or none counts.
 from collections.abc import Iterable
 from enum import StrEnum, unique
 from importlib import import_module
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:  # what is there where AVAILABLE is True
+    from proxy.native import activity as activity
+    from proxy.native import lanes as lanes
+    from proxy.native import tls as tls
 
 MODULES: Final = ("activity", "tls", "lanes")
 

@@ -12,8 +12,8 @@ from proxy.errors import ErrorKind
 from proxy.session.relay import EndReason
 from proxy.session.session import StartupFailure
 from proxy.wire.violations import ClientReason
+from tests.support.compiled import need_compiled
 from tests.support.running import nothing_left
-from tests.support.tools import need_compiled_relay
 
 ENDPOINT = "projects/p/branches/b/endpoints/e"
 
@@ -66,7 +66,7 @@ async def test_two_proxies_in_one_process_count_apart() -> None:
 
 
 async def test_new_sessions_get_the_compiled_relay_until_a_reload_says_no() -> None:
-    need_compiled_relay("a reload that turns it off")
+    need_compiled("a reload that turns it off")
     async with serving(settings()) as app:
         assert app.metrics.value("build_info", acceleration="used") == 1
         changes = app.reload(settings(upstream={"endpoint": ENDPOINT, "accelerated": False}))

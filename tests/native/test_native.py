@@ -9,7 +9,7 @@ import pytest
 
 from proxy import native
 from proxy.native import AVAILABLE, MODULES, WHY_MISSING, Acceleration, acceleration
-from tests.support.tools import need_compiled_relay
+from tests.support.compiled import need_compiled
 
 SOURCES = sorted(Path(native.__file__).parent.glob("*.p[yx][xd]"))
 # What the floor stands on.
@@ -17,14 +17,14 @@ BELOW = ("proxy.native", "proxy.errors", "proxy.wire")
 
 
 def test_the_compiled_relay_was_built() -> None:
-    need_compiled_relay("the compiled relay")
+    need_compiled("the compiled relay")
     assert AVAILABLE
     assert WHY_MISSING == ""
 
 
 @pytest.mark.parametrize("missing", MODULES)
 def test_one_module_that_is_missing_is_named_and_nothing_fails(missing: str) -> None:
-    need_compiled_relay(f"proxy.native without {missing}")
+    need_compiled(f"proxy.native without {missing}")
     code = (
         f"import sys; sys.modules['proxy.native.{missing}'] = None; "
         "from proxy import native; print(native.AVAILABLE, native.WHY_MISSING)"

@@ -12,7 +12,7 @@ import pytest
 
 from proxy.native import MODULES
 from tests.packaging.manifests import ROOT
-from tests.support.tools import need_compiled_relay
+from tests.support.compiled import need_compiled
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +88,7 @@ def pure() -> set[str]:
 def test_a_wheel_has_the_package_what_was_compiled_and_nothing_generated(
     sdist: Path, tmp_path: Path
 ) -> None:
-    need_compiled_relay("a wheel with the compiled relay")
+    need_compiled("a wheel with the compiled relay")
     names = wheel_of(sdist, tmp_path)
     compiled = sorted(name for name in names if name.endswith(".so"))
     assert [Path(name).name.partition(".")[0] for name in compiled] == sorted(MODULES)

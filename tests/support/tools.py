@@ -1,4 +1,4 @@
-"""What some tests need and not every machine has: other programs, and the compiled relay.
+"""Programs that are not Python's, which some tests need and not every machine has.
 
 A test that lacks one is skipped and says what was not tested. Where `.ci/run` has installed them
 all it sets ALL_TOOLS, and then a missing one is a failure: CI skips nothing.
@@ -9,8 +9,6 @@ import shutil
 from typing import Final
 
 import pytest
-
-from proxy import native
 
 ALL_TOOLS: Final = "ALL_TOOLS"
 
@@ -24,11 +22,6 @@ def need(what: str, *programs: str, root: bool = False) -> None:
     if root and os.geteuid() != 0:
         missing.append("it takes root")
     lack(what, missing)
-
-
-def need_compiled_relay(what: str) -> None:
-    """Skip the test that asks unless the compiled relay was built; `what` is then not tested."""
-    lack(what, [] if native.AVAILABLE else [f"the compiled relay is missing: {native.WHY_MISSING}"])
 
 
 def lack(what: str, missing: list[str]) -> None:

@@ -8,6 +8,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
 
 from proxy import __version__
 from proxy.config import Changes, ConfigurationError, ListenSettings, Problem, Settings, compare
@@ -25,11 +26,15 @@ from proxy.session.listener import UNSERVED, UNSERVED_MAX, Listener, Places, soc
 from proxy.session.live import LiveSessions
 from proxy.session.relay import EndReason
 from proxy.session.session import Passage, Session, SessionParts, StartupFailure
+from proxy.transport.lanes import watched_lanes
 from proxy.transport.tls import server_context
 from proxy.upstream.connector import Connector
 from proxy.upstream.fleet import Accounts, PhaseTook
 from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import ClientReason
+
+if TYPE_CHECKING:
+    from proxy.native.lanes import Lanes
 
 _log = get_logger(__name__)
 
@@ -44,7 +49,9 @@ class App:
     listen_port: int
     admin: AdminAddress | None = None
 
-    def __init__(self, settings: Settings, *, unserved_max: int = UNSERVED_MAX) -> None:
+    def __init__(
+        self, settings: Settings, lanes: "Lanes | None" = None, *, unserved_max: int = UNSERVED_MAX
+    ) -> None:
         """`unserved_max` connections may be starting at a time.
 
         Raises ConfigurationError for a file that a setting names and that cannot be used."""
@@ -56,7 +63,7 @@ class App:
         self._count_by(self.plan)
         self._tls = _listener_tls(settings.listen)
         self.places = Places(settings.listen.max_connections)
-        self.listener = self._make_listener(settings, unserved_max)
+        self.listener = self._make_listener(settings, lanes, unserved_max)
 
     @property
     def settings(self) -> Settings:
@@ -104,7 +111,9 @@ class App:
         self.life.drain(accept_seconds + drain_seconds)
         return await self.listener.drain(drain_seconds, accept_seconds=accept_seconds)
 
-    def _make_listener(self, settings: Settings, unserved_max: int) -> Listener:
+    def _make_listener(
+        self, settings: Settings, lanes: "Lanes | None", unserved_max: int
+    ) -> Listener:
         live = LiveSessions()
         # A cancel is no connect: its phases are nobody's.
         connector = Connector(lambda phase, seconds: None)
@@ -118,6 +127,7 @@ class App:
             place=self.places.take,
             live=live,
             idle_timeout_seconds=settings.listen.idle_timeout_seconds,
+            lanes=lanes,
         )
         return Listener(
             settings.listen,
@@ -161,7 +171,8 @@ async def serving(settings: Settings, *, unserved_max: int = UNSERVED_MAX) -> As
     a setting names and that cannot be used.
     """
     async with AsyncExitStack() as stack:
-        app = App(settings, unserved_max=unserved_max)
+        lanes = stack.enter_context(watched_lanes())
+        app = App(settings, lanes, unserved_max=unserved_max)
         stack.push_async_callback(app.accounts.close)
         stack.enter_context(sampling_lag(app.metrics.loop_lagged))
         if settings.admin.enabled:

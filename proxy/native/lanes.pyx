@@ -99,9 +99,9 @@ cdef class Lanes:
         """Carry what is ready."""
         cdef epoll_event events[_EVENTS_MAX]
         cdef Py_ssize_t carried = 0
-        cdef int look, count, number
+        cdef int count, number
         cdef Lane lane
-        for look in range(_LOOKS_MAX):
+        for _ in range(_LOOKS_MAX):
             count = epoll_wait(self._epoll, events, _EVENTS_MAX, 0)
             for number in range(count):
                 # One event's consequences may close the lane of another one.

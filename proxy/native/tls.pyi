@@ -1,7 +1,9 @@
 import ssl
 
 class ClientContext:
-    def __init__(self, like: ssl.SSLContext, cafile: str | None, groups: str = "") -> None: ...
+    def __init__(
+        self, like: ssl.SSLContext, cafile: str | None, curve: str | None = None
+    ) -> None: ...
 
 class Engine:
     def __init__(self, context: ClientContext, server_hostname: str | None) -> None: ...

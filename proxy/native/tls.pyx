@@ -18,7 +18,7 @@ from libc.string cimport memcpy
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 
 from proxy.native cimport openssl
-from proxy.native.openssl cimport BIO, BIO_METHOD, SSL
+from proxy.native.openssl cimport BIO, BIO_METHOD
 
 cdef extern from "sys/socket.h" nogil:
     ssize_t send(int descriptor, const void* source, size_t size, int flags)
@@ -91,7 +91,8 @@ cdef class ClientContext:
     """The rules of connections to one kind of upstream.
 
     They are those of `like`; only its authorities cannot be read out of it, so `cafile` is the
-    file of them, None the system's. Raises OSError (ssl.SSLError too) for an unusable file.
+    file of them, None the system's, and `curve` is the one to offer for the key exchange. Raises
+    OSError (ssl.SSLError too) for an unusable file.
     """
 
     def __cinit__(self) -> None:
@@ -99,7 +100,7 @@ cdef class ClientContext:
         if self._context is NULL:
             raise MemoryError
 
-    def __init__(self, like: ssl.SSLContext, cafile: str | None, groups: str = "") -> None:
+    def __init__(self, like: ssl.SSLContext, cafile: str | None, curve: str | None = None) -> None:
         cdef openssl.SSL_CTX* context = self._context
         names = [one["name"] for one in like.get_ciphers() if one["protocol"] != "TLSv1.3"]
         ciphers = ":".join(names).encode()
@@ -109,7 +110,9 @@ cdef class ClientContext:
         openssl.SSL_CTX_set_session_cache_mode(context, openssl.SSL_SESS_CACHE_OFF)
         openssl.SSL_CTX_set_security_level(context, like.security_level)
         self._check_hostname = like.check_hostname
-        verify = openssl.SSL_VERIFY_NONE if like.verify_mode == ssl.CERT_NONE else openssl.SSL_VERIFY_PEER
+        verify = openssl.SSL_VERIFY_PEER
+        if like.verify_mode == ssl.CERT_NONE:
+            verify = openssl.SSL_VERIFY_NONE
         openssl.SSL_CTX_set_verify(context, verify, NULL)
         cdef openssl.X509_VERIFY_PARAM* rules = openssl.SSL_CTX_get0_param(context)
         openssl.X509_VERIFY_PARAM_set_hostflags(rules, openssl.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS)
@@ -119,8 +122,8 @@ cdef class ClientContext:
             and openssl.SSL_CTX_set_cipher_list(context, ciphers)
             and openssl.X509_VERIFY_PARAM_set_flags(rules, like.verify_flags)
         )
-        if groups:
-            named = groups.encode()
+        if curve is not None:  # which cannot be read out of `like` either
+            named = curve.encode()
             taken = taken and openssl.SSL_CTX_set1_groups_list(context, named)
         if not taken:
             raise _error(ssl.SSLError)

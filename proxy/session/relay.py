@@ -10,16 +10,25 @@ session can be ended between two messages. What ends first is the cause of the s
 """
 
 import asyncio
+import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum, unique
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from proxy import native
 from proxy.transport.closing import LINGER_SECONDS, close_gracefully
 from proxy.transport.sockets import has_hung_up
+from proxy.transport.tls import TLSTransport
 from proxy.wire.activity import Activity
 from proxy.wire.messages import ErrorResponse, Terminate
+
+if TYPE_CHECKING:  # not there where it was not built
+    from proxy.native.activity import Activity as CompiledActivity
+    from proxy.native.lanes import Lane, Lanes
+    from proxy.native.tls import Engine
 
 BUFFER_BYTES_MAX: Final = 64 * 1024
 # While the upstream takes nothing the client is not read, so its end is not seen but looked for.
@@ -70,14 +79,17 @@ class _Direction(asyncio.Protocol):
 
     __slots__ = (
         "_ended",
+        "_lane",
         "_look",
         "_looks",
+        "_paused",
+        "_received_bytes",
         "_sink",
+        "_source",
         "_write",
         "back",
         "closed",
         "lost",
-        "received_bytes",
         "seen",
     )
 
@@ -85,6 +97,7 @@ class _Direction(asyncio.Protocol):
 
     def __init__(
         self,
+        source: asyncio.Transport,
         sink: asyncio.Transport,
         ended: asyncio.Future[EndReason],
         seen: Callable[[bytes], None],
@@ -93,43 +106,115 @@ class _Direction(asyncio.Protocol):
         lost: EndReason,
         looks: bool = False,
     ) -> None:
-        self.received_bytes = 0
         self.seen = seen
         self.closed = closed
         self.lost = lost
+        self._received_bytes = 0
+        self._source = source
         self._sink = sink
         self._write: Callable[[bytes], None] = sink.write
         self._ended = ended
         self._looks = looks
         self._look: asyncio.TimerHandle | None = None
+        self._paused = False
+        self._lane: Lane | None = None
+
+    @property
+    def received_bytes(self) -> int:
+        """The bytes that came from the source, and went to the sink unless that was lost."""
+        return self._received_bytes + (0 if self._lane is None else self._lane.carried_bytes)
+
+    # -- the protocol ----------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         # Names of their own: Python 3.11 is slow to call what an attribute holds.
         write, seen = self._write, self.seen
         write(data)
-        self.received_bytes += len(data)
+        self._received_bytes += len(data)
         seen(data)
 
     def pause_writing(self) -> None:
         # Our source takes no more of what comes from the sink.
-        if not self._sink.is_closing():
-            self._sink.pause_reading()
+        self.back.pause()
         if self._looks:
             self._look_later()
 
     def resume_writing(self) -> None:
         if self._look is not None:
             self._look.cancel()
-        if not self._sink.is_closing():
-            self._sink.resume_reading()
+        self.back.resume()
 
     def eof_received(self) -> bool:
         self.end(self.closed)
         return True  # what was written to the source is still to be flushed
 
     def connection_lost(self, exc: Exception | None) -> None:
+        # A lane must not touch a descriptor that is closed once this returns.
+        self.close_lane()
+        self.back.close_lane()
         self.back.stop_writing()
         self.end(self.lost)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop reading the source: the sink takes nothing."""
+        self._paused = True
+        if self._lane is not None:
+            self._lane.pause()
+        elif not self._source.is_closing():
+            self._source.pause_reading()
+
+    def resume(self) -> None:
+        """Read the source again."""
+        self._paused = False
+        if self._lane is not None:
+            self._lane.resume()
+        elif not self._source.is_closing():
+            self._source.resume_reading()
+
+    def open_lane(self, lanes: "Lanes", activity: "CompiledActivity") -> None:
+        """Have the source's ordinary reads carried by a lane, past its transport and this object.
+
+        Both transports are plain, or have compiled TLS; neither is closing.
+        """
+        (source, opens), (sink, seals) = _under(self._source), _under(self._sink)
+        self._source.pause_reading()
+        self._lane = native.lanes.Lane(
+            lanes,
+            _descriptor(source),
+            _descriptor(sink),
+            opens=opens,
+            seals=seals,
+            activity=activity,
+            from_upstream=self._looks,
+            overflow=sink.write,
+            ended=self._lane_ended,
+            paused=self._paused,
+        )
+
+    def close_lane(self) -> None:
+        """Have the transport read its socket itself again."""
+        lane, self._lane = self._lane, None
+        if lane is None:
+            return
+        lane.close()
+        self._received_bytes += lane.carried_bytes
+        if not (self._paused or self._source.is_closing()):
+            self._source.resume_reading()
+
+    def _lane_ended(self, error: Exception | None) -> None:
+        """Go on where the lane has met what is not ordinary."""
+        self.close_lane()
+        if isinstance(self._source, TLSTransport) and isinstance(error, ssl.SSLError | None):
+            self._source.take_back(error)
+        elif isinstance(error, ssl.SSLError):
+            self.stop_writing()  # the sink's TLS has failed already
+            self._sink.abort()
+        elif error is not None:
+            self._source.abort()
+
+    # -- writing ---------------------------------------------------------------------------------
 
     def stop_writing(self) -> None:
         """Drop what still arrives: the sink is lost, and writing to it is an error."""
@@ -150,6 +235,22 @@ class _Direction(asyncio.Protocol):
             self.end(EndReason.CLIENT_LOST)
         else:
             self._look_later()
+
+
+def _under(transport: asyncio.Transport) -> "tuple[asyncio.Transport, Engine | None]":
+    """Return the plain transport, and the compiled TLS on it."""
+    if isinstance(transport, TLSTransport):
+        return transport.lower, transport.engine
+    return transport, None
+
+
+def _has_lane(transport: asyncio.Transport) -> bool:
+    return not isinstance(transport, TLSTransport) or transport.engine is not None
+
+
+def _descriptor(transport: asyncio.Transport) -> int:
+    sock: socket.socket = transport.get_extra_info("socket")
+    return sock.fileno()
 
 
 def _drop(data: bytes) -> None:
@@ -177,16 +278,25 @@ class Relay:
         client: asyncio.Transport,
         upstream: asyncio.Transport,
         abandon: Callable[[], Awaitable[None]] | None = None,
+        lanes: "Lanes | None" = None,
     ) -> None:
         self._client = client
         self._upstream = upstream
         self._abandon = abandon
-        self._activity = activity = Activity()
+        self._lanes: tuple[Lanes, CompiledActivity] | None = None
+        activity: Activity | CompiledActivity
+        if lanes is not None and _has_lane(client) and _has_lane(upstream):
+            activity = native.activity.Activity()
+            self._lanes = lanes, activity
+        else:
+            activity = Activity()
+        self._activity = activity
         self._farewell: _Farewell | None = None
         self._lull: asyncio.TimerHandle | None = None
         self._idle_look: asyncio.TimerHandle | None = None
         self._ended = ended = asyncio.get_running_loop().create_future()
         self.from_client = _Direction(
+            client,
             upstream,
             ended,
             activity.client_sent,
@@ -194,6 +304,7 @@ class Relay:
             lost=EndReason.CLIENT_LOST,
         )
         self.from_upstream = _Direction(
+            upstream,
             client,
             ended,
             activity.upstream_sent,
@@ -204,7 +315,7 @@ class Relay:
         self.from_client.back = self.from_upstream
         self.from_upstream.back = self.from_client
         for transport in (client, upstream):
-            transport.set_write_buffer_limits(high=BUFFER_BYTES_MAX)
+            transport.set_write_buffer_limits(high=0 if self._lanes else BUFFER_BYTES_MAX)
 
     @property
     def idle(self) -> bool:
@@ -225,6 +336,7 @@ class Relay:
 
         What is asked for last holds. A session that never becomes idle goes on: cancel `run`.
         """
+        self._close_lanes()
         self._farewell = _Farewell(reason, error.encode(), lull_seconds)
         client_sent, upstream_sent = self._activity.client_sent, self._activity.upstream_sent
         self.from_client.seen = lambda data: self._moved(client_sent, data)
@@ -284,7 +396,9 @@ class Relay:
     async def run(self) -> RelayEnd:
         """Return when one side has ended and both are closed. Cancelling it cuts both."""
         try:
+            self._open_lanes()
             reason = await self._ended
+            self._close_lanes()
             self._stop_timers()
             # What one side sent before its end is flushed to the other; PostgreSQL knows no
             # half-close, so the end of one is the end of both (W34).
@@ -300,10 +414,27 @@ class Relay:
                         close_gracefully(self._upstream, linger_seconds=linger_seconds)
                     )
         finally:
+            self._close_lanes()
             self._stop_timers()
             self._client.abort()
             self._upstream.abort()
         return self.ended(reason)
+
+    def _open_lanes(self) -> None:
+        """Take the fast way, unless the session is about to end.
+
+        With a mark of zero a direction is paused as long as anything waits to be sent: so a lane
+        never overtakes what its sink's transport still has.
+        """
+        closing = self._client.is_closing() or self._upstream.is_closing()
+        if self._lanes is None or closing or self._ended.done() or self._farewell is not None:
+            return
+        for direction in (self.from_client, self.from_upstream):
+            direction.open_lane(*self._lanes)
+
+    def _close_lanes(self) -> None:
+        self.from_client.close_lane()
+        self.from_upstream.close_lane()
 
     async def _leave_upstream(self) -> None:
         """Close the upstream of a client that has gone, so that nothing works on for nobody (W35).

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum, unique
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.live import Carried
@@ -42,6 +42,9 @@ from proxy.wire.client_startup import (
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import ClientReason, ClientViolation
+
+if TYPE_CHECKING:
+    from proxy.native.lanes import Lanes
 
 _log = get_logger(__name__)
 
@@ -115,6 +118,8 @@ class SessionParts:
     live: LiveSessions = field(default_factory=LiveSessions)
     idle_timeout_seconds: float = 0
     """Ends a session that was idle for so long; 0: never."""
+    lanes: "Lanes | None" = None
+    """The compiled relay, where it was built."""
 
 
 class Session:
@@ -301,7 +306,7 @@ class Session:
         abandon = None
         if key is not None and passage.way.settings.cancel_on_disconnect:
             abandon = partial(self._parts.cancels.cancel, key)
-        relay = Relay(client.transport, link.transport, abandon)
+        relay = Relay(client.transport, link.transport, abandon, self._parts.lanes)
         # What either side sent early goes behind what the other is told first.
         shown = None if key is None else key.issued
         client.write(self._startup.accept(upstream.startup.welcome(shown)))

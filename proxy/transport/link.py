@@ -6,11 +6,14 @@ is done. The invariant: at most `INBOX_BYTES_MAX` plus one read wait; then readi
 
 import asyncio
 import ssl
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from proxy.transport.closing import LINGER_SECONDS, close_gracefully
 from proxy.transport.sockets import tune
 from proxy.transport.tls import TLSTransport
+
+if TYPE_CHECKING:
+    from proxy.native.tls import ClientContext
 
 # A session's start is a few KiB each way; more is a client that pipelines its first queries.
 INBOX_BYTES_MAX: Final = 64 * 1024
@@ -77,7 +80,7 @@ class Link(asyncio.Protocol):
 
     async def start_tls(
         self,
-        context: ssl.SSLContext,
+        context: "ssl.SSLContext | ClientContext",
         *,
         server_side: bool = False,
         server_hostname: str | None = None,
@@ -97,7 +100,9 @@ class Link(asyncio.Protocol):
         )
         return await self.switch_to(upper, first)
 
-    def prepare_tls(self, context: ssl.SSLContext, server_hostname: str) -> TLSTransport:
+    def prepare_tls(
+        self, context: "ssl.SSLContext | ClientContext", server_hostname: str
+    ) -> TLSTransport:
         """Return a client's TLS for `switch_to`, its first message computed and not yet sent.
 
         Raises ValueError for a name that no certificate can have.

@@ -12,10 +12,14 @@ import asyncio
 import ssl
 from contextlib import suppress
 from functools import lru_cache
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
+from proxy import native
 from proxy.files import Stamp, stamp_of
 from proxy.transport.key_exchange import asked_curve
+
+if TYPE_CHECKING:  # not there where it was not built
+    from proxy.native.tls import ClientContext, Engine
 
 # The most plaintext that a record holds (RFC 8446): a read of so much always takes a whole one.
 _RECORD_BYTES_MAX: Final = 16 * 1024
@@ -42,17 +46,29 @@ def server_context(certificate: str, key: str) -> ssl.SSLContext:
     return context
 
 
-def client_context(sslmode: str, ssl_root_cert: str, curve: str | None = None) -> ssl.SSLContext:
+def client_context(
+    sslmode: str, ssl_root_cert: str, curve: str | None = None, *, accelerated: bool = False
+) -> "ssl.SSLContext | ClientContext":
     """Return the context for an upstream: `verify-full` checks chain and name.
 
     With a curve, that one alone is offered for the key exchange (Python cannot give two).
+    `accelerated` asks for the compiled relay's, which is made after Python's where that was built.
     It is kept for all who ask alike (reading the system's certificates takes tens of milliseconds)
     until the file changes: an authority that was replaced counts from the next connection on.
     Raises OSError (ssl.SSLError too) for an unusable file.
     """
+    make = _compiled_context if accelerated and native.AVAILABLE else _client_context
     if ssl_root_cert == "system":
-        return _client_context(sslmode, curve, None, None)
-    return _client_context(sslmode, curve, ssl_root_cert, stamp_of(ssl_root_cert))
+        return make(sslmode, curve, None, None)
+    return make(sslmode, curve, ssl_root_cert, stamp_of(ssl_root_cert))
+
+
+@lru_cache(maxsize=_CONTEXTS_MAX)
+def _compiled_context(
+    sslmode: str, curve: str | None, cafile: str | None, stamp: Stamp | None
+) -> "ClientContext":
+    like = _client_context(sslmode, None, cafile, stamp)
+    return native.tls.ClientContext(like, cafile, curve)
 
 
 @lru_cache(maxsize=_CONTEXTS_MAX)
@@ -81,16 +97,27 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         self,
         lower: asyncio.Transport,
         app: asyncio.Protocol,
-        context: ssl.SSLContext,
+        context: "ssl.SSLContext | ClientContext",
         *,
         server_side: bool = False,
         server_hostname: str | None = None,
     ) -> None:
+        """Raises ValueError for a name that no certificate can have."""
         super().__init__()
-        self._lower = lower
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname)
+        self.lower = self._lower = lower
+        self.engine: Engine | None = None
+        """The TLS itself, if it is the compiled one."""
+        if isinstance(context, ssl.SSLContext):
+            self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            self._tls = context.wrap_bio(
+                self._incoming, self._outgoing, server_side, server_hostname
+            )
+        else:
+            self.engine = engine = native.tls.Engine(context, server_hostname)
+            # The same by its methods: what is below serves both.
+            self._incoming = cast(ssl.MemoryBIO, native.tls.Incoming(engine))
+            self._outgoing = cast(ssl.MemoryBIO, native.tls.Outgoing(engine))
+            self._tls = cast(ssl.SSLObject, engine)
         # What each read and write needs, looked up once.
         self._feed = self._incoming.write
         self._decrypt = self._tls.read
@@ -254,6 +281,13 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         self._write_ended = True
         self._fail_handshake(exc or ConnectionResetError("lost during the TLS handshake"))
         self._app.connection_lost(exc)
+
+    def take_back(self, error: ssl.SSLError | None) -> None:
+        """Go on with the connection after somebody else has read it, by way of `engine`.
+
+        `error` is what reading ended with, if that was TLS's own end or a failure of it.
+        """
+        self._deliver([], error)
 
     # -- inside ----------------------------------------------------------------------------------
 

@@ -266,7 +266,9 @@ def _printable(text: bytes) -> str:
 
 def _prepared_tls(link: Link, target: Target, curve: str | None) -> TLSTransport:
     try:
-        context = client_context(target.sslmode, target.ssl_root_cert, curve)
+        context = client_context(
+            target.sslmode, target.ssl_root_cert, curve, accelerated=target.accelerated
+        )
     except OSError as error:  # it could be read when the program started
         detail = f"{target.ssl_root_cert}: {error.strerror or error}"
         raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, detail) from error

@@ -30,6 +30,7 @@ class Target:
     port: int
     sslmode: str
     ssl_root_cert: str
+    accelerated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,12 @@ class Targets:
             await self._first_look_up()
         settings = self._settings
         return Target(
-            self._host, settings.hostaddr, settings.port, settings.sslmode, settings.ssl_root_cert
+            self._host,
+            settings.hostaddr,
+            settings.port,
+            settings.sslmode,
+            settings.ssl_root_cert,
+            settings.accelerated,
         )
 
     async def login(self, client: StartupMessage) -> Login:

@@ -14,7 +14,6 @@ from typing import Final, cast
 
 import pytest
 
-from proxy.wire.activity import Activity
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import UINT32, ErrorResponse, Frame, decode_backend
 from tests.differential import (
@@ -45,6 +44,7 @@ from tests.differential.frontend import (
     small,
 )
 from tests.support.scripted_client import Cut, at_random, byte_by_byte, run_script, whole
+from tests.support.trackers import Trackers
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -132,7 +132,7 @@ class Observed(asyncio.Protocol):
     """A client's protocol seen from between: what it writes and what it gets go to a tracker."""
 
     client: asyncio.Protocol
-    activity: Activity = field(default_factory=Activity)
+    activity: Trackers = field(default_factory=Trackers)
     last: bytes = b""
     status: bytes = b""
     unsound: list[str] = field(default_factory=list)

@@ -11,7 +11,6 @@ from typing import Final
 
 import pytest
 
-from proxy.wire.activity import Activity
 from proxy.wire.framing import MessageReader
 from tests.differential.conftest import Roads
 from tests.differential.frontend import (
@@ -26,6 +25,7 @@ from tests.differential.frontend import (
     query,
     startup,
 )
+from tests.support.trackers import Trackers
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
@@ -80,7 +80,7 @@ class Follower:
     """One connection whose both directions a tracker follows."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.activity = Activity()
+        self.activity = Trackers()
         self.idle_moments = 0
         self.unasked = b""
         self._reader = reader

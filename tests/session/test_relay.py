@@ -5,12 +5,18 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 
 from proxy.session.relay import BUFFER_BYTES_MAX, EndReason, Relay, RelayEnd
+from proxy.transport.lanes import watched_lanes
+from tests.support.compiled import need_compiled
 from tests.support.running import eventually
+
+if TYPE_CHECKING:
+    from proxy.native.lanes import Lanes
 
 MEGABYTE = 1_000_000
 WAIT_SECONDS_MAX = 10.0
@@ -107,10 +113,21 @@ async def transports() -> tuple[Peer, Peer, asyncio.Transport, asyncio.Transport
     return Peer(client), Peer(upstream), to_client, to_upstream
 
 
+@pytest_asyncio.fixture(params=["python", "compiled"])
+async def lanes(request: pytest.FixtureRequest) -> "AsyncIterator[Lanes | None]":
+    """Give what carries the reads: protocols and transports, or compiled lanes."""
+    if request.param == "python":
+        yield None
+        return
+    need_compiled("a relay with lanes")
+    with watched_lanes() as watched:
+        yield watched
+
+
 @pytest_asyncio.fixture
-async def setting() -> AsyncIterator[Setting]:
+async def setting(lanes: "Lanes | None") -> AsyncIterator[Setting]:
     client, upstream, to_client, to_upstream = await transports()
-    relay = Relay(to_client, to_upstream)
+    relay = Relay(to_client, to_upstream, lanes=lanes)
     to_client.set_protocol(relay.from_client)
     to_upstream.set_protocol(relay.from_upstream)
     running = asyncio.create_task(relay.run())

@@ -9,11 +9,15 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trustme
 
+from proxy import native
 from proxy.transport.link import Link
+
+if TYPE_CHECKING:
+    from proxy.native.tls import ClientContext
 
 HOST: Final = "db.example.com"
 WAIT_SECONDS_MAX: Final = 5.0
@@ -27,19 +31,31 @@ class Contexts:
     server: ssl.SSLContext
     client: ssl.SSLContext
     authority: trustme.CA
+    compiled: "ClientContext | None" = None
+    """The client's for the compiled TLS, if that is under test."""
 
     def of(self, *, server_side: bool) -> ssl.SSLContext:
         return self.server if server_side else self.client
 
+    def ours(self, *, server_side: bool) -> "ssl.SSLContext | ClientContext":
+        """Return that of the end under test."""
+        return (
+            self.of(server_side=server_side) if server_side or not self.compiled else self.compiled
+        )
 
-def contexts() -> Contexts:
-    """Make an authority and the two contexts."""
+
+def contexts(*, compiled: bool = False) -> Contexts:
+    """Make an authority and its contexts."""
     authority = trustme.CA()
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(HOST).configure_cert(server)
     client = ssl.create_default_context()
     authority.configure_trust(client)
-    return Contexts(server, client, authority)
+    if not compiled:
+        return Contexts(server, client, authority)
+    with authority.cert_pem.tempfile() as cafile:
+        own = native.tls.ClientContext(client, cafile)
+    return Contexts(server, client, authority, own)
 
 
 class Notes(asyncio.Protocol):
@@ -268,7 +284,7 @@ async def start(
     hostname = None if server_side else HOST
     async with asyncio.timeout(WAIT_SECONDS_MAX):
         return await link.start_tls(
-            tls.of(server_side=server_side),
+            tls.ours(server_side=server_side),
             server_side=server_side,
             server_hostname=hostname,
             first=first,

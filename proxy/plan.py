@@ -17,7 +17,7 @@ from proxy.routes import rewritten_file, router_of
 from proxy.routing.router import Router
 from proxy.session.session import Passage
 from proxy.upstream import services
-from proxy.upstream.fleet import Accounts, Fleet, PhaseTook
+from proxy.upstream.fleet import AccountSource, Fleet, PhaseTook
 from proxy.upstream.threads import Threads
 from proxy.wire.startup import StartupMessage
 
@@ -31,7 +31,7 @@ class Plan:
     def __init__(
         self,
         settings: Settings,
-        accounts: Accounts,
+        accounts: AccountSource,
         phase_took: PhaseTook,
         before: "Plan | None" = None,
         router: Router | None = None,

@@ -8,7 +8,7 @@ A cancel is forwarded at once or not at all: one that is late would hit another 
 
 import hmac
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
@@ -31,6 +31,9 @@ _KEY_BYTES_V3_2: Final = 32
 # Cancels under way at once. Each is a TLS connection upstream that lives some milliseconds; more
 # than this is an attack or a broken client, and is closed without a word (W42).
 FORWARDS_MAX: Final = 100
+
+Elsewhere = Callable[[CancelRequest], Awaitable[bool]]
+"""Asks the other processes of this proxy to do it; tells whether one of them knew the key."""
 
 _log = get_logger(__name__)
 
@@ -124,10 +127,17 @@ class CancelKeys:
 class CancelForwarder:
     """Forwards cancel requests, a bounded number at once."""
 
-    def __init__(self, keys: CancelKeys, connector: Connector, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        keys: CancelKeys,
+        connector: Connector,
+        metrics: Metrics,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
         self._keys = keys
         self._connector = connector
         self._metrics = metrics
+        self._elsewhere = elsewhere
         self._under_way = 0
 
     async def request(self, request: CancelRequest) -> None:
@@ -135,12 +145,28 @@ class CancelForwarder:
 
         The client is to be closed only then: libpq takes EOF as "delivered" (W39).
         """
-        issued = self._keys.find(request)
-        if issued is None:
+        if not await self.request_here(request) and not await self._request_elsewhere(request):
             self._metrics.cancel_requested(CancelResult.UNKNOWN_KEY)
             _log.debug("cancel request with an unknown key")
-        else:
+
+    async def request_here(self, request: CancelRequest) -> bool:
+        """Do it if its key is of this process, and tell whether it is; then as `request`."""
+        issued = self._keys.find(request)
+        if issued is not None:
             await self.cancel(issued)
+        return issued is not None
+
+    async def _request_elsewhere(self, request: CancelRequest) -> bool:
+        if self._elsewhere is None:
+            return False
+        if self._under_way >= FORWARDS_MAX:
+            self._metrics.cancel_requested(CancelResult.TOO_MANY)
+            return True
+        self._under_way += 1
+        try:
+            return await self._elsewhere(request)
+        finally:
+            self._under_way -= 1
 
     async def cancel(self, issued: IssuedKey) -> None:
         """Cancel what the session is running. A failure is logged and counted, never raised."""

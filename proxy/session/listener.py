@@ -7,11 +7,12 @@ without a word over it: they must neither fill the places nor be refused by them
 
 import asyncio
 import itertools
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, Protocol
 
 from proxy.config import ListenSettings
 from proxy.errors import ErrorKind, ProxyError
@@ -40,6 +41,16 @@ _log = get_logger(__name__)
 def socket_name(port: int) -> str:
     """Return the name that drivers look for in a directory, for a server on this port."""
     return f".s.PGSQL.{port}"
+
+
+class PlaceSource(Protocol):
+    """Places for sessions; `taken` are those of this process."""
+
+    @property
+    def taken(self) -> int: ...
+
+    def take(self) -> AbstractContextManager[None]:
+        """Hold a place while the block runs. Raises ProxyError when none is free."""
 
 
 class Places:
@@ -91,7 +102,7 @@ class Listener:
     def __init__(
         self,
         settings: ListenSettings,
-        places: Places,
+        places: PlaceSource,
         metrics: Metrics,
         serve: Callable[[Link], Coroutine[None, None, None]],
         live: LiveSessions | None = None,
@@ -133,10 +144,32 @@ class Listener:
                 await self._open_unix(Path(directory) / socket_name(port))
             yield host or directory, port
         finally:
-            await self.drain(0)
-            while self._sessions:  # ends: no session begins any more, and all are cancelled
-                await asyncio.wait(self._sessions)
-            self._leftovers.close()
+            await self._end()
+
+    @asynccontextmanager
+    async def adopting(self) -> AsyncIterator[None]:
+        """Serve what `adopt` is given while the block runs; then end what is left."""
+        try:
+            yield
+        finally:
+            await self._end()
+
+    def adopt(self, sock: socket.socket, number: int, ended: Callable[[], None]) -> None:
+        """Serve a connection that another process has accepted, and call `ended` behind it.
+
+        `number` is what its lines in the log are known by.
+        """
+        if self._is_flooded():
+            sock.close()
+            ended()
+        else:
+            self._begin(self._run_adopted(sock, number)).add_done_callback(lambda _: ended())
+
+    async def _end(self) -> None:
+        await self.drain(0)
+        while self._sessions:  # ends: no session begins any more, and all are cancelled
+            await asyncio.wait(self._sessions)
+        self._leftovers.close()
 
     async def _open_tcp(self) -> tuple[str, int]:
         settings = self._settings
@@ -158,16 +191,27 @@ class Listener:
 
     def _connected(self, link: Link) -> None:
         """Begin to serve a connection; one that comes out of the backlog after the close is cut."""
-        unserved = len(self._sessions) - self._places.taken
-        if unserved >= self._unserved_max or not self._servers:
+        if not self._servers:
             self._metrics.startup_failed(UNSERVED)
-            if self._servers:
-                self._warn_of_flood(unserved)
-            link.transport.abort()
+        elif not self._is_flooded():
+            self._begin(self._run(link, next(self._ids)))
             return
-        task = asyncio.get_running_loop().create_task(self._run(link), name="session")
+        link.transport.abort()
+
+    def _is_flooded(self) -> bool:
+        """Tell whether one more would be too many that are starting; then it is counted."""
+        unserved = len(self._sessions) - self._places.taken
+        if unserved < self._unserved_max:
+            return False
+        self._metrics.startup_failed(UNSERVED)
+        self._warn_of_flood(unserved)
+        return True
+
+    def _begin(self, life: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(life, name="session")
         self._sessions.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _session_ended(self, task: asyncio.Task[None]) -> None:
         self._sessions.discard(task)
@@ -240,9 +284,18 @@ class Listener:
         oldest_seconds = round(now - left[0].began, 1) if left else 0
         return {"sessions": len(left), "oldest_seconds": oldest_seconds}
 
-    async def _run(self, link: Link) -> None:
+    async def _run_adopted(self, sock: socket.socket, number: int) -> None:
+        link = Link()
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: link, sock)
+        except OSError:  # its client has gone
+            sock.close()
+        else:
+            await self._run(link, number)
+
+    async def _run(self, link: Link, number: int) -> None:
         """The whole life of a connection's task: nothing that goes wrong in it leaves it."""
-        with connection_log(next(self._ids)), self._metrics.connection():
+        with connection_log(number), self._metrics.connection():
             try:
                 await self._serve(link)
             except Exception:

@@ -83,6 +83,23 @@ def has_hung_up(transport: asyncio.BaseTransport) -> bool:
     return any(event & _HUNG_UP for _, event in poll.poll(0))
 
 
+def listen_tcp(host: str, port: int, backlog: int) -> list[socket.socket]:
+    """Return a listening socket for each address that a host has. Raises OSError."""
+    listening: list[socket.socket] = []
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        for family, _kind, _protocol, _name, address in dict.fromkeys(found):
+            # It lets a restarted process have the port again, and keeps IPv6 apart from IPv4.
+            sock = socket.create_server(address, family=family, backlog=backlog)
+            sock.setblocking(False)
+            listening.append(sock)
+    except BaseException:
+        for sock in listening:
+            sock.close()
+        raise
+    return listening
+
+
 def listen_unix(path: Path, mode: int, backlog: int) -> socket.socket:
     """Return a socket that listens at `path` with these permissions from its first moment.
 

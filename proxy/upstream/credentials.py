@@ -36,6 +36,16 @@ LAST_WORD_SECONDS: Final = 0.2
 REJECTION_SECONDS_MIN: Final = 30.0
 
 
+def may_be_shown(credential: Credential, now: float, freshness: Freshness) -> bool:
+    """Whether a credential that was got for one dial may still be shown in it.
+
+    One that was minted for its connection alone is that connection's own until it expires.
+    """
+    if freshness.max_age_seconds == 0:
+        return is_valid(credential, now, freshness)
+    return judge(credential, now, freshness) is not Need.MINT
+
+
 class Credentials:
     """The tokens of one identity in one workspace; any endpoint there takes them."""
 
@@ -88,13 +98,8 @@ class Credentials:
         return await self._minted()
 
     def is_fresh(self, credential: Credential) -> bool:
-        """Whether a credential that was got some time ago may still be shown.
-
-        One that was minted for its connection alone is that connection's own until it expires.
-        """
-        if self._freshness.max_age_seconds == 0:
-            return is_valid(credential, self._clock(), self._freshness)
-        return judge(credential, self._clock(), self._freshness) is not Need.MINT
+        """Whether a credential that was got some time ago may still be shown."""
+        return may_be_shown(credential, self._clock(), self._freshness)
 
     def reject(self, credential: Credential) -> bool:
         """Tell that an upstream refused a credential: whether the next one will be another.
@@ -200,3 +205,11 @@ class CredentialSource(Protocol):
 
     def reject(self, credential: Credential) -> bool:
         """Tell that an upstream refused a credential: whether the next one will be another."""
+
+
+class TokenSource(CredentialSource, Protocol):
+    """The tokens of an account, whoever mints them."""
+
+    @property
+    def newest(self) -> Credential | None:
+        """The newest token that is known here, valid or not."""

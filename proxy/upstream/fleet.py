@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 from weakref import WeakSet, WeakValueDictionary
 
 from proxy.config import (
@@ -29,11 +30,11 @@ from proxy.config import (
 from proxy.observe.metrics import ConnectPhase, Metrics
 from proxy.transport.tls import client_context
 from proxy.upstream.connector import Connector
-from proxy.upstream.credentials import Credentials, CredentialSource, PasswordFile
+from proxy.upstream.credentials import Credentials, CredentialSource, PasswordFile, TokenSource
 from proxy.upstream.dialer import Dialer
 from proxy.upstream.minting import MintForAny
 from proxy.upstream.resources import Endpoint, Instance, Resource, resource_of
-from proxy.upstream.targets import Targets
+from proxy.upstream.targets import Targets, WorkspaceSource
 from proxy.upstream.workspace import Workspace
 
 PhaseTook = Callable[[str, ConnectPhase, float], None]
@@ -50,7 +51,7 @@ class Way:
     settings: UpstreamSettings
     profile: "Profile"
     resource: Resource | None
-    workspace: Workspace
+    workspace: WorkspaceSource
     account: "Account | None"
     credentials: CredentialSource
     targets: Targets
@@ -63,8 +64,9 @@ class Account:
 
     name: str
     """What it is called where its tokens' times are shown."""
-    credentials: Credentials
-    minting: MintForAny
+    credentials: TokenSource
+    minting: MintForAny | None
+    """None where another process mints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,28 @@ class Profile:
         return f"{section}/{instance}" if instance else section
 
 
+def profile_of(settings: Settings, target: UpstreamSettings) -> Profile:
+    """Return the profile that a target with these effective values belongs to."""
+    return Profile(target.workspace, settings.workspace_of(target), settings.credentials)
+
+
 _AccountKey = tuple[Profile, str]
+
+
+class AccountSource(Protocol):
+    """Where the ways of a fleet get their tokens and look up their hosts."""
+
+    def workspace(self, profile: Profile) -> WorkspaceSource:
+        """Return the workspace of a profile."""
+
+    def account(self, profile: Profile, resources: list[Resource]) -> Account:
+        """Return the account whose tokens are minted for one of these, whichever will do."""
+
+    def close_at_end(self, targets: Targets) -> None:
+        """Have `close` end these look-ups, too, if somebody still needs them then."""
+
+    async def close(self) -> None:
+        """End what is being asked of the workspaces."""
 
 
 class Accounts:
@@ -145,7 +168,7 @@ class Fleet(Mapping[str, Way]):
     def __init__(
         self,
         settings: Settings,
-        accounts: Accounts,
+        accounts: AccountSource,
         phase_took: PhaseTook,
         before: "Mapping[str, Way] | None" = None,
     ) -> None:
@@ -166,7 +189,7 @@ class Fleet(Mapping[str, Way]):
         self._ways = {name: self._way(name, target, endpoints) for name, target in targets.items()}
         self._before = {}  # its other ways go when nobody dials on them any more
         for way in self._ways.values():  # not before all of them could be made
-            if way.account is not None:
+            if way.account is not None and way.account.minting is not None:
                 way.account.minting.offer(_alike(way, endpoints))
 
     def __getitem__(self, target: str) -> Way:
@@ -184,17 +207,13 @@ class Fleet(Mapping[str, Way]):
         accounts = dict.fromkeys(way.account for way in self._ways.values())
         return [account for account in accounts if account is not None]
 
-    def _profile(self, target: UpstreamSettings) -> Profile:
-        settings = self._settings
-        return Profile(target.workspace, settings.workspace_of(target), settings.credentials)
-
     def _endpoints(self, targets: Iterable[UpstreamSettings]) -> dict[Profile, list[Resource]]:
         """Return the endpoints of each profile: a token for one of them is good for all."""
         endpoints: dict[Profile, list[Resource]] = defaultdict(list)
         for target in targets:
             resource = resource_of(target)
             if isinstance(resource, Endpoint):
-                found = endpoints[self._profile(target)]
+                found = endpoints[profile_of(self._settings, target)]
                 if resource not in found:
                     found.append(resource)
         return endpoints
@@ -202,7 +221,7 @@ class Fleet(Mapping[str, Way]):
     def _way(
         self, name: str, target: UpstreamSettings, endpoints: Mapping[Profile, list[Resource]]
     ) -> Way:
-        profile, resource = self._profile(target), resource_of(target)
+        profile, resource = profile_of(self._settings, target), resource_of(target)
         account: Account | None = None
         if not self._settings.credentials.password_file:
             assert resource is not None, "settings without a password name a resource"

@@ -40,6 +40,10 @@ class Resource(Protocol):
     def name(self) -> str:
         """The resource's name, as the settings give it."""
 
+    @property
+    def read_only(self) -> bool:
+        """Whether its read-only host is meant."""
+
     def mint(self, client: WorkspaceClient) -> Minted:
         """Ask for a credential."""
 

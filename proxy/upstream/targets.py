@@ -5,14 +5,14 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from proxy.config import UpstreamSettings
 from proxy.config.values import check_host
 from proxy.errors import ErrorKind, ProxyError
 from proxy.upstream.resources import Resource, ResourceStatus
 from proxy.upstream.shared import Quiet, Shared
-from proxy.upstream.workspace import Workspace
+from proxy.upstream.workspace import Identity
 from proxy.wire.startup import StartupMessage
 
 ANY_USER = "*"
@@ -41,6 +41,19 @@ class Login:
     database: bytes
 
 
+class WorkspaceSource(Protocol):
+    """What is asked of a workspace, be it here or through another process."""
+
+    async def status(self, resource: Resource) -> ResourceStatus:
+        """Return state and host of a resource. Raises ProxyError."""
+
+    async def identity(self) -> Identity:
+        """Return who we are there. Raises ProxyError."""
+
+    async def clock_ahead_seconds(self) -> float | None:
+        """Return how far this machine's clock is ahead of the workspace's, None if unknown."""
+
+
 class Targets:
     """Works out targets. What the workspace answered is kept; `forget_host` has it asked again."""
 
@@ -48,7 +61,7 @@ class Targets:
         self,
         settings: UpstreamSettings,
         resource: Resource | None,
-        workspace: Workspace,
+        workspace: WorkspaceSource,
         *,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,

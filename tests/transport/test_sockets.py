@@ -82,3 +82,14 @@ async def test_a_peers_end_is_seen_before_its_bytes_are_read() -> None:
         peer.shutdown(socket.SHUT_WR)  # on loopback it has arrived when this returns
         assert sockets.has_hung_up(transport)
         transport.abort()
+
+
+def test_listening_again_on_a_port_that_is_taken_fails_and_leaves_nothing_open() -> None:
+    (sock,) = sockets.listen_tcp("127.0.0.1", 0, 8)
+    with sock:
+        assert sock.getsockname()[1] > 0
+        assert not sock.getblocking()
+        with pytest.raises(OSError, match="in use"):
+            sockets.listen_tcp("127.0.0.1", sock.getsockname()[1], 8)
+    with pytest.raises(OSError, match=r"."):  # not an address of this machine (RFC 5737)
+        sockets.listen_tcp("192.0.2.1", 0, 8)

@@ -64,7 +64,8 @@ class AdminState:
 
     `started`: the listener has been opened (and stays true while draining). `ready`: it serves and
     is not draining. `metrics`: the exposition. `failed` and `restarted` count what goes wrong with
-    the admin address itself. `quit` begins a drain; None: nobody may ask for one.
+    the admin address itself. `quit` begins a drain; None: nobody may ask for one. `refresh` is
+    waited for before metrics and status: it brings into memory what other processes count.
     """
 
     started: Callable[[], bool]
@@ -74,6 +75,7 @@ class AdminState:
     failed: Callable[[], None]
     restarted: Callable[[], None]
     quit: Callable[[], None] | None = None
+    refresh: Callable[[], Awaitable[None]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +111,16 @@ def admin_app(state: AdminState) -> Starlette:
         # The loop has come round to this line: that is all there is to being alive.
         return _verdict(True)
 
+    async def refreshed() -> None:
+        if state.refresh is not None:
+            await state.refresh()
+
     async def metrics(_request: Request) -> Response:
+        await refreshed()
         return Response(state.metrics(), headers={"Content-Type": EXPOSITION_CONTENT_TYPE})
 
     async def status(_request: Request) -> Response:
+        await refreshed()
         return JSONResponse(state.status().as_dict())
 
     async def page(_request: Request) -> Response:

@@ -158,6 +158,11 @@ def get_logger(name: str) -> Logger:
     return structlog.stdlib.get_logger(name)
 
 
+def worker_log(number: int) -> AbstractContextManager[Any]:
+    """Put `worker=<number>` into every line logged inside the block, and in tasks begun there."""
+    return structlog.contextvars.bound_contextvars(worker=number)
+
+
 def connection_log(connection_id: int | str) -> AbstractContextManager[None]:
     """Put `connection=<id>` into every line logged inside the block, and in tasks begun there.
 

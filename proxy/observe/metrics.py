@@ -12,11 +12,11 @@ because a metric must neither grow without bound nor end a session.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from enum import StrEnum, unique
 from types import TracebackType
-from typing import Final
+from typing import Final, NamedTuple
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -119,6 +119,43 @@ _FAILED_ENDS: Final = frozenset({"upstream_lost", "internal_error"})
 def outcome_of(reason: str) -> Outcome:
     """Return the outcome that a reason of a session's end stands for."""
     return _OUTCOMES.get(reason, Outcome.CUT)
+
+
+class Sample(NamedTuple):
+    """One number of an exposition; `labels` are pairs in the order in which they are shown."""
+
+    family: str
+    kind: str
+    name: str
+    labels: tuple[tuple[str, str], ...]
+    value: float
+
+
+# What is not the more for more processes: the one that is asked speaks for all.
+_OF_THE_WHOLE: Final = frozenset(
+    f"{_PREFIX}_{name}" for name in ("build_info", "process_start_time_seconds", "process_max_fds")
+)
+
+
+class _Sum(Collector):
+    """A registry's families with other processes' samples added."""
+
+    def __init__(self, registry: CollectorRegistry, others: Iterable[Sample]) -> None:
+        self._registry = registry
+        self._others: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+        for family, _kind, name, labels, value in others:
+            of_family = self._others.setdefault(family, {})
+            of_family[name, labels] = of_family.get((name, labels), 0.0) + value
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._registry.collect():
+            others = self._others.get(family.name, {})
+            own = {(one.name, tuple(one.labels.items())): one.value for one in family.samples}
+            total = Metric(family.name, family.documentation, family.type)
+            for (name, labels), value in {**others, **own}.items():
+                number = value + (others.get((name, labels), 0.0) if (name, labels) in own else 0.0)
+                total.add_sample(name, dict(labels), number)
+            yield total
 
 
 class _Words:
@@ -312,6 +349,7 @@ class Metrics:
         self._admin_restarts = self._counter(
             "admin_restarts", "Times that the admin address died and was opened anew."
         )
+        self._worker_deaths = self._counter("worker_deaths", "Workers that died and were replaced.")
         self._version = version
         self._build = Gauge(
             f"{_PREFIX}_build_info",
@@ -406,6 +444,10 @@ class Metrics:
         """Record how late the event loop was."""
         self._lag_seconds.observe(seconds)
 
+    def worker_died(self) -> None:
+        """Count a worker that ended though nobody told it to."""
+        self._worker_deaths.inc()
+
     def admin_failed(self) -> None:
         """Count a request to the admin address that a bug of ours left without an answer."""
         self._admin_errors.inc()
@@ -418,9 +460,25 @@ class Metrics:
         """Count a death of the admin address."""
         self._admin_restarts.inc()
 
-    def exposition(self) -> bytes:
-        """Return all metrics in the text format, of type `EXPOSITION_CONTENT_TYPE`."""
-        return generate_latest(self._registry)
+    def exposition(self, others: Sequence[Sample] = ()) -> bytes:
+        """Return all metrics in the text format, of type `EXPOSITION_CONTENT_TYPE`.
+
+        `others` are samples of the proxy's other processes, which are added.
+        """
+        if not others:
+            return generate_latest(self._registry)
+        whole = CollectorRegistry()
+        whole.register(_Sum(self._registry, others))
+        return generate_latest(whole)
+
+    def samples(self) -> list[Sample]:
+        """Return what another process's exposition is to add of this one's."""
+        return [
+            Sample(family.name, family.type, one.name, tuple(one.labels.items()), one.value)
+            for family in self._registry.collect()
+            if family.name not in _OF_THE_WHOLE
+            for one in family.samples
+        ]
 
     def value(self, name: str, **labels: str) -> float:
         """Return the sum of the samples that have these labels, 0 if there are none:

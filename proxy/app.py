@@ -7,8 +7,8 @@ program for `run`, for `demo` and for tests alike.
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Protocol
 
 from proxy import __version__
 from proxy.config import Changes, ConfigurationError, ListenSettings, Problem, Settings, compare
@@ -18,18 +18,26 @@ from proxy.observe.admin import AdminAddress, AdminState, serve_admin
 from proxy.observe.lag import sampling_lag
 from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.metrics import ConnectPhase, Metrics
-from proxy.observe.status import State, StatusSource, Token, report
+from proxy.observe.status import State, Status, StatusSource, Token, report
+from proxy.observe.totals import Reading, total
 from proxy.plan import Plan
 from proxy.routing.router import Router
-from proxy.session.cancel import CancelForwarder, CancelKeys
-from proxy.session.listener import UNSERVED, UNSERVED_MAX, Listener, Places, socket_name
+from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
+from proxy.session.listener import (
+    UNSERVED,
+    UNSERVED_MAX,
+    Listener,
+    Places,
+    PlaceSource,
+    socket_name,
+)
 from proxy.session.live import LiveSessions
 from proxy.session.relay import EndReason
 from proxy.session.session import Passage, Session, SessionParts, StartupFailure
 from proxy.transport.lanes import watched_lanes
 from proxy.transport.tls import server_context
 from proxy.upstream.connector import Connector
-from proxy.upstream.fleet import Accounts, PhaseTook
+from proxy.upstream.fleet import Accounts, AccountSource, PhaseTook
 from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import ClientReason
 
@@ -39,18 +47,61 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 
+class Entrance(Protocol):
+    """Where clients come in."""
+
+    def accepting(self) -> AbstractAsyncContextManager[tuple[str, int]]:
+        """Accept while the block runs, and give the address; then end what is left."""
+
+    async def drain(self, seconds: float, *, accept_seconds: float = 0) -> int:
+        """Go on accepting for a while, then end all sessions; return how many were cut."""
+
+
+class Others(Protocol):
+    """The other processes of a proxy, where there are any."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is one that serves."""
+
+    @property
+    def places_taken(self) -> int:
+        """How many places their sessions take."""
+
+    def reading(self) -> Reading:
+        """Return what they had counted when they were asked last."""
+
+    async def refresh(self) -> None:
+        """Ask them what they have counted."""
+
+    async def take_over(self) -> bool:
+        """Have them serve new sessions by the App's settings; tell whether all do."""
+
+
 class App:
     """A running proxy: its parts, and the addresses where 0 was asked for a port.
 
     Without TCP `listen_host` is the directory of the unix socket, as drivers take it for a host.
+
+    A proxy of several processes has an App in each: the first accepts and has the `others`; in
+    those `accounts`, `places` and `cancel_elsewhere` lead to it.
     """
 
     listen_host: str
     listen_port: int
     admin: AdminAddress | None = None
+    others: Others | None = None
+    lanes: "Lanes | None" = None
+    """The compiled relay's, while the loop carries them."""
 
     def __init__(
-        self, settings: Settings, lanes: "Lanes | None" = None, *, unserved_max: int = UNSERVED_MAX
+        self,
+        settings: Settings,
+        *,
+        unserved_max: int = UNSERVED_MAX,
+        accounts: AccountSource | None = None,
+        places: PlaceSource | None = None,
+        cancel_elsewhere: Elsewhere | None = None,
     ) -> None:
         """`unserved_max` connections may be starting at a time.
 
@@ -58,12 +109,16 @@ class App:
         self.life = Life()
         self.metrics = build_metrics(settings.target_names())
         self.cancel_keys = CancelKeys()
-        self.accounts = Accounts(self.metrics, version=__version__)
+        self.accounts = accounts or Accounts(self.metrics, version=__version__)
         self.plan = Plan(settings, self.accounts, self._phase_took)
         self._count_by(self.plan)
         self._tls = _listener_tls(settings.listen)
-        self.places = Places(settings.listen.max_connections)
-        self.listener = self._make_listener(settings, lanes, unserved_max)
+        self.places = places or Places(settings.listen.max_connections)
+        # A cancel is no connect: its phases are nobody's.
+        connector = Connector(lambda phase, seconds: None)
+        self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
+        self.listener = self._make_listener(settings, unserved_max)
+        self.entrance: Entrance = self.listener
 
     @property
     def settings(self) -> Settings:
@@ -109,25 +164,21 @@ class App:
         then on. Called again meanwhile it hastens: `drain(0)` ends what is left at once.
         """
         self.life.drain(accept_seconds + drain_seconds)
-        return await self.listener.drain(drain_seconds, accept_seconds=accept_seconds)
+        return await self.entrance.drain(drain_seconds, accept_seconds=accept_seconds)
 
-    def _make_listener(
-        self, settings: Settings, lanes: "Lanes | None", unserved_max: int
-    ) -> Listener:
+    def _make_listener(self, settings: Settings, unserved_max: int) -> Listener:
         live = LiveSessions()
-        # A cancel is no connect: its phases are nobody's.
-        connector = Connector(lambda phase, seconds: None)
         parts = SessionParts(
             route=self._passage,
             cancel_keys=self.cancel_keys,
-            cancels=CancelForwarder(self.cancel_keys, connector, self.metrics),
+            cancels=self.cancels,
             metrics=self.metrics,
             startup_timeout_seconds=settings.listen.startup_timeout_seconds,
             tls=lambda: self._tls,
             place=self.places.take,
             live=live,
             idle_timeout_seconds=settings.listen.idle_timeout_seconds,
-            lanes=lanes,
+            lanes=lambda: self.lanes,
         )
         return Listener(
             settings.listen,
@@ -136,6 +187,13 @@ class App:
             lambda link: Session(link, parts).run(),
             live,
             unserved_max=unserved_max,
+        )
+
+    def reading(self) -> Reading:
+        """Return what this process has counted."""
+        metrics = self.metrics
+        return Reading(
+            metrics.samples(), metrics.live.readings(), metrics.failures.latest(), self.plan.hosts()
         )
 
     def _passage(self, message: StartupMessage) -> Passage:
@@ -170,16 +228,23 @@ async def serving(settings: Settings, *, unserved_max: int = UNSERVED_MAX) -> As
     Raises OSError when an address cannot be listened on, and ConfigurationError for a file that
     a setting names and that cannot be used.
     """
+    async with running(App(settings, unserved_max=unserved_max)) as app:
+        yield app
+
+
+@asynccontextmanager
+async def running(app: App) -> AsyncIterator[App]:
+    """Serve with the parts of `app` while the block runs. Raises OSError as `serving` does."""
+    settings = app.settings
     async with AsyncExitStack() as stack:
-        lanes = stack.enter_context(watched_lanes())
-        app = App(settings, lanes, unserved_max=unserved_max)
+        app.lanes = stack.enter_context(watched_lanes())
         stack.push_async_callback(app.accounts.close)
         stack.enter_context(sampling_lag(app.metrics.loop_lagged))
         if settings.admin.enabled:
             app.admin = await stack.enter_async_context(
                 serve_admin(_admin_state(app), host=settings.admin.host, port=settings.admin.port)
             )
-        host, port = await stack.enter_async_context(app.listener.accepting())
+        host, port = await stack.enter_async_context(app.entrance.accepting())
         app.listen_host, app.listen_port = host, port
         app.life.serve()
         admin_port = None if app.admin is None else app.admin.port
@@ -209,19 +274,28 @@ async def planned(settings: Settings, phase_took: PhaseTook) -> AsyncIterator[Pl
 
 
 def _admin_state(app: App) -> AdminState:
-    source, metrics, life = _status_source(app), app.metrics, app.life
+    source, metrics, life, others = _status_source(app), app.metrics, app.life, app.others
     metrics.watch(source)
+
+    def status() -> Status:
+        own = (metrics.live.readings(), metrics.failures.latest())
+        both = total([Reading((), *own), _others_reading(app)]) if others else Reading((), *own)
+        return report(source, both.targets, both.failures, time.time())
+
     return AdminState(
         started=lambda: life.started,
-        ready=lambda: life.state is State.SERVING,
-        metrics=metrics.exposition,
-        status=lambda: report(
-            source, metrics.live.readings(), metrics.failures.latest(), time.time()
-        ),
+        ready=lambda: life.state is State.SERVING and (others is None or others.ready),
+        metrics=lambda: metrics.exposition(_others_reading(app).samples),
+        status=status,
         failed=metrics.admin_failed,
         restarted=metrics.admin_restarted,
         quit=life.quit_asked.set if app.settings.admin.quit else None,
+        refresh=None if others is None else others.refresh,
     )
+
+
+def _others_reading(app: App) -> Reading:
+    return Reading() if app.others is None else app.others.reading()
 
 
 def _status_source(app: App) -> StatusSource:
@@ -234,7 +308,8 @@ def _status_source(app: App) -> StatusSource:
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def hosts() -> Mapping[str, str]:
-        return app.plan.hosts()
+        known = _others_reading(app).hosts
+        return {name: host or known.get(name, "") for name, host in app.plan.hosts().items()}
 
     def tokens() -> Sequence[Token]:
         return app.plan.tokens()
@@ -249,7 +324,7 @@ def _status_source(app: App) -> StatusSource:
         uptime_seconds=lambda: app.life.uptime_seconds,
         listen=listen,
         sessions_max=lambda: app.settings.listen.max_connections,
-        places_taken=lambda: app.places.taken,
+        places_taken=lambda: app.places.taken if app.others is None else app.others.places_taken,
         hosts=hosts,
         tokens=tokens,
         drain_seconds_left=lambda: app.life.drain_seconds_left,

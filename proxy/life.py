@@ -17,6 +17,8 @@ class Life:
     def __init__(self) -> None:
         self.quit_asked = asyncio.Event()
         """Set when the admin address was asked to end the proxy."""
+        self.failed = False
+        """Whether it ends because it cannot go on."""
         self._begun_at = time.monotonic()
         self._cut_at = 0.0
         self._state = State.STARTING
@@ -49,6 +51,11 @@ class Life:
         self._started = True
         if self._state is State.STARTING:
             self._state = State.SERVING
+
+    def fail(self) -> None:
+        """Ask the proxy to end because it cannot go on."""
+        self.failed = True
+        self.quit_asked.set()
 
     def drain(self, seconds: float) -> None:
         """Begin to drain, or hasten it: what still runs is cut after so long."""

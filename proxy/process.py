@@ -10,19 +10,20 @@ Invariant: once it is told to stop, nothing is reloaded any more.
 import asyncio
 import errno
 import gc
+import math
 import resource
 import signal
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
 from typing import Final
 
 from proxy.app import App, serving
 from proxy.config import ConfigurationError, Settings
-from proxy.exit_codes import EXIT_CUT, EXIT_OK
+from proxy.exit_codes import EXIT_CUT, EXIT_FAILURE, EXIT_OK
 from proxy.observe.logs import get_logger
 from proxy.observe.service_manager import READY, STOPPING, notify, reloading
-from proxy.routes import router_of
+from proxy.routes import RELOAD_SECONDS_MAX, Reread, reread_with_router
 from proxy.routing.router import Router
 from proxy.session.listener import UNSERVED_MAX
 from proxy.upstream.threads import Threads
@@ -33,15 +34,12 @@ FILES_A_SESSION: Final = 2
 FILES_RESERVED: Final = 128
 UNSERVED_MIN: Final = 32
 
-# A file with a million mappings takes seconds. A disk that does not answer takes for ever.
-RELOAD_SECONDS_MAX: Final = 60.0
-
 QUIT: Final = "quitquitquit"
 _KEPT: Final = "not reloaded; the configuration stays as it was"
 _WEAK_POINT: Final = "the configuration has a weak point"
 
-Reread = Callable[[], Settings]
-"""Reads the configuration again, from where it came from. Raises ConfigurationError."""
+Serving = Callable[[Settings], AbstractAsyncContextManager[App]]
+"""Serves by these settings while its block runs, with one process or several."""
 
 _log = get_logger(__name__)
 
@@ -82,12 +80,11 @@ class Signals:
             self._hangups.put_nowait(None)
 
 
-async def serve(settings: Settings, reread: Reread) -> int:
-    """Serve Lakebase until told to stop; return the exit code. Raises what `serving` does."""
+async def serve(settings: Settings, reread: Reread, opened: Serving = serving) -> int:
+    """Serve Lakebase until told to stop; return the exit code. Raises what `opened` does."""
     signals = Signals(hangups=True)
-    check_file_limit(settings.listen.max_connections)
-    bound = unserved_max(settings.listen.max_connections)
-    async with serving(settings, unserved_max=bound) as app:
+    check_file_limit(settings.listen.max_connections, settings.listen.workers)
+    async with opened(settings) as app:
         for warning in settings.warnings():
             _log.warning(_WEAK_POINT, warning=warning)
         notify(READY)
@@ -131,7 +128,9 @@ async def _drained(app: App, signals: Signals, why: str) -> int:
         cut = await app.drain(shutdown.drain_seconds, accept_seconds=shutdown.accept_seconds)
         impatience.cancel()
     _log.info("stopped", sessions_cut=cut)
-    return EXIT_CUT if cut else EXIT_OK
+    if cut:
+        return EXIT_CUT
+    return EXIT_FAILURE if app.life.failed else EXIT_OK
 
 
 async def _told_to_stop(app: App, signals: Signals) -> str:
@@ -142,7 +141,9 @@ async def _told_to_stop(app: App, signals: Signals) -> str:
         await asyncio.wait((asked, signalled), return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
         signalled.cancel()
-    return signalled.result().name if not signalled.cancelled() else QUIT
+    if not signalled.cancelled():
+        return signalled.result().name
+    return "" if app.life.failed else QUIT
 
 
 async def _cut_at_second_signal(app: App, signals: Signals, why: str) -> None:
@@ -164,7 +165,7 @@ async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
         notify(reloading())
         try:
             read = partial(reread_with_router, reread)
-            _take_over(app, *await threads.run(read, RELOAD_SECONDS_MAX))
+            await _take_over(app, *await threads.run(read, RELOAD_SECONDS_MAX))
         except ConfigurationError as error:
             app.metrics.reload_failed()
             _log.error(_KEPT, problems=[str(problem) for problem in error.problems])
@@ -179,30 +180,18 @@ async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
         notify(READY)
 
 
-def _take_over(app: App, settings: Settings, router: Router) -> None:
+async def _take_over(app: App, settings: Settings, router: Router) -> None:
     """Serve new sessions by these settings. Raises ConfigurationError."""
     warned = app.settings.warnings()
     changes = app.reload(settings, router)
+    if app.others is not None and not await app.others.take_over():
+        app.metrics.reload_failed()  # which of them did not, and why, is in the log
     _log.info("reloaded", changed=changes.reloadable, **app.plan.map_facts)
     if changes.restart:
         _log.warning("restart to let these take effect", keys=changes.restart)
     for warning in app.settings.warnings():
         if warning not in warned:
             _log.warning(_WEAK_POINT, warning=warning)
-
-
-def reread_with_router(reread: Reread) -> tuple[Settings, Router]:
-    """Return the settings, and all that is made of them at length. Raises ConfigurationError.
-
-    The garbage collector rests meanwhile: it would walk a growing map again and again, and no
-    session goes on while it does.
-    """
-    gc.disable()
-    try:
-        settings = reread()
-        return settings, router_of(settings)
-    finally:
-        gc.enable()
 
 
 # -- the limit of open files ---------------------------------------------------------------------
@@ -216,29 +205,32 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def check_file_limit(max_connections: int) -> None:
-    """Warn where the limit of open files would refuse clients before `max_connections` does."""
+def check_file_limit(max_connections: int, workers: int = 1) -> None:
+    """Warn where the limit of open files would refuse clients before `max_connections` does.
+
+    The limit is a process's, and workers share the connections evenly.
+    """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = FILES_A_SESSION * max_connections + FILES_RESERVED
+    needed = FILES_A_SESSION * math.ceil(max_connections / workers) + FILES_RESERVED
     if limit != resource.RLIM_INFINITY and limit < needed:
         _log.warning(
             "the limit of open files is too low for listen.max_connections",
             limit=limit,
             needed=needed,
             max_connections=max_connections,
-            connections_possible=max(0, (limit - FILES_RESERVED) // FILES_A_SESSION),
+            connections_possible=max(0, (limit - FILES_RESERVED) // FILES_A_SESSION) * workers,
             hint="raise the hard limit (ulimit -Hn, LimitNOFILE= of systemd, --ulimit nofile= of"
             " a container), or lower listen.max_connections",
         )
 
 
-def unserved_max(max_connections: int) -> int:
-    """Return how many connections may be starting at a time, so that they leave the sessions, the
-    admin address and the calls to the workspace their files."""
+def unserved_max(max_connections: int, workers: int = 1) -> int:
+    """Return how many connections may be starting at a time in one process, so that they leave the
+    sessions, the admin address and the calls to the workspace their files."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return UNSERVED_MAX
-    left = limit - FILES_A_SESSION * max_connections - FILES_RESERVED
+    left = limit - FILES_A_SESSION * math.ceil(max_connections / workers) - FILES_RESERVED
     return max(UNSERVED_MIN, min(UNSERVED_MAX, left))
 
 

@@ -7,8 +7,9 @@ Invariant: what cannot be used is a Problem under its key, so that it shows with
 """
 
 import errno
+import gc
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -31,6 +32,12 @@ from proxy.routing.sources import DatabasePattern
 # Maps that are kept so that checking and using one builds it once: a million mappings take seconds.
 _BUILT_MAX: Final = 2
 
+# A file with a million mappings takes seconds. A disk that does not answer takes for ever.
+RELOAD_SECONDS_MAX: Final = 60.0
+
+Reread = Callable[[], Settings]
+"""Reads the configuration again, from where it came from. Raises ConfigurationError."""
+
 
 def router_of(settings: Settings) -> Router:
     """Return the router of these settings.
@@ -52,6 +59,20 @@ def router_of(settings: Settings) -> Router:
         require_key=routing.require_key,
         forward_key=routing.forward_key,
     )
+
+
+def reread_with_router(reread: Reread) -> tuple[Settings, Router]:
+    """Return the settings, and all that is made of them at length. Raises ConfigurationError.
+
+    The garbage collector rests meanwhile: it would walk a growing map again and again, and no
+    session goes on while it does. Who gives up waiting for it has to wake it.
+    """
+    gc.disable()
+    try:
+        settings = reread()
+        return settings, router_of(settings)
+    finally:
+        gc.enable()
 
 
 def map_problems(settings: Settings) -> Iterator[Problem]:

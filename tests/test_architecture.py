@@ -34,6 +34,8 @@ TASK_MAKERS = {
     "proxy/session/listener.py": "leaving the block of accepting waits for them all",
     "proxy/upstream/shared.py": "whoever made the Shared closes it, which waits for its call",
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
+    "proxy/workers/channel.py": "an answer ends with its channel, which its process ends with",
+    "proxy/workers/crew.py": "leaving the block of accepting waits for them all",
     "proxy/standin/connection.py": "a connection of the stand-in waits for its own tasks",
 }
 

@@ -11,8 +11,7 @@ from proxy import routes
 from proxy.app import build_metrics
 from proxy.config import ConfigurationError, Settings
 from proxy.plan import Plan
-from proxy.process import reread_with_router
-from proxy.routes import map_problems, rewritten_file, router_of
+from proxy.routes import map_problems, reread_with_router, rewritten_file, router_of
 from proxy.upstream.fleet import Accounts
 
 ENDPOINT = "projects/p/branches/b/endpoints/e"

@@ -78,6 +78,15 @@ class ListenSettings(Section):
         description="Client connections at a time; one more is refused with 53300. Each takes two "
         "file descriptors here and a connection slot of the database, which has 104 to 3357.",
     )
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that serve. One keeps a core busy at some tens of thousands of "
+        "transactions a second; more than 1 adds a process that accepts for all of them and asks "
+        "for their tokens. max_connections stays a bound of the whole; upstream.connects_max is "
+        "shared out.",
+    )
     startup_timeout_seconds: float = Field(
         default=15,
         ge=0.1,

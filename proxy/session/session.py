@@ -118,8 +118,8 @@ class SessionParts:
     live: LiveSessions = field(default_factory=LiveSessions)
     idle_timeout_seconds: float = 0
     """Ends a session that was idle for so long; 0: never."""
-    lanes: "Lanes | None" = None
-    """The compiled relay, where it was built."""
+    lanes: "Callable[[], Lanes | None]" = lambda: None
+    """Gives the compiled relay's, where that was built."""
 
 
 class Session:
@@ -306,7 +306,7 @@ class Session:
         abandon = None
         if key is not None and passage.way.settings.cancel_on_disconnect:
             abandon = partial(self._parts.cancels.cancel, key)
-        relay = Relay(client.transport, link.transport, abandon, self._parts.lanes)
+        relay = Relay(client.transport, link.transport, abandon, self._parts.lanes())
         # What either side sent early goes behind what the other is told first.
         shown = None if key is None else key.issued
         client.write(self._startup.accept(upstream.startup.welcome(shown)))

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from functools import partial
 
-from proxy.process import serve
+from proxy.app import serving
+from proxy.config import Settings
+from proxy.process import Serving, serve, unserved_max
 from proxy.verbs.running import PRINT_CONFIG, print_config, settings_of, until_done
 
 
@@ -12,4 +14,17 @@ def run(arguments: Sequence[str]) -> int:
     if PRINT_CONFIG in arguments:
         return print_config(arguments)
     reread = partial(settings_of, arguments)
-    return until_done(reread(), lambda settings: serve(settings, reread))
+    # The processes are prepared before there is an event loop, which is when this is called.
+    return until_done(reread(), lambda settings: serve(settings, reread, _with_processes(settings)))
+
+
+def _with_processes(settings: Settings) -> Serving:
+    """Return what serves, with one process or several. Raises OSError."""
+    workers = settings.listen.workers
+    starting_max = unserved_max(settings.listen.max_connections, workers)
+    if workers == 1:
+        return partial(serving, unserved_max=starting_max)
+    # Who has one process pays for nothing of this.
+    from proxy.workers.supervisor import hire, supervising  # noqa: PLC0415
+
+    return partial(supervising, hiring=hire(workers, unserved_max=starting_max))

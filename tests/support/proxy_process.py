@@ -131,6 +131,8 @@ async def started_process(
         if process.returncode is None:
             process.kill()
         await process.wait()
+        # Its workers, which hold the pipes, too, end a moment later.
+        await asyncio.wait(proxy._reading, timeout=WAIT_SECONDS_MAX)
         for reader in proxy._reading:
             reader.cancel()  # a child that outlived it may hold the pipes
         await asyncio.wait(proxy._reading)

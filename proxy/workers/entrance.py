@@ -1,0 +1,110 @@
+"""Accepting for all workers.
+
+For: the listening sockets, and giving away what they accept. Not for: choosing who gets it
+(`crew`), or a byte of any connection.
+
+Invariants: a connection is given away or held, never dropped while the proxy accepts; at most one
+is held, and the rest waits in the kernel's backlog.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from proxy.config import ListenSettings
+from proxy.observe.logs import get_logger
+from proxy.session.listener import ACCEPT_BACKLOG, UNSERVED_WARNING_SECONDS, socket_name
+from proxy.transport.sockets import listen_tcp, listen_unix
+
+# Connections accepted before the loop looks at anything else.
+ACCEPTS_A_TURN: Final = 32
+# How long nothing is accepted when no worker takes it, or no descriptor is left.
+REST_SECONDS: Final = 0.05
+
+_log = get_logger(__name__)
+
+GiveAway = Callable[[socket.socket], bool]
+"""Gives a connection to a worker; tells whether one has taken it."""
+
+
+class Entrance:
+    """Where clients connect."""
+
+    def __init__(self, settings: ListenSettings, give_away: GiveAway) -> None:
+        self._settings = settings
+        self._give_away = give_away
+        self._listening: list[socket.socket] = []
+        self._held: socket.socket | None = None
+        self._rest: asyncio.TimerHandle | None = None
+        self._unix_path: Path | None = None
+        self._said_at: float | None = None
+
+    def open(self) -> tuple[str, int]:
+        """Listen, and return the address; who connects waits for `begin`.
+
+        Without TCP it is the directory of the unix socket. Raises OSError.
+        """
+        host, port = self._settings.host, self._settings.port
+        if host:
+            self._listening = listen_tcp(host, port, ACCEPT_BACKLOG)
+            host, port, *_ = self._listening[0].getsockname()
+        if directory := self._settings.unix_socket_directory:
+            path = Path(directory) / socket_name(port)
+            mode = int(self._settings.unix_socket_mode, 8)
+            self._listening.append(listen_unix(path, mode, ACCEPT_BACKLOG))
+            self._unix_path = path
+        return host or directory, port
+
+    def begin(self) -> None:
+        """Accept from now on."""
+        loop = asyncio.get_running_loop()
+        for sock in self._listening:
+            loop.add_reader(sock, self._accept, sock)
+
+    def close(self) -> None:
+        """Accept no more. May be called again."""
+        self._pause()
+        if self._rest is not None:
+            self._rest.cancel()
+        for sock in self._listening:
+            sock.close()
+        self._listening.clear()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+        if self._unix_path is not None:
+            self._unix_path.unlink(missing_ok=True)
+            self._unix_path = None
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(ACCEPTS_A_TURN):
+            try:
+                self._held = self._held or listening.accept()[0]
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self._say(error)
+                self._take_a_rest()
+                return
+            if not self._give_away(self._held):
+                self._take_a_rest()
+                return
+            self._held.close()
+            self._held = None
+
+    def _say(self, error: OSError) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._said_at is None or now - self._said_at >= UNSERVED_WARNING_SECONDS:
+            self._said_at = now
+            _log.error("cannot accept", error=error.strerror)
+
+    def _take_a_rest(self) -> None:
+        self._pause()
+        self._rest = asyncio.get_running_loop().call_later(REST_SECONDS, self.begin)
+
+    def _pause(self) -> None:
+        loop = asyncio.get_running_loop()
+        for sock in self._listening:
+            loop.remove_reader(sock)

@@ -1,0 +1,77 @@
+"""A page of memory that all processes of a proxy see: who has how many places and connections.
+
+For: `listen.max_connections` as a bound of the whole, and knowing a worker's load, without a
+message for either. Not for: anything that one would want to be told of.
+
+Invariants: each number has one writer, its worker (the supervisor once that is dead). More places
+than there are can never be taken: a worker first writes its own, then reads all. Two that take the
+last one at the same moment may both be refused.
+"""
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from proxy.errors import ErrorKind, ProxyError
+
+# A number is 8 bytes, aligned: read and written in one piece on every machine that we know.
+_NUMBER_BYTES: Final = 8
+
+
+class Ledger:
+    """Two numbers for each slot of a worker. Made before the processes fork."""
+
+    def __init__(self, workers: int) -> None:
+        numbers = memoryview(mmap.mmap(-1, 2 * workers * _NUMBER_BYTES)).cast("Q")
+        self._places, self._ended = numbers[:workers], numbers[workers:]
+
+    @property
+    def places_taken(self) -> int:
+        """The places that all workers have taken."""
+        return sum(self._places)
+
+    def places_of(self, slot: int) -> int:
+        """Return the places that a worker has taken."""
+        return self._places[slot]
+
+    def take(self, slot: int, change: int) -> None:
+        """Change the places of one worker by so many."""
+        self._places[slot] += change
+
+    def ended(self, slot: int) -> int:
+        """Return how many connections have ended since the worker began."""
+        return self._ended[slot]
+
+    def end(self, slot: int) -> None:
+        """Note that a connection of a worker has ended."""
+        self._ended[slot] += 1
+
+    def clear(self, slot: int) -> None:
+        """Forget a worker that is dead."""
+        self._places[slot] = self._ended[slot] = 0
+
+
+class SharedPlaces:
+    """The places of all, as one worker takes them."""
+
+    def __init__(self, ledger: Ledger, slot: int, places_max: int) -> None:
+        self._ledger = ledger
+        self._slot = slot
+        self._places_max = places_max
+
+    @property
+    def taken(self) -> int:
+        """The places that this worker has taken."""
+        return self._ledger.places_of(self._slot)
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Hold a place while the block runs. Raises ProxyError when none is free."""
+        self._ledger.take(self._slot, 1)
+        try:
+            if self._ledger.places_taken > self._places_max:
+                raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
+            yield
+        finally:
+            self._ledger.take(self._slot, -1)

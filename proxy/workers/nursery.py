@@ -1,0 +1,176 @@
+"""The process that forks workers, and that sees to it that none outlives the supervisor.
+
+For: forking without the hazards of threads and loops, and who has ended how. Not for: what a worker
+does (`worker`), or when there is to be one (`crew`).
+
+Invariants: it has one thread, no loop, and no work but this. Its children are dead before it ends,
+and it ends when its socket does, whatever became of the supervisor. Signals are the supervisor's: a
+terminal, and systemd, send them to every process.
+"""
+
+import gc
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from enum import IntEnum
+from typing import Final, NoReturn
+
+from proxy.observe.logs import get_logger
+
+SOCKETS_OF_A_WORKER: Final = 2
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_ORDER: Final = struct.Struct("!BB")  # an _Order and a slot
+_NEWS: Final = struct.Struct("!Bi")  # a slot and a wait status
+
+_log = get_logger(__name__)
+
+Work = Callable[[int, Sequence[socket.socket]], int]
+"""What a worker does, in a slot and with its sockets; returns its exit code."""
+
+
+class _Order(IntEnum):
+    FORK = 1
+    KILL = 2
+
+
+class Nursery:
+    """The supervisor's end. Start it before there are threads or an event loop."""
+
+    def __init__(self, work: Work) -> None:
+        # Packets: one is one order, or one piece of news, and an end is seen.
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # What is there now is there to stay, in all processes. A collection that looked at it would
+        # write to every page, and give each process a copy of its own.
+        gc.collect()
+        gc.freeze()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                for number in _SIGNALS:
+                    signal.signal(number, signal.SIG_IGN)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if self.pid == 0:
+            self._socket.close()
+            _end_with(lambda: _Nurse(theirs, work).run())
+        theirs.close()
+        self._socket.setblocking(False)
+
+    def fileno(self) -> int:
+        """Return the descriptor that can be read when there is news."""
+        return self._socket.fileno()
+
+    def fork(self, slot: int, sockets: Sequence[socket.socket]) -> None:
+        """Have a worker begin in a slot where there is none. Raises OSError."""
+        order = _ORDER.pack(_Order.FORK, slot)
+        socket.send_fds(self._socket, [order], [each.fileno() for each in sockets])
+
+    def kill(self, slot: int) -> None:
+        """End the worker of a slot at once, if there is one."""
+        with suppress(OSError):
+            self._socket.send(_ORDER.pack(_Order.KILL, slot))
+
+    def news(self) -> Iterator[tuple[int, int]]:
+        """Yield slot and exit code of each worker that has ended; a signal's is below zero.
+
+        Raises EOFError when the nursery has ended.
+        """
+        while True:  # ends with what has come
+            try:
+                packet = self._socket.recv(_NEWS.size)
+            except BlockingIOError:
+                return
+            except OSError:
+                packet = b""
+            if not packet:
+                raise EOFError
+            slot, status = _NEWS.unpack(packet)
+            yield slot, os.waitstatus_to_exitcode(status)
+
+    def close(self) -> None:
+        """End the nursery, and what is left of its workers, at once."""
+        self._socket.close()
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+
+class _Nurse:
+    """The nursery itself."""
+
+    def __init__(self, orders: socket.socket, work: Work) -> None:
+        self._orders = orders
+        self._work = work
+        self._slots: dict[int, int] = {}  # by pid
+        self._awake, self._waker = socket.socketpair()
+        for end in (self._awake, self._waker):
+            end.setblocking(False)
+
+    def run(self) -> int:
+        """Fork and bury until the supervisor has gone."""
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        signal.set_wakeup_fd(self._waker.fileno())
+        while self._obey():
+            self._bury()
+        for pid in self._slots:
+            os.kill(pid, signal.SIGKILL)
+        for pid in self._slots:
+            os.waitpid(pid, 0)
+        return 0
+
+    def _obey(self) -> bool:
+        """Wait for an order or a death; False when there is nobody left to give orders."""
+        readable, _, _ = select.select([self._orders, self._awake], [], [])
+        if self._orders not in readable:
+            return True
+        packet, descriptors, _, _ = socket.recv_fds(self._orders, _ORDER.size, SOCKETS_OF_A_WORKER)
+        if not packet:
+            return False
+        order, slot = _ORDER.unpack(packet)
+        if order == _Order.FORK:
+            self._fork(slot, [socket.socket(fileno=descriptor) for descriptor in descriptors])
+        else:
+            for pid in [pid for pid, its_slot in self._slots.items() if its_slot == slot]:
+                os.kill(pid, signal.SIGKILL)  # it is our child and not buried: the number is its
+        return True
+
+    def _fork(self, slot: int, sockets: Sequence[socket.socket]) -> None:
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for end in (self._orders, self._awake, self._waker):
+                end.close()
+            _end_with(lambda: self._work(slot, sockets))
+        self._slots[pid] = slot
+        for each in sockets:
+            each.close()
+
+    def _bury(self) -> None:
+        with suppress(BlockingIOError):
+            while self._awake.recv(4096):
+                pass
+        while self._slots:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            with suppress(OSError):  # nobody listens: the next look at the orders ends it
+                self._orders.send(_NEWS.pack(self._slots.pop(pid), status))
+
+
+def _end_with(work: Callable[[], int]) -> NoReturn:
+    """Do the work and end the process, without a look at what its parent's stack would do."""
+    code = 1
+    try:
+        code = work()
+    except BaseException:
+        _log.exception("a process of the proxy failed")
+    finally:
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,50 @@
+"""The first process of a proxy with several workers: an App that accepts, and serves nobody itself.
+
+For: making the processes and putting the parts together. Not for: signals and exit codes
+(`process`), which are those of a proxy with one process.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from proxy.app import App, running
+from proxy.config import Settings
+from proxy.workers.crew import Crew
+from proxy.workers.ledger import Ledger
+from proxy.workers.nursery import Nursery
+from proxy.workers.worker import work
+
+
+@dataclass(frozen=True, slots=True)
+class Hiring:
+    """What has to be made before there is an event loop."""
+
+    ledger: Ledger
+    nursery: Nursery
+
+
+def hire(workers: int, *, unserved_max: int) -> Hiring:
+    """Fork what so many workers are forked from; in each `unserved_max` clients may be starting.
+
+    Call it while this process has one thread and no event loop. Raises OSError.
+    """
+    ledger = Ledger(workers)
+    return Hiring(ledger, Nursery(partial(work, ledger, unserved_max)))
+
+
+@asynccontextmanager
+async def supervising(settings: Settings, hiring: Hiring) -> AsyncIterator[App]:
+    """Serve with several processes while the block runs; none is left behind it.
+
+    Raises OSError when an address cannot be listened on or a worker does not start, and
+    ConfigurationError for a file that a setting names and that cannot be used.
+    """
+    try:
+        app = App(settings)
+        app.entrance = app.others = Crew(app, hiring.ledger, hiring.nursery)
+        async with running(app):
+            yield app
+    finally:
+        hiring.nursery.close()

@@ -1,0 +1,189 @@
+"""A worker: an App whose connections, tokens and settings come from the supervisor.
+
+For: one forked process, from its first settings to its end. Not for: anything that a session does;
+that is an App's as it is with one process.
+
+Invariant: it ends when its channel does, and its sessions with it: without the supervisor nobody
+could accept, drain or tell how it is.
+"""
+
+import asyncio
+import gc
+import math
+import socket
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any
+
+import uvloop
+
+from proxy.app import App
+from proxy.config import ConfigurationError, Settings, UpstreamSettings
+from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.lag import sampling_lag
+from proxy.observe.logs import configure_logging, get_logger, worker_log
+from proxy.routes import RELOAD_SECONDS_MAX, reread_with_router
+from proxy.routing.router import Router
+from proxy.transport.lanes import watched_lanes
+from proxy.upstream.threads import Threads
+from proxy.wire.secret import Secret
+from proxy.wire.startup import CancelRequest
+from proxy.workers.accounts import RemoteAccounts
+from proxy.workers.channel import Channel, ChannelLost
+from proxy.workers.ledger import Ledger, SharedPlaces
+from proxy.workers.messages import NUMBER_BYTES
+
+_log = get_logger(__name__)
+
+
+def work(ledger: Ledger, unserved_max: int, slot: int, sockets: Sequence[socket.socket]) -> int:
+    """Serve until the supervisor has done with it; return the exit code."""
+    control, door = sockets
+    with worker_log(slot + 1):
+        uvloop.run(_Worker(ledger, unserved_max, slot, door).run(control))
+    return 0
+
+
+def shared_out(settings: Settings) -> Settings:
+    """Return settings with a worker's part of the bounds that it keeps on its own, rounded up."""
+
+    def part_of(section: UpstreamSettings) -> UpstreamSettings:
+        connects_max = math.ceil(section.connects_max / settings.listen.workers)
+        return section.model_copy(update={"connects_max": connects_max})
+
+    targets = {
+        name: part_of(target) if "connects_max" in target.given() else target
+        for name, target in settings.targets.items()
+    }
+    return settings.model_copy(update={"upstream": part_of(settings.upstream), "targets": targets})
+
+
+class _Worker:
+    def __init__(self, ledger: Ledger, unserved_max: int, slot: int, door: socket.socket) -> None:
+        self._ledger = ledger
+        self._unserved_max = unserved_max
+        self._slot = slot
+        self._door = door
+        self._threads = Threads("reload")
+        self._first: asyncio.Future[Settings]
+        self._serving = asyncio.Event()
+        self._channel: Channel
+        self._accounts: RemoteAccounts
+        self._app: App
+
+    async def run(self, control: socket.socket) -> None:
+        """Serve from the first settings on, until the channel ends."""
+        self._first = asyncio.get_running_loop().create_future()
+        self._channel = await Channel.open(
+            control,
+            {
+                "configure": self._configure,
+                "read": self._read,
+                "cancel": self._cancel,
+                "drain": self._drain,
+            },
+        )
+        self._accounts = RemoteAccounts(self._channel)
+        settings = await self._first
+        configure_logging(format=settings.log.format, level=settings.log.level)
+        self._app = App(
+            settings,
+            unserved_max=self._unserved_max,
+            accounts=self._accounts,
+            places=SharedPlaces(self._ledger, self._slot, settings.listen.max_connections),
+            cancel_elsewhere=self._cancel_elsewhere,
+        )
+        async with AsyncExitStack() as stack:
+            self._app.lanes = stack.enter_context(watched_lanes())
+            stack.push_async_callback(self._accounts.close)
+            stack.enter_context(sampling_lag(self._app.metrics.loop_lagged))
+            await stack.enter_async_context(self._app.listener.adopting())
+            self._door.setblocking(False)
+            asyncio.get_running_loop().add_reader(self._door, self._let_in)
+            stack.callback(self._shut_door)
+            self._app.life.serve()
+            gc.freeze()  # what is there now stays, and need not be looked at again
+            self._serving.set()
+            await self._channel.lost.wait()
+
+    # -- what the supervisor calls ---------------------------------------------------------------
+
+    async def _configure(self, number: int, settings: dict[str, Any]) -> None:
+        """Serve, or from now on serve, by these settings. Raises ProxyError."""
+        validated = shared_out(Settings.model_validate(settings))
+        self._accounts.take_over(number, validated)
+        if self._serving.is_set():
+            await self._reload(validated)
+        else:
+            self._first.set_result(validated)
+            await self._serving.wait()
+
+    async def _reload(self, settings: Settings) -> None:
+        try:
+            self._app.reload(settings, await self._router_of(settings))
+        except ConfigurationError as error:
+            # The supervisor could use it: a file has changed since.
+            raise ProxyError(ErrorKind.INTERNAL, "; ".join(map(str, error.problems))) from error
+
+    async def _router_of(self, settings: Settings) -> Router:
+        """Build it beside the sessions: that of a large map takes seconds."""
+        build = partial(reread_with_router, lambda: settings)
+        try:
+            _, router = await self._threads.run(build, RELOAD_SECONDS_MAX)
+        except TimeoutError:
+            gc.enable()  # which the thread left behind will not do
+            raise ProxyError(ErrorKind.INTERNAL, "a map takes too long to read") from None
+        return router
+
+    async def _read(self) -> dict[str, Any]:
+        return self._app.reading().as_dict()
+
+    async def _cancel(self, pid: int, key: str) -> bool:
+        request = CancelRequest(pid, Secret(bytes.fromhex(key)))
+        return await self._app.cancels.request_here(request)
+
+    async def _drain(self, seconds: float) -> int:
+        self._let_in()  # all that was given away before the supervisor closed the entrance
+        self._shut_door()
+        return await self._app.drain(seconds)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    async def _cancel_elsewhere(self, request: CancelRequest) -> bool:
+        try:
+            found = await self._channel.call(
+                "cancel", pid=request.pid, key=request.key.reveal().hex()
+            )
+        except ChannelLost:
+            return False
+        return bool(found)
+
+    def _let_in(self) -> None:
+        """Serve the connections that wait at the door; each packet is one."""
+        while self._door.fileno() >= 0:  # ends with what waits
+            try:
+                packet, descriptors, _, _ = socket.recv_fds(self._door, NUMBER_BYTES, 1)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                _log.error("cannot take a connection", error=error.strerror)
+                return
+            if not packet:
+                self._shut_door()
+                return
+            if not descriptors:  # this process has no more of them
+                _log.error("a connection was lost: no file descriptor is left")
+                self._ended()
+                continue
+            sock = socket.socket(fileno=descriptors[0])
+            sock.setblocking(False)
+            self._app.listener.adopt(sock, int.from_bytes(packet), self._ended)
+
+    def _ended(self) -> None:
+        self._ledger.end(self._slot)
+
+    def _shut_door(self) -> None:
+        if self._door.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._door)
+            self._door.close()

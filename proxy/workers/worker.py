@@ -10,6 +10,7 @@ could accept, drain or tell how it is.
 import asyncio
 import gc
 import math
+import os
 import socket
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -105,6 +106,7 @@ class _Worker:
             self._app.life.serve()
             gc.freeze()  # what is there now stays, and need not be looked at again
             self._serving.set()
+            _log.info("worker serves", pid=os.getpid())
             await self._channel.lost.wait()
 
     # -- what the supervisor calls ---------------------------------------------------------------

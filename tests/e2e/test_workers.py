@@ -7,6 +7,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections import Counter, defaultdict
@@ -29,13 +30,21 @@ from proxy.workers.crew import END_SECONDS_MAX
 from tests.e2e.conftest import StartProcess
 from tests.support.admin_address import ask
 from tests.support.plain_client import PlainClient, plain_client, startup
-from tests.support.proxy_process import ProxyProcess, alive, descendants, run_to_end
-from tests.support.running import asyncpg_arguments, eventually, libpq
+from tests.support.proxy_process import (
+    ProxyProcess,
+    alive,
+    descendants,
+    run_to_end,
+    started_process,
+)
+from tests.support.running import asyncpg_arguments, eventually, libpq, proxy_values, toml
+from tests.support.sharding import TABLE, Section, shard_by_psycopg, sharded
 
 pytestmark = pytest.mark.slow  # each starts several processes
 
 TWO = {"port": 0, "workers": 2}
 SLEEP = "SELECT pg_sleep(60)"
+READY_TO_SERVE = "worker serves"
 
 
 def by_worker(proxy: ProxyProcess, event: str = "session started") -> Counter[int]:
@@ -79,6 +88,12 @@ async def metrics(port: int) -> dict[str, float]:
         for sample in family.samples:
             sums[sample.name.removeprefix("lakebase_proxy_")] += sample.value
     return dict(sums)
+
+
+def shown_of(pid: int) -> bytes:
+    """Return a process's arguments and environment."""
+    of = Path(f"/proc/{pid}")
+    return (of / "cmdline").read_bytes() + (of / "environ").read_bytes()
 
 
 async def status(port: int) -> dict[str, Any]:
@@ -229,6 +244,33 @@ async def test_the_unix_socket_leads_to_all_workers_and_is_gone_behind_them(
     proxy.send(signal.SIGTERM)
     assert await proxy.ended() == 0
     assert not socket_file.exists()
+
+
+async def test_without_tcp_the_unix_socket_alone_leads_to_all_workers(
+    start_process: StartProcess, tmp_path: Path
+) -> None:
+    directory = {"host": "", "port": 6000, "unix_socket_directory": str(tmp_path)}
+    proxy = await start_process(listen={**TWO, **directory})
+    assert (proxy.listen_host, proxy.listen_port) == (str(tmp_path), 6000)
+    async with AsyncExitStack() as stack:
+        for _ in range(4):
+            connecting = psycopg.AsyncConnection.connect(**libpq(proxy))
+            await stack.enter_async_context(await connecting)
+        await eventually(lambda: by_worker(proxy) == {1: 2, 2: 2}, "they are spread")
+
+
+async def test_tokens_are_in_no_processs_arguments_or_environment(
+    start_process: StartProcess, lakebase: Lakebase
+) -> None:
+    proxy = await start_process(listen=TWO)
+    async with served(proxy, 4):
+        processes = {proxy.pid, *descendants(proxy.pid)}
+        assert len(processes) == 4
+        for pid in processes:
+            shown = shown_of(pid)
+            assert b"proxy" in shown
+            assert b"eyJ" not in shown, "so a token of the stand-in begins"
+            assert lakebase.client_secret.encode() not in shown
 
 
 # -- cancel --------------------------------------------------------------------------------------
@@ -386,6 +428,86 @@ async def test_a_reload_reaches_all_workers_and_one_that_is_wrong_reaches_none(
     assert await databases() == {"postgres"}
 
 
+async def test_mappings_that_a_reload_brings_are_those_of_all_workers_and_of_new_sessions(
+    start_process: StartProcess, lakebase: Lakebase, tmp_path: Path
+) -> None:
+    file = tmp_path / "tenants.csv"
+    shard_map: Section = {"kind": "list", "key_type": "text", "mappings_file": str(file)}
+    file.write_text("key,target\na,one\n")
+    proxy = await start_process(listen=TWO, **sharded(lakebase, shard_map))
+    async with AsyncExitStack() as stack:
+        staying = []
+        for _ in range(2):
+            connecting = psycopg.AsyncConnection.connect(**libpq(proxy, dbname="x@a"))
+            staying.append(await stack.enter_async_context(await connecting))
+        await eventually(lambda: by_worker(proxy) == {1: 1, 2: 1}, "one in each")
+        file.write_text("key,target\na,two\n")
+        proxy.send(signal.SIGHUP)
+        await eventually(lambda: proxy.events("reloaded"), "it is taken")
+        assert [await shard_by_psycopg(proxy, dbname="x@a") for _ in range(4)] == ["two"] * 4
+        await eventually(lambda: set(by_worker(proxy, "session ended")) == {1, 2}, "from both")
+        for connection in staying:
+            row = await (await connection.execute(TABLE)).fetchone()
+            assert row == ("one",), "a session is routed once"
+    assert errors(proxy) == []
+
+
+async def test_a_log_level_that_a_reload_brings_is_that_of_workers_and_their_successors(
+    start_process: StartProcess, tmp_path: Path
+) -> None:
+    said = "cancel request with an unknown key"
+    proxy = await start_process(listen=TWO)
+
+    async def cancel() -> None:
+        """Send one to each worker: of two that are idle the one that has waited longer gets it."""
+        for _ in range(2):
+            async with plain_client(proxy) as client:
+                await client.send(CancelRequest(12345, Secret(b"none")).encode())
+                assert await client.receive_rest() == b""
+
+    await cancel()
+    config = tmp_path / "proxy.toml"
+    config.write_text(config.read_text() + '[log]\nlevel = "debug"\n')
+    proxy.send(signal.SIGHUP)
+    await eventually(lambda: proxy.events("reloaded"), "it is taken")
+    await cancel()
+    await eventually(lambda: by_worker(proxy, said) == {1: 1, 2: 1}, "both say so")
+    os.kill(min(worker_pids(proxy)), signal.SIGKILL)
+    await eventually(lambda: proxy.events("worker died"), "it is dead")
+    await eventually(lambda: len(worker_pids(proxy)) == 2, "another has come")
+    await eventually(lambda: len(proxy.events(READY_TO_SERVE)) == 3, "it serves")
+    await cancel()
+    await eventually(lambda: by_worker(proxy, said) == {1: 2, 2: 2}, "both say so again")
+
+
+async def test_systemd_hears_of_the_supervisor_alone(lakebase: Lakebase, tmp_path: Path) -> None:
+    file = tmp_path / "proxy.toml"
+    file.write_text(toml(proxy_values(lakebase, {"listen": TWO})))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+
+        async def hear() -> str:
+            async with asyncio.timeout(30):
+                return (await asyncio.get_running_loop().sock_recv(systemd, 4096)).decode()
+
+        run = ("run", "--config", str(file))
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        async with started_process(*run, environment=environment) as proxy:
+            assert await hear() == "READY=1"
+            await proxy.serving()
+            async with served(proxy, 2):  # at once, by both
+                await eventually(lambda: by_worker(proxy) == {1: 1, 2: 1}, "they are spread")
+            proxy.send(signal.SIGHUP)
+            assert (await hear()).startswith("RELOADING=1")
+            assert await hear() == "READY=1"
+            proxy.send(signal.SIGTERM)
+            assert await hear() == "STOPPING=1"
+            assert await proxy.ended() == 0
+        with pytest.raises(BlockingIOError):
+            systemd.recv(4096)
+
+
 # -- ends ----------------------------------------------------------------------------------------
 
 
@@ -422,6 +544,29 @@ async def test_a_drain_goes_on_accepting_as_it_is_told_and_only_readiness_says_s
         assert [await answers(client) for client in clients] == [True, True]
     assert await proxy.ended() == 0
     assert set(by_worker(proxy)) == {1, 2}
+
+
+async def test_whoever_may_ask_over_http_ends_all_workers(
+    start_process: StartProcess, unused_tcp_port: int
+) -> None:
+    admin = {"enabled": True, "port": unused_tcp_port, "quit": True}
+    proxy = await start_process(listen=TWO, admin=admin)
+    below = descendants(proxy.pid)
+    async with served(proxy, 2) as clients:
+        assert (await ask(unused_tcp_port, "/quitquitquit", "POST")).status == 202
+        for client in clients:
+            assert (await client.error()).sqlstate == "57P01"
+    assert await proxy.ended() == 0
+    assert alive(below) == set()
+
+
+async def test_a_session_that_is_idle_for_too_long_ends_in_every_worker(
+    start_process: StartProcess,
+) -> None:
+    proxy = await start_process(listen={**TWO, "idle_timeout_seconds": 0.2})
+    async with served(proxy, 4) as clients:
+        assert [(await client.error()).sqlstate for client in clients] == ["57P05"] * 4
+    await eventually(lambda: by_worker(proxy, "session ended") == {1: 2, 2: 2}, "of both")
 
 
 @pytest.mark.parametrize("impatient", [False, True])

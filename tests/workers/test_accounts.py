@@ -12,6 +12,7 @@ from proxy.config import Settings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.standin.api import Call
 from proxy.standin.lakebase import Lakebase
+from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workers.accounts import CONFIGURATIONS_MAX, RemoteAccounts
 from proxy.workers.channel import Channel
 from proxy.workers.desk import Desk
@@ -131,3 +132,20 @@ async def test_workers_that_look_up_one_host_at_once_are_one_look_up(lakebase: L
         ways[0].targets.forget_host()
         await ways[0].targets.target()
         assert lakebase.workspace.calls[Call.RESOURCE] == 2, "an answer is not kept here"
+
+
+async def test_what_one_worker_found_out_serves_another_while_the_workspace_is_away(
+    lakebase: Lakebase,
+) -> None:
+    # A worker that came in place of a dead one could serve nobody until the workspace was back.
+    settings, desk = proxy_settings(lakebase), Desk()
+    client = StartupMessage(V3_0, ((b"user", b"anyone"),))
+    async with paired(settings, desk) as pair:
+        way = pair.worker.plan.fleet["upstream"]
+        known = await way.targets.target(), await way.targets.login(client)
+        await way.credentials.fresh()
+        await lakebase.workspace.refuse_connections()
+        pair.reload(settings)
+        successor = App(settings, accounts=pair.worker.accounts).plan.fleet["upstream"]
+        assert (await successor.targets.target(), await successor.targets.login(client)) == known
+        assert (await successor.credentials.fresh()).expires_at > 0

@@ -42,7 +42,7 @@ def work(ledger: Ledger, unserved_max: int, slot: int, sockets: Sequence[socket.
     """Serve until the supervisor has done with it; return the exit code."""
     control, door = sockets
     with worker_log(slot + 1):
-        uvloop.run(_Worker(ledger, unserved_max, slot, door).run(control))
+        uvloop.run(Worker(ledger, unserved_max, slot, door).run(control))
     return 0
 
 
@@ -60,7 +60,9 @@ def shared_out(settings: Settings) -> Settings:
     return settings.model_copy(update={"upstream": part_of(settings.upstream), "targets": targets})
 
 
-class _Worker:
+class Worker:
+    """One worker; `run` is its life."""
+
     def __init__(self, ledger: Ledger, unserved_max: int, slot: int, door: socket.socket) -> None:
         self._ledger = ledger
         self._unserved_max = unserved_max

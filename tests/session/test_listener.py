@@ -266,3 +266,67 @@ async def test_connections_that_only_start_do_not_use_up_the_places_of_sessions(
                     writer.write(b"hello")
                     async with asyncio.timeout(5):
                         assert await reader.readexactly(5) == b"hello"
+
+
+OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    (socket.SOL_SOCKET, socket.SO_SNDBUF),
+    (socket.SOL_SOCKET, socket.SO_RCVBUF),
+)
+
+
+@asynccontextmanager
+async def accepted_elsewhere() -> AsyncIterator[tuple[socket.socket, socket.socket]]:
+    """Give both ends of a TCP connection, the client's and the one that was accepted."""
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as door, socket.socket() as client:
+        client.setblocking(False)
+        await loop.sock_connect(client, door.getsockname())
+        accepted, _ = door.accept()
+        accepted.setblocking(False)
+        yield client, accepted
+
+
+async def test_a_connection_that_was_accepted_elsewhere_is_served_like_one_of_its_own() -> None:
+    options: list[list[int]] = []
+
+    async def noted(link: Link) -> None:
+        sock = link.transport.get_extra_info("socket")
+        options.append([sock.getsockopt(*option) for option in OPTIONS])
+        await echo(link)
+
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    async with listening(noted) as there, accepted_elsewhere() as (client, accepted):
+        async with plain_client(there) as own:
+            await exchange(own, b"x")
+        there.listener.adopt(accepted, 7, ended.set)
+        await loop.sock_sendall(client, b"adopted")
+        assert await loop.sock_recv(client, 100) == b"adopted"
+        assert options[0] == options[1], "no delay, keepalive"
+        client.close()
+        async with asyncio.timeout(5):
+            await ended.wait()
+        await eventually(lambda: there.open == 0, "it is not counted any more")
+        assert there.metrics.value("connections_accepted_total") == 2
+
+
+async def test_over_the_bound_of_those_that_start_an_adopted_connection_is_closed_and_counted(
+    log: LogLines,
+) -> None:
+    ended: list[int] = []
+    loop = asyncio.get_running_loop()
+    async with (
+        listening(unserved_max=1) as there,
+        accepted_elsewhere() as (first, its),
+        accepted_elsewhere() as (second, other),
+    ):
+        there.listener.adopt(its, 1, lambda: ended.append(1))
+        there.listener.adopt(other, 2, lambda: ended.append(2))
+        assert ended == [2]
+        async with asyncio.timeout(5):
+            assert await loop.sock_recv(second, 1) == b""
+        assert there.metrics.value("startup_failures_total", reason=UNSERVED) == 1
+        await loop.sock_sendall(first, b"served")
+        assert await loop.sock_recv(first, 100) == b"served"

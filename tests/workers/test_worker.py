@@ -1,7 +1,23 @@
-"""A worker's part of what bounds the whole proxy."""
+"""A worker's part of what bounds the whole proxy, and a reload that it alone cannot take over."""
 
+import asyncio
+import gc
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from proxy.app import App
 from proxy.config import Settings
-from proxy.workers.worker import shared_out
+from proxy.errors import ErrorKind, ProxyError
+from proxy.standin.lakebase import Lakebase
+from proxy.workers.channel import Channel
+from proxy.workers.desk import Desk
+from proxy.workers.ledger import Ledger
+from proxy.workers.worker import Worker, shared_out
+from tests.support.running import captured_log, proxy_settings
+from tests.support.sharding import sharded
 
 ENDPOINT = "projects/a/branches/b/endpoints/c"
 
@@ -19,3 +35,37 @@ def test_connects_max_is_shared_out_and_rounded_up_wherever_it_is_set() -> None:
     found = {name: mine.target(name).connects_max for name in mine.target_names()}
     assert found == {"upstream": 13, "own": 2, "taken": 13}
     assert mine.target("own").host == "h"
+
+
+async def test_a_reload_that_a_worker_cannot_take_over_is_refused_and_it_serves_on(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    file = tmp_path / "tenants.csv"
+    file.write_text("key,target\na,one\n")
+    by_file: dict[str, object] = {"kind": "list", "key_type": "text", "mappings_file": str(file)}
+    settings = proxy_settings(lakebase, **sharded(lakebase, by_file))
+    content = json.loads(json.dumps(settings.model_dump(mode="json", exclude_unset=True)))
+    supervisor, desk = App(settings), Desk()
+    desk.open(1, supervisor.plan.fleet)
+    ours, theirs = socket.socketpair()
+    door, their_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with captured_log(), door, their_door:
+        channel = await Channel.open(ours, desk.answers)
+        worker = asyncio.ensure_future(Worker(Ledger(1), 10, 0, their_door).run(theirs))
+        await channel.call("configure", number=1, settings=content)
+        file.unlink()  # since the supervisor has read it
+        with pytest.raises(ProxyError) as caught:
+            await channel.call("configure", number=2, settings=content)
+        assert caught.value.kind is ErrorKind.INTERNAL
+        assert "shard_maps.tenants.mappings_file" in caught.value.detail
+        assert gc.isenabled()
+        file.write_text("key,target\na,one\nb,two\n")
+        await channel.call("configure", number=3, settings=content)
+        samples = (await channel.call("read"))["samples"]
+        assert [value for family, *_, value in samples if family.endswith("map_mappings")] == [2]
+        channel.close()
+        async with asyncio.timeout(5):
+            await worker
+    gc.unfreeze()
+    await desk.close()
+    await supervisor.accounts.close()

@@ -75,6 +75,11 @@ def reread_with_router(reread: Reread) -> tuple[Settings, Router]:
         gc.enable()
 
 
+def forget_built_maps() -> None:
+    """Keep no map but those that routers have: for a process that will not check any."""
+    _built.cache_clear()
+
+
 def map_problems(settings: Settings) -> Iterator[Problem]:
     """Yield what is wrong with the mappings of the shard maps: bounds, overlaps, targets, files."""
     # The one in use comes last, so that it is still built when the router wants it.

@@ -24,7 +24,7 @@ from proxy.config import ConfigurationError, Settings, UpstreamSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.lag import sampling_lag
 from proxy.observe.logs import configure_logging, get_logger, worker_log
-from proxy.routes import RELOAD_SECONDS_MAX, reread_with_router
+from proxy.routes import RELOAD_SECONDS_MAX, forget_built_maps, reread_with_router
 from proxy.routing.router import Router
 from proxy.transport.lanes import watched_lanes
 from proxy.upstream.threads import Threads
@@ -138,6 +138,7 @@ class Worker:
         except TimeoutError:
             gc.enable()  # which the thread left behind will not do
             raise ProxyError(ErrorKind.INTERNAL, "a map takes too long to read") from None
+        forget_built_maps()  # a worker builds each once; a large one is 100 MB
         return router
 
     async def _read(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Two workers beside one: what a transaction costs when the kernel spreads the sessions.
+"""Two workers beside one: what a transaction costs when two processes share the sessions.
 
 `listen.workers` is to be had for the price of memory, not of CPU a transaction. How even the spread
 is follows from the sockets that each process holds while many sessions are open.

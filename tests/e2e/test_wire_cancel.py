@@ -197,7 +197,7 @@ async def test_w42_cancels_have_a_bound_of_their_own_and_over_it_are_closed_sile
 async def test_w43_one_process_serves_so_every_cancel_finds_its_session(
     proxy_process: ProxyProcess, lakebase: Lakebase
 ) -> None:
-    # Not applicable while this is so: there is no other process in which a cancel could land.
+    # There is no other process in which a cancel could land; with several: `test_workers.py`.
     assert descendants(proxy_process.pid) == set()
     async with AsyncExitStack() as stack:
         keys = [

@@ -9,7 +9,6 @@ the proxy is ending; no wait for a worker is without a bound, and one that lets 
 
 import asyncio
 import itertools
-import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable
@@ -36,6 +35,11 @@ CONFIGURE_SECONDS_MAX: Final = RELOAD_SECONDS_MAX + 5
 # A worker answers between two turns of its loop. A scrape waits no longer, and shows what was
 # known before.
 READ_SECONDS_MAX: Final = 1.0
+# So often each is asked anyway: what it had counted by then outlives it.
+WATCH_SECONDS: Final = 10.0
+# One that does not answer for so long serves nobody, and never will: /liveness would have ended a
+# proxy of one process by then.
+STUCK_SECONDS_MAX: Final = 30.0
 # What a worker gets beyond the time of its sessions.
 END_SECONDS_MAX: Final = 5.0
 # A worker that dies is replaced after this long; the while doubles, unless one has lived.
@@ -185,18 +189,12 @@ class Crew:
         deaths = 0
         while not self._ending.is_set():
             began = loop.time()
-            hand = await self._employ(slot)
-            code = await hand.ended
-            if self._ending.is_set():
-                return
-            self._app.metrics.worker_died()
-            _log.error(
-                "worker died",
-                worker=slot + 1,
-                exit_code=code,
-                signal=signal.Signals(-code).name if code < 0 else "",
-                sessions_lost=hand.sessions_lost,
-            )
+            try:
+                hand = await self._employ(slot)
+            except OSError as error:  # no descriptor is left, or the nursery has gone
+                _log.error("cannot fork a worker", worker=slot + 1, error=error.strerror)
+            else:
+                self._mourn(hand, await hand.ended)
             self._start_over.set()
             deaths = 1 if loop.time() - began > LIVED_SECONDS else deaths + 1
             seconds = min(REPLACE_SECONDS_MAX, REPLACE_SECONDS_MIN * 2.0 ** min(deaths, 10))
@@ -204,36 +202,63 @@ class Crew:
                 async with asyncio.timeout(seconds):
                     await self._ending.wait()
 
+    def _mourn(self, hand: _Hand, code: int) -> None:
+        if self._ending.is_set():
+            return
+        self._app.metrics.worker_died()
+        _log.error(
+            "worker died",
+            worker=hand.slot + 1,
+            exit_code=code,
+            signal=signal.Signals(-code).name if code < 0 else "",
+            sessions_lost=hand.sessions_lost,
+        )
+
     async def _employ(self, slot: int) -> _Hand:
-        """Fork a worker and see it through; return it when its channel has ended."""
-        control, their_control = socket.socketpair()
-        door, their_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        door.setblocking(False)
-        hand = self._hands[slot] = _Hand(slot, door, self._ledger)
-        answers: Answers = {**self._desk.answers, "cancel": partial(self._cancel, hand)}
-        hand.channel = await Channel.open(control, answers)
-        try:
-            with their_control, their_door:
-                self._nursery.fork(slot, (their_control, their_door))
-        except OSError as error:  # it has gone, which is news of its own
-            _log.error("cannot fork a worker", worker=slot + 1, error=error.strerror)
-            hand.channel.close()
-            self._bury(slot, os.EX_OSERR)
-            return hand
+        """Fork a worker and see it through; return it when it is to be buried. Raises OSError."""
+        hand = await self._fork(slot)
         if await self._configure(hand):
             hand.serving = True
             if len(self._serving) == self._app.settings.listen.workers:
                 self._start_over.set()
-            await hand.channel.lost.wait()
+            await self._watch(hand)
             hand.serving = False
-        else:
-            hand.channel.close()
+        hand.channel.close()
         try:
             async with asyncio.timeout(END_SECONDS_MAX):
                 await asyncio.shield(hand.ended)
         except TimeoutError:
             self._nursery.kill(slot)
         return hand
+
+    async def _fork(self, slot: int) -> _Hand:
+        control, their_control = socket.socketpair()
+        door, their_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        door.setblocking(False)
+        hand = _Hand(slot, door, self._ledger)
+        answers: Answers = {**self._desk.answers, "cancel": partial(self._cancel, hand)}
+        hand.channel = await Channel.open(control, answers)
+        try:
+            with their_control, their_door:
+                self._nursery.fork(slot, (their_control, their_door))
+        except OSError:
+            hand.channel.close()
+            door.close()
+            raise
+        self._hands[slot] = hand
+        return hand
+
+    async def _watch(self, hand: _Hand) -> None:
+        """Return when a worker has ended; end one that is stuck."""
+        while not hand.channel.lost.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_SECONDS):
+                    await hand.channel.lost.wait()
+            answered = await self._read(hand, STUCK_SECONDS_MAX)
+            if not answered and not hand.channel.lost.is_set():
+                _log.error("worker is stuck and is ended", worker=hand.slot + 1)
+                self._nursery.kill(hand.slot)
+                return
 
     async def _configure(self, hand: _Hand) -> bool:
         """Have a worker serve by the newest settings; tell whether it does."""
@@ -295,10 +320,11 @@ class Crew:
             _log.debug("no answer of a worker", worker=hand.slot + 1, error=repr(error))
             return None
 
-    async def _read(self, hand: _Hand) -> None:
-        content = await self._asked(hand, hand.channel.call("read"), READ_SECONDS_MAX)
+    async def _read(self, hand: _Hand, seconds: float = READ_SECONDS_MAX) -> bool:
+        content = await self._asked(hand, hand.channel.call("read"), seconds)
         if content is not None:
             hand.reading = Reading.from_dict(content)
+        return content is not None
 
     async def _cancel(self, asking: _Hand, pid: int, key: str) -> bool:
         """Have whichever other worker knows this key cancel its query (W43)."""

@@ -630,6 +630,46 @@ async def test_a_worker_that_dies_costs_its_own_sessions_and_is_replaced(
     assert await proxy.ended() == 0
 
 
+IMPATIENT = """
+import sys
+from proxy.workers import crew
+crew.WATCH_SECONDS, crew.STUCK_SECONDS_MAX = 0.2, 0.5
+from proxy.__main__ import main
+sys.exit(main())
+"""
+
+
+async def test_a_worker_that_is_stuck_is_replaced_and_what_it_had_counted_stays(
+    lakebase: Lakebase, tmp_path: Path, unused_tcp_port: int
+) -> None:
+    # Its liveness is nobody else's to ask for: the admin address is another process's.
+    admin = {"enabled": True, "port": unused_tcp_port}
+    file = tmp_path / "proxy.toml"
+    file.write_text(toml(proxy_values(lakebase, {"listen": TWO, "admin": admin})))
+    run = ("run", "--config", str(file))
+    async with started_process(*run, program=("-c", IMPATIENT)) as proxy:
+        await proxy.serving()
+        async with served(proxy, 4) as clients:
+            served_before = proxy.events("worker serves")
+            await asyncio.sleep(1)  # nobody scrapes, and it is asked all the same
+            os.kill(min(worker_pids(proxy)), signal.SIGSTOP)
+            await eventually(lambda: proxy.events("worker died"), "it is ended")
+            (died,) = proxy.events("worker died")
+            assert (died["signal"], died["sessions_lost"]) == ("SIGKILL", 2)
+            assert [line["worker"] for line in proxy.events("worker is stuck and is ended")] == [
+                died["worker"]
+            ]
+            await eventually(
+                lambda: len(proxy.events("worker serves")) == len(served_before) + 1, "another"
+            )
+            assert [await answers(client) for client in clients].count(True) == 2
+            counted = await metrics(unused_tcp_port)
+            assert counted["sessions_started_total"] == 4
+            assert counted["sessions_active"] == 2
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 0
+
+
 async def test_a_worker_that_dies_again_and_again_is_replaced_more_and_more_slowly(
     start_process: StartProcess,
 ) -> None:

@@ -112,12 +112,15 @@ class ProxyProcess:
 
 @asynccontextmanager
 async def started_process(
-    *arguments: str, environment: Mapping[str, str] | None = None
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    program: Sequence[str] = ("-m", "proxy"),
 ) -> AsyncIterator[ProxyProcess]:
     """Run `python -m proxy` with these arguments; when the block ends it is killed if need be."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "proxy", *arguments),
+        *program,
+        *arguments,
         cwd=ROOT,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,

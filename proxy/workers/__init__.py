@@ -1,7 +1,7 @@
 """Several processes that serve as one proxy: `listen.workers`.
 
-Reading order, which is also the import order: messages, ledger, nursery; channel; accounts,
-entrance; crew, worker; supervisor. With one worker nothing of this runs.
+Reading order, which is also the import order: messages, ledger, nursery; channel; accounts; desk,
+entrance; crew, worker; supervisor. With one worker nothing of this is imported.
 
     supervisor ── accepts, mints, looks hosts up, has signals, admin address, systemd
       │  ├─ worker 1   an `App` without these: its sessions, from the first byte to the last
@@ -14,8 +14,10 @@ only for many. It costs a session two system calls more, and a relayed byte noth
 
 Workers are forked, from a process that does nothing else: forking one that has threads (the SDK's)
 and an event loop is not safe, and a new interpreter would cost each worker 30 MB and most of a
-second; forked, it shares these pages. All processes are of one image, so that no message needs a
-version, and no secret and no setting is in arguments, in the environment or in a file.
+second; forked, it shares these pages, and the maps that were read at the start. (One that a reload
+brings is read by each process: a million mappings are 100 MB in each.) All processes are of one
+image, so that no message needs a version, and no secret and no setting is in arguments, in the
+environment or in a file.
 
 Only the supervisor imports the SDK. A worker asks it for each session's token over a socket pair:
 one source of tokens, one freshness, one back-off, and one round trip on the machine for a session.
@@ -26,7 +28,7 @@ is shared out; the bounds of starting connections and of cancels are each worker
 Cancel keys stay where their session is. A request that finds no key in the worker that it came to
 is asked of all the others (W43); so the upstream's own pid and key still go to the client.
 
-Who dies: a worker costs its sessions and is replaced, with back-off. When the supervisor has gone
-the nursery kills all workers, be they stuck. When the nursery has gone the proxy drains and ends
-with 1, since it could replace nobody any more.
+Who dies: a worker costs its sessions and is replaced, with back-off; one that is stuck is ended
+first. When the supervisor has gone the nursery kills all workers, be they stuck. When the nursery
+has gone the proxy drains and ends with 1, since it could replace nobody any more.
 """

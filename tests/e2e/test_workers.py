@@ -650,7 +650,7 @@ async def test_a_worker_that_is_stuck_is_replaced_and_what_it_had_counted_stays(
     async with started_process(*run, program=("-c", IMPATIENT)) as proxy:
         await proxy.serving()
         async with served(proxy, 4) as clients:
-            served_before = proxy.events("worker serves")
+            served_before = proxy.events(READY_TO_SERVE)
             await asyncio.sleep(1)  # nobody scrapes, and it is asked all the same
             os.kill(min(worker_pids(proxy)), signal.SIGSTOP)
             await eventually(lambda: proxy.events("worker died"), "it is ended")
@@ -660,7 +660,7 @@ async def test_a_worker_that_is_stuck_is_replaced_and_what_it_had_counted_stays(
                 died["worker"]
             ]
             await eventually(
-                lambda: len(proxy.events("worker serves")) == len(served_before) + 1, "another"
+                lambda: len(proxy.events(READY_TO_SERVE)) == len(served_before) + 1, "another"
             )
             assert [await answers(client) for client in clients].count(True) == 2
             counted = await metrics(unused_tcp_port)

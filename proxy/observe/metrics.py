@@ -133,7 +133,11 @@ class Sample(NamedTuple):
 
 # What is not the more for more processes: the one that is asked speaks for all.
 _OF_THE_WHOLE: Final = frozenset(
-    f"{_PREFIX}_{name}" for name in ("build_info", "process_start_time_seconds", "process_max_fds")
+    f"{_PREFIX}_{name}"
+    for name in (
+        *("build_info", "shard_map_mappings"),
+        *("process_start_time_seconds", "process_max_fds"),
+    )
 )
 
 

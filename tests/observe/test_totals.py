@@ -44,6 +44,8 @@ def shown(exposition: bytes) -> Mapping[tuple[str, ...], float]:
 def test_counters_gauges_and_histograms_are_added_and_the_program_is_one() -> None:
     first, *others = (a_process() for _ in range(3))
     for metrics in (first, *others):
+        metrics.know(["eu"], "tenants", 7)
+        metrics.routed("tenants", "eu")
         metrics.cancel_requested(CancelResult.FORWARDED)
         metrics.connect_phase_took(ConnectPhase.TLS, 0.03, "eu")
     with others[0].connection(), others[0].session("eu", lambda: Carried(10, 20)):
@@ -55,6 +57,8 @@ def test_counters_gauges_and_histograms_are_added_and_the_program_is_one() -> No
     assert values["connections",] == values["sessions_active", "eu"] == 1
     assert values["relayed_bytes_total", "to_client", "eu"] == 20
     assert values["build_info", "1"] == 1
+    assert values["shard_map_mappings", "tenants"] == 7, "each has the same map"
+    assert values["route_total", "tenants", "routed", "eu"] == 3
     alone = shown(first.exposition())
     assert values.keys() == alone.keys(), "nothing comes and goes with the number of processes"
     assert values["process_start_time_seconds",] == alone["process_start_time_seconds",]

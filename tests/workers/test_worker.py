@@ -59,10 +59,11 @@ async def test_a_reload_that_a_worker_cannot_take_over_is_refused_and_it_serves_
         assert caught.value.kind is ErrorKind.INTERNAL
         assert "shard_maps.tenants.mappings_file" in caught.value.detail
         assert gc.isenabled()
-        file.write_text("key,target\na,one\nb,two\n")
+        assert "third" not in (await channel.call("read"))["hosts"]
+        file.write_text("key,target\na,third\n")
+        content["targets"]["third"] = content["targets"]["one"]
         await channel.call("configure", number=3, settings=content)
-        samples = (await channel.call("read"))["samples"]
-        assert [value for family, *_, value in samples if family.endswith("map_mappings")] == [2]
+        assert "third" in (await channel.call("read"))["hosts"]
         channel.close()
         async with asyncio.timeout(5):
             await worker

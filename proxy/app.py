@@ -23,6 +23,7 @@ from proxy.observe.totals import Reading, total
 from proxy.plan import Plan
 from proxy.routing.router import Router
 from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
+from proxy.session.ending import EndReason
 from proxy.session.listener import (
     UNSERVED,
     UNSERVED_MAX,
@@ -32,7 +33,6 @@ from proxy.session.listener import (
     socket_name,
 )
 from proxy.session.live import LiveSessions
-from proxy.session.relay import EndReason
 from proxy.session.session import Passage, Session, SessionParts, StartupFailure
 from proxy.transport.lanes import watched_lanes
 from proxy.transport.tls import server_context

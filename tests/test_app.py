@@ -9,7 +9,7 @@ import pytest
 from proxy.app import build_metrics, serving
 from proxy.config import ConfigurationError, Settings
 from proxy.errors import ErrorKind
-from proxy.session.relay import EndReason
+from proxy.session.ending import EndReason
 from proxy.session.session import StartupFailure
 from proxy.wire.violations import ClientReason
 from tests.support.compiled import need_compiled

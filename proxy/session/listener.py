@@ -18,9 +18,9 @@ from proxy.config import ListenSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
+from proxy.session.ending import EndReason
 from proxy.session.leftovers import Leftovers
 from proxy.session.live import LiveSessions
-from proxy.session.relay import EndReason
 from proxy.transport.link import Link
 from proxy.transport.sockets import listen_unix
 

@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.session.relay import EndReason, Relay
+from proxy.session.ending import EndReason
+from proxy.session.relay import Relay
 
 # The error must not fall between a pool's check of a connection and the statement that it is
 # checked for: the client has to be silent for so long. A pool at work goes on within milliseconds.

@@ -10,29 +10,23 @@ session can be ended between two messages. What ends first is the cause of the s
 """
 
 import asyncio
-import socket
-import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import StrEnum, unique
 from typing import TYPE_CHECKING, Final
 
 from proxy import native
+from proxy.session.direction import Direction, can_have_lane
+from proxy.session.ending import EndReason, RelayEnd
 from proxy.transport.closing import LINGER_SECONDS, close_gracefully
-from proxy.transport.sockets import has_hung_up
-from proxy.transport.tls import TLSTransport
 from proxy.wire.activity import Activity
 from proxy.wire.messages import ErrorResponse, Terminate
 
 if TYPE_CHECKING:  # not there where it was not built
     from proxy.native.activity import Activity as CompiledActivity
-    from proxy.native.lanes import Lane, Lanes
-    from proxy.native.tls import Engine
+    from proxy.native.lanes import Lanes
 
 BUFFER_BYTES_MAX: Final = 64 * 1024
-# While the upstream takes nothing the client is not read, so its end is not seen but looked for.
-LOOK_SECONDS: Final = 5.0
 # The time that an upstream gets to answer a cancel; if it says something, the next statement of a
 # pipeline may have begun, and it is cancelled again, but not for longer than this in all.
 CANCEL_ANSWER_SECONDS: Final = 0.25
@@ -43,218 +37,6 @@ IDLE_LOOKS: Final = 8
 IDLE_LOOK_SECONDS_MIN: Final = 0.05
 
 _TERMINATE: Final = Terminate().encode()
-
-
-@unique
-class EndReason(StrEnum):
-    """The first cause of a session's end."""
-
-    CLIENT_CLOSED = "client_closed"
-    CLIENT_LOST = "client_lost"
-    UPSTREAM_CLOSED = "upstream_closed"
-    UPSTREAM_LOST = "upstream_lost"
-    SHUTDOWN = "shutdown"
-    IDLE_TIMEOUT = "idle_timeout"
-    INTERNAL_ERROR = "internal_error"
-
-
-@dataclass(frozen=True, slots=True)
-class RelayEnd:
-    """How a relay ended, and the bytes that it carried."""
-
-    reason: EndReason
-    client_bytes: int
-    upstream_bytes: int
-
-
-class _Direction(asyncio.Protocol):
-    """Takes what `source` receives and writes it to `sink`; the protocol of `source`.
-
-    `seen` is told of each read behind its write. One that `looks` is the upstream's: while that
-    one takes nothing, it looks whether the client is still there.
-
-    Both directions are of this very class: what runs for each read is then specialised by the
-    interpreter, which it gives up where the class of `self` changes from call to call.
-    """
-
-    __slots__ = (
-        "_ended",
-        "_lane",
-        "_look",
-        "_looks",
-        "_paused",
-        "_received_bytes",
-        "_sink",
-        "_source",
-        "_write",
-        "back",
-        "closed",
-        "lost",
-        "seen",
-    )
-
-    back: "_Direction"  # the other direction, which writes to our source
-
-    def __init__(
-        self,
-        source: asyncio.Transport,
-        sink: asyncio.Transport,
-        ended: asyncio.Future[EndReason],
-        seen: Callable[[bytes], None],
-        *,
-        closed: EndReason,
-        lost: EndReason,
-        looks: bool = False,
-    ) -> None:
-        self.seen = seen
-        self.closed = closed
-        self.lost = lost
-        self._received_bytes = 0
-        self._source = source
-        self._sink = sink
-        self._write: Callable[[bytes], None] = sink.write
-        self._ended = ended
-        self._looks = looks
-        self._look: asyncio.TimerHandle | None = None
-        self._paused = False
-        self._lane: Lane | None = None
-
-    @property
-    def received_bytes(self) -> int:
-        """The bytes that came from the source, and went to the sink unless that was lost."""
-        return self._received_bytes + (0 if self._lane is None else self._lane.carried_bytes)
-
-    # -- the protocol ----------------------------------------------------------------------------
-
-    def data_received(self, data: bytes) -> None:
-        # Names of their own: Python 3.11 is slow to call what an attribute holds.
-        write, seen = self._write, self.seen
-        write(data)
-        self._received_bytes += len(data)
-        seen(data)
-
-    def pause_writing(self) -> None:
-        # Our source takes no more of what comes from the sink.
-        self.back.pause()
-        if self._looks:
-            self._look_later()
-
-    def resume_writing(self) -> None:
-        if self._look is not None:
-            self._look.cancel()
-        self.back.resume()
-
-    def eof_received(self) -> bool:
-        self.end(self.closed)
-        return True  # what was written to the source is still to be flushed
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        # A lane must not touch a descriptor that is closed once this returns.
-        self.close_lane()
-        self.back.close_lane()
-        self.back.stop_writing()
-        self.end(self.lost)
-
-    # -- reading ---------------------------------------------------------------------------------
-
-    def pause(self) -> None:
-        """Stop reading the source: the sink takes nothing."""
-        self._paused = True
-        if self._lane is not None:
-            self._lane.pause()
-        elif not self._source.is_closing():
-            self._source.pause_reading()
-
-    def resume(self) -> None:
-        """Read the source again."""
-        self._paused = False
-        if self._lane is not None:
-            self._lane.resume()
-        elif not self._source.is_closing():
-            self._source.resume_reading()
-
-    def open_lane(self, lanes: "Lanes", activity: "CompiledActivity") -> None:
-        """Have the source's ordinary reads carried by a lane, past its transport and this object.
-
-        Both transports are plain, or have compiled TLS; neither is closing.
-        """
-        (source, opens), (sink, seals) = _under(self._source), _under(self._sink)
-        self._source.pause_reading()
-        self._lane = native.lanes.Lane(
-            lanes,
-            _descriptor(source),
-            _descriptor(sink),
-            opens=opens,
-            seals=seals,
-            activity=activity,
-            from_upstream=self._looks,
-            overflow=sink.write,
-            ended=self._lane_ended,
-            paused=self._paused,
-        )
-
-    def close_lane(self) -> None:
-        """Have the transport read its socket itself again."""
-        lane, self._lane = self._lane, None
-        if lane is None:
-            return
-        lane.close()
-        self._received_bytes += lane.carried_bytes
-        if not (self._paused or self._source.is_closing()):
-            self._source.resume_reading()
-
-    def _lane_ended(self, error: Exception | None) -> None:
-        """Go on where the lane has met what is not ordinary."""
-        self.close_lane()
-        if isinstance(self._source, TLSTransport) and isinstance(error, ssl.SSLError | None):
-            self._source.take_back(error)
-        elif isinstance(error, ssl.SSLError):
-            self.stop_writing()  # the sink's TLS has failed already
-            self._sink.abort()
-        elif error is not None:
-            self._source.abort()
-
-    # -- writing ---------------------------------------------------------------------------------
-
-    def stop_writing(self) -> None:
-        """Drop what still arrives: the sink is lost, and writing to it is an error."""
-        self._write = _drop
-
-    def end(self, reason: EndReason) -> None:
-        """Note why the session ends; only the first cause counts."""
-        if not self._ended.done():
-            self._ended.set_result(reason)
-
-    def _look_later(self) -> None:
-        self._look = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look_for_client)
-
-    def _look_for_client(self) -> None:
-        if self._ended.done():
-            return
-        if self._sink.is_closing() or has_hung_up(self._sink):
-            self.end(EndReason.CLIENT_LOST)
-        else:
-            self._look_later()
-
-
-def _under(transport: asyncio.Transport) -> "tuple[asyncio.Transport, Engine | None]":
-    """Return the plain transport, and the compiled TLS on it."""
-    if isinstance(transport, TLSTransport):
-        return transport.lower, transport.engine
-    return transport, None
-
-
-def _has_lane(transport: asyncio.Transport) -> bool:
-    return not isinstance(transport, TLSTransport) or transport.engine is not None
-
-
-def _descriptor(transport: asyncio.Transport) -> int:
-    sock: socket.socket = transport.get_extra_info("socket")
-    return sock.fileno()
-
-
-def _drop(data: bytes) -> None:
-    """Take the place of a lost transport's `write`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +67,7 @@ class Relay:
         self._abandon = abandon
         self._lanes: tuple[Lanes, CompiledActivity] | None = None
         activity: Activity | CompiledActivity
-        if lanes is not None and _has_lane(client) and _has_lane(upstream):
+        if lanes is not None and can_have_lane(client) and can_have_lane(upstream):
             activity = native.activity.Activity()
             self._lanes = lanes, activity
         else:
@@ -295,7 +77,7 @@ class Relay:
         self._lull: asyncio.TimerHandle | None = None
         self._idle_look: asyncio.TimerHandle | None = None
         self._ended = ended = asyncio.get_running_loop().create_future()
-        self.from_client = _Direction(
+        self.from_client = Direction(
             client,
             upstream,
             ended,
@@ -303,7 +85,7 @@ class Relay:
             closed=EndReason.CLIENT_CLOSED,
             lost=EndReason.CLIENT_LOST,
         )
-        self.from_upstream = _Direction(
+        self.from_upstream = Direction(
             upstream,
             client,
             ended,

@@ -21,8 +21,9 @@ from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.routing.router import Route
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
+from proxy.session.ending import EndReason, RelayEnd
 from proxy.session.live import LiveSession, LiveSessions
-from proxy.session.relay import EndReason, Relay, RelayEnd
+from proxy.session.relay import Relay
 from proxy.transport.link import Link
 from proxy.transport.sockets import is_unix
 from proxy.transport.tls import ALPN_PROTOCOL

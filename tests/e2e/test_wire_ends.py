@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from proxy.app import App
-from proxy.session.relay import LOOK_SECONDS
+from proxy.session.direction import LOOK_SECONDS
 from proxy.standin.faults import Stage, Strike
 from proxy.standin.lakebase import Lakebase
 from proxy.standin.streams import EndedBy

@@ -1,7 +1,11 @@
-from collections.abc import Callable
+from typing import Protocol
 
 from proxy.native.activity import Activity
 from proxy.native.tls import Engine
+
+class Owner(Protocol):
+    def overflow(self, rest: bytes) -> None: ...
+    def lane_ended(self, error: Exception | None) -> None: ...
 
 class Lanes:
     def __len__(self) -> int: ...
@@ -22,8 +26,7 @@ class Lane:
         seals: Engine | None,
         activity: Activity,
         from_upstream: bool,
-        overflow: Callable[[bytes], None],
-        ended: Callable[[Exception | None], None],
+        owner: Owner,
         paused: bool,
     ) -> None: ...
     def pause(self) -> None: ...

@@ -131,10 +131,11 @@ cdef class Lanes:
 cdef class Lane:
     """One direction of a session: from the socket `source` to the socket `sink`.
 
-    `opens` is the TLS of the source, `seals` that of the sink; None is plain. `overflow` is called
-    with what the kernel did not take, which is to be sent before anything else: while the sink is
-    full the lane has to be paused. `ended` is called once, when the lane has closed itself: with
-    None where the transport is to read on, else with the error that the connection ends by.
+    `opens` is the TLS of the source, `seals` that of the sink; None is plain. The owner's
+    `overflow` is called with what the kernel did not take, which is to be sent before anything
+    else: while the sink is full the lane has to be paused. Its `lane_ended` is called once, when
+    the lane has closed itself: with None where the transport is to read on, else with the error
+    that the connection ends by.
     """
 
     cdef readonly unsigned long long carried_bytes
@@ -148,8 +149,7 @@ cdef class Lane:
     cdef Activity _activity
     cdef bint _is_upstream
     cdef bint _closed
-    cdef object _overflow
-    cdef object _ended
+    cdef object _owner
 
     def __init__(
         self,
@@ -161,15 +161,14 @@ cdef class Lane:
         Engine seals,
         Activity activity,
         bint from_upstream,
-        overflow,
-        ended,
+        owner,
         bint paused,
     ) -> None:
         self._lanes = lanes
         self.source, self._sink = source, sink
         self._opens, self._seals = opens, seals
         self._activity, self._is_upstream = activity, from_upstream
-        self._overflow, self._ended = overflow, ended
+        self._owner = owner
         self.paused = paused
         if seals is not None:
             seals.ciphertext.full = paused
@@ -201,7 +200,7 @@ cdef class Lane:
         self._closed = True
         if not self.paused:
             self._lanes.remove(self)
-        self._overflow = self._ended = None
+        self._owner = None
 
     # -- one read --------------------------------------------------------------------------------
 
@@ -239,7 +238,7 @@ cdef class Lane:
             if sent < 0:
                 sent = 0  # full or lost: the transport sees which
         if sent < size:
-            self._overflow(PyBytes_FromStringAndSize(plain + sent, size - sent))
+            self._owner.overflow(PyBytes_FromStringAndSize(plain + sent, size - sent))
         return self._count(plain, size)
 
     cdef int _seal(self, char* plain, Py_ssize_t size) except -1:
@@ -258,7 +257,7 @@ cdef class Lane:
             self._end(engine.failure(taken))
             return 0
         if engine.ciphertext.owed_bytes:
-            self._overflow(engine.take())
+            self._owner.overflow(engine.take())
         return self._count(plain, size)
 
     cdef int _open_and_send(self, char* read, char* plain, Py_ssize_t size) except -1:
@@ -291,7 +290,7 @@ cdef class Lane:
 
     cdef int _end(self, error) except -1:
         if not self._closed:
-            ended = self._ended
+            owner = self._owner
             self.close()
-            ended(error)
+            owner.lane_ended(error)
         return 0

@@ -148,8 +148,7 @@ class Direction(asyncio.Protocol):
             seals=seals,
             activity=activity,
             from_upstream=self._looks,
-            overflow=sink.write,
-            ended=self._lane_ended,
+            owner=self,
             paused=self._paused,
         )
 
@@ -163,7 +162,11 @@ class Direction(asyncio.Protocol):
         if not (self._paused or self._source.is_closing()):
             self._source.resume_reading()
 
-    def _lane_ended(self, error: Exception | None) -> None:
+    def overflow(self, rest: bytes) -> None:
+        """Have the sink's socket take later what it did not take from the lane."""
+        _under(self._sink)[0].write(rest)
+
+    def lane_ended(self, error: Exception | None) -> None:
         """Go on where the lane has met what is not ordinary."""
         self.close_lane()
         if isinstance(self._source, TLSTransport) and isinstance(error, ssl.SSLError | None):

@@ -37,6 +37,7 @@ IDLE_LOOKS: Final = 8
 IDLE_LOOK_SECONDS_MIN: Final = 0.05
 
 _TERMINATE: Final = Terminate().encode()
+_NOBODY: Final = asyncio.Protocol()  # of a connection that is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +199,11 @@ class Relay:
         finally:
             self._close_lanes()
             self._stop_timers()
-            self._client.abort()
-            self._upstream.abort()
+            for transport in (self._client, self._upstream):
+                transport.set_protocol(_NOBODY)
+                transport.abort()
+            # They know each other: without this, all that they hold waits for the collector.
+            del self.from_client.back, self.from_upstream.back
         return self.ended(reason)
 
     def _open_lanes(self) -> None:

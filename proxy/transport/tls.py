@@ -91,7 +91,27 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
     `asked_curve` is what a server asked for during the handshake, beside what was offered first.
     """
 
-    asked_curve: str | None = None
+    __slots__ = (
+        "_app",
+        "_decrypt",
+        "_encrypt",
+        "_encrypted",
+        "_established",
+        "_feed",
+        "_hand_up",
+        "_handshake",
+        "_incoming",
+        "_outgoing",
+        "_peer_ended",
+        "_send",
+        "_tls",
+        "_write_ended",
+        "asked_curve",
+        "engine",
+        "lower",
+        "pause_writing",
+        "resume_writing",
+    )
 
     def __init__(
         self,
@@ -104,7 +124,8 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
     ) -> None:
         """Raises ValueError for a name that no certificate can have."""
         super().__init__()
-        self.lower = self._lower = lower
+        self.lower = lower
+        self.asked_curve: str | None = None
         self.engine: Engine | None = None
         """The TLS itself, if it is the compiled one."""
         if isinstance(context, ssl.SSLContext):
@@ -125,7 +146,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         self._encrypted = self._outgoing.read
         self._send = lower.write
         self._established = False
-        self._handshake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._handshake: asyncio.Future[None] | None = None  # while somebody waits for it
         self._peer_ended = False
         self._write_ended = False
         self.set_protocol(app)
@@ -146,7 +167,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
 
     def get_extra_info(self, name: str, default: object = None) -> object:
         """Return `ssl_object`, or what the plain transport says."""
-        return self._tls if name == "ssl_object" else self._lower.get_extra_info(name, default)
+        return self._tls if name == "ssl_object" else self.lower.get_extra_info(name, default)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Encrypt and send. After `write_eof` or the connection's loss, do nothing."""
@@ -161,7 +182,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         rest = memoryview(data)
         while rest:
             rest = rest[self._tls.write(rest[:_PART_BYTES_MAX]) :]
-            self._lower.write(self._outgoing.read())
+            self.lower.write(self._outgoing.read())
 
     def can_write_eof(self) -> bool:
         """TLS 1.3 closes each direction alone; so does this, whatever the version."""
@@ -169,45 +190,45 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
 
     def write_eof(self) -> None:
         """Send close_notify, then FIN. What the peer still sends is still delivered."""
-        if self._write_ended or self._lower.is_closing():
+        if self._write_ended or self.lower.is_closing():
             return
         self._write_ended = True
         with suppress(ssl.SSLError):  # it only says that the peer's own has not come yet
             self._tls.unwrap()
         self._flush()
         if self._peer_ended:
-            self._lower.close()  # both directions have ended: nothing is left to wait for
+            self.lower.close()  # both directions have ended: nothing is left to wait for
         else:
-            self._lower.write_eof()
+            self.lower.write_eof()
 
     def get_write_buffer_size(self) -> int:
         """Return the bytes not yet given to the kernel."""
-        return self._lower.get_write_buffer_size()
+        return self.lower.get_write_buffer_size()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         """Set when the protocol above is told to pause and to resume writing."""
-        self._lower.set_write_buffer_limits(high, low)
+        self.lower.set_write_buffer_limits(high, low)
 
     def pause_reading(self) -> None:
         """Stop reading below: nothing is delivered after the present read."""
-        self._lower.pause_reading()
+        self.lower.pause_reading()
 
     def resume_reading(self) -> None:
         """Read again."""
-        self._lower.resume_reading()
+        self.lower.resume_reading()
 
     def is_closing(self) -> bool:
         """Whether the plain transport is."""
-        return self._lower.is_closing()
+        return self.lower.is_closing()
 
     def close(self) -> None:
         """Send what is written, close_notify and FIN, and close."""
         self.write_eof()
-        self._lower.close()
+        self.lower.close()
 
     def abort(self) -> None:
         """Close at once."""
-        self._lower.abort()
+        self.lower.abort()
 
     # -- the handshake ---------------------------------------------------------------------------
 
@@ -225,11 +246,16 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         Raises ssl.SSLError, or ConnectionError when the peer ends. Its bound is the caller's.
         """
         self._incoming.write(first)
-        self._lower.set_protocol(self)
-        self._advance_handshake()
-        await self._handshake
+        self.lower.set_protocol(self)
+        self._handshake = asyncio.get_running_loop().create_future()
+        try:
+            self._advance_handshake()
+            await self._handshake
+        finally:
+            self._handshake = None
 
     def _advance_handshake(self) -> None:
+        assert self._handshake is not None
         try:
             self._tls.do_handshake()
         except ssl.SSLWantReadError:
@@ -294,7 +320,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
     def _receive(self, data: bytes) -> None:
         """Take ciphertext that belongs to the handshake, or is more than a record."""
         if not self._established:
-            if not self._handshake.done():
+            if self._handshake is not None and not self._handshake.done():
                 self.asked_curve = self.asked_curve or asked_curve(data)
                 self._incoming.write(data)
                 self._advance_handshake()
@@ -324,11 +350,11 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         except ssl.SSLZeroReturnError:
             ended = True  # close_notify, as OpenSSL says it when ours is out already
         except ssl.SSLError:
-            self._lower.abort()  # a forged or broken record: nothing behind it can be believed
+            self.lower.abort()  # a forged or broken record: nothing behind it can be believed
         if self._outgoing.pending:  # an answer to a key update
             self._flush()
-            if self._lower.get_write_buffer_size() > _UNREAD_BYTES_MAX:
-                self._lower.abort()  # a flood of them from a peer that reads no answer
+            if self.lower.get_write_buffer_size() > _UNREAD_BYTES_MAX:
+                self.lower.abort()  # a flood of them from a peer that reads no answer
         if plain := pieces[0] if len(pieces) == 1 else b"".join(pieces):
             self._app.data_received(plain)
         if ended:
@@ -342,9 +368,9 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
             self.close()
 
     def _fail_handshake(self, error: Exception) -> None:
-        if not self._handshake.done():
+        if self._handshake is not None and not self._handshake.done():
             self._handshake.set_exception(error)
 
     def _flush(self) -> None:
-        if self._outgoing.pending and not self._lower.is_closing():
-            self._lower.write(self._outgoing.read())
+        if self._outgoing.pending and not self.lower.is_closing():
+            self.lower.write(self._outgoing.read())

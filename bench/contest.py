@@ -142,11 +142,11 @@ class _Contest:
         for name, start in self.starts(self.upstream.place).items():
             say(f"memory of {name}")
             memory.measure(start, self.plan.idle_sessions, bulk, self.readings)
-        if self.plan.many_idle_sessions:
-            with idle_upstream(self.upstream, self.directory) as place:
+        with idle_upstream(self.upstream, self.directory) as place:
+            for count in self.plan.scripted_sessions:
                 for name, start in self.starts(place).items():
-                    say(f"memory of {name} with {self.plan.many_idle_sessions:,} sessions")
-                    memory.measure_many(start, self.plan.many_idle_sessions, self.readings)
+                    say(f"memory of {name} with {count:,} sessions")
+                    memory.measure_idle(start, count, self.readings)
 
 
 def say(text: str) -> None:

@@ -42,20 +42,21 @@ def measure(start: Start, sessions_count: int, bulk: Bulk, readings: Readings) -
         before = _settled(contender)
         bulk.copy_out(contender)
         after = _settled(contender)
-    many = f"{sessions_count:,} idle sessions"
     for name, unit, value in (
         ("at rest", "MB", rest / 1e6),
-        (many, "MB", full / 1e6),
-        (f"per session of {sessions_count:,}", "kB", (full - rest) / sessions_count / 1e3),
+        ("per session on PostgreSQL", "kB", (full - rest) / sessions_count / 1e3),
         ("per session, each used for 1 MB", "kB", (used - rest) / sessions_count / 1e3),
-        (f"after {many}", "MB", closed / 1e6),
+        (f"after {sessions_count:,} of these sessions", "MB", closed / 1e6),
         ("growth by a bulk transfer", "%", (after / before - 1) * 100),
     ):
         readings.add(contender.name, Quantity(CASE, name, unit), value)
 
 
-def measure_many(start: Start, sessions_count: int, readings: Readings) -> None:
-    """Start a contender whose upstream holds so many sessions, and fill it. Raises BenchError."""
+def measure_idle(start: Start, sessions_count: int, readings: Readings) -> None:
+    """Start a contender with a scripted upstream, which any number of sessions costs little.
+
+    Raises BenchError.
+    """
     with start() as contender:
         open_session(contender).finish()
         rest = _settled(contender)

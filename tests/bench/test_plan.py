@@ -18,7 +18,7 @@ def test_full_is_larger_in_every_way() -> None:
     plan, full = read([])[0], read(["--full"])[0]
     assert full.subjects == set(SUBJECTS)
     assert full.megabytes == 1024
-    assert full.many_idle_sessions == 5000
+    assert full.scripted_sessions == (1000, 5000)
     assert full.floor
     assert full.connects > plan.connects
     assert full.loads[0].seconds > plan.loads[0].seconds

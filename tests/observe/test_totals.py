@@ -56,7 +56,7 @@ def test_counters_gauges_and_histograms_are_added_and_the_program_is_one() -> No
     assert values["upstream_connect_seconds_bucket", "0.05", "tls"] == 3
     assert values["connections",] == values["sessions_active", "eu"] == 1
     assert values["relayed_bytes_total", "to_client", "eu"] == 20
-    assert values["build_info", "1"] == 1
+    assert values["build_info", "", "1"] == 1
     assert values["shard_map_mappings", "tenants"] == 7, "each has the same map"
     assert values["route_total", "tenants", "routed", "eu"] == 3
     alone = shown(first.exposition())

@@ -93,6 +93,11 @@ class Direction(asyncio.Protocol):
         self._received_bytes += len(data)
         seen(data)
 
+    def pause_where_full(self, mark: int) -> None:
+        """Take note that our source was full before this was its protocol: it says so once."""
+        if not self.back._paused and self._source.get_write_buffer_size() > mark:
+            self.pause_writing()
+
     def pause_writing(self) -> None:
         # Our source takes no more of what comes from the sink.
         self.back.pause()

@@ -97,8 +97,9 @@ class Relay:
         )
         self.from_client.back = self.from_upstream
         self.from_upstream.back = self.from_client
+        self._mark = 0 if self._lanes else BUFFER_BYTES_MAX
         for transport in (client, upstream):
-            transport.set_write_buffer_limits(high=0 if self._lanes else BUFFER_BYTES_MAX)
+            transport.set_write_buffer_limits(high=self._mark)
 
     @property
     def idle(self) -> bool:
@@ -179,6 +180,8 @@ class Relay:
     async def run(self) -> RelayEnd:
         """Return when one side has ended and both are closed. Cancelling it cuts both."""
         try:
+            for direction in (self.from_client, self.from_upstream):
+                direction.pause_where_full(self._mark)
             self._open_lanes()
             reason = await self._ended
             self._close_lanes()

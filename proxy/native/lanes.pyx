@@ -68,6 +68,7 @@ cdef class Lanes:
     cdef char* _plain
 
     def __cinit__(self) -> None:
+        self._epoll = -1
         self._open = {}
         self._epoll = epoll_create1(EPOLL_CLOEXEC)
         if self._epoll < 0:
@@ -116,9 +117,10 @@ cdef class Lanes:
         cdef epoll_event event
         event.events = EPOLLIN
         event.data.fd = lane.source
-        if epoll_ctl(self._epoll, EPOLL_CTL_ADD, lane.source, &event) < 0:
-            PyErr_SetFromErrno(OSError)
         self._open[lane.source] = lane
+        if epoll_ctl(self._epoll, EPOLL_CTL_ADD, lane.source, &event) < 0:
+            del self._open[lane.source]
+            PyErr_SetFromErrno(OSError)
         return 0
 
     cdef int remove(self, Lane lane) except -1:
@@ -153,13 +155,13 @@ cdef class Lane:
 
     def __init__(
         self,
-        Lanes lanes,
+        Lanes lanes not None,
         int source,
         int sink,
         *,
         Engine opens,
         Engine seals,
-        Activity activity,
+        Activity activity not None,
         bint from_upstream,
         owner,
         bint paused,
@@ -188,10 +190,14 @@ cdef class Lane:
         """Read again."""
         if self._closed or not self.paused:
             return
+        try:
+            self._lanes.add(self)
+        except OSError as error:
+            self._end(error)
+            return
         self.paused = False
         if self._seals is not None:
             self._seals.ciphertext.full = False
-        self._lanes.add(self)
 
     def close(self) -> None:
         """Touch neither socket from here on."""
@@ -209,6 +215,8 @@ cdef class Lane:
         try:
             return self._carry(read, plain)
         except Exception as error:
+            if self._closed:
+                raise
             self._end(error)
             return 0
 
@@ -246,6 +254,7 @@ cdef class Lane:
         cdef Engine engine = self._seals
         cdef Py_ssize_t done = 0
         cdef int taken
+        openssl.ERR_clear_error()  # another's would be taken for ours
         engine.ciphertext.sink = self._sink
         while done < size:
             taken = openssl.SSL_write(engine.ssl, plain + done, <int>(size - done))
@@ -263,19 +272,21 @@ cdef class Lane:
     cdef int _open_and_send(self, char* read, char* plain, Py_ssize_t size) except -1:
         """Decrypt all that is whole, and send it."""
         cdef Engine engine = self._opens
-        cdef Py_ssize_t done = 0
+        cdef Py_ssize_t done = 0, left
         cdef int taken
         engine.ciphertext.window = read
         engine.ciphertext.window_bytes = size
+        openssl.ERR_clear_error()  # another's would be taken for ours
         while True:
             taken = openssl.SSL_read(engine.ssl, plain + done, <int>(_PLAIN_BYTES - done))
             if taken <= 0:
                 break
             done += taken
+        left = engine.ciphertext.window_bytes
+        engine.ciphertext.window_bytes = 0  # before anything can fail: the window is the lane's
         odd = None
-        if openssl.SSL_want(engine.ssl) != openssl.SSL_READING or engine.ciphertext.window_bytes:
+        if openssl.SSL_want(engine.ssl) != openssl.SSL_READING or left:
             odd = engine.failure(taken)
-        engine.ciphertext.window_bytes = 0
         if done:
             self._send(plain, done)
         if odd is not None or engine.ciphertext.owed_bytes:

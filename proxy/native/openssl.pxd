@@ -13,6 +13,8 @@ cdef extern from "openssl/ssl.h" nogil:
         pass
     ctypedef struct X509_VERIFY_PARAM:
         pass
+    ctypedef struct ASN1_OCTET_STRING:
+        pass
 
     int BIO_CTRL_FLUSH
     int BIO_TYPE_SOURCE_SINK
@@ -83,6 +85,8 @@ cdef extern from "openssl/err.h" nogil:
     const char* ERR_reason_error_string(unsigned long code)
 
 cdef extern from "openssl/x509v3.h" nogil:
+    ASN1_OCTET_STRING* a2i_IPADDRESS(const char* address)
+    void ASN1_OCTET_STRING_free(ASN1_OCTET_STRING* string)
     int X509_VERIFY_PARAM_set_flags(X509_VERIFY_PARAM* rules, unsigned long flags)
     int X509_VERIFY_PARAM_set1_host(X509_VERIFY_PARAM* rules, const char* name, size_t size)
     int X509_VERIFY_PARAM_set1_ip_asc(X509_VERIFY_PARAM* rules, const char* address)

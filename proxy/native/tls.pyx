@@ -9,7 +9,7 @@ The invariant: an engine never touches a descriptor, but for the `sink` that a l
 one call. The window belongs to whoever fed it and is empty before the lane lends its own.
 """
 
-import ipaddress
+import os
 import ssl
 
 from libc.stdlib cimport free, realloc
@@ -139,7 +139,7 @@ cdef class ClientContext:
             loaded = openssl.SSL_CTX_set_default_verify_paths(self._context)
         else:
             open(cafile, "rb").close()  # its error says more than OpenSSL's
-            path = cafile.encode()
+            path = os.fsencode(cafile)
             loaded = openssl.SSL_CTX_load_verify_locations(self._context, path, NULL)
         if not loaded:
             raise _error(ssl.SSLError)
@@ -155,7 +155,7 @@ cdef int _version(object version) except -1:
 cdef class Engine:
     """One connection's TLS. All methods are those of ssl.SSLObject unless they say otherwise."""
 
-    def __cinit__(self, ClientContext context, server_hostname: str | None) -> None:
+    def __cinit__(self, ClientContext context not None, server_hostname: str | None) -> None:
         cdef BIO* bio
         self.ciphertext.sink = -1
         self.ssl = openssl.SSL_new(context._context)
@@ -168,7 +168,6 @@ cdef class Engine:
         openssl.BIO_set_init(bio, 1)
         openssl.SSL_set_bio(self.ssl, bio, bio)
         openssl.SSL_set_connect_state(self.ssl)
-        self._name = server_hostname
         if server_hostname is not None:
             self._expect(server_hostname, context._check_hostname)
         elif context._check_hostname:
@@ -182,9 +181,10 @@ cdef class Engine:
         """Send the name, and let the certificate be good for it only. Raises ValueError."""
         if not server_hostname or server_hostname.startswith(".") or "\0" in server_hostname:
             raise ValueError("server_hostname cannot be an empty string or start with a dot.")
-        plain = server_hostname.encode("ascii" if server_hostname.isascii() else "idna")
+        plain = server_hostname.encode("idna")
+        self._name = plain.decode()
         cdef openssl.X509_VERIFY_PARAM* rules = openssl.SSL_get0_param(self.ssl)
-        if _is_address(server_hostname):
+        if _is_address(plain):
             taken = not check or openssl.X509_VERIFY_PARAM_set1_ip_asc(rules, plain)
         else:
             taken = openssl.SSL_set_tlsext_host_name(self.ssl, plain)
@@ -285,7 +285,7 @@ cdef class Engine:
 cdef class Incoming:
     """What an engine reads from, as an ssl.MemoryBIO."""
 
-    def __init__(self, Engine engine) -> None:
+    def __init__(self, Engine engine not None) -> None:
         self._engine = engine
 
     @property
@@ -300,7 +300,7 @@ cdef class Incoming:
 cdef class Outgoing:
     """What an engine has written, as an ssl.MemoryBIO."""
 
-    def __init__(self, Engine engine) -> None:
+    def __init__(self, Engine engine not None) -> None:
         self._engine = engine
 
     @property
@@ -311,12 +311,12 @@ cdef class Outgoing:
         return self._engine.take()
 
 
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+cdef bint _is_address(bytes name) except -1:
+    """Whether OpenSSL takes it for one: that is who compares it with the certificate's."""
+    cdef openssl.ASN1_OCTET_STRING* address = openssl.a2i_IPADDRESS(name)
+    openssl.ERR_clear_error()
+    openssl.ASN1_OCTET_STRING_free(address)
+    return address is not NULL
 
 
 cdef str _refusal(long code, object name):

@@ -96,13 +96,13 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         "_decrypt",
         "_encrypt",
         "_encrypted",
-        "_established",
         "_feed",
         "_hand_up",
         "_handshake",
         "_incoming",
         "_outgoing",
         "_peer_ended",
+        "_receiving",
         "_send",
         "_tls",
         "_write_ended",
@@ -145,7 +145,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         self._encrypt = self._tls.write
         self._encrypted = self._outgoing.read
         self._send = lower.write
-        self._established = False
+        self._receiving = False  # from the handshake's end to that of the peer's stream
         self._handshake: asyncio.Future[None] | None = None  # while somebody waits for it
         self._peer_ended = False
         self._write_ended = False
@@ -265,7 +265,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
             self._handshake.set_exception(error)
         else:
             self._flush()
-            self._established = True
+            self._receiving = True
             self._handshake.set_result(None)
             if self._incoming.pending:
                 # Data in the same read as the handshake's end: after the waiter has run.
@@ -276,7 +276,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Take ciphertext."""
         size = len(data)
-        if size > _RECORD_BYTES_MAX or not self._established:
+        if size > _RECORD_BYTES_MAX or not self._receiving:
             self._receive(data)
             return
         # Nearly every answer to a query is one record that comes in one read. A record is longer
@@ -319,14 +319,16 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
 
     def _receive(self, data: bytes) -> None:
         """Take ciphertext that belongs to the handshake, or is more than a record."""
-        if not self._established:
+        if not self._receiving:
             if self._handshake is not None and not self._handshake.done():
                 self.asked_curve = self.asked_curve or asked_curve(data)
                 self._incoming.write(data)
                 self._advance_handshake()
-            return
+            return  # behind a close_notify: nobody would ever take it out of OpenSSL again
         view = memoryview(data)
         for start in range(0, len(data), _PART_BYTES_MAX):
+            if not self._receiving:
+                return
             self._incoming.write(view[start : start + _PART_BYTES_MAX])
             self._deliver([])
 
@@ -364,6 +366,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         if self._peer_ended:
             return
         self._peer_ended = True
+        self._receiving = False
         if not self._app.eof_received():
             self.close()
 

@@ -1,5 +1,6 @@
 """Every test here is of what was compiled: without it they are skipped, and say so."""
 
+from pathlib import Path
 
 import pytest
 
@@ -13,19 +14,22 @@ def compiled() -> None:
 
 
 @pytest.fixture(scope="session")
-def tls() -> Contexts:
-    """Return contexts of which the client's is the compiled one."""
+def key_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the secrets of the server's handshakes are."""
+    return tmp_path_factory.mktemp("keys") / "log"
+
+
+@pytest.fixture(scope="session")
+def tls(key_log: Path) -> Contexts:
+    """Return contexts of which the client's is the compiled one. The server sends no tickets."""
     need_compiled("the compiled TLS")
-    return _without_tickets(contexts(compiled=True))
+    made = contexts(compiled=True)
+    made.server.num_tickets = 0
+    made.server.keylog_filename = str(key_log)
+    return made
 
 
 @pytest.fixture(scope="session")
 def python_tls(tls: Contexts) -> Contexts:
     """Return the same with Python's TLS for the client."""
     return Contexts(tls.server, tls.client, tls.authority)
-
-
-def _without_tickets(made: Contexts) -> Contexts:
-    """Leave the numbers of the server's records to the tests that write some themselves."""
-    made.server.num_tickets = 0
-    return made

@@ -1,0 +1,189 @@
+"""What an upstream's TLS may say, and may not: through a lane as through Python's TLS."""
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from proxy.session.relay import EndReason
+from proxy.transport.tls import TLSTransport
+from tests.native.records import (
+    ALERT,
+    CLOSE_NOTIFY,
+    FATAL,
+    HANDSHAKE,
+    INTERNAL_ERROR,
+    WARNING,
+    Records,
+    server_secret,
+)
+from tests.native.relayed import Relayed, relayed
+from tests.transport.peers import Contexts, resident_bytes, secured
+
+MIB = 1024 * 1024
+RECORD_BYTES_MAX = 16 * 1024
+USER_CANCELED = b"\x5a"
+END = b"the end"
+CLOSED, LOST = EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST
+
+Script = Callable[[Records], bytes]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an upstream sends before its FIN, what the client gets, and why the session ends."""
+
+    sends: Script
+    received: bytes
+    reason: EndReason
+
+
+def several(records: Records, *contents: bytes) -> bytes:
+    return b"".join(records.record(content) for content in contents)
+
+
+CASES = {
+    "records of all sizes": Case(
+        lambda to: several(to, b"a", b"b" * RECORD_BYTES_MAX, b"c" * 100, END),
+        b"a" + b"b" * RECORD_BYTES_MAX + b"c" * 100 + END,
+        CLOSED,
+    ),
+    "some empty records": Case(
+        lambda to: several(to, b"a", *[b""] * 20, b"b", *[b""] * 20, END), b"ab" + END, CLOSED
+    ),
+    "a flood of empty records": Case(lambda to: several(to, b"a", *[b""] * 1000, END), b"a", LOST),
+    "a key update": Case(
+        lambda to: to.record(b"a") + to.key_update(asks=False) + to.record(END),
+        b"a" + END,
+        CLOSED,
+    ),
+    "a key update that asks for ours": Case(
+        lambda to: to.record(b"a") + to.key_update(asks=True) + to.record(END),
+        b"a" + END,
+        CLOSED,
+    ),
+    "a close_notify and data behind it": Case(
+        lambda to: to.record(b"a") + to.alert(WARNING, CLOSE_NOTIFY) + to.record(b"b"),
+        b"a",
+        CLOSED,
+    ),
+    "a FIN without close_notify": Case(lambda to: to.record(b"a"), b"a", CLOSED),
+    "a FIN in a record": Case(lambda to: to.record(b"a") + to.record(b"b")[:-1], b"a", CLOSED),
+    "a forged record": Case(
+        lambda to: to.record(b"a") + to.forged(b"b") + to.record(b"c"), b"a", LOST
+    ),
+    "a fatal alert": Case(
+        lambda to: to.record(b"a") + to.alert(FATAL, INTERNAL_ERROR) + to.record(b"b"), b"a", LOST
+    ),
+    "a warning": Case(
+        lambda to: to.record(b"a") + to.alert(WARNING, USER_CANCELED) + to.record(END),
+        b"a" + END,
+        CLOSED,
+    ),
+    "half an alert": Case(lambda to: to.record(b"a") + to.record(b"\1", ALERT), b"a", LOST),
+    "no known content": Case(lambda to: to.record(b"a") + to.record(b"b", 99), b"a", LOST),
+    "no known handshake message": Case(
+        lambda to: to.record(b"a") + to.record(b"\xfe\0\0\1x", HANDSHAKE), b"a", LOST
+    ),
+    "a record that is too large": Case(
+        lambda to: to.record(b"a") + to.record(b"b" * (RECORD_BYTES_MAX + 1)), b"a", LOST
+    ),
+    "plaintext": Case(lambda to: to.record(b"a") + b"Z\0\0\0\5I" * 10, b"a", LOST),
+}
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+@pytest.mark.parametrize("cut", ["whole", "byte_by_byte"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+async def test_the_client_gets_what_is_whole_and_true(
+    tls: Contexts, python_tls: Contexts, key_log: Path, case: Case, cut: str, compiled: bool
+) -> None:
+    async with relayed(laned=compiled, tls=tls if compiled else python_tls) as setting:
+        sent = case.sends(Records(server_secret(key_log)))
+        if cut == "whole" or len(sent) > RECORD_BYTES_MAX:
+            await send(setting, sent)
+        else:
+            with suppress(ConnectionError):  # the relay need not hear it out
+                for at in range(len(sent)):
+                    await send(setting, sent[at : at + 1])
+        if not setting.upstream.writer.transport.is_closing():
+            setting.upstream.end()
+        assert await setting.client.receive_all() == case.received
+        setting.client.sock.close()
+        assert (await setting.end()).reason is case.reason
+
+
+async def send(setting: Relayed, ciphertext: bytes) -> None:
+    """Send, and give the relay a turn: what it reads is a piece, not all of them."""
+    setting.upstream.writer.write(ciphertext)
+    await setting.upstream.writer.drain()
+    await asyncio.sleep(0)
+
+
+async def test_key_updates_in_both_directions_keep_both_streams_whole(
+    tls: Contexts, key_log: Path
+) -> None:
+    async with relayed(tls=tls) as setting:
+        records = Records(server_secret(key_log))
+        for number in range(50):
+            there, back = b"%04d" % number * 5000, b"%04d" % number * 3000
+            sent = records.record(back[:100]) + records.key_update(asks=True)
+            setting.upstream.writer.write(sent + records.record(back[100:]))
+            await setting.client.send(there)
+            assert await setting.upstream.receive_exactly(len(there)) == there
+            assert await setting.client.receive_exactly(len(back)) == back
+
+
+async def test_a_flood_of_key_updates_from_a_peer_that_reads_no_answer_ends_the_session(
+    tls: Contexts, key_log: Path
+) -> None:
+    async with relayed(tls=tls, small=True) as setting:
+        setting.upstream.writer.transport.pause_reading()
+        records = Records(server_secret(key_log))
+        before = resident_bytes()
+        with suppress(ConnectionError):
+            async with asyncio.timeout(30):
+                while not setting.running.done():
+                    some = b"".join(records.key_update(asks=True) for _ in range(2000))
+                    setting.upstream.writer.write(some)
+                    await setting.upstream.writer.drain()
+        setting.client.sock.close()
+        assert (await setting.end()).reason is LOST
+        assert resident_bytes() - before < 32 * MIB
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+async def test_what_follows_a_close_notify_is_not_kept(
+    tls: Contexts, python_tls: Contexts, compiled: bool
+) -> None:
+    # It was, as ciphertext that nobody asks for any more: as much as the peer liked to send.
+    async with secured(tls if compiled else python_tls, server_side=False) as (link, peer):
+        transport = link.transport
+        assert isinstance(transport, TLSTransport)
+        peer.say_close_notify()
+        await link.gone
+        before = resident_bytes()
+        async with asyncio.timeout(10):
+            for _ in range(64):
+                peer.writer.write(bytes(MIB))
+                await peer.writer.drain()
+        assert resident_bytes() - before < 32 * MIB
+
+
+async def test_an_error_that_another_left_with_openssl_is_not_the_streams(
+    tls: Contexts, key_log: Path
+) -> None:
+    async with relayed(tls=tls) as setting:
+        records = Records(server_secret(key_log))
+        sent = records.record(b"back") + records.alert(WARNING, CLOSE_NOTIFY)
+        setting.upstream.writer.write(sent)
+        with pytest.raises(ValueError, match="unknown object"):
+            ssl._ASN1Object("nonsense.bad")  # type: ignore[attr-defined]
+        setting.lanes.turn()
+        assert await setting.client.receive_all() == b"back"
+        setting.client.sock.close()
+        assert (await setting.end()).reason is CLOSED

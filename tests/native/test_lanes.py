@@ -1,11 +1,9 @@
 """Lanes beside transports: order, backpressure, descriptors, ends."""
 
-import asyncio
 
 import pytest
 
 from tests.native.relayed import relayed
-from tests.support.running import eventually
 from tests.transport.peers import Contexts
 
 MIB = 1024 * 1024

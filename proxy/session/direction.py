@@ -42,7 +42,6 @@ class Direction(asyncio.Protocol):
         "_lane",
         "_look",
         "_looks",
-        "_paused",
         "_received_bytes",
         "_sink",
         "_source",
@@ -50,6 +49,7 @@ class Direction(asyncio.Protocol):
         "back",
         "closed",
         "lost",
+        "paused",
         "seen",
     )
 
@@ -76,7 +76,7 @@ class Direction(asyncio.Protocol):
         self._ended = ended
         self._looks = looks
         self._look: asyncio.TimerHandle | None = None
-        self._paused = False
+        self.paused = False
         self._lane: Lane | None = None
 
     @property
@@ -95,7 +95,7 @@ class Direction(asyncio.Protocol):
 
     def pause_where_full(self, mark: int) -> None:
         """Take note that our source was full before this was its protocol: it says so once."""
-        if not self.back._paused and self._source.get_write_buffer_size() > mark:
+        if not self.back.paused and self._source.get_write_buffer_size() > mark:
             self.pause_writing()
 
     def pause_writing(self) -> None:
@@ -124,7 +124,7 @@ class Direction(asyncio.Protocol):
 
     def pause(self) -> None:
         """Stop reading the source: the sink takes nothing."""
-        self._paused = True
+        self.paused = True
         if self._lane is not None:
             self._lane.pause()
         elif not self._source.is_closing():
@@ -132,7 +132,7 @@ class Direction(asyncio.Protocol):
 
     def resume(self) -> None:
         """Read the source again."""
-        self._paused = False
+        self.paused = False
         if self._lane is not None:
             self._lane.resume()
         elif not self._source.is_closing():
@@ -141,11 +141,11 @@ class Direction(asyncio.Protocol):
     def open_lane(self, lanes: "Lanes", activity: "Activity") -> None:
         """Have the source's ordinary reads carried by a lane, past its transport and this object.
 
-        Both transports are plain, or have compiled TLS; neither is closing.
+        Both transports are plain, or have compiled TLS; neither is closing. Raises OSError where
+        the kernel watches no more descriptors; the transport reads on then.
         """
         (source, opens), (sink, seals) = _under(self._source), _under(self._sink)
-        self._source.pause_reading()
-        self._lane = native.lanes.Lane(
+        lane = native.lanes.Lane(
             lanes,
             _descriptor(source),
             _descriptor(sink),
@@ -154,8 +154,10 @@ class Direction(asyncio.Protocol):
             activity=activity,
             from_upstream=self._looks,
             owner=self,
-            paused=self._paused,
+            paused=self.paused,
         )
+        self._lane = lane
+        self._source.pause_reading()
 
     def close_lane(self) -> None:
         """Have the transport read its socket itself again."""
@@ -164,7 +166,7 @@ class Direction(asyncio.Protocol):
             return
         lane.close()
         self._received_bytes += lane.carried_bytes
-        if not (self._paused or self._source.is_closing()):
+        if not (self.paused or self._source.is_closing()):
             self._source.resume_reading()
 
     def overflow(self, rest: bytes) -> None:
@@ -180,6 +182,9 @@ class Direction(asyncio.Protocol):
             self.stop_writing()  # the sink's TLS has failed already
             self._sink.abort()
         elif error is not None:
+            if not isinstance(error, OSError):  # a bug, of which a transport would tell as well
+                told = {"message": "a lane has failed", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(told)
             self._source.abort()
 
     # -- writing ---------------------------------------------------------------------------------

@@ -218,8 +218,9 @@ class Relay:
         closing = self._client.is_closing() or self._upstream.is_closing()
         if self._lanes is None or closing or self._ended.done() or self._farewell is not None:
             return
-        for direction in (self.from_client, self.from_upstream):
-            direction.open_lane(*self._lanes)
+        with suppress(OSError):  # the transports do the same
+            for direction in (self.from_client, self.from_upstream):
+                direction.open_lane(*self._lanes)
 
     def _close_lanes(self) -> None:
         self.from_client.close_lane()

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
 
+from proxy import native
 from proxy.session.relay import Relay, RelayEnd
 from proxy.transport.lanes import watched_lanes
 from proxy.transport.link import Link
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from proxy.native.lanes import Lanes
 
 WAIT_SECONDS_MAX: Final = 10.0
-# What the ends of a connection hold where a peer that reads nothing shall be full soon.
-SMALL_BUFFER_BYTES: Final = 16 * 1024
+# What the ends of a connection hold where a peer that reads nothing shall be full soon; less than
+# a segment of the loopback, which is 64 KiB, would make each wait for a timer.
+SMALL_BUFFER_BYTES: Final = 128 * 1024
 
 
 class Client:
@@ -95,11 +97,16 @@ async def relayed(
     tls: Contexts | None = None,
     small: bool = False,
     first: bytes = b"",
+    closed: bool = False,
 ) -> AsyncIterator[Relayed]:
     """Run a relay; `tls` is on its upstream. With `small` buffers a peer that reads nothing is
-    full soon. `first` is written to the client before the relay gets its connection."""
+    full soon. `first` is written to the client before the relay gets its connection. `closed`
+    lanes take no new one."""
     async with AsyncExitStack() as stack:
         lanes = stack.enter_context(watched_lanes())
+        if closed:
+            lanes = native.lanes.Lanes()
+            lanes.close()
         upstream_link, upstream = await stack.enter_async_context(
             linked() if tls is None else secured(tls, server_side=False)
         )

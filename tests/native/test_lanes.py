@@ -1,13 +1,31 @@
 """Lanes beside transports: order, backpressure, descriptors, ends."""
 
+import asyncio
+import select
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.native.relayed import relayed
+from proxy import native
+from proxy.session.relay import EndReason
+from proxy.wire.messages import ErrorResponse
+from tests.native.relayed import Relayed, relayed
+from tests.support.running import eventually
 from tests.transport.peers import Contexts
+
+if TYPE_CHECKING:
+    from proxy.native.lanes import Lane, Lanes
 
 MIB = 1024 * 1024
 ENCRYPTED = pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "tls"])
+FAREWELL = ErrorResponse.fatal("57P01", "terminating connection")
+
+
+# -- order ---------------------------------------------------------------------------------------
 
 
 @ENCRYPTED
@@ -17,12 +35,405 @@ async def test_what_was_queued_before_the_relay_began_goes_first(
     # The welcome is written while the connection's protocol is still the startup's, which is told
     # that the client takes no more and does nothing about it. A lane that did not know sent the
     # upstream's next bytes past what was queued, as soon as the client had made room.
-    welcome, answer = b"w" * MIB, b"a" * 1000
+    welcome, answer = b"w" * 4 * MIB, b"a" * 1000
     async with relayed(tls=tls if encrypted else None, small=True, first=welcome) as setting:
         assert setting.client_transport.get_write_buffer_size() > 0
         upstream = setting.upstream.writer.transport
         received = setting.client.receive_now()
         upstream.write(setting.upstream.encrypted(answer) if encrypted else answer)
         setting.lanes.turn()
-        received += await setting.client.receive_exactly(MIB + 1000 - len(received))
+        received += await setting.client.receive_exactly(4 * MIB + 1000 - len(received))
         assert received == welcome + answer
+
+
+@pytest.mark.parametrize("laned", [False, True], ids=["python", "compiled"])
+async def test_w33_a_client_that_was_full_before_the_relay_began_stalls_its_upstream(
+    laned: bool,
+) -> None:
+    # It did not: what it had not taken was queued, and so was all that followed.
+    async with relayed(laned=laned, small=True, first=b"w" * 4 * MIB) as setting:
+        content = b"a" * 8 * MIB
+        sending = asyncio.create_task(setting.upstream.send(content))
+        await eventually(
+            lambda: setting.upstream.writer.transport.get_write_buffer_size() > 0, "it is stalled"
+        )
+        assert setting.client_transport.get_write_buffer_size() <= 4 * MIB
+        assert await setting.client.receive_exactly(12 * MIB) == b"w" * 4 * MIB + content
+        await sending
+
+
+@ENCRYPTED
+async def test_w34_last_words_reach_a_client_that_was_full(tls: Contexts, encrypted: bool) -> None:
+    words = b"".join(b"%07d\n" % number for number in range(200_000))
+    async with relayed(tls=tls if encrypted else None, small=True) as setting:
+        setting.upstream.writer.write(setting.upstream.encrypted(words) if encrypted else words)
+        await eventually(
+            lambda: setting.client_transport.get_write_buffer_size() > 0, "the client is full"
+        )
+        if encrypted:
+            setting.upstream.say_close_notify()
+        setting.upstream.end()
+        assert await setting.client.receive_all() == words
+        setting.client.sock.close()
+        assert (await setting.end()).reason is EndReason.UPSTREAM_CLOSED
+
+
+@ENCRYPTED
+async def test_w34_last_words_reach_an_upstream_that_was_full(
+    tls: Contexts, encrypted: bool
+) -> None:
+    words = b"".join(b"%07d\n" % number for number in range(200_000))
+    async with relayed(tls=tls if encrypted else None, small=True) as setting:
+        setting.upstream.writer.transport.pause_reading()
+        sending = asyncio.create_task(setting.client.send(words))
+        await eventually(
+            lambda: setting.upstream_transport.get_write_buffer_size() > 0, "the upstream is full"
+        )
+        setting.upstream.writer.transport.resume_reading()
+        reading = asyncio.create_task(setting.upstream.receive_all())
+        await sending
+        setting.client.end()
+        assert await reading == words
+        assert setting.upstream.close_notify is encrypted
+        setting.upstream.writer.close()
+        assert (await setting.end()).reason is EndReason.CLIENT_CLOSED
+
+
+# -- its end -------------------------------------------------------------------------------------
+
+
+async def client_ends(setting: Relayed) -> None:
+    setting.client.end()
+
+
+async def client_resets(setting: Relayed) -> None:
+    setting.client.reset()
+
+
+async def upstream_ends(setting: Relayed) -> None:
+    setting.upstream.end()
+
+
+async def upstream_resets(setting: Relayed) -> None:
+    setting.upstream.reset()
+
+
+async def client_is_cut(setting: Relayed) -> None:
+    setting.client_transport.abort()
+
+
+async def upstream_is_cut(setting: Relayed) -> None:
+    setting.upstream_transport.abort()
+
+
+async def it_is_cancelled(setting: Relayed) -> None:
+    setting.running.cancel()
+
+
+async def it_is_cancelled_while_it_closes(setting: Relayed) -> None:
+    setting.upstream.end()
+    setting.client.end()  # one of them is not read where the other one is full
+    await eventually(lambda: setting.relay.over, "it is closing")
+    await asyncio.sleep(0)
+    setting.running.cancel()
+
+
+async def it_is_to_end_when_idle(setting: Relayed) -> None:
+    setting.relay.end_when_idle(EndReason.SHUTDOWN, FAREWELL)
+
+
+async def it_is_to_end_after_a_lull(setting: Relayed) -> None:
+    setting.relay.end_when_idle(EndReason.SHUTDOWN, FAREWELL, lull_seconds=0.01)
+
+
+async def it_was_idle_for_long(setting: Relayed) -> None:
+    setting.relay.end_after_idle(0.01, FAREWELL)
+
+
+@ENCRYPTED
+@pytest.mark.parametrize("full", ["neither", "client", "upstream"])
+@pytest.mark.parametrize(
+    "happens",
+    [
+        client_ends,
+        client_resets,
+        upstream_ends,
+        upstream_resets,
+        client_is_cut,
+        upstream_is_cut,
+        it_is_cancelled,
+        it_is_cancelled_while_it_closes,
+        it_is_to_end_when_idle,
+        it_is_to_end_after_a_lull,
+        it_was_idle_for_long,
+    ],
+)
+async def test_no_lane_is_left_whatever_ends_the_session(
+    tls: Contexts, happens: Callable[[Relayed], Awaitable[None]], full: str, encrypted: bool
+) -> None:
+    async with relayed(tls=tls if encrypted else None, small=True) as setting:
+        filling: asyncio.Task[None] | None = None
+        rows = b"D\0\0\1\0" + bytes(252)
+        if full == "client":
+            filling = asyncio.create_task(setting.upstream.send(rows * 8192))
+            await eventually(lambda: len(setting.lanes) == 1, "the upstream is not read")
+        elif full == "upstream":
+            setting.upstream.writer.transport.pause_reading()
+            filling = asyncio.create_task(setting.client.send(rows * 8192))
+            await eventually(lambda: len(setting.lanes) == 1, "the client is not read")
+        else:
+            assert len(setting.lanes) == 2
+        await happens(setting)
+        await eventually(lambda: len(setting.lanes) == 0 or filling is not None, "it ends")
+        if filling is not None:
+            filling.cancel()
+            await asyncio.wait((filling,))
+        setting.client.sock.close()
+        setting.upstream.writer.transport.abort()
+        await asyncio.wait((setting.running,), timeout=10)
+        assert setting.running.done()
+        assert len(setting.lanes) == 0
+        assert setting.client_transport.is_closing()
+        assert setting.upstream_transport.is_closing()
+
+
+async def test_a_stalled_session_of_which_the_client_has_hung_up_is_not_looked_at_again_and_again(
+    tls: Contexts,
+) -> None:
+    # An epoll set tells of a hang-up whether it was asked for it or not.
+    async with relayed(tls=tls, small=True) as setting:
+        setting.upstream.writer.transport.pause_reading()
+        filling = asyncio.create_task(setting.client.send(bytes(4 * MIB)))
+        await eventually(lambda: len(setting.lanes) == 1, "the client is not read")
+        filling.cancel()
+        await asyncio.wait((filling,))
+        setting.client.reset()
+        ready = select.poll()
+        ready.register(setting.lanes.fileno(), select.POLLIN)
+        assert ready.poll(50) == []
+
+
+async def test_a_session_that_gets_no_lane_is_relayed_by_its_transports(tls: Contexts) -> None:
+    # The kernel watches so many descriptors and no more.
+    async with relayed(tls=tls, closed=True) as setting:
+        assert len(setting.lanes) == 0
+        await setting.client.send(b"there")
+        assert await setting.upstream.receive_exactly(5) == b"there"
+        await setting.upstream.send(b"back")
+        assert await setting.client.receive_exactly(4) == b"back"
+
+
+# -- lanes alone ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Way:
+    """A lane between two pairs of sockets, and what its callbacks were told."""
+
+    lanes: "Lanes"
+    pairs: list[tuple[socket.socket, socket.socket]] = field(
+        default_factory=lambda: [socket.socketpair(), socket.socketpair()]
+    )
+    over: list[bytes] = field(default_factory=list)
+    ended: list[Exception | None] = field(default_factory=list)
+    then: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        for pair in self.pairs:
+            for end in pair:
+                end.setblocking(False)
+        self.lane: Lane = native.lanes.Lane(
+            self.lanes,
+            self.near.fileno(),
+            self.sink.fileno(),
+            opens=None,
+            seals=None,
+            activity=native.activity.Activity(),
+            from_upstream=True,
+            overflow=self.over.append,
+            ended=self._end,
+            paused=False,
+        )
+
+    @property
+    def near(self) -> socket.socket:
+        return self.pairs[0][0]
+
+    @property
+    def source(self) -> socket.socket:
+        return self.pairs[0][1]
+
+    @property
+    def sink(self) -> socket.socket:
+        return self.pairs[1][0]
+
+    @property
+    def taker(self) -> socket.socket:
+        return self.pairs[1][1]
+
+    def taken(self) -> bytes:
+        try:
+            return self.taker.recv(65536)
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        self.lane.close()
+        for pair in self.pairs:
+            for end in pair:
+                end.close()
+
+    def _end(self, error: Exception | None) -> None:
+        self.ended.append(error)
+        self.then()
+
+
+@pytest.fixture
+def lanes() -> "Iterator[Lanes]":
+    with closing(native.lanes.Lanes()) as made:
+        yield made
+
+
+def test_a_descriptor_that_is_given_anew_in_the_same_turn_is_the_new_ones(lanes: "Lanes") -> None:
+    # The end of one lane closes another one's connection, of which the same turn has an event,
+    # and a new connection gets its number.
+    first, second = Way(lanes), Way(lanes)
+    number = second.near.fileno()
+    reborn: list[Way] = []
+
+    def then() -> None:
+        second.close()
+        held = []
+        while True:  # descriptors are given lowest first
+            pair = socket.socketpair()
+            if number in (pair[0].fileno(), pair[1].fileno()):
+                break
+            held.append(pair)
+        if pair[1].fileno() == number:
+            pair = pair[1], pair[0]
+        reborn.append(Way(lanes, [pair, socket.socketpair()]))
+        for one, other in held:
+            one.close()
+            other.close()
+
+    first.then = then
+    first.source.close()
+    second.source.send(b"the second's")
+    lanes.turn()
+    assert first.ended == [None]
+    assert second.ended == second.over == []
+    (new,) = reborn
+    assert new.near.fileno() == number
+    assert (new.taken(), new.ended) == (b"", [])
+    new.source.send(b"the new one's")
+    lanes.turn()
+    assert new.taken() == b"the new one's"
+    first.close()
+    new.close()
+
+
+def test_a_callback_that_fails_ends_its_own_lane_and_no_other(lanes: "Lanes") -> None:
+    first, second = Way(lanes), Way(lanes)
+    fill(first.sink)
+    first.lane.close()
+    failure = ZeroDivisionError("a bug")
+
+    def fail(_: bytes) -> None:
+        raise failure
+
+    bad = native.lanes.Lane(
+        lanes,
+        first.near.fileno(),
+        first.sink.fileno(),
+        opens=None,
+        seals=None,
+        activity=native.activity.Activity(),
+        from_upstream=False,
+        overflow=fail,
+        ended=first.ended.append,
+        paused=False,
+    )
+    first.source.send(b"x")
+    second.source.send(b"y")
+    lanes.turn()
+    assert first.ended == [failure]
+    assert second.taken() == b"y"
+    assert len(lanes) == 1
+    bad.close()
+    first.close()
+    second.close()
+
+
+def test_an_end_that_fails_is_told_and_its_lane_is_closed_all_the_same(lanes: "Lanes") -> None:
+    way = Way(lanes)
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    way.then = fail
+    way.source.close()
+    with pytest.raises(ZeroDivisionError):
+        lanes.turn()
+    assert (len(lanes), way.ended) == (0, [None])
+    lanes.turn()
+    way.close()
+
+
+def test_what_a_full_sink_does_not_take_is_handed_over_whole(lanes: "Lanes") -> None:
+    way = Way(lanes)
+    filled = fill(way.sink)
+    content = bytes(range(256)) * 100
+    way.source.send(content)
+    lanes.turn()
+    received = bytearray()
+    while some := way.taken():
+        received += some
+    assert bytes(received[filled:]) + b"".join(way.over) == content
+    assert way.over
+    assert way.lane.carried_bytes == len(content)
+    way.close()
+
+
+def test_a_lane_that_cannot_be_watched_again_ends(lanes: "Lanes") -> None:
+    # It was neither read nor closed: a session that hung.
+    way = Way(lanes)
+    way.lane.pause()
+    lanes.close()
+    way.lane.resume()
+    (error,) = way.ended
+    assert isinstance(error, OSError)
+    assert len(lanes) == 0
+    way.close()
+
+
+def test_a_closed_lane_does_nothing_more(lanes: "Lanes") -> None:
+    way = Way(lanes)
+    way.lane.close()
+    for call in (way.lane.close, way.lane.pause, way.lane.resume, lanes.turn):
+        call()
+    way.source.send(b"x")
+    lanes.turn()
+    assert (way.taken(), way.over, way.ended, len(lanes)) == (b"", [], [], 0)
+    way.close()
+
+
+def test_more_lanes_than_a_turn_has_events_for_are_all_served(lanes: "Lanes") -> None:
+    ways = [Way(lanes) for _ in range(300)]
+    for number, way in enumerate(ways):
+        way.source.send(b"%d" % number)
+    for _ in range(5):
+        lanes.turn()
+    assert [way.taken() for way in ways] == [b"%d" % number for number in range(300)]
+    for way in ways:
+        way.close()
+    assert len(lanes) == 0
+
+
+def fill(sock: socket.socket) -> int:
+    """Send until nothing is taken any more; return how much was."""
+    filled = 0
+    try:
+        while True:
+            filled += sock.send(bytes(65536))
+    except BlockingIOError:
+        return filled

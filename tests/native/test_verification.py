@@ -35,7 +35,9 @@ class Case:
 
 def at_most(version: ssl.TLSVersion) -> Callable[[ssl.SSLContext], None]:
     def prepare(context: ssl.SSLContext) -> None:
-        with pytest.warns(DeprecationWarning) if version < ssl.TLSVersion.TLSv1_2 else nullcontext():
+        with (
+            pytest.warns(DeprecationWarning) if version < ssl.TLSVersion.TLSv1_2 else nullcontext()
+        ):
             context.minimum_version = min(version, ssl.TLSVersion.TLSv1_2)
             context.maximum_version = version
 

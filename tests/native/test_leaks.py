@@ -1,0 +1,46 @@
+"""What sessions leave behind when they are over: nothing."""
+
+import gc
+import os
+from pathlib import Path
+from typing import Final
+
+from tests.native.relayed import relayed
+from tests.transport.peers import Contexts, resident_bytes
+
+# A long run by hand: NATIVE_SESSIONS=2000.
+SESSIONS: Final = int(os.environ.get("NATIVE_SESSIONS", "300"))
+MIB: Final = 1024 * 1024
+
+
+async def test_sessions_that_are_over_leave_neither_memory_nor_descriptors(tls: Contexts) -> None:
+    content = b"x" * 100_000
+    await sessions(tls, 50, content)
+    descriptors, resident = open_descriptors(), resident_bytes()
+    await sessions(tls, SESSIONS, content)
+    assert open_descriptors() == descriptors
+    # A session that was kept would be some 30 KiB, its engine alone as much again.
+    assert resident_bytes() - resident < 4 * MIB
+
+
+async def sessions(tls: Contexts, count: int, content: bytes) -> None:
+    """Run sessions one by one, each ended in another way than the one before."""
+    for number in range(count):
+        async with relayed(tls=tls) as setting:
+            await setting.client.send(content)
+            assert await setting.upstream.receive_exactly(len(content)) == content
+            await setting.upstream.send(content)
+            assert await setting.client.receive_exactly(len(content)) == content
+            if number % 3 == 0:
+                setting.client.reset()
+                await setting.end()
+            elif number % 3 == 1:
+                setting.upstream.reset()
+                await setting.client.receive_all()
+                setting.client.sock.close()
+                await setting.end()
+    gc.collect()
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))

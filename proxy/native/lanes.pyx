@@ -104,6 +104,7 @@ cdef class Lanes:
         cdef Lane lane
         for _ in range(_LOOKS_MAX):
             count = epoll_wait(self._epoll, events, _EVENTS_MAX, 0)
+            openssl.ERR_clear_error()  # the thread's, where others may have left theirs
             for number in range(count):
                 # One event's consequences may close the lane of another one.
                 lane = <Lane>self._open.get(events[number].data.fd)
@@ -246,7 +247,7 @@ cdef class Lane:
             if sent < 0:
                 sent = 0  # full or lost: the transport sees which
         if sent < size:
-            self._owner.overflow(PyBytes_FromStringAndSize(plain + sent, size - sent))
+            self._overflow(PyBytes_FromStringAndSize(plain + sent, size - sent))
         return self._count(plain, size)
 
     cdef int _seal(self, char* plain, Py_ssize_t size) except -1:
@@ -254,7 +255,6 @@ cdef class Lane:
         cdef Engine engine = self._seals
         cdef Py_ssize_t done = 0
         cdef int taken
-        openssl.ERR_clear_error()  # another's would be taken for ours
         engine.ciphertext.sink = self._sink
         while done < size:
             taken = openssl.SSL_write(engine.ssl, plain + done, <int>(size - done))
@@ -266,7 +266,7 @@ cdef class Lane:
             self._end(engine.failure(taken))
             return 0
         if engine.ciphertext.owed_bytes:
-            self._owner.overflow(engine.take())
+            self._overflow(engine.take())
         return self._count(plain, size)
 
     cdef int _open_and_send(self, char* read, char* plain, Py_ssize_t size) except -1:
@@ -276,16 +276,17 @@ cdef class Lane:
         cdef int taken
         engine.ciphertext.window = read
         engine.ciphertext.window_bytes = size
-        openssl.ERR_clear_error()  # another's would be taken for ours
         while True:
             taken = openssl.SSL_read(engine.ssl, plain + done, <int>(_PLAIN_BYTES - done))
             if taken <= 0:
                 break
             done += taken
+            if engine.ciphertext.window_bytes == 0 and openssl.SSL_pending(engine.ssl) == 0:
+                break  # nearly every answer ends with its read: no need to be told so
         left = engine.ciphertext.window_bytes
         engine.ciphertext.window_bytes = 0  # before anything can fail: the window is the lane's
         odd = None
-        if openssl.SSL_want(engine.ssl) != openssl.SSL_READING or left:
+        if taken <= 0 and (left or openssl.SSL_want(engine.ssl) != openssl.SSL_READING):
             odd = engine.failure(taken)
         if done:
             self._send(plain, done)
@@ -299,9 +300,15 @@ cdef class Lane:
             return self._activity.upstream(<const unsigned char*>plain, size)
         return self._activity.client(<const unsigned char*>plain, size)
 
+    cdef int _overflow(self, rest) except -1:
+        self._owner.overflow(rest)
+        openssl.ERR_clear_error()
+        return 0
+
     cdef int _end(self, error) except -1:
         if not self._closed:
             owner = self._owner
             self.close()
             owner.lane_ended(error)
+            openssl.ERR_clear_error()
         return 0

@@ -32,7 +32,6 @@ cdef int _OWED_BYTES_STEP = 4096  # a handshake's answer; more is asked for as i
 cdef int _read(BIO* bio, char* into, int size) noexcept nogil:
     """Give OpenSSL of the window; an empty one is "not yet"."""
     cdef Ciphertext* ciphertext = <Ciphertext*>openssl.BIO_get_data(bio)
-    openssl.BIO_clear_retry_flags(bio)
     if ciphertext.window_bytes == 0:
         openssl.BIO_set_retry_read(bio)
         return -1
@@ -48,14 +47,16 @@ cdef int _write(BIO* bio, const char* source, int size) noexcept nogil:
     """Send a record at once where that is possible, and keep the rest."""
     cdef Ciphertext* ciphertext = <Ciphertext*>openssl.BIO_get_data(bio)
     cdef ssize_t sent = 0
-    openssl.BIO_clear_retry_flags(bio)
     if ciphertext.sink >= 0 and ciphertext.owed_bytes == 0 and not ciphertext.full:
         sent = send(ciphertext.sink, source, size, MSG_NOSIGNAL)
         if sent == size:
             return size
         if sent < 0:
             sent = 0  # full or lost: who sends what is owed will see
-    return size if _owe(ciphertext, source + sent, size - sent) else -1
+    if _owe(ciphertext, source + sent, size - sent):
+        return size
+    openssl.BIO_clear_retry_flags(bio)  # no memory: to write again would not help
+    return -1
 
 
 cdef bint _owe(Ciphertext* ciphertext, const char* source, Py_ssize_t size) noexcept nogil:
@@ -265,7 +266,10 @@ cdef class Engine:
         return owed
 
     cdef object failure(self, int result):
-        """Return what ssl.SSLObject would raise where OpenSSL returned this."""
+        """Return what ssl.SSLObject would raise where OpenSSL returned this.
+
+        The thread's queue of errors, by which OpenSSL tells, was empty before that call.
+        """
         kind = openssl.SSL_get_error(self.ssl, result)
         if kind == openssl.SSL_ERROR_WANT_READ:
             return ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "more is to come")

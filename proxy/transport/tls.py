@@ -327,10 +327,10 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
             return  # behind a close_notify: nobody would ever take it out of OpenSSL again
         view = memoryview(data)
         for start in range(0, len(data), _PART_BYTES_MAX):
-            if not self._receiving:
-                return
             self._incoming.write(view[start : start + _PART_BYTES_MAX])
             self._deliver([])
+            if self._peer_ended:
+                return
 
     def _deliver(self, pieces: list[bytes], stop: ssl.SSLError | None = None) -> None:
         """Decrypt all whole records behind these pieces, and hand them up.

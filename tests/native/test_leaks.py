@@ -9,18 +9,18 @@ from tests.native.relayed import relayed
 from tests.transport.peers import Contexts, resident_bytes
 
 # A long run by hand: NATIVE_SESSIONS=2000.
-SESSIONS: Final = int(os.environ.get("NATIVE_SESSIONS", "300"))
+SESSIONS: Final = int(os.environ.get("NATIVE_SESSIONS", "500"))
 MIB: Final = 1024 * 1024
 
 
 async def test_sessions_that_are_over_leave_neither_memory_nor_descriptors(tls: Contexts) -> None:
     content = b"x" * 100_000
-    await sessions(tls, 50, content)
+    await sessions(tls, 100, content)
     descriptors, resident = open_descriptors(), resident_bytes()
     await sessions(tls, SESSIONS, content)
     assert open_descriptors() == descriptors
     # A session that was kept would be some 30 KiB, its engine alone as much again.
-    assert resident_bytes() - resident < 4 * MIB
+    assert resident_bytes() - resident < 8 * MIB  # in which an allocator has its ups and downs
 
 
 async def sessions(tls: Contexts, count: int, content: bytes) -> None:
@@ -33,6 +33,8 @@ async def sessions(tls: Contexts, count: int, content: bytes) -> None:
             assert await setting.client.receive_exactly(len(content)) == content
             if number % 3 == 0:
                 setting.client.reset()
+                assert await setting.upstream.receive_all() == b""
+                setting.upstream.writer.close()
                 await setting.end()
             elif number % 3 == 1:
                 setting.upstream.reset()

@@ -27,9 +27,3 @@ def tls(key_log: Path) -> Contexts:
     made.server.num_tickets = 0
     made.server.keylog_filename = str(key_log)
     return made
-
-
-@pytest.fixture(scope="session")
-def python_tls(tls: Contexts) -> Contexts:
-    """Return the same with Python's TLS for the client."""
-    return Contexts(tls.server, tls.client, tls.authority)

@@ -85,6 +85,13 @@ class Relayed:
     lanes: "Lanes"
     running: asyncio.Task[RelayEnd]
 
+    def stall_upstream(self) -> None:
+        """Have the upstream read nothing."""
+        cast("asyncio.Transport", self.upstream.writer.transport).pause_reading()
+
+    def let_upstream_read(self) -> None:
+        cast("asyncio.Transport", self.upstream.writer.transport).resume_reading()
+
     async def end(self) -> RelayEnd:
         async with asyncio.timeout(WAIT_SECONDS_MAX):
             return await self.running
@@ -154,3 +161,8 @@ def make_small(sock: socket.socket) -> None:
     """Let one end of a connection hold little."""
     for name in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         sock.setsockopt(socket.SOL_SOCKET, name, SMALL_BUFFER_BYTES)
+
+
+def pythons(tls: Contexts) -> Contexts:
+    """Return the same contexts with Python's for the end under test."""
+    return Contexts(tls.server, tls.client, tls.authority)

@@ -59,7 +59,7 @@ def hostile(rng: random.Random) -> Iterator[Read]:
 
 def cut(rng: random.Random, messages: list[Read]) -> list[Read]:
     """Return the same streams in reads that begin and end anywhere."""
-    reads = []
+    reads: list[Read] = []
     for is_upstream, content in messages:
         if reads and reads[-1][0] is is_upstream and rng.random() < 0.5:
             content = reads.pop()[1] + content  # noqa: PLW2901 - in one read with it

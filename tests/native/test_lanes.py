@@ -84,12 +84,12 @@ async def test_w34_last_words_reach_an_upstream_that_was_full(
 ) -> None:
     words = b"".join(b"%07d\n" % number for number in range(200_000))
     async with relayed(tls=tls if encrypted else None, small=True) as setting:
-        setting.upstream.writer.transport.pause_reading()
+        setting.stall_upstream()
         sending = asyncio.create_task(setting.client.send(words))
         await eventually(
             lambda: setting.upstream_transport.get_write_buffer_size() > 0, "the upstream is full"
         )
-        setting.upstream.writer.transport.resume_reading()
+        setting.let_upstream_read()
         reading = asyncio.create_task(setting.upstream.receive_all())
         await sending
         setting.client.end()
@@ -178,7 +178,7 @@ async def test_no_lane_is_left_whatever_ends_the_session(
             filling = asyncio.create_task(setting.upstream.send(rows * 8192))
             await eventually(lambda: len(setting.lanes) == 1, "the upstream is not read")
         elif full == "upstream":
-            setting.upstream.writer.transport.pause_reading()
+            setting.stall_upstream()
             filling = asyncio.create_task(setting.client.send(rows * 8192))
             await eventually(lambda: len(setting.lanes) == 1, "the client is not read")
         else:
@@ -202,7 +202,7 @@ async def test_a_stalled_session_of_which_the_client_has_hung_up_is_not_looked_a
 ) -> None:
     # An epoll set tells of a hang-up whether it was asked for it or not.
     async with relayed(tls=tls, small=True) as setting:
-        setting.upstream.writer.transport.pause_reading()
+        setting.stall_upstream()
         filling = asyncio.create_task(setting.client.send(bytes(4 * MIB)))
         await eventually(lambda: len(setting.lanes) == 1, "the client is not read")
         filling.cancel()
@@ -321,7 +321,7 @@ def test_a_descriptor_that_is_given_anew_in_the_same_turn_is_the_new_ones(lanes:
     second.source.send(b"the second's")
     lanes.turn()
     assert first.ended == [None]
-    assert second.ended == second.over == []
+    assert (second.ended, second.over) == ([], [])
     (new,) = reborn
     assert new.near.fileno() == number
     assert (new.taken(), new.ended) == (b"", [])

@@ -21,7 +21,7 @@ from tests.native.records import (
     Records,
     server_secret,
 )
-from tests.native.relayed import Relayed, relayed
+from tests.native.relayed import Relayed, pythons, relayed
 from tests.transport.peers import Contexts, resident_bytes, secured
 
 MIB = 1024 * 1024
@@ -100,9 +100,9 @@ CASES = {
 @pytest.mark.parametrize("cut", ["whole", "byte_by_byte"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 async def test_the_client_gets_what_is_whole_and_true(
-    tls: Contexts, python_tls: Contexts, key_log: Path, case: Case, cut: str, compiled: bool
+    tls: Contexts, key_log: Path, case: Case, cut: str, compiled: bool
 ) -> None:
-    async with relayed(laned=compiled, tls=tls if compiled else python_tls) as setting:
+    async with relayed(laned=compiled, tls=tls if compiled else pythons(tls)) as setting:
         sent = case.sends(Records(server_secret(key_log)))
         if cut == "whole" or len(sent) > RECORD_BYTES_MAX:
             await send(setting, sent)
@@ -142,7 +142,7 @@ async def test_a_flood_of_key_updates_from_a_peer_that_reads_no_answer_ends_the_
     tls: Contexts, key_log: Path
 ) -> None:
     async with relayed(tls=tls, small=True) as setting:
-        setting.upstream.writer.transport.pause_reading()
+        setting.stall_upstream()
         records = Records(server_secret(key_log))
         before = resident_bytes()
         with suppress(ConnectionError):
@@ -157,11 +157,9 @@ async def test_a_flood_of_key_updates_from_a_peer_that_reads_no_answer_ends_the_
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
-async def test_what_follows_a_close_notify_is_not_kept(
-    tls: Contexts, python_tls: Contexts, compiled: bool
-) -> None:
+async def test_what_follows_a_close_notify_is_not_kept(tls: Contexts, compiled: bool) -> None:
     # It was, as ciphertext that nobody asks for any more: as much as the peer liked to send.
-    async with secured(tls if compiled else python_tls, server_side=False) as (link, peer):
+    async with secured(tls if compiled else pythons(tls), server_side=False) as (link, peer):
         transport = link.transport
         assert isinstance(transport, TLSTransport)
         peer.say_close_notify()
@@ -182,7 +180,7 @@ async def test_an_error_that_another_left_with_openssl_is_not_the_streams(
         sent = records.record(b"back") + records.alert(WARNING, CLOSE_NOTIFY)
         setting.upstream.writer.write(sent)
         with pytest.raises(ValueError, match="unknown object"):
-            ssl._ASN1Object("nonsense.bad")  # type: ignore[attr-defined]
+            ssl._ASN1Object("nonsense.bad")  # the one that leaves its error
         setting.lanes.turn()
         assert await setting.client.receive_all() == b"back"
         setting.client.sock.close()

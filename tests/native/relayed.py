@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
 
 from proxy import native
-from proxy.session.relay import Relay, RelayEnd
+from proxy.session.ending import RelayEnd
+from proxy.session.relay import Relay
 from proxy.transport.lanes import watched_lanes
 from proxy.transport.link import Link
 from tests.transport.peers import Contexts, Peer, linked, secured

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proxy import native
-from proxy.session.relay import EndReason
+from proxy.session.ending import EndReason
 from proxy.wire.messages import ErrorResponse
 from tests.native.relayed import Relayed, relayed
 from tests.support.running import eventually
@@ -250,8 +250,7 @@ class Way:
             seals=None,
             activity=native.activity.Activity(),
             from_upstream=True,
-            overflow=self.over.append,
-            ended=self._end,
+            owner=self,
             paused=False,
         )
 
@@ -283,9 +282,23 @@ class Way:
             for end in pair:
                 end.close()
 
-    def _end(self, error: Exception | None) -> None:
+    # -- what a lane asks of its owner -----------------------------------------------------------
+
+    def overflow(self, rest: bytes) -> None:
+        self.over.append(rest)
+
+    def lane_ended(self, error: Exception | None) -> None:
         self.ended.append(error)
         self.then()
+
+
+class Failing(Way):
+    """A way that fails to take what its sink did not."""
+
+    failure = ZeroDivisionError("a bug")
+
+    def overflow(self, rest: bytes) -> None:
+        raise self.failure
 
 
 @pytest.fixture
@@ -333,33 +346,14 @@ def test_a_descriptor_that_is_given_anew_in_the_same_turn_is_the_new_ones(lanes:
 
 
 def test_a_callback_that_fails_ends_its_own_lane_and_no_other(lanes: "Lanes") -> None:
-    first, second = Way(lanes), Way(lanes)
+    first, second = Failing(lanes), Way(lanes)
     fill(first.sink)
-    first.lane.close()
-    failure = ZeroDivisionError("a bug")
-
-    def fail(_: bytes) -> None:
-        raise failure
-
-    bad = native.lanes.Lane(
-        lanes,
-        first.near.fileno(),
-        first.sink.fileno(),
-        opens=None,
-        seals=None,
-        activity=native.activity.Activity(),
-        from_upstream=False,
-        overflow=fail,
-        ended=first.ended.append,
-        paused=False,
-    )
     first.source.send(b"x")
     second.source.send(b"y")
     lanes.turn()
-    assert first.ended == [failure]
+    assert first.ended == [first.failure]
     assert second.taken() == b"y"
     assert len(lanes) == 1
-    bad.close()
     first.close()
     second.close()
 

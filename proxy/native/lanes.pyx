@@ -126,6 +126,8 @@ cdef class Lanes:
 
     cdef int remove(self, Lane lane) except -1:
         cdef epoll_event event  # kernels before 2.6.9 insist on one
+        if self._open.get(lane.source) is not lane:
+            return 0  # somebody has closed the descriptor already, and it is another lane's now
         del self._open[lane.source]
         epoll_ctl(self._epoll, EPOLL_CTL_DEL, lane.source, &event)
         return 0

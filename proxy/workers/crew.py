@@ -341,7 +341,7 @@ class Crew:
         cut: int | None = await self._asked(hand, call, seconds + END_SECONDS_MAX)
         if cut is None:
             self._nursery.kill(hand.slot)
-            await hand.ended
+            await asyncio.wait({hand.ended}, timeout=END_SECONDS_MAX)
             return hand.sessions_lost
         return cut
 

@@ -27,6 +27,9 @@ SOCKETS_OF_A_WORKER: Final = 2
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ORDER: Final = struct.Struct("!BB")  # an _Order and a slot
 _NEWS: Final = struct.Struct("!Bi")  # a slot and a wait status
+_NEVER_BEGUN: Final = 1 << 8  # the wait status of a worker that was not forked: exit code 1
+# The nursery ends as soon as it has killed its workers.
+_END_SECONDS_MAX: Final = 5.0
 
 _log = get_logger(__name__)
 
@@ -95,8 +98,15 @@ class Nursery:
             yield slot, os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
-        """End the nursery, and what is left of its workers, at once."""
-        self._socket.close()
+        """End the nursery, and what is left of its workers, at once; a stuck one is killed."""
+        with self._socket, suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            self._socket.settimeout(_END_SECONDS_MAX)
+            try:
+                while self._socket.recv(_NEWS.size):  # ends with the nursery, and its news before
+                    pass
+            except TimeoutError:
+                os.kill(self.pid, signal.SIGKILL)
         with suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
@@ -116,12 +126,14 @@ class _Nurse:
         """Fork and bury until the supervisor has gone."""
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._waker.fileno())
-        while self._obey():
-            self._bury()
-        for pid in self._slots:
-            os.kill(pid, signal.SIGKILL)
-        for pid in self._slots:
-            os.waitpid(pid, 0)
+        try:
+            while self._obey():
+                self._bury()
+        finally:
+            for pid in self._slots:
+                os.kill(pid, signal.SIGKILL)
+            for pid in self._slots:
+                os.waitpid(pid, 0)
         return 0
 
     def _obey(self) -> bool:
@@ -129,7 +141,12 @@ class _Nurse:
         readable, _, _ = select.select([self._orders, self._awake], [], [])
         if self._orders not in readable:
             return True
-        packet, descriptors, _, _ = socket.recv_fds(self._orders, _ORDER.size, SOCKETS_OF_A_WORKER)
+        try:
+            packet, descriptors, *_ = socket.recv_fds(
+                self._orders, _ORDER.size, SOCKETS_OF_A_WORKER
+            )
+        except ConnectionResetError:  # it went before it had read all our news
+            return False
         if not packet:
             return False
         order, slot = _ORDER.unpack(packet)
@@ -141,7 +158,14 @@ class _Nurse:
         return True
 
     def _fork(self, slot: int, sockets: Sequence[socket.socket]) -> None:
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # too many processes, or no memory: it may be otherwise soon
+            _log.error("a worker could not be forked", worker=slot + 1, error=error.strerror)
+            self._tell(slot, _NEVER_BEGUN)
+            for each in sockets:
+                each.close()
+            return
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -160,8 +184,11 @@ class _Nurse:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            with suppress(OSError):  # nobody listens: the next look at the orders ends it
-                self._orders.send(_NEWS.pack(self._slots.pop(pid), status))
+            self._tell(self._slots.pop(pid), status)
+
+    def _tell(self, slot: int, status: int) -> None:
+        with suppress(OSError):  # nobody listens: the next look at the orders ends it
+            self._orders.send(_NEWS.pack(slot, status))
 
 
 def _end_with(work: Callable[[], int]) -> NoReturn:
@@ -172,5 +199,6 @@ def _end_with(work: Callable[[], int]) -> NoReturn:
     except BaseException:
         _log.exception("a process of the proxy failed")
     finally:
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):  # whoever read it may have gone
+            sys.stderr.flush()
         os._exit(code)

@@ -4,6 +4,7 @@ What one process does is tested elsewhere; here is what several could do differe
 """
 
 import asyncio
+import errno
 import os
 import re
 import signal
@@ -716,6 +717,73 @@ async def test_without_the_process_that_forks_workers_the_proxy_drains_and_ends_
             assert b"finished" in await client.receive_rest()
     assert await proxy.ended() == 1
     await eventually(lambda: alive(below) == set(), "all have gone")
+
+
+async def test_workers_end_with_the_supervisor_even_if_it_had_not_heard_of_a_death(
+    start_process: StartProcess,
+) -> None:
+    # The kernel then tells the process that forks workers of a reset, not of an end.
+    proxy = await start_process(listen=TWO)
+    below, nursery = descendants(proxy.pid), nursery_pid(proxy)
+    stuck, dies = worker_pids(proxy)
+    os.kill(proxy.pid, signal.SIGSTOP)
+    os.kill(stuck, signal.SIGSTOP)
+    os.kill(dies, signal.SIGKILL)
+    await eventually(lambda: descendants(nursery) == {stuck}, "it is buried")
+    proxy.send(signal.SIGKILL)
+    try:
+        await eventually(lambda: alive(below) == set(), "all have gone")
+    finally:
+        for pid in alive(below):
+            os.kill(pid, signal.SIGKILL)
+
+
+FORKS_SELDOM = """
+import errno, os, sys
+fork, calls = os.fork, 0
+def fork_but_once():
+    global calls
+    calls += 1
+    if calls == 4:  # the nursery, two workers, and the first successor
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return fork()
+os.fork = fork_but_once
+from proxy.__main__ import main
+sys.exit(main())
+"""
+
+
+async def test_a_worker_that_cannot_be_forked_just_now_is_tried_again_and_ends_nobody(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    file = tmp_path / "proxy.toml"
+    file.write_text(toml(proxy_values(lakebase, {"listen": TWO})))
+    async with started_process("run", "--config", str(file), program=("-c", FORKS_SELDOM)) as proxy:
+        await proxy.serving()
+        async with served(proxy, 2) as clients:
+            os.kill(min(worker_pids(proxy)), signal.SIGKILL)
+            await eventually(lambda: len(proxy.events(READY_TO_SERVE)) == 3, "another has come")
+            assert [await answers(client) for client in clients].count(True) == 1
+        assert [line["error"] for line in proxy.events("a worker could not be forked")] == [
+            os.strerror(errno.EAGAIN)
+        ]
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 0
+
+
+async def test_a_process_that_forks_workers_and_is_stuck_does_not_keep_the_proxy_from_ending(
+    start_process: StartProcess,
+) -> None:
+    proxy = await start_process(listen=TWO)
+    below, nursery = descendants(proxy.pid), nursery_pid(proxy)
+    os.kill(nursery, signal.SIGSTOP)
+    try:
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended(5 * END_SECONDS_MAX) == 0
+        assert alive(below) == set()
+    finally:
+        if proxy.running:
+            os.kill(nursery, signal.SIGCONT)
 
 
 async def test_a_port_that_is_taken_is_said_and_leaves_no_process(

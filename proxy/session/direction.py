@@ -218,6 +218,7 @@ def _under(transport: asyncio.Transport) -> "tuple[asyncio.Transport, Engine | N
 
 
 def can_have_lane(transport: asyncio.Transport) -> bool:
+    """Whether a lane can read it: it is plain, or its TLS is the compiled one."""
     return not isinstance(transport, TLSTransport) or transport.engine is not None
 
 

@@ -3,7 +3,8 @@
 The contract: each read of one side is written to the other as it is, at once, in order; while
 a side's send buffer is above its high-water mark the other side is not read. Each direction is
 alone: neither waits for the other, since a client may pipeline large messages while the upstream
-streams rows (W32). So at most `BUFFER_BYTES_MAX` plus one read is held for each direction.
+streams rows (W32). So at most `BUFFER_BYTES_MAX` plus one read is held for each direction,
+and where lanes carry the reads, one read alone.
 
 No payload is looked at; `wire/activity.py` walks the message headers, behind each write, so that a
 session can be ended between two messages. What ends first is the cause of the session's end.

@@ -22,6 +22,9 @@ That holds as long as nothing but bare Syncs is sent behind the COPY until then;
 them is not followed, nor is a Query behind extended messages without a Sync between, which is
 skipped if one of those fails. No driver that is known to us sends either.
 
+`proxy/native/activity.pyx` is the same once more, compiled: a step that is changed here is changed
+there, and `tests/native` compares the two.
+
 Reference: PostgreSQL documentation, "Message Flow".
 """
 

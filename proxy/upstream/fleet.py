@@ -269,7 +269,8 @@ def _check_root_certs(settings: Settings) -> None:
         try:
             if target.ssl_root_cert and Path(target.ssl_root_cert).is_fifo():
                 raise OSError(errno.EINVAL, "it is not a regular file")  # opening it might wait
-            client_context(target.sslmode, target.ssl_root_cert)
+            # The very one that sessions use: reading authorities shall not stop the first of them.
+            client_context(target.sslmode, target.ssl_root_cert, accelerated=target.accelerated)
         except OSError as error:  # an ssl.SSLError is one
             key = f"{name if name == UPSTREAM else f'targets.{name}'}.ssl_root_cert"
             text = f"{target.ssl_root_cert}: {error.strerror or error}"

@@ -4,10 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+import trustme
 
 from proxy.app import build_metrics
 from proxy.config import ConfigurationError, Settings
+from proxy.transport import tls
 from proxy.upstream.fleet import Accounts, Fleet
+from tests.support.compiled import need_compiled
 
 ENDPOINT = "projects/p/branches/b/endpoints/"
 
@@ -39,4 +42,21 @@ async def test_a_certificate_that_is_a_pipe_is_refused_and_not_waited_for(tmp_pa
     accounts = Accounts(build_metrics(), version="1")
     with pytest.raises(ConfigurationError, match="it is not a regular file"):
         Fleet(Settings.model_validate({"upstream": upstream}), accounts, lambda *_: None)
+    await accounts.close()
+
+
+async def test_the_compiled_context_is_made_with_the_way_and_not_by_its_first_session(
+    tmp_path: Path,
+) -> None:
+    # Python's was, and the compiled one at the first dial: reading the system's authorities, tens
+    # of milliseconds, stopped every session, and what only the compiled one refuses showed late.
+    need_compiled("when its context is made")
+    path = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(path))
+    upstream = {"endpoint": ENDPOINT + "one", "ssl_root_cert": str(path)}
+    accounts = Accounts(build_metrics(), version="1")
+    Fleet(Settings.model_validate({"upstream": upstream}), accounts, lambda *_: None)
+    made = tls._compiled_context.cache_info().misses
+    tls.client_context("verify-full", str(path), accelerated=True)
+    assert tls._compiled_context.cache_info().misses == made
     await accounts.close()

@@ -29,6 +29,8 @@ _BAR: Final = 12
 _RATIO_MAX: Final = 4.0  # a bar that goes further is cut, and ends in an arrow
 _TICKS: Final = (0.25, 0.5, 1.0, 2.0, 4.0)
 _EVEN: Final = 0.025  # so near to 1.0 is neither better nor worse
+# Of the machine's description what does not say by itself what it is.
+_NAMED: Final = {"python": "Python ", "relay": "relay "}
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +230,8 @@ def _foot(canvas: Canvas, record: Record) -> None:
     on = ("processor", "cores", "memory", "system")
     words = [f"{said[one]} cores" if one == "cores" else said[one] for one in on if one in said]
     canvas.text(_MARGIN, ", ".join(words), "soft")
-    for names in (("python", "postgres", PGBOUNCER), ("run", "disturbance")):
-        words = [
-            f"Python {said[one]}" if one == "python" else said[one] for one in names if one in said
-        ]
+    for names in (("python", "relay", "postgres", PGBOUNCER), ("run", "disturbance")):
+        words = [f"{_NAMED.get(one, '')}{said[one]}" for one in names if one in said]
         if words:
             canvas.y += 17
             canvas.text(_MARGIN, "; ".join(words), "soft")

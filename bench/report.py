@@ -8,6 +8,7 @@ from typing import Final
 
 from bench.readings import Quantity
 from bench.record import RATIOS, Record
+from proxy.native import WHY_MISSING
 
 _WIDTH: Final = 38
 
@@ -23,6 +24,7 @@ def machine(versions: dict[str, str]) -> dict[str, str]:
         "memory": f"{memory_kib / 2**20:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
         "python": f"{platform.python_version()}, {ssl.OPENSSL_VERSION}",
+        "relay": f"pure Python ({WHY_MISSING})" if WHY_MISSING else "compiled",
     } | versions
 
 

@@ -4,7 +4,8 @@ import json
 
 from bench.readings import Quantity
 from bench.record import Record, from_json, to_json
-from bench.report import number, table
+from bench.report import machine, number, table
+from proxy.native import AVAILABLE
 from tests.bench.records import record
 
 
@@ -45,3 +46,8 @@ def test_a_number_has_about_three_digits() -> None:
     assert [number(one) for one in (None, 0.123, 12.34, -123.4, 12345.6)] == [
         *("-", "0.12", "12.3", "-123", "12,346")
     ]
+
+
+def test_what_was_measured_says_whether_the_relay_was_compiled() -> None:
+    # Without a compiler the very same commands would have published other numbers.
+    assert machine({})["relay"].startswith("compiled" if AVAILABLE else "pure Python")

@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml $(NATIVE)
 	@$(PYTHON) -m venv $(VENV)
 	@rm -rf build $(COMPILED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
-	@$(BIN)/python -c 'import sys; from proxy.native import WHY_MISSING as why; why and print("NOT COMPILED: the relay is pure Python here (%s). It takes a C compiler, and the headers of Python and OpenSSL." % why, file=sys.stderr)'
+	@$(BIN)/python -c 'import sys; from proxy import native; why = native.WHY_MISSING; why and print("NOT COMPILED: the relay is pure Python here (%s). %s" % (why, native.WHAT_IT_TAKES), file=sys.stderr)'
 	@touch $@
 
 # For `make pure test`: what a machine without a compiler runs. The next make compiles anew, for the

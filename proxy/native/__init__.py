@@ -36,6 +36,11 @@ WHY_MISSING: Final = _why_missing()
 
 AVAILABLE: Final = not WHY_MISSING
 
+WHAT_IT_TAKES: Final = (
+    "Compiling takes Linux, a C compiler, and the headers of Python and OpenSSL at installation."
+)
+"""What to do about it: Python only says that there is no such module."""
+
 
 @unique
 class Acceleration(StrEnum):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from proxy import __version__
 from proxy.exit_codes import EXIT_OK
-from proxy.native import WHY_MISSING
+from proxy.native import WHAT_IT_TAKES, WHY_MISSING
 from proxy.verbs.telling import wrong_usage
 
 _BUILD = ["--build"]
@@ -16,7 +16,6 @@ def run(arguments: Sequence[str]) -> int:
         return wrong_usage("version takes no argument but --build")
     print(__version__)
     if arguments:
-        print(
-            f"compiled relay: not built ({WHY_MISSING})" if WHY_MISSING else "compiled relay: built"
-        )
+        built = f"not built ({WHY_MISSING}). {WHAT_IT_TAKES}" if WHY_MISSING else "built"
+        print(f"compiled relay: {built}")
     return EXIT_OK

@@ -27,12 +27,14 @@ def test_one_module_that_is_missing_is_named_and_nothing_fails(missing: str) -> 
     need_compiled(f"proxy.native without {missing}")
     code = (
         f"import sys; sys.modules['proxy.native.{missing}'] = None; "
-        "from proxy import native; print(native.AVAILABLE, native.WHY_MISSING)"
+        "from proxy import native; print(native.AVAILABLE, native.WHY_MISSING); "
+        "from proxy.verbs import version; version.run(['--build'])"
     )
     command = [sys.executable, "-c", code]
     ran = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     assert ran.stdout.startswith("False ")
     assert f"proxy.native.{missing}" in ran.stdout
+    assert "a C compiler" in ran.stdout.splitlines()[-1], "what to do about it"
 
 
 @pytest.mark.parametrize(

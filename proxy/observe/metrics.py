@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from enum import StrEnum, unique
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import Final
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -33,6 +33,7 @@ from prometheus_client.registry import Collector
 
 from proxy.observe.failures import CANCEL_NOT_DELIVERED, Failures
 from proxy.observe.live import OTHER, Carried, Live, TargetReading
+from proxy.observe.samples import Sample, Sum, taken
 from proxy.observe.status import State, StatusSource
 
 EXPOSITION_CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
@@ -121,16 +122,6 @@ def outcome_of(reason: str) -> Outcome:
     return _OUTCOMES.get(reason, Outcome.CUT)
 
 
-class Sample(NamedTuple):
-    """One number of an exposition; `labels` are pairs in the order in which they are shown."""
-
-    family: str
-    kind: str
-    name: str
-    labels: tuple[tuple[str, str], ...]
-    value: float
-
-
 # What is not the more for more processes: the one that is asked speaks for all.
 _OF_THE_WHOLE: Final = frozenset(
     f"{_PREFIX}_{name}"
@@ -139,27 +130,6 @@ _OF_THE_WHOLE: Final = frozenset(
         *("process_start_time_seconds", "process_max_fds"),
     )
 )
-
-
-class _Sum(Collector):
-    """A registry's families with other processes' samples added."""
-
-    def __init__(self, registry: CollectorRegistry, others: Iterable[Sample]) -> None:
-        self._registry = registry
-        self._others: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
-        for family, _kind, name, labels, value in others:
-            of_family = self._others.setdefault(family, {})
-            of_family[name, labels] = of_family.get((name, labels), 0.0) + value
-
-    def collect(self) -> Iterable[Metric]:
-        for family in self._registry.collect():
-            others = self._others.get(family.name, {})
-            own = {(one.name, tuple(one.labels.items())): one.value for one in family.samples}
-            total = Metric(family.name, family.documentation, family.type)
-            for (name, labels), value in {**others, **own}.items():
-                number = value + (others.get((name, labels), 0.0) if (name, labels) in own else 0.0)
-                total.add_sample(name, dict(labels), number)
-            yield total
 
 
 class _Words:
@@ -472,17 +442,12 @@ class Metrics:
         if not others:
             return generate_latest(self._registry)
         whole = CollectorRegistry()
-        whole.register(_Sum(self._registry, others))
+        whole.register(Sum(self._registry, others))
         return generate_latest(whole)
 
     def samples(self) -> list[Sample]:
         """Return what another process's exposition is to add of this one's."""
-        return [
-            Sample(family.name, family.type, one.name, tuple(one.labels.items()), one.value)
-            for family in self._registry.collect()
-            if family.name not in _OF_THE_WHOLE
-            for one in family.samples
-        ]
+        return [sample for sample in taken(self._registry) if sample.family not in _OF_THE_WHOLE]
 
     def value(self, name: str, **labels: str) -> float:
         """Return the sum of the samples that have these labels, 0 if there are none:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from proxy.observe.failures import FAILURES_MAX, Failure
 from proxy.observe.live import TargetReading
-from proxy.observe.metrics import Sample
+from proxy.observe.samples import Sample
 
 _OF_NOW: Final = frozenset({"gauge", "info", "stateset"})
 

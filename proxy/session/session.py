@@ -55,7 +55,6 @@ _QUOTING_OPTIONS: Final = frozenset(
     kind.value.reason for kind in (ErrorKind.ARGUMENT_INVALID, ErrorKind.SETTING_INVALID)
 )
 
-
 # So long a session's first line waits, for the client's first query not to wait for the line.
 _LINE_SECONDS: Final = 0.002
 

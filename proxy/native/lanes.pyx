@@ -54,7 +54,8 @@ cdef Py_ssize_t _READ_BYTES = 256 * 1024
 cdef Py_ssize_t _PLAIN_BYTES = 256 * 1024 + 2 * 16 * 1024
 # One turn of the loop carries what is ready, and what became ready meanwhile, but no more than
 # this: everything else in the process waits for it.
-DEF _EVENTS_MAX = 64
+cdef enum:
+    _EVENTS_MAX = 64  # at one look
 cdef int _LOOKS_MAX = 3
 cdef Py_ssize_t _TURN_BYTES_MAX = 1024 * 1024
 

@@ -11,7 +11,6 @@ reload took away is forgotten with its last session: names of the past must not 
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Final
 
 OTHER: Final = "other"
@@ -66,12 +65,7 @@ class CountedSession:
         """Count it among the living."""
         self._number = self._live.begin(self._name, self._carried)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Move its bytes to the ended."""
         self._live.end(self._name, self._number)
 

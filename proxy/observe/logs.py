@@ -13,7 +13,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from types import TracebackType
 from typing import Any, Final, Literal, TextIO, cast
 
 import structlog
@@ -180,10 +179,5 @@ class _ConnectionLog:
     def __enter__(self) -> None:
         structlog.contextvars.bind_contextvars(connection=self._connection_id)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         structlog.contextvars.unbind_contextvars("connection")

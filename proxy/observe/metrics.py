@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from enum import StrEnum, unique
-from types import TracebackType
 from typing import Final
 
 from prometheus_client import (
@@ -154,12 +153,7 @@ class _Connection:
         self._accepted.inc()
         self._now.inc()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._now.dec()
 
 

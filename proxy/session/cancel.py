@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final
 
 from proxy.errors import ProxyError
@@ -54,12 +53,7 @@ class IssuedKey:
         self.held.add(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stand for nothing any more."""
         self.live = False
         self.held.remove(self)

@@ -11,7 +11,6 @@ import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Protocol
 
 from proxy.config import ListenSettings
@@ -70,12 +69,7 @@ class Places:
             raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
         self.taken += 1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Give a place back."""
         self.taken -= 1
 

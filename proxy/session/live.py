@@ -7,7 +7,6 @@ soon as it is idle.
 
 import asyncio
 from enum import Enum, auto
-from types import TracebackType
 from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
@@ -47,12 +46,7 @@ class LiveSession:
         self._sessions.add(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Be forgotten."""
         self._sessions.remove(self)
 

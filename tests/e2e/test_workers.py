@@ -618,7 +618,7 @@ async def test_a_worker_that_dies_costs_its_own_sessions_and_is_replaced(
         (died,) = proxy.events("worker died")
         assert (died["signal"], died["sessions_lost"]) == ("SIGKILL", 3)
         assert (await ask(unused_tcp_port, "/readiness")).status == 200
-        await eventually(lambda: len(worker_pids(proxy)) == 2, "a new one has come")
+        await eventually(lambda: len(proxy.events("worker serves")) == 3, "a new one has come")
         assert len(worker_pids(proxy) & pids) == 1
         async with served(proxy, 3):  # the new one has none yet and gets them all
             await eventually(lambda: by_worker(proxy)[died["worker"]] == 6, "they are its")

@@ -21,6 +21,18 @@ cdef inline Py_ssize_t _length(const unsigned char* header) noexcept nogil:
     return (<Py_ssize_t>header[1] << 24) | (header[2] << 16) | (header[3] << 8) | header[4]
 
 
+cdef unsigned char* _joined(
+    const unsigned char* stub, int stub_bytes, const unsigned char* read, Py_ssize_t size
+) except NULL:
+    """Return a read behind the part of a header that came before it; the caller frees it."""
+    cdef unsigned char* joined = <unsigned char*>malloc(stub_bytes + size)
+    if joined is NULL:
+        raise MemoryError
+    memcpy(joined, stub, stub_bytes)
+    memcpy(joined + stub_bytes, read, size)
+    return joined
+
+
 cdef class Activity:
     """One relayed session's state, as proxy.wire.activity.Activity has it."""
 
@@ -55,11 +67,7 @@ cdef class Activity:
         if self._client_stub_bytes == 0:
             return self._walk_client(read, size)
         cdef int stub = self._client_stub_bytes
-        cdef unsigned char* joined = <unsigned char*>malloc(stub + size)
-        if joined is NULL:
-            raise MemoryError
-        memcpy(joined, self._client_stub, stub)
-        memcpy(joined + stub, read, size)
+        cdef unsigned char* joined = _joined(self._client_stub, stub, read, size)
         self._client_stub_bytes = 0
         try:
             return self._walk_client(joined, stub + size)
@@ -144,11 +152,7 @@ cdef class Activity:
         if self._upstream_stub_bytes == 0:
             return self._walk_upstream(read, size)
         cdef int stub = self._upstream_stub_bytes
-        cdef unsigned char* joined = <unsigned char*>malloc(stub + size)
-        if joined is NULL:
-            raise MemoryError
-        memcpy(joined, self._upstream_stub, stub)
-        memcpy(joined + stub, read, size)
+        cdef unsigned char* joined = _joined(self._upstream_stub, stub, read, size)
         self._upstream_stub_bytes = 0
         try:
             return self._walk_upstream(joined, stub + size)

@@ -1,9 +1,9 @@
 """What ended sessions leave in memory, given back to the system once many have ended.
 
-For: a proxy that is as small after a storm as before. Two things keep it large. A relay's two
-directions know each other, so that what a session held waits for the garbage collector, which does
-not come for a few thousand objects. And glibc gives back only the end of its heap by itself, while
-what is freed lies between what lives. Not for: what living sessions hold.
+For: a proxy that is as small after a storm as before. Two things keep it large. Some of what a
+session held knows itself again (the traceback of how its TLS ended, say) and waits for the garbage
+collector, which does not come for a few thousand objects. And glibc gives back only the end of its
+heap by itself, while what is freed lies between what lives. Not for: what living sessions hold.
 
 Invariant: where fewer than `SESSIONS_MIN` ended nothing is done. It is done when no session has
 ended for a moment, and where sessions always end, once in `STORM_SECONDS`: it takes milliseconds in

@@ -52,7 +52,7 @@ LABEL org.opencontainers.image.title="lakebase-auth-proxy" \
 # The user is a number, so that Kubernetes can see that it is not root.
 FROM bare AS demo
 COPY --from=installed-demo /opt/lakebase-auth-proxy /opt/lakebase-auth-proxy
-RUN ["/opt/lakebase-auth-proxy/bin/python", "-c", "import sys, proxy.cli, proxy.native, proxy.standin.lakebase, databricks.sdk; sys.exit(proxy.native.WHY_MISSING or 0)"]
+RUN ["/opt/lakebase-auth-proxy/bin/python", "-c", "import sys, proxy.cli, proxy.native, proxy.emulator.lakebase, databricks.sdk; sys.exit(proxy.native.WHY_MISSING or 0)"]
 USER 65532:65532
 CMD ["demo"]
 

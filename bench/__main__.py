@@ -14,18 +14,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from bench import contest, plan, publish, shard_maps
+from bench import comparison, plan, publish, shard_maps
 from bench.accounting import others_seconds
+from bench.chart import draw
 from bench.children import run
-from bench.contenders import HAPROXY, PGBOUNCER
-from bench.contest import say
+from bench.comparison import say
 from bench.errors import BenchError
-from bench.picture import draw
 from bench.plan import Outputs, Plan
 from bench.postgres import find_binaries
 from bench.record import Record, from_json, to_json
 from bench.report import machine, table
 from bench.starting import find
+from bench.systems import HAPROXY, PGBOUNCER
 
 _MISSING: Final = "PgBouncer is MISSING, nothing is compared with it: apt-get install pgbouncer"
 # Cores that others took, on average: the kernel's own work and a terminal stay below.
@@ -63,7 +63,7 @@ def _measure(planned: Plan, record: Record) -> None:
         record.machine |= machine(_versions(directory, planned.floor))
         record.machine["run"] = planned.sizes()
         begun, others = time.monotonic(), others_seconds()
-        contest.hold(planned, directory, record.readings)
+        comparison.hold(planned, directory, record.readings)
     seconds = time.monotonic() - begun
     cores = max(0.0, (others_seconds() - others) / seconds)
     say(f"took {seconds // 60:.0f} min {seconds % 60:.0f} s")

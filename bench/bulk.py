@@ -10,10 +10,10 @@ from typing import Final
 
 from bench.accounting import CPU
 from bench.children import run
-from bench.contenders import Contender
 from bench.errors import BenchError
 from bench.postgres import Postgres
 from bench.readings import Quantity, Readings
+from bench.systems import Contender
 
 _ROW_BYTES: Final = 8000
 _BYTES_PER_SECOND_MIN: Final = 5e6  # slower is a hang

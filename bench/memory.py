@@ -14,9 +14,9 @@ from psycopg.pq.abc import PGconn
 
 from bench.accounting import resident_bytes
 from bench.bulk import Bulk
-from bench.contenders import Contender, Start
 from bench.readings import Quantity, Readings
 from bench.sessions import open_session
+from bench.systems import Contender, Start
 
 CASE: Final = "resident memory"
 _SETTLE_SECONDS: Final = 1.0  # sessions end on both sides, allocators return what they will

@@ -21,7 +21,7 @@ from psycopg.conninfo import make_conninfo
 
 from bench.children import LOOPBACK, child, free_port, private_directory, run, unprivileged
 from bench.errors import BenchError
-from proxy.standin.cluster import CLIENT_ID, DATABASE
+from proxy.emulator.cluster import CLIENT_ID, DATABASE
 
 HOST: Final = "upstream.bench.test"  # what the certificate names; no resolver is asked
 CONNECT_SECONDS_MAX: Final = "30"  # libpq waits without it for ever, deaf to Ctrl-C

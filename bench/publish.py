@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from bench.picture import draw
+from bench.chart import draw
 from bench.record import Record, from_json
 from bench.report import number, table
 from bench.targets import Standing, standings

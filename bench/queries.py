@@ -13,10 +13,10 @@ from typing import Final
 
 from bench.accounting import CPU
 from bench.children import child
-from bench.contenders import Contender
 from bench.errors import BenchError
 from bench.postgres import Postgres
 from bench.readings import Quantity, Readings, percentile
+from bench.systems import Contender
 
 _WARM_UP_SECONDS: Final = 0.2  # caches fill and prepared statements are prepared
 _SAMPLE_SECONDS: Final = 0.05

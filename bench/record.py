@@ -8,8 +8,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from bench.contenders import DIRECT, HAPROXY, PGBOUNCER, PROXY
 from bench.readings import Quantity, Readings
+from bench.systems import DIRECT, HAPROXY, PGBOUNCER, PROXY
 
 CONTENDERS: Final = (DIRECT, HAPROXY, PGBOUNCER, PROXY)
 RATIOS: Final = ((PROXY, PGBOUNCER), (PROXY, DIRECT))

@@ -12,10 +12,10 @@ from psycopg import pq
 from psycopg.pq.abc import PGconn, PGresult
 
 from bench import bulk
-from bench.contenders import Contender
 from bench.errors import BenchError
 from bench.readings import Readings
 from bench.sessions import open_session
+from bench.systems import Contender
 
 _VALUE_BYTES: Final = 100_000_000
 _VALUE: Final = f"SELECT repeat('x', {_VALUE_BYTES})".encode()

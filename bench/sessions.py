@@ -18,9 +18,9 @@ from typing import Final
 from psycopg import pq
 from psycopg.pq.abc import PGconn
 
-from bench.contenders import Contender
 from bench.errors import BenchError
 from bench.readings import Quantity, Readings, percentile
+from bench.systems import Contender
 
 _WARM_UP_SESSIONS: Final = 3  # the first mints a token
 _PAUSE_SECONDS: Final = 0.003  # PostgreSQL and the proxy take about one to end a session

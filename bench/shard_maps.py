@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from proxy.routing.building import map_of_csv
 from proxy.routing.keys import KeyType
-from proxy.routing.maps import Form, Kind, ShardMap
+from proxy.routing.map_builder import map_of_csv
+from proxy.routing.shard_map import Form, Kind, ShardMap
 
 MAPPINGS: Final = 1_000_000
 # Tracing every allocation is slow; memory grows with the mappings.

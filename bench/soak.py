@@ -13,11 +13,11 @@ from typing import Final
 from bench.accounting import open_files, resident_bytes
 from bench.bulk import Bulk
 from bench.children import Child, child
-from bench.contenders import Contender, Start
 from bench.errors import BenchError
 from bench.postgres import Postgres
 from bench.readings import Quantity, Readings
 from bench.sessions import open_session
+from bench.systems import Contender, Start
 
 _PARTS: Final = 10
 _COPY_MEGABYTES: Final = 64

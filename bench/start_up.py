@@ -13,9 +13,9 @@ from typing import Final
 
 from bench.accounting import cpu, resident_bytes
 from bench.children import LOOPBACK, START_SECONDS_MAX, Child, free_port
-from bench.contenders import PROXY
 from bench.errors import BenchError
 from bench.readings import Quantity, Readings
+from bench.systems import PROXY
 
 CASE: Final = "start"
 STARTS_MIN: Final = 5

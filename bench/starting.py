@@ -19,12 +19,12 @@ from psycopg.conninfo import make_conninfo
 
 from bench.accounting import descendants
 from bench.children import LOOPBACK, Child, child, free_port, private_directory, unprivileged
-from bench.contenders import HAPROXY, PGBOUNCER, PROXY, Contender
 from bench.errors import BenchError
 from bench.postgres import CONNECT_SECONDS_MAX, HOST, Place
+from bench.systems import HAPROXY, PGBOUNCER, PROXY, Contender
 from bench.workspace import ENDPOINT
-from proxy.standin.cluster import CLIENT_ID, DATABASE
-from proxy.standin.lakebase import CLIENT_SECRET
+from proxy.emulator.cluster import CLIENT_ID, DATABASE
+from proxy.emulator.lakebase import CLIENT_SECRET
 
 SESSIONS_MAX: Final = 5200  # 5,000 idle ones and some to look at them
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from bench.contenders import DIRECT, PGBOUNCER, PROXY
 from bench.record import Record
+from bench.systems import DIRECT, PGBOUNCER, PROXY
 
 _Value = Callable[[Record], float | None]
 

@@ -10,12 +10,12 @@ from typing import Final
 
 from bench import queries
 from bench.accounting import open_sockets
-from bench.contenders import PROXY, Contender, Start
 from bench.errors import BenchError
 from bench.postgres import Postgres
 from bench.queries import Load
 from bench.readings import Quantity, Readings
 from bench.sessions import open_session
+from bench.systems import PROXY, Contender, Start
 from proxy.config import settings_keys
 
 KEY: Final = "listen.workers"

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Final
 
 from bench.children import child
-from proxy.standin.cluster import CLIENT_ID, Cluster
-from proxy.standin.endpoints import Dialect, Endpoint
-from proxy.standin.lakebase import CLIENT_SECRET
-from proxy.standin.workspace import Workspace
+from proxy.emulator.cluster import CLIENT_ID, Cluster
+from proxy.emulator.endpoints import Dialect, Endpoint
+from proxy.emulator.lakebase import CLIENT_SECRET
+from proxy.emulator.workspace import Workspace
 
 ENDPOINT: Final = "projects/bench/branches/production/endpoints/primary"
 

@@ -15,11 +15,11 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-from proxy.standin.cluster import CLIENT_ID, Cluster, quoted, start_together, stop_together
-from proxy.standin.lakebase import SHARDS, Lakebase
+from proxy.emulator.cluster import CLIENT_ID, Cluster, quoted, start_together, stop_together
+from proxy.emulator.lakebase import SHARDS, Lakebase
 
 # Nothing that a test starts may show a secret.
-pytest_plugins = ("tests.support.planted",)
+pytest_plugins = ("tests.support.secret_canaries",)
 
 hypothesis.settings.register_profile("fast", deadline=None)
 hypothesis.settings.register_profile(

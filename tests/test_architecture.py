@@ -32,11 +32,11 @@ EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"} |
 # Where a task is made outside a TaskGroup, and what makes sure that it cannot be lost.
 TASK_MAKERS = {
     "proxy/session/listener.py": "leaving the block of accepting waits for them all",
-    "proxy/upstream/shared.py": "whoever made the Shared closes it, which waits for its call",
+    "proxy/workspace/single_flight.py": "whoever made the Shared closes it, which waits for its call",
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
-    "proxy/workers/channel.py": "an answer ends with its channel, which its process ends with",
-    "proxy/workers/crew.py": "leaving the block of accepting waits for them all",
-    "proxy/standin/connection.py": "a connection of the stand-in waits for its own tasks",
+    "proxy/workers/rpc.py": "an answer ends with its channel, which its process ends with",
+    "proxy/workers/worker_pool.py": "leaving the block of accepting waits for them all",
+    "proxy/emulator/connection.py": "a connection of the stand-in waits for its own tasks",
 }
 
 # Waits of these tests are for another process, where there is no event to wait for; in `session`
@@ -44,7 +44,7 @@ TASK_MAKERS = {
 SLEEPERS = (
     "tests/differential/test_activity_at_random.py",
     "tests/e2e/",
-    "tests/standin/",
+    "tests/emulator/",
     "tests/support/",
     "tests/session/test_relay.py",
     "tests/upstream/test_threads.py",

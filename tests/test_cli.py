@@ -17,7 +17,7 @@ import pytest
 from proxy import __version__, cli, native
 from proxy.cli import main
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
-from proxy.process import FILES_RESERVED, UNSERVED_MIN, check_file_limit, unserved_max
+from proxy.server.process import FILES_RESERVED, UNSERVED_MIN, check_file_limit, unserved_max
 from proxy.session.listener import UNSERVED_MAX
 from tests.support.proxy_process import started_process
 from tests.support.running import captured_log
@@ -55,7 +55,7 @@ def test_waiting_does_not_pay_for_serving(unused_tcp_port: int) -> None:
 
 
 def test_serving_does_not_import_what_only_others_need_or_what_comes_later() -> None:
-    late = ["asyncpg", "databricks", "proxy.standin", "scramp"]
+    late = ["asyncpg", "databricks", "proxy.emulator", "scramp"]
     code = (
         "import sys, proxy.verbs.run;"
         f" print([name for name in {late} if name in sys.modules], 'uvicorn' in sys.modules)"

@@ -8,9 +8,9 @@ import pytest
 
 from proxy.config import ShardMapSettings, load_settings
 from proxy.errors import ErrorKind
-from proxy.routes import map_problems
 from proxy.routing.keys import KEY_BYTES_MAX, KeyType, Normalise
-from proxy.routing.maps import Kind
+from proxy.routing.shard_map import Kind
+from proxy.server.router_factory import map_problems
 from tests.support.cases import TESTS, files_of, named_files, numbered_tests
 from tests.support.cases import rows as rows_of
 

@@ -1,20 +1,30 @@
 """Every setting of the proxy, from flags, environment and file to one frozen `Settings`."""
 
-from proxy.config.changes import Changes, Files, compare
+from proxy.config.config_errors import ConfigurationError, Problem
+from proxy.config.diff import Changes, Files, compare
 from proxy.config.example import example_toml
-from proxy.config.keys import SettingKey, key_at, named_keys, settings_keys
-from proxy.config.lakebase import (
+from proxy.config.loading import Configuration, Inspect, load, load_settings
+from proxy.config.printing import effective_toml
+from proxy.config.routing_sections import (
+    DatabaseAlias,
+    MappingEntry,
+    RoutingSettings,
+    ShardMapSettings,
+)
+from proxy.config.server_sections import (
+    AdminSettings,
+    ListenSettings,
+    LogSettings,
+    ShutdownSettings,
+)
+from proxy.config.setting_keys import SettingKey, key_at, named_keys, settings_keys
+from proxy.config.settings import UPSTREAM, Settings
+from proxy.config.upstream_sections import (
     CredentialsSettings,
     SslMode,
     UpstreamSettings,
     WorkspaceSettings,
 )
-from proxy.config.loading import Configuration, Inspect, load, load_settings
-from proxy.config.printing import effective_toml
-from proxy.config.problems import ConfigurationError, Problem
-from proxy.config.routes import DatabaseAlias, MappingEntry, RoutingSettings, ShardMapSettings
-from proxy.config.serving import AdminSettings, ListenSettings, LogSettings, ShutdownSettings
-from proxy.config.settings import UPSTREAM, Settings
 
 __all__ = [
     "Settings",

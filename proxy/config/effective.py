@@ -7,7 +7,7 @@ Invariant: two settings that serve alike have equal values here, however they we
 
 from collections.abc import Iterator
 
-from proxy.config.keys import KeyPath, sections
+from proxy.config.setting_keys import KeyPath, sections
 from proxy.config.settings import Settings
 
 

@@ -12,7 +12,13 @@ from typing import Final
 
 from pydantic import SecretStr
 
-from proxy.config.keys import SettingKey, named_keys, named_sections, sections, settings_keys
+from proxy.config.setting_keys import (
+    SettingKey,
+    named_keys,
+    named_sections,
+    sections,
+    settings_keys,
+)
 from proxy.config.settings import Settings
 from proxy.config.toml import toml_value
 

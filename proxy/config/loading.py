@@ -15,13 +15,13 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import PydanticBaseSettingsSource
 
-from proxy.config.keys import NAME, KeyPath, named_keys, named_sections, settings_keys
-from proxy.config.problems import ConfigurationError, Problem, in_order
-from proxy.config.references import incomplete_workspaces, missing_for_upstream, unknown_names
+from proxy.config.config_errors import ConfigurationError, Problem, in_order
+from proxy.config.cross_checks import incomplete_workspaces, missing_for_upstream, unknown_names
+from proxy.config.setting_keys import NAME, KeyPath, named_keys, named_sections, settings_keys
 from proxy.config.settings import Settings
 from proxy.config.sources import Layer, read_environment, read_file, read_flags, read_guide
 from proxy.config.toml import split_path
-from proxy.config.translation import translate
+from proxy.config.validation_errors import translate
 
 Inspect = Callable[[Settings], Iterable[Problem]]
 

@@ -12,11 +12,11 @@ from typing import Final
 from pydantic import SecretStr
 
 from proxy.config.effective import effective_values
-from proxy.config.keys import KeyPath
-from proxy.config.lakebase import MASK, not_inherited
 from proxy.config.loading import Configuration
-from proxy.config.routes import DatabaseAlias
+from proxy.config.routing_sections import DatabaseAlias
+from proxy.config.setting_keys import KeyPath
 from proxy.config.toml import toml_key, toml_path, toml_value
+from proxy.config.upstream_sections import MASK, not_inherited
 
 _HEAD: Final = "# The configuration in force, each value with its source. Secrets are left out."
 

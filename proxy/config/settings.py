@@ -15,15 +15,20 @@ from pydantic import AfterValidator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from proxy.addresses import is_loopback
-from proxy.config.lakebase import (
+from proxy.config.routing_sections import DatabaseAlias, RoutingSettings, ShardMapSettings
+from proxy.config.server_sections import (
+    AdminSettings,
+    ListenSettings,
+    LogSettings,
+    ShutdownSettings,
+)
+from proxy.config.upstream_sections import (
     WHERE,
     CredentialsSettings,
     UpstreamSettings,
     WorkspaceSettings,
 )
-from proxy.config.routes import DatabaseAlias, RoutingSettings, ShardMapSettings
-from proxy.config.serving import AdminSettings, ListenSettings, LogSettings, ShutdownSettings
-from proxy.config.values import check_alias, check_name
+from proxy.config.validators import check_alias, check_name
 
 # The name by which [upstream] is a target.
 UPSTREAM: Final = "upstream"

@@ -20,7 +20,8 @@ from typing import Any
 
 from pydantic_settings import InitSettingsSource, TomlConfigSettingsSource
 
-from proxy.config.keys import (
+from proxy.config.config_errors import Problem
+from proxy.config.setting_keys import (
     ENVIRONMENT_DELIMITER,
     ENVIRONMENT_PREFIX,
     KeyPath,
@@ -28,10 +29,9 @@ from proxy.config.keys import (
     spell_flag,
     spell_variable,
 )
-from proxy.config.lakebase import WHERE
-from proxy.config.problems import Problem
 from proxy.config.settings import Settings
 from proxy.config.toml import split_path, toml_path
+from proxy.config.upstream_sections import WHERE
 
 # The environment of the Lakebase guide, of AppKit and of Databricks Apps. Where two names stand
 # for one key the later one wins. PGSSLMODE is left out on purpose: whatever it says is met by

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from proxy.addresses import is_loopback
-from proxy.observe.gate import (
+from proxy.observe.admin_access import (
     CONNECTIONS_MAX,
     BoundedProtocol,
     HostGate,
@@ -32,8 +32,8 @@ from proxy.observe.gate import (
 )
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import EXPOSITION_CONTENT_TYPE
-from proxy.observe.page import PAGE, PAGE_HEADERS
 from proxy.observe.status import Status
+from proxy.observe.status_page import PAGE, PAGE_HEADERS
 
 _BACKLOG: Final = 64
 # A request's line and headers; a browser's are some hundreds of bytes. No body is ever read.

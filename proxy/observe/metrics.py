@@ -30,10 +30,10 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from proxy.observe.failures import CANCEL_NOT_DELIVERED, Failures
-from proxy.observe.live import OTHER, Carried, Live, TargetReading
+from proxy.observe.recent_errors import CANCEL_NOT_DELIVERED, Failures
 from proxy.observe.samples import Sample, Sum, taken
 from proxy.observe.status import State, StatusSource
+from proxy.observe.target_stats import OTHER, Carried, Live, TargetReading
 
 EXPOSITION_CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum, unique
 
-from proxy.observe.failures import Failure
-from proxy.observe.live import OTHER, TargetReading
+from proxy.observe.recent_errors import Failure
+from proxy.observe.target_stats import OTHER, TargetReading
 
 
 @unique

@@ -23,9 +23,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.routing.keys import fingerprint, hash_key
-from proxy.routing.maps import Kind, ShardMap
-from proxy.routing.sources import (
+from proxy.routing.key_sources import (
     OWN_PARAMETER,
     DatabasePattern,
     Occurrence,
@@ -33,6 +31,8 @@ from proxy.routing.sources import (
     with_database,
     with_forwarded_key,
 )
+from proxy.routing.keys import fingerprint, hash_key
+from proxy.routing.shard_map import Kind, ShardMap
 from proxy.wire.startup import StartupMessage
 
 DEFAULT_PARAMETER: Final = "shard_key"

@@ -16,8 +16,8 @@ from typing import Final
 from proxy.errors import ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import CancelResult, Metrics
+from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
-from proxy.upstream.targets import Target
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_2, CancelRequest, ProtocolVersion

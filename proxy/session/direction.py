@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from proxy import native
-from proxy.session.ending import EndReason
+from proxy.session.end_reason import EndReason
 from proxy.transport.sockets import has_hung_up
 from proxy.transport.tls import TLSTransport
 

@@ -17,11 +17,11 @@ from proxy.config import ListenSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
-from proxy.session.ending import EndReason
-from proxy.session.leftovers import Leftovers
-from proxy.session.live import LiveSessions
-from proxy.transport.link import Link
+from proxy.session.drain import LiveSessions
+from proxy.session.end_reason import EndReason
+from proxy.session.memory_trim import Leftovers
 from proxy.transport.sockets import listen_unix
+from proxy.transport.stream import Link
 
 # A burst of reconnecting clients is some hundreds; more than this is a flood.
 UNSERVED_MAX: Final = 1000

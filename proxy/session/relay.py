@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final
 
 from proxy import native
 from proxy.session.direction import Direction, can_have_lane
-from proxy.session.ending import EndReason, RelayEnd
-from proxy.transport.closing import LINGER_SECONDS, close_gracefully
+from proxy.session.end_reason import EndReason, RelayEnd
+from proxy.transport.graceful_close import LINGER_SECONDS, close_gracefully
 from proxy.wire.activity import Activity
 from proxy.wire.messages import ErrorResponse, Terminate
 

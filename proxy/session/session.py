@@ -16,19 +16,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.observe.live import Carried
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
+from proxy.observe.target_stats import Carried
 from proxy.routing.router import Route
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
-from proxy.session.ending import EndReason, RelayEnd
-from proxy.session.live import LiveSession, LiveSessions
+from proxy.session.drain import LiveSession, LiveSessions
+from proxy.session.end_reason import EndReason, RelayEnd
 from proxy.session.relay import Relay
-from proxy.transport.link import Link
 from proxy.transport.sockets import is_unix
+from proxy.transport.stream import Link
 from proxy.transport.tls import ALPN_PROTOCOL
 from proxy.upstream.dialer import UpstreamSession
-from proxy.upstream.fleet import Way
+from proxy.upstream.upstreams import Way
 from proxy.wire.client_startup import (
     CancelReceived,
     ClientEvent,

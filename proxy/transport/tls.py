@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final, cast
 
 from proxy import native
-from proxy.files import Stamp, stamp_of
+from proxy.file_stamp import Stamp, stamp_of
 from proxy.transport.key_exchange import asked_curve
 
 if TYPE_CHECKING:  # not there where it was not built

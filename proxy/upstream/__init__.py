@@ -1,5 +1,5 @@
-"""Everything about reaching Lakebase: as whom, with what, where, and what went wrong.
+"""Reaching Postgres: address, credential, connect, TLS, login, and what went wrong.
 
-Reading order, which is also the import order: diagnosis, retry, scram; resources,
-shared, threads; workspace; credentials, targets; connector; dialer.
+Reading order, which is also the import order: diagnosis, retry, scram; address_lookup; connector;
+dialer; upstreams.
 """

@@ -20,11 +20,11 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import ConnectPhase
 from proxy.transport.key_exchange import Curves
-from proxy.transport.link import Link
 from proxy.transport.sockets import bound_unacknowledged
+from proxy.transport.stream import Link
 from proxy.transport.tls import TLSTransport, client_context
+from proxy.upstream.address_lookup import Target
 from proxy.upstream.diagnosis import diagnose_network
-from proxy.upstream.targets import Target
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.startup import CancelRequest
 from proxy.wire.upstream_startup import (

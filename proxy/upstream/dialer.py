@@ -16,7 +16,8 @@ from typing import Final
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.observe.metrics import ConnectPhase
-from proxy.transport.link import Link
+from proxy.transport.stream import Link
+from proxy.upstream.address_lookup import Login, Target, Targets
 from proxy.upstream.connector import (
     Addresses,
     Connection,
@@ -26,12 +27,9 @@ from proxy.upstream.connector import (
     failure,
     next_events,
 )
-from proxy.upstream.credentials import CredentialSource
 from proxy.upstream.diagnosis import Shown, diagnose
 from proxy.upstream.retry import Retry
 from proxy.upstream.scram import SCRAM_SHA_256, Scram
-from proxy.upstream.targets import Login, Target, Targets
-from proxy.upstream.workspace import Credential
 from proxy.wire.startup import StartupMessage
 from proxy.wire.upstream_startup import (
     PasswordRequested,
@@ -44,6 +42,8 @@ from proxy.wire.upstream_startup import (
     UpstreamStartup,
     upstream_message,
 )
+from proxy.workspace.client import Credential
+from proxy.workspace.token_source import CredentialSource
 
 # Sessions being opened at a time, for one target. A front end limits the rate of connections, a
 # database forks for each, and a storm that is served in order is over sooner than one that times

@@ -1,13 +1,151 @@
-"""`demo`: the whole system on this machine."""
+"""`demo`: the whole system on one machine, with nothing to install or sign up for.
+
+A stand-in for Lakebase (its workspace API, its TLS front end, real PostgreSQL behind it) and, in
+front of it, the very proxy that `run` serves. What it tells a person to paste works as printed.
+"""
 
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Final
 
-from proxy.config import Settings, load_settings
-from proxy.demo import DemoError, demonstrating, greeting
-from proxy.process import Signals, until_stopped
-from proxy.verbs.running import until_done
-from proxy.verbs.telling import fail
+from pydantic import SecretStr
+
+from proxy.config import (
+    MappingEntry,
+    RoutingSettings,
+    Settings,
+    ShardMapSettings,
+    UpstreamSettings,
+    WorkspaceSettings,
+    load_settings,
+)
+from proxy.server.app import App, serving
+from proxy.server.process import Signals, until_stopped
+from proxy.verbs.event_loop import until_done
+from proxy.verbs.stderr import fail
+
+if TYPE_CHECKING:
+    from proxy.emulator.lakebase import Lakebase
+
+
+class DemoError(Exception):
+    """The stand-in cannot start; the text says why."""
+
+
+# Tenants 0 to 999 are on the first shard, 1000 to 1999 on the second; nobody has the others.
+TENANTS_A_SHARD: Final = 1000
+
+
+def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
+    """Return settings for the stand-in. Of the given ones only how this process serves is kept.
+
+    What leads to Lakebase is made afresh: a workspace, a role or a database of the person's own
+    is not the stand-in's.
+    """
+    shards = lakebase.shards
+    mappings = tuple(
+        MappingEntry(
+            target=shard.name,
+            low=str(number * TENANTS_A_SHARD),
+            high=str((number + 1) * TENANTS_A_SHARD),
+        )
+        for number, shard in enumerate(shards)
+    )
+    address = lakebase.host_address
+    return Settings(
+        listen=settings.listen,
+        admin=settings.admin,
+        log=settings.log,
+        shutdown=settings.shutdown,
+        workspace=WorkspaceSettings(
+            host=lakebase.workspace_url,
+            client_id=lakebase.client_id,
+            client_secret=SecretStr(lakebase.client_secret),
+            auth_type="oauth-m2m",
+        ),
+        upstream=UpstreamSettings(
+            endpoint=shards[0].endpoint.name,
+            hostaddr=address,
+            port=lakebase.port,
+            ssl_root_cert=str(lakebase.ca_file),
+        ),
+        # The address as well: a target that says where to dial takes nothing of it from above.
+        targets={
+            shard.name: UpstreamSettings(endpoint=shard.endpoint.name, hostaddr=address)
+            for shard in shards
+        },
+        shard_maps={"tenants": ShardMapSettings(kind="range", key_type="int4", mappings=mappings)},
+        # Each tenant to its shard, and who names none to the first.
+        routing=RoutingSettings(shard_map="tenants", require_key=False),
+    )
+
+
+@asynccontextmanager
+async def demonstrating(settings: Settings) -> AsyncIterator[tuple[App, "Lakebase"]]:
+    """Run stand-in and proxy while the block runs; leave nothing behind.
+
+    Raises ImportError when the extra `demo` is not installed, OSError when a port is taken, and
+    DemoError when the stand-in does not start.
+    """
+    # An extra; only the demo needs it.
+    from proxy.emulator.cluster import ClusterError  # noqa: PLC0415
+    from proxy.emulator.lakebase import Lakebase  # noqa: PLC0415
+
+    _forget_databricks()
+    async with AsyncExitStack() as stack:
+        try:
+            lakebase = await stack.enter_async_context(Lakebase())
+        except ClusterError as error:
+            raise DemoError(str(error)) from error
+        app = await stack.enter_async_context(serving(demo_settings(settings, lakebase)))
+        yield app, lakebase
+
+
+def _forget_databricks() -> None:
+    """Keep the SDK to the stand-in: no account of the person's own, no HTTP proxy on the way."""
+    for name in [name for name in os.environ if name.startswith("DATABRICKS_")]:
+        del os.environ[name]
+    os.environ["DATABRICKS_CONFIG_FILE"] = os.devnull
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+
+
+def greeting(app: App, lakebase: "Lakebase") -> str:
+    """Return what the demo prints when it is ready."""
+    psql = f"psql -h {quote(app.listen_host)} -p {app.listen_port} -U anyone"
+    table = "-c 'TABLE shard_identity'"
+    uncovered = len(lakebase.shards) * TENANTS_A_SHARD
+    lines = [
+        "The demo is ready: a Lakebase stand-in, and lakebase-auth-proxy in front of it.",
+        "No password is needed. Paste into another terminal:",
+        "",
+        f"  {psql} -d {lakebase.database} -c 'SELECT current_user, current_database()'",
+        "",
+        f"It prints the service principal: {lakebase.client_id}",
+        f"and the database: {lakebase.database}",
+        "",
+        "The same, with a shard key: two tenants in two databases, and one whom nobody has.",
+        "",
+        f'  {psql} -d "dbname=app@42" {table}',
+        f"  {psql} -d \"dbname={lakebase.database} options='-c shard_key=1500'\" {table}",
+        f'  {psql} -d "dbname=app@{uncovered}" {table}',
+    ]
+    bundled = lakebase.shards[0].cluster.binaries / "psql"
+    lines += ["", f"No psql here? There is one in {_shown(bundled.parent)}"]
+    if app.admin is not None:
+        admin = f"http://{app.admin.host}:{app.admin.port}"
+        lines.append(f"See what it does: {admin}/ {admin}/metrics")
+    return "\n".join([*lines, "", "Ctrl-C stops everything and leaves nothing behind."])
+
+
+def _shown(path: Path) -> str:
+    """Return a path as a person would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -8,8 +8,8 @@ from typing import Final
 from proxy.config import load_settings
 from proxy.errors import ProxyError
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK
-from proxy.routes import map_problems, resolution_facts, resolution_lines, router_of
-from proxy.verbs.telling import fail, wrong_usage
+from proxy.server.router_factory import map_problems, resolution_facts, resolution_lines, router_of
+from proxy.verbs.stderr import fail, wrong_usage
 
 _JSON: Final = "--json"
 _END_OF_FLAGS: Final = "--"

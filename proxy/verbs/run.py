@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from functools import partial
 
-from proxy.app import serving
 from proxy.config import Settings
-from proxy.process import Serving, serve, unserved_max
-from proxy.verbs.running import PRINT_CONFIG, print_config, settings_of, until_done
+from proxy.server.app import serving
+from proxy.server.process import Serving, serve, unserved_max
+from proxy.verbs.event_loop import PRINT_CONFIG, print_config, settings_of, until_done
 
 
 def run(arguments: Sequence[str]) -> int:

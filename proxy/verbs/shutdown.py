@@ -3,10 +3,10 @@
 import os
 from collections.abc import Sequence
 
-from proxy.admin_client import AdminError, ask_to_drain
 from proxy.config import load_settings
 from proxy.exit_codes import EXIT_OK
-from proxy.verbs.telling import fail
+from proxy.verbs.admin_client import AdminError, ask_to_drain
+from proxy.verbs.stderr import fail
 
 
 def run(arguments: Sequence[str]) -> int:

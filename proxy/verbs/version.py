@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from proxy import __version__
 from proxy.exit_codes import EXIT_OK
 from proxy.native import WHAT_IT_TAKES, WHY_MISSING
-from proxy.verbs.telling import wrong_usage
+from proxy.verbs.stderr import wrong_usage
 
 _BUILD = ["--build"]
 

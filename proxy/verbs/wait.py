@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from proxy.admin_client import AdminError, wait_until_ready
 from proxy.config import load_settings
 from proxy.exit_codes import EXIT_OK
-from proxy.verbs.telling import fail, wrong_usage
+from proxy.verbs.admin_client import AdminError, wait_until_ready
+from proxy.verbs.stderr import fail, wrong_usage
 
 # Without --timeout.
 WAIT_SECONDS: Final = 30.0

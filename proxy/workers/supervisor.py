@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from proxy.app import App, running
 from proxy.config import Settings
-from proxy.workers.crew import Crew
-from proxy.workers.ledger import Ledger
-from proxy.workers.nursery import Nursery
+from proxy.server.app import App, running
+from proxy.workers.fork_server import Nursery
+from proxy.workers.shared_counters import Ledger
 from proxy.workers.worker import work
+from proxy.workers.worker_pool import Crew
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,21 +19,21 @@ from typing import Any
 
 import uvloop
 
-from proxy.app import App
+from proxy.blocking import Threads
 from proxy.config import ConfigurationError, Settings, UpstreamSettings
 from proxy.errors import ErrorKind, ProxyError
-from proxy.observe.lag import sampling_lag
 from proxy.observe.logs import configure_logging, get_logger, worker_log
-from proxy.routes import RELOAD_SECONDS_MAX, forget_built_maps, reread_with_router
+from proxy.observe.loop_lag import sampling_lag
 from proxy.routing.router import Router
+from proxy.server.app import App
+from proxy.server.router_factory import RELOAD_SECONDS_MAX, forget_built_maps, reread_with_router
 from proxy.transport.lanes import watched_lanes
-from proxy.upstream.threads import Threads
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
-from proxy.workers.accounts import RemoteAccounts
-from proxy.workers.channel import Channel, ChannelLost
-from proxy.workers.ledger import Ledger, SharedPlaces
-from proxy.workers.messages import NUMBER_BYTES
+from proxy.workers.remote_credentials import RemoteAccounts
+from proxy.workers.rpc import Channel, ChannelLost
+from proxy.workers.rpc_frames import NUMBER_BYTES
+from proxy.workers.shared_counters import Ledger, SharedPlaces
 
 _log = get_logger(__name__)
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from bench.contenders import DIRECT, PGBOUNCER, PROXY
 from bench.readings import Quantity
 from bench.record import Record
+from bench.systems import DIRECT, PGBOUNCER, PROXY
 
 MACHINE = {"processor": "a <processor>", "cores": "2", "memory": "4 GiB", "system": "Linux"}
 LOADS = [f"{one}, {count}" for one in ("simple", "prepared") for count in ("1 client", "8 clients")]

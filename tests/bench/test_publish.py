@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bench import publish
-from bench.picture import draw
+from bench.chart import draw
 from bench.record import Record, from_json
 from bench.targets import TARGETS
 from tests.bench.records import record

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from bench.children import Child, child
-from bench.contenders import PROXY
 from bench.errors import BenchError
 from bench.readings import Quantity, Readings
 from bench.start_up import CASE, STARTS_MIN, measure
+from bench.systems import PROXY
 
 # Ready later than it starts, by its own clock; then it waits to be ended.
 SLEEPS_SECONDS = 0.1

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from psycopg import pq
 
-from bench.contenders import Contender, direct
 from bench.delay import ONE_WAY_MILLISECONDS, delayed
 from bench.idle_upstream import idle_upstream
 from bench.postgres import Place, Postgres, _certify
 from bench.sessions import open_session
+from bench.systems import Contender, direct
 
 SECONDS_MAX = 30
 

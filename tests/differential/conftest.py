@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import pytest
 import pytest_asyncio
 
-from proxy.app import App, serving
-from proxy.standin.cluster import Cluster
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.cluster import Cluster
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App, serving
 from tests.differential.comparison import difference
 from tests.differential.frontend import OPENING, Exchange
-from tests.support.planted import watching
 from tests.support.running import captured_log, proxy_settings, without_own_account
 from tests.support.scripted_client import Cut, Transcript, run_script, whole
+from tests.support.secret_canaries import watching
 
 
 @dataclass(frozen=True, slots=True)

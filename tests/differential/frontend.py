@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from struct import pack
 from typing import Final
 
-from proxy.standin.cluster import CLIENT_ID, DATABASE
+from proxy.emulator.cluster import CLIENT_ID, DATABASE
 from proxy.wire.messages import Frame
 from proxy.wire.startup import V3_0, ProtocolVersion, StartupMessage
 from tests.support.scripted_client import Step

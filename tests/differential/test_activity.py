@@ -43,8 +43,8 @@ from tests.differential.frontend import (
     session,
     small,
 )
+from tests.support.activity_pair import Trackers
 from tests.support.scripted_client import Cut, at_random, byte_by_byte, run_script, whole
-from tests.support.trackers import Trackers
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

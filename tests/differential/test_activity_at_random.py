@@ -25,7 +25,7 @@ from tests.differential.frontend import (
     query,
     startup,
 )
-from tests.support.trackers import Trackers
+from tests.support.activity_pair import Trackers
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 

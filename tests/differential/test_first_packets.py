@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 import pytest_asyncio
 
-from proxy.standin.cluster import Cluster, running
+from proxy.emulator.cluster import Cluster, running
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest, GSSENCRequest, ProtocolVersion, SSLRequest
 from tests.differential.comparison import difference

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 import pytest_asyncio
 
-from proxy.standin.cluster import CLIENT_ID, DATABASE, quoted
+from proxy.emulator.cluster import CLIENT_ID, DATABASE, quoted
 from tests.differential.conftest import Roads
 from tests.support.proxy_process import run_to_end
 

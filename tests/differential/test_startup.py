@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 
-from proxy.standin.cluster import CLIENT_ID, DATABASE
+from proxy.emulator.cluster import CLIENT_ID, DATABASE
 from tests.differential.conftest import Roads
 from tests.differential.frontend import (
     LEAVING,

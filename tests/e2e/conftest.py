@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from proxy.app import App, serving
-from proxy.standin.lakebase import Lakebase
-from tests.support.planted import watching
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App, serving
 from tests.support.proxy_process import ProxyProcess, started_process
 from tests.support.running import (
     LogLines,
@@ -20,6 +19,7 @@ from tests.support.running import (
     toml,
     without_own_account,
 )
+from tests.support.secret_canaries import watching
 
 StartProxy = Callable[..., Awaitable[App]]
 StartProcess = Callable[..., Awaitable[ProxyProcess]]

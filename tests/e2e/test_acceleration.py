@@ -14,8 +14,8 @@ import psycopg
 import pytest
 import trustme
 
-from proxy.app import App
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
 from tests.support.compiled import need_compiled
 from tests.support.running import eventually, libpq, proxy_settings

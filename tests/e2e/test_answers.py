@@ -15,16 +15,16 @@ from typing import Any
 import psycopg
 import pytest
 
-from proxy.app import App
-from proxy.standin import faults
-from proxy.standin.api import Call
-from proxy.standin.certificates import Certificate
-from proxy.standin.endpoints import neon_error
-from proxy.standin.faults import Stage, Strike
-from proxy.standin.lakebase import Lakebase
-from proxy.standin.tokens import TokenIssuer
-from proxy.upstream.shared import BACKOFF_SECONDS_MIN
+from proxy.emulator import faults
+from proxy.emulator.api import Call
+from proxy.emulator.certificates import Certificate
+from proxy.emulator.endpoints import neon_error
+from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.lakebase import Lakebase
+from proxy.emulator.tokens import TokenIssuer
+from proxy.server.app import App
 from proxy.wire.messages import ErrorResponse
+from proxy.workspace.single_flight import BACKOFF_SECONDS_MIN
 from tests.e2e.conftest import StartProxy
 from tests.support.plain_client import plain_client, startup
 from tests.support.running import LogLines, libpq

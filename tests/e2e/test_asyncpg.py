@@ -9,8 +9,8 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
-from proxy.app import App
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
 from tests.support.running import asyncpg_arguments
 

@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
-from proxy.app import App
-from proxy.standin.faults import Stage, Strike
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from proxy.wire.messages import BackendKeyData, Terminate
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, V3_2, CancelRequest, ProtocolVersion, SSLRequest

@@ -8,9 +8,9 @@ import random
 
 import pytest
 
-from proxy.app import App
-from proxy.standin.endpoints import Ending
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.endpoints import Ending
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from proxy.wire.messages import Terminate
 from tests.e2e.conftest import StartProxy
 from tests.support.plain_client import PlainClient, plain_client, query, startup

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
 from tests.support.proxy_process import run_to_end
 from tests.support.running import proxy_values, toml
 from tests.support.sharding import sharded

@@ -15,8 +15,8 @@ import psycopg
 import psycopg_pool
 import pytest
 
-from proxy.standin.faults import Stage, Strike
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery, Terminate
 from tests.differential.frontend import SYNC, copy_data, extended, message
 from tests.e2e.conftest import StartProcess, StartProxy

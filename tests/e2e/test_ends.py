@@ -8,13 +8,13 @@ import asyncpg
 import psycopg
 import pytest
 
-from proxy.app import App
-from proxy.standin import faults
-from proxy.standin.api import Call
-from proxy.standin.endpoints import Ending
-from proxy.standin.faults import Stage, Strike
-from proxy.standin.lakebase import Lakebase
-from proxy.standin.streams import EndedBy
+from proxy.emulator import faults
+from proxy.emulator.api import Call
+from proxy.emulator.endpoints import Ending
+from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.lakebase import Lakebase
+from proxy.emulator.streams import EndedBy
+from proxy.server.app import App
 from proxy.wire.messages import Terminate
 from tests.e2e.conftest import StartProxy
 from tests.support.plain_client import plain_client, query, startup

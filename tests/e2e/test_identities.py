@@ -6,10 +6,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from proxy.app import App
-from proxy.standin.api import Call
-from proxy.standin.lakebase import Lakebase
-from proxy.upstream.shared import BACKOFF_SECONDS_MIN
+from proxy.emulator.api import Call
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
+from proxy.workspace.single_flight import BACKOFF_SECONDS_MIN
 from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.plain_client import plain_client, startup
 from tests.support.running import Listening, libpq

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.app import App
-from proxy.standin.cluster import CLIENT_ID
+from proxy.emulator.cluster import CLIENT_ID
+from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
 from tests.packaging.manifests import ROOT
 from tests.support.languages import GO_ENVIRONMENT, GO_IS_THERE, GO_RUN, JDBC

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
 from tests.support.admin_address import ask
 from tests.support.plain_client import plain_client

@@ -3,7 +3,7 @@
 import asyncio
 from contextlib import AsyncExitStack
 
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import Terminate
 from proxy.wire.startup import SSLRequest
 from tests.e2e.conftest import StartProxy

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
 from tests.soak.routing import KEYS, run
 
 SESSIONS = 2 * KEYS

@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import ReadyForQuery
 from tests.support.plain_client import PlainClient, plain_client, query
 from tests.support.proxy_process import ProxyProcess

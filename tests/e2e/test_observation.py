@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from proxy.app import App
+from proxy.emulator import faults
+from proxy.emulator.api import Call
+from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.lakebase import Lakebase
 from proxy.observe.logs import configure_logging
 from proxy.observe.metrics import ConnectPhase
-from proxy.standin import faults
-from proxy.standin.api import Call
-from proxy.standin.faults import Stage, Strike
-from proxy.standin.lakebase import Lakebase
+from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
 from tests.support.admin_address import Answer, ask
 from tests.support.plain_client import plain_client, startup

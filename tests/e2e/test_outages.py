@@ -10,15 +10,15 @@ from contextlib import suppress
 import psycopg
 import pytest
 
-from proxy.app import App
-from proxy.standin import faults
-from proxy.standin.api import Call
-from proxy.standin.endpoints import neon_error
-from proxy.standin.faults import Hang, Reply
-from proxy.standin.lakebase import Lakebase
-from proxy.upstream.shared import BACKOFF_SECONDS_MAX
+from proxy.emulator import faults
+from proxy.emulator.api import Call
+from proxy.emulator.endpoints import neon_error
+from proxy.emulator.faults import Hang, Reply
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import ErrorResponse, decode_backend
+from proxy.workspace.single_flight import BACKOFF_SECONDS_MAX
 from tests.e2e.conftest import StartProxy
 from tests.support.plain_client import plain_client, startup
 from tests.support.running import libpq

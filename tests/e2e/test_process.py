@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.standin.faults import Stage, Strike
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
 from tests.support.plain_client import plain_client, query, startup
 from tests.support.proxy_process import ProxyProcess, handles, started_process

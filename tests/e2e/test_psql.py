@@ -4,8 +4,8 @@ import asyncio
 import signal
 import time
 
-from proxy.app import App
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
 from tests.support.proxy_process import run_to_end
 from tests.support.running import Listening, eventually, psql_path, without_own_account

@@ -10,8 +10,8 @@ import psycopg_pool
 import pytest
 import pytest_asyncio
 
-from proxy.app import App
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from tests.support.proxy_process import run_to_end
 from tests.support.running import eventually, libpq
 

@@ -21,7 +21,7 @@ import psycopg
 import pytest
 import trustme
 
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
 from tests.support.proxy_process import ROOT, START_SECONDS_MAX, ProxyProcess, started_process
 from tests.support.running import (
@@ -386,7 +386,7 @@ STRANGE_REREAD = """
 import json, sys, threading
 import uvloop
 from proxy.config import Settings
-from proxy.process import serve
+from proxy.server.process import serve
 
 asked = []
 

@@ -12,9 +12,9 @@ from typing import Any, Final
 import psycopg
 import pytest
 
-from proxy.app import App
-from proxy.standin.cluster import CLIENT_ID, DATABASE, Cluster, quoted
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.cluster import CLIENT_ID, DATABASE, Cluster, quoted
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from tests.support.proxy_process import run_to_end
 from tests.support.running import USER, Listening, libpq
 

@@ -13,8 +13,8 @@ import asyncpg
 import psycopg
 import pytest
 
-from proxy.app import App
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import V3_0
 from tests.e2e.conftest import StartProxy
@@ -438,7 +438,11 @@ async def test_a_key_is_in_no_log_line_no_error_and_no_metric(
     answers.append(await refused(proxy, shard_key=uncovered * 10))
     await eventually(lambda: len(log.events("session refused")) == len(answers), "all lines")
     await eventually(lambda: len(log.events("session ended")) == 2, "all ends")
-    shown = [log.getvalue(), proxy.metrics.exposition().decode(), repr(proxy.plan.router)]
+    shown = [
+        log.getvalue(),
+        proxy.metrics.exposition().decode(),
+        repr(proxy.plan.router),
+    ]
     shown += [answer.encode().decode("latin-1") for answer in answers]
     for text in shown:
         assert "renown" not in text

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProxy
 from tests.support.languages import GO_ENVIRONMENT, GO_IS_THERE, GO_RUN, JDBC
 from tests.support.proxy_process import run_to_end

@@ -11,22 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from proxy.app import planned
-from proxy.check import as_line, check
 from proxy.config import UPSTREAM
+from proxy.emulator import faults
+from proxy.emulator.api import Call
+from proxy.emulator.endpoints import neon_error
+from proxy.emulator.faults import Reply, Stage, Strike
+from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ProxyError
 from proxy.observe.logs import MASK
 from proxy.observe.metrics import ConnectPhase
-from proxy.standin import faults
-from proxy.standin.api import Call
-from proxy.standin.endpoints import neon_error
-from proxy.standin.faults import Reply, Stage, Strike
-from proxy.standin.lakebase import Lakebase
+from proxy.server.app import planned
+from proxy.verbs.check import as_line, check
 from proxy.wire.startup import V3_0, StartupMessage
 from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.plain_client import plain_client, startup
-from tests.support.planted import look
 from tests.support.running import Listening, LogLines, eventually, proxy_settings
+from tests.support.secret_canaries import look
 
 PLANTED_SECRET = "planted-client-secret"
 PLANTED_TOKEN = "planted-database-token"
@@ -186,7 +186,7 @@ def shown_by_live_objects() -> dict[str, str]:
     shown: dict[str, str] = {}
     for found in gc.get_objects():
         module = str(type(found).__module__)
-        if module.startswith("proxy.") and not module.startswith("proxy.standin"):
+        if module.startswith("proxy.") and not module.startswith("proxy.emulator"):
             name = f"{module}.{type(found).__qualname__}"
             shown[name] = shown.get(name, "") + repr(found)
     return shown

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from proxy.app import App
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from proxy.wire.messages import AuthenticationOk, ReadyForQuery, Terminate
 from proxy.wire.startup import GSSENCRequest, ProtocolVersion, SSLRequest
 from tests.e2e.conftest import StartProxy

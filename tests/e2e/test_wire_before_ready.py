@@ -9,15 +9,15 @@ from collections.abc import Callable
 
 import pytest
 
-from proxy.app import App
-from proxy.standin import faults
-from proxy.standin.api import Call
-from proxy.standin.lakebase import Lakebase
-from proxy.standin.streams import EndedBy
+from proxy.emulator import faults
+from proxy.emulator.api import Call
+from proxy.emulator.lakebase import Lakebase
+from proxy.emulator.streams import EndedBy
+from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
+from tests.support.manual_upstream import WELCOME, written_upstream
 from tests.support.plain_client import PlainClient, plain_client, query, startup
 from tests.support.running import LogLines, eventually, nothing_left
-from tests.support.written_upstream import WELCOME, written_upstream
 
 
 def half_close(client: PlainClient) -> None:

@@ -11,19 +11,19 @@ from contextlib import AsyncExitStack
 import psycopg
 import pytest
 
-from proxy.app import App
+from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from proxy.session.cancel import FORWARDS_MAX
-from proxy.standin.faults import Stage, Strike
-from proxy.standin.lakebase import Lakebase
 from proxy.upstream.connector import CANCEL_SECONDS_MAX
 from proxy.wire.messages import BackendKeyData, Terminate
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_2, CancelRequest
 from tests.e2e.conftest import StartProxy
+from tests.support.manual_upstream import KEY, written_upstream
 from tests.support.plain_client import PlainClient, plain_client
 from tests.support.proxy_process import ProxyProcess, descendants
 from tests.support.running import LogLines, eventually, libpq
-from tests.support.written_upstream import KEY, written_upstream
 
 SLEEP = "SELECT pg_sleep(60)"
 

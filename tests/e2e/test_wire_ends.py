@@ -10,21 +10,21 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from proxy.app import App
+from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.lakebase import Lakebase
+from proxy.emulator.streams import EndedBy
+from proxy.server.app import App
 from proxy.session.direction import LOOK_SECONDS
-from proxy.standin.faults import Stage, Strike
-from proxy.standin.lakebase import Lakebase
-from proxy.standin.streams import EndedBy
 from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery, Terminate
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import PlainClient, plain_client, query, startup
-from tests.support.running import LogLines, eventually
-from tests.support.written_upstream import (
+from tests.support.manual_upstream import (
     WELCOME,
     WrittenSession,
     WrittenUpstream,
     written_upstream,
 )
+from tests.support.plain_client import PlainClient, plain_client, query, startup
+from tests.support.running import LogLines, eventually
 
 TERMINATE = bytes.fromhex("58 00000004")
 SLEEP = "SELECT pg_sleep(60)"

@@ -10,9 +10,9 @@ import struct
 
 import pytest
 
-from proxy.app import App
-from proxy.standin.endpoints import Dialect
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.endpoints import Dialect
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from proxy.wire.startup import V3_0, ProtocolVersion, StartupMessage
 from tests.e2e.conftest import StartProxy
 from tests.support.plain_client import PlainClient, plain_client, query, startup

@@ -5,15 +5,15 @@ What each failure says in full is in `test_answers`.
 
 import pytest
 
-from proxy.app import App
-from proxy.standin.faults import Stage, Strike
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import V3_0
 from tests.e2e.conftest import StartProxy
+from tests.support.manual_upstream import written_upstream
 from tests.support.plain_client import plain_client, startup
 from tests.support.running import eventually
-from tests.support.written_upstream import written_upstream
 
 SSL_REQUEST = bytes.fromhex("00000008 04d2162f")
 

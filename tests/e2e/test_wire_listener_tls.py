@@ -18,9 +18,9 @@ import pytest
 import pytest_asyncio
 import trustme
 
-from proxy.app import App
 from proxy.config import ConfigurationError
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from proxy.wire.messages import AuthenticationOk, BackendKeyData, ErrorResponse, ReadyForQuery
 from proxy.wire.startup import CancelRequest
 from tests.e2e.conftest import StartProcess, StartProxy

@@ -17,18 +17,18 @@ import psycopg
 import pytest
 import pytest_asyncio
 
-from proxy.app import App
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import PlainClient, plain_client, query, startup
-from tests.support.running import libpq
-from tests.support.written_upstream import (
+from tests.support.manual_upstream import (
     WELCOME,
     WrittenSession,
     WrittenUpstream,
     written_upstream,
 )
+from tests.support.plain_client import PlainClient, plain_client, query, startup
+from tests.support.running import libpq
 
 SYNC = Frame(b"S", b"").encode()
 

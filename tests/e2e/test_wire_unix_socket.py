@@ -21,8 +21,8 @@ import psycopg
 import pytest
 import trustme
 
-from proxy.app import App
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from proxy.transport.sockets import listen_unix
 from proxy.wire.messages import ReadyForQuery
 from proxy.wire.startup import CancelRequest

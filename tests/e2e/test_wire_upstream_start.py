@@ -8,10 +8,10 @@ import struct
 import psycopg
 import pytest
 
-from proxy.app import App
-from proxy.standin.certificates import Certificate
-from proxy.standin.lakebase import Lakebase
-from proxy.standin.streams import EndedBy
+from proxy.emulator.certificates import Certificate
+from proxy.emulator.lakebase import Lakebase
+from proxy.emulator.streams import EndedBy
+from proxy.server.app import App
 from proxy.wire.messages import (
     AuthenticationOk,
     ErrorResponse,
@@ -22,10 +22,10 @@ from proxy.wire.messages import (
 )
 from proxy.wire.startup import SSLRequest
 from tests.e2e.conftest import StartProxy
+from tests.support.manual_upstream import KEY, READY, WELCOME, written_upstream
 from tests.support.plain_client import plain_client, query, startup
 from tests.support.running import LogLines, eventually, libpq
 from tests.support.script import Expect, Send, SendSplit, scripted, tls_opening
-from tests.support.written_upstream import KEY, READY, WELCOME, written_upstream
 
 OK = AuthenticationOk().encode()
 NOTICE = NoticeResponse(((b"S", b"NOTICE"), (b"M", b"mind the \xff"))).encode()

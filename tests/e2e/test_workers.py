@@ -22,12 +22,12 @@ import psycopg
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.standin.endpoints import neon_error
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.endpoints import neon_error
+from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
-from proxy.workers.crew import END_SECONDS_MAX
+from proxy.workers.worker_pool import END_SECONDS_MAX
 from tests.e2e.conftest import StartProcess
 from tests.support.admin_address import ask
 from tests.support.plain_client import PlainClient, plain_client, startup
@@ -633,8 +633,8 @@ async def test_a_worker_that_dies_costs_its_own_sessions_and_is_replaced(
 
 IMPATIENT = """
 import sys
-from proxy.workers import crew
-crew.WATCH_SECONDS, crew.STUCK_SECONDS_MAX = 0.2, 0.5
+from proxy.workers import worker_pool
+worker_pool.WATCH_SECONDS, worker_pool.STUCK_SECONDS_MAX = 0.2, 0.5
 from proxy.__main__ import main
 sys.exit(main())
 """

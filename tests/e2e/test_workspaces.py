@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from proxy.app import App
-from proxy.standin.api import Call
-from proxy.standin.cluster import Cluster
-from proxy.standin.endpoints import neon_error
-from proxy.standin.faults import HANG, Stage, Strike
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.api import Call
+from proxy.emulator.cluster import Cluster
+from proxy.emulator.endpoints import neon_error
+from proxy.emulator.faults import HANG, Stage, Strike
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
 from proxy.wire.startup import V3_0
 from tests.e2e.conftest import StartProxy
 from tests.support.plain_client import plain_client, startup

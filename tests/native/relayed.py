@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
 
 from proxy import native
-from proxy.session.ending import RelayEnd
+from proxy.session.end_reason import RelayEnd
 from proxy.session.relay import Relay
 from proxy.transport.lanes import watched_lanes
-from proxy.transport.link import Link
+from proxy.transport.stream import Link
 from tests.transport.peers import Contexts, Peer, linked, secured
 
 if TYPE_CHECKING:

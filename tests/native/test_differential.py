@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from proxy.session.ending import EndReason
+from proxy.session.end_reason import EndReason
 from tests.native.relayed import Relayed, pythons, relayed
 from tests.transport.peers import Contexts
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proxy import native
-from proxy.session.ending import EndReason
+from proxy.session.end_reason import EndReason
 from proxy.wire.messages import ErrorResponse
 from tests.native.relayed import Relayed, relayed
 from tests.support.running import eventually

@@ -71,5 +71,7 @@ def test_the_compiled_modules_import_from_floors_below_only() -> None:
 
 
 def test_an_import_of_cython_is_seen() -> None:
-    source = "from proxy.session cimport x\nif a:\n    import proxy.app\ncimport proxy.wire\n"
-    assert proxy_imports(source) == {"proxy.session", "proxy.app", "proxy.wire"}
+    source = (
+        "from proxy.session cimport x\nif a:\n    import proxy.server.app\ncimport proxy.wire\n"
+    )
+    assert proxy_imports(source) == {"proxy.session", "proxy.server.app", "proxy.wire"}

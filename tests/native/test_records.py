@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.session.ending import EndReason
+from proxy.session.end_reason import EndReason
 from proxy.transport.tls import TLSTransport
 from tests.native.records import (
     ALERT,

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.observe.admin import REQUEST_BYTES_MAX, serve_admin
-from proxy.observe.gate import CONNECTION_SECONDS_MAX, CONNECTIONS_MAX
+from proxy.observe.admin_access import CONNECTION_SECONDS_MAX, CONNECTIONS_MAX
 from tests.support.admin_address import ANSWER_SECONDS_MAX, LOOPBACK, Shown, ask
 from tests.support.running import captured_log, eventually
 

@@ -18,8 +18,8 @@ import pytest_asyncio
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.app import serving
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import serving
 from tests.support.admin_address import ask
 from tests.support.plain_client import plain_client
 from tests.support.running import proxy_settings

@@ -96,7 +96,7 @@ def test_the_console_can_be_asked_for_without_a_terminal() -> None:
 def test_lines_below_the_level_are_not_written() -> None:
     stream = io.StringIO()
     configure_logging(format="json", level="warning", stream=stream)
-    logger = get_logger("proxy.app")
+    logger = get_logger("proxy.server.app")
     logger.info("quiet")
     logger.warning("loud")
     assert [line["event"] for line in lines(stream)] == ["loud"]

@@ -6,9 +6,9 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.observe.live import Carried
 from proxy.observe.metrics import CancelResult, ConnectPhase, Metrics, Outcome, outcome_of
 from proxy.observe.status import State, Token
+from proxy.observe.target_stats import Carried
 from tests.support.admin_address import NOW, Shown
 
 

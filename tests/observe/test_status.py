@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import pytest
 
-from proxy.observe.live import Carried
 from proxy.observe.status import State, Token
+from proxy.observe.target_stats import Carried
 from tests.support.admin_address import Shown
 
 

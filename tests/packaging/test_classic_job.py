@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.standin.cluster import CLIENT_ID
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.cluster import CLIENT_ID
+from proxy.emulator.lakebase import Lakebase
 from tests.packaging.manifests import KUBERNETES, environment_of, pods
 from tests.support.proxy_process import run_to_end, started_process
 from tests.support.running import WAIT_SECONDS_MAX, proxy_values, psql_path, toml

@@ -26,8 +26,8 @@ from typing import Final
 import psycopg
 import pytest
 
-from proxy.standin.cluster import CLIENT_ID
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.cluster import CLIENT_ID
+from proxy.emulator.lakebase import Lakebase
 from tests.packaging.manifests import ROOT
 from tests.support.proxy_process import ProxyProcess
 from tests.support.running import proxy_values

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.routing.building import map_of_csv, map_of_tables
 from proxy.routing.keys import (
     KEY_BYTES_MAX,
     KeyType,
@@ -19,9 +18,10 @@ from proxy.routing.keys import (
     parse_key,
     show_key,
 )
-from proxy.routing.maps import Form, Kind, ShardMapping
+from proxy.routing.map_builder import map_of_csv, map_of_tables
+from proxy.routing.map_rows import MapError
 from proxy.routing.router import Route, Router
-from proxy.routing.rows import MapError
+from proxy.routing.shard_map import Form, Kind, ShardMapping
 from proxy.wire.options import Setting, appended
 from proxy.wire.startup import V3_0, StartupMessage
 

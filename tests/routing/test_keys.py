@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import psycopg
 import pytest
 
+from proxy.emulator.cluster import DATABASE, SUPERUSER, Cluster
 from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.keys import (
     KEY_BYTES_MAX,
@@ -16,7 +17,6 @@ from proxy.routing.keys import (
     parse_key,
     show_key,
 )
-from proxy.standin.cluster import DATABASE, SUPERUSER, Cluster
 
 INT4, INT8, UUID = KeyType.INT4, KeyType.INT8, KeyType.UUID
 TEXT, BYTEA, TIMESTAMPTZ = KeyType.TEXT, KeyType.BYTEA, KeyType.TIMESTAMPTZ

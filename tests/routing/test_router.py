@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import pytest
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.routing.building import map_of_tables
+from proxy.routing.key_sources import DatabasePattern
 from proxy.routing.keys import KeyType, Normalise, fingerprint
-from proxy.routing.maps import Form, Kind, ShardMap
+from proxy.routing.map_builder import map_of_tables
 from proxy.routing.router import Alias, Resolution, Route, Router
-from proxy.routing.sources import DatabasePattern
+from proxy.routing.shard_map import Form, Kind, ShardMap
 from proxy.wire.startup import V3_0, StartupMessage
 
 USER = (b"user", b"ada@example.com")

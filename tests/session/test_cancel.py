@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 
 from proxy.session.cancel import CancelKeys
-from proxy.upstream.targets import Target
+from proxy.upstream.address_lookup import Target
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, V3_2, CancelRequest, ProtocolVersion

@@ -9,14 +9,14 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 
 import pytest
 
-from proxy.app import build_metrics
 from proxy.config import ListenSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
-from proxy.session.leftovers import SESSIONS_MIN, Leftovers
+from proxy.server.app import build_metrics
 from proxy.session.listener import UNSERVED, UNSERVED_MAX, Listener, Places
-from proxy.transport.link import Link
+from proxy.session.memory_trim import SESSIONS_MIN, Leftovers
+from proxy.transport.stream import Link
 from tests.support.plain_client import PlainClient, plain_client
 from tests.support.running import LogLines, captured_log, eventually
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
-from proxy.session.ending import EndReason, RelayEnd
+from proxy.session.end_reason import EndReason, RelayEnd
 from proxy.session.relay import BUFFER_BYTES_MAX, Relay
 from proxy.transport.lanes import watched_lanes
 from tests.support.compiled import need_compiled

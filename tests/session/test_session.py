@@ -15,13 +15,13 @@ import pytest
 import pytest_asyncio
 import trustme
 
-from proxy.app import App, build_metrics, serving
 from proxy.config import ListenSettings
+from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App, build_metrics, serving
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
 from proxy.session.listener import Listener, Places
 from proxy.session.session import Passage, Session, SessionParts
-from proxy.standin.faults import Stage, Strike
-from proxy.standin.lakebase import Lakebase
 from proxy.upstream.connector import Connector
 from proxy.wire.messages import (
     AuthenticationOk,
@@ -35,8 +35,8 @@ from proxy.wire.messages import (
 )
 from proxy.wire.startup import CancelRequest, ProtocolVersion, SSLRequest, StartupMessage
 from tests.support.plain_client import PlainClient, plain_client, query, startup
-from tests.support.planted import watching
 from tests.support.running import captured_log, eventually, proxy_settings
+from tests.support.secret_canaries import watching
 
 SERVER_NAME = "localhost"
 

@@ -21,7 +21,7 @@ from typing import Final
 
 import uvloop
 
-from proxy.standin.lakebase import SHARDS, Lakebase
+from proxy.emulator.lakebase import SHARDS, Lakebase
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import Frame
 from proxy.wire.startup import V3_0

@@ -13,17 +13,15 @@ from typing import Any
 import pytest
 from aiohappyeyeballs import AddrInfoType
 
-from proxy.app import build_metrics
 from proxy.config import CredentialsSettings, UpstreamSettings, WorkspaceSettings
+from proxy.emulator.endpoints import Endpoint
+from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ProxyError
 from proxy.observe.metrics import Metrics
-from proxy.standin.endpoints import Endpoint
-from proxy.standin.lakebase import Lakebase
+from proxy.server.app import build_metrics
+from proxy.upstream.address_lookup import Target, Targets
 from proxy.upstream.connector import Connector, resolve
-from proxy.upstream.credentials import Credentials, CredentialSource
 from proxy.upstream.dialer import ANSWER_SECONDS_MAX, CONNECTS_MAX, Dialer, UpstreamSession
-from proxy.upstream.targets import Target, Targets
-from proxy.upstream.workspace import Credential, Workspace
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import (
     AuthenticationCleartextPassword,
@@ -37,6 +35,8 @@ from proxy.wire.messages import (
 )
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, StartupMessage
+from proxy.workspace.client import Credential, Workspace
+from proxy.workspace.token_source import Credentials, CredentialSource
 from tests.support.fake_clock import FakeClock
 from tests.support.script import (
     ScriptedServer,

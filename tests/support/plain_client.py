@@ -20,8 +20,8 @@ from proxy.wire.messages import (
     decode_backend,
 )
 from proxy.wire.startup import V3_0, ProtocolVersion, StartupMessage
-from tests.support.planted import look_at_answer
 from tests.support.running import USER, Listening
+from tests.support.secret_canaries import look_at_answer
 
 WAIT_SECONDS_MAX: Final = 10.0
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)

@@ -15,8 +15,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from tests.support.planted import look
 from tests.support.running import WAIT_SECONDS_MAX, eventually, without_own_account
+from tests.support.secret_canaries import look
 
 # Importing the SDK and starting Postgres clusters on a machine that is busy with something else.
 START_SECONDS_MAX: Final = 60.0

@@ -21,8 +21,8 @@ import structlog
 
 from proxy.config import Settings
 from proxy.config.toml import toml_path, toml_value
+from proxy.emulator.lakebase import Lakebase
 from proxy.observe.logs import configure_logging
-from proxy.standin.lakebase import Lakebase
 
 USER: Final = "anyone"
 WAIT_SECONDS_MAX: Final = 10.0

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from proxy.standin.streams import EndedBy, Stream, StreamEnded
+from proxy.emulator.streams import EndedBy, Stream, StreamEnded
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import AuthenticationCleartextPassword, Frame
 from proxy.wire.startup import SSLRequest

@@ -10,8 +10,8 @@ from typing import Any, Final
 import asyncpg
 import psycopg
 
-from proxy.standin.endpoints import Endpoint
-from proxy.standin.lakebase import Lakebase
+from proxy.emulator.endpoints import Endpoint
+from proxy.emulator.lakebase import Lakebase
 from tests.support.running import Listening, asyncpg_arguments, libpq
 
 KEYS_A_SHARD: Final = 1000

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import trustme
 
 from proxy import native
-from proxy.transport.link import Link
+from proxy.transport.stream import Link
 
 if TYPE_CHECKING:
     from proxy.native.tls import ClientContext

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import trustme
 
-from proxy.transport.closing import close_gracefully
-from proxy.transport.link import Link
+from proxy.transport.graceful_close import close_gracefully
+from proxy.transport.stream import Link
 from proxy.transport.tls import client_context
 from tests.support.compiled import need_compiled
 from tests.transport.peers import (

@@ -8,10 +8,10 @@ import pytest
 import pytest_asyncio
 import trustme
 
-from proxy.standin.cluster import CLIENT_ID, Cluster
-from proxy.standin.endpoints import Dialect, Endpoint
-from proxy.standin.lakebase import CLIENT_SECRET, PERSONAL_TOKEN
-from proxy.standin.workspace import Workspace
+from proxy.emulator.cluster import CLIENT_ID, Cluster
+from proxy.emulator.endpoints import Dialect, Endpoint
+from proxy.emulator.lakebase import CLIENT_SECRET, PERSONAL_TOKEN
+from proxy.emulator.workspace import Workspace
 from tests.support.dialing import HOST
 
 ENDPOINT = "projects/p/branches/b/endpoints/primary"

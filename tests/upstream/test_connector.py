@@ -20,14 +20,14 @@ import pytest
 import trustme
 from aiohappyeyeballs import AddrInfoType
 
+from proxy.emulator.certificates import Certificate
+from proxy.emulator.endpoints import Endpoint
+from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import ConnectPhase
-from proxy.standin.certificates import Certificate
-from proxy.standin.endpoints import Endpoint
-from proxy.standin.faults import Stage, Strike
-from proxy.standin.lakebase import Lakebase
+from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import NEXT_ADDRESS_SECONDS
-from proxy.upstream.targets import Target
 from proxy.wire.messages import (
     BackendKeyData,
     ErrorResponse,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from proxy.emulator.endpoints import neon_error
 from proxy.errors import Disposition, ErrorKind, ProxyError
-from proxy.standin.endpoints import neon_error
 from proxy.upstream.diagnosis import Shown, diagnose, diagnose_network
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.secret import Secret

@@ -16,21 +16,18 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from proxy.app import build_metrics
 from proxy.config import CredentialsSettings, UpstreamSettings, WorkspaceSettings
+from proxy.emulator import faults
+from proxy.emulator.api import Call
+from proxy.emulator.endpoints import Endpoint, neon_error
+from proxy.emulator.faults import HANG, Stage, Strike
+from proxy.emulator.lakebase import Lakebase
+from proxy.emulator.streams import EndedBy
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import ConnectPhase
-from proxy.standin import faults
-from proxy.standin.api import Call
-from proxy.standin.endpoints import Endpoint, neon_error
-from proxy.standin.faults import HANG, Stage, Strike
-from proxy.standin.lakebase import Lakebase
-from proxy.standin.streams import EndedBy
-from proxy.upstream.credentials import REJECTION_SECONDS_MIN, Credentials, PasswordFile
+from proxy.server.app import build_metrics
+from proxy.upstream.address_lookup import Targets
 from proxy.upstream.dialer import UpstreamSession
-from proxy.upstream.resources import resource_of
-from proxy.upstream.targets import Targets
-from proxy.upstream.workspace import Credential, Workspace
 from proxy.wire.messages import (
     AuthenticationSASL,
     ErrorResponse,
@@ -40,6 +37,9 @@ from proxy.wire.messages import (
 )
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.wire.violations import ClientViolation
+from proxy.workspace.client import Credential, Workspace
+from proxy.workspace.resources import resource_of
+from proxy.workspace.token_source import REJECTION_SECONDS_MIN, Credentials, PasswordFile
 from tests.support.dialing import (
     ASK,
     CLIENT,

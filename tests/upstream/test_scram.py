@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scramp import ScramMechanism
 
+from proxy.emulator.cluster import DATABASE, Cluster
 from proxy.errors import ErrorKind, ProxyError
-from proxy.standin.cluster import DATABASE, Cluster
 from proxy.upstream.scram import (
     ITERATIONS_MAX,
     ITERATIONS_MIN,

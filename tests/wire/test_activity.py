@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.trackers import Trackers
+from tests.support.activity_pair import Trackers
 from tests.wire.driving import message
 
 QUERY = message(b"Q", b"SELECT 1\0")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from proxy.app import App
 from proxy.config import Settings
+from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
-from proxy.standin.lakebase import Lakebase
-from proxy.workers.channel import Channel
-from proxy.workers.desk import Desk
-from proxy.workers.ledger import Ledger
+from proxy.server.app import App
+from proxy.workers.credential_service import Desk
+from proxy.workers.rpc import Channel
+from proxy.workers.shared_counters import Ledger
 from proxy.workers.worker import Worker, shared_out
 from tests.support.running import captured_log, proxy_settings
 from tests.support.sharding import sharded

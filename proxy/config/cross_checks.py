@@ -1,0 +1,195 @@
+"""What one key demands of others: names that must be there, and what a verb that dials needs.
+
+For: problems that no section sees alone. Not for: the shape of a value, which the model checks.
+
+Invariant: it reads raw values, as the sources gave them and merged, and takes any of them to be
+wrong in itself: so its problems are reported together with those of the model.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+from proxy.config.config_errors import Problem
+from proxy.config.settings import UPSTREAM
+from proxy.config.toml import toml_path
+from proxy.config.upstream_sections import WHERE, overlay
+
+Raw = Mapping[str, object]
+
+_NAMES_SHOWN_MAX: Final = 20
+# As pydantic reads a switch that is given as text.
+_FALSE: Final = ("false", "0", "no", "off", "n", "f")
+_TRUE: Final = ("true", "1", "yes", "on", "y", "t")
+
+
+def _table(raw: Raw, name: str) -> Raw:
+    found = raw.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _tables(raw: Raw, section: str) -> Iterator[tuple[str, Raw]]:
+    for name in _table(raw, section):
+        yield name, _table(_table(raw, section), name)
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def unknown_names(raw: Raw) -> Iterator[Problem]:
+    """Yield a problem for each name that nothing is called, and for names that look alike."""
+    for section in ("targets", "workspaces", "shard_maps"):
+        yield from _alike(section, _table(raw, section))
+    targets = [*_table(raw, "targets"), UPSTREAM]
+    yield from _unknown("target", targets, _named_targets(raw))
+    yield from _unknown("workspace", _table(raw, "workspaces"), _named_workspaces(raw))
+    chosen = _table(raw, "routing").get("shard_map")
+    yield from _unknown(
+        "shard map", _table(raw, "shard_maps"), [(("routing", "shard_map"), chosen)]
+    )
+
+
+def _alike(section: str, names: Iterable[str]) -> Iterator[Problem]:
+    """A variable's name has no case, so that it could mean either of two such names."""
+    count = Counter(name.lower() for name in names)
+    for name in names:
+        if count[name.lower()] > 1:
+            yield Problem(
+                toml_path((section, name)),
+                "another name differs from it only in case: a variable could mean either",
+            )
+
+
+def _named_targets(raw: Raw) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yield where a target is named, and by which name."""
+    for name, alias in _table(raw, "databases").items():
+        if isinstance(alias, Mapping):
+            yield ("databases", name, "target"), alias.get("target")
+        else:
+            yield ("databases", name), alias
+    for name, shard_map in _tables(raw, "shard_maps"):
+        entries = shard_map.get("mappings")
+        for number, entry in enumerate(entries if isinstance(entries, list) else ()):
+            if isinstance(entry, Mapping):
+                yield ("shard_maps", name, "mappings", str(number), "target"), entry.get("target")
+
+
+def _named_workspaces(raw: Raw) -> Iterator[tuple[tuple[str, ...], object]]:
+    yield ("upstream", "workspace"), _table(raw, "upstream").get("workspace")
+    for name, target in _tables(raw, "targets"):
+        yield ("targets", name, "workspace"), target.get("workspace")
+
+
+def _unknown(
+    what: str, known: Iterable[str], named: Iterable[tuple[tuple[str, ...], object]]
+) -> Iterator[Problem]:
+    known = dict.fromkeys(known)
+    shown = ", ".join(list(known)[:_NAMES_SHOWN_MAX]) or "none"
+    for path, name in named:
+        if name and isinstance(name, str) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            yield Problem(
+                toml_path(path), f"there is no {what} {name!r} (there is: {shown}){meant}"
+            )
+
+
+# -- workspaces ----------------------------------------------------------------------------------
+
+
+def incomplete_workspaces(raw: Raw) -> Iterator[Problem]:
+    """Yield what a named workspace lacks: nothing is found for it in the environment."""
+    for name, given in _tables(raw, "workspaces"):
+        if given.get("profile"):
+            continue
+        if not given.get("host"):
+            yield Problem(
+                toml_path(("workspaces", name, "host")),
+                "required, because a named workspace takes nothing from DATABRICKS_HOST: set it,"
+                " or profile",
+            )
+        secret = given.get("client_secret") or given.get("client_secret_file")
+        if not (given.get("auth_type") or given.get("token") or secret):
+            yield Problem(
+                toml_path(("workspaces", name, "auth_type")),
+                "required, because a named workspace takes no login from DATABRICKS_*: set"
+                " client_id with client_secret or client_secret_file, or token, or profile, or"
+                " auth_type with what it needs",
+            )
+        elif secret and not given.get("client_id") and not given.get("auth_type"):
+            yield Problem(
+                toml_path(("workspaces", name, "client_id")), "required with a client secret"
+            )
+
+
+# -- what a verb that dials needs ----------------------------------------------------------------
+
+
+def missing_for_upstream(raw: Raw) -> Iterator[Problem]:
+    """Yield what a verb that dials lacks, for every target that sessions can be sent to."""
+    password = _table(raw, "credentials").get("password_file")
+    upstream = _table(raw, "upstream")
+    if _upstream_is_target(raw):
+        yield from _missing_for_target(("upstream",), upstream, password)
+    for name, own in _tables(raw, "targets"):
+        yield from _missing_for_target(("targets", name), overlay(upstream, own), password)
+
+
+def _upstream_is_target(raw: Raw) -> bool:
+    """Tell what `Settings.target_names` tells, of raw values."""
+    routing = _table(raw, "routing")
+    keyless = str(routing.get("require_key")).lower() in _FALSE
+    return (
+        not _table(raw, "targets")
+        or any(_table(raw, "upstream").get(key) for key in WHERE)
+        or (bool(routing.get("shard_map")) and keyless)
+        or any(name == UPSTREAM for _, name in _named_targets(raw))
+    )
+
+
+def _missing_for_target(
+    section: tuple[str, ...], target: Raw, password: object
+) -> Iterator[Problem]:
+    def problem(key: str, text: str) -> Problem:
+        return Problem(toml_path((*section, key)), text)
+
+    # The guide's variables give [upstream], and a target only what it takes from there.
+    or_variable = {"endpoint": ", or ENDPOINT_NAME,", "host": ", or PGHOST", "user": ", or PGUSER"}
+    if section != ("upstream",):
+        or_variable = {"endpoint": "", "host": "", "user": ", or upstream.user"}
+    endpoint = target.get("endpoint") or target.get("instance")
+    if target.get("host") and str(target.get("read_only")).lower() in _TRUE:
+        yield problem(
+            "read_only",
+            f"must not be set together with host{or_variable['host']}, which is dialled as it is:"
+            " take host away, and the read-only host is looked up; or name that in host",
+        )
+    if not password:
+        if _is_pooled(target.get("host")):
+            yield problem(
+                "host",
+                "is a pooled host, which takes no OAuth token: use the direct host, without"
+                " -pooler, or a native role's password with credentials.password_file",
+            )
+        if not endpoint:
+            yield problem(
+                "endpoint",
+                "required, because tokens are issued for an endpoint: set it"
+                f"{or_variable['endpoint']} to projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT"
+                f" (or {toml_path(section)}.instance)",
+            )
+        return
+    if not endpoint and not target.get("host"):
+        yield problem("host", f"required without an endpoint: set it{or_variable['host']}")
+    if not target.get("user"):
+        yield problem(
+            "user",
+            "required with credentials.password_file, because there is no token to say who logs in:"
+            f" set it{or_variable['user']}",
+        )
+
+
+def _is_pooled(host: object) -> bool:
+    """Tell a pooled host by the suffix of its first label: -pooler, -ro-pooler."""
+    return isinstance(host, str) and host.partition(".")[0].lower().endswith("-pooler")

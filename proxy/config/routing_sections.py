@@ -1,0 +1,200 @@
+"""The sections that say which target a session goes to: aliases, the shard key, shard maps.
+
+For: the shapes of `[databases]`, `[routing]` and `[shard_maps.NAME]`. Not for: what a key or bound
+means, or whether mappings overlap; that is `proxy.routing`'s, which gets the entries as text.
+
+Invariant: an entry has the columns of its map's kind, each as text, exactly as it was written.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Final, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from proxy.config.validators import (
+    FileName,
+    Section,
+    check_alias,
+    check_database_pattern,
+    check_name,
+    check_no_nul,
+    check_parameter,
+    or_empty,
+)
+
+ShardMapKind = Literal["list", "range", "hash"]
+ShardKeyType = Literal["int4", "int8", "uuid", "text", "bytea", "timestamptz"]
+ShardKeyNormalise = Literal["none", "ascii_lower", "nfc"]
+
+# What somebody writes by hand. Read as a file of settings, a million take minutes and gigabytes; a
+# CSV file takes seconds.
+MAPPINGS_MAX: Final = 10_000
+
+# So many wrong mappings are enough to see what is wrong with all of them.
+_MAPPINGS_SHOWN_MAX: Final = 10
+
+
+def _as_text(value: object) -> str:
+    """Take a bound or key as TOML has it, text or integer; only its text is kept."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError("must be a string or an integer")
+    return str(value)
+
+
+Bound = Annotated[str, BeforeValidator(_as_text), AfterValidator(check_no_nul)]
+
+
+@dataclass(frozen=True, slots=True)
+class MappingEntry:
+    """One row of a static map: a key of a list, or the bounds of a range; None is open."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    target: Annotated[str, AfterValidator(check_name)]
+    low: Bound | None = None
+    high: Bound | None = None
+    key: Bound | None = None
+
+    def columns(self) -> dict[str, str]:
+        """Return what was written, by its column; what was left away is not there."""
+        columns = {"key": self.key, "low": self.low, "high": self.high, "target": self.target}
+        return {name: text for name, text in columns.items() if text is not None}
+
+
+class DatabaseAlias(Section):
+    """A name that clients connect to in place of a database: a target, and a database there."""
+
+    target: Annotated[str, AfterValidator(check_name)] = Field(
+        description='NAME of a [targets.NAME], or "upstream" for [upstream].'
+    )
+    database: Annotated[str, or_empty(check_alias)] = Field(
+        default="", description="Database to open there. Empty: the target's own."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: object) -> object:
+        """Take `orders = "eu"` for `orders = { target = "eu" }`."""
+        return {"target": value} if isinstance(value, str) else value
+
+
+class RoutingSettings(Section):
+    """How a session's shard key is found. Without a shard map none is looked for."""
+
+    shard_map: Annotated[str, or_empty(check_name)] = Field(
+        default="",
+        description="NAME of the one [shard_maps.NAME] that this process routes by. Empty: none.",
+    )
+    parameter: Annotated[str, AfterValidator(check_parameter)] = Field(
+        default="shard_key",
+        description="Startup parameter that carries the key, alone or inside options (-c "
+        "shard_key=42). It is read beside lakebase.shard_key, which always carries it.",
+    )
+    database_pattern: Annotated[str, AfterValidator(check_database_pattern)] = Field(
+        default="{database}@{shard_key}",
+        description="How a database name carries the key, for tools that can set nothing else. It "
+        "is split at the first separator; what stands for {database} is a label and may be left "
+        "out, as in tenant_{shard_key}.",
+    )
+    require_key: bool = Field(
+        default=False,
+        description="Refuses a session without a key, with 22023; false sends it to [upstream]. "
+        "Where it is not set it is true when shard_map is set.",
+    )
+    forward_key: bool = Field(
+        default=False,
+        description="Sends the key on as the setting lakebase.shard_key, for row security. The "
+        "client can change it by SET: it is no security boundary.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _required_with_a_map(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return {"require_key": bool(value.get("shard_map")), **value}
+        return value
+
+
+class ShardMapSettings(Section):
+    """A static shard map: which shard keys are in which target."""
+
+    kind: ShardMapKind = Field(
+        description="list: single keys; range: low to below high; hash: ranges of the key's hash."
+    )
+    key_type: ShardKeyType = Field(description="Type of the shard key, named as in PostgreSQL.")
+    normalise: ShardKeyNormalise = Field(
+        default="none",
+        description="What is done to a key of type text before it is looked up.",
+    )
+    mappings: tuple[MappingEntry, ...] = Field(
+        default=(),
+        description="The entries: { key, target } of a list, { low, high, target } else, where an "
+        "absent bound is open. Keys and bounds are strings or integers. For maps written by hand: "
+        f"{MAPPINGS_MAX} at most.",
+    )
+    mappings_file: FileName = Field(
+        default="",
+        description="CSV file with the same columns, in place of mappings.",
+    )
+
+    @field_validator("normalise")
+    @classmethod
+    def _only_text(cls, value: str, info: ValidationInfo) -> str:
+        if value != "none" and info.data.get("key_type", "text") != "text":
+            raise ValueError("must be none unless key_type is text")
+        return value
+
+    @field_validator("mappings")
+    @classmethod
+    def _not_too_many(cls, value: tuple[MappingEntry, ...]) -> tuple[MappingEntry, ...]:
+        if len(value) > MAPPINGS_MAX:
+            raise ValueError(
+                f"has {len(value)} entries, and {MAPPINGS_MAX} are allowed: write them to a CSV"
+                " file and name it in mappings_file"
+            )
+        return value
+
+    @field_validator("mappings")
+    @classmethod
+    def _columns_of_kind(
+        cls, value: tuple[MappingEntry, ...], info: ValidationInfo
+    ) -> tuple[MappingEntry, ...]:
+        match info.data.get("kind"):
+            case "list":
+                wrong = [n for n, row in enumerate(value) if row.key is None or _bounded(row)]
+                columns = "key and target"
+            case "range" | "hash" as kind:
+                wrong = [n for n, row in enumerate(value) if row.key is not None]
+                columns = "low, high and target"
+            case _:  # the kind is wrong itself
+                return value
+        if wrong:
+            kind = info.data["kind"]
+            raise ValueError(f"a {kind} has the columns {columns}: see {_mappings(wrong)}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.mappings) == bool(self.mappings_file):
+            raise ValueError("needs entries, either in mappings or in mappings_file")
+        return self
+
+
+def _bounded(row: MappingEntry) -> bool:
+    return row.low is not None or row.high is not None
+
+
+def _mappings(numbers: Sequence[int]) -> str:
+    """Say which mappings, counted from 1; not all of a thousand."""
+    shown = ", ".join(str(number + 1) for number in numbers[:_MAPPINGS_SHOWN_MAX])
+    more = len(numbers) - _MAPPINGS_SHOWN_MAX
+    return f"mapping {shown}" + (f" and {more} more" if more > 0 else "")

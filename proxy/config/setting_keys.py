@@ -1,0 +1,153 @@
+"""The settings as a list of keys, for whatever is written from it: help text, example, printing.
+
+For: what a key is called, what it is by default, which values it takes. Not for: any value in use.
+
+Invariant: it is derived from the model, so that it can neither lack a key nor contradict one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal, get_args, get_origin
+
+import annotated_types
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+
+from proxy.config.settings import Settings
+from proxy.config.toml import toml_path
+from proxy.config.validators import Section
+
+ENVIRONMENT_PREFIX = "LAKEBASE_PROXY_"
+ENVIRONMENT_DELIMITER = "__"
+
+# What stands for a name that the configuration chooses, as in targets.NAME.port.
+NAME = "NAME"
+
+KeyPath = tuple[str, ...]
+
+
+def spell_flag(path: KeyPath) -> str:
+    """Return a key as it is on the command line: `--listen.port`."""
+    return "--" + toml_path(path)
+
+
+def spell_variable(path: KeyPath) -> str:
+    """Return a key as it is in the environment: `LAKEBASE_PROXY_LISTEN__PORT`."""
+    return ENVIRONMENT_PREFIX + ENVIRONMENT_DELIMITER.join(path).upper()
+
+
+@dataclass(frozen=True, slots=True)
+class SettingKey:
+    """One key as people meet it: in the file, as a variable, as a flag.
+
+    A `structured` one is a list of tables, written as JSON in a variable or a flag.
+    """
+
+    path: KeyPath
+    default: object
+    description: str
+    bounds: str
+    secret: bool
+    switch: bool
+    structured: bool
+
+    @property
+    def section(self) -> str:
+        """The section's name in the file, as in `listen` or `targets.NAME`."""
+        return toml_path(self.path[:-1])
+
+    @property
+    def name(self) -> str:
+        """The key's name inside its section."""
+        return self.path[-1]
+
+    @property
+    def dotted(self) -> str:
+        """The key's path, as in `listen.port`."""
+        return toml_path(self.path)
+
+    @property
+    def flag(self) -> str:
+        """The key on the command line, as in `--listen.port`."""
+        return spell_flag(self.path)
+
+    @property
+    def variable(self) -> str:
+        """The key in the environment, as in `LAKEBASE_PROXY_LISTEN__PORT`."""
+        return spell_variable(self.path)
+
+
+@cache
+def sections() -> Mapping[str, Section]:
+    """Return the sections that are always there, in the order of the model, with their defaults."""
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    return {name: value for name, value in defaults.items() if isinstance(value, Section)}
+
+
+@cache
+def named_sections() -> Mapping[str, type[Section]]:
+    """Return the sections with tables of chosen names below them, and what each table is."""
+    return {
+        name: get_args(field.annotation)[1]
+        for name, field in Settings.model_fields.items()
+        if get_origin(field.annotation) is dict
+    }
+
+
+@cache
+def settings_keys() -> tuple[SettingKey, ...]:
+    """Return every key of the sections that are always there, in the order of the model."""
+    return tuple(
+        _key((section, name), field, getattr(default, name))
+        for section, default in sections().items()
+        for name, field in type(default).model_fields.items()
+    )
+
+
+@cache
+def named_keys() -> tuple[SettingKey, ...]:
+    """Return every key of the sections with chosen names, `NAME` standing for each of these."""
+    return tuple(
+        _key((section, NAME, name), field, None if field.is_required() else field.default)
+        for section, model in named_sections().items()
+        for name, field in model.model_fields.items()
+    )
+
+
+def key_at(path: KeyPath) -> SettingKey | None:
+    """Return the key at `path`, whatever name is chosen in it; None where there is none."""
+    if len(path) == 3:
+        section, _, name = path
+        found = _by_path().get((section, NAME, name))
+        return found and replace(found, path=path)
+    return _by_path().get(path) if len(path) == 2 else None
+
+
+@cache
+def _by_path() -> Mapping[KeyPath, SettingKey]:
+    return {key.path: key for key in (*settings_keys(), *named_keys())}
+
+
+def _key(path: KeyPath, field: FieldInfo, default: object) -> SettingKey:
+    return SettingKey(
+        path=path,
+        default=default,
+        description=field.description or "",
+        bounds=_bounds(field),
+        secret=field.annotation is SecretStr,
+        switch=field.annotation is bool,
+        structured=get_origin(field.annotation) is tuple,
+    )
+
+
+def _bounds(field: FieldInfo) -> str:
+    """Say which values are allowed, in words; empty when a type says it all."""
+    if get_origin(field.annotation) is Literal:
+        return "One of " + ", ".join(get_args(field.annotation)) + "."
+    limits = {type(limit): limit for limit in field.metadata}
+    match limits.get(annotated_types.Ge), limits.get(annotated_types.Le):
+        case annotated_types.Ge(ge=low), annotated_types.Le(le=high):
+            return f"From {low} to {high}."
+        case _:
+            return "Either true or false." if field.annotation is bool else ""

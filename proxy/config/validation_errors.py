@@ -1,0 +1,121 @@
+"""pydantic's errors in our words, for the places where the keys were given.
+
+For: one sentence a problem, that names the key as its user spelled it, and the nearest known one.
+Not for: finding problems.
+
+Invariant: no value of a secret, and none of an unknown key, is in a sentence.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from pydantic_core import ErrorDetails
+
+from proxy.config.config_errors import Problem
+from proxy.config.setting_keys import KeyPath, key_at, named_keys, settings_keys
+from proxy.config.settings import Settings
+from proxy.config.sources import Layer
+from proxy.config.toml import toml_path
+
+# A value longer than this tells no more in an error message.
+_SHOWN_CHARACTERS_MAX: Final = 80
+
+_UNKNOWN: Final = ("extra_forbidden", "unexpected_keyword_argument")
+_ENTRY_COLUMNS: Final = ("key", "low", "high", "target")
+# How pydantic ends the place of an error in a chosen name.
+_NAME_MARK: Final = "[key]"
+
+# Known words of the product that this version does not have.
+_NOT_BUILT: Final = "a catalogue is not supported by this version: give mappings or mappings_file"
+
+
+def translate(error: ErrorDetails, layers: Sequence[Layer]) -> Iterator[Problem]:
+    """Say one of pydantic's errors in our words, once for each place where the key was given."""
+    path = tuple(str(part) for part in error["loc"])
+    if len(path) > 2 and path[-1] == _NAME_MARK:
+        path = path[:-1]
+    # What is missing is missing where its table is.
+    found = path[:-1] if error["type"] == "missing" else path
+    givers = [layer for layer in layers if layer.find(found) is not None]
+    if not givers and path[0] == "databases":
+        path = path[:2]  # an alias that is no table
+        givers = [layer for layer in layers if layer.find(path) is not None]
+    if error["type"] in _UNKNOWN:
+        for layer in givers:
+            for unknown in _leaves(path, layer.find(path)):
+                yield layer.problem(unknown, _unknown(unknown, layer))
+        return
+    text = _text(error)
+    if not givers:
+        yield Problem(toml_path(path), text)
+        return
+    if error["type"] == "missing":
+        yield givers[-1].problem(path, text)  # the file, where it is in one
+        return
+    key = key_at(path)
+    shown = key is not None and not key.secret and not key.structured
+    value = repr(givers[0].find(path))[:_SHOWN_CHARACTERS_MAX]
+    yield givers[0].problem(path, f"{text}, not {value}" if shown else text)
+
+
+def _text(error: ErrorDetails) -> str:
+    match error["type"]:
+        case "missing":
+            return "required"
+        case "dataclass_type":
+            return "must be a table such as { low, high, target } or { key, target }"
+        case "tuple_type":
+            return "must be a list of tables"
+        case "model_type":
+            return "must be a name or a table such as { target, database }"
+        case _:
+            text = error["msg"].removeprefix("Value error, ")
+            text = text.replace("Input should be", "must be", 1)
+            return text.partition(", unable to")[0]
+
+
+def _leaves(path: KeyPath, value: object) -> Iterator[KeyPath]:
+    """Yield the keys below `path`: an unknown section is reported as what its user wrote."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves((*path, name), inner)
+    else:
+        yield path
+
+
+def _unknown(path: KeyPath, layer: Layer) -> str:
+    if path[0] == "catalogue" or (path[0] == "shard_maps" and path[2:] == ("catalogue",)):
+        return _NOT_BUILT
+    if path[0] == "shard_maps" and len(path) > 3:  # inside an entry
+        spelled = difflib.get_close_matches(path[-1], _ENTRY_COLUMNS, n=1)
+    else:
+        is_table = isinstance(layer.find(path), dict)
+        spelled = [layer.spell(meant) for meant in _meant(path, is_table=is_table)]
+    return "unknown key" + (f"; did you mean {' or '.join(spelled)}?" if spelled else "")
+
+
+def _meant(path: KeyPath, *, is_table: bool) -> list[KeyPath]:
+    """Return the keys that were probably meant."""
+    known = {".".join(key): key for key in _known(path, is_table=is_table)}
+    dotted = ".".join(path).lower().replace("-", "_")
+    name = dotted.rpartition(".")[2]
+    # A key without its section, or in a wrong one, is a likelier slip than a typing error.
+    return (
+        [key for key in known.values() if key[-1] == name]
+        or [known[near] for near in difflib.get_close_matches(dotted, known, n=1)]
+        or [key for key in known.values() if difflib.get_close_matches(name, [key[-1]])]
+    )
+
+
+def _known(path: KeyPath, *, is_table: bool) -> Iterator[KeyPath]:
+    """Yield the keys that `path` could be a slip of: with a chosen name in it, or with none.
+
+    A section is one only for an empty table: what has a value cannot have been meant as one. But
+    for the aliases, which can be given as JSON.
+    """
+    if len(path) < 3:
+        yield from ((name,) for name in Settings.model_fields if is_table or name == "databases")
+        yield from (key.path for key in settings_keys())
+    else:
+        yield from ((key.path[0], path[1], key.name) for key in named_keys())

@@ -1,0 +1,134 @@
+"""What single values may be: the checks that the sections of the model share.
+
+For: hosts, names, paths, templates. Not for: what one key demands of another.
+
+Invariant: a refusal says what is wanted and never shows the value, which may be a misplaced secret.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
+
+from proxy.addresses import address_of, is_loopback
+from proxy.routing.key_sources import DatabasePattern
+
+# As in RFC 1123, with the underscore that private DNS zones use; 253 is the longest DNS name.
+_HOST_NAME = re.compile(r"(?=.{1,253}$)\w([\w.-]*[\w.])?", re.ASCII)
+_ENDPOINT = re.compile(r"projects/[^/\s]+/branches/[^/\s]+/endpoints/[^/\s]+")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}")
+# Longer names of databases are cut by PostgreSQL.
+_ALIAS_BYTES_MAX = 63
+# No dot: the prefix "lakebase." is ours.
+_PARAMETER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+# What a StartupMessage says otherwise.
+_PARAMETERS_TAKEN = ("user", "database", "options", "replication")
+
+
+def check_host(value: str) -> str:
+    if address_of(value) is None and not _HOST_NAME.fullmatch(value):
+        raise ValueError("must be a host name or an address, without scheme, port or path")
+    return value
+
+
+def check_workspace_host(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        raise ValueError(
+            "must be https:// anywhere but on this machine: whoever is in between could read the"
+            " client secret"
+        )
+    return value
+
+
+def check_address(value: str) -> str:
+    if address_of(value) is None:
+        raise ValueError("must be an IPv4 or IPv6 address")
+    return value
+
+
+def check_endpoint(value: str) -> str:
+    if not _ENDPOINT.fullmatch(value):
+        raise ValueError(
+            "must have the form projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT"
+            " (with the endpoint's id, such as primary, not its uid ep-...)"
+        )
+    return value
+
+
+def check_directory(value: str) -> str:
+    # 107 bytes is what sockaddr_un takes on Linux; the socket's own name has up to 14.
+    if not value.startswith("/") or len(value.encode()) > 92:
+        raise ValueError("must be an absolute path of at most 92 bytes")
+    return check_no_nul(value)
+
+
+def check_mode(value: str) -> str:
+    if not re.fullmatch(r"0?[0-7]{3}", value):
+        raise ValueError("must be three octal digits, such as 0600 or 0660")
+    return value
+
+
+def check_no_nul(value: str) -> str:
+    # NUL ends a string in the StartupMessage: what follows it would become parameters. In the
+    # name of a file it is no OSError but a ValueError, wherever that is opened.
+    if "\0" in value:
+        raise ValueError("must not contain a NUL character")
+    return value
+
+
+def check_name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError("must be a name of 1 to 63 letters, digits, underscores and hyphens")
+    return value
+
+
+def check_alias(value: str) -> str:
+    if not value or "\0" in value or len(value.encode()) > _ALIAS_BYTES_MAX:
+        raise ValueError(f"must be a name of 1 to {_ALIAS_BYTES_MAX} bytes without NUL")
+    return value
+
+
+def check_parameter(value: str) -> str:
+    if not _PARAMETER.fullmatch(value) or value.lower() in _PARAMETERS_TAKEN:
+        raise ValueError(
+            "must be a name of 1 to 63 letters, digits and underscores, and none of "
+            + ", ".join(_PARAMETERS_TAKEN)
+        )
+    return value
+
+
+def check_database_pattern(value: str) -> str:
+    DatabasePattern.parse(value)
+    return value
+
+
+FileName = Annotated[str, AfterValidator(check_no_nul)]
+
+
+def or_empty(check: Callable[[str], str]) -> AfterValidator:
+    """Apply `check` unless the value is empty, which means that the key is not set."""
+    return AfterValidator(lambda value: value and check(value))
+
+
+class Section(BaseModel):
+    """What every section has in common: frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_switch_for_number(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse TOML's true where a number belongs: pydantic would read it as 1."""
+        name = info.field_name or ""
+        if isinstance(value, bool) and cls.model_fields[name].annotation is not bool:
+            raise ValueError("must not be true or false")
+        return value

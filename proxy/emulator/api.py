@@ -1,0 +1,332 @@
+"""The calls of the workspace API, without HTTP: a request's parts in, a reply out.
+
+It knows identities, tokens, endpoints and instances, and says no exactly where the real API is
+known to. Listening, faults and waiting are the business of `workspace`.
+"""
+
+import base64
+import binascii
+import datetime
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+from urllib.parse import parse_qs
+
+from proxy.emulator.endpoints import Dialect, Endpoint
+from proxy.emulator.faults import INVALID_CLIENT, NOT_FOUND, UNAUTHENTICATED, Reply, api_error
+from proxy.emulator.tokens import Purpose, TokenIssuer, TokenRefused, fingerprint
+
+# What a database credential may ask for; the longer one is what it gets when it does not ask.
+TTL_SECONDS_MIN: Final = 300
+TTL_SECONDS_MAX: Final = 3600
+PAGE_SIZE_MAX: Final = 100
+
+_ENDPOINT_NAME: Final = re.compile(r"projects/[^/]+/branches/[^/]+/endpoints/[^/]+")
+
+
+class Call(Enum):
+    """The calls of the SDK, as faults and counts name them: method and path."""
+
+    DISCOVERY = re.compile(r"GET /\.well-known/databricks-config")
+    OIDC = re.compile(r"GET /oidc/\.well-known/oauth-authorization-server")
+    TOKEN = re.compile(r"POST /oidc/v1/token")
+    CREDENTIAL = re.compile(r"POST /api/2\.0/postgres/credentials")
+    RESOURCE = re.compile(r"GET /api/2\.0/postgres/(projects(?:/.+)?)")
+    INSTANCE_CREDENTIAL = re.compile(r"POST /api/2\.0/database/credentials")
+    INSTANCE = re.compile(r"GET /api/2\.0/database/instances(?:/(.+)|:findByUid)")
+    ME = re.compile(r"GET /api/2\.0/preview/scim/v2/Me")
+
+
+class ExpiryForm(Enum):
+    """How a credential's expiry is written."""
+
+    UTC = auto()
+    FRACTION = auto()
+    OFFSET = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One HTTP request; header names are lower-case, `base` is the URL the server is known by."""
+
+    call: Call
+    name: str  # the part of the path that names something, or ""
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes
+    base: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mint:
+    """One database credential handed out."""
+
+    identity: str
+    name: str  # the endpoint or the instance it was asked for
+    lifetime_seconds: float
+    fingerprint: str
+
+
+class Api:
+    """One workspace: its identities, its endpoints and instances, its mints."""
+
+    def __init__(
+        self,
+        endpoints: Iterable[Endpoint],
+        clients: Mapping[str, str],
+        clock: Callable[[], float],
+    ) -> None:
+        """`clients` has secrets by client id; `clock` returns seconds since the epoch."""
+        self.endpoints = list(endpoints)
+        self.clients = dict(clients)
+        self.personal_tokens: dict[str, str] = {}  # PAT -> identity
+        self.pats_mint = True  # whether the credential API takes a PAT is not known
+        self.workspace_id = str(secrets.randbelow(10**15) + 10**15)
+        self.issuer = TokenIssuer(self.workspace_id, clock)
+        self.workspace_token_seconds: float = TTL_SECONDS_MAX
+        self.credential_seconds: float = TTL_SECONDS_MAX  # negative: expired when handed out
+        self.expiry_form = ExpiryForm.UTC
+        self.page_size_max = PAGE_SIZE_MAX
+        self.mints: list[Mint] = []
+        self.workspace_id_headers: set[str] = set()  # seen in X-Databricks-Workspace-Id
+        self._clock = clock
+
+    def answer(self, asked: Asked) -> Reply:
+        """Return the honest reply."""
+        match asked.call:
+            case Call.DISCOVERY:
+                return self._discovery(asked.base)
+            case Call.OIDC:
+                oidc = f"{asked.base}/oidc/v1"
+                return _ok(
+                    {"authorization_endpoint": f"{oidc}/authorize"}
+                    | {"token_endpoint": f"{oidc}/token"}
+                )
+            case Call.TOKEN:
+                return self._token(asked)
+            case _:
+                return self._answer_bearer(asked)
+
+    def _answer_bearer(self, asked: Asked) -> Reply:
+        identity = self._bearer(asked)
+        if identity is None:
+            return UNAUTHENTICATED
+        self.workspace_id_headers.add(asked.headers.get("x-databricks-workspace-id", ""))
+        match asked.call:
+            case Call.CREDENTIAL:
+                return self._credential(identity, asked)
+            case Call.RESOURCE:
+                return self._resource(asked)
+            case Call.INSTANCE_CREDENTIAL:
+                return self._instance_credential(identity, asked)
+            case Call.INSTANCE:
+                return self._instance(asked)
+            case _:
+                return _ok({"id": "1", "userName": identity, "active": True})
+
+    # -- logins ---------------------------------------------------------------------------------
+
+    def _discovery(self, base: str) -> Reply:
+        return _ok(
+            {
+                "oidc_endpoint": f"{base}/oidc",
+                "account_id": "0b5e55ed-0000-4000-8000-000000000001",
+                "workspace_id": self.workspace_id,
+                "cloud": "AWS",
+            }
+        )
+
+    def _token(self, asked: Asked) -> Reply:
+        form = {name: values[0] for name, values in parse_qs(asked.body.decode()).items()}
+        match form.get("grant_type"):
+            case "client_credentials":
+                client = self._basic(asked)
+            case "urn:ietf:params:oauth:grant-type:token-exchange":
+                client = self._exchanged(form)
+            case _:
+                return Reply(400, b'{"error":"unsupported_grant_type"}')
+        if client is None:
+            return INVALID_CLIENT
+        seconds = self.workspace_token_seconds
+        token = self.issuer.issue(client, Purpose.WORKSPACE, seconds)
+        return _ok({"access_token": token, "token_type": "Bearer", "expires_in": seconds})
+
+    def _basic(self, asked: Asked) -> str | None:
+        """Return the client id of a right Basic login."""
+        kind, _, encoded = asked.headers.get("authorization", "").partition(" ")
+        try:
+            client, _, secret = base64.b64decode(encoded, validate=True).decode().partition(":")
+        except (binascii.Error, UnicodeDecodeError):
+            return None
+        right = kind == "Basic" and self.clients.get(client) == secret
+        return client if right else None
+
+    def _exchanged(self, form: Mapping[str, str]) -> str | None:
+        """Return the client id whose federation token was shown."""
+        try:
+            claims = self.issuer.inspect(form.get("subject_token", ""), Purpose.FEDERATION)
+        except TokenRefused:
+            return None
+        known = claims.identity in self.clients and claims.identity == form.get("client_id")
+        return claims.identity if known else None
+
+    def _bearer(self, asked: Asked) -> str | None:
+        """Return whose workspace token or PAT the request carries."""
+        kind, _, token = asked.headers.get("authorization", "").partition(" ")
+        if kind != "Bearer":
+            return None
+        if token in self.personal_tokens:
+            minting = asked.call in (Call.CREDENTIAL, Call.INSTANCE_CREDENTIAL)
+            return self.personal_tokens[token] if self.pats_mint or not minting else None
+        try:
+            return self.issuer.inspect(token, Purpose.WORKSPACE).identity
+        except TokenRefused:
+            return None
+
+    # -- Autoscaling ----------------------------------------------------------------------------
+
+    def _credential(self, identity: str, asked: Asked) -> Reply:
+        body = _json_object(asked.body)
+        name = str(body.get("endpoint", ""))
+        if not _ENDPOINT_NAME.fullmatch(name):
+            return _invalid("endpoint must be projects/P/branches/B/endpoints/E")
+        if self._named(name, Dialect.AUTOSCALING) is None:
+            return NOT_FOUND
+        seconds = self._asked_seconds(body)
+        if seconds is None or not TTL_SECONDS_MIN <= seconds <= TTL_SECONDS_MAX:
+            return _invalid(f"ttl must be {TTL_SECONDS_MIN}s to {TTL_SECONDS_MAX}s")
+        if "ttl" not in body and "expire_time" not in body:
+            seconds = self.credential_seconds
+        token, expiry = self._mint(identity, name, seconds)
+        return _ok({"token": token, "expire_time": expiry})
+
+    def _resource(self, asked: Asked) -> Reply:
+        """Answer a GET below /postgres/: an even number of segments names one, an odd one lists."""
+        segments = asked.name.split("/")
+        if segments[::2] != ["projects", "branches", "endpoints"][: (len(segments) + 1) // 2]:
+            return NOT_FOUND
+        if len(segments) % 2:
+            return self._list(segments, asked.query)
+        if len(segments) == 6:
+            endpoint = self._named(asked.name, Dialect.AUTOSCALING)
+            return NOT_FOUND if endpoint is None else _ok(_endpoint_json(endpoint))
+        known = any(name.startswith(asked.name + "/") for name in self._names())
+        return _ok({"name": asked.name}) if known else NOT_FOUND
+
+    def _list(self, segments: Sequence[str], query: Mapping[str, str]) -> Reply:
+        parent, collection = "/".join(segments[:-1]), segments[-1]
+        depth = len(segments) + 1
+        inside = [name for name in self._names() if name.startswith(f"{parent}/" if parent else "")]
+        if not inside:
+            return NOT_FOUND
+        found = list(dict.fromkeys("/".join(name.split("/")[:depth]) for name in inside))
+        start = int(query.get("page_token") or 0)
+        size = min(int(query.get("page_size") or self.page_size_max), self.page_size_max)
+        page = [self._resource_json(name) for name in found[start : start + size]]
+        more = start + size < len(found)
+        return _ok({collection: page, "next_page_token": str(start + size) if more else ""})
+
+    def _resource_json(self, name: str) -> dict[str, object]:
+        endpoint = self._named(name, Dialect.AUTOSCALING)
+        return {"name": name} if endpoint is None else _endpoint_json(endpoint)
+
+    # -- Provisioned ----------------------------------------------------------------------------
+
+    def _instance_credential(self, identity: str, asked: Asked) -> Reply:
+        names = _json_object(asked.body).get("instance_names")
+        if not isinstance(names, list) or not names:
+            return _invalid("instance_names must name at least one instance")
+        if any(self._named(str(name), Dialect.PROVISIONED) is None for name in names):
+            return NOT_FOUND
+        token, expiry = self._mint(identity, str(names[0]), self.credential_seconds)
+        return _ok({"token": token, "expiration_time": expiry})
+
+    def _instance(self, asked: Asked) -> Reply:
+        for instance in self.endpoints:
+            uid = asked.query.get("uid", instance.uid if asked.name else "")
+            named = not asked.name or instance.name == asked.name
+            if instance.dialect is Dialect.PROVISIONED and named and instance.uid == uid:
+                return _ok(_instance_json(instance))
+        return NOT_FOUND
+
+    # -- both -----------------------------------------------------------------------------------
+
+    def _mint(self, identity: str, name: str, seconds: float) -> tuple[str, str]:
+        """Return a new database token and its expiry. It opens every database it may: `name`
+        is recorded and nothing else, as on the real thing."""
+        token = self.issuer.issue(identity, Purpose.DATABASE, seconds)
+        self.mints.append(Mint(identity, name, seconds, fingerprint(token)))
+        expiry = datetime.datetime.fromtimestamp(self._clock() + seconds, datetime.UTC)
+        return token, _written(expiry, self.expiry_form)
+
+    def _asked_seconds(self, body: Mapping[str, object]) -> float | None:
+        """Return the lifetime asked for, the longest one if none is, None if it is nonsense."""
+        try:
+            if "ttl" in body:
+                return float(str(body["ttl"]).removesuffix("s"))
+            if "expire_time" in body:
+                until = datetime.datetime.fromisoformat(str(body["expire_time"]))
+                return round(until.timestamp() - self._clock())
+        except ValueError:
+            return None
+        return TTL_SECONDS_MAX
+
+    def _named(self, name: str, dialect: Dialect) -> Endpoint | None:
+        return next((e for e in self.endpoints if e.name == name and e.dialect is dialect), None)
+
+    def _names(self) -> list[str]:
+        return [e.name for e in self.endpoints if e.dialect is Dialect.AUTOSCALING]
+
+
+def _endpoint_json(endpoint: Endpoint) -> dict[str, object]:
+    shown = dict(endpoint.hosts)
+    for kind in endpoint.hidden_hosts:
+        shown.pop(kind, None)
+    status = {
+        "endpoint_type": endpoint.kind,
+        "current_state": endpoint.state,
+        "disabled": endpoint.disabled,
+        "hosts": shown,
+    }
+    return {"name": endpoint.name, "uid": endpoint.uid, "status": status}
+
+
+def _instance_json(instance: Endpoint) -> dict[str, object]:
+    dns = {
+        "read_write_dns": instance.hosts["host"],
+        "read_only_dns": instance.hosts["read_only_host"],
+    }
+    shown = {"host": "read_write_dns", "read_only_host": "read_only_dns"}
+    for kind in instance.hidden_hosts:
+        dns.pop(shown[kind], None)
+    return {"name": instance.name, "uid": instance.uid, "state": instance.state, **dns}
+
+
+def _written(moment: datetime.datetime, form: ExpiryForm) -> str:
+    match form:
+        case ExpiryForm.UTC:
+            return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+        case ExpiryForm.FRACTION:
+            return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        case ExpiryForm.OFFSET:
+            return moment.strftime("%Y-%m-%dT%H:%M:%S+00:00")
+
+
+def _json_object(body: bytes) -> dict[str, object]:
+    try:
+        value = json.loads(body or b"{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _invalid(message: str) -> Reply:
+    return api_error(400, "INVALID_PARAMETER_VALUE", message)
+
+
+def _ok(body: Mapping[str, object]) -> Reply:
+    return Reply(200, json.dumps(body).encode())

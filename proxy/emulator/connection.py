@@ -1,0 +1,356 @@
+"""The story of one gateway connection: arrival, login, relay, end.
+
+How it arrives is told in `arrival`, who may come in is decided in `login`, what is shared is in
+`front`. A fault may strike at every stage. After ReadyForQuery bytes are relayed and nothing is
+parsed.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Coroutine
+from struct import Struct
+from typing import Any, Final, TypeVar
+
+from proxy.emulator import login
+from proxy.emulator.backend import (
+    MESSAGE_BYTES_MAX,
+    Backend,
+    BackendGone,
+    connected,
+    deliver_cancel,
+    role_exists,
+)
+from proxy.emulator.cluster import ClusterError
+from proxy.emulator.endpoints import Ending, Endpoint, neon_error
+from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.first_packet import first_packet
+from proxy.emulator.gateway_state import BackendSession, Front, Record
+from proxy.emulator.login import Refused
+from proxy.emulator.scram import MECHANISM, ScramRefused, ScramServer
+from proxy.emulator.streams import Stream, StreamEnded
+from proxy.emulator.tokens import fingerprint
+from proxy.wire import messages
+from proxy.wire.messages import ErrorResponse, Frame
+from proxy.wire.startup import V3_0, CancelRequest, StartupMessage
+
+SASL_FAILURES_MAX: Final = 5  # then a pooled host stops to ask
+_FRAME: Final = Struct("!cI")
+
+_T = TypeVar("_T")
+
+
+class _Struck(Exception):
+    """A fault ends the connection here, this way."""
+
+    def __init__(self, strike: Strike) -> None:
+        super().__init__(strike.name)
+        self.strike = strike
+
+
+class Connection:
+    """One accepted connection; `run` it once."""
+
+    def __init__(self, front: Front, stream: Stream, record: Record) -> None:
+        self._front = front
+        self._stream = stream
+        self._record = record
+        self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        self._last_activity = 0.0
+        self._watched = False  # somebody reads the client's stream for its end
+
+    def end(self, ending: Ending) -> None:
+        """Start to end the session. Postgres itself says 57P01, in its place in the stream."""
+        if ending is Ending.ADMIN_SHUTDOWN and self._record.real_pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._record.real_pid, signal.SIGTERM)
+        elif not self._ending.done():
+            self._ending.set_result(ending)
+
+    async def run(self) -> None:
+        """Serve the connection to its end, whatever that is."""
+        try:
+            await self._serve()
+        except Refused as refused:
+            self._record.refusal = refused.error.message
+            self._front.changed()
+            await self._stream.write(refused.error.encode())
+            # The front end waits a moment for the client to go first, and says nothing more.
+            await self._stream.linger(self._front.close_delay_seconds)
+            await self._stream.finish(0)
+        except _Struck as struck:
+            await self._finish(struck.strike)
+        except StreamEnded:
+            await self._stream.finish(0)
+        except asyncio.CancelledError:
+            self._stream.reset()  # the gateway stops
+            raise
+        finally:
+            await self._stream.release()
+            self._record.ended_by = self._stream.ended_by
+            self._record.closed = True
+            self._front.changed()
+
+    async def _serve(self) -> None:
+        try:
+            async with asyncio.timeout(self._front.startup_seconds_max):
+                packet = await first_packet(self._front, self._stream, self._strike)
+        except TimeoutError:
+            raise Refused(ErrorResponse.fatal("08006", "Insecure connection.")) from None
+        self._record.secure, self._record.sni = self._stream.secure, self._stream.sni
+        if isinstance(packet, CancelRequest):
+            await self._cancel(packet)
+            return
+        self._record.parameters = packet.parameters
+        login.check_version(packet)
+        endpoint, host_kind = login.find_endpoint(self._front.endpoints, self._stream.sni)
+        self._record.endpoint = endpoint
+        self._front.changed()
+        await self._strike(Stage.STARTUP)
+        login.check_endpoint(endpoint, host_kind, packet)
+        user = (packet.get(b"user") or b"").decode(errors="replace")
+        try:
+            await self._authenticate(endpoint, packet, user, pooled="pooled" in host_kind)
+            with login.slot(endpoint):
+                ending = await self._log_in(endpoint, packet, user)
+        except (BackendGone, ClusterError):
+            raise Refused(endpoint.waking_error()) from None
+        await self._finish(ending)
+
+    async def _cancel(self, request: CancelRequest) -> None:
+        """Deliver a cancel, then close; answer nothing, known or not."""
+        self._record.cancel = True
+        named = self._stream.sni is not None or not self._stream.secure
+        session = self._front.keys.get((request.pid, request.key.reveal())) if named else None
+        self._record.cancel_known = session is not None
+        self._front.changed()
+        await self._strike(Stage.CANCEL)
+        if session is not None:
+            await deliver_cancel(session)
+        await self._stream.finish(self._front.close_delay_seconds)
+
+    # -- login ------------------------------------------------------------------------------------
+
+    async def _authenticate(
+        self, endpoint: Endpoint, startup: StartupMessage, user: str, *, pooled: bool
+    ) -> None:
+        if not endpoint.admits_connect():
+            raise Refused(neon_error("Too many connections attempts"))
+        if pooled:
+            login.check_pooled(startup)
+        if pooled or (endpoint.native_login and user in endpoint.native_passwords):
+            await self._password_login(endpoint, user, pooled=pooled)
+        else:
+            await self._token_login(endpoint, user)
+        refusal = endpoint.refusals.take(None)
+        if refusal is not None:
+            raise Refused(refusal)
+
+    async def _token_login(self, endpoint: Endpoint, user: str) -> None:
+        await self._stream.write(messages.AuthenticationCleartextPassword().encode())
+        frame = await self._password_frame()
+        token = frame.payload.rstrip(b"\0")
+        self._record.token = fingerprint(token)
+        self._front.changed()
+        await self._strike(Stage.PASSWORD)
+        text = token.decode("ascii", "replace")
+        claims = login.check_token(endpoint, self._front.issuer, text, user)
+        self._record.identity = claims.identity
+        if not login.may_be(endpoint, claims, user):
+            if not await role_exists(endpoint.cluster.socket_path, user):
+                raise Refused(login.password_error(endpoint, user))
+            raise Refused(login.identity_error(endpoint, claims, user))
+
+    async def _password_login(self, endpoint: Endpoint, user: str, *, pooled: bool) -> None:
+        """SCRAM-SHA-256, the only login of pooled hosts and native roles."""
+        if pooled and endpoint.sasl_failures >= SASL_FAILURES_MAX:
+            raise Refused(neon_error("Too many connections attempts"))
+        await self._stream.write(messages.AuthenticationSASL((MECHANISM.encode(),)).encode())
+        initial = (await self._password_frame()).payload
+        await self._strike(Stage.PASSWORD)
+        password = endpoint.native_passwords.get(user)
+        try:
+            if password is None:
+                raise ScramRefused("no such role")
+            server = ScramServer(password)
+            _, _, response = initial.partition(b"\0")
+            first = server.first(response[4:].decode()).encode()  # behind its length
+            await self._stream.write(messages.AuthenticationSASLContinue(first).encode())
+            proof = (await self._password_frame()).payload.decode()
+            final = messages.AuthenticationSASLFinal(server.final(proof).encode())
+            await self._stream.write(final.encode())
+        except (ScramRefused, UnicodeDecodeError):
+            endpoint.sasl_failures += 1
+            if pooled:
+                raise Refused(ErrorResponse.fatal("08P01", "SASL authentication failed")) from None
+            raise Refused(login.password_error(endpoint, user)) from None
+
+    async def _password_frame(self) -> Frame:
+        kind, length = _FRAME.unpack(await self._stream.read_exactly(_FRAME.size))
+        if kind != b"p" or not 4 <= length <= MESSAGE_BYTES_MAX:
+            raise Refused(ErrorResponse.fatal("08P01", "expected password response"))
+        return Frame(kind, await self._stream.read_exactly(length - 4))
+
+    async def _log_in(self, endpoint: Endpoint, startup: StartupMessage, user: str) -> Strike:
+        """Wake the compute, log in to Postgres, stay for the session; return how to end."""
+        await self._stream.write(messages.AuthenticationOk().encode())
+        await self._strike(Stage.AUTHENTICATED)
+        if not await self._while_connected(endpoint.wake()):
+            raise Refused(endpoint.waking_error())
+        async with connected(endpoint.cluster.socket_path) as backend:
+            parameters = login.backend_parameters(endpoint, startup)
+            await backend.write(StartupMessage(V3_0, parameters).encode())
+            try:
+                await self._while_connected(self._backend_login(endpoint, user, backend))
+                return await self._session(endpoint, backend)
+            finally:
+                self._forget_session(endpoint)
+
+    async def _backend_login(self, endpoint: Endpoint, user: str, backend: Backend) -> None:
+        """Pass on what Postgres says up to ReadyForQuery, with the key and the errors changed."""
+        while True:
+            frame = await backend.message()
+            message = messages.decode_backend(frame)
+            match message:
+                case messages.AuthenticationOk():
+                    pass  # ours went out before
+                case ErrorResponse():
+                    raise Refused(login.passed_on(endpoint, user, message))
+                case messages.BackendKeyData():
+                    await self._stream.write(self._issue_key(endpoint, message).encode())
+                case messages.ReadyForQuery():
+                    await self._strike(Stage.READY)
+                    self._begin_session(endpoint)
+                    await self._stream.write(frame.encode())
+                    return
+                case _:
+                    await self._stream.write(frame.encode())
+
+    def _issue_key(
+        self, endpoint: Endpoint, real: messages.BackendKeyData
+    ) -> messages.BackendKeyData:
+        session = BackendSession(endpoint.cluster.socket_path, real)
+        shown = self._front.issue_key(session, real=endpoint.passes_real_key)
+        self._record.real_pid, self._record.shown_key = real.pid, shown
+        return shown
+
+    # -- the session ------------------------------------------------------------------------------
+
+    def _begin_session(self, endpoint: Endpoint) -> None:
+        self._note_activity(endpoint)
+        self._record.ready = True
+        endpoint.sessions.add(self)
+        self._front.changed()
+
+    def _forget_session(self, endpoint: Endpoint) -> None:
+        endpoint.sessions.discard(self)
+        shown = self._record.shown_key
+        if shown is not None:
+            self._front.keys.pop((shown.pid, shown.key.reveal()), None)
+        self._front.changed()
+
+    async def _session(self, endpoint: Endpoint, backend: Backend) -> Strike:
+        """Relay until one side ends or the session is ended; return how the client's side is to
+        end, for which Postgres does not wait."""
+        parts = (
+            asyncio.ensure_future(self._to_backend(endpoint, backend)),
+            asyncio.ensure_future(self._to_client(endpoint, backend)),
+            asyncio.ensure_future(self._limits(endpoint)),
+        )
+        ends: set[asyncio.Future[Any]] = {*parts, self._ending}
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.wait(parts)
+        if not self._ending.done():
+            return Strike.CLOSE
+        return Strike.RESET if self._ending.result() is Ending.RESET else Strike.FIN
+
+    async def _to_backend(self, endpoint: Endpoint, backend: Backend) -> None:
+        while received := await self._stream.read():
+            self._note_activity(endpoint)
+            await backend.write(received)
+
+    async def _to_client(self, endpoint: Endpoint, backend: Backend) -> None:
+        while received := await backend.read():
+            self._note_activity(endpoint)
+            await self._stream.write(received)
+
+    async def _limits(self, endpoint: Endpoint) -> None:
+        """End the session when a limit is reached, or put the compute to sleep. Unbounded: it
+        ends with the session. Limits set later than the session's start do not bind it."""
+        started = time.monotonic()
+        while True:
+            now = time.monotonic()
+            due = [
+                (since + limit - now, what)
+                for since, limit, what in (
+                    (started, endpoint.lifetime_seconds_max, self._end_of_life),
+                    (self._last_activity, endpoint.idle_seconds_max, None),
+                    (endpoint.last_activity, endpoint.suspend_after_seconds, endpoint.suspend),
+                )
+                if limit is not None
+            ]
+            seconds, what = min(due, key=lambda one: one[0], default=(None, None))
+            if seconds is None:
+                await asyncio.Event().wait()
+            elif seconds > 0:
+                await asyncio.sleep(seconds)
+            elif what is None:
+                return
+            else:
+                what()
+                await asyncio.Event().wait()  # for Postgres' last word, and the end behind it
+
+    def _end_of_life(self) -> None:
+        self.end(Ending.ADMIN_SHUTDOWN)
+
+    def _note_activity(self, endpoint: Endpoint) -> None:
+        self._last_activity = endpoint.last_activity = time.monotonic()
+
+    # -- faults and ends --------------------------------------------------------------------------
+
+    async def _strike(self, stage: Stage) -> None:
+        """Let a fault happen if one is set for this stage."""
+        faults, endpoint = self._front.faults, self._record.endpoint
+        strike = faults.take((stage, None))
+        if strike is None and endpoint is not None:
+            strike = faults.take((stage, endpoint.name))
+        if isinstance(strike, bytes):
+            await self._stream.write(strike)
+            raise _Struck(Strike.CLOSE)
+        if strike is Strike.HANG:
+            await self._while_connected(self._front.released.wait())
+        elif strike is not None:
+            raise _Struck(strike)
+
+    async def _while_connected(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Await `work`, but give up as soon as the client is gone. Raises StreamEnded then."""
+        if self._watched:
+            return await work
+        self._watched = True
+        working = asyncio.ensure_future(work)
+        gone = asyncio.ensure_future(self._stream.wait_for_end())
+        try:
+            await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise StreamEnded
+            return working.result()
+        finally:
+            for part in (working, gone):
+                part.cancel()
+            await asyncio.wait((working, gone))
+            self._watched = False
+
+    async def _finish(self, strike: Strike) -> None:
+        match strike:
+            case Strike.CLOSE | Strike.HANG:
+                await self._stream.finish(self._front.close_delay_seconds)
+            case Strike.FIN:
+                await self._stream.finish_bare(self._front.close_delay_seconds)
+            case Strike.RESET:
+                self._stream.reset()

@@ -1,0 +1,86 @@
+"""How a gateway connection begins: SSLRequest and TLS, or a cancel, and nothing else.
+
+It returns the StartupMessage or the CancelRequest. The front filter that it imitates is strict:
+there is no direct TLS, no GSSAPI, no plaintext startup and no negotiation of versions.
+"""
+
+from collections.abc import Awaitable, Callable
+from struct import Struct
+from typing import Final
+
+from proxy.emulator.faults import Stage
+from proxy.emulator.gateway_state import Front
+from proxy.emulator.login import Refused
+from proxy.emulator.streams import Stream, StreamEnded
+from proxy.wire.messages import ErrorResponse
+from proxy.wire.startup import CancelRequest, SSLRequest, StartupMessage, parse_first_packet
+from proxy.wire.violations import ClientViolation
+
+STARTUP_BYTES_MAX: Final = 10_000  # a StartupMessage must be shorter
+_CANCEL_BYTES: Final = 16  # a key of protocol 3.0
+_CANCEL_CODE: Final = 1234 << 16 | 5678
+_HEADER: Final = Struct("!I")
+_FIRST: Final = Struct("!II")
+
+Strikes = Callable[[Stage], Awaitable[None]]
+
+
+async def first_packet(
+    front: Front, stream: Stream, strikes: Strikes
+) -> StartupMessage | CancelRequest:
+    """Return what the client wants. `strikes` lets the faults of a stage happen.
+
+    Raises Refused, StreamEnded. It has no bound of its own: the caller's timer ends it.
+    """
+    await strikes(Stage.ACCEPTED)
+    cancel = await _plain_packet(stream)
+    if cancel is not None:
+        return cancel
+    await strikes(Stage.SSL_REPLY)
+    if stream.held_bytes:
+        text = "Received unencrypted data after SSL request."
+        raise Refused(ErrorResponse.fatal("08P01", text))
+    if not front.offers_tls:
+        await stream.write(b"N")
+        raise StreamEnded
+    await stream.write(b"S" + front.early_bytes)
+    await strikes(Stage.TLS)
+    await stream.start_tls(front.certificates.context(front.certificate))
+    return await _secure_packet(stream)
+
+
+async def _plain_packet(stream: Stream) -> CancelRequest | None:
+    """Read what comes first, in the clear: a CancelRequest, or an SSLRequest, which is None."""
+    prefix = await stream.read_exactly(8)
+    length, code = _FIRST.unpack(prefix)
+    if length >= STARTUP_BYTES_MAX:
+        # A ClientHello, or noise: taken for a length, and waited for until the timer ends it.
+        await stream.wait_for_end()
+        raise StreamEnded
+    if prefix == SSLRequest().encode():
+        return None
+    if (length, code) == (_CANCEL_BYTES, _CANCEL_CODE):
+        packet = parse_first_packet(prefix + await stream.read_exactly(length - 8))
+        if isinstance(packet, CancelRequest):
+            return packet
+    raise Refused(_invalid_version(code))
+
+
+async def _secure_packet(stream: Stream) -> StartupMessage | CancelRequest:
+    """Read what comes first inside TLS."""
+    (length,) = _HEADER.unpack(prefix := await stream.read_exactly(4))
+    if not 8 <= length < STARTUP_BYTES_MAX:
+        raise Refused(ErrorResponse.fatal("08006", "Invalid length of startup packet."))
+    whole = prefix + await stream.read_exactly(length - 4)
+    try:
+        packet = parse_first_packet(whole)
+    except ClientViolation as violation:
+        error = ErrorResponse.fatal(violation.sqlstate, violation.message)
+        raise Refused(error) from violation
+    if isinstance(packet, StartupMessage | CancelRequest):
+        return packet
+    raise Refused(_invalid_version(_FIRST.unpack_from(whole)[1]))
+
+
+def _invalid_version(code: int) -> ErrorResponse:
+    return ErrorResponse.fatal("08P01", f"Invalid protocol version. Protocol version: {code}")

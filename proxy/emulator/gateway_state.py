@@ -1,0 +1,141 @@
+"""What all connections of one gateway share: its knobs, its cancel keys, and what it has seen.
+
+It knows no protocol. Every change wakes the tests that wait for one in `until`.
+"""
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from proxy.emulator.certificates import Certificate, Certificates
+from proxy.emulator.endpoints import Endpoint
+from proxy.emulator.faults import FaultList, Stage, Strike
+from proxy.emulator.streams import EndedBy
+from proxy.emulator.tokens import TokenIssuer
+from proxy.wire.messages import BackendKeyData
+from proxy.wire.secret import Secret
+
+# From accept to the StartupMessage, on the real front end.
+STARTUP_SECONDS_MAX: Final = 15.0
+# How long the front end waits after its last word for the client to close.
+CLOSE_DELAY_SECONDS: Final = 1.0
+# Records kept of the newest connections: more than a load test looks at, bounded all the same.
+RECORDS_MAX: Final = 20_000
+_UNTIL_SECONDS_MAX: Final = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """What the gateway saw of one accepted connection."""
+
+    secure: bool = False
+    sni: str | None = None
+    endpoint: Endpoint | None = None
+    parameters: tuple[tuple[bytes, bytes], ...] = ()  # of the StartupMessage, as received
+    token: str | None = None  # its fingerprint
+    identity: str | None = None  # whose token it was
+    refusal: str | None = None  # the text of the error that ended the login
+    shown_key: BackendKeyData | None = None  # what the client was given
+    real_pid: int | None = None  # of the Postgres backend
+    cancel: bool = False  # it brought a CancelRequest
+    cancel_known: bool = False  # for a session of ours
+    ready: bool = False  # ReadyForQuery was sent
+    closed: bool = False
+    ended_by: EndedBy | None = None  # how the client's side ended; None: it did not, we did
+
+    def parameter(self, name: bytes) -> bytes | None:
+        """Return a startup parameter's last value, or None."""
+        return dict(self.parameters).get(name)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSession:
+    """Where a cancel key leads: the Postgres socket and the key that Postgres itself gave."""
+
+    socket_path: str
+    key: BackendKeyData
+
+
+class Front:
+    """The shared part of a gateway; its attributes may change at any time."""
+
+    def __init__(
+        self, endpoints: Iterable[Endpoint], certificates: Certificates, issuer: TokenIssuer
+    ) -> None:
+        self.endpoints = list(endpoints)
+        self.certificates = certificates
+        self.issuer = issuer
+
+        self.startup_seconds_max = STARTUP_SECONDS_MAX
+        self.close_delay_seconds = CLOSE_DELAY_SECONDS
+        self.certificate = Certificate.GOOD
+        self.offers_tls = True  # False: N in answer to SSLRequest
+        self.early_bytes = b""  # sent in the clear behind S
+        self.faults: FaultList[tuple[Stage, str | None], Strike | bytes] = FaultList()
+        self.released = asyncio.Event()
+
+        self.accepted = 0
+        self.records: deque[Record] = deque(maxlen=RECORDS_MAX)
+        self.keys: dict[tuple[int, bytes], BackendSession] = {}
+        self._waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def open_sessions(self) -> int:
+        """How many sessions are past ReadyForQuery and not closed."""
+        return sum(len(endpoint.sessions) for endpoint in self.endpoints)
+
+    @property
+    def sessions(self) -> list[Record]:
+        """The records of connections that reached ReadyForQuery, oldest first."""
+        return [record for record in self.records if record.ready]
+
+    @property
+    def cancels(self) -> list[Record]:
+        """The records of connections that brought a CancelRequest, oldest first."""
+        return [record for record in self.records if record.cancel]
+
+    def strike(
+        self,
+        stage: Stage,
+        strike: Strike | bytes,
+        *,
+        times: int | None = None,
+        endpoint: Endpoint | None = None,
+    ) -> None:
+        """Make connections fail at a stage: all of them, or those of an endpoint once known."""
+        self.faults.add((stage, endpoint.name if endpoint else None), strike, times)
+
+    def heal(self) -> None:
+        """Forget all faults; connections that hang go on."""
+        self.faults.clear()
+        self.released.set()
+        self.released = asyncio.Event()
+
+    async def until(self, happened: Callable[[], bool]) -> None:
+        """Wait until `happened` is true of what the gateway has seen; TimeoutError after 10 s."""
+        async with asyncio.timeout(_UNTIL_SECONDS_MAX):
+            while not happened():
+                waiter = asyncio.get_running_loop().create_future()
+                self._waiters.append(waiter)
+                await waiter
+
+    def changed(self) -> None:
+        """Wake those who wait in `until`."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def issue_key(self, session: BackendSession, *, real: bool) -> BackendKeyData:
+        """Return the cancel key to show for a session: its own, or 64 random bits."""
+        shown = session.key
+        while not real:
+            pid = int.from_bytes(secrets.token_bytes(4), "big", signed=True)
+            shown = BackendKeyData(pid, Secret(secrets.token_bytes(4)))
+            if (pid, shown.key.reveal()) not in self.keys:
+                break
+        self.keys[shown.pid, shown.key.reveal()] = session
+        return shown

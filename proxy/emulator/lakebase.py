@@ -1,0 +1,158 @@
+"""A whole Lakebase on one machine: clusters, a workspace with its tokens, a TLS gateway.
+
+Composition only. Each shard has a cluster of its own, and two faces onto it: an Autoscaling
+endpoint and a Provisioned instance.
+"""
+
+import hashlib
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from proxy.emulator.certificates import Certificates
+from proxy.emulator.cluster import CLIENT_ID, DATABASE, NATIVE_ROLE, Cluster, running
+from proxy.emulator.endpoints import (
+    AUTOSCALING_DOMAIN,
+    PROVISIONED_DOMAIN,
+    Dialect,
+    Endpoint,
+)
+from proxy.emulator.gateway import LOOPBACK, Gateway
+from proxy.emulator.tokens import Purpose
+from proxy.emulator.workspace import Workspace
+
+CLIENT_SECRET: Final = "not-a-real-secret"  # noqa: S105 - as it says
+PERSONAL_TOKEN: Final = "dapi-not-a-real-token"  # noqa: S105 - as it says
+NATIVE_PASSWORD: Final = "not-a-real-password"  # noqa: S105 - as it says
+SHARDS: Final = ("one", "two")
+SHARDS_MAX: Final = 16  # each is a Postgres server
+# The gateway does not listen on this loopback address: a second answer of a resolver, dead.
+DEAD_ADDRESS: Final = "127.0.0.2"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard: its cluster, and the two ways to it."""
+
+    name: str
+    cluster: Cluster
+    endpoint: Endpoint
+    instance: Endpoint
+
+
+class Lakebase:
+    """The stand-in; use it with `async with`. Everything in it is gone afterwards."""
+
+    client_id = CLIENT_ID
+    client_secret = CLIENT_SECRET
+    personal_token = PERSONAL_TOKEN
+    native_role = NATIVE_ROLE
+    native_password = NATIVE_PASSWORD
+    database = DATABASE
+    dead_address = DEAD_ADDRESS
+
+    def __init__(
+        self,
+        shards: Sequence[str] = SHARDS,
+        *,
+        clusters: Mapping[str, Cluster] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clusters` by shard name are running already and are left running; the others are
+        started. `clock` returns seconds since the epoch and decides when tokens expire."""
+        if not 0 < len(shards) <= SHARDS_MAX:
+            raise ValueError(f"1 to {SHARDS_MAX} shards, not {len(shards)}")
+        running = clusters or {}
+        self._own_clusters = [Cluster(name) for name in shards if name not in running]
+        by_name = {**running, **{cluster.shard: cluster for cluster in self._own_clusters}}
+        self.shards = tuple(_shard(name, by_name[name]) for name in shards)
+        self._clock = clock
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(running(self._own_clusters))
+            # A cluster's directory is removed even if this process is killed.
+            directory = self.shards[0].cluster.directory
+            self.ca_file = directory / f"ca-{secrets.token_hex(4)}.pem"
+            stack.callback(self.ca_file.unlink, missing_ok=True)
+            names = (f"*.{AUTOSCALING_DOMAIN}", f"*.{PROVISIONED_DOMAIN}")
+            certificates = Certificates(names, self.ca_file)
+            endpoints = [face for shard in self.shards for face in (shard.endpoint, shard.instance)]
+            clients = {self.client_id: self.client_secret}
+            self.workspace = await stack.enter_async_context(
+                Workspace(endpoints, clients, clock=self._clock)
+            )
+            self.workspace.api.personal_tokens[self.personal_token] = self.client_id
+            self.gateway = await stack.enter_async_context(
+                Gateway(endpoints, certificates, self.workspace.api.issuer)
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    def __getitem__(self, name: str) -> Shard:
+        """Return the shard of this name."""
+        return next(shard for shard in self.shards if shard.name == name)
+
+    def token(self, identity: str = CLIENT_ID, lifetime_seconds: float = 3600) -> str:
+        """Return a database token for a direct login; it is not counted as a mint."""
+        return self.workspace.api.issuer.issue(identity, Purpose.DATABASE, lifetime_seconds)
+
+    def direct(self, endpoint: Endpoint) -> dict[str, str]:
+        """Return libpq parameters that log in to an endpoint directly, with a new token."""
+        return {
+            "host": endpoint.host,
+            "hostaddr": self.host_address,
+            "port": str(self.port),
+            "dbname": self.database,
+            "user": self.client_id,
+            "password": self.token(),
+            "sslmode": "verify-full",
+            "sslrootcert": str(self.ca_file),
+            "gssencmode": "disable",
+        }
+
+    @property
+    def workspace_url(self) -> str:
+        """What goes into DATABRICKS_HOST."""
+        return self.workspace.url
+
+    @property
+    def host_address(self) -> str:
+        """Where every host name leads; no resolver knows them."""
+        return LOOPBACK
+
+    @property
+    def port(self) -> int:
+        """The gateway's port, for all endpoints."""
+        return self.gateway.port
+
+
+def _shard(name: str, cluster: Cluster) -> Shard:
+    """Return the two faces of a shard; their identifiers follow from its name alone."""
+    letters = hashlib.sha256(name.encode()).hexdigest()[:8]
+    project = f"demo-{name}"
+    endpoint = Endpoint(
+        f"projects/{project}/branches/production/endpoints/primary",
+        f"ep-{project}-{letters}",
+        Dialect.AUTOSCALING,
+        cluster,
+    )
+    uid = uuid.uuid5(uuid.NAMESPACE_DNS, project)
+    instance = Endpoint(project, str(uid), Dialect.PROVISIONED, cluster)
+    for face in (endpoint, instance):
+        face.native_passwords[NATIVE_ROLE] = NATIVE_PASSWORD
+    return Shard(name, cluster, endpoint, instance)

@@ -1,0 +1,183 @@
+"""The workspace API over HTTP, for an unmodified databricks-sdk.
+
+`api` gives the honest replies; this file listens, counts, and puts the faults that a test asks
+for in their place. It listens on an ephemeral port of 127.0.0.1 in plain HTTP, and touches no
+signal and no logging configuration.
+"""
+
+import asyncio
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from email.utils import formatdate
+from types import TracebackType
+from typing import Final, Self
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from proxy.emulator.api import TTL_SECONDS_MAX, Api, Asked, Call, Mint
+from proxy.emulator.endpoints import Endpoint
+from proxy.emulator.faults import NOT_FOUND, FaultList, Hang, Reply
+from proxy.emulator.tokens import Purpose
+
+LOOPBACK: Final = "127.0.0.1"
+# No honest answer takes longer; requests that hang are let go first.
+_STOP_SECONDS_MAX: Final = 1.0
+
+
+class Workspace:
+    """One workspace and its HTTP server; use it with `async with`."""
+
+    def __init__(
+        self,
+        endpoints: Iterable[Endpoint],
+        clients: Mapping[str, str],
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clients` has secrets by client id; `clock` returns seconds since the epoch."""
+        self.api = Api(endpoints, clients, clock)
+        self.calls: Counter[Call] = Counter()
+        self._clock = clock
+        self._faults: FaultList[Call, Reply | Hang] = FaultList()
+        self._released = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._port = 0
+        self._server: uvicorn.Server | None = None
+        self._port_holder: socket.socket | None = None
+
+    @property
+    def url(self) -> str:
+        """What goes into DATABRICKS_HOST."""
+        return f"http://{LOOPBACK}:{self._port}"
+
+    @property
+    def mints(self) -> list[Mint]:
+        """The database credentials handed out, in order."""
+        return self.api.mints
+
+    def fail(self, call: Call, fault: Reply | Hang, times: int | None = None) -> None:
+        """Answer `call` with `fault`, `times` times or until `heal`."""
+        self._faults.add(call, fault, times)
+
+    def heal(self) -> None:
+        """Forget all faults; requests that hang go on and are answered honestly."""
+        self._faults.clear()
+        self._release()
+
+    async def called(self, call: Call, times: int = 1) -> None:
+        """Wait until `call` was made that often, hanging and failed calls included.
+
+        It has no bound of its own: give it one with `asyncio.timeout`.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.calls[call] >= times)
+
+    async def refuse_connections(self) -> None:
+        """Close the port: connects are refused, open connections are cut; the number is kept."""
+        await self._stop_listening()
+        self._port_holder = _bound_socket(self._port)
+
+    async def accept_connections(self) -> None:
+        """Open the port again after `refuse_connections`."""
+        if self._port_holder is not None:
+            holder, self._port_holder = self._port_holder, None
+            await self._listen(holder)
+
+    def federation_token(self, client_id: str) -> str:
+        """Return what an outside issuer would say for file-oidc and env-oidc."""
+        return self.api.issuer.issue(client_id, Purpose.FEDERATION, TTL_SECONDS_MAX)
+
+    async def __aenter__(self) -> Self:
+        listener = _bound_socket(0)
+        self._port = listener.getsockname()[1]
+        await self._listen(listener)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stop_listening()
+        if self._port_holder is not None:
+            self._port_holder.close()
+
+    async def _answer(self, request: Request) -> Response:
+        asked = await self._asked(request)
+        if asked is None:
+            return self._response(NOT_FOUND)
+        async with self._changed:
+            self.calls[asked.call] += 1
+            self._changed.notify_all()
+        fault = self._faults.take(asked.call)
+        if isinstance(fault, Reply):
+            return self._response(fault)
+        if fault is not None:
+            await self._released.wait()
+        return self._response(self.api.answer(asked))
+
+    def _response(self, reply: Reply) -> Response:
+        date = formatdate(self._clock(), usegmt=True)
+        headers = {"Date": date, **reply.headers}
+        return Response(reply.body, reply.status, headers, reply.content_type)
+
+    async def _asked(self, request: Request) -> Asked | None:
+        line = f"{request.method} {request.url.path}"
+        for call in Call:
+            match = call.value.fullmatch(line)
+            if match is not None:
+                name = "".join(filter(None, match.groups()))
+                query, headers = request.query_params, request.headers
+                body = await request.body()
+                return Asked(call, name, dict(query), dict(headers), body, self.url)
+        return None
+
+    def _release(self) -> None:
+        self._released.set()
+        self._released = asyncio.Event()
+
+    async def _listen(self, listener: socket.socket) -> None:
+        routes = [Route("/{path:path}", self._answer, methods=["GET", "POST"])]
+        config = uvicorn.Config(
+            Starlette(routes=routes),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            date_header=False,  # the time is the clock's, not the machine's
+        )
+        config.load()
+        self._server = uvicorn.Server(config)
+        self._server.lifespan = config.lifespan_class(config)
+        # `startup` alone, not `serve`: that would take over the process' signals.
+        await self._server.startup(sockets=[listener])
+
+    async def _stop_listening(self) -> None:
+        """Cut everything at once; uvicorn's own shutdown waits for requests that hang."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        for listener in server.servers:
+            listener.close()
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
+        # Requests that hang go on, and find that nobody is there any more.
+        self._release()
+        if server.server_state.tasks:
+            await asyncio.wait(server.server_state.tasks, timeout=_STOP_SECONDS_MAX)
+
+
+def _bound_socket(port: int) -> socket.socket:
+    """Return a socket that holds a port; until something listens on it, connects are refused."""
+    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((LOOPBACK, port))
+    return bound

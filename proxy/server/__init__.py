@@ -1,0 +1,4 @@
+"""One serving process: built, started, reloaded, drained.
+
+Reading order, which is also the import order: lifecycle, router_factory, snapshot, app, process.
+"""

@@ -1,0 +1,354 @@
+"""The composition root: builds every object from the settings, hands them down, serves, drains.
+
+Nothing below makes its own collaborators; nothing here decides anything. `serving` is the whole
+program for `run`, for `demo` and for tests alike.
+"""
+
+import ssl
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from proxy import __version__
+from proxy.config import Changes, ConfigurationError, ListenSettings, Problem, Settings, compare
+from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.admin import AdminAddress, AdminState, serve_admin
+from proxy.observe.aggregation import Reading, total
+from proxy.observe.logs import configure_logging, get_logger
+from proxy.observe.loop_lag import sampling_lag
+from proxy.observe.metrics import ConnectPhase, Metrics
+from proxy.observe.status import State, Status, StatusSource, Token, report
+from proxy.routing.router import Router
+from proxy.server.lifecycle import Life
+from proxy.server.snapshot import Plan
+from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
+from proxy.session.drain import LiveSessions
+from proxy.session.end_reason import EndReason
+from proxy.session.listener import (
+    UNSERVED,
+    UNSERVED_MAX,
+    Listener,
+    Places,
+    PlaceSource,
+    socket_name,
+)
+from proxy.session.session import Passage, Session, SessionParts, StartupFailure
+from proxy.transport.lanes import watched_lanes
+from proxy.transport.tls import server_context
+from proxy.upstream.connector import Connector
+from proxy.upstream.upstreams import Accounts, AccountSource, PhaseTook
+from proxy.wire.startup import StartupMessage
+from proxy.wire.violations import ClientReason
+
+if TYPE_CHECKING:
+    from proxy.native.lanes import Lanes
+
+_log = get_logger(__name__)
+
+
+class Entrance(Protocol):
+    """Where clients come in."""
+
+    def accepting(self) -> AbstractAsyncContextManager[tuple[str, int]]:
+        """Accept while the block runs, and give the address; then end what is left."""
+
+    async def drain(self, seconds: float, *, accept_seconds: float = 0) -> int:
+        """Go on accepting for a while, then end all sessions; return how many were cut."""
+
+
+class Others(Protocol):
+    """The other processes of a proxy, where there are any."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is one that serves."""
+
+    @property
+    def places_taken(self) -> int:
+        """How many places their sessions take."""
+
+    def reading(self) -> Reading:
+        """Return what they had counted when they were asked last."""
+
+    async def refresh(self) -> None:
+        """Ask them what they have counted."""
+
+    async def take_over(self) -> bool:
+        """Have them serve new sessions by the App's settings; tell whether all do."""
+
+
+class App:
+    """A running proxy: its parts, and the addresses where 0 was asked for a port.
+
+    Without TCP `listen_host` is the directory of the unix socket, as drivers take it for a host.
+
+    A proxy of several processes has an App in each: the first accepts and has the `others`; in
+    those `accounts`, `places` and `cancel_elsewhere` lead to it.
+    """
+
+    listen_host: str
+    listen_port: int
+    admin: AdminAddress | None = None
+    others: Others | None = None
+    lanes: "Lanes | None" = None
+    """The compiled relay's, while the loop carries them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        unserved_max: int = UNSERVED_MAX,
+        accounts: AccountSource | None = None,
+        places: PlaceSource | None = None,
+        cancel_elsewhere: Elsewhere | None = None,
+    ) -> None:
+        """`unserved_max` connections may be starting at a time.
+
+        Raises ConfigurationError for a file that a setting names and that cannot be used."""
+        self.life = Life()
+        self.metrics = build_metrics(settings.target_names())
+        self.cancel_keys = CancelKeys()
+        self.accounts = accounts or Accounts(self.metrics, version=__version__)
+        self.plan = Plan(settings, self.accounts, self._phase_took)
+        self._count_by(self.plan)
+        self._tls = _listener_tls(settings.listen)
+        self.places = places or Places(settings.listen.max_connections)
+        # A cancel is no connect: its phases are nobody's.
+        connector = Connector(lambda phase, seconds: None)
+        self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
+        self.listener = self._make_listener(settings, unserved_max)
+        self.entrance: Entrance = self.listener
+
+    @property
+    def settings(self) -> Settings:
+        """What is in force now. What needs a restart is as it was at the start."""
+        return self.plan.settings
+
+    def reload(self, settings: Settings, router: Router | None = None) -> Changes:
+        """Take over what can change while sessions go on; return what changed.
+
+        `router` is that of the settings, if it was made already (`Plan`).
+        New sessions go by the new settings, all of them or, when they cannot be used, none.
+        Raises ConfigurationError, and nothing has changed then.
+        """
+        changes = compare(self.settings, settings)
+        kept = self._without_restart(settings)
+        plan = Plan(kept, self.accounts, self._phase_took, self.plan, router)
+        tls = _listener_tls(kept.listen)
+        self._count_by(plan)
+        if kept.log != self.settings.log:
+            configure_logging(format=kept.log.format, level=kept.log.level)
+        changes = changes.and_contents(self.plan.rewritten(plan))
+        self.plan, self._tls = plan, tls
+        return changes
+
+    def _without_restart(self, settings: Settings) -> Settings:
+        """Return the settings with what was made once at the start as it was then."""
+        certificate = {
+            "tls_certificate": settings.listen.tls_certificate,
+            "tls_key": settings.listen.tls_key,
+        }
+        return settings.model_copy(
+            update={
+                "listen": self.settings.listen.model_copy(update=certificate),
+                "admin": self.settings.admin,
+                "log": settings.log.model_copy(update={"format": self.settings.log.format}),
+            }
+        )
+
+    async def drain(self, drain_seconds: float, *, accept_seconds: float = 0) -> int:
+        """Say no to readiness, then end all sessions; return how many had to be cut.
+
+        New connections are taken for `accept_seconds` more; the sessions have `drain_seconds` from
+        then on. Called again meanwhile it hastens: `drain(0)` ends what is left at once.
+        """
+        self.life.drain(accept_seconds + drain_seconds)
+        return await self.entrance.drain(drain_seconds, accept_seconds=accept_seconds)
+
+    def _make_listener(self, settings: Settings, unserved_max: int) -> Listener:
+        live = LiveSessions()
+        parts = SessionParts(
+            route=self._passage,
+            cancel_keys=self.cancel_keys,
+            cancels=self.cancels,
+            metrics=self.metrics,
+            startup_timeout_seconds=settings.listen.startup_timeout_seconds,
+            tls=lambda: self._tls,
+            place=self.places.take,
+            live=live,
+            idle_timeout_seconds=settings.listen.idle_timeout_seconds,
+            lanes=lambda: self.lanes,
+        )
+        return Listener(
+            settings.listen,
+            self.places,
+            self.metrics,
+            lambda link: Session(link, parts).run(),
+            live,
+            unserved_max=unserved_max,
+        )
+
+    def reading(self) -> Reading:
+        """Return what this process has counted."""
+        metrics = self.metrics
+        return Reading(
+            metrics.samples(), metrics.live.readings(), metrics.failures.latest(), self.plan.hosts()
+        )
+
+    def _passage(self, message: StartupMessage) -> Passage:
+        plan = self.plan  # whichever it is then: a reload exchanges it
+        shard_map = plan.settings.routing.shard_map
+        try:
+            passage = plan.passage(message)
+        except ProxyError as error:
+            if shard_map:
+                missed = error.kind is ErrorKind.MAPPING_NOT_FOUND
+                self.metrics.route_refused(shard_map, missed=missed)
+            raise
+        if passage.shard:
+            self.metrics.routed(shard_map, passage.shard)
+        return passage
+
+    def _count_by(self, plan: Plan) -> None:
+        shard_map = plan.router.shard_map
+        mappings = 0 if shard_map is None else len(shard_map)
+        names = plan.settings.target_names()
+        self.metrics.know(names, plan.settings.routing.shard_map, mappings)
+        self.metrics.build_is(plan.acceleration)
+
+    def _phase_took(self, target: str, phase: ConnectPhase, seconds: float) -> None:
+        self.metrics.connect_phase_took(phase, seconds, target)
+
+
+@asynccontextmanager
+async def serving(settings: Settings, *, unserved_max: int = UNSERVED_MAX) -> AsyncIterator[App]:
+    """Serve while the block runs; `unserved_max` connections may be starting at a time.
+
+    Raises OSError when an address cannot be listened on, and ConfigurationError for a file that
+    a setting names and that cannot be used.
+    """
+    async with running(App(settings, unserved_max=unserved_max)) as app:
+        yield app
+
+
+@asynccontextmanager
+async def running(app: App) -> AsyncIterator[App]:
+    """Serve with the parts of `app` while the block runs. Raises OSError as `serving` does."""
+    settings = app.settings
+    async with AsyncExitStack() as stack:
+        app.lanes = stack.enter_context(watched_lanes())
+        stack.push_async_callback(app.accounts.close)
+        stack.enter_context(sampling_lag(app.metrics.loop_lagged))
+        if settings.admin.enabled:
+            app.admin = await stack.enter_async_context(
+                serve_admin(_admin_state(app), host=settings.admin.host, port=settings.admin.port)
+            )
+        host, port = await stack.enter_async_context(app.entrance.accepting())
+        app.listen_host, app.listen_port = host, port
+        app.life.serve()
+        admin_port = None if app.admin is None else app.admin.port
+        _log.info(
+            "serving",
+            host=host,
+            port=port,
+            admin_port=admin_port,
+            version=__version__,
+            acceleration=app.plan.acceleration,
+            **app.plan.map_facts,
+        )
+        yield app
+
+
+@asynccontextmanager
+async def planned(settings: Settings, phase_took: PhaseTook) -> AsyncIterator[Plan]:
+    """Give what sessions would be served by while the block runs, without a listener.
+
+    Raises ConfigurationError for a file that a setting names and that cannot be used.
+    """
+    accounts = Accounts(build_metrics(settings.target_names()), version=__version__)
+    try:
+        yield Plan(settings, accounts, phase_took)
+    finally:
+        await accounts.close()
+
+
+def _admin_state(app: App) -> AdminState:
+    source, metrics, life, others = _status_source(app), app.metrics, app.life, app.others
+    metrics.watch(source)
+
+    def status() -> Status:
+        own = (metrics.live.readings(), metrics.failures.latest())
+        both = total([Reading((), *own), _others_reading(app)]) if others else Reading((), *own)
+        return report(source, both.targets, both.failures, time.time())
+
+    return AdminState(
+        started=lambda: life.started,
+        ready=lambda: life.state is State.SERVING and (others is None or others.ready),
+        metrics=lambda: metrics.exposition(_others_reading(app).samples),
+        status=status,
+        failed=metrics.admin_failed,
+        restarted=metrics.admin_restarted,
+        quit=life.quit_asked.set if app.settings.admin.quit else None,
+        refresh=None if others is None else others.refresh,
+    )
+
+
+def _others_reading(app: App) -> Reading:
+    return Reading() if app.others is None else app.others.reading()
+
+
+def _status_source(app: App) -> StatusSource:
+    def listen() -> str:
+        if not app.life.started:
+            return ""
+        host, port = app.listen_host, app.listen_port
+        if host.startswith("/"):
+            return f"{host}/{socket_name(port)}"
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def hosts() -> Mapping[str, str]:
+        known = _others_reading(app).hosts
+        return {name: host or known.get(name, "") for name, host in app.plan.hosts().items()}
+
+    def tokens() -> Sequence[Token]:
+        return app.plan.tokens()
+
+    def warnings() -> Sequence[str]:
+        return app.settings.warnings()
+
+    return StatusSource(
+        version=__version__,
+        acceleration=lambda: app.plan.acceleration,
+        state=lambda: app.life.state,
+        uptime_seconds=lambda: app.life.uptime_seconds,
+        listen=listen,
+        sessions_max=lambda: app.settings.listen.max_connections,
+        places_taken=lambda: app.places.taken if app.others is None else app.others.places_taken,
+        hosts=hosts,
+        tokens=tokens,
+        drain_seconds_left=lambda: app.life.drain_seconds_left,
+        warnings=warnings,
+    )
+
+
+def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
+    """Return the context for clients that want TLS, if there is a certificate for it."""
+    if not settings.tls_certificate:
+        return None
+    try:
+        return server_context(settings.tls_certificate, settings.tls_key)
+    except OSError as error:
+        text = f"cannot be used with its key: {error.strerror or error}"
+        raise ConfigurationError([Problem("listen.tls_certificate", text)]) from error
+
+
+def build_metrics(targets: Iterable[str] = ()) -> Metrics:
+    """Return the metrics with every reason word that the program has, and these targets."""
+    refusals = [kind.value.reason for kind in ErrorKind]
+    return Metrics(
+        version=__version__,
+        session_end_reasons=list(EndReason),
+        startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure, UNSERVED],
+        target_names=targets,
+    )

@@ -1,0 +1,97 @@
+"""What the present configuration makes of a session: its target, and the way there.
+
+For: one object that a reload exchanges as a whole, so that a session sees either the old
+configuration or the new one. Not for: deciding; the router does, and the fleet dials.
+
+Invariant: a plan never changes. A session keeps the passage that it was given.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+from proxy.blocking import Threads
+from proxy.config import Files, Settings
+from proxy.native import Acceleration, acceleration
+from proxy.observe.status import Token
+from proxy.routing.router import Router
+from proxy.server.router_factory import rewritten_file, router_of
+from proxy.session.session import Passage
+from proxy.upstream.upstreams import AccountSource, Fleet, PhaseTook
+from proxy.wire.startup import StartupMessage
+from proxy.workspace import sdk_import
+
+# Importing databricks-sdk takes some tenths of a second, on a small part of a core some seconds.
+LOAD_SECONDS_MAX: Final = 60.0
+
+
+class Plan:
+    """Settings, and what is made from them for sessions."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        accounts: AccountSource,
+        phase_took: PhaseTook,
+        before: "Plan | None" = None,
+        router: Router | None = None,
+    ) -> None:
+        """`before` is the plan that this one replaces.
+
+        `router` is that of these settings, where it was made already: that of a large map takes
+        seconds, and belongs in a thread.
+
+        Raises ConfigurationError for files that settings name and that cannot be used.
+        """
+        self.settings = settings
+        self.files = Files.of(settings)  # before they are read: what is written meanwhile shows
+        self.router = router or router_of(settings)
+        self.fleet: Fleet = Fleet(settings, accounts, phase_took, before.fleet if before else None)
+
+    def passage(self, message: StartupMessage) -> Passage:
+        """Return where a client goes. Raises ProxyError for one that has no way."""
+        route = self.router.route(message)
+        return Passage(route, self.fleet[route.target])
+
+    def rewritten(self, later: "Plan") -> Iterator[str]:
+        """Yield the keys that name the same file in a later plan, which holds something else."""
+        yield from self.files.rewritten(later.files)
+        if self.settings.routing.shard_map == later.settings.routing.shard_map:
+            file = rewritten_file(later.settings, self.router.shard_map, later.router.shard_map)
+            if file is not None:
+                yield file
+
+    @property
+    def map_facts(self) -> Mapping[str, object]:
+        """What a log line says of the shard map in use, so that two of them can be told apart."""
+        shard_map = self.router.shard_map
+        if shard_map is None:
+            return {}
+        name = self.settings.routing.shard_map
+        return {"shard_map": name, "mappings": len(shard_map), "map_digest": shard_map.digest}
+
+    @property
+    def acceleration(self) -> Acceleration:
+        """What sessions get of the compiled relay."""
+        return acceleration(way.settings.accelerated for way in self.fleet.values())
+
+    async def load_sdk(self) -> None:
+        """Import databricks-sdk, off the loop, if anything is to be asked of a workspace.
+
+        Raises ImportError when it cannot be used, and TimeoutError.
+        """
+        if any(way.resource is not None for way in self.fleet.values()):
+            await Threads("databricks-sdk").run(sdk_import.load, LOAD_SECONDS_MAX)
+
+    def hosts(self) -> Mapping[str, str]:
+        """Return each target's host, empty while it is not known."""
+        return {name: way.targets.host for name, way in self.fleet.items()}
+
+    def tokens(self) -> Sequence[Token]:
+        """Return the times of each account's newest token."""
+        now = time.time()
+        return [
+            Token(account.name, now - newest.requested_at, newest.expires_at - now)
+            for account in self.fleet.accounts
+            if (newest := account.credentials.newest) is not None
+        ]

@@ -1,0 +1,46 @@
+"""What the verbs that connect have in common: their settings, and an event loop.
+
+For: `run`, `check`, `demo`. Not for: verbs that only ask or print, which shall not pay for it.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Final
+
+import uvloop
+
+from proxy.config import Settings, effective_toml, load, load_settings
+from proxy.exit_codes import EXIT_OK
+from proxy.observe.logs import configure_logging
+from proxy.server.process import explain, raise_file_limit
+from proxy.server.router_factory import map_problems
+from proxy.verbs.stderr import fail
+
+PRINT_CONFIG: Final = "--print-config"
+
+Program = Callable[[Settings], Coroutine[None, None, int]]
+
+
+def print_config(arguments: Sequence[str]) -> int:
+    """Print the values in force. It shows what there is, so it asks for nothing that is missing."""
+    flags = [argument for argument in arguments if argument != PRINT_CONFIG]
+    print(effective_toml(load(flags, os.environ, inspect=[map_problems])), end="")
+    return EXIT_OK
+
+
+def settings_of(arguments: Sequence[str]) -> Settings:
+    """Return settings that sessions can be served with. Raises ConfigurationError."""
+    return load_settings(arguments, os.environ, upstream_required=True, inspect=[map_problems])
+
+
+def until_done(settings: Settings, program: Program) -> int:
+    """Run a program on an event loop; say what keeps it from starting."""
+    configure_logging(format=settings.log.format, level=settings.log.level)
+    raise_file_limit()
+    try:
+        return uvloop.run(program(settings))
+    except asyncio.CancelledError:
+        return EXIT_OK  # told to stop before it served
+    except OSError as error:
+        return fail(explain(error))

@@ -1,0 +1,148 @@
+"""Tokens and hosts as a worker gets them: it asks the supervisor.
+
+For: the workspaces and accounts of a worker's ways, in place of `upstream`'s own. Not for: the
+answers (`desk`), when to mint, or what a failure means (`upstream`).
+
+Invariants: a token of one workspace cannot meet a host of another: whoever asks names the
+configuration that it dials by, and is answered from that one or refused. A worker keeps no token
+longer than it takes to dial.
+"""
+
+import math
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Final
+from weakref import WeakSet
+
+from proxy.config import CredentialsSettings, Settings
+from proxy.errors import ErrorKind, ProxyError
+from proxy.upstream.address_lookup import Targets
+from proxy.upstream.upstreams import Account, Profile, profile_of
+from proxy.wire.secret import Secret
+from proxy.workers.rpc import Channel, ChannelLost
+from proxy.workspace.client import Credential, Identity
+from proxy.workspace.freshness import Freshness
+from proxy.workspace.resources import Instance, Resource, ResourceStatus
+from proxy.workspace.token_source import REJECTION_SECONDS_MIN, may_be_shown
+
+# A session that began to dial before a reload goes on by what it began with. More reloads than
+# this within upstream.connect_timeout_seconds are somebody's loop.
+CONFIGURATIONS_MAX: Final = 4
+
+Ask = Callable[..., Awaitable[Any]]
+
+
+class RemoteAccounts:
+    """The accounts of the supervisor, by the configurations that it has numbered."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        # In which configuration each was last: a way that a reload leaves as it is asks by the
+        # newest, one that was replaced by the last that it was in.
+        self._numbers: dict[Profile, int] = {}
+        self._targets: WeakSet[Targets] = WeakSet()
+
+    def take_over(self, number: int, settings: Settings) -> None:
+        """Ask by these settings, the supervisor's configuration of this number, from now on."""
+        for name in settings.target_names():
+            self._numbers[profile_of(settings, settings.target(name))] = number
+        oldest = number - CONFIGURATIONS_MAX + 1
+        self._numbers = {known: last for known, last in self._numbers.items() if last >= oldest}
+
+    async def close(self) -> None:
+        """End what is being asked for."""
+        for targets in list(self._targets):
+            await targets.close()
+
+    def workspace(self, profile: Profile) -> "RemoteWorkspace":
+        """Return the workspace of a profile."""
+        return RemoteWorkspace(partial(self._ask, profile))
+
+    def account(self, profile: Profile, resources: list[Resource]) -> Account:
+        """Return the account whose tokens are minted for one of these, whichever will do."""
+        instance = resources[0].name if isinstance(resources[0], Instance) else ""
+        credentials = RemoteCredentials(
+            partial(self._ask, profile, "fresh", instance=instance),
+            partial(self._tell, profile, "reject", instance=instance),
+            profile.credentials,
+        )
+        return Account(profile.shown(instance), credentials, None)
+
+    def close_at_end(self, targets: Targets) -> None:
+        """Have `close` end these look-ups, too, if somebody still needs them then."""
+        self._targets.add(targets)
+
+    async def _ask(self, profile: Profile, name: str, **arguments: object) -> Any:
+        try:
+            return await self._channel.call(name, **self._whose(profile), **arguments)
+        except ChannelLost:
+            raise ProxyError(ErrorKind.SHUTTING_DOWN) from None
+
+    def _tell(self, profile: Profile, name: str, **arguments: object) -> None:
+        self._channel.tell(name, **self._whose(profile), **arguments)
+
+    def _whose(self, profile: Profile) -> dict[str, object]:
+        # One that is known no more is answered as one of long ago: with a refusal.
+        return {"configuration": self._numbers.get(profile, 0), "workspace": profile.name}
+
+
+class RemoteCredentials:
+    """The tokens of an account of the supervisor."""
+
+    newest = None  # whoever mints shows its age
+
+    def __init__(
+        self, ask: Ask, reject: Callable[..., None], settings: CredentialsSettings
+    ) -> None:
+        self._ask = ask
+        self._reject = reject
+        self._freshness = Freshness(settings.token_max_age_seconds, settings.expiry_margin_seconds)
+        self._latest_at = self._rejected_at = -math.inf
+
+    async def fresh(self) -> Credential:
+        """Return a credential to log in with now. Raises ProxyError."""
+        content = await self._ask()
+        secret = Secret(content["secret"].encode())
+        self._latest_at = max(self._latest_at, content["requested_at"])
+        return Credential(secret, content["requested_at"], content["expires_at"])
+
+    def is_fresh(self, credential: Credential) -> bool:
+        """Whether a credential that was got some time ago may still be shown."""
+        return may_be_shown(credential, time.time(), self._freshness)
+
+    def reject(self, credential: Credential) -> bool:
+        """Tell that an upstream refused a credential: whether the next one will be another.
+
+        The supervisor's answer is not waited for. Its rule is kept here as well, for this worker:
+        one that replaced another a moment ago is not the fault.
+        """
+        if credential.requested_at < self._latest_at:
+            return True
+        now = time.time()
+        if 0 <= now - self._rejected_at < REJECTION_SECONDS_MIN:
+            return False
+        self._rejected_at = now
+        self._reject(requested_at=credential.requested_at)
+        return True
+
+
+class RemoteWorkspace:
+    """A workspace, asked by the supervisor."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+
+    async def status(self, resource: Resource) -> ResourceStatus:
+        """Return state and host of a resource. Raises ProxyError."""
+        read_only = resource.read_only
+        content = await self._ask("status", resource=resource.name, read_only=read_only)
+        return ResourceStatus(*content)
+
+    async def identity(self) -> Identity:
+        """Return who we are there. Raises ProxyError."""
+        return Identity(*await self._ask("identity"))
+
+    async def clock_ahead_seconds(self) -> float | None:
+        """Say that it is not known: `check` asks for it, which has no workers."""
+        return None

@@ -1,0 +1,217 @@
+"""The Databricks workspace, through databricks-sdk: who we are, where an endpoint is, credentials.
+
+The SDK's calls block and its exceptions are many: they run in threads under `mint_timeout_seconds`,
+and come out as ProxyError. Its replies may lack any field and hold anything: what is passed on has
+been looked at. What a caller does not set is left to the SDK's own discovery (environment, profile,
+projected tokens), unless it is a named workspace.
+
+For: the calls, and one client for them. Not for: how that is made (`sdk`), the time limits of its
+requests (`exchange`), what its failures mean (`sdk_errors`).
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import SecretStr
+
+from proxy.blocking import Threads
+from proxy.config import CredentialsSettings, WorkspaceSettings
+from proxy.errors import ErrorKind, ProxyError
+from proxy.wire.secret import Secret
+from proxy.workspace.resources import Minted, Resource, ResourceStatus
+from proxy.workspace.sdk_client import connect
+from proxy.workspace.sdk_errors import translate
+from proxy.workspace.sdk_http import exchange
+from proxy.workspace.sdk_import import WorkspaceClient
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """What is shown as the password. Both times are seconds since the epoch, on the wall clock."""
+
+    secret: Secret
+    requested_at: float
+    expires_at: float
+    is_password: bool = False  # of a native role: answers SCRAM too, and never ages
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whom a token logs in as: the client id of a service principal, or a person's user name."""
+
+    role: str
+    host: str
+    auth_type: str
+
+
+class Workspace:
+    """One workspace and one identity in it."""
+
+    def __init__(
+        self,
+        settings: WorkspaceSettings,
+        credentials: CredentialsSettings,
+        *,
+        version: str,
+        discover: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Without `discover` only the settings, and the profile that they name, are logged in with.
+
+        `clock` returns seconds since the epoch.
+        """
+        self._settings = settings
+        self._timeout_seconds = credentials.mint_timeout_seconds
+        self._version = version
+        self._discover = discover
+        self._clock = clock
+        self._threads = Threads("databricks-sdk")
+        self._client: WorkspaceClient | None = None
+        self._era = object()  # another one since the client was dropped
+        self._file_secret: Secret | None = None
+
+    async def mint(self, resource: Resource) -> Credential:
+        """Return a new database credential. Raises ProxyError."""
+        requested_at = self._clock()
+        return _credential(await self._call(resource.mint), requested_at, self._clock())
+
+    async def status(self, resource: Resource) -> ResourceStatus:
+        """Return state and host of a resource. Raises ProxyError."""
+        return await self._call(resource.status)
+
+    async def identity(self) -> Identity:
+        """Return who we are, by a call that the workspace must accept. Raises ProxyError."""
+        return await self._call(_identity)
+
+    async def clock_ahead_seconds(self) -> float | None:
+        """Return how far this machine's clock is ahead of the workspace's, to about a second.
+
+        None if the workspace does not say. Raises ProxyError.
+        """
+        there = await self._call(_date)
+        return None if there is None else self._clock() - there
+
+    async def _call(self, call: Callable[[WorkspaceClient], T]) -> T:
+        era = self._era
+        try:
+            outcome = await self._threads.run(lambda: self._outcome(call), self._timeout_seconds)
+        except TimeoutError as error:
+            # The call may hang inside a lock of this client: leave both behind.
+            self._drop_client(era)
+            detail = f"no answer within {self._timeout_seconds:g} seconds"
+            raise ProxyError(ErrorKind.API_UNREACHABLE, detail) from error
+        if isinstance(outcome, ProxyError):
+            if outcome.kind is ErrorKind.WORKSPACE_LOGIN_FAILED:
+                self._drop_client(era)  # a refused workspace token would be cached with it
+            raise outcome
+        return outcome
+
+    def _outcome(self, call: Callable[[WorkspaceClient], T]) -> T | ProxyError:
+        """Make the call; blocks, in a thread.
+
+        A failure is a value here: what it was made from may hold a secret, and is left behind.
+        """
+        with exchange(self._timeout_seconds) as here:
+            try:
+                return self._call_here(call)
+            except ProxyError as error:
+                return error
+            except ImportError as error:
+                return ProxyError(ErrorKind.INTERNAL, f"databricks-sdk cannot be used: {error}")
+            except Exception as error:
+                return translate(error, here, self._secrets())
+
+    def _call_here(self, call: Callable[[WorkspaceClient], T]) -> T:
+        """Call with the client there is, or a new one."""
+        self._read_secret_file()
+        client, era = self._client, self._era
+        if client is not None:
+            with suppress(_unauthenticated()):  # the workspace token that it keeps may be old
+                return call(client)
+        client = connect(
+            self._settings,
+            self._file_secret,
+            version=self._version,
+            timeout_seconds=self._timeout_seconds,
+            discover=self._discover,
+        )
+        # Two threads may make one each; the later one stays, unless it is too late.
+        if era is self._era:
+            self._client = client
+        return call(client)
+
+    def _drop_client(self, era: object) -> None:
+        """Drop the client of that era; a call that is late must not cost the others theirs."""
+        if era is self._era:
+            self._client, self._era = None, object()
+
+    def _read_secret_file(self) -> None:
+        """Read `client_secret_file` again: a secret that has been rotated makes a new client."""
+        if not self._settings.client_secret_file:
+            return
+        try:
+            secret = Secret(Path(self._settings.client_secret_file).read_bytes().strip())
+            secret.reveal().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is not UTF-8"
+            detail = f"workspace.client_secret_file: {why}"
+            raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail) from None
+        if not secret:  # the SDK would look for one elsewhere
+            detail = "workspace.client_secret_file: it is empty"
+            raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail)
+        if secret != self._file_secret:
+            self._file_secret = secret
+            self._drop_client(self._era)
+
+    def _secrets(self) -> list[str]:
+        settings = (value for _name, value in self._settings)
+        given = [value.get_secret_value() for value in settings if isinstance(value, SecretStr)]
+        return given + ([self._file_secret.reveal().decode()] if self._file_secret else [])
+
+
+def _credential(minted: Minted, requested_at: float, now: float) -> Credential:
+    """Return what may be shown as a password. Raises ProxyError."""
+    token, expires_at = minted.token, minted.expires_at
+    if not token or expires_at is None:
+        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has no token or no expiry")
+    if not isinstance(token, str) or not (token.isascii() and token.isprintable()):
+        # A NUL would end the PasswordMessage, and what is no text cannot be sent at all.
+        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "its token is not printable ASCII")
+    if expires_at <= now:
+        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has expired already")
+    return Credential(Secret(token.encode()), requested_at, expires_at)
+
+
+def _identity(client: WorkspaceClient) -> Identity:
+    config = client.config
+    role: object = config.client_id or client.current_user.me().user_name
+    if not role:
+        detail = "the API names no user: set upstream.user"
+        raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail)
+    if not isinstance(role, str) or not role.isprintable():
+        raise ProxyError(ErrorKind.API_REPLY_INVALID, "the user's name is no text")
+    client.config.authenticate()  # with a client id nothing has been asked of the workspace yet
+    return Identity(role, config.host or "", config.auth_type or "")
+
+
+def _date(client: WorkspaceClient) -> float | None:
+    """Return what time it is there: the Date of a document that anybody may read."""
+    reply = client.api_client.do("GET", "/.well-known/databricks-config", response_headers=["date"])
+    text = reply.get("date") if isinstance(reply, dict) else None
+    try:
+        return parsedate_to_datetime(text).timestamp() if isinstance(text, str) else None
+    except ValueError:
+        return None
+
+
+def _unauthenticated() -> type[Exception]:
+    from databricks.sdk.errors import Unauthenticated  # noqa: PLC0415 - slow: see above
+
+    return Unauthenticated

@@ -1,0 +1,62 @@
+"""A token for all the endpoints of one workspace, minted for whichever of them will do.
+
+The credential call names one resource, and its token opens every database of that workspace which
+the identity may use. So the resources of a workspace profile share their tokens, and one that was
+deleted, or is not ours to use, must not cost the others theirs.
+
+For: choosing the resource. Not for: when to mint (`credentials`), or the call (`workspace`).
+"""
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from proxy.errors import ErrorKind, ProxyError
+from proxy.workspace.client import Credential
+from proxy.workspace.resources import Resource
+
+# Resources tried for one mint: each is a call, and a workspace that refuses three refuses all.
+TRIES_MAX: Final = 3
+
+# What is wrong with the one resource that was named; anything else would be the same for the next.
+_ITS_OWN_FAULT: Final = frozenset(
+    (ErrorKind.ENDPOINT_NOT_FOUND, ErrorKind.ENDPOINT_INVALID, ErrorKind.PERMISSION_DENIED)
+)
+
+
+class MintForAny:
+    """Mints for the resource that worked last, or else for the next one that works."""
+
+    def __init__(
+        self, mint: Callable[[Resource], Awaitable[Credential]], resources: Sequence[Resource]
+    ) -> None:
+        """`resources` are of one workspace and of one kind, in the order in which to try them."""
+        self._mint = mint
+        self._resources: deque[Resource] = deque()
+        self.offer(resources)
+
+    def offer(self, resources: Sequence[Resource]) -> None:
+        """Mint for one of these from now on; the one that worked last stays first if it is there.
+
+        A reload may bring others.
+        """
+        assert resources, "a profile without resources has nothing to mint for"
+        last = self._resources[0] if self._resources else resources[0]
+        self._resources = deque(sorted(resources, key=lambda one: one != last))
+
+    async def __call__(self) -> Credential:
+        """Return a new credential. Raises the ProxyError of the first resource that was tried."""
+        first_failure: ProxyError | None = None
+        for _ in range(min(TRIES_MAX, len(self._resources))):
+            tried = self._resources[0]
+            try:
+                return await self._mint(tried)
+            except ProxyError as error:
+                if error.kind not in _ITS_OWN_FAULT:
+                    raise
+                first_failure = first_failure or error
+                # Unless another mint, under way at the same time, has gone on already.
+                if self._resources[0] is tried:
+                    self._resources.rotate(-1)
+        assert first_failure is not None
+        raise first_failure

@@ -1,0 +1,106 @@
+"""Who may ask the admin address: no web page by way of a name, and only this machine may quit."""
+
+import pytest
+from starlette.requests import Request
+
+from proxy.observe.admin import serve_admin
+from proxy.observe.admin_access import is_from_this_machine
+from tests.support.admin_address import LOOPBACK, Shown, ask
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:9090", 200),
+        ("127.0.0.1:9090", 200),
+        ("10.1.2.3", 200),  # an address is not a name that a page could rebind
+        ("[::1]:9090", 200),
+        ("rebound.example.com", 421),
+        ("rebound.example.com:9090", 421),
+        ("localhost.example.com", 421),
+        ("127.0.0.1.example.com", 421),
+        ("[rebound]", 421),
+    ],
+)
+async def test_on_loopback_a_foreign_name_is_refused(host: str, status: int) -> None:
+    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+        for path in ("/status", "/", "/metrics", "/nowhere"):
+            answer = await ask(address.port, path, headers=f"Host: {host}\r\n")
+            assert answer.status == (status if path != "/nowhere" or status != 200 else 404)
+
+
+async def test_a_probe_without_a_host_is_served() -> None:
+    # HTTP/1.0 has none, and simple checkers send none.
+    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+        answer = await ask(address.port, "/readiness HTTP/1.0\r\nX:", headers="")
+        assert answer.status == 200
+
+
+async def test_the_name_that_is_configured_is_no_foreign_name() -> None:
+    async with serve_admin(Shown().admin_state(), host="localhost", port=0) as address:
+        headers = "Host: localhost:1\r\n"
+        answer = await ask(address.port, "/status", host=address.host, headers=headers)
+        assert answer.status == 200
+
+
+async def test_an_address_for_others_takes_any_name() -> None:
+    # There the network decides who comes, and by which name a service is called.
+    async with serve_admin(Shown().admin_state(), host="0.0.0.0", port=0) as address:
+        headers = "Host: proxy.monitoring.svc\r\n"
+        assert (await ask(address.port, "/metrics", headers=headers)).status == 200
+
+
+async def test_quit_is_asked_for_with_post_from_this_machine() -> None:
+    shown = Shown()
+    async with serve_admin(shown.admin_state(quit=True), host=LOOPBACK, port=0) as address:
+        refused = await ask(address.port, "/quitquitquit")
+        assert (refused.status, shown.quits) == (405, 0)
+        assert refused.headers["allow"] == "POST"
+        assert (await ask(address.port, "/quitquitquit", "HEAD")).status == 405
+        answer = await ask(address.port, "/quitquitquit", "POST")
+        assert (answer.status, answer.body, shown.quits) == (202, b"draining\n", 1)
+
+
+async def test_without_leave_nobody_quits() -> None:
+    shown = Shown()
+    async with serve_admin(shown.admin_state(), host=LOOPBACK, port=0) as address:
+        assert (await ask(address.port, "/quitquitquit", "POST")).status == 404
+    assert shown.quits == 0
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Origin: https://attacker.example",  # a page's form or fetch: it needs no answer to do harm
+        "Origin: null",
+        "X-Forwarded-For: 127.0.0.1",  # a proxy on this machine stands in between
+        "Forwarded: for=127.0.0.1",
+    ],
+)
+async def test_quit_is_refused_to_pages_and_through_proxies(header: str) -> None:
+    shown = Shown()
+    async with serve_admin(shown.admin_state(quit=True), host=LOOPBACK, port=0) as address:
+        headers = f"Host: localhost\r\n{header}\r\n"
+        answer = await ask(address.port, "/quitquitquit", "POST", headers=headers)
+    assert (answer.status, shown.quits) == (403, 0)
+
+
+@pytest.mark.parametrize(
+    ("peer", "may"),
+    [
+        (("127.0.0.1", 1), True),
+        (("127.0.0.6", 1), False),  # Istio hands on from there what others ask
+        (("::ffff:127.0.0.6", 1), False),
+        (("::1", 1), True),
+        (("::ffff:127.0.0.1", 1), True),
+        (("10.0.0.7", 1), False),
+        (("::ffff:10.0.0.7", 1), False),
+        (("fe80::1", 1), False),
+        (("localhost", 1), False),  # a name, whoever wrote it there
+        (None, False),
+    ],
+)
+def test_only_loopbacks_own_address_may_quit(peer: tuple[str, int] | None, may: bool) -> None:
+    request = Request({"type": "http", "headers": [], "client": peer})
+    assert is_from_this_machine(request) is may

@@ -1,0 +1,105 @@
+"""Adding up what several processes have counted, and what stays of one that has died."""
+
+import json
+from collections.abc import Mapping
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from proxy.observe.aggregation import Reading, total
+from proxy.observe.metrics import CancelResult, ConnectPhase, Metrics
+from proxy.observe.recent_errors import FAILURES_MAX, Failure
+from proxy.observe.target_stats import Carried
+
+
+def a_process() -> Metrics:
+    return Metrics(
+        version="1",
+        session_end_reasons=["client_closed"],
+        startup_failure_reasons=["probe"],
+        target_names=["eu"],
+        clock=lambda: 5.0,
+    )
+
+
+def reading(metrics: Metrics, **hosts: str) -> Reading:
+    """Return a reading as another process gets it."""
+    own = Reading(metrics.samples(), metrics.live.readings(), metrics.failures.latest(), hosts)
+    return Reading.from_dict(json.loads(json.dumps(own.as_dict())))
+
+
+def shown(exposition: bytes) -> Mapping[tuple[str, ...], float]:
+    """Return the values by name and words, these in the order of their labels' names."""
+    found: dict[tuple[str, ...], float] = {}
+    for family in text_string_to_metric_families(exposition.decode()):
+        for sample in family.samples:
+            key = (
+                sample.name.removeprefix("lakebase_proxy_"),
+                *(sample.labels[name] for name in sorted(sample.labels)),
+            )
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+def test_counters_gauges_and_histograms_are_added_and_the_program_is_one() -> None:
+    first, *others = (a_process() for _ in range(3))
+    for metrics in (first, *others):
+        metrics.know(["eu"], "tenants", 7)
+        metrics.routed("tenants", "eu")
+        metrics.cancel_requested(CancelResult.FORWARDED)
+        metrics.connect_phase_took(ConnectPhase.TLS, 0.03, "eu")
+    with others[0].connection(), others[0].session("eu", lambda: Carried(10, 20)):
+        values = shown(first.exposition(total(list(map(reading, others))).samples))
+    assert values["cancel_requests_total", "forwarded"] == 3
+    assert values["upstream_connect_seconds_count", "tls"] == 3
+    assert values["upstream_connect_seconds_bucket", "0.025", "tls"] == 0
+    assert values["upstream_connect_seconds_bucket", "0.05", "tls"] == 3
+    assert values["connections",] == values["sessions_active", "eu"] == 1
+    assert values["relayed_bytes_total", "to_client", "eu"] == 20
+    assert values["build_info", "", "1"] == 1
+    assert values["shard_map_mappings", "tenants"] == 7, "each has the same map"
+    assert values["route_total", "tenants", "routed", "eu"] == 3
+    alone = shown(first.exposition())
+    assert values.keys() == alone.keys(), "nothing comes and goes with the number of processes"
+    assert values["process_start_time_seconds",] == alone["process_start_time_seconds",]
+    assert values["process_resident_memory_bytes",] > alone["process_resident_memory_bytes",] * 2
+
+
+def test_a_target_that_only_another_process_knows_is_shown() -> None:
+    first, other = a_process(), a_process()
+    other.live.know(["us"])
+    with other.session("us", lambda: Carried(0, 0)):
+        assert shown(first.exposition(reading(other).samples))["sessions_active", "us"] == 1
+
+
+def test_of_the_dead_the_counts_stay_and_the_present_goes() -> None:
+    first, other = a_process(), a_process()
+    with other.connection(), other.session("eu", lambda: Carried(10, 20)):
+        other.session_ended("client_closed", "eu")
+        left = reading(other, eu="host").left_behind()
+    values = shown(first.exposition(left.samples))
+    assert values["sessions_started_total", "eu"] == 1
+    assert values["relayed_bytes_total", "to_upstream", "eu"] == 10
+    assert values["sessions_ended_total", "completed", "client_closed"] == 1
+    assert values["connections",] == values["sessions_active", "eu"] == 0
+    (target, _) = left.targets
+    assert (target.sessions, target.sessions_started, target.client_bytes) == (0, 1, 10)
+
+
+def test_targets_and_hosts_are_joined_by_name() -> None:
+    first, other = a_process(), a_process()
+    with first.session("eu", lambda: Carried(1, 2)), other.session("eu", lambda: Carried(3, 4)):
+        whole = total([reading(first, eu=""), reading(other, eu="host"), reading(first, eu="")])
+    (target, _other) = whole.targets
+    assert (target.sessions, target.client_bytes, target.upstream_bytes) == (3, 5, 8)
+    assert whole.hosts == {"eu": "host"}
+
+
+def test_failures_of_one_cause_are_one_and_the_newest_are_kept() -> None:
+    def failure(reason: str, at: float, count: int) -> Failure:
+        return Failure(at, reason, "08006", "eu", count, "it failed", "")
+
+    many = [failure(f"r{at}", at, 1) for at in range(FAILURES_MAX)]
+    whole = total([Reading(failures=many), Reading(failures=[failure("r0", 99, 2)])])
+    assert whole.failures[0] == failure("r0", 99, 3)
+    assert [one.at for one in whole.failures] == [99, *range(FAILURES_MAX - 1, 0, -1)]

@@ -1,0 +1,140 @@
+"""A pytest plugin: no secret of the stand-in or of a test shows anywhere in the whole run.
+
+Every secret that tests use says of itself that it is none (`not-a-real-...`, `planted-...`), and a
+token of the stand-in carries a watermark, so that a piece of one is known as well. Looked through
+are: each log record as it is made, before any masking; what a test prints; and what the support
+modules pass to `look` (output of processes, bytes that a client receives, metrics, reprs). A test
+in which something is found fails.
+
+Not looked through: what `pytest.raises` catches, for which there is no hook; a refusal's text is in
+the log line of its session. The secret itself is never repeated here, only where it was.
+"""
+
+import asyncio
+import base64
+import logging
+import re
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import pytest
+
+from proxy.emulator.lakebase import CLIENT_SECRET
+from proxy.emulator.tokens import watermarks
+from proxy.observe.logs import MASK
+from proxy.server.app import App
+
+# Here secrets are shown on purpose, to see that they are masked or found.
+ON_PURPOSE: Final = ("tests/observe/test_logs.py",)
+
+# More at once is a bulk of rows, which a test made up itself; a refusal is shorter.
+RECEIVED_BYTES_MAX: Final = 8 * 1024
+
+# What the admin address shows to people; a path that it does not have shows nothing.
+ADMIN_PATHS: Final = ("/", "/status", "/metrics")
+PAGE_SECONDS_MAX: Final = 10.0
+
+
+def _in_base64(word: str) -> Iterator[str]:
+    """Yield the letters that the word is sure to become, wherever it stands in what is encoded."""
+    for before in range(3):
+        encoded = base64.b64encode(b"\0" * before + word.encode()).decode().rstrip("=")
+        yield encoded[-(-before * 8 // 6) : -1]  # what neighbours have no part in
+
+
+_SECRET: Final = re.compile(
+    "|".join(
+        (
+            r"eyJ[\w-]{10,}",  # a JWT
+            r"not-(?:a-)?real",
+            r"planted-[a-z]",
+            re.escape(MASK),  # the last line of defence was needed: there was one
+            *map(re.escape, watermarks()),
+            *map(re.escape, _in_base64(CLIENT_SECRET)),
+        )
+    )
+)
+
+_found: Final[list[str]] = []  # where, in the test that runs
+
+
+def look(where: str, text: str | bytes) -> None:
+    """Look for secrets in something that anybody may see; `where` is what the failure says."""
+    shown = text.decode("latin-1") if isinstance(text, bytes) else text
+    if _SECRET.search(shown):
+        _found.append(where)
+
+
+def look_at_answer(received: bytes) -> None:
+    """Look at what came to a client in one piece, unless it is a bulk."""
+    if len(received) <= RECEIVED_BYTES_MAX:
+        look("what a client received", received)
+
+
+@asynccontextmanager
+async def watching(app: App) -> AsyncIterator[App]:
+    """Look at what a proxy shows of itself at the block's end, when it has something to tell."""
+    try:
+        yield app
+    finally:
+        look("the metrics", app.metrics.exposition())
+        look("the repr of a proxy", repr(app))
+        if app.admin is not None:
+            for path in ADMIN_PATHS:
+                look(f"the page {path}", await _page(app.admin.host, app.admin.port, path))
+
+
+async def _page(host: str, port: int, path: str) -> bytes:
+    """Return a whole HTTP answer; none where nobody listens any more."""
+    async with asyncio.timeout(PAGE_SECONDS_MAX):
+        try:
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+                return await reader.read()
+            finally:
+                writer.close()
+                await writer.wait_closed()
+        except OSError:
+            return b""
+
+
+class LogRecord(logging.LogRecord):
+    """Every record of every library, whatever its handlers are: looked at when it is made."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        where = f"a log record of {self.name}"
+        look(where, f"{self.msg!r} {self.args!r}")
+        error = self.exc_info[1] if self.exc_info else None
+        while error is not None:
+            look(where, repr(error))
+            error = error.__cause__ or error.__context__
+
+
+def pytest_configure() -> None:
+    """Look at log records from now on."""
+    logging.setLogRecordFactory(LogRecord)
+
+
+def pytest_unconfigure() -> None:
+    """Leave logging as it was."""
+    logging.setLogRecordFactory(logging.LogRecord)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test in which a secret showed, once all that it started has ended."""
+    report = yield
+    if report.when != "teardown":
+        return report
+    for name, text in report.sections:
+        look(name, text)
+    if _found and not item.nodeid.startswith(ON_PURPOSE):
+        report.outcome = "failed"
+        report.longrepr = "a secret showed in: " + ", ".join(dict.fromkeys(_found))
+    _found.clear()
+    return report

@@ -1,0 +1,148 @@
+"""The end of a connection: last words arrive, nothing waits for ever."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import uvloop
+
+from proxy.transport.graceful_close import FLUSH_SECONDS_MAX, LINGER_SECONDS, close_gracefully
+from tests.transport.peers import WAIT_SECONDS_MAX, linked
+
+MIB = 1024 * 1024
+LOOPS = pytest.mark.parametrize(
+    "new_loop", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"]
+)
+
+
+def run(new_loop: Callable[[], Any], story: Callable[[], Any]) -> None:
+    """Run a story on a loop of this kind; what the loop cannot tell anybody fails it."""
+    untold: list[Any] = []
+
+    async def told() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: untold.append(context))
+        async with asyncio.timeout(2 * WAIT_SECONDS_MAX):
+            await story()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(told())
+    assert untold == []
+
+
+@LOOPS
+def test_a_slow_reader_gets_every_last_byte_and_then_the_end(new_loop: Callable[[], Any]) -> None:
+    async def story() -> None:
+        async with linked() as (link, peer):
+            link.write(b"x" * (16 * MIB))
+            ending = asyncio.create_task(close_gracefully(link.transport))
+            received = 0
+            while piece := await peer.receive():
+                received += len(piece)
+                await asyncio.sleep(0)
+            assert received == 16 * MIB
+            peer.end()
+            await ending
+
+    run(new_loop, story)
+
+
+@LOOPS
+def test_a_peer_that_still_sends_does_not_turn_our_end_into_a_reset(
+    new_loop: Callable[[], Any],
+) -> None:
+    async def story() -> None:
+        async with linked() as (link, peer):
+            await peer.send(b"unread" * 1000)
+            link.write(b"last words")
+            ending = asyncio.create_task(close_gracefully(link.transport))
+            await peer.send(b"unread too" * 1000)
+            assert await peer.receive() == b"last words"
+            await peer.send(b"and on" * 1000)
+            assert await peer.receive() == b""  # an end; a reset would be ConnectionResetError
+            peer.end()
+            await ending
+
+    run(new_loop, story)
+
+
+@LOOPS
+def test_a_peer_that_ends_while_it_is_flushed_to_still_gets_everything(
+    new_loop: Callable[[], Any],
+) -> None:
+    # asyncio's own transport cannot be aborted once it is lost without an error.
+    async def story() -> None:
+        async with linked() as (link, peer):
+            link.write(b"x" * (8 * MIB))
+            ending = asyncio.create_task(close_gracefully(link.transport))
+            await asyncio.sleep(0)
+            peer.end()
+            assert len(await peer.receive_all()) == 8 * MIB
+            await ending
+
+    run(new_loop, story)
+
+
+@LOOPS
+def test_a_reset_in_the_middle_of_the_flush_ends_it(new_loop: Callable[[], Any]) -> None:
+    async def story() -> None:
+        async with linked() as (link, peer):
+            link.write(b"x" * (8 * MIB))
+            ending = asyncio.create_task(close_gracefully(link.transport))
+            await asyncio.sleep(0)
+            peer.reset()
+            await ending
+            assert link.transport.is_closing()
+
+    run(new_loop, story)
+
+
+@LOOPS
+def test_a_peer_that_never_ends_is_left_after_the_linger(new_loop: Callable[[], Any]) -> None:
+    async def story() -> None:
+        async with linked() as (link, peer):
+            await close_gracefully(link.transport, linger_seconds=0.05)
+            assert link.transport.is_closing()
+            assert await peer.receive() == b""
+
+    run(new_loop, story)
+
+
+@LOOPS
+def test_cancelling_cuts_at_once(new_loop: Callable[[], Any]) -> None:
+    async def story() -> None:
+        async with linked() as (link, _):
+            link.write(b"x" * (8 * MIB))  # nobody reads
+            ending = asyncio.create_task(close_gracefully(link.transport))
+            await asyncio.sleep(0)
+            ending.cancel()
+            await asyncio.wait([ending])
+            assert ending.cancelled()
+            assert link.transport.is_closing()
+
+    run(new_loop, story)
+
+
+@LOOPS
+def test_closing_twice_and_closing_what_is_closed_do_nothing(new_loop: Callable[[], Any]) -> None:
+    async def story() -> None:
+        async with linked() as (link, peer):
+            peer.reset()
+            await link.gone
+            await asyncio.sleep(0)
+            await close_gracefully(link.transport)
+            await close_gracefully(link.transport)
+
+    run(new_loop, story)
+
+
+async def test_a_peer_that_does_not_read_is_left_after_a_time() -> None:
+    async with linked() as (link, _):
+        link.write(b"x" * (8 * MIB))
+        async with asyncio.timeout(WAIT_SECONDS_MAX):
+            await close_gracefully(link.transport, flush_seconds=0.05)
+        assert link.transport.is_closing()
+
+
+def test_the_bounds_are_those_that_the_drain_is_planned_with() -> None:
+    assert (FLUSH_SECONDS_MAX, LINGER_SECONDS) == (30.0, 2.0)

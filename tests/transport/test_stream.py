@@ -1,0 +1,147 @@
+"""A connection while a session starts: what waits, how much, and who gets it."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from proxy.transport.stream import INBOX_BYTES_MAX
+from tests.transport.peers import WAIT_SECONDS_MAX, Notes, contexts, linked, resident_bytes, start
+
+MIB = 1024 * 1024
+
+
+async def test_bytes_wait_for_who_asks() -> None:
+    async with linked() as (link, peer):
+        await peer.send(b"one")
+        assert await link.receive() == b"one"
+        asking = asyncio.create_task(link.receive())
+        await asyncio.sleep(0)
+        assert not asking.done()
+        await peer.send(b"two")
+        assert await asking == b"two"
+
+
+async def test_the_peers_end_is_empty_and_stays_so() -> None:
+    async with linked() as (link, peer):
+        await peer.send(b"last")
+        peer.end()
+        await link.gone
+        assert await link.receive() == b"last"
+        assert await link.receive() == b""
+        assert await link.receive() == b""
+        link.write(b"an answer all the same")
+        assert await peer.receive_exactly(22) == b"an answer all the same"
+
+
+async def test_a_reset_ends_a_wait_for_bytes() -> None:
+    async with linked() as (link, peer):
+        asking = asyncio.create_task(link.receive())
+        await asyncio.sleep(0)
+        peer.reset()
+        assert await asking == b""
+        assert link.gone.done()
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+async def test_a_write_on_a_lost_connection_does_nothing(secure: bool) -> None:
+    # uvloop's transport raises RuntimeError; the answer to a client that has just left went there.
+    async with linked() as (link, peer):
+        if secure:
+            tls = contexts()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(peer.handshake(tls.client, server_side=False))
+                await start(link, tls, server_side=True)
+        peer.reset()
+        await link.gone
+        await asyncio.sleep(0)
+        link.write(b"into the void")
+        link.write(b"")
+        await link.close()
+
+
+async def test_w33_a_full_inbox_stops_reading_until_it_is_emptied() -> None:
+    async with linked() as (link, peer):
+        content = bytes(range(256)) * (32 * MIB // 256)
+        before = resident_bytes()
+        sending = asyncio.create_task(peer.send(content))
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        assert not sending.done()
+        received = bytearray(await link.receive())
+        # One read of uvloop is 256 KiB at most.
+        assert INBOX_BYTES_MAX < len(received) <= INBOX_BYTES_MAX + 256 * 1024
+        assert resident_bytes() - before < 48 * MIB  # the 32 are the peer's
+        while len(received) < len(content):
+            received += await link.receive()
+        assert received == content
+        await sending
+
+
+async def test_an_end_behind_a_full_inbox_comes_after_its_bytes() -> None:
+    async with linked() as (link, peer):
+        content = b"x" * (INBOX_BYTES_MAX * 3)
+        await peer.send(content)
+        peer.end()
+        received = bytearray()
+        while piece := await link.receive():
+            received += piece
+        assert received == content
+        assert link.gone.done()
+
+
+async def test_hand_over_gives_what_waits_and_then_everything_to_the_new_protocol() -> None:
+    async with linked() as (link, peer):
+        content = b"x" * (INBOX_BYTES_MAX * 8)
+        sending = asyncio.create_task(peer.send(content))
+        await _until(lambda: not link.transport.is_reading())  # the inbox is full
+        notes = Notes()
+        waiting = link.hand_over(notes)
+        assert len(waiting) > INBOX_BYTES_MAX
+        await notes.until_received(len(content) - len(waiting))
+        assert waiting + notes.received == content
+        await sending
+        peer.end()
+        await notes.until_told("eof")
+
+
+async def test_plaintext_that_waits_at_the_switch_to_tls_is_a_bug_of_ours() -> None:
+    async with linked() as (link, peer):
+        await peer.send(b"plaintext")
+        async with asyncio.timeout(WAIT_SECONDS_MAX):
+            assert await link.receive() == b"plaintext"
+        await peer.send(b"more")
+        await _until(lambda: bool(link._inbox))
+        with pytest.raises(ConnectionAbortedError, match="plaintext"):
+            await start(link, contexts(), server_side=True)
+
+
+async def test_closing_a_link_whose_peer_has_gone_does_not_linger() -> None:
+    async with linked() as (link, peer):
+        peer.end()
+        await link.gone
+        link.write(b"last words")
+        closing = asyncio.create_task(link.close())
+        assert await peer.receive_exactly(10) == b"last words"
+        assert await peer.receive() == b""
+        async with asyncio.timeout(1):  # the linger is 2 s
+            await closing
+
+
+async def test_closing_waits_a_moment_for_the_peer_to_end_too() -> None:
+    async with linked() as (link, peer):
+        link.write(b"last words")
+        closing = asyncio.create_task(link.close())
+        assert await peer.receive_exactly(10) == b"last words"
+        assert await peer.receive() == b""
+        assert not closing.done()
+        peer.end()
+        async with asyncio.timeout(1):
+            await closing
+
+
+async def _until(happened: Callable[[], bool]) -> None:
+    """Let the loop turn until something is true."""
+    async with asyncio.timeout(WAIT_SECONDS_MAX):
+        while not happened():  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0)

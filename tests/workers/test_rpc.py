@@ -1,0 +1,153 @@
+"""Calls between two processes, here between two tasks over a real socket pair."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from proxy.errors import ErrorKind, ProxyError
+from proxy.workers import rpc as module
+from proxy.workers.rpc import Answers, Channel, ChannelLost
+from tests.support.running import captured_log, nothing_left
+
+
+@asynccontextmanager
+async def channels(answers: Answers) -> AsyncIterator[tuple[Channel, Channel]]:
+    """Give both ends; the second one answers."""
+    ours, theirs = socket.socketpair()
+    one, other = await Channel.open(ours, {}), await Channel.open(theirs, answers)
+    try:
+        yield one, other
+    finally:
+        one.close()
+        await one.lost.wait()
+        await other.lost.wait()
+
+
+async def double(number: int) -> int:
+    return 2 * number
+
+
+async def test_each_call_gets_its_own_answer_in_whatever_order_they_come() -> None:
+    order: list[int] = []
+    all_asked = asyncio.Event()
+
+    async def later(number: int) -> int:
+        order.append(number)
+        if len(order) == 3:
+            all_asked.set()
+        await all_asked.wait()
+        for _ in range(3 - number):
+            await asyncio.sleep(0)
+        return number
+
+    async with channels({"later": later}) as (one, _):
+        found = await asyncio.gather(*(one.call("later", number=n) for n in range(3)))
+    assert found == [0, 1, 2]
+
+
+async def test_a_refusal_is_raised_where_it_was_asked_for() -> None:
+    async def refuse() -> None:
+        raise ProxyError(ErrorKind.API_THROTTLED, "later", retry_after_seconds=7)
+
+    async with channels({"refuse": refuse}) as (one, _):
+        with pytest.raises(ProxyError) as caught:
+            await one.call("refuse")
+    assert caught.value.kind is ErrorKind.API_THROTTLED
+    assert caught.value.retry_after_seconds == 7
+
+
+async def test_a_bug_costs_its_call_and_not_the_channel() -> None:
+    async def broken() -> None:
+        raise ValueError("what only the log shall say")
+
+    with captured_log() as log:
+        async with channels({"broken": broken, "double": double}) as (one, _):
+            with pytest.raises(ProxyError) as caught:
+                await one.call("broken")
+            assert await one.call("double", number=2) == 4
+    assert caught.value.kind is ErrorKind.INTERNAL
+    assert caught.value.detail == "ValueError"
+    assert log.events("a call of another process failed")
+
+
+async def test_a_call_that_is_given_up_ends_the_work_on_the_other_side() -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def hang() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with channels({"hang": hang, "double": double}) as (one, _):
+        asking = asyncio.ensure_future(one.call("hang"))
+        await begun.wait()
+        asking.cancel()
+        async with asyncio.timeout(5):
+            await ended.wait()
+        assert await one.call("double", number=1) == 2
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+
+@pytest.mark.parametrize("here", [True, False])
+async def test_when_one_end_goes_whoever_waits_hears_of_it_and_nothing_is_left(here: bool) -> None:
+    begun = asyncio.Event()
+
+    async def hang() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async with channels({}):
+        pass  # the loop's first sockets bring descriptors of its own
+    async with nothing_left(), channels({"hang": hang}) as (one, other):
+        asking = asyncio.ensure_future(one.call("hang"))
+        await begun.wait()
+        (one if here else other).close()
+        with pytest.raises(ChannelLost):
+            await asking
+        with pytest.raises(ChannelLost):
+            await one.call("hang")
+        one.tell("hang")  # which nobody hears
+
+
+async def test_more_calls_than_the_bound_wait_for_their_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "CALLS_MAX", 2)
+    under_way, most = 0, 0
+
+    async def work() -> None:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        under_way -= 1
+
+    async with channels({"work": work}) as (one, _):
+        await asyncio.gather(*(one.call("work") for _ in range(10)))
+    assert most == 2
+
+
+async def test_a_peer_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "UNSENT_BYTES_MAX", 1_000_000)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        one = await Channel.open(ours, {})
+        one.tell("much", text="x" * 3_000_000)
+        async with asyncio.timeout(5):
+            await one.lost.wait()
+
+
+async def test_a_peer_that_sends_nonsense_is_cut() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        one = await Channel.open(ours, {})
+        theirs.sendall(b"\xff" * 8)
+        async with asyncio.timeout(5):
+            await one.lost.wait()

@@ -1,0 +1,163 @@
+"""One call for all who want it, and the quiet time after it failed."""
+
+import asyncio
+
+import pytest
+
+from proxy.errors import ErrorKind, ProxyError
+from proxy.workspace.single_flight import (
+    BACKOFF_SECONDS_MAX,
+    BACKOFF_SECONDS_MIN,
+    RETRY_AFTER_SECONDS_MAX,
+    Quiet,
+    Shared,
+    is_transient,
+)
+from tests.support.fake_clock import FakeClock
+
+DOWN = ProxyError(ErrorKind.API_UNREACHABLE)
+
+
+class Call:
+    """A call that ends when told to."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.failure: ProxyError | None = None
+        self.go = asyncio.Event()
+
+    async def __call__(self) -> int:
+        self.made += 1
+        await self.go.wait()
+        if self.failure is not None:
+            raise self.failure
+        return self.made
+
+
+async def test_all_who_ask_while_it_is_under_way_share_its_result() -> None:
+    call = Call()
+    shared = Shared(call)
+    asking = [asyncio.create_task(shared.result()) for _ in range(100)]
+    await asyncio.sleep(0)
+    call.go.set()
+    assert set(await asyncio.gather(*asking)) == {1}
+    assert await shared.result() == 2  # later is another call
+
+
+async def test_a_failure_is_raised_for_each_and_lost_for_nobody() -> None:
+    call = Call()
+    call.failure = DOWN
+    call.go.set()
+    shared = Shared(call)
+    await shared.start()  # nobody waits for its result, and nothing is reported as unheard
+    asking = [asyncio.create_task(shared.result()) for _ in range(3)]
+    outcomes = await asyncio.gather(*asking, return_exceptions=True)
+    assert outcomes == [DOWN] * 3
+    assert call.made == 2
+
+
+async def test_one_who_gives_up_does_not_end_it_for_the_others() -> None:
+    call = Call()
+    shared = Shared(call)
+    leaving, staying = (asyncio.create_task(shared.result()) for _ in range(2))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    call.go.set()
+    assert await staying == 1
+
+
+async def test_closing_ends_a_call_that_is_under_way_and_is_nothing_without_one() -> None:
+    call = Call()
+    shared = Shared(call)
+    await shared.close()
+    running = shared.start()
+    await asyncio.sleep(0)
+    await shared.close()
+    assert running.cancelled()
+    await shared.close()
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.5, 1.0])
+def test_the_quiet_time_doubles_up_to_its_bound_and_half_of_it_is_sure(jitter: float) -> None:
+    clock = FakeClock()
+    quiet = Quiet(clock, lambda: jitter)
+    assert quiet.seconds == 0
+    ceiling = BACKOFF_SECONDS_MIN
+    for _ in range(2000):  # a float would end at 1023 doublings
+        quiet.begin(DOWN)
+        assert quiet.seconds == pytest.approx(ceiling * (0.5 + jitter / 2), abs=1e-5)
+        clock.move(quiet.seconds + 1e-3)
+        assert quiet.seconds == 0
+        assert quiet.failure is DOWN
+        ceiling = min(2 * ceiling, BACKOFF_SECONDS_MAX)
+
+
+def test_failures_that_come_together_are_one() -> None:
+    clock = FakeClock()
+    quiet = Quiet(clock, lambda: 1.0)
+    for _ in range(100):
+        quiet.begin(DOWN)
+    assert quiet.seconds == pytest.approx(BACKOFF_SECONDS_MIN)
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"), [(0.1, BACKOFF_SECONDS_MIN), (30, 30), (86400, RETRY_AFTER_SECONDS_MAX)]
+)
+def test_a_retry_after_makes_it_longer_but_not_for_ever(asked: float, seconds: float) -> None:
+    clock = FakeClock()
+    quiet = Quiet(clock, lambda: 1.0)
+    quiet.begin(ProxyError(ErrorKind.API_THROTTLED, retry_after_seconds=asked))
+    assert quiet.seconds == pytest.approx(seconds)
+    clock.move(-1)
+    assert quiet.seconds == 0
+
+
+async def test_who_waits_for_it_to_be_over_hears_at_once_of_a_failure_for_good() -> None:
+    clock = FakeClock()
+    quiet = Quiet(clock, lambda: 1.0)
+    await quiet.over(clock.sleep)
+    quiet.begin(DOWN)
+    await quiet.over(clock.sleep)
+    assert clock() == pytest.approx(FakeClock()() + BACKOFF_SECONDS_MIN)
+    quiet.begin(ProxyError(ErrorKind.PERMISSION_DENIED))
+    with pytest.raises(ProxyError) as refused:
+        await quiet.over(clock.sleep)
+    assert refused.value.kind is ErrorKind.PERMISSION_DENIED
+
+
+def test_a_success_ends_it_and_the_next_failure_begins_anew() -> None:
+    quiet = Quiet(FakeClock(), lambda: 1.0)
+    quiet.begin(DOWN)
+    quiet.end()
+    assert (quiet.seconds, quiet.failure) == (0, None)
+    quiet.begin(DOWN)
+    assert quiet.seconds == pytest.approx(BACKOFF_SECONDS_MIN)
+
+
+@pytest.mark.parametrize("back", [60, 3600])
+def test_a_clock_that_is_set_back_ends_it(back: float) -> None:
+    # It stayed quiet until the clock had come as far again.
+    clock = FakeClock()
+    quiet = Quiet(clock, lambda: 1.0)
+    quiet.begin(DOWN)
+    clock.move(-back)
+    assert quiet.seconds == 0
+
+
+@pytest.mark.parametrize("kind", list(ErrorKind))
+def test_what_may_be_tried_again_is_transient(kind: ErrorKind) -> None:
+    expected = kind.value.disposition.name != "FAIL"
+    assert is_transient(ProxyError(kind)) is expected
+
+
+async def test_a_bug_in_a_shared_call_costs_those_who_wait_and_nobody_else() -> None:
+    # Once it ended the process: the task that failed belonged to a group around the whole program.
+    async def broken() -> int:
+        raise ZeroDivisionError
+
+    shared = Shared(broken)
+    with pytest.raises(ProxyError) as refused:
+        await shared.result()
+    assert refused.value.kind is ErrorKind.INTERNAL
+    await shared.close()

@@ -15,7 +15,7 @@ from typing import Final
 
 from proxy.routing.keys import KeyType
 from proxy.routing.map_builder import map_of_csv
-from proxy.routing.shard_map import Form, Kind, ShardMap
+from proxy.routing.shard_map import Kind, MapSpec, ShardMap
 
 MAPPINGS: Final = 1_000_000
 # Tracing every allocation is slow; memory grows with the mappings.
@@ -30,7 +30,7 @@ class _Case:
     """A map of so many mappings: its lines, and a text of a key in the mapping of a number."""
 
     name: str
-    form: Form
+    form: MapSpec
     row: Callable[[int, int], str]
     key: Callable[[int], str]
 
@@ -55,29 +55,29 @@ def _hash_row(number: int, mappings: int) -> str:
 _CASES: Final = (
     _Case(
         "int8 ranges, adjacent",
-        Form(Kind.RANGE, KeyType.INT8),
+        MapSpec(Kind.RANGE, KeyType.INT8),
         lambda number, _: f"{number * 10},{number * 10 + 10}",
         lambda number: str(number * 10 + 3),
     ),
     _Case(
         "int8 ranges with gaps",
-        Form(Kind.RANGE, KeyType.INT8),
+        MapSpec(Kind.RANGE, KeyType.INT8),
         lambda number, _: f"{number * 10},{number * 10 + 5}",
         lambda number: str(number * 10 + 3),
     ),
     _Case(
         "uuid list, unsorted",
-        Form(Kind.LIST, KeyType.UUID),
+        MapSpec(Kind.LIST, KeyType.UUID),
         lambda number, _: _uuid(number),
         _uuid,
     ),
     _Case(
         "text list, 16 bytes",
-        Form(Kind.LIST, KeyType.TEXT),
+        MapSpec(Kind.LIST, KeyType.TEXT),
         lambda number, _: f"customer-{number:07}",
         lambda number: f"customer-{number:07}",
     ),
-    _Case("hash of int8", Form(Kind.HASH, KeyType.INT8), _hash_row, str),
+    _Case("hash of int8", MapSpec(Kind.HASH, KeyType.INT8), _hash_row, str),
 )
 
 

@@ -26,7 +26,7 @@ OVERDUE_MAX: Final = 64
 T = TypeVar("T")
 
 
-class Threads:
+class BlockingCalls:
     """Runs blocking calls. `name` shows in stack dumps."""
 
     def __init__(self, name: str) -> None:

@@ -32,7 +32,7 @@ EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"} |
 # Where a task is made outside a TaskGroup, and what makes sure that it cannot be lost.
 TASK_MAKERS = {
     "proxy/session/listener.py": "leaving the block of accepting waits for them all",
-    "proxy/workspace/single_flight.py": "whoever made the Shared closes it, which waits for its call",
+    "proxy/workspace/single_flight.py": "its owner closes it, which waits for the call",
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
     "proxy/workers/rpc.py": "an answer ends with its channel, which its process ends with",
     "proxy/workers/worker_pool.py": "leaving the block of accepting waits for them all",
@@ -47,7 +47,7 @@ SLEEPERS = (
     "tests/emulator/",
     "tests/support/",
     "tests/session/test_relay.py",
-    "tests/upstream/test_threads.py",
+    "tests/test_blocking.py",
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from proxy.blocking import OVERDUE_MAX, THREADS_MAX, Threads
+from proxy.blocking import OVERDUE_MAX, THREADS_MAX, BlockingCalls
 from proxy.errors import ErrorKind, ProxyError
 
 
@@ -29,12 +29,12 @@ async def test_a_call_runs_in_a_daemon_thread_with_its_name() -> None:
         here = threading.current_thread()
         return here.name, here.daemon, here is threading.main_thread()
 
-    assert await Threads("a-name").run(look, 5) == ("a-name", True, False)
+    assert await BlockingCalls("a-name").run(look, 5) == ("a-name", True, False)
 
 
 async def test_what_a_call_raises_is_raised() -> None:
     with pytest.raises(KeyError, match="what"):
-        await Threads("test").run(_raise, 5)
+        await BlockingCalls("test").run(_raise, 5)
 
 
 def _raise() -> None:
@@ -44,14 +44,14 @@ def _raise() -> None:
 async def test_a_call_that_hangs_ends_for_its_asker_at_the_deadline(
     release: threading.Event,
 ) -> None:
-    threads = Threads("test")
+    threads = BlockingCalls("test")
     with pytest.raises(TimeoutError):
         await threads.run(release.wait, 0.01)
     assert await threads.run(lambda: 7, 5) == 7
 
 
 async def test_an_asker_that_is_cancelled_leaves_the_call_behind(release: threading.Event) -> None:
-    threads = Threads("test")
+    threads = BlockingCalls("test")
     started = threading.Event()
 
     def hang() -> None:
@@ -68,7 +68,7 @@ async def test_an_asker_that_is_cancelled_leaves_the_call_behind(release: thread
 async def test_calls_that_hang_cost_the_others_no_thread(release: threading.Event) -> None:
     # Eight logins that never returned left no thread: nothing was minted until a restart, although
     # the API was well again.
-    threads = Threads("test")
+    threads = BlockingCalls("test")
     for _ in range(3):
         hanging = [threads.run(release.wait, 0.01) for _ in range(THREADS_MAX)]
         outcomes = await asyncio.gather(*hanging, return_exceptions=True)
@@ -79,7 +79,7 @@ async def test_calls_that_hang_cost_the_others_no_thread(release: threading.Even
 async def test_a_call_that_nobody_waits_for_any_more_and_hangs_costs_no_thread_either(
     release: threading.Event,
 ) -> None:
-    threads = Threads("test")
+    threads = BlockingCalls("test")
     asking = [asyncio.create_task(threads.run(release.wait, 0.3)) for _ in range(THREADS_MAX)]
     await asyncio.sleep(0)  # each has its thread
     for task in asking:
@@ -96,7 +96,7 @@ def hanging_threads() -> int:
 async def test_calls_that_hang_are_bounded_in_number_and_the_next_is_told(
     release: threading.Event,
 ) -> None:
-    threads = Threads("hanging")
+    threads = BlockingCalls("hanging")
     asked = 0
     while hanging_threads() < OVERDUE_MAX:
         hanging = [threads.run(release.wait, 0.01) for _ in range(THREADS_MAX)]
@@ -118,7 +118,7 @@ async def test_calls_that_hang_are_bounded_in_number_and_the_next_is_told(
 async def test_more_calls_than_threads_wait_their_turn() -> None:
     # A burst of connections with token_max_age_seconds = 0 mints one token each: those beyond the
     # eighth were told that earlier calls hang.
-    threads = Threads("test")
+    threads = BlockingCalls("test")
     peak = 0
 
     def call() -> int:

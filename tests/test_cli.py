@@ -17,8 +17,8 @@ import pytest
 from proxy import __version__, cli, native
 from proxy.cli import main
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
-from proxy.server.process import FILES_RESERVED, UNSERVED_MIN, check_file_limit, unserved_max
-from proxy.session.listener import UNSERVED_MAX
+from proxy.server.process import FILES_RESERVED, STARTING_MIN, check_file_limit, starting_max
+from proxy.session.listener import STARTING_MAX
 from tests.support.proxy_process import started_process
 from tests.support.running import captured_log
 
@@ -235,7 +235,7 @@ def test_connections_that_are_starting_leave_the_sessions_their_files() -> None:
             if hard != resource.RLIM_INFINITY and limit > hard:
                 pytest.skip(f"needs {limit} open files")
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            bounds.append(unserved_max(50))
+            bounds.append(starting_max(50))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert bounds == [UNSERVED_MIN, 100, UNSERVED_MAX]
+    assert bounds == [STARTING_MIN, 100, STARTING_MAX]

@@ -25,7 +25,7 @@ from proxy.emulator.backend import (
 )
 from proxy.emulator.cluster import ClusterError
 from proxy.emulator.endpoints import Ending, Endpoint, neon_error
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.first_packet import first_packet
 from proxy.emulator.gateway_state import BackendSession, Front, Record
 from proxy.emulator.login import Refused
@@ -45,9 +45,9 @@ _T = TypeVar("_T")
 class _Struck(Exception):
     """A fault ends the connection here, this way."""
 
-    def __init__(self, strike: Strike) -> None:
-        super().__init__(strike.name)
-        self.strike = strike
+    def __init__(self, inject: Injection) -> None:
+        super().__init__(inject.name)
+        self.inject = inject
 
 
 class Connection:
@@ -81,7 +81,7 @@ class Connection:
             await self._stream.linger(self._front.close_delay_seconds)
             await self._stream.finish(0)
         except _Struck as struck:
-            await self._finish(struck.strike)
+            await self._finish(struck.inject)
         except StreamEnded:
             await self._stream.finish(0)
         except asyncio.CancelledError:
@@ -193,7 +193,7 @@ class Connection:
             raise Refused(ErrorResponse.fatal("08P01", "expected password response"))
         return Frame(kind, await self._stream.read_exactly(length - 4))
 
-    async def _log_in(self, endpoint: Endpoint, startup: StartupMessage, user: str) -> Strike:
+    async def _log_in(self, endpoint: Endpoint, startup: StartupMessage, user: str) -> Injection:
         """Wake the compute, log in to Postgres, stay for the session; return how to end."""
         await self._stream.write(messages.AuthenticationOk().encode())
         await self._strike(Stage.AUTHENTICATED)
@@ -251,7 +251,7 @@ class Connection:
             self._front.keys.pop((shown.pid, shown.key.reveal()), None)
         self._front.changed()
 
-    async def _session(self, endpoint: Endpoint, backend: Backend) -> Strike:
+    async def _session(self, endpoint: Endpoint, backend: Backend) -> Injection:
         """Relay until one side ends or the session is ended; return how the client's side is to
         end, for which Postgres does not wait."""
         parts = (
@@ -267,8 +267,8 @@ class Connection:
                 part.cancel()
             await asyncio.wait(parts)
         if not self._ending.done():
-            return Strike.CLOSE
-        return Strike.RESET if self._ending.result() is Ending.RESET else Strike.FIN
+            return Injection.CLOSE
+        return Injection.RESET if self._ending.result() is Ending.RESET else Injection.FIN
 
     async def _to_backend(self, endpoint: Endpoint, backend: Backend) -> None:
         while received := await self._stream.read():
@@ -317,16 +317,16 @@ class Connection:
     async def _strike(self, stage: Stage) -> None:
         """Let a fault happen if one is set for this stage."""
         faults, endpoint = self._front.faults, self._record.endpoint
-        strike = faults.take((stage, None))
-        if strike is None and endpoint is not None:
-            strike = faults.take((stage, endpoint.name))
-        if isinstance(strike, bytes):
-            await self._stream.write(strike)
-            raise _Struck(Strike.CLOSE)
-        if strike is Strike.HANG:
+        inject = faults.take((stage, None))
+        if inject is None and endpoint is not None:
+            inject = faults.take((stage, endpoint.name))
+        if isinstance(inject, bytes):
+            await self._stream.write(inject)
+            raise _Struck(Injection.CLOSE)
+        if inject is Injection.HANG:
             await self._while_connected(self._front.released.wait())
-        elif strike is not None:
-            raise _Struck(strike)
+        elif inject is not None:
+            raise _Struck(inject)
 
     async def _while_connected(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Await `work`, but give up as soon as the client is gone. Raises StreamEnded then."""
@@ -346,11 +346,11 @@ class Connection:
             await asyncio.wait((working, gone))
             self._watched = False
 
-    async def _finish(self, strike: Strike) -> None:
-        match strike:
-            case Strike.CLOSE | Strike.HANG:
+    async def _finish(self, inject: Injection) -> None:
+        match inject:
+            case Injection.CLOSE | Injection.HANG:
                 await self._stream.finish(self._front.close_delay_seconds)
-            case Strike.FIN:
+            case Injection.FIN:
                 await self._stream.finish_bare(self._front.close_delay_seconds)
-            case Strike.RESET:
+            case Injection.RESET:
                 self._stream.reset()

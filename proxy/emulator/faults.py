@@ -81,7 +81,7 @@ class Stage(Enum):
     CANCEL = auto()  # CancelRequest read, not delivered
 
 
-class Strike(Enum):
+class Injection(Enum):
     """What a gateway fault does at its stage; bytes in its place are sent, and then CLOSE."""
 
     HANG = auto()  # say nothing more, keep the connection until the faults are cleared

@@ -12,7 +12,7 @@ from typing import Final
 
 from proxy.emulator.certificates import Certificate, Certificates
 from proxy.emulator.endpoints import Endpoint
-from proxy.emulator.faults import FaultList, Stage, Strike
+from proxy.emulator.faults import FaultList, Injection, Stage
 from proxy.emulator.streams import EndedBy
 from proxy.emulator.tokens import TokenIssuer
 from proxy.wire.messages import BackendKeyData
@@ -74,7 +74,7 @@ class Front:
         self.certificate = Certificate.GOOD
         self.offers_tls = True  # False: N in answer to SSLRequest
         self.early_bytes = b""  # sent in the clear behind S
-        self.faults: FaultList[tuple[Stage, str | None], Strike | bytes] = FaultList()
+        self.faults: FaultList[tuple[Stage, str | None], Injection | bytes] = FaultList()
         self.released = asyncio.Event()
 
         self.accepted = 0
@@ -97,18 +97,18 @@ class Front:
         """The records of connections that brought a CancelRequest, oldest first."""
         return [record for record in self.records if record.cancel]
 
-    def strike(
+    def inject(
         self,
         stage: Stage,
-        strike: Strike | bytes,
+        inject: Injection | bytes,
         *,
         times: int | None = None,
         endpoint: Endpoint | None = None,
     ) -> None:
         """Make connections fail at a stage: all of them, or those of an endpoint once known."""
-        self.faults.add((stage, endpoint.name if endpoint else None), strike, times)
+        self.faults.add((stage, endpoint.name if endpoint else None), inject, times)
 
-    def heal(self) -> None:
+    def clear_faults(self) -> None:
         """Forget all faults; connections that hang go on."""
         self.faults.clear()
         self.released.set()

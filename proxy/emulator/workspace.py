@@ -62,10 +62,10 @@ class Workspace:
         return self.api.mints
 
     def fail(self, call: Call, fault: Reply | Hang, times: int | None = None) -> None:
-        """Answer `call` with `fault`, `times` times or until `heal`."""
+        """Answer `call` with `fault`, `times` times or until `clear_faults`."""
         self._faults.add(call, fault, times)
 
-    def heal(self) -> None:
+    def clear_faults(self) -> None:
         """Forget all faults; requests that hang go on and are answered honestly."""
         self._faults.clear()
         self._release()

@@ -18,8 +18,8 @@ from proxy.routing.shard_map import (
     HIGHEST_BOUND,
     LOWEST_BOUND,
     NOBODY,
-    Form,
     Kind,
+    MapSpec,
     ShardMap,
 )
 
@@ -38,7 +38,7 @@ _OPEN_HIGH: Final = frozenset(("", HIGHEST_BOUND))
 
 
 def map_of_tables(
-    tables: Iterable[Mapping[str, object]], form: Form, targets: Collection[str]
+    tables: Iterable[Mapping[str, object]], form: MapSpec, targets: Collection[str]
 ) -> ShardMap:
     """Return the map of `mappings` in TOML. `targets` are the names there are. Raises MapError."""
     problems = Problems()
@@ -46,7 +46,7 @@ def map_of_tables(
     return _Builder(form, targets, "mapping", problems).build(rows)
 
 
-def map_of_csv(lines: Iterable[str], form: Form, targets: Collection[str]) -> ShardMap:
+def map_of_csv(lines: Iterable[str], form: MapSpec, targets: Collection[str]) -> ShardMap:
     """Return the map of a file's lines. `targets` are the names there are. Raises MapError."""
     problems = Problems()
     rows = rows_of_csv(lines, form.kind, problems)
@@ -60,7 +60,9 @@ class _Refused(Exception):
 class _Builder:
     """Takes rows one by one and keeps of each its bounds, its target and its place."""
 
-    def __init__(self, form: Form, targets: Collection[str], word: str, problems: Problems) -> None:
+    def __init__(
+        self, form: MapSpec, targets: Collection[str], word: str, problems: Problems
+    ) -> None:
         """`word` is what a row is called in a problem, in front of its place."""
         self._form = form
         self._is_list = form.kind is Kind.LIST
@@ -169,7 +171,7 @@ def _parted(los: Sequence[bytes]) -> Iterator[Sequence[int]]:
     yield from parts
 
 
-def _lowest_value(form: Form) -> bytes:
+def _lowest_value(form: MapSpec) -> bytes:
     """Return what a bound must be above for anything to be below it."""
     size_bytes = HASH_BYTES if form.kind is Kind.HASH else KEY_BYTES[form.key_type]
     return b"\0" * (size_bytes or 1)

@@ -44,7 +44,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class MapSpec:
     """What kind of map it is and what its keys are: fixed for its life."""
 
     kind: Kind
@@ -77,7 +77,7 @@ class ShardMap:
 
     def __init__(
         self,
-        form: Form,
+        form: MapSpec,
         bounds: list[bytes],
         owners: "array[int]",
         targets: Sequence[str],
@@ -94,7 +94,7 @@ class ShardMap:
         # A tuple of bytes is soon of no interest to the garbage collector; a list of a million it
         # would walk again and again, while everything waits.
         self._bounds = tuple(bounds)
-        self._order = _Order(
+        self._order = _BoundIndex(
             self._bounds, HASH_BYTES if self._is_hash else KEY_BYTES[form.key_type]
         )
         self._owners = owners
@@ -159,7 +159,7 @@ class ShardMap:
         return None if owner == NOBODY else self._targets[owner]
 
 
-class _Order:
+class _BoundIndex:
     """Bisects sorted bounds by eight bytes of each, which lie side by side as integers.
 
     A million bounds are objects all over the memory, and every step of a bisection would wait for

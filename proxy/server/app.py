@@ -20,24 +20,24 @@ from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.metrics import ConnectPhase, Metrics
 from proxy.observe.status import State, Status, StatusSource, Token, report
 from proxy.routing.router import Router
-from proxy.server.lifecycle import Life
-from proxy.server.snapshot import Plan
+from proxy.server.lifecycle import Lifecycle
+from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
-from proxy.session.drain import LiveSessions
+from proxy.session.drain import OpenSessions
 from proxy.session.end_reason import EndReason
 from proxy.session.listener import (
-    UNSERVED,
-    UNSERVED_MAX,
+    STARTING_MAX,
+    TOO_MANY_STARTING,
     Listener,
-    Places,
-    PlaceSource,
+    Slots,
+    SlotSource,
     socket_name,
 )
 from proxy.session.session import Passage, Session, SessionParts, StartupFailure
 from proxy.transport.lanes import watched_lanes
 from proxy.transport.tls import server_context
 from proxy.upstream.connector import Connector
-from proxy.upstream.upstreams import Accounts, AccountSource, PhaseTook
+from proxy.upstream.upstreams import LocalWorkspaceRegistry, PhaseTook, WorkspaceRegistry
 from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import ClientReason
 
@@ -84,7 +84,7 @@ class App:
     Without TCP `listen_host` is the directory of the unix socket, as drivers take it for a host.
 
     A proxy of several processes has an App in each: the first accepts and has the `others`; in
-    those `accounts`, `places` and `cancel_elsewhere` lead to it.
+    those `workspaces`, `places` and `cancel_elsewhere` lead to it.
     """
 
     listen_host: str
@@ -98,49 +98,49 @@ class App:
         self,
         settings: Settings,
         *,
-        unserved_max: int = UNSERVED_MAX,
-        accounts: AccountSource | None = None,
-        places: PlaceSource | None = None,
+        starting_max: int = STARTING_MAX,
+        workspaces: WorkspaceRegistry | None = None,
+        places: SlotSource | None = None,
         cancel_elsewhere: Elsewhere | None = None,
     ) -> None:
-        """`unserved_max` connections may be starting at a time.
+        """`starting_max` connections may be starting at a time.
 
         Raises ConfigurationError for a file that a setting names and that cannot be used."""
-        self.life = Life()
+        self.lifecycle = Lifecycle()
         self.metrics = build_metrics(settings.target_names())
         self.cancel_keys = CancelKeys()
-        self.accounts = accounts or Accounts(self.metrics, version=__version__)
-        self.plan = Plan(settings, self.accounts, self._phase_took)
-        self._count_by(self.plan)
+        self.workspaces = workspaces or LocalWorkspaceRegistry(self.metrics, version=__version__)
+        self.snapshot = ConfigSnapshot(settings, self.workspaces, self._phase_took)
+        self._count_by(self.snapshot)
         self._tls = _listener_tls(settings.listen)
-        self.places = places or Places(settings.listen.max_connections)
+        self.places = places or Slots(settings.listen.max_connections)
         # A cancel is no connect: its phases are nobody's.
         connector = Connector(lambda phase, seconds: None)
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
-        self.listener = self._make_listener(settings, unserved_max)
+        self.listener = self._make_listener(settings, starting_max)
         self.entrance: Entrance = self.listener
 
     @property
     def settings(self) -> Settings:
         """What is in force now. What needs a restart is as it was at the start."""
-        return self.plan.settings
+        return self.snapshot.settings
 
     def reload(self, settings: Settings, router: Router | None = None) -> Changes:
         """Take over what can change while sessions go on; return what changed.
 
-        `router` is that of the settings, if it was made already (`Plan`).
+        `router` is that of the settings, if it was made already (`ConfigSnapshot`).
         New sessions go by the new settings, all of them or, when they cannot be used, none.
         Raises ConfigurationError, and nothing has changed then.
         """
         changes = compare(self.settings, settings)
         kept = self._without_restart(settings)
-        plan = Plan(kept, self.accounts, self._phase_took, self.plan, router)
+        snapshot = ConfigSnapshot(kept, self.workspaces, self._phase_took, self.snapshot, router)
         tls = _listener_tls(kept.listen)
-        self._count_by(plan)
+        self._count_by(snapshot)
         if kept.log != self.settings.log:
             configure_logging(format=kept.log.format, level=kept.log.level)
-        changes = changes.and_contents(self.plan.rewritten(plan))
-        self.plan, self._tls = plan, tls
+        changes = changes.and_contents(self.snapshot.rewritten(snapshot))
+        self.snapshot, self._tls = snapshot, tls
         return changes
 
     def _without_restart(self, settings: Settings) -> Settings:
@@ -163,11 +163,11 @@ class App:
         New connections are taken for `accept_seconds` more; the sessions have `drain_seconds` from
         then on. Called again meanwhile it hastens: `drain(0)` ends what is left at once.
         """
-        self.life.drain(accept_seconds + drain_seconds)
+        self.lifecycle.drain(accept_seconds + drain_seconds)
         return await self.entrance.drain(drain_seconds, accept_seconds=accept_seconds)
 
-    def _make_listener(self, settings: Settings, unserved_max: int) -> Listener:
-        live = LiveSessions()
+    def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
+        live = OpenSessions()
         parts = SessionParts(
             route=self._passage,
             cancel_keys=self.cancel_keys,
@@ -184,23 +184,26 @@ class App:
             settings.listen,
             self.places,
             self.metrics,
-            lambda link: Session(link, parts).run(),
+            lambda stream: Session(stream, parts).run(),
             live,
-            unserved_max=unserved_max,
+            starting_max=starting_max,
         )
 
     def reading(self) -> Reading:
         """Return what this process has counted."""
         metrics = self.metrics
         return Reading(
-            metrics.samples(), metrics.live.readings(), metrics.failures.latest(), self.plan.hosts()
+            metrics.samples(),
+            metrics.live.readings(),
+            metrics.failures.latest(),
+            self.snapshot.hosts(),
         )
 
     def _passage(self, message: StartupMessage) -> Passage:
-        plan = self.plan  # whichever it is then: a reload exchanges it
-        shard_map = plan.settings.routing.shard_map
+        snapshot = self.snapshot  # whichever it is then: a reload exchanges it
+        shard_map = snapshot.settings.routing.shard_map
         try:
-            passage = plan.passage(message)
+            passage = snapshot.passage(message)
         except ProxyError as error:
             if shard_map:
                 missed = error.kind is ErrorKind.MAPPING_NOT_FOUND
@@ -210,25 +213,25 @@ class App:
             self.metrics.routed(shard_map, passage.shard)
         return passage
 
-    def _count_by(self, plan: Plan) -> None:
-        shard_map = plan.router.shard_map
+    def _count_by(self, snapshot: ConfigSnapshot) -> None:
+        shard_map = snapshot.router.shard_map
         mappings = 0 if shard_map is None else len(shard_map)
-        names = plan.settings.target_names()
-        self.metrics.know(names, plan.settings.routing.shard_map, mappings)
-        self.metrics.build_is(plan.acceleration)
+        names = snapshot.settings.target_names()
+        self.metrics.know(names, snapshot.settings.routing.shard_map, mappings)
+        self.metrics.build_is(snapshot.acceleration)
 
     def _phase_took(self, target: str, phase: ConnectPhase, seconds: float) -> None:
         self.metrics.connect_phase_took(phase, seconds, target)
 
 
 @asynccontextmanager
-async def serving(settings: Settings, *, unserved_max: int = UNSERVED_MAX) -> AsyncIterator[App]:
-    """Serve while the block runs; `unserved_max` connections may be starting at a time.
+async def serving(settings: Settings, *, starting_max: int = STARTING_MAX) -> AsyncIterator[App]:
+    """Serve while the block runs; `starting_max` connections may be starting at a time.
 
     Raises OSError when an address cannot be listened on, and ConfigurationError for a file that
     a setting names and that cannot be used.
     """
-    async with running(App(settings, unserved_max=unserved_max)) as app:
+    async with running(App(settings, starting_max=starting_max)) as app:
         yield app
 
 
@@ -238,7 +241,7 @@ async def running(app: App) -> AsyncIterator[App]:
     settings = app.settings
     async with AsyncExitStack() as stack:
         app.lanes = stack.enter_context(watched_lanes())
-        stack.push_async_callback(app.accounts.close)
+        stack.push_async_callback(app.workspaces.close)
         stack.enter_context(sampling_lag(app.metrics.loop_lagged))
         if settings.admin.enabled:
             app.admin = await stack.enter_async_context(
@@ -246,7 +249,7 @@ async def running(app: App) -> AsyncIterator[App]:
             )
         host, port = await stack.enter_async_context(app.entrance.accepting())
         app.listen_host, app.listen_port = host, port
-        app.life.serve()
+        app.lifecycle.serve()
         admin_port = None if app.admin is None else app.admin.port
         _log.info(
             "serving",
@@ -254,27 +257,27 @@ async def running(app: App) -> AsyncIterator[App]:
             port=port,
             admin_port=admin_port,
             version=__version__,
-            acceleration=app.plan.acceleration,
-            **app.plan.map_facts,
+            acceleration=app.snapshot.acceleration,
+            **app.snapshot.map_facts,
         )
         yield app
 
 
 @asynccontextmanager
-async def planned(settings: Settings, phase_took: PhaseTook) -> AsyncIterator[Plan]:
+async def open_snapshot(settings: Settings, phase_took: PhaseTook) -> AsyncIterator[ConfigSnapshot]:
     """Give what sessions would be served by while the block runs, without a listener.
 
     Raises ConfigurationError for a file that a setting names and that cannot be used.
     """
-    accounts = Accounts(build_metrics(settings.target_names()), version=__version__)
+    workspaces = LocalWorkspaceRegistry(build_metrics(settings.target_names()), version=__version__)
     try:
-        yield Plan(settings, accounts, phase_took)
+        yield ConfigSnapshot(settings, workspaces, phase_took)
     finally:
-        await accounts.close()
+        await workspaces.close()
 
 
 def _admin_state(app: App) -> AdminState:
-    source, metrics, life, others = _status_source(app), app.metrics, app.life, app.others
+    source, metrics, lifecycle, others = _status_source(app), app.metrics, app.lifecycle, app.others
     metrics.watch(source)
 
     def status() -> Status:
@@ -283,13 +286,13 @@ def _admin_state(app: App) -> AdminState:
         return report(source, both.targets, both.failures, time.time())
 
     return AdminState(
-        started=lambda: life.started,
-        ready=lambda: life.state is State.SERVING and (others is None or others.ready),
+        started=lambda: lifecycle.started,
+        ready=lambda: lifecycle.state is State.SERVING and (others is None or others.ready),
         metrics=lambda: metrics.exposition(_others_reading(app).samples),
         status=status,
         failed=metrics.admin_failed,
         restarted=metrics.admin_restarted,
-        quit=life.quit_asked.set if app.settings.admin.quit else None,
+        quit=lifecycle.quit_asked.set if app.settings.admin.quit else None,
         refresh=None if others is None else others.refresh,
     )
 
@@ -300,7 +303,7 @@ def _others_reading(app: App) -> Reading:
 
 def _status_source(app: App) -> StatusSource:
     def listen() -> str:
-        if not app.life.started:
+        if not app.lifecycle.started:
             return ""
         host, port = app.listen_host, app.listen_port
         if host.startswith("/"):
@@ -309,25 +312,25 @@ def _status_source(app: App) -> StatusSource:
 
     def hosts() -> Mapping[str, str]:
         known = _others_reading(app).hosts
-        return {name: host or known.get(name, "") for name, host in app.plan.hosts().items()}
+        return {name: host or known.get(name, "") for name, host in app.snapshot.hosts().items()}
 
     def tokens() -> Sequence[Token]:
-        return app.plan.tokens()
+        return app.snapshot.tokens()
 
     def warnings() -> Sequence[str]:
         return app.settings.warnings()
 
     return StatusSource(
         version=__version__,
-        acceleration=lambda: app.plan.acceleration,
-        state=lambda: app.life.state,
-        uptime_seconds=lambda: app.life.uptime_seconds,
+        acceleration=lambda: app.snapshot.acceleration,
+        state=lambda: app.lifecycle.state,
+        uptime_seconds=lambda: app.lifecycle.uptime_seconds,
         listen=listen,
         sessions_max=lambda: app.settings.listen.max_connections,
         places_taken=lambda: app.places.taken if app.others is None else app.others.places_taken,
         hosts=hosts,
         tokens=tokens,
-        drain_seconds_left=lambda: app.life.drain_seconds_left,
+        drain_seconds_left=lambda: app.lifecycle.drain_seconds_left,
         warnings=warnings,
     )
 
@@ -349,6 +352,6 @@ def build_metrics(targets: Iterable[str] = ()) -> Metrics:
     return Metrics(
         version=__version__,
         session_end_reasons=list(EndReason),
-        startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure, UNSERVED],
+        startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure, TOO_MANY_STARTING],
         target_names=targets,
     )

@@ -11,7 +11,7 @@ import time
 from proxy.observe.status import State
 
 
-class Life:
+class Lifecycle:
     """The state of one proxy, and who wants it to end."""
 
     def __init__(self) -> None:

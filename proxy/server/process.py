@@ -18,7 +18,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
 from typing import Final
 
-from proxy.blocking import Threads
+from proxy.blocking import BlockingCalls
 from proxy.config import ConfigurationError, Settings
 from proxy.exit_codes import EXIT_CUT, EXIT_FAILURE, EXIT_OK
 from proxy.observe.logs import get_logger
@@ -26,13 +26,13 @@ from proxy.observe.systemd import READY, STOPPING, notify, reloading
 from proxy.routing.router import Router
 from proxy.server.app import App, serving
 from proxy.server.router_factory import RELOAD_SECONDS_MAX, Reread, reread_with_router
-from proxy.session.listener import UNSERVED_MAX
+from proxy.session.listener import STARTING_MAX
 
 FILES_A_SESSION: Final = 2
 # Listeners, the admin address's connections (64), calls to the workspace, cancels, and as many
 # connections that are still starting as there are in any case.
 FILES_RESERVED: Final = 128
-UNSERVED_MIN: Final = 32
+STARTING_MIN: Final = 32
 
 QUIT: Final = "quitquitquit"
 _KEPT: Final = "not reloaded; the configuration stays as it was"
@@ -104,7 +104,7 @@ async def _prepare(app: App) -> None:
     thousand that came with imports, and stay. From here on it leaves them out.
     """
     with suppress(ImportError, TimeoutError):  # whoever needs it is told so
-        await app.plan.load_sdk()
+        await app.snapshot.load_sdk()
     gc.freeze()
 
 
@@ -130,20 +130,20 @@ async def _drained(app: App, signals: Signals, why: str) -> int:
     _log.info("stopped", sessions_cut=cut)
     if cut:
         return EXIT_CUT
-    return EXIT_FAILURE if app.life.failed else EXIT_OK
+    return EXIT_FAILURE if app.lifecycle.failed else EXIT_OK
 
 
 async def _told_to_stop(app: App, signals: Signals) -> str:
     """Return the name of the signal, or of the request, that ends the proxy."""
     async with asyncio.TaskGroup() as tasks:
-        asked = tasks.create_task(app.life.quit_asked.wait())
+        asked = tasks.create_task(app.lifecycle.quit_asked.wait())
         signalled = tasks.create_task(signals.end())
         await asyncio.wait((asked, signalled), return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
         signalled.cancel()
     if not signalled.cancelled():
         return signalled.result().name
-    return "" if app.life.failed else QUIT
+    return "" if app.lifecycle.failed else QUIT
 
 
 async def _cut_at_second_signal(app: App, signals: Signals, why: str) -> None:
@@ -159,7 +159,9 @@ async def _cut_at_second_signal(app: App, signals: Signals, why: str) -> None:
 
 
 async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
-    threads = Threads("reload")  # daemons: one whose file does not answer keeps nobody from ending
+    threads = BlockingCalls(
+        "reload"
+    )  # daemons: one whose file does not answer keeps nobody from ending
     while True:  # ends with the proxy
         await signals.hangup()
         notify(reloading())
@@ -186,7 +188,7 @@ async def _take_over(app: App, settings: Settings, router: Router) -> None:
     changes = app.reload(settings, router)
     if app.others is not None and not await app.others.take_over():
         app.metrics.reload_failed()  # which of them did not, and why, is in the log
-    _log.info("reloaded", changed=changes.reloadable, **app.plan.map_facts)
+    _log.info("reloaded", changed=changes.reloadable, **app.snapshot.map_facts)
     if changes.restart:
         _log.warning("restart to let these take effect", keys=changes.restart)
     for warning in app.settings.warnings():
@@ -224,14 +226,14 @@ def check_file_limit(max_connections: int, workers: int = 1) -> None:
         )
 
 
-def unserved_max(max_connections: int, workers: int = 1) -> int:
+def starting_max(max_connections: int, workers: int = 1) -> int:
     """Return how many connections may be starting at a time in one process, so that they leave the
     sessions, the admin address and the calls to the workspace their files."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
-        return UNSERVED_MAX
+        return STARTING_MAX
     left = limit - FILES_A_SESSION * math.ceil(max_connections / workers) - FILES_RESERVED
-    return max(UNSERVED_MIN, min(UNSERVED_MAX, left))
+    return max(STARTING_MIN, min(STARTING_MAX, left))
 
 
 def explain(error: OSError) -> str:

@@ -27,7 +27,7 @@ from proxy.routing.keys import KeyType, Normalise
 from proxy.routing.map_builder import map_of_csv, map_of_tables
 from proxy.routing.map_rows import MapError
 from proxy.routing.router import Alias, Resolution, Router
-from proxy.routing.shard_map import Form, Kind, ShardMap
+from proxy.routing.shard_map import Kind, MapSpec, ShardMap
 
 # Maps that are kept so that checking and using one builds it once: a million mappings take seconds.
 _BUILT_MAX: Final = 2
@@ -161,7 +161,9 @@ def _shard_map(settings: Settings, name: str) -> ShardMap:
 
 @lru_cache(maxsize=_BUILT_MAX)
 def _built(shard_map: ShardMapSettings, targets: frozenset[str], stamp: Stamp | None) -> ShardMap:
-    form = Form(Kind(shard_map.kind), KeyType(shard_map.key_type), Normalise(shard_map.normalise))
+    form = MapSpec(
+        Kind(shard_map.kind), KeyType(shard_map.key_type), Normalise(shard_map.normalise)
+    )
     if stamp is None:
         return map_of_tables((entry.columns() for entry in shard_map.mappings), form, targets)
     with Path(shard_map.mappings_file).open(encoding="utf-8-sig", newline="") as lines:

@@ -10,14 +10,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from proxy.blocking import Threads
+from proxy.blocking import BlockingCalls
 from proxy.config import Files, Settings
 from proxy.native import Acceleration, acceleration
 from proxy.observe.status import Token
 from proxy.routing.router import Router
 from proxy.server.router_factory import rewritten_file, router_of
 from proxy.session.session import Passage
-from proxy.upstream.upstreams import AccountSource, Fleet, PhaseTook
+from proxy.upstream.upstreams import PhaseTook, Upstreams, WorkspaceRegistry
 from proxy.wire.startup import StartupMessage
 from proxy.workspace import sdk_import
 
@@ -25,15 +25,15 @@ from proxy.workspace import sdk_import
 LOAD_SECONDS_MAX: Final = 60.0
 
 
-class Plan:
+class ConfigSnapshot:
     """Settings, and what is made from them for sessions."""
 
     def __init__(
         self,
         settings: Settings,
-        accounts: AccountSource,
+        accounts: WorkspaceRegistry,
         phase_took: PhaseTook,
-        before: "Plan | None" = None,
+        before: "ConfigSnapshot | None" = None,
         router: Router | None = None,
     ) -> None:
         """`before` is the plan that this one replaces.
@@ -46,14 +46,16 @@ class Plan:
         self.settings = settings
         self.files = Files.of(settings)  # before they are read: what is written meanwhile shows
         self.router = router or router_of(settings)
-        self.fleet: Fleet = Fleet(settings, accounts, phase_took, before.fleet if before else None)
+        self.upstreams: Upstreams = Upstreams(
+            settings, accounts, phase_took, before.upstreams if before else None
+        )
 
     def passage(self, message: StartupMessage) -> Passage:
         """Return where a client goes. Raises ProxyError for one that has no way."""
         route = self.router.route(message)
-        return Passage(route, self.fleet[route.target])
+        return Passage(route, self.upstreams[route.target])
 
-    def rewritten(self, later: "Plan") -> Iterator[str]:
+    def rewritten(self, later: "ConfigSnapshot") -> Iterator[str]:
         """Yield the keys that name the same file in a later plan, which holds something else."""
         yield from self.files.rewritten(later.files)
         if self.settings.routing.shard_map == later.settings.routing.shard_map:
@@ -73,25 +75,25 @@ class Plan:
     @property
     def acceleration(self) -> Acceleration:
         """What sessions get of the compiled relay."""
-        return acceleration(way.settings.accelerated for way in self.fleet.values())
+        return acceleration(upstream.settings.accelerated for upstream in self.upstreams.values())
 
     async def load_sdk(self) -> None:
         """Import databricks-sdk, off the loop, if anything is to be asked of a workspace.
 
         Raises ImportError when it cannot be used, and TimeoutError.
         """
-        if any(way.resource is not None for way in self.fleet.values()):
-            await Threads("databricks-sdk").run(sdk_import.load, LOAD_SECONDS_MAX)
+        if any(upstream.resource is not None for upstream in self.upstreams.values()):
+            await BlockingCalls("databricks-sdk").run(sdk_import.load, LOAD_SECONDS_MAX)
 
     def hosts(self) -> Mapping[str, str]:
         """Return each target's host, empty while it is not known."""
-        return {name: way.targets.host for name, way in self.fleet.items()}
+        return {name: upstream.address_lookup.host for name, upstream in self.upstreams.items()}
 
     def tokens(self) -> Sequence[Token]:
         """Return the times of each account's newest token."""
         now = time.time()
         return [
             Token(account.name, now - newest.requested_at, newest.expires_at - now)
-            for account in self.fleet.accounts
+            for account in self.upstreams.accounts
             if (newest := account.credentials.newest) is not None
         ]

@@ -15,7 +15,7 @@ from proxy.session.relay import Relay
 
 # The error must not fall between a pool's check of a connection and the statement that it is
 # checked for: the client has to be silent for so long. A pool at work goes on within milliseconds.
-LULL_SECONDS: Final = 0.1
+IDLE_GRACE_SECONDS: Final = 0.1
 
 
 class Stage(Enum):
@@ -27,12 +27,12 @@ class Stage(Enum):
     CLOSING = auto()  # whatever was to be said has been said
 
 
-class LiveSession:
+class OpenSession:
     """One entry: the session that its task runs, kept while a `with` block runs."""
 
     __slots__ = ("_sessions", "began", "relay", "stage", "task")
 
-    def __init__(self, sessions: "LiveSessions") -> None:
+    def __init__(self, sessions: "OpenSessions") -> None:
         self._sessions = sessions
         task: asyncio.Task[None] | None = asyncio.current_task()
         assert task is not None
@@ -41,7 +41,7 @@ class LiveSession:
         self.stage = Stage.ARRIVING
         self.relay: Relay | None = None
 
-    def __enter__(self) -> "LiveSession":
+    def __enter__(self) -> "OpenSession":
         """Count among the living from here on."""
         self._sessions.add(self)
         return self
@@ -73,26 +73,26 @@ class LiveSession:
         return self.stage is Stage.OPENING
 
 
-class LiveSessions:
+class OpenSessions:
     """All of a proxy's sessions."""
 
     def __init__(self) -> None:
         self.ending = False
-        self._by_task: dict[asyncio.Task[None], LiveSession] = {}
+        self._by_task: dict[asyncio.Task[None], OpenSession] = {}
 
-    def session(self) -> LiveSession:
+    def session(self) -> OpenSession:
         """Return an entry for the current task, to be kept while a block runs."""
-        return LiveSession(self)
+        return OpenSession(self)
 
-    def add(self, entry: LiveSession) -> None:
+    def add(self, entry: OpenSession) -> None:
         """Take an entry."""
         self._by_task[entry.task] = entry
 
-    def remove(self, entry: LiveSession) -> None:
+    def remove(self, entry: OpenSession) -> None:
         """Forget an entry."""
         del self._by_task[entry.task]
 
-    def unfinished(self) -> list[LiveSession]:
+    def unfinished(self) -> list[OpenSession]:
         """Return the sessions that a cut would hurt, the oldest first."""
         left = [entry for entry in self._by_task.values() if entry.unfinished]
         return sorted(left, key=lambda entry: entry.began)
@@ -113,21 +113,21 @@ class LiveSessions:
         for entry in list(self._by_task.values()):
             if entry.stage is Stage.OPENING:
                 entry.task.cancel()  # which makes it tell its client
-        self._end_relays(LULL_SECONDS)
+        self._end_relays(IDLE_GRACE_SECONDS)
 
-    def hurry(self) -> None:
+    def skip_grace(self) -> None:
         """End without a lull those that are never silent between two transactions."""
         self._end_relays(0)
 
-    def dismiss_silent(self) -> None:
+    def close_silent(self) -> None:
         """Close those that have not said what they want: no answer is due to them (W49)."""
         for entry in list(self._by_task.values()):
             if entry.stage is Stage.ARRIVING:
                 entry.closing()
                 entry.task.cancel()
 
-    def _end_relays(self, lull_seconds: float) -> None:
+    def _end_relays(self, grace_seconds: float) -> None:
         error = ProxyError(ErrorKind.SHUTTING_DOWN).response()
         for entry in list(self._by_task.values()):
             if entry.relay is not None and not entry.relay.over:
-                entry.relay.end_when_idle(EndReason.SHUTDOWN, error, lull_seconds=lull_seconds)
+                entry.relay.end_when_idle(EndReason.SHUTDOWN, error, grace_seconds=grace_seconds)

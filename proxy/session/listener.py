@@ -17,22 +17,22 @@ from proxy.config import ListenSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
-from proxy.session.drain import LiveSessions
+from proxy.session.drain import OpenSessions
 from proxy.session.end_reason import EndReason
-from proxy.session.memory_trim import Leftovers
+from proxy.session.memory_trim import MemoryTrim
 from proxy.transport.sockets import listen_unix
-from proxy.transport.stream import Link
+from proxy.transport.stream import StartupStream
 
 # A burst of reconnecting clients is some hundreds; more than this is a flood.
-UNSERVED_MAX: Final = 1000
+STARTING_MAX: Final = 1000
 ACCEPT_BACKLOG: Final = 1024
 # A flood is one line in so long a time.
-UNSERVED_WARNING_SECONDS: Final = 60.0
+STARTING_WARNING_SECONDS: Final = 60.0
 # Who connected just before the listener closed gets so long to say what it wants, and to be told.
 SILENT_SECONDS: Final = 1.0
 # Who was told that the session ends gets so long to be sent it: nothing else keeps it from a cut.
 FAREWELL_SECONDS: Final = 0.1
-UNSERVED: Final = "too_many_starting"  # the word for it in the metrics
+TOO_MANY_STARTING: Final = "too_many_starting"  # the word for it in the metrics
 
 _log = get_logger(__name__)
 
@@ -42,7 +42,7 @@ def socket_name(port: int) -> str:
     return f".s.PGSQL.{port}"
 
 
-class PlaceSource(Protocol):
+class SlotSource(Protocol):
     """Places for sessions; `taken` are those of this process."""
 
     @property
@@ -52,7 +52,7 @@ class PlaceSource(Protocol):
         """Hold a place while the block runs. Raises ProxyError when none is free."""
 
 
-class Places:
+class Slots:
     """The `max_connections` places of a listener."""
 
     def __init__(self, places_max: int) -> None:
@@ -74,12 +74,12 @@ class Places:
         self.taken -= 1
 
 
-class _AcceptedLink(Link):
+class _AcceptedStream(StartupStream):
     """A client's link, which tells when it is connected."""
 
     __slots__ = ("_connected",)
 
-    def __init__(self, connected: Callable[[Link], None]) -> None:
+    def __init__(self, connected: Callable[[StartupStream], None]) -> None:
         super().__init__()
         self._connected = connected
 
@@ -96,26 +96,26 @@ class Listener:
     def __init__(
         self,
         settings: ListenSettings,
-        places: PlaceSource,
+        places: SlotSource,
         metrics: Metrics,
-        serve: Callable[[Link], Coroutine[None, None, None]],
-        live: LiveSessions | None = None,
+        serve: Callable[[StartupStream], Coroutine[None, None, None]],
+        live: OpenSessions | None = None,
         *,
-        leftovers: Leftovers | None = None,
-        unserved_max: int = UNSERVED_MAX,
+        memory_trim: MemoryTrim | None = None,
+        starting_max: int = STARTING_MAX,
     ) -> None:
         """`live` are the sessions that `serve` enters there; others are waited for, then cut."""
         self._settings = settings
         self._places = places
         self._metrics = metrics
         self._serve = serve
-        self._live = live or LiveSessions()
+        self._live = live or OpenSessions()
         self._hurried = asyncio.Event()  # somebody has called drain again
         self._ids = itertools.count(1)
         self._sessions: set[asyncio.Task[None]] = set()
         self._ended = self._session_ended  # bound once, not for each session
-        self._leftovers = leftovers or Leftovers()
-        self._unserved_max = unserved_max
+        self._memory_trim = memory_trim or MemoryTrim()
+        self._starting_max = starting_max
         self._flood_said_at: float | None = None
         self._cut_sessions: set[asyncio.Task[None]] = set()
         self._servers: list[asyncio.Server] = []
@@ -163,7 +163,7 @@ class Listener:
         await self.drain(0)
         while self._sessions:  # ends: no session begins any more, and all are cancelled
             await asyncio.wait(self._sessions)
-        self._leftovers.close()
+        self._memory_trim.close()
 
     async def _open_tcp(self) -> tuple[str, int]:
         settings = self._settings
@@ -180,24 +180,24 @@ class Listener:
         loop = asyncio.get_running_loop()
         self._servers.append(await loop.create_unix_server(self._accepted, sock=sock))
 
-    def _accepted(self) -> Link:
-        return _AcceptedLink(self._connected)
+    def _accepted(self) -> StartupStream:
+        return _AcceptedStream(self._connected)
 
-    def _connected(self, link: Link) -> None:
+    def _connected(self, stream: StartupStream) -> None:
         """Begin to serve a connection; one that comes out of the backlog after the close is cut."""
         if not self._servers:
-            self._metrics.startup_failed(UNSERVED)
+            self._metrics.startup_failed(TOO_MANY_STARTING)
         elif not self._is_flooded():
-            self._begin(self._run(link, next(self._ids)))
+            self._begin(self._run(stream, next(self._ids)))
             return
-        link.transport.abort()
+        stream.transport.abort()
 
     def _is_flooded(self) -> bool:
         """Tell whether one more would be too many that are starting; then it is counted."""
         unserved = len(self._sessions) - self._places.taken
-        if unserved < self._unserved_max:
+        if unserved < self._starting_max:
             return False
-        self._metrics.startup_failed(UNSERVED)
+        self._metrics.startup_failed(TOO_MANY_STARTING)
         self._warn_of_flood(unserved)
         return True
 
@@ -209,13 +209,13 @@ class Listener:
 
     def _session_ended(self, task: asyncio.Task[None]) -> None:
         self._sessions.discard(task)
-        self._leftovers.session_ended()
+        self._memory_trim.session_ended()
 
     def _warn_of_flood(self, unserved: int) -> None:
         """Say once in a while that connections are cut; the metrics count them."""
         now = asyncio.get_running_loop().time()
         said_at = self._flood_said_at
-        if said_at is None or now - said_at >= UNSERVED_WARNING_SECONDS:
+        if said_at is None or now - said_at >= STARTING_WARNING_SECONDS:
             self._flood_said_at = now
             _log.warning("connections are cut: too many are starting", unserved=unserved)
 
@@ -237,13 +237,13 @@ class Listener:
         if not self._sessions:
             return len(self._cut_sessions)
         if not seconds:
-            self._live.hurry()
+            self._live.skip_grace()
         else:
             _log.info("sessions are ending", **self._left(), idle=self._live.idle_count())
         loop = asyncio.get_running_loop()
         timers = [
-            loop.call_later(min(SILENT_SECONDS, seconds), self._live.dismiss_silent),
-            loop.call_later(seconds / 2, self._live.hurry),
+            loop.call_later(min(SILENT_SECONDS, seconds), self._live.close_silent),
+            loop.call_later(seconds / 2, self._live.skip_grace),
         ]
         _, left = await asyncio.wait(self._sessions, timeout=seconds)
         for timer in timers:
@@ -279,22 +279,22 @@ class Listener:
         return {"sessions": len(left), "oldest_seconds": oldest_seconds}
 
     async def _run_adopted(self, sock: socket.socket, number: int) -> None:
-        link = Link()
+        stream = StartupStream()
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: link, sock)
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: stream, sock)
         except OSError:  # its client has gone
             sock.close()
         else:
-            await self._run(link, number)
+            await self._run(stream, number)
 
-    async def _run(self, link: Link, number: int) -> None:
+    async def _run(self, stream: StartupStream, number: int) -> None:
         """The whole life of a connection's task: nothing that goes wrong in it leaves it."""
         with connection_log(number), self._metrics.connection():
             try:
-                await self._serve(link)
+                await self._serve(stream)
             except Exception:
                 # A bug of ours must cost one session, not all of them.
                 self._metrics.session_ended(EndReason.INTERNAL_ERROR)
                 _log.exception("session failed")
             finally:
-                link.transport.abort()  # it is closed already, unless the session was cut
+                stream.transport.abort()  # it is closed already, unless the session was cut

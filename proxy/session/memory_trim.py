@@ -30,22 +30,22 @@ def _no_trim(_keep_bytes: int) -> int:
 _malloc_trim: Final[Callable[[int], int]] = getattr(ctypes.CDLL(None), "malloc_trim", _no_trim)
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Free what nothing refers to, and give the system what is free."""
     gc.collect()
     _malloc_trim(0)
 
 
-class Leftovers:
-    """Counts the sessions that end, and has memory given back by `give_back` at a good time."""
+class MemoryTrim:
+    """Counts the sessions that end, and calls `release_memory` once many have ended."""
 
     def __init__(
         self,
-        give_back: Callable[[], object] = give_back,
+        release_memory: Callable[[], object] = release_memory,
         *,
         storm_seconds: float = STORM_SECONDS,
     ) -> None:
-        self._give_back = give_back
+        self._release_memory = release_memory
         self._storm_seconds = storm_seconds
         self._ended = 0
         self._seen = 0
@@ -75,4 +75,4 @@ class Leftovers:
             return
         self._timer = None
         self._ended = 0
-        self._give_back()
+        self._release_memory()

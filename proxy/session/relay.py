@@ -47,7 +47,7 @@ class _Farewell:
 
     reason: EndReason
     error: bytes
-    lull_seconds: float
+    grace_seconds: float
 
 
 class Relay:
@@ -76,7 +76,7 @@ class Relay:
             activity = Activity()
         self._activity = activity
         self._farewell: _Farewell | None = None
-        self._lull: asyncio.TimerHandle | None = None
+        self._grace_timer: asyncio.TimerHandle | None = None
         self._idle_look: asyncio.TimerHandle | None = None
         self._ended = ended = asyncio.get_running_loop().create_future()
         self.from_client = Direction(
@@ -115,18 +115,18 @@ class Relay:
     # -- an end that the proxy wants -------------------------------------------------------------
 
     def end_when_idle(
-        self, reason: EndReason, error: ErrorResponse, *, lull_seconds: float = 0
+        self, reason: EndReason, error: ErrorResponse, *, grace_seconds: float = 0
     ) -> None:
         """Tell the client so and close both sides, once the session has been idle for the lull.
 
         What is asked for last holds. A session that never becomes idle goes on: cancel `run`.
         """
         self._close_lanes()
-        self._farewell = _Farewell(reason, error.encode(), lull_seconds)
+        self._farewell = _Farewell(reason, error.encode(), grace_seconds)
         client_sent, upstream_sent = self._activity.client_sent, self._activity.upstream_sent
-        self.from_client.seen = lambda data: self._moved(client_sent, data)
-        self.from_upstream.seen = lambda data: self._moved(upstream_sent, data)
-        self._moved(client_sent, b"")
+        self.from_client.seen = lambda data: self._on_activity(client_sent, data)
+        self.from_upstream.seen = lambda data: self._on_activity(upstream_sent, data)
+        self._on_activity(client_sent, b"")
 
     def end_after_idle(self, seconds: float, error: ErrorResponse) -> None:
         """Do the same as soon as the session was idle, and no byte came, for so long.
@@ -149,23 +149,23 @@ class Relay:
 
         look()
 
-    def _moved(self, sent: Callable[[bytes], None], data: bytes) -> None:
+    def _on_activity(self, sent: Callable[[bytes], None], data: bytes) -> None:
         """Follow a read while the session is to end; the lull begins anew."""
         sent(data)
-        if self._lull is not None:
-            self._lull.cancel()
-            self._lull = None
+        if self._grace_timer is not None:
+            self._grace_timer.cancel()
+            self._grace_timer = None
         farewell = self._farewell
         assert farewell is not None
         if not self.idle or self._ended.done():
             return
-        if farewell.lull_seconds:
+        if farewell.grace_seconds:
             loop = asyncio.get_running_loop()
-            self._lull = loop.call_later(farewell.lull_seconds, self._leave, farewell)
+            self._grace_timer = loop.call_later(farewell.grace_seconds, self._end_now, farewell)
         else:
-            self._leave(farewell)
+            self._end_now(farewell)
 
-    def _leave(self, farewell: _Farewell) -> None:
+    def _end_now(self, farewell: _Farewell) -> None:
         """End the session, which is idle: from here on nothing is relayed."""
         if self._ended.done() or self._client.is_closing():
             return
@@ -251,7 +251,7 @@ class Relay:
             answered = self.from_upstream.received_bytes > before
 
     def _stop_timers(self) -> None:
-        for timer in (self._lull, self._idle_look):
+        for timer in (self._grace_timer, self._idle_look):
             if timer is not None:
                 timer.cancel()
 

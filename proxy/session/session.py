@@ -21,14 +21,14 @@ from proxy.observe.metrics import Metrics
 from proxy.observe.target_stats import Carried
 from proxy.routing.router import Route
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
-from proxy.session.drain import LiveSession, LiveSessions
+from proxy.session.drain import OpenSession, OpenSessions
 from proxy.session.end_reason import EndReason, RelayEnd
 from proxy.session.relay import Relay
 from proxy.transport.sockets import is_unix
-from proxy.transport.stream import Link
+from proxy.transport.stream import StartupStream
 from proxy.transport.tls import ALPN_PROTOCOL
 from proxy.upstream.dialer import UpstreamSession
-from proxy.upstream.upstreams import Way
+from proxy.upstream.upstreams import Upstream
 from proxy.wire.client_startup import (
     CancelReceived,
     ClientEvent,
@@ -89,7 +89,7 @@ class Passage:
     """Where one session goes, on which way, and what it says there."""
 
     route: Route
-    way: Way
+    way: Upstream
 
     @property
     def shard(self) -> str:
@@ -115,7 +115,7 @@ class SessionParts:
     """Gives what clients are offered now: a renewed certificate counts from the next client on."""
     place: Callable[[], AbstractContextManager[None]]
     """Takes one of `max_connections` places; raises ProxyError when there is none."""
-    live: LiveSessions = field(default_factory=LiveSessions)
+    live: OpenSessions = field(default_factory=OpenSessions)
     idle_timeout_seconds: float = 0
     """Ends a session that was idle for so long; 0: never."""
     lanes: "Callable[[], Lanes | None]" = lambda: None
@@ -132,21 +132,21 @@ class Session:
     __slots__ = (
         "_begun_at",
         "_key",
-        "_link",
         "_parts",
         "_relay",
         "_shard",
         "_started_at_host",
         "_startup",
+        "_stream",
         "_target",
         "_tls",
     )
 
-    def __init__(self, link: Link, parts: SessionParts) -> None:
-        self._link = link
+    def __init__(self, stream: StartupStream, parts: SessionParts) -> None:
+        self._stream = stream
         self._parts = parts
         # A unix socket's bytes do not leave the machine: TLS is refused there as PostgreSQL does.
-        self._tls = None if is_unix(link.transport) else parts.tls()
+        self._tls = None if is_unix(stream.transport) else parts.tls()
         self._startup = ClientStartup(tls_offered=self._tls is not None)
         # What its lines in the log say of where it goes, once that is decided.
         self._target = ""
@@ -164,7 +164,7 @@ class Session:
             finally:
                 live.closing()
                 if self._relay is None:  # which closes both connections
-                    await self._link.close()
+                    await self._stream.close()
 
     # -- startup ---------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class Session:
                 while True:
                     events = await self._next_events()
                     for event in events:
-                        self._link.write(event.reply)
+                        self._stream.write(event.reply)
                         match event:
                             # With anything behind it, plaintext came behind the request (W3).
                             case EncryptionAnswered(b"S") if event is events[-1]:
@@ -199,7 +199,7 @@ class Session:
         return None
 
     async def _next_events(self) -> list[ClientEvent]:
-        data = await self._link.receive()
+        data = await self._stream.receive()
         return self._startup.receive_data(data) if data else self._startup.receive_eof()
 
     async def _start_tls(self, hello: bytes) -> None:
@@ -208,7 +208,7 @@ class Session:
         Raises ssl.SSLError or ConnectionError.
         """
         assert self._tls is not None
-        tls = await self._link.start_tls(self._tls, server_side=True, first=hello)
+        tls = await self._stream.start_tls(self._tls, server_side=True, first=hello)
         if hello and tls.selected_alpn_protocol() != ALPN_PROTOCOL:
             raise ConnectionError("direct TLS without ALPN")
         self._startup.tls_started()
@@ -227,7 +227,7 @@ class Session:
 
     # -- a session -------------------------------------------------------------------------------
 
-    async def _serve(self, live: LiveSession) -> None:
+    async def _serve(self, live: OpenSession) -> None:
         """Do what the client wants; tell it when that cannot be."""
         parts = self._parts
         try:
@@ -291,10 +291,10 @@ class Session:
             self._refuse(error.reason, error.response())
             raise
         # Either side may have gone in the moment in which the other one was ready.
-        if self._link.gone.done():
-            upstream.link.transport.close()
+        if self._stream.gone.done():
+            upstream.stream.transport.close()
             raise ClientGone
-        if upstream.link.transport.is_closing():
+        if upstream.stream.transport.is_closing():
             raise ProxyError(ErrorKind.UPSTREAM_LOST)
         return upstream
 
@@ -302,18 +302,18 @@ class Session:
         self, passage: Passage, upstream: UpstreamSession, key: IssuedKey | None
     ) -> Relay:
         """Tell the client that it is served, and hand both connections over to a relay."""
-        client, link = self._link, upstream.link
+        client, stream = self._stream, upstream.stream
         abandon = None
         if key is not None and passage.way.settings.cancel_on_disconnect:
             abandon = partial(self._parts.cancels.cancel, key)
-        relay = Relay(client.transport, link.transport, abandon, self._parts.lanes())
+        relay = Relay(client.transport, stream.transport, abandon, self._parts.lanes())
         # What either side sent early goes behind what the other is told first.
         shown = None if key is None else key.issued
         client.write(self._startup.accept(upstream.startup.welcome(shown)))
         self._relay = relay  # from here on no refusal can be told
-        upstream_gone = link.gone
+        upstream_gone = stream.gone
         relay.from_upstream.data_received(
-            upstream.startup.trailing_data() + link.hand_over(relay.from_upstream)
+            upstream.startup.trailing_data() + stream.hand_over(relay.from_upstream)
         )
         relay.from_client.data_received(
             self._startup.trailing_data() + client.hand_over(relay.from_client)
@@ -336,7 +336,7 @@ class Session:
             **self._where(),
             duration_seconds=self._duration_seconds(),
         )
-        self._link.write(self._startup.refuse(_naming(self._shard, error)))
+        self._stream.write(self._startup.refuse(_naming(self._shard, error)))
 
     def _note_end(self, end: RelayEnd) -> None:
         self._parts.metrics.session_ended(end.reason, self._target)
@@ -374,7 +374,7 @@ class Session:
     @asynccontextmanager
     async def _while_connected(self) -> AsyncIterator[None]:
         """Run the block as long as the client is there; then cancel it and raise ClientGone."""
-        gone = self._link.gone
+        gone = self._stream.gone
         over = False
         try:
             async with asyncio.timeout(None) as scope:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 INBOX_BYTES_MAX: Final = 64 * 1024
 
 
-class Link(asyncio.Protocol):
+class StartupStream(asyncio.Protocol):
     """One connection. It is the protocol of its transport until `hand_over`.
 
     `gone` is done as soon as the peer has ended its stream or the connection is lost.

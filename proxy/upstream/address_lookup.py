@@ -13,7 +13,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.client import Identity
 from proxy.workspace.resources import Resource, ResourceStatus
-from proxy.workspace.single_flight import Quiet, Shared
+from proxy.workspace.single_flight import Backoff, SingleFlight
 
 ANY_USER = "*"
 
@@ -54,7 +54,7 @@ class WorkspaceSource(Protocol):
         """Return how far this machine's clock is ahead of the workspace's, None if unknown."""
 
 
-class Targets:
+class AddressLookup:
     """Works out targets. What the workspace answered is kept; `forget_host` has it asked again."""
 
     def __init__(
@@ -75,12 +75,12 @@ class Targets:
         self._stale = False
         self._user = settings.user
         # Connections that arrive together wait for one answer of the workspace.
-        self._look_up = Shared(self._ask_host)
-        self._identify = Shared(self._ask_user)
+        self._look_up = SingleFlight(self._ask_host)
+        self._identify = SingleFlight(self._ask_user)
         # After a failure, or an answer that was no news, nobody asks for a while: a thousand
         # clients dial a database that sleeps again and again.
-        self._host_quiet = Quiet(clock, jitter)
-        self._user_quiet = Quiet(clock, jitter)
+        self._host_quiet = Backoff(clock, jitter)
+        self._user_quiet = Backoff(clock, jitter)
         self._sleep = sleep
 
     async def close(self) -> None:

@@ -21,7 +21,7 @@ from proxy.observe.logs import get_logger
 from proxy.observe.metrics import ConnectPhase
 from proxy.transport.key_exchange import Curves
 from proxy.transport.sockets import bound_unacknowledged
-from proxy.transport.stream import Link
+from proxy.transport.stream import StartupStream
 from proxy.transport.tls import TLSTransport, client_context
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.diagnosis import diagnose_network
@@ -92,7 +92,7 @@ class Progress:
 class Connection:
     """A connection under TLS, and its machine, which is to send the StartupMessage next."""
 
-    link: Link
+    stream: StartupStream
     startup: UpstreamStartup
 
 
@@ -132,23 +132,23 @@ class Connector:
 
     async def connect(self, target: Target, addresses: Addresses, progress: Progress) -> Connection:
         """Return a connection under TLS, within the bounds above. Raises ProxyError."""
-        link = await self._reach(target, addresses, progress)
+        stream = await self._reach(target, addresses, progress)
         startup = UpstreamStartup()
         try:
             progress.begin(ConnectPhase.TLS)
             async with asyncio.timeout(self._tls_seconds_max):
-                await self._start_tls(link, startup, target, progress)
+                await self._start_tls(stream, startup, target, progress)
             progress.done()
         except TimeoutError as error:
             self._curves.forget(target)
-            link.transport.close()
+            stream.transport.close()
             detail = f"{target.host}: no TLS within {self._tls_seconds_max:g} seconds"
             raise ProxyError(ErrorKind.UPSTREAM_TIMEOUT, detail) from error
         except BaseException:
             self._curves.forget(target)  # the next try shall not depend on it
-            link.transport.close()
+            stream.transport.close()
             raise
-        return Connection(link, startup)
+        return Connection(stream, startup)
 
     async def cancel(
         self, target: Target, key: BackendKeyData, *, still_wanted: Callable[[], bool]
@@ -162,41 +162,43 @@ class Connector:
             progress = Progress(self._phase_took)
             try:
                 addresses = await self.addresses(target, progress)
-                link = (await self.connect(target, addresses, progress)).link
+                stream = (await self.connect(target, addresses, progress)).stream
             finally:
                 progress.tell()
             try:
                 if not still_wanted():
                     return False
-                link.write(CancelRequest(key.pid, key.key).encode())
-                while await link.receive():
+                stream.write(CancelRequest(key.pid, key.key).encode())
+                while await stream.receive():
                     pass  # nothing is ever said on such a connection
                 return True
             finally:
-                link.transport.close()
+                stream.transport.close()
 
-    async def _reach(self, target: Target, addresses: Addresses, progress: Progress) -> Link:
+    async def _reach(
+        self, target: Target, addresses: Addresses, progress: Progress
+    ) -> StartupStream:
         """Return a TCP connection to the first of the addresses that answers."""
         progress.begin(ConnectPhase.TCP)
         try:
             async with asyncio.timeout(TCP_CONNECT_SECONDS_MAX):
-                link = await _connected(addresses)
+                stream = await _connected(addresses)
         except OSError as error:  # a TimeoutError is one
             raise diagnose_network(error, f"{target.host}:{target.port}") from error
         progress.done()
-        bound_unacknowledged(link.transport)
-        return link
+        bound_unacknowledged(stream.transport)
+        return stream
 
     async def _start_tls(
-        self, link: Link, startup: UpstreamStartup, target: Target, progress: Progress
+        self, stream: StartupStream, startup: UpstreamStartup, target: Target, progress: Progress
     ) -> None:
-        link.write(startup.request_tls())
+        stream.write(startup.request_tls())
         # While the upstream looks at the request.
-        tls = _prepared_tls(link, target, self._curves.find(target))
+        tls = _prepared_tls(stream, target, self._curves.find(target))
         progress.tell()
-        _check_answer(await next_events(link, startup), startup, target)
+        _check_answer(await next_events(stream, startup), startup, target)
         try:
-            await link.switch_to(tls)
+            await stream.switch_to(tls)
         except OSError as error:
             raise diagnose_network(error, target.host) from error
         startup.tls_started()
@@ -204,25 +206,25 @@ class Connector:
             self._curves.keep(target, tls.asked_curve)
 
 
-async def _connected(addresses: Addresses) -> Link:
+async def _connected(addresses: Addresses) -> StartupStream:
     """Return a connection to the first address that answers. Raises OSError."""
     loop = asyncio.get_running_loop()
     if len(addresses) == 1 and (single := addresses[0])[0] == socket.AF_INET:
         # No race, so no socket of our own that the loop then has to take over: half the time.
         host, port = single[4][:2]
-        _, link = await loop.create_connection(Link, host, port)
-        return link
+        _, stream = await loop.create_connection(StartupStream, host, port)
+        return stream
     sock = await start_connection(
         addresses, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, interleave=1
     )
-    _, link = await loop.create_connection(Link, sock=sock)
-    return link
+    _, stream = await loop.create_connection(StartupStream, sock=sock)
+    return stream
 
 
-async def next_events(link: Link, startup: UpstreamStartup) -> list[UpstreamEvent]:
+async def next_events(stream: StartupStream, startup: UpstreamStartup) -> list[UpstreamEvent]:
     """Return what the upstream says next, one thing or several that came together."""
     while True:  # ends with the stream; the time is the dial's
-        data = await link.receive()
+        data = await stream.receive()
         events = startup.receive_data(data) if data else startup.receive_eof()
         if events:
             return events
@@ -264,7 +266,7 @@ def _printable(text: bytes) -> str:
     return "".join(one if one.isprintable() else " " for one in characters).strip()
 
 
-def _prepared_tls(link: Link, target: Target, curve: str | None) -> TLSTransport:
+def _prepared_tls(stream: StartupStream, target: Target, curve: str | None) -> TLSTransport:
     try:
         context = client_context(
             target.sslmode, target.ssl_root_cert, curve, accelerated=target.accelerated
@@ -273,6 +275,6 @@ def _prepared_tls(link: Link, target: Target, curve: str | None) -> TLSTransport
         detail = f"{target.ssl_root_cert}: {error.strerror or error}"
         raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, detail) from error
     try:
-        return link.prepare_tls(context, target.host)
+        return stream.prepare_tls(context, target.host)
     except ValueError as error:  # a name that no certificate can have
         raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, target.host) from error

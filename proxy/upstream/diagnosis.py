@@ -124,7 +124,7 @@ _NATIVE: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class LoginAttempt:
     """What the upstream had been shown when it refused, which it may repeat."""
 
     user: str
@@ -133,7 +133,7 @@ class Shown:
     is_password: bool
 
 
-def diagnose(error: ErrorResponse, shown: Shown) -> ProxyError:
+def diagnose(error: ErrorResponse, shown: LoginAttempt) -> ProxyError:
     """Return what the client is told, and what the dialer may do. No text repeats the secret."""
     kind, is_original = _kind(error, _plain_text(error.message, shown))
     if shown.is_password:
@@ -160,7 +160,7 @@ def _kind(error: ErrorResponse, text: str) -> tuple[ErrorKind, bool]:
     return kind or ErrorKind.STARTUP_REFUSED, True
 
 
-def _plain_text(message: str, shown: Shown) -> str:
+def _plain_text(message: str, shown: LoginAttempt) -> str:
     """Return the message in lower case and without names, which are anybody's choice.
 
     Those that are known first: they may have quotes in them.

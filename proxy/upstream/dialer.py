@@ -16,8 +16,8 @@ from typing import Final
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.observe.metrics import ConnectPhase
-from proxy.transport.stream import Link
-from proxy.upstream.address_lookup import Login, Target, Targets
+from proxy.transport.stream import StartupStream
+from proxy.upstream.address_lookup import AddressLookup, Login, Target
 from proxy.upstream.connector import (
     Addresses,
     Connection,
@@ -27,7 +27,7 @@ from proxy.upstream.connector import (
     failure,
     next_events,
 )
-from proxy.upstream.diagnosis import Shown, diagnose
+from proxy.upstream.diagnosis import LoginAttempt, diagnose
 from proxy.upstream.retry import Retry
 from proxy.upstream.scram import SCRAM_SHA_256, Scram
 from proxy.wire.startup import StartupMessage
@@ -79,7 +79,7 @@ class _Dial:
 class UpstreamSession:
     """A session that is ready: its connection, and the machine that holds its welcome."""
 
-    link: Link
+    stream: StartupStream
     startup: UpstreamStartup
     target: Target
 
@@ -90,7 +90,7 @@ class Dialer:
     def __init__(
         self,
         connector: Connector,
-        targets: Targets,
+        address_lookup: AddressLookup,
         credentials: CredentialSource,
         phase_took: PhaseTook,
         *,
@@ -104,7 +104,7 @@ class Dialer:
         within `answer_seconds_max`. `jitter` returns a number from 0 to 1.
         """
         self._connector = connector
-        self._targets = targets
+        self._address_lookup = address_lookup
         self._credentials = credentials
         self._phase_took = phase_took
         self._timeout_seconds = connect_timeout_seconds
@@ -161,15 +161,15 @@ class Dialer:
                     message = upstream_message(dial.client, login.user, login.database)
                     connection = await self._connector.connect(target, addresses, dial.progress)
                     await self._log_in(connection, message, login, credential, dial.progress)
-                    return UpstreamSession(connection.link, connection.startup, target)
+                    return UpstreamSession(connection.stream, connection.startup, target)
             except ProxyError as error:
                 await self._next_try(dial, error, credential)
 
     async def _way(self, dial: _Dial) -> tuple[Target, Login, Addresses]:
         """Return where this try goes, and as whom. Raises ProxyError."""
         dial.progress.begin(ConnectPhase.MINT)  # not its time, but the workspace may be asked
-        target = await self._targets.target()
-        login = await self._targets.login(dial.client)
+        target = await self._address_lookup.target()
+        login = await self._address_lookup.login(dial.client)
         addresses = await self._connector.addresses(target, dial.progress)
         # An address that takes TCP and does nothing good with it is not the first one again.
         first = len(dial.failures) % len(addresses)
@@ -181,7 +181,7 @@ class Dialer:
         """Return when it is time for another try; raise the error when there shall be none."""
         dial.failures.append(error)
         if error.original is None:  # else PostgreSQL itself spoke: the host is right
-            self._targets.forget_host()
+            self._address_lookup.forget_host()
         delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error, credential))
         if delay is None:
             raise error
@@ -232,7 +232,7 @@ class Dialer:
             progress.done()
         except BaseException:
             # Cancelled, timed out or refused: no orphan session stays upstream (W54).
-            connection.link.transport.close()
+            connection.stream.transport.close()
             raise
 
 
@@ -240,7 +240,7 @@ class _Authentication:
     """StartupMessage to ReadyForQuery on one connection."""
 
     def __init__(self, connection: Connection, login: Login, credential: Credential) -> None:
-        self._link = connection.link
+        self._stream = connection.stream
         self._startup = connection.startup
         self._login = login
         self._credential = credential
@@ -248,7 +248,7 @@ class _Authentication:
 
     def begin(self, message: StartupMessage) -> None:
         """Send the StartupMessage."""
-        self._link.write(self._startup.startup(message))
+        self._stream.write(self._startup.startup(message))
 
     async def run(self, answer_seconds_max: float) -> None:
         """Return when the upstream is ready. Raises ProxyError."""
@@ -257,13 +257,13 @@ class _Authentication:
             for event in events:
                 if isinstance(event, UpstreamReady):
                     return
-                self._link.write(self._answer(event))
-            events = await next_events(self._link, self._startup)
+                self._stream.write(self._answer(event))
+            events = await next_events(self._stream, self._startup)
 
     async def _first_events(self, seconds_max: float) -> list[UpstreamEvent]:
         try:
             async with asyncio.timeout(seconds_max):
-                return await next_events(self._link, self._startup)
+                return await next_events(self._stream, self._startup)
         except TimeoutError as error:
             detail = f"no answer to the StartupMessage within {seconds_max:g} seconds"
             raise ProxyError(ErrorKind.UPSTREAM_TIMEOUT, detail) from error
@@ -287,8 +287,8 @@ class _Authentication:
             case _:
                 raise failure(event)
 
-    def _shown(self) -> Shown:
-        return Shown(
+    def _shown(self) -> LoginAttempt:
+        return LoginAttempt(
             self._login.user.decode("utf-8", "replace"),
             self._login.database.decode("utf-8", "replace"),
             self._credential.secret,

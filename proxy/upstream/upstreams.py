@@ -29,11 +29,11 @@ from proxy.config import (
 )
 from proxy.observe.metrics import ConnectPhase, Metrics
 from proxy.transport.tls import client_context
-from proxy.upstream.address_lookup import Targets, WorkspaceSource
+from proxy.upstream.address_lookup import AddressLookup, WorkspaceSource
 from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import Dialer
 from proxy.workspace.client import Workspace
-from proxy.workspace.minter import MintForAny
+from proxy.workspace.minter import Minter
 from proxy.workspace.resources import Endpoint, Instance, Resource, resource_of
 from proxy.workspace.token_source import Credentials, CredentialSource, PasswordFile, TokenSource
 
@@ -42,35 +42,35 @@ PhaseTook = Callable[[str, ConnectPhase, float], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Upstream:
     """The way to one target, part by part: a session needs the dialer, `check` walks through all.
 
     `resource` is None where a plain host is dialled with a password.
     """
 
     settings: UpstreamSettings
-    profile: "Profile"
+    workspace_key: "WorkspaceKey"
     resource: Resource | None
     workspace: WorkspaceSource
-    account: "Account | None"
+    account: "TokenAccount | None"
     credentials: CredentialSource
-    targets: Targets
+    address_lookup: AddressLookup
     dialer: Dialer
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class TokenAccount:
     """One identity in one workspace, as far as it shares tokens: equal ones are one."""
 
     name: str
     """What it is called where its tokens' times are shown."""
     credentials: TokenSource
-    minting: MintForAny | None
+    minting: Minter | None
     """None where another process mints."""
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class WorkspaceKey:
     """What a `Workspace` is made from: two that are equal are one."""
 
     name: str
@@ -83,64 +83,67 @@ class Profile:
         return f"{section}/{instance}" if instance else section
 
 
-def profile_of(settings: Settings, target: UpstreamSettings) -> Profile:
+def workspace_key_of(settings: Settings, target: UpstreamSettings) -> WorkspaceKey:
     """Return the profile that a target with these effective values belongs to."""
-    return Profile(target.workspace, settings.workspace_of(target), settings.credentials)
+    return WorkspaceKey(target.workspace, settings.workspace_of(target), settings.credentials)
 
 
-_AccountKey = tuple[Profile, str]
+_TokenAccountKey = tuple[WorkspaceKey, str]
 
 
-class AccountSource(Protocol):
+class WorkspaceRegistry(Protocol):
     """Where the ways of a fleet get their tokens and look up their hosts."""
 
-    def workspace(self, profile: Profile) -> WorkspaceSource:
+    def workspace(self, workspace_key: WorkspaceKey) -> WorkspaceSource:
         """Return the workspace of a profile."""
 
-    def account(self, profile: Profile, resources: list[Resource]) -> Account:
+    def account(self, workspace_key: WorkspaceKey, resources: list[Resource]) -> TokenAccount:
         """Return the account whose tokens are minted for one of these, whichever will do."""
 
-    def close_at_end(self, targets: Targets) -> None:
+    def close_at_end(self, lookup: AddressLookup) -> None:
         """Have `close` end these look-ups, too, if somebody still needs them then."""
 
     async def close(self) -> None:
         """End what is being asked of the workspaces."""
 
 
-class Accounts:
+class LocalWorkspaceRegistry:
     """The workspaces and accounts in use, by what they are configured as."""
 
     def __init__(self, metrics: Metrics, *, version: str) -> None:
         self._metrics = metrics
         self._version = version
-        self._workspaces: WeakValueDictionary[Profile, Workspace] = WeakValueDictionary()
+        self._workspaces: WeakValueDictionary[WorkspaceKey, Workspace] = WeakValueDictionary()
         # What a mint under way keeps alive, even when no way leads there any more: an account that
         # comes back meanwhile shall not mint a second time beside it, and `close` shall find it.
-        self._credentials: WeakValueDictionary[_AccountKey, Credentials] = WeakValueDictionary()
-        self._mintings: WeakValueDictionary[_AccountKey, MintForAny] = WeakValueDictionary()
-        self._targets: WeakSet[Targets] = WeakSet()
+        self._credentials: WeakValueDictionary[_TokenAccountKey, Credentials] = (
+            WeakValueDictionary()
+        )
+        self._mintings: WeakValueDictionary[_TokenAccountKey, Minter] = WeakValueDictionary()
+        self._lookups: WeakSet[AddressLookup] = WeakSet()
 
     async def close(self) -> None:
         """End what is being asked of the workspaces."""
-        for targets in list(self._targets):
-            await targets.close()
+        for lookup in list(self._lookups):
+            await lookup.close()
         for credentials in list(self._credentials.values()):
             await credentials.close()
 
-    def workspace(self, profile: Profile) -> Workspace:
+    def workspace(self, workspace_key: WorkspaceKey) -> Workspace:
         """Return the workspace of a profile."""
-        found = self._workspaces.get(profile)
+        found = self._workspaces.get(workspace_key)
         if found is None:
             found = Workspace(
-                profile.settings,
-                profile.credentials,
+                workspace_key.settings,
+                workspace_key.credentials,
                 version=self._version,
-                discover=not profile.name,  # the environment's identity is that of [workspace]
+                # The environment's identity is that of [workspace].
+                discover=not workspace_key.name,
             )
-            self._workspaces[profile] = found
+            self._workspaces[workspace_key] = found
         return found
 
-    def account(self, profile: Profile, resources: list[Resource]) -> Account:
+    def account(self, workspace_key: WorkspaceKey, resources: list[Resource]) -> TokenAccount:
         """Return the account whose tokens are minted for one of these, whichever will do.
 
         A token is good for every endpoint of its workspace, the documentation says. Of Provisioned
@@ -149,28 +152,28 @@ class Accounts:
         """
         first = resources[0]
         instance = first.name if isinstance(first, Instance) else ""
-        key = (profile, instance)
+        key = (workspace_key, instance)
         credentials, minting = self._credentials.get(key), self._mintings.get(key)
         if credentials is None or minting is None:
-            minting = MintForAny(self.workspace(profile).mint, resources)
-            credentials = Credentials(minting, profile.credentials, self._metrics)
+            minting = Minter(self.workspace(workspace_key).mint, resources)
+            credentials = Credentials(minting, workspace_key.credentials, self._metrics)
             self._credentials[key], self._mintings[key] = credentials, minting
-        return Account(profile.shown(instance), credentials, minting)
+        return TokenAccount(workspace_key.shown(instance), credentials, minting)
 
-    def close_at_end(self, targets: Targets) -> None:
+    def close_at_end(self, lookup: AddressLookup) -> None:
         """Have `close` end these look-ups, too, if somebody still needs them then."""
-        self._targets.add(targets)
+        self._lookups.add(lookup)
 
 
-class Fleet(Mapping[str, Way]):
+class Upstreams(Mapping[str, Upstream]):
     """The ways of one configuration, by the targets' names."""
 
     def __init__(
         self,
         settings: Settings,
-        accounts: AccountSource,
+        accounts: WorkspaceRegistry,
         phase_took: PhaseTook,
-        before: "Mapping[str, Way] | None" = None,
+        before: "Mapping[str, Upstream] | None" = None,
     ) -> None:
         """`before` is the fleet that this one replaces: ways that are configured as there go over.
 
@@ -186,79 +189,93 @@ class Fleet(Mapping[str, Way]):
         targets = {name: settings.target(name) for name in settings.target_names()}
         endpoints = self._endpoints(targets.values())
         self._before = before or {}
-        self._ways = {name: self._way(name, target, endpoints) for name, target in targets.items()}
+        self._upstreams = {
+            name: self._upstream(name, target, endpoints) for name, target in targets.items()
+        }
         self._before = {}  # its other ways go when nobody dials on them any more
-        for way in self._ways.values():  # not before all of them could be made
-            if way.account is not None and way.account.minting is not None:
-                way.account.minting.offer(_alike(way, endpoints))
+        for upstream in self._upstreams.values():  # not before all of them could be made
+            if upstream.account is not None and upstream.account.minting is not None:
+                upstream.account.minting.offer(_alike(upstream, endpoints))
 
-    def __getitem__(self, target: str) -> Way:
-        return self._ways[target]
+    def __getitem__(self, target: str) -> Upstream:
+        return self._upstreams[target]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._ways)
+        return iter(self._upstreams)
 
     def __len__(self) -> int:
-        return len(self._ways)
+        return len(self._upstreams)
 
     @property
-    def accounts(self) -> list[Account]:
+    def accounts(self) -> list[TokenAccount]:
         """The accounts in use, for those who show their tokens' ages."""
-        accounts = dict.fromkeys(way.account for way in self._ways.values())
+        accounts = dict.fromkeys(upstream.account for upstream in self._upstreams.values())
         return [account for account in accounts if account is not None]
 
-    def _endpoints(self, targets: Iterable[UpstreamSettings]) -> dict[Profile, list[Resource]]:
+    def _endpoints(self, targets: Iterable[UpstreamSettings]) -> dict[WorkspaceKey, list[Resource]]:
         """Return the endpoints of each profile: a token for one of them is good for all."""
-        endpoints: dict[Profile, list[Resource]] = defaultdict(list)
+        endpoints: dict[WorkspaceKey, list[Resource]] = defaultdict(list)
         for target in targets:
             resource = resource_of(target)
             if isinstance(resource, Endpoint):
-                found = endpoints[profile_of(self._settings, target)]
+                found = endpoints[workspace_key_of(self._settings, target)]
                 if resource not in found:
                     found.append(resource)
         return endpoints
 
-    def _way(
-        self, name: str, target: UpstreamSettings, endpoints: Mapping[Profile, list[Resource]]
-    ) -> Way:
-        profile, resource = profile_of(self._settings, target), resource_of(target)
-        account: Account | None = None
+    def _upstream(
+        self, name: str, target: UpstreamSettings, endpoints: Mapping[WorkspaceKey, list[Resource]]
+    ) -> Upstream:
+        workspace_key, resource = workspace_key_of(self._settings, target), resource_of(target)
+        account: TokenAccount | None = None
         if not self._settings.credentials.password_file:
             assert resource is not None, "settings without a password name a resource"
             alone = isinstance(resource, Instance)
-            account = self._accounts.account(profile, [resource] if alone else endpoints[profile])
+            account = self._accounts.account(
+                workspace_key, [resource] if alone else endpoints[workspace_key]
+            )
         found = self._before.get(name)
-        if found is not None and (found.settings, found.profile) == (target, profile):
+        if found is not None and (found.settings, found.workspace_key) == (target, workspace_key):
             return found
-        return self._new_way(name, target, profile, account)
+        return self._new_upstream(name, target, workspace_key, account)
 
-    def _new_way(
-        self, name: str, target: UpstreamSettings, profile: Profile, account: Account | None
-    ) -> Way:
-        resource, workspace = resource_of(target), self._accounts.workspace(profile)
+    def _new_upstream(
+        self,
+        name: str,
+        target: UpstreamSettings,
+        workspace_key: WorkspaceKey,
+        account: TokenAccount | None,
+    ) -> Upstream:
+        resource, workspace = resource_of(target), self._accounts.workspace(workspace_key)
         credentials: CredentialSource
         if account is None:
-            credentials = PasswordFile(profile.credentials.password_file)
+            credentials = PasswordFile(workspace_key.credentials.password_file)
         else:
             credentials = account.credentials
-        targets = Targets(target, resource, workspace)
-        self._accounts.close_at_end(targets)
+        address_lookup = AddressLookup(target, resource, workspace)
+        self._accounts.close_at_end(address_lookup)
         heard = partial(self._phase_took, name)
         dialer = Dialer(
             Connector(heard),
-            targets,
+            address_lookup,
             credentials,
             heard,
             connect_timeout_seconds=target.connect_timeout_seconds,
             connects_max=target.connects_max,
         )
-        return Way(target, profile, resource, workspace, account, credentials, targets, dialer)
+        return Upstream(
+            target, workspace_key, resource, workspace, account, credentials, address_lookup, dialer
+        )
 
 
-def _alike(way: Way, endpoints: Mapping[Profile, list[Resource]]) -> list[Resource]:
+def _alike(upstream: Upstream, endpoints: Mapping[WorkspaceKey, list[Resource]]) -> list[Resource]:
     """Return the resources whose tokens are this way's as well, its own among them."""
-    assert way.resource is not None, "who has an account has a resource"
-    return [way.resource] if isinstance(way.resource, Instance) else endpoints[way.profile]
+    assert upstream.resource is not None, "who has an account has a resource"
+    return (
+        [upstream.resource]
+        if isinstance(upstream.resource, Instance)
+        else endpoints[upstream.workspace_key]
+    )
 
 
 def _check_root_certs(settings: Settings) -> None:

@@ -27,10 +27,10 @@ from proxy.config import (
 from proxy.errors import ErrorKind, Origin, ProxyError
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK
 from proxy.observe.metrics import ConnectPhase
-from proxy.server.app import planned, serving
+from proxy.server.app import open_snapshot, serving
 from proxy.server.process import Signals
 from proxy.upstream.address_lookup import ANY_USER
-from proxy.upstream.upstreams import Way
+from proxy.upstream.upstreams import Upstream
 from proxy.verbs.event_loop import PRINT_CONFIG, print_config, settings_of, until_done
 from proxy.verbs.stderr import fail
 from proxy.wire.messages import ErrorResponse, Terminate
@@ -86,23 +86,23 @@ async def check(settings: Settings, *, all_targets: bool = False) -> AsyncIterat
     names = settings.target_names()
     usual = UPSTREAM if UPSTREAM in names else names[0]
     phases = Phases()
-    async with planned(settings, phases.took) as plan:
+    async with open_snapshot(settings, phases.took) as snapshot:
         for name in names if all_targets else [usual]:
-            async for step in _check_target(settings, name, plan.fleet[name], phases):
+            async for step in _check_target(settings, name, snapshot.upstreams[name], phases):
                 yield step
 
 
 async def _check_target(
-    settings: Settings, name: str, way: Way, phases: "Phases"
+    settings: Settings, name: str, upstream: Upstream, phases: "Phases"
 ) -> AsyncIterator[Step]:
-    yield Step("configuration", name, True, 0.0, _configuration(settings, way))
-    for title, answer in _workspace_steps(settings, way):
+    yield Step("configuration", name, True, 0.0, _configuration(settings, upstream))
+    for title, answer in _workspace_steps(settings, upstream):
         step = await _timed(title, name, answer())
         yield step
         if not step.ok:
             return
-    user = await _client_user(way)
-    for step in await _dial(name, way, user, phases):
+    user = await _client_user(upstream)
+    for step in await _dial(name, upstream, user, phases):
         yield step
         if not step.ok:
             return
@@ -126,10 +126,10 @@ def _failed(name: str, target: str, error: ProxyError, seconds: float) -> Step:
     return Step(name, target, False, seconds, text, error.reason, response.sqlstate, fix)
 
 
-def _configuration(settings: Settings, way: Way) -> str:
-    what = way.resource.name if way.resource else way.settings.host
+def _configuration(settings: Settings, upstream: Upstream) -> str:
+    what = upstream.resource.name if upstream.resource else upstream.settings.host
     how = "a native password" if settings.credentials.password_file else "OAuth tokens"
-    return f"{what}, with {how}, sslmode {way.settings.sslmode}"
+    return f"{what}, with {how}, sslmode {upstream.settings.sslmode}"
 
 
 # -- the workspace -------------------------------------------------------------------------------
@@ -137,19 +137,19 @@ def _configuration(settings: Settings, way: Way) -> str:
 _Ask = tuple[str, Callable[[], Awaitable[str]]]
 
 
-def _workspace_steps(settings: Settings, way: Way) -> list[_Ask]:
+def _workspace_steps(settings: Settings, upstream: Upstream) -> list[_Ask]:
     """Return what is to be asked of the workspace: nothing, where a password and a host are set."""
-    resource = way.resource
+    resource = upstream.resource
     if resource is None:
         return []
 
     async def login() -> str:
-        identity = await way.workspace.identity()
+        identity = await upstream.workspace.identity()
         return f"as {identity.role}, by {identity.auth_type}, at {identity.host}"
 
     async def clock() -> str:
         try:
-            ahead_seconds = await way.workspace.clock_ahead_seconds()
+            ahead_seconds = await upstream.workspace.clock_ahead_seconds()
         except ProxyError:  # an old workspace has no such document; what is broken shows below
             ahead_seconds = None
         if ahead_seconds is None:
@@ -160,7 +160,7 @@ def _workspace_steps(settings: Settings, way: Way) -> list[_Ask]:
         return f"{text} the workspace's"
 
     async def credential() -> str:
-        minted = await way.credentials.fresh()
+        minted = await upstream.credentials.fresh()
         lifetime_seconds = minted.expires_at - time.time()
         if not TOKEN_SECONDS_MIN <= lifetime_seconds <= TOKEN_SECONDS_MAX:
             detail = f"the token's life ends in {lifetime_seconds:.0f} s by this machine's clock"
@@ -169,8 +169,8 @@ def _workspace_steps(settings: Settings, way: Way) -> list[_Ask]:
         return f"a token {age_seconds:.1f} s old, valid for {lifetime_seconds / 60:.0f} min more"
 
     async def host() -> str:
-        status = await way.workspace.status(resource)
-        target = await way.targets.target()
+        status = await upstream.workspace.status(resource)
+        target = await upstream.address_lookup.target()
         return f"{status.state}, host {target.host}"
 
     if settings.credentials.password_file:
@@ -199,20 +199,20 @@ class Phases:
         self.seconds[phase] = seconds
 
 
-async def _dial(target: str, way: Way, user: str, phases: Phases) -> list[Step]:
+async def _dial(target: str, upstream: Upstream, user: str, phases: Phases) -> list[Step]:
     """Dial once as for a client, and return a step for each phase up to the one that failed."""
     pairs = ((b"user", user.encode()), (b"application_name", b"lakebase-auth-proxy"))
     begun = time.perf_counter()
     failure: ProxyError | None = None
     where = ""
     try:
-        session = await way.dialer.dial(StartupMessage(V3_0, pairs))
+        session = await upstream.dialer.dial(StartupMessage(V3_0, pairs))
     except ProxyError as error:
         failure = error
     else:
         where = f"{session.target.host}:{session.target.port}"
-        session.link.write(Terminate().encode())
-        await session.link.close()
+        session.stream.write(Terminate().encode())
+        await session.stream.close()
     spent = time.perf_counter() - begun
     if failure is not None and failure.kind.value.origin is Origin.WORKSPACE:
         return [_failed("credential", target, failure, spent)]  # it was asked for once more
@@ -225,14 +225,14 @@ async def _dial(target: str, way: Way, user: str, phases: Phases) -> list[Step]:
     return steps
 
 
-async def _client_user(way: Way) -> str:
+async def _client_user(upstream: Upstream) -> str:
     """Return the user that the client of this check names.
 
     It counts where `user` is "*": there it is the token's own identity, whom the token lets in.
     """
-    if way.settings.user == ANY_USER and way.account is not None:
+    if upstream.settings.user == ANY_USER and upstream.account is not None:
         try:
-            return (await way.workspace.identity()).role
+            return (await upstream.workspace.identity()).role
         except ProxyError:
             pass  # it was known a moment ago; what is broken now shows below
     try:

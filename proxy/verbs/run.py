@@ -5,7 +5,7 @@ from functools import partial
 
 from proxy.config import Settings
 from proxy.server.app import serving
-from proxy.server.process import Serving, serve, unserved_max
+from proxy.server.process import Serving, serve, starting_max
 from proxy.verbs.event_loop import PRINT_CONFIG, print_config, settings_of, until_done
 
 
@@ -21,10 +21,10 @@ def run(arguments: Sequence[str]) -> int:
 def _with_processes(settings: Settings) -> Serving:
     """Return what serves, with one process or several. Raises OSError."""
     workers = settings.listen.workers
-    starting_max = unserved_max(settings.listen.max_connections, workers)
+    limit = starting_max(settings.listen.max_connections, workers)
     if workers == 1:
-        return partial(serving, unserved_max=starting_max)
+        return partial(serving, starting_max=limit)
     # Who has one process pays for nothing of this.
-    from proxy.workers.supervisor import hire, supervising  # noqa: PLC0415
+    from proxy.workers.supervisor import prefork, supervising  # noqa: PLC0415
 
-    return partial(supervising, hiring=hire(workers, unserved_max=starting_max))
+    return partial(supervising, preforked=prefork(workers, starting_max=limit))

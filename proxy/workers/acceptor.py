@@ -1,7 +1,7 @@
 """Accepting for all workers.
 
 For: the listening sockets, and giving away what they accept. Not for: choosing who gets it
-(`crew`), or a byte of any connection.
+(`pool`), or a byte of any connection.
 
 Invariants: a connection is given away or held, never dropped while the proxy accepts; at most one
 is held, and the rest waits in the kernel's backlog.
@@ -15,7 +15,7 @@ from typing import Final
 
 from proxy.config import ListenSettings
 from proxy.observe.logs import get_logger
-from proxy.session.listener import ACCEPT_BACKLOG, UNSERVED_WARNING_SECONDS, socket_name
+from proxy.session.listener import ACCEPT_BACKLOG, STARTING_WARNING_SECONDS, socket_name
 from proxy.transport.sockets import listen_tcp, listen_unix
 
 # Connections accepted before the loop looks at anything else.
@@ -96,7 +96,7 @@ class Entrance:
 
     def _say(self, error: OSError) -> None:
         now = asyncio.get_running_loop().time()
-        if self._said_at is None or now - self._said_at >= UNSERVED_WARNING_SECONDS:
+        if self._said_at is None or now - self._said_at >= STARTING_WARNING_SECONDS:
             self._said_at = now
             _log.error("cannot accept", error=error.strerror)
 

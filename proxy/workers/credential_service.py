@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.upstream.upstreams import Account, Fleet, Way
+from proxy.upstream.upstreams import TokenAccount, Upstream, Upstreams
 from proxy.workers.remote_credentials import CONFIGURATIONS_MAX
 from proxy.workers.rpc import Answers
 from proxy.workspace.client import Identity
 from proxy.workspace.resources import Instance, ResourceStatus
-from proxy.workspace.single_flight import Shared
+from proxy.workspace.single_flight import SingleFlight
 
 T = TypeVar("T")
 
@@ -25,12 +25,12 @@ T = TypeVar("T")
 class _Found:
     """What was found out for one way; a reload that leaves the way as it is leaves this, too."""
 
-    def __init__(self, way: Way) -> None:
-        self.way = way
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
         self._status: ResourceStatus | None = None
         self._identity: Identity | None = None
-        self._look_up = Shared(self._ask_status)
-        self._identify = Shared(self._ask_identity)
+        self._look_up = SingleFlight(self._ask_status)
+        self._identify = SingleFlight(self._ask_identity)
 
     async def status(self) -> ResourceStatus:
         """Return state and host as they are now; while nobody can say, as they were last."""
@@ -51,14 +51,14 @@ class _Found:
         await self._identify.close()
 
     async def _ask_status(self) -> ResourceStatus:
-        assert self.way.resource is not None, "it was asked for by its resource"
-        status = await self.way.workspace.status(self.way.resource)
+        assert self.upstream.resource is not None, "it was asked for by its resource"
+        status = await self.upstream.workspace.status(self.upstream.resource)
         if status.host and not status.disabled:
             self._status = status
         return status
 
     async def _ask_identity(self) -> Identity:
-        self._identity = await self.way.workspace.identity()
+        self._identity = await self.upstream.workspace.identity()
         return self._identity
 
 
@@ -66,23 +66,23 @@ class _Configuration:
     """The ways of one fleet, by what workers know of them. Raises ProxyError for what is not in it,
     which is what a worker asks for that has not heard of a reload."""
 
-    def __init__(self, ways: Iterable[Way], before: Mapping[int, _Found]) -> None:
+    def __init__(self, upstreams: Iterable[Upstream], before: Mapping[int, _Found]) -> None:
         self.found: dict[int, _Found] = {}  # by the way itself, which two of one fleet never share
         self._by_workspace: dict[str, _Found] = {}
         self._by_resource: dict[tuple[str, str, bool], _Found] = {}
-        self._accounts: dict[tuple[str, str], Account] = {}
-        for way in ways:
-            workspace, resource = way.profile.name, way.resource
-            found = self.found[id(way)] = before.get(id(way)) or _Found(way)
+        self._accounts: dict[tuple[str, str], TokenAccount] = {}
+        for upstream in upstreams:
+            workspace, resource = upstream.workspace_key.name, upstream.resource
+            found = self.found[id(upstream)] = before.get(id(upstream)) or _Found(upstream)
             self._by_workspace.setdefault(workspace, found)
             if resource is not None:
                 key = (workspace, resource.name, resource.read_only)
                 self._by_resource.setdefault(key, found)
-            if way.account is not None:
+            if upstream.account is not None:
                 instance = resource.name if isinstance(resource, Instance) else ""
-                self._accounts.setdefault((workspace, instance), way.account)
+                self._accounts.setdefault((workspace, instance), upstream.account)
 
-    def account(self, workspace: str, instance: str) -> Account:
+    def account(self, workspace: str, instance: str) -> TokenAccount:
         """Return whose tokens open a workspace's endpoints, or one of its instances."""
         return _known(self._accounts.get((workspace, instance)))
 
@@ -104,13 +104,13 @@ def _known(found: T | None) -> T:
 _FORGOTTEN: Final = _Configuration((), {})
 
 
-class Desk:
+class CredentialService:
     """Answers from the newest configurations."""
 
     def __init__(self) -> None:
         self._configurations: dict[int, _Configuration] = {}
 
-    def open(self, number: int, fleet: Fleet) -> None:
+    def open(self, number: int, upstreams: Upstreams) -> None:
         """Answer for one more configuration, and no longer for the oldest."""
         # While they are held here no other way can have their place in memory.
         before = {
@@ -118,7 +118,7 @@ class Desk:
             for configuration in self._configurations.values()
             for place, found in configuration.found.items()
         }
-        self._configurations[number] = _Configuration(fleet.values(), before)
+        self._configurations[number] = _Configuration(upstreams.values(), before)
         if len(self._configurations) > CONFIGURATIONS_MAX:
             del self._configurations[min(self._configurations)]
 

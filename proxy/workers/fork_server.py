@@ -1,7 +1,7 @@
 """The process that forks workers, and that sees to it that none outlives the supervisor.
 
 For: forking without the hazards of threads and loops, and who has ended how. Not for: what a worker
-does (`worker`), or when there is to be one (`crew`).
+does (`worker`), or when there is to be one (`pool`).
 
 Invariants: it has one thread, no loop, and no work but this. Its children are dead before it ends,
 and it ends when its socket does, whatever became of the supervisor. Signals are the supervisor's: a
@@ -25,8 +25,8 @@ from proxy.observe.logs import get_logger
 SOCKETS_OF_A_WORKER: Final = 2
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_ORDER: Final = struct.Struct("!BB")  # an _Order and a slot
-_NEWS: Final = struct.Struct("!Bi")  # a slot and a wait status
+_COMMAND: Final = struct.Struct("!BB")  # an _Order and a slot
+_EXIT: Final = struct.Struct("!Bi")  # a slot and a wait status
 _NEVER_BEGUN: Final = 1 << 8  # the wait status of a worker that was not forked: exit code 1
 # The nursery ends as soon as it has killed its workers.
 _END_SECONDS_MAX: Final = 5.0
@@ -37,12 +37,12 @@ Work = Callable[[int, Sequence[socket.socket]], int]
 """What a worker does, in a slot and with its sockets; returns its exit code."""
 
 
-class _Order(IntEnum):
+class _Command(IntEnum):
     FORK = 1
     KILL = 2
 
 
-class Nursery:
+class ForkServer:
     """The supervisor's end. Start it before there are threads or an event loop."""
 
     def __init__(self, work: Work) -> None:
@@ -62,7 +62,7 @@ class Nursery:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if self.pid == 0:
             self._socket.close()
-            _end_with(lambda: _Nurse(theirs, work).run())
+            _end_with(lambda: _Forker(theirs, work).run())
         theirs.close()
         self._socket.setblocking(False)
 
@@ -72,29 +72,29 @@ class Nursery:
 
     def fork(self, slot: int, sockets: Sequence[socket.socket]) -> None:
         """Have a worker begin in a slot where there is none. Raises OSError."""
-        order = _ORDER.pack(_Order.FORK, slot)
-        socket.send_fds(self._socket, [order], [each.fileno() for each in sockets])
+        command = _COMMAND.pack(_Command.FORK, slot)
+        socket.send_fds(self._socket, [command], [each.fileno() for each in sockets])
 
     def kill(self, slot: int) -> None:
         """End the worker of a slot at once, if there is one."""
         with suppress(OSError):
-            self._socket.send(_ORDER.pack(_Order.KILL, slot))
+            self._socket.send(_COMMAND.pack(_Command.KILL, slot))
 
-    def news(self) -> Iterator[tuple[int, int]]:
+    def exits(self) -> Iterator[tuple[int, int]]:
         """Yield slot and exit code of each worker that has ended; a signal's is below zero.
 
         Raises EOFError when the nursery has ended.
         """
         while True:  # ends with what has come
             try:
-                packet = self._socket.recv(_NEWS.size)
+                packet = self._socket.recv(_EXIT.size)
             except BlockingIOError:
                 return
             except OSError:
                 packet = b""
             if not packet:
                 raise EOFError
-            slot, status = _NEWS.unpack(packet)
+            slot, status = _EXIT.unpack(packet)
             yield slot, os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Nursery:
             self._socket.shutdown(socket.SHUT_WR)
             self._socket.settimeout(_END_SECONDS_MAX)
             try:
-                while self._socket.recv(_NEWS.size):  # ends with the nursery, and its news before
+                while self._socket.recv(_EXIT.size):  # ends with the nursery, and its news before
                     pass
             except TimeoutError:
                 os.kill(self.pid, signal.SIGKILL)
@@ -111,11 +111,11 @@ class Nursery:
             os.waitpid(self.pid, 0)
 
 
-class _Nurse:
+class _Forker:
     """The nursery itself."""
 
-    def __init__(self, orders: socket.socket, work: Work) -> None:
-        self._orders = orders
+    def __init__(self, commands: socket.socket, work: Work) -> None:
+        self._commands = commands
         self._work = work
         self._slots: dict[int, int] = {}  # by pid
         self._awake, self._waker = socket.socketpair()
@@ -127,8 +127,8 @@ class _Nurse:
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._waker.fileno())
         try:
-            while self._obey():
-                self._bury()
+            while self._run_command():
+                self._reap()
         finally:
             for pid in self._slots:
                 os.kill(pid, signal.SIGKILL)
@@ -136,21 +136,21 @@ class _Nurse:
                 os.waitpid(pid, 0)
         return 0
 
-    def _obey(self) -> bool:
+    def _run_command(self) -> bool:
         """Wait for an order or a death; False when there is nobody left to give orders."""
-        readable, _, _ = select.select([self._orders, self._awake], [], [])
-        if self._orders not in readable:
+        readable, _, _ = select.select([self._commands, self._awake], [], [])
+        if self._commands not in readable:
             return True
         try:
             packet, descriptors, *_ = socket.recv_fds(
-                self._orders, _ORDER.size, SOCKETS_OF_A_WORKER
+                self._commands, _COMMAND.size, SOCKETS_OF_A_WORKER
             )
         except ConnectionResetError:  # it went before it had read all our news
             return False
         if not packet:
             return False
-        order, slot = _ORDER.unpack(packet)
-        if order == _Order.FORK:
+        command, slot = _COMMAND.unpack(packet)
+        if command == _Command.FORK:
             self._fork(slot, [socket.socket(fileno=descriptor) for descriptor in descriptors])
         else:
             for pid in [pid for pid, its_slot in self._slots.items() if its_slot == slot]:
@@ -169,14 +169,14 @@ class _Nurse:
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for end in (self._orders, self._awake, self._waker):
+            for end in (self._commands, self._awake, self._waker):
                 end.close()
             _end_with(lambda: self._work(slot, sockets))
         self._slots[pid] = slot
         for each in sockets:
             each.close()
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         with suppress(BlockingIOError):
             while self._awake.recv(4096):
                 pass
@@ -188,7 +188,7 @@ class _Nurse:
 
     def _tell(self, slot: int, status: int) -> None:
         with suppress(OSError):  # nobody listens: the next look at the orders ends it
-            self._orders.send(_NEWS.pack(slot, status))
+            self._commands.send(_EXIT.pack(slot, status))
 
 
 def _end_with(work: Callable[[], int]) -> NoReturn:

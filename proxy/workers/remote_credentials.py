@@ -1,7 +1,7 @@
 """Tokens and hosts as a worker gets them: it asks the supervisor.
 
 For: the workspaces and accounts of a worker's ways, in place of `upstream`'s own. Not for: the
-answers (`desk`), when to mint, or what a failure means (`upstream`).
+answers (`credential_service`), when to mint, or what a failure means (`upstream`).
 
 Invariants: a token of one workspace cannot meet a host of another: whoever asks names the
 configuration that it dials by, and is answered from that one or refused. A worker keeps no token
@@ -17,8 +17,8 @@ from weakref import WeakSet
 
 from proxy.config import CredentialsSettings, Settings
 from proxy.errors import ErrorKind, ProxyError
-from proxy.upstream.address_lookup import Targets
-from proxy.upstream.upstreams import Account, Profile, profile_of
+from proxy.upstream.address_lookup import AddressLookup
+from proxy.upstream.upstreams import TokenAccount, WorkspaceKey, workspace_key_of
 from proxy.wire.secret import Secret
 from proxy.workers.rpc import Channel, ChannelLost
 from proxy.workspace.client import Credential, Identity
@@ -33,58 +33,61 @@ CONFIGURATIONS_MAX: Final = 4
 Ask = Callable[..., Awaitable[Any]]
 
 
-class RemoteAccounts:
+class RemoteWorkspaceRegistry:
     """The accounts of the supervisor, by the configurations that it has numbered."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         # In which configuration each was last: a way that a reload leaves as it is asks by the
         # newest, one that was replaced by the last that it was in.
-        self._numbers: dict[Profile, int] = {}
-        self._targets: WeakSet[Targets] = WeakSet()
+        self._numbers: dict[WorkspaceKey, int] = {}
+        self._lookups: WeakSet[AddressLookup] = WeakSet()
 
     def take_over(self, number: int, settings: Settings) -> None:
         """Ask by these settings, the supervisor's configuration of this number, from now on."""
         for name in settings.target_names():
-            self._numbers[profile_of(settings, settings.target(name))] = number
+            self._numbers[workspace_key_of(settings, settings.target(name))] = number
         oldest = number - CONFIGURATIONS_MAX + 1
         self._numbers = {known: last for known, last in self._numbers.items() if last >= oldest}
 
     async def close(self) -> None:
         """End what is being asked for."""
-        for targets in list(self._targets):
-            await targets.close()
+        for lookup in list(self._lookups):
+            await lookup.close()
 
-    def workspace(self, profile: Profile) -> "RemoteWorkspace":
+    def workspace(self, workspace_key: WorkspaceKey) -> "RemoteWorkspace":
         """Return the workspace of a profile."""
-        return RemoteWorkspace(partial(self._ask, profile))
+        return RemoteWorkspace(partial(self._ask, workspace_key))
 
-    def account(self, profile: Profile, resources: list[Resource]) -> Account:
+    def account(self, workspace_key: WorkspaceKey, resources: list[Resource]) -> TokenAccount:
         """Return the account whose tokens are minted for one of these, whichever will do."""
         instance = resources[0].name if isinstance(resources[0], Instance) else ""
         credentials = RemoteCredentials(
-            partial(self._ask, profile, "fresh", instance=instance),
-            partial(self._tell, profile, "reject", instance=instance),
-            profile.credentials,
+            partial(self._ask, workspace_key, "fresh", instance=instance),
+            partial(self._tell, workspace_key, "reject", instance=instance),
+            workspace_key.credentials,
         )
-        return Account(profile.shown(instance), credentials, None)
+        return TokenAccount(workspace_key.shown(instance), credentials, None)
 
-    def close_at_end(self, targets: Targets) -> None:
+    def close_at_end(self, lookup: AddressLookup) -> None:
         """Have `close` end these look-ups, too, if somebody still needs them then."""
-        self._targets.add(targets)
+        self._lookups.add(lookup)
 
-    async def _ask(self, profile: Profile, name: str, **arguments: object) -> Any:
+    async def _ask(self, workspace_key: WorkspaceKey, name: str, **arguments: object) -> Any:
         try:
-            return await self._channel.call(name, **self._whose(profile), **arguments)
+            return await self._channel.call(name, **self._whose(workspace_key), **arguments)
         except ChannelLost:
             raise ProxyError(ErrorKind.SHUTTING_DOWN) from None
 
-    def _tell(self, profile: Profile, name: str, **arguments: object) -> None:
-        self._channel.tell(name, **self._whose(profile), **arguments)
+    def _tell(self, workspace_key: WorkspaceKey, name: str, **arguments: object) -> None:
+        self._channel.tell(name, **self._whose(workspace_key), **arguments)
 
-    def _whose(self, profile: Profile) -> dict[str, object]:
+    def _whose(self, workspace_key: WorkspaceKey) -> dict[str, object]:
         # One that is known no more is answered as one of long ago: with a refusal.
-        return {"configuration": self._numbers.get(profile, 0), "workspace": profile.name}
+        return {
+            "configuration": self._numbers.get(workspace_key, 0),
+            "workspace": workspace_key.name,
+        }
 
 
 class RemoteCredentials:

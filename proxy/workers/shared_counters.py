@@ -19,7 +19,7 @@ from proxy.errors import ErrorKind, ProxyError
 _NUMBER_BYTES: Final = 8
 
 
-class Ledger:
+class SharedCounters:
     """Two numbers for each slot of a worker. Made before the processes fork."""
 
     def __init__(self, workers: int) -> None:
@@ -52,26 +52,26 @@ class Ledger:
         self._places[slot] = self._ended[slot] = 0
 
 
-class SharedPlaces:
+class SharedSlots:
     """The places of all, as one worker takes them."""
 
-    def __init__(self, ledger: Ledger, slot: int, places_max: int) -> None:
-        self._ledger = ledger
+    def __init__(self, counters: SharedCounters, slot: int, places_max: int) -> None:
+        self._counters = counters
         self._slot = slot
         self._places_max = places_max
 
     @property
     def taken(self) -> int:
         """The places that this worker has taken."""
-        return self._ledger.places_of(self._slot)
+        return self._counters.places_of(self._slot)
 
     @contextmanager
     def take(self) -> Iterator[None]:
         """Hold a place while the block runs. Raises ProxyError when none is free."""
-        self._ledger.take(self._slot, 1)
+        self._counters.take(self._slot, 1)
         try:
-            if self._ledger.places_taken > self._places_max:
+            if self._counters.places_taken > self._places_max:
                 raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
             yield
         finally:
-            self._ledger.take(self._slot, -1)
+            self._counters.take(self._slot, -1)

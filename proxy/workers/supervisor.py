@@ -11,31 +11,31 @@ from functools import partial
 
 from proxy.config import Settings
 from proxy.server.app import App, running
-from proxy.workers.fork_server import Nursery
-from proxy.workers.shared_counters import Ledger
+from proxy.workers.fork_server import ForkServer
+from proxy.workers.shared_counters import SharedCounters
 from proxy.workers.worker import work
-from proxy.workers.worker_pool import Crew
+from proxy.workers.worker_pool import WorkerPool
 
 
 @dataclass(frozen=True, slots=True)
-class Hiring:
+class Prefork:
     """What has to be made before there is an event loop."""
 
-    ledger: Ledger
-    nursery: Nursery
+    counters: SharedCounters
+    fork_server: ForkServer
 
 
-def hire(workers: int, *, unserved_max: int) -> Hiring:
-    """Fork what so many workers are forked from; in each `unserved_max` clients may be starting.
+def prefork(workers: int, *, starting_max: int) -> Prefork:
+    """Fork what so many workers are forked from; in each `starting_max` clients may be starting.
 
     Call it while this process has one thread and no event loop. Raises OSError.
     """
-    ledger = Ledger(workers)
-    return Hiring(ledger, Nursery(partial(work, ledger, unserved_max)))
+    counters = SharedCounters(workers)
+    return Prefork(counters, ForkServer(partial(work, counters, starting_max)))
 
 
 @asynccontextmanager
-async def supervising(settings: Settings, hiring: Hiring) -> AsyncIterator[App]:
+async def supervising(settings: Settings, preforked: Prefork) -> AsyncIterator[App]:
     """Serve with several processes while the block runs; none is left behind it.
 
     Raises OSError when an address cannot be listened on or a worker does not start, and
@@ -43,8 +43,8 @@ async def supervising(settings: Settings, hiring: Hiring) -> AsyncIterator[App]:
     """
     try:
         app = App(settings)
-        app.entrance = app.others = Crew(app, hiring.ledger, hiring.nursery)
+        app.entrance = app.others = WorkerPool(app, preforked.counters, preforked.fork_server)
         async with running(app):
             yield app
     finally:
-        hiring.nursery.close()
+        preforked.fork_server.close()

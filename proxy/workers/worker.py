@@ -19,7 +19,7 @@ from typing import Any
 
 import uvloop
 
-from proxy.blocking import Threads
+from proxy.blocking import BlockingCalls
 from proxy.config import ConfigurationError, Settings, UpstreamSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import configure_logging, get_logger, worker_log
@@ -30,19 +30,21 @@ from proxy.server.router_factory import RELOAD_SECONDS_MAX, forget_built_maps, r
 from proxy.transport.lanes import watched_lanes
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
-from proxy.workers.remote_credentials import RemoteAccounts
+from proxy.workers.remote_credentials import RemoteWorkspaceRegistry
 from proxy.workers.rpc import Channel, ChannelLost
 from proxy.workers.rpc_frames import NUMBER_BYTES
-from proxy.workers.shared_counters import Ledger, SharedPlaces
+from proxy.workers.shared_counters import SharedCounters, SharedSlots
 
 _log = get_logger(__name__)
 
 
-def work(ledger: Ledger, unserved_max: int, slot: int, sockets: Sequence[socket.socket]) -> int:
+def work(
+    counters: SharedCounters, starting_max: int, slot: int, sockets: Sequence[socket.socket]
+) -> int:
     """Serve until the supervisor has done with it; return the exit code."""
-    control, door = sockets
+    control, connection_socket = sockets
     with worker_log(slot + 1):
-        uvloop.run(Worker(ledger, unserved_max, slot, door).run(control))
+        uvloop.run(Worker(counters, starting_max, slot, connection_socket).run(control))
     return 0
 
 
@@ -63,16 +65,22 @@ def shared_out(settings: Settings) -> Settings:
 class Worker:
     """One worker; `run` is its life."""
 
-    def __init__(self, ledger: Ledger, unserved_max: int, slot: int, door: socket.socket) -> None:
-        self._ledger = ledger
-        self._unserved_max = unserved_max
+    def __init__(
+        self,
+        counters: SharedCounters,
+        starting_max: int,
+        slot: int,
+        connection_socket: socket.socket,
+    ) -> None:
+        self._counters = counters
+        self._starting_max = starting_max
         self._slot = slot
-        self._door = door
-        self._threads = Threads("reload")
+        self._connection_socket = connection_socket
+        self._threads = BlockingCalls("reload")
         self._first: asyncio.Future[Settings]
         self._serving = asyncio.Event()
         self._channel: Channel
-        self._accounts: RemoteAccounts
+        self._accounts: RemoteWorkspaceRegistry
         self._app: App
 
     async def run(self, control: socket.socket) -> None:
@@ -87,14 +95,14 @@ class Worker:
                 "drain": self._drain,
             },
         )
-        self._accounts = RemoteAccounts(self._channel)
+        self._accounts = RemoteWorkspaceRegistry(self._channel)
         settings = await self._first
         configure_logging(format=settings.log.format, level=settings.log.level)
         self._app = App(
             settings,
-            unserved_max=self._unserved_max,
-            accounts=self._accounts,
-            places=SharedPlaces(self._ledger, self._slot, settings.listen.max_connections),
+            starting_max=self._starting_max,
+            workspaces=self._accounts,
+            places=SharedSlots(self._counters, self._slot, settings.listen.max_connections),
             cancel_elsewhere=self._cancel_elsewhere,
         )
         async with AsyncExitStack() as stack:
@@ -102,10 +110,10 @@ class Worker:
             stack.push_async_callback(self._accounts.close)
             stack.enter_context(sampling_lag(self._app.metrics.loop_lagged))
             await stack.enter_async_context(self._app.listener.adopting())
-            self._door.setblocking(False)
-            asyncio.get_running_loop().add_reader(self._door, self._let_in)
+            self._connection_socket.setblocking(False)
+            asyncio.get_running_loop().add_reader(self._connection_socket, self._let_in)
             stack.callback(self._shut_door)
-            self._app.life.serve()
+            self._app.lifecycle.serve()
             gc.freeze()  # what is there now stays, and need not be looked at again
             self._serving.set()
             _log.info("worker serves", pid=os.getpid())
@@ -166,9 +174,11 @@ class Worker:
 
     def _let_in(self) -> None:
         """Serve the connections that wait at the door; each packet is one."""
-        while self._door.fileno() >= 0:  # ends with what waits
+        while self._connection_socket.fileno() >= 0:  # ends with what waits
             try:
-                packet, descriptors, _, _ = socket.recv_fds(self._door, NUMBER_BYTES, 1)
+                packet, descriptors, _, _ = socket.recv_fds(
+                    self._connection_socket, NUMBER_BYTES, 1
+                )
             except BlockingIOError:
                 return
             except OSError as error:
@@ -186,9 +196,9 @@ class Worker:
             self._app.listener.adopt(sock, int.from_bytes(packet), self._ended)
 
     def _ended(self) -> None:
-        self._ledger.end(self._slot)
+        self._counters.end(self._slot)
 
     def _shut_door(self) -> None:
-        if self._door.fileno() >= 0:
-            asyncio.get_running_loop().remove_reader(self._door)
-            self._door.close()
+        if self._connection_socket.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._connection_socket)
+            self._connection_socket.close()

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from pydantic import SecretStr
 
-from proxy.blocking import Threads
+from proxy.blocking import BlockingCalls
 from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
@@ -72,9 +72,9 @@ class Workspace:
         self._version = version
         self._discover = discover
         self._clock = clock
-        self._threads = Threads("databricks-sdk")
+        self._threads = BlockingCalls("databricks-sdk")
         self._client: WorkspaceClient | None = None
-        self._era = object()  # another one since the client was dropped
+        self._generation = object()  # another one since the client was dropped
         self._file_secret: Secret | None = None
 
     async def mint(self, resource: Resource) -> Credential:
@@ -99,17 +99,17 @@ class Workspace:
         return None if there is None else self._clock() - there
 
     async def _call(self, call: Callable[[WorkspaceClient], T]) -> T:
-        era = self._era
+        generation = self._generation
         try:
             outcome = await self._threads.run(lambda: self._outcome(call), self._timeout_seconds)
         except TimeoutError as error:
             # The call may hang inside a lock of this client: leave both behind.
-            self._drop_client(era)
+            self._drop_client(generation)
             detail = f"no answer within {self._timeout_seconds:g} seconds"
             raise ProxyError(ErrorKind.API_UNREACHABLE, detail) from error
         if isinstance(outcome, ProxyError):
             if outcome.kind is ErrorKind.WORKSPACE_LOGIN_FAILED:
-                self._drop_client(era)  # a refused workspace token would be cached with it
+                self._drop_client(generation)  # a refused workspace token would be cached with it
             raise outcome
         return outcome
 
@@ -131,7 +131,7 @@ class Workspace:
     def _call_here(self, call: Callable[[WorkspaceClient], T]) -> T:
         """Call with the client there is, or a new one."""
         self._read_secret_file()
-        client, era = self._client, self._era
+        client, generation = self._client, self._generation
         if client is not None:
             with suppress(_unauthenticated()):  # the workspace token that it keeps may be old
                 return call(client)
@@ -143,14 +143,14 @@ class Workspace:
             discover=self._discover,
         )
         # Two threads may make one each; the later one stays, unless it is too late.
-        if era is self._era:
+        if generation is self._generation:
             self._client = client
         return call(client)
 
-    def _drop_client(self, era: object) -> None:
+    def _drop_client(self, generation: object) -> None:
         """Drop the client of that era; a call that is late must not cost the others theirs."""
-        if era is self._era:
-            self._client, self._era = None, object()
+        if generation is self._generation:
+            self._client, self._generation = None, object()
 
     def _read_secret_file(self) -> None:
         """Read `client_secret_file` again: a secret that has been rotated makes a new client."""
@@ -168,7 +168,7 @@ class Workspace:
             raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail)
         if secret != self._file_secret:
             self._file_secret = secret
-            self._drop_client(self._era)
+            self._drop_client(self._generation)
 
     def _secrets(self) -> list[str]:
         settings = (value for _name, value in self._settings)

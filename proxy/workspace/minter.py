@@ -24,7 +24,7 @@ _ITS_OWN_FAULT: Final = frozenset(
 )
 
 
-class MintForAny:
+class Minter:
     """Mints for the resource that worked last, or else for the next one that works."""
 
     def __init__(

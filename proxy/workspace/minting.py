@@ -13,12 +13,12 @@ from typing import Protocol
 from proxy.blocking import THREADS_MAX
 from proxy.errors import ErrorKind, ProxyError
 from proxy.workspace.client import Credential
-from proxy.workspace.single_flight import Quiet, Shared
+from proxy.workspace.single_flight import Backoff, SingleFlight
 
 Mint = Callable[[], Awaitable[Credential]]
 
 
-class Tokens(Protocol):
+class Minting(Protocol):
     """Either way."""
 
     async def token(self, hang_seconds: float | None) -> Credential:
@@ -35,39 +35,39 @@ class Tokens(Protocol):
         """End the mints that are under way."""
 
 
-class SharedToken:
+class MintShared:
     """One token for all who wait."""
 
     def __init__(self, mint: Mint) -> None:
-        self._call = Shared(mint)
+        self._call = SingleFlight(mint)
 
     async def token(self, hang_seconds: float | None) -> Credential:
-        """As in `Tokens`."""
+        """As in `Minting`."""
         return await _within(hang_seconds, self._call)
 
     def renew(self) -> None:
-        """As in `Tokens`."""
+        """As in `Minting`."""
         self._call.start()
 
     async def close(self) -> None:
-        """As in `Tokens`."""
+        """As in `Minting`."""
         await self._call.close()
 
 
-class OwnToken:
+class MintPerConnection:
     """A token for each, so many at a time. After a failure one of all finds out if it is over."""
 
-    def __init__(self, mint: Mint, quiet: Quiet) -> None:
+    def __init__(self, mint: Mint, quiet: Backoff) -> None:
         """`quiet` says what the last mint failed with; whoever mints keeps it."""
         self._mint = mint
         self._quiet = quiet
-        self._scout = Shared(mint)
-        self._under_way: set[Shared[Credential]] = set()
+        self._probe = SingleFlight(mint)
+        self._under_way: set[SingleFlight[Credential]] = set()
         # More calls than threads would wait there, and not hear that the first ones failed.
         self._places = asyncio.Semaphore(THREADS_MAX)
 
     async def token(self, hang_seconds: float | None) -> Credential:
-        """As in `Tokens`."""
+        """As in `Minting`."""
         while True:  # ends with a failure, or when the scout has come back
             async with self._places:
                 failure = self._quiet.failure
@@ -75,24 +75,24 @@ class OwnToken:
                     return await _within(hang_seconds, self._own())
                 if self._quiet.seconds:
                     raise failure.with_traceback(None)  # it failed for those before
-            await _within(hang_seconds, self._scout)
+            await _within(hang_seconds, self._probe)
 
     def renew(self) -> None:
         """Do nothing: nobody would use it."""
 
     async def close(self) -> None:
-        """As in `Tokens`."""
-        for call in (self._scout, *self._under_way):
+        """As in `Minting`."""
+        for call in (self._probe, *self._under_way):
             await call.close()
 
-    def _own(self) -> Shared[Credential]:
-        call = Shared(self._mint)
+    def _own(self) -> SingleFlight[Credential]:
+        call = SingleFlight(self._mint)
         self._under_way.add(call)
         call.start().add_done_callback(lambda _: self._under_way.discard(call))
         return call
 
 
-async def _within(hang_seconds: float | None, call: Shared[Credential]) -> Credential:
+async def _within(hang_seconds: float | None, call: SingleFlight[Credential]) -> Credential:
     try:
         async with asyncio.timeout(hang_seconds):
             return await call.result()

@@ -1,7 +1,7 @@
 """A call that many want at once, made once: whoever asks while it is under way shares its outcome.
 
 A failure is an outcome too: it is raised for each who waited. One who gives up does not end the
-call for the others. After a failure nobody makes the call for a while: that is kept in a `Quiet`.
+call for the others. After a failure nobody makes the call for a while: that is kept in a `Backoff`.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ _log = get_logger(__name__)
 T = TypeVar("T")
 
 
-class Quiet:
+class Backoff:
     """How long nobody makes a call that failed, and with what it failed last."""
 
     def __init__(self, clock: Callable[[], float], jitter: Callable[[], float]) -> None:
@@ -75,7 +75,7 @@ def is_transient(failure: ProxyError) -> bool:
     return failure.kind.value.disposition is not Disposition.FAIL
 
 
-class Shared(Generic[T]):
+class SingleFlight(Generic[T]):
     """One call. `close` it when nobody will ask any more."""
 
     def __init__(self, call: Callable[[], Awaitable[T]]) -> None:

@@ -22,8 +22,8 @@ from proxy.observe.metrics import Metrics
 from proxy.wire.secret import Secret
 from proxy.workspace.client import Credential
 from proxy.workspace.freshness import Freshness, Need, is_valid, judge
-from proxy.workspace.minting import OwnToken, SharedToken, Tokens
-from proxy.workspace.single_flight import Quiet, is_transient
+from proxy.workspace.minting import Minting, MintPerConnection, MintShared
+from proxy.workspace.single_flight import Backoff, is_transient
 
 # A token that is valid but older than it should be is used once a call is under way so long.
 HANG_SECONDS_MAX: Final = 5.0
@@ -69,11 +69,11 @@ class Credentials:
         self._newest: Credential | None = None
         self._begun = self._kept = 0  # mints, and which of them the newest is from
         self._rejected_at = -math.inf
-        self._quiet = Quiet(clock, jitter)
-        self._tokens: Tokens = (
-            SharedToken(self._mint_and_keep)
+        self._quiet = Backoff(clock, jitter)
+        self._tokens: Minting = (
+            MintShared(self._mint_and_keep)
             if settings.token_max_age_seconds > 0
-            else OwnToken(self._mint_and_keep, self._quiet)
+            else MintPerConnection(self._mint_and_keep, self._quiet)
         )
 
     async def close(self) -> None:

@@ -24,7 +24,7 @@ from tests.support.secret_canaries import watching
 
 
 @dataclass(frozen=True, slots=True)
-class Roads:
+class DirectAndProxied:
     """Two ways to the same database."""
 
     cluster: Cluster
@@ -67,7 +67,7 @@ def no_own_account() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def roads_to(clusters: Mapping[str, Cluster]) -> AsyncIterator[Roads]:
+async def roads_to(clusters: Mapping[str, Cluster]) -> AsyncIterator[DirectAndProxied]:
     """Keep a stand-in and a proxy in front of the clusters; the roads lead to the first."""
     async with Lakebase(tuple(clusters), clusters=clusters) as lakebase:
         shard = lakebase.shards[0]
@@ -77,13 +77,15 @@ async def roads_to(clusters: Mapping[str, Cluster]) -> AsyncIterator[Roads]:
         settings = proxy_settings(lakebase, upstream={"host": shard.instance.host})
         with captured_log() as log:
             async with serving(settings) as proxy, watching(proxy):
-                yield Roads(shard.cluster, proxy)
+                yield DirectAndProxied(shard.cluster, proxy)
         # Drivers log, too: psycopg warns of a pipeline that a test aborts.
         assert [line for line in log.above_info() if line["logger"].startswith("proxy")] == []
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def roads(clusters: Mapping[str, Cluster], no_own_account: None) -> AsyncIterator[Roads]:
+async def pair(
+    clusters: Mapping[str, Cluster], no_own_account: None
+) -> AsyncIterator[DirectAndProxied]:
     """Return two roads to a PostgreSQL as Lakebase runs it."""
     async with roads_to(clusters) as both:
         yield both

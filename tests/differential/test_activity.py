@@ -23,7 +23,7 @@ from tests.differential import (
     test_pipeline,
     test_simple_query,
 )
-from tests.differential.conftest import Roads
+from tests.differential.conftest import DirectAndProxied
 from tests.differential.frontend import (
     COPY_DONE,
     FLUSH,
@@ -207,7 +207,7 @@ def rests(exchange: Exchange) -> bool:
     return exchange.steps[-1] == LEAVING and exchange.name not in NEVER_AT_REST
 
 
-async def observe(roads: Roads, exchange: Exchange, cut: Cut = whole) -> Observed:
+async def observe(pair: DirectAndProxied, exchange: Exchange, cut: Cut = whole) -> Observed:
     """Run the exchange; then let the server rest, ask it once more, and let it rest again."""
     seen: list[Observed] = []
 
@@ -216,7 +216,7 @@ async def observe(roads: Roads, exchange: Exchange, cut: Cut = whole) -> Observe
             seen.append(Observed(client()))
             return seen[-1]
 
-        await roads.connect_direct(between)
+        await pair.connect_direct(between)
 
     steps = exchange.steps
     if rests(exchange):
@@ -243,15 +243,15 @@ def check(exchange: Exchange, seen: Observed) -> None:
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=str)
-async def test_idle_is_what_postgres_is(exchange: Exchange, roads: Roads) -> None:
-    check(exchange, await observe(roads, exchange))
+async def test_idle_is_what_postgres_is(exchange: Exchange, pair: DirectAndProxied) -> None:
+    check(exchange, await observe(pair, exchange))
 
 
 @pytest.mark.parametrize("exchange", small(EXCHANGES, 5) + small(OWN, 1), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, roads: Roads) -> None:
-    check(exchange, await observe(roads, exchange, byte_by_byte))
+async def test_a_byte_at_a_time(exchange: Exchange, pair: DirectAndProxied) -> None:
+    check(exchange, await observe(pair, exchange, byte_by_byte))
 
 
 @pytest.mark.parametrize("exchange", small(EXCHANGES, 4) + small(OWN, 1), ids=str)
-async def test_cut_at_random(exchange: Exchange, roads: Roads) -> None:
-    check(exchange, await observe(roads, exchange, at_random(exchange.name)))
+async def test_cut_at_random(exchange: Exchange, pair: DirectAndProxied) -> None:
+    check(exchange, await observe(pair, exchange, at_random(exchange.name)))

@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from proxy.wire.framing import MessageReader
-from tests.differential.conftest import Roads
+from tests.differential.conftest import DirectAndProxied
 from tests.differential.frontend import (
     COPY_DONE,
     FLUSH,
@@ -110,10 +110,10 @@ class Follower:
             self.idle_moments += self.activity.idle
 
 
-async def exchange(roads: Roads, seed: str) -> int:
+async def exchange(pair: DirectAndProxied, seed: str) -> int:
     """Follow one random exchange; return how often it was idle."""
     dice = random.Random(seed)
-    reader, writer = await asyncio.open_unix_connection(roads.cluster.socket_path)
+    reader, writer = await asyncio.open_unix_connection(pair.cluster.socket_path)
     follower = Follower(reader, writer)
     await follower.start()
     listening = asyncio.ensure_future(follower.listen(random.Random(f"{seed} read")))
@@ -137,9 +137,9 @@ async def exchange(roads: Roads, seed: str) -> int:
 
 
 @pytest.mark.parametrize("seed", range(LANES))
-async def test_nothing_comes_unasked_once_it_was_idle(roads: Roads, seed: int) -> None:
+async def test_nothing_comes_unasked_once_it_was_idle(pair: DirectAndProxied, seed: int) -> None:
     idle_moments = 0
     for first in range(0, EXCHANGES_A_SEED, LANES):
         names = [f"{seed}.{number}" for number in range(first, first + LANES)]
-        idle_moments += sum(await asyncio.gather(*(exchange(roads, name) for name in names)))
+        idle_moments += sum(await asyncio.gather(*(exchange(pair, name) for name in names)))
     assert idle_moments > 0  # it was not busy for ever throughout

@@ -16,7 +16,7 @@ from proxy.emulator.cluster import Cluster, running
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest, GSSENCRequest, ProtocolVersion, SSLRequest
 from tests.differential.comparison import difference
-from tests.differential.conftest import Roads, roads_to
+from tests.differential.conftest import DirectAndProxied, roads_to
 from tests.differential.frontend import (
     LEAVING,
     OPENING,
@@ -153,7 +153,7 @@ EXCHANGES: Final = (*VERSIONS, *LENGTHS, *REQUESTS)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def newest(no_own_account: None) -> AsyncIterator[Roads]:
+async def newest(no_own_account: None) -> AsyncIterator[DirectAndProxied]:
     """Return two roads to the newest PostgreSQL that there is."""
     cluster = Cluster("newest", version=18)
     async with running([cluster]), roads_to({cluster.shard: cluster}) as both:
@@ -161,23 +161,25 @@ async def newest(no_own_account: None) -> AsyncIterator[Roads]:
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=str)
-async def test_first_packets_are_answered_as_by_postgres(exchange: Exchange, newest: Roads) -> None:
+async def test_first_packets_are_answered_as_by_postgres(
+    exchange: Exchange, newest: DirectAndProxied
+) -> None:
     await newest.compare(exchange)
 
 
 @pytest.mark.parametrize("exchange", small(EXCHANGES, 4), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, newest: Roads) -> None:
+async def test_a_byte_at_a_time(exchange: Exchange, newest: DirectAndProxied) -> None:
     await newest.compare(exchange, byte_by_byte)
 
 
 @pytest.mark.parametrize("exchange", small(EXCHANGES, 3), ids=str)
-async def test_cut_at_random(exchange: Exchange, newest: Roads) -> None:
+async def test_cut_at_random(exchange: Exchange, newest: DirectAndProxied) -> None:
     await newest.compare(exchange, at_random(exchange.name))
 
 
 @pytest.mark.parametrize("length", [10_001, 10_004])
 async def test_w4_lengths_a_little_over_are_taken_by_postgres_alone(
-    length: int, newest: Roads
+    length: int, newest: DirectAndProxied
 ) -> None:
     exchange = Exchange("a little over", (say(padded(length)), LEAVING))
     (direct,), (proxied,) = await newest.direct(exchange), await newest.proxied(exchange)
@@ -186,7 +188,7 @@ async def test_w4_lengths_a_little_over_are_taken_by_postgres_alone(
 
 
 async def test_w3_what_comes_with_a_refused_request_is_taken_by_the_proxy_alone(
-    newest: Roads,
+    newest: DirectAndProxied,
 ) -> None:
     sent = Step(_SSL + startup(), bare=1)
     asked = Exchange("asked", (sent, say(wait=b"Z"), LEAVING))
@@ -200,12 +202,12 @@ async def test_w3_what_comes_with_a_refused_request_is_taken_by_the_proxy_alone(
 
 @pytest.mark.parametrize("exchange", NEVER_SPOKEN, ids=str)
 async def test_w11_version_3_1_is_answered_as_by_a_postgres_of_3_0(
-    exchange: Exchange, roads: Roads
+    exchange: Exchange, pair: DirectAndProxied
 ) -> None:
-    await roads.compare(exchange)
+    await pair.compare(exchange)
 
 
-async def test_w10_major_0_gets_the_old_error_from_postgres_alone(newest: Roads) -> None:
+async def test_w10_major_0_gets_the_old_error_from_postgres_alone(newest: DirectAndProxied) -> None:
     # PostgreSQL uses the old form for every version below 3.0 but 0.0; W10 names majors 1 and 2.
     exchange = Exchange("0.3", (until_end(startup(version=ProtocolVersion(0, 3))),))
     (direct,), (proxied,) = await newest.direct(exchange), await newest.proxied(exchange)

@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 
-from tests.differential.conftest import Roads
+from tests.differential.conftest import DirectAndProxied
 from tests.differential.frontend import (
     LEAVING,
     OPENING,
@@ -101,20 +101,22 @@ ENDS: Final = (
 
 
 @pytest.mark.parametrize("exchange", FUNCTION_CALLS, ids=str)
-async def test_a_function_call_is_answered_as_by_postgres(exchange: Exchange, roads: Roads) -> None:
-    await roads.compare(exchange)
+async def test_a_function_call_is_answered_as_by_postgres(
+    exchange: Exchange, pair: DirectAndProxied
+) -> None:
+    await pair.compare(exchange)
 
 
 @pytest.mark.parametrize("exchange", ENDS, ids=str)
-async def test_a_session_ends_as_in_postgres(exchange: Exchange, roads: Roads) -> None:
-    await roads.compare(exchange)
+async def test_a_session_ends_as_in_postgres(exchange: Exchange, pair: DirectAndProxied) -> None:
+    await pair.compare(exchange)
 
 
 @pytest.mark.parametrize("exchange", small((*FUNCTION_CALLS, *ENDS), 4), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, roads: Roads) -> None:
-    await roads.compare(exchange, byte_by_byte)
+async def test_a_byte_at_a_time(exchange: Exchange, pair: DirectAndProxied) -> None:
+    await pair.compare(exchange, byte_by_byte)
 
 
 @pytest.mark.parametrize("exchange", small((*FUNCTION_CALLS, *ENDS), 3), ids=str)
-async def test_cut_at_random(exchange: Exchange, roads: Roads) -> None:
-    await roads.compare(exchange, at_random(exchange.name))
+async def test_cut_at_random(exchange: Exchange, pair: DirectAndProxied) -> None:
+    await pair.compare(exchange, at_random(exchange.name))

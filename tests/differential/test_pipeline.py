@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 
-from tests.differential.conftest import Roads
+from tests.differential.conftest import DirectAndProxied
 from tests.differential.frontend import (
     COPY_DONE,
     FLUSH,
@@ -78,15 +78,15 @@ EXCHANGES: Final = (
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=str)
-async def test_answers_are_those_of_postgres(exchange: Exchange, roads: Roads) -> None:
-    await roads.compare(exchange)
+async def test_answers_are_those_of_postgres(exchange: Exchange, pair: DirectAndProxied) -> None:
+    await pair.compare(exchange)
 
 
 @pytest.mark.parametrize("exchange", small(EXCHANGES, 4), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, roads: Roads) -> None:
-    await roads.compare(exchange, byte_by_byte)
+async def test_a_byte_at_a_time(exchange: Exchange, pair: DirectAndProxied) -> None:
+    await pair.compare(exchange, byte_by_byte)
 
 
 @pytest.mark.parametrize("exchange", small(EXCHANGES, 3), ids=str)
-async def test_cut_at_random(exchange: Exchange, roads: Roads) -> None:
-    await roads.compare(exchange, at_random(exchange.name))
+async def test_cut_at_random(exchange: Exchange, pair: DirectAndProxied) -> None:
+    await pair.compare(exchange, at_random(exchange.name))

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from proxy.emulator.cluster import CLIENT_ID, DATABASE, quoted
-from tests.differential.conftest import Roads
+from tests.differential.conftest import DirectAndProxied
 from tests.support.proxy_process import run_to_end
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -67,14 +67,14 @@ INSERT INTO shop.item (name, price) SELECT 'é ' || n, n FROM generate_series(1,
 """
 
 
-def direct(roads: Roads) -> dict[str, Any]:
+def direct(pair: DirectAndProxied) -> dict[str, Any]:
     """Return libpq parameters for PostgreSQL itself."""
-    return {"host": str(roads.cluster.directory), "port": 5432, "user": CLIENT_ID}
+    return {"host": str(pair.cluster.directory), "port": 5432, "user": CLIENT_ID}
 
 
-def proxied(roads: Roads) -> dict[str, Any]:
+def proxied(pair: DirectAndProxied) -> dict[str, Any]:
     """Return libpq parameters for the proxy."""
-    return {"host": roads.proxy.listen_host, "port": roads.proxy.listen_port, "user": CLIENT_ID}
+    return {"host": pair.proxy.listen_host, "port": pair.proxy.listen_port, "user": CLIENT_ID}
 
 
 async def error_of(work: Awaitable[object]) -> Seen:
@@ -187,35 +187,37 @@ async def asyncpg_all(where: Where) -> Seen:
     ],
 )
 async def test_a_driver_sees_the_same(
-    program: Callable[[Where], Awaitable[Seen]], roads: Roads
+    program: Callable[[Where], Awaitable[Seen]], pair: DirectAndProxied
 ) -> None:
-    assert await program(direct(roads)) == await program(proxied(roads))
+    assert await program(direct(pair)) == await program(proxied(pair))
 
 
-async def run(roads: Roads, program: str, where: Where, *arguments: str) -> tuple[int, str, str]:
+async def run(
+    pair: DirectAndProxied, program: str, where: Where, *arguments: str
+) -> tuple[int, str, str]:
     road = ("-h", where["host"], "-p", str(where["port"]), "-U", where["user"])
-    path = roads.cluster.binaries / program
+    path = pair.cluster.binaries / program
     code, out, err = await run_to_end(path, *road, *arguments)
     return code, out, err
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def databases(roads: Roads) -> AsyncIterator[tuple[str, str]]:
+async def databases(pair: DirectAndProxied) -> AsyncIterator[tuple[str, str]]:
     """Return two empty databases, one for each road."""
     suffix = uuid.uuid4().hex[:8]
     names = (f"straight_{suffix}", f"proxied_{suffix}")
     for name in names:
-        roads.cluster.execute(f"CREATE DATABASE {name} OWNER {quoted(CLIENT_ID)}")
+        pair.cluster.execute(f"CREATE DATABASE {name} OWNER {quoted(CLIENT_ID)}")
     yield names
     for name in names:
-        roads.cluster.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        pair.cluster.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-async def test_psql_prints_the_same(roads: Roads) -> None:
+async def test_psql_prints_the_same(pair: DirectAndProxied) -> None:
     steps = [part for line in SCRIPT.strip().splitlines() for part in ("-c", line)]
     one, other = [
-        await run(roads, "psql", where, "-X", "-d", DATABASE, *steps)
-        for where in (direct(roads), proxied(roads))
+        await run(pair, "psql", where, "-X", "-d", DATABASE, *steps)
+        for where in (direct(pair), proxied(pair))
     ]
     own = "server process with PID "  # of the notification, another one each time
     assert own in one[1]
@@ -228,12 +230,12 @@ def _without_pid(text: str, before: str) -> str:
     return head + tail.lstrip("0123456789")
 
 
-async def test_pg_dump_writes_the_same(roads: Roads, databases: tuple[str, str]) -> None:
+async def test_pg_dump_writes_the_same(pair: DirectAndProxied, databases: tuple[str, str]) -> None:
     database, _ = databases
-    roads.cluster.execute(SCHEMA, database=database, user=CLIENT_ID)
+    pair.cluster.execute(SCHEMA, database=database, user=CLIENT_ID)
     options = ("--restrict-key=same", "-d", database)
-    one = await run(roads, "pg_dump", direct(roads), *options)
-    other = await run(roads, "pg_dump", proxied(roads), *options)
+    one = await run(pair, "pg_dump", direct(pair), *options)
+    other = await run(pair, "pg_dump", proxied(pair), *options)
     assert one == other
     assert one[0] == 0
     assert "COPY shop.item" in one[1]
@@ -241,20 +243,20 @@ async def test_pg_dump_writes_the_same(roads: Roads, databases: tuple[str, str])
 
 @pytest.mark.slow
 async def test_pgbench_leaves_the_same_in_all_three_protocols(
-    roads: Roads, databases: tuple[str, str]
+    pair: DirectAndProxied, databases: tuple[str, str]
 ) -> None:
     left = []
-    for database, where in zip(databases, (direct(roads), proxied(roads)), strict=True):
-        code, _, err = await run(roads, "pgbench", where, "-i", "-q", "--scale=1", database)
+    for database, where in zip(databases, (direct(pair), proxied(pair)), strict=True):
+        code, _, err = await run(pair, "pgbench", where, "-i", "-q", "--scale=1", database)
         assert code == 0, err
         for protocol in ("simple", "extended", "prepared"):
             options = ("-n", "-M", protocol, "-t", "20", "--random-seed=3", database)
-            code, out, err = await run(roads, "pgbench", where, *options)
+            code, out, err = await run(pair, "pgbench", where, *options)
             assert code == 0, err
             assert "number of transactions actually processed: 20/20" in out
         tables = ("accounts", "tellers", "branches")
         sums = [
             f"SELECT md5(string_agg(b::text, '' ORDER BY 1)) FROM pgbench_{t} b" for t in tables
         ]
-        left.append(roads.cluster.execute(";".join(sums), database=database))
+        left.append(pair.cluster.execute(";".join(sums), database=database))
     assert left[0] == left[1]

@@ -19,7 +19,7 @@ from proxy.emulator import faults
 from proxy.emulator.api import Call
 from proxy.emulator.certificates import Certificate
 from proxy.emulator.endpoints import neon_error
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.tokens import TokenIssuer
 from proxy.server.app import App
@@ -57,7 +57,7 @@ def _fail(call: Call, reply: faults.Reply | faults.Hang) -> Break:
 
 def _say(error: ErrorResponse) -> Break:
     """Have the front end say it in answer to the StartupMessage, before it asks for anything."""
-    return lambda lakebase: lakebase.gateway.strike(Stage.STARTUP, error.encode())
+    return lambda lakebase: lakebase.gateway.inject(Stage.STARTUP, error.encode())
 
 
 def _uid_for_id(lakebase: Lakebase) -> None:
@@ -73,8 +73,8 @@ def _show(certificate: Certificate) -> Break:
     return break_world
 
 
-def _strike(stage: Stage, strike: Strike | bytes) -> Break:
-    return lambda lakebase: lakebase.gateway.strike(stage, strike)
+def _strike(stage: Stage, inject: Injection | bytes) -> Break:
+    return lambda lakebase: lakebase.gateway.inject(stage, inject)
 
 
 def _foreign_issuer(lakebase: Lakebase) -> None:
@@ -380,12 +380,12 @@ CASES = (
     Case("bytes before TLS", _early_bytes, "08006", "upstream_protocol", ""),
     Case(
         "closed after the StartupMessage",
-        _strike(Stage.STARTUP, Strike.CLOSE),
+        _strike(Stage.STARTUP, Injection.CLOSE),
         *("08006", "upstream_lost", "Try again"),
     ),
     Case(
         "reset after the password",
-        _strike(Stage.PASSWORD, Strike.RESET),
+        _strike(Stage.PASSWORD, Injection.RESET),
         *("08006", "upstream_lost", "Try again"),
     ),
     Case(
@@ -395,7 +395,7 @@ CASES = (
     ),
     Case(
         "silent before ready",
-        _strike(Stage.AUTHENTICATED, Strike.HANG),
+        _strike(Stage.AUTHENTICATED, Injection.HANG),
         *("08006", "upstream_timeout", "Try again", "within 0.3 seconds"),
         settings=SOON,
     ),

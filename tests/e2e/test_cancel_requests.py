@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.wire.messages import BackendKeyData, Terminate
@@ -64,7 +64,7 @@ async def test_w39_the_client_is_closed_only_after_the_upstream_closed(
 ) -> None:
     async with plain_client(proxy) as client:
         key = await busy_session(client, lakebase)
-        lakebase.gateway.strike(Stage.CANCEL, Strike.HANG, times=1)
+        lakebase.gateway.inject(Stage.CANCEL, Injection.HANG, times=1)
         async with plain_client(proxy) as canceller:
             await canceller.send(CancelRequest(key.pid, key.key).encode())
             await lakebase.gateway.until(lambda: bool(lakebase.gateway.cancels))
@@ -73,7 +73,7 @@ async def test_w39_the_client_is_closed_only_after_the_upstream_closed(
             async with plain_client(proxy) as other:
                 await other.start_up()
             assert not closing.done()
-            lakebase.gateway.heal()
+            lakebase.gateway.clear_faults()
             assert await closing == b""
             assert lakebase.gateway.cancels[0].cancel_known
 
@@ -123,11 +123,11 @@ async def test_w42_cancels_are_neither_refused_nor_counted_when_all_places_are_t
     proxy = await start_proxy(listen={"max_connections": 1})
     async with plain_client(proxy) as client:
         key = await busy_session(client, lakebase)
-        lakebase.gateway.strike(Stage.CANCEL, Strike.HANG, times=1)
+        lakebase.gateway.inject(Stage.CANCEL, Injection.HANG, times=1)
         async with plain_client(proxy) as canceller:
             await canceller.send(CancelRequest(key.pid, key.key).encode())
             await lakebase.gateway.until(lambda: bool(lakebase.gateway.cancels))
-            lakebase.gateway.heal()
+            lakebase.gateway.clear_faults()
             assert await canceller.receive_rest() == b""
         assert (await client.error()).sqlstate == "57014"
 

@@ -15,7 +15,7 @@ import psycopg
 import psycopg_pool
 import pytest
 
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery, Terminate
 from tests.differential.frontend import SYNC, copy_data, extended, message
@@ -132,7 +132,7 @@ async def test_who_waits_for_the_upstream_is_refused_at_once(
     start_process: StartProcess, lakebase: Lakebase
 ) -> None:
     proxy = await start_process(shutdown={"drain_seconds": 30})
-    lakebase.gateway.strike(Stage.STARTUP, Strike.HANG)
+    lakebase.gateway.inject(Stage.STARTUP, Injection.HANG)
     async with plain_client(proxy) as waiting, plain_client(proxy) as silent:
         await waiting.send(startup())
         await eventually(lambda: lakebase.gateway.records, "it is being dialled")

@@ -11,7 +11,7 @@ import pytest
 from proxy.emulator import faults
 from proxy.emulator.api import Call
 from proxy.emulator.endpoints import Ending
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
 from proxy.server.app import App
@@ -160,7 +160,7 @@ async def test_w41_a_client_that_vanishes_at_any_stage_of_the_dial_leaves_nothin
     async with plain_client(proxy) as warm:
         await warm.start_up()
     await eventually(lambda: lakebase.gateway.open_sessions == 0, "the first is gone")
-    lakebase.gateway.strike(stage, Strike.HANG)
+    lakebase.gateway.inject(stage, Injection.HANG)
     before = lakebase.gateway.accepted
     async with nothing_left():
         async with plain_client(proxy) as client:
@@ -169,7 +169,7 @@ async def test_w41_a_client_that_vanishes_at_any_stage_of_the_dial_leaves_nothin
             await asyncio.sleep(0)
             client.close()
         await eventually(lambda: proxy.metrics.value("connections") == 0, "it is gone", 2)
-        lakebase.gateway.heal()
+        lakebase.gateway.clear_faults()
         await eventually(lambda: lakebase.gateway.records[-1].closed, "closed upstream")
     assert lakebase.gateway.open_sessions == 0
 
@@ -185,7 +185,7 @@ async def test_w54_a_client_that_vanishes_while_a_token_is_minted_leaves_the_min
         client.close()
         await eventually(lambda: proxy.metrics.value("connections") == 0, "it is gone", 1)
     assert proxy.metrics.value("startup_failures_total", reason="client_gone") == 1
-    lakebase.workspace.heal()
+    lakebase.workspace.clear_faults()
     async with plain_client(proxy) as client:
         await client.start_up()
     assert len(lakebase.workspace.mints) == 1
@@ -222,7 +222,7 @@ async def test_a_client_cut_by_a_drain_before_it_was_ready_is_told_so(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
     proxy = await start_proxy()
-    lakebase.gateway.strike(Stage.STARTUP, Strike.HANG)
+    lakebase.gateway.inject(Stage.STARTUP, Injection.HANG)
     async with plain_client(proxy) as client:
         await client.send(startup())
         await lakebase.gateway.until(lambda: any(r.endpoint for r in lakebase.gateway.records))

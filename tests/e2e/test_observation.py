@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from proxy.emulator import faults
 from proxy.emulator.api import Call
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.observe.logs import configure_logging
 from proxy.observe.metrics import ConnectPhase
@@ -71,7 +71,7 @@ async def test_a_session_is_seen_with_its_target_its_connect_and_the_tokens_time
 async def test_a_session_that_waits_for_its_upstream_is_shown_as_opening(
     shown: App, lakebase: Lakebase
 ) -> None:
-    lakebase.gateway.strike(Stage.STARTUP, Strike.HANG, times=1)
+    lakebase.gateway.inject(Stage.STARTUP, Injection.HANG, times=1)
     async with plain_client(shown) as client:
         await client.send(startup())
         await eventually(lambda: shown.metrics.value("places_taken") == 1, "it has its place")
@@ -218,7 +218,7 @@ async def test_at_level_warning_nothing_is_said_whatever_becomes_of_connections(
     async with plain_client(proxy) as client:
         await client.send(startup(database="absent"))
         await client.error()
-    lakebase.gateway.strike(Stage.STARTUP, Strike.RESET)
+    lakebase.gateway.inject(Stage.STARTUP, Injection.RESET)
     async with plain_client(proxy) as client:
         await client.send(startup())
     await eventually(lambda: proxy.metrics.value("connections") == 0, "all are gone")

@@ -158,12 +158,12 @@ async def test_a_database_that_is_lost_while_the_api_hangs_is_dialled_again_wher
     async with await psycopg.AsyncConnection.connect(**libpq(proxy)):
         pass
     lakebase.workspace.fail(Call.RESOURCE, faults.HANG)
-    lakebase.gateway.strike(faults.Stage.PASSWORD, faults.Strike.RESET, times=1)
+    lakebase.gateway.inject(faults.Stage.PASSWORD, faults.Injection.RESET, times=1)
     begun = time.monotonic()
     async with await psycopg.AsyncConnection.connect(**libpq(proxy)) as connection:
         assert (await (await connection.execute("SELECT 1")).fetchone()) == (1,)
     assert time.monotonic() - begun < BUSY_SECONDS
-    lakebase.workspace.heal()
+    lakebase.workspace.clear_faults()
 
 
 async def test_a_database_that_sleeps_is_not_asked_for_at_the_api_with_every_try(

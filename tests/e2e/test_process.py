@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
 from tests.support.plain_client import plain_client, query, startup
@@ -89,7 +89,7 @@ async def test_a_second_signal_ends_it_at_once_with_3(
     async with plain_client(proxy) as client, plain_client(proxy) as waiting:
         await client.start_up()
         await client.query("SELECT pg_sleep(60)")
-        lakebase.gateway.strike(Stage.STARTUP, Strike.HANG)
+        lakebase.gateway.inject(Stage.STARTUP, Injection.HANG)
         await waiting.send(startup())
         proxy.send(signal.SIGTERM)
         await eventually(lambda: proxy.events("draining"), "it drains")

@@ -441,7 +441,7 @@ async def test_a_key_is_in_no_log_line_no_error_and_no_metric(
     shown = [
         log.getvalue(),
         proxy.metrics.exposition().decode(),
-        repr(proxy.plan.router),
+        repr(proxy.snapshot.router),
     ]
     shown += [answer.encode().decode("latin-1") for answer in answers]
     for text in shown:

@@ -15,12 +15,12 @@ from proxy.config import UPSTREAM
 from proxy.emulator import faults
 from proxy.emulator.api import Call
 from proxy.emulator.endpoints import neon_error
-from proxy.emulator.faults import Reply, Stage, Strike
+from proxy.emulator.faults import Injection, Reply, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ProxyError
 from proxy.observe.logs import MASK
 from proxy.observe.metrics import ConnectPhase
-from proxy.server.app import planned
+from proxy.server.app import open_snapshot
 from proxy.verbs.check import as_line, check
 from proxy.wire.startup import V3_0, StartupMessage
 from tests.e2e.conftest import StartProcess, StartProxy
@@ -66,11 +66,11 @@ async def test_no_secret_of_a_working_or_failing_proxy_is_ever_shown(
     reply = json.dumps({"token": PLANTED_TOKEN, "expire_time": expiry}).encode()
     lakebase.workspace.fail(Call.CREDENTIAL, Reply(200, reply), times=2)
     said.append(await told(proxy))
-    lakebase.workspace.heal()
+    lakebase.workspace.clear_faults()
     for failure in (faults.PERMISSION_DENIED, faults.UNAUTHENTICATED, faults.NOT_FOUND):
         lakebase.workspace.fail(Call.CREDENTIAL, failure, times=4)
         said.append(await told(proxy))
-        lakebase.workspace.heal()
+        lakebase.workspace.clear_faults()
     lakebase.workspace.api.clients.clear()
     said.append(await told(proxy))
     assert_clean(*said, log.getvalue(), proxy.metrics.exposition().decode(), repr(proxy))
@@ -126,7 +126,7 @@ async def test_no_secret_of_any_way_to_log_in_to_the_workspace_is_ever_shown(
     secret.write_text(PLANTED_SECRET)
     projected.write_text(PLANTED_FEDERATION)
     nobody = {"client_id": "", "client_secret": "", "auth_type": ""}
-    ways: list[dict[str, object]] = [
+    logins: list[dict[str, object]] = [
         {"client_secret": "", "client_secret_file": str(secret)},
         {**nobody, "auth_type": "pat", "token": PLANTED_PAT},
         {"client_secret": "", "auth_type": "file-oidc", "oidc_token_filepath": str(projected)},
@@ -134,19 +134,24 @@ async def test_no_secret_of_any_way_to_log_in_to_the_workspace_is_ever_shown(
         {"client_secret": "", "azure_client_secret": PLANTED_SECRET, "auth_type": "azure-client"},
     ]
     shown = []
-    for way in ways:
-        settings = proxy_settings(lakebase, workspace=way)
-        proxy = await start_proxy(workspace=way, credentials={"mint_timeout_seconds": 5})
+    for login in logins:
+        settings = proxy_settings(lakebase, workspace=login)
+        proxy = await start_proxy(workspace=login, credentials={"mint_timeout_seconds": 5})
         shown.append(await told(proxy))
         assert "reason=workspace_" in shown[-1]
         shown += [repr(settings), repr(proxy), proxy.metrics.exposition().decode()]
-        async with planned(settings, unheard) as plan:
-            upstream = plan.fleet[UPSTREAM]
+        async with open_snapshot(settings, unheard) as snapshot:
+            upstream = snapshot.upstreams[UPSTREAM]
             for failing in (upstream.credentials.fresh(), upstream.workspace.identity()):
                 with pytest.raises(ProxyError) as refused:
                     await failing
                 shown += [repr(refused.value), str(refused.value), repr(refused.value.response())]
-            parts = (upstream.workspace, upstream.credentials, upstream.targets, upstream.dialer)
+            parts = (
+                upstream.workspace,
+                upstream.credentials,
+                upstream.address_lookup,
+                upstream.dialer,
+            )
             shown += [repr(upstream), *(repr(vars(part)) for part in parts)]
         async for step in check(settings):
             shown += [repr(step), as_line(step)]
@@ -163,14 +168,14 @@ async def test_no_token_is_in_what_works(
 ) -> None:
     settings = proxy_settings(lakebase)
     shown = []
-    async with planned(settings, unheard) as plan:
-        upstream = plan.fleet[UPSTREAM]
+    async with open_snapshot(settings, unheard) as snapshot:
+        upstream = snapshot.upstreams[UPSTREAM]
         credential = await upstream.credentials.fresh()
         session = await upstream.dialer.dial(StartupMessage(V3_0, ((b"user", b"x"),)))
         shown += [repr(credential), repr(session), repr(await upstream.workspace.identity())]
-        parts = (upstream.workspace, upstream.credentials, upstream.targets, upstream.dialer)
+        parts = (upstream.workspace, upstream.credentials, upstream.address_lookup, upstream.dialer)
         shown += [repr(upstream), *(repr(vars(part)) for part in parts)]
-        session.link.transport.abort()
+        session.stream.transport.abort()
     async for step in check(settings):
         assert step.ok, step
         shown += [repr(step), as_line(step)]
@@ -207,7 +212,7 @@ async def test_no_live_object_of_a_proxy_at_work_shows_a_secret_in_its_repr(
     async with plain_client(tokens) as one, plain_client(password) as two:
         for client in (one, two):
             await client.start_up()
-        lakebase.gateway.strike(Stage.PASSWORD, Strike.HANG)
+        lakebase.gateway.inject(Stage.PASSWORD, Injection.HANG)
         async with plain_client(tokens) as waiting:
             await waiting.send(startup())
             # A login that hears nothing more: all of its objects are alive.

@@ -42,7 +42,7 @@ async def test_w41_a_client_that_pipelined_and_leaves_while_its_token_is_minted_
         await eventually(lambda: proxy.metrics.value("connections") == 0, "it is gone", 1)
         if leave is half_close:
             assert await client.receive_rest() == b""
-    lakebase.workspace.heal()
+    lakebase.workspace.clear_faults()
     assert lakebase.gateway.accepted == 0
     async with plain_client(proxy) as client:
         await client.start_up()

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 import psycopg
 import pytest
 
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.session.cancel import FORWARDS_MAX
@@ -92,12 +92,12 @@ async def test_w39_the_socket_closes_only_when_the_upstream_has_closed_its_own(
     proxy = await start_proxy()
     async with plain_client(proxy) as client, plain_client(proxy) as canceller:
         key = await started(client)
-        lakebase.gateway.strike(Stage.CANCEL, Strike.HANG, times=1)
+        lakebase.gateway.inject(Stage.CANCEL, Injection.HANG, times=1)
         await canceller.send(request(key))
         await lakebase.gateway.until(lambda: bool(lakebase.gateway.cancels))
         with pytest.raises(TimeoutError):
             await canceller.receive(0.1)
-        lakebase.gateway.heal()
+        lakebase.gateway.clear_faults()
         assert await canceller.receive_rest() == b""
 
 
@@ -132,12 +132,12 @@ async def test_w40_a_session_that_ends_meanwhile_drops_its_cancel(
         async with plain_client(proxy) as client:
             key = await started(client)
             accepted = lakebase.gateway.accepted
-            lakebase.gateway.strike(Stage.SSL_REPLY, Strike.HANG, times=1)
+            lakebase.gateway.inject(Stage.SSL_REPLY, Injection.HANG, times=1)
             await canceller.send(request(key))
             await lakebase.gateway.until(lambda: lakebase.gateway.accepted > accepted)
             await client.send(Terminate().encode())
         await eventually(lambda: len(proxy.cancel_keys) == 0, "the session is over")
-        lakebase.gateway.heal()
+        lakebase.gateway.clear_faults()
         assert await canceller.receive_rest() == b""
     assert lakebase.gateway.cancels == []
     # It once was counted as forwarded.
@@ -153,7 +153,7 @@ async def test_w40_an_upstream_that_does_not_answer_is_given_up_after_10_seconds
     assert CANCEL_SECONDS_MAX == 10
     async with plain_client(proxy) as client, plain_client(proxy) as canceller:
         key = await started(client)
-        lakebase.gateway.strike(Stage.CANCEL, Strike.HANG)
+        lakebase.gateway.inject(Stage.CANCEL, Injection.HANG)
         began = time.monotonic()
         await canceller.send(request(key))
         assert await canceller.receive(15) == b""
@@ -169,7 +169,7 @@ async def test_w42_cancels_have_a_bound_of_their_own_and_over_it_are_closed_sile
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(plain_client(proxy))
         key = await started(client)
-        lakebase.gateway.strike(Stage.CANCEL, Strike.HANG)
+        lakebase.gateway.inject(Stage.CANCEL, Injection.HANG)
         waiting = []
         for _ in range(FORWARDS_MAX):
             canceller = await stack.enter_async_context(plain_client(proxy))
@@ -181,7 +181,7 @@ async def test_w42_cancels_have_a_bound_of_their_own_and_over_it_are_closed_sile
         assert await one_more.receive_rest() == b""
         assert proxy.metrics.value("cancel_requests_total", result="too_many") == 1
         assert len(lakebase.gateway.cancels) == FORWARDS_MAX
-        lakebase.gateway.heal()
+        lakebase.gateway.clear_faults()
         for canceller in waiting:
             assert await canceller.receive_rest() == b""
         assert proxy.metrics.value("cancel_requests_total", **forwarded) == FORWARDS_MAX
@@ -212,13 +212,13 @@ async def test_w43_one_process_serves_so_every_cancel_finds_its_session(
 
 
 @pytest.mark.parametrize("stage", [Stage.SSL_REPLY, Stage.TLS, Stage.CANCEL])
-@pytest.mark.parametrize("strike", [Strike.CLOSE, Strike.RESET])
+@pytest.mark.parametrize("strike", [Injection.CLOSE, Injection.RESET])
 async def test_w39_a_cancel_connection_that_breaks_closes_the_client_without_a_byte(
-    proxy: App, lakebase: Lakebase, stage: Stage, strike: Strike
+    proxy: App, lakebase: Lakebase, stage: Stage, inject: Injection
 ) -> None:
     async with plain_client(proxy) as client, plain_client(proxy) as canceller:
         key = await started(client)
-        lakebase.gateway.strike(stage, strike, times=1)
+        lakebase.gateway.inject(stage, inject, times=1)
         await canceller.send(request(key))
         assert await canceller.receive_rest() == b""
         await client.query("SELECT 'unharmed'")

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
 from proxy.server.app import App
@@ -187,14 +187,14 @@ async def test_w35_the_cancel_comes_before_the_close(proxy: App, lakebase: Lakeb
         await client.start_up()
         await client.query(SLEEP)
         found = await runs(lakebase)
-        gateway.strike(Stage.CANCEL, Strike.HANG, times=1)
+        gateway.inject(Stage.CANCEL, Injection.HANG, times=1)
         client.close()
         await gateway.until(lambda: bool(gateway.cancels))
         session = gateway.sessions[-1]
         assert session.ended_by is None  # it is still there, because its cancel is on the way
         assert not session.closed
         assert lakebase["one"].cluster.execute(found)
-        gateway.heal()
+        gateway.clear_faults()
         await gateway.until(lambda: session.closed)
     await all_over(proxy, lakebase)
     assert gateway.sessions[-1].ended_by is EndedBy.CLOSE_NOTIFY

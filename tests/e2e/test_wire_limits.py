@@ -5,7 +5,7 @@ What each failure says in full is in `test_answers`.
 
 import pytest
 
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.wire.messages import ErrorResponse
@@ -53,12 +53,12 @@ async def test_w45_an_unknown_database_is_3d000_with_a_stable_word(proxy: App) -
 
 
 @pytest.mark.parametrize("stage", [Stage.STARTUP, Stage.PASSWORD, Stage.AUTHENTICATED, Stage.READY])
-@pytest.mark.parametrize("strike", [Strike.CLOSE, Strike.FIN, Strike.RESET])
+@pytest.mark.parametrize("strike", [Injection.CLOSE, Injection.FIN, Injection.RESET])
 async def test_w46_an_upstream_that_is_lost_before_ready_is_08006(
-    start_proxy: StartProxy, lakebase: Lakebase, stage: Stage, strike: Strike
+    start_proxy: StartProxy, lakebase: Lakebase, stage: Stage, inject: Injection
 ) -> None:
     proxy = await start_proxy(upstream={"connect_timeout_seconds": 1})
-    lakebase.gateway.strike(stage, strike)
+    lakebase.gateway.inject(stage, inject)
     error = await told(proxy)
     assert (error.sqlstate, error.text(b"D").split()[0]) == ("08006", "reason=upstream_lost")
 
@@ -78,7 +78,7 @@ async def test_w46_no_answer_contains_the_token(
     start_proxy: StartProxy, lakebase: Lakebase, stage: Stage
 ) -> None:
     proxy = await start_proxy(upstream={"connect_timeout_seconds": 0.4})
-    lakebase.gateway.strike(stage, Strike.CLOSE)
+    lakebase.gateway.inject(stage, Injection.CLOSE)
     answer = (await told(proxy)).encode()
     assert lakebase.workspace.mints
     assert b"eyJ" not in answer  # how every such token begins
@@ -96,7 +96,7 @@ async def test_w49_a_silent_upstream_is_08006_after_connect_timeout_and_not_befo
 ) -> None:
     limits = {"startup_timeout_seconds": 0.1}
     proxy = await start_proxy(listen=limits, upstream={"connect_timeout_seconds": 0.4})
-    lakebase.gateway.strike(stage, Strike.HANG)
+    lakebase.gateway.inject(stage, Injection.HANG)
     error = await told(proxy)
     assert (error.sqlstate, error.text(b"D").split()[0]) == ("08006", "reason=upstream_timeout")
     assert proxy.metrics.value("startup_failures_total", reason="startup_timeout") == 0

@@ -724,12 +724,12 @@ async def test_workers_end_with_the_supervisor_even_if_it_had_not_heard_of_a_dea
 ) -> None:
     # The kernel then tells the process that forks workers of a reset, not of an end.
     proxy = await start_process(listen=TWO)
-    below, nursery = descendants(proxy.pid), nursery_pid(proxy)
+    below, fork_server = descendants(proxy.pid), nursery_pid(proxy)
     stuck, dies = worker_pids(proxy)
     os.kill(proxy.pid, signal.SIGSTOP)
     os.kill(stuck, signal.SIGSTOP)
     os.kill(dies, signal.SIGKILL)
-    await eventually(lambda: descendants(nursery) == {stuck}, "it is buried")
+    await eventually(lambda: descendants(fork_server) == {stuck}, "it is buried")
     proxy.send(signal.SIGKILL)
     try:
         await eventually(lambda: alive(below) == set(), "all have gone")
@@ -775,15 +775,15 @@ async def test_a_process_that_forks_workers_and_is_stuck_does_not_keep_the_proxy
     start_process: StartProcess,
 ) -> None:
     proxy = await start_process(listen=TWO)
-    below, nursery = descendants(proxy.pid), nursery_pid(proxy)
-    os.kill(nursery, signal.SIGSTOP)
+    below, fork_server = descendants(proxy.pid), nursery_pid(proxy)
+    os.kill(fork_server, signal.SIGSTOP)
     try:
         proxy.send(signal.SIGTERM)
         assert await proxy.ended(5 * END_SECONDS_MAX) == 0
         assert alive(below) == set()
     finally:
         if proxy.running:
-            os.kill(nursery, signal.SIGCONT)
+            os.kill(fork_server, signal.SIGCONT)
 
 
 async def test_a_port_that_is_taken_is_said_and_leaves_no_process(

@@ -16,7 +16,7 @@ import pytest_asyncio
 from proxy.emulator.api import Call
 from proxy.emulator.cluster import Cluster
 from proxy.emulator.endpoints import neon_error
-from proxy.emulator.faults import HANG, Stage, Strike
+from proxy.emulator.faults import HANG, Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.wire.startup import V3_0
@@ -78,7 +78,7 @@ async def test_each_workspace_gets_its_own_tokens_and_one_each_is_enough(
     for stand in (lakebase, other):
         assert len(stand.gateway.sessions) == STORM // 2
         assert len(stand.workspace.mints) == 1
-    assert {token.workspace for token in proxy.plan.tokens()} == {"workspace", "b"}
+    assert {token.workspace for token in proxy.snapshot.tokens()} == {"workspace", "b"}
 
 
 async def test_one_mint_serves_all_endpoints_of_a_workspace(
@@ -100,7 +100,7 @@ async def test_provisioned_and_autoscaling_are_mixed_and_an_instance_has_tokens_
     proxy = await start_proxy(**{**given, "targets": {**targets(lakebase), **instances}})
     shards = await opened(proxy, *(["0", "1000", "2000", "3000"] * 3))
     assert shards == ["one", "two", "one", "two"] * 3
-    told = [token.workspace for token in proxy.plan.tokens()]
+    told = [token.workspace for token in proxy.snapshot.tokens()]
     labels = [f"workspace/{shard.instance.name}" for shard in lakebase.shards]
     assert sorted(told) == ["workspace", *labels]  # each a time series of its own
     endpoints = {shard.endpoint.name for shard in lakebase.shards}
@@ -135,7 +135,7 @@ async def test_a_workspace_that_fails_costs_the_other_nothing(
         async with asyncio.timeout(10):
             await other.workspace.called(Call.CREDENTIAL)
         assert await opened(proxy, "7", "7") == ["one", "one"]
-        other.workspace.heal()
+        other.workspace.clear_faults()
         assert await waiting == ["two"]
     assert_own_tokens_only(lakebase, other)
 
@@ -164,7 +164,7 @@ async def test_s49_dials_in_flight_across_a_move_keep_their_workspace(
     if stage is None:
         lakebase.workspace.fail(Call.CREDENTIAL, HANG)
     else:
-        lakebase.gateway.strike(stage, Strike.HANG)
+        lakebase.gateway.inject(stage, Injection.HANG)
     async with asyncio.TaskGroup() as tasks:
         in_flight = tasks.create_task(opened(proxy, *["1500"] * 5))
         await reach(lakebase, stage, 5)
@@ -173,8 +173,8 @@ async def test_s49_dials_in_flight_across_a_move_keep_their_workspace(
         assert "targets.two.workspace" in changed
         assert await opened(proxy, *["1500"] * 5) == ["two"] * 5
         assert len(other.gateway.sessions) == 5
-        lakebase.gateway.heal()
-        lakebase.workspace.heal()
+        lakebase.gateway.clear_faults()
+        lakebase.workspace.clear_faults()
         assert await in_flight == ["two"] * 5
     assert len(lakebase.gateway.sessions) == 5
     assert_own_tokens_only(lakebase, other)
@@ -185,7 +185,7 @@ async def test_s49_a_dial_that_is_tried_again_after_a_move_stays_in_its_workspac
 ) -> None:
     here = sections(lakebase, other, target(lakebase, lakebase["two"].endpoint))
     proxy = await start_proxy(**here)
-    lakebase.gateway.strike(Stage.PASSWORD, Strike.RESET, times=1)
+    lakebase.gateway.inject(Stage.PASSWORD, Injection.RESET, times=1)
     async with asyncio.TaskGroup() as tasks:
         in_flight = tasks.create_task(opened(proxy, "1500"))
         await lakebase.gateway.until(lambda: any(r.token for r in lakebase.gateway.records))
@@ -244,7 +244,7 @@ async def test_an_account_that_comes_back_while_it_still_mints_does_not_mint_twi
     async with asyncio.TaskGroup() as tasks:
         waiting = tasks.create_task(opened(proxy, "7"))
         await eventually(lambda: proxy.places.taken == 1, "it waits for a token")
-        lakebase.workspace.heal()
+        lakebase.workspace.clear_faults()
         assert await waiting == ["one"]
     assert len(lakebase.workspace.mints) == 1
 
@@ -259,7 +259,7 @@ async def test_a_mint_of_an_account_that_is_gone_ends_with_the_proxy(
     proxy.reload(proxy_settings(lakebase, **first, credentials={"token_max_age_seconds": 59}))
     gc.collect()
     assert minting_tasks()
-    await proxy.accounts.close()
+    await proxy.workspaces.close()
     assert not minting_tasks()
 
 

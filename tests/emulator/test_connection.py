@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import RECORD_BYTES_MAX, EndedBy
 from proxy.wire.messages import (
@@ -281,14 +281,14 @@ async def test_a_cancel_is_delivered_and_then_closed(
 
 async def test_the_close_waits_for_the_delivery(lakebase: Lakebase) -> None:
     client, key = await logged_in(lakebase)
-    lakebase.gateway.strike(Stage.CANCEL, Strike.HANG)
+    lakebase.gateway.inject(Stage.CANCEL, Injection.HANG)
     other = await secure(lakebase)
     other.send(CancelRequest(key.pid, key.key).encode())
     await lakebase.gateway.until(lambda: len(lakebase.gateway.cancels) == 1)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await other.receive()
-    lakebase.gateway.heal()
+    lakebase.gateway.clear_faults()
     assert await other.receive() == b""
     client.close()
     other.close()
@@ -353,16 +353,16 @@ async def _reach(lakebase: Lakebase, stage: Stage) -> RawClient:
 LOGIN_STAGES = [stage for stage in Stage if stage is not Stage.CANCEL]
 
 
-@pytest.mark.parametrize("strike", [Strike.CLOSE, Strike.FIN, Strike.RESET])
+@pytest.mark.parametrize("strike", [Injection.CLOSE, Injection.FIN, Injection.RESET])
 @pytest.mark.parametrize("stage", LOGIN_STAGES)
 async def test_a_connection_can_end_early_at_every_stage(
-    lakebase: Lakebase, stage: Stage, strike: Strike
+    lakebase: Lakebase, stage: Stage, inject: Injection
 ) -> None:
-    lakebase.gateway.strike(stage, strike)
+    lakebase.gateway.inject(stage, inject)
     client = await _reach(lakebase, stage)
     orderly = await client.ended()
     secure = stage.value > Stage.TLS.value
-    assert orderly == (secure and strike is Strike.CLOSE)
+    assert orderly == (secure and inject is Injection.CLOSE)
     assert lakebase.gateway.sessions == []
     client.abort()
 
@@ -371,12 +371,12 @@ async def test_a_connection_can_end_early_at_every_stage(
 async def test_a_connection_can_hang_at_every_stage_and_go_on(
     lakebase: Lakebase, stage: Stage
 ) -> None:
-    lakebase.gateway.strike(stage, Strike.HANG)
+    lakebase.gateway.inject(stage, Injection.HANG)
     client = await _reach(lakebase, stage)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await client.messages_until(ReadyForQuery)
-    lakebase.gateway.heal()
+    lakebase.gateway.clear_faults()
     if stage.value > Stage.TLS.value:
         client_sees: type = (
             AuthenticationCleartextPassword if stage is Stage.STARTUP else ReadyForQuery
@@ -389,14 +389,14 @@ async def test_a_connection_can_hang_at_every_stage_and_go_on(
 async def test_a_client_that_leaves_a_hanging_login_is_noticed(
     lakebase: Lakebase, stage: Stage
 ) -> None:
-    lakebase.gateway.strike(stage, Strike.HANG)
+    lakebase.gateway.inject(stage, Injection.HANG)
     client = await _reach(lakebase, stage)
     client.close()
     await lakebase.gateway.until(lambda: lakebase.gateway.records[0].closed)
 
 
 async def test_a_fault_can_be_one_endpoints_and_can_be_bytes(lakebase: Lakebase) -> None:
-    lakebase.gateway.strike(
+    lakebase.gateway.inject(
         Stage.STARTUP, Frame(b"!", b"nonsense").encode(), endpoint=lakebase["two"].endpoint
     )
     client, _ = await logged_in(lakebase)

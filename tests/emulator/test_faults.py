@@ -1,20 +1,20 @@
 """The list that hands out faults: in order, so many times, at one place."""
 
-from proxy.emulator.faults import FaultList, Strike, api_error
+from proxy.emulator.faults import FaultList, Injection, api_error
 
 
 def test_a_fault_strikes_as_often_as_it_was_told() -> None:
-    faults: FaultList[str, Strike] = FaultList()
-    faults.add("here", Strike.FIN, 2)
-    faults.add("here", Strike.RESET, 1)
+    faults: FaultList[str, Injection] = FaultList()
+    faults.add("here", Injection.FIN, 2)
+    faults.add("here", Injection.RESET, 1)
     taken = [faults.take("here") for _ in range(4)]
-    assert taken == [Strike.FIN, Strike.FIN, Strike.RESET, None]
+    assert taken == [Injection.FIN, Injection.FIN, Injection.RESET, None]
 
 
 def test_a_fault_without_a_number_strikes_until_it_is_cleared() -> None:
-    faults: FaultList[str, Strike] = FaultList()
-    faults.add("here", Strike.HANG, None)
-    assert [faults.take("here") for _ in range(3)] == [Strike.HANG] * 3
+    faults: FaultList[str, Injection] = FaultList()
+    faults.add("here", Injection.HANG, None)
+    assert [faults.take("here") for _ in range(3)] == [Injection.HANG] * 3
     assert faults.take("there") is None
     faults.clear()
     assert faults.take("here") is None

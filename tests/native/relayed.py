@@ -15,7 +15,7 @@ from proxy import native
 from proxy.session.end_reason import RelayEnd
 from proxy.session.relay import Relay
 from proxy.transport.lanes import watched_lanes
-from proxy.transport.stream import Link
+from proxy.transport.stream import StartupStream
 from tests.transport.peers import Contexts, Peer, linked, secured
 
 if TYPE_CHECKING:
@@ -147,14 +147,14 @@ async def relayed(
             await asyncio.sleep(0)
 
 
-async def _client(*, small: bool) -> tuple[Link, Client]:
+async def _client(*, small: bool) -> tuple[StartupStream, Client]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         far = socket.socket()
         for end in (server, far) if small else ():
             make_small(end)  # before it is connected: a window that was offered is not taken back
         far.connect(server.getsockname())
         near, _ = server.accept()
-    _, link = await asyncio.get_running_loop().create_connection(Link, sock=near)
+    _, link = await asyncio.get_running_loop().create_connection(StartupStream, sock=near)
     return link, Client(far)
 
 

@@ -143,7 +143,7 @@ async def it_is_to_end_when_idle(setting: Relayed) -> None:
 
 
 async def it_is_to_end_after_a_lull(setting: Relayed) -> None:
-    setting.relay.end_when_idle(EndReason.SHUTDOWN, FAREWELL, lull_seconds=0.01)
+    setting.relay.end_when_idle(EndReason.SHUTDOWN, FAREWELL, grace_seconds=0.01)
 
 
 async def it_was_idle_for_long(setting: Relayed) -> None:

@@ -21,7 +21,7 @@ from proxy.routing.keys import (
 from proxy.routing.map_builder import map_of_csv, map_of_tables
 from proxy.routing.map_rows import MapError
 from proxy.routing.router import Route, Router
-from proxy.routing.shard_map import Form, Kind, ShardMapping
+from proxy.routing.shard_map import Kind, MapSpec, ShardMapping
 from proxy.wire.options import Setting, appended
 from proxy.wire.startup import V3_0, StartupMessage
 
@@ -129,7 +129,7 @@ def scan(entries: list[ShardMapping], key: bytes) -> ShardMapping | None:
 def test_s5_a_list_finds_what_a_linear_scan_finds(key_type: KeyType, data: st.DataObject) -> None:
     texts = data.draw(st.lists(SMALL[key_type].filter(bool), unique=True, max_size=12))
     rows = [{"key": text, "target": data.draw(st.sampled_from(TARGETS))} for text in texts]
-    points = map_of_tables(rows, Form(Kind.LIST, key_type), TARGETS)
+    points = map_of_tables(rows, MapSpec(Kind.LIST, key_type), TARGETS)
     entries = [
         ShardMapping(key, key + b"\0", row["target"])
         for row in rows
@@ -140,7 +140,7 @@ def test_s5_a_list_finds_what_a_linear_scan_finds(key_type: KeyType, data: st.Da
     assert len(points) == len(rows)
 
 
-def encode_bound(form: Form, text: str) -> bytes:
+def encode_bound(form: MapSpec, text: str) -> bytes:
     """Return a bound's bytes; of a hash, those of the number itself."""
     return int(text).to_bytes(4) if form.kind is Kind.HASH else parse_key(text, form.key_type)
 
@@ -149,7 +149,7 @@ def encode_bound(form: Form, text: str) -> bytes:
 def test_s5_ranges_find_what_a_linear_scan_finds(
     key_type: KeyType, kind: Kind, data: st.DataObject
 ) -> None:
-    form = Form(kind, key_type)
+    form = MapSpec(kind, key_type)
     bound = SMALL[key_type] if kind is Kind.RANGE else st.integers(1, 7).map(lambda n: str(n << 29))
     drawn = data.draw(st.lists(bound, max_size=12))
     # Nothing is below the lowest value of a type: no range ends there.
@@ -176,7 +176,7 @@ def test_s6_a_map_is_refused_exactly_when_ranges_meet(bounds: list[tuple[int, in
     covered = [value for low, high in bounds for value in range(low, high)]
     is_sound = len(set(covered)) == len(covered) and all(low < high for low, high in bounds)
     try:
-        ranges = map_of_csv(lines, Form(Kind.RANGE, KeyType.INT4), TARGETS)
+        ranges = map_of_csv(lines, MapSpec(Kind.RANGE, KeyType.INT4), TARGETS)
     except MapError:
         assert not is_sound
     else:
@@ -189,7 +189,9 @@ def test_s6_a_map_is_refused_exactly_when_ranges_meet(bounds: list[tuple[int, in
 
 @given(TEXTS.filter(lambda text: len(text.encode()) <= KEY_BYTES_MAX), st.sampled_from("pods"))
 def test_s15_every_way_to_give_a_key_leads_to_the_same_shard(text: str, way: str) -> None:
-    points = map_of_tables([{"key": text, "target": "eu"}], Form(Kind.LIST, KeyType.TEXT), TARGETS)
+    points = map_of_tables(
+        [{"key": text, "target": "eu"}], MapSpec(Kind.LIST, KeyType.TEXT), TARGETS
+    )
     pair = {
         "p": (b"shard_key", text.encode()),
         "d": (b"database", b"app@" + text.encode()),

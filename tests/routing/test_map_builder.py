@@ -7,16 +7,16 @@ import pytest
 from proxy.routing.keys import KeyType, Normalise
 from proxy.routing.map_builder import map_of_csv, map_of_tables
 from proxy.routing.map_rows import MapError
-from proxy.routing.shard_map import Form, Kind
+from proxy.routing.shard_map import Kind, MapSpec
 
 TARGETS = ("eu", "us")
-INT4_RANGE = Form(Kind.RANGE, KeyType.INT4)
-INT4_LIST = Form(Kind.LIST, KeyType.INT4)
-INT4_HASH = Form(Kind.HASH, KeyType.INT4)
+INT4_RANGE = MapSpec(Kind.RANGE, KeyType.INT4)
+INT4_LIST = MapSpec(Kind.LIST, KeyType.INT4)
+INT4_HASH = MapSpec(Kind.HASH, KeyType.INT4)
 OPEN = (None, None)
 
 
-def problems(form: Form, *rows: Mapping[str, object]) -> tuple[str, ...]:
+def problems(form: MapSpec, *rows: Mapping[str, object]) -> tuple[str, ...]:
     try:
         map_of_tables(rows, form, TARGETS)
     except MapError as error:
@@ -44,7 +44,7 @@ def test_s4_a_range_without_keys_is_refused(low: int | None, high: int) -> None:
 def test_s4_a_range_of_one_letter_without_keys_is_refused() -> None:
     # CPython has one object for each bytes of length 1: bounds that are equal may be the same.
     row = {"low": "a", "high": "a", "target": "eu"}
-    assert problems(Form(Kind.RANGE, KeyType.TEXT), row) == (
+    assert problems(MapSpec(Kind.RANGE, KeyType.TEXT), row) == (
         "mapping 1: low is not below high: no key is in it",
     )
 
@@ -52,7 +52,7 @@ def test_s4_a_range_of_one_letter_without_keys_is_refused() -> None:
 @pytest.mark.parametrize("key_type", [KeyType.TEXT, KeyType.BYTEA])
 def test_s4_what_is_below_the_lowest_key_is_empty_in_every_type(key_type: KeyType) -> None:
     high = "\\x00" if key_type is KeyType.BYTEA else "\1"
-    refused = problems(Form(Kind.RANGE, key_type), {"high": high, "target": "eu"})
+    refused = problems(MapSpec(Kind.RANGE, key_type), {"high": high, "target": "eu"})
     assert bool(refused) == (key_type is KeyType.BYTEA)
 
 
@@ -103,7 +103,7 @@ def test_s7_a_duplicate_key_names_both_entries_however_it_is_written() -> None:
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
     assert problems(
-        Form(Kind.RANGE, KeyType.INT4, Normalise.NFC),
+        MapSpec(Kind.RANGE, KeyType.INT4, Normalise.NFC),
         {"low": "x", "target": "eu"},
         {"low": "0", "high": 2**40, "target": "eu"},
         {"high": "0", "target": "mars"},
@@ -121,12 +121,12 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 def test_a_lists_key_is_not_empty() -> None:
     row = {"key": "", "target": "eu"}
-    assert problems(Form(Kind.LIST, KeyType.TEXT), row) == ("mapping 1: the key is empty",)
+    assert problems(MapSpec(Kind.LIST, KeyType.TEXT), row) == ("mapping 1: the key is empty",)
 
 
 def test_a_list_may_have_a_key_that_is_written_as_an_open_bound() -> None:
     points = map_of_tables(
-        [{"key": "-inf", "target": "eu"}], Form(Kind.LIST, KeyType.TEXT), TARGETS
+        [{"key": "-inf", "target": "eu"}], MapSpec(Kind.LIST, KeyType.TEXT), TARGETS
     )
     assert points.target(b"-inf") == "eu"
 
@@ -156,7 +156,7 @@ def test_a_csv_makes_the_same_map_and_names_lines() -> None:
 
 
 @pytest.mark.parametrize("form", [INT4_LIST, INT4_RANGE, INT4_HASH])
-def test_no_problem_shows_a_key(form: Form) -> None:
+def test_no_problem_shows_a_key(form: MapSpec) -> None:
     """A reload logs them, and a log has no key."""
     low = "key" if form is INT4_LIST else "low"
     rows = [{low: key, "target": "eu"} for key in ("4711", "4711", "4711x", "0x4711x", "4711" * 9)]

@@ -9,7 +9,7 @@ from proxy.routing.key_sources import DatabasePattern
 from proxy.routing.keys import KeyType, Normalise, fingerprint
 from proxy.routing.map_builder import map_of_tables
 from proxy.routing.router import Alias, Resolution, Route, Router
-from proxy.routing.shard_map import Form, Kind, ShardMap
+from proxy.routing.shard_map import Kind, MapSpec, ShardMap
 from proxy.wire.startup import V3_0, StartupMessage
 
 USER = (b"user", b"ada@example.com")
@@ -21,17 +21,17 @@ ALIASES = {
 }
 
 
-def built(form: Form, *rows: Mapping[str, object]) -> ShardMap:
+def built(form: MapSpec, *rows: Mapping[str, object]) -> ShardMap:
     return map_of_tables(rows, form, TARGETS)
 
 
 NUMBERS = built(
-    Form(Kind.RANGE, KeyType.INT4),
+    MapSpec(Kind.RANGE, KeyType.INT4),
     {"high": 100, "target": "eu"},
     {"low": 1000, "target": "us"},
 )
 NAMES = built(
-    Form(Kind.LIST, KeyType.TEXT, Normalise.ASCII_LOWER),
+    MapSpec(Kind.LIST, KeyType.TEXT, Normalise.ASCII_LOWER),
     *({"key": key, "target": "us"} for key in ("acme", "a b", "x@y", "grün.1", "k" * 100)),
 )
 SEVEN = fingerprint(NUMBERS.parse_key("7"))
@@ -217,7 +217,7 @@ def test_an_empty_key_is_no_key_where_none_is_required() -> None:
 
 
 def test_a_bytea_without_bytes_is_an_empty_key() -> None:
-    binary = built(Form(Kind.RANGE, KeyType.BYTEA), {"target": "eu"})
+    binary = built(MapSpec(Kind.RANGE, KeyType.BYTEA), {"target": "eu"})
     assert refusal(router(binary), startup((b"shard_key", b"\\x"))).kind is ErrorKind.KEY_MISSING
 
 
@@ -328,7 +328,7 @@ def test_a_key_resolves_to_its_bytes_bounds_and_target() -> None:
 
 
 def test_a_hashed_key_resolves_with_its_hash() -> None:
-    hashed = built(Form(Kind.HASH, KeyType.INT4), {"low": "0xc0000000", "target": "us"})
+    hashed = built(MapSpec(Kind.HASH, KeyType.INT4), {"low": "0xc0000000", "target": "us"})
     expected = Resolution("80000001", "c84a4656", "0xc0000000", "+inf", "us")
     assert router(hashed).resolve("1") == expected
 

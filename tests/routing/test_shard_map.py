@@ -7,14 +7,14 @@ import pytest
 
 from proxy.routing.keys import KeyType, parse_key
 from proxy.routing.map_builder import map_of_tables
-from proxy.routing.shard_map import NOBODY, Form, Kind, ShardMap, ShardMapping
+from proxy.routing.shard_map import NOBODY, Kind, MapSpec, ShardMap, ShardMapping
 
 TARGETS = ("eu", "us")
-INT4_RANGE = Form(Kind.RANGE, KeyType.INT4)
-TEXT_LIST = Form(Kind.LIST, KeyType.TEXT)
+INT4_RANGE = MapSpec(Kind.RANGE, KeyType.INT4)
+TEXT_LIST = MapSpec(Kind.LIST, KeyType.TEXT)
 
 
-def built(form: Form, *rows: Mapping[str, object]) -> ShardMap:
+def built(form: MapSpec, *rows: Mapping[str, object]) -> ShardMap:
     return map_of_tables(rows, form, TARGETS)
 
 
@@ -83,7 +83,7 @@ def test_s4_adjacent_ranges_at_min_and_max_resolve_at_each_boundary() -> None:
 
 def test_s5_a_hash_map_compares_the_hash_of_the_key() -> None:
     hashed = built(
-        Form(Kind.HASH, KeyType.INT4),
+        MapSpec(Kind.HASH, KeyType.INT4),
         {"low": "0x80000000", "target": "us"},
         {"low": 0, "high": "2147483648", "target": "eu"},
     )
@@ -96,7 +96,7 @@ def test_s5_a_hash_map_compares_the_hash_of_the_key() -> None:
 
 @pytest.mark.parametrize("kind", Kind)
 def test_an_empty_map_finds_nothing(kind: Kind) -> None:
-    empty = built(Form(kind, KeyType.TEXT))
+    empty = built(MapSpec(kind, KeyType.TEXT))
     assert target(empty, "a") is None
     assert len(empty) == 0
     assert empty.targets() == frozenset()
@@ -116,7 +116,7 @@ def test_bounds_that_share_their_beginning_and_more_are_told_apart() -> None:
 def test_uuids_that_differ_at_their_end_are_told_apart() -> None:
     uuids = [f"{head}0000000-0000-0000-0000-00000000000{tail}" for head in "af" for tail in "13579"]
     points = built(
-        Form(Kind.LIST, KeyType.UUID), *({"key": text, "target": "eu"} for text in uuids)
+        MapSpec(Kind.LIST, KeyType.UUID), *({"key": text, "target": "eu"} for text in uuids)
     )
     assert all(target(points, text) == "eu" for text in uuids)
     assert not any(target(points, text[:-1] + digit) for text in uuids for digit in "02468a")
@@ -138,7 +138,7 @@ def test_maps_with_the_same_mappings_have_the_same_digest_whatever_else_there_is
         built(INT4_RANGE, rows[0], {**rows[1], "target": "eu"}),
         built(INT4_RANGE, rows[0], {**rows[1], "low": 4}),
         built(INT4_RANGE, rows[0], {**rows[1], "low": 0}),
-        built(Form(Kind.HASH, KeyType.INT4)),
+        built(MapSpec(Kind.HASH, KeyType.INT4)),
         built(INT4_RANGE),
     ]
     assert len({one.digest, *(other.digest for other in others)}) == len(others) + 1

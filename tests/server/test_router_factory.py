@@ -11,8 +11,8 @@ from proxy.config import ConfigurationError, Settings
 from proxy.server import router_factory
 from proxy.server.app import build_metrics
 from proxy.server.router_factory import map_problems, reread_with_router, rewritten_file, router_of
-from proxy.server.snapshot import Plan
-from proxy.upstream.upstreams import Accounts
+from proxy.server.snapshot import ConfigSnapshot
+from proxy.upstream.upstreams import LocalWorkspaceRegistry
 
 ENDPOINT = "projects/p/branches/b/endpoints/e"
 
@@ -127,6 +127,8 @@ def test_a_plan_takes_the_router_that_was_made(tmp_path: Path) -> None:
     configured = settings(tmp_path, "a", used="a")
     router = router_of(configured)
     (tmp_path / "a.csv").unlink()
-    accounts = Accounts(build_metrics(), version="test")
-    plan = Plan(configured, accounts, lambda target, phase, seconds: None, router=router)
-    assert plan.router is router
+    workspaces = LocalWorkspaceRegistry(build_metrics(), version="test")
+    snapshot = ConfigSnapshot(
+        configured, workspaces, lambda target, phase, seconds: None, router=router
+    )
+    assert snapshot.router is router

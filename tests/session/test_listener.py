@@ -14,19 +14,19 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.server.app import build_metrics
-from proxy.session.listener import UNSERVED, UNSERVED_MAX, Listener, Places
-from proxy.session.memory_trim import SESSIONS_MIN, Leftovers
-from proxy.transport.stream import Link
+from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, Slots
+from proxy.session.memory_trim import SESSIONS_MIN, MemoryTrim
+from proxy.transport.stream import StartupStream
 from tests.support.plain_client import PlainClient, plain_client
 from tests.support.running import LogLines, captured_log, eventually
 
-Serve = Callable[[Link], Coroutine[None, None, None]]
+Serve = Callable[[StartupStream], Coroutine[None, None, None]]
 
 
-async def echo(link: Link) -> None:
-    while received := await link.receive():
-        link.write(received)
-    await link.close()
+async def echo(stream: StartupStream) -> None:
+    while received := await stream.receive():
+        stream.write(received)
+    await stream.close()
 
 
 class Listening:
@@ -47,14 +47,14 @@ class Listening:
 async def listening(
     serve: Serve = echo,
     max_connections: int = 10,
-    unserved_max: int = UNSERVED_MAX,
-    leftovers: Leftovers | None = None,
+    starting_max: int = STARTING_MAX,
+    memory_trim: MemoryTrim | None = None,
 ) -> AsyncIterator[Listening]:
     metrics = build_metrics()
     settings = ListenSettings(port=0, max_connections=max_connections)
-    places = Places(settings.max_connections)
+    places = Slots(settings.max_connections)
     listener = Listener(
-        settings, places, metrics, serve, leftovers=leftovers, unserved_max=unserved_max
+        settings, places, metrics, serve, memory_trim=memory_trim, starting_max=starting_max
     )
     async with listener.accepting() as address:
         yield Listening(listener, metrics, address)
@@ -68,7 +68,7 @@ def log() -> Iterator[LogLines]:
 
 @pytest.mark.parametrize("places_max", [1, 2, 3])
 def test_there_are_exactly_as_many_places_as_configured(places_max: int) -> None:
-    places = Places(places_max)
+    places = Slots(places_max)
     with ExitStack() as stack:
         for _ in range(places_max):
             stack.enter_context(places.take())
@@ -80,7 +80,7 @@ def test_there_are_exactly_as_many_places_as_configured(places_max: int) -> None
 
 
 def test_a_place_is_given_back_when_the_session_fails() -> None:
-    places = Places(1)
+    places = Slots(1)
     with pytest.raises(RuntimeError), places.take():
         raise RuntimeError
     with places.take():
@@ -110,7 +110,7 @@ async def test_each_connection_is_served_in_a_task_of_its_own_and_counted() -> N
 
 async def test_memory_is_given_back_after_many_connections() -> None:
     given = asyncio.Event()
-    async with listening(leftovers=Leftovers(given.set)) as there:
+    async with listening(memory_trim=MemoryTrim(given.set)) as there:
         for _ in range(SESSIONS_MIN):
             async with plain_client(there) as client:
                 await exchange(client, b"x")
@@ -119,9 +119,9 @@ async def test_memory_is_given_back_after_many_connections() -> None:
 
 
 async def test_every_line_of_a_connection_carries_its_number(log: LogLines) -> None:
-    async def serve(link: Link) -> None:
+    async def serve(stream: StartupStream) -> None:
         get_logger("proxy.session").info("served")
-        link.transport.close()
+        stream.transport.close()
 
     async with listening(serve) as there:
         for _ in range(2):
@@ -131,11 +131,11 @@ async def test_every_line_of_a_connection_carries_its_number(log: LogLines) -> N
 
 
 async def test_a_bug_costs_one_session_and_is_logged_and_counted(log: LogLines) -> None:
-    async def serve(link: Link) -> None:
-        if (first := await link.receive()) == b"bad":
+    async def serve(stream: StartupStream) -> None:
+        if (first := await stream.receive()) == b"bad":
             raise ZeroDivisionError("a bug")
-        link.write(first)
-        await echo(link)
+        stream.write(first)
+        await echo(stream)
 
     async with listening(serve) as there:
         async with plain_client(there) as good, plain_client(there) as bad:
@@ -151,10 +151,10 @@ async def test_a_bug_costs_one_session_and_is_logged_and_counted(log: LogLines) 
 
 async def test_a_flood_is_bounded_and_cut_without_a_word() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * (UNSERVED_MAX + 100)
+    wanted = 2 * (STARTING_MAX + 100)
     if hard != resource.RLIM_INFINITY and hard < wanted:
         pytest.skip(f"needs {wanted} open files")
-    served_max = UNSERVED_MAX
+    served_max = STARTING_MAX
     clients: list[socket.socket] = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     try:
@@ -175,12 +175,12 @@ async def test_a_flood_is_bounded_and_cut_without_a_word() -> None:
 
 
 async def test_a_flood_is_one_warning(log: LogLines) -> None:
-    async with listening(unserved_max=2) as there, AsyncExitStack() as stack:
+    async with listening(starting_max=2) as there, AsyncExitStack() as stack:
         for _ in range(2):
             await exchange(await stack.enter_async_context(plain_client(there)), b"x")
         for _ in range(5):
             await assert_cut(await stack.enter_async_context(plain_client(there)))
-        assert there.metrics.value("startup_failures_total", reason=UNSERVED) == 5
+        assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 5
     (line,) = log.above_info()
     assert line["event"] == "connections are cut: too many are starting"
     assert line["unserved"] == 2
@@ -190,7 +190,7 @@ async def test_an_address_in_use_is_an_os_error_and_nothing_else() -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         settings = ListenSettings(port=busy.getsockname()[1])
         with pytest.raises(OSError, match="in use"):
-            async with Listener(settings, Places(1), build_metrics(), echo).accepting():
+            async with Listener(settings, Slots(1), build_metrics(), echo).accepting():
                 pass
 
 
@@ -254,7 +254,7 @@ async def test_a_connection_that_waits_in_the_backlog_at_the_end_is_cut() -> Non
 
 async def test_connections_that_only_start_do_not_use_up_the_places_of_sessions() -> None:
     # Once both were counted together: 1005 idle sockets shut out everybody, with all places free.
-    places = Places(1)
+    places = Slots(1)
     metrics = build_metrics()
     listener = Listener(ListenSettings(port=0, max_connections=1), places, metrics, echo)
     async with listener.accepting() as address:
@@ -291,10 +291,10 @@ async def accepted_elsewhere() -> AsyncIterator[tuple[socket.socket, socket.sock
 async def test_a_connection_that_was_accepted_elsewhere_is_served_like_one_of_its_own() -> None:
     options: list[list[int]] = []
 
-    async def noted(link: Link) -> None:
-        sock = link.transport.get_extra_info("socket")
+    async def noted(stream: StartupStream) -> None:
+        sock = stream.transport.get_extra_info("socket")
         options.append([sock.getsockopt(*option) for option in OPTIONS])
-        await echo(link)
+        await echo(stream)
 
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -318,7 +318,7 @@ async def test_over_the_bound_of_those_that_start_an_adopted_connection_is_close
     ended: list[int] = []
     loop = asyncio.get_running_loop()
     async with (
-        listening(unserved_max=1) as there,
+        listening(starting_max=1) as there,
         accepted_elsewhere() as (first, its),
         accepted_elsewhere() as (second, other),
     ):
@@ -327,6 +327,6 @@ async def test_over_the_bound_of_those_that_start_an_adopted_connection_is_close
         assert ended == [2]
         async with asyncio.timeout(5):
             assert await loop.sock_recv(second, 1) == b""
-        assert there.metrics.value("startup_failures_total", reason=UNSERVED) == 1
+        assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 1
         await loop.sock_sendall(first, b"served")
         assert await loop.sock_recv(first, 100) == b"served"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from proxy.session.memory_trim import SESSIONS_MIN, Leftovers, give_back
+from proxy.session.memory_trim import SESSIONS_MIN, MemoryTrim, release_memory
 from tests.support.running import eventually
 
 
 async def test_memory_is_given_back_once_after_many_ends_and_not_after_a_few() -> None:
     few: list[int] = []
     given = asyncio.Event()
-    of_few, of_many = Leftovers(lambda: few.append(1)), Leftovers(given.set)
+    of_few, of_many = MemoryTrim(lambda: few.append(1)), MemoryTrim(given.set)
     for _ in range(SESSIONS_MIN - 1):
         of_few.session_ended()
         of_many.session_ended()
@@ -28,24 +28,24 @@ async def test_memory_is_given_back_once_after_many_ends_and_not_after_a_few() -
 
 async def test_ends_without_a_pause_do_not_keep_memory_from_being_given_back() -> None:
     given: list[int] = []
-    leftovers = Leftovers(lambda: given.append(1), storm_seconds=0.5)
+    memory_trim = MemoryTrim(lambda: given.append(1), storm_seconds=0.5)
     loop = asyncio.get_running_loop()
 
     def end_some() -> None:
         for _ in range(SESSIONS_MIN):
-            leftovers.session_ended()
+            memory_trim.session_ended()
         if len(given) < 2:
             loop.call_soon(end_some)
 
     end_some()
     await eventually(lambda: len(given) >= 2, "given back twice")
-    leftovers.close()
+    memory_trim.close()
 
 
 async def test_nothing_is_given_back_once_closed() -> None:
     closed: list[int] = []
     given = asyncio.Event()
-    first, second = Leftovers(lambda: closed.append(1)), Leftovers(given.set)
+    first, second = MemoryTrim(lambda: closed.append(1)), MemoryTrim(given.set)
     for _ in range(SESSIONS_MIN):
         first.session_ended()
         second.session_ended()
@@ -67,7 +67,7 @@ def test_what_knows_itself_is_freed() -> None:
     try:
         knot = weakref.ref(_Knot())
         assert knot() is not None
-        give_back()
+        release_memory()
         assert knot() is None
     finally:
         gc.enable()
@@ -81,7 +81,7 @@ def test_what_is_free_between_what_lives_goes_back_to_the_system() -> None:
     pieces = [bytearray(b"x" * 40_000) for _ in range(2000)]
     del pieces[1::2]
     before = _resident_pages()
-    give_back()
+    release_memory()
     assert (before - _resident_pages()) * 4096 > 20_000_000
     assert len(pieces) == 1000
 

@@ -16,11 +16,11 @@ import pytest_asyncio
 import trustme
 
 from proxy.config import ListenSettings
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App, build_metrics, serving
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
-from proxy.session.listener import Listener, Places
+from proxy.session.listener import Listener, Slots
 from proxy.session.session import Passage, Session, SessionParts
 from proxy.upstream.connector import Connector
 from proxy.wire.messages import (
@@ -77,7 +77,7 @@ async def test_w24_the_welcome_is_in_order_and_complete(proxy: App) -> None:
 async def test_w24_nothing_is_said_before_the_upstream_is_ready(
     proxy: App, lakebase: Lakebase
 ) -> None:
-    lakebase.gateway.strike(Stage.READY, Strike.HANG)
+    lakebase.gateway.inject(Stage.READY, Injection.HANG)
     async with plain_client(proxy) as client:
         await client.send(startup())
         await lakebase.gateway.until(
@@ -138,7 +138,7 @@ async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged(
         raise ZeroDivisionError("a bug")
 
     metrics, keys, settings = build_metrics(), CancelKeys(), ListenSettings(port=0)
-    places = Places(1)
+    places = Slots(1)
     parts = SessionParts(
         route=bug,
         cancel_keys=keys,
@@ -148,7 +148,7 @@ async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged(
         tls=lambda: None,
         place=places.take,
     )
-    listener = Listener(settings, places, metrics, lambda link: Session(link, parts).run())
+    listener = Listener(settings, places, metrics, lambda stream: Session(stream, parts).run())
     with captured_log() as log:
         async with listener.accepting() as (host, port):
             for _ in range(2):  # the place is free again
@@ -288,15 +288,15 @@ class BrokenForwarder(CancelForwarder):
 async def test_a_session_that_a_bug_ends_while_it_is_relayed_has_its_line(proxy: App) -> None:
     metrics, keys, settings = build_metrics(), CancelKeys(), ListenSettings(port=0)
     parts = SessionParts(
-        route=proxy.plan.passage,
+        route=proxy.snapshot.passage,
         cancel_keys=keys,
         cancels=BrokenForwarder(keys, Connector(metrics.connect_phase_took), metrics),
         metrics=metrics,
         startup_timeout_seconds=5,
         tls=lambda: None,
-        place=Places(1).take,
+        place=Slots(1).take,
     )
-    listener = Listener(settings, Places(1), metrics, lambda link: Session(link, parts).run())
+    listener = Listener(settings, Slots(1), metrics, lambda stream: Session(stream, parts).run())
     with captured_log() as log:
         async with listener.accepting() as (host, port):
             async with plain_client(Where(host, port)) as client:

@@ -19,7 +19,7 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.server.app import build_metrics
-from proxy.upstream.address_lookup import Target, Targets
+from proxy.upstream.address_lookup import AddressLookup, Target
 from proxy.upstream.connector import Connector, resolve
 from proxy.upstream.dialer import ANSWER_SECONDS_MAX, CONNECTS_MAX, Dialer, UpstreamSession
 from proxy.wire.framing import MessageReader
@@ -73,7 +73,7 @@ class Dialing:
     def __init__(
         self,
         credentials: CredentialSource,
-        targets: Targets,
+        targets: AddressLookup,
         seconds: float,
         clock: Callable[[], float] = CLOCK,
         *,
@@ -127,7 +127,7 @@ async def dialing(
     workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
     settings = CredentialsSettings(token_max_age_seconds=max_age)
     credentials = Credentials(mint, settings, build_metrics(), clock=CLOCK, sleep=CLOCK.sleep)
-    targets = Targets(UpstreamSettings(**upstream), None, workspace)
+    targets = AddressLookup(UpstreamSettings(**upstream), None, workspace)
     try:
         yield Dialing(
             credentials,
@@ -174,7 +174,7 @@ async def messages_until(session: UpstreamSession, kind: type) -> list[object]:
     async with asyncio.timeout(WAIT_SECONDS_MAX):
         while not messages or not isinstance(messages[-1], kind):
             while (frame := reader.next()) is None:
-                data = await session.link.receive()
+                data = await session.stream.receive()
                 assert data, f"ended after {messages}"
                 reader.feed(data)
             messages.append(decode_backend(frame))
@@ -187,7 +187,7 @@ def query(sql: str) -> bytes:
 
 async def asked(session: UpstreamSession, sql: str) -> bytes:
     """Return the one value of the one row."""
-    session.link.write(query(sql))
+    session.stream.write(query(sql))
     messages = await messages_until(session, ReadyForQuery)
     (row,) = [m for m in messages if isinstance(m, Frame) and m.type == b"D"]
     return row.payload[6:]

@@ -43,7 +43,8 @@ async def test_a_leak_fails_the_test_that_it_happens_in_and_no_other(tmp_path: P
     (tmp_path / "pytest.ini").touch()
     bodies = [*LEAKS.values(), "logging.getLogger('x').warning('nothing of note')"]
     (tmp_path / "test_it.py").write_text(
-        "import asyncio, logging, sys\nimport structlog\nfrom tests.support import secret_canaries\n"
+        "import asyncio, logging, sys\nimport structlog\n"
+        "from tests.support import secret_canaries\n"
         "from tests.support.proxy_process import run_to_end\n"
         "from proxy.observe.logs import configure_logging\n"
         + "".join(

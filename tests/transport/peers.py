@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import trustme
 
 from proxy import native
-from proxy.transport.stream import Link
+from proxy.transport.stream import StartupStream
 
 if TYPE_CHECKING:
     from proxy.native.tls import ClientContext
@@ -237,7 +237,7 @@ class Peer:
 
 
 @asynccontextmanager
-async def linked() -> AsyncIterator[tuple[Link, Peer]]:
+async def linked() -> AsyncIterator[tuple[StartupStream, Peer]]:
     """Give a Link and the other end of its TCP connection; both are cut at the end."""
     loop = asyncio.get_running_loop()
     accepted: asyncio.Future[Peer] = loop.create_future()
@@ -247,7 +247,7 @@ async def linked() -> AsyncIterator[tuple[Link, Peer]]:
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    _, link = await loop.create_connection(Link, "127.0.0.1", port)
+    _, link = await loop.create_connection(StartupStream, "127.0.0.1", port)
     peer = await accepted
     server.close()
     try:
@@ -262,7 +262,7 @@ async def linked() -> AsyncIterator[tuple[Link, Peer]]:
 @asynccontextmanager
 async def secured(
     tls: Contexts, *, server_side: bool, protocol: asyncio.Protocol | None = None
-) -> AsyncIterator[tuple[Link, Peer]]:
+) -> AsyncIterator[tuple[StartupStream, Peer]]:
     """Give a Link with TLS up, and its peer. `protocol` takes the Link's place."""
     async with linked() as (link, peer):
         async with asyncio.TaskGroup() as group:
@@ -278,7 +278,7 @@ async def secured(
 
 
 async def start(
-    link: Link, tls: Contexts, *, server_side: bool, first: bytes = b""
+    link: StartupStream, tls: Contexts, *, server_side: bool, first: bytes = b""
 ) -> ssl.SSLObject:
     """Put TLS on the Link."""
     hostname = None if server_side else HOST

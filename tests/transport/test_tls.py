@@ -11,7 +11,7 @@ import pytest
 import trustme
 
 from proxy.transport.graceful_close import close_gracefully
-from proxy.transport.stream import Link
+from proxy.transport.stream import StartupStream
 from proxy.transport.tls import client_context
 from tests.support.compiled import need_compiled
 from tests.transport.peers import (
@@ -172,7 +172,7 @@ async def test_a_peer_that_ended_before_the_handshake_fails_it_at_once(tls: Cont
         assert isinstance(await _failing_start(link, tls), ConnectionError)
 
 
-async def _failing_start(link: Link, tls: Contexts) -> Exception:
+async def _failing_start(link: StartupStream, tls: Contexts) -> Exception:
     with pytest.raises(OSError) as failed:  # noqa: PT011 - which one is the caller's question
         await start(link, tls, server_side=False)
     return failed.value
@@ -223,9 +223,9 @@ async def test_key_updates_go_unnoticed(tls: Contexts, tmp_path: Path) -> None:
     loop = asyncio.get_running_loop()
     trusted = tmp_path / "ca.pem"
     tls.authority.cert_pem.write_to_path(str(trusted))
-    arrived: asyncio.Future[Link] = loop.create_future()
+    arrived: asyncio.Future[StartupStream] = loop.create_future()
 
-    class Accepted(Link):
+    class Accepted(StartupStream):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             arrived.set_result(self)
@@ -375,15 +375,15 @@ async def test_w32_100_megabytes_pass_both_ways_at_once_and_memory_stays_flat(
 ) -> None:
     size = 1600 * 65536  # 100 MiB
     loop = asyncio.get_running_loop()
-    accepted: asyncio.Queue[Link] = asyncio.Queue()
+    accepted: asyncio.Queue[StartupStream] = asyncio.Queue()
 
-    class Accepted(Link):
+    class Accepted(StartupStream):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             accepted.put_nowait(self)
 
     server = await loop.create_server(Accepted, "127.0.0.1", 0)
-    _, near = await loop.create_connection(Link, *server.sockets[0].getsockname())
+    _, near = await loop.create_connection(StartupStream, *server.sockets[0].getsockname())
     far = await accepted.get()
     server.close()
     async with asyncio.TaskGroup() as group:

@@ -22,7 +22,7 @@ from proxy.emulator.faults import (
 )
 from proxy.emulator.lakebase import CLIENT_SECRET
 from proxy.errors import ErrorKind, ProxyError
-from proxy.upstream.address_lookup import Login, Target, Targets
+from proxy.upstream.address_lookup import AddressLookup, Login, Target
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace.client import Workspace
 from proxy.workspace.resources import resource_of
@@ -31,14 +31,16 @@ from tests.support.fake_clock import FakeClock
 from tests.upstream.conftest import ENDPOINT
 
 
-def targets(api: standin.Workspace, clock: FakeClock | None = None, **upstream: Any) -> Targets:
+def address_lookup(
+    api: standin.Workspace, clock: FakeClock | None = None, **upstream: Any
+) -> AddressLookup:
     settings = WorkspaceSettings(
         host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)
     )
     made = Workspace(settings, CredentialsSettings(), version="0")
     given = UpstreamSettings(**{"endpoint": ENDPOINT, **upstream})
     told = clock or FakeClock()
-    return Targets(
+    return AddressLookup(
         given, resource_of(given), made, clock=told, jitter=lambda: 1.0, sleep=told.sleep
     )
 
@@ -49,7 +51,9 @@ def client(**parameters: str) -> StartupMessage:
 
 
 async def test_a_configured_host_needs_no_workspace(api: standin.Workspace) -> None:
-    made = targets(api, host="db.example.com", hostaddr="192.0.2.1", port=6000, sslmode="verify-ca")
+    made = address_lookup(
+        api, host="db.example.com", hostaddr="192.0.2.1", port=6000, sslmode="verify-ca"
+    )
     expected = Target("db.example.com", "192.0.2.1", 6000, "verify-ca", "system")
     assert await made.target() == expected
     made.forget_host()
@@ -60,7 +64,7 @@ async def test_a_configured_host_needs_no_workspace(api: standin.Workspace) -> N
 async def test_a_host_is_looked_up_once_until_it_is_forgotten(
     api: standin.Workspace, endpoint: Endpoint
 ) -> None:
-    made = targets(api)
+    made = address_lookup(api)
     assert (await made.target()).host == endpoint.host
     assert (await made.target()).host == endpoint.host
     assert api.calls[Call.RESOURCE] == 1
@@ -72,7 +76,7 @@ async def test_a_host_is_looked_up_once_until_it_is_forgotten(
 
 async def test_a_burst_looks_the_host_and_the_identity_up_once(api: standin.Workspace) -> None:
     # Each of a thousand connections asked the API, and those beyond the eighth thread failed.
-    made = targets(api)
+    made = address_lookup(api)
     async with asyncio.timeout(10):
         found = await asyncio.gather(*(made.target() for _ in range(100)))
         logins = await asyncio.gather(*(made.login(client(user="app")) for _ in range(100)))
@@ -84,7 +88,7 @@ async def test_a_look_up_that_failed_is_made_again(
     api: standin.Workspace, endpoint: Endpoint
 ) -> None:
     clock = FakeClock()
-    made = targets(api, clock)
+    made = address_lookup(api, clock)
     api.fail(Call.RESOURCE, NOT_FOUND, times=1)
     for _ in range(5):  # the failure is for good: it is not asked for again so soon
         with pytest.raises(ProxyError) as refused:
@@ -100,7 +104,7 @@ async def test_a_look_up_that_fails_for_a_while_is_made_again_after_a_while(
     api: standin.Workspace, endpoint: Endpoint, asking: int
 ) -> None:
     clock = FakeClock()
-    made = targets(api, clock)
+    made = address_lookup(api, clock)
     api.fail(Call.RESOURCE, INTERNAL, times=1)
     await asyncio.gather(*(made.target() for _ in range(asking)), return_exceptions=True)
     found = await asyncio.gather(*(made.target() for _ in range(asking)))
@@ -114,7 +118,7 @@ async def test_a_host_that_is_forgotten_again_and_again_is_asked_for_now_and_the
 ) -> None:
     # Each try to reach a database that sleeps asked the API for its host.
     clock = FakeClock()
-    made = targets(api, clock)
+    made = address_lookup(api, clock)
     for _ in range(600):  # a minute
         assert (await made.target()).host == endpoint.host
         made.forget_host()
@@ -128,7 +132,7 @@ async def test_a_host_that_is_forgotten_again_and_again_is_asked_for_now_and_the
 async def test_an_endpoint_that_was_disabled_is_told_so_even_if_its_host_was_known(
     api: standin.Workspace, endpoint: Endpoint
 ) -> None:
-    made = targets(api)
+    made = address_lookup(api)
     await made.target()
     made.forget_host()
     endpoint.disabled = True
@@ -142,7 +146,7 @@ async def test_an_endpoint_without_a_host_is_starting(
 ) -> None:
     endpoint.hidden_hosts = set(endpoint.hosts)
     with pytest.raises(ProxyError) as refused:
-        await targets(api).target()
+        await address_lookup(api).target()
     assert refused.value.kind is ErrorKind.UPSTREAM_STARTING
     assert "ACTIVE" in refused.value.detail
 
@@ -157,7 +161,7 @@ async def test_a_host_that_is_none_is_a_failure_of_the_api_and_no_crash(
     body = {"status": {"current_state": "ACTIVE", "hosts": {"host": host}}}
     api.fail(Call.RESOURCE, Reply(200, json.dumps(body).encode()))
     with pytest.raises(ProxyError) as refused:
-        await targets(api).target()
+        await address_lookup(api).target()
     assert refused.value.kind is ErrorKind.API_REPLY_INVALID
     assert "must be a host name or an address" in refused.value.detail
 
@@ -167,7 +171,7 @@ async def test_the_read_only_host_is_taken_where_it_is_asked_for(
     api: standin.Workspace, endpoint: Endpoint, read_only: bool
 ) -> None:
     expected = endpoint.hosts["read_only_host" if read_only else "host"]
-    assert (await targets(api, read_only=read_only).target()).host == expected
+    assert (await address_lookup(api, read_only=read_only).target()).host == expected
 
 
 @pytest.mark.parametrize("fault", [INTERNAL, NOT_FOUND, UNAUTHENTICATED, PERMISSION_DENIED])
@@ -175,7 +179,7 @@ async def test_a_host_that_was_forgotten_serves_while_the_api_fails(
     api: standin.Workspace, endpoint: Endpoint, fault: Reply
 ) -> None:
     # A dial that failed for a reason of its own must not need the API to be made again.
-    made = targets(api)
+    made = address_lookup(api)
     await made.target()
     made.forget_host()
     api.fail(Call.RESOURCE, fault)
@@ -197,16 +201,16 @@ async def test_a_host_that_was_forgotten_serves_while_the_api_fails(
 async def test_w16_without_a_database_the_targets_own_is_opened(
     api: standin.Workspace, parameters: dict[str, str], database: str
 ) -> None:
-    made = targets(api, user="role")
+    made = address_lookup(api, user="role")
     assert await made.login(client(**parameters)) == Login(b"role", database.encode())
 
 
 async def test_the_user_is_the_tokens_identity_unless_it_is_configured(
     api: standin.Workspace,
 ) -> None:
-    assert (await targets(api).login(client(user="app"))).user == CLIENT_ID.encode()
-    assert (await targets(api, user="ada").login(client(user="app"))).user == b"ada"
-    assert (await targets(api, user="*").login(client(user="app"))).user == b"app"
+    assert (await address_lookup(api).login(client(user="app"))).user == CLIENT_ID.encode()
+    assert (await address_lookup(api, user="ada").login(client(user="app"))).user == b"ada"
+    assert (await address_lookup(api, user="*").login(client(user="app"))).user == b"app"
 
 
 @pytest.mark.parametrize("asking", [1, 100])
@@ -215,7 +219,7 @@ async def test_who_we_are_is_asked_again_after_a_while_and_by_one_for_all(
 ) -> None:
     # Each client of an outage asked by itself as soon as the one before had failed.
     clock = FakeClock()
-    made = targets(api, clock)
+    made = address_lookup(api, clock)
     api.fail(Call.TOKEN, INTERNAL, times=1)
     message = client(user="app")
     await asyncio.gather(*(made.login(message) for _ in range(asking)), return_exceptions=True)
@@ -229,7 +233,7 @@ async def test_an_identity_that_is_refused_is_not_asked_for_with_every_client(
     api: standin.Workspace,
 ) -> None:
     clock = FakeClock()
-    made = targets(api, clock)
+    made = address_lookup(api, clock)
     api.fail(Call.TOKEN, INVALID_CLIENT)
     for _ in range(100):
         with pytest.raises(ProxyError) as refused:
@@ -240,4 +244,4 @@ async def test_an_identity_that_is_refused_is_not_asked_for_with_every_client(
 
 async def test_names_of_the_client_need_not_be_utf_8(api: standin.Workspace) -> None:
     message = StartupMessage(V3_0, ((b"user", b"\xff"), (b"database", b"\xfe")))
-    assert await targets(api, user="*").login(message) == Login(b"\xff", b"\xfe")
+    assert await address_lookup(api, user="*").login(message) == Login(b"\xff", b"\xfe")

@@ -22,7 +22,7 @@ from aiohappyeyeballs import AddrInfoType
 
 from proxy.emulator.certificates import Certificate
 from proxy.emulator.endpoints import Endpoint
-from proxy.emulator.faults import Stage, Strike
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import ConnectPhase
@@ -87,7 +87,7 @@ async def test_a_certificate_is_checked_as_far_as_sslmode_says(
     }
     async with lakebase_dialing(lakebase, endpoint, sslmode=sslmode) as made:
         if certificate in accepted[sslmode]:
-            (await made.dial()).link.transport.abort()
+            (await made.dial()).stream.transport.abort()
             return
         error = await made.refusal()
         assert error.kind is ErrorKind.UPSTREAM_CERTIFICATE
@@ -112,7 +112,7 @@ async def test_authorities_that_are_replaced_count_from_the_next_connection_on(
     async with lakebase_dialing(lakebase, endpoint, ssl_root_cert=str(path)) as made:
         assert (await made.refusal()).kind is ErrorKind.UPSTREAM_CERTIFICATE
         shutil.copyfile(lakebase.ca_file, path)
-        (await made.dial()).link.transport.abort()
+        (await made.dial()).stream.transport.abort()
         path.unlink()
         error = await made.refusal()
         assert error.kind is ErrorKind.UPSTREAM_CERTIFICATE
@@ -144,10 +144,10 @@ async def test_w36_an_upstream_connection_has_a_bound_for_unacknowledged_bytes(
 ) -> None:
     async with lakebase_dialing(lakebase, endpoint) as made:
         session = await made.dial()
-        sock = session.link.transport.get_extra_info("socket")
+        sock = session.stream.transport.get_extra_info("socket")
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
-        session.link.transport.abort()
+        session.stream.transport.abort()
 
 
 async def test_a_closed_port_is_unreachable(lakebase: Lakebase, endpoint: Endpoint) -> None:
@@ -157,7 +157,7 @@ async def test_a_closed_port_is_unreachable(lakebase: Lakebase, endpoint: Endpoi
         assert error.kind is ErrorKind.UPSTREAM_UNREACHABLE
         assert f"{endpoint.host}:{lakebase.port}" in error.detail
         await lakebase.gateway.accept_connections()
-        (await made.dial()).link.transport.abort()
+        (await made.dial()).stream.transport.abort()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ async def test_w40_a_cancel_reaches_the_query_and_brings_no_token(
         session = await made.dial()
         key = session.startup.key
         assert key is not None
-        session.link.write(query("SELECT pg_sleep(30)"))
+        session.stream.write(query("SELECT pg_sleep(30)"))
         record = lakebase.gateway.sessions[0]
         await _until_asleep(lakebase, record.real_pid)
         await made.connector.cancel(session.target, key, still_wanted=wanted)
@@ -220,7 +220,7 @@ async def test_w40_a_cancel_reaches_the_query_and_brings_no_token(
         assert error.sqlstate == "57014"
         (cancel,) = lakebase.gateway.cancels
         assert (cancel.secure, cancel.sni, cancel.token) == (True, endpoint.host, None)
-        session.link.transport.close()
+        session.stream.transport.close()
         await all_closed(lakebase)
 
 
@@ -234,7 +234,7 @@ async def _until_asleep(lakebase: Lakebase, pid: int | None) -> None:
 async def test_w39_a_cancel_is_delivered_only_when_the_upstream_has_closed(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
-    lakebase.gateway.strike(Stage.CANCEL, Strike.HANG)
+    lakebase.gateway.inject(Stage.CANCEL, Injection.HANG)
     async with lakebase_dialing(lakebase, endpoint) as made:
         session = await made.dial()
         key = session.startup.key
@@ -246,15 +246,15 @@ async def test_w39_a_cancel_is_delivered_only_when_the_upstream_has_closed(
         for _ in range(20):
             await asyncio.sleep(0)
         assert not cancel.done()
-        lakebase.gateway.heal()
+        lakebase.gateway.clear_faults()
         await cancel
-        session.link.transport.abort()
+        session.stream.transport.abort()
 
 
 async def test_w40_a_cancel_whose_session_ends_meanwhile_is_dropped(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
-    lakebase.gateway.strike(Stage.CANCEL, Strike.HANG)
+    lakebase.gateway.inject(Stage.CANCEL, Injection.HANG)
     async with lakebase_dialing(lakebase, endpoint) as made:
         target = Target(
             endpoint.host,
@@ -370,7 +370,7 @@ async def test_the_first_address_that_answers_is_taken(
     async with dialing_script(
         ca_file, *steps, host="localhost", hostaddr="", sslmode="verify-ca"
     ) as (made, _):
-        (await made.dial()).link.transport.abort()
+        (await made.dial()).stream.transport.abort()
 
 
 # -- several addresses ---------------------------------------------------------------------------
@@ -401,7 +401,7 @@ async def test_addresses_that_are_dead_are_passed_over(
     )
     async with lakebase_dialing(lakebase, endpoint) as made:
         made.addresses = (*[dead] * dead_first, good)
-        (await made.dial()).link.transport.abort()
+        (await made.dial()).stream.transport.abort()
         assert lakebase.gateway.accepted == 1
         assert made.metrics.value("upstream_connect_seconds_sum", phase=ConnectPhase.TCP) < 0.2
 
@@ -413,7 +413,7 @@ async def test_an_address_that_swallows_packets_costs_a_quarter_of_a_second(
     good = address(lakebase.host_address, lakebase.port)
     async with lakebase_dialing(lakebase, endpoint) as made, AsyncExitStack() as stack:
         made.addresses = (*(stack.enter_context(black_hole()) for _ in range(holes)), good)
-        (await made.dial()).link.transport.abort()
+        (await made.dial()).stream.transport.abort()
         seconds = made.metrics.value("upstream_connect_seconds_sum", phase=ConnectPhase.TCP)
         assert holes * NEXT_ADDRESS_SECONDS <= seconds < holes * NEXT_ADDRESS_SECONDS + 0.3
         assert lakebase.gateway.accepted == 1
@@ -444,7 +444,7 @@ async def test_an_address_that_connects_and_does_no_more_is_not_the_only_one_tri
             address("127.0.0.1", server.port),
             address(lakebase.host_address, lakebase.port),
         )
-        (await made.dial()).link.transport.abort()
+        (await made.dial()).stream.transport.abort()
         assert (server.accepted, lakebase.gateway.accepted) == (1, 1)
         await server.until_open(0)
 

@@ -49,7 +49,7 @@ class Server:
     async def hellos_of_a_dial(self, made: Dialing) -> int:
         """Open a session, close it, and return how many hellos that took."""
         before = self.context.hellos
-        (await made.dial()).link.transport.abort()
+        (await made.dial()).stream.transport.abort()
         return self.context.hellos - before
 
 
@@ -71,7 +71,7 @@ async def test_connections_that_begin_together_learn_the_same(
 ) -> None:
     async with dialing_script(ca_file, *postgres.steps) as (made, _):
         for session in await asyncio.gather(*(made.dial() for _ in range(5))):
-            session.link.transport.abort()
+            session.stream.transport.abort()
         assert await postgres.hellos_of_a_dial(made) == 1
 
 
@@ -89,7 +89,7 @@ async def test_an_upstream_that_refuses_its_former_curve_is_reached_in_the_same_
 
 
 async def _tries(made: Dialing, server: ScriptedServer, accepted: int) -> int:
-    (await made.dial()).link.transport.abort()
+    (await made.dial()).stream.transport.abort()
     return server.accepted - accepted
 
 

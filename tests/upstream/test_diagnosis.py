@@ -9,7 +9,7 @@ import pytest
 
 from proxy.emulator.endpoints import neon_error
 from proxy.errors import Disposition, ErrorKind, ProxyError
-from proxy.upstream.diagnosis import Shown, diagnose, diagnose_network
+from proxy.upstream.diagnosis import LoginAttempt, diagnose, diagnose_network
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.secret import Secret
 
@@ -28,8 +28,8 @@ neon = neon_error
 
 def shown(
     user: str = "app", database: str = "main", secret: str = TOKEN, *, password: bool = False
-) -> Shown:
-    return Shown(user, database, Secret(secret.encode()), password)
+) -> LoginAttempt:
+    return LoginAttempt(user, database, Secret(secret.encode()), password)
 
 
 # The document's rows in its order: the error, class, SQLSTATE, reason, and V where it stands there.

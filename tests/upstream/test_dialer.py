@@ -20,13 +20,13 @@ from proxy.config import CredentialsSettings, UpstreamSettings, WorkspaceSetting
 from proxy.emulator import faults
 from proxy.emulator.api import Call
 from proxy.emulator.endpoints import Endpoint, neon_error
-from proxy.emulator.faults import HANG, Stage, Strike
+from proxy.emulator.faults import HANG, Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import ConnectPhase
 from proxy.server.app import build_metrics
-from proxy.upstream.address_lookup import Targets
+from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.dialer import UpstreamSession
 from proxy.wire.messages import (
     AuthenticationSASL,
@@ -79,7 +79,7 @@ def endpoint(lakebase: Lakebase) -> Endpoint:
     return lakebase["one"].endpoint
 
 
-DISCONNECTS = [Strike.CLOSE, Strike.FIN, Strike.RESET]
+DISCONNECTS = [Injection.CLOSE, Injection.FIN, Injection.RESET]
 STAGES = [
     Stage.ACCEPTED,
     Stage.SSL_REPLY,
@@ -110,7 +110,7 @@ async def test_a_dial_ends_with_a_session_that_is_ready(lakebase: Lakebase, face
         for phase in ConnectPhase:
             count = made.metrics.value("upstream_connect_seconds_count", phase=phase)
             assert count == 1, phase
-        await session.link.close()
+        await session.stream.close()
         await all_closed(lakebase)
         assert record.ended_by is EndedBy.CLOSE_NOTIFY
 
@@ -122,7 +122,7 @@ async def test_the_workspace_says_with_what_where_and_as_whom(
         session = await made.dial()
         assert await asked(session, "SELECT current_user") == lakebase.client_id.encode()
         assert len(lakebase.workspace.mints) == 1
-        session.link.transport.abort()
+        session.stream.transport.abort()
 
 
 @asynccontextmanager
@@ -146,7 +146,7 @@ async def _through_workspace(
     credentials = Credentials(
         partial(workspace.mint, resource), CredentialsSettings(), build_metrics()
     )
-    targets = Targets(upstream, resource, workspace)
+    targets = AddressLookup(upstream, resource, workspace)
     try:
         yield Dialing(credentials, targets, seconds, time.time)
     finally:
@@ -163,7 +163,7 @@ async def test_a_failure_of_the_api_that_passes_is_nobodys_failure(
     lakebase.workspace.fail(Call.RESOURCE, fault, times=1)
     async with _through_workspace(lakebase, endpoint) as made:
         session = await made.dial()
-        session.link.transport.abort()
+        session.stream.transport.abort()
 
 
 async def test_a_refused_login_to_the_workspace_is_told_at_once(
@@ -180,12 +180,12 @@ async def test_an_endpoint_that_moved_is_found_by_the_next_dial(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
     async with _through_workspace(lakebase, endpoint) as made:
-        (await made.dial()).link.transport.abort()
+        (await made.dial()).stream.transport.abort()
         endpoint.hosts["host"] = "ep-moved" + endpoint.host[endpoint.host.index(".") :]
         assert (await made.refusal()).kind is ErrorKind.ENDPOINT_GONE
         session = await made.dial()
         assert session.target.host == endpoint.host
-        session.link.transport.abort()
+        session.stream.transport.abort()
 
 
 async def test_w51_a_client_that_cannot_be_passed_on_is_told_and_nothing_is_dialled(
@@ -220,11 +220,11 @@ async def test_w28_a_native_role_logs_in_with_scram(
     upstream = {**toward(lakebase, endpoint), "user": lakebase.native_role}
     workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
     with _password_source(tmp_path, password) as source:
-        made = Dialing(source, Targets(UpstreamSettings(**upstream), None, workspace), 5)
+        made = Dialing(source, AddressLookup(UpstreamSettings(**upstream), None, workspace), 5)
         if right:
             session = await made.dial()
             assert await asked(session, "SELECT current_user") == lakebase.native_role.encode()
-            session.link.transport.abort()
+            session.stream.transport.abort()
         else:
             error = await made.refusal()
             assert error.response().sqlstate in ("28P01", "28000")
@@ -245,16 +245,16 @@ async def test_a_pooled_host_that_wants_a_password_gets_no_token(
 # -- loss, refusal, sleep ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strike", DISCONNECTS, ids=lambda strike: strike.name.lower())
+@pytest.mark.parametrize("strike", DISCONNECTS, ids=lambda inject: inject.name.lower())
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name.lower())
 async def test_w53_an_upstream_lost_at_any_stage_is_dialled_again(
-    lakebase: Lakebase, endpoint: Endpoint, stage: Stage, strike: Strike
+    lakebase: Lakebase, endpoint: Endpoint, stage: Stage, inject: Injection
 ) -> None:
-    lakebase.gateway.strike(stage, strike, times=2)
+    lakebase.gateway.inject(stage, inject, times=2)
     async with lakebase_dialing(lakebase, endpoint) as made:
         session = await made.dial()
         assert lakebase.gateway.accepted == 3
-        session.link.transport.close()
+        session.stream.transport.close()
         await all_closed(lakebase)
 
 
@@ -262,7 +262,7 @@ async def test_w53_an_upstream_lost_at_any_stage_is_dialled_again(
 async def test_an_upstream_lost_again_and_again_is_given_up_after_three_tries(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage
 ) -> None:
-    lakebase.gateway.strike(stage, Strike.CLOSE)
+    lakebase.gateway.inject(stage, Injection.CLOSE)
     async with lakebase_dialing(lakebase, endpoint) as made:
         error = await made.refusal()
         assert error.kind is ErrorKind.UPSTREAM_LOST
@@ -281,7 +281,7 @@ async def test_a_sleeping_database_is_waited_for(lakebase: Lakebase, face: str) 
         session = await made.dial()
         assert endpoint.wakes == 1
         assert lakebase.gateway.accepted > 1
-        session.link.transport.close()
+        session.stream.transport.close()
         await all_closed(lakebase)
 
 
@@ -290,7 +290,7 @@ async def test_an_overloaded_front_end_is_waited_for(
 ) -> None:
     endpoint.refuse(neon_error("Too many connections attempts"), times=4)
     async with lakebase_dialing(lakebase, endpoint) as made:
-        (await made.dial()).link.transport.abort()
+        (await made.dial()).stream.transport.abort()
         assert lakebase.gateway.accepted == 5
 
 
@@ -339,7 +339,7 @@ async def _dial_with_cached(
             session = await made.dial()
         except ProxyError as error:
             return error, mint.minted
-        session.link.transport.abort()
+        session.stream.transport.abort()
         return session, mint.minted
 
 
@@ -396,7 +396,7 @@ async def test_a_role_that_is_refused_again_and_again_does_not_cost_a_mint_each_
         await made.refusal()
         assert mint.minted == 3
         endpoint.refusals.clear()
-        (await made.dial()).link.transport.abort()
+        (await made.dial()).stream.transport.abort()
         assert mint.minted == 3
 
 
@@ -439,7 +439,7 @@ async def test_a_role_of_somebody_else_is_an_identity_mismatch(
 async def test_w49_silence_at_any_stage_ends_with_the_connect_timeout(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage
 ) -> None:
-    lakebase.gateway.strike(stage, Strike.HANG)
+    lakebase.gateway.inject(stage, Injection.HANG)
     async with lakebase_dialing(lakebase, endpoint, seconds=0.2) as made:
         error = await made.refusal()
         assert error.kind is ErrorKind.UPSTREAM_TIMEOUT
@@ -450,13 +450,13 @@ async def test_w49_silence_at_any_stage_ends_with_the_connect_timeout(
 async def test_w49_a_front_end_that_asks_for_nothing_is_given_up_before_the_timeout(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
-    lakebase.gateway.strike(Stage.STARTUP, Strike.HANG)
+    lakebase.gateway.inject(Stage.STARTUP, Injection.HANG)
     async with lakebase_dialing(lakebase, endpoint, silence_seconds_max=0.1) as made:
         error = await made.refusal()
         assert error.kind is ErrorKind.UPSTREAM_TIMEOUT
         assert error.detail == "no answer to the StartupMessage within 0.1 seconds"
         assert lakebase.gateway.accepted == 2
-        lakebase.gateway.heal()
+        lakebase.gateway.clear_faults()
         await all_closed(lakebase)
 
 
@@ -464,7 +464,7 @@ async def test_w49_a_front_end_that_asks_for_nothing_is_given_up_before_the_time
 async def test_w49_a_database_that_wakes_behind_the_password_has_the_whole_time(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage
 ) -> None:
-    lakebase.gateway.strike(stage, Strike.HANG)
+    lakebase.gateway.inject(stage, Injection.HANG)
     async with lakebase_dialing(lakebase, endpoint, seconds=0.5, silence_seconds_max=0.1) as made:
         assert (await made.refusal()).detail == "no session within 0.5 seconds"
         assert lakebase.gateway.accepted == 1
@@ -500,7 +500,7 @@ async def test_a_mint_that_hangs_longer_than_the_dial_may_take_is_the_workspaces
 async def test_w54_a_dial_cancelled_at_any_stage_leaves_nothing_open(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage
 ) -> None:
-    lakebase.gateway.strike(stage, Strike.HANG)
+    lakebase.gateway.inject(stage, Injection.HANG)
     async with lakebase_dialing(lakebase, endpoint) as made:
         dial = asyncio.create_task(made.dial())
         await lakebase.gateway.until(
@@ -531,11 +531,11 @@ async def test_w54_a_dial_cancelled_while_the_token_is_minted_opens_nothing(
         dial.cancel()
         await asyncio.wait([dial])
         assert dial.cancelled()
-        lakebase.workspace.heal()
+        lakebase.workspace.clear_faults()
         session = await made.dial()  # the mint went on into the cache
         assert lakebase.workspace.calls[Call.CREDENTIAL] == 1
         assert lakebase.gateway.accepted == 1
-        session.link.transport.abort()
+        session.stream.transport.abort()
 
 
 async def test_w54_a_dial_cancelled_between_two_tries_opens_nothing_more(
@@ -556,7 +556,7 @@ async def test_w54_dials_cancelled_at_any_moment_leak_no_connection(
 ) -> None:
     lakebase.gateway.close_delay_seconds = 0
     async with lakebase_dialing(lakebase, endpoint) as made:
-        (await made.dial()).link.transport.abort()
+        (await made.dial()).stream.transport.abort()
         for turns in range(0, 60, 2):
             dial = asyncio.create_task(made.dial())
             for _ in range(turns):
@@ -564,7 +564,7 @@ async def test_w54_dials_cancelled_at_any_moment_leak_no_connection(
             dial.cancel()
             await asyncio.wait([dial])
             if not dial.cancelled():
-                dial.result().link.transport.abort()
+                dial.result().stream.transport.abort()
         await all_closed(lakebase)
 
 
@@ -583,7 +583,7 @@ async def test_w30_an_honest_server_may_send_notices_early_and_name_the_version_
         startup, password = server.packets
         assert b"user\0app\0database\0databricks_postgres\0application_name\0test\0" in startup
         assert password_in(password) == TOKEN
-        session.link.transport.close()
+        session.stream.transport.close()
         await server.until_open(0)
         assert server.ends == [EndedBy.CLOSE_NOTIFY]
 
@@ -596,7 +596,7 @@ async def test_w26_a_server_may_give_no_key_and_ask_no_password(
         assert session.startup.key is None
         assert session.startup.welcome(None) == READY
         assert len(server.packets) == 1  # nobody asked for the token
-        session.link.transport.abort()
+        session.stream.transport.abort()
 
 
 async def test_what_comes_behind_ready_for_query_is_kept(
@@ -606,7 +606,7 @@ async def test_what_comes_behind_ready_for_query_is_kept(
     async with dialing_script(ca_file, *steps) as (made, _):
         session = await made.dial()
         assert session.startup.trailing_data() == NOTICE + b"S\0\0"
-        session.link.transport.abort()
+        session.stream.transport.abort()
 
 
 PROTOCOL, AUTH = ErrorKind.UPSTREAM_PROTOCOL, ErrorKind.UNSUPPORTED_AUTH
@@ -701,7 +701,7 @@ async def test_w53_an_end_at_any_offset_is_a_loss(ca_file: str, context: ssl.SSL
 
 async def opened(made: Dialing) -> None:
     """Open a session and close it."""
-    (await made.dialer.dial(CLIENT)).link.transport.close()
+    (await made.dialer.dial(CLIENT)).stream.transport.close()
 
 
 @pytest.mark.slow
@@ -750,7 +750,7 @@ async def test_a_dial_that_sleeps_before_its_next_try_holds_no_place(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
     waking = neon_error("Couldn't connect to compute node").encode()
-    lakebase.gateway.strike(Stage.STARTUP, waking, times=1)
+    lakebase.gateway.inject(Stage.STARTUP, waking, times=1)
     async with lakebase_dialing(lakebase, endpoint, connects_max=1) as made:
         made.dialer._jitter = lambda: 1.0
         first = asyncio.create_task(opened(made))

@@ -9,7 +9,7 @@ import trustme
 from proxy.config import ConfigurationError, Settings
 from proxy.server.app import build_metrics
 from proxy.transport import tls
-from proxy.upstream.upstreams import Accounts, Fleet
+from proxy.upstream.upstreams import LocalWorkspaceRegistry, Upstreams
 from tests.support.compiled import need_compiled
 
 ENDPOINT = "projects/p/branches/b/endpoints/"
@@ -25,10 +25,10 @@ def settings(connects_max: int) -> Settings:
 
 async def test_a_way_that_is_configured_as_before_keeps_its_dialer_and_so_its_places() -> None:
     # With a new dialer each reload would allow another `connects_max` sessions to be opened.
-    accounts = Accounts(build_metrics(), version="1")
+    accounts = LocalWorkspaceRegistry(build_metrics(), version="1")
     try:
-        before = Fleet(settings(5), accounts, lambda *_: None)
-        after = Fleet(settings(6), accounts, lambda *_: None, before)
+        before = Upstreams(settings(5), accounts, lambda *_: None)
+        after = Upstreams(settings(6), accounts, lambda *_: None, before)
         assert after["one"] is before["one"]
         assert after["two"].dialer is not before["two"].dialer
     finally:
@@ -39,9 +39,9 @@ async def test_a_certificate_that_is_a_pipe_is_refused_and_not_waited_for(tmp_pa
     # It is read on the event loop: a reload would have stopped every session.
     os.mkfifo(tmp_path / "ca.pem")
     upstream = {"endpoint": ENDPOINT + "one", "ssl_root_cert": str(tmp_path / "ca.pem")}
-    accounts = Accounts(build_metrics(), version="1")
+    accounts = LocalWorkspaceRegistry(build_metrics(), version="1")
     with pytest.raises(ConfigurationError, match="it is not a regular file"):
-        Fleet(Settings.model_validate({"upstream": upstream}), accounts, lambda *_: None)
+        Upstreams(Settings.model_validate({"upstream": upstream}), accounts, lambda *_: None)
     await accounts.close()
 
 
@@ -54,8 +54,8 @@ async def test_the_compiled_context_is_made_with_the_way_and_not_by_its_first_se
     path = tmp_path / "ca.pem"
     trustme.CA().cert_pem.write_to_path(str(path))
     upstream = {"endpoint": ENDPOINT + "one", "ssl_root_cert": str(path)}
-    accounts = Accounts(build_metrics(), version="1")
-    Fleet(Settings.model_validate({"upstream": upstream}), accounts, lambda *_: None)
+    accounts = LocalWorkspaceRegistry(build_metrics(), version="1")
+    Upstreams(Settings.model_validate({"upstream": upstream}), accounts, lambda *_: None)
     made = tls._compiled_context.cache_info().misses
     tls.client_context("verify-full", str(path), accelerated=True)
     assert tls._compiled_context.cache_info().misses == made

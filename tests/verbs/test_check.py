@@ -559,7 +559,7 @@ async def test_what_postgres_itself_says_is_said_once(lakebase: Lakebase, tmp_pa
 async def test_where_nothing_can_be_advised_there_is_no_empty_fix(
     lakebase: Lakebase, tmp_path: Path
 ) -> None:
-    lakebase.gateway.strike(Stage.STARTUP, b"Zgarbage")
+    lakebase.gateway.inject(Stage.STARTUP, b"Zgarbage")
     found = await checked(lakebase, tmp_path, **SHORT)
     assert found.out.endswith("SQLSTATE 08006, reason=upstream_protocol\n")
 

@@ -13,8 +13,8 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
 from proxy.server.app import App
 from proxy.wire.startup import V3_0, StartupMessage
-from proxy.workers.credential_service import Desk
-from proxy.workers.remote_credentials import CONFIGURATIONS_MAX, RemoteAccounts
+from proxy.workers.credential_service import CredentialService
+from proxy.workers.remote_credentials import CONFIGURATIONS_MAX, RemoteWorkspaceRegistry
 from proxy.workers.rpc import Channel
 from tests.support.running import proxy_settings
 
@@ -22,55 +22,60 @@ from tests.support.running import proxy_settings
 class Pair:
     """A supervisor's App and a worker's, over a channel; each reload is one of both."""
 
-    def __init__(self, settings: Settings, accounts: RemoteAccounts, desk: Desk) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        accounts: RemoteWorkspaceRegistry,
+        credential_service: CredentialService,
+    ) -> None:
         self._accounts = accounts
-        self._desk = desk
+        self._credentials = credential_service
         self._number = 1
         self.supervisor = App(settings)
-        desk.open(self._number, self.supervisor.plan.fleet)
+        credential_service.open(self._number, self.supervisor.snapshot.upstreams)
         accounts.take_over(self._number, settings)
-        self.worker = App(settings, accounts=accounts)
+        self.worker = App(settings, workspaces=accounts)
 
     def reload(self, settings: Settings) -> None:
         """Serve by these settings in both."""
         self._number += 1
         self.supervisor.reload(settings)
-        self._desk.open(self._number, self.supervisor.plan.fleet)
+        self._credentials.open(self._number, self.supervisor.snapshot.upstreams)
         self._accounts.take_over(self._number, settings)
         self.worker.reload(settings)
 
 
 @asynccontextmanager
-async def paired(settings: Settings, desk: Desk) -> AsyncIterator[Pair]:
+async def paired(settings: Settings, credential_service: CredentialService) -> AsyncIterator[Pair]:
     ours, theirs = socket.socketpair()
-    channels = await Channel.open(ours, {}), await Channel.open(theirs, desk.answers)
-    pair = Pair(settings, RemoteAccounts(channels[0]), desk)
+    channels = await Channel.open(ours, {}), await Channel.open(theirs, credential_service.answers)
+    pair = Pair(settings, RemoteWorkspaceRegistry(channels[0]), credential_service)
     try:
         yield pair
     finally:
-        await pair.worker.accounts.close()
+        await pair.worker.workspaces.close()
         for channel in channels:
             channel.close()
             await channel.lost.wait()
-        await desk.close()
-        await pair.supervisor.accounts.close()
+        await credential_service.close()
+        await pair.supervisor.workspaces.close()
 
 
 async def test_a_worker_gets_tokens_and_hosts_from_the_supervisor(lakebase: Lakebase) -> None:
-    async with paired(proxy_settings(lakebase), Desk()) as pair:
-        way = pair.worker.plan.fleet["upstream"]
-        credential = await way.credentials.fresh()
-        assert way.credentials.is_fresh(credential)
-        assert await way.credentials.fresh() == credential
-        assert (await way.targets.target()).host == lakebase.shards[0].endpoint.host
+    async with paired(proxy_settings(lakebase), CredentialService()) as pair:
+        upstream = pair.worker.snapshot.upstreams["upstream"]
+        credential = await upstream.credentials.fresh()
+        assert upstream.credentials.is_fresh(credential)
+        assert await upstream.credentials.fresh() == credential
+        assert (await upstream.address_lookup.target()).host == lakebase.shards[0].endpoint.host
         assert len(lakebase.workspace.mints) == 1
 
 
 async def test_a_token_that_is_rejected_is_forgotten_once_and_its_successor_is_not(
     lakebase: Lakebase,
 ) -> None:
-    async with paired(proxy_settings(lakebase), Desk()) as pair:
-        credentials = pair.worker.plan.fleet["upstream"].credentials
+    async with paired(proxy_settings(lakebase), CredentialService()) as pair:
+        credentials = pair.worker.snapshot.upstreams["upstream"].credentials
         first = await credentials.fresh()
         assert credentials.reject(first)
         second = await credentials.fresh()
@@ -86,13 +91,13 @@ async def test_a_way_that_reloads_leave_as_it_is_is_answered_after_any_number_of
     lakebase: Lakebase,
 ) -> None:
     settings = proxy_settings(lakebase)
-    async with paired(settings, Desk()) as pair:
-        way = pair.worker.plan.fleet["upstream"]
+    async with paired(settings, CredentialService()) as pair:
+        upstream = pair.worker.snapshot.upstreams["upstream"]
         for _ in range(CONFIGURATIONS_MAX + 1):
             pair.reload(settings)
-        assert pair.worker.plan.fleet["upstream"] is way
-        await way.credentials.fresh()
-        assert (await way.targets.target()).host == lakebase.shards[0].endpoint.host
+        assert pair.worker.snapshot.upstreams["upstream"] is upstream
+        await upstream.credentials.fresh()
+        assert (await upstream.address_lookup.target()).host == lakebase.shards[0].endpoint.host
 
 
 async def test_a_way_of_before_a_reload_is_answered_from_its_own_workspace_or_refused(
@@ -102,35 +107,38 @@ async def test_a_way_of_before_a_reload_is_answered_from_its_own_workspace_or_re
     other = settings.model_copy(
         update={"workspace": settings.workspace.model_copy(update={"host": "https://a.invalid"})}
     )
-    async with paired(settings, Desk()) as pair:
-        before = pair.worker.plan.fleet["upstream"]
+    async with paired(settings, CredentialService()) as pair:
+        before = pair.worker.snapshot.upstreams["upstream"]
         for number in range(CONFIGURATIONS_MAX - 1):
             pair.reload(other)
             await before.credentials.fresh()
             assert len(lakebase.workspace.mints) == 1, number
         pair.reload(other)
-        for ask in (before.credentials.fresh, before.targets.target):
+        for ask in (before.credentials.fresh, before.address_lookup.target):
             with pytest.raises(ProxyError) as caught:
                 await ask()
             assert caught.value.kind is ErrorKind.SHUTTING_DOWN
 
 
 async def test_without_the_supervisor_nothing_is_answered(lakebase: Lakebase) -> None:
-    async with paired(proxy_settings(lakebase), Desk()) as pair:
-        credentials = pair.worker.plan.fleet["upstream"].credentials
+    async with paired(proxy_settings(lakebase), CredentialService()) as pair:
+        credentials = pair.worker.snapshot.upstreams["upstream"].credentials
     with pytest.raises(ProxyError) as caught:
         await credentials.fresh()
     assert caught.value.kind is ErrorKind.SHUTTING_DOWN
 
 
 async def test_workers_that_look_up_one_host_at_once_are_one_look_up(lakebase: Lakebase) -> None:
-    settings, desk = proxy_settings(lakebase), Desk()
-    async with paired(settings, desk) as one, paired(settings, desk) as other:
-        ways = [pair.worker.plan.fleet["upstream"] for pair in (one, other)]
-        await asyncio.gather(*(way.targets.target() for way in ways))
+    settings, credential_service = proxy_settings(lakebase), CredentialService()
+    async with (
+        paired(settings, credential_service) as one,
+        paired(settings, credential_service) as other,
+    ):
+        upstreams = [pair.worker.snapshot.upstreams["upstream"] for pair in (one, other)]
+        await asyncio.gather(*(upstream.address_lookup.target() for upstream in upstreams))
         assert lakebase.workspace.calls[Call.RESOURCE] == 1
-        ways[0].targets.forget_host()
-        await ways[0].targets.target()
+        upstreams[0].address_lookup.forget_host()
+        await upstreams[0].address_lookup.target()
         assert lakebase.workspace.calls[Call.RESOURCE] == 2, "an answer is not kept here"
 
 
@@ -138,14 +146,15 @@ async def test_what_one_worker_found_out_serves_another_while_the_workspace_is_a
     lakebase: Lakebase,
 ) -> None:
     # A worker that came in place of a dead one could serve nobody until the workspace was back.
-    settings, desk = proxy_settings(lakebase), Desk()
+    settings, credential_service = proxy_settings(lakebase), CredentialService()
     client = StartupMessage(V3_0, ((b"user", b"anyone"),))
-    async with paired(settings, desk) as pair:
-        way = pair.worker.plan.fleet["upstream"]
-        known = await way.targets.target(), await way.targets.login(client)
-        await way.credentials.fresh()
+    async with paired(settings, credential_service) as pair:
+        upstream = pair.worker.snapshot.upstreams["upstream"]
+        known = await upstream.address_lookup.target(), await upstream.address_lookup.login(client)
+        await upstream.credentials.fresh()
         await lakebase.workspace.refuse_connections()
         pair.reload(settings)
-        successor = App(settings, accounts=pair.worker.accounts).plan.fleet["upstream"]
-        assert (await successor.targets.target(), await successor.targets.login(client)) == known
+        successor = App(settings, workspaces=pair.worker.workspaces).snapshot.upstreams["upstream"]
+        lookup = successor.address_lookup
+        assert (await lookup.target(), await lookup.login(client)) == known
         assert (await successor.credentials.fresh()).expires_at > 0

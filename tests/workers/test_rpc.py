@@ -31,12 +31,12 @@ async def double(number: int) -> int:
 
 
 async def test_each_call_gets_its_own_answer_in_whatever_order_they_come() -> None:
-    order: list[int] = []
+    command: list[int] = []
     all_asked = asyncio.Event()
 
     async def later(number: int) -> int:
-        order.append(number)
-        if len(order) == 3:
+        command.append(number)
+        if len(command) == 3:
             all_asked.set()
         await all_asked.wait()
         for _ in range(3 - number):

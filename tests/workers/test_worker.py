@@ -12,9 +12,9 @@ from proxy.config import Settings
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
 from proxy.server.app import App
-from proxy.workers.credential_service import Desk
+from proxy.workers.credential_service import CredentialService
 from proxy.workers.rpc import Channel
-from proxy.workers.shared_counters import Ledger
+from proxy.workers.shared_counters import SharedCounters
 from proxy.workers.worker import Worker, shared_out
 from tests.support.running import captured_log, proxy_settings
 from tests.support.sharding import sharded
@@ -45,13 +45,17 @@ async def test_a_reload_that_a_worker_cannot_take_over_is_refused_and_it_serves_
     by_file: dict[str, object] = {"kind": "list", "key_type": "text", "mappings_file": str(file)}
     settings = proxy_settings(lakebase, **sharded(lakebase, by_file))
     content = json.loads(json.dumps(settings.model_dump(mode="json", exclude_unset=True)))
-    supervisor, desk = App(settings), Desk()
-    desk.open(1, supervisor.plan.fleet)
+    supervisor, credential_service = App(settings), CredentialService()
+    credential_service.open(1, supervisor.snapshot.upstreams)
     ours, theirs = socket.socketpair()
-    door, their_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with captured_log(), door, their_door:
-        channel = await Channel.open(ours, desk.answers)
-        worker = asyncio.ensure_future(Worker(Ledger(1), 10, 0, their_door).run(theirs))
+    connection_socket, their_connection_socket = socket.socketpair(
+        socket.AF_UNIX, socket.SOCK_SEQPACKET
+    )
+    with captured_log(), connection_socket, their_connection_socket:
+        channel = await Channel.open(ours, credential_service.answers)
+        worker = asyncio.ensure_future(
+            Worker(SharedCounters(1), 10, 0, their_connection_socket).run(theirs)
+        )
         await channel.call("configure", number=1, settings=content)
         file.unlink()  # since the supervisor has read it
         with pytest.raises(ProxyError) as caught:
@@ -68,5 +72,5 @@ async def test_a_reload_that_a_worker_cannot_take_over_is_refused_and_it_serves_
         async with asyncio.timeout(5):
             await worker
     gc.unfreeze()
-    await desk.close()
-    await supervisor.accounts.close()
+    await credential_service.close()
+    await supervisor.workspaces.close()

@@ -218,7 +218,7 @@ async def test_every_rest_error_has_its_kind_and_shows_no_secret_and_passes(
     assert "unknown: unknown" not in error.detail
     assert "None" not in error.detail  # "Invalid URL 'None'" helps nobody
     assert len(error.detail) <= 300
-    api.heal()
+    api.clear_faults()
     await made.mint(PRIMARY)  # and when the cause is gone it works, with the same object
 
 
@@ -240,7 +240,7 @@ async def test_when_the_api_says_when_to_come_back_no_thread_sleeps_until_then(
     error = await refusal(made)
     assert (error.kind, error.retry_after_seconds) == (kind, 1)
     assert api.calls[Call.CREDENTIAL] == 1
-    api.heal()
+    api.clear_faults()
     await made.mint(PRIMARY)
 
 
@@ -295,7 +295,7 @@ async def test_a_late_thread_does_not_bring_back_the_login_of_a_rotated_secret(
     file.write_text("new-not-real")
     api.api.clients[CLIENT_ID] = "new-not-real"
     await made.mint(PRIMARY)
-    api.heal()
+    api.clear_faults()
     await asyncio.wait([late])
     logins = api.calls[Call.TOKEN]
     await made.mint(PRIMARY)
@@ -444,7 +444,7 @@ async def test_a_call_that_hangs_ends_at_the_deadline_and_the_next_one_works(
     api._faults.clear()
     await workspace(api).mint(PRIMARY)
     await _patiently(made)
-    api.heal()
+    api.clear_faults()
 
 
 async def _patiently(made: Workspace) -> None:
@@ -510,7 +510,7 @@ async def test_one_that_gives_up_while_a_call_hangs_is_gone_at_once(
     asking.cancel()
     await asyncio.wait([asking])
     assert asking.cancelled()
-    api.heal()
+    api.clear_faults()
 
 
 async def test_a_workspace_that_is_not_there_is_unreachable_and_then_back(
@@ -534,5 +534,5 @@ async def test_the_time_of_a_request_is_taken_before_it_is_made(api: standin.Wor
     minting = asyncio.create_task(made.mint(PRIMARY))
     await api.called(Call.CREDENTIAL)
     clock.move(-500)
-    api.heal()
+    api.clear_faults()
     assert (await minting).requested_at == begun

@@ -21,7 +21,7 @@ from proxy.wire.messages import AuthenticationOk
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace import resources
 from proxy.workspace.client import Workspace
-from proxy.workspace.minter import TRIES_MAX, MintForAny
+from proxy.workspace.minter import TRIES_MAX, Minter
 from proxy.workspace.token_source import Credentials
 from tests.support.raw_client import RawClient
 
@@ -39,12 +39,12 @@ async def api() -> AsyncIterator[StandIn]:
         yield started
 
 
-def minting(api: StandIn, names: list[str]) -> MintForAny:
+def minting(api: StandIn, names: list[str]) -> Minter:
     settings = WorkspaceSettings(
         host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)
     )
     made = Workspace(settings, CredentialsSettings(), version="0")
-    return MintForAny(made.mint, [resources.Endpoint(name) for name in names])
+    return Minter(made.mint, [resources.Endpoint(name) for name in names])
 
 
 def delete(api: StandIn, *names: str) -> None:

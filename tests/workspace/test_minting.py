@@ -8,8 +8,8 @@ from proxy.blocking import THREADS_MAX
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
 from proxy.workspace.client import Credential
-from proxy.workspace.minting import OwnToken, SharedToken, Tokens
-from proxy.workspace.single_flight import BACKOFF_SECONDS_MIN, Quiet
+from proxy.workspace.minting import Minting, MintPerConnection, MintShared
+from proxy.workspace.single_flight import BACKOFF_SECONDS_MIN, Backoff
 from tests.support.fake_clock import FakeClock
 
 
@@ -18,7 +18,7 @@ class Mint:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.quiet = Quiet(self.clock, lambda: 1.0)
+        self.quiet = Backoff(self.clock, lambda: 1.0)
         self.made = self.under_way = self.peak = 0
         self.failure: ProxyError | None = None
         self.go = asyncio.Event()
@@ -41,8 +41,8 @@ class Mint:
         return Credential(Secret(b"not-a-real-token-%d" % number), 0.0, 3600.0)
 
 
-def both(mint: Mint) -> list[Tokens]:
-    return [SharedToken(mint), OwnToken(mint, mint.quiet)]
+def both(mint: Mint) -> list[Minting]:
+    return [MintShared(mint), MintPerConnection(mint, mint.quiet)]
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -70,7 +70,7 @@ async def test_a_call_that_hangs_is_a_failure_and_goes_on_until_the_end(own: boo
 
 async def test_after_a_failure_one_finds_out_and_the_others_wait_for_it() -> None:
     mint = Mint()
-    tokens = OwnToken(mint, mint.quiet)
+    tokens = MintPerConnection(mint, mint.quiet)
     mint.failure = ProxyError(ErrorKind.API_UNREACHABLE)
     outcomes = await asyncio.gather(
         *(tokens.token(None) for _ in range(50)), return_exceptions=True

@@ -9,8 +9,8 @@ from proxy.workspace.single_flight import (
     BACKOFF_SECONDS_MAX,
     BACKOFF_SECONDS_MIN,
     RETRY_AFTER_SECONDS_MAX,
-    Quiet,
-    Shared,
+    Backoff,
+    SingleFlight,
     is_transient,
 )
 from tests.support.fake_clock import FakeClock
@@ -36,7 +36,7 @@ class Call:
 
 async def test_all_who_ask_while_it_is_under_way_share_its_result() -> None:
     call = Call()
-    shared = Shared(call)
+    shared = SingleFlight(call)
     asking = [asyncio.create_task(shared.result()) for _ in range(100)]
     await asyncio.sleep(0)
     call.go.set()
@@ -48,7 +48,7 @@ async def test_a_failure_is_raised_for_each_and_lost_for_nobody() -> None:
     call = Call()
     call.failure = DOWN
     call.go.set()
-    shared = Shared(call)
+    shared = SingleFlight(call)
     await shared.start()  # nobody waits for its result, and nothing is reported as unheard
     asking = [asyncio.create_task(shared.result()) for _ in range(3)]
     outcomes = await asyncio.gather(*asking, return_exceptions=True)
@@ -58,7 +58,7 @@ async def test_a_failure_is_raised_for_each_and_lost_for_nobody() -> None:
 
 async def test_one_who_gives_up_does_not_end_it_for_the_others() -> None:
     call = Call()
-    shared = Shared(call)
+    shared = SingleFlight(call)
     leaving, staying = (asyncio.create_task(shared.result()) for _ in range(2))
     await asyncio.sleep(0)
     leaving.cancel()
@@ -69,7 +69,7 @@ async def test_one_who_gives_up_does_not_end_it_for_the_others() -> None:
 
 async def test_closing_ends_a_call_that_is_under_way_and_is_nothing_without_one() -> None:
     call = Call()
-    shared = Shared(call)
+    shared = SingleFlight(call)
     await shared.close()
     running = shared.start()
     await asyncio.sleep(0)
@@ -81,7 +81,7 @@ async def test_closing_ends_a_call_that_is_under_way_and_is_nothing_without_one(
 @pytest.mark.parametrize("jitter", [0.0, 0.5, 1.0])
 def test_the_quiet_time_doubles_up_to_its_bound_and_half_of_it_is_sure(jitter: float) -> None:
     clock = FakeClock()
-    quiet = Quiet(clock, lambda: jitter)
+    quiet = Backoff(clock, lambda: jitter)
     assert quiet.seconds == 0
     ceiling = BACKOFF_SECONDS_MIN
     for _ in range(2000):  # a float would end at 1023 doublings
@@ -95,7 +95,7 @@ def test_the_quiet_time_doubles_up_to_its_bound_and_half_of_it_is_sure(jitter: f
 
 def test_failures_that_come_together_are_one() -> None:
     clock = FakeClock()
-    quiet = Quiet(clock, lambda: 1.0)
+    quiet = Backoff(clock, lambda: 1.0)
     for _ in range(100):
         quiet.begin(DOWN)
     assert quiet.seconds == pytest.approx(BACKOFF_SECONDS_MIN)
@@ -106,7 +106,7 @@ def test_failures_that_come_together_are_one() -> None:
 )
 def test_a_retry_after_makes_it_longer_but_not_for_ever(asked: float, seconds: float) -> None:
     clock = FakeClock()
-    quiet = Quiet(clock, lambda: 1.0)
+    quiet = Backoff(clock, lambda: 1.0)
     quiet.begin(ProxyError(ErrorKind.API_THROTTLED, retry_after_seconds=asked))
     assert quiet.seconds == pytest.approx(seconds)
     clock.move(-1)
@@ -115,7 +115,7 @@ def test_a_retry_after_makes_it_longer_but_not_for_ever(asked: float, seconds: f
 
 async def test_who_waits_for_it_to_be_over_hears_at_once_of_a_failure_for_good() -> None:
     clock = FakeClock()
-    quiet = Quiet(clock, lambda: 1.0)
+    quiet = Backoff(clock, lambda: 1.0)
     await quiet.over(clock.sleep)
     quiet.begin(DOWN)
     await quiet.over(clock.sleep)
@@ -127,7 +127,7 @@ async def test_who_waits_for_it_to_be_over_hears_at_once_of_a_failure_for_good()
 
 
 def test_a_success_ends_it_and_the_next_failure_begins_anew() -> None:
-    quiet = Quiet(FakeClock(), lambda: 1.0)
+    quiet = Backoff(FakeClock(), lambda: 1.0)
     quiet.begin(DOWN)
     quiet.end()
     assert (quiet.seconds, quiet.failure) == (0, None)
@@ -139,7 +139,7 @@ def test_a_success_ends_it_and_the_next_failure_begins_anew() -> None:
 def test_a_clock_that_is_set_back_ends_it(back: float) -> None:
     # It stayed quiet until the clock had come as far again.
     clock = FakeClock()
-    quiet = Quiet(clock, lambda: 1.0)
+    quiet = Backoff(clock, lambda: 1.0)
     quiet.begin(DOWN)
     clock.move(-back)
     assert quiet.seconds == 0
@@ -156,7 +156,7 @@ async def test_a_bug_in_a_shared_call_costs_those_who_wait_and_nobody_else() -> 
     async def broken() -> int:
         raise ZeroDivisionError
 
-    shared = Shared(broken)
+    shared = SingleFlight(broken)
     with pytest.raises(ProxyError) as refused:
         await shared.result()
     assert refused.value.kind is ErrorKind.INTERNAL

@@ -212,7 +212,7 @@ async def test_w43_one_process_serves_so_every_cancel_finds_its_session(
 
 
 @pytest.mark.parametrize("stage", [Stage.SSL_REPLY, Stage.TLS, Stage.CANCEL])
-@pytest.mark.parametrize("strike", [Injection.CLOSE, Injection.RESET])
+@pytest.mark.parametrize("inject", [Injection.CLOSE, Injection.RESET])
 async def test_w39_a_cancel_connection_that_breaks_closes_the_client_without_a_byte(
     proxy: App, lakebase: Lakebase, stage: Stage, inject: Injection
 ) -> None:

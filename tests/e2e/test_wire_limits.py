@@ -53,7 +53,7 @@ async def test_w45_an_unknown_database_is_3d000_with_a_stable_word(proxy: App) -
 
 
 @pytest.mark.parametrize("stage", [Stage.STARTUP, Stage.PASSWORD, Stage.AUTHENTICATED, Stage.READY])
-@pytest.mark.parametrize("strike", [Injection.CLOSE, Injection.FIN, Injection.RESET])
+@pytest.mark.parametrize("inject", [Injection.CLOSE, Injection.FIN, Injection.RESET])
 async def test_w46_an_upstream_that_is_lost_before_ready_is_08006(
     start_proxy: StartProxy, lakebase: Lakebase, stage: Stage, inject: Injection
 ) -> None:

@@ -353,7 +353,7 @@ async def _reach(lakebase: Lakebase, stage: Stage) -> RawClient:
 LOGIN_STAGES = [stage for stage in Stage if stage is not Stage.CANCEL]
 
 
-@pytest.mark.parametrize("strike", [Injection.CLOSE, Injection.FIN, Injection.RESET])
+@pytest.mark.parametrize("inject", [Injection.CLOSE, Injection.FIN, Injection.RESET])
 @pytest.mark.parametrize("stage", LOGIN_STAGES)
 async def test_a_connection_can_end_early_at_every_stage(
     lakebase: Lakebase, stage: Stage, inject: Injection

@@ -27,8 +27,8 @@ from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace.client import Workspace
 from proxy.workspace.resources import resource_of
 from proxy.workspace.single_flight import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN
+from tests.support.emulated_workspace import ENDPOINT
 from tests.support.fake_clock import FakeClock
-from tests.upstream.conftest import ENDPOINT
 
 
 def address_lookup(

@@ -245,7 +245,7 @@ async def test_a_pooled_host_that_wants_a_password_gets_no_token(
 # -- loss, refusal, sleep ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strike", DISCONNECTS, ids=lambda inject: inject.name.lower())
+@pytest.mark.parametrize("inject", DISCONNECTS, ids=lambda inject: inject.name.lower())
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name.lower())
 async def test_w53_an_upstream_lost_at_any_stage_is_dialled_again(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage, inject: Injection

@@ -27,8 +27,8 @@ from proxy.emulator.tokens import fingerprint
 from proxy.errors import ErrorKind, ProxyError
 from proxy.workspace import resources
 from proxy.workspace.client import Workspace
+from tests.support.emulated_workspace import ENDPOINT
 from tests.support.fake_clock import FakeClock
-from tests.upstream.conftest import ENDPOINT
 
 PRIMARY = resources.Endpoint(ENDPOINT)
 

@@ -20,7 +20,7 @@ from proxy.emulator.lakebase import CLIENT_SECRET
 from proxy.errors import ErrorKind, ProxyError
 from proxy.workspace.client import Workspace
 from proxy.workspace.resources import Endpoint, Instance, resource_of
-from tests.upstream.conftest import ENDPOINT
+from tests.support.emulated_workspace import ENDPOINT
 
 FACES = {
     Dialect.AUTOSCALING: (ENDPOINT, "ep-quiet-forest-00000001"),

@@ -19,7 +19,7 @@ from proxy.emulator.lakebase import CLIENT_SECRET, PERSONAL_TOKEN
 from proxy.errors import ErrorKind, ProxyError
 from proxy.workspace import resources
 from proxy.workspace.client import Workspace
-from tests.upstream.conftest import ENDPOINT
+from tests.support.emulated_workspace import ENDPOINT
 
 PRIMARY = resources.Endpoint(ENDPOINT)
 OTHER_ID = "00000000-0000-4000-8000-0000000000ff"

@@ -102,7 +102,6 @@ class Cluster:
         self.shard = shard
         self._settings = {**SETTINGS, **(settings or {})}
         self._version = version
-        self._binaries = _installation(version) / "bin"
         self._directory: Path | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
 
@@ -157,7 +156,7 @@ class Cluster:
         """
         options = ("-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-")
         run = subprocess.run(
-            [self._binaries / "psql", "-h", self.directory, "-U", user, "-d", database, *options],
+            [self.binaries / "psql", "-h", self.directory, "-U", user, "-d", database, *options],
             input=sql,
             capture_output=True,
             text=True,
@@ -186,15 +185,17 @@ class Cluster:
         # Made by the server's own user, or given to it, so that its supervisor can remove it.
         parent = _SHORT_DIRECTORY if Path(_SHORT_DIRECTORY).is_dir() else None
         self._directory = Path(tempfile.mkdtemp(prefix=f"lakebase-{os.getpid()}-", dir=parent))
+        binaries = self.binaries
         if account is not None:
-            os.chown(self._directory, account.pw_uid, account.pw_gid)
-            self._binaries = _reachable(self._binaries, self._directory)
-        self._initdb(account)
+            if not _can_run(binaries / "initdb", account):
+                binaries = _copy_installation(binaries, self._directory / "wheel")
+            _change_owner(self._directory, account)
+        self._initdb(binaries, account)
         self._supervisor = _spawn(
             (
                 *_SUPERVISOR,
                 str(self._directory),
-                str(self._binaries / "postgres"),
+                str(binaries / "postgres"),
                 "-D",
                 str(self._directory / "data"),
             ),
@@ -206,10 +207,10 @@ class Cluster:
         self.execute(_roles_sql() + _database_sql(DATABASE), database="postgres")
         self.execute(_identity_sql(self.shard))
 
-    def _initdb(self, account: pwd.struct_passwd | None) -> None:
+    def _initdb(self, binaries: Path, account: pwd.struct_passwd | None) -> None:
         directory = self.directory
         settings = {**self._settings, "unix_socket_directories": str(directory)}
-        command = [str(self._binaries / "initdb"), "-D", str(directory / "data"), "-U", SUPERUSER]
+        command = [str(binaries / "initdb"), "-D", str(directory / "data"), "-U", SUPERUSER]
         command += ["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
@@ -308,13 +309,45 @@ def _account() -> pwd.struct_passwd | None:
     return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
 
 
-def _reachable(binaries: Path, directory: Path) -> Path:
-    """Return the binaries, or a copy where others may read: root's home is often closed."""
-    if all(parent.stat().st_mode & 0o001 for parent in (binaries, *binaries.parents)):
-        return binaries
-    copy = directory / "pginstall"
-    shutil.copytree(binaries.parent, copy, symlinks=True)
-    return copy / "bin"
+def _can_run(program: Path, account: pwd.struct_passwd) -> bool:
+    """Return whether the account may read a program and its libraries: not in root's home."""
+    try:
+        run = subprocess.run(
+            [program, "--version"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=START_SECONDS_MAX,
+            check=False,
+            cwd="/",
+            user=account.pw_uid,
+            group=account.pw_gid,
+            extra_groups=[],
+        )
+    except (PermissionError, subprocess.TimeoutExpired):
+        return False
+    return run.returncode == 0
+
+
+def _copy_installation(binaries: Path, directory: Path) -> Path:
+    """Copy the wheel's directory with these binaries; return the copies.
+
+    A wheel brings every library that a system may lack, in its package or in PACKAGE.libs beside
+    it, and finds them by relative paths: the copy has its layout. It is about 25 MB.
+    """
+    installation = binaries.parent
+    package = installation.parent
+    others = set(_INSTALLATIONS.values()) - {installation.name}
+    unneeded = shutil.ignore_patterns(*others, "include", "*.a", "*.py", "*.pyc")
+    for part in (package, package.with_name(f"{package.name}.libs")):
+        if part.is_dir():
+            shutil.copytree(part, directory / part.name, ignore=unneeded)
+    return directory / binaries.relative_to(package.parent)
+
+
+def _change_owner(directory: Path, account: pwd.struct_passwd) -> None:
+    """Make the account the owner of a directory; of its contents first, while they are ours."""
+    for path in (*directory.rglob("*"), directory):
+        os.chown(path, account.pw_uid, account.pw_gid)
 
 
 def _environment() -> dict[str, str]:

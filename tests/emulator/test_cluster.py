@@ -22,6 +22,8 @@ from proxy.emulator.cluster import (
     start_together,
     stop_together,
 )
+from tests.support.closed_checkout import ClosedCheckout
+from tests.support.proxy_process import ROOT
 
 DEADLINE_SECONDS = 10.0
 
@@ -106,18 +108,32 @@ async def test_a_cancelled_start_leaves_nothing() -> None:
 
 def test_a_process_that_is_killed_leaves_nothing() -> None:
     """The shell beside the server notices that nobody holds its pipe any more."""
+    _start_and_kill(sys.executable, cwd=ROOT, version=16)
+
+
+@pytest.mark.parametrize("version", [16, 18])
+def test_a_cluster_starts_from_a_closed_folder_and_leaves_nothing(
+    closed_checkout: ClosedCheckout, version: int
+) -> None:
+    """The server's user could not read the libraries that the wheel has beside its package.
+
+    When the process was killed, a copy that belonged to root stayed.
+    """
+    command = (*closed_checkout.user, closed_checkout.python)
+    _start_and_kill(*command, cwd=closed_checkout.folder, version=version)
+
+
+def _start_and_kill(*python: str, cwd: Path, version: int) -> None:
+    """Run a cluster in a process that is killed; `-c` imports from where it runs."""
     program = (
         "from proxy.emulator.cluster import Cluster\n"
-        "cluster = Cluster(); cluster.start()\n"
+        f"cluster = Cluster(version={version}); cluster.start()\n"
+        "cluster.execute('LOAD $$libpqwalreceiver$$')\n"  # a module that needs libpq
         "print(cluster.directory, flush=True)\n"
         "input()\n"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        [*python, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=cwd
     )
     with child:
         assert child.stdout is not None

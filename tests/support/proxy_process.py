@@ -114,14 +114,16 @@ class ProxyProcess:
 async def started_process(
     *arguments: str,
     environment: Mapping[str, str] | None = None,
+    python: Sequence[str] = (sys.executable,),
     program: Sequence[str] = ("-m", "proxy"),
+    cwd: Path = ROOT,
 ) -> AsyncIterator[ProxyProcess]:
     """Run `python -m proxy` with these arguments; when the block ends it is killed if need be."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
+        *python,
         *program,
         *arguments,
-        cwd=ROOT,
+        cwd=cwd,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from proxy.emulator.cluster import CLIENT_ID
+from tests.support.closed_checkout import ClosedCheckout
 from tests.support.proxy_process import (
+    ROOT,
     ProxyProcess,
     alive,
     descendants,
@@ -103,7 +105,7 @@ async def test_the_printed_commands_work_and_a_signal_leaves_nothing_behind(
         assert "HINT: " in err
         bundled = re.search(r"No psql here\? There is one in (\S+)", proxy.out)
         assert bundled is not None
-        assert (Path(__file__).parents[1] / bundled[1] / "psql").exists()
+        assert (ROOT / bundled[1] / "psql").exists()
         leavings = Leavings(proxy.pid, tmp_path)
         assert leavings.pids
         assert leavings.directories
@@ -111,6 +113,28 @@ async def test_the_printed_commands_work_and_a_signal_leaves_nothing_behind(
         assert await proxy.ended() == 0
         await leavings.are_gone()
     assert proxy.err == ""
+
+
+async def test_from_a_closed_folder_the_printed_commands_work(
+    closed_checkout: ClosedCheckout,
+) -> None:
+    """`make demo` failed as root in a folder such as root's home."""
+    private = {"TMPDIR": str(closed_checkout.temporary), "HOME": str(closed_checkout.temporary)}
+    python, folder = (*closed_checkout.user, closed_checkout.python), closed_checkout.folder
+    async with started_process(
+        "demo", *FREE_PORTS, environment=private, python=python, cwd=folder
+    ) as proxy:
+        await proxy.printed(LAST_LINE)
+        bundled = re.search(r"No psql here\? There is one in (\S+)", proxy.out)
+        assert bundled is not None
+        psql = (*closed_checkout.user, str(folder / bundled[1] / "psql"))
+        code, out, err = await run_to_end(*psql, "-X", "-At", *printed_commands(proxy)[0][1:])
+        assert (code, out.strip(), err) == (0, f"{CLIENT_ID}|databricks_postgres", "")
+        leavings = Leavings(proxy.pid, closed_checkout.temporary)
+        assert leavings.directories
+        proxy.send(signal.SIGINT)
+        assert await proxy.ended() == 0
+        await leavings.are_gone()
 
 
 async def test_without_tcp_the_printed_commands_name_the_socket(tmp_path: Path) -> None:

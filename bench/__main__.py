@@ -16,7 +16,6 @@ from typing import Final
 
 from bench import comparison, plan, publish, shard_maps
 from bench.accounting import others_seconds
-from bench.chart import draw
 from bench.children import run
 from bench.comparison import say
 from bench.errors import BenchError
@@ -78,8 +77,6 @@ def _show(record: Record, outputs: Outputs, *, whole: bool) -> None:
     sys.stdout.write(table(kept) + "\n")
     if outputs.json:
         outputs.json.write_text(text)
-    if outputs.picture:
-        outputs.picture.write_text(draw(kept))
     if outputs.publish and whole:
         publish.publish(text)
     elif outputs.publish:

@@ -22,7 +22,7 @@ SUBJECTS: Final = (PGBENCH, BULK, CONNECT, STORM, WORKERS, START, MEMORY, SOAK, 
 _EPILOGUE: Final = """\
 The run of five rounds takes about six minutes, that of --full half an hour. What is published
 comes from `--full --publish --soak 60` on a machine that does nothing else: 90 minutes. It writes
-docs/performance.json, docs/performance.svg and the generated part of docs/performance.md.
+docs/performance.json and the generated part of docs/performance.md.
 """
 
 
@@ -55,7 +55,6 @@ class Outputs:
     """Where the results go beside the terminal."""
 
     json: Path | None
-    picture: Path | None
     publish: bool
 
 
@@ -71,7 +70,7 @@ def read(arguments: Sequence[str] | None) -> tuple[Plan, Outputs]:
         parser.error("--rounds and --megabytes are at least 1, --soak 0.1")
     if options.publish and options.only:
         parser.error("--publish shows one whole run: it does not go with --only")
-    return _plan(options, subjects), Outputs(options.json, options.picture, options.publish)
+    return _plan(options, subjects), Outputs(options.json, options.publish)
 
 
 def _default(full: bool) -> frozenset[str]:
@@ -91,7 +90,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--soak", type=float, default=0.5, metavar="MINUTES", help="(%(default)s)")
     parser.add_argument("--floor", action="store_true", help="with HAProxy, which takes no TLS")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios there (SVG)")
     parser.add_argument("--publish", action="store_true", help="write docs/performance.*")
     return parser
 

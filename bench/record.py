@@ -1,7 +1,7 @@
 """A finished run: what was measured, on what machine; to JSON and back.
 
 The JSON holds every round's value. Medians and ratios are beside them for other programs; here they
-are computed again, so that table, picture and document follow from the values alone.
+are computed again, so that table and document follow from the values alone.
 """
 
 import json

@@ -1,20 +1,15 @@
-"""What is published: picture and document follow from the record; what is missed is explained."""
+"""What is published: the document follows from the record; what is missed is explained."""
 
 import re
 
 import pytest
 
 from bench import publish
-from bench.chart import draw
 from bench.record import Record, from_json
 from bench.targets import TARGETS
 from tests.bench.records import record
 
 EMPTY = f"before\n{publish.BEGIN}\n{publish.END}\nafter\n"
-
-
-def test_the_published_picture_is_that_of_the_published_record() -> None:
-    assert publish.PICTURE.read_text() == draw(from_json(publish.RECORD.read_text()))
 
 
 def test_the_published_document_is_that_of_the_published_record() -> None:

@@ -31,7 +31,7 @@ from bench.idle_upstream import idle_upstream
 from bench.plan import BULK, CONNECT, MEMORY, PGBENCH, SOAK, START, STORM, WORKERS, Plan
 from bench.postgres import Place, Postgres, postgres
 from bench.readings import Readings
-from bench.systems import HAPROXY, PGBOUNCER, PROXY, Contender, Start, direct
+from bench.systems import BASE, HAPROXY, PGBOUNCER, PROXY, Contender, Start, direct
 from bench.workspace import workspace
 
 NEAR = "connect, on this machine"
@@ -81,7 +81,10 @@ class _Contest:
         for name, start in programs:
             if program := starting.find(name):
                 starts[name] = partial(start, place, self.directory, program)
-        starts[PROXY] = partial(starting.proxy, place, self.directory, self.workspace_url)
+        proxy = partial(starting.proxy, place, self.directory, self.workspace_url)
+        starts[PROXY] = proxy
+        if self.plan.base is not None:
+            starts[BASE] = partial(proxy, base=self.plan.base)
         return starts
 
     def rounds(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.queries import Load
+from bench.starting import installed_in
 
 PGBENCH: Final = "pgbench"
 BULK: Final = "bulk"
@@ -42,6 +43,7 @@ class Plan:
     scripted_sessions: tuple[int, ...]  # on a scripted upstream
     soak_minutes: float
     floor: bool
+    base: Path | None  # a checkout whose proxy is measured as well
 
     def sizes(self) -> str:
         """Return in words what is measured."""
@@ -68,8 +70,10 @@ def read(arguments: Sequence[str] | None) -> tuple[Plan, Outputs]:
     sizes = (options.rounds, options.megabytes if options.megabytes is not None else 1)
     if min(sizes) < 1 or options.soak < 0.1:
         parser.error("--rounds and --megabytes are at least 1, --soak 0.1")
-    if options.publish and options.only:
-        parser.error("--publish shows one whole run: it does not go with --only")
+    if options.publish and (options.only or options.base):
+        parser.error("--publish shows one whole run: it does not go with --only and --base")
+    if options.base and not installed_in(options.base).exists():
+        parser.error(f"--base needs what `make setup` makes there: {installed_in(options.base)}")
     return _plan(options, subjects), Outputs(options.json, options.publish)
 
 
@@ -89,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--megabytes", type=int, help="size of a COPY (256; with --full 1024)")
     parser.add_argument("--soak", type=float, default=0.5, metavar="MINUTES", help="(%(default)s)")
     parser.add_argument("--floor", action="store_true", help="with HAProxy, which takes no TLS")
+    parser.add_argument("--base", type=Path, metavar="CHECKOUT", help="with the proxy of another")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there")
     parser.add_argument("--publish", action="store_true", help="write docs/performance.*")
     return parser
@@ -114,4 +119,5 @@ def _plan(options: argparse.Namespace, subjects: frozenset[str]) -> Plan:
         scripted_sessions=(1000, 5000),
         soak_minutes=options.soak,
         floor=options.floor or full,
+        base=options.base,
     )

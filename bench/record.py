@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from bench.readings import Quantity, Readings
-from bench.systems import DIRECT, HAPROXY, PGBOUNCER, PROXY
+from bench.systems import BASE, DIRECT, HAPROXY, PGBOUNCER, PROXY
 
-CONTENDERS: Final = (DIRECT, HAPROXY, PGBOUNCER, PROXY)
-RATIOS: Final = ((PROXY, PGBOUNCER), (PROXY, DIRECT))
+CONTENDERS: Final = (DIRECT, HAPROXY, PGBOUNCER, BASE, PROXY)
+RATIOS: Final = ((PROXY, PGBOUNCER), (PROXY, DIRECT), (PROXY, BASE))
 _DIGITS: Final = 5  # more than a reading is good for, and a file that can be kept
 
 
@@ -29,6 +29,11 @@ class Record:
         """Those that took part, in the order of the columns."""
         seen = {name for values in self.readings.values.values() for name in values}
         return tuple(name for name in CONTENDERS if name in seen)
+
+    @property
+    def ratios(self) -> tuple[tuple[str, str], ...]:
+        """What is divided by what: the column of another checkout only where it took part."""
+        return RATIOS if BASE in self.contenders else RATIOS[:-1]
 
 
 def to_json(record: Record) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.readings import Quantity
-from bench.record import RATIOS, Record
+from bench.record import Record
 from proxy.native import WHY_MISSING
 
 _WIDTH: Final = 38
@@ -32,7 +32,7 @@ def table(record: Record) -> str:
     """Return the table: medians over the rounds, then the medians of the rounds' ratios."""
     lines = [f"{name + ':':<13}{value}" for name, value in record.machine.items()]
     head = "".join(f"{name:>11}" for name in record.contenders)
-    head += "".join(f"{f'{one}/{other}':>17}" for one, other in RATIOS)
+    head += "".join(f"{f'{one}/{other}':>17}" for one, other in record.ratios)
     rounds = f"median of {record.rounds} round{'s' * (record.rounds > 1)}"
     lines += ["", f"{rounds:<{_WIDTH}}{head}"]
     for case in dict.fromkeys(quantity.case for quantity in record.readings.values):
@@ -55,7 +55,7 @@ def _row(record: Record, quantity: Quantity) -> str:
     row = f"{label:<{_WIDTH}}"
     for contender in record.contenders:
         row += f"{number(record.readings.median(quantity, contender)):>11}"
-    for one, other in RATIOS:
+    for one, other in record.ratios:
         ratio = record.readings.ratio(quantity, one, other)
         row += f"{'-' if ratio is None else f'{ratio:.2f}':>17}"
     return row

@@ -21,7 +21,7 @@ from bench.accounting import descendants
 from bench.children import LOOPBACK, Child, child, free_port, private_directory, unprivileged
 from bench.errors import BenchError
 from bench.postgres import CONNECT_SECONDS_MAX, HOST, Place
-from bench.systems import HAPROXY, PGBOUNCER, PROXY, Contender
+from bench.systems import BASE, HAPROXY, PGBOUNCER, PROXY, Contender
 from bench.workspace import ENDPOINT
 from proxy.emulator.cluster import CLIENT_ID, DATABASE
 from proxy.emulator.lakebase import CLIENT_SECRET
@@ -65,19 +65,27 @@ def proxy(
     directory: Path,
     workspace_url: str,
     more: Mapping[str, str] | None = None,
+    *,
+    base: Path | None = None,
 ) -> Iterator[Contender]:
     """Run the proxy while the block runs, with its defaults but for names, ports and places.
 
-    `more` are settings beyond these, by the name of their variable without its prefix.
+    `more` are settings beyond these, by the name of their variable without its prefix. With `base`
+    it is the proxy of that checkout, which `make setup` has installed there.
     """
-    with proxy_process(place, directory, workspace_url, more) as started:
+    with proxy_process(place, directory, workspace_url, more, base=base) as started:
         started.wait_until(lambda: _serving_port(started) is not None)
         pids = (started.pid, *descendants(started.pid))
-        yield Contender(PROXY, _plain(_serving_port(started)), pids)
+        yield Contender(BASE if base else PROXY, _plain(_serving_port(started)), pids)
 
 
 def proxy_process(
-    place: Place, directory: Path, workspace_url: str, more: Mapping[str, str] | None = None
+    place: Place,
+    directory: Path,
+    workspace_url: str,
+    more: Mapping[str, str] | None = None,
+    *,
+    base: Path | None = None,
 ) -> AbstractContextManager[Child]:
     """Run the proxy, as `proxy` does, and do not wait until it serves."""
     settings = {
@@ -99,8 +107,13 @@ def proxy_process(
     environment = {f"LAKEBASE_PROXY_{name}": value for name, value in settings.items()}
     # Nothing of a person's own account, and no HTTP proxy on the way to the stand-in.
     environment |= {"DATABRICKS_CONFIG_FILE": os.devnull, "NO_PROXY": LOOPBACK}
-    command = [sys.executable, "-m", "proxy", "run"]
-    return child(command, _log(directory, "proxy"), environment=environment)
+    program = [sys.executable, "-m", "proxy"] if base is None else [installed_in(base)]
+    return child([*program, "run"], _log(directory, "proxy"), environment=environment)
+
+
+def installed_in(checkout: Path) -> Path:
+    """Return the proxy that `make setup` has installed in a checkout."""
+    return checkout.absolute() / ".venv/bin/lakebase-auth-proxy"
 
 
 @contextmanager

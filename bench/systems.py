@@ -18,6 +18,7 @@ from bench.postgres import Place
 DIRECT: Final = "direct"
 PGBOUNCER: Final = "pgbouncer"
 PROXY: Final = "proxy"
+BASE: Final = "base"  # the proxy of another checkout
 # The floor: it passes the client's own TLS on, so that its CPU is that of two sockets alone.
 HAPROXY: Final = "haproxy"
 

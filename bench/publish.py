@@ -1,17 +1,17 @@
 """`python -m bench.publish [RESULTS.json]`: the two published files, from one record.
 
-`docs/performance.json` is the record; the part of `docs/performance.md` between two markers follows
-from it, and a test holds that it does. Without an argument they are written anew
-from the published record: after a change of what they show.
+`docs/performance.json` is the record. The part of `docs/performance.md` between two markers is
+generated from it, and a test compares them. Without an argument the published record is used: for
+a change of what the document shows.
 """
 
 import sys
 from pathlib import Path
 from typing import Final
 
+from bench.goals import GoalResult, check_goals
 from bench.record import Record, from_json
-from bench.report import number, table
-from bench.targets import Standing, standings
+from bench.report import format_number, table
 
 _DOCS: Final = Path(__file__).parents[1] / "docs"
 RECORD: Final = _DOCS / "performance.json"
@@ -32,22 +32,22 @@ def with_results(document: str, record: Record) -> str:
     before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError("the document has lost the markers of its generated part")
+        raise ValueError("the document lacks the markers of its generated part")
     return f"{before}{BEGIN}\n\n{results(record)}\n\n{END}{after}"
 
 
 def results(record: Record) -> str:
-    """Return the targets and where they stand, then everything that was measured."""
-    rows = [_row(one) for one in standings(record)]
-    known = [one for one in standings(record) if one.met is not None]
+    """Return the goals and their results, then everything that was measured."""
+    rows = [_row(one) for one in check_goals(record)]
+    known = [one for one in check_goals(record) if one.met is not None]
     met = sum(one.met is True for one in known)
     return "\n".join(
         [
-            "## Where each number stands",
+            "## Goals and results",
             "",
-            f"{met} of {len(known)} values keep their bound. A missed one links to its reason.",
+            f"{met} of {len(known)} values meet their goal. A missed one links to the reason.",
             "",
-            "| measure | target | value | measured | |",
+            "| measure | goal | value | measured | |",
             "|---|---|---|--:|---|",
             *rows,
             "",
@@ -60,16 +60,16 @@ def results(record: Record) -> str:
     )
 
 
-def _row(one: Standing) -> str:
-    measure, words = one.target.measure, one.target.words
-    if one.value is None:
-        return f"| {measure} | {words} | {one.label} | - | not measured |"
-    stands = "met" if one.met else f"**missed**: [why](#{anchor(measure)})"
-    return f"| {measure} | {words} | {one.label} | {number(one.value)} | {stands} |"
+def _row(result: GoalResult) -> str:
+    measure, bound = result.goal.measure, result.goal.description
+    if result.value is None:
+        return f"| {measure} | {bound} | {result.label} | - | not measured |"
+    verdict = "met" if result.met else f"**missed**: [why](#{anchor(measure)})"
+    return f"| {measure} | {bound} | {result.label} | {format_number(result.value)} | {verdict} |"
 
 
 def anchor(measure: str) -> str:
-    """Return the name of the heading under which a measure's reason stands."""
+    """Return the anchor of the heading that explains a measure."""
     return measure.lower().replace(",", "").replace(" ", "-")
 
 

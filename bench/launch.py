@@ -1,8 +1,8 @@
-"""Runs the programs that stand between client and Postgres, each as its user would.
+"""Starts the programs between client and PostgreSQL, each configured as a user would.
 
-The proxy is the real command in a process of its own; it logs in to a stand-in workspace and
-mints its tokens there. PgBouncer is what a user would put in its place: session mode, TLS to the
-server, no authentication of clients. HAProxy passes TCP on and takes no part in TLS.
+The proxy is the real command in a process of its own; it mints its tokens in an emulated workspace.
+PgBouncer is set up as the alternative to it: session mode, TLS to the server, no authentication of
+clients. HAProxy forwards TCP and takes no part in TLS.
 """
 
 import json
@@ -17,16 +17,23 @@ from typing import Final
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
 
-from bench.accounting import descendants
-from bench.children import LOOPBACK, Child, child, free_port, private_directory, unprivileged
+from bench.child_processes import (
+    LOOPBACK,
+    ChildProcess,
+    child,
+    free_port,
+    private_directory,
+    unprivileged_account,
+)
 from bench.errors import BenchError
-from bench.postgres import CONNECT_SECONDS_MAX, HOST, Place
-from bench.systems import BASE, HAPROXY, PGBOUNCER, PROXY, Contender
+from bench.postgres import CONNECT_SECONDS_MAX, HOST, ServerAddress
+from bench.process_usage import descendants
+from bench.systems import BASE, HAPROXY, PGBOUNCER, PROXY, System
 from bench.workspace import ENDPOINT
 from proxy.emulator.cluster import CLIENT_ID, DATABASE
 from proxy.emulator.lakebase import CLIENT_SECRET
 
-SESSIONS_MAX: Final = 5200  # 5,000 idle ones and some to look at them
+SESSIONS_MAX: Final = 5200  # 5,000 idle ones and some more
 
 _PGBOUNCER_INI: Final = """\
 [databases]
@@ -61,33 +68,33 @@ listen postgres
 
 @contextmanager
 def proxy(
-    place: Place,
+    address: ServerAddress,
     directory: Path,
     workspace_url: str,
     more: Mapping[str, str] | None = None,
     *,
     base: Path | None = None,
-) -> Iterator[Contender]:
-    """Run the proxy while the block runs, with its defaults but for names, ports and places.
+) -> Iterator[System]:
+    """Run the proxy while the block runs, with default settings except names and addresses.
 
-    `more` are settings beyond these, by the name of their variable without its prefix. With `base`
-    it is the proxy of that checkout, which `make setup` has installed there.
+    `more` are further settings, by the name of their variable without its prefix. With `base` it is
+    the proxy that `make setup` has installed in that checkout.
     """
-    with proxy_process(place, directory, workspace_url, more, base=base) as started:
+    with proxy_process(address, directory, workspace_url, more, base=base) as started:
         started.wait_until(lambda: _serving_port(started) is not None)
         pids = (started.pid, *descendants(started.pid))
-        yield Contender(BASE if base else PROXY, _plain(_serving_port(started)), pids)
+        yield System(BASE if base else PROXY, _local_parameters(_serving_port(started)), pids)
 
 
 def proxy_process(
-    place: Place,
+    address: ServerAddress,
     directory: Path,
     workspace_url: str,
     more: Mapping[str, str] | None = None,
     *,
     base: Path | None = None,
-) -> AbstractContextManager[Child]:
-    """Run the proxy, as `proxy` does, and do not wait until it serves."""
+) -> AbstractContextManager[ChildProcess]:
+    """Run the proxy as `proxy` does, without waiting until it serves."""
     settings = {
         "LISTEN__PORT": "0",
         "LISTEN__MAX_CONNECTIONS": str(SESSIONS_MAX),
@@ -99,13 +106,13 @@ def proxy_process(
         "UPSTREAM__ENDPOINT": ENDPOINT,
         "UPSTREAM__HOST": HOST,
         "UPSTREAM__HOSTADDR": LOOPBACK,
-        "UPSTREAM__PORT": str(place.port),
-        "UPSTREAM__SSL_ROOT_CERT": str(place.ca_file),
+        "UPSTREAM__PORT": str(address.port),
+        "UPSTREAM__SSL_ROOT_CERT": str(address.ca_file),
         "SHUTDOWN__DRAIN_SECONDS": "0",
         "LOG__FORMAT": "json",
     } | dict(more or {})
     environment = {f"LAKEBASE_PROXY_{name}": value for name, value in settings.items()}
-    # Nothing of a person's own account, and no HTTP proxy on the way to the stand-in.
+    # No personal Databricks account, and no HTTP proxy before the emulated workspace.
     environment |= {"DATABRICKS_CONFIG_FILE": os.devnull, "NO_PROXY": LOOPBACK}
     program = [sys.executable, "-m", "proxy"] if base is None else [installed_in(base)]
     return child([*program, "run"], _log(directory, "proxy"), environment=environment)
@@ -117,72 +124,72 @@ def installed_in(checkout: Path) -> Path:
 
 
 @contextmanager
-def pgbouncer(place: Place, directory: Path, program: str) -> Iterator[Contender]:
+def pgbouncer(address: ServerAddress, directory: Path, program: str) -> Iterator[System]:
     """Run PgBouncer while the block runs."""
-    account, port = unprivileged(), free_port()
+    account, port = unprivileged_account(), free_port()
     log = _log(directory, "pgbouncer")
     home = private_directory(log.with_suffix(""), account)
     configuration = home / "pgbouncer.ini"
     configuration.write_text(
         _PGBOUNCER_INI.format(
             address=LOOPBACK,
-            upstream_port=place.port,
+            upstream_port=address.port,
             user=CLIENT_ID,
             port=port,
             admin=_APPLICATION,
             sessions_max=SESSIONS_MAX,
         )
     )
-    contender = _plain(port)
+    parameters = _local_parameters(port)
     with child([program, configuration], log, account=account) as started:
-        _wait_for(started, contender)
-        yield Contender(PGBOUNCER, contender, (started.pid,))
+        _wait_until_serving(started, parameters)
+        yield System(PGBOUNCER, parameters, (started.pid,))
 
 
-def empty_pool(contender: Contender) -> None:
-    """Have PgBouncer close the server connections that it keeps. Raises BenchError."""
-    if contender.name != PGBOUNCER:
+def empty_pool(system: System) -> None:
+    """Make PgBouncer close its pooled server connections. Raises BenchError."""
+    if system.name != PGBOUNCER:
         return
     admin = pq.PGconn.connect(
-        make_conninfo(**(contender.parameters | {"dbname": "pgbouncer"})).encode()
+        make_conninfo(**(system.parameters | {"dbname": "pgbouncer"})).encode()
     )
-    answered = admin.exec_(b"RECONNECT").status
+    status = admin.exec_(b"RECONNECT").status
     message = admin.error_message.decode(errors="replace")
     admin.finish()
-    if answered != pq.ExecStatus.COMMAND_OK:
-        raise BenchError(f"PgBouncer keeps its pool: {message}")
+    if status != pq.ExecStatus.COMMAND_OK:
+        raise BenchError(f"PgBouncer did not empty its pool: {message}")
 
 
 @contextmanager
-def haproxy(place: Place, directory: Path, program: str) -> Iterator[Contender]:
+def haproxy(address: ServerAddress, directory: Path, program: str) -> Iterator[System]:
     """Run HAProxy while the block runs."""
-    account, port = unprivileged(), free_port()
+    account, port = unprivileged_account(), free_port()
     log = _log(directory, "haproxy")
     home = private_directory(log.with_suffix(""), account)
     configuration = home / "haproxy.cfg"
     configuration.write_text(
         _HAPROXY_CFG.format(
-            address=LOOPBACK, port=port, upstream_port=place.port, sessions_max=SESSIONS_MAX
+            address=LOOPBACK, port=port, upstream_port=address.port, sessions_max=SESSIONS_MAX
         )
     )
-    contender = Place(port, place.ca_file).direct
+    parameters = ServerAddress(port, address.ca_file).libpq_parameters
     with child([program, "-db", "-f", configuration], log, account=account) as started:
-        _wait_for(started, contender)
-        yield Contender(HAPROXY, contender, (started.pid,))
+        _wait_until_serving(started, parameters)
+        yield System(HAPROXY, parameters, (started.pid,))
 
 
-def find(program: str) -> str | None:
-    """Return a server's program, which the distribution keeps from the path of ordinary users."""
+def find_program(program: str) -> str | None:
+    """Return the path of a server's program; Debian keeps it off an ordinary user's PATH."""
     return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin")
 
 
-def _wait_for(started: Child, parameters: dict[str, str]) -> None:
-    target = make_conninfo(**parameters).encode()
-    started.wait_until(lambda: pq.PGconn.ping(target) == pq.Ping.OK)
+def _wait_until_serving(started: ChildProcess, parameters: dict[str, str]) -> None:
+    conninfo = make_conninfo(**parameters).encode()
+    started.wait_until(lambda: pq.PGconn.ping(conninfo) == pq.Ping.OK)
 
 
-def _plain(port: int | None) -> dict[str, str]:
-    """Return libpq parameters for a local connection, as an application behind a sidecar has."""
+def _local_parameters(port: int | None) -> dict[str, str]:
+    """Return the libpq parameters of an application that connects to a local sidecar."""
     return {
         "host": LOOPBACK,
         "port": str(port),
@@ -194,8 +201,8 @@ def _plain(port: int | None) -> dict[str, str]:
     }
 
 
-def _serving_port(started: Child) -> int | None:
-    """Return the port that the proxy says it listens on, once it has said so."""
+def _serving_port(started: ChildProcess) -> int | None:
+    """Return the port on which the proxy listens, once its log has it."""
     for line in started.log.read_text().splitlines():
         if '"serving"' in line:
             port: int = json.loads(line)["port"]
@@ -204,7 +211,7 @@ def _serving_port(started: Child) -> int | None:
 
 
 def _log(directory: Path, name: str) -> Path:
-    """Return the first log file of this name that is not taken: programs are started anew."""
+    """Return an unused name for a log file: a program is started several times in a run."""
     number = 1
     while (path := directory / f"{name}-{number}.log").exists():
         number += 1

@@ -68,9 +68,9 @@ fuzz: $(INSTALLED) ## two million inputs a side, and generated tests for longer 
 	$(BIN)/python -m tests.fuzz.startup --side upstream --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
 	HYPOTHESIS_PROFILE=deep FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest tests/fuzz tests/property $(ARGS)
 
-# Beside .venv it needs the distribution's PostgreSQL (the demo's has no TLS) and PgBouncer; it says
-# so where one is missing. ARGS: --help lists them. `--only shardmap` needs neither and takes a
-# minute; `--full --publish --soak 60` is what docs/performance.md shows, and takes an hour and a half.
+# Needs the distribution's PostgreSQL (the demo's has no TLS) and PgBouncer besides .venv, and reports
+# what is missing. ARGS: --help lists them. `--only shardmap` needs neither and takes a minute.
+# `--base CHECKOUT` compares with the proxy of another checkout in the same rounds.
 bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (six minutes)
 	@exec $(BIN)/python -m bench $(ARGS)
 

@@ -1,178 +1,193 @@
-"""The order of a run: what is started, who is measured when.
+"""The order of a run: which programs are started, and which system is measured when.
 
-Everything that is compared is measured in the same round, one contender after the other, and each
-round begins with another one: the first finds the caches as nobody else does. Start, memory, soak
-and workers begin with programs started anew, since what one did before shows.
+Everything that is compared is measured in the same round, one system after the other, and each
+round begins with another system, because the first one finds cold caches. Start, memory, soak and
+workers begin with programs started anew, because earlier load would change their result.
 """
 
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from bench import (
     connect_storm,
+    connect_time,
+    large_results,
+    launch,
     memory,
-    queries,
-    results,
-    sessions,
+    pgbench,
     soak,
-    start_up,
-    starting,
+    startup_time,
     workers,
 )
-from bench.bulk import Bulk
-from bench.delay import ONE_WAY_MILLISECONDS, delayed
+from bench.bulk_copy import BulkCopy
+from bench.delayed_upstream import ONE_WAY_MILLISECONDS, delayed_upstream
 from bench.idle_upstream import idle_upstream
-from bench.plan import BULK, CONNECT, MEMORY, PGBENCH, SOAK, START, STORM, WORKERS, Plan
-from bench.postgres import Place, Postgres, postgres
-from bench.readings import Readings
-from bench.systems import HAPROXY, PGBOUNCER, PROXY, Contender, Start, direct
+from bench.measurements import Measurements
+from bench.options import BULK, CONNECT, MEMORY, PGBENCH, SOAK, START, STORM, WORKERS, Options
+from bench.postgres import Postgres, ServerAddress, postgres
+from bench.systems import BASE, HAPROXY, PGBOUNCER, PROXY, StartSystem, System, direct
 from bench.workspace import workspace
 
-NEAR = "connect, on this machine"
-FAR = f"connect, PostgreSQL {ONE_WAY_MILLISECONDS:g} ms away"
-_Program = Callable[[Place, Path, str], AbstractContextManager[Contender]]
-_ROUND_SUBJECTS = frozenset({PGBENCH, BULK, CONNECT, STORM})
+_LOCAL: Final = "connect, on this machine"
+_DELAYED: Final = f"connect, PostgreSQL {ONE_WAY_MILLISECONDS:g} ms away"
+_ROUND_SUBJECTS: Final = frozenset({PGBENCH, BULK, CONNECT, STORM})
+_Launch = Callable[[ServerAddress, Path, str], AbstractContextManager[System]]
 
 
-def hold(plan: Plan, directory: Path, readings: Readings) -> None:
-    """Measure everything that is planned. Raises BenchError; what was read until then stays."""
-    _allow_files()
+def run(options: Options, directory: Path, measurements: Measurements) -> None:
+    """Measure all that the options ask for. Raises BenchError; earlier measurements are kept."""
+    _raise_file_limit()
     with ExitStack() as stack:
         upstream = stack.enter_context(postgres(directory))
         url = stack.enter_context(workspace(directory))
-        contest = _Contest(plan, directory, upstream, url, readings)
-        if plan.subjects & _ROUND_SUBJECTS:
-            contest.rounds()
-        if WORKERS in plan.subjects:
-            contest.workers()
-        if START in plan.subjects:
-            contest.start_up()
-        if MEMORY in plan.subjects:
-            contest.memory()
-        if SOAK in plan.subjects:
-            say(f"soak, {plan.soak_minutes:g} min")
-            soak.measure(
-                contest.starts(upstream.place)[PROXY], plan.soak_minutes, upstream, readings
-            )
+        comparison = _Comparison(options, directory, upstream, url, measurements)
+        if options.subjects & _ROUND_SUBJECTS:
+            comparison.rounds()
+        if WORKERS in options.subjects:
+            comparison.workers()
+        if START in options.subjects:
+            comparison.startup_time()
+        if MEMORY in options.subjects:
+            comparison.memory()
+        if SOAK in options.subjects:
+            comparison.soak()
 
 
 @dataclass(frozen=True, slots=True)
-class _Contest:
+class _Comparison:
     """One run, with what all its parts need."""
 
-    plan: Plan
+    options: Options
     directory: Path
     upstream: Postgres
     workspace_url: str
-    readings: Readings
-
-    def starts(self, place: Place, *, floor: bool = False) -> dict[str, Start]:
-        """Return how each contender that is installed is started, with this place as upstream."""
-        starts: dict[str, Start] = {}
-        programs: list[tuple[str, _Program]] = [(PGBOUNCER, starting.pgbouncer)]
-        if floor:
-            programs.insert(0, (HAPROXY, starting.haproxy))
-        for name, start in programs:
-            if program := starting.find(name):
-                starts[name] = partial(start, place, self.directory, program)
-        starts[PROXY] = partial(starting.proxy, place, self.directory, self.workspace_url)
-        return starts
+    measurements: Measurements
 
     def rounds(self) -> None:
-        """Measure what is compared, round by round."""
-        plan, upstream = self.plan, self.upstream
+        """Measure the subjects that are compared, round by round."""
+        options = self.options
         with ExitStack() as stack:
-
-            def start(place: Place, *, floor: bool = False) -> list[Contender]:
-                starts = self.starts(place, floor=floor).values()
-                return [direct(place), *(stack.enter_context(one()) for one in starts)]
-
-            near = start(upstream.place, floor=plan.floor)
-            far = []
-            if CONNECT in plan.subjects:
-                far = start(stack.enter_context(delayed(upstream.place, self.directory)))
-            bulk = Bulk(plan.megabytes, upstream)
-            if BULK in plan.subjects:
-                bulk.prepare(near[0])
-            for number in range(plan.rounds):
-                say(f"round {number + 1} of {plan.rounds}")
-                self._round(_rotated(near, number), _rotated(far, number), bulk)
-                if STORM in plan.subjects and number < plan.storm_rounds:
-                    for contender in _rotated(near, number):
-                        if contender.name != HAPROXY:
-                            connect_storm.measure(
-                                plan.storm_sessions, contender, upstream, self.readings
-                            )
-
-    def _round(self, near: list[Contender], far: list[Contender], bulk: Bulk) -> None:
-        """Measure everything once; for each thing all contenders, right after each other."""
-        plan, readings = self.plan, self.readings
-        if PGBENCH in plan.subjects:
-            for load in plan.loads:
-                for contender in near:
-                    queries.measure(load, contender, self.upstream, readings)
-        if BULK in plan.subjects:
-            for contender in near:
-                bulk.measure(contender, readings)
-            for contender in near:
-                results.measure(contender, readings)
-        if CONNECT in plan.subjects:
-            sessions.measure(NEAR, plan.connects, near, readings)
-            sessions.measure(FAR, plan.delayed_connects, far, readings)
+            local = self._start(self.upstream.address, stack, floor=options.floor)
+            delayed = []
+            if CONNECT in options.subjects:
+                address = delayed_upstream(self.upstream.address, self.directory)
+                delayed = self._start(stack.enter_context(address), stack)
+            bulk = BulkCopy(options.megabytes, self.upstream)
+            if BULK in options.subjects:
+                bulk.prepare(local[0])
+            for number in range(options.rounds):
+                print_progress(f"round {number + 1} of {options.rounds}")
+                self._round(_rotated(local, number), _rotated(delayed, number), bulk)
+                if STORM in options.subjects and number < options.storm_rounds:
+                    self._storm(_rotated(local, number))
 
     def workers(self) -> None:
-        """Compare two workers with one, where there can be two."""
+        """Compare two workers with one, where this proxy can have two."""
         if not workers.available():
-            say(workers.MISSING)
+            print_progress(workers.MISSING)
             return
-        say("workers")
+        print_progress("workers")
 
-        def start(count: int) -> Start:
-            more = {"LISTEN__WORKERS": str(count)}
-            place, url = self.upstream.place, self.workspace_url
-            return partial(starting.proxy, place, self.directory, url, more)
+        def start(count: int) -> StartSystem:
+            return self._proxy(self.upstream.address, {"LISTEN__WORKERS": str(count)})
 
-        seconds = self.plan.loads[0].seconds
-        workers.measure(start, self.plan.rounds, seconds, self.upstream, self.readings)
+        seconds, rounds = self.options.loads[0].seconds, self.options.rounds
+        workers.measure(start, rounds, seconds, self.upstream, self.measurements)
 
-    def start_up(self) -> None:
-        """Start the proxy again and again."""
-        say("start")
-        place, url = self.upstream.place, self.workspace_url
-        run = partial(starting.proxy_process, place, self.directory, url)
-        start_up.measure(run, self.plan.rounds, self.readings)
+    def startup_time(self) -> None:
+        """Start the proxy several times."""
+        print_progress("start")
+        address, url = self.upstream.address, self.workspace_url
+        start = partial(launch.proxy_process, address, self.directory, url)
+        startup_time.measure(start, self.options.rounds, self.measurements)
 
     def memory(self) -> None:
-        """Fill and empty each contender."""
-        bulk = Bulk(self.plan.megabytes, self.upstream)
-        for name, start in self.starts(self.upstream.place).items():
-            say(f"memory of {name}")
-            memory.measure(start, self.plan.idle_sessions, bulk, self.readings)
-        with idle_upstream(self.upstream, self.directory) as place:
-            for count in self.plan.scripted_sessions:
-                for name, start in self.starts(place).items():
-                    say(f"memory of {name} with {count:,} sessions")
-                    memory.measure_idle(start, count, self.readings)
+        """Measure the memory of each system with idle sessions and after a bulk transfer."""
+        bulk = BulkCopy(self.options.megabytes, self.upstream)
+        for name, start in self._starts(self.upstream.address).items():
+            print_progress(f"memory of {name}")
+            memory.measure(start, self.options.idle_sessions, bulk, self.measurements)
+        with idle_upstream(self.upstream, self.directory) as address:
+            for count in self.options.scripted_sessions:
+                for name, start in self._starts(address).items():
+                    print_progress(f"memory of {name} with {count:,} sessions")
+                    memory.measure_idle(start, count, self.measurements)
+
+    def soak(self) -> None:
+        """Run the mixed load through the proxy."""
+        minutes = self.options.soak_minutes
+        print_progress(f"soak, {minutes:g} min")
+        start = self._proxy(self.upstream.address)
+        soak.measure(start, minutes, self.upstream, self.measurements)
+
+    def _start(
+        self, address: ServerAddress, stack: ExitStack, *, floor: bool = False
+    ) -> list[System]:
+        """Start every system for this upstream; the stack stops them."""
+        starts = self._starts(address, floor=floor).values()
+        return [direct(address), *(stack.enter_context(start()) for start in starts)]
+
+    def _starts(self, address: ServerAddress, *, floor: bool = False) -> dict[str, StartSystem]:
+        """Return how to start each installed system, with this address as its upstream."""
+        starts: dict[str, StartSystem] = {}
+        programs: list[tuple[str, _Launch]] = [(PGBOUNCER, launch.pgbouncer)]
+        if floor:
+            programs.insert(0, (HAPROXY, launch.haproxy))
+        for name, start in programs:
+            if program := launch.find_program(name):
+                starts[name] = partial(start, address, self.directory, program)
+        starts[PROXY] = self._proxy(address)
+        if self.options.base is not None:
+            base, url = self.options.base, self.workspace_url
+            starts[BASE] = partial(launch.proxy, address, self.directory, url, base=base)
+        return starts
+
+    def _proxy(self, address: ServerAddress, more: Mapping[str, str] | None = None) -> StartSystem:
+        """Return how to start the proxy, with `more` settings."""
+        return partial(launch.proxy, address, self.directory, self.workspace_url, more)
+
+    def _round(self, local: list[System], delayed: list[System], bulk: BulkCopy) -> None:
+        """Measure everything once; for each subject all systems, directly after each other."""
+        options, measurements = self.options, self.measurements
+        if PGBENCH in options.subjects:
+            for load in options.loads:
+                for system in local:
+                    pgbench.measure(load, system, self.upstream, measurements)
+        if BULK in options.subjects:
+            for system in local:
+                bulk.measure(system, measurements)
+            for system in local:
+                large_results.measure(system, measurements)
+        if CONNECT in options.subjects:
+            connect_time.measure(_LOCAL, options.connects, local, measurements)
+            connect_time.measure(_DELAYED, options.delayed_connects, delayed, measurements)
+
+    def _storm(self, systems: list[System]) -> None:
+        count = self.options.storm_sessions
+        for system in systems:
+            if system.name != HAPROXY:
+                connect_storm.measure(count, system, self.upstream, self.measurements)
 
 
-def say(text: str) -> None:
-    """Tell the person who waits what is being done."""
+def print_progress(text: str) -> None:
+    """Write a line to standard error, with the time of day."""
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
 
-def _rotated(contenders: list[Contender], number: int) -> list[Contender]:
-    """Let another one be first in each round."""
-    first = number % len(contenders) if contenders else 0
-    return contenders[first:] + contenders[:first]
+def _rotated(systems: list[System], number: int) -> list[System]:
+    """Return the systems with another one first in each round."""
+    first = number % len(systems) if systems else 0
+    return systems[first:] + systems[:first]
 
 
-def _allow_files() -> None:
-    """Take as many open files as we may have: for thousands of sessions, here and in children."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def _raise_file_limit() -> None:
+    """Raise the limit of open files, ours and our children's, for thousands of sessions."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))

@@ -1,8 +1,8 @@
-"""A storm: several hundred sessions at the same moment, from connect to the first answer.
+"""A connect storm: several hundred sessions opened at once, from connect to the first answer.
 
-What a deploy or a failover does to a sidecar. The client is libpq, driven without blocking by one
-thread. PgBouncer's pool is emptied before: its server connections are made in the storm, as the
-proxy's are; and the proxy opens no more than `upstream.connects_max` at a time.
+For: what a deploy or a failover does to a sidecar. The client is libpq, driven without blocking by
+one thread. PgBouncer's pool is emptied before, so that its server connections are opened in the
+storm, as the proxy's are. The proxy opens at most `upstream.connects_max` at a time.
 """
 
 import selectors
@@ -12,72 +12,72 @@ from typing import Final
 from psycopg import pq
 from psycopg.pq.abc import PGconn
 
+from bench.connect_time import open_session
 from bench.errors import BenchError
+from bench.launch import empty_pool
+from bench.measurements import Measurements, Quantity, percentile
 from bench.postgres import Postgres
-from bench.readings import Quantity, Readings, percentile
-from bench.sessions import open_session
-from bench.starting import empty_pool
-from bench.systems import Contender
+from bench.systems import System
 
 _SECONDS_MAX: Final = 60.0
 
 
-def measure(count: int, contender: Contender, upstream: Postgres, readings: Readings) -> None:
-    """Open so many sessions at once and keep how long they took. Raises BenchError."""
-    open_session(contender).finish()  # a token is there
-    empty_pool(contender)
-    upstream.settle()
-    before = contender.cpu()
-    took = _Storm(contender, count).run()
-    now = contender.cpu()
+def measure(count: int, system: System, upstream: Postgres, measurements: Measurements) -> None:
+    """Open `count` sessions at once and record how long each took. Raises BenchError."""
+    open_session(system).finish()  # so that the proxy has a token
+    empty_pool(system)
+    upstream.wait_until_sessions_end()
+    before = system.cpu_time()
+    took = _ConnectStorm(system, count).run()
+    now = system.cpu_time()
     case = f"storm, {count} sessions at once"
     for name, seconds in (
         ("p50", percentile(took, 0.5)),
         ("p99", percentile(took, 0.99)),
         ("until all answered", max(took)),
     ):
-        readings.add(contender.name, Quantity(case, name, "ms"), seconds * 1e3)
+        measurements.add(system.name, Quantity(case, name, "ms"), seconds * 1e3)
     if now is not None and before is not None:
-        spent = (now - before).total / count
-        readings.add(contender.name, Quantity(case, "CPU", "ms/session"), spent * 1e3)
-    empty_pool(contender)
-    upstream.settle()
+        used = (now - before).total / count
+        measurements.add(system.name, Quantity(case, "CPU", "ms/session"), used * 1e3)
+    empty_pool(system)
+    upstream.wait_until_sessions_end()
 
 
-class _Storm:
-    """The sessions of one storm, each in one of two states: connecting, or asking."""
+class _ConnectStorm:
+    """The sessions of one storm, each of them connecting or waiting for its answer."""
 
-    def __init__(self, contender: Contender, count: int) -> None:
-        self._contender = contender
+    def __init__(self, system: System, count: int) -> None:
+        self._system = system
         self._count = count
         self._sessions: list[PGconn] = []
         self._took: list[float] = []
-        self._begun = 0.0
+        self._started_at = 0.0
 
     def run(self) -> list[float]:
-        """Return the seconds from the storm's beginning to each answer. Raises BenchError."""
-        conninfo = self._contender.conninfo
+        """Return the seconds from the start of the storm to each answer. Raises BenchError."""
+        conninfo = self._system.conninfo
         try:
             with selectors.DefaultSelector() as selector:
-                self._begun = time.perf_counter()
+                self._started_at = time.perf_counter()
                 for _ in range(self._count):
                     session = pq.PGconn.connect_start(conninfo)
                     self._sessions.append(session)
-                    # libpq: behave as if polling had said so
+                    # libpq's documentation: begin as if PQconnectPoll had returned WRITING
                     selector.register(session.socket, selectors.EVENT_WRITE, session)
                 while len(self._took) < self._count:
-                    self._take_turn(selector)
+                    self._advance_ready(selector)
             return self._took
         finally:
             for session in self._sessions:
                 session.finish()
 
-    def _take_turn(self, selector: selectors.BaseSelector) -> None:
-        left = self._begun + _SECONDS_MAX - time.perf_counter()
+    def _advance_ready(self, selector: selectors.BaseSelector) -> None:
+        left = self._started_at + _SECONDS_MAX - time.perf_counter()
         ready = selector.select(left) if left > 0 else []
         if not ready:
             missing = self._count - len(self._took)
-            raise BenchError(f"{missing} of {self._count} got no answer of {self._contender.name}")
+            raise BenchError(f"{missing} of {self._count} got no answer from {self._system.name}")
         for key, _ in ready:
             session: PGconn = key.data
             selector.unregister(key.fd)  # libpq may change the socket
@@ -86,7 +86,7 @@ class _Storm:
                 selector.register(session.socket, wanted, session)
 
     def _advance(self, session: PGconn) -> int:
-        """Do what can be done; return what to wait for, 0 when the answer is there."""
+        """Do what can be done now; return what to wait for, 0 once the answer has arrived."""
         if session.status not in (pq.ConnStatus.OK, pq.ConnStatus.BAD):
             polled = session.connect_poll()
             if polled == pq.PollingStatus.READING:
@@ -104,7 +104,7 @@ class _Storm:
                 return selectors.EVENT_READ
             result = session.get_result()
             if result is not None and result.status == pq.ExecStatus.TUPLES_OK:
-                self._took.append(time.perf_counter() - self._begun)
+                self._took.append(time.perf_counter() - self._started_at)
                 return 0
         message = session.error_message.decode(errors="replace")
-        raise BenchError(f"no session through {self._contender.name} in a storm: {message}")
+        raise BenchError(f"no session through {self._system.name} in a connect storm: {message}")

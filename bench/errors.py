@@ -1,5 +1,5 @@
-"""What keeps a benchmark from running, in words for the person who started it."""
+"""The error that ends a benchmark run, with a text for the person who started it."""
 
 
 class BenchError(Exception):
-    """Something is missing, or a program that is measured did not do its part."""
+    """Something is missing, or a measured program failed."""

@@ -1,8 +1,8 @@
-"""`python -m bench.idle_upstream CERTIFICATE KEY`: an upstream that holds thousands of sessions.
+"""`python -m bench.idle_upstream CERTIFICATE KEY`: a scripted upstream for thousands of sessions.
 
-For: the memory of what stands before it, at numbers that PostgreSQL has no place for on a small
-machine. It speaks TLS, lets everybody in and answers every query with one row of one column. Not
-for: measuring anything else; nobody's time or CPU is taken with it.
+For: the memory of a proxy at session counts that PostgreSQL cannot hold on a small machine. It
+speaks TLS, accepts every login and answers every query with one row of one column. Not for:
+measuring time or CPU.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from pathlib import Path
 from struct import Struct
 from typing import Final
 
-from bench.children import LOOPBACK, child
-from bench.postgres import Place, Postgres
+from bench.child_processes import LOOPBACK, child
+from bench.postgres import Postgres, ServerAddress
 from proxy.wire.messages import (
     IDLE,
     AuthenticationOk,
@@ -26,11 +26,11 @@ from proxy.wire.messages import (
 )
 from proxy.wire.secret import Secret
 
-_MESSAGE_BYTES_MAX: Final = 64 * 1024  # more is a client that is not ours
+_MESSAGE_BYTES_MAX: Final = 64 * 1024  # our own clients send less
 _BACKLOG: Final = 1024
 _INT32: Final = Struct("!i")
 
-_WELCOME: Final = b"".join(
+_STARTUP_ANSWER: Final = b"".join(
     [
         AuthenticationOk().encode(),
         *(
@@ -62,17 +62,17 @@ _ANSWER: Final = b"".join(
 
 
 @contextmanager
-def idle_upstream(upstream: Postgres, directory: Path) -> Iterator[Place]:
-    """Run one while the block runs, with the real server's certificate."""
+def idle_upstream(upstream: Postgres, directory: Path) -> Iterator[ServerAddress]:
+    """Run a scripted upstream while the block runs, with the real server's certificate."""
     files = [str(upstream.certificate), str(upstream.private_key)]
     command = [sys.executable, "-m", "bench.idle_upstream", *files]
     with child(command, directory / "idle_upstream.log") as started:
         started.wait_until(lambda: started.tail().endswith("\n"))
-        yield Place(int(started.tail()), upstream.place.ca_file)
+        yield ServerAddress(int(started.tail()), upstream.address.ca_file)
 
 
 class _Upstream:
-    """Serves connections until the process is ended."""
+    """Serves connections until the process exits."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self._context = context
@@ -85,20 +85,20 @@ class _Upstream:
         await server.serve_forever()
 
     async def _session(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # Whoever leaves in the middle, as a ping does, has left.
+        # A client may disconnect at any point, as PQping does.
         with suppress(OSError, asyncio.IncompleteReadError, ssl.SSLError):
             await reader.readexactly(8)  # SSLRequest
             writer.write(b"S")
             await writer.start_tls(self._context)
-            await _rest(reader)  # StartupMessage
-            writer.write(_WELCOME)
+            await _read_body(reader)  # StartupMessage
+            writer.write(_STARTUP_ANSWER)
             while await reader.readexactly(1) == b"Q":
-                await _rest(reader)
+                await _read_body(reader)
                 writer.write(_ANSWER)
         writer.close()
 
 
-async def _rest(reader: asyncio.StreamReader) -> bytes:
+async def _read_body(reader: asyncio.StreamReader) -> bytes:
     (length,) = _INT32.unpack(await reader.readexactly(4))
     return await reader.readexactly(min(length - 4, _MESSAGE_BYTES_MAX))
 

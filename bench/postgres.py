@@ -1,8 +1,8 @@
-"""A real PostgreSQL that speaks TLS on a loopback port: what every contender leads to.
+"""A real PostgreSQL with TLS on a loopback port: the upstream of every system.
 
-It trusts every login over TLS, so that a token is accepted like any other password: what is
-measured is the way to it. The wheel that the demo uses is built without TLS, as are its psql and
-pgbench; these are the distribution's (Debian: `apt-get install postgresql`).
+It trusts every login over TLS, so a token is accepted like any other password. The wheel that the
+demo uses is built without TLS, and so are its psql and pgbench; these are the distribution's
+(Debian: `apt-get install postgresql`).
 """
 
 import os
@@ -19,12 +19,19 @@ import trustme
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
 
-from bench.children import LOOPBACK, child, free_port, private_directory, run, unprivileged
+from bench.child_processes import (
+    LOOPBACK,
+    child,
+    free_port,
+    private_directory,
+    run,
+    unprivileged_account,
+)
 from bench.errors import BenchError
 from proxy.emulator.cluster import CLIENT_ID, DATABASE
 
 HOST: Final = "upstream.bench.test"  # what the certificate names; no resolver is asked
-CONNECT_SECONDS_MAX: Final = "30"  # libpq waits without it for ever, deaf to Ctrl-C
+CONNECT_SECONDS_MAX: Final = "30"  # without it libpq waits for ever and ignores Ctrl-C
 PGBENCH_SCALE: Final = 10  # 1,000,000 accounts: in memory, and a second to make
 _CERTIFICATE: Final = "server.pem"
 _PRIVATE_KEY: Final = "server.key"
@@ -42,20 +49,20 @@ _SETTINGS: Final = {
     "fsync": "off",
     "synchronous_commit": "off",
     "full_page_writes": "off",
-    "autovacuum": "off",  # it would be measured along with whoever is next
+    "autovacuum": "off",  # it would add load to whatever is measured then
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where something that speaks Postgres with TLS listens, and who vouches for it."""
+class ServerAddress:
+    """The loopback port of a server with TLS, and the authority of its certificate."""
 
     port: int
     ca_file: Path
 
     @property
-    def direct(self) -> dict[str, str]:
-        """libpq parameters for a verified TLS connection with the token in hand."""
+    def libpq_parameters(self) -> dict[str, str]:
+        """The parameters of a verified TLS connection that sends a token."""
         return {
             "host": HOST,
             "hostaddr": LOOPBACK,
@@ -75,23 +82,23 @@ class Postgres:
     """A running server."""
 
     binaries: Path
-    place: Place
-    certificate: Path  # with `private_key`, for another that stands in for the server
+    address: ServerAddress
+    certificate: Path  # and `private_key`: `idle_upstream` has them, too
     private_key: Path
     socket_directory: Path
     scratch: Path
 
-    def settle(self) -> None:
-        """Wait until the sessions that ended are gone from the server, too. Raises BenchError."""
-        local = {"host": str(self.socket_directory), "port": str(self.place.port)}
-        target = make_conninfo(**local, user="postgres", dbname="postgres").encode()
-        session = pq.PGconn.connect(target)
+    def wait_until_sessions_end(self) -> None:
+        """Wait until the server has no session left of a closed connection. Raises BenchError."""
+        local = {"host": str(self.socket_directory), "port": str(self.address.port)}
+        conninfo = make_conninfo(**local, user="postgres", dbname="postgres").encode()
+        session = pq.PGconn.connect(conninfo)
         deadline, before = time.monotonic() + _SETTLE_SECONDS_MAX, None
         try:
-            # Those that stay are idle in somebody's pool: their number is not known, but stands.
+            # Sessions of a pool stay open: their number is unknown, but constant.
             while (now := session.exec_(_SESSIONS).get_value(0, 0)) != before:
                 if time.monotonic() > deadline:
-                    raise BenchError("sessions keep ending: the server does not settle")
+                    raise BenchError("the number of the server's sessions keeps changing")
                 before = now
                 time.sleep(_SETTLE_SECONDS)
         finally:
@@ -105,7 +112,7 @@ class Postgres:
     def _local(self, command: list[str], user: str, database: str) -> str:
         environment = {
             "PGHOST": str(self.socket_directory),
-            "PGPORT": str(self.place.port),
+            "PGPORT": str(self.address.port),
             "PGUSER": user,
             "PGDATABASE": database,
         }
@@ -118,7 +125,7 @@ class Postgres:
         )
 
     def prepare(self) -> None:
-        """Make the role, the database and the tables that are read and written."""
+        """Create the role, the database and the tables."""
         self.sql(f'CREATE ROLE "{CLIENT_ID}" LOGIN', database="postgres")
         self.sql(f'CREATE DATABASE {DATABASE} OWNER "{CLIENT_ID}"', database="postgres")
         initialise = ["pgbench", "-i", "-q", "-s", str(PGBENCH_SCALE), "--unlogged-tables"]
@@ -131,10 +138,10 @@ class Postgres:
 
 @contextmanager
 def postgres(directory: Path) -> Iterator[Postgres]:
-    """Run a server while the block runs. Raises BenchError when there is none with TLS."""
-    binaries, account, port = find_binaries(), unprivileged(), free_port()
+    """Run a server while the block runs. Raises BenchError if no installation has TLS."""
+    binaries, account, port = find_binaries(), unprivileged_account(), free_port()
     home = private_directory(directory / "postgres", account)
-    ca_file = _certify(directory, home)
+    ca_file = write_certificate(directory, home)
     settings = _SETTINGS | {
         "port": str(port),
         "unix_socket_directories": str(home),
@@ -154,11 +161,11 @@ def postgres(directory: Path) -> Iterator[Postgres]:
     command: list[str | Path] = [binaries / "postgres", "-D", data, *options]
     log, fast = directory / "postgres.log", signal.SIGINT  # a fast shutdown ends its sessions
     with child(command, log, account=account, stop_signal=fast) as server:
-        target = f"host={home} port={port} user=postgres dbname=postgres".encode()
-        server.wait_until(lambda: pq.PGconn.ping(target) == pq.Ping.OK)
+        conninfo = f"host={home} port={port} user=postgres dbname=postgres".encode()
+        server.wait_until(lambda: pq.PGconn.ping(conninfo) == pq.Ping.OK)
         running = Postgres(
             binaries,
-            Place(port, ca_file),
+            ServerAddress(port, ca_file),
             certificate=home / _CERTIFICATE,
             private_key=home / _PRIVATE_KEY,
             socket_directory=home,
@@ -169,7 +176,7 @@ def postgres(directory: Path) -> Iterator[Postgres]:
 
 
 def find_binaries() -> Path:
-    """Return the newest installation that has TLS, server and clients in one directory."""
+    """Return the directory of the newest installation with TLS, server and clients."""
     candidates = sorted(
         Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name)
     )
@@ -186,8 +193,8 @@ def find_binaries() -> Path:
     )
 
 
-def _certify(directory: Path, home: Path) -> Path:
-    """Write a certificate and its key for the server, and the authority's for its clients."""
+def write_certificate(directory: Path, home: Path) -> Path:
+    """Write a certificate and key for the server; return the authority's file for its clients."""
     authority = trustme.CA()
     certificate = authority.issue_cert(HOST)
     ca_file = directory / "ca.pem"

@@ -1,53 +1,58 @@
-"""A finished run: what was measured, on what machine; to JSON and back.
+"""The record of a run: what was measured, on what machine; to JSON and back.
 
-The JSON holds every round's value. Medians and ratios are beside them for other programs; here they
-are computed again, so that table, picture and document follow from the values alone.
+The JSON has every round's value. It has medians and ratios as well, for other programs; here they
+are computed again, so that table and document depend on the values alone.
 """
 
 import json
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from bench.readings import Quantity, Readings
-from bench.systems import DIRECT, HAPROXY, PGBOUNCER, PROXY
+from bench.measurements import Measurements, Quantity
+from bench.systems import BASE, DIRECT, HAPROXY, PGBOUNCER, PROXY
 
-CONTENDERS: Final = (DIRECT, HAPROXY, PGBOUNCER, PROXY)
-RATIOS: Final = ((PROXY, PGBOUNCER), (PROXY, DIRECT))
-_DIGITS: Final = 5  # more than a reading is good for, and a file that can be kept
+SYSTEMS: Final = (DIRECT, HAPROXY, PGBOUNCER, BASE, PROXY)
+RATIOS: Final = ((PROXY, PGBOUNCER), (PROXY, DIRECT), (PROXY, BASE))
+_DIGITS: Final = 5  # more than a measurement is good for, few enough for a small file
 
 
 @dataclass(slots=True)
 class Record:
-    """One run: `machine` in words, by heading, in the order in which it is shown."""
+    """One run. `machine` describes the machine and the run, by heading, in the order of output."""
 
     rounds: int
     machine: dict[str, str] = field(default_factory=dict)
-    readings: Readings = field(default_factory=Readings)
+    measurements: Measurements = field(default_factory=Measurements)
 
     @property
-    def contenders(self) -> tuple[str, ...]:
-        """Those that took part, in the order of the columns."""
-        seen = {name for values in self.readings.values.values() for name in values}
-        return tuple(name for name in CONTENDERS if name in seen)
+    def systems(self) -> tuple[str, ...]:
+        """The systems that took part, in the order of the columns."""
+        seen = {name for values in self.measurements.values.values() for name in values}
+        return tuple(name for name in SYSTEMS if name in seen)
+
+    @property
+    def ratios(self) -> tuple[tuple[str, str], ...]:
+        """The pairs that are compared; the other checkout's only if it took part."""
+        return RATIOS if BASE in self.systems else RATIOS[:-1]
 
 
 def to_json(record: Record) -> str:
-    """Return all of it: every round's value, medians and ratios; one line a quantity."""
-    readings = record.readings
+    """Return every round's value, the medians and the ratios, one line for each quantity."""
+    measurements = record.measurements
     quantities = [
         {
             "case": quantity.case,
             "name": quantity.name,
             "unit": quantity.unit,
-            "values": {name: [_short(one) for one in those] for name, those in values.items()},
-            "medians": {name: _short(readings.median(quantity, name)) for name in values},
+            "values": {name: [_short(one) for one in rounds] for name, rounds in values.items()},
+            "medians": {name: _short(measurements.median(quantity, name)) for name in values},
             "ratios": {
-                f"{one}/{other}": _short(readings.ratio(quantity, one, other))
+                f"{one}/{other}": _short(measurements.ratio(quantity, one, other))
                 for one, other in RATIOS
                 if one in values and other in values
             },
         }
-        for quantity, values in readings.values.items()
+        for quantity, values in measurements.values.items()
     ]
     lines = ",\n  ".join(json.dumps(one) for one in quantities)
     head = f' "rounds": {record.rounds},\n "machine": {json.dumps(record.machine, indent=2)}'
@@ -55,13 +60,13 @@ def to_json(record: Record) -> str:
 
 
 def from_json(text: str) -> Record:
-    """Return what `to_json` wrote, with the digits that it kept."""
+    """Return the record that `to_json` wrote, with the digits that it wrote."""
     parsed: dict[str, Any] = json.loads(text)
-    readings = Readings()
+    measurements = Measurements()
     for one in parsed["quantities"]:
         quantity = Quantity(one["case"], one["name"], one["unit"])
-        readings.values[quantity] = one["values"]
-    return Record(parsed["rounds"], parsed["machine"], readings)
+        measurements.values[quantity] = one["values"]
+    return Record(parsed["rounds"], parsed["machine"], measurements)
 
 
 def _short(value: float | None) -> float | None:

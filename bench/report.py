@@ -1,4 +1,4 @@
-"""A record as a table for people, and the machine that it is from."""
+"""A record as a table for people, and the description of the machine."""
 
 import os
 import platform
@@ -6,15 +6,15 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-from bench.readings import Quantity
-from bench.record import RATIOS, Record
+from bench.measurements import Quantity
+from bench.record import Record
 from proxy.native import WHY_MISSING
 
 _WIDTH: Final = 38
 
 
-def machine(versions: dict[str, str]) -> dict[str, str]:
-    """Return what was measured on, and the given versions of what was measured."""
+def describe_machine(versions: dict[str, str]) -> dict[str, str]:
+    """Return the machine by heading, and the given versions of the measured programs."""
     cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in cpu_lines if line.startswith("model name")]
     memory_kib = int(Path("/proc/meminfo").read_text().split()[1])
@@ -31,17 +31,17 @@ def machine(versions: dict[str, str]) -> dict[str, str]:
 def table(record: Record) -> str:
     """Return the table: medians over the rounds, then the medians of the rounds' ratios."""
     lines = [f"{name + ':':<13}{value}" for name, value in record.machine.items()]
-    head = "".join(f"{name:>11}" for name in record.contenders)
-    head += "".join(f"{f'{one}/{other}':>17}" for one, other in RATIOS)
+    head = "".join(f"{name:>11}" for name in record.systems)
+    head += "".join(f"{f'{one}/{other}':>17}" for one, other in record.ratios)
     rounds = f"median of {record.rounds} round{'s' * (record.rounds > 1)}"
     lines += ["", f"{rounds:<{_WIDTH}}{head}"]
-    for case in dict.fromkeys(quantity.case for quantity in record.readings.values):
+    for case in dict.fromkeys(quantity.case for quantity in record.measurements.values):
         lines += ["", case]
-        lines += [_row(record, one) for one in record.readings.values if one.case == case]
+        lines += [_row(record, one) for one in record.measurements.values if one.case == case]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Return a value with about three digits."""
     if value is None:
         return "-"
@@ -53,9 +53,9 @@ def number(value: float | None) -> str:
 def _row(record: Record, quantity: Quantity) -> str:
     label = f"  {quantity.name}, {quantity.unit}" if quantity.unit else f"  {quantity.name}"
     row = f"{label:<{_WIDTH}}"
-    for contender in record.contenders:
-        row += f"{number(record.readings.median(quantity, contender)):>11}"
-    for one, other in RATIOS:
-        ratio = record.readings.ratio(quantity, one, other)
+    for system in record.systems:
+        row += f"{format_number(record.measurements.median(quantity, system)):>11}"
+    for one, other in record.ratios:
+        ratio = record.measurements.ratio(quantity, one, other)
         row += f"{'-' if ratio is None else f'{ratio:.2f}':>17}"
     return row

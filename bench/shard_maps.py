@@ -1,7 +1,8 @@
-"""Static shard maps of a million mappings: how long to build, how much memory, how long to find.
+"""Static shard maps of a million mappings: time to build, memory, and time of a look-up.
 
-No PostgreSQL and no contender: the map is pure computation. Times are of this process's CPU, which
-other programs disturb less than the clock; a find is the best of many batches of random keys.
+No PostgreSQL and no other system: the map is pure computation. Times are CPU time of this process,
+which other programs disturb less than the clock; a look-up is the best of many batches of random
+keys.
 """
 
 import gc
@@ -18,7 +19,7 @@ from proxy.routing.map_builder import map_of_csv
 from proxy.routing.shard_map import Kind, MapSpec, ShardMap
 
 MAPPINGS: Final = 1_000_000
-# Tracing every allocation is slow; memory grows with the mappings.
+# Tracing every allocation is slow; memory is proportional to the mappings.
 _TRACED_MAPPINGS: Final = 100_000
 _TARGETS: Final = tuple(f"shard_{number}" for number in range(100))
 _BATCHES, _BATCH_KEYS = 20, 10_000
@@ -27,16 +28,16 @@ _SEED: Final = 20261122
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """A map of so many mappings: its lines, and a text of a key in the mapping of a number."""
+    """A kind of map: the line and a key of the mapping with a number."""
 
     name: str
-    form: MapSpec
+    spec: MapSpec
     row: Callable[[int, int], str]
     key: Callable[[int], str]
 
     def lines(self, mappings: int) -> Iterator[str]:
-        """Yield the lines of the file, head line first."""
-        is_list = self.form.kind is Kind.LIST
+        """Yield the lines of the file, header first."""
+        is_list = self.spec.kind is Kind.LIST
         yield "key,target" if is_list else "low,high,target"
         for number in range(mappings):
             yield f"{self.row(number, mappings)},{_TARGETS[number % len(_TARGETS)]}"
@@ -82,13 +83,13 @@ _CASES: Final = (
 
 
 def report() -> str:
-    """Measure every case and return a table."""
+    """Measure every kind of map and return a table."""
     lines = [f"{MAPPINGS:,} mappings{'':<14}{'build, s':>10}{'bytes each':>12}{'find, us':>10}"]
     for case in _CASES:
         rows = list(case.lines(MAPPINGS))
-        begun = time.process_time()
-        built = map_of_csv(rows, case.form, _TARGETS)
-        build_seconds = time.process_time() - begun
+        started_at = time.process_time()
+        built = map_of_csv(rows, case.spec, _TARGETS)
+        build_seconds = time.process_time() - started_at
         del rows
         find = _find_microseconds(case, built)
         del built
@@ -104,10 +105,10 @@ def _find_microseconds(case: _Case, shard_map: ShardMap) -> float:
     find, best_seconds = shard_map.target, float("inf")
     for first in range(0, len(keys), _BATCH_KEYS):
         batch = keys[first : first + _BATCH_KEYS]
-        begun = time.process_time()
+        started_at = time.process_time()
         for key in batch:
             find(key)
-        best_seconds = min(best_seconds, time.process_time() - begun)
+        best_seconds = min(best_seconds, time.process_time() - started_at)
     return best_seconds / _BATCH_KEYS * 1e6
 
 
@@ -115,7 +116,7 @@ def _bytes_each(case: _Case) -> float:
     rows = list(case.lines(_TRACED_MAPPINGS))
     gc.collect()
     tracemalloc.start()
-    built = map_of_csv(rows, case.form, _TARGETS)
-    kept_bytes = tracemalloc.get_traced_memory()[0]
+    built = map_of_csv(rows, case.spec, _TARGETS)
+    traced_bytes = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    return kept_bytes / len(built)
+    return traced_bytes / len(built)

@@ -1,6 +1,7 @@
-"""The ways to the same PostgreSQL: direct, through PgBouncer, through the proxy, through HAProxy.
+"""The systems that are compared: a direct connection, PgBouncer, the proxy, HAProxy.
 
-A contender is what a client connects to and the processes in between; `starting.py` runs them.
+A system is what a client connects to, and the processes between it and PostgreSQL. `launch.py`
+starts them.
 """
 
 from collections.abc import Callable
@@ -12,19 +13,20 @@ from typing import Final
 
 from psycopg.conninfo import make_conninfo
 
-from bench.accounting import CPU, cpu
-from bench.postgres import Place
+from bench.postgres import ServerAddress
+from bench.process_usage import CPUTime, cpu_time
 
 DIRECT: Final = "direct"
 PGBOUNCER: Final = "pgbouncer"
 PROXY: Final = "proxy"
-# The floor: it passes the client's own TLS on, so that its CPU is that of two sockets alone.
+BASE: Final = "base"  # the proxy of another checkout
+# The floor: it forwards the client's own TLS, so its CPU time is that of two sockets alone.
 HAPROXY: Final = "haproxy"
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
-    """One way to Postgres; `pids` are the processes in between, the first is their parent."""
+class System:
+    """One system; `pids` are its processes, the parent first. A direct connection has none."""
 
     name: str
     parameters: dict[str, str]
@@ -32,24 +34,24 @@ class Contender:
 
     @property
     def conninfo(self) -> bytes:
-        """The parameters as libpq reads them."""
+        """The parameters as a connection string."""
         return make_conninfo(**self.parameters).encode()
 
     @property
     def environment(self) -> dict[str, str]:
-        """The parameters as psql and pgbench take them."""
+        """The parameters as environment variables, for psql and pgbench."""
         renamed = {"dbname": "DATABASE"}
         pairs = self.parameters.items()
         return {f"PG{renamed.get(name, name.upper())}": value for name, value in pairs}
 
-    def cpu(self) -> CPU | None:
-        """Return what the processes in between have spent; None if there is none."""
-        return reduce(add, (cpu(pid) for pid in self.pids)) if self.pids else None
+    def cpu_time(self) -> CPUTime | None:
+        """Return what its processes have used; None if it has none."""
+        return reduce(add, (cpu_time(pid) for pid in self.pids)) if self.pids else None
 
 
-Start = Callable[[], AbstractContextManager[Contender]]
+StartSystem = Callable[[], AbstractContextManager[System]]
 
 
-def direct(place: Place) -> Contender:
-    """Return the limit: the client's own TLS connection."""
-    return Contender(DIRECT, place.direct)
+def direct(address: ServerAddress) -> System:
+    """Return the system without a proxy: the client's own TLS connection."""
+    return System(DIRECT, address.libpq_parameters)

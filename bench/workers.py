@@ -1,21 +1,21 @@
-"""Two workers beside one: what a transaction costs when two processes share the sessions.
+"""Two workers beside one: what a transaction costs if two processes share the sessions.
 
-`listen.workers` is to be had for the price of memory, not of CPU a transaction. How even the spread
-is follows from the sockets that each process holds while many sessions are open.
+`listen.workers` may cost memory, but not CPU per transaction. How evenly the sessions are spread is
+seen from the sockets that each process has while many sessions are open.
 """
 
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Final
 
-from bench import queries
-from bench.accounting import open_sockets
+from bench import pgbench
+from bench.connect_time import open_session
 from bench.errors import BenchError
+from bench.measurements import Measurements, Quantity
+from bench.pgbench import Load
 from bench.postgres import Postgres
-from bench.queries import Load
-from bench.readings import Quantity, Readings
-from bench.sessions import open_session
-from bench.systems import PROXY, Contender, Start
+from bench.process_usage import open_sockets
+from bench.systems import PROXY, StartSystem, System
 from proxy.config import settings_keys
 
 KEY: Final = "listen.workers"
@@ -26,70 +26,72 @@ _CLIENTS: Final = 8
 _SESSIONS: Final = 400
 
 
-StartWorkers = Callable[[int], Start]
+StartWorkers = Callable[[int], StartSystem]
 
 
 def available() -> bool:
-    """Whether this proxy can have more than one."""
+    """Whether this proxy can have more than one worker."""
     return any(key.dotted == KEY for key in settings_keys())
 
 
 def measure(
-    start: StartWorkers, rounds: int, seconds: float, upstream: Postgres, readings: Readings
+    start: StartWorkers, rounds: int, seconds: float, upstream: Postgres, measurements: Measurements
 ) -> None:
-    """Compare one with two in as many rounds, and keep the spread of two. Raises BenchError."""
+    """Compare one worker with two, round by round; record the spread of two. Raises BenchError."""
     loads = [Load(protocol, _CLIENTS, seconds) for protocol in _PROTOCOLS]
     with ExitStack() as stack:
         one, two = (stack.enter_context(start(workers)()) for workers in (1, 2))
         if len(two.pids) < 2:
-            raise BenchError(f"{KEY} = 2 made no process of its own")
+            raise BenchError(f"{KEY} = 2 started no worker process")
         for number in range(rounds):
             for load in loads:
-                _compare(load, (one, two), upstream, readings, turned=number % 2 == 1)
-        readings.add(
-            PROXY, Quantity(CASE, "sessions of the least even worker", "% off"), _spread(two)
+                _compare(load, (one, two), upstream, measurements, reverse=number % 2 == 1)
+        measurements.add(
+            PROXY,
+            Quantity(CASE, "sessions of the least even worker", "% off"),
+            _unevenness_percent(two),
         )
 
 
 def _compare(
     load: Load,
-    contenders: tuple[Contender, Contender],
+    systems: tuple[System, System],
     upstream: Postgres,
-    readings: Readings,
+    measurements: Measurements,
     *,
-    turned: bool,
+    reverse: bool,
 ) -> None:
-    order = (1, 0) if turned else (0, 1)
-    seen = {index: queries.observe(load, contenders[index], upstream) for index in order}
+    order = (1, 0) if reverse else (0, 1)
+    windows = {index: pgbench.run(load, systems[index], upstream) for index in order}
     costs = []
     for index in (0, 1):
-        window, count = seen[index], f"{index + 1} worker{'s' * index}"
+        window, count = windows[index], f"{index + 1} worker{'s' * index}"
         assert window.cpu is not None
         costs.append(window.cpu.total / len(window.latencies) * 1e6)
         case = f"{CASE}, {load.case}"
-        readings.add(PROXY, Quantity(case, f"throughput, {count}", "TPS"), window.throughput)
-        readings.add(PROXY, Quantity(case, f"CPU, {count}", "us/transaction"), costs[index])
+        measurements.add(PROXY, Quantity(case, f"throughput, {count}", "TPS"), window.throughput)
+        measurements.add(PROXY, Quantity(case, f"CPU, {count}", "us/transaction"), costs[index])
     ratio = Quantity(f"{CASE}, {load.case}", "CPU, 2 workers / 1", "")
-    readings.add(PROXY, ratio, costs[1] / costs[0])
+    measurements.add(PROXY, ratio, costs[1] / costs[0])
 
 
-def _spread(contender: Contender) -> float:
-    """Return how far from even the sessions are spread, in per cent of an even share.
+def _unevenness_percent(system: System) -> float:
+    """Return how unevenly sessions are spread, in per cent of an even share.
 
-    A process that takes no sessions at all, as a parent of workers may be, is not counted.
+    A process without any session, such as the supervisor, is not counted.
     """
-    before = [open_sockets(pid) for pid in contender.pids]
+    before = [open_sockets(pid) for pid in system.pids]
     with ExitStack() as stack:
         for _ in range(_SESSIONS):
-            stack.callback(open_session(contender).finish)
-        after = [open_sockets(pid) for pid in contender.pids]
+            stack.callback(open_session(system).finish)
+        after = [open_sockets(pid) for pid in system.pids]
     grown = [more - less for more, less in zip(after, before, strict=True)]
-    return unevenness([count for count in grown if count > len(contender.pids)])
+    return unevenness([count for count in grown if count > len(system.pids)])
 
 
 def unevenness(counts: list[int]) -> float:
     """Return the largest distance from the mean, in per cent of it. Raises BenchError for none."""
     if not counts:
-        raise BenchError("no process holds the sessions")
+        raise BenchError("no process has the sessions")
     even = sum(counts) / len(counts)
     return max(abs(count - even) for count in counts) / even * 100

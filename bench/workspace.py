@@ -1,7 +1,7 @@
-"""`python -m bench.workspace`: a stand-in workspace that the proxy mints its tokens in.
+"""`python -m bench.workspace`: the emulated workspace in which the proxy mints its tokens.
 
-A process of its own: libpq's blocking calls in the harness hold the interpreter's lock, and a
-proxy that waits for a token while the harness waits for the proxy would wait for ever.
+A process of its own, because libpq's blocking calls in the benchmark hold the interpreter's lock:
+the proxy would wait for a token while the benchmark waits for the proxy.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from bench.children import child
+from bench.child_processes import child
 from proxy.emulator.cluster import CLIENT_ID, Cluster
 from proxy.emulator.endpoints import Dialect, Endpoint
 from proxy.emulator.lakebase import CLIENT_SECRET
@@ -22,7 +22,7 @@ ENDPOINT: Final = "projects/bench/branches/production/endpoints/primary"
 
 @contextmanager
 def workspace(directory: Path) -> Iterator[str]:
-    """Run one while the block runs; give its URL."""
+    """Run a workspace while the block runs; yield its URL."""
     command = [sys.executable, "-m", "bench.workspace"]
     with child(command, directory / "workspace.log") as started:
         started.wait_until(lambda: started.tail().endswith("\n"))
@@ -30,7 +30,7 @@ def workspace(directory: Path) -> Iterator[str]:
 
 
 async def _serve() -> None:
-    """Print the URL and serve until the process is ended."""
+    """Print the URL and serve until the process exits."""
     # The endpoint is only a name here: its cluster is never started.
     endpoint = Endpoint(ENDPOINT, "ep-bench", Dialect.AUTOSCALING, Cluster())
     async with Workspace([endpoint], {CLIENT_ID: CLIENT_SECRET}) as served:

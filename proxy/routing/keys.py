@@ -83,26 +83,12 @@ def key_parser(key_type: KeyType, normalise: Normalise = Normalise.NONE) -> Call
 def show_key(key: bytes, key_type: KeyType) -> str:
     """Return the canonical text of a key: `parse_key` makes the same bytes of it.
 
-    Bytes that are no key (a bound such as `next_key` makes of a text) are shown as hex.
+    Bytes that are no key of this type are shown as hex.
     """
     try:
         return _DECODERS[key_type](key)
     except (ValueError, OverflowError):
         return _show_bytea(key)
-
-
-def next_key(key: bytes | None, key_type: KeyType) -> bytes | None:
-    """Return the smallest key above this one; None, plus infinity, above the largest.
-
-    Above a text or bytea of KEY_BYTES_MAX comes a bound that is one byte longer than any key.
-    Raises ValueError: nothing is above plus infinity.
-    """
-    if key is None:
-        raise ValueError("there is no key above plus infinity")
-    if key_type in (KeyType.TEXT, KeyType.BYTEA):
-        return key + b"\0"
-    following = int.from_bytes(key) + 1
-    return None if following >> 8 * len(key) else following.to_bytes(len(key))
 
 
 def hash_key(key: bytes) -> bytes:

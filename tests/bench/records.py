@@ -1,8 +1,8 @@
-"""A record to look at: every target measured, each at a value that is chosen."""
+"""A record for tests: every goal has values, which the test chooses."""
 
 from collections.abc import Iterator
 
-from bench.readings import Quantity
+from bench.measurements import Quantity
 from bench.record import Record
 from bench.systems import DIRECT, PGBOUNCER, PROXY
 
@@ -13,15 +13,15 @@ LOADS = [f"{one}, {count}" for one in ("simple", "prepared") for count in ("1 cl
 def record(
     *, speed: float = 2.0, cost: float = 0.5, latency: float = 110.0, own: float = 1.0
 ) -> Record:
-    """Return one in which PgBouncer is 1 in speed and cost, and direct 1 too.
+    """Return a record in which PgBouncer and direct have speed 1 and cost 1.
 
-    A latency is 100 for direct and 120 for PgBouncer. `own` is what stands for itself.
+    A latency is 100 for direct and 120 for PgBouncer. `own` is the value of what is not compared.
     """
     made = Record(2, dict(MACHINE))
     for quantity, values in _values(speed, cost, latency, own):
-        for contender, value in values.items():
+        for system, value in values.items():
             for _ in range(made.rounds):
-                made.readings.add(contender, quantity, value)
+                made.measurements.add(system, quantity, value)
     return made
 
 
@@ -34,8 +34,8 @@ def _values(
         latencies = {DIRECT: 100.0, PGBOUNCER: 120.0, PROXY: latency}
         yield Quantity(case, "latency p50", "us"), latencies
         yield Quantity(case, "CPU", "us/transaction"), {PGBOUNCER: 1, PROXY: cost}
-    for way in ("out", "in"):
-        case = f"COPY {way}, 64 MB"
+    for direction in ("out", "in"):
+        case = f"COPY {direction}, 64 MB"
         yield Quantity(case, "speed", "MB/s"), {DIRECT: 1, PGBOUNCER: 1, PROXY: speed}
         yield Quantity(case, "CPU", "s/GB"), {PGBOUNCER: 1, PROXY: cost}
     for where in ("on this machine", "PostgreSQL 1 ms away"):

@@ -1,20 +1,15 @@
-"""What is published: picture and document follow from the record; what is missed is explained."""
+"""The published document is generated from the record, and explains each missed goal."""
 
 import re
 
 import pytest
 
 from bench import publish
-from bench.chart import draw
+from bench.goals import GOALS
 from bench.record import Record, from_json
-from bench.targets import TARGETS
 from tests.bench.records import record
 
 EMPTY = f"before\n{publish.BEGIN}\n{publish.END}\nafter\n"
-
-
-def test_the_published_picture_is_that_of_the_published_record() -> None:
-    assert publish.PICTURE.read_text() == draw(from_json(publish.RECORD.read_text()))
 
 
 def test_the_published_document_is_that_of_the_published_record() -> None:
@@ -22,19 +17,19 @@ def test_the_published_document_is_that_of_the_published_record() -> None:
     assert publish.with_results(document, from_json(publish.RECORD.read_text())) == document
 
 
-def test_every_measure_has_a_place_where_its_reason_stands() -> None:
+def test_every_measure_has_a_section_that_explains_it() -> None:
     headings = re.findall(r"^### (.+)$", publish.DOCUMENT.read_text(), re.MULTILINE)
-    assert headings == [target.measure for target in TARGETS]
+    assert headings == [goal.measure for goal in GOALS]
 
 
-def test_only_what_stands_between_the_markers_is_written() -> None:
+def test_only_the_part_between_the_markers_is_written() -> None:
     once = publish.with_results(EMPTY, record())
     assert once.startswith(f"before\n{publish.BEGIN}\n\n## ")
     assert once.endswith(f"```\n\n{publish.END}\nafter\n")
     assert publish.with_results(once, record()) == once
 
 
-def test_a_document_without_markers_is_not_written() -> None:
+def test_a_document_without_markers_is_an_error() -> None:
     with pytest.raises(ValueError, match="markers"):
         publish.with_results("nothing\n", record())
 
@@ -55,5 +50,5 @@ def test_met_missed_and_not_measured_are_told_apart() -> None:
     ("measure", "expected"),
     [("Two workers, CPU", "two-workers-cpu"), ("CPU a GB", "cpu-a-gb")],
 )
-def test_the_anchor_is_a_forges(measure: str, expected: str) -> None:
+def test_the_anchor_is_that_of_rendered_markdown(measure: str, expected: str) -> None:
     assert publish.anchor(measure) == expected

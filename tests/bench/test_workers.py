@@ -1,4 +1,4 @@
-"""How even sessions are spread over processes."""
+"""How evenly sessions are spread over processes."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_unevenness_is_the_largest_distance_from_an_even_share(
     assert unevenness(counts) == pytest.approx(expected)
 
 
-def test_sessions_that_nobody_holds_are_an_error() -> None:
+def test_sessions_that_no_process_has_are_an_error() -> None:
     with pytest.raises(BenchError, match="no process"):
         unevenness([])
 

@@ -13,7 +13,6 @@ from proxy.routing.keys import (
     Normalise,
     fingerprint,
     hash_key,
-    next_key,
     parse_key,
     show_key,
 )
@@ -202,33 +201,6 @@ def test_the_longest_key_is_taken() -> None:
 def test_an_empty_text_has_no_bytes() -> None:
     assert parse_key("", TEXT) == b""
     assert parse_key("\\x", BYTEA) == b""
-
-
-FIXED = [(INT4, 4), (INT8, 8), (UUID, 16), (TIMESTAMPTZ, 8)]
-
-
-@pytest.mark.parametrize(("key_type", "length"), FIXED)
-def test_s2_next_of_the_last_key_is_plus_infinity(key_type: KeyType, length: int) -> None:
-    last = b"\xff" * length
-    assert next_key(last[:-1] + b"\xfe", key_type) == last
-    assert next_key(last, key_type) is None
-    assert next_key(b"\0" * length, key_type) == b"\0" * (length - 1) + b"\1"
-
-
-def test_s2_next_carries() -> None:
-    assert next_key(parse_key("-1", INT4), INT4) == parse_key("0", INT4)
-
-
-@pytest.mark.parametrize("key_type", KeyType)
-def test_s2_nothing_is_next_to_plus_infinity(key_type: KeyType) -> None:
-    with pytest.raises(ValueError, match="infinity"):
-        next_key(None, key_type)
-
-
-@pytest.mark.parametrize("key_type", [TEXT, BYTEA])
-def test_s2_next_of_the_longest_key_is_a_bound_of_one_byte_more(key_type: KeyType) -> None:
-    longest = b"\xff" * KEY_BYTES_MAX
-    assert next_key(longest, key_type) == longest + b"\0"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which curve a server asks for: out of real handshakes, out of none, and how long it is kept."""
+"""The curve that a server asks for: read from real handshakes, and how long it is kept."""
 
 import ssl
 
@@ -21,7 +21,7 @@ TLS_1_2 = ssl.TLSVersion.TLSv1_2
 def first_answer(
     server_curve: str | None, client_curve: str | None = None, version: ssl.TLSVersion | None = None
 ) -> bytes:
-    """Return what a real server says to a real ClientHello."""
+    """Return the answer of a real server to a real ClientHello."""
     tls = contexts()
     if server_curve is not None:
         tls.server.set_ecdh_curve(server_curve)
@@ -51,12 +51,12 @@ def test_a_curve_that_a_server_asks_for_is_read(curve: str) -> None:
     ("server_curve", "client_curve", "version"),
     [
         ("X25519", None, None),  # the client's own guess
-        ("prime256v1", "prime256v1", None),  # asked for before, and offered first now
-        ("prime256v1", None, TLS_1_2),  # there the server's choice costs nothing
-        ("X448", None, None),  # asked for, but no curve that a context can be given by this name
+        ("prime256v1", "prime256v1", None),  # the client offers it first
+        ("prime256v1", None, TLS_1_2),  # has no HelloRetryRequest
+        ("X448", None, None),  # not a curve that set_ecdh_curve takes
     ],
 )
-def test_a_server_that_asks_for_none_of_them_teaches_nothing(
+def test_an_answer_that_asks_for_no_known_curve_gives_none(
     server_curve: str, client_curve: str | None, version: ssl.TLSVersion | None
 ) -> None:
     assert asked_curve(first_answer(server_curve, client_curve, version)) is None
@@ -67,12 +67,12 @@ def test_another_random_makes_it_an_ordinary_server_hello() -> None:
 
 
 @pytest.mark.parametrize("size", range(len(RETRY)))
-def test_a_part_of_the_request_is_never_read_wrong(size: int) -> None:
+def test_a_part_of_the_request_is_never_misread(size: int) -> None:
     assert asked_curve(RETRY[:size]) in (None, "prime256v1")
     assert asked_curve(RETRY[: min(size, 43)]) is None  # not even the whole random
 
 
-def test_bytes_behind_the_request_are_not_part_of_it() -> None:
+def test_bytes_after_the_request_are_not_part_of_it() -> None:
     assert asked_curve(RETRY + HELLO) == "prime256v1"
     share = RETRY.index(b"\x00\x33\x00\x02\x00\x17")
     other_type = RETRY[:share] + b"\x00\x34" + RETRY[share + 2 :]
@@ -90,7 +90,7 @@ def test_random_bytes_are_no_request(received: bytes) -> None:
     st.integers(0, len(RETRY) - 1),
     st.binary(min_size=1, max_size=8),
 )
-def test_a_damaged_request_is_read_as_something_or_as_nothing(at: int, damage: bytes) -> None:
+def test_a_damaged_request_gives_a_known_curve_or_none(at: int, damage: bytes) -> None:
     damaged = RETRY[:at] + damage + RETRY[at + len(damage) :]
     assert asked_curve(damaged) in (None, "prime256v1", "secp384r1", "secp521r1")
 
@@ -110,7 +110,7 @@ def test_a_curve_is_kept_for_the_server_that_asked_until_it_is_forgotten() -> No
     assert curves.find("one") is None
 
 
-def test_a_server_is_offered_everything_again_after_a_while() -> None:
+def test_a_curve_expires() -> None:
     clock = FakeClock()
     curves = Curves(clock)
     curves.keep("one", "prime256v1")
@@ -124,7 +124,7 @@ def test_no_more_servers_are_kept_than_the_bound_says() -> None:
     curves = Curves()
     for number in range(CURVES_MAX):
         curves.keep(number, "prime256v1")
-    curves.keep(0, "prime256v1")  # not the longest known any more
+    curves.keep(0, "prime256v1")  # not the one recorded first any more
     curves.keep("one more", "prime256v1")
     assert curves.find(1) is None
     assert sum(curves.find(number) is not None for number in range(CURVES_MAX)) == CURVES_MAX - 1

@@ -1,7 +1,7 @@
-"""The curve that an upstream asked for is offered first to it from then on, and shuts nobody out.
+"""The connector offers an upstream the curve that it asked for before, and recovers if it changes.
 
-A server counts the ClientHellos that it gets: one for a key share that it takes, two where it has
-to ask for another. PostgreSQL until 17 is such a server with prime256v1.
+The server counts ClientHellos: one if it accepts the key share, two if it asks for another group.
+PostgreSQL up to 17 accepts prime256v1 only.
 """
 
 import asyncio
@@ -17,17 +17,17 @@ from tests.support.script import ScriptedServer, Send, tls_opening
 
 
 class CountingContext(ssl.SSLContext):
-    """Counts the ClientHellos that it is shown."""
+    """Counts the ClientHellos that it receives."""
 
     hellos = 0
 
     def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
-        remember_name = self.sni_callback
+        original = self.sni_callback
 
         def count(tls: ssl.SSLObject, name: str, context: ssl.SSLContext) -> None:
             self.hellos += 1
-            assert remember_name is not None
-            remember_name(tls, name, context)
+            assert original is not None
+            original(tls, name, context)
 
         self.sni_callback = count
         return super().wrap_bio(*args, **options)
@@ -39,15 +39,15 @@ class Server:
     def __init__(self, authority: trustme.CA) -> None:
         self.context = CountingContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.set_ecdh_curve("prime256v1")
-        self.show(authority)
+        self.use_certificate_of(authority)
         self.steps = (*tls_opening(self.context), Send(HONEST))
 
-    def show(self, authority: trustme.CA) -> None:
-        """Have a certificate of this authority from the next connection on."""
+    def use_certificate_of(self, authority: trustme.CA) -> None:
+        """Use a certificate of this authority from the next connection on."""
         authority.issue_cert(HOST).configure_cert(self.context)
 
     async def hellos_of_a_dial(self, made: Dialing) -> int:
-        """Open a session, close it, and return how many hellos that took."""
+        """Open and close a session; return how many ClientHellos it took."""
         before = self.context.hellos
         (await made.dial()).stream.transport.abort()
         return self.context.hellos - before
@@ -66,9 +66,7 @@ async def test_a_curve_that_was_asked_for_is_offered_first_from_then_on(
         assert [await postgres.hellos_of_a_dial(made) for _ in range(3)] == [2, 1, 1]
 
 
-async def test_connections_that_begin_together_learn_the_same(
-    ca_file: str, postgres: Server
-) -> None:
+async def test_simultaneous_connections_record_the_curve(ca_file: str, postgres: Server) -> None:
     async with dialing_script(ca_file, *postgres.steps) as (made, _):
         for session in await asyncio.gather(*(made.dial() for _ in range(5))):
             session.stream.transport.abort()
@@ -82,24 +80,24 @@ async def test_an_upstream_that_refuses_its_former_curve_is_reached_in_the_same_
         await postgres.hellos_of_a_dial(made)
         postgres.context.set_ecdh_curve("X25519")
         accepted = server.accepted
-        assert await _tries(made, server, accepted) == 2  # refused, and by its own guess
-        assert await _tries(made, server, accepted + 2) == 1
+        assert await _connections(made, server, accepted) == 2  # refused, then OpenSSL's default
+        assert await _connections(made, server, accepted + 2) == 1
         postgres.context.set_ecdh_curve("secp384r1")
         assert [await postgres.hellos_of_a_dial(made) for _ in range(2)] == [2, 1]
 
 
-async def _tries(made: Dialing, server: ScriptedServer, accepted: int) -> int:
+async def _connections(made: Dialing, server: ScriptedServer, accepted: int) -> int:
     (await made.dial()).stream.transport.abort()
     return server.accepted - accepted
 
 
-async def test_nothing_is_learnt_from_a_server_that_does_not_prove_who_it_is(
+async def test_no_curve_is_recorded_for_a_server_with_an_invalid_certificate(
     ca_file: str, postgres: Server, authority: trustme.CA
 ) -> None:
-    postgres.show(trustme.CA())
+    postgres.use_certificate_of(trustme.CA())
     async with dialing_script(ca_file, *postgres.steps) as (made, _):
         for _ in range(2):
             assert (await made.refusal()).kind is ErrorKind.UPSTREAM_CERTIFICATE
         assert postgres.context.hellos == 4
-        postgres.show(authority)
+        postgres.use_certificate_of(authority)
         assert [await postgres.hellos_of_a_dial(made) for _ in range(2)] == [2, 1]

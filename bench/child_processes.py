@@ -1,8 +1,8 @@
-"""The programs that a run starts: apart from the terminal, each ended by whoever started it.
+"""The child processes of a run: each in a session of its own, each ended where it was started.
 
-Ctrl-C in the terminal reaches the harness alone, which then ends its children from the last one
-started to the first. If the harness itself is killed, the kernel tells its children (Linux, by
-util-linux's `setpriv`). Servers that refuse to be root run as an unprivileged user.
+Ctrl-C in the terminal reaches the benchmark alone, which then ends its children in reverse order of
+their start. If the benchmark itself is killed, the kernel signals its children (Linux, by
+util-linux's `setpriv`). Servers that refuse to run as root run as an unprivileged user.
 """
 
 import os
@@ -28,7 +28,7 @@ _LOG_TAIL_CHARACTERS: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Child:
+class ChildProcess:
     """A running program and the file that its output goes to."""
 
     process: subprocess.Popen[bytes]
@@ -36,11 +36,11 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process id, which is also its process group's."""
+        """The process id, which is also the id of its process group."""
         return self.process.pid
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Poll until `ready`. Raises BenchError with the program's last words."""
+        """Poll until `ready`. Raises BenchError with the end of the program's output."""
         deadline = time.monotonic() + START_SECONDS_MAX
         while not ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -48,7 +48,7 @@ class Child:
             time.sleep(_POLL_SECONDS)
 
     def tail(self) -> str:
-        """Return the end of what it has written."""
+        """Return the end of its output."""
         return self.log.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:]
 
 
@@ -61,14 +61,15 @@ def child(
     account: pwd.struct_passwd | None = None,
     stop_signal: signal.Signals = signal.SIGTERM,
     stop_seconds_max: float = STOP_SECONDS_MAX,
-) -> Iterator[Child]:
-    """Run a program while the block runs; `environment` adds to ours without Postgres' part.
+) -> Iterator[ChildProcess]:
+    """Run a program while the block runs. `environment` is added to ours, see `_clean_environment`.
 
-    At the block's end it gets the signal, and so much later it is killed with its process group.
+    At the end of the block it gets `stop_signal`; if it still runs `stop_seconds_max` later, its
+    process group is killed.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 - fixed commands, no shell
-            [*_with_us(stop_signal), *(str(word) for word in command)],
+            [*_death_signal(stop_signal), *(str(word) for word in command)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -79,7 +80,7 @@ def child(
             extra_groups=None if account is None else [],
         )
     try:
-        yield Child(process, log)
+        yield ChildProcess(process, log)
     finally:
         _stop(process, stop_signal, stop_seconds_max)
 
@@ -92,7 +93,7 @@ def run(
     account: pwd.struct_passwd | None = None,
     seconds_max: float,
 ) -> str:
-    """Run a program to its end and return its output. Raises BenchError when it fails."""
+    """Run a program until it exits; return its output. Raises BenchError if it fails."""
     with child(command, log, environment=environment, account=account) as started:
         try:
             status = started.process.wait(seconds_max)
@@ -105,13 +106,13 @@ def run(
         return log.read_text(errors="replace")
 
 
-def unprivileged() -> pwd.struct_passwd | None:
-    """Return whom to run a server as that refuses root; None when we are not root."""
+def unprivileged_account() -> pwd.struct_passwd | None:
+    """Return the account for servers that refuse to run as root; None when we are not root."""
     return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
 
 
 def private_directory(path: Path, account: pwd.struct_passwd | None) -> Path:
-    """Make a directory for a server alone, and give it to its account."""
+    """Make a directory that only the server's account can enter."""
     path.mkdir(mode=0o700)
     if account is not None:
         os.chown(path, account.pw_uid, account.pw_gid)
@@ -119,24 +120,24 @@ def private_directory(path: Path, account: pwd.struct_passwd | None) -> Path:
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago, for servers that cannot choose one themselves."""
+    """Return a port that was free just now, for servers that cannot choose one themselves."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _with_us(stop_signal: signal.Signals) -> list[str]:
-    """Return what lets a program end with us even when we are killed; nothing where it is missing.
+def _death_signal(stop_signal: signal.Signals) -> list[str]:
+    """Return the prefix of a command that has the kernel signal the program when we die.
 
-    It becomes the program itself, so that the process id stays.
+    Empty where setpriv is missing. It executes the program in its place, so the process id stays.
     """
     program = shutil.which("setpriv")
     return [program, "--pdeathsig", stop_signal.name[3:]] if program else []
 
 
 def _clean_environment() -> dict[str, str]:
-    """Return ours without what would steer Postgres clients, the SDK or the proxy."""
+    """Return ours without the variables that libpq, the SDK or the proxy would read."""
     foreign = ("PG", "DATABRICKS_", "LAKEBASE_")
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
 

@@ -1,4 +1,4 @@
-"""Programs that a run starts end with it, whatever becomes of the run."""
+"""Child processes end with the run, also if the run is killed."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.children import child, run
+from bench.child_processes import child, run
 from bench.errors import BenchError
 
 SECONDS_MAX = 30
@@ -18,7 +18,7 @@ SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
 def wait_for_end(pid: int) -> None:
-    """Wait until no such process runs; a zombie does not run."""
+    """Wait until no such process runs; a zombie does not."""
     deadline = time.monotonic() + SECONDS_MAX
     while time.monotonic() < deadline:
         try:
@@ -27,7 +27,7 @@ def wait_for_end(pid: int) -> None:
             return
         if state == "Z":
             return
-    pytest.fail(f"process {pid} is still there")
+    pytest.fail(f"process {pid} still runs")
 
 
 def test_a_child_ends_with_its_block(tmp_path: Path) -> None:
@@ -36,9 +36,9 @@ def test_a_child_ends_with_its_block(tmp_path: Path) -> None:
     assert started.process.poll() is not None
 
 
-def test_a_child_that_is_deaf_is_killed(tmp_path: Path) -> None:
-    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True)"
-    command = [sys.executable, "-c", f"{deaf}; time.sleep(600)"]
+def test_a_child_that_ignores_the_signal_is_killed(tmp_path: Path) -> None:
+    ignores = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True)"
+    command = [sys.executable, "-c", f"{ignores}; time.sleep(600)"]
     with child(command, tmp_path / "log", stop_seconds_max=0.2) as started:
         started.wait_until(lambda: started.tail() == "1\n")
     assert started.process.returncode == -signal.SIGKILL
@@ -49,22 +49,22 @@ def test_a_child_ends_when_the_run_itself_is_killed(tmp_path: Path) -> None:
     program = f"""
 import time
 from pathlib import Path
-from bench.children import child
+from bench.child_processes import child
 with child({SLEEPER!r}, Path({str(tmp_path / "log")!r})) as started:
-    # The child's own program runs, and with it the kernel's promise.
+    # setpriv has executed the child's own program: the death signal is set.
     started.wait_until(lambda: b"time.sleep" in Path(f"/proc/{{started.pid}}/cmdline").read_bytes()
         and b"setpriv" not in Path(f"/proc/{{started.pid}}/cmdline").read_bytes())
     print(started.pid, flush=True)
     time.sleep(600)
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as harness:
-        assert harness.stdout is not None
-        pid = int(harness.stdout.readline())
-        harness.kill()
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as benchmark:
+        assert benchmark.stdout is not None
+        pid = int(benchmark.stdout.readline())
+        benchmark.kill()
     wait_for_end(pid)
 
 
-def test_a_program_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
+def test_the_error_of_a_failed_program_has_the_end_of_its_output(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="no such day"):
         run(
             [sys.executable, "-c", "raise SystemExit('no such day')"],
@@ -78,7 +78,7 @@ def test_a_program_that_hangs_is_ended(tmp_path: Path) -> None:
         run(SLEEPER, tmp_path / "log", seconds_max=0.2)
 
 
-def test_a_child_hears_nothing_of_our_own_database(
+def test_a_child_does_not_inherit_libpq_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PGHOST", "elsewhere")

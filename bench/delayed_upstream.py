@@ -1,9 +1,9 @@
-"""`python -m bench.delay PORT MILLISECONDS`: a way to a local port that takes its time.
+"""`python -m bench.delayed_upstream PORT MILLISECONDS`: a TCP forwarder that adds network delay.
 
-For: PostgreSQL at a distance, as Lakebase always is. Every byte arrives so much later in each
-direction, in order, and the first of a connection a round trip later still, since the kernel on
-this machine says at once that a connection is there. Not for: a narrow or a lossy line, nor for
-many connections (`select`, whose waits are exact, takes 1,024 descriptors).
+For: PostgreSQL at a distance, where Lakebase always is. Every byte arrives that much later in each
+direction, in order. The first byte of a connection arrives one round trip later still, because on
+this machine TCP connects at once. Not for: low bandwidth or packet loss, nor for many connections
+(`select`, whose timeouts are exact, takes 1,024 descriptors).
 """
 
 import asyncio
@@ -15,29 +15,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from bench.children import LOOPBACK, child
-from bench.postgres import Place
+from bench.child_processes import LOOPBACK, child
+from bench.postgres import ServerAddress
 
 ONE_WAY_MILLISECONDS: Final = 1.0
 
 
 @contextmanager
-def delayed(place: Place, directory: Path) -> Iterator[Place]:
-    """Give the same place, `ONE_WAY_MILLISECONDS` away, while the block runs."""
-    command = [sys.executable, "-m", "bench.delay", str(place.port), str(ONE_WAY_MILLISECONDS)]
-    with child(command, directory / "delay.log") as started:
+def delayed_upstream(address: ServerAddress, directory: Path) -> Iterator[ServerAddress]:
+    """Run a forwarder to this address, `ONE_WAY_MILLISECONDS` away, while the block runs."""
+    arguments = [str(address.port), str(ONE_WAY_MILLISECONDS)]
+    command = [sys.executable, "-m", "bench.delayed_upstream", *arguments]
+    with child(command, directory / "delayed_upstream.log") as started:
         started.wait_until(lambda: started.tail().endswith("\n"))
-        yield Place(int(started.tail()), place.ca_file)
+        yield ServerAddress(int(started.tail()), address.ca_file)
 
 
 class _Direction(asyncio.Protocol):
-    """Takes what one side sends; hands it to the other when its time has come."""
+    """Receives from one side and writes to the other after the delay."""
 
     def __init__(self, one_way_seconds: float) -> None:
         self._one_way_seconds = one_way_seconds
         self._loop = asyncio.get_running_loop()
         self._not_before = self._loop.time() + 2 * one_way_seconds
-        self._waiting: deque[bytes | None] = deque()  # None is the end
+        self._queue: deque[bytes | None] = deque()  # None is EOF
         self.source: asyncio.Transport | None = None
         self.sink: asyncio.Transport | None = None
 
@@ -55,24 +56,24 @@ class _Direction(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._delay(None)
 
-    def _delay(self, what: bytes | None) -> None:
-        self._waiting.append(what)
+    def _delay(self, data: bytes | None) -> None:
+        self._queue.append(data)
         due = max(self._loop.time(), self._not_before) + self._one_way_seconds
-        # Timers of one moment may ring in any order: each hands over whatever is first in line.
-        self._loop.call_at(due, self._hand_over)
+        # Timers of the same moment may fire in any order: each delivers the head of the queue.
+        self._loop.call_at(due, self._deliver)
 
-    def _hand_over(self) -> None:
-        what = self._waiting.popleft()
+    def _deliver(self) -> None:
+        data = self._queue.popleft()
         if self.sink is None or self.sink.is_closing():
             return
-        if what is None:
+        if data is None:
             self.sink.close()
         else:
-            self.sink.write(what)
+            self.sink.write(data)
 
 
-class _Arrival(_Direction):
-    """The client's side: what it sends waits for the connection to PostgreSQL."""
+class _FromClient(_Direction):
+    """The client's side: it is not read until the connection to PostgreSQL is open."""
 
     def __init__(self, port: int, one_way_seconds: float) -> None:
         super().__init__(one_way_seconds)
@@ -87,28 +88,28 @@ class _Arrival(_Direction):
 
     async def _dial(self) -> None:
         assert self.source is not None
-        back = _Direction(self._one_way_seconds)
-        back.sink = self.source
+        reverse = _Direction(self._one_way_seconds)
+        reverse.sink = self.source
         try:
-            await self._loop.create_connection(lambda: back, LOOPBACK, self._port)
+            await self._loop.create_connection(lambda: reverse, LOOPBACK, self._port)
         except OSError:
             self.source.abort()
             return
-        self.sink = back.source
+        self.sink = reverse.source
         self.source.resume_reading()
 
 
 async def _serve(port: int, one_way_seconds: float) -> None:
-    """Print the port and serve until the process is ended."""
+    """Print the port and serve until the process exits."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _Arrival(port, one_way_seconds), LOOPBACK, 0)
+    server = await loop.create_server(lambda: _FromClient(port, one_way_seconds), LOOPBACK, 0)
     sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
     sys.stdout.flush()
     await server.serve_forever()
 
 
 def _main() -> None:
-    # The waits of epoll and of uvloop are whole milliseconds: a delay of one would take two.
+    # epoll and uvloop round timeouts up to whole milliseconds: a delay of 1 ms would take 2.
     loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
     loop.run_until_complete(_serve(int(sys.argv[1]), float(sys.argv[2]) / 1e3))
 

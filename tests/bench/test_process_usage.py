@@ -1,4 +1,4 @@
-"""What the kernel says of a process, against what this one knows of itself."""
+"""The kernel's numbers for a process, compared with what this process knows of itself."""
 
 import os
 import socket
@@ -8,22 +8,29 @@ import time
 
 import pytest
 
-from bench.accounting import CPU, cpu, descendants, open_files, open_sockets, resident_bytes
+from bench.process_usage import (
+    CPUTime,
+    cpu_time,
+    descendants,
+    open_files,
+    open_sockets,
+    resident_bytes,
+)
 
 
 def test_cpu_is_split_as_its_coarse_parts_are() -> None:
-    spent = CPU(3, 2, 5.004) - CPU(0, 1, 1.004)
+    spent = CPUTime(3, 2, 5.004) - CPUTime(0, 1, 1.004)
     assert (spent.user, spent.system, spent.total) == pytest.approx((3, 1, 4))
-    assert (CPU(1, 1, 2.001) - CPU(1, 1, 2.0)).total == pytest.approx(0.001)
+    assert (CPUTime(1, 1, 2.001) - CPUTime(1, 1, 2.0)).total == pytest.approx(0.001)
 
 
 def test_cpu_of_several_processes_is_a_sum() -> None:
-    assert CPU(1, 2, 3) + CPU(4, 5, 9) == CPU(5, 7, 12)
+    assert CPUTime(1, 2, 3) + CPUTime(4, 5, 9) == CPUTime(5, 7, 12)
 
 
-def test_accounting_agrees_with_this_process() -> None:
+def test_usage_agrees_with_this_process() -> None:
     before = time.process_time()
-    assert before <= cpu(os.getpid()).total <= time.process_time()
+    assert before <= cpu_time(os.getpid()).total <= time.process_time()
     assert resident_bytes(os.getpid()) > 1_000_000
 
 

@@ -1,7 +1,7 @@
-"""Results that are large in another way than COPY: a single value of 100 MB, a million small rows.
+"""Large results other than COPY: a single value of 100 MB, and a million small rows.
 
-By libpq itself, which keeps a whole result in memory as most drivers do: its work is the same for
-every contender and part of the time, so the ratios are nearer to 1 than those of COPY.
+The client is libpq, which keeps a whole result in memory as most drivers do. Its work is part of
+the time and the same for every system, so the ratios are closer to 1 than those of COPY.
 """
 
 import time
@@ -11,11 +11,11 @@ from typing import Final
 from psycopg import pq
 from psycopg.pq.abc import PGconn, PGresult
 
-from bench import bulk
+from bench.bulk_copy import record_transfer
+from bench.connect_time import open_session
 from bench.errors import BenchError
-from bench.readings import Readings
-from bench.sessions import open_session
-from bench.systems import Contender
+from bench.measurements import Measurements
+from bench.systems import System
 
 _VALUE_BYTES: Final = 100_000_000
 _VALUE: Final = f"SELECT repeat('x', {_VALUE_BYTES})".encode()
@@ -27,24 +27,26 @@ _ROW_BYTES: Final = 21
 _SMALL_ROWS: Final = f"SELECT 1000000000 + i FROM generate_series(1, {_ROWS}) AS i".encode()  # noqa: S608
 
 
-def measure(contender: Contender, readings: Readings) -> None:
-    """Fetch and send the value once, and fetch the rows. Raises BenchError."""
-    session = open_session(contender)
+def measure(system: System, measurements: Measurements) -> None:
+    """Fetch and send the value once, fetch the rows; record each. Raises BenchError."""
+    session = open_session(system)
     value = b"x" * _VALUE_BYTES
-    ways: tuple[tuple[str, int, Callable[[PGconn], PGresult]], ...] = (
+    transfers: tuple[tuple[str, int, Callable[[PGconn], PGresult]], ...] = (
         ("one value out, 100 MB", _VALUE_BYTES, lambda one: one.exec_(_VALUE)),
         ("one value in, 100 MB", _VALUE_BYTES, lambda one: one.exec_params(_LENGTH, [value])),
         ("1,000,000 small rows", _ROWS * _ROW_BYTES, lambda one: one.exec_(_SMALL_ROWS)),
     )
     try:
-        for case, size_bytes, transfer in ways:
-            before, begun = contender.cpu(), time.perf_counter()
+        for case, size_bytes, transfer in transfers:
+            before, started_at = system.cpu_time(), time.perf_counter()
             result = transfer(session)
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - started_at
             if result.status != pq.ExecStatus.TUPLES_OK:
                 message = result.error_message.decode(errors="replace")
-                raise BenchError(f"{case} through {contender.name}: {message}")
+                raise BenchError(f"{case} through {system.name}: {message}")
             result.clear()
-            bulk.keep(case, contender, before, seconds, size_bytes=size_bytes, readings=readings)
+            record_transfer(
+                case, system, before, seconds, size_bytes=size_bytes, measurements=measurements
+            )
     finally:
         session.finish()

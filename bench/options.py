@@ -1,4 +1,4 @@
-"""What a run measures and how much of it: the flags of the command line."""
+"""The options of a run: what is measured and how much of it, from the command line."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bench.queries import Load
+from bench.launch import installed_in
+from bench.pgbench import Load
 
 PGBENCH: Final = "pgbench"
 BULK: Final = "bulk"
@@ -16,18 +17,19 @@ WORKERS: Final = "workers"
 MEMORY: Final = "memory"
 START: Final = "start"
 SOAK: Final = "soak"
-SHARD_MAPS: Final = "shardmap"  # the one subject that needs no PostgreSQL, and a minute
+SHARD_MAPS: Final = "shardmap"  # the only subject that needs no PostgreSQL; takes a minute
 SUBJECTS: Final = (PGBENCH, BULK, CONNECT, STORM, WORKERS, START, MEMORY, SOAK, SHARD_MAPS)
 
 _EPILOGUE: Final = """\
-The run of five rounds takes about six minutes, that of --full half an hour. What is published
-comes from `--full --publish --soak 60` on a machine that does nothing else: 90 minutes. It writes
-docs/performance.json, docs/performance.svg and the generated part of docs/performance.md.
+Five rounds take about six minutes, with --full half an hour. --publish writes
+docs/performance.json and the generated part of docs/performance.md; use it on a machine that does
+nothing else. --base compares with another checkout, in which `make setup` was run, in the same
+rounds: the column proxy/base is the ratio of this checkout to that one.
 """
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Options:
     """The subjects, and the size of each."""
 
     subjects: frozenset[str]
@@ -42,9 +44,10 @@ class Plan:
     scripted_sessions: tuple[int, ...]  # on a scripted upstream
     soak_minutes: float
     floor: bool
+    base: Path | None  # a checkout whose proxy is measured as well
 
     def sizes(self) -> str:
-        """Return in words what is measured."""
+        """Return the sizes as text."""
         loads = f"pgbench {self.loads[0].seconds:g} s a load"
         connects = f"{self.connects} and {self.delayed_connects} (delayed) sessions"
         return f"{loads}, COPY {self.megabytes} MB, {connects} a round"
@@ -52,26 +55,27 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Where the results go beside the terminal."""
+    """Where the results are written besides standard output."""
 
     json: Path | None
-    picture: Path | None
     publish: bool
 
 
-def read(arguments: Sequence[str] | None) -> tuple[Plan, Outputs]:
-    """Return what the command line asks for; leave with code 2 when it makes no sense."""
+def parse(arguments: Sequence[str] | None) -> tuple[Options, Outputs]:
+    """Return what the command line asks for; exit with code 2 if it is invalid."""
     parser = _parser()
-    options = parser.parse_args(arguments)
-    subjects = frozenset(options.only.split(",")) if options.only else _default(options.full)
+    flags = parser.parse_args(arguments)
+    subjects = frozenset(flags.only.split(",")) if flags.only else _default(flags.full)
     if subjects - set(SUBJECTS):
         parser.error(f"--only takes some of {','.join(SUBJECTS)}")
-    sizes = (options.rounds, options.megabytes if options.megabytes is not None else 1)
-    if min(sizes) < 1 or options.soak < 0.1:
+    sizes = (flags.rounds, flags.megabytes if flags.megabytes is not None else 1)
+    if min(sizes) < 1 or flags.soak < 0.1:
         parser.error("--rounds and --megabytes are at least 1, --soak 0.1")
-    if options.publish and options.only:
-        parser.error("--publish shows one whole run: it does not go with --only")
-    return _plan(options, subjects), Outputs(options.json, options.picture, options.publish)
+    if flags.publish and (flags.only or flags.base):
+        parser.error("--publish shows one whole run: it does not go with --only and --base")
+    if flags.base and not installed_in(flags.base).exists():
+        parser.error(f"--base needs what `make setup` makes there: {installed_in(flags.base)}")
+    return _options(flags, subjects), Outputs(flags.json, flags.publish)
 
 
 def _default(full: bool) -> frozenset[str]:
@@ -90,30 +94,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--megabytes", type=int, help="size of a COPY (256; with --full 1024)")
     parser.add_argument("--soak", type=float, default=0.5, metavar="MINUTES", help="(%(default)s)")
     parser.add_argument("--floor", action="store_true", help="with HAProxy, which takes no TLS")
+    parser.add_argument(
+        "--base", type=Path, metavar="CHECKOUT", help="with the proxy installed there"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios there (SVG)")
     parser.add_argument("--publish", action="store_true", help="write docs/performance.*")
     return parser
 
 
-def _plan(options: argparse.Namespace, subjects: frozenset[str]) -> Plan:
-    full: bool = options.full
+def _options(flags: argparse.Namespace, subjects: frozenset[str]) -> Options:
+    full: bool = flags.full
     seconds = 3 if full else 1
-    return Plan(
+    return Options(
         subjects=subjects,
-        rounds=options.rounds,
+        rounds=flags.rounds,
         loads=tuple(
             Load(protocol, clients, seconds)
             for protocol in ("simple", "extended", "prepared")
             for clients in (1, 8, 32)
         ),
-        megabytes=options.megabytes or (1024 if full else 256),
+        megabytes=flags.megabytes or (1024 if full else 256),
         connects=500 if full else 100,
         delayed_connects=100 if full else 30,
         storm_sessions=500,
-        storm_rounds=options.rounds if full else min(options.rounds, 2),
+        storm_rounds=flags.rounds if full else min(flags.rounds, 2),
         idle_sessions=1000,
         scripted_sessions=(1000, 5000),
-        soak_minutes=options.soak,
-        floor=options.floor or full,
+        soak_minutes=flags.soak,
+        floor=flags.floor or full,
+        base=flags.base,
     )

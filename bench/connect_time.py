@@ -1,0 +1,69 @@
+"""New sessions, one at a time: from connect to the first answer, with a warm token.
+
+The client is libpq itself, without a driver. A direct session's time includes libpq's own TLS with
+verification of the certificate; a session through the proxy includes the proxy's. The systems take
+turns session by session, with a pause after each one, because closing a session is work for the
+other processes, too, which must not be measured with the next session's start.
+
+Everything shares this machine and the network takes no time, so what the proxy adds is seen beside
+the least that a session can cost. Lakebase is never that near, so the same is measured with
+`delayed_upstream.py` between every system and PostgreSQL. PgBouncer keeps its server connections
+for the next client, so it logs in upstream once; the proxy logs in for each session.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from psycopg import pq
+from psycopg.pq.abc import PGconn
+
+from bench.errors import BenchError
+from bench.measurements import Measurements, Quantity, percentile
+from bench.systems import System
+
+_WARM_UP_SESSIONS: Final = 3  # the first mints a token
+_PAUSE_SECONDS: Final = 0.003  # PostgreSQL and the proxy take about one to end a session
+
+
+def open_session(system: System) -> PGconn:
+    """Open a session and return it after its first answer. Raises BenchError."""
+    session = pq.PGconn.connect(system.conninfo)
+    if session.status == pq.ConnStatus.OK and _answers(session):
+        return session
+    message = session.error_message.decode(errors="replace")
+    session.finish()
+    raise BenchError(f"no session through {system.name}: {message}")
+
+
+def measure(case: str, count: int, systems: Sequence[System], measurements: Measurements) -> None:
+    """Open and close `count` sessions of each system; record the times. Raises BenchError."""
+    for system in systems:
+        for _ in range(_WARM_UP_SESSIONS):
+            open_session(system).finish()
+    before = [one.cpu_time() for one in systems]
+    seconds: list[list[float]] = [[] for _ in systems]
+    for number in range(count):
+        for turn in range(len(systems)):  # another system is first each time
+            index = (number * (len(systems) - 1) + turn) % len(systems)
+            seconds[index].append(_timed(systems[index]))
+            time.sleep(_PAUSE_SECONDS)
+    for system, took, then in zip(systems, seconds, before, strict=True):
+        for name, share in (("p50", 0.5), ("p99", 0.99)):
+            measurements.add(system.name, Quantity(case, name, "ms"), percentile(took, share) * 1e3)
+        now = system.cpu_time()
+        if now is not None and then is not None:
+            used = (now - then).total / count
+            measurements.add(system.name, Quantity(case, "CPU", "ms/session"), used * 1e3)
+
+
+def _timed(system: System) -> float:
+    started_at = time.perf_counter()
+    session = open_session(system)
+    took = time.perf_counter() - started_at
+    session.finish()
+    return took
+
+
+def _answers(session: PGconn) -> bool:
+    return session.exec_(b"SELECT 1").status == pq.ExecStatus.TUPLES_OK

@@ -17,7 +17,7 @@ from proxy.wire.startup import StartupMessage
 # Beside the configured bare name this one is always read: PostgreSQL takes a dotted name as a
 # setting of its own, so that a client with this in its options can also connect without the proxy.
 # It is also the name under which `forward_key` sends the key on.
-OWN_PARAMETER: Final = b"lakebase.shard_key"
+BUILT_IN_PARAMETER: Final = b"lakebase.shard_key"
 
 _OPTIONS: Final = b"options"
 _DATABASE: Final = b"database"
@@ -29,12 +29,12 @@ _KEY_FIELD: Final = "{shard_key}"
 class Occurrence:
     """A shard key as the client wrote it, and where, in words."""
 
-    place: str
+    source: str
     text: bytes
 
     def __repr__(self) -> str:
         """Return the place only: a key is in no log."""
-        return f"Occurrence({self.place!r})"
+        return f"Occurrence({self.source!r})"
 
 
 def take_parameters(
@@ -71,7 +71,7 @@ def with_database(message: StartupMessage, database: bytes | None) -> StartupMes
 
 def with_forwarded_key(message: StartupMessage, text: bytes) -> StartupMessage:
     """Return the message with the key as a setting behind all others in `options`."""
-    options = appended(message.get(_OPTIONS) or b"", [Setting(OWN_PARAMETER, text)])
+    options = appended(message.get(_OPTIONS) or b"", [Setting(BUILT_IN_PARAMETER, text)])
     kept = [(name, value) for name, value in message.parameters if name != _OPTIONS]
     return replace(message, parameters=(*kept, (_OPTIONS, options)))
 

@@ -197,7 +197,7 @@ def _not_too_long(key: bytes) -> bytes:
     return key
 
 
-class _TimestampText:
+class _TimestampParser:
     """Reads a timestamp from left to right. Every method raises KEY_SYNTAX or KEY_RANGE."""
 
     def __init__(self, text: str) -> None:
@@ -270,16 +270,16 @@ class _TimestampText:
 
 
 def _encode_timestamp(text: str) -> bytes:
-    reading = _TimestampText(text)
-    year = reading.number(4)
-    reading.expect("-")
-    month = reading.number(2)
-    reading.expect("-")
-    day = reading.number(2)
-    reading.expect("Tt ")
-    time = reading.time()
-    offset = reading.offset()
-    reading.end()
+    parser = _TimestampParser(text)
+    year = parser.number(4)
+    parser.expect("-")
+    month = parser.number(2)
+    parser.expect("-")
+    day = parser.number(2)
+    parser.expect("Tt ")
+    time = parser.time()
+    offset = parser.offset()
+    parser.end()
     try:
         instant = datetime(year, month, day, *time, tzinfo=UTC) - offset
     except (ValueError, OverflowError):

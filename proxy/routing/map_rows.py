@@ -2,7 +2,7 @@
 
 Not for what the texts mean (`building`), and not for opening a file: the lines come in.
 
-Invariant: whatever is wrong with a row goes to `Problems` with the row's place, and reading goes
+Invariant: whatever is wrong with a row goes to `Problems` with the row's number, and reading goes
 on, so that one start reports them all.
 """
 
@@ -47,7 +47,7 @@ class Problems:
 class Row(NamedTuple):
     """One mapping as written. A list's key stands in `low`; a bound that is left open is empty."""
 
-    place: int
+    number: int
     low: str
     high: str
     target: str
@@ -58,13 +58,13 @@ def columns(kind: Kind) -> tuple[str, ...]:
     return ("key", "target") if kind is Kind.LIST else ("low", "high", "target")
 
 
-def rows_of_tables(
+def rows_from_tables(
     tables: Iterable[Mapping[str, object]], kind: Kind, problems: Problems
 ) -> Iterator[Row]:
     """Yield the rows of tables such as TOML has them: strings and integers. Places count from 1."""
     known = columns(kind)
     required = [name for name in known if name not in ("low", "high")]
-    for place, table in enumerate(tables, 1):
+    for number, table in enumerate(tables, 1):
         faults = [f"{name} is not one of {', '.join(known)}" for name in table if name not in known]
         faults += [f"{name} is missing" for name in required if name not in table]
         faults += [
@@ -73,13 +73,13 @@ def rows_of_tables(
             if not isinstance(value, str | int) or isinstance(value, bool)
         ]
         for fault in faults:
-            problems.add(f"mapping {place}: {fault}")
+            problems.add(f"mapping {number}: {fault}")
         if not faults:
             low, high = table.get(known[0], ""), "" if len(known) == 2 else table.get("high", "")
-            yield Row(place, str(low), str(high), str(table["target"]))
+            yield Row(number, str(low), str(high), str(table["target"]))
 
 
-def rows_of_csv(lines: Iterable[str], kind: Kind, problems: Problems) -> Iterator[Row]:
+def rows_from_csv(lines: Iterable[str], kind: Kind, problems: Problems) -> Iterator[Row]:
     """Yield the rows of a CSV file with a head line that names its columns, in any order.
 
     Places are line numbers. Empty lines are passed over.

@@ -24,7 +24,7 @@ from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.key_sources import (
-    OWN_PARAMETER,
+    BUILT_IN_PARAMETER,
     DatabasePattern,
     Occurrence,
     take_parameters,
@@ -99,7 +99,7 @@ class Router:
         self._aliases = {name.encode(): alias for name, alias in (aliases or {}).items()}
         self._map = shard_map
         self._map_name = map_name
-        self._parameters = frozenset((OWN_PARAMETER, parameter.lower().encode()))
+        self._parameters = frozenset((BUILT_IN_PARAMETER, parameter.lower().encode()))
         self._pattern = pattern
         self._require_key = require_key
         self._forward_key = forward_key
@@ -117,19 +117,19 @@ class Router:
         """
         shard_map = self._map
         if shard_map is None:
-            return self._unsharded(message)
+            return self._route_by_database(message)
         found, message = take_parameters(message, self._parameters)
         in_name = self._split_database(message)
         if in_name is not None:
             database, occurrence = in_name
             found.append(occurrence)
             message = with_database(message, database)
-        key = _agreed(found, shard_map)
+        key = _agreed_key(found, shard_map)
         if key:
-            return self._sharded(message, key, shard_map)
+            return self._route_by_key(message, key, shard_map)
         if self._require_key:
             raise ProxyError(ErrorKind.KEY_MISSING)
-        return self._unsharded(message)
+        return self._route_by_database(message)
 
     def resolve(self, text: str) -> Resolution:
         """Return what the shard map says of a key, without a session.
@@ -145,11 +145,11 @@ class Router:
         mapping = shard_map.find(key)
         if mapping is None:
             raise self._not_found(key)
-        low, high = shard_map.form.show_bounds(mapping)
-        hashed = hash_key(key).hex() if shard_map.form.kind is Kind.HASH else ""
+        low, high = shard_map.spec.show_bounds(mapping)
+        hashed = hash_key(key).hex() if shard_map.spec.kind is Kind.HASH else ""
         return Resolution(key.hex(), hashed, low, high, mapping.target)
 
-    def _sharded(self, message: StartupMessage, key: bytes, shard_map: ShardMap) -> Route:
+    def _route_by_key(self, message: StartupMessage, key: bytes, shard_map: ShardMap) -> Route:
         target = shard_map.target(key)
         if target is None:
             raise self._not_found(key)
@@ -158,42 +158,44 @@ class Router:
             message = with_forwarded_key(message, shard_map.show_key(key).encode())
         return Route(target, message, self._map_name, fingerprint(key))
 
-    def _unsharded(self, message: StartupMessage) -> Route:
-        asked = _asked_database(message)
-        alias = self._aliases.get(asked)
+    def _route_by_database(self, message: StartupMessage) -> Route:
+        requested = _requested_database(message)
+        alias = self._aliases.get(requested)
         if alias is None:
             if self._default_target is None:
                 raise ProxyError(ErrorKind.NO_TARGET)
-            return Route(self._default_target, message if asked else with_database(message, None))
+            return Route(
+                self._default_target, message if requested else with_database(message, None)
+            )
         database = None if alias.database is None else alias.database.encode()
         return Route(alias.target, with_database(message, database))
 
     def _split_database(self, message: StartupMessage) -> tuple[bytes, Occurrence] | None:
-        asked = _asked_database(message)
-        if self._pattern is None or not asked or asked in self._aliases:
+        requested = _requested_database(message)
+        if self._pattern is None or not requested or requested in self._aliases:
             return None
-        return self._pattern.split(asked)
+        return self._pattern.split(requested)
 
     def _not_found(self, key: bytes) -> ProxyError:
         detail = f"shard map {self._map_name}, key with fingerprint {fingerprint(key)}"
         return ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
 
 
-def _asked_database(message: StartupMessage) -> bytes:
+def _requested_database(message: StartupMessage) -> bytes:
     """Return the database that the client named, empty where it means the target's own (W16)."""
-    asked = message.get(b"database") or b""
-    return b"" if asked == message.get(b"user") else asked
+    requested = message.get(b"database") or b""
+    return b"" if requested == message.get(b"user") else requested
 
 
-def _agreed(found: Sequence[Occurrence], shard_map: ShardMap) -> bytes:
+def _agreed_key(found: Sequence[Occurrence], shard_map: ShardMap) -> bytes:
     """Return the one key that every occurrence gives, none if there is none or it is empty."""
     keys: dict[bytes, str] = {}
     for occurrence in found:
         key = _parse(occurrence, shard_map) if occurrence.text else b""
-        keys.setdefault(key, occurrence.place)
+        keys.setdefault(key, occurrence.source)
     if len(keys) > 1:
-        places = " and ".join(dict.fromkeys(keys.values()))
-        raise ProxyError(ErrorKind.KEY_CONFLICT, f"{len(keys)} keys in {places}")
+        sources = " and ".join(dict.fromkeys(keys.values()))
+        raise ProxyError(ErrorKind.KEY_CONFLICT, f"{len(keys)} keys in {sources}")
     return next(iter(keys), b"")
 
 

@@ -26,8 +26,8 @@ from proxy.routing.keys import (
 )
 
 # The owner of a stretch between two mappings.
-NOBODY: Final = 0xFFFFFFFF
-_WINDOW_BYTES: Final = 8  # an array's longest integer
+UNASSIGNED: Final = 0xFFFFFFFF
+_WORD_BYTES: Final = 8  # an array's longest integer
 _DIGEST_DIGITS: Final = 8
 _PART_BOUNDS: Final = 50_000
 
@@ -77,29 +77,29 @@ class ShardMap:
 
     def __init__(
         self,
-        form: MapSpec,
+        spec: MapSpec,
         bounds: list[bytes],
         owners: "array[int]",
         targets: Sequence[str],
     ) -> None:
         """Take sorted, distinct bounds, and for each whose mapping begins there.
 
-        An owner is a position in `targets`, or NOBODY. `building` makes these.
+        An owner is a position in `targets`, or UNASSIGNED. `building` makes these.
         """
         assert len(bounds) == len(owners), "every bound has its owner"
-        self.form = form
-        self._parse = key_parser(form.key_type, form.normalise)
-        self._is_list = form.kind is Kind.LIST
-        self._is_hash = form.kind is Kind.HASH
+        self.spec = spec
+        self._parse = key_parser(spec.key_type, spec.normalise)
+        self._is_list = spec.kind is Kind.LIST
+        self._is_hash = spec.kind is Kind.HASH
         # A tuple of bytes is soon of no interest to the garbage collector; a list of a million it
         # would walk again and again, while everything waits.
         self._bounds = tuple(bounds)
-        self._order = _BoundIndex(
-            self._bounds, HASH_BYTES if self._is_hash else KEY_BYTES[form.key_type]
+        self._index = _BoundIndex(
+            self._bounds, HASH_BYTES if self._is_hash else KEY_BYTES[spec.key_type]
         )
         self._owners = owners
         self._targets = tuple(targets)
-        self._length = len(owners) - owners.count(NOBODY)
+        self._length = len(owners) - owners.count(UNASSIGNED)
         self.digest = self._digest()
         """Names the content: that of a map with the same mappings is the same."""
 
@@ -109,7 +109,7 @@ class ShardMap:
 
     def targets(self) -> frozenset[str]:
         """Return the names of the targets that have keys."""
-        return frozenset(self._targets[owner] for owner in set(self._owners) - {NOBODY})
+        return frozenset(self._targets[owner] for owner in set(self._owners) - {UNASSIGNED})
 
     def parse_key(self, text: str) -> bytes:
         """Return a key's canonical bytes. Raises ProxyError, as `keys.parse_key` does."""
@@ -117,23 +117,23 @@ class ShardMap:
 
     def show_key(self, key: bytes) -> str:
         """Return the canonical text of a key."""
-        return show_key(key, self.form.key_type)
+        return show_key(key, self.spec.key_type)
 
     def target(self, key: bytes) -> str | None:
         """Return the target that has these canonical bytes, if one has. What each session asks."""
         sought = hash_key(key) if self._is_hash else key
-        at = self._order.last_up_to(sought)
+        at = self._index.find_le(sought)
         if at < 0 or (self._is_list and self._bounds[at] != sought):
             return None
         owner = self._owners[at]
-        return None if owner == NOBODY else self._targets[owner]
+        return None if owner == UNASSIGNED else self._targets[owner]
 
     def find(self, key: bytes) -> ShardMapping | None:
         """Return the mapping that covers these canonical bytes, if one does."""
         target = self.target(key)
         if target is None:
             return None
-        at = self._order.last_up_to(hash_key(key) if self._is_hash else key)
+        at = self._index.find_le(hash_key(key) if self._is_hash else key)
         lo = self._bounds[at]
         if self._is_list:
             return ShardMapping(lo, lo + b"\0", target)
@@ -144,7 +144,7 @@ class ShardMap:
         # those in use count.
         used = sorted(set(self._owners), key=lambda owner: self._name(owner) or "")
         numbers = {owner: number for number, owner in enumerate(used)}
-        found = hashlib.sha256(repr((self.form, [self._name(owner) for owner in used])).encode())
+        found = hashlib.sha256(repr((self.spec, [self._name(owner) for owner in used])).encode())
         # In parts, between which other threads run: a reload must not stop the sessions.
         parts = [slice(at, at + _PART_BOUNDS) for at in range(0, len(self._bounds), _PART_BOUNDS)]
         for part in parts:
@@ -156,7 +156,7 @@ class ShardMap:
         return found.hexdigest()[:_DIGEST_DIGITS]
 
     def _name(self, owner: int) -> str | None:
-        return None if owner == NOBODY else self._targets[owner]
+        return None if owner == UNASSIGNED else self._targets[owner]
 
 
 class _BoundIndex:
@@ -171,25 +171,25 @@ class _BoundIndex:
         """`size_bytes` is that of every key, None where keys are of any length."""
         self._bounds = bounds
         # Sorted: what the first and the last begin with, all do. Only -inf, at the very front,
-        # begins with nothing, and its window is as low as any.
+        # begins with nothing, and its word is as low as any.
         lowest = next((bound for bound in bounds if bound), b"")
-        self._prefix = _common_prefix(lowest, bounds[-1] if bounds else b"")
-        end = len(self._prefix) + _WINDOW_BYTES
+        self._common = _common_prefix(lowest, bounds[-1] if bounds else b"")
+        end = len(self._common) + _WORD_BYTES
         self._is_exact = size_bytes is not None and size_bytes <= end
-        self._part = part = slice(len(self._prefix), end)
-        self._windows = array(
-            "Q", (int.from_bytes(bound[part].ljust(_WINDOW_BYTES, b"\0")) for bound in bounds)
+        self._part = part = slice(len(self._common), end)
+        self._words = array(
+            "Q", (int.from_bytes(bound[part].ljust(_WORD_BYTES, b"\0")) for bound in bounds)
         )
 
-    def last_up_to(self, key: bytes) -> int:
+    def find_le(self, key: bytes) -> int:
         """Return the position of the last bound that is not above the key, -1 if all are."""
-        if not key.startswith(self._prefix):
+        if not key.startswith(self._common):
             return bisect_right(self._bounds, key) - 1
-        window = int.from_bytes(key[self._part].ljust(_WINDOW_BYTES, b"\0"))
-        at = bisect_right(self._windows, window) - 1
-        if self._is_exact or at < 0 or self._windows[at] != window or self._bounds[at] <= key:
+        word = int.from_bytes(key[self._part].ljust(_WORD_BYTES, b"\0"))
+        at = bisect_right(self._words, word) - 1
+        if self._is_exact or at < 0 or self._words[at] != word or self._bounds[at] <= key:
             return at
-        first = bisect_left(self._windows, window, 0, at)
+        first = bisect_left(self._words, word, 0, at)
         return bisect_right(self._bounds, key, first, at) - 1
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from proxy.emulator.cluster import DATABASE, SUPERUSER, Cluster
 from proxy.routing.key_sources import (
-    OWN_PARAMETER,
+    BUILT_IN_PARAMETER,
     DatabasePattern,
     Occurrence,
     take_parameters,
@@ -18,7 +18,7 @@ from proxy.routing.key_sources import (
 )
 from proxy.wire.startup import V3_0, StartupMessage
 
-NAMES = frozenset((OWN_PARAMETER, b"shard_key"))
+NAMES = frozenset((BUILT_IN_PARAMETER, b"shard_key"))
 USER = (b"user", b"app")
 
 
@@ -94,7 +94,7 @@ def test_the_places_are_named_and_no_repr_shows_a_key() -> None:
     found, _ = take_parameters(
         startup((b"shard_key", b"k1"), (b"options", b"-cshard_key=k1")), NAMES
     )
-    assert [occurrence.place for occurrence in found] == ["startup parameter", "options"]
+    assert [occurrence.source for occurrence in found] == ["startup parameter", "options"]
     assert "k1" not in repr(found)
 
 

@@ -9,8 +9,8 @@ from proxy.routing.map_rows import (
     MapError,
     Problems,
     Row,
-    rows_of_csv,
-    rows_of_tables,
+    rows_from_csv,
+    rows_from_tables,
 )
 from proxy.routing.shard_map import Kind
 
@@ -25,14 +25,14 @@ def faults(problems: Problems) -> tuple[str, ...]:
 
 def read_csv(lines: Iterable[str], kind: Kind = Kind.RANGE) -> tuple[list[Row], tuple[str, ...]]:
     problems = Problems()
-    return list(rows_of_csv(lines, kind, problems)), faults(problems)
+    return list(rows_from_csv(lines, kind, problems)), faults(problems)
 
 
 def read_tables(
     *tables: dict[str, object], kind: Kind = Kind.RANGE
 ) -> tuple[list[Row], tuple[str, ...]]:
     problems = Problems()
-    return list(rows_of_tables(tables, kind, problems)), faults(problems)
+    return list(rows_from_tables(tables, kind, problems)), faults(problems)
 
 
 def test_a_table_has_strings_or_integers_and_open_bounds_are_empty() -> None:

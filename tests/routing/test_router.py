@@ -7,7 +7,7 @@ import pytest
 from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.key_sources import DatabasePattern
 from proxy.routing.keys import KeyType, Normalise, fingerprint
-from proxy.routing.map_builder import map_of_tables
+from proxy.routing.map_builder import map_from_tables
 from proxy.routing.router import Alias, Resolution, Route, Router
 from proxy.routing.shard_map import Kind, MapSpec, ShardMap
 from proxy.wire.startup import V3_0, StartupMessage
@@ -21,8 +21,8 @@ ALIASES = {
 }
 
 
-def built(form: MapSpec, *rows: Mapping[str, object]) -> ShardMap:
-    return map_of_tables(rows, form, TARGETS)
+def built(spec: MapSpec, *rows: Mapping[str, object]) -> ShardMap:
+    return map_from_tables(rows, spec, TARGETS)
 
 
 NUMBERS = built(

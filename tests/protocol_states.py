@@ -36,8 +36,9 @@ what the client does wrong and its end.
 _UPSTREAM: Final = """
 ## The upstream's side
 
-ASK is a question for a credential, AUTHENTICATE its AuthenticationOk, HOLD a message that is kept
-for the client, FAIL whatever ends the dial: an ErrorResponse, a violation, the end of the stream.
+REQUEST_AUTHENTICATION is a request for a credential, AUTHENTICATE its AuthenticationOk, HOLD a
+message that is kept for the client, FAIL what ends the dial: an ErrorResponse, a violation, the end
+of the stream.
 """
 
 Arrow = tuple[Enum, Enum, Enum]  # in this state, this step, leads to that one

@@ -42,7 +42,7 @@ _READY_LENGTH: Final = 5
 _ENDS_MAX: Final = 64
 
 # Where a walk goes that has lost its stream: no read comes that far, so the session stays busy.
-_NOWHERE: Final = 1 << 62
+_SYNC_LOST: Final = 1 << 62
 
 _IDLE: Final = IDLE[0]
 # From the client.
@@ -80,14 +80,14 @@ class Activity:
         "_last_group",
         "_last_query",
         "_lost",
-        "_odd",
         "_renewed",
         "_sent",
         "_settled",
         "_status",
+        "_tracks_copy",
+        "_unsynced",
         "_upstream_skip",
         "_upstream_stub",
-        "_work",
         "terminated",
     )
 
@@ -102,10 +102,10 @@ class Activity:
         self._sent = self._answered = 0
         # Which of those sent was the last Query, and the last Sync that ended extended messages.
         self._last_query = self._last_group = 0
-        self._work = False  # extended messages have been sent that no sync point follows yet
+        self._unsynced = False  # extended messages have been sent that no sync point follows yet
         self._status = _IDLE
-        # The rest is at rest unless there is COPY data or doubt; `_odd` says that it is not.
-        self._odd = False
+        # The rest is unused unless there is COPY data or doubt, which `_tracks_copy` says.
+        self._tracks_copy = False
         self._entered = False  # CopyInResponse came, and neither its completion nor its error
         self._copying = False  # the same, and the client has not sent the end of the data
         self._ends: list[int] = []  # `_sent` at each end of COPY data that came before its response
@@ -119,7 +119,7 @@ class Activity:
         return (
             self._answered == self._sent
             and self._status == _IDLE
-            and not (self._work or self._lost or self.terminated)
+            and not (self._unsynced or self._lost or self.terminated)
             and not (self._client_skip or self._client_stub)
             and not (self._upstream_skip or self._upstream_stub)
         )
@@ -133,44 +133,44 @@ class Activity:
             self._client_stub = b""
         position, size = self._client_skip, len(data)
         last = size - _HEADER_BYTES
-        work = self._work
+        unsynced = self._unsynced
         while position <= last:
             kind, length = _HEADER(data, position)
             position += length + 1
             if kind == _COPY_DATA:
                 pass
             elif kind in _WORK:
-                work = True
-                if self._odd:
-                    self._ask()
+                unsynced = True
+                if self._tracks_copy:
+                    self._on_request()
             elif kind == _SYNC:
                 self._sent = sent = self._sent + 1
-                self._last_group = sent if work else self._last_group
-                work = False
-                if self._odd:
-                    self._sync()
+                self._last_group = sent if unsynced else self._last_group
+                unsynced = False
+                if self._tracks_copy:
+                    self._on_sync()
             elif kind == _QUERY or kind == _FUNCTION_CALL:  # noqa: PLR1714, SIM109 - faster
                 self._sent = self._last_query = self._sent + 1
-                if work or self._odd:
-                    self._query(after_work=work)
-            elif not self._is_known(kind, work=work):
+                if unsynced or self._tracks_copy:
+                    self._on_query(unsynced=unsynced)
+            elif not self._is_known(kind, unsynced=unsynced):
                 # A length below 4 leads here, too: the byte behind it, one of its own, is no type.
-                position = _NOWHERE
-        self._work = work
+                position = _SYNC_LOST
+        self._unsynced = unsynced
         if position < size:
             self._client_stub = data[position:]
             self._client_skip = 0
         else:
             self._client_skip = position - size
 
-    def _is_known(self, kind: int, *, work: bool) -> bool:
+    def _is_known(self, kind: int, *, unsynced: bool) -> bool:
         """Take a message that asks for nothing and is no data; False if there is no such one."""
         if kind in _COPY_ENDS:
             if self._copying:
                 self._copying = False
-            elif self._sent > self._answered or work:
+            elif self._sent > self._answered or unsynced:
                 self._ends.append(self._sent)
-                self._odd = True
+                self._tracks_copy = True
                 return len(self._ends) <= _ENDS_MAX
             # else: PostgreSQL ignores it, being the late end of a COPY that failed.
         elif kind == _TERMINATE:
@@ -179,16 +179,16 @@ class Activity:
             return kind == _FLUSH
         return True
 
-    def _sync(self) -> None:
+    def _on_sync(self) -> None:
         if self._copying:
             self._doubt += 1
         self._settled = False
 
-    def _query(self, *, after_work: bool) -> None:
-        self._ask()
-        self._lost |= after_work
+    def _on_query(self, *, unsynced: bool) -> None:
+        self._on_request()
+        self._lost |= unsynced
 
-    def _ask(self) -> None:
+    def _on_request(self) -> None:
         """Note a request that is sent while something is odd."""
         if self._copying:
             self._lost = True  # not allowed among the data
@@ -216,13 +216,13 @@ class Activity:
                 self._status = data[position + _HEADER_BYTES]
                 self._answered += 1
                 if length != _READY_LENGTH or self._answered > self._sent:
-                    length = _NOWHERE
-                elif self._odd:
-                    self._ready()
+                    length = _SYNC_LOST
+                elif self._tracks_copy:
+                    self._on_ready()
             elif length < _LENGTH_MIN:
-                length = _NOWHERE
-            elif self._odd or kind == _COPY_IN:
-                self._reply(kind)
+                length = _SYNC_LOST
+            elif self._tracks_copy or kind == _COPY_IN:
+                self._on_reply(kind)
             position += length + 1
         if position < size:
             self._upstream_stub = data[position:]
@@ -230,37 +230,37 @@ class Activity:
         else:
             self._upstream_skip = position - size
 
-    def _ready(self) -> None:
+    def _on_ready(self) -> None:
         """Take a ReadyForQuery while something is odd."""
         owed = self._sent - self._answered
         if self._renewed:
             self._doubt -= 1  # it came before any answer to the new request: a late Sync's
         self._doubt = min(self._doubt, owed)
         self._entered = self._copying = False
-        if not owed and not self._work:
+        if not owed and not self._unsynced:
             self._ends.clear()
         if not self._doubt:
-            self._certain()
+            self._end_doubt()
         elif owed == self._doubt:
             self._settled = True
 
-    def _reply(self, kind: int) -> None:
+    def _on_reply(self, kind: int) -> None:
         """Take any other message that could tell what became of what is in doubt."""
         if kind in _ASYNCHRONOUS:
             return
         if self._renewed:
             self._answered += self._doubt
-            self._certain()
+            self._end_doubt()
         if kind == _COPY_IN:
             self._copy_began()
         elif self._entered and kind == _COMPLETE:
             self._answered += self._doubt  # the data's reader has swallowed them
             self._entered = self._copying = False
-            self._certain()
+            self._end_doubt()
         elif self._entered and kind == _ERROR:
             self._entered = self._copying = False
             if not self._doubt:
-                self._certain()
+                self._end_doubt()
 
     def _copy_began(self) -> None:
         """Begin a COPY of the client's, whose data and their end may have been sent already."""
@@ -271,12 +271,12 @@ class Activity:
         own = self._answered + 1  # the sync point that the COPY itself belongs to
         # A Query's own ReadyForQuery comes whatever the COPY does.
         self._doubt = max(0, end - max(self._answered, self._last_query))
-        asked = self._sent + 1 if self._work else max(self._last_query, self._last_group)
+        asked = self._sent + 1 if self._unsynced else max(self._last_query, self._last_group)
         self._lost |= self._doubt > 0 and asked > own
-        self._entered = self._odd = True
+        self._entered = self._tracks_copy = True
 
-    def _certain(self) -> None:
+    def _end_doubt(self) -> None:
         """Forget doubt that has been settled."""
         self._doubt = 0
         self._settled = self._renewed = False
-        self._odd = self._entered or bool(self._ends)
+        self._tracks_copy = self._entered or bool(self._ends)

@@ -50,7 +50,7 @@ from proxy.wire.violations import (
     Answer,
     ClientReason,
     ClientViolation,
-    MachineMisuse,
+    StateMachineMisuse,
 )
 
 # What a client may send behind its StartupMessage before it hears an answer. Drivers that pipeline
@@ -88,7 +88,7 @@ class ClientStep(Enum):
     DISCONNECT = auto()
 
 
-# (state, step) -> state. A pair that is not here is a bug of ours: MachineMisuse. What a peer
+# (state, step) -> state. A pair that is not here is a bug of ours: StateMachineMisuse. What a peer
 # sends is turned into a step only where the table has one for it, else into VIOLATE.
 CLIENT_TABLE: Final[dict[tuple[ClientState, ClientStep], ClientState]] = {
     (ClientState.AWAIT_STARTUP, ClientStep.REFUSE_ENCRYPTION): ClientState.AWAIT_STARTUP,
@@ -194,7 +194,7 @@ class ClientStartup:
         if self.state in (ClientState.CANCEL, ClientState.FAILED):
             return events  # bytes behind a CancelRequest or a refusal mean nothing (W38)
         if self.state is ClientState.READY:
-            raise MachineMisuse("a session that is ready is relayed, not parsed")
+            raise StateMachineMisuse("a session that is ready is relayed, not parsed")
         self._buffer += data
         try:
             while self.state is ClientState.AWAIT_STARTUP:
@@ -205,7 +205,7 @@ class ClientStartup:
                 if packet is None:
                     break
                 self._receive_packet(packet, events)
-            self._check_behind()
+            self._check_trailing_bytes()
         except ClientViolation as violation:
             self._move(ClientStep.VIOLATE)
             self._buffer.clear()
@@ -246,7 +246,7 @@ class ClientStartup:
     def _move(self, step: ClientStep) -> None:
         following = CLIENT_TABLE.get((self.state, step))
         if following is None:
-            raise MachineMisuse(f"{step.name} in {self.state.name}")
+            raise StateMachineMisuse(f"{step.name} in {self.state.name}")
         self.state = following
 
     def _next_packet(self) -> bytes | None:
@@ -318,7 +318,7 @@ class ClientStartup:
         self._move(ClientStep.RECEIVE_STARTUP)
         events.append(StartupReceived(message, V3_2 if message.version >= V3_2 else V3_0))
 
-    def _check_behind(self) -> None:
+    def _check_trailing_bytes(self) -> None:
         if self.state is ClientState.AWAIT_TLS and self._buffer:
             raise ClientViolation(
                 "received unencrypted data after SSL request", reason=ClientReason.EARLY_PLAINTEXT

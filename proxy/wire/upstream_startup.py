@@ -46,7 +46,7 @@ from proxy.wire.startup import FIRST_PACKET_BYTES_MAX, V3_0, SSLRequest, Startup
 from proxy.wire.violations import (
     ClientReason,
     ClientViolation,
-    MachineMisuse,
+    StateMachineMisuse,
     UnsupportedAuthentication,
     UpstreamViolation,
 )
@@ -58,7 +58,13 @@ HELD_BYTES_MAX: Final = 256 * 1024
 PLAINTEXT_BYTES_MAX: Final = 512
 
 # The pairs that travel as themselves: a front end may drop all others silently (W50).
-_OWN_PAIRS: Final = (b"user", b"database", b"replication", b"options", b"application_name")
+_FORWARDED_PARAMETERS: Final = (
+    b"user",
+    b"database",
+    b"replication",
+    b"options",
+    b"application_name",
+)
 _PROTOCOL_OPTION_PREFIX: Final = b"_pq_."
 _INVALID_NAME: Final = "42602"
 _UNDEFINED_OBJECT: Final = "42704"
@@ -81,7 +87,7 @@ class UpstreamStep(Enum):
 
     ACCEPT_TLS = auto()
     START_TLS = auto()
-    ASK = auto()
+    REQUEST_AUTHENTICATION = auto()
     AUTHENTICATE = auto()
     HOLD = auto()
     BECOME_READY = auto()
@@ -89,13 +95,16 @@ class UpstreamStep(Enum):
 
 
 # (state, step) -> state. What an upstream sends is a step only where the table has one for it;
-# anything else is an UpstreamViolation. A verb without an entry is a bug of ours: MachineMisuse.
+# anything else is an UpstreamViolation. A verb without an entry is our bug: StateMachineMisuse.
 UPSTREAM_TABLE: Final[dict[tuple[UpstreamState, UpstreamStep], UpstreamState]] = {
     (UpstreamState.AWAIT_SSL_REPLY, UpstreamStep.ACCEPT_TLS): UpstreamState.AWAIT_TLS,
     (UpstreamState.AWAIT_SSL_REPLY, UpstreamStep.FAIL): UpstreamState.FAILED,
     (UpstreamState.AWAIT_TLS, UpstreamStep.START_TLS): UpstreamState.AWAIT_AUTHENTICATION,
     (UpstreamState.AWAIT_TLS, UpstreamStep.FAIL): UpstreamState.FAILED,
-    (UpstreamState.AWAIT_AUTHENTICATION, UpstreamStep.ASK): UpstreamState.AWAIT_AUTHENTICATION,
+    (
+        UpstreamState.AWAIT_AUTHENTICATION,
+        UpstreamStep.REQUEST_AUTHENTICATION,
+    ): UpstreamState.AWAIT_AUTHENTICATION,
     (UpstreamState.AWAIT_AUTHENTICATION, UpstreamStep.HOLD): UpstreamState.AWAIT_AUTHENTICATION,
     (UpstreamState.AWAIT_AUTHENTICATION, UpstreamStep.AUTHENTICATE): UpstreamState.AWAIT_READY,
     (UpstreamState.AWAIT_AUTHENTICATION, UpstreamStep.FAIL): UpstreamState.FAILED,
@@ -202,7 +211,7 @@ class UpstreamStartup:
         self._before_key: list[bytes] = []
         self._held: list[bytes] = self._before_key
         self._held_bytes = 0
-        self._next_asked: frozenset[Authentication] = frozenset(
+        self._next_expected: frozenset[Authentication] = frozenset(
             (AuthenticationOk, AuthenticationCleartextPassword, AuthenticationSASL)
         )
         self._unanswered: set[type[UpstreamEvent]] = set()
@@ -214,7 +223,7 @@ class UpstreamStartup:
         if self.state is UpstreamState.FAILED or not data:
             return []
         if self.state is UpstreamState.READY:
-            raise MachineMisuse("a session that is ready is relayed, not parsed")
+            raise StateMachineMisuse("a session that is ready is relayed, not parsed")
         events: list[UpstreamEvent] = []
         try:
             if self.state is UpstreamState.AWAIT_SSL_REPLY:
@@ -250,7 +259,7 @@ class UpstreamStartup:
         """Return the StartupMessage. Its version must be 3.0: front ends take no other."""
         self._require(UpstreamState.AWAIT_AUTHENTICATION)
         if message.version != V3_0:
-            raise MachineMisuse("the upstream hop speaks exactly 3.0")
+            raise StateMachineMisuse("the upstream hop speaks exactly 3.0")
         return message.encode()
 
     def password(self, password: Secret) -> bytes:
@@ -288,19 +297,19 @@ class UpstreamStartup:
 
     def _require(self, state: UpstreamState) -> None:
         if self.state is not state:
-            raise MachineMisuse(f"not in {self.state.name}, only in {state.name}")
+            raise StateMachineMisuse(f"not in {self.state.name}, only in {state.name}")
 
-    def _answer(self, question: type[UpstreamEvent]) -> None:
+    def _answer(self, request: type[UpstreamEvent]) -> None:
         # Not bound to a state: what came in one read with the question, an ErrorResponse perhaps,
-        # has moved the machine on before its owner hears of the question.
-        if question not in self._unanswered:
-            raise MachineMisuse(f"no {question.__name__} is waiting for an answer")
-        self._unanswered.remove(question)
+        # has moved the machine on before its owner hears of the request.
+        if request not in self._unanswered:
+            raise StateMachineMisuse(f"no {request.__name__} is waiting for an answer")
+        self._unanswered.remove(request)
 
     def _move(self, step: UpstreamStep) -> None:
         following = UPSTREAM_TABLE.get((self.state, step))
         if following is None:
-            raise MachineMisuse(f"{step.name} in {self.state.name}")
+            raise StateMachineMisuse(f"{step.name} in {self.state.name}")
         self.state = following
 
     def _receive_ssl_reply(self, data: bytes) -> UpstreamEvent:
@@ -351,25 +360,25 @@ class UpstreamStartup:
     def _receive_authentication(self, message: object) -> UpstreamEvent | None:
         if isinstance(message, AuthenticationUnsupported):
             raise UnsupportedAuthentication(message.method)
-        asked: tuple[Authentication, ...]
+        expected: tuple[Authentication, ...]
         event: UpstreamEvent | None
         match message:
             case AuthenticationOk():
-                asked, event = (), None
+                expected, event = (), None
             case AuthenticationCleartextPassword():
-                asked, event = (AuthenticationOk,), PasswordRequested()
+                expected, event = (AuthenticationOk,), PasswordRequested()
             case AuthenticationSASL(mechanisms):
-                asked, event = (AuthenticationSASLContinue,), SASLRequested(mechanisms)
+                expected, event = (AuthenticationSASLContinue,), SASLRequested(mechanisms)
             case AuthenticationSASLContinue(data):
-                asked, event = (AuthenticationSASLFinal,), SASLContinued(data)
+                expected, event = (AuthenticationSASLFinal,), SASLContinued(data)
             case AuthenticationSASLFinal(data):
-                asked, event = (AuthenticationOk,), SASLFinished(data)
+                expected, event = (AuthenticationOk,), SASLFinished(data)
             case _:
                 raise UpstreamViolation("a message that has no place before AuthenticationOk")
-        if type(message) not in self._next_asked:
+        if type(message) not in self._next_expected:
             raise UnsupportedAuthentication(f"{type(message).__name__} out of order")
-        self._next_asked = frozenset(asked)
-        self._move(UpstreamStep.ASK if event else UpstreamStep.AUTHENTICATE)
+        self._next_expected = frozenset(expected)
+        self._move(UpstreamStep.REQUEST_AUTHENTICATION if event else UpstreamStep.AUTHENTICATE)
         if event is not None:
             self._unanswered.add(type(event))
         return event
@@ -411,7 +420,7 @@ def upstream_message(client: StartupMessage, user: bytes, database: bytes) -> St
             pairs[b"application_name"] = value
         elif name == b"replication":
             pairs[name] = value
-        elif name not in _OWN_PAIRS and not name.startswith(_PROTOCOL_OPTION_PREFIX):
+        elif name not in _FORWARDED_PARAMETERS and not name.startswith(_PROTOCOL_OPTION_PREFIX):
             extra.append(_setting(name, value))
     options = appended(client.get(b"options") or b"", extra)
     if options:

@@ -2,7 +2,8 @@
 
 The two classes answer "who broke it": a `ClientViolation` is answered on the client's own
 connection, an `UpstreamViolation` ends the upstream and is reported to the client as an upstream
-failure. A `MachineMisuse` is neither: it is our own bug, a verb called in a state that has none.
+failure. A `StateMachineMisuse` is neither: it is our own bug, a method called in a state that does
+not allow it.
 """
 
 from enum import Enum, StrEnum, unique
@@ -72,5 +73,5 @@ class UnsupportedAuthentication(Violation):
     """The upstream asks for an authentication that a token or SCRAM cannot answer (W28)."""
 
 
-class MachineMisuse(AssertionError):
+class StateMachineMisuse(AssertionError):
     """A verb was called, or an event recorded, in a state whose table has no such entry."""

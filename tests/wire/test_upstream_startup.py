@@ -32,7 +32,7 @@ from proxy.wire.upstream_startup import (
 )
 from proxy.wire.violations import (
     ClientViolation,
-    MachineMisuse,
+    StateMachineMisuse,
     UnsupportedAuthentication,
     UpstreamViolation,
 )
@@ -116,7 +116,7 @@ def test_w52_bytes_behind_s_are_an_injection() -> None:
             assert isinstance(events[-1], UpstreamViolated)
             assert "behind the answer to SSLRequest" in str(events[-1].violation)
             assert machine.state is UpstreamState.FAILED
-            with pytest.raises(MachineMisuse):
+            with pytest.raises(StateMachineMisuse):
                 machine.tls_started()
 
 
@@ -126,7 +126,7 @@ def test_w52_n_is_the_end_and_never_plaintext(behind: bytes) -> None:
     assert machine.receive_data(b"\x4e" + behind) == [TLSRefused()]
     assert machine.state is UpstreamState.FAILED
     for verb in (lambda: machine.startup(MESSAGE), machine.tls_started):
-        with pytest.raises(MachineMisuse):
+        with pytest.raises(StateMachineMisuse):
             verb()
 
 
@@ -145,13 +145,13 @@ def test_w52_any_other_answer_is_a_violation(reply: bytes) -> None:
 def test_w52_no_credential_leaves_before_tls() -> None:
     for machine in (UpstreamStartup(), in_state(UpstreamState.AWAIT_TLS)):
         for verb in ("startup", "password", "sasl_initial_response", "sasl_response"):
-            with pytest.raises(MachineMisuse):
+            with pytest.raises(StateMachineMisuse):
                 VERBS[verb](machine)
 
 
 @pytest.mark.parametrize("version", [V3_2, ProtocolVersion(3, 1), ProtocolVersion(2, 0)])
 def test_the_upstream_is_asked_for_exactly_3_0(version: ProtocolVersion) -> None:
-    with pytest.raises(MachineMisuse, match=r"exactly 3\.0"):
+    with pytest.raises(StateMachineMisuse, match=r"exactly 3\.0"):
         behind_tls().startup(StartupMessage(version, ()))
 
 
@@ -254,7 +254,7 @@ def test_what_arrives_at_a_machine_that_is_ready_is_not_its_business() -> None:
     # It used to pile up in the machine without a bound, where no relay would look for it.
     machine = behind_tls()
     machine.receive_data(LOGIN)
-    with pytest.raises(MachineMisuse, match="relayed"):
+    with pytest.raises(StateMachineMisuse, match="relayed"):
         machine.receive_data(b"x")
     assert machine.trailing_data() == b""
 
@@ -321,23 +321,23 @@ def test_w28_any_other_authentication_is_unsupported_and_named(stream: bytes, me
 
 def test_w28_a_password_is_given_once_and_only_when_asked_for() -> None:
     machine = behind_tls()
-    with pytest.raises(MachineMisuse, match="no PasswordRequested"):
+    with pytest.raises(StateMachineMisuse, match="no PasswordRequested"):
         machine.password(TOKEN)
     machine.receive_data(CLEARTEXT_PASSWORD)
     machine.password(TOKEN)
-    with pytest.raises(MachineMisuse, match="no PasswordRequested"):
+    with pytest.raises(StateMachineMisuse, match="no PasswordRequested"):
         machine.password(TOKEN)
 
 
 def test_w28_a_token_never_answers_sasl() -> None:
     machine = behind_tls()
     machine.receive_data(SASL)
-    with pytest.raises(MachineMisuse, match="no PasswordRequested"):
+    with pytest.raises(StateMachineMisuse, match="no PasswordRequested"):
         machine.password(TOKEN)
-    with pytest.raises(MachineMisuse, match="no SASLContinued"):
+    with pytest.raises(StateMachineMisuse, match="no SASLContinued"):
         machine.sasl_response(b"")
     machine.sasl_initial_response(b"SCRAM-SHA-256", b"")
-    with pytest.raises(MachineMisuse, match="no SASLRequested"):
+    with pytest.raises(StateMachineMisuse, match="no SASLRequested"):
         machine.sasl_initial_response(b"SCRAM-SHA-256", b"")
 
 
@@ -345,7 +345,7 @@ def test_w28_a_token_never_answers_sasl() -> None:
 def test_w28_a_question_is_answered_whatever_came_with_it(behind: bytes) -> None:
     # An upstream that shuts down while it waits for the password sends its FATAL behind the
     # question. Read together, the question comes out of a machine that has moved on already, and
-    # answering it used to be MachineMisuse: the peer could make the proxy raise.
+    # answering it used to be StateMachineMisuse: the peer could make the proxy raise.
     machine = behind_tls()
     events = machine.receive_data(CLEARTEXT_PASSWORD + behind)
     assert events[0] == PasswordRequested()
@@ -550,7 +550,7 @@ def test_every_pair_of_state_and_step_moves_or_is_misuse(
     machine = in_state(state)
     following = UPSTREAM_TABLE.get((state, step))
     if following is None:
-        with pytest.raises(MachineMisuse, match=f"{step.name} in {state.name}"):
+        with pytest.raises(StateMachineMisuse, match=f"{step.name} in {state.name}"):
             machine._move(step)
         assert machine.state is state
     else:
@@ -668,7 +668,7 @@ def test_every_state_takes_every_kind_of_input(state: UpstreamState, name: str) 
     machine = in_state(state)
     expected = effect(state.name, name)
     if expected is None:
-        with pytest.raises(MachineMisuse):
+        with pytest.raises(StateMachineMisuse):
             INPUTS[name](machine)
         assert machine.state is state
         return

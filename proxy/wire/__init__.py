@@ -2,7 +2,7 @@
 
 Nothing here knows a socket, a clock or a log. Reading order, which is also the import order:
 secret, violations, messages, startup, options, framing, activity, client_startup,
-upstream_startup.
+upstream_message, upstream_startup.
 
 Reference: PostgreSQL documentation, chapter "Frontend/Backend Protocol".
 """

@@ -22,7 +22,7 @@ PROVISIONED_DOMAIN: Final = "database.cloud.databricks.com"
 POOLER_SUFFIX: Final = "-pooler"
 
 # Neon's own retries while a compute wakes: 8 times 100 ms x 1.6^n, about 7 s in all.
-WAKE_PATIENCE_SECONDS: Final = 7.0
+WAKE_TIMEOUT_SECONDS: Final = 7.0
 
 
 class Dialect(Enum):
@@ -32,7 +32,7 @@ class Dialect(Enum):
     PROVISIONED = auto()  # Postgres': FATAL, SQLSTATE, double quotes
 
 
-class Ending(Enum):
+class SessionEnd(Enum):
     """How a suspend, a failover or a limit ends a session."""
 
     ADMIN_SHUTDOWN = auto()  # FATAL 57P01, then close_notify and FIN
@@ -40,10 +40,10 @@ class Ending(Enum):
     RESET = auto()  # RST
 
 
-class Endable(Protocol):
+class EmulatedSession(Protocol):
     """A session as its endpoint sees it."""
 
-    def end(self, ending: Ending) -> None:
+    def end(self, how: SessionEnd) -> None:
         """Start to end the session; it is gone a moment later."""
 
 
@@ -60,7 +60,7 @@ class Endpoint:
         self.hidden_hosts: set[str] = set()  # fields of `hosts` that the API leaves out
         self.kind = "ENDPOINT_TYPE_READ_WRITE"
         self.disabled = False
-        self.shown_state: str | None = None  # overrides what the API says, not what happens
+        self.state_override: str | None = None  # overrides what the API says, not what happens
 
         # Who may log in as whom: a role's own identity, and the members of group roles.
         self.members: dict[str, set[str]] = {GROUP: {CLIENT_ID, PERSON}}
@@ -73,7 +73,7 @@ class Endpoint:
         self.passes_real_key = False
         self.readable_secondaries = False
         self.wake_seconds = 0.0
-        self.wake_patience_seconds = WAKE_PATIENCE_SECONDS
+        self.wake_timeout_seconds = WAKE_TIMEOUT_SECONDS
         self.wake_error: ErrorResponse | None = None  # default: as the dialect words it
         self.suspend_after_seconds: float | None = None
         self.sessions_max: int | None = None
@@ -84,7 +84,7 @@ class Endpoint:
         self.wakes = 0
         self.sasl_failures = 0  # on pooled hosts, which give up after some
         self.last_activity = time.monotonic()  # of any session
-        self.sessions: set[Endable] = set()
+        self.sessions: set[EmulatedSession] = set()
         self.slots = 0  # connections past authentication, sessions included
         self._asleep = False
         self._awake_at: float | None = None  # set while waking
@@ -103,8 +103,8 @@ class Endpoint:
     @property
     def state(self) -> str:
         """The state as the API words it."""
-        if self.shown_state is not None:
-            return self.shown_state
+        if self.state_override is not None:
+            return self.state_override
         self._fall_asleep()
         asleep, awake = ("IDLE", "ACTIVE") if self._autoscaling else ("STOPPED", "AVAILABLE")
         if self._waking_seconds() > 0:
@@ -115,20 +115,20 @@ class Endpoint:
         """Answer the next logins with this error, whatever the token."""
         self.refusals.add(None, error, times)
 
-    def suspend(self, ending: Ending = Ending.ADMIN_SHUTDOWN) -> None:
+    def suspend(self, how: SessionEnd = SessionEnd.ADMIN_SHUTDOWN) -> None:
         """Put the compute to sleep and end its sessions; the next login wakes it."""
         self._asleep, self._awake_at = True, None
-        self.end_sessions(ending)
+        self.end_sessions(how)
 
-    def fail_over(self, seconds: float, ending: Ending = Ending.ADMIN_SHUTDOWN) -> None:
+    def fail_over(self, seconds: float, how: SessionEnd = SessionEnd.ADMIN_SHUTDOWN) -> None:
         """End the sessions; logins fail or wait for `seconds`, then the new primary serves."""
         self._asleep, self._awake_at = False, time.monotonic() + seconds
-        self.end_sessions(ending)
+        self.end_sessions(how)
 
-    def end_sessions(self, ending: Ending = Ending.ADMIN_SHUTDOWN) -> None:
+    def end_sessions(self, how: SessionEnd = SessionEnd.ADMIN_SHUTDOWN) -> None:
         """End every session now."""
         for session in list(self.sessions):
-            session.end(ending)
+            session.end(how)
 
     def admits_connect(self) -> bool:
         """Count a connect and return whether the rate limit lets it through."""
@@ -149,8 +149,8 @@ class Endpoint:
             self._awake_at = time.monotonic() + self.wake_seconds
         waking = self._waking_seconds()
         if waking > 0:
-            await asyncio.sleep(min(waking, self.wake_patience_seconds))
-        return waking <= self.wake_patience_seconds
+            await asyncio.sleep(min(waking, self.wake_timeout_seconds))
+        return waking <= self.wake_timeout_seconds
 
     def waking_error(self) -> ErrorResponse:
         """Return what a login is told that came too early."""

@@ -12,7 +12,7 @@ from typing import Final, Self
 from proxy.emulator.certificates import Certificates
 from proxy.emulator.connection import Connection
 from proxy.emulator.endpoints import Endpoint
-from proxy.emulator.gateway_state import Front, Record
+from proxy.emulator.gateway_state import GatewayState, Record
 from proxy.emulator.streams import READ_BYTES_MAX, Stream
 from proxy.emulator.tokens import TokenIssuer
 
@@ -21,7 +21,7 @@ LOOPBACK: Final = "127.0.0.1"
 BACKLOG: Final = 1024
 
 
-class Gateway(Front):
+class Gateway(GatewayState):
     """The front with a port of its own; use it with `async with`."""
 
     def __init__(

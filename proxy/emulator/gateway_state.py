@@ -38,7 +38,7 @@ class Record:
     token: str | None = None  # its fingerprint
     identity: str | None = None  # whose token it was
     refusal: str | None = None  # the text of the error that ended the login
-    shown_key: BackendKeyData | None = None  # what the client was given
+    issued_key: BackendKeyData | None = None  # what the client was given
     real_pid: int | None = None  # of the Postgres backend
     cancel: bool = False  # it brought a CancelRequest
     cancel_known: bool = False  # for a session of ours
@@ -59,7 +59,7 @@ class BackendSession:
     key: BackendKeyData
 
 
-class Front:
+class GatewayState:
     """The shared part of a gateway; its attributes may change at any time."""
 
     def __init__(
@@ -100,13 +100,13 @@ class Front:
     def inject(
         self,
         stage: Stage,
-        inject: Injection | bytes,
+        injection: Injection | bytes,
         *,
         times: int | None = None,
         endpoint: Endpoint | None = None,
     ) -> None:
         """Make connections fail at a stage: all of them, or those of an endpoint once known."""
-        self.faults.add((stage, endpoint.name if endpoint else None), inject, times)
+        self.faults.add((stage, endpoint.name if endpoint else None), injection, times)
 
     def clear_faults(self) -> None:
         """Forget all faults; connections that hang go on."""
@@ -131,11 +131,11 @@ class Front:
 
     def issue_key(self, session: BackendSession, *, real: bool) -> BackendKeyData:
         """Return the cancel key to show for a session: its own, or 64 random bits."""
-        shown = session.key
+        issued = session.key
         while not real:
             pid = int.from_bytes(secrets.token_bytes(4), "big", signed=True)
-            shown = BackendKeyData(pid, Secret(secrets.token_bytes(4)))
-            if (pid, shown.key.reveal()) not in self.keys:
+            issued = BackendKeyData(pid, Secret(secrets.token_bytes(4)))
+            if (pid, issued.key.reveal()) not in self.keys:
                 break
-        self.keys[shown.pid, shown.key.reveal()] = session
-        return shown
+        self.keys[issued.pid, issued.key.reveal()] = session
+        return issued

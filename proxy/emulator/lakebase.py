@@ -83,7 +83,7 @@ class Lakebase:
             stack.callback(self.ca_file.unlink, missing_ok=True)
             names = (f"*.{AUTOSCALING_DOMAIN}", f"*.{PROVISIONED_DOMAIN}")
             certificates = Certificates(names, self.ca_file)
-            endpoints = [face for shard in self.shards for face in (shard.endpoint, shard.instance)]
+            endpoints = [one for shard in self.shards for one in (shard.endpoint, shard.instance)]
             clients = {self.client_id: self.client_secret}
             self.workspace = await stack.enter_async_context(
                 Workspace(endpoints, clients, clock=self._clock)
@@ -153,6 +153,6 @@ def _shard(name: str, cluster: Cluster) -> Shard:
     )
     uid = uuid.uuid5(uuid.NAMESPACE_DNS, project)
     instance = Endpoint(project, str(uid), Dialect.PROVISIONED, cluster)
-    for face in (endpoint, instance):
-        face.native_passwords[NATIVE_ROLE] = NATIVE_PASSWORD
+    for one in (endpoint, instance):
+        one.native_passwords[NATIVE_ROLE] = NATIVE_PASSWORD
     return Shard(name, cluster, endpoint, instance)

@@ -73,7 +73,7 @@ class Stream:
     async def start_tls(self, context: ssl.SSLContext) -> None:
         """Do the server's side of the handshake. Raises StreamEnded."""
         context.sslobject_class = _NamedSslObject
-        context.sni_callback = _remember_name
+        context.sni_callback = _record_server_name
         tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         while True:
             try:
@@ -224,6 +224,6 @@ class Stream:
             self._writer.write(pending)
 
 
-def _remember_name(tls: object, name: str | None, context: ssl.SSLContext) -> None:
+def _record_server_name(tls: object, name: str | None, context: ssl.SSLContext) -> None:
     assert isinstance(tls, _NamedSslObject)
     tls.sni = name

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from proxy.emulator.api import TTL_SECONDS_MAX, Api, Asked, Call, Mint
+from proxy.emulator.api import TTL_SECONDS_MAX, Api, ApiRequest, Call, Mint
 from proxy.emulator.endpoints import Endpoint
 from proxy.emulator.faults import NOT_FOUND, FaultList, Hang, Reply
 from proxy.emulator.tokens import Purpose
@@ -110,25 +110,25 @@ class Workspace:
             self._port_holder.close()
 
     async def _answer(self, request: Request) -> Response:
-        asked = await self._asked(request)
-        if asked is None:
+        api_request = await self._parse_request(request)
+        if api_request is None:
             return self._response(NOT_FOUND)
         async with self._changed:
-            self.calls[asked.call] += 1
+            self.calls[api_request.call] += 1
             self._changed.notify_all()
-        fault = self._faults.take(asked.call)
+        fault = self._faults.take(api_request.call)
         if isinstance(fault, Reply):
             return self._response(fault)
         if fault is not None:
             await self._released.wait()
-        return self._response(self.api.answer(asked))
+        return self._response(self.api.answer(api_request))
 
     def _response(self, reply: Reply) -> Response:
         date = formatdate(self._clock(), usegmt=True)
         headers = {"Date": date, **reply.headers}
         return Response(reply.body, reply.status, headers, reply.content_type)
 
-    async def _asked(self, request: Request) -> Asked | None:
+    async def _parse_request(self, request: Request) -> ApiRequest | None:
         line = f"{request.method} {request.url.path}"
         for call in Call:
             match = call.value.fullmatch(line)
@@ -136,7 +136,7 @@ class Workspace:
                 name = "".join(filter(None, match.groups()))
                 query, headers = request.query_params, request.headers
                 body = await request.body()
-                return Asked(call, name, dict(query), dict(headers), body, self.url)
+                return ApiRequest(call, name, dict(query), dict(headers), body, self.url)
         return None
 
     def _release(self) -> None:

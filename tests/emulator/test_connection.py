@@ -169,7 +169,7 @@ async def test_a_login_is_what_postgres_says_with_another_key(lakebase: Lakebase
     assert {b"server_version", b"TimeZone", b"client_encoding"} <= names
     (key,) = (message for message in messages if isinstance(message, BackendKeyData))
     (record,) = lakebase.gateway.sessions
-    assert record.shown_key == key
+    assert record.issued_key == key
     assert record.real_pid != key.pid
     client.abort()
 

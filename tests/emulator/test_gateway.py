@@ -13,7 +13,7 @@ import pytest
 
 from proxy.emulator.certificates import Certificate
 from proxy.emulator.cluster import GROUP, PERSON
-from proxy.emulator.endpoints import Ending, Endpoint, neon_error
+from proxy.emulator.endpoints import Endpoint, SessionEnd, neon_error
 from proxy.emulator.lakebase import Lakebase, Shard
 from proxy.emulator.streams import EndedBy
 from proxy.emulator.tokens import Purpose, TokenIssuer, fingerprint
@@ -336,10 +336,10 @@ async def test_a_compute_that_wakes_slowly_says_so_until_it_is_awake(
         (shard.instance, "the database system is starting up", "STARTING"),
     ):
         face.suspend()
-        face.wake_seconds, face.wake_patience_seconds = 0.4, 0.01
+        face.wake_seconds, face.wake_timeout_seconds = 0.4, 0.01
         assert text in await refusal(lakebase, face)
         assert face.state == state
-        face.wake_patience_seconds = 5
+        face.wake_timeout_seconds = 5
         async with direct(lakebase, face):
             pass
         assert face.wakes == 1
@@ -359,13 +359,13 @@ async def test_an_idle_session_does_not_keep_a_compute_awake(
 @pytest.mark.parametrize(
     ("ending", "kind"),
     [
-        (Ending.ADMIN_SHUTDOWN, psycopg.errors.AdminShutdown),
-        (Ending.END_OF_FILE, psycopg.OperationalError),
-        (Ending.RESET, psycopg.OperationalError),
+        (SessionEnd.ADMIN_SHUTDOWN, psycopg.errors.AdminShutdown),
+        (SessionEnd.END_OF_FILE, psycopg.OperationalError),
+        (SessionEnd.RESET, psycopg.OperationalError),
     ],
 )
 async def test_a_failover_ends_sessions_in_any_of_three_ways(
-    lakebase: Lakebase, shard: Shard, ending: Ending, kind: type[Exception]
+    lakebase: Lakebase, shard: Shard, ending: SessionEnd, kind: type[Exception]
 ) -> None:
     async with direct(lakebase, shard.endpoint) as connection:
         shard.endpoint.fail_over(0.1, ending)

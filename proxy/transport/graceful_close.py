@@ -16,7 +16,7 @@ FLUSH_SECONDS_MAX: Final = 30.0
 LINGER_SECONDS: Final = 2.0
 
 
-class _Discard(asyncio.Protocol):
+class _DiscardProtocol(asyncio.Protocol):
     """Reads a connection to its end and keeps nothing."""
 
     def __init__(self) -> None:
@@ -26,12 +26,12 @@ class _Discard(asyncio.Protocol):
         self.is_lost = False  # the future may be cancelled instead
 
     def resume_writing(self) -> None:
-        _settle(self.flushed)
+        _resolve(self.flushed)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
-        _settle(self.flushed)
-        _settle(self.lost)
+        _resolve(self.flushed)
+        _resolve(self.lost)
 
 
 async def close_gracefully(
@@ -46,7 +46,7 @@ async def close_gracefully(
     """
     if transport.is_closing():
         return
-    discard = _Discard()
+    discard = _DiscardProtocol()
     transport.set_protocol(discard)
     try:
         transport.resume_reading()
@@ -66,6 +66,6 @@ async def close_gracefully(
             transport.abort()
 
 
-def _settle(future: asyncio.Future[None]) -> None:
+def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)

@@ -26,7 +26,7 @@ UNACKNOWLEDGED_SECONDS_MAX: Final = 120
 _HUNG_UP: Final = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
-def tune(transport: asyncio.BaseTransport) -> None:
+def set_tcp_options(transport: asyncio.BaseTransport) -> None:
     """Set the options on a TCP transport's socket; a unix socket needs none."""
     found = _tcp_socket(transport)
     if found is None:
@@ -36,17 +36,17 @@ def tune(transport: asyncio.BaseTransport) -> None:
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _PROBING:
-            _set_where_known(sock, name, value)
+        for name, value in _KEEPALIVE_OPTIONS:
+            _set_if_available(sock, name, value)
     finally:
         sock.detach()  # the descriptor is the transport's
 
 
-def bound_unacknowledged(transport: asyncio.BaseTransport) -> None:
+def set_user_timeout(transport: asyncio.BaseTransport) -> None:
     """End an upstream's connection when what was sent is not taken for too long."""
     sock = _tcp_socket(transport)
     if sock is not None:
-        _set_where_known(sock, "TCP_USER_TIMEOUT", UNACKNOWLEDGED_SECONDS_MAX * 1000)
+        _set_if_available(sock, "TCP_USER_TIMEOUT", UNACKNOWLEDGED_SECONDS_MAX * 1000)
 
 
 def _tcp_socket(transport: asyncio.BaseTransport) -> socket.socket | None:
@@ -54,13 +54,13 @@ def _tcp_socket(transport: asyncio.BaseTransport) -> socket.socket | None:
     return None if sock is None or sock.family == socket.AF_UNIX else sock
 
 
-def _set_where_known(sock: socket.socket, name: str, value: int) -> None:
+def _set_if_available(sock: socket.socket, name: str, value: int) -> None:
     option = getattr(socket, name, None)  # not every platform has every one
     if option is not None:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-_PROBING: Final = (
+_KEEPALIVE_OPTIONS: Final = (
     ("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
     ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
     ("TCP_KEEPCNT", KEEPALIVE_PROBES),

@@ -93,11 +93,11 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
 
     __slots__ = (
         "_app",
+        "_data_received",
         "_decrypt",
         "_encrypt",
         "_encrypted",
         "_feed",
-        "_hand_up",
         "_handshake",
         "_incoming",
         "_outgoing",
@@ -156,7 +156,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Deliver to this protocol from here on."""
         self._app = cast(asyncio.Protocol, protocol)
-        self._hand_up = self._app.data_received
+        self._data_received = self._app.data_received
         # Flow control is the plain transport's: its buffer is the only one.
         self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
         self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]
@@ -281,7 +281,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
             return
         # Nearly every answer to a query is one record that comes in one read. A record is longer
         # than what it holds, so that a piece as long as the read is not the whole of it.
-        feed, decrypt, hand_up = self._feed, self._decrypt, self._hand_up
+        feed, decrypt, data_received = self._feed, self._decrypt, self._data_received
         feed(data)
         try:
             piece = decrypt(size)
@@ -291,7 +291,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         if not piece or len(piece) == size or self._incoming.pending or self._outgoing.pending:
             self._deliver([piece])
         else:
-            hand_up(piece)
+            data_received(piece)
 
     def eof_received(self) -> bool:
         """Take the peer's FIN. Without a close_notify before it, the stream may be cut: still EOF.

@@ -11,7 +11,7 @@ from proxy.wire.options import Setting, appended
 from proxy.wire.startup import FIRST_PACKET_BYTES_MAX, V3_0, StartupMessage
 from proxy.wire.violations import ClientReason, ClientViolation
 
-# The pairs that travel as themselves: a front end may drop all others silently (W50).
+# Sent as startup parameters of their own: a front end may drop all others without an error (W50).
 _FORWARDED_PARAMETERS: Final = (
     b"user",
     b"database",
@@ -26,12 +26,11 @@ _PROGRAM_LIMIT_EXCEEDED: Final = "54000"
 
 
 def upstream_message(client: StartupMessage, user: bytes, database: bytes) -> StartupMessage:
-    """Return the StartupMessage that goes upstream for this client (W50).
+    """Return the StartupMessage that is sent upstream for this client (W50).
 
-    The client's settings move into `options`, behind what it wrote there itself, since a front end
-    may drop all pairs but five; protocol options (`_pq_.`) never leave this hop (W13).
+    The client's settings are appended to its own `options`.
 
-    Raises ClientViolation: a name that no setting can have, or a packet too long (W51).
+    Raises ClientViolation for a name that no setting can have, or a packet too long (W51).
     """
     pairs = {b"user": user, b"database": database}
     extra: list[Setting] = []
@@ -56,8 +55,9 @@ def upstream_message(client: StartupMessage, user: bytes, database: bytes) -> St
 
 
 def _setting(name: bytes, value: bytes) -> Setting:
-    # On a command line `=` ends a name and `-` means `_`; in a pair neither does. PostgreSQL has
-    # no setting with either, so say of these what it would say: a custom one (dotted) is misnamed.
+    # In `options`, `=` ends a name and `-` means `_`; in a startup parameter neither is special.
+    # PostgreSQL has no setting with either character, so answer as PostgreSQL would: a custom
+    # (dotted) name is invalid, any other is unrecognized.
     if b"=" in name or b"-" in name:
         fault, sqlstate = (
             ("invalid configuration parameter name", _INVALID_NAME)

@@ -110,7 +110,7 @@ def test_w52_bytes_behind_s_are_an_injection() -> None:
             machine = UpstreamStartup()
             events = feed_upstream(machine, chunks)
             assert isinstance(events[-1], UpstreamViolated)
-            assert "behind the answer to SSLRequest" in str(events[-1].violation)
+            assert "after the answer to SSLRequest" in str(events[-1].violation)
             assert machine.state is UpstreamState.FAILED
             with pytest.raises(StateMachineMisuse):
                 machine.tls_started()
@@ -413,18 +413,18 @@ def test_w30_a_negotiation_that_names_3_0_is_ignored(at: int) -> None:
     "wire", [V_32, message(b"v", bytes(8)), message(b"v", b"\0\3\0\1\0\0\0\1_pq_.a\0")]
 )
 def test_w30_any_other_negotiation_is_a_violation(wire: bytes) -> None:
-    assert "a protocol version that was not asked for" in one_violation(wire)
-    assert "a protocol version that was not asked for" in one_violation(wire, logged_in)
+    assert "a protocol version that was not requested" in one_violation(wire)
+    assert "a protocol version that was not requested" in one_violation(wire, logged_in)
 
 
 NO_PLACE = [
-    (PARAMETER, behind_tls, "no place before AuthenticationOk"),
-    (BACKEND_KEY_DATA, behind_tls, "no place before AuthenticationOk"),
-    (READY_FOR_QUERY, behind_tls, "no place before AuthenticationOk"),
-    (NOTIFICATION, behind_tls, "no place before AuthenticationOk"),
-    (AUTHENTICATION_OK, logged_in, "an authentication request behind AuthenticationOk"),
-    (CLEARTEXT_PASSWORD, logged_in, "an authentication request behind AuthenticationOk"),
-    (MD5, logged_in, "an authentication request behind AuthenticationOk"),
+    (PARAMETER, behind_tls, "not allowed before AuthenticationOk"),
+    (BACKEND_KEY_DATA, behind_tls, "not allowed before AuthenticationOk"),
+    (READY_FOR_QUERY, behind_tls, "not allowed before AuthenticationOk"),
+    (NOTIFICATION, behind_tls, "not allowed before AuthenticationOk"),
+    (AUTHENTICATION_OK, logged_in, "an authentication request after AuthenticationOk"),
+    (CLEARTEXT_PASSWORD, logged_in, "an authentication request after AuthenticationOk"),
+    (MD5, logged_in, "an authentication request after AuthenticationOk"),
 ]
 
 

@@ -1,9 +1,9 @@
-"""From rows to a shard map, or to all that is wrong with them.
+"""Building a shard map from rows, with every problem of the rows reported at once.
 
-Not for finding a key in the map (`maps`). A problem names the place of a row, its target and the
-rule that is broken, never a key or bound: a reload logs it, and a log has no shard key.
+Not for finding a key in the map (`shard_map`). A problem names the number of a row, its target and
+the rule that is broken, never a key or bound: a reload logs problems, and keys must not be logged.
 
-Invariant: mappings of a map never overlap, none is empty, and each leads to a target that exists.
+Invariant: mappings of a map never overlap, none is empty, and the target of each exists.
 """
 
 from array import array
@@ -26,12 +26,12 @@ from proxy.routing.shard_map import (
 _Parse: TypeAlias = Callable[[str], bytes]
 _Bounds: TypeAlias = tuple[bytes, bytes | None]
 
-# Of a million rows a part has some thousand.
+# With a million rows, a part has about 4,000.
 _PARTS: Final = 256
 _SAMPLES: Final = 16 * _PARTS
 
 _HASH_VALUES: Final = 1 << 8 * HASH_BYTES
-# Of a name that is none: enough to find it, where a line of a file is anything at all.
+# Of a target that does not exist: enough to find it, since a line of a file may contain anything.
 _SHOWN_CHARACTERS_MAX: Final = 40
 _OPEN_LOW: Final = frozenset(("", LOWEST_BOUND))
 _OPEN_HIGH: Final = frozenset(("", HIGHEST_BOUND))
@@ -40,30 +40,30 @@ _OPEN_HIGH: Final = frozenset(("", HIGHEST_BOUND))
 def map_from_tables(
     tables: Iterable[Mapping[str, object]], spec: MapSpec, targets: Collection[str]
 ) -> ShardMap:
-    """Return the map of `mappings` in TOML. `targets` are the names there are. Raises MapError."""
+    """Return the map of `mappings` in TOML. `targets` are the known names. Raises MapError."""
     problems = Problems()
     rows = rows_from_tables(tables, spec.kind, problems)
     return _Builder(spec, targets, "mapping", problems).build(rows)
 
 
 def map_from_csv(lines: Iterable[str], spec: MapSpec, targets: Collection[str]) -> ShardMap:
-    """Return the map of a file's lines. `targets` are the names there are. Raises MapError."""
+    """Return the map of a file's lines. `targets` are the known names. Raises MapError."""
     problems = Problems()
     rows = rows_from_csv(lines, spec.kind, problems)
     return _Builder(spec, targets, "line", problems).build(rows)
 
 
 class _InvalidRow(Exception):
-    """A row that makes no mapping, and why."""
+    """A row that is not a valid mapping; the text says why."""
 
 
 class _Builder:
-    """Takes rows one by one and keeps of each its bounds, its target and its place."""
+    """Collects the bounds, the target and the number of each row."""
 
     def __init__(
         self, spec: MapSpec, targets: Collection[str], word: str, problems: Problems
     ) -> None:
-        """`word` is what a row is called in a problem, in front of its place."""
+        """`word` is what a problem calls a row, before the row's number."""
         self._spec = spec
         self._is_list = spec.kind is Kind.LIST
         self._read_bounds = _READERS[spec.kind]
@@ -94,10 +94,10 @@ class _Builder:
         return self._assemble(order)
 
     def _add(self, row: Row) -> None:
-        """Keep a row, or raise _InvalidRow."""
+        """Add a row. Raises _InvalidRow."""
         lo, hi = self._read_bounds(row, self._parse)
         if hi is not None and not self._is_list and (lo >= hi or hi <= self._lowest):
-            raise _InvalidRow("low is not below high: no key is in it")
+            raise _InvalidRow("low is not below high, so it contains no key")
         owner = self._owner_of.get(row.target)
         if owner is None:
             raise _InvalidRow(f"there is no target {row.target[:_SHOWN_CHARACTERS_MAX]!r}")
@@ -107,7 +107,10 @@ class _Builder:
         self._row_numbers.append(row.number)
 
     def _sorted_positions(self) -> Sequence[int]:
-        """Return the positions of the rows by their lower bounds; a large file is often sorted."""
+        """Return the positions of the rows, sorted by lower bound.
+
+        Rows that are sorted already, as those of a large file often are, are not sorted again.
+        """
         los, following = self._los, iter(self._los)
         next(following, None)
         if all(lo <= next_lo for lo, next_lo in zip(los, following, strict=False)):
@@ -118,9 +121,9 @@ class _Builder:
         return order
 
     def _check_overlaps(self, order: Sequence[int]) -> None:
-        """Report each mapping that begins before the ones in front of it have ended."""
+        """Report each mapping that begins before an earlier one has ended."""
         los, his = self._los, self._his
-        widest = -1  # the mapping that ends last so far
+        widest = -1  # the mapping with the highest end so far
         for at in order:
             if widest < 0:
                 widest = at
@@ -139,7 +142,7 @@ class _Builder:
         return f"{self._word} {self._row_numbers[at]} (on {self._names[self._owners[at]]})"
 
     def _assemble(self, order: Sequence[int]) -> ShardMap:
-        """Return the map. Where one mapping ends and the next begins is one bound."""
+        """Return the map. If the next mapping begins where one ends, both share one bound."""
         bounds: list[bytes] = []
         owners = array("I")
         end: bytes | None = None
@@ -158,10 +161,10 @@ class _Builder:
 
 
 def _partitions(los: Sequence[bytes]) -> Iterator[Sequence[int]]:
-    """Yield the positions in parts, each of which is wholly below the next.
+    """Yield the positions in parts; all bounds of a part are below those of the next.
 
-    While a list is sorted no other thread runs: a million at once would stop every session for
-    seconds, a part does for milliseconds.
+    `sorted` holds the interpreter lock. Sorting a million bounds at once would stop every session
+    for seconds; a part stops them for milliseconds.
     """
     sample = sorted(los[:: max(1, len(los) // _SAMPLES)])
     limits = sample[:: _SAMPLES // _PARTS]
@@ -172,7 +175,7 @@ def _partitions(los: Sequence[bytes]) -> Iterator[Sequence[int]]:
 
 
 def _lowest_value(spec: MapSpec) -> bytes:
-    """Return what a bound must be above for anything to be below it."""
+    """Return the lowest key or hash: an upper bound must be above it to include anything."""
     size_bytes = HASH_BYTES if spec.kind is Kind.HASH else KEY_BYTES[spec.key_type]
     return b"\0" * (size_bytes or 1)
 
@@ -181,7 +184,7 @@ def _read_list(row: Row, parse: _Parse) -> _Bounds:
     key = _read_key("key", row.low, parse)
     if not key:
         raise _InvalidRow("the key is empty")
-    return key, key  # not the bound behind it: a million keys need not be there twice
+    return key, key  # not the next key: that would be a second object for each of a million keys
 
 
 def _read_range(row: Row, parse: _Parse) -> _Bounds:
@@ -209,7 +212,7 @@ def _read_key(name: str, text: str, parse: _Parse) -> bytes:
 
 
 def _read_hash_bound(name: str, text: str) -> int:
-    """Return a value of the hash, or the one behind the last; decimal, or hex behind 0x."""
+    """Return a hash value, or the number after the last one; decimal, or hex with the prefix 0x."""
     is_hex = text.startswith("0x")
     digits = text.removeprefix("0x")
     known = frozenset("0123456789abcdefABCDEF" if is_hex else "0123456789")

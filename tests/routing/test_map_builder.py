@@ -37,7 +37,7 @@ def spans(*bounds: tuple[int | None, int | None]) -> list[dict[str, str | int]]:
 @pytest.mark.parametrize(("low", "high"), [(5, 5), (6, 5), (None, -(2**31))])
 def test_s4_a_range_without_keys_is_refused(low: int | None, high: int) -> None:
     assert problems(INT4_RANGE, *spans((low, high))) == (
-        "mapping 1: low is not below high: no key is in it",
+        "mapping 1: low is not below high, so it contains no key",
     )
 
 
@@ -45,7 +45,7 @@ def test_s4_a_range_of_one_letter_without_keys_is_refused() -> None:
     # CPython has one object for each bytes of length 1: bounds that are equal may be the same.
     row = {"low": "a", "high": "a", "target": "eu"}
     assert problems(MapSpec(Kind.RANGE, KeyType.TEXT), row) == (
-        "mapping 1: low is not below high: no key is in it",
+        "mapping 1: low is not below high, so it contains no key",
     )
 
 
@@ -115,7 +115,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "mapping 2: high: an int4 has 32 bits",
         "mapping 3: there is no target 'mars'",
         "mapping 4: colour is not one of low, high, target",
-        "mapping 5: low is not below high: no key is in it",
+        "mapping 5: low is not below high, so it contains no key",
     )
 
 

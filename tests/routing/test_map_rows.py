@@ -97,8 +97,8 @@ def test_csv_lines_with_other_numbers_of_fields_are_named() -> None:
     rows, problems = read_csv(["low,high,target", "1,2", "1,2,eu", "1,2,eu,us"])
     assert rows == [Row(3, "1", "2", "eu")]
     assert problems == (
-        "line 2: 2 fields, the head line has 3",
-        "line 4: 4 fields, the head line has 3",
+        "line 2: 2 fields, the header line has 3",
+        "line 4: 4 fields, the header line has 3",
     )
 
 

@@ -1,7 +1,7 @@
-"""The calls of the workspace API, without HTTP: a request's parts in, a reply out.
+"""The calls of the workspace API, without HTTP: the parts of a request in, a reply out.
 
-It knows identities, tokens, endpoints and instances, and says no exactly where the real API is
-known to. Listening, faults and waiting are the business of `workspace`.
+It has identities, tokens, endpoints and instances, and refuses exactly the requests that the real
+API is known to refuse. Listening, faults and waiting are in `workspace`.
 """
 
 import base64
@@ -20,7 +20,7 @@ from proxy.emulator.endpoints import Dialect, Endpoint
 from proxy.emulator.faults import INVALID_CLIENT, NOT_FOUND, UNAUTHENTICATED, Reply, api_error
 from proxy.emulator.tokens import Purpose, TokenIssuer, TokenRefused, fingerprint
 
-# What a database credential may ask for; the longer one is what it gets when it does not ask.
+# The lifetimes that may be requested for a database credential; the longer one is the default.
 TTL_SECONDS_MIN: Final = 300
 TTL_SECONDS_MAX: Final = 3600
 PAGE_SIZE_MAX: Final = 100
@@ -29,7 +29,7 @@ _ENDPOINT_NAME: Final = re.compile(r"projects/[^/]+/branches/[^/]+/endpoints/[^/
 
 
 class Call(Enum):
-    """The calls of the SDK, as faults and counts name them: method and path."""
+    """The calls that the SDK makes, by method and path. Faults and counts refer to them."""
 
     DISCOVERY = re.compile(r"GET /\.well-known/databricks-config")
     OIDC = re.compile(r"GET /oidc/\.well-known/oauth-authorization-server")
@@ -42,7 +42,7 @@ class Call(Enum):
 
 
 class ExpiryFormat(Enum):
-    """How a credential's expiry is written."""
+    """The format of a credential's expiry."""
 
     UTC = auto()
     FRACTION = auto()
@@ -51,10 +51,10 @@ class ExpiryFormat(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ApiRequest:
-    """One HTTP request; header names are lower-case, `base` is the URL the server is known by."""
+    """One HTTP request; header names are lower-case, `base` is the server's own URL."""
 
     call: Call
-    name: str  # the part of the path that names something, or ""
+    name: str  # the part of the path that names a resource, or ""
     query: Mapping[str, str]
     headers: Mapping[str, str]
     body: bytes
@@ -63,16 +63,16 @@ class ApiRequest:
 
 @dataclass(frozen=True, slots=True)
 class Mint:
-    """One database credential handed out."""
+    """One database credential that was issued."""
 
     identity: str
-    name: str  # the endpoint or the instance it was asked for
+    name: str  # the endpoint or the instance it was requested for
     lifetime_seconds: float
     fingerprint: str
 
 
 class Api:
-    """One workspace: its identities, its endpoints and instances, its mints."""
+    """One workspace: its identities, endpoints and instances, and the credentials it minted."""
 
     def __init__(
         self,
@@ -80,23 +80,23 @@ class Api:
         clients: Mapping[str, str],
         clock: Callable[[], float],
     ) -> None:
-        """`clients` has secrets by client id; `clock` returns seconds since the epoch."""
+        """`clients` maps client ids to secrets; `clock` returns seconds since the epoch."""
         self.endpoints = list(endpoints)
         self.clients = dict(clients)
         self.personal_tokens: dict[str, str] = {}  # PAT -> identity
-        self.pats_may_mint = True  # whether the credential API takes a PAT is not known
+        self.pats_may_mint = True  # not known of the real credential API
         self.workspace_id = str(secrets.randbelow(10**15) + 10**15)
         self.issuer = TokenIssuer(self.workspace_id, clock)
         self.workspace_token_seconds: float = TTL_SECONDS_MAX
-        self.credential_seconds: float = TTL_SECONDS_MAX  # negative: expired when handed out
+        self.credential_seconds: float = TTL_SECONDS_MAX  # negative: expired when issued
         self.expiry_format = ExpiryFormat.UTC
         self.page_size_max = PAGE_SIZE_MAX
         self.mints: list[Mint] = []
-        self.workspace_id_headers: set[str] = set()  # seen in X-Databricks-Workspace-Id
+        self.workspace_id_headers: set[str] = set()  # received in X-Databricks-Workspace-Id
         self._clock = clock
 
     def answer(self, request: ApiRequest) -> Reply:
-        """Return the honest reply."""
+        """Return the reply that the request has without a fault."""
         match request.call:
             case Call.DISCOVERY:
                 return self._discovery(request.base)
@@ -156,7 +156,7 @@ class Api:
         return _ok({"access_token": token, "token_type": "Bearer", "expires_in": seconds})
 
     def _basic_client(self, request: ApiRequest) -> str | None:
-        """Return the client id of a right Basic login."""
+        """Return the client id of a Basic login, None if it is wrong."""
         kind, _, encoded = request.headers.get("authorization", "").partition(" ")
         try:
             client, _, secret = base64.b64decode(encoded, validate=True).decode().partition(":")
@@ -166,7 +166,7 @@ class Api:
         return client if right else None
 
     def _federated_client(self, form: Mapping[str, str]) -> str | None:
-        """Return the client id whose federation token was shown."""
+        """Return the client id of a federation token, None if it is invalid."""
         try:
             claims = self.issuer.inspect(form.get("subject_token", ""), Purpose.FEDERATION)
         except TokenRefused:
@@ -175,7 +175,7 @@ class Api:
         return claims.identity if known else None
 
     def _bearer_identity(self, request: ApiRequest) -> str | None:
-        """Return whose workspace token or PAT the request carries."""
+        """Return the identity of the request's workspace token or PAT, None if it is invalid."""
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         if kind != "Bearer":
             return None
@@ -205,7 +205,7 @@ class Api:
         return _ok({"token": token, "expire_time": expiry})
 
     def _resource(self, request: ApiRequest) -> Reply:
-        """Answer a GET below /postgres/: an even number of segments names one, an odd one lists."""
+        """Answer a GET below /postgres/: an even number of segments is a resource, odd is a list."""
         segments = request.name.split("/")
         if segments[::2] != ["projects", "branches", "endpoints"][: (len(segments) + 1) // 2]:
             return NOT_FOUND
@@ -253,18 +253,21 @@ class Api:
                 return _ok(_instance_json(instance))
         return NOT_FOUND
 
-    # -- both -----------------------------------------------------------------------------------
+    # -- Autoscaling and Provisioned ------------------------------------------------------------
 
     def _mint(self, identity: str, name: str, seconds: float) -> tuple[str, str]:
-        """Return a new database token and its expiry. It opens every database it may: `name`
-        is recorded and nothing else, as on the real thing."""
+        """Return a new database token and its expiry.
+
+        As with the real API, the token is valid for every database of its identity: `name` is only
+        recorded.
+        """
         token = self.issuer.issue(identity, Purpose.DATABASE, seconds)
         self.mints.append(Mint(identity, name, seconds, fingerprint(token)))
         expiry = datetime.datetime.fromtimestamp(self._clock() + seconds, datetime.UTC)
         return token, _format_expiry(expiry, self.expiry_format)
 
     def _requested_seconds(self, body: Mapping[str, object]) -> float | None:
-        """Return the lifetime asked for, the longest one if none is, None if it is nonsense."""
+        """Return the requested lifetime, the longest one by default, None if it is invalid."""
         try:
             if "ttl" in body:
                 return float(str(body["ttl"]).removesuffix("s"))

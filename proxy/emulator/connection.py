@@ -1,8 +1,8 @@
-"""The story of one gateway connection: arrival, login, relay, end.
+"""One gateway connection from accept to close: first packets, login, relay, end.
 
-How it arrives is told in `arrival`, who may come in is decided in `login`, what is shared is in
-`front`. A fault may strike at every stage. After ReadyForQuery bytes are relayed and nothing is
-parsed.
+The first packets are read in `first_packet`, the decisions of a login are in `login`, the shared
+state is in `gateway_state`. A fault can be injected at every stage. After ReadyForQuery, bytes are
+relayed without parsing.
 """
 
 import asyncio
@@ -36,14 +36,14 @@ from proxy.wire import messages
 from proxy.wire.messages import ErrorResponse, Frame
 from proxy.wire.startup import V3_0, CancelRequest, StartupMessage
 
-SASL_FAILURES_MAX: Final = 5  # then a pooled host stops to ask
+SASL_FAILURES_MAX: Final = 5  # after these, a pooled host refuses logins
 _FRAME: Final = Struct("!cI")
 
 _T = TypeVar("_T")
 
 
 class _FaultInjected(Exception):
-    """A fault ends the connection here, this way."""
+    """An injected fault ends the connection, in the way that `injection` says."""
 
     def __init__(self, injection: Injection) -> None:
         super().__init__(injection.name)
@@ -59,10 +59,10 @@ class Connection:
         self._record = record
         self._end_requested: asyncio.Future[SessionEnd] = asyncio.get_running_loop().create_future()
         self._last_activity = 0.0
-        self._watched = False  # somebody reads the client's stream for its end
+        self._watched = False  # `_while_connected` reads the client's stream
 
     def end(self, how: SessionEnd) -> None:
-        """Start to end the session. Postgres itself says 57P01, in its place in the stream."""
+        """Start to end the session. Postgres itself sends 57P01, in order with other messages."""
         if how is SessionEnd.ADMIN_SHUTDOWN and self._record.real_pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._record.real_pid, signal.SIGTERM)
@@ -70,14 +70,14 @@ class Connection:
             self._end_requested.set_result(how)
 
     async def run(self) -> None:
-        """Serve the connection to its end, whatever that is."""
+        """Serve the connection until it ends, for any reason."""
         try:
             await self._serve()
         except LoginRefused as refused:
             self._record.refusal = refused.error.message
             self._gateway.changed()
             await self._stream.write(refused.error.encode())
-            # The front end waits a moment for the client to go first, and says nothing more.
+            # Lakebase's front end sends nothing more, and lets the client close first for a moment.
             await self._stream.linger(self._gateway.close_delay_seconds)
             await self._stream.finish(0)
         except _FaultInjected as fault:
@@ -120,7 +120,7 @@ class Connection:
         await self._finish(how)
 
     async def _cancel(self, request: CancelRequest) -> None:
-        """Deliver a cancel, then close; answer nothing, known or not."""
+        """Deliver a cancel if its key is known, then close. There is no answer either way."""
         self._record.cancel = True
         named = self._stream.sni is not None or not self._stream.secure
         session = self._gateway.keys.get((request.pid, request.key.reveal())) if named else None
@@ -164,7 +164,7 @@ class Connection:
             raise LoginRefused(login.identity_error(endpoint, claims, user))
 
     async def _password_login(self, endpoint: Endpoint, user: str, *, pooled: bool) -> None:
-        """SCRAM-SHA-256, the only login of pooled hosts and native roles."""
+        """Log in with SCRAM-SHA-256, the only method of pooled hosts and native roles."""
         if pooled and endpoint.sasl_failures >= SASL_FAILURES_MAX:
             raise LoginRefused(neon_error("Too many connections attempts"))
         await self._stream.write(messages.AuthenticationSASL((MECHANISM.encode(),)).encode())
@@ -176,7 +176,7 @@ class Connection:
                 raise ScramRefused("no such role")
             server = ScramServer(password)
             _, _, response = initial.partition(b"\0")
-            first = server.first(response[4:].decode()).encode()  # behind its length
+            first = server.first(response[4:].decode()).encode()  # after its length
             await self._stream.write(messages.AuthenticationSASLContinue(first).encode())
             proof = (await self._password_frame()).payload.decode()
             final = messages.AuthenticationSASLFinal(server.final(proof).encode())
@@ -196,7 +196,7 @@ class Connection:
         return Frame(kind, await self._stream.read_exactly(length - 4))
 
     async def _log_in(self, endpoint: Endpoint, startup: StartupMessage, user: str) -> Injection:
-        """Wake the compute, log in to Postgres, stay for the session; return how to end."""
+        """Wake the compute, log in to Postgres, run the session. Return how to end."""
         await self._stream.write(messages.AuthenticationOk().encode())
         await self._inject_fault(Stage.AUTHENTICATED)
         if not await self._while_connected(endpoint.wake()):
@@ -211,13 +211,13 @@ class Connection:
                 self._unregister_session(endpoint)
 
     async def _backend_login(self, endpoint: Endpoint, user: str, backend: Backend) -> None:
-        """Pass on what Postgres says up to ReadyForQuery, with the key and the errors changed."""
+        """Relay Postgres' messages up to ReadyForQuery, with the key and the errors replaced."""
         while True:
             frame = await backend.message()
             message = messages.decode_backend(frame)
             match message:
                 case messages.AuthenticationOk():
-                    pass  # ours went out before
+                    pass  # the gateway has sent its own
                 case ErrorResponse():
                     raise LoginRefused(login.relayed_error(endpoint, user, message))
                 case messages.BackendKeyData():
@@ -254,8 +254,10 @@ class Connection:
         self._gateway.changed()
 
     async def _session(self, endpoint: Endpoint, backend: Backend) -> Injection:
-        """Relay until one side ends or the session is ended; return how the client's side is to
-        end, for which Postgres does not wait."""
+        """Relay until one side ends or the session is ended.
+
+        Return how to end the client's connection. The one to Postgres is closed first.
+        """
         parts = (
             asyncio.ensure_future(self._to_backend(endpoint, backend)),
             asyncio.ensure_future(self._to_client(endpoint, backend)),
@@ -285,8 +287,11 @@ class Connection:
             await self._stream.write(received)
 
     async def _limits(self, endpoint: Endpoint) -> None:
-        """End the session when a limit is reached, or put the compute to sleep. Unbounded: it
-        ends with the session. Limits set later than the session's start do not bind it."""
+        """End the session when it reaches a limit, or suspend the idle compute.
+
+        This loop is unbounded: it ends with the session. A limit that is set after the start of the
+        session may not apply to it.
+        """
         started = time.monotonic()
         while True:
             now = time.monotonic()
@@ -308,7 +313,7 @@ class Connection:
                 return
             else:
                 what()
-                await asyncio.Event().wait()  # for Postgres' last word, and the end behind it
+                await asyncio.Event().wait()  # until Postgres' last message and its end
 
     def _end_at_lifetime_limit(self) -> None:
         self.end(SessionEnd.ADMIN_SHUTDOWN)
@@ -319,7 +324,7 @@ class Connection:
     # -- faults and ends --------------------------------------------------------------------------
 
     async def _inject_fault(self, stage: Stage) -> None:
-        """Let a fault happen if one is set for this stage."""
+        """Apply the fault that is injected at this stage, if any."""
         faults, endpoint = self._gateway.faults, self._record.endpoint
         injection = faults.take((stage, None))
         if injection is None and endpoint is not None:
@@ -333,7 +338,7 @@ class Connection:
             raise _FaultInjected(injection)
 
     async def _while_connected(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Await `work`, but give up as soon as the client is gone. Raises StreamEnded then."""
+        """Await `work`. Raises StreamEnded as soon as the client ends the connection."""
         if self._watched:
             return await work
         self._watched = True

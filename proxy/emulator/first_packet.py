@@ -1,7 +1,7 @@
-"""How a gateway connection begins: SSLRequest and TLS, or a cancel, and nothing else.
+"""The first packets of a gateway connection: SSLRequest and TLS, or a CancelRequest.
 
-It returns the StartupMessage or the CancelRequest. The front filter that it imitates is strict:
-there is no direct TLS, no GSSAPI, no plaintext startup and no negotiation of versions.
+It returns the StartupMessage or the CancelRequest. Like Lakebase's front end, it accepts nothing
+else: no direct TLS, no GSSAPI, no plaintext startup and no version negotiation.
 """
 
 from collections.abc import Awaitable, Callable
@@ -28,9 +28,9 @@ InjectFault = Callable[[Stage], Awaitable[None]]
 async def first_packet(
     gateway: GatewayState, stream: Stream, inject_fault: InjectFault
 ) -> StartupMessage | CancelRequest:
-    """Return what the client wants. `strikes` lets the faults of a stage happen.
+    """Return the client's StartupMessage or CancelRequest. `inject_fault` applies a stage's faults.
 
-    Raises LoginRefused, StreamEnded. It has no bound of its own: the caller's timer ends it.
+    Raises LoginRefused, StreamEnded. The caller bounds its time.
     """
     await inject_fault(Stage.ACCEPTED)
     cancel = await _plain_packet(stream)
@@ -50,11 +50,11 @@ async def first_packet(
 
 
 async def _plain_packet(stream: Stream) -> CancelRequest | None:
-    """Read what comes first, in the clear: a CancelRequest, or an SSLRequest, which is None."""
+    """Read the first packet, in plaintext. Return a CancelRequest, or None for an SSLRequest."""
     prefix = await stream.read_exactly(8)
     length, code = _FIRST.unpack(prefix)
     if length >= STARTUP_BYTES_MAX:
-        # A ClientHello, or noise: taken for a length, and waited for until the timer ends it.
+        # A ClientHello, or garbage: read as a length and waited for, until the caller's timeout.
         await stream.wait_for_end()
         raise StreamEnded
     if prefix == SSLRequest().encode():
@@ -67,7 +67,7 @@ async def _plain_packet(stream: Stream) -> CancelRequest | None:
 
 
 async def _secure_packet(stream: Stream) -> StartupMessage | CancelRequest:
-    """Read what comes first inside TLS."""
+    """Read the first packet inside TLS."""
     (length,) = _HEADER.unpack(prefix := await stream.read_exactly(4))
     if not 8 <= length < STARTUP_BYTES_MAX:
         raise LoginRefused(ErrorResponse.fatal("08006", "Invalid length of startup packet."))

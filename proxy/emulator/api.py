@@ -205,7 +205,7 @@ class Api:
         return _ok({"token": token, "expire_time": expiry})
 
     def _resource(self, request: ApiRequest) -> Reply:
-        """Answer a GET below /postgres/: an even number of segments is a resource, odd is a list."""
+        """Answer a GET below /postgres/: an even count of segments is a resource, an odd a list."""
         segments = request.name.split("/")
         if segments[::2] != ["projects", "branches", "endpoints"][: (len(segments) + 1) // 2]:
             return NOT_FOUND

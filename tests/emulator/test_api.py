@@ -1,4 +1,4 @@
-"""The workspace API as the real databricks-sdk sees it."""
+"""The workspace API, called with the real databricks-sdk."""
 
 import asyncio
 import datetime
@@ -34,7 +34,7 @@ def client_of(lakebase: Lakebase, **overrides: str) -> WorkspaceClient:
 async def with_client(
     lakebase: Lakebase, work: Callable[[WorkspaceClient], Any], **overrides: str
 ) -> Any:
-    """Run blocking SDK calls in a thread, since the workspace lives on this loop."""
+    """Run blocking SDK calls in a thread, since the workspace runs on this event loop."""
 
     def in_thread() -> Any:
         return work(client_of(lakebase, **overrides))
@@ -115,13 +115,13 @@ async def test_a_personal_token_is_a_bearer(lakebase: Lakebase) -> None:
         await with_client(lakebase, mint, **login)
 
 
-async def test_a_bearer_that_nobody_issued_is_refused(lakebase: Lakebase) -> None:
+async def test_an_unknown_bearer_token_is_refused(lakebase: Lakebase) -> None:
     with pytest.raises(Unauthenticated):
         await with_client(lakebase, lambda client: client.current_user.me(), token="dapi-unknown")
 
 
 async def test_a_workspace_token_expires(lakebase: Lakebase) -> None:
-    """The SDK never drops a token that the API refuses: only its own clock does."""
+    """The SDK drops a token when it has expired by its own clock, not when the API refuses it."""
     lakebase.workspace.api.workspace_token_seconds = 3600
 
     def me_twice(client: WorkspaceClient) -> Any:

@@ -1,4 +1,4 @@
-"""From rows to a map, and every fault with the entries that have it (S4, S6, S7)."""
+"""From rows to a map, and every problem with the rows that have it (S4, S6, S7)."""
 
 from collections.abc import Mapping
 
@@ -42,7 +42,7 @@ def test_s4_a_range_without_keys_is_refused(low: int | None, high: int) -> None:
 
 
 def test_s4_a_range_of_one_letter_without_keys_is_refused() -> None:
-    # CPython has one object for each bytes of length 1: bounds that are equal may be the same.
+    # CPython has one object for each bytes of length 1: equal bounds may be the same object.
     row = {"low": "a", "high": "a", "target": "eu"}
     assert problems(MapSpec(Kind.RANGE, KeyType.TEXT), row) == (
         "mapping 1: low is not below high, so it contains no key",
@@ -157,7 +157,7 @@ def test_a_csv_makes_the_same_map_and_names_lines() -> None:
 
 @pytest.mark.parametrize("spec", [INT4_LIST, INT4_RANGE, INT4_HASH])
 def test_no_problem_shows_a_key(spec: MapSpec) -> None:
-    """A reload logs them, and a log has no key."""
+    """A reload logs problems, and keys must not be logged."""
     low = "key" if spec is INT4_LIST else "low"
     rows = [{low: key, "target": "eu"} for key in ("4711", "4711", "4711x", "0x4711x", "4711" * 9)]
     said = problems(spec, *rows)

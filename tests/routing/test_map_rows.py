@@ -1,4 +1,4 @@
-"""Rows as TOML and CSV have them, and what is wrong with one."""
+"""Rows from TOML and CSV, and the problems of a row."""
 
 from collections.abc import Iterable
 
@@ -85,11 +85,11 @@ def test_a_lists_csv_has_keys() -> None:
         (Kind.LIST, "", "key,target"),
     ],
 )
-def test_a_csv_needs_its_head_line(kind: Kind, head: str, columns: str) -> None:
+def test_a_csv_needs_its_header_line(kind: Kind, head: str, columns: str) -> None:
     assert read_csv([head, "1,2,3"], kind) == ([], (f"line 1: the columns are not {columns}",))
 
 
-def test_an_empty_csv_has_no_head_line() -> None:
+def test_an_empty_csv_has_no_header_line() -> None:
     assert read_csv([]) == ([], ("line 1: the columns are not low,high,target",))
 
 

@@ -1,4 +1,4 @@
-"""Which way a client goes: databases, aliases, keys, and every refusal (S15, S48)."""
+"""The route of a client: databases, aliases, keys, and every refusal (S15, S48)."""
 
 from collections.abc import Mapping
 
@@ -286,7 +286,7 @@ def test_without_a_pattern_no_database_name_has_a_key() -> None:
     assert routing.route(named(b"app@7")) == Route("main", named(b"app@7"))
 
 
-# What goes on, and what shows.
+# What is forwarded, and what logs and reprs contain.
 
 
 @pytest.mark.parametrize(

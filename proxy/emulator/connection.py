@@ -77,7 +77,7 @@ class Connection:
             self._record.refusal = refused.error.message
             self._gateway.changed()
             await self._stream.write(refused.error.encode())
-            # Lakebase's front end sends nothing more, and lets the client close first for a moment.
+            # Lakebase's front end sends nothing more, and gives the client a moment to close first.
             await self._stream.linger(self._gateway.close_delay_seconds)
             await self._stream.finish(0)
         except _FaultInjected as fault:

@@ -110,9 +110,10 @@ def without(options: bytes, names: Iterable[bytes]) -> bytes:
 def appended(options: bytes, extra: Iterable[Setting]) -> bytes:
     """Return `options` with ` -c NAME=VALUE` appended for each extra setting (W50).
 
-    An unpaired backslash at the end is dropped: it would escape the separator. A switch that lacks
-    its argument would take `-c` as its argument; that is an error which must stay the same error.
-    After `--` no word is a switch. In both cases the settings are inserted before that switch.
+    An unpaired backslash at the end is dropped: it would escape the separator. A last switch that
+    lacks its argument would take the first `-c` as its argument, and PostgreSQL would report
+    another error. After `--`, no word is a switch. In both cases the settings are inserted before
+    that switch.
     """
     own = _without_open_escape(options)
     words = [

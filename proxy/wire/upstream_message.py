@@ -1,4 +1,4 @@
-"""The StartupMessage that goes upstream for a client, as the front end of Lakebase takes it.
+"""The StartupMessage that is sent upstream for a client, as Lakebase's front end accepts it.
 
 Not for when it is sent: see `upstream_startup`. A front end may drop every startup parameter but
 five without an error, so the client's other settings move into `options` (W50). Protocol options

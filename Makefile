@@ -1,5 +1,5 @@
-# Every verb sets itself up: with Python 3.11 or newer, git and make, `make demo` and `make test`
-# work in a fresh clone. CI calls the same verbs.
+# Every verb sets up what it needs: with Python 3.11 or newer, git and make, `make demo` and
+# `make test` work in a fresh clone. CI calls the same verbs.
 
 PYTHON ?= python3
 ARGS ?=
@@ -7,13 +7,13 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# The compiled relay: what it is made of, and what is made of it.
+# The compiled relay: its sources, and the files that are built from them.
 NATIVE := $(wildcard proxy/native/*.pyx proxy/native/*.pxd)
 COMPILED := proxy/native/*.so proxy/native/*.c
 
 # Hypothesis examples for one test of `make fuzz`; the suite's own profile is short.
 FUZZ_EXAMPLES ?= 20000
-# Inputs a side of the byte fuzzer; the seed makes a run repeatable.
+# Inputs of the byte fuzzer for each side; the seed makes a run repeatable.
 FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
@@ -25,9 +25,9 @@ help: ## show this list
 
 setup: $(INSTALLED) ## make the virtual environment .venv (the other verbs do it by themselves)
 
-# Built anew when the dependencies or the compiled relay change. The stamp is written last, so that
-# an interrupted installation is done again. What was compiled before goes first: where it cannot be
-# compiled now, the proxy must not run what is old.
+# Rebuilt when the dependencies or the compiled relay change. The stamp is written last, so that an
+# interrupted installation is repeated. The previous compiled files are removed first: if they cannot
+# be compiled now, the proxy must not run old ones.
 $(INSTALLED): pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Say which one: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	@echo "Setting up $(VENV) (once; a minute or two)"
@@ -37,30 +37,30 @@ $(INSTALLED): pyproject.toml $(NATIVE)
 	@$(BIN)/python -c 'import sys; from proxy import native; why = native.WHY_MISSING; why and print("NOT COMPILED: the relay is pure Python here (%s). %s" % (why, native.WHAT_IT_TAKES), file=sys.stderr)'
 	@touch $@
 
-# For `make pure test`: what a machine without a compiler runs. The next make compiles anew, for the
-# stamp goes as well; in this one it counts as made.
-pure: $(INSTALLED) ## take the compiled relay away for the verbs behind it: make pure test
+# For `make pure test`: what a machine without a compiler runs. The stamp is removed as well, so the
+# next make compiles again; in this run the target counts as made.
+pure: $(INSTALLED) ## remove the compiled relay for the verbs after it: make pure test
 	rm -rf build $(COMPILED) $(INSTALLED)
 
-lint: $(INSTALLED) ## style, format, and the floors of the house
+lint: $(INSTALLED) ## style, format, and the layers of the package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint proxy/native
 	$(BIN)/lint-imports
 
-format: $(INSTALLED) ## let ruff repair what it can
+format: $(INSTALLED) ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 types: $(INSTALLED) ## mypy, strict, on package and tests
 	$(BIN)/mypy
 
-test: lint types unit ## everything that CI demands
+test: lint types unit ## everything that CI requires
 
 unit: $(INSTALLED)
 	$(BIN)/pytest -m 'not bench' $(ARGS)
 
-e2e: $(INSTALLED) ## only the tests against the stand-in's real PostgreSQL
+e2e: $(INSTALLED) ## only the tests against the emulator's real PostgreSQL
 	$(BIN)/pytest -m e2e $(ARGS)
 
 fuzz: $(INSTALLED) ## two million inputs a side, and generated tests for longer (FUZZ_SEED=...)
@@ -74,22 +74,22 @@ fuzz: $(INSTALLED) ## two million inputs a side, and generated tests for longer 
 bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (six minutes)
 	@exec $(BIN)/python -m bench $(ARGS)
 
-# ARGS: --sessions N, --keys N. The hundred thousand took 24 minutes on two busy cores.
+# ARGS: --sessions N, --keys N. 100,000 sessions took 24 minutes on two busy cores.
 soak: $(INSTALLED) ## 100,000 sessions over 1,000 shard keys: every one is on the right shard
 	@exec $(BIN)/python -m tests.soak.routing $(ARGS)
 
-# exec: no shell stays between make and the program. Ctrl-C reaches the program, a SIGTERM to make
-# is passed on to it, and make waits until it has cleaned up.
+# exec: no shell remains between make and the program. Ctrl-C reaches the program, make forwards a
+# SIGTERM to it, and waits until it has cleaned up.
 demo: $(INSTALLED) ## the whole system on this machine, nothing to sign up for
 	@exec $(BIN)/lakebase-auth-proxy demo $(ARGS)
 
-docs: $(INSTALLED) ## write the generated files anew: config.example.toml, docs/protocol-states.md
+docs: $(INSTALLED) ## regenerate config.example.toml and docs/protocol-states.md
 	$(BIN)/python -c 'from proxy.config import example_toml; print(example_toml(), end="")' > config.example.toml.new
 	mv config.example.toml.new config.example.toml
 	$(BIN)/python -m tests.protocol_states
 
 all: test fuzz bench ## test, fuzz and bench
 
-clean: ## remove the virtual environment, what was compiled, and every cache
+clean: ## remove the virtual environment, the compiled files and every cache
 	rm -rf $(VENV) $(COMPILED) *.egg-info build dist htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from proxy.routing.keys import KeyType
-from proxy.routing.map_builder import map_of_csv
+from proxy.routing.map_builder import map_from_csv
 from proxy.routing.shard_map import Kind, MapSpec, ShardMap
 
 MAPPINGS: Final = 1_000_000
@@ -88,7 +88,7 @@ def report() -> str:
     for case in _CASES:
         rows = list(case.lines(MAPPINGS))
         started_at = time.process_time()
-        built = map_of_csv(rows, case.spec, _TARGETS)
+        built = map_from_csv(rows, case.spec, _TARGETS)
         build_seconds = time.process_time() - started_at
         del rows
         find = _find_microseconds(case, built)
@@ -116,7 +116,7 @@ def _bytes_each(case: _Case) -> float:
     rows = list(case.lines(_TRACED_MAPPINGS))
     gc.collect()
     tracemalloc.start()
-    built = map_of_csv(rows, case.spec, _TARGETS)
+    built = map_from_csv(rows, case.spec, _TARGETS)
     traced_bytes = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     return traced_bytes / len(built)

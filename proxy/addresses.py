@@ -1,9 +1,9 @@
-"""Whether a text is an address, and whether only this machine reaches it.
+"""Whether a text is an IP address, and whether it is a loopback address.
 
-For: what is decided by addresses alone: who may connect, who asked. Not for: asking DNS.
+For: decisions by address alone, such as who may connect. Not for: DNS.
 
-Invariant: an IPv4 address is the same address when it is written as an IPv6 one (::ffff:127.0.0.1,
-as a socket that serves both gives its peers).
+Invariant: an IPv4-mapped IPv6 address (::ffff:127.0.0.1, the form in which a dual-stack socket
+reports its peers) is the same as the IPv4 address.
 """
 
 import ipaddress
@@ -12,7 +12,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def address_of(host: str) -> Address | None:
-    """Return the address that `host` is, None for a name."""
+    """Return the address that `host` denotes, None for a name."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -22,6 +22,6 @@ def address_of(host: str) -> Address | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches `host`, without asking DNS: other names do not."""
+    """Return whether `host` is "localhost" or a loopback address; DNS is not queried."""
     address = address_of(host)
     return host.lower() == "localhost" if address is None else address.is_loopback

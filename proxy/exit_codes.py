@@ -1,15 +1,15 @@
-"""What the program's end says to whoever started it.
+"""The exit codes of the program.
 
-For: one list, below everything that ends the program. Not for: why; that is in the log.
+For: one list, below every module that ends the program. Not for: the cause; that is in the log.
 """
 
 from typing import Final
 
-# All well, a clean drain after SIGTERM or SIGINT included.
+# Success, including a clean drain after SIGTERM or SIGINT.
 EXIT_OK: Final = 0
 # A failure while running.
 EXIT_FAILURE: Final = 1
-# Usage or configuration; every problem is said at once.
+# A usage or configuration error; every problem is reported at once.
 EXIT_USAGE: Final = 2
-# The drain timed out and sessions were cut.
+# The drain timed out, and sessions were cut.
 EXIT_CUT: Final = 3

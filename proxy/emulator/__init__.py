@@ -1,6 +1,7 @@
-"""An embedded Lakebase for demo and tests.
+"""The Lakebase emulator, for demo and tests.
 
-Files import in this order only: cluster, tokens, certificates, faults, endpoints, api, workspace,
-streams, gateway_state, scram, login, first_packet, backend, connection, gateway, lakebase. Read
-lakebase first.
+It emulates the workspace API and the gateway in front of real PostgreSQL. Files import in this
+order only: cluster, tokens, certificates, faults, endpoints, api, workspace, streams,
+gateway_state, scram, login, first_packet, backend, connection, gateway, lakebase. Read lakebase
+first.
 """

@@ -1,7 +1,7 @@
-"""The calls of the workspace API, without HTTP: a request's parts in, a reply out.
+"""The calls of the workspace API, without HTTP: the parts of a request in, a reply out.
 
-It knows identities, tokens, endpoints and instances, and says no exactly where the real API is
-known to. Listening, faults and waiting are the business of `workspace`.
+It has identities, tokens, endpoints and instances, and refuses exactly the requests that the real
+API is known to refuse. Listening, faults and waiting are in `workspace`.
 """
 
 import base64
@@ -20,7 +20,7 @@ from proxy.emulator.endpoints import Dialect, Endpoint
 from proxy.emulator.faults import INVALID_CLIENT, NOT_FOUND, UNAUTHENTICATED, Reply, api_error
 from proxy.emulator.tokens import Purpose, TokenIssuer, TokenRefused, fingerprint
 
-# What a database credential may ask for; the longer one is what it gets when it does not ask.
+# The lifetimes that may be requested for a database credential; the longer one is the default.
 TTL_SECONDS_MIN: Final = 300
 TTL_SECONDS_MAX: Final = 3600
 PAGE_SIZE_MAX: Final = 100
@@ -29,7 +29,7 @@ _ENDPOINT_NAME: Final = re.compile(r"projects/[^/]+/branches/[^/]+/endpoints/[^/
 
 
 class Call(Enum):
-    """The calls of the SDK, as faults and counts name them: method and path."""
+    """The calls that the SDK makes, by method and path. Faults and counts refer to them."""
 
     DISCOVERY = re.compile(r"GET /\.well-known/databricks-config")
     OIDC = re.compile(r"GET /oidc/\.well-known/oauth-authorization-server")
@@ -41,8 +41,8 @@ class Call(Enum):
     ME = re.compile(r"GET /api/2\.0/preview/scim/v2/Me")
 
 
-class ExpiryForm(Enum):
-    """How a credential's expiry is written."""
+class ExpiryFormat(Enum):
+    """The format of a credential's expiry."""
 
     UTC = auto()
     FRACTION = auto()
@@ -50,11 +50,11 @@ class ExpiryForm(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One HTTP request; header names are lower-case, `base` is the URL the server is known by."""
+class ApiRequest:
+    """One HTTP request; header names are lower-case, `base` is the server's own URL."""
 
     call: Call
-    name: str  # the part of the path that names something, or ""
+    name: str  # the part of the path that names a resource, or ""
     query: Mapping[str, str]
     headers: Mapping[str, str]
     body: bytes
@@ -63,16 +63,16 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Mint:
-    """One database credential handed out."""
+    """One database credential that was issued."""
 
     identity: str
-    name: str  # the endpoint or the instance it was asked for
+    name: str  # the endpoint or the instance it was requested for
     lifetime_seconds: float
     fingerprint: str
 
 
 class Api:
-    """One workspace: its identities, its endpoints and instances, its mints."""
+    """One workspace: its identities, endpoints and instances, and the credentials it minted."""
 
     def __init__(
         self,
@@ -80,51 +80,51 @@ class Api:
         clients: Mapping[str, str],
         clock: Callable[[], float],
     ) -> None:
-        """`clients` has secrets by client id; `clock` returns seconds since the epoch."""
+        """`clients` maps client ids to secrets; `clock` returns seconds since the epoch."""
         self.endpoints = list(endpoints)
         self.clients = dict(clients)
         self.personal_tokens: dict[str, str] = {}  # PAT -> identity
-        self.pats_mint = True  # whether the credential API takes a PAT is not known
+        self.pats_may_mint = True  # not known of the real credential API
         self.workspace_id = str(secrets.randbelow(10**15) + 10**15)
         self.issuer = TokenIssuer(self.workspace_id, clock)
         self.workspace_token_seconds: float = TTL_SECONDS_MAX
-        self.credential_seconds: float = TTL_SECONDS_MAX  # negative: expired when handed out
-        self.expiry_form = ExpiryForm.UTC
+        self.credential_seconds: float = TTL_SECONDS_MAX  # negative: expired when issued
+        self.expiry_format = ExpiryFormat.UTC
         self.page_size_max = PAGE_SIZE_MAX
         self.mints: list[Mint] = []
-        self.workspace_id_headers: set[str] = set()  # seen in X-Databricks-Workspace-Id
+        self.workspace_id_headers: set[str] = set()  # received in X-Databricks-Workspace-Id
         self._clock = clock
 
-    def answer(self, asked: Asked) -> Reply:
-        """Return the honest reply."""
-        match asked.call:
+    def answer(self, request: ApiRequest) -> Reply:
+        """Return the reply that the request has without a fault."""
+        match request.call:
             case Call.DISCOVERY:
-                return self._discovery(asked.base)
+                return self._discovery(request.base)
             case Call.OIDC:
-                oidc = f"{asked.base}/oidc/v1"
+                oidc = f"{request.base}/oidc/v1"
                 return _ok(
                     {"authorization_endpoint": f"{oidc}/authorize"}
                     | {"token_endpoint": f"{oidc}/token"}
                 )
             case Call.TOKEN:
-                return self._token(asked)
+                return self._token(request)
             case _:
-                return self._answer_bearer(asked)
+                return self._answer_bearer(request)
 
-    def _answer_bearer(self, asked: Asked) -> Reply:
-        identity = self._bearer(asked)
+    def _answer_bearer(self, request: ApiRequest) -> Reply:
+        identity = self._bearer_identity(request)
         if identity is None:
             return UNAUTHENTICATED
-        self.workspace_id_headers.add(asked.headers.get("x-databricks-workspace-id", ""))
-        match asked.call:
+        self.workspace_id_headers.add(request.headers.get("x-databricks-workspace-id", ""))
+        match request.call:
             case Call.CREDENTIAL:
-                return self._credential(identity, asked)
+                return self._credential(identity, request)
             case Call.RESOURCE:
-                return self._resource(asked)
+                return self._resource(request)
             case Call.INSTANCE_CREDENTIAL:
-                return self._instance_credential(identity, asked)
+                return self._instance_credential(identity, request)
             case Call.INSTANCE:
-                return self._instance(asked)
+                return self._instance(request)
             case _:
                 return _ok({"id": "1", "userName": identity, "active": True})
 
@@ -140,13 +140,13 @@ class Api:
             }
         )
 
-    def _token(self, asked: Asked) -> Reply:
-        form = {name: values[0] for name, values in parse_qs(asked.body.decode()).items()}
+    def _token(self, request: ApiRequest) -> Reply:
+        form = {name: values[0] for name, values in parse_qs(request.body.decode()).items()}
         match form.get("grant_type"):
             case "client_credentials":
-                client = self._basic(asked)
+                client = self._basic_client(request)
             case "urn:ietf:params:oauth:grant-type:token-exchange":
-                client = self._exchanged(form)
+                client = self._federated_client(form)
             case _:
                 return Reply(400, b'{"error":"unsupported_grant_type"}')
         if client is None:
@@ -155,9 +155,9 @@ class Api:
         token = self.issuer.issue(client, Purpose.WORKSPACE, seconds)
         return _ok({"access_token": token, "token_type": "Bearer", "expires_in": seconds})
 
-    def _basic(self, asked: Asked) -> str | None:
-        """Return the client id of a right Basic login."""
-        kind, _, encoded = asked.headers.get("authorization", "").partition(" ")
+    def _basic_client(self, request: ApiRequest) -> str | None:
+        """Return the client id of a Basic login, None if it is wrong."""
+        kind, _, encoded = request.headers.get("authorization", "").partition(" ")
         try:
             client, _, secret = base64.b64decode(encoded, validate=True).decode().partition(":")
         except (binascii.Error, UnicodeDecodeError):
@@ -165,8 +165,8 @@ class Api:
         right = kind == "Basic" and self.clients.get(client) == secret
         return client if right else None
 
-    def _exchanged(self, form: Mapping[str, str]) -> str | None:
-        """Return the client id whose federation token was shown."""
+    def _federated_client(self, form: Mapping[str, str]) -> str | None:
+        """Return the client id of a federation token, None if it is invalid."""
         try:
             claims = self.issuer.inspect(form.get("subject_token", ""), Purpose.FEDERATION)
         except TokenRefused:
@@ -174,14 +174,14 @@ class Api:
         known = claims.identity in self.clients and claims.identity == form.get("client_id")
         return claims.identity if known else None
 
-    def _bearer(self, asked: Asked) -> str | None:
-        """Return whose workspace token or PAT the request carries."""
-        kind, _, token = asked.headers.get("authorization", "").partition(" ")
+    def _bearer_identity(self, request: ApiRequest) -> str | None:
+        """Return the identity of the request's workspace token or PAT, None if it is invalid."""
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
         if kind != "Bearer":
             return None
         if token in self.personal_tokens:
-            minting = asked.call in (Call.CREDENTIAL, Call.INSTANCE_CREDENTIAL)
-            return self.personal_tokens[token] if self.pats_mint or not minting else None
+            minting = request.call in (Call.CREDENTIAL, Call.INSTANCE_CREDENTIAL)
+            return self.personal_tokens[token] if self.pats_may_mint or not minting else None
         try:
             return self.issuer.inspect(token, Purpose.WORKSPACE).identity
         except TokenRefused:
@@ -189,14 +189,14 @@ class Api:
 
     # -- Autoscaling ----------------------------------------------------------------------------
 
-    def _credential(self, identity: str, asked: Asked) -> Reply:
-        body = _json_object(asked.body)
+    def _credential(self, identity: str, request: ApiRequest) -> Reply:
+        body = _json_object(request.body)
         name = str(body.get("endpoint", ""))
         if not _ENDPOINT_NAME.fullmatch(name):
             return _invalid("endpoint must be projects/P/branches/B/endpoints/E")
-        if self._named(name, Dialect.AUTOSCALING) is None:
+        if self._find(name, Dialect.AUTOSCALING) is None:
             return NOT_FOUND
-        seconds = self._asked_seconds(body)
+        seconds = self._requested_seconds(body)
         if seconds is None or not TTL_SECONDS_MIN <= seconds <= TTL_SECONDS_MAX:
             return _invalid(f"ttl must be {TTL_SECONDS_MIN}s to {TTL_SECONDS_MAX}s")
         if "ttl" not in body and "expire_time" not in body:
@@ -204,18 +204,18 @@ class Api:
         token, expiry = self._mint(identity, name, seconds)
         return _ok({"token": token, "expire_time": expiry})
 
-    def _resource(self, asked: Asked) -> Reply:
-        """Answer a GET below /postgres/: an even number of segments names one, an odd one lists."""
-        segments = asked.name.split("/")
+    def _resource(self, request: ApiRequest) -> Reply:
+        """Answer a GET below /postgres/: an even count of segments is a resource, an odd a list."""
+        segments = request.name.split("/")
         if segments[::2] != ["projects", "branches", "endpoints"][: (len(segments) + 1) // 2]:
             return NOT_FOUND
         if len(segments) % 2:
-            return self._list(segments, asked.query)
+            return self._list(segments, request.query)
         if len(segments) == 6:
-            endpoint = self._named(asked.name, Dialect.AUTOSCALING)
+            endpoint = self._find(request.name, Dialect.AUTOSCALING)
             return NOT_FOUND if endpoint is None else _ok(_endpoint_json(endpoint))
-        known = any(name.startswith(asked.name + "/") for name in self._names())
-        return _ok({"name": asked.name}) if known else NOT_FOUND
+        known = any(name.startswith(request.name + "/") for name in self._names())
+        return _ok({"name": request.name}) if known else NOT_FOUND
 
     def _list(self, segments: Sequence[str], query: Mapping[str, str]) -> Reply:
         parent, collection = "/".join(segments[:-1]), segments[-1]
@@ -231,40 +231,43 @@ class Api:
         return _ok({collection: page, "next_page_token": str(start + size) if more else ""})
 
     def _resource_json(self, name: str) -> dict[str, object]:
-        endpoint = self._named(name, Dialect.AUTOSCALING)
+        endpoint = self._find(name, Dialect.AUTOSCALING)
         return {"name": name} if endpoint is None else _endpoint_json(endpoint)
 
     # -- Provisioned ----------------------------------------------------------------------------
 
-    def _instance_credential(self, identity: str, asked: Asked) -> Reply:
-        names = _json_object(asked.body).get("instance_names")
+    def _instance_credential(self, identity: str, request: ApiRequest) -> Reply:
+        names = _json_object(request.body).get("instance_names")
         if not isinstance(names, list) or not names:
             return _invalid("instance_names must name at least one instance")
-        if any(self._named(str(name), Dialect.PROVISIONED) is None for name in names):
+        if any(self._find(str(name), Dialect.PROVISIONED) is None for name in names):
             return NOT_FOUND
         token, expiry = self._mint(identity, str(names[0]), self.credential_seconds)
         return _ok({"token": token, "expiration_time": expiry})
 
-    def _instance(self, asked: Asked) -> Reply:
+    def _instance(self, request: ApiRequest) -> Reply:
         for instance in self.endpoints:
-            uid = asked.query.get("uid", instance.uid if asked.name else "")
-            named = not asked.name or instance.name == asked.name
+            uid = request.query.get("uid", instance.uid if request.name else "")
+            named = not request.name or instance.name == request.name
             if instance.dialect is Dialect.PROVISIONED and named and instance.uid == uid:
                 return _ok(_instance_json(instance))
         return NOT_FOUND
 
-    # -- both -----------------------------------------------------------------------------------
+    # -- Autoscaling and Provisioned ------------------------------------------------------------
 
     def _mint(self, identity: str, name: str, seconds: float) -> tuple[str, str]:
-        """Return a new database token and its expiry. It opens every database it may: `name`
-        is recorded and nothing else, as on the real thing."""
+        """Return a new database token and its expiry.
+
+        As with the real API, the token is valid for every database of its identity: `name` is only
+        recorded.
+        """
         token = self.issuer.issue(identity, Purpose.DATABASE, seconds)
         self.mints.append(Mint(identity, name, seconds, fingerprint(token)))
         expiry = datetime.datetime.fromtimestamp(self._clock() + seconds, datetime.UTC)
-        return token, _written(expiry, self.expiry_form)
+        return token, _format_expiry(expiry, self.expiry_format)
 
-    def _asked_seconds(self, body: Mapping[str, object]) -> float | None:
-        """Return the lifetime asked for, the longest one if none is, None if it is nonsense."""
+    def _requested_seconds(self, body: Mapping[str, object]) -> float | None:
+        """Return the requested lifetime, the longest one by default, None if it is invalid."""
         try:
             if "ttl" in body:
                 return float(str(body["ttl"]).removesuffix("s"))
@@ -275,7 +278,7 @@ class Api:
             return None
         return TTL_SECONDS_MAX
 
-    def _named(self, name: str, dialect: Dialect) -> Endpoint | None:
+    def _find(self, name: str, dialect: Dialect) -> Endpoint | None:
         return next((e for e in self.endpoints if e.name == name and e.dialect is dialect), None)
 
     def _names(self) -> list[str]:
@@ -306,13 +309,13 @@ def _instance_json(instance: Endpoint) -> dict[str, object]:
     return {"name": instance.name, "uid": instance.uid, "state": instance.state, **dns}
 
 
-def _written(moment: datetime.datetime, form: ExpiryForm) -> str:
-    match form:
-        case ExpiryForm.UTC:
+def _format_expiry(moment: datetime.datetime, expiry_format: ExpiryFormat) -> str:
+    match expiry_format:
+        case ExpiryFormat.UTC:
             return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-        case ExpiryForm.FRACTION:
+        case ExpiryFormat.FRACTION:
             return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        case ExpiryForm.OFFSET:
+        case ExpiryFormat.OFFSET:
             return moment.strftime("%Y-%m-%dT%H:%M:%S+00:00")
 
 

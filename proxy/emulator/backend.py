@@ -1,7 +1,7 @@
-"""The gateway's side towards Postgres: a trusted connection over the cluster's unix socket.
+"""The gateway's connection to Postgres: trusted, over the cluster's unix socket.
 
-It says what the gateway tells it to say, and hands up what Postgres answers. Which of that the
-client may see is decided in `connection`.
+It sends what the gateway writes and returns what Postgres answers. `connection` decides what of it
+the client receives.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ class BackendGone(Exception):
 class Backend:
     """One connection to Postgres, on a bare socket.
 
-    A transport would be closed by a write that fails, and with it would go what Postgres said last
-    before it ended the session, still unread.
+    An asyncio transport closes after a failed write, and would discard unread data: the last
+    messages that Postgres sent before it ended the session.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -47,21 +47,21 @@ class Backend:
         return frame
 
     async def read(self) -> bytes:
-        """Return what there is, b"" when Postgres ended."""
+        """Return the bytes that have arrived, or b"" after Postgres ended the connection."""
         try:
             return await self._loop.sock_recv(self._socket, READ_BYTES_MAX)
         except OSError:
             return b""
 
     async def write(self, content: bytes) -> None:
-        """Send, and wait while Postgres does not read; bytes for one that is gone vanish."""
+        """Send, and wait while Postgres does not read. Discard the bytes if it has ended."""
         with contextlib.suppress(OSError):
             await self._loop.sock_sendall(self._socket, content)
 
 
 @asynccontextmanager
 async def connected(socket_path: str) -> AsyncIterator[Backend]:
-    """Keep a connection to Postgres open. Raises BackendGone where nobody listens."""
+    """Open a connection to Postgres for the block. Raises BackendGone if no server listens."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.setblocking(False)
         try:
@@ -72,7 +72,7 @@ async def connected(socket_path: str) -> AsyncIterator[Backend]:
 
 
 async def deliver_cancel(session: BackendSession) -> None:
-    """Send Postgres the cancel that its own key belongs to, and wait until it has taken it."""
+    """Send Postgres a CancelRequest with its own key, and wait until it has been processed."""
     with contextlib.suppress(BackendGone):
         async with connected(session.socket_path) as backend:
             await backend.write(CancelRequest(session.key.pid, session.key.key).encode())
@@ -80,10 +80,10 @@ async def deliver_cancel(session: BackendSession) -> None:
 
 
 async def role_exists(socket_path: str, role: str) -> bool:
-    """Ask Postgres, by starting a login that is dropped at its answer. Raises BackendGone."""
+    """Return whether Postgres has the role, by starting a login as it. Raises BackendGone."""
     async with connected(socket_path) as backend:
         pairs = ((b"user", role.encode()), (b"database", b"postgres"))
         await backend.write(StartupMessage(V3_0, pairs).encode())
-        await backend.message()  # AuthenticationOk comes first, to anyone
+        await backend.message()  # AuthenticationOk comes first, even for an unknown role
         answer = messages.decode_backend(await backend.message())
         return not isinstance(answer, messages.ErrorResponse)

@@ -1,7 +1,7 @@
-"""The certificates that the gateway shows: a good one, and the kinds a client must refuse.
+"""The certificates that the gateway presents: a valid one, and kinds that a client must refuse.
 
-A certificate authority made for this stand-in signs them; its certificate is written to a file
-for clients to trust. Nothing is added to any system store.
+A certificate authority created for this emulator signs them. Its certificate is written to a file
+that clients can trust. The system's certificate store is not changed.
 """
 
 import datetime
@@ -13,16 +13,16 @@ import trustme
 
 
 class Certificate(Enum):
-    """Which certificate the gateway shows."""
+    """Which certificate the gateway presents."""
 
-    GOOD = "for the host names served, signed by the stand-in's authority"
+    GOOD = "for the host names served, signed by the emulator's authority"
     WRONG_NAME = "for another host"
-    EXPIRED = "good until yesterday"
+    EXPIRED = "valid until yesterday"
     UNTRUSTED = "for the host names served, signed by an unknown authority"
 
 
 class Certificates:
-    """Server TLS contexts by kind of certificate, each made when first asked for."""
+    """Server TLS contexts by kind of certificate, each created on first use."""
 
     def __init__(self, names: tuple[str, ...], ca_file: Path) -> None:
         """`names` are host names or `*.domain`; the authority's certificate goes to `ca_file`."""
@@ -32,7 +32,7 @@ class Certificates:
         self._contexts: dict[Certificate, ssl.SSLContext] = {}
 
     def context(self, kind: Certificate) -> ssl.SSLContext:
-        """Return the context that shows this kind of certificate, TLS 1.2 or newer."""
+        """Return the context that presents this kind of certificate, with TLS 1.2 or newer."""
         if kind not in self._contexts:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.minimum_version = ssl.TLSVersion.TLSv1_2

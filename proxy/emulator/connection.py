@@ -1,8 +1,8 @@
-"""The story of one gateway connection: arrival, login, relay, end.
+"""One gateway connection from accept to close: first packets, login, relay, end.
 
-How it arrives is told in `arrival`, who may come in is decided in `login`, what is shared is in
-`front`. A fault may strike at every stage. After ReadyForQuery bytes are relayed and nothing is
-parsed.
+The first packets are read in `first_packet`, the decisions of a login are in `login`, the shared
+state is in `gateway_state`. A fault can be injected at every stage. After ReadyForQuery, bytes are
+relayed without parsing.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ from proxy.emulator.backend import (
     role_exists,
 )
 from proxy.emulator.cluster import ClusterError
-from proxy.emulator.endpoints import Ending, Endpoint, neon_error
+from proxy.emulator.endpoints import Endpoint, SessionEnd, neon_error
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.first_packet import first_packet
-from proxy.emulator.gateway_state import BackendSession, Front, Record
-from proxy.emulator.login import Refused
+from proxy.emulator.gateway_state import BackendSession, GatewayState, Record
+from proxy.emulator.login import LoginRefused
 from proxy.emulator.scram import MECHANISM, ScramRefused, ScramServer
 from proxy.emulator.streams import Stream, StreamEnded
 from proxy.emulator.tokens import fingerprint
@@ -36,52 +36,52 @@ from proxy.wire import messages
 from proxy.wire.messages import ErrorResponse, Frame
 from proxy.wire.startup import V3_0, CancelRequest, StartupMessage
 
-SASL_FAILURES_MAX: Final = 5  # then a pooled host stops to ask
+SASL_FAILURES_MAX: Final = 5  # after these, a pooled host refuses logins
 _FRAME: Final = Struct("!cI")
 
 _T = TypeVar("_T")
 
 
-class _Struck(Exception):
-    """A fault ends the connection here, this way."""
+class _FaultInjected(Exception):
+    """An injected fault ends the connection, in the way that `injection` says."""
 
-    def __init__(self, inject: Injection) -> None:
-        super().__init__(inject.name)
-        self.inject = inject
+    def __init__(self, injection: Injection) -> None:
+        super().__init__(injection.name)
+        self.injection = injection
 
 
 class Connection:
     """One accepted connection; `run` it once."""
 
-    def __init__(self, front: Front, stream: Stream, record: Record) -> None:
-        self._front = front
+    def __init__(self, gateway: GatewayState, stream: Stream, record: Record) -> None:
+        self._gateway = gateway
         self._stream = stream
         self._record = record
-        self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        self._end_requested: asyncio.Future[SessionEnd] = asyncio.get_running_loop().create_future()
         self._last_activity = 0.0
-        self._watched = False  # somebody reads the client's stream for its end
+        self._watched = False  # `_while_connected` reads the client's stream
 
-    def end(self, ending: Ending) -> None:
-        """Start to end the session. Postgres itself says 57P01, in its place in the stream."""
-        if ending is Ending.ADMIN_SHUTDOWN and self._record.real_pid is not None:
+    def end(self, how: SessionEnd) -> None:
+        """Start to end the session. Postgres itself sends 57P01, in order with other messages."""
+        if how is SessionEnd.ADMIN_SHUTDOWN and self._record.real_pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._record.real_pid, signal.SIGTERM)
-        elif not self._ending.done():
-            self._ending.set_result(ending)
+        elif not self._end_requested.done():
+            self._end_requested.set_result(how)
 
     async def run(self) -> None:
-        """Serve the connection to its end, whatever that is."""
+        """Serve the connection until it ends, for any reason."""
         try:
             await self._serve()
-        except Refused as refused:
+        except LoginRefused as refused:
             self._record.refusal = refused.error.message
-            self._front.changed()
+            self._gateway.changed()
             await self._stream.write(refused.error.encode())
-            # The front end waits a moment for the client to go first, and says nothing more.
-            await self._stream.linger(self._front.close_delay_seconds)
+            # Lakebase's front end sends nothing more, and gives the client a moment to close first.
+            await self._stream.linger(self._gateway.close_delay_seconds)
             await self._stream.finish(0)
-        except _Struck as struck:
-            await self._finish(struck.inject)
+        except _FaultInjected as fault:
+            await self._finish(fault.injection)
         except StreamEnded:
             await self._stream.finish(0)
         except asyncio.CancelledError:
@@ -91,45 +91,45 @@ class Connection:
             await self._stream.release()
             self._record.ended_by = self._stream.ended_by
             self._record.closed = True
-            self._front.changed()
+            self._gateway.changed()
 
     async def _serve(self) -> None:
         try:
-            async with asyncio.timeout(self._front.startup_seconds_max):
-                packet = await first_packet(self._front, self._stream, self._strike)
+            async with asyncio.timeout(self._gateway.startup_seconds_max):
+                packet = await first_packet(self._gateway, self._stream, self._inject_fault)
         except TimeoutError:
-            raise Refused(ErrorResponse.fatal("08006", "Insecure connection.")) from None
+            raise LoginRefused(ErrorResponse.fatal("08006", "Insecure connection.")) from None
         self._record.secure, self._record.sni = self._stream.secure, self._stream.sni
         if isinstance(packet, CancelRequest):
             await self._cancel(packet)
             return
         self._record.parameters = packet.parameters
         login.check_version(packet)
-        endpoint, host_kind = login.find_endpoint(self._front.endpoints, self._stream.sni)
+        endpoint, host_kind = login.find_endpoint(self._gateway.endpoints, self._stream.sni)
         self._record.endpoint = endpoint
-        self._front.changed()
-        await self._strike(Stage.STARTUP)
+        self._gateway.changed()
+        await self._inject_fault(Stage.STARTUP)
         login.check_endpoint(endpoint, host_kind, packet)
         user = (packet.get(b"user") or b"").decode(errors="replace")
         try:
             await self._authenticate(endpoint, packet, user, pooled="pooled" in host_kind)
             with login.slot(endpoint):
-                ending = await self._log_in(endpoint, packet, user)
+                how = await self._log_in(endpoint, packet, user)
         except (BackendGone, ClusterError):
-            raise Refused(endpoint.waking_error()) from None
-        await self._finish(ending)
+            raise LoginRefused(endpoint.waking_error()) from None
+        await self._finish(how)
 
     async def _cancel(self, request: CancelRequest) -> None:
-        """Deliver a cancel, then close; answer nothing, known or not."""
+        """Deliver a cancel if its key is known, then close. There is no answer either way."""
         self._record.cancel = True
         named = self._stream.sni is not None or not self._stream.secure
-        session = self._front.keys.get((request.pid, request.key.reveal())) if named else None
+        session = self._gateway.keys.get((request.pid, request.key.reveal())) if named else None
         self._record.cancel_known = session is not None
-        self._front.changed()
-        await self._strike(Stage.CANCEL)
+        self._gateway.changed()
+        await self._inject_fault(Stage.CANCEL)
         if session is not None:
             await deliver_cancel(session)
-        await self._stream.finish(self._front.close_delay_seconds)
+        await self._stream.finish(self._gateway.close_delay_seconds)
 
     # -- login ------------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ class Connection:
         self, endpoint: Endpoint, startup: StartupMessage, user: str, *, pooled: bool
     ) -> None:
         if not endpoint.admits_connect():
-            raise Refused(neon_error("Too many connections attempts"))
+            raise LoginRefused(neon_error("Too many connections attempts"))
         if pooled:
             login.check_pooled(startup)
         if pooled or (endpoint.native_login and user in endpoint.native_passwords):
@@ -146,37 +146,37 @@ class Connection:
             await self._token_login(endpoint, user)
         refusal = endpoint.refusals.take(None)
         if refusal is not None:
-            raise Refused(refusal)
+            raise LoginRefused(refusal)
 
     async def _token_login(self, endpoint: Endpoint, user: str) -> None:
         await self._stream.write(messages.AuthenticationCleartextPassword().encode())
         frame = await self._password_frame()
         token = frame.payload.rstrip(b"\0")
         self._record.token = fingerprint(token)
-        self._front.changed()
-        await self._strike(Stage.PASSWORD)
+        self._gateway.changed()
+        await self._inject_fault(Stage.PASSWORD)
         text = token.decode("ascii", "replace")
-        claims = login.check_token(endpoint, self._front.issuer, text, user)
+        claims = login.check_token(endpoint, self._gateway.issuer, text, user)
         self._record.identity = claims.identity
-        if not login.may_be(endpoint, claims, user):
+        if not login.may_use_role(endpoint, claims, user):
             if not await role_exists(endpoint.cluster.socket_path, user):
-                raise Refused(login.password_error(endpoint, user))
-            raise Refused(login.identity_error(endpoint, claims, user))
+                raise LoginRefused(login.password_error(endpoint, user))
+            raise LoginRefused(login.identity_error(endpoint, claims, user))
 
     async def _password_login(self, endpoint: Endpoint, user: str, *, pooled: bool) -> None:
-        """SCRAM-SHA-256, the only login of pooled hosts and native roles."""
+        """Log in with SCRAM-SHA-256, the only method of pooled hosts and native roles."""
         if pooled and endpoint.sasl_failures >= SASL_FAILURES_MAX:
-            raise Refused(neon_error("Too many connections attempts"))
+            raise LoginRefused(neon_error("Too many connections attempts"))
         await self._stream.write(messages.AuthenticationSASL((MECHANISM.encode(),)).encode())
         initial = (await self._password_frame()).payload
-        await self._strike(Stage.PASSWORD)
+        await self._inject_fault(Stage.PASSWORD)
         password = endpoint.native_passwords.get(user)
         try:
             if password is None:
                 raise ScramRefused("no such role")
             server = ScramServer(password)
             _, _, response = initial.partition(b"\0")
-            first = server.first(response[4:].decode()).encode()  # behind its length
+            first = server.first(response[4:].decode()).encode()  # after its length
             await self._stream.write(messages.AuthenticationSASLContinue(first).encode())
             proof = (await self._password_frame()).payload.decode()
             final = messages.AuthenticationSASLFinal(server.final(proof).encode())
@@ -184,21 +184,23 @@ class Connection:
         except (ScramRefused, UnicodeDecodeError):
             endpoint.sasl_failures += 1
             if pooled:
-                raise Refused(ErrorResponse.fatal("08P01", "SASL authentication failed")) from None
-            raise Refused(login.password_error(endpoint, user)) from None
+                raise LoginRefused(
+                    ErrorResponse.fatal("08P01", "SASL authentication failed")
+                ) from None
+            raise LoginRefused(login.password_error(endpoint, user)) from None
 
     async def _password_frame(self) -> Frame:
         kind, length = _FRAME.unpack(await self._stream.read_exactly(_FRAME.size))
         if kind != b"p" or not 4 <= length <= MESSAGE_BYTES_MAX:
-            raise Refused(ErrorResponse.fatal("08P01", "expected password response"))
+            raise LoginRefused(ErrorResponse.fatal("08P01", "expected password response"))
         return Frame(kind, await self._stream.read_exactly(length - 4))
 
     async def _log_in(self, endpoint: Endpoint, startup: StartupMessage, user: str) -> Injection:
-        """Wake the compute, log in to Postgres, stay for the session; return how to end."""
+        """Wake the compute, log in to Postgres, run the session. Return how to end."""
         await self._stream.write(messages.AuthenticationOk().encode())
-        await self._strike(Stage.AUTHENTICATED)
+        await self._inject_fault(Stage.AUTHENTICATED)
         if not await self._while_connected(endpoint.wake()):
-            raise Refused(endpoint.waking_error())
+            raise LoginRefused(endpoint.waking_error())
         async with connected(endpoint.cluster.socket_path) as backend:
             parameters = login.backend_parameters(endpoint, startup)
             await backend.write(StartupMessage(V3_0, parameters).encode())
@@ -206,23 +208,23 @@ class Connection:
                 await self._while_connected(self._backend_login(endpoint, user, backend))
                 return await self._session(endpoint, backend)
             finally:
-                self._forget_session(endpoint)
+                self._unregister_session(endpoint)
 
     async def _backend_login(self, endpoint: Endpoint, user: str, backend: Backend) -> None:
-        """Pass on what Postgres says up to ReadyForQuery, with the key and the errors changed."""
+        """Relay Postgres' messages up to ReadyForQuery, with the key and the errors replaced."""
         while True:
             frame = await backend.message()
             message = messages.decode_backend(frame)
             match message:
                 case messages.AuthenticationOk():
-                    pass  # ours went out before
+                    pass  # the gateway has sent its own
                 case ErrorResponse():
-                    raise Refused(login.passed_on(endpoint, user, message))
+                    raise LoginRefused(login.relayed_error(endpoint, user, message))
                 case messages.BackendKeyData():
                     await self._stream.write(self._issue_key(endpoint, message).encode())
                 case messages.ReadyForQuery():
-                    await self._strike(Stage.READY)
-                    self._begin_session(endpoint)
+                    await self._inject_fault(Stage.READY)
+                    self._register_session(endpoint)
                     await self._stream.write(frame.encode())
                     return
                 case _:
@@ -232,64 +234,71 @@ class Connection:
         self, endpoint: Endpoint, real: messages.BackendKeyData
     ) -> messages.BackendKeyData:
         session = BackendSession(endpoint.cluster.socket_path, real)
-        shown = self._front.issue_key(session, real=endpoint.passes_real_key)
-        self._record.real_pid, self._record.shown_key = real.pid, shown
-        return shown
+        issued = self._gateway.issue_key(session, real=endpoint.passes_real_key)
+        self._record.real_pid, self._record.issued_key = real.pid, issued
+        return issued
 
     # -- the session ------------------------------------------------------------------------------
 
-    def _begin_session(self, endpoint: Endpoint) -> None:
-        self._note_activity(endpoint)
+    def _register_session(self, endpoint: Endpoint) -> None:
+        self._record_activity(endpoint)
         self._record.ready = True
         endpoint.sessions.add(self)
-        self._front.changed()
+        self._gateway.changed()
 
-    def _forget_session(self, endpoint: Endpoint) -> None:
+    def _unregister_session(self, endpoint: Endpoint) -> None:
         endpoint.sessions.discard(self)
-        shown = self._record.shown_key
-        if shown is not None:
-            self._front.keys.pop((shown.pid, shown.key.reveal()), None)
-        self._front.changed()
+        issued = self._record.issued_key
+        if issued is not None:
+            self._gateway.keys.pop((issued.pid, issued.key.reveal()), None)
+        self._gateway.changed()
 
     async def _session(self, endpoint: Endpoint, backend: Backend) -> Injection:
-        """Relay until one side ends or the session is ended; return how the client's side is to
-        end, for which Postgres does not wait."""
+        """Relay until one side ends or the session is ended.
+
+        Return how to end the client's connection. The one to Postgres is closed first.
+        """
         parts = (
             asyncio.ensure_future(self._to_backend(endpoint, backend)),
             asyncio.ensure_future(self._to_client(endpoint, backend)),
             asyncio.ensure_future(self._limits(endpoint)),
         )
-        ends: set[asyncio.Future[Any]] = {*parts, self._ending}
+        ends: set[asyncio.Future[Any]] = {*parts, self._end_requested}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for part in parts:
                 part.cancel()
             await asyncio.wait(parts)
-        if not self._ending.done():
+        if not self._end_requested.done():
             return Injection.CLOSE
-        return Injection.RESET if self._ending.result() is Ending.RESET else Injection.FIN
+        return (
+            Injection.RESET if self._end_requested.result() is SessionEnd.RESET else Injection.FIN
+        )
 
     async def _to_backend(self, endpoint: Endpoint, backend: Backend) -> None:
         while received := await self._stream.read():
-            self._note_activity(endpoint)
+            self._record_activity(endpoint)
             await backend.write(received)
 
     async def _to_client(self, endpoint: Endpoint, backend: Backend) -> None:
         while received := await backend.read():
-            self._note_activity(endpoint)
+            self._record_activity(endpoint)
             await self._stream.write(received)
 
     async def _limits(self, endpoint: Endpoint) -> None:
-        """End the session when a limit is reached, or put the compute to sleep. Unbounded: it
-        ends with the session. Limits set later than the session's start do not bind it."""
+        """End the session when it reaches a limit, or suspend the idle compute.
+
+        This loop is unbounded: it ends with the session. A limit that is set after the start of the
+        session may not apply to it.
+        """
         started = time.monotonic()
         while True:
             now = time.monotonic()
             due = [
                 (since + limit - now, what)
                 for since, limit, what in (
-                    (started, endpoint.lifetime_seconds_max, self._end_of_life),
+                    (started, endpoint.lifetime_seconds_max, self._end_at_lifetime_limit),
                     (self._last_activity, endpoint.idle_seconds_max, None),
                     (endpoint.last_activity, endpoint.suspend_after_seconds, endpoint.suspend),
                 )
@@ -304,32 +313,32 @@ class Connection:
                 return
             else:
                 what()
-                await asyncio.Event().wait()  # for Postgres' last word, and the end behind it
+                await asyncio.Event().wait()  # until Postgres' last message and its end
 
-    def _end_of_life(self) -> None:
-        self.end(Ending.ADMIN_SHUTDOWN)
+    def _end_at_lifetime_limit(self) -> None:
+        self.end(SessionEnd.ADMIN_SHUTDOWN)
 
-    def _note_activity(self, endpoint: Endpoint) -> None:
+    def _record_activity(self, endpoint: Endpoint) -> None:
         self._last_activity = endpoint.last_activity = time.monotonic()
 
     # -- faults and ends --------------------------------------------------------------------------
 
-    async def _strike(self, stage: Stage) -> None:
-        """Let a fault happen if one is set for this stage."""
-        faults, endpoint = self._front.faults, self._record.endpoint
-        inject = faults.take((stage, None))
-        if inject is None and endpoint is not None:
-            inject = faults.take((stage, endpoint.name))
-        if isinstance(inject, bytes):
-            await self._stream.write(inject)
-            raise _Struck(Injection.CLOSE)
-        if inject is Injection.HANG:
-            await self._while_connected(self._front.released.wait())
-        elif inject is not None:
-            raise _Struck(inject)
+    async def _inject_fault(self, stage: Stage) -> None:
+        """Apply the fault that is injected at this stage, if any."""
+        faults, endpoint = self._gateway.faults, self._record.endpoint
+        injection = faults.take((stage, None))
+        if injection is None and endpoint is not None:
+            injection = faults.take((stage, endpoint.name))
+        if isinstance(injection, bytes):
+            await self._stream.write(injection)
+            raise _FaultInjected(Injection.CLOSE)
+        if injection is Injection.HANG:
+            await self._while_connected(self._gateway.released.wait())
+        elif injection is not None:
+            raise _FaultInjected(injection)
 
     async def _while_connected(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Await `work`, but give up as soon as the client is gone. Raises StreamEnded then."""
+        """Await `work`. Raises StreamEnded as soon as the client ends the connection."""
         if self._watched:
             return await work
         self._watched = True
@@ -346,11 +355,11 @@ class Connection:
             await asyncio.wait((working, gone))
             self._watched = False
 
-    async def _finish(self, inject: Injection) -> None:
-        match inject:
+    async def _finish(self, injection: Injection) -> None:
+        match injection:
             case Injection.CLOSE | Injection.HANG:
-                await self._stream.finish(self._front.close_delay_seconds)
+                await self._stream.finish(self._gateway.close_delay_seconds)
             case Injection.FIN:
-                await self._stream.finish_bare(self._front.close_delay_seconds)
+                await self._stream.finish_bare(self._gateway.close_delay_seconds)
             case Injection.RESET:
                 self._stream.reset()

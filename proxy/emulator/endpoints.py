@@ -1,10 +1,10 @@
-"""What the workspace lists and the gateway serves: endpoints, their hosts, their sleep.
+"""The endpoints that the workspace lists and the gateway serves: hosts, limits, suspend and wake.
 
-An endpoint is one compute in front of one cluster, Autoscaling or Provisioned; the two speak
-different error dialects. Its attributes are the knobs of a scenario and may change at any time.
+An endpoint is one compute in front of one cluster, Autoscaling or Provisioned; the two word errors
+differently. Tests set its attributes to create a scenario; they may change at any time.
 
-Not modelled: billing, autoscaling itself, replicas with data of their own (every host of an
-endpoint leads to the same database).
+Not emulated: billing, autoscaling itself, replicas with data of their own (every host of an
+endpoint serves the same database).
 """
 
 import asyncio
@@ -22,17 +22,17 @@ PROVISIONED_DOMAIN: Final = "database.cloud.databricks.com"
 POOLER_SUFFIX: Final = "-pooler"
 
 # Neon's own retries while a compute wakes: 8 times 100 ms x 1.6^n, about 7 s in all.
-WAKE_PATIENCE_SECONDS: Final = 7.0
+WAKE_TIMEOUT_SECONDS: Final = 7.0
 
 
 class Dialect(Enum):
-    """How errors are worded and what becomes of startup parameters."""
+    """How errors are worded, and which startup parameters are passed on."""
 
     AUTOSCALING = auto()  # Neon's: ERROR, no V, XX000, single quotes
     PROVISIONED = auto()  # Postgres': FATAL, SQLSTATE, double quotes
 
 
-class Ending(Enum):
+class SessionEnd(Enum):
     """How a suspend, a failover or a limit ends a session."""
 
     ADMIN_SHUTDOWN = auto()  # FATAL 57P01, then close_notify and FIN
@@ -40,15 +40,15 @@ class Ending(Enum):
     RESET = auto()  # RST
 
 
-class Endable(Protocol):
-    """A session as its endpoint sees it."""
+class EmulatedSession(Protocol):
+    """A session, for its endpoint."""
 
-    def end(self, ending: Ending) -> None:
-        """Start to end the session; it is gone a moment later."""
+    def end(self, how: SessionEnd) -> None:
+        """Start to end the session; it ends a moment later."""
 
 
 class Endpoint:
-    """One compute: what the API says of it, and how it behaves towards connections."""
+    """One compute: what the API reports of it, and how it treats connections."""
 
     def __init__(self, name: str, uid: str, dialect: Dialect, cluster: Cluster) -> None:
         """`name` is the resource name, or a Provisioned instance's name."""
@@ -60,31 +60,31 @@ class Endpoint:
         self.hidden_hosts: set[str] = set()  # fields of `hosts` that the API leaves out
         self.kind = "ENDPOINT_TYPE_READ_WRITE"
         self.disabled = False
-        self.shown_state: str | None = None  # overrides what the API says, not what happens
+        self.state_override: str | None = None  # changes what the API reports, not what happens
 
-        # Who may log in as whom: a role's own identity, and the members of group roles.
+        # The members of group roles. They may log in as the role, beside the role's own identity.
         self.members: dict[str, set[str]] = {GROUP: {CLIENT_ID, PERSON}}
-        # Native passwords by role; used on pooled hosts, and on others where they are enabled.
+        # Native passwords by role; used on pooled hosts, and on others if `native_login` is set.
         self.native_passwords: dict[str, str] = {}
         self.native_login = False
-        # Answers to the next logins with a valid token, by anyone.
+        # Errors for the next logins with a valid token, of any identity.
         self.refusals: FaultList[None, ErrorResponse] = FaultList()
 
         self.passes_real_key = False
         self.readable_secondaries = False
         self.wake_seconds = 0.0
-        self.wake_patience_seconds = WAKE_PATIENCE_SECONDS
+        self.wake_timeout_seconds = WAKE_TIMEOUT_SECONDS
         self.wake_error: ErrorResponse | None = None  # default: as the dialect words it
         self.suspend_after_seconds: float | None = None
         self.sessions_max: int | None = None
         self.connects_per_second_max: int | None = None
-        self.idle_seconds_max: float | None = None  # 24 hours on the real thing
-        self.lifetime_seconds_max: float | None = None  # 3 days on the real thing
+        self.idle_seconds_max: float | None = None  # 24 hours in Lakebase
+        self.lifetime_seconds_max: float | None = None  # 3 days in Lakebase
 
         self.wakes = 0
-        self.sasl_failures = 0  # on pooled hosts, which give up after some
+        self.sasl_failures = 0  # pooled hosts refuse logins after some
         self.last_activity = time.monotonic()  # of any session
-        self.sessions: set[Endable] = set()
+        self.sessions: set[EmulatedSession] = set()
         self.slots = 0  # connections past authentication, sessions included
         self._asleep = False
         self._awake_at: float | None = None  # set while waking
@@ -92,46 +92,46 @@ class Endpoint:
 
     @property
     def host(self) -> str:
-        """The host of ordinary read-write connections."""
+        """The host for ordinary read-write connections."""
         return self.hosts["host"]
 
     @property
     def pooled_host(self) -> str:
-        """The host behind the pooler; Autoscaling only."""
+        """The host of the connection pooler; Autoscaling only."""
         return self.hosts["read_write_pooled_host"]
 
     @property
     def state(self) -> str:
-        """The state as the API words it."""
-        if self.shown_state is not None:
-            return self.shown_state
-        self._fall_asleep()
+        """The state as the API reports it."""
+        if self.state_override is not None:
+            return self.state_override
+        self._suspend_if_idle()
         asleep, awake = ("IDLE", "ACTIVE") if self._autoscaling else ("STOPPED", "AVAILABLE")
         if self._waking_seconds() > 0:
             return "INIT" if self._autoscaling else "STARTING"
         return asleep if self._asleep else awake
 
     def refuse(self, error: ErrorResponse, times: int | None = 1) -> None:
-        """Answer the next logins with this error, whatever the token."""
+        """Answer the next `times` logins with this error, even with a valid token."""
         self.refusals.add(None, error, times)
 
-    def suspend(self, ending: Ending = Ending.ADMIN_SHUTDOWN) -> None:
-        """Put the compute to sleep and end its sessions; the next login wakes it."""
+    def suspend(self, how: SessionEnd = SessionEnd.ADMIN_SHUTDOWN) -> None:
+        """Suspend the compute and end its sessions; the next login wakes it."""
         self._asleep, self._awake_at = True, None
-        self.end_sessions(ending)
+        self.end_sessions(how)
 
-    def fail_over(self, seconds: float, ending: Ending = Ending.ADMIN_SHUTDOWN) -> None:
-        """End the sessions; logins fail or wait for `seconds`, then the new primary serves."""
+    def fail_over(self, seconds: float, how: SessionEnd = SessionEnd.ADMIN_SHUTDOWN) -> None:
+        """End the sessions. For `seconds`, logins wait or fail; then the new primary serves."""
         self._asleep, self._awake_at = False, time.monotonic() + seconds
-        self.end_sessions(ending)
+        self.end_sessions(how)
 
-    def end_sessions(self, ending: Ending = Ending.ADMIN_SHUTDOWN) -> None:
-        """End every session now."""
+    def end_sessions(self, how: SessionEnd = SessionEnd.ADMIN_SHUTDOWN) -> None:
+        """End every session."""
         for session in list(self.sessions):
-            session.end(ending)
+            session.end(how)
 
     def admits_connect(self) -> bool:
-        """Count a connect and return whether the rate limit lets it through."""
+        """Count a connection attempt. Return whether it is within the rate limit."""
         now = time.monotonic()
         while self._connects and self._connects[0] <= now - 1:
             self._connects.popleft()
@@ -140,8 +140,8 @@ class Endpoint:
         return limit is None or len(self._connects) <= limit
 
     async def wake(self) -> bool:
-        """Wake the compute if it sleeps and wait for it; False when patience ended first."""
-        self._fall_asleep()
+        """Wake the compute if it is suspended, and wait for it. Return False on timeout."""
+        self._suspend_if_idle()
         self.last_activity = time.monotonic()
         if self._asleep:
             self.wakes += 1
@@ -149,11 +149,11 @@ class Endpoint:
             self._awake_at = time.monotonic() + self.wake_seconds
         waking = self._waking_seconds()
         if waking > 0:
-            await asyncio.sleep(min(waking, self.wake_patience_seconds))
-        return waking <= self.wake_patience_seconds
+            await asyncio.sleep(min(waking, self.wake_timeout_seconds))
+        return waking <= self.wake_timeout_seconds
 
     def waking_error(self) -> ErrorResponse:
-        """Return what a login is told that came too early."""
+        """Return the error for a login whose wait for the compute timed out."""
         if self.wake_error is not None:
             return self.wake_error
         if self._autoscaling:
@@ -161,7 +161,7 @@ class Endpoint:
         return ErrorResponse.fatal("57P03", "the database system is starting up")
 
     def host_kind(self, host: str) -> str | None:
-        """Return which of `hosts` this name is, or None."""
+        """Return the field of `hosts` that has this name, or None."""
         return next((kind for kind, name in self.hosts.items() if name == host), None)
 
     @property
@@ -173,20 +173,20 @@ class Endpoint:
             return 0.0
         return self._awake_at - time.monotonic()
 
-    def _fall_asleep(self) -> None:
-        """Notice that nobody was active for long enough; an open session is no activity."""
+    def _suspend_if_idle(self) -> None:
+        """Suspend the compute after enough time without traffic; an open session is no traffic."""
         limit = self.suspend_after_seconds
         if limit is not None and time.monotonic() - self.last_activity >= limit:
             self.suspend()
 
 
 def neon_error(text: str) -> ErrorResponse:
-    """Return an error as Neon's proxy words it, whatever it was before: no V, always XX000."""
+    """Return an error as Neon's proxy words every error: no V, always XX000."""
     return ErrorResponse(((b"S", b"ERROR"), (b"C", b"XX000"), (b"M", text.encode())))
 
 
 def _hosts(uid: str, dialect: Dialect) -> dict[str, str]:
-    """Return host names by the field of the API that shows them."""
+    """Return the host names by the API's field for each."""
     if dialect is Dialect.PROVISIONED:
         return {
             "host": f"instance-{uid}.{PROVISIONED_DOMAIN}",

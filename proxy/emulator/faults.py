@@ -1,6 +1,6 @@
-"""What can be made to go wrong: replies of the workspace API, and stages of a gateway login.
+"""Faults that tests inject: replies of the workspace API, and failures at stages of a login.
 
-Only values and the two lists that hand them out; the workspace and the gateway act on them.
+Only the values, and the list that returns them in order; workspace and gateway act on them.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Final, Generic, TypeVar
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An HTTP reply of the workspace API in place of the honest one."""
+    """An HTTP reply of the workspace API."""
 
     status: int
     body: bytes
@@ -21,7 +21,7 @@ class Reply:
 
 
 class Hang(Enum):
-    """The one fault that is no reply: hold the request until the faults are cleared."""
+    """The only fault that is not a reply: hold the request until the faults are cleared."""
 
     HANG = auto()
 
@@ -69,23 +69,23 @@ NOT_JSON: Final = Reply(200, b"<html>sign in</html>", content_type="text/html")
 
 
 class Stage(Enum):
-    """The places in a gateway connection where a fault can strike, in order."""
+    """The stages of a gateway connection at which a fault can be injected, in order."""
 
     ACCEPTED = auto()  # before anything is read
     SSL_REPLY = auto()  # SSLRequest read, not answered
     TLS = auto()  # answered S; the ClientHello is not read
-    STARTUP = auto()  # TLS is up, StartupMessage read, endpoint known
+    STARTUP = auto()  # TLS established, StartupMessage read, endpoint known
     PASSWORD = auto()  # token read, not checked
     AUTHENTICATED = auto()  # AuthenticationOk sent
-    READY = auto()  # everything before ReadyForQuery sent, ReadyForQuery not
+    READY = auto()  # everything before ReadyForQuery sent
     CANCEL = auto()  # CancelRequest read, not delivered
 
 
 class Injection(Enum):
-    """What a gateway fault does at its stage; bytes in its place are sent, and then CLOSE."""
+    """What a fault does at its stage. Bytes in place of one are sent, followed by CLOSE."""
 
-    HANG = auto()  # say nothing more, keep the connection until the faults are cleared
-    CLOSE = auto()  # an orderly end: close_notify where there is TLS, then FIN
+    HANG = auto()  # send nothing more, keep the connection open until the faults are cleared
+    CLOSE = auto()  # a clean end: close_notify if there is TLS, then FIN
     FIN = auto()  # a bare FIN
     RESET = auto()  # RST
 
@@ -95,17 +95,17 @@ What = TypeVar("What")
 
 
 class FaultList(Generic[Where, What]):
-    """Faults by place, each for a number of times or until cleared; the oldest strikes first."""
+    """Faults by place, each for a number of times or until cleared; the oldest comes first."""
 
     def __init__(self) -> None:
         self._faults: dict[Where, list[tuple[What, int | None]]] = {}
 
     def add(self, where: Where, what: What, times: int | None) -> None:
-        """Let `what` happen at `where`, `times` times, or always with None."""
+        """Add the fault `what` at `where`, for `times` times, or without limit if None."""
         self._faults.setdefault(where, []).append((what, times))
 
     def take(self, where: Where) -> What | None:
-        """Return the fault that strikes now, and count it."""
+        """Return the next fault at `where`, if any, and count it."""
         queue = self._faults.get(where)
         if not queue:
             return None
@@ -117,5 +117,5 @@ class FaultList(Generic[Where, What]):
         return what
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Remove all faults."""
         self._faults.clear()

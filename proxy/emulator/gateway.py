@@ -1,7 +1,7 @@
-"""The TLS front: one port that serves every endpoint of a workspace; SNI picks.
+"""The TLS gateway: one port that serves every endpoint of a workspace, selected by SNI.
 
-This file listens and keeps count of connections; `connection` tells the story of one, `front` is
-what they share and what tests read and set.
+This file listens and tracks the connections; `connection` serves one. `gateway_state` is the state
+that they share, which tests read and set.
 """
 
 import asyncio
@@ -12,35 +12,36 @@ from typing import Final, Self
 from proxy.emulator.certificates import Certificates
 from proxy.emulator.connection import Connection
 from proxy.emulator.endpoints import Endpoint
-from proxy.emulator.gateway_state import Front, Record
+from proxy.emulator.gateway_state import GatewayState, Record
 from proxy.emulator.streams import READ_BYTES_MAX, Stream
 from proxy.emulator.tokens import TokenIssuer
 
 LOOPBACK: Final = "127.0.0.1"
-# A connection storm may outrun the accept loop by this many.
+# How many connections may wait for the accept loop.
 BACKLOG: Final = 1024
 
 
-class Gateway(Front):
-    """The front with a port of its own; use it with `async with`."""
+class Gateway(GatewayState):
+    """The gateway, on a port of its own; use it with `async with`."""
 
     def __init__(
         self, endpoints: Iterable[Endpoint], certificates: Certificates, issuer: TokenIssuer
     ) -> None:
-        """The gateway takes the tokens of `issuer` and no others."""
+        """The gateway accepts tokens of `issuer` only."""
         super().__init__(endpoints, certificates, issuer)
         self.port = 0
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
     async def refuse_connections(self) -> None:
-        """Close the port: connects are refused, sessions go on; the number is taken up again."""
+        """Close the port: new connections are refused, sessions continue. Reopen it with
+        `accept_connections`, on the same port number."""
         if self._server is not None:
             self._server.close()
             self._server = None
 
     async def accept_connections(self) -> None:
-        """Open the port, the same one as before if there was one."""
+        """Open the port, with the same number as before if there was one."""
         if self._server is None:
             self._server = await asyncio.start_server(
                 self._accept, LOOPBACK, self.port, limit=READ_BYTES_MAX, backlog=BACKLOG
@@ -75,6 +76,6 @@ class Gateway(Front):
         try:
             await Connection(self, Stream(reader, writer), record).run()
         except asyncio.CancelledError:
-            pass  # the gateway stops; the stream is released already
+            pass  # the gateway stops; the stream has been released
         finally:
             self._connections.discard(connection)

@@ -1,6 +1,6 @@
-"""What all connections of one gateway share: its knobs, its cancel keys, and what it has seen.
+"""The state that all connections of one gateway share: settings, cancel keys and records.
 
-It knows no protocol. Every change wakes the tests that wait for one in `until`.
+It does not know the protocol. Every change wakes the tests that wait in `until`.
 """
 
 import asyncio
@@ -18,33 +18,33 @@ from proxy.emulator.tokens import TokenIssuer
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.secret import Secret
 
-# From accept to the StartupMessage, on the real front end.
+# From accept to the StartupMessage, in Lakebase's front end.
 STARTUP_SECONDS_MAX: Final = 15.0
-# How long the front end waits after its last word for the client to close.
+# How long the front end waits after its last message for the client to close.
 CLOSE_DELAY_SECONDS: Final = 1.0
-# Records kept of the newest connections: more than a load test looks at, bounded all the same.
+# How many records of the newest connections are kept: more than a load test reads.
 RECORDS_MAX: Final = 20_000
 _UNTIL_SECONDS_MAX: Final = 10.0
 
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """What the gateway saw of one accepted connection."""
+    """What the gateway recorded of one accepted connection."""
 
     secure: bool = False
     sni: str | None = None
     endpoint: Endpoint | None = None
     parameters: tuple[tuple[bytes, bytes], ...] = ()  # of the StartupMessage, as received
     token: str | None = None  # its fingerprint
-    identity: str | None = None  # whose token it was
+    identity: str | None = None  # the token's identity
     refusal: str | None = None  # the text of the error that ended the login
-    shown_key: BackendKeyData | None = None  # what the client was given
+    issued_key: BackendKeyData | None = None  # the key that was sent to the client
     real_pid: int | None = None  # of the Postgres backend
-    cancel: bool = False  # it brought a CancelRequest
-    cancel_known: bool = False  # for a session of ours
+    cancel: bool = False  # it sent a CancelRequest
+    cancel_known: bool = False  # the CancelRequest's key is that of a session
     ready: bool = False  # ReadyForQuery was sent
     closed: bool = False
-    ended_by: EndedBy | None = None  # how the client's side ended; None: it did not, we did
+    ended_by: EndedBy | None = None  # how the client ended its stream; None: the gateway ended
 
     def parameter(self, name: bytes) -> bytes | None:
         """Return a startup parameter's last value, or None."""
@@ -53,14 +53,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class BackendSession:
-    """Where a cancel key leads: the Postgres socket and the key that Postgres itself gave."""
+    """The backend of a cancel key: the Postgres socket and the key that Postgres issued."""
 
     socket_path: str
     key: BackendKeyData
 
 
-class Front:
-    """The shared part of a gateway; its attributes may change at any time."""
+class GatewayState:
+    """The shared state of a gateway; its attributes may change at any time."""
 
     def __init__(
         self, endpoints: Iterable[Endpoint], certificates: Certificates, issuer: TokenIssuer
@@ -73,7 +73,7 @@ class Front:
         self.close_delay_seconds = CLOSE_DELAY_SECONDS
         self.certificate = Certificate.GOOD
         self.offers_tls = True  # False: N in answer to SSLRequest
-        self.early_bytes = b""  # sent in the clear behind S
+        self.early_bytes = b""  # sent in plaintext after S
         self.faults: FaultList[tuple[Stage, str | None], Injection | bytes] = FaultList()
         self.released = asyncio.Event()
 
@@ -84,7 +84,7 @@ class Front:
 
     @property
     def open_sessions(self) -> int:
-        """How many sessions are past ReadyForQuery and not closed."""
+        """The number of sessions that are past ReadyForQuery and not closed."""
         return sum(len(endpoint.sessions) for endpoint in self.endpoints)
 
     @property
@@ -94,28 +94,34 @@ class Front:
 
     @property
     def cancels(self) -> list[Record]:
-        """The records of connections that brought a CancelRequest, oldest first."""
+        """The records of connections that sent a CancelRequest, oldest first."""
         return [record for record in self.records if record.cancel]
 
     def inject(
         self,
         stage: Stage,
-        inject: Injection | bytes,
+        injection: Injection | bytes,
         *,
         times: int | None = None,
         endpoint: Endpoint | None = None,
     ) -> None:
-        """Make connections fail at a stage: all of them, or those of an endpoint once known."""
-        self.faults.add((stage, endpoint.name if endpoint else None), inject, times)
+        """Inject a fault at a stage, into all connections or those of one endpoint.
+
+        A connection's endpoint is known from Stage.STARTUP on.
+        """
+        self.faults.add((stage, endpoint.name if endpoint else None), injection, times)
 
     def clear_faults(self) -> None:
-        """Forget all faults; connections that hang go on."""
+        """Remove all faults; connections that hang continue."""
         self.faults.clear()
         self.released.set()
         self.released = asyncio.Event()
 
     async def until(self, happened: Callable[[], bool]) -> None:
-        """Wait until `happened` is true of what the gateway has seen; TimeoutError after 10 s."""
+        """Wait until `happened` returns true; it is called after each change.
+
+        Raises TimeoutError after 10 s.
+        """
         async with asyncio.timeout(_UNTIL_SECONDS_MAX):
             while not happened():
                 waiter = asyncio.get_running_loop().create_future()
@@ -123,19 +129,19 @@ class Front:
                 await waiter
 
     def changed(self) -> None:
-        """Wake those who wait in `until`."""
+        """Wake the callers that wait in `until`."""
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
 
     def issue_key(self, session: BackendSession, *, real: bool) -> BackendKeyData:
-        """Return the cancel key to show for a session: its own, or 64 random bits."""
-        shown = session.key
+        """Return the cancel key to send to the client: the session's own, or 64 random bits."""
+        issued = session.key
         while not real:
             pid = int.from_bytes(secrets.token_bytes(4), "big", signed=True)
-            shown = BackendKeyData(pid, Secret(secrets.token_bytes(4)))
-            if (pid, shown.key.reveal()) not in self.keys:
+            issued = BackendKeyData(pid, Secret(secrets.token_bytes(4)))
+            if (pid, issued.key.reveal()) not in self.keys:
                 break
-        self.keys[shown.pid, shown.key.reveal()] = session
-        return shown
+        self.keys[issued.pid, issued.key.reveal()] = session
+        return issued

@@ -1,7 +1,7 @@
-"""A whole Lakebase on one machine: clusters, a workspace with its tokens, a TLS gateway.
+"""The whole Lakebase emulator: clusters, a workspace with its tokens, a TLS gateway.
 
-Composition only. Each shard has a cluster of its own, and two faces onto it: an Autoscaling
-endpoint and a Provisioned instance.
+Composition only. Each shard has a cluster of its own, served by an Autoscaling endpoint and a
+Provisioned instance.
 """
 
 import hashlib
@@ -31,13 +31,14 @@ PERSONAL_TOKEN: Final = "dapi-not-a-real-token"  # noqa: S105 - as it says
 NATIVE_PASSWORD: Final = "not-a-real-password"  # noqa: S105 - as it says
 SHARDS: Final = ("one", "two")
 SHARDS_MAX: Final = 16  # each is a Postgres server
-# The gateway does not listen on this loopback address: a second answer of a resolver, dead.
+# The gateway does not listen on this loopback address. Tests use it as an address that refuses
+# connections, beside a good one in a resolver's answer.
 DEAD_ADDRESS: Final = "127.0.0.2"
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard: its cluster, and the two ways to it."""
+    """One shard: its cluster, and the endpoint and the instance that serve it."""
 
     name: str
     cluster: Cluster
@@ -46,7 +47,7 @@ class Shard:
 
 
 class Lakebase:
-    """The stand-in; use it with `async with`. Everything in it is gone afterwards."""
+    """The Lakebase emulator; use it with `async with`. Leaving the block removes everything."""
 
     client_id = CLIENT_ID
     client_secret = CLIENT_SECRET
@@ -63,8 +64,8 @@ class Lakebase:
         clusters: Mapping[str, Cluster] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`clusters` by shard name are running already and are left running; the others are
-        started. `clock` returns seconds since the epoch and decides when tokens expire."""
+        """`clusters`, by shard name, are running already and are left running; the emulator starts
+        the others. `clock` returns seconds since the epoch and determines when tokens expire."""
         if not 0 < len(shards) <= SHARDS_MAX:
             raise ValueError(f"1 to {SHARDS_MAX} shards, not {len(shards)}")
         running = clusters or {}
@@ -83,7 +84,7 @@ class Lakebase:
             stack.callback(self.ca_file.unlink, missing_ok=True)
             names = (f"*.{AUTOSCALING_DOMAIN}", f"*.{PROVISIONED_DOMAIN}")
             certificates = Certificates(names, self.ca_file)
-            endpoints = [face for shard in self.shards for face in (shard.endpoint, shard.instance)]
+            endpoints = [one for shard in self.shards for one in (shard.endpoint, shard.instance)]
             clients = {self.client_id: self.client_secret}
             self.workspace = await stack.enter_async_context(
                 Workspace(endpoints, clients, clock=self._clock)
@@ -127,12 +128,12 @@ class Lakebase:
 
     @property
     def workspace_url(self) -> str:
-        """What goes into DATABRICKS_HOST."""
+        """The value for DATABRICKS_HOST."""
         return self.workspace.url
 
     @property
     def host_address(self) -> str:
-        """Where every host name leads; no resolver knows them."""
+        """The address of every host name; no resolver knows the names."""
         return LOOPBACK
 
     @property
@@ -142,7 +143,7 @@ class Lakebase:
 
 
 def _shard(name: str, cluster: Cluster) -> Shard:
-    """Return the two faces of a shard; their identifiers follow from its name alone."""
+    """Return a shard with its endpoint and instance; its name determines their identifiers."""
     letters = hashlib.sha256(name.encode()).hexdigest()[:8]
     project = f"demo-{name}"
     endpoint = Endpoint(
@@ -153,6 +154,6 @@ def _shard(name: str, cluster: Cluster) -> Shard:
     )
     uid = uuid.uuid5(uuid.NAMESPACE_DNS, project)
     instance = Endpoint(project, str(uid), Dialect.PROVISIONED, cluster)
-    for face in (endpoint, instance):
-        face.native_passwords[NATIVE_ROLE] = NATIVE_PASSWORD
+    for one in (endpoint, instance):
+        one.native_passwords[NATIVE_ROLE] = NATIVE_PASSWORD
     return Shard(name, cluster, endpoint, instance)

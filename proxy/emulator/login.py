@@ -1,6 +1,6 @@
-"""What a gateway decides at a login, without doing it: who may come in, and with which words.
+"""The gateway's decisions at a login, without I/O: who may log in, and which error others get.
 
-Both dialects are here: what the front filter, Neon's part, PgBouncer and Postgres would say.
+Both dialects are here: the errors of Lakebase's front end, Neon's proxy, PgBouncer and Postgres.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,13 +13,13 @@ from proxy.wire import options as option_words
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import V3_0, StartupMessage
 
-# All that the Autoscaling front end lets through to Postgres.
+# The only startup parameters that the Autoscaling front end passes to Postgres.
 _PASSED_PARAMETERS: Final = (b"user", b"database", b"application_name", b"replication", b"options")
 _PASS_ALL_WORD: Final = b"neon_proxy_params_compat:true"
 _ENDPOINT_WORDS: Final = (b"endpoint=", b"project=")
 
 
-class Refused(Exception):
+class LoginRefused(Exception):
     """The gateway ends a login with this error."""
 
     def __init__(self, error: ErrorResponse) -> None:
@@ -28,64 +28,64 @@ class Refused(Exception):
 
 
 def check_version(startup: StartupMessage) -> None:
-    """Raise Refused unless the version is exactly 3.0; there is no negotiation."""
+    """Raise LoginRefused unless the version is exactly 3.0; there is no negotiation."""
     if startup.version != V3_0:
         text = f"Unsupported frontend protocol {startup.version}: server supports 3.0 to 3.0"
-        raise Refused(ErrorResponse.fatal("0A000", text))
+        raise LoginRefused(ErrorResponse.fatal("0A000", text))
 
 
 def find_endpoint(endpoints: Iterable[Endpoint], host: str | None) -> tuple[Endpoint, str]:
-    """Return the endpoint that serves a host and which of its hosts that is. Raises Refused."""
+    """Return the endpoint of a host, and which of its hosts that is. Raises LoginRefused."""
     if host is None:
-        raise Refused(ErrorResponse.fatal("08006", "Connection does not have SNI."))
+        raise LoginRefused(ErrorResponse.fatal("08006", "Connection does not have SNI."))
     for endpoint in endpoints:
         kind = endpoint.host_kind(host)
         if kind is not None:
             return endpoint, kind
-    raise Refused(neon_error("Control plane request failed: endpoint cannot be found"))
+    raise LoginRefused(neon_error("Control plane request failed: endpoint cannot be found"))
 
 
 def check_endpoint(endpoint: Endpoint, host_kind: str, startup: StartupMessage) -> None:
-    """Raise Refused when the endpoint takes no connections, or `options` name another one."""
+    """Raise LoginRefused if the endpoint is closed to connections, or `options` name another."""
     if endpoint.disabled:
-        raise Refused(neon_error("Control plane request failed: endpoint is disabled"))
+        raise LoginRefused(neon_error("Control plane request failed: endpoint is disabled"))
     if host_kind.startswith("read_only") and not endpoint.readable_secondaries:
-        raise Refused(ErrorResponse.fatal("28000", "External authorization failed."))
+        raise LoginRefused(ErrorResponse.fatal("28000", "External authorization failed."))
     for word in option_words.split_words(startup.get(b"options") or b""):
         name = _named_endpoint(word.text)
         if name is not None and name != endpoint.uid.encode():
             said = name.decode(errors="replace")
             text = f"Inconsistent project name inferred from SNI ('{endpoint.uid}') "
-            raise Refused(neon_error(text + f"and domain ('{said}')."))
+            raise LoginRefused(neon_error(text + f"and domain ('{said}')."))
 
 
 def check_pooled(startup: StartupMessage) -> None:
-    """Raise Refused for settings that a transaction pooler cannot keep apart."""
+    """Raise LoginRefused for settings in `options`, which a transaction pooler does not support."""
     for setting in option_words.settings(startup.get(b"options") or b""):
         name = setting.name.decode(errors="replace")
         text = f"unsupported startup parameter in options: {name}"
-        raise Refused(ErrorResponse.fatal("08P01", text))
+        raise LoginRefused(ErrorResponse.fatal("08P01", text))
 
 
 def check_token(endpoint: Endpoint, issuer: TokenIssuer, token: str, user: str) -> Claims:
-    """Return whose valid token this is. Raises Refused."""
+    """Return the claims of a valid token. Raises LoginRefused."""
     try:
         claims = issuer.inspect(token, Purpose.DATABASE)
     except TokenRefused as refused:
         not_a_token = refused.problem is TokenProblem.NOT_A_JWT
         if endpoint.dialect is Dialect.AUTOSCALING or not_a_token:
-            raise Refused(login_error(endpoint, "28000", refused.problem.value)) from None
-        raise Refused(password_error(endpoint, user)) from None
+            raise LoginRefused(login_error(endpoint, "28000", refused.problem.value)) from None
+        raise LoginRefused(password_error(endpoint, user)) from None
     return claims
 
 
-def may_be(endpoint: Endpoint, claims: Claims, user: str) -> bool:
-    """Return whether the role is the identity's own, or a group that it belongs to."""
+def may_use_role(endpoint: Endpoint, claims: Claims, user: str) -> bool:
+    """Return whether the role is the identity's own, or a group of which it is a member."""
     return claims.identity == user or claims.identity in endpoint.members.get(user, ())
 
 
 def identity_error(endpoint: Endpoint, claims: Claims, user: str) -> ErrorResponse:
-    """Return what a valid token of somebody else gets."""
+    """Return the error for a valid token of another identity."""
     text = (
         f'The token\'s identity "{claims.identity}" did not match the security label '
         f'configured for role "{user}"'
@@ -94,7 +94,7 @@ def identity_error(endpoint: Endpoint, claims: Claims, user: str) -> ErrorRespon
 
 
 def password_error(endpoint: Endpoint, user: str) -> ErrorResponse:
-    """Return what a wrong password gets, or a role that does not exist."""
+    """Return the error for a wrong password, or for a role that does not exist."""
     quote = "'" if endpoint.dialect is Dialect.AUTOSCALING else '"'
     text = f"password authentication failed for user {quote}{user}{quote}"
     return login_error(endpoint, "28P01", text)
@@ -102,10 +102,10 @@ def password_error(endpoint: Endpoint, user: str) -> ErrorResponse:
 
 @contextmanager
 def slot(endpoint: Endpoint) -> Iterator[None]:
-    """Hold one of the endpoint's connections. Raises Refused when there is none left."""
+    """Hold one of the endpoint's connection slots. Raises LoginRefused if none is left."""
     if endpoint.sessions_max is not None and endpoint.slots >= endpoint.sessions_max:
         text = "remaining connection slots are reserved for roles with the SUPERUSER attribute"
-        raise Refused(login_error(endpoint, "53300", text))
+        raise LoginRefused(login_error(endpoint, "53300", text))
     endpoint.slots += 1
     try:
         yield
@@ -113,8 +113,8 @@ def slot(endpoint: Endpoint) -> Iterator[None]:
         endpoint.slots -= 1
 
 
-def passed_on(endpoint: Endpoint, user: str, error: ErrorResponse) -> ErrorResponse:
-    """Return Postgres' own login error: as it is, or without its SQLSTATE in Neon's dialect."""
+def relayed_error(endpoint: Endpoint, user: str, error: ErrorResponse) -> ErrorResponse:
+    """Return Postgres' login error as the client gets it: in Neon's dialect without SQLSTATE."""
     if error.sqlstate == "28000" and error.message.endswith("does not exist"):
         return password_error(endpoint, user)
     if endpoint.dialect is Dialect.AUTOSCALING:
@@ -123,7 +123,7 @@ def passed_on(endpoint: Endpoint, user: str, error: ErrorResponse) -> ErrorRespo
 
 
 def login_error(endpoint: Endpoint, sqlstate: str, text: str) -> ErrorResponse:
-    """Return an error of Postgres' as the endpoint's dialect passes it on."""
+    """Return an error of Postgres as the endpoint's dialect words it."""
     if endpoint.dialect is Dialect.AUTOSCALING:
         return neon_error(text)
     return ErrorResponse.fatal(sqlstate, text)
@@ -132,7 +132,7 @@ def login_error(endpoint: Endpoint, sqlstate: str, text: str) -> ErrorResponse:
 def backend_parameters(
     endpoint: Endpoint, startup: StartupMessage
 ) -> tuple[tuple[bytes, bytes], ...]:
-    """Return what reaches Postgres of the client's startup parameters."""
+    """Return the client's startup parameters that are passed to Postgres."""
     if endpoint.dialect is Dialect.PROVISIONED:
         return startup.parameters
     words = option_words.split_words(startup.get(b"options") or b"")

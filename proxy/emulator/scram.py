@@ -1,8 +1,8 @@
 """The server's side of SCRAM-SHA-256 (RFC 5802, RFC 7677), for native roles and pooled hosts.
 
-Written out because libpq leaves the user name empty, which the client library this package
-already depends on refuses to take. No channel binding: the real front end ends TLS on its way,
-too. Only as strict as a stand-in must be.
+Implemented here because libpq sends an empty user name, which the library that this package already
+depends on does not accept. There is no channel binding: Lakebase's front end terminates TLS too. It
+checks only what an emulator must check.
 """
 
 import base64
@@ -16,7 +16,7 @@ ITERATIONS: Final = 4096  # PostgreSQL's own default
 
 
 class ScramRefused(Exception):
-    """The client does not know the password, or does not speak SCRAM."""
+    """The client does not know the password, or broke the SCRAM protocol."""
 
 
 class ScramServer:
@@ -29,7 +29,7 @@ class ScramServer:
         self._server_first = ""
 
     def first(self, message: str) -> str:
-        """Take the client-first-message, return the server's. Raises ScramRefused."""
+        """Return the server-first-message for a client-first-message. Raises ScramRefused."""
         flag, _, rest = message.partition(",")
         _, _, self._client_first = rest.partition(",")
         nonce = _attribute(self._client_first, "r")
@@ -41,7 +41,7 @@ class ScramServer:
         return self._server_first
 
     def final(self, message: str) -> str:
-        """Take the client-final-message, return the server's proof. Raises ScramRefused."""
+        """Return the server-final-message for a client-final-message. Raises ScramRefused."""
         without_proof, _, proof = message.rpartition(",p=")
         if _attribute(without_proof, "r") != _attribute(self._server_first, "r"):
             raise ScramRefused("another exchange's nonce")

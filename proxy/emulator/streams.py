@@ -1,10 +1,10 @@
-"""One connection of the gateway as a byte stream, first plain, then TLS, with a known ending.
+"""One connection of the gateway as a byte stream, first plain, then TLS, that records its end.
 
-TLS runs over memory buffers here instead of in the event loop, because the gateway must choose
-record sizes, stop halfway through a handshake, and tell a close_notify from a bare FIN.
+TLS uses memory buffers instead of the event loop's TLS, because the gateway must choose record
+sizes, stop in the middle of a handshake, and distinguish a close_notify from a bare FIN.
 
-Invariant: memory stays flat. `write` waits for the peer to take what was written, and nothing is
-read that is not asked for.
+Invariant: memory is bounded. `write` waits for the peer to read, and bytes are read only when the
+caller requests them.
 """
 
 import asyncio
@@ -15,14 +15,14 @@ from enum import Enum
 from struct import Struct
 from typing import Final
 
-# What the front end cuts its TLS records to, towards the client.
+# The size of the TLS records that Lakebase's front end sends to the client.
 RECORD_BYTES_MAX: Final = 8192
-# One read of the relay; with asyncio's own buffer of twice that, all a session holds a direction.
+# One read of the relay. A session holds this per direction, and asyncio's buffer of twice the size.
 READ_BYTES_MAX: Final = 64 * 1024
-# What a peer may send while nobody reads for it: while a compute wakes, or a fault holds.
+# What a peer may send while its bytes are not processed: while a compute wakes, or a fault hangs.
 HELD_BYTES_MAX: Final = 1024 * 1024
 
-# How long the last bytes may take to a peer that does not read.
+# How long sending the last bytes may take if the peer does not read.
 RELEASE_SECONDS_MAX: Final = 1.0
 
 _LINGER_NOTHING: Final = Struct("ii").pack(1, 0)  # close sends RST
@@ -38,11 +38,11 @@ class EndedBy(Enum):
 
 
 class StreamEnded(Exception):
-    """The peer is gone while something was expected of it; `Stream.ended_by` says how."""
+    """The peer ended its stream while more was expected; `Stream.ended_by` says how."""
 
 
 class _NamedSslObject(ssl.SSLObject):
-    """A server-side TLS object that remembers which host the client asked for."""
+    """A server-side TLS object that records the client's SNI."""
 
     sni: str | None = None
 
@@ -62,18 +62,18 @@ class Stream:
 
     @property
     def secure(self) -> bool:
-        """Whether TLS is up."""
+        """Whether TLS is established."""
         return self._tls is not None
 
     @property
     def held_bytes(self) -> int:
-        """How much was received and not taken."""
+        """The number of bytes that were received and not yet returned."""
         return len(self._held)
 
     async def start_tls(self, context: ssl.SSLContext) -> None:
-        """Do the server's side of the handshake. Raises StreamEnded."""
+        """Run the server's side of the handshake. Raises StreamEnded."""
         context.sslobject_class = _NamedSslObject
-        context.sni_callback = _remember_name
+        context.sni_callback = _record_server_name
         tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         while True:
             try:
@@ -92,7 +92,7 @@ class Stream:
         self._tls, self.sni = tls, tls.sni
 
     async def read(self) -> bytes:
-        """Return what there is, at most READ_BYTES_MAX at a time, or b"" when the peer ended."""
+        """Return received bytes, at most READ_BYTES_MAX per read, or b"" after the peer's end."""
         if self._held:
             held = bytes(self._held)
             self._held.clear()
@@ -100,7 +100,7 @@ class Stream:
         return await self._receive()
 
     async def read_exactly(self, count: int) -> bytes:
-        """Return exactly so many bytes and hold the rest. Raises StreamEnded."""
+        """Return exactly this many bytes and hold the rest. Raises StreamEnded."""
         while len(self._held) < count:
             received = await self._receive()
             if not received:
@@ -111,7 +111,7 @@ class Stream:
         return taken
 
     async def wait_for_end(self) -> None:
-        """Return when the peer ends; hold what it sends until then, HELD_BYTES_MAX at most."""
+        """Wait until the peer ends its stream; hold what it sends, at most HELD_BYTES_MAX."""
         while len(self._held) < HELD_BYTES_MAX:
             received = await self._receive()
             if not received:
@@ -122,13 +122,13 @@ class Stream:
     async def write(self, content: bytes) -> None:
         """Send, in TLS records of RECORD_BYTES_MAX, and wait while the peer does not read.
 
-        Bytes for a peer that is gone vanish, as they do in a socket.
+        Bytes for a peer that has ended are discarded, as a socket does.
         """
         if self._tls is None:
             self._writer.write(content)
         else:
             view = memoryview(content)
-            with contextlib.suppress(ssl.SSLError):  # the peer broke TLS; `read` notes it
+            with contextlib.suppress(ssl.SSLError):  # the peer broke TLS; `read` records it
                 for start in range(0, len(view), RECORD_BYTES_MAX):
                     self._tls.write(view[start : start + RECORD_BYTES_MAX])
             self._flush()
@@ -138,21 +138,21 @@ class Stream:
             self.ended_by = self.ended_by or EndedBy.RESET
 
     async def finish(self, seconds_max: float) -> None:
-        """End orderly: close_notify where there is TLS, FIN; then see how the peer ends."""
+        """End cleanly: close_notify if there is TLS, then FIN; wait for the peer's end."""
         if self._tls is not None:
-            with contextlib.suppress(ssl.SSLError):  # ours is sent, the peer's has not come
+            with contextlib.suppress(ssl.SSLError):  # raised as the peer's has not come yet
                 self._tls.unwrap()
             self._flush()
         self._send_fin()
         await self.linger(seconds_max)
 
     async def finish_bare(self, seconds_max: float) -> None:
-        """End with a FIN and no close_notify."""
+        """End with a FIN, without close_notify; wait for the peer's end."""
         self._send_fin()
         await self.linger(seconds_max)
 
     async def linger(self, seconds_max: float) -> None:
-        """Read and drop until the peer ends, for so long at most."""
+        """Read and discard until the peer ends, for at most `seconds_max`."""
         try:
             async with asyncio.timeout(seconds_max):
                 while await self.read():
@@ -168,7 +168,7 @@ class Stream:
         self._writer.transport.abort()
 
     async def release(self) -> None:
-        """Let go of the socket, with a moment for what is still on its way to the peer."""
+        """Close the socket; wait up to RELEASE_SECONDS_MAX for the write buffer to be sent."""
         try:
             self._writer.close()
             async with asyncio.timeout(RELEASE_SECONDS_MAX):
@@ -194,7 +194,7 @@ class Stream:
                     return received
             except ssl.SSLWantReadError:
                 self._flush()
-            except ssl.SSLZeroReturnError:  # the same, once we have sent ours
+            except ssl.SSLZeroReturnError:  # a close_notify after ours was sent
                 self.ended_by = EndedBy.CLOSE_NOTIFY
                 return b""
             except ssl.SSLError:
@@ -206,7 +206,7 @@ class Stream:
                 return self._incoming.read()
 
     async def _feed(self) -> bool:
-        """Move bytes from the socket into the TLS buffer; False when the peer ended."""
+        """Move bytes from the socket to the TLS buffer. Return False if the peer has ended."""
         try:
             received = await self._reader.read(READ_BYTES_MAX)
         except OSError:
@@ -224,6 +224,6 @@ class Stream:
             self._writer.write(pending)
 
 
-def _remember_name(tls: object, name: str | None, context: ssl.SSLContext) -> None:
+def _record_server_name(tls: object, name: str | None, context: ssl.SSLContext) -> None:
     assert isinstance(tls, _NamedSslObject)
     tls.sni = name

@@ -1,7 +1,7 @@
-"""Tokens as a workspace signs them: JWT-shaped, long, and good for one purpose only.
+"""Tokens as a workspace signs them: JWTs by their format, long, and valid for one purpose.
 
-The signature is an HMAC with a key that this issuer made for itself, so that a token of another
-workspace (another issuer) is recognised as foreign. Not a JWT library: it reads what it wrote.
+The signature is an HMAC with a key that this issuer generated, so that a token of another workspace
+(another issuer) is recognized as foreign. This is not a JWT library: it reads its own tokens only.
 """
 
 import base64
@@ -14,24 +14,25 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-# Real ones are said to have 1 to 2 KB or more. This catches buffers of 512, 1024 and 2048 bytes.
+# Real tokens are reported to have 1 to 2 KB or more. This size detects buffers of 512, 1024 and
+# 2048 bytes.
 TOKEN_BYTES_MIN: Final = 2100
 
-# What fills them, so that a piece of a token in the wrong place is known for what it is. A multiple
-# of three bytes: in base64 it repeats as well.
+# The padding of a token, so that a piece of a token in the wrong place is recognized. Its length is
+# a multiple of three bytes, so that it repeats in base64 as well.
 _WATERMARK: Final = "not-a-real-token--"
 
 
 class Purpose(Enum):
-    """What a token opens; the `aud` claim."""
+    """What a token is valid for; the `aud` claim."""
 
     WORKSPACE = "workspace"
     DATABASE = "database"
-    FEDERATION = "federation"  # another issuer's word, exchanged for a workspace token
+    FEDERATION = "federation"  # of an external issuer, exchanged for a workspace token
 
 
 class TokenProblem(Enum):
-    """Why a token opens nothing, as the Autoscaling front end words it."""
+    """Why a token is refused, as the Autoscaling front end words it."""
 
     NOT_A_JWT = "Provided authentication token is not a valid JWT encoding"
     UNKNOWN_KEY = "jwk not found"
@@ -40,7 +41,7 @@ class TokenProblem(Enum):
 
 
 class TokenRefused(Exception):
-    """A token opens nothing; `problem` says why. The text never holds the token."""
+    """A token is refused; `problem` says why. The text never contains the token."""
 
     def __init__(self, problem: TokenProblem) -> None:
         super().__init__(problem.value)
@@ -49,7 +50,7 @@ class TokenRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a valid token says: who, and until when (seconds since the epoch)."""
+    """The contents of a valid token: its identity and its expiry in seconds since the epoch."""
 
     identity: str
     expires_at: float
@@ -65,7 +66,7 @@ class TokenIssuer:
         self._key = secrets.token_bytes(32)
 
     def issue(self, identity: str, purpose: Purpose, lifetime_seconds: float) -> str:
-        """Return a new token; a negative lifetime makes one that has expired."""
+        """Return a new token. With a negative lifetime it has expired already."""
         now = self._clock()
         claims: dict[str, object] = {
             "sub": identity,
@@ -75,14 +76,14 @@ class TokenIssuer:
             "exp": now + lifetime_seconds,
             "jti": secrets.token_hex(16),
         }
-        # Three quarters: base64 makes four bytes of three.
+        # Three quarters of the size: base64 encodes three bytes as four.
         claims["pad"] = _WATERMARK * (TOKEN_BYTES_MIN * 3 // 4 // len(_WATERMARK) + 1)
         header = {"alg": "HS256", "typ": "JWT", "kid": self._workspace_id}
         signed = f"{_encoded(header)}.{_encoded(claims)}"
         return f"{signed}.{self._signature(signed)}"
 
     def inspect(self, token: str, purpose: Purpose) -> Claims:
-        """Return what the token says. Raises TokenRefused."""
+        """Return the claims of a valid token. Raises TokenRefused."""
         signed, _, signature = token.rpartition(".")
         header, _, body = signed.partition(".")
         if not (header.startswith("eyJ") and body.startswith("eyJ") and signature):
@@ -101,15 +102,16 @@ class TokenIssuer:
 
 
 def fingerprint(token: str | bytes) -> str:
-    """Return a short name for a token, by which records tell tokens apart without holding them."""
+    """Return a short hash of a token. Records use it to identify tokens without storing them."""
     value = token.encode() if isinstance(token, str) else token
     return hashlib.sha256(value).hexdigest()[:16]
 
 
 def watermarks() -> tuple[str, ...]:
-    """Return how the filling looks inside a token.
+    """Return the padding as it appears inside a token.
 
-    One of these is in any 48 letters of it: which one depends on the length of what stands before.
+    Any 48 characters of the padding contain one of these; which one depends on the length of what
+    precedes the padding.
     """
     twice, length = _WATERMARK * 2, len(_WATERMARK)
     return tuple(_base64(twice[start : start + length].encode()) for start in range(3))

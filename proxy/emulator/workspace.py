@@ -1,8 +1,8 @@
 """The workspace API over HTTP, for an unmodified databricks-sdk.
 
-`api` gives the honest replies; this file listens, counts, and puts the faults that a test asks
-for in their place. It listens on an ephemeral port of 127.0.0.1 in plain HTTP, and touches no
-signal and no logging configuration.
+`api` returns the replies. This file listens, counts the calls, and replaces replies by the faults
+that a test injects. It listens on an ephemeral port of 127.0.0.1 in plain HTTP, and changes neither
+signal handlers nor the logging configuration.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from proxy.emulator.api import TTL_SECONDS_MAX, Api, Asked, Call, Mint
+from proxy.emulator.api import TTL_SECONDS_MAX, Api, ApiRequest, Call, Mint
 from proxy.emulator.endpoints import Endpoint
 from proxy.emulator.faults import NOT_FOUND, FaultList, Hang, Reply
 from proxy.emulator.tokens import Purpose
 
 LOOPBACK: Final = "127.0.0.1"
-# No honest answer takes longer; requests that hang are let go first.
+# No reply takes longer. Requests that hang are released before the wait.
 _STOP_SECONDS_MAX: Final = 1.0
 
 
@@ -40,7 +40,7 @@ class Workspace:
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`clients` has secrets by client id; `clock` returns seconds since the epoch."""
+        """`clients` maps client ids to secrets; `clock` returns seconds since the epoch."""
         self.api = Api(endpoints, clients, clock)
         self.calls: Counter[Call] = Counter()
         self._clock = clock
@@ -53,33 +53,33 @@ class Workspace:
 
     @property
     def url(self) -> str:
-        """What goes into DATABRICKS_HOST."""
+        """The value for DATABRICKS_HOST."""
         return f"http://{LOOPBACK}:{self._port}"
 
     @property
     def mints(self) -> list[Mint]:
-        """The database credentials handed out, in order."""
+        """The database credentials that were issued, in order."""
         return self.api.mints
 
     def fail(self, call: Call, fault: Reply | Hang, times: int | None = None) -> None:
-        """Answer `call` with `fault`, `times` times or until `clear_faults`."""
+        """Answer `call` with `fault`, for `times` times or until `clear_faults`."""
         self._faults.add(call, fault, times)
 
     def clear_faults(self) -> None:
-        """Forget all faults; requests that hang go on and are answered honestly."""
+        """Remove all faults; requests that hang continue and get their ordinary reply."""
         self._faults.clear()
         self._release()
 
     async def called(self, call: Call, times: int = 1) -> None:
-        """Wait until `call` was made that often, hanging and failed calls included.
+        """Wait until `call` was made `times` times, including calls that hang or fail.
 
-        It has no bound of its own: give it one with `asyncio.timeout`.
+        The wait is not bounded: the caller uses `asyncio.timeout`.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self.calls[call] >= times)
 
     async def refuse_connections(self) -> None:
-        """Close the port: connects are refused, open connections are cut; the number is kept."""
+        """Close the port and all connections: new ones are refused. The port number is kept."""
         await self._stop_listening()
         self._port_holder = _bound_socket(self._port)
 
@@ -90,7 +90,7 @@ class Workspace:
             await self._listen(holder)
 
     def federation_token(self, client_id: str) -> str:
-        """Return what an outside issuer would say for file-oidc and env-oidc."""
+        """Return a token as an external issuer would sign it, for file-oidc and env-oidc."""
         return self.api.issuer.issue(client_id, Purpose.FEDERATION, TTL_SECONDS_MAX)
 
     async def __aenter__(self) -> Self:
@@ -110,25 +110,25 @@ class Workspace:
             self._port_holder.close()
 
     async def _answer(self, request: Request) -> Response:
-        asked = await self._asked(request)
-        if asked is None:
+        api_request = await self._parse_request(request)
+        if api_request is None:
             return self._response(NOT_FOUND)
         async with self._changed:
-            self.calls[asked.call] += 1
+            self.calls[api_request.call] += 1
             self._changed.notify_all()
-        fault = self._faults.take(asked.call)
+        fault = self._faults.take(api_request.call)
         if isinstance(fault, Reply):
             return self._response(fault)
         if fault is not None:
             await self._released.wait()
-        return self._response(self.api.answer(asked))
+        return self._response(self.api.answer(api_request))
 
     def _response(self, reply: Reply) -> Response:
         date = formatdate(self._clock(), usegmt=True)
         headers = {"Date": date, **reply.headers}
         return Response(reply.body, reply.status, headers, reply.content_type)
 
-    async def _asked(self, request: Request) -> Asked | None:
+    async def _parse_request(self, request: Request) -> ApiRequest | None:
         line = f"{request.method} {request.url.path}"
         for call in Call:
             match = call.value.fullmatch(line)
@@ -136,7 +136,7 @@ class Workspace:
                 name = "".join(filter(None, match.groups()))
                 query, headers = request.query_params, request.headers
                 body = await request.body()
-                return Asked(call, name, dict(query), dict(headers), body, self.url)
+                return ApiRequest(call, name, dict(query), dict(headers), body, self.url)
         return None
 
     def _release(self) -> None:
@@ -152,16 +152,16 @@ class Workspace:
             lifespan="off",
             log_config=None,
             access_log=False,
-            date_header=False,  # the time is the clock's, not the machine's
+            date_header=False,  # `_response` sets it from `clock`
         )
         config.load()
         self._server = uvicorn.Server(config)
         self._server.lifespan = config.lifespan_class(config)
-        # `startup` alone, not `serve`: that would take over the process' signals.
+        # `startup` alone: `serve` would install signal handlers.
         await self._server.startup(sockets=[listener])
 
     async def _stop_listening(self) -> None:
-        """Cut everything at once; uvicorn's own shutdown waits for requests that hang."""
+        """Abort all connections. uvicorn's own shutdown would wait for requests that hang."""
         server, self._server = self._server, None
         if server is None:
             return
@@ -169,14 +169,14 @@ class Workspace:
             listener.close()
         for connection in list(server.server_state.connections):
             connection.transport.abort()
-        # Requests that hang go on, and find that nobody is there any more.
+        # Requests that hang continue, and find their connection closed.
         self._release()
         if server.server_state.tasks:
             await asyncio.wait(server.server_state.tasks, timeout=_STOP_SECONDS_MAX)
 
 
 def _bound_socket(port: int) -> socket.socket:
-    """Return a socket that holds a port; until something listens on it, connects are refused."""
+    """Return a socket bound to a port. Until it listens, connections are refused."""
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((LOOPBACK, port))

@@ -6,9 +6,9 @@ cdef class Activity:
     cdef unsigned char _upstream_stub[8]
     cdef int _client_stub_bytes, _upstream_stub_bytes
     cdef long long _sent, _answered, _last_query, _last_group
-    cdef bint _work
+    cdef bint _unsynced
     cdef int _status
-    cdef bint _odd, _entered, _copying
+    cdef bint _tracks_copy, _entered, _copying
     cdef list _ends
     cdef long long _doubt
     cdef bint _settled, _renewed
@@ -17,11 +17,11 @@ cdef class Activity:
     cdef int upstream(self, const unsigned char* read, Py_ssize_t size) except -1
     cdef int _walk_client(self, const unsigned char* read, Py_ssize_t size) except -1
     cdef int _walk_upstream(self, const unsigned char* read, Py_ssize_t size) except -1
-    cdef bint _is_known(self, int kind, bint work) except -1
-    cdef int _sync(self) except -1
-    cdef int _query(self, bint after_work) except -1
-    cdef int _ask(self) except -1
-    cdef int _ready(self) except -1
-    cdef int _reply(self, int kind) except -1
+    cdef bint _is_known(self, int kind, bint unsynced) except -1
+    cdef int _on_sync(self) except -1
+    cdef int _on_query(self, bint unsynced) except -1
+    cdef int _on_request(self) except -1
+    cdef int _on_ready(self) except -1
+    cdef int _on_reply(self, int kind) except -1
     cdef int _copy_began(self) except -1
-    cdef int _certain(self) except -1
+    cdef int _end_doubt(self) except -1

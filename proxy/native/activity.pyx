@@ -13,7 +13,7 @@ cdef int _HEADER_BYTES = 5
 cdef int _LENGTH_MIN = 4
 cdef int _READY_LENGTH = 5
 cdef int _ENDS_MAX = 64
-cdef Py_ssize_t _NOWHERE = 1 << 62
+cdef Py_ssize_t _SYNC_LOST = 1 << 62
 
 
 cdef inline Py_ssize_t _length(const unsigned char* header) noexcept nogil:
@@ -46,7 +46,7 @@ cdef class Activity:
         return (
             self._answered == self._sent
             and self._status == b"I"
-            and not (self._work or self._lost or self.terminated)
+            and not (self._unsynced or self._lost or self.terminated)
             and not (self._client_skip or self._client_stub_bytes)
             and not (self._upstream_skip or self._upstream_stub_bytes)
         )
@@ -76,7 +76,7 @@ cdef class Activity:
 
     cdef int _walk_client(self, const unsigned char* read, Py_ssize_t size) except -1:
         cdef Py_ssize_t position = self._client_skip, last = size - _HEADER_BYTES
-        cdef bint work = self._work
+        cdef bint unsynced = self._unsynced
         cdef int kind
         while position <= last:
             kind = read[position]
@@ -84,24 +84,24 @@ cdef class Activity:
             if kind == b"d":
                 pass
             elif kind == b"B" or kind == b"E" or kind == b"D" or kind == b"P" or kind == b"C":
-                work = True
-                if self._odd:
-                    self._ask()
+                unsynced = True
+                if self._tracks_copy:
+                    self._on_request()
             elif kind == b"S":
                 self._sent += 1
-                if work:
+                if unsynced:
                     self._last_group = self._sent
-                work = False
-                if self._odd:
-                    self._sync()
+                unsynced = False
+                if self._tracks_copy:
+                    self._on_sync()
             elif kind == b"Q" or kind == b"F":
                 self._sent += 1
                 self._last_query = self._sent
-                if work or self._odd:
-                    self._query(work)
-            elif not self._is_known(kind, work):
-                position = _NOWHERE
-        self._work = work
+                if unsynced or self._tracks_copy:
+                    self._on_query(unsynced)
+            elif not self._is_known(kind, unsynced):
+                position = _SYNC_LOST
+        self._unsynced = unsynced
         if position < size:
             self._client_stub_bytes = <int>(size - position)
             memcpy(self._client_stub, read + position, size - position)
@@ -110,15 +110,15 @@ cdef class Activity:
             self._client_skip = position - size
         return 0
 
-    cdef bint _is_known(self, int kind, bint work) except -1:
+    cdef bint _is_known(self, int kind, bint unsynced) except -1:
         if kind == b"c" or kind == b"f":
             if self._copying:
                 self._copying = False
-            elif self._sent > self._answered or work:
+            elif self._sent > self._answered or unsynced:
                 if self._ends is None:
                     self._ends = []
                 self._ends.append(self._sent)
-                self._odd = True
+                self._tracks_copy = True
                 return len(self._ends) <= _ENDS_MAX
         elif kind == b"X":
             self.terminated = True
@@ -126,18 +126,18 @@ cdef class Activity:
             return kind == b"H"
         return True
 
-    cdef int _sync(self) except -1:
+    cdef int _on_sync(self) except -1:
         if self._copying:
             self._doubt += 1
         self._settled = False
         return 0
 
-    cdef int _query(self, bint after_work) except -1:
-        self._ask()
-        self._lost |= after_work
+    cdef int _on_query(self, bint unsynced) except -1:
+        self._on_request()
+        self._lost |= unsynced
         return 0
 
-    cdef int _ask(self) except -1:
+    cdef int _on_request(self) except -1:
         if self._copying:
             self._lost = True
         elif self._settled:
@@ -173,13 +173,13 @@ cdef class Activity:
                 self._status = read[position + _HEADER_BYTES]
                 self._answered += 1
                 if length != _READY_LENGTH or self._answered > self._sent:
-                    length = _NOWHERE
-                elif self._odd:
-                    self._ready()
+                    length = _SYNC_LOST
+                elif self._tracks_copy:
+                    self._on_ready()
             elif length < _LENGTH_MIN:
-                length = _NOWHERE
-            elif self._odd or kind == b"G":
-                self._reply(kind)
+                length = _SYNC_LOST
+            elif self._tracks_copy or kind == b"G":
+                self._on_reply(kind)
             position += length + 1
         if position < size:
             self._upstream_stub_bytes = <int>(size - position)
@@ -189,36 +189,36 @@ cdef class Activity:
             self._upstream_skip = position - size
         return 0
 
-    cdef int _ready(self) except -1:
+    cdef int _on_ready(self) except -1:
         cdef long long owed = self._sent - self._answered
         if self._renewed:
             self._doubt -= 1
         self._doubt = min(self._doubt, owed)
         self._entered = self._copying = False
-        if not owed and not self._work:
+        if not owed and not self._unsynced:
             self._ends = None
         if not self._doubt:
-            self._certain()
+            self._end_doubt()
         elif owed == self._doubt:
             self._settled = True
         return 0
 
-    cdef int _reply(self, int kind) except -1:
+    cdef int _on_reply(self, int kind) except -1:
         if kind == b"N" or kind == b"S" or kind == b"A":
             return 0
         if self._renewed:
             self._answered += self._doubt
-            self._certain()
+            self._end_doubt()
         if kind == b"G":
             self._copy_began()
         elif self._entered and kind == b"C":
             self._answered += self._doubt
             self._entered = self._copying = False
-            self._certain()
+            self._end_doubt()
         elif self._entered and kind == b"E":
             self._entered = self._copying = False
             if not self._doubt:
-                self._certain()
+                self._end_doubt()
         return 0
 
     cdef int _copy_began(self) except -1:
@@ -230,13 +230,13 @@ cdef class Activity:
         end = ends.pop(0) if ends else self._sent
         own = self._answered + 1
         self._doubt = max(0, end - max(self._answered, self._last_query))
-        asked = self._sent + 1 if self._work else max(self._last_query, self._last_group)
+        asked = self._sent + 1 if self._unsynced else max(self._last_query, self._last_group)
         self._lost |= self._doubt > 0 and asked > own
-        self._entered = self._odd = True
+        self._entered = self._tracks_copy = True
         return 0
 
-    cdef int _certain(self) except -1:
+    cdef int _end_doubt(self) except -1:
         self._doubt = 0
         self._settled = self._renewed = False
-        self._odd = self._entered or bool(self._ends)
+        self._tracks_copy = self._entered or bool(self._ends)
         return 0

@@ -1,6 +1,6 @@
-"""Pure policy: which shard.
+"""Which shard a session belongs to, as pure functions.
 
-From a StartupMessage and the configuration to a target, or a refusal. No I/O, no clock, no log:
-whoever holds a `Router` may call it anywhere. Reading order, which is also the import order:
-keys, shard_map, map_rows, map_builder, key_sources, router.
+Input: a StartupMessage and the configuration. Output: a target, or an error. There is no I/O, no
+clock and no log, so a `Router` can be called from any thread. Reading order, which is also the
+import order: keys, shard_map, map_rows, map_builder, key_sources, router.
 """

@@ -1,10 +1,10 @@
-"""Where a StartupMessage names its shard key, and the message without it.
+"""Finding the shard key in a StartupMessage, and removing it.
 
-Not for what the texts mean (`keys`) or which of them counts (`router`): every occurrence comes
-out, unparsed. `options` is read as PostgreSQL reads it (`wire.options`).
+Not for parsing the keys (`keys`) or comparing them (`router`): every occurrence is returned,
+unparsed. `options` is parsed as PostgreSQL parses it (`wire.options`).
 
-Invariant: each parameter, and each word of `options`, that stays is byte for byte what the client
-wrote; where words were taken out, one blank is between those that stay.
+Invariant: each parameter that stays, and each word of `options` that stays, is byte for byte what
+the client sent; where words were removed, one space separates the remaining ones.
 """
 
 from collections.abc import Set as AbstractSet
@@ -14,10 +14,10 @@ from typing import Final, Self
 from proxy.wire.options import Setting, appended, settings, without
 from proxy.wire.startup import StartupMessage
 
-# Beside the configured bare name this one is always read: PostgreSQL takes a dotted name as a
-# setting of its own, so that a client with this in its options can also connect without the proxy.
-# It is also the name under which `forward_key` sends the key on.
-OWN_PARAMETER: Final = b"lakebase.shard_key"
+# Always read, in addition to the configured name. PostgreSQL accepts a dotted name as a custom
+# setting, so a client with this name in its options can also connect without the proxy.
+# `forward_key` sends the key to the upstream under this name.
+BUILT_IN_PARAMETER: Final = b"lakebase.shard_key"
 
 _OPTIONS: Final = b"options"
 _DATABASE: Final = b"database"
@@ -27,14 +27,14 @@ _KEY_FIELD: Final = "{shard_key}"
 
 @dataclass(frozen=True, slots=True)
 class Occurrence:
-    """A shard key as the client wrote it, and where, in words."""
+    """A shard key as the client sent it, and a description of where it was found."""
 
-    place: str
+    source: str
     text: bytes
 
     def __repr__(self) -> str:
-        """Return the place only: a key is in no log."""
-        return f"Occurrence({self.place!r})"
+        """Return the source only: keys must not be logged."""
+        return f"Occurrence({self.source!r})"
 
 
 def take_parameters(
@@ -42,8 +42,8 @@ def take_parameters(
 ) -> tuple[list[Occurrence], StartupMessage]:
     """Return the keys under these lower-case names, and the message without them.
 
-    They stand as parameters and in `options`, in any of the latter's spellings. Names compare
-    case-insensitively, as PostgreSQL's settings do (W19); of a repeated one all count.
+    Both startup parameters and `options` are searched, the latter in every spelling. Names compare
+    case-insensitively, as PostgreSQL's settings do (W19); each repetition is returned.
     """
     found: list[Occurrence] = []
     kept: list[tuple[bytes, bytes]] = []
@@ -62,7 +62,7 @@ def take_parameters(
 
 
 def with_database(message: StartupMessage, database: bytes | None) -> StartupMessage:
-    """Return the message with this database, or with none."""
+    """Return the message with this database, or without a database."""
     kept = [(name, value) for name, value in message.parameters if name != _DATABASE]
     if database is not None:
         kept.append((_DATABASE, database))
@@ -70,15 +70,15 @@ def with_database(message: StartupMessage, database: bytes | None) -> StartupMes
 
 
 def with_forwarded_key(message: StartupMessage, text: bytes) -> StartupMessage:
-    """Return the message with the key as a setting behind all others in `options`."""
-    options = appended(message.get(_OPTIONS) or b"", [Setting(OWN_PARAMETER, text)])
+    """Return the message with the key as the last setting in `options`."""
+    options = appended(message.get(_OPTIONS) or b"", [Setting(BUILT_IN_PARAMETER, text)])
     kept = [(name, value) for name, value in message.parameters if name != _OPTIONS]
     return replace(message, parameters=(*kept, (_OPTIONS, options)))
 
 
 @dataclass(frozen=True, slots=True)
 class DatabasePattern:
-    """How a database's name holds a shard key: a template with fixed text around its fields."""
+    """A template for database names that contain a shard key, with fixed text around its fields."""
 
     prefix: bytes
     separator: bytes
@@ -88,9 +88,9 @@ class DatabasePattern:
 
     @classmethod
     def parse(cls, template: str) -> Self:
-        """Read a template such as `{database}@{shard_key}`; `{database}` may be left out.
+        """Parse a template such as `{database}@{shard_key}`; `{database}` is optional.
 
-        Raises ValueError, with a sentence about the template.
+        Raises ValueError with a text that completes "the template ...".
         """
         fields = [_KEY_FIELD, _DATABASE_FIELD] if _DATABASE_FIELD in template else [_KEY_FIELD]
         fields.sort(key=template.find)
@@ -117,7 +117,7 @@ class DatabasePattern:
     def split(self, name: bytes) -> tuple[bytes, Occurrence] | None:
         """Return a name's database and key, split at the first separator; None if it has no key.
 
-        Either may be empty. A template without `{database}` gives an empty one.
+        Either may be empty. With a template without `{database}`, the database is empty.
         """
         end = len(name) - len(self.suffix)
         if not (name.startswith(self.prefix) and name.endswith(self.suffix)):

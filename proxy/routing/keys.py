@@ -1,10 +1,11 @@
 """Shard keys: from a text to canonical bytes whose order is the order of the values.
 
-Not for where a key comes from (`sources`) or where it leads (`maps`). The bytes are a contract:
-the catalogue and every shard's local map hold them, and PostgreSQL compares them as `bytea`.
+Not for finding a key (`key_sources`) or its target (`shard_map`). The bytes are a contract: the
+catalogue and every shard's local map store them, and PostgreSQL compares them as `bytea`.
 
-Invariant: two texts are one key exactly when their bytes are equal, and the bytes compare, prefix
-first and unsigned, as the values do. A refusal names the rule that was broken, never the key.
+Invariant: two texts are the same key exactly if their bytes are equal. The bytes compare as
+PostgreSQL compares `bytea` (byte by byte, unsigned, a prefix first), in the order of the values. An
+error names the rule that was broken, never the key.
 
 Sources: shard-map semantics, section 3 (types and encoding); RFC 9562 (UUID), ISO 8601.
 """
@@ -19,24 +20,24 @@ from uuid import UUID
 
 from proxy.errors import ErrorKind, ProxyError
 
-# A key is kept in every session's row and in each mapping's bounds; the longest usual identifiers
-# (a SHA-512 in hex) fit.
+# A key is stored in every session's row and in each mapping's bounds. The longest common
+# identifiers (a SHA-512 in hex) fit.
 KEY_BYTES_MAX: Final = 128
 
-HASH_BYTES: Final = 4  # the hashed key space is that of a uint32
+HASH_BYTES: Final = 4  # the hashed key space is a uint32
 _FINGERPRINT_DIGITS: Final = 8
 
-# One more than an int8 has: longer texts are out of range, and int() need not read 10,000 digits.
+# One more than an int8 has: longer texts are out of range, so int() need not parse 10,000 digits.
 _INT_DIGITS_MAX: Final = 20
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _FRACTION_DIGITS_MAX: Final = 6
-_OFFSET_HOURS_MAX: Final = 15  # as PostgreSQL
+_OFFSET_HOURS_MAX: Final = 15  # as in PostgreSQL
 
 
 class KeyType(StrEnum):
-    """The type of a shard map's keys: one for all of them."""
+    """The type of a shard map's keys. All keys of a map have the same type."""
 
     INT4 = "int4"
     INT8 = "int8"
@@ -47,14 +48,14 @@ class KeyType(StrEnum):
 
 
 class Normalise(StrEnum):
-    """What makes two texts one key; for keys of type text only."""
+    """Which texts are the same key; for keys of type text only."""
 
     NONE = "none"
     ASCII_LOWER = "ascii_lower"
     NFC = "nfc"
 
 
-# How long every key of a type is; None: of any length up to KEY_BYTES_MAX.
+# The length of every key of a type; None: any length up to KEY_BYTES_MAX.
 KEY_BYTES: Final[Mapping[KeyType, int | None]] = {
     KeyType.INT4: 4,
     KeyType.INT8: 8,
@@ -66,7 +67,7 @@ KEY_BYTES: Final[Mapping[KeyType, int | None]] = {
 
 
 def parse_key(text: str, key_type: KeyType, normalise: Normalise = Normalise.NONE) -> bytes:
-    """Return the canonical bytes, KEY_BYTES_MAX of them at most, none for an empty text or bytea.
+    """Return the canonical bytes, at most KEY_BYTES_MAX, and none for an empty text or bytea.
 
     Raises ProxyError: KEY_SYNTAX (22P02), KEY_RANGE (22003), KEY_INVALID and KEY_TOO_LONG (22023).
     """
@@ -74,16 +75,16 @@ def parse_key(text: str, key_type: KeyType, normalise: Normalise = Normalise.NON
 
 
 def key_parser(key_type: KeyType, normalise: Normalise = Normalise.NONE) -> Callable[[str], bytes]:
-    """Return `parse_key` for one type of keys: quicker, where there are a million of them."""
+    """Return `parse_key` for one key type; faster for a million keys."""
     if key_type is KeyType.TEXT:
         return _TEXT_ENCODERS[normalise]
     return _ENCODERS[key_type]
 
 
 def show_key(key: bytes, key_type: KeyType) -> str:
-    """Return the canonical text of a key: `parse_key` makes the same bytes of it.
+    """Return the canonical text of a key: `parse_key` returns the same bytes for it.
 
-    Bytes that are no key of this type are shown as hex.
+    Bytes that are not a key of this type are shown as hex.
     """
     try:
         return _DECODERS[key_type](key)
@@ -92,17 +93,17 @@ def show_key(key: bytes, key_type: KeyType) -> str:
 
 
 def hash_key(key: bytes) -> bytes:
-    """Return what a hash map compares: hash_version 1, in SQL `substring(sha256(k) for 4)`."""
+    """Return a hash map's hash of a key: hash_version 1, in SQL `substring(sha256(k) for 4)`."""
     return hashlib.sha256(key).digest()[:HASH_BYTES]
 
 
 def fingerprint(key: bytes) -> str:
-    """Return what logs show in place of a key: 8 hex digits of its SHA-256."""
+    """Return the fingerprint that logs contain in place of a key: 8 hex digits of its SHA-256."""
     return hashlib.sha256(key).hexdigest()[:_FINGERPRINT_DIGITS]
 
 
 class _Integer:
-    """Signed integers: big-endian, sign bit flipped, so that negative ones come first."""
+    """Signed integers: big-endian, sign bit flipped, so that negative ones sort first."""
 
     def __init__(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
@@ -113,7 +114,7 @@ class _Integer:
         if not (digits.isdigit() and digits.isascii()):
             raise ProxyError(ErrorKind.KEY_SYNTAX, "an integer is -?[0-9]+")
         if len(digits) > _INT_DIGITS_MAX:
-            # What is left of a number that fits; of one that does not, enough to see that.
+            # The digits of a number that is in range; of a longer one, enough to be out of range.
             digits = digits.lstrip("0")[: _INT_DIGITS_MAX + 1] or "0"
         value = int(digits)
         return self.encode_value(value if digits is text or text[0] != "-" else -value)
@@ -127,7 +128,7 @@ class _Integer:
 
     def decode_value(self, key: bytes) -> int:
         if len(key) != self._size_bytes:
-            raise ValueError("another length")
+            raise ValueError("wrong length")
         return int.from_bytes(key) - self._bias
 
     def decode(self, key: bytes) -> str:
@@ -159,7 +160,7 @@ def _encode_text(text: str) -> bytes:
 
 
 def _encode_lower(text: str) -> bytes:
-    return _encode_text(text).lower()  # bytes know the letters of ASCII only
+    return _encode_text(text).lower()  # bytes.lower changes ASCII letters only
 
 
 def _encode_nfc(text: str) -> bytes:
@@ -188,7 +189,7 @@ def _from_hex(digits: str) -> bytes | None:
         read = bytes.fromhex(digits)
     except ValueError:
         return None
-    return read if 2 * len(read) == len(digits) else None  # it passes over whitespace
+    return read if 2 * len(read) == len(digits) else None  # fromhex skips whitespace
 
 
 def _not_too_long(key: bytes) -> bytes:
@@ -197,14 +198,14 @@ def _not_too_long(key: bytes) -> bytes:
     return key
 
 
-class _TimestampText:
-    """Reads a timestamp from left to right. Every method raises KEY_SYNTAX or KEY_RANGE."""
+class _TimestampParser:
+    """Parses a timestamp from left to right. Every method raises KEY_SYNTAX or KEY_RANGE."""
 
     def __init__(self, text: str) -> None:
         self._rest = text
 
     def take(self, marks: str) -> str:
-        """Return the next character if it is one of these, else nothing."""
+        """Return and consume the next character if it is one of these, else return ""."""
         mark = self._rest[:1]
         if not mark or mark not in marks:
             return ""
@@ -212,21 +213,21 @@ class _TimestampText:
         return mark
 
     def expect(self, marks: str) -> str:
-        """Return the next character, which must be one of these."""
+        """Return and consume the next character, which must be one of these."""
         mark = self.take(marks)
         if not mark:
             self._refuse()
         return mark
 
     def number(self, digits: int) -> int:
-        """Return a number of exactly so many digits."""
+        """Return a number of exactly this many digits."""
         taken, self._rest = self._rest[:digits], self._rest[digits:]
         if len(taken) != digits or not (taken.isdigit() and taken.isascii()):
             self._refuse()
         return int(taken)
 
     def time(self) -> tuple[int, int, int, int]:
-        """Return hour, minute, second and microsecond; what is not there is 0."""
+        """Return hour, minute, second and microsecond; missing parts are 0."""
         hour, minute, second, microsecond = self.number(2), 0, 0, 0
         if self.take(":"):
             minute = self.number(2)
@@ -237,7 +238,7 @@ class _TimestampText:
         return hour, minute, second, microsecond
 
     def offset(self) -> timedelta:
-        """Return the offset from UTC, which must be there."""
+        """Return the offset from UTC, which is required."""
         sign = self.expect("Zz+-")
         if sign in "Zz":
             return timedelta(0)
@@ -252,7 +253,7 @@ class _TimestampText:
         return -offset if sign == "-" else offset
 
     def end(self) -> None:
-        """Make sure that nothing follows."""
+        """Check that nothing follows."""
         if self._rest:
             self._refuse()
 
@@ -270,16 +271,16 @@ class _TimestampText:
 
 
 def _encode_timestamp(text: str) -> bytes:
-    reading = _TimestampText(text)
-    year = reading.number(4)
-    reading.expect("-")
-    month = reading.number(2)
-    reading.expect("-")
-    day = reading.number(2)
-    reading.expect("Tt ")
-    time = reading.time()
-    offset = reading.offset()
-    reading.end()
+    parser = _TimestampParser(text)
+    year = parser.number(4)
+    parser.expect("-")
+    month = parser.number(2)
+    parser.expect("-")
+    day = parser.number(2)
+    parser.expect("Tt ")
+    time = parser.time()
+    offset = parser.offset()
+    parser.end()
     try:
         instant = datetime(year, month, day, *time, tzinfo=UTC) - offset
     except (ValueError, OverflowError):

@@ -1,9 +1,9 @@
-"""From rows to a shard map, or to all that is wrong with them.
+"""Building a shard map from rows, with every problem of the rows reported at once.
 
-Not for finding a key in the map (`maps`). A problem names the place of a row, its target and the
-rule that is broken, never a key or bound: a reload logs it, and a log has no shard key.
+Not for finding a key in the map (`shard_map`). A problem names the number of a row, its target and
+the rule that is broken, never a key or bound: a reload logs problems, and keys must not be logged.
 
-Invariant: mappings of a map never overlap, none is empty, and each leads to a target that exists.
+Invariant: mappings of a map never overlap, none is empty, and the target of each exists.
 """
 
 from array import array
@@ -13,11 +13,11 @@ from typing import Final, TypeAlias
 
 from proxy.errors import ProxyError
 from proxy.routing.keys import HASH_BYTES, KEY_BYTES, KeyType, Normalise, key_parser
-from proxy.routing.map_rows import Problems, Row, rows_of_csv, rows_of_tables
+from proxy.routing.map_rows import Problems, Row, rows_from_csv, rows_from_tables
 from proxy.routing.shard_map import (
     HIGHEST_BOUND,
     LOWEST_BOUND,
-    NOBODY,
+    UNASSIGNED,
     Kind,
     MapSpec,
     ShardMap,
@@ -26,49 +26,49 @@ from proxy.routing.shard_map import (
 _Parse: TypeAlias = Callable[[str], bytes]
 _Bounds: TypeAlias = tuple[bytes, bytes | None]
 
-# Of a million rows a part has some thousand.
+# With a million rows, a part has about 4,000.
 _PARTS: Final = 256
 _SAMPLES: Final = 16 * _PARTS
 
 _HASH_VALUES: Final = 1 << 8 * HASH_BYTES
-# Of a name that is none: enough to find it, where a line of a file is anything at all.
+# Of a target that does not exist: enough to find it, since a line of a file may contain anything.
 _SHOWN_CHARACTERS_MAX: Final = 40
 _OPEN_LOW: Final = frozenset(("", LOWEST_BOUND))
 _OPEN_HIGH: Final = frozenset(("", HIGHEST_BOUND))
 
 
-def map_of_tables(
-    tables: Iterable[Mapping[str, object]], form: MapSpec, targets: Collection[str]
+def map_from_tables(
+    tables: Iterable[Mapping[str, object]], spec: MapSpec, targets: Collection[str]
 ) -> ShardMap:
-    """Return the map of `mappings` in TOML. `targets` are the names there are. Raises MapError."""
+    """Return the map of `mappings` in TOML. `targets` are the known names. Raises MapError."""
     problems = Problems()
-    rows = rows_of_tables(tables, form.kind, problems)
-    return _Builder(form, targets, "mapping", problems).build(rows)
+    rows = rows_from_tables(tables, spec.kind, problems)
+    return _Builder(spec, targets, "mapping", problems).build(rows)
 
 
-def map_of_csv(lines: Iterable[str], form: MapSpec, targets: Collection[str]) -> ShardMap:
-    """Return the map of a file's lines. `targets` are the names there are. Raises MapError."""
+def map_from_csv(lines: Iterable[str], spec: MapSpec, targets: Collection[str]) -> ShardMap:
+    """Return the map of a file's lines. `targets` are the known names. Raises MapError."""
     problems = Problems()
-    rows = rows_of_csv(lines, form.kind, problems)
-    return _Builder(form, targets, "line", problems).build(rows)
+    rows = rows_from_csv(lines, spec.kind, problems)
+    return _Builder(spec, targets, "line", problems).build(rows)
 
 
-class _Refused(Exception):
-    """A row that makes no mapping, and why."""
+class _InvalidRow(Exception):
+    """A row that is not a valid mapping; the text says why."""
 
 
 class _Builder:
-    """Takes rows one by one and keeps of each its bounds, its target and its place."""
+    """Collects the bounds, the target and the number of each row."""
 
     def __init__(
-        self, form: MapSpec, targets: Collection[str], word: str, problems: Problems
+        self, spec: MapSpec, targets: Collection[str], word: str, problems: Problems
     ) -> None:
-        """`word` is what a row is called in a problem, in front of its place."""
-        self._form = form
-        self._is_list = form.kind is Kind.LIST
-        self._read_bounds = _READERS[form.kind]
-        self._parse = key_parser(form.key_type, form.normalise)
-        self._lowest = _lowest_value(form)
+        """`word` is what a problem calls a row, before the row's number."""
+        self._spec = spec
+        self._is_list = spec.kind is Kind.LIST
+        self._read_bounds = _READERS[spec.kind]
+        self._parse = key_parser(spec.key_type, spec.normalise)
+        self._lowest = _lowest_value(spec)
         self._names = sorted(targets)
         self._owner_of = {name: owner for owner, name in enumerate(self._names)}
         self._word = word
@@ -76,51 +76,54 @@ class _Builder:
         self._los: list[bytes] = []
         self._his: list[bytes | None] = []
         self._owners = array("I")
-        self._places = array("I")
+        self._row_numbers = array("I")
 
     def build(self, rows: Iterable[Row]) -> ShardMap:
         """Return the map of these rows. Raises MapError."""
-        form = self._form
-        if form.normalise is not Normalise.NONE and form.key_type is not KeyType.TEXT:
-            self._problems.add(f"normalise is for keys of type text, not {form.key_type}")
+        spec = self._spec
+        if spec.normalise is not Normalise.NONE and spec.key_type is not KeyType.TEXT:
+            self._problems.add(f"normalise is for keys of type text, not {spec.key_type}")
         for row in rows:
             try:
-                self._take(row)
-            except _Refused as error:
-                self._problems.add(f"{self._word} {row.place}: {error}")
-        order = self._order()
+                self._add(row)
+            except _InvalidRow as error:
+                self._problems.add(f"{self._word} {row.number}: {error}")
+        order = self._sorted_positions()
         self._check_overlaps(order)
         self._problems.check()
         return self._assemble(order)
 
-    def _take(self, row: Row) -> None:
-        """Keep a row, or raise _Refused."""
+    def _add(self, row: Row) -> None:
+        """Add a row. Raises _InvalidRow."""
         lo, hi = self._read_bounds(row, self._parse)
         if hi is not None and not self._is_list and (lo >= hi or hi <= self._lowest):
-            raise _Refused("low is not below high: no key is in it")
+            raise _InvalidRow("low is not below high, so it contains no key")
         owner = self._owner_of.get(row.target)
         if owner is None:
-            raise _Refused(f"there is no target {row.target[:_SHOWN_CHARACTERS_MAX]!r}")
+            raise _InvalidRow(f"there is no target {row.target[:_SHOWN_CHARACTERS_MAX]!r}")
         self._los.append(lo)
         self._his.append(hi)
         self._owners.append(owner)
-        self._places.append(row.place)
+        self._row_numbers.append(row.number)
 
-    def _order(self) -> Sequence[int]:
-        """Return the positions of the rows by their lower bounds; a large file is often sorted."""
+    def _sorted_positions(self) -> Sequence[int]:
+        """Return the positions of the rows, sorted by lower bound.
+
+        Rows that are sorted already, as those of a large file often are, are not sorted again.
+        """
         los, following = self._los, iter(self._los)
         next(following, None)
         if all(lo <= next_lo for lo, next_lo in zip(los, following, strict=False)):
             return range(len(los))
         order = array("I")
-        for part in _parted(los):
+        for part in _partitions(los):
             order.extend(sorted(part, key=los.__getitem__))
         return order
 
     def _check_overlaps(self, order: Sequence[int]) -> None:
-        """Report each mapping that begins before the ones in front of it have ended."""
+        """Report each mapping that begins before an earlier one has ended."""
         los, his = self._los, self._his
-        widest = -1  # the mapping that ends last so far
+        widest = -1  # the mapping with the highest end so far
         for at in order:
             if widest < 0:
                 widest = at
@@ -132,14 +135,14 @@ class _Builder:
                 widest = at
 
     def _report_overlap(self, one: int, other: int) -> None:
-        first, second = sorted((one, other), key=self._places.__getitem__)
+        first, second = sorted((one, other), key=self._row_numbers.__getitem__)
         self._problems.add(f"{self._describe(first)} and {self._describe(second)} overlap")
 
     def _describe(self, at: int) -> str:
-        return f"{self._word} {self._places[at]} (on {self._names[self._owners[at]]})"
+        return f"{self._word} {self._row_numbers[at]} (on {self._names[self._owners[at]]})"
 
     def _assemble(self, order: Sequence[int]) -> ShardMap:
-        """Return the map. Where one mapping ends and the next begins is one bound."""
+        """Return the map. If the next mapping begins where one ends, both share one bound."""
         bounds: list[bytes] = []
         owners = array("I")
         end: bytes | None = None
@@ -147,21 +150,21 @@ class _Builder:
             lo = self._los[at]
             if end is not None and end != lo:
                 bounds.append(end)
-                owners.append(NOBODY)
+                owners.append(UNASSIGNED)
             bounds.append(lo)
             owners.append(self._owners[at])
             end = None if self._is_list else self._his[at]
         if end is not None:
             bounds.append(end)
-            owners.append(NOBODY)
-        return ShardMap(self._form, bounds, owners, self._names)
+            owners.append(UNASSIGNED)
+        return ShardMap(self._spec, bounds, owners, self._names)
 
 
-def _parted(los: Sequence[bytes]) -> Iterator[Sequence[int]]:
-    """Yield the positions in parts, each of which is wholly below the next.
+def _partitions(los: Sequence[bytes]) -> Iterator[Sequence[int]]:
+    """Yield the positions in parts; all bounds of a part are below those of the next.
 
-    While a list is sorted no other thread runs: a million at once would stop every session for
-    seconds, a part does for milliseconds.
+    `sorted` holds the interpreter lock. Sorting a million bounds at once would stop every session
+    for seconds; a part stops them for milliseconds.
     """
     sample = sorted(los[:: max(1, len(los) // _SAMPLES)])
     limits = sample[:: _SAMPLES // _PARTS]
@@ -171,17 +174,17 @@ def _parted(los: Sequence[bytes]) -> Iterator[Sequence[int]]:
     yield from parts
 
 
-def _lowest_value(form: MapSpec) -> bytes:
-    """Return what a bound must be above for anything to be below it."""
-    size_bytes = HASH_BYTES if form.kind is Kind.HASH else KEY_BYTES[form.key_type]
+def _lowest_value(spec: MapSpec) -> bytes:
+    """Return the lowest key or hash: an upper bound must be above it to include anything."""
+    size_bytes = HASH_BYTES if spec.kind is Kind.HASH else KEY_BYTES[spec.key_type]
     return b"\0" * (size_bytes or 1)
 
 
 def _read_list(row: Row, parse: _Parse) -> _Bounds:
     key = _read_key("key", row.low, parse)
     if not key:
-        raise _Refused("the key is empty")
-    return key, key  # not the bound behind it: a million keys need not be there twice
+        raise _InvalidRow("the key is empty")
+    return key, key  # not the next key: that would be a second object for each of a million keys
 
 
 def _read_range(row: Row, parse: _Parse) -> _Bounds:
@@ -194,7 +197,7 @@ def _read_hash(row: Row, _parse: _Parse) -> _Bounds:
     low = None if row.low in _OPEN_LOW else _read_hash_bound("low", row.low)
     high = _HASH_VALUES if row.high in _OPEN_HIGH else _read_hash_bound("high", row.high)
     if low == _HASH_VALUES:
-        raise _Refused("low is above every hash")
+        raise _InvalidRow("low is above every hash")
     return (
         b"" if low is None else low.to_bytes(HASH_BYTES),
         None if high == _HASH_VALUES else high.to_bytes(HASH_BYTES),
@@ -205,19 +208,19 @@ def _read_key(name: str, text: str, parse: _Parse) -> bytes:
     try:
         return parse(text)
     except ProxyError as error:
-        raise _Refused(f"{name}: {error.detail}") from None
+        raise _InvalidRow(f"{name}: {error.detail}") from None
 
 
 def _read_hash_bound(name: str, text: str) -> int:
-    """Return a value of the hash, or the one behind the last; decimal, or hex behind 0x."""
+    """Return a hash value, or the number after the last one; decimal, or hex with the prefix 0x."""
     is_hex = text.startswith("0x")
     digits = text.removeprefix("0x")
     known = frozenset("0123456789abcdefABCDEF" if is_hex else "0123456789")
     if not 0 < len(digits) <= 10 or not known.issuperset(digits):
-        raise _Refused(f"{name}: a hash is a number from 0 to {_HASH_VALUES}")
+        raise _InvalidRow(f"{name}: a hash is a number from 0 to {_HASH_VALUES}")
     value = int(digits, 16 if is_hex else 10)
     if value > _HASH_VALUES:
-        raise _Refused(f"{name}: a hash is a number from 0 to {_HASH_VALUES}")
+        raise _InvalidRow(f"{name}: a hash is a number from 0 to {_HASH_VALUES}")
     return value
 
 

@@ -1,21 +1,21 @@
-"""From a client's StartupMessage to a target, or to a refusal that says why.
+"""From a client's StartupMessage to a target, or to an error that says why there is none.
 
-Not for dialling, and not for what a target is: it knows targets by name.
+Not for dialing, and not for the definition of a target: targets are known by name only.
 
-What the client asks for is looked at in this order:
+The database that the client requests is examined in this order:
 
-1. No database, an empty one, or the user's name (what drivers send for "none given"): the target's
-   own, and no key, even where the user is an address such as ada@example.com.
-2. A name in `aliases`, all of it: that alias, even where it also matches the pattern.
-3. A match of the pattern, while there is a shard map: its key counts with those of parameters and
-   `options`; its database is a label, and the map's target decides.
-4. Anything else goes on as it is.
+1. No database, an empty one, or the user's name (which drivers send for "none given"): the target's
+   own database, and no key, even if the user is an address such as ada@example.com.
+2. A name that equals one in `aliases`: that alias, even if the name also matches the pattern.
+3. A match of the pattern, if there is a shard map: its key is compared with those of parameters and
+   `options`; its database part has no effect, since the map's target decides.
+4. Any other name is passed on unchanged.
 
-With a shard map a key decides, whatever the database; without a key 1, 2 and 4 hold if
-`require_key` is false. Without a shard map nothing is taken out of a message.
+With a shard map, a key decides, whatever the database. Without a key, rules 1, 2 and 4 apply if
+`require_key` is false. Without a shard map, nothing is removed from a message.
 
-Invariant: a key is in no error, log or repr, only its fingerprint. Nothing changes after the
-start: one router serves every session until a reload makes another.
+Invariant: errors, logs and reprs contain the fingerprint of a key, never the key. A router is
+immutable: it serves every session until a reload makes another.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.key_sources import (
-    OWN_PARAMETER,
+    BUILT_IN_PARAMETER,
     DatabasePattern,
     Occurrence,
     take_parameters,
@@ -41,7 +41,7 @@ DEFAULT_PATTERN: Final = DatabasePattern.parse("{database}@{shard_key}")
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A database name of clients: a target, and a database of it (None: the target's own)."""
+    """A database name for clients: a target and one of its databases (None: the target's own)."""
 
     target: str
     database: str | None = None
@@ -49,11 +49,11 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a session goes, and what it says there.
+    """The target of a session, and the StartupMessage for it.
 
-    `message` has no key any more, and its database is the one to open; without one the target's own
-    is meant. `shard_map` and `key`, the key's fingerprint for logs, are None unless a shard map
-    decided.
+    `message` no longer contains the key. Its database is the one to open; if it has none, the
+    target's own is opened. `shard_map` and `key` (the key's fingerprint, for logs) are None unless
+    a shard map decided.
     """
 
     target: str
@@ -64,9 +64,9 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """What a shard map says of a key, for people: the bounds are written as in a configuration.
+    """A shard map's answer for a key, for display: the bounds are written as in a configuration.
 
-    `hash` is what a hash map compares, in hex; empty for the other kinds.
+    `hash` is the value that a hash map compares, in hex; empty for the other kinds.
     """
 
     key: str
@@ -77,7 +77,7 @@ class Resolution:
 
 
 class Router:
-    """Decides for one configuration. Every method is a function of its argument alone."""
+    """Routes sessions for one configuration. Every method depends on its argument alone."""
 
     def __init__(
         self,
@@ -91,50 +91,51 @@ class Router:
         require_key: bool = True,
         forward_key: bool = False,
     ) -> None:
-        """`default_target` serves who names no alias and no key; None: they are refused.
+        """`default_target` serves clients that name neither alias nor key; None: they are refused.
 
-        `parameter` is read beside lakebase.shard_key; without `pattern` no name has a key.
+        `parameter` is read in addition to lakebase.shard_key. Without `pattern`, a database name
+        never contains a key.
         """
         self._default_target = default_target
         self._aliases = {name.encode(): alias for name, alias in (aliases or {}).items()}
         self._map = shard_map
         self._map_name = map_name
-        self._parameters = frozenset((OWN_PARAMETER, parameter.lower().encode()))
+        self._parameters = frozenset((BUILT_IN_PARAMETER, parameter.lower().encode()))
         self._pattern = pattern
         self._require_key = require_key
         self._forward_key = forward_key
 
     @property
     def shard_map(self) -> ShardMap | None:
-        """The map that keys are looked up in, if there is one."""
+        """The map in which keys are looked up, if there is one."""
         return self._map
 
     def route(self, message: StartupMessage) -> Route:
-        """Return the way of this client.
+        """Return the route of this client.
 
         Raises ProxyError: KEY_MISSING, KEY_CONFLICT, KEY_SYNTAX, KEY_RANGE, KEY_INVALID,
         KEY_TOO_LONG, MAPPING_NOT_FOUND, NO_TARGET.
         """
         shard_map = self._map
         if shard_map is None:
-            return self._unsharded(message)
+            return self._route_by_database(message)
         found, message = take_parameters(message, self._parameters)
         in_name = self._split_database(message)
         if in_name is not None:
             database, occurrence = in_name
             found.append(occurrence)
             message = with_database(message, database)
-        key = _agreed(found, shard_map)
+        key = _agreed_key(found, shard_map)
         if key:
-            return self._sharded(message, key, shard_map)
+            return self._route_by_key(message, key, shard_map)
         if self._require_key:
             raise ProxyError(ErrorKind.KEY_MISSING)
-        return self._unsharded(message)
+        return self._route_by_database(message)
 
     def resolve(self, text: str) -> Resolution:
-        """Return what the shard map says of a key, without a session.
+        """Look up a key in the shard map, without a session.
 
-        Raises ProxyError: MAP_MISSING, and what `route` raises of a key.
+        Raises ProxyError: MAP_MISSING, and what `route` raises for a key.
         """
         shard_map = self._map
         if shard_map is None:
@@ -145,11 +146,11 @@ class Router:
         mapping = shard_map.find(key)
         if mapping is None:
             raise self._not_found(key)
-        low, high = shard_map.form.show_bounds(mapping)
-        hashed = hash_key(key).hex() if shard_map.form.kind is Kind.HASH else ""
+        low, high = shard_map.spec.show_bounds(mapping)
+        hashed = hash_key(key).hex() if shard_map.spec.kind is Kind.HASH else ""
         return Resolution(key.hex(), hashed, low, high, mapping.target)
 
-    def _sharded(self, message: StartupMessage, key: bytes, shard_map: ShardMap) -> Route:
+    def _route_by_key(self, message: StartupMessage, key: bytes, shard_map: ShardMap) -> Route:
         target = shard_map.target(key)
         if target is None:
             raise self._not_found(key)
@@ -158,42 +159,44 @@ class Router:
             message = with_forwarded_key(message, shard_map.show_key(key).encode())
         return Route(target, message, self._map_name, fingerprint(key))
 
-    def _unsharded(self, message: StartupMessage) -> Route:
-        asked = _asked_database(message)
-        alias = self._aliases.get(asked)
+    def _route_by_database(self, message: StartupMessage) -> Route:
+        requested = _requested_database(message)
+        alias = self._aliases.get(requested)
         if alias is None:
             if self._default_target is None:
                 raise ProxyError(ErrorKind.NO_TARGET)
-            return Route(self._default_target, message if asked else with_database(message, None))
+            return Route(
+                self._default_target, message if requested else with_database(message, None)
+            )
         database = None if alias.database is None else alias.database.encode()
         return Route(alias.target, with_database(message, database))
 
     def _split_database(self, message: StartupMessage) -> tuple[bytes, Occurrence] | None:
-        asked = _asked_database(message)
-        if self._pattern is None or not asked or asked in self._aliases:
+        requested = _requested_database(message)
+        if self._pattern is None or not requested or requested in self._aliases:
             return None
-        return self._pattern.split(asked)
+        return self._pattern.split(requested)
 
     def _not_found(self, key: bytes) -> ProxyError:
         detail = f"shard map {self._map_name}, key with fingerprint {fingerprint(key)}"
         return ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
 
 
-def _asked_database(message: StartupMessage) -> bytes:
-    """Return the database that the client named, empty where it means the target's own (W16)."""
-    asked = message.get(b"database") or b""
-    return b"" if asked == message.get(b"user") else asked
+def _requested_database(message: StartupMessage) -> bytes:
+    """Return the database that the client requests, empty for the target's own (W16)."""
+    requested = message.get(b"database") or b""
+    return b"" if requested == message.get(b"user") else requested
 
 
-def _agreed(found: Sequence[Occurrence], shard_map: ShardMap) -> bytes:
-    """Return the one key that every occurrence gives, none if there is none or it is empty."""
+def _agreed_key(found: Sequence[Occurrence], shard_map: ShardMap) -> bytes:
+    """Return the key that all occurrences give; empty if there is none or it is empty."""
     keys: dict[bytes, str] = {}
     for occurrence in found:
         key = _parse(occurrence, shard_map) if occurrence.text else b""
-        keys.setdefault(key, occurrence.place)
+        keys.setdefault(key, occurrence.source)
     if len(keys) > 1:
-        places = " and ".join(dict.fromkeys(keys.values()))
-        raise ProxyError(ErrorKind.KEY_CONFLICT, f"{len(keys)} keys in {places}")
+        sources = " and ".join(dict.fromkeys(keys.values()))
+        raise ProxyError(ErrorKind.KEY_CONFLICT, f"{len(keys)} keys in {sources}")
     return next(iter(keys), b"")
 
 

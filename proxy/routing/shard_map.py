@@ -1,10 +1,10 @@
-"""A static shard map in memory: from a key's canonical bytes to the target that has it.
+"""A static shard map in memory: from a key's canonical bytes to its target.
 
-Not for how a map is read and checked (`building`). Every kind is sorted bounds and one bisection:
-a list holds its keys, range and hash hold where a mapping begins, and where one ends without
-another that begins there.
+Not for reading and checking a map (`map_builder`). Every kind of map is sorted bounds and one
+bisection: the bounds of a list are its keys; those of range and hash are the begin of each mapping,
+and the end of a mapping if no other begins there.
 
-Invariant: a map never changes. Reload makes a new one, and whoever holds this one keeps it.
+Invariant: a map is immutable. A reload makes a new one; sessions that use this one keep it.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ from proxy.routing.keys import (
     show_key,
 )
 
-# The owner of a stretch between two mappings.
-NOBODY: Final = 0xFFFFFFFF
-_WINDOW_BYTES: Final = 8  # an array's longest integer
+# The owner of a gap between two mappings.
+UNASSIGNED: Final = 0xFFFFFFFF
+_WORD_BYTES: Final = 8  # an array's longest integer
 _DIGEST_DIGITS: Final = 8
 _PART_BOUNDS: Final = 50_000
 
@@ -36,7 +36,7 @@ HIGHEST_BOUND: Final = "+inf"
 
 
 class Kind(StrEnum):
-    """How a map assigns keys: one by one, by ranges of them, or by ranges of their hash."""
+    """How a map assigns keys: single keys, ranges of keys, or ranges of their hash."""
 
     LIST = "list"
     RANGE = "range"
@@ -45,14 +45,14 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MapSpec:
-    """What kind of map it is and what its keys are: fixed for its life."""
+    """The kind of a map and the type of its keys. It is fixed for the map's life."""
 
     kind: Kind
     key_type: KeyType
     normalise: Normalise = Normalise.NONE
 
     def show_bounds(self, mapping: "ShardMapping") -> tuple[str, str]:
-        """Return the bounds as a configuration would write them; a list's are both the key."""
+        """Return the bounds as written in a configuration; for a list, both are the key."""
         low = LOWEST_BOUND if mapping.lo == b"" else self._show(mapping.lo)
         if self.kind is Kind.LIST:
             return low, low
@@ -65,7 +65,7 @@ class MapSpec:
 
 
 class ShardMapping(NamedTuple):
-    """The keys from `lo` to below `hi` (None: no end) are on one target; of a hash, its values."""
+    """The keys (of a hash map: hashes) of one target, from `lo` to below `hi` (None: unbounded)."""
 
     lo: bytes
     hi: bytes | None
@@ -73,35 +73,35 @@ class ShardMapping(NamedTuple):
 
 
 class ShardMap:
-    """Finds a key's mapping in one bisection; about 20 bytes a bound beside the bound itself."""
+    """Finds a key's mapping in one bisection; uses about 20 bytes a bound besides the bound."""
 
     def __init__(
         self,
-        form: MapSpec,
+        spec: MapSpec,
         bounds: list[bytes],
         owners: "array[int]",
         targets: Sequence[str],
     ) -> None:
-        """Take sorted, distinct bounds, and for each whose mapping begins there.
+        """`bounds` are sorted and distinct; `owners` has the target of each bound's mapping.
 
-        An owner is a position in `targets`, or NOBODY. `building` makes these.
+        An owner is a position in `targets`, or UNASSIGNED. `map_builder` creates both.
         """
         assert len(bounds) == len(owners), "every bound has its owner"
-        self.form = form
-        self._parse = key_parser(form.key_type, form.normalise)
-        self._is_list = form.kind is Kind.LIST
-        self._is_hash = form.kind is Kind.HASH
-        # A tuple of bytes is soon of no interest to the garbage collector; a list of a million it
-        # would walk again and again, while everything waits.
+        self.spec = spec
+        self._parse = key_parser(spec.key_type, spec.normalise)
+        self._is_list = spec.kind is Kind.LIST
+        self._is_hash = spec.kind is Kind.HASH
+        # The garbage collector soon untracks a tuple of bytes. A list of a million it would
+        # traverse again and again, and stop everything meanwhile.
         self._bounds = tuple(bounds)
-        self._order = _BoundIndex(
-            self._bounds, HASH_BYTES if self._is_hash else KEY_BYTES[form.key_type]
+        self._index = _BoundIndex(
+            self._bounds, HASH_BYTES if self._is_hash else KEY_BYTES[spec.key_type]
         )
         self._owners = owners
         self._targets = tuple(targets)
-        self._length = len(owners) - owners.count(NOBODY)
+        self._length = len(owners) - owners.count(UNASSIGNED)
         self.digest = self._digest()
-        """Names the content: that of a map with the same mappings is the same."""
+        """Identifies the content: maps with the same mappings have the same digest."""
 
     def __len__(self) -> int:
         """Return the number of mappings."""
@@ -109,7 +109,7 @@ class ShardMap:
 
     def targets(self) -> frozenset[str]:
         """Return the names of the targets that have keys."""
-        return frozenset(self._targets[owner] for owner in set(self._owners) - {NOBODY})
+        return frozenset(self._targets[owner] for owner in set(self._owners) - {UNASSIGNED})
 
     def parse_key(self, text: str) -> bytes:
         """Return a key's canonical bytes. Raises ProxyError, as `keys.parse_key` does."""
@@ -117,35 +117,35 @@ class ShardMap:
 
     def show_key(self, key: bytes) -> str:
         """Return the canonical text of a key."""
-        return show_key(key, self.form.key_type)
+        return show_key(key, self.spec.key_type)
 
     def target(self, key: bytes) -> str | None:
-        """Return the target that has these canonical bytes, if one has. What each session asks."""
+        """Return the target of these canonical bytes, if any. Called once for each session."""
         sought = hash_key(key) if self._is_hash else key
-        at = self._order.last_up_to(sought)
+        at = self._index.find_le(sought)
         if at < 0 or (self._is_list and self._bounds[at] != sought):
             return None
         owner = self._owners[at]
-        return None if owner == NOBODY else self._targets[owner]
+        return None if owner == UNASSIGNED else self._targets[owner]
 
     def find(self, key: bytes) -> ShardMapping | None:
-        """Return the mapping that covers these canonical bytes, if one does."""
+        """Return the mapping that contains these canonical bytes, if any."""
         target = self.target(key)
         if target is None:
             return None
-        at = self._order.last_up_to(hash_key(key) if self._is_hash else key)
+        at = self._index.find_le(hash_key(key) if self._is_hash else key)
         lo = self._bounds[at]
         if self._is_list:
             return ShardMapping(lo, lo + b"\0", target)
         return ShardMapping(lo, next(iter(self._bounds[at + 1 : at + 2]), None), target)
 
     def _digest(self) -> str:
-        # Owners count the targets of a configuration, which may be others next time: here only
-        # those in use count.
+        # Owners number all targets of a configuration, and another configuration may have others.
+        # So renumber: only the targets in use matter here.
         used = sorted(set(self._owners), key=lambda owner: self._name(owner) or "")
         numbers = {owner: number for number, owner in enumerate(used)}
-        found = hashlib.sha256(repr((self.form, [self._name(owner) for owner in used])).encode())
-        # In parts, between which other threads run: a reload must not stop the sessions.
+        found = hashlib.sha256(repr((self.spec, [self._name(owner) for owner in used])).encode())
+        # In parts, so that other threads run between them: a reload must not stop the sessions.
         parts = [slice(at, at + _PART_BOUNDS) for at in range(0, len(self._bounds), _PART_BOUNDS)]
         for part in parts:
             found.update(array("I", map(numbers.__getitem__, self._owners[part])).tobytes())
@@ -156,40 +156,40 @@ class ShardMap:
         return found.hexdigest()[:_DIGEST_DIGITS]
 
     def _name(self, owner: int) -> str | None:
-        return None if owner == NOBODY else self._targets[owner]
+        return None if owner == UNASSIGNED else self._targets[owner]
 
 
 class _BoundIndex:
-    """Bisects sorted bounds by eight bytes of each, which lie side by side as integers.
+    """Bisects sorted bounds by eight bytes of each, stored side by side as integers.
 
-    A million bounds are objects all over the memory, and every step of a bisection would wait for
-    another of them. The eight bytes are the first behind what all bounds begin with; they order
-    two bounds as the bounds themselves do, unless they are equal.
+    A million bounds are objects scattered over the memory, and every step of a bisection would be a
+    cache miss. The eight bytes are those after the common prefix of all bounds. They order two
+    bounds as the bounds themselves do, unless they are equal.
     """
 
     def __init__(self, bounds: Sequence[bytes], size_bytes: int | None) -> None:
-        """`size_bytes` is that of every key, None where keys are of any length."""
+        """`size_bytes` is the size of every key, None if keys have any length."""
         self._bounds = bounds
-        # Sorted: what the first and the last begin with, all do. Only -inf, at the very front,
-        # begins with nothing, and its window is as low as any.
+        # The bounds are sorted, so the common prefix of the first and the last is that of all. Only
+        # -inf, which is empty and the first, does not have it; its word is as low as any.
         lowest = next((bound for bound in bounds if bound), b"")
-        self._prefix = _common_prefix(lowest, bounds[-1] if bounds else b"")
-        end = len(self._prefix) + _WINDOW_BYTES
+        self._common = _common_prefix(lowest, bounds[-1] if bounds else b"")
+        end = len(self._common) + _WORD_BYTES
         self._is_exact = size_bytes is not None and size_bytes <= end
-        self._part = part = slice(len(self._prefix), end)
-        self._windows = array(
-            "Q", (int.from_bytes(bound[part].ljust(_WINDOW_BYTES, b"\0")) for bound in bounds)
+        self._part = part = slice(len(self._common), end)
+        self._words = array(
+            "Q", (int.from_bytes(bound[part].ljust(_WORD_BYTES, b"\0")) for bound in bounds)
         )
 
-    def last_up_to(self, key: bytes) -> int:
-        """Return the position of the last bound that is not above the key, -1 if all are."""
-        if not key.startswith(self._prefix):
+    def find_le(self, key: bytes) -> int:
+        """Return the position of the last bound less than or equal to the key, or -1."""
+        if not key.startswith(self._common):
             return bisect_right(self._bounds, key) - 1
-        window = int.from_bytes(key[self._part].ljust(_WINDOW_BYTES, b"\0"))
-        at = bisect_right(self._windows, window) - 1
-        if self._is_exact or at < 0 or self._windows[at] != window or self._bounds[at] <= key:
+        word = int.from_bytes(key[self._part].ljust(_WORD_BYTES, b"\0"))
+        at = bisect_right(self._words, word) - 1
+        if self._is_exact or at < 0 or self._words[at] != word or self._bounds[at] <= key:
             return at
-        first = bisect_left(self._windows, window, 0, at)
+        first = bisect_left(self._words, word, 0, at)
         return bisect_right(self._bounds, key, first, at) - 1
 
 

@@ -24,7 +24,7 @@ from proxy.config import (
 from proxy.file_stamp import Stamp, stamp_of
 from proxy.routing.key_sources import DatabasePattern
 from proxy.routing.keys import KeyType, Normalise
-from proxy.routing.map_builder import map_of_csv, map_of_tables
+from proxy.routing.map_builder import map_from_csv, map_from_tables
 from proxy.routing.map_rows import MapError
 from proxy.routing.router import Alias, Resolution, Router
 from proxy.routing.shard_map import Kind, MapSpec, ShardMap
@@ -161,13 +161,13 @@ def _shard_map(settings: Settings, name: str) -> ShardMap:
 
 @lru_cache(maxsize=_BUILT_MAX)
 def _built(shard_map: ShardMapSettings, targets: frozenset[str], stamp: Stamp | None) -> ShardMap:
-    form = MapSpec(
+    spec = MapSpec(
         Kind(shard_map.kind), KeyType(shard_map.key_type), Normalise(shard_map.normalise)
     )
     if stamp is None:
-        return map_of_tables((entry.columns() for entry in shard_map.mappings), form, targets)
+        return map_from_tables((entry.columns() for entry in shard_map.mappings), spec, targets)
     with Path(shard_map.mappings_file).open(encoding="utf-8-sig", newline="") as lines:
-        built = map_of_csv(lines, form, targets)
+        built = map_from_csv(lines, spec, targets)
     if not len(built):
         # A file that lost its rows, or is being written: it must not take every tenant's way.
         raise MapError(("it has no mapping",))

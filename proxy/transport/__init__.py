@@ -1,5 +1,6 @@
-"""A TCP, unix or TLS connection, for either side. asyncio begins here.
+"""TCP, unix socket and TLS connections, for clients and upstreams alike.
 
-Nothing here knows the Postgres protocol. Reading order, which is also the import order:
+This is the lowest package that uses asyncio. No module here knows the Postgres protocol. Reading
+order, which is also the import order:
 sockets, key_exchange, lanes, tls, graceful_close, stream.
 """

@@ -1,23 +1,23 @@
-"""The end of a connection that the other side shall notice properly.
+"""Closing a connection so that the peer receives everything and sees a clean end.
 
-Closing a socket with unread bytes in it makes the kernel send RST, which can overtake and destroy
-what was written last: the very error that explains the close. So the end is: send what is
-written, end our stream (with close_notify under TLS), read on and discard for a moment so that the
-peer may end too, and only then close; all of it for a bounded time.
+If a socket is closed while it has unread bytes, the kernel sends RST, and the peer may lose what
+was written last: often the error that explains the close. So the close has four steps: send the
+write buffer; end our stream, with close_notify under TLS; read and discard for a moment, so that
+the peer can end its stream too; close. Each wait is bounded.
 """
 
 import asyncio
 from typing import Final
 
-# A slow reader gets this long to take the last words.
+# How long a slow reader may take to read the rest of the write buffer.
 FLUSH_SECONDS_MAX: Final = 30.0
-# And then this long to end its own stream. Most do at once; an idle pooled client only looks at its
-# connection when it needs it, and is not waited for.
+# How long the peer may take after that to end its own stream. Most peers end it at once. An idle
+# client in a pool checks its connection only when it needs it, and is not waited for.
 LINGER_SECONDS: Final = 2.0
 
 
-class _Discard(asyncio.Protocol):
-    """Reads a connection to its end and keeps nothing."""
+class _DiscardProtocol(asyncio.Protocol):
+    """Reads a connection to its end and discards the data."""
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -26,12 +26,12 @@ class _Discard(asyncio.Protocol):
         self.is_lost = False  # the future may be cancelled instead
 
     def resume_writing(self) -> None:
-        _settle(self.flushed)
+        _resolve(self.flushed)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
-        _settle(self.flushed)
-        _settle(self.lost)
+        _resolve(self.flushed)
+        _resolve(self.lost)
 
 
 async def close_gracefully(
@@ -40,18 +40,18 @@ async def close_gracefully(
     flush_seconds: float = FLUSH_SECONDS_MAX,
     linger_seconds: float = LINGER_SECONDS,
 ) -> None:
-    """Close, so that the peer gets all that was written and sees a clean end.
+    """Close the transport after sending its write buffer and ending the stream.
 
-    Takes at most `flush_seconds` plus `linger_seconds`; then, or when cancelled, it aborts.
+    Takes at most `flush_seconds` plus `linger_seconds`; then, or if cancelled, it aborts.
     """
     if transport.is_closing():
         return
-    discard = _Discard()
+    discard = _DiscardProtocol()
     transport.set_protocol(discard)
     try:
         transport.resume_reading()
         async with asyncio.timeout(flush_seconds):
-            # Zero marks: resume_writing then means that all is written.
+            # With a high-water mark of 0, resume_writing means that the write buffer is empty.
             transport.set_write_buffer_limits(high=0)
             if transport.get_write_buffer_size() > 0:
                 await discard.flushed
@@ -66,6 +66,6 @@ async def close_gracefully(
             transport.abort()
 
 
-def _settle(future: asyncio.Future[None]) -> None:
+def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)

@@ -1,6 +1,6 @@
-"""Sockets: the options of connected ones, and listening on a unix one.
+"""Sockets: options of connected sockets, and listening on TCP and unix sockets.
 
-Small writes go at once, and dead peers are noticed (W36).
+The options send small writes without delay and detect dead peers (W36).
 """
 
 import asyncio
@@ -12,41 +12,42 @@ import stat
 from pathlib import Path
 from typing import Final
 
-# Network address translation and load balancers forget a connection after 350 s or less.
+# Load balancers and NAT devices drop an idle connection after 350 s or less.
 KEEPALIVE_IDLE_SECONDS: Final = 60
 KEEPALIVE_INTERVAL_SECONDS: Final = 10
 KEEPALIVE_PROBES: Final = 3
-# Keepalive does not run while sent bytes are unacknowledged; this ends such a connection. But the
-# kernel counts the time that a peer's window is closed, too: a client that stopped reading for so
-# long would be cut in the middle of its result, so clients have none; and a COPY that waits for a
-# lock looks the same upstream, so this is four times what suffices to notice a failover.
+# Keepalive does not run while sent bytes are unacknowledged; this timeout ends such a connection.
+# The kernel also counts the time during which the peer's window is closed. A client that stops
+# reading for that long would be cut in the middle of its result, so it is not set for clients. An
+# upstream where a COPY waits for a lock looks the same, so the value is four times what suffices to
+# detect a failover.
 UNACKNOWLEDGED_SECONDS_MAX: Final = 120
 
-# Linux tells of the peer's FIN apart from the bytes before it; elsewhere only a reset is seen.
+# Linux reports the peer's FIN even if bytes before it are unread; elsewhere only a reset is seen.
 _HUNG_UP: Final = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
-def tune(transport: asyncio.BaseTransport) -> None:
-    """Set the options on a TCP transport's socket; a unix socket needs none."""
+def set_tcp_options(transport: asyncio.BaseTransport) -> None:
+    """Set TCP_NODELAY and keepalive on a TCP transport's socket; do nothing for a unix socket."""
     found = _tcp_socket(transport)
     if found is None:
         return
-    # The loop's stand-in for a socket makes a new one for each option: here one does for all.
+    # The loop's socket wrapper creates a socket object for each option. One here serves for all.
     sock = socket.socket(found.family, found.type, found.proto, fileno=found.fileno())
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _PROBING:
-            _set_where_known(sock, name, value)
+        for name, value in _KEEPALIVE_OPTIONS:
+            _set_if_available(sock, name, value)
     finally:
-        sock.detach()  # the descriptor is the transport's
+        sock.detach()  # the descriptor belongs to the transport
 
 
-def bound_unacknowledged(transport: asyncio.BaseTransport) -> None:
-    """End an upstream's connection when what was sent is not taken for too long."""
+def set_user_timeout(transport: asyncio.BaseTransport) -> None:
+    """Set the time after which unacknowledged bytes end an upstream connection."""
     sock = _tcp_socket(transport)
     if sock is not None:
-        _set_where_known(sock, "TCP_USER_TIMEOUT", UNACKNOWLEDGED_SECONDS_MAX * 1000)
+        _set_if_available(sock, "TCP_USER_TIMEOUT", UNACKNOWLEDGED_SECONDS_MAX * 1000)
 
 
 def _tcp_socket(transport: asyncio.BaseTransport) -> socket.socket | None:
@@ -54,13 +55,13 @@ def _tcp_socket(transport: asyncio.BaseTransport) -> socket.socket | None:
     return None if sock is None or sock.family == socket.AF_UNIX else sock
 
 
-def _set_where_known(sock: socket.socket, name: str, value: int) -> None:
-    option = getattr(socket, name, None)  # not every platform has every one
+def _set_if_available(sock: socket.socket, name: str, value: int) -> None:
+    option = getattr(socket, name, None)  # not every platform has every option
     if option is not None:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-_PROBING: Final = (
+_KEEPALIVE_OPTIONS: Final = (
     ("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
     ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
     ("TCP_KEEPCNT", KEEPALIVE_PROBES),
@@ -68,13 +69,13 @@ _PROBING: Final = (
 
 
 def is_unix(transport: asyncio.BaseTransport) -> bool:
-    """Whether the connection came over a unix socket."""
+    """Return whether the connection uses a unix socket."""
     sock: socket.socket | None = transport.get_extra_info("socket")
     return sock is not None and sock.family == socket.AF_UNIX
 
 
 def has_hung_up(transport: asyncio.BaseTransport) -> bool:
-    """Whether the peer has ended its stream, whatever it sent before and nobody has read yet."""
+    """Return whether the peer has ended its stream, even if bytes before the end are unread."""
     sock: socket.socket | None = transport.get_extra_info("socket")
     if sock is None or sock.fileno() < 0:
         return True
@@ -84,12 +85,12 @@ def has_hung_up(transport: asyncio.BaseTransport) -> bool:
 
 
 def listen_tcp(host: str, port: int, backlog: int) -> list[socket.socket]:
-    """Return a listening socket for each address that a host has. Raises OSError."""
+    """Return a listening socket for each address of a host. Raises OSError."""
     listening: list[socket.socket] = []
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     try:
         for family, _kind, _protocol, _name, address in dict.fromkeys(found):
-            # It lets a restarted process have the port again, and keeps IPv6 apart from IPv4.
+            # create_server sets SO_REUSEADDR, for a restarted process, and IPV6_V6ONLY.
             sock = socket.create_server(address, family=family, backlog=backlog)
             sock.setblocking(False)
             listening.append(sock)
@@ -101,10 +102,10 @@ def listen_tcp(host: str, port: int, backlog: int) -> list[socket.socket]:
 
 
 def listen_unix(path: Path, mode: int, backlog: int) -> socket.socket:
-    """Return a socket that listens at `path` with these permissions from its first moment.
+    """Return a socket that listens at `path`, created with these permissions.
 
-    A socket that a dead process left there is replaced. Raises OSError, EADDRINUSE when a live
-    process listens, and for anything at `path` that is no socket.
+    A socket file left by a dead process is replaced. Raises OSError, with EADDRINUSE if another
+    process listens or if `path` is not a socket.
     """
     _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -114,7 +115,7 @@ def listen_unix(path: Path, mode: int, backlog: int) -> socket.socket:
             sock.bind(str(path))
         finally:
             os.umask(before)
-        path.chmod(mode)  # the umask can only take away
+        path.chmod(mode)  # the umask can only remove permissions
         sock.listen(backlog)
         sock.setblocking(False)
     except BaseException:
@@ -126,16 +127,16 @@ def listen_unix(path: Path, mode: int, backlog: int) -> socket.socket:
 def _remove_stale(path: Path) -> None:
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise OSError(errno.EADDRINUSE, f"{path} is there and is no socket")
+            raise OSError(errno.EADDRINUSE, f"{path} exists and is not a socket")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # where a backlog is full, connecting waits as long as it is
+        probe.setblocking(False)  # connecting blocks while the backlog is full
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            path.unlink(missing_ok=True)  # nobody listens: its process is dead
+            path.unlink(missing_ok=True)  # no process listens: its owner is dead
             return
         except BlockingIOError:
-            pass  # somebody listens, and is busy
+            pass  # a process listens, and its backlog is full
     raise OSError(errno.EADDRINUSE, f"another process listens on {path}")

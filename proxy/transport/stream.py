@@ -9,7 +9,7 @@ import ssl
 from typing import TYPE_CHECKING, Final, cast
 
 from proxy.transport.graceful_close import LINGER_SECONDS, close_gracefully
-from proxy.transport.sockets import tune
+from proxy.transport.sockets import set_tcp_options
 from proxy.transport.tls import TLSTransport
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class StartupStream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connected transport."""
         self.transport = cast(asyncio.Transport, transport)
-        tune(transport)
+        set_tcp_options(transport)
 
     def data_received(self, data: bytes) -> None:
         """Keep bytes until they are asked for."""

@@ -1,11 +1,11 @@
-"""TLS over a plain transport: a transport to the protocol above, a protocol to the one below.
+"""TLS over a plain transport: a transport for the protocol above, a protocol for the one below.
 
-Why not the event loop's own TLS: it drops what it has decrypted but not delivered when the peer's
-FIN arrives while reading is paused (so a slow client would lose the upstream's last words, W34),
-and it cannot send close_notify and go on reading.
+The event loop's own TLS is not used, for two reasons. If the peer's FIN arrives while reading is
+paused, it discards data that it has decrypted but not delivered, so a slow client would lose the
+upstream's last messages (W34). And it cannot send close_notify and continue to read.
 
-Here every decrypted byte is delivered at once, and pausing stops the plain transport below: what
-is not delivered is not read, so order and end are those of the wire.
+Here every decrypted byte is delivered at once, and pausing stops the plain transport below. Data
+that is not delivered is not read, so order and end of the stream are those of the connection.
 """
 
 import asyncio
@@ -18,27 +18,29 @@ from proxy import native
 from proxy.file_stamp import Stamp, stamp_of
 from proxy.transport.key_exchange import asked_curve
 
-if TYPE_CHECKING:  # not there where it was not built
+if TYPE_CHECKING:  # the module is missing if it was not compiled
     from proxy.native.tls import ClientContext, Engine
 
-# The most plaintext that a record holds (RFC 8446): a read of so much always takes a whole one.
+# The largest plaintext of a record (RFC 8446): a read of this size always takes a whole record.
 _RECORD_BYTES_MAX: Final = 16 * 1024
 _READ_BYTES_MIN: Final = 256  # part of a record may be inside OpenSSL already, and not counted
-# OpenSSL's memory buffers never shrink, so a session would keep the size of its largest read for
-# life. What is larger than this goes through them in parts.
+# OpenSSL's memory buffers never shrink, so a session would keep a buffer of the size of its largest
+# read for life. Larger data passes through them in parts of this size.
 _PART_BYTES_MAX: Final = 32 * 1024
-# What TLS itself may have waiting to be sent, beside the data of the protocol above.
+# The size of the write buffer above which an answer of TLS itself, to a key update, ends the
+# connection.
 _UNREAD_BYTES_MAX: Final = 1024 * 1024
-_CONTEXTS_MAX: Final = 64  # of sslmode, authorities and curve; the least used is made anew
+# Cached contexts, by sslmode, authorities and curve. The least recently used is dropped.
+_CONTEXTS_MAX: Final = 64
 
 
-# What a client that begins with TLS must offer (PostgreSQL 17): else any TLS client could be led to
-# this port (the ALPACA attack).
+# What a client that begins with TLS must offer (PostgreSQL 17). Otherwise another protocol's TLS
+# client could be redirected to this port (the ALPACA attack).
 ALPN_PROTOCOL: Final = "postgresql"
 
 
 def server_context(certificate: str, key: str) -> ssl.SSLContext:
-    """Return the context for clients. Raises OSError (ssl.SSLError too) for unusable files."""
+    """Return the context for clients. Raises OSError or ssl.SSLError for unusable files."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
@@ -51,11 +53,11 @@ def client_context(
 ) -> "ssl.SSLContext | ClientContext":
     """Return the context for an upstream: `verify-full` checks chain and name.
 
-    With a curve, that one alone is offered for the key exchange (Python cannot give two).
-    `accelerated` asks for the compiled relay's, which is made after Python's where that was built.
-    It is kept for all who ask alike (reading the system's certificates takes tens of milliseconds)
-    until the file changes: an authority that was replaced counts from the next connection on.
-    Raises OSError (ssl.SSLError too) for an unusable file.
+    With a curve, the key exchange offers that one alone (Python cannot set two). `accelerated`
+    requests the compiled relay's context, which copies Python's rules; without the compiled relay
+    the result is Python's. Contexts are cached, since reading the system's certificates takes tens
+    of milliseconds, until the file changes: a replaced authority is used from the next connection.
+    Raises OSError or ssl.SSLError for an unusable file.
     """
     make = _compiled_context if accelerated and native.AVAILABLE else _client_context
     if ssl_root_cert == "system":
@@ -86,18 +88,18 @@ def _client_context(
 
 
 class TLSTransport(asyncio.Transport, asyncio.Protocol):
-    """One TLS connection. Make it, then await `handshake`; the app protocol is the upper one.
+    """One TLS connection. Create it, then await `handshake`. `app` is the protocol above.
 
-    `asked_curve` is what a server asked for during the handshake, beside what was offered first.
+    `asked_curve` is the curve that a server requested with a HelloRetryRequest, if it did.
     """
 
     __slots__ = (
         "_app",
+        "_data_received",
         "_decrypt",
         "_encrypt",
         "_encrypted",
         "_feed",
-        "_hand_up",
         "_handshake",
         "_incoming",
         "_outgoing",
@@ -122,12 +124,12 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         server_side: bool = False,
         server_hostname: str | None = None,
     ) -> None:
-        """Raises ValueError for a name that no certificate can have."""
+        """Raises ValueError for a server name that no certificate can have."""
         super().__init__()
         self.lower = lower
         self.asked_curve: str | None = None
         self.engine: Engine | None = None
-        """The TLS itself, if it is the compiled one."""
+        """The compiled TLS connection, None if `ssl` is used."""
         if isinstance(context, ssl.SSLContext):
             self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             self._tls = context.wrap_bio(
@@ -135,29 +137,29 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
             )
         else:
             self.engine = engine = native.tls.Engine(context, server_hostname)
-            # The same by its methods: what is below serves both.
+            # They have the methods of Python's types, so the code below serves both.
             self._incoming = cast(ssl.MemoryBIO, native.tls.Incoming(engine))
             self._outgoing = cast(ssl.MemoryBIO, native.tls.Outgoing(engine))
             self._tls = cast(ssl.SSLObject, engine)
-        # What each read and write needs, looked up once.
+        # The methods that each read and write calls, looked up once.
         self._feed = self._incoming.write
         self._decrypt = self._tls.read
         self._encrypt = self._tls.write
         self._encrypted = self._outgoing.read
         self._send = lower.write
-        self._receiving = False  # from the handshake's end to that of the peer's stream
-        self._handshake: asyncio.Future[None] | None = None  # while somebody waits for it
+        self._receiving = False  # true from the end of the handshake to the end of the stream
+        self._handshake: asyncio.Future[None] | None = None  # while `handshake` waits
         self._peer_ended = False
         self._write_ended = False
         self.set_protocol(app)
 
-    # -- the transport that the protocol above sees ----------------------------------------------
+    # -- the transport, for the protocol above ---------------------------------------------------
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Deliver to this protocol from here on."""
         self._app = cast(asyncio.Protocol, protocol)
-        self._hand_up = self._app.data_received
-        # Flow control is the plain transport's: its buffer is the only one.
+        self._data_received = self._app.data_received
+        # The plain transport does flow control: its buffer is the only one.
         self.pause_writing = protocol.pause_writing  # type: ignore[method-assign]
         self.resume_writing = protocol.resume_writing  # type: ignore[method-assign]
 
@@ -166,15 +168,15 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         return self._app
 
     def get_extra_info(self, name: str, default: object = None) -> object:
-        """Return `ssl_object`, or what the plain transport says."""
+        """Return the TLS object for `ssl_object`, otherwise the plain transport's value."""
         return self._tls if name == "ssl_object" else self.lower.get_extra_info(name, default)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Encrypt and send. After `write_eof` or the connection's loss, do nothing."""
+        """Encrypt and send. Do nothing after `write_eof` or the loss of the connection."""
         if self._write_ended:
             return
         if len(data) <= _RECORD_BYTES_MAX:
-            # Names of their own: Python 3.11 is slow to call what an attribute holds.
+            # Local names, because Python 3.11 is slow to call a function stored in an attribute.
             encrypt, encrypted, send = self._encrypt, self._encrypted, self._send
             encrypt(data)
             send(encrypted())
@@ -185,19 +187,19 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
             self.lower.write(self._outgoing.read())
 
     def can_write_eof(self) -> bool:
-        """TLS 1.3 closes each direction alone; so does this, whatever the version."""
+        """Return true: TLS 1.3 closes each direction separately, and this class does in 1.2 too."""
         return True
 
     def write_eof(self) -> None:
-        """Send close_notify, then FIN. What the peer still sends is still delivered."""
+        """Send close_notify, then FIN. Data that the peer still sends is still delivered."""
         if self._write_ended or self.lower.is_closing():
             return
         self._write_ended = True
-        with suppress(ssl.SSLError):  # it only says that the peer's own has not come yet
+        with suppress(ssl.SSLError):  # raised because the peer's close_notify has not come yet
             self._tls.unwrap()
         self._flush()
         if self._peer_ended:
-            self.lower.close()  # both directions have ended: nothing is left to wait for
+            self.lower.close()  # both directions have ended
         else:
             self.lower.write_eof()
 
@@ -206,36 +208,37 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         return self.lower.get_write_buffer_size()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """Set when the protocol above is told to pause and to resume writing."""
+        """Set the sizes at which `pause_writing` and `resume_writing` are called."""
         self.lower.set_write_buffer_limits(high, low)
 
     def pause_reading(self) -> None:
-        """Stop reading below: nothing is delivered after the present read."""
+        """Pause the plain transport: nothing is delivered after the current read."""
         self.lower.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read again."""
+        """Resume the plain transport."""
         self.lower.resume_reading()
 
     def is_closing(self) -> bool:
-        """Whether the plain transport is."""
+        """Return whether the plain transport is closing."""
         return self.lower.is_closing()
 
     def close(self) -> None:
-        """Send what is written, close_notify and FIN, and close."""
+        """Send the write buffer, close_notify and FIN, then close."""
         self.write_eof()
         self.lower.close()
 
     def abort(self) -> None:
-        """Close at once."""
+        """Close without sending the write buffer."""
         self.lower.abort()
 
     # -- the handshake ---------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Compute a client's first message, which `handshake` then sends: it takes a key pair.
+        """Compute a client's first message, which `handshake` sends later; nothing is sent now.
 
-        For the time in which the peer's leave to begin is awaited. Nothing is sent.
+        Generating the key pair takes time. Call this while waiting for the peer's answer to
+        SSLRequest.
         """
         with suppress(ssl.SSLWantReadError):
             self._tls.do_handshake()
@@ -243,7 +246,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
     async def handshake(self, first: bytes = b"") -> None:
         """Run the handshake; `first` are bytes of it that were read already.
 
-        Raises ssl.SSLError, or ConnectionError when the peer ends. Its bound is the caller's.
+        Raises ssl.SSLError, or ConnectionError if the peer ends. The caller bounds its time.
         """
         self._incoming.write(first)
         self.lower.set_protocol(self)
@@ -268,20 +271,20 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
             self._receiving = True
             self._handshake.set_result(None)
             if self._incoming.pending:
-                # Data in the same read as the handshake's end: after the waiter has run.
+                # The read contained data after the handshake: deliver it once the waiter has run.
                 asyncio.get_running_loop().call_soon(self._deliver, [])
 
-    # -- the protocol that the plain transport sees ----------------------------------------------
+    # -- the protocol, for the plain transport ---------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Take ciphertext."""
+        """Process ciphertext."""
         size = len(data)
         if size > _RECORD_BYTES_MAX or not self._receiving:
             self._receive(data)
             return
-        # Nearly every answer to a query is one record that comes in one read. A record is longer
-        # than what it holds, so that a piece as long as the read is not the whole of it.
-        feed, decrypt, hand_up = self._feed, self._decrypt, self._hand_up
+        # Nearly every answer to a query is one record in one read. A record is longer than its
+        # plaintext, so a piece as long as the read cannot be everything.
+        feed, decrypt, data_received = self._feed, self._decrypt, self._data_received
         feed(data)
         try:
             piece = decrypt(size)
@@ -291,40 +294,41 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         if not piece or len(piece) == size or self._incoming.pending or self._outgoing.pending:
             self._deliver([piece])
         else:
-            hand_up(piece)
+            data_received(piece)
 
     def eof_received(self) -> bool:
-        """Take the peer's FIN. Without a close_notify before it, the stream may be cut: still EOF.
+        """Process the peer's FIN as the end of the stream, even without a close_notify before it.
 
-        Postgres has lengths in its messages, so whoever reads them sees a cut.
+        A stream without close_notify may be truncated. Postgres messages carry their length, so the
+        reader of the messages detects that.
         """
         self._fail_handshake(ConnectionResetError("the peer ended during the TLS handshake"))
         self._end_reading()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Take the end of the plain transport."""
+        """Process the end of the plain transport."""
         self._write_ended = True
         self._fail_handshake(exc or ConnectionResetError("lost during the TLS handshake"))
         self._app.connection_lost(exc)
 
     def take_back(self, error: ssl.SSLError | None) -> None:
-        """Go on with the connection after somebody else has read it, by way of `engine`.
+        """Continue to read the connection after a lane has read it through `engine`.
 
-        `error` is what reading ended with, if that was TLS's own end or a failure of it.
+        `error` is the error that ended the lane's reading: the end of TLS or a failure of it.
         """
         self._deliver([], error)
 
     # -- inside ----------------------------------------------------------------------------------
 
     def _receive(self, data: bytes) -> None:
-        """Take ciphertext that belongs to the handshake, or is more than a record."""
+        """Process ciphertext that belongs to the handshake, or is more than one record."""
         if not self._receiving:
             if self._handshake is not None and not self._handshake.done():
                 self.asked_curve = self.asked_curve or asked_curve(data)
                 self._incoming.write(data)
                 self._advance_handshake()
-            return  # behind a close_notify: nobody would ever take it out of OpenSSL again
+            return  # after a close_notify: it would stay in OpenSSL's buffer unread
         view = memoryview(data)
         for start in range(0, len(data), _PART_BYTES_MAX):
             self._incoming.write(view[start : start + _PART_BYTES_MAX])
@@ -333,30 +337,30 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
                 return
 
     def _deliver(self, pieces: list[bytes], stop: ssl.SSLError | None = None) -> None:
-        """Decrypt all whole records behind these pieces, and hand them up.
+        """Decrypt all whole records that follow these pieces, and deliver everything.
 
-        `stop` is what kept one from being read; an empty piece is the end.
+        `stop` is the error that decrypting a record raised; an empty piece is the end.
         """
         tls, incoming = self._tls, self._incoming
         ended = pieces == [b""]
         try:
             if stop is not None:
                 raise stop
-            # Asking first is cheaper than the exception that says there is nothing.
-            # Room for what there can be, no more: a small answer shall not cost a large buffer.
+            # Checking first is cheaper than the exception for "nothing to read". The buffer is no
+            # larger than what there can be, so a small answer does not cost a large buffer.
             while not ended and (waiting := incoming.pending + tls.pending()):
                 pieces.append(tls.read(min(waiting + _READ_BYTES_MIN, _RECORD_BYTES_MAX)))
                 ended = not pieces[-1]
         except ssl.SSLWantReadError:
-            pass  # the rest of a record is on its way
+            pass  # the rest of the record has not arrived yet
         except ssl.SSLZeroReturnError:
-            ended = True  # close_notify, as OpenSSL says it when ours is out already
+            ended = True  # close_notify, as OpenSSL reports it after ours was sent
         except ssl.SSLError:
-            self.lower.abort()  # a forged or broken record: nothing behind it can be believed
+            self.lower.abort()  # a forged or broken record: nothing after it can be trusted
         if self._outgoing.pending:  # an answer to a key update
             self._flush()
             if self.lower.get_write_buffer_size() > _UNREAD_BYTES_MAX:
-                self.lower.abort()  # a flood of them from a peer that reads no answer
+                self.lower.abort()  # the peer sends many and does not read the answers
         if plain := pieces[0] if len(pieces) == 1 else b"".join(pieces):
             self._app.data_received(plain)
         if ended:

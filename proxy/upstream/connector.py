@@ -20,7 +20,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import ConnectPhase
 from proxy.transport.key_exchange import Curves
-from proxy.transport.sockets import bound_unacknowledged
+from proxy.transport.sockets import set_user_timeout
 from proxy.transport.stream import StartupStream
 from proxy.transport.tls import TLSTransport, client_context
 from proxy.upstream.address_lookup import Target
@@ -186,7 +186,7 @@ class Connector:
         except OSError as error:  # a TimeoutError is one
             raise diagnose_network(error, f"{target.host}:{target.port}") from error
         progress.done()
-        bound_unacknowledged(stream.transport)
+        set_user_timeout(stream.transport)
         return stream
 
     async def _start_tls(

@@ -31,6 +31,7 @@ from proxy.upstream.diagnosis import LoginAttempt, diagnose
 from proxy.upstream.retry import Retry
 from proxy.upstream.scram import SCRAM_SHA_256, Scram
 from proxy.wire.startup import StartupMessage
+from proxy.wire.upstream_message import upstream_message
 from proxy.wire.upstream_startup import (
     PasswordRequested,
     SASLContinued,
@@ -40,7 +41,6 @@ from proxy.wire.upstream_startup import (
     UpstreamReady,
     UpstreamRefused,
     UpstreamStartup,
-    upstream_message,
 )
 from proxy.workspace.client import Credential
 from proxy.workspace.token_source import CredentialSource

@@ -1,8 +1,8 @@
-"""The Postgres protocol, sans-IO: bytes in, typed events out, bytes to send back.
+"""The Postgres protocol, sans-IO: bytes in, typed events and bytes to send out.
 
-Nothing here knows a socket, a clock or a log. Reading order, which is also the import order:
+No module here uses a socket, a clock or a log. Reading order, which is also the import order:
 secret, violations, messages, startup, options, framing, activity, client_startup,
-upstream_startup.
+upstream_message, upstream_startup.
 
 Reference: PostgreSQL documentation, chapter "Frontend/Backend Protocol".
 """

@@ -1,29 +1,31 @@
-"""Whether a relayed session is idle, read off the message headers of both directions.
+"""Whether a relayed session is idle, derived from the message headers of both directions.
 
-For: knowing when a session can be ended without cutting an answer (W47). Not for: understanding
-anything; payloads are skipped. The invariant: `idle` is true only if every ReadyForQuery that the
-upstream owes has come, the last one said `I`, and both streams stand between two messages. Where
-that cannot be known the session is busy: for ever, which means that a drain ends it at its deadline
-and not before, and an idle timeout never.
+For: deciding when a session can be ended without cutting an answer (W47). Not for: interpreting
+messages; payloads are skipped. The invariant: `idle` is true only if every expected ReadyForQuery
+of the upstream has arrived, the last one had status `I`, and both streams are between two messages.
+If that cannot be determined, the session counts as busy for the rest of its life: a drain ends it
+at the deadline only, and the idle timeout never.
 
-What the upstream owes is counted: one ReadyForQuery for each Query, FunctionCall and Sync. That is
-all there is to nearly every session, and what the two short loops do. The rest is about Syncs that
-may have no answer: while the upstream takes COPY data it ignores Sync (PostgreSQL documentation,
-"COPY Operations"). One that was sent between CopyInResponse's command and the end of the data is
-*in doubt*: swallowed if the COPY succeeds (CommandComplete says so); if it fails, answered or not,
-depending on how far the upstream had read.
+The tracker counts the ReadyForQuery messages that the upstream still has to send: one for each
+Query, FunctionCall and Sync. For nearly every session that is all, and the two short loops do it.
+The rest of the code is about Syncs that may have no answer: while the upstream receives COPY data,
+it ignores Sync (PostgreSQL documentation, "COPY Operations"). A Sync that was sent between the
+command that CopyInResponse answers and the end of the data is *in doubt*: if the COPY succeeds,
+which CommandComplete reports, it is ignored; if the COPY fails, it is answered or not, depending on
+how far the upstream had read.
 
-So the count is an upper bound, of which `_doubt` may never be answered, and the session is idle
-when the bound is reached. Doubt that is left behind ends with the next request: if everything that
-is certain has been answered and then a request is sent, the first answer other than a bare
-ReadyForQuery belongs to that request, and what was in doubt before it is settled.
+So the count is an upper bound: `_doubt` of the counted messages may never come. The session is idle
+when the bound is reached. Remaining doubt ends with the next request: when everything certain has
+been answered and a request is sent after that, the first answer other than a bare ReadyForQuery
+belongs to that request, and no earlier Sync is in doubt any more.
 
-That holds as long as nothing but bare Syncs is sent behind the COPY until then; a request among
-them is not followed, nor is a Query behind extended messages without a Sync between, which is
-skipped if one of those fails. No driver that is known to us sends either.
+This is correct as long as the client sends nothing but bare Syncs between the COPY and that
+request. Two cases are not tracked, and make the session busy: another request among those Syncs;
+and a Query that follows extended-query messages without a Sync between, which the upstream skips if
+one of them fails. No known driver sends either.
 
-`proxy/native/activity.pyx` is the same once more, compiled: a step that is changed here is changed
-there, and `tests/native` compares the two.
+`proxy/native/activity.pyx` is the same algorithm, compiled. A change here must be made there too;
+`tests/native` compares the two.
 
 Reference: PostgreSQL documentation, "Message Flow".
 """
@@ -37,12 +39,13 @@ _HEADER: Final = Struct("!BI").unpack_from
 _HEADER_BYTES: Final = 5
 _LENGTH_MIN: Final = 4  # the length counts itself
 _READY_LENGTH: Final = 5
-# Ends of COPY data that a client may send ahead of the upstream's go-ahead. None sends more than
-# one or two; beyond this the session counts as busy.
+# Bound on CopyDone and CopyFail messages sent before the upstream's CopyInResponse. Clients send
+# one or two at most; beyond this bound the session counts as busy.
 _ENDS_MAX: Final = 64
 
-# Where a walk goes that has lost its stream: no read comes that far, so the session stays busy.
-_NOWHERE: Final = 1 << 62
+# The parse position after message synchronization is lost. No read reaches it, so the session
+# stays busy.
+_SYNC_LOST: Final = 1 << 62
 
 _IDLE: Final = IDLE[0]
 # From the client.
@@ -60,13 +63,14 @@ _READY: Final = ord("Z")
 _COPY_IN: Final = ord("G")
 _COMPLETE: Final = ord("C")
 _ERROR: Final = ord("E")
-_ASYNCHRONOUS: Final = frozenset(b"NSA")  # notice, parameter, notification: they answer nothing
+# NoticeResponse, ParameterStatus, NotificationResponse: they are no answer to a request.
+_ASYNCHRONOUS: Final = frozenset(b"NSA")
 
 
 class Activity:
-    """One relayed session's state. Feed it each read of each side, in the order of arrival.
+    """Tracks whether one relayed session is idle, from each read of each side in order of arrival.
 
-    It is made when the upstream has said its first ReadyForQuery and nothing behind it was read.
+    Create it when the upstream's first ReadyForQuery has been read, and no byte after it.
     """
 
     __slots__ = (
@@ -80,46 +84,46 @@ class Activity:
         "_last_group",
         "_last_query",
         "_lost",
-        "_odd",
         "_renewed",
         "_sent",
         "_settled",
         "_status",
+        "_tracks_copy",
+        "_unsynced",
         "_upstream_skip",
         "_upstream_stub",
-        "_work",
         "terminated",
     )
 
     def __init__(self) -> None:
         self.terminated = False
-        """The client has said Terminate."""
-        self._lost = False  # what happens cannot be followed: busy for ever
-        # Bytes of the present message still to come, and the part of a header that has come.
+        """The client has sent Terminate."""
+        self._lost = False  # the session cannot be tracked any more: it counts as busy
+        # Bytes of the current message still to come, and the received part of an incomplete header.
         self._client_skip = self._upstream_skip = 0
         self._client_stub = self._upstream_stub = b""
-        # Sync points sent and those that are done with, both counted from the session's start.
+        # Sync points sent, and those answered or ignored; both counted from the session's start.
         self._sent = self._answered = 0
-        # Which of those sent was the last Query, and the last Sync that ended extended messages.
+        # The number of the last Query, and of the last Sync that ended extended-query messages.
         self._last_query = self._last_group = 0
-        self._work = False  # extended messages have been sent that no sync point follows yet
+        self._unsynced = False  # extended-query messages were sent, and no sync point after them
         self._status = _IDLE
-        # The rest is at rest unless there is COPY data or doubt; `_odd` says that it is not.
-        self._odd = False
+        # The following is in use only if there is COPY data or doubt: then `_tracks_copy` is true.
+        self._tracks_copy = False
         self._entered = False  # CopyInResponse came, and neither its completion nor its error
         self._copying = False  # the same, and the client has not sent the end of the data
-        self._ends: list[int] = []  # `_sent` at each end of COPY data that came before its response
-        self._doubt = 0  # how many of those not answered yet may never be
-        self._settled = False  # all that is certain has been answered, and something is in doubt
-        self._renewed = False  # and then a request was sent
+        self._ends: list[int] = []  # `_sent` at each end of COPY data sent before CopyInResponse
+        self._doubt = 0  # how many of the unanswered sync points may never be answered
+        self._settled = False  # everything certain has been answered, and something is in doubt
+        self._renewed = False  # `_settled`, and a request was sent after that
 
     @property
     def idle(self) -> bool:
-        """Whether the session could end now without cutting anything that the client asked for."""
+        """Whether the session can end now without cutting an answer that the client waits for."""
         return (
             self._answered == self._sent
             and self._status == _IDLE
-            and not (self._work or self._lost or self.terminated)
+            and not (self._unsynced or self._lost or self.terminated)
             and not (self._client_skip or self._client_stub)
             and not (self._upstream_skip or self._upstream_stub)
         )
@@ -127,71 +131,71 @@ class Activity:
     # -- the client's stream ---------------------------------------------------------------------
 
     def client_sent(self, data: bytes) -> None:
-        """Take a read of the client's."""
+        """Process a read from the client."""
         if self._client_stub:
             data = self._client_stub + data
             self._client_stub = b""
         position, size = self._client_skip, len(data)
         last = size - _HEADER_BYTES
-        work = self._work
+        unsynced = self._unsynced
         while position <= last:
             kind, length = _HEADER(data, position)
             position += length + 1
             if kind == _COPY_DATA:
                 pass
             elif kind in _WORK:
-                work = True
-                if self._odd:
-                    self._ask()
+                unsynced = True
+                if self._tracks_copy:
+                    self._on_request()
             elif kind == _SYNC:
                 self._sent = sent = self._sent + 1
-                self._last_group = sent if work else self._last_group
-                work = False
-                if self._odd:
-                    self._sync()
+                self._last_group = sent if unsynced else self._last_group
+                unsynced = False
+                if self._tracks_copy:
+                    self._on_sync()
             elif kind == _QUERY or kind == _FUNCTION_CALL:  # noqa: PLR1714, SIM109 - faster
                 self._sent = self._last_query = self._sent + 1
-                if work or self._odd:
-                    self._query(after_work=work)
-            elif not self._is_known(kind, work=work):
-                # A length below 4 leads here, too: the byte behind it, one of its own, is no type.
-                position = _NOWHERE
-        self._work = work
+                if unsynced or self._tracks_copy:
+                    self._on_query(unsynced=unsynced)
+            elif not self._is_known(kind, unsynced=unsynced):
+                # A length below 4 ends here too: the next byte, part of the length, is no type.
+                position = _SYNC_LOST
+        self._unsynced = unsynced
         if position < size:
             self._client_stub = data[position:]
             self._client_skip = 0
         else:
             self._client_skip = position - size
 
-    def _is_known(self, kind: int, *, work: bool) -> bool:
-        """Take a message that asks for nothing and is no data; False if there is no such one."""
+    def _is_known(self, kind: int, *, unsynced: bool) -> bool:
+        """Process a message that is neither a request nor data; return False for unknown types."""
         if kind in _COPY_ENDS:
             if self._copying:
                 self._copying = False
-            elif self._sent > self._answered or work:
+            elif self._sent > self._answered or unsynced:
                 self._ends.append(self._sent)
-                self._odd = True
+                self._tracks_copy = True
                 return len(self._ends) <= _ENDS_MAX
-            # else: PostgreSQL ignores it, being the late end of a COPY that failed.
+            # else: PostgreSQL ignores it, as the late end of a COPY that has failed.
         elif kind == _TERMINATE:
             self.terminated = True
         else:
             return kind == _FLUSH
         return True
 
-    def _sync(self) -> None:
+    def _on_sync(self) -> None:
         if self._copying:
             self._doubt += 1
         self._settled = False
 
-    def _query(self, *, after_work: bool) -> None:
-        self._ask()
-        self._lost |= after_work
+    def _on_query(self, *, unsynced: bool) -> None:
+        self._on_request()
+        self._lost |= unsynced
 
-    def _ask(self) -> None:
-        """Note a request that is sent while something is odd."""
+    def _on_request(self) -> None:
+        """Record a request that is sent while `_tracks_copy` is true."""
         if self._copying:
-            self._lost = True  # not allowed among the data
+            self._lost = True  # not allowed within COPY data
         elif self._settled:
             self._renewed = True
         elif self._doubt and not self._renewed:
@@ -200,12 +204,12 @@ class Activity:
     # -- the upstream's stream -------------------------------------------------------------------
 
     def upstream_sent(self, data: bytes) -> None:
-        """Take a read of the upstream's."""
+        """Process a read from the upstream."""
         if self._upstream_stub:
             data = self._upstream_stub + data
             self._upstream_stub = b""
         position, size = self._upstream_skip, len(data)
-        # A header alone is kept back as a stub: behind that of ReadyForQuery comes its status.
+        # A header alone is kept for the next read: the status of ReadyForQuery follows its header.
         end = size - _HEADER_BYTES
         while position < end:
             kind, length = _HEADER(data, position)
@@ -216,13 +220,13 @@ class Activity:
                 self._status = data[position + _HEADER_BYTES]
                 self._answered += 1
                 if length != _READY_LENGTH or self._answered > self._sent:
-                    length = _NOWHERE
-                elif self._odd:
-                    self._ready()
+                    length = _SYNC_LOST
+                elif self._tracks_copy:
+                    self._on_ready()
             elif length < _LENGTH_MIN:
-                length = _NOWHERE
-            elif self._odd or kind == _COPY_IN:
-                self._reply(kind)
+                length = _SYNC_LOST
+            elif self._tracks_copy or kind == _COPY_IN:
+                self._on_reply(kind)
             position += length + 1
         if position < size:
             self._upstream_stub = data[position:]
@@ -230,53 +234,54 @@ class Activity:
         else:
             self._upstream_skip = position - size
 
-    def _ready(self) -> None:
-        """Take a ReadyForQuery while something is odd."""
+    def _on_ready(self) -> None:
+        """Process a ReadyForQuery while `_tracks_copy` is true."""
         owed = self._sent - self._answered
         if self._renewed:
-            self._doubt -= 1  # it came before any answer to the new request: a late Sync's
+            # It came before any answer to the new request, so it answers a Sync that was in doubt.
+            self._doubt -= 1
         self._doubt = min(self._doubt, owed)
         self._entered = self._copying = False
-        if not owed and not self._work:
+        if not owed and not self._unsynced:
             self._ends.clear()
         if not self._doubt:
-            self._certain()
+            self._end_doubt()
         elif owed == self._doubt:
             self._settled = True
 
-    def _reply(self, kind: int) -> None:
-        """Take any other message that could tell what became of what is in doubt."""
+    def _on_reply(self, kind: int) -> None:
+        """Process any other message that can resolve doubt."""
         if kind in _ASYNCHRONOUS:
             return
         if self._renewed:
             self._answered += self._doubt
-            self._certain()
+            self._end_doubt()
         if kind == _COPY_IN:
             self._copy_began()
         elif self._entered and kind == _COMPLETE:
-            self._answered += self._doubt  # the data's reader has swallowed them
+            self._answered += self._doubt  # the upstream ignored them while it read the data
             self._entered = self._copying = False
-            self._certain()
+            self._end_doubt()
         elif self._entered and kind == _ERROR:
             self._entered = self._copying = False
             if not self._doubt:
-                self._certain()
+                self._end_doubt()
 
     def _copy_began(self) -> None:
-        """Begin a COPY of the client's, whose data and their end may have been sent already."""
+        """Start a COPY from the client. Its data, and their end, may have been sent already."""
         while self._ends and self._ends[0] < self._answered:
-            del self._ends[0]  # the late end of a COPY that failed
+            del self._ends[0]  # the late end of a COPY that has failed
         self._copying = not self._ends
         end = self._ends.pop(0) if self._ends else self._sent
         own = self._answered + 1  # the sync point that the COPY itself belongs to
-        # A Query's own ReadyForQuery comes whatever the COPY does.
+        # The ReadyForQuery of a Query is sent whether the COPY succeeds or fails.
         self._doubt = max(0, end - max(self._answered, self._last_query))
-        asked = self._sent + 1 if self._work else max(self._last_query, self._last_group)
+        asked = self._sent + 1 if self._unsynced else max(self._last_query, self._last_group)
         self._lost |= self._doubt > 0 and asked > own
-        self._entered = self._odd = True
+        self._entered = self._tracks_copy = True
 
-    def _certain(self) -> None:
-        """Forget doubt that has been settled."""
+    def _end_doubt(self) -> None:
+        """Clear doubt that has been resolved."""
         self._doubt = 0
         self._settled = self._renewed = False
-        self._odd = self._entered or bool(self._ends)
+        self._tracks_copy = self._entered or bool(self._ends)

@@ -1,6 +1,6 @@
-"""The start of a client's connection, from its first byte until it is told that it may query.
+"""The startup of a client's connection, from its first byte to ReadyForQuery.
 
-The proxy is the server here. One machine a connection:
+The proxy is the server here. One state machine per connection:
 
     AWAIT_STARTUP --SSLRequest or ClientHello, certificate--> AWAIT_TLS
     AWAIT_TLS --handshake done--> AWAIT_STARTUP
@@ -10,11 +10,12 @@ The proxy is the server here. One machine a connection:
 
 The invariants:
 
-- How the bytes were cut into reads makes no difference to the events (W2), except that bytes behind
-  an accepted SSLRequest are an attack: they would be plaintext taken for encrypted (W3).
-- A peer cannot make it raise: what it does wrong is an event, `Violated`, and the last one.
-- At most `FIRST_PACKET_BYTES_MAX` bytes are held before the StartupMessage is whole, and at most
-  `EARLY_BYTES_MAX` behind it.
+- The events do not depend on how the bytes were split into reads (W2), with one exception: bytes
+  received together with an accepted SSLRequest are a violation, since plaintext would be taken for
+  encrypted data (W3).
+- A peer cannot make the machine raise: a violation is an event, `Violated`, and the last one.
+- At most `FIRST_PACKET_BYTES_MAX` bytes are buffered before the StartupMessage is complete, and at
+  most `EARLY_BYTES_MAX` after it.
 
 PostgreSQL documentation, "Message Flow", sections Start-up, SSL Session Encryption, Canceling
 Requests in Progress. PostgreSQL's own side: ProcessStartupPacket in backend_startup.c.
@@ -50,11 +51,11 @@ from proxy.wire.violations import (
     Answer,
     ClientReason,
     ClientViolation,
-    MachineMisuse,
+    StateMachineMisuse,
 )
 
-# What a client may send behind its StartupMessage before it hears an answer. Drivers that pipeline
-# send a few queries; the owner stops reading long before this, so more is a fault of its own.
+# What a client may send after its StartupMessage before it has an answer. Drivers that pipeline
+# send a few queries. The caller stops reading far below this bound, so exceeding it is an error.
 EARLY_BYTES_MAX: Final = 1024 * 1024
 
 _PROTOCOL_OPTION_PREFIX: Final = b"_pq_."
@@ -63,7 +64,7 @@ _HTTP_METHODS: Final = (b"GET ", b"POST", b"PUT ", b"HEAD", b"OPTI", b"DELE", b"
 
 
 class ClientState(Enum):
-    """Where a client's connection stands."""
+    """The state of a client's connection."""
 
     AWAIT_STARTUP = auto()
     AWAIT_TLS = auto()
@@ -74,7 +75,7 @@ class ClientState(Enum):
 
 
 class ClientStep(Enum):
-    """What moves a client's connection on: the input of the table below."""
+    """A transition of a client's connection: the input of the table below."""
 
     REFUSE_ENCRYPTION = auto()
     ACCEPT_TLS = auto()
@@ -88,8 +89,8 @@ class ClientStep(Enum):
     DISCONNECT = auto()
 
 
-# (state, step) -> state. A pair that is not here is a bug of ours: MachineMisuse. What a peer
-# sends is turned into a step only where the table has one for it, else into VIOLATE.
+# (state, step) -> state. A pair that is not here is a bug in the proxy: StateMachineMisuse. Input
+# from the peer becomes a step only if the table has one for it, otherwise VIOLATE.
 CLIENT_TABLE: Final[dict[tuple[ClientState, ClientStep], ClientState]] = {
     (ClientState.AWAIT_STARTUP, ClientStep.REFUSE_ENCRYPTION): ClientState.AWAIT_STARTUP,
     (ClientState.AWAIT_STARTUP, ClientStep.ACCEPT_TLS): ClientState.AWAIT_TLS,
@@ -110,14 +111,14 @@ CLIENT_TABLE: Final[dict[tuple[ClientState, ClientStep], ClientState]] = {
 
 @dataclass(frozen=True, slots=True)
 class EncryptionAnswered:
-    """The client asked for encryption. After `S` the owner starts TLS, then calls `tls_started`."""
+    """The client requested encryption. After `S` the caller does TLS and calls `tls_started`."""
 
     reply: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class DirectTLSReceived:
-    """The client began with a ClientHello (W5): start TLS with these bytes, demand ALPN."""
+    """The client began with a ClientHello (W5): start TLS with these bytes and require ALPN."""
 
     hello: bytes
     reply: bytes = b""
@@ -125,14 +126,14 @@ class DirectTLSReceived:
 
 @dataclass(frozen=True, slots=True)
 class VersionNegotiated:
-    """The client asked for more than is spoken here and is told what is."""
+    """The client requested an unsupported version or option; the reply names what is supported."""
 
     reply: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class StartupReceived:
-    """The client wants a session; `version` is what both sides speak from here on."""
+    """The client requests a session; `version` is the protocol version used from here on."""
 
     message: StartupMessage
     version: ProtocolVersion
@@ -141,7 +142,7 @@ class StartupReceived:
 
 @dataclass(frozen=True, slots=True)
 class CancelReceived:
-    """The client wants a cancel forwarded, and is never answered (W39)."""
+    """The client sent a CancelRequest to forward; it gets no answer (W39)."""
 
     request: CancelRequest
     reply: bytes = b""
@@ -157,7 +158,7 @@ class Violated:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The client ended its stream. `untouched`: without having sent a byte, as a probe does."""
+    """The client ended its stream. `untouched`: it had sent no byte, as a health probe does."""
 
     untouched: bool
     reply: bytes = b""
@@ -175,7 +176,7 @@ ClientEvent = (
 
 
 class ClientStartup:
-    """The machine. `tls_offered`: a listener certificate exists, and TLS may be started."""
+    """The state machine. `tls_offered`: the listener has a certificate, so TLS can be started."""
 
     def __init__(self, *, tls_offered: bool = False) -> None:
         self.state = ClientState.AWAIT_STARTUP
@@ -185,16 +186,16 @@ class ClientStartup:
         self._touched = False
         self._buffer = bytearray()
 
-    # -- what arrives ----------------------------------------------------------------------------
+    # -- input from the client -------------------------------------------------------------------
 
     def receive_data(self, data: bytes) -> list[ClientEvent]:
-        """Take bytes as they arrived and return what they mean. The replies go out in order."""
+        """Process received bytes and return their events. Send the replies in order."""
         events: list[ClientEvent] = []
         self._touched = self._touched or bool(data)
         if self.state in (ClientState.CANCEL, ClientState.FAILED):
-            return events  # bytes behind a CancelRequest or a refusal mean nothing (W38)
+            return events  # bytes after a CancelRequest or a refusal are ignored (W38)
         if self.state is ClientState.READY:
-            raise MachineMisuse("a session that is ready is relayed, not parsed")
+            raise StateMachineMisuse("a session that is ready is relayed, not parsed")
         self._buffer += data
         try:
             while self.state is ClientState.AWAIT_STARTUP:
@@ -205,7 +206,7 @@ class ClientStartup:
                 if packet is None:
                     break
                 self._receive_packet(packet, events)
-            self._check_behind()
+            self._check_trailing_bytes()
         except ClientViolation as violation:
             self._move(ClientStep.VIOLATE)
             self._buffer.clear()
@@ -213,30 +214,30 @@ class ClientStartup:
         return events
 
     def receive_eof(self) -> list[ClientEvent]:
-        """Take the end of the client's stream."""
+        """Process the end of the client's stream."""
         if (self.state, ClientStep.DISCONNECT) not in CLIENT_TABLE:
             return []
         self._move(ClientStep.DISCONNECT)
         return [Disconnected(untouched=not self._touched)]
 
-    # -- what the owner did or decides -----------------------------------------------------------
+    # -- actions of the caller -------------------------------------------------------------------
 
     def tls_started(self) -> None:
-        """Record that the TLS handshake is done: what arrives from here on was encrypted."""
+        """Record that the TLS handshake is done: further bytes were received encrypted."""
         self._move(ClientStep.START_TLS)
 
     def accept(self, welcome: bytes) -> bytes:
-        """Return AuthenticationOk and the upstream's welcome, in one piece (W24)."""
+        """Return AuthenticationOk and the upstream's welcome messages, for one write (W24)."""
         self._move(ClientStep.ACCEPT)
         return AuthenticationOk().encode() + welcome
 
     def refuse(self, error: ErrorResponse) -> bytes:
-        """Return the error that ends a connection which has sent its StartupMessage."""
+        """Return the error that ends a connection after its StartupMessage."""
         self._move(ClientStep.REFUSE)
         return error.encode()
 
     def trailing_data(self) -> bytes:
-        """Take out what the client sent behind its StartupMessage: it belongs upstream (W3)."""
+        """Remove and return the bytes after the StartupMessage: they are for the upstream (W3)."""
         trailing = bytes(self._buffer)
         self._buffer.clear()
         return trailing
@@ -246,11 +247,11 @@ class ClientStartup:
     def _move(self, step: ClientStep) -> None:
         following = CLIENT_TABLE.get((self.state, step))
         if following is None:
-            raise MachineMisuse(f"{step.name} in {self.state.name}")
+            raise StateMachineMisuse(f"{step.name} in {self.state.name}")
         self.state = following
 
     def _next_packet(self) -> bytes | None:
-        """Return the next whole packet. What can never become one is refused on its first bytes."""
+        """Return the next whole packet. Bytes that cannot become one are refused at once."""
         if len(self._buffer) < LENGTH.size:
             return None
         (length,) = LENGTH.unpack_from(self._buffer)
@@ -265,7 +266,7 @@ class ClientStartup:
         return packet
 
     def _receive_hello(self, events: list[ClientEvent]) -> None:
-        # Decided on the first byte: read as a length it would be waited for in vain (W5).
+        # Detected on the first byte: read as a length, it would be waited for in vain (W5).
         if not self._tls_offered:
             raise _silent("direct TLS where it is not offered", ClientReason.DIRECT_TLS)
         self._tls_offered = False
@@ -284,14 +285,14 @@ class ClientStartup:
                 events.append(EncryptionAnswered(self._answer_encryption(request)))
 
     def _answer_encryption(self, request: FirstPacket) -> bytes:
-        # Each kind at most once (W8): PostgreSQL reads a repeated code as a version, so do we.
+        # Each kind at most once (W8). A repeated code is read as a version, as PostgreSQL does.
         if isinstance(request, SSLRequest):
             if self._ssl_done:
                 raise unsupported_version(ProtocolVersion(1234, 5679))
             self._ssl_done = True
             if self._tls_offered:
                 self._tls_offered = False
-                self._gssenc_done = True  # inside TLS there is no further layer to ask for
+                self._gssenc_done = True  # inside TLS no further encryption can be requested
                 self._move(ClientStep.ACCEPT_TLS)
                 return b"S"
         else:
@@ -302,10 +303,10 @@ class ClientStartup:
         return b"N"
 
     def _receive_startup(self, message: StartupMessage, events: list[ClientEvent]) -> None:
-        # PostgreSQL's order: a bad `replication`, then the negotiation, then a missing user.
+        # PostgreSQL's order: an invalid `replication`, then the negotiation, then a missing user.
         for name, value in message.parameters:
             if name == b"replication":
-                check_replication(value)  # each: PostgreSQL refuses a bad one that is repeated well
+                check_replication(value)  # every one: PostgreSQL checks repeated ones too
         negotiation = _negotiate(message)
         if negotiation is not None:
             events.append(VersionNegotiated(negotiation.encode()))
@@ -318,7 +319,7 @@ class ClientStartup:
         self._move(ClientStep.RECEIVE_STARTUP)
         events.append(StartupReceived(message, V3_2 if message.version >= V3_2 else V3_0))
 
-    def _check_behind(self) -> None:
+    def _check_trailing_bytes(self) -> None:
         if self.state is ClientState.AWAIT_TLS and self._buffer:
             raise ClientViolation(
                 "received unencrypted data after SSL request", reason=ClientReason.EARLY_PLAINTEXT
@@ -339,7 +340,7 @@ def _answer(violation: ClientViolation) -> bytes:
         case Answer.NOTHING:
             return b""
         case Answer.OLD_ERROR:
-            # elog.c, send_message_to_frontend: before 3.0 an error was a type byte and a string.
+            # elog.c, send_message_to_frontend: before 3.0, an error was a type byte and a string.
             return b"EFATAL:  " + violation.message.encode() + b"\n\0"
         case Answer.ERROR_RESPONSE:  # pragma: no branch (mypy: exhaustive)
             detail = f"reason={violation.reason}"
@@ -347,7 +348,7 @@ def _answer(violation: ClientViolation) -> bytes:
 
 
 def _negotiate(message: StartupMessage) -> NegotiateProtocolVersion | None:
-    """Return the `v` that the message earns, if any (W11): a newer minor, or any `_pq_.` name."""
+    """Return the `v` to send (W11) if the minor version is newer or there is a `_pq_.` name."""
     unknown = tuple(n for n, _ in message.parameters if n.startswith(_PROTOCOL_OPTION_PREFIX))
     spoken = V3_2 if message.version >= V3_2 else V3_0
     if message.version == spoken and not unknown:
@@ -356,9 +357,9 @@ def _negotiate(message: StartupMessage) -> NegotiateProtocolVersion | None:
 
 
 def check_replication(value: bytes) -> None:
-    """Raise ClientViolation unless the value is one that PostgreSQL takes for `replication` (W17).
+    """Raise ClientViolation unless PostgreSQL accepts the value for `replication` (W17).
 
-    `database`, or a boolean as parse_bool reads it: any case, any unambiguous beginning.
+    Accepted are `database`, and a boolean as parse_bool reads it: any case, any unambiguous prefix.
     """
     if value == b"database":
         return

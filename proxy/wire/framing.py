@@ -1,6 +1,6 @@
-"""Cutting a byte stream into whole messages: a type byte, a length, and the payload.
+"""Splitting a byte stream into whole messages: a type byte, a length, and the payload.
 
-Used while a session starts. A relayed session is never framed here.
+Used during a session's startup. A relayed session is not framed here.
 """
 
 from typing import Final
@@ -14,21 +14,21 @@ _LENGTH_MIN: Final = 4  # the length counts itself
 
 
 class MessageReader:
-    """Collects bytes and gives out whole messages. Holds at most `limit` + 5 and what was fed."""
+    """Buffers bytes and returns whole messages. Holds at most `limit` + 5 bytes plus one feed."""
 
     def __init__(self, limit: int) -> None:
-        """`limit` is the longest payload taken, in bytes."""
+        """`limit` is the longest payload accepted, in bytes."""
         self._limit = limit
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Add bytes as they arrived."""
+        """Append received bytes."""
         self._buffer += data
 
     def next(self) -> Frame | None:
         """Return the next whole message, or None until more bytes are fed.
 
-        Raises UpstreamViolation for an impossible length, before waiting for its bytes.
+        Raises UpstreamViolation for an invalid length, without waiting for the payload.
         """
         if len(self._buffer) < _HEADER_BYTES:
             return None
@@ -43,10 +43,10 @@ class MessageReader:
         return frame
 
     def take_parameters(self) -> bytes:
-        """Take out the whole ParameterStatus messages that come next, as they arrived.
+        """Remove and return the whole ParameterStatus messages that come next, byte for byte.
 
-        A session's start has some fifteen in a row, whose contents nobody here reads. Anything
-        that is not as it should be stays for `next`, which says what is wrong.
+        A startup has about fifteen in a row, and their contents are not needed here. A malformed
+        one stays in the buffer: `next` returns it, and decoding reports what is wrong.
         """
         buffer, held_bytes, end = self._buffer, len(self._buffer), 0
         while buffer.startswith(_PARAMETER_STATUS, end) and end + _HEADER_BYTES <= held_bytes:
@@ -54,7 +54,7 @@ class MessageReader:
             begin, following = end + _HEADER_BYTES, end + 1 + length
             if following > held_bytes or length > self._limit + _LENGTH_MIN:
                 break
-            # A name and a value, each with its zero.
+            # A name and a value, each terminated by a zero byte.
             if buffer.count(0, begin, following) != 2 or buffer[following - 1]:
                 break
             end = following
@@ -63,7 +63,7 @@ class MessageReader:
         return taken
 
     def trailing_data(self) -> bytes:
-        """Take out the bytes behind the last whole message."""
+        """Remove and return the bytes after the last whole message."""
         trailing = bytes(self._buffer)
         self._buffer.clear()
         return trailing

@@ -1,10 +1,10 @@
-"""The messages of a session's start, in one table: what each is called and how it is laid out.
+"""The messages of a session's startup, in one table: the name and the layout of each.
 
-Only what the proxy itself writes or reads is here. After ReadyForQuery a session is opaque bytes
-and needs none of it. Names and layouts: PostgreSQL documentation, "Message Formats".
+Only messages that the proxy itself writes or reads are here. After ReadyForQuery a session is
+opaque bytes and uses none of them. Names and layouts: PostgreSQL documentation, "Message Formats".
 
-Values stay bytes: PostgreSQL does not say in which encoding a peer that is not yet logged in
-speaks. Integers are big-endian and, unless said otherwise, 32 bits wide.
+Values stay bytes: PostgreSQL does not define the encoding of a peer that has not logged in yet.
+Integers are big-endian and, unless stated otherwise, 32 bits wide.
 """
 
 from collections.abc import Callable, Iterable
@@ -31,9 +31,9 @@ _TRANSACTION_STATUSES: Final = (IDLE, IN_TRANSACTION, IN_FAILED_TRANSACTION)
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One whole message that is not interpreted: its type byte and what follows the length.
+    """One whole message that is not interpreted: its type byte and its payload.
 
-    Its `repr` shows no payload: that may be a password, and is a client's business in any case.
+    Its `repr` omits the payload, which may be a password and is in any case the client's data.
     """
 
     type: bytes
@@ -51,12 +51,12 @@ def _message(type_byte: bytes, payload: bytes) -> bytes:
     return Frame(type_byte, payload).encode()
 
 
-# -- backend messages: from a server towards a client --------------------------------------------
+# -- backend messages: from a server to a client -------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class AuthenticationOk:
-    """`R` 0: the peer is who it says."""
+    """`R` 0: authentication succeeded."""
 
     def encode(self) -> bytes:
         """Return the message's bytes."""
@@ -65,7 +65,7 @@ class AuthenticationOk:
 
 @dataclass(frozen=True, slots=True)
 class AuthenticationCleartextPassword:
-    """`R` 3: send the password as it is."""
+    """`R` 3: send the password in clear text."""
 
     def encode(self) -> bytes:
         """Return the message's bytes."""
@@ -108,13 +108,13 @@ class AuthenticationSASLFinal:
 
 @dataclass(frozen=True, slots=True)
 class AuthenticationUnsupported:
-    """`R` with any other code: md5, GSS, SSPI, Kerberos, or one not known yet."""
+    """`R` with any other code: MD5, GSS, SSPI, Kerberos, or an unknown one."""
 
     code: int
 
     @property
     def method(self) -> str:
-        """The method's name in the protocol documentation, for an error text."""
+        """The method's name in the protocol documentation, for error texts."""
         return _METHODS.get(self.code, f"number {self.code}")
 
     def encode(self) -> bytes:
@@ -134,7 +134,7 @@ _METHODS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class BackendKeyData:
-    """`K`: what a CancelRequest for this session must show. Both parts are opaque (W26)."""
+    """`K`: what a CancelRequest for this session must contain. Both parts are opaque (W26)."""
 
     pid: int
     key: Secret
@@ -146,7 +146,7 @@ class BackendKeyData:
 
 @dataclass(frozen=True, slots=True)
 class ParameterStatus:
-    """`S`: a run-time parameter's present value."""
+    """`S`: the current value of a run-time parameter."""
 
     name: bytes
     value: bytes
@@ -169,7 +169,7 @@ class ReadyForQuery:
 
 @dataclass(frozen=True, slots=True)
 class NegotiateProtocolVersion:
-    """`v`: the newest version spoken, as a full version number, and the options not known (W11)."""
+    """`v`: the newest supported version, as a full number, and the unsupported options (W11)."""
 
     version: int
     options: tuple[bytes, ...]
@@ -182,22 +182,22 @@ class NegotiateProtocolVersion:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """The body that ErrorResponse and NoticeResponse share: (field type, value) in order."""
+    """The body of ErrorResponse and NoticeResponse: (field type, value) pairs in order."""
 
     fields: tuple[tuple[bytes, bytes], ...]
 
     def text(self, field: bytes) -> str:
-        """Return a field for people: decoded with replacement, empty when it is missing."""
+        """Return a field as text: decoded with replacement, empty if it is missing."""
         return dict(self.fields).get(field, b"").decode("utf-8", "replace")
 
     @property
     def severity(self) -> str:
-        """`V`, which is never translated; `S` where an old or odd server sends no `V`."""
+        """`V`, which is never translated; `S` if an old or nonconforming server sends no `V`."""
         return self.text(b"V") or self.text(b"S")
 
     @property
     def sqlstate(self) -> str:
-        """`C`, or the empty string: a broken server may leave it out (CVE-2026-6666)."""
+        """`C`, or the empty string: a faulty server may omit it (CVE-2026-6666)."""
         return self.text(b"C")
 
     @property
@@ -219,7 +219,7 @@ class ErrorResponse(_Fields):
 
     @staticmethod
     def fatal(sqlstate: str, message: str, detail: str = "", hint: str = "") -> "ErrorResponse":
-        """Build the form in which the proxy refuses: S = V = FATAL, C, M, and D, H if not empty."""
+        """Return an error as the proxy refuses: S = V = FATAL, C, M, and D, H if not empty."""
         named = [(b"S", "FATAL"), (b"V", "FATAL"), (b"C", sqlstate), (b"M", message)]
         named += [(kind, text) for kind, text in ((b"D", detail), (b"H", hint)) if text]
         return ErrorResponse(tuple((kind, _without_nul(value)) for kind, value in named))
@@ -235,11 +235,11 @@ class NoticeResponse(_Fields):
 
 
 def _without_nul(text: str) -> bytes:
-    # A NUL would end the field early and turn the rest into fields of their own.
+    # A NUL would end the field early and turn the rest into further fields.
     return text.replace("\0", " ").encode("utf-8", "replace")
 
 
-# -- frontend messages: from a client towards a server -------------------------------------------
+# -- frontend messages: from a client to a server ------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +249,7 @@ class PasswordMessage:
     password: Secret
 
     def encode(self) -> bytes:
-        """Return the message's bytes. A NUL in the password is refused: it would cut it short."""
+        """Return the message's bytes. Raises ValueError for a NUL, which would truncate it."""
         if b"\0" in self.password.reveal():
             raise ValueError("a password cannot contain a NUL byte")
         return _message(b"p", self.password.reveal() + b"\0")
@@ -280,7 +280,7 @@ class SASLResponse:
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """`X`: the client is done."""
+    """`X`: the client ends the session."""
 
     def encode(self) -> bytes:
         """Return the message's bytes."""
@@ -306,13 +306,13 @@ BackendMessage = (
 )
 
 
-# -- decoding what an upstream says before it is ready -------------------------------------------
+# -- decoding an upstream's messages before its ReadyForQuery ------------------------------------
 
 
 def decode_backend(frame: Frame) -> BackendMessage | Frame:
-    """Return the message that a frame holds; a type not in the table comes back as the frame.
+    """Return the message in a frame, or the frame itself for a type that is not in the table.
 
-    Raises UpstreamViolation when the payload does not have the layout that its type promises.
+    Raises UpstreamViolation if the payload does not have the layout of its type.
     """
     decode = _BACKEND.get(frame.type)
     if decode is None:
@@ -393,7 +393,7 @@ def _decode_fields(payload: bytes) -> tuple[tuple[bytes, bytes], ...]:
 
 
 def _strings_until_empty(payload: bytes) -> Iterable[bytes]:
-    """Return the NUL-terminated strings of a list that an empty string ends, at the very end."""
+    """Return the NUL-terminated strings of a list; an empty string must end it and the payload."""
     if payload == b"\0":
         return []
     if not payload.endswith(b"\0\0"):

@@ -1,12 +1,12 @@
-"""The startup parameter `options`: words, switches, and their rewriting.
+"""The startup parameter `options`: words, switches, and how to rewrite them.
 
 `options` is a command line in one string (PostgreSQL: `pg_split_opts`, then
 `process_postgres_switches`). A word ends at whitespace, a backslash makes the next byte literal.
-Switches are `getopt`'s: `-ec x=1` is `-e` and `-c x=1`, and `-S -cx=1` makes no setting.
-Nothing here judges a switch: what is not `-c NAME=VALUE` or `--NAME=VALUE` is carried along as it
-stands, and the upstream complains (W23).
+Switches are parsed as by `getopt`: `-ec x=1` is `-e` and `-c x=1`, and `-S -cx=1` makes no setting.
+Switches are not validated here: anything but `-c NAME=VALUE` or `--NAME=VALUE` is forwarded
+unchanged, and the upstream rejects what is wrong (W23).
 
-Rewriting never re-renders: a word that stays keeps its bytes, escapes included (W22).
+Rewriting does not re-encode: a word that stays keeps its bytes, escapes included (W22).
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,8 +17,8 @@ _WHITESPACE: Final = b" \t\n\v\f\r"
 _BACKSLASH: Final = 0x5C
 _END_OF_SWITCHES: Final = b"--"
 
-# The letters of process_postgres_switches (PostgreSQL 16 to 18). The first take the rest of their
-# word as an argument or, where there is none, the next word, whatever that looks like.
+# The letters of process_postgres_switches (PostgreSQL 16 to 18). Those of the first list take the
+# rest of their word as an argument or, if it is empty, the next word, even one that is a switch.
 _LETTERS_WITH_ARGUMENT: Final = b"BCDNSWcdfhkprtv-"
 _LETTERS_ALONE: Final = b"EFOPTbeijlns"
 _SETTING_LETTERS: Final = b"c-"
@@ -26,7 +26,7 @@ _SETTING_LETTERS: Final = b"c-"
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """One word: `raw` as written, `text` with its backslashes worked off."""
+    """One word: `raw` as written, `text` with its backslashes processed."""
 
     raw: bytes
     text: bytes
@@ -34,7 +34,7 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One `-c NAME=VALUE` in any of its three spellings, with `-` in the name turned into `_`."""
+    """One `-c NAME=VALUE` in any of its three spellings; each `-` in the name becomes `_`."""
 
     name: bytes
     value: bytes
@@ -44,8 +44,8 @@ class Setting:
 class Switch:
     """One command-line switch, or a stray word: one or two words, and the setting if it is one.
 
-    `flags` are the switches without argument in front of it in the same word, as written: the
-    `-e` of `-ec x=1`. `is_last` says that a word behind it would be its argument, or stray.
+    `flags` are the switches without argument before it in the same word, as written: the `-e` of
+    `-ec x=1`. `is_last`: a word appended after it would be its argument, or a stray word.
     """
 
     words: tuple[Word, ...]
@@ -65,7 +65,7 @@ def split_words(options: bytes) -> list[Word]:
         start, text = position, bytearray()
         while position < end and options[position] not in _WHITESPACE:
             if options[position] == _BACKSLASH:
-                position += 1  # it vanishes; at the very end it does so alone
+                position += 1  # dropped; at the end of the string it escapes nothing
             if position < end:
                 text.append(options[position])
                 position += 1
@@ -74,7 +74,7 @@ def split_words(options: bytes) -> list[Word]:
 
 
 def parse_switches(options: bytes) -> list[Switch]:
-    """Return the switches in order. `--` ends them: what comes behind is stray words."""
+    """Return the switches in order. `--` ends them: the words after it are stray."""
     switches: list[Switch] = []
     words = iter(split_words(options))
     for word in words:
@@ -87,14 +87,14 @@ def parse_switches(options: bytes) -> list[Switch]:
 
 
 def settings(options: bytes) -> list[Setting]:
-    """Return the settings that `options` makes, in order; what makes none is left out."""
+    """Return the settings that `options` makes, in order; other switches are left out."""
     return [switch.setting for switch in parse_switches(options) if switch.setting is not None]
 
 
 def without(options: bytes, names: Iterable[bytes]) -> bytes:
-    """Return `options` less the settings of these lower-case names, other words kept verbatim.
+    """Return `options` without the settings of these lower-case names; other words are unchanged.
 
-    Between two words is one blank then, whatever was there; empty when nothing remains. Names
+    The result has exactly one space between two words, and is empty if no word remains. Names
     compare case-insensitively (W19, W22).
     """
     removed = frozenset(names)
@@ -108,11 +108,12 @@ def without(options: bytes, names: Iterable[bytes]) -> bytes:
 
 
 def appended(options: bytes, extra: Iterable[Setting]) -> bytes:
-    """Return `options` with ` -c NAME=VALUE` for each extra setting behind it (W50).
+    """Return `options` with ` -c NAME=VALUE` appended for each extra setting (W50).
 
-    A backslash that stands alone at the end is dropped: it would swallow the separator. So would a
-    switch that lacks its argument, an error that is to stay what it is, and behind `--` nothing is
-    a switch: these go last.
+    An unpaired backslash at the end is dropped: it would escape the separator. A last switch that
+    lacks its argument would take the first `-c` as its argument, and PostgreSQL would report
+    another error. After `--`, no word is a switch. In both cases the settings are inserted before
+    that switch.
     """
     own = _without_open_escape(options)
     words = [
@@ -124,13 +125,13 @@ def appended(options: bytes, extra: Iterable[Setting]) -> bytes:
     for at, switch in enumerate(switches):
         if words and switch.is_last:
             before = [raw for switch in switches[:at] for raw in _raw(switch)]
-            behind = [raw for switch in switches[at:] for raw in _raw(switch)]
-            return b" ".join([*before, *words, *behind])
+            after = [raw for switch in switches[at:] for raw in _raw(switch)]
+            return b" ".join([*before, *words, *after])
     return b" ".join([own, *words] if options else words)
 
 
 def escaped(text: bytes) -> bytes:
-    """Return the text as (part of) one word: a backslash before whitespace and backslashes."""
+    """Return the text as one word or part of one, with whitespace and backslashes escaped."""
     return b"".join(
         b"\\" + bytes((byte,)) if byte == _BACKSLASH or byte in _WHITESPACE else bytes((byte,))
         for byte in text
@@ -138,7 +139,7 @@ def escaped(text: bytes) -> bytes:
 
 
 def _parse_switch(word: Word, following: Iterator[Word]) -> Switch:
-    """Return the switch that begins with this word; its argument may be the following one."""
+    """Return the switch that begins with this word; its argument may be the following word."""
     at = _argument_letter(word.text)
     if at is None:
         return Switch((word,), None)
@@ -156,7 +157,7 @@ def _parse_switch(word: Word, following: Iterator[Word]) -> Switch:
 
 
 def _argument_letter(text: bytes) -> int | None:
-    """Return where in the word the letter stands that takes an argument, if there is one."""
+    """Return the index of the first letter that takes an argument, or None."""
     if text.startswith(b"-"):
         for at in range(1, len(text)):
             if text[at] in _LETTERS_WITH_ARGUMENT:
@@ -167,7 +168,7 @@ def _argument_letter(text: bytes) -> int | None:
 
 
 def _raw_prefix(raw: bytes, length: int) -> bytes:
-    """Return what was written for the first `length` bytes of a word's text."""
+    """Return the raw bytes of the first `length` bytes of a word's text."""
     at = 0
     for _ in range(length):
         at += 2 if raw[at] == _BACKSLASH else 1

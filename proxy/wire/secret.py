@@ -1,7 +1,7 @@
-"""A value that must never be shown: a token, a password, a cancel key.
+"""A value that must never be displayed: a token, a password, a cancel key.
 
-Not encryption: the bytes are in memory as they are. The class exists so that a log line, a
-traceback, an f-string or a `repr` of anything that holds one shows only that there is one.
+This is not encryption: the bytes are in memory in the clear. The class ensures that a log line, a
+traceback, an f-string or a `repr` of an object that holds a secret contains only a mask.
 """
 
 from typing import Final, final
@@ -11,7 +11,7 @@ MASK: Final = "Secret(***)"
 
 @final
 class Secret:
-    """Bytes that only `reveal` gives out; equality is by value, for tests and look-ups."""
+    """Bytes that only `reveal` returns; equality is by value, for tests and lookups."""
 
     __slots__ = ("_value",)
 
@@ -19,7 +19,7 @@ class Secret:
         self._value = value
 
     def reveal(self) -> bytes:
-        """Return the bytes. Call it where they go on the wire, and nowhere else."""
+        """Return the bytes. Call it only where they are sent over the network."""
         return self._value
 
     def __repr__(self) -> str:

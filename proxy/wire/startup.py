@@ -1,8 +1,8 @@
-"""A connection's first packet: the only message without a type byte, in its five meanings.
+"""A connection's first packet, the only message without a type byte: parsing and encoding.
 
 PostgreSQL documentation, "Message Formats": SSLRequest, GSSENCRequest, CancelRequest and
 StartupMessage share one layout, a length and a number that is either a protocol version or one of
-three codes chosen not to look like a version.
+three codes that cannot be one.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from proxy.wire.violations import (
     ClientViolation,
 )
 
-# W4: PostgreSQL takes 8 to 10004 and gives no answer outside; 10000 is what the packet itself
-# may have (MAX_STARTUP_PACKET_LENGTH), and what the front end upstream takes at most.
+# W4: PostgreSQL accepts lengths of 8 to 10004 and does not answer others. 10000 is the limit of the
+# packet itself (MAX_STARTUP_PACKET_LENGTH), and the most that the front end upstream accepts.
 FIRST_PACKET_BYTES_MIN: Final = 8
 FIRST_PACKET_BYTES_MAX: Final = 10_000
 
@@ -32,19 +32,19 @@ _CANCEL_MINOR: Final = 5678
 _SSL_MINOR: Final = 5679
 _GSSENC_MINOR: Final = 5680
 
-# PostgreSQL answers majors 1 and 2 in the error form of those days (W10).
+# PostgreSQL answers major versions 1 and 2 in the error format of protocol 2.0 (W10).
 _OLD_MAJORS: Final = (1, 2)
 
 
 class ProtocolVersion(NamedTuple):
-    """A protocol version; compares as versions do."""
+    """A protocol version; compares by major, then minor."""
 
     major: int
     minor: int
 
     @property
     def number(self) -> int:
-        """The version as the protocol writes it: major in the upper 16 bits."""
+        """The version as the protocol encodes it: major in the upper 16 bits."""
         return self.major << 16 | self.minor
 
     def __str__(self) -> str:
@@ -52,12 +52,12 @@ class ProtocolVersion(NamedTuple):
 
 
 V3_0: Final = ProtocolVersion(3, 0)
-V3_2: Final = ProtocolVersion(3, 2)  # 3.1 was never spoken by anything (W11)
+V3_2: Final = ProtocolVersion(3, 2)  # no implementation uses 3.1 (W11)
 
 
 @dataclass(frozen=True, slots=True)
 class SSLRequest:
-    """The peer wants TLS."""
+    """The peer requests TLS."""
 
     def encode(self) -> bytes:
         """Return the packet."""
@@ -66,7 +66,7 @@ class SSLRequest:
 
 @dataclass(frozen=True, slots=True)
 class GSSENCRequest:
-    """The peer wants GSSAPI encryption."""
+    """The peer requests GSSAPI encryption."""
 
     def encode(self) -> bytes:
         """Return the packet."""
@@ -75,7 +75,7 @@ class GSSENCRequest:
 
 @dataclass(frozen=True, slots=True)
 class CancelRequest:
-    """The peer wants another connection's query cancelled, and shows that connection's key."""
+    """The peer requests to cancel another connection's query, and sends that connection's key."""
 
     pid: int
     key: Secret
@@ -89,7 +89,7 @@ class CancelRequest:
 
 @dataclass(frozen=True, slots=True)
 class StartupMessage:
-    """The peer wants a session. Parameters are in packet order, names as they were written."""
+    """The peer requests a session. Parameters are in packet order, names as written."""
 
     version: ProtocolVersion
     parameters: tuple[tuple[bytes, bytes], ...]
@@ -99,7 +99,7 @@ class StartupMessage:
         return dict(self.parameters).get(name)
 
     def encode(self) -> bytes:
-        """Return the packet. Raises ValueError for a NUL, which would forge further parameters."""
+        """Return the packet. Raises ValueError for a NUL, which would inject parameters."""
         if any(b"\0" in part for pair in self.parameters for part in pair):
             raise ValueError("a startup parameter cannot contain a NUL byte")
         body = b"".join(name + b"\0" + value + b"\0" for name, value in self.parameters) + b"\0"
@@ -110,9 +110,9 @@ FirstPacket = SSLRequest | GSSENCRequest | CancelRequest | StartupMessage
 
 
 def parse_first_packet(packet: bytes) -> FirstPacket:
-    """Return what a whole first packet, its length included, says.
+    """Parse a whole first packet, its length field included.
 
-    Raises ClientViolation: the layout is broken, or the version is none of 3.x. The caller has
+    Raises ClientViolation if the layout is invalid or the major version is not 3. The caller has
     checked the length against the bounds above.
     """
     length, major, minor = _PREFIX.unpack_from(packet)
@@ -129,7 +129,7 @@ def parse_first_packet(packet: bytes) -> FirstPacket:
 
 
 def unsupported_version(version: ProtocolVersion) -> ClientViolation:
-    """Return the violation for a version (or a request code read as one) not spoken here."""
+    """Return the violation for an unsupported version, or a request code read as a version."""
     return ClientViolation(
         f"unsupported frontend protocol {version}: server supports {V3_0} to {V3_2}",
         reason=ClientReason.UNSUPPORTED_PROTOCOL,
@@ -151,11 +151,11 @@ def _parse_cancel(packet: bytes) -> CancelRequest:
 
 
 def _parse_parameters(body: bytes) -> tuple[tuple[bytes, bytes], ...]:
-    """Return the pairs of a StartupMessage's body, which one empty name ends, at the very end."""
+    """Return the pairs of a StartupMessage's body; an empty name must end them and the body."""
     *strings, after = body.split(b"\0")
     names, values = strings[::2], strings[1::2]
-    # A whole body has a string a NUL, an odd number of them (pairs, then the empty name), and no
-    # other empty name. An empty value is legal.
+    # In a valid body a NUL ends each string; the number of strings is odd (pairs, then the empty
+    # name); and no other name is empty. An empty value is legal.
     if after or len(names) != len(values) + 1 or names[-1] or b"" in names[:-1]:
         raise ClientViolation(
             "invalid startup packet layout: expected terminator as last byte",

@@ -1,6 +1,6 @@
-"""The start of an upstream connection, from SSLRequest until it is ready for a query.
+"""The startup of an upstream connection, from SSLRequest to ReadyForQuery.
 
-The proxy is the client here. One machine a dial:
+The proxy is the client here. One state machine per connection attempt (a dial):
 
     AWAIT_SSL_REPLY --S--> AWAIT_TLS --handshake done--> AWAIT_AUTHENTICATION
     AWAIT_AUTHENTICATION --AuthenticationOk--> AWAIT_READY --ReadyForQuery--> READY
@@ -8,11 +8,11 @@ The proxy is the client here. One machine a dial:
 
 The invariants:
 
-- No password leaves before TLS: the verbs that answer an authentication exist only behind it, and
-  an upstream that answers N to SSLRequest has ended the dial (W52).
-- A password is given once. Whatever else an upstream asks for is unsupported, by name (W28).
-- What comes between AuthenticationOk and ReadyForQuery is kept as it is and in its order (W25).
-- A hostile upstream makes it hold at most `HELD_BYTES_MAX` plus one message (W53).
+- No password is sent before TLS: authentication can be answered only in states after it, and an
+  upstream that answers N to SSLRequest ends the dial (W52).
+- A password is sent once. Any other authentication request is refused by its name (W28).
+- The messages between AuthenticationOk and ReadyForQuery are kept verbatim and in order (W25).
+- A hostile upstream can make it buffer at most `HELD_BYTES_MAX` plus one message (W53).
 
 PostgreSQL documentation, "Message Flow", section Start-up.
 """
@@ -40,33 +40,23 @@ from proxy.wire.messages import (
     SASLResponse,
     decode_backend,
 )
-from proxy.wire.options import Setting, appended
 from proxy.wire.secret import Secret
-from proxy.wire.startup import FIRST_PACKET_BYTES_MAX, V3_0, SSLRequest, StartupMessage
+from proxy.wire.startup import V3_0, SSLRequest, StartupMessage
 from proxy.wire.violations import (
-    ClientReason,
-    ClientViolation,
-    MachineMisuse,
+    StateMachineMisuse,
     UnsupportedAuthentication,
     UpstreamViolation,
 )
 
-# W53. A session's start is about 1 KiB in PostgreSQL; login-trigger notices may add some.
+# W53. PostgreSQL sends about 1 KiB at startup; notices of login triggers may add some.
 HELD_MESSAGE_BYTES_MAX: Final = 64 * 1024
 HELD_BYTES_MAX: Final = 256 * 1024
-# Of an error outside TLS, for the log: PostgreSQL's "out of memory" and the like are shorter (W52).
+# Of an error outside TLS, for the log. PostgreSQL's, such as "out of memory", are shorter (W52).
 PLAINTEXT_BYTES_MAX: Final = 512
-
-# The pairs that travel as themselves: a front end may drop all others silently (W50).
-_OWN_PAIRS: Final = (b"user", b"database", b"replication", b"options", b"application_name")
-_PROTOCOL_OPTION_PREFIX: Final = b"_pq_."
-_INVALID_NAME: Final = "42602"
-_UNDEFINED_OBJECT: Final = "42704"
-_PROGRAM_LIMIT_EXCEEDED: Final = "54000"
 
 
 class UpstreamState(Enum):
-    """Where a dial stands."""
+    """The state of a dial."""
 
     AWAIT_SSL_REPLY = auto()
     AWAIT_TLS = auto()
@@ -77,25 +67,28 @@ class UpstreamState(Enum):
 
 
 class UpstreamStep(Enum):
-    """What moves a dial on: the input of the table below."""
+    """A transition of a dial: the input of the table below."""
 
     ACCEPT_TLS = auto()
     START_TLS = auto()
-    ASK = auto()
+    REQUEST_AUTHENTICATION = auto()
     AUTHENTICATE = auto()
     HOLD = auto()
     BECOME_READY = auto()
     FAIL = auto()
 
 
-# (state, step) -> state. What an upstream sends is a step only where the table has one for it;
-# anything else is an UpstreamViolation. A verb without an entry is a bug of ours: MachineMisuse.
+# (state, step) -> state. Input from the upstream is a step only if the table has one for it;
+# otherwise it is an UpstreamViolation. A method call without one is our bug: StateMachineMisuse.
 UPSTREAM_TABLE: Final[dict[tuple[UpstreamState, UpstreamStep], UpstreamState]] = {
     (UpstreamState.AWAIT_SSL_REPLY, UpstreamStep.ACCEPT_TLS): UpstreamState.AWAIT_TLS,
     (UpstreamState.AWAIT_SSL_REPLY, UpstreamStep.FAIL): UpstreamState.FAILED,
     (UpstreamState.AWAIT_TLS, UpstreamStep.START_TLS): UpstreamState.AWAIT_AUTHENTICATION,
     (UpstreamState.AWAIT_TLS, UpstreamStep.FAIL): UpstreamState.FAILED,
-    (UpstreamState.AWAIT_AUTHENTICATION, UpstreamStep.ASK): UpstreamState.AWAIT_AUTHENTICATION,
+    (
+        UpstreamState.AWAIT_AUTHENTICATION,
+        UpstreamStep.REQUEST_AUTHENTICATION,
+    ): UpstreamState.AWAIT_AUTHENTICATION,
     (UpstreamState.AWAIT_AUTHENTICATION, UpstreamStep.HOLD): UpstreamState.AWAIT_AUTHENTICATION,
     (UpstreamState.AWAIT_AUTHENTICATION, UpstreamStep.AUTHENTICATE): UpstreamState.AWAIT_READY,
     (UpstreamState.AWAIT_AUTHENTICATION, UpstreamStep.FAIL): UpstreamState.FAILED,
@@ -107,7 +100,7 @@ UPSTREAM_TABLE: Final[dict[tuple[UpstreamState, UpstreamStep], UpstreamState]] =
 
 @dataclass(frozen=True, slots=True)
 class TLSAccepted:
-    """The upstream answered S: start TLS now, then call `tls_started`."""
+    """The upstream answered S: start TLS, then call `tls_started`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +136,12 @@ class SASLFinished:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamReady:
-    """The session may be given to the client: see `key`, `welcome`, `trailing_data`."""
+    """The session can be handed to the client: see `key`, `welcome`, `trailing_data`."""
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamRefused:
-    """The upstream sent an ErrorResponse; `raw` is it, byte for byte."""
+    """The upstream sent an ErrorResponse; `raw` is the whole message, byte for byte."""
 
     error: ErrorResponse
     raw: bytes
@@ -156,14 +149,14 @@ class UpstreamRefused:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamViolated:
-    """The upstream broke the protocol, or wants an authentication that is not spoken here."""
+    """The upstream broke the protocol or requested an unsupported authentication method."""
 
     violation: UpstreamViolation | UnsupportedAuthentication
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamDisconnected:
-    """The upstream ended its stream before it was ready."""
+    """The upstream ended its stream before ReadyForQuery."""
 
 
 UpstreamEvent = (
@@ -189,9 +182,9 @@ Authentication = type[
 
 
 class UpstreamStartup:
-    """The machine. `key` is what the upstream gave for cancel requests, None if nothing (W26).
+    """The state machine. `key` is the upstream's BackendKeyData, None if it sent none (W26).
 
-    `plaintext` is the start of an error that came in place of TLS: for the log, for nobody else.
+    `plaintext` is the beginning of an error sent in place of TLS. It is for the log only.
     """
 
     def __init__(self) -> None:
@@ -202,25 +195,25 @@ class UpstreamStartup:
         self._before_key: list[bytes] = []
         self._held: list[bytes] = self._before_key
         self._held_bytes = 0
-        self._next_asked: frozenset[Authentication] = frozenset(
+        self._next_expected: frozenset[Authentication] = frozenset(
             (AuthenticationOk, AuthenticationCleartextPassword, AuthenticationSASL)
         )
         self._unanswered: set[type[UpstreamEvent]] = set()
 
-    # -- what arrives ----------------------------------------------------------------------------
+    # -- input from the upstream -----------------------------------------------------------------
 
     def receive_data(self, data: bytes) -> list[UpstreamEvent]:
-        """Take bytes as they arrived and return what they mean."""
+        """Process received bytes and return their events."""
         if self.state is UpstreamState.FAILED or not data:
             return []
         if self.state is UpstreamState.READY:
-            raise MachineMisuse("a session that is ready is relayed, not parsed")
+            raise StateMachineMisuse("a session that is ready is relayed, not parsed")
         events: list[UpstreamEvent] = []
         try:
             if self.state is UpstreamState.AWAIT_SSL_REPLY:
                 events.append(self._receive_ssl_reply(data))
             elif self.state is UpstreamState.AWAIT_TLS:
-                raise UpstreamViolation("plaintext behind the answer to SSLRequest")
+                raise UpstreamViolation("plaintext after the answer to SSLRequest")
             else:
                 self._receive_messages(data, events)
         except (UpstreamViolation, UnsupportedAuthentication) as violation:
@@ -229,16 +222,16 @@ class UpstreamStartup:
         return events
 
     def receive_eof(self) -> list[UpstreamEvent]:
-        """Take the end of the upstream's stream."""
+        """Process the end of the upstream's stream."""
         if (self.state, UpstreamStep.FAIL) not in UPSTREAM_TABLE:
             return []
         self._move(UpstreamStep.FAIL)
         return [UpstreamDisconnected()]
 
-    # -- what the owner sends --------------------------------------------------------------------
+    # -- messages that the caller sends ----------------------------------------------------------
 
     def request_tls(self) -> bytes:
-        """Return SSLRequest, which goes out alone (W52)."""
+        """Return SSLRequest. Send nothing else until it is answered (W52)."""
         self._require(UpstreamState.AWAIT_SSL_REPLY)
         return SSLRequest().encode()
 
@@ -247,10 +240,10 @@ class UpstreamStartup:
         self._move(UpstreamStep.START_TLS)
 
     def startup(self, message: StartupMessage) -> bytes:
-        """Return the StartupMessage. Its version must be 3.0: front ends take no other."""
+        """Return the StartupMessage. Its version must be 3.0: front ends accept no other."""
         self._require(UpstreamState.AWAIT_AUTHENTICATION)
         if message.version != V3_0:
-            raise MachineMisuse("the upstream hop speaks exactly 3.0")
+            raise StateMachineMisuse("upstream connections use exactly 3.0")
         return message.encode()
 
     def password(self, password: Secret) -> bytes:
@@ -268,12 +261,12 @@ class UpstreamStartup:
         self._answer(SASLContinued)
         return SASLResponse(data).encode()
 
-    # -- what the client gets --------------------------------------------------------------------
+    # -- messages for the client -----------------------------------------------------------------
 
     def welcome(self, key: BackendKeyData | None) -> bytes:
-        """Return all that belongs between AuthenticationOk and the client's first query.
+        """Return the messages after AuthenticationOk, up to and including ReadyForQuery.
 
-        `key` stands where the upstream's BackendKeyData stood, if it sent one (W25, W27).
+        `key` takes the position of the upstream's BackendKeyData, if it sent one (W25, W27).
         """
         self._require(UpstreamState.READY)
         middle = key.encode() if key is not None and self.key is not None else b""
@@ -281,41 +274,41 @@ class UpstreamStartup:
         return b"".join(self._before_key) + middle + after
 
     def trailing_data(self) -> bytes:
-        """Take out what the upstream sent behind its ReadyForQuery."""
+        """Remove and return the bytes after the upstream's ReadyForQuery."""
         return self._reader.trailing_data()
 
     # -- inside ----------------------------------------------------------------------------------
 
     def _require(self, state: UpstreamState) -> None:
         if self.state is not state:
-            raise MachineMisuse(f"not in {self.state.name}, only in {state.name}")
+            raise StateMachineMisuse(f"not in {self.state.name}, only in {state.name}")
 
-    def _answer(self, question: type[UpstreamEvent]) -> None:
-        # Not bound to a state: what came in one read with the question, an ErrorResponse perhaps,
-        # has moved the machine on before its owner hears of the question.
-        if question not in self._unanswered:
-            raise MachineMisuse(f"no {question.__name__} is waiting for an answer")
-        self._unanswered.remove(question)
+    def _answer(self, request: type[UpstreamEvent]) -> None:
+        # Independent of the state: a message in the same read as the request, for example an
+        # ErrorResponse, changes the state before the caller sees the request.
+        if request not in self._unanswered:
+            raise StateMachineMisuse(f"no {request.__name__} is waiting for an answer")
+        self._unanswered.remove(request)
 
     def _move(self, step: UpstreamStep) -> None:
         following = UPSTREAM_TABLE.get((self.state, step))
         if following is None:
-            raise MachineMisuse(f"{step.name} in {self.state.name}")
+            raise StateMachineMisuse(f"{step.name} in {self.state.name}")
         self.state = following
 
     def _receive_ssl_reply(self, data: bytes) -> UpstreamEvent:
-        answer, behind = data[:1], data[1:]
-        if answer == b"S" and not behind:
+        answer, rest = data[:1], data[1:]
+        if answer == b"S" and not rest:
             self._move(UpstreamStep.ACCEPT_TLS)
             return TLSAccepted()
         if answer == b"S":
-            raise UpstreamViolation("bytes behind the answer to SSLRequest, outside TLS")
+            raise UpstreamViolation("bytes after the answer to SSLRequest, outside TLS")
         if answer == b"N":
             self._move(UpstreamStep.FAIL)
             return TLSRefused()
         if answer == b"E":
-            # Not authenticated, so anybody's text: it may be logged, never believed.
-            self.plaintext = behind[:PLAINTEXT_BYTES_MAX]
+            # Not authenticated: anyone could have sent this text. It may be logged, not trusted.
+            self.plaintext = rest[:PLAINTEXT_BYTES_MAX]
             raise UpstreamViolation("an error in plaintext instead of TLS")
         raise UpstreamViolation("an answer to SSLRequest that is neither S nor N")
 
@@ -342,7 +335,7 @@ class UpstreamStartup:
             return None
         if isinstance(message, NegotiateProtocolVersion):
             if message.version != V3_0.number:
-                raise UpstreamViolation("a protocol version that was not asked for")
+                raise UpstreamViolation("a protocol version that was not requested")
             return None
         if self.state is UpstreamState.AWAIT_AUTHENTICATION:
             return self._receive_authentication(message)
@@ -351,25 +344,25 @@ class UpstreamStartup:
     def _receive_authentication(self, message: object) -> UpstreamEvent | None:
         if isinstance(message, AuthenticationUnsupported):
             raise UnsupportedAuthentication(message.method)
-        asked: tuple[Authentication, ...]
+        expected: tuple[Authentication, ...]
         event: UpstreamEvent | None
         match message:
             case AuthenticationOk():
-                asked, event = (), None
+                expected, event = (), None
             case AuthenticationCleartextPassword():
-                asked, event = (AuthenticationOk,), PasswordRequested()
+                expected, event = (AuthenticationOk,), PasswordRequested()
             case AuthenticationSASL(mechanisms):
-                asked, event = (AuthenticationSASLContinue,), SASLRequested(mechanisms)
+                expected, event = (AuthenticationSASLContinue,), SASLRequested(mechanisms)
             case AuthenticationSASLContinue(data):
-                asked, event = (AuthenticationSASLFinal,), SASLContinued(data)
+                expected, event = (AuthenticationSASLFinal,), SASLContinued(data)
             case AuthenticationSASLFinal(data):
-                asked, event = (AuthenticationOk,), SASLFinished(data)
+                expected, event = (AuthenticationOk,), SASLFinished(data)
             case _:
-                raise UpstreamViolation("a message that has no place before AuthenticationOk")
-        if type(message) not in self._next_asked:
+                raise UpstreamViolation("a message that is not allowed before AuthenticationOk")
+        if type(message) not in self._next_expected:
             raise UnsupportedAuthentication(f"{type(message).__name__} out of order")
-        self._next_asked = frozenset(asked)
-        self._move(UpstreamStep.ASK if event else UpstreamStep.AUTHENTICATE)
+        self._next_expected = frozenset(expected)
+        self._move(UpstreamStep.REQUEST_AUTHENTICATION if event else UpstreamStep.AUTHENTICATE)
         if event is not None:
             self._unanswered.add(type(event))
         return event
@@ -381,7 +374,7 @@ class UpstreamStartup:
             self.key, self._held = message, []
             return None
         if frame.type == b"R":
-            raise UpstreamViolation("an authentication request behind AuthenticationOk")
+            raise UpstreamViolation("an authentication request after AuthenticationOk")
         self._hold(frame.encode())
         if isinstance(message, ReadyForQuery):
             self._move(UpstreamStep.BECOME_READY)
@@ -394,49 +387,3 @@ class UpstreamStartup:
             raise UpstreamViolation(f"more than {HELD_BYTES_MAX} bytes before ReadyForQuery")
         self._move(UpstreamStep.HOLD)
         self._held.append(raw)
-
-
-def upstream_message(client: StartupMessage, user: bytes, database: bytes) -> StartupMessage:
-    """Return the StartupMessage that goes upstream for this client (W50).
-
-    The client's settings move into `options`, behind what it wrote there itself, since a front end
-    may drop all pairs but five; protocol options (`_pq_.`) never leave this hop (W13).
-
-    Raises ClientViolation: a name that no setting can have, or a packet too long (W51).
-    """
-    pairs = {b"user": user, b"database": database}
-    extra: list[Setting] = []
-    for name, value in client.parameters:
-        if name.lower() == b"application_name":
-            pairs[b"application_name"] = value
-        elif name == b"replication":
-            pairs[name] = value
-        elif name not in _OWN_PAIRS and not name.startswith(_PROTOCOL_OPTION_PREFIX):
-            extra.append(_setting(name, value))
-    options = appended(client.get(b"options") or b"", extra)
-    if options:
-        pairs[b"options"] = options
-    message = StartupMessage(V3_0, tuple(pairs.items()))
-    if len(message.encode()) >= FIRST_PACKET_BYTES_MAX:
-        raise ClientViolation(
-            "startup packet too long for the upstream",
-            reason=ClientReason.STARTUP_TOO_LONG,
-            sqlstate=_PROGRAM_LIMIT_EXCEEDED,
-        )
-    return message
-
-
-def _setting(name: bytes, value: bytes) -> Setting:
-    # On a command line `=` ends a name and `-` means `_`; in a pair neither does. PostgreSQL has
-    # no setting with either, so say of these what it would say: a custom one (dotted) is misnamed.
-    if b"=" in name or b"-" in name:
-        fault, sqlstate = (
-            ("invalid configuration parameter name", _INVALID_NAME)
-            if b"." in name
-            else ("unrecognized configuration parameter", _UNDEFINED_OBJECT)
-        )
-        shown = name.decode("utf-8", "replace")
-        raise ClientViolation(
-            f'{fault} "{shown}"', reason=ClientReason.UNKNOWN_PARAMETER, sqlstate=sqlstate
-        )
-    return Setting(name, value)

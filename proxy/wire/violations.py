@@ -1,8 +1,9 @@
-"""What a peer did wrong on the wire, and how it is told.
+"""Protocol violations by a peer, and how each is answered.
 
-The two classes answer "who broke it": a `ClientViolation` is answered on the client's own
-connection, an `UpstreamViolation` ends the upstream and is reported to the client as an upstream
-failure. A `MachineMisuse` is neither: it is our own bug, a verb called in a state that has none.
+The class states which side broke the protocol: a `ClientViolation` is answered on the client's own
+connection; an `UpstreamViolation` ends the upstream connection and is reported to the client as an
+upstream failure. A `StateMachineMisuse` is neither: it is a bug in the proxy, a method called in a
+state that does not allow it.
 """
 
 from enum import Enum, StrEnum, unique
@@ -17,13 +18,13 @@ class Answer(Enum):
     """How a client violation is answered before the connection is closed."""
 
     ERROR_RESPONSE = "an ErrorResponse"
-    OLD_ERROR = "the error form of protocol 2.0: a text without fields"
-    NOTHING = "no byte at all, as PostgreSQL does when it cannot tell who is there"
+    OLD_ERROR = "the error format of protocol 2.0: a text without fields"
+    NOTHING = "no byte at all, as PostgreSQL does when it does not recognize the protocol"
 
 
 @unique
 class ClientReason(StrEnum):
-    """The stable word for each way in which a client breaks the protocol."""
+    """The stable reason word for each kind of client violation."""
 
     DIRECT_TLS = "direct_tls"
     EARLY_DATA_TOO_LONG = "early_data_too_long"
@@ -40,7 +41,7 @@ class ClientReason(StrEnum):
 
 
 class Violation(Exception):
-    """A peer broke the protocol. The text names what, never a value that could be a secret."""
+    """A peer broke the protocol. The text says how, and contains no value that could be secret."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -48,7 +49,7 @@ class Violation(Exception):
 
 
 class ClientViolation(Violation):
-    """The client broke the protocol: `sqlstate`, stable `reason` word, and the form of answer."""
+    """The client broke the protocol: `sqlstate`, the stable `reason` word, and how to answer."""
 
     def __init__(
         self,
@@ -65,12 +66,12 @@ class ClientViolation(Violation):
 
 
 class UpstreamViolation(Violation):
-    """The upstream broke the protocol before it was ready (W53)."""
+    """The upstream broke the protocol before its ReadyForQuery (W53)."""
 
 
 class UnsupportedAuthentication(Violation):
-    """The upstream asks for an authentication that a token or SCRAM cannot answer (W28)."""
+    """The upstream requests an authentication method other than a token or SCRAM (W28)."""
 
 
-class MachineMisuse(AssertionError):
-    """A verb was called, or an event recorded, in a state whose table has no such entry."""
+class StateMachineMisuse(AssertionError):
+    """A method was called in a state for which the state table has no such step."""

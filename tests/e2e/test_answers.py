@@ -562,7 +562,7 @@ async def test_a_sleeping_database_is_waited_for(
 ) -> None:
     endpoint = lakebase["one"].endpoint
     endpoint.suspend()
-    endpoint.wake_seconds, endpoint.wake_patience_seconds = 0.5, 0.1
+    endpoint.wake_seconds, endpoint.wake_timeout_seconds = 0.5, 0.1
     proxy = await start_proxy()
     async with await Connection.connect(**libpq(proxy)) as connection:
         assert (await (await connection.execute("SELECT 1")).fetchone()) == (1,)
@@ -573,6 +573,6 @@ async def test_a_database_that_does_not_wake_in_time_is_reported_as_starting(
 ) -> None:
     endpoint = lakebase["one"].endpoint
     endpoint.suspend()
-    endpoint.wake_seconds, endpoint.wake_patience_seconds = 30, 0.05
+    endpoint.wake_seconds, endpoint.wake_timeout_seconds = 30, 0.05
     error = await told(await start_proxy(**SOON))
     assert (error.sqlstate, error.text(b"D").split()[0]) == ("57P03", "reason=upstream_starting")

@@ -154,7 +154,7 @@ async def test_w27_the_key_is_the_upstreams_own_unless_its_pid_is_not_positive(
     for _ in range(6):  # random pids are negative half of the time
         async with plain_client(proxy) as client:
             key = await client.start_up(version)
-            shown = lakebase.gateway.sessions[-1].shown_key
+            shown = lakebase.gateway.sessions[-1].issued_key
             assert key is not None
             assert shown is not None
             assert key.pid > 0

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from proxy.emulator.endpoints import Ending
+from proxy.emulator.endpoints import SessionEnd
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.wire.messages import Terminate
@@ -48,7 +48,7 @@ async def session(proxy: App, lakebase: Lakebase, seed: int) -> None:
                 case 1:
                     await client.send(Terminate().encode())
                 case 2:
-                    lakebase["one"].endpoint.end_sessions(dice.choice(list(Ending)))
+                    lakebase["one"].endpoint.end_sessions(dice.choice(list(SessionEnd)))
                 case 3:
                     await client.receive()
                 case _:

@@ -10,7 +10,7 @@ import pytest
 
 from proxy.emulator import faults
 from proxy.emulator.api import Call
-from proxy.emulator.endpoints import Ending
+from proxy.emulator.endpoints import SessionEnd
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
@@ -55,9 +55,9 @@ async def test_w34_last_words_to_an_idle_client_come_before_the_close(
     assert proxy.metrics.value("sessions_ended_total", reason="upstream_closed") == 1
 
 
-@pytest.mark.parametrize("ending", [Ending.END_OF_FILE, Ending.RESET], ids=lambda e: e.name)
+@pytest.mark.parametrize("ending", [SessionEnd.END_OF_FILE, SessionEnd.RESET], ids=lambda e: e.name)
 async def test_w55_an_upstream_lost_without_a_word_closes_the_client_without_one(
-    proxy: App, lakebase: Lakebase, ending: Ending, log: LogLines
+    proxy: App, lakebase: Lakebase, ending: SessionEnd, log: LogLines
 ) -> None:
     async with plain_client(proxy) as client:
         await client.start_up()

@@ -171,7 +171,7 @@ async def test_a_database_that_sleeps_is_not_asked_for_at_the_api_with_every_try
 ) -> None:
     endpoint = lakebase["one"].endpoint
     endpoint.suspend()
-    endpoint.wake_seconds, endpoint.wake_patience_seconds = 2.0, 0.01
+    endpoint.wake_seconds, endpoint.wake_timeout_seconds = 2.0, 0.01
     proxy = await start_proxy()
 
     async def served() -> None:

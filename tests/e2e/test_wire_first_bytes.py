@@ -287,7 +287,7 @@ async def test_w14_a_client_of_3_2_gets_the_upstreams_key_of_four_bytes(
     async with plain_client(proxy) as client:
         await client.send(startup(ProtocolVersion(3, 2)))
         received = await welcome(client)
-        shown = lakebase.gateway.sessions[-1].shown_key
+        shown = lakebase.gateway.sessions[-1].issued_key
         assert shown is not None
         assert received.endswith(shown.encode() + READY_IDLE)
         assert shown.encode().startswith(b"K\0\0\0\x0c")
@@ -514,7 +514,7 @@ async def test_w49_waking_runs_on_the_other_clock_and_says_57p03(
 ) -> None:
     endpoint = lakebase["one"].endpoint
     endpoint.suspend()
-    endpoint.wake_seconds, endpoint.wake_patience_seconds = 30, 0.05
+    endpoint.wake_seconds, endpoint.wake_timeout_seconds = 30, 0.05
     limits = {"connect_timeout_seconds": 0.5}
     proxy = await start_proxy(listen={"startup_timeout_seconds": 0.1}, upstream=limits)
     received = await replies(proxy, startup())

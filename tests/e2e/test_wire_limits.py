@@ -68,7 +68,7 @@ async def test_w46_a_database_that_wakes_too_slowly_is_57p03(
 ) -> None:
     endpoint = lakebase["one"].endpoint
     endpoint.suspend()
-    endpoint.wake_seconds, endpoint.wake_patience_seconds = 30, 0.05
+    endpoint.wake_seconds, endpoint.wake_timeout_seconds = 30, 0.05
     error = await told(await start_proxy(upstream={"connect_timeout_seconds": 0.4}))
     assert (error.sqlstate, error.text(b"D").split()[0]) == ("57P03", "reason=upstream_starting")
 

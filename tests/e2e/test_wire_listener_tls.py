@@ -432,7 +432,7 @@ async def test_w27_the_key_is_the_same_inside_tls(
     client.send(startup())
     welcome = await client.messages_until(ReadyForQuery)
     assert [m for m in welcome if isinstance(m, BackendKeyData)] == [
-        lakebase.gateway.sessions[-1].shown_key
+        lakebase.gateway.sessions[-1].issued_key
     ]
     client.close()
 

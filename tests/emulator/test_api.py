@@ -1,4 +1,4 @@
-"""The workspace API as the real databricks-sdk sees it."""
+"""The workspace API, called with the real databricks-sdk."""
 
 import asyncio
 import datetime
@@ -18,7 +18,7 @@ from databricks.sdk.errors import (
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from proxy.emulator.api import Call, ExpiryForm
+from proxy.emulator.api import Call, ExpiryFormat
 from proxy.emulator.lakebase import Lakebase
 
 BRANCH = "projects/demo-one/branches/production"
@@ -34,7 +34,7 @@ def client_of(lakebase: Lakebase, **overrides: str) -> WorkspaceClient:
 async def with_client(
     lakebase: Lakebase, work: Callable[[WorkspaceClient], Any], **overrides: str
 ) -> Any:
-    """Run blocking SDK calls in a thread, since the workspace lives on this loop."""
+    """Run blocking SDK calls in a thread, since the workspace runs on this event loop."""
 
     def in_thread() -> Any:
         return work(client_of(lakebase, **overrides))
@@ -110,18 +110,18 @@ async def test_a_personal_token_is_a_bearer(lakebase: Lakebase) -> None:
         return client.postgres.generate_database_credential(name)
 
     await with_client(lakebase, mint, **login)
-    lakebase.workspace.api.pats_mint = False
+    lakebase.workspace.api.pats_may_mint = False
     with pytest.raises(Unauthenticated):
         await with_client(lakebase, mint, **login)
 
 
-async def test_a_bearer_that_nobody_issued_is_refused(lakebase: Lakebase) -> None:
+async def test_an_unknown_bearer_token_is_refused(lakebase: Lakebase) -> None:
     with pytest.raises(Unauthenticated):
         await with_client(lakebase, lambda client: client.current_user.me(), token="dapi-unknown")
 
 
 async def test_a_workspace_token_expires(lakebase: Lakebase) -> None:
-    """The SDK never drops a token that the API refuses: only its own clock does."""
+    """The SDK drops a token when it has expired by its own clock, not when the API refuses it."""
     lakebase.workspace.api.workspace_token_seconds = 3600
 
     def me_twice(client: WorkspaceClient) -> Any:
@@ -147,7 +147,7 @@ async def test_an_endpoint_shows_its_hosts_and_state(lakebase: Lakebase) -> None
 @pytest.mark.parametrize("state", ["ACTIVE", "IDLE", "INIT", "DEGRADED"])
 async def test_every_state_can_be_shown(lakebase: Lakebase, state: str) -> None:
     endpoint = lakebase["one"].endpoint
-    endpoint.shown_state = state
+    endpoint.state_override = state
     shown = await with_client(lakebase, lambda c: c.postgres.get_endpoint(endpoint.name))
     assert shown.status.current_state.value == state
 
@@ -216,9 +216,11 @@ async def test_an_expire_time_can_be_asked_for(lakebase: Lakebase) -> None:
     assert abs(credential.expire_time.seconds - until.seconds) <= 1
 
 
-@pytest.mark.parametrize("form", list(ExpiryForm))
-async def test_every_form_of_an_expiry_is_understood(lakebase: Lakebase, form: ExpiryForm) -> None:
-    lakebase.workspace.api.expiry_form = form
+@pytest.mark.parametrize("expiry_format", list(ExpiryFormat))
+async def test_every_format_of_an_expiry_is_understood(
+    lakebase: Lakebase, expiry_format: ExpiryFormat
+) -> None:
+    lakebase.workspace.api.expiry_format = expiry_format
     name = lakebase["one"].endpoint.name
     credential = await with_client(
         lakebase, lambda c: c.postgres.generate_database_credential(name)

@@ -1,4 +1,4 @@
-"""The certificates: a client that checks them takes one kind of four."""
+"""The certificates: a client that verifies them accepts one kind of four."""
 
 import contextlib
 import ssl
@@ -17,7 +17,7 @@ REASONS = {
 
 
 def _shake_hands(server: ssl.SSLContext, ca_file: Path) -> None:
-    """Let a strict client and the server talk through memory."""
+    """Run a handshake between a verifying client and the server, in memory."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     strict = ssl.create_default_context(cafile=str(ca_file))
     client = strict.wrap_bio(to_client, to_server, server_hostname=HOST)

@@ -1,4 +1,4 @@
-"""The cluster: it starts, serves, and leaves nothing behind, however it ends."""
+"""The cluster: it starts, serves, and leaves no process or file, however it ends."""
 
 import asyncio
 import os
@@ -107,7 +107,7 @@ async def test_a_cancelled_start_leaves_nothing() -> None:
 
 
 def test_a_process_that_is_killed_leaves_nothing() -> None:
-    """The shell beside the server notices that nobody holds its pipe any more."""
+    """The shell that supervises the server cleans up when the other end of its pipe is closed."""
     _start_and_kill(sys.executable, cwd=ROOT, version=16)
 
 
@@ -148,7 +148,7 @@ def _directories() -> set[str]:
 
 
 def _eventually(happened: Callable[[], bool]) -> bool:
-    """Look until it happened: nothing tells us when a process that is not ours ends."""
+    """Poll until it happened: there is no event for the end of a process that is not a child."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not happened():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""One gateway connection, byte by byte: what a driver never shows."""
+"""One gateway connection, byte by byte: what a test with a driver cannot observe."""
 
 import asyncio
 import os
@@ -89,7 +89,7 @@ async def test_a_startup_that_does_not_come_gets_the_same_text(lakebase: Lakebas
     client.abort()
 
 
-async def test_bytes_behind_ssl_request_are_refused(lakebase: Lakebase) -> None:
+async def test_bytes_after_ssl_request_are_refused(lakebase: Lakebase) -> None:
     client = await RawClient.connect(lakebase.port)
     client.send(SSLRequest().encode() + b"\x16")
     error = await client.error()
@@ -169,7 +169,7 @@ async def test_a_login_is_what_postgres_says_with_another_key(lakebase: Lakebase
     assert {b"server_version", b"TimeZone", b"client_encoding"} <= names
     (key,) = (message for message in messages if isinstance(message, BackendKeyData))
     (record,) = lakebase.gateway.sessions
-    assert record.shown_key == key
+    assert record.issued_key == key
     assert record.real_pid != key.pid
     client.abort()
 
@@ -181,7 +181,7 @@ async def test_neons_errors_have_no_v_and_always_xx000(lakebase: Lakebase) -> No
     error = await client.error()
     kinds = [kind for kind, _ in error.fields]
     assert (kinds, error.severity, error.sqlstate) == ([b"S", b"C", b"M"], "ERROR", "XX000")
-    # The front end waits for the client to go first.
+    # The front end waits for the client to close first.
     client.close()
     (record,) = lakebase.gateway.records
     await lakebase.gateway.until(lambda: record.closed)
@@ -247,7 +247,7 @@ async def test_postgres_last_word_arrives_before_the_end(lakebase: Lakebase) -> 
 
 
 async def test_a_client_that_does_not_read_stops_the_flow(lakebase: Lakebase) -> None:
-    """Nothing that a client leaves unread may pile up in the gateway."""
+    """Data that a client does not read must not accumulate in the gateway."""
     client, _ = await logged_in(lakebase)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     client.query("SELECT repeat('x', 1000) FROM generate_series(1, 300000)")
@@ -333,7 +333,7 @@ async def test_bytes_can_follow_s_in_the_clear(lakebase: Lakebase) -> None:
 
 
 async def _reach(lakebase: Lakebase, stage: Stage) -> RawClient:
-    """Go as far as a stage, where a fault strikes."""
+    """Run the startup up to a stage at which a fault is injected."""
     client = await RawClient.connect(lakebase.port)
     if stage is Stage.ACCEPTED:
         return client

@@ -1,9 +1,9 @@
-"""The list that hands out faults: in order, so many times, at one place."""
+"""The list of faults: in order, a number of times, at one place."""
 
 from proxy.emulator.faults import FaultList, Injection, api_error
 
 
-def test_a_fault_strikes_as_often_as_it_was_told() -> None:
+def test_a_fault_is_returned_as_often_as_it_was_added() -> None:
     faults: FaultList[str, Injection] = FaultList()
     faults.add("here", Injection.FIN, 2)
     faults.add("here", Injection.RESET, 1)
@@ -11,7 +11,7 @@ def test_a_fault_strikes_as_often_as_it_was_told() -> None:
     assert taken == [Injection.FIN, Injection.FIN, Injection.RESET, None]
 
 
-def test_a_fault_without_a_number_strikes_until_it_is_cleared() -> None:
+def test_a_fault_without_a_number_is_returned_until_it_is_cleared() -> None:
     faults: FaultList[str, Injection] = FaultList()
     faults.add("here", Injection.HANG, None)
     assert [faults.take("here") for _ in range(3)] == [Injection.HANG] * 3

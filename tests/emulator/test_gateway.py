@@ -1,4 +1,4 @@
-"""The gateway as drivers see it: logins, dialects, parameters, sleep, limits, cancel."""
+"""The gateway, with drivers: logins, dialects, parameters, suspend and wake, limits, cancel."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ import pytest
 
 from proxy.emulator.certificates import Certificate
 from proxy.emulator.cluster import GROUP, PERSON
-from proxy.emulator.endpoints import Ending, Endpoint, neon_error
+from proxy.emulator.endpoints import Endpoint, SessionEnd, neon_error
 from proxy.emulator.lakebase import Lakebase, Shard
 from proxy.emulator.streams import EndedBy
 from proxy.emulator.tokens import Purpose, TokenIssuer, fingerprint
@@ -50,8 +50,7 @@ async def refusal(lakebase: Lakebase, endpoint: Endpoint, **overrides: str) -> s
 
 
 class _NamingContext(ssl.SSLContext):
-    """asyncpg cannot be told an address beside the host name: it dials the address, and this
-    asks for the name."""
+    """Sets the name for SNI and verification. asyncpg cannot dial an address under another name."""
 
     name = ""
 
@@ -75,7 +74,7 @@ async def test_a_token_opens_every_shard_of_its_workspace(lakebase: Lakebase) ->
     assert lakebase.gateway.accepted == 4
 
 
-async def test_asyncpg_gets_in_too(lakebase: Lakebase, shard: Shard) -> None:
+async def test_asyncpg_logs_in(lakebase: Lakebase, shard: Shard) -> None:
     context = _NamingContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(lakebase.ca_file)
     context.name = shard.endpoint.host
@@ -137,7 +136,9 @@ async def test_one_of_several_addresses_is_dead(lakebase: Lakebase, shard: Shard
         assert await one_row(connection, "SELECT 1") == (1,)
 
 
-async def test_a_host_that_nobody_serves_cannot_be_found(lakebase: Lakebase, shard: Shard) -> None:
+async def test_a_host_that_no_endpoint_serves_cannot_be_found(
+    lakebase: Lakebase, shard: Shard
+) -> None:
     host = "ep-nobody-00000000.database.eu-west-1.cloud.databricks.com"
     assert "endpoint cannot be found" in await refusal(lakebase, shard.endpoint, host=host)
 
@@ -174,7 +175,7 @@ async def test_a_bad_token_on_a_provisioned_instance_is_a_wrong_password(
 
 
 async def test_a_role_that_does_not_exist(lakebase: Lakebase, shard: Shard) -> None:
-    """Whether or not the token is the missing role's own."""
+    """The error is the same whether or not the token is that of the missing role."""
     for identity in ("nobody@example.com", lakebase.client_id):
         login = {"user": "nobody@example.com", "password": lakebase.token(identity)}
         shown = await refusal(lakebase, shard.endpoint, **login)
@@ -306,7 +307,7 @@ async def test_an_error_in_a_session_is_postgres_own(lakebase: Lakebase, shard: 
 # -- states and limits ---------------------------------------------------------------------------
 
 
-async def test_a_disabled_endpoint_takes_nobody(lakebase: Lakebase, shard: Shard) -> None:
+async def test_a_disabled_endpoint_refuses_every_login(lakebase: Lakebase, shard: Shard) -> None:
     shard.endpoint.disabled = True
     assert "endpoint is disabled" in await refusal(lakebase, shard.endpoint)
 
@@ -336,10 +337,10 @@ async def test_a_compute_that_wakes_slowly_says_so_until_it_is_awake(
         (shard.instance, "the database system is starting up", "STARTING"),
     ):
         face.suspend()
-        face.wake_seconds, face.wake_patience_seconds = 0.4, 0.01
+        face.wake_seconds, face.wake_timeout_seconds = 0.4, 0.01
         assert text in await refusal(lakebase, face)
         assert face.state == state
-        face.wake_patience_seconds = 5
+        face.wake_timeout_seconds = 5
         async with direct(lakebase, face):
             pass
         assert face.wakes == 1
@@ -359,13 +360,13 @@ async def test_an_idle_session_does_not_keep_a_compute_awake(
 @pytest.mark.parametrize(
     ("ending", "kind"),
     [
-        (Ending.ADMIN_SHUTDOWN, psycopg.errors.AdminShutdown),
-        (Ending.END_OF_FILE, psycopg.OperationalError),
-        (Ending.RESET, psycopg.OperationalError),
+        (SessionEnd.ADMIN_SHUTDOWN, psycopg.errors.AdminShutdown),
+        (SessionEnd.END_OF_FILE, psycopg.OperationalError),
+        (SessionEnd.RESET, psycopg.OperationalError),
     ],
 )
 async def test_a_failover_ends_sessions_in_any_of_three_ways(
-    lakebase: Lakebase, shard: Shard, ending: Ending, kind: type[Exception]
+    lakebase: Lakebase, shard: Shard, ending: SessionEnd, kind: type[Exception]
 ) -> None:
     async with direct(lakebase, shard.endpoint) as connection:
         shard.endpoint.fail_over(0.1, ending)

@@ -1,4 +1,4 @@
-"""The whole stand-in: it starts by itself, needs nothing, and leaves nothing."""
+"""The whole emulator: it starts on its own, needs no set-up, and removes everything."""
 
 import os
 import tempfile
@@ -48,7 +48,7 @@ async def test_a_stopped_cluster_is_a_compute_that_cannot_be_reached() -> None:
         async with Lakebase(("gone",), clusters={"gone": cluster}) as lakebase:
             parameters: dict[str, Any] = lakebase.direct(lakebase["gone"].endpoint)
             cluster.stop()
-            parameters |= {"sslmode": "require", "sslrootcert": ""}  # went with the cluster
+            parameters |= {"sslmode": "require", "sslrootcert": ""}  # removed with the cluster
             with pytest.raises(psycopg.OperationalError, match="Couldn't connect to compute node"):
                 await psycopg.AsyncConnection.connect(**parameters)
 

@@ -1,4 +1,4 @@
-"""The SCRAM server against the library that the proxy's own client side uses."""
+"""The SCRAM server, tested with the library that the proxy uses as a client."""
 
 import pytest
 from scramp import ScramClient

@@ -1,4 +1,4 @@
-"""Tokens: long, JWT-shaped, for one purpose, of one workspace, until they expire."""
+"""Tokens: long, in JWT format, valid for one purpose and one workspace until they expire."""
 
 import pytest
 

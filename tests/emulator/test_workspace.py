@@ -1,4 +1,4 @@
-"""The workspace's faults: what the SDK makes of them, and that they end."""
+"""The workspace's faults: how the SDK reacts to them, and that they end."""
 
 import asyncio
 import json
@@ -81,7 +81,9 @@ async def test_a_credential_can_have_expired_when_it_is_handed_out(lakebase: Lak
     assert credential.expire_time.seconds < time.time()
 
 
-async def test_a_token_login_that_hangs_goes_on_when_it_is_healed(lakebase: Lakebase) -> None:
+async def test_a_token_login_that_hangs_goes_on_when_the_fault_is_cleared(
+    lakebase: Lakebase,
+) -> None:
     lakebase.workspace.fail(Call.TOKEN, HANG)
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         minting = group.create_task(_mint(lakebase))
@@ -122,7 +124,7 @@ async def test_the_server_takes_over_no_signal(lakebase: Lakebase) -> None:
 
 
 def _status(url: str) -> int:
-    """Return the HTTP status, 0 where no reply comes."""
+    """Return the HTTP status, 0 if there is no reply."""
     try:
         with urllib.request.urlopen(url, timeout=5) as reply:
             return int(reply.status)

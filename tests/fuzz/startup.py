@@ -24,6 +24,7 @@ from proxy.wire.client_startup import (
 )
 from proxy.wire.options import settings, split_words, without
 from proxy.wire.startup import FIRST_PACKET_BYTES_MAX, StartupMessage
+from proxy.wire.upstream_message import upstream_message
 from proxy.wire.upstream_startup import (
     HELD_BYTES_MAX,
     HELD_MESSAGE_BYTES_MAX,
@@ -31,7 +32,6 @@ from proxy.wire.upstream_startup import (
     UpstreamStartup,
     UpstreamState,
     UpstreamViolated,
-    upstream_message,
 )
 from proxy.wire.violations import ClientViolation
 from tests.wire.driving import shown

@@ -31,7 +31,7 @@ from proxy.wire.upstream_startup import (
     UpstreamState,
     UpstreamViolated,
 )
-from proxy.wire.violations import MachineMisuse
+from proxy.wire.violations import StateMachineMisuse
 from tests.property.test_splits import CLIENT_PIECES, UPSTREAM_PIECES
 from tests.wire.driving import AUTHENTICATION_OK, READY_FOR_QUERY, message
 
@@ -56,7 +56,7 @@ class ClientWalk(RuleBasedStateMachine):
 
     def arrive(self, data: bytes) -> None:
         if self.machine.state is ClientState.READY:
-            with pytest.raises(MachineMisuse):
+            with pytest.raises(StateMachineMisuse):
                 self.machine.receive_data(data)
             return
         self.record(self.machine.receive_data(data))
@@ -69,7 +69,7 @@ class ClientWalk(RuleBasedStateMachine):
         before = self.machine.state
         try:
             verb()
-        except MachineMisuse:
+        except StateMachineMisuse:
             assert self.machine.state is before
         self.states.append(self.machine.state)
 
@@ -147,7 +147,7 @@ class UpstreamWalk(RuleBasedStateMachine):
 
     def arrive(self, data: bytes) -> None:
         if self.machine.state is UpstreamState.READY and data:
-            with pytest.raises(MachineMisuse):
+            with pytest.raises(StateMachineMisuse):
                 self.machine.receive_data(data)
             return
         self.record(self.machine.receive_data(data))
@@ -160,7 +160,7 @@ class UpstreamWalk(RuleBasedStateMachine):
         before = self.machine.state
         try:
             verb()
-        except MachineMisuse:
+        except StateMachineMisuse:
             assert self.machine.state is before
             return False
         self.states.append(self.machine.state)

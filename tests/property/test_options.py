@@ -15,7 +15,7 @@ from proxy.wire.options import (
     without,
 )
 from proxy.wire.startup import V3_0, StartupMessage, parse_first_packet
-from proxy.wire.upstream_startup import upstream_message
+from proxy.wire.upstream_message import upstream_message
 from proxy.wire.violations import ClientViolation
 
 WHITESPACE = b" \t\n\v\f\r"

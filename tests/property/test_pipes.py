@@ -34,6 +34,7 @@ from proxy.wire.client_startup import (
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.secret import Secret
 from proxy.wire.startup import StartupMessage
+from proxy.wire.upstream_message import upstream_message
 from proxy.wire.upstream_startup import (
     PasswordRequested,
     SASLContinued,
@@ -48,7 +49,6 @@ from proxy.wire.upstream_startup import (
     UpstreamStartup,
     UpstreamState,
     UpstreamViolated,
-    upstream_message,
 )
 from proxy.wire.violations import ClientViolation
 from tests.support.pipes import PIPE_BYTES_MAX, Duplex, Pipe

@@ -17,7 +17,7 @@ from proxy.routing.keys import (
     parse_key,
     show_key,
 )
-from proxy.routing.map_builder import map_of_csv, map_of_tables
+from proxy.routing.map_builder import map_from_csv, map_from_tables
 from proxy.routing.map_rows import MapError
 from proxy.routing.router import Route, Router
 from proxy.routing.shard_map import Kind, MapSpec, ShardMapping
@@ -119,7 +119,7 @@ def scan(entries: list[ShardMapping], key: bytes) -> ShardMapping | None:
 def test_s5_a_list_finds_what_a_linear_scan_finds(key_type: KeyType, data: st.DataObject) -> None:
     texts = data.draw(st.lists(SMALL[key_type].filter(bool), unique=True, max_size=12))
     rows = [{"key": text, "target": data.draw(st.sampled_from(TARGETS))} for text in texts]
-    points = map_of_tables(rows, MapSpec(Kind.LIST, key_type), TARGETS)
+    points = map_from_tables(rows, MapSpec(Kind.LIST, key_type), TARGETS)
     entries = [
         ShardMapping(key, key + b"\0", row["target"])
         for row in rows
@@ -130,20 +130,20 @@ def test_s5_a_list_finds_what_a_linear_scan_finds(key_type: KeyType, data: st.Da
     assert len(points) == len(rows)
 
 
-def encode_bound(form: MapSpec, text: str) -> bytes:
+def encode_bound(spec: MapSpec, text: str) -> bytes:
     """Return a bound's bytes; of a hash, those of the number itself."""
-    return int(text).to_bytes(4) if form.kind is Kind.HASH else parse_key(text, form.key_type)
+    return int(text).to_bytes(4) if spec.kind is Kind.HASH else parse_key(text, spec.key_type)
 
 
 @given(KEY_TYPES, st.sampled_from([Kind.RANGE, Kind.HASH]), st.data())
 def test_s5_ranges_find_what_a_linear_scan_finds(
     key_type: KeyType, kind: Kind, data: st.DataObject
 ) -> None:
-    form = MapSpec(kind, key_type)
+    spec = MapSpec(kind, key_type)
     bound = SMALL[key_type] if kind is Kind.RANGE else st.integers(1, 7).map(lambda n: str(n << 29))
     drawn = data.draw(st.lists(bound, max_size=12))
     # Nothing is below the lowest value of a type: no range ends there.
-    by_key = {encode_bound(form, text): text for text in drawn}
+    by_key = {encode_bound(spec, text): text for text in drawn}
     inner = [(key, by_key[key]) for key in sorted(by_key) if key.strip(b"\0")]
     rows: list[dict[str, str]] = []
     entries: list[ShardMapping] = []
@@ -152,7 +152,7 @@ def test_s5_ranges_find_what_a_linear_scan_finds(
         if target is not None and lo is not None:
             rows.append({"low": low, "high": high, "target": target})
             entries.append(ShardMapping(lo, hi, target))
-    ranges = map_of_tables(data.draw(st.permutations(rows)), form, TARGETS)
+    ranges = map_from_tables(data.draw(st.permutations(rows)), spec, TARGETS)
     assert len(ranges) == len(rows)
     for text in data.draw(st.lists(SMALL[key_type])):
         key = parse_key(text, key_type)
@@ -166,7 +166,7 @@ def test_s6_a_map_is_refused_exactly_when_ranges_meet(bounds: list[tuple[int, in
     covered = [value for low, high in bounds for value in range(low, high)]
     is_sound = len(set(covered)) == len(covered) and all(low < high for low, high in bounds)
     try:
-        ranges = map_of_csv(lines, MapSpec(Kind.RANGE, KeyType.INT4), TARGETS)
+        ranges = map_from_csv(lines, MapSpec(Kind.RANGE, KeyType.INT4), TARGETS)
     except MapError:
         assert not is_sound
     else:
@@ -179,7 +179,7 @@ def test_s6_a_map_is_refused_exactly_when_ranges_meet(bounds: list[tuple[int, in
 
 @given(TEXTS.filter(lambda text: len(text.encode()) <= KEY_BYTES_MAX), st.sampled_from("pods"))
 def test_s15_every_way_to_give_a_key_leads_to_the_same_shard(text: str, way: str) -> None:
-    points = map_of_tables(
+    points = map_from_tables(
         [{"key": text, "target": "eu"}], MapSpec(Kind.LIST, KeyType.TEXT), TARGETS
     )
     pair = {

@@ -1,4 +1,4 @@
-"""Where keys are found, and what stays of the message, PostgreSQL being the judge (S48, W20)."""
+"""Where keys are found, and what remains of the message, compared with PostgreSQL (S48, W20)."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from proxy.emulator.cluster import DATABASE, SUPERUSER, Cluster
 from proxy.routing.key_sources import (
-    OWN_PARAMETER,
+    BUILT_IN_PARAMETER,
     DatabasePattern,
     Occurrence,
     take_parameters,
@@ -18,7 +18,7 @@ from proxy.routing.key_sources import (
 )
 from proxy.wire.startup import V3_0, StartupMessage
 
-NAMES = frozenset((OWN_PARAMETER, b"shard_key"))
+NAMES = frozenset((BUILT_IN_PARAMETER, b"shard_key"))
 USER = (b"user", b"app")
 
 
@@ -27,13 +27,13 @@ def startup(*pairs: tuple[bytes, bytes]) -> StartupMessage:
 
 
 def taken(*pairs: tuple[bytes, bytes]) -> tuple[list[bytes], tuple[tuple[bytes, bytes], ...]]:
-    """Return the keys of a message with these pairs, and the pairs that stay."""
+    """Return the keys of a message with these parameters, and the parameters that remain."""
     found, message = take_parameters(startup(*pairs), NAMES)
     assert message.parameters[0] == USER
     return [occurrence.text for occurrence in found], message.parameters[1:]
 
 
-# options, the keys in it, and what stays of it.
+# options, the keys in it, and what remains of it.
 OPTIONS: list[tuple[bytes, list[bytes], bytes]] = [
     (b"-c shard_key=42", [b"42"], b""),
     (b"-cshard_key=42", [b"42"], b""),
@@ -76,7 +76,7 @@ def test_s48_a_key_is_a_startup_parameter_by_both_names_in_any_case() -> None:
 
 
 def test_s48_names_that_only_look_alike_stay() -> None:
-    # In a startup parameter `-` is not `_`, and its value is no command line.
+    # In a startup parameter `-` does not mean `_`, and the value is not a command line.
     pairs = ((b"shard-key", b"1"), (b"my.shard_key", b"2"), (b"application_name", b"-cshard_key=7"))
     assert taken(*pairs) == ([], pairs)
 
@@ -90,11 +90,11 @@ def test_s48_every_occurrence_counts_in_repeated_options_too() -> None:
     assert taken(*pairs) == ([b"1", b"2", b"3"], ((b"options", b"-e"),))
 
 
-def test_the_places_are_named_and_no_repr_shows_a_key() -> None:
+def test_the_sources_are_named_and_no_repr_shows_a_key() -> None:
     found, _ = take_parameters(
         startup((b"shard_key", b"k1"), (b"options", b"-cshard_key=k1")), NAMES
     )
-    assert [occurrence.place for occurrence in found] == ["startup parameter", "options"]
+    assert [occurrence.source for occurrence in found] == ["startup parameter", "options"]
     assert "k1" not in repr(found)
 
 
@@ -104,7 +104,7 @@ def test_a_database_is_replaced_or_left_out() -> None:
     assert with_database(message, None).parameters == (USER, (b"x", b"y"))
 
 
-def test_a_key_is_forwarded_behind_all_other_settings() -> None:
+def test_a_key_is_forwarded_after_all_other_settings() -> None:
     message = startup((b"options", b"-c a=1"), (b"x", b"y"))
     assert with_forwarded_key(message, rb"a b\c").parameters == (
         USER,
@@ -114,7 +114,7 @@ def test_a_key_is_forwarded_behind_all_other_settings() -> None:
     assert with_forwarded_key(startup(), b"7").get(b"options") == b"-c lakebase.shard_key=7"
 
 
-# Settings that PostgreSQL takes in options, so that both ways can be compared; some are refused.
+# Settings that PostgreSQL accepts in options, so that both can be compared; some are refused.
 WORDS = [
     *(b"-c work_mem=1MB", b"-cwork_mem=2MB", b"--work-mem=3MB", b"-S 99", b"-S99", b"-e", b"-es"),
     *(
@@ -138,7 +138,7 @@ Outcome = str | tuple[str | None, list[tuple[str, str]]]
 
 
 def outcome(cluster: Cluster, options: bytes) -> Outcome:
-    """Return the key that PostgreSQL sees and all of its settings, or how it refuses."""
+    """Return the key and the settings that PostgreSQL reads, or its refusal."""
     try:
         connection = psycopg.connect(
             host=str(cluster.directory), user=SUPERUSER, dbname=DATABASE, options=options.decode()
@@ -155,7 +155,7 @@ def outcome(cluster: Cluster, options: bytes) -> Outcome:
     return key[0], rows
 
 
-# A new process of PostgreSQL for each: a modest number.
+# Few, since each starts a process of PostgreSQL.
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(options=COMMAND_LINES)
 def test_s48_without_the_key_postgresql_has_the_same_settings(

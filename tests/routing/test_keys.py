@@ -64,7 +64,7 @@ ENCODED: dict[KeyType, list[tuple[str, str]]] = {
 }
 ALL = [(key_type, *pair) for key_type, pairs in ENCODED.items() for pair in pairs]
 
-# Other ways to write a key: text, and the canonical one.
+# Other spellings of a key: the text, and the canonical text.
 SPELLINGS: list[tuple[KeyType, str, str]] = [
     (INT4, "007", "7"),
     (INT4, "-0", "0"),
@@ -185,7 +185,7 @@ def test_texts_are_normalised_as_the_map_says() -> None:
 
 
 def test_the_length_that_counts_is_that_of_the_normalised_text() -> None:
-    # 129 bytes as written, 86 as composed.
+    # 129 bytes as written, 86 when composed.
     assert len(parse_key("E\u0301" * 43, TEXT, Normalise.NFC)) == 86
     # U+0958 decomposes in NFC: 3 bytes become 6.
     with pytest.raises(ProxyError) as refusal:

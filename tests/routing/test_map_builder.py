@@ -1,11 +1,11 @@
-"""From rows to a map, and every fault with the entries that have it (S4, S6, S7)."""
+"""From rows to a map, and every problem with the rows that have it (S4, S6, S7)."""
 
 from collections.abc import Mapping
 
 import pytest
 
 from proxy.routing.keys import KeyType, Normalise
-from proxy.routing.map_builder import map_of_csv, map_of_tables
+from proxy.routing.map_builder import map_from_csv, map_from_tables
 from proxy.routing.map_rows import MapError
 from proxy.routing.shard_map import Kind, MapSpec
 
@@ -16,9 +16,9 @@ INT4_HASH = MapSpec(Kind.HASH, KeyType.INT4)
 OPEN = (None, None)
 
 
-def problems(form: MapSpec, *rows: Mapping[str, object]) -> tuple[str, ...]:
+def problems(spec: MapSpec, *rows: Mapping[str, object]) -> tuple[str, ...]:
     try:
-        map_of_tables(rows, form, TARGETS)
+        map_from_tables(rows, spec, TARGETS)
     except MapError as error:
         return error.problems
     return ()
@@ -37,15 +37,15 @@ def spans(*bounds: tuple[int | None, int | None]) -> list[dict[str, str | int]]:
 @pytest.mark.parametrize(("low", "high"), [(5, 5), (6, 5), (None, -(2**31))])
 def test_s4_a_range_without_keys_is_refused(low: int | None, high: int) -> None:
     assert problems(INT4_RANGE, *spans((low, high))) == (
-        "mapping 1: low is not below high: no key is in it",
+        "mapping 1: low is not below high, so it contains no key",
     )
 
 
 def test_s4_a_range_of_one_letter_without_keys_is_refused() -> None:
-    # CPython has one object for each bytes of length 1: bounds that are equal may be the same.
+    # CPython has one object for each bytes of length 1: equal bounds may be the same object.
     row = {"low": "a", "high": "a", "target": "eu"}
     assert problems(MapSpec(Kind.RANGE, KeyType.TEXT), row) == (
-        "mapping 1: low is not below high: no key is in it",
+        "mapping 1: low is not below high, so it contains no key",
     )
 
 
@@ -115,7 +115,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "mapping 2: high: an int4 has 32 bits",
         "mapping 3: there is no target 'mars'",
         "mapping 4: colour is not one of low, high, target",
-        "mapping 5: low is not below high: no key is in it",
+        "mapping 5: low is not below high, so it contains no key",
     )
 
 
@@ -125,7 +125,7 @@ def test_a_lists_key_is_not_empty() -> None:
 
 
 def test_a_list_may_have_a_key_that_is_written_as_an_open_bound() -> None:
-    points = map_of_tables(
+    points = map_from_tables(
         [{"key": "-inf", "target": "eu"}], MapSpec(Kind.LIST, KeyType.TEXT), TARGETS
     )
     assert points.target(b"-inf") == "eu"
@@ -147,20 +147,20 @@ def test_hashes_end_at_two_to_the_32() -> None:
 
 def test_a_csv_makes_the_same_map_and_names_lines() -> None:
     lines = ["low,high,target", "-inf,0,eu", "100,+inf,us"]
-    ranges = map_of_csv(lines, INT4_RANGE, TARGETS)
+    ranges = map_from_csv(lines, INT4_RANGE, TARGETS)
     found = {text: ranges.target(ranges.parse_key(text)) for text in ("-1", "0", "100")}
     assert found == {"-1": "eu", "0": None, "100": "us"}
     with pytest.raises(MapError) as refusal:
-        map_of_csv([*lines, "50,101,us"], INT4_RANGE, TARGETS)
+        map_from_csv([*lines, "50,101,us"], INT4_RANGE, TARGETS)
     assert refusal.value.problems == ("line 3 (on us) and line 4 (on us) overlap",)
 
 
-@pytest.mark.parametrize("form", [INT4_LIST, INT4_RANGE, INT4_HASH])
-def test_no_problem_shows_a_key(form: MapSpec) -> None:
-    """A reload logs them, and a log has no key."""
-    low = "key" if form is INT4_LIST else "low"
+@pytest.mark.parametrize("spec", [INT4_LIST, INT4_RANGE, INT4_HASH])
+def test_no_problem_shows_a_key(spec: MapSpec) -> None:
+    """A reload logs problems, and keys must not be logged."""
+    low = "key" if spec is INT4_LIST else "low"
     rows = [{low: key, "target": "eu"} for key in ("4711", "4711", "4711x", "0x4711x", "4711" * 9)]
-    said = problems(form, *rows)
+    said = problems(spec, *rows)
     assert len(said) >= 3
     assert not [problem for problem in said if "4711" in problem]
 

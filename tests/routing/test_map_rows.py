@@ -1,4 +1,4 @@
-"""Rows as TOML and CSV have them, and what is wrong with one."""
+"""Rows from TOML and CSV, and the problems of a row."""
 
 from collections.abc import Iterable
 
@@ -9,8 +9,8 @@ from proxy.routing.map_rows import (
     MapError,
     Problems,
     Row,
-    rows_of_csv,
-    rows_of_tables,
+    rows_from_csv,
+    rows_from_tables,
 )
 from proxy.routing.shard_map import Kind
 
@@ -25,14 +25,14 @@ def faults(problems: Problems) -> tuple[str, ...]:
 
 def read_csv(lines: Iterable[str], kind: Kind = Kind.RANGE) -> tuple[list[Row], tuple[str, ...]]:
     problems = Problems()
-    return list(rows_of_csv(lines, kind, problems)), faults(problems)
+    return list(rows_from_csv(lines, kind, problems)), faults(problems)
 
 
 def read_tables(
     *tables: dict[str, object], kind: Kind = Kind.RANGE
 ) -> tuple[list[Row], tuple[str, ...]]:
     problems = Problems()
-    return list(rows_of_tables(tables, kind, problems)), faults(problems)
+    return list(rows_from_tables(tables, kind, problems)), faults(problems)
 
 
 def test_a_table_has_strings_or_integers_and_open_bounds_are_empty() -> None:
@@ -85,11 +85,11 @@ def test_a_lists_csv_has_keys() -> None:
         (Kind.LIST, "", "key,target"),
     ],
 )
-def test_a_csv_needs_its_head_line(kind: Kind, head: str, columns: str) -> None:
+def test_a_csv_needs_its_header_line(kind: Kind, head: str, columns: str) -> None:
     assert read_csv([head, "1,2,3"], kind) == ([], (f"line 1: the columns are not {columns}",))
 
 
-def test_an_empty_csv_has_no_head_line() -> None:
+def test_an_empty_csv_has_no_header_line() -> None:
     assert read_csv([]) == ([], ("line 1: the columns are not low,high,target",))
 
 
@@ -97,8 +97,8 @@ def test_csv_lines_with_other_numbers_of_fields_are_named() -> None:
     rows, problems = read_csv(["low,high,target", "1,2", "1,2,eu", "1,2,eu,us"])
     assert rows == [Row(3, "1", "2", "eu")]
     assert problems == (
-        "line 2: 2 fields, the head line has 3",
-        "line 4: 4 fields, the head line has 3",
+        "line 2: 2 fields, the header line has 3",
+        "line 4: 4 fields, the header line has 3",
     )
 
 

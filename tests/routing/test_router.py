@@ -1,4 +1,4 @@
-"""Which way a client goes: databases, aliases, keys, and every refusal (S15, S48)."""
+"""The route of a client: databases, aliases, keys, and every refusal (S15, S48)."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ import pytest
 from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.key_sources import DatabasePattern
 from proxy.routing.keys import KeyType, Normalise, fingerprint
-from proxy.routing.map_builder import map_of_tables
+from proxy.routing.map_builder import map_from_tables
 from proxy.routing.router import Alias, Resolution, Route, Router
 from proxy.routing.shard_map import Kind, MapSpec, ShardMap
 from proxy.wire.startup import V3_0, StartupMessage
@@ -21,8 +21,8 @@ ALIASES = {
 }
 
 
-def built(form: MapSpec, *rows: Mapping[str, object]) -> ShardMap:
-    return map_of_tables(rows, form, TARGETS)
+def built(spec: MapSpec, *rows: Mapping[str, object]) -> ShardMap:
+    return map_from_tables(rows, spec, TARGETS)
 
 
 NUMBERS = built(
@@ -286,7 +286,7 @@ def test_without_a_pattern_no_database_name_has_a_key() -> None:
     assert routing.route(named(b"app@7")) == Route("main", named(b"app@7"))
 
 
-# What goes on, and what shows.
+# What is forwarded, and what logs and reprs contain.
 
 
 @pytest.mark.parametrize(

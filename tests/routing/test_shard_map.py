@@ -6,16 +6,16 @@ from collections.abc import Mapping
 import pytest
 
 from proxy.routing.keys import KeyType, parse_key
-from proxy.routing.map_builder import map_of_tables
-from proxy.routing.shard_map import NOBODY, Kind, MapSpec, ShardMap, ShardMapping
+from proxy.routing.map_builder import map_from_tables
+from proxy.routing.shard_map import UNASSIGNED, Kind, MapSpec, ShardMap, ShardMapping
 
 TARGETS = ("eu", "us")
 INT4_RANGE = MapSpec(Kind.RANGE, KeyType.INT4)
 TEXT_LIST = MapSpec(Kind.LIST, KeyType.TEXT)
 
 
-def built(form: MapSpec, *rows: Mapping[str, object]) -> ShardMap:
-    return map_of_tables(rows, form, TARGETS)
+def built(spec: MapSpec, *rows: Mapping[str, object]) -> ShardMap:
+    return map_from_tables(rows, spec, TARGETS)
 
 
 def target(shard_map: ShardMap, text: str) -> str | None:
@@ -30,7 +30,7 @@ def test_s5_a_list_finds_its_keys_and_no_others() -> None:
     found = {text: target(points, text) for text in ("a", "ab", "abc", "aa", "b", "A", "0")}
     assert found == {"a": "eu", "ab": "us"} | dict.fromkeys(("abc", "aa", "b", "A", "0"))
     assert points.find(b"a") == ShardMapping(b"a", b"a\0", "eu")
-    assert points.form.show_bounds(ShardMapping(b"a", b"a\0", "eu")) == ("a", "a")
+    assert points.spec.show_bounds(ShardMapping(b"a", b"a\0", "eu")) == ("a", "a")
 
 
 def test_s5_a_range_finds_from_low_to_below_high() -> None:
@@ -54,7 +54,7 @@ def test_s5_a_range_finds_from_low_to_below_high() -> None:
     }
     assert {text: target(ranges, text) for text in wanted} == wanted
     shown = [
-        ranges.form.show_bounds(mapping)
+        ranges.spec.show_bounds(mapping)
         for mapping in map(ranges.find, map(ranges.parse_key, ("-5", "150", "250")))
         if mapping is not None
     ]
@@ -66,7 +66,7 @@ def test_s4_from_minus_to_plus_infinity_everything_is_covered() -> None:
     assert target(everything, "-2147483648") == target(everything, "2147483647") == "eu"
     mapping = everything.find(parse_key("0", KeyType.INT4))
     assert mapping == ShardMapping(b"", None, "eu")
-    assert everything.form.show_bounds(mapping) == ("-inf", "+inf")
+    assert everything.spec.show_bounds(mapping) == ("-inf", "+inf")
 
 
 def test_s4_adjacent_ranges_at_min_and_max_resolve_at_each_boundary() -> None:
@@ -91,7 +91,7 @@ def test_s5_a_hash_map_compares_the_hash_of_the_key() -> None:
     assert target(hashed, "-1") == "eu"  # 24ae0d93
     mapping = hashed.find(parse_key("1", KeyType.INT4))
     assert mapping == ShardMapping(b"\x80\0\0\0", None, "us")
-    assert hashed.form.show_bounds(mapping) == ("0x80000000", "+inf")
+    assert hashed.spec.show_bounds(mapping) == ("0x80000000", "+inf")
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -103,7 +103,7 @@ def test_an_empty_map_finds_nothing(kind: Kind) -> None:
 
 
 def test_bounds_that_share_their_beginning_and_more_are_told_apart() -> None:
-    # They differ only behind the eight bytes that are compared first.
+    # They differ only after the eight bytes that are compared first.
     names = [f"customer-12345678-{at:02}" for at in range(20)]
     points = built(TEXT_LIST, *({"key": name, "target": "eu"} for name in names))
     assert all(target(points, name) == "eu" for name in names)
@@ -131,7 +131,7 @@ def test_a_map_counts_its_mappings_and_names_the_targets_in_use() -> None:
 def test_maps_with_the_same_mappings_have_the_same_digest_whatever_else_there_is() -> None:
     rows = [{"high": 0, "target": "us"}, {"low": 5, "high": 6, "target": "us"}]
     one = built(INT4_RANGE, *rows)
-    more_targets = map_of_tables(reversed(rows), INT4_RANGE, ("a", "us", "zz"))
+    more_targets = map_from_tables(reversed(rows), INT4_RANGE, ("a", "us", "zz"))
     assert one.digest == more_targets.digest
     others = [
         built(INT4_RANGE, *rows[:1]),
@@ -151,4 +151,4 @@ def test_a_key_is_shown_as_its_type_writes_it() -> None:
 def test_bounds_without_owners_are_a_bug() -> None:
     with pytest.raises(AssertionError):
         ShardMap(TEXT_LIST, [b"a"], array("I"), TARGETS)
-    assert ShardMap(TEXT_LIST, [b"a"], array("I", [NOBODY]), TARGETS).target(b"a") is None
+    assert ShardMap(TEXT_LIST, [b"a"], array("I", [UNASSIGNED]), TARGETS).target(b"a") is None

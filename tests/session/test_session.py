@@ -82,7 +82,7 @@ async def test_w24_nothing_is_said_before_the_upstream_is_ready(
         await client.send(startup())
         await lakebase.gateway.until(
             lambda: (
-                any(record.shown_key for record in lakebase.gateway.records)
+                any(record.issued_key for record in lakebase.gateway.records)
                 or any(record.real_pid for record in lakebase.gateway.records)
                 or any(record.token for record in lakebase.gateway.records)
             )

@@ -35,7 +35,7 @@ async def test_w33_a_client_that_stops_reading_for_long_is_not_cut_by_the_kernel
 
 async def test_w36_unacknowledged_bytes_to_an_upstream_have_a_bound() -> None:
     async with linked() as (link, _):
-        sockets.bound_unacknowledged(link.transport)
+        sockets.set_user_timeout(link.transport)
         sock = link.transport.get_extra_info("socket")
         assert option(sock, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
 
@@ -46,16 +46,16 @@ async def test_a_unix_socket_needs_no_options(tmp_path: Path) -> None:
     accepted = Notes(keep_open=False)
     server = await loop.create_unix_server(lambda: accepted, path)
     transport, _ = await loop.create_unix_connection(asyncio.Protocol, path)
-    sockets.tune(transport)
-    sockets.bound_unacknowledged(transport)
+    sockets.set_tcp_options(transport)
+    sockets.set_user_timeout(transport)
     transport.abort()
     await accepted.until_told("lost")
     server.close()
 
 
 def test_what_has_no_socket_needs_no_options() -> None:
-    sockets.tune(asyncio.Transport())
-    sockets.bound_unacknowledged(asyncio.Transport())
+    sockets.set_tcp_options(asyncio.Transport())
+    sockets.set_user_timeout(asyncio.Transport())
 
 
 async def test_an_option_that_this_platform_does_not_have_is_left_out(

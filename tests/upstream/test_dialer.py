@@ -104,7 +104,7 @@ async def test_a_dial_ends_with_a_session_that_is_ready(lakebase: Lakebase, face
         assert await asked(session, "SHOW application_name") == b"test"
         (record,) = lakebase.gateway.sessions
         assert record.sni == endpoint.host == session.target.host
-        assert session.startup.key == record.shown_key
+        assert session.startup.key == record.issued_key
         welcome = session.startup.welcome(session.startup.key)
         assert welcome.endswith(ReadyForQuery(b"I").encode())
         for phase in ConnectPhase:
@@ -276,7 +276,7 @@ async def test_a_sleeping_database_is_waited_for(lakebase: Lakebase, face: str) 
     endpoint: Endpoint = getattr(lakebase["one"], face)
     lakebase.gateway.close_delay_seconds = 0.1
     endpoint.suspend()
-    endpoint.wake_seconds, endpoint.wake_patience_seconds = 0.3, 0.01
+    endpoint.wake_seconds, endpoint.wake_timeout_seconds = 0.3, 0.01
     async with lakebase_dialing(lakebase, endpoint) as made:
         session = await made.dial()
         assert endpoint.wakes == 1
@@ -474,7 +474,7 @@ async def test_w49_a_database_that_is_still_starting_at_the_timeout_says_so(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
     endpoint.suspend()
-    endpoint.wake_seconds, endpoint.wake_patience_seconds = 60, 0.01
+    endpoint.wake_seconds, endpoint.wake_timeout_seconds = 60, 0.01
     async with lakebase_dialing(lakebase, endpoint, seconds=0.3) as made:
         error = await made.refusal()
         assert error.kind is ErrorKind.UPSTREAM_STARTING
@@ -542,7 +542,7 @@ async def test_w54_a_dial_cancelled_between_two_tries_opens_nothing_more(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
     endpoint.suspend()
-    endpoint.wake_seconds, endpoint.wake_patience_seconds = 60, 0.01
+    endpoint.wake_seconds, endpoint.wake_timeout_seconds = 60, 0.01
     async with lakebase_dialing(lakebase, endpoint) as made:
         dial = asyncio.create_task(made.dial())
         await lakebase.gateway.until(lambda: lakebase.gateway.accepted == 3)

@@ -231,7 +231,7 @@ def _not_a_token(lakebase: Lakebase) -> None:
 def _asleep(lakebase: Lakebase) -> None:
     endpoint = lakebase["one"].endpoint
     endpoint.suspend()
-    endpoint.wake_seconds, endpoint.wake_patience_seconds = 600, 0.5
+    endpoint.wake_seconds, endpoint.wake_timeout_seconds = 600, 0.5
 
 
 def _role_missing(lakebase: Lakebase) -> None:

@@ -32,7 +32,7 @@ from proxy.wire.startup import (
     StartupMessage,
     parse_first_packet,
 )
-from proxy.wire.violations import ClientViolation, MachineMisuse
+from proxy.wire.violations import ClientViolation, StateMachineMisuse
 from tests.wire.driving import (
     AUTHENTICATION_OK,
     BACKEND_KEY_DATA,
@@ -616,7 +616,7 @@ def test_every_pair_of_state_and_step_moves_or_is_misuse(
     machine = in_state(state)
     following = CLIENT_TABLE.get((state, step))
     if following is None:
-        with pytest.raises(MachineMisuse, match=f"{step.name} in {state.name}"):
+        with pytest.raises(StateMachineMisuse, match=f"{step.name} in {state.name}"):
             machine._move(step)
         assert machine.state is state
     else:
@@ -710,7 +710,7 @@ MISUSES = {
 def test_every_state_takes_every_kind_of_input(state: ClientState, name: str) -> None:
     machine = in_state(state)
     if (state.name, name) in MISUSES:
-        with pytest.raises(MachineMisuse):
+        with pytest.raises(StateMachineMisuse):
             INPUTS[name](machine)
         assert machine.state is state
         return

@@ -7,7 +7,7 @@ from proxy.wire.violations import (
     Answer,
     ClientReason,
     ClientViolation,
-    MachineMisuse,
+    StateMachineMisuse,
     UnsupportedAuthentication,
     UpstreamViolation,
     Violation,
@@ -43,8 +43,8 @@ def test_no_violation_is_taken_for_another() -> None:
 
 
 def test_misuse_is_our_bug_and_no_violation() -> None:
-    assert issubclass(MachineMisuse, AssertionError)
-    assert not issubclass(MachineMisuse, Violation)
+    assert issubclass(StateMachineMisuse, AssertionError)
+    assert not issubclass(StateMachineMisuse, Violation)
 
 
 def test_a_violation_is_answered_in_one_of_three_ways() -> None:

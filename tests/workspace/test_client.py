@@ -18,7 +18,7 @@ from proxy.blocking import THREADS_MAX
 from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.emulator import faults
 from proxy.emulator import workspace as standin
-from proxy.emulator.api import Call, ExpiryForm
+from proxy.emulator.api import Call, ExpiryFormat
 from proxy.emulator.cluster import CLIENT_ID
 from proxy.emulator.endpoints import Endpoint
 from proxy.emulator.faults import HANG, Reply, api_error
@@ -91,11 +91,11 @@ async def test_the_sdk_finds_what_is_not_set(
     assert (await made.identity()).role == CLIENT_ID
 
 
-@pytest.mark.parametrize("form", list(ExpiryForm))
+@pytest.mark.parametrize("form", list(ExpiryFormat))
 async def test_an_expiry_is_understood_in_each_of_its_forms(
-    api: standin.Workspace, form: ExpiryForm
+    api: standin.Workspace, form: ExpiryFormat
 ) -> None:
-    api.api.expiry_form = form
+    api.api.expiry_format = form
     credential = await workspace(api).mint(PRIMARY)
     assert 3590 < credential.expires_at - credential.requested_at < 3601
 

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from proxy.config import CredentialsSettings, UpstreamSettings, WorkspaceSettings
 from proxy.emulator import faults
 from proxy.emulator import workspace as standin
-from proxy.emulator.api import Call, ExpiryForm
+from proxy.emulator.api import Call, ExpiryFormat
 from proxy.emulator.cluster import CLIENT_ID, Cluster
 from proxy.emulator.endpoints import Dialect
 from proxy.emulator.endpoints import Endpoint as StandinEndpoint
@@ -58,11 +58,11 @@ def resource(
     return kind(name or face.name, read_only)
 
 
-@pytest.mark.parametrize("form", list(ExpiryForm))
+@pytest.mark.parametrize("form", list(ExpiryFormat))
 async def test_a_credential_is_minted_whatever_the_form_of_its_expiry(
-    both: standin.Workspace, face: StandinEndpoint, form: ExpiryForm
+    both: standin.Workspace, face: StandinEndpoint, form: ExpiryFormat
 ) -> None:
-    both.api.expiry_form = form
+    both.api.expiry_format = form
     credential = await reached(both).mint(resource(face))
     assert 3590 < credential.expires_at - credential.requested_at < 3610
     assert [(mint.identity, mint.name) for mint in both.mints] == [(CLIENT_ID, face.name)]

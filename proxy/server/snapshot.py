@@ -17,7 +17,8 @@ from proxy.observe.status import Token
 from proxy.routing.router import Router
 from proxy.server.router_factory import rewritten_file, router_of
 from proxy.session.session import Passage
-from proxy.upstream.upstreams import PhaseTook, Upstreams, WorkspaceRegistry
+from proxy.upstream.phases import RecordTargetPhase
+from proxy.upstream.upstreams import Upstreams, WorkspaceRegistry
 from proxy.wire.startup import StartupMessage
 from proxy.workspace import sdk_import
 
@@ -32,7 +33,7 @@ class ConfigSnapshot:
         self,
         settings: Settings,
         accounts: WorkspaceRegistry,
-        phase_took: PhaseTook,
+        record_phase: RecordTargetPhase,
         before: "ConfigSnapshot | None" = None,
         router: Router | None = None,
     ) -> None:
@@ -47,7 +48,7 @@ class ConfigSnapshot:
         self.files = Files.of(settings)  # before they are read: what is written meanwhile shows
         self.router = router or router_of(settings)
         self.upstreams: Upstreams = Upstreams(
-            settings, accounts, phase_took, before.upstreams if before else None
+            settings, accounts, record_phase, before.upstreams if before else None
         )
 
     def passage(self, message: StartupMessage) -> Passage:

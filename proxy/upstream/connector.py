@@ -9,7 +9,6 @@ before its certificate was checked as far as `sslmode` says (W52).
 
 import asyncio
 import socket
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -18,13 +17,13 @@ from aiohappyeyeballs import AddrInfoType, start_connection
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
-from proxy.observe.metrics import ConnectPhase
 from proxy.transport.key_exchange import Curves
 from proxy.transport.sockets import bound_unacknowledged
 from proxy.transport.stream import StartupStream
 from proxy.transport.tls import TLSTransport, client_context
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.diagnosis import diagnose_network
+from proxy.upstream.phases import ConnectPhase, PhaseTimer, RecordPhase
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.startup import CancelRequest
 from proxy.wire.upstream_startup import (
@@ -50,42 +49,6 @@ TLS_SECONDS_MAX: Final = 15.0
 CANCEL_SECONDS_MAX: Final = 10.0  # delivered later it could hit another query (W40)
 
 _log = get_logger(__name__)
-
-PhaseTook = Callable[[ConnectPhase, float], None]
-
-
-class Progress:
-    """What one dial is doing now, and how long each phase took that succeeded.
-
-    `now` is None while it does nothing for its client: while it waits for others. What phases took
-    is told when the upstream's turn has come, or the dial is over: nobody waits for a measurement.
-    """
-
-    def __init__(self, phase_took: PhaseTook) -> None:
-        self.now: ConnectPhase | None = None
-        self._phase_took = phase_took
-        self._begun = 0.0
-        self._untold: list[tuple[ConnectPhase, float]] = []
-
-    def begin(self, phase: ConnectPhase) -> None:
-        """Be in a phase from here on. On a failure `now` stays, to say where it was."""
-        self.now = phase
-        self._begun = time.perf_counter()
-
-    def wait(self) -> None:
-        """Be in no phase from here on: others are waited for."""
-        self.now = None
-
-    def done(self) -> None:
-        """Record that the phase succeeded. What follows is no phase's time until the next one."""
-        assert self.now is not None
-        self._untold.append((self.now, time.perf_counter() - self._begun))
-
-    def tell(self) -> None:
-        """Tell what phases took that is not told yet. To be called once more at the very end."""
-        for phase, seconds in self._untold:
-            self._phase_took(phase, seconds)
-        self._untold.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,32 +76,32 @@ class Connector:
 
     def __init__(
         self,
-        phase_took: PhaseTook,
+        record_phase: RecordPhase,
         *,
         resolve: Callable[[Target], Awaitable[Addresses]] = resolve,
         tls_seconds_max: float = TLS_SECONDS_MAX,
     ) -> None:
-        self._phase_took = phase_took
+        self._record_phase = record_phase
         self._resolve = resolve
         self._tls_seconds_max = tls_seconds_max
         self._curves = Curves()
 
-    async def addresses(self, target: Target, progress: Progress) -> Addresses:
+    async def addresses(self, target: Target, phases: PhaseTimer) -> Addresses:
         """Return where the target is to be had now. Raises ProxyError; has no bound of its own."""
-        progress.begin(ConnectPhase.DNS)
+        phases.start(ConnectPhase.DNS)
         found = await self._resolve(target)
-        progress.done()
+        phases.finish()
         return found
 
-    async def connect(self, target: Target, addresses: Addresses, progress: Progress) -> Connection:
+    async def connect(self, target: Target, addresses: Addresses, phases: PhaseTimer) -> Connection:
         """Return a connection under TLS, within the bounds above. Raises ProxyError."""
-        stream = await self._reach(target, addresses, progress)
+        stream = await self._reach(target, addresses, phases)
         startup = UpstreamStartup()
         try:
-            progress.begin(ConnectPhase.TLS)
+            phases.start(ConnectPhase.TLS)
             async with asyncio.timeout(self._tls_seconds_max):
-                await self._start_tls(stream, startup, target, progress)
-            progress.done()
+                await self._start_tls(stream, startup, target, phases)
+            phases.finish()
         except TimeoutError as error:
             self._curves.forget(target)
             stream.transport.close()
@@ -159,12 +122,12 @@ class Connector:
         then. Raises ProxyError, or TimeoutError after CANCEL_SECONDS_MAX.
         """
         async with asyncio.timeout(CANCEL_SECONDS_MAX):
-            progress = Progress(self._phase_took)
+            phases = PhaseTimer(self._record_phase)
             try:
-                addresses = await self.addresses(target, progress)
-                stream = (await self.connect(target, addresses, progress)).stream
+                addresses = await self.addresses(target, phases)
+                stream = (await self.connect(target, addresses, phases)).stream
             finally:
-                progress.tell()
+                phases.flush()
             try:
                 if not still_wanted():
                     return False
@@ -176,26 +139,26 @@ class Connector:
                 stream.transport.close()
 
     async def _reach(
-        self, target: Target, addresses: Addresses, progress: Progress
+        self, target: Target, addresses: Addresses, phases: PhaseTimer
     ) -> StartupStream:
         """Return a TCP connection to the first of the addresses that answers."""
-        progress.begin(ConnectPhase.TCP)
+        phases.start(ConnectPhase.TCP)
         try:
             async with asyncio.timeout(TCP_CONNECT_SECONDS_MAX):
                 stream = await _connected(addresses)
         except OSError as error:  # a TimeoutError is one
             raise diagnose_network(error, f"{target.host}:{target.port}") from error
-        progress.done()
+        phases.finish()
         bound_unacknowledged(stream.transport)
         return stream
 
     async def _start_tls(
-        self, stream: StartupStream, startup: UpstreamStartup, target: Target, progress: Progress
+        self, stream: StartupStream, startup: UpstreamStartup, target: Target, phases: PhaseTimer
     ) -> None:
         stream.write(startup.request_tls())
         # While the upstream looks at the request.
         tls = _prepared_tls(stream, target, self._curves.find(target))
-        progress.tell()
+        phases.flush()
         _check_answer(await next_events(stream, startup), startup, target)
         try:
             await stream.switch_to(tls)

@@ -15,19 +15,17 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
-from proxy.observe.metrics import ConnectPhase
 from proxy.transport.stream import StartupStream
 from proxy.upstream.address_lookup import AddressLookup, Login, Target
 from proxy.upstream.connector import (
     Addresses,
     Connection,
     Connector,
-    PhaseTook,
-    Progress,
     failure,
     next_events,
 )
 from proxy.upstream.diagnosis import LoginAttempt, diagnose
+from proxy.upstream.phases import ConnectPhase, PhaseTimer, RecordPhase
 from proxy.upstream.retry import Retry
 from proxy.upstream.scram import SCRAM_SHA_256, Scram
 from proxy.wire.startup import StartupMessage
@@ -69,7 +67,7 @@ class _Dial:
     """One client's dial: what is tried, and what became of the tries so far."""
 
     client: StartupMessage
-    progress: Progress
+    phases: PhaseTimer
     retry: Retry
     started_at: float
     failures: list[ProxyError] = field(default_factory=list)
@@ -92,7 +90,7 @@ class Dialer:
         connector: Connector,
         address_lookup: AddressLookup,
         credentials: CredentialSource,
-        phase_took: PhaseTook,
+        record_phase: RecordPhase,
         *,
         connect_timeout_seconds: float,
         connects_max: int = CONNECTS_MAX,
@@ -106,7 +104,7 @@ class Dialer:
         self._connector = connector
         self._address_lookup = address_lookup
         self._credentials = credentials
-        self._phase_took = phase_took
+        self._record_phase = record_phase
         self._timeout_seconds = connect_timeout_seconds
         self._connects_max = connects_max
         self._places = asyncio.Semaphore(connects_max)  # first come, first served
@@ -119,26 +117,26 @@ class Dialer:
 
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
-        dial = _Dial(client, Progress(self._phase_took), Retry(self._jitter), self._clock())
+        dial = _Dial(client, PhaseTimer(self._record_phase), Retry(self._jitter), self._clock())
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 return await self._dial_until_ready(dial)
         except TimeoutError as error:
             if dial.failures:
                 raise dial.failures[-1] from error
-            raise self._silence(dial.progress) from error
+            raise self._silence(dial.phases) from error
         finally:
-            dial.progress.tell()
+            dial.phases.flush()
 
-    def _silence(self, progress: Progress) -> ProxyError:
+    def _silence(self, phases: PhaseTimer) -> ProxyError:
         """Return what it means that the time ended where it did."""
-        if progress.now is None:
+        if phases.current is None:
             detail = (
                 f"waited for one of {self._connects_max} places (upstream.connects_max) "
                 f"until {self._timeout_seconds:g} seconds were over"
             )
             return ProxyError(ErrorKind.UPSTREAM_BUSY, detail)
-        kind = _SILENCE[progress.now]
+        kind = _SILENCE[phases.current]
         is_api = kind is ErrorKind.API_UNREACHABLE
         what = "the workspace API did not answer" if is_api else "no session"
         return ProxyError(kind, f"{what} within {self._timeout_seconds:g} seconds")
@@ -153,24 +151,24 @@ class Dialer:
             # Last, so that it is fresh when it is shown, and before TCP: the front end gives a
             # connection 15 s from accept to StartupMessage. What the API fails with is not tried
             # again here: that is done once for all who wait.
-            credential = await self._credential(dial.progress)
+            credential = await self._credential(dial.phases)
             try:
-                async with self._place(dial.progress) as queued:
+                async with self._place(dial.phases) as queued:
                     if queued and not self._credentials.is_fresh(credential):
-                        credential = await self._credential(dial.progress)
+                        credential = await self._credential(dial.phases)
                     message = upstream_message(dial.client, login.user, login.database)
-                    connection = await self._connector.connect(target, addresses, dial.progress)
-                    await self._log_in(connection, message, login, credential, dial.progress)
+                    connection = await self._connector.connect(target, addresses, dial.phases)
+                    await self._log_in(connection, message, login, credential, dial.phases)
                     return UpstreamSession(connection.stream, connection.startup, target)
             except ProxyError as error:
                 await self._next_try(dial, error, credential)
 
     async def _way(self, dial: _Dial) -> tuple[Target, Login, Addresses]:
         """Return where this try goes, and as whom. Raises ProxyError."""
-        dial.progress.begin(ConnectPhase.MINT)  # not its time, but the workspace may be asked
+        dial.phases.start(ConnectPhase.MINT)  # not its time, but the workspace may be asked
         target = await self._address_lookup.target()
         login = await self._address_lookup.login(dial.client)
-        addresses = await self._connector.addresses(target, dial.progress)
+        addresses = await self._connector.addresses(target, dial.phases)
         # An address that takes TCP and does nothing good with it is not the first one again.
         first = len(dial.failures) % len(addresses)
         return target, login, (*addresses[first:], *addresses[:first])
@@ -198,20 +196,20 @@ class Dialer:
         return credential.requested_at < dial.started_at and self._credentials.reject(credential)
 
     @asynccontextmanager
-    async def _place(self, progress: Progress) -> AsyncIterator[bool]:
+    async def _place(self, phases: PhaseTimer) -> AsyncIterator[bool]:
         """Hold one of `connects_max` places while the block runs; tell whether it was waited for.
 
         The time spent waiting belongs to no phase: nothing is done for this client in it.
         """
         if queued := self._places.locked():
-            progress.wait()
+            phases.pause()
         async with self._places:
             yield queued
 
-    async def _credential(self, progress: Progress) -> Credential:
-        progress.begin(ConnectPhase.MINT)
+    async def _credential(self, phases: PhaseTimer) -> Credential:
+        phases.start(ConnectPhase.MINT)
         credential = await self._credentials.fresh()
-        progress.done()
+        phases.finish()
         return credential
 
     async def _log_in(
@@ -220,16 +218,16 @@ class Dialer:
         message: StartupMessage,
         login: Login,
         credential: Credential,
-        progress: Progress,
+        phases: PhaseTimer,
     ) -> None:
         """Return when the upstream is ready; otherwise close the connection. Raises ProxyError."""
         authentication = _Authentication(connection, login, credential)
         try:
-            progress.begin(ConnectPhase.LOGIN)
+            phases.start(ConnectPhase.LOGIN)
             authentication.begin(message)
-            progress.tell()
+            phases.flush()
             await authentication.run(self._answer_seconds_max)
-            progress.done()
+            phases.finish()
         except BaseException:
             # Cancelled, timed out or refused: no orphan session stays upstream (W54).
             connection.stream.transport.close()

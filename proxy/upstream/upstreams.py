@@ -11,7 +11,7 @@ alive, and nobody else does.
 
 import errno
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,18 +27,16 @@ from proxy.config import (
     UpstreamSettings,
     WorkspaceSettings,
 )
-from proxy.observe.metrics import ConnectPhase, Metrics
+from proxy.observe.metrics import Metrics
 from proxy.transport.tls import client_context
 from proxy.upstream.address_lookup import AddressLookup, WorkspaceSource
 from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import Dialer
+from proxy.upstream.phases import RecordTargetPhase
 from proxy.workspace.client import Workspace
 from proxy.workspace.minter import Minter
 from proxy.workspace.resources import Endpoint, Instance, Resource, resource_of
 from proxy.workspace.token_source import Credentials, CredentialSource, PasswordFile, TokenSource
-
-PhaseTook = Callable[[str, ConnectPhase, float], None]
-"""Hears the target, the phase that succeeded there, and its seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +170,7 @@ class Upstreams(Mapping[str, Upstream]):
         self,
         settings: Settings,
         accounts: WorkspaceRegistry,
-        phase_took: PhaseTook,
+        record_phase: RecordTargetPhase,
         before: "Mapping[str, Upstream] | None" = None,
     ) -> None:
         """`before` is the fleet that this one replaces: ways that are configured as there go over.
@@ -185,7 +183,7 @@ class Upstreams(Mapping[str, Upstream]):
         _check_root_certs(settings)
         self._settings = settings
         self._accounts = accounts
-        self._phase_took = phase_took
+        self._record_phase = record_phase
         targets = {name: settings.target(name) for name in settings.target_names()}
         endpoints = self._endpoints(targets.values())
         self._before = before or {}
@@ -254,12 +252,12 @@ class Upstreams(Mapping[str, Upstream]):
             credentials = account.credentials
         address_lookup = AddressLookup(target, resource, workspace)
         self._accounts.close_at_end(address_lookup)
-        heard = partial(self._phase_took, name)
+        record_phase = partial(self._record_phase, name)
         dialer = Dialer(
-            Connector(heard),
+            Connector(record_phase),
             address_lookup,
             credentials,
-            heard,
+            record_phase,
             connect_timeout_seconds=target.connect_timeout_seconds,
             connects_max=target.connects_max,
         )

@@ -19,8 +19,8 @@ from proxy.emulator.faults import Injection, Reply, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ProxyError
 from proxy.observe.logs import MASK
-from proxy.observe.metrics import ConnectPhase
 from proxy.server.app import open_snapshot
+from proxy.upstream.phases import ConnectPhase
 from proxy.verbs.check import as_line, check
 from proxy.wire.startup import V3_0, StartupMessage
 from tests.e2e.conftest import StartProcess, StartProxy

@@ -25,9 +25,9 @@ from proxy.emulator.endpoints import Endpoint
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
-from proxy.observe.metrics import ConnectPhase
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import NEXT_ADDRESS_SECONDS
+from proxy.upstream.phases import ConnectPhase
 from proxy.wire.messages import (
     BackendKeyData,
     ErrorResponse,

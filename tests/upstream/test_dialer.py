@@ -24,10 +24,10 @@ from proxy.emulator.faults import HANG, Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
 from proxy.errors import ErrorKind, ProxyError
-from proxy.observe.metrics import ConnectPhase
 from proxy.server.app import build_metrics
 from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.dialer import UpstreamSession
+from proxy.upstream.phases import ConnectPhase
 from proxy.wire.messages import (
     AuthenticationSASL,
     ErrorResponse,

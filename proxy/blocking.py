@@ -31,7 +31,7 @@ class BlockingCalls:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._free = asyncio.Semaphore(THREADS_MAX)
+        self._threads = asyncio.Semaphore(THREADS_MAX)
         self._overdue: set[object] = set()
 
     async def run(self, call: Callable[[], T], timeout_seconds: float) -> T:
@@ -44,12 +44,12 @@ class BlockingCalls:
         ends_at = loop.time() + timeout_seconds
         try:
             async with asyncio.timeout_at(ends_at):
-                await self._free.acquire()
+                await self._threads.acquire()
         except TimeoutError:
             detail = f"{THREADS_MAX} earlier calls have not ended"
             raise ProxyError(ErrorKind.API_UNREACHABLE, detail) from None
         if len(self._overdue) >= OVERDUE_MAX:
-            self._free.release()
+            self._threads.release()
             detail = f"{len(self._overdue)} earlier calls still hang"
             raise ProxyError(ErrorKind.API_UNREACHABLE, detail)
         future = self._start(call)
@@ -74,20 +74,20 @@ class BlockingCalls:
         try:
             threading.Thread(target=work, name=self._name, daemon=True).start()
         except RuntimeError:  # the machine has no more threads to give
-            self._free.release()
+            self._threads.release()
             raise
         return future
 
     def _give_up(self, mark: object) -> None:
         self._overdue.add(mark)
-        self._free.release()
+        self._threads.release()
 
     def _end(self, mark: object, timer: asyncio.TimerHandle) -> None:
         timer.cancel()
         if mark in self._overdue:
             self._overdue.remove(mark)
         else:
-            self._free.release()
+            self._threads.release()
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

@@ -34,7 +34,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Login:
+class LoginNames:
     """As whom, and into which database."""
 
     user: bytes
@@ -55,7 +55,7 @@ class WorkspaceSource(Protocol):
 
 
 class AddressLookup:
-    """Works out targets. What the workspace answered is kept; `forget_host` has it asked again."""
+    """Works out targets. What the workspace answered is kept until `invalidate_host`."""
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class AddressLookup:
         self._identify = SingleFlight(self._ask_user)
         # After a failure, or an answer that was no news, nobody asks for a while: a thousand
         # clients dial a database that sleeps again and again.
-        self._host_quiet = Backoff(clock, jitter)
-        self._user_quiet = Backoff(clock, jitter)
+        self._host_backoff = Backoff(clock, jitter)
+        self._user_backoff = Backoff(clock, jitter)
         self._sleep = sleep
 
     async def close(self) -> None:
@@ -96,7 +96,7 @@ class AddressLookup:
     async def target(self) -> Target:
         """Return where to dial. Raises ProxyError when the workspace does not say."""
         if self._host:
-            if self._stale and not self._host_quiet.seconds:
+            if self._stale and not self._host_backoff.remaining_seconds:
                 await self._look_up_again()
         else:
             await self._first_look_up()
@@ -110,7 +110,7 @@ class AddressLookup:
             settings.accelerated,
         )
 
-    async def login(self, client: StartupMessage) -> Login:
+    async def login_names(self, client: StartupMessage) -> LoginNames:
         """Return as whom this client logs in, and where: without a database, the target's own.
 
         Raises ProxyError.
@@ -118,17 +118,17 @@ class AddressLookup:
         asked_user = client.get(b"user") or b""
         database = client.get(b"database") or self._settings.database.encode()
         if self._settings.user == ANY_USER:
-            return Login(asked_user, database)
+            return LoginNames(asked_user, database)
         if not self._user:
             await self._first_identify()
-        return Login(self._user.encode(), database)
+        return LoginNames(self._user.encode(), database)
 
-    def forget_host(self) -> None:
+    def invalidate_host(self) -> None:
         """Look the host up again next time: a dial to it failed. A configured host stays."""
         self._stale = not self._settings.host
 
     async def _first_look_up(self) -> None:
-        await self._host_quiet.over(self._sleep)
+        await self._host_backoff.wait(self._sleep)
         if not self._host:  # nobody has found out meanwhile
             await self._look_up.result()
 
@@ -138,30 +138,30 @@ class AddressLookup:
             async with asyncio.timeout(LOOK_UP_SECONDS_MAX):
                 await self._look_up.result()
         except TimeoutError:
-            self._host_quiet.begin()
+            self._host_backoff.start()
 
     async def _ask_host(self) -> None:
         assert self._resource is not None, "settings without a host name a resource"
         try:
             status = await self._workspace.status(self._resource)
         except ProxyError as error:
-            self._host_quiet.begin(error)
+            self._host_backoff.start(error)
             if self._host:
                 return  # a failure of the API shall not cost a host that is known
             raise
         try:
             host = _host_in(status, self._resource.name)
         except ProxyError as error:
-            self._host_quiet.begin(error)
+            self._host_backoff.start(error)
             raise
         if host == self._host:
-            self._host_quiet.begin()
+            self._host_backoff.start()
         else:
-            self._host_quiet.end()
+            self._host_backoff.reset()
         self._host, self._stale = host, False
 
     async def _first_identify(self) -> None:
-        await self._user_quiet.over(self._sleep)
+        await self._user_backoff.wait(self._sleep)
         if not self._user:  # as above
             await self._identify.result()
 
@@ -169,9 +169,9 @@ class AddressLookup:
         try:
             identity = await self._workspace.identity()
         except ProxyError as error:
-            self._user_quiet.begin(error)
+            self._user_backoff.start(error)
             raise
-        self._user_quiet.end()
+        self._user_backoff.reset()
         self._user = identity.role
 
 

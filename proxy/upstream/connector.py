@@ -95,7 +95,7 @@ class Connector:
 
     async def connect(self, target: Target, addresses: Addresses, phases: PhaseTimer) -> Connection:
         """Return a connection under TLS, within the bounds above. Raises ProxyError."""
-        stream = await self._reach(target, addresses, phases)
+        stream = await self._connect_tcp(target, addresses, phases)
         startup = UpstreamStartup()
         try:
             phases.start(ConnectPhase.TLS)
@@ -138,14 +138,14 @@ class Connector:
             finally:
                 stream.transport.close()
 
-    async def _reach(
+    async def _connect_tcp(
         self, target: Target, addresses: Addresses, phases: PhaseTimer
     ) -> StartupStream:
         """Return a TCP connection to the first of the addresses that answers."""
         phases.start(ConnectPhase.TCP)
         try:
             async with asyncio.timeout(TCP_CONNECT_SECONDS_MAX):
-                stream = await _connected(addresses)
+                stream = await _first_to_answer(addresses)
         except OSError as error:  # a TimeoutError is one
             raise diagnose_network(error, f"{target.host}:{target.port}") from error
         phases.finish()
@@ -157,7 +157,7 @@ class Connector:
     ) -> None:
         stream.write(startup.request_tls())
         # While the upstream looks at the request.
-        tls = _prepared_tls(stream, target, self._curves.find(target))
+        tls = _prepare_tls(stream, target, self._curves.find(target))
         phases.flush()
         _check_answer(await next_events(stream, startup), startup, target)
         try:
@@ -169,7 +169,7 @@ class Connector:
             self._curves.keep(target, tls.asked_curve)
 
 
-async def _connected(addresses: Addresses) -> StartupStream:
+async def _first_to_answer(addresses: Addresses) -> StartupStream:
     """Return a connection to the first address that answers. Raises OSError."""
     loop = asyncio.get_running_loop()
     if len(addresses) == 1 and (single := addresses[0])[0] == socket.AF_INET:
@@ -193,7 +193,7 @@ async def next_events(stream: StartupStream, startup: UpstreamStartup) -> list[U
             return events
 
 
-def failure(event: UpstreamEvent) -> ProxyError:
+def diagnose_event(event: UpstreamEvent) -> ProxyError:
     """Return what an event means that ends a dial, be it only that it came out of order."""
     match event:
         case UpstreamViolated(violation):
@@ -220,7 +220,7 @@ def _check_answer(events: list[UpstreamEvent], startup: UpstreamStartup, target:
                     host=target.host,
                     text=_printable(startup.plaintext),
                 )
-            raise failure(event)
+            raise diagnose_event(event)
 
 
 def _printable(text: bytes) -> str:
@@ -229,7 +229,7 @@ def _printable(text: bytes) -> str:
     return "".join(one if one.isprintable() else " " for one in characters).strip()
 
 
-def _prepared_tls(stream: StartupStream, target: Target, curve: str | None) -> TLSTransport:
+def _prepare_tls(stream: StartupStream, target: Target, curve: str | None) -> TLSTransport:
     try:
         context = client_context(
             target.sslmode, target.ssl_root_cert, curve, accelerated=target.accelerated

@@ -27,7 +27,7 @@ _OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOB
 _QUOTED: Final = re.compile(r""""[^"]*"|(?<!\w)'[^']*'(?!\w)""")
 # PostgreSQL cuts longer names, and speaks of them as they are then.
 _NAME_BYTES_MAX: Final = 63
-# What stands where a peer repeats what it was shown.
+# What stands where a peer repeats what it was sent.
 _REPEATED: Final = b"(the credential)"
 # Which words of an error a program reads; the others are for people.
 _CODES: Final = (b"S", b"V", b"C")
@@ -36,7 +36,7 @@ _CODES: Final = (b"S", b"V", b"C")
 class _Text(NamedTuple):
     """One recognised piece of a message, compared in lower case."""
 
-    piece: str
+    text: str
     kind: ErrorKind
 
 
@@ -133,25 +133,25 @@ class LoginAttempt:
     is_password: bool
 
 
-def diagnose(error: ErrorResponse, shown: LoginAttempt) -> ProxyError:
+def diagnose(error: ErrorResponse, attempt: LoginAttempt) -> ProxyError:
     """Return what the client is told, and what the dialer may do. No text repeats the secret."""
-    kind, is_original = _kind(error, _plain_text(error.message, shown))
-    if shown.is_password:
+    kind, is_original = _kind(error, _plain_text(error.message, attempt))
+    if attempt.is_password:
         kind = _NATIVE.get(kind, kind)
-    told = _without(shown.secret, error)
+    told = _without(attempt.secret, error)
     original = told if is_original else None
-    return ProxyError(kind, told.message, user=shown.user, original=original)
+    return ProxyError(kind, told.message, user=attempt.user, original=original)
 
 
 def _kind(error: ErrorResponse, text: str) -> tuple[ErrorKind, bool]:
     """Return what the error means, and whether it goes out as it came."""
     for row in _FRONT_END_TEXTS:
-        if row.piece in text:
+        if row.text in text:
             return row.kind, False
     kind = _server_kind(error, text)
     if _from_front_end(error):
         if kind is None:
-            mistakes = (row.kind for row in _CLIENT_TEXTS if row.piece in text)
+            mistakes = (row.kind for row in _CLIENT_TEXTS if row.text in text)
             return next(mistakes, ErrorKind.UPSTREAM_ERROR), False
         rejected = kind is ErrorKind.PASSWORD_REJECTED
         return (ErrorKind.TOKEN_REJECTED if rejected else kind), False
@@ -160,12 +160,12 @@ def _kind(error: ErrorResponse, text: str) -> tuple[ErrorKind, bool]:
     return kind or ErrorKind.STARTUP_REFUSED, True
 
 
-def _plain_text(message: str, shown: LoginAttempt) -> str:
+def _plain_text(message: str, attempt: LoginAttempt) -> str:
     """Return the message in lower case and without names, which are anybody's choice.
 
     Those that are known first: they may have quotes in them.
     """
-    for name in (shown.user, shown.database):
+    for name in (attempt.user, attempt.database):
         cut = name.encode()[:_NAME_BYTES_MAX].decode("utf-8", "replace")
         for quote in ("'", '"'):
             for written in (name, cut):
@@ -185,7 +185,7 @@ def _without(secret: Secret, error: ErrorResponse) -> ErrorResponse:
 
 def _server_kind(error: ErrorResponse, text: str) -> ErrorKind | None:
     for row in _SERVER_TEXTS:
-        if row.piece in text:
+        if row.text in text:
             return row.kind
     if text.startswith(("role ", "database ")) and text.endswith("does not exist"):
         return ErrorKind.ROLE_MISSING if text.startswith("role") else ErrorKind.DATABASE_MISSING

@@ -16,12 +16,12 @@ from typing import Final
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.transport.stream import StartupStream
-from proxy.upstream.address_lookup import AddressLookup, Login, Target
+from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
 from proxy.upstream.connector import (
     Addresses,
     Connection,
     Connector,
-    failure,
+    diagnose_event,
     next_events,
 )
 from proxy.upstream.diagnosis import LoginAttempt, diagnose
@@ -53,7 +53,7 @@ CONNECTS_MAX: Final = 50
 ANSWER_SECONDS_MAX: Final = 15.0
 
 # What it means when a dial's time ends in a phase.
-_SILENCE: Final = {
+_TIMED_OUT: Final = {
     ConnectPhase.MINT: ErrorKind.API_UNREACHABLE,
     ConnectPhase.DNS: ErrorKind.UPSTREAM_DNS,
     ConnectPhase.TCP: ErrorKind.UPSTREAM_UNREACHABLE,
@@ -107,7 +107,7 @@ class Dialer:
         self._record_phase = record_phase
         self._timeout_seconds = connect_timeout_seconds
         self._connects_max = connects_max
-        self._places = asyncio.Semaphore(connects_max)  # first come, first served
+        self._connects = asyncio.Semaphore(connects_max)  # first come, first served
         self._answer_seconds_max = answer_seconds_max
         self._jitter = jitter
         self._clock = clock
@@ -124,11 +124,11 @@ class Dialer:
         except TimeoutError as error:
             if dial.failures:
                 raise dial.failures[-1] from error
-            raise self._silence(dial.phases) from error
+            raise self._timed_out(dial.phases) from error
         finally:
             dial.phases.flush()
 
-    def _silence(self, phases: PhaseTimer) -> ProxyError:
+    def _timed_out(self, phases: PhaseTimer) -> ProxyError:
         """Return what it means that the time ended where it did."""
         if phases.current is None:
             detail = (
@@ -136,7 +136,7 @@ class Dialer:
                 f"until {self._timeout_seconds:g} seconds were over"
             )
             return ProxyError(ErrorKind.UPSTREAM_BUSY, detail)
-        kind = _SILENCE[phases.current]
+        kind = _TIMED_OUT[phases.current]
         is_api = kind is ErrorKind.API_UNREACHABLE
         what = "the workspace API did not answer" if is_api else "no session"
         return ProxyError(kind, f"{what} within {self._timeout_seconds:g} seconds")
@@ -144,42 +144,42 @@ class Dialer:
     async def _dial_until_ready(self, dial: _Dial) -> UpstreamSession:
         while True:  # bounded by dial's timeout
             try:
-                target, login, addresses = await self._way(dial)
+                target, names, addresses = await self._look_up(dial)
             except ProxyError as error:
-                await self._next_try(dial, error)
+                await self._before_retry(dial, error)
                 continue
             # Last, so that it is fresh when it is shown, and before TCP: the front end gives a
             # connection 15 s from accept to StartupMessage. What the API fails with is not tried
             # again here: that is done once for all who wait.
             credential = await self._credential(dial.phases)
             try:
-                async with self._place(dial.phases) as queued:
+                async with self._slot(dial.phases) as queued:
                     if queued and not self._credentials.is_fresh(credential):
                         credential = await self._credential(dial.phases)
-                    message = upstream_message(dial.client, login.user, login.database)
+                    message = upstream_message(dial.client, names.user, names.database)
                     connection = await self._connector.connect(target, addresses, dial.phases)
-                    await self._log_in(connection, message, login, credential, dial.phases)
+                    await self._log_in(connection, message, names, credential, dial.phases)
                     return UpstreamSession(connection.stream, connection.startup, target)
             except ProxyError as error:
-                await self._next_try(dial, error, credential)
+                await self._before_retry(dial, error, credential)
 
-    async def _way(self, dial: _Dial) -> tuple[Target, Login, Addresses]:
+    async def _look_up(self, dial: _Dial) -> tuple[Target, LoginNames, Addresses]:
         """Return where this try goes, and as whom. Raises ProxyError."""
         dial.phases.start(ConnectPhase.MINT)  # not its time, but the workspace may be asked
         target = await self._address_lookup.target()
-        login = await self._address_lookup.login(dial.client)
+        names = await self._address_lookup.login_names(dial.client)
         addresses = await self._connector.addresses(target, dial.phases)
         # An address that takes TCP and does nothing good with it is not the first one again.
         first = len(dial.failures) % len(addresses)
-        return target, login, (*addresses[first:], *addresses[:first])
+        return target, names, (*addresses[first:], *addresses[:first])
 
-    async def _next_try(
+    async def _before_retry(
         self, dial: _Dial, error: ProxyError, credential: Credential | None = None
     ) -> None:
         """Return when it is time for another try; raise the error when there shall be none."""
         dial.failures.append(error)
         if error.original is None:  # else PostgreSQL itself spoke: the host is right
-            self._address_lookup.forget_host()
+            self._address_lookup.invalidate_host()
         delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error, credential))
         if delay is None:
             raise error
@@ -196,14 +196,14 @@ class Dialer:
         return credential.requested_at < dial.started_at and self._credentials.reject(credential)
 
     @asynccontextmanager
-    async def _place(self, phases: PhaseTimer) -> AsyncIterator[bool]:
+    async def _slot(self, phases: PhaseTimer) -> AsyncIterator[bool]:
         """Hold one of `connects_max` places while the block runs; tell whether it was waited for.
 
         The time spent waiting belongs to no phase: nothing is done for this client in it.
         """
-        if queued := self._places.locked():
+        if queued := self._connects.locked():
             phases.pause()
-        async with self._places:
+        async with self._connects:
             yield queued
 
     async def _credential(self, phases: PhaseTimer) -> Credential:
@@ -216,12 +216,12 @@ class Dialer:
         self,
         connection: Connection,
         message: StartupMessage,
-        login: Login,
+        names: LoginNames,
         credential: Credential,
         phases: PhaseTimer,
     ) -> None:
         """Return when the upstream is ready; otherwise close the connection. Raises ProxyError."""
-        authentication = _Authentication(connection, login, credential)
+        authentication = _Authentication(connection, names, credential)
         try:
             phases.start(ConnectPhase.LOGIN)
             authentication.begin(message)
@@ -237,10 +237,10 @@ class Dialer:
 class _Authentication:
     """StartupMessage to ReadyForQuery on one connection."""
 
-    def __init__(self, connection: Connection, login: Login, credential: Credential) -> None:
+    def __init__(self, connection: Connection, names: LoginNames, credential: Credential) -> None:
         self._stream = connection.stream
         self._startup = connection.startup
-        self._login = login
+        self._names = names
         self._credential = credential
         self._scram: Scram | None = None
 
@@ -274,21 +274,23 @@ class _Authentication:
                 if not self._credential.is_password:
                     raise ProxyError(ErrorKind.UNSUPPORTED_AUTH, "SASL, which takes no token")
                 self._scram = Scram(mechanisms, self._credential.secret)
-                return self._startup.sasl_initial_response(SCRAM_SHA_256, self._scram.first())
+                return self._startup.sasl_initial_response(
+                    SCRAM_SHA_256, self._scram.client_first()
+                )
             case SASLContinued(data) if self._scram is not None:
-                return self._startup.sasl_response(self._scram.proof(data))
+                return self._startup.sasl_response(self._scram.client_final(data))
             case SASLFinished(data) if self._scram is not None:
-                self._scram.check(data)
+                self._scram.verify_server(data)
                 return b""
             case UpstreamRefused(error):
                 raise diagnose(error, self._shown())
             case _:
-                raise failure(event)
+                raise diagnose_event(event)
 
     def _shown(self) -> LoginAttempt:
         return LoginAttempt(
-            self._login.user.decode("utf-8", "replace"),
-            self._login.database.decode("utf-8", "replace"),
+            self._names.user.decode("utf-8", "replace"),
+            self._names.database.decode("utf-8", "replace"),
             self._credential.secret,
             self._credential.is_password,
         )

@@ -37,29 +37,29 @@ class Scram:
         if SCRAM_SHA_256 not in mechanisms:
             offered = b", ".join(mechanisms).decode("ascii", "backslashreplace")
             raise ProxyError(ErrorKind.UNSUPPORTED_AUTH, f"SASL with {offered or 'nothing'}")
-        self._password = _prepared(password)
+        self._password = _saslprep(password)
         self._nonce = secrets.token_urlsafe(_OWN_NONCE_BYTES).encode()
         # PostgreSQL takes the user from the StartupMessage and ignores the one in here.
         self._first_bare = b"n=*,r=" + self._nonce
         self._answer = b""
 
-    def first(self) -> bytes:
+    def client_first(self) -> bytes:
         """Return the client's first message."""
         return _NO_BINDING + self._first_bare
 
-    def proof(self, challenge: bytes) -> bytes:
+    def client_final(self, challenge: bytes) -> bytes:
         """Return the client's final message in answer to the server's challenge."""
         nonce, salt, iterations = self._parse(challenge)
         salted = hashlib.pbkdf2_hmac("sha256", self._password.reveal(), salt, iterations)
         final = b"c=" + b64encode(_NO_BINDING) + b",r=" + nonce
-        exchange = b",".join((self._first_bare, challenge, final))
+        auth_message = b",".join((self._first_bare, challenge, final))
         client_key = _mac(salted, b"Client Key")
-        signature = _mac(hashlib.sha256(client_key).digest(), exchange)
+        signature = _mac(hashlib.sha256(client_key).digest(), auth_message)
         proof = bytes(one ^ other for one, other in zip(client_key, signature, strict=True))
-        self._answer = b"v=" + b64encode(_mac(_mac(salted, b"Server Key"), exchange))
+        self._answer = b"v=" + b64encode(_mac(_mac(salted, b"Server Key"), auth_message))
         return final + b",p=" + b64encode(proof)
 
-    def check(self, answer: bytes) -> None:
+    def verify_server(self, answer: bytes) -> None:
         """Check that the server knows the password too."""
         if not self._answer or not hmac.compare_digest(answer, self._answer):
             detail = "the server's SCRAM proof is wrong"
@@ -80,7 +80,7 @@ class Scram:
             raise ProxyError(ErrorKind.UPSTREAM_PROTOCOL, "a malformed SCRAM challenge") from error
 
 
-def _prepared(password: Secret) -> Secret:
+def _saslprep(password: Secret) -> Secret:
     """Return the password as PostgreSQL hashes it: by SASLprep, or as it is where that refuses."""
     try:
         text = password.reveal().decode()

@@ -36,7 +36,12 @@ from proxy.upstream.phases import RecordTargetPhase
 from proxy.workspace.client import Workspace
 from proxy.workspace.minter import Minter
 from proxy.workspace.resources import Endpoint, Instance, Resource, resource_of
-from proxy.workspace.token_source import Credentials, CredentialSource, PasswordFile, TokenSource
+from proxy.workspace.token_source import (
+    CredentialSource,
+    LocalTokenSource,
+    PasswordFile,
+    TokenSource,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ class LocalWorkspaceRegistry:
         self._workspaces: WeakValueDictionary[WorkspaceKey, Workspace] = WeakValueDictionary()
         # What a mint under way keeps alive, even when no way leads there any more: an account that
         # comes back meanwhile shall not mint a second time beside it, and `close` shall find it.
-        self._credentials: WeakValueDictionary[_TokenAccountKey, Credentials] = (
+        self._credentials: WeakValueDictionary[_TokenAccountKey, LocalTokenSource] = (
             WeakValueDictionary()
         )
         self._mintings: WeakValueDictionary[_TokenAccountKey, Minter] = WeakValueDictionary()
@@ -154,7 +159,7 @@ class LocalWorkspaceRegistry:
         credentials, minting = self._credentials.get(key), self._mintings.get(key)
         if credentials is None or minting is None:
             minting = Minter(self.workspace(workspace_key).mint, resources)
-            credentials = Credentials(minting, workspace_key.credentials, self._metrics)
+            credentials = LocalTokenSource(minting, workspace_key.credentials, self._metrics)
             self._credentials[key], self._mintings[key] = credentials, minting
         return TokenAccount(workspace_key.shown(instance), credentials, minting)
 

@@ -26,7 +26,7 @@ from proxy.wire.secret import Secret
 from proxy.workspace.resources import Minted, Resource, ResourceStatus
 from proxy.workspace.sdk_client import connect
 from proxy.workspace.sdk_errors import translate
-from proxy.workspace.sdk_http import exchange
+from proxy.workspace.sdk_http import bounded_requests
 from proxy.workspace.sdk_import import WorkspaceClient
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Workspace:
         self._version = version
         self._discover = discover
         self._clock = clock
-        self._threads = BlockingCalls("databricks-sdk")
+        self._blocking_calls = BlockingCalls("databricks-sdk")
         self._client: WorkspaceClient | None = None
         self._generation = object()  # another one since the client was dropped
         self._file_secret: Secret | None = None
@@ -101,7 +101,9 @@ class Workspace:
     async def _call(self, call: Callable[[WorkspaceClient], T]) -> T:
         generation = self._generation
         try:
-            outcome = await self._threads.run(lambda: self._outcome(call), self._timeout_seconds)
+            outcome = await self._blocking_calls.run(
+                lambda: self._outcome(call), self._timeout_seconds
+            )
         except TimeoutError as error:
             # The call may hang inside a lock of this client: leave both behind.
             self._drop_client(generation)
@@ -118,17 +120,17 @@ class Workspace:
 
         A failure is a value here: what it was made from may hold a secret, and is left behind.
         """
-        with exchange(self._timeout_seconds) as here:
+        with bounded_requests(self._timeout_seconds) as sdk_call:
             try:
-                return self._call_here(call)
+                return self._call_client(call)
             except ProxyError as error:
                 return error
             except ImportError as error:
                 return ProxyError(ErrorKind.INTERNAL, f"databricks-sdk cannot be used: {error}")
             except Exception as error:
-                return translate(error, here, self._secrets())
+                return translate(error, sdk_call, self._secrets())
 
-    def _call_here(self, call: Callable[[WorkspaceClient], T]) -> T:
+    def _call_client(self, call: Callable[[WorkspaceClient], T]) -> T:
         """Call with the client there is, or a new one."""
         self._read_secret_file()
         client, generation = self._client, self._generation

@@ -13,14 +13,14 @@ from typing import Final
 from proxy.workspace.client import Credential
 
 # At this part of the time for which it may be used a token that is asked for is renewed.
-RENEW_AT: Final = 0.5
+REFRESH_AT: Final = 0.5
 
 
 class Need(Enum):
     """What an asker's moment calls for."""
 
     USE = auto()
-    USE_AND_RENEW = auto()
+    USE_AND_REFRESH = auto()
     MINT = auto()
 
 
@@ -46,4 +46,4 @@ def judge(credential: Credential | None, now: float, freshness: Freshness) -> Ne
         return Need.MINT  # also when the clock was set back: the age is then unknown
     life = credential.expires_at - credential.requested_at
     usable = min(freshness.max_age_seconds, life - freshness.expiry_margin_seconds)
-    return Need.USE_AND_RENEW if age > usable * RENEW_AT else Need.USE
+    return Need.USE_AND_REFRESH if age > usable * REFRESH_AT else Need.USE

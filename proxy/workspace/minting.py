@@ -28,7 +28,7 @@ class Minting(Protocol):
         for. The time before it is made does not count.
         """
 
-    def renew(self) -> None:
+    def refresh(self) -> None:
         """Mint one that nobody waits for, unless a mint is under way."""
 
     async def close(self) -> None:
@@ -45,7 +45,7 @@ class MintShared:
         """As in `Minting`."""
         return await _within(hang_seconds, self._call)
 
-    def renew(self) -> None:
+    def refresh(self) -> None:
         """As in `Minting`."""
         self._call.start()
 
@@ -57,27 +57,27 @@ class MintShared:
 class MintPerConnection:
     """A token for each, so many at a time. After a failure one of all finds out if it is over."""
 
-    def __init__(self, mint: Mint, quiet: Backoff) -> None:
-        """`quiet` says what the last mint failed with; whoever mints keeps it."""
+    def __init__(self, mint: Mint, backoff: Backoff) -> None:
+        """`backoff` says what the last mint failed with; whoever mints keeps it."""
         self._mint = mint
-        self._quiet = quiet
+        self._backoff = backoff
         self._probe = SingleFlight(mint)
         self._under_way: set[SingleFlight[Credential]] = set()
         # More calls than threads would wait there, and not hear that the first ones failed.
-        self._places = asyncio.Semaphore(THREADS_MAX)
+        self._threads = asyncio.Semaphore(THREADS_MAX)
 
     async def token(self, hang_seconds: float | None) -> Credential:
         """As in `Minting`."""
         while True:  # ends with a failure, or when the scout has come back
-            async with self._places:
-                failure = self._quiet.failure
+            async with self._threads:
+                failure = self._backoff.failure
                 if failure is None:
                     return await _within(hang_seconds, self._own())
-                if self._quiet.seconds:
+                if self._backoff.remaining_seconds:
                     raise failure.with_traceback(None)  # it failed for those before
             await _within(hang_seconds, self._probe)
 
-    def renew(self) -> None:
+    def refresh(self) -> None:
         """Do nothing: nobody would use it."""
 
     async def close(self) -> None:

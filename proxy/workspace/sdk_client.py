@@ -20,7 +20,7 @@ from proxy.config import WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
 from proxy.workspace.sdk_http import REQUEST_SECONDS_MAX
-from proxy.workspace.sdk_import import WorkspaceClient, enter
+from proxy.workspace.sdk_import import WorkspaceClient, skip_package_init
 
 if TYPE_CHECKING:
     from databricks.sdk.clock import Clock
@@ -33,7 +33,7 @@ _RETRY_PART: Final = 0.5
 _PROBE_SECONDS_MAX: Final = 5.0
 
 # What a closed client logs in with, by what is set; the SDK's own order.
-_WAYS: Final = {
+_AUTH_TYPES: Final = {
     "pat": ("token",),
     "oauth-m2m": ("client_id", "client_secret"),
     "env-oidc": ("oidc_token_env",),
@@ -60,7 +60,7 @@ def connect(
 
     `file_secret` is what `client_secret_file` holds. Without `discover` the client is closed.
     """
-    enter()
+    skip_package_init()
     # The settings have the SDK's own names, but for the file.
     given: dict[str, Any] = {
         name: value.get_secret_value() if isinstance(value, SecretStr) else value
@@ -71,8 +71,8 @@ def connect(
         given["client_secret"] = file_secret.reveal().decode()
     if not discover and not settings.profile:
         given["config_file"] = os.devnull
-    config = (_open_config() if discover else _closed_config())(
-        clock=_impatient_clock(),
+    config = (_discovering_config() if discover else _isolated_config())(
+        clock=_fail_fast_clock(),
         product=_PRODUCT,
         product_version=version,
         http_timeout_seconds=min(REQUEST_SECONDS_MAX, timeout_seconds),
@@ -84,12 +84,12 @@ def connect(
 
 
 @cache
-def _open_config() -> type["Config"]:
+def _discovering_config() -> type["Config"]:
     from databricks.sdk.core import Config  # noqa: PLC0415 - imported by now
 
     Config.attributes()  # of the class itself: a subclass would find none
 
-    class OpenConfig(Config):
+    class DiscoveringConfig(Config):
         """Looks in the SDK's own places for what is not given."""
 
         def init_auth(self) -> None:
@@ -98,42 +98,42 @@ def _open_config() -> type["Config"]:
             except ValueError as error:
                 # What becomes of a discovery that failed, which is only warned of.
                 if self.host and "Invalid URL 'None'" in str(error):
-                    _probe(self.host)
+                    _raise_discovery_failure(self.host)
                 raise
 
-    return OpenConfig
+    return DiscoveringConfig
 
 
 @cache
-def _closed_config() -> type["Config"]:
-    base: Any = _open_config()
+def _isolated_config() -> type["Config"]:
+    base: Any = _discovering_config()
     # Private, but the SDK has no other way. Without it an identity of the environment's would
     # log in to a workspace that it is not meant for.
     if not hasattr(base, "_load_from_env"):
         detail = "this version of databricks-sdk does not let [workspaces.NAME] be kept apart"
         raise ProxyError(ErrorKind.INTERNAL, detail)
 
-    class ClosedConfig(base):  # type: ignore[misc]
+    class IsolatedConfig(base):  # type: ignore[misc]
         """Has what is given and, if a profile is named, what is in that."""
 
         def _load_from_env(self) -> None:
             pass
 
         def init_auth(self) -> None:
-            self.auth_type: str = self.auth_type or _way(self)
+            self.auth_type: str = self.auth_type or _auth_type(self)
             super().init_auth()
 
-    return ClosedConfig
+    return IsolatedConfig
 
 
-def _way(config: "Config") -> str:
-    for way, needed in _WAYS.items():
+def _auth_type(config: "Config") -> str:
+    for auth_type, needed in _AUTH_TYPES.items():
         if all(getattr(config, name) for name in needed):
-            return way
+            return auth_type
     raise ValueError("cannot configure default credentials: its section has none that are whole")
 
 
-def _probe(host: str) -> None:
+def _raise_discovery_failure(host: str) -> None:
     """Ask for the discovery document once more, to hear why there is none. Raises it."""
     import requests  # noqa: PLC0415 - imported by now
 
@@ -143,7 +143,7 @@ def _probe(host: str) -> None:
 
 
 @cache
-def _impatient_clock() -> "Clock":
+def _fail_fast_clock() -> "Clock":
     """Return a clock for the SDK, which does not sleep where the other side has said for how long.
 
     To the SDK a 429 or a 503 always says it. It is for everybody to heed (the failure carries it),
@@ -151,11 +151,11 @@ def _impatient_clock() -> "Clock":
     """
     from databricks.sdk.clock import RealClock  # noqa: PLC0415 - imported by now
 
-    class ImpatientClock(RealClock):
+    class FailFastClock(RealClock):
         def sleep(self, seconds: float) -> None:
             failure = sys.exception()  # after which the SDK wants to try again
             if getattr(failure, "retry_after_secs", None) is not None and failure is not None:
                 raise failure
             super().sleep(seconds)
 
-    return ImpatientClock()
+    return FailFastClock()

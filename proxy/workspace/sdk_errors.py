@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import MASK, mask
-from proxy.workspace.sdk_http import Exchange, Refusal
+from proxy.workspace.sdk_http import Refusal, SDKCall
 
 _TEXT_CHARACTERS_MAX: Final = 300  # of what the SDK says, in the DETAIL of an error
 
@@ -31,7 +31,7 @@ class _Row(NamedTuple):
     """One case: the exception's class, a piece of its text where that decides, what it means."""
 
     error: type[Exception]
-    piece: str  # in lower case
+    text: str  # in lower case
     kind: ErrorKind
 
 
@@ -66,7 +66,7 @@ def _rows() -> tuple[_Row, ...]:
     )
 
 
-def translate(error: Exception, exchange: Exchange, secrets: Iterable[str]) -> ProxyError:
+def translate(error: Exception, sdk_call: SDKCall, secrets: Iterable[str]) -> ProxyError:
     """Return what an exception of the SDK means. Its text is not passed on whole.
 
     Messages of 401 and 403 carry the SDK's configuration; the secret in it is masked, but nothing
@@ -76,7 +76,7 @@ def translate(error: Exception, exchange: Exchange, secrets: Iterable[str]) -> P
         error = error.__cause__  # the SDK's budget is spent, and this was its last failure
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return ProxyError(ErrorKind.OUT_OF_RESOURCES, os.strerror(error.errno))
-    refusal = exchange.refusal
+    refusal = sdk_call.refusal
     text = str(error)
     if _DROPPED in text and refusal is not None:
         text = refusal.text
@@ -84,13 +84,13 @@ def translate(error: Exception, exchange: Exchange, secrets: Iterable[str]) -> P
     retry_after_seconds = float(getattr(error, "retry_after_secs", None) or 0)
     if kind is ErrorKind.API_THROTTLED and refusal is not None:
         retry_after_seconds = max(retry_after_seconds, refusal.retry_after_seconds)
-    shown = _short(_masked(text, {*secrets, *exchange.shown}))
+    shown = _short(_masked(text, {*secrets, *sdk_call.sent_secrets}))
     return ProxyError(kind, shown, retry_after_seconds=retry_after_seconds)
 
 
 def _row_of(error: Exception, text: str) -> ErrorKind | None:
     lower = text.lower()
-    fitting = (row.kind for row in _rows() if isinstance(error, row.error) and row.piece in lower)
+    fitting = (row.kind for row in _rows() if isinstance(error, row.error) and row.text in lower)
     return next(fitting, None)
 
 

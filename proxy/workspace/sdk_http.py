@@ -46,22 +46,22 @@ class Refusal:
 
 
 @dataclass(slots=True)
-class Exchange:
+class SDKCall:
     """What is known of one call. `ends_at` is of `time.monotonic`."""
 
     ends_at: float
     refusal: Refusal | None = None
-    shown: set[str] = field(default_factory=set, repr=False)
+    sent_secrets: set[str] = field(default_factory=set, repr=False)
 
 
-_current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
+_current: ContextVar[SDKCall | None] = ContextVar("sdk_call", default=None)
 
 
 @contextmanager
-def exchange(timeout_seconds: float) -> Iterator[Exchange]:
+def bounded_requests(timeout_seconds: float) -> Iterator[SDKCall]:
     """Bound the requests that are made in this thread inside the block."""
     _bound_requests()
-    begun = Exchange(time.monotonic() + timeout_seconds)
+    begun = SDKCall(time.monotonic() + timeout_seconds)
     token = _current.set(begun)
     try:
         yield begun
@@ -95,7 +95,7 @@ def _send(
     if left_seconds <= 0:
         # No error that the SDK would try again after.
         raise TimeoutError("nobody waits for it any more")
-    current.shown |= _secrets(request.headers.get("Authorization") or "")
+    current.sent_secrets |= _secrets(request.headers.get("Authorization") or "")
     try:
         response = send(**{**options, "timeout": min(seconds, left_seconds + GRACE_SECONDS)})
     except OSError as error:  # as all of the library's are

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # importing any of it takes long: only in a thread, and only 
 
 _PACKAGE: Final = "databricks.sdk"
 
-_entering: Final = Lock()
+_lock: Final = Lock()
 
 
 class WorkspaceClient:
@@ -31,7 +31,7 @@ class WorkspaceClient:
 
     def __init__(self, config: "Config") -> None:
         """Raises ImportError when the SDK cannot be used."""
-        enter()
+        skip_package_init()
         from databricks.sdk.core import ApiClient  # noqa: PLC0415 - slow: see above
 
         self.config = config
@@ -64,14 +64,14 @@ def load() -> None:
 
     Raises ImportError when the SDK cannot be used.
     """
-    enter()
+    skip_package_init()
     for name in ("core", "service.postgres", "service.database"):
         import_module(f"{_PACKAGE}.{name}")
 
 
-def enter() -> None:
+def skip_package_init() -> None:
     """Let modules of the SDK be imported without all the others. Call it before any of them."""
-    with _entering:
+    with _lock:
         if _PACKAGE in sys.modules:
             return
         spec = find_spec(_PACKAGE)

@@ -36,15 +36,15 @@ class Backoff:
         self.failure: ProxyError | None = None
 
     @property
-    def seconds(self) -> float:
+    def remaining_seconds(self) -> float:
         """How long nobody calls yet; not at all, should the clock be set back."""
         seconds = self._until - self._clock()
         return seconds if 0 < seconds <= self._length_seconds else 0.0
 
-    def begin(self, failure: ProxyError | None = None) -> None:
+    def start(self, failure: ProxyError | None = None) -> None:
         """Have nobody call for a while, which doubles with each failure in a row."""
         self.failure = failure or self.failure
-        if self.seconds:
+        if self.remaining_seconds:
             return  # failures of calls that were under way together are one
         ceiling = BACKOFF_SECONDS_MIN * 2.0 ** min(self._in_a_row, _DOUBLINGS_MAX)
         # Half of it for sure: a jitter near 0 would let the next call follow at once.
@@ -55,16 +55,16 @@ class Backoff:
         self._until = self._clock() + self._length_seconds
         self._in_a_row += 1
 
-    def end(self) -> None:
+    def reset(self) -> None:
         """Let everybody call: it works."""
         self._in_a_row, self._until, self.failure = 0, 0.0, None
 
-    async def over(self, sleep: Callable[[float], Awaitable[None]]) -> None:
+    async def wait(self, sleep: Callable[[float], Awaitable[None]]) -> None:
         """Wait until the call may be made. Raises its failure at once where that is for good.
 
         It has no bound of its own: whoever waits has one.
         """
-        while seconds := self.seconds:
+        while seconds := self.remaining_seconds:
             if self.failure is not None and not is_transient(self.failure):
                 raise self.failure.with_traceback(None)  # nothing new is to be heard so soon
             await sleep(seconds)

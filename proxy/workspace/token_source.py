@@ -29,7 +29,7 @@ from proxy.workspace.single_flight import Backoff, is_transient
 HANG_SECONDS_MAX: Final = 5.0
 
 # A call that ends with its own deadline knows why; who waits for it gives it so long to say so.
-LAST_WORD_SECONDS: Final = 0.2
+DEADLINE_GRACE_SECONDS: Final = 0.2
 
 # A new token is tried once for one that an upstream refused; if it is refused as well, it is not
 # the token. Nor does a role that does not exist cost a mint with each client that names it.
@@ -46,7 +46,7 @@ def may_be_shown(credential: Credential, now: float, freshness: Freshness) -> bo
     return judge(credential, now, freshness) is not Need.MINT
 
 
-class Credentials:
+class LocalTokenSource:
     """The tokens of one identity in one workspace; any endpoint there takes them."""
 
     def __init__(
@@ -62,23 +62,23 @@ class Credentials:
         """`jitter` returns a number from 0 to 1."""
         self._mint = mint
         self._freshness = Freshness(settings.token_max_age_seconds, settings.expiry_margin_seconds)
-        self._patience_seconds = settings.mint_timeout_seconds
+        self._timeout_seconds = settings.mint_timeout_seconds
         self._metrics = metrics
         self._clock = clock
         self._sleep = sleep
         self._newest: Credential | None = None
-        self._begun = self._kept = 0  # mints, and which of them the newest is from
+        self._started = self._newest_number = 0  # mints, and which of them the newest is from
         self._rejected_at = -math.inf
-        self._quiet = Backoff(clock, jitter)
-        self._tokens: Minting = (
+        self._backoff = Backoff(clock, jitter)
+        self._minting: Minting = (
             MintShared(self._mint_and_keep)
             if settings.token_max_age_seconds > 0
-            else MintPerConnection(self._mint_and_keep, self._quiet)
+            else MintPerConnection(self._mint_and_keep, self._backoff)
         )
 
     async def close(self) -> None:
         """End the mints that are under way."""
-        await self._tokens.close()
+        await self._minting.close()
 
     @property
     def newest(self) -> Credential | None:
@@ -91,11 +91,11 @@ class Credentials:
         match judge(newest, self._clock(), self._freshness):
             case Need.USE if newest is not None:
                 return newest
-            case Need.USE_AND_RENEW if newest is not None:
-                if not self._quiet.seconds:
-                    self._tokens.renew()
+            case Need.USE_AND_REFRESH if newest is not None:
+                if not self._backoff.remaining_seconds:
+                    self._minting.refresh()
                 return newest
-        return await self._minted()
+        return await self._mint_or_valid()
 
     def is_fresh(self, credential: Credential) -> bool:
         """Whether a credential that was got some time ago may still be shown."""
@@ -114,11 +114,15 @@ class Credentials:
         self._newest, self._rejected_at = None, now
         return True
 
-    async def _minted(self) -> Credential:
+    async def _mint_or_valid(self) -> Credential:
         """Return a credential minted now; while the API fails, the newest that is still valid."""
-        ends_at = self._clock() + self._patience_seconds
+        ends_at = self._clock() + self._timeout_seconds
         while True:  # ends with the caller's patience, and with every failure that is for good
-            valid, quiet_seconds, failure = self._valid(), self._quiet.seconds, self._quiet.failure
+            valid, quiet_seconds, failure = (
+                self._valid(),
+                self._backoff.remaining_seconds,
+                self._backoff.failure,
+            )
             if valid is not None and quiet_seconds:
                 return valid
             if failure is not None and quiet_seconds:
@@ -129,38 +133,40 @@ class Credentials:
             # With a valid token at hand, an API that hangs is not waited for to the end.
             hang_seconds = None if valid is None else HANG_SECONDS_MAX
             try:
-                async with asyncio.timeout(ends_at - self._clock() + LAST_WORD_SECONDS):
-                    return await self._tokens.token(hang_seconds)
+                async with asyncio.timeout(ends_at - self._clock() + DEADLINE_GRACE_SECONDS):
+                    return await self._minting.token(hang_seconds)
             except TimeoutError:
                 if valid is not None:
                     return valid  # so many wait before it
                 raise self._no_answer() from None
             except ProxyError as error:
-                if not self._quiet.seconds:  # it hangs, or has a bug of ours: nobody was told
-                    self._quiet.begin(error)
+                if (
+                    not self._backoff.remaining_seconds
+                ):  # it hangs, or has a bug of ours: nobody was told
+                    self._backoff.start(error)
 
     def _no_answer(self) -> ProxyError:
-        if self._quiet.failure is not None:
-            return self._quiet.failure.with_traceback(None)
-        detail = f"no answer within {self._patience_seconds:g} seconds"
+        if self._backoff.failure is not None:
+            return self._backoff.failure.with_traceback(None)
+        detail = f"no answer within {self._timeout_seconds:g} seconds"
         return ProxyError(ErrorKind.API_UNREACHABLE, detail)
 
     async def _mint_and_keep(self) -> Credential:
         """Call the API once, and remember how it went. Raises ProxyError."""
-        self._begun += 1
-        number = self._begun
+        self._started += 1
+        number = self._started
         try:
             credential = await self._mint()
             if not is_valid(credential, self._clock(), self._freshness):
                 raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it expires within the margin")
         except ProxyError as error:
             self._metrics.token_mint_failed(error.reason)
-            self._quiet.begin(error)
+            self._backoff.start(error)
             raise
         self._metrics.token_minted()
-        self._quiet.end()
-        if number > self._kept:  # else it is late, and a newer one has come
-            self._newest, self._kept = credential, number
+        self._backoff.reset()
+        if number > self._newest_number:  # else it is late, and a newer one has come
+            self._newest, self._newest_number = credential, number
         return credential
 
     def _valid(self) -> Credential | None:

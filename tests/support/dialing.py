@@ -36,7 +36,7 @@ from proxy.wire.messages import (
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace.client import Credential, Workspace
-from proxy.workspace.token_source import Credentials, CredentialSource
+from proxy.workspace.token_source import CredentialSource, LocalTokenSource
 from tests.support.fake_clock import FakeClock
 from tests.support.script import (
     ScriptedServer,
@@ -126,7 +126,7 @@ async def dialing(
 ) -> AsyncIterator[Dialing]:
     workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
     settings = CredentialsSettings(token_max_age_seconds=max_age)
-    credentials = Credentials(mint, settings, build_metrics(), clock=CLOCK, sleep=CLOCK.sleep)
+    credentials = LocalTokenSource(mint, settings, build_metrics(), clock=CLOCK, sleep=CLOCK.sleep)
     targets = AddressLookup(UpstreamSettings(**upstream), None, workspace)
     try:
         yield Dialing(

@@ -39,7 +39,7 @@ from proxy.wire.startup import V3_0, StartupMessage
 from proxy.wire.violations import ClientViolation
 from proxy.workspace.client import Credential, Workspace
 from proxy.workspace.resources import resource_of
-from proxy.workspace.token_source import REJECTION_SECONDS_MIN, Credentials, PasswordFile
+from proxy.workspace.token_source import REJECTION_SECONDS_MIN, LocalTokenSource, PasswordFile
 from tests.support.dialing import (
     ASK,
     CLIENT,
@@ -143,7 +143,7 @@ async def _through_workspace(
     )
     resource = resource_of(upstream)
     assert resource is not None
-    credentials = Credentials(
+    credentials = LocalTokenSource(
         partial(workspace.mint, resource), CredentialsSettings(), build_metrics()
     )
     targets = AddressLookup(upstream, resource, workspace)
@@ -719,7 +719,7 @@ async def test_a_thousand_clients_are_served_by_connects_max_handshakes_at_a_tim
 
 async def test_who_waits_for_a_place_until_the_end_is_told_so(ca_file: str) -> None:
     async with dialing_script(ca_file, seconds=0.05, connects_max=1) as (made, server):
-        async with made.dialer._places:
+        async with made.dialer._connects:
             error = await made.refusal()
         assert error.kind is ErrorKind.UPSTREAM_BUSY
         assert error.response().sqlstate == "53300"
@@ -766,7 +766,7 @@ async def test_w54_a_client_that_leaves_the_queue_takes_no_place_with_it(
 ) -> None:
     steps = (*tls_opening(context), Send(HONEST))
     async with dialing_script(ca_file, *steps, connects_max=1) as (made, server):
-        async with made.dialer._places:
+        async with made.dialer._connects:
             leaving = asyncio.create_task(made.dial())
             staying = asyncio.create_task(opened(made))
             for _ in range(20):
@@ -792,7 +792,7 @@ async def test_a_token_that_grew_too_old_in_the_queue_is_not_shown(
             ssl_root_cert=ca_file,
             **upstream,
         ) as made:
-            async with made.dialer._places:
+            async with made.dialer._connects:
                 dial = asyncio.create_task(opened(made))
                 for _ in range(20):
                     await asyncio.sleep(0)

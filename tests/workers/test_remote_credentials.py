@@ -137,7 +137,7 @@ async def test_workers_that_look_up_one_host_at_once_are_one_look_up(lakebase: L
         upstreams = [pair.worker.snapshot.upstreams["upstream"] for pair in (one, other)]
         await asyncio.gather(*(upstream.address_lookup.target() for upstream in upstreams))
         assert lakebase.workspace.calls[Call.RESOURCE] == 1
-        upstreams[0].address_lookup.forget_host()
+        upstreams[0].address_lookup.invalidate_host()
         await upstreams[0].address_lookup.target()
         assert lakebase.workspace.calls[Call.RESOURCE] == 2, "an answer is not kept here"
 
@@ -150,11 +150,14 @@ async def test_what_one_worker_found_out_serves_another_while_the_workspace_is_a
     client = StartupMessage(V3_0, ((b"user", b"anyone"),))
     async with paired(settings, credential_service) as pair:
         upstream = pair.worker.snapshot.upstreams["upstream"]
-        known = await upstream.address_lookup.target(), await upstream.address_lookup.login(client)
+        known = (
+            await upstream.address_lookup.target(),
+            await upstream.address_lookup.login_names(client),
+        )
         await upstream.credentials.fresh()
         await lakebase.workspace.refuse_connections()
         pair.reload(settings)
         successor = App(settings, workspaces=pair.worker.workspaces).snapshot.upstreams["upstream"]
         lookup = successor.address_lookup
-        assert (await lookup.target(), await lookup.login(client)) == known
+        assert (await lookup.target(), await lookup.login_names(client)) == known
         assert (await successor.credentials.fresh()).expires_at > 0

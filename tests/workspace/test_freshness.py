@@ -20,8 +20,8 @@ def credential(requested_at: float = T0, expires_at: float = T0 + HOUR) -> Crede
     [
         (0, Need.USE),
         (30, Need.USE),
-        (30.001, Need.USE_AND_RENEW),
-        (60, Need.USE_AND_RENEW),
+        (30.001, Need.USE_AND_REFRESH),
+        (60, Need.USE_AND_REFRESH),
         (60.001, Need.MINT),
         (HOUR, Need.MINT),
         (10 * HOUR, Need.MINT),
@@ -66,4 +66,4 @@ def test_a_token_is_renewed_at_half_of_the_time_for_which_it_may_be_used(
     # time it ran out, the next connection waited.
     held, freshness = credential(T0, T0 + life), Freshness(max_age, 120)
     assert judge(held, T0 + renewed_at, freshness) is Need.USE
-    assert judge(held, T0 + renewed_at + 0.001, freshness) is Need.USE_AND_RENEW
+    assert judge(held, T0 + renewed_at + 0.001, freshness) is Need.USE_AND_REFRESH

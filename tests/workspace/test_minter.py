@@ -22,7 +22,7 @@ from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace import resources
 from proxy.workspace.client import Workspace
 from proxy.workspace.minter import TRIES_MAX, Minter
-from proxy.workspace.token_source import Credentials
+from proxy.workspace.token_source import LocalTokenSource
 from tests.support.raw_client import RawClient
 
 NAMES = [f"projects/p{number}/branches/b/endpoints/primary" for number in range(5)]
@@ -143,7 +143,7 @@ async def test_a_token_minted_for_one_shard_opens_the_other(lakebase: Lakebase) 
     one, two = (shard.endpoint for shard in lakebase.shards)
     delete(lakebase.workspace, one.name)
     mint = minting(lakebase.workspace, [one.name, two.name])
-    credentials = Credentials(mint, CredentialsSettings(), build_metrics())
+    credentials = LocalTokenSource(mint, CredentialsSettings(), build_metrics())
     first = await credentials.fresh()
     assert await credentials.fresh() is first
     assert minted_for(lakebase.workspace) == [two.name]

@@ -18,7 +18,7 @@ class Mint:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.quiet = Backoff(self.clock, lambda: 1.0)
+        self.backoff = Backoff(self.clock, lambda: 1.0)
         self.made = self.under_way = self.peak = 0
         self.failure: ProxyError | None = None
         self.go = asyncio.Event()
@@ -35,14 +35,14 @@ class Mint:
         finally:
             self.under_way -= 1
         if self.failure is not None:
-            self.quiet.begin(self.failure)
+            self.backoff.start(self.failure)
             raise self.failure
-        self.quiet.end()
+        self.backoff.reset()
         return Credential(Secret(b"not-a-real-token-%d" % number), 0.0, 3600.0)
 
 
 def both(mint: Mint) -> list[Minting]:
-    return [MintShared(mint), MintPerConnection(mint, mint.quiet)]
+    return [MintShared(mint), MintPerConnection(mint, mint.backoff)]
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -70,7 +70,7 @@ async def test_a_call_that_hangs_is_a_failure_and_goes_on_until_the_end(own: boo
 
 async def test_after_a_failure_one_finds_out_and_the_others_wait_for_it() -> None:
     mint = Mint()
-    tokens = MintPerConnection(mint, mint.quiet)
+    tokens = MintPerConnection(mint, mint.backoff)
     mint.failure = ProxyError(ErrorKind.API_UNREACHABLE)
     outcomes = await asyncio.gather(
         *(tokens.token(None) for _ in range(50)), return_exceptions=True
@@ -91,8 +91,8 @@ async def test_after_a_failure_one_finds_out_and_the_others_wait_for_it() -> Non
 async def test_a_token_is_renewed_for_nobody_only_where_somebody_may_use_it(own: bool) -> None:
     mint = Mint()
     tokens = both(mint)[own]
-    tokens.renew()
-    tokens.renew()
+    tokens.refresh()
+    tokens.refresh()
     await asyncio.sleep(0)
     assert mint.made == (0 if own else 1)
     await tokens.close()

@@ -81,24 +81,24 @@ async def test_closing_ends_a_call_that_is_under_way_and_is_nothing_without_one(
 @pytest.mark.parametrize("jitter", [0.0, 0.5, 1.0])
 def test_the_quiet_time_doubles_up_to_its_bound_and_half_of_it_is_sure(jitter: float) -> None:
     clock = FakeClock()
-    quiet = Backoff(clock, lambda: jitter)
-    assert quiet.seconds == 0
+    backoff = Backoff(clock, lambda: jitter)
+    assert backoff.remaining_seconds == 0
     ceiling = BACKOFF_SECONDS_MIN
     for _ in range(2000):  # a float would end at 1023 doublings
-        quiet.begin(DOWN)
-        assert quiet.seconds == pytest.approx(ceiling * (0.5 + jitter / 2), abs=1e-5)
-        clock.move(quiet.seconds + 1e-3)
-        assert quiet.seconds == 0
-        assert quiet.failure is DOWN
+        backoff.start(DOWN)
+        assert backoff.remaining_seconds == pytest.approx(ceiling * (0.5 + jitter / 2), abs=1e-5)
+        clock.move(backoff.remaining_seconds + 1e-3)
+        assert backoff.remaining_seconds == 0
+        assert backoff.failure is DOWN
         ceiling = min(2 * ceiling, BACKOFF_SECONDS_MAX)
 
 
 def test_failures_that_come_together_are_one() -> None:
     clock = FakeClock()
-    quiet = Backoff(clock, lambda: 1.0)
+    backoff = Backoff(clock, lambda: 1.0)
     for _ in range(100):
-        quiet.begin(DOWN)
-    assert quiet.seconds == pytest.approx(BACKOFF_SECONDS_MIN)
+        backoff.start(DOWN)
+    assert backoff.remaining_seconds == pytest.approx(BACKOFF_SECONDS_MIN)
 
 
 @pytest.mark.parametrize(
@@ -106,43 +106,43 @@ def test_failures_that_come_together_are_one() -> None:
 )
 def test_a_retry_after_makes_it_longer_but_not_for_ever(asked: float, seconds: float) -> None:
     clock = FakeClock()
-    quiet = Backoff(clock, lambda: 1.0)
-    quiet.begin(ProxyError(ErrorKind.API_THROTTLED, retry_after_seconds=asked))
-    assert quiet.seconds == pytest.approx(seconds)
+    backoff = Backoff(clock, lambda: 1.0)
+    backoff.start(ProxyError(ErrorKind.API_THROTTLED, retry_after_seconds=asked))
+    assert backoff.remaining_seconds == pytest.approx(seconds)
     clock.move(-1)
-    assert quiet.seconds == 0
+    assert backoff.remaining_seconds == 0
 
 
 async def test_who_waits_for_it_to_be_over_hears_at_once_of_a_failure_for_good() -> None:
     clock = FakeClock()
-    quiet = Backoff(clock, lambda: 1.0)
-    await quiet.over(clock.sleep)
-    quiet.begin(DOWN)
-    await quiet.over(clock.sleep)
+    backoff = Backoff(clock, lambda: 1.0)
+    await backoff.wait(clock.sleep)
+    backoff.start(DOWN)
+    await backoff.wait(clock.sleep)
     assert clock() == pytest.approx(FakeClock()() + BACKOFF_SECONDS_MIN)
-    quiet.begin(ProxyError(ErrorKind.PERMISSION_DENIED))
+    backoff.start(ProxyError(ErrorKind.PERMISSION_DENIED))
     with pytest.raises(ProxyError) as refused:
-        await quiet.over(clock.sleep)
+        await backoff.wait(clock.sleep)
     assert refused.value.kind is ErrorKind.PERMISSION_DENIED
 
 
 def test_a_success_ends_it_and_the_next_failure_begins_anew() -> None:
-    quiet = Backoff(FakeClock(), lambda: 1.0)
-    quiet.begin(DOWN)
-    quiet.end()
-    assert (quiet.seconds, quiet.failure) == (0, None)
-    quiet.begin(DOWN)
-    assert quiet.seconds == pytest.approx(BACKOFF_SECONDS_MIN)
+    backoff = Backoff(FakeClock(), lambda: 1.0)
+    backoff.start(DOWN)
+    backoff.reset()
+    assert (backoff.remaining_seconds, backoff.failure) == (0, None)
+    backoff.start(DOWN)
+    assert backoff.remaining_seconds == pytest.approx(BACKOFF_SECONDS_MIN)
 
 
 @pytest.mark.parametrize("back", [60, 3600])
 def test_a_clock_that_is_set_back_ends_it(back: float) -> None:
-    # It stayed quiet until the clock had come as far again.
+    # It stayed backoff until the clock had come as far again.
     clock = FakeClock()
-    quiet = Backoff(clock, lambda: 1.0)
-    quiet.begin(DOWN)
+    backoff = Backoff(clock, lambda: 1.0)
+    backoff.start(DOWN)
     clock.move(-back)
-    assert quiet.seconds == 0
+    assert backoff.remaining_seconds == 0
 
 
 @pytest.mark.parametrize("kind", list(ErrorKind))

@@ -19,16 +19,16 @@ from proxy.workspace.client import Credential
 from proxy.workspace.freshness import Freshness
 from proxy.workspace.single_flight import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN
 from proxy.workspace.token_source import (
+    DEADLINE_GRACE_SECONDS,
     HANG_SECONDS_MAX,
-    LAST_WORD_SECONDS,
     REJECTION_SECONDS_MIN,
-    Credentials,
+    LocalTokenSource,
     PasswordFile,
 )
 from tests.support.fake_clock import FakeClock
 
 HOUR = 3600.0
-PATIENCE_SECONDS = CredentialsSettings().mint_timeout_seconds
+TIMEOUT_SECONDS = CredentialsSettings().mint_timeout_seconds
 T0 = 1_790_000_000.0
 MINUTE = Freshness(max_age_seconds=60, expiry_margin_seconds=120)
 
@@ -80,10 +80,10 @@ async def _pass(seconds: float) -> None:
 
 
 class Story:
-    """Credentials with a mint and a clock of the test's."""
+    """A token source with a mint and a clock of the test's."""
 
     def __init__(
-        self, max_age_seconds: float, expiry_margin_seconds: float, patience_seconds: float
+        self, max_age_seconds: float, expiry_margin_seconds: float, timeout_seconds: float
     ) -> None:
         self.clock = FakeClock(T0)
         self.mint = Mint(self.clock)
@@ -91,9 +91,9 @@ class Story:
         settings = CredentialsSettings(
             token_max_age_seconds=max_age_seconds,
             expiry_margin_seconds=expiry_margin_seconds,
-            mint_timeout_seconds=patience_seconds,
+            mint_timeout_seconds=timeout_seconds,
         )
-        self.credentials = Credentials(
+        self.credentials = LocalTokenSource(
             self.mint,
             settings,
             self.metrics,
@@ -118,9 +118,9 @@ async def story(
     max_age_seconds: float = 60,
     expiry_margin_seconds: float = 120,
     seconds: float = 5,
-    patience_seconds: float = PATIENCE_SECONDS,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> AsyncIterator[Story]:
-    told = Story(max_age_seconds, expiry_margin_seconds, patience_seconds)
+    told = Story(max_age_seconds, expiry_margin_seconds, timeout_seconds)
     try:
         async with asyncio.timeout(seconds):
             yield told
@@ -171,7 +171,7 @@ async def test_while_connections_keep_coming_nobody_waits() -> None:
         assert 40 <= told.mint.started <= 60
 
 
-async def test_while_nobody_asks_nothing_is_minted() -> None:
+async def test_while_nobody_asks_nothing_is_minted_or_valid() -> None:
     async with story() as told:
         await told.shown()
         for _ in range(10):
@@ -361,7 +361,7 @@ async def test_an_outage_longer_than_the_patience_is_told_within_it(
         with pytest.raises(ProxyError) as refused:
             await told.shown()
         assert refused.value.kind is DOWN
-        assert told.clock() - T0 <= PATIENCE_SECONDS
+        assert told.clock() - T0 <= TIMEOUT_SECONDS
         assert told.mint.started <= 7
 
 
@@ -501,7 +501,7 @@ async def test_one_who_joins_a_call_that_hangs_waits_no_longer_than_its_own_time
 ) -> None:
     # It waited for the end of the call that it had found under way, and then for another.
     loop = asyncio.get_running_loop()
-    async with story(max_age_seconds, patience_seconds=1.0) as told:
+    async with story(max_age_seconds, timeout_seconds=1.0) as told:
         told.mint.go.clear()
         first = asyncio.create_task(told.shown())
         await turns()
@@ -510,7 +510,7 @@ async def test_one_who_joins_a_call_that_hangs_waits_no_longer_than_its_own_time
             await told.shown()
         assert refused.value.kind is DOWN
         assert "no answer within 1 seconds" in refused.value.detail
-        assert loop.time() - begun < 1.0 + LAST_WORD_SECONDS + 0.5
+        assert loop.time() - begun < 1.0 + DEADLINE_GRACE_SECONDS + 0.5
         await asyncio.wait([first])
 
 
@@ -562,7 +562,7 @@ class Soak:
     async def run(self, max_age_seconds: float) -> int:
         """Return how many of the connections failed."""
         settings = CredentialsSettings(token_max_age_seconds=max_age_seconds)
-        credentials = Credentials(
+        credentials = LocalTokenSource(
             self.mint,
             settings,
             build_metrics(),
@@ -700,7 +700,7 @@ async def test_a_bug_in_a_mint_is_told_once_and_not_tried_for_ever() -> None:
         calls += 1
         raise ZeroDivisionError
 
-    credentials = Credentials(broken, CredentialsSettings(), build_metrics())
+    credentials = LocalTokenSource(broken, CredentialsSettings(), build_metrics())
     with pytest.raises(ProxyError) as refused:
         async with asyncio.timeout(5):
             await credentials.fresh()

@@ -5,13 +5,13 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from proxy.config import UpstreamSettings
 from proxy.config.validators import check_host
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.startup import StartupMessage
-from proxy.workspace.client import Identity
+from proxy.workspace.client import WorkspaceSource
 from proxy.workspace.resources import Resource, ResourceStatus
 from proxy.workspace.single_flight import Backoff, SingleFlight
 
@@ -39,19 +39,6 @@ class LoginNames:
 
     user: bytes
     database: bytes
-
-
-class WorkspaceSource(Protocol):
-    """What is asked of a workspace, be it here or through another process."""
-
-    async def status(self, resource: Resource) -> ResourceStatus:
-        """Return state and host of a resource. Raises ProxyError."""
-
-    async def identity(self) -> Identity:
-        """Return who we are there. Raises ProxyError."""
-
-    async def clock_ahead_seconds(self) -> float | None:
-        """Return how far this machine's clock is ahead of the workspace's, None if unknown."""
 
 
 class AddressLookup:

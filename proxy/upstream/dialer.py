@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.transport.stream import StartupStream
@@ -40,8 +40,7 @@ from proxy.wire.upstream_startup import (
     UpstreamStartup,
     upstream_message,
 )
-from proxy.workspace.client import Credential
-from proxy.workspace.token_source import CredentialSource
+from proxy.workspace.credential import Credential
 
 # Sessions being opened at a time, for one target. A front end limits the rate of connections, a
 # database forks for each, and a storm that is served in order is over sooner than one that times
@@ -80,6 +79,19 @@ class UpstreamSession:
     stream: StartupStream
     startup: UpstreamStartup
     target: Target
+
+
+class CredentialSource(Protocol):
+    """Where a dial gets its credential: the tokens of an account, or a password file."""
+
+    async def fresh(self) -> Credential:
+        """Return a credential to log in with now. Raises ProxyError."""
+
+    def is_fresh(self, credential: Credential) -> bool:
+        """Return whether a credential that was got some time ago may still be used."""
+
+    def reject(self, credential: Credential) -> bool:
+        """Invalidate a refused credential. Return whether a retry would use a different one."""
 
 
 class Dialer:

@@ -29,19 +29,15 @@ from proxy.config import (
 )
 from proxy.observe.metrics import Metrics
 from proxy.transport.tls import client_context
-from proxy.upstream.address_lookup import AddressLookup, WorkspaceSource
+from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.connector import Connector
-from proxy.upstream.dialer import Dialer
+from proxy.upstream.dialer import CredentialSource, Dialer
+from proxy.upstream.password_file import PasswordFile
 from proxy.upstream.phases import RecordTargetPhase
-from proxy.workspace.client import Workspace
+from proxy.workspace.client import Workspace, WorkspaceSource
 from proxy.workspace.minter import Minter
 from proxy.workspace.resources import Endpoint, Instance, Resource, resource_of
-from proxy.workspace.token_source import (
-    CredentialSource,
-    LocalTokenSource,
-    PasswordFile,
-    TokenSource,
-)
+from proxy.workspace.token_source import LocalTokenSource, TokenSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,11 @@ from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.upstreams import TokenAccount, WorkspaceKey, workspace_key_of
 from proxy.wire.secret import Secret
 from proxy.workers.rpc import Channel, ChannelLost
-from proxy.workspace.client import Credential, Identity
-from proxy.workspace.freshness import Freshness
+from proxy.workspace.client import Identity
+from proxy.workspace.credential import Credential
+from proxy.workspace.freshness import Freshness, is_fresh
 from proxy.workspace.resources import Instance, Resource, ResourceStatus
-from proxy.workspace.token_source import REJECTION_SECONDS_MIN, may_be_shown
+from proxy.workspace.token_source import REJECTION_SECONDS_MIN
 
 # A session that began to dial before a reload goes on by what it began with. More reloads than
 # this within upstream.connect_timeout_seconds are somebody's loop.
@@ -112,7 +113,7 @@ class RemoteCredentials:
 
     def is_fresh(self, credential: Credential) -> bool:
         """Whether a credential that was got some time ago may still be shown."""
-        return may_be_shown(credential, time.time(), self._freshness)
+        return is_fresh(credential, time.time(), self._freshness)
 
     def reject(self, credential: Credential) -> bool:
         """Tell that an upstream refused a credential: whether the next one will be another.

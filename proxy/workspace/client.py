@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from pydantic import SecretStr
 
@@ -23,6 +23,7 @@ from proxy.blocking import BlockingCalls
 from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
+from proxy.workspace.credential import Credential
 from proxy.workspace.resources import Minted, Resource, ResourceStatus
 from proxy.workspace.sdk_client import connect
 from proxy.workspace.sdk_errors import translate
@@ -33,22 +34,25 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Credential:
-    """What is shown as the password. Both times are seconds since the epoch, on the wall clock."""
-
-    secret: Secret
-    requested_at: float
-    expires_at: float
-    is_password: bool = False  # of a native role: answers SCRAM too, and never ages
-
-
-@dataclass(frozen=True, slots=True)
 class Identity:
     """Whom a token logs in as: the client id of a service principal, or a person's user name."""
 
     role: str
     host: str
     auth_type: str
+
+
+class WorkspaceSource(Protocol):
+    """What is asked of a workspace, in this process or through the supervisor."""
+
+    async def status(self, resource: Resource) -> ResourceStatus:
+        """Return state and host of a resource. Raises ProxyError."""
+
+    async def identity(self) -> Identity:
+        """Return who we are there. Raises ProxyError."""
+
+    async def clock_ahead_seconds(self) -> float | None:
+        """Return how far this machine's clock is ahead of the workspace's, None if unknown."""
 
 
 class Workspace:

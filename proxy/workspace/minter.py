@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.workspace.client import Credential
+from proxy.workspace.credential import Credential
 from proxy.workspace.resources import Resource
 
 # Resources tried for one mint: each is a call, and a workspace that refuses three refuses all.

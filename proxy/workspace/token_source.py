@@ -1,11 +1,13 @@
-"""The tokens of one identity: a fresh one for each login, whatever the API does.
+"""Tokens of one identity: a fresh one for each login, whatever the API does.
 
 Every login uses a token minted at most `token_max_age_seconds` ago (the rule is in `freshness`).
-Connections that arrive together share one mint; while connections keep coming the next token is
-minted ahead of need, so none of them waits; while none come, nothing is minted. When minting fails,
-the newest token that is still valid serves.
+Connections that arrive together share one mint. While connections keep coming, the next token is
+minted ahead of need, so that none of them waits; while none come, nothing is minted. When minting
+fails, the newest token that is still valid is used.
 
-Times are the wall clock's (a monotonic one stops while a laptop sleeps) and come in as a function.
+For: when to mint, and what a failed mint means for callers. Not for: which resource a token is
+minted for (`minter`), or the call (`client`). Times are the wall clock's, because a monotonic clock
+stops while a laptop sleeps; the clock is an argument.
 """
 
 import asyncio
@@ -13,45 +15,52 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Final, Protocol
 
+from proxy.blocking import THREADS_MAX
 from proxy.config import CredentialsSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
-from proxy.wire.secret import Secret
-from proxy.workspace.client import Credential
-from proxy.workspace.freshness import Freshness, Need, is_valid, judge
-from proxy.workspace.minting import Minting, MintPerConnection, MintShared
-from proxy.workspace.single_flight import Backoff, is_transient
+from proxy.workspace.credential import Credential
+from proxy.workspace.freshness import Freshness, Need, is_fresh, is_valid, judge
+from proxy.workspace.single_flight import Backoff, SingleFlight, is_transient
 
-# A token that is valid but older than it should be is used once a call is under way so long.
+# A token that is valid but too old is used once a mint has taken this long.
 HANG_SECONDS_MAX: Final = 5.0
 
-# A call that ends with its own deadline knows why; who waits for it gives it so long to say so.
+# A call that reaches its own deadline says why. Its callers wait this much longer for that reason.
 DEADLINE_GRACE_SECONDS: Final = 0.2
 
-# A new token is tried once for one that an upstream refused; if it is refused as well, it is not
-# the token. Nor does a role that does not exist cost a mint with each client that names it.
+# A token that an upstream refused is replaced once; if the new one is refused too, the token is not
+# the cause. A role that does not exist must not cost a mint for each client that names it.
 REJECTION_SECONDS_MIN: Final = 30.0
 
+Mint = Callable[[], Awaitable[Credential]]
 
-def may_be_shown(credential: Credential, now: float, freshness: Freshness) -> bool:
-    """Whether a credential that was got for one dial may still be shown in it.
 
-    One that was minted for its connection alone is that connection's own until it expires.
-    """
-    if freshness.max_age_seconds == 0:
-        return is_valid(credential, now, freshness)
-    return judge(credential, now, freshness) is not Need.MINT
+class TokenSource(Protocol):
+    """The tokens of one account, minted in this process or in the supervisor."""
+
+    @property
+    def newest(self) -> Credential | None:
+        """The newest token known in this process, valid or not."""
+
+    async def fresh(self) -> Credential:
+        """Return a token to log in with now. Raises ProxyError."""
+
+    def is_fresh(self, credential: Credential) -> bool:
+        """Return whether a dial may still use a token that it got some time ago."""
+
+    def reject(self, credential: Credential) -> bool:
+        """Invalidate a refused token. Return whether a retry would use a different one."""
 
 
 class LocalTokenSource:
-    """The tokens of one identity in one workspace; any endpoint there takes them."""
+    """The tokens of one identity in one workspace; every endpoint there accepts them."""
 
     def __init__(
         self,
-        mint: Callable[[], Awaitable[Credential]],
+        mint: Mint,
         settings: CredentialsSettings,
         metrics: Metrics,
         *,
@@ -77,16 +86,16 @@ class LocalTokenSource:
         )
 
     async def close(self) -> None:
-        """End the mints that are under way."""
+        """Cancel the mints that are under way."""
         await self._minting.close()
 
     @property
     def newest(self) -> Credential | None:
-        """The newest token, valid or not, for those who show its age."""
+        """The newest token, valid or not."""
         return self._newest
 
     async def fresh(self) -> Credential:
-        """Return a credential to log in with now. Raises ProxyError when there is none."""
+        """Return a token to log in with now. Raises ProxyError when there is none."""
         newest = self._newest
         match judge(newest, self._clock(), self._freshness):
             case Need.USE if newest is not None:
@@ -95,16 +104,16 @@ class LocalTokenSource:
                 if not self._backoff.remaining_seconds:
                     self._minting.refresh()
                 return newest
-        return await self._mint_or_valid()
+        return await self._mint_or_fall_back()
 
     def is_fresh(self, credential: Credential) -> bool:
-        """Whether a credential that was got some time ago may still be shown."""
-        return may_be_shown(credential, self._clock(), self._freshness)
+        """Return whether a dial may still use a token that it got some time ago."""
+        return is_fresh(credential, self._clock(), self._freshness)
 
     def reject(self, credential: Credential) -> bool:
-        """Tell that an upstream refused a credential: whether the next one will be another.
+        """Invalidate a refused token. Return whether a retry would use a different one.
 
-        It is forgotten, unless it is what another was replaced with a moment ago.
+        A token that replaced a refused one a moment ago is kept: the cause is not the token.
         """
         if self._newest is not credential:
             return True
@@ -114,36 +123,36 @@ class LocalTokenSource:
         self._newest, self._rejected_at = None, now
         return True
 
-    async def _mint_or_valid(self) -> Credential:
-        """Return a credential minted now; while the API fails, the newest that is still valid."""
+    async def _mint_or_fall_back(self) -> Credential:
+        """Return a token minted now; while the API fails, the newest that is still valid."""
         ends_at = self._clock() + self._timeout_seconds
-        while True:  # ends with the caller's patience, and with every failure that is for good
-            valid, quiet_seconds, failure = (
-                self._valid(),
-                self._backoff.remaining_seconds,
-                self._backoff.failure,
-            )
-            if valid is not None and quiet_seconds:
-                return valid
-            if failure is not None and quiet_seconds:
-                if not is_transient(failure) or self._clock() + quiet_seconds > ends_at:
-                    raise failure.with_traceback(None)  # nothing new is to be heard so soon
-                await self._sleep(quiet_seconds)  # with all who came before
+        while True:  # ends at `ends_at`, or with a permanent failure
+            valid = self._valid()
+            if self._backoff.remaining_seconds:
+                if valid is not None:
+                    return valid
+                await self._sleep_through_backoff(ends_at)
                 continue
-            # With a valid token at hand, an API that hangs is not waited for to the end.
+            # With a valid token at hand, a call that hangs is not waited for until its deadline.
             hang_seconds = None if valid is None else HANG_SECONDS_MAX
             try:
                 async with asyncio.timeout(ends_at - self._clock() + DEADLINE_GRACE_SECONDS):
                     return await self._minting.token(hang_seconds)
-            except TimeoutError:
+            except TimeoutError:  # so many callers are ahead
                 if valid is not None:
-                    return valid  # so many wait before it
+                    return valid
                 raise self._no_answer() from None
             except ProxyError as error:
-                if (
-                    not self._backoff.remaining_seconds
-                ):  # it hangs, or has a bug of ours: nobody was told
+                if not self._backoff.remaining_seconds:  # the call hangs, or has a bug of ours
                     self._backoff.start(error)
+
+    async def _sleep_through_backoff(self, ends_at: float) -> None:
+        """Wait with the earlier callers. Raises the failure if the wait would be useless."""
+        failure, seconds = self._backoff.failure, self._backoff.remaining_seconds
+        is_useless = self._clock() + seconds > ends_at
+        if failure is not None and (is_useless or not is_transient(failure)):
+            raise failure.with_traceback(None)
+        await self._sleep(seconds)
 
     def _no_answer(self) -> ProxyError:
         if self._backoff.failure is not None:
@@ -152,7 +161,7 @@ class LocalTokenSource:
         return ProxyError(ErrorKind.API_UNREACHABLE, detail)
 
     async def _mint_and_keep(self) -> Credential:
-        """Call the API once, and remember how it went. Raises ProxyError."""
+        """Call the API once; keep the token, or start the back-off. Raises ProxyError."""
         self._started += 1
         number = self._started
         try:
@@ -165,7 +174,7 @@ class LocalTokenSource:
             raise
         self._metrics.token_minted()
         self._backoff.reset()
-        if number > self._newest_number:  # else it is late, and a newer one has come
+        if number > self._newest_number:  # else a later mint was faster
             self._newest, self._newest_number = credential, number
         return credential
 
@@ -173,49 +182,90 @@ class LocalTokenSource:
         return self._newest if is_valid(self._newest, self._clock(), self._freshness) else None
 
 
-class PasswordFile:
-    """A native role's password, in place of tokens. The file is read at each login."""
-
-    def __init__(self, path: str) -> None:
-        self._path = Path(path)
-
-    async def fresh(self) -> Credential:
-        """Return the password. Raises ProxyError when the file cannot be read or is empty."""
-        try:
-            text = self._path.read_bytes().rstrip(b"\r\n")
-        except OSError as error:
-            detail = f"credentials.password_file: {error.strerror}"
-            raise ProxyError(ErrorKind.PASSWORD_FILE_UNREADABLE, detail) from error
-        if not text or b"\0" in text:
-            detail = "credentials.password_file is empty or has a NUL byte"
-            raise ProxyError(ErrorKind.PASSWORD_FILE_UNREADABLE, detail)
-        return Credential(Secret(text), time.time(), math.inf, is_password=True)
-
-    def is_fresh(self, credential: Credential) -> bool:
-        """Say yes: the file was read for this dial."""
-        return True
-
-    def reject(self, credential: Credential) -> bool:
-        """Return that the next one may be another: the next login reads the file again."""
-        return True
+# -- how many mints are under way ----------------------------------------------------------------
 
 
-class CredentialSource(Protocol):
-    """What the dialer needs of the two above."""
+class Minting(Protocol):
+    """Calls a mint for callers that wait. A mint that its caller has given up goes on."""
 
-    async def fresh(self) -> Credential:
-        """Return a credential to log in with now. Raises ProxyError."""
+    async def token(self, hang_seconds: float | None) -> Credential:
+        """Return a token that is minted while the caller waits. Raises ProxyError.
 
-    def is_fresh(self, credential: Credential) -> bool:
-        """Whether a credential that was got some time ago may still be shown."""
+        Raises API_UNREACHABLE when a mint takes longer than `hang_seconds`, if that is not None.
+        The time that the caller waits for a free thread does not count.
+        """
 
-    def reject(self, credential: Credential) -> bool:
-        """Tell that an upstream refused a credential: whether the next one will be another."""
+    def refresh(self) -> None:
+        """Start a mint that no caller waits for, unless one is under way."""
+
+    async def close(self) -> None:
+        """Cancel the mints that are under way."""
 
 
-class TokenSource(CredentialSource, Protocol):
-    """The tokens of an account, whoever mints them."""
+class MintShared:
+    """One token for all callers that wait."""
 
-    @property
-    def newest(self) -> Credential | None:
-        """The newest token that is known here, valid or not."""
+    def __init__(self, mint: Mint) -> None:
+        self._call = SingleFlight(mint)
+
+    async def token(self, hang_seconds: float | None) -> Credential:
+        """Return the token of the mint that is under way. Raises ProxyError."""
+        return await _result_within(hang_seconds, self._call)
+
+    def refresh(self) -> None:
+        """Start a mint, unless one is under way."""
+        self._call.start()
+
+    async def close(self) -> None:
+        """Cancel the mint that is under way."""
+        await self._call.close()
+
+
+class MintPerConnection:
+    """A token for each caller, `THREADS_MAX` mints at a time.
+
+    After a failure one mint for all callers probes whether the API works again.
+    """
+
+    def __init__(self, mint: Mint, backoff: Backoff) -> None:
+        """`backoff` is the one that `mint` starts when it fails and resets when it succeeds."""
+        self._mint = mint
+        self._backoff = backoff
+        self._probe = SingleFlight(mint)
+        self._under_way: set[SingleFlight[Credential]] = set()
+        # More mints than threads would wait there, and not learn that the first ones failed.
+        self._threads = asyncio.Semaphore(THREADS_MAX)
+
+    async def token(self, hang_seconds: float | None) -> Credential:
+        """Return a token minted for this caller alone. Raises ProxyError."""
+        while True:  # ends with a failure, or after the probe has succeeded
+            async with self._threads:
+                failure = self._backoff.failure
+                if failure is None:
+                    return await _result_within(hang_seconds, self._own_call())
+                if self._backoff.remaining_seconds:
+                    raise failure.with_traceback(None)  # an earlier caller's mint failed
+            await _result_within(hang_seconds, self._probe)
+
+    def refresh(self) -> None:
+        """Do nothing: no caller could use the token."""
+
+    async def close(self) -> None:
+        """Cancel the mints that are under way."""
+        for call in (self._probe, *self._under_way):
+            await call.close()
+
+    def _own_call(self) -> SingleFlight[Credential]:
+        call = SingleFlight(self._mint)
+        self._under_way.add(call)
+        call.start().add_done_callback(lambda _: self._under_way.discard(call))
+        return call
+
+
+async def _result_within(hang_seconds: float | None, call: SingleFlight[Credential]) -> Credential:
+    try:
+        async with asyncio.timeout(hang_seconds):
+            return await call.result()
+    except TimeoutError:
+        detail = f"no answer within {hang_seconds:g} seconds"
+        raise ProxyError(ErrorKind.API_UNREACHABLE, detail) from None

@@ -21,7 +21,13 @@ from proxy.observe.metrics import Metrics
 from proxy.server.app import build_metrics
 from proxy.upstream.address_lookup import AddressLookup, Target
 from proxy.upstream.connector import Connector, resolve
-from proxy.upstream.dialer import ANSWER_SECONDS_MAX, CONNECTS_MAX, Dialer, UpstreamSession
+from proxy.upstream.dialer import (
+    ANSWER_SECONDS_MAX,
+    CONNECTS_MAX,
+    CredentialSource,
+    Dialer,
+    UpstreamSession,
+)
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import (
     AuthenticationCleartextPassword,
@@ -35,8 +41,9 @@ from proxy.wire.messages import (
 )
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, StartupMessage
-from proxy.workspace.client import Credential, Workspace
-from proxy.workspace.token_source import CredentialSource, LocalTokenSource
+from proxy.workspace.client import Workspace
+from proxy.workspace.credential import Credential
+from proxy.workspace.token_source import LocalTokenSource
 from tests.support.fake_clock import FakeClock
 from tests.support.script import (
     ScriptedServer,

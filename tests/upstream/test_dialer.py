@@ -27,6 +27,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.server.app import build_metrics
 from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.dialer import UpstreamSession
+from proxy.upstream.password_file import PasswordFile
 from proxy.upstream.phases import ConnectPhase
 from proxy.wire.messages import (
     AuthenticationSASL,
@@ -37,9 +38,10 @@ from proxy.wire.messages import (
 )
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.wire.violations import ClientViolation
-from proxy.workspace.client import Credential, Workspace
+from proxy.workspace.client import Workspace
+from proxy.workspace.credential import Credential
 from proxy.workspace.resources import resource_of
-from proxy.workspace.token_source import REJECTION_SECONDS_MIN, LocalTokenSource, PasswordFile
+from proxy.workspace.token_source import REJECTION_SECONDS_MIN, LocalTokenSource
 from tests.support.dialing import (
     ASK,
     CLIENT,

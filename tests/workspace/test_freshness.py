@@ -3,7 +3,7 @@
 import pytest
 
 from proxy.wire.secret import Secret
-from proxy.workspace.client import Credential
+from proxy.workspace.credential import Credential
 from proxy.workspace.freshness import Freshness, Need, is_valid, judge
 
 HOUR = 3600.0

@@ -3,9 +3,8 @@
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 
 import pytest
 
@@ -15,15 +14,17 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.server.app import build_metrics
 from proxy.wire.secret import Secret
-from proxy.workspace.client import Credential
+from proxy.workspace.credential import Credential
 from proxy.workspace.freshness import Freshness
-from proxy.workspace.single_flight import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN
+from proxy.workspace.single_flight import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN, Backoff
 from proxy.workspace.token_source import (
     DEADLINE_GRACE_SECONDS,
     HANG_SECONDS_MAX,
     REJECTION_SECONDS_MIN,
     LocalTokenSource,
-    PasswordFile,
+    Minting,
+    MintPerConnection,
+    MintShared,
 )
 from tests.support.fake_clock import FakeClock
 
@@ -636,61 +637,6 @@ async def test_no_token_shows_in_a_repr() -> None:
         assert "not-a-real" not in repr(got) + str(got) + repr(vars(told.credentials))
 
 
-# -- the password file ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("content", "password"),
-    [
-        (b"not-a-real-password", b"not-a-real-password"),
-        (b"not-a-real-password\n", b"not-a-real-password"),
-        (b"not-a-real-password\r\n", b"not-a-real-password"),
-        (b" spaces stay ", b" spaces stay "),
-    ],
-)
-async def test_a_password_file_is_read_at_each_login(
-    tmp_path: Path, content: bytes, password: bytes
-) -> None:
-    path = tmp_path / "password"
-    path.write_bytes(content)
-    source = PasswordFile(str(path))
-    shown = await source.fresh()
-    assert shown.secret.reveal() == password
-    assert shown.is_password
-    assert shown.expires_at == math.inf
-    source.reject(shown)
-    path.write_bytes(b"rotated-not-real")
-    assert (await source.fresh()).secret.reveal() == b"rotated-not-real"
-
-
-def _missing(path: Path) -> None:
-    pass
-
-
-def _directory(path: Path) -> None:
-    path.mkdir()
-
-
-def _empty(path: Path) -> None:
-    path.write_bytes(b"\n")
-
-
-def _with_nul(path: Path) -> None:
-    path.write_bytes(b"not-a-real\0password")
-
-
-@pytest.mark.parametrize("make", [_missing, _directory, _empty, _with_nul])
-async def test_a_password_file_that_cannot_be_used_says_so_and_nothing_of_what_is_in_it(
-    tmp_path: Path, make: Callable[[Path], None]
-) -> None:
-    path = tmp_path / "password"
-    make(path)
-    with pytest.raises(ProxyError) as refused:
-        await PasswordFile(str(path)).fresh()
-    assert refused.value.kind is ErrorKind.PASSWORD_FILE_UNREADABLE
-    assert "not-a-real" not in repr(refused.value.response())
-
-
 async def test_a_bug_in_a_mint_is_told_once_and_not_tried_for_ever() -> None:
     # It is no failure of the API's, so nothing kept it: who waited called again without a pause.
     calls = 0
@@ -707,3 +653,91 @@ async def test_a_bug_in_a_mint_is_told_once_and_not_tried_for_ever() -> None:
     assert refused.value.kind is ErrorKind.INTERNAL
     assert calls == 1
     await credentials.close()
+
+
+# -- how many mints are under way ----------------------------------------------------------------
+
+
+class EventMint:
+    """Keeps its failures as whoever mints does."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.backoff = Backoff(self.clock, lambda: 1.0)
+        self.made = self.under_way = self.peak = 0
+        self.failure: ProxyError | None = None
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def __call__(self) -> Credential:
+        self.made += 1
+        number = self.made
+        self.under_way += 1
+        self.peak = max(self.peak, self.under_way)
+        try:
+            await self.go.wait()
+            await asyncio.sleep(0)
+        finally:
+            self.under_way -= 1
+        if self.failure is not None:
+            self.backoff.start(self.failure)
+            raise self.failure
+        self.backoff.reset()
+        return Credential(Secret(b"not-a-real-token-%d" % number), 0.0, 3600.0)
+
+
+def both(mint: EventMint) -> list[Minting]:
+    return [MintShared(mint), MintPerConnection(mint, mint.backoff)]
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_many_who_ask_at_once_share_one_or_get_one_each(own: bool) -> None:
+    mint = EventMint()
+    tokens = both(mint)[own]
+    got = await asyncio.gather(*(tokens.token(None) for _ in range(50)))
+    assert len({credential.secret for credential in got}) == mint.made == (50 if own else 1)
+    assert mint.peak == (THREADS_MAX if own else 1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_a_call_that_hangs_is_a_failure_and_goes_on_until_the_end(own: bool) -> None:
+    mint = EventMint()
+    mint.go.clear()
+    tokens = both(mint)[own]
+    with pytest.raises(ProxyError) as refused:
+        await tokens.token(0.01)
+    assert refused.value.kind is ErrorKind.API_UNREACHABLE
+    assert "no answer within 0.01 seconds" in refused.value.detail
+    assert mint.under_way == 1
+    await tokens.close()
+    assert mint.under_way == 0
+
+
+async def test_after_a_failure_one_finds_out_and_the_others_wait_for_it() -> None:
+    mint = EventMint()
+    tokens = MintPerConnection(mint, mint.backoff)
+    mint.failure = ProxyError(ErrorKind.API_UNREACHABLE)
+    outcomes = await asyncio.gather(
+        *(tokens.token(None) for _ in range(50)), return_exceptions=True
+    )
+    assert outcomes == [mint.failure] * 50
+    assert mint.made == THREADS_MAX
+    mint.clock.move(BACKOFF_SECONDS_MIN)
+    await asyncio.gather(*(tokens.token(None) for _ in range(50)), return_exceptions=True)
+    assert mint.made == THREADS_MAX + 1
+    mint.clock.move(2 * BACKOFF_SECONDS_MIN)
+    mint.failure = None
+    got = await asyncio.gather(*(tokens.token(None) for _ in range(50)))
+    assert len({credential.secret for credential in got}) == 50
+    await tokens.close()
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_a_token_is_renewed_for_nobody_only_where_somebody_may_use_it(own: bool) -> None:
+    mint = EventMint()
+    tokens = both(mint)[own]
+    tokens.refresh()
+    tokens.refresh()
+    await asyncio.sleep(0)
+    assert mint.made == (0 if own else 1)
+    await tokens.close()

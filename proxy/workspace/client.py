@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 
 from pydantic import SecretStr
 
-from proxy.blocking import BlockingCalls
+from proxy.blocking import BlockingCalls, NoThreadFree
 from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
@@ -108,6 +108,8 @@ class Workspace:
             outcome = await self._blocking_calls.run(
                 lambda: self._outcome(call), self._timeout_seconds
             )
+        except NoThreadFree as error:
+            raise ProxyError(ErrorKind.API_UNREACHABLE, str(error)) from None
         except TimeoutError as error:
             # The call may hang inside a lock of this client: leave both behind.
             self._drop_client(generation)

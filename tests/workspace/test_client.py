@@ -477,6 +477,22 @@ async def test_calls_that_never_return_end_and_cost_nothing_once_the_api_is_well
         assert not thread.is_alive()
 
 
+async def test_a_call_that_gets_no_thread_says_that_the_api_is_unreachable(
+    api: standin.Workspace,
+) -> None:
+    made = workspace(api, timeout=0.1)
+    release = threading.Event()
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(THREADS_MAX):
+            tasks.create_task(made._blocking_calls.run(release.wait, 5))
+        await asyncio.sleep(0)
+        with pytest.raises(ProxyError) as refused:
+            await made.mint(PRIMARY)
+        release.set()
+    assert refused.value.kind is ErrorKind.API_UNREACHABLE
+    assert "earlier calls have not ended" in refused.value.detail
+
+
 async def _silent(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.close()
 

@@ -1,9 +1,9 @@
-"""From a target to a session that is ready for its first query: credential, retry, login.
+"""A dial: from a target to a session that is ready for its first query.
 
-The connection itself is the connector's; here it gets its StartupMessage and its credential, until
-ReadyForQuery; each step's failure becomes one ProxyError. What is transient is tried again within
-`connect_timeout_seconds`, which is possible because the client has been told nothing yet; no
-statement is ever replayed.
+For: the order of look-up, credential, connect and login, the bound on concurrent connects, and the
+retries. A retry is possible within `connect_timeout_seconds`, because the client has had no answer
+yet; no statement is ever sent twice. Not for: the steps themselves (`address_lookup`, `connector`,
+`login`), nor which failure is retried (`retry`).
 """
 
 import asyncio
@@ -17,39 +17,18 @@ from typing import Final, Protocol
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.transport.stream import StartupStream
 from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
-from proxy.upstream.connector import (
-    Addresses,
-    Connection,
-    Connector,
-    diagnose_event,
-    next_events,
-)
-from proxy.upstream.diagnosis import LoginAttempt, diagnose
+from proxy.upstream.connector import Addresses, Connector
+from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
 from proxy.upstream.phases import ConnectPhase, PhaseTimer, RecordPhase
 from proxy.upstream.retry import Retry
-from proxy.upstream.scram import SCRAM_SHA_256, Scram
 from proxy.wire.startup import StartupMessage
-from proxy.wire.upstream_startup import (
-    PasswordRequested,
-    SASLContinued,
-    SASLFinished,
-    SASLRequested,
-    UpstreamEvent,
-    UpstreamReady,
-    UpstreamRefused,
-    UpstreamStartup,
-    upstream_message,
-)
+from proxy.wire.upstream_startup import UpstreamStartup, upstream_message
 from proxy.workspace.credential import Credential
 
-# Sessions being opened at a time, for one target. A front end limits the rate of connections, a
-# database forks for each, and a storm that is served in order is over sooner than one that times
-# out together; 50 handshakes keep both sides busy.
+# Concurrent connects to one target. A front end limits the rate of connections and a database forks
+# for each; clients that reconnect together are served sooner in order than all at once, where they
+# time out together. 50 handshakes keep both sides busy.
 CONNECTS_MAX: Final = 50
-
-# What a front end does before it asks for the password needs no database, which may be asleep: that
-# one is waited for afterwards, as long as connect_timeout_seconds allows.
-ANSWER_SECONDS_MAX: Final = 15.0
 
 # What it means when a dial's time ends in a phase.
 _TIMED_OUT: Final = {
@@ -59,26 +38,6 @@ _TIMED_OUT: Final = {
     ConnectPhase.TLS: ErrorKind.UPSTREAM_TIMEOUT,
     ConnectPhase.LOGIN: ErrorKind.UPSTREAM_TIMEOUT,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Dial:
-    """One client's dial: what is tried, and what became of the tries so far."""
-
-    client: StartupMessage
-    phases: PhaseTimer
-    retry: Retry
-    started_at: float
-    failures: list[ProxyError] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class UpstreamSession:
-    """A session that is ready: its connection, and the machine that holds its welcome."""
-
-    stream: StartupStream
-    startup: UpstreamStartup
-    target: Target
 
 
 class CredentialSource(Protocol):
@@ -94,8 +53,38 @@ class CredentialSource(Protocol):
         """Invalidate a refused credential. Return whether a retry would use a different one."""
 
 
+@dataclass(frozen=True, slots=True)
+class UpstreamSession:
+    """A session that is ready: its connection, and the machine that holds its welcome."""
+
+    stream: StartupStream
+    startup: UpstreamStartup
+    target: Target
+
+
+@dataclass(slots=True)
+class _Dial:
+    """One client's dial: the credential of its present try, and the failures of those before."""
+
+    client: StartupMessage
+    phases: PhaseTimer
+    retry: Retry
+    started_at: float
+    credential: Credential | None = None
+    failures: list[ProxyError] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """Where one try goes, and as whom."""
+
+    target: Target
+    names: LoginNames
+    addresses: Addresses
+
+
 class Dialer:
-    """Opens upstream sessions."""
+    """Opens the sessions of one target."""
 
     def __init__(
         self,
@@ -110,8 +99,10 @@ class Dialer:
         jitter: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`connects_max` sessions are opened at a time; in each the upstream has to say something
-        within `answer_seconds_max`. `jitter` returns a number from 0 to 1.
+        """Open at most `connects_max` sessions at a time.
+
+        An upstream has `answer_seconds_max` for its first answer to a StartupMessage. `jitter`
+        returns a number from 0 to 1.
         """
         self._connector = connector
         self._address_lookup = address_lookup
@@ -134,175 +125,95 @@ class Dialer:
             async with asyncio.timeout(self._timeout_seconds):
                 return await self._dial_until_ready(dial)
         except TimeoutError as error:
-            if dial.failures:
-                raise dial.failures[-1] from error
-            raise self._timed_out(dial.phases) from error
+            raise (dial.failures or [self._timed_out(dial.phases)])[-1] from error
         finally:
             dial.phases.flush()
 
+    async def _dial_until_ready(self, dial: _Dial) -> UpstreamSession:
+        while True:  # bounded by dial's timeout
+            try:
+                route = await self._look_up(dial)
+            except ProxyError as error:
+                await self._before_retry(dial, error)
+                continue
+            # As late as possible, so that it is fresh, but before TCP: a front end gives a
+            # connection 15 seconds from accept to StartupMessage. A failure of the API is not
+            # retried here: the token source does that, once for all dials.
+            credential = await self._credential(dial)
+            try:
+                return await self._open(dial, route, credential)
+            except ProxyError as error:
+                await self._before_retry(dial, error)
+
+    async def _look_up(self, dial: _Dial) -> _Route:
+        """Return where this try goes. Raises ProxyError."""
+        dial.phases.start(ConnectPhase.MINT)  # not measured, but the workspace may be asked
+        target = await self._address_lookup.target()
+        names = await self._address_lookup.login_names(dial.client)
+        addresses = await self._connector.addresses(target, dial.phases)
+        # An address that accepted TCP and then failed is not tried first again.
+        first = len(dial.failures) % len(addresses)
+        return _Route(target, names, (*addresses[first:], *addresses[:first]))
+
+    async def _credential(self, dial: _Dial) -> Credential:
+        """Return a credential for this try. Raises ProxyError."""
+        dial.phases.start(ConnectPhase.MINT)
+        dial.credential = await self._credentials.fresh()
+        dial.phases.finish()
+        return dial.credential
+
+    async def _open(self, dial: _Dial, route: _Route, credential: Credential) -> UpstreamSession:
+        """Connect and log in, in one of the slots. Raises ProxyError."""
+        async with self._slot(dial.phases) as waited:
+            if waited and not self._credentials.is_fresh(credential):
+                credential = await self._credential(dial)
+            message = upstream_message(dial.client, route.names.user, route.names.database)
+            connection = await self._connector.connect(route.target, route.addresses, dial.phases)
+            login = Login(connection, route.names, credential)
+            await login.run(message, dial.phases, self._answer_seconds_max)
+            return UpstreamSession(connection.stream, connection.startup, route.target)
+
+    @asynccontextmanager
+    async def _slot(self, phases: PhaseTimer) -> AsyncIterator[bool]:
+        """Hold one of `connects_max` slots while the block runs; yield whether it was waited for.
+
+        The wait belongs to no phase: nothing is done for this client meanwhile.
+        """
+        if waited := self._connects.locked():
+            phases.pause()
+        async with self._connects:
+            yield waited
+
+    async def _before_retry(self, dial: _Dial, error: ProxyError) -> None:
+        """Wait until it is time for another try; raise the error if there is none."""
+        dial.failures.append(error)
+        if error.original is None:  # else PostgreSQL itself answered, and the host is right
+            self._address_lookup.invalidate_host()
+        delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error))
+        if delay is None:
+            raise error
+        # Without a slot: a dial that sleeps opens nothing, and does not delay other dials.
+        await asyncio.sleep(delay)
+
+    def _is_replaced(self, dial: _Dial, error: ProxyError) -> bool:
+        """Return whether a cached token was refused and a retry would use a different one.
+
+        A token that was minted for this dial is not replaced: it is not the cause.
+        """
+        credential = dial.credential
+        if credential is None or error.kind.value.disposition is not Disposition.REMINT:
+            return False
+        return credential.requested_at < dial.started_at and self._credentials.reject(credential)
+
     def _timed_out(self, phases: PhaseTimer) -> ProxyError:
-        """Return what it means that the time ended where it did."""
+        """Return the error for a dial whose time ended in the current phase."""
         if phases.current is None:
             detail = (
-                f"waited for one of {self._connects_max} places (upstream.connects_max) "
-                f"until {self._timeout_seconds:g} seconds were over"
+                f"all {self._connects_max} connects (upstream.connects_max) were in use "
+                f"for {self._timeout_seconds:g} seconds"
             )
             return ProxyError(ErrorKind.UPSTREAM_BUSY, detail)
         kind = _TIMED_OUT[phases.current]
         is_api = kind is ErrorKind.API_UNREACHABLE
         what = "the workspace API did not answer" if is_api else "no session"
         return ProxyError(kind, f"{what} within {self._timeout_seconds:g} seconds")
-
-    async def _dial_until_ready(self, dial: _Dial) -> UpstreamSession:
-        while True:  # bounded by dial's timeout
-            try:
-                target, names, addresses = await self._look_up(dial)
-            except ProxyError as error:
-                await self._before_retry(dial, error)
-                continue
-            # Last, so that it is fresh when it is shown, and before TCP: the front end gives a
-            # connection 15 s from accept to StartupMessage. What the API fails with is not tried
-            # again here: that is done once for all who wait.
-            credential = await self._credential(dial.phases)
-            try:
-                async with self._slot(dial.phases) as queued:
-                    if queued and not self._credentials.is_fresh(credential):
-                        credential = await self._credential(dial.phases)
-                    message = upstream_message(dial.client, names.user, names.database)
-                    connection = await self._connector.connect(target, addresses, dial.phases)
-                    await self._log_in(connection, message, names, credential, dial.phases)
-                    return UpstreamSession(connection.stream, connection.startup, target)
-            except ProxyError as error:
-                await self._before_retry(dial, error, credential)
-
-    async def _look_up(self, dial: _Dial) -> tuple[Target, LoginNames, Addresses]:
-        """Return where this try goes, and as whom. Raises ProxyError."""
-        dial.phases.start(ConnectPhase.MINT)  # not its time, but the workspace may be asked
-        target = await self._address_lookup.target()
-        names = await self._address_lookup.login_names(dial.client)
-        addresses = await self._connector.addresses(target, dial.phases)
-        # An address that takes TCP and does nothing good with it is not the first one again.
-        first = len(dial.failures) % len(addresses)
-        return target, names, (*addresses[first:], *addresses[:first])
-
-    async def _before_retry(
-        self, dial: _Dial, error: ProxyError, credential: Credential | None = None
-    ) -> None:
-        """Return when it is time for another try; raise the error when there shall be none."""
-        dial.failures.append(error)
-        if error.original is None:  # else PostgreSQL itself spoke: the host is right
-            self._address_lookup.invalidate_host()
-        delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error, credential))
-        if delay is None:
-            raise error
-        # Without a place: who sleeps opens nothing upstream and keeps nobody from trying.
-        await asyncio.sleep(delay)
-
-    def _is_replaced(self, dial: _Dial, error: ProxyError, credential: Credential | None) -> bool:
-        """Tell whether the error is a cached token's, and the next one asked for will be another.
-
-        A role that is refused with a new token as well is not the token's fault: then it is not.
-        """
-        if credential is None or error.kind.value.disposition is not Disposition.REMINT:
-            return False
-        return credential.requested_at < dial.started_at and self._credentials.reject(credential)
-
-    @asynccontextmanager
-    async def _slot(self, phases: PhaseTimer) -> AsyncIterator[bool]:
-        """Hold one of `connects_max` places while the block runs; tell whether it was waited for.
-
-        The time spent waiting belongs to no phase: nothing is done for this client in it.
-        """
-        if queued := self._connects.locked():
-            phases.pause()
-        async with self._connects:
-            yield queued
-
-    async def _credential(self, phases: PhaseTimer) -> Credential:
-        phases.start(ConnectPhase.MINT)
-        credential = await self._credentials.fresh()
-        phases.finish()
-        return credential
-
-    async def _log_in(
-        self,
-        connection: Connection,
-        message: StartupMessage,
-        names: LoginNames,
-        credential: Credential,
-        phases: PhaseTimer,
-    ) -> None:
-        """Return when the upstream is ready; otherwise close the connection. Raises ProxyError."""
-        authentication = _Authentication(connection, names, credential)
-        try:
-            phases.start(ConnectPhase.LOGIN)
-            authentication.begin(message)
-            phases.flush()
-            await authentication.run(self._answer_seconds_max)
-            phases.finish()
-        except BaseException:
-            # Cancelled, timed out or refused: no orphan session stays upstream (W54).
-            connection.stream.transport.close()
-            raise
-
-
-class _Authentication:
-    """StartupMessage to ReadyForQuery on one connection."""
-
-    def __init__(self, connection: Connection, names: LoginNames, credential: Credential) -> None:
-        self._stream = connection.stream
-        self._startup = connection.startup
-        self._names = names
-        self._credential = credential
-        self._scram: Scram | None = None
-
-    def begin(self, message: StartupMessage) -> None:
-        """Send the StartupMessage."""
-        self._stream.write(self._startup.startup(message))
-
-    async def run(self, answer_seconds_max: float) -> None:
-        """Return when the upstream is ready. Raises ProxyError."""
-        events = await self._first_events(answer_seconds_max)
-        while True:  # bounded by the machine, which lets a password be asked once
-            for event in events:
-                if isinstance(event, UpstreamReady):
-                    return
-                self._stream.write(self._answer(event))
-            events = await next_events(self._stream, self._startup)
-
-    async def _first_events(self, seconds_max: float) -> list[UpstreamEvent]:
-        try:
-            async with asyncio.timeout(seconds_max):
-                return await next_events(self._stream, self._startup)
-        except TimeoutError as error:
-            detail = f"no answer to the StartupMessage within {seconds_max:g} seconds"
-            raise ProxyError(ErrorKind.UPSTREAM_TIMEOUT, detail) from error
-
-    def _answer(self, event: UpstreamEvent) -> bytes:
-        match event:
-            case PasswordRequested():
-                return self._startup.password(self._credential.secret)
-            case SASLRequested(mechanisms):
-                if not self._credential.is_password:
-                    raise ProxyError(ErrorKind.UNSUPPORTED_AUTH, "SASL, which takes no token")
-                self._scram = Scram(mechanisms, self._credential.secret)
-                return self._startup.sasl_initial_response(
-                    SCRAM_SHA_256, self._scram.client_first()
-                )
-            case SASLContinued(data) if self._scram is not None:
-                return self._startup.sasl_response(self._scram.client_final(data))
-            case SASLFinished(data) if self._scram is not None:
-                self._scram.verify_server(data)
-                return b""
-            case UpstreamRefused(error):
-                raise diagnose(error, self._shown())
-            case _:
-                raise diagnose_event(event)
-
-    def _shown(self) -> LoginAttempt:
-        return LoginAttempt(
-            self._names.user.decode("utf-8", "replace"),
-            self._names.database.decode("utf-8", "replace"),
-            self._credential.secret,
-            self._credential.is_password,
-        )

@@ -22,12 +22,12 @@ from proxy.server.app import build_metrics
 from proxy.upstream.address_lookup import AddressLookup, Target
 from proxy.upstream.connector import Connector, resolve
 from proxy.upstream.dialer import (
-    ANSWER_SECONDS_MAX,
     CONNECTS_MAX,
     CredentialSource,
     Dialer,
     UpstreamSession,
 )
+from proxy.upstream.login import ANSWER_SECONDS_MAX
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import (
     AuthenticationCleartextPassword,

@@ -725,7 +725,7 @@ async def test_who_waits_for_a_place_until_the_end_is_told_so(ca_file: str) -> N
             error = await made.refusal()
         assert error.kind is ErrorKind.UPSTREAM_BUSY
         assert error.response().sqlstate == "53300"
-        assert "waited for one of 1 places" in error.detail
+        assert "all 1 connects (upstream.connects_max) were in use" in error.detail
         assert server.accepted == 0
         tcp = made.metrics.value("upstream_connect_seconds_count", phase=ConnectPhase.TCP)
         assert tcp == 0

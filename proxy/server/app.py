@@ -38,9 +38,9 @@ from proxy.transport.lanes import watched_lanes
 from proxy.transport.tls import server_context
 from proxy.upstream.connector import Connector
 from proxy.upstream.phases import ConnectPhase, RecordTargetPhase
-from proxy.upstream.upstreams import LocalWorkspaceRegistry, WorkspaceRegistry
 from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import ClientReason
+from proxy.workspace.registry import LocalWorkspaceRegistry, WorkspaceRegistry
 
 if TYPE_CHECKING:
     from proxy.native.lanes import Lanes
@@ -135,13 +135,15 @@ class App:
         """
         changes = compare(self.settings, settings)
         kept = self._without_restart(settings)
-        snapshot = ConfigSnapshot(kept, self.workspaces, self._record_phase, self.snapshot, router)
         tls = _listener_tls(kept.listen)
+        snapshot = ConfigSnapshot(kept, self.workspaces, self._record_phase, self.snapshot, router)
         self._count_by(snapshot)
         if kept.log != self.settings.log:
             configure_logging(format=kept.log.format, level=kept.log.level)
-        changes = changes.and_contents(self.snapshot.rewritten(snapshot))
+        before = self.snapshot
+        changes = changes.and_contents(before.rewritten(snapshot))
         self.snapshot, self._tls = snapshot, tls
+        before.upstreams.close()
         return changes
 
     def _without_restart(self, settings: Settings) -> Settings:

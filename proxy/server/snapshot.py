@@ -18,9 +18,10 @@ from proxy.routing.router import Router
 from proxy.server.router_factory import rewritten_file, router_of
 from proxy.session.session import Passage
 from proxy.upstream.phases import RecordTargetPhase
-from proxy.upstream.upstreams import Upstreams, WorkspaceRegistry
+from proxy.upstream.upstreams import Upstreams
 from proxy.wire.startup import StartupMessage
 from proxy.workspace import sdk_import
+from proxy.workspace.registry import WorkspaceRegistry
 
 # Importing databricks-sdk takes some tenths of a second, on a small part of a core some seconds.
 LOAD_SECONDS_MAX: Final = 60.0
@@ -96,5 +97,5 @@ class ConfigSnapshot:
         return [
             Token(account.name, now - newest.requested_at, newest.expires_at - now)
             for account in self.upstreams.accounts
-            if (newest := account.credentials.newest) is not None
+            if (newest := account.token_source.newest) is not None
         ]

@@ -1,4 +1,8 @@
-"""Where to dial and as whom: from the settings and the workspace's answers to a Target."""
+"""Where to dial and as whom: a target's host and role, from the settings or the workspace.
+
+For: keeping what the workspace answered, and asking again when it may be outdated. Not for: DNS
+(`connector`), or credentials (`workspace.token_source`).
+"""
 
 import asyncio
 import random
@@ -13,11 +17,11 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.client import WorkspaceSource
 from proxy.workspace.resources import Resource, ResourceStatus
-from proxy.workspace.single_flight import Backoff, SingleFlight
+from proxy.workspace.single_flight import Backoff, PendingCalls, SingleFlight
 
 ANY_USER = "*"
 
-# A host that is known but may have moved is asked for again no longer than this.
+# A host that is known and may be outdated is looked up again for no longer than this.
 LOOK_UP_SECONDS_MAX: Final = 5.0
 
 
@@ -35,26 +39,27 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class LoginNames:
-    """As whom, and into which database."""
+    """The user and the database of a login."""
 
     user: bytes
     database: bytes
 
 
 class AddressLookup:
-    """Works out targets. What the workspace answered is kept until `invalidate_host`."""
+    """The address of one target. What the workspace answered is kept until `invalidate_host`."""
 
     def __init__(
         self,
         settings: UpstreamSettings,
         resource: Resource | None,
         workspace: WorkspaceSource,
+        pending: PendingCalls,
         *,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`jitter` returns a number from 0 to 1."""
+        """`pending` is the owner's, who closes it. `jitter` returns a number from 0 to 1."""
         self._settings = settings
         self._resource = resource
         self._workspace = workspace
@@ -62,31 +67,25 @@ class AddressLookup:
         self._stale = False
         self._user = settings.user
         # Connections that arrive together wait for one answer of the workspace.
-        self._look_up = SingleFlight(self._ask_host)
-        self._identify = SingleFlight(self._ask_user)
-        # After a failure, or an answer that was no news, nobody asks for a while: a thousand
-        # clients dial a database that sleeps again and again.
+        self._host_call = SingleFlight(self._ask_host, pending)
+        self._user_call = SingleFlight(self._ask_user, pending)
+        # After a failure, or an answer with nothing new in it, there is no call for some time: a
+        # thousand clients dial a sleeping database again and again.
         self._host_backoff = Backoff(clock, jitter)
         self._user_backoff = Backoff(clock, jitter)
         self._sleep = sleep
 
-    async def close(self) -> None:
-        """End what is being asked of the workspace."""
-        await self._look_up.close()
-        await self._identify.close()
-
     @property
     def host(self) -> str:
-        """The host as it is known now, empty before it was looked up; for those who show it."""
+        """The host as it is known now; empty before the first look-up."""
         return self._host
 
     async def target(self) -> Target:
-        """Return where to dial. Raises ProxyError when the workspace does not say."""
-        if self._host:
-            if self._stale and not self._host_backoff.remaining_seconds:
-                await self._look_up_again()
-        else:
-            await self._first_look_up()
+        """Return where to dial. Raises ProxyError when the workspace does not name a host."""
+        if not self._host:
+            await self._look_up_host()
+        elif self._stale and not self._host_backoff.remaining_seconds:
+            await self._refresh_host()
         settings = self._settings
         return Target(
             self._host,
@@ -98,7 +97,7 @@ class AddressLookup:
         )
 
     async def login_names(self, client: StartupMessage) -> LoginNames:
-        """Return as whom this client logs in, and where: without a database, the target's own.
+        """Return user and database for this client; without a database, the target's own.
 
         Raises ProxyError.
         """
@@ -107,23 +106,23 @@ class AddressLookup:
         if self._settings.user == ANY_USER:
             return LoginNames(asked_user, database)
         if not self._user:
-            await self._first_identify()
+            await self._look_up_user()
         return LoginNames(self._user.encode(), database)
 
     def invalidate_host(self) -> None:
         """Look the host up again next time: a dial to it failed. A configured host stays."""
         self._stale = not self._settings.host
 
-    async def _first_look_up(self) -> None:
+    async def _look_up_host(self) -> None:
         await self._host_backoff.wait(self._sleep)
-        if not self._host:  # nobody has found out meanwhile
-            await self._look_up.result()
+        if not self._host:  # it may have been found meanwhile
+            await self._host_call.result()
 
-    async def _look_up_again(self) -> None:
-        """Look up a host that is known, for a while; then the known one serves."""
+    async def _refresh_host(self) -> None:
+        """Look up a host that is known, for a limited time; after that the known one is used."""
         try:
             async with asyncio.timeout(LOOK_UP_SECONDS_MAX):
-                await self._look_up.result()
+                await self._host_call.result()
         except TimeoutError:
             self._host_backoff.start()
 
@@ -134,7 +133,7 @@ class AddressLookup:
         except ProxyError as error:
             self._host_backoff.start(error)
             if self._host:
-                return  # a failure of the API shall not cost a host that is known
+                return  # while the API fails, the known host is used
             raise
         try:
             host = _host_in(status, self._resource.name)
@@ -147,10 +146,10 @@ class AddressLookup:
             self._host_backoff.reset()
         self._host, self._stale = host, False
 
-    async def _first_identify(self) -> None:
+    async def _look_up_user(self) -> None:
         await self._user_backoff.wait(self._sleep)
-        if not self._user:  # as above
-            await self._identify.result()
+        if not self._user:  # it may have been found meanwhile
+            await self._user_call.result()
 
     async def _ask_user(self) -> None:
         try:

@@ -23,7 +23,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.workspace.credential import Credential
 from proxy.workspace.freshness import Freshness, Need, is_fresh, is_valid, judge
-from proxy.workspace.single_flight import Backoff, SingleFlight, is_transient
+from proxy.workspace.single_flight import Backoff, PendingCalls, SingleFlight, is_transient
 
 # A token that is valid but too old is used once a mint has taken this long.
 HANG_SECONDS_MAX: Final = 5.0
@@ -63,12 +63,13 @@ class LocalTokenSource:
         mint: Mint,
         settings: CredentialsSettings,
         metrics: Metrics,
+        pending: PendingCalls,
         *,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`jitter` returns a number from 0 to 1."""
+        """`pending` is the owner's, who closes it. `jitter` returns a number from 0 to 1."""
         self._mint = mint
         self._freshness = Freshness(settings.token_max_age_seconds, settings.expiry_margin_seconds)
         self._timeout_seconds = settings.mint_timeout_seconds
@@ -80,14 +81,10 @@ class LocalTokenSource:
         self._rejected_at = -math.inf
         self._backoff = Backoff(clock, jitter)
         self._minting: Minting = (
-            MintShared(self._mint_and_keep)
+            MintShared(self._mint_and_keep, pending)
             if settings.token_max_age_seconds > 0
-            else MintPerConnection(self._mint_and_keep, self._backoff)
+            else MintPerConnection(self._mint_and_keep, pending, self._backoff)
         )
-
-    async def close(self) -> None:
-        """Cancel the mints that are under way."""
-        await self._minting.close()
 
     @property
     def newest(self) -> Credential | None:
@@ -198,15 +195,12 @@ class Minting(Protocol):
     def refresh(self) -> None:
         """Start a mint that no caller waits for, unless one is under way."""
 
-    async def close(self) -> None:
-        """Cancel the mints that are under way."""
-
 
 class MintShared:
     """One token for all callers that wait."""
 
-    def __init__(self, mint: Mint) -> None:
-        self._call = SingleFlight(mint)
+    def __init__(self, mint: Mint, pending: PendingCalls) -> None:
+        self._call = SingleFlight(mint, pending)
 
     async def token(self, hang_seconds: float | None) -> Credential:
         """Return the token of the mint that is under way. Raises ProxyError."""
@@ -216,10 +210,6 @@ class MintShared:
         """Start a mint, unless one is under way."""
         self._call.start()
 
-    async def close(self) -> None:
-        """Cancel the mint that is under way."""
-        await self._call.close()
-
 
 class MintPerConnection:
     """A token for each caller, `THREADS_MAX` mints at a time.
@@ -227,12 +217,12 @@ class MintPerConnection:
     After a failure one mint for all callers probes whether the API works again.
     """
 
-    def __init__(self, mint: Mint, backoff: Backoff) -> None:
+    def __init__(self, mint: Mint, pending: PendingCalls, backoff: Backoff) -> None:
         """`backoff` is the one that `mint` starts when it fails and resets when it succeeds."""
         self._mint = mint
+        self._pending = pending
         self._backoff = backoff
-        self._probe = SingleFlight(mint)
-        self._under_way: set[SingleFlight[Credential]] = set()
+        self._probe = SingleFlight(mint, pending)
         # More mints than threads would wait there, and not learn that the first ones failed.
         self._threads = asyncio.Semaphore(THREADS_MAX)
 
@@ -242,24 +232,14 @@ class MintPerConnection:
             async with self._threads:
                 failure = self._backoff.failure
                 if failure is None:
-                    return await _result_within(hang_seconds, self._own_call())
+                    own_call = SingleFlight(self._mint, self._pending)
+                    return await _result_within(hang_seconds, own_call)
                 if self._backoff.remaining_seconds:
                     raise failure.with_traceback(None)  # an earlier caller's mint failed
             await _result_within(hang_seconds, self._probe)
 
     def refresh(self) -> None:
         """Do nothing: no caller could use the token."""
-
-    async def close(self) -> None:
-        """Cancel the mints that are under way."""
-        for call in (self._probe, *self._under_way):
-            await call.close()
-
-    def _own_call(self) -> SingleFlight[Credential]:
-        call = SingleFlight(self._mint)
-        self._under_way.add(call)
-        call.start().add_done_callback(lambda _: self._under_way.discard(call))
-        return call
 
 
 async def _result_within(hang_seconds: float | None, call: SingleFlight[Credential]) -> Credential:

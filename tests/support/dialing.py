@@ -43,6 +43,7 @@ from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace.client import Workspace
 from proxy.workspace.credential import Credential
+from proxy.workspace.single_flight import PendingCalls
 from proxy.workspace.token_source import LocalTokenSource
 from tests.support.fake_clock import FakeClock
 from tests.support.script import (
@@ -133,8 +134,11 @@ async def dialing(
 ) -> AsyncIterator[Dialing]:
     workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
     settings = CredentialsSettings(token_max_age_seconds=max_age)
-    credentials = LocalTokenSource(mint, settings, build_metrics(), clock=CLOCK, sleep=CLOCK.sleep)
-    targets = AddressLookup(UpstreamSettings(**upstream), None, workspace)
+    calls = PendingCalls()
+    credentials = LocalTokenSource(
+        mint, settings, build_metrics(), calls, clock=CLOCK, sleep=CLOCK.sleep
+    )
+    targets = AddressLookup(UpstreamSettings(**upstream), None, workspace, calls)
     try:
         yield Dialing(
             credentials,
@@ -144,8 +148,7 @@ async def dialing(
             silence_seconds_max=silence_seconds_max,
         )
     finally:
-        await credentials.close()
-        await targets.close()
+        await calls.close()
 
 
 def toward(lakebase: Lakebase, endpoint: Endpoint) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace.client import Workspace
 from proxy.workspace.resources import resource_of
-from proxy.workspace.single_flight import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN
+from proxy.workspace.single_flight import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN, PendingCalls
 from tests.support.emulated_workspace import ENDPOINT
 from tests.support.fake_clock import FakeClock
 
@@ -41,7 +41,13 @@ def address_lookup(
     given = UpstreamSettings(**{"endpoint": ENDPOINT, **upstream})
     told = clock or FakeClock()
     return AddressLookup(
-        given, resource_of(given), made, clock=told, jitter=lambda: 1.0, sleep=told.sleep
+        given,
+        resource_of(given),
+        made,
+        PendingCalls(),
+        clock=told,
+        jitter=lambda: 1.0,
+        sleep=told.sleep,
     )
 
 

@@ -35,6 +35,7 @@ from proxy.wire.violations import ClientViolation
 from proxy.workspace.client import Workspace
 from proxy.workspace.credential import Credential
 from proxy.workspace.resources import resource_of
+from proxy.workspace.single_flight import PendingCalls
 from proxy.workspace.token_source import REJECTION_SECONDS_MIN, LocalTokenSource
 from tests.support.dialing import (
     CLIENT,
@@ -131,15 +132,15 @@ async def _through_workspace(
     )
     resource = resource_of(upstream)
     assert resource is not None
+    calls = PendingCalls()
     credentials = LocalTokenSource(
-        partial(workspace.mint, resource), CredentialsSettings(), build_metrics()
+        partial(workspace.mint, resource), CredentialsSettings(), build_metrics(), calls
     )
-    targets = AddressLookup(upstream, resource, workspace)
+    targets = AddressLookup(upstream, resource, workspace, calls)
     try:
         yield Dialing(credentials, targets, seconds, time.time)
     finally:
-        await credentials.close()
-        await targets.close()
+        await calls.close()
 
 
 @pytest.mark.parametrize("fault", [faults.INTERNAL, faults.ABORTED, faults.BAD_GATEWAY])

@@ -24,6 +24,7 @@ from proxy.wire.messages import (
 )
 from proxy.wire.startup import V3_0
 from proxy.workspace.client import Workspace
+from proxy.workspace.single_flight import PendingCalls
 from tests.support.dialing import (
     ASK,
     HONEST,
@@ -78,7 +79,9 @@ async def test_w28_a_native_role_logs_in_with_scram(
     upstream = {**toward(lakebase, endpoint), "user": lakebase.native_role}
     workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
     with _password_source(tmp_path, password) as source:
-        made = Dialing(source, AddressLookup(UpstreamSettings(**upstream), None, workspace), 5)
+        made = Dialing(
+            source, AddressLookup(UpstreamSettings(**upstream), None, workspace, PendingCalls()), 5
+        )
         if right:
             session = await made.dial()
             assert await asked(session, "SELECT current_user") == lakebase.native_role.encode()

@@ -10,6 +10,7 @@ from proxy.workspace.single_flight import (
     BACKOFF_SECONDS_MIN,
     RETRY_AFTER_SECONDS_MAX,
     Backoff,
+    PendingCalls,
     SingleFlight,
     is_transient,
 )
@@ -36,7 +37,7 @@ class Call:
 
 async def test_all_who_ask_while_it_is_under_way_share_its_result() -> None:
     call = Call()
-    shared = SingleFlight(call)
+    shared = SingleFlight(call, PendingCalls())
     asking = [asyncio.create_task(shared.result()) for _ in range(100)]
     await asyncio.sleep(0)
     call.go.set()
@@ -48,7 +49,7 @@ async def test_a_failure_is_raised_for_each_and_lost_for_nobody() -> None:
     call = Call()
     call.failure = DOWN
     call.go.set()
-    shared = SingleFlight(call)
+    shared = SingleFlight(call, PendingCalls())
     await shared.start()  # nobody waits for its result, and nothing is reported as unheard
     asking = [asyncio.create_task(shared.result()) for _ in range(3)]
     outcomes = await asyncio.gather(*asking, return_exceptions=True)
@@ -58,7 +59,7 @@ async def test_a_failure_is_raised_for_each_and_lost_for_nobody() -> None:
 
 async def test_one_who_gives_up_does_not_end_it_for_the_others() -> None:
     call = Call()
-    shared = SingleFlight(call)
+    shared = SingleFlight(call, PendingCalls())
     leaving, staying = (asyncio.create_task(shared.result()) for _ in range(2))
     await asyncio.sleep(0)
     leaving.cancel()
@@ -67,15 +68,24 @@ async def test_one_who_gives_up_does_not_end_it_for_the_others() -> None:
     assert await staying == 1
 
 
-async def test_closing_ends_a_call_that_is_under_way_and_is_nothing_without_one() -> None:
+async def test_closing_cancels_the_calls_that_are_under_way_and_waits_for_them() -> None:
+    calls = PendingCalls()
+    await calls.close()
     call = Call()
-    shared = SingleFlight(call)
-    await shared.close()
-    running = shared.start()
+    pending = [SingleFlight(call, calls).start() for _ in range(3)]
     await asyncio.sleep(0)
-    await shared.close()
-    assert running.cancelled()
-    await shared.close()
+    assert len(calls) == 3
+    await calls.close()
+    assert all(task.cancelled() for task in pending)
+    assert len(calls) == 0
+
+
+async def test_a_call_that_has_ended_is_pending_no_more() -> None:
+    calls = PendingCalls()
+    call = Call()
+    call.go.set()
+    await SingleFlight(call, calls).result()
+    assert len(calls) == 0
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.5, 1.0])
@@ -156,8 +166,7 @@ async def test_a_bug_in_a_shared_call_costs_those_who_wait_and_nobody_else() -> 
     async def broken() -> int:
         raise ZeroDivisionError
 
-    shared = SingleFlight(broken)
+    shared = SingleFlight(broken, PendingCalls())
     with pytest.raises(ProxyError) as refused:
         await shared.result()
     assert refused.value.kind is ErrorKind.INTERNAL
-    await shared.close()

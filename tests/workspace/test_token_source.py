@@ -16,7 +16,12 @@ from proxy.server.app import build_metrics
 from proxy.wire.secret import Secret
 from proxy.workspace.credential import Credential
 from proxy.workspace.freshness import Freshness
-from proxy.workspace.single_flight import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN, Backoff
+from proxy.workspace.single_flight import (
+    BACKOFF_SECONDS_MAX,
+    BACKOFF_SECONDS_MIN,
+    Backoff,
+    PendingCalls,
+)
 from proxy.workspace.token_source import (
     DEADLINE_GRACE_SECONDS,
     HANG_SECONDS_MAX,
@@ -89,6 +94,7 @@ class Story:
         self.clock = FakeClock(T0)
         self.mint = Mint(self.clock)
         self.metrics: Metrics = build_metrics()
+        self.calls = PendingCalls()
         settings = CredentialsSettings(
             token_max_age_seconds=max_age_seconds,
             expiry_margin_seconds=expiry_margin_seconds,
@@ -98,6 +104,7 @@ class Story:
             self.mint,
             settings,
             self.metrics,
+            self.calls,
             clock=self.clock,
             jitter=lambda: 1.0,
             sleep=self.sleep,
@@ -126,7 +133,7 @@ async def story(
         async with asyncio.timeout(seconds):
             yield told
     finally:
-        await told.credentials.close()
+        await told.calls.close()
 
 
 async def turns(count: int = 5) -> None:
@@ -563,10 +570,12 @@ class Soak:
     async def run(self, max_age_seconds: float) -> int:
         """Return how many of the connections failed."""
         settings = CredentialsSettings(token_max_age_seconds=max_age_seconds)
+        calls = PendingCalls()
         credentials = LocalTokenSource(
             self.mint,
             settings,
             build_metrics(),
+            calls,
             clock=self.clock,
             jitter=self.random.random,
             sleep=self.clock.sleep,
@@ -587,7 +596,7 @@ class Soak:
                 if shown.requested_at < asked_at - max_age_seconds:
                     self.stale += 1
             await turns(2)
-        await credentials.close()
+        await calls.close()
         return failed
 
 
@@ -646,13 +655,12 @@ async def test_a_bug_in_a_mint_is_told_once_and_not_tried_for_ever() -> None:
         calls += 1
         raise ZeroDivisionError
 
-    credentials = LocalTokenSource(broken, CredentialsSettings(), build_metrics())
+    credentials = LocalTokenSource(broken, CredentialsSettings(), build_metrics(), PendingCalls())
     with pytest.raises(ProxyError) as refused:
         async with asyncio.timeout(5):
             await credentials.fresh()
     assert refused.value.kind is ErrorKind.INTERNAL
     assert calls == 1
-    await credentials.close()
 
 
 # -- how many mints are under way ----------------------------------------------------------------
@@ -664,6 +672,7 @@ class EventMint:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.backoff = Backoff(self.clock, lambda: 1.0)
+        self.calls = PendingCalls()
         self.made = self.under_way = self.peak = 0
         self.failure: ProxyError | None = None
         self.go = asyncio.Event()
@@ -687,7 +696,7 @@ class EventMint:
 
 
 def both(mint: EventMint) -> list[Minting]:
-    return [MintShared(mint), MintPerConnection(mint, mint.backoff)]
+    return [MintShared(mint, mint.calls), MintPerConnection(mint, mint.calls, mint.backoff)]
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -709,13 +718,13 @@ async def test_a_call_that_hangs_is_a_failure_and_goes_on_until_the_end(own: boo
     assert refused.value.kind is ErrorKind.API_UNREACHABLE
     assert "no answer within 0.01 seconds" in refused.value.detail
     assert mint.under_way == 1
-    await tokens.close()
+    await mint.calls.close()
     assert mint.under_way == 0
 
 
 async def test_after_a_failure_one_finds_out_and_the_others_wait_for_it() -> None:
     mint = EventMint()
-    tokens = MintPerConnection(mint, mint.backoff)
+    tokens = MintPerConnection(mint, mint.calls, mint.backoff)
     mint.failure = ProxyError(ErrorKind.API_UNREACHABLE)
     outcomes = await asyncio.gather(
         *(tokens.token(None) for _ in range(50)), return_exceptions=True
@@ -729,7 +738,7 @@ async def test_after_a_failure_one_finds_out_and_the_others_wait_for_it() -> Non
     mint.failure = None
     got = await asyncio.gather(*(tokens.token(None) for _ in range(50)))
     assert len({credential.secret for credential in got}) == 50
-    await tokens.close()
+    await mint.calls.close()
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -740,4 +749,4 @@ async def test_a_token_is_renewed_for_nobody_only_where_somebody_may_use_it(own:
     tokens.refresh()
     await asyncio.sleep(0)
     assert mint.made == (0 if own else 1)
-    await tokens.close()
+    await mint.calls.close()

@@ -166,7 +166,7 @@ def _host_in(status: ResourceStatus, name: str) -> str:
     if status.disabled:
         raise ProxyError(ErrorKind.ENDPOINT_DISABLED, name)
     if not status.host:
-        detail = f"the API names no host for {name} ({status.state})"
+        detail = f"the API does not name a host for {name} ({status.state})"
         raise ProxyError(ErrorKind.UPSTREAM_STARTING, detail)
     try:
         return check_host(status.host if isinstance(status.host, str) else "")

@@ -65,7 +65,7 @@ async def resolve(target: Target) -> Addresses:
     except OSError as error:
         raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: {error.strerror or error}") from error
     except UnicodeError as error:  # a label is too long or empty: no resolver was asked
-        raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: not a name that DNS can have") from error
+        raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: not a valid DNS name") from error
 
 
 class Connector:

@@ -85,7 +85,7 @@ def _saslprep(password: Secret) -> Secret:
     try:
         text = password.reveal().decode()
     except UnicodeDecodeError:
-        raise ProxyError(ErrorKind.PASSWORD_FILE_UNREADABLE, "it is not UTF-8") from None
+        raise ProxyError(ErrorKind.PASSWORD_FILE_UNREADABLE, "the password is not UTF-8") from None
     if text.isascii():
         return password  # SASLprep does not change it, or refuses it
     # A library of some megabytes, for passwords that are rare.

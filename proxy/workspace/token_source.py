@@ -164,7 +164,10 @@ class LocalTokenSource:
         try:
             credential = await self._mint()
             if not is_valid(credential, self._clock(), self._freshness):
-                raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it expires within the margin")
+                raise ProxyError(
+                    ErrorKind.CREDENTIAL_INVALID,
+                    "the token expires within credentials.expiry_margin_seconds",
+                )
         except ProxyError as error:
             self._metrics.token_mint_failed(error.reason)
             self._backoff.start(error)

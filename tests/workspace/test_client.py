@@ -428,7 +428,7 @@ async def test_a_secret_file_that_is_empty_says_so(
     made = workspace(api, client_secret=SecretStr(""), client_secret_file=str(file))
     error = await refusal(made)
     assert error.kind is ErrorKind.CONFIGURATION_INVALID
-    assert error.detail == "workspace.client_secret_file: it is empty"
+    assert error.detail == "workspace.client_secret_file: the file is empty"
 
 
 @pytest.mark.parametrize("call", [Call.DISCOVERY, Call.OIDC, Call.TOKEN, Call.CREDENTIAL])

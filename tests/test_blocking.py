@@ -40,7 +40,7 @@ def _raise() -> None:
     raise KeyError("what")
 
 
-async def test_a_call_that_hangs_ends_for_its_asker_at_the_deadline(
+async def test_a_call_that_hangs_ends_for_its_caller_at_the_deadline(
     release: threading.Event,
 ) -> None:
     threads = BlockingCalls("test")
@@ -49,7 +49,7 @@ async def test_a_call_that_hangs_ends_for_its_asker_at_the_deadline(
     assert await threads.run(lambda: 7, 5) == 7
 
 
-async def test_an_asker_that_is_cancelled_leaves_the_call_behind(release: threading.Event) -> None:
+async def test_a_caller_that_is_cancelled_abandons_the_call(release: threading.Event) -> None:
     threads = BlockingCalls("test")
     started = threading.Event()
 
@@ -75,7 +75,7 @@ async def test_calls_that_hang_cost_the_others_no_thread(release: threading.Even
         assert await threads.run(lambda: 7, 5) == 7
 
 
-async def test_a_call_that_nobody_waits_for_any_more_and_hangs_costs_no_thread_either(
+async def test_an_abandoned_call_that_hangs_costs_no_thread_either(
     release: threading.Event,
 ) -> None:
     threads = BlockingCalls("test")

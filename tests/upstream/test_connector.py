@@ -130,7 +130,7 @@ async def test_w52_an_upstream_without_tls_is_never_continued_in_plaintext(
         assert (record.parameters, record.token) == ((), None)
 
 
-async def test_w52_bytes_behind_s_are_an_injection(lakebase: Lakebase, endpoint: Endpoint) -> None:
+async def test_w52_bytes_after_s_are_an_injection(lakebase: Lakebase, endpoint: Endpoint) -> None:
     lakebase.gateway.early_bytes = ReadyForQuery(b"I").encode()
     async with lakebase_dialing(lakebase, endpoint) as made:
         error = await made.refusal()

@@ -144,7 +144,7 @@ async def _through_workspace(
 
 
 @pytest.mark.parametrize("fault", [faults.INTERNAL, faults.ABORTED, faults.BAD_GATEWAY])
-async def test_a_failure_of_the_api_that_passes_is_nobodys_failure(
+async def test_a_transient_failure_of_the_api_fails_no_dial(
     lakebase: Lakebase, endpoint: Endpoint, fault: faults.Reply
 ) -> None:
     # The SDK retries 429 and 503 alone; the document's class R has the others too.
@@ -335,7 +335,7 @@ async def test_a_role_that_is_refused_again_and_again_does_not_cost_a_mint_each_
         for _ in range(25):
             assert (await made.refusal()).kind is ErrorKind.TOKEN_REJECTED
             CLOCK.move(1)
-        assert mint.minted == 2  # its own, and one for whoever found that one in the cache
+        assert mint.minted == 2  # its own, and one for the dial that found that one in the cache
         CLOCK.move(REJECTION_SECONDS_MIN)
         await made.refusal()
         await made.refusal()
@@ -345,7 +345,7 @@ async def test_a_role_that_is_refused_again_and_again_does_not_cost_a_mint_each_
         assert mint.minted == 3
 
 
-async def test_a_token_that_ages_while_the_host_is_looked_up_is_not_shown(
+async def test_a_token_that_ages_while_the_host_is_looked_up_is_not_sent(
     ca_file: str, context: ssl.SSLContext
 ) -> None:
     # It was fetched first, and then shown whatever time the rest took.
@@ -366,7 +366,7 @@ async def test_what_is_no_token_at_all_is_told_so(lakebase: Lakebase, endpoint: 
         assert lakebase.personal_token not in repr(error.response())
 
 
-async def test_a_role_of_somebody_else_is_an_identity_mismatch(
+async def test_a_role_of_another_identity_is_an_identity_mismatch(
     lakebase: Lakebase,
 ) -> None:
     for face in (lakebase["one"].endpoint, lakebase["one"].instance):
@@ -406,7 +406,7 @@ async def test_w49_a_front_end_that_asks_for_nothing_is_given_up_before_the_time
 
 
 @pytest.mark.parametrize("stage", [Stage.PASSWORD, Stage.AUTHENTICATED, Stage.READY])
-async def test_w49_a_database_that_wakes_behind_the_password_has_the_whole_time(
+async def test_w49_a_database_that_wakes_after_the_password_has_the_whole_time(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage
 ) -> None:
     lakebase.gateway.inject(stage, Injection.HANG)
@@ -534,7 +534,7 @@ async def test_a_thousand_clients_are_served_by_connects_max_handshakes_at_a_tim
         assert 1 < server.scripted_most <= 7
 
 
-async def test_who_waits_for_a_place_until_the_end_is_told_so(ca_file: str) -> None:
+async def test_a_dial_that_waits_for_a_slot_until_the_timeout_says_so(ca_file: str) -> None:
     async with dialing_script(ca_file, seconds=0.05, connects_max=1) as (made, server):
         async with made.dialer._connects:
             error = await made.refusal()
@@ -546,7 +546,7 @@ async def test_who_waits_for_a_place_until_the_end_is_told_so(ca_file: str) -> N
         assert tcp == 0
 
 
-async def test_places_are_given_in_the_order_of_arrival(
+async def test_slots_are_given_in_the_order_of_arrival(
     ca_file: str, context: ssl.SSLContext
 ) -> None:
     steps = (*tls_opening(context), Send(HONEST))
@@ -563,7 +563,7 @@ async def test_places_are_given_in_the_order_of_arrival(
         assert served == [0, 1, 2, 3, 4]
 
 
-async def test_a_dial_that_sleeps_before_its_next_try_holds_no_place(
+async def test_a_dial_that_sleeps_before_its_next_try_holds_no_slot(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
     waking = neon_error("Couldn't connect to compute node").encode()
@@ -578,7 +578,7 @@ async def test_a_dial_that_sleeps_before_its_next_try_holds_no_place(
         assert lakebase.gateway.accepted == 3
 
 
-async def test_w54_a_client_that_leaves_the_queue_takes_no_place_with_it(
+async def test_w54_a_client_that_leaves_the_queue_takes_no_slot(
     ca_file: str, context: ssl.SSLContext
 ) -> None:
     steps = (*tls_opening(context), Send(HONEST))
@@ -595,7 +595,7 @@ async def test_w54_a_client_that_leaves_the_queue_takes_no_place_with_it(
 
 
 @pytest.mark.parametrize(("max_age", "waited", "minted"), [(60, 61, 2), (60, 30, 1), (0, 61, 1)])
-async def test_a_token_that_grew_too_old_in_the_queue_is_not_shown(
+async def test_a_token_that_grew_too_old_in_the_queue_is_not_sent(
     ca_file: str, context: ssl.SSLContext, max_age: float, waited: float, minted: int
 ) -> None:
     mint = Counted(b"eyJ-first-not-real", b"eyJ-second-not-real")

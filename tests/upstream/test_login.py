@@ -130,13 +130,11 @@ async def test_w26_a_server_may_give_no_key_and_ask_no_password(
         session = await made.dial()
         assert session.startup.key is None
         assert session.startup.welcome(None) == READY
-        assert len(server.packets) == 1  # nobody asked for the token
+        assert len(server.packets) == 1  # the token was not asked for
         session.stream.transport.abort()
 
 
-async def test_what_comes_behind_ready_for_query_is_kept(
-    ca_file: str, context: ssl.SSLContext
-) -> None:
+async def test_bytes_after_ready_for_query_are_kept(ca_file: str, context: ssl.SSLContext) -> None:
     steps = (*password_opening(context), Send(HONEST + NOTICE + b"S\0\0"))
     async with dialing_script(ca_file, *steps) as (made, _):
         session = await made.dial()

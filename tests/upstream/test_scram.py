@@ -128,7 +128,7 @@ async def logs_in(postgres: Cluster, password: str) -> bool:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("password", PASSWORDS.values(), ids=PASSWORDS)
-async def test_postgres_lets_in_whoever_has_the_password_whatever_that_is(
+async def test_postgres_accepts_the_proof_for_any_password(
     postgres: Cluster, password: str
 ) -> None:
     # An emoji in a password ended the session without a word: SASLprep refuses it, and what

@@ -35,7 +35,7 @@ PRIMARY = resources.Endpoint(ENDPOINT)
 
 @pytest.fixture(scope="module", autouse=True)
 def sdk_is_imported() -> None:
-    """Import it once, so that its second is nobody's deadline."""
+    """Import it once, so that its second is no part of a deadline."""
     importlib.import_module("databricks.sdk.core")
 
 
@@ -55,7 +55,7 @@ async def refusal(made: Workspace, name: str = ENDPOINT) -> ProxyError:
 
 
 def shows(error: ProxyError) -> str:
-    """Return all that anybody sees of an error."""
+    """Return all texts of an error."""
     return f"{error!s} {error!r} {error.args!r} {error.detail} {error.response()!r}"
 
 
@@ -216,7 +216,7 @@ async def test_every_rest_error_has_its_kind_and_shows_no_secret_and_passes(
     assert "eyJ" not in shows(error)
     assert "\n" not in error.detail
     assert "unknown: unknown" not in error.detail
-    assert "None" not in error.detail  # "Invalid URL 'None'" helps nobody
+    assert "None" not in error.detail  # "Invalid URL 'None'" is no help
     assert len(error.detail) <= 300
     api.clear_faults()
     await made.mint(PRIMARY)  # and when the cause is gone it works, with the same object
@@ -246,7 +246,7 @@ async def test_when_the_api_says_when_to_come_back_no_thread_sleeps_until_then(
 
 @pytest.mark.parametrize("seconds", [14, 30, 3600])
 @pytest.mark.parametrize("call", [Call.CREDENTIAL, Call.TOKEN])
-async def test_a_long_retry_after_is_told_at_once_as_what_it_is(
+async def test_a_long_retry_after_is_reported_at_once(
     api: standin.Workspace, call: Call, seconds: int
 ) -> None:
     # The SDK slept through it, the call ended at its deadline, and the client heard of an API that

@@ -25,7 +25,7 @@ def credential(requested_at: float = T0, expires_at: float = T0 + HOUR) -> Crede
         (60.001, Need.MINT),
         (HOUR, Need.MINT),
         (10 * HOUR, Need.MINT),
-        (-0.001, Need.MINT),  # the clock was set back: nobody knows how old the token is
+        (-0.001, Need.MINT),  # the clock was set back: the token's age is unknown
         (-HOUR, Need.MINT),
     ],
 )
@@ -37,7 +37,7 @@ def test_the_age_alone_decides_while_the_expiry_is_far(after: float, need: Need)
     ("before_expiry", "valid"),
     [(120.001, True), (120, False), (119.999, False), (0, False), (-1, False)],
 )
-def test_a_token_is_not_shown_within_the_margin_of_its_expiry(
+def test_a_token_is_not_used_within_the_margin_of_its_expiry(
     before_expiry: float, valid: bool
 ) -> None:
     newly_minted = credential(T0, T0 + before_expiry)

@@ -92,7 +92,7 @@ async def test_what_is_wrong_with_one_sends_us_to_the_next(api: StandIn, refusal
 
 
 @pytest.mark.parametrize(("refusal", "kind"), REFUSALS, ids=["404", "400", "403"])
-async def test_a_mint_tries_no_more_than_three_and_the_next_one_goes_on_behind_them(
+async def test_a_mint_tries_three_resources_at_most_and_the_next_one_goes_on_after_them(
     api: StandIn, refusal: Reply, kind: ErrorKind
 ) -> None:
     mint = minting(api, NAMES)

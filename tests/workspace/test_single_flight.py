@@ -1,4 +1,4 @@
-"""One call for all who want it, and the quiet time after it failed."""
+"""One call for all that want it, and the back-off after a failure."""
 
 import asyncio
 
@@ -35,7 +35,7 @@ class Call:
         return self.made
 
 
-async def test_all_who_ask_while_it_is_under_way_share_its_result() -> None:
+async def test_callers_share_the_result_of_a_call_that_is_under_way() -> None:
     call = Call()
     shared = SingleFlight(call, PendingCalls())
     asking = [asyncio.create_task(shared.result()) for _ in range(100)]
@@ -45,19 +45,19 @@ async def test_all_who_ask_while_it_is_under_way_share_its_result() -> None:
     assert await shared.result() == 2  # later is another call
 
 
-async def test_a_failure_is_raised_for_each_and_lost_for_nobody() -> None:
+async def test_a_failure_is_raised_for_each_caller() -> None:
     call = Call()
     call.failure = DOWN
     call.go.set()
     shared = SingleFlight(call, PendingCalls())
-    await shared.start()  # nobody waits for its result, and nothing is reported as unheard
+    await shared.start()  # no caller waits for its result, and no unretrieved exception is reported
     asking = [asyncio.create_task(shared.result()) for _ in range(3)]
     outcomes = await asyncio.gather(*asking, return_exceptions=True)
     assert outcomes == [DOWN] * 3
     assert call.made == 2
 
 
-async def test_one_who_gives_up_does_not_end_it_for_the_others() -> None:
+async def test_a_caller_that_gives_up_does_not_end_it_for_the_others() -> None:
     call = Call()
     shared = SingleFlight(call, PendingCalls())
     leaving, staying = (asyncio.create_task(shared.result()) for _ in range(2))
@@ -89,7 +89,7 @@ async def test_a_call_that_has_ended_is_pending_no_more() -> None:
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.5, 1.0])
-def test_the_quiet_time_doubles_up_to_its_bound_and_half_of_it_is_sure(jitter: float) -> None:
+def test_the_back_off_doubles_up_to_its_bound_and_half_of_it_is_certain(jitter: float) -> None:
     clock = FakeClock()
     backoff = Backoff(clock, lambda: jitter)
     assert backoff.remaining_seconds == 0
@@ -123,7 +123,7 @@ def test_a_retry_after_makes_it_longer_but_not_for_ever(asked: float, seconds: f
     assert backoff.remaining_seconds == 0
 
 
-async def test_who_waits_for_it_to_be_over_hears_at_once_of_a_failure_for_good() -> None:
+async def test_waiting_raises_a_permanent_failure_at_once() -> None:
     clock = FakeClock()
     backoff = Backoff(clock, lambda: 1.0)
     await backoff.wait(clock.sleep)
@@ -147,7 +147,7 @@ def test_a_success_ends_it_and_the_next_failure_begins_anew() -> None:
 
 @pytest.mark.parametrize("back", [60, 3600])
 def test_a_clock_that_is_set_back_ends_it(back: float) -> None:
-    # It stayed backoff until the clock had come as far again.
+    # It lasted until the clock had come as far again.
     clock = FakeClock()
     backoff = Backoff(clock, lambda: 1.0)
     backoff.start(DOWN)
@@ -161,7 +161,7 @@ def test_what_may_be_tried_again_is_transient(kind: ErrorKind) -> None:
     assert is_transient(ProxyError(kind)) is expected
 
 
-async def test_a_bug_in_a_shared_call_costs_those_who_wait_and_nobody_else() -> None:
+async def test_a_bug_in_a_shared_call_fails_its_callers_and_nothing_else() -> None:
     # Once it ended the process: the task that failed belonged to a group around the whole program.
     async def broken() -> int:
         raise ZeroDivisionError

@@ -276,6 +276,22 @@ async def test_a_dial_under_way_across_a_reload_ends_on_its_own_upstream_and_clo
     assert len(registry.calls) == 0
 
 
+async def test_an_account_that_comes_back_while_a_dial_uses_it_does_not_mint_twice(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    first = sharded(lakebase)
+    proxy = await start_proxy(**first)
+    lakebase.gateway.inject(Stage.PASSWORD, Injection.HANG, times=1)
+    async with plain_client(proxy) as client, asyncio.timeout(10):
+        await client.send(startup(V3_0, user="anyone", database="app@7"))
+        await lakebase.gateway.until(lambda: any(r.token for r in lakebase.gateway.records))
+        other = {"credentials": {"token_max_age_seconds": 59}}
+        proxy.reload(proxy_settings(lakebase, **first, **other))
+        proxy.reload(proxy_settings(lakebase, **first))
+        assert await opened(proxy, "7") == ["one"]
+    assert len(lakebase.workspace.mints) == 1
+
+
 async def test_reloads_without_end_leave_only_what_the_last_one_uses(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:

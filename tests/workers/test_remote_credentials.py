@@ -16,6 +16,7 @@ from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workers.credential_service import CredentialService
 from proxy.workers.remote_credentials import CONFIGURATIONS_MAX, RemoteWorkspaceRegistry
 from proxy.workers.rpc import Channel
+from proxy.workspace.registry import LocalWorkspaceRegistry
 from tests.support.running import proxy_settings
 
 
@@ -161,3 +162,23 @@ async def test_what_one_worker_found_out_serves_another_while_the_workspace_is_a
         lookup = successor.address_lookup
         assert (await lookup.target(), await lookup.login_names(client)) == known
         assert (await successor.credentials.fresh()).expires_at > 0
+
+
+async def test_an_account_stays_open_while_a_worker_may_still_ask_by_an_older_configuration(
+    lakebase: Lakebase,
+) -> None:
+    settings = proxy_settings(lakebase)
+    age = settings.credentials.model_copy(update={"token_max_age_seconds": 59})
+    other = settings.model_copy(update={"credentials": age})
+    async with paired(settings, CredentialService()) as pair:
+        registry = pair.supervisor.workspaces
+        assert isinstance(registry, LocalWorkspaceRegistry)
+        await pair.worker.snapshot.upstreams["upstream"].credentials.fresh()
+        pair.reload(other)
+        pair.reload(settings)
+        await pair.worker.snapshot.upstreams["upstream"].credentials.fresh()
+        assert len(lakebase.workspace.mints) == 1, "it came back with its token"
+        assert len(registry) == 2
+        for _ in range(CONFIGURATIONS_MAX):
+            pair.reload(settings)
+        assert len(registry) == 1

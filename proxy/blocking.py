@@ -1,11 +1,11 @@
-"""Calls that block, kept off the event loop and under a deadline.
+"""Blocking calls, run in daemon threads under a deadline.
 
-databricks-sdk blocks, and a thread cannot be stopped: one that hangs is left behind. It is a daemon
-and holds no lock of ours. At most `THREADS_MAX` calls run at once, and more than that wait their
-turn; a call that is past its deadline does not count among them, so that calls which hang cost the
-others nothing. Of those there are `OVERDUE_MAX` and some before nothing is called any more.
+A thread cannot be stopped: a call that hangs is abandoned at its deadline and holds no lock of
+ours. At most `THREADS_MAX` calls run at once, and further calls wait. A call that is past its
+deadline does not count among them, so that calls which hang do not delay the others. Once
+`OVERDUE_MAX` of these have not ended, no new call is started.
 
-For: where a call runs, and for how long. Not for: which call, or what its failure means.
+For: where a call runs, and how long its caller waits. Not for: what a failure means.
 """
 
 import asyncio
@@ -15,55 +15,58 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Final, TypeVar
 
-from proxy.errors import ErrorKind, ProxyError
-
-# One mint is under way for an identity at a time, unless every connection has its own.
+# Enough for bursts; a thread is about a stack's memory and what its call holds.
 THREADS_MAX: Final = 8
-# Each is some kilobytes and a socket. Calls have time limits of their own; this is for the call
-# whose limit does not work, and it must not end in a thread for each client.
+# Each is some kilobytes and perhaps a socket. Calls have time limits of their own; this bound is
+# for a call whose limit does not work, and which must not cost a thread for each client.
 OVERDUE_MAX: Final = 64
 
 T = TypeVar("T")
 
 
+class NoThreadFree(TimeoutError):
+    """A call was not started, because earlier calls have not ended."""
+
+
 class BlockingCalls:
-    """Runs blocking calls. `name` shows in stack dumps."""
+    """Runs blocking calls. `name` is the threads' name in stack dumps."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._free = asyncio.Semaphore(THREADS_MAX)
+        self._threads = asyncio.Semaphore(THREADS_MAX)
         self._overdue: set[object] = set()
 
     async def run(self, call: Callable[[], T], timeout_seconds: float) -> T:
         """Return what the call returns, or raise what it raises.
 
-        Raises TimeoutError at the deadline (the call goes on unheard), and ProxyError
-        API_UNREACHABLE when no thread has become free by then, or too many are overdue.
+        Raises NoThreadFree when no thread is free by the deadline or too many calls are overdue,
+        and TimeoutError when the call has not ended by then; its result is dropped.
         """
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + timeout_seconds
-        try:
-            async with asyncio.timeout_at(ends_at):
-                await self._free.acquire()
-        except TimeoutError:
-            detail = f"{THREADS_MAX} earlier calls have not ended"
-            raise ProxyError(ErrorKind.API_UNREACHABLE, detail) from None
-        if len(self._overdue) >= OVERDUE_MAX:
-            self._free.release()
-            detail = f"{len(self._overdue)} earlier calls still hang"
-            raise ProxyError(ErrorKind.API_UNREACHABLE, detail)
+        await self._wait_for_thread(ends_at)
         future = self._start(call)
-        # Whoever asked may leave before. The mark stands for the future, which shall hold no ring
-        # of references to itself: its result may be a secret.
+        # The caller may be cancelled before the call ends. The mark stands for the future, because
+        # a reference cycle would keep its result, which may be a secret.
         mark = object()
-        timer = loop.call_at(ends_at, self._give_up, mark)
+        timer = loop.call_at(ends_at, self._abandon, mark)
         future.add_done_callback(lambda _: _call_soon(loop, lambda: self._end(mark, timer)))
         async with asyncio.timeout_at(ends_at):
             return await asyncio.wrap_future(future)
 
+    async def _wait_for_thread(self, ends_at: float) -> None:
+        try:
+            async with asyncio.timeout_at(ends_at):
+                await self._threads.acquire()
+        except TimeoutError:
+            raise NoThreadFree(f"{THREADS_MAX} earlier calls have not ended") from None
+        if len(self._overdue) >= OVERDUE_MAX:
+            self._threads.release()
+            raise NoThreadFree(f"{len(self._overdue)} earlier calls still hang")
+
     def _start(self, call: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
-        future.set_running_or_notify_cancel()  # from here on nobody can cancel it under the call
+        future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
 
         def work() -> None:
             try:
@@ -73,24 +76,24 @@ class BlockingCalls:
 
         try:
             threading.Thread(target=work, name=self._name, daemon=True).start()
-        except RuntimeError:  # the machine has no more threads to give
-            self._free.release()
+        except RuntimeError:  # the machine has no more threads
+            self._threads.release()
             raise
         return future
 
-    def _give_up(self, mark: object) -> None:
+    def _abandon(self, mark: object) -> None:
         self._overdue.add(mark)
-        self._free.release()
+        self._threads.release()
 
     def _end(self, mark: object, timer: asyncio.TimerHandle) -> None:
         timer.cancel()
         if mark in self._overdue:
             self._overdue.remove(mark)
         else:
-            self._free.release()
+            self._threads.release()
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
     """Call it on the loop, from any thread."""
-    with suppress(RuntimeError):  # the loop has closed meanwhile
+    with suppress(RuntimeError):  # the loop was closed meanwhile
         loop.call_soon_threadsafe(callback)

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from proxy.blocking import OVERDUE_MAX, THREADS_MAX, BlockingCalls
-from proxy.errors import ErrorKind, ProxyError
+from proxy.blocking import OVERDUE_MAX, THREADS_MAX, BlockingCalls, NoThreadFree
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def _raise() -> None:
     raise KeyError("what")
 
 
-async def test_a_call_that_hangs_ends_for_its_asker_at_the_deadline(
+async def test_a_call_that_hangs_ends_for_its_caller_at_the_deadline(
     release: threading.Event,
 ) -> None:
     threads = BlockingCalls("test")
@@ -50,7 +49,7 @@ async def test_a_call_that_hangs_ends_for_its_asker_at_the_deadline(
     assert await threads.run(lambda: 7, 5) == 7
 
 
-async def test_an_asker_that_is_cancelled_leaves_the_call_behind(release: threading.Event) -> None:
+async def test_a_caller_that_is_cancelled_abandons_the_call(release: threading.Event) -> None:
     threads = BlockingCalls("test")
     started = threading.Event()
 
@@ -76,7 +75,7 @@ async def test_calls_that_hang_cost_the_others_no_thread(release: threading.Even
         assert await threads.run(lambda: 7, 5) == 7
 
 
-async def test_a_call_that_nobody_waits_for_any_more_and_hangs_costs_no_thread_either(
+async def test_an_abandoned_call_that_hangs_costs_no_thread_either(
     release: threading.Event,
 ) -> None:
     threads = BlockingCalls("test")
@@ -103,16 +102,27 @@ async def test_calls_that_hang_are_bounded_in_number_and_the_next_is_told(
         await asyncio.gather(*hanging, return_exceptions=True)
         asked += THREADS_MAX
         assert asked <= OVERDUE_MAX
-    with pytest.raises(ProxyError) as refused:
+    with pytest.raises(NoThreadFree, match=f"{OVERDUE_MAX} earlier calls still hang"):
         await threads.run(lambda: 7, 0.01)
-    assert refused.value.kind is ErrorKind.API_UNREACHABLE
-    assert f"{OVERDUE_MAX} earlier calls still hang" in refused.value.detail
     assert hanging_threads() == OVERDUE_MAX
     release.set()
     async with asyncio.timeout(5):
         while hanging_threads():  # noqa: ASYNC110 - threads tell no loop
             await asyncio.sleep(0.001)
     assert await threads.run(lambda: 7, 5) == 7  # they ended, so there is room again
+
+
+async def test_a_call_that_gets_no_thread_by_its_deadline_is_told_why(
+    release: threading.Event,
+) -> None:
+    threads = BlockingCalls("test")
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(THREADS_MAX):
+            tasks.create_task(threads.run(release.wait, 5))
+        await asyncio.sleep(0)  # each has its thread
+        with pytest.raises(NoThreadFree, match=f"{THREADS_MAX} earlier calls have not ended"):
+            await threads.run(lambda: 7, 0.01)
+        release.set()
 
 
 async def test_more_calls_than_threads_wait_their_turn() -> None:

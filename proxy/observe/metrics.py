@@ -56,17 +56,6 @@ _LAG_SECONDS_BUCKETS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 
 
 
 @unique
-class ConnectPhase(StrEnum):
-    """What the time until an upstream is ready is spent on, in this order."""
-
-    DNS = "dns"
-    MINT = "mint"
-    TCP = "tcp"
-    TLS = "tls"
-    LOGIN = "login"
-
-
-@unique
 class CancelResult(StrEnum):
     """What became of a CancelRequest."""
 
@@ -222,8 +211,8 @@ def _of_source(source: StatusSource) -> Iterable[Metric]:
 
 
 class Metrics:
-    """The metrics of one proxy. The reasons that sessions end and startups fail with are given
-    by the floors that own these words; `target_names` are those of the configuration."""
+    """The metrics of one proxy. The reasons of ends and of failures and the phases of connecting
+    are given by the floors that own these words; `target_names` are those of the configuration."""
 
     def __init__(
         self,
@@ -231,6 +220,7 @@ class Metrics:
         version: str,
         session_end_reasons: Iterable[str],
         startup_failure_reasons: Iterable[str],
+        connect_phases: Iterable[str],
         target_names: Iterable[str] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -242,7 +232,7 @@ class Metrics:
         # Memory, processor time and open files, where the system tells (Linux).
         ProcessCollector(namespace=_PREFIX, registry=self._registry)
         self._declare_sessions(list(session_end_reasons), startup_failure_reasons)
-        self._declare_upstream()
+        self._declare_upstream(connect_phases)
         self._declare_routing()
         self._declare_program(version)
 
@@ -272,7 +262,7 @@ class Metrics:
             CancelResult,
         )
 
-    def _declare_upstream(self) -> None:
+    def _declare_upstream(self, phases: Iterable[str]) -> None:
         connect_seconds = Histogram(
             f"{_PREFIX}_upstream_connect_seconds",
             "Time spent on each phase of reaching a ready upstream, in seconds.",
@@ -280,7 +270,7 @@ class Metrics:
             buckets=_CONNECT_SECONDS_BUCKETS,
             registry=self._registry,
         )
-        self._connect_seconds = {phase: connect_seconds.labels(phase) for phase in ConnectPhase}
+        self._connect_seconds = {phase: connect_seconds.labels(phase) for phase in phases}
         self._tokens_minted = self._counter("tokens_minted", "Tokens issued by the credential API.")
         self._mint_failures = self._counter(
             "token_mint_failures", "Attempts to get a token that failed."
@@ -387,7 +377,7 @@ class Metrics:
         self._startup_failures.count(reason)
         self._failed(reason, sqlstate, target)
 
-    def connect_phase_took(self, phase: ConnectPhase, seconds: float, target: str = OTHER) -> None:
+    def connect_phase_took(self, phase: str, seconds: float, target: str = OTHER) -> None:
         """Record one completed phase of reaching an upstream; the caller has the clock."""
         self._connect_seconds[phase].observe(seconds)
         self.live.connect_phase_took(target, phase, seconds)

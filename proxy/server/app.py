@@ -17,7 +17,7 @@ from proxy.observe.admin import AdminAddress, AdminState, serve_admin
 from proxy.observe.aggregation import Reading, total
 from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.loop_lag import sampling_lag
-from proxy.observe.metrics import ConnectPhase, Metrics
+from proxy.observe.metrics import Metrics
 from proxy.observe.status import State, Status, StatusSource, Token, report
 from proxy.routing.router import Router
 from proxy.server.lifecycle import Lifecycle
@@ -37,9 +37,10 @@ from proxy.session.session import Passage, Session, SessionParts, StartupFailure
 from proxy.transport.lanes import watched_lanes
 from proxy.transport.tls import server_context
 from proxy.upstream.connector import Connector
-from proxy.upstream.upstreams import LocalWorkspaceRegistry, PhaseTook, WorkspaceRegistry
+from proxy.upstream.phases import ConnectPhase, RecordTargetPhase
 from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import ClientReason
+from proxy.workspace.registry import LocalWorkspaceRegistry, WorkspaceRegistry
 
 if TYPE_CHECKING:
     from proxy.native.lanes import Lanes
@@ -110,7 +111,7 @@ class App:
         self.metrics = build_metrics(settings.target_names())
         self.cancel_keys = CancelKeys()
         self.workspaces = workspaces or LocalWorkspaceRegistry(self.metrics, version=__version__)
-        self.snapshot = ConfigSnapshot(settings, self.workspaces, self._phase_took)
+        self.snapshot = ConfigSnapshot(settings, self.workspaces, self._record_phase)
         self._count_by(self.snapshot)
         self._tls = _listener_tls(settings.listen)
         self.places = places or Slots(settings.listen.max_connections)
@@ -134,13 +135,15 @@ class App:
         """
         changes = compare(self.settings, settings)
         kept = self._without_restart(settings)
-        snapshot = ConfigSnapshot(kept, self.workspaces, self._phase_took, self.snapshot, router)
         tls = _listener_tls(kept.listen)
+        snapshot = ConfigSnapshot(kept, self.workspaces, self._record_phase, self.snapshot, router)
         self._count_by(snapshot)
         if kept.log != self.settings.log:
             configure_logging(format=kept.log.format, level=kept.log.level)
-        changes = changes.and_contents(self.snapshot.rewritten(snapshot))
+        before = self.snapshot
+        changes = changes.and_contents(before.rewritten(snapshot))
         self.snapshot, self._tls = snapshot, tls
+        before.upstreams.close()
         return changes
 
     def _without_restart(self, settings: Settings) -> Settings:
@@ -220,7 +223,7 @@ class App:
         self.metrics.know(names, snapshot.settings.routing.shard_map, mappings)
         self.metrics.build_is(snapshot.acceleration)
 
-    def _phase_took(self, target: str, phase: ConnectPhase, seconds: float) -> None:
+    def _record_phase(self, target: str, phase: ConnectPhase, seconds: float) -> None:
         self.metrics.connect_phase_took(phase, seconds, target)
 
 
@@ -264,14 +267,16 @@ async def running(app: App) -> AsyncIterator[App]:
 
 
 @asynccontextmanager
-async def open_snapshot(settings: Settings, phase_took: PhaseTook) -> AsyncIterator[ConfigSnapshot]:
+async def open_snapshot(
+    settings: Settings, record_phase: RecordTargetPhase
+) -> AsyncIterator[ConfigSnapshot]:
     """Give what sessions would be served by while the block runs, without a listener.
 
     Raises ConfigurationError for a file that a setting names and that cannot be used.
     """
     workspaces = LocalWorkspaceRegistry(build_metrics(settings.target_names()), version=__version__)
     try:
-        yield ConfigSnapshot(settings, workspaces, phase_took)
+        yield ConfigSnapshot(settings, workspaces, record_phase)
     finally:
         await workspaces.close()
 
@@ -353,5 +358,6 @@ def build_metrics(targets: Iterable[str] = ()) -> Metrics:
         version=__version__,
         session_end_reasons=list(EndReason),
         startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure, TOO_MANY_STARTING],
+        connect_phases=list(ConnectPhase),
         target_names=targets,
     )

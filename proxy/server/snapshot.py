@@ -17,9 +17,11 @@ from proxy.observe.status import Token
 from proxy.routing.router import Router
 from proxy.server.router_factory import rewritten_file, router_of
 from proxy.session.session import Passage
-from proxy.upstream.upstreams import PhaseTook, Upstreams, WorkspaceRegistry
+from proxy.upstream.phases import RecordTargetPhase
+from proxy.upstream.upstreams import Upstreams
 from proxy.wire.startup import StartupMessage
 from proxy.workspace import sdk_import
+from proxy.workspace.registry import WorkspaceRegistry
 
 # Importing databricks-sdk takes some tenths of a second, on a small part of a core some seconds.
 LOAD_SECONDS_MAX: Final = 60.0
@@ -32,7 +34,7 @@ class ConfigSnapshot:
         self,
         settings: Settings,
         accounts: WorkspaceRegistry,
-        phase_took: PhaseTook,
+        record_phase: RecordTargetPhase,
         before: "ConfigSnapshot | None" = None,
         router: Router | None = None,
     ) -> None:
@@ -47,7 +49,7 @@ class ConfigSnapshot:
         self.files = Files.of(settings)  # before they are read: what is written meanwhile shows
         self.router = router or router_of(settings)
         self.upstreams: Upstreams = Upstreams(
-            settings, accounts, phase_took, before.upstreams if before else None
+            settings, accounts, record_phase, before.upstreams if before else None
         )
 
     def passage(self, message: StartupMessage) -> Passage:
@@ -95,5 +97,5 @@ class ConfigSnapshot:
         return [
             Token(account.name, now - newest.requested_at, newest.expires_at - now)
             for account in self.upstreams.accounts
-            if (newest := account.credentials.newest) is not None
+            if (newest := account.token_source.newest) is not None
         ]

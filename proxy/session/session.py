@@ -97,8 +97,8 @@ class Passage:
         return self.route.target if self.route.shard_map else ""
 
     async def dial(self) -> UpstreamSession:
-        """Return a session upstream. Raises what `Dialer.dial` does."""
-        return await self.way.dialer.dial(self.route.message)
+        """Return a session upstream. Raises what `Upstream.open` does."""
+        return await self.way.open(self.route.message)
 
 
 @dataclass(frozen=True, slots=True)

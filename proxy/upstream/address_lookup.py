@@ -1,23 +1,27 @@
-"""Where to dial and as whom: from the settings and the workspace's answers to a Target."""
+"""Where to dial and as whom: a target's host and role, from the settings or the workspace.
+
+For: keeping what the workspace answered, and asking again when it may be outdated. Not for: DNS
+(`connector`), or credentials (`workspace.token_source`).
+"""
 
 import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from proxy.config import UpstreamSettings
 from proxy.config.validators import check_host
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.startup import StartupMessage
-from proxy.workspace.client import Identity
+from proxy.workspace.client import WorkspaceSource
 from proxy.workspace.resources import Resource, ResourceStatus
-from proxy.workspace.single_flight import Backoff, SingleFlight
+from proxy.workspace.single_flight import Backoff, PendingCalls, SingleFlight
 
 ANY_USER = "*"
 
-# A host that is known but may have moved is asked for again no longer than this.
+# A host that is known and may be outdated is looked up again for no longer than this.
 LOOK_UP_SECONDS_MAX: Final = 5.0
 
 
@@ -34,40 +38,28 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Login:
-    """As whom, and into which database."""
+class LoginNames:
+    """The user and the database of a login."""
 
     user: bytes
     database: bytes
 
 
-class WorkspaceSource(Protocol):
-    """What is asked of a workspace, be it here or through another process."""
-
-    async def status(self, resource: Resource) -> ResourceStatus:
-        """Return state and host of a resource. Raises ProxyError."""
-
-    async def identity(self) -> Identity:
-        """Return who we are there. Raises ProxyError."""
-
-    async def clock_ahead_seconds(self) -> float | None:
-        """Return how far this machine's clock is ahead of the workspace's, None if unknown."""
-
-
 class AddressLookup:
-    """Works out targets. What the workspace answered is kept; `forget_host` has it asked again."""
+    """The address of one target. What the workspace answered is kept until `invalidate_host`."""
 
     def __init__(
         self,
         settings: UpstreamSettings,
         resource: Resource | None,
         workspace: WorkspaceSource,
+        pending: PendingCalls,
         *,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`jitter` returns a number from 0 to 1."""
+        """`pending` is the owner's, who closes it. `jitter` returns a number from 0 to 1."""
         self._settings = settings
         self._resource = resource
         self._workspace = workspace
@@ -75,31 +67,25 @@ class AddressLookup:
         self._stale = False
         self._user = settings.user
         # Connections that arrive together wait for one answer of the workspace.
-        self._look_up = SingleFlight(self._ask_host)
-        self._identify = SingleFlight(self._ask_user)
-        # After a failure, or an answer that was no news, nobody asks for a while: a thousand
-        # clients dial a database that sleeps again and again.
-        self._host_quiet = Backoff(clock, jitter)
-        self._user_quiet = Backoff(clock, jitter)
+        self._host_call = SingleFlight(self._ask_host, pending)
+        self._user_call = SingleFlight(self._ask_user, pending)
+        # After a failure, or an answer with nothing new in it, there is no call for some time: a
+        # thousand clients dial a sleeping database again and again.
+        self._host_backoff = Backoff(clock, jitter)
+        self._user_backoff = Backoff(clock, jitter)
         self._sleep = sleep
-
-    async def close(self) -> None:
-        """End what is being asked of the workspace."""
-        await self._look_up.close()
-        await self._identify.close()
 
     @property
     def host(self) -> str:
-        """The host as it is known now, empty before it was looked up; for those who show it."""
+        """The host as it is known now; empty before the first look-up."""
         return self._host
 
     async def target(self) -> Target:
-        """Return where to dial. Raises ProxyError when the workspace does not say."""
-        if self._host:
-            if self._stale and not self._host_quiet.seconds:
-                await self._look_up_again()
-        else:
-            await self._first_look_up()
+        """Return where to dial. Raises ProxyError when the workspace does not name a host."""
+        if not self._host:
+            await self._look_up_host()
+        elif self._stale and not self._host_backoff.remaining_seconds:
+            await self._refresh_host()
         settings = self._settings
         return Target(
             self._host,
@@ -110,68 +96,68 @@ class AddressLookup:
             settings.accelerated,
         )
 
-    async def login(self, client: StartupMessage) -> Login:
-        """Return as whom this client logs in, and where: without a database, the target's own.
+    async def login_names(self, client: StartupMessage) -> LoginNames:
+        """Return user and database for this client; without a database, the target's own.
 
         Raises ProxyError.
         """
         asked_user = client.get(b"user") or b""
         database = client.get(b"database") or self._settings.database.encode()
         if self._settings.user == ANY_USER:
-            return Login(asked_user, database)
+            return LoginNames(asked_user, database)
         if not self._user:
-            await self._first_identify()
-        return Login(self._user.encode(), database)
+            await self._look_up_user()
+        return LoginNames(self._user.encode(), database)
 
-    def forget_host(self) -> None:
+    def invalidate_host(self) -> None:
         """Look the host up again next time: a dial to it failed. A configured host stays."""
         self._stale = not self._settings.host
 
-    async def _first_look_up(self) -> None:
-        await self._host_quiet.over(self._sleep)
-        if not self._host:  # nobody has found out meanwhile
-            await self._look_up.result()
+    async def _look_up_host(self) -> None:
+        await self._host_backoff.wait(self._sleep)
+        if not self._host:  # it may have been found meanwhile
+            await self._host_call.result()
 
-    async def _look_up_again(self) -> None:
-        """Look up a host that is known, for a while; then the known one serves."""
+    async def _refresh_host(self) -> None:
+        """Look up a host that is known, for a limited time; after that the known one is used."""
         try:
             async with asyncio.timeout(LOOK_UP_SECONDS_MAX):
-                await self._look_up.result()
+                await self._host_call.result()
         except TimeoutError:
-            self._host_quiet.begin()
+            self._host_backoff.start()
 
     async def _ask_host(self) -> None:
         assert self._resource is not None, "settings without a host name a resource"
         try:
             status = await self._workspace.status(self._resource)
         except ProxyError as error:
-            self._host_quiet.begin(error)
+            self._host_backoff.start(error)
             if self._host:
-                return  # a failure of the API shall not cost a host that is known
+                return  # while the API fails, the known host is used
             raise
         try:
             host = _host_in(status, self._resource.name)
         except ProxyError as error:
-            self._host_quiet.begin(error)
+            self._host_backoff.start(error)
             raise
         if host == self._host:
-            self._host_quiet.begin()
+            self._host_backoff.start()
         else:
-            self._host_quiet.end()
+            self._host_backoff.reset()
         self._host, self._stale = host, False
 
-    async def _first_identify(self) -> None:
-        await self._user_quiet.over(self._sleep)
-        if not self._user:  # as above
-            await self._identify.result()
+    async def _look_up_user(self) -> None:
+        await self._user_backoff.wait(self._sleep)
+        if not self._user:  # it may have been found meanwhile
+            await self._user_call.result()
 
     async def _ask_user(self) -> None:
         try:
             identity = await self._workspace.identity()
         except ProxyError as error:
-            self._user_quiet.begin(error)
+            self._user_backoff.start(error)
             raise
-        self._user_quiet.end()
+        self._user_backoff.reset()
         self._user = identity.role
 
 
@@ -180,7 +166,7 @@ def _host_in(status: ResourceStatus, name: str) -> str:
     if status.disabled:
         raise ProxyError(ErrorKind.ENDPOINT_DISABLED, name)
     if not status.host:
-        detail = f"the API names no host for {name} ({status.state})"
+        detail = f"the API does not name a host for {name} ({status.state})"
         raise ProxyError(ErrorKind.UPSTREAM_STARTING, detail)
     try:
         return check_host(status.host if isinstance(status.host, str) else "")

@@ -1,15 +1,14 @@
-"""From a target to a TLS connection: name, TCP, SSLRequest, TLS. No credential is needed for it.
+"""From a target to a TLS connection: DNS, TCP, SSLRequest, TLS. It needs no credential.
 
-For: the dialer, which then logs in, and cancel requests, which need no login. Not for: retries;
-a failure is one ProxyError, and what follows from it is the caller's to decide.
+For: the dialer, which then logs in, and cancel requests, which need no login. Not for: retries.
+A failure is one ProxyError; its caller decides what follows.
 
-The invariant: only SSLRequest leaves before the upstream has answered S, and no Postgres message
-before its certificate was checked as far as `sslmode` says (W52).
+Invariant: only SSLRequest is sent before the upstream has answered S, and no Postgres message
+before its certificate was verified as far as `sslmode` says (W52).
 """
 
 import asyncio
 import socket
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -18,79 +17,40 @@ from aiohappyeyeballs import AddrInfoType, start_connection
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
-from proxy.observe.metrics import ConnectPhase
 from proxy.transport.key_exchange import Curves
 from proxy.transport.sockets import set_user_timeout
 from proxy.transport.stream import StartupStream
 from proxy.transport.tls import TLSTransport, client_context
 from proxy.upstream.address_lookup import Target
-from proxy.upstream.diagnosis import diagnose_network
+from proxy.upstream.diagnosis import diagnose_event, diagnose_network
+from proxy.upstream.phases import ConnectPhase, PhaseTimer, RecordPhase
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.startup import CancelRequest
 from proxy.wire.upstream_startup import (
     TLSAccepted,
     TLSRefused,
-    UpstreamDisconnected,
     UpstreamEvent,
     UpstreamStartup,
-    UpstreamViolated,
 )
-from proxy.wire.violations import UnsupportedAuthentication
 
 Addresses = Sequence[AddrInfoType]
 """A target's addresses, in the order in which to try them."""
 
-# For all addresses of the host together; a name resolves to several, some of which may be dead.
+# For all addresses of the host together: a name may resolve to several, and some may be dead.
 TCP_CONNECT_SECONDS_MAX: Final = 10.0
-# An address that does not answer for so long is not waited for alone (RFC 8305).
+# After this time without an answer the next address is tried as well (RFC 8305).
 NEXT_ADDRESS_SECONDS: Final = 0.25
-# As long as the front end itself bears with a connection. One that takes TCP and then says nothing
-# must leave time for another address.
+# A front end gives a connection as long. An upstream that accepts TCP and then stays silent must
+# leave time for another address.
 TLS_SECONDS_MAX: Final = 15.0
-CANCEL_SECONDS_MAX: Final = 10.0  # delivered later it could hit another query (W40)
+CANCEL_SECONDS_MAX: Final = 10.0  # delivered later, it could cancel another query (W40)
 
 _log = get_logger(__name__)
-
-PhaseTook = Callable[[ConnectPhase, float], None]
-
-
-class Progress:
-    """What one dial is doing now, and how long each phase took that succeeded.
-
-    `now` is None while it does nothing for its client: while it waits for others. What phases took
-    is told when the upstream's turn has come, or the dial is over: nobody waits for a measurement.
-    """
-
-    def __init__(self, phase_took: PhaseTook) -> None:
-        self.now: ConnectPhase | None = None
-        self._phase_took = phase_took
-        self._begun = 0.0
-        self._untold: list[tuple[ConnectPhase, float]] = []
-
-    def begin(self, phase: ConnectPhase) -> None:
-        """Be in a phase from here on. On a failure `now` stays, to say where it was."""
-        self.now = phase
-        self._begun = time.perf_counter()
-
-    def wait(self) -> None:
-        """Be in no phase from here on: others are waited for."""
-        self.now = None
-
-    def done(self) -> None:
-        """Record that the phase succeeded. What follows is no phase's time until the next one."""
-        assert self.now is not None
-        self._untold.append((self.now, time.perf_counter() - self._begun))
-
-    def tell(self) -> None:
-        """Tell what phases took that is not told yet. To be called once more at the very end."""
-        for phase, seconds in self._untold:
-            self._phase_took(phase, seconds)
-        self._untold.clear()
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A connection under TLS, and its machine, which is to send the StartupMessage next."""
+    """A connection under TLS, and its machine, which sends the StartupMessage next."""
 
     stream: StartupStream
     startup: UpstreamStartup
@@ -104,8 +64,8 @@ async def resolve(target: Target) -> Addresses:
         return await loop.getaddrinfo(name, target.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: {error.strerror or error}") from error
-    except UnicodeError as error:  # a label too long or empty: no resolver is even asked
-        raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: not a name that DNS can have") from error
+    except UnicodeError as error:  # a label is too long or empty: no resolver was asked
+        raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: not a valid DNS name") from error
 
 
 class Connector:
@@ -113,39 +73,39 @@ class Connector:
 
     def __init__(
         self,
-        phase_took: PhaseTook,
+        record_phase: RecordPhase,
         *,
         resolve: Callable[[Target], Awaitable[Addresses]] = resolve,
         tls_seconds_max: float = TLS_SECONDS_MAX,
     ) -> None:
-        self._phase_took = phase_took
+        self._record_phase = record_phase
         self._resolve = resolve
         self._tls_seconds_max = tls_seconds_max
         self._curves = Curves()
 
-    async def addresses(self, target: Target, progress: Progress) -> Addresses:
-        """Return where the target is to be had now. Raises ProxyError; has no bound of its own."""
-        progress.begin(ConnectPhase.DNS)
+    async def addresses(self, target: Target, phases: PhaseTimer) -> Addresses:
+        """Return the target's addresses now. Raises ProxyError. The caller bounds the time."""
+        phases.start(ConnectPhase.DNS)
         found = await self._resolve(target)
-        progress.done()
+        phases.finish()
         return found
 
-    async def connect(self, target: Target, addresses: Addresses, progress: Progress) -> Connection:
+    async def connect(self, target: Target, addresses: Addresses, phases: PhaseTimer) -> Connection:
         """Return a connection under TLS, within the bounds above. Raises ProxyError."""
-        stream = await self._reach(target, addresses, progress)
+        stream = await self._connect_tcp(target, addresses, phases)
         startup = UpstreamStartup()
         try:
-            progress.begin(ConnectPhase.TLS)
+            phases.start(ConnectPhase.TLS)
             async with asyncio.timeout(self._tls_seconds_max):
-                await self._start_tls(stream, startup, target, progress)
-            progress.done()
+                await self._start_tls(stream, startup, target, phases)
+            phases.finish()
         except TimeoutError as error:
             self._curves.forget(target)
             stream.transport.close()
             detail = f"{target.host}: no TLS within {self._tls_seconds_max:g} seconds"
             raise ProxyError(ErrorKind.UPSTREAM_TIMEOUT, detail) from error
         except BaseException:
-            self._curves.forget(target)  # the next try shall not depend on it
+            self._curves.forget(target)  # it may be the cause: the next try starts without it
             stream.transport.close()
             raise
         return Connection(stream, startup)
@@ -153,49 +113,49 @@ class Connector:
     async def cancel(
         self, target: Target, key: BackendKeyData, *, still_wanted: Callable[[], bool]
     ) -> bool:
-        """Forward a cancel and wait until the upstream has closed, which means delivered (W39).
+        """Send a CancelRequest; return when the upstream has closed, which means delivered (W39).
 
-        Returns False when it was not wanted any more once the connection stood: nothing is sent
-        then. Raises ProxyError, or TimeoutError after CANCEL_SECONDS_MAX.
+        Returns False, and sends nothing, if it was not wanted any more once connected. Raises
+        ProxyError, or TimeoutError after CANCEL_SECONDS_MAX.
         """
         async with asyncio.timeout(CANCEL_SECONDS_MAX):
-            progress = Progress(self._phase_took)
+            phases = PhaseTimer(self._record_phase)
             try:
-                addresses = await self.addresses(target, progress)
-                stream = (await self.connect(target, addresses, progress)).stream
+                addresses = await self.addresses(target, phases)
+                stream = (await self.connect(target, addresses, phases)).stream
             finally:
-                progress.tell()
+                phases.flush()
             try:
                 if not still_wanted():
                     return False
                 stream.write(CancelRequest(key.pid, key.key).encode())
                 while await stream.receive():
-                    pass  # nothing is ever said on such a connection
+                    pass  # an upstream sends nothing on such a connection
                 return True
             finally:
                 stream.transport.close()
 
-    async def _reach(
-        self, target: Target, addresses: Addresses, progress: Progress
+    async def _connect_tcp(
+        self, target: Target, addresses: Addresses, phases: PhaseTimer
     ) -> StartupStream:
         """Return a TCP connection to the first of the addresses that answers."""
-        progress.begin(ConnectPhase.TCP)
+        phases.start(ConnectPhase.TCP)
         try:
             async with asyncio.timeout(TCP_CONNECT_SECONDS_MAX):
-                stream = await _connected(addresses)
+                stream = await _first_to_answer(addresses)
         except OSError as error:  # a TimeoutError is one
             raise diagnose_network(error, f"{target.host}:{target.port}") from error
-        progress.done()
+        phases.finish()
         set_user_timeout(stream.transport)
         return stream
 
     async def _start_tls(
-        self, stream: StartupStream, startup: UpstreamStartup, target: Target, progress: Progress
+        self, stream: StartupStream, startup: UpstreamStartup, target: Target, phases: PhaseTimer
     ) -> None:
         stream.write(startup.request_tls())
-        # While the upstream looks at the request.
-        tls = _prepared_tls(stream, target, self._curves.find(target))
-        progress.tell()
+        # Meanwhile the upstream handles the request.
+        tls = _prepare_tls(stream, target, self._curves.find(target))
+        phases.flush()
         _check_answer(await next_events(stream, startup), startup, target)
         try:
             await stream.switch_to(tls)
@@ -206,11 +166,11 @@ class Connector:
             self._curves.keep(target, tls.asked_curve)
 
 
-async def _connected(addresses: Addresses) -> StartupStream:
+async def _first_to_answer(addresses: Addresses) -> StartupStream:
     """Return a connection to the first address that answers. Raises OSError."""
     loop = asyncio.get_running_loop()
     if len(addresses) == 1 and (single := addresses[0])[0] == socket.AF_INET:
-        # No race, so no socket of our own that the loop then has to take over: half the time.
+        # Nothing to race: letting the loop make the socket takes half the time.
         host, port = single[4][:2]
         _, stream = await loop.create_connection(StartupStream, host, port)
         return stream
@@ -222,29 +182,16 @@ async def _connected(addresses: Addresses) -> StartupStream:
 
 
 async def next_events(stream: StartupStream, startup: UpstreamStartup) -> list[UpstreamEvent]:
-    """Return what the upstream says next, one thing or several that came together."""
-    while True:  # ends with the stream; the time is the dial's
+    """Return what the upstream sends next: one event, or several that came together."""
+    while True:  # ends with the stream; the caller bounds the time
         data = await stream.receive()
         events = startup.receive_data(data) if data else startup.receive_eof()
         if events:
             return events
 
 
-def failure(event: UpstreamEvent) -> ProxyError:
-    """Return what an event means that ends a dial, be it only that it came out of order."""
-    match event:
-        case UpstreamViolated(violation):
-            if isinstance(violation, UnsupportedAuthentication):
-                return ProxyError(ErrorKind.UNSUPPORTED_AUTH, violation.message)
-            return ProxyError(ErrorKind.UPSTREAM_PROTOCOL, violation.message)
-        case UpstreamDisconnected():
-            return ProxyError(ErrorKind.UPSTREAM_LOST)
-        case _:
-            return ProxyError(ErrorKind.UPSTREAM_PROTOCOL, f"{type(event).__name__} out of order")
-
-
 def _check_answer(events: list[UpstreamEvent], startup: UpstreamStartup, target: Target) -> None:
-    """Return when the upstream agrees to TLS and says nothing else. Raises ProxyError."""
+    """Return if the upstream accepts TLS and sends nothing else. Raises ProxyError."""
     match events:
         case [TLSAccepted()]:
             pass
@@ -257,24 +204,24 @@ def _check_answer(events: list[UpstreamEvent], startup: UpstreamStartup, target:
                     host=target.host,
                     text=_printable(startup.plaintext),
                 )
-            raise failure(event)
+            raise diagnose_event(event)
 
 
 def _printable(text: bytes) -> str:
-    """Return anybody's text fit for a log line, with blanks where something else could act."""
+    """Return the text for a log line, with blanks in place of control characters."""
     characters = text.decode("utf-8", "replace")
     return "".join(one if one.isprintable() else " " for one in characters).strip()
 
 
-def _prepared_tls(stream: StartupStream, target: Target, curve: str | None) -> TLSTransport:
+def _prepare_tls(stream: StartupStream, target: Target, curve: str | None) -> TLSTransport:
     try:
         context = client_context(
             target.sslmode, target.ssl_root_cert, curve, accelerated=target.accelerated
         )
-    except OSError as error:  # it could be read when the program started
+    except OSError as error:  # it could be read at the start
         detail = f"{target.ssl_root_cert}: {error.strerror or error}"
         raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, detail) from error
     try:
         return stream.prepare_tls(context, target.host)
-    except ValueError as error:  # a name that no certificate can have
+    except ValueError as error:  # no certificate can have this name
         raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, target.host) from error

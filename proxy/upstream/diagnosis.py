@@ -1,13 +1,13 @@
-"""What an upstream's refusal means: its ErrorResponse before ReadyForQuery -> a ProxyError.
+"""What a failed connection or login means: an ErrorResponse, an event or an OSError -> ProxyError.
 
-Two dialects come over one port. PostgreSQL says FATAL with a true SQLSTATE; the front ends before
-it say ERROR without a `V` field and always XX000, or FATAL with a code of their own. So the text
-decides first, and only then the SQLSTATE (W29); names that it quotes are a client's choice and
-decide nothing. An error of PostgreSQL itself goes out as it came, and gains a hint where a person
-can do something; unless it speaks of the upstream's state, which has a kind of its own.
+Two dialects come over one port. PostgreSQL sends FATAL with a true SQLSTATE. The front ends before
+it send ERROR without a `V` field and always XX000, or FATAL with a code of their own. So the text
+decides first, and only then the SQLSTATE (W29). Names that a text quotes are chosen by the client
+and decide nothing. An error of PostgreSQL itself is passed on unchanged, with a hint where a person
+can do something; an error about the state of the upstream has a kind of its own instead.
 
-The rows are the table of connection errors in the Lakebase facts; the order matters only where one
-text contains another.
+The rows are the table of connection errors in the Lakebase facts. Their order matters only where
+one text contains another.
 """
 
 import errno
@@ -20,23 +20,25 @@ from typing import Final, NamedTuple
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.secret import Secret
+from proxy.wire.upstream_startup import UpstreamDisconnected, UpstreamEvent, UpstreamViolated
+from proxy.wire.violations import UnsupportedAuthentication
 
 _FRONT_END_SQLSTATE: Final = "XX000"
 _OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-# The apostrophe of a word opens and closes nothing.
+# An apostrophe inside a word opens and closes nothing.
 _QUOTED: Final = re.compile(r""""[^"]*"|(?<!\w)'[^']*'(?!\w)""")
-# PostgreSQL cuts longer names, and speaks of them as they are then.
+# PostgreSQL truncates longer names, and quotes them truncated.
 _NAME_BYTES_MAX: Final = 63
-# What stands where a peer repeats what it was shown.
+# What replaces the secret where an upstream repeats it.
 _REPEATED: Final = b"(the credential)"
-# Which words of an error a program reads; the others are for people.
+# Fields of an error that programs read; the others are text for people.
 _CODES: Final = (b"S", b"V", b"C")
 
 
 class _Text(NamedTuple):
     """One recognised piece of a message, compared in lower case."""
 
-    piece: str
+    text: str
     kind: ErrorKind
 
 
@@ -78,7 +80,7 @@ _FRONT_END_TEXTS: Final = (
     _Text("no more connections allowed", ErrorKind.POOLER_FULL),
 )
 
-# Texts that PostgreSQL, its auth hook or the pooler says; a front end may relay them without their
+# Texts of PostgreSQL, its auth hook or the pooler. A front end may pass them on without their
 # SQLSTATE and with other quotes.
 _SERVER_TEXTS: Final = (
     _Text("did not match the security label", ErrorKind.IDENTITY_MISMATCH),
@@ -89,7 +91,7 @@ _SERVER_TEXTS: Final = (
     _Text("the database system is starting up", ErrorKind.UPSTREAM_STARTING),
 )
 
-# A client's own mistakes, where a front end has taken their SQLSTATE.
+# Mistakes of the client, passed on by a front end without their SQLSTATE.
 _CLIENT_TEXTS: Final = (
     _Text("unrecognized configuration parameter", ErrorKind.SETTING_UNKNOWN),
     _Text("invalid value for parameter", ErrorKind.SETTING_INVALID),
@@ -97,7 +99,7 @@ _CLIENT_TEXTS: Final = (
     _Text("permission denied", ErrorKind.PRIVILEGE_MISSING),
 )
 
-# What PostgreSQL's own SQLSTATE says when no text was recognised.
+# What PostgreSQL's own SQLSTATE means when no text was recognised.
 _SQLSTATES: Final = {
     "28P01": ErrorKind.PASSWORD_REJECTED,
     "3D000": ErrorKind.DATABASE_MISSING,
@@ -107,15 +109,15 @@ _SQLSTATES: Final = {
     "57P03": ErrorKind.UPSTREAM_STARTING,
 }
 
-# Said by PostgreSQL or its hook, but not sent on as they are: who reads them is not to take a
-# restart of the upstream for the proxy's own, or miss the reason.
+# Errors of PostgreSQL or its hook that are not passed on unchanged: a restart of the upstream would
+# look like one of the proxy, or the reason would be missing.
 _REWORDED: Final = frozenset(
     (ErrorKind.IDENTITY_MISMATCH, ErrorKind.UPSTREAM_LOST, ErrorKind.UPSTREAM_STARTING)
 )
 
 
-# What the same refusal means to who logs in with a native role's password: other advice, and no
-# new token.
+# What the same refusal means for a login with a native role's password: other advice, and no new
+# token.
 _NATIVE: Final = {
     ErrorKind.TOKEN_REJECTED: ErrorKind.NATIVE_PASSWORD_REJECTED,
     ErrorKind.PASSWORD_REJECTED: ErrorKind.NATIVE_PASSWORD_REJECTED,
@@ -125,7 +127,7 @@ _NATIVE: Final = {
 
 @dataclass(frozen=True, slots=True)
 class LoginAttempt:
-    """What the upstream had been shown when it refused, which it may repeat."""
+    """What was sent to the upstream that refused; it may repeat any of it."""
 
     user: str
     database: str
@@ -133,25 +135,25 @@ class LoginAttempt:
     is_password: bool
 
 
-def diagnose(error: ErrorResponse, shown: LoginAttempt) -> ProxyError:
-    """Return what the client is told, and what the dialer may do. No text repeats the secret."""
-    kind, is_original = _kind(error, _plain_text(error.message, shown))
-    if shown.is_password:
+def diagnose(error: ErrorResponse, attempt: LoginAttempt) -> ProxyError:
+    """Return what an upstream's refusal means. No text in it repeats the secret."""
+    kind, is_original = _kind(error, _plain_text(error.message, attempt))
+    if attempt.is_password:
         kind = _NATIVE.get(kind, kind)
-    told = _without(shown.secret, error)
+    told = _without(attempt.secret, error)
     original = told if is_original else None
-    return ProxyError(kind, told.message, user=shown.user, original=original)
+    return ProxyError(kind, told.message, user=attempt.user, original=original)
 
 
 def _kind(error: ErrorResponse, text: str) -> tuple[ErrorKind, bool]:
-    """Return what the error means, and whether it goes out as it came."""
+    """Return what the error means, and whether it is passed on unchanged."""
     for row in _FRONT_END_TEXTS:
-        if row.piece in text:
+        if row.text in text:
             return row.kind, False
     kind = _server_kind(error, text)
     if _from_front_end(error):
         if kind is None:
-            mistakes = (row.kind for row in _CLIENT_TEXTS if row.piece in text)
+            mistakes = (row.kind for row in _CLIENT_TEXTS if row.text in text)
             return next(mistakes, ErrorKind.UPSTREAM_ERROR), False
         rejected = kind is ErrorKind.PASSWORD_REJECTED
         return (ErrorKind.TOKEN_REJECTED if rejected else kind), False
@@ -160,12 +162,12 @@ def _kind(error: ErrorResponse, text: str) -> tuple[ErrorKind, bool]:
     return kind or ErrorKind.STARTUP_REFUSED, True
 
 
-def _plain_text(message: str, shown: LoginAttempt) -> str:
-    """Return the message in lower case and without names, which are anybody's choice.
+def _plain_text(message: str, attempt: LoginAttempt) -> str:
+    """Return the message in lower case and without names, which are chosen by clients.
 
-    Those that are known first: they may have quotes in them.
+    The known names first, as they may contain quotes.
     """
-    for name in (shown.user, shown.database):
+    for name in (attempt.user, attempt.database):
         cut = name.encode()[:_NAME_BYTES_MAX].decode("utf-8", "replace")
         for quote in ("'", '"'):
             for written in (name, cut):
@@ -174,7 +176,7 @@ def _plain_text(message: str, shown: LoginAttempt) -> str:
 
 
 def _without(secret: Secret, error: ErrorResponse) -> ErrorResponse:
-    """Return the error without the secret in any text for people."""
+    """Return the error without the secret in any text that is for people."""
     return ErrorResponse(
         tuple(
             (name, value if name in _CODES else value.replace(secret.reveal(), _REPEATED))
@@ -185,7 +187,7 @@ def _without(secret: Secret, error: ErrorResponse) -> ErrorResponse:
 
 def _server_kind(error: ErrorResponse, text: str) -> ErrorKind | None:
     for row in _SERVER_TEXTS:
-        if row.piece in text:
+        if row.text in text:
             return row.kind
     if text.startswith(("role ", "database ")) and text.endswith("does not exist"):
         return ErrorKind.ROLE_MISSING if text.startswith("role") else ErrorKind.DATABASE_MISSING
@@ -193,12 +195,25 @@ def _server_kind(error: ErrorResponse, text: str) -> ErrorKind | None:
 
 
 def _from_front_end(error: ErrorResponse) -> bool:
-    """Whether the error is in the dialect without a `V` and without a true SQLSTATE."""
+    """Return whether the error has no `V` and no true SQLSTATE."""
     return not error.text(b"V") and error.sqlstate == _FRONT_END_SQLSTATE
 
 
+def diagnose_event(event: UpstreamEvent) -> ProxyError:
+    """Return what an event means that ends a dial, if only because it came out of order."""
+    match event:
+        case UpstreamViolated(violation):
+            if isinstance(violation, UnsupportedAuthentication):
+                return ProxyError(ErrorKind.UNSUPPORTED_AUTH, violation.message)
+            return ProxyError(ErrorKind.UPSTREAM_PROTOCOL, violation.message)
+        case UpstreamDisconnected():
+            return ProxyError(ErrorKind.UPSTREAM_LOST)
+        case _:
+            return ProxyError(ErrorKind.UPSTREAM_PROTOCOL, f"{type(event).__name__} out of order")
+
+
 def diagnose_network(error: OSError, where: str) -> ProxyError:
-    """Return what a failure below Postgres means: route, certificate, loss. `where` was dialled."""
+    """Return what a failure of TCP or TLS means. `where` was dialled."""
     if error.errno in _OUT_OF_RESOURCES:
         return ProxyError(ErrorKind.OUT_OF_RESOURCES, os.strerror(error.errno))
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -210,7 +225,7 @@ def diagnose_network(error: OSError, where: str) -> ProxyError:
         return ProxyError(ErrorKind.UPSTREAM_LOST, f"{where}: the connection was reset")
     if isinstance(error, TimeoutError):
         return ProxyError(ErrorKind.UPSTREAM_UNREACHABLE, f"{where}: no answer")
-    # By its number: the text may be a library's own, which says only that it failed.
+    # By its number: the text may be a library's, which says only that it failed.
     number = error.errno or 0
     text = os.strerror(number) if number > 0 else error.strerror or type(error).__name__
     detail = f"{where}: {text}"

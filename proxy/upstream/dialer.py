@@ -1,9 +1,9 @@
-"""From a target to a session that is ready for its first query: credential, retry, login.
+"""A dial: from a target to a session that is ready for its first query.
 
-The connection itself is the connector's; here it gets its StartupMessage and its credential, until
-ReadyForQuery; each step's failure becomes one ProxyError. What is transient is tried again within
-`connect_timeout_seconds`, which is possible because the client has been told nothing yet; no
-statement is ever replayed.
+For: the order of look-up, credential, connect and login, the bound on concurrent connects, and the
+retries. A retry is possible within `connect_timeout_seconds`, because the client has had no answer
+yet; no statement is ever sent twice. Not for: the steps themselves (`address_lookup`, `connector`,
+`login`), nor which failure is retried (`retry`).
 """
 
 import asyncio
@@ -12,50 +12,27 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
-from proxy.observe.metrics import ConnectPhase
 from proxy.transport.stream import StartupStream
-from proxy.upstream.address_lookup import AddressLookup, Login, Target
-from proxy.upstream.connector import (
-    Addresses,
-    Connection,
-    Connector,
-    PhaseTook,
-    Progress,
-    failure,
-    next_events,
-)
-from proxy.upstream.diagnosis import LoginAttempt, diagnose
+from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
+from proxy.upstream.connector import Addresses, Connector
+from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
+from proxy.upstream.phases import ConnectPhase, PhaseTimer, RecordPhase
 from proxy.upstream.retry import Retry
-from proxy.upstream.scram import SCRAM_SHA_256, Scram
 from proxy.wire.startup import StartupMessage
 from proxy.wire.upstream_message import upstream_message
-from proxy.wire.upstream_startup import (
-    PasswordRequested,
-    SASLContinued,
-    SASLFinished,
-    SASLRequested,
-    UpstreamEvent,
-    UpstreamReady,
-    UpstreamRefused,
-    UpstreamStartup,
-)
-from proxy.workspace.client import Credential
-from proxy.workspace.token_source import CredentialSource
+from proxy.wire.upstream_startup import UpstreamStartup
+from proxy.workspace.credential import Credential
 
-# Sessions being opened at a time, for one target. A front end limits the rate of connections, a
-# database forks for each, and a storm that is served in order is over sooner than one that times
-# out together; 50 handshakes keep both sides busy.
+# Concurrent connects to one target. A front end limits the rate of connections and a database forks
+# for each; clients that reconnect together are served sooner in order than all at once, where they
+# time out together. 50 handshakes keep both sides busy.
 CONNECTS_MAX: Final = 50
 
-# What a front end does before it asks for the password needs no database, which may be asleep: that
-# one is waited for afterwards, as long as connect_timeout_seconds allows.
-ANSWER_SECONDS_MAX: Final = 15.0
-
 # What it means when a dial's time ends in a phase.
-_SILENCE: Final = {
+_TIMED_OUT: Final = {
     ConnectPhase.MINT: ErrorKind.API_UNREACHABLE,
     ConnectPhase.DNS: ErrorKind.UPSTREAM_DNS,
     ConnectPhase.TCP: ErrorKind.UPSTREAM_UNREACHABLE,
@@ -64,15 +41,17 @@ _SILENCE: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Dial:
-    """One client's dial: what is tried, and what became of the tries so far."""
+class CredentialSource(Protocol):
+    """Where a dial gets its credential: the tokens of an account, or a password file."""
 
-    client: StartupMessage
-    progress: Progress
-    retry: Retry
-    started_at: float
-    failures: list[ProxyError] = field(default_factory=list)
+    async def fresh(self) -> Credential:
+        """Return a credential to log in with now. Raises ProxyError."""
+
+    def is_fresh(self, credential: Credential) -> bool:
+        """Return whether a credential that was got some time ago may still be used."""
+
+    def reject(self, credential: Credential) -> bool:
+        """Invalidate a refused credential. Return whether a retry would use a different one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +63,36 @@ class UpstreamSession:
     target: Target
 
 
+@dataclass(slots=True)
+class _Dial:
+    """One client's dial: the credential of its present try, and the failures of those before."""
+
+    client: StartupMessage
+    phases: PhaseTimer
+    retry: Retry
+    started_at: float
+    credential: Credential | None = None
+    failures: list[ProxyError] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """Where one try goes, and as whom."""
+
+    target: Target
+    names: LoginNames
+    addresses: Addresses
+
+
 class Dialer:
-    """Opens upstream sessions."""
+    """Opens the sessions of one target."""
 
     def __init__(
         self,
         connector: Connector,
         address_lookup: AddressLookup,
         credentials: CredentialSource,
-        phase_took: PhaseTook,
+        record_phase: RecordPhase,
         *,
         connect_timeout_seconds: float,
         connects_max: int = CONNECTS_MAX,
@@ -100,16 +100,18 @@ class Dialer:
         jitter: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`connects_max` sessions are opened at a time; in each the upstream has to say something
-        within `answer_seconds_max`. `jitter` returns a number from 0 to 1.
+        """Open at most `connects_max` sessions at a time.
+
+        An upstream has `answer_seconds_max` for its first answer to a StartupMessage. `jitter`
+        returns a number from 0 to 1.
         """
         self._connector = connector
         self._address_lookup = address_lookup
         self._credentials = credentials
-        self._phase_took = phase_took
+        self._record_phase = record_phase
         self._timeout_seconds = connect_timeout_seconds
         self._connects_max = connects_max
-        self._places = asyncio.Semaphore(connects_max)  # first come, first served
+        self._connects = asyncio.Semaphore(connects_max)  # first come, first served
         self._answer_seconds_max = answer_seconds_max
         self._jitter = jitter
         self._clock = clock
@@ -119,178 +121,100 @@ class Dialer:
 
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
-        dial = _Dial(client, Progress(self._phase_took), Retry(self._jitter), self._clock())
+        dial = _Dial(client, PhaseTimer(self._record_phase), Retry(self._jitter), self._clock())
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 return await self._dial_until_ready(dial)
         except TimeoutError as error:
-            if dial.failures:
-                raise dial.failures[-1] from error
-            raise self._silence(dial.progress) from error
+            raise (dial.failures or [self._timed_out(dial.phases)])[-1] from error
         finally:
-            dial.progress.tell()
-
-    def _silence(self, progress: Progress) -> ProxyError:
-        """Return what it means that the time ended where it did."""
-        if progress.now is None:
-            detail = (
-                f"waited for one of {self._connects_max} places (upstream.connects_max) "
-                f"until {self._timeout_seconds:g} seconds were over"
-            )
-            return ProxyError(ErrorKind.UPSTREAM_BUSY, detail)
-        kind = _SILENCE[progress.now]
-        is_api = kind is ErrorKind.API_UNREACHABLE
-        what = "the workspace API did not answer" if is_api else "no session"
-        return ProxyError(kind, f"{what} within {self._timeout_seconds:g} seconds")
+            dial.phases.flush()
 
     async def _dial_until_ready(self, dial: _Dial) -> UpstreamSession:
         while True:  # bounded by dial's timeout
             try:
-                target, login, addresses = await self._way(dial)
+                route = await self._look_up(dial)
             except ProxyError as error:
-                await self._next_try(dial, error)
+                await self._before_retry(dial, error)
                 continue
-            # Last, so that it is fresh when it is shown, and before TCP: the front end gives a
-            # connection 15 s from accept to StartupMessage. What the API fails with is not tried
-            # again here: that is done once for all who wait.
-            credential = await self._credential(dial.progress)
+            # As late as possible, so that it is fresh, but before TCP: a front end gives a
+            # connection 15 seconds from accept to StartupMessage. A failure of the API is not
+            # retried here: the token source does that, once for all dials.
+            credential = await self._credential(dial)
             try:
-                async with self._place(dial.progress) as queued:
-                    if queued and not self._credentials.is_fresh(credential):
-                        credential = await self._credential(dial.progress)
-                    message = upstream_message(dial.client, login.user, login.database)
-                    connection = await self._connector.connect(target, addresses, dial.progress)
-                    await self._log_in(connection, message, login, credential, dial.progress)
-                    return UpstreamSession(connection.stream, connection.startup, target)
+                return await self._open(dial, route, credential)
             except ProxyError as error:
-                await self._next_try(dial, error, credential)
+                await self._before_retry(dial, error)
 
-    async def _way(self, dial: _Dial) -> tuple[Target, Login, Addresses]:
-        """Return where this try goes, and as whom. Raises ProxyError."""
-        dial.progress.begin(ConnectPhase.MINT)  # not its time, but the workspace may be asked
+    async def _look_up(self, dial: _Dial) -> _Route:
+        """Return where this try goes. Raises ProxyError."""
+        dial.phases.start(ConnectPhase.MINT)  # not measured, but the workspace may be asked
         target = await self._address_lookup.target()
-        login = await self._address_lookup.login(dial.client)
-        addresses = await self._connector.addresses(target, dial.progress)
-        # An address that takes TCP and does nothing good with it is not the first one again.
+        names = await self._address_lookup.login_names(dial.client)
+        addresses = await self._connector.addresses(target, dial.phases)
+        # An address that accepted TCP and then failed is not tried first again.
         first = len(dial.failures) % len(addresses)
-        return target, login, (*addresses[first:], *addresses[:first])
+        return _Route(target, names, (*addresses[first:], *addresses[:first]))
 
-    async def _next_try(
-        self, dial: _Dial, error: ProxyError, credential: Credential | None = None
-    ) -> None:
-        """Return when it is time for another try; raise the error when there shall be none."""
+    async def _credential(self, dial: _Dial) -> Credential:
+        """Return a credential for this try. Raises ProxyError."""
+        dial.phases.start(ConnectPhase.MINT)
+        dial.credential = await self._credentials.fresh()
+        dial.phases.finish()
+        return dial.credential
+
+    async def _open(self, dial: _Dial, route: _Route, credential: Credential) -> UpstreamSession:
+        """Connect and log in, in one of the slots. Raises ProxyError."""
+        async with self._slot(dial.phases) as waited:
+            if waited and not self._credentials.is_fresh(credential):
+                credential = await self._credential(dial)
+            message = upstream_message(dial.client, route.names.user, route.names.database)
+            connection = await self._connector.connect(route.target, route.addresses, dial.phases)
+            login = Login(connection, route.names, credential)
+            await login.run(message, dial.phases, self._answer_seconds_max)
+            return UpstreamSession(connection.stream, connection.startup, route.target)
+
+    @asynccontextmanager
+    async def _slot(self, phases: PhaseTimer) -> AsyncIterator[bool]:
+        """Hold one of `connects_max` slots while the block runs; yield whether it was waited for.
+
+        The wait belongs to no phase: nothing is done for this client meanwhile.
+        """
+        if waited := self._connects.locked():
+            phases.pause()
+        async with self._connects:
+            yield waited
+
+    async def _before_retry(self, dial: _Dial, error: ProxyError) -> None:
+        """Wait until it is time for another try; raise the error if there is none."""
         dial.failures.append(error)
-        if error.original is None:  # else PostgreSQL itself spoke: the host is right
-            self._address_lookup.forget_host()
-        delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error, credential))
+        if error.original is None:  # else PostgreSQL itself answered, and the host is right
+            self._address_lookup.invalidate_host()
+        delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error))
         if delay is None:
             raise error
-        # Without a place: who sleeps opens nothing upstream and keeps nobody from trying.
+        # Without a slot: a dial that sleeps opens nothing, and does not delay other dials.
         await asyncio.sleep(delay)
 
-    def _is_replaced(self, dial: _Dial, error: ProxyError, credential: Credential | None) -> bool:
-        """Tell whether the error is a cached token's, and the next one asked for will be another.
+    def _is_replaced(self, dial: _Dial, error: ProxyError) -> bool:
+        """Return whether a cached token was refused and a retry would use a different one.
 
-        A role that is refused with a new token as well is not the token's fault: then it is not.
+        A token that was minted for this dial is not replaced: it is not the cause.
         """
+        credential = dial.credential
         if credential is None or error.kind.value.disposition is not Disposition.REMINT:
             return False
         return credential.requested_at < dial.started_at and self._credentials.reject(credential)
 
-    @asynccontextmanager
-    async def _place(self, progress: Progress) -> AsyncIterator[bool]:
-        """Hold one of `connects_max` places while the block runs; tell whether it was waited for.
-
-        The time spent waiting belongs to no phase: nothing is done for this client in it.
-        """
-        if queued := self._places.locked():
-            progress.wait()
-        async with self._places:
-            yield queued
-
-    async def _credential(self, progress: Progress) -> Credential:
-        progress.begin(ConnectPhase.MINT)
-        credential = await self._credentials.fresh()
-        progress.done()
-        return credential
-
-    async def _log_in(
-        self,
-        connection: Connection,
-        message: StartupMessage,
-        login: Login,
-        credential: Credential,
-        progress: Progress,
-    ) -> None:
-        """Return when the upstream is ready; otherwise close the connection. Raises ProxyError."""
-        authentication = _Authentication(connection, login, credential)
-        try:
-            progress.begin(ConnectPhase.LOGIN)
-            authentication.begin(message)
-            progress.tell()
-            await authentication.run(self._answer_seconds_max)
-            progress.done()
-        except BaseException:
-            # Cancelled, timed out or refused: no orphan session stays upstream (W54).
-            connection.stream.transport.close()
-            raise
-
-
-class _Authentication:
-    """StartupMessage to ReadyForQuery on one connection."""
-
-    def __init__(self, connection: Connection, login: Login, credential: Credential) -> None:
-        self._stream = connection.stream
-        self._startup = connection.startup
-        self._login = login
-        self._credential = credential
-        self._scram: Scram | None = None
-
-    def begin(self, message: StartupMessage) -> None:
-        """Send the StartupMessage."""
-        self._stream.write(self._startup.startup(message))
-
-    async def run(self, answer_seconds_max: float) -> None:
-        """Return when the upstream is ready. Raises ProxyError."""
-        events = await self._first_events(answer_seconds_max)
-        while True:  # bounded by the machine, which lets a password be asked once
-            for event in events:
-                if isinstance(event, UpstreamReady):
-                    return
-                self._stream.write(self._answer(event))
-            events = await next_events(self._stream, self._startup)
-
-    async def _first_events(self, seconds_max: float) -> list[UpstreamEvent]:
-        try:
-            async with asyncio.timeout(seconds_max):
-                return await next_events(self._stream, self._startup)
-        except TimeoutError as error:
-            detail = f"no answer to the StartupMessage within {seconds_max:g} seconds"
-            raise ProxyError(ErrorKind.UPSTREAM_TIMEOUT, detail) from error
-
-    def _answer(self, event: UpstreamEvent) -> bytes:
-        match event:
-            case PasswordRequested():
-                return self._startup.password(self._credential.secret)
-            case SASLRequested(mechanisms):
-                if not self._credential.is_password:
-                    raise ProxyError(ErrorKind.UNSUPPORTED_AUTH, "SASL, which takes no token")
-                self._scram = Scram(mechanisms, self._credential.secret)
-                return self._startup.sasl_initial_response(SCRAM_SHA_256, self._scram.first())
-            case SASLContinued(data) if self._scram is not None:
-                return self._startup.sasl_response(self._scram.proof(data))
-            case SASLFinished(data) if self._scram is not None:
-                self._scram.check(data)
-                return b""
-            case UpstreamRefused(error):
-                raise diagnose(error, self._shown())
-            case _:
-                raise failure(event)
-
-    def _shown(self) -> LoginAttempt:
-        return LoginAttempt(
-            self._login.user.decode("utf-8", "replace"),
-            self._login.database.decode("utf-8", "replace"),
-            self._credential.secret,
-            self._credential.is_password,
-        )
+    def _timed_out(self, phases: PhaseTimer) -> ProxyError:
+        """Return the error for a dial whose time ended in the current phase."""
+        if phases.current is None:
+            detail = (
+                f"all {self._connects_max} connects (upstream.connects_max) were in use "
+                f"for {self._timeout_seconds:g} seconds"
+            )
+            return ProxyError(ErrorKind.UPSTREAM_BUSY, detail)
+        kind = _TIMED_OUT[phases.current]
+        is_api = kind is ErrorKind.API_UNREACHABLE
+        what = "the workspace API did not answer" if is_api else "no session"
+        return ProxyError(kind, f"{what} within {self._timeout_seconds:g} seconds")

@@ -1,4 +1,4 @@
-"""Whether and when a dial is tried again. Pure: no clock, no sleep; randomness comes in."""
+"""Whether and when a dial is retried. Pure: no clock, no sleep; randomness is an argument."""
 
 from collections.abc import Callable
 from typing import Final
@@ -6,9 +6,9 @@ from typing import Final
 from proxy.errors import Disposition, ProxyError
 
 # Full jitter: each delay is a random part of a ceiling that doubles.
-RETRIES_MAX: Final = 2  # three tries: more does not mend a closed port, only hides it
+RETRIES_MAX: Final = 2  # three tries: more of them would only hide a closed port
 RETRY_CEILING_SECONDS: Final = (0.2, 2.0)  # first and last
-# A database that wakes, or a front end that is overloaded: patiently, until the dial's time is up.
+# For a database that wakes up or a front end that is overloaded, until the dial's time is over.
 WAIT_CEILING_SECONDS: Final = (0.5, 8.0)
 _DOUBLINGS_MAX: Final = 10  # beyond both last ceilings; a float ends at 1023
 
@@ -23,9 +23,9 @@ class Retry:
         self._reminted = False
 
     def delay(self, error: ProxyError, *, from_cache: bool) -> float | None:
-        """Return the seconds to wait before the next try, or None if there shall be none.
+        """Return the seconds to wait before the next try, or None if there is none.
 
-        `from_cache`: the credential that was shown had not been minted for this dial.
+        `from_cache`: a cached token was refused, and the next try would use another.
         """
         self._tries += 1
         match error.kind.value.disposition:

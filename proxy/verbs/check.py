@@ -26,10 +26,10 @@ from proxy.config import (
 )
 from proxy.errors import ErrorKind, Origin, ProxyError
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK
-from proxy.observe.metrics import ConnectPhase
 from proxy.server.app import open_snapshot, serving
 from proxy.server.process import Signals
 from proxy.upstream.address_lookup import ANY_USER
+from proxy.upstream.phases import ConnectPhase
 from proxy.upstream.upstreams import Upstream
 from proxy.verbs.event_loop import PRINT_CONFIG, print_config, settings_of, until_done
 from proxy.verbs.stderr import fail

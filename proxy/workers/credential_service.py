@@ -9,15 +9,17 @@ lost to the others, or to the successor of one that died, while the workspace is
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, Final, TypeVar
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.upstream.upstreams import TokenAccount, Upstream, Upstreams
+from proxy.upstream.upstreams import Upstream, Upstreams
 from proxy.workers.remote_credentials import CONFIGURATIONS_MAX
 from proxy.workers.rpc import Answers
 from proxy.workspace.client import Identity
-from proxy.workspace.resources import Instance, ResourceStatus
-from proxy.workspace.single_flight import SingleFlight
+from proxy.workspace.registry import TokenAccount
+from proxy.workspace.resources import ResourceStatus
+from proxy.workspace.single_flight import PendingCalls, SingleFlight
 
 T = TypeVar("T")
 
@@ -25,12 +27,12 @@ T = TypeVar("T")
 class _Found:
     """What was found out for one way; a reload that leaves the way as it is leaves this, too."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Upstream, calls: PendingCalls) -> None:
         self.upstream = upstream
         self._status: ResourceStatus | None = None
         self._identity: Identity | None = None
-        self._look_up = SingleFlight(self._ask_status)
-        self._identify = SingleFlight(self._ask_identity)
+        self._look_up = SingleFlight(self._ask_status, calls)
+        self._identify = SingleFlight(self._ask_identity, calls)
 
     async def status(self) -> ResourceStatus:
         """Return state and host as they are now; while nobody can say, as they were last."""
@@ -44,11 +46,6 @@ class _Found:
     async def identity(self) -> Identity:
         """Return who we are there. Raises ProxyError."""
         return self._identity or await self._identify.result()
-
-    async def close(self) -> None:
-        """End what is being looked up."""
-        await self._look_up.close()
-        await self._identify.close()
 
     async def _ask_status(self) -> ResourceStatus:
         assert self.upstream.resource is not None, "it was asked for by its resource"
@@ -66,20 +63,22 @@ class _Configuration:
     """The ways of one fleet, by what workers know of them. Raises ProxyError for what is not in it,
     which is what a worker asks for that has not heard of a reload."""
 
-    def __init__(self, upstreams: Iterable[Upstream], before: Mapping[int, _Found]) -> None:
+    def __init__(
+        self, upstreams: Iterable[Upstream], before: Mapping[int, _Found], calls: PendingCalls
+    ) -> None:
         self.found: dict[int, _Found] = {}  # by the way itself, which two of one fleet never share
         self._by_workspace: dict[str, _Found] = {}
         self._by_resource: dict[tuple[str, str, bool], _Found] = {}
         self._accounts: dict[tuple[str, str], TokenAccount] = {}
         for upstream in upstreams:
-            workspace, resource = upstream.workspace_key.name, upstream.resource
-            found = self.found[id(upstream)] = before.get(id(upstream)) or _Found(upstream)
+            workspace, resource = upstream.account_key.workspace.name, upstream.resource
+            found = self.found[id(upstream)] = before.get(id(upstream)) or _Found(upstream, calls)
             self._by_workspace.setdefault(workspace, found)
             if resource is not None:
                 key = (workspace, resource.name, resource.read_only)
                 self._by_resource.setdefault(key, found)
             if upstream.account is not None:
-                instance = resource.name if isinstance(resource, Instance) else ""
+                instance = upstream.account_key.instance
                 self._accounts.setdefault((workspace, instance), upstream.account)
 
     def account(self, workspace: str, instance: str) -> TokenAccount:
@@ -101,14 +100,16 @@ def _known(found: T | None) -> T:
     return found
 
 
-_FORGOTTEN: Final = _Configuration((), {})
+_FORGOTTEN: Final = _Configuration((), {}, PendingCalls())
 
 
 class CredentialService:
     """Answers from the newest configurations."""
 
     def __init__(self) -> None:
+        self._calls = PendingCalls()
         self._configurations: dict[int, _Configuration] = {}
+        self._uses: dict[int, ExitStack] = {}  # their upstreams stay open as long
 
     def open(self, number: int, upstreams: Upstreams) -> None:
         """Answer for one more configuration, and no longer for the oldest."""
@@ -118,15 +119,16 @@ class CredentialService:
             for configuration in self._configurations.values()
             for place, found in configuration.found.items()
         }
-        self._configurations[number] = _Configuration(upstreams.values(), before)
+        self._configurations[number] = _Configuration(upstreams.values(), before, self._calls)
+        self._uses[number] = upstreams.keep_open()
         if len(self._configurations) > CONFIGURATIONS_MAX:
-            del self._configurations[min(self._configurations)]
+            oldest = min(self._configurations)
+            del self._configurations[oldest]
+            self._uses.pop(oldest).close()
 
     async def close(self) -> None:
         """End what is being looked up."""
-        for configuration in self._configurations.values():
-            for found in configuration.found.values():
-                await found.close()
+        await self._calls.close()
 
     @property
     def answers(self) -> Answers:
@@ -140,7 +142,7 @@ class CredentialService:
 
     async def _fresh(self, configuration: int, workspace: str, instance: str) -> dict[str, Any]:
         account = self._at(configuration).account(workspace, instance)
-        credential = await account.credentials.fresh()
+        credential = await account.token_source.fresh()
         return {
             "secret": credential.secret.reveal().decode(),
             "requested_at": credential.requested_at,
@@ -151,9 +153,9 @@ class CredentialService:
         self, configuration: int, workspace: str, instance: str, requested_at: float
     ) -> None:
         account = self._at(configuration).account(workspace, instance)
-        newest = account.credentials.newest
+        newest = account.token_source.newest
         if newest is not None and newest.requested_at == requested_at:
-            account.credentials.reject(newest)
+            account.token_source.reject(newest)
 
     async def _status(
         self, configuration: int, workspace: str, resource: str, read_only: bool

@@ -11,20 +11,21 @@ longer than it takes to dial.
 import math
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Final
-from weakref import WeakSet
 
 from proxy.config import CredentialsSettings, Settings
 from proxy.errors import ErrorKind, ProxyError
-from proxy.upstream.address_lookup import AddressLookup
-from proxy.upstream.upstreams import TokenAccount, WorkspaceKey, workspace_key_of
 from proxy.wire.secret import Secret
 from proxy.workers.rpc import Channel, ChannelLost
-from proxy.workspace.client import Credential, Identity
-from proxy.workspace.freshness import Freshness
-from proxy.workspace.resources import Instance, Resource, ResourceStatus
-from proxy.workspace.token_source import REJECTION_SECONDS_MIN, may_be_shown
+from proxy.workspace.client import Identity
+from proxy.workspace.credential import Credential
+from proxy.workspace.freshness import Freshness, is_fresh
+from proxy.workspace.registry import AccountKey, TokenAccount, WorkspaceKey, workspace_key_of
+from proxy.workspace.resources import Resource, ResourceStatus
+from proxy.workspace.single_flight import PendingCalls
+from proxy.workspace.token_source import REJECTION_SECONDS_MIN
 
 # A session that began to dial before a reload goes on by what it began with. More reloads than
 # this within upstream.connect_timeout_seconds are somebody's loop.
@@ -41,7 +42,7 @@ class RemoteWorkspaceRegistry:
         # In which configuration each was last: a way that a reload leaves as it is asks by the
         # newest, one that was replaced by the last that it was in.
         self._numbers: dict[WorkspaceKey, int] = {}
-        self._lookups: WeakSet[AddressLookup] = WeakSet()
+        self.calls = PendingCalls()
 
     def take_over(self, number: int, settings: Settings) -> None:
         """Ask by these settings, the supervisor's configuration of this number, from now on."""
@@ -52,26 +53,24 @@ class RemoteWorkspaceRegistry:
 
     async def close(self) -> None:
         """End what is being asked for."""
-        for lookup in list(self._lookups):
-            await lookup.close()
+        await self.calls.close()
 
-    def workspace(self, workspace_key: WorkspaceKey) -> "RemoteWorkspace":
-        """Return the workspace of a profile."""
-        return RemoteWorkspace(partial(self._ask, workspace_key))
+    def workspace(self, key: WorkspaceKey) -> "RemoteWorkspace":
+        """Return the workspace with this key."""
+        return RemoteWorkspace(partial(self._ask, key))
 
-    def account(self, workspace_key: WorkspaceKey, resources: list[Resource]) -> TokenAccount:
-        """Return the account whose tokens are minted for one of these, whichever will do."""
-        instance = resources[0].name if isinstance(resources[0], Instance) else ""
+    def account(self, key: AccountKey, resources: list[Resource]) -> TokenAccount:
+        """Return the account with this key; the supervisor knows its resources."""
         credentials = RemoteCredentials(
-            partial(self._ask, workspace_key, "fresh", instance=instance),
-            partial(self._tell, workspace_key, "reject", instance=instance),
-            workspace_key.credentials,
+            partial(self._ask, key.workspace, "fresh", instance=key.instance),
+            partial(self._tell, key.workspace, "reject", instance=key.instance),
+            key.workspace.credentials,
         )
-        return TokenAccount(workspace_key.shown(instance), credentials, None)
+        return TokenAccount(key.name, credentials, None)
 
-    def close_at_end(self, lookup: AddressLookup) -> None:
-        """Have `close` end these look-ups, too, if somebody still needs them then."""
-        self._lookups.add(lookup)
+    def use_of(self, key: AccountKey) -> AbstractContextManager[None]:
+        """Return a context that does nothing: the supervisor counts the uses."""
+        return nullcontext()
 
     async def _ask(self, workspace_key: WorkspaceKey, name: str, **arguments: object) -> Any:
         try:
@@ -112,7 +111,7 @@ class RemoteCredentials:
 
     def is_fresh(self, credential: Credential) -> bool:
         """Whether a credential that was got some time ago may still be shown."""
-        return may_be_shown(credential, time.time(), self._freshness)
+        return is_fresh(credential, time.time(), self._freshness)
 
     def reject(self, credential: Credential) -> bool:
         """Tell that an upstream refused a credential: whether the next one will be another.

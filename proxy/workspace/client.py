@@ -1,12 +1,12 @@
-"""The Databricks workspace, through databricks-sdk: who we are, where an endpoint is, credentials.
+"""The calls to a Databricks workspace: our identity, the host of an endpoint, credentials.
 
-The SDK's calls block and its exceptions are many: they run in threads under `mint_timeout_seconds`,
-and come out as ProxyError. Its replies may lack any field and hold anything: what is passed on has
-been looked at. What a caller does not set is left to the SDK's own discovery (environment, profile,
-projected tokens), unless it is a named workspace.
+The SDK's calls block and raise many exceptions: they run in threads under `mint_timeout_seconds`,
+and fail with ProxyError. Its replies may lack any field and hold anything, so that their values are
+validated before they are passed on. What the settings leave out is left to the SDK's own discovery
+(environment, profile, projected tokens), except for a named workspace.
 
-For: the calls, and one client for them. Not for: how that is made (`sdk`), the time limits of its
-requests (`exchange`), what its failures mean (`sdk_errors`).
+For: the calls, and the client that they share. Not for: how the client is made (`sdk_client`), the
+time limits of its requests (`sdk_http`), or what its failures mean (`sdk_errors`).
 """
 
 import time
@@ -15,40 +15,44 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from pydantic import SecretStr
 
-from proxy.blocking import BlockingCalls
+from proxy.blocking import BlockingCalls, NoThreadFree
 from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
+from proxy.workspace.credential import Credential
 from proxy.workspace.resources import Minted, Resource, ResourceStatus
 from proxy.workspace.sdk_client import connect
 from proxy.workspace.sdk_errors import translate
-from proxy.workspace.sdk_http import exchange
+from proxy.workspace.sdk_http import bounded_requests
 from proxy.workspace.sdk_import import WorkspaceClient
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Credential:
-    """What is shown as the password. Both times are seconds since the epoch, on the wall clock."""
-
-    secret: Secret
-    requested_at: float
-    expires_at: float
-    is_password: bool = False  # of a native role: answers SCRAM too, and never ages
-
-
-@dataclass(frozen=True, slots=True)
 class Identity:
-    """Whom a token logs in as: the client id of a service principal, or a person's user name."""
+    """The role of a token: the client id of a service principal, or a person's user name."""
 
     role: str
     host: str
     auth_type: str
+
+
+class WorkspaceSource(Protocol):
+    """What is asked of a workspace, in this process or through the supervisor."""
+
+    async def status(self, resource: Resource) -> ResourceStatus:
+        """Return state and host of a resource. Raises ProxyError."""
+
+    async def identity(self) -> Identity:
+        """Return who we are there. Raises ProxyError."""
+
+    async def clock_ahead_seconds(self) -> float | None:
+        """Return how far this machine's clock is ahead of the workspace's, None if unknown."""
 
 
 class Workspace:
@@ -63,7 +67,7 @@ class Workspace:
         discover: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Without `discover` only the settings, and the profile that they name, are logged in with.
+        """Without `discover`, log in with the settings, and the profile that they name, alone.
 
         `clock` returns seconds since the epoch.
         """
@@ -72,9 +76,9 @@ class Workspace:
         self._version = version
         self._discover = discover
         self._clock = clock
-        self._threads = BlockingCalls("databricks-sdk")
+        self._blocking_calls = BlockingCalls("databricks-sdk")
         self._client: WorkspaceClient | None = None
-        self._generation = object()  # another one since the client was dropped
+        self._generation = object()  # a new one each time the client is dropped
         self._file_secret: Secret | None = None
 
     async def mint(self, resource: Resource) -> Credential:
@@ -87,7 +91,7 @@ class Workspace:
         return await self._call(resource.status)
 
     async def identity(self) -> Identity:
-        """Return who we are, by a call that the workspace must accept. Raises ProxyError."""
+        """Return our identity, by a call that the workspace must accept. Raises ProxyError."""
         return await self._call(_identity)
 
     async def clock_ahead_seconds(self) -> float | None:
@@ -101,39 +105,43 @@ class Workspace:
     async def _call(self, call: Callable[[WorkspaceClient], T]) -> T:
         generation = self._generation
         try:
-            outcome = await self._threads.run(lambda: self._outcome(call), self._timeout_seconds)
+            outcome = await self._blocking_calls.run(
+                lambda: self._outcome(call), self._timeout_seconds
+            )
+        except NoThreadFree as error:
+            raise ProxyError(ErrorKind.API_UNREACHABLE, str(error)) from None
         except TimeoutError as error:
-            # The call may hang inside a lock of this client: leave both behind.
+            # The call may hold a lock of this client: abandon both.
             self._drop_client(generation)
             detail = f"no answer within {self._timeout_seconds:g} seconds"
             raise ProxyError(ErrorKind.API_UNREACHABLE, detail) from error
         if isinstance(outcome, ProxyError):
             if outcome.kind is ErrorKind.WORKSPACE_LOGIN_FAILED:
-                self._drop_client(generation)  # a refused workspace token would be cached with it
+                self._drop_client(generation)  # it would keep the refused workspace token
             raise outcome
         return outcome
 
     def _outcome(self, call: Callable[[WorkspaceClient], T]) -> T | ProxyError:
-        """Make the call; blocks, in a thread.
+        """Make the call, which blocks, in a thread.
 
-        A failure is a value here: what it was made from may hold a secret, and is left behind.
+        A failure is returned, not raised: the SDK's exception may hold a secret and is dropped.
         """
-        with exchange(self._timeout_seconds) as here:
+        with bounded_requests(self._timeout_seconds) as sdk_call:
             try:
-                return self._call_here(call)
+                return self._call_client(call)
             except ProxyError as error:
                 return error
             except ImportError as error:
                 return ProxyError(ErrorKind.INTERNAL, f"databricks-sdk cannot be used: {error}")
             except Exception as error:
-                return translate(error, here, self._secrets())
+                return translate(error, sdk_call, self._secrets())
 
-    def _call_here(self, call: Callable[[WorkspaceClient], T]) -> T:
-        """Call with the client there is, or a new one."""
+    def _call_client(self, call: Callable[[WorkspaceClient], T]) -> T:
+        """Call with the present client, or a new one."""
         self._read_secret_file()
         client, generation = self._client, self._generation
         if client is not None:
-            with suppress(_unauthenticated()):  # the workspace token that it keeps may be old
+            with suppress(_unauthenticated()):  # the workspace token that it keeps may have expired
                 return call(client)
         client = connect(
             self._settings,
@@ -142,29 +150,29 @@ class Workspace:
             timeout_seconds=self._timeout_seconds,
             discover=self._discover,
         )
-        # Two threads may make one each; the later one stays, unless it is too late.
+        # Two threads may make one each. The later one is kept, unless the client was dropped since.
         if generation is self._generation:
             self._client = client
         return call(client)
 
     def _drop_client(self, generation: object) -> None:
-        """Drop the client of that era; a call that is late must not cost the others theirs."""
+        """Drop the client of this generation; a late call must not drop a newer one."""
         if generation is self._generation:
             self._client, self._generation = None, object()
 
     def _read_secret_file(self) -> None:
-        """Read `client_secret_file` again: a secret that has been rotated makes a new client."""
+        """Read `client_secret_file` again; a rotated secret makes a new client."""
         if not self._settings.client_secret_file:
             return
         try:
             secret = Secret(Path(self._settings.client_secret_file).read_bytes().strip())
             secret.reveal().decode()
         except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "it is not UTF-8"
+            why = getattr(error, "strerror", None) or "the file is not UTF-8"
             detail = f"workspace.client_secret_file: {why}"
             raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail) from None
-        if not secret:  # the SDK would look for one elsewhere
-            detail = "workspace.client_secret_file: it is empty"
+        if not secret:  # the SDK would look for a secret elsewhere
+            detail = "workspace.client_secret_file: the file is empty"
             raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail)
         if secret != self._file_secret:
             self._file_secret = secret
@@ -177,15 +185,15 @@ class Workspace:
 
 
 def _credential(minted: Minted, requested_at: float, now: float) -> Credential:
-    """Return what may be shown as a password. Raises ProxyError."""
+    """Return a credential that can be sent. Raises ProxyError."""
     token, expires_at = minted.token, minted.expires_at
     if not token or expires_at is None:
-        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has no token or no expiry")
+        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "the reply has no token or no expiry")
     if not isinstance(token, str) or not (token.isascii() and token.isprintable()):
-        # A NUL would end the PasswordMessage, and what is no text cannot be sent at all.
-        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "its token is not printable ASCII")
+        # A NUL would end the PasswordMessage, and only text can be sent at all.
+        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "the token is not printable ASCII")
     if expires_at <= now:
-        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it has expired already")
+        raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "the token has already expired")
     return Credential(Secret(token.encode()), requested_at, expires_at)
 
 
@@ -193,16 +201,16 @@ def _identity(client: WorkspaceClient) -> Identity:
     config = client.config
     role: object = config.client_id or client.current_user.me().user_name
     if not role:
-        detail = "the API names no user: set upstream.user"
+        detail = "the API does not name a user: set upstream.user"
         raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail)
     if not isinstance(role, str) or not role.isprintable():
-        raise ProxyError(ErrorKind.API_REPLY_INVALID, "the user's name is no text")
-    client.config.authenticate()  # with a client id nothing has been asked of the workspace yet
+        raise ProxyError(ErrorKind.API_REPLY_INVALID, "the user's name is not printable text")
+    client.config.authenticate()  # with a client id there was no call to the workspace yet
     return Identity(role, config.host or "", config.auth_type or "")
 
 
 def _date(client: WorkspaceClient) -> float | None:
-    """Return what time it is there: the Date of a document that anybody may read."""
+    """Return the workspace's time: the Date of a document that needs no permission."""
     reply = client.api_client.do("GET", "/.well-known/databricks-config", response_headers=["date"])
     text = reply.get("date") if isinstance(reply, dict) else None
     try:
@@ -212,6 +220,6 @@ def _date(client: WorkspaceClient) -> float | None:
 
 
 def _unauthenticated() -> type[Exception]:
-    from databricks.sdk.errors import Unauthenticated  # noqa: PLC0415 - slow: see above
+    from databricks.sdk.errors import Unauthenticated  # noqa: PLC0415 - slow
 
     return Unauthenticated

@@ -1,10 +1,10 @@
-"""A token for all the endpoints of one workspace, minted for whichever of them will do.
+"""A token for all endpoints of one workspace, minted for whichever of them works.
 
-The credential call names one resource, and its token opens every database of that workspace which
-the identity may use. So the resources of a workspace profile share their tokens, and one that was
-deleted, or is not ours to use, must not cost the others theirs.
+The credential call names one resource, and its token opens every database of that workspace that
+the identity may use. So the endpoints of a workspace share their tokens, and one that was deleted
+or may not be used must not cost the others theirs.
 
-For: choosing the resource. Not for: when to mint (`credentials`), or the call (`workspace`).
+For: choosing the resource. Not for: when to mint (`token_source`), or the call (`client`).
 """
 
 from collections import deque
@@ -12,14 +12,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.workspace.client import Credential
+from proxy.workspace.credential import Credential
 from proxy.workspace.resources import Resource
 
-# Resources tried for one mint: each is a call, and a workspace that refuses three refuses all.
+# Resources tried for one mint. Each is a call, and a workspace that refuses three refuses all.
 TRIES_MAX: Final = 3
 
-# What is wrong with the one resource that was named; anything else would be the same for the next.
-_ITS_OWN_FAULT: Final = frozenset(
+# Failures of the one resource that was named. Any other failure would be the same for the next.
+_OF_ONE_RESOURCE: Final = frozenset(
     (ErrorKind.ENDPOINT_NOT_FOUND, ErrorKind.ENDPOINT_INVALID, ErrorKind.PERMISSION_DENIED)
 )
 
@@ -40,7 +40,7 @@ class Minter:
 
         A reload may bring others.
         """
-        assert resources, "a profile without resources has nothing to mint for"
+        assert resources, "a workspace without resources has nothing to mint for"
         last = self._resources[0] if self._resources else resources[0]
         self._resources = deque(sorted(resources, key=lambda one: one != last))
 
@@ -52,10 +52,10 @@ class Minter:
             try:
                 return await self._mint(tried)
             except ProxyError as error:
-                if error.kind not in _ITS_OWN_FAULT:
+                if error.kind not in _OF_ONE_RESOURCE:
                     raise
                 first_failure = first_failure or error
-                # Unless another mint, under way at the same time, has gone on already.
+                # Unless a mint that ran at the same time has gone on to the next one already.
                 if self._resources[0] is tried:
                     self._resources.rotate(-1)
         assert first_failure is not None

@@ -1,4 +1,4 @@
-"""What a credential is minted for and a host looked up from: an endpoint or an instance.
+"""The resources for which a credential is minted and a host is looked up: endpoint or instance.
 
 Autoscaling (the SDK's `postgres` service) and Provisioned (its `database` service) differ in the
 calls and in the names of the reply's fields, all of which are optional.
@@ -15,7 +15,7 @@ from proxy.workspace.sdk_import import WorkspaceClient
 
 @dataclass(frozen=True, slots=True)
 class Minted:
-    """A reply to a credential call, as it came: either may be missing, and the token no text.
+    """The reply to a credential call, not validated: the token may be anything.
 
     `expires_at` is in seconds since the epoch.
     """
@@ -26,7 +26,7 @@ class Minted:
 
 @dataclass(frozen=True, slots=True)
 class ResourceStatus:
-    """What the API says of a resource, as it came. `host` is empty where it names none (yet)."""
+    """State and host in the API's reply, not validated. `host` is empty if there is none (yet)."""
 
     state: str
     host: object
@@ -34,7 +34,7 @@ class ResourceStatus:
 
 
 class Resource(Protocol):
-    """Either kind. The methods block: they are called in a thread, with an SDK client."""
+    """An endpoint or an instance. The methods block; they are called in a thread."""
 
     @property
     def name(self) -> str:
@@ -42,13 +42,13 @@ class Resource(Protocol):
 
     @property
     def read_only(self) -> bool:
-        """Whether its read-only host is meant."""
+        """Whether the read-only host is used."""
 
     def mint(self, client: WorkspaceClient) -> Minted:
-        """Ask for a credential."""
+        """Request a credential."""
 
     def status(self, client: WorkspaceClient) -> ResourceStatus:
-        """Ask for state and host."""
+        """Request state and host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +59,13 @@ class Endpoint:
     read_only: bool = False
 
     def mint(self, client: WorkspaceClient) -> Minted:
-        """Ask for a credential; the endpoint alone, as other arguments came and went."""
+        """Request a credential, by the endpoint alone: other arguments differ between versions."""
         reply = client.postgres.generate_database_credential(endpoint=self.name)
         expiry = reply.expire_time
         return Minted(reply.token, None if expiry is None else expiry.ToNanoseconds() / 1e9)
 
     def status(self, client: WorkspaceClient) -> ResourceStatus:
-        """Ask for state and host; a read replica is an endpoint of its own, with a plain host."""
+        """Request state and host. A read replica is an endpoint of its own, with a plain host."""
         status = client.postgres.get_endpoint(name=self.name).status
         hosts = getattr(status, "hosts", None)
         host = getattr(hosts, "read_only_host" if self.read_only else "host", None)
@@ -85,14 +85,14 @@ class Instance:
     read_only: bool = False
 
     def mint(self, client: WorkspaceClient) -> Minted:
-        """Ask for a credential; its expiry comes as text."""
+        """Request a credential; its expiry is text."""
         reply = client.database.generate_database_credential(
             instance_names=[self.name], request_id=str(uuid.uuid4())
         )
         return Minted(reply.token, _seconds(reply.expiration_time))
 
     def status(self, client: WorkspaceClient) -> ResourceStatus:
-        """Ask for state and host."""
+        """Request state and host."""
         instance = client.database.get_database_instance(name=self.name)
         host = instance.read_only_dns if self.read_only else instance.read_write_dns
         state = instance.state
@@ -100,7 +100,7 @@ class Instance:
 
 
 def _seconds(text: object) -> float | None:
-    """Return a moment in seconds since the epoch; None if it is none. Without offset it is UTC."""
+    """Return seconds since the epoch, None if the text is no time. Without offset it is UTC."""
     try:
         moment = datetime.fromisoformat(str(text))
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
@@ -109,7 +109,7 @@ def _seconds(text: object) -> float | None:
 
 
 def resource_of(settings: UpstreamSettings) -> Resource | None:
-    """Return what the settings name, if they name any."""
+    """Return the resource that the settings name, if any."""
     if settings.endpoint:
         return Endpoint(settings.endpoint, settings.read_only)
     if settings.instance:

@@ -1,12 +1,12 @@
-"""A client of databricks-sdk, made so that it suits a server: impatient, and closed on demand.
+"""A client of databricks-sdk, configured for a server: with short waits, and isolated on demand.
 
-For: what the SDK is configured with. Not for: which calls are made (`workspace`), nor their time
-limits (`exchange`). Everything here blocks; the SDK takes more than a second to import, so that
-this is done in a thread, and only once it is needed.
+For: the SDK's configuration. Not for: which calls are made (`client`), or their time limits
+(`sdk_http`). All of it blocks, and importing the SDK takes more than a second, so that it is done
+in a thread and only when it is needed.
 
-A client for a named workspace is closed: it finds nothing in the process's environment, which
-belongs to `[workspace]`, and reads a profile only if one is named. A login that none of its
-settings asks for (the machine's own Azure command, a notebook's token) is none of its ways.
+The client of a named workspace is isolated: it takes nothing from the process's environment, which
+belongs to `[workspace]`, and reads a profile only if one is named. It never logs in by a method
+that its settings do not name (the machine's own Azure command, a notebook's token).
 """
 
 import os
@@ -20,20 +20,20 @@ from proxy.config import WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
 from proxy.workspace.sdk_http import REQUEST_SECONDS_MAX
-from proxy.workspace.sdk_import import WorkspaceClient, enter
+from proxy.workspace.sdk_import import WorkspaceClient, skip_package_init
 
 if TYPE_CHECKING:
     from databricks.sdk.clock import Clock
     from databricks.sdk.core import Config
 
 _PRODUCT: Final = "lakebase-auth-proxy"
-# The SDK looks at its budget only between tries, and only it knows what the last one failed with:
-# its budget must be spent well before our own deadline.
+# The SDK checks its time budget only between tries, and it alone knows why the last one failed: its
+# budget must end well before our own deadline.
 _RETRY_PART: Final = 0.5
 _PROBE_SECONDS_MAX: Final = 5.0
 
-# What a closed client logs in with, by what is set; the SDK's own order.
-_WAYS: Final = {
+# The auth types of an isolated client and the settings that each needs, in the SDK's own order.
+_AUTH_TYPES: Final = {
     "pat": ("token",),
     "oauth-m2m": ("client_id", "client_secret"),
     "env-oidc": ("oidc_token_env",),
@@ -45,7 +45,7 @@ _WAYS: Final = {
 
 
 class DiscoveryFailed(Exception):
-    """The workspace does not say where to log in."""
+    """The workspace does not serve its discovery document, which says where to log in."""
 
 
 def connect(
@@ -58,10 +58,25 @@ def connect(
 ) -> WorkspaceClient:
     """Return a client. It blocks, may make requests, and raises what the SDK raises.
 
-    `file_secret` is what `client_secret_file` holds. Without `discover` the client is closed.
+    `file_secret` is the content of `client_secret_file`. Without `discover` the client is isolated.
     """
-    enter()
-    # The settings have the SDK's own names, but for the file.
+    skip_package_init()
+    config = (_discovering_config() if discover else _isolated_config())(
+        clock=_fail_fast_clock(),
+        product=_PRODUCT,
+        product_version=version,
+        http_timeout_seconds=min(REQUEST_SECONDS_MAX, timeout_seconds),
+        retry_timeout_seconds=max(1, int(timeout_seconds * _RETRY_PART)),
+        **_given(settings, file_secret, discover=discover),
+    )
+    return WorkspaceClient(config)
+
+
+def _given(
+    settings: WorkspaceSettings, file_secret: Secret | None, *, discover: bool
+) -> dict[str, Any]:
+    """Return what is set; what is not set is not passed, so that the SDK can discover it."""
+    # The settings have the SDK's own names, except for the file.
     given: dict[str, Any] = {
         name: value.get_secret_value() if isinstance(value, SecretStr) else value
         for name, value in settings
@@ -71,70 +86,61 @@ def connect(
         given["client_secret"] = file_secret.reveal().decode()
     if not discover and not settings.profile:
         given["config_file"] = os.devnull
-    config = (_open_config() if discover else _closed_config())(
-        clock=_impatient_clock(),
-        product=_PRODUCT,
-        product_version=version,
-        http_timeout_seconds=min(REQUEST_SECONDS_MAX, timeout_seconds),
-        retry_timeout_seconds=max(1, int(timeout_seconds * _RETRY_PART)),
-        # What is not set is not passed: the SDK looks for it in its own places.
-        **{name: value for name, value in given.items() if value},
-    )
-    return WorkspaceClient(config)
+    return {name: value for name, value in given.items() if value}
 
 
 @cache
-def _open_config() -> type["Config"]:
+def _discovering_config() -> type["Config"]:
     from databricks.sdk.core import Config  # noqa: PLC0415 - imported by now
 
-    Config.attributes()  # of the class itself: a subclass would find none
+    Config.attributes()  # called on the class itself, because a subclass would find none
 
-    class OpenConfig(Config):
-        """Looks in the SDK's own places for what is not given."""
+    class DiscoveringConfig(Config):
+        """Discovers what is not given, as the SDK does."""
 
         def init_auth(self) -> None:
             try:
                 super().init_auth()  # type: ignore[no-untyped-call]
             except ValueError as error:
-                # What becomes of a discovery that failed, which is only warned of.
+                # A discovery that failed is only logged by the SDK, and leads to this error.
                 if self.host and "Invalid URL 'None'" in str(error):
-                    _probe(self.host)
+                    _raise_discovery_failure(self.host)
                 raise
 
-    return OpenConfig
+    return DiscoveringConfig
 
 
 @cache
-def _closed_config() -> type["Config"]:
-    base: Any = _open_config()
-    # Private, but the SDK has no other way. Without it an identity of the environment's would
+def _isolated_config() -> type["Config"]:
+    base: Any = _discovering_config()
+    # Private, but the SDK offers no other method. Without it an identity of the environment would
     # log in to a workspace that it is not meant for.
     if not hasattr(base, "_load_from_env"):
-        detail = "this version of databricks-sdk does not let [workspaces.NAME] be kept apart"
+        detail = "this version of databricks-sdk cannot isolate [workspaces.NAME]"
         raise ProxyError(ErrorKind.INTERNAL, detail)
 
-    class ClosedConfig(base):  # type: ignore[misc]
-        """Has what is given and, if a profile is named, what is in that."""
+    class IsolatedConfig(base):  # type: ignore[misc]
+        """Uses what is given and, if a profile is named, what is in it."""
 
         def _load_from_env(self) -> None:
             pass
 
         def init_auth(self) -> None:
-            self.auth_type: str = self.auth_type or _way(self)
+            self.auth_type: str = self.auth_type or _auth_type(self)
             super().init_auth()
 
-    return ClosedConfig
+    return IsolatedConfig
 
 
-def _way(config: "Config") -> str:
-    for way, needed in _WAYS.items():
+def _auth_type(config: "Config") -> str:
+    for auth_type, needed in _AUTH_TYPES.items():
         if all(getattr(config, name) for name in needed):
-            return way
-    raise ValueError("cannot configure default credentials: its section has none that are whole")
+            return auth_type
+    raise ValueError("cannot configure default credentials: no auth type has all of its settings")
 
 
-def _probe(host: str) -> None:
-    """Ask for the discovery document once more, to hear why there is none. Raises it."""
+def _raise_discovery_failure(host: str) -> None:
+    """Request the discovery document once more, and raise why there is none."""
     import requests  # noqa: PLC0415 - imported by now
 
     reply = requests.get(f"{host}/.well-known/databricks-config", timeout=_PROBE_SECONDS_MAX)
@@ -143,19 +149,19 @@ def _probe(host: str) -> None:
 
 
 @cache
-def _impatient_clock() -> "Clock":
-    """Return a clock for the SDK, which does not sleep where the other side has said for how long.
+def _fail_fast_clock() -> "Clock":
+    """Return a clock for the SDK that raises the failure in place of sleeping for a Retry-After.
 
-    To the SDK a 429 or a 503 always says it. It is for everybody to heed (the failure carries it),
-    not for one thread to sleep through: that would end as a call without an answer.
+    For the SDK every 429 and 503 has one. All callers have to wait for it (the failure carries it);
+    one thread that sleeps through it would only look like a call without an answer.
     """
     from databricks.sdk.clock import RealClock  # noqa: PLC0415 - imported by now
 
-    class ImpatientClock(RealClock):
+    class FailFastClock(RealClock):
         def sleep(self, seconds: float) -> None:
             failure = sys.exception()  # after which the SDK wants to try again
             if getattr(failure, "retry_after_secs", None) is not None and failure is not None:
                 raise failure
             super().sleep(seconds)
 
-    return ImpatientClock()
+    return FailFastClock()

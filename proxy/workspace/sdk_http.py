@@ -1,12 +1,12 @@
 """The HTTP requests of one call of databricks-sdk: none outlives the call that it is for.
 
-The SDK's login request has no timeout at all, and its discovery has one of 300 seconds. They go
-through functions of `requests` that take no default, so that the one place where each of them
-passes, `Session.send`, is where each gets what is left of its call's time. A call whose asker has
-given up therefore ends soon after, and its thread with it.
+The SDK's login request has no timeout, and its discovery has one of 300 seconds. Both use functions
+of `requests` that have no default timeout. Every request passes through `Session.send`, and there
+each gets what is left of its call's time. So a call that is abandoned ends soon after, and its
+thread with it.
 
-On the way is kept what the SDK drops: the status and the text of a login that was refused, and
-which secrets were shown, so that none of them is in a text that is passed on.
+The same place keeps what the SDK drops: status and text of a login that was refused, and the
+secrets that were sent, so that none of them is in a text that is passed on.
 """
 
 import base64
@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:  # slow to import: only in a thread
     from requests import PreparedRequest, Response, Session
 
-# One HTTP request, so that another fits the time for one token.
+# For one HTTP request, so that a second one fits the time for one token.
 REQUEST_SECONDS_MAX: Final = 15.0
-# Whoever waits for the call shall hear its deadline from us, not from the socket.
+# The caller's deadline ends the call first, so that its error names the deadline and not a socket.
 GRACE_SECONDS: Final = 1.0
 
 
@@ -32,13 +32,15 @@ _VERIFY_FAILED: Final = "certificate verify failed"
 
 
 class CertificateRejected(Exception):
-    """The other side's certificate does not verify. None of those that the SDK tries again after:
-    it would spend half of the call's time on that."""
+    """The server's certificate does not verify.
+
+    It is no exception that the SDK retries, which would take half of the call's time.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What a POST was answered that failed."""
+    """The answer to a POST that failed."""
 
     status: int
     text: str
@@ -46,33 +48,33 @@ class Refusal:
 
 
 @dataclass(slots=True)
-class Exchange:
-    """What is known of one call. `ends_at` is of `time.monotonic`."""
+class SDKCall:
+    """One call of the SDK. `ends_at` is a time of `time.monotonic`."""
 
     ends_at: float
     refusal: Refusal | None = None
-    shown: set[str] = field(default_factory=set, repr=False)
+    sent_secrets: set[str] = field(default_factory=set, repr=False)
 
 
-_current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
+_current: ContextVar[SDKCall | None] = ContextVar("sdk_call", default=None)
 
 
 @contextmanager
-def exchange(timeout_seconds: float) -> Iterator[Exchange]:
-    """Bound the requests that are made in this thread inside the block."""
+def bounded_requests(timeout_seconds: float) -> Iterator[SDKCall]:
+    """Bound the requests that this thread makes inside the block."""
     _bound_requests()
-    begun = Exchange(time.monotonic() + timeout_seconds)
-    token = _current.set(begun)
+    call = SDKCall(time.monotonic() + timeout_seconds)
+    token = _current.set(call)
     try:
-        yield begun
+        yield call
     finally:
         _current.reset(token)
 
 
 @cache
 def _bound_requests() -> None:
-    """Have every request of this process pass here; only the SDK makes any."""
-    from requests import Session  # noqa: PLC0415 - slow: see above
+    """Route every request of this process through `_send`; only the SDK makes any."""
+    from requests import Session  # noqa: PLC0415 - slow
 
     send = Session.send
 
@@ -85,43 +87,49 @@ def _bound_requests() -> None:
 def _send(
     send: Callable[..., "Response"], request: "PreparedRequest", options: dict[str, Any]
 ) -> "Response":
-    current = _current.get()
+    call = _current.get()
     given = options.get("timeout")
-    seconds = min(REQUEST_SECONDS_MAX, given) if isinstance(given, int | float) else None
-    seconds = seconds or REQUEST_SECONDS_MAX
-    if current is None:  # a thread of the SDK's own
+    seconds = given if isinstance(given, int | float) and given else REQUEST_SECONDS_MAX
+    seconds = min(seconds, REQUEST_SECONDS_MAX)
+    if call is None:  # in a thread of the SDK
         return send(**{**options, "timeout": seconds})
-    left_seconds = current.ends_at - time.monotonic()
+    left_seconds = call.ends_at - time.monotonic()
     if left_seconds <= 0:
-        # No error that the SDK would try again after.
-        raise TimeoutError("nobody waits for it any more")
-    current.shown |= _secrets(request.headers.get("Authorization") or "")
+        # It is no exception that the SDK retries.
+        raise TimeoutError("the call's time is over")
+    call.sent_secrets |= _secrets(request.headers.get("Authorization") or "")
+    timeout_seconds = min(seconds, left_seconds + GRACE_SECONDS)
+    response = _send_verified(send, {**options, "timeout": timeout_seconds})
+    if request.method == "POST":
+        call.refusal = None if response.ok else _refusal(response)
+    return response
+
+
+def _send_verified(send: Callable[..., "Response"], options: dict[str, Any]) -> "Response":
+    """Send a request. Raises CertificateRejected in place of the library's own exception."""
     try:
-        response = send(**{**options, "timeout": min(seconds, left_seconds + GRACE_SECONDS)})
-    except OSError as error:  # as all of the library's are
+        return send(**options)
+    except OSError as error:  # the base of all exceptions of `requests`
         _, verify_failed, why = str(error).partition(_VERIFY_FAILED)
         if verify_failed:
             raise CertificateRejected(_VERIFY_FAILED + why.partition(" (_ssl")[0]) from None
         raise
-    if request.method == "POST":
-        current.refusal = None if response.ok else _refusal(response)
-    return response
 
 
 def _refusal(response: "Response") -> Refusal:
     try:
         seconds = float(response.headers.get("Retry-After") or 0)
-    except ValueError:  # a date, which this API is not known to send
+    except ValueError:  # a date, which this API does not send as far as is known
         seconds = 0.0
     return Refusal(response.status_code, response.text, max(0.0, seconds))
 
 
 def _secrets(authorization: str | bytes) -> set[str]:
-    """Return what an Authorization header shows: the token; of a Basic login its secret, too."""
+    """Return the secrets in an Authorization header: the token, and a Basic login's secret."""
     text = authorization if isinstance(authorization, str) else authorization.decode("latin-1")
-    scheme, _, shown = text.partition(" ")
-    secrets = {shown}
+    scheme, _, secret = text.partition(" ")
+    secrets = {secret}
     if scheme == "Basic":
-        with suppress(binascii.Error, UnicodeDecodeError):  # it is masked as it is, then
-            secrets.add(base64.b64decode(shown).decode().partition(":")[2])
+        with suppress(binascii.Error, UnicodeDecodeError):  # then only the header's text is masked
+            secrets.add(base64.b64decode(secret).decode().partition(":")[2])
     return secrets - {""}

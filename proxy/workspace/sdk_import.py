@@ -1,11 +1,11 @@
-"""databricks-sdk without the services that nobody here calls.
+"""databricks-sdk without the services that are not used here.
 
-Its package imports the code of every service, some sixty of them: 33 MB and most of a second of
-CPU for three that are used. So the package is entered here without its own `__init__`, which runs
-as soon as somebody asks for a name that it defines; modules inside are imported as ever.
+Its package imports the code of about sixty services: 33 MB and most of a second of CPU, for three
+that are used. So the package is registered here without running its `__init__`, which runs when a
+name that it defines is looked up; its modules are imported as usual.
 
-For: `Workspace`. The invariant: whatever a version of the SDK imports from where, it gets what it
-would have got, at worst later and with all services.
+For: `sdk_client`. Invariant: what any version of the SDK imports from itself, it gets, at worst
+later and with all services.
 """
 
 import sys
@@ -15,7 +15,7 @@ from threading import Lock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
-if TYPE_CHECKING:  # importing any of it takes long: only in a thread, and only once needed
+if TYPE_CHECKING:  # importing it takes long: only in a thread, and only when it is needed
     from databricks.sdk.core import Config
     from databricks.sdk.service.database import DatabaseAPI
     from databricks.sdk.service.iam import CurrentUserAPI
@@ -23,16 +23,16 @@ if TYPE_CHECKING:  # importing any of it takes long: only in a thread, and only 
 
 _PACKAGE: Final = "databricks.sdk"
 
-_entering: Final = Lock()
+_lock: Final = Lock()
 
 
 class WorkspaceClient:
-    """What is used here of the SDK's class of this name, made from the same parts."""
+    """The part of the SDK's class of this name that is used here."""
 
     def __init__(self, config: "Config") -> None:
         """Raises ImportError when the SDK cannot be used."""
-        enter()
-        from databricks.sdk.core import ApiClient  # noqa: PLC0415 - slow: see above
+        skip_package_init()
+        from databricks.sdk.core import ApiClient  # noqa: PLC0415 - slow
 
         self.config = config
         self.api_client = ApiClient(config)
@@ -53,30 +53,30 @@ class WorkspaceClient:
 
     @property
     def current_user(self) -> "CurrentUserAPI":
-        """Who we are."""
+        """The identity's own user."""
         from databricks.sdk.service.iam import CurrentUserAPI  # noqa: PLC0415
 
         return CurrentUserAPI(self.api_client)  # type: ignore[no-untyped-call]
 
 
 def load() -> None:
-    """Import what a mint needs, which takes some tenths of a second. For a thread.
+    """Import what a mint needs, which takes some tenths of a second; call it in a thread.
 
     Raises ImportError when the SDK cannot be used.
     """
-    enter()
+    skip_package_init()
     for name in ("core", "service.postgres", "service.database"):
         import_module(f"{_PACKAGE}.{name}")
 
 
-def enter() -> None:
-    """Let modules of the SDK be imported without all the others. Call it before any of them."""
-    with _entering:
+def skip_package_init() -> None:
+    """Register the SDK's package without running its `__init__`. Call it before any import."""
+    with _lock:
         if _PACKAGE in sys.modules:
             return
         spec = find_spec(_PACKAGE)
         if spec is None:
-            return  # whoever imports from it says so
+            return  # the first import from it fails
         package = module_from_spec(spec)
         package.__class__ = _Package
         sys.modules[_PACKAGE] = package
@@ -88,9 +88,9 @@ class _Package(ModuleType):
     """The package before its own code has run."""
 
     def __getattr__(self, name: str) -> Any:
-        """Return a module inside; for any other name run the package's code, which may define it.
+        """Return a module of the package; for any other name, run the package's code first.
 
-        `from databricks.sdk import x` asks here first.
+        `from databricks.sdk import x` looks the name up here first.
         """
         spec = self.__spec__
         if name.startswith("__") or spec is None or spec.loader is None:

@@ -1,20 +1,21 @@
-"""A call that many want at once, made once: whoever asks while it is under way shares its outcome.
+"""A call that many callers want at once, made once: those that come meanwhile share its outcome.
 
-A failure is an outcome too: it is raised for each who waited. One who gives up does not end the
-call for the others. After a failure nobody makes the call for a while: that is kept in a `Backoff`.
+A failure is an outcome too, and is raised for each caller that waited. A caller that gives up does
+not end the call for the others. After a failure no call is made for some time: see `Backoff`.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Final, Generic, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, Generic, TypeVar
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 
-# After a failed call nobody calls again for a while; the while doubles from first to last.
+# The back-off after a failed call; it doubles from the first to the last.
 BACKOFF_SECONDS_MIN: Final = 0.5
 BACKOFF_SECONDS_MAX: Final = 8.0
-# What a Retry-After may make of it: a limit of calls a minute is the longest that is plausible.
+# The most that a Retry-After can make of it: longer than for a limit of calls a minute is not
+# plausible.
 RETRY_AFTER_SECONDS_MAX: Final = 60.0
 _DOUBLINGS_MAX: Final = 10  # beyond the last; a float ends at 1023
 
@@ -24,91 +25,114 @@ T = TypeVar("T")
 
 
 class Backoff:
-    """How long nobody makes a call that failed, and with what it failed last."""
+    """How long no call is made after a failure, and what the last failure was."""
 
     def __init__(self, clock: Callable[[], float], jitter: Callable[[], float]) -> None:
         """`clock` returns seconds since the epoch, `jitter` a number from 0 to 1."""
         self._clock = clock
         self._jitter = jitter
-        self._in_a_row = 0
+        self._failures = 0  # consecutive ones
         self._until = 0.0
         self._length_seconds = 0.0
         self.failure: ProxyError | None = None
 
     @property
-    def seconds(self) -> float:
-        """How long nobody calls yet; not at all, should the clock be set back."""
+    def remaining_seconds(self) -> float:
+        """The time until the next call may be made; 0 if the clock was set back."""
         seconds = self._until - self._clock()
         return seconds if 0 < seconds <= self._length_seconds else 0.0
 
-    def begin(self, failure: ProxyError | None = None) -> None:
-        """Have nobody call for a while, which doubles with each failure in a row."""
+    def start(self, failure: ProxyError | None = None) -> None:
+        """Start the back-off; it doubles with each consecutive failure.
+
+        While one runs this only replaces the failure: calls that ran together count as one.
+        """
         self.failure = failure or self.failure
-        if self.seconds:
-            return  # failures of calls that were under way together are one
-        ceiling = BACKOFF_SECONDS_MIN * 2.0 ** min(self._in_a_row, _DOUBLINGS_MAX)
-        # Half of it for sure: a jitter near 0 would let the next call follow at once.
+        if self.remaining_seconds:
+            return
+        ceiling = BACKOFF_SECONDS_MIN * 2.0 ** min(self._failures, _DOUBLINGS_MAX)
+        # At least half of it: with a jitter near 0 the next call would follow at once.
         part = 0.5 + 0.5 * self._jitter()
         wanted = 0.0 if failure is None else failure.retry_after_seconds
         backoff = min(BACKOFF_SECONDS_MAX, ceiling) * part
         self._length_seconds = max(backoff, min(wanted, RETRY_AFTER_SECONDS_MAX))
         self._until = self._clock() + self._length_seconds
-        self._in_a_row += 1
+        self._failures += 1
 
-    def end(self) -> None:
-        """Let everybody call: it works."""
-        self._in_a_row, self._until, self.failure = 0, 0.0, None
+    def reset(self) -> None:
+        """End the back-off: a call succeeded."""
+        self._failures, self._until, self.failure = 0, 0.0, None
 
-    async def over(self, sleep: Callable[[float], Awaitable[None]]) -> None:
-        """Wait until the call may be made. Raises its failure at once where that is for good.
+    async def wait(self, sleep: Callable[[float], Awaitable[None]]) -> None:
+        """Wait until the call may be made. Raises its failure at once if that is permanent.
 
-        It has no bound of its own: whoever waits has one.
+        The caller bounds the time.
         """
-        while seconds := self.seconds:
+        while seconds := self.remaining_seconds:
             if self.failure is not None and not is_transient(self.failure):
-                raise self.failure.with_traceback(None)  # nothing new is to be heard so soon
+                raise self.failure.with_traceback(None)
             await sleep(seconds)
 
 
 def is_transient(failure: ProxyError) -> bool:
-    """Whether the same call may succeed a little later."""
+    """Return whether the same call may succeed a little later."""
     return failure.kind.value.disposition is not Disposition.FAIL
 
 
-class SingleFlight(Generic[T]):
-    """One call. `close` it when nobody will ask any more."""
+class PendingCalls:
+    """The calls of one owner that are under way. `close` cancels them."""
 
-    def __init__(self, call: Callable[[], Awaitable[T]]) -> None:
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a call in a task of its own."""
+        task = asyncio.get_running_loop().create_task(call)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Cancel the calls that are under way, and wait until they have ended."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+class SingleFlight(Generic[T]):
+    """One call, which is under way at most once."""
+
+    def __init__(self, call: Callable[[], Awaitable[T]], pending: PendingCalls) -> None:
+        """`pending` is the owner's, who closes it."""
         self._call = call
+        self._pending = pending
         self._under_way: asyncio.Task[T | ProxyError] | None = None
 
     def start(self) -> "asyncio.Task[T | ProxyError]":
-        """Make the call unless it is under way; nobody needs to wait for it."""
+        """Start the call unless it is under way. The caller need not wait for it."""
         if self._under_way is None or self._under_way.done():
-            self._under_way = asyncio.get_running_loop().create_task(self._outcome())
+            self._under_way = self._pending.start(self._outcome())
         return self._under_way
 
     async def result(self) -> T:
         """Return the call's result. Raises ProxyError."""
         outcome = await asyncio.shield(self.start())
         if isinstance(outcome, ProxyError):
-            # Shared by all who wait: each starts its traceback anew.
+            # Shared by all callers: each starts its traceback anew.
             raise outcome.with_traceback(None)
         return outcome
 
-    async def close(self) -> None:
-        """End a call that is under way."""
-        if self._under_way is not None:
-            self._under_way.cancel()
-            await asyncio.wait((self._under_way,))
-
     async def _outcome(self) -> T | ProxyError:
-        """A failure is a value here: there may be nobody to raise it for."""
+        """Return a failure as a value: perhaps no caller is left to raise it for."""
         try:
             return await self._call()
         except ProxyError as error:
             return error
         except Exception as error:
-            # A bug of ours must cost those who wait, not the process.
+            # A bug of ours fails the callers that wait, not the process.
             _log.exception("a shared call failed")
             return ProxyError(ErrorKind.INTERNAL, type(error).__name__)

@@ -1,11 +1,13 @@
-"""The tokens of one identity: a fresh one for each login, whatever the API does.
+"""Tokens of one identity: a fresh one for each login, whatever the API does.
 
 Every login uses a token minted at most `token_max_age_seconds` ago (the rule is in `freshness`).
-Connections that arrive together share one mint; while connections keep coming the next token is
-minted ahead of need, so none of them waits; while none come, nothing is minted. When minting fails,
-the newest token that is still valid serves.
+Connections that arrive together share one mint. While connections keep coming, the next token is
+minted ahead of need, so that none of them waits; while none come, nothing is minted. When minting
+fails, the newest token that is still valid is used.
 
-Times are the wall clock's (a monotonic one stops while a laptop sleeps) and come in as a function.
+For: when to mint, and what a failed mint means for callers. Not for: which resource a token is
+minted for (`minter`), or the call (`client`). Times are the wall clock's, because a monotonic clock
+stops while a laptop sleeps; the clock is an argument.
 """
 
 import asyncio
@@ -13,98 +15,102 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Final, Protocol
 
+from proxy.blocking import THREADS_MAX
 from proxy.config import CredentialsSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
-from proxy.wire.secret import Secret
-from proxy.workspace.client import Credential
-from proxy.workspace.freshness import Freshness, Need, is_valid, judge
-from proxy.workspace.minting import Minting, MintPerConnection, MintShared
-from proxy.workspace.single_flight import Backoff, is_transient
+from proxy.workspace.credential import Credential
+from proxy.workspace.freshness import Freshness, Need, is_fresh, is_valid, judge
+from proxy.workspace.single_flight import Backoff, PendingCalls, SingleFlight, is_transient
 
-# A token that is valid but older than it should be is used once a call is under way so long.
+# A token that is valid but too old is used once a mint has taken this long.
 HANG_SECONDS_MAX: Final = 5.0
 
-# A call that ends with its own deadline knows why; who waits for it gives it so long to say so.
-LAST_WORD_SECONDS: Final = 0.2
+# A call that reaches its own deadline says why. Its callers wait this much longer for that reason.
+DEADLINE_GRACE_SECONDS: Final = 0.2
 
-# A new token is tried once for one that an upstream refused; if it is refused as well, it is not
-# the token. Nor does a role that does not exist cost a mint with each client that names it.
+# A token that an upstream refused is replaced once; if the new one is refused too, the token is not
+# the cause. A role that does not exist must not cost a mint for each client that names it.
 REJECTION_SECONDS_MIN: Final = 30.0
 
-
-def may_be_shown(credential: Credential, now: float, freshness: Freshness) -> bool:
-    """Whether a credential that was got for one dial may still be shown in it.
-
-    One that was minted for its connection alone is that connection's own until it expires.
-    """
-    if freshness.max_age_seconds == 0:
-        return is_valid(credential, now, freshness)
-    return judge(credential, now, freshness) is not Need.MINT
+Mint = Callable[[], Awaitable[Credential]]
 
 
-class Credentials:
-    """The tokens of one identity in one workspace; any endpoint there takes them."""
+class TokenSource(Protocol):
+    """The tokens of one account, minted in this process or in the supervisor."""
+
+    @property
+    def newest(self) -> Credential | None:
+        """The newest token known in this process, valid or not."""
+
+    async def fresh(self) -> Credential:
+        """Return a token to log in with now. Raises ProxyError."""
+
+    def is_fresh(self, credential: Credential) -> bool:
+        """Return whether a dial may still use a token that it got some time ago."""
+
+    def reject(self, credential: Credential) -> bool:
+        """Invalidate a refused token. Return whether a retry would use a different one."""
+
+
+class LocalTokenSource:
+    """The tokens of one identity in one workspace; every endpoint there accepts them."""
 
     def __init__(
         self,
-        mint: Callable[[], Awaitable[Credential]],
+        mint: Mint,
         settings: CredentialsSettings,
         metrics: Metrics,
+        pending: PendingCalls,
         *,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`jitter` returns a number from 0 to 1."""
+        """`pending` is the owner's, who closes it. `jitter` returns a number from 0 to 1."""
         self._mint = mint
         self._freshness = Freshness(settings.token_max_age_seconds, settings.expiry_margin_seconds)
-        self._patience_seconds = settings.mint_timeout_seconds
+        self._timeout_seconds = settings.mint_timeout_seconds
         self._metrics = metrics
         self._clock = clock
         self._sleep = sleep
         self._newest: Credential | None = None
-        self._begun = self._kept = 0  # mints, and which of them the newest is from
+        self._started = self._newest_number = 0  # mints, and which of them the newest is from
         self._rejected_at = -math.inf
-        self._quiet = Backoff(clock, jitter)
-        self._tokens: Minting = (
-            MintShared(self._mint_and_keep)
+        self._backoff = Backoff(clock, jitter)
+        self._minting: Minting = (
+            MintShared(self._mint_and_keep, pending)
             if settings.token_max_age_seconds > 0
-            else MintPerConnection(self._mint_and_keep, self._quiet)
+            else MintPerConnection(self._mint_and_keep, pending, self._backoff)
         )
-
-    async def close(self) -> None:
-        """End the mints that are under way."""
-        await self._tokens.close()
 
     @property
     def newest(self) -> Credential | None:
-        """The newest token, valid or not, for those who show its age."""
+        """The newest token, valid or not."""
         return self._newest
 
     async def fresh(self) -> Credential:
-        """Return a credential to log in with now. Raises ProxyError when there is none."""
+        """Return a token to log in with now. Raises ProxyError when there is none."""
         newest = self._newest
         match judge(newest, self._clock(), self._freshness):
             case Need.USE if newest is not None:
                 return newest
-            case Need.USE_AND_RENEW if newest is not None:
-                if not self._quiet.seconds:
-                    self._tokens.renew()
+            case Need.USE_AND_REFRESH if newest is not None:
+                if not self._backoff.remaining_seconds:
+                    self._minting.refresh()
                 return newest
-        return await self._minted()
+        return await self._mint_or_fall_back()
 
     def is_fresh(self, credential: Credential) -> bool:
-        """Whether a credential that was got some time ago may still be shown."""
-        return may_be_shown(credential, self._clock(), self._freshness)
+        """Return whether a dial may still use a token that it got some time ago."""
+        return is_fresh(credential, self._clock(), self._freshness)
 
     def reject(self, credential: Credential) -> bool:
-        """Tell that an upstream refused a credential: whether the next one will be another.
+        """Invalidate a refused token. Return whether a retry would use a different one.
 
-        It is forgotten, unless it is what another was replaced with a moment ago.
+        A token that replaced a refused one a moment ago is kept: the cause is not the token.
         """
         if self._newest is not credential:
             return True
@@ -114,102 +120,135 @@ class Credentials:
         self._newest, self._rejected_at = None, now
         return True
 
-    async def _minted(self) -> Credential:
-        """Return a credential minted now; while the API fails, the newest that is still valid."""
-        ends_at = self._clock() + self._patience_seconds
-        while True:  # ends with the caller's patience, and with every failure that is for good
-            valid, quiet_seconds, failure = self._valid(), self._quiet.seconds, self._quiet.failure
-            if valid is not None and quiet_seconds:
-                return valid
-            if failure is not None and quiet_seconds:
-                if not is_transient(failure) or self._clock() + quiet_seconds > ends_at:
-                    raise failure.with_traceback(None)  # nothing new is to be heard so soon
-                await self._sleep(quiet_seconds)  # with all who came before
+    async def _mint_or_fall_back(self) -> Credential:
+        """Return a token minted now; while the API fails, the newest that is still valid."""
+        ends_at = self._clock() + self._timeout_seconds
+        while True:  # ends at `ends_at`, or with a permanent failure
+            valid = self._valid()
+            if self._backoff.remaining_seconds:
+                if valid is not None:
+                    return valid
+                await self._sleep_through_backoff(ends_at)
                 continue
-            # With a valid token at hand, an API that hangs is not waited for to the end.
+            # With a valid token at hand, a call that hangs is not waited for until its deadline.
             hang_seconds = None if valid is None else HANG_SECONDS_MAX
             try:
-                async with asyncio.timeout(ends_at - self._clock() + LAST_WORD_SECONDS):
-                    return await self._tokens.token(hang_seconds)
-            except TimeoutError:
+                async with asyncio.timeout(ends_at - self._clock() + DEADLINE_GRACE_SECONDS):
+                    return await self._minting.token(hang_seconds)
+            except TimeoutError:  # so many callers are ahead
                 if valid is not None:
-                    return valid  # so many wait before it
+                    return valid
                 raise self._no_answer() from None
             except ProxyError as error:
-                if not self._quiet.seconds:  # it hangs, or has a bug of ours: nobody was told
-                    self._quiet.begin(error)
+                if not self._backoff.remaining_seconds:  # the call hangs, or has a bug of ours
+                    self._backoff.start(error)
+
+    async def _sleep_through_backoff(self, ends_at: float) -> None:
+        """Wait with the earlier callers. Raises the failure if the wait would be useless."""
+        failure, seconds = self._backoff.failure, self._backoff.remaining_seconds
+        is_useless = self._clock() + seconds > ends_at
+        if failure is not None and (is_useless or not is_transient(failure)):
+            raise failure.with_traceback(None)
+        await self._sleep(seconds)
 
     def _no_answer(self) -> ProxyError:
-        if self._quiet.failure is not None:
-            return self._quiet.failure.with_traceback(None)
-        detail = f"no answer within {self._patience_seconds:g} seconds"
+        if self._backoff.failure is not None:
+            return self._backoff.failure.with_traceback(None)
+        detail = f"no answer within {self._timeout_seconds:g} seconds"
         return ProxyError(ErrorKind.API_UNREACHABLE, detail)
 
     async def _mint_and_keep(self) -> Credential:
-        """Call the API once, and remember how it went. Raises ProxyError."""
-        self._begun += 1
-        number = self._begun
+        """Call the API once; keep the token, or start the back-off. Raises ProxyError."""
+        self._started += 1
+        number = self._started
         try:
             credential = await self._mint()
             if not is_valid(credential, self._clock(), self._freshness):
-                raise ProxyError(ErrorKind.CREDENTIAL_INVALID, "it expires within the margin")
+                raise ProxyError(
+                    ErrorKind.CREDENTIAL_INVALID,
+                    "the token expires within credentials.expiry_margin_seconds",
+                )
         except ProxyError as error:
             self._metrics.token_mint_failed(error.reason)
-            self._quiet.begin(error)
+            self._backoff.start(error)
             raise
         self._metrics.token_minted()
-        self._quiet.end()
-        if number > self._kept:  # else it is late, and a newer one has come
-            self._newest, self._kept = credential, number
+        self._backoff.reset()
+        if number > self._newest_number:  # else a later mint was faster
+            self._newest, self._newest_number = credential, number
         return credential
 
     def _valid(self) -> Credential | None:
         return self._newest if is_valid(self._newest, self._clock(), self._freshness) else None
 
 
-class PasswordFile:
-    """A native role's password, in place of tokens. The file is read at each login."""
-
-    def __init__(self, path: str) -> None:
-        self._path = Path(path)
-
-    async def fresh(self) -> Credential:
-        """Return the password. Raises ProxyError when the file cannot be read or is empty."""
-        try:
-            text = self._path.read_bytes().rstrip(b"\r\n")
-        except OSError as error:
-            detail = f"credentials.password_file: {error.strerror}"
-            raise ProxyError(ErrorKind.PASSWORD_FILE_UNREADABLE, detail) from error
-        if not text or b"\0" in text:
-            detail = "credentials.password_file is empty or has a NUL byte"
-            raise ProxyError(ErrorKind.PASSWORD_FILE_UNREADABLE, detail)
-        return Credential(Secret(text), time.time(), math.inf, is_password=True)
-
-    def is_fresh(self, credential: Credential) -> bool:
-        """Say yes: the file was read for this dial."""
-        return True
-
-    def reject(self, credential: Credential) -> bool:
-        """Return that the next one may be another: the next login reads the file again."""
-        return True
+# -- how many mints are under way ----------------------------------------------------------------
 
 
-class CredentialSource(Protocol):
-    """What the dialer needs of the two above."""
+class Minting(Protocol):
+    """Calls a mint for callers that wait. A mint that its caller has given up goes on."""
 
-    async def fresh(self) -> Credential:
-        """Return a credential to log in with now. Raises ProxyError."""
+    async def token(self, hang_seconds: float | None) -> Credential:
+        """Return a token that is minted while the caller waits. Raises ProxyError.
 
-    def is_fresh(self, credential: Credential) -> bool:
-        """Whether a credential that was got some time ago may still be shown."""
+        Raises API_UNREACHABLE when a mint takes longer than `hang_seconds`, if that is not None.
+        The time that the caller waits for a free thread does not count.
+        """
 
-    def reject(self, credential: Credential) -> bool:
-        """Tell that an upstream refused a credential: whether the next one will be another."""
+    def refresh(self) -> None:
+        """Start a mint that no caller waits for, unless one is under way."""
 
 
-class TokenSource(CredentialSource, Protocol):
-    """The tokens of an account, whoever mints them."""
+class MintShared:
+    """One token for all callers that wait."""
 
-    @property
-    def newest(self) -> Credential | None:
-        """The newest token that is known here, valid or not."""
+    def __init__(self, mint: Mint, pending: PendingCalls) -> None:
+        self._call = SingleFlight(mint, pending)
+
+    async def token(self, hang_seconds: float | None) -> Credential:
+        """Return the token of the mint that is under way. Raises ProxyError."""
+        return await _result_within(hang_seconds, self._call)
+
+    def refresh(self) -> None:
+        """Start a mint, unless one is under way."""
+        self._call.start()
+
+
+class MintPerConnection:
+    """A token for each caller, `THREADS_MAX` mints at a time.
+
+    After a failure one mint for all callers probes whether the API works again.
+    """
+
+    def __init__(self, mint: Mint, pending: PendingCalls, backoff: Backoff) -> None:
+        """`backoff` is the one that `mint` starts when it fails and resets when it succeeds."""
+        self._mint = mint
+        self._pending = pending
+        self._backoff = backoff
+        self._probe = SingleFlight(mint, pending)
+        # More mints than threads would wait there, and not learn that the first ones failed.
+        self._threads = asyncio.Semaphore(THREADS_MAX)
+
+    async def token(self, hang_seconds: float | None) -> Credential:
+        """Return a token minted for this caller alone. Raises ProxyError."""
+        while True:  # ends with a failure, or after the probe has succeeded
+            async with self._threads:
+                failure = self._backoff.failure
+                if failure is None:
+                    own_call = SingleFlight(self._mint, self._pending)
+                    return await _result_within(hang_seconds, own_call)
+                if self._backoff.remaining_seconds:
+                    raise failure.with_traceback(None)  # an earlier caller's mint failed
+            await _result_within(hang_seconds, self._probe)
+
+    def refresh(self) -> None:
+        """Do nothing: no caller could use the token."""
+
+
+async def _result_within(hang_seconds: float | None, call: SingleFlight[Credential]) -> Credential:
+    try:
+        async with asyncio.timeout(hang_seconds):
+            return await call.result()
+    except TimeoutError:
+        detail = f"no answer within {hang_seconds:g} seconds"
+        raise ProxyError(ErrorKind.API_UNREACHABLE, detail) from None

@@ -14,8 +14,8 @@ from proxy.emulator.api import Call
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.observe.logs import configure_logging
-from proxy.observe.metrics import ConnectPhase
 from proxy.server.app import App
+from proxy.upstream.phases import ConnectPhase
 from tests.e2e.conftest import StartProxy
 from tests.support.admin_address import Answer, ask
 from tests.support.plain_client import plain_client, startup

@@ -19,8 +19,8 @@ from proxy.emulator.faults import Injection, Reply, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ProxyError
 from proxy.observe.logs import MASK
-from proxy.observe.metrics import ConnectPhase
 from proxy.server.app import open_snapshot
+from proxy.upstream.phases import ConnectPhase
 from proxy.verbs.check import as_line, check
 from proxy.wire.startup import V3_0, StartupMessage
 from tests.e2e.conftest import StartProcess, StartProxy
@@ -216,10 +216,10 @@ async def test_no_live_object_of_a_proxy_at_work_shows_a_secret_in_its_repr(
         async with plain_client(tokens) as waiting:
             await waiting.send(startup())
             # A login that hears nothing more: all of its objects are alive.
-            login = "proxy.upstream.dialer._Authentication"
+            login = "proxy.upstream.login.Login"
             await eventually(lambda: login in shown_by_live_objects(), "the third login")
             shown = shown_by_live_objects()
-    holding = ("wire.secret.Secret", "upstream.workspace.Credential", "config.settings.Settings")
+    holding = ("wire.secret.Secret", "workspace.credential.Credential", "config.settings.Settings")
     assert {f"proxy.{name}" for name in holding} <= shown.keys()
     for name, text in shown.items():
         look(f"the repr of {name}", text)

@@ -7,6 +7,8 @@ one from a token of the other. Each gateway keeps which tokens it saw, whatever 
 
 import asyncio
 import gc
+import itertools
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -19,7 +21,13 @@ from proxy.emulator.endpoints import neon_error
 from proxy.emulator.faults import HANG, Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
+from proxy.upstream.address_lookup import AddressLookup
+from proxy.upstream.dialer import Dialer
+from proxy.upstream.upstreams import Upstream
 from proxy.wire.startup import V3_0
+from proxy.workspace.client import Workspace
+from proxy.workspace.registry import LocalWorkspaceRegistry
+from proxy.workspace.token_source import LocalTokenSource
 from tests.e2e.conftest import StartProxy
 from tests.support.plain_client import plain_client, startup
 from tests.support.running import eventually, proxy_settings
@@ -239,7 +247,6 @@ async def test_an_account_that_comes_back_while_it_still_mints_does_not_mint_twi
     lakebase.workspace.fail(Call.CREDENTIAL, HANG)
     await give_up_while_it_mints(proxy, lakebase)
     proxy.reload(proxy_settings(lakebase, **first, credentials={"token_max_age_seconds": 59}))
-    gc.collect()
     proxy.reload(proxy_settings(lakebase, **first))
     async with asyncio.TaskGroup() as tasks:
         waiting = tasks.create_task(opened(proxy, "7"))
@@ -247,6 +254,74 @@ async def test_an_account_that_comes_back_while_it_still_mints_does_not_mint_twi
         lakebase.workspace.clear_faults()
         assert await waiting == ["one"]
     assert len(lakebase.workspace.mints) == 1
+
+
+async def test_a_dial_under_way_across_a_reload_ends_on_its_own_upstream_and_closes_it(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    first = sharded(lakebase)
+    proxy = await start_proxy(**first)
+    registry = proxy.workspaces
+    assert isinstance(registry, LocalWorkspaceRegistry)
+    lakebase.workspace.fail(Call.CREDENTIAL, HANG)
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(opened(proxy, "7"))
+        await lakebase.workspace.called(Call.CREDENTIAL)
+        other = {"credentials": {"token_max_age_seconds": 59}}
+        proxy.reload(proxy_settings(lakebase, **first, **other))
+        assert len(registry) == 2
+        lakebase.workspace.clear_faults()
+        assert await waiting == ["one"]
+    assert len(registry) == 1
+    assert len(registry.calls) == 0
+
+
+async def test_an_account_that_comes_back_while_a_dial_uses_it_does_not_mint_twice(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    first = sharded(lakebase)
+    proxy = await start_proxy(**first)
+    lakebase.gateway.inject(Stage.PASSWORD, Injection.HANG, times=1)
+    async with plain_client(proxy) as client, asyncio.timeout(10):
+        await client.send(startup(V3_0, user="anyone", database="app@7"))
+        await lakebase.gateway.until(lambda: any(r.token for r in lakebase.gateway.records))
+        other = {"credentials": {"token_max_age_seconds": 59}}
+        proxy.reload(proxy_settings(lakebase, **first, **other))
+        proxy.reload(proxy_settings(lakebase, **first))
+        assert await opened(proxy, "7") == ["one"]
+    assert len(lakebase.workspace.mints) == 1
+
+
+async def test_reloads_without_end_leave_only_what_the_last_one_uses(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    """Each reload makes new upstreams, with an account of their own, while sessions are opened."""
+    first = sharded(lakebase)
+    proxy = await start_proxy(**first)
+    registry = proxy.workspaces
+    assert isinstance(registry, LocalWorkspaceRegistry)
+    ages = itertools.count(1)
+
+    async def lane() -> None:
+        for _ in range(STORM // 4):
+            assert await opened(proxy, "7") == ["one"]
+
+    async with asyncio.TaskGroup() as tasks:
+        work = [tasks.create_task(lane()) for _ in range(4)]
+        while not all(task.done() for task in work):
+            age = {"credentials": {"token_max_age_seconds": next(ages)}}
+            proxy.reload(proxy_settings(lakebase, **first, **age))
+            await asyncio.sleep(0.01)
+    assert next(ages) > STORM / 4
+    await eventually(lambda: proxy.places.taken == 0, "all sessions are over")
+    assert len(registry) == 1
+    assert len(registry.calls) == 0
+    gc.collect()
+    count = len(proxy.snapshot.upstreams)
+    expected = {Upstream: count, Dialer: count, AddressLookup: count}
+    expected |= {LocalTokenSource: 1, Workspace: 1}
+    alive = Counter(type(one) for one in gc.get_objects() if type(one) in expected)
+    assert alive == expected
 
 
 async def test_a_mint_of_an_account_that_is_gone_ends_with_the_proxy(
@@ -257,10 +332,9 @@ async def test_a_mint_of_an_account_that_is_gone_ends_with_the_proxy(
     lakebase.workspace.fail(Call.CREDENTIAL, HANG)
     await give_up_while_it_mints(proxy, lakebase)
     proxy.reload(proxy_settings(lakebase, **first, credentials={"token_max_age_seconds": 59}))
-    gc.collect()
-    assert minting_tasks()
+    assert len(proxy.workspaces.calls) == 1
     await proxy.workspaces.close()
-    assert not minting_tasks()
+    assert len(proxy.workspaces.calls) == 0
 
 
 async def give_up_while_it_mints(proxy: App, lakebase: Lakebase) -> None:
@@ -269,7 +343,3 @@ async def give_up_while_it_mints(proxy: App, lakebase: Lakebase) -> None:
         await client.send(startup(V3_0, user="anyone", database="app@7"))
         await lakebase.workspace.called(Call.CREDENTIAL)
     await eventually(lambda: proxy.places.taken == 0, "its session is over")
-
-
-def minting_tasks() -> list[asyncio.Task[Any]]:
-    return [task for task in asyncio.all_tasks() if "Shared._outcome" in repr(task.get_coro())]

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.observe.aggregation import Reading, total
-from proxy.observe.metrics import CancelResult, ConnectPhase, Metrics
+from proxy.observe.metrics import CancelResult, Metrics
 from proxy.observe.recent_errors import FAILURES_MAX, Failure
 from proxy.observe.target_stats import Carried
+from proxy.upstream.phases import ConnectPhase
 
 
 def a_process() -> Metrics:
@@ -16,6 +17,7 @@ def a_process() -> Metrics:
         version="1",
         session_end_reasons=["client_closed"],
         startup_failure_reasons=["probe"],
+        connect_phases=list(ConnectPhase),
         target_names=["eu"],
         clock=lambda: 5.0,
     )

@@ -6,9 +6,10 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.observe.metrics import CancelResult, ConnectPhase, Metrics, Outcome, outcome_of
+from proxy.observe.metrics import CancelResult, Metrics, Outcome, outcome_of
 from proxy.observe.status import State, Token
 from proxy.observe.target_stats import Carried
+from proxy.upstream.phases import ConnectPhase
 from tests.support.admin_address import NOW, Shown
 
 
@@ -17,6 +18,7 @@ def new_metrics() -> Metrics:
         version="1.2.3",
         session_end_reasons=["client_closed", "drained"],
         startup_failure_reasons=["token_rejected"],
+        connect_phases=list(ConnectPhase),
         target_names=["upstream", "eu"],
         clock=lambda: NOW,
     )

@@ -13,10 +13,10 @@ import pytest
 import pytest_asyncio
 
 from proxy.observe.admin import AdminAddress, serve_admin
-from proxy.observe.metrics import ConnectPhase
 from proxy.observe.status import State, Token
 from proxy.observe.status_page import PAGE, PAGE_HEADERS
 from proxy.observe.target_stats import Carried
+from proxy.upstream.phases import ConnectPhase
 from tests.support.admin_address import LOOPBACK, Shown, ask
 from tests.support.chromium import Browser, Page, chromium_path, started_browser
 

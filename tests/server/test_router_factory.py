@@ -12,7 +12,7 @@ from proxy.server import router_factory
 from proxy.server.app import build_metrics
 from proxy.server.router_factory import map_problems, reread_with_router, rewritten_file, router_of
 from proxy.server.snapshot import ConfigSnapshot
-from proxy.upstream.upstreams import LocalWorkspaceRegistry
+from proxy.workspace.registry import LocalWorkspaceRegistry
 
 ENDPOINT = "projects/p/branches/b/endpoints/e"
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 from proxy.observe.admin import AdminState
 from proxy.observe.metrics import Metrics
 from proxy.observe.status import State, Status, StatusSource, Token, report
+from proxy.upstream.phases import ConnectPhase
 
 LOOPBACK: Final = "127.0.0.1"
 NOW: Final = 1_790_000_000.0
@@ -40,6 +41,7 @@ class Shown:
             version="1",
             session_end_reasons=[],
             startup_failure_reasons=[],
+            connect_phases=list(ConnectPhase),
             target_names=["upstream"],
             clock=lambda: NOW,
         )

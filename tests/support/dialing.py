@@ -21,7 +21,13 @@ from proxy.observe.metrics import Metrics
 from proxy.server.app import build_metrics
 from proxy.upstream.address_lookup import AddressLookup, Target
 from proxy.upstream.connector import Connector, resolve
-from proxy.upstream.dialer import ANSWER_SECONDS_MAX, CONNECTS_MAX, Dialer, UpstreamSession
+from proxy.upstream.dialer import (
+    CONNECTS_MAX,
+    CredentialSource,
+    Dialer,
+    UpstreamSession,
+)
+from proxy.upstream.login import ANSWER_SECONDS_MAX
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import (
     AuthenticationCleartextPassword,
@@ -35,8 +41,10 @@ from proxy.wire.messages import (
 )
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, StartupMessage
-from proxy.workspace.client import Credential, Workspace
-from proxy.workspace.token_source import Credentials, CredentialSource
+from proxy.workspace.client import Workspace
+from proxy.workspace.credential import Credential
+from proxy.workspace.single_flight import PendingCalls
+from proxy.workspace.token_source import LocalTokenSource
 from tests.support.fake_clock import FakeClock
 from tests.support.script import (
     ScriptedServer,
@@ -126,8 +134,11 @@ async def dialing(
 ) -> AsyncIterator[Dialing]:
     workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
     settings = CredentialsSettings(token_max_age_seconds=max_age)
-    credentials = Credentials(mint, settings, build_metrics(), clock=CLOCK, sleep=CLOCK.sleep)
-    targets = AddressLookup(UpstreamSettings(**upstream), None, workspace)
+    calls = PendingCalls()
+    credentials = LocalTokenSource(
+        mint, settings, build_metrics(), calls, clock=CLOCK, sleep=CLOCK.sleep
+    )
+    targets = AddressLookup(UpstreamSettings(**upstream), None, workspace, calls)
     try:
         yield Dialing(
             credentials,
@@ -137,8 +148,7 @@ async def dialing(
             silence_seconds_max=silence_seconds_max,
         )
     finally:
-        await credentials.close()
-        await targets.close()
+        await calls.close()
 
 
 def toward(lakebase: Lakebase, endpoint: Endpoint) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from proxy.emulator.faults import (
 )
 from proxy.emulator.lakebase import CLIENT_SECRET
 from proxy.errors import ErrorKind, ProxyError
-from proxy.upstream.address_lookup import AddressLookup, Login, Target
+from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace.client import Workspace
 from proxy.workspace.resources import resource_of
-from proxy.workspace.single_flight import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN
+from proxy.workspace.single_flight import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN, PendingCalls
 from tests.support.emulated_workspace import ENDPOINT
 from tests.support.fake_clock import FakeClock
 
@@ -41,7 +41,13 @@ def address_lookup(
     given = UpstreamSettings(**{"endpoint": ENDPOINT, **upstream})
     told = clock or FakeClock()
     return AddressLookup(
-        given, resource_of(given), made, clock=told, jitter=lambda: 1.0, sleep=told.sleep
+        given,
+        resource_of(given),
+        made,
+        PendingCalls(),
+        clock=told,
+        jitter=lambda: 1.0,
+        sleep=told.sleep,
     )
 
 
@@ -56,7 +62,7 @@ async def test_a_configured_host_needs_no_workspace(api: standin.Workspace) -> N
     )
     expected = Target("db.example.com", "192.0.2.1", 6000, "verify-ca", "system")
     assert await made.target() == expected
-    made.forget_host()
+    made.invalidate_host()
     assert await made.target() == expected
     assert not api.calls
 
@@ -69,7 +75,7 @@ async def test_a_host_is_looked_up_once_until_it_is_forgotten(
     assert (await made.target()).host == endpoint.host
     assert api.calls[Call.RESOURCE] == 1
     endpoint.hosts["host"] = "ep-moved.database.example.com"
-    made.forget_host()
+    made.invalidate_host()
     assert (await made.target()).host == "ep-moved.database.example.com"
     assert api.calls[Call.RESOURCE] == 2
 
@@ -79,7 +85,7 @@ async def test_a_burst_looks_the_host_and_the_identity_up_once(api: standin.Work
     made = address_lookup(api)
     async with asyncio.timeout(10):
         found = await asyncio.gather(*(made.target() for _ in range(100)))
-        logins = await asyncio.gather(*(made.login(client(user="app")) for _ in range(100)))
+        logins = await asyncio.gather(*(made.login_names(client(user="app")) for _ in range(100)))
     assert len(set(found)) == len(set(logins)) == 1
     assert api.calls[Call.RESOURCE] == 1
 
@@ -121,7 +127,7 @@ async def test_a_host_that_is_forgotten_again_and_again_is_asked_for_now_and_the
     made = address_lookup(api, clock)
     for _ in range(600):  # a minute
         assert (await made.target()).host == endpoint.host
-        made.forget_host()
+        made.invalidate_host()
         clock.move(0.1)
     assert api.calls[Call.RESOURCE] <= 2 + 4 + 60 / BACKOFF_SECONDS_MAX
     endpoint.hosts["host"] = "ep-moved.database.example.com"
@@ -134,7 +140,7 @@ async def test_an_endpoint_that_was_disabled_is_told_so_even_if_its_host_was_kno
 ) -> None:
     made = address_lookup(api)
     await made.target()
-    made.forget_host()
+    made.invalidate_host()
     endpoint.disabled = True
     with pytest.raises(ProxyError) as refused:
         await made.target()
@@ -181,7 +187,7 @@ async def test_a_host_that_was_forgotten_serves_while_the_api_fails(
     # A dial that failed for a reason of its own must not need the API to be made again.
     made = address_lookup(api)
     await made.target()
-    made.forget_host()
+    made.invalidate_host()
     api.fail(Call.RESOURCE, fault)
     assert (await made.target()).host == endpoint.host
     assert api.calls[Call.RESOURCE] == (3 if fault is UNAUTHENTICATED else 2)
@@ -202,15 +208,15 @@ async def test_w16_without_a_database_the_targets_own_is_opened(
     api: standin.Workspace, parameters: dict[str, str], database: str
 ) -> None:
     made = address_lookup(api, user="role")
-    assert await made.login(client(**parameters)) == Login(b"role", database.encode())
+    assert await made.login_names(client(**parameters)) == LoginNames(b"role", database.encode())
 
 
 async def test_the_user_is_the_tokens_identity_unless_it_is_configured(
     api: standin.Workspace,
 ) -> None:
-    assert (await address_lookup(api).login(client(user="app"))).user == CLIENT_ID.encode()
-    assert (await address_lookup(api, user="ada").login(client(user="app"))).user == b"ada"
-    assert (await address_lookup(api, user="*").login(client(user="app"))).user == b"app"
+    assert (await address_lookup(api).login_names(client(user="app"))).user == CLIENT_ID.encode()
+    assert (await address_lookup(api, user="ada").login_names(client(user="app"))).user == b"ada"
+    assert (await address_lookup(api, user="*").login_names(client(user="app"))).user == b"app"
 
 
 @pytest.mark.parametrize("asking", [1, 100])
@@ -222,8 +228,10 @@ async def test_who_we_are_is_asked_again_after_a_while_and_by_one_for_all(
     made = address_lookup(api, clock)
     api.fail(Call.TOKEN, INTERNAL, times=1)
     message = client(user="app")
-    await asyncio.gather(*(made.login(message) for _ in range(asking)), return_exceptions=True)
-    found = await asyncio.gather(*(made.login(message) for _ in range(asking)))
+    await asyncio.gather(
+        *(made.login_names(message) for _ in range(asking)), return_exceptions=True
+    )
+    found = await asyncio.gather(*(made.login_names(message) for _ in range(asking)))
     assert {login.user for login in found} == {CLIENT_ID.encode()}
     assert api.calls[Call.TOKEN] == 2
     assert clock() == FakeClock()() + BACKOFF_SECONDS_MIN
@@ -237,11 +245,11 @@ async def test_an_identity_that_is_refused_is_not_asked_for_with_every_client(
     api.fail(Call.TOKEN, INVALID_CLIENT)
     for _ in range(100):
         with pytest.raises(ProxyError) as refused:
-            await made.login(client(user="app"))
+            await made.login_names(client(user="app"))
         assert refused.value.kind is ErrorKind.WORKSPACE_LOGIN_FAILED
     assert api.calls[Call.TOKEN] == 1
 
 
 async def test_names_of_the_client_need_not_be_utf_8(api: standin.Workspace) -> None:
     message = StartupMessage(V3_0, ((b"user", b"\xff"), (b"database", b"\xfe")))
-    assert await address_lookup(api, user="*").login(message) == Login(b"\xff", b"\xfe")
+    assert await address_lookup(api, user="*").login_names(message) == LoginNames(b"\xff", b"\xfe")

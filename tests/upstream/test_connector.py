@@ -25,9 +25,9 @@ from proxy.emulator.endpoints import Endpoint
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
-from proxy.observe.metrics import ConnectPhase
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import NEXT_ADDRESS_SECONDS
+from proxy.upstream.phases import ConnectPhase
 from proxy.wire.messages import (
     BackendKeyData,
     ErrorResponse,
@@ -130,7 +130,7 @@ async def test_w52_an_upstream_without_tls_is_never_continued_in_plaintext(
         assert (record.parameters, record.token) == ((), None)
 
 
-async def test_w52_bytes_behind_s_are_an_injection(lakebase: Lakebase, endpoint: Endpoint) -> None:
+async def test_w52_bytes_after_s_are_an_injection(lakebase: Lakebase, endpoint: Endpoint) -> None:
     lakebase.gateway.early_bytes = ReadyForQuery(b"I").encode()
     async with lakebase_dialing(lakebase, endpoint) as made:
         error = await made.refusal()

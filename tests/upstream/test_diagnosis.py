@@ -252,7 +252,7 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
         "",
     ),
     # Below the table: an unknown text of a front end; and whatever else Postgres may say.
-    (neon("something nobody has seen yet"), FAIL, "08006", "upstream_error", ""),
+    (neon("something that was never seen before"), FAIL, "08006", "upstream_error", ""),
     (
         fatal("42704", 'unrecognized configuration parameter "x"'),
         FAIL,
@@ -413,7 +413,7 @@ REPEATING: list[Callable[[], ErrorResponse]] = [
 
 
 @pytest.mark.parametrize("repeating", REPEATING)
-def test_a_secret_that_the_upstream_repeats_is_told_nobody(
+def test_a_secret_that_the_upstream_repeats_is_not_passed_on(
     repeating: Callable[[], ErrorResponse],
 ) -> None:
     # Which happens: a proxy on the way that says what it did not understand.

@@ -4,13 +4,11 @@ against scripted servers that do what no honest one would."""
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import (
     asynccontextmanager,
-    contextmanager,
 )
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,32 +22,26 @@ from proxy.emulator.faults import HANG, Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
 from proxy.errors import ErrorKind, ProxyError
-from proxy.observe.metrics import ConnectPhase
 from proxy.server.app import build_metrics
 from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.dialer import UpstreamSession
+from proxy.upstream.phases import ConnectPhase
 from proxy.wire.messages import (
-    AuthenticationSASL,
     ErrorResponse,
-    Frame,
-    NegotiateProtocolVersion,
     ReadyForQuery,
 )
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.wire.violations import ClientViolation
-from proxy.workspace.client import Credential, Workspace
+from proxy.workspace.client import Workspace
+from proxy.workspace.credential import Credential
 from proxy.workspace.resources import resource_of
-from proxy.workspace.token_source import REJECTION_SECONDS_MIN, Credentials, PasswordFile
+from proxy.workspace.single_flight import PendingCalls
+from proxy.workspace.token_source import REJECTION_SECONDS_MIN, LocalTokenSource
 from tests.support.dialing import (
-    ASK,
     CLIENT,
     CLOCK,
     HONEST,
     HOST,
-    KEY,
-    NOTICE,
-    OK,
-    READY,
     TOKEN,
     Counted,
     Dialing,
@@ -62,10 +54,7 @@ from tests.support.dialing import (
     toward,
 )
 from tests.support.script import (
-    Close,
-    ExpectMessage,
     Send,
-    SendSplit,
     password_in,
     password_opening,
     scripted,
@@ -143,19 +132,19 @@ async def _through_workspace(
     )
     resource = resource_of(upstream)
     assert resource is not None
-    credentials = Credentials(
-        partial(workspace.mint, resource), CredentialsSettings(), build_metrics()
+    calls = PendingCalls()
+    credentials = LocalTokenSource(
+        partial(workspace.mint, resource), CredentialsSettings(), build_metrics(), calls
     )
-    targets = AddressLookup(upstream, resource, workspace)
+    targets = AddressLookup(upstream, resource, workspace, calls)
     try:
         yield Dialing(credentials, targets, seconds, time.time)
     finally:
-        await credentials.close()
-        await targets.close()
+        await calls.close()
 
 
 @pytest.mark.parametrize("fault", [faults.INTERNAL, faults.ABORTED, faults.BAD_GATEWAY])
-async def test_a_failure_of_the_api_that_passes_is_nobodys_failure(
+async def test_a_transient_failure_of_the_api_fails_no_dial(
     lakebase: Lakebase, endpoint: Endpoint, fault: faults.Reply
 ) -> None:
     # The SDK retries 429 and 503 alone; the document's class R has the others too.
@@ -196,50 +185,6 @@ async def test_w51_a_client_that_cannot_be_passed_on_is_told_and_nothing_is_dial
         with pytest.raises(ClientViolation):
             await made.dial(long)
         assert lakebase.gateway.accepted == 0
-
-
-# -- native passwords ----------------------------------------------------------------------------
-
-
-@contextmanager
-def _password_source(tmp_path: Path, password: str) -> Iterator[PasswordFile]:
-    path = tmp_path / "password"
-    path.write_text(password + "\n")
-    yield PasswordFile(str(path))
-
-
-@pytest.mark.parametrize("right", [True, False])
-@pytest.mark.parametrize("face", ["endpoint", "instance"])
-async def test_w28_a_native_role_logs_in_with_scram(
-    lakebase: Lakebase, tmp_path: Path, right: bool, face: str
-) -> None:
-    endpoint: Endpoint = getattr(lakebase["one"], face)
-    endpoint.native_login = True
-    lakebase.gateway.close_delay_seconds = 0.1
-    password = lakebase.native_password if right else "wrong-not-real"
-    upstream = {**toward(lakebase, endpoint), "user": lakebase.native_role}
-    workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
-    with _password_source(tmp_path, password) as source:
-        made = Dialing(source, AddressLookup(UpstreamSettings(**upstream), None, workspace), 5)
-        if right:
-            session = await made.dial()
-            assert await asked(session, "SELECT current_user") == lakebase.native_role.encode()
-            session.stream.transport.abort()
-        else:
-            error = await made.refusal()
-            assert error.response().sqlstate in ("28P01", "28000")
-            assert "password authentication failed" in repr(error.response())
-            assert password not in repr(error.response())
-            assert lakebase.gateway.accepted == 1  # the file was read for this dial: no second try
-
-
-async def test_a_pooled_host_that_wants_a_password_gets_no_token(
-    lakebase: Lakebase, endpoint: Endpoint
-) -> None:
-    async with lakebase_dialing(lakebase, endpoint, host=endpoint.pooled_host) as made:
-        error = await made.refusal()
-        assert error.kind is ErrorKind.UNSUPPORTED_AUTH
-        assert "SASL" in error.detail
 
 
 # -- loss, refusal, sleep ------------------------------------------------------------------------
@@ -390,7 +335,7 @@ async def test_a_role_that_is_refused_again_and_again_does_not_cost_a_mint_each_
         for _ in range(25):
             assert (await made.refusal()).kind is ErrorKind.TOKEN_REJECTED
             CLOCK.move(1)
-        assert mint.minted == 2  # its own, and one for whoever found that one in the cache
+        assert mint.minted == 2  # its own, and one for the dial that found that one in the cache
         CLOCK.move(REJECTION_SECONDS_MIN)
         await made.refusal()
         await made.refusal()
@@ -400,7 +345,7 @@ async def test_a_role_that_is_refused_again_and_again_does_not_cost_a_mint_each_
         assert mint.minted == 3
 
 
-async def test_a_token_that_ages_while_the_host_is_looked_up_is_not_shown(
+async def test_a_token_that_ages_while_the_host_is_looked_up_is_not_sent(
     ca_file: str, context: ssl.SSLContext
 ) -> None:
     # It was fetched first, and then shown whatever time the rest took.
@@ -421,7 +366,7 @@ async def test_what_is_no_token_at_all_is_told_so(lakebase: Lakebase, endpoint: 
         assert lakebase.personal_token not in repr(error.response())
 
 
-async def test_a_role_of_somebody_else_is_an_identity_mismatch(
+async def test_a_role_of_another_identity_is_an_identity_mismatch(
     lakebase: Lakebase,
 ) -> None:
     for face in (lakebase["one"].endpoint, lakebase["one"].instance):
@@ -461,7 +406,7 @@ async def test_w49_a_front_end_that_asks_for_nothing_is_given_up_before_the_time
 
 
 @pytest.mark.parametrize("stage", [Stage.PASSWORD, Stage.AUTHENTICATED, Stage.READY])
-async def test_w49_a_database_that_wakes_behind_the_password_has_the_whole_time(
+async def test_w49_a_database_that_wakes_after_the_password_has_the_whole_time(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage
 ) -> None:
     lakebase.gateway.inject(stage, Injection.HANG)
@@ -568,134 +513,6 @@ async def test_w54_dials_cancelled_at_any_moment_leak_no_connection(
         await all_closed(lakebase)
 
 
-# -- servers that do as they are told ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("send", [Send, SendSplit])
-async def test_w30_an_honest_server_may_send_notices_early_and_name_the_version_asked_for(
-    ca_file: str, context: ssl.SSLContext, send: type[Send] | type[SendSplit]
-) -> None:
-    v = NegotiateProtocolVersion(V3_0.number, ()).encode()
-    steps = (*tls_opening(context), send(NOTICE + v + ASK), ExpectMessage(b"p"), send(HONEST))
-    async with dialing_script(ca_file, *steps) as (made, server):
-        session = await made.dial()
-        assert session.startup.welcome(session.startup.key) == NOTICE + HONEST[len(OK) :]
-        startup, password = server.packets
-        assert b"user\0app\0database\0databricks_postgres\0application_name\0test\0" in startup
-        assert password_in(password) == TOKEN
-        session.stream.transport.close()
-        await server.until_open(0)
-        assert server.ends == [EndedBy.CLOSE_NOTIFY]
-
-
-async def test_w26_a_server_may_give_no_key_and_ask_no_password(
-    ca_file: str, context: ssl.SSLContext
-) -> None:
-    async with dialing_script(ca_file, *tls_opening(context), Send(OK + READY)) as (made, server):
-        session = await made.dial()
-        assert session.startup.key is None
-        assert session.startup.welcome(None) == READY
-        assert len(server.packets) == 1  # nobody asked for the token
-        session.stream.transport.abort()
-
-
-async def test_what_comes_behind_ready_for_query_is_kept(
-    ca_file: str, context: ssl.SSLContext
-) -> None:
-    steps = (*password_opening(context), Send(HONEST + NOTICE + b"S\0\0"))
-    async with dialing_script(ca_file, *steps) as (made, _):
-        session = await made.dial()
-        assert session.startup.trailing_data() == NOTICE + b"S\0\0"
-        session.stream.transport.abort()
-
-
-PROTOCOL, AUTH = ErrorKind.UPSTREAM_PROTOCOL, ErrorKind.UNSUPPORTED_AUTH
-HOSTILE: dict[str, tuple[bytes, ErrorKind]] = {
-    # W28: what is asked for
-    "w28_md5": (Frame(b"R", b"\0\0\0\5salt").encode(), AUTH),
-    "w28_gss": (Frame(b"R", b"\0\0\0\7").encode(), AUTH),
-    "w28_unknown": (Frame(b"R", b"\0\0\0\x63").encode(), AUTH),
-    "w28_sasl_for_a_token": (AuthenticationSASL((b"SCRAM-SHA-256",)).encode(), AUTH),
-    "w28_sasl_continue_first": (Frame(b"R", b"\0\0\0\x0bx").encode(), AUTH),
-    # W30: order
-    "w30_another_version": (NegotiateProtocolVersion(196610, ()).encode(), PROTOCOL),
-    "w30_ready_before_ok": (READY, PROTOCOL),
-    "w30_key_before_ok": (KEY, PROTOCOL),
-    "w30_ok_twice": (OK + OK, PROTOCOL),
-    "w30_password_after_ok": (OK + ASK, PROTOCOL),
-    "w30_two_keys": (OK + KEY + KEY, PROTOCOL),
-    "w30_data_row": (Frame(b"D", b"\0\0").encode(), PROTOCOL),
-    # W53: lengths, layouts, amounts
-    "w53_length_0": (b"R\0\0\0\0", PROTOCOL),
-    "w53_length_3": (b"R\0\0\0\3", PROTOCOL),
-    "w53_length_negative": (b"R\xff\xff\xff\xff", PROTOCOL),
-    "w53_length_2_gib": (b"E\x7f\xff\xff\xff", PROTOCOL),
-    "w53_length_over_64_kib": (b"N\0\1\0\5", PROTOCOL),
-    "w53_held_over_256_kib": (
-        OK + Frame(b"S", b"x\0" + b"y" * 60000 + b"\0").encode() * 5,
-        PROTOCOL,
-    ),
-    "w53_r_without_code": (Frame(b"R", b"").encode(), PROTOCOL),
-    "w53_ok_with_more": (Frame(b"R", b"\0\0\0\0x").encode(), PROTOCOL),
-    "w53_key_of_no_bytes": (OK + Frame(b"K", b"\0\0\0\1").encode(), PROTOCOL),
-    "w53_key_of_257_bytes": (OK + Frame(b"K", b"\0\0\0\1" + b"k" * 257).encode(), PROTOCOL),
-    "w53_status_without_value": (OK + Frame(b"S", b"x\0").encode(), PROTOCOL),
-    "w53_ready_with_another_status": (OK + Frame(b"Z", b"Q").encode(), PROTOCOL),
-    "w53_error_without_c": (fields(b"SFATAL", b"Mno code", b""), PROTOCOL),
-    "w53_error_without_anything": (fields(b""), PROTOCOL),
-    "w53_error_without_terminator": (Frame(b"E", b"SFATAL\0C28000").encode(), PROTOCOL),
-    "w53_error_with_bytes_behind": (fields(b"SFATAL", b"C28000", b"", b"x"), PROTOCOL),
-    "w53_unknown_fields": (
-        fields(b"SFATAL", b"VFATAL", b"C42704", b"Mm", b"zz", b"\xff\xfe", b""),
-        ErrorKind.STARTUP_REFUSED,
-    ),
-    "w53_not_postgres": (b"HTTP/1.1 400 Bad Request\r\n\r\n", PROTOCOL),
-}
-
-
-@pytest.mark.parametrize(("content", "kind"), HOSTILE.values(), ids=HOSTILE)
-async def test_w53_a_hostile_answer_ends_the_dial_and_nothing_else(
-    ca_file: str, context: ssl.SSLContext, content: bytes, kind: ErrorKind
-) -> None:
-    async with dialing_script(ca_file, *tls_opening(context), Send(content)) as (made, server):
-        error = await made.refusal()
-        assert error.kind is kind
-        assert error.response().sqlstate in ("08006", "28000", "42704")
-        assert server.accepted == 1
-        assert len(server.packets) == 1  # no password
-        await server.until_open(0)
-
-
-async def test_w28_a_second_request_for_the_password_is_refused_and_gets_none(
-    ca_file: str, context: ssl.SSLContext
-) -> None:
-    steps = (*password_opening(context), Send(ASK), ExpectMessage(b"p"))
-    async with dialing_script(ca_file, *steps) as (made, server):
-        error = await made.refusal()
-        assert error.kind is AUTH
-        await server.until_open(0)
-        assert len(server.packets) == 2
-
-
-async def test_w28_two_requests_in_one_write_get_one_password(
-    ca_file: str, context: ssl.SSLContext
-) -> None:
-    steps = (*tls_opening(context), Send(ASK + ASK), ExpectMessage(b"p"), ExpectMessage(b"p"))
-    async with dialing_script(ca_file, *steps) as (made, server):
-        assert (await made.refusal()).kind is AUTH
-        await server.until_open(0)
-        assert len(server.packets) <= 2
-
-
-@pytest.mark.slow
-async def test_w53_an_end_at_any_offset_is_a_loss(ca_file: str, context: ssl.SSLContext) -> None:
-    for offset in range(len(HONEST)):
-        steps = (*tls_opening(context), Send(HONEST[:offset]), Close())
-        async with dialing_script(ca_file, *steps) as (made, server):
-            assert (await made.refusal()).kind is ErrorKind.UPSTREAM_LOST, offset
-            assert server.accepted == 3
-
-
 # -- many at once --------------------------------------------------------------------------------
 
 
@@ -717,19 +534,19 @@ async def test_a_thousand_clients_are_served_by_connects_max_handshakes_at_a_tim
         assert 1 < server.scripted_most <= 7
 
 
-async def test_who_waits_for_a_place_until_the_end_is_told_so(ca_file: str) -> None:
+async def test_a_dial_that_waits_for_a_slot_until_the_timeout_says_so(ca_file: str) -> None:
     async with dialing_script(ca_file, seconds=0.05, connects_max=1) as (made, server):
-        async with made.dialer._places:
+        async with made.dialer._connects:
             error = await made.refusal()
         assert error.kind is ErrorKind.UPSTREAM_BUSY
         assert error.response().sqlstate == "53300"
-        assert "waited for one of 1 places" in error.detail
+        assert "all 1 connects (upstream.connects_max) were in use" in error.detail
         assert server.accepted == 0
         tcp = made.metrics.value("upstream_connect_seconds_count", phase=ConnectPhase.TCP)
         assert tcp == 0
 
 
-async def test_places_are_given_in_the_order_of_arrival(
+async def test_slots_are_given_in_the_order_of_arrival(
     ca_file: str, context: ssl.SSLContext
 ) -> None:
     steps = (*tls_opening(context), Send(HONEST))
@@ -746,7 +563,7 @@ async def test_places_are_given_in_the_order_of_arrival(
         assert served == [0, 1, 2, 3, 4]
 
 
-async def test_a_dial_that_sleeps_before_its_next_try_holds_no_place(
+async def test_a_dial_that_sleeps_before_its_next_try_holds_no_slot(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
     waking = neon_error("Couldn't connect to compute node").encode()
@@ -761,12 +578,12 @@ async def test_a_dial_that_sleeps_before_its_next_try_holds_no_place(
         assert lakebase.gateway.accepted == 3
 
 
-async def test_w54_a_client_that_leaves_the_queue_takes_no_place_with_it(
+async def test_w54_a_client_that_leaves_the_queue_takes_no_slot(
     ca_file: str, context: ssl.SSLContext
 ) -> None:
     steps = (*tls_opening(context), Send(HONEST))
     async with dialing_script(ca_file, *steps, connects_max=1) as (made, server):
-        async with made.dialer._places:
+        async with made.dialer._connects:
             leaving = asyncio.create_task(made.dial())
             staying = asyncio.create_task(opened(made))
             for _ in range(20):
@@ -778,7 +595,7 @@ async def test_w54_a_client_that_leaves_the_queue_takes_no_place_with_it(
 
 
 @pytest.mark.parametrize(("max_age", "waited", "minted"), [(60, 61, 2), (60, 30, 1), (0, 61, 1)])
-async def test_a_token_that_grew_too_old_in_the_queue_is_not_shown(
+async def test_a_token_that_grew_too_old_in_the_queue_is_not_sent(
     ca_file: str, context: ssl.SSLContext, max_age: float, waited: float, minted: int
 ) -> None:
     mint = Counted(b"eyJ-first-not-real", b"eyJ-second-not-real")
@@ -792,7 +609,7 @@ async def test_a_token_that_grew_too_old_in_the_queue_is_not_shown(
             ssl_root_cert=ca_file,
             **upstream,
         ) as made:
-            async with made.dialer._places:
+            async with made.dialer._connects:
                 dial = asyncio.create_task(opened(made))
                 for _ in range(20):
                     await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Ways across a reload: which are taken over, and which begin anew."""
+"""Upstreams across a reload: which are kept, which are new, and when the old ones are closed."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,8 @@ import trustme
 from proxy.config import ConfigurationError, Settings
 from proxy.server.app import build_metrics
 from proxy.transport import tls
-from proxy.upstream.upstreams import LocalWorkspaceRegistry, Upstreams
+from proxy.upstream.upstreams import Upstreams
+from proxy.workspace.registry import LocalWorkspaceRegistry
 from tests.support.compiled import need_compiled
 
 ENDPOINT = "projects/p/branches/b/endpoints/"
@@ -23,29 +24,67 @@ def settings(connects_max: int) -> Settings:
     return Settings.model_validate({"targets": targets})
 
 
-async def test_a_way_that_is_configured_as_before_keeps_its_dialer_and_so_its_places() -> None:
+async def test_an_upstream_that_is_configured_as_before_keeps_its_dialer() -> None:
     # With a new dialer each reload would allow another `connects_max` sessions to be opened.
-    accounts = LocalWorkspaceRegistry(build_metrics(), version="1")
+    registry = LocalWorkspaceRegistry(build_metrics(), version="1")
     try:
-        before = Upstreams(settings(5), accounts, lambda *_: None)
-        after = Upstreams(settings(6), accounts, lambda *_: None, before)
+        before = Upstreams(settings(5), registry, lambda *_: None)
+        after = Upstreams(settings(6), registry, lambda *_: None, before)
         assert after["one"] is before["one"]
         assert after["two"].dialer is not before["two"].dialer
     finally:
-        await accounts.close()
+        await registry.close()
+
+
+def of_instances(*names: str) -> Settings:
+    """Return settings with a Provisioned instance for each target: each has its own account."""
+    targets = {name: {"instance": name} for name in names}
+    return Settings.model_validate({"targets": targets})
+
+
+async def test_what_a_reload_takes_away_is_closed_unless_another_configuration_keeps_it_open() -> (
+    None
+):
+    registry = LocalWorkspaceRegistry(build_metrics(), version="1")
+    first = Upstreams(of_instances("one", "two"), registry, lambda *_: None)
+    second = Upstreams(of_instances("two", "three"), registry, lambda *_: None, first)
+    kept = first.keep_open()
+    first.close()
+    assert len(registry) == 3
+    kept.close()
+    assert len(registry) == 2
+    assert second["two"] is first["two"]
+    first.close()
+    assert len(registry) == 2, "closing twice releases once"
+    second.close()
+    assert len(registry) == 0
+
+
+async def test_an_account_that_comes_back_while_it_is_open_keeps_its_tokens() -> None:
+    registry = LocalWorkspaceRegistry(build_metrics(), version="1")
+    first = Upstreams(of_instances("one"), registry, lambda *_: None)
+    with first["one"].use:  # a dial under way
+        second = Upstreams(of_instances("two"), registry, lambda *_: None, first)
+        first.close()
+        third = Upstreams(of_instances("one", "two"), registry, lambda *_: None, second)
+        second.close()
+    assert third["one"] is not first["one"]
+    assert third["one"].account is first["one"].account
+    assert len(registry) == 2
+    third.close()
 
 
 async def test_a_certificate_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     # It is read on the event loop: a reload would have stopped every session.
     os.mkfifo(tmp_path / "ca.pem")
     upstream = {"endpoint": ENDPOINT + "one", "ssl_root_cert": str(tmp_path / "ca.pem")}
-    accounts = LocalWorkspaceRegistry(build_metrics(), version="1")
+    registry = LocalWorkspaceRegistry(build_metrics(), version="1")
     with pytest.raises(ConfigurationError, match="it is not a regular file"):
-        Upstreams(Settings.model_validate({"upstream": upstream}), accounts, lambda *_: None)
-    await accounts.close()
+        Upstreams(Settings.model_validate({"upstream": upstream}), registry, lambda *_: None)
+    await registry.close()
 
 
-async def test_the_compiled_context_is_made_with_the_way_and_not_by_its_first_session(
+async def test_the_compiled_context_is_made_with_the_upstream_and_not_by_its_first_session(
     tmp_path: Path,
 ) -> None:
     # Python's was, and the compiled one at the first dial: reading the system's authorities, tens
@@ -54,9 +93,9 @@ async def test_the_compiled_context_is_made_with_the_way_and_not_by_its_first_se
     path = tmp_path / "ca.pem"
     trustme.CA().cert_pem.write_to_path(str(path))
     upstream = {"endpoint": ENDPOINT + "one", "ssl_root_cert": str(path)}
-    accounts = LocalWorkspaceRegistry(build_metrics(), version="1")
-    Upstreams(Settings.model_validate({"upstream": upstream}), accounts, lambda *_: None)
+    registry = LocalWorkspaceRegistry(build_metrics(), version="1")
+    Upstreams(Settings.model_validate({"upstream": upstream}), registry, lambda *_: None)
     made = tls._compiled_context.cache_info().misses
     tls.client_context("verify-full", str(path), accelerated=True)
     assert tls._compiled_context.cache_info().misses == made
-    await accounts.close()
+    await registry.close()

@@ -16,6 +16,7 @@ from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workers.credential_service import CredentialService
 from proxy.workers.remote_credentials import CONFIGURATIONS_MAX, RemoteWorkspaceRegistry
 from proxy.workers.rpc import Channel
+from proxy.workspace.registry import LocalWorkspaceRegistry
 from tests.support.running import proxy_settings
 
 
@@ -137,7 +138,7 @@ async def test_workers_that_look_up_one_host_at_once_are_one_look_up(lakebase: L
         upstreams = [pair.worker.snapshot.upstreams["upstream"] for pair in (one, other)]
         await asyncio.gather(*(upstream.address_lookup.target() for upstream in upstreams))
         assert lakebase.workspace.calls[Call.RESOURCE] == 1
-        upstreams[0].address_lookup.forget_host()
+        upstreams[0].address_lookup.invalidate_host()
         await upstreams[0].address_lookup.target()
         assert lakebase.workspace.calls[Call.RESOURCE] == 2, "an answer is not kept here"
 
@@ -150,11 +151,34 @@ async def test_what_one_worker_found_out_serves_another_while_the_workspace_is_a
     client = StartupMessage(V3_0, ((b"user", b"anyone"),))
     async with paired(settings, credential_service) as pair:
         upstream = pair.worker.snapshot.upstreams["upstream"]
-        known = await upstream.address_lookup.target(), await upstream.address_lookup.login(client)
+        known = (
+            await upstream.address_lookup.target(),
+            await upstream.address_lookup.login_names(client),
+        )
         await upstream.credentials.fresh()
         await lakebase.workspace.refuse_connections()
         pair.reload(settings)
         successor = App(settings, workspaces=pair.worker.workspaces).snapshot.upstreams["upstream"]
         lookup = successor.address_lookup
-        assert (await lookup.target(), await lookup.login(client)) == known
+        assert (await lookup.target(), await lookup.login_names(client)) == known
         assert (await successor.credentials.fresh()).expires_at > 0
+
+
+async def test_an_account_stays_open_while_a_worker_may_still_ask_by_an_older_configuration(
+    lakebase: Lakebase,
+) -> None:
+    settings = proxy_settings(lakebase)
+    age = settings.credentials.model_copy(update={"token_max_age_seconds": 59})
+    other = settings.model_copy(update={"credentials": age})
+    async with paired(settings, CredentialService()) as pair:
+        registry = pair.supervisor.workspaces
+        assert isinstance(registry, LocalWorkspaceRegistry)
+        await pair.worker.snapshot.upstreams["upstream"].credentials.fresh()
+        pair.reload(other)
+        pair.reload(settings)
+        await pair.worker.snapshot.upstreams["upstream"].credentials.fresh()
+        assert len(lakebase.workspace.mints) == 1, "it came back with its token"
+        assert len(registry) == 2
+        for _ in range(CONFIGURATIONS_MAX):
+            pair.reload(settings)
+        assert len(registry) == 1

@@ -35,7 +35,7 @@ PRIMARY = resources.Endpoint(ENDPOINT)
 
 @pytest.fixture(scope="module", autouse=True)
 def sdk_is_imported() -> None:
-    """Import it once, so that its second is nobody's deadline."""
+    """Import it once, so that its second is no part of a deadline."""
     importlib.import_module("databricks.sdk.core")
 
 
@@ -55,7 +55,7 @@ async def refusal(made: Workspace, name: str = ENDPOINT) -> ProxyError:
 
 
 def shows(error: ProxyError) -> str:
-    """Return all that anybody sees of an error."""
+    """Return all texts of an error."""
     return f"{error!s} {error!r} {error.args!r} {error.detail} {error.response()!r}"
 
 
@@ -216,7 +216,7 @@ async def test_every_rest_error_has_its_kind_and_shows_no_secret_and_passes(
     assert "eyJ" not in shows(error)
     assert "\n" not in error.detail
     assert "unknown: unknown" not in error.detail
-    assert "None" not in error.detail  # "Invalid URL 'None'" helps nobody
+    assert "None" not in error.detail  # "Invalid URL 'None'" is no help
     assert len(error.detail) <= 300
     api.clear_faults()
     await made.mint(PRIMARY)  # and when the cause is gone it works, with the same object
@@ -246,7 +246,7 @@ async def test_when_the_api_says_when_to_come_back_no_thread_sleeps_until_then(
 
 @pytest.mark.parametrize("seconds", [14, 30, 3600])
 @pytest.mark.parametrize("call", [Call.CREDENTIAL, Call.TOKEN])
-async def test_a_long_retry_after_is_told_at_once_as_what_it_is(
+async def test_a_long_retry_after_is_reported_at_once(
     api: standin.Workspace, call: Call, seconds: int
 ) -> None:
     # The SDK slept through it, the call ended at its deadline, and the client heard of an API that
@@ -428,7 +428,7 @@ async def test_a_secret_file_that_is_empty_says_so(
     made = workspace(api, client_secret=SecretStr(""), client_secret_file=str(file))
     error = await refusal(made)
     assert error.kind is ErrorKind.CONFIGURATION_INVALID
-    assert error.detail == "workspace.client_secret_file: it is empty"
+    assert error.detail == "workspace.client_secret_file: the file is empty"
 
 
 @pytest.mark.parametrize("call", [Call.DISCOVERY, Call.OIDC, Call.TOKEN, Call.CREDENTIAL])
@@ -475,6 +475,22 @@ async def test_calls_that_never_return_end_and_cost_nothing_once_the_api_is_well
     for thread in (thread for thread in here if thread.name == "databricks-sdk"):
         await asyncio.to_thread(thread.join, 15)
         assert not thread.is_alive()
+
+
+async def test_a_call_that_gets_no_thread_says_that_the_api_is_unreachable(
+    api: standin.Workspace,
+) -> None:
+    made = workspace(api, timeout=0.1)
+    release = threading.Event()
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(THREADS_MAX):
+            tasks.create_task(made._blocking_calls.run(release.wait, 5))
+        await asyncio.sleep(0)
+        with pytest.raises(ProxyError) as refused:
+            await made.mint(PRIMARY)
+        release.set()
+    assert refused.value.kind is ErrorKind.API_UNREACHABLE
+    assert "earlier calls have not ended" in refused.value.detail
 
 
 async def _silent(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

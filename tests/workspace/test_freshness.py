@@ -3,7 +3,7 @@
 import pytest
 
 from proxy.wire.secret import Secret
-from proxy.workspace.client import Credential
+from proxy.workspace.credential import Credential
 from proxy.workspace.freshness import Freshness, Need, is_valid, judge
 
 HOUR = 3600.0
@@ -20,12 +20,12 @@ def credential(requested_at: float = T0, expires_at: float = T0 + HOUR) -> Crede
     [
         (0, Need.USE),
         (30, Need.USE),
-        (30.001, Need.USE_AND_RENEW),
-        (60, Need.USE_AND_RENEW),
+        (30.001, Need.USE_AND_REFRESH),
+        (60, Need.USE_AND_REFRESH),
         (60.001, Need.MINT),
         (HOUR, Need.MINT),
         (10 * HOUR, Need.MINT),
-        (-0.001, Need.MINT),  # the clock was set back: nobody knows how old the token is
+        (-0.001, Need.MINT),  # the clock was set back: the token's age is unknown
         (-HOUR, Need.MINT),
     ],
 )
@@ -37,7 +37,7 @@ def test_the_age_alone_decides_while_the_expiry_is_far(after: float, need: Need)
     ("before_expiry", "valid"),
     [(120.001, True), (120, False), (119.999, False), (0, False), (-1, False)],
 )
-def test_a_token_is_not_shown_within_the_margin_of_its_expiry(
+def test_a_token_is_not_used_within_the_margin_of_its_expiry(
     before_expiry: float, valid: bool
 ) -> None:
     newly_minted = credential(T0, T0 + before_expiry)
@@ -66,4 +66,4 @@ def test_a_token_is_renewed_at_half_of_the_time_for_which_it_may_be_used(
     # time it ran out, the next connection waited.
     held, freshness = credential(T0, T0 + life), Freshness(max_age, 120)
     assert judge(held, T0 + renewed_at, freshness) is Need.USE
-    assert judge(held, T0 + renewed_at + 0.001, freshness) is Need.USE_AND_RENEW
+    assert judge(held, T0 + renewed_at + 0.001, freshness) is Need.USE_AND_REFRESH

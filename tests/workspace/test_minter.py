@@ -22,7 +22,8 @@ from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace import resources
 from proxy.workspace.client import Workspace
 from proxy.workspace.minter import TRIES_MAX, Minter
-from proxy.workspace.token_source import Credentials
+from proxy.workspace.single_flight import PendingCalls
+from proxy.workspace.token_source import LocalTokenSource
 from tests.support.raw_client import RawClient
 
 NAMES = [f"projects/p{number}/branches/b/endpoints/primary" for number in range(5)]
@@ -91,7 +92,7 @@ async def test_what_is_wrong_with_one_sends_us_to_the_next(api: StandIn, refusal
 
 
 @pytest.mark.parametrize(("refusal", "kind"), REFUSALS, ids=["404", "400", "403"])
-async def test_a_mint_tries_no_more_than_three_and_the_next_one_goes_on_behind_them(
+async def test_a_mint_tries_three_resources_at_most_and_the_next_one_goes_on_after_them(
     api: StandIn, refusal: Reply, kind: ErrorKind
 ) -> None:
     mint = minting(api, NAMES)
@@ -143,11 +144,12 @@ async def test_a_token_minted_for_one_shard_opens_the_other(lakebase: Lakebase) 
     one, two = (shard.endpoint for shard in lakebase.shards)
     delete(lakebase.workspace, one.name)
     mint = minting(lakebase.workspace, [one.name, two.name])
-    credentials = Credentials(mint, CredentialsSettings(), build_metrics())
+    calls = PendingCalls()
+    credentials = LocalTokenSource(mint, CredentialsSettings(), build_metrics(), calls)
     first = await credentials.fresh()
     assert await credentials.fresh() is first
     assert minted_for(lakebase.workspace) == [two.name]
-    await credentials.close()
+    await calls.close()
     pairs = ((b"user", CLIENT_ID.encode()), (b"database", lakebase.database.encode()))
     for endpoint in (one, two):
         client = await RawClient.secure(lakebase.port, lakebase.ca_file, endpoint.host)

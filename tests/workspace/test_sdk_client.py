@@ -56,7 +56,7 @@ async def other(
 
 @pytest.fixture(scope="module", autouse=True)
 def sdk_is_imported() -> None:
-    """Import it once, so that its second is nobody's deadline."""
+    """Import it once, so that its second is no part of a deadline."""
     importlib.import_module("databricks.sdk.core")
 
 

@@ -17,7 +17,7 @@ def output(program: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
 
 
-def test_no_service_is_imported_that_nobody_calls() -> None:
+def test_no_service_is_imported_that_is_not_called() -> None:
     program = _LOAD + (
         "print(*sorted(name for name in sys.modules if name.startswith('databricks.sdk.service.')))"
     )

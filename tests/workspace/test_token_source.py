@@ -3,9 +3,8 @@
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 
 import pytest
 
@@ -15,20 +14,27 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.server.app import build_metrics
 from proxy.wire.secret import Secret
-from proxy.workspace.client import Credential
+from proxy.workspace.credential import Credential
 from proxy.workspace.freshness import Freshness
-from proxy.workspace.single_flight import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN
+from proxy.workspace.single_flight import (
+    BACKOFF_SECONDS_MAX,
+    BACKOFF_SECONDS_MIN,
+    Backoff,
+    PendingCalls,
+)
 from proxy.workspace.token_source import (
+    DEADLINE_GRACE_SECONDS,
     HANG_SECONDS_MAX,
-    LAST_WORD_SECONDS,
     REJECTION_SECONDS_MIN,
-    Credentials,
-    PasswordFile,
+    LocalTokenSource,
+    Minting,
+    MintPerConnection,
+    MintShared,
 )
 from tests.support.fake_clock import FakeClock
 
 HOUR = 3600.0
-PATIENCE_SECONDS = CredentialsSettings().mint_timeout_seconds
+TIMEOUT_SECONDS = CredentialsSettings().mint_timeout_seconds
 T0 = 1_790_000_000.0
 MINUTE = Freshness(max_age_seconds=60, expiry_margin_seconds=120)
 
@@ -47,7 +53,7 @@ class Mint:
         self.seconds = 0.0  # that a call takes
         self.failure: ProxyError | None = None
         self.fails_until = math.inf
-        self.places = asyncio.Semaphore(10_000)  # threads to make calls in
+        self.threads = asyncio.Semaphore(10_000)  # threads to make calls in
         self.go = asyncio.Event()
         self.go.set()
         self._clock = clock
@@ -56,7 +62,7 @@ class Mint:
         self.started += 1
         number, requested_at = self.started, self._clock()
         try:
-            async with self.places:
+            async with self.threads:
                 await self.go.wait()
                 await _pass(self.seconds)
                 self.finished += 1
@@ -80,23 +86,25 @@ async def _pass(seconds: float) -> None:
 
 
 class Story:
-    """Credentials with a mint and a clock of the test's."""
+    """A token source with a mint and a clock of the test's."""
 
     def __init__(
-        self, max_age_seconds: float, expiry_margin_seconds: float, patience_seconds: float
+        self, max_age_seconds: float, expiry_margin_seconds: float, timeout_seconds: float
     ) -> None:
         self.clock = FakeClock(T0)
         self.mint = Mint(self.clock)
         self.metrics: Metrics = build_metrics()
+        self.calls = PendingCalls()
         settings = CredentialsSettings(
             token_max_age_seconds=max_age_seconds,
             expiry_margin_seconds=expiry_margin_seconds,
-            mint_timeout_seconds=patience_seconds,
+            mint_timeout_seconds=timeout_seconds,
         )
-        self.credentials = Credentials(
+        self.credentials = LocalTokenSource(
             self.mint,
             settings,
             self.metrics,
+            self.calls,
             clock=self.clock,
             jitter=lambda: 1.0,
             sleep=self.sleep,
@@ -118,14 +126,14 @@ async def story(
     max_age_seconds: float = 60,
     expiry_margin_seconds: float = 120,
     seconds: float = 5,
-    patience_seconds: float = PATIENCE_SECONDS,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> AsyncIterator[Story]:
-    told = Story(max_age_seconds, expiry_margin_seconds, patience_seconds)
+    told = Story(max_age_seconds, expiry_margin_seconds, timeout_seconds)
     try:
         async with asyncio.timeout(seconds):
             yield told
     finally:
-        await told.credentials.close()
+        await told.calls.close()
 
 
 async def turns(count: int = 5) -> None:
@@ -145,12 +153,12 @@ async def test_a_thousand_that_wait_share_one_mint() -> None:
         assert told.metrics.value("tokens_minted_total") == 1
 
 
-async def test_a_token_in_its_second_half_is_used_and_renewed_behind_the_asker() -> None:
+async def test_a_token_in_its_second_half_is_used_and_refreshed_in_the_background() -> None:
     async with story() as told:
         await told.shown()
         told.clock.move(31)
         told.mint.go.clear()
-        assert await told.shown() == b"not-a-real-token-1"  # at once: nobody waits
+        assert await told.shown() == b"not-a-real-token-1"  # at once, without waiting
         assert await told.shown() == b"not-a-real-token-1"
         await turns()
         assert told.mint.started == 2
@@ -159,7 +167,7 @@ async def test_a_token_in_its_second_half_is_used_and_renewed_behind_the_asker()
         assert await told.shown() == b"not-a-real-token-2"
 
 
-async def test_while_connections_keep_coming_nobody_waits() -> None:
+async def test_while_connections_keep_coming_none_of_them_waits() -> None:
     async with story() as told:
         await told.shown()
         for _ in range(100):
@@ -171,7 +179,7 @@ async def test_while_connections_keep_coming_nobody_waits() -> None:
         assert 40 <= told.mint.started <= 60
 
 
-async def test_while_nobody_asks_nothing_is_minted() -> None:
+async def test_nothing_is_minted_while_no_connection_comes() -> None:
     async with story() as told:
         await told.shown()
         for _ in range(10):
@@ -195,7 +203,7 @@ async def test_a_clock_that_is_set_back_means_a_new_token_once() -> None:
             assert await told.shown() == b"not-a-real-token-2"
 
 
-async def test_an_age_of_zero_gives_everybody_a_token_of_their_own() -> None:
+async def test_an_age_of_zero_gives_each_connection_its_own_token() -> None:
     async with story(max_age_seconds=0) as told:
         shown = await asyncio.gather(*(told.shown() for _ in range(20)))
         assert len(set(shown)) == 20
@@ -220,7 +228,7 @@ async def test_when_minting_fails_a_token_that_is_still_valid_serves(
         assert await told.shown() == b"not-a-real-token-%d" % told.mint.started
 
 
-async def test_a_failed_renewal_costs_nobody_anything() -> None:
+async def test_a_failed_refresh_fails_no_connection() -> None:
     async with story() as told:
         await told.shown()
         told.mint.failure = ProxyError(ErrorKind.API_UNREACHABLE)
@@ -231,7 +239,7 @@ async def test_a_failed_renewal_costs_nobody_anything() -> None:
         assert await told.shown() == b"not-a-real-token-1"
 
 
-async def test_a_failure_is_told_to_all_who_wait_and_kept_from_the_next() -> None:
+async def test_a_failure_is_raised_for_all_that_wait_and_not_for_the_next() -> None:
     async with story() as told:
         told.mint.failure = ProxyError(ErrorKind.WORKSPACE_LOGIN_FAILED)
         told.mint.go.clear()
@@ -252,11 +260,11 @@ async def test_a_mint_within_the_margin_of_its_own_expiry_is_a_failure() -> None
         with pytest.raises(ProxyError) as refused:
             await told.shown()
         assert refused.value.kind is ErrorKind.CREDENTIAL_INVALID
-        # Again and again until the caller's patience ends: after 0.5, 1, 2, 4, 8 and 8 seconds.
+        # Again and again until the caller's timeout: after 0.5, 1, 2, 4, 8 and 8 seconds.
         assert told.metrics.value("token_mint_failures_total") == 7
 
 
-async def test_w54_one_who_gives_up_does_not_end_the_mint_for_the_others() -> None:
+async def test_w54_a_caller_that_gives_up_does_not_end_the_mint_for_the_others() -> None:
     async with story() as told:
         told.mint.go.clear()
         leaving, staying = (asyncio.create_task(told.shown()) for _ in range(2))
@@ -269,7 +277,7 @@ async def test_w54_one_who_gives_up_does_not_end_the_mint_for_the_others() -> No
         assert (told.mint.started, told.mint.cancelled) == (1, 0)
 
 
-async def test_w54_a_mint_that_nobody_waits_for_any_more_still_fills_the_cache() -> None:
+async def test_w54_a_mint_that_no_caller_waits_for_still_fills_the_cache() -> None:
     async with story() as told:
         told.mint.go.clear()
         leaving = asyncio.create_task(told.shown())
@@ -295,7 +303,7 @@ async def test_a_role_that_is_refused_whatever_the_token_does_not_cost_a_mint_fo
     None
 ):
     # The token that was minted anew stayed, was the next client's "from the cache", and so on: a
-    # mint for each, and with user = "*" one client emptied everybody's cache in a loop.
+    # mint for each, and with user = "*" one client emptied the cache of all in a loop.
     async with story() as told:
         first = await told.credentials.fresh()
         for _ in range(40):
@@ -341,7 +349,7 @@ DOWN = ErrorKind.API_UNREACHABLE
 
 
 @pytest.mark.parametrize("max_age_seconds", [60, 0])
-async def test_a_failure_that_passes_is_waited_for_and_nobodys_failure(
+async def test_a_transient_failure_is_waited_for_and_fails_no_connection(
     max_age_seconds: float,
 ) -> None:
     async with story(max_age_seconds) as told:
@@ -353,7 +361,7 @@ async def test_a_failure_that_passes_is_waited_for_and_nobodys_failure(
 
 
 @pytest.mark.parametrize("max_age_seconds", [60, 0])
-async def test_an_outage_longer_than_the_patience_is_told_within_it(
+async def test_an_outage_longer_than_the_timeout_is_reported_within_it(
     max_age_seconds: float,
 ) -> None:
     async with story(max_age_seconds) as told:
@@ -361,11 +369,11 @@ async def test_an_outage_longer_than_the_patience_is_told_within_it(
         with pytest.raises(ProxyError) as refused:
             await told.shown()
         assert refused.value.kind is DOWN
-        assert told.clock() - T0 <= PATIENCE_SECONDS
+        assert told.clock() - T0 <= TIMEOUT_SECONDS
         assert told.mint.started <= 7
 
 
-async def test_one_that_arrives_while_nobody_may_call_waits_with_the_others() -> None:
+async def test_a_connection_that_arrives_during_the_back_off_waits_with_the_others() -> None:
     # Each newcomer of an outage called once on arrival: a thousand clients, a thousand calls.
     async with story() as told:
         told.mint.failure = ProxyError(DOWN)
@@ -389,14 +397,14 @@ async def test_a_thousand_clients_of_an_outage_make_a_handful_of_calls(
     # With a token for each (0) those that waited for a free thread each found out by themselves.
     async with story(max_age_seconds) as told:
         told.mint.failure = ProxyError(DOWN)
-        told.mint.places = asyncio.Semaphore(THREADS_MAX)
+        told.mint.threads = asyncio.Semaphore(THREADS_MAX)
         asking = [asyncio.create_task(told.shown()) for _ in range(1000)]
         outcomes = await asyncio.gather(*asking, return_exceptions=True)
         assert {getattr(outcome, "kind", None) for outcome in outcomes} == {DOWN}
         assert told.mint.finished <= 7 + (THREADS_MAX if max_age_seconds == 0 else 0)
 
 
-async def test_a_failure_for_good_is_not_asked_for_again_during_the_quiet_time() -> None:
+async def test_a_permanent_failure_is_not_asked_for_again_during_the_back_off() -> None:
     async with story() as told:
         told.mint.failure = ProxyError(ErrorKind.WORKSPACE_ACCESS_MISSING)
         for _ in range(100):
@@ -404,7 +412,7 @@ async def test_a_failure_for_good_is_not_asked_for_again_during_the_quiet_time()
                 await told.shown()
             assert refused.value.kind is ErrorKind.WORKSPACE_ACCESS_MISSING
         assert (told.mint.started, told.clock()) == (1, T0)
-        # A person who mends it waits no longer than the longest quiet time.
+        # After a person has fixed it, it takes no longer than the longest back-off.
         for _ in range(10):
             told.clock.move(BACKOFF_SECONDS_MAX)
             with pytest.raises(ProxyError):
@@ -417,10 +425,10 @@ async def test_a_failure_for_good_is_not_asked_for_again_during_the_quiet_time()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_age_seconds", [60, 0])
-async def test_an_api_that_hangs_costs_one_who_has_a_valid_token_little(
+async def test_an_api_that_hangs_delays_a_caller_with_a_valid_token_little(
     max_age_seconds: float,
 ) -> None:
-    # After the wait for the answer came one for the quiet time, and then the next for an answer.
+    # After the wait for the answer came the back-off, and then the next wait for an answer.
     loop = asyncio.get_running_loop()
     async with story(max_age_seconds, seconds=4 * HANG_SECONDS_MAX) as told:
         await told.shown()
@@ -430,7 +438,7 @@ async def test_an_api_that_hangs_costs_one_who_has_a_valid_token_little(
         shown = await asyncio.gather(*(told.shown() for _ in range(100)))
         assert set(shown) == {b"not-a-real-token-1"}
         assert loop.time() - begun < HANG_SECONDS_MAX + 1
-        # The others of the quiet time do not wait at all.
+        # Callers during the back-off do not wait at all.
         begun = loop.time()
         assert await told.shown() == b"not-a-real-token-1"
         assert loop.time() - begun < 1
@@ -451,7 +459,7 @@ async def test_a_token_for_each_is_minted_for_each_however_long_they_wait_for_th
 
 
 @pytest.mark.slow
-async def test_a_mint_of_ones_own_that_hangs_is_a_failure_and_its_token_is_kept() -> None:
+async def test_a_mint_for_one_connection_that_hangs_is_a_failure_and_its_token_is_kept() -> None:
     async with story(0, seconds=3 * HANG_SECONDS_MAX) as told:
         await told.shown()
         told.clock.move(1)
@@ -465,7 +473,7 @@ async def test_a_mint_of_ones_own_that_hangs_is_a_failure_and_its_token_is_kept(
         assert newest.secret.reveal() == b"not-a-real-token-2"
 
 
-async def test_one_of_many_who_gives_up_does_not_throw_a_mint_of_its_own_away() -> None:
+async def test_a_caller_that_gives_up_does_not_lose_the_mint_of_its_own() -> None:
     async with story(0) as told:
         told.mint.go.clear()
         leaving = asyncio.create_task(told.shown())
@@ -496,12 +504,12 @@ async def test_a_mint_that_is_late_does_not_replace_a_newer_token() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_age_seconds", [60, 0])
-async def test_one_who_joins_a_call_that_hangs_waits_no_longer_than_its_own_time(
+async def test_a_caller_that_joins_a_hanging_call_waits_no_longer_than_its_own_timeout(
     max_age_seconds: float,
 ) -> None:
     # It waited for the end of the call that it had found under way, and then for another.
     loop = asyncio.get_running_loop()
-    async with story(max_age_seconds, patience_seconds=1.0) as told:
+    async with story(max_age_seconds, timeout_seconds=1.0) as told:
         told.mint.go.clear()
         first = asyncio.create_task(told.shown())
         await turns()
@@ -510,11 +518,11 @@ async def test_one_who_joins_a_call_that_hangs_waits_no_longer_than_its_own_time
             await told.shown()
         assert refused.value.kind is DOWN
         assert "no answer within 1 seconds" in refused.value.detail
-        assert loop.time() - begun < 1.0 + LAST_WORD_SECONDS + 0.5
+        assert loop.time() - begun < 1.0 + DEADLINE_GRACE_SECONDS + 0.5
         await asyncio.wait([first])
 
 
-async def test_a_clock_that_is_set_back_in_an_outage_does_not_make_the_quiet_time_longer() -> None:
+async def test_a_clock_that_is_set_back_in_an_outage_does_not_make_the_back_off_longer() -> None:
     async with story() as told:
         told.mint.failure = ProxyError(ErrorKind.WORKSPACE_LOGIN_FAILED)
         with pytest.raises(ProxyError):
@@ -562,10 +570,12 @@ class Soak:
     async def run(self, max_age_seconds: float) -> int:
         """Return how many of the connections failed."""
         settings = CredentialsSettings(token_max_age_seconds=max_age_seconds)
-        credentials = Credentials(
+        calls = PendingCalls()
+        credentials = LocalTokenSource(
             self.mint,
             settings,
             build_metrics(),
+            calls,
             clock=self.clock,
             jitter=self.random.random,
             sleep=self.clock.sleep,
@@ -586,7 +596,7 @@ class Soak:
                 if shown.requested_at < asked_at - max_age_seconds:
                     self.stale += 1
             await turns(2)
-        await credentials.close()
+        await calls.close()
         return failed
 
 
@@ -636,63 +646,8 @@ async def test_no_token_shows_in_a_repr() -> None:
         assert "not-a-real" not in repr(got) + str(got) + repr(vars(told.credentials))
 
 
-# -- the password file ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("content", "password"),
-    [
-        (b"not-a-real-password", b"not-a-real-password"),
-        (b"not-a-real-password\n", b"not-a-real-password"),
-        (b"not-a-real-password\r\n", b"not-a-real-password"),
-        (b" spaces stay ", b" spaces stay "),
-    ],
-)
-async def test_a_password_file_is_read_at_each_login(
-    tmp_path: Path, content: bytes, password: bytes
-) -> None:
-    path = tmp_path / "password"
-    path.write_bytes(content)
-    source = PasswordFile(str(path))
-    shown = await source.fresh()
-    assert shown.secret.reveal() == password
-    assert shown.is_password
-    assert shown.expires_at == math.inf
-    source.reject(shown)
-    path.write_bytes(b"rotated-not-real")
-    assert (await source.fresh()).secret.reveal() == b"rotated-not-real"
-
-
-def _missing(path: Path) -> None:
-    pass
-
-
-def _directory(path: Path) -> None:
-    path.mkdir()
-
-
-def _empty(path: Path) -> None:
-    path.write_bytes(b"\n")
-
-
-def _with_nul(path: Path) -> None:
-    path.write_bytes(b"not-a-real\0password")
-
-
-@pytest.mark.parametrize("make", [_missing, _directory, _empty, _with_nul])
-async def test_a_password_file_that_cannot_be_used_says_so_and_nothing_of_what_is_in_it(
-    tmp_path: Path, make: Callable[[Path], None]
-) -> None:
-    path = tmp_path / "password"
-    make(path)
-    with pytest.raises(ProxyError) as refused:
-        await PasswordFile(str(path)).fresh()
-    assert refused.value.kind is ErrorKind.PASSWORD_FILE_UNREADABLE
-    assert "not-a-real" not in repr(refused.value.response())
-
-
-async def test_a_bug_in_a_mint_is_told_once_and_not_tried_for_ever() -> None:
-    # It is no failure of the API's, so nothing kept it: who waited called again without a pause.
+async def test_a_bug_in_a_mint_is_raised_once_and_not_retried_for_ever() -> None:
+    # It is no failure of the API's, so no back-off started: callers called again without a pause.
     calls = 0
 
     async def broken() -> Credential:
@@ -700,10 +655,98 @@ async def test_a_bug_in_a_mint_is_told_once_and_not_tried_for_ever() -> None:
         calls += 1
         raise ZeroDivisionError
 
-    credentials = Credentials(broken, CredentialsSettings(), build_metrics())
+    credentials = LocalTokenSource(broken, CredentialsSettings(), build_metrics(), PendingCalls())
     with pytest.raises(ProxyError) as refused:
         async with asyncio.timeout(5):
             await credentials.fresh()
     assert refused.value.kind is ErrorKind.INTERNAL
     assert calls == 1
-    await credentials.close()
+
+
+# -- how many mints are under way ----------------------------------------------------------------
+
+
+class EventMint:
+    """Starts and resets the back-off as a token source does."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.backoff = Backoff(self.clock, lambda: 1.0)
+        self.calls = PendingCalls()
+        self.made = self.under_way = self.peak = 0
+        self.failure: ProxyError | None = None
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def __call__(self) -> Credential:
+        self.made += 1
+        number = self.made
+        self.under_way += 1
+        self.peak = max(self.peak, self.under_way)
+        try:
+            await self.go.wait()
+            await asyncio.sleep(0)
+        finally:
+            self.under_way -= 1
+        if self.failure is not None:
+            self.backoff.start(self.failure)
+            raise self.failure
+        self.backoff.reset()
+        return Credential(Secret(b"not-a-real-token-%d" % number), 0.0, 3600.0)
+
+
+def both(mint: EventMint) -> list[Minting]:
+    return [MintShared(mint, mint.calls), MintPerConnection(mint, mint.calls, mint.backoff)]
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_callers_at_the_same_time_share_one_token_or_get_one_each(own: bool) -> None:
+    mint = EventMint()
+    tokens = both(mint)[own]
+    got = await asyncio.gather(*(tokens.token(None) for _ in range(50)))
+    assert len({credential.secret for credential in got}) == mint.made == (50 if own else 1)
+    assert mint.peak == (THREADS_MAX if own else 1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_a_call_that_hangs_is_a_failure_and_goes_on_until_the_end(own: bool) -> None:
+    mint = EventMint()
+    mint.go.clear()
+    tokens = both(mint)[own]
+    with pytest.raises(ProxyError) as refused:
+        await tokens.token(0.01)
+    assert refused.value.kind is ErrorKind.API_UNREACHABLE
+    assert "no answer within 0.01 seconds" in refused.value.detail
+    assert mint.under_way == 1
+    await mint.calls.close()
+    assert mint.under_way == 0
+
+
+async def test_after_a_failure_one_finds_out_and_the_others_wait_for_it() -> None:
+    mint = EventMint()
+    tokens = MintPerConnection(mint, mint.calls, mint.backoff)
+    mint.failure = ProxyError(ErrorKind.API_UNREACHABLE)
+    outcomes = await asyncio.gather(
+        *(tokens.token(None) for _ in range(50)), return_exceptions=True
+    )
+    assert outcomes == [mint.failure] * 50
+    assert mint.made == THREADS_MAX
+    mint.clock.move(BACKOFF_SECONDS_MIN)
+    await asyncio.gather(*(tokens.token(None) for _ in range(50)), return_exceptions=True)
+    assert mint.made == THREADS_MAX + 1
+    mint.clock.move(2 * BACKOFF_SECONDS_MIN)
+    mint.failure = None
+    got = await asyncio.gather(*(tokens.token(None) for _ in range(50)))
+    assert len({credential.secret for credential in got}) == 50
+    await mint.calls.close()
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_a_token_is_refreshed_ahead_only_where_a_later_caller_may_use_it(own: bool) -> None:
+    mint = EventMint()
+    tokens = both(mint)[own]
+    tokens.refresh()
+    tokens.refresh()
+    await asyncio.sleep(0)
+    assert mint.made == (0 if own else 1)
+    await mint.calls.close()

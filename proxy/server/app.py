@@ -84,7 +84,7 @@ class App:
     Without TCP `listen_host` is the directory of the unix socket, as drivers take it for a host.
 
     A proxy of several processes has an App in each: the first accepts and has the `others`; in
-    those `workspaces`, `places` and `cancel_elsewhere` lead to it.
+    those `workspaces`, `slots` and `cancel_elsewhere` lead to it.
     """
 
     listen_host: str
@@ -100,7 +100,7 @@ class App:
         *,
         starting_max: int = STARTING_MAX,
         workspaces: WorkspaceRegistry | None = None,
-        places: SlotSource | None = None,
+        slots: SlotSource | None = None,
         cancel_elsewhere: Elsewhere | None = None,
     ) -> None:
         """`starting_max` connections may be starting at a time.
@@ -113,7 +113,7 @@ class App:
         self.snapshot = ConfigSnapshot(settings, self.workspaces, self._phase_took)
         self._count_by(self.snapshot)
         self._tls = _listener_tls(settings.listen)
-        self.places = places or Slots(settings.listen.max_connections)
+        self.slots = slots or Slots(settings.listen.max_connections)
         # A cancel is no connect: its phases are nobody's.
         connector = Connector(lambda phase, seconds: None)
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
@@ -167,7 +167,7 @@ class App:
         return await self.entrance.drain(drain_seconds, accept_seconds=accept_seconds)
 
     def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
-        live = OpenSessions()
+        open_sessions = OpenSessions()
         parts = SessionParts(
             route=self._passage,
             cancel_keys=self.cancel_keys,
@@ -175,17 +175,17 @@ class App:
             metrics=self.metrics,
             startup_timeout_seconds=settings.listen.startup_timeout_seconds,
             tls=lambda: self._tls,
-            place=self.places.take,
-            live=live,
+            slot=self.slots.take,
+            open_sessions=open_sessions,
             idle_timeout_seconds=settings.listen.idle_timeout_seconds,
             lanes=lambda: self.lanes,
         )
         return Listener(
             settings.listen,
-            self.places,
+            self.slots,
             self.metrics,
             lambda stream: Session(stream, parts).run(),
-            live,
+            open_sessions,
             starting_max=starting_max,
         )
 
@@ -327,7 +327,9 @@ def _status_source(app: App) -> StatusSource:
         uptime_seconds=lambda: app.lifecycle.uptime_seconds,
         listen=listen,
         sessions_max=lambda: app.settings.listen.max_connections,
-        places_taken=lambda: app.places.taken if app.others is None else app.others.places_taken,
+        session_slots_used=lambda: (
+            app.slots.taken if app.others is None else app.others.places_taken
+        ),
         hosts=hosts,
         tokens=tokens,
         drain_seconds_left=lambda: app.lifecycle.drain_seconds_left,

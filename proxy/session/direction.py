@@ -21,17 +21,17 @@ from proxy.transport.tls import TLSTransport
 if TYPE_CHECKING:  # not there where it was not built
     from proxy.native.activity import Activity
     from proxy.native.lanes import Lane, Lanes
-    from proxy.native.tls import Engine
+    from proxy.native.tls import TLSConnection
 
-# While the upstream takes nothing the client is not read, so its end is not seen but looked for.
-LOOK_SECONDS: Final = 5.0
+# While the upstream takes nothing the client is not read, so its end is not seen but polled for.
+CLIENT_POLL_SECONDS: Final = 5.0
 
 
 class Direction(asyncio.Protocol):
     """Takes what `source` receives and writes it to `sink`; the protocol of `source`.
 
-    `seen` is told of each read behind its write. One that `looks` is the upstream's: while that
-    one takes nothing, it looks whether the client is still there.
+    `on_read` is called with each read after its write. The direction from the upstream has
+    `watches_client`: while the upstream takes nothing, it polls whether the client is there.
 
     Both directions are of this very class: what runs for each read is then specialised by the
     interpreter, which it gives up where the class of `self` changes from call to call.
@@ -40,33 +40,33 @@ class Direction(asyncio.Protocol):
     __slots__ = (
         "_ended",
         "_lane",
-        "_look",
-        "_looks",
+        "_poll_timer",
         "_received_bytes",
         "_sink",
         "_source",
+        "_watches_client",
         "_write",
-        "back",
         "closed",
         "lost",
+        "on_read",
         "paused",
-        "seen",
+        "reverse",
     )
 
-    back: "Direction"  # the other direction, which writes to our source
+    reverse: "Direction"  # the other direction, which writes to our source
 
     def __init__(
         self,
         source: asyncio.Transport,
         sink: asyncio.Transport,
         ended: asyncio.Future[EndReason],
-        seen: Callable[[bytes], None],
+        on_read: Callable[[bytes], None],
         *,
         closed: EndReason,
         lost: EndReason,
-        looks: bool = False,
+        watches_client: bool = False,
     ) -> None:
-        self.seen = seen
+        self.on_read = on_read
         self.closed = closed
         self.lost = lost
         self._received_bytes = 0
@@ -74,8 +74,8 @@ class Direction(asyncio.Protocol):
         self._sink = sink
         self._write: Callable[[bytes], None] = sink.write
         self._ended = ended
-        self._looks = looks
-        self._look: asyncio.TimerHandle | None = None
+        self._watches_client = watches_client
+        self._poll_timer: asyncio.TimerHandle | None = None
         self.paused = False
         self._lane: Lane | None = None
 
@@ -88,26 +88,26 @@ class Direction(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         # Names of their own: Python 3.11 is slow to call what an attribute holds.
-        write, seen = self._write, self.seen
+        write, on_read = self._write, self.on_read
         write(data)
         self._received_bytes += len(data)
-        seen(data)
+        on_read(data)
 
-    def pause_where_full(self, mark: int) -> None:
+    def pause_if_full(self, high_water_bytes: int) -> None:
         """Take note that our source was full before this was its protocol: it says so once."""
-        if not self.back.paused and self._source.get_write_buffer_size() > mark:
+        if not self.reverse.paused and self._source.get_write_buffer_size() > high_water_bytes:
             self.pause_writing()
 
     def pause_writing(self) -> None:
         # Our source takes no more of what comes from the sink.
-        self.back.pause()
-        if self._looks:
-            self._look_later()
+        self.reverse.pause()
+        if self._watches_client:
+            self._schedule_poll()
 
     def resume_writing(self) -> None:
-        if self._look is not None:
-            self._look.cancel()
-        self.back.resume()
+        if self._poll_timer is not None:
+            self._poll_timer.cancel()
+        self.reverse.resume()
 
     def eof_received(self) -> bool:
         self.end(self.closed)
@@ -116,8 +116,8 @@ class Direction(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         # A lane must not touch a descriptor that is closed once this returns.
         self.close_lane()
-        self.back.close_lane()
-        self.back.stop_writing()
+        self.reverse.close_lane()
+        self.reverse.stop_writing()
         self.end(self.lost)
 
     # -- reading ---------------------------------------------------------------------------------
@@ -144,15 +144,18 @@ class Direction(asyncio.Protocol):
         Both transports are plain, or have compiled TLS; neither is closing. Raises OSError where
         the kernel watches no more descriptors; the transport reads on then.
         """
-        (source, opens), (sink, seals) = _under(self._source), _under(self._sink)
+        (source, source_tls), (sink, sink_tls) = (
+            _plain_and_tls(self._source),
+            _plain_and_tls(self._sink),
+        )
         lane = native.lanes.Lane(
             lanes,
             _descriptor(source),
             _descriptor(sink),
-            opens=opens,
-            seals=seals,
+            source_tls=source_tls,
+            sink_tls=sink_tls,
             activity=activity,
-            from_upstream=self._looks,
+            from_upstream=self._watches_client,
             owner=self,
             paused=self.paused,
         )
@@ -171,7 +174,7 @@ class Direction(asyncio.Protocol):
 
     def overflow(self, rest: bytes) -> None:
         """Have the sink's socket take later what it did not take from the lane."""
-        _under(self._sink)[0].write(rest)
+        _plain_and_tls(self._sink)[0].write(rest)
 
     def lane_ended(self, error: Exception | None) -> None:
         """Go on where the lane has met what is not ordinary."""
@@ -198,28 +201,32 @@ class Direction(asyncio.Protocol):
         if not self._ended.done():
             self._ended.set_result(reason)
 
-    def _look_later(self) -> None:
-        self._look = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look_for_client)
+    def _schedule_poll(self) -> None:
+        self._poll_timer = asyncio.get_running_loop().call_later(
+            CLIENT_POLL_SECONDS, self._poll_client
+        )
 
-    def _look_for_client(self) -> None:
+    def _poll_client(self) -> None:
         if self._ended.done():
             return
         if self._sink.is_closing() or has_hung_up(self._sink):
             self.end(EndReason.CLIENT_LOST)
         else:
-            self._look_later()
+            self._schedule_poll()
 
 
-def _under(transport: asyncio.Transport) -> "tuple[asyncio.Transport, Engine | None]":
+def _plain_and_tls(
+    transport: asyncio.Transport,
+) -> "tuple[asyncio.Transport, TLSConnection | None]":
     """Return the plain transport, and the compiled TLS on it."""
     if isinstance(transport, TLSTransport):
-        return transport.lower, transport.engine
+        return transport.lower, transport.compiled
     return transport, None
 
 
 def can_have_lane(transport: asyncio.Transport) -> bool:
     """Whether a lane can read it: it is plain, or its TLS is the compiled one."""
-    return not isinstance(transport, TLSTransport) or transport.engine is not None
+    return not isinstance(transport, TLSTransport) or transport.compiled is not None
 
 
 def _descriptor(transport: asyncio.Transport) -> int:

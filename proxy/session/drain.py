@@ -21,7 +21,7 @@ IDLE_GRACE_SECONDS: Final = 0.1
 class Stage(Enum):
     """How far a session has come."""
 
-    ARRIVING = auto()  # its first packets have not been read
+    STARTING = auto()  # its first packets have not been read
     OPENING = auto()  # the client waits for a session upstream
     RELAYING = auto()
     CLOSING = auto()  # whatever was to be said has been said
@@ -30,15 +30,15 @@ class Stage(Enum):
 class OpenSession:
     """One entry: the session that its task runs, kept while a `with` block runs."""
 
-    __slots__ = ("_sessions", "began", "relay", "stage", "task")
+    __slots__ = ("_sessions", "relay", "stage", "started_at", "task")
 
     def __init__(self, sessions: "OpenSessions") -> None:
         self._sessions = sessions
         task: asyncio.Task[None] | None = asyncio.current_task()
         assert task is not None
         self.task = task
-        self.began = asyncio.get_running_loop().time()
-        self.stage = Stage.ARRIVING
+        self.started_at = asyncio.get_running_loop().time()
+        self.stage = Stage.STARTING
         self.relay: Relay | None = None
 
     def __enter__(self) -> "OpenSession":
@@ -95,7 +95,7 @@ class OpenSessions:
     def unfinished(self) -> list[OpenSession]:
         """Return the sessions that a cut would hurt, the oldest first."""
         left = [entry for entry in self._by_task.values() if entry.unfinished]
-        return sorted(left, key=lambda entry: entry.began)
+        return sorted(left, key=lambda entry: entry.started_at)
 
     def is_unfinished(self, task: asyncio.Task[None]) -> bool:
         """Whether a cut of this task would hurt: one without an entry is believed to be at work."""
@@ -116,13 +116,13 @@ class OpenSessions:
         self._end_relays(IDLE_GRACE_SECONDS)
 
     def skip_grace(self) -> None:
-        """End without a lull those that are never silent between two transactions."""
+        """End without the idle grace those that are never silent between two transactions."""
         self._end_relays(0)
 
     def close_silent(self) -> None:
         """Close those that have not said what they want: no answer is due to them (W49)."""
         for entry in list(self._by_task.values()):
-            if entry.stage is Stage.ARRIVING:
+            if entry.stage is Stage.STARTING:
                 entry.closing()
                 entry.task.cancel()
 

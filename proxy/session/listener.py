@@ -2,7 +2,7 @@
 
 `max_connections` counts sessions, from the StartupMessage on: a client over it is told so (W44).
 Connections that are still starting, and cancel requests, have a bound of their own and are closed
-without a word over it: they must neither fill the places nor be refused by them (W42).
+without a word over it: they must neither fill the slots nor be refused by them (W42).
 """
 
 import asyncio
@@ -31,7 +31,7 @@ STARTING_WARNING_SECONDS: Final = 60.0
 # Who connected just before the listener closed gets so long to say what it wants, and to be told.
 SILENT_SECONDS: Final = 1.0
 # Who was told that the session ends gets so long to be sent it: nothing else keeps it from a cut.
-FAREWELL_SECONDS: Final = 0.1
+FLUSH_SECONDS: Final = 0.1
 TOO_MANY_STARTING: Final = "too_many_starting"  # the word for it in the metrics
 
 _log = get_logger(__name__)
@@ -43,34 +43,34 @@ def socket_name(port: int) -> str:
 
 
 class SlotSource(Protocol):
-    """Places for sessions; `taken` are those of this process."""
+    """Slots for sessions; `taken` are those of this process."""
 
     @property
     def taken(self) -> int: ...
 
     def take(self) -> AbstractContextManager[None]:
-        """Hold a place while the block runs. Raises ProxyError when none is free."""
+        """Hold a slot while the block runs. Raises ProxyError when none is free."""
 
 
 class Slots:
-    """The `max_connections` places of a listener."""
+    """The `max_connections` slots of a listener."""
 
-    def __init__(self, places_max: int) -> None:
-        self._places_max = places_max
+    def __init__(self, slots_max: int) -> None:
+        self._slots_max = slots_max
         self.taken = 0
 
     def take(self) -> AbstractContextManager[None]:
-        """Hold a place while the block runs. Raises ProxyError when none is free."""
+        """Hold a slot while the block runs. Raises ProxyError when none is free."""
         return self
 
     def __enter__(self) -> None:
-        """Take a place. One object serves all who hold one: it is only counted."""
-        if self.taken >= self._places_max:
+        """Take a slot. One object serves all who hold one: it is only counted."""
+        if self.taken >= self._slots_max:
             raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
         self.taken += 1
 
     def __exit__(self, *_: object) -> None:
-        """Give a place back."""
+        """Give a slot back."""
         self.taken -= 1
 
 
@@ -96,27 +96,27 @@ class Listener:
     def __init__(
         self,
         settings: ListenSettings,
-        places: SlotSource,
+        slots: SlotSource,
         metrics: Metrics,
         serve: Callable[[StartupStream], Coroutine[None, None, None]],
-        live: OpenSessions | None = None,
+        open_sessions: OpenSessions | None = None,
         *,
         memory_trim: MemoryTrim | None = None,
         starting_max: int = STARTING_MAX,
     ) -> None:
-        """`live` are the sessions that `serve` enters there; others are waited for, then cut."""
+        """`serve` registers its session in `open_sessions`; others are waited for, then cut."""
         self._settings = settings
-        self._places = places
+        self._slots = slots
         self._metrics = metrics
         self._serve = serve
-        self._live = live or OpenSessions()
-        self._hurried = asyncio.Event()  # somebody has called drain again
+        self._open_sessions = open_sessions or OpenSessions()
+        self._hastened = asyncio.Event()  # somebody has called drain again
         self._ids = itertools.count(1)
         self._sessions: set[asyncio.Task[None]] = set()
         self._ended = self._session_ended  # bound once, not for each session
         self._memory_trim = memory_trim or MemoryTrim()
         self._starting_max = starting_max
-        self._flood_said_at: float | None = None
+        self._flood_logged_at: float | None = None
         self._cut_sessions: set[asyncio.Task[None]] = set()
         self._servers: list[asyncio.Server] = []
         self._unix_path: Path | None = None
@@ -194,11 +194,11 @@ class Listener:
 
     def _is_flooded(self) -> bool:
         """Tell whether one more would be too many that are starting; then it is counted."""
-        unserved = len(self._sessions) - self._places.taken
-        if unserved < self._starting_max:
+        starting = len(self._sessions) - self._slots.taken
+        if starting < self._starting_max:
             return False
         self._metrics.startup_failed(TOO_MANY_STARTING)
-        self._warn_of_flood(unserved)
+        self._warn_of_flood(starting)
         return True
 
     def _begin(self, life: Coroutine[None, None, None]) -> asyncio.Task[None]:
@@ -211,13 +211,13 @@ class Listener:
         self._sessions.discard(task)
         self._memory_trim.session_ended()
 
-    def _warn_of_flood(self, unserved: int) -> None:
+    def _warn_of_flood(self, starting: int) -> None:
         """Say once in a while that connections are cut; the metrics count them."""
         now = asyncio.get_running_loop().time()
-        said_at = self._flood_said_at
-        if said_at is None or now - said_at >= STARTING_WARNING_SECONDS:
-            self._flood_said_at = now
-            _log.warning("connections are cut: too many are starting", unserved=unserved)
+        logged_at = self._flood_logged_at
+        if logged_at is None or now - logged_at >= STARTING_WARNING_SECONDS:
+            self._flood_logged_at = now
+            _log.warning("connections are cut: too many are starting", starting=starting)
 
     async def drain(self, seconds: float, *, accept_seconds: float = 0) -> int:
         """Go on accepting for `accept_seconds`, then end all sessions; return how many were cut.
@@ -227,23 +227,23 @@ class Listener:
         is cut. Called again meanwhile, it does with the shorter times what is left to do; both
         calls return how many were cut in all.
         """
-        if accept_seconds and not self._hurried.is_set():
+        if accept_seconds and not self._hastened.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(accept_seconds):
-                    await self._hurried.wait()
-        self._hurried.set()
+                    await self._hastened.wait()
+        self._hastened.set()
         self._close()
-        self._live.end()
+        self._open_sessions.end()
         if not self._sessions:
             return len(self._cut_sessions)
         if not seconds:
-            self._live.skip_grace()
+            self._open_sessions.skip_grace()
         else:
-            _log.info("sessions are ending", **self._left(), idle=self._live.idle_count())
+            _log.info("sessions are ending", **self._left(), idle=self._open_sessions.idle_count())
         loop = asyncio.get_running_loop()
         timers = [
-            loop.call_later(min(SILENT_SECONDS, seconds), self._live.close_silent),
-            loop.call_later(seconds / 2, self._live.skip_grace),
+            loop.call_later(min(SILENT_SECONDS, seconds), self._open_sessions.close_silent),
+            loop.call_later(seconds / 2, self._open_sessions.skip_grace),
         ]
         _, left = await asyncio.wait(self._sessions, timeout=seconds)
         for timer in timers:
@@ -260,22 +260,22 @@ class Listener:
 
     async def _cut(self, tasks: set[asyncio.Task[None]], *, told: bool) -> None:
         """Cancel the tasks, and note those that had a client that this takes something from."""
-        cut = {task for task in tasks if self._live.is_unfinished(task)}
+        cut = {task for task in tasks if self._open_sessions.is_unfinished(task)}
         if cut and told:
             _log.warning("sessions are cut: the time to drain is over", **self._left())
         self._cut_sessions |= cut
         for task in cut:
             task.cancel()
         if ending := tasks - cut:
-            _, ending = await asyncio.wait(ending, timeout=FAREWELL_SECONDS)
+            _, ending = await asyncio.wait(ending, timeout=FLUSH_SECONDS)
             for task in ending:
                 task.cancel()
 
     def _left(self) -> dict[str, float]:
         """Return what a log line says of the sessions that are left."""
-        left = self._live.unfinished()
+        left = self._open_sessions.unfinished()
         now = asyncio.get_running_loop().time()
-        oldest_seconds = round(now - left[0].began, 1) if left else 0
+        oldest_seconds = round(now - left[0].started_at, 1) if left else 0
         return {"sessions": len(left), "oldest_seconds": oldest_seconds}
 
     async def _run_adopted(self, sock: socket.socket, number: int) -> None:

@@ -48,30 +48,30 @@ class MemoryTrim:
         self._release_memory = release_memory
         self._storm_seconds = storm_seconds
         self._ended = 0
-        self._seen = 0
-        self._looks = 0
+        self._ended_before = 0
+        self._polls = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def session_ended(self) -> None:
         """Count one. Call it on the event loop."""
         self._ended += 1
         if self._ended >= SESSIONS_MIN and self._timer is None:
-            self._looks = 0
-            self._look_later()
+            self._polls = 0
+            self._schedule_poll()
 
     def close(self) -> None:
         """Do nothing any more."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _look_later(self) -> None:
-        self._seen = self._ended
-        self._timer = asyncio.get_running_loop().call_later(QUIET_SECONDS, self._look)
+    def _schedule_poll(self) -> None:
+        self._ended_before = self._ended
+        self._timer = asyncio.get_running_loop().call_later(QUIET_SECONDS, self._poll)
 
-    def _look(self) -> None:
-        self._looks += 1
-        if self._ended != self._seen and self._looks * QUIET_SECONDS < self._storm_seconds:
-            self._look_later()
+    def _poll(self) -> None:
+        self._polls += 1
+        if self._ended != self._ended_before and self._polls * QUIET_SECONDS < self._storm_seconds:
+            self._schedule_poll()
             return
         self._timer = None
         self._ended = 0

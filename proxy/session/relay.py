@@ -31,18 +31,18 @@ BUFFER_BYTES_MAX: Final = 64 * 1024
 # The time that an upstream gets to answer a cancel; if it says something, the next statement of a
 # pipeline may have begun, and it is cancelled again, but not for longer than this in all.
 CANCEL_ANSWER_SECONDS: Final = 0.25
-ABANDON_SECONDS_MAX: Final = 10.0
+CANCELS_SECONDS_MAX: Final = 10.0
 # An idle timeout is looked for so often in its time: so much too late, at most, a session ends.
-IDLE_LOOKS: Final = 8
+IDLE_POLLS: Final = 8
 # And not more often than this, however short its time.
-IDLE_LOOK_SECONDS_MIN: Final = 0.05
+IDLE_POLL_SECONDS_MIN: Final = 0.05
 
 _TERMINATE: Final = Terminate().encode()
-_NOBODY: Final = asyncio.Protocol()  # of a connection that is over
+_NO_PROTOCOL: Final = asyncio.Protocol()  # of a connection that is over
 
 
 @dataclass(frozen=True, slots=True)
-class _Farewell:
+class _IdleEnd:
     """How a session is to end as soon as it is idle."""
 
     reason: EndReason
@@ -53,20 +53,20 @@ class _Farewell:
 class Relay:
     """One session's relay. Make it, hand both transports to its directions, await `run`.
 
-    `abandon` cancels what the upstream is doing; it is awaited when the client has gone without
-    having said Terminate.
+    `cancel_query` cancels what the upstream is doing; it is awaited when the client has gone
+    without having said Terminate.
     """
 
     def __init__(
         self,
         client: asyncio.Transport,
         upstream: asyncio.Transport,
-        abandon: Callable[[], Awaitable[None]] | None = None,
+        cancel_query: Callable[[], Awaitable[None]] | None = None,
         lanes: "Lanes | None" = None,
     ) -> None:
         self._client = client
         self._upstream = upstream
-        self._abandon = abandon
+        self._cancel_query = cancel_query
         self._lanes: tuple[Lanes, CompiledActivity] | None = None
         activity: Activity | CompiledActivity
         if lanes is not None and can_have_lane(client) and can_have_lane(upstream):
@@ -75,9 +75,9 @@ class Relay:
         else:
             activity = Activity()
         self._activity = activity
-        self._farewell: _Farewell | None = None
+        self._idle_end: _IdleEnd | None = None
         self._grace_timer: asyncio.TimerHandle | None = None
-        self._idle_look: asyncio.TimerHandle | None = None
+        self._idle_poll_timer: asyncio.TimerHandle | None = None
         self._ended = ended = asyncio.get_running_loop().create_future()
         self.from_client = Direction(
             client,
@@ -94,13 +94,13 @@ class Relay:
             activity.upstream_sent,
             closed=EndReason.UPSTREAM_CLOSED,
             lost=EndReason.UPSTREAM_LOST,
-            looks=True,
+            watches_client=True,
         )
-        self.from_client.back = self.from_upstream
-        self.from_upstream.back = self.from_client
-        self._mark = 0 if self._lanes else BUFFER_BYTES_MAX
+        self.from_client.reverse = self.from_upstream
+        self.from_upstream.reverse = self.from_client
+        self._high_water_bytes = 0 if self._lanes else BUFFER_BYTES_MAX
         for transport in (client, upstream):
-            transport.set_write_buffer_limits(high=self._mark)
+            transport.set_write_buffer_limits(high=self._high_water_bytes)
 
     @property
     def idle(self) -> bool:
@@ -117,15 +117,15 @@ class Relay:
     def end_when_idle(
         self, reason: EndReason, error: ErrorResponse, *, grace_seconds: float = 0
     ) -> None:
-        """Tell the client so and close both sides, once the session has been idle for the lull.
+        """Send the client the error and close both sides, once the session was idle for the grace.
 
         What is asked for last holds. A session that never becomes idle goes on: cancel `run`.
         """
         self._close_lanes()
-        self._farewell = _Farewell(reason, error.encode(), grace_seconds)
+        self._idle_end = _IdleEnd(reason, error.encode(), grace_seconds)
         client_sent, upstream_sent = self._activity.client_sent, self._activity.upstream_sent
-        self.from_client.seen = lambda data: self._on_activity(client_sent, data)
-        self.from_upstream.seen = lambda data: self._on_activity(upstream_sent, data)
+        self.from_client.on_read = lambda data: self._on_activity(client_sent, data)
+        self.from_upstream.on_read = lambda data: self._on_activity(upstream_sent, data)
         self._on_activity(client_sent, b"")
 
     def end_after_idle(self, seconds: float, error: ErrorResponse) -> None:
@@ -134,47 +134,50 @@ class Relay:
         It is up to an eighth later, or later by a few looks where its time is shorter than those.
         A byte costs nothing: only the counts are compared, now and then.
         """
-        interval = max(seconds / IDLE_LOOKS, IDLE_LOOK_SECONDS_MIN)
+        interval = max(seconds / IDLE_POLLS, IDLE_POLL_SECONDS_MIN)
         call_later = asyncio.get_running_loop().call_later
-        seen, quiet_looks = -1, -1
+        received, quiet_polls = -1, -1
 
-        def look() -> None:
-            nonlocal seen, quiet_looks
-            before, seen = seen, self.from_client.received_bytes + self.from_upstream.received_bytes
-            quiet_looks = quiet_looks + 1 if seen == before else 0
-            if quiet_looks >= IDLE_LOOKS and self.idle:
+        def poll() -> None:
+            nonlocal received, quiet_polls
+            before, received = (
+                received,
+                self.from_client.received_bytes + self.from_upstream.received_bytes,
+            )
+            quiet_polls = quiet_polls + 1 if received == before else 0
+            if quiet_polls >= IDLE_POLLS and self.idle:
                 self.end_when_idle(EndReason.IDLE_TIMEOUT, error)
             else:
-                self._idle_look = call_later(interval, look)
+                self._idle_poll_timer = call_later(interval, poll)
 
-        look()
+        poll()
 
     def _on_activity(self, sent: Callable[[bytes], None], data: bytes) -> None:
-        """Follow a read while the session is to end; the lull begins anew."""
+        """Follow a read while the session is to end; the grace period starts again."""
         sent(data)
         if self._grace_timer is not None:
             self._grace_timer.cancel()
             self._grace_timer = None
-        farewell = self._farewell
-        assert farewell is not None
+        idle_end = self._idle_end
+        assert idle_end is not None
         if not self.idle or self._ended.done():
             return
-        if farewell.grace_seconds:
+        if idle_end.grace_seconds:
             loop = asyncio.get_running_loop()
-            self._grace_timer = loop.call_later(farewell.grace_seconds, self._end_now, farewell)
+            self._grace_timer = loop.call_later(idle_end.grace_seconds, self._end_now, idle_end)
         else:
-            self._end_now(farewell)
+            self._end_now(idle_end)
 
-    def _end_now(self, farewell: _Farewell) -> None:
+    def _end_now(self, idle_end: _IdleEnd) -> None:
         """End the session, which is idle: from here on nothing is relayed."""
         if self._ended.done() or self._client.is_closing():
             return
-        self._client.write(farewell.error)
+        self._client.write(idle_end.error)
         self.from_client.stop_writing()
         self.from_upstream.stop_writing()
         if not self._upstream.is_closing():
             self._upstream.write(_TERMINATE)
-        self._ended.set_result(farewell.reason)
+        self._ended.set_result(idle_end.reason)
 
     # -- its run ---------------------------------------------------------------------------------
 
@@ -182,7 +185,7 @@ class Relay:
         """Return when one side has ended and both are closed. Cancelling it cuts both."""
         try:
             for direction in (self.from_client, self.from_upstream):
-                direction.pause_where_full(self._mark)
+                direction.pause_if_full(self._high_water_bytes)
             self._open_lanes()
             reason = await self._ended
             self._close_lanes()
@@ -192,7 +195,7 @@ class Relay:
             async with asyncio.TaskGroup() as closing:
                 if reason in (EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST):
                     closing.create_task(close_gracefully(self._client, linger_seconds=0))
-                    closing.create_task(self._leave_upstream())
+                    closing.create_task(self._close_upstream())
                 else:
                     lost = reason in (EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST)
                     linger_seconds = 0 if lost else LINGER_SECONDS
@@ -204,10 +207,10 @@ class Relay:
             self._close_lanes()
             self._stop_timers()
             for transport in (self._client, self._upstream):
-                transport.set_protocol(_NOBODY)
+                transport.set_protocol(_NO_PROTOCOL)
                 transport.abort()
             # They know each other: without this, all that they hold waits for the collector.
-            del self.from_client.back, self.from_upstream.back
+            del self.from_client.reverse, self.from_upstream.reverse
         return self.ended(reason)
 
     def _open_lanes(self) -> None:
@@ -217,7 +220,7 @@ class Relay:
         never overtakes what its sink's transport still has.
         """
         closing = self._client.is_closing() or self._upstream.is_closing()
-        if self._lanes is None or closing or self._ended.done() or self._farewell is not None:
+        if self._lanes is None or closing or self._ended.done() or self._idle_end is not None:
             return
         with suppress(OSError):  # the transports do the same
             for direction in (self.from_client, self.from_upstream):
@@ -227,31 +230,31 @@ class Relay:
         self.from_client.close_lane()
         self.from_upstream.close_lane()
 
-    async def _leave_upstream(self) -> None:
+    async def _close_upstream(self) -> None:
         """Close the upstream of a client that has gone, so that nothing works on for nobody (W35).
 
         A client that said Terminate wants what it asked for before. Any other one's upstream is
         cancelled first: a front end may forget the session, and its key, once its stream has ended.
         """
         self.from_upstream.stop_writing()
-        if self._abandon is not None and not self._activity.terminated:
+        if self._cancel_query is not None and not self._activity.terminated:
             with suppress(TimeoutError):
-                async with asyncio.timeout(ABANDON_SECONDS_MAX):
-                    await self._cancel_all(self._abandon)
+                async with asyncio.timeout(CANCELS_SECONDS_MAX):
+                    await self._cancel_until_silent(self._cancel_query)
         await close_gracefully(self._upstream)
 
-    async def _cancel_all(self, abandon: Callable[[], Awaitable[None]]) -> None:
+    async def _cancel_until_silent(self, cancel_query: Callable[[], Awaitable[None]]) -> None:
         """Cancel until a cancel changes nothing; where nothing runs, that is the first one."""
         answered = True
         while answered and not self._upstream.is_closing():
             self._upstream.resume_reading()  # it may have been paused for the client's sake
             before = self.from_upstream.received_bytes
-            await abandon()
+            await cancel_query()
             await asyncio.sleep(CANCEL_ANSWER_SECONDS)
             answered = self.from_upstream.received_bytes > before
 
     def _stop_timers(self) -> None:
-        for timer in (self._grace_timer, self._idle_look):
+        for timer in (self._grace_timer, self._idle_poll_timer):
             if timer is not None:
                 timer.cancel()
 

@@ -113,9 +113,9 @@ class SessionParts:
     startup_timeout_seconds: float
     tls: Callable[[], ssl.SSLContext | None]
     """Gives what clients are offered now: a renewed certificate counts from the next client on."""
-    place: Callable[[], AbstractContextManager[None]]
-    """Takes one of `max_connections` places; raises ProxyError when there is none."""
-    live: OpenSessions = field(default_factory=OpenSessions)
+    slot: Callable[[], AbstractContextManager[None]]
+    """Takes one of `max_connections` slots; raises ProxyError when there is none."""
+    open_sessions: OpenSessions = field(default_factory=OpenSessions)
     idle_timeout_seconds: float = 0
     """Ends a session that was idle for so long; 0: never."""
     lanes: "Callable[[], Lanes | None]" = lambda: None
@@ -158,7 +158,7 @@ class Session:
 
     async def run(self) -> None:
         """Serve the connection from accept to close."""
-        with self._parts.live.session() as live:
+        with self._parts.open_sessions.session() as live:
             try:
                 await self._serve(live)
             finally:
@@ -237,7 +237,7 @@ class Session:
                 await parts.cancels.request(startup.request)
             if not isinstance(startup, StartupReceived):
                 return
-            with parts.place():
+            with parts.slot():
                 passage = self._route(startup.message)
                 live.opening()
                 upstream = await self._dial(passage)
@@ -303,10 +303,10 @@ class Session:
     ) -> Relay:
         """Tell the client that it is served, and hand both connections over to a relay."""
         client, stream = self._stream, upstream.stream
-        abandon = None
+        cancel_query = None
         if key is not None and passage.way.settings.cancel_on_disconnect:
-            abandon = partial(self._parts.cancels.cancel, key)
-        relay = Relay(client.transport, stream.transport, abandon, self._parts.lanes())
+            cancel_query = partial(self._parts.cancels.cancel, key)
+        relay = Relay(client.transport, stream.transport, cancel_query, self._parts.lanes())
         # What either side sent early goes behind what the other is told first.
         shown = None if key is None else key.issued
         client.write(self._startup.accept(upstream.startup.welcome(shown)))

@@ -25,7 +25,7 @@ def watched_lanes() -> "Iterator[Lanes | None]":
         yield None
         return
     loop, lanes = asyncio.get_running_loop(), native.lanes.Lanes()
-    loop.add_reader(lanes, lanes.turn)
+    loop.add_reader(lanes, lanes.run_ready)
     try:
         yield lanes
     finally:

@@ -19,7 +19,7 @@ from proxy.file_stamp import Stamp, stamp_of
 from proxy.transport.key_exchange import asked_curve
 
 if TYPE_CHECKING:  # not there where it was not built
-    from proxy.native.tls import ClientContext, Engine
+    from proxy.native.tls import ClientContext, TLSConnection
 
 # The most plaintext that a record holds (RFC 8446): a read of so much always takes a whole one.
 _RECORD_BYTES_MAX: Final = 16 * 1024
@@ -107,7 +107,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         "_tls",
         "_write_ended",
         "asked_curve",
-        "engine",
+        "compiled",
         "lower",
         "pause_writing",
         "resume_writing",
@@ -126,7 +126,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         super().__init__()
         self.lower = lower
         self.asked_curve: str | None = None
-        self.engine: Engine | None = None
+        self.compiled: TLSConnection | None = None
         """The TLS itself, if it is the compiled one."""
         if isinstance(context, ssl.SSLContext):
             self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -134,11 +134,11 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
                 self._incoming, self._outgoing, server_side, server_hostname
             )
         else:
-            self.engine = engine = native.tls.Engine(context, server_hostname)
+            self.compiled = compiled = native.tls.TLSConnection(context, server_hostname)
             # The same by its methods: what is below serves both.
-            self._incoming = cast(ssl.MemoryBIO, native.tls.Incoming(engine))
-            self._outgoing = cast(ssl.MemoryBIO, native.tls.Outgoing(engine))
-            self._tls = cast(ssl.SSLObject, engine)
+            self._incoming = cast(ssl.MemoryBIO, native.tls.Incoming(compiled))
+            self._outgoing = cast(ssl.MemoryBIO, native.tls.Outgoing(compiled))
+            self._tls = cast(ssl.SSLObject, compiled)
         # What each read and write needs, looked up once.
         self._feed = self._incoming.write
         self._decrypt = self._tls.read
@@ -309,7 +309,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         self._app.connection_lost(exc)
 
     def take_back(self, error: ssl.SSLError | None) -> None:
-        """Go on with the connection after somebody else has read it, by way of `engine`.
+        """Go on with the connection after somebody else has read it, by way of `compiled`.
 
         `error` is what reading ended with, if that was TLS's own end or a failure of it.
         """

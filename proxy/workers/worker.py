@@ -102,7 +102,7 @@ class Worker:
             settings,
             starting_max=self._starting_max,
             workspaces=self._accounts,
-            places=SharedSlots(self._counters, self._slot, settings.listen.max_connections),
+            slots=SharedSlots(self._counters, self._slot, settings.listen.max_connections),
             cancel_elsewhere=self._cancel_elsewhere,
         )
         async with AsyncExitStack() as stack:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MIB = 1024 * 1024
 ENCRYPTED = pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "tls"])
-FAREWELL = ErrorResponse.fatal("57P01", "terminating connection")
+SHUTTING_DOWN = ErrorResponse.fatal("57P01", "terminating connection")
 
 
 # -- order ---------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ async def test_what_was_queued_before_the_relay_began_goes_first(
         upstream = setting.upstream.writer.transport
         received = setting.client.receive_now()
         upstream.write(setting.upstream.encrypted(answer) if encrypted else answer)
-        setting.lanes.turn()
+        setting.lanes.run_ready()
         received += await setting.client.receive_exactly(4 * MIB + 1000 - len(received))
         assert received == welcome + answer
 
@@ -139,15 +139,15 @@ async def it_is_cancelled_while_it_closes(setting: Relayed) -> None:
 
 
 async def it_is_to_end_when_idle(setting: Relayed) -> None:
-    setting.relay.end_when_idle(EndReason.SHUTDOWN, FAREWELL)
+    setting.relay.end_when_idle(EndReason.SHUTDOWN, SHUTTING_DOWN)
 
 
-async def it_is_to_end_after_a_lull(setting: Relayed) -> None:
-    setting.relay.end_when_idle(EndReason.SHUTDOWN, FAREWELL, grace_seconds=0.01)
+async def it_is_to_end_after_the_idle_grace(setting: Relayed) -> None:
+    setting.relay.end_when_idle(EndReason.SHUTDOWN, SHUTTING_DOWN, grace_seconds=0.01)
 
 
 async def it_was_idle_for_long(setting: Relayed) -> None:
-    setting.relay.end_after_idle(0.01, FAREWELL)
+    setting.relay.end_after_idle(0.01, SHUTTING_DOWN)
 
 
 @ENCRYPTED
@@ -164,7 +164,7 @@ async def it_was_idle_for_long(setting: Relayed) -> None:
         it_is_cancelled,
         it_is_cancelled_while_it_closes,
         it_is_to_end_when_idle,
-        it_is_to_end_after_a_lull,
+        it_is_to_end_after_the_idle_grace,
         it_was_idle_for_long,
     ],
 )
@@ -246,8 +246,8 @@ class Way:
             self.lanes,
             self.near.fileno(),
             self.sink.fileno(),
-            opens=None,
-            seals=None,
+            source_tls=None,
+            sink_tls=None,
             activity=native.activity.Activity(),
             from_upstream=True,
             owner=self,
@@ -332,14 +332,14 @@ def test_a_descriptor_that_is_given_anew_in_the_same_turn_is_the_new_ones(lanes:
     first.then = then
     first.source.close()
     second.source.send(b"the second's")
-    lanes.turn()
+    lanes.run_ready()
     assert first.ended == [None]
     assert (second.ended, second.over) == ([], [])
     (new,) = reborn
     assert new.near.fileno() == number
     assert (new.taken(), new.ended) == (b"", [])
     new.source.send(b"the new one's")
-    lanes.turn()
+    lanes.run_ready()
     assert new.taken() == b"the new one's"
     first.close()
     new.close()
@@ -350,7 +350,7 @@ def test_a_callback_that_fails_ends_its_own_lane_and_no_other(lanes: "Lanes") ->
     fill(first.sink)
     first.source.send(b"x")
     second.source.send(b"y")
-    lanes.turn()
+    lanes.run_ready()
     assert first.ended == [first.failure]
     assert second.taken() == b"y"
     assert len(lanes) == 1
@@ -367,9 +367,9 @@ def test_an_end_that_fails_is_told_and_its_lane_is_closed_all_the_same(lanes: "L
     way.then = fail
     way.source.close()
     with pytest.raises(ZeroDivisionError):
-        lanes.turn()
+        lanes.run_ready()
     assert (len(lanes), way.ended) == (0, [None])
-    lanes.turn()
+    lanes.run_ready()
     way.close()
 
 
@@ -378,7 +378,7 @@ def test_what_a_full_sink_does_not_take_is_handed_over_whole(lanes: "Lanes") -> 
     filled = fill(way.sink)
     content = bytes(range(256)) * 100
     way.source.send(content)
-    lanes.turn()
+    lanes.run_ready()
     received = bytearray()
     while some := way.taken():
         received += some
@@ -403,10 +403,10 @@ def test_a_lane_that_cannot_be_watched_again_ends(lanes: "Lanes") -> None:
 def test_a_closed_lane_does_nothing_more(lanes: "Lanes") -> None:
     way = Way(lanes)
     way.lane.close()
-    for call in (way.lane.close, way.lane.pause, way.lane.resume, lanes.turn):
+    for call in (way.lane.close, way.lane.pause, way.lane.resume, lanes.run_ready):
         call()
     way.source.send(b"x")
-    lanes.turn()
+    lanes.run_ready()
     assert (way.taken(), way.over, way.ended, len(lanes)) == (b"", [], [], 0)
     way.close()
 
@@ -416,7 +416,7 @@ def test_more_lanes_than_a_turn_has_events_for_are_all_served(lanes: "Lanes") ->
     for number, way in enumerate(ways):
         way.source.send(b"%d" % number)
     for _ in range(5):
-        lanes.turn()
+        lanes.run_ready()
     assert [way.taken() for way in ways] == [b"%d" % number for number in range(300)]
     for way in ways:
         way.close()

@@ -181,7 +181,7 @@ async def test_an_error_that_another_left_with_openssl_is_not_the_streams(
         setting.upstream.writer.write(sent)
         with pytest.raises(ValueError, match="unknown object"):
             ssl._ASN1Object("nonsense.bad")  # the one that leaves its error
-        setting.lanes.turn()
+        setting.lanes.run_ready()
         assert await setting.client.receive_all() == b"back"
         setting.client.sock.close()
         assert (await setting.end()).reason is CLOSED

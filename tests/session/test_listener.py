@@ -1,4 +1,4 @@
-"""The listener: places, one task a connection, a flood's bound, drain, and its failures."""
+"""The listener: slots, one task a connection, a flood's bound, drain, and its failures."""
 
 import asyncio
 import contextlib
@@ -52,9 +52,9 @@ async def listening(
 ) -> AsyncIterator[Listening]:
     metrics = build_metrics()
     settings = ListenSettings(port=0, max_connections=max_connections)
-    places = Slots(settings.max_connections)
+    slots = Slots(settings.max_connections)
     listener = Listener(
-        settings, places, metrics, serve, memory_trim=memory_trim, starting_max=starting_max
+        settings, slots, metrics, serve, memory_trim=memory_trim, starting_max=starting_max
     )
     async with listener.accepting() as address:
         yield Listening(listener, metrics, address)
@@ -66,25 +66,25 @@ def log() -> Iterator[LogLines]:
         yield lines
 
 
-@pytest.mark.parametrize("places_max", [1, 2, 3])
-def test_there_are_exactly_as_many_places_as_configured(places_max: int) -> None:
-    places = Slots(places_max)
+@pytest.mark.parametrize("slots_max", [1, 2, 3])
+def test_there_are_exactly_as_many_slots_as_configured(slots_max: int) -> None:
+    slots = Slots(slots_max)
     with ExitStack() as stack:
-        for _ in range(places_max):
-            stack.enter_context(places.take())
-        with pytest.raises(ProxyError) as raised, places.take():
+        for _ in range(slots_max):
+            stack.enter_context(slots.take())
+        with pytest.raises(ProxyError) as raised, slots.take():
             pass
         assert raised.value.kind is ErrorKind.TOO_MANY_CONNECTIONS
-        assert places.taken == places_max
-    assert places.taken == 0
+        assert slots.taken == slots_max
+    assert slots.taken == 0
 
 
-def test_a_place_is_given_back_when_the_session_fails() -> None:
-    places = Slots(1)
-    with pytest.raises(RuntimeError), places.take():
+def test_a_slot_is_given_back_when_the_session_fails() -> None:
+    slots = Slots(1)
+    with pytest.raises(RuntimeError), slots.take():
         raise RuntimeError
-    with places.take():
-        assert places.taken == 1
+    with slots.take():
+        assert slots.taken == 1
 
 
 async def exchange(client: PlainClient, content: bytes) -> None:
@@ -183,7 +183,7 @@ async def test_a_flood_is_one_warning(log: LogLines) -> None:
         assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 5
     (line,) = log.above_info()
     assert line["event"] == "connections are cut: too many are starting"
-    assert line["unserved"] == 2
+    assert line["starting"] == 2
 
 
 async def test_an_address_in_use_is_an_os_error_and_nothing_else() -> None:
@@ -252,13 +252,13 @@ async def test_a_connection_that_waits_in_the_backlog_at_the_end_is_cut() -> Non
                 await assert_cut(PlainClient(sock))
 
 
-async def test_connections_that_only_start_do_not_use_up_the_places_of_sessions() -> None:
-    # Once both were counted together: 1005 idle sockets shut out everybody, with all places free.
-    places = Slots(1)
+async def test_connections_that_only_start_do_not_use_up_the_slots_of_sessions() -> None:
+    # Once both were counted together: 1005 idle sockets shut out everybody, with all slots free.
+    slots = Slots(1)
     metrics = build_metrics()
-    listener = Listener(ListenSettings(port=0, max_connections=1), places, metrics, echo)
+    listener = Listener(ListenSettings(port=0, max_connections=1), slots, metrics, echo)
     async with listener.accepting() as address:
-        with places.take():
+        with slots.take():
             async with AsyncExitStack() as stack:
                 for _ in range(5):
                     reader, writer = await asyncio.open_connection(*address)

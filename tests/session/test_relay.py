@@ -239,7 +239,7 @@ async def test_the_first_end_is_the_reason_when_the_other_follows(setting: Setti
 
 async def test_an_end_is_not_waited_for_twice(setting: Setting) -> None:
     # The upstream ended, then the client: nobody is there whom a delay could serve. This once
-    # kept a client's place for two more seconds.
+    # kept a client's slot for two more seconds.
     loop = asyncio.get_running_loop()
     setting.upstream.half_close()
     assert await setting.client.receive_rest() == b""

@@ -138,7 +138,7 @@ async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged(
         raise ZeroDivisionError("a bug")
 
     metrics, keys, settings = build_metrics(), CancelKeys(), ListenSettings(port=0)
-    places = Slots(1)
+    slots = Slots(1)
     parts = SessionParts(
         route=bug,
         cancel_keys=keys,
@@ -146,12 +146,12 @@ async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged(
         metrics=metrics,
         startup_timeout_seconds=5,
         tls=lambda: None,
-        place=places.take,
+        slot=slots.take,
     )
-    listener = Listener(settings, places, metrics, lambda stream: Session(stream, parts).run())
+    listener = Listener(settings, slots, metrics, lambda stream: Session(stream, parts).run())
     with captured_log() as log:
         async with listener.accepting() as (host, port):
-            for _ in range(2):  # the place is free again
+            for _ in range(2):  # the slot is free again
                 async with plain_client(Where(host, port)) as client:
                     await client.send(startup())
                     error = await client.error()
@@ -294,7 +294,7 @@ async def test_a_session_that_a_bug_ends_while_it_is_relayed_has_its_line(proxy:
         metrics=metrics,
         startup_timeout_seconds=5,
         tls=lambda: None,
-        place=Slots(1).take,
+        slot=Slots(1).take,
     )
     listener = Listener(settings, Slots(1), metrics, lambda stream: Session(stream, parts).run())
     with captured_log() as log:

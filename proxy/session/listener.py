@@ -9,17 +9,17 @@ import asyncio
 import itertools
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from proxy.config import ListenSettings
-from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
 from proxy.session.drain import OpenSessions
 from proxy.session.end_reason import EndReason
 from proxy.session.memory_trim import MemoryTrim
+from proxy.session.slots import SlotSource
 from proxy.transport.sockets import listen_unix
 from proxy.transport.stream import StartupStream
 
@@ -40,38 +40,6 @@ _log = get_logger(__name__)
 def socket_name(port: int) -> str:
     """Return the name that drivers look for in a directory, for a server on this port."""
     return f".s.PGSQL.{port}"
-
-
-class SlotSource(Protocol):
-    """Slots for sessions; `taken` are those of this process."""
-
-    @property
-    def taken(self) -> int: ...
-
-    def take(self) -> AbstractContextManager[None]:
-        """Hold a slot while the block runs. Raises ProxyError when none is free."""
-
-
-class Slots:
-    """The `max_connections` slots of a listener."""
-
-    def __init__(self, slots_max: int) -> None:
-        self._slots_max = slots_max
-        self.taken = 0
-
-    def take(self) -> AbstractContextManager[None]:
-        """Hold a slot while the block runs. Raises ProxyError when none is free."""
-        return self
-
-    def __enter__(self) -> None:
-        """Take a slot. One object serves all who hold one: it is only counted."""
-        if self.taken >= self._slots_max:
-            raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
-        self.taken += 1
-
-    def __exit__(self, *_: object) -> None:
-        """Give a slot back."""
-        self.taken -= 1
 
 
 class _AcceptedStream(StartupStream):

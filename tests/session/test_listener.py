@@ -1,21 +1,21 @@
-"""The listener: slots, one task a connection, a flood's bound, drain, and its failures."""
+"""The listener: one task a connection, a flood's bound, drain, and its failures."""
 
 import asyncio
 import contextlib
 import resource
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
 from proxy.config import ListenSettings
-from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.server.app import build_metrics
-from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, Slots
+from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener
 from proxy.session.memory_trim import SESSIONS_MIN, MemoryTrim
+from proxy.session.slots import Slots
 from proxy.transport.stream import StartupStream
 from tests.support.plain_client import PlainClient, plain_client
 from tests.support.running import LogLines, captured_log, eventually
@@ -64,27 +64,6 @@ async def listening(
 def log() -> Iterator[LogLines]:
     with captured_log() as lines:
         yield lines
-
-
-@pytest.mark.parametrize("slots_max", [1, 2, 3])
-def test_there_are_exactly_as_many_slots_as_configured(slots_max: int) -> None:
-    slots = Slots(slots_max)
-    with ExitStack() as stack:
-        for _ in range(slots_max):
-            stack.enter_context(slots.take())
-        with pytest.raises(ProxyError) as raised, slots.take():
-            pass
-        assert raised.value.kind is ErrorKind.TOO_MANY_CONNECTIONS
-        assert slots.taken == slots_max
-    assert slots.taken == 0
-
-
-def test_a_slot_is_given_back_when_the_session_fails() -> None:
-    slots = Slots(1)
-    with pytest.raises(RuntimeError), slots.take():
-        raise RuntimeError
-    with slots.take():
-        assert slots.taken == 1
 
 
 async def exchange(client: PlainClient, content: bytes) -> None:

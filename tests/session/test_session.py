@@ -20,8 +20,9 @@ from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App, build_metrics, serving
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
-from proxy.session.listener import Listener, Slots
+from proxy.session.listener import Listener
 from proxy.session.session import Passage, Session, SessionParts
+from proxy.session.slots import Slots
 from proxy.upstream.connector import Connector
 from proxy.wire.messages import (
     AuthenticationOk,

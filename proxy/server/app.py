@@ -25,10 +25,10 @@ from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
 from proxy.session.drain import OpenSessions
 from proxy.session.end_reason import EndReason
+from proxy.session.fast_path import watched_lanes
 from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, socket_name
 from proxy.session.session import Passage, Session, SessionParts, StartupFailure
 from proxy.session.slots import Slots, SlotSource
-from proxy.transport.lanes import watched_lanes
 from proxy.transport.tls import server_context
 from proxy.upstream.connector import Connector
 from proxy.upstream.upstreams import LocalWorkspaceRegistry, PhaseTook, WorkspaceRegistry

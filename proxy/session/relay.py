@@ -16,15 +16,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from proxy import native
-from proxy.session.direction import Direction, can_have_lane
+from proxy.session.direction import Direction
 from proxy.session.end_reason import EndReason, RelayEnd
+from proxy.session.fast_path import LANE_BUFFER_BYTES_MAX, FastPath
 from proxy.transport.graceful_close import LINGER_SECONDS, close_gracefully
 from proxy.wire.activity import Activity
 from proxy.wire.messages import ErrorResponse, Terminate
 
 if TYPE_CHECKING:  # not there where it was not built
-    from proxy.native.activity import Activity as CompiledActivity
     from proxy.native.lanes import Lanes
 
 BUFFER_BYTES_MAX: Final = 64 * 1024
@@ -67,13 +66,8 @@ class Relay:
         self._client = client
         self._upstream = upstream
         self._cancel_query = cancel_query
-        self._lanes: tuple[Lanes, CompiledActivity] | None = None
-        activity: Activity | CompiledActivity
-        if lanes is not None and can_have_lane(client) and can_have_lane(upstream):
-            activity = native.activity.Activity()
-            self._lanes = lanes, activity
-        else:
-            activity = Activity()
+        self._fast_path = FastPath.between(client, upstream, lanes)
+        activity = Activity() if self._fast_path is None else self._fast_path.activity
         self._activity = activity
         self._idle_end: _IdleEnd | None = None
         self._grace_timer: asyncio.TimerHandle | None = None
@@ -98,7 +92,9 @@ class Relay:
         )
         self.from_client.reverse = self.from_upstream
         self.from_upstream.reverse = self.from_client
-        self._high_water_bytes = 0 if self._lanes else BUFFER_BYTES_MAX
+        self._high_water_bytes = BUFFER_BYTES_MAX
+        if self._fast_path is not None:
+            self._high_water_bytes = LANE_BUFFER_BYTES_MAX
         for transport in (client, upstream):
             transport.set_write_buffer_limits(high=self._high_water_bytes)
 
@@ -209,22 +205,16 @@ class Relay:
             for transport in (self._client, self._upstream):
                 transport.set_protocol(_NO_PROTOCOL)
                 transport.abort()
-            # They know each other: without this, all that they hold waits for the collector.
-            del self.from_client.reverse, self.from_upstream.reverse
+            # They refer to each other: all that they hold would wait for the garbage collector.
+            self.from_client.reverse = self.from_upstream.reverse = None
         return self.ended(reason)
 
     def _open_lanes(self) -> None:
-        """Take the fast way, unless the session is about to end.
-
-        With a mark of zero a direction is paused as long as anything waits to be sent: so a lane
-        never overtakes what its sink's transport still has.
-        """
+        """Open the session's lanes, unless it is about to end."""
         closing = self._client.is_closing() or self._upstream.is_closing()
-        if self._lanes is None or closing or self._ended.done() or self._idle_end is not None:
+        if self._fast_path is None or closing or self._ended.done() or self._idle_end is not None:
             return
-        with suppress(OSError):  # the transports do the same
-            for direction in (self.from_client, self.from_upstream):
-                direction.open_lane(*self._lanes)
+        self._fast_path.open(self.from_client, self.from_upstream)
 
     def _close_lanes(self) -> None:
         self.from_client.close_lane()

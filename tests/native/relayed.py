@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final, cast
 
 from proxy import native
 from proxy.session.end_reason import RelayEnd
+from proxy.session.fast_path import watched_lanes
 from proxy.session.relay import Relay
-from proxy.transport.lanes import watched_lanes
 from proxy.transport.stream import StartupStream
 from tests.transport.peers import Contexts, Peer, linked, secured
 

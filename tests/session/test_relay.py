@@ -11,8 +11,8 @@ import pytest
 import pytest_asyncio
 
 from proxy.session.end_reason import EndReason, RelayEnd
+from proxy.session.fast_path import watched_lanes
 from proxy.session.relay import BUFFER_BYTES_MAX, Relay
-from proxy.transport.lanes import watched_lanes
 from tests.support.compiled import need_compiled
 from tests.support.running import eventually
 

@@ -23,7 +23,6 @@ from proxy.routing.router import Router
 from proxy.server.lifecycle import Lifecycle
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
-from proxy.session.drain import OpenSessions
 from proxy.session.end_reason import EndReason
 from proxy.session.fast_path import watched_lanes
 from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, socket_name
@@ -161,7 +160,6 @@ class App:
         return await self.entrance.drain(drain_seconds, accept_seconds=accept_seconds)
 
     def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
-        open_sessions = OpenSessions()
         parts = SessionParts(
             route=self._passage,
             cancel_keys=self.cancel_keys,
@@ -170,7 +168,6 @@ class App:
             startup_timeout_seconds=settings.listen.startup_timeout_seconds,
             tls=lambda: self._tls,
             slot=self.slots.take,
-            open_sessions=open_sessions,
             idle_timeout_seconds=settings.listen.idle_timeout_seconds,
             lanes=lambda: self.lanes,
         )
@@ -178,8 +175,7 @@ class App:
             settings.listen,
             self.slots,
             self.metrics,
-            lambda stream: Session(stream, parts).run(),
-            open_sessions,
+            lambda stream, entry: Session(stream, entry, parts).run(),
             starting_max=starting_max,
         )
 

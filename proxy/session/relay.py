@@ -13,15 +13,16 @@ session can be ended between two messages. What ends first is the cause of the s
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from proxy.observe.target_stats import Carried
 from proxy.session.direction import Direction
 from proxy.session.end_reason import EndReason, RelayEnd
 from proxy.session.fast_path import LANE_BUFFER_BYTES_MAX, FastPath
 from proxy.transport.graceful_close import LINGER_SECONDS, close_gracefully
 from proxy.wire.activity import Activity
-from proxy.wire.messages import ErrorResponse, Terminate
+from proxy.wire.messages import Terminate
 
 if TYPE_CHECKING:  # not there where it was not built
     from proxy.native.lanes import Lanes
@@ -31,22 +32,8 @@ BUFFER_BYTES_MAX: Final = 64 * 1024
 # pipeline may have begun, and it is cancelled again, but not for longer than this in all.
 CANCEL_ANSWER_SECONDS: Final = 0.25
 CANCELS_SECONDS_MAX: Final = 10.0
-# An idle timeout is looked for so often in its time: so much too late, at most, a session ends.
-IDLE_POLLS: Final = 8
-# And not more often than this, however short its time.
-IDLE_POLL_SECONDS_MIN: Final = 0.05
-
 _TERMINATE: Final = Terminate().encode()
 _NO_PROTOCOL: Final = asyncio.Protocol()  # of a connection that is over
-
-
-@dataclass(frozen=True, slots=True)
-class _IdleEnd:
-    """How a session is to end as soon as it is idle."""
-
-    reason: EndReason
-    error: bytes
-    grace_seconds: float
 
 
 class Relay:
@@ -69,9 +56,6 @@ class Relay:
         self._fast_path = FastPath.between(client, upstream, lanes)
         activity = Activity() if self._fast_path is None else self._fast_path.activity
         self._activity = activity
-        self._idle_end: _IdleEnd | None = None
-        self._grace_timer: asyncio.TimerHandle | None = None
-        self._idle_poll_timer: asyncio.TimerHandle | None = None
         self._ended = ended = asyncio.get_running_loop().create_future()
         self.from_client = Direction(
             client,
@@ -108,72 +92,32 @@ class Relay:
         """Whether the session has ended; the rest is closing both sides."""
         return self._ended.done()
 
-    # -- an end that the proxy wants -------------------------------------------------------------
+    def carried(self) -> Carried:
+        """Return the bytes of both sides until now."""
+        return Carried(self.from_client.received_bytes, self.from_upstream.received_bytes)
 
-    def end_when_idle(
-        self, reason: EndReason, error: ErrorResponse, *, grace_seconds: float = 0
-    ) -> None:
-        """Send the client the error and close both sides, once the session was idle for the grace.
+    # -- an end that the proxy wants: `drain` decides when ---------------------------------------
 
-        What is asked for last holds. A session that never becomes idle goes on: cancel `run`.
-        """
+    def follow_reads(self, on_read: Callable[[], None]) -> None:
+        """Call `on_read` after each read from now on. No lane carries any of them."""
         self._close_lanes()
-        self._idle_end = _IdleEnd(reason, error.encode(), grace_seconds)
-        client_sent, upstream_sent = self._activity.client_sent, self._activity.upstream_sent
-        self.from_client.on_read = lambda data: self._on_activity(client_sent, data)
-        self.from_upstream.on_read = lambda data: self._on_activity(upstream_sent, data)
-        self._on_activity(client_sent, b"")
+        self._fast_path = None
+        self.from_client.on_read = partial(_follow, self._activity.client_sent, on_read)
+        self.from_upstream.on_read = partial(_follow, self._activity.upstream_sent, on_read)
 
-    def end_after_idle(self, seconds: float, error: ErrorResponse) -> None:
-        """Do the same as soon as the session was idle, and no byte came, for so long.
+    def end(self, reason: EndReason, error: bytes) -> None:
+        """Send the client this error and end the session: from here on nothing is relayed.
 
-        It is up to an eighth later, or later by a few looks where its time is shorter than those.
-        A byte costs nothing: only the counts are compared, now and then.
+        Call it while the session is idle. Does nothing when the session has ended.
         """
-        interval = max(seconds / IDLE_POLLS, IDLE_POLL_SECONDS_MIN)
-        call_later = asyncio.get_running_loop().call_later
-        received, quiet_polls = -1, -1
-
-        def poll() -> None:
-            nonlocal received, quiet_polls
-            before, received = (
-                received,
-                self.from_client.received_bytes + self.from_upstream.received_bytes,
-            )
-            quiet_polls = quiet_polls + 1 if received == before else 0
-            if quiet_polls >= IDLE_POLLS and self.idle:
-                self.end_when_idle(EndReason.IDLE_TIMEOUT, error)
-            else:
-                self._idle_poll_timer = call_later(interval, poll)
-
-        poll()
-
-    def _on_activity(self, sent: Callable[[bytes], None], data: bytes) -> None:
-        """Follow a read while the session is to end; the grace period starts again."""
-        sent(data)
-        if self._grace_timer is not None:
-            self._grace_timer.cancel()
-            self._grace_timer = None
-        idle_end = self._idle_end
-        assert idle_end is not None
-        if not self.idle or self._ended.done():
-            return
-        if idle_end.grace_seconds:
-            loop = asyncio.get_running_loop()
-            self._grace_timer = loop.call_later(idle_end.grace_seconds, self._end_now, idle_end)
-        else:
-            self._end_now(idle_end)
-
-    def _end_now(self, idle_end: _IdleEnd) -> None:
-        """End the session, which is idle: from here on nothing is relayed."""
         if self._ended.done() or self._client.is_closing():
             return
-        self._client.write(idle_end.error)
+        self._client.write(error)
         self.from_client.stop_writing()
         self.from_upstream.stop_writing()
         if not self._upstream.is_closing():
             self._upstream.write(_TERMINATE)
-        self._ended.set_result(idle_end.reason)
+        self._ended.set_result(reason)
 
     # -- its run ---------------------------------------------------------------------------------
 
@@ -185,7 +129,6 @@ class Relay:
             self._open_lanes()
             reason = await self._ended
             self._close_lanes()
-            self._stop_timers()
             # What one side sent before its end is flushed to the other; PostgreSQL knows no
             # half-close, so the end of one is the end of both (W34).
             async with asyncio.TaskGroup() as closing:
@@ -201,7 +144,6 @@ class Relay:
                     )
         finally:
             self._close_lanes()
-            self._stop_timers()
             for transport in (self._client, self._upstream):
                 transport.set_protocol(_NO_PROTOCOL)
                 transport.abort()
@@ -212,7 +154,7 @@ class Relay:
     def _open_lanes(self) -> None:
         """Open the session's lanes, unless it is about to end."""
         closing = self._client.is_closing() or self._upstream.is_closing()
-        if self._fast_path is None or closing or self._ended.done() or self._idle_end is not None:
+        if self._fast_path is None or closing or self._ended.done():
             return
         self._fast_path.open(self.from_client, self.from_upstream)
 
@@ -243,13 +185,15 @@ class Relay:
             await asyncio.sleep(CANCEL_ANSWER_SECONDS)
             answered = self.from_upstream.received_bytes > before
 
-    def _stop_timers(self) -> None:
-        for timer in (self._grace_timer, self._idle_poll_timer):
-            if timer is not None:
-                timer.cancel()
-
     def ended(self, reason: EndReason) -> RelayEnd:
         """Return the end for this reason, unless another one came first: that is the cause."""
         if self._ended.done() and not self._ended.cancelled():
             reason = self._ended.result()
-        return RelayEnd(reason, self.from_client.received_bytes, self.from_upstream.received_bytes)
+        carried = self.carried()
+        return RelayEnd(reason, carried.client_bytes, carried.upstream_bytes)
+
+
+def _follow(sent: Callable[[bytes], None], on_read: Callable[[], None], data: bytes) -> None:
+    """Track a read, then tell of it."""
+    sent(data)
+    on_read()

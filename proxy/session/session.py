@@ -10,7 +10,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum, unique
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Final
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
-from proxy.observe.target_stats import Carried
 from proxy.routing.router import Route
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
-from proxy.session.drain import OpenSession, OpenSessions
+from proxy.session.drain import OpenSession
 from proxy.session.end_reason import EndReason, RelayEnd
 from proxy.session.relay import Relay
 from proxy.transport.sockets import is_unix
@@ -115,7 +114,6 @@ class SessionParts:
     """Gives what clients are offered now: a renewed certificate counts from the next client on."""
     slot: Callable[[], AbstractContextManager[None]]
     """Takes one of `max_connections` slots; raises ProxyError when there is none."""
-    open_sessions: OpenSessions = field(default_factory=OpenSessions)
     idle_timeout_seconds: float = 0
     """Ends a session that was idle for so long; 0: never."""
     lanes: "Callable[[], Lanes | None]" = lambda: None
@@ -130,7 +128,7 @@ class Session:
     """
 
     __slots__ = (
-        "_begun_at",
+        "_entry",
         "_key",
         "_parts",
         "_relay",
@@ -142,8 +140,9 @@ class Session:
         "_tls",
     )
 
-    def __init__(self, stream: StartupStream, parts: SessionParts) -> None:
+    def __init__(self, stream: StartupStream, entry: OpenSession, parts: SessionParts) -> None:
         self._stream = stream
+        self._entry = entry
         self._parts = parts
         # A unix socket's bytes do not leave the machine: TLS is refused there as PostgreSQL does.
         self._tls = None if is_unix(stream.transport) else parts.tls()
@@ -154,17 +153,15 @@ class Session:
         self._shard = ""
         self._relay: Relay | None = None
         self._started_at_host = ""  # until that is logged
-        self._begun_at = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
         """Serve the connection from accept to close."""
-        with self._parts.open_sessions.session() as live:
-            try:
-                await self._serve(live)
-            finally:
-                live.closing()
-                if self._relay is None:  # which closes both connections
-                    await self._stream.close()
+        try:
+            await self._serve(self._entry)
+        finally:
+            self._entry.closing()
+            if self._relay is None:  # which closes both connections
+                await self._stream.close()
 
     # -- startup ---------------------------------------------------------------------------------
 
@@ -246,8 +243,7 @@ class Session:
                     relay = self._hand_over(passage, upstream, key)
                     # It may go on for days: what it only began with is not kept so long.
                     del startup, passage, upstream, key, self._startup
-                    live.relaying(relay)
-                    with parts.metrics.session(self._target, self._carried):
+                    with parts.metrics.session(self._target, relay.carried):
                         end = await relay.run()
             self._note_end(end)
         except asyncio.CancelledError:
@@ -311,6 +307,7 @@ class Session:
         shown = None if key is None else key.issued
         client.write(self._startup.accept(upstream.startup.welcome(shown)))
         self._relay = relay  # from here on no refusal can be told
+        self._entry.relaying(relay)
         upstream_gone = stream.gone
         relay.from_upstream.data_received(
             upstream.startup.trailing_data() + stream.hand_over(relay.from_upstream)
@@ -320,8 +317,8 @@ class Session:
         )
         if upstream_gone.done():
             relay.from_upstream.eof_received()
-        if timeout_seconds := self._parts.idle_timeout_seconds:
-            relay.end_after_idle(timeout_seconds, ProxyError(ErrorKind.IDLE_TIMEOUT).response())
+        if self._parts.idle_timeout_seconds:
+            self._entry.end_after_idle(self._parts.idle_timeout_seconds)
         self._started_at_host = upstream.target.host
         asyncio.get_running_loop().call_later(_LINE_SECONDS, self._log_start)
         return relay
@@ -362,14 +359,9 @@ class Session:
         """Return what a log line says of where it goes."""
         return {"target": self._target} | ({"shard_key": self._key} if self._key else {})
 
-    def _carried(self) -> Carried:
-        relay = self._relay
-        assert relay is not None
-        return Carried(relay.from_client.received_bytes, relay.from_upstream.received_bytes)
-
     def _duration_seconds(self) -> float:
         """Return the time since accept, as the log shows it."""
-        return round(asyncio.get_running_loop().time() - self._begun_at, 3)
+        return round(asyncio.get_running_loop().time() - self._entry.started_at, 3)
 
     @asynccontextmanager
     async def _while_connected(self) -> AsyncIterator[None]:

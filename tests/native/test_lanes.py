@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proxy import native
+from proxy.session.drain import IdleEnd
 from proxy.session.end_reason import EndReason
 from proxy.wire.messages import ErrorResponse
 from tests.native.relayed import Relayed, relayed
@@ -139,15 +140,15 @@ async def it_is_cancelled_while_it_closes(setting: Relayed) -> None:
 
 
 async def it_is_to_end_when_idle(setting: Relayed) -> None:
-    setting.relay.end_when_idle(EndReason.SHUTDOWN, SHUTTING_DOWN)
+    IdleEnd(setting.relay).when_idle(EndReason.SHUTDOWN, SHUTTING_DOWN)
 
 
 async def it_is_to_end_after_the_idle_grace(setting: Relayed) -> None:
-    setting.relay.end_when_idle(EndReason.SHUTDOWN, SHUTTING_DOWN, grace_seconds=0.01)
+    IdleEnd(setting.relay).when_idle(EndReason.SHUTDOWN, SHUTTING_DOWN, grace_seconds=0.01)
 
 
 async def it_was_idle_for_long(setting: Relayed) -> None:
-    setting.relay.end_after_idle(0.01, SHUTTING_DOWN)
+    IdleEnd(setting.relay).after_idle(0.01, SHUTTING_DOWN)
 
 
 @ENCRYPTED

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
@@ -13,17 +13,16 @@ from proxy.config import ListenSettings
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.server.app import build_metrics
-from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener
+from proxy.session.drain import OpenSession
+from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, Serve
 from proxy.session.memory_trim import SESSIONS_MIN, MemoryTrim
 from proxy.session.slots import Slots
 from proxy.transport.stream import StartupStream
 from tests.support.plain_client import PlainClient, plain_client
 from tests.support.running import LogLines, captured_log, eventually
 
-Serve = Callable[[StartupStream], Coroutine[None, None, None]]
 
-
-async def echo(stream: StartupStream) -> None:
+async def echo(stream: StartupStream, _entry: OpenSession) -> None:
     while received := await stream.receive():
         stream.write(received)
     await stream.close()
@@ -98,7 +97,7 @@ async def test_memory_is_given_back_after_many_connections() -> None:
 
 
 async def test_every_line_of_a_connection_carries_its_number(log: LogLines) -> None:
-    async def serve(stream: StartupStream) -> None:
+    async def serve(stream: StartupStream, _entry: OpenSession) -> None:
         get_logger("proxy.session").info("served")
         stream.transport.close()
 
@@ -110,11 +109,11 @@ async def test_every_line_of_a_connection_carries_its_number(log: LogLines) -> N
 
 
 async def test_a_bug_costs_one_session_and_is_logged_and_counted(log: LogLines) -> None:
-    async def serve(stream: StartupStream) -> None:
+    async def serve(stream: StartupStream, entry: OpenSession) -> None:
         if (first := await stream.receive()) == b"bad":
             raise ZeroDivisionError("a bug")
         stream.write(first)
-        await echo(stream)
+        await echo(stream, entry)
 
     async with listening(serve) as there:
         async with plain_client(there) as good, plain_client(there) as bad:
@@ -199,24 +198,6 @@ async def test_a_drain_without_connections_ends_at_once() -> None:
                 pass
 
 
-async def test_a_drain_waits_for_those_that_end_and_cuts_none() -> None:
-    async with listening() as there, plain_client(there) as client:
-        await exchange(client, b"x")
-        draining = asyncio.create_task(there.listener.drain(60))
-        await exchange(client, b"y")
-        assert not draining.done()
-        client.close()
-        assert await draining == 0
-
-
-async def test_a_drain_cuts_what_is_left_and_says_how_many() -> None:
-    async with listening() as there, plain_client(there) as one, plain_client(there) as two:
-        async with plain_client(there) as leaving:
-            for client in (one, two, leaving):
-                await exchange(client, b"x")
-        assert await there.listener.drain(0.1) == 2
-
-
 async def test_a_connection_that_waits_in_the_backlog_at_the_end_is_cut() -> None:
     # It is accepted by the kernel, perhaps by the loop, and has no task yet.
     for turns in range(10):
@@ -270,10 +251,10 @@ async def accepted_elsewhere() -> AsyncIterator[tuple[socket.socket, socket.sock
 async def test_a_connection_that_was_accepted_elsewhere_is_served_like_one_of_its_own() -> None:
     options: list[list[int]] = []
 
-    async def noted(stream: StartupStream) -> None:
+    async def noted(stream: StartupStream, entry: OpenSession) -> None:
         sock = stream.transport.get_extra_info("socket")
         options.append([sock.getsockopt(*option) for option in OPTIONS])
-        await echo(stream)
+        await echo(stream, entry)
 
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()

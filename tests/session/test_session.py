@@ -20,7 +20,7 @@ from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App, build_metrics, serving
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
-from proxy.session.listener import Listener
+from proxy.session.listener import Listener, Serve
 from proxy.session.session import Passage, Session, SessionParts
 from proxy.session.slots import Slots
 from proxy.upstream.connector import Connector
@@ -54,6 +54,10 @@ class Where:
 async def proxy(lakebase: Lakebase) -> AsyncIterator[App]:
     async with serving(proxy_settings(lakebase)) as app, watching(app):
         yield app
+
+
+def serving_with(parts: SessionParts) -> Serve:
+    return lambda stream, entry: Session(stream, entry, parts).run()
 
 
 async def until_ready(client: PlainClient) -> list[BackendMessage | Frame]:
@@ -149,7 +153,7 @@ async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged(
         tls=lambda: None,
         slot=slots.take,
     )
-    listener = Listener(settings, slots, metrics, lambda stream: Session(stream, parts).run())
+    listener = Listener(settings, slots, metrics, serving_with(parts))
     with captured_log() as log:
         async with listener.accepting() as (host, port):
             for _ in range(2):  # the slot is free again
@@ -297,7 +301,7 @@ async def test_a_session_that_a_bug_ends_while_it_is_relayed_has_its_line(proxy:
         tls=lambda: None,
         slot=Slots(1).take,
     )
-    listener = Listener(settings, Slots(1), metrics, lambda stream: Session(stream, parts).run())
+    listener = Listener(settings, Slots(1), metrics, serving_with(parts))
     with captured_log() as log:
         async with listener.accepting() as (host, port):
             async with plain_client(Where(host, port)) as client:

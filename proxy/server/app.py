@@ -26,7 +26,8 @@ from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
 from proxy.session.end_reason import EndReason
 from proxy.session.fast_path import watched_lanes
 from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, socket_name
-from proxy.session.session import Passage, Session, SessionParts, StartupFailure
+from proxy.session.session import Passage, Session, SessionParts
+from proxy.session.session_log import StartupFailure
 from proxy.session.slots import Slots, SlotSource
 from proxy.transport.tls import server_context
 from proxy.upstream.connector import Connector

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -44,7 +44,7 @@ Serve = Callable[[StartupStream, OpenSession], Coroutine[None, None, None]]
 
 
 class _AcceptedStream(StartupStream):
-    """A client's link, which tells when it is connected."""
+    """A client's stream, which calls `connected` with itself."""
 
     __slots__ = ("_connected",)
 
@@ -54,9 +54,7 @@ class _AcceptedStream(StartupStream):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        connected = self._connected
-        del self._connected  # it is asked once, and the link lives as long as the session
-        connected(self)
+        self._connected(self)
 
 
 class Listener:
@@ -191,22 +189,30 @@ class Listener:
             _log.warning("connections are cut: too many are starting", starting=starting)
 
     async def _run_adopted(self, sock: socket.socket, number: int, entry: OpenSession) -> None:
-        stream = StartupStream()
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: stream, sock)
-        except OSError:  # its client has gone
-            sock.close()
-        else:
-            await self._run(stream, number, entry)
+        with suppress(OSError):  # the client has gone
+            await self._run(await _stream_of(sock), number, entry)
 
     async def _run(self, stream: StartupStream, number: int, entry: OpenSession) -> None:
         """Serve a connection in its task: no failure leaves it."""
+        transport = stream.transport
         with connection_log(number), self._metrics.connection():
             try:
-                await self._serve(stream, entry)
+                serving = self._serve(stream, entry)
+                del stream  # only a session that starts needs it, which may go on for days
+                await serving
             except Exception:
                 # A bug of ours must cost one session, not all of them.
                 self._metrics.session_ended(EndReason.INTERNAL_ERROR)
                 _log.exception("session failed")
             finally:
-                stream.transport.abort()  # it is closed already, unless the session was cut
+                transport.abort()  # it is closed already, unless the session was cut
+
+
+async def _stream_of(sock: socket.socket) -> StartupStream:
+    """Return a connection that was accepted elsewhere. Raises OSError, and closes the socket."""
+    try:
+        _, stream = await asyncio.get_running_loop().connect_accepted_socket(StartupStream, sock)
+    except OSError:
+        sock.close()
+        raise
+    return stream

@@ -122,14 +122,12 @@ class StartupStream(asyncio.Protocol):
         return cast(ssl.SSLObject, upper.get_extra_info("ssl_object"))
 
     def hand_over(self, protocol: asyncio.Protocol) -> bytes:
-        """Let another protocol have the connection from here on; return what waits unread.
+        """Give the connection to another protocol; return the bytes that wait unread.
 
-        Only `transport` is left of this object then: whoever holds it does so for long.
+        This object receives nothing any more. Release it: a session keeps the transport alone.
         """
         self.transport.set_protocol(protocol)
-        unread = self._take()
-        del self._inbox, self.gone
-        return unread
+        return self._take()
 
     async def close(self) -> None:
         """End the connection so that the peer gets what was written and sees a clean end."""

@@ -5,6 +5,8 @@ A real stand-in is behind it; what drivers and psql see is in `e2e`.
 
 import asyncio
 import contextlib
+import gc
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -23,7 +25,10 @@ from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
 from proxy.session.listener import Listener, Serve
 from proxy.session.session import Passage, Session, SessionParts
 from proxy.session.slots import Slots
+from proxy.session.starting_client import StartingClient
+from proxy.transport.stream import StartupStream
 from proxy.upstream.connector import Connector
+from proxy.wire.client_startup import ClientStartup
 from proxy.wire.messages import (
     AuthenticationOk,
     BackendKeyData,
@@ -35,11 +40,13 @@ from proxy.wire.messages import (
     ReadyForQuery,
 )
 from proxy.wire.startup import CancelRequest, ProtocolVersion, SSLRequest, StartupMessage
+from proxy.wire.upstream_startup import UpstreamStartup
 from tests.support.plain_client import PlainClient, plain_client, query, startup
 from tests.support.running import captured_log, eventually, proxy_settings
 from tests.support.secret_canaries import watching
 
 SERVER_NAME = "localhost"
+STARTUP_OBJECTS = (StartupStream, StartingClient, ClientStartup, UpstreamStartup)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +142,26 @@ async def test_w3_the_tail_behind_the_startup_message_is_not_forwarded_before_re
         answer = await until_ready(client)
     assert all(not isinstance(message, Frame) for message in welcome)
     assert any(isinstance(message, Frame) and b"tail" in message.payload for message in answer)
+
+
+async def test_a_relayed_session_holds_nothing_of_its_startup(proxy: App) -> None:
+    # It may go on for days; a thousand idle ones are to be small.
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as door, socket.socket() as far:
+        far.connect(door.getsockname())
+        near, _ = door.accept()
+        near.setblocking(False)
+        proxy.listener.adopt(near, 7, lambda: None)
+        async with plain_client(proxy) as client:
+            await client.start_up()
+            await loop.run_in_executor(None, far.sendall, startup())
+            async with asyncio.timeout(10):
+                received = b""
+                while ReadyForQuery(b"I").encode() not in received:
+                    received += await loop.run_in_executor(None, far.recv, 65536)
+            gc.collect()
+            held = [each for each in gc.get_objects() if isinstance(each, STARTUP_OBJECTS)]
+            assert held == []
 
 
 async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged() -> None:

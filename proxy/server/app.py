@@ -19,19 +19,24 @@ from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.metrics import ConnectPhase, Metrics
 from proxy.observe.status import State, Status, StatusSource, Token, report
-from proxy.routing.router import Router
+from proxy.routing.router import Route, Router
 from proxy.server.lifecycle import Lifecycle
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
 from proxy.session.end_reason import EndReason
 from proxy.session.fast_path import watched_lanes
 from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, socket_name
-from proxy.session.session import Passage, Session, SessionParts
+from proxy.session.session import Session, SessionParts
 from proxy.session.session_log import StartupFailure
 from proxy.session.slots import Slots, SlotSource
 from proxy.transport.tls import server_context
 from proxy.upstream.connector import Connector
-from proxy.upstream.upstreams import LocalWorkspaceRegistry, PhaseTook, WorkspaceRegistry
+from proxy.upstream.upstreams import (
+    LocalWorkspaceRegistry,
+    PhaseTook,
+    Upstream,
+    WorkspaceRegistry,
+)
 from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import ClientReason
 
@@ -162,7 +167,7 @@ class App:
 
     def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
         parts = SessionParts(
-            route=self._passage,
+            route=self._route,
             cancel_keys=self.cancel_keys,
             cancels=self.cancels,
             metrics=self.metrics,
@@ -190,19 +195,19 @@ class App:
             self.snapshot.hosts(),
         )
 
-    def _passage(self, message: StartupMessage) -> Passage:
-        snapshot = self.snapshot  # whichever it is then: a reload exchanges it
+    async def _route(self, startup: StartupMessage) -> tuple[Route, Upstream]:
+        snapshot = self.snapshot  # the present one: a reload replaces it
         shard_map = snapshot.settings.routing.shard_map
         try:
-            passage = snapshot.passage(message)
+            route, upstream = await snapshot.route(startup)
         except ProxyError as error:
             if shard_map:
                 missed = error.kind is ErrorKind.MAPPING_NOT_FOUND
                 self.metrics.route_refused(shard_map, missed=missed)
             raise
-        if passage.shard:
-            self.metrics.routed(shard_map, passage.shard)
-        return passage
+        if route.shard_map:
+            self.metrics.routed(shard_map, route.target)
+        return route, upstream
 
     def _count_by(self, snapshot: ConfigSnapshot) -> None:
         shard_map = snapshot.router.shard_map

@@ -155,10 +155,13 @@ class OpenSession:
         self.relay: Relay | None = None
 
     def opening(self) -> None:
-        """Enter the stage in which the client waits. Raises ProxyError while a drain runs."""
+        """Enter the stage in which the client waits. A drain that begins then cancels the task."""
+        self.stage = Stage.OPENING
+
+    def refuse_if_draining(self) -> None:
+        """Raise ProxyError if a drain had begun before: no session is opened any more."""
         if self._sessions.draining:
             raise ProxyError(ErrorKind.SHUTTING_DOWN)
-        self.stage = Stage.OPENING
 
     def relaying(self, relay: Relay) -> None:
         """Enter the stage in which the client is served."""

@@ -7,7 +7,7 @@ ErrorResponse, also when the cause is a bug; for one that goes away everything t
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,7 @@ from proxy.session.starting_client import ClientGone, StartingClient
 from proxy.transport.sockets import is_unix
 from proxy.transport.stream import StartupStream
 from proxy.upstream.dialer import UpstreamSession
-from proxy.upstream.upstreams import Upstream
+from proxy.upstream.upstreams import SessionOpener
 from proxy.wire.client_startup import CancelReceived, Disconnected, StartupReceived, Violated
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import StartupMessage
@@ -36,28 +36,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
-    """Where one session goes, on which way, and what it says there."""
-
-    route: Route
-    way: Upstream
-
-    @property
-    def shard(self) -> str:
-        """The target, where a shard map chose it; else empty."""
-        return self.route.target if self.route.shard_map else ""
-
-    async def dial(self) -> UpstreamSession:
-        """Return a session upstream. Raises what `Dialer.dial` does."""
-        return await self.way.dialer.dial(self.route.message)
-
-
-@dataclass(frozen=True, slots=True)
 class SessionParts:
     """What all sessions of a proxy share."""
 
-    route: Callable[[StartupMessage], Passage]
-    """Decides by what is configured now; raises ProxyError for a client that has no way."""
+    route: Callable[[StartupMessage], Awaitable[tuple[Route, SessionOpener]]]
+    """Returns where a client's session goes. Raises ProxyError for one without a target."""
     cancel_keys: CancelKeys
     cancels: CancelForwarder
     metrics: Metrics
@@ -123,15 +106,13 @@ class Session:
         if not isinstance(startup, StartupReceived):
             return
         with parts.slot():
-            passage = self._route(startup.message)
-            self._entry.opening()
-            upstream = await self._open(passage)
+            opener, upstream = await self._open(startup.message)
             with parts.cancel_keys.issue(
                 upstream.startup.key, upstream.target, startup.version
             ) as key:
-                relay = self._start_relay(passage, upstream, key)
+                relay = self._start_relay(opener, upstream, key)
                 # It may run for days: what it started with is released.
-                del startup, passage, upstream, key
+                del startup, opener, upstream, key
                 with parts.metrics.session(self._log.target, relay.carried):
                     end = await relay.run()
         self._log.ended(end)
@@ -161,17 +142,15 @@ class Session:
             self._log.startup_failed(event)
         return None
 
-    def _route(self, message: StartupMessage) -> Passage:
-        """Return where the client goes. Raises ProxyError for one without a way."""
-        passage = self._parts.route(message)
-        self._log.routed(passage.route)
-        return passage
-
-    async def _open(self, passage: Passage) -> UpstreamSession:
-        """Return a session upstream. Raises ClientGone, ProxyError or ClientViolation."""
+    async def _open(self, startup: StartupMessage) -> tuple[SessionOpener, UpstreamSession]:
+        """Open a session upstream. Raises ClientGone, ProxyError or ClientViolation."""
+        self._entry.opening()
         try:
             async with self._client.while_connected():
-                upstream = await passage.dial()
+                route, opener = await self._parts.route(startup)
+                self._log.routed(route)
+                self._entry.refuse_if_draining()
+                upstream = await opener.open(route.message)
         except asyncio.CancelledError:
             # A drain begins, and this client has not been answered yet.
             error = ProxyError(ErrorKind.SHUTTING_DOWN)
@@ -183,7 +162,7 @@ class Session:
             raise ClientGone
         if upstream.stream.transport.is_closing():
             raise ProxyError(ErrorKind.UPSTREAM_LOST)
-        return upstream
+        return opener, upstream
 
     def _refuse(self, reason: str, error: ErrorResponse) -> None:
         self._log.refused(reason, error)
@@ -202,12 +181,12 @@ class Session:
     # -- the relay -------------------------------------------------------------------------------
 
     def _start_relay(
-        self, passage: Passage, upstream: UpstreamSession, key: IssuedKey | None
+        self, opener: SessionOpener, upstream: UpstreamSession, key: IssuedKey | None
     ) -> Relay:
         """Tell the client that it is served, and hand both connections over to a relay."""
         client, stream = self._client, upstream.stream
         cancel_query = None
-        if key is not None and passage.way.settings.cancel_on_disconnect:
+        if key is not None and opener.cancel_on_disconnect:
             cancel_query = partial(self._parts.cancels.cancel, key)
         relay = Relay(client.transport, stream.transport, cancel_query, self._parts.lanes())
         client.accept(upstream.startup.welcome(None if key is None else key.issued))

@@ -31,7 +31,8 @@ from proxy.observe.metrics import ConnectPhase, Metrics
 from proxy.transport.tls import client_context
 from proxy.upstream.address_lookup import AddressLookup, WorkspaceSource
 from proxy.upstream.connector import Connector
-from proxy.upstream.dialer import Dialer
+from proxy.upstream.dialer import Dialer, UpstreamSession
+from proxy.wire.startup import StartupMessage
 from proxy.workspace.client import Workspace
 from proxy.workspace.minter import Minter
 from proxy.workspace.resources import Endpoint, Instance, Resource, resource_of
@@ -39,6 +40,20 @@ from proxy.workspace.token_source import Credentials, CredentialSource, Password
 
 PhaseTook = Callable[[str, ConnectPhase, float], None]
 """Hears the target, the phase that succeeded there, and its seconds."""
+
+
+class SessionOpener(Protocol):
+    """Opens upstream sessions for clients: an `Upstream` does, a pool or admission wraps one."""
+
+    @property
+    def cancel_on_disconnect(self) -> bool:
+        """Whether the query of a client that disappears is cancelled."""
+
+    async def open(self, client: StartupMessage) -> UpstreamSession:
+        """Open a session for this client.
+
+        Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +71,15 @@ class Upstream:
     credentials: CredentialSource
     address_lookup: AddressLookup
     dialer: Dialer
+
+    @property
+    def cancel_on_disconnect(self) -> bool:
+        """Whether the query of a client that disappears is cancelled."""
+        return self.settings.cancel_on_disconnect
+
+    async def open(self, client: StartupMessage) -> UpstreamSession:
+        """Open a session for this client. Raises what `Dialer.dial` does."""
+        return await self.dialer.dial(client)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ async def serve(
 ) -> None:
     try:
         entry.opening()
+        entry.refuse_if_draining()
         client.hand_over(relay.from_client)
         upstream.hand_over(relay.from_upstream)
         entry.relaying(relay)
@@ -164,7 +165,7 @@ async def test_no_session_is_opened_once_a_drain_has_begun() -> None:
     sessions.start(late)
     draining = asyncio.create_task(drained(sessions, 60))
     with pytest.raises(ProxyError) as raised:
-        (await entered).opening()
+        (await entered).refuse_if_draining()
     assert raised.value.kind is ErrorKind.SHUTTING_DOWN
     end.set()
     assert await draining == 0

@@ -8,7 +8,7 @@ import contextlib
 import gc
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,18 @@ import trustme
 from proxy.config import ListenSettings
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
+from proxy.observe.metrics import Metrics
+from proxy.routing.router import Route
 from proxy.server.app import App, build_metrics, serving
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
-from proxy.session.listener import Listener, Serve
-from proxy.session.session import Passage, Session, SessionParts
+from proxy.session.drain import OpenSession
+from proxy.session.listener import Listener
+from proxy.session.session import Session, SessionParts
 from proxy.session.slots import Slots
 from proxy.session.starting_client import StartingClient
 from proxy.transport.stream import StartupStream
 from proxy.upstream.connector import Connector
+from proxy.upstream.upstreams import SessionOpener
 from proxy.wire.client_startup import ClientStartup
 from proxy.wire.messages import (
     AuthenticationOk,
@@ -63,8 +67,28 @@ async def proxy(lakebase: Lakebase) -> AsyncIterator[App]:
         yield app
 
 
-def serving_with(parts: SessionParts) -> Serve:
-    return lambda stream, entry: Session(stream, entry, parts).run()
+Routing = Callable[[StartupMessage], Awaitable[tuple[Route, SessionOpener]]]
+
+
+def listener_with(
+    metrics: Metrics, route: Routing, forwarder: type[CancelForwarder] = CancelForwarder
+) -> Listener:
+    """Return a listener that serves one session at a time, and routes them like this."""
+    keys, slots = CancelKeys(), Slots(1)
+    parts = SessionParts(
+        route=route,
+        cancel_keys=keys,
+        cancels=forwarder(keys, Connector(metrics.connect_phase_took), metrics),
+        metrics=metrics,
+        startup_timeout_seconds=5,
+        tls=lambda: None,
+        slot=slots.take,
+    )
+
+    async def serve(stream: StartupStream, entry: OpenSession) -> None:
+        await Session(stream, entry, parts).run()
+
+    return Listener(ListenSettings(port=0), slots, metrics, serve)
 
 
 async def until_ready(client: PlainClient) -> list[BackendMessage | Frame]:
@@ -166,21 +190,11 @@ async def test_a_relayed_session_holds_nothing_of_its_startup(proxy: App) -> Non
 
 async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged() -> None:
     # What the program did not expect closed the connection without a word.
-    def bug(_message: StartupMessage) -> Passage:
+    async def bug(_startup: StartupMessage) -> tuple[Route, SessionOpener]:
         raise ZeroDivisionError("a bug")
 
-    metrics, keys, settings = build_metrics(), CancelKeys(), ListenSettings(port=0)
-    slots = Slots(1)
-    parts = SessionParts(
-        route=bug,
-        cancel_keys=keys,
-        cancels=CancelForwarder(keys, Connector(metrics.connect_phase_took), metrics),
-        metrics=metrics,
-        startup_timeout_seconds=5,
-        tls=lambda: None,
-        slot=slots.take,
-    )
-    listener = Listener(settings, slots, metrics, serving_with(parts))
+    metrics = build_metrics()
+    listener = listener_with(metrics, bug)
     with captured_log() as log:
         async with listener.accepting() as (host, port):
             for _ in range(2):  # the slot is free again
@@ -198,6 +212,52 @@ async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged(
     assert [line["connection"] for line in failed] == [1, 2]
     assert all(line["reason"] == "internal_error" for line in told)
     assert all("ZeroDivisionError: a bug" in line["exception"] for line in failed)
+
+
+class LookUp:
+    """A route that is looked up for ever; knows how its callers end."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.cancelled = asyncio.Event()
+
+    async def route(self, _startup: StartupMessage) -> tuple[Route, SessionOpener]:
+        self.begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        raise AssertionError
+
+
+async def test_a_client_that_leaves_while_its_route_is_looked_up_ends_the_look_up() -> None:
+    metrics, look_up = build_metrics(), LookUp()
+    async with listener_with(metrics, look_up.route).accepting() as (host, port):
+        async with plain_client(Where(host, port)) as client, asyncio.timeout(10):
+            await client.send(startup())
+            await look_up.begun.wait()
+            client.close()
+            await look_up.cancelled.wait()
+        failed = partial(metrics.value, "startup_failures_total", reason="client_gone")
+        await eventually(lambda: failed() == 1, "it is counted")
+
+
+async def test_a_drain_refuses_a_client_whose_route_is_looked_up() -> None:
+    metrics, look_up = build_metrics(), LookUp()
+    listener = listener_with(metrics, look_up.route)
+    async with (
+        listener.accepting() as (host, port),
+        plain_client(Where(host, port)) as client,
+        asyncio.timeout(10),
+    ):
+        await client.send(startup())
+        await look_up.begun.wait()
+        draining = asyncio.create_task(listener.drain(60))
+        assert (await client.error()).sqlstate == "57P01"
+        assert await client.receive_rest() == b""
+        client.close()
+        assert await draining == 0
 
 
 # -- TLS towards the client; as configured it is in e2e/test_wire_listener_tls.py -----------------
@@ -318,17 +378,8 @@ class BrokenForwarder(CancelForwarder):
 
 
 async def test_a_session_that_a_bug_ends_while_it_is_relayed_has_its_line(proxy: App) -> None:
-    metrics, keys, settings = build_metrics(), CancelKeys(), ListenSettings(port=0)
-    parts = SessionParts(
-        route=proxy.snapshot.passage,
-        cancel_keys=keys,
-        cancels=BrokenForwarder(keys, Connector(metrics.connect_phase_took), metrics),
-        metrics=metrics,
-        startup_timeout_seconds=5,
-        tls=lambda: None,
-        slot=Slots(1).take,
-    )
-    listener = Listener(settings, Slots(1), metrics, serving_with(parts))
+    metrics = build_metrics()
+    listener = listener_with(metrics, proxy.snapshot.route, BrokenForwarder)
     with captured_log() as log:
         async with listener.accepting() as (host, port):
             async with plain_client(Where(host, port)) as client:

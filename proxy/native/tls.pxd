@@ -2,13 +2,12 @@ from proxy.native.openssl cimport SSL, SSL_CTX
 
 
 cdef struct Ciphertext:
-    # What has come from the peer and was not looked at yet: bytes of somebody else's.
+    # What was received from the peer and not read yet; the bytes belong to the caller.
     const char* input
     Py_ssize_t input_bytes
-    # Where to send what is for the peer; -1, or `blocked`: it waits here instead.
+    # The descriptor to send to. With -1, or if `blocked`, the bytes wait in `pending_out`.
     int sink
     bint blocked
-    # What waits to be sent.
     char* pending_out
     Py_ssize_t pending_out_bytes
     Py_ssize_t pending_out_bytes_max

@@ -1,12 +1,12 @@
 # cython: language_level=3
-"""TLS to an upstream through OpenSSL itself: what `ssl.SSLObject` is, for the compiled relay.
+"""TLS to an upstream through OpenSSL itself: an `ssl.SSLObject` for the compiled relay.
 
-For: the relay's fast lane, which decrypts from one shared buffer into another and so needs what
-Python's ssl does not give out. Not for: policy. A context is a copy of an `ssl.SSLContext`, and an
-engine does and raises what an `ssl.SSLObject` would, so that everything above serves both.
+For: lanes, which decrypt from one shared buffer into another. Python's ssl module cannot do that.
+Not for: policy. A context is a copy of an `ssl.SSLContext`, and a `TLSConnection` does and raises
+what an `ssl.SSLObject` would, so that the code above it is the same for both.
 
-The invariant: an engine never touches a descriptor, but for the `sink` that a lane lends it for
-one call. The window belongs to whoever fed it and is empty before the lane lends its own.
+The invariant: a TLSConnection uses no descriptor except the `sink` that a lane sets for one call.
+The input belongs to its caller, and is empty before a lane sets its own buffer.
 """
 
 import os
@@ -24,13 +24,13 @@ cdef extern from "sys/socket.h" nogil:
     ssize_t send(int descriptor, const void* source, size_t size, int flags)
     int MSG_NOSIGNAL
 
-cdef int _PENDING_OUT_BYTES_STEP = 4096  # a handshake's answer; more is asked for as it is needed
+cdef int _PENDING_OUT_BYTES_STEP = 4096  # a message of the handshake; more is allocated as needed
 
 
 # -- OpenSSL's reads and writes ----------------------------------------------------------------
 
 cdef int _read(BIO* bio, char* into, int size) noexcept nogil:
-    """Give OpenSSL of the window; an empty one is "not yet"."""
+    """Pass input to OpenSSL. If there is none, OpenSSL has to try again later."""
     cdef Ciphertext* ciphertext = <Ciphertext*>openssl.BIO_get_data(bio)
     if ciphertext.input_bytes == 0:
         openssl.BIO_set_retry_read(bio)
@@ -44,7 +44,7 @@ cdef int _read(BIO* bio, char* into, int size) noexcept nogil:
 
 
 cdef int _write(BIO* bio, const char* source, int size) noexcept nogil:
-    """Send a record at once where that is possible, and keep the rest."""
+    """Send a record to the sink if possible, and store the rest."""
     cdef Ciphertext* ciphertext = <Ciphertext*>openssl.BIO_get_data(bio)
     cdef ssize_t sent = 0
     if ciphertext.sink >= 0 and ciphertext.pending_out_bytes == 0 and not ciphertext.blocked:
@@ -52,10 +52,10 @@ cdef int _write(BIO* bio, const char* source, int size) noexcept nogil:
         if sent == size:
             return size
         if sent < 0:
-            sent = 0  # full or lost: who sends what is owed will see
+            sent = 0  # full or lost: the transport that sends the rest will find out
     if _append_pending_out(ciphertext, source + sent, size - sent):
         return size
-    openssl.BIO_clear_retry_flags(bio)  # no memory: to write again would not help
+    openssl.BIO_clear_retry_flags(bio)  # no memory: a retry would not help
     return -1
 
 
@@ -91,11 +91,11 @@ openssl.BIO_meth_set_ctrl(_METHOD, _control)
 # -- a context -----------------------------------------------------------------------------------
 
 cdef class ClientContext:
-    """The rules of connections to one kind of upstream.
+    """A copy of the context `like`.
 
-    They are those of `like`; only its authorities cannot be read out of it, so `cafile` is the
-    file of them, None the system's, and `curve` is the one to offer for the key exchange. Raises
-    OSError (ssl.SSLError too) for an unusable file.
+    Authorities and curve cannot be read out of it: `cafile` is the file of the authorities, or
+    None for the system's; `curve` is offered for the key exchange. Raises OSError (ssl.SSLError
+    too) for an unusable file.
     """
 
     def __cinit__(self) -> None:
@@ -125,7 +125,7 @@ cdef class ClientContext:
             and openssl.SSL_CTX_set_cipher_list(context, ciphers)
             and openssl.X509_VERIFY_PARAM_set_flags(rules, like.verify_flags)
         )
-        if curve is not None:  # which cannot be read out of `like` either
+        if curve is not None:
             named = curve.encode()
             taken = taken and openssl.SSL_CTX_set1_groups_list(context, named)
         if not taken:
@@ -141,7 +141,7 @@ cdef class ClientContext:
         if cafile is None:
             loaded = openssl.SSL_CTX_set_default_verify_paths(self._context)
         else:
-            open(cafile, "rb").close()  # its error says more than OpenSSL's
+            open(cafile, "rb").close()  # its error is more precise than OpenSSL's
             path = os.fsencode(cafile)
             loaded = openssl.SSL_CTX_load_verify_locations(self._context, path, NULL)
         if not loaded:
@@ -149,14 +149,14 @@ cdef class ClientContext:
 
 
 cdef int _version(object version) except -1:
-    """Return a bound on the version as OpenSSL has it: 0 is "none"."""
+    """Return a bound on the version for OpenSSL, where 0 is "none"."""
     return 0 if version < 0 else version
 
 
 # -- one connection ------------------------------------------------------------------------------
 
 cdef class TLSConnection:
-    """One connection's TLS. All methods are those of ssl.SSLObject unless they say otherwise."""
+    """The TLS of one connection, with the methods of ssl.SSLObject."""
 
     def __cinit__(self, ClientContext context not None, server_hostname: str | None) -> None:
         cdef BIO* bio
@@ -181,7 +181,7 @@ cdef class TLSConnection:
         free(self.ciphertext.pending_out)
 
     def _set_server_hostname(self, server_hostname: str, check: bool) -> None:
-        """Send the name, and let the certificate be good for it only. Raises ValueError."""
+        """Set the name to send, and to verify the certificate for. Raises ValueError."""
         if not server_hostname or server_hostname.startswith(".") or "\0" in server_hostname:
             raise ValueError("server_hostname cannot be an empty string or start with a dot.")
         plain = server_hostname.encode("idna")
@@ -197,7 +197,7 @@ cdef class TLSConnection:
             openssl.ERR_clear_error()
             raise ValueError("server_hostname is no name of a host")
 
-    # -- what ssl.SSLObject has ------------------------------------------------------------------
+    # -- the methods of ssl.SSLObject ------------------------------------------------------------
 
     def do_handshake(self) -> None:
         openssl.ERR_clear_error()
@@ -247,7 +247,7 @@ cdef class TLSConnection:
     # -- inside ----------------------------------------------------------------------------------
 
     cdef void feed(self, bytes fed):
-        """Take ciphertext of the peer's, behind what has not been looked at."""
+        """Append ciphertext of the peer to the input."""
         if self.ciphertext.input_bytes:
             fed = self.ciphertext.input[: self.ciphertext.input_bytes] + fed
         self._input_buffer = fed
@@ -255,12 +255,12 @@ cdef class TLSConnection:
         self.ciphertext.input_bytes = PyBytes_GET_SIZE(fed)
 
     cdef void _release_input(self):
-        """Forget what was fed once it has been looked at: an idle session keeps no read."""
+        """Release the input when it is used up: an idle session keeps no read."""
         if self.ciphertext.input_bytes == 0:
             self._input_buffer = None
 
     cdef bytes take_pending_out(self):
-        """Return what is to be sent to the peer, and forget it."""
+        """Return what is to be sent to the peer, and release it."""
         pending_out = PyBytes_FromStringAndSize(
             self.ciphertext.pending_out, self.ciphertext.pending_out_bytes
         )
@@ -270,9 +270,9 @@ cdef class TLSConnection:
         return pending_out
 
     cdef object failure(self, int result):
-        """Return what ssl.SSLObject would raise where OpenSSL returned this.
+        """Return the error that ssl.SSLObject would raise for this result.
 
-        The thread's queue of errors, by which OpenSSL tells, was empty before that call.
+        OpenSSL reports it in the thread's error queue, which was empty before the call.
         """
         kind = openssl.SSL_get_error(self.ssl, result)
         if kind == openssl.SSL_ERROR_WANT_READ:
@@ -291,7 +291,7 @@ cdef class TLSConnection:
 
 
 cdef class Incoming:
-    """What an engine reads from, as an ssl.MemoryBIO."""
+    """The input of a TLSConnection, with the methods of ssl.MemoryBIO."""
 
     def __init__(self, TLSConnection connection not None) -> None:
         self._connection = connection
@@ -306,7 +306,7 @@ cdef class Incoming:
 
 
 cdef class Outgoing:
-    """What an engine has written, as an ssl.MemoryBIO."""
+    """The output of a TLSConnection, with the methods of ssl.MemoryBIO."""
 
     def __init__(self, TLSConnection connection not None) -> None:
         self._connection = connection
@@ -320,7 +320,7 @@ cdef class Outgoing:
 
 
 cdef bint _is_address(bytes name) except -1:
-    """Whether OpenSSL takes it for one: that is who compares it with the certificate's."""
+    """Return whether OpenSSL, which verifies the certificate, takes the name for an address."""
     cdef openssl.ASN1_OCTET_STRING* address = openssl.a2i_IPADDRESS(name)
     openssl.ERR_clear_error()
     openssl.ASN1_OCTET_STRING_free(address)
@@ -336,7 +336,7 @@ cdef str _verify_message(long code, object name):
 
 
 cdef object _error(object kind):
-    """Return OpenSSL's last error, which it forgets, with the attributes that Python's have."""
+    """Take OpenSSL's last error. Return it with the attributes of Python's."""
     cdef const char* text = openssl.ERR_reason_error_string(openssl.ERR_peek_last_error())
     openssl.ERR_clear_error()
     message = "unknown error" if text is NULL else text.decode()

@@ -1,4 +1,4 @@
-"""One client connection from accept to close.
+"""One client connection, from accept to close.
 
 Reading order, which is also the import order: memory_trim, end_reason, slots, cancel,
 direction, fast_path, relay, drain, starting_client, session_log, session, listener.

@@ -1,6 +1,6 @@
-"""One direction of a relay: from the transport that it is the protocol of to the other one.
+"""One direction of a relay: the protocol of one transport, which writes to the other one.
 
-The contract: each read of the source is written to the sink as it is, at once, in order; while the
+The contract: each read of the source is written to the sink unchanged, at once, in order. While the
 sink's send buffer is above its high-water mark the source is not read.
 """
 
@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from proxy.session.end_reason import EndReason
 from proxy.transport.sockets import has_hung_up
 
-# While the upstream takes nothing the client is not read, so its end does not show by itself.
+# While the upstream takes nothing the client is not read, so that its end has to be polled for.
 CLIENT_POLL_SECONDS: Final = 5.0
 
 
@@ -30,13 +30,13 @@ class SourceLane(Protocol):
 
 
 class Direction(asyncio.Protocol):
-    """The protocol of `source`: writes what that receives to `sink`.
+    """The protocol of `source`, which writes what it receives to `sink`.
 
     `on_read` is called with each read after its write. The direction from the upstream has
     `watches_client`: while the upstream takes nothing, it polls whether the client is there.
 
-    Both directions are of this very class: what runs for each read is then specialised by the
-    interpreter, which it gives up where the class of `self` changes from call to call.
+    Both directions are of one class: the interpreter specialises the code that runs for each read,
+    and would stop doing so if the class of `self` changed from call to call.
     """
 
     __slots__ = (
@@ -83,27 +83,30 @@ class Direction(asyncio.Protocol):
 
     @property
     def received_bytes(self) -> int:
-        """The bytes that came from the source, and went to the sink unless that was lost."""
+        """The bytes received from the source; all of them went to the sink unless it was lost."""
         return self._received_bytes + (0 if self.lane is None else self.lane.carried_bytes)
 
     # -- the protocol ----------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        # Names of their own: Python 3.11 is slow to call what an attribute holds.
+        # Local names: Python 3.11 is slow to call the value of an attribute.
         write, on_read = self._write, self.on_read
         write(data)
         self._received_bytes += len(data)
         on_read(data)
 
     def pause_if_full(self, high_water_bytes: int) -> None:
-        """Pause the reverse direction if our source is full already: a transport tells once."""
+        """Pause the reverse direction if our source is full already.
+
+        A transport calls `pause_writing` once: the protocol before this one may have had the call.
+        """
         reverse = self.reverse
         assert reverse is not None
         if not reverse.paused and self.source.get_write_buffer_size() > high_water_bytes:
             self.pause_writing()
 
     def pause_writing(self) -> None:
-        # Our source takes no more of what comes from the sink.
+        # Our source takes no more of what the reverse direction reads from our sink.
         assert self.reverse is not None
         self.reverse.pause()
         if self._watches_client:
@@ -117,7 +120,7 @@ class Direction(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.end(self.closed)
-        return True  # what was written to the source is still to be flushed
+        return True  # keep the source open: what was written to it has to be flushed
 
     def connection_lost(self, exc: Exception | None) -> None:
         reverse = self.reverse
@@ -131,7 +134,7 @@ class Direction(asyncio.Protocol):
     # -- reading ---------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Stop reading the source: the sink takes nothing."""
+        """Stop reading the source, because the sink takes nothing."""
         self.paused = True
         if self.lane is not None:
             self.lane.pause()
@@ -147,7 +150,7 @@ class Direction(asyncio.Protocol):
             self.source.resume_reading()
 
     def close_lane(self) -> None:
-        """Let the transport read the source again, and count what a lane has carried."""
+        """Close the lane, if there is one: the transport reads again. Count what it carried."""
         lane, self.lane = self.lane, None
         if lane is not None:
             lane.close()
@@ -156,11 +159,11 @@ class Direction(asyncio.Protocol):
     # -- writing ---------------------------------------------------------------------------------
 
     def stop_writing(self) -> None:
-        """Drop what still arrives: the sink is lost, and writing to it is an error."""
+        """Discard what still arrives: the sink is lost, and writing to it is an error."""
         self._write = _drop
 
     def end(self, reason: EndReason) -> None:
-        """Set why the session ends; only the first cause counts."""
+        """Set why the session ends. Only the first cause counts."""
         if not self._ended.done():
             self._ended.set_result(reason)
 

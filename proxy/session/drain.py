@@ -1,16 +1,18 @@
 """The open sessions, and every way in which the proxy ends one.
 
-For: the register of all connections, from accept to the end of their tasks; ending each as its
-stage allows; the idle timeout. Not for: the end that a client or an upstream brings about
+For: the register of all connections, from accept to the end of their tasks; the drain, which ends
+each according to its stage; the idle timeout. Not for: an end by the client or the upstream
 (`relay`), or accepting (`listener`).
 
-A drain: connections are accepted for `shutdown.accept_seconds` (`AcceptPeriod`). Then a client that
-waits for its upstream session is refused; an idle session ends with 57P01 after a grace period, a
-busy one when it becomes idle; a connection that has sent no StartupMessage is closed soon. After
-half of `shutdown.drain_seconds` the grace period is skipped; at their end what is left is cut.
+In a drain connections are still accepted for `shutdown.accept_seconds` (`AcceptPeriod`). Then:
 
-The invariant: once a drain has begun no session begins to be relayed, and each that is relayed ends
-as soon as it is idle.
+- A client that waits for its upstream session is refused.
+- An idle session ends with 57P01 after the idle grace, a busy one when it becomes idle.
+- A connection that sends no StartupMessage is closed after `SILENT_SECONDS`.
+- After half of `shutdown.drain_seconds` there is no idle grace; at their end what is left is cut.
+
+The invariant: once a drain has begun no upstream session is opened, and each session that is
+relayed ends as soon as it is idle.
 """
 
 import asyncio
@@ -25,29 +27,29 @@ from proxy.session.end_reason import EndReason
 from proxy.session.relay import Relay
 from proxy.wire.messages import ErrorResponse
 
-# The wait before 57P01. The error must not fall between a pool's check of a connection and the
-# statement that it is checked for: a pool at work goes on within milliseconds.
+# The idle grace: the wait before 57P01, for which a session has to be idle. The error must not come
+# between a pool's check of a connection and the next statement, which follows in milliseconds.
 IDLE_GRACE_SECONDS: Final = 0.1
 # A client that connected just before the drain gets this time to send its StartupMessage.
 SILENT_SECONDS: Final = 1.0
-# A client that was told of the end gets this time to receive it before its connection is cut.
+# An error that was written gets this time to be sent before its connection is cut.
 FLUSH_SECONDS: Final = 0.1
-# The idle timeout is polled this many times in its length: a session ends so much too late at most.
+# Polls within one idle timeout: a session ends at most one poll too late.
 IDLE_POLLS: Final = 8
-# The shortest time between two polls, however short the timeout.
+# The shortest time between two polls.
 IDLE_POLL_SECONDS_MIN: Final = 0.05
 
 _log = get_logger(__name__)
 
 
 class AcceptPeriod:
-    """The time for which a proxy that drains still accepts."""
+    """The time in which a draining proxy still accepts."""
 
     def __init__(self) -> None:
         self._over = asyncio.Event()
 
     async def wait(self, seconds: float) -> None:
-        """Return after `seconds`, or earlier when another call returns: a drain may be hastened."""
+        """Return after `seconds`, or earlier if a second call returns, which hastens the drain."""
         if seconds and not self._over.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
@@ -59,7 +61,7 @@ class AcceptPeriod:
 
 
 class IdleEnd:
-    """Ends a relayed session with an error, while nothing that its client asks for is cut (W47)."""
+    """Ends a relayed session with an error when it is idle, so that no answer is lost (W47)."""
 
     __slots__ = ("_error", "_grace_seconds", "_grace_timer", "_poll_timer", "_reason", "_relay")
 
@@ -74,9 +76,9 @@ class IdleEnd:
     def when_idle(
         self, reason: EndReason, error: ErrorResponse, *, grace_seconds: float = 0
     ) -> None:
-        """End the session once it was idle for the grace period. The last call counts.
+        """End the session when it has been idle for the grace period. The last call counts.
 
-        A session that never becomes idle goes on.
+        A session that never becomes idle does not end.
         """
         self._reason, self._error = reason, error.encode()
         self._grace_seconds = grace_seconds
@@ -84,10 +86,10 @@ class IdleEnd:
         self._on_activity()
 
     def after_idle(self, seconds: float, error: ErrorResponse) -> None:
-        """End the session as soon as it was idle, and no byte came, for so long.
+        """End the session when it has been idle, and received no byte, for this time.
 
-        It may be an eighth later, or some `IDLE_POLL_SECONDS_MIN` where the time is short. A byte
-        costs nothing: only the counts are compared, now and then.
+        It may end one poll later. The byte counts are compared at each poll, so that a byte costs
+        nothing.
         """
         interval = max(seconds / IDLE_POLLS, IDLE_POLL_SECONDS_MIN)
         call_later = asyncio.get_running_loop().call_later
@@ -114,7 +116,7 @@ class IdleEnd:
                 timer.cancel()
 
     def _on_activity(self) -> None:
-        """Start the grace period, again after each read."""
+        """Start the grace period; start it again after each read."""
         if self._grace_timer is not None:
             self._grace_timer.cancel()
             self._grace_timer = None
@@ -134,16 +136,16 @@ class IdleEnd:
 
 
 class Stage(Enum):
-    """How far a session has come."""
+    """The stage of a connection."""
 
-    STARTING = auto()  # its first packets have not been read
-    OPENING = auto()  # the client waits for a session upstream
+    STARTING = auto()  # it has sent no StartupMessage yet
+    OPENING = auto()  # its client waits for an upstream session
     RELAYING = auto()
-    CLOSING = auto()  # everything that it was to be told was sent
+    CLOSING = auto()  # its client has been sent everything
 
 
 class OpenSession:
-    """The entry of one connection."""
+    """The entry of one connection in the register."""
 
     __slots__ = ("_idle_end", "_sessions", "relay", "stage", "started_at")
 
@@ -155,40 +157,40 @@ class OpenSession:
         self.relay: Relay | None = None
 
     def opening(self) -> None:
-        """Enter the stage in which the client waits. A drain that begins then cancels the task."""
+        """Set the stage in which the client waits. A drain that begins in it cancels the task."""
         self.stage = Stage.OPENING
 
     def refuse_if_draining(self) -> None:
-        """Raise ProxyError if a drain had begun before: no session is opened any more."""
+        """Raise ProxyError if a drain has begun: no upstream session is opened any more."""
         if self._sessions.draining:
             raise ProxyError(ErrorKind.SHUTTING_DOWN)
 
     def relaying(self, relay: Relay) -> None:
-        """Enter the stage in which the client is served."""
+        """Set the stage in which the client is served by this relay."""
         self.stage = Stage.RELAYING
         self.relay = relay
 
     def closing(self) -> None:
-        """Enter the stage in which nothing is left to be cut."""
+        """Set the stage in which a cut loses nothing."""
         self.stage = Stage.CLOSING
         if self._idle_end is not None:
             self._idle_end.close()
 
     def shut_down(self, error: ErrorResponse, grace_seconds: float) -> None:
-        """End a relayed session once it was idle for the grace period."""
+        """End the session when it has been idle for the grace period, if it is relayed."""
         if self.relay is not None and not self.relay.over:
             idle_end = self._idle_end_of(self.relay)
             idle_end.when_idle(EndReason.SHUTDOWN, error, grace_seconds=grace_seconds)
 
     def end_after_idle(self, seconds: float) -> None:
-        """End a relayed session with 57P05 once it was idle for so long."""
+        """End a relayed session with 57P05 when it has been idle for this time."""
         assert self.relay is not None
         error = ProxyError(ErrorKind.IDLE_TIMEOUT).response()
         self._idle_end_of(self.relay).after_idle(seconds, error)
 
     @property
     def unfinished(self) -> bool:
-        """Whether a cut would take something from its client."""
+        """Whether its client would lose something by a cut."""
         if self.stage is Stage.RELAYING:
             return self.relay is not None and not self.relay.over
         return self.stage is Stage.OPENING
@@ -199,11 +201,11 @@ class OpenSession:
 
 
 Serve = Callable[[OpenSession], Coroutine[None, None, None]]
-"""Serves one connection, and enters its stages in the entry."""
+"""Serves one connection, and sets its stage in the entry."""
 
 
 class OpenSessions:
-    """All connections of a process; `ended` is called after each."""
+    """The register of a process's connections; `ended` is called after each."""
 
     def __init__(self, ended: Callable[[], object] = lambda: None) -> None:
         self.draining = False
@@ -216,7 +218,7 @@ class OpenSessions:
         return len(self._by_task)
 
     def start(self, serve: Serve) -> asyncio.Task[None]:
-        """Serve a connection in a task of its own, and register it until that ends."""
+        """Serve a connection in a task of its own; keep it registered until that ends."""
         entry = OpenSession(self)
         task = asyncio.get_running_loop().create_task(serve(entry), name="session")
         self._by_task[task] = entry
@@ -224,10 +226,9 @@ class OpenSessions:
         return task
 
     async def drain(self, seconds: float) -> int:
-        """End all sessions within `seconds`; return how many were cut.
+        """End all sessions within `seconds`. Return how many were cut.
 
-        Called again meanwhile it ends with the shorter time what is left; both calls return how
-        many were cut in all.
+        A second call ends the rest within its own time; both return how many were cut in all.
         """
         self._end_idle()
         if not self._by_task:
@@ -248,7 +249,7 @@ class OpenSessions:
         return len(self._cut)
 
     async def wait_closed(self) -> None:
-        """Return when no connection is left. Call it after a drain: no session begins any more."""
+        """Return when no connection is left. Call it after a drain, when none is started."""
         while self._by_task:
             await asyncio.wait(set(self._by_task))
 
@@ -259,7 +260,7 @@ class OpenSessions:
         self._ended()
 
     def _end_idle(self) -> None:
-        """Refuse the clients that wait to be served, and end the others when they are idle."""
+        """Refuse the clients that wait for a session; end the others when they are idle."""
         self.draining = True
         for task, entry in list(self._by_task.items()):
             if entry.stage is Stage.OPENING:
@@ -267,11 +268,11 @@ class OpenSessions:
         self._end_relays(IDLE_GRACE_SECONDS)
 
     def _skip_grace(self) -> None:
-        """End without the grace period those that are never silent between two transactions."""
+        """End sessions at once when idle: some are never idle for the whole grace period."""
         self._end_relays(0)
 
     def _close_silent(self) -> None:
-        """Close the connections that have sent no StartupMessage: they get no answer (W49)."""
+        """Close the connections that have sent no StartupMessage, without an answer (W49)."""
         for task, entry in list(self._by_task.items()):
             if entry.stage is Stage.STARTING:
                 entry.closing()
@@ -283,7 +284,7 @@ class OpenSessions:
             entry.shut_down(error, grace_seconds)
 
     async def _cut_off(self, tasks: set[asyncio.Task[None]], *, logged: bool) -> None:
-        """Cancel the tasks, and count those that had a client that this takes something from."""
+        """Cancel the tasks. Count the unfinished ones; let the others flush first."""
         cut = {task for task in tasks if self._by_task[task].unfinished}
         if cut and logged:
             _log.warning("sessions are cut: the time to drain is over", **self._left())
@@ -296,12 +297,12 @@ class OpenSessions:
                 task.cancel()
 
     def _left(self) -> dict[str, float]:
-        """Return what a log line shows of the sessions that are left."""
+        """Return the fields of a log line that show the unfinished sessions."""
         left = [entry.started_at for entry in self._by_task.values() if entry.unfinished]
         oldest_seconds = round(asyncio.get_running_loop().time() - min(left), 1) if left else 0
         return {"sessions": len(left), "oldest_seconds": oldest_seconds}
 
     def _idle_count(self) -> int:
-        """Return how many are relayed and could end now."""
+        """Return the number of relayed sessions that are idle."""
         relays = [entry.relay for entry in self._by_task.values() if entry.relay is not None]
         return sum(relay.idle and not relay.over for relay in relays)

@@ -1,14 +1,14 @@
 """The fast path: compiled lanes that carry a session's reads from socket to socket.
 
-For: where the relay was compiled and both connections are plain or have the compiled TLS. A *lane*
-(`proxy/native/lanes.pyx`) takes an ordinary read from one socket, decrypts or encrypts it, sends it
-and counts it, past both transports. Not for: the end of a stream, an error, or what TLS has to say
-itself. There the lane ends and hands back to Python (`OpenLane.lane_ended`): transports and
-directions go on as they do without one.
+For: sessions whose connections are plain or have the compiled TLS, where the relay was compiled. A
+*lane* (`proxy/native/lanes.pyx`) takes an ordinary read from one socket, decrypts or encrypts it,
+sends it to the other socket and counts it, without the transports. Not for: the end of a stream, an
+error, or messages of TLS itself. At these the lane ends and hands back to Python
+(`OpenLane.lane_ended`): transports and directions handle them as they do without lanes.
 
-The invariant: while a lane is open its source's transport does not read. What the kernel does not
-take goes to the sink's transport, whose high-water mark is 0, so that the lane is paused until all
-of it is sent: nothing overtakes.
+The invariant: while a lane is open the transport of its source does not read. What the kernel does
+not take goes to the transport of the sink. The high-water mark of that is 0, so that the lane is
+paused until all of it is sent, and the bytes stay in order.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from proxy import native
 from proxy.session.direction import Direction
 from proxy.transport.tls import TLSTransport
 
-if TYPE_CHECKING:  # not there where it was not built
+if TYPE_CHECKING:  # the modules may not be built
     from proxy.native.activity import Activity
     from proxy.native.lanes import Lanes
     from proxy.native.tls import TLSConnection
@@ -33,9 +33,9 @@ LANE_BUFFER_BYTES_MAX: Final = 0
 
 @contextmanager
 def watched_lanes() -> "Iterator[Lanes | None]":
-    """Watch lanes on the running loop while the block runs; None where they were not built.
+    """Watch lanes on the running loop while the block runs; yield None if they were not built.
 
-    All lanes of a process are one descriptor of its loop. Raises OSError when there is none left.
+    All lanes of a process are one descriptor of its loop. Raises OSError if none is left.
     """
     if not native.AVAILABLE:
         yield None
@@ -50,7 +50,7 @@ def watched_lanes() -> "Iterator[Lanes | None]":
 
 
 class FastPath:
-    """What one session has for its lanes: where they are watched, and the tracker they feed."""
+    """What one session needs for its lanes: the set they are in, and the idle tracker."""
 
     __slots__ = ("activity", "lanes")
 
@@ -62,15 +62,15 @@ class FastPath:
     def between(
         cls, client: asyncio.Transport, upstream: asyncio.Transport, lanes: "Lanes | None"
     ) -> "FastPath | None":
-        """Return a session's fast path; None where its connections cannot have lanes."""
+        """Return the fast path between two connections; None if they cannot have lanes."""
         if lanes is None or not (_can_have_lane(client) and _can_have_lane(upstream)):
             return None
         return cls(lanes)
 
     def open(self, from_client: Direction, from_upstream: Direction) -> None:
-        """Open a lane for each direction; where no descriptor is left the transports read on.
+        """Open a lane for each direction, while neither transport is closing.
 
-        Neither transport is closing.
+        If there is no descriptor left the transports go on reading.
         """
         with suppress(OSError):
             for direction in (from_client, from_upstream):
@@ -80,12 +80,12 @@ class FastPath:
 
 
 class OpenLane:
-    """The lane of one direction, from its opening to its close."""
+    """The open lane of one direction; the owner that a `native.lanes.Lane` calls."""
 
     __slots__ = ("_direction", "_lane")
 
     def __init__(self, direction: Direction, path: FastPath, *, from_upstream: bool) -> None:
-        """Raises OSError where the kernel watches no more descriptors."""
+        """Raises OSError if the kernel watches no more descriptors."""
         self._direction = direction
         source, source_tls = _plain_and_tls(direction.source)
         sink, sink_tls = _plain_and_tls(direction.sink)
@@ -126,29 +126,29 @@ class OpenLane:
     # -- what the lane calls ---------------------------------------------------------------------
 
     def overflow(self, rest: bytes) -> None:
-        """Let the sink's transport send what the kernel did not take."""
+        """Give the sink's transport what the kernel did not take."""
         sink, _ = _plain_and_tls(self._direction.sink)
         sink.write(rest)
 
     def lane_ended(self, error: Exception | None) -> None:
-        """Hand the connection back to its transports: what came next is not a lane's to carry."""
+        """Hand the connection back to its transports. `error` is what reading ended with."""
         direction = self._direction
         source = direction.source
         direction.close_lane()
         if isinstance(source, TLSTransport) and isinstance(error, ssl.SSLError | None):
             source.take_back(error)
         elif isinstance(error, ssl.SSLError):
-            direction.stop_writing()  # the sink's TLS has failed already
+            direction.stop_writing()  # the sink's TLS has failed
             direction.sink.abort()
         elif error is not None:
-            if not isinstance(error, OSError):  # a bug, which a transport would report as well
+            if not isinstance(error, OSError):  # a bug: reported as a transport would
                 report = {"message": "a lane has failed", "exception": error}
                 asyncio.get_running_loop().call_exception_handler(report)
             source.abort()
 
 
 def _can_have_lane(transport: asyncio.Transport) -> bool:
-    """Return whether a lane can read the transport: it is plain, or its TLS is the compiled one."""
+    """Return whether the transport is plain or has the compiled TLS."""
     return not isinstance(transport, TLSTransport) or transport.compiled is not None
 
 

@@ -1,8 +1,8 @@
-"""Accepting clients: one task a connection, bounded in number, ended together.
+"""The listener: accepts clients, and serves each connection in a task of its own.
 
-`max_connections` counts sessions, from the StartupMessage on: a client over it is told so (W44).
-Connections that are still starting, and cancel requests, have a bound of their own and are closed
-without a word over it: they must neither fill the slots nor be refused by them (W42).
+Sessions are bounded by `max_connections` (`slots`). Connections that are starting, and cancel
+requests, have a bound of their own, over which they are closed without an answer: they must neither
+use up slots nor be refused for lack of one (W42).
 """
 
 import asyncio
@@ -24,23 +24,24 @@ from proxy.session.slots import SlotSource
 from proxy.transport.sockets import listen_unix
 from proxy.transport.stream import StartupStream
 
-# A burst of reconnecting clients is some hundreds; more than this is a flood.
+# Connections that may be starting at a time. Clients that reconnect together are some hundreds;
+# more than this is a flood.
 STARTING_MAX: Final = 1000
 ACCEPT_BACKLOG: Final = 1024
-# A flood is one line in so long a time.
+# A flood is logged once in this time.
 STARTING_WARNING_SECONDS: Final = 60.0
-TOO_MANY_STARTING: Final = "too_many_starting"  # the word for it in the metrics
+TOO_MANY_STARTING: Final = "too_many_starting"  # its reason in the metrics
 
 _log = get_logger(__name__)
 
 
 def socket_name(port: int) -> str:
-    """Return the name that drivers look for in a directory, for a server on this port."""
+    """Return the file name of a unix socket for this port, as libpq expects it."""
     return f".s.PGSQL.{port}"
 
 
 Serve = Callable[[StartupStream, OpenSession], Coroutine[None, None, None]]
-"""Serves a connection from accept to close, and enters its stages in the register."""
+"""Serves a connection from accept to close, and sets its stage in the register."""
 
 
 class _AcceptedStream(StartupStream):
@@ -85,13 +86,13 @@ class Listener:
 
     @asynccontextmanager
     async def accepting(self) -> AsyncIterator[tuple[str, int]]:
-        """Accept while the block runs, and give the address; then end what is left.
+        """Accept while the block runs, and yield the address; then end what is left.
 
-        Without TCP the address is the directory of the unix socket, as drivers take it for a host.
+        Without TCP the address is the directory of the unix socket, as libpq takes it for a host.
         Raises OSError when the address cannot be listened on.
         """
-        # Not a TaskGroup: that would wrap whatever the block raises into an ExceptionGroup. No
-        # task is lost, because leaving the block waits for them all.
+        # Not a TaskGroup: it would wrap what the block raises into an ExceptionGroup. No task is
+        # lost, because leaving the block waits for all of them.
         try:
             host, port = self._settings.host, self._settings.port
             if host:
@@ -104,16 +105,16 @@ class Listener:
 
     @asynccontextmanager
     async def adopting(self) -> AsyncIterator[None]:
-        """Serve what `adopt` is given while the block runs; then end what is left."""
+        """Serve the connections passed to `adopt` while the block runs; then end what is left."""
         try:
             yield
         finally:
             await self._end()
 
     def adopt(self, sock: socket.socket, number: int, ended: Callable[[], None]) -> None:
-        """Serve a connection that another process has accepted, and call `ended` after it.
+        """Serve a connection that another process has accepted; call `ended` when it is over.
 
-        `number` is the id of its lines in the log.
+        `number` is its id in the log.
         """
         if self._is_flooded():
             sock.close()
@@ -123,10 +124,10 @@ class Listener:
         task.add_done_callback(lambda _: ended())
 
     async def drain(self, seconds: float, *, accept_seconds: float = 0) -> int:
-        """Accept for `accept_seconds` more, then end all sessions; return how many were cut.
+        """Accept for `accept_seconds` more, then end all sessions. Return how many were cut.
 
-        From then on the sessions have `seconds`. Called again meanwhile, it hastens what the first
-        call does; both return how many were cut in all.
+        From then on the sessions have `seconds`. A second call hastens the first one; both return
+        how many were cut in all.
         """
         await self._accept_period.wait(accept_seconds)
         self._close()
@@ -163,7 +164,7 @@ class Listener:
         return _AcceptedStream(self._connected)
 
     def _connected(self, stream: StartupStream) -> None:
-        """Serve a connection; one that comes out of the backlog after the close is cut."""
+        """Serve a connection; abort one that was in the backlog when the listener closed."""
         if not self._servers:
             self._metrics.startup_failed(TOO_MANY_STARTING)
         elif not self._is_flooded():
@@ -172,7 +173,7 @@ class Listener:
         stream.transport.abort()
 
     def _is_flooded(self) -> bool:
-        """Return whether one more would be too many that are starting; then it is counted."""
+        """Return whether too many connections are starting for one more; count it if so."""
         starting = len(self._open_sessions) - self._slots.taken
         if starting < self._starting_max:
             return False
@@ -181,7 +182,7 @@ class Listener:
         return True
 
     def _warn_of_flood(self, starting: int) -> None:
-        """Log from time to time that connections are cut; the metrics count them."""
+        """Log that connections are cut, once in `STARTING_WARNING_SECONDS`."""
         now = asyncio.get_running_loop().time()
         logged_at = self._flood_logged_at
         if logged_at is None or now - logged_at >= STARTING_WARNING_SECONDS:
@@ -189,16 +190,16 @@ class Listener:
             _log.warning("connections are cut: too many are starting", starting=starting)
 
     async def _run_adopted(self, sock: socket.socket, number: int, entry: OpenSession) -> None:
-        with suppress(OSError):  # the client has gone
+        with suppress(OSError):  # the client has disconnected
             await self._run(await _stream_of(sock), number, entry)
 
     async def _run(self, stream: StartupStream, number: int, entry: OpenSession) -> None:
-        """Serve a connection in its task: no failure leaves it."""
+        """Serve a connection in its task. No failure leaves it."""
         transport = stream.transport
         with connection_log(number), self._metrics.connection():
             try:
                 serving = self._serve(stream, entry)
-                del stream  # only a session that starts needs it, which may go on for days
+                del stream  # only the startup needs it, and a session may go on for days
                 await serving
             except Exception:
                 # A bug of ours must cost one session, not all of them.
@@ -209,7 +210,7 @@ class Listener:
 
 
 async def _stream_of(sock: socket.socket) -> StartupStream:
-    """Return a connection that was accepted elsewhere. Raises OSError, and closes the socket."""
+    """Return the stream of an accepted socket. Raises OSError, and closes the socket then."""
     try:
         _, stream = await asyncio.get_running_loop().connect_accepted_socket(StartupStream, sock)
     except OSError:

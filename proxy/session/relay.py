@@ -1,13 +1,12 @@
 """The relay: opaque bytes in both directions until one side ends.
 
-The contract: each read of one side is written to the other as it is, at once, in order; while
-a side's send buffer is above its high-water mark the other side is not read. Each direction is
-alone: neither waits for the other, since a client may pipeline large messages while the upstream
-streams rows (W32). So at most `BUFFER_BYTES_MAX` plus one read is held for each direction,
-and where lanes carry the reads, one read alone.
+The contract: each read of one side is written to the other unchanged, at once, in order. While a
+side's send buffer is above its high-water mark the other side is not read. The directions are
+independent, since a client may pipeline large messages while the upstream streams rows (W32). So at
+most `BUFFER_BYTES_MAX` plus one read is buffered for each direction; with lanes, one read.
 
-No payload is looked at; `wire/activity.py` walks the message headers, behind each write, so that a
-session can be ended between two messages. What ends first is the cause of the session's end.
+No payload is parsed. `wire/activity.py` walks the message headers after each write, so that a
+session can be ended between two messages. What ends first is the reason of the session's end.
 """
 
 import asyncio
@@ -24,23 +23,25 @@ from proxy.transport.graceful_close import LINGER_SECONDS, close_gracefully
 from proxy.wire.activity import Activity
 from proxy.wire.messages import Terminate
 
-if TYPE_CHECKING:  # not there where it was not built
+if TYPE_CHECKING:  # the module may not be built
     from proxy.native.lanes import Lanes
 
 BUFFER_BYTES_MAX: Final = 64 * 1024
-# The time that an upstream gets to answer a cancel; if it says something, the next statement of a
-# pipeline may have begun, and it is cancelled again, but not for longer than this in all.
+# The time for an upstream to answer a cancel. After an answer the next statement of a pipeline may
+# have begun, so the cancel is repeated.
 CANCEL_ANSWER_SECONDS: Final = 0.25
+# The bound on all these cancels together.
 CANCELS_SECONDS_MAX: Final = 10.0
+
 _TERMINATE: Final = Terminate().encode()
-_NO_PROTOCOL: Final = asyncio.Protocol()  # of a connection that is over
+_IGNORING: Final = asyncio.Protocol()  # the protocol of connections whose relay is over
 
 
 class Relay:
-    """One session's relay. Make it, hand both transports to its directions, await `run`.
+    """One session's relay. Create it, give both transports its directions, await `run`.
 
-    `cancel_query` cancels what the upstream is doing; it is awaited when the client has gone
-    without having said Terminate.
+    `cancel_query` cancels what the upstream is running; it is awaited when the client has
+    disconnected without a Terminate.
     """
 
     def __init__(
@@ -84,31 +85,31 @@ class Relay:
 
     @property
     def idle(self) -> bool:
-        """Whether the session could end now without cutting an answer (W47)."""
+        """Whether the session could end now without losing an answer (W47)."""
         return self._activity.idle
 
     @property
     def over(self) -> bool:
-        """Whether the session has ended; the rest is closing both sides."""
+        """Whether the session has ended. Both sides may still be closing."""
         return self._ended.done()
 
     def carried(self) -> Carried:
-        """Return the bytes of both sides until now."""
+        """Return the bytes received from both sides so far."""
         return Carried(self.from_client.received_bytes, self.from_upstream.received_bytes)
 
-    # -- an end that the proxy wants: `drain` decides when ---------------------------------------
+    # -- an end by the proxy; `drain` decides when -----------------------------------------------
 
     def follow_reads(self, on_read: Callable[[], None]) -> None:
-        """Call `on_read` after each read from now on. No lane carries any of them."""
+        """Call `on_read` after each read from now on. The session's lanes close for good."""
         self._close_lanes()
         self._fast_path = None
         self.from_client.on_read = partial(_follow, self._activity.client_sent, on_read)
         self.from_upstream.on_read = partial(_follow, self._activity.upstream_sent, on_read)
 
     def end(self, reason: EndReason, error: bytes) -> None:
-        """Send the client this error and end the session: from here on nothing is relayed.
+        """Send the client this error and end the session. Nothing is relayed any more.
 
-        Call it while the session is idle. Does nothing when the session has ended.
+        Call it while the session is idle. Does nothing if the session has ended already.
         """
         if self._ended.done() or self._client.is_closing():
             return
@@ -122,34 +123,29 @@ class Relay:
     # -- its run ---------------------------------------------------------------------------------
 
     async def run(self) -> RelayEnd:
-        """Return when one side has ended and both are closed. Cancelling it cuts both."""
+        """Relay until one side has ended, and close both. If cancelled, abort both."""
         try:
             for direction in (self.from_client, self.from_upstream):
                 direction.pause_if_full(self._high_water_bytes)
             self._open_lanes()
             reason = await self._ended
             self._close_lanes()
-            # What one side sent before its end is flushed to the other; PostgreSQL knows no
-            # half-close, so the end of one is the end of both (W34).
-            async with asyncio.TaskGroup() as closing:
-                if reason in (EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST):
-                    closing.create_task(close_gracefully(self._client, linger_seconds=0))
-                    closing.create_task(self._close_upstream())
-                else:
-                    lost = reason in (EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST)
-                    linger_seconds = 0 if lost else LINGER_SECONDS
-                    closing.create_task(close_gracefully(self._client))
-                    closing.create_task(
-                        close_gracefully(self._upstream, linger_seconds=linger_seconds)
-                    )
+            await self._close_both(reason)
         finally:
             self._close_lanes()
             for transport in (self._client, self._upstream):
-                transport.set_protocol(_NO_PROTOCOL)
+                transport.set_protocol(_IGNORING)
                 transport.abort()
-            # They refer to each other: all that they hold would wait for the garbage collector.
+            # They refer to each other: what they hold would wait for the garbage collector.
             self.from_client.reverse = self.from_upstream.reverse = None
         return self.ended(reason)
+
+    def ended(self, reason: EndReason) -> RelayEnd:
+        """Return the end, by this reason unless there was another one before."""
+        if self._ended.done() and not self._ended.cancelled():
+            reason = self._ended.result()
+        carried = self.carried()
+        return RelayEnd(reason, carried.client_bytes, carried.upstream_bytes)
 
     def _open_lanes(self) -> None:
         """Open the session's lanes, unless it is about to end."""
@@ -162,11 +158,27 @@ class Relay:
         self.from_client.close_lane()
         self.from_upstream.close_lane()
 
-    async def _close_upstream(self) -> None:
-        """Close the upstream of a client that has gone, so that nothing works on for nobody (W35).
+    async def _close_both(self, reason: EndReason) -> None:
+        """Flush to each side what the other one sent before the end, and close.
 
-        A client that said Terminate wants what it asked for before. Any other one's upstream is
-        cancelled first: a front end may forget the session, and its key, once its stream has ended.
+        PostgreSQL has no half-close: the end of one side is the end of both (W34).
+        """
+        async with asyncio.TaskGroup() as closing:
+            if reason in (EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST):
+                closing.create_task(close_gracefully(self._client, linger_seconds=0))
+                closing.create_task(self._close_upstream())
+            else:
+                ended = reason in (EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST)
+                linger_seconds = 0 if ended else LINGER_SECONDS
+                closing.create_task(close_gracefully(self._client))
+                closing.create_task(close_gracefully(self._upstream, linger_seconds=linger_seconds))
+
+    async def _close_upstream(self) -> None:
+        """Close the upstream of a client that has disconnected, and cancel its query (W35).
+
+        After a Terminate nothing is cancelled: the client wants what it asked for before. The
+        cancel comes before the close: a front end may drop the session, and its key, at the end of
+        the stream.
         """
         self.from_upstream.stop_writing()
         if self._cancel_query is not None and not self._activity.terminated:
@@ -176,24 +188,17 @@ class Relay:
         await close_gracefully(self._upstream)
 
     async def _cancel_until_silent(self, cancel_query: Callable[[], Awaitable[None]]) -> None:
-        """Cancel until a cancel changes nothing; where nothing runs, that is the first one."""
+        """Send cancels until one has no answer. If nothing runs, that is the first one."""
         answered = True
         while answered and not self._upstream.is_closing():
-            self._upstream.resume_reading()  # it may have been paused for the client's sake
+            self._upstream.resume_reading()  # it may be paused because the client did not read
             before = self.from_upstream.received_bytes
             await cancel_query()
             await asyncio.sleep(CANCEL_ANSWER_SECONDS)
             answered = self.from_upstream.received_bytes > before
 
-    def ended(self, reason: EndReason) -> RelayEnd:
-        """Return the end for this reason, unless another one came first: that is the cause."""
-        if self._ended.done() and not self._ended.cancelled():
-            reason = self._ended.result()
-        carried = self.carried()
-        return RelayEnd(reason, carried.client_bytes, carried.upstream_bytes)
-
 
 def _follow(sent: Callable[[bytes], None], on_read: Callable[[], None], data: bytes) -> None:
-    """Track a read, then tell of it."""
+    """Track a read, then report it."""
     sent(data)
     on_read()

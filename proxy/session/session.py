@@ -1,8 +1,8 @@
-"""The story of one client connection, readable top to bottom.
+"""One client connection, in the order in which it happens.
 
-Startup under its own clock, then a target and a session upstream, then the welcome in one write,
+Startup within its own timeout, then a route and an upstream session, then the welcome in one write,
 then the relay. A client that has sent its StartupMessage and cannot be served always gets an
-ErrorResponse, also when the cause is a bug; for one that goes away everything that was begun ends.
+ErrorResponse, also when the cause is a bug. When a client disconnects, what was begun for it ends.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SessionParts:
-    """What all sessions of a proxy share."""
+    """The parts that all sessions of a proxy share."""
 
     route: Callable[[StartupMessage], Awaitable[tuple[Route, SessionOpener]]]
     """Returns where a client's session goes. Raises ProxyError for one without a target."""
@@ -46,26 +46,26 @@ class SessionParts:
     metrics: Metrics
     startup_timeout_seconds: float
     tls: Callable[[], ssl.SSLContext | None]
-    """Returns what clients are offered now: a renewed certificate counts from the next one on."""
+    """Returns what clients are offered now: a renewed certificate is used from the next one on."""
     slot: Callable[[], AbstractContextManager[None]]
     """Takes one of `max_connections` slots; raises ProxyError when there is none."""
     idle_timeout_seconds: float = 0
-    """Ends a session that was idle for so long; 0: never."""
+    """Ends a session that was idle for this time; 0: never."""
     lanes: "Callable[[], Lanes | None]" = lambda: None
-    """Returns the compiled relay's, where that was built."""
+    """Returns the lanes of the running loop; None where they were not built."""
 
 
 class Session:
-    """One client connection's whole life.
+    """One client connection, from accept to close.
 
-    While it is relayed, which may be for days, it is little more than the relay: it releases what
-    it started with, and no frame waits that has nothing left to do.
+    A session may be relayed for days. From the welcome on it keeps the relay and its log, and
+    nothing of the startup.
     """
 
     __slots__ = ("_entry", "_log", "_parts", "_starting_client")
 
     def __init__(self, stream: StartupStream, entry: OpenSession, parts: SessionParts) -> None:
-        # A unix socket's bytes do not leave the machine: TLS is refused there as PostgreSQL does.
+        # Bytes on a unix socket do not leave the machine: TLS is refused there, as by PostgreSQL.
         tls = None if is_unix(stream.transport) else parts.tls()
         self._starting_client: StartingClient | None = StartingClient(stream, tls)
         self._entry = entry
@@ -97,11 +97,11 @@ class Session:
                 await self._starting_client.close()
 
     async def _serve(self) -> None:
-        """Do what the client asks for. Raises what it is to be refused with."""
+        """Do what the client asks for. Raises the error that it is refused with."""
         parts = self._parts
         startup = await self._receive_startup()
         if isinstance(startup, CancelReceived):
-            self._entry.closing()  # it is no session, and is done in seconds
+            self._entry.closing()  # it is no session, and is over in seconds
             await parts.cancels.request(startup.request)
         if not isinstance(startup, StartupReceived):
             return
@@ -111,7 +111,7 @@ class Session:
                 upstream.startup.key, upstream.target, startup.version
             ) as key:
                 relay = self._start_relay(opener, upstream, key)
-                # It may run for days: what it started with is released.
+                # The relay may run for days.
                 del startup, opener, upstream, key
                 with parts.metrics.session(self._log.target, relay.carried):
                     end = await relay.run()
@@ -121,13 +121,13 @@ class Session:
 
     @property
     def _client(self) -> StartingClient:
-        assert self._starting_client is not None, "it is relayed"
+        assert self._starting_client is not None, "the session is relayed already"
         return self._starting_client
 
     async def _receive_startup(self) -> StartupReceived | CancelReceived | None:
-        """Return what the client asks for; None for one that asked for nothing in time.
+        """Return what the client asks for; None if it asked for nothing in time.
 
-        Slow senders get no reply, as PostgreSQL gives none (W49).
+        A client that is too slow gets no answer, as from PostgreSQL (W49).
         """
         try:
             async with asyncio.timeout(self._parts.startup_timeout_seconds):
@@ -152,11 +152,11 @@ class Session:
                 self._entry.refuse_if_draining()
                 upstream = await opener.open(route.message)
         except asyncio.CancelledError:
-            # A drain begins, and this client has not been answered yet.
+            # A drain has begun, and this client still waits for an answer.
             error = ProxyError(ErrorKind.SHUTTING_DOWN)
             self._refuse(error.reason, error.response())
             raise
-        # Either side may have gone in the moment in which the other one was ready.
+        # Either side may have disconnected just when the other one was ready.
         if self._client.is_gone:
             upstream.stream.transport.close()
             raise ClientGone
@@ -169,7 +169,7 @@ class Session:
         self._client.refuse(_with_shard(error, self._log.shard))
 
     def _fail(self) -> None:
-        """Record a bug of ours, and tell a client that waits. The listener counts it."""
+        """Record a bug, and refuse a client that waits. The listener counts the bug."""
         relay = self._entry.relay
         if relay is not None:
             end = relay.ended(EndReason.INTERNAL_ERROR)
@@ -183,7 +183,11 @@ class Session:
     def _start_relay(
         self, opener: SessionOpener, upstream: UpstreamSession, key: IssuedKey | None
     ) -> Relay:
-        """Tell the client that it is served, and hand both connections over to a relay."""
+        """Send the client its welcome, and give both connections to a relay.
+
+        The welcome is AuthenticationOk, the upstream's ParameterStatus messages, BackendKeyData
+        and ReadyForQuery.
+        """
         client, stream = self._client, upstream.stream
         cancel_query = None
         if key is not None and opener.cancel_on_disconnect:
@@ -192,7 +196,7 @@ class Session:
         client.accept(upstream.startup.welcome(None if key is None else key.issued))
         self._starting_client = None  # from here on the client cannot be refused
         self._entry.relaying(relay)
-        # What either side sent early follows what the other one is told first.
+        # What either side sent early comes after what the other one is sent first.
         relay.from_upstream.data_received(
             upstream.startup.trailing_data() + stream.hand_over(relay.from_upstream)
         )
@@ -206,7 +210,7 @@ class Session:
 
 
 def _with_shard(error: ErrorResponse, shard: str) -> ErrorResponse:
-    """Return the error with the shard after its DETAIL: a client that gives a key names none."""
+    """Return the error with the shard in its DETAIL: the client gave a key and knows no shard."""
     ending = f" shard={shard}".encode() if shard else b""
     fields = ((kind, text + ending if kind == b"D" else text) for kind, text in error.fields)
     return ErrorResponse(tuple(fields))

@@ -1,7 +1,7 @@
-"""What one connection's log lines and counts say: how its startup failed, where it went, its end.
+"""The log lines and counts of one connection: a failed startup, a refusal, a session's end.
 
-For: the words of `session`. The invariant: what clients send is in no line; a shard key is in one
-only as its fingerprint.
+For: what `session` records. The invariant: no line contains what a client sent; of a shard key it
+contains the fingerprint.
 """
 
 import asyncio
@@ -19,18 +19,18 @@ from proxy.wire.violations import ClientReason
 
 _log = get_logger(__name__)
 
-# Here PostgreSQL quotes the client's options, where a forgotten -c leaves a shard key: the client
-# may read that, a log may not.
+# With these errors PostgreSQL quotes the client's options, which contain a shard key if its -c was
+# forgotten. The client may read that; it must not be in a log.
 _QUOTING_OPTIONS: Final = frozenset(
     kind.value.reason for kind in (ErrorKind.ARGUMENT_INVALID, ErrorKind.SETTING_INVALID)
 )
 
-# A session's first line waits for this long, so that the client's first query does not wait for it.
-_LINE_SECONDS: Final = 0.002
+# "session started" is written this much later, so that the first query does not wait for it.
+_STARTED_DELAY_SECONDS: Final = 0.002
 
-# What is wrong with a whole StartupMessage is a driver's, or its settings', and worth a line.
-# Anything else may be a port scan.
-_OF_A_DRIVER: Final = frozenset(
+# Violations in a complete StartupMessage come from a driver or its settings, and are logged. Other
+# ones may come from a port scan.
+_DRIVER_VIOLATIONS: Final = frozenset(
     {
         ClientReason.REPLICATION_VALUE,
         ClientReason.STARTUP_LAYOUT,
@@ -42,7 +42,7 @@ _OF_A_DRIVER: Final = frozenset(
 
 @unique
 class StartupFailure(StrEnum):
-    """The failures of a startup that have no ErrorResponse: their words in the metrics."""
+    """The reasons of failed startups that have no ErrorResponse, as the metrics show them."""
 
     STARTUP_TIMEOUT = "startup_timeout"
     CLIENT_TLS = "client_tls"
@@ -61,7 +61,7 @@ class SessionLog:
         self._started_at = started_at
         self.target = ""
         self.shard = ""
-        """The target, where a shard map chose it; else empty."""
+        """The target, if a shard map chose it; else empty."""
         self._key: str | None = None
         self._host = ""  # until the session's first line is written
 
@@ -73,12 +73,12 @@ class SessionLog:
         _log.debug("startup timed out")
 
     def client_tls_failed(self, error: Exception) -> None:
-        """Record a handshake that failed."""
+        """Record a TLS handshake that failed."""
         self._metrics.startup_failed(StartupFailure.CLIENT_TLS)
         _log.debug("TLS with the client failed", error=type(error).__name__)
 
     def startup_failed(self, event: Violated | Disconnected) -> None:
-        """Record a client that asked for nothing; probes and port scans at level debug."""
+        """Record a client that sent no StartupMessage; probes and port scans at level debug."""
         if isinstance(event, Disconnected):
             word = StartupFailure.PROBE if event.untouched else StartupFailure.CLIENT_GONE
             self._metrics.startup_failed(word)
@@ -86,21 +86,21 @@ class SessionLog:
             return
         violation = event.violation
         self._metrics.startup_failed(violation.reason)
-        level = _log.info if violation.reason in _OF_A_DRIVER else _log.debug
+        level = _log.info if violation.reason in _DRIVER_VIOLATIONS else _log.debug
         level("client refused", reason=violation.reason, sqlstate=violation.sqlstate)
 
     def client_gone(self) -> None:
-        """Record a client that left while it waited for its session."""
+        """Record a client that disconnected while it waited for its session."""
         self._metrics.startup_failed(StartupFailure.CLIENT_GONE)
         _log.debug("client left before its session was ready")
 
     def routed(self, route: Route) -> None:
-        """Record where the client goes, for all further lines."""
+        """Set the route that all further lines show."""
         self.target, self._key = route.target, route.key
         self.shard = route.target if route.shard_map else ""
 
     def refused(self, reason: str, error: ErrorResponse) -> None:
-        """Record a client that is told why it is not served."""
+        """Record a client that is refused with an ErrorResponse."""
         self._metrics.session_refused(reason, error.sqlstate, self.target)
         _log.info(
             "session refused",
@@ -114,9 +114,9 @@ class SessionLog:
     # -- a session -------------------------------------------------------------------------------
 
     def started(self, host: str) -> None:
-        """Record a session that is served; its line is written a moment later."""
+        """Record the start of a session. Its line is written a moment later."""
         self._host = host
-        asyncio.get_running_loop().call_later(_LINE_SECONDS, self._write_started)
+        asyncio.get_running_loop().call_later(_STARTED_DELAY_SECONDS, self._write_started)
 
     def ended(self, end: RelayEnd) -> None:
         """Record the end of a session."""
@@ -124,7 +124,7 @@ class SessionLog:
         self.failed(end)
 
     def failed(self, end: RelayEnd) -> None:
-        """Record the end of a session by a bug, which the listener counts."""
+        """Record the end of a session by a bug. The listener counts it."""
         self._write_started()
         _log.info(
             "session ended",
@@ -141,7 +141,7 @@ class SessionLog:
             _log.info("session started", **self._where(), host=host)
 
     def _where(self) -> dict[str, str]:
-        """Return what a line says of where the session goes."""
+        """Return the fields of a line that show the route."""
         return {"target": self.target} | ({"shard_key": self._key} if self._key else {})
 
     def _duration_seconds(self) -> float:

@@ -1,7 +1,7 @@
 """The client's connection from accept until its session is relayed: first packets, TLS, answer.
 
 For: the socket side of `wire/client_startup.py`. Not for: what the client gets (`session`). When
-the connection is handed to the relay this object is done, and the session releases it.
+the connection goes to the relay, the session releases this object.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ from proxy.wire.messages import ErrorResponse
 
 
 class ClientGone(Exception):
-    """The client ended before its session was ready."""
+    """The client disconnected before its session was ready."""
 
 
 class StartingClient:
-    """One client that is not served yet; `tls` is what it is offered."""
+    """One client that has no session yet; `tls` is the context that it is offered."""
 
     __slots__ = ("_machine", "_stream", "_tls")
 
@@ -41,7 +41,7 @@ class StartingClient:
 
     @property
     def transport(self) -> asyncio.Transport:
-        """The connection, with TLS where the client has started it."""
+        """The client's transport; with TLS if the client has started it."""
         return self._stream.transport
 
     @property
@@ -55,16 +55,16 @@ class StartingClient:
         return self._machine.state is ClientState.AWAIT_BACKEND
 
     async def receive_startup(self) -> StartupReceived | CancelReceived | Violated | Disconnected:
-        """Return what the client asks for, once that is whole; its bound is the caller's.
+        """Return what the client asks for, when it is complete. The caller sets the timeout.
 
-        Raises ssl.SSLError or ConnectionError for TLS that fails.
+        Raises ssl.SSLError or ConnectionError if TLS fails.
         """
         while True:
             events = await self._next_events()
             for event in events:
                 self._stream.write(event.reply)
                 match event:
-                    # With anything after it, plaintext came after the request (W3).
+                    # Another event after this one: plaintext came with the request (W3).
                     case EncryptionAnswered(b"S") if event is events[-1]:
                         await self._start_tls(b"")
                     case DirectTLSReceived(hello):
@@ -74,7 +74,7 @@ class StartingClient:
 
     @asynccontextmanager
     async def while_connected(self) -> AsyncIterator[None]:
-        """Run the block as long as the client is there; then cancel it and raise ClientGone."""
+        """Run the block; if the client disconnects, cancel it and raise ClientGone."""
         gone = self._stream.gone
         over = False
         try:
@@ -94,19 +94,19 @@ class StartingClient:
             raise ClientGone from None
 
     def refuse(self, error: ErrorResponse) -> None:
-        """Send the client why it is not served."""
+        """Send the client the error that ends its connection."""
         self._stream.write(self._machine.refuse(error))
 
     def accept(self, welcome: bytes) -> None:
-        """Send the client all that it gets until ReadyForQuery, in one write."""
+        """Send AuthenticationOk and the welcome, up to ReadyForQuery, in one write."""
         self._stream.write(self._machine.accept(welcome))
 
     def hand_over(self, protocol: asyncio.Protocol) -> bytes:
-        """Give the connection to another protocol; return what the client sent early."""
+        """Give the connection to another protocol. Return what the client sent early."""
         return self._machine.trailing_data() + self._stream.hand_over(protocol)
 
     async def close(self) -> None:
-        """Close the connection so that the client gets what was written."""
+        """Close the connection after sending what was written."""
         await self._stream.close()
 
     # -- inside ----------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class StartingClient:
         return self._machine.receive_data(data) if data else self._machine.receive_eof()
 
     async def _start_tls(self, hello: bytes) -> None:
-        """Start TLS; a client that began with it must have meant Postgres (W5)."""
+        """Start TLS. A client that begins with a ClientHello must select ALPN for it (W5)."""
         assert self._tls is not None
         tls = await self._stream.start_tls(self._tls, server_side=True, first=hello)
         if hello and tls.selected_alpn_protocol() != ALPN_PROTOCOL:

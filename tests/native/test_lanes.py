@@ -33,9 +33,9 @@ SHUTTING_DOWN = ErrorResponse.fatal("57P01", "terminating connection")
 async def test_what_was_queued_before_the_relay_began_goes_first(
     tls: Contexts, encrypted: bool
 ) -> None:
-    # The welcome is written while the connection's protocol is still the startup's, which is told
-    # that the client takes no more and does nothing about it. A lane that did not know sent the
-    # upstream's next bytes past what was queued, as soon as the client had made room.
+    # The welcome is written while StartupStream is the protocol, whose pause_writing does nothing.
+    # A lane that did not know sent the upstream's next bytes past what was queued, as soon as the
+    # client had made room.
     welcome, answer = b"w" * 4 * MIB, b"a" * 1000
     async with relayed(tls=tls if encrypted else None, small=True, first=welcome) as setting:
         assert setting.client_transport.get_write_buffer_size() > 0
@@ -201,7 +201,7 @@ async def test_no_lane_is_left_whatever_ends_the_session(
 async def test_a_stalled_session_of_which_the_client_has_hung_up_is_not_looked_at_again_and_again(
     tls: Contexts,
 ) -> None:
-    # An epoll set tells of a hang-up whether it was asked for it or not.
+    # epoll reports EPOLLHUP whether it was requested or not.
     async with relayed(tls=tls, small=True) as setting:
         setting.stall_upstream()
         filling = asyncio.create_task(setting.client.send(bytes(4 * MIB)))
@@ -228,8 +228,8 @@ async def test_a_session_that_gets_no_lane_is_relayed_by_its_transports(tls: Con
 
 
 @dataclass
-class Way:
-    """A lane between two pairs of sockets, and what its callbacks were told."""
+class LaneHarness:
+    """A lane between two pairs of sockets, and the arguments of its callbacks."""
 
     lanes: "Lanes"
     pairs: list[tuple[socket.socket, socket.socket]] = field(
@@ -293,8 +293,8 @@ class Way:
         self.then()
 
 
-class Failing(Way):
-    """A way that fails to take what its sink did not."""
+class Failing(LaneHarness):
+    """A lane whose owner fails in `overflow`."""
 
     failure = ZeroDivisionError("a bug")
 
@@ -311,9 +311,9 @@ def lanes() -> "Iterator[Lanes]":
 def test_a_descriptor_that_is_given_anew_in_the_same_turn_is_the_new_ones(lanes: "Lanes") -> None:
     # The end of one lane closes another one's connection, of which the same turn has an event,
     # and a new connection gets its number.
-    first, second = Way(lanes), Way(lanes)
+    first, second = LaneHarness(lanes), LaneHarness(lanes)
     number = second.near.fileno()
-    reborn: list[Way] = []
+    reborn: list[LaneHarness] = []
 
     def then() -> None:
         second.close()
@@ -325,7 +325,7 @@ def test_a_descriptor_that_is_given_anew_in_the_same_turn_is_the_new_ones(lanes:
             held.append(pair)
         if pair[1].fileno() == number:
             pair = pair[1], pair[0]
-        reborn.append(Way(lanes, [pair, socket.socketpair()]))
+        reborn.append(LaneHarness(lanes, [pair, socket.socketpair()]))
         for one, other in held:
             one.close()
             other.close()
@@ -347,7 +347,7 @@ def test_a_descriptor_that_is_given_anew_in_the_same_turn_is_the_new_ones(lanes:
 
 
 def test_a_callback_that_fails_ends_its_own_lane_and_no_other(lanes: "Lanes") -> None:
-    first, second = Failing(lanes), Way(lanes)
+    first, second = Failing(lanes), LaneHarness(lanes)
     fill(first.sink)
     first.source.send(b"x")
     second.source.send(b"y")
@@ -360,67 +360,67 @@ def test_a_callback_that_fails_ends_its_own_lane_and_no_other(lanes: "Lanes") ->
 
 
 def test_an_end_that_fails_is_told_and_its_lane_is_closed_all_the_same(lanes: "Lanes") -> None:
-    way = Way(lanes)
+    harness = LaneHarness(lanes)
 
     def fail() -> None:
         raise ZeroDivisionError
 
-    way.then = fail
-    way.source.close()
+    harness.then = fail
+    harness.source.close()
     with pytest.raises(ZeroDivisionError):
         lanes.run_ready()
-    assert (len(lanes), way.ended) == (0, [None])
+    assert (len(lanes), harness.ended) == (0, [None])
     lanes.run_ready()
-    way.close()
+    harness.close()
 
 
 def test_what_a_full_sink_does_not_take_is_handed_over_whole(lanes: "Lanes") -> None:
-    way = Way(lanes)
-    filled = fill(way.sink)
+    harness = LaneHarness(lanes)
+    filled = fill(harness.sink)
     content = bytes(range(256)) * 100
-    way.source.send(content)
+    harness.source.send(content)
     lanes.run_ready()
     received = bytearray()
-    while some := way.taken():
+    while some := harness.taken():
         received += some
-    assert bytes(received[filled:]) + b"".join(way.over) == content
-    assert way.over
-    assert way.lane.carried_bytes == len(content)
-    way.close()
+    assert bytes(received[filled:]) + b"".join(harness.over) == content
+    assert harness.over
+    assert harness.lane.carried_bytes == len(content)
+    harness.close()
 
 
 def test_a_lane_that_cannot_be_watched_again_ends(lanes: "Lanes") -> None:
     # It was neither read nor closed: a session that hung.
-    way = Way(lanes)
-    way.lane.pause()
+    harness = LaneHarness(lanes)
+    harness.lane.pause()
     lanes.close()
-    way.lane.resume()
-    (error,) = way.ended
+    harness.lane.resume()
+    (error,) = harness.ended
     assert isinstance(error, OSError)
     assert len(lanes) == 0
-    way.close()
+    harness.close()
 
 
 def test_a_closed_lane_does_nothing_more(lanes: "Lanes") -> None:
-    way = Way(lanes)
-    way.lane.close()
-    for call in (way.lane.close, way.lane.pause, way.lane.resume, lanes.run_ready):
+    harness = LaneHarness(lanes)
+    harness.lane.close()
+    for call in (harness.lane.close, harness.lane.pause, harness.lane.resume, lanes.run_ready):
         call()
-    way.source.send(b"x")
+    harness.source.send(b"x")
     lanes.run_ready()
-    assert (way.taken(), way.over, way.ended, len(lanes)) == (b"", [], [], 0)
-    way.close()
+    assert (harness.taken(), harness.over, harness.ended, len(lanes)) == (b"", [], [], 0)
+    harness.close()
 
 
 def test_more_lanes_than_a_turn_has_events_for_are_all_served(lanes: "Lanes") -> None:
-    ways = [Way(lanes) for _ in range(300)]
-    for number, way in enumerate(ways):
-        way.source.send(b"%d" % number)
+    harnesses = [LaneHarness(lanes) for _ in range(300)]
+    for number, harness in enumerate(harnesses):
+        harness.source.send(b"%d" % number)
     for _ in range(5):
         lanes.run_ready()
-    assert [way.taken() for way in ways] == [b"%d" % number for number in range(300)]
-    for way in ways:
-        way.close()
+    assert [harness.taken() for harness in harnesses] == [b"%d" % number for number in range(300)]
+    for harness in harnesses:
+        harness.close()
     assert len(lanes) == 0
 
 

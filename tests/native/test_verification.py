@@ -86,7 +86,7 @@ CASES: Final = {
     "a common name beside another name": Case(Leaf(["other.example.com"], common_name=HOST)),
     "capitals in the certificate": named("DB.Example.COM"),
     "capitals in the name": named(HOST, host="DB.Example.COM"),
-    "a dot behind the name": named(HOST, host=f"{HOST}."),
+    "a dot after the name": named(HOST, host=f"{HOST}."),
     "a wildcard": named("*.example.com"),
     "a wildcard for two labels": named("*.example.com", host="a.b.example.com"),
     "a wildcard for none": named("*.example.com", host="example.com"),

@@ -29,7 +29,7 @@ async def echo(stream: StartupStream, _entry: OpenSession) -> None:
 
 
 class Listening:
-    """A listener that accepts, and a way to connect to it."""
+    """A listener that accepts, and its address."""
 
     def __init__(self, listener: Listener, metrics: Metrics, address: tuple[str, int]) -> None:
         self.listener = listener
@@ -86,14 +86,14 @@ async def test_each_connection_is_served_in_a_task_of_its_own_and_counted() -> N
         assert there.metrics.value("connections_accepted_total") == 2
 
 
-async def test_memory_is_given_back_after_many_connections() -> None:
-    given = asyncio.Event()
-    async with listening(memory_trim=MemoryTrim(given.set)) as there:
+async def test_memory_is_released_after_many_connections() -> None:
+    released = asyncio.Event()
+    async with listening(memory_trim=MemoryTrim(released.set)) as there:
         for _ in range(SESSIONS_MIN):
             async with plain_client(there) as client:
                 await exchange(client, b"x")
         async with asyncio.timeout(10):
-            await given.wait()
+            await released.wait()
 
 
 async def test_every_line_of_a_connection_carries_its_number(log: LogLines) -> None:
@@ -213,7 +213,7 @@ async def test_a_connection_that_waits_in_the_backlog_at_the_end_is_cut() -> Non
 
 
 async def test_connections_that_only_start_do_not_use_up_the_slots_of_sessions() -> None:
-    # Once both were counted together: 1005 idle sockets shut out everybody, with all slots free.
+    # Once both were counted together: 1005 idle sockets shut out every client, with all slots free.
     slots = Slots(1)
     metrics = build_metrics()
     listener = Listener(ListenSettings(port=0, max_connections=1), slots, metrics, echo)

@@ -1,6 +1,6 @@
 """One connection's story where no driver leads: the order of its first bytes, and TLS below it.
 
-A real stand-in is behind it; what drivers and psql see is in `e2e`.
+The upstream is the real Lakebase emulator. What drivers and psql see is in `e2e`.
 """
 
 import asyncio
@@ -207,15 +207,15 @@ async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged(
             ended = partial(metrics.value, "sessions_ended_total", reason="internal_error")
             await eventually(lambda: ended() == 2, "both are counted")
     assert metrics.value("startup_failures_total", reason="internal_error") == 2
-    told, failed = log.events("session refused"), log.events("session failed")
-    assert [line["connection"] for line in told] == [1, 2]
+    refused, failed = log.events("session refused"), log.events("session failed")
+    assert [line["connection"] for line in refused] == [1, 2]
     assert [line["connection"] for line in failed] == [1, 2]
-    assert all(line["reason"] == "internal_error" for line in told)
+    assert all(line["reason"] == "internal_error" for line in refused)
     assert all("ZeroDivisionError: a bug" in line["exception"] for line in failed)
 
 
 class LookUp:
-    """A route that is looked up for ever; knows how its callers end."""
+    """A route that is looked up for ever; shows how its callers end."""
 
     def __init__(self) -> None:
         self.begun = asyncio.Event()
@@ -371,7 +371,7 @@ async def test_a_client_that_stops_within_the_handshake_is_ended_by_the_startup_
 
 
 class BrokenForwarder(CancelForwarder):
-    """One that fails in a way that nobody thought of."""
+    """A forwarder with a bug."""
 
     async def cancel(self, key: IssuedKey) -> None:
         raise ZeroDivisionError("a bug")

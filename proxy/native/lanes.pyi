@@ -1,7 +1,7 @@
 from typing import Protocol
 
 from proxy.native.activity import Activity
-from proxy.native.tls import Engine
+from proxy.native.tls import TLSConnection
 
 class Owner(Protocol):
     def overflow(self, rest: bytes) -> None: ...
@@ -10,7 +10,7 @@ class Owner(Protocol):
 class Lanes:
     def __len__(self) -> int: ...
     def fileno(self) -> int: ...
-    def turn(self) -> None: ...
+    def run_ready(self) -> None: ...
     def close(self) -> None: ...
 
 class Lane:
@@ -22,8 +22,8 @@ class Lane:
         source: int,
         sink: int,
         *,
-        opens: Engine | None,
-        seals: Engine | None,
+        source_tls: TLSConnection | None,
+        sink_tls: TLSConnection | None,
         activity: Activity,
         from_upstream: bool,
         owner: Owner,

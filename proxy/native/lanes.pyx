@@ -1,16 +1,16 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The relay's fast lanes: reads that go from socket to socket without an object made of them.
+"""Lanes, the fast path of the relay: reads go from socket to socket without a Python object.
 
-For: the ordinary read, which is taken, decrypted or encrypted, sent whole, and counted. Not for
-anything else: what the kernel does not take is given to the transport, and at the end of a stream,
-an error or anything odd the lane closes and leaves the connection to the transports and protocols,
-which know what to do. So there is one place for each of these, and it is in Python.
+For: the ordinary read, which is received, decrypted or encrypted, sent completely, and counted. Not
+for: anything else. What the kernel does not take goes to the sink's transport. At the end of a
+stream, an error or a message of TLS itself the lane closes and leaves the connection to transports
+and protocols (`proxy/session/fast_path.py`), so that each such case is handled once, in Python.
 
-A lane reads the socket of a transport whose reading is paused. Both live in one thread: a
-descriptor is closed only after `connection_lost`, where the relay has closed its lanes.
+A lane reads the socket of a transport whose reading is paused. Both are in one thread. A descriptor
+is closed only after `connection_lost`, in which the relay has closed its lanes.
 
-`Lanes` is one epoll set that the event loop watches as one descriptor: all that is ready is carried
-in one turn. The buffers are everybody's, and empty between two reads: a session holds none.
+`Lanes` is one epoll set, which the event loop watches as one descriptor: one call carries all that
+is ready. All lanes share two buffers, which are empty between two reads: a session holds none.
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
@@ -22,7 +22,7 @@ from cpython.exc cimport PyErr_SetFromErrno
 
 from proxy.native cimport openssl
 from proxy.native.activity cimport Activity
-from proxy.native.tls cimport Engine
+from proxy.native.tls cimport TLSConnection
 
 cdef extern from "sys/epoll.h" nogil:
     ctypedef union epoll_data_t:
@@ -48,29 +48,32 @@ cdef extern from "sys/socket.h" nogil:
 cdef extern from "unistd.h" nogil:
     int c_close "close"(int descriptor)
 
-# Large enough for COPY, small enough for a processor's cache.
+# Large enough for COPY, small enough for a CPU cache.
 cdef Py_ssize_t _READ_BYTES = 256 * 1024
-# A read and what was held back of a record before it (RFC 8446: a record is longer than its text).
+# A read, and the part of a record that came before it (RFC 8446: records are longer than their
+# plaintext).
 cdef Py_ssize_t _PLAIN_BYTES = 256 * 1024 + 2 * 16 * 1024
-# One turn of the loop carries what is ready, and what became ready meanwhile, but no more than
-# this: everything else in the process waits for it.
+# The bounds of one `run_ready`, for which everything else in the process waits.
 cdef enum:
-    _EVENTS_MAX = 64  # at one look
-cdef int _LOOKS_MAX = 3
-cdef Py_ssize_t _TURN_BYTES_MAX = 1024 * 1024
+    _EVENTS_MAX = 64  # of one poll
+cdef int _POLLS_MAX = 3
+cdef Py_ssize_t _RUN_BYTES_MAX = 1024 * 1024
 
 
 cdef class Lanes:
-    """The lanes of one event loop: have it watch `fileno` and call `turn`. Raises OSError."""
+    """The lanes of one event loop, which watches `fileno` and calls `run_ready`.
+
+    Raises OSError if there is no descriptor left.
+    """
 
     cdef int _epoll
-    cdef dict _open
+    cdef dict _by_descriptor
     cdef char* _read
     cdef char* _plain
 
     def __cinit__(self) -> None:
         self._epoll = -1
-        self._open = {}
+        self._by_descriptor = {}
         self._epoll = epoll_create1(EPOLL_CLOEXEC)
         if self._epoll < 0:
             PyErr_SetFromErrno(OSError)
@@ -85,51 +88,51 @@ cdef class Lanes:
         self.close()
 
     cpdef close(self):
-        """Give the descriptor back. No lane is opened from here on."""
+        """Close the epoll set. No lane can be opened any more."""
         if self._epoll >= 0:
             c_close(self._epoll)
             self._epoll = -1
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._by_descriptor)
 
     def fileno(self) -> int:
-        """Return the descriptor that is readable when a lane's source is."""
+        """Return the descriptor that is readable when the source of a lane is."""
         return self._epoll
 
-    def turn(self) -> None:
-        """Carry what is ready."""
+    def run_ready(self) -> None:
+        """Carry what is ready, and what becomes ready meanwhile."""
         cdef epoll_event events[_EVENTS_MAX]
         cdef Py_ssize_t carried = 0
         cdef int count, number
         cdef Lane lane
-        for _ in range(_LOOKS_MAX):
+        for _ in range(_POLLS_MAX):
             count = epoll_wait(self._epoll, events, _EVENTS_MAX, 0)
-            openssl.ERR_clear_error()  # the thread's, where others may have left theirs
+            openssl.ERR_clear_error()  # the queue is the thread's: others may have left errors
             for number in range(count):
-                # One event's consequences may close the lane of another one.
-                lane = <Lane>self._open.get(events[number].data.fd)
+                # Carrying one event may close the lane of another one.
+                lane = <Lane>self._by_descriptor.get(events[number].data.fd)
                 if lane is not None:
                     carried += lane.carry_or_end(self._read, self._plain)
-            # A lone session has nothing ready yet: its peer has only just been woken.
-            if count < 2 or carried > _TURN_BYTES_MAX:
+            # With one session alone nothing is ready again yet: its peer has just been woken.
+            if count < 2 or carried > _RUN_BYTES_MAX:
                 return
 
     cdef int add(self, Lane lane) except -1:
         cdef epoll_event event
         event.events = EPOLLIN
         event.data.fd = lane.source
-        self._open[lane.source] = lane
+        self._by_descriptor[lane.source] = lane
         if epoll_ctl(self._epoll, EPOLL_CTL_ADD, lane.source, &event) < 0:
-            del self._open[lane.source]
+            del self._by_descriptor[lane.source]
             PyErr_SetFromErrno(OSError)
         return 0
 
     cdef int remove(self, Lane lane) except -1:
-        cdef epoll_event event  # kernels before 2.6.9 insist on one
-        if self._open.get(lane.source) is not lane:
-            return 0  # somebody has closed the descriptor already, and it is another lane's now
-        del self._open[lane.source]
+        cdef epoll_event event  # kernels before 2.6.9 require one
+        if self._by_descriptor.get(lane.source) is not lane:
+            return 0  # the descriptor was closed, and its number belongs to another lane now
+        del self._by_descriptor[lane.source]
         epoll_ctl(self._epoll, EPOLL_CTL_DEL, lane.source, &event)
         return 0
 
@@ -137,21 +140,21 @@ cdef class Lanes:
 cdef class Lane:
     """One direction of a session: from the socket `source` to the socket `sink`.
 
-    `opens` is the TLS of the source, `seals` that of the sink; None is plain. The owner's
-    `overflow` is called with what the kernel did not take, which is to be sent before anything
-    else: while the sink is full the lane has to be paused. Its `lane_ended` is called once, when
-    the lane has closed itself: with None where the transport is to read on, else with the error
-    that the connection ends by.
+    `source_tls` is the TLS of the source, `sink_tls` that of the sink; None is plain. The owner's
+    `overflow` is called with what the kernel did not take, which has to be sent before anything
+    else: the lane has to be paused while the sink is full. Its `lane_ended` is called once, when
+    the lane has closed itself: with None if the transport has to read on, else with the error by
+    which the connection ends.
     """
 
     cdef readonly unsigned long long carried_bytes
-    """Plain bytes that went this way."""
+    """The plain bytes carried."""
     cdef readonly bint paused
     cdef int source
     cdef int _sink
     cdef Lanes _lanes
-    cdef Engine _opens
-    cdef Engine _seals
+    cdef TLSConnection _source_tls
+    cdef TLSConnection _sink_tls
     cdef Activity _activity
     cdef bint _is_upstream
     cdef bint _closed
@@ -163,8 +166,8 @@ cdef class Lane:
         int source,
         int sink,
         *,
-        Engine opens,
-        Engine seals,
+        TLSConnection source_tls,
+        TLSConnection sink_tls,
         Activity activity not None,
         bint from_upstream,
         owner,
@@ -172,26 +175,26 @@ cdef class Lane:
     ) -> None:
         self._lanes = lanes
         self.source, self._sink = source, sink
-        self._opens, self._seals = opens, seals
+        self._source_tls, self._sink_tls = source_tls, sink_tls
         self._activity, self._is_upstream = activity, from_upstream
         self._owner = owner
         self.paused = paused
-        if seals is not None:
-            seals.ciphertext.full = paused
+        if sink_tls is not None:
+            sink_tls.ciphertext.blocked = paused
         if not paused:
             lanes.add(self)
 
     def pause(self) -> None:
-        """Stop reading the source: its sink is full."""
+        """Stop reading the source, because the sink is full."""
         if self._closed or self.paused:
             return
         self.paused = True
-        if self._seals is not None:
-            self._seals.ciphertext.full = True
+        if self._sink_tls is not None:
+            self._sink_tls.ciphertext.blocked = True
         self._lanes.remove(self)
 
     def resume(self) -> None:
-        """Read again."""
+        """Read the source again."""
         if self._closed or not self.paused:
             return
         try:
@@ -200,11 +203,11 @@ cdef class Lane:
             self._end(error)
             return
         self.paused = False
-        if self._seals is not None:
-            self._seals.ciphertext.full = False
+        if self._sink_tls is not None:
+            self._sink_tls.ciphertext.blocked = False
 
     def close(self) -> None:
-        """Touch neither socket from here on."""
+        """Close the lane. It uses neither socket any more."""
         if self._closed:
             return
         self._closed = True
@@ -215,7 +218,7 @@ cdef class Lane:
     # -- one read --------------------------------------------------------------------------------
 
     cdef Py_ssize_t carry_or_end(self, char* read, char* plain) except -1:
-        """Carry one read; a bug of ours, or no memory, ends its session and no other one."""
+        """Carry one read. A bug, or a lack of memory, ends its own session only."""
         try:
             return self._carry(read, plain)
         except Exception as error:
@@ -225,7 +228,7 @@ cdef class Lane:
             return 0
 
     cdef Py_ssize_t _carry(self, char* read, char* plain) except -1:
-        """Carry one read, and return its size."""
+        """Carry one read. Return its size."""
         cdef Py_ssize_t size = recv(self.source, read, _READ_BYTES, 0)
         if size < 0:
             if errno != EAGAIN and errno != EINTR:
@@ -234,67 +237,67 @@ cdef class Lane:
         if size == 0:
             self._end(None)
             return 0
-        if self._opens is not None:
-            self._open_and_send(read, plain, size)
-        elif self._seals is not None:
-            self._seal(read, size)
+        if self._source_tls is not None:
+            self._decrypt_and_send(read, plain, size)
+        elif self._sink_tls is not None:
+            self._encrypt_and_send(read, size)
         else:
             self._send(read, size)
         return size
 
     cdef int _send(self, char* plain, Py_ssize_t size) except -1:
-        """Send plain bytes, and have them counted."""
+        """Send plain bytes, and count them."""
         cdef ssize_t sent = 0
         if not self.paused:
             sent = send(self._sink, plain, size, MSG_NOSIGNAL)
             if sent < 0:
-                sent = 0  # full or lost: the transport sees which
+                sent = 0  # full or lost: the transport will find out
         if sent < size:
             self._overflow(PyBytes_FromStringAndSize(plain + sent, size - sent))
         return self._count(plain, size)
 
-    cdef int _seal(self, char* plain, Py_ssize_t size) except -1:
-        """Encrypt and send."""
-        cdef Engine engine = self._seals
+    cdef int _encrypt_and_send(self, char* plain, Py_ssize_t size) except -1:
+        """Encrypt plain bytes, send and count them."""
+        cdef TLSConnection tls = self._sink_tls
         cdef Py_ssize_t done = 0
         cdef int taken
-        engine.ciphertext.sink = self._sink
+        tls.ciphertext.sink = self._sink
         while done < size:
-            taken = openssl.SSL_write(engine.ssl, plain + done, <int>(size - done))
+            taken = openssl.SSL_write(tls.ssl, plain + done, <int>(size - done))
             if taken <= 0:
                 break
             done += taken
-        engine.ciphertext.sink = -1
+        tls.ciphertext.sink = -1
         if done < size:
-            self._end(engine.failure(taken))
+            self._end(tls.failure(taken))
             return 0
-        if engine.ciphertext.owed_bytes:
-            self._overflow(engine.take())
+        if tls.ciphertext.pending_out_bytes:
+            self._overflow(tls.take_pending_out())
         return self._count(plain, size)
 
-    cdef int _open_and_send(self, char* read, char* plain, Py_ssize_t size) except -1:
-        """Decrypt all that is whole, and send it."""
-        cdef Engine engine = self._opens
+    cdef int _decrypt_and_send(self, char* read, char* plain, Py_ssize_t size) except -1:
+        """Decrypt all complete records, send and count what they hold."""
+        cdef TLSConnection tls = self._source_tls
         cdef Py_ssize_t done = 0, left
         cdef int taken
-        engine.ciphertext.window = read
-        engine.ciphertext.window_bytes = size
+        tls.ciphertext.input = read
+        tls.ciphertext.input_bytes = size
         while True:
-            taken = openssl.SSL_read(engine.ssl, plain + done, <int>(_PLAIN_BYTES - done))
+            taken = openssl.SSL_read(tls.ssl, plain + done, <int>(_PLAIN_BYTES - done))
             if taken <= 0:
                 break
             done += taken
-            if engine.ciphertext.window_bytes == 0 and openssl.SSL_pending(engine.ssl) == 0:
-                break  # nearly every answer ends with its read: no need to be told so
-        left = engine.ciphertext.window_bytes
-        engine.ciphertext.window_bytes = 0  # before anything can fail: the window is the lane's
-        odd = None
-        if taken <= 0 and (left or openssl.SSL_want(engine.ssl) != openssl.SSL_READING):
-            odd = engine.failure(taken)
+            if tls.ciphertext.input_bytes == 0 and openssl.SSL_pending(tls.ssl) == 0:
+                break  # most answers end with their read: this saves a call that finds nothing
+        left = tls.ciphertext.input_bytes
+        tls.ciphertext.input_bytes = 0  # before anything can fail: the buffer is shared
+        error = None
+        if taken <= 0 and (left or openssl.SSL_want(tls.ssl) != openssl.SSL_READING):
+            error = tls.failure(taken)
         if done:
             self._send(plain, done)
-        if odd is not None or engine.ciphertext.owed_bytes:
-            self._end(odd)  # TLS has something to say itself, or its stream has ended
+        if error is not None or tls.ciphertext.pending_out_bytes:
+            self._end(error)  # TLS has a message of its own to send, or its stream has ended
         return 0
 
     cdef int _count(self, char* plain, Py_ssize_t size) except -1:

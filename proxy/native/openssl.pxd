@@ -1,4 +1,4 @@
-"""What is used of OpenSSL 3 (or 1.1.1): its manual pages say what each does."""
+"""The functions of OpenSSL 3 (or 1.1.1) in use. They are described in its manual pages."""
 
 cdef extern from "openssl/ssl.h" nogil:
     ctypedef struct SSL:

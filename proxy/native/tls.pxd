@@ -2,16 +2,15 @@ from proxy.native.openssl cimport SSL, SSL_CTX
 
 
 cdef struct Ciphertext:
-    # What has come from the peer and was not looked at yet: bytes of somebody else's.
-    const char* window
-    Py_ssize_t window_bytes
-    # Where to send what is for the peer; -1, or `full`: it waits here instead.
+    # What was received from the peer and not read yet; the bytes belong to the caller.
+    const char* input
+    Py_ssize_t input_bytes
+    # The descriptor to send to. With -1, or if `blocked`, the bytes wait in `pending_out`.
     int sink
-    bint full
-    # What waits to be sent.
-    char* owed
-    Py_ssize_t owed_bytes
-    Py_ssize_t owed_bytes_max
+    bint blocked
+    char* pending_out
+    Py_ssize_t pending_out_bytes
+    Py_ssize_t pending_out_bytes_max
 
 
 cdef class ClientContext:
@@ -19,21 +18,21 @@ cdef class ClientContext:
     cdef bint _check_hostname
 
 
-cdef class Engine:
+cdef class TLSConnection:
     cdef SSL* ssl
     cdef Ciphertext ciphertext
-    cdef object _name
-    cdef object _held
+    cdef object _server_hostname
+    cdef object _input_buffer
 
     cdef void feed(self, bytes fed)
-    cdef bytes take(self)
-    cdef void _let_go(self)
+    cdef bytes take_pending_out(self)
+    cdef void _release_input(self)
     cdef object failure(self, int result)
 
 
 cdef class Incoming:
-    cdef Engine _engine
+    cdef TLSConnection _connection
 
 
 cdef class Outgoing:
-    cdef Engine _engine
+    cdef TLSConnection _connection

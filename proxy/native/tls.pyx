@@ -1,12 +1,12 @@
 # cython: language_level=3
-"""TLS to an upstream through OpenSSL itself: what `ssl.SSLObject` is, for the compiled relay.
+"""TLS to an upstream through OpenSSL itself: an `ssl.SSLObject` for the compiled relay.
 
-For: the relay's fast lane, which decrypts from one shared buffer into another and so needs what
-Python's ssl does not give out. Not for: policy. A context is a copy of an `ssl.SSLContext`, and an
-engine does and raises what an `ssl.SSLObject` would, so that everything above serves both.
+For: lanes, which decrypt from one shared buffer into another. Python's ssl module cannot do that.
+Not for: policy. A context is a copy of an `ssl.SSLContext`, and a `TLSConnection` does and raises
+what an `ssl.SSLObject` would, so that the code above it is the same for both.
 
-The invariant: an engine never touches a descriptor, but for the `sink` that a lane lends it for
-one call. The window belongs to whoever fed it and is empty before the lane lends its own.
+The invariant: a TLSConnection uses no descriptor except the `sink` that a lane sets for one call.
+The input belongs to its caller, and is empty before a lane sets its own buffer.
 """
 
 import os
@@ -24,53 +24,55 @@ cdef extern from "sys/socket.h" nogil:
     ssize_t send(int descriptor, const void* source, size_t size, int flags)
     int MSG_NOSIGNAL
 
-cdef int _OWED_BYTES_STEP = 4096  # a handshake's answer; more is asked for as it is needed
+cdef int _PENDING_OUT_BYTES_STEP = 4096  # a message of the handshake; more is allocated as needed
 
 
 # -- OpenSSL's reads and writes ----------------------------------------------------------------
 
 cdef int _read(BIO* bio, char* into, int size) noexcept nogil:
-    """Give OpenSSL of the window; an empty one is "not yet"."""
+    """Pass input to OpenSSL. If there is none, OpenSSL has to try again later."""
     cdef Ciphertext* ciphertext = <Ciphertext*>openssl.BIO_get_data(bio)
-    if ciphertext.window_bytes == 0:
+    if ciphertext.input_bytes == 0:
         openssl.BIO_set_retry_read(bio)
         return -1
-    if size > ciphertext.window_bytes:
-        size = <int>ciphertext.window_bytes
-    memcpy(into, ciphertext.window, size)
-    ciphertext.window += size
-    ciphertext.window_bytes -= size
+    if size > ciphertext.input_bytes:
+        size = <int>ciphertext.input_bytes
+    memcpy(into, ciphertext.input, size)
+    ciphertext.input += size
+    ciphertext.input_bytes -= size
     return size
 
 
 cdef int _write(BIO* bio, const char* source, int size) noexcept nogil:
-    """Send a record at once where that is possible, and keep the rest."""
+    """Send a record to the sink if possible, and store the rest."""
     cdef Ciphertext* ciphertext = <Ciphertext*>openssl.BIO_get_data(bio)
     cdef ssize_t sent = 0
-    if ciphertext.sink >= 0 and ciphertext.owed_bytes == 0 and not ciphertext.full:
+    if ciphertext.sink >= 0 and ciphertext.pending_out_bytes == 0 and not ciphertext.blocked:
         sent = send(ciphertext.sink, source, size, MSG_NOSIGNAL)
         if sent == size:
             return size
         if sent < 0:
-            sent = 0  # full or lost: who sends what is owed will see
-    if _owe(ciphertext, source + sent, size - sent):
+            sent = 0  # full or lost: the transport that sends the rest will find out
+    if _append_pending_out(ciphertext, source + sent, size - sent):
         return size
-    openssl.BIO_clear_retry_flags(bio)  # no memory: to write again would not help
+    openssl.BIO_clear_retry_flags(bio)  # no memory: a retry would not help
     return -1
 
 
-cdef bint _owe(Ciphertext* ciphertext, const char* source, Py_ssize_t size) noexcept nogil:
-    cdef Py_ssize_t needed = ciphertext.owed_bytes + size
-    cdef char* owed
-    if needed > ciphertext.owed_bytes_max:
-        needed += _OWED_BYTES_STEP
-        owed = <char*>realloc(ciphertext.owed, needed)
-        if owed is NULL:
+cdef bint _append_pending_out(
+    Ciphertext* ciphertext, const char* source, Py_ssize_t size
+) noexcept nogil:
+    cdef Py_ssize_t needed = ciphertext.pending_out_bytes + size
+    cdef char* pending_out
+    if needed > ciphertext.pending_out_bytes_max:
+        needed += _PENDING_OUT_BYTES_STEP
+        pending_out = <char*>realloc(ciphertext.pending_out, needed)
+        if pending_out is NULL:
             return False
-        ciphertext.owed = owed
-        ciphertext.owed_bytes_max = needed
-    memcpy(ciphertext.owed + ciphertext.owed_bytes, source, size)
-    ciphertext.owed_bytes += size
+        ciphertext.pending_out = pending_out
+        ciphertext.pending_out_bytes_max = needed
+    memcpy(ciphertext.pending_out + ciphertext.pending_out_bytes, source, size)
+    ciphertext.pending_out_bytes += size
     return True
 
 
@@ -79,7 +81,7 @@ cdef long _control(BIO* bio, int command, long number, void* held) noexcept nogi
 
 
 cdef BIO_METHOD* _METHOD = openssl.BIO_meth_new(
-    openssl.BIO_get_new_index() | openssl.BIO_TYPE_SOURCE_SINK, b"window"
+    openssl.BIO_get_new_index() | openssl.BIO_TYPE_SOURCE_SINK, b"input"
 )
 openssl.BIO_meth_set_read(_METHOD, _read)
 openssl.BIO_meth_set_write(_METHOD, _write)
@@ -89,11 +91,11 @@ openssl.BIO_meth_set_ctrl(_METHOD, _control)
 # -- a context -----------------------------------------------------------------------------------
 
 cdef class ClientContext:
-    """The rules of connections to one kind of upstream.
+    """A copy of the context `like`.
 
-    They are those of `like`; only its authorities cannot be read out of it, so `cafile` is the
-    file of them, None the system's, and `curve` is the one to offer for the key exchange. Raises
-    OSError (ssl.SSLError too) for an unusable file.
+    Authorities and curve cannot be read out of it: `cafile` is the file of the authorities, or
+    None for the system's; `curve` is offered for the key exchange. Raises OSError (ssl.SSLError
+    too) for an unusable file.
     """
 
     def __cinit__(self) -> None:
@@ -123,23 +125,23 @@ cdef class ClientContext:
             and openssl.SSL_CTX_set_cipher_list(context, ciphers)
             and openssl.X509_VERIFY_PARAM_set_flags(rules, like.verify_flags)
         )
-        if curve is not None:  # which cannot be read out of `like` either
+        if curve is not None:
             named = curve.encode()
             taken = taken and openssl.SSL_CTX_set1_groups_list(context, named)
         if not taken:
             raise _error(ssl.SSLError)
         if verify == openssl.SSL_VERIFY_PEER:
-            self._trust(cafile)
+            self._load_authorities(cafile)
 
     def __dealloc__(self) -> None:
         openssl.SSL_CTX_free(self._context)
 
-    def _trust(self, cafile: str | None) -> None:
+    def _load_authorities(self, cafile: str | None) -> None:
         openssl.ERR_clear_error()
         if cafile is None:
             loaded = openssl.SSL_CTX_set_default_verify_paths(self._context)
         else:
-            open(cafile, "rb").close()  # its error says more than OpenSSL's
+            open(cafile, "rb").close()  # its error is more precise than OpenSSL's
             path = os.fsencode(cafile)
             loaded = openssl.SSL_CTX_load_verify_locations(self._context, path, NULL)
         if not loaded:
@@ -147,14 +149,14 @@ cdef class ClientContext:
 
 
 cdef int _version(object version) except -1:
-    """Return a bound on the version as OpenSSL has it: 0 is "none"."""
+    """Return a bound on the version for OpenSSL, where 0 is "none"."""
     return 0 if version < 0 else version
 
 
 # -- one connection ------------------------------------------------------------------------------
 
-cdef class Engine:
-    """One connection's TLS. All methods are those of ssl.SSLObject unless they say otherwise."""
+cdef class TLSConnection:
+    """The TLS of one connection, with the methods of ssl.SSLObject."""
 
     def __cinit__(self, ClientContext context not None, server_hostname: str | None) -> None:
         cdef BIO* bio
@@ -170,20 +172,20 @@ cdef class Engine:
         openssl.SSL_set_bio(self.ssl, bio, bio)
         openssl.SSL_set_connect_state(self.ssl)
         if server_hostname is not None:
-            self._expect(server_hostname, context._check_hostname)
+            self._set_server_hostname(server_hostname, context._check_hostname)
         elif context._check_hostname:
             raise ValueError("check_hostname requires server_hostname")
 
     def __dealloc__(self) -> None:
         openssl.SSL_free(self.ssl)
-        free(self.ciphertext.owed)
+        free(self.ciphertext.pending_out)
 
-    def _expect(self, server_hostname: str, check: bool) -> None:
-        """Send the name, and let the certificate be good for it only. Raises ValueError."""
+    def _set_server_hostname(self, server_hostname: str, check: bool) -> None:
+        """Set the name to send, and to verify the certificate for. Raises ValueError."""
         if not server_hostname or server_hostname.startswith(".") or "\0" in server_hostname:
             raise ValueError("server_hostname cannot be an empty string or start with a dot.")
         plain = server_hostname.encode("idna")
-        self._name = plain.decode()
+        self._server_hostname = plain.decode()
         cdef openssl.X509_VERIFY_PARAM* rules = openssl.SSL_get0_param(self.ssl)
         if _is_address(plain):
             taken = not check or openssl.X509_VERIFY_PARAM_set1_ip_asc(rules, plain)
@@ -195,12 +197,12 @@ cdef class Engine:
             openssl.ERR_clear_error()
             raise ValueError("server_hostname is no name of a host")
 
-    # -- what ssl.SSLObject has ------------------------------------------------------------------
+    # -- the methods of ssl.SSLObject ------------------------------------------------------------
 
     def do_handshake(self) -> None:
         openssl.ERR_clear_error()
         result = openssl.SSL_do_handshake(self.ssl)
-        self._let_go()
+        self._release_input()
         if result != 1:
             raise self.failure(result)
 
@@ -208,7 +210,7 @@ cdef class Engine:
         piece = PyBytes_FromStringAndSize(NULL, size)
         openssl.ERR_clear_error()
         taken = openssl.SSL_read(self.ssl, PyBytes_AS_STRING(piece), size)
-        self._let_go()
+        self._release_input()
         if taken > 0:
             return piece if taken == size else piece[:taken]
         error = self.failure(taken)
@@ -245,30 +247,32 @@ cdef class Engine:
     # -- inside ----------------------------------------------------------------------------------
 
     cdef void feed(self, bytes fed):
-        """Take ciphertext of the peer's, behind what has not been looked at."""
-        if self.ciphertext.window_bytes:
-            fed = self.ciphertext.window[: self.ciphertext.window_bytes] + fed
-        self._held = fed
-        self.ciphertext.window = PyBytes_AS_STRING(fed)
-        self.ciphertext.window_bytes = PyBytes_GET_SIZE(fed)
+        """Append ciphertext of the peer to the input."""
+        if self.ciphertext.input_bytes:
+            fed = self.ciphertext.input[: self.ciphertext.input_bytes] + fed
+        self._input_buffer = fed
+        self.ciphertext.input = PyBytes_AS_STRING(fed)
+        self.ciphertext.input_bytes = PyBytes_GET_SIZE(fed)
 
-    cdef void _let_go(self):
-        """Forget what was fed once it has been looked at: an idle session keeps no read."""
-        if self.ciphertext.window_bytes == 0:
-            self._held = None
+    cdef void _release_input(self):
+        """Release the input when it is used up: an idle session keeps no read."""
+        if self.ciphertext.input_bytes == 0:
+            self._input_buffer = None
 
-    cdef bytes take(self):
-        """Return what is to be sent to the peer, and forget it."""
-        owed = PyBytes_FromStringAndSize(self.ciphertext.owed, self.ciphertext.owed_bytes)
-        free(self.ciphertext.owed)
-        self.ciphertext.owed = NULL
-        self.ciphertext.owed_bytes = self.ciphertext.owed_bytes_max = 0
-        return owed
+    cdef bytes take_pending_out(self):
+        """Return what is to be sent to the peer, and release it."""
+        pending_out = PyBytes_FromStringAndSize(
+            self.ciphertext.pending_out, self.ciphertext.pending_out_bytes
+        )
+        free(self.ciphertext.pending_out)
+        self.ciphertext.pending_out = NULL
+        self.ciphertext.pending_out_bytes = self.ciphertext.pending_out_bytes_max = 0
+        return pending_out
 
     cdef object failure(self, int result):
-        """Return what ssl.SSLObject would raise where OpenSSL returned this.
+        """Return the error that ssl.SSLObject would raise for this result.
 
-        The thread's queue of errors, by which OpenSSL tells, was empty before that call.
+        OpenSSL reports it in the thread's error queue, which was empty before the call.
         """
         kind = openssl.SSL_get_error(self.ssl, result)
         if kind == openssl.SSL_ERROR_WANT_READ:
@@ -279,51 +283,51 @@ cdef class Engine:
         error = _error(ssl.SSLError)
         if error.reason != "CERTIFICATE_VERIFY_FAILED" or verified == openssl.X509_V_OK:
             return error
-        said = _refusal(verified, self._name)
-        error = ssl.SSLCertVerificationError(1, f"certificate verify failed: {said}")
+        message = _verify_message(verified, self._server_hostname)
+        error = ssl.SSLCertVerificationError(1, f"certificate verify failed: {message}")
         error.library, error.reason = "SSL", "CERTIFICATE_VERIFY_FAILED"
-        error.verify_code, error.verify_message = verified, said
+        error.verify_code, error.verify_message = verified, message
         return error
 
 
 cdef class Incoming:
-    """What an engine reads from, as an ssl.MemoryBIO."""
+    """The input of a TLSConnection, with the methods of ssl.MemoryBIO."""
 
-    def __init__(self, Engine engine not None) -> None:
-        self._engine = engine
+    def __init__(self, TLSConnection connection not None) -> None:
+        self._connection = connection
 
     @property
     def pending(self) -> int:
-        return self._engine.ciphertext.window_bytes
+        return self._connection.ciphertext.input_bytes
 
     def write(self, source) -> int:
-        self._engine.feed(bytes(source))
+        self._connection.feed(bytes(source))
         return len(source)
 
 
 cdef class Outgoing:
-    """What an engine has written, as an ssl.MemoryBIO."""
+    """The output of a TLSConnection, with the methods of ssl.MemoryBIO."""
 
-    def __init__(self, Engine engine not None) -> None:
-        self._engine = engine
+    def __init__(self, TLSConnection connection not None) -> None:
+        self._connection = connection
 
     @property
     def pending(self) -> int:
-        return self._engine.ciphertext.owed_bytes
+        return self._connection.ciphertext.pending_out_bytes
 
     def read(self) -> bytes:
-        return self._engine.take()
+        return self._connection.take_pending_out()
 
 
 cdef bint _is_address(bytes name) except -1:
-    """Whether OpenSSL takes it for one: that is who compares it with the certificate's."""
+    """Return whether OpenSSL, which verifies the certificate, takes the name for an address."""
     cdef openssl.ASN1_OCTET_STRING* address = openssl.a2i_IPADDRESS(name)
     openssl.ERR_clear_error()
     openssl.ASN1_OCTET_STRING_free(address)
     return address is not NULL
 
 
-cdef str _refusal(long code, object name):
+cdef str _verify_message(long code, object name):
     if code == openssl.X509_V_ERR_HOSTNAME_MISMATCH:
         return f"Hostname mismatch, certificate is not valid for '{name}'."
     if code == openssl.X509_V_ERR_IP_ADDRESS_MISMATCH:
@@ -332,11 +336,11 @@ cdef str _refusal(long code, object name):
 
 
 cdef object _error(object kind):
-    """Return OpenSSL's last error, which it forgets, with the attributes that Python's have."""
+    """Take OpenSSL's last error. Return it with the attributes of Python's."""
     cdef const char* text = openssl.ERR_reason_error_string(openssl.ERR_peek_last_error())
     openssl.ERR_clear_error()
-    said = "unknown error" if text is NULL else text.decode()
-    error = kind(1, said)
+    message = "unknown error" if text is NULL else text.decode()
+    error = kind(1, message)
     error.library = "SSL"
-    error.reason = "".join(one if one.isalnum() else "_" for one in said).upper()
+    error.reason = "".join(one if one.isalnum() else "_" for one in message).upper()
     return error

@@ -199,13 +199,13 @@ def _of_source(source: StatusSource) -> Iterable[Metric]:
         value=source.state() is State.DRAINING,
     )
     yield GaugeMetricFamily(
-        f"{_PREFIX}_places_taken",
+        f"{_PREFIX}_session_slots_used",
         "Sessions that are served or whose upstream is being opened.",
-        value=source.places_taken(),
+        value=source.session_slots_used(),
     )
     yield GaugeMetricFamily(
         f"{_PREFIX}_sessions_max",
-        "The bound of places taken: listen.max_connections.",
+        "The bound of session slots used: listen.max_connections.",
         value=source.sessions_max(),
     )
 

@@ -48,7 +48,7 @@ class Drain:
 class StatusSource:
     """What the parts of a proxy tell of themselves. Each callable answers at once.
 
-    `places_taken` counts what `sessions_max` bounds: sessions that are served and those whose
+    `session_slots_used` counts what `sessions_max` bounds: sessions that are served and those whose
     upstream is being opened. `hosts` gives each configured target's host, empty while it is not
     known; `acceleration` is a word of `native.Acceleration`; `warnings` are sentences about the
     configuration; `drain_seconds_left` is None while nothing is drained.
@@ -60,7 +60,7 @@ class StatusSource:
     uptime_seconds: Callable[[], float]
     listen: Callable[[], str]
     sessions_max: Callable[[], int]
-    places_taken: Callable[[], int]
+    session_slots_used: Callable[[], int]
     hosts: Callable[[], Mapping[str, str]]
     tokens: Callable[[], Sequence[Token]]
     drain_seconds_left: Callable[[], float | None]
@@ -135,8 +135,8 @@ def report(
         uptime_seconds=source.uptime_seconds(),
         listen=source.listen(),
         sessions=sessions,
-        # One that has ended gives its place back a moment after its relay.
-        sessions_opening=max(0, source.places_taken() - sessions),
+        # One that has ended gives its slot back a moment after its relay.
+        sessions_opening=max(0, source.session_slots_used() - sessions),
         sessions_max=source.sessions_max(),
         targets=_targets(source.hosts(), readings),
         tokens=source.tokens(),

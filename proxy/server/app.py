@@ -19,25 +19,20 @@ from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.metrics import Metrics
 from proxy.observe.status import State, Status, StatusSource, Token, report
-from proxy.routing.router import Router
+from proxy.routing.router import Route, Router
 from proxy.server.lifecycle import Lifecycle
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
-from proxy.session.drain import OpenSessions
 from proxy.session.end_reason import EndReason
-from proxy.session.listener import (
-    STARTING_MAX,
-    TOO_MANY_STARTING,
-    Listener,
-    Slots,
-    SlotSource,
-    socket_name,
-)
-from proxy.session.session import Passage, Session, SessionParts, StartupFailure
-from proxy.transport.lanes import watched_lanes
+from proxy.session.fast_path import watched_lanes
+from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, socket_name
+from proxy.session.session import Session, SessionParts
+from proxy.session.session_log import StartupFailure
+from proxy.session.slots import Slots, SlotSource
 from proxy.transport.tls import server_context
 from proxy.upstream.connector import Connector
 from proxy.upstream.phases import ConnectPhase, RecordTargetPhase
+from proxy.upstream.upstreams import Upstream
 from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import ClientReason
 from proxy.workspace.registry import LocalWorkspaceRegistry, WorkspaceRegistry
@@ -85,7 +80,7 @@ class App:
     Without TCP `listen_host` is the directory of the unix socket, as drivers take it for a host.
 
     A proxy of several processes has an App in each: the first accepts and has the `others`; in
-    those `workspaces`, `places` and `cancel_elsewhere` lead to it.
+    those `workspaces`, `slots` and `cancel_elsewhere` lead to it.
     """
 
     listen_host: str
@@ -101,7 +96,7 @@ class App:
         *,
         starting_max: int = STARTING_MAX,
         workspaces: WorkspaceRegistry | None = None,
-        places: SlotSource | None = None,
+        slots: SlotSource | None = None,
         cancel_elsewhere: Elsewhere | None = None,
     ) -> None:
         """`starting_max` connections may be starting at a time.
@@ -114,7 +109,7 @@ class App:
         self.snapshot = ConfigSnapshot(settings, self.workspaces, self._record_phase)
         self._count_by(self.snapshot)
         self._tls = _listener_tls(settings.listen)
-        self.places = places or Slots(settings.listen.max_connections)
+        self.slots = slots or Slots(settings.listen.max_connections)
         # A cancel is no connect: its phases are nobody's.
         connector = Connector(lambda phase, seconds: None)
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
@@ -170,25 +165,22 @@ class App:
         return await self.entrance.drain(drain_seconds, accept_seconds=accept_seconds)
 
     def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
-        live = OpenSessions()
         parts = SessionParts(
-            route=self._passage,
+            route=self._route,
             cancel_keys=self.cancel_keys,
             cancels=self.cancels,
             metrics=self.metrics,
             startup_timeout_seconds=settings.listen.startup_timeout_seconds,
             tls=lambda: self._tls,
-            place=self.places.take,
-            live=live,
+            slot=self.slots.take,
             idle_timeout_seconds=settings.listen.idle_timeout_seconds,
             lanes=lambda: self.lanes,
         )
         return Listener(
             settings.listen,
-            self.places,
+            self.slots,
             self.metrics,
-            lambda stream: Session(stream, parts).run(),
-            live,
+            lambda stream, entry: Session(stream, entry, parts).run(),
             starting_max=starting_max,
         )
 
@@ -202,19 +194,19 @@ class App:
             self.snapshot.hosts(),
         )
 
-    def _passage(self, message: StartupMessage) -> Passage:
-        snapshot = self.snapshot  # whichever it is then: a reload exchanges it
+    async def _route(self, startup: StartupMessage) -> tuple[Route, Upstream]:
+        snapshot = self.snapshot  # the present one: a reload replaces it
         shard_map = snapshot.settings.routing.shard_map
         try:
-            passage = snapshot.passage(message)
+            route, upstream = await snapshot.route(startup)
         except ProxyError as error:
             if shard_map:
                 missed = error.kind is ErrorKind.MAPPING_NOT_FOUND
                 self.metrics.route_refused(shard_map, missed=missed)
             raise
-        if passage.shard:
-            self.metrics.routed(shard_map, passage.shard)
-        return passage
+        if route.shard_map:
+            self.metrics.routed(shard_map, route.target)
+        return route, upstream
 
     def _count_by(self, snapshot: ConfigSnapshot) -> None:
         shard_map = snapshot.router.shard_map
@@ -332,7 +324,9 @@ def _status_source(app: App) -> StatusSource:
         uptime_seconds=lambda: app.lifecycle.uptime_seconds,
         listen=listen,
         sessions_max=lambda: app.settings.listen.max_connections,
-        places_taken=lambda: app.places.taken if app.others is None else app.others.places_taken,
+        session_slots_used=lambda: (
+            app.slots.taken if app.others is None else app.others.places_taken
+        ),
         hosts=hosts,
         tokens=tokens,
         drain_seconds_left=lambda: app.lifecycle.drain_seconds_left,

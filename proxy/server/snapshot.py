@@ -1,9 +1,9 @@
-"""What the present configuration makes of a session: its target, and the way there.
+"""A snapshot of the configuration: the router and the upstreams that it gives to sessions.
 
-For: one object that a reload exchanges as a whole, so that a session sees either the old
-configuration or the new one. Not for: deciding; the router does, and the fleet dials.
+For: one object that a reload replaces as a whole, so that a session sees either the old
+configuration or the new one. Not for: deciding; the router does, and the upstreams dial.
 
-Invariant: a plan never changes. A session keeps the passage that it was given.
+Invariant: a snapshot never changes. A session keeps the route and the upstream that it was given.
 """
 
 import time
@@ -14,11 +14,10 @@ from proxy.blocking import BlockingCalls
 from proxy.config import Files, Settings
 from proxy.native import Acceleration, acceleration
 from proxy.observe.status import Token
-from proxy.routing.router import Router
+from proxy.routing.router import Route, Router
 from proxy.server.router_factory import rewritten_file, router_of
-from proxy.session.session import Passage
 from proxy.upstream.phases import RecordTargetPhase
-from proxy.upstream.upstreams import Upstreams
+from proxy.upstream.upstreams import Upstream, Upstreams
 from proxy.wire.startup import StartupMessage
 from proxy.workspace import sdk_import
 from proxy.workspace.registry import WorkspaceRegistry
@@ -52,10 +51,13 @@ class ConfigSnapshot:
             settings, accounts, record_phase, before.upstreams if before else None
         )
 
-    def passage(self, message: StartupMessage) -> Passage:
-        """Return where a client goes. Raises ProxyError for one that has no way."""
-        route = self.router.route(message)
-        return Passage(route, self.upstreams[route.target])
+    async def route(self, startup: StartupMessage) -> tuple[Route, Upstream]:
+        """Return where a client's session goes. Raises ProxyError for one without a target.
+
+        A static map answers at once.
+        """
+        route = self.router.route(startup)
+        return route, self.upstreams[route.target]
 
     def rewritten(self, later: "ConfigSnapshot") -> Iterator[str]:
         """Yield the keys that name the same file in a later plan, which holds something else."""

@@ -1,4 +1,4 @@
-"""How a relayed session can end."""
+"""Why a relayed session ended, and what it carried."""
 
 from dataclasses import dataclass
 from enum import StrEnum, unique
@@ -6,7 +6,7 @@ from enum import StrEnum, unique
 
 @unique
 class EndReason(StrEnum):
-    """The first cause of a session's end."""
+    """The first cause of a session's end, as log and metrics show it."""
 
     CLIENT_CLOSED = "client_closed"
     CLIENT_LOST = "client_lost"

@@ -1,81 +1,51 @@
-"""Accepting clients: one task a connection, bounded in number, ended together.
+"""The listener: accepts clients, and serves each connection in a task of its own.
 
-`max_connections` counts sessions, from the StartupMessage on: a client over it is told so (W44).
-Connections that are still starting, and cancel requests, have a bound of their own and are closed
-without a word over it: they must neither fill the places nor be refused by them (W42).
+Sessions are bounded by `max_connections` (`slots`). Connections that are starting, and cancel
+requests, have a bound of their own, over which they are closed without an answer: they must neither
+use up slots nor be refused for lack of one (W42).
 """
 
 import asyncio
 import itertools
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from proxy.config import ListenSettings
-from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
-from proxy.session.drain import OpenSessions
+from proxy.session.drain import AcceptPeriod, OpenSession, OpenSessions
 from proxy.session.end_reason import EndReason
 from proxy.session.memory_trim import MemoryTrim
+from proxy.session.slots import SlotSource
 from proxy.transport.sockets import listen_unix
 from proxy.transport.stream import StartupStream
 
-# A burst of reconnecting clients is some hundreds; more than this is a flood.
+# Connections that may be starting at a time. Clients that reconnect together are some hundreds;
+# more than this is a flood.
 STARTING_MAX: Final = 1000
 ACCEPT_BACKLOG: Final = 1024
-# A flood is one line in so long a time.
+# A flood is logged once in this time.
 STARTING_WARNING_SECONDS: Final = 60.0
-# Who connected just before the listener closed gets so long to say what it wants, and to be told.
-SILENT_SECONDS: Final = 1.0
-# Who was told that the session ends gets so long to be sent it: nothing else keeps it from a cut.
-FAREWELL_SECONDS: Final = 0.1
-TOO_MANY_STARTING: Final = "too_many_starting"  # the word for it in the metrics
+TOO_MANY_STARTING: Final = "too_many_starting"  # its reason in the metrics
 
 _log = get_logger(__name__)
 
 
 def socket_name(port: int) -> str:
-    """Return the name that drivers look for in a directory, for a server on this port."""
+    """Return the file name of a unix socket for this port, as libpq expects it."""
     return f".s.PGSQL.{port}"
 
 
-class SlotSource(Protocol):
-    """Places for sessions; `taken` are those of this process."""
-
-    @property
-    def taken(self) -> int: ...
-
-    def take(self) -> AbstractContextManager[None]:
-        """Hold a place while the block runs. Raises ProxyError when none is free."""
-
-
-class Slots:
-    """The `max_connections` places of a listener."""
-
-    def __init__(self, places_max: int) -> None:
-        self._places_max = places_max
-        self.taken = 0
-
-    def take(self) -> AbstractContextManager[None]:
-        """Hold a place while the block runs. Raises ProxyError when none is free."""
-        return self
-
-    def __enter__(self) -> None:
-        """Take a place. One object serves all who hold one: it is only counted."""
-        if self.taken >= self._places_max:
-            raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
-        self.taken += 1
-
-    def __exit__(self, *_: object) -> None:
-        """Give a place back."""
-        self.taken -= 1
+Serve = Callable[[StartupStream, OpenSession], Coroutine[None, None, None]]
+"""Serves a connection from accept to close, and sets its stage in the register."""
 
 
 class _AcceptedStream(StartupStream):
-    """A client's link, which tells when it is connected."""
+    """A client's stream, which calls `connected` with itself."""
 
     __slots__ = ("_connected",)
 
@@ -85,9 +55,7 @@ class _AcceptedStream(StartupStream):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        connected = self._connected
-        del self._connected  # it is asked once, and the link lives as long as the session
-        connected(self)
+        self._connected(self)
 
 
 class Listener:
@@ -96,40 +64,35 @@ class Listener:
     def __init__(
         self,
         settings: ListenSettings,
-        places: SlotSource,
+        slots: SlotSource,
         metrics: Metrics,
-        serve: Callable[[StartupStream], Coroutine[None, None, None]],
-        live: OpenSessions | None = None,
+        serve: Serve,
         *,
         memory_trim: MemoryTrim | None = None,
         starting_max: int = STARTING_MAX,
     ) -> None:
-        """`live` are the sessions that `serve` enters there; others are waited for, then cut."""
         self._settings = settings
-        self._places = places
+        self._slots = slots
         self._metrics = metrics
         self._serve = serve
-        self._live = live or OpenSessions()
-        self._hurried = asyncio.Event()  # somebody has called drain again
-        self._ids = itertools.count(1)
-        self._sessions: set[asyncio.Task[None]] = set()
-        self._ended = self._session_ended  # bound once, not for each session
         self._memory_trim = memory_trim or MemoryTrim()
+        self._open_sessions = OpenSessions(self._memory_trim.session_ended)
+        self._accept_period = AcceptPeriod()
+        self._ids = itertools.count(1)
         self._starting_max = starting_max
-        self._flood_said_at: float | None = None
-        self._cut_sessions: set[asyncio.Task[None]] = set()
+        self._flood_logged_at: float | None = None
         self._servers: list[asyncio.Server] = []
         self._unix_path: Path | None = None
 
     @asynccontextmanager
     async def accepting(self) -> AsyncIterator[tuple[str, int]]:
-        """Accept while the block runs, and give the address; then end what is left.
+        """Accept while the block runs, and yield the address; then end what is left.
 
-        Without TCP the address is the directory of the unix socket, as drivers take it for a host.
+        Without TCP the address is the directory of the unix socket, as libpq takes it for a host.
         Raises OSError when the address cannot be listened on.
         """
-        # Not a TaskGroup: that would wrap whatever the block raises into an ExceptionGroup. No
-        # task is lost, because leaving the block waits for them all.
+        # Not a TaskGroup: it would wrap what the block raises into an ExceptionGroup. No task is
+        # lost, because leaving the block waits for all of them.
         try:
             host, port = self._settings.host, self._settings.port
             if host:
@@ -142,28 +105,45 @@ class Listener:
 
     @asynccontextmanager
     async def adopting(self) -> AsyncIterator[None]:
-        """Serve what `adopt` is given while the block runs; then end what is left."""
+        """Serve the connections passed to `adopt` while the block runs; then end what is left."""
         try:
             yield
         finally:
             await self._end()
 
     def adopt(self, sock: socket.socket, number: int, ended: Callable[[], None]) -> None:
-        """Serve a connection that another process has accepted, and call `ended` behind it.
+        """Serve a connection that another process has accepted; call `ended` when it is over.
 
-        `number` is what its lines in the log are known by.
+        `number` is its id in the log.
         """
         if self._is_flooded():
             sock.close()
             ended()
-        else:
-            self._begin(self._run_adopted(sock, number)).add_done_callback(lambda _: ended())
+            return
+        task = self._open_sessions.start(partial(self._run_adopted, sock, number))
+        task.add_done_callback(lambda _: ended())
+
+    async def drain(self, seconds: float, *, accept_seconds: float = 0) -> int:
+        """Accept for `accept_seconds` more, then end all sessions. Return how many were cut.
+
+        From then on the sessions have `seconds`. A second call hastens the first one; both return
+        how many were cut in all.
+        """
+        await self._accept_period.wait(accept_seconds)
+        self._close()
+        return await self._open_sessions.drain(seconds)
 
     async def _end(self) -> None:
         await self.drain(0)
-        while self._sessions:  # ends: no session begins any more, and all are cancelled
-            await asyncio.wait(self._sessions)
+        await self._open_sessions.wait_closed()
         self._memory_trim.close()
+
+    def _close(self) -> None:
+        while self._servers:
+            self._servers.pop().close()
+        if self._unix_path is not None:
+            self._unix_path.unlink(missing_ok=True)
+            self._unix_path = None
 
     async def _open_tcp(self) -> tuple[str, int]:
         settings = self._settings
@@ -184,117 +164,56 @@ class Listener:
         return _AcceptedStream(self._connected)
 
     def _connected(self, stream: StartupStream) -> None:
-        """Begin to serve a connection; one that comes out of the backlog after the close is cut."""
+        """Serve a connection; abort one that was in the backlog when the listener closed."""
         if not self._servers:
             self._metrics.startup_failed(TOO_MANY_STARTING)
         elif not self._is_flooded():
-            self._begin(self._run(stream, next(self._ids)))
+            self._open_sessions.start(partial(self._run, stream, next(self._ids)))
             return
         stream.transport.abort()
 
     def _is_flooded(self) -> bool:
-        """Tell whether one more would be too many that are starting; then it is counted."""
-        unserved = len(self._sessions) - self._places.taken
-        if unserved < self._starting_max:
+        """Return whether too many connections are starting for one more; count it if so."""
+        starting = len(self._open_sessions) - self._slots.taken
+        if starting < self._starting_max:
             return False
         self._metrics.startup_failed(TOO_MANY_STARTING)
-        self._warn_of_flood(unserved)
+        self._warn_of_flood(starting)
         return True
 
-    def _begin(self, life: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(life, name="session")
-        self._sessions.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _session_ended(self, task: asyncio.Task[None]) -> None:
-        self._sessions.discard(task)
-        self._memory_trim.session_ended()
-
-    def _warn_of_flood(self, unserved: int) -> None:
-        """Say once in a while that connections are cut; the metrics count them."""
+    def _warn_of_flood(self, starting: int) -> None:
+        """Log that connections are cut, once in `STARTING_WARNING_SECONDS`."""
         now = asyncio.get_running_loop().time()
-        said_at = self._flood_said_at
-        if said_at is None or now - said_at >= STARTING_WARNING_SECONDS:
-            self._flood_said_at = now
-            _log.warning("connections are cut: too many are starting", unserved=unserved)
+        logged_at = self._flood_logged_at
+        if logged_at is None or now - logged_at >= STARTING_WARNING_SECONDS:
+            self._flood_logged_at = now
+            _log.warning("connections are cut: too many are starting", starting=starting)
 
-    async def drain(self, seconds: float, *, accept_seconds: float = 0) -> int:
-        """Go on accepting for `accept_seconds`, then end all sessions; return how many were cut.
+    async def _run_adopted(self, sock: socket.socket, number: int, entry: OpenSession) -> None:
+        with suppress(OSError):  # the client has disconnected
+            await self._run(await _stream_of(sock), number, entry)
 
-        From then on the sessions have `seconds`: an idle one is ended with 57P01, after half of the
-        time also in the midst of a client's hurry; a busy one when it becomes idle; what is left
-        is cut. Called again meanwhile, it does with the shorter times what is left to do; both
-        calls return how many were cut in all.
-        """
-        if accept_seconds and not self._hurried.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(accept_seconds):
-                    await self._hurried.wait()
-        self._hurried.set()
-        self._close()
-        self._live.end()
-        if not self._sessions:
-            return len(self._cut_sessions)
-        if not seconds:
-            self._live.skip_grace()
-        else:
-            _log.info("sessions are ending", **self._left(), idle=self._live.idle_count())
-        loop = asyncio.get_running_loop()
-        timers = [
-            loop.call_later(min(SILENT_SECONDS, seconds), self._live.close_silent),
-            loop.call_later(seconds / 2, self._live.skip_grace),
-        ]
-        _, left = await asyncio.wait(self._sessions, timeout=seconds)
-        for timer in timers:
-            timer.cancel()
-        await self._cut(left, told=seconds > 0)
-        return len(self._cut_sessions)
-
-    def _close(self) -> None:
-        while self._servers:
-            self._servers.pop().close()
-        if self._unix_path is not None:
-            self._unix_path.unlink(missing_ok=True)
-            self._unix_path = None
-
-    async def _cut(self, tasks: set[asyncio.Task[None]], *, told: bool) -> None:
-        """Cancel the tasks, and note those that had a client that this takes something from."""
-        cut = {task for task in tasks if self._live.is_unfinished(task)}
-        if cut and told:
-            _log.warning("sessions are cut: the time to drain is over", **self._left())
-        self._cut_sessions |= cut
-        for task in cut:
-            task.cancel()
-        if ending := tasks - cut:
-            _, ending = await asyncio.wait(ending, timeout=FAREWELL_SECONDS)
-            for task in ending:
-                task.cancel()
-
-    def _left(self) -> dict[str, float]:
-        """Return what a log line says of the sessions that are left."""
-        left = self._live.unfinished()
-        now = asyncio.get_running_loop().time()
-        oldest_seconds = round(now - left[0].began, 1) if left else 0
-        return {"sessions": len(left), "oldest_seconds": oldest_seconds}
-
-    async def _run_adopted(self, sock: socket.socket, number: int) -> None:
-        stream = StartupStream()
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: stream, sock)
-        except OSError:  # its client has gone
-            sock.close()
-        else:
-            await self._run(stream, number)
-
-    async def _run(self, stream: StartupStream, number: int) -> None:
-        """The whole life of a connection's task: nothing that goes wrong in it leaves it."""
+    async def _run(self, stream: StartupStream, number: int, entry: OpenSession) -> None:
+        """Serve a connection in its task. No failure leaves it."""
+        transport = stream.transport
         with connection_log(number), self._metrics.connection():
             try:
-                await self._serve(stream)
+                serving = self._serve(stream, entry)
+                del stream  # only the startup needs it, and a session may go on for days
+                await serving
             except Exception:
                 # A bug of ours must cost one session, not all of them.
                 self._metrics.session_ended(EndReason.INTERNAL_ERROR)
                 _log.exception("session failed")
             finally:
-                stream.transport.abort()  # it is closed already, unless the session was cut
+                transport.abort()  # it is closed already, unless the session was cut
+
+
+async def _stream_of(sock: socket.socket) -> StartupStream:
+    """Return the stream of an accepted socket. Raises OSError, and closes the socket then."""
+    try:
+        _, stream = await asyncio.get_running_loop().connect_accepted_socket(StartupStream, sock)
+    except OSError:
+        sock.close()
+        raise
+    return stream

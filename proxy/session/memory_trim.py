@@ -1,13 +1,14 @@
-"""What ended sessions leave in memory, given back to the system once many have ended.
+"""Releases the memory of ended sessions to the system, once many have ended.
 
-For: a proxy that is as small after a storm as before. Two things keep it large. Some of what a
-session held knows itself again (the traceback of how its TLS ended, say) and waits for the garbage
-collector, which does not come for a few thousand objects. And glibc gives back only the end of its
-heap by itself, while what is freed lies between what lives. Not for: what living sessions hold.
+For: a proxy that is as small after many sessions as before. Two things keep it large. Some objects
+of a session are in reference cycles (the traceback of how its TLS ended, for example) and wait for
+the garbage collector, which does not run for a few thousand objects. And glibc releases only the
+end of its heap by itself, while freed memory lies between memory in use. Not for: what open
+sessions hold.
 
-Invariant: where fewer than `SESSIONS_MIN` ended nothing is done. It is done when no session has
-ended for a moment, and where sessions always end, once in `STORM_SECONDS`: it takes milliseconds in
-which all others wait.
+Invariant: nothing is done for fewer than `SESSIONS_MIN` ended sessions. Memory is released when no
+session has ended for a moment or, where sessions end all the time, once in `STORM_SECONDS`: it
+takes milliseconds, in which all other sessions wait.
 """
 
 import asyncio
@@ -16,14 +17,14 @@ import gc
 from collections.abc import Callable
 from typing import Final
 
-# Some megabytes: less is not worth the time.
+# They hold some megabytes; less is not worth the time.
 SESSIONS_MIN: Final = 100
 QUIET_SECONDS: Final = 0.25
 STORM_SECONDS: Final = 10.0
 
 
 def _no_trim(_keep_bytes: int) -> int:
-    """Take the place of malloc_trim(3) where the C library is another than glibc."""
+    """Do nothing, where the C library has no malloc_trim(3)."""
     return 0
 
 
@@ -31,7 +32,7 @@ _malloc_trim: Final[Callable[[int], int]] = getattr(ctypes.CDLL(None), "malloc_t
 
 
 def release_memory() -> None:
-    """Free what nothing refers to, and give the system what is free."""
+    """Collect garbage, and release free memory to the system."""
     gc.collect()
     _malloc_trim(0)
 
@@ -48,30 +49,30 @@ class MemoryTrim:
         self._release_memory = release_memory
         self._storm_seconds = storm_seconds
         self._ended = 0
-        self._seen = 0
-        self._looks = 0
+        self._ended_before = 0
+        self._polls = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def session_ended(self) -> None:
         """Count one. Call it on the event loop."""
         self._ended += 1
         if self._ended >= SESSIONS_MIN and self._timer is None:
-            self._looks = 0
-            self._look_later()
+            self._polls = 0
+            self._schedule_poll()
 
     def close(self) -> None:
-        """Do nothing any more."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _look_later(self) -> None:
-        self._seen = self._ended
-        self._timer = asyncio.get_running_loop().call_later(QUIET_SECONDS, self._look)
+    def _schedule_poll(self) -> None:
+        self._ended_before = self._ended
+        self._timer = asyncio.get_running_loop().call_later(QUIET_SECONDS, self._poll)
 
-    def _look(self) -> None:
-        self._looks += 1
-        if self._ended != self._seen and self._looks * QUIET_SECONDS < self._storm_seconds:
-            self._look_later()
+    def _poll(self) -> None:
+        self._polls += 1
+        if self._ended != self._ended_before and self._polls * QUIET_SECONDS < self._storm_seconds:
+            self._schedule_poll()
             return
         self._timer = None
         self._ended = 0

@@ -1,83 +1,62 @@
 """The relay: opaque bytes in both directions until one side ends.
 
-The contract: each read of one side is written to the other as it is, at once, in order; while
-a side's send buffer is above its high-water mark the other side is not read. Each direction is
-alone: neither waits for the other, since a client may pipeline large messages while the upstream
-streams rows (W32). So at most `BUFFER_BYTES_MAX` plus one read is held for each direction,
-and where lanes carry the reads, one read alone.
+The contract: each read of one side is written to the other unchanged, at once, in order. While a
+side's send buffer is above its high-water mark the other side is not read. The directions are
+independent, since a client may pipeline large messages while the upstream streams rows (W32). So at
+most `BUFFER_BYTES_MAX` plus one read is buffered for each direction; with lanes, one read.
 
-No payload is looked at; `wire/activity.py` walks the message headers, behind each write, so that a
-session can be ended between two messages. What ends first is the cause of the session's end.
+No payload is parsed. `wire/activity.py` walks the message headers after each write, so that a
+session can be ended between two messages. What ends first is the reason of the session's end.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from proxy import native
-from proxy.session.direction import Direction, can_have_lane
+from proxy.observe.target_stats import Carried
+from proxy.session.direction import Direction
 from proxy.session.end_reason import EndReason, RelayEnd
+from proxy.session.fast_path import LANE_BUFFER_BYTES_MAX, FastPath
 from proxy.transport.graceful_close import LINGER_SECONDS, close_gracefully
 from proxy.wire.activity import Activity
-from proxy.wire.messages import ErrorResponse, Terminate
+from proxy.wire.messages import Terminate
 
-if TYPE_CHECKING:  # not there where it was not built
-    from proxy.native.activity import Activity as CompiledActivity
+if TYPE_CHECKING:  # the module may not be built
     from proxy.native.lanes import Lanes
 
 BUFFER_BYTES_MAX: Final = 64 * 1024
-# The time that an upstream gets to answer a cancel; if it says something, the next statement of a
-# pipeline may have begun, and it is cancelled again, but not for longer than this in all.
+# The time for an upstream to answer a cancel. After an answer the next statement of a pipeline may
+# have begun, so the cancel is repeated.
 CANCEL_ANSWER_SECONDS: Final = 0.25
-ABANDON_SECONDS_MAX: Final = 10.0
-# An idle timeout is looked for so often in its time: so much too late, at most, a session ends.
-IDLE_LOOKS: Final = 8
-# And not more often than this, however short its time.
-IDLE_LOOK_SECONDS_MIN: Final = 0.05
+# The bound on all these cancels together.
+CANCELS_SECONDS_MAX: Final = 10.0
 
 _TERMINATE: Final = Terminate().encode()
-_NOBODY: Final = asyncio.Protocol()  # of a connection that is over
-
-
-@dataclass(frozen=True, slots=True)
-class _Farewell:
-    """How a session is to end as soon as it is idle."""
-
-    reason: EndReason
-    error: bytes
-    grace_seconds: float
+_IGNORING: Final = asyncio.Protocol()  # the protocol of connections whose relay is over
 
 
 class Relay:
-    """One session's relay. Make it, hand both transports to its directions, await `run`.
+    """One session's relay. Create it, give both transports its directions, await `run`.
 
-    `abandon` cancels what the upstream is doing; it is awaited when the client has gone without
-    having said Terminate.
+    `cancel_query` cancels what the upstream is running; it is awaited when the client has
+    disconnected without a Terminate.
     """
 
     def __init__(
         self,
         client: asyncio.Transport,
         upstream: asyncio.Transport,
-        abandon: Callable[[], Awaitable[None]] | None = None,
+        cancel_query: Callable[[], Awaitable[None]] | None = None,
         lanes: "Lanes | None" = None,
     ) -> None:
         self._client = client
         self._upstream = upstream
-        self._abandon = abandon
-        self._lanes: tuple[Lanes, CompiledActivity] | None = None
-        activity: Activity | CompiledActivity
-        if lanes is not None and can_have_lane(client) and can_have_lane(upstream):
-            activity = native.activity.Activity()
-            self._lanes = lanes, activity
-        else:
-            activity = Activity()
+        self._cancel_query = cancel_query
+        self._fast_path = FastPath.between(client, upstream, lanes)
+        activity = Activity() if self._fast_path is None else self._fast_path.activity
         self._activity = activity
-        self._farewell: _Farewell | None = None
-        self._grace_timer: asyncio.TimerHandle | None = None
-        self._idle_look: asyncio.TimerHandle | None = None
         self._ended = ended = asyncio.get_running_loop().create_future()
         self.from_client = Direction(
             client,
@@ -94,169 +73,132 @@ class Relay:
             activity.upstream_sent,
             closed=EndReason.UPSTREAM_CLOSED,
             lost=EndReason.UPSTREAM_LOST,
-            looks=True,
+            watches_client=True,
         )
-        self.from_client.back = self.from_upstream
-        self.from_upstream.back = self.from_client
-        self._mark = 0 if self._lanes else BUFFER_BYTES_MAX
+        self.from_client.reverse = self.from_upstream
+        self.from_upstream.reverse = self.from_client
+        self._high_water_bytes = BUFFER_BYTES_MAX
+        if self._fast_path is not None:
+            self._high_water_bytes = LANE_BUFFER_BYTES_MAX
         for transport in (client, upstream):
-            transport.set_write_buffer_limits(high=self._mark)
+            transport.set_write_buffer_limits(high=self._high_water_bytes)
 
     @property
     def idle(self) -> bool:
-        """Whether the session could end now without cutting an answer (W47)."""
+        """Whether the session could end now without losing an answer (W47)."""
         return self._activity.idle
 
     @property
     def over(self) -> bool:
-        """Whether the session has ended; the rest is closing both sides."""
+        """Whether the session has ended. Both sides may still be closing."""
         return self._ended.done()
 
-    # -- an end that the proxy wants -------------------------------------------------------------
+    def carried(self) -> Carried:
+        """Return the bytes received from both sides so far."""
+        return Carried(self.from_client.received_bytes, self.from_upstream.received_bytes)
 
-    def end_when_idle(
-        self, reason: EndReason, error: ErrorResponse, *, grace_seconds: float = 0
-    ) -> None:
-        """Tell the client so and close both sides, once the session has been idle for the lull.
+    # -- an end by the proxy; `drain` decides when -----------------------------------------------
 
-        What is asked for last holds. A session that never becomes idle goes on: cancel `run`.
-        """
+    def follow_reads(self, on_read: Callable[[], None]) -> None:
+        """Call `on_read` after each read from now on. The session's lanes close for good."""
         self._close_lanes()
-        self._farewell = _Farewell(reason, error.encode(), grace_seconds)
-        client_sent, upstream_sent = self._activity.client_sent, self._activity.upstream_sent
-        self.from_client.seen = lambda data: self._on_activity(client_sent, data)
-        self.from_upstream.seen = lambda data: self._on_activity(upstream_sent, data)
-        self._on_activity(client_sent, b"")
+        self._fast_path = None
+        self.from_client.on_read = partial(_follow, self._activity.client_sent, on_read)
+        self.from_upstream.on_read = partial(_follow, self._activity.upstream_sent, on_read)
 
-    def end_after_idle(self, seconds: float, error: ErrorResponse) -> None:
-        """Do the same as soon as the session was idle, and no byte came, for so long.
+    def end(self, reason: EndReason, error: bytes) -> None:
+        """Send the client this error and end the session. Nothing is relayed any more.
 
-        It is up to an eighth later, or later by a few looks where its time is shorter than those.
-        A byte costs nothing: only the counts are compared, now and then.
+        Call it while the session is idle. Does nothing if the session has ended already.
         """
-        interval = max(seconds / IDLE_LOOKS, IDLE_LOOK_SECONDS_MIN)
-        call_later = asyncio.get_running_loop().call_later
-        seen, quiet_looks = -1, -1
-
-        def look() -> None:
-            nonlocal seen, quiet_looks
-            before, seen = seen, self.from_client.received_bytes + self.from_upstream.received_bytes
-            quiet_looks = quiet_looks + 1 if seen == before else 0
-            if quiet_looks >= IDLE_LOOKS and self.idle:
-                self.end_when_idle(EndReason.IDLE_TIMEOUT, error)
-            else:
-                self._idle_look = call_later(interval, look)
-
-        look()
-
-    def _on_activity(self, sent: Callable[[bytes], None], data: bytes) -> None:
-        """Follow a read while the session is to end; the lull begins anew."""
-        sent(data)
-        if self._grace_timer is not None:
-            self._grace_timer.cancel()
-            self._grace_timer = None
-        farewell = self._farewell
-        assert farewell is not None
-        if not self.idle or self._ended.done():
-            return
-        if farewell.grace_seconds:
-            loop = asyncio.get_running_loop()
-            self._grace_timer = loop.call_later(farewell.grace_seconds, self._end_now, farewell)
-        else:
-            self._end_now(farewell)
-
-    def _end_now(self, farewell: _Farewell) -> None:
-        """End the session, which is idle: from here on nothing is relayed."""
         if self._ended.done() or self._client.is_closing():
             return
-        self._client.write(farewell.error)
+        self._client.write(error)
         self.from_client.stop_writing()
         self.from_upstream.stop_writing()
         if not self._upstream.is_closing():
             self._upstream.write(_TERMINATE)
-        self._ended.set_result(farewell.reason)
+        self._ended.set_result(reason)
 
     # -- its run ---------------------------------------------------------------------------------
 
     async def run(self) -> RelayEnd:
-        """Return when one side has ended and both are closed. Cancelling it cuts both."""
+        """Relay until one side has ended, and close both. If cancelled, abort both."""
         try:
             for direction in (self.from_client, self.from_upstream):
-                direction.pause_where_full(self._mark)
+                direction.pause_if_full(self._high_water_bytes)
             self._open_lanes()
             reason = await self._ended
             self._close_lanes()
-            self._stop_timers()
-            # What one side sent before its end is flushed to the other; PostgreSQL knows no
-            # half-close, so the end of one is the end of both (W34).
-            async with asyncio.TaskGroup() as closing:
-                if reason in (EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST):
-                    closing.create_task(close_gracefully(self._client, linger_seconds=0))
-                    closing.create_task(self._leave_upstream())
-                else:
-                    lost = reason in (EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST)
-                    linger_seconds = 0 if lost else LINGER_SECONDS
-                    closing.create_task(close_gracefully(self._client))
-                    closing.create_task(
-                        close_gracefully(self._upstream, linger_seconds=linger_seconds)
-                    )
+            await self._close_both(reason)
         finally:
             self._close_lanes()
-            self._stop_timers()
             for transport in (self._client, self._upstream):
-                transport.set_protocol(_NOBODY)
+                transport.set_protocol(_IGNORING)
                 transport.abort()
-            # They know each other: without this, all that they hold waits for the collector.
-            del self.from_client.back, self.from_upstream.back
+            # They refer to each other: what they hold would wait for the garbage collector.
+            self.from_client.reverse = self.from_upstream.reverse = None
         return self.ended(reason)
 
-    def _open_lanes(self) -> None:
-        """Take the fast way, unless the session is about to end.
+    def ended(self, reason: EndReason) -> RelayEnd:
+        """Return the end, by this reason unless there was another one before."""
+        if self._ended.done() and not self._ended.cancelled():
+            reason = self._ended.result()
+        carried = self.carried()
+        return RelayEnd(reason, carried.client_bytes, carried.upstream_bytes)
 
-        With a mark of zero a direction is paused as long as anything waits to be sent: so a lane
-        never overtakes what its sink's transport still has.
-        """
+    def _open_lanes(self) -> None:
+        """Open the session's lanes, unless it is about to end."""
         closing = self._client.is_closing() or self._upstream.is_closing()
-        if self._lanes is None or closing or self._ended.done() or self._farewell is not None:
+        if self._fast_path is None or closing or self._ended.done():
             return
-        with suppress(OSError):  # the transports do the same
-            for direction in (self.from_client, self.from_upstream):
-                direction.open_lane(*self._lanes)
+        self._fast_path.open(self.from_client, self.from_upstream)
 
     def _close_lanes(self) -> None:
         self.from_client.close_lane()
         self.from_upstream.close_lane()
 
-    async def _leave_upstream(self) -> None:
-        """Close the upstream of a client that has gone, so that nothing works on for nobody (W35).
+    async def _close_both(self, reason: EndReason) -> None:
+        """Flush to each side what the other one sent before the end, and close.
 
-        A client that said Terminate wants what it asked for before. Any other one's upstream is
-        cancelled first: a front end may forget the session, and its key, once its stream has ended.
+        PostgreSQL has no half-close: the end of one side is the end of both (W34).
+        """
+        async with asyncio.TaskGroup() as closing:
+            if reason in (EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST):
+                closing.create_task(close_gracefully(self._client, linger_seconds=0))
+                closing.create_task(self._close_upstream())
+            else:
+                ended = reason in (EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST)
+                linger_seconds = 0 if ended else LINGER_SECONDS
+                closing.create_task(close_gracefully(self._client))
+                closing.create_task(close_gracefully(self._upstream, linger_seconds=linger_seconds))
+
+    async def _close_upstream(self) -> None:
+        """Close the upstream of a client that has disconnected, and cancel its query (W35).
+
+        After a Terminate nothing is cancelled: the client wants what it asked for before. The
+        cancel comes before the close: a front end may drop the session, and its key, at the end of
+        the stream.
         """
         self.from_upstream.stop_writing()
-        if self._abandon is not None and not self._activity.terminated:
+        if self._cancel_query is not None and not self._activity.terminated:
             with suppress(TimeoutError):
-                async with asyncio.timeout(ABANDON_SECONDS_MAX):
-                    await self._cancel_all(self._abandon)
+                async with asyncio.timeout(CANCELS_SECONDS_MAX):
+                    await self._cancel_until_silent(self._cancel_query)
         await close_gracefully(self._upstream)
 
-    async def _cancel_all(self, abandon: Callable[[], Awaitable[None]]) -> None:
-        """Cancel until a cancel changes nothing; where nothing runs, that is the first one."""
+    async def _cancel_until_silent(self, cancel_query: Callable[[], Awaitable[None]]) -> None:
+        """Send cancels until one has no answer. If nothing runs, that is the first one."""
         answered = True
         while answered and not self._upstream.is_closing():
-            self._upstream.resume_reading()  # it may have been paused for the client's sake
+            self._upstream.resume_reading()  # it may be paused because the client did not read
             before = self.from_upstream.received_bytes
-            await abandon()
+            await cancel_query()
             await asyncio.sleep(CANCEL_ANSWER_SECONDS)
             answered = self.from_upstream.received_bytes > before
 
-    def _stop_timers(self) -> None:
-        for timer in (self._grace_timer, self._idle_look):
-            if timer is not None:
-                timer.cancel()
 
-    def ended(self, reason: EndReason) -> RelayEnd:
-        """Return the end for this reason, unless another one came first: that is the cause."""
-        if self._ended.done() and not self._ended.cancelled():
-            reason = self._ended.result()
-        return RelayEnd(reason, self.from_client.received_bytes, self.from_upstream.received_bytes)
+def _follow(sent: Callable[[bytes], None], on_read: Callable[[], None], data: bytes) -> None:
+    """Track a read, then report it."""
+    sent(data)
+    on_read()

@@ -1,7 +1,7 @@
-"""A connection while a session starts: bytes wait here for the coroutine that asks for them.
+"""A connection during startup: received bytes wait in it until a coroutine reads them.
 
-When the session is ready the connection is handed over to the relay's protocols, and this object
-is done. The invariant: at most `INBOX_BYTES_MAX` plus one read wait; then reading stops.
+When the session is ready the transport gets one of the relay's protocols, and this object is
+released. The invariant: at most `INBOX_BYTES_MAX` plus one read wait; then reading stops.
 """
 
 import asyncio
@@ -15,14 +15,14 @@ from proxy.transport.tls import TLSTransport
 if TYPE_CHECKING:
     from proxy.native.tls import ClientContext
 
-# A session's start is a few KiB each way; more is a client that pipelines its first queries.
+# A startup is a few KiB each way. More comes from a client that pipelines its first queries.
 INBOX_BYTES_MAX: Final = 64 * 1024
 
 
 class StartupStream(asyncio.Protocol):
-    """One connection. It is the protocol of its transport until `hand_over`.
+    """One connection, the protocol of its transport until `hand_over`.
 
-    `gone` is done as soon as the peer has ended its stream or the connection is lost.
+    `gone` is done when the peer has ended its stream or the connection is lost.
     """
 
     __slots__ = ("_inbox", "_paused", "_waiting", "gone", "transport")
@@ -33,19 +33,19 @@ class StartupStream(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = loop.create_future()
         self._inbox = bytearray()
-        # What waits for bytes. No asyncio.Event: that takes 800 bytes, for a session's whole life.
+        # Set while a coroutine waits for bytes. An asyncio.Event would take 800 bytes.
         self._waiting: asyncio.Future[None] | None = None
         self._paused = False
 
     # -- the protocol ----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the connected transport."""
+        """Store the connected transport."""
         self.transport = cast(asyncio.Transport, transport)
         set_tcp_options(transport)
 
     def data_received(self, data: bytes) -> None:
-        """Keep bytes until they are asked for."""
+        """Store bytes until they are read."""
         self._inbox += data
         self._wake()
         if len(self._inbox) > INBOX_BYTES_MAX and not self._paused:
@@ -53,18 +53,18 @@ class StartupStream(asyncio.Protocol):
             self.transport.pause_reading()
 
     def eof_received(self) -> bool:
-        """Take the end of the peer's stream; our own stays open for an answer."""
+        """Register the end of the peer's stream; ours stays open for an answer."""
         self._end()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Take the loss of the connection; its cause is no news to whoever waits for bytes."""
+        """Register the loss of the connection. A reader does not need its cause."""
         self._end()
 
     # -- what the session does with it -----------------------------------------------------------
 
     async def receive(self) -> bytes:
-        """Return what has arrived, at least one byte; empty only when the peer has ended."""
+        """Return what has been received, at least one byte; empty when the peer has ended."""
         if not self._inbox and not self.gone.done():
             self._waiting = asyncio.get_running_loop().create_future()
             try:
@@ -74,8 +74,8 @@ class StartupStream(asyncio.Protocol):
         return self._take()
 
     def write(self, data: bytes) -> None:
-        """Send. Does nothing for no bytes, and on a lost connection."""
-        if data and not self.transport.is_closing():  # then uvloop's would raise
+        """Send. Do nothing for no bytes, and on a lost connection."""
+        if data and not self.transport.is_closing():  # where uvloop's transport would raise
             self.transport.write(data)
 
     async def start_tls(
@@ -86,10 +86,10 @@ class StartupStream(asyncio.Protocol):
         server_hostname: str | None = None,
         first: bytes = b"",
     ) -> ssl.SSLObject:
-        """Put TLS on the connection and return its object; `first` is a hello already read.
+        """Start TLS on the connection; `first` is a ClientHello that was read already.
 
-        Raises ssl.SSLError or ConnectionError. Plaintext that waits unread at this moment would
-        cross into the encrypted stream, so there must be none.
+        Raises ssl.SSLError or ConnectionError. No plaintext may wait unread at this moment: it
+        would be taken for encrypted data.
         """
         upper = TLSTransport(
             self.transport,
@@ -103,7 +103,7 @@ class StartupStream(asyncio.Protocol):
     def prepare_tls(
         self, context: "ssl.SSLContext | ClientContext", server_hostname: str
     ) -> TLSTransport:
-        """Return a client's TLS for `switch_to`, its first message computed and not yet sent.
+        """Return TLS for `switch_to`, with its ClientHello computed and not sent.
 
         Raises ValueError for a name that no certificate can have.
         """
@@ -112,27 +112,25 @@ class StartupStream(asyncio.Protocol):
         return upper
 
     async def switch_to(self, upper: TLSTransport, first: bytes = b"") -> ssl.SSLObject:
-        """Put prepared TLS on the connection: what `start_tls` does, in two steps."""
+        """Start TLS that was prepared: `prepare_tls` and this are `start_tls` in two steps."""
         if self._inbox:
             raise ConnectionAbortedError("plaintext left at the switch to TLS")
-        if self.gone.done():  # which nobody would tell the handshake again
+        if self.gone.done():  # the handshake would not hear of it
             raise ConnectionResetError("the peer ended before the TLS handshake")
         await upper.handshake(first)
         self.transport = upper
         return cast(ssl.SSLObject, upper.get_extra_info("ssl_object"))
 
     def hand_over(self, protocol: asyncio.Protocol) -> bytes:
-        """Let another protocol have the connection from here on; return what waits unread.
+        """Give the connection to another protocol. Return the bytes that wait unread.
 
-        Only `transport` is left of this object then: whoever holds it does so for long.
+        This object receives nothing from now on. Release it: a session needs the transport only.
         """
         self.transport.set_protocol(protocol)
-        unread = self._take()
-        del self._inbox, self.gone
-        return unread
+        return self._take()
 
     async def close(self) -> None:
-        """End the connection so that the peer gets what was written and sees a clean end."""
+        """Close the connection after sending what was written."""
         linger_seconds = 0.0 if self.gone.done() else LINGER_SECONDS
         await close_gracefully(self.transport, linger_seconds=linger_seconds)
 

@@ -19,7 +19,7 @@ from proxy.file_stamp import Stamp, stamp_of
 from proxy.transport.key_exchange import asked_curve
 
 if TYPE_CHECKING:  # the module is missing if it was not compiled
-    from proxy.native.tls import ClientContext, Engine
+    from proxy.native.tls import ClientContext, TLSConnection
 
 # The largest plaintext of a record (RFC 8446): a read of this size always takes a whole record.
 _RECORD_BYTES_MAX: Final = 16 * 1024
@@ -109,7 +109,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         "_tls",
         "_write_ended",
         "asked_curve",
-        "engine",
+        "compiled",
         "lower",
         "pause_writing",
         "resume_writing",
@@ -128,7 +128,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         super().__init__()
         self.lower = lower
         self.asked_curve: str | None = None
-        self.engine: Engine | None = None
+        self.compiled: TLSConnection | None = None
         """The compiled TLS connection, None if `ssl` is used."""
         if isinstance(context, ssl.SSLContext):
             self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -136,11 +136,11 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
                 self._incoming, self._outgoing, server_side, server_hostname
             )
         else:
-            self.engine = engine = native.tls.Engine(context, server_hostname)
+            self.compiled = compiled = native.tls.TLSConnection(context, server_hostname)
             # They have the methods of Python's types, so the code below serves both.
-            self._incoming = cast(ssl.MemoryBIO, native.tls.Incoming(engine))
-            self._outgoing = cast(ssl.MemoryBIO, native.tls.Outgoing(engine))
-            self._tls = cast(ssl.SSLObject, engine)
+            self._incoming = cast(ssl.MemoryBIO, native.tls.Incoming(compiled))
+            self._outgoing = cast(ssl.MemoryBIO, native.tls.Outgoing(compiled))
+            self._tls = cast(ssl.SSLObject, compiled)
         # The methods that each read and write calls, looked up once.
         self._feed = self._incoming.write
         self._decrypt = self._tls.read
@@ -313,7 +313,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         self._app.connection_lost(exc)
 
     def take_back(self, error: ssl.SSLError | None) -> None:
-        """Continue to read the connection after a lane has read it through `engine`.
+        """Continue to read the connection after a lane has read it through `compiled`.
 
         `error` is the error that ended the lane's reading: the end of TLS or a failure of it.
         """

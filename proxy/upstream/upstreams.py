@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from proxy.config import UPSTREAM, ConfigurationError, Problem, Settings, UpstreamSettings
 from proxy.transport.tls import client_context
@@ -35,6 +36,20 @@ from proxy.workspace.registry import (
 from proxy.workspace.resources import Resource, resource_of
 
 
+class SessionOpener(Protocol):
+    """Opens upstream sessions for clients: an `Upstream` does, a pool or admission wraps one."""
+
+    @property
+    def cancel_on_disconnect(self) -> bool:
+        """Whether the query of a client that disappears is cancelled."""
+
+    async def open(self, client: StartupMessage) -> UpstreamSession:
+        """Open a session for this client.
+
+        Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Upstream:
     """One target at run time. A session needs `open` only; `check` uses each part.
@@ -52,6 +67,11 @@ class Upstream:
     dialer: Dialer
     use: AbstractContextManager[None]
     """Keeps workspace and account open while its block runs; it may be entered inside itself."""
+
+    @property
+    def cancel_on_disconnect(self) -> bool:
+        """Whether the query of a client that disappears is cancelled."""
+        return self.settings.cancel_on_disconnect
 
     async def open(self, client: StartupMessage) -> UpstreamSession:
         """Return a session upstream for this client. Raises what `Dialer.dial` does."""

@@ -27,7 +27,7 @@ from proxy.observe.loop_lag import sampling_lag
 from proxy.routing.router import Router
 from proxy.server.app import App
 from proxy.server.router_factory import RELOAD_SECONDS_MAX, forget_built_maps, reread_with_router
-from proxy.transport.lanes import watched_lanes
+from proxy.session.fast_path import watched_lanes
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
 from proxy.workers.remote_credentials import RemoteWorkspaceRegistry
@@ -102,7 +102,7 @@ class Worker:
             settings,
             starting_max=self._starting_max,
             workspaces=self._accounts,
-            places=SharedSlots(self._counters, self._slot, settings.listen.max_connections),
+            slots=SharedSlots(self._counters, self._slot, settings.listen.max_connections),
             cancel_elsewhere=self._cancel_elsewhere,
         )
         async with AsyncExitStack() as stack:

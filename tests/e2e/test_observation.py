@@ -74,10 +74,10 @@ async def test_a_session_that_waits_for_its_upstream_is_shown_as_opening(
     lakebase.gateway.inject(Stage.STARTUP, Injection.HANG, times=1)
     async with plain_client(shown) as client:
         await client.send(startup())
-        await eventually(lambda: shown.metrics.value("places_taken") == 1, "it has its place")
+        await eventually(lambda: shown.metrics.value("session_slots_used") == 1, "it has its slot")
         status = (await get(shown, "/status")).json
         assert (status["sessions"], status["sessions_opening"]) == (0, 1)
-    await eventually(lambda: shown.metrics.value("places_taken") == 0, "it gave it back")
+    await eventually(lambda: shown.metrics.value("session_slots_used") == 0, "it gave it back")
 
 
 async def test_the_loops_lag_is_sampled_while_the_proxy_runs(proxy: App) -> None:

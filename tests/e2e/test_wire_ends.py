@@ -14,7 +14,7 @@ from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
 from proxy.server.app import App
-from proxy.session.direction import LOOK_SECONDS
+from proxy.session.direction import CLIENT_POLL_SECONDS
 from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery, Terminate
 from tests.e2e.conftest import StartProxy
 from tests.support.manual_upstream import (
@@ -375,7 +375,9 @@ async def test_w35_a_client_that_leaves_while_its_upload_is_stuck_is_noticed(
                 await client.send(lock + query("SELECT '" + "x" * 1_000_000 + "'") * 40)
         client.reset()
         await eventually(
-            lambda: proxy.metrics.value("connections") == 1, "the client is gone", 4 * LOOK_SECONDS
+            lambda: proxy.metrics.value("connections") == 1,
+            "the client is gone",
+            4 * CLIENT_POLL_SECONDS,
         )
         waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
         await eventually(lambda: not lakebase["one"].cluster.execute(waits), "nothing waits")

@@ -156,7 +156,7 @@ async def test_max_connections_is_a_bound_of_all_workers_together(
             async with plain_client(proxy) as one_more:
                 await one_more.send(startup())
                 assert (await one_more.error()).sqlstate == "53300"
-    await eventually(lambda: by_worker(proxy, "session ended").total() == 5, "places are free")
+    await eventually(lambda: by_worker(proxy, "session ended").total() == 5, "slots are free")
     async with served(proxy, 5):
         pass
     counted = await metrics(unused_tcp_port)
@@ -361,7 +361,9 @@ async def test_metrics_and_status_are_the_sums_of_all_processes(
     assert counted["sessions_started_total"] == 12
     assert counted["connections_accepted_total"] == 12
     assert counted["sessions_ended_total"] == 7
-    assert counted["sessions_active"] == counted["connections"] == counted["places_taken"] == 5
+    assert (
+        counted["sessions_active"] == counted["connections"] == counted["session_slots_used"] == 5
+    )
     assert counted["tokens_minted_total"] == len(lakebase.workspace.mints) == 1
     assert counted["build_info"] == 1
     assert counted["worker_deaths_total"] == 0
@@ -626,7 +628,7 @@ async def test_a_worker_that_dies_costs_its_own_sessions_and_is_replaced(
     assert after["worker_deaths_total"] == 1
     assert before["sessions_started_total"] == 6
     assert after["sessions_started_total"] == 9, "what the dead one had counted is not lost"
-    assert after["sessions_active"] == after["places_taken"] == 6
+    assert after["sessions_active"] == after["session_slots_used"] == 6
     proxy.send(signal.SIGTERM)
     assert await proxy.ended() == 0
 

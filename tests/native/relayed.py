@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final, cast
 
 from proxy import native
 from proxy.session.end_reason import RelayEnd
+from proxy.session.fast_path import watched_lanes
 from proxy.session.relay import Relay
-from proxy.transport.lanes import watched_lanes
 from proxy.transport.stream import StartupStream
 from tests.transport.peers import Contexts, Peer, linked, secured
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from proxy.native.lanes import Lanes
 
 WAIT_SECONDS_MAX: Final = 10.0
-# What the ends of a connection hold where a peer that reads nothing shall be full soon; less than
+# What the ends of a connection hold where a peer that reads nothing is to be full soon; less than
 # a segment of the loopback, which is 64 KiB, would make each wait for a timer.
 SMALL_BUFFER_BYTES: Final = 128 * 1024
 
@@ -87,7 +87,7 @@ class Relayed:
     running: asyncio.Task[RelayEnd]
 
     def stall_upstream(self) -> None:
-        """Have the upstream read nothing."""
+        """Stop the upstream's reading."""
         cast("asyncio.Transport", self.upstream.writer.transport).pause_reading()
 
     def let_upstream_read(self) -> None:
@@ -115,27 +115,27 @@ async def relayed(
         if closed:
             lanes = native.lanes.Lanes()
             lanes.close()
-        upstream_link, upstream = await stack.enter_async_context(
+        upstream_stream, upstream = await stack.enter_async_context(
             linked() if tls is None else secured(tls, server_side=False)
         )
-        client_link, client = await _client(small=small)
+        client_stream, client = await _client(small=small)
         if small:
-            make_small(upstream_link.transport.get_extra_info("socket"))
+            make_small(upstream_stream.transport.get_extra_info("socket"))
             make_small(upstream.writer.get_extra_info("socket"))
         relay = Relay(
-            client_link.transport, upstream_link.transport, lanes=lanes if laned else None
+            client_stream.transport, upstream_stream.transport, lanes=lanes if laned else None
         )
-        client_link.write(first)
-        relay.from_upstream.data_received(upstream_link.hand_over(relay.from_upstream))
-        relay.from_client.data_received(client_link.hand_over(relay.from_client))
+        client_stream.write(first)
+        relay.from_upstream.data_received(upstream_stream.hand_over(relay.from_upstream))
+        relay.from_client.data_received(client_stream.hand_over(relay.from_client))
         running = asyncio.create_task(relay.run())
         await asyncio.sleep(0)  # it begins
         try:
             yield Relayed(
                 client,
                 upstream,
-                client_link.transport,
-                upstream_link.transport,
+                client_stream.transport,
+                upstream_stream.transport,
                 relay,
                 cast("Lanes", lanes),
                 running,
@@ -154,12 +154,12 @@ async def _client(*, small: bool) -> tuple[StartupStream, Client]:
             make_small(end)  # before it is connected: a window that was offered is not taken back
         far.connect(server.getsockname())
         near, _ = server.accept()
-    _, link = await asyncio.get_running_loop().create_connection(StartupStream, sock=near)
-    return link, Client(far)
+    _, stream = await asyncio.get_running_loop().create_connection(StartupStream, sock=near)
+    return stream, Client(far)
 
 
 def make_small(sock: socket.socket) -> None:
-    """Let one end of a connection hold little."""
+    """Give one end of a connection small buffers."""
     for name in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         sock.setsockopt(socket.SOL_SOCKET, name, SMALL_BUFFER_BYTES)
 

@@ -32,7 +32,7 @@ class Script:
     there: tuple[int, ...]
     back: tuple[int, ...]
     ender: str
-    way: str
+    ending: str
     reads_late: tuple[bool, bool]
     """Whether client and upstream read nothing until they have sent everything."""
     small: bool
@@ -42,8 +42,8 @@ class Script:
         closed, lost = EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST
         if self.ender == "client":
             closed, lost = EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST
-        # A kernel tells of a reset once: a write may have met it, and then a read sees an end.
-        return {lost, closed} if self.way == "reset" else {closed}
+        # A kernel reports a reset once: if a write got it, a read sees an end of the stream.
+        return {lost, closed} if self.ending == "reset" else {closed}
 
 
 def script_at_random(rng: random.Random) -> Script:
@@ -51,7 +51,7 @@ def script_at_random(rng: random.Random) -> Script:
         there=tuple(rng.choice(SIZES) for _ in range(rng.randrange(0, 6))),
         back=tuple(rng.choice(SIZES) for _ in range(rng.randrange(0, 6))),
         ender=rng.choice(("client", "upstream")),
-        way=rng.choice(("fin", "fin", "close_notify", "reset")),
+        ending=rng.choice(("fin", "fin", "close_notify", "reset")),
         # If neither read, neither could end.
         reads_late=rng.choice(((False, False), (True, False), (False, True))),
         small=rng.random() < 0.5,
@@ -96,13 +96,13 @@ async def played(setting: Relayed, script: Script) -> EndReason:
     async def client_sends() -> None:
         await send_all(script.there, setting.client.send)
         if script.ender == "client":
-            await end_client(setting, script.way, reading)
+            await end_client(setting, script.ending, reading)
         sent[0].set()
 
     async def upstream_sends() -> None:
         await send_all(script.back, setting.upstream.send)
         if script.ender == "upstream":
-            end_upstream(setting, script.way)
+            end_upstream(setting, script.ending)
         sent[1].set()
 
     async with asyncio.TaskGroup() as group:
@@ -112,9 +112,9 @@ async def played(setting: Relayed, script: Script) -> EndReason:
         end = await setting.end()
     for stream in received:
         assert bytes(stream) == PATTERN[: len(stream)]
-    if script.way != "reset" and script.ender == "client":
+    if script.ending != "reset" and script.ender == "client":
         assert (len(received[1]), end.client_bytes) == (there, there)
-    elif script.way != "reset":
+    elif script.ending != "reset":
         assert (len(received[0]), end.upstream_bytes) == (back, back)
     return end.reason
 
@@ -124,8 +124,8 @@ async def after(sent: asyncio.Event, reads_late: bool) -> None:
         await sent.wait()
 
 
-async def end_client(setting: Relayed, way: str, reading: asyncio.Task[None]) -> None:
-    if way != "reset":
+async def end_client(setting: Relayed, ending: str, reading: asyncio.Task[None]) -> None:
+    if ending != "reset":
         setting.client.end()
         return
     reading.cancel()  # its descriptor is another's as soon as it is closed
@@ -133,13 +133,13 @@ async def end_client(setting: Relayed, way: str, reading: asyncio.Task[None]) ->
     setting.client.reset()
 
 
-def end_upstream(setting: Relayed, way: str) -> None:
+def end_upstream(setting: Relayed, ending: str) -> None:
     if setting.upstream.writer.transport.is_closing():
         return
-    if way == "reset":
+    if ending == "reset":
         setting.upstream.reset()
         return
-    if way == "close_notify" and setting.upstream.tls is not None:
+    if ending == "close_notify" and setting.upstream.tls is not None:
         setting.upstream.say_close_notify()
     setting.upstream.end()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proxy import native
+from proxy.session.drain import IdleEnd
 from proxy.session.end_reason import EndReason
 from proxy.wire.messages import ErrorResponse
 from tests.native.relayed import Relayed, relayed
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 MIB = 1024 * 1024
 ENCRYPTED = pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "tls"])
-FAREWELL = ErrorResponse.fatal("57P01", "terminating connection")
+SHUTTING_DOWN = ErrorResponse.fatal("57P01", "terminating connection")
 
 
 # -- order ---------------------------------------------------------------------------------------
@@ -32,16 +33,16 @@ FAREWELL = ErrorResponse.fatal("57P01", "terminating connection")
 async def test_what_was_queued_before_the_relay_began_goes_first(
     tls: Contexts, encrypted: bool
 ) -> None:
-    # The welcome is written while the connection's protocol is still the startup's, which is told
-    # that the client takes no more and does nothing about it. A lane that did not know sent the
-    # upstream's next bytes past what was queued, as soon as the client had made room.
+    # The welcome is written while StartupStream is the protocol, whose pause_writing does nothing.
+    # A lane that did not know sent the upstream's next bytes past what was queued, as soon as the
+    # client had made room.
     welcome, answer = b"w" * 4 * MIB, b"a" * 1000
     async with relayed(tls=tls if encrypted else None, small=True, first=welcome) as setting:
         assert setting.client_transport.get_write_buffer_size() > 0
         upstream = setting.upstream.writer.transport
         received = setting.client.receive_now()
         upstream.write(setting.upstream.encrypted(answer) if encrypted else answer)
-        setting.lanes.turn()
+        setting.lanes.run_ready()
         received += await setting.client.receive_exactly(4 * MIB + 1000 - len(received))
         assert received == welcome + answer
 
@@ -139,15 +140,15 @@ async def it_is_cancelled_while_it_closes(setting: Relayed) -> None:
 
 
 async def it_is_to_end_when_idle(setting: Relayed) -> None:
-    setting.relay.end_when_idle(EndReason.SHUTDOWN, FAREWELL)
+    IdleEnd(setting.relay).when_idle(EndReason.SHUTDOWN, SHUTTING_DOWN)
 
 
-async def it_is_to_end_after_a_lull(setting: Relayed) -> None:
-    setting.relay.end_when_idle(EndReason.SHUTDOWN, FAREWELL, grace_seconds=0.01)
+async def it_is_to_end_after_the_idle_grace(setting: Relayed) -> None:
+    IdleEnd(setting.relay).when_idle(EndReason.SHUTDOWN, SHUTTING_DOWN, grace_seconds=0.01)
 
 
 async def it_was_idle_for_long(setting: Relayed) -> None:
-    setting.relay.end_after_idle(0.01, FAREWELL)
+    IdleEnd(setting.relay).after_idle(0.01, SHUTTING_DOWN)
 
 
 @ENCRYPTED
@@ -164,7 +165,7 @@ async def it_was_idle_for_long(setting: Relayed) -> None:
         it_is_cancelled,
         it_is_cancelled_while_it_closes,
         it_is_to_end_when_idle,
-        it_is_to_end_after_a_lull,
+        it_is_to_end_after_the_idle_grace,
         it_was_idle_for_long,
     ],
 )
@@ -200,7 +201,7 @@ async def test_no_lane_is_left_whatever_ends_the_session(
 async def test_a_stalled_session_of_which_the_client_has_hung_up_is_not_looked_at_again_and_again(
     tls: Contexts,
 ) -> None:
-    # An epoll set tells of a hang-up whether it was asked for it or not.
+    # epoll reports EPOLLHUP whether it was requested or not.
     async with relayed(tls=tls, small=True) as setting:
         setting.stall_upstream()
         filling = asyncio.create_task(setting.client.send(bytes(4 * MIB)))
@@ -227,8 +228,8 @@ async def test_a_session_that_gets_no_lane_is_relayed_by_its_transports(tls: Con
 
 
 @dataclass
-class Way:
-    """A lane between two pairs of sockets, and what its callbacks were told."""
+class LaneHarness:
+    """A lane between two pairs of sockets, and the arguments of its callbacks."""
 
     lanes: "Lanes"
     pairs: list[tuple[socket.socket, socket.socket]] = field(
@@ -246,8 +247,8 @@ class Way:
             self.lanes,
             self.near.fileno(),
             self.sink.fileno(),
-            opens=None,
-            seals=None,
+            source_tls=None,
+            sink_tls=None,
             activity=native.activity.Activity(),
             from_upstream=True,
             owner=self,
@@ -292,8 +293,8 @@ class Way:
         self.then()
 
 
-class Failing(Way):
-    """A way that fails to take what its sink did not."""
+class Failing(LaneHarness):
+    """A lane whose owner fails in `overflow`."""
 
     failure = ZeroDivisionError("a bug")
 
@@ -310,9 +311,9 @@ def lanes() -> "Iterator[Lanes]":
 def test_a_descriptor_that_is_given_anew_in_the_same_turn_is_the_new_ones(lanes: "Lanes") -> None:
     # The end of one lane closes another one's connection, of which the same turn has an event,
     # and a new connection gets its number.
-    first, second = Way(lanes), Way(lanes)
+    first, second = LaneHarness(lanes), LaneHarness(lanes)
     number = second.near.fileno()
-    reborn: list[Way] = []
+    reborn: list[LaneHarness] = []
 
     def then() -> None:
         second.close()
@@ -324,7 +325,7 @@ def test_a_descriptor_that_is_given_anew_in_the_same_turn_is_the_new_ones(lanes:
             held.append(pair)
         if pair[1].fileno() == number:
             pair = pair[1], pair[0]
-        reborn.append(Way(lanes, [pair, socket.socketpair()]))
+        reborn.append(LaneHarness(lanes, [pair, socket.socketpair()]))
         for one, other in held:
             one.close()
             other.close()
@@ -332,25 +333,25 @@ def test_a_descriptor_that_is_given_anew_in_the_same_turn_is_the_new_ones(lanes:
     first.then = then
     first.source.close()
     second.source.send(b"the second's")
-    lanes.turn()
+    lanes.run_ready()
     assert first.ended == [None]
     assert (second.ended, second.over) == ([], [])
     (new,) = reborn
     assert new.near.fileno() == number
     assert (new.taken(), new.ended) == (b"", [])
     new.source.send(b"the new one's")
-    lanes.turn()
+    lanes.run_ready()
     assert new.taken() == b"the new one's"
     first.close()
     new.close()
 
 
 def test_a_callback_that_fails_ends_its_own_lane_and_no_other(lanes: "Lanes") -> None:
-    first, second = Failing(lanes), Way(lanes)
+    first, second = Failing(lanes), LaneHarness(lanes)
     fill(first.sink)
     first.source.send(b"x")
     second.source.send(b"y")
-    lanes.turn()
+    lanes.run_ready()
     assert first.ended == [first.failure]
     assert second.taken() == b"y"
     assert len(lanes) == 1
@@ -359,67 +360,67 @@ def test_a_callback_that_fails_ends_its_own_lane_and_no_other(lanes: "Lanes") ->
 
 
 def test_an_end_that_fails_is_told_and_its_lane_is_closed_all_the_same(lanes: "Lanes") -> None:
-    way = Way(lanes)
+    harness = LaneHarness(lanes)
 
     def fail() -> None:
         raise ZeroDivisionError
 
-    way.then = fail
-    way.source.close()
+    harness.then = fail
+    harness.source.close()
     with pytest.raises(ZeroDivisionError):
-        lanes.turn()
-    assert (len(lanes), way.ended) == (0, [None])
-    lanes.turn()
-    way.close()
+        lanes.run_ready()
+    assert (len(lanes), harness.ended) == (0, [None])
+    lanes.run_ready()
+    harness.close()
 
 
 def test_what_a_full_sink_does_not_take_is_handed_over_whole(lanes: "Lanes") -> None:
-    way = Way(lanes)
-    filled = fill(way.sink)
+    harness = LaneHarness(lanes)
+    filled = fill(harness.sink)
     content = bytes(range(256)) * 100
-    way.source.send(content)
-    lanes.turn()
+    harness.source.send(content)
+    lanes.run_ready()
     received = bytearray()
-    while some := way.taken():
+    while some := harness.taken():
         received += some
-    assert bytes(received[filled:]) + b"".join(way.over) == content
-    assert way.over
-    assert way.lane.carried_bytes == len(content)
-    way.close()
+    assert bytes(received[filled:]) + b"".join(harness.over) == content
+    assert harness.over
+    assert harness.lane.carried_bytes == len(content)
+    harness.close()
 
 
 def test_a_lane_that_cannot_be_watched_again_ends(lanes: "Lanes") -> None:
     # It was neither read nor closed: a session that hung.
-    way = Way(lanes)
-    way.lane.pause()
+    harness = LaneHarness(lanes)
+    harness.lane.pause()
     lanes.close()
-    way.lane.resume()
-    (error,) = way.ended
+    harness.lane.resume()
+    (error,) = harness.ended
     assert isinstance(error, OSError)
     assert len(lanes) == 0
-    way.close()
+    harness.close()
 
 
 def test_a_closed_lane_does_nothing_more(lanes: "Lanes") -> None:
-    way = Way(lanes)
-    way.lane.close()
-    for call in (way.lane.close, way.lane.pause, way.lane.resume, lanes.turn):
+    harness = LaneHarness(lanes)
+    harness.lane.close()
+    for call in (harness.lane.close, harness.lane.pause, harness.lane.resume, lanes.run_ready):
         call()
-    way.source.send(b"x")
-    lanes.turn()
-    assert (way.taken(), way.over, way.ended, len(lanes)) == (b"", [], [], 0)
-    way.close()
+    harness.source.send(b"x")
+    lanes.run_ready()
+    assert (harness.taken(), harness.over, harness.ended, len(lanes)) == (b"", [], [], 0)
+    harness.close()
 
 
 def test_more_lanes_than_a_turn_has_events_for_are_all_served(lanes: "Lanes") -> None:
-    ways = [Way(lanes) for _ in range(300)]
-    for number, way in enumerate(ways):
-        way.source.send(b"%d" % number)
+    harnesses = [LaneHarness(lanes) for _ in range(300)]
+    for number, harness in enumerate(harnesses):
+        harness.source.send(b"%d" % number)
     for _ in range(5):
-        lanes.turn()
-    assert [way.taken() for way in ways] == [b"%d" % number for number in range(300)]
-    for way in ways:
-        way.close()
+        lanes.run_ready()
+    assert [harness.taken() for harness in harnesses] == [b"%d" % number for number in range(300)]
+    for harness in harnesses:
+        harness.close()
     assert len(lanes) == 0
 
 

@@ -1,4 +1,4 @@
-"""What sessions leave behind when they are over: nothing."""
+"""Ended sessions leave neither memory nor descriptors."""
 
 import gc
 import os
@@ -19,12 +19,12 @@ async def test_sessions_that_are_over_leave_neither_memory_nor_descriptors(tls: 
     descriptors, resident = open_descriptors(), resident_bytes()
     await sessions(tls, SESSIONS, content)
     assert open_descriptors() == descriptors
-    # A session that was kept would be some 30 KiB, its engine alone as much again.
+    # A session that was kept would be some 30 KiB, and its TLS as much again.
     assert resident_bytes() - resident < 8 * MIB  # in which an allocator has its ups and downs
 
 
 async def sessions(tls: Contexts, count: int, content: bytes) -> None:
-    """Run sessions one by one, each ended in another way than the one before."""
+    """Run sessions one by one, each with another end than the one before."""
     for number in range(count):
         async with relayed(tls=tls) as setting:
             await setting.client.send(content)

@@ -1,4 +1,4 @@
-"""Whether the compiled relay was built, and what is told of it where it was not."""
+"""Whether the compiled relay was built, and what operators see if it was not."""
 
 import re
 import subprocess
@@ -38,7 +38,7 @@ def test_one_module_that_is_missing_is_named_and_nothing_fails(missing: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("wanted", "built", "told"),
+    ("wanted", "built", "expected"),
     [
         ([True, True], True, Acceleration.USED),
         ([], True, Acceleration.USED),
@@ -49,9 +49,9 @@ def test_one_module_that_is_missing_is_named_and_nothing_fails(missing: str) -> 
     ],
 )
 def test_operators_are_told_what_new_sessions_get(
-    wanted: list[bool], built: bool, told: Acceleration
+    wanted: list[bool], built: bool, expected: Acceleration
 ) -> None:
-    assert acceleration(wanted, built=built) is told
+    assert acceleration(wanted, built=built) is expected
 
 
 def proxy_imports(source: str) -> set[str]:

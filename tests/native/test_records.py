@@ -66,7 +66,7 @@ CASES = {
         b"a" + END,
         CLOSED,
     ),
-    "a close_notify and data behind it": Case(
+    "a close_notify and data after it": Case(
         lambda to: to.record(b"a") + to.alert(WARNING, CLOSE_NOTIFY) + to.record(b"b"),
         b"a",
         CLOSED,
@@ -158,12 +158,12 @@ async def test_a_flood_of_key_updates_from_a_peer_that_reads_no_answer_ends_the_
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
 async def test_what_follows_a_close_notify_is_not_kept(tls: Contexts, compiled: bool) -> None:
-    # It was, as ciphertext that nobody asks for any more: as much as the peer liked to send.
-    async with secured(tls if compiled else pythons(tls), server_side=False) as (link, peer):
-        transport = link.transport
+    # It was kept as ciphertext, as much of it as the peer sent.
+    async with secured(tls if compiled else pythons(tls), server_side=False) as (stream, peer):
+        transport = stream.transport
         assert isinstance(transport, TLSTransport)
         peer.say_close_notify()
-        await link.gone
+        await stream.gone
         before = resident_bytes()
         async with asyncio.timeout(10):
             for _ in range(64):
@@ -181,7 +181,7 @@ async def test_an_error_that_another_left_with_openssl_is_not_the_streams(
         setting.upstream.writer.write(sent)
         with pytest.raises(ValueError, match="unknown object"):
             ssl._ASN1Object("nonsense.bad")  # the one that leaves its error
-        setting.lanes.turn()
+        setting.lanes.run_ready()
         assert await setting.client.receive_all() == b"back"
         setting.client.sock.close()
         assert (await setting.end()).reason is CLOSED

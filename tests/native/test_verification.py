@@ -86,7 +86,7 @@ CASES: Final = {
     "a common name beside another name": Case(Leaf(["other.example.com"], common_name=HOST)),
     "capitals in the certificate": named("DB.Example.COM"),
     "capitals in the name": named(HOST, host="DB.Example.COM"),
-    "a dot behind the name": named(HOST, host=f"{HOST}."),
+    "a dot after the name": named(HOST, host=f"{HOST}."),
     "a wildcard": named("*.example.com"),
     "a wildcard for two labels": named("*.example.com", host="a.b.example.com"),
     "a wildcard for none": named("*.example.com", host="example.com"),
@@ -198,7 +198,7 @@ def test_a_file_that_goes_bad_behind_pythons_back_is_refused_too(tmp_path: Path)
 def test_without_a_name_nothing_that_checks_it_is_made() -> None:
     context = native.tls.ClientContext(ssl.create_default_context(), None)
     with pytest.raises(ValueError, match="server_hostname"):
-        native.tls.Engine(context, None)
+        native.tls.TLSConnection(context, None)
 
 
 @pytest.fixture(scope="module")
@@ -253,9 +253,9 @@ def _client(
     if isinstance(context, ssl.SSLContext):
         reads, writes = ssl.MemoryBIO(), ssl.MemoryBIO()
         return context.wrap_bio(reads, writes, server_hostname=host), reads.write, writes.read
-    engine = native.tls.Engine(context, host)
-    incoming, outgoing = native.tls.Incoming(engine), native.tls.Outgoing(engine)
-    return engine, incoming.write, outgoing.read  # type: ignore[return-value]
+    connection = native.tls.TLSConnection(context, host)
+    incoming, outgoing = native.tls.Incoming(connection), native.tls.Outgoing(connection)
+    return connection, incoming.write, outgoing.read  # type: ignore[return-value]
 
 
 def _words(error: ssl.SSLError) -> tuple[object, ...]:

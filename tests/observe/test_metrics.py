@@ -208,8 +208,8 @@ def test_tokens_and_drain_are_read_at_the_scrape() -> None:
     shown.tokens = [Token("workspace", 12.5, -3.0)]
     assert metrics.value("draining") == 1
     assert metrics.value("sessions_max") == 1000
-    shown.places_taken = 7
-    assert metrics.value("places_taken") == 7
+    shown.session_slots_used = 7
+    assert metrics.value("session_slots_used") == 7
     assert metrics.value("token_age_seconds", workspace="workspace") == 12.5
     assert metrics.value("token_expires_in_seconds", workspace="workspace") == -3
 

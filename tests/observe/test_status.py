@@ -53,11 +53,11 @@ def test_a_drain_says_what_is_left() -> None:
     assert status.drain.sessions_left == status.sessions == 1
 
 
-@pytest.mark.parametrize(("places_taken", "opening"), [(0, 0), (1, 0), (4, 3)])
+@pytest.mark.parametrize(("session_slots_used", "opening"), [(0, 0), (1, 0), (4, 3)])
 def test_a_session_whose_upstream_is_being_opened_is_told_apart(
-    places_taken: int, opening: int
+    session_slots_used: int, opening: int
 ) -> None:
-    shown = Shown(places_taken=places_taken)
+    shown = Shown(session_slots_used=session_slots_used)
     with shown.metrics.session("upstream", lambda: Carried(0, 0)):
         status = shown.status()
     assert (status.sessions, status.sessions_opening) == (1, opening)

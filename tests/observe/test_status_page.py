@@ -112,7 +112,7 @@ def busy() -> Shown:
         tokens=[Token("workspace", 23.0, 3577.0), Token("old", 4000.0, -400.0)],
         warnings=['upstream.sslmode is "require": who is in between can read the token.'],
         uptime_seconds=93_784.0,
-        places_taken=3,
+        session_slots_used=3,
     )
     for phase in ConnectPhase:
         shown.metrics.connect_phase_took(phase, 0.02, "upstream")

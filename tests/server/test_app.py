@@ -10,7 +10,7 @@ from proxy.config import ConfigurationError, Settings
 from proxy.errors import ErrorKind
 from proxy.server.app import build_metrics, serving
 from proxy.session.end_reason import EndReason
-from proxy.session.session import StartupFailure
+from proxy.session.session_log import StartupFailure
 from proxy.wire.violations import ClientReason
 from tests.support.compiled import need_compiled
 from tests.support.running import nothing_left

@@ -17,7 +17,7 @@ UPSTREAM = BackendKeyData(4711, Secret(b"key1"))
 
 
 class Dice:
-    """Randomness that is told what to show: pids in order, and secrets of one repeated byte."""
+    """Fixed randomness: pids in order, and secrets of one repeated byte."""
 
     def __init__(self, *pids: int) -> None:
         self._pids = iter(pids)
@@ -43,14 +43,14 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def told(
+def issue(
     stack: ExitStack,
     keys: CancelKeys,
     upstream: BackendKeyData,
     target: Target = TARGET,
     version: ProtocolVersion = V3_0,
 ) -> BackendKeyData:
-    """Hold a key until the test ends, and return what its client is told."""
+    """Register a key until the test ends. Return what its client is sent."""
     held = stack.enter_context(keys.issue(upstream, target, version))
     assert held is not None
     return held.issued
@@ -92,8 +92,8 @@ def test_an_own_pid_is_positive_of_31_bits_and_free(stack: ExitStack) -> None:
     dice = Dice(0, 7, 7, 0, 8)
     keys = CancelKeys(dice.bits, dice.bytes)
     negative = BackendKeyData(-1, Secret(b"key1"))
-    first = told(stack, keys, negative)
-    second = told(stack, keys, negative)
+    first = issue(stack, keys, negative)
+    second = issue(stack, keys, negative)
     assert (first.pid, second.pid) == (7, 8)
     assert set(dice.asked_bits) == {31}
 
@@ -102,16 +102,16 @@ def test_w14_an_own_key_has_32_bytes_for_a_client_that_speaks_3_2(stack: ExitSta
     dice = Dice(1, 2)
     keys = CancelKeys(dice.bits, dice.bytes)
     negative = BackendKeyData(-1, Secret(b"key1"))
-    old = told(stack, keys, negative)
-    new = told(stack, keys, negative, version=V3_2)
+    old = issue(stack, keys, negative)
+    new = issue(stack, keys, negative, version=V3_2)
     assert (len(old.key), len(new.key)) == (4, 32)
 
 
 def test_w27_a_pair_that_a_live_session_holds_is_replaced(stack: ExitStack) -> None:
     dice = Dice(815)
     keys = CancelKeys(dice.bits, dice.bytes)
-    first = told(stack, keys, UPSTREAM)
-    second = told(stack, keys, UPSTREAM, OTHER_TARGET)
+    first = issue(stack, keys, UPSTREAM)
+    second = issue(stack, keys, UPSTREAM, OTHER_TARGET)
     assert first == UPSTREAM
     assert second == BackendKeyData(815, Secret(b"rrrr"))
     found = keys.find(request(second))
@@ -123,8 +123,8 @@ def test_two_sessions_may_hold_one_pid_with_different_keys(stack: ExitStack) -> 
     # Two shards count their processes each for itself.
     keys = CancelKeys()
     twin = BackendKeyData(UPSTREAM.pid, Secret(b"key2"))
-    assert told(stack, keys, UPSTREAM) == UPSTREAM
-    assert told(stack, keys, twin, OTHER_TARGET) == twin
+    assert issue(stack, keys, UPSTREAM) == UPSTREAM
+    assert issue(stack, keys, twin, OTHER_TARGET) == twin
     for key, target in ((UPSTREAM, TARGET), (twin, OTHER_TARGET)):
         found = keys.find(request(key))
         assert found is not None
@@ -182,6 +182,6 @@ def test_w40_what_is_held_tells_whether_its_session_lives() -> None:
 def test_real_randomness_makes_different_keys(stack: ExitStack) -> None:
     keys = CancelKeys()
     negative = BackendKeyData(-1, Secret(b"key1"))
-    issued = [told(stack, keys, negative, version=V3_2) for _ in range(100)]
+    issued = [issue(stack, keys, negative, version=V3_2) for _ in range(100)]
     assert len({key.pid for key in issued}) == 100
     assert len({key.key for key in issued}) == 100

@@ -1,36 +1,35 @@
-"""The listener: places, one task a connection, a flood's bound, drain, and its failures."""
+"""The listener: one task a connection, a flood's bound, drain, and its failures."""
 
 import asyncio
 import contextlib
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
 from proxy.config import ListenSettings
-from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.server.app import build_metrics
-from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, Slots
+from proxy.session.drain import OpenSession
+from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, Serve
 from proxy.session.memory_trim import SESSIONS_MIN, MemoryTrim
+from proxy.session.slots import Slots
 from proxy.transport.stream import StartupStream
 from tests.support.plain_client import PlainClient, plain_client
 from tests.support.running import LogLines, captured_log, eventually
 
-Serve = Callable[[StartupStream], Coroutine[None, None, None]]
 
-
-async def echo(stream: StartupStream) -> None:
+async def echo(stream: StartupStream, _entry: OpenSession) -> None:
     while received := await stream.receive():
         stream.write(received)
     await stream.close()
 
 
 class Listening:
-    """A listener that accepts, and a way to connect to it."""
+    """A listener that accepts, and its address."""
 
     def __init__(self, listener: Listener, metrics: Metrics, address: tuple[str, int]) -> None:
         self.listener = listener
@@ -52,9 +51,9 @@ async def listening(
 ) -> AsyncIterator[Listening]:
     metrics = build_metrics()
     settings = ListenSettings(port=0, max_connections=max_connections)
-    places = Slots(settings.max_connections)
+    slots = Slots(settings.max_connections)
     listener = Listener(
-        settings, places, metrics, serve, memory_trim=memory_trim, starting_max=starting_max
+        settings, slots, metrics, serve, memory_trim=memory_trim, starting_max=starting_max
     )
     async with listener.accepting() as address:
         yield Listening(listener, metrics, address)
@@ -64,27 +63,6 @@ async def listening(
 def log() -> Iterator[LogLines]:
     with captured_log() as lines:
         yield lines
-
-
-@pytest.mark.parametrize("places_max", [1, 2, 3])
-def test_there_are_exactly_as_many_places_as_configured(places_max: int) -> None:
-    places = Slots(places_max)
-    with ExitStack() as stack:
-        for _ in range(places_max):
-            stack.enter_context(places.take())
-        with pytest.raises(ProxyError) as raised, places.take():
-            pass
-        assert raised.value.kind is ErrorKind.TOO_MANY_CONNECTIONS
-        assert places.taken == places_max
-    assert places.taken == 0
-
-
-def test_a_place_is_given_back_when_the_session_fails() -> None:
-    places = Slots(1)
-    with pytest.raises(RuntimeError), places.take():
-        raise RuntimeError
-    with places.take():
-        assert places.taken == 1
 
 
 async def exchange(client: PlainClient, content: bytes) -> None:
@@ -108,18 +86,18 @@ async def test_each_connection_is_served_in_a_task_of_its_own_and_counted() -> N
         assert there.metrics.value("connections_accepted_total") == 2
 
 
-async def test_memory_is_given_back_after_many_connections() -> None:
-    given = asyncio.Event()
-    async with listening(memory_trim=MemoryTrim(given.set)) as there:
+async def test_memory_is_released_after_many_connections() -> None:
+    released = asyncio.Event()
+    async with listening(memory_trim=MemoryTrim(released.set)) as there:
         for _ in range(SESSIONS_MIN):
             async with plain_client(there) as client:
                 await exchange(client, b"x")
         async with asyncio.timeout(10):
-            await given.wait()
+            await released.wait()
 
 
 async def test_every_line_of_a_connection_carries_its_number(log: LogLines) -> None:
-    async def serve(stream: StartupStream) -> None:
+    async def serve(stream: StartupStream, _entry: OpenSession) -> None:
         get_logger("proxy.session").info("served")
         stream.transport.close()
 
@@ -131,11 +109,11 @@ async def test_every_line_of_a_connection_carries_its_number(log: LogLines) -> N
 
 
 async def test_a_bug_costs_one_session_and_is_logged_and_counted(log: LogLines) -> None:
-    async def serve(stream: StartupStream) -> None:
+    async def serve(stream: StartupStream, entry: OpenSession) -> None:
         if (first := await stream.receive()) == b"bad":
             raise ZeroDivisionError("a bug")
         stream.write(first)
-        await echo(stream)
+        await echo(stream, entry)
 
     async with listening(serve) as there:
         async with plain_client(there) as good, plain_client(there) as bad:
@@ -183,7 +161,7 @@ async def test_a_flood_is_one_warning(log: LogLines) -> None:
         assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 5
     (line,) = log.above_info()
     assert line["event"] == "connections are cut: too many are starting"
-    assert line["unserved"] == 2
+    assert line["starting"] == 2
 
 
 async def test_an_address_in_use_is_an_os_error_and_nothing_else() -> None:
@@ -220,24 +198,6 @@ async def test_a_drain_without_connections_ends_at_once() -> None:
                 pass
 
 
-async def test_a_drain_waits_for_those_that_end_and_cuts_none() -> None:
-    async with listening() as there, plain_client(there) as client:
-        await exchange(client, b"x")
-        draining = asyncio.create_task(there.listener.drain(60))
-        await exchange(client, b"y")
-        assert not draining.done()
-        client.close()
-        assert await draining == 0
-
-
-async def test_a_drain_cuts_what_is_left_and_says_how_many() -> None:
-    async with listening() as there, plain_client(there) as one, plain_client(there) as two:
-        async with plain_client(there) as leaving:
-            for client in (one, two, leaving):
-                await exchange(client, b"x")
-        assert await there.listener.drain(0.1) == 2
-
-
 async def test_a_connection_that_waits_in_the_backlog_at_the_end_is_cut() -> None:
     # It is accepted by the kernel, perhaps by the loop, and has no task yet.
     for turns in range(10):
@@ -252,13 +212,13 @@ async def test_a_connection_that_waits_in_the_backlog_at_the_end_is_cut() -> Non
                 await assert_cut(PlainClient(sock))
 
 
-async def test_connections_that_only_start_do_not_use_up_the_places_of_sessions() -> None:
-    # Once both were counted together: 1005 idle sockets shut out everybody, with all places free.
-    places = Slots(1)
+async def test_connections_that_only_start_do_not_use_up_the_slots_of_sessions() -> None:
+    # Once both were counted together: 1005 idle sockets shut out every client, with all slots free.
+    slots = Slots(1)
     metrics = build_metrics()
-    listener = Listener(ListenSettings(port=0, max_connections=1), places, metrics, echo)
+    listener = Listener(ListenSettings(port=0, max_connections=1), slots, metrics, echo)
     async with listener.accepting() as address:
-        with places.take():
+        with slots.take():
             async with AsyncExitStack() as stack:
                 for _ in range(5):
                     reader, writer = await asyncio.open_connection(*address)
@@ -291,10 +251,10 @@ async def accepted_elsewhere() -> AsyncIterator[tuple[socket.socket, socket.sock
 async def test_a_connection_that_was_accepted_elsewhere_is_served_like_one_of_its_own() -> None:
     options: list[list[int]] = []
 
-    async def noted(stream: StartupStream) -> None:
+    async def noted(stream: StartupStream, entry: OpenSession) -> None:
         sock = stream.transport.get_extra_info("socket")
         options.append([sock.getsockopt(*option) for option in OPTIONS])
-        await echo(stream)
+        await echo(stream, entry)
 
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""Memory of ended sessions: given back after many ends, in a quiet moment, and not all the time."""
+"""Memory of ended sessions: released after many ends, when sessions pause, and not all the time."""
 
 import asyncio
 import ctypes
@@ -26,7 +26,7 @@ async def test_memory_is_given_back_once_after_many_ends_and_not_after_a_few() -
     assert not few
 
 
-async def test_ends_without_a_pause_do_not_keep_memory_from_being_given_back() -> None:
+async def test_ends_without_a_pause_do_not_keep_memory_from_being_released() -> None:
     given: list[int] = []
     memory_trim = MemoryTrim(lambda: given.append(1), storm_seconds=0.5)
     loop = asyncio.get_running_loop()
@@ -38,7 +38,7 @@ async def test_ends_without_a_pause_do_not_keep_memory_from_being_given_back() -
             loop.call_soon(end_some)
 
     end_some()
-    await eventually(lambda: len(given) >= 2, "given back twice")
+    await eventually(lambda: len(given) >= 2, "released twice")
     memory_trim.close()
 
 
@@ -56,7 +56,7 @@ async def test_nothing_is_given_back_once_closed() -> None:
 
 
 class _Knot:
-    """Something that knows itself, as a relay's directions know each other."""
+    """An object in a reference cycle, as a relay's directions are."""
 
     def __init__(self) -> None:
         self.itself = self

@@ -11,8 +11,8 @@ import pytest
 import pytest_asyncio
 
 from proxy.session.end_reason import EndReason, RelayEnd
+from proxy.session.fast_path import watched_lanes
 from proxy.session.relay import BUFFER_BYTES_MAX, Relay
-from proxy.transport.lanes import watched_lanes
 from tests.support.compiled import need_compiled
 from tests.support.running import eventually
 
@@ -187,7 +187,7 @@ async def test_w33_while_one_side_does_not_read_only_a_bounded_amount_is_held(
 
 async def test_w32_each_direction_flows_while_the_other_is_blocked(setting: Setting) -> None:
     # The client reads nothing until all of its own is sent, and the upstream takes all of that
-    # though nobody takes its answers: 24 MB each way.
+    # though its answers are not read: 24 MB in each direction.
     size = 24 * MEGABYTE
     answering = asyncio.create_task(setting.upstream.send(bytes(size)))
     async with asyncio.TaskGroup() as group:
@@ -205,7 +205,7 @@ async def test_a_reader_that_goes_on_gets_all_that_was_held_back(setting: Settin
 
 
 @pytest.mark.parametrize(
-    ("who", "way", "reason"),
+    ("side", "method", "reason"),
     [
         ("client", "close", EndReason.CLIENT_CLOSED),
         ("client", "half_close", EndReason.CLIENT_CLOSED),
@@ -216,12 +216,12 @@ async def test_a_reader_that_goes_on_gets_all_that_was_held_back(setting: Settin
     ],
 )
 async def test_w34_the_end_of_one_side_ends_both_and_is_the_reason(
-    setting: Setting, who: str, way: str, reason: EndReason
+    setting: Setting, side: str, method: str, reason: EndReason
 ) -> None:
     ended, other = setting.client, setting.upstream
-    if who == "upstream":
+    if side == "upstream":
         ended, other = other, ended
-    getattr(ended, way)()
+    getattr(ended, method)()
     assert await other.receive_rest() == b""
     other.close()
     end = await setting.end()
@@ -238,8 +238,8 @@ async def test_the_first_end_is_the_reason_when_the_other_follows(setting: Setti
 
 
 async def test_an_end_is_not_waited_for_twice(setting: Setting) -> None:
-    # The upstream ended, then the client: nobody is there whom a delay could serve. This once
-    # kept a client's place for two more seconds.
+    # The upstream ended, then the client: a delay is of no use to either. This once
+    # kept a client's slot for two more seconds.
     loop = asyncio.get_running_loop()
     setting.upstream.half_close()
     assert await setting.client.receive_rest() == b""
@@ -264,7 +264,7 @@ async def test_w34_what_one_side_sent_before_its_end_reaches_the_other(setting: 
 
 
 async def test_last_words_are_not_lost_when_the_client_still_sends(setting: Setting) -> None:
-    # Bytes that nobody reads any more make a kernel answer a close with RST, which destroys what
+    # Bytes that are not read any more make a kernel answer a close with RST, which destroys what
     # the client has not read yet.
     await setting.client.send(b"q" * 100_000)
     await setting.upstream.send(b"last words")

@@ -1,12 +1,14 @@
 """One connection's story where no driver leads: the order of its first bytes, and TLS below it.
 
-A real stand-in is behind it; what drivers and psql see is in `e2e`.
+The upstream is the real Lakebase emulator. What drivers and psql see is in `e2e`.
 """
 
 import asyncio
 import contextlib
+import gc
+import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +20,19 @@ import trustme
 from proxy.config import ListenSettings
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
+from proxy.observe.metrics import Metrics
+from proxy.routing.router import Route
 from proxy.server.app import App, build_metrics, serving
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
-from proxy.session.listener import Listener, Slots
-from proxy.session.session import Passage, Session, SessionParts
+from proxy.session.drain import OpenSession
+from proxy.session.listener import Listener
+from proxy.session.session import Session, SessionParts
+from proxy.session.slots import Slots
+from proxy.session.starting_client import StartingClient
+from proxy.transport.stream import StartupStream
 from proxy.upstream.connector import Connector
+from proxy.upstream.upstreams import SessionOpener
+from proxy.wire.client_startup import ClientStartup
 from proxy.wire.messages import (
     AuthenticationOk,
     BackendKeyData,
@@ -34,11 +44,13 @@ from proxy.wire.messages import (
     ReadyForQuery,
 )
 from proxy.wire.startup import CancelRequest, ProtocolVersion, SSLRequest, StartupMessage
+from proxy.wire.upstream_startup import UpstreamStartup
 from tests.support.plain_client import PlainClient, plain_client, query, startup
 from tests.support.running import captured_log, eventually, proxy_settings
 from tests.support.secret_canaries import watching
 
 SERVER_NAME = "localhost"
+STARTUP_OBJECTS = (StartupStream, StartingClient, ClientStartup, UpstreamStartup)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +65,30 @@ class Where:
 async def proxy(lakebase: Lakebase) -> AsyncIterator[App]:
     async with serving(proxy_settings(lakebase)) as app, watching(app):
         yield app
+
+
+Routing = Callable[[StartupMessage], Awaitable[tuple[Route, SessionOpener]]]
+
+
+def listener_with(
+    metrics: Metrics, route: Routing, forwarder: type[CancelForwarder] = CancelForwarder
+) -> Listener:
+    """Return a listener that serves one session at a time, and routes them like this."""
+    keys, slots = CancelKeys(), Slots(1)
+    parts = SessionParts(
+        route=route,
+        cancel_keys=keys,
+        cancels=forwarder(keys, Connector(metrics.connect_phase_took), metrics),
+        metrics=metrics,
+        startup_timeout_seconds=5,
+        tls=lambda: None,
+        slot=slots.take,
+    )
+
+    async def serve(stream: StartupStream, entry: OpenSession) -> None:
+        await Session(stream, entry, parts).run()
+
+    return Listener(ListenSettings(port=0), slots, metrics, serve)
 
 
 async def until_ready(client: PlainClient) -> list[BackendMessage | Frame]:
@@ -132,26 +168,36 @@ async def test_w3_the_tail_behind_the_startup_message_is_not_forwarded_before_re
     assert any(isinstance(message, Frame) and b"tail" in message.payload for message in answer)
 
 
+async def test_a_relayed_session_holds_nothing_of_its_startup(proxy: App) -> None:
+    # It may go on for days; a thousand idle ones are to be small.
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as door, socket.socket() as far:
+        far.connect(door.getsockname())
+        near, _ = door.accept()
+        near.setblocking(False)
+        proxy.listener.adopt(near, 7, lambda: None)
+        async with plain_client(proxy) as client:
+            await client.start_up()
+            await loop.run_in_executor(None, far.sendall, startup())
+            async with asyncio.timeout(10):
+                received = b""
+                while ReadyForQuery(b"I").encode() not in received:
+                    received += await loop.run_in_executor(None, far.recv, 65536)
+            gc.collect()
+            held = [each for each in gc.get_objects() if isinstance(each, STARTUP_OBJECTS)]
+            assert held == []
+
+
 async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged() -> None:
     # What the program did not expect closed the connection without a word.
-    def bug(_message: StartupMessage) -> Passage:
+    async def bug(_startup: StartupMessage) -> tuple[Route, SessionOpener]:
         raise ZeroDivisionError("a bug")
 
-    metrics, keys, settings = build_metrics(), CancelKeys(), ListenSettings(port=0)
-    places = Slots(1)
-    parts = SessionParts(
-        route=bug,
-        cancel_keys=keys,
-        cancels=CancelForwarder(keys, Connector(metrics.connect_phase_took), metrics),
-        metrics=metrics,
-        startup_timeout_seconds=5,
-        tls=lambda: None,
-        place=places.take,
-    )
-    listener = Listener(settings, places, metrics, lambda stream: Session(stream, parts).run())
+    metrics = build_metrics()
+    listener = listener_with(metrics, bug)
     with captured_log() as log:
         async with listener.accepting() as (host, port):
-            for _ in range(2):  # the place is free again
+            for _ in range(2):  # the slot is free again
                 async with plain_client(Where(host, port)) as client:
                     await client.send(startup())
                     error = await client.error()
@@ -161,11 +207,57 @@ async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged(
             ended = partial(metrics.value, "sessions_ended_total", reason="internal_error")
             await eventually(lambda: ended() == 2, "both are counted")
     assert metrics.value("startup_failures_total", reason="internal_error") == 2
-    told, failed = log.events("session refused"), log.events("session failed")
-    assert [line["connection"] for line in told] == [1, 2]
+    refused, failed = log.events("session refused"), log.events("session failed")
+    assert [line["connection"] for line in refused] == [1, 2]
     assert [line["connection"] for line in failed] == [1, 2]
-    assert all(line["reason"] == "internal_error" for line in told)
+    assert all(line["reason"] == "internal_error" for line in refused)
     assert all("ZeroDivisionError: a bug" in line["exception"] for line in failed)
+
+
+class LookUp:
+    """A route that is looked up for ever; shows how its callers end."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.cancelled = asyncio.Event()
+
+    async def route(self, _startup: StartupMessage) -> tuple[Route, SessionOpener]:
+        self.begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        raise AssertionError
+
+
+async def test_a_client_that_leaves_while_its_route_is_looked_up_ends_the_look_up() -> None:
+    metrics, look_up = build_metrics(), LookUp()
+    async with listener_with(metrics, look_up.route).accepting() as (host, port):
+        async with plain_client(Where(host, port)) as client, asyncio.timeout(10):
+            await client.send(startup())
+            await look_up.begun.wait()
+            client.close()
+            await look_up.cancelled.wait()
+        failed = partial(metrics.value, "startup_failures_total", reason="client_gone")
+        await eventually(lambda: failed() == 1, "it is counted")
+
+
+async def test_a_drain_refuses_a_client_whose_route_is_looked_up() -> None:
+    metrics, look_up = build_metrics(), LookUp()
+    listener = listener_with(metrics, look_up.route)
+    async with (
+        listener.accepting() as (host, port),
+        plain_client(Where(host, port)) as client,
+        asyncio.timeout(10),
+    ):
+        await client.send(startup())
+        await look_up.begun.wait()
+        draining = asyncio.create_task(listener.drain(60))
+        assert (await client.error()).sqlstate == "57P01"
+        assert await client.receive_rest() == b""
+        client.close()
+        assert await draining == 0
 
 
 # -- TLS towards the client; as configured it is in e2e/test_wire_listener_tls.py -----------------
@@ -279,24 +371,15 @@ async def test_a_client_that_stops_within_the_handshake_is_ended_by_the_startup_
 
 
 class BrokenForwarder(CancelForwarder):
-    """One that fails in a way that nobody thought of."""
+    """A forwarder with a bug."""
 
     async def cancel(self, key: IssuedKey) -> None:
         raise ZeroDivisionError("a bug")
 
 
 async def test_a_session_that_a_bug_ends_while_it_is_relayed_has_its_line(proxy: App) -> None:
-    metrics, keys, settings = build_metrics(), CancelKeys(), ListenSettings(port=0)
-    parts = SessionParts(
-        route=proxy.snapshot.passage,
-        cancel_keys=keys,
-        cancels=BrokenForwarder(keys, Connector(metrics.connect_phase_took), metrics),
-        metrics=metrics,
-        startup_timeout_seconds=5,
-        tls=lambda: None,
-        place=Slots(1).take,
-    )
-    listener = Listener(settings, Slots(1), metrics, lambda stream: Session(stream, parts).run())
+    metrics = build_metrics()
+    listener = listener_with(metrics, proxy.snapshot.route, BrokenForwarder)
     with captured_log() as log:
         async with listener.accepting() as (host, port):
             async with plain_client(Where(host, port)) as client:

@@ -34,7 +34,7 @@ class Shown:
     uptime_seconds: float = 3.5
     acceleration: str = "used"
     drain_seconds_left: float | None = None
-    places_taken: int = 0
+    session_slots_used: int = 0
     quits: int = 0
     metrics: Metrics = field(
         default_factory=lambda: Metrics(
@@ -68,7 +68,7 @@ class Shown:
             uptime_seconds=lambda: self.uptime_seconds,
             listen=lambda: "127.0.0.1:5432",
             sessions_max=lambda: 1000,
-            places_taken=lambda: self.places_taken,
+            session_slots_used=lambda: self.session_slots_used,
             hosts=lambda: self.hosts,
             tokens=lambda: self.tokens,
             drain_seconds_left=lambda: self.drain_seconds_left,

@@ -1,4 +1,4 @@
-"""A connection while a session starts: what waits, how much, and who gets it."""
+"""A connection during startup: which bytes wait, how many, and which protocol gets them."""
 
 import asyncio
 from collections.abc import Callable
@@ -116,7 +116,7 @@ async def test_plaintext_that_waits_at_the_switch_to_tls_is_a_bug_of_ours() -> N
             await start(stream, contexts(), server_side=True)
 
 
-async def test_closing_a_link_whose_peer_has_gone_does_not_linger() -> None:
+async def test_closing_a_stream_whose_peer_has_gone_does_not_linger() -> None:
     async with linked() as (stream, peer):
         peer.end()
         await stream.gone
@@ -143,5 +143,5 @@ async def test_closing_waits_a_moment_for_the_peer_to_end_too() -> None:
 async def _until(happened: Callable[[], bool]) -> None:
     """Let the loop turn until something is true."""
     async with asyncio.timeout(WAIT_SECONDS_MAX):
-        while not happened():  # noqa: ASYNC110 - nothing tells of it
+        while not happened():  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0)

@@ -1,0 +1,42 @@
+"""Slots for sessions: `listen.max_connections` of them.
+
+A session takes one from its StartupMessage to its end; without a free one the client is refused
+with 53300 (W44). Connections that are still starting and cancel requests take none.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from proxy.errors import ErrorKind, ProxyError
+
+
+class SlotSource(Protocol):
+    """Slots for sessions; `taken` are those of this process."""
+
+    @property
+    def taken(self) -> int: ...
+
+    def take(self) -> AbstractContextManager[None]:
+        """Hold a slot while the block runs. Raises ProxyError when none is free."""
+
+
+class Slots:
+    """The slots of a proxy that has one process."""
+
+    def __init__(self, slots_max: int) -> None:
+        self._slots_max = slots_max
+        self.taken = 0
+
+    def take(self) -> AbstractContextManager[None]:
+        """Hold a slot while the block runs. Raises ProxyError when none is free."""
+        return self
+
+    def __enter__(self) -> None:
+        """Take a slot. Slots are only counted, so one object serves every holder."""
+        if self.taken >= self._slots_max:
+            raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
+        self.taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        """Release a slot."""
+        self.taken -= 1

@@ -1,0 +1,124 @@
+"""The client's connection from accept until its session is relayed: first packets, TLS, answer.
+
+For: the socket side of `wire/client_startup.py`. Not for: what the client gets (`session`). When
+the connection goes to the relay, the session releases this object.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from proxy.transport.stream import StartupStream
+from proxy.transport.tls import ALPN_PROTOCOL
+from proxy.wire.client_startup import (
+    CancelReceived,
+    ClientEvent,
+    ClientStartup,
+    ClientState,
+    DirectTLSReceived,
+    Disconnected,
+    EncryptionAnswered,
+    StartupReceived,
+    Violated,
+)
+from proxy.wire.messages import ErrorResponse
+
+
+class ClientGone(Exception):
+    """The client disconnected before its session was ready."""
+
+
+class StartingClient:
+    """One client that has no session yet; `tls` is the context that it is offered."""
+
+    __slots__ = ("_machine", "_stream", "_tls")
+
+    def __init__(self, stream: StartupStream, tls: ssl.SSLContext | None) -> None:
+        self._stream = stream
+        self._tls = tls
+        self._machine = ClientStartup(tls_offered=tls is not None)
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        """The client's transport; with TLS if the client has started it."""
+        return self._stream.transport
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the client has ended its stream, or the connection is lost."""
+        return self._stream.gone.done()
+
+    @property
+    def awaits_session(self) -> bool:
+        """Whether the client has sent its StartupMessage and no answer has been sent."""
+        return self._machine.state is ClientState.AWAIT_BACKEND
+
+    async def receive_startup(self) -> StartupReceived | CancelReceived | Violated | Disconnected:
+        """Return what the client asks for, when it is complete. The caller sets the timeout.
+
+        Raises ssl.SSLError or ConnectionError if TLS fails.
+        """
+        while True:
+            events = await self._next_events()
+            for event in events:
+                self._stream.write(event.reply)
+                match event:
+                    # Another event after this one: plaintext came with the request (W3).
+                    case EncryptionAnswered(b"S") if event is events[-1]:
+                        await self._start_tls(b"")
+                    case DirectTLSReceived(hello):
+                        await self._start_tls(hello)
+                    case StartupReceived() | CancelReceived() | Violated() | Disconnected():
+                        return event
+
+    @asynccontextmanager
+    async def while_connected(self) -> AsyncIterator[None]:
+        """Run the block; if the client disconnects, cancel it and raise ClientGone."""
+        gone = self._stream.gone
+        over = False
+        try:
+            async with asyncio.timeout(None) as scope:
+
+                def leave(_: object) -> None:
+                    if not over:  # a callback that is already scheduled cannot be removed
+                        scope.reschedule(asyncio.get_running_loop().time())
+
+                gone.add_done_callback(leave)
+                try:
+                    yield
+                finally:
+                    over = True
+                    gone.remove_done_callback(leave)
+        except TimeoutError:
+            raise ClientGone from None
+
+    def refuse(self, error: ErrorResponse) -> None:
+        """Send the client the error that ends its connection."""
+        self._stream.write(self._machine.refuse(error))
+
+    def accept(self, welcome: bytes) -> None:
+        """Send AuthenticationOk and the welcome, up to ReadyForQuery, in one write."""
+        self._stream.write(self._machine.accept(welcome))
+
+    def hand_over(self, protocol: asyncio.Protocol) -> bytes:
+        """Give the connection to another protocol. Return what the client sent early."""
+        return self._machine.trailing_data() + self._stream.hand_over(protocol)
+
+    async def close(self) -> None:
+        """Close the connection after sending what was written."""
+        await self._stream.close()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    async def _next_events(self) -> list[ClientEvent]:
+        data = await self._stream.receive()
+        return self._machine.receive_data(data) if data else self._machine.receive_eof()
+
+    async def _start_tls(self, hello: bytes) -> None:
+        """Start TLS. A client that begins with a ClientHello must select ALPN for it (W5)."""
+        assert self._tls is not None
+        tls = await self._stream.start_tls(self._tls, server_side=True, first=hello)
+        if hello and tls.selected_alpn_protocol() != ALPN_PROTOCOL:
+            raise ConnectionError("direct TLS without ALPN")
+        self._machine.tls_started()

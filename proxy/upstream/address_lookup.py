@@ -135,8 +135,12 @@ class AddressLookup:
             if self._host:
                 return  # while the API fails, the known host is used
             raise
+        self._keep_host(status, self._resource.name)
+
+    def _keep_host(self, status: ResourceStatus, name: str) -> None:
+        """Keep the host that the API names. Raises ProxyError when there is none to dial."""
         try:
-            host = _host_in(status, self._resource.name)
+            host = _host_in(status, name)
         except ProxyError as error:
             self._host_backoff.start(error)
             raise

@@ -128,9 +128,7 @@ class Connector:
             try:
                 if not still_wanted():
                     return False
-                stream.write(CancelRequest(key.pid, key.key).encode())
-                while await stream.receive():
-                    pass  # an upstream sends nothing on such a connection
+                await _send_cancel(stream, key)
                 return True
             finally:
                 stream.transport.close()
@@ -179,6 +177,13 @@ async def _first_to_answer(addresses: Addresses) -> StartupStream:
     )
     _, stream = await loop.create_connection(StartupStream, sock=sock)
     return stream
+
+
+async def _send_cancel(stream: StartupStream, key: BackendKeyData) -> None:
+    """Send a CancelRequest; return when the upstream has closed."""
+    stream.write(CancelRequest(key.pid, key.key).encode())
+    while await stream.receive():
+        pass  # an upstream sends nothing on such a connection
 
 
 async def next_events(stream: StartupStream, startup: UpstreamStartup) -> list[UpstreamEvent]:

@@ -143,17 +143,20 @@ class Workspace:
         if client is not None:
             with suppress(_unauthenticated()):  # the workspace token that it keeps may have expired
                 return call(client)
-        client = connect(
+        client = self._new_client()
+        # Two threads may make one each. The later one is kept, unless the client was dropped since.
+        if generation is self._generation:
+            self._client = client
+        return call(client)
+
+    def _new_client(self) -> WorkspaceClient:
+        return connect(
             self._settings,
             self._file_secret,
             version=self._version,
             timeout_seconds=self._timeout_seconds,
             discover=self._discover,
         )
-        # Two threads may make one each. The later one is kept, unless the client was dropped since.
-        if generation is self._generation:
-            self._client = client
-        return call(client)
 
     def _drop_client(self, generation: object) -> None:
         """Drop the client of this generation; a late call must not drop a newer one."""

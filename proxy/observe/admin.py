@@ -27,7 +27,7 @@ from proxy.addresses import is_loopback
 from proxy.observe.admin_access import (
     CONNECTIONS_MAX,
     BoundedProtocol,
-    HostGate,
+    HostCheck,
     is_from_this_machine,
 )
 from proxy.observe.logs import get_logger
@@ -126,16 +126,16 @@ def admin_app(state: AdminState) -> Starlette:
     async def page(_request: Request) -> Response:
         return Response(PAGE, headers=PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
-    def shown(path: str, endpoint: Endpoint) -> Route:
+    def route(path: str, endpoint: Endpoint) -> Route:
         return Route(path, _guarded(endpoint, state.failed))
 
     routes = [
-        shown("/", page),
-        shown("/startup", startup),
-        shown("/readiness", readiness),
-        shown("/liveness", liveness),
-        shown("/metrics", metrics),
-        shown("/status", status),
+        route("/", page),
+        route("/startup", startup),
+        route("/readiness", readiness),
+        route("/liveness", liveness),
+        route("/metrics", metrics),
+        route("/status", status),
     ]
     if state.quit is not None:
         quitting = _guarded(_quitting(state.quit), state.failed)
@@ -199,18 +199,18 @@ def _embedded(app: ASGIApp) -> _EmbeddedServer:
     )
 
 
-class _Admin:
+class _AdminServer:
     """The server that serves now. When one dies, the next takes its address."""
 
     def __init__(self, app: ASGIApp, restarted: Callable[[], None]) -> None:
         self._app = app
         self._restarted = restarted
         self._server = _embedded(app)
-        self._ending = asyncio.Event()
+        self._stopping = asyncio.Event()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Have `run` return soon."""
-        self._ending.set()
+        self._stopping.set()
         self._server.should_exit = True
 
     async def run(self, listener: socket.socket) -> None:
@@ -222,12 +222,12 @@ class _Admin:
             served = asyncio.create_task(serving, name="admin server")
             await asyncio.wait([served])
             with closing(current):
-                if self._ending.is_set():
+                if self._stopping.is_set():
                     return
-                await self._bury(served)
-            current = await self._reopened(host, port)
+                await self._log_death(served)
+            current = await self._reopen(host, port)
 
-    async def _bury(self, served: asyncio.Task[None]) -> None:
+    async def _log_death(self, served: asyncio.Task[None]) -> None:
         error = None if served.cancelled() else served.exception()
         _log.error("admin address died; sessions go on", exc_info=error)
         self._restarted()
@@ -235,11 +235,11 @@ class _Admin:
             await self._server.shutdown()
         self._server = _embedded(self._app)
 
-    async def _reopened(self, host: str, port: int) -> socket.socket | None:
+    async def _reopen(self, host: str, port: int) -> socket.socket | None:
         """Return a socket on the same address as soon as there is one; None once it is to end."""
-        while not self._ending.is_set():
+        while not self._stopping.is_set():
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), _REOPEN_SECONDS)
+                await asyncio.wait_for(self._stopping.wait(), _REOPEN_SECONDS)
             try:
                 return await _listen(host, port)
             except OSError as error:  # another program took it: until it lets go
@@ -258,13 +258,13 @@ async def serve_admin(state: AdminState, *, host: str, port: int) -> AsyncIterat
         bound_host, bound_port = listener.getsockname()[:2]
         app: ASGIApp = admin_app(state)
         if is_loopback(bound_host):
-            app = HostGate(app, own_name=host)
-        admin = _Admin(app, state.restarted)
+            app = HostCheck(app, own_name=host)
+        admin = _AdminServer(app, state.restarted)
         # Not a TaskGroup: that would wrap whatever the block raises into an ExceptionGroup. The
         # task cannot be lost, because leaving the block waits for it.
         running = asyncio.create_task(admin.run(listener), name="admin")
         try:
             yield AdminAddress(bound_host, bound_port)
         finally:
-            admin.end()
+            admin.stop()
             await running

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
-from proxy.observe.recent_errors import FAILURES_MAX, Failure
+from proxy.observe.recent_errors import RECENT_ERRORS_MAX, RecentError
 from proxy.observe.samples import Sample
-from proxy.observe.target_stats import TargetReading
+from proxy.observe.target_stats import TargetRow
 
 _OF_NOW: Final = frozenset({"gauge", "info", "stateset"})
 
@@ -23,8 +23,8 @@ class Reading:
     """What one process has counted, and the hosts that it knows of its targets."""
 
     samples: Sequence[Sample] = ()
-    targets: Sequence[TargetReading] = ()
-    failures: Sequence[Failure] = ()
+    targets: Sequence[TargetRow] = ()
+    errors: Sequence[RecentError] = ()
     hosts: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -38,16 +38,16 @@ class Reading:
             Sample(family, kind, name, tuple((label, word) for label, word in labels), value)
             for family, kind, name, labels, value in content["samples"]
         ]
-        targets = [TargetReading(**one) for one in content["targets"]]
+        targets = [TargetRow(**one) for one in content["targets"]]
         return cls(
-            samples, targets, [Failure(**one) for one in content["failures"]], content["hosts"]
+            samples, targets, [RecentError(**one) for one in content["errors"]], content["hosts"]
         )
 
-    def left_behind(self) -> "Reading":
+    def after_exit(self) -> "Reading":
         """Return what stays of it when its process has died."""
         samples = [sample for sample in self.samples if sample.kind not in _OF_NOW]
         targets = [replace(target, sessions=0) for target in self.targets]
-        return Reading(samples, targets, self.failures)
+        return Reading(samples, targets, self.errors)
 
 
 def total(readings: Sequence[Reading]) -> Reading:
@@ -55,7 +55,7 @@ def total(readings: Sequence[Reading]) -> Reading:
     return Reading(
         _samples(sample for reading in readings for sample in reading.samples),
         _targets(target for reading in readings for target in reading.targets),
-        _failures(failure for reading in readings for failure in reading.failures),
+        _errors(error for reading in readings for error in reading.errors),
         {name: host for reading in readings for name, host in reading.hosts.items() if host},
     )
 
@@ -69,16 +69,16 @@ def _samples(samples: Iterable[Sample]) -> list[Sample]:
     return list(sums.values())
 
 
-def _targets(targets: Iterable[TargetReading]) -> list[TargetReading]:
-    found: dict[str, TargetReading] = {}
+def _targets(targets: Iterable[TargetRow]) -> list[TargetRow]:
+    found: dict[str, TargetRow] = {}
     for one in targets:
         before = found.get(one.target)
-        found[one.target] = one if before is None else _both(before, one)
+        found[one.target] = one if before is None else _added(before, one)
     return list(found.values())
 
 
-def _both(one: TargetReading, other: TargetReading) -> TargetReading:
-    return TargetReading(
+def _added(one: TargetRow, other: TargetRow) -> TargetRow:
+    return TargetRow(
         one.target,
         one.sessions + other.sessions,
         one.sessions_started + other.sessions_started,
@@ -88,11 +88,11 @@ def _both(one: TargetReading, other: TargetReading) -> TargetReading:
     )
 
 
-def _failures(failures: Iterable[Failure]) -> list[Failure]:
+def _errors(errors: Iterable[RecentError]) -> list[RecentError]:
     """Return the newest of all, the newest first."""
-    found: dict[tuple[str, str, str], Failure] = {}
-    for one in failures:
+    found: dict[tuple[str, str, str], RecentError] = {}
+    for one in errors:
         cause = (one.reason, one.sqlstate, one.target)
         before = found.get(cause, replace(one, count=0))
         found[cause] = replace(one, at=max(one.at, before.at), count=one.count + before.count)
-    return sorted(found.values(), key=lambda one: one.at, reverse=True)[:FAILURES_MAX]
+    return sorted(found.values(), key=lambda one: one.at, reverse=True)[:RECENT_ERRORS_MAX]

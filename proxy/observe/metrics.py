@@ -30,10 +30,10 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from proxy.observe.recent_errors import CANCEL_NOT_DELIVERED, Failures
-from proxy.observe.samples import Sample, Sum, taken
+from proxy.observe.recent_errors import CANCEL_NOT_DELIVERED, RecentErrors
+from proxy.observe.samples import AddedSamples, Sample, samples_of
 from proxy.observe.status import State, StatusSource
-from proxy.observe.target_stats import OTHER, Carried, Live, TargetReading
+from proxy.observe.target_stats import OTHER, Carried, TargetRow, TargetStats
 
 EXPOSITION_CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
@@ -111,7 +111,7 @@ def outcome_of(reason: str) -> Outcome:
 
 
 # What is not the more for more processes: the one that is asked speaks for all.
-_OF_THE_WHOLE: Final = frozenset(
+_SAME_IN_EVERY_PROCESS: Final = frozenset(
     f"{_PREFIX}_{name}"
     for name in (
         *("build_info", "shard_map_mappings"),
@@ -120,7 +120,7 @@ _OF_THE_WHOLE: Final = frozenset(
 )
 
 
-class _Words:
+class _WordCounter:
     """A counter with one label of closed values, each of them shown from the start, at 0."""
 
     def __init__(self, counter: Counter, words: Iterable[str]) -> None:
@@ -146,20 +146,20 @@ class _Connection:
         self._now.dec()
 
 
-class _Scraped(Collector):
+class _ScrapedMetrics(Collector):
     """What is read at the moment of a scrape instead of being counted as it happens."""
 
-    def __init__(self, readings: Callable[[], list[TargetReading]]) -> None:
-        self._readings = readings
+    def __init__(self, rows: Callable[[], list[TargetRow]]) -> None:
+        self._rows = rows
         self.source: StatusSource | None = None
 
     def collect(self) -> Iterable[Metric]:
-        yield from _of_targets(self._readings())
+        yield from _target_metrics(self._rows())
         if self.source is not None:
-            yield from _of_source(self.source)
+            yield from _proxy_metrics(self.source)
 
 
-def _of_targets(readings: list[TargetReading]) -> Iterable[Metric]:
+def _target_metrics(rows: list[TargetRow]) -> Iterable[Metric]:
     active = GaugeMetricFamily(
         f"{_PREFIX}_sessions_active", "Sessions that are served now.", labels=["target"]
     )
@@ -171,7 +171,7 @@ def _of_targets(readings: list[TargetReading]) -> Iterable[Metric]:
         "Bytes relayed, those of sessions that still live among them.",
         labels=["target", "direction"],
     )
-    for one in readings:
+    for one in rows:
         active.add_metric([one.target], one.sessions)
         started.add_metric([one.target], one.sessions_started)
         relayed.add_metric([one.target, "to_upstream"], one.client_bytes)
@@ -179,7 +179,7 @@ def _of_targets(readings: list[TargetReading]) -> Iterable[Metric]:
     return active, started, relayed
 
 
-def _of_source(source: StatusSource) -> Iterable[Metric]:
+def _proxy_metrics(source: StatusSource) -> Iterable[Metric]:
     age = GaugeMetricFamily(
         f"{_PREFIX}_token_age_seconds", "Age of the newest token.", labels=["workspace"]
     )
@@ -224,10 +224,10 @@ class Metrics:
         target_names: Iterable[str] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.live = Live(target_names)
-        self.failures = Failures(clock)
+        self.targets = TargetStats(target_names)
+        self.recent_errors = RecentErrors(clock)
         self._registry = CollectorRegistry(auto_describe=True)
-        self._scraped = _Scraped(self.live.readings)
+        self._scraped = _ScrapedMetrics(self.targets.rows)
         self._registry.register(self._scraped)
         # Memory, processor time and open files, where the system tells (Linux).
         ProcessCollector(namespace=_PREFIX, registry=self._registry)
@@ -253,11 +253,11 @@ class Metrics:
         self._sessions_ended = {
             reason: ended.labels(outcome_of(reason), reason) for reason in (*ends, OTHER)
         }
-        self._startup_failures = _Words(
+        self._startup_failures = _WordCounter(
             self._counter("startup_failures", "Clients that were not served, by reason.", "reason"),
             failures,
         )
-        self._cancel_requests = _Words(
+        self._cancel_requests = _WordCounter(
             self._counter("cancel_requests", "CancelRequests received, by result.", "result"),
             CancelResult,
         )
@@ -315,20 +315,20 @@ class Metrics:
             ["version", "acceleration"],
             registry=self._registry,
         )
-        self.build_is("")
+        self.set_acceleration("")
 
-    def build_is(self, acceleration: str) -> None:
+    def set_acceleration(self, acceleration: str) -> None:
         """Show what new sessions get from now on, one of the words of `native.Acceleration`."""
         self._build.clear()
         self._build.labels(self._version, acceleration).set(1)
 
-    def know(self, targets: Iterable[str], shard_map: str = "", mappings: int = 0) -> None:
+    def configure(self, targets: Iterable[str], shard_map: str = "", mappings: int = 0) -> None:
         """Count for these targets and this shard map from now on.
 
         With other names than before the counts of routing begin anew: old names must not pile up.
         """
         names = (shard_map, *targets)
-        self.live.know(names[1:])
+        self.targets.configure(names[1:])
         if names != self._names:
             self._names = names
             for family in (self._routes, self._lookups, self._mappings):
@@ -341,7 +341,7 @@ class Metrics:
     def routed(self, shard_map: str, shard: str) -> None:
         """Count a client whose key led to a shard."""
         self._lookups.labels(shard_map, Lookup.HIT).inc()
-        self._routes.labels(shard_map, self.live.named(shard), RouteResult.ROUTED).inc()
+        self._routes.labels(shard_map, self.targets.label(shard), RouteResult.ROUTED).inc()
 
     def route_refused(self, shard_map: str, *, missed: bool) -> None:
         """Count a client that has no shard; `missed`: no mapping covers its key."""
@@ -349,7 +349,7 @@ class Metrics:
             self._lookups.labels(shard_map, Lookup.MISS).inc()
         self._routes.labels(shard_map, "", RouteResult.REFUSED).inc()
 
-    def watch(self, source: StatusSource) -> None:
+    def set_source(self, source: StatusSource) -> None:
         """Read tokens, drain and bounds from here at each scrape."""
         self._scraped.source = source
 
@@ -359,14 +359,14 @@ class Metrics:
 
     def session(self, target: str, carried: Callable[[], Carried]) -> AbstractContextManager[None]:
         """Count a session that is served while the block runs, and the bytes that it carries."""
-        return self.live.session(target, carried)
+        return self.targets.session(target, carried)
 
     def session_ended(self, reason: str, target: str = "") -> None:
         """Count a session that had reached ReadyForQuery, by the first cause of its end."""
         reason = reason if reason in self._sessions_ended else OTHER
         self._sessions_ended[reason].inc()
         if reason in _FAILED_ENDS:
-            self._failed(reason, target=target)
+            self._record_error(reason, target=target)
 
     def startup_failed(self, reason: str) -> None:
         """Count a client that was lost, or whose like is no news, before ReadyForQuery."""
@@ -375,12 +375,12 @@ class Metrics:
     def session_refused(self, reason: str, sqlstate: str = "", target: str = "") -> None:
         """Count a client that was told that it is not served, and remember why."""
         self._startup_failures.count(reason)
-        self._failed(reason, sqlstate, target)
+        self._record_error(reason, sqlstate, target)
 
     def connect_phase_took(self, phase: str, seconds: float, target: str = OTHER) -> None:
         """Record one completed phase of reaching an upstream; the caller has the clock."""
         self._connect_seconds[phase].observe(seconds)
-        self.live.connect_phase_took(target, phase, seconds)
+        self.targets.connect_phase_took(target, phase, seconds)
 
     def token_minted(self) -> None:
         """Count a token that the credential API issued."""
@@ -390,13 +390,13 @@ class Metrics:
         """Count an attempt to get a token that failed, whether or not an older one was used."""
         self._mint_failures.inc()
         if reason:
-            self._failed(reason)
+            self._record_error(reason)
 
     def cancel_requested(self, result: CancelResult) -> None:
         """Count a CancelRequest by what became of it."""
         self._cancel_requests.count(result)
         if result is CancelResult.FAILED:
-            self._failed(CANCEL_NOT_DELIVERED)
+            self._record_error(CANCEL_NOT_DELIVERED)
 
     def loop_lagged(self, seconds: float) -> None:
         """Record how late the event loop was."""
@@ -426,12 +426,16 @@ class Metrics:
         if not others:
             return generate_latest(self._registry)
         whole = CollectorRegistry()
-        whole.register(Sum(self._registry, others))
+        whole.register(AddedSamples(self._registry, others))
         return generate_latest(whole)
 
     def samples(self) -> list[Sample]:
         """Return what another process's exposition is to add of this one's."""
-        return [sample for sample in taken(self._registry) if sample.family not in _OF_THE_WHOLE]
+        return [
+            sample
+            for sample in samples_of(self._registry)
+            if sample.family not in _SAME_IN_EVERY_PROCESS
+        ]
 
     def value(self, name: str, **labels: str) -> float:
         """Return the sum of the samples that have these labels, 0 if there are none:
@@ -443,5 +447,5 @@ class Metrics:
             if sample.name == f"{_PREFIX}_{name}" and labels.items() <= sample.labels.items()
         )
 
-    def _failed(self, reason: str, sqlstate: str = "", target: str = "") -> None:
-        self.failures.note(reason, sqlstate, self.live.named(target) if target else "")
+    def _record_error(self, reason: str, sqlstate: str = "", target: str = "") -> None:
+        self.recent_errors.record(reason, sqlstate, self.targets.label(target) if target else "")

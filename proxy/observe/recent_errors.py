@@ -16,7 +16,7 @@ from typing import Final
 from proxy.errors import ErrorKind
 
 # What a person reads at a glance; an older kind of failure makes room for a new one.
-FAILURES_MAX: Final = 20
+RECENT_ERRORS_MAX: Final = 20
 
 _SQLSTATE: Final = re.compile(r"[0-9A-Z]{5}", re.ASCII)
 # Of kinds that share a word, the first: it is the most common one.
@@ -30,7 +30,7 @@ _SENTENCES: Final = {CANCEL_NOT_DELIVERED: "a cancel request did not reach the u
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class RecentError:
     """One kind of failure at one target: when it last came (seconds since 1970), and how often.
 
     `target` is empty where the failure was none of a target's.
@@ -45,14 +45,14 @@ class Failure:
     hint: str
 
 
-class Failures:
+class RecentErrors:
     """The last failures of one proxy. `clock` is the wall clock, in seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._latest: dict[tuple[str, str, str], Failure] = {}
+        self._latest: dict[tuple[str, str, str], RecentError] = {}
 
-    def note(self, reason: str, sqlstate: str = "", target: str = "") -> None:
+    def record(self, reason: str, sqlstate: str = "", target: str = "") -> None:
         """Remember a failure. `reason` and `target` are words of closed lists.
 
         Without a SQLSTATE, or with a malformed one, the reason's own is shown.
@@ -64,12 +64,12 @@ class Failures:
         hint = row.hint.format(**_ANY_ROLE) if row else ""
         cause = (reason, sqlstate, target)
         before = self._latest.pop(cause, None)
-        failure = before or Failure(0, reason, sqlstate, target, 0, message, hint)
+        failure = before or RecentError(0, reason, sqlstate, target, 0, message, hint)
         # The newest stands last.
         self._latest[cause] = replace(failure, at=self._clock(), count=failure.count + 1)
-        if len(self._latest) > FAILURES_MAX:
+        if len(self._latest) > RECENT_ERRORS_MAX:
             del self._latest[next(iter(self._latest))]
 
-    def latest(self) -> list[Failure]:
+    def latest(self) -> list[RecentError]:
         """Return them, the newest first."""
         return list(reversed(self._latest.values()))

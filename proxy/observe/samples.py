@@ -25,14 +25,14 @@ class Sample(NamedTuple):
     value: float
 
 
-def taken(registry: CollectorRegistry) -> Iterator[Sample]:
+def samples_of(registry: CollectorRegistry) -> Iterator[Sample]:
     """Yield what a registry shows now."""
     for family in registry.collect():
         for one in family.samples:
             yield Sample(family.name, family.type, one.name, tuple(one.labels.items()), one.value)
 
 
-class Sum(Collector):
+class AddedSamples(Collector):
     """A registry's families with other processes' samples added, for a registry to collect."""
 
     def __init__(self, registry: CollectorRegistry, others: Iterable[Sample]) -> None:

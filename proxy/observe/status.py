@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum, unique
 
-from proxy.observe.recent_errors import Failure
-from proxy.observe.target_stats import OTHER, TargetReading
+from proxy.observe.recent_errors import RecentError
+from proxy.observe.target_stats import OTHER, TargetRow
 
 
 @unique
@@ -120,12 +120,12 @@ class Status:
 
 def report(
     source: StatusSource,
-    readings: Sequence[TargetReading],
-    failures: Sequence[Failure],
+    rows: Sequence[TargetRow],
+    errors: Sequence[RecentError],
     now: float,
 ) -> Status:
     """Return the status at `now` (wall clock, seconds since 1970)."""
-    sessions = sum(reading.sessions for reading in readings)
+    sessions = sum(row.sessions for row in rows)
     state = source.state()
     return Status(
         state=state,
@@ -138,43 +138,41 @@ def report(
         # One that has ended gives its slot back a moment after its relay.
         sessions_opening=max(0, source.session_slots_used() - sessions),
         sessions_max=source.sessions_max(),
-        targets=_targets(source.hosts(), readings),
+        targets=_targets(source.hosts(), rows),
         tokens=source.tokens(),
-        errors=[_last_error(failure, now) for failure in failures],
+        errors=[_shown_error(error, now) for error in errors],
         drain=Drain(state is State.DRAINING, source.drain_seconds_left(), sessions),
         warnings=source.warnings(),
     )
 
 
-def _targets(hosts: Mapping[str, str], readings: Sequence[TargetReading]) -> Sequence[TargetStatus]:
+def _targets(hosts: Mapping[str, str], rows: Sequence[TargetRow]) -> Sequence[TargetStatus]:
     """Show the configured targets, and those of before a reload that still have sessions."""
     return [
         TargetStatus(
-            reading.target,
-            hosts.get(reading.target, ""),
-            reading.sessions,
-            reading.sessions_started,
-            reading.client_bytes,
-            reading.upstream_bytes,
-            reading.connect_seconds,
+            row.target,
+            hosts.get(row.target, ""),
+            row.sessions,
+            row.sessions_started,
+            row.client_bytes,
+            row.upstream_bytes,
+            row.connect_seconds,
         )
-        for reading in readings
-        if reading.target in hosts
-        or reading.sessions
-        or (reading.target == OTHER and reading.sessions_started)
+        for row in rows
+        if row.target in hosts or row.sessions or (row.target == OTHER and row.sessions_started)
     ]
 
 
-def _last_error(failure: Failure, now: float) -> LastError:
+def _shown_error(error: RecentError, now: float) -> LastError:
     return LastError(
-        at=_time_of(failure.at),
-        age_seconds=max(0.0, now - failure.at),
-        reason=failure.reason,
-        sqlstate=failure.sqlstate,
-        target=failure.target,
-        count=failure.count,
-        message=failure.message,
-        hint=failure.hint,
+        at=_time_of(error.at),
+        age_seconds=max(0.0, now - error.at),
+        reason=error.reason,
+        sqlstate=error.sqlstate,
+        target=error.target,
+        count=error.count,
+        message=error.message,
+        hint=error.hint,
     )
 
 

@@ -28,7 +28,7 @@ class Carried:
 
 
 @dataclass(frozen=True, slots=True)
-class TargetReading:
+class TargetRow:
     """What a target has now: sessions open and ever started, bytes of all of them, and the seconds
     that each phase of the last connect took."""
 
@@ -41,100 +41,100 @@ class TargetReading:
 
 
 @dataclass(slots=True)
-class _Tally:
+class _Counts:
     started: int = 0
     client_bytes: int = 0  # of the sessions that have ended
     upstream_bytes: int = 0
     # By a number of their own: two sessions' functions could compare equal.
-    living: dict[int, Callable[[], Carried]] = field(default_factory=dict)
+    open_sessions: dict[int, Callable[[], Carried]] = field(default_factory=dict)
     connect_seconds: dict[str, float] = field(default_factory=dict)
 
 
 class CountedSession:
     """One session, counted while a `with` block runs."""
 
-    __slots__ = ("_carried", "_live", "_name", "_number")
+    __slots__ = ("_carried", "_name", "_number", "_stats")
 
-    def __init__(self, live: "Live", name: str, carried: Callable[[], Carried]) -> None:
-        self._live = live
+    def __init__(self, stats: "TargetStats", name: str, carried: Callable[[], Carried]) -> None:
+        self._stats = stats
         self._name = name
         self._carried = carried
         self._number = 0
 
     def __enter__(self) -> None:
         """Count it among the living."""
-        self._number = self._live.begin(self._name, self._carried)
+        self._number = self._stats.start(self._name, self._carried)
 
     def __exit__(self, *_: object) -> None:
         """Move its bytes to the ended."""
-        self._live.end(self._name, self._number)
+        self._stats.end(self._name, self._number)
 
 
-class Live:
+class TargetStats:
     """The sessions of one proxy, by target."""
 
     def __init__(self, targets: Iterable[str]) -> None:
-        self._tallies = {OTHER: _Tally()}
+        self._counts_by_label = {OTHER: _Counts()}
         self._configured: frozenset[str] = frozenset()
-        self.know(targets)
+        self.configure(targets)
 
-    def know(self, targets: Iterable[str]) -> None:
+    def configure(self, targets: Iterable[str]) -> None:
         """Give each of these targets a reading of its own from now on, up to `TARGETS_MAX`.
 
         Any other loses its own, as soon as it has no session any more.
         """
         names = tuple(targets)
         self._configured = frozenset((*names, OTHER))
-        for name in tuple(self._tallies):
-            self._forget_if_gone(name)
+        for name in tuple(self._counts_by_label):
+            self._drop_if_unused(name)
         for name in names:
-            if len(self._tallies) <= TARGETS_MAX:
-                self._tallies.setdefault(name, _Tally())
+            if len(self._counts_by_label) <= TARGETS_MAX:
+                self._counts_by_label.setdefault(name, _Counts())
 
-    def named(self, target: str) -> str:
+    def label(self, target: str) -> str:
         """Return the name under which a target is shown: its own, or `other`."""
-        return target if target in self._tallies else OTHER
+        return target if target in self._counts_by_label else OTHER
 
     def session(self, target: str, carried: Callable[[], Carried]) -> CountedSession:
         """Count a session while the block runs; `carried` tells its bytes so far, from memory."""
-        return CountedSession(self, self.named(target), carried)
+        return CountedSession(self, self.label(target), carried)
 
-    def begin(self, name: str, carried: Callable[[], Carried]) -> int:
+    def start(self, name: str, carried: Callable[[], Carried]) -> int:
         """Count a session of a target that has a reading; return its number there."""
-        tally = self._tallies[name]
-        tally.started += 1
-        tally.living[tally.started] = carried
-        return tally.started
+        counts = self._counts_by_label[name]
+        counts.started += 1
+        counts.open_sessions[counts.started] = carried
+        return counts.started
 
     def end(self, name: str, number: int) -> None:
         """Move a session's bytes to those of the ended."""
-        tally = self._tallies[name]
-        last = tally.living.pop(number)()
-        tally.client_bytes += last.client_bytes
-        tally.upstream_bytes += last.upstream_bytes
-        self._forget_if_gone(name)
+        counts = self._counts_by_label[name]
+        last = counts.open_sessions.pop(number)()
+        counts.client_bytes += last.client_bytes
+        counts.upstream_bytes += last.upstream_bytes
+        self._drop_if_unused(name)
 
-    def _forget_if_gone(self, name: str) -> None:
-        if name not in self._configured and not self._tallies[name].living:
-            del self._tallies[name]
+    def _drop_if_unused(self, name: str) -> None:
+        if name not in self._configured and not self._counts_by_label[name].open_sessions:
+            del self._counts_by_label[name]
 
     def connect_phase_took(self, target: str, phase: str, seconds: float) -> None:
         """Remember how long a phase of a connect took, in place of what was known before."""
-        self._tallies[self.named(target)].connect_seconds[phase] = seconds
+        self._counts_by_label[self.label(target)].connect_seconds[phase] = seconds
 
-    def readings(self) -> list[TargetReading]:
+    def rows(self) -> list[TargetRow]:
         """Return a reading of each target, `other` last."""
-        other, *named = self._tallies.items()
-        return [_reading(name, tally) for name, tally in (*named, other)]
+        other, *named = self._counts_by_label.items()
+        return [_row(name, counts) for name, counts in (*named, other)]
 
 
-def _reading(name: str, tally: _Tally) -> TargetReading:
-    living = [carried() for carried in tally.living.values()]
-    return TargetReading(
+def _row(name: str, counts: _Counts) -> TargetRow:
+    open_sessions = [carried() for carried in counts.open_sessions.values()]
+    return TargetRow(
         target=name,
-        sessions=len(living),
-        sessions_started=tally.started,
-        client_bytes=tally.client_bytes + sum(one.client_bytes for one in living),
-        upstream_bytes=tally.upstream_bytes + sum(one.upstream_bytes for one in living),
-        connect_seconds=dict(tally.connect_seconds),
+        sessions=len(open_sessions),
+        sessions_started=counts.started,
+        client_bytes=counts.client_bytes + sum(one.client_bytes for one in open_sessions),
+        upstream_bytes=counts.upstream_bytes + sum(one.upstream_bytes for one in open_sessions),
+        connect_seconds=dict(counts.connect_seconds),
     )

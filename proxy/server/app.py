@@ -189,8 +189,8 @@ class App:
         metrics = self.metrics
         return Reading(
             metrics.samples(),
-            metrics.live.readings(),
-            metrics.failures.latest(),
+            metrics.targets.rows(),
+            metrics.recent_errors.latest(),
             self.snapshot.hosts(),
         )
 
@@ -212,8 +212,8 @@ class App:
         shard_map = snapshot.router.shard_map
         mappings = 0 if shard_map is None else len(shard_map)
         names = snapshot.settings.target_names()
-        self.metrics.know(names, snapshot.settings.routing.shard_map, mappings)
-        self.metrics.build_is(snapshot.acceleration)
+        self.metrics.configure(names, snapshot.settings.routing.shard_map, mappings)
+        self.metrics.set_acceleration(snapshot.acceleration)
 
     def _record_phase(self, target: str, phase: ConnectPhase, seconds: float) -> None:
         self.metrics.connect_phase_took(phase, seconds, target)
@@ -275,12 +275,12 @@ async def open_snapshot(
 
 def _admin_state(app: App) -> AdminState:
     source, metrics, lifecycle, others = _status_source(app), app.metrics, app.lifecycle, app.others
-    metrics.watch(source)
+    metrics.set_source(source)
 
     def status() -> Status:
-        own = (metrics.live.readings(), metrics.failures.latest())
+        own = (metrics.targets.rows(), metrics.recent_errors.latest())
         both = total([Reading((), *own), _others_reading(app)]) if others else Reading((), *own)
-        return report(source, both.targets, both.failures, time.time())
+        return report(source, both.targets, both.errors, time.time())
 
     return AdminState(
         started=lambda: lifecycle.started,

@@ -111,8 +111,8 @@ def test_the_build_is_shown() -> None:
 
 def test_the_build_is_one_series_whatever_a_reload_makes_of_it() -> None:
     metrics = new_metrics()
-    metrics.build_is("used")
-    metrics.build_is("off")
+    metrics.set_acceleration("used")
+    metrics.set_acceleration("off")
     assert metrics.value("build_info", version="1.2.3", acceleration="off") == 1
     assert metrics.value("build_info") == 1
 
@@ -187,7 +187,7 @@ def test_a_target_that_is_not_configured_makes_no_series() -> None:
         metrics.session_refused("token_rejected", "28000", f"client-{number}")
     assert metrics.value("sessions_started_total", target="other") == 50
     assert b"client-" not in metrics.exposition()
-    assert [failure.target for failure in metrics.failures.latest()] == ["other"]
+    assert [error.target for error in metrics.recent_errors.latest()] == ["other"]
 
 
 def test_what_is_refused_is_counted_and_remembered() -> None:
@@ -195,13 +195,13 @@ def test_what_is_refused_is_counted_and_remembered() -> None:
     metrics.session_refused("token_rejected", "28000", "eu")
     metrics.startup_failed("token_rejected")
     assert metrics.value("startup_failures_total", reason="token_rejected") == 2
-    (failure,) = metrics.failures.latest()
-    assert (failure.reason, failure.target, failure.count) == ("token_rejected", "eu", 1)
+    (error,) = metrics.recent_errors.latest()
+    assert (error.reason, error.target, error.count) == ("token_rejected", "eu", 1)
 
 
 def test_tokens_and_drain_are_read_at_the_scrape() -> None:
     metrics, shown = new_metrics(), Shown()
-    metrics.watch(shown.source())
+    metrics.set_source(shown.source())
     assert metrics.value("draining") == 0
     assert "lakebase_proxy_token_age_seconds{" not in metrics.exposition().decode()
     shown.state = State.DRAINING

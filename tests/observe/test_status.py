@@ -66,7 +66,7 @@ def test_a_session_whose_upstream_is_being_opened_is_told_apart(
 def test_a_target_of_before_a_reload_is_shown_while_it_has_sessions() -> None:
     shown = Shown()
     with shown.metrics.session("upstream", lambda: Carried(0, 0)):
-        shown.metrics.live.know(["us"])
+        shown.metrics.targets.configure(["us"])
         shown.hosts = {"us": "us.example.com"}
         during = shown.status()
     assert [target.name for target in during.targets] == ["upstream", "us"]

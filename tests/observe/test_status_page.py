@@ -227,7 +227,7 @@ async def test_text_that_looks_like_markup_stays_text(
     # Names come from a configuration, messages could once come from an upstream.
     attack = "<img src=x onerror=\"document.title='attacked'\"><script>document.title='x'</script>"
     shown = Shown(hosts={"upstream": attack}, warnings=[attack], tokens=[Token(attack, 1, 1)])
-    shown.metrics.live.know(["upstream", attack])
+    shown.metrics.targets.configure(["upstream", attack])
     shown.hosts[attack] = attack
     shown.metrics.session_refused(attack, "28000", attack)
     page, _ = await opened(stack, browser, shown)

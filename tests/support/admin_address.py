@@ -78,7 +78,7 @@ class Shown:
     def status(self) -> Status:
         """Return what `/status` is to show."""
         metrics = self.metrics
-        return report(self.source(), metrics.live.readings(), metrics.failures.latest(), NOW)
+        return report(self.source(), metrics.targets.rows(), metrics.recent_errors.latest(), NOW)
 
     def _quit(self) -> None:
         self.quits += 1

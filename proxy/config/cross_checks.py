@@ -14,7 +14,7 @@ from typing import Final
 from proxy.config.config_errors import Problem
 from proxy.config.settings import UPSTREAM
 from proxy.config.toml import toml_path
-from proxy.config.upstream_sections import WHERE, overlay
+from proxy.config.upstream_sections import ADDRESS_KEYS, with_inherited
 
 Raw = Mapping[str, object]
 
@@ -37,20 +37,20 @@ def _tables(raw: Raw, section: str) -> Iterator[tuple[str, Raw]]:
 # -- names ---------------------------------------------------------------------------------------
 
 
-def unknown_names(raw: Raw) -> Iterator[Problem]:
+def unknown_references(raw: Raw) -> Iterator[Problem]:
     """Yield a problem for each name that nothing is called, and for names that look alike."""
     for section in ("targets", "workspaces", "shard_maps"):
-        yield from _alike(section, _table(raw, section))
+        yield from _same_but_for_case(section, _table(raw, section))
     targets = [*_table(raw, "targets"), UPSTREAM]
-    yield from _unknown("target", targets, _named_targets(raw))
-    yield from _unknown("workspace", _table(raw, "workspaces"), _named_workspaces(raw))
+    yield from _unknown_names("target", targets, _named_targets(raw))
+    yield from _unknown_names("workspace", _table(raw, "workspaces"), _named_workspaces(raw))
     chosen = _table(raw, "routing").get("shard_map")
-    yield from _unknown(
+    yield from _unknown_names(
         "shard map", _table(raw, "shard_maps"), [(("routing", "shard_map"), chosen)]
     )
 
 
-def _alike(section: str, names: Iterable[str]) -> Iterator[Problem]:
+def _same_but_for_case(section: str, names: Iterable[str]) -> Iterator[Problem]:
     """A variable's name has no case, so that it could mean either of two such names."""
     count = Counter(name.lower() for name in names)
     for name in names:
@@ -81,7 +81,7 @@ def _named_workspaces(raw: Raw) -> Iterator[tuple[tuple[str, ...], object]]:
         yield ("targets", name, "workspace"), target.get("workspace")
 
 
-def _unknown(
+def _unknown_names(
     what: str, known: Iterable[str], named: Iterable[tuple[tuple[str, ...], object]]
 ) -> Iterator[Problem]:
     known = dict.fromkeys(known)
@@ -126,14 +126,14 @@ def incomplete_workspaces(raw: Raw) -> Iterator[Problem]:
 # -- what a verb that dials needs ----------------------------------------------------------------
 
 
-def missing_for_upstream(raw: Raw) -> Iterator[Problem]:
+def missing_to_dial(raw: Raw) -> Iterator[Problem]:
     """Yield what a verb that dials lacks, for every target that sessions can be sent to."""
     password = _table(raw, "credentials").get("password_file")
     upstream = _table(raw, "upstream")
     if _upstream_is_target(raw):
         yield from _missing_for_target(("upstream",), upstream, password)
     for name, own in _tables(raw, "targets"):
-        yield from _missing_for_target(("targets", name), overlay(upstream, own), password)
+        yield from _missing_for_target(("targets", name), with_inherited(upstream, own), password)
 
 
 def _upstream_is_target(raw: Raw) -> bool:
@@ -142,7 +142,7 @@ def _upstream_is_target(raw: Raw) -> bool:
     keyless = str(routing.get("require_key")).lower() in _FALSE
     return (
         not _table(raw, "targets")
-        or any(_table(raw, "upstream").get(key) for key in WHERE)
+        or any(_table(raw, "upstream").get(key) for key in ADDRESS_KEYS)
         or (bool(routing.get("shard_map")) and keyless)
         or any(name == UPSTREAM for _, name in _named_targets(raw))
     )

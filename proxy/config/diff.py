@@ -15,7 +15,7 @@ from proxy.config.effective import effective_values
 from proxy.config.setting_keys import KeyPath
 from proxy.config.settings import Settings
 from proxy.config.toml import toml_path
-from proxy.config.upstream_sections import SYSTEM
+from proxy.config.upstream_sections import SYSTEM_AUTHORITIES
 from proxy.file_stamp import Stamp, stamp_of
 
 # Sockets and the log's form are made once, when the process starts.
@@ -36,7 +36,7 @@ class Changes:
     reloadable: tuple[str, ...]
     restart: tuple[str, ...]
 
-    def and_contents(self, keys: Iterable[str]) -> "Changes":
+    def with_contents(self, keys: Iterable[str]) -> "Changes":
         """Return these, and keys that name the same file as before, which holds something else."""
         contents = {f"{key} (contents)" for key in keys}
         return replace(self, reloadable=tuple(sorted({*self.reloadable, *contents})))
@@ -66,7 +66,7 @@ class Files:
 
 def _named_files(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
     for path, value in effective_values(settings):
-        if path[-1] in _FILES and isinstance(value, str) and value not in ("", SYSTEM):
+        if path[-1] in _FILES and isinstance(value, str) and value not in ("", SYSTEM_AUTHORITIES):
             yield path, value
 
 
@@ -78,12 +78,12 @@ def compare(old: Settings, new: Settings) -> Changes:
     """
     before, after = dict(effective_values(old)), dict(effective_values(new))
     changed = {
-        _table_or_key(path, old, new)
+        _key_or_table(path, old, new)
         for path in before.keys() | after.keys()
         if path not in before or path not in after or before[path] != after[path]
     }
     restart = {path for path in changed if _needs_restart(path)}
-    return Changes(_spelled(changed - restart), _spelled(restart))
+    return Changes(_dotted(changed - restart), _dotted(restart))
 
 
 def _needs_restart(path: KeyPath) -> bool:
@@ -92,12 +92,12 @@ def _needs_restart(path: KeyPath) -> bool:
     return path[0] in _RESTART_SECTIONS or path in _RESTART_KEYS
 
 
-def _table_or_key(path: KeyPath, old: Settings, new: Settings) -> KeyPath:
+def _key_or_table(path: KeyPath, old: Settings, new: Settings) -> KeyPath:
     """Return the table alone that is in one of the two only."""
     section, name, *key = path
     both = key and name in getattr(old, section) and name in getattr(new, section)
     return path if both else (section, name)
 
 
-def _spelled(paths: set[KeyPath]) -> tuple[str, ...]:
+def _dotted(paths: set[KeyPath]) -> tuple[str, ...]:
     return tuple(sorted(map(toml_path, paths)))

@@ -179,7 +179,7 @@ class ShardMapSettings(Section):
                 return value
         if wrong:
             kind = info.data["kind"]
-            raise ValueError(f"a {kind} has the columns {columns}: see {_mappings(wrong)}")
+            raise ValueError(f"a {kind} has the columns {columns}: see {_numbers_shown(wrong)}")
         return value
 
     @model_validator(mode="after")
@@ -193,7 +193,7 @@ def _bounded(row: MappingEntry) -> bool:
     return row.low is not None or row.high is not None
 
 
-def _mappings(numbers: Sequence[int]) -> str:
+def _numbers_shown(numbers: Sequence[int]) -> str:
     """Say which mappings, counted from 1; not all of a thousand."""
     shown = ", ".join(str(number + 1) for number in numbers[:_MAPPINGS_SHOWN_MAX])
     more = len(numbers) - _MAPPINGS_SHOWN_MAX

@@ -126,7 +126,7 @@ class ListenSettings(Section):
 
     @field_validator("allow_remote")
     @classmethod
-    def _remote_is_meant(cls, value: bool, info: ValidationInfo) -> bool:
+    def _remote_is_allowed(cls, value: bool, info: ValidationInfo) -> bool:
         host = info.data.get("host")
         if host and not value and not is_loopback(host):
             raise ValueError(
@@ -159,7 +159,7 @@ class AdminSettings(Section):
 
     @field_validator("quit")
     @classmethod
-    def _quit_is_reached(cls, value: bool, info: ValidationInfo) -> bool:
+    def _quit_is_reachable(cls, value: bool, info: ValidationInfo) -> bool:
         address = address_of(info.data.get("host", ""))
         if value and address and not (address.is_loopback or address.is_unspecified):
             raise ValueError(

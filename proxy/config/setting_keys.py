@@ -22,7 +22,7 @@ ENVIRONMENT_PREFIX = "LAKEBASE_PROXY_"
 ENVIRONMENT_DELIMITER = "__"
 
 # What stands for a name that the configuration chooses, as in targets.NAME.port.
-NAME = "NAME"
+CHOSEN_NAME = "NAME"
 
 KeyPath = tuple[str, ...]
 
@@ -49,8 +49,8 @@ class SettingKey:
     description: str
     bounds: str
     secret: bool
-    switch: bool
-    structured: bool
+    is_boolean: bool
+    is_json: bool
 
     @property
     def section(self) -> str:
@@ -109,7 +109,7 @@ def settings_keys() -> tuple[SettingKey, ...]:
 def named_keys() -> tuple[SettingKey, ...]:
     """Return every key of the sections with chosen names, `NAME` standing for each of these."""
     return tuple(
-        _key((section, NAME, name), field, None if field.is_required() else field.default)
+        _key((section, CHOSEN_NAME, name), field, None if field.is_required() else field.default)
         for section, model in named_sections().items()
         for name, field in model.model_fields.items()
     )
@@ -119,7 +119,7 @@ def key_at(path: KeyPath) -> SettingKey | None:
     """Return the key at `path`, whatever name is chosen in it; None where there is none."""
     if len(path) == 3:
         section, _, name = path
-        found = _by_path().get((section, NAME, name))
+        found = _by_path().get((section, CHOSEN_NAME, name))
         return found and replace(found, path=path)
     return _by_path().get(path) if len(path) == 2 else None
 
@@ -136,8 +136,8 @@ def _key(path: KeyPath, field: FieldInfo, default: object) -> SettingKey:
         description=field.description or "",
         bounds=_bounds(field),
         secret=field.annotation is SecretStr,
-        switch=field.annotation is bool,
-        structured=get_origin(field.annotation) is tuple,
+        is_boolean=field.annotation is bool,
+        is_json=get_origin(field.annotation) is tuple,
     )
 
 

@@ -23,7 +23,7 @@ from proxy.config.server_sections import (
     ShutdownSettings,
 )
 from proxy.config.upstream_sections import (
-    WHERE,
+    ADDRESS_KEYS,
     CredentialsSettings,
     UpstreamSettings,
     WorkspaceSettings,
@@ -91,7 +91,7 @@ class Settings(BaseSettings):
 
     def target(self, name: str) -> UpstreamSettings:
         """Return a target's effective values. Raises KeyError for a name that is none."""
-        return self.upstream if name == UPSTREAM else self.targets[name].over(self.upstream)
+        return self.upstream if name == UPSTREAM else self.targets[name].inheriting(self.upstream)
 
     def workspace_of(self, target: UpstreamSettings) -> WorkspaceSettings:
         """Return the workspace that the tokens of a target with these effective values come from.
@@ -102,10 +102,10 @@ class Settings(BaseSettings):
 
     def warnings(self) -> list[str]:
         """Return a sentence for each setting that is allowed and may be regretted."""
-        return [*self._exposed(), *self._unverified(), *self._impatient()]
+        return [*self._remote_listener_warnings(), *self._tls_warnings(), *self._timeout_warnings()]
 
     def _upstream_is_target(self) -> bool:
-        where = any(getattr(self.upstream, key) for key in WHERE)
+        where = any(getattr(self.upstream, key) for key in ADDRESS_KEYS)
         keyless = bool(self.routing.shard_map) and not self.routing.require_key
         return (
             where
@@ -119,7 +119,7 @@ class Settings(BaseSettings):
             )
         )
 
-    def _exposed(self) -> Iterator[str]:
+    def _remote_listener_warnings(self) -> Iterator[str]:
         host = self.listen.host
         if host and not is_loopback(host):
             yield (
@@ -127,10 +127,10 @@ class Settings(BaseSettings):
                 " password"
             )
 
-    def _unverified(self) -> Iterator[str]:
+    def _tls_warnings(self) -> Iterator[str]:
         for name in self.target_names():
             target = self.target(name)
-            key = _key(name, "sslmode")
+            key = _dotted_key(name, "sslmode")
             if target.sslmode == "verify-ca":
                 yield (
                     f"{key} verify-ca does not compare the host name: whoever has a certificate of"
@@ -139,17 +139,17 @@ class Settings(BaseSettings):
             elif target.sslmode == "require":
                 yield f"{key} require checks no certificate: whoever is in between sees the token"
 
-    def _impatient(self) -> Iterator[str]:
+    def _timeout_warnings(self) -> Iterator[str]:
         mint_seconds = self.credentials.mint_timeout_seconds
         for name in () if self.credentials.password_file else self.target_names():
             seconds = self.target(name).connect_timeout_seconds
             if seconds < mint_seconds:
                 yield (
-                    f"{_key(name, 'connect_timeout_seconds')} {seconds:g} is less than"
+                    f"{_dotted_key(name, 'connect_timeout_seconds')} {seconds:g} is less than"
                     f" credentials.mint_timeout_seconds {mint_seconds:g}: one call of the workspace"
                     " API that hangs keeps all new sessions out for so long"
                 )
 
 
-def _key(target: str, key: str) -> str:
+def _dotted_key(target: str, key: str) -> str:
     return f"{target if target == UPSTREAM else f'targets.{target}'}.{key}"

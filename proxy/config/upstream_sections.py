@@ -26,7 +26,7 @@ from proxy.config.validators import (
 SslMode = Literal["verify-full", "verify-ca", "require"]
 
 # In place of a file: the authorities that the operating system trusts.
-SYSTEM: Final = "system"
+SYSTEM_AUTHORITIES: Final = "system"
 # What stands for a secret that is set wherever settings are shown.
 MASK: Final = "********"
 
@@ -154,23 +154,23 @@ class CredentialsSettings(Section):
 
 # Where to dial is one answer in up to four keys, taken from one place: were they completed key by
 # key, PGHOST or [upstream] would send every target to one host.
-WHERE: Final = ("endpoint", "instance", "host", "hostaddr")
+ADDRESS_KEYS: Final = ("endpoint", "instance", "host", "hostaddr")
 
 
 def not_inherited(upstream: Mapping[str, object], own: Mapping[str, object]) -> tuple[str, ...]:
     """Return the keys that a target does not take from `[upstream]`, set or not.
 
-    All of `WHERE`, if it says where to dial: by one of them, or by another workspace, for an
+    All of `ADDRESS_KEYS`, if it says where to dial: by one of them, or by another workspace, for an
     endpoint is one workspace's, and a host must not be shown the token of another. A role is one
     workspace's identity as well.
     """
     workspace = own.get("workspace")
     if workspace is not None and workspace != (upstream.get("workspace") or ""):
-        return (*WHERE, "user")
-    return WHERE if any(own.get(key) for key in WHERE) else ()
+        return (*ADDRESS_KEYS, "user")
+    return ADDRESS_KEYS if any(own.get(key) for key in ADDRESS_KEYS) else ()
 
 
-def overlay(upstream: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
+def with_inherited(upstream: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
     """Return a target's values: its own, and those of `[upstream]` for what it does not set."""
     return {**upstream, **dict.fromkeys(not_inherited(upstream, own), ""), **own}
 
@@ -220,7 +220,7 @@ class UpstreamSettings(Section):
         "not change it.",
     )
     ssl_root_cert: FileName = Field(
-        default=SYSTEM,
+        default=SYSTEM_AUTHORITIES,
         min_length=1,
         description='Certificate authorities to trust: "system", or a PEM file.',
     )
@@ -267,6 +267,6 @@ class UpstreamSettings(Section):
         """Return the keys that were set, empty ones included, with their values."""
         return {name: value for name, value in self if name in self.model_fields_set}
 
-    def over(self, upstream: "UpstreamSettings") -> "UpstreamSettings":
-        """Return these values, completed by those of `[upstream]` as `overlay` has it."""
-        return upstream.model_copy(update=overlay(dict(upstream), self.given()))
+    def inheriting(self, upstream: "UpstreamSettings") -> "UpstreamSettings":
+        """Return these values, completed by those of `[upstream]` as `with_inherited` does."""
+        return upstream.model_copy(update=with_inherited(dict(upstream), self.given()))

@@ -136,7 +136,7 @@ class App:
         if kept.log != self.settings.log:
             configure_logging(format=kept.log.format, level=kept.log.level)
         before = self.snapshot
-        changes = changes.and_contents(before.rewritten(snapshot))
+        changes = changes.with_contents(before.rewritten(snapshot))
         self.snapshot, self._tls = snapshot, tls
         before.upstreams.close()
         return changes

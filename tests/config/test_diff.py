@@ -120,7 +120,7 @@ def test_a_file_that_was_written_anew_is_named_by_its_keys(tmp_path: Path) -> No
     assert list(with_secret.rewritten(Files.of(configured))) == [
         "workspaces.eu.client_secret_file",
     ]
-    changes = Changes(("log.level",), ()).and_contents(["listen.tls_key"])
+    changes = Changes(("log.level",), ()).with_contents(["listen.tls_key"])
     assert changes.reloadable == ("listen.tls_key (contents)", "log.level")
 
 

@@ -21,6 +21,7 @@ from proxy.config.setting_keys import (
 )
 from proxy.config.settings import Settings
 from proxy.config.toml import toml_value
+from proxy.config.validators import Marker
 
 _COLUMNS_MAX: Final = 96
 
@@ -125,7 +126,8 @@ def _keys_of(section: str) -> list[SettingKey]:
 
 
 def _comment(key: SettingKey) -> list[str]:
-    return _wrap(f"{key.description} {key.bounds}".strip())
+    restart = Marker.NEEDS_RESTART.value if key.needs_restart else ""
+    return _wrap(" ".join(filter(None, (key.description, key.bounds, restart))))
 
 
 def _wrap(prose: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Final
 
 from pydantic import SecretStr
 
-from proxy.config.effective import effective_values
+from proxy.config.diff import effective_values
 from proxy.config.loading import Configuration
 from proxy.config.routing_sections import DatabaseAlias
 from proxy.config.setting_keys import KeyPath

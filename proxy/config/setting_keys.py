@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from proxy.config.settings import Settings
 from proxy.config.toml import toml_path
-from proxy.config.validators import Section
+from proxy.config.validators import Marker, Section
 
 ENVIRONMENT_PREFIX = "LAKEBASE_PROXY_"
 ENVIRONMENT_DELIMITER = "__"
@@ -51,6 +51,8 @@ class SettingKey:
     secret: bool
     is_boolean: bool
     is_json: bool
+    needs_restart: bool
+    is_watched_file: bool
 
     @property
     def section(self) -> str:
@@ -138,6 +140,8 @@ def _key(path: KeyPath, field: FieldInfo, default: object) -> SettingKey:
         secret=field.annotation is SecretStr,
         is_boolean=field.annotation is bool,
         is_json=get_origin(field.annotation) is tuple,
+        needs_restart=Marker.NEEDS_RESTART in field.metadata,
+        is_watched_file=Marker.WATCHED_FILE in field.metadata,
     )
 
 

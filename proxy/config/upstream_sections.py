@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_val
 from proxy.config.validators import (
     FileName,
     Section,
+    WatchedFileName,
     check_address,
     check_endpoint,
     check_host,
@@ -48,7 +49,7 @@ class WorkspaceSettings(Section):
         description="OAuth secret of the service principal; else DATABRICKS_CLIENT_SECRET. "
         "Prefer the environment to a flag, which every process of the machine can see.",
     )
-    client_secret_file: FileName = Field(
+    client_secret_file: WatchedFileName = Field(
         default="",
         description="File with that secret, in place of it. Read again at each use, so that a "
         "rotated secret needs no restart.",
@@ -145,7 +146,7 @@ class CredentialsSettings(Section):
         description="Time for one token, workspace login included, in seconds. The SDK's own "
         "login request has no time limit at all.",
     )
-    password_file: FileName = Field(
+    password_file: WatchedFileName = Field(
         default="",
         description="File with the password of a native Postgres role (upstream.user), used "
         "instead of tokens. Empty: tokens.",
@@ -219,7 +220,7 @@ class UpstreamSettings(Section):
         "require checks nothing: either shows the token to whoever is in between. PGSSLMODE does "
         "not change it.",
     )
-    ssl_root_cert: FileName = Field(
+    ssl_root_cert: WatchedFileName = Field(
         default=SYSTEM_AUTHORITIES,
         min_length=1,
         description='Certificate authorities to trust: "system", or a PEM file.',

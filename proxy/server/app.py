@@ -11,7 +11,15 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from typing import TYPE_CHECKING, Protocol
 
 from proxy import __version__
-from proxy.config import Changes, ConfigurationError, ListenSettings, Problem, Settings, compare
+from proxy.config import (
+    Changes,
+    ConfigurationError,
+    ListenSettings,
+    Problem,
+    Settings,
+    compare,
+    with_running_values,
+)
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.admin import AdminAddress, AdminState, serve_admin
 from proxy.observe.aggregation import Reading, total
@@ -129,7 +137,7 @@ class App:
         Raises ConfigurationError, and nothing has changed then.
         """
         changes = compare(self.settings, settings)
-        kept = self._without_restart(settings)
+        kept = with_running_values(settings, self.settings)
         tls = _listener_tls(kept.listen)
         snapshot = ConfigSnapshot(kept, self.workspaces, self._record_phase, self.snapshot, router)
         self._count_by(snapshot)
@@ -140,20 +148,6 @@ class App:
         self.snapshot, self._tls = snapshot, tls
         before.upstreams.close()
         return changes
-
-    def _without_restart(self, settings: Settings) -> Settings:
-        """Return the settings with what was made once at the start as it was then."""
-        certificate = {
-            "tls_certificate": settings.listen.tls_certificate,
-            "tls_key": settings.listen.tls_key,
-        }
-        return settings.model_copy(
-            update={
-                "listen": self.settings.listen.model_copy(update=certificate),
-                "admin": self.settings.admin,
-                "log": settings.log.model_copy(update={"format": self.settings.log.format}),
-            }
-        )
 
     async def drain(self, drain_seconds: float, *, accept_seconds: float = 0) -> int:
         """Say no to readiness, then end all sessions; return how many had to be cut.

@@ -11,17 +11,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
+from pydantic import TypeAdapter, ValidationError
+
 from proxy.config.config_errors import Problem
-from proxy.config.settings import UPSTREAM
+from proxy.config.settings import UPSTREAM, upstream_is_target
 from proxy.config.toml import toml_path
-from proxy.config.upstream_sections import ADDRESS_KEYS, with_inherited
+from proxy.config.upstream_sections import with_inherited
 
 Raw = Mapping[str, object]
 
 _NAMES_SHOWN_MAX: Final = 20
-# As pydantic reads a switch that is given as text.
-_FALSE: Final = ("false", "0", "no", "off", "n", "f")
-_TRUE: Final = ("true", "1", "yes", "on", "y", "t")
+# Reads a switch as the model does, which takes "off" and 0 for false.
+_SWITCH: Final = TypeAdapter(bool)
 
 
 def _table(raw: Raw, name: str) -> Raw:
@@ -130,22 +131,16 @@ def missing_to_dial(raw: Raw) -> Iterator[Problem]:
     """Yield what a verb that dials lacks, for every target that sessions can be sent to."""
     password = _table(raw, "credentials").get("password_file")
     upstream = _table(raw, "upstream")
-    if _upstream_is_target(raw):
+    routing = _table(raw, "routing")
+    if upstream_is_target(
+        upstream,
+        alone=not _table(raw, "targets"),
+        keyless=bool(routing.get("shard_map")) and _as_switch(routing.get("require_key")) is False,
+        named=(name for _, name in _named_targets(raw)),
+    ):
         yield from _missing_for_target(("upstream",), upstream, password)
     for name, own in _tables(raw, "targets"):
         yield from _missing_for_target(("targets", name), with_inherited(upstream, own), password)
-
-
-def _upstream_is_target(raw: Raw) -> bool:
-    """Tell what `Settings.target_names` tells, of raw values."""
-    routing = _table(raw, "routing")
-    keyless = str(routing.get("require_key")).lower() in _FALSE
-    return (
-        not _table(raw, "targets")
-        or any(_table(raw, "upstream").get(key) for key in ADDRESS_KEYS)
-        or (bool(routing.get("shard_map")) and keyless)
-        or any(name == UPSTREAM for _, name in _named_targets(raw))
-    )
 
 
 def _missing_for_target(
@@ -159,7 +154,7 @@ def _missing_for_target(
     if section != ("upstream",):
         or_variable = {"endpoint": "", "host": "", "user": ", or upstream.user"}
     endpoint = target.get("endpoint") or target.get("instance")
-    if target.get("host") and str(target.get("read_only")).lower() in _TRUE:
+    if target.get("host") and _as_switch(target.get("read_only")):
         yield problem(
             "read_only",
             f"must not be set together with host{or_variable['host']}, which is dialled as it is:"
@@ -188,6 +183,14 @@ def _missing_for_target(
             "required with credentials.password_file, because there is no token to say who logs in:"
             f" set it{or_variable['user']}",
         )
+
+
+def _as_switch(value: object) -> bool | None:
+    """Return what the model makes of a switch; None for a value that it refuses."""
+    try:
+        return _SWITCH.validate_python(value)
+    except ValidationError:
+        return None
 
 
 def _is_pooled(host: object) -> bool:

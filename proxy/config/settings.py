@@ -8,7 +8,7 @@ key demands of another (`references`), or acting on a setting.
 Invariant: a `Settings` is a function of its arguments alone, and shows no secret in its repr.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Final
 
 from pydantic import AfterValidator
@@ -38,6 +38,19 @@ def _check_target_name(value: str) -> str:
     if value == UPSTREAM:
         raise ValueError("must have another name: upstream is the section [upstream]")
     return check_name(value)
+
+
+def upstream_is_target(
+    upstream: Mapping[str, object], *, alone: bool, keyless: bool, named: Iterable[object]
+) -> bool:
+    """Return whether sessions can be sent to `[upstream]` itself, given its values.
+
+    It always provides what targets do not set. It is a target itself when it says where to dial,
+    when no other target exists (`alone`), when sessions without a shard key go there (`keyless`),
+    or when an alias or a mapping names it (`named`: the targets that they name).
+    """
+    has_address = any(upstream.get(key) for key in ADDRESS_KEYS)
+    return alone or has_address or keyless or UPSTREAM in named
 
 
 Name = Annotated[str, AfterValidator(check_name)]
@@ -81,13 +94,14 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     def target_names(self) -> tuple[str, ...]:
-        """Return the targets that sessions can be sent to, `upstream` first where it is one.
-
-        `[upstream]` is always there to give what targets do not set. It is a target itself when it
-        says where to dial, or when it has to: because there is no other, because an alias or a
-        mapping names it, or because sessions without a shard key are to go there.
-        """
-        return (UPSTREAM, *self.targets) if self._upstream_is_target() else tuple(self.targets)
+        """Return the targets that sessions can be sent to, `upstream` first if it is one."""
+        with_upstream = upstream_is_target(
+            dict(self.upstream),
+            alone=not self.targets,
+            keyless=bool(self.routing.shard_map) and not self.routing.require_key,
+            named=self._named_targets(),
+        )
+        return (UPSTREAM, *self.targets) if with_upstream else tuple(self.targets)
 
     def target(self, name: str) -> UpstreamSettings:
         """Return a target's effective values. Raises KeyError for a name that is none."""
@@ -104,20 +118,11 @@ class Settings(BaseSettings):
         """Return a sentence for each setting that is allowed and may be regretted."""
         return [*self._remote_listener_warnings(), *self._tls_warnings(), *self._timeout_warnings()]
 
-    def _upstream_is_target(self) -> bool:
-        where = any(getattr(self.upstream, key) for key in ADDRESS_KEYS)
-        keyless = bool(self.routing.shard_map) and not self.routing.require_key
-        return (
-            where
-            or not self.targets
-            or keyless
-            or any(alias.target == UPSTREAM for alias in self.databases.values())
-            or any(
-                entry.target == UPSTREAM
-                for shard_map in self.shard_maps.values()
-                for entry in shard_map.mappings
-            )
-        )
+    def _named_targets(self) -> Iterator[str]:
+        """Yield the target of each alias and mapping."""
+        yield from (alias.target for alias in self.databases.values())
+        for shard_map in self.shard_maps.values():
+            yield from (entry.target for entry in shard_map.mappings)
 
     def _remote_listener_warnings(self) -> Iterator[str]:
         host = self.listen.host

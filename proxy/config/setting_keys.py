@@ -5,8 +5,9 @@ For: what a key is called, what it is by default, which values it takes. Not for
 Invariant: it is derived from the model, so that it can neither lack a key nor contradict one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import cache
 from typing import Literal, get_args, get_origin
 
@@ -146,12 +147,21 @@ def _key(path: KeyPath, field: FieldInfo, default: object) -> SettingKey:
 
 
 def _bounds(field: FieldInfo) -> str:
-    """Say which values are allowed, in words; empty when a type says it all."""
-    if get_origin(field.annotation) is Literal:
-        return "One of " + ", ".join(get_args(field.annotation)) + "."
+    """Return the allowed values as a sentence, empty if the type allows all of its values."""
+    if words := _words(field.annotation):
+        return f"One of {', '.join(words)}."
     limits = {type(limit): limit for limit in field.metadata}
     match limits.get(annotated_types.Ge), limits.get(annotated_types.Le):
         case annotated_types.Ge(ge=low), annotated_types.Le(le=high):
             return f"From {low} to {high}."
         case _:
             return "Either true or false." if field.annotation is bool else ""
+
+
+def _words(annotation: object) -> Sequence[str]:
+    """Return the words that a type lists, none for a type that is no list of words."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return list(annotation)
+    return ()

@@ -8,11 +8,13 @@ Invariant: no value of a secret, and none of an unknown key, is in a sentence.
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Final
 
 from pydantic_core import ErrorDetails
 
 from proxy.config.config_errors import Problem
+from proxy.config.routing_sections import MappingEntry
 from proxy.config.setting_keys import KeyPath, key_at, named_keys, settings_keys
 from proxy.config.settings import Settings
 from proxy.config.sources import Layer
@@ -22,7 +24,7 @@ from proxy.config.toml import toml_path
 _SHOWN_CHARACTERS_MAX: Final = 80
 
 _UNKNOWN: Final = ("extra_forbidden", "unexpected_keyword_argument")
-_ENTRY_COLUMNS: Final = ("key", "low", "high", "target")
+_ENTRY_COLUMNS: Final = [field.name for field in fields(MappingEntry)]
 # How pydantic ends the place of an error in a chosen name.
 _NAME_MARK: Final = "[key]"
 

@@ -23,13 +23,12 @@ from proxy.config.validators import (
     check_workspace_host,
     or_empty,
 )
+from proxy.wire.secret import MASK
 
 SslMode = Literal["verify-full", "verify-ca", "require"]
 
 # In place of a file: the authorities that the operating system trusts.
 SYSTEM_AUTHORITIES: Final = "system"
-# What stands for a secret that is set wherever settings are shown.
-MASK: Final = "********"
 
 
 class WorkspaceSettings(Section):

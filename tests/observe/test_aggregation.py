@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.observe.aggregation import Reading, total
-from proxy.observe.metrics import CancelResult, Metrics
+from proxy.observe.metrics import Metrics
 from proxy.observe.recent_errors import RECENT_ERRORS_MAX, RecentError
 from proxy.observe.target_stats import Carried
-from proxy.upstream.phases import ConnectPhase
 
 
 def a_process() -> Metrics:
     return Metrics(
         version="1",
-        session_end_reasons=["client_closed"],
+        session_end_outcomes={"client_closed": "completed"},
+        cancel_results=["forwarded"],
+        connect_phases=["tls"],
         startup_failure_reasons=["probe"],
-        connect_phases=list(ConnectPhase),
         target_names=["eu"],
         clock=lambda: 5.0,
     )
@@ -25,7 +25,8 @@ def a_process() -> Metrics:
 
 def reading(metrics: Metrics, **hosts: str) -> Reading:
     """Return a reading as another process gets it."""
-    own = Reading(metrics.samples(), metrics.targets.rows(), metrics.recent_errors.latest(), hosts)
+    rows = metrics.targets.rows(hosts)
+    own = Reading(metrics.samples(), rows, metrics.recent_errors.latest())
     return Reading.from_dict(json.loads(json.dumps(own.as_dict())))
 
 
@@ -48,8 +49,8 @@ def test_counters_gauges_and_histograms_are_added_and_the_program_is_one() -> No
     for metrics in (first, *others):
         metrics.configure(["eu"], "tenants", 7)
         metrics.routed("tenants", "eu")
-        metrics.cancel_requested(CancelResult.FORWARDED)
-        metrics.connect_phase_took(ConnectPhase.TLS, 0.03, "eu")
+        metrics.cancel_requested("forwarded")
+        metrics.connect_phase_took("tls", 0.03, "eu")
     with others[0].connection(), others[0].session("eu", lambda: Carried(10, 20)):
         values = shown(first.exposition(total(list(map(reading, others))).samples))
     assert values["cancel_requests_total", "forwarded"] == 3
@@ -86,6 +87,7 @@ def test_of_the_dead_the_counts_stay_and_the_present_goes() -> None:
     assert values["connections",] == values["sessions_active", "eu"] == 0
     (target, _) = left.targets
     assert (target.sessions, target.sessions_started, target.client_bytes) == (0, 1, 10)
+    assert target.host == ""
 
 
 def test_targets_and_hosts_are_joined_by_name() -> None:
@@ -94,7 +96,7 @@ def test_targets_and_hosts_are_joined_by_name() -> None:
         whole = total([reading(first, eu=""), reading(other, eu="host"), reading(first, eu="")])
     (target, _other) = whole.targets
     assert (target.sessions, target.client_bytes, target.upstream_bytes) == (3, 5, 8)
-    assert whole.hosts == {"eu": "host"}
+    assert target.host == "host"
 
 
 def test_failures_of_one_cause_are_one_and_the_newest_are_kept() -> None:

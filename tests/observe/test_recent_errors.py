@@ -3,7 +3,7 @@
 import pytest
 
 from proxy.errors import ErrorKind
-from proxy.observe.recent_errors import CANCEL_NOT_DELIVERED, RECENT_ERRORS_MAX, RecentErrors
+from proxy.observe.recent_errors import RECENT_ERRORS_MAX, RecentErrors
 
 
 class Clock:
@@ -79,8 +79,8 @@ def test_a_sqlstate_is_five_characters_or_the_reasons_own(said: str, shown: str)
 def test_a_reason_without_a_row_is_shown_by_its_word() -> None:
     errors = RecentErrors(Clock())
     errors.record("never_heard_of")
-    errors.record(CANCEL_NOT_DELIVERED)
+    errors.record("cancel_lost", message="a cancel request was lost")
     assert [(f.message, f.sqlstate, f.hint) for f in errors.latest()] == [
-        ("a cancel request did not reach the upstream", "", ""),
+        ("a cancel request was lost", "", ""),
         ("", "", ""),
     ]

@@ -6,7 +6,7 @@ from proxy.observe.target_stats import OTHER, TARGETS_MAX, Carried, TargetRow, T
 
 
 def reading(stats: TargetStats, target: str) -> TargetRow:
-    (found,) = [one for one in stats.rows() if one.target == target]
+    (found,) = [one for one in stats.rows() if one.name == target]
     return found
 
 
@@ -45,7 +45,7 @@ def test_a_reload_adds_names_and_keeps_what_was_counted() -> None:
     stats = TargetStats(["eu"])
     with stats.session("eu", lambda: Carried(1, 1)):
         stats.configure(["us", "eu"])
-    assert [one.target for one in stats.rows()] == ["eu", "us", OTHER]
+    assert [one.name for one in stats.rows()] == ["eu", "us", OTHER]
     assert reading(stats, "eu").client_bytes == 1
 
 
@@ -60,9 +60,9 @@ def test_a_target_that_is_gone_is_forgotten_with_its_last_session() -> None:
     stats = TargetStats(["eu", "us"])
     with stats.session("eu", lambda: Carried(1, 1)), stats.session("eu", lambda: Carried(1, 1)):
         stats.configure(["us"])
-        assert [one.target for one in stats.rows()] == ["eu", "us", OTHER]
+        assert [one.name for one in stats.rows()] == ["eu", "us", OTHER]
         assert reading(stats, "eu").sessions == 2
-    assert [one.target for one in stats.rows()] == ["us", OTHER]
+    assert [one.name for one in stats.rows()] == ["us", OTHER]
     assert stats.label("eu") == OTHER
 
 
@@ -78,4 +78,4 @@ def test_names_of_the_past_do_not_pile_up() -> None:
     stats = TargetStats([])
     for number in range(3 * TARGETS_MAX):
         stats.configure([f"t{number}"])
-    assert [one.target for one in stats.rows()] == [f"t{3 * TARGETS_MAX - 1}", OTHER]
+    assert [one.name for one in stats.rows()] == [f"t{3 * TARGETS_MAX - 1}", OTHER]

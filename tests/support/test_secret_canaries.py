@@ -4,7 +4,6 @@ import base64
 import re
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,8 +109,10 @@ def test_nothing_is_found_where_nothing_is(text: str) -> None:
 
 
 async def test_a_secret_on_a_page_of_the_admin_address_is_found() -> None:
-    shown = Shown()
-    state = replace(shown.admin_state(), metrics=lambda: b"a " + CLIENT_SECRET.encode())
-    async with serve_admin(state, host="127.0.0.1", port=0) as address:
+    class Leaking(Shown):
+        def exposition(self) -> bytes:
+            return b"a " + CLIENT_SECRET.encode()
+
+    async with serve_admin(Leaking(), host="127.0.0.1", port=0) as address:
         assert found(await secret_canaries._page(address.host, address.port, "/metrics"))
         assert not found(await secret_canaries._page(address.host, address.port, "/liveness"))

@@ -114,7 +114,7 @@ def test_the_shard_map_of_the_readme_is_taken(tmp_path: Path) -> None:
 
 def test_the_readme_names_every_path_of_the_admin_address() -> None:
     shown = README.read_text()
-    for route in admin_app(Shown().admin_state(quit=True)).routes:
+    for route in admin_app(Shown(), quit_allowed=True).routes:
         assert isinstance(route, Route)
         assert re.search(rf"[` 0]{route.path}[`>]", shown), route.path
 

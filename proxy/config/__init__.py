@@ -1,7 +1,7 @@
 """Every setting of the proxy, from flags, environment and file to one frozen `Settings`."""
 
 from proxy.config.config_errors import ConfigurationError, Problem
-from proxy.config.diff import Changes, Files, compare
+from proxy.config.diff import Changes, Files, compare, with_running_values
 from proxy.config.example import example_toml
 from proxy.config.loading import Configuration, Inspect, load, load_settings
 from proxy.config.printing import effective_toml
@@ -48,6 +48,7 @@ __all__ = [
     "ConfigurationError",
     "Problem",
     "compare",
+    "with_running_values",
     "Changes",
     "Files",
     "effective_toml",

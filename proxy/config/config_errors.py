@@ -39,12 +39,12 @@ class ConfigurationError(Exception):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
-def in_order(problems: Sequence[Problem]) -> list[Problem]:
+def shown_problems(problems: Sequence[Problem]) -> list[Problem]:
     """Return what is to be shown: nothing twice, and of one key no more than the first few."""
     shown: list[Problem] = []
     count = Counter[str]()
-    for problem in map(_by_mapping, problems):
-        if _is_said(problem, shown):
+    for problem in map(_name_mapping, problems):
+        if _is_repeated(problem, shown):
             continue
         count[problem.key] += 1
         if count[problem.key] <= PROBLEMS_SHOWN_MAX:
@@ -55,7 +55,7 @@ def in_order(problems: Sequence[Problem]) -> list[Problem]:
     return shown
 
 
-def _is_said(problem: Problem, shown: Sequence[Problem]) -> bool:
+def _is_repeated(problem: Problem, shown: Sequence[Problem]) -> bool:
     """A name that is none is also unknown; and two may find the same mapping's target unknown."""
     return any(
         one.text.startswith(problem.text) or problem.text.startswith(_UNKNOWN_NAME)
@@ -64,7 +64,7 @@ def _is_said(problem: Problem, shown: Sequence[Problem]) -> bool:
     )
 
 
-def _by_mapping(problem: Problem) -> Problem:
+def _name_mapping(problem: Problem) -> Problem:
     """Name a mapping of a map in words, counted from 1 as whoever reads the map counts them."""
     path = split_path(problem.key)
     match path:

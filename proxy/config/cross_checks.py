@@ -11,17 +11,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
+from pydantic import TypeAdapter, ValidationError
+
 from proxy.config.config_errors import Problem
-from proxy.config.settings import UPSTREAM
+from proxy.config.settings import UPSTREAM, upstream_is_target
 from proxy.config.toml import toml_path
-from proxy.config.upstream_sections import WHERE, overlay
+from proxy.config.upstream_sections import with_inherited
 
 Raw = Mapping[str, object]
 
 _NAMES_SHOWN_MAX: Final = 20
-# As pydantic reads a switch that is given as text.
-_FALSE: Final = ("false", "0", "no", "off", "n", "f")
-_TRUE: Final = ("true", "1", "yes", "on", "y", "t")
+# Reads a switch as the model does, which takes "off" and 0 for false.
+_SWITCH: Final = TypeAdapter(bool)
 
 
 def _table(raw: Raw, name: str) -> Raw:
@@ -37,20 +38,20 @@ def _tables(raw: Raw, section: str) -> Iterator[tuple[str, Raw]]:
 # -- names ---------------------------------------------------------------------------------------
 
 
-def unknown_names(raw: Raw) -> Iterator[Problem]:
+def unknown_references(raw: Raw) -> Iterator[Problem]:
     """Yield a problem for each name that nothing is called, and for names that look alike."""
     for section in ("targets", "workspaces", "shard_maps"):
-        yield from _alike(section, _table(raw, section))
+        yield from _same_but_for_case(section, _table(raw, section))
     targets = [*_table(raw, "targets"), UPSTREAM]
-    yield from _unknown("target", targets, _named_targets(raw))
-    yield from _unknown("workspace", _table(raw, "workspaces"), _named_workspaces(raw))
+    yield from _unknown_names("target", targets, _named_targets(raw))
+    yield from _unknown_names("workspace", _table(raw, "workspaces"), _named_workspaces(raw))
     chosen = _table(raw, "routing").get("shard_map")
-    yield from _unknown(
+    yield from _unknown_names(
         "shard map", _table(raw, "shard_maps"), [(("routing", "shard_map"), chosen)]
     )
 
 
-def _alike(section: str, names: Iterable[str]) -> Iterator[Problem]:
+def _same_but_for_case(section: str, names: Iterable[str]) -> Iterator[Problem]:
     """A variable's name has no case, so that it could mean either of two such names."""
     count = Counter(name.lower() for name in names)
     for name in names:
@@ -81,7 +82,7 @@ def _named_workspaces(raw: Raw) -> Iterator[tuple[tuple[str, ...], object]]:
         yield ("targets", name, "workspace"), target.get("workspace")
 
 
-def _unknown(
+def _unknown_names(
     what: str, known: Iterable[str], named: Iterable[tuple[tuple[str, ...], object]]
 ) -> Iterator[Problem]:
     known = dict.fromkeys(known)
@@ -126,26 +127,20 @@ def incomplete_workspaces(raw: Raw) -> Iterator[Problem]:
 # -- what a verb that dials needs ----------------------------------------------------------------
 
 
-def missing_for_upstream(raw: Raw) -> Iterator[Problem]:
+def missing_to_dial(raw: Raw) -> Iterator[Problem]:
     """Yield what a verb that dials lacks, for every target that sessions can be sent to."""
     password = _table(raw, "credentials").get("password_file")
     upstream = _table(raw, "upstream")
-    if _upstream_is_target(raw):
+    routing = _table(raw, "routing")
+    if upstream_is_target(
+        upstream,
+        alone=not _table(raw, "targets"),
+        keyless=bool(routing.get("shard_map")) and _as_switch(routing.get("require_key")) is False,
+        named=(name for _, name in _named_targets(raw)),
+    ):
         yield from _missing_for_target(("upstream",), upstream, password)
     for name, own in _tables(raw, "targets"):
-        yield from _missing_for_target(("targets", name), overlay(upstream, own), password)
-
-
-def _upstream_is_target(raw: Raw) -> bool:
-    """Tell what `Settings.target_names` tells, of raw values."""
-    routing = _table(raw, "routing")
-    keyless = str(routing.get("require_key")).lower() in _FALSE
-    return (
-        not _table(raw, "targets")
-        or any(_table(raw, "upstream").get(key) for key in WHERE)
-        or (bool(routing.get("shard_map")) and keyless)
-        or any(name == UPSTREAM for _, name in _named_targets(raw))
-    )
+        yield from _missing_for_target(("targets", name), with_inherited(upstream, own), password)
 
 
 def _missing_for_target(
@@ -159,7 +154,7 @@ def _missing_for_target(
     if section != ("upstream",):
         or_variable = {"endpoint": "", "host": "", "user": ", or upstream.user"}
     endpoint = target.get("endpoint") or target.get("instance")
-    if target.get("host") and str(target.get("read_only")).lower() in _TRUE:
+    if target.get("host") and _as_switch(target.get("read_only")):
         yield problem(
             "read_only",
             f"must not be set together with host{or_variable['host']}, which is dialled as it is:"
@@ -188,6 +183,14 @@ def _missing_for_target(
             "required with credentials.password_file, because there is no token to say who logs in:"
             f" set it{or_variable['user']}",
         )
+
+
+def _as_switch(value: object) -> bool | None:
+    """Return what the model makes of a switch; None for a value that it refuses."""
+    try:
+        return _SWITCH.validate_python(value)
+    except ValidationError:
+        return None
 
 
 def _is_pooled(host: object) -> bool:

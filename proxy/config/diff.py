@@ -1,103 +1,124 @@
-"""What differs between two configurations, and what of it needs a restart.
+"""The effective values of a configuration, and the keys in which two configurations differ.
 
-For: a reload that says what it changed, be it a value or the contents of a file that a setting
-names. Not for: what a file says: a `mappings_file` is read, and its key added, by whoever uses it.
+For: reload, which logs what it changed and what needs a restart, and whether a file that a setting
+names has new contents; `--print-config`, which prints the effective values. Not for: reading those
+files. The caller adds the key of a `mappings_file`, because it has compared the mappings.
 
-Invariant: names of keys only, never a value, which may be a secret.
+Invariants: two configurations with the same behaviour have equal effective values, however they
+were given. A difference names keys only, never a value, because a value may be a secret.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Final
 
-from proxy.config.effective import effective_values
-from proxy.config.setting_keys import KeyPath
+from proxy.config.setting_keys import KeyPath, key_at, sections, settings_keys
 from proxy.config.settings import Settings
 from proxy.config.toml import toml_path
-from proxy.config.upstream_sections import SYSTEM
+from proxy.config.upstream_sections import SYSTEM_AUTHORITIES
 from proxy.file_stamp import Stamp, stamp_of
 
-# Sockets and the log's form are made once, when the process starts.
-_RESTART_SECTIONS: Final = ("listen", "admin")
-_RESTART_KEYS: Final = (("log", "format"),)
-_RELOADABLE_KEYS: Final = (("listen", "tls_certificate"), ("listen", "tls_key"))
 
-# Keys whose value is the name of a file. The files that the SDK reads are its own affair.
-_FILES: Final = (
-    *("tls_certificate", "tls_key", "client_secret_file", "password_file", "ssl_root_cert"),
-)
+def effective_values(settings: Settings) -> Iterator[tuple[KeyPath, object]]:
+    """Yield every key with its effective value, in the order of the model.
+
+    A secret is a SecretStr, an alias a DatabaseAlias, a mapping a MappingEntry.
+    """
+    for section in Settings.model_fields:
+        content = getattr(settings, section)
+        if section in sections():
+            for name, value in content:
+                yield (section, name), value
+        elif section == "databases":
+            for alias, value in content.items():
+                yield (section, alias), value
+        else:
+            for chosen in content:
+                table = settings.target(chosen) if section == "targets" else content[chosen]
+                for name, value in table:
+                    yield (section, chosen, name), value
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Dotted keys, sorted. One that is a whole table, as `targets.eu`, came or went."""
+    """Dotted keys, sorted. A table that was added or removed is one key, as in `targets.eu`."""
 
     reloadable: tuple[str, ...]
     restart: tuple[str, ...]
 
-    def and_contents(self, keys: Iterable[str]) -> "Changes":
-        """Return these, and keys that name the same file as before, which holds something else."""
+    def with_contents(self, keys: Iterable[str]) -> "Changes":
+        """Return these changes and the keys whose file has new contents under the same name."""
         contents = {f"{key} (contents)" for key in keys}
         return replace(self, reloadable=tuple(sorted({*self.reloadable, *contents})))
-
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """The files that settings name, as they are at one moment, by the key that names each."""
-
-    stamps: Mapping[tuple[KeyPath, str], Stamp]
-
-    @classmethod
-    def of(cls, settings: Settings) -> "Files":
-        """Return the files of these settings that are there."""
-        stamps = {}
-        for path, file in _named_files(settings):
-            with suppress(OSError):  # whoever reads it says what is wrong
-                stamps[path, file] = stamp_of(file)
-        return cls(stamps)
-
-    def rewritten(self, later: "Files") -> Iterator[str]:
-        """Yield the keys whose file is another one later, under the same name."""
-        for place, stamp in self.stamps.items():
-            if later.stamps.get(place, stamp) != stamp:
-                yield toml_path(place[0])
-
-
-def _named_files(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
-    for path, value in effective_values(settings):
-        if path[-1] in _FILES and isinstance(value, str) and value not in ("", SYSTEM):
-            yield path, value
 
 
 def compare(old: Settings, new: Settings) -> Changes:
     """Return the keys whose effective values differ.
 
-    A key of `[upstream]` that changes is therefore also one of each target that takes it from
-    there.
+    A changed key of `[upstream]` is therefore also a change of each target that inherits it.
     """
     before, after = dict(effective_values(old)), dict(effective_values(new))
     changed = {
-        _table_or_key(path, old, new)
+        _key_or_table(path, old, new)
         for path in before.keys() | after.keys()
         if path not in before or path not in after or before[path] != after[path]
     }
-    restart = {path for path in changed if _needs_restart(path)}
-    return Changes(_spelled(changed - restart), _spelled(restart))
+    restart = {path for path in changed if (key := key_at(path)) and key.needs_restart}
+    return Changes(_dotted(changed - restart), _dotted(restart))
 
 
-def _needs_restart(path: KeyPath) -> bool:
-    if path in _RELOADABLE_KEYS:
-        return False
-    return path[0] in _RESTART_SECTIONS or path in _RESTART_KEYS
+def with_running_values(new: Settings, running: Settings) -> Settings:
+    """Return the new settings, but with the running values of the keys that need a restart."""
+    kept: dict[str, dict[str, object]] = defaultdict(dict)
+    for key in settings_keys():
+        if key.needs_restart:
+            kept[key.section][key.name] = getattr(getattr(running, key.section), key.name)
+    return new.model_copy(
+        update={
+            section: getattr(new, section).model_copy(update=values)
+            for section, values in kept.items()
+        }
+    )
 
 
-def _table_or_key(path: KeyPath, old: Settings, new: Settings) -> KeyPath:
-    """Return the table alone that is in one of the two only."""
+def _key_or_table(path: KeyPath, old: Settings, new: Settings) -> KeyPath:
+    """Return the path of the key, or of its table if only one of the two has that."""
     section, name, *key = path
     both = key and name in getattr(old, section) and name in getattr(new, section)
     return path if both else (section, name)
 
 
-def _spelled(paths: set[KeyPath]) -> tuple[str, ...]:
+def _dotted(paths: set[KeyPath]) -> tuple[str, ...]:
     return tuple(sorted(map(toml_path, paths)))
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The stamps of the watched files at one moment, by the key and the name of each file."""
+
+    stamps: Mapping[tuple[KeyPath, str], Stamp]
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Files":
+        """Return the stamps of the watched files that exist."""
+        stamps = {}
+        for path, file in _watched_files(settings):
+            with suppress(OSError):  # the code that reads the file reports it
+                stamps[path, file] = stamp_of(file)
+        return cls(stamps)
+
+    def rewritten(self, later: "Files") -> Iterator[str]:
+        """Yield the keys whose file has another stamp later, under the same name."""
+        for place, stamp in self.stamps.items():
+            if later.stamps.get(place, stamp) != stamp:
+                yield toml_path(place[0])
+
+
+def _watched_files(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
+    for path, value in effective_values(settings):
+        key = key_at(path)
+        if key is not None and key.is_watched_file:
+            assert isinstance(value, str), "a file is named by a string"
+            if value not in ("", SYSTEM_AUTHORITIES):
+                yield path, value

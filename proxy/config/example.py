@@ -21,6 +21,7 @@ from proxy.config.setting_keys import (
 )
 from proxy.config.settings import Settings
 from proxy.config.toml import toml_value
+from proxy.config.validators import Marker
 
 _COLUMNS_MAX: Final = 96
 
@@ -95,25 +96,25 @@ def _section(section: str) -> Iterator[str]:
     for key in settings_keys():
         if key.section == section:
             yield ""
-            yield from _explained(key)
+            yield from _comment(key)
             yield f"#{key.name} = {_default(key.default)}"
 
 
 def _named(section: str) -> Iterator[str]:
     """Write a commented block with every key of a table of a chosen name."""
-    yield from _wrapped(_PROSE[section])
+    yield from _wrap(_PROSE[section])
     yield f"#[{section}.{_SAMPLE_NAMES[section]}]"
     for key in _keys_of(section):
         if section not in _EXPLAINED_ABOVE:
             yield ""
-            yield from _explained(key)
+            yield from _comment(key)
         yield f"#{key.name} = {_default(_SAMPLES.get((section, key.name), key.default))}"
 
 
 def _aliases() -> Iterator[str]:
-    yield from _wrapped(_PROSE["databases"])
+    yield from _wrap(_PROSE["databases"])
     for key in _keys_of("databases"):
-        yield from _wrapped(f"{key.name}: {key.description}")
+        yield from _wrap(f"{key.name}: {key.description}")
     yield "[databases]"
     yield '#orders = "eu"'
     yield f"#archive = {toml_value({'target': 'eu', 'database': 'orders_archive'})}"
@@ -124,11 +125,12 @@ def _keys_of(section: str) -> list[SettingKey]:
     return [key for key in named_keys() if key.path[0] == section]
 
 
-def _explained(key: SettingKey) -> list[str]:
-    return _wrapped(f"{key.description} {key.bounds}".strip())
+def _comment(key: SettingKey) -> list[str]:
+    restart = Marker.NEEDS_RESTART.value if key.needs_restart else ""
+    return _wrap(" ".join(filter(None, (key.description, key.bounds, restart))))
 
 
-def _wrapped(prose: str) -> list[str]:
+def _wrap(prose: str) -> list[str]:
     return textwrap.wrap(prose, _COLUMNS_MAX, initial_indent="# ", subsequent_indent="# ")
 
 

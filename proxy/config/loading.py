@@ -15,13 +15,19 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import PydanticBaseSettingsSource
 
-from proxy.config.config_errors import ConfigurationError, Problem, in_order
-from proxy.config.cross_checks import incomplete_workspaces, missing_for_upstream, unknown_names
-from proxy.config.setting_keys import NAME, KeyPath, named_keys, named_sections, settings_keys
+from proxy.config.config_errors import ConfigurationError, Problem, shown_problems
+from proxy.config.cross_checks import incomplete_workspaces, missing_to_dial, unknown_references
+from proxy.config.setting_keys import (
+    CHOSEN_NAME,
+    KeyPath,
+    named_keys,
+    named_sections,
+    settings_keys,
+)
 from proxy.config.settings import Settings
 from proxy.config.sources import Layer, read_environment, read_file, read_flags, read_guide
 from proxy.config.toml import split_path
-from proxy.config.validation_errors import translate
+from proxy.config.validation_errors import problems_of
 
 Inspect = Callable[[Settings], Iterable[Problem]]
 
@@ -61,14 +67,14 @@ def load(
     flags = read_flags(argv, problems)
     environment = read_environment(environ, problems)
     file = read_file(flags, environment, problems)
-    above = (flags, environment, file)
-    layers = (*above, read_guide(environ, above))
+    overriding = (flags, environment, file)
+    layers = (*overriding, read_guide(environ, overriding))
     for layer in layers:
         _drop_sections_without_keys(layer, problems)
     settings = _validate(layers, problems)
-    problems += _further(layers, settings, upstream_required, inspect)
+    problems += _cross_check(layers, settings, upstream_required, inspect)
     if settings is None or problems:
-        raise ConfigurationError(in_order(problems))
+        raise ConfigurationError(shown_problems(problems))
     return Configuration(settings, layers)
 
 
@@ -91,21 +97,21 @@ def _drop_sections_without_keys(layer: Layer, problems: list[Problem]) -> None:
             continue
         found = values[section]
         if not isinstance(found, dict):
-            problems.append(_no_section(layer, (section,)))
+            problems.append(_not_a_section(layer, (section,)))
             del values[section]
         elif section in named_sections() and section != "databases":
             for name in [name for name, table in found.items() if not isinstance(table, dict)]:
-                problems.append(_no_section(layer, (section, name)))
+                problems.append(_not_a_section(layer, (section, name)))
                 del found[name]
 
 
-def _no_section(layer: Layer, path: KeyPath) -> Problem:
+def _not_a_section(layer: Layer, path: KeyPath) -> Problem:
     keys = (*settings_keys(), *named_keys())
     first = next(key.path for key in keys if key.path[0] == path[0])
     # With the name that was chosen, where one was.
     example = (*path, *first[len(path) :])
     if path == ("databases",):
-        example = (*path, NAME)
+        example = (*path, CHOSEN_NAME)
     return layer.problem(
         path, f"is a section: give one of its keys, such as {layer.spell(example)}"
     )
@@ -125,11 +131,11 @@ def _validate(layers: Sequence[Layer], problems: list[Problem]) -> Settings | No
         return Settings(**dict(Layered()))
     except ValidationError as refused:
         for error in refused.errors(include_url=False, include_input=False):
-            problems += translate(error, layers)
+            problems += problems_of(error, layers)
     return None
 
 
-def _further(
+def _cross_check(
     layers: Sequence[Layer],
     settings: Settings | None,
     upstream_required: bool,
@@ -137,17 +143,17 @@ def _further(
 ) -> Iterator[Problem]:
     """Yield what no section sees alone, each with the place where its key was given."""
     raw = _merged([layer.source.init_kwargs for layer in layers])
-    found = [*unknown_names(raw), *incomplete_workspaces(raw)]
+    found = [*unknown_references(raw), *incomplete_workspaces(raw)]
     if upstream_required:
-        found += missing_for_upstream(raw)
+        found += missing_to_dial(raw)
     if settings is not None:
         for one in inspect:
             found += one(settings)
     for problem in found:
-        yield problem if problem.given_as else _placed(problem, layers)
+        yield problem if problem.given_as else _with_source(problem, layers)
 
 
-def _placed(problem: Problem, layers: Sequence[Layer]) -> Problem:
+def _with_source(problem: Problem, layers: Sequence[Layer]) -> Problem:
     path = split_path(problem.key)
     givers = (layer for layer in layers if layer.find(path) is not None)
     return next((replace(problem, given_as=one.given_as(path)) for one in givers), problem)

@@ -11,12 +11,13 @@ from typing import Final
 
 from pydantic import SecretStr
 
-from proxy.config.effective import effective_values
+from proxy.config.diff import effective_values
 from proxy.config.loading import Configuration
 from proxy.config.routing_sections import DatabaseAlias
 from proxy.config.setting_keys import KeyPath
 from proxy.config.toml import toml_key, toml_path, toml_value
-from proxy.config.upstream_sections import MASK, not_inherited
+from proxy.config.upstream_sections import not_inherited
+from proxy.wire.secret import MASK
 
 _HEAD: Final = "# The configuration in force, each value with its source. Secrets are left out."
 

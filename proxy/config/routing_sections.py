@@ -8,7 +8,7 @@ Invariant: an entry has the columns of its map's kind, each as text, exactly as 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Final, Literal, Self
+from typing import Annotated, ClassVar, Final, Self
 
 from pydantic import (
     AfterValidator,
@@ -30,10 +30,8 @@ from proxy.config.validators import (
     check_parameter,
     or_empty,
 )
-
-ShardMapKind = Literal["list", "range", "hash"]
-ShardKeyType = Literal["int4", "int8", "uuid", "text", "bytea", "timestamptz"]
-ShardKeyNormalise = Literal["none", "ascii_lower", "nfc"]
+from proxy.routing.keys import KeyType, Normalise
+from proxy.routing.shard_map import Kind, MapSpec
 
 # What somebody writes by hand. Read as a file of settings, a million take minutes and gigabytes; a
 # CSV file takes seconds.
@@ -127,12 +125,12 @@ class RoutingSettings(Section):
 class ShardMapSettings(Section):
     """A static shard map: which shard keys are in which target."""
 
-    kind: ShardMapKind = Field(
+    kind: Kind = Field(
         description="list: single keys; range: low to below high; hash: ranges of the key's hash."
     )
-    key_type: ShardKeyType = Field(description="Type of the shard key, named as in PostgreSQL.")
-    normalise: ShardKeyNormalise = Field(
-        default="none",
+    key_type: KeyType = Field(description="Type of the shard key, named as in PostgreSQL.")
+    normalise: Normalise = Field(
+        default=Normalise.NONE,
         description="What is done to a key of type text before it is looked up.",
     )
     mappings: tuple[MappingEntry, ...] = Field(
@@ -146,10 +144,15 @@ class ShardMapSettings(Section):
         description="CSV file with the same columns, in place of mappings.",
     )
 
+    @property
+    def spec(self) -> MapSpec:
+        """The map's fixed properties, as `proxy.routing` takes them."""
+        return MapSpec(self.kind, self.key_type, self.normalise)
+
     @field_validator("normalise")
     @classmethod
-    def _only_text(cls, value: str, info: ValidationInfo) -> str:
-        if value != "none" and info.data.get("key_type", "text") != "text":
+    def _only_text(cls, value: Normalise, info: ValidationInfo) -> Normalise:
+        if value is not Normalise.NONE and info.data.get("key_type", KeyType.TEXT) != KeyType.TEXT:
             raise ValueError("must be none unless key_type is text")
         return value
 
@@ -168,18 +171,17 @@ class ShardMapSettings(Section):
     def _columns_of_kind(
         cls, value: tuple[MappingEntry, ...], info: ValidationInfo
     ) -> tuple[MappingEntry, ...]:
-        match info.data.get("kind"):
-            case "list":
-                wrong = [n for n, row in enumerate(value) if row.key is None or _bounded(row)]
-                columns = "key and target"
-            case "range" | "hash" as kind:
-                wrong = [n for n, row in enumerate(value) if row.key is not None]
-                columns = "low, high and target"
-            case _:  # the kind is wrong itself
-                return value
+        kind: Kind | None = info.data.get("kind")
+        if kind is None:  # it is wrong itself
+            return value
+        if kind is Kind.LIST:
+            wrong = [n for n, row in enumerate(value) if row.key is None or _bounded(row)]
+            columns = "key and target"
+        else:
+            wrong = [n for n, row in enumerate(value) if row.key is not None]
+            columns = "low, high and target"
         if wrong:
-            kind = info.data["kind"]
-            raise ValueError(f"a {kind} has the columns {columns}: see {_mappings(wrong)}")
+            raise ValueError(f"a {kind} has the columns {columns}: see {_numbers_shown(wrong)}")
         return value
 
     @model_validator(mode="after")
@@ -193,7 +195,7 @@ def _bounded(row: MappingEntry) -> bool:
     return row.low is not None or row.high is not None
 
 
-def _mappings(numbers: Sequence[int]) -> str:
+def _numbers_shown(numbers: Sequence[int]) -> str:
     """Say which mappings, counted from 1; not all of a thousand."""
     shown = ", ".join(str(number + 1) for number in numbers[:_MAPPINGS_SHOWN_MAX])
     more = len(numbers) - _MAPPINGS_SHOWN_MAX

@@ -11,13 +11,16 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from proxy.addresses import address_of, is_loopback
 from proxy.config.validators import (
-    FileName,
+    Marker,
     Section,
+    WatchedFileName,
     check_directory,
     check_host,
     check_mode,
     or_empty,
 )
+
+NEEDS_RESTART: Final = Marker.NEEDS_RESTART
 
 # Sessions are looked at several times in this time: less would cost the others.
 _IDLE_TIMEOUT_SECONDS_MIN: Final = 0.1
@@ -32,53 +35,56 @@ def _check_idle_timeout(value: float) -> float:
     return value
 
 
+_IdleTimeout = Annotated[float, AfterValidator(_check_idle_timeout), NEEDS_RESTART]
+
+
 class ListenSettings(Section):
     """Where clients connect."""
 
-    host: Annotated[str, or_empty(check_host)] = Field(
+    host: Annotated[str, or_empty(check_host), NEEDS_RESTART] = Field(
         default="127.0.0.1",
         description="Address or host name to listen on. Whoever reaches it is logged in as the "
         "proxy's identity, so it is loopback unless allow_remote says otherwise. Empty: no TCP, "
         "only the unix socket.",
     )
-    port: int = Field(
+    port: Annotated[int, NEEDS_RESTART] = Field(
         default=5432,
         ge=0,
         le=65535,
         description="TCP port, and the number in the unix socket's name. 5432 is what every driver "
         "assumes; 0 takes a free one.",
     )
-    unix_socket_directory: Annotated[str, or_empty(check_directory)] = Field(
+    unix_socket_directory: Annotated[str, or_empty(check_directory), NEEDS_RESTART] = Field(
         default="",
         description="Directory in which to listen as well, on the socket .s.PGSQL.PORT that "
         "drivers look for there. File permissions then decide who may connect. Empty: none.",
     )
-    unix_socket_mode: Annotated[str, AfterValidator(check_mode)] = Field(
+    unix_socket_mode: Annotated[str, AfterValidator(check_mode), NEEDS_RESTART] = Field(
         default="0600",
         description="Permissions of that socket, in octal. 0600: only processes of the same user.",
     )
-    allow_remote: bool = Field(
+    allow_remote: Annotated[bool, NEEDS_RESTART] = Field(
         default=False,
         description="Allows a host that is not loopback. The proxy asks clients for no password: "
         "set it only where the network itself decides who may connect.",
     )
-    tls_certificate: FileName = Field(
+    tls_certificate: WatchedFileName = Field(
         default="",
         description="PEM file with the listener's certificate chain, for drivers that insist on "
         "sslmode=require. Needs tls_key. Empty: clients that ask for TLS are told no.",
     )
-    tls_key: FileName = Field(
+    tls_key: WatchedFileName = Field(
         default="",
         description="PEM file with the key of tls_certificate.",
     )
-    max_connections: int = Field(
+    max_connections: Annotated[int, NEEDS_RESTART] = Field(
         default=1000,
         ge=1,
         le=100_000,
         description="Client connections at a time; one more is refused with 53300. Each takes two "
         "file descriptors here and a connection slot of the database, which has 104 to 3357.",
     )
-    workers: int = Field(
+    workers: Annotated[int, NEEDS_RESTART] = Field(
         default=1,
         ge=1,
         le=64,
@@ -87,20 +93,19 @@ class ListenSettings(Section):
         "12 MB for each. max_connections stays a bound of all together, and upstream.connects_max "
         "is shared out among them, rounded up.",
     )
-    startup_timeout_seconds: float = Field(
+    startup_timeout_seconds: Annotated[float, NEEDS_RESTART] = Field(
         default=15,
         ge=0.1,
         le=600,
         description="Time a client has to send its StartupMessage, in seconds. Drivers need "
         "milliseconds; a connection that says nothing must not keep its place.",
     )
-    idle_timeout_seconds: Annotated[float, AfterValidator(_check_idle_timeout)] = Field(
+    idle_timeout_seconds: _IdleTimeout = Field(
         default=0,
         ge=0,
         le=604_800,
         description="Time after which a session that is idle ends with 57P05, in seconds from 0.1; "
-        "0 is never. For applications that forget connections; a pool is "
-        "better told itself.",
+        "0 is never. For applications that forget connections; a pool is better told itself.",
     )
 
     @field_validator("port")
@@ -126,7 +131,7 @@ class ListenSettings(Section):
 
     @field_validator("allow_remote")
     @classmethod
-    def _remote_is_meant(cls, value: bool, info: ValidationInfo) -> bool:
+    def _remote_is_allowed(cls, value: bool, info: ValidationInfo) -> bool:
         host = info.data.get("host")
         if host and not value and not is_loopback(host):
             raise ValueError(
@@ -139,19 +144,21 @@ class ListenSettings(Section):
 class AdminSettings(Section):
     """Where health and metrics are served over HTTP. It never dials upstream."""
 
-    enabled: bool = Field(default=True, description="Serves the admin address at all.")
-    host: Annotated[str, AfterValidator(check_host)] = Field(
+    enabled: Annotated[bool, NEEDS_RESTART] = Field(
+        default=True, description="Serves the admin address at all."
+    )
+    host: Annotated[str, AfterValidator(check_host), NEEDS_RESTART] = Field(
         default="127.0.0.1",
         description="Address or host name to listen on. It shows no secret, but counts of use: "
         "0.0.0.0 lets a Kubernetes probe or a scraper reach it.",
     )
-    port: int = Field(
+    port: Annotated[int, NEEDS_RESTART] = Field(
         default=9090,
         ge=0,
         le=65535,
         description="TCP port; 0 takes a free one.",
     )
-    quit: bool = Field(
+    quit: Annotated[bool, NEEDS_RESTART] = Field(
         default=False,
         description="Takes POST /quitquitquit from loopback, which drains as SIGTERM does: for a "
         "job whose application ends and whose sidecar must follow.",
@@ -159,7 +166,7 @@ class AdminSettings(Section):
 
     @field_validator("quit")
     @classmethod
-    def _quit_is_reached(cls, value: bool, info: ValidationInfo) -> bool:
+    def _quit_is_reachable(cls, value: bool, info: ValidationInfo) -> bool:
         address = address_of(info.data.get("host", ""))
         if value and address and not (address.is_loopback or address.is_unspecified):
             raise ValueError(
@@ -191,7 +198,7 @@ class ShutdownSettings(Section):
 class LogSettings(Section):
     """What goes to standard error. No token, password or cancel key ever does."""
 
-    format: LogFormat = Field(
+    format: Annotated[LogFormat, NEEDS_RESTART] = Field(
         default="auto",
         description="auto: console on a terminal, else json, one object a line.",
     )

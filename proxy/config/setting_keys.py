@@ -5,8 +5,9 @@ For: what a key is called, what it is by default, which values it takes. Not for
 Invariant: it is derived from the model, so that it can neither lack a key nor contradict one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import cache
 from typing import Literal, get_args, get_origin
 
@@ -16,13 +17,13 @@ from pydantic.fields import FieldInfo
 
 from proxy.config.settings import Settings
 from proxy.config.toml import toml_path
-from proxy.config.validators import Section
+from proxy.config.validators import Marker, Section
 
 ENVIRONMENT_PREFIX = "LAKEBASE_PROXY_"
 ENVIRONMENT_DELIMITER = "__"
 
 # What stands for a name that the configuration chooses, as in targets.NAME.port.
-NAME = "NAME"
+CHOSEN_NAME = "NAME"
 
 KeyPath = tuple[str, ...]
 
@@ -49,8 +50,10 @@ class SettingKey:
     description: str
     bounds: str
     secret: bool
-    switch: bool
-    structured: bool
+    is_boolean: bool
+    is_json: bool
+    needs_restart: bool
+    is_watched_file: bool
 
     @property
     def section(self) -> str:
@@ -109,7 +112,7 @@ def settings_keys() -> tuple[SettingKey, ...]:
 def named_keys() -> tuple[SettingKey, ...]:
     """Return every key of the sections with chosen names, `NAME` standing for each of these."""
     return tuple(
-        _key((section, NAME, name), field, None if field.is_required() else field.default)
+        _key((section, CHOSEN_NAME, name), field, None if field.is_required() else field.default)
         for section, model in named_sections().items()
         for name, field in model.model_fields.items()
     )
@@ -119,7 +122,7 @@ def key_at(path: KeyPath) -> SettingKey | None:
     """Return the key at `path`, whatever name is chosen in it; None where there is none."""
     if len(path) == 3:
         section, _, name = path
-        found = _by_path().get((section, NAME, name))
+        found = _by_path().get((section, CHOSEN_NAME, name))
         return found and replace(found, path=path)
     return _by_path().get(path) if len(path) == 2 else None
 
@@ -136,18 +139,29 @@ def _key(path: KeyPath, field: FieldInfo, default: object) -> SettingKey:
         description=field.description or "",
         bounds=_bounds(field),
         secret=field.annotation is SecretStr,
-        switch=field.annotation is bool,
-        structured=get_origin(field.annotation) is tuple,
+        is_boolean=field.annotation is bool,
+        is_json=get_origin(field.annotation) is tuple,
+        needs_restart=Marker.NEEDS_RESTART in field.metadata,
+        is_watched_file=Marker.WATCHED_FILE in field.metadata,
     )
 
 
 def _bounds(field: FieldInfo) -> str:
-    """Say which values are allowed, in words; empty when a type says it all."""
-    if get_origin(field.annotation) is Literal:
-        return "One of " + ", ".join(get_args(field.annotation)) + "."
+    """Return the allowed values as a sentence, empty if the type allows all of its values."""
+    if words := _words(field.annotation):
+        return f"One of {', '.join(words)}."
     limits = {type(limit): limit for limit in field.metadata}
     match limits.get(annotated_types.Ge), limits.get(annotated_types.Le):
         case annotated_types.Ge(ge=low), annotated_types.Le(le=high):
             return f"From {low} to {high}."
         case _:
             return "Either true or false." if field.annotation is bool else ""
+
+
+def _words(annotation: object) -> Sequence[str]:
+    """Return the words that a type lists, none for a type that is no list of words."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return list(annotation)
+    return ()

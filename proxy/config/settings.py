@@ -8,7 +8,7 @@ key demands of another (`references`), or acting on a setting.
 Invariant: a `Settings` is a function of its arguments alone, and shows no secret in its repr.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Final
 
 from pydantic import AfterValidator
@@ -23,7 +23,7 @@ from proxy.config.server_sections import (
     ShutdownSettings,
 )
 from proxy.config.upstream_sections import (
-    WHERE,
+    ADDRESS_KEYS,
     CredentialsSettings,
     UpstreamSettings,
     WorkspaceSettings,
@@ -38,6 +38,19 @@ def _check_target_name(value: str) -> str:
     if value == UPSTREAM:
         raise ValueError("must have another name: upstream is the section [upstream]")
     return check_name(value)
+
+
+def upstream_is_target(
+    upstream: Mapping[str, object], *, alone: bool, keyless: bool, named: Iterable[object]
+) -> bool:
+    """Return whether sessions can be sent to `[upstream]` itself, given its values.
+
+    It always provides what targets do not set. It is a target itself when it says where to dial,
+    when no other target exists (`alone`), when sessions without a shard key go there (`keyless`),
+    or when an alias or a mapping names it (`named`: the targets that they name).
+    """
+    has_address = any(upstream.get(key) for key in ADDRESS_KEYS)
+    return alone or has_address or keyless or UPSTREAM in named
 
 
 Name = Annotated[str, AfterValidator(check_name)]
@@ -81,17 +94,18 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     def target_names(self) -> tuple[str, ...]:
-        """Return the targets that sessions can be sent to, `upstream` first where it is one.
-
-        `[upstream]` is always there to give what targets do not set. It is a target itself when it
-        says where to dial, or when it has to: because there is no other, because an alias or a
-        mapping names it, or because sessions without a shard key are to go there.
-        """
-        return (UPSTREAM, *self.targets) if self._upstream_is_target() else tuple(self.targets)
+        """Return the targets that sessions can be sent to, `upstream` first if it is one."""
+        with_upstream = upstream_is_target(
+            dict(self.upstream),
+            alone=not self.targets,
+            keyless=bool(self.routing.shard_map) and not self.routing.require_key,
+            named=self._named_targets(),
+        )
+        return (UPSTREAM, *self.targets) if with_upstream else tuple(self.targets)
 
     def target(self, name: str) -> UpstreamSettings:
         """Return a target's effective values. Raises KeyError for a name that is none."""
-        return self.upstream if name == UPSTREAM else self.targets[name].over(self.upstream)
+        return self.upstream if name == UPSTREAM else self.targets[name].inheriting(self.upstream)
 
     def workspace_of(self, target: UpstreamSettings) -> WorkspaceSettings:
         """Return the workspace that the tokens of a target with these effective values come from.
@@ -102,24 +116,15 @@ class Settings(BaseSettings):
 
     def warnings(self) -> list[str]:
         """Return a sentence for each setting that is allowed and may be regretted."""
-        return [*self._exposed(), *self._unverified(), *self._impatient()]
+        return [*self._remote_listener_warnings(), *self._tls_warnings(), *self._timeout_warnings()]
 
-    def _upstream_is_target(self) -> bool:
-        where = any(getattr(self.upstream, key) for key in WHERE)
-        keyless = bool(self.routing.shard_map) and not self.routing.require_key
-        return (
-            where
-            or not self.targets
-            or keyless
-            or any(alias.target == UPSTREAM for alias in self.databases.values())
-            or any(
-                entry.target == UPSTREAM
-                for shard_map in self.shard_maps.values()
-                for entry in shard_map.mappings
-            )
-        )
+    def _named_targets(self) -> Iterator[str]:
+        """Yield the target of each alias and mapping."""
+        yield from (alias.target for alias in self.databases.values())
+        for shard_map in self.shard_maps.values():
+            yield from (entry.target for entry in shard_map.mappings)
 
-    def _exposed(self) -> Iterator[str]:
+    def _remote_listener_warnings(self) -> Iterator[str]:
         host = self.listen.host
         if host and not is_loopback(host):
             yield (
@@ -127,10 +132,10 @@ class Settings(BaseSettings):
                 " password"
             )
 
-    def _unverified(self) -> Iterator[str]:
+    def _tls_warnings(self) -> Iterator[str]:
         for name in self.target_names():
             target = self.target(name)
-            key = _key(name, "sslmode")
+            key = _dotted_key(name, "sslmode")
             if target.sslmode == "verify-ca":
                 yield (
                     f"{key} verify-ca does not compare the host name: whoever has a certificate of"
@@ -139,17 +144,17 @@ class Settings(BaseSettings):
             elif target.sslmode == "require":
                 yield f"{key} require checks no certificate: whoever is in between sees the token"
 
-    def _impatient(self) -> Iterator[str]:
+    def _timeout_warnings(self) -> Iterator[str]:
         mint_seconds = self.credentials.mint_timeout_seconds
         for name in () if self.credentials.password_file else self.target_names():
             seconds = self.target(name).connect_timeout_seconds
             if seconds < mint_seconds:
                 yield (
-                    f"{_key(name, 'connect_timeout_seconds')} {seconds:g} is less than"
+                    f"{_dotted_key(name, 'connect_timeout_seconds')} {seconds:g} is less than"
                     f" credentials.mint_timeout_seconds {mint_seconds:g}: one call of the workspace"
                     " API that hangs keeps all new sessions out for so long"
                 )
 
 
-def _key(target: str, key: str) -> str:
+def _dotted_key(target: str, key: str) -> str:
     return f"{target if target == UPSTREAM else f'targets.{target}'}.{key}"

@@ -31,7 +31,7 @@ from proxy.config.setting_keys import (
 )
 from proxy.config.settings import Settings
 from proxy.config.toml import split_path, toml_path
-from proxy.config.upstream_sections import WHERE
+from proxy.config.upstream_sections import ADDRESS_KEYS
 
 # The environment of the Lakebase guide, of AppKit and of Databricks Apps. Where two names stand
 # for one key the later one wins. PGSSLMODE is left out on purpose: whatever it says is met by
@@ -88,7 +88,7 @@ class Layer:
         return self.source.init_kwargs.pop("config") if isinstance(path, str) else None
 
 
-def _put(values: dict[str, Any], path: KeyPath, value: str) -> bool:
+def _set_at(values: dict[str, Any], path: KeyPath, value: str) -> bool:
     """Store `value` at `path`; False where a section and a value would share one name."""
     section: Any = values
     for part in path[:-1]:
@@ -123,12 +123,12 @@ def read_flags(argv: Sequence[str], problems: list[Problem]) -> Layer:
         key = key_at(path)
         if not equals and rest and not rest[0].startswith("--"):
             value = rest.popleft()
-        elif not equals and key and key.switch:
+        elif not equals and key and key.is_boolean:
             value = "true"
         elif not equals and (key or path == ("config",)):
             problems.append(layer.problem(path, "needs a value"))
             continue
-        if not _put(values, path, value):
+        if not _set_at(values, path, value):
             problems.append(layer.problem(path, "given both as a section and as a key"))
     layer.source.init_kwargs.update(values)
     _read_json(layer, problems)
@@ -161,7 +161,7 @@ def _structured(layer: Layer) -> Iterator[tuple[KeyPath, str]]:
                 yield (section, name), table
             for key, value in table.items() if isinstance(table, dict) else ():
                 known = key_at((section, name, key))
-                if known and known.structured and isinstance(value, str):
+                if known and known.is_json and isinstance(value, str):
                     yield (section, name, key), value
 
 
@@ -181,7 +181,7 @@ def read_environment(environ: Mapping[str, str], problems: list[Problem]) -> Lay
         if name == variable or _is_service_link(name, value):
             continue
         path = tuple(name.lower().split(ENVIRONMENT_DELIMITER))
-        if not _put(values, path, value):
+        if not _set_at(values, path, value):
             problems.append(layer.problem(path, "given both as a section and as a key"))
     layer.source.init_kwargs.update(values)
     _read_json(layer, problems)
@@ -210,7 +210,7 @@ def read_file(flags: Layer, environment: Layer, problems: list[Problem]) -> Laye
     return empty
 
 
-def read_guide(environ: Mapping[str, str], above: Sequence[Layer]) -> Layer:
+def read_guide(environ: Mapping[str, str], overriding: Sequence[Layer]) -> Layer:
     """Read the Lakebase guide's own variables; an empty one counts as not set.
 
     They describe one database of one workspace. Where the layers `above` name another, what would
@@ -218,22 +218,22 @@ def read_guide(environ: Mapping[str, str], above: Sequence[Layer]) -> Layer:
     """
     values: dict[str, Any] = {}
     spelling: dict[KeyPath, str] = {}
-    elsewhere = _elsewhere(above)
+    elsewhere = _keys_of_another_database(overriding)
     for variable, path in GUIDE_ENVIRONMENT.items():
         value = environ.get(variable)
         if value and path[-1] not in elsewhere:
-            _put(values, path, value)
+            _set_at(values, path, value)
             spelling[path] = variable
     return Layer("environment", spelling.__getitem__, InitSettingsSource(Settings, values))
 
 
-def _elsewhere(above: Sequence[Layer]) -> frozenset[str]:
+def _keys_of_another_database(overriding: Sequence[Layer]) -> frozenset[str]:
     """Return the keys of [upstream] that are of another place than the guide's variables are."""
 
     def given(key: str) -> bool:
-        return any(layer.find(("upstream", key)) for layer in above)
+        return any(layer.find(("upstream", key)) for layer in overriding)
 
     if given("workspace"):
         return frozenset(key for _, key in GUIDE_ENVIRONMENT.values())
     # Not host and hostaddr: whoever sets only these says how the same endpoint is reached.
-    return frozenset(WHERE) if given("endpoint") or given("instance") else frozenset()
+    return frozenset(ADDRESS_KEYS) if given("endpoint") or given("instance") else frozenset()

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_val
 from proxy.config.validators import (
     FileName,
     Section,
+    WatchedFileName,
     check_address,
     check_endpoint,
     check_host,
@@ -22,13 +23,12 @@ from proxy.config.validators import (
     check_workspace_host,
     or_empty,
 )
+from proxy.wire.secret import MASK
 
 SslMode = Literal["verify-full", "verify-ca", "require"]
 
 # In place of a file: the authorities that the operating system trusts.
-SYSTEM: Final = "system"
-# What stands for a secret that is set wherever settings are shown.
-MASK: Final = "********"
+SYSTEM_AUTHORITIES: Final = "system"
 
 
 class WorkspaceSettings(Section):
@@ -48,7 +48,7 @@ class WorkspaceSettings(Section):
         description="OAuth secret of the service principal; else DATABRICKS_CLIENT_SECRET. "
         "Prefer the environment to a flag, which every process of the machine can see.",
     )
-    client_secret_file: FileName = Field(
+    client_secret_file: WatchedFileName = Field(
         default="",
         description="File with that secret, in place of it. Read again at each use, so that a "
         "rotated secret needs no restart.",
@@ -145,7 +145,7 @@ class CredentialsSettings(Section):
         description="Time for one token, workspace login included, in seconds. The SDK's own "
         "login request has no time limit at all.",
     )
-    password_file: FileName = Field(
+    password_file: WatchedFileName = Field(
         default="",
         description="File with the password of a native Postgres role (upstream.user), used "
         "instead of tokens. Empty: tokens.",
@@ -154,23 +154,23 @@ class CredentialsSettings(Section):
 
 # Where to dial is one answer in up to four keys, taken from one place: were they completed key by
 # key, PGHOST or [upstream] would send every target to one host.
-WHERE: Final = ("endpoint", "instance", "host", "hostaddr")
+ADDRESS_KEYS: Final = ("endpoint", "instance", "host", "hostaddr")
 
 
 def not_inherited(upstream: Mapping[str, object], own: Mapping[str, object]) -> tuple[str, ...]:
     """Return the keys that a target does not take from `[upstream]`, set or not.
 
-    All of `WHERE`, if it says where to dial: by one of them, or by another workspace, for an
+    All of `ADDRESS_KEYS`, if it says where to dial: by one of them, or by another workspace, for an
     endpoint is one workspace's, and a host must not be shown the token of another. A role is one
     workspace's identity as well.
     """
     workspace = own.get("workspace")
     if workspace is not None and workspace != (upstream.get("workspace") or ""):
-        return (*WHERE, "user")
-    return WHERE if any(own.get(key) for key in WHERE) else ()
+        return (*ADDRESS_KEYS, "user")
+    return ADDRESS_KEYS if any(own.get(key) for key in ADDRESS_KEYS) else ()
 
 
-def overlay(upstream: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
+def with_inherited(upstream: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
     """Return a target's values: its own, and those of `[upstream]` for what it does not set."""
     return {**upstream, **dict.fromkeys(not_inherited(upstream, own), ""), **own}
 
@@ -219,8 +219,8 @@ class UpstreamSettings(Section):
         "require checks nothing: either shows the token to whoever is in between. PGSSLMODE does "
         "not change it.",
     )
-    ssl_root_cert: FileName = Field(
-        default=SYSTEM,
+    ssl_root_cert: WatchedFileName = Field(
+        default=SYSTEM_AUTHORITIES,
         min_length=1,
         description='Certificate authorities to trust: "system", or a PEM file.',
     )
@@ -267,6 +267,6 @@ class UpstreamSettings(Section):
         """Return the keys that were set, empty ones included, with their values."""
         return {name: value for name, value in self if name in self.model_fields_set}
 
-    def over(self, upstream: "UpstreamSettings") -> "UpstreamSettings":
-        """Return these values, completed by those of `[upstream]` as `overlay` has it."""
-        return upstream.model_copy(update=overlay(dict(upstream), self.given()))
+    def inheriting(self, upstream: "UpstreamSettings") -> "UpstreamSettings":
+        """Return these values, completed by those of `[upstream]` as `with_inherited` does."""
+        return upstream.model_copy(update=with_inherited(dict(upstream), self.given()))

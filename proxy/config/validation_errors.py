@@ -8,11 +8,13 @@ Invariant: no value of a secret, and none of an unknown key, is in a sentence.
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Final
 
 from pydantic_core import ErrorDetails
 
 from proxy.config.config_errors import Problem
+from proxy.config.routing_sections import MappingEntry
 from proxy.config.setting_keys import KeyPath, key_at, named_keys, settings_keys
 from proxy.config.settings import Settings
 from proxy.config.sources import Layer
@@ -22,7 +24,7 @@ from proxy.config.toml import toml_path
 _SHOWN_CHARACTERS_MAX: Final = 80
 
 _UNKNOWN: Final = ("extra_forbidden", "unexpected_keyword_argument")
-_ENTRY_COLUMNS: Final = ("key", "low", "high", "target")
+_ENTRY_COLUMNS: Final = [field.name for field in fields(MappingEntry)]
 # How pydantic ends the place of an error in a chosen name.
 _NAME_MARK: Final = "[key]"
 
@@ -30,7 +32,7 @@ _NAME_MARK: Final = "[key]"
 _NOT_BUILT: Final = "a catalogue is not supported by this version: give mappings or mappings_file"
 
 
-def translate(error: ErrorDetails, layers: Sequence[Layer]) -> Iterator[Problem]:
+def problems_of(error: ErrorDetails, layers: Sequence[Layer]) -> Iterator[Problem]:
     """Say one of pydantic's errors in our words, once for each place where the key was given."""
     path = tuple(str(part) for part in error["loc"])
     if len(path) > 2 and path[-1] == _NAME_MARK:
@@ -44,9 +46,9 @@ def translate(error: ErrorDetails, layers: Sequence[Layer]) -> Iterator[Problem]
     if error["type"] in _UNKNOWN:
         for layer in givers:
             for unknown in _leaves(path, layer.find(path)):
-                yield layer.problem(unknown, _unknown(unknown, layer))
+                yield layer.problem(unknown, _unknown_key(unknown, layer))
         return
-    text = _text(error)
+    text = _sentence(error)
     if not givers:
         yield Problem(toml_path(path), text)
         return
@@ -54,12 +56,12 @@ def translate(error: ErrorDetails, layers: Sequence[Layer]) -> Iterator[Problem]
         yield givers[-1].problem(path, text)  # the file, where it is in one
         return
     key = key_at(path)
-    shown = key is not None and not key.secret and not key.structured
+    shown = key is not None and not key.secret and not key.is_json
     value = repr(givers[0].find(path))[:_SHOWN_CHARACTERS_MAX]
     yield givers[0].problem(path, f"{text}, not {value}" if shown else text)
 
 
-def _text(error: ErrorDetails) -> str:
+def _sentence(error: ErrorDetails) -> str:
     match error["type"]:
         case "missing":
             return "required"
@@ -84,20 +86,20 @@ def _leaves(path: KeyPath, value: object) -> Iterator[KeyPath]:
         yield path
 
 
-def _unknown(path: KeyPath, layer: Layer) -> str:
+def _unknown_key(path: KeyPath, layer: Layer) -> str:
     if path[0] == "catalogue" or (path[0] == "shard_maps" and path[2:] == ("catalogue",)):
         return _NOT_BUILT
     if path[0] == "shard_maps" and len(path) > 3:  # inside an entry
         spelled = difflib.get_close_matches(path[-1], _ENTRY_COLUMNS, n=1)
     else:
         is_table = isinstance(layer.find(path), dict)
-        spelled = [layer.spell(meant) for meant in _meant(path, is_table=is_table)]
+        spelled = [layer.spell(meant) for meant in _likely_keys(path, is_table=is_table)]
     return "unknown key" + (f"; did you mean {' or '.join(spelled)}?" if spelled else "")
 
 
-def _meant(path: KeyPath, *, is_table: bool) -> list[KeyPath]:
+def _likely_keys(path: KeyPath, *, is_table: bool) -> list[KeyPath]:
     """Return the keys that were probably meant."""
-    known = {".".join(key): key for key in _known(path, is_table=is_table)}
+    known = {".".join(key): key for key in _candidates(path, is_table=is_table)}
     dotted = ".".join(path).lower().replace("-", "_")
     name = dotted.rpartition(".")[2]
     # A key without its section, or in a wrong one, is a likelier slip than a typing error.
@@ -108,7 +110,7 @@ def _meant(path: KeyPath, *, is_table: bool) -> list[KeyPath]:
     )
 
 
-def _known(path: KeyPath, *, is_table: bool) -> Iterator[KeyPath]:
+def _candidates(path: KeyPath, *, is_table: bool) -> Iterator[KeyPath]:
     """Yield the keys that `path` could be a slip of: with a chosen name in it, or with none.
 
     A section is one only for an empty table: what has a value cannot have been meant as one. But

@@ -7,6 +7,7 @@ Invariant: a refusal says what is wanted and never shows the value, which may be
 
 import re
 from collections.abc import Callable
+from enum import Enum
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -105,7 +106,15 @@ def check_database_pattern(value: str) -> str:
     return value
 
 
+class Marker(Enum):
+    """What a field's metadata says of its key besides type and bounds."""
+
+    NEEDS_RESTART = "Needs a restart."
+    WATCHED_FILE = "Names a file; a reload takes over new contents under the same name."
+
+
 FileName = Annotated[str, AfterValidator(check_no_nul)]
+WatchedFileName = Annotated[FileName, Marker.WATCHED_FILE]
 
 
 def or_empty(check: Callable[[str], str]) -> AfterValidator:

@@ -14,7 +14,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -27,12 +27,12 @@ from proxy.addresses import is_loopback
 from proxy.observe.admin_access import (
     CONNECTIONS_MAX,
     BoundedProtocol,
-    HostGate,
+    HostCheck,
     is_from_this_machine,
 )
 from proxy.observe.logs import get_logger
-from proxy.observe.metrics import EXPOSITION_CONTENT_TYPE
-from proxy.observe.status import Status
+from proxy.observe.metrics import EXPOSITION_CONTENT_TYPE, Metrics
+from proxy.observe.status import LifecycleStatus, Status
 from proxy.observe.status_page import PAGE, PAGE_HEADERS
 
 _BACKLOG: Final = 64
@@ -58,24 +58,35 @@ _log = get_logger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-@dataclass(frozen=True, slots=True)
-class AdminState:
-    """What the admin address shows. Each callable answers at once, from memory.
+class AdminState(Protocol):
+    """What the admin address shows of a proxy, and what it asks of it.
 
-    `started`: the listener has been opened (and stays true while draining). `ready`: it serves and
-    is not draining. `metrics`: the exposition. `failed` and `restarted` count what goes wrong with
-    the admin address itself. `quit` begins a drain; None: nobody may ask for one. `refresh` is
-    waited for before metrics and status: it brings into memory what other processes count.
+    Every member but `refresh` answers at once, from memory.
     """
 
-    started: Callable[[], bool]
-    ready: Callable[[], bool]
-    metrics: Callable[[], bytes]
-    status: Callable[[], Status]
-    failed: Callable[[], None]
-    restarted: Callable[[], None]
-    quit: Callable[[], None] | None = None
-    refresh: Callable[[], Awaitable[None]] | None = None
+    @property
+    def lifecycle(self) -> LifecycleStatus:
+        """Whether the proxy starts, serves or drains."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the proxy serves and does not drain."""
+
+    @property
+    def metrics(self) -> Metrics:
+        """Counts errors of the admin address itself."""
+
+    async def refresh(self) -> None:
+        """Fetch what the proxy's other processes have counted, for `exposition` and `status`."""
+
+    def exposition(self) -> bytes:
+        """Return the metrics in Prometheus's text format."""
+
+    def status(self) -> Status:
+        """Return what `/status` shows."""
+
+    def quit(self) -> None:
+        """Ask the proxy to drain and end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,60 +109,51 @@ def _verdict(good: bool) -> Response:
     return PlainTextResponse("yes\n") if good else PlainTextResponse("no\n", 503)
 
 
-def admin_app(state: AdminState) -> Starlette:
+def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
     """Return the HTTP application: GET and HEAD, and one POST; 404 for every other path."""
 
     async def startup(_request: Request) -> Response:
-        return _verdict(state.started())
+        return _verdict(state.lifecycle.started)
 
     async def readiness(_request: Request) -> Response:
-        return _verdict(state.ready())
+        return _verdict(state.ready)
 
     async def liveness(_request: Request) -> Response:
-        # The loop has come round to this line: that is all there is to being alive.
+        # The event loop has run this line, which is all that liveness means.
         return _verdict(True)
 
-    async def refreshed() -> None:
-        if state.refresh is not None:
-            await state.refresh()
-
     async def metrics(_request: Request) -> Response:
-        await refreshed()
-        return Response(state.metrics(), headers={"Content-Type": EXPOSITION_CONTENT_TYPE})
+        await state.refresh()
+        return Response(state.exposition(), headers={"Content-Type": EXPOSITION_CONTENT_TYPE})
 
     async def status(_request: Request) -> Response:
-        await refreshed()
+        await state.refresh()
         return JSONResponse(state.status().as_dict())
 
     async def page(_request: Request) -> Response:
         return Response(PAGE, headers=PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
-    def shown(path: str, endpoint: Endpoint) -> Route:
-        return Route(path, _guarded(endpoint, state.failed))
-
-    routes = [
-        shown("/", page),
-        shown("/startup", startup),
-        shown("/readiness", readiness),
-        shown("/liveness", liveness),
-        shown("/metrics", metrics),
-        shown("/status", status),
-    ]
-    if state.quit is not None:
-        quitting = _guarded(_quitting(state.quit), state.failed)
-        routes.append(Route("/quitquitquit", quitting, methods=["POST"]))
-    return Starlette(routes=routes)
-
-
-def _quitting(quit: Callable[[], None]) -> Endpoint:
     async def quitquitquit(request: Request) -> Response:
         if not is_from_this_machine(request):
             return PlainTextResponse("only from this machine\n", 403)
         _log.info("asked to quit")
-        quit()
+        state.quit()
         return PlainTextResponse("draining\n", 202)
 
-    return quitquitquit
+    def route(path: str, endpoint: Endpoint, method: str = "GET") -> Route:
+        return Route(path, _guarded(endpoint, state.metrics.admin_failed), methods=[method])
+
+    routes = [
+        route("/", page),
+        route("/startup", startup),
+        route("/readiness", readiness),
+        route("/liveness", liveness),
+        route("/metrics", metrics),
+        route("/status", status),
+    ]
+    if quit_allowed:
+        routes.append(route("/quitquitquit", quitquitquit, "POST"))
+    return Starlette(routes=routes)
 
 
 def _guarded(endpoint: Endpoint, failed: Callable[[], None]) -> Endpoint:
@@ -199,18 +201,18 @@ def _embedded(app: ASGIApp) -> _EmbeddedServer:
     )
 
 
-class _Admin:
+class _AdminServer:
     """The server that serves now. When one dies, the next takes its address."""
 
     def __init__(self, app: ASGIApp, restarted: Callable[[], None]) -> None:
         self._app = app
         self._restarted = restarted
         self._server = _embedded(app)
-        self._ending = asyncio.Event()
+        self._stopping = asyncio.Event()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Have `run` return soon."""
-        self._ending.set()
+        self._stopping.set()
         self._server.should_exit = True
 
     async def run(self, listener: socket.socket) -> None:
@@ -222,12 +224,12 @@ class _Admin:
             served = asyncio.create_task(serving, name="admin server")
             await asyncio.wait([served])
             with closing(current):
-                if self._ending.is_set():
+                if self._stopping.is_set():
                     return
-                await self._bury(served)
-            current = await self._reopened(host, port)
+                await self._log_death(served)
+            current = await self._reopen(host, port)
 
-    async def _bury(self, served: asyncio.Task[None]) -> None:
+    async def _log_death(self, served: asyncio.Task[None]) -> None:
         error = None if served.cancelled() else served.exception()
         _log.error("admin address died; sessions go on", exc_info=error)
         self._restarted()
@@ -235,11 +237,11 @@ class _Admin:
             await self._server.shutdown()
         self._server = _embedded(self._app)
 
-    async def _reopened(self, host: str, port: int) -> socket.socket | None:
+    async def _reopen(self, host: str, port: int) -> socket.socket | None:
         """Return a socket on the same address as soon as there is one; None once it is to end."""
-        while not self._ending.is_set():
+        while not self._stopping.is_set():
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), _REOPEN_SECONDS)
+                await asyncio.wait_for(self._stopping.wait(), _REOPEN_SECONDS)
             try:
                 return await _listen(host, port)
             except OSError as error:  # another program took it: until it lets go
@@ -248,7 +250,9 @@ class _Admin:
 
 
 @asynccontextmanager
-async def serve_admin(state: AdminState, *, host: str, port: int) -> AsyncIterator[AdminAddress]:
+async def serve_admin(
+    state: AdminState, *, host: str, port: int, quit_allowed: bool = False
+) -> AsyncIterator[AdminAddress]:
     """Serve the admin address while the block runs; port 0 takes a free one.
 
     Raises:
@@ -256,15 +260,15 @@ async def serve_admin(state: AdminState, *, host: str, port: int) -> AsyncIterat
     """
     with closing(await _listen(host, port)) as listener:
         bound_host, bound_port = listener.getsockname()[:2]
-        app: ASGIApp = admin_app(state)
+        app: ASGIApp = admin_app(state, quit_allowed=quit_allowed)
         if is_loopback(bound_host):
-            app = HostGate(app, own_name=host)
-        admin = _Admin(app, state.restarted)
+            app = HostCheck(app, own_name=host)
+        admin = _AdminServer(app, state.metrics.admin_restarted)
         # Not a TaskGroup: that would wrap whatever the block raises into an ExceptionGroup. The
         # task cannot be lost, because leaving the block waits for it.
         running = asyncio.create_task(admin.run(listener), name="admin")
         try:
             yield AdminAddress(bound_host, bound_port)
         finally:
-            admin.end()
+            admin.stop()
             await running

@@ -75,7 +75,7 @@ class BoundedProtocol(H11Protocol):
         return cycle is not None and not cycle.response_complete
 
 
-class HostGate:
+class HostCheck:
     """Answers 421 to a Host that is a foreign name, where only this machine is served.
 
     A page on the web can have its own name resolve to 127.0.0.1 and then read what is served there

@@ -1,66 +1,106 @@
-"""What several processes of one proxy have counted, added up.
+"""Adding up what the processes of one proxy have counted.
 
-For: one exposition and one status of a proxy that serves with several workers. Not for: asking the
-workers (`workers`), or what is counted (`metrics`, `live`, `failures`).
+For: one exposition and one status of a proxy with several workers. Not for: asking the workers
+(`workers.worker_pool`), or which metrics there are (`metrics`).
 
-Invariant: a total never falls, whoever dies: of a dead process the counts stay, and what is only
-of now (its sessions, its memory) goes with it.
+Invariants: a total never falls when a process ends, because its counts are kept; what describes
+only the present (its sessions, its memory) ends with it. An exposition has this process's families
+alone, so that another process cannot add a name or a text to it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, NamedTuple
 
-from proxy.observe.recent_errors import FAILURES_MAX, Failure
-from proxy.observe.samples import Sample
-from proxy.observe.target_stats import TargetReading
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
-_OF_NOW: Final = frozenset({"gauge", "info", "stateset"})
+from proxy.observe.recent_errors import RECENT_ERRORS_MAX, RecentError
+from proxy.observe.target_stats import TargetRow
+
+# Kinds of metrics that describe the present.
+_PRESENT: Final = frozenset({"gauge", "info", "stateset"})
+
+
+class Sample(NamedTuple):
+    """One number of an exposition; `labels` are pairs in the order in which they are shown."""
+
+    family: str
+    kind: str
+    name: str
+    labels: tuple[tuple[str, str], ...]
+    value: float
+
+
+def samples_of(registry: CollectorRegistry) -> Iterator[Sample]:
+    """Yield every number that a registry exposes now."""
+    for family in registry.collect():
+        for one in family.samples:
+            yield Sample(family.name, family.type, one.name, tuple(one.labels.items()), one.value)
+
+
+class SummedCollector(Collector):
+    """The families of a registry, with the samples of other processes added to its own."""
+
+    def __init__(self, registry: CollectorRegistry, others: Iterable[Sample]) -> None:
+        self._registry = registry
+        self._others: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+        for family, _kind, name, labels, value in others:
+            of_family = self._others.setdefault(family, {})
+            of_family[name, labels] = of_family.get((name, labels), 0.0) + value
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield each family, with the series that only other processes have."""
+        for family in self._registry.collect():
+            others = self._others.get(family.name, {})
+            own = {(one.name, tuple(one.labels.items())): one.value for one in family.samples}
+            total = Metric(family.name, family.documentation, family.type)
+            for (name, labels), value in {**others, **own}.items():
+                number = value + (others.get((name, labels), 0.0) if (name, labels) in own else 0.0)
+                total.add_sample(name, dict(labels), number)
+            yield total
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one process has counted, and the hosts that it knows of its targets."""
+    """What one process has counted."""
 
     samples: Sequence[Sample] = ()
-    targets: Sequence[TargetReading] = ()
-    failures: Sequence[Failure] = ()
-    hosts: Mapping[str, str] = field(default_factory=dict)
+    targets: Sequence[TargetRow] = ()
+    errors: Sequence[RecentError] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as what JSON is made of."""
+        """Return it as values that JSON has."""
         return asdict(self) | {"samples": list(self.samples)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Reading":
-        """Return what `as_dict` was made of."""
+        """Return the reading that `as_dict` returned as a dict."""
         samples = [
             Sample(family, kind, name, tuple((label, word) for label, word in labels), value)
             for family, kind, name, labels, value in content["samples"]
         ]
-        targets = [TargetReading(**one) for one in content["targets"]]
-        return cls(
-            samples, targets, [Failure(**one) for one in content["failures"]], content["hosts"]
-        )
+        targets = [TargetRow(**row) for row in content["targets"]]
+        return cls(samples, targets, [RecentError(**error) for error in content["errors"]])
 
-    def left_behind(self) -> "Reading":
-        """Return what stays of it when its process has died."""
-        samples = [sample for sample in self.samples if sample.kind not in _OF_NOW]
-        targets = [replace(target, sessions=0) for target in self.targets]
-        return Reading(samples, targets, self.failures)
+    def after_exit(self) -> "Reading":
+        """Return what remains of it when its process has ended."""
+        samples = [sample for sample in self.samples if sample.kind not in _PRESENT]
+        targets = [replace(row, host="", sessions=0) for row in self.targets]
+        return Reading(samples, targets, self.errors)
 
 
 def total(readings: Sequence[Reading]) -> Reading:
     """Return the sum of readings."""
     return Reading(
-        _samples(sample for reading in readings for sample in reading.samples),
-        _targets(target for reading in readings for target in reading.targets),
-        _failures(failure for reading in readings for failure in reading.failures),
-        {name: host for reading in readings for name, host in reading.hosts.items() if host},
+        _add_samples(sample for reading in readings for sample in reading.samples),
+        _add_targets(row for reading in readings for row in reading.targets),
+        _add_errors(error for reading in readings for error in reading.errors),
     )
 
 
-def _samples(samples: Iterable[Sample]) -> list[Sample]:
+def _add_samples(samples: Iterable[Sample]) -> list[Sample]:
     sums: dict[tuple[object, ...], Sample] = {}
     for sample in samples:
         key = sample[:-1]
@@ -69,17 +109,18 @@ def _samples(samples: Iterable[Sample]) -> list[Sample]:
     return list(sums.values())
 
 
-def _targets(targets: Iterable[TargetReading]) -> list[TargetReading]:
-    found: dict[str, TargetReading] = {}
-    for one in targets:
-        before = found.get(one.target)
-        found[one.target] = one if before is None else _both(before, one)
+def _add_targets(rows: Iterable[TargetRow]) -> list[TargetRow]:
+    found: dict[str, TargetRow] = {}
+    for row in rows:
+        before = found.get(row.name)
+        found[row.name] = row if before is None else _added(before, row)
     return list(found.values())
 
 
-def _both(one: TargetReading, other: TargetReading) -> TargetReading:
-    return TargetReading(
-        one.target,
+def _added(one: TargetRow, other: TargetRow) -> TargetRow:
+    return TargetRow(
+        one.name,
+        one.host or other.host,
         one.sessions + other.sessions,
         one.sessions_started + other.sessions_started,
         one.client_bytes + other.client_bytes,
@@ -88,11 +129,12 @@ def _both(one: TargetReading, other: TargetReading) -> TargetReading:
     )
 
 
-def _failures(failures: Iterable[Failure]) -> list[Failure]:
-    """Return the newest of all, the newest first."""
-    found: dict[tuple[str, str, str], Failure] = {}
-    for one in failures:
-        cause = (one.reason, one.sqlstate, one.target)
-        before = found.get(cause, replace(one, count=0))
-        found[cause] = replace(one, at=max(one.at, before.at), count=one.count + before.count)
-    return sorted(found.values(), key=lambda one: one.at, reverse=True)[:FAILURES_MAX]
+def _add_errors(errors: Iterable[RecentError]) -> list[RecentError]:
+    """Return the most recent errors of all processes, the newest first."""
+    found: dict[tuple[str, str, str], RecentError] = {}
+    for error in errors:
+        before = found.get(error.key, replace(error, count=0))
+        found[error.key] = replace(
+            error, at=max(error.at, before.at), count=error.count + before.count
+        )
+    return sorted(found.values(), key=lambda error: error.at, reverse=True)[:RECENT_ERRORS_MAX]

@@ -18,9 +18,9 @@ from typing import Any, Final, Literal, TextIO, cast
 import structlog
 from structlog.typing import EventDict, Processor
 
-Logger = structlog.stdlib.BoundLogger
+from proxy.wire.secret import MASK
 
-MASK: Final = "[masked]"
+Logger = structlog.stdlib.BoundLogger
 
 # The last word of a key whose value is never shown, as in client_secret or access_token. A number
 # under such a key is no secret (and `tokens`, `token_age_seconds` do not end in one of them).

@@ -17,7 +17,7 @@ SAMPLE_SECONDS: Final = 0.5
 
 
 @contextmanager
-def sampling_lag(lagged: Callable[[float], None]) -> Iterator[None]:
+def sampling_lag(record: Callable[[float], None]) -> Iterator[None]:
     """Tell `lagged` again and again, while the block runs, how many seconds late the loop was."""
     loop = asyncio.get_running_loop()
     timer: asyncio.TimerHandle | None = None
@@ -25,7 +25,7 @@ def sampling_lag(lagged: Callable[[float], None]) -> Iterator[None]:
 
     def sample() -> None:
         # Below zero where the timer's clock is coarser than this one.
-        lagged(max(0.0, time.monotonic() - due))
+        record(max(0.0, time.monotonic() - due))
         begin()
 
     def begin() -> None:

@@ -1,20 +1,20 @@
-"""Every metric of the proxy, each declared once.
+"""Every metric that is counted, each declared once; those read at a scrape are `scraped_metrics`.
 
-For: counting, and the text that Prometheus scrapes; what is counted as a failure is remembered as
-one of the last, too, so that both agree. Not for: deciding anything; no code reads a metric back.
-Metrics are kept per instance, never in the library's global registry, so that two proxies in one
-process (as in tests) count apart.
+For: counting, and the text that Prometheus scrapes. An error that is counted is also recorded among
+the recent errors, so that both agree. Not for: decisions; no code reads a metric back. Metrics
+belong to an instance, never to the library's global registry, so that two proxies in one process
+(as in tests) count separately.
 
-Invariants: names begin with `lakebase_proxy_`, units are base units, and every label takes its
-values from a closed set: never a user, a database, a shard key or SQL. Names of targets, maps and
-workspaces are such a set: the configuration's. A word outside its set is counted as `other`,
-because a metric must neither grow without bound nor end a session.
+Invariants: names begin with `lakebase_proxy_`, units are base units, and the values of every label
+are a closed set: never a user, a database, a shard key or SQL. The code that owns a set of words
+passes it in; the names of targets, maps and workspaces come from the configuration. A word outside
+its set is counted as `other`, because a metric must neither grow without bound nor end a session.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from enum import StrEnum, unique
+from functools import partial
 from typing import Final
 
 from prometheus_client import (
@@ -27,92 +27,33 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from proxy.observe.recent_errors import CANCEL_NOT_DELIVERED, Failures
-from proxy.observe.samples import Sample, Sum, taken
-from proxy.observe.status import State, StatusSource
-from proxy.observe.target_stats import OTHER, Carried, Live, TargetReading
+from proxy.observe.aggregation import Sample, SummedCollector, samples_of
+from proxy.observe.recent_errors import RecentErrors
+from proxy.observe.scraped_metrics import PREFIX, ScrapedMetrics
+from proxy.observe.status import StatusSource
+from proxy.observe.target_stats import OTHER, Carried, TargetStats
 
 EXPOSITION_CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
-# The library adds to each counter a series with the time at which it was made: twice as many, and
-# nothing in them that the start time of the process does not say. (It has no type of its own.)
+# The library adds a series with the creation time to each counter. That doubles their number and
+# says nothing that the start time of the process does not. (The function has no type annotation.)
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-_PREFIX: Final = "lakebase_proxy"
-
-# From a local DNS answer to a database that wakes up: 1 ms to 60 s, which is also the default of
+# From a cached DNS answer to a database that resumes: 1 ms to 60 s, the default of
 # upstream.connect_timeout_seconds.
 _CONNECT_SECONDS_BUCKETS: Final = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
 )
 
-
-# From a loop that has nothing to do to one that probes give up on.
+# From an idle loop to one that misses its probes.
 _LAG_SECONDS_BUCKETS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 
-@unique
-class CancelResult(StrEnum):
-    """What became of a CancelRequest."""
-
-    FORWARDED = "forwarded"
-    UNKNOWN_KEY = "unknown_key"
-    SESSION_ENDED = "session_ended"
-    TOO_MANY = "too_many"
-    FAILED = "failed"
-
-
-@unique
-class Lookup(StrEnum):
-    """What a shard map said of a session's key."""
-
-    HIT = "hit"
-    MISS = "miss"
-
-
-@unique
-class RouteResult(StrEnum):
-    """What became of a client where a shard map decides."""
-
-    ROUTED = "routed"
-    REFUSED = "refused"
-
-
-@unique
-class Outcome(StrEnum):
-    """How a session that had started ended, in one word for alerts; the reason says more."""
-
-    COMPLETED = "completed"
-    LOST = "lost"
-    CUT = "cut"
-    FAILED = "failed"
-
-
-# Any other reason is one for which the proxy itself ends sessions: a drain, a timeout.
-_OUTCOMES: Final = {
-    "client_closed": Outcome.COMPLETED,
-    "client_lost": Outcome.LOST,
-    "upstream_closed": Outcome.LOST,
-    "upstream_lost": Outcome.LOST,
-    "internal_error": Outcome.FAILED,
-    OTHER: Outcome.FAILED,
-}
-# An upstream that closes ends many sessions at once: the failures worth showing.
-_FAILED_ENDS: Final = frozenset({"upstream_lost", "internal_error"})
-
-
-def outcome_of(reason: str) -> Outcome:
-    """Return the outcome that a reason of a session's end stands for."""
-    return _OUTCOMES.get(reason, Outcome.CUT)
-
-
-# What is not the more for more processes: the one that is asked speaks for all.
-_OF_THE_WHOLE: Final = frozenset(
-    f"{_PREFIX}_{name}"
+# Families that are the same in every process. The process that is scraped exposes its own alone.
+_SAME_IN_EVERY_PROCESS: Final = frozenset(
+    f"{PREFIX}_{name}"
     for name in (
         *("build_info", "shard_map_mappings"),
         *("process_start_time_seconds", "process_max_fds"),
@@ -120,19 +61,24 @@ _OF_THE_WHOLE: Final = frozenset(
 )
 
 
-class _Words:
-    """A counter with one label of closed values, each of them shown from the start, at 0."""
+# What became of a shard key, and of its client.
+_HIT, _MISS = "hit", "miss"
+_ROUTED, _REFUSED = "routed", "refused"
+
+
+class _WordCounter:
+    """A counter with one label from a closed set. Every series exists from the start, at 0."""
 
     def __init__(self, counter: Counter, words: Iterable[str]) -> None:
-        # A series that appears with its first failure hides that failure from rate().
+        # If a series appeared with its first event, rate() would miss that event.
         self._counters = {word: counter.labels(word) for word in (*words, OTHER)}
 
     def count(self, word: str) -> None:
         self._counters.get(word, self._counters[OTHER]).inc()
 
 
-class _Connection:
-    """Counts a client connection while a `with` block runs: one object for all of them."""
+class _CountedConnection:
+    """Counts a client connection while a `with` block runs. One object serves all connections."""
 
     def __init__(self, accepted: Counter, now: Gauge) -> None:
         self._accepted = accepted
@@ -146,131 +92,81 @@ class _Connection:
         self._now.dec()
 
 
-class _Scraped(Collector):
-    """What is read at the moment of a scrape instead of being counted as it happens."""
-
-    def __init__(self, readings: Callable[[], list[TargetReading]]) -> None:
-        self._readings = readings
-        self.source: StatusSource | None = None
-
-    def collect(self) -> Iterable[Metric]:
-        yield from _of_targets(self._readings())
-        if self.source is not None:
-            yield from _of_source(self.source)
-
-
-def _of_targets(readings: list[TargetReading]) -> Iterable[Metric]:
-    active = GaugeMetricFamily(
-        f"{_PREFIX}_sessions_active", "Sessions that are served now.", labels=["target"]
-    )
-    started = CounterMetricFamily(
-        f"{_PREFIX}_sessions_started", "Sessions that reached their relay.", labels=["target"]
-    )
-    relayed = CounterMetricFamily(
-        f"{_PREFIX}_relayed_bytes",
-        "Bytes relayed, those of sessions that still live among them.",
-        labels=["target", "direction"],
-    )
-    for one in readings:
-        active.add_metric([one.target], one.sessions)
-        started.add_metric([one.target], one.sessions_started)
-        relayed.add_metric([one.target, "to_upstream"], one.client_bytes)
-        relayed.add_metric([one.target, "to_client"], one.upstream_bytes)
-    return active, started, relayed
-
-
-def _of_source(source: StatusSource) -> Iterable[Metric]:
-    age = GaugeMetricFamily(
-        f"{_PREFIX}_token_age_seconds", "Age of the newest token.", labels=["workspace"]
-    )
-    expiry = GaugeMetricFamily(
-        f"{_PREFIX}_token_expires_in_seconds",
-        "Time until the newest token expires; below zero, since when it has.",
-        labels=["workspace"],
-    )
-    for token in source.tokens():
-        age.add_metric([token.workspace], token.age_seconds)
-        expiry.add_metric([token.workspace], token.expires_in_seconds)
-    yield age
-    yield expiry
-    yield GaugeMetricFamily(
-        f"{_PREFIX}_draining",
-        "1 while the proxy drains.",
-        value=source.state() is State.DRAINING,
-    )
-    yield GaugeMetricFamily(
-        f"{_PREFIX}_session_slots_used",
-        "Sessions that are served or whose upstream is being opened.",
-        value=source.session_slots_used(),
-    )
-    yield GaugeMetricFamily(
-        f"{_PREFIX}_sessions_max",
-        "The bound of session slots used: listen.max_connections.",
-        value=source.sessions_max(),
-    )
-
-
 class Metrics:
-    """The metrics of one proxy. The reasons of ends and of failures and the phases of connecting
-    are given by the floors that own these words; `target_names` are those of the configuration."""
+    """The metrics of one proxy."""
 
     def __init__(
         self,
         *,
         version: str,
-        session_end_reasons: Iterable[str],
+        session_end_outcomes: Mapping[str, str],
         startup_failure_reasons: Iterable[str],
-        connect_phases: Iterable[str],
+        session_end_errors: Collection[str] = (),
+        cancel_results: Iterable[str] = (),
+        connect_phases: Iterable[str] = (),
         target_names: Iterable[str] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.live = Live(target_names)
-        self.failures = Failures(clock)
+        """`session_end_outcomes` gives each reason for the end of a session its outcome.
+
+        `session_end_errors` are those of them that are recorded as errors. `clock` is the wall
+        clock, in seconds.
+        """
+        self.targets = TargetStats(target_names)
+        self.recent_errors = RecentErrors(clock)
         self._registry = CollectorRegistry(auto_describe=True)
-        self._scraped = _Scraped(self.live.readings)
+        self._scraped = ScrapedMetrics(self.targets.rows)
         self._registry.register(self._scraped)
-        # Memory, processor time and open files, where the system tells (Linux).
-        ProcessCollector(namespace=_PREFIX, registry=self._registry)
-        self._declare_sessions(list(session_end_reasons), startup_failure_reasons)
+        # Memory, CPU time and open files, where the system provides them (Linux).
+        ProcessCollector(namespace=PREFIX, registry=self._registry)
+        self._session_end_errors = session_end_errors
+        self._declare_sessions(session_end_outcomes, startup_failure_reasons, cancel_results)
         self._declare_upstream(connect_phases)
         self._declare_routing()
         self._declare_program(version)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
+        return Counter(f"{PREFIX}_{name}", text, labels, registry=self._registry)
 
-    def _declare_sessions(self, ends: list[str], failures: Iterable[str]) -> None:
+    def _declare_sessions(
+        self,
+        outcomes: Mapping[str, str],
+        failures: Iterable[str],
+        cancel_results: Iterable[str],
+    ) -> None:
         connections = Gauge(
-            f"{_PREFIX}_connections", "Client connections open now.", registry=self._registry
+            f"{PREFIX}_connections", "Client connections open now.", registry=self._registry
         )
         accepted = self._counter("connections_accepted", "Client connections.")
-        self._connection = _Connection(accepted, connections)
+        self._connection = _CountedConnection(accepted, connections)
         ended = self._counter(
             "sessions_ended",
             "Sessions that had started, by outcome and first cause of end.",
             *("outcome", "reason"),
         )
         self._sessions_ended = {
-            reason: ended.labels(outcome_of(reason), reason) for reason in (*ends, OTHER)
+            reason: ended.labels(outcome, reason)
+            for reason, outcome in {OTHER: OTHER, **outcomes}.items()
         }
-        self._startup_failures = _Words(
+        self._startup_failures = _WordCounter(
             self._counter("startup_failures", "Clients that were not served, by reason.", "reason"),
             failures,
         )
-        self._cancel_requests = _Words(
+        self._cancel_requests = _WordCounter(
             self._counter("cancel_requests", "CancelRequests received, by result.", "result"),
-            CancelResult,
+            cancel_results,
         )
 
     def _declare_upstream(self, phases: Iterable[str]) -> None:
         connect_seconds = Histogram(
-            f"{_PREFIX}_upstream_connect_seconds",
+            f"{PREFIX}_upstream_connect_seconds",
             "Time spent on each phase of reaching a ready upstream, in seconds.",
             ["phase"],
             buckets=_CONNECT_SECONDS_BUCKETS,
             registry=self._registry,
         )
         self._connect_seconds = {phase: connect_seconds.labels(phase) for phase in phases}
+        self._other_connect_seconds = partial(connect_seconds.labels, OTHER)
         self._tokens_minted = self._counter("tokens_minted", "Tokens issued by the credential API.")
         self._mint_failures = self._counter(
             "token_mint_failures", "Attempts to get a token that failed."
@@ -280,12 +176,12 @@ class Metrics:
         self._names: tuple[str, ...] = ()
         self._routes = self._counter(
             "route",
-            "Clients for whom a shard map decides, by the shard that they were sent to.",
+            "Clients that a shard map routed or refused, by shard.",
             *("map", "shard", "result"),
         )
         self._lookups = self._counter("lookup", "Shard keys looked up.", "map", "result")
         self._mappings = Gauge(
-            f"{_PREFIX}_shard_map_mappings",
+            f"{PREFIX}_shard_map_mappings",
             "Mappings of the shard map in use.",
             ["map"],
             registry=self._registry,
@@ -293,155 +189,174 @@ class Metrics:
 
     def _declare_program(self, version: str) -> None:
         self._lag_seconds = Histogram(
-            f"{_PREFIX}_event_loop_lag_seconds",
-            "How late the event loop came to a timer, in seconds.",
+            f"{PREFIX}_event_loop_lag_seconds",
+            "How late the event loop ran a timer, in seconds.",
             buckets=_LAG_SECONDS_BUCKETS,
             registry=self._registry,
         )
         self._reload_failures = self._counter(
-            "reload_failures", "Reloads that were asked for and changed nothing."
+            "reload_failures", "Reloads that were refused or failed and changed nothing."
         )
         self._admin_errors = self._counter(
             "admin_errors", "Requests to the admin address that failed with 500."
         )
         self._admin_restarts = self._counter(
-            "admin_restarts", "Times that the admin address died and was opened anew."
+            "admin_restarts", "Times that the admin address died and was opened again."
         )
         self._worker_deaths = self._counter("worker_deaths", "Workers that died and were replaced.")
         self._version = version
         self._build = Gauge(
-            f"{_PREFIX}_build_info",
-            "Always 1; the labels say which program this is.",
+            f"{PREFIX}_build_info",
+            "Always 1; the labels identify the build.",
             ["version", "acceleration"],
             registry=self._registry,
         )
-        self.build_is("")
+        self.set_acceleration("")
 
-    def build_is(self, acceleration: str) -> None:
-        """Show what new sessions get from now on, one of the words of `native.Acceleration`."""
+    # -- what the configuration sets -------------------------------------------------------------
+
+    def set_acceleration(self, acceleration: str) -> None:
+        """Show what new sessions get from now on: a word of `native.Acceleration`."""
         self._build.clear()
         self._build.labels(self._version, acceleration).set(1)
 
-    def know(self, targets: Iterable[str], shard_map: str = "", mappings: int = 0) -> None:
-        """Count for these targets and this shard map from now on.
+    def configure(self, targets: Iterable[str], shard_map: str = "", mappings: int = 0) -> None:
+        """Count by these targets and this shard map from now on.
 
-        With other names than before the counts of routing begin anew: old names must not pile up.
+        If the names change, the routing counters start again, so that old names do not accumulate.
         """
         names = (shard_map, *targets)
-        self.live.know(names[1:])
+        self.targets.configure(names[1:])
         if names != self._names:
             self._names = names
             for family in (self._routes, self._lookups, self._mappings):
                 family.clear()
         if shard_map:
             self._mappings.labels(shard_map).set(mappings)
-            for result in Lookup:
+            for result in (_HIT, _MISS):
                 self._lookups.labels(shard_map, result)
 
-    def routed(self, shard_map: str, shard: str) -> None:
-        """Count a client whose key led to a shard."""
-        self._lookups.labels(shard_map, Lookup.HIT).inc()
-        self._routes.labels(shard_map, self.live.named(shard), RouteResult.ROUTED).inc()
-
-    def route_refused(self, shard_map: str, *, missed: bool) -> None:
-        """Count a client that has no shard; `missed`: no mapping covers its key."""
-        if missed:
-            self._lookups.labels(shard_map, Lookup.MISS).inc()
-        self._routes.labels(shard_map, "", RouteResult.REFUSED).inc()
-
-    def watch(self, source: StatusSource) -> None:
-        """Read tokens, drain and bounds from here at each scrape."""
+    def set_source(self, source: StatusSource) -> None:
+        """Read tokens, drain and bounds from this source at each scrape."""
         self._scraped.source = source
 
+    # -- connections and sessions ----------------------------------------------------------------
+
     def connection(self) -> AbstractContextManager[None]:
-        """Count one client connection: in total, and among the open ones until the block ends."""
+        """Return a context that counts a client connection: in total, and as open meanwhile."""
         return self._connection
 
     def session(self, target: str, carried: Callable[[], Carried]) -> AbstractContextManager[None]:
-        """Count a session that is served while the block runs, and the bytes that it carries."""
-        return self.live.session(target, carried)
+        """Return a context that counts a session and its bytes; `carried` returns them."""
+        return self.targets.session(target, carried)
 
     def session_ended(self, reason: str, target: str = "") -> None:
         """Count a session that had reached ReadyForQuery, by the first cause of its end."""
         reason = reason if reason in self._sessions_ended else OTHER
         self._sessions_ended[reason].inc()
-        if reason in _FAILED_ENDS:
-            self._failed(reason, target=target)
+        if reason in self._session_end_errors:
+            self.record_error(reason, target=target)
 
     def startup_failed(self, reason: str) -> None:
-        """Count a client that was lost, or whose like is no news, before ReadyForQuery."""
+        """Count a client that was lost or closed before ReadyForQuery, with no error to record."""
         self._startup_failures.count(reason)
 
     def session_refused(self, reason: str, sqlstate: str = "", target: str = "") -> None:
-        """Count a client that was told that it is not served, and remember why."""
+        """Count a client that got an ErrorResponse in place of a session, and record the error."""
         self._startup_failures.count(reason)
-        self._failed(reason, sqlstate, target)
+        self.record_error(reason, sqlstate, target)
+
+    def record_error(
+        self, reason: str, sqlstate: str = "", target: str = "", *, message: str = ""
+    ) -> None:
+        """Record a recent error without counting it, as `RecentErrors.record` does."""
+        label = self.targets.label(target) if target else ""
+        self.recent_errors.record(reason, sqlstate, label, message=message)
+
+    def cancel_requested(self, result: str) -> None:
+        """Count a CancelRequest by its result."""
+        self._cancel_requests.count(result)
+
+    # -- routing, upstream, workspace ------------------------------------------------------------
+
+    def routed(self, shard_map: str, shard: str) -> None:
+        """Count a client whose key led to a shard."""
+        self._lookups.labels(shard_map, _HIT).inc()
+        self._routes.labels(shard_map, self.targets.label(shard), _ROUTED).inc()
+
+    def route_refused(self, shard_map: str, *, missed: bool) -> None:
+        """Count a client without a shard; `missed`: no mapping covers its key."""
+        if missed:
+            self._lookups.labels(shard_map, _MISS).inc()
+        self._routes.labels(shard_map, "", _REFUSED).inc()
 
     def connect_phase_took(self, phase: str, seconds: float, target: str = OTHER) -> None:
-        """Record one completed phase of reaching an upstream; the caller has the clock."""
-        self._connect_seconds[phase].observe(seconds)
-        self.live.connect_phase_took(target, phase, seconds)
+        """Record a completed phase of connecting to an upstream."""
+        known = self._connect_seconds.get(phase) or self._other_connect_seconds()
+        known.observe(seconds)
+        self.targets.connect_phase_took(target, phase, seconds)
 
     def token_minted(self) -> None:
         """Count a token that the credential API issued."""
         self._tokens_minted.inc()
 
     def token_mint_failed(self, reason: str = "") -> None:
-        """Count an attempt to get a token that failed, whether or not an older one was used."""
+        """Count a failed attempt to get a token, whether or not an older token was used instead."""
         self._mint_failures.inc()
         if reason:
-            self._failed(reason)
+            self.record_error(reason)
 
-    def cancel_requested(self, result: CancelResult) -> None:
-        """Count a CancelRequest by what became of it."""
-        self._cancel_requests.count(result)
-        if result is CancelResult.FAILED:
-            self._failed(CANCEL_NOT_DELIVERED)
+    # -- the process -----------------------------------------------------------------------------
 
     def loop_lagged(self, seconds: float) -> None:
         """Record how late the event loop was."""
         self._lag_seconds.observe(seconds)
 
     def worker_died(self) -> None:
-        """Count a worker that ended though nobody told it to."""
+        """Count a worker that ended unexpectedly."""
         self._worker_deaths.inc()
 
-    def admin_failed(self) -> None:
-        """Count a request to the admin address that a bug of ours left without an answer."""
-        self._admin_errors.inc()
-
     def reload_failed(self) -> None:
-        """Count a reload that was asked for and changed nothing."""
+        """Count a reload that failed and changed nothing."""
         self._reload_failures.inc()
+
+    def admin_failed(self) -> None:
+        """Count a request to the admin address that was answered with 500."""
+        self._admin_errors.inc()
 
     def admin_restarted(self) -> None:
         """Count a death of the admin address."""
         self._admin_restarts.inc()
 
+    # -- reading ---------------------------------------------------------------------------------
+
     def exposition(self, others: Sequence[Sample] = ()) -> bytes:
         """Return all metrics in the text format, of type `EXPOSITION_CONTENT_TYPE`.
 
-        `others` are samples of the proxy's other processes, which are added.
+        The samples of the proxy's other processes, `others`, are added to this process's own.
         """
         if not others:
             return generate_latest(self._registry)
         whole = CollectorRegistry()
-        whole.register(Sum(self._registry, others))
+        whole.register(SummedCollector(self._registry, others))
         return generate_latest(whole)
 
     def samples(self) -> list[Sample]:
-        """Return what another process's exposition is to add of this one's."""
-        return [sample for sample in taken(self._registry) if sample.family not in _OF_THE_WHOLE]
+        """Return the samples that another process adds to its exposition."""
+        return [
+            sample
+            for sample in samples_of(self._registry)
+            if sample.family not in _SAME_IN_EVERY_PROCESS
+        ]
 
     def value(self, name: str, **labels: str) -> float:
-        """Return the sum of the samples that have these labels, 0 if there are none:
-        `value("tokens_minted_total")`. For tests."""
+        """Return the sum of the samples with these labels, 0 if there are none. For tests.
+
+        `value("tokens_minted_total")` is an example.
+        """
         return sum(
             sample.value
             for family in self._registry.collect()
             for sample in family.samples
-            if sample.name == f"{_PREFIX}_{name}" and labels.items() <= sample.labels.items()
+            if sample.name == f"{PREFIX}_{name}" and labels.items() <= sample.labels.items()
         )
-
-    def _failed(self, reason: str, sqlstate: str = "", target: str = "") -> None:
-        self.failures.note(reason, sqlstate, self.live.named(target) if target else "")

@@ -1,39 +1,37 @@
-"""The last failures, for whoever looks at the status: a few, each with how often it came.
+"""The most recent errors, for the status page: a bounded list, each with how often it occurred.
 
-For: "what is going wrong now" without a search through the log. Not for: details; those are in the
-log, with the connection's id.
+For: seeing what is wrong now without searching the log. Not for: details; the log has them, with
+the connection's id.
 
-Invariants: at most `FAILURES_MAX` are kept; and each is made of words of closed lists alone (a
-reason, a SQLSTATE, a configured target, the sentences of `ErrorKind`), never of what a client or
-an upstream said, so that no secret can get here.
+Invariants: at most `RECENT_ERRORS_MAX` are kept. Each consists only of words from closed lists (a
+reason, a SQLSTATE, a configured target) and of the proxy's own sentences, never of what a client or
+an upstream sent, so that no secret can get here.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from typing import Final
 
 from proxy.errors import ErrorKind
 
-# What a person reads at a glance; an older kind of failure makes room for a new one.
-FAILURES_MAX: Final = 20
+# As many as a person reads at a glance. A new kind of error replaces the oldest.
+RECENT_ERRORS_MAX: Final = 20
 
 _SQLSTATE: Final = re.compile(r"[0-9A-Z]{5}", re.ASCII)
-# Of kinds that share a word, the first: it is the most common one.
+# Several kinds may share a reason. The first one is the most common, and is shown.
 _ROWS: Final = {kind.value.reason: kind.value for kind in reversed(ErrorKind)}
-# The role is not shown here, nor what it is: the demo's and most others are this.
+# A hint may name the role; here it is not known. Most roles are service principals.
 _ANY_ROLE: Final = {"user": "ROLE", "identity": "SERVICE_PRINCIPAL"}
-
-# A failure that nobody is told of with an ErrorResponse.
-CANCEL_NOT_DELIVERED: Final = "cancel_not_delivered"
-_SENTENCES: Final = {CANCEL_NOT_DELIVERED: "a cancel request did not reach the upstream"}
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """One kind of failure at one target: when it last came (seconds since 1970), and how often.
+class RecentError:
+    """One kind of error at one target.
 
-    `target` is empty where the failure was none of a target's.
+    `at` is when it occurred last, in seconds since 1970; `target` is empty for an error that
+    concerns no target.
     """
 
     at: float
@@ -44,32 +42,48 @@ class Failure:
     message: str
     hint: str
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes two errors the same one."""
+        return self.reason, self.sqlstate, self.target
 
-class Failures:
-    """The last failures of one proxy. `clock` is the wall clock, in seconds."""
+    def as_dict(self, now: float) -> dict[str, object]:
+        """Return it as `/status` shows it at `now`, with its time in UTC and its age."""
+        shown = {"at": iso_time(self.at), "age_seconds": max(0.0, now - self.at)}
+        return {**shown, **{name: value for name, value in asdict(self).items() if name != "at"}}
+
+
+def iso_time(seconds: float) -> str:
+    """Return seconds since 1970 as a time in UTC, in ISO 8601."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+class RecentErrors:
+    """The most recent errors of one process. `clock` is the wall clock, in seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._latest: dict[tuple[str, str, str], Failure] = {}
+        self._errors: dict[tuple[str, str, str], RecentError] = {}  # the newest is the last
 
-    def note(self, reason: str, sqlstate: str = "", target: str = "") -> None:
-        """Remember a failure. `reason` and `target` are words of closed lists.
+    def record(
+        self, reason: str, sqlstate: str = "", target: str = "", *, message: str = ""
+    ) -> None:
+        """Record an error. `reason` and `target` are words of closed lists.
 
-        Without a SQLSTATE, or with a malformed one, the reason's own is shown.
+        A SQLSTATE that is absent or malformed is replaced by that of the reason. `message` is for
+        a reason that `ErrorKind` does not have.
         """
         row = _ROWS.get(reason)
         if not _SQLSTATE.fullmatch(sqlstate):
             sqlstate = row.sqlstate if row else ""
-        message = row.message if row else _SENTENCES.get(reason, "")
+        message = row.message if row else message
         hint = row.hint.format(**_ANY_ROLE) if row else ""
-        cause = (reason, sqlstate, target)
-        before = self._latest.pop(cause, None)
-        failure = before or Failure(0, reason, sqlstate, target, 0, message, hint)
-        # The newest stands last.
-        self._latest[cause] = replace(failure, at=self._clock(), count=failure.count + 1)
-        if len(self._latest) > FAILURES_MAX:
-            del self._latest[next(iter(self._latest))]
+        error = RecentError(self._clock(), reason, sqlstate, target, 1, message, hint)
+        before = self._errors.pop(error.key, None)
+        self._errors[error.key] = replace(error, count=before.count + 1) if before else error
+        if len(self._errors) > RECENT_ERRORS_MAX:
+            del self._errors[next(iter(self._errors))]
 
-    def latest(self) -> list[Failure]:
-        """Return them, the newest first."""
-        return list(reversed(self._latest.values()))
+    def latest(self) -> list[RecentError]:
+        """Return the errors, the newest first."""
+        return list(reversed(self._errors.values()))

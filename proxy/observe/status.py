@@ -1,43 +1,95 @@
-"""The status of a proxy as one value: what `/status` and the page show.
+"""The status of a proxy as one value, which `/status` and the status page show.
 
-For: the shape, and putting it together from what the parts tell. Not for: finding anything out:
-`StatusSource` is a set of callables that answer at once, from memory.
+For: its shape, and building it from what the proxy's parts report. Not for: finding anything out.
 
-Invariant: no secret has a place in it: of a token there are only its times, and of a failure only
-words of closed lists (`failures`).
+Invariant: no secret has a place in it. Of a token it has only the times, and of an error only words
+from closed lists (`recent_errors`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from enum import StrEnum, unique
+from typing import Protocol
 
-from proxy.observe.recent_errors import Failure
-from proxy.observe.target_stats import OTHER, TargetReading
-
-
-@unique
-class State(StrEnum):
-    """How far the proxy is in its life."""
-
-    STARTING = "starting"
-    SERVING = "serving"
-    DRAINING = "draining"
+from proxy.observe.recent_errors import RecentError, iso_time
+from proxy.observe.target_stats import OTHER, TargetRow
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """The newest token of a workspace; below zero, `expires_in_seconds` says since when it is
-    of no use. `workspace` is the name of its section."""
+    """The times of a workspace's newest token.
+
+    `expires_in_seconds` is negative after the expiry. `workspace` is the name of its section.
+    """
 
     workspace: str
     age_seconds: float
     expires_in_seconds: float
 
 
+class LifecycleStatus(Protocol):
+    """Whether the proxy starts, serves or drains."""
+
+    @property
+    def state(self) -> str:
+        """The word that `/status` shows."""
+
+    @property
+    def started(self) -> bool:
+        """Whether the listener has been opened. It stays true while the proxy drains."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether the proxy drains."""
+
+    @property
+    def uptime_seconds(self) -> float:
+        """The time since the process started."""
+
+    @property
+    def drain_seconds_left(self) -> float | None:
+        """The time until remaining sessions are closed; None unless the proxy drains."""
+
+
+class StatusSource(Protocol):
+    """What a proxy reports of itself. Every member answers at once, from memory."""
+
+    @property
+    def version(self) -> str:
+        """The proxy's version."""
+
+    @property
+    def lifecycle(self) -> LifecycleStatus:
+        """Whether the proxy starts, serves or drains."""
+
+    @property
+    def acceleration(self) -> str:
+        """Whether new sessions get the compiled relay: a word of `native.Acceleration`."""
+
+    @property
+    def listen_address(self) -> str:
+        """Where clients connect; empty before the listener is open."""
+
+    @property
+    def sessions_max(self) -> int:
+        """The bound of `session_slots_used`."""
+
+    @property
+    def session_slots_used(self) -> int:
+        """The sessions that are served, and those whose upstream is being opened."""
+
+    def target_names(self) -> Collection[str]:
+        """Return the names of the configured targets."""
+
+    def tokens(self) -> Sequence[Token]:
+        """Return the times of each workspace's newest token."""
+
+    def warnings(self) -> Sequence[str]:
+        """Return a sentence for each risk in the configuration."""
+
+
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """`seconds_left` until what still runs is cut; None where no drain runs."""
+    """The progress of a drain. `seconds_left` is None unless the proxy drains."""
 
     draining: bool
     seconds_left: float | None
@@ -45,138 +97,59 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
-class StatusSource:
-    """What the parts of a proxy tell of themselves. Each callable answers at once.
-
-    `session_slots_used` counts what `sessions_max` bounds: sessions that are served and those whose
-    upstream is being opened. `hosts` gives each configured target's host, empty while it is not
-    known; `acceleration` is a word of `native.Acceleration`; `warnings` are sentences about the
-    configuration; `drain_seconds_left` is None while nothing is drained.
-    """
-
-    version: str
-    acceleration: Callable[[], str]
-    state: Callable[[], State]
-    uptime_seconds: Callable[[], float]
-    listen: Callable[[], str]
-    sessions_max: Callable[[], int]
-    session_slots_used: Callable[[], int]
-    hosts: Callable[[], Mapping[str, str]]
-    tokens: Callable[[], Sequence[Token]]
-    drain_seconds_left: Callable[[], float | None]
-    warnings: Callable[[], Sequence[str]]
-
-
-@dataclass(frozen=True, slots=True)
-class TargetStatus:
-    """One target; `connect_seconds` by phase, of the last connect."""
-
-    name: str
-    host: str
-    sessions: int
-    sessions_started: int
-    client_bytes: int
-    upstream_bytes: int
-    connect_seconds: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class LastError:
-    """A failure as it is shown: `at` is a time of day in UTC, ISO 8601."""
-
-    at: str
-    age_seconds: float
-    reason: str
-    sqlstate: str
-    target: str
-    count: int
-    message: str
-    hint: str
-
-
-@dataclass(frozen=True, slots=True)
 class Status:
-    """All that `/status` shows."""
+    """Everything that `/status` shows. `at` is in seconds since 1970."""
 
-    state: State
+    state: str
     version: str
     acceleration: str
-    at: str
+    at: float
     uptime_seconds: float
     listen: str
     sessions: int
     sessions_opening: int
     sessions_max: int
-    targets: Sequence[TargetStatus]
+    targets: Sequence[TargetRow]
     tokens: Sequence[Token]
-    errors: Sequence[LastError]
+    errors: Sequence[RecentError]
     drain: Drain
     warnings: Sequence[str]
 
-    def as_dict(self) -> dict[str, object]:
-        """Return it as what JSON is made of."""
-        return asdict(self)
+    def as_dict(self) -> Mapping[str, object]:
+        """Return it as values that JSON has, with times in UTC."""
+        errors = [error.as_dict(self.at) for error in self.errors]
+        return asdict(self) | {"at": iso_time(self.at), "errors": errors}
 
 
 def report(
-    source: StatusSource,
-    readings: Sequence[TargetReading],
-    failures: Sequence[Failure],
-    now: float,
+    source: StatusSource, targets: Sequence[TargetRow], errors: Sequence[RecentError], now: float
 ) -> Status:
     """Return the status at `now` (wall clock, seconds since 1970)."""
-    sessions = sum(reading.sessions for reading in readings)
-    state = source.state()
+    sessions = sum(row.sessions for row in targets)
+    lifecycle = source.lifecycle
     return Status(
-        state=state,
+        state=lifecycle.state,
         version=source.version,
-        acceleration=source.acceleration(),
-        at=_time_of(now),
-        uptime_seconds=source.uptime_seconds(),
-        listen=source.listen(),
+        acceleration=source.acceleration,
+        at=now,
+        uptime_seconds=lifecycle.uptime_seconds,
+        listen=source.listen_address,
         sessions=sessions,
-        # One that has ended gives its slot back a moment after its relay.
-        sessions_opening=max(0, source.session_slots_used() - sessions),
-        sessions_max=source.sessions_max(),
-        targets=_targets(source.hosts(), readings),
+        # A session that has ended returns its slot a moment after its relay has stopped.
+        sessions_opening=max(0, source.session_slots_used - sessions),
+        sessions_max=source.sessions_max,
+        targets=_shown_targets(targets, source.target_names()),
         tokens=source.tokens(),
-        errors=[_last_error(failure, now) for failure in failures],
-        drain=Drain(state is State.DRAINING, source.drain_seconds_left(), sessions),
+        errors=errors,
+        drain=Drain(lifecycle.draining, lifecycle.drain_seconds_left, sessions),
         warnings=source.warnings(),
     )
 
 
-def _targets(hosts: Mapping[str, str], readings: Sequence[TargetReading]) -> Sequence[TargetStatus]:
-    """Show the configured targets, and those of before a reload that still have sessions."""
+def _shown_targets(rows: Sequence[TargetRow], configured: Collection[str]) -> Sequence[TargetRow]:
+    """Return the configured targets, and those that a reload removed while they have sessions."""
     return [
-        TargetStatus(
-            reading.target,
-            hosts.get(reading.target, ""),
-            reading.sessions,
-            reading.sessions_started,
-            reading.client_bytes,
-            reading.upstream_bytes,
-            reading.connect_seconds,
-        )
-        for reading in readings
-        if reading.target in hosts
-        or reading.sessions
-        or (reading.target == OTHER and reading.sessions_started)
+        row
+        for row in rows
+        if row.name in configured or row.sessions or (row.name == OTHER and row.sessions_started)
     ]
-
-
-def _last_error(failure: Failure, now: float) -> LastError:
-    return LastError(
-        at=_time_of(failure.at),
-        age_seconds=max(0.0, now - failure.at),
-        reason=failure.reason,
-        sqlstate=failure.sqlstate,
-        target=failure.target,
-        count=failure.count,
-        message=failure.message,
-        hint=failure.hint,
-    )
-
-
-def _time_of(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -1,21 +1,22 @@
-"""What goes on at each target now: its sessions, the bytes they carry, its last connect.
+"""Sessions, bytes and connect times by target.
 
-For: numbers that move while a session lives. A session's relay counts its bytes anyway; here they
-are summed up when somebody asks, so that a chunk costs nothing. Not for: what is only counted
-(`metrics`), or anything about one session.
+For: numbers that change during a session. A session's relay counts its bytes anyway, and they are
+added up here only when somebody reads them, so that a relayed chunk costs nothing. Not for: what is
+only counted (`metrics`), or facts about one session.
 
-Invariants: a target's sums never fall, since a session's bytes move from the living to the ended in
-one step; and targets are those of the configuration, any other name is `other`. A target that a
-reload took away is forgotten with its last session: names of the past must not pile up.
+Invariants: a target's totals never fall, because the bytes of a session move from the open sessions
+to the ended ones in one step. Targets are the configured ones; any other name is `other`. A target
+that a reload removed is dropped when its last session ends, so that old names do not accumulate.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+# The name under which everything outside the configured targets is counted.
 OTHER: Final = "other"
 
-# Configured, or with sessions that outlived their configuration.
+# Configured targets, and removed ones that still have sessions.
 TARGETS_MAX: Final = 1000
 
 
@@ -28,11 +29,15 @@ class Carried:
 
 
 @dataclass(frozen=True, slots=True)
-class TargetReading:
-    """What a target has now: sessions open and ever started, bytes of all of them, and the seconds
-    that each phase of the last connect took."""
+class TargetRow:
+    """The numbers of one target.
 
-    target: str
+    `host` is empty while it is unknown. `sessions` are open now; `sessions_started` and the bytes
+    include ended sessions. `connect_seconds` has each phase of the last connect.
+    """
+
+    name: str
+    host: str
     sessions: int
     sessions_started: int
     client_bytes: int
@@ -41,100 +46,101 @@ class TargetReading:
 
 
 @dataclass(slots=True)
-class _Tally:
+class _Counts:
     started: int = 0
     client_bytes: int = 0  # of the sessions that have ended
     upstream_bytes: int = 0
-    # By a number of their own: two sessions' functions could compare equal.
-    living: dict[int, Callable[[], Carried]] = field(default_factory=dict)
+    # By a number of their own, because the functions of two sessions may compare equal.
+    open_sessions: dict[int, Callable[[], Carried]] = field(default_factory=dict)
     connect_seconds: dict[str, float] = field(default_factory=dict)
+
+    def row(self, name: str, host: str) -> TargetRow:
+        carried = [session() for session in self.open_sessions.values()]
+        return TargetRow(
+            name=name,
+            host=host,
+            sessions=len(carried),
+            sessions_started=self.started,
+            client_bytes=self.client_bytes + sum(one.client_bytes for one in carried),
+            upstream_bytes=self.upstream_bytes + sum(one.upstream_bytes for one in carried),
+            connect_seconds=dict(self.connect_seconds),
+        )
 
 
 class CountedSession:
-    """One session, counted while a `with` block runs."""
+    """Counts one session while a `with` block runs."""
 
-    __slots__ = ("_carried", "_live", "_name", "_number")
+    __slots__ = ("_carried", "_name", "_number", "_stats")
 
-    def __init__(self, live: "Live", name: str, carried: Callable[[], Carried]) -> None:
-        self._live = live
+    def __init__(self, stats: "TargetStats", name: str, carried: Callable[[], Carried]) -> None:
+        self._stats = stats
         self._name = name
         self._carried = carried
         self._number = 0
 
     def __enter__(self) -> None:
-        """Count it among the living."""
-        self._number = self._live.begin(self._name, self._carried)
+        """Count it as open."""
+        self._number = self._stats.start(self._name, self._carried)
 
     def __exit__(self, *_: object) -> None:
-        """Move its bytes to the ended."""
-        self._live.end(self._name, self._number)
+        """Count it as ended."""
+        self._stats.end(self._name, self._number)
 
 
-class Live:
-    """The sessions of one proxy, by target."""
+class TargetStats:
+    """The numbers of all targets in one process."""
 
     def __init__(self, targets: Iterable[str]) -> None:
-        self._tallies = {OTHER: _Tally()}
+        self._counts_by_name = {OTHER: _Counts()}
         self._configured: frozenset[str] = frozenset()
-        self.know(targets)
+        self.configure(targets)
 
-    def know(self, targets: Iterable[str]) -> None:
-        """Give each of these targets a reading of its own from now on, up to `TARGETS_MAX`.
+    def configure(self, targets: Iterable[str]) -> None:
+        """Give each of these targets a row of its own from now on, up to `TARGETS_MAX`.
 
-        Any other loses its own, as soon as it has no session any more.
+        Any other target loses its row as soon as it has no open session.
         """
         names = tuple(targets)
         self._configured = frozenset((*names, OTHER))
-        for name in tuple(self._tallies):
-            self._forget_if_gone(name)
+        for name in tuple(self._counts_by_name):
+            self._drop_if_unused(name)
         for name in names:
-            if len(self._tallies) <= TARGETS_MAX:
-                self._tallies.setdefault(name, _Tally())
+            if len(self._counts_by_name) <= TARGETS_MAX:
+                self._counts_by_name.setdefault(name, _Counts())
 
-    def named(self, target: str) -> str:
-        """Return the name under which a target is shown: its own, or `other`."""
-        return target if target in self._tallies else OTHER
+    def label(self, target: str) -> str:
+        """Return the name under which a target is counted: its own, or `other`."""
+        return target if target in self._counts_by_name else OTHER
 
     def session(self, target: str, carried: Callable[[], Carried]) -> CountedSession:
-        """Count a session while the block runs; `carried` tells its bytes so far, from memory."""
-        return CountedSession(self, self.named(target), carried)
+        """Return a context that counts a session; `carried` returns its bytes so far."""
+        return CountedSession(self, self.label(target), carried)
 
-    def begin(self, name: str, carried: Callable[[], Carried]) -> int:
-        """Count a session of a target that has a reading; return its number there."""
-        tally = self._tallies[name]
-        tally.started += 1
-        tally.living[tally.started] = carried
-        return tally.started
+    def start(self, name: str, carried: Callable[[], Carried]) -> int:
+        """Count a session of a target that has a row. Return the session's number there."""
+        counts = self._counts_by_name[name]
+        counts.started += 1
+        counts.open_sessions[counts.started] = carried
+        return counts.started
 
     def end(self, name: str, number: int) -> None:
-        """Move a session's bytes to those of the ended."""
-        tally = self._tallies[name]
-        last = tally.living.pop(number)()
-        tally.client_bytes += last.client_bytes
-        tally.upstream_bytes += last.upstream_bytes
-        self._forget_if_gone(name)
-
-    def _forget_if_gone(self, name: str) -> None:
-        if name not in self._configured and not self._tallies[name].living:
-            del self._tallies[name]
+        """Move the bytes of a session to those of the ended sessions."""
+        counts = self._counts_by_name[name]
+        last = counts.open_sessions.pop(number)()
+        counts.client_bytes += last.client_bytes
+        counts.upstream_bytes += last.upstream_bytes
+        self._drop_if_unused(name)
 
     def connect_phase_took(self, target: str, phase: str, seconds: float) -> None:
-        """Remember how long a phase of a connect took, in place of what was known before."""
-        self._tallies[self.named(target)].connect_seconds[phase] = seconds
+        """Record the duration of a phase of a connect, in place of the one before."""
+        self._counts_by_name[self.label(target)].connect_seconds[phase] = seconds
 
-    def readings(self) -> list[TargetReading]:
-        """Return a reading of each target, `other` last."""
-        other, *named = self._tallies.items()
-        return [_reading(name, tally) for name, tally in (*named, other)]
+    def rows(self, hosts: Mapping[str, str] | None = None) -> list[TargetRow]:
+        """Return a row for each target, `other` last; `hosts` are the known hosts by target."""
+        hosts = hosts or {}
+        other, *named = self._counts_by_name.items()
+        return [counts.row(name, hosts.get(name, "")) for name, counts in (*named, other)]
 
-
-def _reading(name: str, tally: _Tally) -> TargetReading:
-    living = [carried() for carried in tally.living.values()]
-    return TargetReading(
-        target=name,
-        sessions=len(living),
-        sessions_started=tally.started,
-        client_bytes=tally.client_bytes + sum(one.client_bytes for one in living),
-        upstream_bytes=tally.upstream_bytes + sum(one.upstream_bytes for one in living),
-        connect_seconds=dict(tally.connect_seconds),
-    )
+    def _drop_if_unused(self, name: str) -> None:
+        if name not in self._configured and not self._counts_by_name[name].open_sessions:
+            del self._counts_by_name[name]

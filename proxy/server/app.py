@@ -6,24 +6,35 @@ program for `run`, for `demo` and for tests alike.
 
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from proxy import __version__
-from proxy.config import Changes, ConfigurationError, ListenSettings, Problem, Settings, compare
+from proxy.config import (
+    Changes,
+    ConfigurationError,
+    ListenSettings,
+    Problem,
+    Settings,
+    compare,
+    with_running_values,
+)
 from proxy.errors import ErrorKind, ProxyError
-from proxy.observe.admin import AdminAddress, AdminState, serve_admin
+from proxy.native import Acceleration
+from proxy.observe.admin import AdminAddress, serve_admin
 from proxy.observe.aggregation import Reading, total
 from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.metrics import Metrics
-from proxy.observe.status import State, Status, StatusSource, Token, report
+from proxy.observe.status import Status, Token, report
+from proxy.observe.target_stats import OTHER
 from proxy.routing.router import Route, Router
-from proxy.server.lifecycle import Lifecycle
+from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.snapshot import ConfigSnapshot
-from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
-from proxy.session.end_reason import EndReason
+from proxy.session.cancel import CancelForwarder, CancelKeys, CancelResult, Elsewhere
+from proxy.session.end_reason import ERRORS, OUTCOMES, Outcome
 from proxy.session.fast_path import watched_lanes
 from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, socket_name
 from proxy.session.session import Session, SessionParts
@@ -129,31 +140,17 @@ class App:
         Raises ConfigurationError, and nothing has changed then.
         """
         changes = compare(self.settings, settings)
-        kept = self._without_restart(settings)
+        kept = with_running_values(settings, self.settings)
         tls = _listener_tls(kept.listen)
         snapshot = ConfigSnapshot(kept, self.workspaces, self._record_phase, self.snapshot, router)
         self._count_by(snapshot)
         if kept.log != self.settings.log:
             configure_logging(format=kept.log.format, level=kept.log.level)
         before = self.snapshot
-        changes = changes.and_contents(before.rewritten(snapshot))
+        changes = changes.with_contents(before.rewritten(snapshot))
         self.snapshot, self._tls = snapshot, tls
         before.upstreams.close()
         return changes
-
-    def _without_restart(self, settings: Settings) -> Settings:
-        """Return the settings with what was made once at the start as it was then."""
-        certificate = {
-            "tls_certificate": settings.listen.tls_certificate,
-            "tls_key": settings.listen.tls_key,
-        }
-        return settings.model_copy(
-            update={
-                "listen": self.settings.listen.model_copy(update=certificate),
-                "admin": self.settings.admin,
-                "log": settings.log.model_copy(update={"format": self.settings.log.format}),
-            }
-        )
 
     async def drain(self, drain_seconds: float, *, accept_seconds: float = 0) -> int:
         """Say no to readiness, then end all sessions; return how many had to be cut.
@@ -184,15 +181,83 @@ class App:
             starting_max=starting_max,
         )
 
+    # -- what operators see, as `observe.admin.AdminState` and `observe.status.StatusSource` -------
+
+    version = __version__
+
+    @property
+    def ready(self) -> bool:
+        """Whether it serves and does not drain."""
+        serving = self.lifecycle.state is State.SERVING
+        return serving and (self.others is None or self.others.ready)
+
+    @property
+    def acceleration(self) -> Acceleration:
+        """What new sessions get of the compiled relay."""
+        return self.snapshot.acceleration
+
+    @property
+    def listen_address(self) -> str:
+        """Where clients connect; empty before the listener is open."""
+        if not self.lifecycle.started:
+            return ""
+        host, port = self.listen_host, self.listen_port
+        if host.startswith("/"):
+            return f"{host}/{socket_name(port)}"
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    @property
+    def sessions_max(self) -> int:
+        """The bound of `session_slots_used`."""
+        return self.settings.listen.max_connections
+
+    @property
+    def session_slots_used(self) -> int:
+        """The sessions that are served, and those whose upstream is being opened."""
+        return self.slots.taken if self.others is None else self.others.places_taken
+
+    def target_names(self) -> Sequence[str]:
+        """Return the names of the configured targets."""
+        return self.settings.target_names()
+
+    def tokens(self) -> Sequence[Token]:
+        """Return the times of each workspace's newest token."""
+        return self.snapshot.tokens()
+
+    def warnings(self) -> Sequence[str]:
+        """Return a sentence for each risk in the configuration."""
+        return self.settings.warnings()
+
+    def quit(self) -> None:
+        """Ask the process to drain and end."""
+        self.lifecycle.quit_asked.set()
+
+    async def refresh(self) -> None:
+        """Ask the other processes what they have counted."""
+        if self.others is not None:
+            await self.others.refresh()
+
+    def exposition(self) -> bytes:
+        """Return the metrics of all processes in Prometheus's text format."""
+        return self.metrics.exposition(self._others_reading().samples)
+
+    def status(self) -> Status:
+        """Return the status of all processes."""
+        whole = total([self._own_rows(), self._others_reading()])
+        return report(self, whole.targets, whole.errors, time.time())
+
     def reading(self) -> Reading:
         """Return what this process has counted."""
-        metrics = self.metrics
-        return Reading(
-            metrics.samples(),
-            metrics.live.readings(),
-            metrics.failures.latest(),
-            self.snapshot.hosts(),
-        )
+        return replace(self._own_rows(), samples=self.metrics.samples())
+
+    def _own_rows(self) -> Reading:
+        targets = self.metrics.targets.rows(self.snapshot.hosts())
+        return Reading(targets=targets, errors=self.metrics.recent_errors.latest())
+
+    def _others_reading(self) -> Reading:
+        return Reading() if self.others is None else self.others.reading()
+
+    # -- inside ----------------------------------------------------------------------------------
 
     async def _route(self, startup: StartupMessage) -> tuple[Route, Upstream]:
         snapshot = self.snapshot  # the present one: a reload replaces it
@@ -212,8 +277,8 @@ class App:
         shard_map = snapshot.router.shard_map
         mappings = 0 if shard_map is None else len(shard_map)
         names = snapshot.settings.target_names()
-        self.metrics.know(names, snapshot.settings.routing.shard_map, mappings)
-        self.metrics.build_is(snapshot.acceleration)
+        self.metrics.configure(names, snapshot.settings.routing.shard_map, mappings)
+        self.metrics.set_acceleration(snapshot.acceleration)
 
     def _record_phase(self, target: str, phase: ConnectPhase, seconds: float) -> None:
         self.metrics.connect_phase_took(phase, seconds, target)
@@ -239,8 +304,14 @@ async def running(app: App) -> AsyncIterator[App]:
         stack.push_async_callback(app.workspaces.close)
         stack.enter_context(sampling_lag(app.metrics.loop_lagged))
         if settings.admin.enabled:
+            app.metrics.set_source(app)
             app.admin = await stack.enter_async_context(
-                serve_admin(_admin_state(app), host=settings.admin.host, port=settings.admin.port)
+                serve_admin(
+                    app,
+                    host=settings.admin.host,
+                    port=settings.admin.port,
+                    quit_allowed=settings.admin.quit,
+                )
             )
         host, port = await stack.enter_async_context(app.entrance.accepting())
         app.listen_host, app.listen_port = host, port
@@ -273,67 +344,6 @@ async def open_snapshot(
         await workspaces.close()
 
 
-def _admin_state(app: App) -> AdminState:
-    source, metrics, lifecycle, others = _status_source(app), app.metrics, app.lifecycle, app.others
-    metrics.watch(source)
-
-    def status() -> Status:
-        own = (metrics.live.readings(), metrics.failures.latest())
-        both = total([Reading((), *own), _others_reading(app)]) if others else Reading((), *own)
-        return report(source, both.targets, both.failures, time.time())
-
-    return AdminState(
-        started=lambda: lifecycle.started,
-        ready=lambda: lifecycle.state is State.SERVING and (others is None or others.ready),
-        metrics=lambda: metrics.exposition(_others_reading(app).samples),
-        status=status,
-        failed=metrics.admin_failed,
-        restarted=metrics.admin_restarted,
-        quit=lifecycle.quit_asked.set if app.settings.admin.quit else None,
-        refresh=None if others is None else others.refresh,
-    )
-
-
-def _others_reading(app: App) -> Reading:
-    return Reading() if app.others is None else app.others.reading()
-
-
-def _status_source(app: App) -> StatusSource:
-    def listen() -> str:
-        if not app.lifecycle.started:
-            return ""
-        host, port = app.listen_host, app.listen_port
-        if host.startswith("/"):
-            return f"{host}/{socket_name(port)}"
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-    def hosts() -> Mapping[str, str]:
-        known = _others_reading(app).hosts
-        return {name: host or known.get(name, "") for name, host in app.snapshot.hosts().items()}
-
-    def tokens() -> Sequence[Token]:
-        return app.snapshot.tokens()
-
-    def warnings() -> Sequence[str]:
-        return app.settings.warnings()
-
-    return StatusSource(
-        version=__version__,
-        acceleration=lambda: app.snapshot.acceleration,
-        state=lambda: app.lifecycle.state,
-        uptime_seconds=lambda: app.lifecycle.uptime_seconds,
-        listen=listen,
-        sessions_max=lambda: app.settings.listen.max_connections,
-        session_slots_used=lambda: (
-            app.slots.taken if app.others is None else app.others.places_taken
-        ),
-        hosts=hosts,
-        tokens=tokens,
-        drain_seconds_left=lambda: app.lifecycle.drain_seconds_left,
-        warnings=warnings,
-    )
-
-
 def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
     """Return the context for clients that want TLS, if there is a certificate for it."""
     if not settings.tls_certificate:
@@ -350,8 +360,10 @@ def build_metrics(targets: Iterable[str] = ()) -> Metrics:
     refusals = [kind.value.reason for kind in ErrorKind]
     return Metrics(
         version=__version__,
-        session_end_reasons=list(EndReason),
+        session_end_outcomes={**OUTCOMES, OTHER: Outcome.FAILED},
+        session_end_errors=ERRORS,
         startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure, TOO_MANY_STARTING],
+        cancel_results=list(CancelResult),
         connect_phases=list(ConnectPhase),
         target_names=targets,
     )

@@ -7,8 +7,16 @@ Invariant: it only goes on, never back.
 
 import asyncio
 import time
+from enum import StrEnum, unique
 
-from proxy.observe.status import State
+
+@unique
+class State(StrEnum):
+    """How far the proxy is in its life, in the words of `/status`."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
 
 
 class Lifecycle:
@@ -33,6 +41,11 @@ class Lifecycle:
     def started(self) -> bool:
         """Whether it has served, be it that it drains by now."""
         return self._started
+
+    @property
+    def draining(self) -> bool:
+        """Whether it drains."""
+        return self._state is State.DRAINING
 
     @property
     def uptime_seconds(self) -> float:

@@ -23,11 +23,10 @@ from proxy.config import (
 )
 from proxy.file_stamp import Stamp, stamp_of
 from proxy.routing.key_sources import DatabasePattern
-from proxy.routing.keys import KeyType, Normalise
 from proxy.routing.map_builder import map_from_csv, map_from_tables
 from proxy.routing.map_rows import MapError
 from proxy.routing.router import Alias, Resolution, Router
-from proxy.routing.shard_map import Kind, MapSpec, ShardMap
+from proxy.routing.shard_map import ShardMap
 
 # Maps that are kept so that checking and using one builds it once: a million mappings take seconds.
 _BUILT_MAX: Final = 2
@@ -161,9 +160,7 @@ def _shard_map(settings: Settings, name: str) -> ShardMap:
 
 @lru_cache(maxsize=_BUILT_MAX)
 def _built(shard_map: ShardMapSettings, targets: frozenset[str], stamp: Stamp | None) -> ShardMap:
-    spec = MapSpec(
-        Kind(shard_map.kind), KeyType(shard_map.key_type), Normalise(shard_map.normalise)
-    )
+    spec = shard_map.spec
     if stamp is None:
         return map_from_tables((entry.columns() for entry in shard_map.mappings), spec, targets)
     with Path(shard_map.mappings_file).open(encoding="utf-8-sig", newline="") as lines:

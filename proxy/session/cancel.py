@@ -12,11 +12,12 @@ import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import StrEnum, unique
 from typing import Final
 
 from proxy.errors import ProxyError
 from proxy.observe.logs import get_logger
-from proxy.observe.metrics import CancelResult, Metrics
+from proxy.observe.metrics import Metrics
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
 from proxy.wire.messages import BackendKeyData
@@ -34,7 +35,21 @@ FORWARDS_MAX: Final = 100
 Elsewhere = Callable[[CancelRequest], Awaitable[bool]]
 """Passes a cancel request to the other processes; returns whether one of them has its key."""
 
+# The reason of a failure that no ErrorResponse reports.
+CANCEL_NOT_DELIVERED: Final = "cancel_not_delivered"
+
 _log = get_logger(__name__)
+
+
+@unique
+class CancelResult(StrEnum):
+    """What became of a CancelRequest."""
+
+    FORWARDED = "forwarded"
+    UNKNOWN_KEY = "unknown_key"
+    SESSION_ENDED = "session_ended"
+    TOO_MANY = "too_many"
+    FAILED = "failed"
 
 
 @dataclass(eq=False, slots=True)
@@ -176,6 +191,9 @@ class CancelForwarder:
             )
         except (ProxyError, TimeoutError) as error:
             self._metrics.cancel_requested(CancelResult.FAILED)
+            self._metrics.record_error(
+                CANCEL_NOT_DELIVERED, message="a cancel request did not reach the upstream"
+            )
             # At level info, since it is counted: an unreachable upstream means one line a client.
             _log.info("cancel request not delivered", error=str(error) or "no answer in time")
         else:

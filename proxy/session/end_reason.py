@@ -1,7 +1,9 @@
 """Why a relayed session ended, and what it carried."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum, unique
+from typing import Final
 
 
 @unique
@@ -15,6 +17,31 @@ class EndReason(StrEnum):
     SHUTDOWN = "shutdown"
     IDLE_TIMEOUT = "idle_timeout"
     INTERNAL_ERROR = "internal_error"
+
+
+@unique
+class Outcome(StrEnum):
+    """The end of a session in one word, for alerts; the reason says more."""
+
+    COMPLETED = "completed"
+    LOST = "lost"
+    CUT = "cut"
+    FAILED = "failed"
+
+
+OUTCOMES: Final[Mapping[str, Outcome]] = {
+    EndReason.CLIENT_CLOSED: Outcome.COMPLETED,
+    EndReason.CLIENT_LOST: Outcome.LOST,
+    EndReason.UPSTREAM_CLOSED: Outcome.LOST,
+    EndReason.UPSTREAM_LOST: Outcome.LOST,
+    EndReason.SHUTDOWN: Outcome.CUT,
+    EndReason.IDLE_TIMEOUT: Outcome.CUT,
+    EndReason.INTERNAL_ERROR: Outcome.FAILED,
+}
+
+# Recorded among the recent errors. An upstream that closes normally ends many sessions at once, and
+# that is no error.
+ERRORS: Final = frozenset({EndReason.UPSTREAM_LOST, EndReason.INTERNAL_ERROR})
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from proxy.config import (
     WorkspaceSettings,
     load_settings,
 )
+from proxy.routing.keys import KeyType
+from proxy.routing.shard_map import Kind
 from proxy.server.app import App, serving
 from proxy.server.process import Signals, until_stopped
 from proxy.verbs.event_loop import until_done
@@ -77,7 +79,9 @@ def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
             shard.name: UpstreamSettings(endpoint=shard.endpoint.name, hostaddr=address)
             for shard in shards
         },
-        shard_maps={"tenants": ShardMapSettings(kind="range", key_type="int4", mappings=mappings)},
+        shard_maps={
+            "tenants": ShardMapSettings(kind=Kind.RANGE, key_type=KeyType.INT4, mappings=mappings)
+        },
         # Each tenant to its shard, and who names none to the first.
         routing=RoutingSettings(shard_map="tenants", require_key=False),
     )

@@ -6,7 +6,9 @@ traceback, an f-string or a `repr` of an object that holds a secret contains onl
 
 from typing import Final, final
 
-MASK: Final = "Secret(***)"
+# What stands for a secret wherever a person may see it: in a repr, a log line, --print-config. The
+# configuration refuses it as a value.
+MASK: Final = "********"
 
 
 @final
@@ -23,13 +25,10 @@ class Secret:
         return self._value
 
     def __repr__(self) -> str:
-        return MASK
-
-    def __str__(self) -> str:
-        return MASK
+        return f"Secret({MASK})"
 
     def __format__(self, format_spec: str) -> str:
-        return MASK
+        return repr(self)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Secret) and self._value == other._value

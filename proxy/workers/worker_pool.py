@@ -304,7 +304,7 @@ class WorkerPool:
 
     def _reap(self, slot: int, code: int) -> None:
         worker = self._workers.pop(slot)
-        self._dead = total([self._dead, worker.reading.left_behind()])
+        self._dead = total([self._dead, worker.reading.after_exit()])
         worker.mark_ended(code)
 
     async def _dismiss(self, keepers: list[asyncio.Task[None]]) -> None:

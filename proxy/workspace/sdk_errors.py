@@ -14,7 +14,8 @@ from functools import cache
 from typing import Final, NamedTuple
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.observe.logs import MASK, mask
+from proxy.observe.logs import mask
+from proxy.wire.secret import MASK
 from proxy.workspace.sdk_http import Refusal, SDKCall
 
 _TEXT_CHARACTERS_MAX: Final = 300  # of what the SDK says, in the DETAIL of an error

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from pydantic import SecretStr
 
-from proxy.config import Changes, Files, SettingKey, Settings, compare, settings_keys
+from proxy.config import (
+    Changes,
+    Files,
+    SettingKey,
+    Settings,
+    compare,
+    settings_keys,
+    with_running_values,
+)
 from tests.support.configurations import Table, tables
 from tests.support.configuring import ENDPOINT, ENDPOINT_EU
 
@@ -97,6 +105,20 @@ def test_every_key_is_compared(key: SettingKey) -> None:
     assert bool(found.restart) == (kept or key.dotted == "log.format")
 
 
+def test_a_reload_keeps_the_running_values_of_keys_that_need_a_restart() -> None:
+    running = settings(listen={"port": 1, "max_connections": 7}, log={"format": "json"})
+    new = settings(
+        listen={"port": 2, "tls_certificate": "c", "tls_key": "k"},
+        admin={"port": 3},
+        log={"format": "console", "level": "debug"},
+        upstream={"port": 4},
+    )
+    kept = with_running_values(new, running)
+    assert compare(running, kept).restart == ()
+    assert compare(running, kept).reloadable == compare(running, new).reloadable
+    assert compare(kept, new).restart == compare(running, new).restart != ()
+
+
 def test_a_file_that_was_written_anew_is_named_by_its_keys(tmp_path: Path) -> None:
     authority, secret = tmp_path / "ca.pem", tmp_path / "secret"
     authority.write_text("a")
@@ -120,7 +142,7 @@ def test_a_file_that_was_written_anew_is_named_by_its_keys(tmp_path: Path) -> No
     assert list(with_secret.rewritten(Files.of(configured))) == [
         "workspaces.eu.client_secret_file",
     ]
-    changes = Changes(("log.level",), ()).and_contents(["listen.tls_key"])
+    changes = Changes(("log.level",), ()).with_contents(["listen.tls_key"])
     assert changes.reloadable == ("listen.tls_key (contents)", "log.level")
 
 

@@ -94,7 +94,7 @@ def test_a_switch_needs_no_value() -> None:
 @pytest.mark.parametrize("key", settings_keys(), ids=lambda key: key.dotted)
 def test_every_key_can_be_given_as_flag_and_as_variable(key: SettingKey) -> None:
     default = value_of(Settings(), key.dotted)
-    text = str(default).lower() if key.switch else str(default).removesuffix(".0")
+    text = str(default).lower() if key.is_boolean else str(default).removesuffix(".0")
     assert load_settings([f"{key.flag}={text}"], {}) == Settings()
     assert load_settings([], {key.variable: text}) == Settings()
 

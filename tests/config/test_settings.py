@@ -17,10 +17,14 @@ from proxy.config import (
     UpstreamSettings,
     WorkspaceSettings,
 )
+from proxy.routing.keys import KeyType
+from proxy.routing.shard_map import Kind
 from tests.support.configuring import ENDPOINT, ENDPOINT_EU, loaded, refusals, written
 
 EU = UpstreamSettings(endpoint=ENDPOINT_EU)
-MAP = ShardMapSettings(kind="list", key_type="int4", mappings=(MappingEntry("eu", key="1"),))
+MAP = ShardMapSettings(
+    kind=Kind.LIST, key_type=KeyType.INT4, mappings=(MappingEntry("eu", key="1"),)
+)
 
 
 # A target's values
@@ -118,7 +122,9 @@ def test_a_target_keeps_what_it_was_given_through_every_source(tmp_path: Path) -
             {
                 "shard_maps": {
                     "m": ShardMapSettings(
-                        kind="list", key_type="int4", mappings=(MappingEntry("upstream", key="1"),)
+                        kind=Kind.LIST,
+                        key_type=KeyType.INT4,
+                        mappings=(MappingEntry("upstream", key="1"),),
                     )
                 }
             },

@@ -4,20 +4,20 @@ import asyncio
 import signal
 import socket
 from contextlib import suppress
-from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.observe.admin import REQUEST_BYTES_MAX, serve_admin
 from proxy.observe.admin_access import CONNECTION_SECONDS_MAX, CONNECTIONS_MAX
+from proxy.observe.status import Status
 from tests.support.admin_address import ANSWER_SECONDS_MAX, LOOPBACK, Shown, ask
 from tests.support.running import captured_log, eventually
 
 
 @pytest.mark.parametrize("path", ["/startup", "/readiness", "/liveness"])
 async def test_a_proxy_that_serves_is_well(path: str) -> None:
-    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, path)
     assert (answer.status, answer.body) == (200, b"yes\n")
 
@@ -35,14 +35,14 @@ async def test_each_probe_answers_its_own_question(
     started: bool, ready: bool, statuses: list[int]
 ) -> None:
     proxy = Shown(started, ready)
-    async with serve_admin(proxy.admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(proxy, host=LOOPBACK, port=0) as address:
         answers = [await ask(address.port, f"/{p}") for p in ("startup", "readiness", "liveness")]
     assert [answer.status for answer in answers] == statuses
 
 
 async def test_an_answer_is_of_now() -> None:
     proxy = Shown()
-    async with serve_admin(proxy.admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(proxy, host=LOOPBACK, port=0) as address:
         before = await ask(address.port, "/readiness")
         proxy.ready = False
         after = await ask(address.port, "/readiness")
@@ -52,7 +52,7 @@ async def test_an_answer_is_of_now() -> None:
 async def test_metrics_are_in_the_format_that_prometheus_reads() -> None:
     proxy = Shown()
     proxy.metrics.token_minted()
-    async with serve_admin(proxy.admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(proxy, host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
     families = text_string_to_metric_families(answer.body.decode())
@@ -61,7 +61,7 @@ async def test_metrics_are_in_the_format_that_prometheus_reads() -> None:
 
 
 async def test_head_is_answered_without_a_body() -> None:
-    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, "/readiness", "HEAD")
     assert (answer.status, answer.body) == (200, b"")
 
@@ -78,19 +78,19 @@ async def test_head_is_answered_without_a_body() -> None:
     ],
 )
 async def test_nothing_else_is_served(method: str, path: str, status: int) -> None:
-    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, path, method)
     assert answer.status == status
 
 
 async def test_the_program_behind_it_is_not_named() -> None:
-    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         assert "server" not in (await ask(address.port, "/liveness")).headers
 
 
 async def test_ipv6_loopback_is_served() -> None:
     try:
-        async with serve_admin(Shown().admin_state(), host="::1", port=0) as address:
+        async with serve_admin(Shown(), host="::1", port=0) as address:
             assert (await ask(address.port, "/liveness", host="::1")).status == 200
     except OSError:
         pytest.skip("this machine has no IPv6")
@@ -100,7 +100,7 @@ async def test_a_port_that_is_taken_raises_before_the_block_begins() -> None:
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match="in use"):
-            async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=port):
+            async with serve_admin(Shown(), host=LOOPBACK, port=port):
                 pytest.fail("it must not begin")
 
 
@@ -113,13 +113,13 @@ async def refuses(port: int) -> bool:
 
 
 async def test_the_port_is_free_after_the_block() -> None:
-    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         await ask(address.port, "/liveness")
     assert await refuses(address.port)
 
 
 async def test_a_block_that_ends_at_once_gives_the_port_back() -> None:
-    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         pass
     assert await refuses(address.port)
 
@@ -128,7 +128,7 @@ async def test_what_the_block_raises_comes_out_as_it_was() -> None:
     ports = []
 
     async def fail_inside() -> None:
-        async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
             ports.append(address.port)
             raise ZeroDivisionError
 
@@ -141,7 +141,7 @@ async def test_a_cancelled_block_gives_the_port_back() -> None:
     ports: asyncio.Queue[int] = asyncio.Queue()
 
     async def serve_for_ever() -> None:
-        async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
             ports.put_nowait(address.port)
             await asyncio.Event().wait()
 
@@ -155,7 +155,7 @@ async def test_a_cancelled_block_gives_the_port_back() -> None:
 
 async def test_a_client_that_says_nothing_does_not_hold_up_the_end() -> None:
     async with asyncio.timeout(ANSWER_SECONDS_MAX):
-        async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
             await ask(address.port, "/liveness")
             reader, writer = await asyncio.open_connection(LOOPBACK, address.port)
         assert await reader.read() == b""
@@ -164,21 +164,21 @@ async def test_a_client_that_says_nothing_does_not_hold_up_the_end() -> None:
 
 
 async def test_a_failing_callable_is_a_500_and_nothing_more() -> None:
-    def broken() -> bool:
-        raise RuntimeError("what only the log is told")
+    class Broken(Shown):
+        def status(self) -> Status:
+            raise RuntimeError("what only the log is told")
 
-    shown = Shown()
-    state = replace(shown.admin_state(), ready=broken)
+    shown = Broken()
     with captured_log() as log:
-        async with serve_admin(state, host=LOOPBACK, port=0) as address:
-            answer = await ask(address.port, "/readiness")
+        async with serve_admin(shown, host=LOOPBACK, port=0) as address:
+            answer = await ask(address.port, "/status")
             assert answer.status == 500
             assert b"what only" not in answer.body
             assert (await ask(address.port, "/liveness")).status == 200
     assert shown.metrics.value("admin_errors_total") == 1
     (line,) = log.above_info()
     assert (line["event"], line["path"], line["level"]) == (
-        *("admin request failed", "/readiness"),
+        *("admin request failed", "/status"),
         "error",
     )
     assert "RuntimeError" in line["exception"]
@@ -199,7 +199,7 @@ async def test_an_admin_address_that_dies_is_noticed_and_opened_anew() -> None:
     # Otherwise probes fail until the orchestrator restarts a proxy that serves well.
     shown = Shown()
     with captured_log() as log:
-        async with serve_admin(shown.admin_state(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(shown, host=LOOPBACK, port=0) as address:
             for deaths in (1, 2):
                 assert (await ask(address.port, "/readiness")).status == 200
                 await kill_the_server()
@@ -214,7 +214,7 @@ async def test_an_admin_address_that_dies_is_noticed_and_opened_anew() -> None:
 
 async def test_a_dead_admin_address_does_not_hold_up_the_end() -> None:
     async with asyncio.timeout(ANSWER_SECONDS_MAX):
-        async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
             await ask(address.port, "/liveness")
             await kill_the_server()
         assert await refuses(address.port)
@@ -231,7 +231,7 @@ async def take(port: int) -> socket.socket:
 
 async def test_a_port_that_another_program_took_meanwhile_is_waited_for() -> None:
     with captured_log() as log:
-        async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
             await ask(address.port, "/liveness")
             await kill_the_server()
             async with asyncio.timeout(ANSWER_SECONDS_MAX):
@@ -243,7 +243,7 @@ async def test_a_port_that_another_program_took_meanwhile_is_waited_for() -> Non
 
 
 async def test_a_request_has_a_bounded_size() -> None:
-    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         reader, writer = await asyncio.open_connection(LOOPBACK, address.port)
         head = b"GET /liveness HTTP/1.1\r\nHost: localhost\r\nX-Long: "
         writer.write(head + b"x" * REQUEST_BYTES_MAX)
@@ -265,7 +265,7 @@ async def test_a_connection_that_never_finishes_its_request_ends() -> None:
 
     async with (
         asyncio.timeout(CONNECTION_SECONDS_MAX + ANSWER_SECONDS_MAX),
-        serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address,
+        serve_admin(Shown(), host=LOOPBACK, port=0) as address,
         asyncio.TaskGroup() as tasks,
     ):
         for said in (b"", b"GET /liveness HTTP/1.1\r\nHost: lo"):
@@ -276,7 +276,7 @@ async def test_connections_that_ask_for_nothing_do_not_keep_a_probe_out() -> Non
     # Sixty-four of them were enough for a 503, and so for a restart of the pod.
     async with (
         asyncio.timeout(ANSWER_SECONDS_MAX),
-        serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address,
+        serve_admin(Shown(), host=LOOPBACK, port=0) as address,
     ):
         held = []
         for number in range(2 * CONNECTIONS_MAX):
@@ -294,7 +294,7 @@ async def test_connections_that_ask_for_nothing_do_not_keep_a_probe_out() -> Non
 
 
 async def test_no_answer_is_kept_or_guessed_at_by_a_browser() -> None:
-    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         for path in ("/", "/status", "/metrics", "/liveness"):
             headers = (await ask(address.port, path)).headers
             assert headers["cache-control"] == "no-store"
@@ -303,7 +303,7 @@ async def test_no_answer_is_kept_or_guessed_at_by_a_browser() -> None:
 
 async def test_signals_stay_with_the_proxy() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         await ask(address.port, "/liveness")
         during = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert during == before

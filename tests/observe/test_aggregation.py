@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.observe.aggregation import Reading, total
-from proxy.observe.metrics import CancelResult, Metrics
-from proxy.observe.recent_errors import FAILURES_MAX, Failure
+from proxy.observe.metrics import Metrics
+from proxy.observe.recent_errors import RECENT_ERRORS_MAX, RecentError
 from proxy.observe.target_stats import Carried
-from proxy.upstream.phases import ConnectPhase
 
 
 def a_process() -> Metrics:
     return Metrics(
         version="1",
-        session_end_reasons=["client_closed"],
+        session_end_outcomes={"client_closed": "completed"},
+        cancel_results=["forwarded"],
+        connect_phases=["tls"],
         startup_failure_reasons=["probe"],
-        connect_phases=list(ConnectPhase),
         target_names=["eu"],
         clock=lambda: 5.0,
     )
@@ -25,7 +25,8 @@ def a_process() -> Metrics:
 
 def reading(metrics: Metrics, **hosts: str) -> Reading:
     """Return a reading as another process gets it."""
-    own = Reading(metrics.samples(), metrics.live.readings(), metrics.failures.latest(), hosts)
+    rows = metrics.targets.rows(hosts)
+    own = Reading(metrics.samples(), rows, metrics.recent_errors.latest())
     return Reading.from_dict(json.loads(json.dumps(own.as_dict())))
 
 
@@ -46,10 +47,10 @@ def shown(exposition: bytes) -> Mapping[tuple[str, ...], float]:
 def test_counters_gauges_and_histograms_are_added_and_the_program_is_one() -> None:
     first, *others = (a_process() for _ in range(3))
     for metrics in (first, *others):
-        metrics.know(["eu"], "tenants", 7)
+        metrics.configure(["eu"], "tenants", 7)
         metrics.routed("tenants", "eu")
-        metrics.cancel_requested(CancelResult.FORWARDED)
-        metrics.connect_phase_took(ConnectPhase.TLS, 0.03, "eu")
+        metrics.cancel_requested("forwarded")
+        metrics.connect_phase_took("tls", 0.03, "eu")
     with others[0].connection(), others[0].session("eu", lambda: Carried(10, 20)):
         values = shown(first.exposition(total(list(map(reading, others))).samples))
     assert values["cancel_requests_total", "forwarded"] == 3
@@ -69,7 +70,7 @@ def test_counters_gauges_and_histograms_are_added_and_the_program_is_one() -> No
 
 def test_a_target_that_only_another_process_knows_is_shown() -> None:
     first, other = a_process(), a_process()
-    other.live.know(["us"])
+    other.targets.configure(["us"])
     with other.session("us", lambda: Carried(0, 0)):
         assert shown(first.exposition(reading(other).samples))["sessions_active", "us"] == 1
 
@@ -78,7 +79,7 @@ def test_of_the_dead_the_counts_stay_and_the_present_goes() -> None:
     first, other = a_process(), a_process()
     with other.connection(), other.session("eu", lambda: Carried(10, 20)):
         other.session_ended("client_closed", "eu")
-        left = reading(other, eu="host").left_behind()
+        left = reading(other, eu="host").after_exit()
     values = shown(first.exposition(left.samples))
     assert values["sessions_started_total", "eu"] == 1
     assert values["relayed_bytes_total", "to_upstream", "eu"] == 10
@@ -86,6 +87,7 @@ def test_of_the_dead_the_counts_stay_and_the_present_goes() -> None:
     assert values["connections",] == values["sessions_active", "eu"] == 0
     (target, _) = left.targets
     assert (target.sessions, target.sessions_started, target.client_bytes) == (0, 1, 10)
+    assert target.host == ""
 
 
 def test_targets_and_hosts_are_joined_by_name() -> None:
@@ -94,14 +96,14 @@ def test_targets_and_hosts_are_joined_by_name() -> None:
         whole = total([reading(first, eu=""), reading(other, eu="host"), reading(first, eu="")])
     (target, _other) = whole.targets
     assert (target.sessions, target.client_bytes, target.upstream_bytes) == (3, 5, 8)
-    assert whole.hosts == {"eu": "host"}
+    assert target.host == "host"
 
 
 def test_failures_of_one_cause_are_one_and_the_newest_are_kept() -> None:
-    def failure(reason: str, at: float, count: int) -> Failure:
-        return Failure(at, reason, "08006", "eu", count, "it failed", "")
+    def error(reason: str, at: float, count: int) -> RecentError:
+        return RecentError(at, reason, "08006", "eu", count, "it failed", "")
 
-    many = [failure(f"r{at}", at, 1) for at in range(FAILURES_MAX)]
-    whole = total([Reading(failures=many), Reading(failures=[failure("r0", 99, 2)])])
-    assert whole.failures[0] == failure("r0", 99, 3)
-    assert [one.at for one in whole.failures] == [99, *range(FAILURES_MAX - 1, 0, -1)]
+    many = [error(f"r{at}", at, 1) for at in range(RECENT_ERRORS_MAX)]
+    whole = total([Reading(errors=many), Reading(errors=[error("r0", 99, 2)])])
+    assert whole.errors[0] == error("r0", 99, 3)
+    assert [one.at for one in whole.errors] == [99, *range(RECENT_ERRORS_MAX - 1, 0, -1)]

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from proxy.observe.logs import MASK, configure_logging, connection_log, get_logger, mask
+from proxy.observe.logs import configure_logging, connection_log, get_logger, mask
+from proxy.wire.secret import MASK
 
 # Three parts as in a JWT, none of which means anything.
 FAKE_JWT = "eyJub3QiOiJyZWFsIn0.bm90LWEtcmVhbC1zZWNyZXQ.bm90LWEtc2lnbmF0dXJl"

@@ -6,9 +6,10 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.observe.metrics import CancelResult, Metrics, Outcome, outcome_of
-from proxy.observe.status import State, Token
+from proxy.observe.metrics import Metrics
+from proxy.observe.status import Token
 from proxy.observe.target_stats import Carried
+from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
 from tests.support.admin_address import NOW, Shown
 
@@ -16,8 +17,10 @@ from tests.support.admin_address import NOW, Shown
 def new_metrics() -> Metrics:
     return Metrics(
         version="1.2.3",
-        session_end_reasons=["client_closed", "drained"],
+        session_end_outcomes={"client_closed": "completed", "drained": "cut", "broken": "failed"},
+        session_end_errors=["broken"],
         startup_failure_reasons=["token_rejected"],
+        cancel_results=["forwarded", "unknown_key"],
         connect_phases=list(ConnectPhase),
         target_names=["upstream", "eu"],
         clock=lambda: NOW,
@@ -87,8 +90,8 @@ def test_tokens_are_counted_by_success() -> None:
     assert metrics.value("token_mint_failures_total") == 2
 
 
-@pytest.mark.parametrize("result", CancelResult)
-def test_cancel_requests_are_counted_by_result(result: CancelResult) -> None:
+@pytest.mark.parametrize("result", ["forwarded", "unknown_key"])
+def test_cancel_requests_are_counted_by_result(result: str) -> None:
     metrics = new_metrics()
     metrics.cancel_requested(result)
     assert metrics.value("cancel_requests_total", result=result) == 1
@@ -111,8 +114,8 @@ def test_the_build_is_shown() -> None:
 
 def test_the_build_is_one_series_whatever_a_reload_makes_of_it() -> None:
     metrics = new_metrics()
-    metrics.build_is("used")
-    metrics.build_is("off")
+    metrics.set_acceleration("used")
+    metrics.set_acceleration("off")
     assert metrics.value("build_info", version="1.2.3", acceleration="off") == 1
     assert metrics.value("build_info") == 1
 
@@ -138,28 +141,29 @@ def test_two_proxies_in_one_process_count_apart() -> None:
     assert not [family for family in REGISTRY.collect() if "lakebase" in family.name]
 
 
-@pytest.mark.parametrize(
-    ("reason", "outcome"),
-    [
-        ("client_closed", Outcome.COMPLETED),
-        ("client_lost", Outcome.LOST),
-        ("upstream_lost", Outcome.LOST),
-        ("shutdown", Outcome.CUT),
-        ("internal_error", Outcome.FAILED),
-        ("other", Outcome.FAILED),
-    ],
-)
-def test_a_reason_of_an_end_has_one_outcome(reason: str, outcome: Outcome) -> None:
-    assert outcome_of(reason) is outcome
-
-
-def test_an_outcome_is_counted_with_its_reason() -> None:
+def test_an_end_is_counted_by_its_reason_and_the_outcome_that_it_has() -> None:
     metrics = new_metrics()
     metrics.session_ended("client_closed")
     metrics.session_ended("drained")
     metrics.session_ended("never-heard-of")
-    counts = {word: metrics.value("sessions_ended_total", outcome=word) for word in Outcome}
-    assert counts == {"completed": 1, "cut": 1, "failed": 1, "lost": 0}
+    words = ("completed", "cut", "failed", "other")
+    counts = {word: metrics.value("sessions_ended_total", outcome=word) for word in words}
+    assert counts == {"completed": 1, "cut": 1, "failed": 0, "other": 1}
+
+
+def test_an_end_is_an_error_if_its_owner_says_so() -> None:
+    metrics = new_metrics()
+    for reason in ("client_closed", "drained", "broken"):
+        metrics.session_ended(reason, "eu")
+    (error,) = metrics.recent_errors.latest()
+    assert (error.reason, error.target, error.count) == ("broken", "eu", 1)
+
+
+def test_a_phase_outside_the_closed_set_makes_no_new_series() -> None:
+    metrics = new_metrics()
+    metrics.connect_phase_took("never-heard-of", 0.1, "eu")
+    assert metrics.value("upstream_connect_seconds_count", phase="other") == 1
+    assert b"never-heard-of" not in metrics.exposition()
 
 
 def test_bytes_move_while_a_session_lives_and_never_fall() -> None:
@@ -187,7 +191,7 @@ def test_a_target_that_is_not_configured_makes_no_series() -> None:
         metrics.session_refused("token_rejected", "28000", f"client-{number}")
     assert metrics.value("sessions_started_total", target="other") == 50
     assert b"client-" not in metrics.exposition()
-    assert [failure.target for failure in metrics.failures.latest()] == ["other"]
+    assert [error.target for error in metrics.recent_errors.latest()] == ["other"]
 
 
 def test_what_is_refused_is_counted_and_remembered() -> None:
@@ -195,17 +199,17 @@ def test_what_is_refused_is_counted_and_remembered() -> None:
     metrics.session_refused("token_rejected", "28000", "eu")
     metrics.startup_failed("token_rejected")
     assert metrics.value("startup_failures_total", reason="token_rejected") == 2
-    (failure,) = metrics.failures.latest()
-    assert (failure.reason, failure.target, failure.count) == ("token_rejected", "eu", 1)
+    (error,) = metrics.recent_errors.latest()
+    assert (error.reason, error.target, error.count) == ("token_rejected", "eu", 1)
 
 
 def test_tokens_and_drain_are_read_at_the_scrape() -> None:
     metrics, shown = new_metrics(), Shown()
-    metrics.watch(shown.source())
+    metrics.set_source(shown)
     assert metrics.value("draining") == 0
     assert "lakebase_proxy_token_age_seconds{" not in metrics.exposition().decode()
     shown.state = State.DRAINING
-    shown.tokens = [Token("workspace", 12.5, -3.0)]
+    shown.shown_tokens = [Token("workspace", 12.5, -3.0)]
     assert metrics.value("draining") == 1
     assert metrics.value("sessions_max") == 1000
     shown.session_slots_used = 7

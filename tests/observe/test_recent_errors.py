@@ -3,7 +3,7 @@
 import pytest
 
 from proxy.errors import ErrorKind
-from proxy.observe.recent_errors import CANCEL_NOT_DELIVERED, FAILURES_MAX, Failures
+from proxy.observe.recent_errors import RECENT_ERRORS_MAX, RecentErrors
 
 
 class Clock:
@@ -16,71 +16,71 @@ class Clock:
 
 
 def test_the_newest_comes_first() -> None:
-    failures = Failures(Clock())
-    failures.note("token_rejected")
-    failures.note("upstream_dns")
-    assert [(f.reason, f.at) for f in failures.latest()] == [
+    errors = RecentErrors(Clock())
+    errors.record("token_rejected")
+    errors.record("upstream_dns")
+    assert [(f.reason, f.at) for f in errors.latest()] == [
         ("upstream_dns", 2),
         ("token_rejected", 1),
     ]
 
 
 def test_the_same_failure_is_counted_and_comes_to_the_front() -> None:
-    failures = Failures(Clock())
+    errors = RecentErrors(Clock())
     for reason in ("token_rejected", "upstream_dns", "token_rejected"):
-        failures.note(reason)
-    assert [(f.reason, f.at, f.count) for f in failures.latest()] == [
+        errors.record(reason)
+    assert [(f.reason, f.at, f.count) for f in errors.latest()] == [
         ("token_rejected", 3, 2),
         ("upstream_dns", 2, 1),
     ]
 
 
 def test_another_target_or_sqlstate_is_another_failure() -> None:
-    failures = Failures(Clock())
-    failures.note("upstream_dns", target="eu")
-    failures.note("upstream_dns", target="us")
-    failures.note("upstream_dns", "57P03", target="us")
-    assert [f.count for f in failures.latest()] == [1, 1, 1]
+    errors = RecentErrors(Clock())
+    errors.record("upstream_dns", target="eu")
+    errors.record("upstream_dns", target="us")
+    errors.record("upstream_dns", "57P03", target="us")
+    assert [f.count for f in errors.latest()] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("kinds", [FAILURES_MAX - 1, FAILURES_MAX, FAILURES_MAX + 1])
+@pytest.mark.parametrize("kinds", [RECENT_ERRORS_MAX - 1, RECENT_ERRORS_MAX, RECENT_ERRORS_MAX + 1])
 def test_the_oldest_makes_room(kinds: int) -> None:
-    failures = Failures(Clock())
+    errors = RecentErrors(Clock())
     for number in range(kinds):
-        failures.note("upstream_dns", target=str(number))
-    kept = [f.target for f in failures.latest()]
-    assert len(kept) == min(kinds, FAILURES_MAX)
+        errors.record("upstream_dns", target=str(number))
+    kept = [f.target for f in errors.latest()]
+    assert len(kept) == min(kinds, RECENT_ERRORS_MAX)
     assert kept[0] == str(kinds - 1)
-    assert ("0" in kept) == (kinds <= FAILURES_MAX)
+    assert ("0" in kept) == (kinds <= RECENT_ERRORS_MAX)
 
 
 @pytest.mark.parametrize("kind", ErrorKind, ids=lambda kind: kind.name)
 def test_each_kind_says_what_happened_and_what_helps_without_a_role(kind: ErrorKind) -> None:
-    failures = Failures(Clock())
-    failures.note(kind.value.reason, kind.value.sqlstate)
-    (failure,) = failures.latest()
+    errors = RecentErrors(Clock())
+    errors.record(kind.value.reason, kind.value.sqlstate)
+    (error,) = errors.latest()
     # Kinds that share a word are one reason here: the first of them speaks.
     alike = [other.value for other in ErrorKind if other.value.reason == kind.value.reason]
-    assert failure.message in {other.message for other in alike}
-    assert failure.sqlstate == kind.value.sqlstate
-    assert bool(failure.hint) in {bool(other.hint) for other in alike}
-    assert "{" not in failure.hint
+    assert error.message in {other.message for other in alike}
+    assert error.sqlstate == kind.value.sqlstate
+    assert bool(error.hint) in {bool(other.hint) for other in alike}
+    assert "{" not in error.hint
 
 
 @pytest.mark.parametrize(
     ("said", "shown"), [("42501", "42501"), ("", "28000"), ("<b>", "28000"), ("28000x", "28000")]
 )
 def test_a_sqlstate_is_five_characters_or_the_reasons_own(said: str, shown: str) -> None:
-    failures = Failures(Clock())
-    failures.note("token_rejected", said)
-    assert failures.latest()[0].sqlstate == shown
+    errors = RecentErrors(Clock())
+    errors.record("token_rejected", said)
+    assert errors.latest()[0].sqlstate == shown
 
 
 def test_a_reason_without_a_row_is_shown_by_its_word() -> None:
-    failures = Failures(Clock())
-    failures.note("never_heard_of")
-    failures.note(CANCEL_NOT_DELIVERED)
-    assert [(f.message, f.sqlstate, f.hint) for f in failures.latest()] == [
-        ("a cancel request did not reach the upstream", "", ""),
+    errors = RecentErrors(Clock())
+    errors.record("never_heard_of")
+    errors.record("cancel_lost", message="a cancel request was lost")
+    assert [(f.message, f.sqlstate, f.hint) for f in errors.latest()] == [
+        ("a cancel request was lost", "", ""),
         ("", "", ""),
     ]

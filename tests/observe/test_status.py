@@ -5,13 +5,14 @@ from dataclasses import fields
 
 import pytest
 
-from proxy.observe.status import State, Token
+from proxy.observe.status import Token
 from proxy.observe.target_stats import Carried
+from proxy.server.lifecycle import State
 from tests.support.admin_address import Shown
 
 
 def test_it_is_json_with_units_in_its_names() -> None:
-    shown = Shown(tokens=[Token("workspace", 5.0, 3595.0)], warnings=["careful"])
+    shown = Shown(shown_tokens=[Token("workspace", 5.0, 3595.0)], shown_warnings=["careful"])
     assert json.loads(json.dumps(shown.status().as_dict())) == {
         "state": "serving",
         "version": "1.2.3",
@@ -66,19 +67,24 @@ def test_a_session_whose_upstream_is_being_opened_is_told_apart(
 def test_a_target_of_before_a_reload_is_shown_while_it_has_sessions() -> None:
     shown = Shown()
     with shown.metrics.session("upstream", lambda: Carried(0, 0)):
-        shown.metrics.live.know(["us"])
+        shown.metrics.targets.configure(["us"])
         shown.hosts = {"us": "us.example.com"}
         during = shown.status()
     assert [target.name for target in during.targets] == ["upstream", "us"]
     assert [target.name for target in shown.status().targets] == ["us"]
 
 
-def test_a_failure_is_shown_with_its_age() -> None:
+def test_an_error_is_shown_with_its_time_and_age() -> None:
     shown = Shown()
     shown.metrics.session_refused("token_rejected", "28000", "upstream")
-    (error,) = shown.status().errors
-    assert (error.at, error.age_seconds) == ("2026-09-21T14:13:20+00:00", 0)
-    assert (error.reason, error.sqlstate, error.target, error.count) == (
-        *("token_rejected", "28000", "upstream"),
-        1,
-    )
+    (error,) = json.loads(json.dumps(shown.status().as_dict()))["errors"]
+    assert error.pop("message")
+    assert error.pop("hint")
+    assert error == {
+        "at": "2026-09-21T14:13:20+00:00",
+        "age_seconds": 0,
+        "reason": "token_rejected",
+        "sqlstate": "28000",
+        "target": "upstream",
+        "count": 1,
+    }

@@ -13,9 +13,10 @@ import pytest
 import pytest_asyncio
 
 from proxy.observe.admin import AdminAddress, serve_admin
-from proxy.observe.status import State, Token
+from proxy.observe.status import Token
 from proxy.observe.status_page import PAGE, PAGE_HEADERS
 from proxy.observe.target_stats import Carried
+from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
 from tests.support.admin_address import LOOPBACK, Shown, ask
 from tests.support.chromium import Browser, Page, chromium_path, started_browser
@@ -57,7 +58,7 @@ FAINT_TEXT = """
 
 
 async def test_it_is_served_with_a_policy_that_allows_nothing_from_elsewhere() -> None:
-    async with serve_admin(Shown().admin_state(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, "/")
     assert (answer.status, answer.body) == (200, PAGE)
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -109,8 +110,8 @@ def busy() -> Shown:
     """Return a proxy of which everything can be seen."""
     shown = Shown(
         hosts={"upstream": f"ep-{'long-' * 12}name.database.eu-west-1.cloud.example.com"},
-        tokens=[Token("workspace", 23.0, 3577.0), Token("old", 4000.0, -400.0)],
-        warnings=['upstream.sslmode is "require": who is in between can read the token.'],
+        shown_tokens=[Token("workspace", 23.0, 3577.0), Token("old", 4000.0, -400.0)],
+        shown_warnings=['upstream.sslmode is "require": who is in between can read the token.'],
         uptime_seconds=93_784.0,
         session_slots_used=3,
     )
@@ -125,7 +126,7 @@ async def opened(
     stack: AsyncExitStack, browser: Browser, shown: Shown
 ) -> tuple[Page, AdminAddress]:
     """Return the page once it shows the state."""
-    serving = serve_admin(shown.admin_state(), host=LOOPBACK, port=0)
+    serving = serve_admin(shown, host=LOOPBACK, port=0)
     address = await stack.enter_async_context(serving)
     page = await browser.open(f"http://{LOOPBACK}:{address.port}/")
     await page.until(STATE, lambda state: state == shown.state)
@@ -145,7 +146,7 @@ async def test_a_person_sees_all_of_it(stack: AsyncExitStack, browser: Browser) 
         *("Last connect 100 ms:", "mint 20 ms", "login 20 ms"),
         *("expires in 59 min 37 s", "minted 23 s ago", "expired 6 min 40 s ago"),
         *("he role does not exist", "role_missing", "28000", "3 times", "databricks_create_role"),
-        *(shown.warnings[0], "every 2 s"),
+        *(shown.shown_warnings[0], "every 2 s"),
     ):
         assert text in seen, f"{text!r} is not in {seen!r}"
     assert await page.value("document.getElementById('gone').hidden")
@@ -195,7 +196,7 @@ async def test_it_refreshes_itself_and_says_so_when_the_proxy_is_gone(
     assert await page.value("document.body.classList.contains('stale')")
     assert await page.value(FAINT_TEXT) == []
     shown.state = State.SERVING
-    async with serve_admin(shown.admin_state(), host=LOOPBACK, port=address.port):
+    async with serve_admin(shown, host=LOOPBACK, port=address.port):
         await page.until(STATE, lambda state: state == "serving")
         assert await page.value("document.getElementById('gone').hidden")
         assert not await page.value("document.body.classList.contains('stale')")
@@ -226,8 +227,12 @@ async def test_text_that_looks_like_markup_stays_text(
 ) -> None:
     # Names come from a configuration, messages could once come from an upstream.
     attack = "<img src=x onerror=\"document.title='attacked'\"><script>document.title='x'</script>"
-    shown = Shown(hosts={"upstream": attack}, warnings=[attack], tokens=[Token(attack, 1, 1)])
-    shown.metrics.live.know(["upstream", attack])
+    shown = Shown(
+        hosts={"upstream": attack},
+        shown_warnings=[attack],
+        shown_tokens=[Token(attack, 1, 1)],
+    )
+    shown.metrics.targets.configure(["upstream", attack])
     shown.hosts[attack] = attack
     shown.metrics.session_refused(attack, "28000", attack)
     page, _ = await opened(stack, browser, shown)

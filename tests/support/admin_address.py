@@ -9,9 +9,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from proxy.observe.admin import AdminState
 from proxy.observe.metrics import Metrics
-from proxy.observe.status import State, Status, StatusSource, Token, report
+from proxy.observe.status import Status, Token, report
+from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
 
 LOOPBACK: Final = "127.0.0.1"
@@ -23,23 +23,26 @@ ANSWER_SECONDS_MAX: Final = 5
 
 @dataclass
 class Shown:
-    """What the admin address shows, set by each test."""
+    """A proxy as the admin address sees it (`AdminState`, `StatusSource`), set by each test."""
 
     started: bool = True
     ready: bool = True
     state: State = State.SERVING
     hosts: dict[str, str] = field(default_factory=lambda: {"upstream": "ep-a.example.com"})
-    tokens: list[Token] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    shown_tokens: list[Token] = field(default_factory=list)
+    shown_warnings: list[str] = field(default_factory=list)
     uptime_seconds: float = 3.5
     acceleration: str = "used"
     drain_seconds_left: float | None = None
     session_slots_used: int = 0
     quits: int = 0
+    version: str = "1.2.3"
+    listen_address: str = "127.0.0.1:5432"
+    sessions_max: int = 1000
     metrics: Metrics = field(
         default_factory=lambda: Metrics(
             version="1",
-            session_end_reasons=[],
+            session_end_outcomes={},
             startup_failure_reasons=[],
             connect_phases=list(ConnectPhase),
             target_names=["upstream"],
@@ -47,40 +50,42 @@ class Shown:
         )
     )
 
-    def admin_state(self, *, quit: bool = False) -> AdminState:
-        """Return the callables that tell what is set now, and later."""
-        return AdminState(
-            started=lambda: self.started,
-            ready=lambda: self.ready,
-            metrics=self.metrics.exposition,
-            status=self.status,
-            failed=self.metrics.admin_failed,
-            restarted=self.metrics.admin_restarted,
-            quit=self._quit if quit else None,
-        )
+    @property
+    def lifecycle(self) -> "Shown":
+        """Its life, of which the fields above tell."""
+        return self
 
-    def source(self) -> StatusSource:
-        """Return the seam that an application fills."""
-        return StatusSource(
-            version="1.2.3",
-            acceleration=lambda: self.acceleration,
-            state=lambda: self.state,
-            uptime_seconds=lambda: self.uptime_seconds,
-            listen=lambda: "127.0.0.1:5432",
-            sessions_max=lambda: 1000,
-            session_slots_used=lambda: self.session_slots_used,
-            hosts=lambda: self.hosts,
-            tokens=lambda: self.tokens,
-            drain_seconds_left=lambda: self.drain_seconds_left,
-            warnings=lambda: self.warnings,
-        )
+    @property
+    def draining(self) -> bool:
+        """Whether its state says so."""
+        return self.state is State.DRAINING
+
+    def target_names(self) -> list[str]:
+        """Return the configured targets: those that have a host."""
+        return list(self.hosts)
+
+    def tokens(self) -> list[Token]:
+        """Return the tokens that the test has set."""
+        return self.shown_tokens
+
+    def warnings(self) -> list[str]:
+        """Return the warnings that the test has set."""
+        return self.shown_warnings
+
+    async def refresh(self) -> None:
+        """Do nothing: it has no other processes."""
+
+    def exposition(self) -> bytes:
+        """Return the metrics."""
+        return self.metrics.exposition()
 
     def status(self) -> Status:
-        """Return what `/status` is to show."""
-        metrics = self.metrics
-        return report(self.source(), metrics.live.readings(), metrics.failures.latest(), NOW)
+        """Return what `/status` shows."""
+        targets = self.metrics.targets.rows(self.hosts)
+        return report(self, targets, self.metrics.recent_errors.latest(), NOW)
 
-    def _quit(self) -> None:
+    def quit(self) -> None:
+        """Count that it was asked to end."""
         self.quits += 1
 
 

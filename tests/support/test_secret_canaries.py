@@ -4,7 +4,6 @@ import base64
 import re
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from proxy.emulator.lakebase import CLIENT_SECRET
 from proxy.emulator.tokens import Purpose, TokenIssuer
 from proxy.observe.admin import serve_admin
+from proxy.wire.secret import Secret
 from tests.support import secret_canaries
 from tests.support.admin_address import Shown
 from tests.support.proxy_process import ROOT, run_to_end
@@ -83,21 +83,36 @@ def test_any_piece_of_a_token_is_found() -> None:
     assert all(found(claims[start : start + length]) for start in pad)
 
 
+@pytest.mark.parametrize("text", ['{"token": "********"}', "said token=********", "a ********!"])
+def test_a_mask_in_a_log_line_is_found(text: str) -> None:
+    assert found(text)
+
+
 @pytest.mark.parametrize("client", ["a", "ab", "abc", "5ca1ab1e-0000"])
 def test_a_secret_in_a_basic_login_is_found(client: str) -> None:
     assert found(base64.b64encode(f"{client}:{CLIENT_SECRET}".encode()))
 
 
 @pytest.mark.parametrize(
-    "text", ["", "eyJ", "a real one", "Secret(***)", "reason=token_rejected jwk not found"]
+    "text",
+    [
+        "",
+        "eyJ",
+        "a real one",
+        repr(Secret(b"x")),
+        '# token = "********"',
+        "reason=token_rejected jwk not found",
+    ],
 )
 def test_nothing_is_found_where_nothing_is(text: str) -> None:
     assert not found(text)
 
 
 async def test_a_secret_on_a_page_of_the_admin_address_is_found() -> None:
-    shown = Shown()
-    state = replace(shown.admin_state(), metrics=lambda: b"a " + CLIENT_SECRET.encode())
-    async with serve_admin(state, host="127.0.0.1", port=0) as address:
+    class Leaking(Shown):
+        def exposition(self) -> bytes:
+            return b"a " + CLIENT_SECRET.encode()
+
+    async with serve_admin(Leaking(), host="127.0.0.1", port=0) as address:
         assert found(await secret_canaries._page(address.host, address.port, "/metrics"))
         assert not found(await secret_canaries._page(address.host, address.port, "/liveness"))

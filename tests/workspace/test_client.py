@@ -356,13 +356,13 @@ async def test_a_secret_that_the_other_side_repeats_is_masked(
     for secret in (CLIENT_SECRET, basic):
         api.fail(Call.TOKEN, _echo(secret), times=1)
         error = await refusal(workspace(api))
-        assert "bad client_secret=[masked]" in error.detail
+        assert "bad client_secret=********" in error.detail
         assert secret not in shows(error)
     # And one that the SDK itself has found.
     monkeypatch.setenv("DATABRICKS_CLIENT_SECRET", CLIENT_SECRET)
     api.fail(Call.TOKEN, _echo(CLIENT_SECRET), times=1)
     error = await refusal(workspace(api, client_secret=SecretStr("")))
-    assert "bad client_secret=[masked]" in error.detail
+    assert "bad client_secret=********" in error.detail
 
 
 async def test_a_token_that_the_api_repeats_is_masked(api: standin.Workspace) -> None:
@@ -370,7 +370,7 @@ async def test_a_token_that_the_api_repeats_is_masked(api: standin.Workspace) ->
         api, client_id="", client_secret=SecretStr(""), token=SecretStr(PERSONAL_TOKEN)
     )
     api.fail(Call.CREDENTIAL, api_error(403, "PERMISSION_DENIED", f"not for {PERSONAL_TOKEN}!"))
-    assert "not for [masked]!" in (await refusal(made)).detail
+    assert "not for ********!" in (await refusal(made)).detail
 
 
 @pytest.mark.parametrize("seconds", [-1, 0])

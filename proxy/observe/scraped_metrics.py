@@ -1,0 +1,82 @@
+"""The metrics that are read at each scrape, in place of being counted as things happen.
+
+For: numbers that other parts keep anyway. Not for: counters and histograms (`metrics`).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from proxy.observe.status import StatusSource
+from proxy.observe.target_stats import TargetRow
+
+# What every metric's name begins with.
+PREFIX: Final = "lakebase_proxy"
+
+
+class ScrapedMetrics(Collector):
+    """Reads the targets, and the proxy's status where it has a source for it."""
+
+    def __init__(self, rows: Callable[[], list[TargetRow]]) -> None:
+        self._rows = rows
+        self.source: StatusSource | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the metric families as they are now."""
+        yield from _target_metrics(self._rows())
+        if self.source is not None:
+            yield from _token_metrics(self.source)
+            yield from _proxy_metrics(self.source)
+
+
+def _target_metrics(rows: list[TargetRow]) -> Iterable[Metric]:
+    active = GaugeMetricFamily(
+        f"{PREFIX}_sessions_active", "Sessions that are served now.", labels=["target"]
+    )
+    started = CounterMetricFamily(
+        f"{PREFIX}_sessions_started", "Sessions that reached their relay.", labels=["target"]
+    )
+    relayed = CounterMetricFamily(
+        f"{PREFIX}_relayed_bytes",
+        "Bytes relayed, including those of open sessions.",
+        labels=["target", "direction"],
+    )
+    for row in rows:
+        active.add_metric([row.name], row.sessions)
+        started.add_metric([row.name], row.sessions_started)
+        relayed.add_metric([row.name, "to_upstream"], row.client_bytes)
+        relayed.add_metric([row.name, "to_client"], row.upstream_bytes)
+    return active, started, relayed
+
+
+def _token_metrics(source: StatusSource) -> Iterable[Metric]:
+    age = GaugeMetricFamily(
+        f"{PREFIX}_token_age_seconds", "Age of the newest token.", labels=["workspace"]
+    )
+    expiry = GaugeMetricFamily(
+        f"{PREFIX}_token_expires_in_seconds",
+        "Time until the newest token expires; negative after its expiry.",
+        labels=["workspace"],
+    )
+    for token in source.tokens():
+        age.add_metric([token.workspace], token.age_seconds)
+        expiry.add_metric([token.workspace], token.expires_in_seconds)
+    return age, expiry
+
+
+def _proxy_metrics(source: StatusSource) -> Iterable[Metric]:
+    yield GaugeMetricFamily(
+        f"{PREFIX}_draining", "1 while the proxy drains.", value=source.lifecycle.draining
+    )
+    yield GaugeMetricFamily(
+        f"{PREFIX}_session_slots_used",
+        "Sessions that are served or whose upstream is being opened.",
+        value=source.session_slots_used,
+    )
+    yield GaugeMetricFamily(
+        f"{PREFIX}_sessions_max",
+        "The bound of session slots used: listen.max_connections.",
+        value=source.sessions_max,
+    )

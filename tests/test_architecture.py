@@ -36,7 +36,7 @@ TASK_MAKERS = {
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
     "proxy/workers/rpc.py": "an answer ends with its channel, which its process ends with",
     "proxy/workers/worker_pool.py": "leaving the block of accepting waits for them all",
-    "proxy/emulator/connection.py": "a connection of the stand-in waits for its own tasks",
+    "proxy/emulator/connection.py": "a connection of the emulator waits for its own tasks",
 }
 
 # Waits of these tests are for another process, where there is no event to wait for; in `session`

@@ -1,7 +1,7 @@
 """The command line: what each verb prints and how it exits, up to the point where it serves.
 
 Everything that a configuration can get wrong is answered before anything is dialled, so these
-need no stand-in; serving and signals are in `e2e/test_process.py`.
+need no emulator; serving and signals are in `e2e/test_process.py`.
 """
 
 import os

@@ -1,7 +1,7 @@
 """What a client is told when it cannot be served, as a driver shows it; others are served on.
 
 The cases are the rows of the tables of connection errors and of REST errors in the Lakebase facts,
-each over real sockets; texts that only production says are put into the stand-in's mouth. The
+each over real sockets; the emulator sends the texts that only production sends. The
 SQLSTATE and the reason word are a contract (style: `errors.py`); a hint is there wherever a
 person can do something.
 """

@@ -127,7 +127,7 @@ async def test_cancel_ends_the_query_and_not_the_session(
     assert await value(connection, "SELECT 1") == 1
 
 
-# PQcancel blocks with the interpreter's lock held, and the stand-in needs that lock: so it is run
+# PQcancel blocks with the interpreter's lock held, and the emulator needs that lock: so it is run
 # in a process of its own.
 _OLD_CANCEL = """
 import psycopg, sys, threading

@@ -1,6 +1,6 @@
 """Several workspaces behind one proxy: a token is sent to hosts of its own workspace alone.
 
-Two stand-ins, each with an API, an issuer and a gateway of its own. Their shards have the same
+Two emulators, each with an API, an issuer and a gateway of its own. Their shards have the same
 names and therefore the same endpoints and hosts, so that nothing but the workspace tells a token of
 one from a token of the other. Each gateway keeps which tokens it saw, whatever became of the login.
 """

@@ -173,7 +173,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
 
 
 def environment(lakebase: Lakebase) -> list[str]:
-    """Return options that point the proxy in a container at the stand-in, by environment alone."""
+    """Return options that point the proxy in a container at the emulator, by environment alone."""
     ca_file = "/ca.pem"
     values = proxy_values(lakebase, {"admin": {"enabled": True}, "upstream": {}})
     values["upstream"]["ssl_root_cert"] = ca_file

@@ -1,6 +1,6 @@
 """Sessions by the hundred thousand over many shard keys: every one is on the right shard.
 
-Everything is real: the proxy as a process of its own, the stand-in's API and TLS gateway, two
+Everything is real: the proxy as a process of its own, the emulator's API and TLS gateway, two
 PostgreSQL servers, of which each tells its name. Which is right is worked out here, by SHA-256 and
 arithmetic, not by the product's code. For: `make soak`, and less of the same in the suite. Not for
 measuring: client, gateway and servers share the machine with the proxy.
@@ -139,7 +139,7 @@ async def lane(
 
 
 async def run(lakebase: Lakebase, directory: Path, sessions: int, keys: int) -> Outcome:
-    """Open sessions through a proxy process in front of the stand-in; return what they found."""
+    """Open sessions through a proxy process in front of the emulator; return what they found."""
     file = directory / "proxy.toml"
     sections = sharded(lakebase, hash_map())
     file.write_text(toml(proxy_values(lakebase, sections)))
@@ -163,7 +163,7 @@ async def run(lakebase: Lakebase, directory: Path, sessions: int, keys: int) -> 
 
 
 async def soak(sessions: int, keys: int) -> Outcome:
-    """Run with a stand-in of our own, which is gone afterwards."""
+    """Run with an emulator of our own, and remove it afterwards."""
     with tempfile.TemporaryDirectory() as directory:
         async with Lakebase() as lakebase:
             return await run(lakebase, Path(directory), sessions, keys)

@@ -8,7 +8,7 @@ import pytest
 from pydantic import SecretStr
 
 from proxy.config import CredentialsSettings, UpstreamSettings, WorkspaceSettings
-from proxy.emulator import workspace as standin
+from proxy.emulator import workspace as emulator
 from proxy.emulator.api import Call
 from proxy.emulator.cluster import CLIENT_ID
 from proxy.emulator.endpoints import Endpoint
@@ -32,7 +32,7 @@ from tests.support.fake_clock import FakeClock
 
 
 def address_lookup(
-    api: standin.Workspace, clock: FakeClock | None = None, **upstream: Any
+    api: emulator.Workspace, clock: FakeClock | None = None, **upstream: Any
 ) -> AddressLookup:
     settings = WorkspaceSettings(
         host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)
@@ -56,7 +56,7 @@ def client(**parameters: str) -> StartupMessage:
     return StartupMessage(V3_0, pairs)
 
 
-async def test_a_configured_host_needs_no_workspace(api: standin.Workspace) -> None:
+async def test_a_configured_host_needs_no_workspace(api: emulator.Workspace) -> None:
     made = address_lookup(
         api, host="db.example.com", hostaddr="192.0.2.1", port=6000, sslmode="verify-ca"
     )
@@ -68,7 +68,7 @@ async def test_a_configured_host_needs_no_workspace(api: standin.Workspace) -> N
 
 
 async def test_a_host_is_looked_up_once_until_it_is_forgotten(
-    api: standin.Workspace, endpoint: Endpoint
+    api: emulator.Workspace, endpoint: Endpoint
 ) -> None:
     made = address_lookup(api)
     assert (await made.target()).host == endpoint.host
@@ -80,7 +80,7 @@ async def test_a_host_is_looked_up_once_until_it_is_forgotten(
     assert api.calls[Call.RESOURCE] == 2
 
 
-async def test_a_burst_looks_the_host_and_the_identity_up_once(api: standin.Workspace) -> None:
+async def test_a_burst_looks_the_host_and_the_identity_up_once(api: emulator.Workspace) -> None:
     # Each of a thousand connections asked the API, and those beyond the eighth thread failed.
     made = address_lookup(api)
     async with asyncio.timeout(10):
@@ -91,7 +91,7 @@ async def test_a_burst_looks_the_host_and_the_identity_up_once(api: standin.Work
 
 
 async def test_a_look_up_that_failed_is_made_again(
-    api: standin.Workspace, endpoint: Endpoint
+    api: emulator.Workspace, endpoint: Endpoint
 ) -> None:
     clock = FakeClock()
     made = address_lookup(api, clock)
@@ -107,7 +107,7 @@ async def test_a_look_up_that_failed_is_made_again(
 
 @pytest.mark.parametrize("asking", [1, 100])
 async def test_a_look_up_that_fails_for_a_while_is_made_again_after_a_while(
-    api: standin.Workspace, endpoint: Endpoint, asking: int
+    api: emulator.Workspace, endpoint: Endpoint, asking: int
 ) -> None:
     clock = FakeClock()
     made = address_lookup(api, clock)
@@ -120,7 +120,7 @@ async def test_a_look_up_that_fails_for_a_while_is_made_again_after_a_while(
 
 
 async def test_a_host_that_is_forgotten_again_and_again_is_asked_for_now_and_then(
-    api: standin.Workspace, endpoint: Endpoint
+    api: emulator.Workspace, endpoint: Endpoint
 ) -> None:
     # Each try to reach a database that sleeps asked the API for its host.
     clock = FakeClock()
@@ -136,7 +136,7 @@ async def test_a_host_that_is_forgotten_again_and_again_is_asked_for_now_and_the
 
 
 async def test_an_endpoint_that_was_disabled_is_told_so_even_if_its_host_was_known(
-    api: standin.Workspace, endpoint: Endpoint
+    api: emulator.Workspace, endpoint: Endpoint
 ) -> None:
     made = address_lookup(api)
     await made.target()
@@ -148,7 +148,7 @@ async def test_an_endpoint_that_was_disabled_is_told_so_even_if_its_host_was_kno
 
 
 async def test_an_endpoint_without_a_host_is_starting(
-    api: standin.Workspace, endpoint: Endpoint
+    api: emulator.Workspace, endpoint: Endpoint
 ) -> None:
     endpoint.hidden_hosts = set(endpoint.hosts)
     with pytest.raises(ProxyError) as refused:
@@ -161,7 +161,7 @@ async def test_an_endpoint_without_a_host_is_starting(
     "host", [5, ["x"], "a\0b", "https://db.example.com/", "\ud800", "a b", "x" * 300], ids=repr
 )
 async def test_a_host_that_is_none_is_a_failure_of_the_api_and_no_crash(
-    api: standin.Workspace, host: object
+    api: emulator.Workspace, host: object
 ) -> None:
     # The session ended without an answer.
     body = {"status": {"current_state": "ACTIVE", "hosts": {"host": host}}}
@@ -174,7 +174,7 @@ async def test_a_host_that_is_none_is_a_failure_of_the_api_and_no_crash(
 
 @pytest.mark.parametrize("read_only", [True, False])
 async def test_the_read_only_host_is_taken_where_it_is_asked_for(
-    api: standin.Workspace, endpoint: Endpoint, read_only: bool
+    api: emulator.Workspace, endpoint: Endpoint, read_only: bool
 ) -> None:
     expected = endpoint.hosts["read_only_host" if read_only else "host"]
     assert (await address_lookup(api, read_only=read_only).target()).host == expected
@@ -182,7 +182,7 @@ async def test_the_read_only_host_is_taken_where_it_is_asked_for(
 
 @pytest.mark.parametrize("fault", [INTERNAL, NOT_FOUND, UNAUTHENTICATED, PERMISSION_DENIED])
 async def test_a_host_that_was_forgotten_serves_while_the_api_fails(
-    api: standin.Workspace, endpoint: Endpoint, fault: Reply
+    api: emulator.Workspace, endpoint: Endpoint, fault: Reply
 ) -> None:
     # A dial that failed for a reason of its own must not need the API to be made again.
     made = address_lookup(api)
@@ -205,14 +205,14 @@ async def test_a_host_that_was_forgotten_serves_while_the_api_fails(
     ],
 )
 async def test_w16_without_a_database_the_targets_own_is_opened(
-    api: standin.Workspace, parameters: dict[str, str], database: str
+    api: emulator.Workspace, parameters: dict[str, str], database: str
 ) -> None:
     made = address_lookup(api, user="role")
     assert await made.login_names(client(**parameters)) == LoginNames(b"role", database.encode())
 
 
 async def test_the_user_is_the_tokens_identity_unless_it_is_configured(
-    api: standin.Workspace,
+    api: emulator.Workspace,
 ) -> None:
     assert (await address_lookup(api).login_names(client(user="app"))).user == CLIENT_ID.encode()
     assert (await address_lookup(api, user="ada").login_names(client(user="app"))).user == b"ada"
@@ -221,7 +221,7 @@ async def test_the_user_is_the_tokens_identity_unless_it_is_configured(
 
 @pytest.mark.parametrize("asking", [1, 100])
 async def test_who_we_are_is_asked_again_after_a_while_and_by_one_for_all(
-    api: standin.Workspace, asking: int
+    api: emulator.Workspace, asking: int
 ) -> None:
     # Each client of an outage asked by itself as soon as the one before had failed.
     clock = FakeClock()
@@ -238,7 +238,7 @@ async def test_who_we_are_is_asked_again_after_a_while_and_by_one_for_all(
 
 
 async def test_an_identity_that_is_refused_is_not_asked_for_with_every_client(
-    api: standin.Workspace,
+    api: emulator.Workspace,
 ) -> None:
     clock = FakeClock()
     made = address_lookup(api, clock)
@@ -250,6 +250,6 @@ async def test_an_identity_that_is_refused_is_not_asked_for_with_every_client(
     assert api.calls[Call.TOKEN] == 1
 
 
-async def test_names_of_the_client_need_not_be_utf_8(api: standin.Workspace) -> None:
+async def test_names_of_the_client_need_not_be_utf_8(api: emulator.Workspace) -> None:
     message = StartupMessage(V3_0, ((b"user", b"\xff"), (b"database", b"\xfe")))
     assert await address_lookup(api, user="*").login_names(message) == LoginNames(b"\xff", b"\xfe")

@@ -1,4 +1,4 @@
-"""From a target to a connection under TLS, and cancels over it: the stand-in, and scripted servers.
+"""From a target to a connection under TLS, and cancels over it: the emulator, and scripted servers.
 
 What follows from a failure is the dialer's to decide, so that most of this is seen through one.
 """

@@ -1,4 +1,4 @@
-"""A dial from name to ReadyForQuery: against the stand-in's gateway with a real PostgreSQL, and
+"""A dial from name to ReadyForQuery: against the emulator's gateway with a real PostgreSQL, and
 against scripted servers that do what no honest one would."""
 
 import asyncio

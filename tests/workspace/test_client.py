@@ -1,4 +1,4 @@
-"""The real databricks-sdk against the stand-in's workspace: every REST error, and what hangs."""
+"""The real databricks-sdk against the emulator's workspace: every REST error, and what hangs."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from proxy.blocking import THREADS_MAX
 from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.emulator import faults
-from proxy.emulator import workspace as standin
+from proxy.emulator import workspace as emulator
 from proxy.emulator.api import Call, ExpiryFormat
 from proxy.emulator.cluster import CLIENT_ID
 from proxy.emulator.endpoints import Endpoint
@@ -39,7 +39,7 @@ def sdk_is_imported() -> None:
     importlib.import_module("databricks.sdk.core")
 
 
-def workspace(api: standin.Workspace, timeout: float = 10, **settings: Any) -> Workspace:
+def workspace(api: emulator.Workspace, timeout: float = 10, **settings: Any) -> Workspace:
     given = {"host": api.url, "client_id": CLIENT_ID, "client_secret": SecretStr(CLIENT_SECRET)}
     return Workspace(
         WorkspaceSettings(**{**given, **settings}),
@@ -62,7 +62,7 @@ def shows(error: ProxyError) -> str:
 # -- what works ----------------------------------------------------------------------------------
 
 
-async def test_a_service_principal_gets_a_credential(api: standin.Workspace) -> None:
+async def test_a_service_principal_gets_a_credential(api: emulator.Workspace) -> None:
     credential = await workspace(api).mint(PRIMARY)
     (mint,) = api.mints
     assert fingerprint(credential.secret.reveal()) == mint.fingerprint
@@ -71,7 +71,7 @@ async def test_a_service_principal_gets_a_credential(api: standin.Workspace) -> 
     assert not credential.is_password
 
 
-async def test_a_personal_access_token_is_used_where_it_is_given(api: standin.Workspace) -> None:
+async def test_a_personal_access_token_is_used_where_it_is_given(api: emulator.Workspace) -> None:
     made = workspace(
         api, client_id="", client_secret=SecretStr(""), token=SecretStr(PERSONAL_TOKEN)
     )
@@ -81,7 +81,7 @@ async def test_a_personal_access_token_is_used_where_it_is_given(api: standin.Wo
 
 
 async def test_the_sdk_finds_what_is_not_set(
-    api: standin.Workspace, monkeypatch: pytest.MonkeyPatch
+    api: emulator.Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABRICKS_HOST", api.url)
     monkeypatch.setenv("DATABRICKS_CLIENT_ID", CLIENT_ID)
@@ -93,7 +93,7 @@ async def test_the_sdk_finds_what_is_not_set(
 
 @pytest.mark.parametrize("form", list(ExpiryFormat))
 async def test_an_expiry_is_understood_in_each_of_its_forms(
-    api: standin.Workspace, form: ExpiryFormat
+    api: emulator.Workspace, form: ExpiryFormat
 ) -> None:
     api.api.expiry_format = form
     credential = await workspace(api).mint(PRIMARY)
@@ -101,31 +101,31 @@ async def test_an_expiry_is_understood_in_each_of_its_forms(
 
 
 async def test_the_host_is_the_one_that_the_api_names(
-    api: standin.Workspace, endpoint: Endpoint
+    api: emulator.Workspace, endpoint: Endpoint
 ) -> None:
     assert (await workspace(api).status(PRIMARY)).host == endpoint.host
 
 
 async def test_an_endpoint_without_a_host_has_none(
-    api: standin.Workspace, endpoint: Endpoint
+    api: emulator.Workspace, endpoint: Endpoint
 ) -> None:
     endpoint.hidden_hosts = set(endpoint.hosts)
     status = await workspace(api).status(PRIMARY)
     assert (status.state, status.host, status.disabled) == ("ACTIVE", "", False)
 
 
-async def test_a_reply_without_a_status_is_no_crash(api: standin.Workspace) -> None:
+async def test_a_reply_without_a_status_is_no_crash(api: emulator.Workspace) -> None:
     api.fail(Call.RESOURCE, faults.EMPTY)
     status = await workspace(api).status(PRIMARY)
     assert (status.state, status.host, status.disabled) == ("unknown", "", False)
 
 
-async def test_a_disabled_endpoint_says_so(api: standin.Workspace, endpoint: Endpoint) -> None:
+async def test_a_disabled_endpoint_says_so(api: emulator.Workspace, endpoint: Endpoint) -> None:
     endpoint.disabled = True
     assert (await workspace(api).status(PRIMARY)).disabled
 
 
-async def test_a_person_without_a_name_is_told_to_set_the_user(api: standin.Workspace) -> None:
+async def test_a_person_without_a_name_is_told_to_set_the_user(api: emulator.Workspace) -> None:
     api.fail(Call.ME, faults.EMPTY)
     made = workspace(
         api, client_id="", client_secret=SecretStr(""), token=SecretStr(PERSONAL_TOKEN)
@@ -134,14 +134,14 @@ async def test_a_person_without_a_name_is_told_to_set_the_user(api: standin.Work
         await made.identity()
 
 
-async def test_one_client_serves_all_calls(api: standin.Workspace) -> None:
+async def test_one_client_serves_all_calls(api: emulator.Workspace) -> None:
     made = workspace(api)
     for _ in range(3):
         await made.mint(PRIMARY)
     assert (api.calls[Call.TOKEN], api.calls[Call.CREDENTIAL]) == (1, 3)
 
 
-async def test_a_burst_of_mints_gets_a_token_each(api: standin.Workspace) -> None:
+async def test_a_burst_of_mints_gets_a_token_each(api: emulator.Workspace) -> None:
     made = workspace(api)
     credentials = await asyncio.gather(*(made.mint(PRIMARY) for _ in range(40)))
     assert len({credential.secret.reveal() for credential in credentials}) == 40
@@ -206,7 +206,7 @@ TABLE: list[tuple[str, Call, Reply, ErrorKind]] = [
     ("call", "fault", "kind"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
 )
 async def test_every_rest_error_has_its_kind_and_shows_no_secret_and_passes(
-    api: standin.Workspace, call: Call, fault: Reply, kind: ErrorKind
+    api: emulator.Workspace, call: Call, fault: Reply, kind: ErrorKind
 ) -> None:
     api.fail(call, fault)
     made = workspace(api)
@@ -232,7 +232,7 @@ async def test_every_rest_error_has_its_kind_and_shows_no_secret_and_passes(
     ids=["429", "429_without_retry_after", "503"],
 )
 async def test_when_the_api_says_when_to_come_back_no_thread_sleeps_until_then(
-    api: standin.Workspace, fault: Reply, kind: ErrorKind
+    api: emulator.Workspace, fault: Reply, kind: ErrorKind
 ) -> None:
     # Each thread slept and tried again by itself, and a longer time ended in "no answer".
     api.fail(Call.CREDENTIAL, fault)
@@ -247,7 +247,7 @@ async def test_when_the_api_says_when_to_come_back_no_thread_sleeps_until_then(
 @pytest.mark.parametrize("seconds", [14, 30, 3600])
 @pytest.mark.parametrize("call", [Call.CREDENTIAL, Call.TOKEN])
 async def test_a_long_retry_after_is_reported_at_once(
-    api: standin.Workspace, call: Call, seconds: int
+    api: emulator.Workspace, call: Call, seconds: int
 ) -> None:
     # The SDK slept through it, the call ended at its deadline, and the client heard of an API that
     # cannot be reached; a thread slept on.
@@ -260,7 +260,7 @@ async def test_a_long_retry_after_is_reported_at_once(
     assert api.calls[call] == 1
 
 
-async def test_a_refused_workspace_token_is_replaced_once(api: standin.Workspace) -> None:
+async def test_a_refused_workspace_token_is_replaced_once(api: emulator.Workspace) -> None:
     # A 401 of the API does not make the SDK drop the workspace token that it has.
     made = workspace(api)
     await made.mint(PRIMARY)
@@ -270,7 +270,7 @@ async def test_a_refused_workspace_token_is_replaced_once(api: standin.Workspace
 
 
 async def test_only_a_refused_login_and_a_call_that_hangs_cost_the_client(
-    api: standin.Workspace,
+    api: emulator.Workspace,
 ) -> None:
     # Every failure did: each mint that failed was a login, too.
     made = workspace(api)
@@ -283,7 +283,7 @@ async def test_only_a_refused_login_and_a_call_that_hangs_cost_the_client(
 
 
 async def test_a_late_thread_does_not_bring_back_the_login_of_a_rotated_secret(
-    api: standin.Workspace, tmp_path: Path
+    api: emulator.Workspace, tmp_path: Path
 ) -> None:
     file = tmp_path / "secret"
     file.write_text("old-not-real")
@@ -322,7 +322,7 @@ LATER = "2099-01-01T00:00:00Z"
     ids=repr,
 )
 async def test_a_reply_that_makes_no_sense_is_a_failure_of_the_api_and_no_crash(
-    api: standin.Workspace, body: object
+    api: emulator.Workspace, body: object
 ) -> None:
     # The session ended without an answer.
     api.fail(Call.CREDENTIAL, Reply(200, json.dumps(body).encode()))
@@ -333,7 +333,7 @@ async def test_a_reply_that_makes_no_sense_is_a_failure_of_the_api_and_no_crash(
 
 @pytest.mark.parametrize("name", [5, "a\0b", "\ud800", ["x"]], ids=repr)
 async def test_a_person_whose_name_is_no_text_is_a_failure_of_the_api(
-    api: standin.Workspace, name: object
+    api: emulator.Workspace, name: object
 ) -> None:
     api.fail(Call.ME, Reply(200, json.dumps({"userName": name}).encode()))
     made = workspace(
@@ -350,7 +350,7 @@ def _echo(secret: str) -> Reply:
 
 
 async def test_a_secret_that_the_other_side_repeats_is_masked(
-    api: standin.Workspace, monkeypatch: pytest.MonkeyPatch
+    api: emulator.Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     basic = base64.b64encode(f"{CLIENT_ID}:{CLIENT_SECRET}".encode()).decode()
     for secret in (CLIENT_SECRET, basic):
@@ -365,7 +365,7 @@ async def test_a_secret_that_the_other_side_repeats_is_masked(
     assert "bad client_secret=********" in error.detail
 
 
-async def test_a_token_that_the_api_repeats_is_masked(api: standin.Workspace) -> None:
+async def test_a_token_that_the_api_repeats_is_masked(api: emulator.Workspace) -> None:
     made = workspace(
         api, client_id="", client_secret=SecretStr(""), token=SecretStr(PERSONAL_TOKEN)
     )
@@ -375,14 +375,14 @@ async def test_a_token_that_the_api_repeats_is_masked(api: standin.Workspace) ->
 
 @pytest.mark.parametrize("seconds", [-1, 0])
 async def test_an_expiry_in_the_past_is_a_credential_of_no_use(
-    api: standin.Workspace, seconds: float
+    api: emulator.Workspace, seconds: float
 ) -> None:
     api.api.credential_seconds = seconds
     assert (await refusal(workspace(api))).kind is ErrorKind.CREDENTIAL_INVALID
 
 
 async def test_the_uid_in_place_of_the_id_is_not_found(
-    api: standin.Workspace, endpoint: Endpoint
+    api: emulator.Workspace, endpoint: Endpoint
 ) -> None:
     name = ENDPOINT.replace("primary", endpoint.uid)
     assert (await refusal(workspace(api), name)).kind is ErrorKind.ENDPOINT_NOT_FOUND
@@ -407,7 +407,7 @@ async def test_the_uid_in_place_of_the_id_is_not_found(
     ids=["wrong_secret", "two_ways", "no_way", "wrong_token", "auth_type", "profile"],
 )
 async def test_a_wrong_configuration_says_so_and_shows_no_secret(
-    api: standin.Workspace, settings: dict[str, Any], kind: ErrorKind
+    api: emulator.Workspace, settings: dict[str, Any], kind: ErrorKind
 ) -> None:
     error = await refusal(workspace(api, **settings))
     assert error.kind is kind
@@ -419,7 +419,7 @@ async def test_a_wrong_configuration_says_so_and_shows_no_secret(
 
 @pytest.mark.parametrize("content", [b"", b"\n", b" \n\n"])
 async def test_a_secret_file_that_is_empty_says_so(
-    api: standin.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+    api: emulator.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     # The SDK took the environment's secret in its place, without a word.
     monkeypatch.setenv("DATABRICKS_CLIENT_SECRET", CLIENT_SECRET)
@@ -433,7 +433,7 @@ async def test_a_secret_file_that_is_empty_says_so(
 
 @pytest.mark.parametrize("call", [Call.DISCOVERY, Call.OIDC, Call.TOKEN, Call.CREDENTIAL])
 async def test_a_call_that_hangs_ends_at_the_deadline_and_the_next_one_works(
-    api: standin.Workspace, call: Call
+    api: emulator.Workspace, call: Call
 ) -> None:
     api.fail(call, HANG)
     made = workspace(api, timeout=0.3)
@@ -460,7 +460,7 @@ async def _patiently(made: Workspace) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("call", [Call.DISCOVERY, Call.OIDC, Call.TOKEN, Call.CREDENTIAL])
 async def test_calls_that_never_return_end_and_cost_nothing_once_the_api_is_well(
-    api: standin.Workspace, call: Call
+    api: emulator.Workspace, call: Call
 ) -> None:
     # Eight logins that never returned, and nothing was minted until a restart: the SDK's login
     # request has no time limit, and its discovery one of five minutes.
@@ -478,7 +478,7 @@ async def test_calls_that_never_return_end_and_cost_nothing_once_the_api_is_well
 
 
 async def test_a_call_that_gets_no_thread_says_that_the_api_is_unreachable(
-    api: standin.Workspace,
+    api: emulator.Workspace,
 ) -> None:
     made = workspace(api, timeout=0.1)
     release = threading.Event()
@@ -518,7 +518,7 @@ async def test_a_workspace_whose_certificate_does_not_verify_is_told_so_at_once(
 
 
 async def test_one_that_gives_up_while_a_call_hangs_is_gone_at_once(
-    api: standin.Workspace,
+    api: emulator.Workspace,
 ) -> None:
     api.fail(Call.TOKEN, HANG)
     asking = asyncio.create_task(workspace(api).mint(PRIMARY))
@@ -530,7 +530,7 @@ async def test_one_that_gives_up_while_a_call_hangs_is_gone_at_once(
 
 
 async def test_a_workspace_that_is_not_there_is_unreachable_and_then_back(
-    api: standin.Workspace,
+    api: emulator.Workspace,
 ) -> None:
     made = workspace(api, timeout=0.5)
     await api.refuse_connections()
@@ -539,7 +539,7 @@ async def test_a_workspace_that_is_not_there_is_unreachable_and_then_back(
     await _patiently(made)
 
 
-async def test_the_time_of_a_request_is_taken_before_it_is_made(api: standin.Workspace) -> None:
+async def test_the_time_of_a_request_is_taken_before_it_is_made(api: emulator.Workspace) -> None:
     clock = FakeClock()
     settings = WorkspaceSettings(
         host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)

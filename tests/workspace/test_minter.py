@@ -14,7 +14,7 @@ from proxy.emulator.cluster import CLIENT_ID, Cluster
 from proxy.emulator.endpoints import Dialect, Endpoint
 from proxy.emulator.faults import Reply, api_error
 from proxy.emulator.lakebase import CLIENT_SECRET, Lakebase
-from proxy.emulator.workspace import Workspace as StandIn
+from proxy.emulator.workspace import Workspace as EmulatedWorkspace
 from proxy.errors import ErrorKind, ProxyError
 from proxy.server.app import build_metrics
 from proxy.wire.messages import AuthenticationOk
@@ -30,17 +30,17 @@ NAMES = [f"projects/p{number}/branches/b/endpoints/primary" for number in range(
 
 
 @pytest_asyncio.fixture
-async def api() -> AsyncIterator[StandIn]:
+async def api() -> AsyncIterator[EmulatedWorkspace]:
     """Return a workspace with an endpoint for each name; no cluster runs."""
     endpoints = [
         Endpoint(name, f"ep-{number}", Dialect.AUTOSCALING, Cluster("none"))
         for number, name in enumerate(NAMES)
     ]
-    async with StandIn(endpoints, {CLIENT_ID: CLIENT_SECRET}) as started:
+    async with EmulatedWorkspace(endpoints, {CLIENT_ID: CLIENT_SECRET}) as started:
         yield started
 
 
-def minting(api: StandIn, names: list[str]) -> Minter:
+def minting(api: EmulatedWorkspace, names: list[str]) -> Minter:
     settings = WorkspaceSettings(
         host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)
     )
@@ -48,15 +48,15 @@ def minting(api: StandIn, names: list[str]) -> Minter:
     return Minter(made.mint, [resources.Endpoint(name) for name in names])
 
 
-def delete(api: StandIn, *names: str) -> None:
+def delete(api: EmulatedWorkspace, *names: str) -> None:
     api.api.endpoints = [found for found in api.api.endpoints if found.name not in names]
 
 
-def minted_for(api: StandIn) -> list[str]:
+def minted_for(api: EmulatedWorkspace) -> list[str]:
     return [mint.name for mint in api.mints]
 
 
-async def test_the_first_is_used_as_long_as_it_works(api: StandIn) -> None:
+async def test_the_first_is_used_as_long_as_it_works(api: EmulatedWorkspace) -> None:
     mint = minting(api, NAMES)
     for _ in range(3):
         await mint()
@@ -64,7 +64,7 @@ async def test_the_first_is_used_as_long_as_it_works(api: StandIn) -> None:
     assert api.calls[Call.CREDENTIAL] == 3
 
 
-async def test_one_that_was_deleted_costs_one_call_and_not_again(api: StandIn) -> None:
+async def test_one_that_was_deleted_costs_one_call_and_not_again(api: EmulatedWorkspace) -> None:
     mint = minting(api, NAMES[:2])
     await mint()
     delete(api, NAMES[0])
@@ -85,7 +85,9 @@ REFUSALS: list[tuple[Reply, ErrorKind]] = [
 
 
 @pytest.mark.parametrize("refusal", [row[0] for row in REFUSALS], ids=["404", "400", "403"])
-async def test_what_is_wrong_with_one_sends_us_to_the_next(api: StandIn, refusal: Reply) -> None:
+async def test_what_is_wrong_with_one_sends_us_to_the_next(
+    api: EmulatedWorkspace, refusal: Reply
+) -> None:
     api.fail(Call.CREDENTIAL, refusal, times=2)
     await minting(api, NAMES)()
     assert minted_for(api) == [NAMES[2]]
@@ -93,7 +95,7 @@ async def test_what_is_wrong_with_one_sends_us_to_the_next(api: StandIn, refusal
 
 @pytest.mark.parametrize(("refusal", "kind"), REFUSALS, ids=["404", "400", "403"])
 async def test_a_mint_tries_three_resources_at_most_and_the_next_one_goes_on_after_them(
-    api: StandIn, refusal: Reply, kind: ErrorKind
+    api: EmulatedWorkspace, refusal: Reply, kind: ErrorKind
 ) -> None:
     mint = minting(api, NAMES)
     api.fail(Call.CREDENTIAL, refusal, times=TRIES_MAX)
@@ -105,7 +107,7 @@ async def test_a_mint_tries_three_resources_at_most_and_the_next_one_goes_on_aft
     assert minted_for(api) == [NAMES[TRIES_MAX]]
 
 
-async def test_one_alone_is_tried_once(api: StandIn) -> None:
+async def test_one_alone_is_tried_once(api: EmulatedWorkspace) -> None:
     delete(api, NAMES[0])
     with pytest.raises(ProxyError) as refused:
         await minting(api, NAMES[:1])()
@@ -124,7 +126,7 @@ async def test_one_alone_is_tried_once(api: StandIn) -> None:
     ids=lambda value: value.name if isinstance(value, ErrorKind) else "",
 )
 async def test_what_would_be_the_same_for_the_next_is_told_at_once(
-    api: StandIn, reply: Reply, kind: ErrorKind
+    api: EmulatedWorkspace, reply: Reply, kind: ErrorKind
 ) -> None:
     api.fail(Call.CREDENTIAL, reply)
     with pytest.raises(ProxyError) as refused:
@@ -133,7 +135,7 @@ async def test_what_would_be_the_same_for_the_next_is_told_at_once(
     assert api.calls[Call.CREDENTIAL] == 1
 
 
-async def test_mints_at_the_same_time_do_not_skip_one_that_works(api: StandIn) -> None:
+async def test_mints_at_the_same_time_do_not_skip_one_that_works(api: EmulatedWorkspace) -> None:
     delete(api, NAMES[0])
     mint = minting(api, NAMES)
     await asyncio.gather(*(mint() for _ in range(8)))

@@ -6,7 +6,7 @@ import pytest
 from pydantic import SecretStr
 
 from proxy.config import CredentialsSettings, WorkspaceSettings
-from proxy.emulator import workspace as standin
+from proxy.emulator import workspace as emulator
 from proxy.emulator.api import Call
 from proxy.emulator.cluster import CLIENT_ID
 from proxy.emulator.faults import HANG
@@ -127,7 +127,7 @@ def test_what_is_used_is_closed_once() -> None:
 
 
 async def test_a_mint_under_way_is_a_use(
-    api: standin.Workspace, registry: LocalWorkspaceRegistry
+    api: emulator.Workspace, registry: LocalWorkspaceRegistry
 ) -> None:
     api.fail(Call.CREDENTIAL, HANG)
     key = AccountKey(workspace_key(host=api.url), "")
@@ -147,7 +147,7 @@ async def test_a_mint_under_way_is_a_use(
 
 
 async def test_closing_the_registry_cancels_mints_of_accounts_that_are_closed(
-    api: standin.Workspace, registry: LocalWorkspaceRegistry
+    api: emulator.Workspace, registry: LocalWorkspaceRegistry
 ) -> None:
     api.fail(Call.CREDENTIAL, HANG)
     key = AccountKey(workspace_key(host=api.url), "")

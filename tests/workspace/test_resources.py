@@ -11,11 +11,11 @@ from pydantic import SecretStr
 
 from proxy.config import CredentialsSettings, UpstreamSettings, WorkspaceSettings
 from proxy.emulator import faults
-from proxy.emulator import workspace as standin
+from proxy.emulator import workspace as emulator
 from proxy.emulator.api import Call, ExpiryFormat
 from proxy.emulator.cluster import CLIENT_ID, Cluster
 from proxy.emulator.endpoints import Dialect
-from proxy.emulator.endpoints import Endpoint as StandinEndpoint
+from proxy.emulator.endpoints import Endpoint as EmulatedEndpoint
 from proxy.emulator.lakebase import CLIENT_SECRET
 from proxy.errors import ErrorKind, ProxyError
 from proxy.workspace.client import Workspace
@@ -31,20 +31,20 @@ STATUS = {Endpoint: Call.RESOURCE, Instance: Call.INSTANCE}
 
 
 @pytest.fixture(params=list(FACES), ids=lambda dialect: dialect.name.lower())
-def face(request: pytest.FixtureRequest) -> StandinEndpoint:
+def face(request: pytest.FixtureRequest) -> EmulatedEndpoint:
     """Return an endpoint or an instance whose cluster does not run."""
     name, uid = FACES[request.param]
-    return StandinEndpoint(name, uid, request.param, Cluster("none"))
+    return EmulatedEndpoint(name, uid, request.param, Cluster("none"))
 
 
 @pytest_asyncio.fixture
-async def both(face: StandinEndpoint) -> AsyncIterator[standin.Workspace]:
+async def both(face: EmulatedEndpoint) -> AsyncIterator[emulator.Workspace]:
     """Return a workspace that knows it."""
-    async with standin.Workspace([face], {CLIENT_ID: CLIENT_SECRET}) as started:
+    async with emulator.Workspace([face], {CLIENT_ID: CLIENT_SECRET}) as started:
         yield started
 
 
-def reached(api: standin.Workspace) -> Workspace:
+def reached(api: emulator.Workspace) -> Workspace:
     settings = WorkspaceSettings(
         host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)
     )
@@ -52,7 +52,7 @@ def reached(api: standin.Workspace) -> Workspace:
 
 
 def resource(
-    face: StandinEndpoint, *, read_only: bool = False, name: str = ""
+    face: EmulatedEndpoint, *, read_only: bool = False, name: str = ""
 ) -> Endpoint | Instance:
     kind = Endpoint if face.dialect is Dialect.AUTOSCALING else Instance
     return kind(name or face.name, read_only)
@@ -60,7 +60,7 @@ def resource(
 
 @pytest.mark.parametrize("form", list(ExpiryFormat))
 async def test_a_credential_is_minted_whatever_the_form_of_its_expiry(
-    both: standin.Workspace, face: StandinEndpoint, form: ExpiryFormat
+    both: emulator.Workspace, face: EmulatedEndpoint, form: ExpiryFormat
 ) -> None:
     both.api.expiry_format = form
     credential = await reached(both).mint(resource(face))
@@ -70,7 +70,7 @@ async def test_a_credential_is_minted_whatever_the_form_of_its_expiry(
 
 @pytest.mark.parametrize("read_only", [True, False])
 async def test_state_and_host_are_what_the_api_says(
-    both: standin.Workspace, face: StandinEndpoint, read_only: bool
+    both: emulator.Workspace, face: EmulatedEndpoint, read_only: bool
 ) -> None:
     status = await reached(both).status(resource(face, read_only=read_only))
     assert status.state == face.state
@@ -79,7 +79,7 @@ async def test_state_and_host_are_what_the_api_says(
 
 
 async def test_a_reply_without_any_field_is_no_crash(
-    both: standin.Workspace, face: StandinEndpoint
+    both: emulator.Workspace, face: EmulatedEndpoint
 ) -> None:
     asked = resource(face)
     kind = type(asked)
@@ -93,7 +93,7 @@ async def test_a_reply_without_any_field_is_no_crash(
 
 
 async def test_an_expiry_that_is_no_time_is_a_failure_of_the_api(
-    both: standin.Workspace, face: StandinEndpoint
+    both: emulator.Workspace, face: EmulatedEndpoint
 ) -> None:
     body = b'{"token": "x", "expire_time": "soon", "expiration_time": "soon"}'
     both.fail(CREDENTIAL[type(resource(face))], faults.Reply(200, body))
@@ -103,7 +103,7 @@ async def test_an_expiry_that_is_no_time_is_a_failure_of_the_api(
 
 
 async def test_an_expiry_without_an_offset_is_utc(
-    both: standin.Workspace, face: StandinEndpoint, monkeypatch: pytest.MonkeyPatch
+    both: emulator.Workspace, face: EmulatedEndpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # It was taken for this machine's time: hours too long or too short.
     monkeypatch.setenv("TZ", "Asia/Tokyo")
@@ -123,7 +123,7 @@ async def test_an_expiry_without_an_offset_is_utc(
 
 
 async def test_a_name_that_is_not_there_is_not_found(
-    both: standin.Workspace, face: StandinEndpoint
+    both: emulator.Workspace, face: EmulatedEndpoint
 ) -> None:
     missing = resource(face, name=face.name + "x")
     for asked in (reached(both).mint(missing), reached(both).status(missing)):

@@ -11,7 +11,7 @@ import pytest_asyncio
 from pydantic import SecretStr
 
 from proxy.config import CredentialsSettings, WorkspaceSettings
-from proxy.emulator import workspace as standin
+from proxy.emulator import workspace as emulator
 from proxy.emulator.api import Call
 from proxy.emulator.cluster import CLIENT_ID
 from proxy.emulator.endpoints import Endpoint
@@ -30,11 +30,11 @@ OTHER_TOKEN = "dapi0000000000000000000000000000ffff"
 @pytest_asyncio.fixture
 async def other(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> AsyncIterator[standin.Workspace]:
+) -> AsyncIterator[emulator.Workspace]:
     """Return the workspace that the environment, and the machine's profile, belong to."""
     from databricks.sdk.core import Config
 
-    async with standin.Workspace([endpoint], {OTHER_ID: OTHER_SECRET}) as started:
+    async with emulator.Workspace([endpoint], {OTHER_ID: OTHER_SECRET}) as started:
         started.api.personal_tokens[OTHER_TOKEN] = OTHER_ID
         for attribute in Config.attributes():  # the Azure ones, which begin with ARM_, included
             if attribute.env:
@@ -74,7 +74,7 @@ async def refusal(made: Workspace) -> ProxyError:
 
 @pytest.mark.parametrize("way", ["service principal", "token", "file-oidc", "profile"])
 async def test_a_named_workspace_logs_in_with_its_own_settings_alone(
-    api: standin.Workspace, other: standin.Workspace, tmp_path: Path, way: str
+    api: emulator.Workspace, other: emulator.Workspace, tmp_path: Path, way: str
 ) -> None:
     token_file, profiles = tmp_path / "oidc", tmp_path / "profiles"
     token_file.write_text(api.federation_token(CLIENT_ID))
@@ -108,7 +108,7 @@ async def test_a_named_workspace_logs_in_with_its_own_settings_alone(
     ids=repr,
 )
 async def test_what_a_named_workspace_does_not_set_is_missing_and_taken_from_nowhere(
-    api: standin.Workspace, other: standin.Workspace, missing: dict[str, Any]
+    api: emulator.Workspace, other: emulator.Workspace, missing: dict[str, Any]
 ) -> None:
     for host in (api.url, ""):
         error = await refusal(named(host=host, **missing))
@@ -119,14 +119,14 @@ async def test_what_a_named_workspace_does_not_set_is_missing_and_taken_from_now
     assert not other.mints
 
 
-async def test_a_named_workspace_without_a_host_has_none(other: standin.Workspace) -> None:
+async def test_a_named_workspace_without_a_host_has_none(other: emulator.Workspace) -> None:
     error = await refusal(named(token=SecretStr(PERSONAL_TOKEN)))
     assert error.kind is ErrorKind.CONFIGURATION_INVALID
     assert not other.calls
 
 
 async def test_an_unnamed_workspace_still_finds_what_is_not_set(
-    other: standin.Workspace, monkeypatch: pytest.MonkeyPatch
+    other: emulator.Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The environment does bite: where it may be looked at, it decides.
     for name in [name for name in os.environ if name.startswith(("ARM_", "GOOGLE_"))]:

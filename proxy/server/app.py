@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 
-class Entrance(Protocol):
+class ConnectionSource(Protocol):
     """Where clients come in."""
 
     def accepting(self) -> AbstractAsyncContextManager[tuple[str, int]]:
@@ -53,7 +53,7 @@ class Entrance(Protocol):
         """Go on accepting for a while, then end all sessions; return how many were cut."""
 
 
-class Others(Protocol):
+class Workers(Protocol):
     """The other processes of a proxy, where there are any."""
 
     @property
@@ -61,8 +61,8 @@ class Others(Protocol):
         """Whether there is one that serves."""
 
     @property
-    def places_taken(self) -> int:
-        """How many places their sessions take."""
+    def slots_taken(self) -> int:
+        """How many slots their sessions take."""
 
     def reading(self) -> Reading:
         """Return what they had counted when they were asked last."""
@@ -70,7 +70,7 @@ class Others(Protocol):
     async def refresh(self) -> None:
         """Ask them what they have counted."""
 
-    async def take_over(self) -> bool:
+    async def reload(self) -> bool:
         """Have them serve new sessions by the App's settings; tell whether all do."""
 
 
@@ -79,14 +79,14 @@ class App:
 
     Without TCP `listen_host` is the directory of the unix socket, as drivers take it for a host.
 
-    A proxy of several processes has an App in each: the first accepts and has the `others`; in
+    A proxy of several processes has an App in each: the first accepts and has the `workers`; in
     those `workspaces`, `slots` and `cancel_elsewhere` lead to it.
     """
 
     listen_host: str
     listen_port: int
     admin: AdminAddress | None = None
-    others: Others | None = None
+    workers: Workers | None = None
     lanes: "Lanes | None" = None
     """The compiled relay's, while the loop carries them."""
 
@@ -114,7 +114,7 @@ class App:
         connector = Connector(lambda phase, seconds: None)
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
         self.listener = self._make_listener(settings, starting_max)
-        self.entrance: Entrance = self.listener
+        self.connection_source: ConnectionSource = self.listener
 
     @property
     def settings(self) -> Settings:
@@ -162,7 +162,7 @@ class App:
         then on. Called again meanwhile it hastens: `drain(0)` ends what is left at once.
         """
         self.lifecycle.drain(accept_seconds + drain_seconds)
-        return await self.entrance.drain(drain_seconds, accept_seconds=accept_seconds)
+        return await self.connection_source.drain(drain_seconds, accept_seconds=accept_seconds)
 
     def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
         parts = SessionParts(
@@ -242,7 +242,7 @@ async def running(app: App) -> AsyncIterator[App]:
             app.admin = await stack.enter_async_context(
                 serve_admin(_admin_state(app), host=settings.admin.host, port=settings.admin.port)
             )
-        host, port = await stack.enter_async_context(app.entrance.accepting())
+        host, port = await stack.enter_async_context(app.connection_source.accepting())
         app.listen_host, app.listen_port = host, port
         app.lifecycle.serve()
         admin_port = None if app.admin is None else app.admin.port
@@ -274,28 +274,33 @@ async def open_snapshot(
 
 
 def _admin_state(app: App) -> AdminState:
-    source, metrics, lifecycle, others = _status_source(app), app.metrics, app.lifecycle, app.others
+    source, metrics, lifecycle, workers = (
+        _status_source(app),
+        app.metrics,
+        app.lifecycle,
+        app.workers,
+    )
     metrics.watch(source)
 
     def status() -> Status:
         own = (metrics.live.readings(), metrics.failures.latest())
-        both = total([Reading((), *own), _others_reading(app)]) if others else Reading((), *own)
+        both = total([Reading((), *own), _workers_reading(app)]) if workers else Reading((), *own)
         return report(source, both.targets, both.failures, time.time())
 
     return AdminState(
         started=lambda: lifecycle.started,
-        ready=lambda: lifecycle.state is State.SERVING and (others is None or others.ready),
-        metrics=lambda: metrics.exposition(_others_reading(app).samples),
+        ready=lambda: lifecycle.state is State.SERVING and (workers is None or workers.ready),
+        metrics=lambda: metrics.exposition(_workers_reading(app).samples),
         status=status,
         failed=metrics.admin_failed,
         restarted=metrics.admin_restarted,
         quit=lifecycle.quit_asked.set if app.settings.admin.quit else None,
-        refresh=None if others is None else others.refresh,
+        refresh=None if workers is None else workers.refresh,
     )
 
 
-def _others_reading(app: App) -> Reading:
-    return Reading() if app.others is None else app.others.reading()
+def _workers_reading(app: App) -> Reading:
+    return Reading() if app.workers is None else app.workers.reading()
 
 
 def _status_source(app: App) -> StatusSource:
@@ -308,7 +313,7 @@ def _status_source(app: App) -> StatusSource:
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def hosts() -> Mapping[str, str]:
-        known = _others_reading(app).hosts
+        known = _workers_reading(app).hosts
         return {name: host or known.get(name, "") for name, host in app.snapshot.hosts().items()}
 
     def tokens() -> Sequence[Token]:
@@ -325,7 +330,7 @@ def _status_source(app: App) -> StatusSource:
         listen=listen,
         sessions_max=lambda: app.settings.listen.max_connections,
         session_slots_used=lambda: (
-            app.slots.taken if app.others is None else app.others.places_taken
+            app.slots.taken if app.workers is None else app.workers.slots_taken
         ),
         hosts=hosts,
         tokens=tokens,

@@ -186,7 +186,7 @@ async def _take_over(app: App, settings: Settings, router: Router) -> None:
     """Serve new sessions by these settings. Raises ConfigurationError."""
     warned = app.settings.warnings()
     changes = app.reload(settings, router)
-    if app.others is not None and not await app.others.take_over():
+    if app.workers is not None and not await app.workers.reload():
         app.metrics.reload_failed()  # which of them did not, and why, is in the log
     _log.info("reloaded", changed=changes.reloadable, **app.snapshot.map_facts)
     if changes.restart:

@@ -19,30 +19,30 @@ from proxy.session.listener import ACCEPT_BACKLOG, STARTING_WARNING_SECONDS, soc
 from proxy.transport.sockets import listen_tcp, listen_unix
 
 # Connections accepted before the loop looks at anything else.
-ACCEPTS_A_TURN: Final = 32
+ACCEPTS_MAX: Final = 32
 # How long nothing is accepted when no worker takes it, or no descriptor is left.
-REST_SECONDS: Final = 0.05
+ACCEPT_PAUSE_SECONDS: Final = 0.05
 
 _log = get_logger(__name__)
 
-GiveAway = Callable[[socket.socket], bool]
+PassConnection = Callable[[socket.socket], bool]
 """Gives a connection to a worker; tells whether one has taken it."""
 
 
-class Entrance:
+class Acceptor:
     """Where clients connect."""
 
-    def __init__(self, settings: ListenSettings, give_away: GiveAway) -> None:
+    def __init__(self, settings: ListenSettings, pass_connection: PassConnection) -> None:
         self._settings = settings
-        self._give_away = give_away
+        self._pass_connection = pass_connection
         self._listening: list[socket.socket] = []
         self._held: socket.socket | None = None
-        self._rest: asyncio.TimerHandle | None = None
+        self._resume_timer: asyncio.TimerHandle | None = None
         self._unix_path: Path | None = None
-        self._said_at: float | None = None
+        self._logged_at: float | None = None
 
     def open(self) -> tuple[str, int]:
-        """Listen, and return the address; who connects waits for `begin`.
+        """Listen, and return the address; who connects waits for `start`.
 
         Without TCP it is the directory of the unix socket. Raises OSError.
         """
@@ -57,7 +57,7 @@ class Entrance:
             self._unix_path = path
         return host or directory, port
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Accept from now on."""
         loop = asyncio.get_running_loop()
         for sock in self._listening:
@@ -66,8 +66,8 @@ class Entrance:
     def close(self) -> None:
         """Accept no more. May be called again."""
         self._pause()
-        if self._rest is not None:
-            self._rest.cancel()
+        if self._resume_timer is not None:
+            self._resume_timer.cancel()
         for sock in self._listening:
             sock.close()
         self._listening.clear()
@@ -79,30 +79,31 @@ class Entrance:
             self._unix_path = None
 
     def _accept(self, listening: socket.socket) -> None:
-        for _ in range(ACCEPTS_A_TURN):
+        for _ in range(ACCEPTS_MAX):
             try:
                 self._held = self._held or listening.accept()[0]
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                self._say(error)
-                self._take_a_rest()
+                self._log_failure(error)
+                self._pause_for_a_moment()
                 return
-            if not self._give_away(self._held):
-                self._take_a_rest()
+            if not self._pass_connection(self._held):
+                self._pause_for_a_moment()
                 return
             self._held.close()
             self._held = None
 
-    def _say(self, error: OSError) -> None:
+    def _log_failure(self, error: OSError) -> None:
         now = asyncio.get_running_loop().time()
-        if self._said_at is None or now - self._said_at >= STARTING_WARNING_SECONDS:
-            self._said_at = now
+        if self._logged_at is None or now - self._logged_at >= STARTING_WARNING_SECONDS:
+            self._logged_at = now
             _log.error("cannot accept", error=error.strerror)
 
-    def _take_a_rest(self) -> None:
+    def _pause_for_a_moment(self) -> None:
         self._pause()
-        self._rest = asyncio.get_running_loop().call_later(REST_SECONDS, self.begin)
+        loop = asyncio.get_running_loop()
+        self._resume_timer = loop.call_later(ACCEPT_PAUSE_SECONDS, self.start)
 
     def _pause(self) -> None:
         loop = asyncio.get_running_loop()

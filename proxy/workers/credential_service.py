@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 from proxy.errors import ErrorKind, ProxyError
 from proxy.upstream.upstreams import Upstream, Upstreams
 from proxy.workers.remote_credentials import CONFIGURATIONS_MAX
-from proxy.workers.rpc import Answers
+from proxy.workers.rpc import Methods
 from proxy.workspace.client import Identity
 from proxy.workspace.registry import TokenAccount
 from proxy.workspace.resources import ResourceStatus
@@ -104,7 +104,7 @@ _FORGOTTEN: Final = _Configuration((), {}, PendingCalls())
 
 
 class CredentialService:
-    """Answers from the newest configurations."""
+    """Methods from the newest configurations."""
 
     def __init__(self) -> None:
         self._calls = PendingCalls()
@@ -131,7 +131,7 @@ class CredentialService:
         await self._calls.close()
 
     @property
-    def answers(self) -> Answers:
+    def methods(self) -> Methods:
         """What a worker may call."""
         return {
             "fresh": self._fresh,

@@ -25,16 +25,16 @@ from proxy.observe.logs import get_logger
 SOCKETS_OF_A_WORKER: Final = 2
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_COMMAND: Final = struct.Struct("!BB")  # an _Order and a slot
-_EXIT: Final = struct.Struct("!Bi")  # a slot and a wait status
-_NEVER_BEGUN: Final = 1 << 8  # the wait status of a worker that was not forked: exit code 1
+_COMMAND: Final = struct.Struct("!BB")  # an _Order and a worker_number
+_EXIT: Final = struct.Struct("!Bi")  # a worker_number and a wait status
+_FORK_FAILED: Final = 1 << 8  # the wait status of a worker that was not forked: exit code 1
 # The nursery ends as soon as it has killed its workers.
 _END_SECONDS_MAX: Final = 5.0
 
 _log = get_logger(__name__)
 
-Work = Callable[[int, Sequence[socket.socket]], int]
-"""What a worker does, in a slot and with its sockets; returns its exit code."""
+RunWorker = Callable[[int, Sequence[socket.socket]], int]
+"""What a worker does, in a worker_number and with its sockets; returns its exit code."""
 
 
 class _Command(IntEnum):
@@ -45,7 +45,7 @@ class _Command(IntEnum):
 class ForkServer:
     """The supervisor's end. Start it before there are threads or an event loop."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: RunWorker) -> None:
         # Packets: one is one order, or one piece of news, and an end is seen.
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # What is there now is there to stay, in all processes. A collection that looked at it would
@@ -62,7 +62,7 @@ class ForkServer:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if self.pid == 0:
             self._socket.close()
-            _end_with(lambda: _Forker(theirs, work).run())
+            _run_and_exit(lambda: _Forker(theirs, work).run())
         theirs.close()
         self._socket.setblocking(False)
 
@@ -70,18 +70,18 @@ class ForkServer:
         """Return the descriptor that can be read when there is news."""
         return self._socket.fileno()
 
-    def fork(self, slot: int, sockets: Sequence[socket.socket]) -> None:
-        """Have a worker begin in a slot where there is none. Raises OSError."""
-        command = _COMMAND.pack(_Command.FORK, slot)
+    def fork(self, worker_number: int, sockets: Sequence[socket.socket]) -> None:
+        """Have a worker begin in a worker_number where there is none. Raises OSError."""
+        command = _COMMAND.pack(_Command.FORK, worker_number)
         socket.send_fds(self._socket, [command], [each.fileno() for each in sockets])
 
-    def kill(self, slot: int) -> None:
-        """End the worker of a slot at once, if there is one."""
+    def kill(self, worker_number: int) -> None:
+        """End the worker of a worker_number at once, if there is one."""
         with suppress(OSError):
-            self._socket.send(_COMMAND.pack(_Command.KILL, slot))
+            self._socket.send(_COMMAND.pack(_Command.KILL, worker_number))
 
     def exits(self) -> Iterator[tuple[int, int]]:
-        """Yield slot and exit code of each worker that has ended; a signal's is below zero.
+        """Yield number and exit code of each worker that has ended; a signal's is below zero.
 
         Raises EOFError when the nursery has ended.
         """
@@ -94,8 +94,8 @@ class ForkServer:
                 packet = b""
             if not packet:
                 raise EOFError
-            slot, status = _EXIT.unpack(packet)
-            yield slot, os.waitstatus_to_exitcode(status)
+            worker_number, status = _EXIT.unpack(packet)
+            yield worker_number, os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
         """End the nursery, and what is left of its workers, at once; a stuck one is killed."""
@@ -114,10 +114,10 @@ class ForkServer:
 class _Forker:
     """The nursery itself."""
 
-    def __init__(self, commands: socket.socket, work: Work) -> None:
+    def __init__(self, commands: socket.socket, work: RunWorker) -> None:
         self._commands = commands
         self._work = work
-        self._slots: dict[int, int] = {}  # by pid
+        self._workers: dict[int, int] = {}  # by pid
         self._awake, self._waker = socket.socketpair()
         for end in (self._awake, self._waker):
             end.setblocking(False)
@@ -130,9 +130,9 @@ class _Forker:
             while self._run_command():
                 self._reap()
         finally:
-            for pid in self._slots:
+            for pid in self._workers:
                 os.kill(pid, signal.SIGKILL)
-            for pid in self._slots:
+            for pid in self._workers:
                 os.waitpid(pid, 0)
         return 0
 
@@ -149,20 +149,24 @@ class _Forker:
             return False
         if not packet:
             return False
-        command, slot = _COMMAND.unpack(packet)
+        command, worker_number = _COMMAND.unpack(packet)
         if command == _Command.FORK:
-            self._fork(slot, [socket.socket(fileno=descriptor) for descriptor in descriptors])
+            self._fork(
+                worker_number, [socket.socket(fileno=descriptor) for descriptor in descriptors]
+            )
         else:
-            for pid in [pid for pid, its_slot in self._slots.items() if its_slot == slot]:
+            for pid in [
+                pid for pid, of_worker in self._workers.items() if of_worker == worker_number
+            ]:
                 os.kill(pid, signal.SIGKILL)  # it is our child and not buried: the number is its
         return True
 
-    def _fork(self, slot: int, sockets: Sequence[socket.socket]) -> None:
+    def _fork(self, worker_number: int, sockets: Sequence[socket.socket]) -> None:
         try:
             pid = os.fork()
         except OSError as error:  # too many processes, or no memory: it may be otherwise soon
-            _log.error("a worker could not be forked", worker=slot + 1, error=error.strerror)
-            self._tell(slot, _NEVER_BEGUN)
+            _log.error("a worker could not be forked", worker=worker_number, error=error.strerror)
+            self._notify(worker_number, _FORK_FAILED)
             for each in sockets:
                 each.close()
             return
@@ -171,8 +175,8 @@ class _Forker:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for end in (self._commands, self._awake, self._waker):
                 end.close()
-            _end_with(lambda: self._work(slot, sockets))
-        self._slots[pid] = slot
+            _run_and_exit(lambda: self._work(worker_number, sockets))
+        self._workers[pid] = worker_number
         for each in sockets:
             each.close()
 
@@ -180,18 +184,18 @@ class _Forker:
         with suppress(BlockingIOError):
             while self._awake.recv(4096):
                 pass
-        while self._slots:
+        while self._workers:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            self._tell(self._slots.pop(pid), status)
+            self._notify(self._workers.pop(pid), status)
 
-    def _tell(self, slot: int, status: int) -> None:
+    def _notify(self, worker_number: int, status: int) -> None:
         with suppress(OSError):  # nobody listens: the next look at the orders ends it
-            self._commands.send(_EXIT.pack(slot, status))
+            self._commands.send(_EXIT.pack(worker_number, status))
 
 
-def _end_with(work: Callable[[], int]) -> NoReturn:
+def _run_and_exit(work: Callable[[], int]) -> NoReturn:
     """Do the work and end the process, without a look at what its parent's stack would do."""
     code = 1
     try:

@@ -4,7 +4,7 @@ For: asking, being asked, and knowing when the other one has gone. Not for: what
 
 Invariants: at most `CALLS_MAX` calls of one side are under way, the rest wait; a call that is given
 up ends its work on the other side. A peer that takes nothing is cut. When the other end has gone,
-every call that waits raises ChannelLost.
+every call that waits raises RpcConnectionLost.
 """
 
 import asyncio
@@ -35,42 +35,42 @@ _NO_ANSWER: Final = 0  # the number of a call that wants none
 
 _log = get_logger(__name__)
 
-Answers = Mapping[str, Callable[..., Awaitable[object]]]
+Methods = Mapping[str, Callable[..., Awaitable[object]]]
 
 
-class ChannelLost(Exception):
+class RpcConnectionLost(Exception):
     """The process at the other end has gone."""
 
 
-class Channel(asyncio.Protocol):
-    """One end. `answers` are coroutine functions by the names that the other end calls them."""
+class RpcConnection(asyncio.Protocol):
+    """One end. `methods` are coroutine functions by the names that the other end calls them."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, methods: Methods) -> None:
         self.lost = asyncio.Event()
-        self._answers = answers
+        self._methods = methods
         self._frames = Frames()
         self._numbers = itertools.count(_NO_ANSWER + 1)
-        self._places = asyncio.Semaphore(CALLS_MAX)
+        self._slots = asyncio.Semaphore(CALLS_MAX)
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._answering: dict[int, asyncio.Task[None]] = {}
         self._transport: asyncio.Transport
 
     @classmethod
-    async def open(cls, sock: socket.socket, answers: Answers) -> "Channel":
+    async def open(cls, sock: socket.socket, methods: Methods) -> "RpcConnection":
         """Return the end of a channel that this socket is; it is closed with it."""
         loop = asyncio.get_running_loop()
-        _, channel = await loop.create_unix_connection(lambda: cls(answers), sock=sock)
-        return channel
+        _, connection = await loop.create_unix_connection(lambda: cls(methods), sock=sock)
+        return connection
 
     def close(self) -> None:
         """End the channel; the other end sees that this process has done with it."""
         self._transport.abort()
 
     async def call(self, name: str, **arguments: object) -> Any:
-        """Return what the other end answers. Raises ProxyError as it does, and ChannelLost."""
-        async with self._places:
+        """Return what the other end answers. Raises ProxyError and RpcConnectionLost."""
+        async with self._slots:
             if self.lost.is_set():
-                raise ChannelLost
+                raise RpcConnectionLost
             number = next(self._numbers)
             self._waiting[number] = asyncio.get_running_loop().create_future()
             try:
@@ -82,7 +82,7 @@ class Channel(asyncio.Protocol):
             finally:
                 del self._waiting[number]
 
-    def tell(self, name: str, **arguments: object) -> None:
+    def notify(self, name: str, **arguments: object) -> None:
         """Say something that needs no answer."""
         self._send({"call": _NO_ANSWER, "name": name, "arguments": arguments})
 
@@ -106,7 +106,7 @@ class Channel(asyncio.Protocol):
         self.lost.set()
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(ChannelLost())
+                future.set_exception(RpcConnectionLost())
         for task in self._answering.values():
             task.cancel()
 
@@ -135,7 +135,7 @@ class Channel(asyncio.Protocol):
                 future.set_result(message["result"])
 
     def _begin(self, number: int, name: str, arguments: Mapping[str, Any]) -> None:
-        answer = self._answer(number, self._answers[name](**arguments))
+        answer = self._answer(number, self._methods[name](**arguments))
         task = asyncio.get_running_loop().create_task(answer)
         key = number or -id(task)
         self._answering[key] = task

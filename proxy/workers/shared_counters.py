@@ -20,58 +20,58 @@ _NUMBER_BYTES: Final = 8
 
 
 class SharedCounters:
-    """Two numbers for each slot of a worker. Made before the processes fork."""
+    """Two numbers for each worker_number of a worker. Made before the processes fork."""
 
     def __init__(self, workers: int) -> None:
         numbers = memoryview(mmap.mmap(-1, 2 * workers * _NUMBER_BYTES)).cast("Q")
-        self._places, self._ended = numbers[:workers], numbers[workers:]
+        self._slots, self._ended = numbers[:workers], numbers[workers:]
 
     @property
-    def places_taken(self) -> int:
+    def slots_taken(self) -> int:
         """The places that all workers have taken."""
-        return sum(self._places)
+        return sum(self._slots)
 
-    def places_of(self, slot: int) -> int:
+    def slots_of(self, worker_number: int) -> int:
         """Return the places that a worker has taken."""
-        return self._places[slot]
+        return self._slots[worker_number]
 
-    def take(self, slot: int, change: int) -> None:
+    def take(self, worker_number: int, change: int) -> None:
         """Change the places of one worker by so many."""
-        self._places[slot] += change
+        self._slots[worker_number] += change
 
-    def ended(self, slot: int) -> int:
+    def ended(self, worker_number: int) -> int:
         """Return how many connections have ended since the worker began."""
-        return self._ended[slot]
+        return self._ended[worker_number]
 
-    def end(self, slot: int) -> None:
+    def end(self, worker_number: int) -> None:
         """Note that a connection of a worker has ended."""
-        self._ended[slot] += 1
+        self._ended[worker_number] += 1
 
-    def clear(self, slot: int) -> None:
+    def clear(self, worker_number: int) -> None:
         """Forget a worker that is dead."""
-        self._places[slot] = self._ended[slot] = 0
+        self._slots[worker_number] = self._ended[worker_number] = 0
 
 
 class SharedSlots:
     """The places of all, as one worker takes them."""
 
-    def __init__(self, counters: SharedCounters, slot: int, places_max: int) -> None:
+    def __init__(self, counters: SharedCounters, worker_number: int, slots_max: int) -> None:
         self._counters = counters
-        self._slot = slot
-        self._places_max = places_max
+        self._worker_number = worker_number
+        self._places_max = slots_max
 
     @property
     def taken(self) -> int:
         """The places that this worker has taken."""
-        return self._counters.places_of(self._slot)
+        return self._counters.slots_of(self._worker_number)
 
     @contextmanager
     def take(self) -> Iterator[None]:
         """Hold a place while the block runs. Raises ProxyError when none is free."""
-        self._counters.take(self._slot, 1)
+        self._counters.take(self._worker_number, 1)
         try:
-            if self._counters.places_taken > self._places_max:
+            if self._counters.slots_taken > self._places_max:
                 raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
             yield
         finally:
-            self._counters.take(self._slot, -1)
+            self._counters.take(self._worker_number, -1)

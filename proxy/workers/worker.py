@@ -31,24 +31,27 @@ from proxy.session.fast_path import watched_lanes
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
 from proxy.workers.remote_credentials import RemoteWorkspaceRegistry
-from proxy.workers.rpc import Channel, ChannelLost
+from proxy.workers.rpc import RpcConnection, RpcConnectionLost
 from proxy.workers.rpc_frames import NUMBER_BYTES
 from proxy.workers.shared_counters import SharedCounters, SharedSlots
 
 _log = get_logger(__name__)
 
 
-def work(
-    counters: SharedCounters, starting_max: int, slot: int, sockets: Sequence[socket.socket]
+def run_worker(
+    counters: SharedCounters,
+    starting_max: int,
+    worker_number: int,
+    sockets: Sequence[socket.socket],
 ) -> int:
     """Serve until the supervisor has done with it; return the exit code."""
     control, connection_socket = sockets
-    with worker_log(slot + 1):
-        uvloop.run(Worker(counters, starting_max, slot, connection_socket).run(control))
+    with worker_log(worker_number):
+        uvloop.run(Worker(counters, starting_max, worker_number, connection_socket).run(control))
     return 0
 
 
-def shared_out(settings: Settings) -> Settings:
+def worker_settings(settings: Settings) -> Settings:
     """Return settings with a worker's part of the bounds that it keeps on its own, rounded up."""
 
     def part_of(section: UpstreamSettings) -> UpstreamSettings:
@@ -69,24 +72,24 @@ class Worker:
         self,
         counters: SharedCounters,
         starting_max: int,
-        slot: int,
+        worker_number: int,
         connection_socket: socket.socket,
     ) -> None:
         self._counters = counters
         self._starting_max = starting_max
-        self._slot = slot
+        self._worker_number = worker_number
         self._connection_socket = connection_socket
         self._threads = BlockingCalls("reload")
         self._first: asyncio.Future[Settings]
         self._serving = asyncio.Event()
-        self._channel: Channel
+        self._rpc: RpcConnection
         self._accounts: RemoteWorkspaceRegistry
         self._app: App
 
     async def run(self, control: socket.socket) -> None:
         """Serve from the first settings on, until the channel ends."""
         self._first = asyncio.get_running_loop().create_future()
-        self._channel = await Channel.open(
+        self._rpc = await RpcConnection.open(
             control,
             {
                 "configure": self._configure,
@@ -95,14 +98,14 @@ class Worker:
                 "drain": self._drain,
             },
         )
-        self._accounts = RemoteWorkspaceRegistry(self._channel)
+        self._accounts = RemoteWorkspaceRegistry(self._rpc)
         settings = await self._first
         configure_logging(format=settings.log.format, level=settings.log.level)
         self._app = App(
             settings,
             starting_max=self._starting_max,
             workspaces=self._accounts,
-            slots=SharedSlots(self._counters, self._slot, settings.listen.max_connections),
+            slots=SharedSlots(self._counters, self._worker_number, settings.listen.max_connections),
             cancel_elsewhere=self._cancel_elsewhere,
         )
         async with AsyncExitStack() as stack:
@@ -111,20 +114,22 @@ class Worker:
             stack.enter_context(sampling_lag(self._app.metrics.loop_lagged))
             await stack.enter_async_context(self._app.listener.adopting())
             self._connection_socket.setblocking(False)
-            asyncio.get_running_loop().add_reader(self._connection_socket, self._let_in)
-            stack.callback(self._shut_door)
+            asyncio.get_running_loop().add_reader(
+                self._connection_socket, self._receive_connections
+            )
+            stack.callback(self._close_connection_socket)
             self._app.lifecycle.serve()
             gc.freeze()  # what is there now stays, and need not be looked at again
             self._serving.set()
             _log.info("worker serves", pid=os.getpid())
-            await self._channel.lost.wait()
+            await self._rpc.lost.wait()
 
     # -- what the supervisor calls ---------------------------------------------------------------
 
     async def _configure(self, number: int, settings: dict[str, Any]) -> None:
         """Serve, or from now on serve, by these settings. Raises ProxyError."""
-        validated = shared_out(Settings.model_validate(settings))
-        self._accounts.take_over(number, validated)
+        validated = worker_settings(Settings.model_validate(settings))
+        self._accounts.register(number, validated)
         if self._serving.is_set():
             await self._reload(validated)
         else:
@@ -157,22 +162,20 @@ class Worker:
         return await self._app.cancels.request_here(request)
 
     async def _drain(self, seconds: float) -> int:
-        self._let_in()  # all that was given away before the supervisor closed the entrance
-        self._shut_door()
+        self._receive_connections()  # what was sent before the acceptor closed
+        self._close_connection_socket()
         return await self._app.drain(seconds)
 
     # -- inside ----------------------------------------------------------------------------------
 
     async def _cancel_elsewhere(self, request: CancelRequest) -> bool:
         try:
-            found = await self._channel.call(
-                "cancel", pid=request.pid, key=request.key.reveal().hex()
-            )
-        except ChannelLost:
+            found = await self._rpc.call("cancel", pid=request.pid, key=request.key.reveal().hex())
+        except RpcConnectionLost:
             return False
         return bool(found)
 
-    def _let_in(self) -> None:
+    def _receive_connections(self) -> None:
         """Serve the connections that wait at the door; each packet is one."""
         while self._connection_socket.fileno() >= 0:  # ends with what waits
             try:
@@ -185,7 +188,7 @@ class Worker:
                 _log.error("cannot take a connection", error=error.strerror)
                 return
             if not packet:
-                self._shut_door()
+                self._close_connection_socket()
                 return
             if not descriptors:  # this process has no more of them
                 _log.error("a connection was lost: no file descriptor is left")
@@ -196,9 +199,9 @@ class Worker:
             self._app.listener.adopt(sock, int.from_bytes(packet), self._ended)
 
     def _ended(self) -> None:
-        self._counters.end(self._slot)
+        self._counters.end(self._worker_number)
 
-    def _shut_door(self) -> None:
+    def _close_connection_socket(self) -> None:
         if self._connection_socket.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._connection_socket)
             self._connection_socket.close()

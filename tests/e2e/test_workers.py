@@ -27,7 +27,7 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
-from proxy.workers.worker_pool import END_SECONDS_MAX
+from proxy.workers.supervisor import END_SECONDS_MAX
 from tests.e2e.conftest import StartProcess
 from tests.support.admin_address import ask
 from tests.support.plain_client import PlainClient, plain_client, startup
@@ -58,7 +58,7 @@ def worker_pids(proxy: ProxyProcess) -> set[int]:
     return {pid for pid in alive(descendants(proxy.pid)) if not descendants(pid)}
 
 
-def nursery_pid(proxy: ProxyProcess) -> int:
+def fork_server_pid(proxy: ProxyProcess) -> int:
     """Return who forks them."""
     (pid,) = descendants(proxy.pid) - worker_pids(proxy)
     return pid
@@ -635,8 +635,8 @@ async def test_a_worker_that_dies_costs_its_own_sessions_and_is_replaced(
 
 IMPATIENT = """
 import sys
-from proxy.workers import worker_pool
-worker_pool.WATCH_SECONDS, worker_pool.STUCK_SECONDS_MAX = 0.2, 0.5
+from proxy.workers import supervisor
+supervisor.WATCH_SECONDS, supervisor.STUCK_SECONDS_MAX = 0.2, 0.5
 from proxy.__main__ import main
 sys.exit(main())
 """
@@ -714,7 +714,7 @@ async def test_without_the_process_that_forks_workers_the_proxy_drains_and_ends_
     async with served(proxy, 2) as clients:
         for client in clients:
             await client.query("SELECT pg_sleep(0.5), 'finished'")
-        os.kill(nursery_pid(proxy), signal.SIGKILL)
+        os.kill(fork_server_pid(proxy), signal.SIGKILL)
         for client in clients:
             assert b"finished" in await client.receive_rest()
     assert await proxy.ended() == 1
@@ -726,7 +726,7 @@ async def test_workers_end_with_the_supervisor_even_if_it_had_not_heard_of_a_dea
 ) -> None:
     # The kernel then tells the process that forks workers of a reset, not of an end.
     proxy = await start_process(listen=TWO)
-    below, fork_server = descendants(proxy.pid), nursery_pid(proxy)
+    below, fork_server = descendants(proxy.pid), fork_server_pid(proxy)
     stuck, dies = worker_pids(proxy)
     os.kill(proxy.pid, signal.SIGSTOP)
     os.kill(stuck, signal.SIGSTOP)
@@ -777,7 +777,7 @@ async def test_a_process_that_forks_workers_and_is_stuck_does_not_keep_the_proxy
     start_process: StartProcess,
 ) -> None:
     proxy = await start_process(listen=TWO)
-    below, fork_server = descendants(proxy.pid), nursery_pid(proxy)
+    below, fork_server = descendants(proxy.pid), fork_server_pid(proxy)
     os.kill(fork_server, signal.SIGSTOP)
     try:
         proxy.send(signal.SIGTERM)

@@ -15,13 +15,13 @@ from proxy.server.app import App
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workers.credential_service import CredentialService
 from proxy.workers.remote_credentials import CONFIGURATIONS_MAX, RemoteWorkspaceRegistry
-from proxy.workers.rpc import Channel
+from proxy.workers.rpc import RpcConnection
 from proxy.workspace.registry import LocalWorkspaceRegistry
 from tests.support.running import proxy_settings
 
 
 class Pair:
-    """A supervisor's App and a worker's, over a channel; each reload is one of both."""
+    """A supervisor's App and a worker's, over a connection; each reload is one of both."""
 
     def __init__(
         self,
@@ -31,33 +31,36 @@ class Pair:
     ) -> None:
         self._accounts = accounts
         self._credentials = credential_service
-        self._number = 1
+        self._generation = 1
         self.supervisor = App(settings)
-        credential_service.open(self._number, self.supervisor.snapshot.upstreams)
-        accounts.take_over(self._number, settings)
+        credential_service.open(self._generation, self.supervisor.snapshot.upstreams)
+        accounts.register(self._generation, settings)
         self.worker = App(settings, workspaces=accounts)
 
     def reload(self, settings: Settings) -> None:
         """Serve by these settings in both."""
-        self._number += 1
+        self._generation += 1
         self.supervisor.reload(settings)
-        self._credentials.open(self._number, self.supervisor.snapshot.upstreams)
-        self._accounts.take_over(self._number, settings)
+        self._credentials.open(self._generation, self.supervisor.snapshot.upstreams)
+        self._accounts.register(self._generation, settings)
         self.worker.reload(settings)
 
 
 @asynccontextmanager
 async def paired(settings: Settings, credential_service: CredentialService) -> AsyncIterator[Pair]:
     ours, theirs = socket.socketpair()
-    channels = await Channel.open(ours, {}), await Channel.open(theirs, credential_service.answers)
-    pair = Pair(settings, RemoteWorkspaceRegistry(channels[0]), credential_service)
+    connections = (
+        await RpcConnection.open(ours, {}),
+        await RpcConnection.open(theirs, credential_service.methods),
+    )
+    pair = Pair(settings, RemoteWorkspaceRegistry(connections[0]), credential_service)
     try:
         yield pair
     finally:
         await pair.worker.workspaces.close()
-        for channel in channels:
-            channel.close()
-            await channel.lost.wait()
+        for connection in connections:
+            connection.close()
+            await connection.lost.wait()
         await credential_service.close()
         await pair.supervisor.workspaces.close()
 

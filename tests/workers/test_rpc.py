@@ -9,15 +9,15 @@ import pytest
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.workers import rpc as module
-from proxy.workers.rpc import Answers, Channel, ChannelLost
+from proxy.workers.rpc import Methods, RpcConnection, RpcConnectionLost
 from tests.support.running import captured_log, nothing_left
 
 
 @asynccontextmanager
-async def channels(answers: Answers) -> AsyncIterator[tuple[Channel, Channel]]:
+async def connections(methods: Methods) -> AsyncIterator[tuple[RpcConnection, RpcConnection]]:
     """Give both ends; the second one answers."""
     ours, theirs = socket.socketpair()
-    one, other = await Channel.open(ours, {}), await Channel.open(theirs, answers)
+    one, other = await RpcConnection.open(ours, {}), await RpcConnection.open(theirs, methods)
     try:
         yield one, other
     finally:
@@ -43,7 +43,7 @@ async def test_each_call_gets_its_own_answer_in_whatever_order_they_come() -> No
             await asyncio.sleep(0)
         return number
 
-    async with channels({"later": later}) as (one, _):
+    async with connections({"later": later}) as (one, _):
         found = await asyncio.gather(*(one.call("later", number=n) for n in range(3)))
     assert found == [0, 1, 2]
 
@@ -52,7 +52,7 @@ async def test_a_refusal_is_raised_where_it_was_asked_for() -> None:
     async def refuse() -> None:
         raise ProxyError(ErrorKind.API_THROTTLED, "later", retry_after_seconds=7)
 
-    async with channels({"refuse": refuse}) as (one, _):
+    async with connections({"refuse": refuse}) as (one, _):
         with pytest.raises(ProxyError) as caught:
             await one.call("refuse")
     assert caught.value.kind is ErrorKind.API_THROTTLED
@@ -64,7 +64,7 @@ async def test_a_bug_costs_its_call_and_not_the_channel() -> None:
         raise ValueError("what only the log shall say")
 
     with captured_log() as log:
-        async with channels({"broken": broken, "double": double}) as (one, _):
+        async with connections({"broken": broken, "double": double}) as (one, _):
             with pytest.raises(ProxyError) as caught:
                 await one.call("broken")
             assert await one.call("double", number=2) == 4
@@ -83,7 +83,7 @@ async def test_a_call_that_is_given_up_ends_the_work_on_the_other_side() -> None
         finally:
             ended.set()
 
-    async with channels({"hang": hang, "double": double}) as (one, _):
+    async with connections({"hang": hang, "double": double}) as (one, _):
         asking = asyncio.ensure_future(one.call("hang"))
         await begun.wait()
         asking.cancel()
@@ -102,17 +102,17 @@ async def test_when_one_end_goes_whoever_waits_hears_of_it_and_nothing_is_left(h
         begun.set()
         await asyncio.Event().wait()
 
-    async with channels({}):
+    async with connections({}):
         pass  # the loop's first sockets bring descriptors of its own
-    async with nothing_left(), channels({"hang": hang}) as (one, other):
+    async with nothing_left(), connections({"hang": hang}) as (one, other):
         asking = asyncio.ensure_future(one.call("hang"))
         await begun.wait()
         (one if here else other).close()
-        with pytest.raises(ChannelLost):
+        with pytest.raises(RpcConnectionLost):
             await asking
-        with pytest.raises(ChannelLost):
+        with pytest.raises(RpcConnectionLost):
             await one.call("hang")
-        one.tell("hang")  # which nobody hears
+        one.notify("hang")  # which nobody hears
 
 
 async def test_more_calls_than_the_bound_wait_for_their_turn(
@@ -129,7 +129,7 @@ async def test_more_calls_than_the_bound_wait_for_their_turn(
             await asyncio.sleep(0)
         under_way -= 1
 
-    async with channels({"work": work}) as (one, _):
+    async with connections({"work": work}) as (one, _):
         await asyncio.gather(*(one.call("work") for _ in range(10)))
     assert most == 2
 
@@ -138,8 +138,8 @@ async def test_a_peer_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "UNSENT_BYTES_MAX", 1_000_000)
     ours, theirs = socket.socketpair()
     with theirs:
-        one = await Channel.open(ours, {})
-        one.tell("much", text="x" * 3_000_000)
+        one = await RpcConnection.open(ours, {})
+        one.notify("much", text="x" * 3_000_000)
         async with asyncio.timeout(5):
             await one.lost.wait()
 
@@ -147,7 +147,7 @@ async def test_a_peer_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch)
 async def test_a_peer_that_sends_nonsense_is_cut() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
-        one = await Channel.open(ours, {})
+        one = await RpcConnection.open(ours, {})
         theirs.sendall(b"\xff" * 8)
         async with asyncio.timeout(5):
             await one.lost.wait()

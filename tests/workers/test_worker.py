@@ -13,9 +13,9 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
 from proxy.server.app import App
 from proxy.workers.credential_service import CredentialService
-from proxy.workers.rpc import Channel
+from proxy.workers.rpc import RpcConnection
 from proxy.workers.shared_counters import SharedCounters
-from proxy.workers.worker import Worker, shared_out
+from proxy.workers.worker import Worker, worker_settings
 from tests.support.running import captured_log, proxy_settings
 from tests.support.sharding import sharded
 
@@ -31,7 +31,7 @@ def test_connects_max_is_shared_out_and_rounded_up_wherever_it_is_set() -> None:
         }
     )
     assert settings.target("taken").connects_max == 50
-    mine = shared_out(settings)
+    mine = worker_settings(settings)
     found = {name: mine.target(name).connects_max for name in mine.target_names()}
     assert found == {"upstream": 13, "own": 2, "taken": 13}
     assert mine.target("own").host == "h"
@@ -52,23 +52,23 @@ async def test_a_reload_that_a_worker_cannot_take_over_is_refused_and_it_serves_
         socket.AF_UNIX, socket.SOCK_SEQPACKET
     )
     with captured_log(), connection_socket, their_connection_socket:
-        channel = await Channel.open(ours, credential_service.answers)
+        rpc = await RpcConnection.open(ours, credential_service.methods)
         worker = asyncio.ensure_future(
             Worker(SharedCounters(1), 10, 0, their_connection_socket).run(theirs)
         )
-        await channel.call("configure", number=1, settings=content)
+        await rpc.call("configure", number=1, settings=content)
         file.unlink()  # since the supervisor has read it
         with pytest.raises(ProxyError) as caught:
-            await channel.call("configure", number=2, settings=content)
+            await rpc.call("configure", number=2, settings=content)
         assert caught.value.kind is ErrorKind.INTERNAL
         assert "shard_maps.tenants.mappings_file" in caught.value.detail
         assert gc.isenabled()
-        assert "third" not in (await channel.call("read"))["hosts"]
+        assert "third" not in (await rpc.call("read"))["hosts"]
         file.write_text("key,target\na,third\n")
         content["targets"]["third"] = content["targets"]["one"]
-        await channel.call("configure", number=3, settings=content)
-        assert "third" in (await channel.call("read"))["hosts"]
-        channel.close()
+        await rpc.call("configure", number=3, settings=content)
+        assert "third" in (await rpc.call("read"))["hosts"]
+        rpc.close()
         async with asyncio.timeout(5):
             await worker
     gc.unfreeze()

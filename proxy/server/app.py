@@ -23,6 +23,7 @@ from proxy.routing.router import Route, Router
 from proxy.server.lifecycle import Lifecycle
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
+from proxy.session.drain import AcceptPeriod
 from proxy.session.end_reason import EndReason
 from proxy.session.fast_path import watched_lanes
 from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, socket_name
@@ -44,34 +45,37 @@ _log = get_logger(__name__)
 
 
 class ConnectionSource(Protocol):
-    """Where clients come in."""
+    """Where client connections come from."""
 
     def accepting(self) -> AbstractAsyncContextManager[tuple[str, int]]:
-        """Accept while the block runs, and give the address; then end what is left."""
+        """Accept while the block runs, and yield the address; then end what is left."""
 
-    async def drain(self, seconds: float, *, accept_seconds: float = 0) -> int:
-        """Go on accepting for a while, then end all sessions; return how many were cut."""
+    async def drain(self, seconds: float) -> int:
+        """Stop accepting, and end all sessions within this time. Return how many were cut.
+
+        Called again meanwhile, it does what is left in the shorter time.
+        """
 
 
 class Workers(Protocol):
-    """The other processes of a proxy, where there are any."""
+    """The other processes of a proxy, where there are several."""
 
     @property
     def ready(self) -> bool:
-        """Whether there is one that serves."""
+        """Whether one of them serves."""
 
     @property
     def slots_taken(self) -> int:
-        """How many slots their sessions take."""
+        """The slots that their sessions take."""
 
     def reading(self) -> Reading:
-        """Return what they had counted when they were asked last."""
+        """Return what they had counted when they were read last."""
 
     async def refresh(self) -> None:
-        """Ask them what they have counted."""
+        """Read what they have counted."""
 
     async def reload(self) -> bool:
-        """Have them serve new sessions by the App's settings; tell whether all do."""
+        """Have them serve new sessions by the App's settings. Return whether all do."""
 
 
 class App:
@@ -115,6 +119,7 @@ class App:
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
         self.listener = self._make_listener(settings, starting_max)
         self.connection_source: ConnectionSource = self.listener
+        self._accept_period = AcceptPeriod()
 
     @property
     def settings(self) -> Settings:
@@ -156,13 +161,15 @@ class App:
         )
 
     async def drain(self, drain_seconds: float, *, accept_seconds: float = 0) -> int:
-        """Say no to readiness, then end all sessions; return how many had to be cut.
+        """Fail readiness, then end all sessions. Return how many had to be cut.
 
-        New connections are taken for `accept_seconds` more; the sessions have `drain_seconds` from
-        then on. Called again meanwhile it hastens: `drain(0)` ends what is left at once.
+        New connections are accepted for `accept_seconds` more; from then on the sessions have
+        `drain_seconds`. Called again meanwhile, it stops accepting at once and ends what is left in
+        the shorter time.
         """
         self.lifecycle.drain(accept_seconds + drain_seconds)
-        return await self.connection_source.drain(drain_seconds, accept_seconds=accept_seconds)
+        await self._accept_period.wait(accept_seconds)
+        return await self.connection_source.drain(drain_seconds)
 
     def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
         parts = SessionParts(
@@ -226,13 +233,18 @@ async def serving(settings: Settings, *, starting_max: int = STARTING_MAX) -> As
     Raises OSError when an address cannot be listened on, and ConfigurationError for a file that
     a setting names and that cannot be used.
     """
-    async with running(App(settings, starting_max=starting_max)) as app:
+    app = App(settings, starting_max=starting_max)
+    async with running(app):
+        log_serving(app)
         yield app
 
 
 @asynccontextmanager
-async def running(app: App) -> AsyncIterator[App]:
-    """Serve with the parts of `app` while the block runs. Raises OSError as `serving` does."""
+async def running(app: App) -> AsyncIterator[None]:
+    """Serve with the parts of `app` while the block runs. Raises OSError as `serving` does.
+
+    This is the same in every process of a proxy: with one, in the supervisor, and in a worker.
+    """
     settings = app.settings
     async with AsyncExitStack() as stack:
         app.lanes = stack.enter_context(watched_lanes())
@@ -245,17 +257,20 @@ async def running(app: App) -> AsyncIterator[App]:
         host, port = await stack.enter_async_context(app.connection_source.accepting())
         app.listen_host, app.listen_port = host, port
         app.lifecycle.serve()
-        admin_port = None if app.admin is None else app.admin.port
-        _log.info(
-            "serving",
-            host=host,
-            port=port,
-            admin_port=admin_port,
-            version=__version__,
-            acceleration=app.snapshot.acceleration,
-            **app.snapshot.map_facts,
-        )
-        yield app
+        yield
+
+
+def log_serving(app: App) -> None:
+    """Log where the proxy serves, and with what."""
+    _log.info(
+        "serving",
+        host=app.listen_host,
+        port=app.listen_port,
+        admin_port=None if app.admin is None else app.admin.port,
+        version=__version__,
+        acceleration=app.snapshot.acceleration,
+        **app.snapshot.map_facts,
+    )
 
 
 @asynccontextmanager

@@ -27,7 +27,7 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
-from proxy.workers.supervisor import END_SECONDS_MAX
+from proxy.workers.worker_handle import END_SECONDS_MAX
 from tests.e2e.conftest import StartProcess
 from tests.support.admin_address import ask
 from tests.support.plain_client import PlainClient, plain_client, startup
@@ -635,8 +635,8 @@ async def test_a_worker_that_dies_costs_its_own_sessions_and_is_replaced(
 
 IMPATIENT = """
 import sys
-from proxy.workers import supervisor
-supervisor.WATCH_SECONDS, supervisor.STUCK_SECONDS_MAX = 0.2, 0.5
+from proxy.workers import worker_handle
+worker_handle.WATCH_SECONDS, worker_handle.STUCK_SECONDS_MAX = 0.2, 0.5
 from proxy.__main__ import main
 sys.exit(main())
 """
@@ -659,7 +659,7 @@ async def test_a_worker_that_is_stuck_is_replaced_and_what_it_had_counted_stays(
             await eventually(lambda: proxy.events("worker died"), "it is ended")
             (died,) = proxy.events("worker died")
             assert (died["signal"], died["sessions_lost"]) == ("SIGKILL", 2)
-            assert [line["worker"] for line in proxy.events("worker is stuck and is ended")] == [
+            assert [line["worker"] for line in proxy.events("worker is stuck and is killed")] == [
                 died["worker"]
             ]
             await eventually(
@@ -766,7 +766,7 @@ async def test_a_worker_that_cannot_be_forked_just_now_is_tried_again_and_ends_n
             os.kill(min(worker_pids(proxy)), signal.SIGKILL)
             await eventually(lambda: len(proxy.events(READY_TO_SERVE)) == 3, "another has come")
             assert [await answers(client) for client in clients].count(True) == 1
-        assert [line["error"] for line in proxy.events("a worker could not be forked")] == [
+        assert [line["error"] for line in proxy.events("cannot fork a worker")] == [
             os.strerror(errno.EAGAIN)
         ]
         proxy.send(signal.SIGTERM)

@@ -14,7 +14,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.server.app import App
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workers.credential_service import CredentialService
-from proxy.workers.remote_credentials import CONFIGURATIONS_MAX, RemoteWorkspaceRegistry
+from proxy.workers.remote_credentials import GENERATIONS_MAX, RemoteWorkspaceRegistry
 from proxy.workers.rpc import RpcConnection
 from proxy.workspace.registry import LocalWorkspaceRegistry
 from tests.support.running import proxy_settings
@@ -33,7 +33,7 @@ class Pair:
         self._credentials = credential_service
         self._generation = 1
         self.supervisor = App(settings)
-        credential_service.open(self._generation, self.supervisor.snapshot.upstreams)
+        credential_service.register(self._generation, self.supervisor.snapshot.upstreams)
         accounts.register(self._generation, settings)
         self.worker = App(settings, workspaces=accounts)
 
@@ -41,7 +41,7 @@ class Pair:
         """Serve by these settings in both."""
         self._generation += 1
         self.supervisor.reload(settings)
-        self._credentials.open(self._generation, self.supervisor.snapshot.upstreams)
+        self._credentials.register(self._generation, self.supervisor.snapshot.upstreams)
         self._accounts.register(self._generation, settings)
         self.worker.reload(settings)
 
@@ -97,7 +97,7 @@ async def test_a_way_that_reloads_leave_as_it_is_is_answered_after_any_number_of
     settings = proxy_settings(lakebase)
     async with paired(settings, CredentialService()) as pair:
         upstream = pair.worker.snapshot.upstreams["upstream"]
-        for _ in range(CONFIGURATIONS_MAX + 1):
+        for _ in range(GENERATIONS_MAX + 1):
             pair.reload(settings)
         assert pair.worker.snapshot.upstreams["upstream"] is upstream
         await upstream.credentials.fresh()
@@ -113,7 +113,7 @@ async def test_a_way_of_before_a_reload_is_answered_from_its_own_workspace_or_re
     )
     async with paired(settings, CredentialService()) as pair:
         before = pair.worker.snapshot.upstreams["upstream"]
-        for number in range(CONFIGURATIONS_MAX - 1):
+        for number in range(GENERATIONS_MAX - 1):
             pair.reload(other)
             await before.credentials.fresh()
             assert len(lakebase.workspace.mints) == 1, number
@@ -182,6 +182,6 @@ async def test_an_account_stays_open_while_a_worker_may_still_ask_by_an_older_co
         await pair.worker.snapshot.upstreams["upstream"].credentials.fresh()
         assert len(lakebase.workspace.mints) == 1, "it came back with its token"
         assert len(registry) == 2
-        for _ in range(CONFIGURATIONS_MAX):
+        for _ in range(GENERATIONS_MAX):
             pair.reload(settings)
         assert len(registry) == 1

@@ -1,16 +1,71 @@
-"""Calls between two processes, here between two tasks over a real socket pair."""
+"""Frames, errors in them, and calls between two tasks over a real socket pair."""
 
 import asyncio
 import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.workers import rpc as module
-from proxy.workers.rpc import Methods, RpcConnection, RpcConnectionLost
+from proxy.workers.rpc import (
+    FrameReader,
+    Message,
+    MessageTooLong,
+    Methods,
+    RpcConnection,
+    RpcConnectionLost,
+    encode,
+    error_as_dict,
+    error_from_dict,
+)
 from tests.support.running import captured_log, nothing_left
+
+# -- frames --------------------------------------------------------------------------------------
+
+MESSAGES: list[Message] = [
+    {"call": 1, "name": "fresh", "arguments": {"workspace": "é"}},
+    {"cancel": 1},
+    {},
+]
+
+
+@given(st.lists(st.integers(min_value=1, max_value=40), max_size=60))
+def test_messages_come_out_as_they_went_in_however_they_are_split(sizes: list[int]) -> None:
+    sent = b"".join(encode(message) for message in MESSAGES)
+    reader = FrameReader()
+    received: list[Message] = []
+    for size in [*sizes, len(sent)]:
+        received += reader.feed(sent[:size])
+        sent = sent[size:]
+    assert received == MESSAGES
+
+
+def test_a_message_over_the_bound_is_neither_sent_nor_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MESSAGE_BYTES_MAX", 100)
+    with pytest.raises(MessageTooLong):
+        encode({"name": "x" * 100})
+    # Its length alone is enough: the rest is not waited for.
+    with pytest.raises(MessageTooLong):
+        list(FrameReader().feed(struct.pack("!I", 101)))
+
+
+@pytest.mark.parametrize("kind", ErrorKind)
+def test_an_error_means_the_same_on_the_other_side(kind: ErrorKind) -> None:
+    error = ProxyError(kind, "why", retry_after_seconds=2.5)
+    (content,) = FrameReader().feed(encode(error_as_dict(error)))
+    there = error_from_dict(content)
+    assert (there.kind, there.detail, there.retry_after_seconds) == (kind, "why", 2.5)
+    assert there.response() == error.response()
+
+
+# -- calls ---------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -70,7 +125,7 @@ async def test_a_bug_costs_its_call_and_not_the_channel() -> None:
             assert await one.call("double", number=2) == 4
     assert caught.value.kind is ErrorKind.INTERNAL
     assert caught.value.detail == "ValueError"
-    assert log.events("a call of another process failed")
+    assert log.events("a call from another process failed")
 
 
 async def test_a_call_that_is_given_up_ends_the_work_on_the_other_side() -> None:

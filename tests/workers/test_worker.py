@@ -12,6 +12,7 @@ from proxy.config import Settings
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
 from proxy.server.app import App
+from proxy.workers.connection_socket import connection_socket_pair
 from proxy.workers.credential_service import CredentialService
 from proxy.workers.rpc import RpcConnection
 from proxy.workers.shared_counters import SharedCounters
@@ -46,27 +47,25 @@ async def test_a_reload_that_a_worker_cannot_take_over_is_refused_and_it_serves_
     settings = proxy_settings(lakebase, **sharded(lakebase, by_file))
     content = json.loads(json.dumps(settings.model_dump(mode="json", exclude_unset=True)))
     supervisor, credential_service = App(settings), CredentialService()
-    credential_service.open(1, supervisor.snapshot.upstreams)
+    credential_service.register(1, supervisor.snapshot.upstreams)
     ours, theirs = socket.socketpair()
-    connection_socket, their_connection_socket = socket.socketpair(
-        socket.AF_UNIX, socket.SOCK_SEQPACKET
-    )
-    with captured_log(), connection_socket, their_connection_socket:
+    connections, its_connections = connection_socket_pair()
+    with captured_log(), connections, its_connections:
         rpc = await RpcConnection.open(ours, credential_service.methods)
         worker = asyncio.ensure_future(
-            Worker(SharedCounters(1), 10, 0, their_connection_socket).run(theirs)
+            Worker(SharedCounters(1), 10, 1, its_connections).run(theirs)
         )
-        await rpc.call("configure", number=1, settings=content)
+        await rpc.call("configure", generation=1, settings=content)
         file.unlink()  # since the supervisor has read it
         with pytest.raises(ProxyError) as caught:
-            await rpc.call("configure", number=2, settings=content)
+            await rpc.call("configure", generation=2, settings=content)
         assert caught.value.kind is ErrorKind.INTERNAL
         assert "shard_maps.tenants.mappings_file" in caught.value.detail
         assert gc.isenabled()
         assert "third" not in (await rpc.call("read"))["hosts"]
         file.write_text("key,target\na,third\n")
         content["targets"]["third"] = content["targets"]["one"]
-        await rpc.call("configure", number=3, settings=content)
+        await rpc.call("configure", generation=3, settings=content)
         assert "third" in (await rpc.call("read"))["hosts"]
         rpc.close()
         async with asyncio.timeout(5):

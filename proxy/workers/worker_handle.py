@@ -66,8 +66,7 @@ class WorkerHandle:
             with its_control, its_connections:
                 self._fork_server.fork(self.number, (its_control, its_connections))
         except OSError:
-            self._rpc.close()
-            self._connections.close()
+            self.close()
             raise
 
     async def watch(self) -> None:
@@ -83,8 +82,9 @@ class WorkerHandle:
                 return
 
     def close(self) -> None:
-        """Close the connection to it, upon which it ends."""
+        """Close both sockets to it, upon which it ends."""
         self._rpc.close()
+        self._connections.close()
 
     async def stop(self) -> None:
         """Have it end; kill it if it does not."""
@@ -100,7 +100,7 @@ class WorkerHandle:
         self.serving = False
         self.sessions_lost = self._counters.slots_of(self.number)
         self._counters.reset(self.number)
-        self._connections.close()
+        self.close()
         if not self.exit_code.done():
             self.exit_code.set_result(code)
 

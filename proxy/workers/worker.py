@@ -22,9 +22,8 @@ from proxy.blocking import BlockingCalls
 from proxy.config import AdminSettings, ConfigurationError, Settings, UpstreamSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import configure_logging, get_logger, worker_log
-from proxy.routing.router import Router
 from proxy.server.app import App, running
-from proxy.server.router_factory import RELOAD_SECONDS_MAX, forget_built_maps, reread_with_router
+from proxy.server.router_factory import clear_map_cache, reread_in_thread
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
 from proxy.workers.connection_socket import ReceivedConnections
@@ -134,21 +133,14 @@ class Worker:
 
     async def _reload(self, settings: Settings) -> None:
         try:
-            self._app.reload(settings, await self._build_router(settings))
+            self._app.reload(*await reread_in_thread(self._threads, lambda: settings))
         except ConfigurationError as error:
             # The supervisor could use them: a file has changed since.
             raise ProxyError(ErrorKind.INTERNAL, "; ".join(map(str, error.problems))) from error
-
-    async def _build_router(self, settings: Settings) -> Router:
-        """Build it in a thread, beside the sessions: that of a large map takes seconds."""
-        build = partial(reread_with_router, lambda: settings)
-        try:
-            _, router = await self._threads.run(build, RELOAD_SECONDS_MAX)
         except TimeoutError:
-            gc.enable()  # the abandoned thread will not do it
             raise ProxyError(ErrorKind.INTERNAL, "a map takes too long to read") from None
-        forget_built_maps()  # a worker builds each once; a large one is 100 MB
-        return router
+        finally:
+            clear_map_cache()  # a worker builds each map once, and a large one is 100 MB
 
     async def _read(self) -> dict[str, Any]:
         return self._app.reading().as_dict()

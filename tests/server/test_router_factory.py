@@ -41,15 +41,15 @@ def settings(directory: Path, *names: str, used: str) -> Settings:
 @pytest.mark.parametrize("used", ["a", "b", "c", "d"])
 def test_checking_all_maps_and_using_one_builds_each_once(tmp_path: Path, used: str) -> None:
     # A million mappings take seconds, and the router is made while sessions wait.
-    router_factory._built.cache_clear()
+    router_factory._build_map.cache_clear()
     configured = settings(tmp_path, "a", "b", "c", "d", used=used)
     assert list(map_problems(configured)) == []
     assert router_of(configured).shard_map is not None
-    assert router_factory._built.cache_info().misses == 4
+    assert router_factory._build_map.cache_info().misses == 4
 
 
 def test_a_file_that_is_as_it_was_is_read_once(tmp_path: Path) -> None:
-    router_factory._built.cache_clear()
+    router_factory._build_map.cache_clear()
     first = router_of(settings(tmp_path, "a", used="a")).shard_map
     assert router_of(settings(tmp_path, "a", used="a")).shard_map is first
 

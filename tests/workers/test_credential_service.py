@@ -21,9 +21,10 @@ from proxy.emulator.lakebase import CLIENT_SECRET, PERSONAL_TOKEN
 from proxy.emulator.workspace import Workspace
 from proxy.errors import ErrorKind, ProxyError
 from proxy.server.app import build_metrics
-from proxy.upstream.upstreams import LocalWorkspaceRegistry, Upstreams
+from proxy.upstream.upstreams import Upstreams
 from proxy.workers.credential_service import CredentialService
 from proxy.workers.remote_credentials import GENERATIONS_MAX
+from proxy.workspace.registry import LocalWorkspaceRegistry
 
 INSTANCE = "shop"
 TOKEN = {"workspace": "", "instance": ""}
@@ -61,7 +62,10 @@ class Service:
     def register(self, settings: Settings) -> int:
         """Register the next generation, as a reload does, and return its number."""
         self._generation += 1
-        self._upstreams = Upstreams(settings, self.registry, lambda *_: None, self._upstreams)
+        before = self._upstreams
+        self._upstreams = Upstreams(settings, self.registry, lambda *_: None, before)
+        if before is not None:
+            before.close()
         self.service.register(self._generation, self._upstreams)
         return self._generation
 

@@ -199,7 +199,7 @@ async def test_while_the_workspace_fails_the_last_host_is_answered_but_no_first_
             await service.call("status", changed, service.resource)
 
 
-async def test_a_disabled_endpoint_is_told_and_does_not_take_the_place_of_the_last_host(
+async def test_a_disabled_endpoint_is_answered_and_does_not_replace_the_last_host(
     api: Workspace, endpoint: Endpoint
 ) -> None:
     async with service_of(api, endpoint) as service:

@@ -1,4 +1,4 @@
-"""What workers ask of the supervisor, where end-to-end tests do not come: reloads in between."""
+"""What workers ask of the supervisor, with reloads in between, which end-to-end tests leave out."""
 
 import asyncio
 import socket
@@ -21,7 +21,7 @@ from tests.support.running import proxy_settings
 
 
 class Pair:
-    """A supervisor's App and a worker's, over a connection; each reload is one of both."""
+    """A supervisor's App and a worker's, and calls between them. Each reload is one of both."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ async def test_a_worker_gets_tokens_and_hosts_from_the_supervisor(lakebase: Lake
         assert len(lakebase.workspace.mints) == 1
 
 
-async def test_a_token_that_is_rejected_is_forgotten_once_and_its_successor_is_not(
+async def test_a_token_that_is_rejected_is_invalidated_once_and_its_successor_is_not(
     lakebase: Lakebase,
 ) -> None:
     async with paired(proxy_settings(lakebase), CredentialService()) as pair:
@@ -91,7 +91,7 @@ async def test_a_token_that_is_rejected_is_forgotten_once_and_its_successor_is_n
         assert len(lakebase.workspace.mints) == 2
 
 
-async def test_a_way_that_reloads_leave_as_it_is_is_answered_after_any_number_of_them(
+async def test_an_upstream_that_reloads_keep_is_answered_after_any_number_of_them(
     lakebase: Lakebase,
 ) -> None:
     settings = proxy_settings(lakebase)
@@ -104,7 +104,7 @@ async def test_a_way_that_reloads_leave_as_it_is_is_answered_after_any_number_of
         assert (await upstream.address_lookup.target()).host == lakebase.shards[0].endpoint.host
 
 
-async def test_a_way_of_before_a_reload_is_answered_from_its_own_workspace_or_refused(
+async def test_an_upstream_of_before_a_reload_is_answered_from_its_own_workspace_or_refused(
     lakebase: Lakebase,
 ) -> None:
     settings = proxy_settings(lakebase)
@@ -146,10 +146,10 @@ async def test_workers_that_look_up_one_host_at_once_are_one_look_up(lakebase: L
         assert lakebase.workspace.calls[Call.RESOURCE] == 2, "an answer is not kept here"
 
 
-async def test_what_one_worker_found_out_serves_another_while_the_workspace_is_away(
+async def test_what_one_worker_found_out_serves_another_while_the_workspace_does_not_answer(
     lakebase: Lakebase,
 ) -> None:
-    # A worker that came in place of a dead one could serve nobody until the workspace was back.
+    # The successor of a dead worker could not serve any client until the workspace was back.
     settings, credential_service = proxy_settings(lakebase), CredentialService()
     client = StartupMessage(V3_0, ((b"user", b"anyone"),))
     async with paired(settings, credential_service) as pair:

@@ -85,13 +85,13 @@ async def double(number: int) -> int:
     return 2 * number
 
 
-async def test_each_call_gets_its_own_answer_in_whatever_order_they_come() -> None:
-    command: list[int] = []
+async def test_each_call_gets_its_own_answer_in_any_order() -> None:
+    asked: list[int] = []
     all_asked = asyncio.Event()
 
     async def later(number: int) -> int:
-        command.append(number)
-        if len(command) == 3:
+        asked.append(number)
+        if len(asked) == 3:
             all_asked.set()
         await all_asked.wait()
         for _ in range(3 - number):
@@ -116,7 +116,7 @@ async def test_a_refusal_is_raised_where_it_was_asked_for() -> None:
 
 async def test_a_bug_costs_its_call_and_not_the_channel() -> None:
     async def broken() -> None:
-        raise ValueError("what only the log shall say")
+        raise ValueError("for the log alone")
 
     with captured_log() as log:
         async with connections({"broken": broken, "double": double}) as (one, _):
@@ -150,7 +150,7 @@ async def test_a_call_that_is_given_up_ends_the_work_on_the_other_side() -> None
 
 
 @pytest.mark.parametrize("here", [True, False])
-async def test_when_one_end_goes_whoever_waits_hears_of_it_and_nothing_is_left(here: bool) -> None:
+async def test_when_one_end_goes_every_waiting_call_fails_and_nothing_is_left(here: bool) -> None:
     begun = asyncio.Event()
 
     async def hang() -> None:
@@ -167,7 +167,7 @@ async def test_when_one_end_goes_whoever_waits_hears_of_it_and_nothing_is_left(h
             await asking
         with pytest.raises(RpcConnectionLost):
             await one.call("hang")
-        one.notify("hang")  # which nobody hears
+        one.notify("hang")  # which is dropped
 
 
 async def test_more_calls_than_the_bound_wait_for_their_turn(

@@ -1,4 +1,4 @@
-"""The supervisor with real processes: who gets a connection, who is asked, who is replaced.
+"""The supervisor with real processes: which worker gets a connection, is asked, is replaced.
 
 The workers are scripted: forked processes at the other end of the supervisor's sockets, which do
 what their clients ask for. The real worker is in `e2e/test_workers.py`.
@@ -31,7 +31,7 @@ from tests.support.running import captured_log, eventually
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 
 REFUSED = "refused"  # the database whose configuration no worker takes
-SESSIONS_CUT = 3  # what each worker says that a drain cut
+SESSIONS_CUT = 3  # what each worker answers to drain
 SECONDS_MAX = 10.0
 
 
@@ -142,13 +142,13 @@ class Client:
         number, pid, self.database = line.decode().split()
         self.worker, self.pid = int(number), int(pid)
 
-    def tell(self, command: str) -> None:
-        """Have its worker do something."""
+    def send(self, command: str) -> None:
+        """Send its worker a command."""
         self._writer.write(command.encode())
 
     async def ask(self, command: str) -> str:
         """Return what its worker answers; nothing when that has died."""
-        self.tell(command)
+        self.send(command)
         return (await asyncio.wait_for(self._reader.read(1), SECONDS_MAX)).decode()
 
     async def close(self) -> None:
@@ -226,7 +226,7 @@ async def test_counts_are_those_of_all_workers(preforked: Prefork) -> None:
     async with supervised(preforked, settings()) as proxy:
         assert proxy.workers.ready
         for client in await proxy.clients(4):
-            client.tell("t")
+            client.send("t")
         await eventually(lambda: proxy.workers.slots_taken == 4, "each has its slot")
         assert await proxy.counted("connections_accepted_total") == 4
         assert await proxy.counted("connections") == 4
@@ -238,7 +238,7 @@ async def test_a_worker_that_dies_is_replaced_and_what_it_had_counted_stays(
     with captured_log() as log:
         async with supervised(preforked, settings()) as proxy:
             one, other = await proxy.clients(2)
-            one.tell("t")
+            one.send("t")
             await eventually(lambda: proxy.workers.slots_taken == 1, "it has a slot")
             assert await proxy.counted("connections_accepted_total") == 2
             await proxy.kill(one)
@@ -286,9 +286,9 @@ async def test_a_reload_that_a_worker_refuses_says_so_and_it_serves_on(preforked
             proxy.app.reload(settings(REFUSED))
             assert not await proxy.workers.reload()
             assert {client.database for client in await proxy.clients(2)} == {"first"}
-    said = {line["worker"]: line["error"] for line in log.events("worker not configured")}
-    assert said.keys() == {1, 2}
-    assert all("generation 2" in text for text in said.values())
+    errors = {line["worker"]: line["error"] for line in log.events("worker not configured")}
+    assert errors.keys() == {1, 2}
+    assert all("generation 2" in text for text in errors.values())
 
 
 async def test_a_cancel_is_asked_of_every_other_worker_and_not_of_the_one_that_asks(
@@ -308,7 +308,7 @@ async def test_a_drain_adds_up_what_workers_cut_and_kills_one_that_is_stuck(
     monkeypatch.setattr(worker_handle, "END_SECONDS_MAX", 0.3)
     async with supervised(preforked, settings()) as proxy:
         one, _ = await proxy.clients(2)
-        one.tell("t")
+        one.send("t")
         await eventually(lambda: proxy.workers.slots_taken == 1, "it has a slot")
         os.kill(one.pid, signal.SIGSTOP)
         async with asyncio.timeout(SECONDS_MAX):

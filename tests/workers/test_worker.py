@@ -1,4 +1,4 @@
-"""A worker's part of what bounds the whole proxy, and a reload that it alone cannot take over."""
+"""A worker's settings, and a reload that it alone refuses."""
 
 import asyncio
 import gc
@@ -23,7 +23,7 @@ from tests.support.sharding import sharded
 ENDPOINT = "projects/a/branches/b/endpoints/c"
 
 
-def test_connects_max_is_shared_out_and_rounded_up_wherever_it_is_set() -> None:
+def test_connects_max_is_divided_and_rounded_up_wherever_it_is_set() -> None:
     settings = Settings.model_validate(
         {
             "listen": {"workers": 4},
@@ -38,7 +38,7 @@ def test_connects_max_is_shared_out_and_rounded_up_wherever_it_is_set() -> None:
     assert mine.target("own").host == "h"
 
 
-async def test_a_reload_that_a_worker_cannot_take_over_is_refused_and_it_serves_on(
+async def test_a_reload_that_a_worker_cannot_use_is_refused_and_it_serves_on(
     lakebase: Lakebase, tmp_path: Path
 ) -> None:
     file = tmp_path / "tenants.csv"

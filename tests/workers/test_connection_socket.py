@@ -8,7 +8,9 @@ from contextlib import asynccontextmanager
 
 from proxy.config import ListenSettings
 from proxy.server.app import build_metrics
-from proxy.session.listener import Listener, Slots
+from proxy.session.drain import OpenSession
+from proxy.session.listener import Listener
+from proxy.session.slots import Slots
 from proxy.transport.stream import StartupStream
 from proxy.workers.connection_socket import (
     ReceivedConnections,
@@ -36,7 +38,7 @@ class Receiving:
             assert send_connection(self.socket, served, connection_id)
         return client
 
-    async def _echo(self, stream: StartupStream) -> None:
+    async def _echo(self, stream: StartupStream, _entry: OpenSession) -> None:
         while data := await stream.receive():
             stream.write(data)
         await stream.close()

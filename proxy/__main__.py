@@ -1,13 +1,13 @@
-"""The program's first lines: `lakebase-auth-proxy`, which is `python -m proxy`.
+"""The entry point of `lakebase-auth-proxy` and `python -m proxy`.
 
-For: being stoppable from the first moment. Importing the rest takes most of a second, and the
-kernel drops a signal for which PID 1, which is what we are in a container, has no handler: a pod
-that is deleted while it starts would wait for SIGKILL. Not for: verbs, or how a proxy that serves
-ends; that is `cli`.
+For: making the program stoppable at once. Importing the rest takes most of a second, and in a
+container the program is PID 1, for which the kernel drops signals without a handler: a pod that is
+deleted while it starts would wait for SIGKILL. Not for: verbs (`cli`), or how a proxy that serves
+ends (`server.process`).
 
-A SIGHUP that comes before the proxy serves is dropped: it is reading its configuration anyway.
+A SIGHUP before the proxy serves is dropped, because it is about to read its configuration.
 
-Invariant: nothing is imported here but the standard library, until the handlers are set.
+Invariant: until the handlers are set, only the standard library is imported.
 """
 
 import signal
@@ -15,7 +15,7 @@ import sys
 from types import FrameType
 from typing import Final
 
-# These serve until they are told to stop, so that being told so is no failure.
+# These serve until they are asked to stop, so a signal to stop is no failure.
 _SERVING_VERBS: Final = ("run", "demo")
 
 
@@ -31,12 +31,12 @@ def main() -> int:
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    """End at once: until `cli` takes the signals over there is nothing to drain."""
+    """Exit at once: until the verb sets its own handlers there is nothing to drain."""
     raise SystemExit(0 if sys.argv[1:2] and sys.argv[1] in _SERVING_VERBS else 128 + number)
 
 
 def _drop(number: int, frame: FrameType | None) -> None:
-    """Do nothing. SIG_IGN would go over to every program that is started from here."""
+    """Do nothing. Unlike this handler, SIG_IGN would be inherited by child processes."""
 
 
 if __name__ == "__main__":

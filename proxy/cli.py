@@ -1,9 +1,9 @@
-"""The command line: which verb is meant, what is wrong with how it was called.
+"""The command line: choose the verb, report wrong usage and configuration errors.
 
-For: the way from arguments to an exit code (`exit_codes`). Not for: what a verb does (`verbs`).
+For: from arguments to an exit code (`exit_codes`). Not for: what a verb does (`verbs`).
 
-Invariant: no verb pays for another's imports. Serving takes an event loop, an HTTP server and
-more, half a second of CPU; a health check that waits needs none of it.
+Invariant: no verb imports what only another needs. Serving imports an event loop, an HTTP server
+and more, half a second of CPU time; a health check that waits needs none of it.
 """
 
 import sys
@@ -23,14 +23,14 @@ _END_OF_FLAGS: Final = "--"
 USAGE: Final = """\
 usage: lakebase-auth-proxy VERB [--config FILE] [--SECTION.KEY VALUE ...]
 
-  run       serve: local Postgres clients on one side, Databricks Lakebase on the other
-  check     walk the whole way once and say what is wrong and how to mend it (--json;
-            --all-shards: to every target)
-  demo      the whole system on this machine, nothing to install or sign up for
-  resolve   say where a shard key leads, without connecting: resolve KEY (--json)
+  run       serve local Postgres clients, and connect each of them to Databricks Lakebase
+  check     test every step of a connection; print what fails and how to fix it (--json;
+            --all-shards: test every target)
+  demo      run the whole system on this machine, with nothing to install or sign up for
+  resolve   print where a shard key leads, without connecting: resolve KEY (--json)
   wait      wait until a running proxy is ready (--timeout SECONDS, 30)
   shutdown  ask a running proxy to drain and end (it must run with admin.quit)
-  version   print the version (--build: and whether the compiled relay was built)
+  version   print the version (--build: also whether the relay was compiled)
 
 Every key of config.example.toml is a flag (--listen.port 6000) and an environment variable
 (LAKEBASE_PROXY_LISTEN__PORT=6000). A flag beats the environment, which beats the file.

@@ -35,7 +35,7 @@ TASK_MAKERS = {
     "proxy/workspace/single_flight.py": "its owner closes it, which waits for the call",
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
     "proxy/workers/rpc.py": "an answer ends with its channel, which its process ends with",
-    "proxy/workers/worker_pool.py": "leaving the block of accepting waits for them all",
+    "proxy/workers/supervisor.py": "leaving the block of accepting waits for them all",
     "proxy/emulator/connection.py": "a connection of the emulator waits for its own tasks",
 }
 

@@ -34,6 +34,7 @@ from proxy.routing.router import Route, Router
 from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, CancelResult, Elsewhere
+from proxy.session.drain import AcceptPeriod
 from proxy.session.end_reason import ERRORS, OUTCOMES, Outcome
 from proxy.session.fast_path import watched_lanes
 from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, socket_name
@@ -54,35 +55,38 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 
-class Entrance(Protocol):
-    """Where clients come in."""
+class ConnectionSource(Protocol):
+    """Where client connections come from."""
 
     def accepting(self) -> AbstractAsyncContextManager[tuple[str, int]]:
-        """Accept while the block runs, and give the address; then end what is left."""
+        """Accept while the block runs, and yield the address; then end what is left."""
 
-    async def drain(self, seconds: float, *, accept_seconds: float = 0) -> int:
-        """Go on accepting for a while, then end all sessions; return how many were cut."""
+    async def drain(self, seconds: float) -> int:
+        """Stop accepting, and end all sessions within this time. Return how many were cut.
+
+        Called again meanwhile, it does what is left in the shorter time.
+        """
 
 
-class Others(Protocol):
-    """The other processes of a proxy, where there are any."""
+class Workers(Protocol):
+    """The other processes of a proxy, where there are several."""
 
     @property
     def ready(self) -> bool:
-        """Whether there is one that serves."""
+        """Whether one of them serves."""
 
     @property
-    def places_taken(self) -> int:
-        """How many places their sessions take."""
+    def slots_taken(self) -> int:
+        """The slots that their sessions take."""
 
     def reading(self) -> Reading:
-        """Return what they had counted when they were asked last."""
+        """Return what they had counted when they were read last."""
 
     async def refresh(self) -> None:
-        """Ask them what they have counted."""
+        """Read what they have counted."""
 
-    async def take_over(self) -> bool:
-        """Have them serve new sessions by the App's settings; tell whether all do."""
+    async def reload(self) -> bool:
+        """Have them serve new sessions by the App's settings. Return whether all do."""
 
 
 class App:
@@ -90,14 +94,14 @@ class App:
 
     Without TCP `listen_host` is the directory of the unix socket, as drivers take it for a host.
 
-    A proxy of several processes has an App in each: the first accepts and has the `others`; in
+    A proxy of several processes has an App in each: the first accepts and has the `workers`; in
     those `workspaces`, `slots` and `cancel_elsewhere` lead to it.
     """
 
     listen_host: str
     listen_port: int
     admin: AdminAddress | None = None
-    others: Others | None = None
+    workers: Workers | None = None
     lanes: "Lanes | None" = None
     """The compiled relay's, while the loop carries them."""
 
@@ -125,7 +129,8 @@ class App:
         connector = Connector(lambda phase, seconds: None)
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
         self.listener = self._make_listener(settings, starting_max)
-        self.entrance: Entrance = self.listener
+        self.connection_source: ConnectionSource = self.listener
+        self._accept_period = AcceptPeriod()
 
     @property
     def settings(self) -> Settings:
@@ -153,13 +158,15 @@ class App:
         return changes
 
     async def drain(self, drain_seconds: float, *, accept_seconds: float = 0) -> int:
-        """Say no to readiness, then end all sessions; return how many had to be cut.
+        """Fail readiness, then end all sessions. Return how many had to be cut.
 
-        New connections are taken for `accept_seconds` more; the sessions have `drain_seconds` from
-        then on. Called again meanwhile it hastens: `drain(0)` ends what is left at once.
+        New connections are accepted for `accept_seconds` more; from then on the sessions have
+        `drain_seconds`. Called again meanwhile, it stops accepting at once and ends what is left in
+        the shorter time.
         """
         self.lifecycle.drain(accept_seconds + drain_seconds)
-        return await self.entrance.drain(drain_seconds, accept_seconds=accept_seconds)
+        await self._accept_period.wait(accept_seconds)
+        return await self.connection_source.drain(drain_seconds)
 
     def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
         parts = SessionParts(
@@ -189,7 +196,7 @@ class App:
     def ready(self) -> bool:
         """Whether it serves and does not drain."""
         serving = self.lifecycle.state is State.SERVING
-        return serving and (self.others is None or self.others.ready)
+        return serving and (self.workers is None or self.workers.ready)
 
     @property
     def acceleration(self) -> Acceleration:
@@ -214,7 +221,7 @@ class App:
     @property
     def session_slots_used(self) -> int:
         """The sessions that are served, and those whose upstream is being opened."""
-        return self.slots.taken if self.others is None else self.others.places_taken
+        return self.slots.taken if self.workers is None else self.workers.slots_taken
 
     def target_names(self) -> Sequence[str]:
         """Return the names of the configured targets."""
@@ -234,16 +241,16 @@ class App:
 
     async def refresh(self) -> None:
         """Ask the other processes what they have counted."""
-        if self.others is not None:
-            await self.others.refresh()
+        if self.workers is not None:
+            await self.workers.refresh()
 
     def exposition(self) -> bytes:
         """Return the metrics of all processes in Prometheus's text format."""
-        return self.metrics.exposition(self._others_reading().samples)
+        return self.metrics.exposition(self._workers_reading().samples)
 
     def status(self) -> Status:
         """Return the status of all processes."""
-        whole = total([self._own_rows(), self._others_reading()])
+        whole = total([self._own_rows(), self._workers_reading()])
         return report(self, whole.targets, whole.errors, time.time())
 
     def reading(self) -> Reading:
@@ -254,8 +261,8 @@ class App:
         targets = self.metrics.targets.rows(self.snapshot.hosts())
         return Reading(targets=targets, errors=self.metrics.recent_errors.latest())
 
-    def _others_reading(self) -> Reading:
-        return Reading() if self.others is None else self.others.reading()
+    def _workers_reading(self) -> Reading:
+        return Reading() if self.workers is None else self.workers.reading()
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -291,13 +298,18 @@ async def serving(settings: Settings, *, starting_max: int = STARTING_MAX) -> As
     Raises OSError when an address cannot be listened on, and ConfigurationError for a file that
     a setting names and that cannot be used.
     """
-    async with running(App(settings, starting_max=starting_max)) as app:
+    app = App(settings, starting_max=starting_max)
+    async with running(app):
+        log_serving(app)
         yield app
 
 
 @asynccontextmanager
-async def running(app: App) -> AsyncIterator[App]:
-    """Serve with the parts of `app` while the block runs. Raises OSError as `serving` does."""
+async def running(app: App) -> AsyncIterator[None]:
+    """Serve with the parts of `app` while the block runs. Raises OSError as `serving` does.
+
+    This is the same in every process of a proxy: with one, in the supervisor, and in a worker.
+    """
     settings = app.settings
     async with AsyncExitStack() as stack:
         app.lanes = stack.enter_context(watched_lanes())
@@ -313,20 +325,23 @@ async def running(app: App) -> AsyncIterator[App]:
                     quit_allowed=settings.admin.quit,
                 )
             )
-        host, port = await stack.enter_async_context(app.entrance.accepting())
+        host, port = await stack.enter_async_context(app.connection_source.accepting())
         app.listen_host, app.listen_port = host, port
         app.lifecycle.serve()
-        admin_port = None if app.admin is None else app.admin.port
-        _log.info(
-            "serving",
-            host=host,
-            port=port,
-            admin_port=admin_port,
-            version=__version__,
-            acceleration=app.snapshot.acceleration,
-            **app.snapshot.map_facts,
-        )
-        yield app
+        yield
+
+
+def log_serving(app: App) -> None:
+    """Log where the proxy serves, and with what."""
+    _log.info(
+        "serving",
+        host=app.listen_host,
+        port=app.listen_port,
+        admin_port=None if app.admin is None else app.admin.port,
+        version=__version__,
+        acceleration=app.snapshot.acceleration,
+        **app.snapshot.map_facts,
+    )
 
 
 @asynccontextmanager

@@ -1,8 +1,8 @@
-"""How far a proxy is in its life: starting, serving, draining.
+"""How far a proxy has come: starting, serving, draining.
 
-For: what health, status and signals ask. Not for: ending anything (`app`).
+For: what health checks, status and signals need to know. Not for: ending anything (`app`).
 
-Invariant: it only goes on, never back.
+Invariant: a proxy never goes back to an earlier state.
 """
 
 import asyncio
@@ -20,27 +20,27 @@ class State(StrEnum):
 
 
 class Lifecycle:
-    """The state of one proxy, and who wants it to end."""
+    """The state of one proxy, and whether it was asked to end."""
 
     def __init__(self) -> None:
         self.quit_asked = asyncio.Event()
-        """Set when the admin address was asked to end the proxy."""
+        """Set when the admin address was asked to end the proxy, or it cannot go on."""
         self.failed = False
         """Whether it ends because it cannot go on."""
-        self._begun_at = time.monotonic()
+        self._started_at = time.monotonic()
         self._cut_at = 0.0
         self._state = State.STARTING
-        self._started = False
+        self._has_served = False
 
     @property
     def state(self) -> State:
-        """How far it is."""
+        """The present state."""
         return self._state
 
     @property
     def started(self) -> bool:
-        """Whether it has served, be it that it drains by now."""
-        return self._started
+        """Whether it has served; it may be draining now."""
+        return self._has_served
 
     @property
     def draining(self) -> bool:
@@ -49,19 +49,19 @@ class Lifecycle:
 
     @property
     def uptime_seconds(self) -> float:
-        """The time since the program began to start."""
-        return time.monotonic() - self._begun_at
+        """The time since the program started."""
+        return time.monotonic() - self._started_at
 
     @property
     def drain_seconds_left(self) -> float | None:
-        """The time until what still runs is cut; None while nothing is drained."""
+        """The time until open sessions are cut. None unless it drains."""
         if self._state is not State.DRAINING:
             return None
         return max(0.0, self._cut_at - time.monotonic())
 
     def serve(self) -> None:
-        """Begin to serve."""
-        self._started = True
+        """Enter the state SERVING, unless a drain has started."""
+        self._has_served = True
         if self._state is State.STARTING:
             self._state = State.SERVING
 
@@ -71,6 +71,6 @@ class Lifecycle:
         self.quit_asked.set()
 
     def drain(self, seconds: float) -> None:
-        """Begin to drain, or hasten it: what still runs is cut after so long."""
+        """Enter the state DRAINING, or shorten it: open sessions are cut after this time."""
         self._state = State.DRAINING
         self._cut_at = time.monotonic() + seconds

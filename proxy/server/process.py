@@ -1,10 +1,10 @@
 """The proxy as a process: signals, reload, drain, exit codes, the limit of open files.
 
-For: what happens around `serving` between the command line and the end of the process. Not for:
-reading arguments (`cli`), or how sessions end (`session`).
+For: what happens around serving, from the command line to the end of the process. Not for: reading
+arguments (`cli`), or how sessions end (`session.drain`).
 
-SIGTERM and SIGINT drain, and a second one cuts what is left; SIGHUP reads the configuration again.
-Invariant: once it is told to stop, nothing is reloaded any more.
+SIGTERM and SIGINT start a drain, and a second one ends what is left. SIGHUP reloads the
+configuration. Invariant: once the proxy was asked to stop, nothing is reloaded any more.
 """
 
 import asyncio
@@ -15,7 +15,6 @@ import resource
 import signal
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
-from functools import partial
 from typing import Final
 
 from proxy.blocking import BlockingCalls
@@ -25,133 +24,137 @@ from proxy.observe.logs import get_logger
 from proxy.observe.systemd import READY, STOPPING, notify, reloading
 from proxy.routing.router import Router
 from proxy.server.app import App, serving
-from proxy.server.router_factory import RELOAD_SECONDS_MAX, Reread, reread_with_router
+from proxy.server.router_factory import RELOAD_SECONDS_MAX, Reread, reread_in_thread
 from proxy.session.listener import STARTING_MAX
 
 FILES_A_SESSION: Final = 2
-# Listeners, the admin address's connections (64), calls to the workspace, cancels, and as many
-# connections that are still starting as there are in any case.
+# Listeners, the admin address's connections (64), calls to the workspace, cancel requests, and
+# STARTING_MIN connections that are starting.
 FILES_RESERVED: Final = 128
 STARTING_MIN: Final = 32
 
-QUIT: Final = "quitquitquit"
-_KEPT: Final = "not reloaded; the configuration stays as it was"
-_WEAK_POINT: Final = "the configuration has a weak point"
+QUIT: Final = "quitquitquit"  # what the log names in place of a signal
+_NOT_RELOADED: Final = "not reloaded; the configuration stays as it was"
+_CONFIGURATION_WARNING: Final = "configuration warning"
 
-Serving = Callable[[Settings], AbstractAsyncContextManager[App]]
+Serve = Callable[[Settings], AbstractAsyncContextManager[App]]
 """Serves by these settings while its block runs, with one process or several."""
 
 _log = get_logger(__name__)
 
 
 class Signals:
-    """SIGTERM and SIGINT, and SIGHUP where somebody reloads.
+    """SIGTERM and SIGINT, and SIGHUP where the configuration can be reloaded.
 
-    Until somebody waits for it, the first of SIGTERM and SIGINT ends the start of the program.
+    Until `stop` is awaited, the first SIGTERM or SIGINT cancels the task that made this object: the
+    program is still starting.
     """
 
-    def __init__(self, *, hangups: bool = False) -> None:
-        self._ends: asyncio.Queue[signal.Signals] = asyncio.Queue()
-        self._hangups: asyncio.Queue[None] = asyncio.Queue(maxsize=1)  # several are as good as one
+    def __init__(self, *, reloads: bool = False) -> None:
+        self._stops: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        self._reloads: asyncio.Queue[None] = asyncio.Queue(maxsize=1)  # several are as good as one
         self._starting = asyncio.current_task()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end, number)
-        if hangups:
-            loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+            loop.add_signal_handler(number, self._on_stop, number)
+        if reloads:
+            loop.add_signal_handler(signal.SIGHUP, self._on_reload)
 
-    async def end(self) -> signal.Signals:
-        """Return the next signal to end."""
+    async def stop(self) -> signal.Signals:
+        """Return the next SIGTERM or SIGINT."""
         self._starting = None
-        return await self._ends.get()
+        return await self._stops.get()
 
-    async def hangup(self) -> None:
-        """Return when the configuration is to be read again."""
-        await self._hangups.get()
+    async def reload(self) -> None:
+        """Return at the next SIGHUP."""
+        await self._reloads.get()
 
-    def _end(self, number: signal.Signals) -> None:
-        self._ends.put_nowait(number)
+    def _on_stop(self, number: signal.Signals) -> None:
+        self._stops.put_nowait(number)
         if self._starting is not None:
             self._starting.cancel()
-            self._starting = None  # what was begun is undone undisturbed
+            self._starting = None  # once: closing what was opened is not to be cancelled
 
-    def _hang_up(self) -> None:
+    def _on_reload(self) -> None:
         with suppress(asyncio.QueueFull):
-            self._hangups.put_nowait(None)
+            self._reloads.put_nowait(None)
 
 
-async def serve(settings: Settings, reread: Reread, opened: Serving = serving) -> int:
-    """Serve Lakebase until told to stop; return the exit code. Raises what `opened` does."""
-    signals = Signals(hangups=True)
+async def run_proxy(settings: Settings, reread: Reread, serve: Serve = serving) -> int:
+    """Serve until asked to stop, then drain. Return the exit code. Raises what `serve` does."""
+    signals = Signals(reloads=True)
     check_file_limit(settings.listen.max_connections, settings.listen.workers)
-    async with opened(settings) as app:
+    async with serve(settings) as app:
         for warning in settings.warnings():
-            _log.warning(_WEAK_POINT, warning=warning)
+            _log.warning(_CONFIGURATION_WARNING, warning=warning)
         notify(READY)
         async with asyncio.TaskGroup() as tasks:
             reloads = tasks.create_task(_reload_on_hangup(app, signals, reread))
             preparation = tasks.create_task(_prepare(app))
-            why = await _told_to_stop(app, signals)
+            cause = await _stop_cause(app, signals)
             reloads.cancel()
             preparation.cancel()
-        return await _drained(app, signals, why)
+        return await _drain(app, signals, cause)
+
+
+async def run_until_stopped(app: App, signals: Signals) -> int:
+    """Wait until asked to stop, then drain. Return the exit code."""
+    return await _drain(app, signals, await _stop_cause(app, signals))
 
 
 async def _prepare(app: App) -> None:
-    """Do what the first session would wait for, and what would make all others wait.
+    """Import the SDK, which the first session would wait for, and spare the garbage collector work.
 
-    The garbage collector walks all objects now and then while everything waits: some hundred
-    thousand that came with imports, and stay. From here on it leaves them out.
+    A collection looks at all objects while every session waits. The hundreds of thousands that came
+    with imports stay: they are left out from here on.
     """
-    with suppress(ImportError, TimeoutError):  # whoever needs it is told so
+    with suppress(ImportError, TimeoutError):  # the first session that needs it reports this
         await app.snapshot.load_sdk()
     gc.freeze()
 
 
-async def until_stopped(app: App, signals: Signals) -> int:
-    """Wait until told to stop, then drain; return the exit code."""
-    return await _drained(app, signals, await _told_to_stop(app, signals))
+# -- stop and drain ------------------------------------------------------------------------------
 
 
-async def _drained(app: App, signals: Signals, why: str) -> int:
-    """Drain; return the exit code. A second signal cuts what is left at once."""
-    notify(STOPPING)
-    shutdown = app.settings.shutdown
-    _log.info(
-        "draining",
-        signal=why,
-        accept_seconds=shutdown.accept_seconds,
-        drain_seconds=shutdown.drain_seconds,
-    )
+async def _stop_cause(app: App, signals: Signals) -> str:
+    """Wait until asked to stop. Return the signal's name, QUIT, or nothing after a failure."""
     async with asyncio.TaskGroup() as tasks:
-        impatience = tasks.create_task(_cut_at_second_signal(app, signals, why))
-        cut = await app.drain(shutdown.drain_seconds, accept_seconds=shutdown.accept_seconds)
-        impatience.cancel()
-    _log.info("stopped", sessions_cut=cut)
-    if cut:
-        return EXIT_CUT
-    return EXIT_FAILURE if app.lifecycle.failed else EXIT_OK
-
-
-async def _told_to_stop(app: App, signals: Signals) -> str:
-    """Return the name of the signal, or of the request, that ends the proxy."""
-    async with asyncio.TaskGroup() as tasks:
-        asked = tasks.create_task(app.lifecycle.quit_asked.wait())
-        signalled = tasks.create_task(signals.end())
-        await asyncio.wait((asked, signalled), return_when=asyncio.FIRST_COMPLETED)
-        asked.cancel()
+        quit_asked = tasks.create_task(app.lifecycle.quit_asked.wait())
+        signalled = tasks.create_task(signals.stop())
+        await asyncio.wait((quit_asked, signalled), return_when=asyncio.FIRST_COMPLETED)
+        quit_asked.cancel()
         signalled.cancel()
     if not signalled.cancelled():
         return signalled.result().name
     return "" if app.lifecycle.failed else QUIT
 
 
-async def _cut_at_second_signal(app: App, signals: Signals, why: str) -> None:
-    number = await signals.end()
-    if why == QUIT:
-        # A preStop hook has asked, and the kubelet sends its one SIGTERM behind every hook.
+async def _drain(app: App, signals: Signals, cause: str) -> int:
+    """Drain. Return the exit code. A second signal ends at once what is left."""
+    notify(STOPPING)
+    shutdown = app.settings.shutdown
+    _log.info(
+        "draining",
+        signal=cause,
+        accept_seconds=shutdown.accept_seconds,
+        drain_seconds=shutdown.drain_seconds,
+    )
+    async with asyncio.TaskGroup() as tasks:
+        second_signal = tasks.create_task(_end_at_second_signal(app, signals, cause))
+        cut = await app.drain(shutdown.drain_seconds, accept_seconds=shutdown.accept_seconds)
+        second_signal.cancel()
+    _log.info("stopped", sessions_cut=cut)
+    if cut:
+        return EXIT_CUT
+    return EXIT_FAILURE if app.lifecycle.failed else EXIT_OK
+
+
+async def _end_at_second_signal(app: App, signals: Signals, cause: str) -> None:
+    number = await signals.stop()
+    if cause == QUIT:
+        # A preStop hook has asked, and the kubelet sends its one SIGTERM after every hook.
         _log.info("draining already; one more signal cuts what is left", signal=number.name)
-        await signals.end()
+        await signals.stop()
     await app.drain(0)
 
 
@@ -159,58 +162,57 @@ async def _cut_at_second_signal(app: App, signals: Signals, why: str) -> None:
 
 
 async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
-    threads = BlockingCalls(
-        "reload"
-    )  # daemons: one whose file does not answer keeps nobody from ending
+    threads = BlockingCalls("reload")  # daemons: a file that is not answered delays no exit
     while True:  # ends with the proxy
-        await signals.hangup()
+        await signals.reload()
         notify(reloading())
         try:
-            read = partial(reread_with_router, reread)
-            await _take_over(app, *await threads.run(read, RELOAD_SECONDS_MAX))
+            await _apply(app, *await reread_in_thread(threads, reread))
         except ConfigurationError as error:
             app.metrics.reload_failed()
-            _log.error(_KEPT, problems=[str(problem) for problem in error.problems])
+            _log.error(_NOT_RELOADED, problems=[str(problem) for problem in error.problems])
         except TimeoutError:
-            gc.enable()  # which the thread left behind will not do
             app.metrics.reload_failed()
-            _log.error(_KEPT, problems=[f"reading it took more than {RELOAD_SECONDS_MAX:g} s"])
+            text = f"reading it took more than {RELOAD_SECONDS_MAX:g} s"
+            _log.error(_NOT_RELOADED, problems=[text])
         except Exception:
             # A bug of ours must cost one reload, not all sessions.
             app.metrics.reload_failed()
-            _log.exception(_KEPT)
+            _log.exception(_NOT_RELOADED)
         notify(READY)
 
 
-async def _take_over(app: App, settings: Settings, router: Router) -> None:
+async def _apply(app: App, settings: Settings, router: Router) -> None:
     """Serve new sessions by these settings. Raises ConfigurationError."""
     warned = app.settings.warnings()
     changes = app.reload(settings, router)
-    if app.others is not None and not await app.others.take_over():
-        app.metrics.reload_failed()  # which of them did not, and why, is in the log
+    if app.workers is not None and not await app.workers.reload():
+        app.metrics.reload_failed()  # the log says which worker failed and why
     _log.info("reloaded", changed=changes.reloadable, **app.snapshot.map_facts)
     if changes.restart:
         _log.warning("restart to let these take effect", keys=changes.restart)
     for warning in app.settings.warnings():
         if warning not in warned:
-            _log.warning(_WEAK_POINT, warning=warning)
+            _log.warning(_CONFIGURATION_WARNING, warning=warning)
 
 
 # -- the limit of open files ---------------------------------------------------------------------
 
 
 def raise_file_limit() -> None:
-    """Use all the file descriptors that we may have: a session takes two, and the usual soft limit
-    of 1024 is for programs that use select()."""
+    """Raise the soft limit of open files to the hard one.
+
+    A session takes two files. The usual soft limit of 1024 is for programs that use select().
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # some systems say "unlimited" and mean less
+    with suppress(ValueError, OSError):  # some systems report no limit and have one
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def check_file_limit(max_connections: int, workers: int = 1) -> None:
-    """Warn where the limit of open files would refuse clients before `max_connections` does.
+    """Warn if the limit of open files allows fewer clients than `max_connections`.
 
-    The limit is a process's, and workers share the connections evenly.
+    The limit is that of one process; workers share the connections evenly.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = FILES_A_SESSION * math.ceil(max_connections / workers) + FILES_RESERVED
@@ -227,8 +229,10 @@ def check_file_limit(max_connections: int, workers: int = 1) -> None:
 
 
 def starting_max(max_connections: int, workers: int = 1) -> int:
-    """Return how many connections may be starting at a time in one process, so that they leave the
-    sessions, the admin address and the calls to the workspace their files."""
+    """Return how many connections may be starting at a time in one process.
+
+    They must leave files for the sessions, the admin address and the calls to the workspace.
+    """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return STARTING_MAX
@@ -237,7 +241,7 @@ def starting_max(max_connections: int, workers: int = 1) -> int:
 
 
 def explain(error: OSError) -> str:
-    """Return what keeps the proxy from starting, with what to do."""
+    """Return a sentence that says why the proxy cannot start, and what to do."""
     if error.errno == errno.EADDRINUSE:
         return (
             f"{error.strerror or error}. Is another Postgres or proxy there? Choose free ports: "

@@ -1,37 +1,33 @@
 """From settings to a router: aliases, the pattern of database names, the shard map.
 
-For: building what `routing` decides by, and reading the file of a map. Not for: what mappings mean
-(`routing`), or what they may look like in a file of settings (`config`).
+For: building what `routing` decides by, and reading the file of a shard map. Not for: what mappings
+mean (`routing`), or how they are written in the configuration (`config`).
 
-Invariant: what cannot be used is a Problem under its key, so that it shows with all the others.
+Invariant: what cannot be used is a Problem under its key, reported with all others.
 """
 
 import errno
 import gc
 import stat
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Final
 
-from proxy.config import (
-    UPSTREAM,
-    ConfigurationError,
-    Problem,
-    Settings,
-    ShardMapSettings,
-)
+from proxy.blocking import BlockingCalls
+from proxy.config import UPSTREAM, ConfigurationError, Problem, Settings, ShardMapSettings
 from proxy.file_stamp import Stamp, stamp_of
 from proxy.routing.key_sources import DatabasePattern
 from proxy.routing.map_builder import map_from_csv, map_from_tables
 from proxy.routing.map_rows import MapError
-from proxy.routing.router import Alias, Resolution, Router
+from proxy.routing.router import Alias, Router
 from proxy.routing.shard_map import ShardMap
 
-# Maps that are kept so that checking and using one builds it once: a million mappings take seconds.
-_BUILT_MAX: Final = 2
+# Maps that are cached, so that checking one and using it builds it once: a million mappings take
+# seconds.
+_CACHED_MAX: Final = 2
 
-# A file with a million mappings takes seconds. A disk that does not answer takes for ever.
+# A file with a million mappings takes seconds. A disk that does not answer takes forever.
 RELOAD_SECONDS_MAX: Final = 60.0
 
 Reread = Callable[[], Settings]
@@ -41,7 +37,7 @@ Reread = Callable[[], Settings]
 def router_of(settings: Settings) -> Router:
     """Return the router of these settings.
 
-    Raises ConfigurationError for the one map that it routes by; `map_problems` looks at all.
+    Raises ConfigurationError for the shard map in use; `map_problems` checks all of them.
     """
     routing = settings.routing
     aliases = {
@@ -61,10 +57,10 @@ def router_of(settings: Settings) -> Router:
 
 
 def reread_with_router(reread: Reread) -> tuple[Settings, Router]:
-    """Return the settings, and all that is made of them at length. Raises ConfigurationError.
+    """Return the settings and the router made of them. Raises ConfigurationError.
 
-    The garbage collector rests meanwhile: it would walk a growing map again and again, and no
-    session goes on while it does. Who gives up waiting for it has to wake it.
+    The garbage collector is off meanwhile: it would look at the growing map again and again, and
+    stop every session each time. A caller that abandons this must turn it on again.
     """
     gc.disable()
     try:
@@ -74,14 +70,23 @@ def reread_with_router(reread: Reread) -> tuple[Settings, Router]:
         gc.enable()
 
 
-def forget_built_maps() -> None:
-    """Keep no map but those that routers have: for a process that will not check any."""
-    _built.cache_clear()
+async def reread_in_thread(threads: BlockingCalls, reread: Reread) -> tuple[Settings, Router]:
+    """Do `reread_with_router` in a thread. Raises ConfigurationError, and TimeoutError."""
+    try:
+        return await threads.run(partial(reread_with_router, reread), RELOAD_SECONDS_MAX)
+    except TimeoutError:
+        gc.enable()  # the thread is abandoned
+        raise
+
+
+def clear_map_cache() -> None:
+    """Drop the cached maps that no router has, for a process that will check none."""
+    _build_map.cache_clear()
 
 
 def map_problems(settings: Settings) -> Iterator[Problem]:
-    """Yield what is wrong with the mappings of the shard maps: bounds, overlaps, targets, files."""
-    # The one in use comes last, so that it is still built when the router wants it.
+    """Yield what is wrong with the shard maps: bounds, overlaps, targets, files."""
+    # The map in use comes last, so that it is still cached when the router needs it.
     for name in sorted(settings.shard_maps, key=lambda name: name == settings.routing.shard_map):
         try:
             _checked_map(settings, name)
@@ -90,43 +95,14 @@ def map_problems(settings: Settings) -> Iterator[Problem]:
 
 
 def rewritten_file(settings: Settings, old: ShardMap | None, new: ShardMap | None) -> str | None:
-    """Return the key of the file that gives the map in use, if its mappings are others now.
+    """Return the key of the file of the shard map in use, if its mappings have changed.
 
-    What differs in the settings is `config.compare`'s to tell; it opens no file.
+    `config.compare` reports what differs in the settings; it opens no file.
     """
     name = settings.routing.shard_map
     if old is None or new is None or not settings.shard_maps[name].mappings_file:
         return None
     return None if new.digest == old.digest else _mappings_key(settings, name)
-
-
-def resolution_facts(settings: Settings, found: Resolution) -> dict[str, str]:
-    """Return what `resolve` says for machines; what does not apply is empty."""
-    target = settings.target(found.target)
-    return {
-        "canonical_key": found.key,
-        "hash": found.hash,
-        "low": found.low,
-        "high": found.high,
-        "target": found.target,
-        "endpoint": target.endpoint or target.instance,
-        "host": target.host,
-        "database": target.database,
-    }
-
-
-def resolution_lines(settings: Settings, found: Resolution) -> list[str]:
-    """Return what `resolve` prints: the key, the mapping that has it, and where that leads."""
-    facts = resolution_facts(settings, found)
-    rows = [
-        ("canonical key", found.key),
-        ("hash", found.hash),
-        ("mapping", found.low if found.low == found.high else f"[{found.low}, {found.high})"),
-        ("target", found.target),
-        ("host", facts["host"] or f"looked up from {facts['endpoint']}"),
-        ("database", facts["database"]),
-    ]
-    return [f"{name:<14} {value}" for name, value in rows if value]
 
 
 def _checked_map(settings: Settings, name: str) -> ShardMap:
@@ -153,19 +129,21 @@ def _shard_map(settings: Settings, name: str) -> ShardMap:
     shard_map = settings.shard_maps[name]
     file = shard_map.mappings_file
     stamp = stamp_of(file) if file else None
-    if file and not stat.S_ISREG(Path(file).stat().st_mode):  # nobody may ever write into a pipe
+    if file and not stat.S_ISREG(Path(file).stat().st_mode):  # a pipe might block forever
         raise OSError(errno.EINVAL, "it is not a regular file")
-    return _built(shard_map, frozenset(settings.target_names()), stamp)
+    return _build_map(shard_map, frozenset(settings.target_names()), stamp)
 
 
-@lru_cache(maxsize=_BUILT_MAX)
-def _built(shard_map: ShardMapSettings, targets: frozenset[str], stamp: Stamp | None) -> ShardMap:
+@lru_cache(maxsize=_CACHED_MAX)
+def _build_map(
+    shard_map: ShardMapSettings, targets: frozenset[str], stamp: Stamp | None
+) -> ShardMap:
     spec = shard_map.spec
     if stamp is None:
         return map_from_tables((entry.columns() for entry in shard_map.mappings), spec, targets)
     with Path(shard_map.mappings_file).open(encoding="utf-8-sig", newline="") as lines:
         built = map_from_csv(lines, spec, targets)
     if not len(built):
-        # A file that lost its rows, or is being written: it must not take every tenant's way.
+        # A file that lost its rows, or is being written, must not unmap every tenant.
         raise MapError(("it has no mapping",))
     return built

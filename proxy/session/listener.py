@@ -17,7 +17,7 @@ from typing import Final
 from proxy.config import ListenSettings
 from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
-from proxy.session.drain import AcceptPeriod, OpenSession, OpenSessions
+from proxy.session.drain import OpenSession, OpenSessions
 from proxy.session.end_reason import EndReason
 from proxy.session.memory_trim import MemoryTrim
 from proxy.session.slots import SlotSource
@@ -77,7 +77,6 @@ class Listener:
         self._serve = serve
         self._memory_trim = memory_trim or MemoryTrim()
         self._open_sessions = OpenSessions(self._memory_trim.session_ended)
-        self._accept_period = AcceptPeriod()
         self._ids = itertools.count(1)
         self._starting_max = starting_max
         self._flood_logged_at: float | None = None
@@ -123,13 +122,11 @@ class Listener:
         task = self._open_sessions.start(partial(self._run_adopted, sock, number))
         task.add_done_callback(lambda _: ended())
 
-    async def drain(self, seconds: float, *, accept_seconds: float = 0) -> int:
-        """Accept for `accept_seconds` more, then end all sessions. Return how many were cut.
+    async def drain(self, seconds: float) -> int:
+        """Stop accepting, and end all sessions within `seconds`. Return how many were cut.
 
-        From then on the sessions have `seconds`. A second call hastens the first one; both return
-        how many were cut in all.
+        A second call ends what is left within its own time; both return how many were cut in all.
         """
-        await self._accept_period.wait(accept_seconds)
         self._close()
         return await self._open_sessions.drain(seconds)
 

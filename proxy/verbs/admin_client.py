@@ -1,10 +1,10 @@
-"""Asking a running proxy, over its admin address, from another process.
+"""The client of a running proxy's admin address.
 
 For: `wait` and `shutdown`, in images without a shell or curl, and as a container's health check.
-Not for: anything that the admin address does not say.
+Not for: anything that the admin address does not offer.
 
-Invariant: it asks loopback or the configured address, never through an HTTP proxy, and every
-request has a bound.
+Invariant: it connects to loopback or the configured address, never through an HTTP proxy, and every
+request has a timeout.
 """
 
 import http.client
@@ -15,13 +15,13 @@ from typing import Final
 from proxy.addresses import address_of
 from proxy.config import AdminSettings, ConfigurationError, Problem
 
-# An answer comes from memory: one that takes longer is as good as none.
+# The proxy answers from memory; an answer that takes longer counts as none.
 REQUEST_SECONDS_MAX: Final = 2.0
-ASK_AGAIN_SECONDS: Final = 0.1
+POLL_SECONDS: Final = 0.1
 
 
 class AdminError(Exception):
-    """The proxy does not do what it was asked for; the text says why and what to do."""
+    """The proxy did not do what it was asked for. The text says why and what to do."""
 
 
 def wait_until_ready(
@@ -31,36 +31,36 @@ def wait_until_ready(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Return as soon as the proxy is ready; ask at least once, then for `timeout_seconds`.
+    """Return as soon as the proxy is ready. Asks at least once, and for `timeout_seconds`.
 
-    Raises AdminError when it is not ready in time, and ConfigurationError when the settings name no
-    address to ask.
+    Raises AdminError if it is not ready in time, and ConfigurationError if the settings have no
+    admin address.
     """
     ends_at = clock() + timeout_seconds
     while (why := _why_not_ready(settings)) is not None:
         if clock() >= ends_at:
             raise AdminError(f"not ready within {timeout_seconds:g} seconds: {why}")
-        sleep(ASK_AGAIN_SECONDS)
+        sleep(POLL_SECONDS)
 
 
 def ask_to_drain(settings: AdminSettings) -> None:
-    """Have the proxy drain and end, as SIGTERM does. Returns when it has said yes.
+    """Ask the proxy to drain and end, as SIGTERM does. Return when it has accepted.
 
-    Raises AdminError when it does not, and ConfigurationError as `wait_until_ready`.
+    Raises AdminError if it refuses, and ConfigurationError as `wait_until_ready` does.
     """
     try:
         status = _status(settings, "POST", "/quitquitquit")
     except OSError as error:
         raise AdminError(f"no proxy answers on {_shown(settings)}: {_reason(error)}") from error
     if status in (403, 404):
-        text = "the proxy does not take it: start it with --admin.quit true, and ask from loopback"
+        text = "the proxy refuses: start it with --admin.quit true, and ask from loopback"
         raise AdminError(text)
     if not 200 <= status < 300:
         raise AdminError(f"{_shown(settings)} answers {status}: is that the proxy?")
 
 
 def _why_not_ready(settings: AdminSettings) -> str | None:
-    """Return what keeps the proxy from being ready; None when it is."""
+    """Return why the proxy is not ready, or None if it is."""
     try:
         status = _status(settings, "GET", "/readiness")
     except OSError as error:
@@ -69,7 +69,7 @@ def _why_not_ready(settings: AdminSettings) -> str | None:
 
 
 def _status(settings: AdminSettings, method: str, path: str) -> int:
-    """Return the answer's status code. Raises OSError when there is none."""
+    """Return the status code of the answer. Raises OSError if there is none."""
     host, port = _address(settings)
     connection = http.client.HTTPConnection(host, port, timeout=REQUEST_SECONDS_MAX)
     try:
@@ -83,16 +83,16 @@ def _status(settings: AdminSettings, method: str, path: str) -> int:
 
 def _address(settings: AdminSettings) -> tuple[str, int]:
     if not settings.enabled:
-        problem = Problem("admin.enabled", "must be true: the admin address is what is asked")
+        problem = Problem("admin.enabled", "must be true: this verb asks the admin address")
         raise ConfigurationError([problem])
     if not settings.port:
-        problem = Problem("admin.port", "must be a number: with 0 nobody knows where to ask")
+        problem = Problem("admin.port", "must not be 0: this verb needs to know the port")
         raise ConfigurationError([problem])
     return _reachable(settings.host), settings.port
 
 
 def _reachable(host: str) -> str:
-    """Return where to ask a server that listens on `host`: on all addresses, that is loopback."""
+    """Return where to reach a server that listens on `host`: loopback, if on all addresses."""
     address = address_of(host)
     if address is None or not address.is_unspecified:
         return host

@@ -1,7 +1,7 @@
-"""`demo`: the whole system on one machine, with nothing to install or sign up for.
+"""`demo`: run the whole system on one machine, with nothing to install or sign up for.
 
-A stand-in for Lakebase (its workspace API, its TLS front end, real PostgreSQL behind it) and, in
-front of it, the very proxy that `run` serves. What it tells a person to paste works as printed.
+An emulator of Lakebase (its workspace API, its TLS gateway, real PostgreSQL) and, in front of it,
+the same proxy that `run` serves. The commands that it prints work as printed.
 """
 
 import os
@@ -25,8 +25,8 @@ from proxy.config import (
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind
 from proxy.server.app import App, serving
-from proxy.server.process import Signals, until_stopped
-from proxy.verbs.event_loop import until_done
+from proxy.server.process import Signals, run_until_stopped
+from proxy.verbs.event_loop import run_on_event_loop
 from proxy.verbs.stderr import fail
 
 if TYPE_CHECKING:
@@ -34,18 +34,17 @@ if TYPE_CHECKING:
 
 
 class DemoError(Exception):
-    """The stand-in cannot start; the text says why."""
+    """The emulator cannot start. The text says why."""
 
 
-# Tenants 0 to 999 are on the first shard, 1000 to 1999 on the second; nobody has the others.
+# Tenants 0 to 999 are on the first shard, 1000 to 1999 on the second, all others on none.
 TENANTS_A_SHARD: Final = 1000
 
 
 def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
-    """Return settings for the stand-in. Of the given ones only how this process serves is kept.
+    """Return settings that lead to the emulator. Only how this process serves is kept.
 
-    What leads to Lakebase is made afresh: a workspace, a role or a database of the person's own
-    is not the stand-in's.
+    The user's own workspace, role and database do not exist in the emulator.
     """
     shards = lakebase.shards
     mappings = tuple(
@@ -74,7 +73,7 @@ def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
             port=lakebase.port,
             ssl_root_cert=str(lakebase.ca_file),
         ),
-        # The address as well: a target that says where to dial takes nothing of it from above.
+        # With the address: a target that sets where to dial takes none of that from [upstream].
         targets={
             shard.name: UpstreamSettings(endpoint=shard.endpoint.name, hostaddr=address)
             for shard in shards
@@ -82,23 +81,23 @@ def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
         shard_maps={
             "tenants": ShardMapSettings(kind=Kind.RANGE, key_type=KeyType.INT4, mappings=mappings)
         },
-        # Each tenant to its shard, and who names none to the first.
+        # A client that names no tenant gets the first shard.
         routing=RoutingSettings(shard_map="tenants", require_key=False),
     )
 
 
 @asynccontextmanager
 async def demonstrating(settings: Settings) -> AsyncIterator[tuple[App, "Lakebase"]]:
-    """Run stand-in and proxy while the block runs; leave nothing behind.
+    """Run emulator and proxy while the block runs, and remove every trace of them after it.
 
-    Raises ImportError when the extra `demo` is not installed, OSError when a port is taken, and
-    DemoError when the stand-in does not start.
+    Raises ImportError if the extra `demo` is not installed, OSError if a port is taken, and
+    DemoError if the emulator does not start.
     """
-    # An extra; only the demo needs it.
+    # It needs the extra `demo`.
     from proxy.emulator.cluster import ClusterError  # noqa: PLC0415
     from proxy.emulator.lakebase import Lakebase  # noqa: PLC0415
 
-    _forget_databricks()
+    _hide_databricks()
     async with AsyncExitStack() as stack:
         try:
             lakebase = await stack.enter_async_context(Lakebase())
@@ -108,8 +107,8 @@ async def demonstrating(settings: Settings) -> AsyncIterator[tuple[App, "Lakebas
         yield app, lakebase
 
 
-def _forget_databricks() -> None:
-    """Keep the SDK to the stand-in: no account of the person's own, no HTTP proxy on the way."""
+def _hide_databricks() -> None:
+    """Have the SDK find the emulator only: no account of the user, no HTTP proxy."""
     for name in [name for name in os.environ if name.startswith("DATABRICKS_")]:
         del os.environ[name]
     os.environ["DATABRICKS_CONFIG_FILE"] = os.devnull
@@ -117,12 +116,12 @@ def _forget_databricks() -> None:
 
 
 def greeting(app: App, lakebase: "Lakebase") -> str:
-    """Return what the demo prints when it is ready."""
+    """Return the text that the demo prints when it is ready."""
     psql = f"psql -h {quote(app.listen_host)} -p {app.listen_port} -U anyone"
     table = "-c 'TABLE shard_identity'"
     uncovered = len(lakebase.shards) * TENANTS_A_SHARD
     lines = [
-        "The demo is ready: a Lakebase stand-in, and lakebase-auth-proxy in front of it.",
+        "The demo is ready: a Lakebase emulator, and lakebase-auth-proxy in front of it.",
         "No password is needed. Paste into another terminal:",
         "",
         f"  {psql} -d {lakebase.database} -c 'SELECT current_user, current_database()'",
@@ -130,7 +129,7 @@ def greeting(app: App, lakebase: "Lakebase") -> str:
         f"It prints the service principal: {lakebase.client_id}",
         f"and the database: {lakebase.database}",
         "",
-        "The same, with a shard key: two tenants in two databases, and one whom nobody has.",
+        "The same with a shard key: two tenants in two databases, and one in none.",
         "",
         f'  {psql} -d "dbname=app@42" {table}',
         f"  {psql} -d \"dbname={lakebase.database} options='-c shard_key=1500'\" {table}",
@@ -140,12 +139,12 @@ def greeting(app: App, lakebase: "Lakebase") -> str:
     lines += ["", f"No psql here? There is one in {_shown(bundled.parent)}"]
     if app.admin is not None:
         admin = f"http://{app.admin.host}:{app.admin.port}"
-        lines.append(f"See what it does: {admin}/ {admin}/metrics")
-    return "\n".join([*lines, "", "Ctrl-C stops everything and leaves nothing behind."])
+        lines.append(f"Status and metrics: {admin}/ {admin}/metrics")
+    return "\n".join([*lines, "", "Ctrl-C stops everything and removes what the demo created."])
 
 
 def _shown(path: Path) -> str:
-    """Return a path as a person would type it from here."""
+    """Return a path as one would type it from here."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
@@ -153,12 +152,12 @@ def _shown(path: Path) -> str:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run stand-in and proxy until told to stop. Raises ConfigurationError."""
-    # The guide's variables point at a real Lakebase: the demo has its own.
+    """Run emulator and proxy until asked to stop. Raises ConfigurationError."""
+    # The variables of the Lakebase guide point to a real Lakebase, which the demo must not touch.
     own = {name: value for name, value in os.environ.items() if name.startswith("LAKEBASE_PROXY_")}
     settings = load_settings(arguments, {"LAKEBASE_PROXY_LOG__LEVEL": "warning", **own})
     try:
-        return until_done(settings, _serve)
+        return run_on_event_loop(settings, _serve)
     except ImportError as error:
         return fail(f"{error}. For the demo: pip install 'lakebase-auth-proxy[demo]'")
     except DemoError as error:
@@ -169,4 +168,4 @@ async def _serve(settings: Settings) -> int:
     signals = Signals()
     async with demonstrating(settings) as (app, lakebase):
         print(greeting(app, lakebase), flush=True)
-        return await until_stopped(app, signals)
+        return await run_until_stopped(app, signals)

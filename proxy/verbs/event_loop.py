@@ -1,6 +1,6 @@
-"""What the verbs that connect have in common: their settings, and an event loop.
+"""What the verbs share that connect: settings to serve with, and an event loop.
 
-For: `run`, `check`, `demo`. Not for: verbs that only ask or print, which shall not pay for it.
+For: `run`, `check`, `demo`. Not for: verbs that only ask or print, which must start fast.
 """
 
 import asyncio
@@ -20,27 +20,28 @@ from proxy.verbs.stderr import fail
 PRINT_CONFIG: Final = "--print-config"
 
 Program = Callable[[Settings], Coroutine[None, None, int]]
+"""Runs on the event loop. Returns the exit code."""
 
 
 def print_config(arguments: Sequence[str]) -> int:
-    """Print the values in force. It shows what there is, so it asks for nothing that is missing."""
+    """Print the values in force. Nothing is required to be set."""
     flags = [argument for argument in arguments if argument != PRINT_CONFIG]
     print(effective_toml(load(flags, os.environ, inspect=[map_problems])), end="")
     return EXIT_OK
 
 
-def settings_of(arguments: Sequence[str]) -> Settings:
+def serving_settings(arguments: Sequence[str]) -> Settings:
     """Return settings that sessions can be served with. Raises ConfigurationError."""
     return load_settings(arguments, os.environ, upstream_required=True, inspect=[map_problems])
 
 
-def until_done(settings: Settings, program: Program) -> int:
-    """Run a program on an event loop; say what keeps it from starting."""
+def run_on_event_loop(settings: Settings, program: Program) -> int:
+    """Run a program and return its exit code; print why it cannot start."""
     configure_logging(format=settings.log.format, level=settings.log.level)
     raise_file_limit()
     try:
         return uvloop.run(program(settings))
     except asyncio.CancelledError:
-        return EXIT_OK  # told to stop before it served
+        return EXIT_OK  # asked to stop before it served
     except OSError as error:
         return fail(explain(error))

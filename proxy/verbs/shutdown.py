@@ -10,7 +10,7 @@ from proxy.verbs.stderr import fail
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Ask a proxy with this configuration. Raises ConfigurationError."""
+    """Ask the proxy that has this configuration. Raises ConfigurationError."""
     try:
         ask_to_drain(load_settings(arguments, os.environ).admin)
     except AdminError as error:

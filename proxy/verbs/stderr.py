@@ -1,6 +1,6 @@
-"""What a verb says to a person when it cannot do what it was asked for.
+"""One sentence on standard error, and the exit code that goes with it.
 
-For: one sentence on standard error, with the exit code that goes with it. Not for: the log.
+For: a verb that cannot do what it was asked for. Not for: the log.
 """
 
 import sys
@@ -9,12 +9,12 @@ from proxy.exit_codes import EXIT_FAILURE, EXIT_USAGE
 
 
 def fail(sentence: str) -> int:
-    """Say what went wrong; return the exit code for it."""
+    """Print what went wrong. Return the exit code of a failure."""
     print(f"lakebase-auth-proxy: {sentence}", file=sys.stderr)
     return EXIT_FAILURE
 
 
 def wrong_usage(sentence: str) -> int:
-    """Say what the verb needs; return the exit code for it."""
+    """Print how the verb is used. Return the exit code of wrong usage."""
     print(f"lakebase-auth-proxy: {sentence}", file=sys.stderr)
     return EXIT_USAGE

@@ -1,4 +1,4 @@
-"""`version`: which one this is, and what was compiled of it."""
+"""`version`: print the version, and whether the relay was compiled."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ _BUILD = ["--build"]
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the version and nothing else, or with --build what was built as well."""
+    """Print the version alone, or with --build whether the relay was compiled too."""
     if arguments and list(arguments) != _BUILD:
         return wrong_usage("version takes no argument but --build")
     print(__version__)

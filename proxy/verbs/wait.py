@@ -1,6 +1,6 @@
-"""`wait`: until a running proxy is ready; a container's health check.
+"""`wait`: wait until a running proxy is ready. It can be a container's health check.
 
-Not for: anything that needs an event loop. It costs what reading the configuration costs.
+It needs no event loop, and costs what reading the configuration costs.
 """
 
 import os
@@ -13,12 +13,12 @@ from proxy.exit_codes import EXIT_OK
 from proxy.verbs.admin_client import AdminError, wait_until_ready
 from proxy.verbs.stderr import fail, wrong_usage
 
-# Without --timeout.
+# The timeout without --timeout.
 WAIT_SECONDS: Final = 30.0
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Wait until a proxy with this configuration is ready. Raises ConfigurationError."""
+    """Wait until the proxy that has this configuration is ready. Raises ConfigurationError."""
     seconds, flags = _take_timeout(arguments)
     if seconds is None:
         return wrong_usage("--timeout needs a number of seconds")
@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _take_timeout(arguments: Sequence[str]) -> tuple[float | None, list[str]]:
-    """Return the value of --timeout, None for one that is no number, and the other arguments."""
+    """Return the value of --timeout, None if it is not a number, and the other arguments."""
     rest, seconds = list(arguments), str(WAIT_SECONDS)
     for at, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")

@@ -1,10 +1,10 @@
-"""Accepting for all workers.
+"""The acceptor: the listening sockets of a proxy whose workers serve.
 
-For: the listening sockets, and giving away what they accept. Not for: choosing who gets it
-(`pool`), or a byte of any connection.
+For: accepting, and passing on what was accepted. Not for: choosing the worker (`supervisor`), or
+reading a byte of any connection.
 
-Invariants: a connection is given away or held, never dropped while the proxy accepts; at most one
-is held, and the rest waits in the kernel's backlog.
+Invariants: a connection is passed on or held, never dropped while the proxy accepts. At most one is
+held; the rest wait in the kernel's backlog.
 """
 
 import asyncio
@@ -18,33 +18,33 @@ from proxy.observe.logs import get_logger
 from proxy.session.listener import ACCEPT_BACKLOG, STARTING_WARNING_SECONDS, socket_name
 from proxy.transport.sockets import listen_tcp, listen_unix
 
-# Connections accepted before the loop looks at anything else.
-ACCEPTS_A_TURN: Final = 32
-# How long nothing is accepted when no worker takes it, or no descriptor is left.
-REST_SECONDS: Final = 0.05
+# Connections accepted before the event loop does anything else.
+ACCEPTS_MAX: Final = 32
+# How long nothing is accepted after no worker took a connection, or no descriptor was left.
+RETRY_SECONDS: Final = 0.05
 
 _log = get_logger(__name__)
 
-GiveAway = Callable[[socket.socket], bool]
-"""Gives a connection to a worker; tells whether one has taken it."""
+PassConnection = Callable[[socket.socket], bool]
+"""Passes a connection to a worker. Returns whether one took it."""
 
 
-class Entrance:
-    """Where clients connect."""
+class Acceptor:
+    """Accepts connections and passes them on."""
 
-    def __init__(self, settings: ListenSettings, give_away: GiveAway) -> None:
+    def __init__(self, settings: ListenSettings, pass_connection: PassConnection) -> None:
         self._settings = settings
-        self._give_away = give_away
+        self._pass_connection = pass_connection
         self._listening: list[socket.socket] = []
         self._held: socket.socket | None = None
-        self._rest: asyncio.TimerHandle | None = None
+        self._retry: asyncio.TimerHandle | None = None
         self._unix_path: Path | None = None
-        self._said_at: float | None = None
+        self._failure_logged_at: float | None = None
 
     def open(self) -> tuple[str, int]:
-        """Listen, and return the address; who connects waits for `begin`.
+        """Listen, and return the address. Clients wait in the backlog until `start`.
 
-        Without TCP it is the directory of the unix socket. Raises OSError.
+        Without TCP the address is the directory of the unix socket. Raises OSError.
         """
         host, port = self._settings.host, self._settings.port
         if host:
@@ -57,17 +57,17 @@ class Entrance:
             self._unix_path = path
         return host or directory, port
 
-    def begin(self) -> None:
-        """Accept from now on."""
+    def start(self) -> None:
+        """Start to accept."""
         loop = asyncio.get_running_loop()
         for sock in self._listening:
             loop.add_reader(sock, self._accept, sock)
 
     def close(self) -> None:
-        """Accept no more. May be called again."""
+        """Stop accepting, and close what is held. May be called again."""
         self._pause()
-        if self._rest is not None:
-            self._rest.cancel()
+        if self._retry is not None:
+            self._retry.cancel()
         for sock in self._listening:
             sock.close()
         self._listening.clear()
@@ -79,30 +79,31 @@ class Entrance:
             self._unix_path = None
 
     def _accept(self, listening: socket.socket) -> None:
-        for _ in range(ACCEPTS_A_TURN):
+        for _ in range(ACCEPTS_MAX):
             try:
                 self._held = self._held or listening.accept()[0]
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                self._say(error)
-                self._take_a_rest()
+                self._log_failure(error)
+                self._pause_and_retry()
                 return
-            if not self._give_away(self._held):
-                self._take_a_rest()
+            if not self._pass_connection(self._held):
+                self._pause_and_retry()
                 return
             self._held.close()
             self._held = None
 
-    def _say(self, error: OSError) -> None:
+    def _log_failure(self, error: OSError) -> None:
         now = asyncio.get_running_loop().time()
-        if self._said_at is None or now - self._said_at >= STARTING_WARNING_SECONDS:
-            self._said_at = now
+        logged_at = self._failure_logged_at
+        if logged_at is None or now - logged_at >= STARTING_WARNING_SECONDS:
+            self._failure_logged_at = now
             _log.error("cannot accept", error=error.strerror)
 
-    def _take_a_rest(self) -> None:
+    def _pause_and_retry(self) -> None:
         self._pause()
-        self._rest = asyncio.get_running_loop().call_later(REST_SECONDS, self.begin)
+        self._retry = asyncio.get_running_loop().call_later(RETRY_SECONDS, self.start)
 
     def _pause(self) -> None:
         loop = asyncio.get_running_loop()

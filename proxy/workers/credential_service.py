@@ -1,11 +1,13 @@
-"""Where the supervisor answers what its workers ask of workspaces.
+"""The supervisor's side of what workers ask of workspaces: tokens, hosts and identities.
 
-For: tokens, hosts and identities, from the ways of the configuration that is named. Not for: when
-to mint, or what a failure means (`upstream`).
+For: answering from the upstreams of the configuration that a worker names. Not for: when to mint,
+or what a failure means (`workspace`).
 
-Invariants: an answer is of the configuration that it was asked for by, or a refusal. What several
-workers look up at once is asked of the workspace once; and what one of them has found out is not
-lost to the others, or to the successor of one that died, while the workspace is away.
+A generation is the number of a configuration; each reload makes the next.
+
+Invariants: an answer is of the generation that it was asked for by, or a refusal. What several
+workers look up at once is asked of the workspace once. What one of them found out is not lost to
+the others, or to the successor of one that died, while the workspace does not answer.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,8 +16,8 @@ from typing import Any, Final, TypeVar
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.upstream.upstreams import Upstream, Upstreams
-from proxy.workers.remote_credentials import CONFIGURATIONS_MAX
-from proxy.workers.rpc import Answers
+from proxy.workers.remote_credentials import GENERATIONS_MAX
+from proxy.workers.rpc import Methods
 from proxy.workspace.client import Identity
 from proxy.workspace.registry import TokenAccount
 from proxy.workspace.resources import ResourceStatus
@@ -24,8 +26,8 @@ from proxy.workspace.single_flight import PendingCalls, SingleFlight
 T = TypeVar("T")
 
 
-class _Found:
-    """What was found out for one way; a reload that leaves the way as it is leaves this, too."""
+class _UpstreamFacts:
+    """What the workspace said of one upstream. A reload that keeps the upstream keeps this too."""
 
     def __init__(self, upstream: Upstream, calls: PendingCalls) -> None:
         self.upstream = upstream
@@ -35,7 +37,10 @@ class _Found:
         self._identify = SingleFlight(self._ask_identity, calls)
 
     async def status(self) -> ResourceStatus:
-        """Return state and host as they are now; while nobody can say, as they were last."""
+        """Return the present state and host, or the last ones while the workspace fails.
+
+        Raises ProxyError.
+        """
         try:
             return await self._look_up.result()
         except ProxyError:
@@ -44,7 +49,7 @@ class _Found:
             return self._status
 
     async def identity(self) -> Identity:
-        """Return who we are there. Raises ProxyError."""
+        """Return who we are in this workspace. Raises ProxyError."""
         return self._identity or await self._identify.result()
 
     async def _ask_status(self) -> ResourceStatus:
@@ -59,79 +64,85 @@ class _Found:
         return self._identity
 
 
-class _Configuration:
-    """The ways of one fleet, by what workers know of them. Raises ProxyError for what is not in it,
-    which is what a worker asks for that has not heard of a reload."""
+class _Generation:
+    """The upstreams of one configuration, by what workers know of them.
+
+    Raises ProxyError for what is not in it: a worker that has not heard of a reload asks for that.
+    """
 
     def __init__(
-        self, upstreams: Iterable[Upstream], before: Mapping[int, _Found], calls: PendingCalls
+        self,
+        upstreams: Iterable[Upstream],
+        before: Mapping[int, _UpstreamFacts],
+        calls: PendingCalls,
     ) -> None:
-        self.found: dict[int, _Found] = {}  # by the way itself, which two of one fleet never share
-        self._by_workspace: dict[str, _Found] = {}
-        self._by_resource: dict[tuple[str, str, bool], _Found] = {}
+        self.facts: dict[int, _UpstreamFacts] = {}  # by the upstream's id()
+        self._by_workspace: dict[str, _UpstreamFacts] = {}
+        self._by_resource: dict[tuple[str, str, bool], _UpstreamFacts] = {}
         self._accounts: dict[tuple[str, str], TokenAccount] = {}
         for upstream in upstreams:
             workspace, resource = upstream.account_key.workspace.name, upstream.resource
-            found = self.found[id(upstream)] = before.get(id(upstream)) or _Found(upstream, calls)
-            self._by_workspace.setdefault(workspace, found)
+            facts = before.get(id(upstream)) or _UpstreamFacts(upstream, calls)
+            self.facts[id(upstream)] = facts
+            self._by_workspace.setdefault(workspace, facts)
             if resource is not None:
                 key = (workspace, resource.name, resource.read_only)
-                self._by_resource.setdefault(key, found)
+                self._by_resource.setdefault(key, facts)
             if upstream.account is not None:
                 instance = upstream.account_key.instance
                 self._accounts.setdefault((workspace, instance), upstream.account)
 
     def account(self, workspace: str, instance: str) -> TokenAccount:
         """Return whose tokens open a workspace's endpoints, or one of its instances."""
-        return _known(self._accounts.get((workspace, instance)))
+        return _required(self._accounts.get((workspace, instance)))
 
-    def resource(self, workspace: str, name: str, read_only: bool) -> _Found:
-        """Return what is found out for a resource."""
-        return _known(self._by_resource.get((workspace, name, read_only)))
+    def resource(self, workspace: str, name: str, read_only: bool) -> _UpstreamFacts:
+        """Return what is known of an upstream with this resource."""
+        return _required(self._by_resource.get((workspace, name, read_only)))
 
-    def workspace(self, name: str) -> _Found:
-        """Return what is found out for one of a workspace's ways."""
-        return _known(self._by_workspace.get(name))
+    def workspace(self, name: str) -> _UpstreamFacts:
+        """Return what is known of an upstream in this workspace."""
+        return _required(self._by_workspace.get(name))
 
 
-def _known(found: T | None) -> T:
+def _required(found: T | None) -> T:
     if found is None:
         raise ProxyError(ErrorKind.SHUTTING_DOWN, "the configuration has changed meanwhile")
     return found
 
 
-_FORGOTTEN: Final = _Configuration((), {}, PendingCalls())
+_EMPTY: Final = _Generation((), {}, PendingCalls())
 
 
 class CredentialService:
-    """Answers from the newest configurations."""
+    """Answers from the newest generations."""
 
     def __init__(self) -> None:
         self._calls = PendingCalls()
-        self._configurations: dict[int, _Configuration] = {}
-        self._uses: dict[int, ExitStack] = {}  # their upstreams stay open as long
+        self._generations: dict[int, _Generation] = {}
+        self._uses: dict[int, ExitStack] = {}  # each keeps the upstreams of a generation open
 
-    def open(self, number: int, upstreams: Upstreams) -> None:
-        """Answer for one more configuration, and no longer for the oldest."""
-        # While they are held here no other way can have their place in memory.
+    def register(self, generation: int, upstreams: Upstreams) -> None:
+        """Answer for one more generation, and no longer for the oldest."""
+        # The upstreams are held here, so that no other can have the id() of one of them.
         before = {
-            place: found
-            for configuration in self._configurations.values()
-            for place, found in configuration.found.items()
+            key: facts
+            for generation_before in self._generations.values()
+            for key, facts in generation_before.facts.items()
         }
-        self._configurations[number] = _Configuration(upstreams.values(), before, self._calls)
-        self._uses[number] = upstreams.keep_open()
-        if len(self._configurations) > CONFIGURATIONS_MAX:
-            oldest = min(self._configurations)
-            del self._configurations[oldest]
+        self._generations[generation] = _Generation(upstreams.values(), before, self._calls)
+        self._uses[generation] = upstreams.keep_open()
+        if len(self._generations) > GENERATIONS_MAX:
+            oldest = min(self._generations)
+            del self._generations[oldest]
             self._uses.pop(oldest).close()
 
     async def close(self) -> None:
-        """End what is being looked up."""
+        """Cancel the calls that are open."""
         await self._calls.close()
 
     @property
-    def answers(self) -> Answers:
+    def methods(self) -> Methods:
         """What a worker may call."""
         return {
             "fresh": self._fresh,
@@ -140,8 +151,8 @@ class CredentialService:
             "identity": self._identity,
         }
 
-    async def _fresh(self, configuration: int, workspace: str, instance: str) -> dict[str, Any]:
-        account = self._at(configuration).account(workspace, instance)
+    async def _fresh(self, generation: int, workspace: str, instance: str) -> dict[str, Any]:
+        account = self._at(generation).account(workspace, instance)
         credential = await account.token_source.fresh()
         return {
             "secret": credential.secret.reveal().decode(),
@@ -150,24 +161,24 @@ class CredentialService:
         }
 
     async def _reject(
-        self, configuration: int, workspace: str, instance: str, requested_at: float
+        self, generation: int, workspace: str, instance: str, requested_at: float
     ) -> None:
-        account = self._at(configuration).account(workspace, instance)
+        account = self._at(generation).account(workspace, instance)
         newest = account.token_source.newest
         if newest is not None and newest.requested_at == requested_at:
             account.token_source.reject(newest)
 
     async def _status(
-        self, configuration: int, workspace: str, resource: str, read_only: bool
+        self, generation: int, workspace: str, resource: str, read_only: bool
     ) -> list[Any]:
-        answer = await self._at(configuration).resource(workspace, resource, read_only).status()
-        # What is no text is refused there as here; anything that is none will do.
-        host = answer.host if isinstance(answer.host, str) else True
-        return [answer.state, host, answer.disabled]
+        status = await self._at(generation).resource(workspace, resource, read_only).status()
+        # The worker refuses a host that is not a string; any other value will do for that.
+        host = status.host if isinstance(status.host, str) else True
+        return [status.state, host, status.disabled]
 
-    async def _identity(self, configuration: int, workspace: str) -> list[Any]:
-        answer = await self._at(configuration).workspace(workspace).identity()
-        return [answer.role, answer.host, answer.auth_type]
+    async def _identity(self, generation: int, workspace: str) -> list[Any]:
+        identity = await self._at(generation).workspace(workspace).identity()
+        return [identity.role, identity.host, identity.auth_type]
 
-    def _at(self, configuration: int) -> _Configuration:
-        return self._configurations.get(configuration, _FORGOTTEN)
+    def _at(self, generation: int) -> _Generation:
+        return self._generations.get(generation, _EMPTY)

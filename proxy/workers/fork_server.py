@@ -1,11 +1,11 @@
-"""The process that forks workers, and that sees to it that none outlives the supervisor.
+"""The fork server: a process that forks workers, reaps them, and lets none outlive the supervisor.
 
-For: forking without the hazards of threads and loops, and who has ended how. Not for: what a worker
-does (`worker`), or when there is to be one (`pool`).
+For: forking without the hazards of threads and event loops, and reporting how each worker ended.
+Not for: what a worker does (`worker`), or when there should be one (`supervisor`).
 
-Invariants: it has one thread, no loop, and no work but this. Its children are dead before it ends,
-and it ends when its socket does, whatever became of the supervisor. Signals are the supervisor's: a
-terminal, and systemd, send them to every process.
+Invariants: it has one thread and no event loop, and does nothing else. It ends when its socket is
+closed, whatever became of the supervisor, and kills its workers before. It ignores the signals that
+a terminal or systemd sends to every process: they are the supervisor's.
 """
 
 import gc
@@ -25,16 +25,16 @@ from proxy.observe.logs import get_logger
 SOCKETS_OF_A_WORKER: Final = 2
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_COMMAND: Final = struct.Struct("!BB")  # an _Order and a slot
-_EXIT: Final = struct.Struct("!Bi")  # a slot and a wait status
-_NEVER_BEGUN: Final = 1 << 8  # the wait status of a worker that was not forked: exit code 1
-# The nursery ends as soon as it has killed its workers.
+_COMMAND: Final = struct.Struct("!BB")  # a _Command and a worker number
+_EXIT: Final = struct.Struct("!Bi")  # a worker number and a wait status
+_FORK_FAILED: Final = 1 << 8  # the wait status of a worker that was not forked: exit code 1
+# The fork server ends as soon as it has killed its workers.
 _END_SECONDS_MAX: Final = 5.0
 
 _log = get_logger(__name__)
 
-Work = Callable[[int, Sequence[socket.socket]], int]
-"""What a worker does, in a slot and with its sockets; returns its exit code."""
+RunWorker = Callable[[int, Sequence[socket.socket]], int]
+"""Runs the worker of this number with its sockets. Returns the exit code."""
 
 
 class _Command(IntEnum):
@@ -45,47 +45,41 @@ class _Command(IntEnum):
 class ForkServer:
     """The supervisor's end. Start it before there are threads or an event loop."""
 
-    def __init__(self, work: Work) -> None:
-        # Packets: one is one order, or one piece of news, and an end is seen.
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # What is there now is there to stay, in all processes. A collection that looked at it would
-        # write to every page, and give each process a copy of its own.
+    def __init__(self, run_worker: RunWorker) -> None:
+        """Fork the fork server. Raises OSError."""
+        # Packets: each is one command or one exit, and the end of the peer is seen.
+        self._socket, peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # Every object that exists now stays, in all processes. A collection that looked at them
+        # would write to every page, and give each process a copy of its own.
         gc.collect()
         gc.freeze()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
-            self.pid = os.fork()
-            if self.pid == 0:
-                for number in _SIGNALS:
-                    signal.signal(number, signal.SIG_IGN)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.pid = _fork_ignoring_signals()
         if self.pid == 0:
             self._socket.close()
-            _end_with(lambda: _Forker(theirs, work).run())
-        theirs.close()
+            _run_and_exit(lambda: _ForkServerProcess(peer, run_worker).run())
+        peer.close()
         self._socket.setblocking(False)
 
     def fileno(self) -> int:
-        """Return the descriptor that can be read when there is news."""
+        """Return the descriptor that becomes readable when a worker has ended."""
         return self._socket.fileno()
 
-    def fork(self, slot: int, sockets: Sequence[socket.socket]) -> None:
-        """Have a worker begin in a slot where there is none. Raises OSError."""
-        command = _COMMAND.pack(_Command.FORK, slot)
+    def fork(self, worker_number: int, sockets: Sequence[socket.socket]) -> None:
+        """Fork a worker; none of this number may be running. Raises OSError."""
+        command = _COMMAND.pack(_Command.FORK, worker_number)
         socket.send_fds(self._socket, [command], [each.fileno() for each in sockets])
 
-    def kill(self, slot: int) -> None:
-        """End the worker of a slot at once, if there is one."""
+    def kill(self, worker_number: int) -> None:
+        """Kill a worker, if it is running."""
         with suppress(OSError):
-            self._socket.send(_COMMAND.pack(_Command.KILL, slot))
+            self._socket.send(_COMMAND.pack(_Command.KILL, worker_number))
 
     def exits(self) -> Iterator[tuple[int, int]]:
-        """Yield slot and exit code of each worker that has ended; a signal's is below zero.
+        """Yield number and exit code of each worker that has ended; a signal is a negative code.
 
-        Raises EOFError when the nursery has ended.
+        Raises EOFError when the fork server itself has ended.
         """
-        while True:  # ends with what has come
+        while True:  # ends when no packet is left
             try:
                 packet = self._socket.recv(_EXIT.size)
             except BlockingIOError:
@@ -94,16 +88,16 @@ class ForkServer:
                 packet = b""
             if not packet:
                 raise EOFError
-            slot, status = _EXIT.unpack(packet)
-            yield slot, os.waitstatus_to_exitcode(status)
+            worker_number, status = _EXIT.unpack(packet)
+            yield worker_number, os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
-        """End the nursery, and what is left of its workers, at once; a stuck one is killed."""
+        """End the fork server, which kills its workers. One that is stuck is killed itself."""
         with self._socket, suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
             self._socket.settimeout(_END_SECONDS_MAX)
             try:
-                while self._socket.recv(_EXIT.size):  # ends with the nursery, and its news before
+                while self._socket.recv(_EXIT.size):  # ends with the fork server
                     pass
             except TimeoutError:
                 os.kill(self.pid, signal.SIGKILL)
@@ -111,94 +105,114 @@ class ForkServer:
             os.waitpid(self.pid, 0)
 
 
-class _Forker:
-    """The nursery itself."""
+class _ForkServerProcess:
+    """The fork server itself."""
 
-    def __init__(self, commands: socket.socket, work: Work) -> None:
+    def __init__(self, commands: socket.socket, run_worker: RunWorker) -> None:
         self._commands = commands
-        self._work = work
-        self._slots: dict[int, int] = {}  # by pid
-        self._awake, self._waker = socket.socketpair()
-        for end in (self._awake, self._waker):
+        self._run_worker = run_worker
+        self._workers: dict[int, int] = {}  # their numbers, by pid
+        # Python's signal handling writes to it, which wakes select().
+        self._wakeup, self._wakeup_writer = socket.socketpair()
+        for end in (self._wakeup, self._wakeup_writer):
             end.setblocking(False)
 
     def run(self) -> int:
-        """Fork and bury until the supervisor has gone."""
+        """Fork and reap until the supervisor has gone, then kill all workers."""
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
-        signal.set_wakeup_fd(self._waker.fileno())
+        signal.set_wakeup_fd(self._wakeup_writer.fileno())
         try:
             while self._run_command():
                 self._reap()
         finally:
-            for pid in self._slots:
+            for pid in self._workers:
                 os.kill(pid, signal.SIGKILL)
-            for pid in self._slots:
+            for pid in self._workers:
                 os.waitpid(pid, 0)
         return 0
 
     def _run_command(self) -> bool:
-        """Wait for an order or a death; False when there is nobody left to give orders."""
-        readable, _, _ = select.select([self._commands, self._awake], [], [])
+        """Wait for a command or the end of a worker. Return False when the supervisor has gone."""
+        readable, _, _ = select.select([self._commands, self._wakeup], [], [])
         if self._commands not in readable:
             return True
         try:
             packet, descriptors, *_ = socket.recv_fds(
                 self._commands, _COMMAND.size, SOCKETS_OF_A_WORKER
             )
-        except ConnectionResetError:  # it went before it had read all our news
+        except ConnectionResetError:  # it had not read all exits when it ended
             return False
         if not packet:
             return False
-        command, slot = _COMMAND.unpack(packet)
+        command, worker_number = _COMMAND.unpack(packet)
         if command == _Command.FORK:
-            self._fork(slot, [socket.socket(fileno=descriptor) for descriptor in descriptors])
+            self._fork(worker_number, [socket.socket(fileno=number) for number in descriptors])
         else:
-            for pid in [pid for pid, its_slot in self._slots.items() if its_slot == slot]:
-                os.kill(pid, signal.SIGKILL)  # it is our child and not buried: the number is its
+            self._kill(worker_number)
         return True
 
-    def _fork(self, slot: int, sockets: Sequence[socket.socket]) -> None:
+    def _fork(self, worker_number: int, sockets: Sequence[socket.socket]) -> None:
         try:
             pid = os.fork()
-        except OSError as error:  # too many processes, or no memory: it may be otherwise soon
-            _log.error("a worker could not be forked", worker=slot + 1, error=error.strerror)
-            self._tell(slot, _NEVER_BEGUN)
-            for each in sockets:
-                each.close()
-            return
-        if pid == 0:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for end in (self._commands, self._awake, self._waker):
-                end.close()
-            _end_with(lambda: self._work(slot, sockets))
-        self._slots[pid] = slot
+        except OSError as error:  # too many processes or no memory: it may succeed soon
+            _log.error("cannot fork a worker", worker=worker_number, error=error.strerror)
+            self._report_exit(worker_number, _FORK_FAILED)
+        else:
+            if pid == 0:
+                self._leave()
+                _run_and_exit(lambda: self._run_worker(worker_number, sockets))
+            self._workers[pid] = worker_number
         for each in sockets:
             each.close()
 
+    def _leave(self) -> None:
+        """Undo in a worker what it has inherited from this process."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for end in (self._commands, self._wakeup, self._wakeup_writer):
+            end.close()
+
+    def _kill(self, worker_number: int) -> None:
+        for pid, number in self._workers.items():
+            if number == worker_number:
+                os.kill(pid, signal.SIGKILL)  # it was not reaped: no other process has its pid
+
     def _reap(self) -> None:
         with suppress(BlockingIOError):
-            while self._awake.recv(4096):
+            while self._wakeup.recv(4096):
                 pass
-        while self._slots:
+        while self._workers:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            self._tell(self._slots.pop(pid), status)
+            self._report_exit(self._workers.pop(pid), status)
 
-    def _tell(self, slot: int, status: int) -> None:
-        with suppress(OSError):  # nobody listens: the next look at the orders ends it
-            self._commands.send(_EXIT.pack(slot, status))
+    def _report_exit(self, worker_number: int, status: int) -> None:
+        with suppress(OSError):  # the supervisor has gone: reading the next command shows it
+            self._commands.send(_EXIT.pack(worker_number, status))
 
 
-def _end_with(work: Callable[[], int]) -> NoReturn:
-    """Do the work and end the process, without a look at what its parent's stack would do."""
+def _fork_ignoring_signals() -> int:
+    """Fork, and ignore the supervisor's signals in the child from its first moment on."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pid
+
+
+def _run_and_exit(run: Callable[[], int]) -> NoReturn:
+    """Run a process of its own and exit; nothing of the parent's stack runs in it."""
     code = 1
     try:
-        code = work()
+        code = run()
     except BaseException:
         _log.exception("a process of the proxy failed")
     finally:
-        with suppress(OSError, ValueError):  # whoever read it may have gone
+        with suppress(OSError, ValueError):  # its reader may have gone
             sys.stderr.flush()
         os._exit(code)

@@ -1,11 +1,11 @@
-"""Tokens and hosts as a worker gets them: it asks the supervisor.
+"""A worker's side of tokens, hosts and identities: it asks the supervisor.
 
-For: the workspaces and accounts of a worker's ways, in place of `upstream`'s own. Not for: the
-answers (`credential_service`), when to mint, or what a failure means (`upstream`).
+For: the workspaces and accounts of a worker's upstreams, in place of `LocalWorkspaceRegistry`. Not
+for: the answers (`credential_service`), when to mint, or what a failure means (`workspace`).
 
-Invariants: a token of one workspace cannot meet a host of another: whoever asks names the
-configuration that it dials by, and is answered from that one or refused. A worker keeps no token
-longer than it takes to dial.
+Invariants: a token of one workspace cannot meet a host of another: each call names the generation
+of the configuration that its session dials by, and is answered from that one or refused. A worker
+keeps no token longer than a dial lasts.
 """
 
 import math
@@ -18,7 +18,7 @@ from typing import Any, Final
 from proxy.config import CredentialsSettings, Settings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
-from proxy.workers.rpc import Channel, ChannelLost
+from proxy.workers.rpc import RpcConnection, RpcConnectionLost
 from proxy.workspace.client import Identity
 from proxy.workspace.credential import Credential
 from proxy.workspace.freshness import Freshness, is_fresh
@@ -27,43 +27,43 @@ from proxy.workspace.resources import Resource, ResourceStatus
 from proxy.workspace.single_flight import PendingCalls
 from proxy.workspace.token_source import REJECTION_SECONDS_MIN
 
-# A session that began to dial before a reload goes on by what it began with. More reloads than
-# this within upstream.connect_timeout_seconds are somebody's loop.
-CONFIGURATIONS_MAX: Final = 4
+# A session that started to dial before a reload goes on by the configuration that it started with.
+# More reloads than this within upstream.connect_timeout_seconds are not expected.
+GENERATIONS_MAX: Final = 4
 
-Ask = Callable[..., Awaitable[Any]]
+Call = Callable[..., Awaitable[Any]]
 
 
 class RemoteWorkspaceRegistry:
-    """The accounts of the supervisor, by the configurations that it has numbered."""
+    """The supervisor's workspaces and accounts, by the generations of its configuration."""
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        # In which configuration each was last: a way that a reload leaves as it is asks by the
+    def __init__(self, rpc: RpcConnection) -> None:
+        self._rpc = rpc
+        # The last generation that has each workspace: an upstream that a reload keeps asks by the
         # newest, one that was replaced by the last that it was in.
-        self._numbers: dict[WorkspaceKey, int] = {}
+        self._generations: dict[WorkspaceKey, int] = {}
         self.calls = PendingCalls()
 
-    def take_over(self, number: int, settings: Settings) -> None:
-        """Ask by these settings, the supervisor's configuration of this number, from now on."""
+    def register(self, generation: int, settings: Settings) -> None:
+        """Ask by these settings, which are the supervisor's of this generation, from now on."""
         for name in settings.target_names():
-            self._numbers[workspace_key_of(settings, settings.target(name))] = number
-        oldest = number - CONFIGURATIONS_MAX + 1
-        self._numbers = {known: last for known, last in self._numbers.items() if last >= oldest}
+            self._generations[workspace_key_of(settings, settings.target(name))] = generation
+        oldest = generation - GENERATIONS_MAX + 1
+        self._generations = {key: last for key, last in self._generations.items() if last >= oldest}
 
     async def close(self) -> None:
-        """End what is being asked for."""
+        """Cancel the calls that are open."""
         await self.calls.close()
 
     def workspace(self, key: WorkspaceKey) -> "RemoteWorkspace":
         """Return the workspace with this key."""
-        return RemoteWorkspace(partial(self._ask, key))
+        return RemoteWorkspace(partial(self._call, key))
 
     def account(self, key: AccountKey, resources: list[Resource]) -> TokenAccount:
         """Return the account with this key; the supervisor knows its resources."""
         credentials = RemoteCredentials(
-            partial(self._ask, key.workspace, "fresh", instance=key.instance),
-            partial(self._tell, key.workspace, "reject", instance=key.instance),
+            partial(self._call, key.workspace, "fresh", instance=key.instance),
+            partial(self._notify, key.workspace, "reject", instance=key.instance),
             key.workspace.credentials,
         )
         return TokenAccount(key.name, credentials, None)
@@ -72,52 +72,52 @@ class RemoteWorkspaceRegistry:
         """Return a context that does nothing: the supervisor counts the uses."""
         return nullcontext()
 
-    async def _ask(self, workspace_key: WorkspaceKey, name: str, **arguments: object) -> Any:
+    async def _call(self, workspace_key: WorkspaceKey, name: str, **arguments: object) -> Any:
         try:
-            return await self._channel.call(name, **self._whose(workspace_key), **arguments)
-        except ChannelLost:
+            return await self._rpc.call(name, **self._scope(workspace_key), **arguments)
+        except RpcConnectionLost:
             raise ProxyError(ErrorKind.SHUTTING_DOWN) from None
 
-    def _tell(self, workspace_key: WorkspaceKey, name: str, **arguments: object) -> None:
-        self._channel.tell(name, **self._whose(workspace_key), **arguments)
+    def _notify(self, workspace_key: WorkspaceKey, name: str, **arguments: object) -> None:
+        self._rpc.notify(name, **self._scope(workspace_key), **arguments)
 
-    def _whose(self, workspace_key: WorkspaceKey) -> dict[str, object]:
-        # One that is known no more is answered as one of long ago: with a refusal.
+    def _scope(self, workspace_key: WorkspaceKey) -> dict[str, object]:
+        # No generation is 0: what is asked for a workspace that is no longer known is refused.
         return {
-            "configuration": self._numbers.get(workspace_key, 0),
+            "generation": self._generations.get(workspace_key, 0),
             "workspace": workspace_key.name,
         }
 
 
 class RemoteCredentials:
-    """The tokens of an account of the supervisor."""
+    """The tokens of one of the supervisor's accounts."""
 
-    newest = None  # whoever mints shows its age
+    newest = None  # the supervisor, which mints, shows its age
 
     def __init__(
-        self, ask: Ask, reject: Callable[..., None], settings: CredentialsSettings
+        self, call: Call, reject: Callable[..., None], settings: CredentialsSettings
     ) -> None:
-        self._ask = ask
+        self._call = call
         self._reject = reject
         self._freshness = Freshness(settings.token_max_age_seconds, settings.expiry_margin_seconds)
         self._latest_at = self._rejected_at = -math.inf
 
     async def fresh(self) -> Credential:
         """Return a credential to log in with now. Raises ProxyError."""
-        content = await self._ask()
+        content = await self._call()
         secret = Secret(content["secret"].encode())
         self._latest_at = max(self._latest_at, content["requested_at"])
         return Credential(secret, content["requested_at"], content["expires_at"])
 
     def is_fresh(self, credential: Credential) -> bool:
-        """Whether a credential that was got some time ago may still be shown."""
+        """Return whether a credential that was got some time ago may still be used."""
         return is_fresh(credential, time.time(), self._freshness)
 
     def reject(self, credential: Credential) -> bool:
-        """Tell that an upstream refused a credential: whether the next one will be another.
+        """Invalidate a refused credential. Return whether a retry would use a different one.
 
-        The supervisor's answer is not waited for. Its rule is kept here as well, for this worker:
-        one that replaced another a moment ago is not the fault.
+        The supervisor's answer is not waited for. This worker applies the supervisor's rule itself:
+        a token that replaced another a moment ago is not at fault.
         """
         if credential.requested_at < self._latest_at:
             return True
@@ -130,21 +130,21 @@ class RemoteCredentials:
 
 
 class RemoteWorkspace:
-    """A workspace, asked by the supervisor."""
+    """A workspace, asked through the supervisor."""
 
-    def __init__(self, ask: Ask) -> None:
-        self._ask = ask
+    def __init__(self, call: Call) -> None:
+        self._call = call
 
     async def status(self, resource: Resource) -> ResourceStatus:
         """Return state and host of a resource. Raises ProxyError."""
         read_only = resource.read_only
-        content = await self._ask("status", resource=resource.name, read_only=read_only)
+        content = await self._call("status", resource=resource.name, read_only=read_only)
         return ResourceStatus(*content)
 
     async def identity(self) -> Identity:
-        """Return who we are there. Raises ProxyError."""
-        return Identity(*await self._ask("identity"))
+        """Return who we are in this workspace. Raises ProxyError."""
+        return Identity(*await self._call("identity"))
 
     async def clock_ahead_seconds(self) -> float | None:
-        """Say that it is not known: `check` asks for it, which has no workers."""
+        """Return None, for unknown: only `check` asks for it, which has no workers."""
         return None

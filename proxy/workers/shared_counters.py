@@ -1,11 +1,11 @@
-"""A page of memory that all processes of a proxy see: who has how many places and connections.
+"""Counters in shared memory: the slots and the ended connections of each worker.
 
-For: `listen.max_connections` as a bound of the whole, and knowing a worker's load, without a
-message for either. Not for: anything that one would want to be told of.
+For: `listen.max_connections` as a bound of all workers together, and a worker's load, without a
+message for either. Not for: anything that another process should be notified of.
 
-Invariants: each number has one writer, its worker (the supervisor once that is dead). More places
-than there are can never be taken: a worker first writes its own, then reads all. Two that take the
-last one at the same moment may both be refused.
+Invariants: each number has one writer, its worker, or the supervisor once the worker is dead. More
+slots than there are can never be taken: a worker first writes its own number, then reads all. Two
+that take the last slot at the same moment may both be refused.
 """
 
 import mmap
@@ -15,63 +15,63 @@ from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
 
-# A number is 8 bytes, aligned: read and written in one piece on every machine that we know.
+# Aligned to 8 bytes, a number is read and written in one piece on every machine that we know.
 _NUMBER_BYTES: Final = 8
 
 
 class SharedCounters:
-    """Two numbers for each slot of a worker. Made before the processes fork."""
+    """Two numbers for each worker, which are numbered from 1. Made before the processes fork."""
 
     def __init__(self, workers: int) -> None:
         numbers = memoryview(mmap.mmap(-1, 2 * workers * _NUMBER_BYTES)).cast("Q")
-        self._places, self._ended = numbers[:workers], numbers[workers:]
+        self._slots, self._ended = numbers[:workers], numbers[workers:]
 
     @property
-    def places_taken(self) -> int:
-        """The places that all workers have taken."""
-        return sum(self._places)
+    def slots_taken(self) -> int:
+        """The slots that all workers have taken."""
+        return sum(self._slots)
 
-    def places_of(self, slot: int) -> int:
-        """Return the places that a worker has taken."""
-        return self._places[slot]
+    def slots_of(self, worker_number: int) -> int:
+        """Return the slots that a worker has taken."""
+        return self._slots[worker_number - 1]
 
-    def take(self, slot: int, change: int) -> None:
-        """Change the places of one worker by so many."""
-        self._places[slot] += change
+    def add_slots(self, worker_number: int, change: int) -> None:
+        """Change a worker's slots by this many."""
+        self._slots[worker_number - 1] += change
 
-    def ended(self, slot: int) -> int:
-        """Return how many connections have ended since the worker began."""
-        return self._ended[slot]
+    def connections_ended(self, worker_number: int) -> int:
+        """Return how many connections have ended since the worker was started."""
+        return self._ended[worker_number - 1]
 
-    def end(self, slot: int) -> None:
-        """Note that a connection of a worker has ended."""
-        self._ended[slot] += 1
+    def record_end(self, worker_number: int) -> None:
+        """Count a connection of a worker that has ended."""
+        self._ended[worker_number - 1] += 1
 
-    def clear(self, slot: int) -> None:
-        """Forget a worker that is dead."""
-        self._places[slot] = self._ended[slot] = 0
+    def reset(self, worker_number: int) -> None:
+        """Set the numbers of a dead worker to 0."""
+        self._slots[worker_number - 1] = self._ended[worker_number - 1] = 0
 
 
 class SharedSlots:
-    """The places of all, as one worker takes them."""
+    """The slots of all workers, as one worker takes them."""
 
-    def __init__(self, counters: SharedCounters, slot: int, places_max: int) -> None:
+    def __init__(self, counters: SharedCounters, worker_number: int, slots_max: int) -> None:
         self._counters = counters
-        self._slot = slot
-        self._places_max = places_max
+        self._worker_number = worker_number
+        self._slots_max = slots_max
 
     @property
     def taken(self) -> int:
-        """The places that this worker has taken."""
-        return self._counters.places_of(self._slot)
+        """The slots that this worker has taken."""
+        return self._counters.slots_of(self._worker_number)
 
     @contextmanager
     def take(self) -> Iterator[None]:
-        """Hold a place while the block runs. Raises ProxyError when none is free."""
-        self._counters.take(self._slot, 1)
+        """Hold a slot while the block runs. Raises ProxyError when none is free."""
+        self._counters.add_slots(self._worker_number, 1)
         try:
-            if self._counters.places_taken > self._places_max:
+            if self._counters.slots_taken > self._slots_max:
                 raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
             yield
         finally:
-            self._counters.take(self._slot, -1)
+            self._counters.add_slots(self._worker_number, -1)

@@ -1,10 +1,10 @@
 """A worker: an App whose connections, tokens and settings come from the supervisor.
 
-For: one forked process, from its first settings to its end. Not for: anything that a session does;
-that is an App's as it is with one process.
+For: one forked process, from its first settings to its end. Not for: what a session does, which is
+the same as with one process.
 
-Invariant: it ends when its channel does, and its sessions with it: without the supervisor nobody
-could accept, drain or tell how it is.
+Invariant: it ends, and its sessions with it, when its connection to the supervisor is lost. Without
+the supervisor no process would accept, drain it, or report how it is.
 """
 
 import asyncio
@@ -13,43 +13,46 @@ import math
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
 import uvloop
 
 from proxy.blocking import BlockingCalls
-from proxy.config import ConfigurationError, Settings, UpstreamSettings
+from proxy.config import AdminSettings, ConfigurationError, Settings, UpstreamSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import configure_logging, get_logger, worker_log
-from proxy.observe.loop_lag import sampling_lag
-from proxy.routing.router import Router
-from proxy.server.app import App
-from proxy.server.router_factory import RELOAD_SECONDS_MAX, forget_built_maps, reread_with_router
-from proxy.session.fast_path import watched_lanes
+from proxy.server.app import App, running
+from proxy.server.router_factory import clear_map_cache, reread_in_thread
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
+from proxy.workers.connection_socket import ReceivedConnections
 from proxy.workers.remote_credentials import RemoteWorkspaceRegistry
-from proxy.workers.rpc import Channel, ChannelLost
-from proxy.workers.rpc_frames import NUMBER_BYTES
+from proxy.workers.rpc import Methods, RpcConnection, RpcConnectionLost
 from proxy.workers.shared_counters import SharedCounters, SharedSlots
 
 _log = get_logger(__name__)
 
 
-def work(
-    counters: SharedCounters, starting_max: int, slot: int, sockets: Sequence[socket.socket]
+def run_worker(
+    counters: SharedCounters,
+    starting_max: int,
+    worker_number: int,
+    sockets: Sequence[socket.socket],
 ) -> int:
-    """Serve until the supervisor has done with it; return the exit code."""
-    control, connection_socket = sockets
-    with worker_log(slot + 1):
-        uvloop.run(Worker(counters, starting_max, slot, connection_socket).run(control))
+    """Serve until the supervisor ends it or has gone. Return the exit code."""
+    control, connections = sockets
+    with worker_log(worker_number):
+        worker = Worker(counters, starting_max, worker_number, connections)
+        uvloop.run(worker.run(control))
     return 0
 
 
-def shared_out(settings: Settings) -> Settings:
-    """Return settings with a worker's part of the bounds that it keeps on its own, rounded up."""
+def worker_settings(settings: Settings) -> Settings:
+    """Return the settings of one worker.
+
+    It has no admin address, and its part, rounded up, of each `connects_max`.
+    """
 
     def part_of(section: UpstreamSettings) -> UpstreamSettings:
         connects_max = math.ceil(section.connects_max / settings.listen.workers)
@@ -59,95 +62,85 @@ def shared_out(settings: Settings) -> Settings:
         name: part_of(target) if "connects_max" in target.given() else target
         for name, target in settings.targets.items()
     }
-    return settings.model_copy(update={"upstream": part_of(settings.upstream), "targets": targets})
+    upstream, admin = part_of(settings.upstream), AdminSettings(enabled=False)
+    return settings.model_copy(update={"upstream": upstream, "targets": targets, "admin": admin})
 
 
 class Worker:
-    """One worker; `run` is its life."""
+    """One worker. `run` lasts as long as it does."""
 
     def __init__(
         self,
         counters: SharedCounters,
         starting_max: int,
-        slot: int,
-        connection_socket: socket.socket,
+        worker_number: int,
+        connections: socket.socket,
     ) -> None:
         self._counters = counters
         self._starting_max = starting_max
-        self._slot = slot
-        self._connection_socket = connection_socket
+        self._number = worker_number
+        self._connections = connections
         self._threads = BlockingCalls("reload")
-        self._first: asyncio.Future[Settings]
+        self._first_settings: asyncio.Future[Settings]
         self._serving = asyncio.Event()
-        self._channel: Channel
-        self._accounts: RemoteWorkspaceRegistry
+        self._rpc: RpcConnection
+        self._workspaces: RemoteWorkspaceRegistry
         self._app: App
 
     async def run(self, control: socket.socket) -> None:
-        """Serve from the first settings on, until the channel ends."""
-        self._first = asyncio.get_running_loop().create_future()
-        self._channel = await Channel.open(
-            control,
-            {
-                "configure": self._configure,
-                "read": self._read,
-                "cancel": self._cancel,
-                "drain": self._drain,
-            },
-        )
-        self._accounts = RemoteWorkspaceRegistry(self._channel)
-        settings = await self._first
+        """Serve from the first settings on, until the connection to the supervisor is lost."""
+        self._first_settings = asyncio.get_running_loop().create_future()
+        methods: Methods = {
+            "configure": self._configure,
+            "read": self._read,
+            "cancel": self._cancel,
+            "drain": self._drain,
+        }
+        self._rpc = await RpcConnection.open(control, methods)
+        self._workspaces = RemoteWorkspaceRegistry(self._rpc)
+        settings = await self._first_settings
         configure_logging(format=settings.log.format, level=settings.log.level)
-        self._app = App(
-            settings,
-            starting_max=self._starting_max,
-            workspaces=self._accounts,
-            slots=SharedSlots(self._counters, self._slot, settings.listen.max_connections),
-            cancel_elsewhere=self._cancel_elsewhere,
-        )
-        async with AsyncExitStack() as stack:
-            self._app.lanes = stack.enter_context(watched_lanes())
-            stack.push_async_callback(self._accounts.close)
-            stack.enter_context(sampling_lag(self._app.metrics.loop_lagged))
-            await stack.enter_async_context(self._app.listener.adopting())
-            self._connection_socket.setblocking(False)
-            asyncio.get_running_loop().add_reader(self._connection_socket, self._let_in)
-            stack.callback(self._shut_door)
-            self._app.lifecycle.serve()
-            gc.freeze()  # what is there now stays, and need not be looked at again
+        self._app = self._build_app(settings)
+        async with running(self._app):
+            gc.freeze()  # what exists now stays, and need not be looked at again
             self._serving.set()
             _log.info("worker serves", pid=os.getpid())
-            await self._channel.lost.wait()
+            await self._rpc.lost.wait()
+
+    def _build_app(self, settings: Settings) -> App:
+        app = App(
+            settings,
+            starting_max=self._starting_max,
+            workspaces=self._workspaces,
+            slots=SharedSlots(self._counters, self._number, settings.listen.max_connections),
+            cancel_elsewhere=self._cancel_elsewhere,
+        )
+        ended = partial(self._counters.record_end, self._number)
+        app.connection_source = ReceivedConnections(self._connections, app.listener, ended)
+        return app
 
     # -- what the supervisor calls ---------------------------------------------------------------
 
-    async def _configure(self, number: int, settings: dict[str, Any]) -> None:
-        """Serve, or from now on serve, by these settings. Raises ProxyError."""
-        validated = shared_out(Settings.model_validate(settings))
-        self._accounts.take_over(number, validated)
+    async def _configure(self, generation: int, settings: dict[str, Any]) -> None:
+        """Serve new sessions by these settings, from now on. Raises ProxyError."""
+        validated = worker_settings(Settings.model_validate(settings))
+        self._workspaces.register(generation, validated)
         if self._serving.is_set():
             await self._reload(validated)
         else:
-            self._first.set_result(validated)
+            self._first_settings.set_result(validated)
             await self._serving.wait()
 
     async def _reload(self, settings: Settings) -> None:
         try:
-            self._app.reload(settings, await self._router_of(settings))
+            self._app.reload(*await reread_in_thread(self._threads, lambda: settings))
         except ConfigurationError as error:
-            # The supervisor could use it: a file has changed since.
+            # The supervisor could use them: a file has changed since.
             raise ProxyError(ErrorKind.INTERNAL, "; ".join(map(str, error.problems))) from error
-
-    async def _router_of(self, settings: Settings) -> Router:
-        """Build it beside the sessions: that of a large map takes seconds."""
-        build = partial(reread_with_router, lambda: settings)
-        try:
-            _, router = await self._threads.run(build, RELOAD_SECONDS_MAX)
         except TimeoutError:
-            gc.enable()  # which the thread left behind will not do
             raise ProxyError(ErrorKind.INTERNAL, "a map takes too long to read") from None
-        forget_built_maps()  # a worker builds each once; a large one is 100 MB
-        return router
+        finally:
+            clear_map_cache()  # a worker builds each map once, and a large one is 100 MB
 
     async def _read(self) -> dict[str, Any]:
         return self._app.reading().as_dict()
@@ -157,48 +150,13 @@ class Worker:
         return await self._app.cancels.request_here(request)
 
     async def _drain(self, seconds: float) -> int:
-        self._let_in()  # all that was given away before the supervisor closed the entrance
-        self._shut_door()
         return await self._app.drain(seconds)
 
-    # -- inside ----------------------------------------------------------------------------------
+    # -- what it calls ---------------------------------------------------------------------------
 
     async def _cancel_elsewhere(self, request: CancelRequest) -> bool:
+        key = request.key.reveal().hex()
         try:
-            found = await self._channel.call(
-                "cancel", pid=request.pid, key=request.key.reveal().hex()
-            )
-        except ChannelLost:
+            return bool(await self._rpc.call("cancel", pid=request.pid, key=key))
+        except RpcConnectionLost:
             return False
-        return bool(found)
-
-    def _let_in(self) -> None:
-        """Serve the connections that wait at the door; each packet is one."""
-        while self._connection_socket.fileno() >= 0:  # ends with what waits
-            try:
-                packet, descriptors, _, _ = socket.recv_fds(
-                    self._connection_socket, NUMBER_BYTES, 1
-                )
-            except BlockingIOError:
-                return
-            except OSError as error:
-                _log.error("cannot take a connection", error=error.strerror)
-                return
-            if not packet:
-                self._shut_door()
-                return
-            if not descriptors:  # this process has no more of them
-                _log.error("a connection was lost: no file descriptor is left")
-                self._ended()
-                continue
-            sock = socket.socket(fileno=descriptors[0])
-            sock.setblocking(False)
-            self._app.listener.adopt(sock, int.from_bytes(packet), self._ended)
-
-    def _ended(self) -> None:
-        self._counters.end(self._slot)
-
-    def _shut_door(self) -> None:
-        if self._connection_socket.fileno() >= 0:
-            asyncio.get_running_loop().remove_reader(self._connection_socket)
-            self._connection_socket.close()

@@ -386,7 +386,7 @@ STRANGE_REREAD = """
 import json, sys, threading
 import uvloop
 from proxy.config import Settings
-from proxy.server.process import serve
+from proxy.server.process import run_proxy
 
 asked = []
 
@@ -399,7 +399,7 @@ def reread():
 
 settings = Settings.model_validate(json.loads(sys.argv[1]))
 print("begins", flush=True)
-sys.exit(uvloop.run(serve(settings, reread)))
+sys.exit(uvloop.run(run_proxy(settings, reread)))
 """
 
 
@@ -464,6 +464,6 @@ async def test_a_warning_that_is_new_is_logged_once(start: Any, lakebase: Lakeba
     weak = {"upstream": {"sslmode": "require"}}
     await reloading.take(weak)
     await reloading.take(weak)
-    (line,) = reloading.proxy.events("the configuration has a weak point")
+    (line,) = reloading.proxy.events("configuration warning")
     assert line["level"] == "warning"
     assert "sslmode" in line["warning"]

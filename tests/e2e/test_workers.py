@@ -27,7 +27,7 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
-from proxy.workers.worker_pool import END_SECONDS_MAX
+from proxy.workers.worker_handle import END_SECONDS_MAX
 from tests.e2e.conftest import StartProcess
 from tests.support.admin_address import ask
 from tests.support.plain_client import PlainClient, plain_client, startup
@@ -54,12 +54,12 @@ def by_worker(proxy: ProxyProcess, event: str = "session started") -> Counter[in
 
 
 def worker_pids(proxy: ProxyProcess) -> set[int]:
-    """Return the workers: those below who have nobody below them."""
+    """Return the workers: the descendants without children."""
     return {pid for pid in alive(descendants(proxy.pid)) if not descendants(pid)}
 
 
-def nursery_pid(proxy: ProxyProcess) -> int:
-    """Return who forks them."""
+def fork_server_pid(proxy: ProxyProcess) -> int:
+    """Return the process that forks them."""
     (pid,) = descendants(proxy.pid) - worker_pids(proxy)
     return pid
 
@@ -104,7 +104,7 @@ async def status(port: int) -> dict[str, Any]:
 
 
 def errors(proxy: ProxyProcess) -> list[dict[str, Any]]:
-    """Return what somebody would be woken for."""
+    """Return the lines above info."""
     return [line for line in proxy.lines if line["level"] not in ("debug", "info")]
 
 
@@ -135,7 +135,7 @@ async def test_a_worker_whose_sessions_end_gets_the_next_ones(start_process: Sta
         mine = {
             line["connection"] for line in proxy.events("session started") if line["worker"] == 1
         }
-        # Clients connect one after another, so that a client's number is its place.
+        # Clients connect one after another, so that their numbers are those of the log.
         for number, client in enumerate(clients, 1):
             if number in mine:
                 client.close()
@@ -230,7 +230,7 @@ async def test_a_refusal_of_the_workspace_reaches_the_client_of_a_worker_as_it_i
             )
 
 
-async def test_the_unix_socket_leads_to_all_workers_and_is_gone_behind_them(
+async def test_the_unix_socket_leads_to_all_workers_and_is_gone_after_them(
     start_process: StartProcess, tmp_path: Path
 ) -> None:
     proxy = await start_process(listen={**TWO, "unix_socket_directory": str(tmp_path)})
@@ -270,7 +270,7 @@ async def test_tokens_are_in_no_processs_arguments_or_environment(
         for pid in processes:
             shown = shown_of(pid)
             assert b"proxy" in shown
-            assert b"eyJ" not in shown, "so a token of the stand-in begins"
+            assert b"eyJ" not in shown, "a token of the emulator begins so"
             assert lakebase.client_secret.encode() not in shown
 
 
@@ -458,7 +458,7 @@ async def test_mappings_that_a_reload_brings_are_those_of_all_workers_and_of_new
 async def test_a_log_level_that_a_reload_brings_is_that_of_workers_and_their_successors(
     start_process: StartProcess, tmp_path: Path
 ) -> None:
-    said = "cancel request with an unknown key"
+    event = "cancel request with an unknown key"
     proxy = await start_process(listen=TWO)
 
     async def cancel() -> None:
@@ -474,13 +474,13 @@ async def test_a_log_level_that_a_reload_brings_is_that_of_workers_and_their_suc
     proxy.send(signal.SIGHUP)
     await eventually(lambda: proxy.events("reloaded"), "it is taken")
     await cancel()
-    await eventually(lambda: by_worker(proxy, said) == {1: 1, 2: 1}, "both say so")
+    await eventually(lambda: by_worker(proxy, event) == {1: 1, 2: 1}, "both log it")
     os.kill(min(worker_pids(proxy)), signal.SIGKILL)
     await eventually(lambda: proxy.events("worker died"), "it is dead")
     await eventually(lambda: len(worker_pids(proxy)) == 2, "another has come")
     await eventually(lambda: len(proxy.events(READY_TO_SERVE)) == 3, "it serves")
     await cancel()
-    await eventually(lambda: by_worker(proxy, said) == {1: 2, 2: 2}, "both say so again")
+    await eventually(lambda: by_worker(proxy, event) == {1: 2, 2: 2}, "both log it again")
 
 
 async def test_systemd_hears_of_the_supervisor_alone(lakebase: Lakebase, tmp_path: Path) -> None:
@@ -549,7 +549,7 @@ async def test_a_drain_goes_on_accepting_as_it_is_told_and_only_readiness_says_s
     assert set(by_worker(proxy)) == {1, 2}
 
 
-async def test_whoever_may_ask_over_http_ends_all_workers(
+async def test_a_client_that_may_ask_over_http_ends_all_workers(
     start_process: StartProcess, unused_tcp_port: int
 ) -> None:
     admin = {"enabled": True, "port": unused_tcp_port, "quit": True}
@@ -572,18 +572,18 @@ async def test_a_session_that_is_idle_for_too_long_ends_in_every_worker(
     await eventually(lambda: by_worker(proxy, "session ended") == {1: 2, 2: 2}, "of both")
 
 
-@pytest.mark.parametrize("impatient", [False, True])
+@pytest.mark.parametrize("signalled_twice", [False, True])
 async def test_what_a_drain_cuts_is_counted_over_all_workers(
-    start_process: StartProcess, lakebase: Lakebase, impatient: bool
+    start_process: StartProcess, lakebase: Lakebase, signalled_twice: bool
 ) -> None:
-    seconds = 60 if impatient else 0.3
+    seconds = 60 if signalled_twice else 0.3
     proxy = await start_process(listen=TWO, shutdown={"drain_seconds": seconds})
     async with served(proxy, 5) as clients:
         for client in clients:
             await client.query(SLEEP)
         proxy.send(signal.SIGTERM)
         await eventually(lambda: proxy.events("draining"), "it drains")
-        if impatient:
+        if signalled_twice:
             proxy.send(signal.SIGTERM)
         assert await proxy.ended() == 3
         await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session upstream")
@@ -633,10 +633,10 @@ async def test_a_worker_that_dies_costs_its_own_sessions_and_is_replaced(
     assert await proxy.ended() == 0
 
 
-IMPATIENT = """
+WATCHES_OFTEN = """
 import sys
-from proxy.workers import worker_pool
-worker_pool.WATCH_SECONDS, worker_pool.STUCK_SECONDS_MAX = 0.2, 0.5
+from proxy.workers import worker_handle
+worker_handle.WATCH_SECONDS, worker_handle.STUCK_SECONDS_MAX = 0.2, 0.5
 from proxy.__main__ import main
 sys.exit(main())
 """
@@ -645,21 +645,21 @@ sys.exit(main())
 async def test_a_worker_that_is_stuck_is_replaced_and_what_it_had_counted_stays(
     lakebase: Lakebase, tmp_path: Path, unused_tcp_port: int
 ) -> None:
-    # Its liveness is nobody else's to ask for: the admin address is another process's.
+    # No probe sees its liveness: the admin address is another process's.
     admin = {"enabled": True, "port": unused_tcp_port}
     file = tmp_path / "proxy.toml"
     file.write_text(toml(proxy_values(lakebase, {"listen": TWO, "admin": admin})))
     run = ("run", "--config", str(file))
-    async with started_process(*run, program=("-c", IMPATIENT)) as proxy:
+    async with started_process(*run, program=("-c", WATCHES_OFTEN)) as proxy:
         await proxy.serving()
         async with served(proxy, 4) as clients:
             served_before = proxy.events(READY_TO_SERVE)
-            await asyncio.sleep(1)  # nobody scrapes, and it is asked all the same
+            await asyncio.sleep(1)  # no scrape asks, and it is read all the same
             os.kill(min(worker_pids(proxy)), signal.SIGSTOP)
             await eventually(lambda: proxy.events("worker died"), "it is ended")
             (died,) = proxy.events("worker died")
             assert (died["signal"], died["sessions_lost"]) == ("SIGKILL", 2)
-            assert [line["worker"] for line in proxy.events("worker is stuck and is ended")] == [
+            assert [line["worker"] for line in proxy.events("worker is stuck and is killed")] == [
                 died["worker"]
             ]
             await eventually(
@@ -714,7 +714,7 @@ async def test_without_the_process_that_forks_workers_the_proxy_drains_and_ends_
     async with served(proxy, 2) as clients:
         for client in clients:
             await client.query("SELECT pg_sleep(0.5), 'finished'")
-        os.kill(nursery_pid(proxy), signal.SIGKILL)
+        os.kill(fork_server_pid(proxy), signal.SIGKILL)
         for client in clients:
             assert b"finished" in await client.receive_rest()
     assert await proxy.ended() == 1
@@ -724,14 +724,14 @@ async def test_without_the_process_that_forks_workers_the_proxy_drains_and_ends_
 async def test_workers_end_with_the_supervisor_even_if_it_had_not_heard_of_a_death(
     start_process: StartProcess,
 ) -> None:
-    # The kernel then tells the process that forks workers of a reset, not of an end.
+    # The fork server then reads a reset, not an end of file.
     proxy = await start_process(listen=TWO)
-    below, fork_server = descendants(proxy.pid), nursery_pid(proxy)
+    below, fork_server = descendants(proxy.pid), fork_server_pid(proxy)
     stuck, dies = worker_pids(proxy)
     os.kill(proxy.pid, signal.SIGSTOP)
     os.kill(stuck, signal.SIGSTOP)
     os.kill(dies, signal.SIGKILL)
-    await eventually(lambda: descendants(fork_server) == {stuck}, "it is buried")
+    await eventually(lambda: descendants(fork_server) == {stuck}, "it is reaped")
     proxy.send(signal.SIGKILL)
     try:
         await eventually(lambda: alive(below) == set(), "all have gone")
@@ -746,7 +746,7 @@ fork, calls = os.fork, 0
 def fork_but_once():
     global calls
     calls += 1
-    if calls == 4:  # the nursery, two workers, and the first successor
+    if calls == 4:  # the fork server, two workers, and the first successor
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
     return fork()
 os.fork = fork_but_once
@@ -755,7 +755,7 @@ sys.exit(main())
 """
 
 
-async def test_a_worker_that_cannot_be_forked_just_now_is_tried_again_and_ends_nobody(
+async def test_a_worker_that_cannot_be_forked_is_tried_again_and_the_others_serve_on(
     lakebase: Lakebase, tmp_path: Path
 ) -> None:
     file = tmp_path / "proxy.toml"
@@ -766,7 +766,7 @@ async def test_a_worker_that_cannot_be_forked_just_now_is_tried_again_and_ends_n
             os.kill(min(worker_pids(proxy)), signal.SIGKILL)
             await eventually(lambda: len(proxy.events(READY_TO_SERVE)) == 3, "another has come")
             assert [await answers(client) for client in clients].count(True) == 1
-        assert [line["error"] for line in proxy.events("a worker could not be forked")] == [
+        assert [line["error"] for line in proxy.events("cannot fork a worker")] == [
             os.strerror(errno.EAGAIN)
         ]
         proxy.send(signal.SIGTERM)
@@ -777,7 +777,7 @@ async def test_a_process_that_forks_workers_and_is_stuck_does_not_keep_the_proxy
     start_process: StartProcess,
 ) -> None:
     proxy = await start_process(listen=TWO)
-    below, fork_server = descendants(proxy.pid), nursery_pid(proxy)
+    below, fork_server = descendants(proxy.pid), fork_server_pid(proxy)
     os.kill(fork_server, signal.SIGSTOP)
     try:
         proxy.send(signal.SIGTERM)

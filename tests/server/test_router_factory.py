@@ -41,15 +41,15 @@ def settings(directory: Path, *names: str, used: str) -> Settings:
 @pytest.mark.parametrize("used", ["a", "b", "c", "d"])
 def test_checking_all_maps_and_using_one_builds_each_once(tmp_path: Path, used: str) -> None:
     # A million mappings take seconds, and the router is made while sessions wait.
-    router_factory._built.cache_clear()
+    router_factory._build_map.cache_clear()
     configured = settings(tmp_path, "a", "b", "c", "d", used=used)
     assert list(map_problems(configured)) == []
     assert router_of(configured).shard_map is not None
-    assert router_factory._built.cache_info().misses == 4
+    assert router_factory._build_map.cache_info().misses == 4
 
 
 def test_a_file_that_is_as_it_was_is_read_once(tmp_path: Path) -> None:
-    router_factory._built.cache_clear()
+    router_factory._build_map.cache_clear()
     first = router_of(settings(tmp_path, "a", used="a")).shard_map
     assert router_of(settings(tmp_path, "a", used="a")).shard_map is first
 
@@ -73,17 +73,17 @@ def test_a_file_that_cannot_be_used_is_a_problem_under_its_key(tmp_path: Path) -
     (tmp_path / "a.csv").write_bytes(b"key,target\n\xff,upstream\n")
     (tmp_path / "b.csv").unlink()
     (tmp_path / "c.csv").write_text("key,target\nx,nowhere\n")
-    said = {problem.key: problem.text for problem in map_problems(configured)}
-    assert "not UTF-8" in said["shard_maps.a.mappings_file"]
-    assert "No such file" in said["shard_maps.b.mappings_file"]
-    assert "nowhere" in said["shard_maps.c.mappings_file"]
+    texts = {problem.key: problem.text for problem in map_problems(configured)}
+    assert "not UTF-8" in texts["shard_maps.a.mappings_file"]
+    assert "No such file" in texts["shard_maps.b.mappings_file"]
+    assert "nowhere" in texts["shard_maps.c.mappings_file"]
     with pytest.raises(ConfigurationError) as caught:
         router_of(configured)
     assert [problem.key for problem in caught.value.problems] == ["shard_maps.a.mappings_file"]
 
 
 def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path) -> None:
-    # A reload waited for somebody to write into a pipe, and the process could not be ended.
+    # A reload waited until a pipe was written to, and the process could not be ended.
     os.mkfifo(tmp_path / "a.csv")
     (problem,) = map_problems(settings(tmp_path, "a", used="a"))
     assert "shard_maps.a.mappings_file" in str(problem)
@@ -91,7 +91,7 @@ def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_a_file_without_any_row_is_no_map(tmp_path: Path) -> None:
-    """A file that lost its rows must not take every tenant's way at the next reload."""
+    """A file that lost its rows must not unmap every tenant at the next reload."""
     configured = settings(tmp_path, "a", used="a")
     for text in ("key,target\n", "target,key\n\n\n"):
         (tmp_path / "a.csv").write_text(text)
@@ -122,7 +122,7 @@ async def test_sessions_go_on_while_a_large_map_is_read(tmp_path: Path) -> None:
     assert max(gaps) < GAP_SECONDS_MAX
 
 
-def test_a_plan_takes_the_router_that_was_made(tmp_path: Path) -> None:
+def test_a_snapshot_uses_the_router_that_was_made(tmp_path: Path) -> None:
     """It is not made twice, and not by a file that changed in between."""
     configured = settings(tmp_path, "a", used="a")
     router = router_of(configured)

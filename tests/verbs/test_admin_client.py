@@ -28,7 +28,7 @@ def answering(*statuses: int, host: str = "127.0.0.1") -> Iterator[tuple[AdminSe
         do_GET = do_POST = answer  # noqa: N815 - http.server's names
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with http.server.ThreadingHTTPServer((host, 0), Answer) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -40,7 +40,7 @@ def answering(*statuses: int, host: str = "127.0.0.1") -> Iterator[tuple[AdminSe
             thread.join()
 
 
-def nobody() -> AdminSettings:
+def unused_address() -> AdminSettings:
     """Return an address on which nothing listens any more."""
     with answering(200) as (settings, _):
         return settings
@@ -73,7 +73,7 @@ def test_wait_gives_up_after_its_time_and_says_what_was_answered(timeout_seconds
 
 def test_wait_says_that_nothing_answers() -> None:
     with pytest.raises(AdminError, match=r"nothing answers on http://127\.0\.0\.1:\d+ \("):
-        wait_until_ready(nobody(), 0)
+        wait_until_ready(unused_address(), 0)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
@@ -113,6 +113,6 @@ def test_shutdown_of_something_else_says_what_it_answers() -> None:
         ask_to_drain(settings)
 
 
-def test_shutdown_of_nobody_says_so() -> None:
+def test_shutdown_without_a_proxy_says_so() -> None:
     with pytest.raises(AdminError, match="no proxy answers"):
-        ask_to_drain(nobody())
+        ask_to_drain(unused_address())

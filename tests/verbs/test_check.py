@@ -1,4 +1,4 @@
-"""`check` as a process of its own against the stand-in: each step that fails, with its fix."""
+"""`check` as a process of its own against the emulator: each step that fails, with its fix."""
 
 import asyncio
 import json
@@ -58,7 +58,7 @@ async def checked(
     *flags: str,
     **sections: Mapping[str, object],
 ) -> Checked:
-    """Run `check`, and look for secrets in all that it said."""
+    """Run `check`, and look for secrets in all that it printed."""
     config = tmp_path / "proxy.toml"
     config.write_text(toml(proxy_values(lakebase, sections)))
     # No byte code: nothing is to appear beside the sources while tests look at them.
@@ -136,7 +136,7 @@ async def test_a_native_password_is_checked_without_any_token(
     assert found.json["steps"][-1]["name"] == "Postgres login"
 
 
-async def test_a_personal_access_token_in_the_place_of_the_password_is_told_so(
+async def test_a_personal_access_token_in_place_of_the_password_is_named(
     lakebase: Lakebase, tmp_path: Path
 ) -> None:
     file = tmp_path / "password"
@@ -213,7 +213,7 @@ def _another_workspace(lakebase: Lakebase) -> None:
 
 
 def _clock(seconds: float) -> Break:
-    """Have the workspace's clock go ahead of ours by so much, or behind it."""
+    """Set the workspace's clock ahead of ours by this much, or behind it if negative."""
 
     def break_world(lakebase: Lakebase) -> None:
         lakebase.workspace.api.credential_seconds = 3600 + seconds
@@ -247,7 +247,7 @@ SHORT: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """How the world is broken, which step says so, and with which fix."""
+    """How the emulator is broken, which step reports it, and with which fix."""
 
     name: str
     break_world: Break
@@ -354,7 +354,7 @@ CASES = (
         "SELECT databricks_create_role('5ca1ab1e-",
     ),
     Case(
-        *("somebody else's role", _nothing, "Postgres login", "identity_mismatch"),
+        *("another identity's role", _nothing, "Postgres login", "identity_mismatch"),
         *("upstream.user must be the client id", "did not match the security label"),
         {"upstream": {"user": "ada@example.com"}},
     ),
@@ -474,7 +474,7 @@ async def test_the_guides_environment_alone_is_enough(lakebase: Lakebase, tmp_pa
         "PGDATABASE": "databricks_postgres",
         "PGUSER": lakebase.client_id,
         "PGSSLMODE": "require",
-        # What only the stand-in needs.
+        # What only the emulator needs.
         "LAKEBASE_PROXY_UPSTREAM__HOSTADDR": lakebase.host_address,
         "LAKEBASE_PROXY_UPSTREAM__SSL_ROOT_CERT": str(lakebase.ca_file),
     }

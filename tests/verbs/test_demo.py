@@ -189,7 +189,7 @@ async def test_a_busy_port_says_which_flag_to_use_and_leaves_nothing_behind(
     assert content(tmp_path) == []
 
 
-async def test_a_persons_own_databricks_account_is_not_touched(tmp_path: Path) -> None:
+async def test_a_users_own_databricks_account_is_not_touched(tmp_path: Path) -> None:
     environment = {
         "DATABRICKS_HOST": "https://not-a-real-workspace.invalid",
         "DATABRICKS_TOKEN": "not-a-real-secret",
@@ -204,8 +204,8 @@ async def test_a_persons_own_databricks_account_is_not_touched(tmp_path: Path) -
         assert await proxy.ended() == 0
 
 
-async def test_a_persons_own_configuration_does_not_reach_the_stand_in(tmp_path: Path) -> None:
-    """What one says of the way to Lakebase would not lead to the stand-in."""
+async def test_a_users_own_configuration_does_not_reach_the_emulator(tmp_path: Path) -> None:
+    """Settings that lead to a Lakebase do not lead to the emulator."""
     file = tmp_path / "own.toml"
     file.write_text(
         '[workspaces.b]\nhost = "https://b.example.com"\ntoken = "not-a-real-token"\n'

@@ -42,7 +42,7 @@ mappings = [{ low = "0xc0000000", target = "us" }]
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave none of the person's own settings in the way."""
+    """Take the user's own settings out of the environment."""
     for name in list(os.environ):
         if name.startswith(("LAKEBASE_", "DATABRICKS_", "PG", "ENDPOINT_NAME")):
             monkeypatch.delenv(name)
@@ -104,7 +104,7 @@ def test_a_negative_key_is_a_key_and_no_flag(
     [(["--", "--bold"], "eu"), (["--", "-h"], "us"), (["--json", "--", "-h"], "us")],
     ids=str,
 )
-def test_any_key_at_all_stands_behind_two_dashes(
+def test_any_key_at_all_can_come_after_two_dashes(
     arguments: list[str],
     target: str,
     config: tuple[str, str],
@@ -155,14 +155,14 @@ def test_what_a_session_would_be_refused_for_exits_with_1(
     assert f"(SQLSTATE {sqlstate}, reason={reason}" in err
     assert len(err.splitlines()) == 1
     assert main(["resolve", key, "--json", *config]) == EXIT_FAILURE
-    said = json.loads(capsys.readouterr().out)
-    assert (said["ok"], said["sqlstate"], said["reason"]) == (False, sqlstate, reason)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["sqlstate"], found["reason"]) == (False, sqlstate, reason)
 
 
 @pytest.mark.parametrize(
     "arguments", [[], ["--"], ["--json"], ["--routing.shard_map", "names"]], ids=str
 )
-def test_without_a_key_the_usage_is_said(
+def test_without_a_key_the_usage_is_printed(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["resolve", *arguments]) == EXIT_USAGE
@@ -186,7 +186,7 @@ def test_a_map_that_is_wrong_is_a_configuration_error(
 
 
 @pytest.mark.slow
-async def test_as_a_process_it_connects_to_nobody(config: tuple[str, str]) -> None:
+async def test_as_a_process_it_connects_to_nothing(config: tuple[str, str]) -> None:
     # The workspace of this configuration is nowhere: to ask it would fail.
     command = (sys.executable, "-m", "proxy", "resolve", "-5", *config)
     code, out, err = await run_to_end(*command)

@@ -1,4 +1,4 @@
-"""What workers ask of the supervisor, where end-to-end tests do not come: reloads in between."""
+"""What workers ask of the supervisor, with reloads in between, which end-to-end tests leave out."""
 
 import asyncio
 import socket
@@ -14,14 +14,14 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.server.app import App
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workers.credential_service import CredentialService
-from proxy.workers.remote_credentials import CONFIGURATIONS_MAX, RemoteWorkspaceRegistry
-from proxy.workers.rpc import Channel
+from proxy.workers.remote_credentials import GENERATIONS_MAX, RemoteWorkspaceRegistry
+from proxy.workers.rpc import RpcConnection
 from proxy.workspace.registry import LocalWorkspaceRegistry
 from tests.support.running import proxy_settings
 
 
 class Pair:
-    """A supervisor's App and a worker's, over a channel; each reload is one of both."""
+    """A supervisor's App and a worker's, and calls between them. Each reload is one of both."""
 
     def __init__(
         self,
@@ -31,33 +31,36 @@ class Pair:
     ) -> None:
         self._accounts = accounts
         self._credentials = credential_service
-        self._number = 1
+        self._generation = 1
         self.supervisor = App(settings)
-        credential_service.open(self._number, self.supervisor.snapshot.upstreams)
-        accounts.take_over(self._number, settings)
+        credential_service.register(self._generation, self.supervisor.snapshot.upstreams)
+        accounts.register(self._generation, settings)
         self.worker = App(settings, workspaces=accounts)
 
     def reload(self, settings: Settings) -> None:
         """Serve by these settings in both."""
-        self._number += 1
+        self._generation += 1
         self.supervisor.reload(settings)
-        self._credentials.open(self._number, self.supervisor.snapshot.upstreams)
-        self._accounts.take_over(self._number, settings)
+        self._credentials.register(self._generation, self.supervisor.snapshot.upstreams)
+        self._accounts.register(self._generation, settings)
         self.worker.reload(settings)
 
 
 @asynccontextmanager
 async def paired(settings: Settings, credential_service: CredentialService) -> AsyncIterator[Pair]:
     ours, theirs = socket.socketpair()
-    channels = await Channel.open(ours, {}), await Channel.open(theirs, credential_service.answers)
-    pair = Pair(settings, RemoteWorkspaceRegistry(channels[0]), credential_service)
+    connections = (
+        await RpcConnection.open(ours, {}),
+        await RpcConnection.open(theirs, credential_service.methods),
+    )
+    pair = Pair(settings, RemoteWorkspaceRegistry(connections[0]), credential_service)
     try:
         yield pair
     finally:
         await pair.worker.workspaces.close()
-        for channel in channels:
-            channel.close()
-            await channel.lost.wait()
+        for connection in connections:
+            connection.close()
+            await connection.lost.wait()
         await credential_service.close()
         await pair.supervisor.workspaces.close()
 
@@ -72,7 +75,7 @@ async def test_a_worker_gets_tokens_and_hosts_from_the_supervisor(lakebase: Lake
         assert len(lakebase.workspace.mints) == 1
 
 
-async def test_a_token_that_is_rejected_is_forgotten_once_and_its_successor_is_not(
+async def test_a_token_that_is_rejected_is_invalidated_once_and_its_successor_is_not(
     lakebase: Lakebase,
 ) -> None:
     async with paired(proxy_settings(lakebase), CredentialService()) as pair:
@@ -88,20 +91,20 @@ async def test_a_token_that_is_rejected_is_forgotten_once_and_its_successor_is_n
         assert len(lakebase.workspace.mints) == 2
 
 
-async def test_a_way_that_reloads_leave_as_it_is_is_answered_after_any_number_of_them(
+async def test_an_upstream_that_reloads_keep_is_answered_after_any_number_of_them(
     lakebase: Lakebase,
 ) -> None:
     settings = proxy_settings(lakebase)
     async with paired(settings, CredentialService()) as pair:
         upstream = pair.worker.snapshot.upstreams["upstream"]
-        for _ in range(CONFIGURATIONS_MAX + 1):
+        for _ in range(GENERATIONS_MAX + 1):
             pair.reload(settings)
         assert pair.worker.snapshot.upstreams["upstream"] is upstream
         await upstream.credentials.fresh()
         assert (await upstream.address_lookup.target()).host == lakebase.shards[0].endpoint.host
 
 
-async def test_a_way_of_before_a_reload_is_answered_from_its_own_workspace_or_refused(
+async def test_an_upstream_of_before_a_reload_is_answered_from_its_own_workspace_or_refused(
     lakebase: Lakebase,
 ) -> None:
     settings = proxy_settings(lakebase)
@@ -110,7 +113,7 @@ async def test_a_way_of_before_a_reload_is_answered_from_its_own_workspace_or_re
     )
     async with paired(settings, CredentialService()) as pair:
         before = pair.worker.snapshot.upstreams["upstream"]
-        for number in range(CONFIGURATIONS_MAX - 1):
+        for number in range(GENERATIONS_MAX - 1):
             pair.reload(other)
             await before.credentials.fresh()
             assert len(lakebase.workspace.mints) == 1, number
@@ -143,10 +146,10 @@ async def test_workers_that_look_up_one_host_at_once_are_one_look_up(lakebase: L
         assert lakebase.workspace.calls[Call.RESOURCE] == 2, "an answer is not kept here"
 
 
-async def test_what_one_worker_found_out_serves_another_while_the_workspace_is_away(
+async def test_what_one_worker_found_out_serves_another_while_the_workspace_does_not_answer(
     lakebase: Lakebase,
 ) -> None:
-    # A worker that came in place of a dead one could serve nobody until the workspace was back.
+    # The successor of a dead worker could not serve any client until the workspace was back.
     settings, credential_service = proxy_settings(lakebase), CredentialService()
     client = StartupMessage(V3_0, ((b"user", b"anyone"),))
     async with paired(settings, credential_service) as pair:
@@ -179,6 +182,6 @@ async def test_an_account_stays_open_while_a_worker_may_still_ask_by_an_older_co
         await pair.worker.snapshot.upstreams["upstream"].credentials.fresh()
         assert len(lakebase.workspace.mints) == 1, "it came back with its token"
         assert len(registry) == 2
-        for _ in range(CONFIGURATIONS_MAX):
+        for _ in range(GENERATIONS_MAX):
             pair.reload(settings)
         assert len(registry) == 1

@@ -1,4 +1,4 @@
-"""The page that all processes see: places as a bound of the whole, and what a death gives back."""
+"""Shared counters: slots as a bound of all workers, and what the death of one frees."""
 
 import os
 
@@ -8,34 +8,34 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.workers.shared_counters import SharedCounters, SharedSlots
 
 
-def test_workers_take_places_from_one_bound_and_give_them_back() -> None:
+def test_workers_take_slots_from_one_bound_and_give_them_back() -> None:
     counters = SharedCounters(2)
-    one, other = SharedSlots(counters, 0, 3), SharedSlots(counters, 1, 3)
+    one, other = SharedSlots(counters, 1, 3), SharedSlots(counters, 2, 3)
     with one.take(), other.take(), other.take():
-        assert (one.taken, other.taken, counters.places_taken) == (1, 2, 3)
-        for places in (one, other):
-            with pytest.raises(ProxyError) as caught, places.take():
-                pytest.fail("there was no place")
+        assert (one.taken, other.taken, counters.slots_taken) == (1, 2, 3)
+        for slots in (one, other):
+            with pytest.raises(ProxyError) as caught, slots.take():
+                pytest.fail("there was no slot")
             assert caught.value.kind is ErrorKind.TOO_MANY_CONNECTIONS
-        assert counters.places_taken == 3, "who is refused holds nothing"
-    assert counters.places_taken == 0
+        assert counters.slots_taken == 3, "a refused session holds none"
+    assert counters.slots_taken == 0
 
 
-def test_a_dead_workers_places_are_free_again() -> None:
+def test_a_dead_workers_slots_are_free_again() -> None:
     counters = SharedCounters(2)
-    with SharedSlots(counters, 1, 1).take():
-        counters.end(1)
-        counters.clear(1)
-        assert (counters.places_taken, counters.ended(1)) == (0, 0)
-        counters.take(1, 1)  # for the place that the dead one would have given back
+    with SharedSlots(counters, 2, 1).take():
+        counters.record_end(2)
+        counters.reset(2)
+        assert (counters.slots_taken, counters.connections_ended(2)) == (0, 0)
+        counters.add_slots(2, 1)  # for the slot that the dead one would have given back
 
 
 def test_another_process_sees_what_this_one_writes_and_the_other_way_round() -> None:
     counters = SharedCounters(2)
-    counters.take(0, 7)
+    counters.add_slots(1, 7)
     pid = os.fork()
     if pid == 0:
-        counters.end(1)
-        os._exit(0 if counters.places_taken == 7 else 1)
+        counters.record_end(2)
+        os._exit(0 if counters.slots_taken == 7 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert counters.ended(1) == 1
+    assert counters.connections_ended(2) == 1

@@ -1,4 +1,4 @@
-"""A worker's part of what bounds the whole proxy, and a reload that it alone cannot take over."""
+"""A worker's settings, and a reload that it alone refuses."""
 
 import asyncio
 import gc
@@ -14,17 +14,18 @@ from proxy.config import Settings
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
 from proxy.server.app import App
+from proxy.workers.connection_socket import connection_socket_pair
 from proxy.workers.credential_service import CredentialService
-from proxy.workers.rpc import Channel
+from proxy.workers.rpc import RpcConnection
 from proxy.workers.shared_counters import SharedCounters
-from proxy.workers.worker import Worker, shared_out
+from proxy.workers.worker import Worker, worker_settings
 from tests.support.running import captured_log, proxy_settings
 from tests.support.sharding import sharded
 
 ENDPOINT = "projects/a/branches/b/endpoints/c"
 
 
-def test_connects_max_is_shared_out_and_rounded_up_wherever_it_is_set() -> None:
+def test_connects_max_is_divided_and_rounded_up_wherever_it_is_set() -> None:
     settings = Settings.model_validate(
         {
             "listen": {"workers": 4},
@@ -33,7 +34,7 @@ def test_connects_max_is_shared_out_and_rounded_up_wherever_it_is_set() -> None:
         }
     )
     assert settings.target("taken").connects_max == 50
-    mine = shared_out(settings)
+    mine = worker_settings(settings)
     found = {name: mine.target(name).connects_max for name in mine.target_names()}
     assert found == {"upstream": 13, "own": 2, "taken": 13}
     assert mine.target("own").host == "h"
@@ -43,7 +44,7 @@ def targets_of(reading: Mapping[str, Any]) -> set[str]:
     return {row["name"] for row in reading["targets"]}
 
 
-async def test_a_reload_that_a_worker_cannot_take_over_is_refused_and_it_serves_on(
+async def test_a_reload_that_a_worker_cannot_use_is_refused_and_it_serves_on(
     lakebase: Lakebase, tmp_path: Path
 ) -> None:
     file = tmp_path / "tenants.csv"
@@ -52,29 +53,27 @@ async def test_a_reload_that_a_worker_cannot_take_over_is_refused_and_it_serves_
     settings = proxy_settings(lakebase, **sharded(lakebase, by_file))
     content = json.loads(json.dumps(settings.model_dump(mode="json", exclude_unset=True)))
     supervisor, credential_service = App(settings), CredentialService()
-    credential_service.open(1, supervisor.snapshot.upstreams)
+    credential_service.register(1, supervisor.snapshot.upstreams)
     ours, theirs = socket.socketpair()
-    connection_socket, their_connection_socket = socket.socketpair(
-        socket.AF_UNIX, socket.SOCK_SEQPACKET
-    )
-    with captured_log(), connection_socket, their_connection_socket:
-        channel = await Channel.open(ours, credential_service.answers)
+    connections, its_connections = connection_socket_pair()
+    with captured_log(), connections, its_connections:
+        rpc = await RpcConnection.open(ours, credential_service.methods)
         worker = asyncio.ensure_future(
-            Worker(SharedCounters(1), 10, 0, their_connection_socket).run(theirs)
+            Worker(SharedCounters(1), 10, 1, its_connections).run(theirs)
         )
-        await channel.call("configure", number=1, settings=content)
+        await rpc.call("configure", generation=1, settings=content)
         file.unlink()  # since the supervisor has read it
         with pytest.raises(ProxyError) as caught:
-            await channel.call("configure", number=2, settings=content)
+            await rpc.call("configure", generation=2, settings=content)
         assert caught.value.kind is ErrorKind.INTERNAL
         assert "shard_maps.tenants.mappings_file" in caught.value.detail
         assert gc.isenabled()
-        assert "third" not in targets_of(await channel.call("read"))
+        assert "third" not in targets_of(await rpc.call("read"))
         file.write_text("key,target\na,third\n")
         content["targets"]["third"] = content["targets"]["one"]
-        await channel.call("configure", number=3, settings=content)
-        assert "third" in targets_of(await channel.call("read"))
-        channel.close()
+        await rpc.call("configure", generation=3, settings=content)
+        assert "third" in targets_of(await rpc.call("read"))
+        rpc.close()
         async with asyncio.timeout(5):
             await worker
     gc.unfreeze()

@@ -13,14 +13,14 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.wire.messages import Terminate
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import PlainClient, plain_client, query, startup
+from tests.support.client import Client, plain_client, query, startup
 from tests.support.running import LogLines, eventually, nothing_left
 
 SESSIONS = 60
 AT_ONCE = 12
 
 
-async def traffic(client: PlainClient, dice: random.Random) -> None:
+async def traffic(client: Client, dice: random.Random) -> None:
     """Send queries and read answers, out of step with each other, until a random end."""
     rows = dice.choice((1, 100, 3000))
     text = "y" * dice.choice((1, 1000, 10_000))

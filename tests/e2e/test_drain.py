@@ -20,7 +20,7 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery, Terminate
 from tests.differential.frontend import SYNC, copy_data, extended, message
 from tests.e2e.conftest import StartProcess, StartProxy
-from tests.support.plain_client import PlainClient, plain_client, startup
+from tests.support.client import Client, plain_client, startup
 from tests.support.proxy_process import ProxyProcess, alive, descendants
 from tests.support.running import asyncpg_arguments, eventually, libpq, nothing_left
 
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.slow
 SESSIONS = 200
 
 
-async def answered(client: PlainClient) -> bytes:
+async def answered(client: Client) -> bytes:
     """Read up to the next ReadyForQuery and return its status; an error fails the test."""
     while not isinstance(said := await client.message(), ReadyForQuery):
         assert not isinstance(said, ErrorResponse), said
     return said.status
 
 
-async def told(client: PlainClient, sqlstate: str, reason: str) -> None:
+async def told(client: Client, sqlstate: str, reason: str) -> None:
     """Expect the proxy's own last word, and the end of the stream behind it."""
     error = await client.message()
     assert isinstance(error, ErrorResponse), error

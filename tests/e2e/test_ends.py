@@ -17,7 +17,7 @@ from proxy.emulator.streams import EndedBy
 from proxy.server.app import App
 from proxy.wire.messages import Terminate
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import plain_client, query, startup
+from tests.support.client import plain_client, query, startup
 from tests.support.running import LogLines, asyncpg_arguments, eventually, libpq, nothing_left
 
 ROWS = 20_000

@@ -18,7 +18,7 @@ from proxy.server.app import App
 from proxy.upstream.phases import ConnectPhase
 from tests.e2e.conftest import StartProxy
 from tests.support.admin_address import Answer, ask
-from tests.support.plain_client import plain_client, startup
+from tests.support.client import plain_client, startup
 from tests.support.running import LogLines, eventually
 
 

@@ -16,7 +16,7 @@ import pytest
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
-from tests.support.plain_client import plain_client, query, startup
+from tests.support.client import plain_client, query, startup
 from tests.support.proxy_process import ProxyProcess, handles, started_process
 from tests.support.running import eventually, proxy_values, toml
 

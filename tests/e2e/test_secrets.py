@@ -24,7 +24,7 @@ from proxy.upstream.phases import ConnectPhase
 from proxy.verbs.check import as_line, check
 from proxy.wire.startup import V3_0, StartupMessage
 from tests.e2e.conftest import StartProcess, StartProxy
-from tests.support.plain_client import plain_client, startup
+from tests.support.client import plain_client, startup
 from tests.support.running import Listening, LogLines, eventually, proxy_settings
 from tests.support.secret_canaries import MASKED, look
 

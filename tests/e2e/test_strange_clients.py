@@ -16,7 +16,7 @@ from proxy.server.app import App
 from proxy.wire.messages import AuthenticationOk, ReadyForQuery, Terminate
 from proxy.wire.startup import GSSENCRequest, ProtocolVersion, SSLRequest
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import PlainClient, plain_client, query, startup
+from tests.support.client import Client, plain_client, query, startup
 from tests.support.running import LogLines, eventually, nothing_left
 
 
@@ -43,7 +43,7 @@ async def ordinary_session(proxy: App) -> None:
         await client.send(Terminate().encode())
 
 
-async def until_ready(client: PlainClient) -> None:
+async def until_ready(client: Client) -> None:
     while not isinstance(await client.message(), ReadyForQuery):
         pass
 

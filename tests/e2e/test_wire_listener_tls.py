@@ -24,7 +24,7 @@ from proxy.server.app import App
 from proxy.wire.messages import AuthenticationOk, BackendKeyData, ErrorResponse, ReadyForQuery
 from proxy.wire.startup import CancelRequest
 from tests.e2e.conftest import StartProcess, StartProxy
-from tests.support.plain_client import plain_client, query, startup
+from tests.support.client import plain_client, query, startup
 from tests.support.raw_client import RawClient
 from tests.support.running import (
     LogLines,

@@ -33,13 +33,13 @@ async def sessions(tls: Contexts, count: int, content: bytes) -> None:
             assert await setting.client.receive_exactly(len(content)) == content
             if number % 3 == 0:
                 setting.client.reset()
-                assert await setting.upstream.receive_all() == b""
-                setting.upstream.writer.close()
+                assert await setting.upstream.receive_rest() == b""
+                setting.upstream.abort()
                 await setting.end()
             elif number % 3 == 1:
                 setting.upstream.reset()
-                await setting.client.receive_all()
-                setting.client.sock.close()
+                await setting.client.receive_rest()
+                setting.client.abort()
                 await setting.end()
     gc.collect()
 

@@ -14,7 +14,7 @@ from proxy.session.end_reason import EndReason
 from proxy.session.relay import Relay
 from proxy.transport.stream import StartupStream
 from proxy.wire.messages import ErrorResponse, ReadyForQuery, Terminate
-from tests.support.plain_client import query
+from tests.support.client import query
 from tests.transport.peers import Peer, linked
 
 QUERY = query("SELECT 1")

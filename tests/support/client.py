@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Self
 
 from proxy.wire.messages import (
+    AuthenticationCleartextPassword,
     BackendKeyData,
     ErrorResponse,
     Frame,
+    PasswordMessage,
     ReadyForQuery,
 )
+from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, ProtocolVersion, SSLRequest, StartupMessage
 from tests.support.peer import WAIT_SECONDS_MAX, Peer
 from tests.support.running import USER, Listening
@@ -62,6 +65,11 @@ class Client(Peer):
     async def query(self, sql: str) -> None:
         """Send a simple Query."""
         await self.send(query(sql))
+
+    async def show_token(self, token: str) -> None:
+        """Answer the request for a cleartext password, which must come now."""
+        assert await self.message() == AuthenticationCleartextPassword()
+        await self.send(PasswordMessage(Secret(token.encode())).encode())
 
     async def request_tls(self, ca_file: Path, server_name: str | None) -> None:
         """Send SSLRequest, which must be answered S, and shake hands."""

@@ -38,6 +38,7 @@ class Peer:
         self.sock = sock
         self.tls: ssl.SSLObject | None = None
         self.server_name: str | None = None  # what a handshake as client asks for and checks
+        self.read_bytes = READ_BYTES  # how much one read takes at most
         self.sent_bytes = 0
         self.ended_by: EndedBy | None = None
         self.record_bytes: list[int] = []  # lengths of application data records, with overhead
@@ -97,7 +98,7 @@ class Peer:
     async def receive_raw(self) -> bytes:
         """Return bytes as the socket has them, be there TLS or not; none at the end."""
         try:
-            received = await self._run(asyncio.get_running_loop().sock_recv, READ_BYTES)
+            received = await self._run(asyncio.get_running_loop().sock_recv, self.read_bytes)
         except OSError:
             self.ended_by = EndedBy.RESET
             raise

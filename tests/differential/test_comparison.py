@@ -7,7 +7,7 @@ import pytest
 from proxy.wire.messages import BackendKeyData, ErrorResponse, Frame, ReadyForQuery
 from proxy.wire.secret import Secret
 from tests.differential.comparison import difference
-from tests.support.scripted_client import Transcript
+from tests.differential.exchange_client import Transcript
 
 READY = Frame(b"Z", ReadyForQuery(b"I").encode()[5:])
 LOGIN_OK = Frame(b"R", bytes(4))
@@ -26,8 +26,8 @@ def error(sqlstate: str, text: str = "told", *more: tuple[bytes, bytes]) -> Fram
     return Frame(b"E", ErrorResponse(fields).encode()[5:])
 
 
-def told(*frames: Frame, ended: bool = True) -> tuple[Transcript]:
-    return (Transcript(frames=list(frames), ended=ended),)
+def told(*frames: Frame, ended: bool = True) -> list[Transcript]:
+    return [Transcript(frames=list(frames), ended=ended)]
 
 
 OWN = (b"D", b"reason=of_the_proxy")

@@ -9,7 +9,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from proxy.wire.messages import (
     AuthenticationCleartextPassword,
@@ -25,14 +25,17 @@ from tests.support.peer import WAIT_SECONDS_MAX, Peer
 from tests.support.running import USER, Listening
 from tests.support.secret_canaries import look_at_answer
 
+Address = tuple[str, int] | str
+"""Host and port, or the path of a unix socket."""
+
+C = TypeVar("C", bound="Client")
+
 
 class Client(Peer):
     """One connection to a proxy, to the emulator, or to PostgreSQL."""
 
     @classmethod
-    async def connect(
-        cls, address: tuple[str, int] | str, *, receive_buffer_bytes: int = 0
-    ) -> Self:
+    async def connect(cls, address: Address, *, receive_buffer_bytes: int = 0) -> Self:
         """Connect, by TCP or to a unix socket. A small buffer makes a slow reader felt."""
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         client = cls(socket.socket(family, socket.SOCK_STREAM))
@@ -100,10 +103,10 @@ def query(sql: str) -> bytes:
 
 @asynccontextmanager
 async def connected(
-    address: tuple[str, int] | str, *, receive_buffer_bytes: int = 0
-) -> AsyncIterator[Client]:
-    """Connect; drop the connection at the end if the test has not ended it."""
-    client = await Client.connect(address, receive_buffer_bytes=receive_buffer_bytes)
+    kind: type[C], address: Address, *, receive_buffer_bytes: int = 0
+) -> AsyncIterator[C]:
+    """Connect a client; drop the connection at the end if the test has not ended it."""
+    client = await kind.connect(address, receive_buffer_bytes=receive_buffer_bytes)
     try:
         yield client
     finally:
@@ -114,5 +117,5 @@ async def connected(
 async def plain_client(proxy: Listening, *, receive_buffer_bytes: int = 0) -> AsyncIterator[Client]:
     """Connect to a proxy, without TLS."""
     address = (proxy.listen_host, proxy.listen_port)
-    async with connected(address, receive_buffer_bytes=receive_buffer_bytes) as client:
+    async with connected(Client, address, receive_buffer_bytes=receive_buffer_bytes) as client:
         yield client

@@ -25,11 +25,11 @@ def byte_by_byte(content: bytes) -> Iterator[bytes]:
 
 
 def at_random(content: bytes) -> Iterator[bytes]:
-    """Return pieces of 1 to PIECE_BYTES_MAX bytes; the same content is always cut the same way."""
+    """Return pieces of 0 to PIECE_BYTES_MAX bytes; the same content is always cut the same way."""
     chance = random.Random(content)
     position = 0
     while position < len(content):
-        size = chance.randint(1, PIECE_BYTES_MAX)
+        size = chance.randint(0, PIECE_BYTES_MAX)
         yield content[position : position + size]
         position += size
 

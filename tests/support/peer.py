@@ -35,6 +35,8 @@ class Peer:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a piece is a segment
         self.sock = sock
         self.tls: ssl.SSLObject | None = None
         self.server_name: str | None = None  # what a handshake as client asks for and checks

@@ -256,7 +256,8 @@ async def play(peer: Peer, *steps: Step, cut: Cut = whole) -> Script:
             case Reset():
                 peer.reset()
             case None if script.done:
-                peer.unread(script.trailing_data())
+                if not script.ended:
+                    peer.unread(script.trailing_data())
                 return script
             case None:
                 await _receive(peer, script)

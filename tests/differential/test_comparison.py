@@ -49,7 +49,7 @@ NOT_ALLOWED = {
     "no key": ([key(1), READY], [READY]),
     "a key in another place": ([key(1), READY], [READY, key(1)]),
     "a pid that no key showed": ([key(1), notification(1)], [key(2), notification(3)]),
-    "a pid of nobody": ([key(1), notification(5)], [key(2), notification(6)]),
+    "a pid that no session has": ([key(1), notification(5)], [key(2), notification(6)]),
     "an Ok too many": ([error("3D000")], [LOGIN_OK, error("3D000")]),
     "no Ok before a session": ([LOGIN_OK, READY], [READY]),
     "another SQLSTATE": ([error("0A000")], [error("08P01", "told", OWN)]),

@@ -24,7 +24,7 @@ from tests.support.manual_upstream import (
     ManualUpstream,
     manual_upstream,
 )
-from tests.support.running import LogLines, eventually
+from tests.support.running import LogLines, all_over, eventually
 
 TERMINATE = bytes.fromhex("58 00000004")
 SLEEP = "SELECT pg_sleep(60)"
@@ -131,12 +131,6 @@ async def runs(lakebase: Lakebase, event: str = "PgSleep") -> str:
     cluster = lakebase["one"].cluster
     await eventually(lambda: cluster.execute(sql), f"the backend is in {event}")
     return sql
-
-
-async def all_over(proxy: App, lakebase: Lakebase) -> None:
-    gateway = lakebase.gateway
-    await eventually(lambda: proxy.metrics.value("connections") == 0, "the client's side is over")
-    await eventually(lambda: all(r.closed for r in gateway.records), "all is closed upstream")
 
 
 EXTENDED = (

@@ -227,7 +227,7 @@ class SessionStart:
     def move(self, number: int, count: int) -> bool:
         """Read up to so many bytes, or the end, from a pipe; return whether anything moved."""
         if number == 3 and self.dialled is None:
-            return False  # nobody is connected to the upstream yet
+            return False  # the upstream is not connected yet
         pipe = self.pipes[number]
         read = pipe.read(count)
         if not read and (not pipe.at_end or number in self._told_end):
@@ -478,9 +478,9 @@ def test_a_pipe_takes_up_to_its_limit_and_the_rest_waits_in_order() -> None:
     assert (pipe.read(8), pipe.at_end, pipe.held_max) == (b"", True, 8)
 
 
-def test_behind_its_end_a_pipe_takes_nothing() -> None:
+def test_after_its_end_a_pipe_takes_nothing() -> None:
     pair = Duplex()
     pair.there.end()
-    with pytest.raises(AssertionError, match="behind the end"):
+    with pytest.raises(AssertionError, match="after the end"):
         pair.there.write(b"x")
     pair.back.write(b"the other direction goes on")

@@ -1,4 +1,4 @@
-"""A dialer with tokens that are counted, toward the stand-in's gateway or a scripted server.
+"""A dialer with tokens that are counted, toward the emulator's gateway or a scripted server.
 
 For: tests of the dialer and of the connector below it. Not for: whole sessions (`running`).
 """

@@ -145,7 +145,8 @@ async def test_it_serves_within_three_seconds_and_takes_little_memory(
         began = time.monotonic()
         async with started_process("run", "--config", str(file)) as proxy:
             await proxy.serving()
-            took_seconds.append(time.monotonic() - began)
+            elapsed = time.monotonic() - began
+            took_seconds.append(elapsed - proxy.waited_for_cpu_seconds())
             async with plain_client(proxy) as client:
                 await client.start_up()
             ended = partial(proxy.events, "session ended")

@@ -49,9 +49,9 @@ class Client(Peer):
             raise
         return client
 
-    async def receive(self, seconds_max: float | None = WAIT_SECONDS_MAX) -> bytes:
-        """Return some bytes, none at the end. Raises TimeoutError when nothing comes."""
-        received = await super().receive(seconds_max)
+    async def receive_new(self, seconds_max: float | None = WAIT_SECONDS_MAX) -> bytes:
+        """Return bytes that have not been received yet; search them for secrets."""
+        received = await super().receive_new(seconds_max)
         look_at_answer(received)
         return received
 

@@ -10,9 +10,8 @@ import select
 import socket
 import ssl
 import struct
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, Final, TypeVar
+from typing import Final
 
 from proxy.emulator.streams import EndedBy
 from proxy.wire.messages import BackendMessage, ErrorResponse, Frame, decode_backend
@@ -25,9 +24,6 @@ _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 _RECORD_HEADER_BYTES: Final = 5
 _APPLICATION_DATA: Final = 23  # TLS record type
 _MESSAGE_HEADER: Final = struct.Struct("!cI")
-
-T = TypeVar("T")
-A = TypeVar("A")
 
 
 class Peer:
@@ -48,7 +44,8 @@ class Peer:
         self._outgoing = ssl.MemoryBIO()
         self._held = bytearray()  # received and not taken
         self._records = bytearray()
-        self._pending: set[asyncio.Future[Any]] = set()
+        self._reading: asyncio.Task[bytes] | None = None
+        self._sending: set[asyncio.Task[None]] = set()
 
     @property
     def open(self) -> bool:
@@ -76,8 +73,7 @@ class Peer:
         """Send bytes as they are, be there TLS or not. Between pieces other tasks may run."""
         async with asyncio.timeout(WAIT_SECONDS_MAX):
             for piece in cut(content):
-                await self._run(asyncio.get_running_loop().sock_sendall, piece)
-                self.sent_bytes += len(piece)
+                await self._send(piece)
                 await asyncio.sleep(0)
 
     def encrypted(self, content: bytes) -> bytes:
@@ -92,15 +88,30 @@ class Peer:
 
     async def receive(self, seconds_max: float | None = WAIT_SECONDS_MAX) -> bytes:
         """Return some bytes, none at the end. Raises TimeoutError when nothing comes."""
-        if self._held:
-            return self._take(len(self._held))
+        return self._take(len(self._held)) or await self.receive_new(seconds_max)
+
+    async def receive_new(self, seconds_max: float | None = WAIT_SECONDS_MAX) -> bytes:
+        """Return bytes that have not been received yet, none at the end."""
         async with asyncio.timeout(seconds_max):
             return await (self.receive_raw() if self.tls is None else self._decrypt(self.tls))
 
     async def receive_raw(self) -> bytes:
-        """Return bytes as the socket has them, be there TLS or not; none at the end."""
+        """Return bytes as the socket has them, be there TLS or not; none at the end.
+
+        One that is cancelled loses nothing: the next one returns what it would have returned.
+        """
+        if not self.open:
+            raise ConnectionAbortedError("closed by the test")
+        if self._reading is None:
+            read = asyncio.get_running_loop().sock_recv(self.sock, self.read_bytes)
+            self._reading = asyncio.ensure_future(read)
+        reading = self._reading
+        await asyncio.wait((reading,))
+        self._reading = None
         try:
-            received = await self._run(asyncio.get_running_loop().sock_recv, self.read_bytes)
+            received = reading.result()
+        except asyncio.CancelledError:
+            raise ConnectionAbortedError("closed by the test") from None
         except OSError:
             self.ended_by = EndedBy.RESET
             raise
@@ -110,14 +121,8 @@ class Peer:
 
     async def receive_exactly(self, count: int) -> bytes:
         """Return so many bytes. Raises EOFError when the stream ends before."""
-        received = bytearray()
-        while len(received) < count:
-            piece = await self.receive()
-            if not piece:
-                raise EOFError(bytes(received))
-            received += piece
-        self._held[:0] = received[count:]
-        return bytes(received[:count])
+        await self._hold(count)
+        return self._take(count)
 
     async def receive_rest(self) -> bytes:
         """Return everything up to the end."""
@@ -136,8 +141,10 @@ class Peer:
 
     async def message(self) -> BackendMessage | Frame:
         """Return the next message. Raises EOFError at the end."""
-        kind, length = _MESSAGE_HEADER.unpack(await self.receive_exactly(_MESSAGE_HEADER.size))
-        return decode_backend(Frame(kind, await self.receive_exactly(length - 4)))
+        await self._hold(_MESSAGE_HEADER.size)
+        kind, length = _MESSAGE_HEADER.unpack_from(self._held)
+        await self._hold(1 + length)
+        return decode_backend(Frame(kind, self._take(1 + length)[_MESSAGE_HEADER.size :]))
 
     async def messages_until(self, kind: type) -> list[BackendMessage | Frame]:
         """Return the messages up to and with the first of a kind. Raises EOFError."""
@@ -222,9 +229,9 @@ class Peer:
         self.abort()
 
     def abort(self) -> None:
-        """Drop the connection without close_notify. Who sends or receives is told."""
-        for future in self._pending:
-            future.cancel()  # until then the event loop keeps the socket open
+        """Drop the connection without close_notify. What is sent or awaited fails."""
+        for task in (*self._sending, *([self._reading] if self._reading else [])):
+            task.cancel()  # until then the event loop keeps the socket open
         self.sock.close()
 
     def reset(self) -> None:
@@ -242,20 +249,29 @@ class Peer:
 
     # --------------------------------------------------------------------------------------------
 
-    async def _run(self, operation: Callable[[socket.socket, A], Awaitable[T]], argument: A) -> T:
-        """Return the result of an operation on the socket, which `abort` cuts short."""
+    async def _send(self, content: bytes) -> None:
         if not self.open:
             raise ConnectionAbortedError("closed by the test")
-        future = asyncio.ensure_future(operation(self.sock, argument))
-        self._pending.add(future)
+        write = asyncio.get_running_loop().sock_sendall(self.sock, content)
+        sending = asyncio.ensure_future(write)
+        self._sending.add(sending)
         try:
-            return await future
+            await sending
         except asyncio.CancelledError:
             if self.open:
                 raise
             raise ConnectionAbortedError("closed by the test") from None
         finally:
-            self._pending.discard(future)
+            self._sending.discard(sending)
+        self.sent_bytes += len(content)
+
+    async def _hold(self, count: int) -> None:
+        """Receive until so many bytes are held. Raises EOFError."""
+        while len(self._held) < count:
+            received = await self.receive_new()
+            if not received:
+                raise EOFError(bytes(self._held))
+            self._held += received
 
     def _take(self, count: int) -> bytes:
         taken = bytes(self._held[:count])

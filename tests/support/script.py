@@ -123,10 +123,6 @@ class Script:
         """Whether all steps are over."""
         return not self._steps and not self._pieces
 
-    def extend(self, steps: Iterable[Step]) -> None:
-        """Add steps."""
-        self._steps.extend(steps)
-
     def receive_data(self, data: bytes) -> None:
         """Take what has arrived."""
         self._buffer += data

@@ -19,6 +19,7 @@ FUZZ_SEED ?= 20261122
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pure lint format types test unit e2e fuzz bench soak demo docs all clean
+.PHONY: halves unit-e2e unit-rest
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -59,6 +60,15 @@ test: lint types unit ## everything that CI requires
 
 unit: $(INSTALLED)
 	$(BIN)/pytest -m 'not bench' $(ARGS)
+
+# The same in two halves of about one length: `make --jobs=2 --output-sync=target halves` on two cores.
+halves: lint types unit-e2e unit-rest
+
+unit-e2e: $(INSTALLED)
+	$(BIN)/pytest -m 'not bench' tests/e2e
+
+unit-rest: $(INSTALLED)
+	$(BIN)/pytest -m 'not bench' --ignore=tests/e2e
 
 e2e: $(INSTALLED) ## only the tests against the emulator's real PostgreSQL
 	$(BIN)/pytest -m e2e $(ARGS)

@@ -5,14 +5,15 @@ them back without the one difference that it allows, and changes nothing else; s
 be equal. Differences that belong to one exchange alone (W3 and W4) are spelled at that exchange.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from struct import pack, unpack_from
 from typing import Final
 
 from proxy.wire.messages import ErrorResponse, Frame, decode_backend
-from tests.support.scripted_client import Transcript
+from tests.differential.exchange_client import Transcript
 
 _SHOWN_BYTES: Final = 300
 _LOGIN_OK: Final = Frame(b"R", bytes(4))
@@ -20,6 +21,7 @@ _LOGIN_OK: Final = Frame(b"R", bytes(4))
 _REASON: Final = b"reason="
 _SOURCE_FILE: Final = b"F"
 _COMPARED_FIELDS: Final = (b"S", b"V", b"C", b"M")
+_TEMPORARY_SCHEMA: Final = re.compile(rb"\bpg_temp_\d+\b")
 _DATABASE_MISSING: Final = b"3D000"
 
 Messages = list[Frame]
@@ -124,7 +126,7 @@ ALLOWED: Final = (
 )
 
 
-def difference(direct: tuple[Transcript, ...], proxied: tuple[Transcript, ...]) -> str:
+def difference(direct: Sequence[Transcript], proxied: Sequence[Transcript]) -> str:
     """Return what PostgreSQL and the proxy said differently beyond the table; empty if nothing."""
     if len(direct) != len(proxied):
         return f"{len(direct)} connections, {len(proxied)} through the proxy"
@@ -145,8 +147,8 @@ def _one_difference(
         return f"ended: {direct.ended}, {proxied.ended} through the proxy"
     if direct.rest != proxied.rest:
         return f"unfinished: {direct.rest!r}, {proxied.rest!r} through the proxy"
-    left = [_with_numbered_pid(frame, theirs) for frame in direct.frames]
-    right = [_with_numbered_pid(frame, ours) for frame in proxied.frames]
+    left = [_without_numbers(frame, theirs) for frame in direct.frames]
+    right = [_without_numbers(frame, ours) for frame in proxied.frames]
     for allowance in ALLOWED:
         left, right = allowance.apply(left, right)
     for index, (one, other) in enumerate(zip_longest(left, right)):
@@ -155,7 +157,7 @@ def _one_difference(
     return ""
 
 
-def _known_pids(transcripts: tuple[Transcript, ...]) -> dict[int, int]:
+def _known_pids(transcripts: Sequence[Transcript]) -> dict[int, int]:
     """Return the connections' numbers by the pid that each was given (W27)."""
     return {
         unpack_from("!i", frame.payload)[0]: number
@@ -165,15 +167,19 @@ def _known_pids(transcripts: tuple[Transcript, ...]) -> dict[int, int]:
     }
 
 
-def _with_numbered_pid(frame: Frame, pids: Mapping[int, int]) -> Frame:
-    """Return a NotificationResponse with its sender's number in the script for its pid.
+def _without_numbers(frame: Frame, pids: Mapping[int, int]) -> Frame:
+    """Return a frame without what PostgreSQL numbers its backends by.
 
-    A consequence of K: the pid must be one that a connection of the script was given.
+    A NotificationResponse gets its sender's number in the script for the pid: a consequence of K,
+    the pid must be one that a connection of the script was given. An error or notice about a
+    temporary object names a schema that has its backend's number.
     """
-    if frame.type != b"A":
-        return frame
-    (pid,) = unpack_from("!i", frame.payload)
-    return Frame(b"A", pack("!i", pids[pid]) + frame.payload[4:]) if pid in pids else frame
+    if frame.type == b"A":
+        (pid,) = unpack_from("!i", frame.payload)
+        return Frame(b"A", pack("!i", pids[pid]) + frame.payload[4:]) if pid in pids else frame
+    if frame.type in b"EN":
+        return Frame(frame.type, _TEMPORARY_SCHEMA.sub(b"pg_temp", frame.payload))
+    return frame
 
 
 def _shown(frame: Frame | None) -> str:

@@ -1,12 +1,11 @@
-"""Fixtures for differential tests: two roads to one PostgreSQL, straight and through the proxy.
+"""Fixtures for differential tests: one PostgreSQL, reached without and with the proxy in between.
 
-The proxy and the stand-in in front of the cluster live as long as a file's tests, because there
+The proxy and the emulator in front of the cluster live as long as a file's tests, because there
 are hundreds of those and each needs nothing but a connection of its own.
 """
 
-import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -17,39 +16,38 @@ from proxy.emulator.cluster import Cluster
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App, serving
 from tests.differential.comparison import difference
-from tests.differential.frontend import OPENING, Exchange
+from tests.differential.exchange_client import ReadingClient, Transcript, run
+from tests.differential.frontend import Exchange
+from tests.support.client import Address
+from tests.support.cuts import Cut, whole
 from tests.support.running import captured_log, proxy_settings, without_own_account
-from tests.support.scripted_client import Cut, Transcript, run_script, whole
 from tests.support.secret_canaries import watching
 
 
 @dataclass(frozen=True, slots=True)
 class DirectAndProxied:
-    """Two ways to the same database."""
+    """A database, reached without and with a proxy in between."""
 
     cluster: Cluster
     proxy: App
 
-    async def connect_direct(self, client: Callable[[], asyncio.Protocol]) -> None:
-        """Connect to PostgreSQL itself."""
-        loop = asyncio.get_running_loop()
-        await loop.create_unix_connection(client, self.cluster.socket_path)
+    @property
+    def proxy_address(self) -> Address:
+        """Where the proxy listens."""
+        return self.proxy.listen_host, self.proxy.listen_port
 
-    async def connect_proxied(self, client: Callable[[], asyncio.Protocol]) -> None:
-        """Connect to the proxy."""
-        loop = asyncio.get_running_loop()
-        await loop.create_connection(client, self.proxy.listen_host, self.proxy.listen_port)
-
-    async def direct(self, exchange: Exchange, cut: Cut = whole) -> tuple[Transcript, ...]:
+    async def direct(self, exchange: Exchange, cut: Cut = whole) -> list[Transcript]:
         """Return what PostgreSQL answers."""
-        return await run_script(self.connect_direct, exchange.steps, OPENING, cut)
+        clients = await run(ReadingClient, exchange, self.cluster.socket_path, cut)
+        return [client.transcript for client in clients]
 
-    async def proxied(self, exchange: Exchange, cut: Cut = whole) -> tuple[Transcript, ...]:
+    async def proxied(self, exchange: Exchange, cut: Cut = whole) -> list[Transcript]:
         """Return what the proxy answers."""
-        return await run_script(self.connect_proxied, exchange.steps, OPENING, cut)
+        clients = await run(ReadingClient, exchange, self.proxy_address, cut)
+        return [client.transcript for client in clients]
 
     async def compare(self, exchange: Exchange, cut: Cut = whole) -> None:
-        """Fail unless both answer the same. `cut` is for the proxy's road alone."""
+        """Fail unless both answer the same. `cut` is for what is sent to the proxy."""
         direct = await self.direct(exchange)
         found = difference(direct, await self.proxied(exchange, cut))
         assert not found, found
@@ -67,12 +65,12 @@ def no_own_account() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def roads_to(clusters: Mapping[str, Cluster]) -> AsyncIterator[DirectAndProxied]:
-    """Keep a stand-in and a proxy in front of the clusters; the roads lead to the first."""
+async def in_front_of(clusters: Mapping[str, Cluster]) -> AsyncIterator[DirectAndProxied]:
+    """Keep an emulator and a proxy in front of the clusters; the first one is compared."""
     async with Lakebase(tuple(clusters), clusters=clusters) as lakebase:
         shard = lakebase.shards[0]
-        # The face that changes neither errors nor settings, nor keys when told so: the proxy alone
-        # is compared.
+        # The endpoint kind that changes neither errors nor settings, and here no keys: the proxy
+        # alone is compared.
         shard.instance.passes_real_key = True
         settings = proxy_settings(lakebase, upstream={"host": shard.instance.host})
         with captured_log() as log:
@@ -83,9 +81,9 @@ async def roads_to(clusters: Mapping[str, Cluster]) -> AsyncIterator[DirectAndPr
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def pair(
+async def both(
     clusters: Mapping[str, Cluster], no_own_account: None
 ) -> AsyncIterator[DirectAndProxied]:
-    """Return two roads to a PostgreSQL as Lakebase runs it."""
-    async with roads_to(clusters) as both:
+    """Return a PostgreSQL of the version that Lakebase runs, without and with a proxy."""
+    async with in_front_of(clusters) as both:
         yield both

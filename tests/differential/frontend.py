@@ -4,15 +4,18 @@ The proxy builds none of these, so they are spelled here and not in `proxy/wire`
 checked: a script may well say what no driver would.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from struct import pack
 from typing import Final
 
+import pytest
+
 from proxy.emulator.cluster import CLIENT_ID, DATABASE
 from proxy.wire.messages import Frame
 from proxy.wire.startup import V3_0, ProtocolVersion, StartupMessage
-from tests.support.scripted_client import Step
+from tests.support.cuts import Cut, at_random, byte_by_byte, whole
+from tests.support.script import ReadToEnd, ReadUntil, Send, Step
 
 Text = str | bytes
 Pairs = Sequence[tuple[Text, Text]]
@@ -29,14 +32,42 @@ IDENTITY: Final[Pairs] = (("user", CLIENT_ID), ("database", DATABASE))
 
 
 @dataclass(frozen=True, slots=True)
+class On:
+    """Steps on another connection than the exchange's first."""
+
+    connection: int
+    steps: tuple[Step, ...]
+
+
+Steps = Step | On | tuple["Steps", ...]
+
+
+@dataclass(frozen=True, init=False)
 class Exchange:
     """One scripted exchange. `name` says what is special about it."""
 
     name: str
-    steps: tuple[Step, ...]
+    steps: tuple[Step | On, ...]
+
+    def __init__(self, name: str, *steps: Steps) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "steps", tuple(_flat(steps)))
 
     def __str__(self) -> str:
         return self.name.replace(" ", "-")
+
+    @property
+    def sent_bytes(self) -> int:
+        """How much is sent on the first connection."""
+        return sum(len(step.content) for step in self.steps if isinstance(step, Send))
+
+
+def _flat(steps: Steps) -> Iterator[Step | On]:
+    if isinstance(steps, tuple):
+        for step in steps:
+            yield from _flat(step)
+    else:
+        yield steps
 
 
 def encoded(text: Text) -> bytes:
@@ -135,39 +166,47 @@ def function_call(
     return message(b"F", body + pack("!h", result))
 
 
-def say(*content: bytes, wait: bytes = b"Z", on: int = 0) -> Step:
-    """Return a step that sends these messages in one piece and waits for these answers."""
-    return Step(b"".join(content), wait, on=on)
+def say(*content: bytes, wait: bytes = b"Z", on: int = 0) -> Steps:
+    """Return steps that send these messages in one piece and wait for these answers."""
+    steps = (Send(b"".join(content)), ReadUntil(wait))
+    return On(on, steps) if on else steps
 
 
-def ask(*statements: Text, on: int = 0) -> tuple[Step, ...]:
-    """Return a step for each statement, as a Query."""
+def ask(*statements: Text, on: int = 0) -> Steps:
+    """Return steps for each statement, as a Query."""
     return tuple(say(query(sql), on=on) for sql in statements)
 
 
-def until_end(*content: bytes) -> Step:
-    """Return a step that sends and waits for the server to close."""
-    return Step(b"".join(content), ends=True)
+def until_end(*content: bytes) -> tuple[Step, ...]:
+    """Return steps that send and wait for the server to close."""
+    return (Send(b"".join(content)), ReadToEnd())
 
 
-OPENING: Final = say(startup())
+OPENING: Final = (Send(startup()), ReadUntil(b"Z"))
 LEAVING: Final = until_end(TERMINATE)
+
+
+def session(name: str, *steps: Steps) -> Exchange:
+    """Return an exchange in a session: login first, Terminate last."""
+    return Exchange(name, OPENING, steps, LEAVING)
+
+
+def fatal(name: str, *steps: Steps) -> Exchange:
+    """Return an exchange in a session that the server ends."""
+    return Exchange(name, OPENING, steps)
 
 
 def small(exchanges: Sequence[Exchange], every: int) -> list[Exchange]:
     """Return every so-manieth exchange that is short enough to be sent in very small pieces."""
-    short = (
-        one for one in exchanges if sum(len(step.content) for step in one.steps) <= SMALL_BYTES_MAX
-    )
-    return list(short)[::every]
+    return [one for one in exchanges if one.sent_bytes <= SMALL_BYTES_MAX][::every]
 
 
-def session(name: str, *steps: Step | tuple[Step, ...]) -> Exchange:
-    """Return an exchange in a session: login first, Terminate last."""
-    flat = [one for step in steps for one in (step if isinstance(step, tuple) else (step,))]
-    return Exchange(name, (OPENING, *flat, LEAVING))
-
-
-def fatal(name: str, *steps: Step) -> Exchange:
-    """Return an exchange in a session that the server ends."""
-    return Exchange(name, (OPENING, *steps))
+def in_three_ways(
+    *exchanges: Exchange, bytes_every: int = 4, random_every: int = 3
+) -> pytest.MarkDecorator:
+    """Run a test with each exchange whole, and with some of the short ones in small pieces."""
+    cases: list[tuple[Exchange, Cut]] = [(one, whole) for one in exchanges]
+    cases += [(one, byte_by_byte) for one in small(exchanges, bytes_every)]
+    cases += [(one, at_random) for one in small(exchanges, random_every)]
+    ids = [f"{exchange}-{cut.__name__}" for exchange, cut in cases]
+    return pytest.mark.parametrize(("exchange", "cut"), cases, ids=ids)

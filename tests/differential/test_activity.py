@@ -7,10 +7,9 @@ tracker says idle, but for the few exchanges that are named here, which no drive
 
 # ruff: noqa: E501 - an exchange is a row of a table, and a row is a line
 
-import asyncio
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Final, cast
+import socket
+from collections.abc import Iterator
+from typing import Final
 
 import pytest
 
@@ -24,32 +23,34 @@ from tests.differential import (
     test_simple_query,
 )
 from tests.differential.conftest import DirectAndProxied
+from tests.differential.exchange_client import ReadingClient, run
 from tests.differential.frontend import (
     COPY_DONE,
     FLUSH,
     LEAVING,
-    OPENING,
     SYNC,
+    TERMINATE,
     Exchange,
+    On,
     ask,
     bind,
     copy_data,
     copy_fail,
     execute,
     extended,
+    in_three_ways,
     parse,
     query,
     say,
     session,
-    small,
 )
-from tests.support.activity_pair import Trackers
-from tests.support.scripted_client import Cut, at_random, byte_by_byte, run_script, whole
+from tests.support.activity_pair import ActivityPair
+from tests.support.cuts import Cut, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PROBE: Final = "SELECT 'probe'"
-_AFTER_REST: Final = (query(PROBE), LEAVING.content)
+_AFTER_REST: Final = (query(PROBE), TERMINATE)
 _ASYNCHRONOUS: Final = b"NSA"
 
 _TABLE: Final = ask("CREATE TEMP TABLE t (n int, s text)")
@@ -96,7 +97,6 @@ EXCHANGES: Final = (
     *test_function_calls_and_ends.ENDS,
     *test_pipeline.EXCHANGES,
     *test_simple_query.EXCHANGES,
-    *OWN,
 )
 # A Query behind extended messages without a Sync between is answered or skipped: not followed, and
 # no driver does it.
@@ -127,63 +127,50 @@ NEVER_AT_REST: Final = {
 }
 
 
-@dataclass(slots=True)
-class Observed(asyncio.Protocol):
-    """A client's protocol seen from between: what it writes and what it gets go to a tracker."""
+class Observed(ReadingClient):
+    """A client whose tracker follows what it sends and what it gets."""
 
-    client: asyncio.Protocol
-    activity: Trackers = field(default_factory=Trackers)
-    last: bytes = b""
-    status: bytes = b""
-    unsound: list[str] = field(default_factory=list)
-    verdicts: list[tuple[bool, bool]] = field(default_factory=list)
-    """Whether the server had said last that it is idle, and the tracker, at each rest."""
-    transport: asyncio.Transport | None = None
-    _reader: MessageReader = field(default_factory=lambda: MessageReader(1 << 30))
-    _early: bytearray = field(default_factory=bytearray)
-    _was_idle: bool = False
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.activity = ActivityPair()
+        self.last = b""
+        self.status = b""
+        self.unsound: list[str] = []
+        # Whether the server had said last that it is idle, and the tracker, at each rest.
+        self.verdicts: list[tuple[bool, bool]] = []
+        self._framing = MessageReader(1 << 30)
+        self._early = b""
+        self._was_idle = False
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.client.connection_made(cast(asyncio.BaseTransport, self))
-
-    def write(self, content: bytes) -> None:
-        assert self.transport is not None
+    async def send(self, content: bytes, cut: Cut = whole) -> None:
+        """Send, once the tracker has seen it."""
         if content in _AFTER_REST:
             self.verdicts.append(((self.last, self.status) == (b"Z", b"I"), self.activity.idle))
-        self._was_idle = False
         if self.status:
             self.activity.client_sent(content)
         else:
             self._early += content
-        self.transport.write(content)
         self._was_idle = bool(self.status) and self.activity.idle
+        await super().send(content, cut)
 
-    def is_closing(self) -> bool:
-        assert self.transport is not None
-        return self.transport.is_closing()
-
-    def abort(self) -> None:
-        assert self.transport is not None
-        self.transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        tracked = data
-        self._reader.feed(data)
+    def arrive(self, received: bytes) -> None:
+        """Take what was read, once the tracker has seen it."""
+        tracked = received
+        self._framing.feed(received)
         begun = bool(self.status)
-        while (frame := self._reader.next()) is not None:
+        while (frame := self._framing.next()) is not None:
             self._follow(frame)
             if self.status and not begun:
-                # The session's first ReadyForQuery: what the client sent early goes behind it.
+                # The session's first ReadyForQuery: what the client sent early goes after it.
                 begun = True
                 size = UINT32.unpack_from(self._early)[0]
-                self.activity.client_sent(bytes(self._early[size:]))
-                tracked = self._reader.trailing_data()
-                self._reader.feed(tracked)
+                self.activity.client_sent(self._early[size:])
+                tracked = self._framing.trailing_data()
+                self._framing.feed(tracked)
         if begun:
             self.activity.upstream_sent(tracked)
             self._was_idle = bool(self.status) and self.activity.idle
-        self.client.data_received(data)
+        super().arrive(received)
 
     def _follow(self, frame: Frame) -> None:
         if frame.type in _ASYNCHRONOUS:
@@ -195,39 +182,23 @@ class Observed(asyncio.Protocol):
         if frame.type == b"Z":
             self.status = frame.payload
 
-    def eof_received(self) -> bool | None:
-        return self.client.eof_received()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.client.connection_lost(exc)
-
 
 def rests(exchange: Exchange) -> bool:
     """Whether the server waits for the client when the exchange is over but for its end."""
-    return exchange.steps[-1] == LEAVING and exchange.name not in NEVER_AT_REST
+    return exchange.steps[-2:] == LEAVING and exchange.name not in NEVER_AT_REST
 
 
-async def observe(pair: DirectAndProxied, exchange: Exchange, cut: Cut = whole) -> Observed:
+async def observe(both: DirectAndProxied, exchange: Exchange, cut: Cut = whole) -> Observed:
     """Run the exchange; then let the server rest, ask it once more, and let it rest again."""
-    seen: list[Observed] = []
-
-    async def connect(client: Callable[[], asyncio.Protocol]) -> None:
-        def between() -> asyncio.Protocol:
-            seen.append(Observed(client()))
-            return seen[-1]
-
-        await pair.connect_direct(between)
-
-    steps = exchange.steps
     if rests(exchange):
-        rest = say(query("SELECT pg_sleep(0.03)"), on=max(step.on for step in steps) + 1)
-        steps = (*steps[:-1], rest, *ask(PROBE), rest, LEAVING)
+        others = [step.connection for step in exchange.steps if isinstance(step, On)]
+        rest = say(query("SELECT pg_sleep(0.03)"), on=max(others, default=0) + 1)
+        exchange = Exchange(exchange.name, exchange.steps[:-2], rest, ask(PROBE), rest, LEAVING)
 
     def pieces(content: bytes) -> Iterator[bytes]:
         return whole(content) if content in _AFTER_REST else cut(content)
 
-    await run_script(connect, steps, OPENING, pieces)
-    return seen[0]
+    return (await run(Observed, exchange, both.cluster.socket_path, pieces))[0]
 
 
 def check(exchange: Exchange, seen: Observed) -> None:
@@ -242,16 +213,15 @@ def check(exchange: Exchange, seen: Observed) -> None:
             assert idle_again == (rested_again and followed)
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES, ids=str)
-async def test_idle_is_what_postgres_is(exchange: Exchange, pair: DirectAndProxied) -> None:
-    check(exchange, await observe(pair, exchange))
+@in_three_ways(*EXCHANGES, bytes_every=5, random_every=4)
+async def test_idle_is_what_postgres_is(
+    exchange: Exchange, cut: Cut, both: DirectAndProxied
+) -> None:
+    check(exchange, await observe(both, exchange, cut))
 
 
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 5) + small(OWN, 1), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, pair: DirectAndProxied) -> None:
-    check(exchange, await observe(pair, exchange, byte_by_byte))
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 4) + small(OWN, 1), ids=str)
-async def test_cut_at_random(exchange: Exchange, pair: DirectAndProxied) -> None:
-    check(exchange, await observe(pair, exchange, at_random(exchange.name)))
+@in_three_ways(*OWN, bytes_every=1, random_every=1)
+async def test_idle_is_what_postgres_is_around_copy(
+    exchange: Exchange, cut: Cut, both: DirectAndProxied
+) -> None:
+    check(exchange, await observe(both, exchange, cut))

@@ -7,11 +7,13 @@ that says idle inside an answer would let a drain put a FATAL there (W47).
 
 import asyncio
 import random
+import socket
+from contextlib import suppress
 from typing import Final
 
 import pytest
 
-from proxy.wire.framing import MessageReader
+from proxy.wire.messages import ReadyForQuery
 from tests.differential.conftest import DirectAndProxied
 from tests.differential.frontend import (
     COPY_DONE,
@@ -25,7 +27,9 @@ from tests.differential.frontend import (
     query,
     startup,
 )
-from tests.support.activity_pair import Trackers
+from tests.support.activity_pair import ActivityPair
+from tests.support.client import Client, connected
+from tests.support.cuts import at_offsets
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
@@ -76,70 +80,65 @@ GROUPS: Final = (
 )
 
 
-class Follower:
-    """One connection whose both directions a tracker follows."""
+class Follower(Client):
+    """A client both of whose directions a tracker follows."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.activity = Trackers()
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.activity = ActivityPair()
         self.idle_moments = 0
         self.unasked = b""
-        self._reader = reader
-        self._writer = writer
 
     async def start(self) -> None:
-        """See the session through to its first rest, with its tables."""
-        for said in (startup(), TABLES):
-            self._writer.write(said)
-            frames = MessageReader(1 << 20)
-            last = b""
-            while last != b"Z":
-                frames.feed(await self._reader.read(READ_BYTES[-1]))
-                while (frame := frames.next()) is not None:
-                    last = frame.type
+        """Log in and create the tables."""
+        for content in (startup(), TABLES):
+            await self.send(content)
+            await self.messages_until(ReadyForQuery)
 
-    def say(self, content: bytes) -> None:
-        if not self._writer.is_closing():  # the server ends a session that it cannot follow
-            self.activity.client_sent(content)
-            self._writer.write(content)
+    async def say(self, content: bytes) -> None:
+        self.activity.client_sent(content)
+        with suppress(ConnectionError):  # the server ends a session that it cannot follow
+            await self.send(content)
 
-    async def listen(self, dice: random.Random) -> None:
-        while received := await self._reader.read(dice.choice(READ_BYTES)):
-            if self.activity.idle and received[:1] not in ASYNCHRONOUS:
-                self.unasked = self.unasked or received
-            self.activity.upstream_sent(received)
-            self.idle_moments += self.activity.idle
+    async def follow(self, chance: random.Random) -> None:
+        """Read to the end, in reads of any size."""
+        with suppress(ConnectionError):
+            while received := await self.receive_raw():
+                if self.activity.idle and received[:1] not in ASYNCHRONOUS:
+                    self.unasked = self.unasked or received
+                self.activity.upstream_sent(received)
+                self.idle_moments += self.activity.idle
+                self.read_bytes = chance.choice(READ_BYTES)
 
 
-async def exchange(pair: DirectAndProxied, seed: str) -> int:
+async def exchange(both: DirectAndProxied, seed: str) -> int:
     """Follow one random exchange; return how often it was idle."""
-    dice = random.Random(seed)
-    reader, writer = await asyncio.open_unix_connection(pair.cluster.socket_path)
-    follower = Follower(reader, writer)
-    await follower.start()
-    listening = asyncio.ensure_future(follower.listen(random.Random(f"{seed} read")))
-    try:
-        for _ in range(dice.randint(2, 14)):
-            group = dice.choice(GROUPS) if dice.random() < 0.9 else (dice.choice(ATOMS),)
-            content = b"".join(group)
-            cuts = sorted(dice.sample(range(1, len(content)), k=dice.choice((0, 0, 1, 3))))
-            for low, high in zip((0, *cuts), (*cuts, len(content)), strict=True):
-                follower.say(content[low:high])
-                await asyncio.sleep(dice.choice((0, 0, 0.0005)))
-            if dice.random() < 0.7:
-                await asyncio.sleep(dice.choice(PAUSES_SECONDS))
-        await asyncio.sleep(REST_SECONDS)
-    finally:
-        listening.cancel()
-        writer.close()
-        await asyncio.wait([listening])
-    assert follower.unasked == b"", f"seed {seed}: idle, and then came {follower.unasked!r}"
-    return follower.idle_moments
+    chance = random.Random(seed)
+    async with connected(Follower, both.cluster.socket_path) as client:
+        await client.start()
+        following = asyncio.create_task(client.follow(random.Random(f"{seed} read")))
+        try:
+            for _ in range(chance.randint(2, 14)):
+                group = chance.choice(GROUPS) if chance.random() < 0.9 else (chance.choice(ATOMS),)
+                content = b"".join(group)
+                offsets = chance.sample(range(1, len(content)), k=chance.choice((0, 0, 1, 3)))
+                for piece in at_offsets(content, offsets):
+                    await client.say(piece)
+                    await asyncio.sleep(chance.choice((0, 0, 0.0005)))
+                if chance.random() < 0.7:
+                    await asyncio.sleep(chance.choice(PAUSES_SECONDS))
+            await asyncio.sleep(REST_SECONDS)
+        finally:
+            following.cancel()
+            await asyncio.wait([following])
+    assert client.unasked == b"", f"seed {seed}: idle, and then came {client.unasked!r}"
+    return client.idle_moments
 
 
 @pytest.mark.parametrize("seed", range(LANES))
-async def test_nothing_comes_unasked_once_it_was_idle(pair: DirectAndProxied, seed: int) -> None:
+async def test_nothing_comes_unasked_once_it_was_idle(both: DirectAndProxied, seed: int) -> None:
     idle_moments = 0
     for first in range(0, EXCHANGES_A_SEED, LANES):
         names = [f"{seed}.{number}" for number in range(first, first + LANES)]
-        idle_moments += sum(await asyncio.gather(*(exchange(pair, name) for name in names)))
+        idle_moments += sum(await asyncio.gather(*(exchange(both, name) for name in names)))
     assert idle_moments > 0  # it was not busy for ever throughout

@@ -7,7 +7,7 @@ import pytest
 from proxy.wire.messages import BackendKeyData, ErrorResponse, Frame, ReadyForQuery
 from proxy.wire.secret import Secret
 from tests.differential.comparison import difference
-from tests.support.scripted_client import Transcript
+from tests.differential.exchange_client import Transcript
 
 READY = Frame(b"Z", ReadyForQuery(b"I").encode()[5:])
 LOGIN_OK = Frame(b"R", bytes(4))
@@ -26,8 +26,8 @@ def error(sqlstate: str, text: str = "told", *more: tuple[bytes, bytes]) -> Fram
     return Frame(b"E", ErrorResponse(fields).encode()[5:])
 
 
-def told(*frames: Frame, ended: bool = True) -> tuple[Transcript]:
-    return (Transcript(frames=list(frames), ended=ended),)
+def told(*frames: Frame, ended: bool = True) -> list[Transcript]:
+    return [Transcript(frames=list(frames), ended=ended)]
 
 
 OWN = (b"D", b"reason=of_the_proxy")
@@ -49,7 +49,7 @@ NOT_ALLOWED = {
     "no key": ([key(1), READY], [READY]),
     "a key in another place": ([key(1), READY], [READY, key(1)]),
     "a pid that no key showed": ([key(1), notification(1)], [key(2), notification(3)]),
-    "a pid of nobody": ([key(1), notification(5)], [key(2), notification(6)]),
+    "a pid that no session has": ([key(1), notification(5)], [key(2), notification(6)]),
     "an Ok too many": ([error("3D000")], [LOGIN_OK, error("3D000")]),
     "no Ok before a session": ([LOGIN_OK, READY], [READY]),
     "another SQLSTATE": ([error("0A000")], [error("08P01", "told", OWN)]),

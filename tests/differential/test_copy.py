@@ -1,4 +1,4 @@
-"""COPY, straight and through the proxy: in, out and failed, simple and extended."""
+"""COPY, direct and through the proxy: in, out and failed, simple and extended."""
 
 # ruff: noqa: E501 - an exchange is a row of a table, and a row is a line
 
@@ -12,6 +12,7 @@ from tests.differential.frontend import (
     FLUSH,
     SYNC,
     Exchange,
+    Steps,
     ask,
     bind,
     copy_data,
@@ -19,13 +20,13 @@ from tests.differential.frontend import (
     describe,
     execute,
     extended,
+    in_three_ways,
     parse,
     query,
     say,
     session,
-    small,
 )
-from tests.support.scripted_client import Step, at_random, byte_by_byte
+from tests.support.cuts import Cut
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -36,7 +37,7 @@ _TABLE: Final = ask("CREATE TEMP TABLE t (n int, s text)")
 _COUNT: Final = ask("SELECT count(*), sum(n), md5(string_agg(s, ',' ORDER BY n)) FROM t")
 
 
-def _begin(sql: str) -> Step:
+def _begin(sql: str) -> Steps:
     """Return the step that starts a COPY FROM STDIN."""
     return say(query(sql), wait=b"G")
 
@@ -99,16 +100,8 @@ EXCHANGES: Final = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES, ids=str)
-async def test_answers_are_those_of_postgres(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 4), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, byte_by_byte)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 3), ids=str)
-async def test_cut_at_random(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, at_random(exchange.name))
+@in_three_ways(*EXCHANGES)
+async def test_answers_are_those_of_postgres(
+    exchange: Exchange, cut: Cut, both: DirectAndProxied
+) -> None:
+    await both.compare(exchange, cut)

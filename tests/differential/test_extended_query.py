@@ -1,4 +1,4 @@
-"""The extended protocol, straight and through the proxy: each message, its errors, its formats."""
+"""The extended protocol, direct and through the proxy: each message, its errors, its formats."""
 
 # ruff: noqa: E501 - an exchange is a row of a table, and a row is a line
 
@@ -17,13 +17,13 @@ from tests.differential.frontend import (
     describe,
     execute,
     extended,
+    in_three_ways,
     parse,
     query,
     say,
     session,
-    small,
 )
-from tests.support.scripted_client import at_random, byte_by_byte
+from tests.support.cuts import Cut
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -109,16 +109,8 @@ EXCHANGES: Final = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES, ids=str)
-async def test_answers_are_those_of_postgres(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 4), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, byte_by_byte)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 3), ids=str)
-async def test_cut_at_random(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, at_random(exchange.name))
+@in_three_ways(*EXCHANGES)
+async def test_answers_are_those_of_postgres(
+    exchange: Exchange, cut: Cut, both: DirectAndProxied
+) -> None:
+    await both.compare(exchange, cut)

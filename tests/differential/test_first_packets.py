@@ -1,4 +1,4 @@
-"""A connection's first packets, straight and through the proxy: versions, lengths, requests.
+"""A connection's first packets, direct and through the proxy: versions, lengths, requests.
 
 The reference is a PostgreSQL that speaks protocol 3.2, as the proxy does to its clients; so not even
 the versions in its answers may differ."""
@@ -16,20 +16,23 @@ from proxy.emulator.cluster import Cluster, running
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest, GSSENCRequest, ProtocolVersion, SSLRequest
 from tests.differential.comparison import difference
-from tests.differential.conftest import DirectAndProxied, roads_to
+from tests.differential.conftest import DirectAndProxied, in_front_of
+from tests.differential.exchange_client import Transcript
 from tests.differential.frontend import (
     LEAVING,
     OPENING,
     Exchange,
+    Steps,
     Text,
     ask,
     encoded,
+    in_three_ways,
     say,
-    small,
     startup,
     until_end,
 )
-from tests.support.scripted_client import Step, Transcript, at_random, byte_by_byte
+from tests.support.cuts import Cut
+from tests.support.script import ReadBytes, Send
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -43,7 +46,7 @@ def _version(major: int, minor: int, *pairs: tuple[Text, Text]) -> Exchange:
     names = " ".join(encoded(name).decode() for name, _ in pairs)
     content = startup(*pairs, version=ProtocolVersion(major, minor))
     return Exchange(
-        f"version {major}.{minor} {names}".strip(), (say(content), *ask("SELECT 1"), LEAVING)
+        f"version {major}.{minor} {names}".strip(), (say(content), ask("SELECT 1"), LEAVING)
     )
 
 
@@ -61,9 +64,14 @@ def padded(length: int) -> bytes:
 def _bare(name: str, *content: bytes, answers: int) -> Exchange:
     """Return requests for encryption and what follows, sent one after the other's answer."""
     *asked, last = content
-    steps = [Step(one, bare=1) for one in asked[:answers]]
-    rest = (*asked[answers:], last)
-    return Exchange(name, (*steps, *(say(one) for one in rest), *ask("SELECT 1"), LEAVING))
+    steps = tuple(_encryption(one) for one in asked[:answers])
+    rest = tuple(say(one) for one in (*asked[answers:], last))
+    return Exchange(name, steps, rest, ask("SELECT 1"), LEAVING)
+
+
+def _encryption(request: bytes) -> Steps:
+    """Return the steps that ask for encryption; one byte answers."""
+    return (Send(request), ReadBytes(1))
 
 
 def _cancel(key: bytes, pid: int = 0x7FFFFFFF) -> bytes:
@@ -114,8 +122,8 @@ LENGTHS: Final = (
     *(_length(n) for n in (0, 1, 4, 5, 7, 10_005, 20_000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)),
     _length(8, b"\0\3\0\0"),
     _length(9, b"\0\3\0\0\0"),
-    Exchange("length 9999", (say(padded(9999)), *ask("SELECT 1"), LEAVING)),
-    Exchange("length 10000", (say(padded(10_000)), *ask("SELECT 1"), LEAVING)),
+    Exchange("length 9999", (say(padded(9999)), ask("SELECT 1"), LEAVING)),
+    Exchange("length 10000", (say(padded(10_000)), ask("SELECT 1"), LEAVING)),
     Exchange("an HTTP request", (until_end(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"),)),
     Exchange("a ClientHello", (until_end(b"\x16\3\1\2\0\1\0\1\xfc\3\3" + bytes(200)),)),
     Exchange("a SOCKS greeting", (until_end(b"\5\1\0" + bytes(20)),)),
@@ -135,9 +143,9 @@ REQUESTS: Final = (
     _bare("SSLRequest and a wrong version", _SSL, startup(version=ProtocolVersion(4, 0)), answers=1),
     _bare("SSLRequest and 3.9999", _SSL, startup(version=ProtocolVersion(3, 9999)), answers=1),
     _bare("SSLRequest and no user", _SSL, startup(identity=()), answers=1),
-    Exchange("SSLRequest and a bad length", (Step(_SSL, bare=1), until_end(b"\0\0\0\7aaa"))),
-    Exchange("SSLRequest and a cancel", (Step(_SSL, bare=1), until_end(_cancel(b"none")))),
-    Exchange("GSSENCRequest and a cancel", (Step(_GSSENC, bare=1), until_end(_cancel(b"none")))),
+    Exchange("SSLRequest and a bad length", (_encryption(_SSL), until_end(b"\0\0\0\7aaa"))),
+    Exchange("SSLRequest and a cancel", (_encryption(_SSL), until_end(_cancel(b"none")))),
+    Exchange("GSSENCRequest and a cancel", (_encryption(_GSSENC), until_end(_cancel(b"none")))),
     Exchange("a cancel with an unknown key", (until_end(_cancel(b"none")),)),
     Exchange("a cancel with an unknown long key", (until_end(_cancel(b"n" * 32)),)),
     Exchange("a cancel with the longest key", (until_end(_cancel(b"n" * 256)),)),
@@ -154,27 +162,17 @@ EXCHANGES: Final = (*VERSIONS, *LENGTHS, *REQUESTS)
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def newest(no_own_account: None) -> AsyncIterator[DirectAndProxied]:
-    """Return two roads to the newest PostgreSQL that there is."""
+    """Return the newest PostgreSQL that there is, without and with a proxy."""
     cluster = Cluster("newest", version=18)
-    async with running([cluster]), roads_to({cluster.shard: cluster}) as both:
+    async with running([cluster]), in_front_of({cluster.shard: cluster}) as both:
         yield both
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES, ids=str)
+@in_three_ways(*EXCHANGES)
 async def test_first_packets_are_answered_as_by_postgres(
-    exchange: Exchange, newest: DirectAndProxied
+    exchange: Exchange, cut: Cut, newest: DirectAndProxied
 ) -> None:
-    await newest.compare(exchange)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 4), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, newest: DirectAndProxied) -> None:
-    await newest.compare(exchange, byte_by_byte)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 3), ids=str)
-async def test_cut_at_random(exchange: Exchange, newest: DirectAndProxied) -> None:
-    await newest.compare(exchange, at_random(exchange.name))
+    await newest.compare(exchange, cut)
 
 
 @pytest.mark.parametrize("length", [10_001, 10_004])
@@ -190,7 +188,7 @@ async def test_w4_lengths_a_little_over_are_taken_by_postgres_alone(
 async def test_w3_what_comes_with_a_refused_request_is_taken_by_the_proxy_alone(
     newest: DirectAndProxied,
 ) -> None:
-    sent = Step(_SSL + startup(), bare=1)
+    sent = _encryption(_SSL + startup())
     asked = Exchange("asked", (sent, say(wait=b"Z"), LEAVING))
     (direct,), (proxied,) = await newest.direct(asked), await newest.proxied(asked)
     assert direct.bare == proxied.bare == b"N"
@@ -202,9 +200,9 @@ async def test_w3_what_comes_with_a_refused_request_is_taken_by_the_proxy_alone(
 
 @pytest.mark.parametrize("exchange", NEVER_SPOKEN, ids=str)
 async def test_w11_version_3_1_is_answered_as_by_a_postgres_of_3_0(
-    exchange: Exchange, pair: DirectAndProxied
+    exchange: Exchange, both: DirectAndProxied
 ) -> None:
-    await pair.compare(exchange)
+    await both.compare(exchange)
 
 
 async def test_w10_major_0_gets_the_old_error_from_postgres_alone(newest: DirectAndProxied) -> None:

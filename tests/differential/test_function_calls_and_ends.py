@@ -1,4 +1,4 @@
-"""FunctionCall and the ends of a session, straight and through the proxy: also broken messages."""
+"""FunctionCall and the ends of a session, direct and through the proxy: also broken messages."""
 
 # ruff: noqa: E501 - an exchange is a row of a table, and a row is a line
 
@@ -19,15 +19,16 @@ from tests.differential.frontend import (
     extended,
     fatal,
     function_call,
+    in_three_ways,
     message,
     parse,
     query,
     say,
     session,
-    small,
+    startup,
     until_end,
 )
-from tests.support.scripted_client import at_random, byte_by_byte
+from tests.support.cuts import Cut
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -65,13 +66,13 @@ FUNCTION_CALLS: Final = (
 
 ENDS: Final = (
     Exchange("terminate at once", (OPENING, LEAVING)),
-    Exchange("terminate in the same piece", (until_end(OPENING.content, TERMINATE),)),
-    Exchange("terminate in a transaction", (OPENING, *ask("BEGIN"), LEAVING)),
+    Exchange("terminate in the same piece", (until_end(startup(), TERMINATE),)),
+    Exchange("terminate in a transaction", (OPENING, ask("BEGIN"), LEAVING)),
     Exchange("terminate with a body", (OPENING, until_end(message(b"X", b"bye")))),
     fatal("an unknown message type", until_end(message(b"!", b"x"))),
     fatal("a lower case type", until_end(message(b"q", b"SELECT 1\0"))),
     fatal("the NUL type", until_end(bytes(5))),
-    fatal("a second startup message", until_end(OPENING.content)),
+    fatal("a second startup message", until_end(startup())),
     fatal("an SSLRequest after the login", until_end(b"\0\0\0\x08\x04\xd2\x16\x2f")),
     fatal("a length of 0", until_end(b"Q\0\0\0\0")),
     fatal("a length of 3", until_end(b"Q\0\0\0\3")),
@@ -95,28 +96,13 @@ ENDS: Final = (
     fatal("a bad length during a copy", say(query("CREATE TEMP TABLE t (n int)")), say(query("COPY t FROM STDIN"), wait=b"G"), until_end(b"d\0\0\0\1")),
     fatal("the server ends the session", until_end(query("SELECT pg_terminate_backend(pg_backend_pid())"))),
     fatal("the server ends the session in a pipeline", until_end(extended("SELECT 1"), SYNC, extended("SELECT pg_terminate_backend(pg_backend_pid())"), SYNC)),
-    Exchange("another session ends this one", (OPENING, *ask("SELECT set_config('application_name', 'differential-victim', false)"), *ask("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'differential-victim'", on=1), until_end())),
-    Exchange("another session cancels this one", (OPENING, *ask("SET application_name = 'differential-victim'"), say(query("SELECT pg_sleep(60)"), wait=b""), *ask("DO $$ BEGIN LOOP PERFORM pg_stat_clear_snapshot(); PERFORM pg_cancel_backend(pid) FROM pg_stat_activity WHERE application_name = 'differential-victim' AND wait_event = 'PgSleep'; EXIT WHEN FOUND; END LOOP; END $$", on=1), say(), LEAVING)),
+    Exchange("another session ends this one", (OPENING, ask("SELECT set_config('application_name', 'differential-victim', false)"), ask("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'differential-victim'", on=1), until_end())),
+    Exchange("another session cancels this one", (OPENING, ask("SET application_name = 'differential-victim'"), say(query("SELECT pg_sleep(60)"), wait=b""), ask("DO $$ BEGIN LOOP PERFORM pg_stat_clear_snapshot(); PERFORM pg_cancel_backend(pid) FROM pg_stat_activity WHERE application_name = 'differential-victim' AND wait_event = 'PgSleep'; EXIT WHEN FOUND; END LOOP; END $$", on=1), say(), LEAVING)),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("exchange", FUNCTION_CALLS, ids=str)
-async def test_a_function_call_is_answered_as_by_postgres(
-    exchange: Exchange, pair: DirectAndProxied
+@in_three_ways(*FUNCTION_CALLS, *ENDS)
+async def test_calls_and_ends_are_answered_as_by_postgres(
+    exchange: Exchange, cut: Cut, both: DirectAndProxied
 ) -> None:
-    await pair.compare(exchange)
-
-
-@pytest.mark.parametrize("exchange", ENDS, ids=str)
-async def test_a_session_ends_as_in_postgres(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange)
-
-
-@pytest.mark.parametrize("exchange", small((*FUNCTION_CALLS, *ENDS), 4), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, byte_by_byte)
-
-
-@pytest.mark.parametrize("exchange", small((*FUNCTION_CALLS, *ENDS), 3), ids=str)
-async def test_cut_at_random(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, at_random(exchange.name))
+    await both.compare(exchange, cut)

@@ -1,4 +1,4 @@
-"""Pipelines, straight and through the proxy: much sent before anything is read."""
+"""Pipelines, direct and through the proxy: much sent before anything is read."""
 
 # ruff: noqa: E501 - an exchange is a row of a table, and a row is a line
 
@@ -11,7 +11,6 @@ from tests.differential.frontend import (
     COPY_DONE,
     FLUSH,
     LEAVING,
-    OPENING,
     SYNC,
     TERMINATE,
     Exchange,
@@ -21,14 +20,15 @@ from tests.differential.frontend import (
     copy_data,
     execute,
     extended,
+    in_three_ways,
     parse,
     query,
     say,
     session,
-    small,
+    startup,
     until_end,
 )
-from tests.support.scripted_client import at_random, byte_by_byte
+from tests.support.cuts import Cut
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -72,21 +72,13 @@ EXCHANGES: Final = (
     session("large answers to one piece", say(*(extended(f"SELECT repeat('{n}', 300000)") + SYNC for n in range(10)), wait=b"Z" * 10)),
     session("2,000 queries in one piece", say(*(query(f"SELECT {n}") for n in range(2000)), wait=b"Z" * 2000)),
     session("a copy in a pipeline", ask("CREATE TEMP TABLE t (n int)"), say(extended("COPY t FROM STDIN"), copy_data("1\n2\n"), COPY_DONE, SYNC, extended("SELECT count(*) FROM t"), SYNC, wait=b"ZZ")),
-    Exchange("the greeting and a pipeline in one piece", (say(OPENING.content, extended("SELECT 1"), SYNC, query("SELECT 2"), wait=b"ZZZ"), LEAVING)),
-    Exchange("a whole life in one piece", (until_end(OPENING.content, query("SELECT 1"), extended("SELECT 2"), SYNC, TERMINATE),)),
+    Exchange("the greeting and a pipeline in one piece", (say(startup(), extended("SELECT 1"), SYNC, query("SELECT 2"), wait=b"ZZZ"), LEAVING)),
+    Exchange("a whole life in one piece", (until_end(startup(), query("SELECT 1"), extended("SELECT 2"), SYNC, TERMINATE),)),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES, ids=str)
-async def test_answers_are_those_of_postgres(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 4), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, byte_by_byte)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 3), ids=str)
-async def test_cut_at_random(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, at_random(exchange.name))
+@in_three_ways(*EXCHANGES)
+async def test_answers_are_those_of_postgres(
+    exchange: Exchange, cut: Cut, both: DirectAndProxied
+) -> None:
+    await both.compare(exchange, cut)

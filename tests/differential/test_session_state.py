@@ -1,4 +1,4 @@
-"""A session's state, straight and through the proxy: transactions, settings, notices, cursors."""
+"""A session's state, direct and through the proxy: transactions, settings, notices, cursors."""
 
 # ruff: noqa: E501 - an exchange is a row of a table, and a row is a line
 
@@ -10,11 +10,12 @@ from tests.differential.conftest import DirectAndProxied
 from tests.differential.frontend import (
     Exchange,
     ask,
+    in_three_ways,
     query,
     session,
-    small,
+    until_end,
 )
-from tests.support.scripted_client import Step, at_random, byte_by_byte
+from tests.support.cuts import Cut
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -33,8 +34,8 @@ EXCHANGES: Final = (
     session("commit and chain", ask("BEGIN ISOLATION LEVEL SERIALIZABLE", "COMMIT AND CHAIN", "SHOW transaction_isolation", "ROLLBACK")),
     session("isolation set too late", ask("BEGIN", "SELECT 1", "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", "ROLLBACK")),
     session("a deferred constraint fails at commit", ask("CREATE TEMP TABLE t (n int UNIQUE DEFERRABLE INITIALLY DEFERRED)", "BEGIN", "INSERT INTO t VALUES (1), (1)", "COMMIT")),
-    session("idle in transaction ends the session", ask("SET idle_in_transaction_session_timeout = 20"), Step(query("BEGIN"), ends=True)),
-    session("an idle session ends", Step(query("SET idle_session_timeout = 20"), ends=True)),
+    session("idle in transaction ends the session", ask("SET idle_in_transaction_session_timeout = 20"), until_end(query("BEGIN"))),
+    session("an idle session ends", until_end(query("SET idle_session_timeout = 20"))),
     session("a setting that is reported", ask("SET application_name = 'told'")),
     session("every setting that is reported", ask("SET client_encoding = LATIN1; SET DateStyle = 'German, YMD'; SET IntervalStyle = iso_8601; SET TimeZone = 'Europe/Lisbon'; SET standard_conforming_strings = off; SET default_transaction_read_only = on; SET application_name = 'é'")),
     session("a setting that is not reported", ask("SET work_mem = '5MB'", "SHOW work_mem")),
@@ -72,16 +73,8 @@ EXCHANGES: Final = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES, ids=str)
-async def test_answers_are_those_of_postgres(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 4), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, byte_by_byte)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 3), ids=str)
-async def test_cut_at_random(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, at_random(exchange.name))
+@in_three_ways(*EXCHANGES)
+async def test_answers_are_those_of_postgres(
+    exchange: Exchange, cut: Cut, both: DirectAndProxied
+) -> None:
+    await both.compare(exchange, cut)

@@ -1,4 +1,4 @@
-"""Simple queries, straight and through the proxy: rows, errors, notices, encodings, size."""
+"""Simple queries, direct and through the proxy: rows, errors, notices, encodings, size."""
 
 # ruff: noqa: E501 - an exchange is a row of a table, and a row is a line
 
@@ -10,12 +10,12 @@ from tests.differential.conftest import DirectAndProxied
 from tests.differential.frontend import (
     Exchange,
     ask,
+    in_three_ways,
     query,
     say,
     session,
-    small,
 )
-from tests.support.scripted_client import at_random, byte_by_byte
+from tests.support.cuts import Cut
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -94,16 +94,8 @@ EXCHANGES: Final = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES, ids=str)
-async def test_answers_are_those_of_postgres(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 6), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, byte_by_byte)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 5), ids=str)
-async def test_cut_at_random(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, at_random(exchange.name))
+@in_three_ways(*EXCHANGES, bytes_every=6, random_every=5)
+async def test_answers_are_those_of_postgres(
+    exchange: Exchange, cut: Cut, both: DirectAndProxied
+) -> None:
+    await both.compare(exchange, cut)

@@ -1,4 +1,4 @@
-"""StartupMessages, straight and through the proxy: options, settings, and what is refused."""
+"""StartupMessages, direct and through the proxy: options, settings, and what is refused."""
 
 # ruff: noqa: E501 - an exchange is a row of a table, and a row is a line
 
@@ -14,12 +14,12 @@ from tests.differential.frontend import (
     Exchange,
     Text,
     ask,
+    in_three_ways,
     say,
-    small,
     startup,
     until_end,
 )
-from tests.support.scripted_client import at_random, byte_by_byte
+from tests.support.cuts import Cut
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -37,9 +37,9 @@ _SHOWN: Final = ask(
 def _settings(name: str, *pairs: Pair) -> Exchange:
     """Return an exchange that logs in with these pairs, shows settings, and resets them.
 
-    Where the login fails the later steps find the stream at its end, on both roads.
+    Where the login fails the later steps find the stream at its end, with and without the proxy.
     """
-    return Exchange(name, (say(startup(*pairs)), *_SHOWN, LEAVING))
+    return Exchange(name, (say(startup(*pairs)), _SHOWN, LEAVING))
 
 
 def _options(name: str, options: Text) -> Exchange:
@@ -136,7 +136,7 @@ SETTINGS: Final = (
     _settings("repeated options", ("options", "-c geqo=off"), ("options", "-c work_mem=5MB")),
     _settings("a repeated application name", ("application_name", "a"), ("application_name", "b")),
     _settings("a repeated database", ("database", "postgres"), ("database", DATABASE)),
-    _settings("a repeated user", ("user", "nobody-of-this-name"), ("user", CLIENT_ID)),
+    _settings("a repeated user", ("user", "no-such-user"), ("user", CLIENT_ID)),
     _settings("a setting that is already so", ("standard_conforming_strings", "on")),
     _settings("a custom setting", ("my.own", "x"), ("a.b", "y")),
     _settings("a name with a space", ("no such", "x")),
@@ -155,7 +155,7 @@ SETTINGS: Final = (
     _settings("a value out of range", ("statement_timeout", "-2")),
     _settings("what only a superuser may set", ("log_statement", "all")),
     _settings("what only the start may set", ("port", "5433")),
-    _settings("what nobody may set", ("server_version", "99")),
+    _settings("what cannot be set", ("server_version", "99")),
     _settings("what is set per backend", ("ignore_system_indexes", "on")),
     _settings("session_authorization", ("session_authorization", "postgres")),
     _settings("role", ("role", "demo-engineers")),
@@ -202,16 +202,8 @@ REPLICATION_OFF: Final = tuple(
 EXCHANGES: Final = (*OPTIONS, *SETTINGS, *REFUSED, *REPLICATION_OFF)
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES, ids=str)
-async def test_answers_are_those_of_postgres(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 4), ids=str)
-async def test_a_byte_at_a_time(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, byte_by_byte)
-
-
-@pytest.mark.parametrize("exchange", small(EXCHANGES, 3), ids=str)
-async def test_cut_at_random(exchange: Exchange, pair: DirectAndProxied) -> None:
-    await pair.compare(exchange, at_random(exchange.name))
+@in_three_ways(*EXCHANGES)
+async def test_answers_are_those_of_postgres(
+    exchange: Exchange, cut: Cut, both: DirectAndProxied
+) -> None:
+    await both.compare(exchange, cut)

@@ -26,7 +26,7 @@ from proxy.server.app import App
 from proxy.wire.messages import ErrorResponse
 from proxy.workspace.single_flight import BACKOFF_SECONDS_MIN
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import plain_client, startup
+from tests.support.client import plain_client, startup
 from tests.support.running import LogLines, libpq
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]

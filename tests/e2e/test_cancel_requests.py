@@ -12,13 +12,13 @@ from proxy.wire.messages import BackendKeyData, Terminate
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, V3_2, CancelRequest, ProtocolVersion, SSLRequest
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import PlainClient, plain_client
+from tests.support.client import Client, plain_client
 from tests.support.running import LogLines, eventually
 
 SLEEP = "SELECT pg_sleep(60)"
 
 
-async def busy_session(client: PlainClient, lakebase: Lakebase) -> BackendKeyData:
+async def busy_session(client: Client, lakebase: Lakebase) -> BackendKeyData:
     """Start a session with a query that runs; return its cancel key."""
     key = await client.start_up()
     assert key is not None

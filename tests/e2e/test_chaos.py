@@ -13,14 +13,14 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.wire.messages import Terminate
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import PlainClient, plain_client, query, startup
-from tests.support.running import LogLines, eventually, nothing_left
+from tests.support.client import Client, plain_client, query, startup
+from tests.support.running import LogLines, all_over, nothing_left
 
 SESSIONS = 60
 AT_ONCE = 12
 
 
-async def traffic(client: PlainClient, dice: random.Random) -> None:
+async def traffic(client: Client, dice: random.Random) -> None:
     """Send queries and read answers, out of step with each other, until a random end."""
     rows = dice.choice((1, 100, 3000))
     text = "y" * dice.choice((1, 1000, 10_000))
@@ -66,8 +66,7 @@ async def test_sessions_that_end_anyhow_leave_nothing_and_log_nothing_above_info
     proxy = await start_proxy()
     async with plain_client(proxy) as warm:
         await warm.start_up()
-    await eventually(lambda: lakebase.gateway.open_sessions == 0, "the first is gone")
-    await eventually(lambda: proxy.metrics.value("connections") == 0, "its connection is gone")
+    await all_over(proxy, lakebase)
     async with nothing_left():
         seeds = iter(range(seed * SESSIONS, (seed + 1) * SESSIONS))
 
@@ -78,8 +77,7 @@ async def test_sessions_that_end_anyhow_leave_nothing_and_log_nothing_above_info
         async with asyncio.TaskGroup() as group:
             for _ in range(AT_ONCE):
                 group.create_task(worker())
-        await eventually(lambda: proxy.metrics.value("connections") == 0, "no connection is left")
-        await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session is left upstream")
+        await all_over(proxy, lakebase)
     assert log.above_info() == []
     assert len(proxy.cancel_keys) == 0
     async with plain_client(proxy) as client:

@@ -20,23 +20,29 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery, Terminate
 from tests.differential.frontend import SYNC, copy_data, extended, message
 from tests.e2e.conftest import StartProcess, StartProxy
-from tests.support.plain_client import PlainClient, plain_client, startup
+from tests.support.client import Client, plain_client, startup
 from tests.support.proxy_process import ProxyProcess, alive, descendants
-from tests.support.running import asyncpg_arguments, eventually, libpq, nothing_left
+from tests.support.running import (
+    all_over,
+    asyncpg_arguments,
+    eventually,
+    libpq,
+    nothing_left,
+)
 
 pytestmark = pytest.mark.slow
 
 SESSIONS = 200
 
 
-async def answered(client: PlainClient) -> bytes:
+async def answered(client: Client) -> bytes:
     """Read up to the next ReadyForQuery and return its status; an error fails the test."""
     while not isinstance(said := await client.message(), ReadyForQuery):
         assert not isinstance(said, ErrorResponse), said
     return said.status
 
 
-async def told(client: PlainClient, sqlstate: str, reason: str) -> None:
+async def told(client: Client, sqlstate: str, reason: str) -> None:
     """Expect the proxy's own last word, and the end of the stream behind it."""
     error = await client.message()
     assert isinstance(error, ErrorResponse), error
@@ -219,6 +225,7 @@ async def test_an_idle_session_is_ended_after_its_time_and_leaves_nothing(
     async with plain_client(proxy) as first:
         await first.start_up()  # opens what a proxy keeps: its connection to the workspace
         await told(first, "57P05", "idle_timeout")
+    await all_over(proxy, lakebase)
     async with nothing_left(), plain_client(proxy) as client:
         await client.start_up()
         await client.send((extended("SELECT pg_sleep(0.3)") + SYNC) * 3)  # longer than the timeout
@@ -226,11 +233,8 @@ async def test_an_idle_session_is_ended_after_its_time_and_leaves_nothing(
             assert await answered(client) == b"I"
         await told(client, "57P05", "idle_timeout")
         client.close()
-        await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session upstream")
-        await eventually(
-            lambda: proxy.metrics.value("sessions_ended_total", reason="idle_timeout") == 2,
-            "counted",
-        )
+        await all_over(proxy, lakebase)
+    assert proxy.metrics.value("sessions_ended_total", reason="idle_timeout") == 2
 
 
 async def test_a_session_in_a_transaction_or_in_use_is_not_timed_out(

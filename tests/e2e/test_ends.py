@@ -17,8 +17,15 @@ from proxy.emulator.streams import EndedBy
 from proxy.server.app import App
 from proxy.wire.messages import Terminate
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import plain_client, query, startup
-from tests.support.running import LogLines, asyncpg_arguments, eventually, libpq, nothing_left
+from tests.support.client import plain_client, query, startup
+from tests.support.running import (
+    LogLines,
+    all_over,
+    asyncpg_arguments,
+    eventually,
+    libpq,
+    nothing_left,
+)
 
 ROWS = 20_000
 ROW_TEXT_BYTES = 1000
@@ -119,12 +126,11 @@ async def test_a_client_that_leaves_ends_its_upstream_session_orderly(
 ) -> None:
     async with plain_client(proxy) as warm:
         await warm.start_up()
-    await eventually(lambda: lakebase.gateway.open_sessions == 0, "the first is gone")
+    await all_over(proxy, lakebase)
     async with nothing_left(), plain_client(proxy) as client:
         await client.start_up()
         getattr(client, way)()
-        await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session upstream")
-        await eventually(lambda: lakebase.gateway.records[-1].closed, "closed upstream")
+        await all_over(proxy, lakebase)
     # OpenSSL calls an end without close_notify an error.
     assert lakebase.gateway.records[-1].ended_by is EndedBy.CLOSE_NOTIFY
     reason = {"reason": {"close": "client_closed", "reset": "client_lost"}[way]}
@@ -159,7 +165,7 @@ async def test_w41_a_client_that_vanishes_at_any_stage_of_the_dial_leaves_nothin
 ) -> None:
     async with plain_client(proxy) as warm:
         await warm.start_up()
-    await eventually(lambda: lakebase.gateway.open_sessions == 0, "the first is gone")
+    await all_over(proxy, lakebase)
     lakebase.gateway.inject(stage, Injection.HANG)
     before = lakebase.gateway.accepted
     async with nothing_left():

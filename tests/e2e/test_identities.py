@@ -11,7 +11,7 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.workspace.single_flight import BACKOFF_SECONDS_MIN
 from tests.e2e.conftest import StartProcess, StartProxy
-from tests.support.plain_client import plain_client, startup
+from tests.support.client import plain_client, startup
 from tests.support.running import Listening, libpq
 
 

@@ -9,7 +9,7 @@ import pytest
 from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
 from tests.support.admin_address import ask
-from tests.support.plain_client import plain_client
+from tests.support.client import plain_client
 from tests.support.proxy_process import ProxyProcess, run_to_end, started_process
 from tests.support.running import eventually, proxy_values, toml
 

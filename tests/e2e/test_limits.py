@@ -7,7 +7,7 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import Terminate
 from proxy.wire.startup import SSLRequest
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import plain_client, startup
+from tests.support.client import plain_client, startup
 from tests.support.running import eventually
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import ReadyForQuery
-from tests.support.plain_client import PlainClient, plain_client, query
+from tests.support.client import Client, plain_client, query
 from tests.support.proxy_process import ProxyProcess
 from tests.support.running import eventually, libpq
 
@@ -85,7 +85,7 @@ async def test_w33_a_stalled_client_with_a_result_of_300_megabytes_keeps_memory_
         assert proxy_process.memory_bytes("VmHWM") - before < GROWTH_BYTES_MAX
 
 
-async def drop_until_ready(client: PlainClient) -> int:
+async def drop_until_ready(client: Client) -> int:
     """Read up to an idle ReadyForQuery; return how many bytes that was."""
     total, tail = 0, b""
     ready = ReadyForQuery(b"I").encode()
@@ -119,7 +119,7 @@ async def test_w32_24_megabytes_pipelined_each_way_neither_deadlock_nor_pile_up(
     assert proxy_process.memory_bytes("VmHWM") - before < GROWTH_BYTES_MAX
 
 
-async def send_all(client: PlainClient, content: bytes) -> None:
+async def send_all(client: Client, content: bytes) -> None:
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(60):
         await loop.sock_sendall(client.sock, content)

@@ -18,7 +18,7 @@ from proxy.server.app import App
 from proxy.upstream.phases import ConnectPhase
 from tests.e2e.conftest import StartProxy
 from tests.support.admin_address import Answer, ask
-from tests.support.plain_client import plain_client, startup
+from tests.support.client import plain_client, startup
 from tests.support.running import LogLines, eventually
 
 
@@ -115,10 +115,10 @@ async def test_bytes_move_while_the_session_lives(shown: App) -> None:
 async def test_what_went_wrong_last_is_shown_with_a_hint_and_without_the_clients_words(
     shown: App, lakebase: Lakebase
 ) -> None:
-    planted = "password=what-only-a-client-knows"
+    quoted = "password=what-only-a-client-knows"
     for _ in range(2):
         async with plain_client(shown) as client:
-            await client.send(startup(database=planted))
+            await client.send(startup(database=quoted))
             assert (await client.error()).sqlstate == "3D000"
     answer = await get(shown, "/status")
     (error,) = answer.json["errors"]

@@ -20,7 +20,7 @@ from proxy.wire.framing import MessageReader
 from proxy.wire.messages import ErrorResponse, decode_backend
 from proxy.workspace.single_flight import BACKOFF_SECONDS_MAX
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import plain_client, startup
+from tests.support.client import plain_client, startup
 from tests.support.running import libpq
 
 CLIENTS = 1000

@@ -16,7 +16,7 @@ import pytest
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
-from tests.support.plain_client import plain_client, query, startup
+from tests.support.client import plain_client, query, startup
 from tests.support.proxy_process import ProxyProcess, handles, started_process
 from tests.support.running import eventually, proxy_values, toml
 
@@ -145,7 +145,8 @@ async def test_it_serves_within_three_seconds_and_takes_little_memory(
         began = time.monotonic()
         async with started_process("run", "--config", str(file)) as proxy:
             await proxy.serving()
-            took_seconds.append(time.monotonic() - began)
+            elapsed = time.monotonic() - began
+            took_seconds.append(elapsed - proxy.waited_for_cpu_seconds())
             async with plain_client(proxy) as client:
                 await client.start_up()
             ended = partial(proxy.events, "session ended")

@@ -18,7 +18,7 @@ from proxy.server.app import App
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import V3_0
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import plain_client, startup
+from tests.support.client import plain_client, startup
 from tests.support.running import (
     USER,
     LogLines,

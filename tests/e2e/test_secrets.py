@@ -1,7 +1,7 @@
-"""Secrets planted in every place that has one are found in no log line, metric, error or status.
+"""A canary in every place that holds a secret shows in no log line, metric, error or status.
 
-The log is at its most talkative. A token of the stand-in begins with `eyJ`, so that is looked for
-besides the planted words; what the log masks by its look would be found by its mask.
+The log level is debug. A token of the emulator begins with `eyJ`, so that is searched for as well.
+What the log masks by its form would be found by its mask.
 """
 
 import gc
@@ -24,13 +24,13 @@ from proxy.upstream.phases import ConnectPhase
 from proxy.verbs.check import as_line, check
 from proxy.wire.startup import V3_0, StartupMessage
 from tests.e2e.conftest import StartProcess, StartProxy
-from tests.support.plain_client import plain_client, startup
+from tests.support.client import plain_client, startup
 from tests.support.running import Listening, LogLines, eventually, proxy_settings
 from tests.support.secret_canaries import MASKED, look
 
-PLANTED_SECRET = "planted-client-secret"
-PLANTED_TOKEN = "planted-database-token"
-PLANTED_PASSWORD = "planted-native-password"
+CANARY_SECRET = "canary-client-secret"
+CANARY_TOKEN = "canary-database-token"
+CANARY_PASSWORD = "canary-native-password"
 JWT_BEGINNING = "eyJ"
 
 
@@ -47,7 +47,7 @@ def names_in(directory: Path) -> list[str]:
 
 def assert_clean(*texts: str) -> None:
     for text in texts:
-        for secret in (PLANTED_SECRET, PLANTED_TOKEN, PLANTED_PASSWORD, JWT_BEGINNING):
+        for secret in (CANARY_SECRET, CANARY_TOKEN, CANARY_PASSWORD, JWT_BEGINNING):
             assert secret not in text
         assert not re.search(MASKED, text)
 
@@ -55,16 +55,16 @@ def assert_clean(*texts: str) -> None:
 async def test_no_secret_of_a_working_or_failing_proxy_is_ever_shown(
     start_proxy: StartProxy, lakebase: Lakebase, log: LogLines
 ) -> None:
-    lakebase.workspace.api.clients[lakebase.client_id] = PLANTED_SECRET
+    lakebase.workspace.api.clients[lakebase.client_id] = CANARY_SECRET
     proxy = await start_proxy(
-        workspace={"client_secret": PLANTED_SECRET},
+        workspace={"client_secret": CANARY_SECRET},
         credentials={"token_max_age_seconds": 0},
     )
     said = [await told(proxy)]
     lakebase["one"].endpoint.refuse(neon_error("jwk not found"), 2)
     said.append(await told(proxy))
     expiry = "2099-01-01T00:00:00Z"
-    reply = json.dumps({"token": PLANTED_TOKEN, "expire_time": expiry}).encode()
+    reply = json.dumps({"token": CANARY_TOKEN, "expire_time": expiry}).encode()
     lakebase.workspace.fail(Call.CREDENTIAL, Reply(200, reply), times=2)
     said.append(await told(proxy))
     lakebase.workspace.clear_faults()
@@ -99,9 +99,9 @@ async def test_a_native_password_is_used_and_never_shown(
 ) -> None:
     endpoint = lakebase["one"].endpoint
     endpoint.native_login = True
-    endpoint.native_passwords[lakebase.native_role] = PLANTED_PASSWORD
+    endpoint.native_passwords[lakebase.native_role] = CANARY_PASSWORD
     file = tmp_path / "password"
-    file.write_text(PLANTED_PASSWORD + "\n")
+    file.write_text(CANARY_PASSWORD + "\n")
     proxy = await start_proxy(
         credentials={"password_file": str(file)}, upstream={"user": lakebase.native_role}
     )
@@ -116,23 +116,23 @@ async def test_a_native_password_is_used_and_never_shown(
     assert_clean(said, log.getvalue(), proxy.metrics.exposition().decode())
 
 
-PLANTED_PAT = "dapi-planted-personal-token"
-PLANTED_FEDERATION = "planted-projected-token"
+CANARY_PAT = "dapi-canary-personal-token"
+CANARY_FEDERATION = "canary-projected-token"
 
 
 async def test_no_secret_of_any_way_to_log_in_to_the_workspace_is_ever_shown(
     start_proxy: StartProxy, lakebase: Lakebase, log: LogLines, tmp_path: Path
 ) -> None:
     secret, projected = tmp_path / "secret", tmp_path / "projected"
-    secret.write_text(PLANTED_SECRET)
-    projected.write_text(PLANTED_FEDERATION)
+    secret.write_text(CANARY_SECRET)
+    projected.write_text(CANARY_FEDERATION)
     nobody = {"client_id": "", "client_secret": "", "auth_type": ""}
     logins: list[dict[str, object]] = [
         {"client_secret": "", "client_secret_file": str(secret)},
-        {**nobody, "auth_type": "pat", "token": PLANTED_PAT},
+        {**nobody, "auth_type": "pat", "token": CANARY_PAT},
         {"client_secret": "", "auth_type": "file-oidc", "oidc_token_filepath": str(projected)},
-        {"auth_type": "", "client_secret": PLANTED_SECRET, "token": PLANTED_PAT},  # two at once
-        {"client_secret": "", "azure_client_secret": PLANTED_SECRET, "auth_type": "azure-client"},
+        {"auth_type": "", "client_secret": CANARY_SECRET, "token": CANARY_PAT},  # two at once
+        {"client_secret": "", "azure_client_secret": CANARY_SECRET, "auth_type": "azure-client"},
     ]
     shown = []
     for login in logins:
@@ -159,8 +159,8 @@ async def test_no_secret_of_any_way_to_log_in_to_the_workspace_is_ever_shown(
     everything = [*shown, log.getvalue()]
     assert_clean(*everything)
     for text in everything:
-        assert PLANTED_PAT not in text
-        assert PLANTED_FEDERATION not in text
+        assert CANARY_PAT not in text
+        assert CANARY_FEDERATION not in text
     assert sorted(names_in(tmp_path)) == ["projected", "secret"]
 
 
@@ -203,9 +203,9 @@ async def test_no_live_object_of_a_proxy_at_work_shows_a_secret_in_its_repr(
 ) -> None:
     endpoint = lakebase["one"].endpoint
     endpoint.native_login = True
-    endpoint.native_passwords[lakebase.native_role] = PLANTED_PASSWORD
+    endpoint.native_passwords[lakebase.native_role] = CANARY_PASSWORD
     file = tmp_path / "password"
-    file.write_text(PLANTED_PASSWORD)
+    file.write_text(CANARY_PASSWORD)
     tokens = await start_proxy()
     password = await start_proxy(
         credentials={"password_file": str(file)}, upstream={"user": lakebase.native_role}
@@ -231,9 +231,9 @@ async def test_no_live_object_of_a_proxy_at_work_shows_a_secret_in_its_repr(
 async def test_the_process_writes_no_secret_to_any_stream_or_file(
     start_process: StartProcess, lakebase: Lakebase, tmp_path: Path
 ) -> None:
-    lakebase.workspace.api.clients[lakebase.client_id] = PLANTED_SECRET
+    lakebase.workspace.api.clients[lakebase.client_id] = CANARY_SECRET
     proxy = await start_process(
-        workspace={"client_secret": PLANTED_SECRET},
+        workspace={"client_secret": CANARY_SECRET},
         log={"level": "debug"},
         credentials={"token_max_age_seconds": 0},
     )

@@ -16,8 +16,8 @@ from proxy.server.app import App
 from proxy.wire.messages import AuthenticationOk, ReadyForQuery, Terminate
 from proxy.wire.startup import GSSENCRequest, ProtocolVersion, SSLRequest
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import PlainClient, plain_client, query, startup
-from tests.support.running import LogLines, eventually, nothing_left
+from tests.support.client import Client, plain_client, query, startup
+from tests.support.running import LogLines, all_over, eventually, nothing_left
 
 
 @pytest_asyncio.fixture
@@ -25,12 +25,10 @@ async def guarded(start_proxy: StartProxy, lakebase: Lakebase, log: LogLines) ->
     """A proxy that has served somebody, and must be as before after the test."""
     proxy = await start_proxy(listen={"startup_timeout_seconds": 5})
     await ordinary_session(proxy)
-    await eventually(lambda: lakebase.gateway.open_sessions == 0, "the first session is gone")
-    await eventually(lambda: proxy.metrics.value("connections") == 0, "its connection is gone")
+    await all_over(proxy, lakebase)
     async with nothing_left():
         yield proxy
-        await eventually(lambda: proxy.metrics.value("connections") == 0, "no connection is left")
-        await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session is left upstream")
+        await all_over(proxy, lakebase)
     assert log.above_info() == []
     await ordinary_session(proxy)
 
@@ -43,7 +41,7 @@ async def ordinary_session(proxy: App) -> None:
         await client.send(Terminate().encode())
 
 
-async def until_ready(client: PlainClient) -> None:
+async def until_ready(client: Client) -> None:
     while not isinstance(await client.message(), ReadyForQuery):
         pass
 

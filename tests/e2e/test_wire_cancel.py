@@ -20,8 +20,8 @@ from proxy.wire.messages import BackendKeyData, Terminate
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_2, CancelRequest
 from tests.e2e.conftest import StartProxy
-from tests.support.manual_upstream import KEY, written_upstream
-from tests.support.plain_client import PlainClient, plain_client
+from tests.support.client import Client, plain_client
+from tests.support.manual_upstream import KEY, manual_upstream
 from tests.support.proxy_process import ProxyProcess, descendants
 from tests.support.running import LogLines, eventually, libpq
 
@@ -32,7 +32,7 @@ def request(key: BackendKeyData) -> bytes:
     return CancelRequest(key.pid, key.key).encode()
 
 
-async def started(client: PlainClient) -> BackendKeyData:
+async def started(client: Client) -> BackendKeyData:
     key = await client.start_up()
     assert key is not None
     return key
@@ -43,7 +43,7 @@ async def test_w27_w40_two_sessions_with_one_key_are_told_apart_and_both_are_can
 ) -> None:
     # As two shards could give it out. The second gets a key of the proxy's own; upstream each
     # cancel carries the 16 bytes that the upstream gave.
-    async with written_upstream(lakebase) as upstream:
+    async with manual_upstream(lakebase) as upstream:
         proxy = await start_proxy(upstream={"port": upstream.port})
         async with (
             plain_client(proxy) as one,
@@ -75,7 +75,7 @@ async def test_w27_a_pid_that_is_not_positive_is_never_shown(
 ) -> None:
     key = BackendKeyData(pid, Secret(b"\xff\0\xff\0"))
     welcome = bytes.fromhex("52 00000008 00000000") + key.encode() + b"Z\0\0\0\5I"
-    async with written_upstream(lakebase, welcome=welcome) as upstream:
+    async with manual_upstream(lakebase, welcome=welcome) as upstream:
         proxy = await start_proxy(upstream={"port": upstream.port})
         async with plain_client(proxy) as client, plain_client(proxy) as canceller:
             own = await started(client)

@@ -17,14 +17,14 @@ from proxy.server.app import App
 from proxy.session.direction import CLIENT_POLL_SECONDS
 from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery, Terminate
 from tests.e2e.conftest import StartProxy
+from tests.support.client import Client, plain_client, query, startup
 from tests.support.manual_upstream import (
     WELCOME,
-    WrittenSession,
-    WrittenUpstream,
-    written_upstream,
+    ManualSession,
+    ManualUpstream,
+    manual_upstream,
 )
-from tests.support.plain_client import PlainClient, plain_client, query, startup
-from tests.support.running import LogLines, eventually
+from tests.support.running import LogLines, all_over, eventually
 
 TERMINATE = bytes.fromhex("58 00000004")
 SLEEP = "SELECT pg_sleep(60)"
@@ -34,19 +34,19 @@ LAST_WORDS = ErrorResponse.fatal(
 
 
 @pytest_asyncio.fixture
-async def upstream(lakebase: Lakebase) -> AsyncIterator[WrittenUpstream]:
-    async with written_upstream(lakebase) as written:
+async def upstream(lakebase: Lakebase) -> AsyncIterator[ManualUpstream]:
+    async with manual_upstream(lakebase) as written:
         yield written
 
 
-async def session_of(client: PlainClient, upstream: WrittenUpstream) -> WrittenSession:
+async def session_of(client: Client, upstream: ManualUpstream) -> ManualSession:
     await client.send(startup())
     assert await client.receive() == WELCOME
     return await upstream.session()
 
 
 @pytest_asyncio.fixture
-async def short(start_proxy: StartProxy, upstream: WrittenUpstream) -> App:
+async def short(start_proxy: StartProxy, upstream: ManualUpstream) -> App:
     """A proxy in front of the written upstream, which cancels nothing."""
     more = {"port": upstream.port, "cancel_on_disconnect": False}
     return await start_proxy(upstream=more)
@@ -58,7 +58,7 @@ async def short(start_proxy: StartProxy, upstream: WrittenUpstream) -> App:
 @pytest.mark.parametrize("missing", range(1, 7))
 @pytest.mark.parametrize("way", ["close", "reset"])
 async def test_w34_a_query_cut_short_goes_no_further_than_it_came(
-    short: App, upstream: WrittenUpstream, missing: int, way: str
+    short: App, upstream: ManualUpstream, missing: int, way: str
 ) -> None:
     # A Terminate put behind it would make two bytes short a whole, other statement, ending in X.
     cut = query("DELETE FROM t WHERE a = 1")[:-missing]
@@ -74,7 +74,7 @@ async def test_w34_a_query_cut_short_goes_no_further_than_it_came(
 
 @pytest.mark.parametrize("said", [b"", query("SELECT 1"), query("SELECT 1") + TERMINATE])
 async def test_w34_at_a_message_boundary_no_terminate_is_invented_either(
-    short: App, upstream: WrittenUpstream, said: bytes
+    short: App, upstream: ManualUpstream, said: bytes
 ) -> None:
     async with plain_client(short) as client:
         session = await session_of(client, upstream)
@@ -86,7 +86,7 @@ async def test_w34_at_a_message_boundary_no_terminate_is_invented_either(
 
 
 async def test_w34_all_that_a_client_sent_before_its_end_arrives(
-    short: App, upstream: WrittenUpstream
+    short: App, upstream: ManualUpstream
 ) -> None:
     sent = query("x" * 3_000_000) + TERMINATE
     async with plain_client(short) as client:
@@ -99,7 +99,7 @@ async def test_w34_all_that_a_client_sent_before_its_end_arrives(
 
 @pytest.mark.parametrize("way", ["close_notify", "fin"])
 async def test_w34_all_that_the_upstream_said_before_its_end_reaches_a_slow_client(
-    short: App, upstream: WrittenUpstream, way: str
+    short: App, upstream: ManualUpstream, way: str
 ) -> None:
     said = Frame(b"D", b"\0\1" + b"x" * 2_000_000).encode() + LAST_WORDS
     async with plain_client(short, receive_buffer_bytes=4096) as client:
@@ -114,9 +114,11 @@ async def test_w34_all_that_the_upstream_said_before_its_end_reaches_a_slow_clie
     assert received == said
 
 
-async def last_words(session: WrittenSession, said: bytes, way: str) -> None:
-    await session.stream.write(said)
-    session.end(notify=way == "close_notify")
+async def last_words(session: ManualSession, said: bytes, way: str) -> None:
+    await session.peer.send(said)
+    if way == "close_notify":
+        session.peer.send_close_notify()
+    session.peer.end()
 
 
 # -- W35 -------------------------------------------------------------------------------------------
@@ -129,12 +131,6 @@ async def runs(lakebase: Lakebase, event: str = "PgSleep") -> str:
     cluster = lakebase["one"].cluster
     await eventually(lambda: cluster.execute(sql), f"the backend is in {event}")
     return sql
-
-
-async def all_over(proxy: App, lakebase: Lakebase) -> None:
-    gateway = lakebase.gateway
-    await eventually(lambda: proxy.metrics.value("connections") == 0, "the client's side is over")
-    await eventually(lambda: all(r.closed for r in gateway.records), "all is closed upstream")
 
 
 EXTENDED = (
@@ -336,18 +332,18 @@ async def test_w35_the_upstream_that_ends_first_is_cancelled_by_nobody(
 @pytest.mark.parametrize("way", ["fin", "close_notify", "reset"])
 @pytest.mark.parametrize("said", [b"", Frame(b"D", b"\0\1" + bytes(50)).encode()[:-30]])
 async def test_w55_an_upstream_lost_in_mid_stream_closes_the_client_and_nothing_is_invented(
-    short: App, upstream: WrittenUpstream, log: LogLines, way: str, said: bytes
+    short: App, upstream: ManualUpstream, log: LogLines, way: str, said: bytes
 ) -> None:
     async with plain_client(short) as client:
         session = await session_of(client, upstream)
         await client.send(query("SELECT 1"))
         await upstream.until(lambda: session.received == query("SELECT 1"))
         received = b""
-        await session.stream.write(said)
+        await session.peer.send(said)
         while len(received) < len(said):
             received += await client.receive()
         if way == "reset":
-            session.stream.reset()
+            session.peer.reset()
         else:
             await last_words(session, b"", way)
         assert received + await client.receive_rest() == said

@@ -15,7 +15,7 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.wire.startup import V3_0, ProtocolVersion, StartupMessage
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import PlainClient, plain_client, query, startup
+from tests.support.client import Client, plain_client, query, startup
 from tests.support.running import LogLines, eventually
 
 SSL_REQUEST = bytes.fromhex("00000008 04d2162f")
@@ -55,7 +55,7 @@ async def replies(proxy: App, *portions: bytes) -> bytes:
         return await client.receive_rest()
 
 
-async def welcome(client: PlainClient) -> bytes:
+async def welcome(client: Client) -> bytes:
     """Return what comes up to an idle ReadyForQuery."""
     received = b""
     while not received.endswith(READY_IDLE):
@@ -360,7 +360,7 @@ async def test_w17_replication_connections_go_through(
     assert record.parameter(b"options") == b"-c work_mem=5MB"
 
 
-async def shown(client: PlainClient, setting: str) -> bytes:
+async def shown(client: Client, setting: str) -> bytes:
     await client.send(query(f"SHOW {setting}"))
     answer = await welcome(client)
     row = answer[answer.index(b"D\0\0\0") :]

@@ -11,8 +11,8 @@ from proxy.server.app import App
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import V3_0
 from tests.e2e.conftest import StartProxy
-from tests.support.manual_upstream import written_upstream
-from tests.support.plain_client import plain_client, startup
+from tests.support.client import plain_client, startup
+from tests.support.manual_upstream import manual_upstream
 from tests.support.running import eventually
 
 SSL_REQUEST = bytes.fromhex("00000008 04d2162f")
@@ -82,7 +82,7 @@ async def test_w46_no_answer_contains_the_token(
     answer = (await told(proxy)).encode()
     assert lakebase.workspace.mints
     assert b"eyJ" not in answer  # how every such token begins
-    async with written_upstream(lakebase, welcome=b"R\0\0\0\x08\0\0\0\x03") as upstream:
+    async with manual_upstream(lakebase, welcome=b"R\0\0\0\x08\0\0\0\x03") as upstream:
         other = await start_proxy(upstream={"port": upstream.port, "connect_timeout_seconds": 0.4})
         answer = (await told(other)).encode()
         token = (await upstream.session()).token

@@ -4,10 +4,9 @@ For drivers that insist on `sslmode=require`. TLS ends here: it says nothing abo
 and needs nothing from it.
 """
 
-import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ import trustme
 
 from proxy.config import ConfigurationError
 from proxy.emulator.lakebase import Lakebase
+from proxy.emulator.streams import EndedBy
 from proxy.server.app import App
 from proxy.wire.messages import AuthenticationOk, BackendKeyData, ErrorResponse, ReadyForQuery
 from proxy.wire.startup import CancelRequest
 from tests.e2e.conftest import StartProcess, StartProxy
-from tests.support.plain_client import plain_client, query, startup
-from tests.support.raw_client import RawClient
+from tests.support.client import Client, plain_client, query, startup
+from tests.support.cuts import THREE_WAYS, Cut
 from tests.support.running import (
     LogLines,
     asyncpg_arguments,
@@ -78,58 +78,25 @@ async def secure_proxy(start_proxy: StartProxy, pem: Pem) -> App:
     return await start_proxy(listen=pem.settings)
 
 
-async def query_answered(client: RawClient) -> None:
+async def query_answered(client: Client) -> None:
     """Start a session on a client whose TLS is up, and use it."""
-    client.send(startup() + query("SELECT 'inside'"))
+    await client.send(startup() + query("SELECT 'inside'"))
     first = (await client.messages_until(ReadyForQuery))[0]
     assert isinstance(first, AuthenticationOk)
     await client.messages_until(ReadyForQuery)
 
 
-@dataclass
-class Streams:
-    """A connection that begins with TLS."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    @property
-    def alpn(self) -> str | None:
-        tls: ssl.SSLObject = self.writer.get_extra_info("ssl_object")
-        return tls.selected_alpn_protocol()
-
-    async def rest(self) -> bytes:
-        async with asyncio.timeout(WAIT_SECONDS_MAX):
-            try:
-                return await self.reader.read()
-            except (ConnectionError, ssl.SSLError):
-                return b""
+def address(proxy: App) -> tuple[str, int]:
+    return proxy.listen_host, proxy.listen_port
 
 
-@pytest_asyncio.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
-
-
-async def direct(stack: AsyncExitStack, proxy: App, pem: Pem, *protocols: str) -> Streams:
+@asynccontextmanager
+async def direct(proxy: App, pem: Pem, *protocols: str) -> AsyncIterator[Client]:
     """Connect with TLS from the first byte, offering these protocols by ALPN."""
-    async with asyncio.timeout(WAIT_SECONDS_MAX):
-        where = (proxy.listen_host, proxy.listen_port)
-        streams = Streams(
-            *await asyncio.open_connection(
-                *where, ssl=pem.context(*protocols), server_hostname=SERVER_NAME
-            )
-        )
-    stack.push_async_callback(closed, streams.writer)
-    return streams
-
-
-async def closed(writer: asyncio.StreamWriter) -> None:
-    writer.close()
-    with suppress(ConnectionError, ssl.SSLError):  # the proxy may have cut it
-        async with asyncio.timeout(WAIT_SECONDS_MAX):
-            await writer.wait_closed()
+    async with plain_client(proxy) as client:
+        client.server_name = SERVER_NAME
+        await client.handshake(pem.context(*protocols), server_side=False)
+        yield client
 
 
 # -- drivers ---------------------------------------------------------------------------------------
@@ -178,8 +145,8 @@ async def test_w7_asyncpg_is_served_inside_tls(secure_proxy: App, pem: Pem) -> N
 async def test_w7_ssl_request_is_answered_by_the_one_byte_s_and_tls_is_awaited(
     secure_proxy: App, pem: Pem
 ) -> None:
-    client = await RawClient.connect(secure_proxy.listen_port)
-    client.send(SSL_REQUEST)
+    client = await Client.connect(address(secure_proxy))
+    await client.send(SSL_REQUEST)
     assert await client.receive() == b"\x53"
     await client.start_tls(pem.ca, SERVER_NAME)
     await query_answered(client)
@@ -189,10 +156,10 @@ async def test_w7_ssl_request_is_answered_by_the_one_byte_s_and_tls_is_awaited(
 async def test_w8_gssenc_request_may_come_first_and_is_answered_n(
     secure_proxy: App, pem: Pem
 ) -> None:
-    client = await RawClient.connect(secure_proxy.listen_port)
-    client.send(GSSENC_REQUEST)
+    client = await Client.connect(address(secure_proxy))
+    await client.send(GSSENC_REQUEST)
     assert await client.receive_exactly(1) == b"\x4e"
-    client.send(SSL_REQUEST)
+    await client.send(SSL_REQUEST)
     assert await client.receive_exactly(1) == b"\x53"
     await client.start_tls(pem.ca, SERVER_NAME)
     await query_answered(client)
@@ -204,8 +171,8 @@ async def test_w2_w8_both_requests_in_one_segment_are_answered_as_if_they_came_a
 ) -> None:
     # TLS was started at the first answer, N, because both had been understood by then: the client
     # never saw its S, and the connection hung until the startup timeout.
-    client = await RawClient.connect(secure_proxy.listen_port)
-    client.send(GSSENC_REQUEST + SSL_REQUEST)
+    client = await Client.connect(address(secure_proxy))
+    await client.send(GSSENC_REQUEST + SSL_REQUEST)
     assert await client.receive_exactly(2) == b"NS"
     await client.start_tls(pem.ca, SERVER_NAME)
     await query_answered(client)
@@ -216,12 +183,13 @@ async def test_w2_w8_both_requests_in_one_segment_are_answered_as_if_they_came_a
 async def test_w9_inside_tls_no_more_encryption_can_be_asked_for(
     secure_proxy: App, pem: Pem, request_inside: bytes
 ) -> None:
-    client = await RawClient.secure(secure_proxy.listen_port, pem.ca, SERVER_NAME)
-    client.send(request_inside)
+    client = await Client.connect(address(secure_proxy))
+    await client.request_tls(pem.ca, SERVER_NAME)
+    await client.send(request_inside)
     error = await client.error()
     assert error.sqlstate == "0A000"
     assert error.message.startswith("unsupported frontend protocol 1234.")
-    assert await client.ended()  # with close_notify
+    assert await client.ended() is EndedBy.CLOSE_NOTIFY  # with close_notify
     client.close()
 
 
@@ -240,32 +208,15 @@ async def test_w3_bytes_behind_an_accepted_ssl_request_are_an_injection(
     assert lakebase.gateway.accepted == 0
 
 
-async def test_w2_the_hello_may_come_in_any_pieces(secure_proxy: App, pem: Pem) -> None:
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    tls = pem.context().wrap_bio(incoming, outgoing, server_hostname=SERVER_NAME)
+@pytest.mark.parametrize("cut", THREE_WAYS)
+async def test_w2_the_hello_may_come_in_any_pieces(secure_proxy: App, pem: Pem, cut: Cut) -> None:
     async with plain_client(secure_proxy) as client:
         await client.send(SSL_REQUEST)
         assert await client.receive() == b"S"
-        while True:
-            try:
-                tls.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                for byte in outgoing.read():
-                    await client.send(bytes((byte,)))
-                    await asyncio.sleep(0)
-                incoming.write(await client.receive())
-        tls.write(startup())
-        for byte in outgoing.read():
-            await client.send(bytes((byte,)))
-        received = b""
-        while len(received) < 9:
-            incoming.write(await client.receive())
-            try:
-                received += tls.read(65536)
-            except ssl.SSLWantReadError:
-                continue  # a session ticket
-        assert received.startswith(AuthenticationOk().encode())
+        client.server_name = SERVER_NAME
+        await client.handshake(pem.context(), server_side=False, cut=cut)
+        await client.send_raw(client.encrypted(startup()), cut)
+        assert await client.message() == AuthenticationOk()
 
 
 async def test_w7_old_tls_is_refused(secure_proxy: App, pem: Pem, log: LogLines) -> None:
@@ -275,17 +226,13 @@ async def test_w7_old_tls_is_refused(secure_proxy: App, pem: Pem, log: LogLines)
     with pytest.warns(DeprecationWarning, match="TLSv1_1"):
         context.maximum_version = ssl.TLSVersion.TLSv1_1
     context.set_ciphers("ALL:@SECLEVEL=0")
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    tls = context.wrap_bio(incoming, outgoing, server_hostname=SERVER_NAME)
     async with plain_client(secure_proxy) as client:
         await client.send(SSL_REQUEST)
         assert await client.receive() == b"S"
-        with pytest.raises(ssl.SSLWantReadError):
-            tls.do_handshake()
-        await client.send(outgoing.read())
-        incoming.write(await client.receive_rest())
+        client.server_name = SERVER_NAME
         with pytest.raises(ssl.SSLError):
-            tls.do_handshake()
+            await client.handshake(context, server_side=False)
+        assert await client.receive_rest() == b""
     counted = {"reason": "client_tls"}
     assert secure_proxy.metrics.value("startup_failures_total", **counted) == 1
     assert log.above_info() == []
@@ -321,26 +268,23 @@ async def test_w49_the_startup_timeout_covers_the_handshake(
 # -- TLS from the first byte -----------------------------------------------------------------------
 
 
-async def test_w5_direct_tls_with_the_right_alpn_is_served(
-    secure_proxy: App, pem: Pem, stack: AsyncExitStack
-) -> None:
-    streams = await direct(stack, secure_proxy, pem, "h2", ALPN)
-    assert streams.alpn == ALPN
-    streams.writer.write(startup())
-    async with asyncio.timeout(WAIT_SECONDS_MAX):
-        assert await streams.reader.readexactly(9) == AuthenticationOk().encode()
+async def test_w5_direct_tls_with_the_right_alpn_is_served(secure_proxy: App, pem: Pem) -> None:
+    async with direct(secure_proxy, pem, "h2", ALPN) as client:
+        assert client.tls is not None
+        assert client.tls.selected_alpn_protocol() == ALPN
+        await client.send(startup())
+        assert await client.message() == AuthenticationOk()
 
 
 @pytest.mark.parametrize("protocols", [(), ("h2",), ("http/1.1", "postgresql2")])
 async def test_w5_direct_tls_without_the_right_alpn_is_closed_without_a_word(
-    secure_proxy: App, pem: Pem, stack: AsyncExitStack, lakebase: Lakebase, protocols: tuple[str]
+    secure_proxy: App, pem: Pem, lakebase: Lakebase, protocols: tuple[str]
 ) -> None:
-    try:
-        streams = await direct(stack, secure_proxy, pem, *protocols)
-        streams.writer.write(startup())
-        assert await streams.rest() == b""
-    except (ssl.SSLError, ConnectionError):
-        pass  # refused within the handshake, which is as good
+    # It may be refused within the handshake, which is as good.
+    with suppress(ssl.SSLError, ConnectionError, EOFError):
+        async with direct(secure_proxy, pem, *protocols) as client:
+            await client.send(startup())
+            assert await client.receive_rest() == b""
     counted = {"reason": "client_tls"}
     await eventually(
         lambda: secure_proxy.metrics.value("startup_failures_total", **counted) == 1, "counted"
@@ -352,29 +296,28 @@ async def test_w5_behind_a_refused_request_tls_is_not_begun_without_asking(
     secure_proxy: App, pem: Pem
 ) -> None:
     # After GSSENCRequest and its N the client must ask: PostgreSQL looks for TLS only at the start.
-    client = await RawClient.connect(secure_proxy.listen_port)
-    client.send(GSSENC_REQUEST)
+    client = await Client.connect(address(secure_proxy))
+    await client.send(GSSENC_REQUEST)
     assert await client.receive_exactly(1) == b"N"
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = pem.context().wrap_bio(incoming, outgoing, server_hostname=SERVER_NAME)
     with pytest.raises(ssl.SSLWantReadError):
         tls.do_handshake()
-    client.send(outgoing.read())
+    await client.send(outgoing.read())
     # Without ALPN it is closed in any case; what matters is that no session comes of it.
     assert b"R\0\0\0\x08" not in await client.receive()
     client.close()
 
 
 async def test_w5_inside_direct_tls_an_ssl_request_is_answered_n(
-    secure_proxy: App, pem: Pem, stack: AsyncExitStack
+    secure_proxy: App, pem: Pem
 ) -> None:
     # PostgreSQL 17: "also no SSL negotiation if we already have a direct SSL connection".
-    streams = await direct(stack, secure_proxy, pem, ALPN)
-    async with asyncio.timeout(WAIT_SECONDS_MAX):
-        streams.writer.write(SSL_REQUEST)
-        assert await streams.reader.readexactly(1) == b"N"
-        streams.writer.write(startup())
-        assert await streams.reader.readexactly(9) == AuthenticationOk().encode()
+    async with direct(secure_proxy, pem, ALPN) as client:
+        await client.send(SSL_REQUEST)
+        assert await client.receive_exactly(1) == b"N"
+        await client.send(startup())
+        assert await client.message() == AuthenticationOk()
 
 
 # -- cancel and end --------------------------------------------------------------------------------
@@ -382,11 +325,7 @@ async def test_w5_inside_direct_tls_an_ssl_request_is_answered_n(
 
 @pytest.mark.parametrize("begins", ["SSLRequest", "TLS"])
 async def test_w38_a_cancel_inside_tls_is_delivered_and_not_answered(
-    secure_proxy: App,
-    pem: Pem,
-    lakebase: Lakebase,
-    stack: AsyncExitStack,
-    begins: str,
+    secure_proxy: App, pem: Pem, lakebase: Lakebase, begins: str
 ) -> None:
     async with plain_client(secure_proxy) as client:
         key = await client.start_up()
@@ -395,12 +334,13 @@ async def test_w38_a_cancel_inside_tls_is_delivered_and_not_answered(
         await lakebase_runs(lakebase)
         request = CancelRequest(key.pid, key.key).encode()
         if begins == "TLS":
-            streams = await direct(stack, secure_proxy, pem, ALPN)
-            streams.writer.write(request)
-            assert await streams.rest() == b""
+            async with direct(secure_proxy, pem, ALPN) as canceller:
+                await canceller.send(request)
+                assert await canceller.receive_rest() == b""
         else:
-            canceller = await RawClient.secure(secure_proxy.listen_port, pem.ca, SERVER_NAME)
-            canceller.send(request + b"\0ignored")
+            canceller = await Client.connect(address(secure_proxy))
+            await canceller.request_tls(pem.ca, SERVER_NAME)
+            await canceller.send(request + b"\0ignored")
             assert await canceller.receive() == b""
             canceller.close()
         assert (await client.error()).sqlstate == "57014"
@@ -416,11 +356,12 @@ async def lakebase_runs(lakebase: Lakebase) -> None:
 async def test_w34_the_last_words_come_inside_tls_and_before_close_notify(
     secure_proxy: App, pem: Pem, lakebase: Lakebase
 ) -> None:
-    client = await RawClient.secure(secure_proxy.listen_port, pem.ca, SERVER_NAME)
+    client = await Client.connect(address(secure_proxy))
+    await client.request_tls(pem.ca, SERVER_NAME)
     await query_answered(client)
     lakebase["one"].endpoint.end_sessions()
     assert (await client.error()).sqlstate == "57P01"
-    assert await client.ended()
+    assert await client.ended() is EndedBy.CLOSE_NOTIFY
     client.close()
 
 
@@ -428,8 +369,9 @@ async def test_w27_the_key_is_the_same_inside_tls(
     secure_proxy: App, pem: Pem, lakebase: Lakebase
 ) -> None:
     lakebase["one"].endpoint.passes_real_key = True
-    client = await RawClient.secure(secure_proxy.listen_port, pem.ca, SERVER_NAME)
-    client.send(startup())
+    client = await Client.connect(address(secure_proxy))
+    await client.request_tls(pem.ca, SERVER_NAME)
+    await client.send(startup())
     welcome = await client.messages_until(ReadyForQuery)
     assert [m for m in welcome if isinstance(m, BackendKeyData)] == [
         lakebase.gateway.sessions[-1].issued_key

@@ -21,13 +21,13 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery
 from tests.e2e.conftest import StartProxy
+from tests.support.client import Client, plain_client, query, startup
 from tests.support.manual_upstream import (
     WELCOME,
-    WrittenSession,
-    WrittenUpstream,
-    written_upstream,
+    ManualSession,
+    ManualUpstream,
+    manual_upstream,
 )
-from tests.support.plain_client import PlainClient, plain_client, query, startup
 from tests.support.running import libpq
 
 SYNC = Frame(b"S", b"").encode()
@@ -39,12 +39,12 @@ def extended(sql: str) -> bytes:
 
 
 @pytest_asyncio.fixture
-async def upstream(lakebase: Lakebase) -> AsyncIterator[WrittenUpstream]:
-    async with written_upstream(lakebase) as written:
+async def upstream(lakebase: Lakebase) -> AsyncIterator[ManualUpstream]:
+    async with manual_upstream(lakebase) as written:
         yield written
 
 
-async def joined(client: PlainClient, upstream: WrittenUpstream) -> WrittenSession:
+async def joined(client: Client, upstream: ManualUpstream) -> ManualSession:
     await client.send(startup())
     assert await client.receive() == WELCOME
     return await upstream.session()
@@ -55,7 +55,7 @@ async def joined(client: PlainClient, upstream: WrittenUpstream) -> WrittenSessi
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_w31_any_bytes_pass_both_ways_unchanged(
-    start_proxy: StartProxy, upstream: WrittenUpstream, seed: int
+    start_proxy: StartProxy, upstream: ManualUpstream, seed: int
 ) -> None:
     # Messages of all 256 types, and then what is no message at all.
     noise = random.Random(seed)
@@ -69,7 +69,7 @@ async def test_w31_any_bytes_pass_both_ways_unchanged(
         session = await joined(client, upstream)
         async with asyncio.TaskGroup() as group:
             group.create_task(client.send(there))
-            group.create_task(session.stream.write(back))
+            group.create_task(session.peer.send(back))
             received = b""
             while len(received) < len(back):
                 received += await client.receive()
@@ -78,7 +78,7 @@ async def test_w31_any_bytes_pass_both_ways_unchanged(
     assert session.received == there
 
 
-async def until_ready(client: PlainClient, count: int = 1) -> list[bytes]:
+async def until_ready(client: Client, count: int = 1) -> list[bytes]:
     """Return the types of the messages up to and with so many ReadyForQuery."""
     kinds: list[bytes] = []
     while count:
@@ -155,14 +155,14 @@ async def test_w31_notifications_and_prepared_statements_stay_with_their_session
 
 
 async def test_w32_neither_direction_waits_for_the_other(
-    start_proxy: StartProxy, upstream: WrittenUpstream
+    start_proxy: StartProxy, upstream: ManualUpstream
 ) -> None:
     # The client sends all of its 24 MB before it reads; the upstream's 24 MB wait meanwhile.
     size = 24_000_000
     proxy = await start_proxy(upstream={"port": upstream.port, "cancel_on_disconnect": False})
     async with plain_client(proxy) as client:
         session = await joined(client, upstream)
-        answering = asyncio.create_task(session.stream.write(b"a" * size))
+        answering = asyncio.create_task(session.peer.send(b"a" * size))
         await client.send(b"q" * size)
         await upstream.until(lambda: len(session.received) == size)
         assert not answering.done()
@@ -173,7 +173,7 @@ async def test_w32_neither_direction_waits_for_the_other(
 
 
 async def test_w33_an_upstream_is_not_read_while_its_client_does_not(
-    start_proxy: StartProxy, upstream: WrittenUpstream
+    start_proxy: StartProxy, upstream: ManualUpstream
 ) -> None:
     proxy = await start_proxy(upstream={"port": upstream.port, "cancel_on_disconnect": False})
     async with plain_client(proxy, receive_buffer_bytes=4096) as client:
@@ -183,7 +183,7 @@ async def test_w33_an_upstream_is_not_read_while_its_client_does_not(
         async def flood() -> None:
             nonlocal written
             while True:  # ends when the test does
-                await session.stream.write(bytes(65536))
+                await session.peer.send(bytes(65536))
                 written += 65536
 
         flooding = asyncio.create_task(flood())

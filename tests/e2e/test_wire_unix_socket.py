@@ -28,7 +28,7 @@ from proxy.wire.messages import ReadyForQuery
 from proxy.wire.startup import CancelRequest
 from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.admin_address import ask
-from tests.support.plain_client import PlainClient, plain_client, query, startup
+from tests.support.client import Client, plain_client, query, startup
 from tests.support.proxy_process import run_to_end
 from tests.support.running import eventually, libpq, nothing_left, psql_path
 
@@ -53,11 +53,11 @@ def path_of(proxy: App, directory: Path) -> Path:
 
 
 @asynccontextmanager
-async def unix_client(path: Path) -> AsyncIterator[PlainClient]:
+async def unix_client(path: Path) -> AsyncIterator[Client]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, str(path))
-        yield PlainClient(sock)
+        yield Client(sock)
 
 
 def free_port() -> int:

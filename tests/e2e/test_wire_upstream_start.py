@@ -22,10 +22,11 @@ from proxy.wire.messages import (
 )
 from proxy.wire.startup import SSLRequest
 from tests.e2e.conftest import StartProxy
-from tests.support.manual_upstream import KEY, READY, WELCOME, written_upstream
-from tests.support.plain_client import plain_client, query, startup
+from tests.support.client import plain_client, query, startup
+from tests.support.manual_upstream import KEY, READY, WELCOME, manual_upstream
+from tests.support.peer_server import scripted, tls_opening
 from tests.support.running import LogLines, eventually, libpq
-from tests.support.script import Expect, Send, SendSplit, scripted, tls_opening
+from tests.support.script import Expect, Send, SendSplit
 
 OK = AuthenticationOk().encode()
 NOTICE = NoticeResponse(((b"S", b"NOTICE"), (b"M", b"mind the \xff"))).encode()
@@ -64,28 +65,28 @@ def assert_fatal(received: bytes, sqlstate: str, reason: str) -> None:
 async def test_w24_the_welcome_is_one_write_and_nothing_comes_before_it(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
-    async with written_upstream(lakebase, welcome=OK + STATUS + KEY.encode()) as upstream:
+    async with manual_upstream(lakebase, welcome=OK + STATUS + KEY.encode()) as upstream:
         proxy = await to(start_proxy, upstream.port)
         async with plain_client(proxy) as client:
             await client.send(startup())
             session = await upstream.session()
             with pytest.raises(TimeoutError):  # all but ReadyForQuery has been said upstream
                 await client.receive(0.1)
-            await session.stream.write(READY)
+            await session.peer.send(READY)
             assert await client.receive() == OK + STATUS + KEY.encode() + READY
 
 
 async def test_w24_w29_an_error_behind_authentication_ok_comes_verbatim_and_alone(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
-    async with written_upstream(lakebase, welcome=OK + STATUS + POSTGRES_ERROR) as upstream:
+    async with manual_upstream(lakebase, welcome=OK + STATUS + POSTGRES_ERROR) as upstream:
         assert await told(await to(start_proxy, upstream.port)) == POSTGRES_ERROR
 
 
 async def test_w29_an_error_of_postgres_is_not_tried_again(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
-    async with written_upstream(lakebase, welcome=POSTGRES_ERROR) as upstream:
+    async with manual_upstream(lakebase, welcome=POSTGRES_ERROR) as upstream:
         assert await told(await to(start_proxy, upstream.port)) == POSTGRES_ERROR
         assert len(upstream.first_bytes) == 1
 
@@ -95,7 +96,7 @@ async def test_w29_a_gateway_error_is_told_as_a_fatal_with_its_text_in_the_detai
 ) -> None:
     text = b"Control plane request failed: endpoint is disabled"
     error = ErrorResponse(((b"S", b"ERROR"), (b"C", b"XX000"), (b"M", text)))
-    async with written_upstream(lakebase, welcome=error.encode()) as upstream:
+    async with manual_upstream(lakebase, welcome=error.encode()) as upstream:
         received = await told(await to(start_proxy, upstream.port))
     assert_fatal(received, "08001", "endpoint_disabled")
     assert text in received
@@ -105,7 +106,7 @@ async def test_w25_everything_between_ok_and_ready_passes_verbatim_and_in_order(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
     held = STATUS + NOTICE + UNKNOWN + KEY.encode() + STATUS + NOTICE
-    async with written_upstream(lakebase, welcome=OK + held + READY) as upstream:
+    async with manual_upstream(lakebase, welcome=OK + held + READY) as upstream:
         proxy = await to(start_proxy, upstream.port)
         async with plain_client(proxy) as client:
             await client.send(startup())
@@ -115,7 +116,7 @@ async def test_w25_everything_between_ok_and_ready_passes_verbatim_and_in_order(
 async def test_w26_an_upstream_without_a_key_gives_none_and_nothing_is_cancelled(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
-    async with written_upstream(lakebase, welcome=OK + STATUS + READY) as upstream:
+    async with manual_upstream(lakebase, welcome=OK + STATUS + READY) as upstream:
         proxy = await to(start_proxy, upstream.port)
         async with plain_client(proxy) as client:
             await client.send(startup())
@@ -133,7 +134,7 @@ async def test_w26_an_upstream_without_a_key_gives_none_and_nothing_is_cancelled
 async def test_w26_libpq_is_content_without_a_key(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
-    async with written_upstream(lakebase, welcome=OK + READY) as upstream:
+    async with manual_upstream(lakebase, welcome=OK + READY) as upstream:
         proxy = await to(start_proxy, upstream.port)
         where = libpq(proxy, sslmode="disable", client_encoding="")
         connection = await psycopg.AsyncConnection.connect(**where)
@@ -171,7 +172,7 @@ async def test_w28_an_authentication_that_is_not_supported_is_named(
     start_proxy: StartProxy, lakebase: Lakebase, question: str, method: bytes
 ) -> None:
     asked = Frame(b"R", bytes.fromhex(question)).encode()
-    async with written_upstream(lakebase, question=asked) as upstream:
+    async with manual_upstream(lakebase, question=asked) as upstream:
         received = await told(await to(start_proxy, upstream.port))
         assert_fatal(received, "28000", "unsupported_auth")
         assert method.lower() in received.lower()
@@ -182,7 +183,7 @@ async def test_w28_a_second_question_for_the_token_is_not_answered(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
     again = Frame(b"R", b"\0\0\0\3").encode()
-    async with written_upstream(lakebase, welcome=again) as upstream:
+    async with manual_upstream(lakebase, welcome=again) as upstream:
         received = await told(await to(start_proxy, upstream.port))
         assert_fatal(received, "28000", "unsupported_auth")
         session = await upstream.session()
@@ -197,7 +198,7 @@ async def test_w30_surprises_before_the_authentication_are_taken(
     start_proxy: StartProxy, lakebase: Lakebase, before: bytes
 ) -> None:
     question = before + Frame(b"R", b"\0\0\0\3").encode()
-    async with written_upstream(lakebase, question=question) as upstream:
+    async with manual_upstream(lakebase, question=question) as upstream:
         proxy = await to(start_proxy, upstream.port)
         async with plain_client(proxy) as client:
             await client.send(startup())
@@ -211,7 +212,7 @@ async def test_w30_a_negotiation_that_nobody_asked_for_is_a_violation(
     start_proxy: StartProxy, lakebase: Lakebase, version: int
 ) -> None:
     question = NegotiateProtocolVersion(version, ()).encode()
-    async with written_upstream(lakebase, question=question) as upstream:
+    async with manual_upstream(lakebase, question=question) as upstream:
         received = await told(await to(start_proxy, upstream.port, 0.5))
     assert_fatal(received, "08006", "upstream_protocol")
 
@@ -219,7 +220,7 @@ async def test_w30_a_negotiation_that_nobody_asked_for_is_a_violation(
 async def test_w30_version_3_0_is_asked_whatever_the_client_speaks(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
-    async with written_upstream(lakebase) as upstream:
+    async with manual_upstream(lakebase) as upstream:
         proxy = await to(start_proxy, upstream.port)
         async with plain_client(proxy) as client:
             sent = bytearray(startup())
@@ -232,13 +233,13 @@ async def test_w30_version_3_0_is_asked_whatever_the_client_speaks(
 
 
 async def test_w52_ssl_request_goes_out_alone(start_proxy: StartProxy, lakebase: Lakebase) -> None:
-    async with written_upstream(lakebase) as upstream:
+    async with manual_upstream(lakebase) as upstream:
         proxy = await to(start_proxy, upstream.port)
         async with plain_client(proxy) as client:
             await client.send(startup())
-            session = await upstream.session()
+            await upstream.session()
         assert upstream.first_bytes == [bytes.fromhex("00000008 04d2162f")]
-        assert session.stream.sni == lakebase["one"].endpoint.host
+        assert upstream.server_names == [lakebase["one"].endpoint.host]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ async def test_w53_a_hostile_upstream_costs_its_own_client_and_nobody_else(
     served = await start_proxy()
     async with (
         plain_client(served) as other,
-        written_upstream(lakebase, welcome=OK + nonsense) as upstream,
+        manual_upstream(lakebase, welcome=OK + nonsense) as upstream,
     ):
         await other.start_up()
         received = await told(await to(start_proxy, upstream.port, 0.5))
@@ -298,7 +299,7 @@ async def test_w53_an_error_without_a_code_is_an_error_and_no_crash(
     start_proxy: StartProxy, lakebase: Lakebase, log: LogLines
 ) -> None:
     error = ErrorResponse(((b"S", b"FATAL"), (b"M", b"no code"))).encode()
-    async with written_upstream(lakebase, welcome=OK + error) as upstream:
+    async with manual_upstream(lakebase, welcome=OK + error) as upstream:
         received = await told(await to(start_proxy, upstream.port, 0.5))
     assert received.startswith(b"E")
     assert b"\0M" in received
@@ -326,7 +327,7 @@ async def test_w53_an_end_at_every_offset_of_the_welcome_is_answered(
 async def test_w54_a_client_that_vanishes_before_ready_leaves_no_session_upstream(
     start_proxy: StartProxy, lakebase: Lakebase, way: str
 ) -> None:
-    async with written_upstream(lakebase, welcome=OK + KEY.encode()) as upstream:
+    async with manual_upstream(lakebase, welcome=OK + KEY.encode()) as upstream:
         proxy = await to(start_proxy, upstream.port)
         async with plain_client(proxy) as client:
             await client.send(startup() + query("SELECT 'pipelined'"))

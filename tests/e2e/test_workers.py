@@ -30,7 +30,7 @@ from proxy.wire.startup import CancelRequest
 from proxy.workers.worker_handle import END_SECONDS_MAX
 from tests.e2e.conftest import StartProcess
 from tests.support.admin_address import ask
-from tests.support.plain_client import PlainClient, plain_client, startup
+from tests.support.client import Client, plain_client, startup
 from tests.support.proxy_process import (
     ProxyProcess,
     alive,
@@ -65,7 +65,7 @@ def fork_server_pid(proxy: ProxyProcess) -> int:
 
 
 @asynccontextmanager
-async def served(proxy: ProxyProcess, count: int) -> AsyncIterator[Sequence[PlainClient]]:
+async def served(proxy: ProxyProcess, count: int) -> AsyncIterator[Sequence[Client]]:
     """Give so many clients that are served."""
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(plain_client(proxy)) for _ in range(count)]
@@ -73,7 +73,7 @@ async def served(proxy: ProxyProcess, count: int) -> AsyncIterator[Sequence[Plai
         yield clients
 
 
-async def answers(client: PlainClient) -> bool:
+async def answers(client: Client) -> bool:
     """Ask a session whether it lives; False when it has ended."""
     with suppress(ConnectionError):
         await client.query("SELECT 'it lives'")

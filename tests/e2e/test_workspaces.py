@@ -29,7 +29,7 @@ from proxy.workspace.client import Workspace
 from proxy.workspace.registry import LocalWorkspaceRegistry
 from proxy.workspace.token_source import LocalTokenSource
 from tests.e2e.conftest import StartProxy
-from tests.support.plain_client import plain_client, startup
+from tests.support.client import plain_client, startup
 from tests.support.running import eventually, proxy_settings
 from tests.support.sharding import Section, range_map, shard_by_psycopg, sharded, target, targets
 

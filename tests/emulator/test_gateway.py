@@ -139,7 +139,7 @@ async def test_one_of_several_addresses_is_dead(lakebase: Lakebase, shard: Shard
 async def test_a_host_that_no_endpoint_serves_cannot_be_found(
     lakebase: Lakebase, shard: Shard
 ) -> None:
-    host = "ep-nobody-00000000.database.eu-west-1.cloud.databricks.com"
+    host = "ep-unknown-00000000.database.eu-west-1.cloud.databricks.com"
     assert "endpoint cannot be found" in await refusal(lakebase, shard.endpoint, host=host)
 
 
@@ -176,12 +176,12 @@ async def test_a_bad_token_on_a_provisioned_instance_is_a_wrong_password(
 
 async def test_a_role_that_does_not_exist(lakebase: Lakebase, shard: Shard) -> None:
     """The error is the same whether or not the token is that of the missing role."""
-    for identity in ("nobody@example.com", lakebase.client_id):
-        login = {"user": "nobody@example.com", "password": lakebase.token(identity)}
+    for identity in ("other@example.com", lakebase.client_id):
+        login = {"user": "other@example.com", "password": lakebase.token(identity)}
         shown = await refusal(lakebase, shard.endpoint, **login)
-        assert "ERROR:  password authentication failed for user 'nobody@example.com'" in shown
+        assert "ERROR:  password authentication failed for user 'other@example.com'" in shown
         shown = await refusal(lakebase, shard.instance, **login)
-        assert 'FATAL:  password authentication failed for user "nobody@example.com"' in shown
+        assert 'FATAL:  password authentication failed for user "other@example.com"' in shown
 
 
 async def test_a_member_logs_in_as_the_group_and_a_stranger_does_not(

@@ -34,6 +34,7 @@ from proxy.wire.upstream_startup import (
     UpstreamViolated,
 )
 from proxy.wire.violations import ClientViolation
+from tests.support.cuts import at_offsets
 from tests.wire.driving import shown
 
 CORPUS: Final = Path(__file__).parent / "corpus"
@@ -121,16 +122,12 @@ def cut(random: Random, stream: bytes) -> Iterator[bytes]:
     """Cut the stream: whole, in a few pieces, or byte by byte."""
     match random.randrange(8):
         case 0:
-            places = list(range(1, min(len(stream), 400)))
+            offsets = list(range(1, min(len(stream), 400)))
         case 1 | 2:
-            places = []
+            offsets = []
         case _:
-            places = sorted(random.randint(0, len(stream)) for _ in range(random.randint(1, 4)))
-    start = 0
-    for place in places:
-        yield stream[start:place]
-        start = place
-    yield stream[start:]
+            offsets = [random.randint(0, len(stream)) for _ in range(random.randint(1, 4))]
+    return at_offsets(stream, offsets)
 
 
 def fuzz_client(random: Random, stream: bytes) -> str:

@@ -16,6 +16,7 @@ import pytest
 
 from proxy.session.end_reason import EndReason
 from tests.native.relayed import Relayed, pythons, relayed
+from tests.support.peer import Peer
 from tests.transport.peers import Contexts
 
 SESSIONS: Final = int(os.environ.get("NATIVE_SESSIONS", "60"))
@@ -86,37 +87,36 @@ async def played(setting: Relayed, script: Script) -> EndReason:
     async def client_reads() -> None:
         await after(sent[0], script.reads_late[0])
         await read_into(received[0], setting.client.receive)
-        setting.client.sock.close()
+        setting.client.abort()
 
     async def upstream_reads() -> None:
         await after(sent[1], script.reads_late[1])
         await read_into(received[1], setting.upstream.receive)
-        setting.upstream.writer.close()
+        setting.upstream.abort()
 
     async def client_sends() -> None:
         await send_all(script.there, setting.client.send)
         if script.ender == "client":
-            await end_client(setting, script.ending, reading)
+            end(setting.client, script.ending)
         sent[0].set()
 
     async def upstream_sends() -> None:
         await send_all(script.back, setting.upstream.send)
         if script.ender == "upstream":
-            end_upstream(setting, script.ending)
+            end(setting.upstream, script.ending)
         sent[1].set()
 
     async with asyncio.TaskGroup() as group:
-        reading = group.create_task(client_reads())
-        for part in (upstream_reads, client_sends, upstream_sends):
+        for part in (client_reads, upstream_reads, client_sends, upstream_sends):
             group.create_task(part())
-        end = await setting.end()
+        over = await setting.end()
     for stream in received:
         assert bytes(stream) == PATTERN[: len(stream)]
     if script.ending != "reset" and script.ender == "client":
-        assert (len(received[1]), end.client_bytes) == (there, there)
+        assert (len(received[1]), over.client_bytes) == (there, there)
     elif script.ending != "reset":
-        assert (len(received[0]), end.upstream_bytes) == (back, back)
-    return end.reason
+        assert (len(received[0]), over.upstream_bytes) == (back, back)
+    return over.reason
 
 
 async def after(sent: asyncio.Event, reads_late: bool) -> None:
@@ -124,24 +124,15 @@ async def after(sent: asyncio.Event, reads_late: bool) -> None:
         await sent.wait()
 
 
-async def end_client(setting: Relayed, ending: str, reading: asyncio.Task[None]) -> None:
-    if ending != "reset":
-        setting.client.end()
-        return
-    reading.cancel()  # its descriptor is another's as soon as it is closed
-    await asyncio.wait((reading,))
-    setting.client.reset()
-
-
-def end_upstream(setting: Relayed, ending: str) -> None:
-    if setting.upstream.writer.transport.is_closing():
+def end(peer: Peer, ending: str) -> None:
+    if not peer.open:
         return
     if ending == "reset":
-        setting.upstream.reset()
+        peer.reset()
         return
-    if ending == "close_notify" and setting.upstream.tls is not None:
-        setting.upstream.say_close_notify()
-    setting.upstream.end()
+    if ending == "close_notify" and peer.tls is not None:
+        peer.send_close_notify()
+    peer.end()
 
 
 async def read_into(received: bytearray, receive: Receive) -> None:

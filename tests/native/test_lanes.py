@@ -39,9 +39,9 @@ async def test_what_was_queued_before_the_relay_began_goes_first(
     welcome, answer = b"w" * 4 * MIB, b"a" * 1000
     async with relayed(tls=tls if encrypted else None, small=True, first=welcome) as setting:
         assert setting.client_transport.get_write_buffer_size() > 0
-        upstream = setting.upstream.writer.transport
+        upstream = setting.upstream
         received = setting.client.receive_now()
-        upstream.write(setting.upstream.encrypted(answer) if encrypted else answer)
+        upstream.sock.sendall(upstream.encrypted(answer) if encrypted else answer)
         setting.lanes.run_ready()
         received += await setting.client.receive_exactly(4 * MIB + 1000 - len(received))
         assert received == welcome + answer
@@ -55,9 +55,7 @@ async def test_w33_a_client_that_was_full_before_the_relay_began_stalls_its_upst
     async with relayed(laned=laned, small=True, first=b"w" * 4 * MIB) as setting:
         content = b"a" * 8 * MIB
         sending = asyncio.create_task(setting.upstream.send(content))
-        await eventually(
-            lambda: setting.upstream.writer.transport.get_write_buffer_size() > 0, "it is stalled"
-        )
+        await eventually(lambda: setting.upstream.stalled, "it is stalled")
         assert setting.client_transport.get_write_buffer_size() <= 4 * MIB
         assert await setting.client.receive_exactly(12 * MIB) == b"w" * 4 * MIB + content
         await sending
@@ -67,15 +65,15 @@ async def test_w33_a_client_that_was_full_before_the_relay_began_stalls_its_upst
 async def test_w34_last_words_reach_a_client_that_was_full(tls: Contexts, encrypted: bool) -> None:
     words = b"".join(b"%07d\n" % number for number in range(200_000))
     async with relayed(tls=tls if encrypted else None, small=True) as setting:
-        setting.upstream.writer.write(setting.upstream.encrypted(words) if encrypted else words)
+        sending = asyncio.create_task(setting.upstream.send(words))
         await eventually(
             lambda: setting.client_transport.get_write_buffer_size() > 0, "the client is full"
         )
-        if encrypted:
-            setting.upstream.say_close_notify()
-        setting.upstream.end()
-        assert await setting.client.receive_all() == words
-        setting.client.sock.close()
+        reading = asyncio.create_task(setting.client.receive_rest())
+        await sending
+        setting.upstream.end_orderly()
+        assert await reading == words
+        setting.client.abort()
         assert (await setting.end()).reason is EndReason.UPSTREAM_CLOSED
 
 
@@ -85,18 +83,16 @@ async def test_w34_last_words_reach_an_upstream_that_was_full(
 ) -> None:
     words = b"".join(b"%07d\n" % number for number in range(200_000))
     async with relayed(tls=tls if encrypted else None, small=True) as setting:
-        setting.stall_upstream()
         sending = asyncio.create_task(setting.client.send(words))
         await eventually(
             lambda: setting.upstream_transport.get_write_buffer_size() > 0, "the upstream is full"
         )
-        setting.let_upstream_read()
-        reading = asyncio.create_task(setting.upstream.receive_all())
+        reading = asyncio.create_task(setting.upstream.receive_rest())
         await sending
         setting.client.end()
         assert await reading == words
         assert setting.upstream.close_notify is encrypted
-        setting.upstream.writer.close()
+        setting.upstream.abort()
         assert (await setting.end()).reason is EndReason.CLIENT_CLOSED
 
 
@@ -179,7 +175,6 @@ async def test_no_lane_is_left_whatever_ends_the_session(
             filling = asyncio.create_task(setting.upstream.send(rows * 8192))
             await eventually(lambda: len(setting.lanes) == 1, "the upstream is not read")
         elif full == "upstream":
-            setting.stall_upstream()
             filling = asyncio.create_task(setting.client.send(rows * 8192))
             await eventually(lambda: len(setting.lanes) == 1, "the client is not read")
         else:
@@ -189,8 +184,8 @@ async def test_no_lane_is_left_whatever_ends_the_session(
         if filling is not None:
             filling.cancel()
             await asyncio.wait((filling,))
-        setting.client.sock.close()
-        setting.upstream.writer.transport.abort()
+        setting.client.abort()
+        setting.upstream.abort()
         await asyncio.wait((setting.running,), timeout=10)
         assert setting.running.done()
         assert len(setting.lanes) == 0
@@ -203,7 +198,6 @@ async def test_a_stalled_session_of_which_the_client_has_hung_up_is_not_looked_a
 ) -> None:
     # epoll reports EPOLLHUP whether it was requested or not.
     async with relayed(tls=tls, small=True) as setting:
-        setting.stall_upstream()
         filling = asyncio.create_task(setting.client.send(bytes(4 * MIB)))
         await eventually(lambda: len(setting.lanes) == 1, "the client is not read")
         filling.cancel()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.native.relayed import relayed
+from tests.support.running import eventually
 from tests.transport.peers import Contexts, resident_bytes
 
 # A long run by hand: NATIVE_SESSIONS=2000.
@@ -18,7 +19,8 @@ async def test_sessions_that_are_over_leave_neither_memory_nor_descriptors(tls: 
     await sessions(tls, 100, content)
     descriptors, resident = open_descriptors(), resident_bytes()
     await sessions(tls, SESSIONS, content)
-    assert open_descriptors() == descriptors
+    # An event loop closes a socket a turn after its transport.
+    await eventually(lambda: open_descriptors() <= descriptors, "all descriptors are closed")
     # A session that was kept would be some 30 KiB, and its TLS as much again.
     assert resident_bytes() - resident < 8 * MIB  # in which an allocator has its ups and downs
 
@@ -33,13 +35,13 @@ async def sessions(tls: Contexts, count: int, content: bytes) -> None:
             assert await setting.client.receive_exactly(len(content)) == content
             if number % 3 == 0:
                 setting.client.reset()
-                assert await setting.upstream.receive_all() == b""
-                setting.upstream.writer.close()
+                assert await setting.upstream.receive_rest() == b""
+                setting.upstream.abort()
                 await setting.end()
             elif number % 3 == 1:
                 setting.upstream.reset()
-                await setting.client.receive_all()
-                setting.client.sock.close()
+                await setting.client.receive_rest()
+                setting.client.abort()
                 await setting.end()
     gc.collect()
 

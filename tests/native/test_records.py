@@ -21,7 +21,8 @@ from tests.native.records import (
     Records,
     server_secret,
 )
-from tests.native.relayed import Relayed, pythons, relayed
+from tests.native.relayed import pythons, relayed
+from tests.support.cuts import THREE_WAYS, Cut, whole
 from tests.transport.peers import Contexts, resident_bytes, secured
 
 MIB = 1024 * 1024
@@ -97,31 +98,19 @@ CASES = {
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
-@pytest.mark.parametrize("cut", ["whole", "byte_by_byte"])
+@pytest.mark.parametrize("cut", THREE_WAYS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 async def test_the_client_gets_what_is_whole_and_true(
-    tls: Contexts, key_log: Path, case: Case, cut: str, compiled: bool
+    tls: Contexts, key_log: Path, case: Case, cut: Cut, compiled: bool
 ) -> None:
     async with relayed(laned=compiled, tls=tls if compiled else pythons(tls)) as setting:
         sent = case.sends(Records(server_secret(key_log)))
-        if cut == "whole" or len(sent) > RECORD_BYTES_MAX:
-            await send(setting, sent)
-        else:
-            with suppress(ConnectionError):  # the relay need not hear it out
-                for at in range(len(sent)):
-                    await send(setting, sent[at : at + 1])
-        if not setting.upstream.writer.transport.is_closing():
+        with suppress(ConnectionError):  # the relay need not hear it out
+            await setting.upstream.send_raw(sent, cut if len(sent) < RECORD_BYTES_MAX else whole)
             setting.upstream.end()
-        assert await setting.client.receive_all() == case.received
-        setting.client.sock.close()
+        assert await setting.client.receive_rest() == case.received
+        setting.client.abort()
         assert (await setting.end()).reason is case.reason
-
-
-async def send(setting: Relayed, ciphertext: bytes) -> None:
-    """Send, and give the relay a turn: what it reads is a piece, not all of them."""
-    setting.upstream.writer.write(ciphertext)
-    await setting.upstream.writer.drain()
-    await asyncio.sleep(0)
 
 
 async def test_key_updates_in_both_directions_keep_both_streams_whole(
@@ -132,7 +121,7 @@ async def test_key_updates_in_both_directions_keep_both_streams_whole(
         for number in range(50):
             there, back = b"%04d" % number * 5000, b"%04d" % number * 3000
             sent = records.record(back[:100]) + records.key_update(asks=True)
-            setting.upstream.writer.write(sent + records.record(back[100:]))
+            await setting.upstream.send_raw(sent + records.record(back[100:]))
             await setting.client.send(there)
             assert await setting.upstream.receive_exactly(len(there)) == there
             assert await setting.client.receive_exactly(len(back)) == back
@@ -142,16 +131,14 @@ async def test_a_flood_of_key_updates_from_a_peer_that_reads_no_answer_ends_the_
     tls: Contexts, key_log: Path
 ) -> None:
     async with relayed(tls=tls, small=True) as setting:
-        setting.stall_upstream()
         records = Records(server_secret(key_log))
         before = resident_bytes()
         with suppress(ConnectionError):
             async with asyncio.timeout(30):
                 while not setting.running.done():
                     some = b"".join(records.key_update(asks=True) for _ in range(2000))
-                    setting.upstream.writer.write(some)
-                    await setting.upstream.writer.drain()
-        setting.client.sock.close()
+                    await setting.upstream.send_raw(some)
+        setting.client.abort()
         assert (await setting.end()).reason is LOST
         assert resident_bytes() - before < 32 * MIB
 
@@ -162,13 +149,12 @@ async def test_what_follows_a_close_notify_is_not_kept(tls: Contexts, compiled: 
     async with secured(tls if compiled else pythons(tls), server_side=False) as (stream, peer):
         transport = stream.transport
         assert isinstance(transport, TLSTransport)
-        peer.say_close_notify()
+        peer.send_close_notify()
         await stream.gone
         before = resident_bytes()
         async with asyncio.timeout(10):
             for _ in range(64):
-                peer.writer.write(bytes(MIB))
-                await peer.writer.drain()
+                await peer.send_raw(bytes(MIB))
         assert resident_bytes() - before < 32 * MIB
 
 
@@ -178,10 +164,10 @@ async def test_an_error_that_another_left_with_openssl_is_not_the_streams(
     async with relayed(tls=tls) as setting:
         records = Records(server_secret(key_log))
         sent = records.record(b"back") + records.alert(WARNING, CLOSE_NOTIFY)
-        setting.upstream.writer.write(sent)
+        setting.upstream.sock.sendall(sent)
         with pytest.raises(ValueError, match="unknown object"):
             ssl._ASN1Object("nonsense.bad")  # the one that leaves its error
         setting.lanes.run_ready()
-        assert await setting.client.receive_all() == b"back"
-        setting.client.sock.close()
+        assert await setting.client.receive_rest() == b"back"
+        setting.client.abort()
         assert (await setting.end()).reason is CLOSED

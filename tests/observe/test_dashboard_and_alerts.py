@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import serving
 from tests.support.admin_address import ask
-from tests.support.plain_client import plain_client
+from tests.support.client import plain_client
 from tests.support.running import proxy_settings
 from tests.support.sharding import shard_by_psycopg, sharded
 

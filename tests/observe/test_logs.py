@@ -164,7 +164,7 @@ def test_a_traceback_shows_no_local_variable(format: str) -> None:
     stream = io.StringIO()
     configure_logging(format="json" if format == "json" else "console", stream=stream)
     # Taken apart, because a traceback does show the lines of the source.
-    password = FAKE_SECRET[:5] + "planted"
+    password = FAKE_SECRET[:5] + "canary"
     try:
         raise ConnectionError(len(password))
     except ConnectionError:

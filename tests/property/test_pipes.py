@@ -5,8 +5,7 @@ has received in the end is a function of what the peers said, and equal to the s
 streams without a limit. The one exception is a client that leaves while it is being served.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 
 import pytest
@@ -51,7 +50,9 @@ from proxy.wire.upstream_startup import (
     UpstreamViolated,
 )
 from proxy.wire.violations import ClientViolation
+from tests.support.cuts import at_offsets
 from tests.support.pipes import PIPE_BYTES_MAX, Duplex, Pipe
+from tests.support.script import Action, Expect, Script, Send, Step
 from tests.wire.driving import (
     AUTHENTICATION_OK,
     BACKEND_KEY_DATA,
@@ -99,25 +100,22 @@ class Scenario:
     piece_bytes: int  # how much a peer says at once, at most
 
     @property
-    def client_steps(self) -> Iterator[tuple[int, bytes]]:
-        """Give what the client says: the number of bytes that it must have received, and it."""
-        yield from self._pieces(0, SSL_REQUEST)
-        yield from self._pieces(1 if self.waits else 0, startup(PAIRS) + self.early)
+    def client_steps(self) -> list[Step]:
+        """Return what the client does."""
+        opening = [*self._said(SSL_REQUEST), *([Expect(b"N")] if self.waits else [])]
+        return [*opening, *self._said(startup(PAIRS) + self.early)]
 
     @property
-    def upstream_steps(self) -> Iterator[tuple[int, bytes]]:
-        """Give the same for the upstream."""
-        yield len(SSL_REQUEST), b"S"
-        received = len(SSL_REQUEST) + len(startup(PAIRS))
+    def upstream_steps(self) -> list[Step]:
+        """Return what the upstream does."""
+        steps: list[Step] = [Expect(SSL_REQUEST), Send(b"S"), Expect(startup(PAIRS))]
         said = self.early_notice
         for question, answer in LOGINS[self.login]:
-            yield from self._pieces(received, said + question)
-            said, received = b"", received + len(answer)
+            steps += [*self._said(said + question), Expect(answer)]
+            said = b""
         final = SASL_FINAL if self.login == "SASL" else b""
         welcome = self.before_key + self.key + self.behind_key + READY_FOR_QUERY
-        yield from self._pieces(
-            received, said + final + AUTHENTICATION_OK + welcome + self.trailing
-        )
+        return steps + self._said(said + final + AUTHENTICATION_OK + welcome + self.trailing)
 
     @property
     def client_receives(self) -> bytes:
@@ -131,9 +129,9 @@ class Scenario:
         answers = b"".join(answer for _, answer in LOGINS[self.login])
         return SSL_REQUEST + startup(PAIRS) + answers + self.early
 
-    def _pieces(self, after: int, said: bytes) -> Iterator[tuple[int, bytes]]:
-        for at in range(0, len(said), self.piece_bytes):
-            yield after, said[at : at + self.piece_bytes]
+    def _said(self, content: bytes) -> list[Step]:
+        offsets = range(self.piece_bytes, len(content), self.piece_bytes)
+        return [Send(piece) for piece in at_offsets(content, offsets)]
 
 
 MESSAGES = st.lists(st.sampled_from(HELD), max_size=2).map(b"".join)
@@ -167,27 +165,39 @@ class Fault:
     said: bytes
 
 
-@dataclass
-class Peer:
-    """Says its steps, each once it has received enough; keeps what it receives."""
+class PipePeer:
+    """Goes through its steps at one end of a duplex pipe; keeps what it receives."""
 
-    steps: list[tuple[int, bytes]]
-    outgoing: Pipe
-    done: int = 0
-    received: bytearray = field(default_factory=bytearray)
-    saw_end: bool = False
+    def __init__(self, steps: list[Step], outgoing: Pipe) -> None:
+        self.script = Script(steps)
+        self.outgoing = outgoing
+        self.received = bytearray()
+        self.saw_end = False
+        self._next: Action | None = None
+
+    @property
+    def done(self) -> int:
+        """How many actions are over."""
+        return self.script.actions_taken - (self._next is not None)
 
     @property
     def may_speak(self) -> bool:
-        """Whether the next step's turn has come."""
-        if self.outgoing.ended or self.done == len(self.steps):
-            return False
-        return len(self.received) >= self.steps[self.done][0]
+        """Whether there is an action to take now."""
+        if self._next is None:
+            self._next = self.script.next_action()
+        return self._next is not None and not self.outgoing.ended
 
     def speak(self) -> None:
-        """Say the next step."""
-        self.outgoing.write(self.steps[self.done][1])
-        self.done += 1
+        """Take the next action."""
+        assert isinstance(self._next, Send)
+        self.outgoing.write(self._next.content)
+        self._next = None
+
+    def receive(self, read: bytes) -> None:
+        """Take what arrives, or the end."""
+        self.received += read
+        self.saw_end = not read
+        self.script.receive_data(read)
 
     def fail(self, fault: Fault) -> None:
         """Say something else, or end."""
@@ -205,8 +215,8 @@ class SessionStart:
         self.pipes = [front.there, front.back, back.there, back.back]
         self.to_client, self.to_upstream = front.back, back.there
         self.peers = {
-            Side.CLIENT: Peer(list(scenario.client_steps), front.there),
-            Side.UPSTREAM: Peer(list(scenario.upstream_steps), back.back),
+            Side.CLIENT: PipePeer(scenario.client_steps, front.there),
+            Side.UPSTREAM: PipePeer(scenario.upstream_steps, back.back),
         }
         self.client = ClientStartup()
         self.upstream = UpstreamStartup()
@@ -217,7 +227,7 @@ class SessionStart:
     def move(self, number: int, count: int) -> bool:
         """Read up to so many bytes, or the end, from a pipe; return whether anything moved."""
         if number == 3 and self.dialled is None:
-            return False  # nobody is connected to the upstream yet
+            return False  # the upstream is not connected yet
         pipe = self.pipes[number]
         read = pipe.read(count)
         if not read and (not pipe.at_end or number in self._told_end):
@@ -228,9 +238,9 @@ class SessionStart:
             case 0:
                 self._client_said(read)
             case 1:
-                self._hear(self.peers[Side.CLIENT], read)
+                self.peers[Side.CLIENT].receive(read)
             case 2:
-                self._hear(self.peers[Side.UPSTREAM], read)
+                self.peers[Side.UPSTREAM].receive(read)
             case _:
                 self._upstream_said(read)
         self.states.append((self.client.state, self.upstream.state))
@@ -260,11 +270,6 @@ class SessionStart:
         return [(bytes(peer.received), peer.saw_end) for peer in self.peers.values()]
 
     # -- the owner's part ------------------------------------------------------------------------
-
-    @staticmethod
-    def _hear(peer: Peer, read: bytes) -> None:
-        peer.received += read
-        peer.saw_end = not read
 
     def _client_said(self, read: bytes) -> None:
         if self.client.state is ClientState.READY:
@@ -411,7 +416,9 @@ class SessionStartWalk(RuleBasedStateMachine):
     def fail(self, side: Side, said: bytes) -> None:
         peer = self.session.peers[side]
         self.fault = Fault(side, peer.done, said)
-        sent = sum(len(piece) for _, piece in peer.steps[: peer.done])
+        steps = self.scenario.client_steps
+        pieces = [step.content for step in steps if isinstance(step, Send)]
+        sent = sum(len(piece) for piece in pieces[: peer.done])
         whole = len(SSL_REQUEST) + len(startup(PAIRS))
         self.raced = side is Side.CLIENT and not said and sent >= whole
         peer.fail(self.fault)
@@ -471,9 +478,9 @@ def test_a_pipe_takes_up_to_its_limit_and_the_rest_waits_in_order() -> None:
     assert (pipe.read(8), pipe.at_end, pipe.held_max) == (b"", True, 8)
 
 
-def test_behind_its_end_a_pipe_takes_nothing() -> None:
+def test_after_its_end_a_pipe_takes_nothing() -> None:
     pair = Duplex()
     pair.there.end()
-    with pytest.raises(AssertionError, match="behind the end"):
+    with pytest.raises(AssertionError, match="after the end"):
         pair.there.write(b"x")
     pair.back.write(b"the other direction goes on")

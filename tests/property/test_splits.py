@@ -1,13 +1,11 @@
 """How a stream was cut into reads makes no difference to what a machine says (W2)."""
 
-from collections.abc import Iterator
-from itertools import pairwise
-
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from proxy.wire.client_startup import ClientStartup, ClientState, DirectTLSReceived
 from proxy.wire.upstream_startup import UpstreamStartup, UpstreamState
+from tests.support.cuts import at_offsets
 from tests.wire.driving import (
     AUTHENTICATION_OK,
     BACKEND_KEY_DATA,
@@ -69,13 +67,6 @@ def streams(pieces: list[bytes]) -> st.SearchStrategy[bytes]:
 CUTS = st.lists(st.integers(0, 120), max_size=12)
 
 
-def cut(stream: bytes, cuts: list[int]) -> Iterator[bytes]:
-    """Cut the stream at these places; a place twice is an empty read."""
-    edges = [0, *sorted(place for place in cuts if place < len(stream)), len(stream)]
-    for start, end in pairwise(edges):
-        yield stream[start:end]
-
-
 @given(streams(CLIENT_PIECES), CUTS, st.booleans())
 @example(SSL_REQUEST + STARTUP, [8], True)
 def test_w2_w3_a_clients_stream_means_the_same_in_any_cut(
@@ -85,7 +76,7 @@ def test_w2_w3_a_clients_stream_means_the_same_in_any_cut(
     expected = whole.receive_data(stream)
     # A ClientHello is handed over as far as it was read; the rest is TLS's own.
     assume(not any(isinstance(event, DirectTLSReceived) for event in expected))
-    assert shown(feed_client(pieces, cut(stream, cuts))) == shown(expected)
+    assert shown(feed_client(pieces, at_offsets(stream, cuts))) == shown(expected)
     assert pieces.state is whole.state
     if whole.state is ClientState.AWAIT_BACKEND:
         assert pieces.trailing_data() == whole.trailing_data()
@@ -113,7 +104,7 @@ def test_w2_an_upstreams_stream_means_the_same_in_any_cut(stream: bytes, cuts: l
     whole, pieces = behind_tls(), behind_tls()
     expected = whole.receive_data(stream)
     events, relayed = [], b""
-    for chunk in cut(stream, cuts):
+    for chunk in at_offsets(stream, cuts):
         if pieces.state is UpstreamState.READY:
             relayed += chunk  # a ready session is relayed, not parsed
         else:

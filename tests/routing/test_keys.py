@@ -173,8 +173,8 @@ def test_s3_what_is_no_key_is_refused_by_its_kind(
 def test_a_refusal_does_not_show_the_key() -> None:
     for key_type in KeyType:
         with pytest.raises(ProxyError) as refusal:
-            parse_key("planted-key" * 12 + "\0", key_type)
-        assert "planted" not in f"{refusal.value!r} {refusal.value.response()}"
+            parse_key("canary-key" * 12 + "\0", key_type)
+        assert "canary" not in f"{refusal.value!r} {refusal.value.response()}"
 
 
 def test_texts_are_normalised_as_the_map_says() -> None:

@@ -307,8 +307,8 @@ def test_nothing_is_forwarded_without_a_key() -> None:
 
 
 def test_no_repr_and_no_error_shows_a_key() -> None:
-    planted = startup((b"shard_key", b"ACME"))
-    assert "acme" not in repr(router(NAMES, forward_key=True).route(planted)).lower()
+    with_key = startup((b"shard_key", b"ACME"))
+    assert "acme" not in repr(router(NAMES, forward_key=True).route(with_key)).lower()
     for pairs in (
         ((b"shard_key", b"unknown-acme"),),
         ((b"shard_key", b"acme"), (b"database", b"@acme2")),

@@ -14,8 +14,9 @@ from proxy.session.end_reason import EndReason
 from proxy.session.relay import Relay
 from proxy.transport.stream import StartupStream
 from proxy.wire.messages import ErrorResponse, ReadyForQuery, Terminate
-from tests.support.plain_client import query
-from tests.transport.peers import Peer, linked
+from tests.support.client import query
+from tests.support.peer import Peer
+from tests.transport.peers import linked
 
 QUERY = query("SELECT 1")
 READY = ReadyForQuery(b"I").encode()
@@ -76,8 +77,8 @@ async def test_w47_an_idle_session_ends_with_an_error_and_is_not_counted_as_cut(
     sessions = OpenSessions()
     async with relayed(sessions) as session:
         draining = asyncio.create_task(drained(sessions, 60))
-        assert await session.client.receive_all() == SHUTTING_DOWN
-        assert await session.upstream.receive_all() == Terminate().encode()
+        assert await session.client.receive_rest() == SHUTTING_DOWN
+        assert await session.upstream.receive_rest() == Terminate().encode()
         session.client.end()
         session.upstream.end()
         assert await draining == 0
@@ -92,7 +93,7 @@ async def test_w47_a_busy_session_ends_when_its_client_has_its_answer() -> None:
         await asyncio.sleep(0)
         assert not draining.done()
         await session.upstream.send(READY)
-        assert await session.client.receive_all() == READY + SHUTTING_DOWN
+        assert await session.client.receive_rest() == READY + SHUTTING_DOWN
         session.client.end()
         session.upstream.end()
         assert await draining == 0
@@ -190,10 +191,10 @@ async def test_the_idle_timeout_ends_an_idle_session_and_no_busy_one() -> None:
         enders = [IdleEnd(session.relay) for session in (busy, idle)]
         for ender in enders:
             ender.after_idle(0.01, IDLE_TIMEOUT)
-        assert await idle.client.receive_all() == IDLE_TIMEOUT.encode()
+        assert await idle.client.receive_rest() == IDLE_TIMEOUT.encode()
         assert not busy.relay.over
         await busy.upstream.send(READY)
-        assert await busy.client.receive_all() == READY + IDLE_TIMEOUT.encode()
+        assert await busy.client.receive_rest() == READY + IDLE_TIMEOUT.encode()
         assert busy.relay.ended(EndReason.SHUTDOWN).reason is EndReason.IDLE_TIMEOUT
         for ender in enders:
             ender.close()

@@ -18,7 +18,7 @@ from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, Se
 from proxy.session.memory_trim import SESSIONS_MIN, MemoryTrim
 from proxy.session.slots import Slots
 from proxy.transport.stream import StartupStream
-from tests.support.plain_client import PlainClient, plain_client
+from tests.support.client import Client, plain_client
 from tests.support.running import LogLines, captured_log, eventually
 
 
@@ -65,12 +65,12 @@ def log() -> Iterator[LogLines]:
         yield lines
 
 
-async def exchange(client: PlainClient, content: bytes) -> None:
+async def exchange(client: Client, content: bytes) -> None:
     await client.send(content)
     assert await client.receive() == content
 
 
-async def assert_cut(client: PlainClient) -> None:
+async def assert_cut(client: Client) -> None:
     with contextlib.suppress(ConnectionResetError):
         assert await client.receive() == b""
 
@@ -209,7 +209,7 @@ async def test_a_connection_that_waits_in_the_backlog_at_the_end_is_cut() -> Non
         for sock in clients:
             with sock:
                 sock.setblocking(False)
-                await assert_cut(PlainClient(sock))
+                await assert_cut(Client(sock))
 
 
 async def test_connections_that_only_start_do_not_use_up_the_slots_of_sessions() -> None:

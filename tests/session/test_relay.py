@@ -1,8 +1,6 @@
 """The relay between two real TCP connections: order, backpressure, ends, counts."""
 
 import asyncio
-import socket
-import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,13 +12,14 @@ from proxy.session.end_reason import EndReason, RelayEnd
 from proxy.session.fast_path import watched_lanes
 from proxy.session.relay import BUFFER_BYTES_MAX, Relay
 from tests.support.compiled import need_compiled
+from tests.support.peer import READ_BYTES, WAIT_SECONDS_MAX, Peer, tcp_pair
 from tests.support.running import eventually
 
 if TYPE_CHECKING:
     from proxy.native.lanes import Lanes
 
 MEGABYTE = 1_000_000
-WAIT_SECONDS_MAX = 10.0
+REFUSED_TIMES = 200
 # What the kernel may hold between two ends on one machine, whatever its tuning: 4 MB sent, 6 MB
 # received, and then what the relay itself may.
 KERNEL_BYTES_MAX = 12 * MEGABYTE
@@ -28,66 +27,17 @@ ONE_READ_BYTES_MAX = 256 * 1024
 CLIENT_ENDS = (EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST)
 
 
-def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        near = socket.create_connection(server.getsockname())
-        far, _ = server.accept()
-    for end in (near, far):
-        end.setblocking(False)
-    return near, far
-
-
-@dataclass
-class Peer:
-    """The far end of one of the relay's connections."""
-
-    sock: socket.socket
-
-    async def send(self, content: bytes) -> None:
-        async with asyncio.timeout(WAIT_SECONDS_MAX):
-            await asyncio.get_running_loop().sock_sendall(self.sock, content)
-
-    async def receive(self, count: int = 65536) -> bytes:
-        async with asyncio.timeout(WAIT_SECONDS_MAX):
-            return await asyncio.get_running_loop().sock_recv(self.sock, count)
-
-    async def receive_exactly(self, count: int, portion: int = 65536) -> bytes:
-        received = bytearray()
-        while len(received) < count:
-            some = await self.receive(min(portion, count - len(received)))
-            assert some, "ended early"
-            received += some
-        return bytes(received)
-
-    async def receive_rest(self) -> bytes:
-        rest = bytearray()
-        while some := await self.receive():
-            rest += some
-        return bytes(rest)
-
-    async def send_until_stalled(self, content: bytes) -> int:
-        """Send until nothing is taken any more; return how much was."""
-        sent = 0
-        deadline = asyncio.get_running_loop().time() + 0.2
-        while asyncio.get_running_loop().time() < deadline and sent < len(content):
-            try:
-                taken = self.sock.send(content[sent : sent + 65536])
-            except BlockingIOError:
-                await asyncio.sleep(0.001)
-                continue
-            sent += taken
-            deadline = asyncio.get_running_loop().time() + 0.2
-        return sent
-
-    def close(self) -> None:
-        self.sock.close()
-
-    def half_close(self) -> None:
-        self.sock.shutdown(socket.SHUT_WR)
-
-    def reset(self) -> None:
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
+async def send_until_stalled(peer: Peer, content: bytes) -> int:
+    """Send until nothing is taken any more, however often it is tried; return how much was."""
+    sent = refused = 0
+    while refused < REFUSED_TIMES and sent < len(content):
+        try:
+            sent += peer.sock.send(content[sent : sent + 65536])
+            refused = 0
+        except BlockingIOError:
+            refused += 1
+            await asyncio.sleep(0.001)
+    return sent
 
 
 @dataclass
@@ -159,7 +109,8 @@ async def test_8_bytes_at_a_time_written_and_read_are_the_same_stream(setting: S
 
     async with asyncio.TaskGroup() as group:
         group.create_task(drip())
-        received = group.create_task(setting.upstream.receive_exactly(len(content), portion=8))
+        setting.upstream.read_bytes = 8
+        received = group.create_task(setting.upstream.receive_exactly(len(content)))
     assert received.result() == content
 
 
@@ -180,7 +131,7 @@ async def test_w33_while_one_side_does_not_read_only_a_bounded_amount_is_held(
         if stalled == "client"
         else (setting.client, setting.upstream_transport)
     )
-    sent = await sender.send_until_stalled(bytes(40 * MEGABYTE))
+    sent = await send_until_stalled(sender, bytes(40 * MEGABYTE))
     assert sent < 2 * KERNEL_BYTES_MAX + BUFFER_BYTES_MAX
     assert 0 < full.get_write_buffer_size() <= BUFFER_BYTES_MAX + ONE_READ_BYTES_MAX
 
@@ -208,10 +159,10 @@ async def test_a_reader_that_goes_on_gets_all_that_was_held_back(setting: Settin
     ("side", "method", "reason"),
     [
         ("client", "close", EndReason.CLIENT_CLOSED),
-        ("client", "half_close", EndReason.CLIENT_CLOSED),
+        ("client", "end", EndReason.CLIENT_CLOSED),
         ("client", "reset", EndReason.CLIENT_LOST),
         ("upstream", "close", EndReason.UPSTREAM_CLOSED),
-        ("upstream", "half_close", EndReason.UPSTREAM_CLOSED),
+        ("upstream", "end", EndReason.UPSTREAM_CLOSED),
         ("upstream", "reset", EndReason.UPSTREAM_LOST),
     ],
 )
@@ -241,7 +192,7 @@ async def test_an_end_is_not_waited_for_twice(setting: Setting) -> None:
     # The upstream ended, then the client: a delay is of no use to either. This once
     # kept a client's slot for two more seconds.
     loop = asyncio.get_running_loop()
-    setting.upstream.half_close()
+    setting.upstream.end()
     assert await setting.client.receive_rest() == b""
     setting.client.close()
     began = loop.time()
@@ -253,7 +204,9 @@ async def test_w34_what_one_side_sent_before_its_end_reaches_the_other(setting: 
     content = bytes(range(256)) * 40_000
     sending = asyncio.create_task(setting.upstream.send(content))
     await eventually(lambda: setting.client_transport.get_write_buffer_size() > 0, "it is stalled")
-    received = bytearray(await setting.client.receive_exactly(1000, portion=8))
+    setting.client.read_bytes = 8
+    received = bytearray(await setting.client.receive_exactly(1000))
+    setting.client.read_bytes = READ_BYTES
     reading = asyncio.create_task(setting.client.receive_rest())
     await sending
     setting.upstream.close()
@@ -268,7 +221,7 @@ async def test_last_words_are_not_lost_when_the_client_still_sends(setting: Sett
     # the client has not read yet.
     await setting.client.send(b"q" * 100_000)
     await setting.upstream.send(b"last words")
-    setting.upstream.half_close()
+    setting.upstream.end()
     await setting.client.send(b"q" * 100_000)
     assert await setting.client.receive_rest() == b"last words"
     setting.client.close()

@@ -45,7 +45,7 @@ from proxy.wire.messages import (
 )
 from proxy.wire.startup import CancelRequest, ProtocolVersion, SSLRequest, StartupMessage
 from proxy.wire.upstream_startup import UpstreamStartup
-from tests.support.plain_client import PlainClient, plain_client, query, startup
+from tests.support.client import Client, plain_client, query, startup
 from tests.support.running import captured_log, eventually, proxy_settings
 from tests.support.secret_canaries import watching
 
@@ -91,7 +91,7 @@ def listener_with(
     return Listener(ListenSettings(port=0), slots, metrics, serve)
 
 
-async def until_ready(client: PlainClient) -> list[BackendMessage | Frame]:
+async def until_ready(client: Client) -> list[BackendMessage | Frame]:
     messages = [await client.message()]
     while not isinstance(messages[-1], ReadyForQuery):
         messages.append(await client.message())

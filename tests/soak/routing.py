@@ -25,7 +25,7 @@ from proxy.emulator.lakebase import SHARDS, Lakebase
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import Frame
 from proxy.wire.startup import V3_0
-from tests.support.plain_client import query, startup
+from tests.support.client import query, startup
 from tests.support.proxy_process import ProxyProcess, started_process
 from tests.support.running import eventually, proxy_values, toml
 from tests.support.sharding import TABLE, Section, sharded

@@ -1,4 +1,4 @@
-"""The idle tracker in Python and the compiled one, as one that demands that they agree."""
+"""The idle tracker in Python and the compiled one, as one object that demands that they agree."""
 
 from typing import TYPE_CHECKING
 
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from proxy.native.activity import Activity as CompiledActivity
 
 
-class Trackers:
-    """Takes the reads of a session as an Activity does, and lets both follow them.
+class ActivityPair:
+    """Takes the reads of a session as an Activity does, and feeds them to both trackers.
 
     Where nothing was compiled it is Python's alone; `tests/native` says so loudly.
     """

@@ -1,4 +1,4 @@
-"""A dialer with tokens that are counted, toward the stand-in's gateway or a scripted server.
+"""A dialer with tokens that are counted, toward the emulator's gateway or a scripted server.
 
 For: tests of the dialer and of the connector below it. Not for: whole sessions (`running`).
 """
@@ -46,11 +46,8 @@ from proxy.workspace.credential import Credential
 from proxy.workspace.single_flight import PendingCalls
 from proxy.workspace.token_source import LocalTokenSource
 from tests.support.fake_clock import FakeClock
-from tests.support.script import (
-    ScriptedServer,
-    Step,
-    scripted,
-)
+from tests.support.peer_server import ScriptedServer, scripted
+from tests.support.script import Step
 
 WAIT_SECONDS_MAX = 8.0
 HOST = "db.example.com"

@@ -28,13 +28,13 @@ def no_databricks_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def endpoint() -> Endpoint:
-    """Return an endpoint whose cluster does not run: the API alone knows it."""
+    """Return an endpoint whose cluster does not run; only the API knows it."""
     return Endpoint(ENDPOINT, "ep-quiet-forest-00000001", Dialect.AUTOSCALING, Cluster("none"))
 
 
 @pytest_asyncio.fixture
 async def api(endpoint: Endpoint) -> AsyncIterator[Workspace]:
-    """Return the stand-in's workspace alone."""
+    """Return the emulator's workspace API alone."""
     async with Workspace([endpoint], {CLIENT_ID: CLIENT_SECRET}) as started:
         started.api.personal_tokens[PERSONAL_TOKEN] = CLIENT_ID
         yield started

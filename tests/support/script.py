@@ -1,23 +1,38 @@
-"""An upstream that does what a script says, byte for byte: for what no honest server would do.
+"""The steps of a fake peer: what it sends, what it expects, how it ends.
 
-Every connection runs the same steps. A step that does not find what it expects ends that
-connection and is kept in `failures`, which the test's end looks at. When the steps are over the
-server waits for its client to end.
+One list of steps serves a client or a server, over a socket (`play`) or over a pipe in memory
+(`tests/property/test_pipes.py`). `Script` itself does no I/O: it is fed what arrives and asked what
+to do next, as the proxy's own machines are.
 """
 
-import asyncio
-import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections import Counter, deque
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from ssl import SSLContext
+from struct import Struct
 from typing import Final
 
-from proxy.emulator.streams import EndedBy, Stream, StreamEnded
-from proxy.wire.framing import MessageReader
-from proxy.wire.messages import AuthenticationCleartextPassword, Frame
-from proxy.wire.startup import SSLRequest
+from proxy.wire.messages import Frame
+from tests.support.cuts import Cut, byte_by_byte, whole
+from tests.support.peer import Peer
 
-WAIT_SECONDS_MAX: Final = 5.0
+_HEADER: Final = Struct("!cI")
+_LENGTH: Final = Struct("!I")
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send these bytes."""
+
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SendSplit:
+    """Send these bytes one at a time."""
+
+    content: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +55,37 @@ class ExpectMessage:
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
-    """Send bytes in one write."""
+class ReadBytes:
+    """Read so many bytes outside messages: the answers to encryption requests. Or up to the end."""
 
-    content: bytes
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
-class SendSplit:
-    """Send bytes one at a time."""
+class ReadUntil:
+    """Read messages until these types were among them, each as often as it is named. Or to the end.
 
-    content: bytes
+    What is read is kept and not judged.
+    """
+
+    types: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReadToEnd:
+    """Read messages until the other side ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartTLS:
-    """Shake hands as the server."""
+    """Do the server's side of the TLS handshake."""
 
-    context: ssl.SSLContext
+    context: SSLContext
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """End orderly: close_notify where there is TLS, and FIN."""
+    """End orderly: close_notify where there is TLS, then FIN; read until the other side ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,142 +93,178 @@ class Reset:
     """End with RST."""
 
 
-Step = Expect | ExpectPacket | ExpectMessage | Send | SendSplit | StartTLS | Close | Reset
+Action = Send | StartTLS | Close | Reset
+Step = (
+    Action | SendSplit | Expect | ExpectPacket | ExpectMessage | ReadBytes | ReadUntil | ReadToEnd
+)
 
 
-class ScriptedServer:
-    """Listens on a port of its own. `packets` are what ExpectPacket and ExpectMessage read."""
+class PeerEnded(Exception):
+    """The other side ended while something was expected of it."""
 
-    def __init__(self, steps: tuple[Step, ...]) -> None:
-        self.port = 0
-        self.accepted = 0
-        self.open = 0
-        self.scripted = 0  # connections whose script has not come to its end
-        self.scripted_most = 0
-        self.packets: list[bytes] = []
-        self.ends: list[EndedBy | None] = []
-        self.failures: list[str] = []
-        self._steps = steps
-        self._changed = asyncio.Condition()
-        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Run the script on one connection."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        stream = Stream(reader, writer)
-        await self._count(accepted=1, opened=1)
-        try:
-            await self._run_all(stream)
-            await stream.linger(WAIT_SECONDS_MAX)
-        except StreamEnded:
-            pass  # the client left in the middle, which a test may want; `ends` says how
-        except AssertionError as error:
-            self.failures.append(str(error))
-        except asyncio.CancelledError:
-            pass  # the test is over
-        finally:
-            stream.reset()
-            self._tasks.discard(task)
-            self.ends.append(stream.ended_by)
-            await self._count(accepted=0, opened=-1)
+class Script:
+    """Goes through steps: `receive_data` feeds it, `next_action` says what the peer does now."""
 
-    async def _run_all(self, stream: Stream) -> None:
-        self.scripted += 1
-        self.scripted_most = max(self.scripted, self.scripted_most)
-        try:
-            for step in self._steps:
-                await self._run(step, stream)
-        finally:
-            self.scripted -= 1
+    def __init__(self, steps: Iterable[Step] = (), cut: Cut = whole) -> None:
+        self.packets: list[bytes] = []  # what ExpectPacket and ExpectMessage read
+        self.bare = b""  # what ReadBytes read
+        self.messages: list[Frame] = []  # what ReadUntil and ReadToEnd read
+        self.ended = False
+        self.actions_taken = 0
+        self._steps = deque(steps)
+        self._cut = cut
+        self._pieces: deque[bytes] = deque()
+        self._buffer = bytearray()
+        self._missing: Counter[int] | None = None  # of the ReadUntil that is under way
 
-    async def until_open(self, count: int) -> None:
-        """Wait until so many connections are open."""
-        async with asyncio.timeout(WAIT_SECONDS_MAX), self._changed:
-            await self._changed.wait_for(lambda: self.open == count)
+    @property
+    def done(self) -> bool:
+        """Whether all steps are over."""
+        return not self._steps and not self._pieces
 
-    async def until_read(self, count: int) -> None:
-        """Wait until so many packets were read."""
-        async with asyncio.timeout(WAIT_SECONDS_MAX), self._changed:
-            await self._changed.wait_for(lambda: len(self.packets) >= count)
+    def receive_data(self, data: bytes) -> None:
+        """Take what has arrived."""
+        self._buffer += data
 
-    async def stop(self) -> None:
-        """Cut what is still open."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    def receive_eof(self) -> None:
+        """Take the end of the stream."""
+        self.ended = True
 
-    async def _count(self, *, accepted: int, opened: int) -> None:
-        self.accepted += accepted
-        self.open += opened
-        async with self._changed:
-            self._changed.notify_all()
+    def trailing_data(self) -> bytes:
+        """Return, once, what has arrived and was not read by a step."""
+        return self._take(len(self._buffer))
 
-    async def _keep(self, packet: bytes) -> None:
-        self.packets.append(packet)
-        async with self._changed:
-            self._changed.notify_all()
+    def next_action(self) -> Action | None:
+        """Return what to do now; None waits for more bytes, or is the end of the script.
 
-    async def _run(self, step: Step, stream: Stream) -> None:
+        Raises AssertionError for bytes that are not the expected ones, PeerEnded for none.
+        """
+        while not self._pieces:
+            if not self._steps:
+                return None
+            match self._steps[0]:
+                case Send(content):
+                    self._pieces.extend(self._cut(content))
+                case SendSplit(content):
+                    self._pieces.extend(byte_by_byte(content))
+                case StartTLS() | Close() | Reset() as action:
+                    self._steps.popleft()
+                    self.actions_taken += 1
+                    return action
+                case step if not self._has_read(step):
+                    return None
+            self._steps.popleft()
+        self.actions_taken += 1
+        return Send(self._pieces.popleft())
+
+    def _has_read(self, step: Step) -> bool:
+        """Read what the step wants; return whether it has all of it."""
+        match step:
+            case ReadBytes(count):
+                if len(self._buffer) < count and not self.ended:
+                    return False
+                self.bare += self._take(count)
+                return True
+            case ReadUntil(types):
+                return self._has_read_until(types)
+            case ReadToEnd():
+                while self._read_message():
+                    pass
+                return self.ended
+        found = self._expected(step)
+        if not found and self.ended:
+            raise PeerEnded
+        return found
+
+    def _expected(self, step: Step) -> bool:
         match step:
             case Expect(content):
-                found = await stream.read_exactly(len(content))
-                assert found == content, f"expected {content!r}, got {found!r}"
+                found = bytes(self._buffer[: len(content)])
+                assert content.startswith(found), f"expected {content!r}, got {found!r}"
+                if len(found) < len(content):
+                    return False
+                self._take(len(content))
             case ExpectPacket():
-                header = await stream.read_exactly(4)
-                rest = await stream.read_exactly(int.from_bytes(header, "big") - 4)
-                await self._keep(header + rest)
+                return self._keep(_LENGTH.size, 0)
             case ExpectMessage(kind):
-                header = await stream.read_exactly(5)
-                assert header[:1] == kind, f"expected {kind!r}, got {header[:1]!r}"
-                size = int.from_bytes(header[1:], "big") - 4
-                await self._keep(header + await stream.read_exactly(size))
+                found = bytes(self._buffer[:1])
+                assert kind.startswith(found), f"expected {kind!r}, got {found!r}"
+                return self._keep(_HEADER.size, 1)
+        return True
+
+    def _keep(self, header_bytes: int, length_at: int) -> bool:
+        """Keep the packet at the head of the buffer; False if it is not whole."""
+        if len(self._buffer) < header_bytes:
+            return False
+        end = length_at + _LENGTH.unpack_from(self._buffer, length_at)[0]
+        if len(self._buffer) < end:
+            return False
+        self.packets.append(self._take(end))
+        return True
+
+    def _has_read_until(self, types: bytes) -> bool:
+        if self._missing is None:
+            self._missing = Counter(types)
+        while self._missing and (frame := self._read_message()):
+            self._missing -= Counter(frame.type)
+        if self._missing and not self.ended:
+            return False
+        self._missing = None
+        return True
+
+    def _read_message(self) -> Frame | None:
+        """Take a whole message out of the buffer. A length that cannot be is that of its header."""
+        if len(self._buffer) < _HEADER.size:
+            return None
+        kind, length = _HEADER.unpack_from(self._buffer)
+        end = 1 + max(length, 4)
+        if len(self._buffer) < end:
+            return None
+        frame = Frame(kind, self._take(end)[_HEADER.size :])
+        self.messages.append(frame)
+        return frame
+
+    def _take(self, count: int) -> bytes:
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+
+async def play(peer: Peer, *steps: Step, cut: Cut = whole) -> Script:
+    """Go through steps on a connection. What arrives beyond them is left to be received.
+
+    Raises AssertionError and PeerEnded as the script does, ssl.SSLError where TLS fails.
+    """
+    script = Script(steps, cut)
+    while True:
+        action = script.next_action()
+        match action:
             case Send(content):
-                await stream.write(content)
-            case SendSplit(content):
-                for index in range(len(content)):
-                    await stream.write(content[index : index + 1])
-                    await asyncio.sleep(0)
+                with suppress(OSError):  # one that has left; what it said is still to be read
+                    await peer.send(content)
             case StartTLS(context):
-                await stream.start_tls(context)
+                peer.unread(script.trailing_data())
+                await peer.handshake(context, server_side=True)
             case Close():
-                await stream.finish(WAIT_SECONDS_MAX)
-                raise StreamEnded
+                peer.end_orderly()
+                await peer.ended()
             case Reset():
-                raise StreamEnded
+                peer.reset()
+            case None if script.done:
+                if not script.ended:
+                    peer.unread(script.trailing_data())
+                return script
+            case None:
+                await _receive(peer, script)
 
 
-@asynccontextmanager
-async def scripted(*steps: Step) -> AsyncIterator[ScriptedServer]:
-    """Serve the script while the block runs; then no step may have failed."""
-    script = ScriptedServer(steps)
-    server = await asyncio.start_server(script.serve, "127.0.0.1", 0)
-    script.port = server.sockets[0].getsockname()[1]
+async def _receive(peer: Peer, script: Script) -> None:
     try:
-        yield script
-    finally:
-        server.close()
-        await script.stop()
-    assert script.failures == []
-
-
-def tls_opening(context: ssl.SSLContext) -> tuple[Step, ...]:
-    """Return the steps of an honest server up to and with the StartupMessage."""
-    return (Expect(SSLRequest().encode()), Send(b"S"), StartTLS(context), ExpectPacket())
-
-
-def password_opening(context: ssl.SSLContext) -> tuple[Step, ...]:
-    """Return the steps of an honest server up to and with the token."""
-    asked = Send(AuthenticationCleartextPassword().encode())
-    return (*tls_opening(context), asked, ExpectMessage(b"p"))
-
-
-def password_in(packet: bytes) -> bytes:
-    """Return what a PasswordMessage holds."""
-    reader = MessageReader(len(packet))
-    reader.feed(packet)
-    frame = reader.next()
-    assert isinstance(frame, Frame)
-    return frame.payload.rstrip(b"\0")
+        received = await peer.receive(None)
+    except ConnectionError:
+        received = b""
+    if received:
+        script.receive_data(received)
+    else:
+        script.receive_eof()

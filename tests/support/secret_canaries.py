@@ -1,13 +1,13 @@
-"""A pytest plugin: no secret of the stand-in or of a test shows anywhere in the whole run.
+"""A pytest plugin: no secret of the emulator or of a test shows anywhere in the whole run.
 
-Every secret that tests use says of itself that it is none (`not-a-real-...`, `planted-...`), and a
-token of the stand-in carries a watermark, so that a piece of one is known as well. Looked through
-are: each log record as it is made, before any masking; what a test prints; and what the support
-modules pass to `look` (output of processes, bytes that a client receives, metrics, reprs). A test
-in which something is found fails.
+Every secret that a test uses has a recognizable form (`not-a-real-...`, `canary-...`), and a token
+of the emulator carries a watermark, so that a part of one is recognized as well. Searched are: each
+log record when it is made, before any masking; what a test prints; and what the support modules
+pass to `look` (output of processes, bytes that a client receives, metrics, reprs). A test during
+which a secret is found fails.
 
-Not looked through: what `pytest.raises` catches, for which there is no hook; a refusal's text is in
-the log line of its session. The secret itself is never repeated here, only where it was.
+Not searched: what `pytest.raises` catches, for which there is no hook; a refusal's text is in the
+log line of its session. The failure names the place and does not repeat the secret.
 """
 
 import asyncio
@@ -25,22 +25,22 @@ from proxy.emulator.tokens import watermarks
 from proxy.server.app import App
 from proxy.wire.secret import MASK
 
-# Here secrets are shown on purpose, to see that they are masked or found.
+# These show secrets on purpose, to test that they are masked or found.
 ON_PURPOSE: Final = ("tests/observe/test_logs.py",)
 
-# More at once is a bulk of rows, which a test made up itself; a refusal is shorter.
+# A longer read is a bulk of rows that a test made up itself; a refusal is shorter.
 RECEIVED_BYTES_MAX: Final = 8 * 1024
 
-# What the admin address shows to people; a path that it does not have shows nothing.
+# The pages of the admin address; a path that it does not serve shows nothing.
 ADMIN_PATHS: Final = ("/", "/status", "/metrics")
 PAGE_SECONDS_MAX: Final = 10.0
 
 
 def _in_base64(word: str) -> Iterator[str]:
-    """Yield the letters that the word is sure to become, wherever it stands in what is encoded."""
+    """Yield the encoded word at each of the three offsets, without the neighbours' part."""
     for before in range(3):
         encoded = base64.b64encode(b"\0" * before + word.encode()).decode().rstrip("=")
-        yield encoded[-(-before * 8 // 6) : -1]  # what neighbours have no part in
+        yield encoded[-(-before * 8 // 6) : -1]
 
 
 # The log had to mask something: a mask other than those of --print-config and of a repr.
@@ -51,7 +51,7 @@ _SECRET: Final = re.compile(
         (
             r"eyJ[\w-]{10,}",  # a JWT
             r"not-(?:a-)?real",
-            r"planted-[a-z]",
+            r"canary-[a-z]",
             MASKED,
             *map(re.escape, watermarks()),
             *map(re.escape, _in_base64(CLIENT_SECRET)),
@@ -63,21 +63,21 @@ _found: Final[list[str]] = []  # where, in the test that runs
 
 
 def look(where: str, text: str | bytes) -> None:
-    """Look for secrets in something that anybody may see; `where` is what the failure says."""
+    """Search a text for secrets; `where` is what the failure names."""
     shown = text.decode("latin-1") if isinstance(text, bytes) else text
     if _SECRET.search(shown):
         _found.append(where)
 
 
 def look_at_answer(received: bytes) -> None:
-    """Look at what came to a client in one piece, unless it is a bulk."""
+    """Search what a client received in one read, unless it is a bulk."""
     if len(received) <= RECEIVED_BYTES_MAX:
         look("what a client received", received)
 
 
 @asynccontextmanager
 async def watching(app: App) -> AsyncIterator[App]:
-    """Look at what a proxy shows of itself at the block's end, when it has something to tell."""
+    """Search metrics, repr and admin pages of a proxy at the end of the block."""
     try:
         yield app
     finally:
@@ -89,7 +89,7 @@ async def watching(app: App) -> AsyncIterator[App]:
 
 
 async def _page(host: str, port: int, path: str) -> bytes:
-    """Return a whole HTTP answer; none where nobody listens any more."""
+    """Return a whole HTTP answer; nothing where the port is closed."""
     async with asyncio.timeout(PAGE_SECONDS_MAX):
         try:
             reader, writer = await asyncio.open_connection(host, port)
@@ -104,7 +104,7 @@ async def _page(host: str, port: int, path: str) -> bytes:
 
 
 class LogRecord(logging.LogRecord):
-    """Every record of every library, whatever its handlers are: looked at when it is made."""
+    """A record of any library, searched when it is made, whatever its handlers are."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -117,12 +117,12 @@ class LogRecord(logging.LogRecord):
 
 
 def pytest_configure() -> None:
-    """Look at log records from now on."""
+    """Search log records from now on."""
     logging.setLogRecordFactory(LogRecord)
 
 
 def pytest_unconfigure() -> None:
-    """Leave logging as it was."""
+    """Restore the log record factory."""
     logging.setLogRecordFactory(logging.LogRecord)
 
 
@@ -130,7 +130,7 @@ def pytest_unconfigure() -> None:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Fail a test in which a secret showed, once all that it started has ended."""
+    """Fail a test during which a secret showed, after its fixtures are torn down."""
     report = yield
     if report.when != "teardown":
         return report

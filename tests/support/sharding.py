@@ -1,4 +1,4 @@
-"""Settings that route by shard keys to the shards of a stand-in, and what tells where one went.
+"""Settings that route by shard keys to the emulator's shards, and queries that show the shard.
 
 For: sections for `start_proxy` and `start_process`, and one question to `shard_identity`. Not for:
 what a shard map means (`tests/routing`).
@@ -21,7 +21,7 @@ Section = dict[str, object]
 
 
 def target(lakebase: Lakebase, endpoint: Endpoint, **more: object) -> Section:
-    """Return a target that is an Autoscaling endpoint, or a Provisioned instance, of a stand-in."""
+    """Return a target that is an Autoscaling endpoint or a Provisioned instance."""
     where = "endpoint" if endpoint.name.startswith("projects/") else "instance"
     return {where: endpoint.name, "hostaddr": lakebase.host_address, **more}
 
@@ -53,7 +53,7 @@ def list_map(points: Mapping[str, str]) -> Section:
 def sharded(
     lakebase: Lakebase, shard_map: Section | None = None, **routing: object
 ) -> dict[str, Section]:
-    """Return sections that route by a map (default: by ranges) to the stand-in's shards."""
+    """Return sections that route by a map (default: by ranges) to the emulator's shards."""
     names = [shard.name for shard in lakebase.shards]
     return {
         "targets": dict(targets(lakebase)),

@@ -1,4 +1,4 @@
-"""The search for secrets itself: it finds what is planted, and nothing where nothing is."""
+"""The search for secrets finds each canary, and nothing where there is none."""
 
 import base64
 import re
@@ -17,8 +17,8 @@ from tests.support.admin_address import Shown
 from tests.support.proxy_process import ROOT, run_to_end
 
 TOKEN = TokenIssuer("1", time.time).issue("ada", Purpose.DATABASE, 60)
-# Spelled so that the output of the inner run, which this one looks at, has none of it.
-SECRET = "'planted' + '-secret'"
+# Spelled so that the output of the inner run, which is searched as well, does not contain it.
+SECRET = "'canary' + '-secret'"
 
 LEAKS = {
     "a log line": f"logging.getLogger('x').warning('it is %s', {SECRET})",
@@ -32,9 +32,7 @@ LEAKS = {
     "standard output": f"print({SECRET})",
     "standard error": f"print({SECRET}, file=sys.stderr)",
     "what a client received": f"secret_canaries.look('a client', ({SECRET}).encode())",
-    "a process": (
-        "asyncio.run(run_to_end(sys.executable, '-c', \"print('planted' + '-secret')\"))"
-    ),
+    "a process": ("asyncio.run(run_to_end(sys.executable, '-c', \"print('canary' + '-secret')\"))"),
 }
 
 

@@ -1,13 +1,9 @@
-"""The other end of a connection under test, and a protocol that writes down what it is told.
-
-The peer's TLS runs over memory buffers here, so that a test decides which bytes travel together.
-"""
+"""A stream under test with its far end, and a protocol that writes down what it is told."""
 
 import asyncio
-import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -15,13 +11,12 @@ import trustme
 
 from proxy import native
 from proxy.transport.stream import StartupStream
+from tests.support.peer import WAIT_SECONDS_MAX, Peer, tcp_pair
 
 if TYPE_CHECKING:
     from proxy.native.tls import ClientContext
 
 HOST: Final = "db.example.com"
-WAIT_SECONDS_MAX: Final = 5.0
-READ_BYTES: Final = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,150 +105,17 @@ class Notes(asyncio.Protocol):
         self._changed.set()
 
 
-class Peer:
-    """The far end: plain, or TLS after `handshake`."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.close_notify = False
-        self.fin = False
-        self.incoming = ssl.MemoryBIO()
-        self.outgoing = ssl.MemoryBIO()
-        self.tls: ssl.SSLObject | None = None
-
-    def start(self, context: ssl.SSLContext, *, server_side: bool) -> ssl.SSLObject:
-        """Prepare TLS without sending anything."""
-        hostname = None if server_side else HOST
-        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side, hostname)
-        return self.tls
-
-    async def handshake(
-        self, context: ssl.SSLContext, *, server_side: bool, split: bool = False, tail: bytes = b""
-    ) -> None:
-        """Shake hands; `split` sends byte by byte, `tail` is sent in the last flight's write."""
-        tls = self.start(context, server_side=server_side)
-        async with asyncio.timeout(WAIT_SECONDS_MAX):
-            while True:
-                try:
-                    tls.do_handshake()
-                    break
-                except ssl.SSLWantReadError:
-                    await self.flush(split=split)
-                    assert await self.feed(), "ended during the handshake"
-            if tail:
-                tls.write(tail)
-            await self.flush(split=split)
-
-    async def flush(self, *, split: bool = False) -> None:
-        """Send what TLS has produced."""
-        content = self.outgoing.read()
-        if not split:
-            self.writer.write(content)
-        for index in range(len(content) if split else 0):
-            self.writer.write(content[index : index + 1])
-            await asyncio.sleep(0)
-        await self.writer.drain()
-
-    async def feed(self) -> bool:
-        """Read ciphertext; False at the end."""
-        content = await self.reader.read(READ_BYTES)
-        self.incoming.write(content)
-        return bool(content)
-
-    def encrypted(self, content: bytes) -> bytes:
-        """Return content as TLS records."""
-        assert self.tls is not None
-        rest = memoryview(content)
-        while rest:
-            rest = rest[self.tls.write(rest) :]
-        return self.outgoing.read()
-
-    async def send(self, content: bytes) -> None:
-        """Send, and wait until the transport's buffer has room."""
-        self.writer.write(self.encrypted(content) if self.tls else content)
-        await self.writer.drain()
-
-    async def receive(self) -> bytes:
-        """Return what comes next; empty at the end, which `close_notify` and `fin` tell apart."""
-        async with asyncio.timeout(WAIT_SECONDS_MAX):
-            while True:
-                if self.tls is None:
-                    content = await self.reader.read(READ_BYTES)
-                    self.fin = not content
-                    return content
-                try:
-                    content = self.tls.read(READ_BYTES)
-                    self.close_notify = not content
-                    return content
-                except ssl.SSLWantReadError:
-                    if not await self.feed():
-                        self.fin = True
-                        return b""
-                except ssl.SSLZeroReturnError:
-                    self.close_notify = True
-                    return b""
-
-    async def receive_exactly(self, count: int) -> bytes:
-        """Return so many bytes."""
-        content = bytearray()
-        while len(content) < count:
-            piece = await self.receive()
-            assert piece, f"ended after {len(content)} bytes"
-            content += piece
-        assert len(content) == count
-        return bytes(content)
-
-    async def receive_all(self) -> bytes:
-        """Return everything up to the end."""
-        content = bytearray()
-        while piece := await self.receive():
-            content += piece
-        return bytes(content)
-
-    async def until_fin(self) -> None:
-        """Wait for the end of the plain stream."""
-        async with asyncio.timeout(WAIT_SECONDS_MAX):
-            while await self.reader.read(READ_BYTES):
-                pass
-        self.fin = True
-
-    def say_close_notify(self) -> None:
-        """Send close_notify and nothing else."""
-        assert self.tls is not None
-        with suppress(ssl.SSLError):  # the other side's need not have come
-            self.tls.unwrap()
-        self.writer.write(self.outgoing.read())
-
-    def end(self) -> None:
-        """Send FIN."""
-        self.writer.write_eof()
-
-    def reset(self) -> None:
-        """Send RST."""
-        sock = self.writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        self.writer.transport.abort()
-
-
 @asynccontextmanager
-async def linked() -> AsyncIterator[tuple[StartupStream, Peer]]:
+async def linked(buffer_bytes: int = 0) -> AsyncIterator[tuple[StartupStream, Peer]]:
     """Give a Link and the other end of its TCP connection; both are cut at the end."""
-    loop = asyncio.get_running_loop()
-    accepted: asyncio.Future[Peer] = loop.create_future()
-
-    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        accepted.set_result(Peer(reader, writer))
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    _, link = await loop.create_connection(StartupStream, "127.0.0.1", port)
-    peer = await accepted
-    server.close()
+    near, far = tcp_pair(buffer_bytes)
+    peer = Peer(far)
+    peer.server_name = HOST
+    _, link = await asyncio.get_running_loop().create_connection(StartupStream, sock=near)
     try:
         yield link, peer
     finally:
-        peer.writer.transport.abort()
+        peer.abort()
         if not link.transport.is_closing():
             link.transport.abort()
         await asyncio.sleep(0)  # both hear of their end while the loop still runs

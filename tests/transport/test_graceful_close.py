@@ -8,7 +8,8 @@ import pytest
 import uvloop
 
 from proxy.transport.graceful_close import FLUSH_SECONDS_MAX, LINGER_SECONDS, close_gracefully
-from tests.transport.peers import WAIT_SECONDS_MAX, linked
+from tests.support.peer import WAIT_SECONDS_MAX
+from tests.transport.peers import linked
 
 MIB = 1024 * 1024
 LOOPS = pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_a_peer_that_ends_while_it_is_flushed_to_still_gets_everything(
             ending = asyncio.create_task(close_gracefully(link.transport))
             await asyncio.sleep(0)
             peer.end()
-            assert len(await peer.receive_all()) == 8 * MIB
+            assert len(await peer.receive_rest()) == 8 * MIB
             await ending
 
     run(new_loop, story)

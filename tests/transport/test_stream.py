@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 
 from proxy.transport.stream import INBOX_BYTES_MAX
-from tests.transport.peers import WAIT_SECONDS_MAX, Notes, contexts, linked, resident_bytes, start
+from tests.support.peer import WAIT_SECONDS_MAX
+from tests.transport.peers import Notes, contexts, linked, resident_bytes, start
 
 MIB = 1024 * 1024
 

@@ -14,12 +14,12 @@ from proxy.transport.graceful_close import close_gracefully
 from proxy.transport.stream import StartupStream
 from proxy.transport.tls import client_context
 from tests.support.compiled import need_compiled
+from tests.support.cuts import THREE_WAYS, Cut, byte_by_byte
+from tests.support.peer import WAIT_SECONDS_MAX, Peer
 from tests.transport.peers import (
     HOST,
-    WAIT_SECONDS_MAX,
     Contexts,
     Notes,
-    Peer,
     contexts,
     linked,
     resident_bytes,
@@ -43,15 +43,13 @@ def tls(request: pytest.FixtureRequest) -> Contexts:
 
 
 @BOTH_SIDES
-@pytest.mark.parametrize("split", [False, True], ids=["whole", "byte_by_byte"])
+@pytest.mark.parametrize("cut", THREE_WAYS)
 async def test_both_sides_shake_hands_however_the_bytes_are_cut(
-    tls: Contexts, server_side: bool, split: bool
+    tls: Contexts, server_side: bool, cut: Cut
 ) -> None:
     async with linked() as (link, peer), asyncio.TaskGroup() as group:
         context = tls.of(server_side=not server_side)
-        shaken = group.create_task(
-            peer.handshake(context, server_side=not server_side, split=split)
-        )
+        shaken = group.create_task(peer.handshake(context, server_side=not server_side, cut=cut))
         tls_object = await start(link, tls, server_side=server_side)
         await shaken
         assert tls_object.version() == "TLSv1.3"
@@ -147,7 +145,7 @@ async def test_a_certificate_that_does_not_verify_fails_and_the_peer_is_told(tls
 
 async def test_a_peer_that_does_not_speak_tls_fails_the_handshake(tls: Contexts) -> None:
     async with linked() as (link, peer):
-        peer.writer.write(b"Q\0\0\0\x0dselect 1\0")
+        peer.sock.sendall(b"Q\0\0\0\x0dselect 1\0")
         with pytest.raises(ssl.SSLError):
             await start(link, tls, server_side=True)
         await peer.send(b"and more of it")  # nobody minds
@@ -157,7 +155,7 @@ async def test_a_peer_that_does_not_speak_tls_fails_the_handshake(tls: Contexts)
 async def test_a_peer_that_ends_during_the_handshake_fails_it(tls: Contexts, reset: bool) -> None:
     async with linked() as (link, peer), asyncio.TaskGroup() as group:
         starting = group.create_task(_failing_start(link, tls))
-        await peer.reader.read(1)
+        await peer.receive()
         peer.reset() if reset else peer.end()
         assert isinstance(await starting, ConnectionError)
 
@@ -165,7 +163,7 @@ async def test_a_peer_that_ends_during_the_handshake_fails_it(tls: Contexts, res
 async def test_a_peer_that_ended_before_the_handshake_fails_it_at_once(tls: Contexts) -> None:
     # S and FIN in one read: the end was told to the Link, and to nobody else ever again.
     async with linked() as (link, peer):
-        peer.writer.write(b"S")
+        peer.sock.sendall(b"S")
         peer.end()
         await link.gone
         assert await link.receive() == b"S"
@@ -186,15 +184,15 @@ async def test_a_handshake_that_fails_leaves_no_exception_that_nobody_retrieves(
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
     async with linked() as (link, peer):
         starting = asyncio.create_task(start(link, tls, server_side=False))
-        await peer.reader.read(1)
+        await peer.receive()
         match how:
             case "cancelled":
                 starting.cancel()
-                peer.writer.write(b"\x15\x03\x03\x00\x02\x02\x28")  # an alert, too late
+                await peer.send_raw(b"\x15\x03\x03\x00\x02\x02\x28")  # an alert, too late
             case "reset":
                 peer.reset()
             case "garbage":
-                peer.writer.write(b"garbage" * 100)
+                await peer.send_raw(b"garbage" * 100)
         await asyncio.wait([starting])
         assert starting.cancelled() or starting.exception() is not None
         await asyncio.sleep(0)
@@ -280,9 +278,7 @@ async def test_records_cut_at_every_byte_are_put_together(tls: Contexts) -> None
     notes = Notes()
     async with secured(tls, server_side=False, protocol=notes) as (_, peer):
         records = peer.encrypted(b"one") + peer.encrypted(b"") + peer.encrypted(b"two")
-        for index in range(len(records)):
-            peer.writer.write(records[index : index + 1])
-            await asyncio.sleep(0)
+        await peer.send_raw(records, byte_by_byte)
         await notes.until_received(6)
         assert notes.received == b"onetwo"
 
@@ -311,14 +307,13 @@ async def _send_in_pieces(peer: Peer, content: bytes) -> None:
 
 
 async def _until_stuck(peer: Peer) -> None:
-    """Wait until the peer's own buffer has not moved for many turns of the loop."""
+    """Wait until nothing more was taken of what the peer sends for many turns of the loop."""
     turns = 0
-    last = -1
+    last = 0
     async with asyncio.timeout(WAIT_SECONDS_MAX):
         while turns < 200:
-            size = peer.writer.transport.get_write_buffer_size()
-            turns = turns + 1 if size == last and size > 0 else 0
-            last = size
+            turns = turns + 1 if peer.sent_bytes == last > 0 else 0
+            last = peer.sent_bytes
             await asyncio.sleep(0)
 
 
@@ -413,9 +408,9 @@ async def test_w34_an_end_is_close_notify_and_then_fin(tls: Contexts, server_sid
         link.transport.write(b"last words")
         link.transport.write_eof()
         link.transport.write(b"too late")
-        assert await peer.receive_all() == b"last words"
+        assert await peer.receive_rest() == b"last words"
         assert peer.close_notify
-        assert not await peer.feed()  # and FIN behind it
+        assert await peer.receive_raw() == b""  # and FIN behind it
 
 
 async def test_closing_says_close_notify_too(tls: Contexts) -> None:
@@ -423,7 +418,7 @@ async def test_closing_says_close_notify_too(tls: Contexts) -> None:
         link.transport.write(b"x" * MIB)
         link.transport.close()
         assert link.transport.is_closing()
-        assert await peer.receive_all() == b"x" * MIB
+        assert await peer.receive_rest() == b"x" * MIB
         assert peer.close_notify
 
 
@@ -435,9 +430,9 @@ async def test_what_the_peer_sends_after_our_end_is_delivered_and_so_is_its_end(
     notes = Notes()
     async with secured(tls, server_side=server_side, protocol=notes) as (link, peer):
         link.transport.write_eof()
-        assert await peer.receive_all() == b""
+        assert await peer.receive_rest() == b""
         await peer.send(b"late" * 10_000)
-        peer.say_close_notify()
+        peer.send_close_notify()
         await notes.until_told("eof")
         assert notes.received == b"late" * 10_000
         assert notes.told[:2] == ["data", "eof"]
@@ -451,7 +446,7 @@ async def test_an_end_is_told_once_whether_close_notify_or_fin_or_both_say_it(
         async with secured(tls, server_side=False, protocol=notes) as (link, peer):
             await peer.send(b"x")
             if close_notify:
-                peer.say_close_notify()
+                peer.send_close_notify()
             peer.end()
             await notes.until_told("eof")
             link.transport.resume_reading()
@@ -463,10 +458,10 @@ async def test_an_end_is_told_once_whether_close_notify_or_fin_or_both_say_it(
 async def test_a_protocol_that_does_not_keep_the_connection_open_ends_it(tls: Contexts) -> None:
     notes = Notes(keep_open=False)
     async with secured(tls, server_side=False, protocol=notes) as (_, peer):
-        peer.say_close_notify()
+        peer.send_close_notify()
         peer.end()
         await notes.until_told("lost")
-        assert await peer.receive_all() == b""
+        assert await peer.receive_rest() == b""
         assert peer.close_notify
 
 
@@ -478,12 +473,12 @@ async def test_closing_does_not_wait_for_a_peer_that_has_ended_already(
     notes = Notes()
     async with secured(tls, server_side=False, protocol=notes) as (link, peer):
         if close_notify:
-            peer.say_close_notify()
+            peer.send_close_notify()
         peer.end()
         await notes.until_told("eof")
         async with asyncio.timeout(WAIT_SECONDS_MAX):
             await close_gracefully(link.transport, linger_seconds=60)
-        assert await peer.receive_all() == b""
+        assert await peer.receive_rest() == b""
         assert peer.close_notify
 
 
@@ -498,7 +493,7 @@ async def test_w34_a_slow_reader_gets_every_byte_that_came_before_the_peers_fin(
 
         async def send_and_end() -> None:
             await _send_in_pieces(peer, content)
-            peer.say_close_notify()
+            peer.send_close_notify()
             peer.end()
 
         sending = asyncio.create_task(send_and_end())
@@ -520,7 +515,7 @@ async def test_a_broken_record_ends_the_connection_and_nothing_behind_it_is_beli
         good = peer.encrypted(b"good")
         broken = bytearray(peer.encrypted(b"broken"))
         broken[-1] ^= 1
-        peer.writer.write(good + broken + peer.encrypted(b"behind"))
+        await peer.send_raw(good + broken + peer.encrypted(b"behind"))
         await notes.until_told("lost")
         assert notes.received == b"good"
 
@@ -528,7 +523,7 @@ async def test_a_broken_record_ends_the_connection_and_nothing_behind_it_is_beli
 async def test_plaintext_in_the_middle_of_tls_ends_the_connection(tls: Contexts) -> None:
     notes = Notes()
     async with secured(tls, server_side=False, protocol=notes) as (_, peer):
-        peer.writer.write(b"Q\0\0\0\x0dselect 1\0" * 10)
+        await peer.send_raw(b"Q\0\0\0\x0dselect 1\0" * 10)
         await notes.until_told("lost")
         assert notes.received == b""
 

@@ -48,18 +48,9 @@ from tests.support.dialing import (
     messages_until,
     query,
 )
+from tests.support.peer_server import scripted, tls_opening
 from tests.support.running import captured_log, nothing_left
-from tests.support.script import (
-    Close,
-    Expect,
-    ExpectPacket,
-    Reset,
-    Send,
-    StartTLS,
-    Step,
-    scripted,
-    tls_opening,
-)
+from tests.support.script import Close, Expect, ExpectPacket, Reset, Send, StartTLS, Step
 
 
 @pytest.fixture

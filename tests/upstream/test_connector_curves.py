@@ -6,39 +6,24 @@ PostgreSQL up to 17 accepts prime256v1 only.
 
 import asyncio
 import ssl
-from typing import Any
 
 import pytest
 import trustme
 
 from proxy.errors import ErrorKind
 from tests.support.dialing import HONEST, HOST, Dialing, dialing_script
-from tests.support.script import ScriptedServer, Send, tls_opening
-
-
-class CountingContext(ssl.SSLContext):
-    """Counts the ClientHellos that it receives."""
-
-    hellos = 0
-
-    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
-        original = self.sni_callback
-
-        def count(tls: ssl.SSLObject, name: str, context: ssl.SSLContext) -> None:
-            self.hellos += 1
-            assert original is not None
-            original(tls, name, context)
-
-        self.sni_callback = count
-        return super().wrap_bio(*args, **options)
+from tests.support.peer_server import ScriptedServer, tls_opening
+from tests.support.script import Send
 
 
 class Server:
     """A scripted server whose certificate and curve can change."""
 
     def __init__(self, authority: trustme.CA) -> None:
-        self.context = CountingContext(ssl.PROTOCOL_TLS_SERVER)
+        self.hellos = 0
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.set_ecdh_curve("prime256v1")
+        self.context.sni_callback = self._count
         self.use_certificate_of(authority)
         self.steps = (*tls_opening(self.context), Send(HONEST))
 
@@ -48,9 +33,12 @@ class Server:
 
     async def hellos_of_a_dial(self, made: Dialing) -> int:
         """Open and close a session; return how many ClientHellos it took."""
-        before = self.context.hellos
+        before = self.hellos
         (await made.dial()).stream.transport.abort()
-        return self.context.hellos - before
+        return self.hellos - before
+
+    def _count(self, tls: object, name: str | None, context: ssl.SSLContext) -> None:
+        self.hellos += 1
 
 
 @pytest.fixture
@@ -98,6 +86,6 @@ async def test_no_curve_is_recorded_for_a_server_with_an_invalid_certificate(
     async with dialing_script(ca_file, *postgres.steps) as (made, _):
         for _ in range(2):
             assert (await made.refusal()).kind is ErrorKind.UPSTREAM_CERTIFICATE
-        assert postgres.context.hellos == 4
+        assert postgres.hellos == 4
         postgres.use_certificate_of(authority)
         assert [await postgres.hellos_of_a_dial(made) for _ in range(2)] == [2, 1]

@@ -53,13 +53,8 @@ from tests.support.dialing import (
     lakebase_dialing,
     toward,
 )
-from tests.support.script import (
-    Send,
-    password_in,
-    password_opening,
-    scripted,
-    tls_opening,
-)
+from tests.support.peer_server import password_in, password_opening, scripted, tls_opening
+from tests.support.script import Send
 
 
 @pytest.fixture

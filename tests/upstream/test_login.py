@@ -40,15 +40,8 @@ from tests.support.dialing import (
     lakebase_dialing,
     toward,
 )
-from tests.support.script import (
-    Close,
-    ExpectMessage,
-    Send,
-    SendSplit,
-    password_in,
-    password_opening,
-    tls_opening,
-)
+from tests.support.peer_server import password_in, password_opening, tls_opening
+from tests.support.script import Close, ExpectMessage, Send, SendSplit
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ from tests.support.running import proxy_values, toml
 
 STEPS = ["configuration", "workspace login", "clock", "credential", "endpoint"]
 STEPS += ["DNS", "TCP", "TLS", "Postgres login", "query"]
-PLANTED_SECRET = "planted-client-secret"
-PLANTED_PASSWORD = "planted-native-password"
+CANARY_SECRET = "canary-client-secret"
+CANARY_PASSWORD = "canary-native-password"
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +66,7 @@ async def checked(
     code, out, err = await run_to_end(
         sys.executable, *command, environment={"PYTHONPATH": str(ROOT)}
     )
-    for secret in (PLANTED_SECRET, PLANTED_PASSWORD, lakebase.client_secret, "eyJ"):
+    for secret in (CANARY_SECRET, CANARY_PASSWORD, lakebase.client_secret, "eyJ"):
         assert secret not in out + err
     assert lakebase.personal_token not in out + err
     assert "Traceback" not in err
@@ -113,9 +113,9 @@ async def test_a_native_password_is_checked_without_any_token(
 ) -> None:
     endpoint = lakebase["one"].endpoint
     endpoint.native_login = True
-    endpoint.native_passwords[lakebase.native_role] = PLANTED_PASSWORD
+    endpoint.native_passwords[lakebase.native_role] = CANARY_PASSWORD
     file = tmp_path / "password"
-    file.write_text(PLANTED_PASSWORD)
+    file.write_text(CANARY_PASSWORD)
     upstream = {"user": lakebase.native_role, "host": endpoint.host, "endpoint": ""}
     found = await checked(
         lakebase, tmp_path, credentials={"password_file": str(file)}, upstream=upstream
@@ -435,8 +435,8 @@ async def test_a_secret_from_a_file_and_from_the_environment_is_not_shown(
     lakebase: Lakebase, tmp_path: Path
 ) -> None:
     file = tmp_path / "secret"
-    file.write_text(PLANTED_SECRET + "\n")
-    lakebase.workspace.api.clients[lakebase.client_id] = PLANTED_SECRET
+    file.write_text(CANARY_SECRET + "\n")
+    lakebase.workspace.api.clients[lakebase.client_id] = CANARY_SECRET
     workspace = {"client_secret": "", "client_secret_file": str(file)}
     assert (await checked(lakebase, tmp_path, workspace=workspace)).code == EXIT_OK
     lakebase.workspace.api.clients.clear()

@@ -3,7 +3,7 @@
 Expected bytes are spelled here with `struct` and literals alone, never with the code under test.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from struct import pack
 
 from proxy.wire.client_startup import ClientEvent, ClientStartup, Violated
@@ -41,18 +41,6 @@ def fatal(sqlstate: str, text: str, reason: str) -> bytes:
     """Spell the ErrorResponse that refuses a client: S, V, C, M, D in this order (W48)."""
     fields = ("SFATAL", "VFATAL", f"C{sqlstate}", f"M{text}", f"Dreason={reason}")
     return message(b"E", b"".join(field.encode() + b"\0" for field in fields) + b"\0")
-
-
-def byte_by_byte(stream: bytes) -> list[bytes]:
-    """Cut a stream into single bytes."""
-    return [stream[at : at + 1] for at in range(len(stream))]
-
-
-def three_ways(stream: bytes) -> Iterator[list[bytes]]:
-    """Give the stream whole, byte by byte, and in two halves with nothing in between."""
-    yield [stream]
-    yield byte_by_byte(stream)
-    yield [stream[: len(stream) // 2], b"", stream[len(stream) // 2 :]]
 
 
 def feed_client(machine: ClientStartup, chunks: Iterable[bytes]) -> list[ClientEvent]:

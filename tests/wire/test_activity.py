@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.activity_pair import Trackers
+from tests.support.activity_pair import ActivityPair
 from tests.wire.driving import message
 
 QUERY = message(b"Q", b"SELECT 1\0")
@@ -24,15 +24,15 @@ def ready(status: bytes = b"I") -> bytes:
     return message(b"Z", status)
 
 
-def after(*reads: tuple[str, bytes]) -> Trackers:
-    activity = Trackers()
+def after(*reads: tuple[str, bytes]) -> ActivityPair:
+    activity = ActivityPair()
     for who, data in reads:
         (activity.client_sent if who == "client" else activity.upstream_sent)(data)
     return activity
 
 
 def test_a_new_session_is_idle() -> None:
-    assert Trackers().idle
+    assert ActivityPair().idle
 
 
 @pytest.mark.parametrize("request_", [QUERY, SYNC, CALL, WORK + SYNC], ids=["Q", "S", "F", "PBES"])

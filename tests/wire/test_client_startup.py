@@ -33,6 +33,7 @@ from proxy.wire.startup import (
     parse_first_packet,
 )
 from proxy.wire.violations import ClientViolation, StateMachineMisuse
+from tests.support.cuts import byte_by_byte, three_ways
 from tests.wire.driving import (
     AUTHENTICATION_OK,
     BACKEND_KEY_DATA,
@@ -42,13 +43,11 @@ from tests.wire.driving import (
     SSL_REQUEST,
     STARTUP,
     Pairs,
-    byte_by_byte,
     fatal,
     feed_client,
     message,
     shown,
     startup,
-    three_ways,
 )
 
 STARTUP_MESSAGE = StartupMessage(V3_0, ((b"user", b"app"), (b"database", b"main")))
@@ -188,7 +187,7 @@ def test_w4_the_shortest_packet_is_a_layout_error_and_not_a_length_error() -> No
 
 def test_w4_no_more_is_held_than_the_packet_may_be_long() -> None:
     machine = ClientStartup()
-    for chunk in byte_by_byte(padded_startup(10_000))[:-1]:
+    for chunk in byte_by_byte(padded_startup(10_000)[:-1]):
         machine.receive_data(chunk)
         assert len(machine._buffer) < 10_000
 

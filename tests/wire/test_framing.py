@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import Frame
 from proxy.wire.violations import UpstreamViolation
-from tests.wire.driving import READY_FOR_QUERY, TERMINATE, byte_by_byte, message, three_ways
+from tests.support.cuts import byte_by_byte, three_ways
+from tests.wire.driving import READY_FOR_QUERY, TERMINATE, message
 
 LIMIT = 10
 

@@ -28,7 +28,7 @@ from proxy.wire.messages import (
 )
 from proxy.wire.secret import Secret
 from proxy.wire.violations import UpstreamViolation
-from tests.wire.driving import byte_by_byte, three_ways
+from tests.support.cuts import byte_by_byte, three_ways
 
 KEY_32 = bytes(range(32))
 LONGEST = 300  # no message of the table has a longer payload

@@ -33,17 +33,16 @@ from proxy.wire.violations import (
     UnsupportedAuthentication,
     UpstreamViolation,
 )
+from tests.support.cuts import byte_by_byte, three_ways
 from tests.wire.driving import (
     AUTHENTICATION_OK,
     BACKEND_KEY_DATA,
     CLEARTEXT_PASSWORD,
     READY_FOR_QUERY,
     STARTUP,
-    byte_by_byte,
     feed_upstream,
     message,
     shown,
-    three_ways,
 )
 
 TOKEN = Secret(b"not-a-real-secret")

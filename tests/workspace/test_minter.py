@@ -18,13 +18,12 @@ from proxy.emulator.workspace import Workspace as EmulatedWorkspace
 from proxy.errors import ErrorKind, ProxyError
 from proxy.server.app import build_metrics
 from proxy.wire.messages import AuthenticationOk
-from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace import resources
 from proxy.workspace.client import Workspace
 from proxy.workspace.minter import TRIES_MAX, Minter
 from proxy.workspace.single_flight import PendingCalls
 from proxy.workspace.token_source import LocalTokenSource
-from tests.support.raw_client import RawClient
+from tests.support.client import Client, startup
 
 NAMES = [f"projects/p{number}/branches/b/endpoints/primary" for number in range(5)]
 
@@ -152,10 +151,10 @@ async def test_a_token_minted_for_one_shard_opens_the_other(lakebase: Lakebase) 
     assert await credentials.fresh() is first
     assert minted_for(lakebase.workspace) == [two.name]
     await calls.close()
-    pairs = ((b"user", CLIENT_ID.encode()), (b"database", lakebase.database.encode()))
     for endpoint in (one, two):
-        client = await RawClient.secure(lakebase.port, lakebase.ca_file, endpoint.host)
-        client.send(StartupMessage(V3_0, pairs).encode())
+        client = await Client.connect((lakebase.host_address, lakebase.port))
+        await client.request_tls(lakebase.ca_file, endpoint.host)
+        await client.send(startup(user=CLIENT_ID, database=lakebase.database))
         await client.show_token(first.secret.reveal().decode())
         assert await client.message() == AuthenticationOk()
         client.abort()

@@ -113,7 +113,7 @@ def test_a_peer_that_never_ends_is_left_after_the_linger(new_loop: Callable[[], 
 def test_cancelling_cuts_at_once(new_loop: Callable[[], Any]) -> None:
     async def story() -> None:
         async with linked() as (link, _):
-            link.write(b"x" * (8 * MIB))  # nobody reads
+            link.write(b"x" * (8 * MIB))  # the peer does not read
             ending = asyncio.create_task(close_gracefully(link.transport))
             await asyncio.sleep(0)
             ending.cancel()

@@ -148,7 +148,7 @@ async def test_a_peer_that_does_not_speak_tls_fails_the_handshake(tls: Contexts)
         peer.sock.sendall(b"Q\0\0\0\x0dselect 1\0")
         with pytest.raises(ssl.SSLError):
             await start(link, tls, server_side=True)
-        await peer.send(b"and more of it")  # nobody minds
+        await peer.send(b"and more of it")  # is ignored
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
@@ -161,7 +161,7 @@ async def test_a_peer_that_ends_during_the_handshake_fails_it(tls: Contexts, res
 
 
 async def test_a_peer_that_ended_before_the_handshake_fails_it_at_once(tls: Contexts) -> None:
-    # S and FIN in one read: the end was told to the Link, and to nobody else ever again.
+    # S and FIN in one read: only the stream is told of the end, and only once.
     async with linked() as (link, peer):
         peer.sock.sendall(b"S")
         peer.end()
@@ -177,7 +177,7 @@ async def _failing_start(link: StartupStream, tls: Contexts) -> Exception:
 
 
 @pytest.mark.parametrize("how", ["cancelled", "reset", "garbage"])
-async def test_a_handshake_that_fails_leaves_no_exception_that_nobody_retrieves(
+async def test_a_handshake_that_fails_leaves_no_exception_unretrieved(
     tls: Contexts, how: str
 ) -> None:
     unhandled: list[dict[str, Any]] = []
@@ -410,7 +410,7 @@ async def test_w34_an_end_is_close_notify_and_then_fin(tls: Contexts, server_sid
         link.transport.write(b"too late")
         assert await peer.receive_rest() == b"last words"
         assert peer.close_notify
-        assert await peer.receive_raw() == b""  # and FIN behind it
+        assert await peer.receive_raw() == b""  # and FIN after it
 
 
 async def test_closing_says_close_notify_too(tls: Contexts) -> None:
@@ -507,7 +507,7 @@ async def test_w34_a_slow_reader_gets_every_byte_that_came_before_the_peers_fin(
         assert notes.told == ["data", "eof"]
 
 
-async def test_a_broken_record_ends_the_connection_and_nothing_behind_it_is_believed(
+async def test_a_broken_record_ends_the_connection_and_nothing_after_it_is_believed(
     tls: Contexts,
 ) -> None:
     notes = Notes()
@@ -515,7 +515,7 @@ async def test_a_broken_record_ends_the_connection_and_nothing_behind_it_is_beli
         good = peer.encrypted(b"good")
         broken = bytearray(peer.encrypted(b"broken"))
         broken[-1] ^= 1
-        await peer.send_raw(good + broken + peer.encrypted(b"behind"))
+        await peer.send_raw(good + broken + peer.encrypted(b"after"))
         await notes.until_told("lost")
         assert notes.received == b"good"
 

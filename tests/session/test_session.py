@@ -171,9 +171,9 @@ async def test_w3_the_tail_after_the_startup_message_is_not_forwarded_before_rea
 async def test_a_relayed_session_holds_nothing_of_its_startup(proxy: App) -> None:
     # It may go on for days; a thousand idle ones are to be small.
     loop = asyncio.get_running_loop()
-    with socket.create_server(("127.0.0.1", 0)) as door, socket.socket() as far:
-        far.connect(door.getsockname())
-        near, _ = door.accept()
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as far:
+        far.connect(listening.getsockname())
+        near, _ = listening.accept()
         near.setblocking(False)
         proxy.listener.adopt(near, 7, lambda: None)
         async with plain_client(proxy) as client:

@@ -107,7 +107,7 @@ class Notes(asyncio.Protocol):
 
 @asynccontextmanager
 async def linked(buffer_bytes: int = 0) -> AsyncIterator[tuple[StartupStream, Peer]]:
-    """Give a Link and the other end of its TCP connection; both are cut at the end."""
+    """Return a stream and the far end of its TCP connection; both are cut at the end."""
     near, far = tcp_pair(buffer_bytes)
     peer = Peer(far)
     peer.server_name = HOST
@@ -125,7 +125,7 @@ async def linked(buffer_bytes: int = 0) -> AsyncIterator[tuple[StartupStream, Pe
 async def secured(
     tls: Contexts, *, server_side: bool, protocol: asyncio.Protocol | None = None
 ) -> AsyncIterator[tuple[StartupStream, Peer]]:
-    """Give a Link with TLS up, and its peer. `protocol` takes the Link's place."""
+    """Return a stream with TLS up, and its peer. `protocol` takes the place of the stream."""
     async with linked() as (link, peer):
         async with asyncio.TaskGroup() as group:
             group.create_task(
@@ -142,7 +142,7 @@ async def secured(
 async def start(
     link: StartupStream, tls: Contexts, *, server_side: bool, first: bytes = b""
 ) -> ssl.SSLObject:
-    """Put TLS on the Link."""
+    """Start TLS on the stream."""
     hostname = None if server_side else HOST
     async with asyncio.timeout(WAIT_SECONDS_MAX):
         return await link.start_tls(

@@ -283,7 +283,7 @@ def test_a_target_that_two_find_unknown_is_reported_once(tmp_path: Path) -> None
     assert "mapping 7: there is no target 'zz'" in second
 
 
-def test_nobody_else_is_asked_about_settings_that_are_not_valid() -> None:
+def test_no_further_check_sees_settings_that_are_not_valid() -> None:
     asked: list[Settings] = []
 
     def ask(settings: Settings) -> list[Problem]:

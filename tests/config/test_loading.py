@@ -339,7 +339,7 @@ def test_the_upstreams_port_is_never_chosen_by_chance() -> None:
 
 
 @pytest.mark.parametrize("host", ["10.1.2.3", "::ffff:10.1.2.3", "192.0.2.7"])
-def test_nobody_could_quit_by_an_admin_address_that_loopback_does_not_reach(host: str) -> None:
+def test_no_client_could_quit_by_an_admin_address_that_loopback_does_not_reach(host: str) -> None:
     argv = [f"--admin.host={host}", "--admin.quit"]
     assert refused(argv).startswith("admin.quit (flag --admin.quit): takes requests from loopback")
     assert load_settings(argv[:1], {}).admin.host == host

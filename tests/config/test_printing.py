@@ -112,7 +112,7 @@ def test_a_secret_is_masked_and_cannot_be_fed_back(key: SettingKey, tmp_path: Pa
     assert masked in printed.splitlines()
     fed_back = loaded(written(tmp_path, printed)).settings
     assert compare(loaded(argv).settings, fed_back).reloadable == (key.dotted,)
-    # Whoever takes the line in as it stands is told.
+    # A reader who uses the line unchanged is told.
     taken_in = printed.replace(masked, masked.removeprefix("# "))
     assert "not the mask" in refusals(written(tmp_path, taken_in))[key.dotted]
 

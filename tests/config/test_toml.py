@@ -1,4 +1,4 @@
-"""Writing TOML: the standard library's reader gives back what was written."""
+"""Writing TOML: the standard library's reader returns what was written."""
 
 import tomllib
 

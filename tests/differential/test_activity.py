@@ -64,26 +64,26 @@ _ROW: Final = copy_data("1\ta\n")
 _BAD_ROW: Final = copy_data("x\ty\n")
 
 OWN: Final = (
-    session("a sync behind the command, then the data", _TABLE, say(_COPY, SYNC, wait=b"G"), say(_ROW, COPY_DONE, SYNC)),
+    session("a sync after the command, then the data", _TABLE, say(_COPY, SYNC, wait=b"G"), say(_ROW, COPY_DONE, SYNC)),
     session("the same, all in one piece", _TABLE, say(_COPY, SYNC, _ROW, COPY_DONE, SYNC)),
     session("the same, twice", _TABLE, say(_COPY, SYNC, wait=b"G"), say(_ROW, COPY_DONE, SYNC), say(_COPY, SYNC, wait=b"G"), say(_ROW, COPY_DONE, SYNC)),
     session("the same, twice in one piece", _TABLE, say(_COPY, SYNC, _ROW, COPY_DONE, SYNC, _COPY, SYNC, _ROW, COPY_DONE, SYNC, wait=b"ZZ")),
-    session("the same with work behind it in the same piece", _TABLE, say(_COPY, SYNC, _ROW, COPY_DONE, SYNC, extended("SELECT 1"), SYNC, wait=b"ZZ")),
-    session("a bad row behind a swallowed sync, then a query", _TABLE, say(_COPY, SYNC, wait=b"G"), say(_BAD_ROW, COPY_DONE, SYNC), ask("SELECT 1")),
-    session("a bad row behind a swallowed sync, then a group", _TABLE, say(_COPY, SYNC, wait=b"G"), say(_BAD_ROW, COPY_DONE, SYNC), say(extended("SELECT 1"), SYNC)),
+    session("the same with work after it in the same piece", _TABLE, say(_COPY, SYNC, _ROW, COPY_DONE, SYNC, extended("SELECT 1"), SYNC, wait=b"ZZ")),
+    session("a bad row after a swallowed sync, then a query", _TABLE, say(_COPY, SYNC, wait=b"G"), say(_BAD_ROW, COPY_DONE, SYNC), ask("SELECT 1")),
+    session("a bad row after a swallowed sync, then a group", _TABLE, say(_COPY, SYNC, wait=b"G"), say(_BAD_ROW, COPY_DONE, SYNC), say(extended("SELECT 1"), SYNC)),
     session("a copy that fails before its data answers both syncs", _FAILING_EARLY, say(_COPY, SYNC, wait=b"GEZ"), say(_ROW, COPY_DONE, SYNC), ask("SELECT 1")),
     session("the same, all in one piece", _FAILING_EARLY, say(_COPY, SYNC, _ROW, COPY_DONE, SYNC, wait=b"ZZ"), ask("SELECT 1")),
     session("a copy into nowhere, all in one piece", say(extended("COPY nowhere FROM STDIN"), SYNC, _ROW, COPY_DONE, SYNC, wait=b"ZZ"), ask("SELECT 1")),
     session("a simple copy that fails before its data", _FAILING_EARLY, say(query("COPY t FROM STDIN"), wait=b"EZ"), say(_ROW, COPY_DONE, query("SELECT 1"))),
-    session("a simple copy with work behind it", _TABLE, say(query("COPY t FROM STDIN; SELECT pg_sleep(0.1)"), wait=b"G"), say(_ROW, COPY_DONE)),
+    session("a simple copy with work after it", _TABLE, say(query("COPY t FROM STDIN; SELECT pg_sleep(0.1)"), wait=b"G"), say(_ROW, COPY_DONE)),
     session("a simple copy with syncs among the data", _TABLE, say(query("COPY t FROM STDIN"), wait=b"G"), say(SYNC, _ROW, SYNC, FLUSH, COPY_DONE), ask("SELECT 1")),
-    session("a simple copy with a sync behind the data", _TABLE, say(query("COPY t FROM STDIN"), wait=b"G"), say(_ROW, COPY_DONE, SYNC, wait=b"ZZ"), ask("SELECT 1")),
+    session("a simple copy with a sync after the data", _TABLE, say(query("COPY t FROM STDIN"), wait=b"G"), say(_ROW, COPY_DONE, SYNC, wait=b"ZZ"), ask("SELECT 1")),
     session("a simple copy with a sync at once", _TABLE, say(query("COPY t FROM STDIN"), SYNC, wait=b"G"), say(_ROW, COPY_DONE), ask("SELECT 1")),
     session("two copies in one query, the first fails", _TABLE, say(query("COPY t FROM STDIN; COPY t FROM STDIN"), _BAD_ROW, COPY_DONE, _ROW, COPY_DONE), ask("SELECT 1")),
     session("stray ends of data", say(COPY_DONE, copy_fail("x"), _ROW, SYNC), ask("SELECT 1"), say(COPY_DONE, extended("SELECT 1"), COPY_DONE, SYNC)),
     session("a failed copy and a late end in a group", _TABLE, say(_COPY, FLUSH, wait=b"G"), say(_BAD_ROW, FLUSH, wait=b"E"), say(COPY_DONE, SYNC), say(_COPY, _ROW, COPY_DONE, SYNC)),
-    session("a query skipped behind an error, then a query", say(parse("SELEC"), query("SELECT 1"), SYNC), ask("SELECT 1")),
-    session("a query skipped behind a flushed error", say(parse("SELEC"), FLUSH, wait=b"E"), say(query("SELECT 1"), SYNC), ask("SELECT 1")),
+    session("a query skipped after an error, then a query", say(parse("SELEC"), query("SELECT 1"), SYNC), ask("SELECT 1")),
+    session("a query skipped after a flushed error", say(parse("SELEC"), FLUSH, wait=b"E"), say(query("SELECT 1"), SYNC), ask("SELECT 1")),
     session("an erring query inside a group", say(parse("SELECT 1"), query("SELEC"), bind(), execute(), SYNC, wait=b"ZZ"), ask("SELECT 1")),
     session("a query that takes its time inside a group", say(parse("SELECT 1"), query("SELECT pg_sleep(0.05)"), extended("SELECT pg_sleep(0.1)"), SYNC, wait=b"ZZ")),
     session("two queries inside a group", say(parse("SELECT 1"), query("SELECT 1"), parse("SELEC"), query("SELECT 2"), SYNC, wait=b"ZZ"), ask("SELECT 1")),
@@ -98,14 +98,14 @@ EXCHANGES: Final = (
     *test_pipeline.EXCHANGES,
     *test_simple_query.EXCHANGES,
 )
-# A Query behind extended messages without a Sync between is answered or skipped: not followed, and
+# A Query after extended messages without a Sync between is answered or skipped: not followed, and
 # no driver does it.
 BUSY_FOR_EVER: Final = {
     "a Query in the middle of skipping",
     "between a parse and its sync",
     "a query inside a group",
-    "a query skipped behind an error, then a query",
-    "a query skipped behind a flushed error",
+    "a query skipped after an error, then a query",
+    "a query skipped after a flushed error",
     "an erring query inside a group",
     "a query that takes its time inside a group",
     "two queries inside a group",
@@ -114,7 +114,7 @@ BUSY_FOR_EVER: Final = {
 # was heard before the request was sent.
 BUSY_OR_NOT: Final = {
     "the same, twice in one piece",
-    "the same with work behind it in the same piece",
+    "the same with work after it in the same piece",
 }
 # What these leave open lets the server end the session, or never rest.
 NEVER_AT_REST: Final = {

@@ -1,6 +1,6 @@
-"""Random exchanges against a real PostgreSQL: behind idle nothing comes unasked.
+"""Random exchanges against a real PostgreSQL: after idle the server says nothing unasked.
 
-The scripted exchanges are those that somebody thought of. These are made of the same pieces in any
+The scripted exchanges are written by hand. These are made of the same pieces in any
 order, cut anywhere, with answers that arrive at any moment; a failure names its seed. A tracker
 that says idle inside an answer would let a drain put a FATAL there (W47).
 """

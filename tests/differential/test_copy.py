@@ -69,7 +69,7 @@ EXCHANGES: Final = (
     session("in cut inside rows", _TABLE, _begin("COPY t FROM STDIN"), say(copy_data("1\t"), copy_data("a\n2"), copy_data("\tb"), copy_data("\n"), COPY_DONE), _COUNT),
     session("in without the last line end", _TABLE, _begin("COPY t FROM STDIN"), say(copy_data("1\ta\n2\tb"), COPY_DONE), _COUNT),
     session("in ended by the old mark", _TABLE, _begin("COPY t FROM STDIN"), say(copy_data("1\ta\n\\.\n"), COPY_DONE), _COUNT),
-    session("in with data behind the old mark", _TABLE, _begin("COPY t FROM STDIN"), say(copy_data("1\ta\n\\.\n2\tb\n"), COPY_DONE), _COUNT),
+    session("in with data after the old mark", _TABLE, _begin("COPY t FROM STDIN"), say(copy_data("1\ta\n\\.\n2\tb\n"), COPY_DONE), _COUNT),
     session("in 20,000 rows", _TABLE, _begin("COPY t FROM STDIN"), say(copy_data(_rows(20_000)), COPY_DONE), _COUNT),
     session("in a message for each row", _TABLE, _begin("COPY t FROM STDIN"), say(*(copy_data(b"%d\tv\n" % n) for n in range(2000)), COPY_DONE), _COUNT),
     session("in one row of 4 MB", _TABLE, _begin("COPY t FROM STDIN"), say(copy_data(_rows(1, 4_000_000)), COPY_DONE), _COUNT),

@@ -152,7 +152,7 @@ REQUESTS: Final = (
     Exchange("a cancel with a key too long", (until_end(_cancel(b"n" * 257)),)),
     Exchange("a cancel with a key too short", (until_end(_cancel(b"nop")),)),
     Exchange("a cancel without a key", (until_end(_cancel(b"")),)),
-    Exchange("a cancel with a NUL behind it", (until_end(_cancel(b"none"), b"\0"),)),
+    Exchange("a cancel with a NUL after it", (until_end(_cancel(b"none"), b"\0"),)),
     Exchange("a cancel for pid 0", (until_end(_cancel(b"none", 0)),)),
     Exchange("a cancel for a negative pid", (until_end(_cancel(b"none", -1)),)),
 )  # fmt: skip

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 def _queued(count: int, sync_every: int) -> bytes:
-    """Return so many statements with a Sync behind every so many."""
+    """Return so many statements with a Sync after every so many."""
     return b"".join(
         extended(f"SELECT {n}") + (SYNC if n % sync_every == sync_every - 1 else b"")
         for n in range(count)
@@ -46,7 +46,7 @@ EXCHANGES: Final = (
     session("two statements, two syncs", say(extended("SELECT 1"), SYNC, extended("SELECT 2"), SYNC, wait=b"ZZ")),
     session("100 statements, 100 syncs", say(_queued(100, 1), wait=b"Z" * 100)),
     session("100 statements, one sync", say(_queued(100, 100))),
-    session("100 statements, a sync behind every 7", say(_queued(100, 7), SYNC, wait=b"Z" * 15)),
+    session("100 statements, a sync after every 7", say(_queued(100, 7), SYNC, wait=b"Z" * 15)),
     session("an error in the first of three groups", say(extended("SELECT 1/0"), SYNC, extended("SELECT 2"), SYNC, extended("SELECT 3"), SYNC, wait=b"ZZZ")),
     session("an error in the second of three groups", say(extended("SELECT 1"), SYNC, extended("SELECT 2/0"), extended("SELECT 'skipped'"), SYNC, extended("SELECT 3"), SYNC, wait=b"ZZZ")),
     session("an error in the last of three groups", say(extended("SELECT 1"), SYNC, extended("SELECT 2"), SYNC, parse("SELEC"), SYNC, wait=b"ZZZ")),

@@ -47,7 +47,7 @@ EXCHANGES: Final = (
     session("a nested comment", ask("/* a /* b */ c */ SELECT 1")),
     session("a query of spaces", ask("   \n\t ")),
     session("a query without terminator", say(b"Q\0\0\0\x0dSELECT 12")),
-    session("a query with bytes behind its terminator", say(b"Q\0\0\0\x0fSELECT 1\0xx")),
+    session("a query with bytes after its terminator", say(b"Q\0\0\0\x0fSELECT 1\0xx")),
     session("several queries in one piece", say(*(query(f"SELECT {n}") for n in range(20)), wait=b"Z" * 20)),
     session("an error among queries in one piece", say(query("SELECT 1"), query("SELECT 1/0"), query("SELECT 2"), wait=b"ZZZ")),
     session("division by zero", ask("SELECT 1/0")),

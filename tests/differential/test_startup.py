@@ -55,7 +55,7 @@ def _identity(name: str, *identity: Pair) -> Exchange:
 
 
 def _packet(name: str, body: bytes) -> Exchange:
-    """Return an exchange of one startup packet with this body behind the version."""
+    """Return an exchange of one startup packet with this body after the version."""
     content = b"\0\3\0\0" + body
     return Exchange(name, (until_end((len(content) + 4).to_bytes(4, "big") + content),))
 
@@ -65,7 +65,7 @@ _BODY: Final = startup()[8:]
 # The vectors of W21, and a few more of each rule.
 OPTIONS: Final = (
     _options("split at spaces", r"  -c    datestyle=German,\ YMD"),
-    _options("without a space behind c", r"-ctimezone=Europe/Lisbon  -cdatestyle=German,\ YMD"),
+    _options("without a space after c", r"-ctimezone=Europe/Lisbon  -cdatestyle=German,\ YMD"),
     _options("of two dashes", r"--timezone=Europe/Lisbon --datestyle=German,\ YMD"),
     _options("with letters escaped", "-c t\\imezone=\\E\\u\\r\\o\\pe/Lisbon  -c dat\\estyle\\=\\Ge\\rman,\\ YMD"),
     _options("with dashes and a plus", "-c application_name=my-cron -c TimeZone=Etc/GMT+3"),
@@ -127,10 +127,10 @@ SETTINGS: Final = (
     _settings("client_encoding unknown", ("client_encoding", "KLINGON")),
     _settings("the pairs of pgjdbc", ("client_encoding", "UTF8"), ("DateStyle", "ISO"), ("TimeZone", "Europe/Berlin"), ("extra_float_digits", "2"), ("application_name", "PostgreSQL JDBC Driver")),
     _settings("a pair beats options", ("TimeZone", "Asia/Tokyo"), ("options", "-c TimeZone=Europe/Lisbon")),
-    _settings("a pair behind options beats them too", ("options", "-c TimeZone=Europe/Lisbon"), ("TimeZone", "Asia/Tokyo")),
+    _settings("a pair after options beats them too", ("options", "-c TimeZone=Europe/Lisbon"), ("TimeZone", "Asia/Tokyo")),
     _settings("an application name beats options", ("application_name", "pair"), ("options", "-c application_name=word")),
-    _settings("a pair behind an open escape", ("options", "-c geqo=off\\"), ("TimeZone", "Asia/Tokyo")),
-    _settings("a pair behind an argument's switch", ("options", "-c"), ("TimeZone", "Asia/Tokyo")),
+    _settings("a pair after an open escape", ("options", "-c geqo=off\\"), ("TimeZone", "Asia/Tokyo")),
+    _settings("a pair after an argument's switch", ("options", "-c"), ("TimeZone", "Asia/Tokyo")),
     _settings("a repeated setting", ("TimeZone", "Asia/Tokyo"), ("TimeZone", "Europe/Lisbon")),
     _settings("a setting repeated in other letters", ("timezone", "Asia/Tokyo"), ("TIMEZONE", "Europe/Lisbon")),
     _settings("repeated options", ("options", "-c geqo=off"), ("options", "-c work_mem=5MB")),
@@ -170,8 +170,8 @@ REFUSED: Final = (
     _packet("layout, a name without a value", _BODY[:-1] + b"TimeZone\0\0"),
     _packet("layout, a name cut short", _BODY[:-1] + b"TimeZone"),
     _packet("layout, an empty name before the end", b"user\0x\0\0database\0y\0\0"),
-    _packet("layout, bytes behind the end", _BODY + b"x"),
-    _packet("layout, NULs behind the end", _BODY + b"\0\0"),
+    _packet("layout, bytes after the end", _BODY + b"x"),
+    _packet("layout, NULs after the end", _BODY + b"\0\0"),
     _packet("layout, nothing", b""),
     _packet("layout, only the end", b"\0"),
     _packet("layout, two NULs", b"\0\0"),

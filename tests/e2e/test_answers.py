@@ -73,7 +73,7 @@ def _show(certificate: Certificate) -> Break:
     return break_world
 
 
-def _strike(stage: Stage, inject: Injection | bytes) -> Break:
+def _inject(stage: Stage, inject: Injection | bytes) -> Break:
     return lambda lakebase: lakebase.gateway.inject(stage, inject)
 
 
@@ -105,7 +105,7 @@ def _full(lakebase: Lakebase) -> None:
     lakebase["one"].endpoint.sessions_max = 0
 
 
-# Time for one call of the API, but not for another behind it.
+# Time for one call of the API, but not for another after it.
 NO_API: dict[str, dict[str, object]] = {"credentials": {"mint_timeout_seconds": 0.2}}
 FEW_CALLS: dict[str, dict[str, object]] = {"credentials": {"mint_timeout_seconds": 1.5}}
 SOME_CALLS: dict[str, dict[str, object]] = {"credentials": {"mint_timeout_seconds": 4}}
@@ -368,8 +368,8 @@ CASES = (
     Case(*("full", _full, "53300", "upstream_full", "fewer connections"), "reserved for roles"),
     Case(
         "unknown text",
-        _refuse_logins(neon_error("something nobody has seen before")),
-        *("08006", "upstream_error", "", "something nobody has seen before"),
+        _refuse_logins(neon_error("something not seen before")),
+        *("08006", "upstream_error", "", "something not seen before"),
     ),
     Case(
         "the port is closed",
@@ -380,22 +380,22 @@ CASES = (
     Case("bytes before TLS", _early_bytes, "08006", "upstream_protocol", ""),
     Case(
         "closed after the StartupMessage",
-        _strike(Stage.STARTUP, Injection.CLOSE),
+        _inject(Stage.STARTUP, Injection.CLOSE),
         *("08006", "upstream_lost", "Try again"),
     ),
     Case(
         "reset after the password",
-        _strike(Stage.PASSWORD, Injection.RESET),
+        _inject(Stage.PASSWORD, Injection.RESET),
         *("08006", "upstream_lost", "Try again"),
     ),
     Case(
         "nonsense before ready",
-        _strike(Stage.AUTHENTICATED, b"\0\xff\xff\xff\xff not Postgres"),
+        _inject(Stage.AUTHENTICATED, b"\0\xff\xff\xff\xff not Postgres"),
         *("08006", "upstream_protocol", ""),
     ),
     Case(
         "silent before ready",
-        _strike(Stage.AUTHENTICATED, Injection.HANG),
+        _inject(Stage.AUTHENTICATED, Injection.HANG),
         *("08006", "upstream_timeout", "Try again", "within 0.3 seconds"),
         settings=SOON,
     ),
@@ -477,15 +477,15 @@ async def test_a_client_that_cannot_be_served_is_told_why_and_others_are_served_
         assert error.text(b"D") == f"reason={case.reason}"
     assert case.hint in error.text(b"H")
     assert proxy.metrics.value("startup_failures_total", reason=case.reason) == 1
-    # The SDK warns of what it could not find out by itself; also from threads left behind.
+    # The SDK warns of what it could not find out by itself; also from threads left over.
     assert [line for line in log.above_info() if line["logger"] != "databricks.sdk"] == []
 
 
-MENDED = ("token of another workspace", "the port is closed", "wrong secret")
+FIXED = ("token of another workspace", "the port is closed", "wrong secret")
 
 
-@pytest.mark.parametrize("name", MENDED)
-async def test_once_the_world_is_mended_the_next_client_is_served(
+@pytest.mark.parametrize("name", FIXED)
+async def test_once_the_fault_is_fixed_the_next_client_is_served(
     start_proxy: StartProxy, lakebase: Lakebase, name: str
 ) -> None:
     case = next(case for case in CASES if case.name == name)
@@ -532,7 +532,7 @@ async def test_a_wrong_setting_of_the_client_is_postgres_own_error(proxy: App) -
         await Connection.connect(**libpq(proxy, options="-c nonsense=1"))
 
 
-async def test_an_expired_token_in_the_cache_is_replaced_and_nobody_notices(
+async def test_an_expired_token_in_the_cache_is_replaced_unnoticed(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
     proxy = await start_proxy()

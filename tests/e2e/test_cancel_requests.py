@@ -42,7 +42,7 @@ async def cancel(proxy: App, key: BackendKeyData, before: bytes = b"", after: by
 @pytest.mark.parametrize(
     ("before", "after"),
     [(b"", b""), (SSLRequest().encode(), b""), (b"", b"\0")],
-    ids=["plain", "after SSLRequest", "with a byte behind it"],
+    ids=["plain", "after SSLRequest", "with a byte after it"],
 )
 async def test_w38_each_form_of_cancel_ends_the_query_and_is_not_answered(
     proxy: App, lakebase: Lakebase, before: bytes, after: bytes

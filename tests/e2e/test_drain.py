@@ -43,7 +43,7 @@ async def answered(client: Client) -> bytes:
 
 
 async def told(client: Client, sqlstate: str, reason: str) -> None:
-    """Expect the proxy's own last word, and the end of the stream behind it."""
+    """Expect the proxy's own last word, and the end of the stream after it."""
     error = await client.message()
     assert isinstance(error, ErrorResponse), error
     assert (error.severity, error.sqlstate) == ("FATAL", sqlstate)

@@ -80,7 +80,7 @@ async def test_w34_a_slow_reader_gets_every_byte_though_the_upstream_has_ended(
     sql = f"SELECT repeat('x', {ROW_TEXT_BYTES}) FROM generate_series(1, {ROWS})"
     async with plain_client(proxy, receive_buffer_bytes=4096) as client:
         await client.start_up()
-        # Terminate behind the query: Postgres ends as soon as it has written the result.
+        # Terminate after the query: Postgres ends as soon as it has written the result.
         await client.send(query(sql) + Terminate().encode())
         received = bytearray()
         while portion := await client.receive():

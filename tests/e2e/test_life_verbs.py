@@ -49,7 +49,7 @@ async def test_wait_returns_as_soon_as_a_proxy_that_starts_later_is_ready(
         assert await proxy.ended() == 0
 
 
-async def test_wait_ends_with_1_when_nobody_is_there_and_names_the_address(
+async def test_wait_ends_with_1_when_no_proxy_is_there_and_names_the_address(
     unused_tcp_port: int,
 ) -> None:
     code, out, err = await verb("wait", "--timeout", "0.3", port=unused_tcp_port)
@@ -104,14 +104,14 @@ async def test_shutdown_without_admin_quit_changes_nothing_and_says_what_to_set(
     assert proxy.events("draining") == []
 
 
-async def test_shutdown_of_nobody_ends_with_1(unused_tcp_port: int) -> None:
+async def test_shutdown_without_a_proxy_ends_with_1(unused_tcp_port: int) -> None:
     code, out, err = await verb("shutdown", port=unused_tcp_port)
     assert (code, out) == (1, "")
     assert f"no proxy answers on http://127.0.0.1:{unused_tcp_port}" in err
 
 
 @pytest.mark.parametrize("verb_of", ["wait", "shutdown"])
-async def test_without_an_admin_address_there_is_nobody_to_ask(verb_of: str) -> None:
+async def test_without_an_admin_address_there_is_no_proxy_to_ask(verb_of: str) -> None:
     arguments = (verb_of, "--admin.enabled", "false")
     code, out, err = await run_to_end(sys.executable, "-m", "proxy", *arguments)
     assert (code, out) == (2, "")
@@ -143,10 +143,10 @@ async def test_quitquitquit_cuts_what_does_not_end_in_time_and_exits_with_3(
     assert stopped_well(proxy)
 
 
-async def test_the_signal_behind_a_pre_stop_hook_that_asks_to_quit_cuts_nothing(
+async def test_the_signal_after_a_pre_stop_hook_that_asks_to_quit_cuts_nothing(
     start_process: StartProcess, unused_tcp_port: int
 ) -> None:
-    # The hook asks, and the kubelet sends its one SIGTERM behind it: that was taken for the second
+    # The hook asks, and the kubelet sends its one SIGTERM after it: that was taken for the second
     # signal, and every transaction was cut.
     shutdown = {"drain_seconds": 60}
     proxy = await start_process(admin=admin(unused_tcp_port, quit=True), shutdown=shutdown)

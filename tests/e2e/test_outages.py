@@ -129,7 +129,7 @@ async def test_an_identity_that_the_api_does_not_say_costs_a_handful_of_calls_to
 
 
 @pytest.mark.parametrize("how", REASONS)
-async def test_an_outage_costs_nobody_a_connection_while_a_token_is_valid(
+async def test_an_outage_costs_no_connection_while_a_token_is_valid(
     start_proxy: StartProxy, lakebase: Lakebase, how: str
 ) -> None:
     proxy = await start_proxy(

@@ -105,7 +105,7 @@ async def test_a_second_signal_ends_it_at_once_with_3(
 async def test_idle_sessions_are_told_however_short_the_drain_is(
     start_process: StartProcess, seconds: int
 ) -> None:
-    # They were cut without a word, and counted as if somebody had lost something.
+    # They were cut without a word, and counted as if a client had lost something.
     proxy = await start_process(shutdown={"drain_seconds": seconds})
     async with plain_client(proxy) as idle, plain_client(proxy) as busy:
         for client in (idle, busy):

@@ -68,7 +68,7 @@ async def test_pipeline_mode_sends_ahead_of_the_answers(connection: Connection) 
         assert [await cursor.fetchone() for cursor in cursors] == [(n,) for n in range(200)]
 
 
-async def test_an_error_in_a_pipeline_ends_only_what_stands_behind_it(
+async def test_an_error_in_a_pipeline_ends_only_what_stands_after_it(
     connection: Connection,
 ) -> None:
     with pytest.raises(psycopg.errors.DivisionByZero):

@@ -261,7 +261,7 @@ def issue(authority: trustme.CA, certificate: Path, key: Path) -> None:
 
 
 async def served_certificate(proxy: ProxyProcess) -> bytes:
-    """Return the certificate that a client is shown, whoever signed it."""
+    """Return the certificate that a client is shown, whatever authority signed it."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     reader, writer = await asyncio.open_connection(proxy.listen_host, proxy.listen_port)
@@ -308,7 +308,7 @@ async def test_a_reload_while_the_workspace_is_away_costs_no_session(
     start: Any, lakebase: Lakebase
 ) -> None:
     # What is configured as before keeps its token, its host and its identity: a proxy that served
-    # through an outage serves on when somebody reloads it.
+    # through an outage serves on after a reload.
     reloading = await start(sharded(lakebase))
     for key in ("7", "1500"):
         await shard_by_psycopg(reloading.proxy, dbname=f"app@{key}")
@@ -381,7 +381,7 @@ async def test_systemd_hears_of_readiness_each_reload_and_the_end(
     assert len(heard) == 6
 
 
-# A configuration that cannot be read in a way that nobody thought of, and then one that hangs.
+# A configuration that cannot be read in an unforeseen way, and then one that hangs.
 STRANGE_REREAD = """
 import json, sys, threading
 import uvloop
@@ -403,7 +403,7 @@ sys.exit(uvloop.run(run_proxy(settings, reread)))
 """
 
 
-async def test_a_reload_that_fails_or_hangs_ends_nothing_and_keeps_nobody_from_ending(
+async def test_a_reload_that_fails_or_hangs_ends_nothing_and_does_not_keep_it_from_ending(
     lakebase: Lakebase, tmp_path: Path
 ) -> None:
     # A file that was never read to its end kept the process from ending, whatever it was sent.

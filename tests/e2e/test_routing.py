@@ -49,7 +49,7 @@ async def refused(proxy: App, **parameters: str) -> ErrorResponse:
         return error
 
 
-def nobody_was_asked(lakebase: Lakebase) -> bool:
+def nothing_was_dialled(lakebase: Lakebase) -> bool:
     return lakebase.gateway.accepted == 0 and lakebase.workspace.mints == []
 
 
@@ -222,7 +222,7 @@ async def test_s15_s48_a_bad_key_is_refused_before_any_dial_and_counted(
     error = await refused(proxy, **parameters)
     assert (error.text(b"S"), error.sqlstate) == ("FATAL", sqlstate)
     assert (error.text(b"D") or "").split()[0] == f"reason={reason}"
-    assert nobody_was_asked(lakebase)
+    assert nothing_was_dialled(lakebase)
     await eventually(lambda: log.events("session refused"), "its line")
     (line,) = log.events("session refused")
     assert (line["level"], line["sqlstate"], line["reason"]) == ("info", sqlstate, reason)
@@ -279,7 +279,7 @@ async def test_s48_a_key_that_is_too_long_and_one_that_is_no_utf8_are_refused(
         await client.send(startup(V3_0, shard_key="kk").replace(b"kk", b"\xff\xfe"))
         error = await client.error()
     assert (error.sqlstate, error.text(b"D").split()[0]) == ("22023", "reason=key_invalid")
-    assert nobody_was_asked(lakebase)
+    assert nothing_was_dialled(lakebase)
 
 
 # -- without a key -------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ async def test_an_alias_beside_a_shard_map_serves_who_gives_no_key_and_beats_the
 async def test_an_alias_that_is_named_like_the_user_is_never_meant(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
-    # libpq sends the user's name for "no database given": nobody can tell the two apart.
+    # libpq sends the user's name for "no database given": the two cannot be told apart.
     proxy = await start_proxy(targets=targets(lakebase), databases={USER: "two"})
     assert await shard_by_psycopg(proxy, dbname=USER) == "one"
     assert await shard_by_psycopg(proxy, dbname=USER, user="somebody") == "two"
@@ -366,7 +366,7 @@ async def test_w45_without_a_plain_target_an_unknown_name_leads_nowhere(
     error = await refused(proxy, database="elsewhere")
     assert (error.sqlstate, error.text(b"D")) == ("3D000", "reason=no_target")
     assert "[databases]" in (error.text(b"H") or "")
-    assert nobody_was_asked(lakebase)
+    assert nothing_was_dialled(lakebase)
     assert proxy.metrics.value("startup_failures_total", reason="no_target") == 1
     assert await shard_by_psycopg(proxy, dbname="orders") == "two"
 
@@ -467,7 +467,7 @@ async def test_s15_a_misplaced_key_is_quoted_to_its_client_and_to_no_log(
     assert "renown" not in log.getvalue()
 
 
-async def test_s15_an_error_behind_a_key_names_the_shard(
+async def test_s15_an_error_after_a_key_names_the_shard(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
     proxy = await start_proxy(**sharded(lakebase))

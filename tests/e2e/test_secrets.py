@@ -126,10 +126,10 @@ async def test_no_secret_of_any_way_to_log_in_to_the_workspace_is_ever_shown(
     secret, projected = tmp_path / "secret", tmp_path / "projected"
     secret.write_text(CANARY_SECRET)
     projected.write_text(CANARY_FEDERATION)
-    nobody = {"client_id": "", "client_secret": "", "auth_type": ""}
+    unset = {"client_id": "", "client_secret": "", "auth_type": ""}
     logins: list[dict[str, object]] = [
         {"client_secret": "", "client_secret_file": str(secret)},
-        {**nobody, "auth_type": "pat", "token": CANARY_PAT},
+        {**unset, "auth_type": "pat", "token": CANARY_PAT},
         {"client_secret": "", "auth_type": "file-oidc", "oidc_token_filepath": str(projected)},
         {"auth_type": "", "client_secret": CANARY_SECRET, "token": CANARY_PAT},  # two at once
         {"client_secret": "", "azure_client_secret": CANARY_SECRET, "auth_type": "azure-client"},

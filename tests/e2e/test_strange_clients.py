@@ -22,7 +22,7 @@ from tests.support.running import LogLines, all_over, eventually, nothing_left
 
 @pytest_asyncio.fixture
 async def guarded(start_proxy: StartProxy, lakebase: Lakebase, log: LogLines) -> AsyncIterator[App]:
-    """A proxy that has served somebody, and must be as before after the test."""
+    """Return a proxy that has served a client, and must be as before after the test."""
     proxy = await start_proxy(listen={"startup_timeout_seconds": 5})
     await ordinary_session(proxy)
     await all_over(proxy, lakebase)
@@ -60,7 +60,7 @@ async def test_a_client_that_speaks_byte_by_byte_is_served(guarded: App) -> None
         await until_ready(client)
 
 
-async def test_queries_pipelined_behind_the_startup_message_are_answered(guarded: App) -> None:
+async def test_queries_pipelined_after_the_startup_message_are_answered(guarded: App) -> None:
     async with plain_client(guarded) as client:
         await client.send(startup() + query("SELECT 1") + query("SELECT 2"))
         assert await client.message() == AuthenticationOk()
@@ -69,7 +69,7 @@ async def test_queries_pipelined_behind_the_startup_message_are_answered(guarded
 
 
 @pytest.mark.parametrize("length", [100, 100_000, 3_000_000])
-async def test_a_query_right_behind_the_startup_message_arrives_whole(
+async def test_a_query_right_after_the_startup_message_arrives_whole(
     guarded: App, length: int
 ) -> None:
     # Longer than what waits while the session starts: reading stops meanwhile, and goes on.

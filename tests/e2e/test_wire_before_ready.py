@@ -52,7 +52,7 @@ async def test_w41_a_client_that_pipelined_and_leaves_while_its_token_is_minted_
     assert log.above_info() == []
 
 
-async def test_w34_half_close_behind_a_query_is_the_end_of_the_session(
+async def test_w34_half_close_after_a_query_is_the_end_of_the_session(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
     # PostgreSQL would answer; here the end of one direction is the end of both.

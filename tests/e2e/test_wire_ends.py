@@ -60,7 +60,7 @@ async def short(start_proxy: StartProxy, upstream: ManualUpstream) -> App:
 async def test_w34_a_query_cut_short_goes_no_further_than_it_came(
     short: App, upstream: ManualUpstream, missing: int, way: str
 ) -> None:
-    # A Terminate put behind it would make two bytes short a whole, other statement, ending in X.
+    # A Terminate put after it would make two bytes short a whole, other statement, ending in X.
     cut = query("DELETE FROM t WHERE a = 1")[:-missing]
     async with plain_client(short) as client:
         session = await session_of(client, upstream)
@@ -146,7 +146,7 @@ BUSY = {
     "the second of a pipeline": (query("SELECT 1") + query(SLEEP), "PgSleep"),
     "an extended query": (EXTENDED + SYNC, "PgSleep"),
     "one that no Sync has followed": (EXTENDED + Frame(b"H", b"").encode(), "PgSleep"),
-    "a result that nobody reads": (
+    "a result that is not read": (
         query("SELECT repeat('x', 1000), generate_series(1, 100000000)"),
         "ClientWrite",
     ),
@@ -199,7 +199,7 @@ async def test_w35_the_cancel_comes_before_the_close(proxy: App, lakebase: Lakeb
 
 IDLE = {
     "idle": b"",
-    "idle behind a query": query("SELECT 1"),
+    "idle after a query": query("SELECT 1"),
     "idle in a transaction": query("BEGIN"),
     "in a failed transaction": query("BEGIN") + query("nonsense"),
 }
@@ -222,7 +222,7 @@ async def test_w35_where_nothing_runs_one_cancel_does_no_harm(
     assert log.above_info() == []
 
 
-async def test_w35_behind_terminate_nothing_is_cancelled(proxy: App, lakebase: Lakebase) -> None:
+async def test_w35_after_terminate_nothing_is_cancelled(proxy: App, lakebase: Lakebase) -> None:
     async with plain_client(proxy) as client:
         await client.start_up()
         await client.send(TERMINATE)
@@ -312,7 +312,7 @@ async def test_w35_a_cancel_that_cannot_be_delivered_does_not_keep_the_session(
     assert proxy.metrics.value("sessions_ended_total", reason="client_closed") == 1
 
 
-async def test_w35_the_upstream_that_ends_first_is_cancelled_by_nobody(
+async def test_w35_an_upstream_that_ends_first_is_not_cancelled(
     proxy: App, lakebase: Lakebase
 ) -> None:
     async with plain_client(proxy) as client:

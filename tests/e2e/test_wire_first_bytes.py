@@ -65,7 +65,7 @@ async def welcome(client: Client) -> bytes:
     return received
 
 
-async def dialled_nobody(proxy: App, lakebase: Lakebase) -> None:
+async def nothing_was_dialled(proxy: App, lakebase: Lakebase) -> None:
     await eventually(lambda: proxy.metrics.value("connections") == 0, "its connection is gone")
     assert lakebase.gateway.accepted == 0
     assert lakebase.workspace.mints == []
@@ -75,7 +75,7 @@ async def dialled_nobody(proxy: App, lakebase: Lakebase) -> None:
 
 
 @pytest.mark.parametrize("way", ["close", "reset"])
-async def test_w1_who_leaves_without_a_byte_is_counted_apart_and_nobody_is_dialled(
+async def test_w1_who_leaves_without_a_byte_is_counted_apart_and_nothing_is_dialled(
     proxy: App, lakebase: Lakebase, log: LogLines, way: str
 ) -> None:
     async with plain_client(proxy) as client:
@@ -84,7 +84,7 @@ async def test_w1_who_leaves_without_a_byte_is_counted_apart_and_nobody_is_diall
         await eventually(
             lambda: proxy.metrics.value("startup_failures_total", **counted) == 1, "it is counted"
         )
-    await dialled_nobody(proxy, lakebase)
+    await nothing_was_dialled(proxy, lakebase)
     assert {line["level"] for line in log.events("client left before its startup")} == {"debug"}
     assert log.above_info() == []
 
@@ -99,13 +99,13 @@ async def test_w2_one_byte_at_a_time_is_the_same_session(proxy: App) -> None:
         assert (await welcome(client)).startswith(AUTHENTICATION_OK)
 
 
-async def test_w3_bytes_behind_a_refused_ssl_request_are_the_next_packet(proxy: App) -> None:
+async def test_w3_bytes_after_a_refused_ssl_request_are_the_next_packet(proxy: App) -> None:
     async with plain_client(proxy) as client:
-        await client.send(SSL_REQUEST + GSSENC_REQUEST + startup() + query("SELECT 'behind'"))
+        await client.send(SSL_REQUEST + GSSENC_REQUEST + startup() + query("SELECT 'after'"))
         received = await welcome(client)
         assert received.startswith(b"NN" + AUTHENTICATION_OK)
-        if b"behind" not in received:
-            assert b"behind" in await welcome(client)
+        if b"after" not in received:
+            assert b"after" in await welcome(client)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ async def test_w4_a_length_out_of_bounds_is_closed_on_its_fourth_byte(
     assert await replies(proxy, bytes.fromhex(length)) == b""
     (line,) = log.events("client refused")
     assert (line["level"], line["reason"], line["sqlstate"]) == ("debug", "startup_length", "08P01")
-    await dialled_nobody(proxy, lakebase)
+    await nothing_was_dialled(proxy, lakebase)
 
 
 @pytest.mark.parametrize("length", [9_999, 10_000])
@@ -142,7 +142,7 @@ async def test_w5_a_tls_hello_without_a_certificate_is_closed_on_its_first_byte(
 ) -> None:
     assert await replies(proxy, first) == b""
     assert proxy.metrics.value("startup_failures_total", reason="direct_tls") == 1
-    await dialled_nobody(proxy, lakebase)
+    await nothing_was_dialled(proxy, lakebase)
 
 
 @pytest.mark.parametrize("line", [b"GET ", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"POST"])
@@ -152,7 +152,7 @@ async def test_w6_http_is_closed_without_a_word_and_named_in_the_log(
     assert await replies(proxy, line) == b""
     (refused,) = log.events("client refused")
     assert (refused["reason"], refused["level"]) == ("http_request", "debug")
-    await dialled_nobody(proxy, lakebase)
+    await nothing_was_dialled(proxy, lakebase)
 
 
 async def test_w7_ssl_request_is_answered_by_the_one_byte_n_and_the_packet_is_awaited(
@@ -200,7 +200,7 @@ async def test_w9_an_unknown_or_repeated_request_is_a_version_that_is_not_spoken
     message = f"unsupported frontend protocol {version}: {SERVED_3_0_TO_3_2}"
     expected = answered + fatal("0A000", message, "unsupported_protocol")
     assert await replies(proxy, *portions) == expected
-    await dialled_nobody(proxy, lakebase)
+    await nothing_was_dialled(proxy, lakebase)
 
 
 @pytest.mark.parametrize(
@@ -489,7 +489,7 @@ async def test_w49_a_startup_that_takes_too_long_is_closed_without_a_reply(
     proxy = await start_proxy(listen={"startup_timeout_seconds": 0.15})
     assert (await replies(proxy, *portions)).replace(b"N", b"") == b""
     assert proxy.metrics.value("startup_failures_total", reason="startup_timeout") == 1
-    await dialled_nobody(proxy, lakebase)
+    await nothing_was_dialled(proxy, lakebase)
 
 
 async def test_w49_a_byte_now_and_then_does_not_stretch_the_startup_timeout(

@@ -194,13 +194,15 @@ async def test_w9_inside_tls_no_more_encryption_can_be_asked_for(
 
 
 @pytest.mark.parametrize(
-    "behind", [b"\0", startup(), b"\x16\x03\x01\x00"], ids=["a byte", "a startup", "half a hello"]
+    "following",
+    [b"\0", startup(), b"\x16\x03\x01\x00"],
+    ids=["a byte", "a startup", "half a hello"],
 )
-async def test_w3_bytes_behind_an_accepted_ssl_request_are_an_injection(
-    secure_proxy: App, lakebase: Lakebase, behind: bytes
+async def test_w3_bytes_after_an_accepted_ssl_request_are_an_injection(
+    secure_proxy: App, lakebase: Lakebase, following: bytes
 ) -> None:
     async with plain_client(secure_proxy) as client:
-        await client.send(SSL_REQUEST + behind)
+        await client.send(SSL_REQUEST + following)
         received = await client.receive_rest()
     text = "received unencrypted data after SSL request"
     error = ErrorResponse.fatal("08P01", text, "reason=early_plaintext").encode()
@@ -292,7 +294,7 @@ async def test_w5_direct_tls_without_the_right_alpn_is_closed_without_a_word(
     assert lakebase.gateway.accepted == 0
 
 
-async def test_w5_behind_a_refused_request_tls_is_not_begun_without_asking(
+async def test_w5_after_a_refused_request_tls_is_not_begun_without_asking(
     secure_proxy: App, pem: Pem
 ) -> None:
     # After GSSENCRequest and its N the client must ask: PostgreSQL looks for TLS only at the start.

@@ -1,7 +1,7 @@
 """The unix socket listener: where drivers look for it, who may use it, how it comes and goes (W37).
 
 `listen.unix_socket_directory` and `unix_socket_mode`. The rest of the protocol is the same as over
-TCP, but for encryption, which nobody needs inside one machine.
+TCP, but for encryption, which is not needed inside one machine.
 """
 
 import asyncio
@@ -237,7 +237,7 @@ async def test_w37_the_socket_has_its_mode_whatever_the_umask(
 def test_w37_the_socket_is_never_more_open_than_its_mode(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A mode that is set only behind the bind leaves a moment in which anybody may connect: this
+    # A mode that is set only after the bind leaves a moment in which anybody may connect: this
     # looks at what bind itself has made.
     made: list[int] = []
     path = directory / "s"
@@ -287,7 +287,7 @@ async def test_w37_the_socket_of_a_live_process_is_refused_and_left_alone(
             client.connect(str(path))
 
 
-async def test_w37_a_live_process_that_accepts_nobody_is_refused_and_not_waited_for(
+async def test_w37_a_live_process_that_accepts_no_client_is_refused_and_not_waited_for(
     directory: Path,
 ) -> None:
     # To connect to a socket whose backlog is full blocks: the start of the proxy hung for ever.

@@ -76,7 +76,7 @@ async def test_w24_the_welcome_is_one_write_and_nothing_comes_before_it(
             assert await client.receive() == OK + STATUS + KEY.encode() + READY
 
 
-async def test_w24_w29_an_error_behind_authentication_ok_comes_verbatim_and_alone(
+async def test_w24_w29_an_error_after_authentication_ok_comes_verbatim_and_alone(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
     async with manual_upstream(lakebase, welcome=OK + STATUS + POSTGRES_ERROR) as upstream:
@@ -208,7 +208,7 @@ async def test_w30_surprises_before_the_authentication_are_taken(
 
 
 @pytest.mark.parametrize("version", [3 << 16 | 2, 2 << 16, 0])
-async def test_w30_a_negotiation_that_nobody_asked_for_is_a_violation(
+async def test_w30_an_unasked_negotiation_is_a_violation(
     start_proxy: StartProxy, lakebase: Lakebase, version: int
 ) -> None:
     question = NegotiateProtocolVersion(version, ()).encode()
@@ -259,7 +259,7 @@ async def test_w52_no_other_answer_than_s_alone_is_taken_and_nothing_is_said_in_
         received = await told(await to(start_proxy, upstream.port, 0.5))
         await upstream.until_open(0)
     assert_fatal(received, sqlstate, reason)
-    assert b"go away" not in received  # it is nobody's word
+    assert b"go away" not in received  # no party that is trusted said it
     assert EndedBy.TLS_ERROR not in upstream.ends
 
 
@@ -279,7 +279,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("nonsense", HOSTILE.values(), ids=HOSTILE.keys())
-async def test_w53_a_hostile_upstream_costs_its_own_client_and_nobody_else(
+async def test_w53_a_hostile_upstream_costs_its_own_client_and_no_other(
     start_proxy: StartProxy, lakebase: Lakebase, nonsense: bytes, log: LogLines
 ) -> None:
     served = await start_proxy()

@@ -1,4 +1,4 @@
-"""Several workspaces behind one proxy: a token is sent to hosts of its own workspace alone.
+"""One proxy with several workspaces: a token is sent to hosts of its own workspace alone.
 
 Two emulators, each with an API, an issuer and a gateway of its own. Their shards have the same
 names and therefore the same endpoints and hosts, so that nothing but the workspace tells a token of
@@ -241,7 +241,7 @@ async def test_s49_no_token_goes_astray_while_a_target_moves_to_and_fro(
 async def test_an_account_that_comes_back_while_it_still_mints_does_not_mint_twice(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
-    """Nobody's way leads to it meanwhile, but its call is under way."""
+    """No target uses it meanwhile, but its call is under way."""
     first = sharded(lakebase)
     proxy = await start_proxy(**first)
     lakebase.workspace.fail(Call.CREDENTIAL, HANG)

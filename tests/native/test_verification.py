@@ -185,7 +185,7 @@ def refusal_of(path: Path, *, accelerated: bool = False) -> tuple[object, ...]:
     return refused.type, refused.value.errno
 
 
-def test_a_file_that_goes_bad_behind_pythons_back_is_refused_too(tmp_path: Path) -> None:
+def test_a_file_that_goes_bad_unnoticed_by_python_is_refused_too(tmp_path: Path) -> None:
     # The compiled context reads it a second time.
     path = tmp_path / "ca.pem"
     path.write_bytes(b"no certificate")

@@ -83,7 +83,7 @@ async def test_nothing_else_is_served(method: str, path: str, status: int) -> No
     assert answer.status == status
 
 
-async def test_the_program_behind_it_is_not_named() -> None:
+async def test_the_program_that_serves_it_is_not_named() -> None:
     async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         assert "server" not in (await ask(address.port, "/liveness")).headers
 
@@ -221,7 +221,7 @@ async def test_a_dead_admin_address_does_not_hold_up_the_end() -> None:
 
 
 async def take(port: int) -> socket.socket:
-    """Listen on the port as soon as nobody else does."""
+    """Listen on the port as soon as it is free."""
     while True:  # ends with the test's own timeout
         try:
             return socket.create_server((LOOPBACK, port))

@@ -62,7 +62,7 @@ async def test_quit_is_asked_for_with_post_from_this_machine() -> None:
         assert (answer.status, answer.body, shown.quits) == (202, b"draining\n", 1)
 
 
-async def test_without_leave_nobody_quits() -> None:
+async def test_without_permission_no_request_quits() -> None:
     shown = Shown()
     async with serve_admin(shown, host=LOOPBACK, port=0) as address:
         assert (await ask(address.port, "/quitquitquit", "POST")).status == 404
@@ -97,7 +97,7 @@ async def test_quit_is_refused_to_pages_and_through_proxies(header: str) -> None
         (("10.0.0.7", 1), False),
         (("::ffff:10.0.0.7", 1), False),
         (("fe80::1", 1), False),
-        (("localhost", 1), False),  # a name, whoever wrote it there
+        (("localhost", 1), False),  # a name, even of loopback
         (None, False),
     ],
 )

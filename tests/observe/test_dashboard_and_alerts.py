@@ -164,7 +164,7 @@ def test_the_dashboard_is_one_that_grafana_takes() -> None:
         assert place["x"] + place["w"] <= 24
         assert panel["title"]
         assert panel["description"].endswith(".")
-        # Whoever imports it chooses the data source.
+        # The person who imports it chooses the data source.
         assert panel["datasource"]["uid"] == "${datasource}"
         assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
         assert all('instance=~"$instance"' in target["expr"] for target in panel["targets"])

@@ -204,9 +204,7 @@ async def test_it_refreshes_itself_and_says_so_when_the_proxy_is_gone(
 
 @in_a_browser
 @pytest.mark.slow
-async def test_a_page_that_nobody_sees_asks_nothing(
-    stack: AsyncExitStack, browser: Browser
-) -> None:
+async def test_a_hidden_page_asks_nothing(stack: AsyncExitStack, browser: Browser) -> None:
     page, _ = await opened(stack, browser, Shown())
     asked = "performance.getEntriesByName(`${location.origin}/status`).length"
     hide = "Object.defineProperty(document, 'hidden', {{configurable: true, get: () => {}}});"

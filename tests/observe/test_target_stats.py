@@ -36,7 +36,7 @@ def test_the_last_connect_is_shown_by_phase() -> None:
     assert reading(stats, OTHER).connect_seconds == {}
 
 
-def test_a_name_that_nobody_configured_is_other() -> None:
+def test_a_name_that_is_not_configured_is_other() -> None:
     stats = TargetStats(["eu"])
     assert [stats.label(name) for name in ("eu", "hacked", OTHER)] == ["eu", OTHER, OTHER]
 

@@ -1,4 +1,4 @@
-"""The Dockerfile, read: what hadolint says of it, and what it promises to whoever runs it.
+"""The Dockerfile, read: what hadolint says of it, and what it promises to its users.
 
 The image itself is in `test_image.py`.
 """

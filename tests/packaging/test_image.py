@@ -168,7 +168,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
     try:
         built.build()
         yield built
-    finally:  # its mounts would make every later run of pytest fail, which cleans up behind us
+    finally:  # its mounts would make every later run of pytest fail, which cleans up
         built.remove()
 
 

@@ -24,7 +24,7 @@ FILES: Final = (
     *("Dockerfile", ".dockerignore", "docker-compose.yml", ".gitignore", ".ci/run"),
 )
 # What tools leave in a folder, and what was compiled in this clone.
-LEFT_BEHIND: Final = {"__pycache__", ".so", ".c"}
+LEFT_OVER: Final = {"__pycache__", ".so", ".c"}
 # Suffixes of what the wheel has of `proxy`, beside what is compiled.
 IN_THE_WHEEL: Final = {".py", ".pyi", ".html"}
 
@@ -51,7 +51,7 @@ def files_of(folder: str) -> Iterator[str]:
     for path in sorted((ROOT / folder).rglob("*")):
         parts = path.relative_to(ROOT).parts
         hidden = any(part.startswith(".") for part in parts)
-        if path.is_file() and not hidden and LEFT_BEHIND.isdisjoint((*parts, path.suffix)):
+        if path.is_file() and not hidden and LEFT_OVER.isdisjoint((*parts, path.suffix)):
             yield "/".join(parts)
 
 

@@ -135,13 +135,13 @@ class ClientWalk(RuleBasedStateMachine):
 class UpstreamWalk(RuleBasedStateMachine):
     """An upstream that sends anything, and an owner that calls anything."""
 
-    @initialize(behind_tls=st.booleans())
-    def start(self, behind_tls: bool) -> None:
+    @initialize(inside_tls=st.booleans())
+    def start(self, inside_tls: bool) -> None:
         self.machine = UpstreamStartup()
         self.events: list[UpstreamEvent] = []
         self.states = [self.machine.state]
         self.passwords_given = 0
-        if behind_tls:
+        if inside_tls:
             self.arrive(b"S")
             self.call(self.machine.tls_started)
 

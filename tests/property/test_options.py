@@ -85,12 +85,12 @@ def test_escaped_text_is_one_word_that_reads_back(text: bytes) -> None:
 
 
 def is_closed(options: bytes) -> bool:
-    """Tell whether nothing may be written behind: a switch lacks its argument, or `--`."""
+    """Return whether nothing may follow: a switch lacks its argument, or there is `--`."""
     return any(switch.is_last for switch in parse_switches(appended(options, [])))
 
 
 @given(st.one_of(TEXTS, NO_NUL), EXTRA)
-def test_w50_appended_settings_read_back_behind_the_others(
+def test_w50_appended_settings_read_back_after_the_others(
     options: bytes, extra: list[Setting]
 ) -> None:
     assert settings(appended(options, extra)) == settings(options) + extra

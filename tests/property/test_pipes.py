@@ -93,9 +93,9 @@ class Scenario:
     early_notice: bytes
     before_key: bytes
     key: bytes
-    behind_key: bytes
+    after_key: bytes
     trailing: bytes
-    early: bytes  # what the client sends behind its StartupMessage
+    early: bytes  # what the client sends after its StartupMessage
     waits: bool  # the client hears the answer to its SSLRequest before it goes on
     piece_bytes: int  # how much a peer says at once, at most
 
@@ -114,13 +114,13 @@ class Scenario:
             steps += [*self._said(said + question), Expect(answer)]
             said = b""
         final = SASL_FINAL if self.login == "SASL" else b""
-        welcome = self.before_key + self.key + self.behind_key + READY_FOR_QUERY
+        welcome = self.before_key + self.key + self.after_key + READY_FOR_QUERY
         return steps + self._said(said + final + AUTHENTICATION_OK + welcome + self.trailing)
 
     @property
     def client_receives(self) -> bytes:
         """Spell all that the client is told."""
-        held = self.early_notice + self.before_key + self.key + self.behind_key
+        held = self.early_notice + self.before_key + self.key + self.after_key
         return b"N" + AUTHENTICATION_OK + held + READY_FOR_QUERY + self.trailing
 
     @property
@@ -141,7 +141,7 @@ SCENARIOS = st.builds(
     early_notice=st.sampled_from([b"", NOTICE]),
     before_key=MESSAGES,
     key=st.sampled_from([b"", BACKEND_KEY_DATA]),
-    behind_key=MESSAGES,
+    after_key=MESSAGES,
     trailing=st.binary(max_size=30),
     early=st.binary(max_size=30),
     waits=st.booleans(),

@@ -83,7 +83,7 @@ def test_w2_w3_a_clients_stream_means_the_same_in_any_cut(
     assert shown(pieces.receive_eof()) == shown(whole.receive_eof())
 
 
-def behind_tls() -> UpstreamStartup:
+def inside_tls() -> UpstreamStartup:
     machine = UpstreamStartup()
     machine.receive_data(b"S")
     machine.tls_started()
@@ -101,7 +101,7 @@ def behind_tls() -> UpstreamStartup:
     CUTS,
 )
 def test_w2_an_upstreams_stream_means_the_same_in_any_cut(stream: bytes, cuts: list[int]) -> None:
-    whole, pieces = behind_tls(), behind_tls()
+    whole, pieces = inside_tls(), inside_tls()
     expected = whole.receive_data(stream)
     events, relayed = [], b""
     for chunk in at_offsets(stream, cuts):

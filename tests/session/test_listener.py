@@ -240,10 +240,10 @@ OPTIONS = (
 async def accepted_elsewhere() -> AsyncIterator[tuple[socket.socket, socket.socket]]:
     """Give both ends of a TCP connection, the client's and the one that was accepted."""
     loop = asyncio.get_running_loop()
-    with socket.create_server(("127.0.0.1", 0)) as door, socket.socket() as client:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as client:
         client.setblocking(False)
-        await loop.sock_connect(client, door.getsockname())
-        accepted, _ = door.accept()
+        await loop.sock_connect(client, listening.getsockname())
+        accepted, _ = listening.accept()
         accepted.setblocking(False)
         yield client, accepted
 

@@ -146,7 +146,7 @@ async def test_w11_the_negotiation_comes_first_and_alone(proxy: App) -> None:
         assert (await until_ready(client))[0] == AuthenticationOk()
 
 
-async def test_a_client_that_closes_its_sending_side_behind_the_query_is_a_client_that_left(
+async def test_a_client_that_closes_its_sending_side_after_the_query_is_a_client_that_left(
     proxy: App, lakebase: Lakebase
 ) -> None:
     # PostgreSQL knows no half-close: the end of one side is the end of both.
@@ -157,7 +157,7 @@ async def test_a_client_that_closes_its_sending_side_behind_the_query_is_a_clien
     await eventually(lambda: lakebase.gateway.open_sessions == 0, "no session upstream")
 
 
-async def test_w3_the_tail_behind_the_startup_message_is_not_forwarded_before_ready(
+async def test_w3_the_tail_after_the_startup_message_is_not_forwarded_before_ready(
     proxy: App, lakebase: Lakebase
 ) -> None:
     async with plain_client(proxy) as client:
@@ -171,9 +171,9 @@ async def test_w3_the_tail_behind_the_startup_message_is_not_forwarded_before_re
 async def test_a_relayed_session_holds_nothing_of_its_startup(proxy: App) -> None:
     # It may go on for days; a thousand idle ones are to be small.
     loop = asyncio.get_running_loop()
-    with socket.create_server(("127.0.0.1", 0)) as door, socket.socket() as far:
-        far.connect(door.getsockname())
-        near, _ = door.accept()
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as far:
+        far.connect(listening.getsockname())
+        near, _ = listening.accept()
         near.setblocking(False)
         proxy.listener.adopt(near, 7, lambda: None)
         async with plain_client(proxy) as client:
@@ -332,7 +332,7 @@ async def test_w38_a_cancel_inside_tls_is_delivered(
     assert cancel.cancel_known
 
 
-async def test_w3_plaintext_behind_an_accepted_ssl_request_is_an_injection(
+async def test_w3_plaintext_after_an_accepted_ssl_request_is_an_injection(
     secure_proxy: App,
 ) -> None:
     async with plain_client(secure_proxy) as client:

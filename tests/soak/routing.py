@@ -101,7 +101,7 @@ def named(answer: bytes) -> str:
     framing.feed(answer)
     while (frame := framing.next()) is not None:
         if frame.type == b"D":
-            return frame.payload[6:].decode()  # behind the number of columns and the length
+            return frame.payload[6:].decode()  # after the number of columns and the length
         if frame.type == b"E":
             return frame.payload.replace(b"\0", b" ").decode(errors="replace")
     return "nothing"

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class ActivityPair:
-    """Takes the reads of a session as an Activity does, and feeds them to both trackers.
+    """Takes the reads of a session as an Activity does, and feeds them to both objects.
 
     Where nothing was compiled it is Python's alone; `tests/native` says so loudly.
     """

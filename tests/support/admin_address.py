@@ -1,4 +1,4 @@
-"""An admin address to look at without a proxy behind it, and a client that asks it.
+"""An admin address to look at without a proxy, and a client that asks it.
 
 For: a state that each test sets as it likes, and one HTTP request told byte by byte. Not for: what
 a real proxy shows there (`tests/e2e/test_observation.py`).

@@ -2,7 +2,7 @@
 
 For: loading a page, asking it with JavaScript, changing its size and colours, and pictures of it.
 Not for: a driver of every browser; Chromium's own protocol (`--remote-debugging-pipe`: JSON with a
-NUL behind it) needs no package beside it and no port.
+NUL after it) needs no package beside it and no port.
 
 Every wait is bounded. The browser's profile is a directory of the test's, and its process group is
 ended with the block.

@@ -77,7 +77,7 @@ class Peer:
                 await asyncio.sleep(0)
 
     def encrypted(self, content: bytes) -> bytes:
-        """Return content as TLS records, behind what TLS itself has to say."""
+        """Return content as TLS records, after what TLS itself has to say."""
         assert self.tls is not None
         rest = memoryview(content)
         while rest:

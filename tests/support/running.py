@@ -1,7 +1,7 @@
 """The proxy in front of the Lakebase emulator, and how tests observe it.
 
 For: settings that point at a `Lakebase`, the parameters a client needs, waiting for a condition,
-and counting what a connection may leave behind. Not for: starting a process (`proxy_process`).
+and counting what a connection may leave. Not for: starting a process (`proxy_process`).
 """
 
 import asyncio
@@ -133,7 +133,7 @@ async def all_over(proxy: App, lakebase: Lakebase) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Census:
-    """What a connection may leave behind in this process."""
+    """What a connection may leave in this process."""
 
     tasks: int
     files: int

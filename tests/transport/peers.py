@@ -107,17 +107,17 @@ class Notes(asyncio.Protocol):
 
 @asynccontextmanager
 async def linked(buffer_bytes: int = 0) -> AsyncIterator[tuple[StartupStream, Peer]]:
-    """Give a Link and the other end of its TCP connection; both are cut at the end."""
+    """Return a stream and the far end of its TCP connection; both are cut at the end."""
     near, far = tcp_pair(buffer_bytes)
     peer = Peer(far)
     peer.server_name = HOST
-    _, link = await asyncio.get_running_loop().create_connection(StartupStream, sock=near)
+    _, stream = await asyncio.get_running_loop().create_connection(StartupStream, sock=near)
     try:
-        yield link, peer
+        yield stream, peer
     finally:
         peer.abort()
-        if not link.transport.is_closing():
-            link.transport.abort()
+        if not stream.transport.is_closing():
+            stream.transport.abort()
         await asyncio.sleep(0)  # both hear of their end while the loop still runs
 
 
@@ -125,27 +125,27 @@ async def linked(buffer_bytes: int = 0) -> AsyncIterator[tuple[StartupStream, Pe
 async def secured(
     tls: Contexts, *, server_side: bool, protocol: asyncio.Protocol | None = None
 ) -> AsyncIterator[tuple[StartupStream, Peer]]:
-    """Give a Link with TLS up, and its peer. `protocol` takes the Link's place."""
-    async with linked() as (link, peer):
+    """Return a stream with TLS up, and its peer. `protocol` takes the place of the stream."""
+    async with linked() as (stream, peer):
         async with asyncio.TaskGroup() as group:
             group.create_task(
                 peer.handshake(tls.of(server_side=not server_side), server_side=not server_side)
             )
-            await start(link, tls, server_side=server_side)
+            await start(stream, tls, server_side=server_side)
         if protocol is not None:
-            early = link.hand_over(protocol)
+            early = stream.hand_over(protocol)
             if early:
                 protocol.data_received(early)
-        yield link, peer
+        yield stream, peer
 
 
 async def start(
-    link: StartupStream, tls: Contexts, *, server_side: bool, first: bytes = b""
+    stream: StartupStream, tls: Contexts, *, server_side: bool, first: bytes = b""
 ) -> ssl.SSLObject:
-    """Put TLS on the Link."""
+    """Start TLS on the stream."""
     hostname = None if server_side else HOST
     async with asyncio.timeout(WAIT_SECONDS_MAX):
-        return await link.start_tls(
+        return await stream.start_tls(
             tls.ours(server_side=server_side),
             server_side=server_side,
             server_hostname=hostname,

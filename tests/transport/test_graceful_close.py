@@ -34,9 +34,9 @@ def run(new_loop: Callable[[], Any], story: Callable[[], Any]) -> None:
 @LOOPS
 def test_a_slow_reader_gets_every_last_byte_and_then_the_end(new_loop: Callable[[], Any]) -> None:
     async def story() -> None:
-        async with linked() as (link, peer):
-            link.write(b"x" * (16 * MIB))
-            ending = asyncio.create_task(close_gracefully(link.transport))
+        async with linked() as (stream, peer):
+            stream.write(b"x" * (16 * MIB))
+            ending = asyncio.create_task(close_gracefully(stream.transport))
             received = 0
             while piece := await peer.receive():
                 received += len(piece)
@@ -53,10 +53,10 @@ def test_a_peer_that_still_sends_does_not_turn_our_end_into_a_reset(
     new_loop: Callable[[], Any],
 ) -> None:
     async def story() -> None:
-        async with linked() as (link, peer):
+        async with linked() as (stream, peer):
             await peer.send(b"unread" * 1000)
-            link.write(b"last words")
-            ending = asyncio.create_task(close_gracefully(link.transport))
+            stream.write(b"last words")
+            ending = asyncio.create_task(close_gracefully(stream.transport))
             await peer.send(b"unread too" * 1000)
             assert await peer.receive() == b"last words"
             await peer.send(b"and on" * 1000)
@@ -73,9 +73,9 @@ def test_a_peer_that_ends_while_it_is_flushed_to_still_gets_everything(
 ) -> None:
     # asyncio's own transport cannot be aborted once it is lost without an error.
     async def story() -> None:
-        async with linked() as (link, peer):
-            link.write(b"x" * (8 * MIB))
-            ending = asyncio.create_task(close_gracefully(link.transport))
+        async with linked() as (stream, peer):
+            stream.write(b"x" * (8 * MIB))
+            ending = asyncio.create_task(close_gracefully(stream.transport))
             await asyncio.sleep(0)
             peer.end()
             assert len(await peer.receive_rest()) == 8 * MIB
@@ -87,13 +87,13 @@ def test_a_peer_that_ends_while_it_is_flushed_to_still_gets_everything(
 @LOOPS
 def test_a_reset_in_the_middle_of_the_flush_ends_it(new_loop: Callable[[], Any]) -> None:
     async def story() -> None:
-        async with linked() as (link, peer):
-            link.write(b"x" * (8 * MIB))
-            ending = asyncio.create_task(close_gracefully(link.transport))
+        async with linked() as (stream, peer):
+            stream.write(b"x" * (8 * MIB))
+            ending = asyncio.create_task(close_gracefully(stream.transport))
             await asyncio.sleep(0)
             peer.reset()
             await ending
-            assert link.transport.is_closing()
+            assert stream.transport.is_closing()
 
     run(new_loop, story)
 
@@ -101,9 +101,9 @@ def test_a_reset_in_the_middle_of_the_flush_ends_it(new_loop: Callable[[], Any])
 @LOOPS
 def test_a_peer_that_never_ends_is_left_after_the_linger(new_loop: Callable[[], Any]) -> None:
     async def story() -> None:
-        async with linked() as (link, peer):
-            await close_gracefully(link.transport, linger_seconds=0.05)
-            assert link.transport.is_closing()
+        async with linked() as (stream, peer):
+            await close_gracefully(stream.transport, linger_seconds=0.05)
+            assert stream.transport.is_closing()
             assert await peer.receive() == b""
 
     run(new_loop, story)
@@ -112,14 +112,14 @@ def test_a_peer_that_never_ends_is_left_after_the_linger(new_loop: Callable[[], 
 @LOOPS
 def test_cancelling_cuts_at_once(new_loop: Callable[[], Any]) -> None:
     async def story() -> None:
-        async with linked() as (link, _):
-            link.write(b"x" * (8 * MIB))  # nobody reads
-            ending = asyncio.create_task(close_gracefully(link.transport))
+        async with linked() as (stream, _):
+            stream.write(b"x" * (8 * MIB))  # the peer does not read
+            ending = asyncio.create_task(close_gracefully(stream.transport))
             await asyncio.sleep(0)
             ending.cancel()
             await asyncio.wait([ending])
             assert ending.cancelled()
-            assert link.transport.is_closing()
+            assert stream.transport.is_closing()
 
     run(new_loop, story)
 
@@ -127,22 +127,22 @@ def test_cancelling_cuts_at_once(new_loop: Callable[[], Any]) -> None:
 @LOOPS
 def test_closing_twice_and_closing_what_is_closed_do_nothing(new_loop: Callable[[], Any]) -> None:
     async def story() -> None:
-        async with linked() as (link, peer):
+        async with linked() as (stream, peer):
             peer.reset()
-            await link.gone
+            await stream.gone
             await asyncio.sleep(0)
-            await close_gracefully(link.transport)
-            await close_gracefully(link.transport)
+            await close_gracefully(stream.transport)
+            await close_gracefully(stream.transport)
 
     run(new_loop, story)
 
 
 async def test_a_peer_that_does_not_read_is_left_after_a_time() -> None:
-    async with linked() as (link, _):
-        link.write(b"x" * (8 * MIB))
+    async with linked() as (stream, _):
+        stream.write(b"x" * (8 * MIB))
         async with asyncio.timeout(WAIT_SECONDS_MAX):
-            await close_gracefully(link.transport, flush_seconds=0.05)
-        assert link.transport.is_closing()
+            await close_gracefully(stream.transport, flush_seconds=0.05)
+        assert stream.transport.is_closing()
 
 
 def test_the_bounds_are_those_that_the_drain_is_planned_with() -> None:

@@ -15,8 +15,8 @@ def option(sock: socket.socket, level: int, name: int) -> int:
 
 
 async def test_w36_small_writes_go_at_once_and_dead_peers_are_noticed() -> None:
-    async with linked() as (link, _):
-        sock = link.transport.get_extra_info("socket")
+    async with linked() as (stream, _):
+        sock = stream.transport.get_extra_info("socket")
         tcp = socket.IPPROTO_TCP
         assert option(sock, tcp, socket.TCP_NODELAY) == 1
         assert option(sock, socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
@@ -28,15 +28,15 @@ async def test_w36_small_writes_go_at_once_and_dead_peers_are_noticed() -> None:
 async def test_w33_a_client_that_stops_reading_for_long_is_not_cut_by_the_kernel() -> None:
     # TCP_USER_TIMEOUT also runs while the peer's window is closed, however alive the peer is: a
     # client that paused for 30 s in the middle of a result lost its connection.
-    async with linked() as (link, _):
-        sock = link.transport.get_extra_info("socket")
+    async with linked() as (stream, _):
+        sock = stream.transport.get_extra_info("socket")
         assert option(sock, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
 
 
 async def test_w36_unacknowledged_bytes_to_an_upstream_have_a_bound() -> None:
-    async with linked() as (link, _):
-        sockets.set_user_timeout(link.transport)
-        sock = link.transport.get_extra_info("socket")
+    async with linked() as (stream, _):
+        sockets.set_user_timeout(stream.transport)
+        sock = stream.transport.get_extra_info("socket")
         assert option(sock, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
 
 
@@ -62,8 +62,8 @@ async def test_an_option_that_this_platform_does_not_have_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(socket, "TCP_KEEPIDLE")  # macOS calls it TCP_KEEPALIVE
-    async with linked() as (link, _):
-        sock = link.transport.get_extra_info("socket")
+    async with linked() as (stream, _):
+        sock = stream.transport.get_extra_info("socket")
         assert option(sock, socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
 

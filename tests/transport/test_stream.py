@@ -79,7 +79,7 @@ async def test_w33_a_full_inbox_stops_reading_until_it_is_emptied() -> None:
         await sending
 
 
-async def test_an_end_behind_a_full_inbox_comes_after_its_bytes() -> None:
+async def test_an_end_after_a_full_inbox_comes_after_its_bytes() -> None:
     async with linked() as (stream, peer):
         content = b"x" * (INBOX_BYTES_MAX * 3)
         await peer.send(content)

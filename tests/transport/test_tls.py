@@ -47,28 +47,28 @@ def tls(request: pytest.FixtureRequest) -> Contexts:
 async def test_both_sides_shake_hands_however_the_bytes_are_cut(
     tls: Contexts, server_side: bool, cut: Cut
 ) -> None:
-    async with linked() as (link, peer), asyncio.TaskGroup() as group:
+    async with linked() as (stream, peer), asyncio.TaskGroup() as group:
         context = tls.of(server_side=not server_side)
         shaken = group.create_task(peer.handshake(context, server_side=not server_side, cut=cut))
-        tls_object = await start(link, tls, server_side=server_side)
+        tls_object = await start(stream, tls, server_side=server_side)
         await shaken
         assert tls_object.version() == "TLSv1.3"
-        link.write(b"from us")
+        stream.write(b"from us")
         assert await peer.receive_exactly(7) == b"from us"
         await peer.send(b"from the peer")
-        assert await link.receive() == b"from the peer"
+        assert await stream.receive() == b"from the peer"
 
 
 async def test_prepared_tls_sends_nothing_until_it_is_switched_to(tls: Contexts) -> None:
-    async with linked() as (link, peer), asyncio.TaskGroup() as group:
-        prepared = link.prepare_tls(tls.ours(server_side=False), HOST)
-        link.write(b"plain")
+    async with linked() as (stream, peer), asyncio.TaskGroup() as group:
+        prepared = stream.prepare_tls(tls.ours(server_side=False), HOST)
+        stream.write(b"plain")
         assert await peer.receive_exactly(5) == b"plain"  # and not the hello before it
         shaken = group.create_task(peer.handshake(tls.server, server_side=True))
-        tls_object = await link.switch_to(prepared)
+        tls_object = await stream.switch_to(prepared)
         await shaken
         assert tls_object.version() == "TLSv1.3"
-        link.write(b"from us")
+        stream.write(b"from us")
         assert await peer.receive_exactly(7) == b"from us"
 
 
@@ -93,44 +93,44 @@ def test_a_context_is_kept_until_its_file_changes(tmp_path: Path) -> None:
 async def test_data_in_the_write_that_ends_the_handshake_is_delivered_after_it(
     tls: Contexts, server_side: bool
 ) -> None:
-    async with linked() as (link, peer), asyncio.TaskGroup() as group:
+    async with linked() as (stream, peer), asyncio.TaskGroup() as group:
         context = tls.of(server_side=not server_side)
         group.create_task(
             peer.handshake(context, server_side=not server_side, tail=b"early" * 10_000)
         )
-        await start(link, tls, server_side=server_side)
+        await start(stream, tls, server_side=server_side)
         received = b""
         while len(received) < 50_000:
-            received += await link.receive()
+            received += await stream.receive()
         assert received == b"early" * 10_000
 
 
 async def test_data_in_the_write_that_ends_the_handshake_reaches_who_takes_over_at_once(
     tls: Contexts,
 ) -> None:
-    async with linked() as (link, peer), asyncio.TaskGroup() as group:
+    async with linked() as (stream, peer), asyncio.TaskGroup() as group:
         group.create_task(peer.handshake(tls.client, server_side=False, tail=b"early"))
-        await start(link, tls, server_side=True)
+        await start(stream, tls, server_side=True)
         notes = Notes()
-        assert link.hand_over(notes) == b""
+        assert stream.hand_over(notes) == b""
         await notes.until_received(5)
         assert notes.received == b"early"
 
 
 async def test_a_hello_that_was_read_already_begins_the_handshake(tls: Contexts) -> None:
-    async with linked() as (link, peer), asyncio.TaskGroup() as group:
+    async with linked() as (stream, peer), asyncio.TaskGroup() as group:
         shaken = group.create_task(peer.handshake(tls.client, server_side=False))
-        hello = await link.receive()
+        hello = await stream.receive()
         assert hello[:1] == b"\x16"
-        await start(link, tls, server_side=True, first=hello)
+        await start(stream, tls, server_side=True, first=hello)
         await shaken
         await peer.send(b"after")
-        assert await link.receive() == b"after"
+        assert await stream.receive() == b"after"
 
 
 async def test_a_certificate_that_does_not_verify_fails_and_the_peer_is_told(tls: Contexts) -> None:
     other = contexts()
-    async with linked() as (link, peer), asyncio.TaskGroup() as group:
+    async with linked() as (stream, peer), asyncio.TaskGroup() as group:
 
         async def refused() -> None:
             with pytest.raises(ssl.SSLError, match=r"(?i)unknown.ca"):
@@ -138,52 +138,52 @@ async def test_a_certificate_that_does_not_verify_fails_and_the_peer_is_told(tls
 
         told = group.create_task(refused())
         with pytest.raises(ssl.SSLCertVerificationError):
-            await start(link, tls, server_side=False)
-        link.transport.close()
+            await start(stream, tls, server_side=False)
+        stream.transport.close()
         await told
 
 
 async def test_a_peer_that_does_not_speak_tls_fails_the_handshake(tls: Contexts) -> None:
-    async with linked() as (link, peer):
+    async with linked() as (stream, peer):
         peer.sock.sendall(b"Q\0\0\0\x0dselect 1\0")
         with pytest.raises(ssl.SSLError):
-            await start(link, tls, server_side=True)
-        await peer.send(b"and more of it")  # nobody minds
+            await start(stream, tls, server_side=True)
+        await peer.send(b"and more of it")  # is ignored
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
 async def test_a_peer_that_ends_during_the_handshake_fails_it(tls: Contexts, reset: bool) -> None:
-    async with linked() as (link, peer), asyncio.TaskGroup() as group:
-        starting = group.create_task(_failing_start(link, tls))
+    async with linked() as (stream, peer), asyncio.TaskGroup() as group:
+        starting = group.create_task(_failing_start(stream, tls))
         await peer.receive()
         peer.reset() if reset else peer.end()
         assert isinstance(await starting, ConnectionError)
 
 
 async def test_a_peer_that_ended_before_the_handshake_fails_it_at_once(tls: Contexts) -> None:
-    # S and FIN in one read: the end was told to the Link, and to nobody else ever again.
-    async with linked() as (link, peer):
+    # S and FIN in one read: only the stream is told of the end, and only once.
+    async with linked() as (stream, peer):
         peer.sock.sendall(b"S")
         peer.end()
-        await link.gone
-        assert await link.receive() == b"S"
-        assert isinstance(await _failing_start(link, tls), ConnectionError)
+        await stream.gone
+        assert await stream.receive() == b"S"
+        assert isinstance(await _failing_start(stream, tls), ConnectionError)
 
 
-async def _failing_start(link: StartupStream, tls: Contexts) -> Exception:
+async def _failing_start(stream: StartupStream, tls: Contexts) -> Exception:
     with pytest.raises(OSError) as failed:  # noqa: PT011 - which one is the caller's question
-        await start(link, tls, server_side=False)
+        await start(stream, tls, server_side=False)
     return failed.value
 
 
 @pytest.mark.parametrize("how", ["cancelled", "reset", "garbage"])
-async def test_a_handshake_that_fails_leaves_no_exception_that_nobody_retrieves(
+async def test_a_handshake_that_fails_leaves_no_exception_unretrieved(
     tls: Contexts, how: str
 ) -> None:
     unhandled: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
-    async with linked() as (link, peer):
-        starting = asyncio.create_task(start(link, tls, server_side=False))
+    async with linked() as (stream, peer):
+        starting = asyncio.create_task(start(stream, tls, server_side=False))
         await peer.receive()
         match how:
             case "cancelled":
@@ -196,8 +196,8 @@ async def test_a_handshake_that_fails_leaves_no_exception_that_nobody_retrieves(
         await asyncio.wait([starting])
         assert starting.cancelled() or starting.exception() is not None
         await asyncio.sleep(0)
-        link.transport.close()
-        await link.gone
+        stream.transport.close()
+        await stream.gone
         del starting
     gc.collect()
     await asyncio.sleep(0)
@@ -206,12 +206,12 @@ async def test_a_handshake_that_fails_leaves_no_exception_that_nobody_retrieves(
 
 async def test_session_tickets_are_taken_and_deliver_nothing(tls: Contexts) -> None:
     notes = Notes()
-    async with secured(tls, server_side=False, protocol=notes) as (link, peer):
+    async with secured(tls, server_side=False, protocol=notes) as (stream, peer):
         assert notes.received == b""
         await peer.send(b"first")
         await notes.until_received(5)
         if tls.compiled is None:  # the other one does not show what it has
-            session = link.transport.get_extra_info("ssl_object").session
+            session = stream.transport.get_extra_info("ssl_object").session
             assert session is not None
             assert session.has_ticket
 
@@ -238,22 +238,22 @@ async def test_key_updates_go_unnoticed(tls: Contexts, tmp_path: Path) -> None:
     assert client.stdout is not None
     try:
         async with asyncio.timeout(WAIT_SECONDS_MAX):
-            link = await arrived
-            await start(link, tls, server_side=True, first=await link.receive())
+            stream = await arrived
+            await start(stream, tls, server_side=True, first=await stream.receive())
             for round_ in range(3):
                 client.stdin.write(b"K\n")
                 await client.stdin.drain()
                 await _until_read(client.stdout, b"KEYUPDATE")
                 client.stdin.write(b"ping %d\n" % round_)
-                assert await link.receive() == b"ping %d\n" % round_
-                link.write(b"pong %d\n" % round_)
+                assert await stream.receive() == b"ping %d\n" % round_
+                stream.write(b"pong %d\n" % round_)
                 await _until_read(client.stdout, b"pong %d" % round_)
     finally:
         client.stdin.close()
         client.kill()
         await client.wait()
         server.close()
-        link.transport.abort()
+        stream.transport.abort()
 
 
 async def _until_read(stream: asyncio.StreamReader, text: bytes) -> None:
@@ -267,10 +267,10 @@ async def _until_read(stream: asyncio.StreamReader, text: bytes) -> None:
 @BOTH_SIDES
 @pytest.mark.parametrize("size", [0, 1, 16_384, 16_385, 1_000_000])
 async def test_writes_of_any_size_arrive_whole(tls: Contexts, server_side: bool, size: int) -> None:
-    async with secured(tls, server_side=server_side) as (link, peer):
-        link.transport.write(b"x" * size)
-        link.transport.write(bytearray(b"y"))
-        link.transport.write(memoryview(b"z"))
+    async with secured(tls, server_side=server_side) as (stream, peer):
+        stream.transport.write(b"x" * size)
+        stream.transport.write(bytearray(b"y"))
+        stream.transport.write(memoryview(b"z"))
         assert await peer.receive_exactly(size + 2) == b"x" * size + b"yz"
 
 
@@ -286,8 +286,8 @@ async def test_records_cut_at_every_byte_are_put_together(tls: Contexts) -> None
 async def test_a_pause_stops_delivery_and_the_peer_and_loses_nothing(tls: Contexts) -> None:
     notes = Notes()
     content = bytes(range(256)) * (32 * MIB // 256)
-    async with secured(tls, server_side=False, protocol=notes) as (link, peer):
-        link.transport.pause_reading()
+    async with secured(tls, server_side=False, protocol=notes) as (stream, peer):
+        stream.transport.pause_reading()
         before = resident_bytes()
         # The peer makes its records as it goes, or they would be what takes the memory.
         sending = asyncio.create_task(_send_in_pieces(peer, content))
@@ -295,7 +295,7 @@ async def test_a_pause_stops_delivery_and_the_peer_and_loses_nothing(tls: Contex
         assert notes.received == b""
         assert resident_bytes() - before < 16 * MIB
         assert not sending.done()
-        link.transport.resume_reading()
+        stream.transport.resume_reading()
         await notes.until_received(len(content))
         await sending
         assert notes.received == content
@@ -321,14 +321,14 @@ async def test_a_peer_that_does_not_read_pauses_the_writer_and_then_resumes_it(
     tls: Contexts,
 ) -> None:
     notes = Notes()
-    async with secured(tls, server_side=False, protocol=notes) as (link, peer):
-        link.transport.set_write_buffer_limits(high=65536)
+    async with secured(tls, server_side=False, protocol=notes) as (stream, peer):
+        stream.transport.set_write_buffer_limits(high=65536)
         written = 0
         while "pause" not in notes.told:
-            link.transport.write(b"x" * 65536)
+            stream.transport.write(b"x" * 65536)
             written += 65536
             await asyncio.sleep(0)
-        assert link.transport.get_write_buffer_size() > 65536
+        assert stream.transport.get_write_buffer_size() > 65536
         assert await peer.receive_exactly(written) == b"x" * written
         await notes.until_told("resume")
 
@@ -384,9 +384,9 @@ async def test_w32_100_megabytes_pass_both_ways_at_once_and_memory_stays_flat(
     async with asyncio.TaskGroup() as group:
         group.create_task(start(near, tls, server_side=False))
         group.create_task(start(far, tls, server_side=True))
-    ends = [_Bulk(link.transport, size) for link in (near, far)]
-    for link, end in zip((near, far), ends, strict=True):
-        link.hand_over(end)
+    ends = [_Bulk(stream.transport, size) for stream in (near, far)]
+    for stream, end in zip((near, far), ends, strict=True):
+        stream.hand_over(end)
     before = resident_bytes()
     async with asyncio.timeout(60):
         for end in ends:
@@ -404,20 +404,20 @@ async def test_w32_100_megabytes_pass_both_ways_at_once_and_memory_stays_flat(
 
 @BOTH_SIDES
 async def test_w34_an_end_is_close_notify_and_then_fin(tls: Contexts, server_side: bool) -> None:
-    async with secured(tls, server_side=server_side) as (link, peer):
-        link.transport.write(b"last words")
-        link.transport.write_eof()
-        link.transport.write(b"too late")
+    async with secured(tls, server_side=server_side) as (stream, peer):
+        stream.transport.write(b"last words")
+        stream.transport.write_eof()
+        stream.transport.write(b"too late")
         assert await peer.receive_rest() == b"last words"
         assert peer.close_notify
-        assert await peer.receive_raw() == b""  # and FIN behind it
+        assert await peer.receive_raw() == b""  # and FIN after it
 
 
 async def test_closing_says_close_notify_too(tls: Contexts) -> None:
-    async with secured(tls, server_side=False) as (link, peer):
-        link.transport.write(b"x" * MIB)
-        link.transport.close()
-        assert link.transport.is_closing()
+    async with secured(tls, server_side=False) as (stream, peer):
+        stream.transport.write(b"x" * MIB)
+        stream.transport.close()
+        assert stream.transport.is_closing()
         assert await peer.receive_rest() == b"x" * MIB
         assert peer.close_notify
 
@@ -428,8 +428,8 @@ async def test_what_the_peer_sends_after_our_end_is_delivered_and_so_is_its_end(
 ) -> None:
     # With both close_notify on the way OpenSSL reports the peer's as an error of its own kind.
     notes = Notes()
-    async with secured(tls, server_side=server_side, protocol=notes) as (link, peer):
-        link.transport.write_eof()
+    async with secured(tls, server_side=server_side, protocol=notes) as (stream, peer):
+        stream.transport.write_eof()
         assert await peer.receive_rest() == b""
         await peer.send(b"late" * 10_000)
         peer.send_close_notify()
@@ -443,14 +443,14 @@ async def test_an_end_is_told_once_whether_close_notify_or_fin_or_both_say_it(
 ) -> None:
     for close_notify in (True, False):
         notes = Notes()
-        async with secured(tls, server_side=False, protocol=notes) as (link, peer):
+        async with secured(tls, server_side=False, protocol=notes) as (stream, peer):
             await peer.send(b"x")
             if close_notify:
                 peer.send_close_notify()
             peer.end()
             await notes.until_told("eof")
-            link.transport.resume_reading()
-            link.transport.write(b"we may still answer")
+            stream.transport.resume_reading()
+            stream.transport.write(b"we may still answer")
             assert await peer.receive_exactly(19) == b"we may still answer"
             assert notes.told == ["data", "eof"]
 
@@ -471,13 +471,13 @@ async def test_closing_does_not_wait_for_a_peer_that_has_ended_already(
 ) -> None:
     # The relay closes both sides when the upstream has ended; it waited out the whole linger.
     notes = Notes()
-    async with secured(tls, server_side=False, protocol=notes) as (link, peer):
+    async with secured(tls, server_side=False, protocol=notes) as (stream, peer):
         if close_notify:
             peer.send_close_notify()
         peer.end()
         await notes.until_told("eof")
         async with asyncio.timeout(WAIT_SECONDS_MAX):
-            await close_gracefully(link.transport, linger_seconds=60)
+            await close_gracefully(stream.transport, linger_seconds=60)
         assert await peer.receive_rest() == b""
         assert peer.close_notify
 
@@ -488,8 +488,8 @@ async def test_w34_a_slow_reader_gets_every_byte_that_came_before_the_peers_fin(
     # The event loop's own TLS drops what it has decrypted and not delivered when FIN comes.
     content = bytes(range(256)) * (4 * MIB // 256)
     notes = Notes()
-    async with secured(tls, server_side=False, protocol=notes) as (link, peer):
-        link.transport.pause_reading()
+    async with secured(tls, server_side=False, protocol=notes) as (stream, peer):
+        stream.transport.pause_reading()
 
         async def send_and_end() -> None:
             await _send_in_pieces(peer, content)
@@ -498,16 +498,16 @@ async def test_w34_a_slow_reader_gets_every_byte_that_came_before_the_peers_fin(
 
         sending = asyncio.create_task(send_and_end())
         while "eof" not in notes.told:  # reads once, rests, reads once
-            link.transport.resume_reading()
+            stream.transport.resume_reading()
             await notes.until_more()
-            link.transport.pause_reading()
+            stream.transport.pause_reading()
             await asyncio.sleep(0)
         await sending
         assert notes.received == content
         assert notes.told == ["data", "eof"]
 
 
-async def test_a_broken_record_ends_the_connection_and_nothing_behind_it_is_believed(
+async def test_a_broken_record_ends_the_connection_and_nothing_after_it_is_believed(
     tls: Contexts,
 ) -> None:
     notes = Notes()
@@ -515,7 +515,7 @@ async def test_a_broken_record_ends_the_connection_and_nothing_behind_it_is_beli
         good = peer.encrypted(b"good")
         broken = bytearray(peer.encrypted(b"broken"))
         broken[-1] ^= 1
-        await peer.send_raw(good + broken + peer.encrypted(b"behind"))
+        await peer.send_raw(good + broken + peer.encrypted(b"after"))
         await notes.until_told("lost")
         assert notes.received == b"good"
 
@@ -530,21 +530,21 @@ async def test_plaintext_in_the_middle_of_tls_ends_the_connection(tls: Contexts)
 
 async def test_a_reset_is_the_loss_of_the_connection(tls: Contexts) -> None:
     notes = Notes()
-    async with secured(tls, server_side=False, protocol=notes) as (link, peer):
+    async with secured(tls, server_side=False, protocol=notes) as (stream, peer):
         peer.reset()
         await notes.until_told("lost")
-        link.transport.write(b"into the void")
-        link.transport.write_eof()
-        link.transport.close()
-        link.transport.abort()
-        assert link.transport.is_closing()
+        stream.transport.write(b"into the void")
+        stream.transport.write_eof()
+        stream.transport.close()
+        stream.transport.abort()
+        assert stream.transport.is_closing()
 
 
 async def test_it_answers_for_the_plain_transport_below(tls: Contexts) -> None:
     notes = Notes()
-    async with secured(tls, server_side=False, protocol=notes) as (link, _):
-        assert link.transport.get_extra_info("peername")[0] == "127.0.0.1"
-        assert link.transport.get_extra_info("nothing", 7) == 7
-        assert link.transport.get_protocol() is notes
-        assert link.transport.can_write_eof()
-        assert link.transport.get_write_buffer_size() == 0
+    async with secured(tls, server_side=False, protocol=notes) as (stream, _):
+        assert stream.transport.get_extra_info("peername")[0] == "127.0.0.1"
+        assert stream.transport.get_extra_info("nothing", 7) == 7
+        assert stream.transport.get_protocol() is notes
+        assert stream.transport.can_write_eof()
+        assert stream.transport.get_write_buffer_size() == 0

@@ -422,7 +422,7 @@ SILENT_SECONDS_MAX = 0.2
         (Expect(SSLRequest().encode()),),
         (Expect(SSLRequest().encode()), Send(b"S")),
     ],
-    ids=["resets", "closes", "resets_behind_the_request", "silent", "silent_in_tls"],
+    ids=["resets", "closes", "resets_after_the_request", "silent", "silent_in_tls"],
 )
 async def test_an_address_that_connects_and_does_no_more_is_not_the_only_one_tried(
     lakebase: Lakebase, endpoint: Endpoint, steps: tuple[Step, ...]

@@ -615,9 +615,7 @@ async def test_a_token_that_grew_too_old_in_the_queue_is_not_sent(
         assert shown == (b"eyJ-second-not-real" if minted == 2 else b"eyJ-first-not-real")
 
 
-async def test_no_secret_is_in_what_a_dial_leaves_behind(
-    ca_file: str, context: ssl.SSLContext
-) -> None:
+async def test_no_secret_is_in_what_a_dial_leaves(ca_file: str, context: ssl.SSLContext) -> None:
     steps = (*password_opening(context), Send(fields(b"SFATAL", b"VFATAL", b"C28P01", b"Mno", b"")))
     async with dialing_script(ca_file, *steps) as (made, server):
         error = await made.refusal()

@@ -170,7 +170,7 @@ HOSTILE: dict[str, tuple[bytes, ErrorKind]] = {
     "w53_error_without_c": (fields(b"SFATAL", b"Mno code", b""), PROTOCOL),
     "w53_error_without_anything": (fields(b""), PROTOCOL),
     "w53_error_without_terminator": (Frame(b"E", b"SFATAL\0C28000").encode(), PROTOCOL),
-    "w53_error_with_bytes_behind": (fields(b"SFATAL", b"C28000", b"", b"x"), PROTOCOL),
+    "w53_error_with_bytes_after": (fields(b"SFATAL", b"C28000", b"", b"x"), PROTOCOL),
     "w53_unknown_fields": (
         fields(b"SFATAL", b"VFATAL", b"C42704", b"Mm", b"zz", b"\xff\xfe", b""),
         ErrorKind.STARTUP_REFUSED,

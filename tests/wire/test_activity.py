@@ -149,7 +149,7 @@ def test_a_query_among_copy_data_is_busy_for_ever() -> None:
     assert not activity.idle
 
 
-def test_a_query_behind_work_without_a_sync_is_busy_for_ever() -> None:
+def test_a_query_after_work_without_a_sync_is_busy_for_ever() -> None:
     # It was once taken for settled by the ReadyForQuery of an earlier group: what the work was
     # answered with then counted for the next request, and a session ended inside an answer.
     group = message(b"P", b"\0SELECT 1\0\0\0")
@@ -162,7 +162,7 @@ def test_a_query_behind_work_without_a_sync_is_busy_for_ever() -> None:
     assert not activity.idle
 
 
-def test_a_query_behind_a_flushed_copy_is_not_taken_for_swallowed() -> None:
+def test_a_query_after_a_flushed_copy_is_not_taken_for_swallowed() -> None:
     activity = after(("client", WORK + message(b"H")), ("upstream", GO_AHEAD))
     activity.client_sent(DATA + DONE + QUERY)
     activity.upstream_sent(COMPLETE)
@@ -188,7 +188,7 @@ def test_a_request_in_one_piece_with_a_copy_in_doubt_is_busy_for_ever(request_: 
     assert not activity.idle
 
 
-def test_a_request_behind_a_copy_in_doubt_is_busy_for_ever() -> None:
+def test_a_request_after_a_copy_in_doubt_is_busy_for_ever() -> None:
     activity = after(("client", WORK + SYNC), ("upstream", GO_AHEAD))
     activity.client_sent(DATA + DONE + SYNC + QUERY)
     activity.upstream_sent(ERROR + ready() + ready())

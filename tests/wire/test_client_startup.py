@@ -99,10 +99,10 @@ def test_w2_a_fragmented_startup_is_the_same_startup(size: int) -> None:
     assert machine.state is ClientState.AWAIT_BACKEND
 
 
-def test_w3_plaintext_behind_an_accepted_ssl_request_is_an_injection() -> None:
+def test_w3_plaintext_after_an_accepted_ssl_request_is_an_injection() -> None:
     error = fatal("08P01", "received unencrypted data after SSL request", "early_plaintext")
-    for behind in (b"\0", STARTUP, CLIENT_HELLO, CANCEL_REQUEST):
-        for chunks in three_ways(SSL_REQUEST + behind):
+    for following in (b"\0", STARTUP, CLIENT_HELLO, CANCEL_REQUEST):
+        for chunks in three_ways(SSL_REQUEST + following):
             machine = ClientStartup(tls_offered=True)
             events = feed_client(machine, chunks)
             assert events[0] == EncryptionAnswered(b"S")
@@ -112,7 +112,7 @@ def test_w3_plaintext_behind_an_accepted_ssl_request_is_an_injection() -> None:
             assert machine.trailing_data() == b""
 
 
-def test_w3_behind_a_refused_ssl_request_comes_the_next_packet() -> None:
+def test_w3_after_a_refused_ssl_request_comes_the_next_packet() -> None:
     for chunks in three_ways(SSL_REQUEST + STARTUP):
         machine = ClientStartup()
         assert feed_client(machine, chunks) == [
@@ -121,7 +121,7 @@ def test_w3_behind_a_refused_ssl_request_comes_the_next_packet() -> None:
         ]
 
 
-def test_w3_messages_behind_the_startup_message_are_kept_for_the_upstream() -> None:
+def test_w3_messages_after_the_startup_message_are_kept_for_the_upstream() -> None:
     for chunks in three_ways(STARTUP + QUERY + b"X\0\0\0\4"):
         machine = ClientStartup()
         assert feed_client(machine, chunks) == [StartupReceived(STARTUP_MESSAGE, V3_0)]
@@ -131,7 +131,7 @@ def test_w3_messages_behind_the_startup_message_are_kept_for_the_upstream() -> N
         assert machine.trailing_data() == b""
 
 
-def test_w3_what_is_kept_behind_the_startup_message_is_bounded() -> None:
+def test_w3_what_is_kept_after_the_startup_message_is_bounded() -> None:
     machine = ClientStartup()
     machine.receive_data(STARTUP + bytes(EARLY_BYTES_MAX))
     assert machine.state is ClientState.AWAIT_BACKEND
@@ -153,8 +153,8 @@ def padded_startup(length: int) -> bytes:
     "length", ["00000000", "00000007", "00002711", "00002714", "7fffffff", "80000000", "ffffffff"]
 )
 def test_w4_a_length_outside_8_to_10000_closes_without_a_reply(length: str) -> None:
-    for behind in (b"", b"\0\3\0\0", bytes(64)):
-        violated = one_violation(bytes.fromhex(length) + behind, ClientStartup)
+    for following in (b"", b"\0\3\0\0", bytes(64)):
+        violated = one_violation(bytes.fromhex(length) + following, ClientStartup)
         assert violated.reply == b""
         assert violated.violation.message == "invalid length of startup packet"
         assert violated.violation.sqlstate == "08P01"
@@ -210,7 +210,7 @@ def test_w5_direct_tls_with_a_certificate_hands_over_what_was_read(cut: int) -> 
     assert machine.receive_data(STARTUP) == [StartupReceived(STARTUP_MESSAGE, V3_0)]
 
 
-def test_w5_direct_tls_is_not_taken_behind_a_refused_request() -> None:
+def test_w5_direct_tls_is_not_taken_after_a_refused_request() -> None:
     violated = one_violation(SSL_REQUEST + CLIENT_HELLO, ClientStartup)
     assert (violated.reply, violated.violation.reason) == (b"", "direct_tls")
 
@@ -549,8 +549,8 @@ W38_FORMS = {
     "plaintext, 3.2": (CANCEL_32, bytes(range(32)), b""),
     "after SSLRequest": (SSL_REQUEST + CANCEL_REQUEST, b"\1\2\3\4", b"N"),
     "after both requests": (GSSENC_REQUEST + SSL_REQUEST + CANCEL_32, bytes(range(32)), b"NN"),
-    "with a NUL behind": (CANCEL_REQUEST + b"\0", b"\1\2\3\4", b""),
-    "with packets behind": (CANCEL_REQUEST + CANCEL_32 + STARTUP, b"\1\2\3\4", b""),
+    "with a NUL after": (CANCEL_REQUEST + b"\0", b"\1\2\3\4", b""),
+    "with packets after": (CANCEL_REQUEST + CANCEL_32 + STARTUP, b"\1\2\3\4", b""),
 }
 
 
@@ -738,15 +738,15 @@ def test_w53_a_packet_cut_at_any_offset_ends_as_a_disconnect(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PACKETS)
-def test_a_packet_with_more_behind_is_the_same_packet(name: str) -> None:
+def test_a_packet_with_more_after_is_the_same_packet(name: str) -> None:
     packet = PACKETS[name]
-    for behind in (b"\0", b"\0\0\0", QUERY[:4]):
+    for following in (b"\0", b"\0\0\0", QUERY[:4]):
         machine = ClientStartup()
-        events = machine.receive_data(packet + behind)
+        events = machine.receive_data(packet + following)
         alone = ClientStartup().receive_data(packet)
         assert events[: len(alone)] == alone
         if name == "StartupMessage":
-            assert machine.trailing_data() == behind
+            assert machine.trailing_data() == following
 
 
 def test_the_packets_of_this_file_are_what_they_are_called() -> None:

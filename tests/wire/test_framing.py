@@ -119,7 +119,7 @@ def taken(content: bytes) -> tuple[bytes, bytes]:
 
 
 @pytest.mark.parametrize(
-    "behind",
+    "following",
     [
         b"",
         READY_FOR_QUERY,
@@ -138,9 +138,9 @@ def taken(content: bytes) -> tuple[bytes, bytes]:
         b"S\xff\xff\xff\xff" + STATUS,
     ],
 )
-def test_parameters_come_out_together_and_anything_else_stays(behind: bytes) -> None:
-    assert taken(behind) == (b"", behind)
-    assert taken(STATUS * 3 + behind) == (STATUS * 3, behind)
+def test_parameters_come_out_together_and_anything_else_stays(following: bytes) -> None:
+    assert taken(following) == (b"", following)
+    assert taken(STATUS * 3 + following) == (STATUS * 3, following)
 
 
 def test_a_parameter_at_the_limit_comes_out() -> None:

@@ -124,13 +124,13 @@ def test_a_backend_message_is_read_however_it_was_cut(message: BackendMessage, w
 
 @pytest.mark.parametrize(("message", "wire"), BACKEND)
 def test_a_backend_message_ends_where_its_length_says(message: BackendMessage, wire: bytes) -> None:
-    for behind in (b"\0", wire, b"Z\0\0\0\5"):
+    for following in (b"\0", wire, b"Z\0\0\0\5"):
         reader = MessageReader(LONGEST)
-        reader.feed(wire + behind)
+        reader.feed(wire + following)
         frame = reader.next()
         assert frame is not None
         assert decode_backend(frame) == message
-        assert reader.trailing_data() == behind
+        assert reader.trailing_data() == following
 
 
 @pytest.mark.parametrize("wire", BACKEND_BYTES)
@@ -170,7 +170,7 @@ def test_a_password_with_a_nul_is_refused_and_not_shown(password: bytes) -> None
 
 
 MALFORMED = [
-    # R: no code, a cut code, bytes behind codes that have none, lists without an end
+    # R: no code, a cut code, bytes after codes that have none, lists without an end
     (b"R", b"", "malformed message of type R"),
     (b"R", b"\0\0\0", "malformed message of type R"),
     (b"R", b"\0\0\0\0x", "1 bytes too many"),

@@ -220,7 +220,7 @@ APPENDED: list[tuple[bytes, bytes]] = [
 
 
 @pytest.mark.parametrize(("options", "expected"), APPENDED)
-def test_w50_settings_go_behind_and_an_unpaired_backslash_does_not_swallow_the_separator(
+def test_w50_settings_go_after_and_an_unpaired_backslash_does_not_swallow_the_separator(
     options: bytes, expected: bytes
 ) -> None:
     assert appended(options, [Setting(b"x", b"1")]) == expected
@@ -254,5 +254,5 @@ def test_w50_a_word_that_would_swallow_what_is_appended_goes_last(
     options: bytes, expected: bytes
 ) -> None:
     # A switch that lacks its argument is an error, and is to stay the one that PostgreSQL makes
-    # of it. `--` alone is none, but behind it nothing is a switch.
+    # of it. `--` alone is none, but after it nothing is a switch.
     assert appended(options, [Setting(b"timezone", b"UTC")]) == expected

@@ -10,8 +10,8 @@ from proxy.wire.messages import BackendKeyData, PasswordMessage
 from proxy.wire.secret import MASK, Secret
 from proxy.wire.startup import CancelRequest
 
-PLANTED = b"not-a-real-secret"
-SECRET = Secret(PLANTED)
+CONTENT = b"not-a-real-secret"
+SECRET = Secret(CONTENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ SHOWN = {
 
 @pytest.mark.parametrize("form", SHOWN)
 def test_a_secret_shows_only_that_it_is_there(form: str) -> None:
-    assert PLANTED.decode() not in SHOWN[form]
+    assert CONTENT.decode() not in SHOWN[form]
     assert MASK in SHOWN[form]
 
 
@@ -47,18 +47,18 @@ def test_reveal_gives_the_bytes() -> None:
 
 
 def test_secrets_compare_by_value_and_only_with_secrets() -> None:
-    assert Secret(PLANTED) == SECRET
+    assert Secret(CONTENT) == SECRET
     assert Secret(b"other") != SECRET
-    assert SECRET != PLANTED
-    assert PLANTED != SECRET
+    assert SECRET != CONTENT
+    assert CONTENT != SECRET
 
 
 def test_a_secret_is_a_key_of_a_look_up() -> None:
-    assert {SECRET: 1}[Secret(PLANTED)] == 1
+    assert {SECRET: 1}[Secret(CONTENT)] == 1
 
 
 def test_the_length_is_no_secret() -> None:
-    assert len(SECRET) == len(PLANTED)
+    assert len(SECRET) == len(CONTENT)
 
 
 def test_a_secret_is_neither_pickled_nor_copied() -> None:

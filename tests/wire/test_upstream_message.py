@@ -18,7 +18,7 @@ TARGET = ((b"user", b"role"), (b"database", b"databricks_postgres"))
 
 W50_TABLE = {
     "nothing further": ((), ()),
-    "the client's user and database stay behind": (
+    "the client's user and database are left out": (
         ((b"user", b"eve"), (b"database", b"other")),
         (),
     ),
@@ -26,7 +26,7 @@ W50_TABLE = {
         ((b"search_path", b"a"), (b"work_mem", b"5MB"), (b"search_path", b"b")),
         ((b"options", b"-c search_path=a -c work_mem=5MB -c search_path=b"),),
     ),
-    "behind the client's own options, wherever these stood": (
+    "after the client's own options, wherever these stood": (
         ((b"TimeZone", b"UTC"), (b"options", b"-c a.b=1"), (b"client_encoding", b"LATIN1")),
         ((b"options", b"-c a.b=1 -c TimeZone=UTC -c client_encoding=LATIN1"),),
     ),

@@ -59,7 +59,7 @@ V_30 = bytes.fromhex("76 00 00 00 0c 00 03 00 00 00 00 00 00")
 V_32 = bytes.fromhex("76 00 00 00 0c 00 03 00 02 00 00 00 00")
 
 
-def behind_tls() -> UpstreamStartup:
+def inside_tls() -> UpstreamStartup:
     """Return a machine that has sent its StartupMessage inside TLS."""
     machine = UpstreamStartup()
     machine.request_tls()
@@ -70,12 +70,12 @@ def behind_tls() -> UpstreamStartup:
 
 
 def logged_in() -> UpstreamStartup:
-    machine = behind_tls()
+    machine = inside_tls()
     assert machine.receive_data(AUTHENTICATION_OK) == []
     return machine
 
 
-def one_violation(stream: bytes, start: Callable[[], UpstreamStartup] = behind_tls) -> str:
+def one_violation(stream: bytes, start: Callable[[], UpstreamStartup] = inside_tls) -> str:
     """Feed the stream all three ways; return the violation that it always ends with, in words."""
     found: set[str] = set()
     for chunks in three_ways(stream):
@@ -103,9 +103,9 @@ def test_w52_s_starts_tls() -> None:
     assert machine.startup(MESSAGE) == STARTUP
 
 
-def test_w52_bytes_behind_s_are_an_injection() -> None:
-    for behind in (b"\0", b"S", READY_FOR_QUERY, AUTHENTICATION_OK + READY_FOR_QUERY):
-        for chunks in ([b"S" + behind], [b"S", behind], byte_by_byte(b"S" + behind)):
+def test_w52_bytes_after_s_are_an_injection() -> None:
+    for following in (b"\0", b"S", READY_FOR_QUERY, AUTHENTICATION_OK + READY_FOR_QUERY):
+        for chunks in ([b"S" + following], [b"S", following], byte_by_byte(b"S" + following)):
             machine = UpstreamStartup()
             events = feed_upstream(machine, chunks)
             assert isinstance(events[-1], UpstreamViolated)
@@ -115,10 +115,10 @@ def test_w52_bytes_behind_s_are_an_injection() -> None:
                 machine.tls_started()
 
 
-@pytest.mark.parametrize("behind", [b"", b"N", READY_FOR_QUERY])
-def test_w52_n_is_the_end_and_never_plaintext(behind: bytes) -> None:
+@pytest.mark.parametrize("following", [b"", b"N", READY_FOR_QUERY])
+def test_w52_n_is_the_end_and_never_plaintext(following: bytes) -> None:
     machine = UpstreamStartup()
-    assert machine.receive_data(b"\x4e" + behind) == [TLSRefused()]
+    assert machine.receive_data(b"\x4e" + following) == [TLSRefused()]
     assert machine.state is UpstreamState.FAILED
     for verb in (lambda: machine.startup(MESSAGE), machine.tls_started):
         with pytest.raises(StateMachineMisuse):
@@ -147,7 +147,7 @@ def test_w52_no_credential_leaves_before_tls() -> None:
 @pytest.mark.parametrize("version", [V3_2, ProtocolVersion(3, 1), ProtocolVersion(2, 0)])
 def test_the_upstream_is_asked_for_exactly_3_0(version: ProtocolVersion) -> None:
     with pytest.raises(StateMachineMisuse, match=r"exactly 3\.0"):
-        behind_tls().startup(StartupMessage(version, ()))
+        inside_tls().startup(StartupMessage(version, ()))
 
 
 # -- W24 to W27: what the client gets ------------------------------------------------------------
@@ -158,15 +158,15 @@ KEY = BackendKeyData(1234, Secret(b"\1\2\3\4"))
 
 def test_w24_ready_is_told_only_at_the_first_ready_for_query() -> None:
     for chunks in three_ways(LOGIN):
-        machine = behind_tls()
+        machine = inside_tls()
         assert feed_upstream(machine, chunks) == [UpstreamReady()]
         assert machine.state is UpstreamState.READY
         assert machine.welcome(KEY) == PARAMETER + BACKEND_KEY_DATA + NOTICE + READY_FOR_QUERY
 
 
-def test_w24_an_error_behind_authentication_ok_is_still_a_refusal() -> None:
+def test_w24_an_error_after_authentication_ok_is_still_a_refusal() -> None:
     for chunks in three_ways(AUTHENTICATION_OK + PARAMETER + REFUSAL):
-        machine = behind_tls()
+        machine = inside_tls()
         [event] = feed_upstream(machine, chunks)
         assert isinstance(event, UpstreamRefused)
         assert event.error.sqlstate == "3D000"
@@ -179,28 +179,28 @@ def test_w25_everything_up_to_ready_passes_verbatim_and_in_order() -> None:
         stream = AUTHENTICATION_OK + b"".join(held[:at]) + BACKEND_KEY_DATA
         stream += b"".join(held[at:]) + READY_FOR_QUERY
         for chunks in three_ways(stream):
-            machine = behind_tls()
+            machine = inside_tls()
             assert feed_upstream(machine, chunks) == [UpstreamReady()]
             # Without the AuthenticationOk, which the client's machine writes.
             assert machine.welcome(machine.key) == stream[len(AUTHENTICATION_OK) :]
 
 
 def test_w25_notices_before_authentication_are_kept_in_front() -> None:
-    machine = behind_tls()
+    machine = inside_tls()
     machine.receive_data(NOTICE + AUTHENTICATION_OK + PARAMETER + READY_FOR_QUERY)
     assert machine.welcome(None) == NOTICE + PARAMETER + READY_FOR_QUERY
 
 
 def test_w26_an_upstream_without_a_key_gives_none() -> None:
     for key in (None, KEY):  # and none is put in its place
-        machine = behind_tls()
+        machine = inside_tls()
         machine.receive_data(AUTHENTICATION_OK + PARAMETER + READY_FOR_QUERY)
         assert machine.key is None
         assert machine.welcome(key) == PARAMETER + READY_FOR_QUERY
 
 
 def test_w26_a_key_that_must_not_be_passed_on_can_be_left_out() -> None:
-    machine = behind_tls()
+    machine = inside_tls()
     machine.receive_data(LOGIN)
     assert machine.welcome(None) == PARAMETER + NOTICE + READY_FOR_QUERY
 
@@ -216,7 +216,7 @@ def test_w26_w27_pid_and_key_are_opaque(pid: int, key: bytes) -> None:
 
 @pytest.mark.parametrize("size", [4, 32])
 def test_w14_w27_an_own_key_stands_where_the_upstreams_stood(size: int) -> None:
-    machine = behind_tls()
+    machine = inside_tls()
     machine.receive_data(LOGIN)
     own = message(b"K", b"\0\0\0\x07" + bytes(size))
     assert machine.welcome(BackendKeyData(7, Secret(bytes(size)))) == (
@@ -237,8 +237,8 @@ def test_w26_a_key_of_an_impossible_length_is_a_violation(size: int) -> None:
     assert f"a cancel key of {size} bytes" in one_violation(AUTHENTICATION_OK + wire)
 
 
-def test_what_comes_behind_ready_for_query_is_given_out_once() -> None:
-    machine = behind_tls()
+def test_what_comes_after_ready_for_query_is_given_out_once() -> None:
+    machine = inside_tls()
     machine.receive_data(LOGIN + NOTIFICATION + b"N\0")
     assert machine.trailing_data() == NOTIFICATION + b"N\0"
     assert machine.trailing_data() == b""
@@ -247,7 +247,7 @@ def test_what_comes_behind_ready_for_query_is_given_out_once() -> None:
 
 def test_what_arrives_at_a_machine_that_is_ready_is_not_its_business() -> None:
     # It used to pile up in the machine without a bound, where no relay would look for it.
-    machine = behind_tls()
+    machine = inside_tls()
     machine.receive_data(LOGIN)
     with pytest.raises(StateMachineMisuse, match="relayed"):
         machine.receive_data(b"x")
@@ -258,21 +258,21 @@ def test_what_arrives_at_a_machine_that_is_ready_is_not_its_business() -> None:
 
 
 def test_w28_authentication_ok_may_come_at_once() -> None:
-    machine = behind_tls()
+    machine = inside_tls()
     assert machine.receive_data(AUTHENTICATION_OK) == []
     assert machine.state is UpstreamState.AWAIT_READY
 
 
 def test_w28_a_cleartext_password_is_answered() -> None:
     for chunks in three_ways(CLEARTEXT_PASSWORD):
-        machine = behind_tls()
+        machine = inside_tls()
         assert feed_upstream(machine, chunks) == [PasswordRequested()]
         assert machine.password(TOKEN) == b"p\0\0\0\x16not-a-real-secret\0"
         assert machine.receive_data(LOGIN) == [UpstreamReady()]
 
 
 def test_w28_scram_is_carried() -> None:
-    machine = behind_tls()
+    machine = inside_tls()
     assert machine.receive_data(SASL) == [SASLRequested((b"SCRAM-SHA-256-PLUS", b"SCRAM-SHA-256"))]
     assert machine.sasl_initial_response(b"SCRAM-SHA-256", b"n,,n=,r=a") == (
         b"p\0\0\0\x1fSCRAM-SHA-256\0" + b"\0\0\0\x09" + b"n,,n=,r=a"
@@ -315,7 +315,7 @@ def test_w28_any_other_authentication_is_unsupported_and_named(stream: bytes, me
 
 
 def test_w28_a_password_is_given_once_and_only_when_asked_for() -> None:
-    machine = behind_tls()
+    machine = inside_tls()
     with pytest.raises(StateMachineMisuse, match="no PasswordRequested"):
         machine.password(TOKEN)
     machine.receive_data(CLEARTEXT_PASSWORD)
@@ -325,7 +325,7 @@ def test_w28_a_password_is_given_once_and_only_when_asked_for() -> None:
 
 
 def test_w28_a_token_never_answers_sasl() -> None:
-    machine = behind_tls()
+    machine = inside_tls()
     machine.receive_data(SASL)
     with pytest.raises(StateMachineMisuse, match="no PasswordRequested"):
         machine.password(TOKEN)
@@ -336,19 +336,21 @@ def test_w28_a_token_never_answers_sasl() -> None:
         machine.sasl_initial_response(b"SCRAM-SHA-256", b"")
 
 
-@pytest.mark.parametrize("behind", [REFUSAL, AUTHENTICATION_OK, LOGIN, MD5, b"R\xff\xff\xff\xff"])
-def test_w28_a_question_is_answered_whatever_came_with_it(behind: bytes) -> None:
-    # An upstream that shuts down while it waits for the password sends its FATAL behind the
+@pytest.mark.parametrize(
+    "following", [REFUSAL, AUTHENTICATION_OK, LOGIN, MD5, b"R\xff\xff\xff\xff"]
+)
+def test_w28_a_question_is_answered_whatever_came_with_it(following: bytes) -> None:
+    # An upstream that shuts down while it waits for the password sends its FATAL after the
     # question. Read together, the question comes out of a machine that has moved on already, and
     # answering it used to be StateMachineMisuse: the peer could make the proxy raise.
-    machine = behind_tls()
-    events = machine.receive_data(CLEARTEXT_PASSWORD + behind)
+    machine = inside_tls()
+    events = machine.receive_data(CLEARTEXT_PASSWORD + following)
     assert events[0] == PasswordRequested()
     assert machine.password(TOKEN) == b"p\0\0\0\x16not-a-real-secret\0"
 
 
 def test_w28_sasl_questions_that_came_together_are_answered_in_order() -> None:
-    machine = behind_tls()
+    machine = inside_tls()
     events = machine.receive_data(SASL + SASL_CONTINUE + SASL_FINAL + REFUSAL)
     assert [type(event) for event in events] == [
         SASLRequested,
@@ -363,7 +365,7 @@ def test_w28_sasl_questions_that_came_together_are_answered_in_order() -> None:
 # -- W29, W30 ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", [behind_tls, logged_in])
+@pytest.mark.parametrize("start", [inside_tls, logged_in])
 def test_w29_an_error_keeps_every_byte(start: Callable[[], UpstreamStartup]) -> None:
     for chunks in three_ways(REFUSAL):
         machine = start()
@@ -377,14 +379,14 @@ def test_w29_an_error_keeps_every_byte(start: Callable[[], UpstreamStartup]) -> 
 
 def test_w29_a_gateway_error_is_read_without_v() -> None:
     wire = message(b"E", b"SERROR\0CXX000\0MCouldn't connect to compute node\0\0")
-    [event] = behind_tls().receive_data(wire)
+    [event] = inside_tls().receive_data(wire)
     assert isinstance(event, UpstreamRefused)
     assert event.raw == wire
     assert (event.error.severity, event.error.sqlstate) == ("ERROR", "XX000")
 
 
-def test_w29_what_comes_behind_an_error_means_nothing() -> None:
-    machine = behind_tls()
+def test_w29_what_comes_after_an_error_means_nothing() -> None:
+    machine = inside_tls()
     [event] = machine.receive_data(REFUSAL + LOGIN)
     assert isinstance(event, UpstreamRefused)
     assert machine.receive_data(LOGIN) == []
@@ -393,7 +395,7 @@ def test_w29_what_comes_behind_an_error_means_nothing() -> None:
 
 def test_w30_a_notice_may_come_before_authentication() -> None:
     for chunks in three_ways(NOTICE + CLEARTEXT_PASSWORD + NOTICE + LOGIN):
-        machine = behind_tls()
+        machine = inside_tls()
         assert feed_upstream(machine, chunks) == [PasswordRequested(), UpstreamReady()]
         assert machine.welcome(KEY) == NOTICE * 2 + LOGIN[len(AUTHENTICATION_OK) :]
 
@@ -403,7 +405,7 @@ def test_w30_a_negotiation_that_names_3_0_is_ignored(at: int) -> None:
     stream = [AUTHENTICATION_OK, BACKEND_KEY_DATA, READY_FOR_QUERY]
     stream.insert(at, V_30)
     for chunks in three_ways(b"".join(stream)):
-        machine = behind_tls()
+        machine = inside_tls()
         assert feed_upstream(machine, chunks) == [UpstreamReady()]
         assert machine.welcome(KEY) == BACKEND_KEY_DATA + READY_FOR_QUERY
 
@@ -417,10 +419,10 @@ def test_w30_any_other_negotiation_is_a_violation(wire: bytes) -> None:
 
 
 NO_PLACE = [
-    (PARAMETER, behind_tls, "not allowed before AuthenticationOk"),
-    (BACKEND_KEY_DATA, behind_tls, "not allowed before AuthenticationOk"),
-    (READY_FOR_QUERY, behind_tls, "not allowed before AuthenticationOk"),
-    (NOTIFICATION, behind_tls, "not allowed before AuthenticationOk"),
+    (PARAMETER, inside_tls, "not allowed before AuthenticationOk"),
+    (BACKEND_KEY_DATA, inside_tls, "not allowed before AuthenticationOk"),
+    (READY_FOR_QUERY, inside_tls, "not allowed before AuthenticationOk"),
+    (NOTIFICATION, inside_tls, "not allowed before AuthenticationOk"),
     (AUTHENTICATION_OK, logged_in, "an authentication request after AuthenticationOk"),
     (CLEARTEXT_PASSWORD, logged_in, "an authentication request after AuthenticationOk"),
     (MD5, logged_in, "an authentication request after AuthenticationOk"),
@@ -437,7 +439,7 @@ def test_w30_a_message_out_of_place_is_a_violation(
 # -- W53: hostile or broken ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", [behind_tls, logged_in])
+@pytest.mark.parametrize("start", [inside_tls, logged_in])
 @pytest.mark.parametrize("length", [0, 3, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
 def test_w53_an_impossible_length_is_a_violation(
     length: int, start: Callable[[], UpstreamStartup]
@@ -470,7 +472,7 @@ def test_w53_all_held_messages_are_bounded(size: int, fails: bool) -> None:
 
 
 def test_w53_notices_before_authentication_count_too() -> None:
-    machine = behind_tls()
+    machine = inside_tls()
     notice = message(b"N", b"M" + b"x" * 60_000 + b"\0\0")
     assert feed_upstream(machine, [notice] * 4) == []
     [event] = machine.receive_data(notice)
@@ -489,7 +491,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("wire", BROKEN)
-@pytest.mark.parametrize("start", [behind_tls, logged_in])
+@pytest.mark.parametrize("start", [inside_tls, logged_in])
 def test_w53_a_broken_message_is_a_violation(
     wire: bytes, start: Callable[[], UpstreamStartup]
 ) -> None:
@@ -499,14 +501,14 @@ def test_w53_a_broken_message_is_a_violation(
 def test_w53_an_error_without_a_code_is_still_an_error() -> None:
     # CVE-2026-6666: PgBouncer crashed on one.
     for wire in (message(b"E", b"SFATAL\0\0"), message(b"E", b"\0"), message(b"E", b"?x\0\0")):
-        [event] = behind_tls().receive_data(wire)
+        [event] = inside_tls().receive_data(wire)
         assert isinstance(event, UpstreamRefused)
         assert (event.error.sqlstate, event.raw) == ("", wire)
 
 
 def test_w53_the_stream_may_end_at_every_offset() -> None:
     for at in range(len(LOGIN)):
-        machine = behind_tls()
+        machine = inside_tls()
         assert machine.receive_data(LOGIN[:at]) == []
         assert machine.receive_eof() == [UpstreamDisconnected()]
         assert machine.state is UpstreamState.FAILED
@@ -526,7 +528,7 @@ def in_state(state: UpstreamState) -> UpstreamStartup:
         case UpstreamState.AWAIT_TLS:
             machine.receive_data(b"S")
         case UpstreamState.AWAIT_AUTHENTICATION:
-            machine = behind_tls()
+            machine = inside_tls()
         case UpstreamState.AWAIT_READY:
             machine = logged_in()
         case UpstreamState.READY:
@@ -675,6 +677,6 @@ def test_every_state_takes_every_kind_of_input(state: UpstreamState, name: str) 
 
 def test_who_broke_it_is_told_by_the_violation() -> None:
     for stream, kind in ((MD5, UnsupportedAuthentication), (PARAMETER, UpstreamViolation)):
-        [event] = behind_tls().receive_data(stream)
+        [event] = inside_tls().receive_data(stream)
         assert isinstance(event, UpstreamViolated)
         assert type(event.violation) is kind

@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """The idle tracker of `proxy/wire/activity.py`, compiled: the same state, the same steps.
 
-For: the relay's fast lane, which has a read in a buffer and makes no object of it. What is followed
-and why is said there; a step that is changed there is changed here, and `tests/native` drives both
-with the same reads and compares them after each.
+For: lanes, which have a read in a buffer and make no object of it. What is tracked, and why, is
+described there. A step that changes there changes here; `tests/native` drives both with the same
+reads and compares them after each.
 """
 
 from libc.stdlib cimport free, malloc
@@ -24,7 +24,7 @@ cdef inline Py_ssize_t _length(const unsigned char* header) noexcept nogil:
 cdef unsigned char* _joined(
     const unsigned char* stub, int stub_bytes, const unsigned char* read, Py_ssize_t size
 ) except NULL:
-    """Return a read behind the part of a header that came before it; the caller frees it."""
+    """Return the part of a header that came before, and the read. The caller frees it."""
     cdef unsigned char* joined = <unsigned char*>malloc(stub_bytes + size)
     if joined is NULL:
         raise MemoryError
@@ -34,15 +34,15 @@ cdef unsigned char* _joined(
 
 
 cdef class Activity:
-    """One relayed session's state, as proxy.wire.activity.Activity has it."""
+    """The state of one relayed session: proxy.wire.activity.Activity, compiled."""
 
     def __cinit__(self) -> None:
         self._status = b"I"
-        self._ends = None  # a list, once there is anything to keep
+        self._ends = None  # a list from the first entry on
 
     @property
     def idle(self) -> bool:
-        """Whether the session could end now without cutting anything that the client asked for."""
+        """Whether the session can end now without cutting an answer that the client waits for."""
         return (
             self._answered == self._sent
             and self._status == b"I"
@@ -52,12 +52,12 @@ cdef class Activity:
         )
 
     def client_sent(self, const unsigned char[::1] data) -> None:
-        """Take a read of the client's."""
+        """Process a read from the client."""
         if data.shape[0]:
             self.client(&data[0], data.shape[0])
 
     def upstream_sent(self, const unsigned char[::1] data) -> None:
-        """Take a read of the upstream's."""
+        """Process a read from the upstream."""
         if data.shape[0]:
             self.upstream(&data[0], data.shape[0])
 
@@ -160,7 +160,7 @@ cdef class Activity:
             free(joined)
 
     cdef int _walk_upstream(self, const unsigned char* read, Py_ssize_t size) except -1:
-        # A header alone is kept back as a stub: behind that of ReadyForQuery comes its status.
+        # A header alone is kept as a stub: the status of ReadyForQuery comes after it.
         cdef Py_ssize_t position = self._upstream_skip, end = size - _HEADER_BYTES, length
         cdef int kind
         while position < end:
@@ -190,16 +190,16 @@ cdef class Activity:
         return 0
 
     cdef int _on_ready(self) except -1:
-        cdef long long owed = self._sent - self._answered
+        cdef long long unanswered = self._sent - self._answered
         if self._renewed:
             self._doubt -= 1
-        self._doubt = min(self._doubt, owed)
+        self._doubt = min(self._doubt, unanswered)
         self._entered = self._copying = False
-        if not owed and not self._unsynced:
+        if not unanswered and not self._unsynced:
             self._ends = None
         if not self._doubt:
             self._end_doubt()
-        elif owed == self._doubt:
+        elif unanswered == self._doubt:
             self._settled = True
         return 0
 

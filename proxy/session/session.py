@@ -83,11 +83,11 @@ class Session:
         except ClientGone:
             self._log.client_gone()
         except ProxyError as error:
-            self._refuse(error.reason, error.response())
+            self._refuse(error)
         except ClientViolation as violation:
             detail = f"reason={violation.reason}"
             refusal = ErrorResponse.fatal(violation.sqlstate, violation.message, detail)
-            self._refuse(violation.reason, refusal)
+            self._refuse_with(violation.reason, refusal)
         except Exception:
             self._fail()
             raise
@@ -111,7 +111,7 @@ class Session:
                 upstream.startup.key, upstream.target, startup.version
             ) as key:
                 relay = self._start_relay(opener, upstream, key)
-                # The relay may run for days.
+                # The relay may run for days: release what only the startup needs.
                 del startup, opener, upstream, key
                 with parts.metrics.session(self._log.target, relay.carried):
                     end = await relay.run()
@@ -153,8 +153,7 @@ class Session:
                 upstream = await opener.open(route.message)
         except asyncio.CancelledError:
             # A drain has begun, and this client still waits for an answer.
-            error = ProxyError(ErrorKind.SHUTTING_DOWN)
-            self._refuse(error.reason, error.response())
+            self._refuse(ProxyError(ErrorKind.SHUTTING_DOWN))
             raise
         # Either side may have disconnected just when the other one was ready.
         if self._client.is_gone:
@@ -164,7 +163,10 @@ class Session:
             raise ProxyError(ErrorKind.UPSTREAM_LOST)
         return opener, upstream
 
-    def _refuse(self, reason: str, error: ErrorResponse) -> None:
+    def _refuse(self, error: ProxyError) -> None:
+        self._refuse_with(error.reason, error.response())
+
+    def _refuse_with(self, reason: str, error: ErrorResponse) -> None:
         self._log.refused(reason, error)
         self._client.refuse(_with_shard(error, self._log.shard))
 
@@ -175,8 +177,7 @@ class Session:
             end = relay.ended(EndReason.INTERNAL_ERROR)
             self._log.failed(replace(end, reason=EndReason.INTERNAL_ERROR))
         elif self._client.awaits_session:
-            bug = ProxyError(ErrorKind.INTERNAL)
-            self._refuse(bug.reason, bug.response())
+            self._refuse(ProxyError(ErrorKind.INTERNAL))
 
     # -- the relay -------------------------------------------------------------------------------
 

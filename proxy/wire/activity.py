@@ -236,17 +236,17 @@ class Activity:
 
     def _on_ready(self) -> None:
         """Process a ReadyForQuery while `_tracks_copy` is true."""
-        owed = self._sent - self._answered
+        unanswered = self._sent - self._answered
         if self._renewed:
             # It came before any answer to the new request, so it answers a Sync that was in doubt.
             self._doubt -= 1
-        self._doubt = min(self._doubt, owed)
+        self._doubt = min(self._doubt, unanswered)
         self._entered = self._copying = False
-        if not owed and not self._unsynced:
+        if not unanswered and not self._unsynced:
             self._ends.clear()
         if not self._doubt:
             self._end_doubt()
-        elif owed == self._doubt:
+        elif unanswered == self._doubt:
             self._settled = True
 
     def _on_reply(self, kind: int) -> None:

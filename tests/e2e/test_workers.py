@@ -104,7 +104,7 @@ async def until_connected(port: int, count: int) -> None:
     A line of the log says that a session is over a moment before its worker counts it so.
     """
     async with asyncio.timeout(WAIT_SECONDS_MAX):
-        while (await metrics(port))["connections"] != count:
+        while (await metrics(port))["connections"] != count:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.01)
 
 

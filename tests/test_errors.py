@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from proxy.errors import Disposition, ErrorKind, Origin, ProxyError
+from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import ErrorResponse, decode_backend
 
@@ -31,7 +31,6 @@ def test_every_kind_has_a_word_an_sqlstate_and_a_sentence(kind: ErrorKind) -> No
     assert len(row.message) > 10
     assert not row.message.endswith(".")  # as PostgreSQL writes primary messages
     assert row.hint == "" or row.hint.endswith((".", "?", ";"))
-    assert isinstance(row.origin, Origin)
     assert isinstance(row.disposition, Disposition)
 
 

@@ -1,11 +1,11 @@
-"""Every way in which the proxy refuses a session: one closed list, one exception.
+"""Every reason for which the proxy refuses a session: one closed list, one exception.
 
-An `ErrorKind` is a row: a stable reason word, the SQLSTATE, who broke it, what the dialer may do
-about it, a sentence for the client, and a hint for the person who reads it. The words are a
-contract (metrics, alerts and tests use them); the sentences are not. Kinds that an operator counts
-as one share a word and its SQLSTATE, and differ in what is done or advised.
+An `ErrorKind` is a row of a table: a stable reason word, the SQLSTATE, what the dialer may do about
+it, a sentence for the client, and a hint for the person who reads it. The words are a contract
+(metrics, alerts and tests use them); the sentences are not. Kinds that an operator counts as one
+share a word and its SQLSTATE, and differ in what the dialer does or the hint advises.
 
-Above the floor that raises it a failure is a `ProxyError` or a `CancelledError`, nothing else.
+Outside the code that raises it a failure is a `ProxyError` or a `CancelledError`, nothing else.
 Texts name parameters, hosts and roles, never a token, a password or a cancel key.
 
 Sources: the tables of REST errors and of connection errors in the Lakebase facts; SQLSTATEs as in
@@ -24,7 +24,7 @@ _CREATE_ROLE_HINT: Final = (
     "SELECT databricks_create_role('{user}', '{identity}');"
 )
 _NETWORK_HINT: Final = (
-    "Check the workspace's IP access list and the private link; retrying is useless."
+    "Check the workspace's IP access list and the private link; retrying does not help."
 )
 _RETRY_HINT: Final = "Try again in a few seconds."
 _FULL_HINT: Final = "Use more CU or fewer connections."
@@ -32,24 +32,26 @@ _KEY_HINT: Final = (
     "Give a value of the shard map's key_type, as PostgreSQL writes it, of 128 bytes at most."
 )
 
-# A service principal's role is called as its client id is.
+# The role of a service principal has the name of its client id.
 _CLIENT_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 
 class Disposition(Enum):
-    """What may be done before the client is told. Only until the client has been answered."""
+    """What the dialer may do before it reports the error to the client."""
 
-    FAIL = "tell the client"
-    RETRY = "try again a few times, with back-off"
-    RETRY_ONCE = "try again one time"
-    WAIT = "try again, with a longer back-off, for as long as connect_timeout_seconds allows"
-    REMINT = "if the token came from the cache, mint a new one and dial again, one time"
+    FAIL = "report it to the client"
+    RETRY = "retry a few times, with back-off"
+    RETRY_ONCE = "retry once"
+    WAIT = "retry with a longer back-off, within connect_timeout_seconds"
+    REMINT = "if the token came from the cache, mint a new one and retry once"
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorRow:
-    """One row of the list. `hint` may hold `{user}`, the role that was used, and its `{identity}`:
-    what Databricks calls the kind of it.
+    """One row of the table.
+
+    `hint` may contain `{user}`, the role that was used, and `{identity}`, which is Databricks' word
+    for the kind of that role.
     """
 
     reason: str
@@ -60,9 +62,9 @@ class ErrorRow:
 
 
 class ErrorKind(Enum):
-    """The closed list. Grouped by who broke it."""
+    """The closed list, grouped by where the error occurs."""
 
-    # The workspace: its login, its credential API.
+    # The workspace: its login and its credential API.
     WORKSPACE_LOGIN_FAILED = ErrorRow(
         "workspace_login_failed",
         "28000",
@@ -109,7 +111,7 @@ class ErrorKind(Enum):
     API_BUSY = ErrorRow(
         "api_busy",
         "57P03",
-        "the Databricks API is busy with maintenance",
+        "the Databricks API is under maintenance",
         _RETRY_HINT,
         Disposition.RETRY,
     )
@@ -131,8 +133,8 @@ class ErrorKind(Enum):
     API_REPLY_INVALID = ErrorRow(
         "api_unreachable",
         "57P03",
-        "the Databricks API's reply makes no sense",
-        "Is workspace.host a Databricks workspace, and is there nothing that answers for it?",
+        "the Databricks API's reply is not valid",
+        "Is workspace.host a Databricks workspace? Does another server answer in its place?",
         Disposition.RETRY,
     )
     WORKSPACE_CERTIFICATE = ErrorRow(
@@ -144,15 +146,15 @@ class ErrorKind(Enum):
     CREDENTIAL_INVALID = ErrorRow(
         "credential_invalid",
         "57P03",
-        "the Databricks API returned a credential that cannot be used",
+        "the Databricks API returned a credential that is not usable",
         "Check this machine's clock.",
         Disposition.RETRY,
     )
     CLOCK_OFF = ErrorRow(
         "credential_invalid",
         "57P03",
-        "this machine's clock is not the workspace's",
-        "Set this machine's clock: a token's life is told by the workspace's.",
+        "this machine's clock differs from the workspace's",
+        "Set this machine's clock: a token's expiry is in the workspace's time.",
         Disposition.RETRY,
     )
     CONFIGURATION_INVALID = ErrorRow(
@@ -162,7 +164,7 @@ class ErrorKind(Enum):
         "Set DATABRICKS_HOST, DATABRICKS_CLIENT_ID and DATABRICKS_CLIENT_SECRET.",
     )
 
-    # The upstream: never connected.
+    # The upstream: the connection was not established.
     UPSTREAM_DNS = ErrorRow(
         "upstream_dns",
         "08001",
@@ -192,26 +194,26 @@ class ErrorKind(Enum):
     FRONT_END_PROTOCOL = ErrorRow(
         "front_end_protocol",
         "08001",
-        "the upstream's front end did not take the connection",
-        "A bug of the proxy, or something between that speaks for it; please report it.",
+        "the upstream's front end did not accept the connection",
+        "A bug in the proxy, or another program answers in place of Lakebase; please report it.",
     )
     ENDPOINT_OPTION = ErrorRow(
         "front_end_protocol",
         "08001",
-        "the upstream's front end did not take the connection",
+        "the upstream's front end did not accept the connection",
         "Remove endpoint= and project= from the client's options.",
     )
     ENDPOINT_GONE = ErrorRow(
         "endpoint_not_found",
         "08001",
-        "the endpoint does not exist any more",
+        "the endpoint no longer exists",
         "Was it deleted? Its host is looked up again with the next connection.",
     )
     ENDPOINT_DISABLED = ErrorRow(
         "endpoint_disabled", "08001", "the endpoint is disabled", "Enable it in the project."
     )
 
-    # The upstream: connected, then lost, silent or nonsensical before it was ready.
+    # The upstream: connected, then lost, silent or in error before ReadyForQuery.
     UPSTREAM_TIMEOUT = ErrorRow(
         "upstream_timeout",
         "08006",
@@ -223,7 +225,7 @@ class ErrorKind(Enum):
         "upstream_lost",
         "08006",
         "the upstream closed the connection before it was ready",
-        "A failover or a suspend, perhaps. " + _RETRY_HINT,
+        "Possibly a failover or a suspend. " + _RETRY_HINT,
         Disposition.RETRY,
     )
     FRONT_END_ERROR = ErrorRow(
@@ -234,7 +236,7 @@ class ErrorKind(Enum):
         Disposition.RETRY,
     )
     UPSTREAM_PROTOCOL = ErrorRow(
-        "upstream_protocol", "08006", "the upstream broke the protocol before it was ready"
+        "upstream_protocol", "08006", "the upstream violated the protocol before it was ready"
     )
     UPSTREAM_ERROR = ErrorRow(
         "upstream_error", "08006", "the upstream's front end refused the connection"
@@ -243,13 +245,13 @@ class ErrorKind(Enum):
         "upstream_starting",
         "57P03",
         "the database is starting",
-        _RETRY_HINT + " If it stays so: are the project's quotas used up?",
+        _RETRY_HINT + " If this continues: are the project's quotas used up?",
         Disposition.WAIT,
     )
     UPSTREAM_BUSY = ErrorRow(
         "upstream_busy",
         "53300",
-        "the upstream takes no more connections at this moment",
+        "the upstream accepts no more connections at the moment",
         "A connection storm: use a pool in the application.",
         Disposition.WAIT,
     )
@@ -264,14 +266,14 @@ class ErrorKind(Enum):
         "53300",
         "the pooled host has no free connection slot",
         _FULL_HINT,
-        Disposition.WAIT,  # its clients come and go
+        Disposition.WAIT,  # other clients disconnect after a while
     )
 
-    # The upstream: it does not let this identity in.
+    # The upstream: the login was refused.
     NOT_A_TOKEN = ErrorRow(
         "not_a_token",
         "28000",
-        "the upstream wants an OAuth token and got something else",
+        "the upstream requires an OAuth token and received something else",
         "A personal access token or a password was used; an OAuth role needs a minted credential.",
     )
     TOKEN_REJECTED = ErrorRow(
@@ -292,21 +294,21 @@ class ErrorKind(Enum):
         "password_rejected",
         "28P01",
         "the upstream rejected the native role's password",
-        "Is it the password of upstream.user that is in credentials.password_file? Does the role "
+        "Does credentials.password_file contain the password of upstream.user? Does the role "
         "exist on this branch, and does the project allow native passwords?",
     )
     IDENTITY_MISMATCH = ErrorRow(
         "identity_mismatch",
         "28000",
-        "the token's identity is not the role's",
-        "upstream.user must be the client id, the e-mail, or a group that you belong to.",
+        "the token's identity does not match the role",
+        "upstream.user must be the client id, the e-mail, or a group that the identity belongs to.",
     )
     ROLE_MISSING = ErrorRow("role_missing", "28000", "the role does not exist", _CREATE_ROLE_HINT)
     NATIVE_ROLE_MISSING = ErrorRow(
         "role_missing",
         "28000",
         "the native role does not exist",
-        "Create it on this branch with CREATE ROLE ... LOGIN PASSWORD, or mend upstream.user.",
+        "Create it on this branch with CREATE ROLE ... LOGIN PASSWORD, or correct upstream.user.",
     )
     DATABASE_MISSING = ErrorRow(
         "database_missing",
@@ -325,19 +327,19 @@ class ErrorKind(Enum):
     NETWORK_DENIED = ErrorRow(
         "network_denied",
         "28000",
-        "the upstream does not take connections from this network",
+        "the upstream does not accept connections from this network",
         _NETWORK_HINT,
     )
     POOLER_NEEDS_PASSWORD = ErrorRow(
         "pooler_needs_password",
         "28000",
-        "the pooled host takes no OAuth token",
+        "the pooled host accepts no OAuth token",
         "Use the direct host (without -pooler), or a native role with credentials.password_file.",
     )
     POOLER_PARAMETER = ErrorRow(
         "pooler_parameter",
         "08P01",
-        "the pooled host does not take a startup parameter",
+        "the pooled host does not accept a startup parameter",
         "Remove the parameter or use the direct host.",
     )
     UNSUPPORTED_AUTH = ErrorRow(
@@ -346,13 +348,13 @@ class ErrorKind(Enum):
         "the upstream asks for an authentication method that is not supported",
         "OAuth roles log in with a token, native roles with SCRAM-SHA-256.",
     )
-    # What PostgreSQL says of a client's own mistake; a front end relays it without its SQLSTATE,
-    # and a pool that took it for a lost connection would try again for ever.
+    # PostgreSQL's errors for a client's own mistake. A front end relays them without the SQLSTATE,
+    # and a client's pool that took one for a lost connection would retry forever.
     SETTING_UNKNOWN = ErrorRow(
-        "setting_unknown", "42704", "the database does not know a setting of the session"
+        "setting_unknown", "42704", "a setting of the session is unknown to the database"
     )
     SETTING_INVALID = ErrorRow(
-        "setting_invalid", "22023", "a setting of the session has a value that is not valid"
+        "setting_invalid", "22023", "a setting of the session has an invalid value"
     )
     ARGUMENT_INVALID = ErrorRow(
         "argument_invalid", "42601", "the options of the session are not valid"
@@ -362,8 +364,8 @@ class ErrorKind(Enum):
     )
     STARTUP_REFUSED = ErrorRow("startup_refused", "XX000", "the database refused the session")
 
-    # The shard key that the client sends, and where it leads. That a key is not valid is one reason
-    # with three SQLSTATEs, as PostgreSQL has them for a value: syntax, range, anything else.
+    # The shard key that the client sends, and its route. An invalid key is one reason with three
+    # SQLSTATEs, as PostgreSQL has them for a value: syntax, range, anything else.
     KEY_MISSING = ErrorRow(
         "key_missing",
         "22023",
@@ -374,7 +376,7 @@ class ErrorKind(Enum):
         "key_conflict",
         "22023",
         "the shard key was given more than once, with different values",
-        "Give it in one place, or the same everywhere.",
+        "Give it in one place, or the same key in each place.",
     )
     KEY_TOO_LONG = ErrorRow("key_too_long", "22023", "the shard key is too long", _KEY_HINT)
     KEY_SYNTAX = ErrorRow(
@@ -388,7 +390,7 @@ class ErrorKind(Enum):
         "mapping_not_found",
         "3D000",
         "no shard has this shard key",
-        "Is it the right key? Which mapping should cover it? See lakebase-auth-proxy resolve KEY.",
+        "Is it the right key? Which mapping should cover it? Try lakebase-auth-proxy resolve KEY.",
     )
     NO_TARGET = ErrorRow(
         "no_target",
@@ -426,24 +428,26 @@ class ErrorKind(Enum):
         "password_file_unreadable",
         "28000",
         "the native role's password cannot be read",
-        "Check credentials.password_file and who may read it.",
+        "Check credentials.password_file and its permissions.",
     )
     OUT_OF_RESOURCES = ErrorRow(
         "out_of_resources",
         "53000",
-        "the proxy has no more file descriptors or memory",
-        "Raise its limit of open files: a session takes two.",
+        "the proxy has run out of file descriptors or memory",
+        "Raise the proxy's limit of open files: a session takes two.",
     )
-    INTERNAL = ErrorRow("internal_error", "XX000", "internal error of the proxy", "See its log.")
+    INTERNAL = ErrorRow(
+        "internal_error", "XX000", "internal error in the proxy", "See the proxy's log."
+    )
 
 
 class ProxyError(Exception):
-    """A session that cannot be served, with all that the client and the log are to know.
+    """A session that cannot be served, with everything that the client and the log report of it.
 
-    `detail` is the original text, if there was one. `original` is an error of the upstream
-    PostgreSQL itself: it goes out with all of its fields, and gains a detail and a hint where it
-    has none.
-    `retry_after_seconds` is how long the other side wants to be left alone, 0 where it did not say.
+    `detail` is the original text, if there is one. `original` is an error from the upstream
+    PostgreSQL itself: the client receives it with all of its fields, and with a detail and a hint
+    where it has none. `retry_after_seconds` is how long the other side asks to wait before a retry,
+    0 if it does not say.
     """
 
     def __init__(
@@ -460,17 +464,17 @@ class ProxyError(Exception):
         self.detail = detail
         self.original = original
         self.retry_after_seconds = retry_after_seconds
-        # A role's name stands inside a literal of the statement that the hint offers to paste.
+        # The role's name is inside a literal of the statement that the hint offers.
         literal = user.replace("'", "''")
         self._hint = kind.value.hint.format(user=literal, identity=_identity(user))
 
     @property
     def reason(self) -> str:
-        """The stable word of DETAIL, log and metrics."""
+        """The stable word in the DETAIL, the log and the metrics."""
         return self.kind.value.reason
 
     def response(self) -> ErrorResponse:
-        """Return what the client is told."""
+        """Return the ErrorResponse for the client."""
         row = self.kind.value
         if self.original is not None:
             return _completed(self.original, f"reason={row.reason}", self._hint)
@@ -479,7 +483,7 @@ class ProxyError(Exception):
 
 
 def _completed(error: ErrorResponse, detail: str, hint: str) -> ErrorResponse:
-    """Return PostgreSQL's error with these where it says nothing itself."""
+    """Return PostgreSQL's error with this detail and hint where it has none itself."""
     ours = ((b"D", detail.encode()), (b"H", hint.encode()))
     return ErrorResponse(
         (*error.fields, *((name, text) for name, text in ours if text and not error.text(name)))
@@ -487,7 +491,7 @@ def _completed(error: ErrorResponse, detail: str, hint: str) -> ErrorResponse:
 
 
 def _identity(role: str) -> str:
-    """Return the kind of identity that a role's name has the shape of."""
+    """Return the kind of identity that a role's name looks like."""
     if _CLIENT_ID.fullmatch(role):
         return "SERVICE_PRINCIPAL"
     return "USER" if "@" in role else "GROUP"

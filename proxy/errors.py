@@ -1,11 +1,11 @@
-"""Every way in which the proxy refuses a session: one closed list, one exception.
+"""Every reason for which the proxy refuses a session: one closed list, one exception.
 
-An `ErrorKind` is a row: a stable reason word, the SQLSTATE, who broke it, what the dialer may do
-about it, a sentence for the client, and a hint for the person who reads it. The words are a
-contract (metrics, alerts and tests use them); the sentences are not. Kinds that an operator counts
-as one share a word and its SQLSTATE, and differ in what is done or advised.
+An `ErrorKind` is a row of a table: a stable reason word, the SQLSTATE, what the dialer may do about
+it, a sentence for the client, and a hint for the person who reads it. The words are a contract
+(metrics, alerts and tests use them); the sentences are not. Kinds that an operator counts as one
+share a word and its SQLSTATE, and differ in what the dialer does or the hint advises.
 
-Above the floor that raises it a failure is a `ProxyError` or a `CancelledError`, nothing else.
+Outside the code that raises it a failure is a `ProxyError` or a `CancelledError`, nothing else.
 Texts name parameters, hosts and roles, never a token, a password or a cancel key.
 
 Sources: the tables of REST errors and of connection errors in the Lakebase facts; SQLSTATEs as in
@@ -24,7 +24,7 @@ _CREATE_ROLE_HINT: Final = (
     "SELECT databricks_create_role('{user}', '{identity}');"
 )
 _NETWORK_HINT: Final = (
-    "Check the workspace's IP access list and the private link; retrying is useless."
+    "Check the workspace's IP access list and the private link; retrying does not help."
 )
 _RETRY_HINT: Final = "Try again in a few seconds."
 _FULL_HINT: Final = "Use more CU or fewer connections."
@@ -32,322 +32,291 @@ _KEY_HINT: Final = (
     "Give a value of the shard map's key_type, as PostgreSQL writes it, of 128 bytes at most."
 )
 
-# A service principal's role is called as its client id is.
+# The role of a service principal has the name of its client id.
 _CLIENT_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 
-class Origin(Enum):
-    """Who broke it: the first cause, the same in the log and in the metrics."""
-
-    CLIENT = "client"
-    WORKSPACE = "workspace"
-    UPSTREAM = "upstream"
-    PROXY = "proxy"
-
-
 class Disposition(Enum):
-    """What may be done before the client is told. Only until the client has been answered."""
+    """What the dialer may do before it reports the error to the client."""
 
-    FAIL = "tell the client"
-    RETRY = "try again a few times, with back-off"
-    RETRY_ONCE = "try again one time"
-    WAIT = "try again, with a longer back-off, for as long as connect_timeout_seconds allows"
-    REMINT = "if the token came from the cache, mint a new one and dial again, one time"
+    FAIL = "report it to the client"
+    RETRY = "retry a few times, with back-off"
+    RETRY_ONCE = "retry once"
+    WAIT = "retry with a longer back-off, within connect_timeout_seconds"
+    REMINT = "if the token came from the cache, mint a new one and retry once"
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """One row of the list. `hint` may hold `{user}`, the role that was used, and its `{identity}`:
-    what Databricks calls the kind of it.
+class ErrorRow:
+    """One row of the table.
+
+    `hint` may contain `{user}`, the role that was used, and `{identity}`, which is Databricks' word
+    for the kind of that role.
     """
 
     reason: str
     sqlstate: str
-    origin: Origin
-    disposition: Disposition
     message: str
     hint: str = ""
-
-
-def _workspace(reason: str, sqlstate: str, message: str, hint: str, *, retry: bool = False) -> Kind:
-    disposition = Disposition.RETRY if retry else Disposition.FAIL
-    return Kind(reason, sqlstate, Origin.WORKSPACE, disposition, message, hint)
-
-
-def _upstream(
-    reason: str,
-    sqlstate: str,
-    message: str,
-    hint: str = "",
-    disposition: Disposition = Disposition.FAIL,
-) -> Kind:
-    return Kind(reason, sqlstate, Origin.UPSTREAM, disposition, message, hint)
-
-
-def _routing(reason: str, sqlstate: str, message: str, hint: str = "") -> Kind:
-    return Kind(reason, sqlstate, Origin.CLIENT, Disposition.FAIL, message, hint)
-
-
-def _proxy(reason: str, sqlstate: str, message: str, hint: str = "") -> Kind:
-    return Kind(reason, sqlstate, Origin.PROXY, Disposition.FAIL, message, hint)
+    disposition: Disposition = Disposition.FAIL
 
 
 class ErrorKind(Enum):
-    """The closed list. Grouped by who broke it."""
+    """The closed list, grouped by where the error occurs."""
 
-    # The workspace: its login, its credential API.
-    WORKSPACE_LOGIN_FAILED = _workspace(
+    # The workspace: its login and its credential API.
+    WORKSPACE_LOGIN_FAILED = ErrorRow(
         "workspace_login_failed",
         "28000",
         "the Databricks workspace refused the login",
         "Are client id and secret right and not expired? Is it the right workspace host?",
     )
-    WORKSPACE_ACCESS_MISSING = _workspace(
+    WORKSPACE_ACCESS_MISSING = ErrorRow(
         "workspace_access_missing",
         "28000",
         "the identity may not use this Databricks workspace",
         "Give the service principal the Workspace access entitlement.",
     )
-    IP_BLOCKED = _workspace(
+    IP_BLOCKED = ErrorRow(
         "ip_blocked",
         "28000",
         "the Databricks workspace does not allow this IP address",
         "Check the IP access list; a new token will not help.",
     )
-    PAT_SCOPE = _workspace(
+    PAT_SCOPE = ErrorRow(
         "pat_scope",
         "28000",
         "the personal access token lacks the scopes for database credentials",
         "Use OAuth (a service principal) instead of a personal access token.",
     )
-    PERMISSION_DENIED = _workspace(
+    PERMISSION_DENIED = ErrorRow(
         "permission_denied",
         "28000",
         "the identity may not create credentials for this endpoint",
         "May the identity use this Lakebase project?",
     )
-    ENDPOINT_INVALID = _workspace(
+    ENDPOINT_INVALID = ErrorRow(
         "endpoint_invalid",
         "08001",
         "the endpoint's resource name is not valid",
         "The form is projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT.",
     )
-    ENDPOINT_NOT_FOUND = _workspace(
+    ENDPOINT_NOT_FOUND = ErrorRow(
         "endpoint_not_found",
         "08001",
         "the endpoint does not exist",
         "Is it the endpoint's id (such as primary), not its uid (ep-...)? Was it deleted? "
         "Is workspace.host the workspace that it belongs to?",
     )
-    API_BUSY = _workspace(
+    API_BUSY = ErrorRow(
         "api_busy",
         "57P03",
-        "the Databricks API is busy with maintenance",
+        "the Databricks API is under maintenance",
         _RETRY_HINT,
-        retry=True,
+        Disposition.RETRY,
     )
-    API_THROTTLED = _workspace(
+    API_THROTTLED = ErrorRow(
         "api_throttled",
         "57P03",
         "the Databricks API limits the rate of credentials",
         "Raise credentials.token_max_age_seconds.",
-        retry=True,
+        Disposition.RETRY,
     )
-    API_UNREACHABLE = _workspace(
+    API_UNREACHABLE = ErrorRow(
         "api_unreachable",
         "57P03",
         "the Databricks workspace cannot be reached",
         "Is workspace.host right and reachable from here? Are HTTPS_PROXY and NO_PROXY right? "
         "Behind an intercepting proxy, name its CA in REQUESTS_CA_BUNDLE.",
-        retry=True,
+        Disposition.RETRY,
     )
-    API_REPLY_INVALID = _workspace(
+    API_REPLY_INVALID = ErrorRow(
         "api_unreachable",
         "57P03",
-        "the Databricks API's reply makes no sense",
-        "Is workspace.host a Databricks workspace, and is there nothing that answers for it?",
-        retry=True,
+        "the Databricks API's reply is not valid",
+        "Is workspace.host a Databricks workspace? Does another server answer in its place?",
+        Disposition.RETRY,
     )
-    WORKSPACE_CERTIFICATE = _workspace(
+    WORKSPACE_CERTIFICATE = ErrorRow(
         "workspace_certificate",
         "08001",
         "the Databricks workspace's certificate does not verify",
         "Is there an intercepting proxy? Name its CA in REQUESTS_CA_BUNDLE.",
     )
-    CREDENTIAL_INVALID = _workspace(
+    CREDENTIAL_INVALID = ErrorRow(
         "credential_invalid",
         "57P03",
-        "the Databricks API returned a credential that cannot be used",
+        "the Databricks API returned a credential that is not usable",
         "Check this machine's clock.",
-        retry=True,
+        Disposition.RETRY,
     )
-    CLOCK_OFF = _workspace(
+    CLOCK_OFF = ErrorRow(
         "credential_invalid",
         "57P03",
-        "this machine's clock is not the workspace's",
-        "Set this machine's clock: a token's life is told by the workspace's.",
-        retry=True,
+        "this machine's clock differs from the workspace's",
+        "Set this machine's clock: a token's expiry is in the workspace's time.",
+        Disposition.RETRY,
     )
-    CONFIGURATION_INVALID = _workspace(
+    CONFIGURATION_INVALID = ErrorRow(
         "workspace_configuration",
         "28000",
         "the Databricks SDK found no usable credentials",
         "Set DATABRICKS_HOST, DATABRICKS_CLIENT_ID and DATABRICKS_CLIENT_SECRET.",
     )
 
-    # The upstream: never connected.
-    UPSTREAM_DNS = _upstream(
+    # The upstream: the connection was not established.
+    UPSTREAM_DNS = ErrorRow(
         "upstream_dns",
         "08001",
         "the upstream's host name cannot be resolved",
         "Is the host the one that the API names? Does the resolver work?",
         Disposition.RETRY,
     )
-    UPSTREAM_UNREACHABLE = _upstream(
+    UPSTREAM_UNREACHABLE = ErrorRow(
         "upstream_unreachable",
         "08001",
         "the upstream cannot be reached",
         "Check firewall, IP access list and port 5432.",
         Disposition.RETRY,
     )
-    UPSTREAM_CERTIFICATE = _upstream(
+    UPSTREAM_CERTIFICATE = ErrorRow(
         "upstream_certificate",
         "08001",
         "the upstream's certificate does not verify",
         "Is there an intercepting proxy? Name its CA in upstream.ssl_root_cert.",
     )
-    UPSTREAM_NO_TLS = _upstream(
+    UPSTREAM_NO_TLS = ErrorRow(
         "upstream_no_tls",
         "08001",
         "the upstream does not speak TLS",
         "This is not a Lakebase host; the proxy never continues in plaintext.",
     )
-    FRONT_END_PROTOCOL = _upstream(
+    FRONT_END_PROTOCOL = ErrorRow(
         "front_end_protocol",
         "08001",
-        "the upstream's front end did not take the connection",
-        "A bug of the proxy, or something between that speaks for it; please report it.",
+        "the upstream's front end did not accept the connection",
+        "A bug in the proxy, or another program answers in place of Lakebase; please report it.",
     )
-    ENDPOINT_OPTION = _upstream(
+    ENDPOINT_OPTION = ErrorRow(
         "front_end_protocol",
         "08001",
-        "the upstream's front end did not take the connection",
+        "the upstream's front end did not accept the connection",
         "Remove endpoint= and project= from the client's options.",
     )
-    ENDPOINT_GONE = _upstream(
+    ENDPOINT_GONE = ErrorRow(
         "endpoint_not_found",
         "08001",
-        "the endpoint does not exist any more",
+        "the endpoint no longer exists",
         "Was it deleted? Its host is looked up again with the next connection.",
     )
-    ENDPOINT_DISABLED = _upstream(
+    ENDPOINT_DISABLED = ErrorRow(
         "endpoint_disabled", "08001", "the endpoint is disabled", "Enable it in the project."
     )
 
-    # The upstream: connected, then lost, silent or nonsensical before it was ready.
-    UPSTREAM_TIMEOUT = _upstream(
+    # The upstream: connected, then lost, silent or in error before ReadyForQuery.
+    UPSTREAM_TIMEOUT = ErrorRow(
         "upstream_timeout",
         "08006",
         "the upstream did not answer in time",
         _RETRY_HINT,
         Disposition.RETRY_ONCE,
     )
-    UPSTREAM_LOST = _upstream(
+    UPSTREAM_LOST = ErrorRow(
         "upstream_lost",
         "08006",
         "the upstream closed the connection before it was ready",
-        "A failover or a suspend, perhaps. " + _RETRY_HINT,
+        "Possibly a failover or a suspend. " + _RETRY_HINT,
         Disposition.RETRY,
     )
-    FRONT_END_ERROR = _upstream(
+    FRONT_END_ERROR = ErrorRow(
         "front_end_error",
         "08006",
         "the upstream's front end failed",
         _RETRY_HINT,
         Disposition.RETRY,
     )
-    UPSTREAM_PROTOCOL = _upstream(
-        "upstream_protocol", "08006", "the upstream broke the protocol before it was ready"
+    UPSTREAM_PROTOCOL = ErrorRow(
+        "upstream_protocol", "08006", "the upstream violated the protocol before it was ready"
     )
-    UPSTREAM_ERROR = _upstream(
+    UPSTREAM_ERROR = ErrorRow(
         "upstream_error", "08006", "the upstream's front end refused the connection"
     )
-    UPSTREAM_STARTING = _upstream(
+    UPSTREAM_STARTING = ErrorRow(
         "upstream_starting",
         "57P03",
         "the database is starting",
-        _RETRY_HINT + " If it stays so: are the project's quotas used up?",
+        _RETRY_HINT + " If this continues: are the project's quotas used up?",
         Disposition.WAIT,
     )
-    UPSTREAM_BUSY = _upstream(
+    UPSTREAM_BUSY = ErrorRow(
         "upstream_busy",
         "53300",
-        "the upstream takes no more connections at this moment",
+        "the upstream accepts no more connections at the moment",
         "A connection storm: use a pool in the application.",
         Disposition.WAIT,
     )
-    UPSTREAM_FULL = _upstream(
+    UPSTREAM_FULL = ErrorRow(
         "upstream_full",
         "53300",
         "the database has no free connection slot",
         _FULL_HINT,
     )
-    POOLER_FULL = _upstream(
+    POOLER_FULL = ErrorRow(
         "upstream_full",
         "53300",
         "the pooled host has no free connection slot",
         _FULL_HINT,
-        Disposition.WAIT,  # its clients come and go
+        Disposition.WAIT,  # other clients disconnect after a while
     )
 
-    # The upstream: it does not let this identity in.
-    NOT_A_TOKEN = _upstream(
+    # The upstream: the login was refused.
+    NOT_A_TOKEN = ErrorRow(
         "not_a_token",
         "28000",
-        "the upstream wants an OAuth token and got something else",
+        "the upstream requires an OAuth token and received something else",
         "A personal access token or a password was used; an OAuth role needs a minted credential.",
     )
-    TOKEN_REJECTED = _upstream(
+    TOKEN_REJECTED = ErrorRow(
         "token_rejected",
         "28000",
         "the upstream rejected the token",
         "A token of another workspace? Is this machine's clock right? " + _CREATE_ROLE_HINT,
         Disposition.REMINT,
     )
-    PASSWORD_REJECTED = _upstream(
+    PASSWORD_REJECTED = ErrorRow(
         "password_rejected",
         "28P01",
         "the upstream rejected the password or token",
         _CREATE_ROLE_HINT,
         Disposition.REMINT,
     )
-    NATIVE_PASSWORD_REJECTED = _upstream(
+    NATIVE_PASSWORD_REJECTED = ErrorRow(
         "password_rejected",
         "28P01",
         "the upstream rejected the native role's password",
-        "Is it the password of upstream.user that is in credentials.password_file? Does the role "
+        "Does credentials.password_file contain the password of upstream.user? Does the role "
         "exist on this branch, and does the project allow native passwords?",
     )
-    IDENTITY_MISMATCH = _upstream(
+    IDENTITY_MISMATCH = ErrorRow(
         "identity_mismatch",
         "28000",
-        "the token's identity is not the role's",
-        "upstream.user must be the client id, the e-mail, or a group that you belong to.",
+        "the token's identity does not match the role",
+        "upstream.user must be the client id, the e-mail, or a group that the identity belongs to.",
     )
-    ROLE_MISSING = _upstream("role_missing", "28000", "the role does not exist", _CREATE_ROLE_HINT)
-    NATIVE_ROLE_MISSING = _upstream(
+    ROLE_MISSING = ErrorRow("role_missing", "28000", "the role does not exist", _CREATE_ROLE_HINT)
+    NATIVE_ROLE_MISSING = ErrorRow(
         "role_missing",
         "28000",
         "the native role does not exist",
-        "Create it on this branch with CREATE ROLE ... LOGIN PASSWORD, or mend upstream.user.",
+        "Create it on this branch with CREATE ROLE ... LOGIN PASSWORD, or correct upstream.user.",
     )
-    DATABASE_MISSING = _upstream(
+    DATABASE_MISSING = ErrorRow(
         "database_missing",
         "3D000",
         "the database does not exist",
         "Lakebase's default database is databricks_postgres.",
     )
-    AUTHORIZATION_DENIED = _upstream(
+    AUTHORIZATION_DENIED = ErrorRow(
         "authorization_denied",
         "28000",
         "the upstream's front end did not authorize the connection",
@@ -355,81 +324,81 @@ class ErrorKind(Enum):
         "Check the IP access list and the private link.",
         Disposition.RETRY,
     )
-    NETWORK_DENIED = _upstream(
+    NETWORK_DENIED = ErrorRow(
         "network_denied",
         "28000",
-        "the upstream does not take connections from this network",
+        "the upstream does not accept connections from this network",
         _NETWORK_HINT,
     )
-    POOLER_NEEDS_PASSWORD = _upstream(
+    POOLER_NEEDS_PASSWORD = ErrorRow(
         "pooler_needs_password",
         "28000",
-        "the pooled host takes no OAuth token",
+        "the pooled host accepts no OAuth token",
         "Use the direct host (without -pooler), or a native role with credentials.password_file.",
     )
-    POOLER_PARAMETER = _upstream(
+    POOLER_PARAMETER = ErrorRow(
         "pooler_parameter",
         "08P01",
-        "the pooled host does not take a startup parameter",
+        "the pooled host does not accept a startup parameter",
         "Remove the parameter or use the direct host.",
     )
-    UNSUPPORTED_AUTH = _upstream(
+    UNSUPPORTED_AUTH = ErrorRow(
         "unsupported_auth",
         "28000",
         "the upstream asks for an authentication method that is not supported",
         "OAuth roles log in with a token, native roles with SCRAM-SHA-256.",
     )
-    # What PostgreSQL says of a client's own mistake; a front end relays it without its SQLSTATE,
-    # and a pool that took it for a lost connection would try again for ever.
-    SETTING_UNKNOWN = _upstream(
-        "setting_unknown", "42704", "the database does not know a setting of the session"
+    # PostgreSQL's errors for a client's own mistake. A front end relays them without the SQLSTATE,
+    # and a client's pool that took one for a lost connection would retry forever.
+    SETTING_UNKNOWN = ErrorRow(
+        "setting_unknown", "42704", "a setting of the session is unknown to the database"
     )
-    SETTING_INVALID = _upstream(
-        "setting_invalid", "22023", "a setting of the session has a value that is not valid"
+    SETTING_INVALID = ErrorRow(
+        "setting_invalid", "22023", "a setting of the session has an invalid value"
     )
-    ARGUMENT_INVALID = _upstream(
+    ARGUMENT_INVALID = ErrorRow(
         "argument_invalid", "42601", "the options of the session are not valid"
     )
-    PRIVILEGE_MISSING = _upstream(
+    PRIVILEGE_MISSING = ErrorRow(
         "privilege_missing", "42501", "the role may not open such a session"
     )
-    STARTUP_REFUSED = _upstream("startup_refused", "XX000", "the database refused the session")
+    STARTUP_REFUSED = ErrorRow("startup_refused", "XX000", "the database refused the session")
 
-    # The shard key that the client sends, and where it leads. That a key is not valid is one reason
-    # with three SQLSTATEs, as PostgreSQL has them for a value: syntax, range, anything else.
-    KEY_MISSING = _routing(
+    # The shard key that the client sends, and its route. An invalid key is one reason with three
+    # SQLSTATEs, as PostgreSQL has them for a value: syntax, range, anything else.
+    KEY_MISSING = ErrorRow(
         "key_missing",
         "22023",
         "no shard key was given",
         "Give it in options (-c shard_key=KEY), as a startup parameter, or in the database name.",
     )
-    KEY_CONFLICT = _routing(
+    KEY_CONFLICT = ErrorRow(
         "key_conflict",
         "22023",
         "the shard key was given more than once, with different values",
-        "Give it in one place, or the same everywhere.",
+        "Give it in one place, or the same key in each place.",
     )
-    KEY_TOO_LONG = _routing("key_too_long", "22023", "the shard key is too long", _KEY_HINT)
-    KEY_SYNTAX = _routing(
+    KEY_TOO_LONG = ErrorRow("key_too_long", "22023", "the shard key is too long", _KEY_HINT)
+    KEY_SYNTAX = ErrorRow(
         "key_invalid", "22P02", "the shard key is not written as a value of its type", _KEY_HINT
     )
-    KEY_RANGE = _routing(
+    KEY_RANGE = ErrorRow(
         "key_invalid", "22003", "the shard key is out of its type's range", _KEY_HINT
     )
-    KEY_INVALID = _routing("key_invalid", "22023", "the shard key is not valid", _KEY_HINT)
-    MAPPING_NOT_FOUND = _routing(
+    KEY_INVALID = ErrorRow("key_invalid", "22023", "the shard key is not valid", _KEY_HINT)
+    MAPPING_NOT_FOUND = ErrorRow(
         "mapping_not_found",
         "3D000",
         "no shard has this shard key",
-        "Is it the right key? Which mapping should cover it? See lakebase-auth-proxy resolve KEY.",
+        "Is it the right key? Which mapping should cover it? Try lakebase-auth-proxy resolve KEY.",
     )
-    NO_TARGET = _routing(
+    NO_TARGET = ErrorRow(
         "no_target",
         "3D000",
         "no target is configured for this database",
         "Connect to one of the names in [databases], or set upstream.endpoint for all others.",
     )
-    MAP_MISSING = _routing(
+    MAP_MISSING = ErrorRow(
         "map_missing",
         "3D000",
         "no shard map is configured",
@@ -437,46 +406,48 @@ class ErrorKind(Enum):
     )
 
     # The proxy itself.
-    TOO_MANY_CONNECTIONS = _proxy(
+    TOO_MANY_CONNECTIONS = ErrorRow(
         "too_many_connections",
         "53300",
         "too many clients already",
         "Raise listen.max_connections, or use a pool in the application.",
     )
-    SHUTTING_DOWN = _proxy(
+    SHUTTING_DOWN = ErrorRow(
         "shutting_down",
         "57P01",
         "terminating connection due to administrator command",
         "The proxy is being stopped or replaced. Connect again.",
     )
-    IDLE_TIMEOUT = _proxy(
+    IDLE_TIMEOUT = ErrorRow(
         "idle_timeout",
         "57P05",
         "terminating connection due to idle-session timeout",
         "Connect again when there is work, or raise listen.idle_timeout_seconds.",
     )
-    PASSWORD_FILE_UNREADABLE = _proxy(
+    PASSWORD_FILE_UNREADABLE = ErrorRow(
         "password_file_unreadable",
         "28000",
         "the native role's password cannot be read",
-        "Check credentials.password_file and who may read it.",
+        "Check credentials.password_file and its permissions.",
     )
-    OUT_OF_RESOURCES = _proxy(
+    OUT_OF_RESOURCES = ErrorRow(
         "out_of_resources",
         "53000",
-        "the proxy has no more file descriptors or memory",
-        "Raise its limit of open files: a session takes two.",
+        "the proxy has run out of file descriptors or memory",
+        "Raise the proxy's limit of open files: a session takes two.",
     )
-    INTERNAL = _proxy("internal_error", "XX000", "internal error of the proxy", "See its log.")
+    INTERNAL = ErrorRow(
+        "internal_error", "XX000", "internal error in the proxy", "See the proxy's log."
+    )
 
 
 class ProxyError(Exception):
-    """A session that cannot be served, with all that the client and the log are to know.
+    """A session that cannot be served, with everything that the client and the log report of it.
 
-    `detail` is the original text, if there was one. `original` is an error of the upstream
-    PostgreSQL itself: it goes out with all of its fields, and gains a detail and a hint where it
-    has none.
-    `retry_after_seconds` is how long the other side wants to be left alone, 0 where it did not say.
+    `detail` is the original text, if there is one. `original` is an error from the upstream
+    PostgreSQL itself: the client receives it with all of its fields, and with a detail and a hint
+    where it has none. `retry_after_seconds` is how long the other side asks to wait before a retry,
+    0 if it does not say.
     """
 
     def __init__(
@@ -493,17 +464,17 @@ class ProxyError(Exception):
         self.detail = detail
         self.original = original
         self.retry_after_seconds = retry_after_seconds
-        # A role's name stands inside a literal of the statement that the hint offers to paste.
+        # The role's name is inside a literal of the statement that the hint offers.
         literal = user.replace("'", "''")
         self._hint = kind.value.hint.format(user=literal, identity=_identity(user))
 
     @property
     def reason(self) -> str:
-        """The stable word of DETAIL, log and metrics."""
+        """The stable word in the DETAIL, the log and the metrics."""
         return self.kind.value.reason
 
     def response(self) -> ErrorResponse:
-        """Return what the client is told."""
+        """Return the ErrorResponse for the client."""
         row = self.kind.value
         if self.original is not None:
             return _completed(self.original, f"reason={row.reason}", self._hint)
@@ -512,7 +483,7 @@ class ProxyError(Exception):
 
 
 def _completed(error: ErrorResponse, detail: str, hint: str) -> ErrorResponse:
-    """Return PostgreSQL's error with these where it says nothing itself."""
+    """Return PostgreSQL's error with this detail and hint where it has none itself."""
     ours = ((b"D", detail.encode()), (b"H", hint.encode()))
     return ErrorResponse(
         (*error.fields, *((name, text) for name, text in ours if text and not error.text(name)))
@@ -520,7 +491,7 @@ def _completed(error: ErrorResponse, detail: str, hint: str) -> ErrorResponse:
 
 
 def _identity(role: str) -> str:
-    """Return the kind of identity that a role's name has the shape of."""
+    """Return the kind of identity that a role's name looks like."""
     if _CLIENT_ID.fullmatch(role):
         return "SERVICE_PRINCIPAL"
     return "USER" if "@" in role else "GROUP"

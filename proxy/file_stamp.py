@@ -1,17 +1,17 @@
-"""Whether a file that a setting names is still the one that was seen.
+"""A stamp of a file, which changes when the file does.
 
-For: noticing contents that changed under an unchanged name. Not for: reading them.
+For: detecting new contents under the same name. Not for: reading the file.
 
-Invariant: a file that was replaced or written again has another stamp; one that was not, the same.
+Invariant: the stamp of a file that was replaced or written is different; otherwise it is the same.
 """
 
 from pathlib import Path
 
 Stamp = tuple[int, int, int]
-"""Inode, size in bytes, time of the last change in nanoseconds."""
+"""Inode, size in bytes, and time of the last modification in nanoseconds."""
 
 
 def stamp_of(file: str) -> Stamp:
-    """Return the stamp of what `file` leads to now. Raises OSError."""
+    """Return the present stamp of `file`, following links. Raises OSError."""
     found = Path(file).stat()
     return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,10 +1,10 @@
-"""The closed list of refusals, and the answer that each becomes."""
+"""The closed list of refusals, and the ErrorResponse for each."""
 
 import re
 
 import pytest
 
-from proxy.errors import Disposition, ErrorKind, Origin, ProxyError
+from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import ErrorResponse, decode_backend
 
@@ -31,15 +31,14 @@ def test_every_kind_has_a_word_an_sqlstate_and_a_sentence(kind: ErrorKind) -> No
     assert len(row.message) > 10
     assert not row.message.endswith(".")  # as PostgreSQL writes primary messages
     assert row.hint == "" or row.hint.endswith((".", "?", ";"))
-    assert isinstance(row.origin, Origin)
     assert isinstance(row.disposition, Disposition)
 
 
-def test_kinds_that_share_a_word_share_its_sqlstate_and_differ_in_what_helps() -> None:
+def test_kinds_that_share_a_word_share_its_sqlstate_and_differ_in_their_advice() -> None:
     for kind in ErrorKind:
         alike = [other for other in ErrorKind if other.value.reason == kind.value.reason]
         if kind.value.reason == "key_invalid":
-            # One word, and PostgreSQL's three SQLSTATEs for what is wrong with a value.
+            # One word, and PostgreSQL's three SQLSTATEs for an invalid value.
             assert sorted(one.value.sqlstate for one in alike) == ["22003", "22023", "22P02"]
             continue
         assert {other.value.sqlstate for other in alike} == {kind.value.sqlstate}
@@ -52,7 +51,7 @@ def test_no_kind_is_an_alias_of_another() -> None:
 
 
 @KINDS
-def test_w48_every_answer_has_s_v_c_m_and_a_detail_that_begins_with_the_word(
+def test_w48_every_error_has_s_v_c_m_and_a_detail_that_begins_with_the_word(
     kind: ErrorKind,
 ) -> None:
     row = kind.value
@@ -69,7 +68,7 @@ def test_w48_every_answer_has_s_v_c_m_and_a_detail_that_begins_with_the_word(
 
 
 @KINDS
-def test_an_answer_survives_the_wire(kind: ErrorKind) -> None:
+def test_an_error_can_be_encoded_and_decoded(kind: ErrorKind) -> None:
     answer = ProxyError(kind).response()
     reader = MessageReader(65536)
     reader.feed(answer.encode())
@@ -79,7 +78,7 @@ def test_an_answer_survives_the_wire(kind: ErrorKind) -> None:
     assert reader.trailing_data() == b""
 
 
-def test_without_a_text_of_the_other_side_the_detail_is_the_word_alone() -> None:
+def test_without_an_original_text_the_detail_is_the_word_alone() -> None:
     error = ProxyError(ErrorKind.UPSTREAM_LOST)
     assert error.response().text(b"D") == "reason=upstream_lost"
     assert error.reason == "upstream_lost"
@@ -87,7 +86,7 @@ def test_without_a_text_of_the_other_side_the_detail_is_the_word_alone() -> None
 
 
 @KINDS
-def test_w29_an_error_of_postgres_keeps_its_fields_in_order_and_gains_word_and_hint(
+def test_w29_an_error_from_postgres_keeps_its_fields_in_order_and_gains_word_and_hint(
     kind: ErrorKind,
 ) -> None:
     error = ProxyError(kind, ORIGINAL.message, user="app", original=ORIGINAL)
@@ -98,7 +97,7 @@ def test_w29_an_error_of_postgres_keeps_its_fields_in_order_and_gains_word_and_h
     assert answer.fields == (*ORIGINAL.fields, *ours)
 
 
-def test_a_detail_and_a_hint_of_postgres_itself_stay() -> None:
+def test_postgres_own_detail_and_hint_are_kept() -> None:
     theirs = ((b"D", b"What Postgres knows."), (b"H", b"Postgres knows better."))
     original = ErrorResponse((*ORIGINAL.fields, *theirs))
     error = ProxyError(ErrorKind.PASSWORD_REJECTED, user="app", original=original)
@@ -132,7 +131,7 @@ def test_a_quote_in_a_role_name_cannot_leave_the_literal_in_the_hint(user: str, 
         ("data team", "GROUP"),
     ],
 )
-def test_the_statement_to_paste_says_what_kind_of_identity_the_role_is(
+def test_the_statement_in_the_hint_has_the_kind_of_identity_of_the_role(
     user: str, identity: str
 ) -> None:
     hint = ProxyError(ErrorKind.ROLE_MISSING, user=user).response().text(b"H")
@@ -145,6 +144,6 @@ def test_a_nul_in_the_original_text_cannot_end_the_field() -> None:
     assert answer.text(b"D") == "reason=upstream_error one Mtwo"
 
 
-def test_bytes_that_are_no_utf_8_can_be_shown() -> None:
+def test_a_role_that_is_not_utf_8_can_be_shown() -> None:
     user = b"\xff\xfe".decode("utf-8", "replace")
     assert ProxyError(ErrorKind.ROLE_MISSING, user=user).response().encode()

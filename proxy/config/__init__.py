@@ -1,4 +1,8 @@
-"""Every setting of the proxy, from flags, environment and file to one frozen `Settings`."""
+"""Every setting of the proxy: flags, environment and file, merged into one frozen `Settings`.
+
+Each fact about a key is stated once, in the model: its type, bounds, default, reason, whether a
+change needs a restart, and whether it names a file to watch. Everything else reads it from there.
+"""
 
 from proxy.config.config_errors import ConfigurationError, Problem
 from proxy.config.diff import Changes, Files, compare, with_running_values

@@ -1,9 +1,9 @@
-"""What is wrong with a configuration, said once for all of it.
+"""The error of a configuration, with every problem in it.
 
-For: sentences that name the key, the place it was given in and the value's problem. Not for:
-finding them.
+For: a sentence for each problem, with the key, where it was given, and the problem of its value.
+Not for: finding problems.
 
-Invariant: no value of a secret is in a problem; whoever makes one sees to it.
+Invariant: a problem contains no value of a secret. The code that creates it takes care of that.
 """
 
 from collections import Counter
@@ -13,14 +13,14 @@ from typing import Final
 
 from proxy.config.toml import split_path, toml_path
 
-# What is wrong with every line of a long table would fill a screen; the first ones tell the story.
+# Problems of each line in a long table would fill the screen; the first ones are enough.
 PROBLEMS_SHOWN_MAX: Final = 10
 _UNKNOWN_NAME: Final = "there is no "
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with one key: its path, where and how it was given (if it was), and why."""
+    """A key's path, its problem, and where the key was given, if it was."""
 
     key: str
     text: str
@@ -32,7 +32,7 @@ class Problem:
 
 
 class ConfigurationError(Exception):
-    """The settings cannot be used: every problem of every source. No secret is in it."""
+    """The settings are not valid: every problem of every source, without any secret."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -40,7 +40,7 @@ class ConfigurationError(Exception):
 
 
 def shown_problems(problems: Sequence[Problem]) -> list[Problem]:
-    """Return what is to be shown: nothing twice, and of one key no more than the first few."""
+    """Return the problems to show: none twice, and for each key only the first few."""
     shown: list[Problem] = []
     count = Counter[str]()
     for problem in map(_name_mapping, problems):
@@ -56,7 +56,10 @@ def shown_problems(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def _is_repeated(problem: Problem, shown: Sequence[Problem]) -> bool:
-    """A name that is none is also unknown; and two may find the same mapping's target unknown."""
+    """Return whether a problem follows from one that is shown.
+
+    An invalid name is also unknown, and two checks may find that a mapping's target is unknown.
+    """
     return any(
         one.text.startswith(problem.text) or problem.text.startswith(_UNKNOWN_NAME)
         for one in shown
@@ -65,14 +68,14 @@ def _is_repeated(problem: Problem, shown: Sequence[Problem]) -> bool:
 
 
 def _name_mapping(problem: Problem) -> Problem:
-    """Name a mapping of a map in words, counted from 1 as whoever reads the map counts them."""
+    """Return the problem with a mapping's position as a word, counted from 1, not in its key."""
     path = split_path(problem.key)
     match path:
         case ("shard_maps", _, "mappings", number, *column) if number.isdecimal():
             pass
         case _:
             return problem
-    # A sentence that names what it is about needs no column in front.
+    # This sentence names its subject, and needs no column before it.
     where = [] if problem.text.startswith(_UNKNOWN_NAME) else column
     text = ": ".join([f"mapping {int(number) + 1}", *where, problem.text])
     return replace(problem, key=toml_path(path[:3]), text=text)

@@ -1,9 +1,9 @@
-"""What one key demands of others: names that must be there, and what a verb that dials needs.
+"""What one key requires of others: names that must exist, and what a verb that connects needs.
 
-For: problems that no section sees alone. Not for: the shape of a value, which the model checks.
+For: problems that no section can detect alone. Not for: the form of a value; the model checks it.
 
-Invariant: it reads raw values, as the sources gave them and merged, and takes any of them to be
-wrong in itself: so its problems are reported together with those of the model.
+Invariant: it reads the merged raw values of the sources, any of which may be invalid. Therefore its
+problems are reported together with those of the model.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from proxy.config.upstream_sections import with_inherited
 Raw = Mapping[str, object]
 
 _NAMES_SHOWN_MAX: Final = 20
-# Reads a switch as the model does, which takes "off" and 0 for false.
+# Reads a switch as the model does, for which "off" and 0 are false.
 _SWITCH: Final = TypeAdapter(bool)
 
 
@@ -39,7 +39,7 @@ def _tables(raw: Raw, section: str) -> Iterator[tuple[str, Raw]]:
 
 
 def unknown_references(raw: Raw) -> Iterator[Problem]:
-    """Yield a problem for each name that nothing is called, and for names that look alike."""
+    """Yield a problem for each name that does not exist, and for names that differ only in case."""
     for section in ("targets", "workspaces", "shard_maps"):
         yield from _same_but_for_case(section, _table(raw, section))
     targets = [*_table(raw, "targets"), UPSTREAM]
@@ -52,18 +52,18 @@ def unknown_references(raw: Raw) -> Iterator[Problem]:
 
 
 def _same_but_for_case(section: str, names: Iterable[str]) -> Iterator[Problem]:
-    """A variable's name has no case, so that it could mean either of two such names."""
+    """Yield a problem for names that differ only in case: a variable could mean either."""
     count = Counter(name.lower() for name in names)
     for name in names:
         if count[name.lower()] > 1:
             yield Problem(
                 toml_path((section, name)),
-                "another name differs from it only in case: a variable could mean either",
+                "another name differs only in case: a variable could mean either",
             )
 
 
 def _named_targets(raw: Raw) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Yield where a target is named, and by which name."""
+    """Yield each place that names a target, and the name."""
     for name, alias in _table(raw, "databases").items():
         if isinstance(alias, Mapping):
             yield ("databases", name, "target"), alias.get("target")
@@ -100,21 +100,21 @@ def _unknown_names(
 
 
 def incomplete_workspaces(raw: Raw) -> Iterator[Problem]:
-    """Yield what a named workspace lacks: nothing is found for it in the environment."""
+    """Yield what a named workspace lacks: it takes nothing from the environment."""
     for name, given in _tables(raw, "workspaces"):
         if given.get("profile"):
             continue
         if not given.get("host"):
             yield Problem(
                 toml_path(("workspaces", name, "host")),
-                "required, because a named workspace takes nothing from DATABRICKS_HOST: set it,"
-                " or profile",
+                "required, because a named workspace does not use DATABRICKS_HOST: set it, or"
+                " profile",
             )
         secret = given.get("client_secret") or given.get("client_secret_file")
         if not (given.get("auth_type") or given.get("token") or secret):
             yield Problem(
                 toml_path(("workspaces", name, "auth_type")),
-                "required, because a named workspace takes no login from DATABRICKS_*: set"
+                "required, because a named workspace does not use DATABRICKS_*: set"
                 " client_id with client_secret or client_secret_file, or token, or profile, or"
                 " auth_type with what it needs",
             )
@@ -124,11 +124,11 @@ def incomplete_workspaces(raw: Raw) -> Iterator[Problem]:
             )
 
 
-# -- what a verb that dials needs ----------------------------------------------------------------
+# -- what a verb that connects needs --------------------------------------------------------------
 
 
 def missing_to_dial(raw: Raw) -> Iterator[Problem]:
-    """Yield what a verb that dials lacks, for every target that sessions can be sent to."""
+    """Yield what a verb that connects lacks, for every target that sessions can be sent to."""
     password = _table(raw, "credentials").get("password_file")
     upstream = _table(raw, "upstream")
     routing = _table(raw, "routing")
@@ -149,7 +149,7 @@ def _missing_for_target(
     def problem(key: str, text: str) -> Problem:
         return Problem(toml_path((*section, key)), text)
 
-    # The guide's variables give [upstream], and a target only what it takes from there.
+    # The guide's variables set [upstream]; targets only inherit them.
     or_variable = {"endpoint": ", or ENDPOINT_NAME,", "host": ", or PGHOST", "user": ", or PGUSER"}
     if section != ("upstream",):
         or_variable = {"endpoint": "", "host": "", "user": ", or upstream.user"}
@@ -157,14 +157,14 @@ def _missing_for_target(
     if target.get("host") and _as_switch(target.get("read_only")):
         yield problem(
             "read_only",
-            f"must not be set together with host{or_variable['host']}, which is dialled as it is:"
-            " take host away, and the read-only host is looked up; or name that in host",
+            f"must not be set together with host{or_variable['host']}, which is used as it is:"
+            " remove host, and the read-only host is looked up; or set host to the read-only host",
         )
     if not password:
         if _is_pooled(target.get("host")):
             yield problem(
                 "host",
-                "is a pooled host, which takes no OAuth token: use the direct host, without"
+                "is a pooled host, which accepts no OAuth token: use the direct host, without"
                 " -pooler, or a native role's password with credentials.password_file",
             )
         if not endpoint:
@@ -180,13 +180,13 @@ def _missing_for_target(
     if not target.get("user"):
         yield problem(
             "user",
-            "required with credentials.password_file, because there is no token to say who logs in:"
-            f" set it{or_variable['user']}",
+            "required with credentials.password_file, because no token provides the role: set it"
+            f"{or_variable['user']}",
         )
 
 
 def _as_switch(value: object) -> bool | None:
-    """Return what the model makes of a switch; None for a value that it refuses."""
+    """Return the value of a switch as the model reads it; None if the model refuses it."""
     try:
         return _SWITCH.validate_python(value)
     except ValidationError:
@@ -194,5 +194,5 @@ def _as_switch(value: object) -> bool | None:
 
 
 def _is_pooled(host: object) -> bool:
-    """Tell a pooled host by the suffix of its first label: -pooler, -ro-pooler."""
+    """Return whether a host is pooled: its first label ends in -pooler, or -ro-pooler."""
     return isinstance(host, str) and host.partition(".")[0].lower().endswith("-pooler")

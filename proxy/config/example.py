@@ -1,9 +1,9 @@
-"""`config.example.toml`, written from the model.
+"""`config.example.toml`, generated from the model.
 
-For: the file's text. Not for: settings in use, which `printing` shows.
+For: the text of the file. Not for: settings in use, which `printing` shows.
 
-Invariant: prose follows "# " and a key or table to take in follows a bare "#", so that a test (and
-a person's editor) can take everything in at once and has a valid configuration.
+Invariant: prose follows "# ", and a key or table follows a "#" without a blank. So a test (or an
+editor) can uncomment every key and table at once, and the result is a valid configuration.
 """
 
 import textwrap
@@ -26,34 +26,34 @@ from proxy.config.validators import Marker
 _COLUMNS_MAX: Final = 96
 
 _HEAD: Final = """\
-# Every key of lakebase-auth-proxy with its default. Copy the file, take away the # in front of
-# what you change, and name it with --config or in LAKEBASE_PROXY_CONFIG.
+# Every key of lakebase-auth-proxy with its default. Copy this file, remove the # before the keys
+# that you change, and name the copy with --config or in LAKEBASE_PROXY_CONFIG.
 #
 # Each key is also an environment variable (LAKEBASE_PROXY_LISTEN__PORT=6000) and a flag
-# (--listen.port 6000). A flag wins over the environment, that over this file, and this file over
-# the Lakebase guide's own variables (ENDPOINT_NAME, PGHOST, PGPORT, PGDATABASE, PGUSER).
-# A name that you choose, such as eu, is in lower case as a variable:
-# LAKEBASE_PROXY_TARGETS__EU__ENDPOINT. Mappings are JSON there and in a flag.
+# (--listen.port 6000). Flags take precedence over the environment, the environment over this file,
+# and this file over the Lakebase guide's variables (ENDPOINT_NAME, PGHOST, PGPORT, PGDATABASE,
+# PGUSER). A name that you choose, such as eu, is in upper case in a variable and means the name in
+# lower case: LAKEBASE_PROXY_TARGETS__EU__ENDPOINT. In variables and flags mappings are JSON.
 #
 # This file is generated from the settings model by `make docs`."""
 
-# What a table of a chosen name is for; its keys are explained below it or in the section named.
+# What a table with a chosen name is for. Its keys are explained in it, or in the section it names.
 _PROSE: Final[Mapping[str, str]] = {
-    "workspaces": "A further Databricks workspace, for targets that name it. The keys are those of "
-    "[workspace], but nothing comes from there or from DATABRICKS_*, so that no identity or secret "
-    "of one workspace reaches another: host and the way to log in are required (client_id with "
+    "workspaces": "Another Databricks workspace, for targets that name it. It has the keys of "
+    "[workspace] and inherits nothing from there or from DATABRICKS_*, so that no identity or "
+    "secret of one workspace reaches another. Required are host and a login (client_id with "
     "client_secret or client_secret_file, or token, or auth_type with what it needs), or else a "
     "profile.",
-    "targets": "A further place to dial, for aliases and shard maps. The keys are those of "
-    "[upstream], which gives what is not set here; but a target that sets any of endpoint, "
-    "instance, host and hostaddr, or another workspace, takes none of these four from there.",
-    "databases": "Aliases: names that clients connect to in place of a database. An alias is the "
-    "NAME of a target, or a table with these keys:",
-    "shard_maps": "A static shard map: which shard keys are in which target. kind and key_type "
-    "are required, and either mappings or mappings_file.",
+    "targets": "Another target, for aliases and shard maps. It has the keys of [upstream] and "
+    "inherits those that are not set. But a target that sets any of endpoint, instance, host and "
+    "hostaddr, or another workspace, inherits none of these four.",
+    "databases": "Aliases: names that clients use as a database. An alias is the NAME of a target, "
+    "or a table with these keys:",
+    "shard_maps": "A static shard map: which target has which shard keys. kind and key_type are "
+    "required, and either mappings or mappings_file.",
 }
 
-# Values for the blocks of chosen names, where the default alone would be no configuration.
+# Values for the tables with chosen names, whose defaults alone are not valid.
 _SAMPLES: Final[Mapping[tuple[str, str], object]] = {
     ("workspaces", "host"): "https://eu.cloud.databricks.com",
     ("workspaces", "client_id"): "00000000-0000-0000-0000-000000000000",
@@ -72,12 +72,12 @@ _SAMPLE_NAMES: Final[Mapping[str, str]] = {
     "targets": "eu",
     "shard_maps": "tenants",
 }
-# Their keys are explained where they are used first.
+# Sections whose keys are explained in another section.
 _EXPLAINED_ABOVE: Final = ("workspaces", "targets")
 
 
 def example_toml() -> str:
-    """Write `config.example.toml`."""
+    """Return the text of `config.example.toml`."""
     lines = [_HEAD]
     for section in Settings.model_fields:
         lines.append("")
@@ -101,7 +101,7 @@ def _section(section: str) -> Iterator[str]:
 
 
 def _named(section: str) -> Iterator[str]:
-    """Write a commented block with every key of a table of a chosen name."""
+    """Yield a commented table with a chosen name and every key."""
     yield from _wrap(_PROSE[section])
     yield f"#[{section}.{_SAMPLE_NAMES[section]}]"
     for key in _keys_of(section):

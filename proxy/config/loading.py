@@ -1,11 +1,10 @@
-"""Read every source, merge, validate, and report everything that is wrong at once.
+"""Reading all sources, merging and validating them, and reporting every problem at once.
 
-For: `load`, the one way from a command line to settings whose sources are known, and
-`load_settings` for the settings alone. Not for: how a source is read (`sources`) or what a value
-may be (`settings`).
+For: `load`, which returns the settings with their sources, and `load_settings`, which returns the
+settings alone. Not for: how a source is read (`sources`), or which values are valid (`settings`).
 
-Invariant: no value of a secret, and no value of an unknown key, which may be a misspelled secret,
-is in an error.
+Invariant: an error contains no value of a secret, and none of an unknown key, which may be a
+misspelled secret.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,13 +33,13 @@ Inspect = Callable[[Settings], Iterable[Problem]]
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """Settings, and where each value in them was given."""
+    """Settings, and the source of each value in them."""
 
     settings: Settings
     layers: tuple[Layer, ...]
 
     def source_of(self, path: KeyPath) -> str | None:
-        """Say which source gave the key at `path`, as in `flag --listen.port`; None for none."""
+        """Return the source of a key, as in `flag --listen.port`; None if it is not set."""
         givers = (layer for layer in self.layers if layer.find(path) is not None)
         return next((layer.given_as(path) for layer in givers), None)
 
@@ -54,14 +53,14 @@ def load(
 ) -> Configuration:
     """Read flags, environment and file, in this order of precedence, and validate them.
 
-    `argv` is what follows the verb. `upstream_required` also demands what a verb needs that
-    dials: for every target somewhere to dial, and an endpoint or a password to log in there.
-    `inspect` finds what is not a question of shape, such as what the mappings of a shard map mean,
-    in settings that are valid each by itself (names and targets may still be wrong). Its problems
-    are reported among the others; one without a place gets that of its key.
+    `argv` are the arguments after the verb. With `upstream_required` a target also needs what a
+    verb that connects does: a host or how to look it up, and an endpoint or a password for the
+    login. The callables of `inspect` check what is not a question of form, such as the mappings of
+    a shard map. They get settings in which each section is valid, but names and targets may not
+    exist. Their problems are reported with the others, with the source of the key.
 
     Raises:
-        ConfigurationError: with every problem at once.
+        ConfigurationError: with every problem.
     """
     problems: list[Problem] = []
     flags = read_flags(argv, problems)
@@ -85,12 +84,12 @@ def load_settings(
     upstream_required: bool = False,
     inspect: Sequence[Inspect] = (),
 ) -> Settings:
-    """Return the settings that `load` finds. Raises ConfigurationError as it does."""
+    """Return the settings that `load` returns. Raises ConfigurationError as `load` does."""
     return load(argv, environ, upstream_required=upstream_required, inspect=inspect).settings
 
 
 def _drop_sections_without_keys(layer: Layer, problems: list[Problem]) -> None:
-    """Report a value where a section belongs; merged, it would hide the section's other keys."""
+    """Remove and report values in place of sections, which would hide keys of other sources."""
     values = layer.source.init_kwargs
     for section in Settings.model_fields:
         if section not in values:
@@ -108,7 +107,7 @@ def _drop_sections_without_keys(layer: Layer, problems: list[Problem]) -> None:
 def _not_a_section(layer: Layer, path: KeyPath) -> Problem:
     keys = (*settings_keys(), *named_keys())
     first = next(key.path for key in keys if key.path[0] == path[0])
-    # With the name that was chosen, where one was.
+    # With the chosen name, if there is one.
     example = (*path, *first[len(path) :])
     if path == ("databases",):
         example = (*path, CHOSEN_NAME)
@@ -118,7 +117,7 @@ def _not_a_section(layer: Layer, path: KeyPath) -> Problem:
 
 
 def _validate(layers: Sequence[Layer], problems: list[Problem]) -> Settings | None:
-    """Let pydantic-settings merge and validate the layers, the first one winning."""
+    """Merge and validate the layers with pydantic-settings; the first one takes precedence."""
 
     class Layered(Settings):
         @classmethod
@@ -141,7 +140,7 @@ def _cross_check(
     upstream_required: bool,
     inspect: Sequence[Inspect],
 ) -> Iterator[Problem]:
-    """Yield what no section sees alone, each with the place where its key was given."""
+    """Yield the problems that no section can detect alone, each with the source of its key."""
     raw = _merged([layer.source.init_kwargs for layer in layers])
     found = [*unknown_references(raw), *incomplete_workspaces(raw)]
     if upstream_required:
@@ -160,7 +159,7 @@ def _with_source(problem: Problem, layers: Sequence[Layer]) -> Problem:
 
 
 def _merged(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge tables, the first of the sequence winning, as pydantic-settings does."""
+    """Merge tables as pydantic-settings does; the first one takes precedence."""
     merged: dict[str, Any] = {}
     for table in values:
         for key, value in table.items():

@@ -1,9 +1,9 @@
-"""What `--print-config` prints: the values in force as TOML, each with its source.
+"""What `--print-config` prints: the effective values as TOML, each with its source.
 
-For: a file that can be fed back, and read by whoever asks where a value came from. Not for: the
+For: a file that can be loaded again, and that shows where each value came from. Not for: the
 example file, which shows defaults.
 
-Invariant: a secret that is set is commented out and masked: fed back it is missing, not wrong.
+Invariant: a secret that is set is commented out and masked. Loaded again it is missing, not wrong.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from proxy.config.toml import toml_key, toml_path, toml_value
 from proxy.config.upstream_sections import not_inherited
 from proxy.wire.secret import MASK
 
-_HEAD: Final = "# The configuration in force, each value with its source. Secrets are left out."
+_HEAD: Final = "# The effective configuration, each value with its source. Secrets are left out."
 
 
 def effective_toml(configuration: Configuration) -> str:
-    """Write the effective values as TOML; loading it gives them again, but for secrets."""
+    """Return the effective values as TOML, which can be loaded again; secrets are left out."""
     lines = [_HEAD]
     header = ""
     for path, value in effective_values(configuration.settings):
@@ -54,18 +54,18 @@ def _key(path: KeyPath, value: object, source: str) -> Iterator[str]:
 
 
 def _source(configuration: Configuration, path: KeyPath) -> str:
-    """Say where a value came from, on one line whatever a file is called."""
+    """Return the source of a value, on one line whatever the name of a file is."""
     source = configuration.source_of(path) or _inherited(configuration, path) or "default"
     return "".join(letter if letter.isprintable() else "?" for letter in source)
 
 
 def _inherited(configuration: Configuration, path: KeyPath) -> str | None:
-    """Say where a target's value came from that it does not set itself."""
+    """Return the source of a value that a target inherits."""
     if path[0] != "targets":
         return None
     _, name, key = path
     own = configuration.settings.targets[name].given()
     if key in not_inherited(dict(configuration.settings.upstream), own):
-        return "default, because the target says itself where to dial"
+        return "default, because the target sets its own address"
     given = configuration.source_of(("upstream", key))
     return f"upstream.{toml_key(key)}, {given}" if given else None

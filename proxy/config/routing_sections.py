@@ -1,7 +1,7 @@
-"""The sections that say which target a session goes to: aliases, the shard key, shard maps.
+"""The sections that decide the target of a session: aliases, the shard key, shard maps.
 
-For: the shapes of `[databases]`, `[routing]` and `[shard_maps.NAME]`. Not for: what a key or bound
-means, or whether mappings overlap; that is `proxy.routing`'s, which gets the entries as text.
+For: the form of `[databases]`, `[routing]` and `[shard_maps.NAME]`. Not for: what a key or bound
+means, or whether mappings overlap; `proxy.routing` decides that, and gets the entries as text.
 
 Invariant: an entry has the columns of its map's kind, each as text, exactly as it was written.
 """
@@ -33,16 +33,16 @@ from proxy.config.validators import (
 from proxy.routing.keys import KeyType, Normalise
 from proxy.routing.shard_map import Kind, MapSpec
 
-# What somebody writes by hand. Read as a file of settings, a million take minutes and gigabytes; a
-# CSV file takes seconds.
+# Enough for maps that are written by hand. A million mappings in a settings file need minutes and
+# gigabytes, in a CSV file seconds.
 MAPPINGS_MAX: Final = 10_000
 
-# So many wrong mappings are enough to see what is wrong with all of them.
+# How many invalid mappings an error names; they are enough to see the cause.
 _MAPPINGS_SHOWN_MAX: Final = 10
 
 
 def _as_text(value: object) -> str:
-    """Take a bound or key as TOML has it, text or integer; only its text is kept."""
+    """Return the text of a bound or key, which TOML has as text or integer."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError("must be a string or an integer")
     return str(value)
@@ -63,55 +63,55 @@ class MappingEntry:
     key: Bound | None = None
 
     def columns(self) -> dict[str, str]:
-        """Return what was written, by its column; what was left away is not there."""
+        """Return the columns that were written, with their text."""
         columns = {"key": self.key, "low": self.low, "high": self.high, "target": self.target}
         return {name: text for name, text in columns.items() if text is not None}
 
 
 class DatabaseAlias(Section):
-    """A name that clients connect to in place of a database: a target, and a database there."""
+    """A name that clients use as a database: it stands for a target, and a database there."""
 
     target: Annotated[str, AfterValidator(check_name)] = Field(
         description='NAME of a [targets.NAME], or "upstream" for [upstream].'
     )
     database: Annotated[str, or_empty(check_alias)] = Field(
-        default="", description="Database to open there. Empty: the target's own."
+        default="", description="Database to open there. Empty: that of the target."
     )
 
     @model_validator(mode="before")
     @classmethod
     def _name_alone(cls, value: object) -> object:
-        """Take `orders = "eu"` for `orders = { target = "eu" }`."""
+        """Accept `orders = "eu"` for `orders = { target = "eu" }`."""
         return {"target": value} if isinstance(value, str) else value
 
 
 class RoutingSettings(Section):
-    """How a session's shard key is found. Without a shard map none is looked for."""
+    """How the shard key of a session is found. Without a shard map it is not looked for."""
 
     shard_map: Annotated[str, or_empty(check_name)] = Field(
         default="",
-        description="NAME of the one [shard_maps.NAME] that this process routes by. Empty: none.",
+        description="NAME of the [shard_maps.NAME] that this process routes by. Empty: none.",
     )
     parameter: Annotated[str, AfterValidator(check_parameter)] = Field(
         default="shard_key",
-        description="Startup parameter that carries the key, alone or inside options (-c "
-        "shard_key=42). It is read beside lakebase.shard_key, which always carries it.",
+        description="Startup parameter with the shard key, alone or inside options (-c "
+        "shard_key=42). lakebase.shard_key is always read as well.",
     )
     database_pattern: Annotated[str, AfterValidator(check_database_pattern)] = Field(
         default="{database}@{shard_key}",
-        description="How a database name carries the key, for tools that can set nothing else. It "
-        "is split at the first separator; what stands for {database} is a label and may be left "
+        description="How a database name contains the shard key, for tools that can set nothing "
+        "else. The name is split at the first separator; {database} is a label and may be left "
         "out, as in tenant_{shard_key}.",
     )
     require_key: bool = Field(
         default=False,
-        description="Refuses a session without a key, with 22023; false sends it to [upstream]. "
-        "Where it is not set it is true when shard_map is set.",
+        description="Refuses a session without a shard key, with 22023; false sends it to "
+        "[upstream]. If it is not set, it is true if shard_map is set.",
     )
     forward_key: bool = Field(
         default=False,
-        description="Sends the key on as the setting lakebase.shard_key, for row security. The "
-        "client can change it by SET: it is no security boundary.",
+        description="Forwards the shard key as the setting lakebase.shard_key, for row-level "
+        "security. The client can change it with SET: it is no security boundary.",
     )
 
     @model_validator(mode="before")
@@ -131,7 +131,7 @@ class ShardMapSettings(Section):
     key_type: KeyType = Field(description="Type of the shard key, named as in PostgreSQL.")
     normalise: Normalise = Field(
         default=Normalise.NONE,
-        description="What is done to a key of type text before it is looked up.",
+        description="How a key of type text is normalised before it is looked up.",
     )
     mappings: tuple[MappingEntry, ...] = Field(
         default=(),
@@ -141,7 +141,7 @@ class ShardMapSettings(Section):
     )
     mappings_file: FileName = Field(
         default="",
-        description="CSV file with the same columns, in place of mappings.",
+        description="CSV file with the same columns, instead of mappings.",
     )
 
     @property
@@ -172,7 +172,7 @@ class ShardMapSettings(Section):
         cls, value: tuple[MappingEntry, ...], info: ValidationInfo
     ) -> tuple[MappingEntry, ...]:
         kind: Kind | None = info.data.get("kind")
-        if kind is None:  # it is wrong itself
+        if kind is None:  # it is invalid itself
             return value
         if kind is Kind.LIST:
             wrong = [n for n, row in enumerate(value) if row.key is None or _bounded(row)]
@@ -196,7 +196,7 @@ def _bounded(row: MappingEntry) -> bool:
 
 
 def _numbers_shown(numbers: Sequence[int]) -> str:
-    """Say which mappings, counted from 1; not all of a thousand."""
+    """Return the first of these mappings in words, counted from 1."""
     shown = ", ".join(str(number + 1) for number in numbers[:_MAPPINGS_SHOWN_MAX])
     more = len(numbers) - _MAPPINGS_SHOWN_MAX
     return f"mapping {shown}" + (f" and {more} more" if more > 0 else "")

@@ -1,8 +1,8 @@
-"""The sections about this process: where it listens, how it is watched, drained and logged.
+"""The sections about this process: listener, admin address, shutdown, log.
 
 For: `[listen]`, `[admin]`, `[shutdown]`, `[log]`. Not for: anything upstream of the proxy.
 
-Invariant: a section that validates can be used as it is, on its own.
+Invariant: a section that is valid can be used on its own.
 """
 
 from typing import Annotated, Final, Literal
@@ -22,7 +22,7 @@ from proxy.config.validators import (
 
 NEEDS_RESTART: Final = Marker.NEEDS_RESTART
 
-# Sessions are looked at several times in this time: less would cost the others.
+# Sessions are checked several times in this time; more often would slow down the others.
 _IDLE_TIMEOUT_SECONDS_MIN: Final = 0.1
 
 LogFormat = Literal["auto", "console", "json"]
@@ -31,7 +31,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 def _check_idle_timeout(value: float) -> float:
     if 0 < value < _IDLE_TIMEOUT_SECONDS_MIN:
-        raise ValueError(f"must be 0, which is never, or at least {_IDLE_TIMEOUT_SECONDS_MIN:g}")
+        raise ValueError(f"must be 0 (never) or at least {_IDLE_TIMEOUT_SECONDS_MIN:g}")
     return value
 
 
@@ -43,90 +43,93 @@ class ListenSettings(Section):
 
     host: Annotated[str, or_empty(check_host), NEEDS_RESTART] = Field(
         default="127.0.0.1",
-        description="Address or host name to listen on. Whoever reaches it is logged in as the "
-        "proxy's identity, so it is loopback unless allow_remote says otherwise. Empty: no TCP, "
-        "only the unix socket.",
+        description="Address or host name to listen on. Every client that can reach it is logged "
+        "in as the proxy's identity, so it must be loopback unless allow_remote is set. Empty: no "
+        "TCP, only the unix socket.",
     )
     port: Annotated[int, NEEDS_RESTART] = Field(
         default=5432,
         ge=0,
         le=65535,
-        description="TCP port, and the number in the unix socket's name. 5432 is what every driver "
-        "assumes; 0 takes a free one.",
+        description="TCP port, and the number in the unix socket's name. 5432 is the default of "
+        "every driver; 0 takes a free port.",
     )
     unix_socket_directory: Annotated[str, or_empty(check_directory), NEEDS_RESTART] = Field(
         default="",
-        description="Directory in which to listen as well, on the socket .s.PGSQL.PORT that "
-        "drivers look for there. File permissions then decide who may connect. Empty: none.",
+        description="Directory of an additional unix socket, .s.PGSQL.PORT, where drivers look "
+        "for it. File permissions then decide who can connect. Empty: no unix socket.",
     )
     unix_socket_mode: Annotated[str, AfterValidator(check_mode), NEEDS_RESTART] = Field(
         default="0600",
-        description="Permissions of that socket, in octal. 0600: only processes of the same user.",
+        description="Permissions of the unix socket, in octal. 0600: only processes of the same "
+        "user.",
     )
     allow_remote: Annotated[bool, NEEDS_RESTART] = Field(
         default=False,
-        description="Allows a host that is not loopback. The proxy asks clients for no password: "
-        "set it only where the network itself decides who may connect.",
+        description="Allows a host that is not loopback. The proxy requests no password from "
+        "clients: set it only where the network itself decides who can connect.",
     )
     tls_certificate: WatchedFileName = Field(
         default="",
-        description="PEM file with the listener's certificate chain, for drivers that insist on "
-        "sslmode=require. Needs tls_key. Empty: clients that ask for TLS are told no.",
+        description="PEM file with the listener's certificate chain, for drivers that require TLS "
+        "(sslmode=require). Needs tls_key. Empty: the listener offers no TLS.",
     )
     tls_key: WatchedFileName = Field(
         default="",
-        description="PEM file with the key of tls_certificate.",
+        description="PEM file with the private key of tls_certificate.",
     )
     max_connections: Annotated[int, NEEDS_RESTART] = Field(
         default=1000,
         ge=1,
         le=100_000,
-        description="Client connections at a time; one more is refused with 53300. Each takes two "
-        "file descriptors here and a connection slot of the database, which has 104 to 3357.",
+        description="Maximum number of client connections; another one is refused with 53300. "
+        "Each uses two file descriptors of the proxy and a connection slot of the database, which "
+        "has 104 to 3357.",
     )
     workers: Annotated[int, NEEDS_RESTART] = Field(
         default=1,
         ge=1,
         le=64,
-        description="Processes among which run shares sessions evenly; each uses one core, which "
-        "is enough for some 20,000 transactions a second. More than 1 takes about 20 MB more, and "
-        "12 MB for each. max_connections stays a bound of all together, and upstream.connects_max "
-        "is shared out among them, rounded up.",
+        description="Number of processes that share the sessions of run evenly. Each uses one "
+        "core, which is enough for about 20,000 transactions per second. More than one need about "
+        "20 MB in addition, and 12 MB for each. max_connections still bounds all of them "
+        "together, and upstream.connects_max is divided among them, rounded up.",
     )
     startup_timeout_seconds: Annotated[float, NEEDS_RESTART] = Field(
         default=15,
         ge=0.1,
         le=600,
-        description="Time a client has to send its StartupMessage, in seconds. Drivers need "
-        "milliseconds; a connection that says nothing must not keep its place.",
+        description="Time limit for a client's StartupMessage, in seconds. Drivers need "
+        "milliseconds; a connection that sends nothing must not occupy a slot.",
     )
     idle_timeout_seconds: _IdleTimeout = Field(
         default=0,
         ge=0,
         le=604_800,
-        description="Time after which a session that is idle ends with 57P05, in seconds from 0.1; "
-        "0 is never. For applications that forget connections; a pool is better told itself.",
+        description="Time after which an idle session is ended with 57P05, in seconds, at least "
+        "0.1; 0 is never. For applications that leak connections; if the application has a pool, "
+        "use the pool's own limit.",
     )
 
     @field_validator("port")
     @classmethod
     def _socket_has_a_number(cls, value: int, info: ValidationInfo) -> int:
         if not value and info.data.get("host") == "":
-            raise ValueError("must not be 0 with an empty listen.host: it names the unix socket")
+            raise ValueError("must not be 0 if listen.host is empty: it names the unix socket")
         return value
 
     @field_validator("unix_socket_directory")
     @classmethod
     def _clients_can_connect(cls, value: str, info: ValidationInfo) -> str:
         if not value and info.data.get("host") == "":
-            raise ValueError("required with an empty listen.host: there is no way in otherwise")
+            raise ValueError("required if listen.host is empty: else no client could connect")
         return value
 
     @field_validator("tls_key")
     @classmethod
     def _key_and_certificate(cls, value: str, info: ValidationInfo) -> str:
         if bool(value) != bool(info.data.get("tls_certificate")):
-            raise ValueError("must be set together with listen.tls_certificate, or neither")
+            raise ValueError("must be set if listen.tls_certificate is, and only then")
         return value
 
     @field_validator("allow_remote")
@@ -135,21 +138,21 @@ class ListenSettings(Section):
         host = info.data.get("host")
         if host and not value and not is_loopback(host):
             raise ValueError(
-                f"must be true because listen.host {host} is not loopback: whoever reaches it is"
-                " logged in without a password"
+                f"must be true because listen.host {host} is not loopback: any client that can"
+                " reach it is logged in without a password"
             )
         return value
 
 
 class AdminSettings(Section):
-    """Where health and metrics are served over HTTP. It never dials upstream."""
+    """Where health and metrics are served over HTTP. It never opens an upstream connection."""
 
     enabled: Annotated[bool, NEEDS_RESTART] = Field(
-        default=True, description="Serves the admin address at all."
+        default=True, description="Serves the admin address."
     )
     host: Annotated[str, AfterValidator(check_host), NEEDS_RESTART] = Field(
         default="127.0.0.1",
-        description="Address or host name to listen on. It shows no secret, but counts of use: "
+        description="Address or host name to listen on. It shows no secret, but it shows usage: "
         "0.0.0.0 lets a Kubernetes probe or a scraper reach it.",
     )
     port: Annotated[int, NEEDS_RESTART] = Field(
@@ -160,8 +163,8 @@ class AdminSettings(Section):
     )
     quit: Annotated[bool, NEEDS_RESTART] = Field(
         default=False,
-        description="Takes POST /quitquitquit from loopback, which drains as SIGTERM does: for a "
-        "job whose application ends and whose sidecar must follow.",
+        description="Accepts POST /quitquitquit from loopback, which drains as SIGTERM does: for "
+        "a job whose sidecar must end with its application.",
     )
 
     @field_validator("quit")
@@ -170,41 +173,43 @@ class AdminSettings(Section):
         address = address_of(info.data.get("host", ""))
         if value and address and not (address.is_loopback or address.is_unspecified):
             raise ValueError(
-                "takes requests from loopback alone, which does not reach admin.host: set that to"
-                " 127.0.0.1, or to 0.0.0.0"
+                "accepts requests from loopback only, which cannot reach admin.host: set that to"
+                " 127.0.0.1 or to 0.0.0.0"
             )
         return value
 
 
 class ShutdownSettings(Section):
-    """How SIGTERM and SIGINT end the proxy."""
+    """How SIGTERM and SIGINT stop the proxy."""
 
     accept_seconds: float = Field(
         default=0,
         ge=0,
         le=3600,
-        description="Time for which new connections are still taken after the signal, in seconds, "
-        "while readiness already fails: load balancers and applications notice with a delay.",
+        description="Time for which new connections are still accepted after the signal, in "
+        "seconds, while readiness already fails: load balancers and applications notice with a "
+        "delay.",
     )
     drain_seconds: float = Field(
         default=30,
         ge=0,
         le=86400,
         description="Time for sessions to end by themselves, in seconds; then they are cut. "
-        "Kubernetes kills 30 seconds after SIGTERM unless terminationGracePeriodSeconds is longer.",
+        "Kubernetes kills a pod 30 seconds after SIGTERM unless terminationGracePeriodSeconds is "
+        "longer.",
     )
 
 
 class LogSettings(Section):
-    """What goes to standard error. No token, password or cancel key ever does."""
+    """What is logged to standard error. Tokens, passwords and cancel keys never are."""
 
     format: Annotated[LogFormat, NEEDS_RESTART] = Field(
         default="auto",
-        description="auto: console on a terminal, else json, one object a line.",
+        description="auto: console on a terminal, else json, one object per line.",
     )
-    level: LogLevel = Field(default="info", description="The least severe level to show.")
+    level: LogLevel = Field(default="info", description="The least severe level that is logged.")
 
     @field_validator("level", mode="before")
     @classmethod
     def _in_any_case(cls, value: object) -> object:
-        return value.lower() if isinstance(value, str) else value  # INFO, as many programs write it
+        return value.lower() if isinstance(value, str) else value  # many programs write INFO

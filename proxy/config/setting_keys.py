@@ -1,8 +1,9 @@
-"""The settings as a list of keys, for whatever is written from it: help text, example, printing.
+"""The settings as a list of keys, derived from the model.
 
-For: what a key is called, what it is by default, which values it takes. Not for: any value in use.
+For: the name, default, bounds, reason and other metadata of each key, for help texts, the example
+file, printing and comparison. Not for: values in use.
 
-Invariant: it is derived from the model, so that it can neither lack a key nor contradict one.
+Invariant: because it is derived from the model, it cannot lack a key or contradict one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,34 +23,34 @@ from proxy.config.validators import Marker, Section
 ENVIRONMENT_PREFIX = "LAKEBASE_PROXY_"
 ENVIRONMENT_DELIMITER = "__"
 
-# What stands for a name that the configuration chooses, as in targets.NAME.port.
+# The placeholder for a name that the configuration chooses, as in targets.NAME.port.
 CHOSEN_NAME = "NAME"
 
 KeyPath = tuple[str, ...]
 
 
 def spell_flag(path: KeyPath) -> str:
-    """Return a key as it is on the command line: `--listen.port`."""
+    """Return a key as it is written on the command line: `--listen.port`."""
     return "--" + toml_path(path)
 
 
 def spell_variable(path: KeyPath) -> str:
-    """Return a key as it is in the environment: `LAKEBASE_PROXY_LISTEN__PORT`."""
+    """Return a key as it is written in the environment: `LAKEBASE_PROXY_LISTEN__PORT`."""
     return ENVIRONMENT_PREFIX + ENVIRONMENT_DELIMITER.join(path).upper()
 
 
 @dataclass(frozen=True, slots=True)
 class SettingKey:
-    """One key as people meet it: in the file, as a variable, as a flag.
+    """One key, with its names in the file, as a variable and as a flag.
 
-    A `structured` one is a list of tables, written as JSON in a variable or a flag.
+    The value of an `is_json` key is a list of tables, which is JSON in a variable or a flag.
     """
 
     path: KeyPath
     default: object
     description: str
     bounds: str
-    secret: bool
+    is_secret: bool
     is_boolean: bool
     is_json: bool
     needs_restart: bool
@@ -83,14 +84,14 @@ class SettingKey:
 
 @cache
 def sections() -> Mapping[str, Section]:
-    """Return the sections that are always there, in the order of the model, with their defaults."""
+    """Return the sections that always exist, in the order of the model, with their defaults."""
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
     return {name: value for name, value in defaults.items() if isinstance(value, Section)}
 
 
 @cache
 def named_sections() -> Mapping[str, type[Section]]:
-    """Return the sections with tables of chosen names below them, and what each table is."""
+    """Return the sections that contain tables with chosen names, and the class of the tables."""
     return {
         name: get_args(field.annotation)[1]
         for name, field in Settings.model_fields.items()
@@ -100,7 +101,7 @@ def named_sections() -> Mapping[str, type[Section]]:
 
 @cache
 def settings_keys() -> tuple[SettingKey, ...]:
-    """Return every key of the sections that are always there, in the order of the model."""
+    """Return every key of the sections that always exist, in the order of the model."""
     return tuple(
         _key((section, name), field, getattr(default, name))
         for section, default in sections().items()
@@ -110,7 +111,7 @@ def settings_keys() -> tuple[SettingKey, ...]:
 
 @cache
 def named_keys() -> tuple[SettingKey, ...]:
-    """Return every key of the sections with chosen names, `NAME` standing for each of these."""
+    """Return every key of the tables with chosen names, with `NAME` in place of the name."""
     return tuple(
         _key((section, CHOSEN_NAME, name), field, None if field.is_required() else field.default)
         for section, model in named_sections().items()
@@ -119,7 +120,7 @@ def named_keys() -> tuple[SettingKey, ...]:
 
 
 def key_at(path: KeyPath) -> SettingKey | None:
-    """Return the key at `path`, whatever name is chosen in it; None where there is none."""
+    """Return the key at `path`, with any chosen name in it; None if there is none."""
     if len(path) == 3:
         section, _, name = path
         found = _by_path().get((section, CHOSEN_NAME, name))
@@ -138,7 +139,7 @@ def _key(path: KeyPath, field: FieldInfo, default: object) -> SettingKey:
         default=default,
         description=field.description or "",
         bounds=_bounds(field),
-        secret=field.annotation is SecretStr,
+        is_secret=field.annotation is SecretStr,
         is_boolean=field.annotation is bool,
         is_json=get_origin(field.annotation) is tuple,
         needs_restart=Marker.NEEDS_RESTART in field.metadata,

@@ -1,11 +1,11 @@
-"""The settings model: all sections in one frozen `Settings`, and what follows from them together.
+"""The settings model: all sections in one frozen `Settings`, and what follows from all together.
 
-For: one `Settings`; a target's effective values; what deserves a warning. A new key is one `Field`
-in a section (`serving`, `lakebase`, `routes`): flags, environment, file, help text and
-`config.example.toml` follow from it. Not for: reading any of these (`sources`), judging what one
-key demands of another (`references`), or acting on a setting.
+For: `Settings`, the effective values of a target, and warnings. A new key is one `Field` in a
+section (`server_sections`, `upstream_sections`, `routing_sections`): flags, environment, file and
+`config.example.toml` follow from it. Not for: reading sources (`sources`), what one key requires of
+another (`cross_checks`), or acting on a setting.
 
-Invariant: a `Settings` is a function of its arguments alone, and shows no secret in its repr.
+Invariant: a `Settings` depends on its arguments alone, and its repr shows no secret.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,7 +30,7 @@ from proxy.config.upstream_sections import (
 )
 from proxy.config.validators import check_alias, check_name
 
-# The name by which [upstream] is a target.
+# The name of [upstream] as a target.
 UPSTREAM: Final = "upstream"
 
 
@@ -59,7 +59,7 @@ AliasName = Annotated[str, AfterValidator(check_alias)]
 
 
 class Settings(BaseSettings):
-    """All settings, validated and frozen. Made by `load_settings`; in tests, from keywords."""
+    """All settings, validated and frozen. `load_settings` creates them; tests use keywords."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -90,7 +90,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take keywords only, so that no `Settings` depends on the process's environment."""
+        """Use keywords only, so that no `Settings` depends on the process's environment."""
         return (init_settings,)
 
     def target_names(self) -> tuple[str, ...]:
@@ -104,18 +104,18 @@ class Settings(BaseSettings):
         return (UPSTREAM, *self.targets) if with_upstream else tuple(self.targets)
 
     def target(self, name: str) -> UpstreamSettings:
-        """Return a target's effective values. Raises KeyError for a name that is none."""
+        """Return the effective values of a target. Raises KeyError for an unknown name."""
         return self.upstream if name == UPSTREAM else self.targets[name].inheriting(self.upstream)
 
     def workspace_of(self, target: UpstreamSettings) -> WorkspaceSettings:
-        """Return the workspace that the tokens of a target with these effective values come from.
+        """Return the workspace that issues the tokens for a target with these effective values.
 
-        Targets of the same workspace share it, and with it their tokens.
+        Targets of the same workspace share its tokens.
         """
         return self.workspaces[target.workspace] if target.workspace else self.workspace
 
     def warnings(self) -> list[str]:
-        """Return a sentence for each setting that is allowed and may be regretted."""
+        """Return a sentence for each setting that is allowed but risky."""
         return [*self._remote_listener_warnings(), *self._tls_warnings(), *self._timeout_warnings()]
 
     def _named_targets(self) -> Iterator[str]:
@@ -128,8 +128,8 @@ class Settings(BaseSettings):
         host = self.listen.host
         if host and not is_loopback(host):
             yield (
-                f"listen.host {host} is not loopback: whoever reaches it is logged in without a"
-                " password"
+                f"listen.host {host} is not loopback: any client that can reach it is logged in"
+                " without a password"
             )
 
     def _tls_warnings(self) -> Iterator[str]:
@@ -138,11 +138,14 @@ class Settings(BaseSettings):
             key = _dotted_key(name, "sslmode")
             if target.sslmode == "verify-ca":
                 yield (
-                    f"{key} verify-ca does not compare the host name: whoever has a certificate of"
-                    " the same authority and is in between sees the token"
+                    f"{key} verify-ca does not compare the host name: someone in the network path"
+                    " with a certificate of the same authority can read the token"
                 )
             elif target.sslmode == "require":
-                yield f"{key} require checks no certificate: whoever is in between sees the token"
+                yield (
+                    f"{key} require verifies no certificate: someone in the network path can read"
+                    " the token"
+                )
 
     def _timeout_warnings(self) -> Iterator[str]:
         mint_seconds = self.credentials.mint_timeout_seconds
@@ -151,8 +154,8 @@ class Settings(BaseSettings):
             if seconds < mint_seconds:
                 yield (
                     f"{_dotted_key(name, 'connect_timeout_seconds')} {seconds:g} is less than"
-                    f" credentials.mint_timeout_seconds {mint_seconds:g}: one call of the workspace"
-                    " API that hangs keeps all new sessions out for so long"
+                    f" credentials.mint_timeout_seconds {mint_seconds:g}: one call to the workspace"
+                    " API that hangs can make all new sessions time out"
                 )
 
 

@@ -1,13 +1,14 @@
-"""The places settings come from: flags, environment, TOML file, the Lakebase guide's variables.
+"""The sources of settings: flags, environment, TOML file, the Lakebase guide's variables.
 
-For: turning each into a source that pydantic-settings merges, with how its user spells a key. Not
-for: judging values.
+For: reading each into a source that pydantic-settings merges, with the spelling of a key there. Not
+for: validating values.
 
-Invariant: everything is read from the arguments; `os.environ` and `sys.argv` are not.
+Invariant: everything comes from the arguments of the functions, not from `os.environ` or
+`sys.argv`.
 
-pydantic-settings has readers of its own. The TOML one is used. The command line's is not, because
-argparse ends at the first error; the environment's is not, because it takes `os.environ` only and
-overlooks unknown sections.
+Of pydantic-settings' own readers the one for TOML is used. The one for the command line ends at the
+first error, as argparse does. The one for the environment reads `os.environ` only, and ignores
+unknown sections.
 """
 
 import json
@@ -33,9 +34,9 @@ from proxy.config.settings import Settings
 from proxy.config.toml import split_path, toml_path
 from proxy.config.upstream_sections import ADDRESS_KEYS
 
-# The environment of the Lakebase guide, of AppKit and of Databricks Apps. Where two names stand
-# for one key the later one wins. PGSSLMODE is left out on purpose: whatever it says is met by
-# verify-full or would weaken it. DATABRICKS_* is left to the SDK.
+# The variables of the Lakebase guide, of AppKit and of Databricks Apps. If two names mean one key,
+# the later one takes precedence. PGSSLMODE is left out on purpose: each of its values is met by
+# verify-full or would weaken it. The SDK reads DATABRICKS_*.
 GUIDE_ENVIRONMENT = {
     "LAKEBASE_ENDPOINT": ("upstream", "endpoint"),
     "ENDPOINT_NAME": ("upstream", "endpoint"),
@@ -45,14 +46,14 @@ GUIDE_ENVIRONMENT = {
     "PGUSER": ("upstream", "user"),
 }
 
-# Kubernetes describes a Service called `lakebase-proxy` to every pod under our own prefix
-# (service links). These are not ours, and a proxy that refused them would not start there.
+# For a Service named `lakebase-proxy` Kubernetes sets variables with our prefix in every pod
+# (service links). They are no settings, and a proxy that refused them would not start there.
 _SERVICE_LINK = re.compile(r"(SERVICE_(HOST|PORT)\w*|PORT_\d+_(TCP|UDP|SCTP)\w*)")
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What one place gave, and how a key is spelled there."""
+    """The values of one source, and the spelling of a key there."""
 
     place: str
     spell: Callable[[KeyPath], str]
@@ -72,24 +73,24 @@ class Layer:
         return found
 
     def given_as(self, path: KeyPath) -> str:
-        """Say where the key at `path` was given, and under which name if it is another there."""
-        # What is inside a list has no name of its own but in the file.
+        """Return where the key at `path` was given, with its name there if that is different."""
+        # Only in the file does an element of a list have a name of its own.
         in_list = next((n for n in range(1, len(path)) if isinstance(self.find(path[:n]), list)), 0)
         spelled = self.spell(path[:in_list] if in_list else path)
         return self.place if self.spell is toml_path else f"{self.place} {spelled}"
 
     def problem(self, path: KeyPath, text: str) -> Problem:
-        """Say what is wrong with the key at `path`, and where it was given under which name."""
+        """Return a problem of the key at `path`, with where it was given."""
         return Problem(toml_path(path), text, self.given_as(path))
 
     def take_config_path(self) -> str | None:
-        """Remove and return the configuration file's path: it is no key of `Settings`."""
+        """Remove and return the path of the configuration file, which is no key of `Settings`."""
         path = self.source.init_kwargs.get("config")
         return self.source.init_kwargs.pop("config") if isinstance(path, str) else None
 
 
 def _set_at(values: dict[str, Any], path: KeyPath, value: str) -> bool:
-    """Store `value` at `path`; False where a section and a value would share one name."""
+    """Store `value` at `path`. Return False if a section and a value would have the same name."""
     section: Any = values
     for part in path[:-1]:
         section = section.setdefault(part, {})
@@ -104,9 +105,9 @@ def _set_at(values: dict[str, Any], path: KeyPath, value: str) -> bool:
 def read_flags(argv: Sequence[str], problems: list[Problem]) -> Layer:
     """Read `--listen.port 6000`, `--listen.port=6000` and, for a switch, `--listen.allow_remote`.
 
-    A dot in a chosen name is quoted: `--databases."my.db" eu`.
+    A chosen name with a dot is quoted: `--databases."my.db" eu`.
 
-    Unknown keys are kept, for validation to report. A key given twice has its last value.
+    Unknown keys are kept, and validation reports them. Of a key given twice the last value counts.
     """
     values: dict[str, Any] = {}
     layer = Layer("flag", spell_flag, InitSettingsSource(Settings, {}))
@@ -115,7 +116,7 @@ def read_flags(argv: Sequence[str], problems: list[Problem]) -> Layer:
     while rest:
         flag, equals, value = rest.popleft().partition("=")
         if not flag.startswith("--") or flag == "--":
-            # Not shown: a stray argument may well be a secret behind a flag that took no value.
+            # Not shown: a stray argument may be a secret after a flag that takes no value.
             problems.append(Problem("arguments", f"not a flag: the argument after {before}"))
             continue
         before = flag
@@ -136,21 +137,21 @@ def read_flags(argv: Sequence[str], problems: list[Problem]) -> Layer:
 
 
 def _read_json(layer: Layer, problems: list[Problem]) -> None:
-    """Put what JSON says in the place of its text, where a key has more than one value."""
+    """Replace JSON texts by their values, for the keys that have several values."""
     for path, text in list(_structured(layer)):
         inside = layer.find(path[:-1])
         assert isinstance(inside, dict)
         try:
             inside[path[-1]] = json.loads(text)
         except (ValueError, RecursionError) as error:
-            # json names the place and the kind of mistake, never what stands there.
+            # json's message has the position and the kind of the error, never the text.
             why = error if isinstance(error, json.JSONDecodeError) else "it is too large"
             problems.append(layer.problem(path, f"must be JSON: {why}"))
             del inside[path[-1]]
 
 
 def _structured(layer: Layer) -> Iterator[tuple[KeyPath, str]]:
-    """Yield the places where JSON stands for a table or a list, with their text."""
+    """Yield the paths that have JSON in place of a table or a list, with the text."""
     aliases = layer.find(("databases",))
     if isinstance(aliases, str):
         yield ("databases",), aliases
@@ -170,9 +171,9 @@ def _is_service_link(name: str, value: str) -> bool:
 
 
 def read_environment(environ: Mapping[str, str], problems: list[Problem]) -> Layer:
-    """Read `LAKEBASE_PROXY_LISTEN__PORT` and its like; unknown keys are kept, as for flags.
+    """Read variables such as `LAKEBASE_PROXY_LISTEN__PORT`; unknown keys are kept, as for flags.
 
-    A chosen name is in lower case: `LAKEBASE_PROXY_TARGETS__EU__PORT` is `targets.eu.port`.
+    Names become lower case: `LAKEBASE_PROXY_TARGETS__EU__PORT` is `targets.eu.port`.
     """
     values: dict[str, Any] = {}
     layer = Layer("environment", spell_variable, InitSettingsSource(Settings, {}))
@@ -189,7 +190,7 @@ def read_environment(environ: Mapping[str, str], problems: list[Problem]) -> Lay
 
 
 def read_file(flags: Layer, environment: Layer, problems: list[Problem]) -> Layer:
-    """Read the file that the flags or, without one there, the environment name."""
+    """Read the file that a flag names or, without such a flag, a variable."""
     by_flag, by_variable = flags.take_config_path(), environment.take_config_path()
     layer, name = (flags, by_flag) if by_flag is not None else (environment, by_variable)
     empty = Layer("file", toml_path, InitSettingsSource(Settings, {}))
@@ -205,35 +206,36 @@ def read_file(flags: Layer, environment: Layer, problems: list[Problem]) -> Laye
     except (OSError, RuntimeError) as error:
         problems.append(layer.problem(("config",), f"cannot be read: {error}"))
     except ValueError as error:
-        # tomllib names the line and the kind of mistake, never what stands in the line.
+        # tomllib's message has the line and the kind of the error, never the text.
         problems.append(layer.problem(("config",), f"{name} is not TOML: {error}"))
     return empty
 
 
 def read_guide(environ: Mapping[str, str], overriding: Sequence[Layer]) -> Layer:
-    """Read the Lakebase guide's own variables; an empty one counts as not set.
+    """Read the variables of the Lakebase guide; an empty one counts as not set.
 
-    They describe one database of one workspace. Where the layers `above` name another, what would
-    make a mixture of the two is left out: no token may be sent to a host of another workspace.
+    They describe one database of one workspace. If the layers that take precedence, `overriding`,
+    name another, keys that would mix the two are left out: no token may be sent to a host of
+    another workspace.
     """
     values: dict[str, Any] = {}
     spelling: dict[KeyPath, str] = {}
-    elsewhere = _keys_of_another_database(overriding)
+    left_out = _keys_of_another_database(overriding)
     for variable, path in GUIDE_ENVIRONMENT.items():
         value = environ.get(variable)
-        if value and path[-1] not in elsewhere:
+        if value and path[-1] not in left_out:
             _set_at(values, path, value)
             spelling[path] = variable
     return Layer("environment", spelling.__getitem__, InitSettingsSource(Settings, values))
 
 
 def _keys_of_another_database(overriding: Sequence[Layer]) -> frozenset[str]:
-    """Return the keys of [upstream] that are of another place than the guide's variables are."""
+    """Return the keys of `[upstream]` that must not come from the guide's variables."""
 
     def given(key: str) -> bool:
         return any(layer.find(("upstream", key)) for layer in overriding)
 
     if given("workspace"):
         return frozenset(key for _, key in GUIDE_ENVIRONMENT.values())
-    # Not host and hostaddr: whoever sets only these says how the same endpoint is reached.
+    # Not for host and hostaddr: they only change how the same endpoint is reached.
     return frozenset(ADDRESS_KEYS) if given("endpoint") or given("instance") else frozenset()

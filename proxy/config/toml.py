@@ -1,8 +1,8 @@
-"""Writing TOML, which the standard library only reads.
+"""Writing TOML, which the standard library can only read.
 
-For: one key or one value as TOML. Not for: what is written where.
+For: a key or a value as TOML. Not for: whole documents.
 
-Invariant: reading what is written gives the value back, whatever characters are in it.
+Invariant: reading the written text gives the same value, whatever characters it contains.
 """
 
 import json
@@ -14,17 +14,17 @@ _PART = re.compile(r'("(?:[^"\\]|\\["\\bfnrt]|\\u[0-9A-Fa-f]{4})*")|([^."]+)')
 
 
 def toml_key(part: str) -> str:
-    """Write one part of a key: bare where TOML allows it, else in quotes."""
+    """Return one part of a key: bare if TOML allows it, else in quotes."""
     return part if _BARE.fullmatch(part) else _text(part)
 
 
 def toml_path(path: Sequence[str]) -> str:
-    """Write a key's whole path, as in `targets.eu.port` or `databases."my.db"`."""
+    """Return the path of a key, as in `targets.eu.port` or `databases."my.db"`."""
     return ".".join(map(toml_key, path))
 
 
 def split_path(dotted: str) -> tuple[str, ...]:
-    """Split a path at its dots, but for those in quotes; a path that was not written so, too."""
+    """Split a path at the dots that are not in quotes. Any text is accepted."""
     if '"' not in dotted:
         return tuple(dotted.split("."))
     return tuple(
@@ -34,7 +34,7 @@ def split_path(dotted: str) -> tuple[str, ...]:
 
 
 def toml_value(value: object) -> str:
-    """Write a string, a number, a boolean, a list or an inline table."""
+    """Return a string, a number, a boolean, a list or an inline table as TOML."""
     match value:
         case str():
             return _text(value)
@@ -51,6 +51,6 @@ def toml_value(value: object) -> str:
 
 
 def _text(value: str) -> str:
-    # JSON's escapes are TOML's, but for two: JSON needs none for DEL, and writes a character
-    # beyond 16 bits as two escapes, so characters are left as they are.
+    # JSON's escapes are TOML's, with two exceptions: JSON has none for DEL, and two for a character
+    # beyond 16 bits, so other characters are not escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

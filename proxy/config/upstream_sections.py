@@ -1,9 +1,9 @@
-"""The sections about Lakebase: as whom the workspace is asked, what is shown, where is dialled.
+"""The sections about Lakebase: workspace login, credentials, and where to connect.
 
 For: `[workspace]` and `[workspaces.NAME]`, `[credentials]`, `[upstream]` and `[targets.NAME]`.
-Not for: which target a session goes to (`routes`).
+Not for: the route of a session (`routing_sections`).
 
-Invariant: no secret is in a repr, and the mask that `--print-config` prints never becomes one.
+Invariant: no repr shows a secret, and the mask that `--print-config` prints is refused as a value.
 """
 
 from collections.abc import Mapping
@@ -27,17 +27,17 @@ from proxy.wire.secret import MASK
 
 SslMode = Literal["verify-full", "verify-ca", "require"]
 
-# In place of a file: the authorities that the operating system trusts.
+# Instead of a file: the authorities that the operating system trusts.
 SYSTEM_AUTHORITIES: Final = "system"
 
 
 class WorkspaceSettings(Section):
-    """The Databricks workspace. What is not set is left to the SDK's own discovery."""
+    """The Databricks workspace. The SDK's own discovery provides what is not set."""
 
     host: Annotated[str, or_empty(check_workspace_host)] = Field(
         default="",
-        description="Address of the workspace, https://...; else DATABRICKS_HOST. http:// is for "
-        "this machine alone: the client secret goes there.",
+        description="Address of the workspace, https://...; else DATABRICKS_HOST. http:// is "
+        "allowed for this machine only, because the client secret is sent there.",
     )
     client_id: str = Field(
         default="",
@@ -45,18 +45,17 @@ class WorkspaceSettings(Section):
     )
     client_secret: SecretStr = Field(
         default=SecretStr(""),
-        description="OAuth secret of the service principal; else DATABRICKS_CLIENT_SECRET. "
-        "Prefer the environment to a flag, which every process of the machine can see.",
+        description="OAuth secret of the service principal; else DATABRICKS_CLIENT_SECRET. Prefer "
+        "the environment to a flag, which every process on the machine can see.",
     )
     client_secret_file: WatchedFileName = Field(
         default="",
-        description="File with that secret, in place of it. Read again at each use, so that a "
-        "rotated secret needs no restart.",
+        description="File with that secret, instead of client_secret. It is read at each use, so "
+        "a rotated secret needs no restart.",
     )
     token: SecretStr = Field(
         default=SecretStr(""),
-        description="Personal access token, in place of a service principal; else "
-        "DATABRICKS_TOKEN.",
+        description="Personal access token, instead of a service principal; else DATABRICKS_TOKEN.",
     )
     profile: str = Field(
         default="",
@@ -64,8 +63,8 @@ class WorkspaceSettings(Section):
     )
     auth_type: str = Field(
         default="",
-        description="Forces one of the SDK's ways to log in, such as oauth-m2m, where several "
-        "would do; else DATABRICKS_AUTH_TYPE.",
+        description="Selects one of the SDK's authentication types, such as oauth-m2m, if several "
+        "are possible; else DATABRICKS_AUTH_TYPE.",
     )
     config_file: FileName = Field(
         default="",
@@ -83,7 +82,7 @@ class WorkspaceSettings(Section):
     )
     token_audience: str = Field(
         default="",
-        description="Audience to ask such tokens for, where the platform issues them (GitHub); "
+        description="Audience to request for such tokens, if the platform issues them (GitHub); "
         "else DATABRICKS_TOKEN_AUDIENCE.",
     )
     azure_workspace_resource_id: str = Field(
@@ -94,7 +93,7 @@ class WorkspaceSettings(Section):
         default="", description="Entra tenant of the service principal; else ARM_TENANT_ID."
     )
     azure_client_id: str = Field(
-        default="", description="Entra application id of the principal; else ARM_CLIENT_ID."
+        default="", description="Entra application id of the service principal; else ARM_CLIENT_ID."
     )
     azure_client_secret: SecretStr = Field(
         default=SecretStr(""),
@@ -102,7 +101,8 @@ class WorkspaceSettings(Section):
     )
     google_service_account: str = Field(
         default="",
-        description="Google service account to act as; else DATABRICKS_GOOGLE_SERVICE_ACCOUNT.",
+        description="Google service account to impersonate; else "
+        "DATABRICKS_GOOGLE_SERVICE_ACCOUNT.",
     )
 
     @field_validator("client_secret", "token", "azure_client_secret")
@@ -122,28 +122,29 @@ class WorkspaceSettings(Section):
 
 
 class CredentialsSettings(Section):
-    """The credential shown to the database."""
+    """The credential that is sent to the database."""
 
     token_max_age_seconds: float = Field(
         default=60,
         ge=0,
         le=3300,
-        description="Age up to which a token is used for a new connection, in seconds. Connections "
-        "that come together share one; 0 mints one for each. Tokens live for 3600 seconds.",
+        description="Maximum age of a token that is used for a new connection, in seconds. "
+        "Connections that arrive together share a token; 0 mints one for each. Tokens are valid "
+        "for 3600 seconds.",
     )
     expiry_margin_seconds: float = Field(
         default=120,
         ge=0,
         le=3300,
-        description="A token this close to its expiry is not used, in seconds: it must outlive a "
-        "slow login, and the clocks of two machines differ.",
+        description="A token is not used in this time before its expiry, in seconds: it must "
+        "outlast a slow login, and two clocks differ.",
     )
     mint_timeout_seconds: float = Field(
         default=30,
         ge=0.1,
         le=600,
-        description="Time for one token, workspace login included, in seconds. The SDK's own "
-        "login request has no time limit at all.",
+        description="Time limit for getting a token, including the workspace login, in seconds. "
+        "The SDK's own login request has no time limit.",
     )
     password_file: WatchedFileName = Field(
         default="",
@@ -152,17 +153,17 @@ class CredentialsSettings(Section):
     )
 
 
-# Where to dial is one answer in up to four keys, taken from one place: were they completed key by
-# key, PGHOST or [upstream] would send every target to one host.
+# Where to connect is one decision, in up to four keys that are inherited together or not at all. If
+# each were inherited alone, PGHOST or [upstream] would send every target to the same host.
 ADDRESS_KEYS: Final = ("endpoint", "instance", "host", "hostaddr")
 
 
 def not_inherited(upstream: Mapping[str, object], own: Mapping[str, object]) -> tuple[str, ...]:
-    """Return the keys that a target does not take from `[upstream]`, set or not.
+    """Return the keys that a target does not inherit from `[upstream]`, whether set or not.
 
-    All of `ADDRESS_KEYS`, if it says where to dial: by one of them, or by another workspace, for an
-    endpoint is one workspace's, and a host must not be shown the token of another. A role is one
-    workspace's identity as well.
+    These are all of `ADDRESS_KEYS` if the target sets one of them or names another workspace: an
+    endpoint belongs to one workspace, and a host must not receive a token of another. In the latter
+    case `user` too, because a role is an identity of one workspace.
     """
     workspace = own.get("workspace")
     if workspace is not None and workspace != (upstream.get("workspace") or ""):
@@ -171,53 +172,53 @@ def not_inherited(upstream: Mapping[str, object], own: Mapping[str, object]) -> 
 
 
 def with_inherited(upstream: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
-    """Return a target's values: its own, and those of `[upstream]` for what it does not set."""
+    """Return the values of a target: its own, and those that it inherits from `[upstream]`."""
     return {**upstream, **dict.fromkeys(not_inherited(upstream, own), ""), **own}
 
 
 class UpstreamSettings(Section):
-    """Where and as whom to dial Lakebase."""
+    """Where to connect to Lakebase, and as which role."""
 
     endpoint: Annotated[str, or_empty(check_endpoint)] = Field(
         default="",
-        description="Resource name projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT that tokens "
-        "are issued for; else ENDPOINT_NAME or LAKEBASE_ENDPOINT.",
+        description="Resource name projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT of the "
+        "endpoint that tokens are issued for; else ENDPOINT_NAME or LAKEBASE_ENDPOINT.",
     )
     instance: str = Field(
         default="",
-        description="Name of a Provisioned instance, in place of an Autoscaling endpoint.",
+        description="Name of a Provisioned instance, instead of an Autoscaling endpoint.",
     )
     read_only: bool = Field(
         default=False,
-        description="Dials the read-only host of the endpoint or instance, which must have one. "
-        "It is looked up, so that host must not be set.",
+        description="Connects to the read-only host of the endpoint or instance, which must have "
+        "one. That host is looked up, so host must not be set.",
     )
     host: Annotated[str, or_empty(check_host)] = Field(
         default="",
-        description="Host to dial, which the certificate must name; else PGHOST. Empty: looked up "
-        "from the endpoint.",
+        description="Host to connect to, which the certificate must name; else PGHOST. Empty: "
+        "looked up from the endpoint.",
     )
     hostaddr: Annotated[str, or_empty(check_address)] = Field(
         default="",
-        description="IP address to dial in place of asking DNS for the host, as libpq has it. TLS "
-        "still verifies the host. Empty: ask DNS.",
+        description="IP address to connect to instead of resolving the host, as in libpq. TLS "
+        "still verifies the host. Empty: use DNS.",
     )
-    port: int = Field(default=5432, ge=1, le=65535, description="Port to dial; else PGPORT.")
+    port: int = Field(default=5432, ge=1, le=65535, description="Port to connect to; else PGPORT.")
     database: Annotated[str, AfterValidator(check_no_nul)] = Field(
         default="databricks_postgres",
         min_length=1,
-        description="Database of clients that name none; else PGDATABASE.",
+        description="Database for clients that name none; else PGDATABASE.",
     )
     user: Annotated[str, AfterValidator(check_no_nul)] = Field(
         default="",
         description='Role to log in as; else PGUSER. Empty: the identity of the token. "*": the '
-        "one that the client names.",
+        "user that the client names.",
     )
     sslmode: SslMode = Field(
         default="verify-full",
-        description="How far the certificate is checked. verify-ca does not compare the host name, "
-        "require checks nothing: either shows the token to whoever is in between. PGSSLMODE does "
-        "not change it.",
+        description="How the certificate is verified. verify-ca does not compare the host name, "
+        "and require verifies nothing: either lets someone in the network path read the token. "
+        "PGSSLMODE does not change it.",
     )
     ssl_root_cert: WatchedFileName = Field(
         default=SYSTEM_AUTHORITIES,
@@ -228,32 +229,32 @@ class UpstreamSettings(Section):
         default=60,
         ge=0.1,
         le=600,
-        description="Time to reach a database that is ready for queries, in seconds, retries "
-        "included. One that scaled to zero has been seen to take 30 seconds to wake.",
+        description="Time limit for a database that is ready for queries, including retries, in "
+        "seconds. A database that was scaled to zero has been seen to take 30 seconds to resume.",
     )
     connects_max: int = Field(
         default=50,
         ge=1,
         le=10_000,
-        description="Sessions being opened at a time, for each target; the others wait within "
-        "connect_timeout_seconds. A thousand clients that come back together shall not be a "
-        "thousand TLS handshakes at once.",
+        description="Sessions that are opened at a time, for each target; the others wait within "
+        "connect_timeout_seconds. Limits concurrent TLS handshakes when many clients reconnect "
+        "together.",
     )
     workspace: Annotated[str, or_empty(check_name)] = Field(
         default="",
-        description="NAME of the [workspaces.NAME] that the endpoint is in and that tokens come "
-        "from. Empty: [workspace].",
+        description="NAME of the [workspaces.NAME] that the endpoint belongs to and that tokens "
+        "come from. Empty: [workspace].",
     )
     cancel_on_disconnect: bool = Field(
         default=True,
-        description="Cancels the running query of a client that disappears, so that it does not "
-        "go on using the database for nobody.",
+        description="Cancels the running query of a client that disconnects, so that it does not "
+        "continue to use the database.",
     )
     accelerated: bool = Field(
         default=True,
-        description="Relays by compiled code where it was built (lakebase-auth-proxy version "
-        "--build). false: pure Python, which does the same and takes more CPU, for when the "
-        "compiled code is in doubt.",
+        description="Uses the compiled relay if it was built (see lakebase-auth-proxy version "
+        "--build). false: the relay in pure Python, which behaves the same and needs more CPU, to "
+        "rule out the compiled code as a cause.",
     )
 
     @field_validator("instance")
@@ -264,9 +265,9 @@ class UpstreamSettings(Section):
         return value
 
     def given(self) -> dict[str, object]:
-        """Return the keys that were set, empty ones included, with their values."""
+        """Return the keys that were set, including empty ones, with their values."""
         return {name: value for name, value in self if name in self.model_fields_set}
 
     def inheriting(self, upstream: "UpstreamSettings") -> "UpstreamSettings":
-        """Return these values, completed by those of `[upstream]` as `with_inherited` does."""
+        """Return these values with those that are inherited from `[upstream]`."""
         return upstream.model_copy(update=with_inherited(dict(upstream), self.given()))

@@ -1,9 +1,9 @@
-"""pydantic's errors in our words, for the places where the keys were given.
+"""pydantic's validation errors as problems, with the sources of the keys.
 
-For: one sentence a problem, that names the key as its user spelled it, and the nearest known one.
-Not for: finding problems.
+For: a sentence for each problem, with the key as it was spelled, and the nearest known key for an
+unknown one. Not for: finding problems.
 
-Invariant: no value of a secret, and none of an unknown key, is in a sentence.
+Invariant: a sentence contains no value of a secret, and none of an unknown key.
 """
 
 import difflib
@@ -20,28 +20,28 @@ from proxy.config.settings import Settings
 from proxy.config.sources import Layer
 from proxy.config.toml import toml_path
 
-# A value longer than this tells no more in an error message.
+# Enough of a value to recognise it in an error message.
 _SHOWN_CHARACTERS_MAX: Final = 80
 
 _UNKNOWN: Final = ("extra_forbidden", "unexpected_keyword_argument")
 _ENTRY_COLUMNS: Final = [field.name for field in fields(MappingEntry)]
-# How pydantic ends the place of an error in a chosen name.
+# The end of pydantic's location for an error in a chosen name.
 _NAME_MARK: Final = "[key]"
 
-# Known words of the product that this version does not have.
+# For keys of the product that this version does not have.
 _NOT_BUILT: Final = "a catalogue is not supported by this version: give mappings or mappings_file"
 
 
 def problems_of(error: ErrorDetails, layers: Sequence[Layer]) -> Iterator[Problem]:
-    """Say one of pydantic's errors in our words, once for each place where the key was given."""
+    """Yield the problems of one pydantic error. An unknown key is one in each of its sources."""
     path = tuple(str(part) for part in error["loc"])
     if len(path) > 2 and path[-1] == _NAME_MARK:
         path = path[:-1]
-    # What is missing is missing where its table is.
+    # A missing key is missing in its table.
     found = path[:-1] if error["type"] == "missing" else path
     givers = [layer for layer in layers if layer.find(found) is not None]
     if not givers and path[0] == "databases":
-        path = path[:2]  # an alias that is no table
+        path = path[:2]  # an alias that is not a table
         givers = [layer for layer in layers if layer.find(path) is not None]
     if error["type"] in _UNKNOWN:
         for layer in givers:
@@ -53,10 +53,10 @@ def problems_of(error: ErrorDetails, layers: Sequence[Layer]) -> Iterator[Proble
         yield Problem(toml_path(path), text)
         return
     if error["type"] == "missing":
-        yield givers[-1].problem(path, text)  # the file, where it is in one
+        yield givers[-1].problem(path, text)  # the file, if the table is there
         return
     key = key_at(path)
-    shown = key is not None and not key.secret and not key.is_json
+    shown = key is not None and not key.is_secret and not key.is_json
     value = repr(givers[0].find(path))[:_SHOWN_CHARACTERS_MAX]
     yield givers[0].problem(path, f"{text}, not {value}" if shown else text)
 
@@ -78,7 +78,7 @@ def _sentence(error: ErrorDetails) -> str:
 
 
 def _leaves(path: KeyPath, value: object) -> Iterator[KeyPath]:
-    """Yield the keys below `path`: an unknown section is reported as what its user wrote."""
+    """Yield the keys below `path`: for an unknown section each of its keys is reported."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
             yield from _leaves((*path, name), inner)
@@ -98,11 +98,11 @@ def _unknown_key(path: KeyPath, layer: Layer) -> str:
 
 
 def _likely_keys(path: KeyPath, *, is_table: bool) -> list[KeyPath]:
-    """Return the keys that were probably meant."""
+    """Return the keys that were probably intended."""
     known = {".".join(key): key for key in _candidates(path, is_table=is_table)}
     dotted = ".".join(path).lower().replace("-", "_")
     name = dotted.rpartition(".")[2]
-    # A key without its section, or in a wrong one, is a likelier slip than a typing error.
+    # A key without its section, or in a wrong one, is more likely than a typing error.
     return (
         [key for key in known.values() if key[-1] == name]
         or [known[near] for near in difflib.get_close_matches(dotted, known, n=1)]
@@ -111,10 +111,10 @@ def _likely_keys(path: KeyPath, *, is_table: bool) -> list[KeyPath]:
 
 
 def _candidates(path: KeyPath, *, is_table: bool) -> Iterator[KeyPath]:
-    """Yield the keys that `path` could be a slip of: with a chosen name in it, or with none.
+    """Yield the known keys that `path` could have been intended as, with its chosen name if any.
 
-    A section is one only for an empty table: what has a value cannot have been meant as one. But
-    for the aliases, which can be given as JSON.
+    Sections are included for an empty table only: a value cannot have been intended as a section.
+    The section of aliases is always included, because it can be given as JSON.
     """
     if len(path) < 3:
         yield from ((name,) for name in Settings.model_fields if is_table or name == "databases")

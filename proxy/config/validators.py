@@ -1,8 +1,8 @@
-"""What single values may be: the checks that the sections of the model share.
+"""Checks of single values, which the sections of the model share.
 
-For: hosts, names, paths, templates. Not for: what one key demands of another.
+For: hosts, names, paths, templates. Not for: what one key requires of another.
 
-Invariant: a refusal says what is wanted and never shows the value, which may be a misplaced secret.
+Invariant: an error says what the value must be, and never shows it: it may be a misplaced secret.
 """
 
 import re
@@ -16,16 +16,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, fiel
 from proxy.addresses import address_of, is_loopback
 from proxy.routing.key_sources import DatabasePattern
 
-# As in RFC 1123, with the underscore that private DNS zones use; 253 is the longest DNS name.
+# RFC 1123, with the underscore that private DNS zones use. 253 is the longest DNS name.
 _HOST_NAME = re.compile(r"(?=.{1,253}$)\w([\w.-]*[\w.])?", re.ASCII)
 _ENDPOINT = re.compile(r"projects/[^/\s]+/branches/[^/\s]+/endpoints/[^/\s]+")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,63}")
-# Longer names of databases are cut by PostgreSQL.
+# PostgreSQL truncates longer database names.
 _ALIAS_BYTES_MAX = 63
-# No dot: the prefix "lakebase." is ours.
+# No dot, because the prefix "lakebase." is reserved.
 _PARAMETER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
-# What a StartupMessage says otherwise.
-_PARAMETERS_TAKEN = ("user", "database", "options", "replication")
+# Parameters that have another meaning in a StartupMessage.
+_PARAMETERS_RESERVED = ("user", "database", "options", "replication")
 
 
 def check_host(value: str) -> str:
@@ -38,8 +38,8 @@ def check_workspace_host(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
         raise ValueError(
-            "must be https:// anywhere but on this machine: whoever is in between could read the"
-            " client secret"
+            "must be https:// unless the host is this machine: otherwise the client secret can be"
+            " read in transit"
         )
     return value
 
@@ -60,7 +60,7 @@ def check_endpoint(value: str) -> str:
 
 
 def check_directory(value: str) -> str:
-    # 107 bytes is what sockaddr_un takes on Linux; the socket's own name has up to 14.
+    # sockaddr_un has 107 bytes on Linux, and the name of the socket itself has up to 14.
     if not value.startswith("/") or len(value.encode()) > 92:
         raise ValueError("must be an absolute path of at most 92 bytes")
     return check_no_nul(value)
@@ -73,8 +73,8 @@ def check_mode(value: str) -> str:
 
 
 def check_no_nul(value: str) -> str:
-    # NUL ends a string in the StartupMessage: what follows it would become parameters. In the
-    # name of a file it is no OSError but a ValueError, wherever that is opened.
+    # NUL ends a string in the StartupMessage, and the rest would become parameters. In a file name
+    # it causes a ValueError in place of an OSError where the file is opened.
     if "\0" in value:
         raise ValueError("must not contain a NUL character")
     return value
@@ -93,10 +93,10 @@ def check_alias(value: str) -> str:
 
 
 def check_parameter(value: str) -> str:
-    if not _PARAMETER.fullmatch(value) or value.lower() in _PARAMETERS_TAKEN:
+    if not _PARAMETER.fullmatch(value) or value.lower() in _PARAMETERS_RESERVED:
         raise ValueError(
-            "must be a name of 1 to 63 letters, digits and underscores, and none of "
-            + ", ".join(_PARAMETERS_TAKEN)
+            "must be a name of 1 to 63 letters, digits and underscores, other than "
+            + ", ".join(_PARAMETERS_RESERVED)
         )
     return value
 
@@ -107,10 +107,10 @@ def check_database_pattern(value: str) -> str:
 
 
 class Marker(Enum):
-    """What a field's metadata says of its key besides type and bounds."""
+    """What the metadata of a field says about its key, besides type and bounds."""
 
     NEEDS_RESTART = "Needs a restart."
-    WATCHED_FILE = "Names a file; a reload takes over new contents under the same name."
+    WATCHED_FILE = "Names a file. A reload reads it again if its contents have changed."
 
 
 FileName = Annotated[str, AfterValidator(check_no_nul)]
@@ -118,12 +118,12 @@ WatchedFileName = Annotated[FileName, Marker.WATCHED_FILE]
 
 
 def or_empty(check: Callable[[str], str]) -> AfterValidator:
-    """Apply `check` unless the value is empty, which means that the key is not set."""
+    """Return a validator that applies `check` unless the value is empty, which means not set."""
     return AfterValidator(lambda value: value and check(value))
 
 
 class Section(BaseModel):
-    """What every section has in common: frozen, and closed to keys that it does not know."""
+    """The base of every section: frozen, and without unknown keys."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -136,7 +136,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_switch_for_number(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse TOML's true where a number belongs: pydantic would read it as 1."""
+        """Refuse true and false where another type is required: pydantic takes true for 1."""
         name = info.field_name or ""
         if isinstance(value, bool) and cls.model_fields[name].annotation is not bool:
             raise ValueError("must not be true or false")

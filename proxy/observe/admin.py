@@ -1,12 +1,12 @@
 """The admin address: health for orchestrators, metrics for scrapers, a page for people, over HTTP.
 
 For: `/startup`, `/readiness`, `/liveness`, `/metrics`, `/status`, `/`, `/quitquitquit`. Not for:
-finding anything out. State arrives as callables that answer at once, so that asking can neither
-wake a database that sleeps nor restart a pod over one that is full.
+finding anything out. The proxy's state (`AdminState`) answers at once, from memory, so that a probe
+can neither resume a suspended database nor restart a pod because a database is full.
 
-Invariants: it never dials; it takes no signal and changes no logger's level; sessions do not depend
-on it, and when it dies it is opened anew; the port is free and every connection closed when the
-block of `serve_admin` has ended.
+Invariants: it never opens an upstream connection, handles no signal and changes no logger's level.
+Sessions do not depend on it: if its server fails, the address is opened again. After the block of
+`serve_admin` the port is free and every connection is closed.
 """
 
 import asyncio
@@ -36,18 +36,18 @@ from proxy.observe.status import LifecycleStatus, Status
 from proxy.observe.status_page import PAGE, PAGE_HEADERS
 
 _BACKLOG: Final = 64
-# A request's line and headers; a browser's are some hundreds of bytes. No body is ever read.
+# For the request line and the headers, which are some hundreds of bytes. No body is ever read.
 REQUEST_BYTES_MAX: Final = 16 * 1024
-# Between two scrapes a connection is cheap to make anew, and must not outstay its use.
+# Scrapes are rare and a new connection is cheap, so an idle one is closed soon.
 _KEEP_ALIVE_SECONDS: Final = 5
-# An answer takes milliseconds; whoever has not read it by then is cut, so that drain can end.
+# A response takes milliseconds. A client that has not read it by then is cut, so that a drain ends.
 _SHUTDOWN_SECONDS: Final = 2
-# Shorter than the period of a probe, so that a death costs no pod; a port that is gone for good is
-# not asked for without rest.
+# Shorter than the period of a probe, so that a failure restarts no pod; long enough for a port that
+# stays in use.
 _REOPEN_SECONDS: Final = 1.0
 
-# What is served is of now, and is nobody's but the one's who asked.
-_EVERY_ANSWER: Final = [
+# Responses show the present, to the client that requested them.
+_EVERY_RESPONSE: Final = [
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
@@ -91,14 +91,14 @@ class AdminState(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AdminAddress:
-    """Where the admin address is really served: the port is chosen when 0 was asked for."""
+    """The address that is served, with the actual port if 0 was configured."""
 
     host: str
     port: int
 
 
 class _EmbeddedServer(uvicorn.Server):
-    """uvicorn as a guest: SIGTERM and SIGINT belong to the proxy, which drains."""
+    """uvicorn without its signal handlers: SIGTERM and SIGINT belong to the proxy, which drains."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -157,13 +157,13 @@ def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
 
 
 def _guarded(endpoint: Endpoint, failed: Callable[[], None]) -> Endpoint:
-    """Answer 500 for what goes wrong in an endpoint; log and count it."""
+    """Return the endpoint such that an exception is answered with 500, logged and counted."""
 
     async def guarded(request: Request) -> Response:
         try:
             return await endpoint(request)
         except Exception:
-            # A bug of ours must not end the address that probes look at.
+            # A bug must not end the address that the probes use.
             failed()
             _log.exception("admin request failed", path=request.url.path)
             return PlainTextResponse("internal error; see the log\n", 500)
@@ -172,7 +172,7 @@ def _guarded(endpoint: Endpoint, failed: Callable[[], None]) -> Endpoint:
 
 
 async def _listen(host: str, port: int) -> socket.socket:
-    """Open the listening socket here, because uvicorn ends the process when it cannot."""
+    """Open the listening socket. uvicorn would end the process if it could not."""
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     family, _kind, _protocol, _name, address = found[0]
@@ -192,9 +192,9 @@ def _embedded(app: ASGIApp) -> _EmbeddedServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            headers=_EVERY_ANSWER,
+            headers=_EVERY_RESPONSE,
             backlog=_BACKLOG,
-            limit_concurrency=CONNECTIONS_MAX + 1,  # uvicorn refuses what reaches its limit
+            limit_concurrency=CONNECTIONS_MAX + 1,  # uvicorn refuses the one that reaches its limit
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
@@ -202,7 +202,7 @@ def _embedded(app: ASGIApp) -> _EmbeddedServer:
 
 
 class _AdminServer:
-    """The server that serves now. When one dies, the next takes its address."""
+    """Runs one uvicorn server at a time. If it fails, another one is started on the address."""
 
     def __init__(self, app: ASGIApp, restarted: Callable[[], None]) -> None:
         self._app = app
@@ -211,12 +211,12 @@ class _AdminServer:
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
-        """Have `run` return soon."""
+        """Make `run` return."""
         self._stopping.set()
         self._server.should_exit = True
 
     async def run(self, listener: socket.socket) -> None:
-        """Serve until told to end; what kills a server is logged and counted."""
+        """Serve until `stop` is called. Log and count each failure of a server."""
         host, port = listener.getsockname()[:2]
         current: socket.socket | None = listener
         while current is not None:
@@ -231,21 +231,21 @@ class _AdminServer:
 
     async def _log_death(self, served: asyncio.Task[None]) -> None:
         error = None if served.cancelled() else served.exception()
-        _log.error("admin address died; sessions go on", exc_info=error)
+        _log.error("admin address died; sessions continue", exc_info=error)
         self._restarted()
         if self._server.started:
             await self._server.shutdown()
         self._server = _embedded(self._app)
 
     async def _reopen(self, host: str, port: int) -> socket.socket | None:
-        """Return a socket on the same address as soon as there is one; None once it is to end."""
+        """Return a new socket on the same address as soon as it is free; None after `stop`."""
         while not self._stopping.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _REOPEN_SECONDS)
             try:
                 return await _listen(host, port)
-            except OSError as error:  # another program took it: until it lets go
-                _log.debug("admin address not opened anew", error=error.strerror)
+            except OSError as error:  # another program has the port: retry until it is free
+                _log.debug("admin address not reopened", error=error.strerror)
         return None
 
 
@@ -253,10 +253,10 @@ class _AdminServer:
 async def serve_admin(
     state: AdminState, *, host: str, port: int, quit_allowed: bool = False
 ) -> AsyncIterator[AdminAddress]:
-    """Serve the admin address while the block runs; port 0 takes a free one.
+    """Serve the admin address while the block runs. Port 0 takes a free one.
 
     Raises:
-        OSError: before the block begins, when the address cannot be listened on.
+        OSError: before the block starts, if the address cannot be opened.
     """
     with closing(await _listen(host, port)) as listener:
         bound_host, bound_port = listener.getsockname()[:2]
@@ -264,8 +264,8 @@ async def serve_admin(
         if is_loopback(bound_host):
             app = HostCheck(app, own_name=host)
         admin = _AdminServer(app, state.metrics.admin_restarted)
-        # Not a TaskGroup: that would wrap whatever the block raises into an ExceptionGroup. The
-        # task cannot be lost, because leaving the block waits for it.
+        # Not a TaskGroup, which would wrap the block's exceptions in an ExceptionGroup. The task
+        # cannot be lost, because leaving the block waits for it.
         running = asyncio.create_task(admin.run(listener), name="admin")
         try:
             yield AdminAddress(bound_host, bound_port)

@@ -1,11 +1,11 @@
-"""Who may ask the admin address, and how long a connection to it may last.
+"""Access to the admin address: which requests are allowed, and how long a connection may last.
 
-For: keeping web pages on the same machine from reading or ending the proxy through a browser, and
-slow or silent connections from using up the few places that probes need. Not for: users; the
-address is loopback's unless the configuration says otherwise.
+For: preventing a web page in a browser on this machine from reading the status or ending the proxy,
+and slow or idle connections from occupying the few connections that probes need. Not for: user
+authentication; the address is on loopback unless the configuration says otherwise.
 
-Invariant: nothing here waits; every connection ends within `CONNECTION_SECONDS_MAX`, and one that
-asks for nothing keeps no place that another needs.
+Invariant: nothing here waits. Every connection ends within `CONNECTION_SECONDS_MAX`, and one
+without a request is closed if another client needs its place.
 """
 
 import asyncio
@@ -19,67 +19,68 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from proxy.addresses import address_of
 
-# From connect to close, whatever it does. A scrape takes milliseconds, and who comes again after
-# some seconds (a probe, a scraper, the page) may as well connect again.
+# From connect to close, in any case. A scrape takes milliseconds, and a client that returns after
+# some seconds (a probe, a scraper, the page) can connect again.
 CONNECTION_SECONDS_MAX: Final = 10.0
-# Probes and one or two scrapers, many times over. Whoever is one too many takes the place of the
-# oldest connection without a request; where all have one, that is abuse and is answered with 503.
+# Far more than probes and one or two scrapers need. Beyond it the oldest connection without a
+# request is closed for a new one; if all have a request, that is abuse and is answered with 503.
 CONNECTIONS_MAX: Final = 64
 
-# Headers that a browser sends with a page's POST, or a forwarding proxy in front of us: the peer's
-# address then says nothing of who asks.
+# Headers that a browser adds to a page's POST, or an HTTP proxy in front of us to any request. The
+# peer's address then does not identify the client.
 _FOREIGN_HEADERS: Final = ("origin", "forwarded", "x-forwarded-for")
 
-# What a program that calls loopback calls from. The rest of 127.0.0.0/8 may be others' calls that
-# something on this machine hands on: Istio's sidecar does so from 127.0.0.6.
+# The source addresses of a program that connects to loopback. Connections from the rest of
+# 127.0.0.0/8 may be forwarded for others: Istio's sidecar forwards from 127.0.0.6.
 _OWN_ADDRESSES: Final = (address_of("127.0.0.1"), address_of("::1"))
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's connection with an end: uvicorn itself waits for a request without a limit.
+    """uvicorn's connection with two bounds that uvicorn does not have.
 
-    And with a way in for a probe while others hold all places in silence: uvicorn's limit refuses
-    whoever comes, which would have a pod restarted.
+    It ends after a fixed time, because uvicorn waits for a request without a limit. And if idle
+    connections occupy all places, a new one replaces the oldest of them. uvicorn would refuse the
+    new one, and a probe that is refused restarts the pod.
     """
 
-    # uvicorn narrows the argument, too: what listens on TCP is given nothing else.
+    # uvicorn narrows the argument as well: a TCP listener passes nothing else.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         loop = asyncio.get_running_loop()
         self.opened = loop.time()
         self._end = loop.call_later(CONNECTION_SECONDS_MAX, transport.abort)
         if len(self.connections) > CONNECTIONS_MAX:
-            self._make_room()
+            self._close_oldest_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end.cancel()
         super().connection_lost(exc)
 
-    def _make_room(self) -> None:
-        """Cut the oldest of the other connections that no request is answered on, if there is."""
+    def _close_oldest_idle(self) -> None:
+        """Abort the oldest of the other connections without a request, if there is one."""
         silent = [
             other
             for other in self.connections
-            if isinstance(other, BoundedProtocol) and other is not self and not other.is_asked
+            if isinstance(other, BoundedProtocol) and other is not self and not other.has_request
         ]
         if silent:
             oldest = min(silent, key=lambda other: other.opened)
-            self.connections.discard(oldest)  # now: its end is told later
+            self.connections.discard(oldest)  # at once: connection_lost is called later
             oldest.transport.abort()
 
     @property
-    def is_asked(self) -> bool:
-        """Whether a request has come whole and its answer has not gone out."""
-        # uvicorn has no cycle before the first request, whatever it has annotated.
+    def has_request(self) -> bool:
+        """Whether a complete request was received and its response is not sent yet."""
+        # Before the first request there is no cycle, in spite of uvicorn's annotation.
         cycle: RequestResponseCycle | None = self.cycle
         return cycle is not None and not cycle.response_complete
 
 
 class HostCheck:
-    """Answers 421 to a Host that is a foreign name, where only this machine is served.
+    """Answers 421 to a foreign name in the Host header, for an address on loopback.
 
-    A page on the web can have its own name resolve to 127.0.0.1 and then read what is served there
-    as its own ("DNS rebinding"). Its name is in the Host header; an address is not a name.
+    A web page can let its own host name resolve to 127.0.0.1, and then read responses from there as
+    its own ("DNS rebinding"). The Host header has the page's name then. An address is no name.
     """
 
     def __init__(self, app: ASGIApp, own_name: str) -> None:
@@ -96,7 +97,7 @@ class HostCheck:
 
 
 def is_from_this_machine(request: Request) -> bool:
-    """Tell whether a program on this machine asks, itself: not a browser's page, not a proxy."""
+    """Return whether a program on this machine sent the request: no web page, no HTTP proxy."""
     peer: Any = request.client
     if peer is None or any(name in request.headers for name in _FOREIGN_HEADERS):
         return False

@@ -1,10 +1,10 @@
-"""Logging: structlog set up once for the process, for our own lines and for every library's.
+"""Logging: structlog configured once for the process, for our lines and those of libraries.
 
-For: one format on one stream, the connection's id in each of its lines, and a last line of defence
-that masks what looks like a secret. Not for: keeping secrets out of lines in the first place; that
-is done by `Secret`, and by not logging them.
+For: one format on one stream, the connection's id in each of its lines, and a last check that masks
+what looks like a secret. Not for: keeping secrets out of the log in the first place; that is done
+by `Secret`, and by not logging them.
 
-Invariant: no line is written that has not been through `mask`. Tracebacks show no local variables.
+Invariant: every line goes through `mask`. Tracebacks show no local variables.
 """
 
 import logging
@@ -22,12 +22,12 @@ from proxy.wire.secret import MASK
 
 Logger = structlog.stdlib.BoundLogger
 
-# The last word of a key whose value is never shown, as in client_secret or access_token. A number
-# under such a key is no secret (and `tokens`, `token_age_seconds` do not end in one of them).
+# If a key ends in one of these words, as client_secret or access_token do, its value is masked.
+# Numbers are not: they are no secrets. (`tokens` and `token_age_seconds` do not end in one.)
 _SECRET_WORDS: Final = frozenset({"token", "password", "secret", "authorization", "credential"})
 
-# What secrets look like: a JWT, whole or cut short; Databricks' personal access tokens and OAuth
-# secrets; whatever follows an authorization scheme.
+# What secrets look like: a JWT, complete or truncated; Databricks' personal access tokens and OAuth
+# secrets; anything after an authorization scheme.
 _SECRET_TEXT: Final = re.compile(
     r"\beyJ[\w-]{5,}(?:\.[\w-]*)*"
     r"|\b(?:dapi|dose|dkea)[0-9a-f]{16,}(?:-\d+)?"
@@ -36,18 +36,17 @@ _SECRET_TEXT: Final = re.compile(
     re.ASCII,
 )
 
-# One of these is in whatever that finds. Looking for them first is 25 times as fast, and nearly no
-# line has one.
+# Every match contains one of these. A search for them is 25 times as fast, and few lines have one.
 _SECRET_PIECES: Final = ("eyJ", "dapi", "dose", "dkea", "Bearer ", "Basic ")
 
-_NAMES_MAX: Final = 1024  # of keys whose verdict is remembered; there are some dozens
+_NAMES_MAX: Final = 1024  # keys whose result is cached; there are some dozens
 
-# How deep values inside values are looked through; anything deeper is only masked as text.
+# How many levels of nested values are searched for keys; deeper ones are only masked as text.
 _NESTING_MAX: Final = 5
 
 
 def mask(text: str) -> str:
-    """Return `text` with everything that looks like a secret replaced by `MASK`."""
+    """Return `text` with `MASK` in place of everything that looks like a secret."""
     if not any(piece in text for piece in _SECRET_PIECES):
         return text
     return _SECRET_TEXT.sub(MASK, text)
@@ -59,7 +58,7 @@ def _is_secret_name(name: object) -> bool:
 
 
 def _without_secrets(value: object, depth: int = _NESTING_MAX) -> object:
-    """Mask the values of secret names in mappings, at any level."""
+    """Return `value` with the values of secret keys masked, at each level of mappings."""
     if depth == 0 or isinstance(value, str | int | float | None):
         return value
     if isinstance(value, Mapping):
@@ -75,12 +74,12 @@ def _without_secrets(value: object, depth: int = _NESTING_MAX) -> object:
 
 
 def redact(logger: object, method_name: str, event: EventDict) -> EventDict:
-    """Mask the values of keys named like a secret (a structlog processor)."""
+    """Mask the values of keys that are named like a secret; a structlog processor."""
     return cast(EventDict, _without_secrets(event))
 
 
 class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
-    """Renders a line and masks it as a whole: message, values and traceback alike."""
+    """Renders a line and masks all of it: message, values and traceback."""
 
     def __init__(self, *, foreign: Sequence[Processor], render: Sequence[Processor]) -> None:
         super().__init__(
@@ -89,10 +88,10 @@ class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
         self._render = render
 
     def format(self, record: logging.LogRecord) -> str:
-        method = getattr(record, "_name", None)  # `wrap_for_formatter` gives it to our own lines
+        method = getattr(record, "_name", None)  # set by `wrap_for_formatter`, on our lines
         if method is None or not isinstance(record.msg, dict):
             return mask(super().format(record))
-        # They are complete: there is nothing to add as to a library's, which takes as long again.
+        # Our lines are complete. What is added to a library's would double the time.
         line: Any = dict(record.msg)
         for processor in self._render:
             line = processor(None, method, line)
@@ -102,7 +101,7 @@ class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
 def _renderer(console: bool, colors: bool) -> list[Processor]:
     if not console:
         return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    # The default formatter of exceptions shows local variables: tokens live in those.
+    # The default formatter of exceptions shows local variables, which may hold tokens.
     plain = structlog.dev.plain_traceback
     return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
 
@@ -113,10 +112,10 @@ def configure_logging(
     level: Literal["debug", "info", "warning", "error"] = "info",
     stream: TextIO | None = None,
 ) -> None:
-    """Send the process's log to `stream`, standard error by default. May be called again.
+    """Write the process's log to `stream`, by default standard error. May be called again.
 
-    `level` is for the proxy's own lines. Libraries speak from `warning` upwards whatever it says:
-    the SDK and urllib3 describe whole requests below that.
+    `level` applies to the proxy's own lines. Libraries always log from `warning` upwards, because
+    the SDK and urllib3 log complete requests at lower levels.
     """
     target = stream or sys.stderr
     console = format == "console" or (format == "auto" and target.isatty())
@@ -137,7 +136,7 @@ def configure_logging(
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("proxy").setLevel(level.upper())
-    # What it warns of comes again as the failure of the call, with a connection's id.
+    # Its warnings are repeated by the failure of the call, which is logged with a connection's id.
     logging.getLogger("databricks").setLevel(logging.ERROR)
     structlog.configure(
         processors=[
@@ -147,25 +146,26 @@ def configure_logging(
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
-        # What can be configured again is the handler's: a logger is what it was.
+        # A later call changes only the handler and the levels, not the loggers.
         cache_logger_on_first_use=True,
     )
 
 
 def get_logger(name: str) -> Logger:
-    """Return the logger of a module: `get_logger(__name__)`. Events are words, facts are keys."""
+    """Return the logger of a module. Events are words, facts are keys."""
     return structlog.stdlib.get_logger(name)
 
 
 def worker_log(number: int) -> AbstractContextManager[Any]:
-    """Put `worker=<number>` into every line logged inside the block, and in tasks begun there."""
+    """Add `worker=<number>` to every line of the block, and of tasks that start in it."""
     return structlog.contextvars.bound_contextvars(worker=number)
 
 
 def connection_log(connection_id: int | str) -> AbstractContextManager[None]:
-    """Put `connection=<id>` into every line logged inside the block, and in tasks begun there.
+    """Add `connection=<id>` to every line of the block, and of tasks that start in it.
 
-    One inside another ends both. structlog's own would keep four times the memory for each session.
+    Do not nest them: the end of the inner block removes the id. structlog's own context manager
+    would need four times the memory for each session.
     """
     return _ConnectionLog(connection_id)
 

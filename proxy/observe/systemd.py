@@ -1,10 +1,10 @@
-"""Telling systemd how the proxy is: ready, reloading, stopping (sd_notify).
+"""Notifying systemd of the proxy's state: ready, reloading, stopping (sd_notify).
 
-For: a unit of `Type=notify` whose `ExecReload` sends SIGHUP, as ours is; `Type=notify-reload` would
-send it by itself, and needs systemd 253. Not for: any other supervisor; without NOTIFY_SOCKET
+For: a unit of `Type=notify` whose `ExecReload` sends SIGHUP, as ours does. (`Type=notify-reload`
+sends it itself, but needs systemd 253.) Not for: any other service manager; without NOTIFY_SOCKET
 nothing is sent.
 
-Invariant: a supervisor that does not listen changes nothing here. Messages are datagrams; one that
+Invariant: a service manager that does not listen has no effect. Messages are datagrams; one that
 cannot be delivered at once is dropped.
 
 Source: systemd's sd_notify(3).
@@ -22,16 +22,16 @@ STOPPING: Final = "STOPPING=1"
 
 
 def reloading() -> str:
-    """Return the message that a reload begins now; `READY` ends it."""
+    """Return the message that a reload starts now; `READY` ends it."""
     return f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"
 
 
 def notify(state: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Send a state to the supervisor that NOTIFY_SOCKET names, if there is one."""
+    """Send a state to the service manager's socket in NOTIFY_SOCKET, if it is set."""
     path = environ.get("NOTIFY_SOCKET", "")
     if not path.startswith(("/", "@")):
         return
-    # "@" stands for the NUL byte of Linux's abstract addresses.
+    # "@" stands for the NUL byte of a Linux abstract address.
     address = "\0" + path[1:] if path[0] == "@" else path
     with (
         suppress(OSError),

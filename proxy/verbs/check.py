@@ -25,7 +25,7 @@ from proxy.config import (
     RoutingSettings,
     Settings,
 )
-from proxy.errors import ErrorKind, Origin, ProxyError
+from proxy.errors import ErrorKind, ProxyError
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK
 from proxy.server.app import App, open_snapshot, serving
 from proxy.server.process import Signals
@@ -240,8 +240,9 @@ class _TargetCheck:
 
     def _failed_phases(self, error: ProxyError, seconds: float) -> list[Step]:
         """Return the steps of a dial that failed in this time."""
-        if error.kind.value.origin is Origin.WORKSPACE:  # the dialer asked for a credential again
-            return [self._failed("credential", error, seconds)]
+        has_credential = ConnectPhase.MINT in self._phases.seconds
+        if not has_credential and error.kind is not ErrorKind.UPSTREAM_DNS:
+            return [self._failed("credential", error, seconds)]  # the dialer needs another one
         steps = self._phase_steps("")
         done = len(list(takewhile(self._phases.seconds.__contains__, _BEFORE_LOGIN)))
         return [*steps[:done], self._failed(steps[done].name, error, seconds)]

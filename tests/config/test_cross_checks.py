@@ -57,7 +57,7 @@ FAKE_SECRET = "not-a-real-secret"
         (
             "[targets.eu]\n[targets.EU]\n[targets.us]\n",
             "targets.EU",
-            "another name differs from it only in case: a variable could mean either",
+            "another name differs only in case: a variable could mean either",
         ),
     ],
 )

@@ -341,7 +341,9 @@ def test_the_upstreams_port_is_never_chosen_by_chance() -> None:
 @pytest.mark.parametrize("host", ["10.1.2.3", "::ffff:10.1.2.3", "192.0.2.7"])
 def test_no_client_could_quit_by_an_admin_address_that_loopback_does_not_reach(host: str) -> None:
     argv = [f"--admin.host={host}", "--admin.quit"]
-    assert refused(argv).startswith("admin.quit (flag --admin.quit): takes requests from loopback")
+    assert refused(argv).startswith(
+        "admin.quit (flag --admin.quit): accepts requests from loopback"
+    )
     assert load_settings(argv[:1], {}).admin.host == host
 
 
@@ -369,7 +371,9 @@ def test_without_a_listen_host_there_is_the_unix_socket_alone() -> None:
     argv = ["--listen.host=", "--listen.unix_socket_directory=/run/lakebase"]
     settings = load_settings(argv, {})
     assert (settings.listen.host, settings.warnings()) == ("", [])
-    assert refused(argv[:1]).startswith("listen.unix_socket_directory: required with an empty")
+    assert refused(argv[:1]).startswith(
+        "listen.unix_socket_directory: required if listen.host is empty"
+    )
     assert "it names the unix socket" in refused([*argv, "--listen.port=0"])
 
 
@@ -457,7 +461,7 @@ def test_an_empty_value_of_a_higher_source_takes_a_lower_one_back() -> None:
 # Secrets
 
 
-@pytest.mark.parametrize("key", [key for key in settings_keys() if key.secret])
+@pytest.mark.parametrize("key", [key for key in settings_keys() if key.is_secret])
 def test_a_secret_is_never_shown(key: SettingKey) -> None:
     settings = load_settings([key.flag, FAKE_SECRET], {})
     assert value_of(settings, key.dotted) == FAKE_SECRET
@@ -466,7 +470,7 @@ def test_a_secret_is_never_shown(key: SettingKey) -> None:
 
 
 def test_client_secret_and_token_are_secrets() -> None:
-    secrets = {key.dotted for key in settings_keys() if key.secret}
+    secrets = {key.dotted for key in settings_keys() if key.is_secret}
     assert secrets == {
         "workspace.client_secret",
         "workspace.token",
@@ -561,7 +565,7 @@ def test_a_pooled_host_takes_no_token_and_is_refused_with_the_reason(host: str) 
         load_settings([], environ, upstream_required=True)
     (problem,) = caught.value.problems
     assert problem.key == "upstream.host"
-    assert "takes no OAuth token" in problem.text
+    assert "accepts no OAuth token" in problem.text
     assert "without -pooler" in problem.text
     assert "credentials.password_file" in problem.text
 

@@ -77,7 +77,7 @@ def test_each_value_has_its_source_beside_it(tmp_path: Path) -> None:
     for expected in (
         'level = "debug"  # environment LAKEBASE_PROXY_LOG__LEVEL',
         'host = "db.example.com"  # environment PGHOST',
-        'host = ""  # default, because the target says itself where to dial',
+        'host = ""  # default, because the target sets its own address',
         f'endpoint = "{ENDPOINT_EU}"  # {place}',
         f"port = 6000  # {place}",
         f"port = 6000  # upstream.port, {place}",
@@ -97,7 +97,7 @@ def test_without_any_source_every_value_is_a_default() -> None:
     assert not any(line.startswith("[targets") for line in lines)
 
 
-SECRETS = [key for key in (*settings_keys(), *named_keys()) if key.secret]
+SECRETS = [key for key in (*settings_keys(), *named_keys()) if key.is_secret]
 
 
 @pytest.mark.parametrize("key", SECRETS, ids=lambda key: key.dotted)

@@ -195,7 +195,7 @@ def test_each_target_whose_certificate_is_not_checked_in_full_is_warned_of() -> 
     first, second, third = settings.warnings()
     assert first.startswith("upstream.sslmode verify-ca does not compare the host name")
     assert second.startswith("targets.a.sslmode verify-ca")
-    assert third.startswith("targets.b.sslmode require checks no certificate")
+    assert third.startswith("targets.b.sslmode require verifies no certificate")
 
 
 def test_a_remote_listener_is_warned_of() -> None:
@@ -261,8 +261,8 @@ def test_a_client_secret_never_leaves_the_machine_in_the_clear(host: str, good: 
         ({"unix_socket_directory": "/" + "x" * 92}, "at most 92 bytes"),
         ({"unix_socket_mode": "0800"}, "must be three octal digits"),
         ({"unix_socket_mode": "rw"}, "must be three octal digits"),
-        ({"tls_key": "k"}, "together with listen.tls_certificate"),
-        ({"tls_certificate": "c"}, "together with listen.tls_certificate"),
+        ({"tls_key": "k"}, "must be set if listen.tls_certificate is"),
+        ({"tls_certificate": "c"}, "must be set if listen.tls_certificate is"),
     ],
 )
 def test_a_listener_that_cannot_be_is_refused(keys: dict[str, str], said: str) -> None:

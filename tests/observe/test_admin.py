@@ -208,7 +208,7 @@ async def test_an_admin_address_that_dies_is_noticed_and_opened_anew() -> None:
             assert (await ask(address.port, "/readiness")).status == 200
     assert await refuses(address.port)
     assert [(line["event"], line["level"]) for line in log.above_info()] == [
-        ("admin address died; sessions go on", "error")
+        ("admin address died; sessions continue", "error")
     ] * 2
 
 
@@ -237,7 +237,7 @@ async def test_a_port_that_another_program_took_meanwhile_is_waited_for() -> Non
             async with asyncio.timeout(ANSWER_SECONDS_MAX):
                 taken = await take(address.port)
             with taken:
-                await eventually(lambda: log.events("admin address not opened anew"), "it tries")
+                await eventually(lambda: log.events("admin address not reopened"), "it tries")
             await eventually(reopened, "it has the port again")
             assert (await ask(address.port, "/liveness")).status == 200
 

@@ -157,7 +157,7 @@ async def test_a_person_sees_all_of_it(stack: AsyncExitStack, browser: Browser) 
 async def test_an_idle_proxy_is_shown_calmly(stack: AsyncExitStack, browser: Browser) -> None:
     page, _ = await opened(stack, browser, Shown(hosts={"upstream": ""}))
     seen = await page.text("main")
-    for text in ("host not looked up yet", "No connect yet.", "None minted yet.", "All quiet."):
+    for text in ("host not looked up yet", "No connect yet.", "None minted yet.", "Recent errors"):
         assert text in seen
     assert "undefined" not in seen
     assert "NaN" not in seen

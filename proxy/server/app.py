@@ -125,7 +125,7 @@ class App:
         self._count_by(self.snapshot)
         self._tls = _listener_tls(settings.listen)
         self.slots = slots or Slots(settings.listen.max_connections)
-        # A cancel is no connect: its phases are nobody's.
+        # A cancel is not a session's connect: its phases are not counted.
         connector = Connector(lambda phase, seconds: None)
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
         self.listener = self._make_listener(settings, starting_max)

@@ -370,7 +370,7 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-async def test_the_first_step_that_fails_is_the_last_and_says_how_to_mend_it(
+async def test_the_first_step_that_fails_is_the_last_and_says_how_to_fix_it(
     lakebase: Lakebase, tmp_path: Path, case: Case
 ) -> None:
     broken = case.break_world(lakebase)

@@ -96,7 +96,7 @@ class TargetStats:
         self.configure(targets)
 
     def configure(self, targets: Iterable[str]) -> None:
-        """Give each of these targets a row of its own from now on, up to `TARGETS_MAX`.
+        """Add a row for each of these targets, up to `TARGETS_MAX`.
 
         Any other target loses its row as soon as it has no open session.
         """

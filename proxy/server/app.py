@@ -86,7 +86,7 @@ class Workers(Protocol):
         """Read what they have counted."""
 
     async def reload(self) -> bool:
-        """Have them serve new sessions by the App's settings. Return whether all do."""
+        """Make them serve new sessions by the App's settings. Return whether all do."""
 
 
 class App:
@@ -138,7 +138,7 @@ class App:
         return self.snapshot.settings
 
     def reload(self, settings: Settings, router: Router | None = None) -> Changes:
-        """Take over what can change while sessions go on; return what changed.
+        """Apply the settings that can change while sessions run. Return what changed.
 
         `router` is that of the settings, if it was made already (`ConfigSnapshot`).
         New sessions go by the new settings, all of them or, when they cannot be used, none.
@@ -348,7 +348,7 @@ def log_serving(app: App) -> None:
 async def open_snapshot(
     settings: Settings, record_phase: RecordTargetPhase
 ) -> AsyncIterator[ConfigSnapshot]:
-    """Give what sessions would be served by while the block runs, without a listener.
+    """Yield the snapshot that sessions would be served by, without a listener.
 
     Raises ConfigurationError for a file that a setting names and that cannot be used.
     """

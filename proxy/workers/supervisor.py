@@ -150,7 +150,7 @@ class Supervisor:
         await asyncio.gather(*(worker.read() for worker in self._serving))
 
     async def reload(self) -> bool:
-        """Have all workers serve new sessions by the App's settings. Return whether all do."""
+        """Make all workers serve new sessions by the App's settings. Return whether all do."""
         self._register_configuration()
         return all(await asyncio.gather(*map(self._configure, self._serving)))
 
@@ -247,7 +247,7 @@ class Supervisor:
         )
 
     async def _configure(self, worker: WorkerHandle) -> bool:
-        """Have a worker serve by the newest settings. Return whether it does."""
+        """Make a worker serve by the newest settings. Return whether it does."""
         configured = 0
         while configured != self._generation:  # a reload may come meanwhile
             configured = self._generation
@@ -260,7 +260,7 @@ class Supervisor:
         self._credentials.register(self._generation, self._app.snapshot.upstreams)
 
     async def _cancel(self, asking: WorkerHandle, pid: int, key: str) -> bool:
-        """Have the other worker that knows this key cancel its query (W43)."""
+        """Make the other worker that knows this key cancel its query (W43)."""
         others = [worker for worker in self._serving if worker is not asking]
         return any(await asyncio.gather(*(worker.cancel(pid, key) for worker in others)))
 

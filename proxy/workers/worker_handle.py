@@ -87,7 +87,7 @@ class WorkerHandle:
         self._connections.close()
 
     async def stop(self) -> None:
-        """Have it end; kill it if it does not."""
+        """Stop it; kill it if it does not."""
         self.close()
         try:
             async with asyncio.timeout(END_SECONDS_MAX):
@@ -123,7 +123,7 @@ class WorkerHandle:
     # -- calls -----------------------------------------------------------------------------------
 
     async def configure(self, generation: int, settings: Settings) -> bool:
-        """Have it serve new sessions by these settings. Return whether it does."""
+        """Make it serve new sessions by these settings. Return whether it does."""
         # Secrets are masked in it: only the supervisor logs in to the workspace.
         content = settings.model_dump(mode="json", exclude_unset=True)
         try:
@@ -143,7 +143,7 @@ class WorkerHandle:
         return content is not None
 
     async def cancel(self, pid: int, key: str) -> bool:
-        """Have it cancel the query of this cancel key. Return whether it knows the key."""
+        """Make it cancel the query of this cancel key. Return whether it knows the key."""
         call = self._rpc.call("cancel", pid=pid, key=key)
         return bool(await self._answer(call, CANCEL_SECONDS_MAX + READ_SECONDS_MAX))
 

@@ -1,7 +1,7 @@
-"""The composition root: builds every object from the settings, hands them down, serves, drains.
+"""The composition root: builds every object from the settings, passes them on, serves, drains.
 
-Nothing below makes its own collaborators; nothing here decides anything. `serving` is the whole
-program for `run`, for `demo` and for tests alike.
+For: connecting the parts, which get each other as arguments. Not for: deciding anything. `serving`
+is the whole program for `run`, `demo` and tests; `running` is what every process of it shares.
 """
 
 import ssl
@@ -90,12 +90,12 @@ class Workers(Protocol):
 
 
 class App:
-    """A running proxy: its parts, and the addresses where 0 was asked for a port.
+    """A running proxy: its parts, and the addresses that it listens on.
 
     Without TCP `listen_host` is the directory of the unix socket, as drivers take it for a host.
 
-    A proxy of several processes has an App in each: the first accepts and has the `workers`; in
-    those `workspaces`, `slots` and `cancel_elsewhere` lead to it.
+    A proxy of several processes has an App in each. The supervisor's has `workers`; a worker is
+    given `workspaces`, `slots` and `cancel_elsewhere` that lead to the supervisor.
     """
 
     listen_host: str
@@ -103,7 +103,7 @@ class App:
     admin: AdminAddress | None = None
     workers: Workers | None = None
     lanes: "Lanes | None" = None
-    """The compiled relay's, while the loop carries them."""
+    """Those of the compiled relay, while the event loop watches them."""
 
     def __init__(
         self,
@@ -116,13 +116,14 @@ class App:
     ) -> None:
         """`starting_max` connections may be starting at a time.
 
-        Raises ConfigurationError for a file that a setting names and that cannot be used."""
+        Raises ConfigurationError for a file that a setting names and that cannot be used.
+        """
         self.lifecycle = Lifecycle()
         self.metrics = build_metrics(settings.target_names())
         self.cancel_keys = CancelKeys()
         self.workspaces = workspaces or LocalWorkspaceRegistry(self.metrics, version=__version__)
         self.snapshot = ConfigSnapshot(settings, self.workspaces, self._record_phase)
-        self._count_by(self.snapshot)
+        self._configure_metrics(self.snapshot)
         self._tls = _listener_tls(settings.listen)
         self.slots = slots or Slots(settings.listen.max_connections)
         # A cancel is not a session's connect: its phases are not counted.
@@ -134,21 +135,20 @@ class App:
 
     @property
     def settings(self) -> Settings:
-        """What is in force now. What needs a restart is as it was at the start."""
+        """The settings in force. Those that need a restart are as they were at the start."""
         return self.snapshot.settings
 
     def reload(self, settings: Settings, router: Router | None = None) -> Changes:
         """Apply the settings that can change while sessions run. Return what changed.
 
         `router` is that of the settings, if it was made already (`ConfigSnapshot`).
-        New sessions go by the new settings, all of them or, when they cannot be used, none.
-        Raises ConfigurationError, and nothing has changed then.
+        Raises ConfigurationError; then nothing has changed.
         """
         changes = compare(self.settings, settings)
         kept = with_running_values(settings, self.settings)
         tls = _listener_tls(kept.listen)
         snapshot = ConfigSnapshot(kept, self.workspaces, self._record_phase, self.snapshot, router)
-        self._count_by(snapshot)
+        self._configure_metrics(snapshot)
         if kept.log != self.settings.log:
             configure_logging(format=kept.log.format, level=kept.log.level)
         before = self.snapshot
@@ -280,7 +280,7 @@ class App:
             self.metrics.routed(shard_map, route.target)
         return route, upstream
 
-    def _count_by(self, snapshot: ConfigSnapshot) -> None:
+    def _configure_metrics(self, snapshot: ConfigSnapshot) -> None:
         shard_map = snapshot.router.shard_map
         mappings = 0 if shard_map is None else len(shard_map)
         names = snapshot.settings.target_names()
@@ -293,9 +293,9 @@ class App:
 
 @asynccontextmanager
 async def serving(settings: Settings, *, starting_max: int = STARTING_MAX) -> AsyncIterator[App]:
-    """Serve while the block runs; `starting_max` connections may be starting at a time.
+    """Serve while the block runs. `starting_max` connections may be starting at a time.
 
-    Raises OSError when an address cannot be listened on, and ConfigurationError for a file that
+    Raises OSError if an address cannot be listened on, and ConfigurationError for a file that
     a setting names and that cannot be used.
     """
     app = App(settings, starting_max=starting_max)
@@ -360,7 +360,7 @@ async def open_snapshot(
 
 
 def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
-    """Return the context for clients that want TLS, if there is a certificate for it."""
+    """Return the context for clients that request TLS, if a certificate is set."""
     if not settings.tls_certificate:
         return None
     try:
@@ -371,7 +371,7 @@ def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
 
 
 def build_metrics(targets: Iterable[str] = ()) -> Metrics:
-    """Return the metrics with every reason word that the program has, and these targets."""
+    """Return metrics with a series for every reason word, and for these targets."""
     refusals = [kind.value.reason for kind in ErrorKind]
     return Metrics(
         version=__version__,

@@ -27,28 +27,28 @@ LOAD_SECONDS_MAX: Final = 60.0
 
 
 class ConfigSnapshot:
-    """Settings, and what is made from them for sessions."""
+    """Settings, and what is made of them for sessions."""
 
     def __init__(
         self,
         settings: Settings,
-        accounts: WorkspaceRegistry,
+        workspaces: WorkspaceRegistry,
         record_phase: RecordTargetPhase,
         before: "ConfigSnapshot | None" = None,
         router: Router | None = None,
     ) -> None:
-        """`before` is the plan that this one replaces.
+        """`before` is the snapshot that this one replaces.
 
-        `router` is that of these settings, where it was made already: that of a large map takes
-        seconds, and belongs in a thread.
+        `router` is that of these settings, if it was made already: that of a large map takes
+        seconds, and is made in a thread.
 
         Raises ConfigurationError for files that settings name and that cannot be used.
         """
         self.settings = settings
-        self.files = Files.of(settings)  # before they are read: what is written meanwhile shows
+        self.files = Files.of(settings)  # before they are read, so that a later write is noticed
         self.router = router or router_of(settings)
         self.upstreams: Upstreams = Upstreams(
-            settings, accounts, record_phase, before.upstreams if before else None
+            settings, workspaces, record_phase, before.upstreams if before else None
         )
 
     async def route(self, startup: StartupMessage) -> tuple[Route, Upstream]:
@@ -60,7 +60,7 @@ class ConfigSnapshot:
         return route, self.upstreams[route.target]
 
     def rewritten(self, later: "ConfigSnapshot") -> Iterator[str]:
-        """Yield the keys that name the same file in a later plan, which holds something else."""
+        """Yield the keys whose file is the same in a later snapshot, and has other contents."""
         yield from self.files.rewritten(later.files)
         if self.settings.routing.shard_map == later.settings.routing.shard_map:
             file = rewritten_file(later.settings, self.router.shard_map, later.router.shard_map)
@@ -69,7 +69,7 @@ class ConfigSnapshot:
 
     @property
     def map_facts(self) -> Mapping[str, object]:
-        """What a log line says of the shard map in use, so that two of them can be told apart."""
+        """What the log names of the shard map in use, so that two maps can be distinguished."""
         shard_map = self.router.shard_map
         if shard_map is None:
             return {}
@@ -82,9 +82,9 @@ class ConfigSnapshot:
         return acceleration(upstream.settings.accelerated for upstream in self.upstreams.values())
 
     async def load_sdk(self) -> None:
-        """Import databricks-sdk, off the loop, if anything is to be asked of a workspace.
+        """Import databricks-sdk in a thread, if an upstream needs a workspace.
 
-        Raises ImportError when it cannot be used, and TimeoutError.
+        Raises ImportError if it cannot be used, and TimeoutError.
         """
         if any(upstream.resource is not None for upstream in self.upstreams.values()):
             await BlockingCalls("databricks-sdk").run(sdk_import.load, LOAD_SECONDS_MAX)

@@ -22,7 +22,7 @@ from proxy.config.server_sections import (
     ShutdownSettings,
 )
 from proxy.config.setting_keys import SettingKey, key_at, named_keys, settings_keys
-from proxy.config.settings import UPSTREAM, Settings
+from proxy.config.settings import UPSTREAM, Settings, target_key
 from proxy.config.upstream_sections import (
     CredentialsSettings,
     SslMode,
@@ -38,6 +38,7 @@ __all__ = [
     "CredentialsSettings",
     "UpstreamSettings",
     "UPSTREAM",
+    "target_key",
     "DatabaseAlias",
     "RoutingSettings",
     "ShardMapSettings",

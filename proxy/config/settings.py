@@ -135,7 +135,7 @@ class Settings(BaseSettings):
     def _tls_warnings(self) -> Iterator[str]:
         for name in self.target_names():
             target = self.target(name)
-            key = _dotted_key(name, "sslmode")
+            key = target_key(name, "sslmode")
             if target.sslmode == "verify-ca":
                 yield (
                     f"{key} verify-ca does not compare the host name: someone in the network path"
@@ -153,11 +153,12 @@ class Settings(BaseSettings):
             seconds = self.target(name).connect_timeout_seconds
             if seconds < mint_seconds:
                 yield (
-                    f"{_dotted_key(name, 'connect_timeout_seconds')} {seconds:g} is less than"
+                    f"{target_key(name, 'connect_timeout_seconds')} {seconds:g} is less than"
                     f" credentials.mint_timeout_seconds {mint_seconds:g}: one call to the workspace"
                     " API that hangs can make all new sessions time out"
                 )
 
 
-def _dotted_key(target: str, key: str) -> str:
+def target_key(target: str, key: str) -> str:
+    """Return the dotted key of a target, as in `targets.eu.port` or `upstream.port`."""
     return f"{target if target == UPSTREAM else f'targets.{target}'}.{key}"

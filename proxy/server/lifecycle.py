@@ -12,7 +12,7 @@ from enum import StrEnum, unique
 
 @unique
 class State(StrEnum):
-    """How far the proxy is in its life, in the words of `/status`."""
+    """The state of a proxy, in the words of `/status`."""
 
     STARTING = "starting"
     SERVING = "serving"

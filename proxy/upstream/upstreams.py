@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from proxy.config import UPSTREAM, ConfigurationError, Problem, Settings, UpstreamSettings
+from proxy.config import ConfigurationError, Problem, Settings, UpstreamSettings, target_key
 from proxy.transport.tls import client_context
 from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.connector import Connector
@@ -198,7 +198,7 @@ def _check_root_certs(settings: Settings) -> None:
             # The context is cached, so that the first session need not read the authorities.
             client_context(target.sslmode, target.ssl_root_cert, accelerated=target.accelerated)
         except OSError as error:  # an ssl.SSLError is one
-            key = f"{name if name == UPSTREAM else f'targets.{name}'}.ssl_root_cert"
+            key = target_key(name, "ssl_root_cert")
             text = f"{target.ssl_root_cert}: {error.strerror or error}"
             problems.append(Problem(key, text))
     if problems:

@@ -1,4 +1,4 @@
-"""What one key demands of others: names that are there, complete workspaces, dialable targets."""
+"""What one key requires of others: known names, complete workspaces, targets with an address."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,14 +61,14 @@ FAKE_SECRET = "not-a-real-secret"
         ),
     ],
 )
-def test_a_name_that_nothing_is_called_is_told_the_known_ones(
+def test_an_unknown_name_is_reported_with_the_known_names(
     tmp_path: Path, toml: str, key: str, said: str
 ) -> None:
     argv = written(tmp_path, toml)
     assert refusals(argv)[key] == f"(file {argv[1]}): {said}"
 
 
-def test_names_are_told_with_every_other_problem() -> None:
+def test_unknown_names_are_reported_with_every_other_problem() -> None:
     said = refusals(
         ["--databases.orders=euu", "--listen.port=x"],
         {"LAKEBASE_PROXY_ROUTING__SHARD_MAP": "m", "LAKEBASE_PROXY_TARGETS__EU__PORT": "0"},
@@ -83,17 +83,17 @@ def test_names_are_told_with_every_other_problem() -> None:
     }
 
 
-def test_a_name_that_is_none_is_reported_once() -> None:
+def test_an_invalid_name_is_reported_once() -> None:
     assert "must be a name" in refusals(["--databases.orders=a b"])["databases.orders"]
     assert "must be a name" in refusals(["--targets.a b.port=1"])['targets."a b"']
 
 
-def test_upstream_is_the_name_of_no_table() -> None:
+def test_no_target_can_be_named_upstream() -> None:
     said = refusals(["--targets.upstream.port=1"])["targets.upstream"]
     assert "upstream is the section [upstream]" in said
 
 
-def test_a_long_table_of_wrong_entries_is_reported_in_part(tmp_path: Path) -> None:
+def test_a_long_list_of_invalid_entries_is_reported_in_part(tmp_path: Path) -> None:
     entries = ", ".join(f'{{ key = {n}, target = "zz" }}' for n in range(1000))
     said = refusals(
         written(
@@ -125,10 +125,10 @@ def test_a_long_table_of_wrong_entries_is_reported_in_part(tmp_path: Path) -> No
         ({"host": "h", "google_service_account": "g"}, ["auth_type"]),
     ],
 )
-def test_a_named_workspace_says_where_it_is_and_how_to_log_in(
+def test_a_named_workspace_needs_a_host_and_a_login(
     keys: dict[str, str], missing: list[str]
 ) -> None:
-    # The default workspace has everything: nothing of it may be taken.
+    # The default workspace has everything, and none of it may be inherited.
     environ = {"LAKEBASE_PROXY_WORKSPACE__HOST": "h", "LAKEBASE_PROXY_WORKSPACE__TOKEN": "t"}
     argv = [
         f"--workspaces.eu.{key}={value}" for key, value in (keys or {"config_file": "x"}).items()
@@ -171,7 +171,7 @@ def test_a_named_workspace_says_where_it_is_and_how_to_log_in(
         ),
     ],
 )
-def test_every_target_that_sessions_can_go_to_must_be_dialable(
+def test_every_target_of_sessions_must_have_what_a_connection_needs(
     tmp_path: Path, toml: str, missing: list[str]
 ) -> None:
     argv = written(tmp_path, toml)
@@ -199,10 +199,10 @@ def test_every_target_that_sessions_can_go_to_must_be_dialable(
         ),
     ],
 )
-def test_a_read_only_host_is_looked_up_or_named_and_never_passed_over(
+def test_a_read_only_host_is_looked_up_or_configured_and_never_ignored(
     tmp_path: Path, toml: str, refused: list[str]
 ) -> None:
-    # The guide's environment names the host, and read_only was passed over without a word.
+    # The guide's environment names the host, and read_only was ignored without an error.
     argv = written(tmp_path, toml)
     if not refused:
         loaded(argv, dials=True)
@@ -213,7 +213,7 @@ def test_a_read_only_host_is_looked_up_or_named_and_never_passed_over(
 
 
 @pytest.mark.parametrize("given", ["true", "1", "YES", "on"])
-def test_a_read_only_host_of_the_guides_environment_is_found_however_it_is_written(
+def test_read_only_beside_the_guides_host_is_refused_in_any_spelling(
     given: str,
 ) -> None:
     environ = {"PGHOST": "h", "ENDPOINT_NAME": ENDPOINT}
@@ -229,7 +229,7 @@ KEYED = (
 )
 
 
-def test_sessions_without_a_key_need_upstream_only_where_they_are_allowed(tmp_path: Path) -> None:
+def test_sessions_without_a_key_need_upstream_only_if_they_are_allowed(tmp_path: Path) -> None:
     argv = written(tmp_path, KEYED)
     loaded(argv, dials=True)
     for false in ("false", "0", "no", "OFF"):
@@ -253,7 +253,7 @@ def test_raw_and_valid_settings_agree_on_whether_upstream_is_a_target(tmp_path: 
 # What others find
 
 
-def test_what_is_found_elsewhere_is_reported_among_the_others_with_its_place(
+def test_problems_of_other_checks_are_reported_with_the_source_of_their_key(
     tmp_path: Path,
 ) -> None:
     def inspect(settings: Settings) -> Iterator[Problem]:
@@ -271,7 +271,7 @@ def test_what_is_found_elsewhere_is_reported_among_the_others_with_its_place(
     assert "targets.us.endpoint" in said
 
 
-def test_a_target_that_two_find_unknown_is_reported_once(tmp_path: Path) -> None:
+def test_a_target_that_two_checks_find_unknown_is_reported_once(tmp_path: Path) -> None:
     def inspect(_settings: Settings) -> Iterator[Problem]:
         yield Problem("shard_maps.m.mappings", "mapping 2: there is no target 'zz'")
         yield Problem("shard_maps.m.mappings", "mapping 7: there is no target 'zz'")

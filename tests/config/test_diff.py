@@ -1,4 +1,4 @@
-"""What differs between two configurations, and what of it needs a restart."""
+"""The keys in which two configurations differ, and which of them need a restart."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def settings(**sections: object) -> Settings:
             ("targets.eu.endpoint",),
             (),
         ),
-        # Set to what it is by default, or taken from [upstream]: nothing changes for anybody.
+        # Set to the default or to the inherited value: the effective value does not change.
         ({"targets": {"eu": EU}}, {"targets": {"eu": EU | {"port": 5432}}}, (), ()),
         (
             {"targets": {"eu": EU}},
@@ -119,7 +119,7 @@ def test_a_reload_keeps_the_running_values_of_keys_that_need_a_restart() -> None
     assert compare(kept, new).restart == compare(running, new).restart != ()
 
 
-def test_a_file_that_was_written_anew_is_named_by_its_keys(tmp_path: Path) -> None:
+def test_a_rewritten_file_is_reported_by_its_keys(tmp_path: Path) -> None:
     authority, secret = tmp_path / "ca.pem", tmp_path / "secret"
     authority.write_text("a")
     configured = settings(

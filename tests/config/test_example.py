@@ -1,4 +1,4 @@
-"""`config.example.toml`: it shows every key, and is valid as it is and with everything taken in."""
+"""`config.example.toml`: it shows every key, and is valid as it is and fully uncommented."""
 
 import re
 import tomllib
@@ -24,7 +24,7 @@ SAMPLES = {"workspaces": "eu", "targets": "eu", "databases": "archive", "shard_m
 
 
 def uncommented(example: str) -> str:
-    """Take in every key and table: what follows a bare "#"."""
+    """Return the example with every key and table: the lines that follow a bare "#"."""
     return re.sub(r"^#(?=\S)", "", example, flags=re.MULTILINE)
 
 
@@ -58,11 +58,11 @@ def test_every_table_with_a_chosen_name_shows_nothing_but_keys() -> None:
         assert {(section, key) for key in shown[section][name]} <= known
 
 
-def test_the_example_can_be_used_as_it_is() -> None:
+def test_the_example_is_valid_as_it_is() -> None:
     assert load_settings(["--config", str(EXAMPLE_FILE)], {}) == Settings()
 
 
-def test_the_example_can_be_used_with_everything_taken_in(tmp_path: Path) -> None:
+def test_the_example_is_valid_with_everything_uncommented(tmp_path: Path) -> None:
     whole = tmp_path / "whole.toml"
     whole.write_text(uncommented(EXAMPLE_FILE.read_text()))
     settings = load_settings(["--config", str(whole)], {})

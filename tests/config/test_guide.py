@@ -37,7 +37,7 @@ def where(upstream: UpstreamSettings) -> dict[str, str]:
         ),
     ],
 )
-def test_a_file_that_names_a_place_hides_the_guides(
+def test_a_file_with_an_address_replaces_the_guides_address(
     tmp_path: Path, toml: str, found: Mapping[str, str]
 ) -> None:
     argv = written(tmp_path, f"{WORKSPACE_B}[upstream]\n{toml}\n")
@@ -47,7 +47,7 @@ def test_a_file_that_names_a_place_hides_the_guides(
 
 
 @pytest.mark.parametrize("flag", ["--upstream.endpoint", "LAKEBASE_PROXY_UPSTREAM__ENDPOINT"])
-def test_so_does_a_flag_or_a_variable_of_ours(flag: str) -> None:
+def test_a_flag_or_a_variable_with_an_address_replaces_it_as_well(flag: str) -> None:
     is_flag = flag.startswith("--")
     argv = [flag, ENDPOINT_EU] if is_flag else []
     environ = GUIDE if is_flag else {**GUIDE, flag: ENDPOINT_EU}
@@ -57,12 +57,12 @@ def test_so_does_a_flag_or_a_variable_of_ours(flag: str) -> None:
     }
 
 
-def test_a_flag_that_names_no_place_leaves_the_guides() -> None:
+def test_a_flag_without_an_address_leaves_the_guides_address() -> None:
     found = where(loaded(["--upstream.database", "shop"], GUIDE).settings.upstream)
     assert found == {"endpoint": ENDPOINT, "host": HOST, "user": "app"}
 
 
-def test_a_host_of_its_own_is_another_way_to_the_guides_endpoint(tmp_path: Path) -> None:
+def test_a_configured_host_still_uses_the_guides_endpoint(tmp_path: Path) -> None:
     argv = written(tmp_path, '[upstream]\nhost = "private.example.com"\n')
     found = where(loaded(argv, GUIDE, dials=True).settings.upstream)
     assert found == {"endpoint": ENDPOINT, "host": "private.example.com", "user": "app"}

@@ -1,4 +1,4 @@
-"""Settings: where they come from, which source wins, and what is said about a wrong one."""
+"""Settings: their sources, the precedence of these, and the errors."""
 
 import re
 import subprocess
@@ -46,7 +46,7 @@ def test_without_any_source_every_key_has_its_default() -> None:
     assert load_settings([], {}) == Settings()
 
 
-def test_flags_win_over_environment_over_file_over_guide_over_default(tmp_path: Path) -> None:
+def test_flags_precede_environment_file_guide_and_default(tmp_path: Path) -> None:
     file = tmp_path / "proxy.toml"
     file.write_text('[upstream]\nhost = "file"\nport = 3\ndatabase = "file"\n')
     guide = {"PGHOST": "guide", "PGPORT": "4", "PGDATABASE": "guide", "PGUSER": "guide"}
@@ -75,7 +75,7 @@ def test_a_flag_takes_its_value_with_a_space_or_an_equals_sign(argv: list[str]) 
     assert load_settings(argv, {}).listen.port == 6000
 
 
-def test_the_last_of_two_equal_flags_counts() -> None:
+def test_the_last_of_two_equal_flags_is_used() -> None:
     assert load_settings(["--listen.port=1", "--listen.port=2"], {}).listen.port == 2
 
 
@@ -141,7 +141,7 @@ def test_pgsslmode_never_weakens(mode: str) -> None:
     assert load_settings([], {"PGSSLMODE": mode}).upstream.sslmode == "verify-full"
 
 
-def test_endpoint_name_wins_over_lakebase_endpoint() -> None:
+def test_endpoint_name_precedes_lakebase_endpoint() -> None:
     other = ENDPOINT.replace("primary", "replica")
     environ = {"ENDPOINT_NAME": ENDPOINT, "LAKEBASE_ENDPOINT": other}
     assert load_settings([], environ).upstream.endpoint == ENDPOINT
@@ -205,29 +205,29 @@ def test_problems_can_be_read_one_by_one() -> None:
         ([], {"LAKEBASE_PROXY_CREDENTIAL__X": "1"}, "unknown key"),
     ],
 )
-def test_an_unknown_key_is_told_the_nearest_known_one(
+def test_an_unknown_key_is_reported_with_the_nearest_known_one(
     argv: list[str], environ: dict[str, str], suggestion: str
 ) -> None:
     assert suggestion in refused(argv, environ)
 
 
 @pytest.mark.parametrize("slip", ["LISTENS", "LISTENER", "ADMINS", "LOGS", "WORKSPACE_"])
-def test_a_section_is_no_answer_to_a_key_that_does_not_exist(slip: str) -> None:
-    # It would be refused itself: it is a section, and takes no value.
+def test_a_section_is_not_suggested_for_an_unknown_key(slip: str) -> None:
+    # It would be refused itself: a section has no value.
     said = refused([], {f"LAKEBASE_PROXY_{slip}": "1"})
     assert "unknown key" in said
     for meant in re.findall(r"LAKEBASE_PROXY_\w+", said.partition("did you mean")[2]):
         assert "__" in meant
 
 
-def test_an_empty_table_with_a_slip_is_told_the_section(tmp_path: Path) -> None:
+def test_a_misspelled_empty_table_is_reported_with_the_section(tmp_path: Path) -> None:
     file = tmp_path / "proxy.toml"
     file.write_text("[lisen]\n")
     assert "did you mean listen?" in refused([f"--config={file}"])
 
 
 @pytest.mark.parametrize("level", ["INFO", "info", "Warning", "DEBUG"])
-def test_a_log_level_is_taken_in_any_case(level: str) -> None:
+def test_a_log_level_is_accepted_in_any_case(level: str) -> None:
     assert load_settings([f"--log.level={level}"], {}).log.level == level.lower()
     assert "must be 'debug', 'info'" in refused([f"--log.level={level}X"])
 
@@ -254,7 +254,7 @@ def test_the_service_links_of_kubernetes_are_not_ours(name: str, value: str) -> 
     assert load_settings([], {name: value}) == Settings()
 
 
-def test_a_port_without_its_section_is_no_service_link() -> None:
+def test_a_port_number_without_a_section_is_not_a_service_link() -> None:
     assert "unknown key" in refused([], {"LAKEBASE_PROXY_PORT": "6000"})
 
 
@@ -271,7 +271,7 @@ def test_a_name_cannot_be_both_section_and_key(argv: list[str], environ: dict[st
     assert "given both as a section and as a key" in refused(argv, environ)
 
 
-def test_a_value_in_the_place_of_a_section_is_reported_and_hides_nothing(tmp_path: Path) -> None:
+def test_a_value_in_place_of_a_section_is_reported_and_hides_nothing(tmp_path: Path) -> None:
     file = tmp_path / "proxy.toml"
     file.write_text("listen = 5432\n")
     said = refused([f"--config={file}", "--listen.port=x"], {"LAKEBASE_PROXY_LISTEN": "y"})
@@ -302,7 +302,7 @@ def test_a_file_with_a_mistake_is_refused(tmp_path: Path, content: bytes, proble
     assert str(file) in said
 
 
-def test_a_file_that_is_not_there_is_a_problem_among_the_others(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_the_other_problems(tmp_path: Path) -> None:
     said = refused(["--listen.port=x"], {"LAKEBASE_PROXY_CONFIG": str(tmp_path / "nowhere.toml")})
     assert "config (environment LAKEBASE_PROXY_CONFIG): cannot be read: no such file" in said
     assert "listen.port" in said
@@ -334,7 +334,7 @@ def test_ports_are_bounded(key: str, port: int, good: bool) -> None:
         assert key in refused([f"--{key}={port}"])
 
 
-def test_the_upstreams_port_is_never_chosen_by_chance() -> None:
+def test_the_upstream_port_cannot_be_0() -> None:
     assert "upstream.port" in refused(["--upstream.port=0"])
 
 
@@ -348,7 +348,7 @@ def test_no_client_could_quit_by_an_admin_address_that_loopback_does_not_reach(h
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "::1", "localhost", "0.0.0.0", "::"])
-def test_quitting_is_for_an_admin_address_that_loopback_reaches(host: str) -> None:
+def test_quit_is_accepted_for_an_admin_address_that_loopback_can_reach(host: str) -> None:
     assert load_settings([f"--admin.host={host}", "--admin.quit"], {}).admin.quit
 
 
@@ -363,11 +363,11 @@ def test_a_host_that_is_not_loopback_needs_allow_remote(host: str) -> None:
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "127.8.9.10", "::1", "localhost", "LOCALHOST", "::ffff:127.0.0.1"]
 )
-def test_loopback_needs_no_leave(host: str) -> None:
+def test_loopback_needs_no_allow_remote(host: str) -> None:
     assert load_settings([f"--listen.host={host}"], {}).listen.host == host
 
 
-def test_without_a_listen_host_there_is_the_unix_socket_alone() -> None:
+def test_without_a_listen_host_the_unix_socket_is_required() -> None:
     argv = ["--listen.host=", "--listen.unix_socket_directory=/run/lakebase"]
     settings = load_settings(argv, {})
     assert (settings.listen.host, settings.warnings()) == ("", [])
@@ -380,12 +380,12 @@ def test_without_a_listen_host_there_is_the_unix_socket_alone() -> None:
 @pytest.mark.parametrize(
     "host", ["https://db.example.com", "db.example.com:5432", "a b", "a,b", "/run/pg", "-x", "."]
 )
-def test_what_is_not_a_host_is_refused(host: str) -> None:
+def test_an_invalid_host_is_refused(host: str) -> None:
     assert "must be a host name or an address" in refused([f"--upstream.host={host}"])
 
 
 @pytest.mark.parametrize("host", ["a" * 253, "ep-x.database.us-west-2.example.com", "10.0.0.1"])
-def test_hosts_are_taken(host: str) -> None:
+def test_valid_hosts_are_accepted(host: str) -> None:
     assert load_settings([f"--upstream.host={host}"], {}).upstream.host == host
 
 
@@ -442,7 +442,7 @@ def test_other_verbs_need_no_upstream() -> None:
         ),
     ],
 )
-def test_a_verb_that_dials_needs_somewhere_to_dial_and_a_way_to_log_in(
+def test_a_verb_that_connects_needs_an_address_and_a_login(
     argv: list[str], missing: list[str]
 ) -> None:
     if not missing:
@@ -453,7 +453,7 @@ def test_a_verb_that_dials_needs_somewhere_to_dial_and_a_way_to_log_in(
     assert [problem.key for problem in caught.value.problems] == missing
 
 
-def test_an_empty_value_of_a_higher_source_takes_a_lower_one_back() -> None:
+def test_an_empty_value_of_a_higher_source_unsets_a_lower_one() -> None:
     argv = ["--upstream.endpoint="]
     assert "upstream.endpoint" in refused(argv, {"ENDPOINT_NAME": ENDPOINT}, upstream_required=True)
 
@@ -503,7 +503,7 @@ def test_a_secret_is_in_no_error(tmp_path: Path) -> None:
         assert key in said
 
 
-def test_a_file_that_is_not_toml_shows_nothing_of_its_lines(tmp_path: Path) -> None:
+def test_the_error_for_invalid_toml_shows_no_line(tmp_path: Path) -> None:
     file = tmp_path / "proxy.toml"
     file.write_text(f"[workspace]\ntoken = {FAKE_SECRET}\n")
     said = refused([f"--config={file}"])
@@ -527,14 +527,14 @@ def test_settings_are_frozen(section: BaseModel) -> None:
             setattr(section, name, None)
 
 
-def test_every_key_says_what_it_is_for_and_every_number_has_bounds() -> None:
+def test_every_key_has_a_description_and_every_number_has_bounds() -> None:
     for key in settings_keys():
         assert key.description.endswith("."), key.dotted
         if isinstance(key.default, int | float):
             assert key.bounds, key.dotted
 
 
-def test_a_duration_says_its_unit_twice() -> None:
+def test_a_duration_has_its_unit_in_name_and_description() -> None:
     for key in settings_keys():
         if key.name.endswith("_seconds"):
             assert "in seconds" in key.description, key.dotted
@@ -545,7 +545,7 @@ def test_a_duration_says_its_unit_twice() -> None:
 
 @pytest.mark.slow
 def test_reading_the_configuration_imports_no_event_loop() -> None:
-    """`version` and `--help` answer at once: neither asyncio nor the SDK is needed for them."""
+    """`version` and `--help` are quick, because they need neither asyncio nor the SDK."""
     code = "import proxy.config, sys; print({'databricks', 'uvloop'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert ran.stdout.strip() == "set()"
@@ -559,7 +559,7 @@ POOLED = (
 
 
 @pytest.mark.parametrize("host", POOLED)
-def test_a_pooled_host_takes_no_token_and_is_refused_with_the_reason(host: str) -> None:
+def test_a_pooled_host_accepts_no_token_and_is_refused_with_the_reason(host: str) -> None:
     environ = {"ENDPOINT_NAME": "projects/p/branches/b/endpoints/e", "PGHOST": host}
     with pytest.raises(ConfigurationError) as caught:
         load_settings([], environ, upstream_required=True)
@@ -571,7 +571,7 @@ def test_a_pooled_host_takes_no_token_and_is_refused_with_the_reason(host: str) 
 
 
 @pytest.mark.parametrize("host", POOLED)
-def test_a_pooled_host_is_taken_with_a_native_password(host: str) -> None:
+def test_a_pooled_host_is_accepted_with_a_native_password(host: str) -> None:
     argv = ["--credentials.password_file", "password", "--upstream.user", "app"]
     settings = load_settings(argv, {"PGHOST": host}, upstream_required=True)
     assert settings.upstream.host == host
@@ -583,7 +583,7 @@ def test_a_host_is_pooled_by_the_end_of_its_first_label_alone(host: str) -> None
     assert load_settings([], environ, upstream_required=True).upstream.host == host
 
 
-def test_an_instance_is_enough_and_stands_in_the_place_of_an_endpoint() -> None:
+def test_an_instance_replaces_an_endpoint() -> None:
     settings = load_settings(["--upstream.instance", "shop"], {}, upstream_required=True)
     assert (settings.upstream.instance, settings.upstream.endpoint) == ("shop", "")
     argv = ["--upstream.instance", "shop", "--upstream.endpoint", ENDPOINT]
@@ -599,12 +599,12 @@ def test_an_instance_is_enough_and_stands_in_the_place_of_an_endpoint() -> None:
         *("listen.tls_certificate", "listen.tls_key", "shard_maps.m.mappings_file"),
     ],
 )
-def test_no_file_has_a_nul_in_its_name(key: str) -> None:
-    """Opened, it is a ValueError and no OSError, which ended the process at a reload."""
+def test_a_file_name_with_a_nul_is_refused(key: str) -> None:
+    """To open it raised a ValueError, not an OSError, and ended the process at a reload."""
     assert f"{key} (flag --{key}): must not contain a NUL character" in refused([f"--{key}=a\0b"])
 
 
-def test_a_socket_has_no_nul_in_its_directory() -> None:
+def test_a_socket_directory_with_a_nul_is_refused() -> None:
     assert "must not contain a NUL" in refused(["--listen.unix_socket_directory=/tmp\0"])
 
 

@@ -1,4 +1,4 @@
-"""`--print-config`: what is printed can be fed back, names its sources, and shows no secret."""
+"""`--print-config`: its output can be loaded again, has the source of each value, and no secret."""
 
 import tempfile
 import tomllib
@@ -101,7 +101,7 @@ SECRETS = [key for key in (*settings_keys(), *named_keys()) if key.is_secret]
 
 
 @pytest.mark.parametrize("key", SECRETS, ids=lambda key: key.dotted)
-def test_a_secret_is_masked_and_cannot_be_fed_back(key: SettingKey, tmp_path: Path) -> None:
+def test_a_secret_is_masked_and_cannot_be_loaded_again(key: SettingKey, tmp_path: Path) -> None:
     argv = [f"{key.flag}={FAKE_SECRET}"]
     if "NAME" in key.path:
         argv += ["--workspaces.NAME.host=h", "--workspaces.NAME.client_id=c"]

@@ -1,4 +1,4 @@
-"""The shapes of aliases, routing and shard maps."""
+"""The form of aliases, routing and shard maps."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def shard_map(mappings: str, kind: str = "range", more: str = "") -> str:
         ("", False),
     ],
 )
-def test_an_alias_is_a_name_that_postgresql_would_not_cut(
+def test_an_alias_is_a_name_that_postgresql_does_not_truncate(
     tmp_path: Path, alias: str, good: bool
 ) -> None:
     argv = written(tmp_path, f'[databases]\n"{alias}" = "upstream"\n')
@@ -55,7 +55,7 @@ def test_an_alias_is_a_name_that_postgresql_would_not_cut(
         ("", False),
     ],
 )
-def test_a_database_pattern_has_a_key_and_a_text_that_tells_it_apart(
+def test_a_database_pattern_has_a_key_and_a_text_that_separates_it(
     pattern: str, good: bool
 ) -> None:
     argv = [f"--routing.database_pattern={pattern}"]
@@ -104,7 +104,7 @@ def test_bounds_are_kept_as_text(tmp_path: Path) -> None:
     )
 
 
-def test_a_map_of_points_has_keys(tmp_path: Path) -> None:
+def test_a_list_map_has_keys(tmp_path: Path) -> None:
     entries = '{ key = "a", target = "upstream" }, { key = 0x10, target = "upstream" }'
     found = load_settings(written(tmp_path, shard_map(entries, "list")), {}).shard_maps["m"]
     assert [entry.key for entry in found.mappings] == ["a", "16"]
@@ -170,7 +170,7 @@ def test_a_shard_map_with_a_mistake_is_refused(
     assert found.startswith(f"(file {argv[1]})")
 
 
-def test_more_mappings_than_people_write_belong_in_a_file(tmp_path: Path) -> None:
+def test_more_than_the_most_mappings_are_referred_to_a_file(tmp_path: Path) -> None:
     entries = ['{ target = "upstream" }'] * 10_000
     assert len(load_settings(written(tmp_path, shard_map(",".join(entries))), {}).shard_maps) == 1
     said = refusals(written(tmp_path, shard_map(",".join([*entries, entries[0]]))))
@@ -184,7 +184,7 @@ def test_mappings_are_a_list() -> None:
 
 
 @pytest.mark.parametrize("more", ["", 'mappings_file = "m.csv"\n'])
-def test_a_map_has_its_entries_here_or_in_a_file(tmp_path: Path, more: str) -> None:
+def test_a_map_has_its_entries_in_mappings_or_in_a_file(tmp_path: Path, more: str) -> None:
     entries = '{ target = "upstream" }' if more else ""
     said = refusals(written(tmp_path, shard_map(entries, more=more)))
     assert "needs entries, either in mappings or in mappings_file" in said["shard_maps.m"]

@@ -1,4 +1,4 @@
-"""What follows from all sections together: a target's effective values, and warnings."""
+"""What follows from all sections together: the effective values of a target, and warnings."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ MAP = ShardMapSettings(
 # A target's values
 
 
-def test_a_target_takes_what_it_does_not_set_from_upstream() -> None:
+def test_a_target_inherits_what_it_does_not_set() -> None:
     upstream = UpstreamSettings(endpoint=ENDPOINT, port=6000, database="shop", sslmode="verify-ca")
     settings = Settings(
         upstream=upstream, targets={"eu": UpstreamSettings(port=7000, database="shop_eu")}
@@ -60,7 +60,7 @@ def test_a_value_that_a_target_sets_to_its_default_is_set() -> None:
     ],
     ids=lambda own: next(iter(own)),
 )
-def test_a_target_that_says_where_it_is_takes_nothing_of_that_from_upstream(
+def test_a_target_with_an_address_inherits_no_part_of_one(
     own: dict[str, str],
 ) -> None:
     """PGHOST is in the environment of the guide: it must not send every target to one host."""
@@ -76,7 +76,7 @@ def test_a_target_that_says_where_it_is_takes_nothing_of_that_from_upstream(
     }
 
 
-def test_an_empty_host_of_a_target_takes_upstreams_back_and_leaves_its_endpoint() -> None:
+def test_an_empty_host_of_a_target_unsets_the_inherited_host_only() -> None:
     settings = Settings(
         upstream=UpstreamSettings(endpoint=ENDPOINT, host="h.example.com"),
         targets={"eu": UpstreamSettings(host="", workspace="")},
@@ -84,7 +84,7 @@ def test_an_empty_host_of_a_target_takes_upstreams_back_and_leaves_its_endpoint(
     assert (settings.target("eu").endpoint, settings.target("eu").host) == (ENDPOINT, "")
 
 
-def test_a_name_that_is_no_target_has_no_values() -> None:
+def test_an_unknown_target_has_no_values() -> None:
     with pytest.raises(KeyError):
         Settings().target("eu")
 
@@ -132,14 +132,14 @@ def test_a_target_keeps_what_it_was_given_through_every_source(tmp_path: Path) -
         ),
     ],
 )
-def test_upstream_is_a_target_where_sessions_can_go_there(
+def test_upstream_is_a_target_if_sessions_can_be_sent_there(
     sections: dict[str, object], is_target: bool
 ) -> None:
     settings = Settings.model_validate({"targets": {"eu": EU}, **sections})
     assert settings.target_names() == (("upstream", "eu") if is_target else ("eu",))
 
 
-def test_without_targets_upstream_is_the_one() -> None:
+def test_without_other_targets_upstream_is_the_only_one() -> None:
     assert Settings().target_names() == ("upstream",)
 
 
@@ -154,7 +154,7 @@ def test_targets_of_one_workspace_share_it() -> None:
         assert settings.workspace_of(settings.target(name)) is settings.workspace
 
 
-def test_a_target_takes_its_workspace_from_upstream_unless_it_says_otherwise() -> None:
+def test_a_target_inherits_its_workspace_unless_it_sets_one() -> None:
     named = WorkspaceSettings(profile="eu")
     settings = Settings(
         workspaces={"eu": named},
@@ -174,7 +174,7 @@ def test_a_target_takes_its_workspace_from_upstream_unless_it_says_otherwise() -
         ({"require_key": True}, True),
     ],
 )
-def test_a_key_is_required_where_there_is_a_map_unless_it_is_said(
+def test_a_key_is_required_with_a_map_unless_configured_otherwise(
     routing: dict[str, object], required: bool
 ) -> None:
     assert RoutingSettings.model_validate(routing).require_key is required
@@ -183,11 +183,11 @@ def test_a_key_is_required_where_there_is_a_map_unless_it_is_said(
 # Warnings
 
 
-def test_the_defaults_deserve_no_warning() -> None:
+def test_the_defaults_cause_no_warning() -> None:
     assert Settings().warnings() == []
 
 
-def test_each_target_whose_certificate_is_not_checked_in_full_is_warned_of() -> None:
+def test_each_target_without_full_certificate_verification_is_warned_of() -> None:
     settings = Settings(
         upstream=UpstreamSettings(endpoint=ENDPOINT, sslmode="verify-ca"),
         targets={"a": EU, "b": UpstreamSettings(sslmode="require")},
@@ -206,7 +206,9 @@ def test_a_remote_listener_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize(("connect", "mint", "said"), [(30, 30, 0), (29.5, 30, 1), (60, 61, 1)])
-def test_a_dial_shorter_than_a_mint_is_warned_of(connect: float, mint: float, said: int) -> None:
+def test_a_connect_timeout_shorter_than_a_mint_is_warned_of(
+    connect: float, mint: float, said: int
+) -> None:
     settings = Settings(
         upstream=UpstreamSettings(endpoint=ENDPOINT),
         targets={"a": UpstreamSettings(connect_timeout_seconds=connect)},
@@ -240,7 +242,7 @@ def test_a_dial_shorter_than_a_mint_is_warned_of(connect: float, mint: float, sa
         ("http://", False),
     ],
 )
-def test_a_client_secret_never_leaves_the_machine_in_the_clear(host: str, good: bool) -> None:
+def test_a_client_secret_never_leaves_the_machine_in_plaintext(host: str, good: bool) -> None:
     if good:
         assert WorkspaceSettings(host=host).host == host
         return
@@ -265,12 +267,12 @@ def test_a_client_secret_never_leaves_the_machine_in_the_clear(host: str, good: 
         ({"tls_certificate": "c"}, "must be set if listen.tls_certificate is"),
     ],
 )
-def test_a_listener_that_cannot_be_is_refused(keys: dict[str, str], said: str) -> None:
+def test_an_impossible_listener_is_refused(keys: dict[str, str], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         ListenSettings.model_validate(keys)
 
 
-def test_a_listener_takes_the_longest_directory_and_either_spelling_of_a_mode() -> None:
+def test_a_listener_accepts_the_longest_directory_and_either_spelling_of_a_mode() -> None:
     directory = "/" + "x" * 91
     for mode in ("0660", "660"):
         listen = ListenSettings(unix_socket_directory=directory, unix_socket_mode=mode)
@@ -278,12 +280,12 @@ def test_a_listener_takes_the_longest_directory_and_either_spelling_of_a_mode() 
 
 
 @pytest.mark.parametrize("seconds", [0, 0.1, 604_800])
-def test_an_idle_timeout_is_never_or_long_enough_to_be_looked_for(seconds: float) -> None:
+def test_an_idle_timeout_is_0_or_at_least_the_minimum(seconds: float) -> None:
     assert ListenSettings(idle_timeout_seconds=seconds).idle_timeout_seconds == seconds
 
 
 @pytest.mark.parametrize("seconds", [-1, 0.000001, 0.099, 604_801])
 def test_an_idle_timeout_out_of_bounds_is_refused(seconds: float) -> None:
-    # A session idle in a transaction was looked at without a pause.
+    # Sessions that are idle in a transaction were checked without a pause.
     with pytest.raises(ValidationError):
         ListenSettings(idle_timeout_seconds=seconds)

@@ -1,4 +1,4 @@
-"""Keys with a chosen name in them, and values of more than one part, from every place."""
+"""Keys with a chosen name, and values of more than one part, from every source."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_every_key_with_a_chosen_name_can_be_given_as_flag_and_as_variable(
     given = COMPANIONS[section] | {name: text}
     if name == "mappings":
         del given["mappings_file"]
-    # Variables give lower-case names; a workspace may be named, so one is there.
+    # Names from variables are in lower case. The workspace exists, because targets name it.
     known = {"LAKEBASE_PROXY_WORKSPACES__KNOWN__PROFILE": "p"}
     flags = [f"--{section}.eu.{one}={value}" for one, value in given.items()]
     variables = {
@@ -94,7 +94,7 @@ def test_an_alias_is_a_name_or_a_table(tmp_path: Path) -> None:
         ([], {"LAKEBASE_PROXY_DATABASES": '{"orders": {"target": "upstream"}}'}),
     ],
 )
-def test_an_alias_can_be_given_in_any_place(argv: list[str], environ: dict[str, str]) -> None:
+def test_an_alias_can_be_given_in_any_source(argv: list[str], environ: dict[str, str]) -> None:
     settings = load_settings(argv, environ)
     assert settings.databases == {"orders": DatabaseAlias(target="upstream")}
 
@@ -127,7 +127,7 @@ def test_mappings_are_json_in_a_variable_and_in_a_flag() -> None:
     ],
     ids=["cut", "empty", "deep", "long"],
 )
-def test_what_is_not_json_is_refused_without_being_shown(text: str, said: str) -> None:
+def test_invalid_json_is_refused_without_being_shown(text: str, said: str) -> None:
     found = refusals([f"--shard_maps.m.mappings={text}"])["shard_maps.m.mappings"]
     assert found.startswith(f"(flag --shard_maps.m.mappings): {said}")
     assert "99" not in found

@@ -42,15 +42,15 @@ def test_a_path_is_split_where_it_was_joined(path: list[str]) -> None:
         ("", ("",)),
     ],
 )
-def test_a_path_as_people_write_it_is_split_at_its_dots(dotted: str, path: tuple[str, ...]) -> None:
+def test_an_unquoted_path_is_split_at_its_dots(dotted: str, path: tuple[str, ...]) -> None:
     assert split_path(dotted) == path
 
 
 @pytest.mark.parametrize("text", ['"', 'a"b', '"a', 'a."', '"\\u12"', '"\\x"', '""'])
-def test_splitting_takes_any_text(text: str) -> None:
+def test_any_text_can_be_split(text: str) -> None:
     assert isinstance(split_path(text), tuple)
 
 
-def test_what_toml_does_not_have_is_refused() -> None:
+def test_a_type_that_toml_does_not_have_is_refused() -> None:
     with pytest.raises(TypeError, match="TOML has no NoneType"):
         toml_value(None)

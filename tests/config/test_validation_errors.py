@@ -1,4 +1,4 @@
-"""What is said of unknown keys in tables with chosen names, and of values where tables belong."""
+"""The errors for unknown keys in tables with chosen names, and for values in place of tables."""
 
 import pytest
 
@@ -31,7 +31,7 @@ FAKE_SECRET = "not-a-real-secret"
         ),
     ],
 )
-def test_an_unknown_key_of_a_table_is_told_the_nearest_one(
+def test_an_unknown_key_of_a_table_is_reported_with_the_nearest_one(
     argv: list[str], environ: dict[str, str], key: str, meant: str
 ) -> None:
     said = refusals(argv, environ)
@@ -49,7 +49,7 @@ def test_an_unknown_key_of_a_table_is_told_the_nearest_one(
         ("--databases=7", "databases", "--databases.NAME"),
     ],
 )
-def test_a_value_in_the_place_of_a_table_is_told_a_key_of_it(
+def test_a_value_in_place_of_a_table_is_reported_with_one_of_its_keys(
     flag: str, key: str, such_as: str
 ) -> None:
     said = refusals([flag])[key]
@@ -70,6 +70,6 @@ def test_a_secret_of_a_named_workspace_is_in_no_error(value: str) -> None:
     assert "workspaces.eu.prot" in said
 
 
-def test_the_mask_is_no_secret() -> None:
+def test_the_mask_is_refused_as_a_secret() -> None:
     said = refusals(["--workspace.token=********"])["workspace.token"]
     assert "not the mask" in said

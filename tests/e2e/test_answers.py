@@ -192,7 +192,7 @@ CONNECTION_ERRORS = (
         fatal("28000", "External authorization failed."),
     ),
     *_front_end(
-        *("28000", "network_denied", "retrying is useless"),
+        *("28000", "network_denied", "retrying does not help"),
         fatal("28000", "External authorization failed. Reason: private-link-not-supported"),
         fatal("28000", "External authorization failed. Reason: unsupported-destination-type"),
         fatal("28000", "Source IP address: 192.0.2.7 is blocked by Databricks IP ACL"),
@@ -201,7 +201,7 @@ CONNECTION_ERRORS = (
         neon_error("VPC endpoint ID is not specified."),
     ),
     *_front_end(
-        *("08001", "front_end_protocol", "something between"),
+        *("08001", "front_end_protocol", "another program answers"),
         fatal("08006", "Connection does not have SNI."),
         fatal("08P01", "Insecure connection."),
         fatal("08P01", "Invalid protocol version. Protocol version: 196610"),

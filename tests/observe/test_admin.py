@@ -1,4 +1,4 @@
-"""The admin address over real HTTP: what it answers, and that it always gives its port back."""
+"""The admin address over real HTTP: its responses, and that it always frees its port."""
 
 import asyncio
 import signal
@@ -16,7 +16,7 @@ from tests.support.running import captured_log, eventually
 
 
 @pytest.mark.parametrize("path", ["/startup", "/readiness", "/liveness"])
-async def test_a_proxy_that_serves_is_well(path: str) -> None:
+async def test_a_proxy_that_serves_passes_every_probe(path: str) -> None:
     async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, path)
     assert (answer.status, answer.body) == (200, b"yes\n")
@@ -40,7 +40,7 @@ async def test_each_probe_answers_its_own_question(
     assert [answer.status for answer in answers] == statuses
 
 
-async def test_an_answer_is_of_now() -> None:
+async def test_a_response_shows_the_present_state() -> None:
     proxy = Shown()
     async with serve_admin(proxy, host=LOOPBACK, port=0) as address:
         before = await ask(address.port, "/readiness")
@@ -118,13 +118,13 @@ async def test_the_port_is_free_after_the_block() -> None:
     assert await refuses(address.port)
 
 
-async def test_a_block_that_ends_at_once_gives_the_port_back() -> None:
+async def test_a_block_that_ends_at_once_frees_the_port() -> None:
     async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         pass
     assert await refuses(address.port)
 
 
-async def test_what_the_block_raises_comes_out_as_it_was() -> None:
+async def test_an_exception_of_the_block_is_not_changed() -> None:
     ports = []
 
     async def fail_inside() -> None:
@@ -137,7 +137,7 @@ async def test_what_the_block_raises_comes_out_as_it_was() -> None:
     assert await refuses(ports[0])
 
 
-async def test_a_cancelled_block_gives_the_port_back() -> None:
+async def test_a_cancelled_block_frees_the_port() -> None:
     ports: asyncio.Queue[int] = asyncio.Queue()
 
     async def serve_for_ever() -> None:
@@ -153,7 +153,7 @@ async def test_a_cancelled_block_gives_the_port_back() -> None:
     assert await refuses(port)
 
 
-async def test_a_client_that_says_nothing_does_not_hold_up_the_end() -> None:
+async def test_a_silent_client_does_not_delay_the_end() -> None:
     async with asyncio.timeout(ANSWER_SECONDS_MAX):
         async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
             await ask(address.port, "/liveness")
@@ -163,10 +163,10 @@ async def test_a_client_that_says_nothing_does_not_hold_up_the_end() -> None:
     await writer.wait_closed()
 
 
-async def test_a_failing_callable_is_a_500_and_nothing_more() -> None:
+async def test_an_exception_is_answered_with_500_and_logged() -> None:
     class Broken(Shown):
         def status(self) -> Status:
-            raise RuntimeError("what only the log is told")
+            raise RuntimeError("what only the log shows")
 
     shown = Broken()
     with captured_log() as log:
@@ -195,8 +195,8 @@ def reopened() -> bool:
     return any(task.get_name() == "admin server" for task in asyncio.all_tasks())
 
 
-async def test_an_admin_address_that_dies_is_noticed_and_opened_anew() -> None:
-    # Otherwise probes fail until the orchestrator restarts a proxy that serves well.
+async def test_an_admin_address_that_dies_is_opened_again() -> None:
+    # Otherwise probes fail until the orchestrator restarts a proxy that works.
     shown = Shown()
     with captured_log() as log:
         async with serve_admin(shown, host=LOOPBACK, port=0) as address:
@@ -212,7 +212,7 @@ async def test_an_admin_address_that_dies_is_noticed_and_opened_anew() -> None:
     ] * 2
 
 
-async def test_a_dead_admin_address_does_not_hold_up_the_end() -> None:
+async def test_a_dead_admin_address_does_not_delay_the_end() -> None:
     async with asyncio.timeout(ANSWER_SECONDS_MAX):
         async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
             await ask(address.port, "/liveness")
@@ -229,7 +229,7 @@ async def take(port: int) -> socket.socket:
             await asyncio.sleep(0)
 
 
-async def test_a_port_that_another_program_took_meanwhile_is_waited_for() -> None:
+async def test_a_port_in_use_by_another_program_is_waited_for() -> None:
     with captured_log() as log:
         async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
             await ask(address.port, "/liveness")
@@ -255,7 +255,7 @@ async def test_a_request_has_a_bounded_size() -> None:
 
 @pytest.mark.slow
 async def test_a_connection_that_never_finishes_its_request_ends() -> None:
-    # A few of these would have used up the places that probes need, for ever.
+    # A few of these occupied the connections that probes need, forever.
     async def stay(port: int, said: bytes) -> None:
         reader, writer = await asyncio.open_connection(LOOPBACK, port)
         writer.write(said)
@@ -272,7 +272,7 @@ async def test_a_connection_that_never_finishes_its_request_ends() -> None:
             tasks.create_task(stay(address.port, said))
 
 
-async def test_connections_that_ask_for_nothing_do_not_keep_a_probe_out() -> None:
+async def test_idle_connections_do_not_keep_a_probe_out() -> None:
     # Sixty-four of them were enough for a 503, and so for a restart of the pod.
     async with (
         asyncio.timeout(ANSWER_SECONDS_MAX),
@@ -293,7 +293,7 @@ async def test_connections_that_ask_for_nothing_do_not_keep_a_probe_out() -> Non
             writer.close()
 
 
-async def test_no_answer_is_kept_or_guessed_at_by_a_browser() -> None:
+async def test_no_response_is_cached_or_sniffed_by_a_browser() -> None:
     async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         for path in ("/", "/status", "/metrics", "/liveness"):
             headers = (await ask(address.port, path)).headers

@@ -1,4 +1,4 @@
-"""Who may ask the admin address: no web page by way of a name, and only this machine may quit."""
+"""Access to the admin address: no web page by DNS rebinding, and quit only from this machine."""
 
 import pytest
 from starlette.requests import Request
@@ -31,7 +31,7 @@ async def test_on_loopback_a_foreign_name_is_refused(host: str, status: int) -> 
 
 
 async def test_a_probe_without_a_host_is_served() -> None:
-    # HTTP/1.0 has none, and simple checkers send none.
+    # HTTP/1.0 has none, and simple health checkers send none.
     async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, "/readiness HTTP/1.0\r\nX:", headers="")
         assert answer.status == 200
@@ -44,14 +44,14 @@ async def test_the_name_that_is_configured_is_no_foreign_name() -> None:
         assert answer.status == 200
 
 
-async def test_an_address_for_others_takes_any_name() -> None:
-    # There the network decides who comes, and by which name a service is called.
+async def test_an_address_for_other_machines_accepts_any_name() -> None:
+    # There the network decides who can connect, and which name a service has.
     async with serve_admin(Shown(), host="0.0.0.0", port=0) as address:
         headers = "Host: proxy.monitoring.svc\r\n"
         assert (await ask(address.port, "/metrics", headers=headers)).status == 200
 
 
-async def test_quit_is_asked_for_with_post_from_this_machine() -> None:
+async def test_quit_is_a_post_from_this_machine() -> None:
     shown = Shown()
     async with serve_admin(shown, host=LOOPBACK, port=0, quit_allowed=True) as address:
         refused = await ask(address.port, "/quitquitquit")
@@ -78,7 +78,7 @@ async def test_without_permission_no_request_quits() -> None:
         "Forwarded: for=127.0.0.1",
     ],
 )
-async def test_quit_is_refused_to_pages_and_through_proxies(header: str) -> None:
+async def test_quit_is_refused_to_web_pages_and_through_proxies(header: str) -> None:
     shown = Shown()
     async with serve_admin(shown, host=LOOPBACK, port=0, quit_allowed=True) as address:
         headers = f"Host: localhost\r\n{header}\r\n"

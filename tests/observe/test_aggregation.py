@@ -1,4 +1,4 @@
-"""Adding up what several processes have counted, and what stays of one that has died."""
+"""Adding up the counts of several processes, and what remains of one that has ended."""
 
 import json
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ def a_process() -> Metrics:
 
 
 def reading(metrics: Metrics, **hosts: str) -> Reading:
-    """Return a reading as another process gets it."""
+    """Return a reading as another process receives it."""
     rows = metrics.targets.rows(hosts)
     own = Reading(metrics.samples(), rows, metrics.recent_errors.latest())
     return Reading.from_dict(json.loads(json.dumps(own.as_dict())))
 
 
 def shown(exposition: bytes) -> Mapping[tuple[str, ...], float]:
-    """Return the values by name and words, these in the order of their labels' names."""
+    """Return the values by name and label values, in the order of the labels' names."""
     found: dict[tuple[str, ...], float] = {}
     for family in text_string_to_metric_families(exposition.decode()):
         for sample in family.samples:
@@ -44,7 +44,7 @@ def shown(exposition: bytes) -> Mapping[tuple[str, ...], float]:
     return found
 
 
-def test_counters_gauges_and_histograms_are_added_and_the_program_is_one() -> None:
+def test_counters_gauges_and_histograms_are_added_and_the_build_is_not() -> None:
     first, *others = (a_process() for _ in range(3))
     for metrics in (first, *others):
         metrics.configure(["eu"], "tenants", 7)
@@ -75,7 +75,7 @@ def test_a_target_that_only_another_process_knows_is_shown() -> None:
         assert shown(first.exposition(reading(other).samples))["sessions_active", "us"] == 1
 
 
-def test_of_the_dead_the_counts_stay_and_the_present_goes() -> None:
+def test_the_counts_of_an_ended_process_stay_and_its_present_does_not() -> None:
     first, other = a_process(), a_process()
     with other.connection(), other.session("eu", lambda: Carried(10, 20)):
         other.session_ended("client_closed", "eu")
@@ -99,7 +99,7 @@ def test_targets_and_hosts_are_joined_by_name() -> None:
     assert target.host == "host"
 
 
-def test_failures_of_one_cause_are_one_and_the_newest_are_kept() -> None:
+def test_equal_errors_are_added_and_the_newest_are_kept() -> None:
     def error(reason: str, at: float, count: int) -> RecentError:
         return RecentError(at, reason, "08006", "eu", count, "it failed", "")
 

@@ -148,13 +148,13 @@ async def test_every_metric_is_on_the_dashboard(exported: Exported) -> None:
         ('lakebase_proxy_x_total{instance=~"$i"} / on (job) lakebase_proxy_x_total', "", []),
     ],
 )
-def test_the_check_sees_what_it_is_there_to_see(
+def test_the_check_detects_an_unknown_metric_and_label(
     expression: str, legend: str, wrong: list[str]
 ) -> None:
     assert wrong_in(expression, {"lakebase_proxy_x_total": {"a": {"one"}}}, legend) == wrong
 
 
-def test_the_dashboard_is_one_that_grafana_takes() -> None:
+def test_the_dashboard_has_what_grafana_needs() -> None:
     dashboard = json.loads(DASHBOARD.read_text())
     assert dashboard["uid"] == "lakebase-auth-proxy"
     everything = dashboard["panels"]
@@ -170,7 +170,7 @@ def test_the_dashboard_is_one_that_grafana_takes() -> None:
         assert all('instance=~"$instance"' in target["expr"] for target in panel["targets"])
 
 
-def test_no_two_panels_lie_on_each_other() -> None:
+def test_no_two_panels_overlap() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         place = panel["gridPos"]
@@ -191,7 +191,7 @@ def test_every_alert_says_what_to_do() -> None:
 
 
 @with_promtool
-def test_promtool_takes_the_rules() -> None:
+def test_promtool_accepts_the_rules() -> None:
     assert PROMTOOL is not None
     ran = subprocess.run(
         [PROMTOOL, "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False
@@ -200,7 +200,7 @@ def test_promtool_takes_the_rules() -> None:
 
 
 @with_promtool
-def test_the_alerts_ring_when_they_should_and_only_then() -> None:
+def test_the_alerts_fire_when_they_should_and_only_then() -> None:
     assert PROMTOOL is not None
     ran = subprocess.run(
         [PROMTOOL, "test", "rules", str(ALERT_CASES)], capture_output=True, text=True, check=False

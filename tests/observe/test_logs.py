@@ -80,13 +80,13 @@ def test_a_logger_that_was_used_before_follows_what_is_configured_later() -> Non
     assert [len(lines(file)) for file in files] == [1, 0]
 
 
-def test_what_a_library_says_as_a_mapping_is_a_line_like_any_other(stream: io.StringIO) -> None:
+def test_a_mapping_that_a_library_logs_is_a_line_like_any_other(stream: io.StringIO) -> None:
     logging.getLogger("library").warning({"said": FAKE_JWT})
     (line,) = lines(stream)
     assert (line["event"], line["level"]) == (f"{{'said': '{MASK}'}}", "warning")
 
 
-def test_the_console_can_be_asked_for_without_a_terminal() -> None:
+def test_the_console_format_can_be_chosen_without_a_terminal() -> None:
     stream = io.StringIO()
     configure_logging(format="console", stream=stream)
     get_logger("proxy").info("ready", port=5432)
@@ -103,7 +103,7 @@ def test_lines_below_the_level_are_not_written() -> None:
     assert [line["event"] for line in lines(stream)] == ["loud"]
 
 
-def test_libraries_speak_from_warning_upwards_in_the_same_format(stream: io.StringIO) -> None:
+def test_libraries_log_from_warning_upwards_in_the_same_format(stream: io.StringIO) -> None:
     for name in ("urllib3.connectionpool", "uvicorn.error", "asyncio"):
         logging.getLogger(name).debug("whole request")
         logging.getLogger(name).info("chatter")
@@ -185,7 +185,7 @@ def test_the_value_under_a_secrets_name_is_masked(stream: io.StringIO, name: str
     assert stream.getvalue().count(MASK) == 3
 
 
-def test_a_value_nested_without_end_is_written_all_the_same(stream: io.StringIO) -> None:
+def test_a_value_that_contains_itself_is_written(stream: io.StringIO) -> None:
     nested: object = FAKE_JWT
     for _ in range(50):
         nested = [nested]
@@ -222,12 +222,12 @@ def test_ordinary_text_is_not_masked(text: str) -> None:
     assert mask(text) == text
 
 
-def test_an_authorization_scheme_hides_what_follows() -> None:
+def test_the_text_after_an_authorization_scheme_is_masked() -> None:
     assert mask(f"Authorization: Bearer {FAKE_SECRET}") == f"Authorization: Bearer {MASK}"
     assert mask("Authorization: Basic bm90OnJlYWw=") == f"Authorization: Basic {MASK}"
 
 
-def test_libraries_that_log_their_own_retries_are_heard_only_when_they_fail() -> None:
+def test_a_library_that_logs_its_retries_is_logged_only_at_error() -> None:
     # Seven lines in 25 s without a connection's id, while the workspace was away.
     configure_logging(level="info")
     assert not logging.getLogger("databricks.sdk.config").isEnabledFor(logging.WARNING)

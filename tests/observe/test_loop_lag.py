@@ -1,4 +1,4 @@
-"""The lag of the event loop, on a real loop that is really held up."""
+"""The lag of the event loop, on a real loop that is really blocked."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ STUCK_SECONDS = 0.3
 
 
 @pytest.mark.slow
-async def test_a_loop_that_was_stuck_is_seen_once_with_the_whole_time() -> None:
+async def test_a_blocked_loop_is_sampled_once_with_the_whole_time() -> None:
     samples: asyncio.Queue[float] = asyncio.Queue()
     with sampling_lag(samples.put_nowait):
         async with asyncio.timeout(5):

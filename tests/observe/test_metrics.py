@@ -44,7 +44,7 @@ def test_a_connection_that_fails_is_no_longer_open() -> None:
     assert metrics.value("connections") == 0
 
 
-def test_reasons_are_counted_each_for_itself() -> None:
+def test_each_reason_is_counted_separately() -> None:
     metrics = new_metrics()
     metrics.session_ended("drained")
     metrics.session_ended("drained")
@@ -112,7 +112,7 @@ def test_the_build_is_shown() -> None:
     assert new_metrics().value("build_info", version="1.2.3") == 1
 
 
-def test_the_build_is_one_series_whatever_a_reload_makes_of_it() -> None:
+def test_the_build_is_one_series_after_a_reload_changes_it() -> None:
     metrics = new_metrics()
     metrics.set_acceleration("used")
     metrics.set_acceleration("off")
@@ -134,7 +134,7 @@ def test_names_have_the_prefix_and_labels_are_from_the_short_list() -> None:
             assert sample.labels.keys() <= LABELS
 
 
-def test_two_proxies_in_one_process_count_apart() -> None:
+def test_two_proxies_in_one_process_count_separately() -> None:
     first, second = new_metrics(), new_metrics()
     first.token_minted()
     assert second.value("tokens_minted_total") == 0
@@ -166,7 +166,7 @@ def test_a_phase_outside_the_closed_set_makes_no_new_series() -> None:
     assert b"never-heard-of" not in metrics.exposition()
 
 
-def test_bytes_move_while_a_session_lives_and_never_fall() -> None:
+def test_bytes_are_counted_during_a_session_and_never_fall() -> None:
     metrics, carried = new_metrics(), Carried(0, 0)
     to_upstream = {"target": "eu", "direction": "to_upstream"}
     to_client = {"target": "eu", "direction": "to_client"}
@@ -194,7 +194,7 @@ def test_a_target_that_is_not_configured_makes_no_series() -> None:
     assert [error.target for error in metrics.recent_errors.latest()] == ["other"]
 
 
-def test_what_is_refused_is_counted_and_remembered() -> None:
+def test_a_refusal_is_counted_and_recorded() -> None:
     metrics = new_metrics()
     metrics.session_refused("token_rejected", "28000", "eu")
     metrics.startup_failed("token_rejected")

@@ -1,4 +1,4 @@
-"""The ring of last failures: bounded, counted, and made of closed words alone."""
+"""The list of recent errors: bounded, counted, and made of closed words alone."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_the_newest_comes_first() -> None:
     ]
 
 
-def test_the_same_failure_is_counted_and_comes_to_the_front() -> None:
+def test_a_repeated_error_is_counted_and_moves_to_the_front() -> None:
     errors = RecentErrors(Clock())
     for reason in ("token_rejected", "upstream_dns", "token_rejected"):
         errors.record(reason)
@@ -35,7 +35,7 @@ def test_the_same_failure_is_counted_and_comes_to_the_front() -> None:
     ]
 
 
-def test_another_target_or_sqlstate_is_another_failure() -> None:
+def test_another_target_or_sqlstate_is_another_error() -> None:
     errors = RecentErrors(Clock())
     errors.record("upstream_dns", target="eu")
     errors.record("upstream_dns", target="us")
@@ -44,7 +44,7 @@ def test_another_target_or_sqlstate_is_another_failure() -> None:
 
 
 @pytest.mark.parametrize("kinds", [RECENT_ERRORS_MAX - 1, RECENT_ERRORS_MAX, RECENT_ERRORS_MAX + 1])
-def test_the_oldest_makes_room(kinds: int) -> None:
+def test_the_oldest_error_is_dropped(kinds: int) -> None:
     errors = RecentErrors(Clock())
     for number in range(kinds):
         errors.record("upstream_dns", target=str(number))
@@ -55,11 +55,11 @@ def test_the_oldest_makes_room(kinds: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ErrorKind, ids=lambda kind: kind.name)
-def test_each_kind_says_what_happened_and_what_helps_without_a_role(kind: ErrorKind) -> None:
+def test_each_kind_has_its_message_and_hint_without_a_role(kind: ErrorKind) -> None:
     errors = RecentErrors(Clock())
     errors.record(kind.value.reason, kind.value.sqlstate)
     (error,) = errors.latest()
-    # Kinds that share a word are one reason here: the first of them speaks.
+    # Kinds that share a word are one reason here, with the texts of the first.
     alike = [other.value for other in ErrorKind if other.value.reason == kind.value.reason]
     assert error.message in {other.message for other in alike}
     assert error.sqlstate == kind.value.sqlstate
@@ -70,7 +70,7 @@ def test_each_kind_says_what_happened_and_what_helps_without_a_role(kind: ErrorK
 @pytest.mark.parametrize(
     ("said", "shown"), [("42501", "42501"), ("", "28000"), ("<b>", "28000"), ("28000x", "28000")]
 )
-def test_a_sqlstate_is_five_characters_or_the_reasons_own(said: str, shown: str) -> None:
+def test_a_malformed_sqlstate_is_replaced_by_that_of_the_reason(said: str, shown: str) -> None:
     errors = RecentErrors(Clock())
     errors.record("token_rejected", said)
     assert errors.latest()[0].sqlstate == shown

@@ -1,4 +1,4 @@
-"""The status as a value: what it holds, in what shape, and what it never holds."""
+"""The status as a value: its content and form, and what it never contains."""
 
 import json
 from dataclasses import fields
@@ -46,7 +46,7 @@ def test_a_token_has_no_field_for_the_token() -> None:
     assert names == ["workspace", "age_seconds", "expires_in_seconds"]
 
 
-def test_a_drain_says_what_is_left() -> None:
+def test_a_drain_shows_the_time_and_sessions_left() -> None:
     shown = Shown(state=State.DRAINING, drain_seconds_left=12.0)
     with shown.metrics.session("upstream", lambda: Carried(0, 0)):
         status = shown.status()
@@ -55,7 +55,7 @@ def test_a_drain_says_what_is_left() -> None:
 
 
 @pytest.mark.parametrize(("session_slots_used", "opening"), [(0, 0), (1, 0), (4, 3)])
-def test_a_session_whose_upstream_is_being_opened_is_told_apart(
+def test_a_session_whose_upstream_is_being_opened_is_counted_separately(
     session_slots_used: int, opening: int
 ) -> None:
     shown = Shown(session_slots_used=session_slots_used)
@@ -64,7 +64,7 @@ def test_a_session_whose_upstream_is_being_opened_is_told_apart(
     assert (status.sessions, status.sessions_opening) == (1, opening)
 
 
-def test_a_target_of_before_a_reload_is_shown_while_it_has_sessions() -> None:
+def test_a_removed_target_is_shown_while_it_has_sessions() -> None:
     shown = Shown()
     with shown.metrics.session("upstream", lambda: Carried(0, 0)):
         shown.metrics.targets.configure(["us"])

@@ -1,4 +1,4 @@
-"""The page at `/`: what it may do, and in a real browser what a person sees.
+"""The page at `/`: its policy, and in a real browser its content.
 
 The second half needs Chromium (Debian: `chromium`) and says so when there is none.
 """
@@ -70,7 +70,7 @@ async def test_it_is_served_with_a_policy_that_allows_nothing_from_elsewhere() -
     assert answer.headers["x-frame-options"] == "DENY"
 
 
-def test_it_names_no_other_address_and_makes_no_markup_of_text() -> None:
+def test_it_names_no_other_address_and_inserts_text_only_as_text() -> None:
     text = PAGE.decode()
     addresses = set(re.findall(r"\bhttps?://[^\s\"'>]+", text))
     assert addresses == {"http://www.w3.org/2000/svg"}, "only the name of SVG, never loaded"
@@ -107,7 +107,7 @@ async def browser(stack: AsyncExitStack, tmp_path: Path) -> Browser:
 
 
 def busy() -> Shown:
-    """Return a proxy of which everything can be seen."""
+    """Return a proxy that has something to show in every part."""
     shown = Shown(
         hosts={"upstream": f"ep-{'long-' * 12}name.database.eu-west-1.cloud.example.com"},
         shown_tokens=[Token("workspace", 23.0, 3577.0), Token("old", 4000.0, -400.0)],
@@ -135,7 +135,7 @@ async def opened(
 
 @in_a_browser
 @pytest.mark.slow
-async def test_a_person_sees_all_of_it(stack: AsyncExitStack, browser: Browser) -> None:
+async def test_everything_is_visible(stack: AsyncExitStack, browser: Browser) -> None:
     shown = busy()
     with shown.metrics.session("upstream", lambda: Carried(2_000, 3_000_000)):
         page, _ = await opened(stack, browser, shown)
@@ -154,7 +154,7 @@ async def test_a_person_sees_all_of_it(stack: AsyncExitStack, browser: Browser) 
 
 @in_a_browser
 @pytest.mark.slow
-async def test_an_idle_proxy_is_shown_calmly(stack: AsyncExitStack, browser: Browser) -> None:
+async def test_an_idle_proxy_is_shown_without_gaps(stack: AsyncExitStack, browser: Browser) -> None:
     page, _ = await opened(stack, browser, Shown(hosts={"upstream": ""}))
     seen = await page.text("main")
     for text in ("host not looked up yet", "No connect yet.", "None minted yet.", "Recent errors"):
@@ -166,7 +166,7 @@ async def test_an_idle_proxy_is_shown_calmly(stack: AsyncExitStack, browser: Bro
 @in_a_browser
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_it_is_readable_by_day_and_by_night_and_on_a_phone(
+async def test_it_is_readable_in_light_and_dark_mode_and_on_a_phone(
     stack: AsyncExitStack, browser: Browser, scheme: str
 ) -> None:
     page, _ = await opened(stack, browser, busy())
@@ -183,7 +183,7 @@ async def test_it_is_readable_by_day_and_by_night_and_on_a_phone(
 
 @in_a_browser
 @pytest.mark.slow
-async def test_it_refreshes_itself_and_says_so_when_the_proxy_is_gone(
+async def test_it_refreshes_itself_and_shows_when_the_proxy_is_gone(
     browser: Browser,
 ) -> None:
     shown = Shown()
@@ -241,7 +241,7 @@ async def test_text_that_looks_like_markup_stays_text(
 
 @in_a_browser
 @pytest.mark.slow
-async def test_the_policy_lets_the_page_work_and_nothing_else(
+async def test_the_policy_allows_the_page_and_nothing_else(
     stack: AsyncExitStack, browser: Browser
 ) -> None:
     page, _ = await opened(stack, browser, Shown())
@@ -259,7 +259,7 @@ async def test_the_policy_lets_the_page_work_and_nothing_else(
 
 @in_a_browser
 @pytest.mark.slow
-async def test_a_screen_reader_is_told_of_changes_only(
+async def test_a_screen_reader_announces_changes_only(
     stack: AsyncExitStack, browser: Browser
 ) -> None:
     page, _ = await opened(stack, browser, Shown())

@@ -1,4 +1,4 @@
-"""sd_notify: what systemd hears, over real datagram sockets."""
+"""sd_notify, over real datagram sockets."""
 
 import os
 import socket
@@ -10,9 +10,7 @@ from proxy.observe.systemd import READY, STOPPING, notify, reloading
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_a_state_reaches_the_socket_that_the_environment_names(
-    tmp_path: Path, abstract: bool
-) -> None:
+def test_a_state_reaches_the_socket_in_notify_socket(tmp_path: Path, abstract: bool) -> None:
     if abstract and os.uname().sysname != "Linux":
         pytest.skip("abstract sockets are Linux's")
     name = f"@lakebase-auth-proxy-{os.getpid()}" if abstract else str(tmp_path / "notify")
@@ -25,11 +23,11 @@ def test_a_state_reaches_the_socket_that_the_environment_names(
 
 
 @pytest.mark.parametrize("path", [None, "", "relative", "/nonexistent/notify"])
-def test_without_a_supervisor_nothing_happens(path: str | None) -> None:
+def test_without_a_service_manager_nothing_happens(path: str | None) -> None:
     notify(READY, {} if path is None else {"NOTIFY_SOCKET": path})
 
 
-def test_a_supervisor_that_does_not_listen_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_service_manager_that_does_not_listen_is_not_waited_for(tmp_path: Path) -> None:
     path = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
         supervisor.bind(path)
@@ -37,7 +35,7 @@ def test_a_supervisor_that_does_not_listen_is_not_waited_for(tmp_path: Path) -> 
             notify(READY, {"NOTIFY_SOCKET": path})
 
 
-def test_a_reload_tells_when_it_began_on_the_monotonic_clock() -> None:
+def test_a_reload_is_sent_with_the_monotonic_time() -> None:
     first, second = reloading().split("\n")
     assert first == "RELOADING=1"
     assert int(second.removeprefix("MONOTONIC_USEC=")) > 0

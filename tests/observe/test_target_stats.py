@@ -1,4 +1,4 @@
-"""Numbers that move while sessions live: sums that never fall, targets that stay a closed set."""
+"""Numbers that change during sessions: totals never fall, and targets are a closed set."""
 
 import pytest
 
@@ -10,7 +10,7 @@ def reading(stats: TargetStats, target: str) -> TargetRow:
     return found
 
 
-def test_a_session_is_seen_while_it_lives_and_its_bytes_stay_after_it() -> None:
+def test_a_session_is_counted_while_open_and_its_bytes_remain() -> None:
     stats = TargetStats(["eu"])
     with stats.session("eu", lambda: Carried(3, 4)), stats.session("eu", lambda: Carried(30, 40)):
         during = reading(stats, "eu")
@@ -20,7 +20,7 @@ def test_a_session_is_seen_while_it_lives_and_its_bytes_stay_after_it() -> None:
     assert after.sessions_started == 2
 
 
-def test_a_session_that_fails_is_no_longer_there() -> None:
+def test_a_session_that_fails_is_no_longer_open() -> None:
     stats = TargetStats(["eu"])
     with pytest.raises(ConnectionError), stats.session("eu", lambda: Carried(1, 1)):
         raise ConnectionError
@@ -50,13 +50,13 @@ def test_a_reload_adds_names_and_keeps_what_was_counted() -> None:
 
 
 @pytest.mark.parametrize("names", [TARGETS_MAX - 1, TARGETS_MAX, TARGETS_MAX + 1])
-def test_names_are_bounded_however_often_one_reloads(names: int) -> None:
+def test_the_number_of_names_is_bounded(names: int) -> None:
     stats = TargetStats([])
     stats.configure(str(number) for number in range(names))
     assert len(stats.rows()) == min(names, TARGETS_MAX) + 1
 
 
-def test_a_target_that_is_gone_is_forgotten_with_its_last_session() -> None:
+def test_a_removed_target_is_dropped_with_its_last_session() -> None:
     stats = TargetStats(["eu", "us"])
     with stats.session("eu", lambda: Carried(1, 1)), stats.session("eu", lambda: Carried(1, 1)):
         stats.configure(["us"])
@@ -66,7 +66,7 @@ def test_a_target_that_is_gone_is_forgotten_with_its_last_session() -> None:
     assert stats.label("eu") == OTHER
 
 
-def test_a_target_that_comes_back_meanwhile_goes_on_counting() -> None:
+def test_a_target_that_is_configured_again_keeps_counting() -> None:
     stats = TargetStats(["eu"])
     with stats.session("eu", lambda: Carried(1, 1)):
         stats.configure([])
@@ -74,7 +74,7 @@ def test_a_target_that_comes_back_meanwhile_goes_on_counting() -> None:
     assert reading(stats, "eu").client_bytes == 1
 
 
-def test_names_of_the_past_do_not_pile_up() -> None:
+def test_old_names_do_not_accumulate() -> None:
     stats = TargetStats([])
     for number in range(3 * TARGETS_MAX):
         stats.configure([f"t{number}"])

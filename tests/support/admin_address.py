@@ -52,7 +52,7 @@ class Shown:
 
     @property
     def lifecycle(self) -> "Shown":
-        """Its life, of which the fields above tell."""
+        """This object, which has the fields of a lifecycle."""
         return self
 
     @property

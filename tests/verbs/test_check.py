@@ -136,6 +136,20 @@ async def test_a_native_password_is_checked_without_any_token(
     assert found.json["steps"][-1]["name"] == "Postgres login"
 
 
+async def test_a_password_file_that_cannot_be_read_is_a_failed_credential(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    # It was shown as a TCP connection that failed, which was never tried.
+    found = await checked(
+        *(lakebase, tmp_path, "--json"),
+        credentials={"password_file": str(tmp_path / "absent")},
+        upstream={"user": lakebase.native_role, "host": lakebase["one"].endpoint.host},
+    )
+    assert found.code == EXIT_FAILURE
+    failed = found.json["steps"][-1]
+    assert (failed["name"], failed["reason"]) == ("credential", "password_file_unreadable")
+
+
 async def test_a_personal_access_token_in_place_of_the_password_is_named(
     lakebase: Lakebase, tmp_path: Path
 ) -> None:

@@ -441,8 +441,8 @@ class ErrorKind(Enum):
     )
 
 
-# Refusals that need no action of the operator: a client's own mistake, or a drain. They are logged at
-# level info, all others at warning.
+# Refusals that need no action of the operator: a client's own mistake, or a drain. They are logged
+# at level info, all others at warning.
 NOT_THE_OPERATORS: Final = frozenset(
     {
         ErrorKind.ENDPOINT_OPTION,

@@ -441,6 +441,28 @@ class ErrorKind(Enum):
     )
 
 
+# Refusals that need no action of the operator: a client's own mistake, or a drain. They are logged
+# at level info, all others at warning.
+NOT_THE_OPERATORS: Final = frozenset(
+    {
+        ErrorKind.ENDPOINT_OPTION,
+        ErrorKind.DATABASE_MISSING,
+        ErrorKind.SETTING_UNKNOWN,
+        ErrorKind.SETTING_INVALID,
+        ErrorKind.ARGUMENT_INVALID,
+        ErrorKind.KEY_MISSING,
+        ErrorKind.KEY_CONFLICT,
+        ErrorKind.KEY_TOO_LONG,
+        ErrorKind.KEY_SYNTAX,
+        ErrorKind.KEY_RANGE,
+        ErrorKind.KEY_INVALID,
+        ErrorKind.MAPPING_NOT_FOUND,
+        ErrorKind.SHUTTING_DOWN,
+        ErrorKind.IDLE_TIMEOUT,
+    }
+)
+
+
 class ProxyError(Exception):
     """A session that cannot be served, with everything that the client and the log report of it.
 

@@ -200,6 +200,10 @@ class ShutdownSettings(Section):
     )
 
 
+# A word that services can index; the other keys of a line have such names too.
+LOG_KEY_PATTERN: Final = r"^[A-Za-z][A-Za-z0-9_]{0,63}$"
+
+
 class LogSettings(Section):
     """What is logged to standard error. Tokens, passwords and cancel keys never are."""
 
@@ -208,8 +212,25 @@ class LogSettings(Section):
         description="auto: console on a terminal, else json, one object per line.",
     )
     level: LogLevel = Field(default="info", description="The least severe level that is logged.")
+    event_key: str = Field(
+        default="event",
+        pattern=LOG_KEY_PATTERN,
+        description="The key of a line's event in JSON. Some services want message.",
+    )
+    level_key: str = Field(
+        default="level",
+        pattern=LOG_KEY_PATTERN,
+        description="The key of a line's level in JSON. Some services want severity.",
+    )
 
     @field_validator("level", mode="before")
     @classmethod
     def _in_any_case(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value  # many programs write INFO
+
+    @field_validator("level_key")
+    @classmethod
+    def _differs_from_event_key(cls, value: str, info: ValidationInfo) -> str:
+        if value == info.data.get("event_key"):
+            raise ValueError("must differ from log.event_key")
+        return value

@@ -72,6 +72,20 @@ class Connection:
     async def run(self) -> None:
         """Serve the connection until it ends, for any reason."""
         try:
+            # A client may disconnect at any moment, also while it is told why it is refused.
+            with contextlib.suppress(StreamEnded, OSError):
+                await self._serve_and_finish()
+        except asyncio.CancelledError:
+            self._stream.reset()  # the gateway stops
+            raise
+        finally:
+            await self._stream.release()
+            self._record.ended_by = self._stream.ended_by
+            self._record.closed = True
+            self._gateway.changed()
+
+    async def _serve_and_finish(self) -> None:
+        try:
             await self._serve()
         except LoginRefused as refused:
             self._record.refusal = refused.error.message
@@ -84,14 +98,6 @@ class Connection:
             await self._finish(fault.injection)
         except StreamEnded:
             await self._stream.finish(0)
-        except asyncio.CancelledError:
-            self._stream.reset()  # the gateway stops
-            raise
-        finally:
-            await self._stream.release()
-            self._record.ended_by = self._stream.ended_by
-            self._record.closed = True
-            self._gateway.changed()
 
     async def _serve(self) -> None:
         try:

@@ -164,7 +164,8 @@ class Stream:
         """End with RST."""
         if not self._writer.transport.is_closing():
             connection = self._writer.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOTHING)
+            with contextlib.suppress(OSError):  # the client was first
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOTHING)
         self._writer.transport.abort()
 
     async def release(self) -> None:

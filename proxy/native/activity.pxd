@@ -8,7 +8,7 @@ cdef class Activity:
     cdef long long _sent, _answered, _last_query, _last_group
     cdef bint _unsynced
     cdef int _status
-    cdef bint _tracks_copy, _entered, _copying
+    cdef bint _tracks_copy, _entered, _copying, _copy_both
     cdef list _ends
     cdef long long _doubt
     cdef bint _settled, _renewed

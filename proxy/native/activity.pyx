@@ -61,6 +61,17 @@ cdef class Activity:
         if data.shape[0]:
             self.upstream(&data[0], data.shape[0])
 
+    @property
+    def streaming(self) -> bool:
+        """Whether the session is a replication stream between two messages."""
+        return (
+            self._copy_both
+            and self._answered + 1 == self._sent
+            and not (self._unsynced or self._lost or self.terminated)
+            and not (self._client_skip or self._client_stub_bytes)
+            and not (self._upstream_skip or self._upstream_stub_bytes)
+        )
+
     # -- the client's stream ---------------------------------------------------------------------
 
     cdef int client(self, const unsigned char* read, Py_ssize_t size) except -1:
@@ -112,6 +123,7 @@ cdef class Activity:
 
     cdef bint _is_known(self, int kind, bint unsynced) except -1:
         if kind == b"c" or kind == b"f":
+            self._copy_both = False
             if self._copying:
                 self._copying = False
             elif self._sent > self._answered or unsynced:
@@ -178,7 +190,7 @@ cdef class Activity:
                     self._on_ready()
             elif length < _LENGTH_MIN:
                 length = _SYNC_LOST
-            elif self._tracks_copy or kind == b"G":
+            elif self._tracks_copy or kind == b"G" or kind == b"W":
                 self._on_reply(kind)
             position += length + 1
         if position < size:
@@ -194,7 +206,7 @@ cdef class Activity:
         if self._renewed:
             self._doubt -= 1
         self._doubt = min(self._doubt, unanswered)
-        self._entered = self._copying = False
+        self._entered = self._copying = self._copy_both = False
         if not unanswered and not self._unsynced:
             self._ends = None
         if not self._doubt:
@@ -211,6 +223,10 @@ cdef class Activity:
             self._end_doubt()
         if kind == b"G":
             self._copy_began()
+        elif kind == b"W":
+            self._copy_both = self._tracks_copy = True
+        elif self._copy_both:
+            self._copy_both = kind != b"c" and kind != b"C" and kind != b"E"
         elif self._entered and kind == b"C":
             self._answered += self._doubt
             self._entered = self._copying = False

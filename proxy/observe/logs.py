@@ -98,9 +98,19 @@ class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
         return mask(str(line))
 
 
-def _renderer(console: bool, colors: bool) -> list[Processor]:
+def _renderer(
+    console: bool, colors: bool, event_key: str = "event", level_key: str = "level"
+) -> list[Processor]:
     if not console:
-        return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        keys = {"timestamp": "timestamp", "level": level_key, "event": event_key}
+
+        def in_order(logger: object, method_name: str, event: EventDict) -> EventDict:
+            """Return the line with its three fixed keys first, by their configured names."""
+            first = {name: event[key] for key, name in keys.items() if key in event}
+            rest = {key: value for key, value in event.items() if key not in keys}
+            return first | {key: value for key, value in rest.items() if key not in first}
+
+        return [structlog.processors.format_exc_info, in_order, structlog.processors.JSONRenderer()]
     # The default formatter of exceptions shows local variables, which may hold tokens.
     plain = structlog.dev.plain_traceback
     return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
@@ -110,9 +120,14 @@ def configure_logging(
     *,
     format: Literal["auto", "console", "json"] = "auto",
     level: Literal["debug", "info", "warning", "error"] = "info",
+    event_key: str = "event",
+    level_key: str = "level",
     stream: TextIO | None = None,
 ) -> None:
     """Write the process's log to `stream`, by default standard error. May be called again.
+
+    A JSON line begins with `timestamp`, the level and the event; `event_key` and `level_key` name
+    the last two.
 
     `level` applies to the proxy's own lines. Libraries always log from `warning` upwards, because
     the SDK and urllib3 log complete requests at lower levels.
@@ -129,7 +144,10 @@ def configure_logging(
     ]
     handler = logging.StreamHandler(target)
     handler.setFormatter(
-        _MaskingFormatter(foreign=shared, render=_renderer(console, colors=target.isatty()))
+        _MaskingFormatter(
+            foreign=shared,
+            render=_renderer(console, target.isatty(), event_key, level_key),
+        )
     )
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown
     root = logging.getLogger()

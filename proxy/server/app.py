@@ -150,7 +150,7 @@ class App:
         snapshot = ConfigSnapshot(kept, self.workspaces, self._record_phase, self.snapshot, router)
         self._configure_metrics(snapshot)
         if kept.log != self.settings.log:
-            configure_logging(format=kept.log.format, level=kept.log.level)
+            configure_logging(**kept.log.model_dump())
         before = self.snapshot
         changes = changes.with_contents(before.rewritten(snapshot))
         self.snapshot, self._tls = snapshot, tls

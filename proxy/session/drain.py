@@ -120,7 +120,7 @@ class IdleEnd:
         if self._grace_timer is not None:
             self._grace_timer.cancel()
             self._grace_timer = None
-        if self._relay.over or not self._relay.idle:
+        if self._relay.over or not self._relay.may_end:
             return
         if self._grace_seconds:
             loop = asyncio.get_running_loop()
@@ -305,4 +305,4 @@ class OpenSessions:
     def _idle_count(self) -> int:
         """Return the number of relayed sessions that are idle."""
         relays = [entry.relay for entry in self._by_task.values() if entry.relay is not None]
-        return sum(relay.idle and not relay.over for relay in relays)
+        return sum(relay.may_end and not relay.over for relay in relays)

@@ -39,6 +39,11 @@ OUTCOMES: Final[Mapping[str, Outcome]] = {
     EndReason.INTERNAL_ERROR: Outcome.FAILED,
 }
 
+# One side has disconnected.
+DISCONNECTS: Final = frozenset(
+    {EndReason.CLIENT_LOST, EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST}
+)
+
 # Recorded among the recent errors. An upstream that closes normally ends many sessions at once, and
 # that is no error.
 ERRORS: Final = frozenset({EndReason.UPSTREAM_LOST, EndReason.INTERNAL_ERROR})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from proxy.observe.target_stats import Carried
 from proxy.session.direction import Direction
-from proxy.session.end_reason import EndReason, RelayEnd
+from proxy.session.end_reason import DISCONNECTS, EndReason, RelayEnd
 from proxy.session.fast_path import LANE_BUFFER_BYTES_MAX, FastPath
 from proxy.transport.graceful_close import LINGER_SECONDS, close_gracefully
 from proxy.wire.activity import Activity
@@ -89,6 +89,11 @@ class Relay:
         return self._activity.idle
 
     @property
+    def may_end(self) -> bool:
+        """Whether a drain may end the session now: it is idle, or an idle replication stream."""
+        return self._activity.idle or self._activity.streaming
+
+    @property
     def over(self) -> bool:
         """Whether the session has ended. Both sides may still be closing."""
         return self._ended.done()
@@ -141,9 +146,14 @@ class Relay:
         return self.ended(reason)
 
     def ended(self, reason: EndReason) -> RelayEnd:
-        """Return the end, by this reason unless there was another one before."""
+        """Return the end, by this reason unless there was another one before.
+
+        After a client's Terminate either side may close first, and the session is completed.
+        """
         if self._ended.done() and not self._ended.cancelled():
             reason = self._ended.result()
+        if reason in DISCONNECTS and self._activity.terminated:
+            reason = EndReason.CLIENT_CLOSED
         carried = self.carried()
         return RelayEnd(reason, carried.client_bytes, carried.upstream_bytes)
 

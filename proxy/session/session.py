@@ -9,22 +9,23 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from proxy.errors import ErrorKind, ProxyError
+from proxy.errors import NOT_THE_OPERATORS, ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.routing.router import Route
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
 from proxy.session.drain import OpenSession
 from proxy.session.end_reason import EndReason
 from proxy.session.relay import Relay
-from proxy.session.session_log import SessionLog
+from proxy.session.session_log import SessionLog, TLSAdvice
 from proxy.session.starting_client import ClientGone, StartingClient
 from proxy.transport.sockets import is_unix
 from proxy.transport.stream import StartupStream
 from proxy.upstream.dialer import UpstreamSession
+from proxy.upstream.phases import DialProgress
 from proxy.upstream.upstreams import SessionOpener
 from proxy.wire.client_startup import CancelReceived, Disconnected, StartupReceived, Violated
 from proxy.wire.messages import ErrorResponse
@@ -53,6 +54,7 @@ class SessionParts:
     """Ends a session that was idle for this time; 0: never."""
     lanes: "Callable[[], Lanes | None]" = lambda: None
     """Returns the lanes of the running loop; None where they were not built."""
+    tls_advice: TLSAdvice = field(default_factory=TLSAdvice)
 
 
 class Session:
@@ -62,7 +64,7 @@ class Session:
     nothing of the startup.
     """
 
-    __slots__ = ("_entry", "_log", "_parts", "_starting_client")
+    __slots__ = ("_entry", "_log", "_parts", "_progress", "_starting_client")
 
     def __init__(self, stream: StartupStream, entry: OpenSession, parts: SessionParts) -> None:
         # Bytes on a unix socket do not leave the machine: TLS is refused there, as by PostgreSQL.
@@ -70,7 +72,8 @@ class Session:
         self._starting_client: StartingClient | None = StartingClient(stream, tls)
         self._entry = entry
         self._parts = parts
-        self._log = SessionLog(parts.metrics, entry.started_at)
+        self._log = SessionLog(parts.metrics, parts.tls_advice, entry.started_at)
+        self._progress = DialProgress()
 
     async def run(self) -> None:
         """Serve the connection from accept to close."""
@@ -81,7 +84,7 @@ class Session:
                 self._log.ended(self._entry.relay.ended(EndReason.SHUTDOWN))
             raise
         except ClientGone:
-            self._log.client_gone()
+            self._log.client_gone(self._progress)
         except ProxyError as error:
             self._refuse(error)
         except ClientViolation as violation:
@@ -150,7 +153,7 @@ class Session:
                 route, opener = await self._parts.route(startup)
                 self._log.routed(route)
                 self._entry.refuse_if_draining()
-                upstream = await opener.open(route.message)
+                upstream = await opener.open(route.message, self._progress)
         except asyncio.CancelledError:
             # A drain has begun, and this client still waits for an answer.
             self._refuse(ProxyError(ErrorKind.SHUTTING_DOWN))
@@ -164,10 +167,11 @@ class Session:
         return opener, upstream
 
     def _refuse(self, error: ProxyError) -> None:
-        self._refuse_with(error.reason, error.response())
+        is_warning = error.kind not in NOT_THE_OPERATORS
+        self._refuse_with(error.reason, error.response(), is_warning=is_warning)
 
-    def _refuse_with(self, reason: str, error: ErrorResponse) -> None:
-        self._log.refused(reason, error)
+    def _refuse_with(self, reason: str, error: ErrorResponse, *, is_warning: bool = False) -> None:
+        self._log.refused(reason, error, is_warning=is_warning)
         self._client.refuse(_with_shard(error, self._log.shard))
 
     def _fail(self) -> None:

@@ -5,6 +5,7 @@ contains the fingerprint.
 """
 
 import asyncio
+import math
 from enum import StrEnum, unique
 from typing import Final
 
@@ -13,6 +14,7 @@ from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.routing.router import Route
 from proxy.session.end_reason import RelayEnd
+from proxy.upstream.phases import ConnectPhase, DialProgress
 from proxy.wire.client_startup import Disconnected, Violated
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.violations import ClientReason
@@ -47,17 +49,57 @@ class StartupFailure(StrEnum):
     STARTUP_TIMEOUT = "startup_timeout"
     CLIENT_TLS = "client_tls"
     PROBE = "probe"
+    CLIENT_WANTS_TLS = "client_wants_tls"
+    # The client disconnected: before its StartupMessage was complete, or while its session waited.
     CLIENT_GONE = "client_gone"
+    CLIENT_GONE_SLOT = "client_gone_slot"
+    CLIENT_GONE_DNS = "client_gone_dns"
+    CLIENT_GONE_MINT = "client_gone_mint"
+    CLIENT_GONE_TCP = "client_gone_tcp"
+    CLIENT_GONE_TLS = "client_gone_tls"
+    CLIENT_GONE_LOGIN = "client_gone_login"
+
+
+_GONE_IN: Final = {
+    None: StartupFailure.CLIENT_GONE,
+    ConnectPhase.DNS: StartupFailure.CLIENT_GONE_DNS,
+    ConnectPhase.MINT: StartupFailure.CLIENT_GONE_MINT,
+    ConnectPhase.TCP: StartupFailure.CLIENT_GONE_TCP,
+    ConnectPhase.TLS: StartupFailure.CLIENT_GONE_TLS,
+    ConnectPhase.LOGIN: StartupFailure.CLIENT_GONE_LOGIN,
+}
+
+_WANTS_TLS_ADVICE: Final = (
+    "a client asked for TLS and left when it was refused: set sslmode=disable or sslmode=prefer in "
+    "the application (the Lakebase guide exports PGSSLMODE=require), or set listen.tls_certificate"
+)
+# Many applications connect again at once, so the line is written no more often than this.
+WANTS_TLS_LINE_SECONDS: Final = 60.0
+
+
+class TLSAdvice:
+    """When the advice for clients that want TLS was logged last; one for all sessions."""
+
+    def __init__(self) -> None:
+        self._logged_at = -math.inf
+
+    def is_due(self, now: float) -> bool:
+        """Return whether the line is to be written again, and record that it is."""
+        if now - self._logged_at < WANTS_TLS_LINE_SECONDS:
+            return False
+        self._logged_at = now
+        return True
 
 
 class SessionLog:
     """The lines and counts of one connection."""
 
-    __slots__ = ("_host", "_key", "_metrics", "_started_at", "shard", "target")
+    __slots__ = ("_host", "_key", "_metrics", "_started_at", "_tls_advice", "shard", "target")
 
-    def __init__(self, metrics: Metrics, started_at: float) -> None:
+    def __init__(self, metrics: Metrics, tls_advice: TLSAdvice, started_at: float) -> None:
         """`started_at` is the loop's time of the accept."""
         self._metrics = metrics
+        self._tls_advice = tls_advice
         self._started_at = started_at
         self.target = ""
         self.shard = ""
@@ -79,6 +121,9 @@ class SessionLog:
 
     def startup_failed(self, event: Violated | Disconnected) -> None:
         """Record a client that sent no StartupMessage; probes and port scans at level debug."""
+        if isinstance(event, Disconnected) and event.wanted_tls:
+            self._client_wanted_tls()
+            return
         if isinstance(event, Disconnected):
             word = StartupFailure.PROBE if event.untouched else StartupFailure.CLIENT_GONE
             self._metrics.startup_failed(word)
@@ -89,20 +134,29 @@ class SessionLog:
         level = _log.info if violation.reason in _DRIVER_VIOLATIONS else _log.debug
         level("client refused", reason=violation.reason, sqlstate=violation.sqlstate)
 
-    def client_gone(self) -> None:
-        """Record a client that disconnected while it waited for its session."""
-        self._metrics.startup_failed(StartupFailure.CLIENT_GONE)
-        _log.debug("client left before its session was ready")
+    def client_gone(self, progress: DialProgress) -> None:
+        """Record a client that disconnected while it waited, with what it waited for."""
+        word = _GONE_IN[progress.phase]
+        if progress.waits_for_slot:
+            word = StartupFailure.CLIENT_GONE_SLOT
+        self._metrics.startup_failed(word)
+        _log.info(
+            "client left before its session was ready",
+            reason=word.value,
+            **self._where(),
+            duration_seconds=self._duration_seconds(),
+        )
 
     def routed(self, route: Route) -> None:
         """Set the route that all further lines show."""
         self.target, self._key = route.target, route.key
         self.shard = route.target if route.shard_map else ""
 
-    def refused(self, reason: str, error: ErrorResponse) -> None:
-        """Record a client that is refused with an ErrorResponse."""
+    def refused(self, reason: str, error: ErrorResponse, *, is_warning: bool) -> None:
+        """Record a client that is refused with an ErrorResponse. A warning asks for an operator."""
         self._metrics.session_refused(reason, error.sqlstate, self.target)
-        _log.info(
+        level = _log.warning if is_warning else _log.info
+        level(
             "session refused",
             reason=reason,
             sqlstate=error.sqlstate,
@@ -110,6 +164,13 @@ class SessionLog:
             **self._where(),
             duration_seconds=self._duration_seconds(),
         )
+
+    def _client_wanted_tls(self) -> None:
+        reason = StartupFailure.CLIENT_WANTS_TLS
+        self._metrics.startup_failed(reason)
+        self._metrics.record_error(reason, message=_WANTS_TLS_ADVICE)
+        if self._tls_advice.is_due(asyncio.get_running_loop().time()):
+            _log.info("client wants TLS", reason=reason.value, advice=_WANTS_TLS_ADVICE)
 
     # -- a session -------------------------------------------------------------------------------
 

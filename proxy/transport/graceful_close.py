@@ -9,6 +9,8 @@ the peer can end its stream too; close. Each wait is bounded.
 import asyncio
 from typing import Final
 
+from proxy.transport.sockets import end_stream
+
 # How long a slow reader may take to read the rest of the write buffer.
 FLUSH_SECONDS_MAX: Final = 30.0
 # How long the peer may take after that to end its own stream. Most peers end it at once. An idle
@@ -56,7 +58,7 @@ async def close_gracefully(
             if transport.get_write_buffer_size() > 0:
                 await discard.flushed
         if not discard.is_lost:
-            transport.write_eof()
+            end_stream(transport)
         async with asyncio.timeout(linger_seconds):
             await discard.lost
     except TimeoutError:

@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -35,19 +36,36 @@ def set_tcp_options(transport: asyncio.BaseTransport) -> None:
     # The loop's socket wrapper creates a socket object for each option. One here serves for all.
     sock = socket.socket(found.family, found.type, found.proto, fileno=found.fileno())
     try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _KEEPALIVE_OPTIONS:
-            _set_if_available(sock, name, value)
+        # Some systems refuse options of a connection that the peer has reset.
+        with suppress(OSError):
+            _set_options(sock)
     finally:
         sock.detach()  # the descriptor belongs to the transport
+
+
+def _set_options(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE_OPTIONS:
+        _set_if_available(sock, name, value)
+
+
+def end_stream(transport: asyncio.Transport) -> None:
+    """Send FIN after the write buffer. Do nothing if the peer has reset the connection.
+
+    The kernel knows of a reset before the transport does: then shutdown(2) fails with ENOTCONN, and
+    `connection_lost` follows.
+    """
+    with suppress(OSError):
+        transport.write_eof()
 
 
 def set_user_timeout(transport: asyncio.BaseTransport) -> None:
     """Set the time after which unacknowledged bytes end an upstream connection."""
     sock = _tcp_socket(transport)
     if sock is not None:
-        _set_if_available(sock, "TCP_USER_TIMEOUT", UNACKNOWLEDGED_SECONDS_MAX * 1000)
+        with suppress(OSError):
+            _set_if_available(sock, "TCP_USER_TIMEOUT", UNACKNOWLEDGED_SECONDS_MAX * 1000)
 
 
 def _tcp_socket(transport: asyncio.BaseTransport) -> socket.socket | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, cast
 from proxy import native
 from proxy.file_stamp import Stamp, stamp_of
 from proxy.transport.key_exchange import asked_curve
+from proxy.transport.sockets import end_stream
 
 if TYPE_CHECKING:  # the module is missing if it was not compiled
     from proxy.native.tls import ClientContext, TLSConnection
@@ -201,7 +202,7 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         if self._peer_ended:
             self.lower.close()  # both directions have ended
         else:
-            self.lower.write_eof()
+            end_stream(self.lower)
 
     def get_write_buffer_size(self) -> int:
         """Return the bytes not yet given to the kernel."""

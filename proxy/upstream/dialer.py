@@ -19,7 +19,7 @@ from proxy.transport.stream import StartupStream
 from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
 from proxy.upstream.connector import Addresses, Connector
 from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
-from proxy.upstream.phases import ConnectPhase, PhaseTimer, RecordPhase
+from proxy.upstream.phases import ConnectPhase, DialProgress, PhaseTimer, RecordPhase
 from proxy.upstream.retry import Retry
 from proxy.wire.startup import StartupMessage
 from proxy.wire.upstream_message import upstream_message
@@ -116,12 +116,17 @@ class Dialer:
         self._jitter = jitter
         self._clock = clock
 
-    async def dial(self, client: StartupMessage) -> UpstreamSession:
+    async def dial(
+        self, client: StartupMessage, progress: DialProgress | None = None
+    ) -> UpstreamSession:
         """Return a session for this client, within `connect_timeout_seconds`.
 
+        `progress` shows meanwhile what the dial waits for.
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
-        dial = _Dial(client, PhaseTimer(self._record_phase), Retry(self._jitter), self._clock())
+        dial = _Dial(
+            client, PhaseTimer(self._record_phase, progress), Retry(self._jitter), self._clock()
+        )
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 return await self._dial_until_ready(dial)

@@ -27,6 +27,21 @@ RecordTargetPhase = Callable[[str, ConnectPhase, float], None]
 """The same, with the target's name first."""
 
 
+class DialProgress:
+    """What one dial waits for now: a phase, or one of `upstream.connects_max` slots.
+
+    The session that waits for the dial owns it, so that a client that leaves is recorded with what
+    it waited for.
+    """
+
+    __slots__ = ("phase", "waits_for_slot")
+
+    def __init__(self) -> None:
+        self.phase: ConnectPhase | None = None
+        """None before the first phase and while the dial waits for a slot."""
+        self.waits_for_slot = False
+
+
 class PhaseTimer:
     """Times the phases of one dial.
 
@@ -35,20 +50,25 @@ class PhaseTimer:
     or the dial is over: no client waits for a measurement.
     """
 
-    def __init__(self, record: RecordPhase) -> None:
-        self.current: ConnectPhase | None = None
+    def __init__(self, record: RecordPhase, progress: DialProgress | None = None) -> None:
+        self._progress = progress or DialProgress()
         self._record = record
         self._started_at = 0.0
         self._measured: list[tuple[ConnectPhase, float]] = []
 
+    @property
+    def current(self) -> ConnectPhase | None:
+        """The phase that was started last."""
+        return self._progress.phase
+
     def start(self, phase: ConnectPhase) -> None:
         """Start a phase. After a failure `current` still says which one it was."""
-        self.current = phase
+        self._progress.phase, self._progress.waits_for_slot = phase, False
         self._started_at = time.perf_counter()
 
     def pause(self) -> None:
         """Leave the phase: other dials are waited for."""
-        self.current = None
+        self._progress.phase, self._progress.waits_for_slot = None, True
 
     def finish(self) -> None:
         """Measure the current phase, which succeeded. The time until the next start is no phase's.

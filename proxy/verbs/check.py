@@ -31,7 +31,7 @@ from proxy.server.app import App, open_snapshot, serving
 from proxy.server.process import Signals
 from proxy.upstream.address_lookup import ANY_USER
 from proxy.upstream.dialer import UpstreamSession
-from proxy.upstream.phases import ConnectPhase
+from proxy.upstream.phases import ConnectPhase, DialProgress
 from proxy.upstream.upstreams import Upstream
 from proxy.verbs.event_loop import PRINT_CONFIG, print_config, run_on_event_loop, serving_settings
 from proxy.verbs.stderr import fail
@@ -224,7 +224,7 @@ class _TargetCheck:
         pairs = ((b"user", user.encode()), (b"application_name", _PROGRAM.encode()))
         started_at = time.perf_counter()
         try:
-            session = await self._upstream.open(StartupMessage(V3_0, pairs))
+            session = await self._upstream.open(StartupMessage(V3_0, pairs), DialProgress())
         except ProxyError as error:
             return self._failed_phases(error, time.perf_counter() - started_at)
         await _terminate(session)

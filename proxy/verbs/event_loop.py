@@ -37,7 +37,7 @@ def serving_settings(arguments: Sequence[str]) -> Settings:
 
 def run_on_event_loop(settings: Settings, program: Program) -> int:
     """Run a program and return its exit code; print why it cannot start."""
-    configure_logging(format=settings.log.format, level=settings.log.level)
+    configure_logging(**settings.log.model_dump())
     raise_file_limit()
     try:
         return uvloop.run(program(settings))

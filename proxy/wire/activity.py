@@ -61,8 +61,12 @@ _COPY_ENDS: Final = frozenset(b"cf")  # CopyDone, CopyFail
 _DATA_ROW: Final = ord("D")
 _READY: Final = ord("Z")
 _COPY_IN: Final = ord("G")
+_COPY_BOTH: Final = ord("W")
+_COPY_STARTS: Final = frozenset((_COPY_IN, _COPY_BOTH))
+_COPY_DONE: Final = ord("c")
 _COMPLETE: Final = ord("C")
 _ERROR: Final = ord("E")
+_STREAM_ENDS: Final = frozenset((_COPY_DONE, _COMPLETE, _ERROR))
 # NoticeResponse, ParameterStatus, NotificationResponse: they are no answer to a request.
 _ASYNCHRONOUS: Final = frozenset(b"NSA")
 
@@ -77,6 +81,7 @@ class Activity:
         "_answered",
         "_client_skip",
         "_client_stub",
+        "_copy_both",
         "_copying",
         "_doubt",
         "_ends",
@@ -112,6 +117,7 @@ class Activity:
         self._tracks_copy = False
         self._entered = False  # CopyInResponse came, and neither its completion nor its error
         self._copying = False  # the same, and the client has not sent the end of the data
+        self._copy_both = False  # CopyBothResponse came, and neither side has ended the stream
         self._ends: list[int] = []  # `_sent` at each end of COPY data sent before CopyInResponse
         self._doubt = 0  # how many of the unanswered sync points may never be answered
         self._settled = False  # everything certain has been answered, and something is in doubt
@@ -123,6 +129,21 @@ class Activity:
         return (
             self._answered == self._sent
             and self._status == _IDLE
+            and not (self._unsynced or self._lost or self.terminated)
+            and not (self._client_skip or self._client_stub)
+            and not (self._upstream_skip or self._upstream_stub)
+        )
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the session is a replication stream between two messages.
+
+        PostgreSQL ends such a stream at any time, as its fast shutdown does: no answer is owed but
+        that of START_REPLICATION, which comes at the stream's end.
+        """
+        return (
+            self._copy_both
+            and self._answered + 1 == self._sent
             and not (self._unsynced or self._lost or self.terminated)
             and not (self._client_skip or self._client_stub)
             and not (self._upstream_skip or self._upstream_stub)
@@ -170,6 +191,7 @@ class Activity:
     def _is_known(self, kind: int, *, unsynced: bool) -> bool:
         """Process a message that is neither a request nor data; return False for unknown types."""
         if kind in _COPY_ENDS:
+            self._copy_both = False
             if self._copying:
                 self._copying = False
             elif self._sent > self._answered or unsynced:
@@ -225,7 +247,7 @@ class Activity:
                     self._on_ready()
             elif length < _LENGTH_MIN:
                 length = _SYNC_LOST
-            elif self._tracks_copy or kind == _COPY_IN:
+            elif self._tracks_copy or kind in _COPY_STARTS:
                 self._on_reply(kind)
             position += length + 1
         if position < size:
@@ -241,7 +263,7 @@ class Activity:
             # It came before any answer to the new request, so it answers a Sync that was in doubt.
             self._doubt -= 1
         self._doubt = min(self._doubt, unanswered)
-        self._entered = self._copying = False
+        self._entered = self._copying = self._copy_both = False
         if not unanswered and not self._unsynced:
             self._ends.clear()
         if not self._doubt:
@@ -258,6 +280,10 @@ class Activity:
             self._end_doubt()
         if kind == _COPY_IN:
             self._copy_began()
+        elif kind == _COPY_BOTH:
+            self._copy_both = self._tracks_copy = True
+        elif self._copy_both:
+            self._copy_both = kind not in _STREAM_ENDS
         elif self._entered and kind == _COMPLETE:
             self._answered += self._doubt  # the upstream ignored them while it read the data
             self._entered = self._copying = False

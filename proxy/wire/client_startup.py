@@ -158,9 +158,14 @@ class Violated:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The client ended its stream. `untouched`: it had sent no byte, as a health probe does."""
+    """The client ended its stream.
+
+    `untouched`: it had sent no byte, as a health probe does. `wanted_tls`: its last packet was an
+    SSLRequest, and the answer was `N`.
+    """
 
     untouched: bool
+    wanted_tls: bool = False
     reply: bytes = b""
 
 
@@ -184,6 +189,7 @@ class ClientStartup:
         self._ssl_done = False
         self._gssenc_done = False
         self._touched = False
+        self._tls_refused = False  # by the last answer
         self._buffer = bytearray()
 
     # -- input from the client -------------------------------------------------------------------
@@ -192,6 +198,7 @@ class ClientStartup:
         """Process received bytes and return their events. Send the replies in order."""
         events: list[ClientEvent] = []
         self._touched = self._touched or bool(data)
+        self._tls_refused = False
         if self.state in (ClientState.CANCEL, ClientState.FAILED):
             return events  # bytes after a CancelRequest or a refusal are ignored (W38)
         if self.state is ClientState.READY:
@@ -218,7 +225,8 @@ class ClientStartup:
         if (self.state, ClientStep.DISCONNECT) not in CLIENT_TABLE:
             return []
         self._move(ClientStep.DISCONNECT)
-        return [Disconnected(untouched=not self._touched)]
+        wanted_tls = self._tls_refused and not self._buffer
+        return [Disconnected(untouched=not self._touched, wanted_tls=wanted_tls)]
 
     # -- actions of the caller -------------------------------------------------------------------
 
@@ -299,6 +307,7 @@ class ClientStartup:
             if self._gssenc_done:
                 raise unsupported_version(ProtocolVersion(1234, 5680))
             self._gssenc_done = True
+        self._tls_refused = isinstance(request, SSLRequest)
         self._move(ClientStep.REFUSE_ENCRYPTION)
         return b"N"
 

@@ -99,7 +99,7 @@ class Worker:
         self._rpc = await RpcConnection.open(control, methods)
         self._workspaces = RemoteWorkspaceRegistry(self._rpc)
         settings = await self._first_settings
-        configure_logging(format=settings.log.format, level=settings.log.level)
+        configure_logging(**settings.log.model_dump())
         self._app = self._build_app(settings)
         async with running(self._app):
             gc.freeze()  # what exists now stays, and need not be looked at again

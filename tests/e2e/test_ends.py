@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -29,6 +30,7 @@ from tests.support.running import (
 
 ROWS = 20_000
 ROW_TEXT_BYTES = 1000
+POLITE_CLOSES = 20
 
 
 async def test_fatal_57p01_of_a_terminated_backend_reaches_a_driver(
@@ -153,7 +155,7 @@ async def test_w54_a_client_that_vanishes_while_the_database_wakes_ends_the_dial
     assert record.ended_by is EndedBy.CLOSE_NOTIFY
     assert not record.ready
     await eventually(lambda: proxy.metrics.value("connections") == 0, "its connection is gone")
-    assert proxy.metrics.value("startup_failures_total", reason="client_gone") == 1
+    assert proxy.metrics.value("startup_failures_total", reason="client_gone_login") == 1
     assert log.above_info() == []
 
 
@@ -190,11 +192,47 @@ async def test_w54_a_client_that_vanishes_while_a_token_is_minted_leaves_the_min
             await lakebase.workspace.called(Call.CREDENTIAL)
         client.close()
         await eventually(lambda: proxy.metrics.value("connections") == 0, "it is gone", 1)
-    assert proxy.metrics.value("startup_failures_total", reason="client_gone") == 1
+    assert proxy.metrics.value("startup_failures_total", reason="client_gone_mint") == 1
     lakebase.workspace.clear_faults()
     async with plain_client(proxy) as client:
         await client.start_up()
     assert len(lakebase.workspace.mints) == 1
+
+
+async def test_a_terminate_completes_the_session_whichever_side_closes_first(
+    proxy: App, lakebase: Lakebase
+) -> None:
+    # A driver that waits for the server to close after its Terminate, as asyncpg does, was counted
+    # as lost: the alert for lost sessions fired on healthy applications.
+    for _ in range(POLITE_CLOSES):
+        await (await asyncpg.connect(**asyncpg_arguments(proxy))).close()
+        connection = await psycopg.AsyncConnection.connect(**libpq(proxy))
+        await connection.close()
+    async with plain_client(proxy) as client:
+        await client.start_up()
+        await client.send(Terminate().encode())
+        client.reset()
+    await all_over(proxy, lakebase)
+    ended = partial(proxy.metrics.value, "sessions_ended_total")
+    assert ended(outcome="lost") == 0
+    assert ended(reason="client_closed") == 2 * POLITE_CLOSES + 1
+
+
+async def test_a_client_that_leaves_when_tls_is_refused_is_told_of_and_advised(
+    proxy: App, log: LogLines
+) -> None:
+    # sslmode=require ends at the N that refuses TLS. It was a bare client_gone, without a line.
+    for _ in range(3):
+        with pytest.raises(psycopg.OperationalError, match="does not support SSL"):
+            await psycopg.AsyncConnection.connect(**libpq(proxy, sslmode="require"))
+    failed = partial(proxy.metrics.value, "startup_failures_total", reason="client_wants_tls")
+    await eventually(lambda: failed() == 3, "they are counted")
+    (line,) = log.events("client wants TLS")
+    assert line["level"] == "info"
+    assert "sslmode=disable" in line["advice"]
+    (row,) = proxy.metrics.recent_errors.latest()
+    assert (row.reason, row.count) == ("client_wants_tls", 3)
+    assert "sslmode=disable" in row.message
 
 
 async def test_sessions_are_apart_a_lost_one_does_not_touch_the_others(

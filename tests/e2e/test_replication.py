@@ -5,6 +5,7 @@ Lakebase gives on request and the tests give here.
 """
 
 import asyncio
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,9 @@ import pytest
 from proxy.emulator.cluster import CLIENT_ID, DATABASE, Cluster, quoted
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
+from proxy.wire.messages import ReadyForQuery
+from tests.e2e.conftest import StartProcess
+from tests.support.client import plain_client, query, startup
 from tests.support.proxy_process import run_to_end
 from tests.support.running import USER, Listening, libpq
 
@@ -134,3 +138,28 @@ async def test_w17_settings_of_a_subscription_reach_the_walsender(
     arguments = libpq(proxy, replication="database", options=options)
     shown = await asyncio.to_thread(answer, arguments, b"SHOW extra_float_digits")
     assert shown == [b"3"]
+
+
+async def test_w47_a_drain_ends_an_idle_replication_stream_at_once(
+    start_process: StartProcess, replication_role: Cluster
+) -> None:
+    # The stream held the drain to its last second, and the exit code was 3. PostgreSQL's own fast
+    # shutdown ends it within a moment.
+    proxy = await start_process(shutdown={"drain_seconds": 60})
+    async with plain_client(proxy) as client:
+        await client.send(startup(replication="database"))
+        await client.messages_until(ReadyForQuery)
+        await client.send(query(f"CREATE_REPLICATION_SLOT {SLOT} TEMPORARY LOGICAL pgoutput"))
+        await client.messages_until(ReadyForQuery)
+        start = f"START_REPLICATION SLOT {SLOT} LOGICAL 0/0 (proto_version '1', "
+        await client.send(query(start + "publication_names 'none')"))
+        while (await client.receive_exactly(1)) != b"W":
+            pass
+        began = asyncio.get_running_loop().time()
+        proxy.send(signal.SIGTERM)
+        rest = await client.receive_rest()
+        assert b"57P01" in rest
+        assert b"reason=shutting_down" in rest
+        client.close()
+        assert await proxy.ended() == 0
+        assert asyncio.get_running_loop().time() - began < 10

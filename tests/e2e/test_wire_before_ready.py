@@ -48,7 +48,7 @@ async def test_w41_a_client_that_pipelined_and_leaves_while_its_token_is_minted_
         await client.start_up()
     await eventually(lambda: lakebase.gateway.open_sessions == 0, "the second is gone")
     assert len(lakebase.gateway.sessions) == 1  # the dial was not taken up again with the token
-    assert proxy.metrics.value("startup_failures_total", reason="client_gone") == 1
+    assert proxy.metrics.value("startup_failures_total", reason="client_gone_mint") == 1
     assert log.above_info() == []
 
 

@@ -18,6 +18,8 @@ from proxy.emulator.lakebase import Lakebase, Shard
 from proxy.emulator.streams import EndedBy
 from proxy.emulator.tokens import Purpose, TokenIssuer, fingerprint
 from proxy.wire.messages import ErrorResponse
+from proxy.wire.startup import SSLRequest
+from tests.support.client import Client, startup
 
 CONNECT_SECONDS_MAX = 10
 
@@ -473,3 +475,19 @@ async def _until_active(shard: Shard, pid: int | None) -> None:
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("packet", [SSLRequest().encode(), startup(), b"garbage!"])
+async def test_a_client_that_resets_first_leaves_no_traceback(
+    lakebase: Lakebase, packet: bytes
+) -> None:
+    # asyncio printed "Unhandled exception in client_connected_cb" for each client that hung up.
+    unhandled: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+    gateway = lakebase.gateway
+    accepted = len(gateway.records)
+    client = await Client.connect(("127.0.0.1", gateway.port))
+    await client.send(packet)
+    client.reset()
+    await gateway.until(lambda: len(gateway.records) > accepted and gateway.records[-1].closed)
+    assert unhandled == []

@@ -19,7 +19,7 @@ from proxy.wire.activity import Activity
 # A long run by hand: NATIVE_STREAMS=200000.
 STREAMS: Final = int(os.environ.get("NATIVE_STREAMS", "3000"))
 CLIENT_KINDS: Final = b"QSFPBEDCHdcfXp?\x00\xff"
-UPSTREAM_KINDS: Final = b"ZZZDdGCEINSAT123nst?\x00\xff"
+UPSTREAM_KINDS: Final = b"ZZZDdGWcCEINSAT123nst?\x00\xff"
 LENGTHS: Final = (0, 1, 3, 4, 4, 5, 5, 5, 5, 6, 20, 300, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 STATUS: Final = b"IIITE?\x00"
 
@@ -29,20 +29,19 @@ Read = tuple[bool, bytes]  # whether it is the upstream's, and what
 def compare(reads: list[Read]) -> tuple[bool, bool]:
     """Let both take the reads; return what they say at the end."""
     python, compiled = Activity(), native.activity.Activity()
-    said = python.idle, python.terminated
     for number, (is_upstream, read) in enumerate(reads):
         for tracker in (python, compiled):
             (tracker.upstream_sent if is_upstream else tracker.client_sent)(read)
-        said = python.idle, python.terminated
-        assert (compiled.idle, compiled.terminated) == said, reads[: number + 1]
-    return said
+        said = python.idle, python.streaming, python.terminated
+        assert (compiled.idle, compiled.streaming, compiled.terminated) == said, reads[: number + 1]
+    return python.idle, python.terminated
 
 
 def ordinary(rng: random.Random) -> Iterator[Read]:
     """Give messages that a session could consist of, each with a length that is its own."""
     for _ in range(rng.randrange(1, 30)):
         is_upstream = rng.random() < 0.5
-        kind = rng.choice(b"ZZZDdGCEINSAT" if is_upstream else b"QSFPBEDCHdcfSQ")
+        kind = rng.choice(b"ZZZDdGWcCEINSAT" if is_upstream else b"QSFPBEDCHdcfSQ")
         content = bytes((rng.choice(STATUS[:5]),)) if is_upstream and kind == ord("Z") else b""
         content = content or bytes(rng.randrange(0, 12))
         yield is_upstream, bytes((kind,)) + struct.pack("!I", len(content) + 4) + content

@@ -88,7 +88,11 @@ def wrong_in(expression: str, exported: Exported, legend: str = "") -> list[str]
             if values is None:
                 wrong.append(f"{name} has no label {label}")
             elif label not in OPEN_LABELS:
-                wrong += [f"{label} is never {w}" for w in value.split("|") if w not in values]
+                wrong += [
+                    f"{label} is never {word}"
+                    for word in value.split("|")
+                    if not any(re.fullmatch(word, known) for known in values)
+                ]
     grouped = re.findall(r"\b(?:by|on|without|ignoring)\s*\(([^)]*)\)", expression)
     used = {label.strip() for group in grouped for label in group.split(",")}
     used |= set(re.findall(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}", legend))

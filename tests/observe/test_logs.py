@@ -232,3 +232,21 @@ def test_a_library_that_logs_its_retries_is_logged_only_at_error() -> None:
     configure_logging(level="info")
     assert not logging.getLogger("databricks.sdk.config").isEnabledFor(logging.WARNING)
     assert logging.getLogger("databricks.sdk.config").isEnabledFor(logging.ERROR)
+
+
+def test_a_json_line_begins_with_time_level_and_event(stream: io.StringIO) -> None:
+    get_logger("proxy.session").info("session ended", reason="client_closed")
+    assert list(lines(stream)[0])[:3] == ["timestamp", "level", "event"]
+
+
+def test_event_and_level_have_the_names_that_a_service_wants() -> None:
+    stream = io.StringIO()
+    configure_logging(format="json", event_key="message", level_key="severity", stream=stream)
+    get_logger("proxy.session").warning("session refused", reason="upstream_full")
+    logging.getLogger("urllib3").warning("a library's line")
+    first, second = lines(stream)
+    assert list(first)[:3] == list(second)[:3] == ["timestamp", "severity", "message"]
+    assert first["message"] == "session refused"
+    assert first["severity"] == second["severity"] == "warning"
+    assert second["message"] == "a library's line"
+    assert "event" not in first | second

@@ -298,7 +298,7 @@ class SessionStart:
                 self.to_client.write(reply)
             case StartupReceived(asked):
                 self._dial(asked)
-            case Violated(_, reply) | Disconnected(_, reply):
+            case Violated(reply=reply) | Disconnected(reply=reply):
                 self._end_both(reply)
             case CancelReceived() | DirectTLSReceived():
                 raise AssertionError(event)

@@ -32,6 +32,12 @@ class ActivityPair:
         assert others in ([], [first])
         return first
 
+    @property
+    def streaming(self) -> bool:
+        first, *others = (tracker.streaming for tracker in self._all)
+        assert others in ([], [first])
+        return first
+
     def client_sent(self, data: bytes) -> None:
         for tracker in self._all:
             tracker.client_sent(data)
@@ -44,4 +50,5 @@ class ActivityPair:
 
     def _compare(self) -> None:
         assert self.idle in (False, True)
+        assert self.streaming in (False, True)
         assert self.terminated in (False, True)

@@ -147,3 +147,15 @@ async def test_a_peer_that_does_not_read_is_left_after_a_time() -> None:
 
 def test_the_bounds_are_those_that_the_drain_is_planned_with() -> None:
     assert (FLUSH_SECONDS_MAX, LINGER_SECONDS) == (30.0, 2.0)
+
+
+@LOOPS
+def test_a_reset_that_the_loop_has_not_seen_yet_is_no_failure(new_loop: Callable[[], Any]) -> None:
+    # The kernel knew of the RST, and shutdown(2) failed with ENOTCONN. The session was counted as
+    # an internal error, with a traceback.
+    async def story() -> None:
+        async with linked() as (stream, peer):
+            peer.reset()
+            await close_gracefully(stream.transport)
+
+    run(new_loop, story)

@@ -303,3 +303,39 @@ def test_an_idle_session_owes_nothing_by_the_simplest_count(
     if after(*plain).idle:
         assert asked == len(answers)
         assert answers[-1:] in ([], [ready()])
+
+
+# -- replication streams -------------------------------------------------------------------------
+
+COPY_BOTH = b"W\0\0\0\x07\0\0\0"
+COPY_DONE = b"c\0\0\0\x04"
+KEEPALIVE = b"d\0\0\0\x06k\0"
+
+
+@pytest.mark.parametrize(
+    ("then", "streaming"),
+    [
+        ((), True),
+        ((("upstream", KEEPALIVE), ("client", KEEPALIVE)), True),
+        ((("upstream", KEEPALIVE[:4]),), False),
+        ((("client", KEEPALIVE[:6]),), False),
+        ((("client", COPY_DONE),), False),
+        ((("upstream", COPY_DONE),), False),
+        ((("client", QUERY),), False),
+        ((("client", b"X\0\0\0\x04"),), False),
+        ((("upstream", ready()),), False),
+    ],
+)
+def test_w47_a_replication_stream_may_end_between_two_messages(
+    then: tuple[tuple[str, bytes], ...], streaming: bool
+) -> None:
+    tracker = after(("client", QUERY), ("upstream", COPY_BOTH), *then)
+    assert tracker.streaming is streaming
+    assert tracker.idle is (then == (("upstream", ready()),))
+
+
+def test_w47_after_a_replication_stream_the_session_is_idle_again() -> None:
+    ends = (("client", COPY_DONE), ("upstream", COPY_DONE), ("upstream", ready()))
+    again = (("client", QUERY), ("upstream", ready()))
+    assert after(("client", QUERY), ("upstream", COPY_BOTH), *ends).idle
+    assert after(("client", QUERY), ("upstream", COPY_BOTH), *ends, *again).idle

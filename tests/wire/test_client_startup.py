@@ -87,7 +87,25 @@ def test_w1_a_probe_that_sends_nothing_is_told_apart() -> None:
 def test_w1_who_sent_a_byte_was_no_probe(sent: bytes) -> None:
     machine = ClientStartup()
     machine.receive_data(sent)
-    assert machine.receive_eof() == [Disconnected(untouched=False)]
+    assert machine.receive_eof() == [Disconnected(untouched=False, wanted_tls=sent == SSL_REQUEST)]
+
+
+@pytest.mark.parametrize(
+    ("sent", "wanted_tls"),
+    [
+        (SSL_REQUEST, True),
+        (GSSENC_REQUEST + SSL_REQUEST, True),
+        (SSL_REQUEST + GSSENC_REQUEST, False),
+        (SSL_REQUEST + STARTUP[:3], False),
+        (GSSENC_REQUEST, False),
+    ],
+)
+def test_a_client_that_leaves_at_the_n_to_its_ssl_request_wanted_tls(
+    sent: bytes, wanted_tls: bool
+) -> None:
+    machine = ClientStartup()
+    machine.receive_data(sent)
+    assert machine.receive_eof() == [Disconnected(untouched=False, wanted_tls=wanted_tls)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 11])

@@ -326,7 +326,7 @@ async def test_w37_what_is_no_socket_is_refused_and_left_alone(
         path.mkdir()
     else:
         path.symlink_to(directory / "absent")
-    with pytest.raises(OSError, match="is no socket"):
+    with pytest.raises(OSError, match="is not a socket"):
         await start_proxy(listen=at(directory, port=port))
     assert path.lstat()
 

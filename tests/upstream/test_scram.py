@@ -185,11 +185,11 @@ def test_a_password_that_is_no_utf_8_is_the_password_files_fault() -> None:
 )
 def test_w53_a_hostile_challenge_is_a_violation_and_costs_nothing(challenge: str) -> None:
     scram, nonce = exchange()
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(ProxyError) as refused:
         scram.client_final(challenge.format(nonce=nonce, salt=SALT).encode())
     assert refused.value.kind is ErrorKind.UPSTREAM_PROTOCOL
-    assert time.perf_counter() - begun < 0.05
+    assert time.process_time() - begun < 0.05
     assert PASSWORD not in repr(refused.value.response())
 
 

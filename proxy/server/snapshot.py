@@ -97,7 +97,12 @@ class ConfigSnapshot:
         """Return the times of each account's newest token."""
         now = time.time()
         return [
-            Token(account.name, now - newest.requested_at, newest.expires_at - now)
+            Token(
+                account.name,
+                now - newest.requested_at,
+                newest.expires_at - now,
+                account.token_source.accepted_age_seconds,
+            )
             for account in self.upstreams.accounts
             if (newest := account.token_source.newest) is not None
         ]

@@ -20,6 +20,7 @@ from proxy.config.server_sections import (
     ListenSettings,
     LogSettings,
     ShutdownSettings,
+    StartupSettings,
 )
 from proxy.config.setting_keys import SettingKey, key_at, named_keys, settings_keys
 from proxy.config.settings import UPSTREAM, Settings, target_key
@@ -44,6 +45,7 @@ __all__ = [
     "ShardMapSettings",
     "MappingEntry",
     "ShutdownSettings",
+    "StartupSettings",
     "LogSettings",
     "SslMode",
     "load",

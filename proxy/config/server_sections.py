@@ -1,6 +1,6 @@
-"""The sections about this process: listener, admin address, shutdown, log.
+"""The sections about this process: listener, admin address, startup, shutdown, log.
 
-For: `[listen]`, `[admin]`, `[shutdown]`, `[log]`. Not for: anything upstream of the proxy.
+For: `[listen]`, `[admin]`, `[startup]`, `[shutdown]`, `[log]`. Not for: anything upstream of the proxy.
 
 Invariant: a section that is valid can be used on its own.
 """
@@ -25,6 +25,7 @@ NEEDS_RESTART: Final = Marker.NEEDS_RESTART
 # Sessions are checked several times in this time; more often would slow down the others.
 _IDLE_TIMEOUT_SECONDS_MIN: Final = 0.1
 
+StartupRequirement = Literal["token", "none"]
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -177,6 +178,17 @@ class AdminSettings(Section):
                 " 127.0.0.1 or to 0.0.0.0"
             )
         return value
+
+
+class StartupSettings(Section):
+    """When `/startup` of the admin address succeeds."""
+
+    require: Annotated[StartupRequirement, NEEDS_RESTART] = Field(
+        default="token",
+        description='"token": as soon as each workspace has issued a token, so that a rollout with '
+        'a wrong secret stops. "none": as soon as the proxy listens. Neither resumes a database, '
+        "and readiness does not depend on it.",
+    )
 
 
 class ShutdownSettings(Section):

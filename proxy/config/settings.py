@@ -21,6 +21,7 @@ from proxy.config.server_sections import (
     ListenSettings,
     LogSettings,
     ShutdownSettings,
+    StartupSettings,
 )
 from proxy.config.upstream_sections import (
     ADDRESS_KEYS,
@@ -78,6 +79,7 @@ class Settings(BaseSettings):
     databases: dict[AliasName, DatabaseAlias] = {}
     routing: RoutingSettings = RoutingSettings()
     shard_maps: dict[Name, ShardMapSettings] = {}
+    startup: StartupSettings = StartupSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
     log: LogSettings = LogSettings()
 

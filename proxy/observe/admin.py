@@ -69,6 +69,10 @@ class AdminState(Protocol):
         """Whether the proxy starts, serves or drains."""
 
     @property
+    def started(self) -> bool:
+        """Whether the proxy has started; once true it stays so."""
+
+    @property
     def ready(self) -> bool:
         """Whether the proxy serves and does not drain."""
 
@@ -113,7 +117,7 @@ def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
     """Return the HTTP application: GET and HEAD, and one POST; 404 for every other path."""
 
     async def startup(_request: Request) -> Response:
-        return _verdict(state.lifecycle.started)
+        return _verdict(state.started)
 
     async def readiness(_request: Request) -> Response:
         return _verdict(state.ready)

@@ -60,10 +60,16 @@ def _token_metrics(source: StatusSource) -> Iterable[Metric]:
         "Time until the newest token expires; negative after its expiry.",
         labels=["workspace"],
     )
+    accepted = GaugeMetricFamily(
+        f"{PREFIX}_token_accepted_age_seconds",
+        "Age up to which a token is used; longer than set while the API limits the rate.",
+        labels=["workspace"],
+    )
     for token in source.tokens():
         age.add_metric([token.workspace], token.age_seconds)
         expiry.add_metric([token.workspace], token.expires_in_seconds)
-    return age, expiry
+        accepted.add_metric([token.workspace], token.accepted_age_seconds)
+    return age, expiry, accepted
 
 
 def _proxy_metrics(source: StatusSource) -> Iterable[Metric]:

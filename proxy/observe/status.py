@@ -19,11 +19,14 @@ class Token:
     """The times of a workspace's newest token.
 
     `expires_in_seconds` is negative after the expiry. `workspace` is the name of its section.
+    `accepted_age_seconds` is longer than credentials.token_max_age_seconds while the API limits
+    the rate of tokens.
     """
 
     workspace: str
     age_seconds: float
     expires_in_seconds: float
+    accepted_age_seconds: float
 
 
 class LifecycleStatus(Protocol):

@@ -119,6 +119,7 @@ class App:
         Raises ConfigurationError for a file that a setting names and that cannot be used.
         """
         self.lifecycle = Lifecycle()
+        self._token_awaited = settings.startup.require == "token"
         self.metrics = build_metrics(settings.target_names())
         self.cancel_keys = CancelKeys()
         self.workspaces = workspaces or LocalWorkspaceRegistry(self.metrics, version=__version__)
@@ -191,6 +192,16 @@ class App:
     # -- what operators see, as `observe.admin.AdminState` and `observe.status.StatusSource` -------
 
     version = __version__
+
+    @property
+    def started(self) -> bool:
+        """Whether it has served, and each workspace has issued a token if `startup.require` says.
+
+        Once true it stays so: an outage of the workspace API must not end a proxy that works.
+        """
+        if self._token_awaited and not self.snapshot.accounts_without_token():
+            self._token_awaited = False
+        return self.lifecycle.started and not self._token_awaited
 
     @property
     def ready(self) -> bool:

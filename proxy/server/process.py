@@ -24,6 +24,7 @@ from proxy.observe.logs import get_logger
 from proxy.observe.systemd import READY, STOPPING, notify, reloading
 from proxy.routing.router import Router
 from proxy.server.app import App, serving
+from proxy.server.first_tokens import mint_first_tokens
 from proxy.server.router_factory import RELOAD_SECONDS_MAX, Reread, reread_in_thread
 from proxy.session.listener import STARTING_MAX
 
@@ -103,14 +104,15 @@ async def run_until_stopped(app: App, signals: Signals) -> int:
 
 
 async def _prepare(app: App) -> None:
-    """Import the SDK, which the first session would wait for, and spare the garbage collector work.
+    """Do what the first session would wait for, and spare the garbage collector work.
 
     A collection looks at all objects while every session waits. The hundreds of thousands that came
     with imports stay: they are left out from here on.
     """
-    with suppress(ImportError, TimeoutError):  # the first session that needs it reports this
+    with suppress(ImportError, TimeoutError):  # the first mint reports this
         await app.snapshot.load_sdk()
     gc.freeze()
+    await mint_first_tokens(app)
 
 
 # -- stop and drain ------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from proxy.upstream.phases import RecordTargetPhase
 from proxy.upstream.upstreams import Upstream, Upstreams
 from proxy.wire.startup import StartupMessage
 from proxy.workspace import sdk_import
-from proxy.workspace.registry import WorkspaceRegistry
+from proxy.workspace.registry import TokenAccount, WorkspaceRegistry
 
 # Importing databricks-sdk takes some tenths of a second, on a small part of a core some seconds.
 LOAD_SECONDS_MAX: Final = 60.0
@@ -93,11 +93,20 @@ class ConfigSnapshot:
         """Return each target's host, empty while it is not known."""
         return {name: upstream.address_lookup.host for name, upstream in self.upstreams.items()}
 
+    def accounts_without_token(self) -> Sequence[TokenAccount]:
+        """Return the accounts that have no token, valid or not."""
+        return [one for one in self.upstreams.accounts if one.token_source.newest is None]
+
     def tokens(self) -> Sequence[Token]:
         """Return the times of each account's newest token."""
         now = time.time()
         return [
-            Token(account.name, now - newest.requested_at, newest.expires_at - now)
+            Token(
+                account.name,
+                now - newest.requested_at,
+                newest.expires_at - now,
+                account.token_source.accepted_age_seconds,
+            )
             for account in self.upstreams.accounts
             if (newest := account.token_source.newest) is not None
         ]

@@ -18,6 +18,9 @@ from proxy.config import AdminSettings, ConfigurationError, Problem
 # The proxy answers from memory; an answer that takes longer counts as none.
 REQUEST_SECONDS_MAX: Final = 2.0
 POLL_SECONDS: Final = 0.1
+# A proxy that is ready may have no token yet, and then no client can log in.
+_READY_PATHS: Final = ("/readiness", "/startup")
+_STATUS: Final = "/status"
 
 
 class AdminError(Exception):
@@ -61,11 +64,14 @@ def ask_to_drain(settings: AdminSettings) -> None:
 
 def _why_not_ready(settings: AdminSettings) -> str | None:
     """Return why the proxy is not ready, or None if it is."""
-    try:
-        status = _status(settings, "GET", "/readiness")
-    except OSError as error:
-        return f"nothing answers on {_shown(settings)} ({_reason(error)})"
-    return None if status == 200 else f"{_shown(settings)} answers {status}"
+    for path in _READY_PATHS:
+        try:
+            status = _status(settings, "GET", path)
+        except OSError as error:
+            return f"nothing answers on {_shown(settings)} ({_reason(error)})"
+        if status != 200:
+            return f"{_shown(settings)}{path} answers {status}; its log and {_STATUS} say why"
+    return None
 
 
 def _status(settings: AdminSettings, method: str, path: str) -> int:

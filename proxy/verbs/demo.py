@@ -25,6 +25,7 @@ from proxy.config import (
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind
 from proxy.server.app import App, serving
+from proxy.server.first_tokens import mint_first_tokens
 from proxy.server.process import Signals, run_until_stopped
 from proxy.verbs.event_loop import run_on_event_loop
 from proxy.verbs.stderr import fail
@@ -104,6 +105,7 @@ async def demonstrating(settings: Settings) -> AsyncIterator[tuple[App, "Lakebas
         except ClusterError as error:
             raise DemoError(str(error)) from error
         app = await stack.enter_async_context(serving(demo_settings(settings, lakebase)))
+        await mint_first_tokens(app)
         yield app, lakebase
 
 

@@ -158,6 +158,7 @@ class CredentialService:
             "secret": credential.secret.reveal().decode(),
             "requested_at": credential.requested_at,
             "expires_at": credential.expires_at,
+            "accepted_age_seconds": account.token_source.accepted_age_seconds,
         }
 
     async def _reject(

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -102,11 +103,17 @@ class RemoteCredentials:
         self._freshness = Freshness(settings.token_max_age_seconds, settings.expiry_margin_seconds)
         self._latest_at = self._rejected_at = -math.inf
 
+    @property
+    def accepted_age_seconds(self) -> float:
+        """The age up to which a token is used, as the supervisor said last."""
+        return self._freshness.max_age_seconds
+
     async def fresh(self) -> Credential:
         """Return a credential to log in with now. Raises ProxyError."""
         content = await self._call()
         secret = Secret(content["secret"].encode())
         self._latest_at = max(self._latest_at, content["requested_at"])
+        self._freshness = replace(self._freshness, max_age_seconds=content["accepted_age_seconds"])
         return Credential(secret, content["requested_at"], content["expires_at"])
 
     def is_fresh(self, credential: Credential) -> bool:

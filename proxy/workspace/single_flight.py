@@ -6,6 +6,7 @@ not end the call for the others. After a failure no call is made for some time: 
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
@@ -17,11 +18,37 @@ BACKOFF_SECONDS_MAX: Final = 8.0
 # The most that a Retry-After can make of it: longer than for a limit of calls a minute is not
 # plausible.
 RETRY_AFTER_SECONDS_MAX: Final = 60.0
-_DOUBLINGS_MAX: Final = 10  # beyond the last; a float ends at 1023
+_GROWTHS_MAX: Final = 10  # beyond the last; a float ends at 1023
 
 _log = get_logger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Delay:
+    """How long a back-off lasts: a sure part, and a random part that grows up to its bound."""
+
+    random_seconds_min: float
+    random_seconds_max: float
+    sure_seconds: float = 0.0
+    sure_share: float = 0.0
+    """The share of the random part that is sure."""
+    growth: float = 2.0
+    """The factor of the random part with each failure in a row."""
+    retry_after_seconds_max: float = RETRY_AFTER_SECONDS_MAX
+
+    def seconds(self, failures: int, jitter: float, retry_after_seconds: float) -> float:
+        """Return the back-off after so many earlier failures in a row; `jitter` is from 0 to 1."""
+        grown = self.random_seconds_min * self.growth ** min(failures, _GROWTHS_MAX)
+        share = self.sure_share + (1 - self.sure_share) * jitter
+        random_seconds = min(self.random_seconds_max, grown) * share
+        wanted = min(retry_after_seconds, self.retry_after_seconds_max)
+        return max(self.sure_seconds, wanted) + random_seconds
+
+
+# At least half of it is sure: with a jitter near 0 the next call would follow at once.
+CALL_DELAY: Final = Delay(BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX, sure_share=0.5)
 
 
 class Backoff:
@@ -42,7 +69,7 @@ class Backoff:
         seconds = self._until - self._clock()
         return seconds if 0 < seconds <= self._length_seconds else 0.0
 
-    def start(self, failure: ProxyError | None = None) -> None:
+    def start(self, failure: ProxyError | None = None, delay: Delay = CALL_DELAY) -> None:
         """Start the back-off; it doubles with each consecutive failure.
 
         While one runs this only replaces the failure: calls that ran together count as one.
@@ -50,13 +77,11 @@ class Backoff:
         self.failure = failure or self.failure
         if self.remaining_seconds:
             return
-        ceiling = BACKOFF_SECONDS_MIN * 2.0 ** min(self._failures, _DOUBLINGS_MAX)
-        # At least half of it: with a jitter near 0 the next call would follow at once.
-        part = 0.5 + 0.5 * self._jitter()
         wanted = 0.0 if failure is None else failure.retry_after_seconds
-        backoff = min(BACKOFF_SECONDS_MAX, ceiling) * part
-        self._length_seconds = max(backoff, min(wanted, RETRY_AFTER_SECONDS_MAX))
-        self._until = self._clock() + self._length_seconds
+        now = self._clock()
+        self._until = now + delay.seconds(self._failures, self._jitter(), wanted)
+        # As the clock's numbers have it: rounded, or the clock may seem to have been set back.
+        self._length_seconds = self._until - now
         self._failures += 1
 
     def reset(self) -> None:

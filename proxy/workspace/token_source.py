@@ -20,9 +20,19 @@ from typing import Final, Protocol
 from proxy.blocking import THREADS_MAX
 from proxy.config import CredentialsSettings
 from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.workspace.credential import Credential
-from proxy.workspace.freshness import Freshness, Need, is_fresh, is_valid, judge
+from proxy.workspace.freshness import (
+    THROTTLED_DELAY,
+    AcceptedAge,
+    Freshness,
+    Need,
+    is_fresh,
+    is_valid,
+    judge,
+    renewal_delay,
+)
 from proxy.workspace.single_flight import Backoff, PendingCalls, SingleFlight, is_transient
 
 # A token that is valid but too old is used once a mint has taken this long.
@@ -35,6 +45,11 @@ DEADLINE_GRACE_SECONDS: Final = 0.2
 # the cause. A role that does not exist must not cost a mint for each client that names it.
 REJECTION_SECONDS_MIN: Final = 30.0
 
+# How long a token lives of whose workspace none has been seen.
+LIFETIME_SECONDS: Final = 3600.0
+
+_log = get_logger(__name__)
+
 Mint = Callable[[], Awaitable[Credential]]
 
 
@@ -44,6 +59,10 @@ class TokenSource(Protocol):
     @property
     def newest(self) -> Credential | None:
         """The newest token known in this process, valid or not."""
+
+    @property
+    def accepted_age_seconds(self) -> float:
+        """The age up to which a token is used now: as set, or longer after a 429."""
 
     async def fresh(self) -> Credential:
         """Return a token to log in with now. Raises ProxyError."""
@@ -71,7 +90,9 @@ class LocalTokenSource:
     ) -> None:
         """`pending` is the owner's, who closes it. `jitter` returns a number from 0 to 1."""
         self._mint = mint
-        self._freshness = Freshness(settings.token_max_age_seconds, settings.expiry_margin_seconds)
+        self._age = AcceptedAge(
+            Freshness(settings.token_max_age_seconds, settings.expiry_margin_seconds)
+        )
         self._timeout_seconds = settings.mint_timeout_seconds
         self._metrics = metrics
         self._clock = clock
@@ -79,11 +100,12 @@ class LocalTokenSource:
         self._newest: Credential | None = None
         self._started = self._newest_number = 0  # mints, and which of them the newest is from
         self._rejected_at = -math.inf
-        self._backoff = Backoff(clock, jitter)
+        self._first_backoff = Backoff(clock, jitter)  # while there is no valid token
+        self._renewal_backoff = Backoff(clock, jitter)  # while there is one
         self._minting: Minting = (
             MintShared(self._mint_and_keep, pending)
             if settings.token_max_age_seconds > 0
-            else MintPerConnection(self._mint_and_keep, pending, self._backoff)
+            else MintPerConnection(self._mint_and_keep, pending, lambda: self._backoff)
         )
 
     @property
@@ -91,10 +113,15 @@ class LocalTokenSource:
         """The newest token, valid or not."""
         return self._newest
 
+    @property
+    def accepted_age_seconds(self) -> float:
+        """The age up to which a token is used now."""
+        return self._age.seconds
+
     async def fresh(self) -> Credential:
         """Return a token to log in with now. Raises ProxyError when there is none."""
         newest = self._newest
-        match judge(newest, self._clock(), self._freshness):
+        match judge(newest, self._clock(), self._age.freshness):
             case Need.USE if newest is not None:
                 return newest
             case Need.USE_AND_REFRESH if newest is not None:
@@ -105,7 +132,7 @@ class LocalTokenSource:
 
     def is_fresh(self, credential: Credential) -> bool:
         """Return whether a dial may still use a token that it got some time ago."""
-        return is_fresh(credential, self._clock(), self._freshness)
+        return is_fresh(credential, self._clock(), self._age.freshness)
 
     def reject(self, credential: Credential) -> bool:
         """Invalidate a refused token. Return whether a retry would use a different one.
@@ -141,7 +168,7 @@ class LocalTokenSource:
                 raise self._no_answer() from None
             except ProxyError as error:
                 if not self._backoff.remaining_seconds:  # the call hangs, or has a bug of ours
-                    self._backoff.start(error)
+                    self._start_backoff(error)
 
     async def _sleep_through_backoff(self, ends_at: float) -> None:
         """Wait with the earlier callers. Raises the failure if the wait would be useless."""
@@ -163,23 +190,61 @@ class LocalTokenSource:
         number = self._started
         try:
             credential = await self._mint()
-            if not is_valid(credential, self._clock(), self._freshness):
+            if not is_valid(credential, self._clock(), self._age.freshness):
                 raise ProxyError(
                     ErrorKind.CREDENTIAL_INVALID,
                     "the token expires within credentials.expiry_margin_seconds",
                 )
         except ProxyError as error:
             self._metrics.token_mint_failed(error.reason)
-            self._backoff.start(error)
+            self._record_failure(error)
             raise
         self._metrics.token_minted()
-        self._backoff.reset()
+        self._record_success()
         if number > self._newest_number:  # else a later mint was faster
             self._newest, self._newest_number = credential, number
         return credential
 
+    @property
+    def _backoff(self) -> Backoff:
+        """The back-off in force: a renewal's is far longer, and ends with its token."""
+        return self._first_backoff if self._valid() is None else self._renewal_backoff
+
+    def _start_backoff(self, failure: ProxyError) -> None:
+        valid = self._valid()
+        if valid is not None:
+            margin_seconds = self._age.freshness.expiry_margin_seconds
+            seconds = valid.expires_at - margin_seconds - self._clock()
+            self._renewal_backoff.start(failure, renewal_delay(seconds))
+        elif failure.kind is ErrorKind.API_THROTTLED:
+            self._first_backoff.start(failure, THROTTLED_DELAY)
+        else:
+            self._first_backoff.start(failure)
+
+    def _record_failure(self, failure: ProxyError) -> None:
+        self._start_backoff(failure)
+        if failure.kind is not ErrorKind.API_THROTTLED:
+            return
+        was_lengthened, newest = self._age.lengthened, self._newest
+        lifetime = LIFETIME_SECONDS if newest is None else newest.expires_at - newest.requested_at
+        self._age.lengthen(self._clock(), lifetime)
+        if self._age.lengthened and not was_lengthened:
+            _log.warning(
+                "the workspace API limits tokens; older ones are used",
+                accepted_age_seconds=self._age.seconds,
+                hint=failure.kind.value.hint,
+            )
+
+    def _record_success(self) -> None:
+        self._first_backoff.reset()
+        self._renewal_backoff.reset()
+        was_lengthened = self._age.lengthened
+        self._age.shorten()
+        if was_lengthened and not self._age.lengthened:
+            _log.info("tokens are renewed as often as set again")
+
     def _valid(self) -> Credential | None:
-        return self._newest if is_valid(self._newest, self._clock(), self._freshness) else None
+        return self._newest if is_valid(self._newest, self._clock(), self._age.freshness) else None
 
 
 # -- how many mints are under way ----------------------------------------------------------------
@@ -220,8 +285,8 @@ class MintPerConnection:
     After a failure one mint for all callers probes whether the API works again.
     """
 
-    def __init__(self, mint: Mint, pending: PendingCalls, backoff: Backoff) -> None:
-        """`backoff` is the one that `mint` starts when it fails and resets when it succeeds."""
+    def __init__(self, mint: Mint, pending: PendingCalls, backoff: Callable[[], Backoff]) -> None:
+        """`backoff` returns the back-off in force, which `mint` starts or resets."""
         self._mint = mint
         self._pending = pending
         self._backoff = backoff
@@ -233,11 +298,12 @@ class MintPerConnection:
         """Return a token minted for this caller alone. Raises ProxyError."""
         while True:  # ends with a failure, or after the probe has succeeded
             async with self._threads:
-                failure = self._backoff.failure
+                backoff = self._backoff()
+                failure = backoff.failure
                 if failure is None:
                     own_call = SingleFlight(self._mint, self._pending)
                     return await _result_within(hang_seconds, own_call)
-                if self._backoff.remaining_seconds:
+                if backoff.remaining_seconds:
                     raise failure.with_traceback(None)  # an earlier caller's mint failed
             await _result_within(hang_seconds, self._probe)
 

@@ -66,6 +66,7 @@ async def test_a_session_is_seen_with_its_target_its_connect_and_the_tokens_time
     assert token["workspace"] == "workspace"
     assert 0 <= token["age_seconds"] < 60
     assert 3000 < token["expires_in_seconds"] <= 3600
+    assert token["accepted_age_seconds"] == 60
 
 
 async def test_a_session_that_waits_for_its_upstream_is_shown_as_opening(

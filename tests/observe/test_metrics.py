@@ -209,13 +209,14 @@ def test_tokens_and_drain_are_read_at_the_scrape() -> None:
     assert metrics.value("draining") == 0
     assert "lakebase_proxy_token_age_seconds{" not in metrics.exposition().decode()
     shown.state = State.DRAINING
-    shown.shown_tokens = [Token("workspace", 12.5, -3.0)]
+    shown.shown_tokens = [Token("workspace", 12.5, -3.0, 240.0)]
     assert metrics.value("draining") == 1
     assert metrics.value("sessions_max") == 1000
     shown.session_slots_used = 7
     assert metrics.value("session_slots_used") == 7
     assert metrics.value("token_age_seconds", workspace="workspace") == 12.5
     assert metrics.value("token_expires_in_seconds", workspace="workspace") == -3
+    assert metrics.value("token_accepted_age_seconds", workspace="workspace") == 240
 
 
 def test_lag_is_a_histogram_of_seconds() -> None:

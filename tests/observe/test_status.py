@@ -12,7 +12,7 @@ from tests.support.admin_address import Shown
 
 
 def test_it_is_json_with_units_in_its_names() -> None:
-    shown = Shown(shown_tokens=[Token("workspace", 5.0, 3595.0)], shown_warnings=["careful"])
+    shown = Shown(shown_tokens=[Token("workspace", 5.0, 3595.0, 60.0)], shown_warnings=["careful"])
     assert json.loads(json.dumps(shown.status().as_dict())) == {
         "state": "serving",
         "version": "1.2.3",
@@ -34,7 +34,14 @@ def test_it_is_json_with_units_in_its_names() -> None:
                 "connect_seconds": {},
             }
         ],
-        "tokens": [{"workspace": "workspace", "age_seconds": 5.0, "expires_in_seconds": 3595.0}],
+        "tokens": [
+            {
+                "workspace": "workspace",
+                "age_seconds": 5.0,
+                "expires_in_seconds": 3595.0,
+                "accepted_age_seconds": 60.0,
+            }
+        ],
         "errors": [],
         "drain": {"draining": False, "seconds_left": None, "sessions_left": 0},
         "warnings": ["careful"],
@@ -43,7 +50,7 @@ def test_it_is_json_with_units_in_its_names() -> None:
 
 def test_a_token_has_no_field_for_the_token() -> None:
     names = [field.name for field in fields(Token)]
-    assert names == ["workspace", "age_seconds", "expires_in_seconds"]
+    assert names == ["workspace", "age_seconds", "expires_in_seconds", "accepted_age_seconds"]
 
 
 def test_a_drain_shows_the_time_and_sessions_left() -> None:

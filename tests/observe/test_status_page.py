@@ -110,7 +110,7 @@ def busy() -> Shown:
     """Return a proxy that has something to show in every part."""
     shown = Shown(
         hosts={"upstream": f"ep-{'long-' * 12}name.database.eu-west-1.cloud.example.com"},
-        shown_tokens=[Token("workspace", 23.0, 3577.0), Token("old", 4000.0, -400.0)],
+        shown_tokens=[Token("workspace", 23.0, 3577.0, 60.0), Token("old", 4000.0, -400.0, 240.0)],
         shown_warnings=['upstream.sslmode is "require": who is in between can read the token.'],
         uptime_seconds=93_784.0,
         session_slots_used=3,
@@ -144,7 +144,8 @@ async def test_everything_is_visible(stack: AsyncExitStack, browser: Browser) ->
         *("serving", "1 of 1000, 2 opening", "127.0.0.1:5432", "1 d 2 h", "1.2.3", "1 session"),
         *(shown.hosts["upstream"], "2.0 kB to the upstream", "3.0 MB to clients"),
         *("Last connect 100 ms:", "mint 20 ms", "login 20 ms"),
-        *("expires in 59 min 37 s", "minted 23 s ago", "expired 6 min 40 s ago"),
+        *("expires in 59 min 37 s", "minted 23 s ago, used up to an age of 1 min 0 s"),
+        *("expired 6 min 40 s ago"),
         *("he role does not exist", "role_missing", "28000", "3 times", "databricks_create_role"),
         *(shown.shown_warnings[0], "every 2 s"),
     ):
@@ -228,7 +229,7 @@ async def test_text_that_looks_like_markup_stays_text(
     shown = Shown(
         hosts={"upstream": attack},
         shown_warnings=[attack],
-        shown_tokens=[Token(attack, 1, 1)],
+        shown_tokens=[Token(attack, 1, 1, 60)],
     )
     shown.metrics.targets.configure(["upstream", attack])
     shown.hosts[attack] = attack

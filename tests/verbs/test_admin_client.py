@@ -49,13 +49,20 @@ def unused_address() -> AdminSettings:
 def test_wait_returns_at_once_when_the_proxy_is_ready() -> None:
     with answering(200) as (settings, asked):
         wait_until_ready(settings, 0)
-    assert asked == ["GET /readiness"]
+    assert asked == ["GET /readiness", "GET /startup"]
+
+
+def test_wait_asks_again_until_the_proxy_has_a_token() -> None:
+    # It returned as soon as the proxy listened: a wrong secret was found by the first client.
+    with answering(200, 503, 200) as (settings, asked):
+        wait_until_ready(settings, 30)
+    assert asked == ["GET /readiness", "GET /startup"] * 2
 
 
 def test_wait_asks_again_until_the_proxy_is_ready() -> None:
     with answering(503, 503, 200) as (settings, asked):
         wait_until_ready(settings, 30)
-    assert asked == ["GET /readiness"] * 3
+    assert asked == ["GET /readiness"] * 3 + ["GET /startup"]
 
 
 @pytest.mark.parametrize("timeout_seconds", [0, 3])
@@ -84,7 +91,7 @@ def test_a_proxy_on_all_addresses_is_asked_on_loopback(host: str) -> None:
     if loopback == "127.0.0.1":
         with answering(200) as (settings, asked):
             wait_until_ready(AdminSettings(host=host, port=settings.port), 0)
-        assert asked == ["GET /readiness"]
+        assert asked == ["GET /readiness", "GET /startup"]
 
 
 @pytest.mark.parametrize("wrong", [{"enabled": False}, {"port": 0}], ids=str)

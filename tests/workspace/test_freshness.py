@@ -4,7 +4,7 @@ import pytest
 
 from proxy.wire.secret import Secret
 from proxy.workspace.credential import Credential
-from proxy.workspace.freshness import Freshness, Need, is_valid, judge
+from proxy.workspace.freshness import AcceptedAge, Freshness, Need, is_valid, judge, renewal_delay
 
 HOUR = 3600.0
 T0 = 1_790_000_000.0
@@ -67,3 +67,52 @@ def test_a_token_is_renewed_at_half_of_the_time_for_which_it_may_be_used(
     held, freshness = credential(T0, T0 + life), Freshness(max_age, 120)
     assert judge(held, T0 + renewed_at, freshness) is Need.USE
     assert judge(held, T0 + renewed_at + 0.001, freshness) is Need.USE_AND_REFRESH
+
+
+@pytest.mark.parametrize(
+    ("max_age", "lengthened"), [(60, 120), (0, 60), (1000, 2000), (3300, 3480)]
+)
+def test_the_first_429_doubles_the_accepted_age_up_to_a_tokens_validity(
+    max_age: float, lengthened: float
+) -> None:
+    age = AcceptedAge(Freshness(max_age, 120))
+    assert (age.seconds, age.lengthened) == (max_age, False)
+    age.lengthen(T0, HOUR)
+    assert (age.seconds, age.lengthened) == (lengthened, True)
+
+
+def test_an_accepted_age_follows_how_long_the_429s_have_lasted() -> None:
+    # Calls that ran together are one sign, and a proxy that waited for its first token for minutes
+    # must not renew it in seconds.
+    age = AcceptedAge(MINUTE)
+    for _ in range(10):
+        age.lengthen(T0, HOUR)
+    assert age.seconds == 120
+    age.lengthen(T0 + 100, HOUR)
+    assert age.seconds == 800
+    age.lengthen(T0 + 10_000, HOUR)
+    assert age.seconds == HOUR - 120
+    age.shorten()
+    assert HOUR * 0.9 < age.seconds < HOUR - 120
+    age.lengthen(T0 - HOUR, 900)  # the clock was set back, and the tokens live for less
+    assert age.seconds == 900 - 120
+
+
+@pytest.mark.parametrize("max_age", [0, 60])
+def test_successes_shorten_the_accepted_age_to_the_one_set(max_age: float) -> None:
+    age = AcceptedAge(Freshness(max_age, 120))
+    age.lengthen(T0, HOUR)
+    for _ in range(20):
+        assert age.seconds >= max_age
+        age.shorten()
+    assert (age.seconds, age.lengthened) == (max_age, False)
+
+
+@pytest.mark.parametrize("valid_seconds", [0, 30, 61, 200, HOUR])
+@pytest.mark.parametrize("failures", [0, 1, 5, 2000])
+@pytest.mark.parametrize("jitter", [0.0, 1.0])
+def test_a_renewal_is_tried_again_after_a_minute_or_more_and_before_its_token_expires(
+    valid_seconds: float, failures: int, jitter: float
+) -> None:
+    seconds = renewal_delay(valid_seconds).seconds(failures, jitter, 0)
+    assert 60 <= seconds <= max(60, min(600, valid_seconds))

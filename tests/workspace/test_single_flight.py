@@ -112,13 +112,14 @@ def test_failures_that_come_together_are_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "seconds"), [(0.1, BACKOFF_SECONDS_MIN), (30, 30), (86400, RETRY_AFTER_SECONDS_MAX)]
+    ("asked", "seconds"), [(0, 0), (0.1, 0.1), (30, 30), (86400, RETRY_AFTER_SECONDS_MAX)]
 )
 def test_a_retry_after_makes_it_longer_but_not_for_ever(asked: float, seconds: float) -> None:
     clock = FakeClock()
     backoff = Backoff(clock, lambda: 1.0)
     backoff.start(ProxyError(ErrorKind.API_THROTTLED, retry_after_seconds=asked))
-    assert backoff.remaining_seconds == pytest.approx(seconds)
+    # After it, not in place of it: all that were told the same must not come back together.
+    assert backoff.remaining_seconds == pytest.approx(seconds + BACKOFF_SECONDS_MIN)
     clock.move(-1)
     assert backoff.remaining_seconds == 0
 

@@ -26,6 +26,7 @@ from proxy.config.validators import (
 from proxy.wire.secret import MASK
 
 SslMode = Literal["verify-full", "verify-ca", "require"]
+CancelMethod = Literal["connection_check", "cancel_request"]
 
 # Instead of a file: the authorities that the operating system trusts.
 SYSTEM_AUTHORITIES: Final = "system"
@@ -247,8 +248,16 @@ class UpstreamSettings(Section):
     )
     cancel_on_disconnect: bool = Field(
         default=True,
-        description="Cancels the running query of a client that disconnects, so that it does not "
+        description="Ends the running query of a client that disconnects, so that it does not "
         "continue to use the database.",
+    )
+    cancel_method: CancelMethod = Field(
+        default="connection_check",
+        description="How cancel_on_disconnect does it. connection_check: sets "
+        "client_connection_check_interval (PostgreSQL 14), unless the client sets it. The database "
+        "ends the query, but never a COMMIT that waits for replicas. cancel_request: for older "
+        "servers, and front ends that keep their own connection open. It also ends that wait, so "
+        "that rows become visible which no replica has.",
     )
     accelerated: bool = Field(
         default=True,

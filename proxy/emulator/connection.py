@@ -286,6 +286,8 @@ class Connection:
         while received := await self._stream.read():
             self._record_activity(endpoint)
             await backend.write(received)
+        if endpoint.keeps_backend:
+            await asyncio.Event().wait()  # until Postgres ends, or has something to send
 
     async def _to_client(self, endpoint: Endpoint, backend: Backend) -> None:
         while received := await backend.read():

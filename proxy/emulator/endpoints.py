@@ -71,6 +71,7 @@ class Endpoint:
         self.refusals: FaultList[None, ErrorResponse] = FaultList()
 
         self.passes_real_key = False
+        self.keeps_backend = False  # Postgres does not see that a client has disconnected
         self.readable_secondaries = False
         self.wake_seconds = 0.0
         self.wake_timeout_seconds = WAKE_TIMEOUT_SECONDS

@@ -4,13 +4,16 @@ A client gets the upstream's own key where possible, so that the pid which a dri
 backend's (W27). A key lives exactly as long as its session, so there are never more keys than
 sessions.
 
-A cancel is forwarded at once or not at all: a late one would hit another query (W40).
+A client's own cancel is forwarded within seconds or not at all: a late one would hit another query
+(W40). One for a client that has disconnected may wait: its session runs nothing new.
 """
 
+import asyncio
 import hmac
 import secrets
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum, unique
 from typing import Final
@@ -19,7 +22,7 @@ from proxy.errors import ProxyError
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.upstream.address_lookup import Target
-from proxy.upstream.connector import Connector
+from proxy.upstream.connector import CANCEL_SECONDS_MAX, Connector
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_2, CancelRequest, ProtocolVersion
@@ -28,8 +31,8 @@ _PID_BITS: Final = 31  # a pid is signed, and some drivers cannot handle a negat
 _KEY_BYTES: Final = 4
 _KEY_BYTES_V3_2: Final = 32
 
-# Concurrent cancels. Each is a TLS connection upstream of some milliseconds. More than this is an
-# attack or a broken client; those are closed without an answer (W42).
+# Concurrent cancels. Each is a TLS connection upstream of some milliseconds, so the others wait for
+# no longer than some seconds, even if an application with hundreds of queries ends (W42).
 FORWARDS_MAX: Final = 100
 
 Elsewhere = Callable[[CancelRequest], Awaitable[bool]]
@@ -135,6 +138,51 @@ class CancelKeys:
         return BackendKeyData(pid, Secret(self._random_bytes(size)))
 
 
+class ForwardSlots:
+    """Slots for a bounded number of forwards. Those that wait get one in order, `first` ones first.
+
+    Each that waits belongs to a client connection, so there are never more than those.
+    """
+
+    def __init__(self, slots_max: int) -> None:
+        self._free = slots_max
+        self._waiting: tuple[deque[asyncio.Future[None]], ...] = (deque(), deque())
+
+    @asynccontextmanager
+    async def slot(self, *, first: bool) -> AsyncIterator[None]:
+        """Hold a slot while the block runs. The caller bounds the wait for it."""
+        if self._free:
+            self._free -= 1
+        else:
+            await self._wait(self._waiting[0 if first else 1])
+        try:
+            yield
+        finally:
+            self._release()
+
+    async def _wait(self, queue: deque[asyncio.Future[None]]) -> None:
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(waiting)
+        try:
+            await waiting
+        except asyncio.CancelledError:
+            if not waiting.cancelled():  # it was given the slot at the same moment
+                self._release()
+            elif waiting in queue:
+                queue.remove(waiting)
+            raise
+
+    def _release(self) -> None:
+        """Give the slot to the next that waits."""
+        for queue in self._waiting:
+            while queue:
+                waiting = queue.popleft()
+                if not waiting.done():
+                    waiting.set_result(None)
+                    return
+        self._free += 1
+
+
 class CancelForwarder:
     """Forwards cancel requests, a bounded number at a time."""
 
@@ -149,7 +197,8 @@ class CancelForwarder:
         self._connector = connector
         self._metrics = metrics
         self._elsewhere = elsewhere
-        self._forwards = 0
+        self._slots = ForwardSlots(FORWARDS_MAX)
+        self._elsewhere_slots = ForwardSlots(FORWARDS_MAX)
 
     async def request(self, request: CancelRequest) -> None:
         """Forward a cancel request. Return when the upstream has closed: it is delivered then.
@@ -170,35 +219,56 @@ class CancelForwarder:
     async def _request_elsewhere(self, request: CancelRequest) -> bool:
         if self._elsewhere is None:
             return False
-        if self._forwards >= FORWARDS_MAX:
-            self._metrics.cancel_requested(CancelResult.TOO_MANY)
-            return True
-        self._forwards += 1
         try:
-            return await self._elsewhere(request)
-        finally:
-            self._forwards -= 1
+            async with asyncio.timeout(CANCEL_SECONDS_MAX), self._elsewhere_slots.slot(first=True):
+                return await self._elsewhere(request)
+        except TimeoutError:
+            self._not_delivered(CancelResult.TOO_MANY, "no other process answered in time")
+            return True
 
     async def cancel(self, issued: IssuedKey) -> None:
-        """Cancel what the session is running. A failure is logged and counted, never raised."""
-        if self._forwards >= FORWARDS_MAX:
-            self._metrics.cancel_requested(CancelResult.TOO_MANY)
-            return
-        self._forwards += 1
+        """Cancel for a client, within CANCEL_SECONDS_MAX. Log and count a failure, never raise it.
+
+        The time includes the wait for a slot.
+        """
         try:
-            sent = await self._connector.cancel(
-                issued.target, issued.upstream, still_wanted=lambda: issued.live
-            )
-        except (ProxyError, TimeoutError) as error:
-            self._metrics.cancel_requested(CancelResult.FAILED)
-            self._metrics.record_error(
-                CANCEL_NOT_DELIVERED, message="a cancel request did not reach the upstream"
-            )
-            # At level info, since it is counted: an unreachable upstream means one line a client.
-            _log.info("cancel request not delivered", error=str(error) or "no answer in time")
-        else:
+            async with asyncio.timeout(CANCEL_SECONDS_MAX):
+                await self._forward(issued, first=True)
+        except TimeoutError:
+            pass  # recorded where it happened
+
+    async def cancel_disconnected(self, issued: IssuedKey) -> None:
+        """Cancel for a client that has disconnected, after those that clients ask for.
+
+        The caller bounds the time. A failure is logged and counted.
+        """
+        await self._forward(issued, first=False)
+
+    async def _forward(self, issued: IssuedKey, *, first: bool) -> None:
+        """Forward a cancel when there is a slot. What is given up is logged and counted."""
+        result, error = CancelResult.TOO_MANY, "all slots for cancel requests were in use"
+        delivered = sent = False
+        try:
+            async with self._slots.slot(first=first):
+                result, error = CancelResult.FAILED, "no answer in time"
+                sent = await self._connector.cancel(
+                    issued.target, issued.upstream, still_wanted=lambda: issued.live
+                )
+            delivered = True
+        except (ProxyError, TimeoutError) as failure:
+            error = str(failure) or error
+        finally:
+            if not delivered:
+                self._not_delivered(result, error)
+        if delivered:
             self._metrics.cancel_requested(
                 CancelResult.FORWARDED if sent else CancelResult.SESSION_ENDED
             )
-        finally:
-            self._forwards -= 1
+
+    def _not_delivered(self, result: CancelResult, error: str) -> None:
+        self._metrics.cancel_requested(result)
+        self._metrics.record_error(
+            CANCEL_NOT_DELIVERED, message="a cancel request did not reach the upstream"
+        )
+        # At level info, since it is counted: an unreachable upstream means one line a client.
+        _log.info("cancel request not delivered", error=error)

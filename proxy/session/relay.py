@@ -30,8 +30,8 @@ BUFFER_BYTES_MAX: Final = 64 * 1024
 # The time for an upstream to answer a cancel. After an answer the next statement of a pipeline may
 # have begun, so the cancel is repeated.
 CANCEL_ANSWER_SECONDS: Final = 0.25
-# The bound on all these cancels together.
-CANCELS_SECONDS_MAX: Final = 10.0
+# The bound on all these cancels together, and the wait for those of other sessions.
+CANCELS_SECONDS_MAX: Final = 30.0
 
 _TERMINATE: Final = Terminate().encode()
 _IGNORING: Final = asyncio.Protocol()  # the protocol of connections whose relay is over
@@ -198,14 +198,14 @@ class Relay:
         await close_gracefully(self._upstream)
 
     async def _cancel_until_silent(self, cancel_query: Callable[[], Awaitable[None]]) -> None:
-        """Send cancels until one has no answer. If nothing runs, that is the first one."""
+        """Send cancels until one has no answer or nothing runs; at least one."""
         answered = True
         while answered and not self._upstream.is_closing():
             self._upstream.resume_reading()  # it may be paused because the client did not read
             before = self.from_upstream.received_bytes
             await cancel_query()
             await asyncio.sleep(CANCEL_ANSWER_SECONDS)
-            answered = self.from_upstream.received_bytes > before
+            answered = self.from_upstream.received_bytes > before and not self._activity.idle
 
 
 def _follow(sent: Callable[[bytes], None], on_read: Callable[[], None], data: bytes) -> None:

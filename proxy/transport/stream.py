@@ -9,7 +9,7 @@ import ssl
 from typing import TYPE_CHECKING, Final, cast
 
 from proxy.transport.graceful_close import LINGER_SECONDS, close_gracefully
-from proxy.transport.sockets import set_tcp_options
+from proxy.transport.sockets import has_hung_up, set_tcp_options
 from proxy.transport.tls import TLSTransport
 
 if TYPE_CHECKING:
@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 
 # A startup is a few KiB each way. More comes from a client that pipelines its first queries.
 INBOX_BYTES_MAX: Final = 64 * 1024
+# While reading is stopped the peer's end has to be polled for.
+PAUSED_POLL_SECONDS: Final = 0.05
 
 
 class StartupStream(asyncio.Protocol):
     """One connection, the protocol of its transport until `hand_over`.
 
-    `gone` is done when the peer has ended its stream or the connection is lost.
+    `gone` is done when the peer has ended its stream or the connection is lost, even if it is not
+    read because too many bytes wait.
     """
 
-    __slots__ = ("_inbox", "_paused", "_waiting", "gone", "transport")
+    __slots__ = ("_inbox", "_paused", "_poll_timer", "_waiting", "gone", "transport")
 
     transport: asyncio.Transport
 
@@ -36,6 +39,7 @@ class StartupStream(asyncio.Protocol):
         # Set while a coroutine waits for bytes. An asyncio.Event would take 800 bytes.
         self._waiting: asyncio.Future[None] | None = None
         self._paused = False
+        self._poll_timer: asyncio.TimerHandle | None = None
 
     # -- the protocol ----------------------------------------------------------------------------
 
@@ -51,6 +55,7 @@ class StartupStream(asyncio.Protocol):
         if len(self._inbox) > INBOX_BYTES_MAX and not self._paused:
             self._paused = True
             self.transport.pause_reading()
+            self._schedule_poll()
 
     def eof_received(self) -> bool:
         """Register the end of the peer's stream; ours stays open for an answer."""
@@ -141,8 +146,20 @@ class StartupStream(asyncio.Protocol):
         self._inbox.clear()
         if self._paused:
             self._paused = False
+            if self._poll_timer is not None:
+                self._poll_timer.cancel()
             self.transport.resume_reading()
         return taken
+
+    def _schedule_poll(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._poll_timer = loop.call_later(PAUSED_POLL_SECONDS, self._poll)
+
+    def _poll(self) -> None:
+        if self.transport.is_closing() or has_hung_up(self.transport):
+            self._end()
+        elif not self.gone.done():
+            self._schedule_poll()
 
     def _end(self) -> None:
         if not self.gone.done():

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
+from proxy.observe.logs import get_logger
 from proxy.transport.stream import StartupStream
 from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
 from proxy.upstream.connector import Addresses, Connector
 from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
 from proxy.upstream.phases import ConnectPhase, DialProgress, PhaseTimer, RecordPhase
 from proxy.upstream.retry import Retry
+from proxy.wire.options import Setting
 from proxy.wire.startup import StartupMessage
 from proxy.wire.upstream_message import upstream_message
 from proxy.wire.upstream_startup import UpstreamStartup
@@ -30,6 +32,18 @@ from proxy.workspace.credential import Credential
 # for each; clients that reconnect together are served sooner in order than all at once, where they
 # time out together. 50 handshakes keep both sides busy.
 CONNECTS_MAX: Final = 50
+
+# How often the server checks whether the client of a running query is still connected. The check
+# does not end a COMMIT that waits for synchronous replicas, which a CancelRequest would.
+CONNECTION_CHECK_SECONDS: Final = 2
+_CHECK_NAME: Final = "client_connection_check_interval"
+_CONNECTION_CHECK: Final = (
+    Setting(_CHECK_NAME.encode(), str(1000 * CONNECTION_CHECK_SECONDS).encode()),
+)
+# What PostgreSQL before version 14 and on other systems than Linux, and PgBouncer say of it.
+_NO_CHECK_TEXTS: Final = ("unrecognized", "unsupported", "must be set to 0 on this platform")
+
+_log = get_logger(__name__)
 
 # What it means when a dial's time ends in a phase.
 _TIMED_OUT: Final = {
@@ -96,12 +110,14 @@ class Dialer:
         *,
         connect_timeout_seconds: float,
         connects_max: int = CONNECTS_MAX,
+        connection_check: bool = False,
         answer_seconds_max: float = ANSWER_SECONDS_MAX,
         jitter: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Open at most `connects_max` sessions at a time.
 
+        With `connection_check` the server is asked to end the query of a client that disconnects.
         An upstream has `answer_seconds_max` for its first answer to a StartupMessage. `jitter`
         returns a number from 0 to 1.
         """
@@ -112,6 +128,7 @@ class Dialer:
         self._timeout_seconds = connect_timeout_seconds
         self._connects_max = connects_max
         self._connects = asyncio.Semaphore(connects_max)  # first come, first served
+        self._defaults = _CONNECTION_CHECK if connection_check else ()
         self._answer_seconds_max = answer_seconds_max
         self._jitter = jitter
         self._clock = clock
@@ -173,7 +190,8 @@ class Dialer:
         async with self._slot(dial.phases) as waited:
             if waited and not self._credentials.is_fresh(credential):
                 credential = await self._credential(dial)
-            message = upstream_message(dial.client, route.names.user, route.names.database)
+            names = route.names
+            message = upstream_message(dial.client, names.user, names.database, self._defaults)
             connection = await self._connector.connect(route.target, route.addresses, dial.phases)
             login = Login(connection, route.names, credential)
             await login.run(message, dial.phases, self._answer_seconds_max)
@@ -193,6 +211,13 @@ class Dialer:
     async def _before_retry(self, dial: _Dial, error: ProxyError) -> None:
         """Wait until it is time for another try; raise the error if there is none."""
         dial.failures.append(error)
+        if self._defaults and _refuses_check(error):
+            self._defaults = ()
+            _log.info(
+                "the upstream does not check connections: the query of a client that disconnects "
+                'continues, unless upstream.cancel_method = "cancel_request"'
+            )
+            return
         if error.original is None:  # else PostgreSQL itself answered, and the host is right
             self._address_lookup.invalidate_host()
         delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error))
@@ -223,3 +248,10 @@ class Dialer:
         is_api = kind is ErrorKind.API_UNREACHABLE
         what = "the workspace API did not answer" if is_api else "no session"
         return ProxyError(kind, f"{what} within {self._timeout_seconds:g} seconds")
+
+
+def _refuses_check(error: ProxyError) -> bool:
+    """Return whether an upstream has refused client_connection_check_interval."""
+    original = error.original
+    text = error.detail if original is None else f"{original.message} {original.text(b'D')}"
+    return _CHECK_NAME in text and any(word in text for word in _NO_CHECK_TEXTS)

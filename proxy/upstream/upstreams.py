@@ -41,7 +41,7 @@ class SessionOpener(Protocol):
 
     @property
     def cancel_on_disconnect(self) -> bool:
-        """Whether the query of a client that disappears is cancelled."""
+        """Whether a CancelRequest is sent for a client that disappears."""
 
     async def open(self, client: StartupMessage, progress: DialProgress) -> UpstreamSession:
         """Open a session for this client. `progress` shows meanwhile what it waits for.
@@ -70,8 +70,9 @@ class Upstream:
 
     @property
     def cancel_on_disconnect(self) -> bool:
-        """Whether the query of a client that disappears is cancelled."""
-        return self.settings.cancel_on_disconnect
+        """Whether a CancelRequest is sent for a client that disappears."""
+        settings = self.settings
+        return settings.cancel_on_disconnect and settings.cancel_method == "cancel_request"
 
     async def open(self, client: StartupMessage, progress: DialProgress) -> UpstreamSession:
         """Return a session upstream for this client. Raises what `Dialer.dial` does."""
@@ -182,6 +183,8 @@ class Upstreams(Mapping[str, Upstream]):
             record_phase,
             connect_timeout_seconds=target.connect_timeout_seconds,
             connects_max=target.connects_max,
+            connection_check=target.cancel_on_disconnect
+            and target.cancel_method == "connection_check",
         )
         use = self._registry.use_of(key)
         return Upstream(target, key, resource, workspace, account, credentials, lookup, dialer, use)

@@ -5,6 +5,7 @@ five without an error, so the client's other settings move into `options` (W50).
 (`_pq_.`) concern the client's connection alone and are never sent upstream (W13).
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from proxy.wire.options import Setting, appended
@@ -25,10 +26,13 @@ _UNDEFINED_OBJECT: Final = "42704"
 _PROGRAM_LIMIT_EXCEEDED: Final = "54000"
 
 
-def upstream_message(client: StartupMessage, user: bytes, database: bytes) -> StartupMessage:
+def upstream_message(
+    client: StartupMessage, user: bytes, database: bytes, defaults: Sequence[Setting] = ()
+) -> StartupMessage:
     """Return the StartupMessage that is sent upstream for this client (W50).
 
-    The client's settings are appended to its own `options`.
+    The client's settings are appended to its own `options`. `defaults` come before them, so that
+    the client's have effect; they are left out where the packet would be too long with them.
 
     Raises ClientViolation for a name that no setting can have, or a packet too long (W51).
     """
@@ -41,17 +45,18 @@ def upstream_message(client: StartupMessage, user: bytes, database: bytes) -> St
             pairs[name] = value
         elif name not in _FORWARDED_PARAMETERS and not name.startswith(_PROTOCOL_OPTION_PREFIX):
             extra.append(_setting(name, value))
-    options = appended(client.get(b"options") or b"", extra)
-    if options:
-        pairs[b"options"] = options
-    message = StartupMessage(V3_0, tuple(pairs.items()))
-    if len(message.encode()) >= FIRST_PACKET_BYTES_MAX:
-        raise ClientViolation(
-            "startup packet too long for the upstream",
-            reason=ClientReason.STARTUP_TOO_LONG,
-            sqlstate=_PROGRAM_LIMIT_EXCEEDED,
-        )
-    return message
+    own = appended(client.get(b"options") or b"", extra)
+    for first in (appended(b"", defaults), b""):
+        if options := b" ".join(part for part in (first, own) if part):
+            pairs[b"options"] = options
+        message = StartupMessage(V3_0, tuple(pairs.items()))
+        if len(message.encode()) < FIRST_PACKET_BYTES_MAX:
+            return message
+    raise ClientViolation(
+        "startup packet too long for the upstream",
+        reason=ClientReason.STARTUP_TOO_LONG,
+        sqlstate=_PROGRAM_LIMIT_EXCEEDED,
+    )
 
 
 def _setting(name: bytes, value: bytes) -> Setting:

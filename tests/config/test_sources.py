@@ -33,6 +33,7 @@ VALUES = {
     "connect_timeout_seconds": "7",
     "connects_max": "7",
     "cancel_on_disconnect": "false",
+    "cancel_method": "cancel_request",
     "accelerated": "false",
     "workspace": "known",
     "target": "upstream",

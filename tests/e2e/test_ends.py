@@ -182,6 +182,21 @@ async def test_w41_a_client_that_vanishes_at_any_stage_of_the_dial_leaves_nothin
     assert lakebase.gateway.open_sessions == 0
 
 
+@pytest.mark.parametrize("way", ["close", "reset"])
+async def test_w41_a_client_that_sent_much_and_vanishes_leaves_nothing(
+    proxy: App, lakebase: Lakebase, way: str
+) -> None:
+    # More than 64 KB are not read before the session is ready, so its end did not arrive: slot and
+    # dial were kept until connect_timeout_seconds.
+    lakebase.gateway.inject(Stage.STARTUP, Injection.HANG)
+    async with plain_client(proxy) as client:
+        await client.send(startup() + query("SELECT '" + "x" * 200_000 + "'"))
+        await lakebase.gateway.until(lambda: lakebase.gateway.accepted > 0)
+        getattr(client, way)()
+        await eventually(lambda: proxy.metrics.value("connections") == 0, "it is gone", 1)
+    await eventually(lambda: lakebase.gateway.records[-1].closed, "closed upstream")
+
+
 async def test_w54_a_client_that_vanishes_while_a_token_is_minted_leaves_the_mint_to_the_next(
     proxy: App, lakebase: Lakebase
 ) -> None:

@@ -161,36 +161,51 @@ async def test_w40_an_upstream_that_does_not_answer_is_given_up_after_10_seconds
     assert proxy.metrics.value("cancel_requests_total", result="failed") == 1
 
 
-async def test_w42_cancels_have_a_bound_of_their_own_and_over_it_are_closed_silently(
+async def test_w42_cancels_have_a_bound_of_their_own_and_over_it_they_wait(
     start_proxy: StartProxy, lakebase: Lakebase, log: LogLines
 ) -> None:
+    # One more than the bound was dropped at once, and the query that it was for ran on.
     proxy = await start_proxy(listen={"max_connections": 1})
-    forwarded = {"result": "forwarded"}
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(plain_client(proxy))
         key = await started(client)
         lakebase.gateway.inject(Stage.CANCEL, Injection.HANG)
         waiting = []
-        for _ in range(FORWARDS_MAX):
+        for _ in range(FORWARDS_MAX + 1):
             canceller = await stack.enter_async_context(plain_client(proxy))
             await canceller.send(request(key))
             waiting.append(canceller)
         await lakebase.gateway.until(lambda: len(lakebase.gateway.cancels) == FORWARDS_MAX)
-        one_more = await stack.enter_async_context(plain_client(proxy))
-        await one_more.send(request(key))
-        assert await one_more.receive_rest() == b""
-        assert proxy.metrics.value("cancel_requests_total", result="too_many") == 1
-        assert len(lakebase.gateway.cancels) == FORWARDS_MAX
+        with pytest.raises(TimeoutError):
+            await waiting[-1].receive(0.1)
         lakebase.gateway.clear_faults()
         for canceller in waiting:
             assert await canceller.receive_rest() == b""
-        assert proxy.metrics.value("cancel_requests_total", **forwarded) == FORWARDS_MAX
-        # The bound is of those under way: all are free again.
-        last = await stack.enter_async_context(plain_client(proxy))
-        await last.send(request(key))
-        assert await last.receive_rest() == b""
-        assert proxy.metrics.value("cancel_requests_total", **forwarded) == FORWARDS_MAX + 1
+    assert len(lakebase.gateway.cancels) == FORWARDS_MAX + 1
+    assert proxy.metrics.value("cancel_requests_total", result="forwarded") == FORWARDS_MAX + 1
     assert log.above_info() == []
+
+
+async def test_w42_a_cancel_that_waits_too_long_is_given_up_logged_and_counted(
+    proxy: App, lakebase: Lakebase, log: LogLines
+) -> None:
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(plain_client(proxy))
+        key = await started(client)
+        lakebase.gateway.inject(Stage.CANCEL, Injection.HANG)
+        for _ in range(FORWARDS_MAX):
+            canceller = await stack.enter_async_context(plain_client(proxy))
+            await canceller.send(request(key))
+        await lakebase.gateway.until(lambda: len(lakebase.gateway.cancels) == FORWARDS_MAX)
+        issued = proxy.cancel_keys.find(CancelRequest(key.pid, key.key))
+        assert issued is not None
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await proxy.cancels.cancel_disconnected(issued)
+        lakebase.gateway.clear_faults()
+    assert proxy.metrics.value("cancel_requests_total", result="too_many") == 1
+    (line,) = log.events("cancel request not delivered")
+    assert line["error"] == "all slots for cancel requests were in use"
 
 
 @pytest.mark.slow

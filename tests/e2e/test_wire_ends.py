@@ -124,6 +124,12 @@ async def last_words(session: ManualSession, said: bytes, way: str) -> None:
 # -- W35 -------------------------------------------------------------------------------------------
 
 
+@pytest_asyncio.fixture
+async def proxy(start_proxy: StartProxy) -> App:
+    """A proxy that sends a CancelRequest; `test_vanished_clients` has the default."""
+    return await start_proxy(upstream={"cancel_method": "cancel_request"})
+
+
 async def runs(lakebase: Lakebase, event: str = "PgSleep") -> str:
     """Wait until the newest session's backend waits for this; return SQL that finds it."""
     pid = lakebase.gateway.sessions[-1].real_pid

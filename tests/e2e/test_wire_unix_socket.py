@@ -188,7 +188,7 @@ async def test_w37_the_rest_of_the_list_holds_there_too(
 async def test_w35_a_client_that_vanishes_from_it_has_its_query_cancelled(
     start_proxy: StartProxy, directory: Path, lakebase: Lakebase
 ) -> None:
-    proxy = await start_proxy(listen=at(directory))
+    proxy = await start_proxy(listen=at(directory), upstream={"cancel_method": "cancel_request"})
     async with unix_client(path_of(proxy, directory)) as client:
         await client.start_up()
         await client.query("SELECT pg_sleep(60)")

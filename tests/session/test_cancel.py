@@ -1,11 +1,12 @@
 """Cancel keys: what a client is given, and which session a CancelRequest means (W14, W26, W27)."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 
-from proxy.session.cancel import CancelKeys
+from proxy.session.cancel import CancelKeys, ForwardSlots
 from proxy.upstream.address_lookup import Target
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.secret import Secret
@@ -185,3 +186,72 @@ def test_real_randomness_makes_different_keys(stack: ExitStack) -> None:
     issued = [issue(stack, keys, negative, version=V3_2) for _ in range(100)]
     assert len({key.pid for key in issued}) == 100
     assert len({key.key for key in issued}) == 100
+
+
+# -- slots -----------------------------------------------------------------------------------------
+
+
+class Slots:
+    """Slots, and tasks that hold one each until they are told to release it."""
+
+    def __init__(self, slots_max: int) -> None:
+        self.slots = ForwardSlots(slots_max)
+        self.holding: list[str] = []
+        self._release: dict[str, asyncio.Event] = {}
+
+    async def start(self, name: str, *, first: bool = False) -> asyncio.Task[None]:
+        self._release[name] = asyncio.Event()
+        task = asyncio.create_task(self._hold(name, first))
+        await asyncio.sleep(0)
+        return task
+
+    async def release(self, name: str) -> None:
+        self._release[name].set()
+        for _ in range(4):
+            await asyncio.sleep(0)
+
+    async def _hold(self, name: str, first: bool) -> None:
+        async with self.slots.slot(first=first):
+            self.holding.append(name)
+            await self._release[name].wait()
+            self.holding.remove(name)
+
+
+async def test_w42_those_that_wait_get_a_slot_in_order_and_clients_own_come_first() -> None:
+    made = Slots(1)
+    tasks = [await made.start("one"), await made.start("gone 1"), await made.start("gone 2")]
+    tasks += [await made.start("own 1", first=True), await made.start("own 2", first=True)]
+    order = ["one", "own 1", "own 2", "gone 1", "gone 2"]
+    for name in order:
+        assert made.holding == [name]
+        await made.release(name)
+    await asyncio.gather(*tasks)
+    assert made.holding == []
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_w42_one_that_gives_up_takes_no_slot(first: bool) -> None:
+    made = Slots(1)
+    one = await made.start("one")
+    impatient, patient = await made.start("x", first=first), await made.start("patient")
+    impatient.cancel()
+    await made.release("one")
+    assert made.holding == ["patient"]
+    await made.release("patient")
+    await asyncio.wait([one, impatient, patient])
+    assert not (await made.start("next")).done()
+    assert made.holding == ["next"]
+    await made.release("next")
+
+
+async def test_w42_a_slot_that_is_given_to_one_that_gives_up_goes_to_the_next() -> None:
+    made = Slots(1)
+    one, impatient, patient = [await made.start(name) for name in ("one", "impatient", "patient")]
+    made._release["one"].set()
+    await asyncio.sleep(0)  # `one` goes on, and gives its slot away
+    impatient.cancel()
+    await asyncio.wait([impatient])
+    await made.release("one")
+    assert made.holding == ["patient"]
+    await made.release("patient")
+    await asyncio.gather(one, patient)

@@ -146,3 +146,25 @@ async def _until(happened: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_SECONDS_MAX):
         while not happened():  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("way", ["end", "close", "reset"])
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+async def test_w41_the_end_of_a_peer_that_sent_more_than_the_inbox_takes_is_seen(
+    secure: bool, way: str
+) -> None:
+    # Its end was behind bytes that were not read, so it was seen only after connect_timeout.
+    async with linked() as (stream, peer):
+        if secure:
+            tls = contexts()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(peer.handshake(tls.client, server_side=False))
+                await start(stream, tls, server_side=True)
+        await peer.send(b"x" * (2 * INBOX_BYTES_MAX))
+        await asyncio.sleep(0)
+        assert not stream.gone.done()
+        getattr(peer, way)()
+        async with asyncio.timeout(1):
+            await stream.gone
+        if way == "end":
+            assert await stream.receive()

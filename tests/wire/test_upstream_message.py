@@ -143,3 +143,23 @@ def test_w51_escaping_alone_can_make_it_too_long() -> None:
     assert len(startup([(b"user", b"app"), (b"a.b", b" " * 5_000)])) < 10_000
     with pytest.raises(ClientViolation, match="too long"):
         upstream_of((b"a.b", b" " * 5_000))
+
+
+CHECK = (Setting(b"a.check", b"2"),)
+
+
+def with_defaults(*pairs: tuple[bytes, bytes]) -> bytes | None:
+    client = StartupMessage(V3_0, ((b"user", b"app"), *pairs))
+    return upstream_message(client, b"role", b"main", CHECK).get(b"options")
+
+
+def test_w50_defaults_come_before_what_the_client_sets() -> None:
+    # PostgreSQL sets what comes last. A stray backslash or `--` of the client's cannot reach them.
+    assert with_defaults() == b"-c a.check=2"
+    assert with_defaults((b"options", b"-c a.check=7 --")) == b"-c a.check=2 -c a.check=7 --"
+    assert with_defaults((b"a.check", b"7")) == b"-c a.check=2 -c a.check=7"
+
+
+def test_w51_defaults_do_not_make_a_message_too_long() -> None:
+    longest = b"-c b.c=" + b"x" * 9_940
+    assert with_defaults((b"options", longest)) == longest

@@ -1,9 +1,9 @@
 """Blocking calls, run in daemon threads under a deadline.
 
 A thread cannot be stopped: a call that hangs is abandoned at its deadline and holds no lock of
-ours. At most `THREADS_MAX` calls run at once, and further calls wait. A call that is past its
+ours. At most `threads_max` calls run at once, and further calls wait. A call that is past its
 deadline does not count among them, so that calls which hang do not delay the others. Once
-`OVERDUE_MAX` of these have not ended, no new call is started.
+`overdue_max` of these have not ended, no new call is started.
 
 For: where a call runs, and how long its caller waits. Not for: what a failure means.
 """
@@ -31,9 +31,13 @@ class NoThreadFree(TimeoutError):
 class BlockingCalls:
     """Runs blocking calls. `name` is the threads' name in stack dumps."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self, name: str, *, threads_max: int = THREADS_MAX, overdue_max: int = OVERDUE_MAX
+    ) -> None:
         self._name = name
-        self._threads = asyncio.Semaphore(THREADS_MAX)
+        self._threads_max = threads_max
+        self._overdue_max = overdue_max
+        self._threads = asyncio.Semaphore(threads_max)
         self._overdue: set[object] = set()
 
     async def run(self, call: Callable[[], T], timeout_seconds: float) -> T:
@@ -59,8 +63,8 @@ class BlockingCalls:
             async with asyncio.timeout_at(ends_at):
                 await self._threads.acquire()
         except TimeoutError:
-            raise NoThreadFree(f"{THREADS_MAX} earlier calls have not ended") from None
-        if len(self._overdue) >= OVERDUE_MAX:
+            raise NoThreadFree(f"{self._threads_max} earlier calls have not ended") from None
+        if len(self._overdue) >= self._overdue_max:
             self._threads.release()
             raise NoThreadFree(f"{len(self._overdue)} earlier calls still hang")
 

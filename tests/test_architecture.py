@@ -39,6 +39,10 @@ TASK_MAKERS = {
     "proxy/emulator/connection.py": "a connection of the emulator waits for its own tasks",
 }
 
+# The loop's own pool has a few threads, which everybody shares: one name that DNS does not answer
+# stalled every target. `proxy/blocking.py` has threads for each purpose.
+POOL_USERS = ("proxy/emulator/cluster.py",)  # starts and stops PostgreSQL, and is not in `run`
+
 # Waits of these tests are for another process, where there is no event to wait for; in `session`
 # and `upstream` a call that takes a moment is tested, in `differential` what is sent at any moment.
 SLEEPERS = (
@@ -127,6 +131,12 @@ def lone_tasks(tree: ast.Module) -> list[str]:
     ]
 
 
+def pool_calls(tree: ast.Module) -> list[str]:
+    """Return the calls that run in the event loop's own pool of threads."""
+    ending = ("run_in_executor", "to_thread", "loop.getaddrinfo", "get_running_loop().getaddrinfo")
+    return [name for name, _call in calls(tree) if name.endswith(ending)]
+
+
 def sleeps(tree: ast.Module) -> list[str]:
     """Return the calls that sleep; `asyncio.sleep(0)` only lets others run."""
     return [
@@ -192,6 +202,10 @@ def test_tasks_belong_to_a_group_or_are_on_the_list() -> None:
     makers = broken(PACKAGE, lone_tasks)
     assert makers.keys() <= TASK_MAKERS.keys(), makers
     assert makers.keys() == TASK_MAKERS.keys(), "the list names a file that makes none any more"
+
+
+def test_nothing_runs_in_the_loops_own_pool_of_threads() -> None:
+    assert broken(PACKAGE, pool_calls, allowed=POOL_USERS) == {}
 
 
 def test_no_unit_test_sleeps() -> None:

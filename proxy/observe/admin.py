@@ -14,6 +14,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol
 
 import uvicorn
@@ -24,6 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from proxy.addresses import is_loopback
+from proxy.blocking import BlockingCalls
 from proxy.observe.admin_access import (
     CONNECTIONS_MAX,
     BoundedProtocol,
@@ -45,6 +47,8 @@ _SHUTDOWN_SECONDS: Final = 2
 # Shorter than the period of a probe, so that a failure restarts no pod; long enough for a port that
 # stays in use.
 _REOPEN_SECONDS: Final = 1.0
+
+_LOOK_UP_SECONDS_MAX: Final = 15.0  # for the host, which may be a name
 
 # Responses show the present, to the client that requested them.
 _EVERY_RESPONSE: Final = [
@@ -177,8 +181,8 @@ def _guarded(endpoint: Endpoint, failed: Callable[[], None]) -> Endpoint:
 
 async def _listen(host: str, port: int) -> socket.socket:
     """Open the listening socket. uvicorn would end the process if it could not."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await BlockingCalls("dns").run(look_up, _LOOK_UP_SECONDS_MAX)
     family, _kind, _protocol, _name, address = found[0]
     return socket.create_server(address, family=family, backlog=_BACKLOG)
 

@@ -8,6 +8,7 @@ Invariant: every line goes through `mask`. Tracebacks show no local variables.
 """
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Final, Literal, TextIO, cast
 import structlog
 from structlog.typing import EventDict, Processor
 
+from proxy.observe.log_writer import LogWriter
 from proxy.wire.secret import MASK
 
 Logger = structlog.stdlib.BoundLogger
@@ -98,6 +100,53 @@ class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
         return mask(str(line))
 
 
+class _QueueHandler(logging.Handler):
+    """Gives lines to the process's log writer, which never makes the caller wait."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception as error:  # a value that cannot be shown must not fail what is logged
+            line = f"a log line could not be made: {type(error).__name__}"
+        _stderr.write((line + "\n").encode(errors="backslashreplace"))
+
+
+def _report_dropped(lines: int) -> None:
+    get_logger(__name__).warning("log lines were dropped: nothing took them", lines=lines)
+
+
+_STDERR: Final = 2
+_stderr: Final = LogWriter(_STDERR, flows_again=_report_dropped)
+os.register_at_fork(before=_stderr.before_fork, after_in_child=_stderr.start_over)
+
+
+def log_lines_dropped() -> int:
+    """Return how many lines of this process were dropped."""
+    return _stderr.dropped
+
+
+def flush_log() -> None:
+    """Wait until the log is written, for a bounded time; after that it fails nothing any more."""
+    _stderr.flush()
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except (OSError, ValueError):
+        # Else what it holds makes the interpreter exit with 120.
+        sys.stderr = None
+
+
+def _handler_of(stream: TextIO | None) -> logging.Handler:
+    """Return a handler for a stream; standard error is written by a thread of its own."""
+    if stream is None:
+        return logging.NullHandler()  # descriptor 2 was closed at the start, and may be a socket
+    try:
+        queued = stream.fileno() == _STDERR
+    except OSError:  # it has no descriptor
+        queued = False
+    return _QueueHandler() if queued else logging.StreamHandler(stream)
+
+
 def _renderer(
     console: bool, colors: bool, event_key: str = "event", level_key: str = "level"
 ) -> list[Processor]:
@@ -133,7 +182,8 @@ def configure_logging(
     the SDK and urllib3 log complete requests at lower levels.
     """
     target = stream or sys.stderr
-    console = format == "console" or (format == "auto" and target.isatty())
+    terminal = target is not None and target.isatty()
+    console = format == "console" or (format == "auto" and terminal)
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -142,11 +192,11 @@ def configure_logging(
         structlog.processors.StackInfoRenderer(),
         redact,
     ]
-    handler = logging.StreamHandler(target)
+    handler = _handler_of(target)
     handler.setFormatter(
         _MaskingFormatter(
             foreign=shared,
-            render=_renderer(console, target.isatty(), event_key, level_key),
+            render=_renderer(console, terminal, event_key, level_key),
         )
     )
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown

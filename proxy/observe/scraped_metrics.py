@@ -9,6 +9,7 @@ from typing import Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from proxy.observe.logs import log_lines_dropped
 from proxy.observe.status import StatusSource
 from proxy.observe.target_stats import TargetRow
 
@@ -26,6 +27,11 @@ class ScrapedMetrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """Yield the metric families as they are now."""
         yield from _target_metrics(self._rows())
+        yield CounterMetricFamily(
+            f"{PREFIX}_log_lines_dropped",
+            "Log lines that found the queue full or could not be written.",
+            value=log_lines_dropped(),
+        )
         if self.source is not None:
             yield from _token_metrics(self.source)
             yield from _proxy_metrics(self.source)

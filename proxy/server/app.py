@@ -128,7 +128,8 @@ class App:
         self._tls = _listener_tls(settings.listen)
         self.slots = slots or Slots(settings.listen.max_connections)
         # A cancel is not a session's connect: its phases are not counted.
-        connector = Connector(lambda phase, seconds: None)
+        resolve = self.snapshot.upstreams.name_lookup.resolve
+        connector = Connector(lambda phase, seconds: None, resolve)
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
         self.listener = self._make_listener(settings, starting_max)
         self.connection_source: ConnectionSource = self.listener

@@ -9,11 +9,11 @@ before its certificate was verified as far as `sslmode` says (W52).
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
-from aiohappyeyeballs import AddrInfoType, start_connection
+from aiohappyeyeballs import start_connection
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
@@ -23,6 +23,7 @@ from proxy.transport.stream import StartupStream
 from proxy.transport.tls import TLSTransport, client_context
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.diagnosis import diagnose_event, diagnose_network
+from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase, PhaseTimer, RecordPhase
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.startup import CancelRequest
@@ -32,9 +33,6 @@ from proxy.wire.upstream_startup import (
     UpstreamEvent,
     UpstreamStartup,
 )
-
-Addresses = Sequence[AddrInfoType]
-"""A target's addresses, in the order in which to try them."""
 
 # For all addresses of the host together: a name may resolve to several, and some may be dead.
 TCP_CONNECT_SECONDS_MAX: Final = 10.0
@@ -56,26 +54,14 @@ class Connection:
     startup: UpstreamStartup
 
 
-async def resolve(target: Target) -> Addresses:
-    """Return a target's addresses. Raises ProxyError."""
-    loop = asyncio.get_running_loop()
-    name = target.hostaddr or target.host
-    try:
-        return await loop.getaddrinfo(name, target.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: {error.strerror or error}") from error
-    except UnicodeError as error:  # a label is too long or empty: no resolver was asked
-        raise ProxyError(ErrorKind.UPSTREAM_DNS, f"{name}: not a valid DNS name") from error
-
-
 class Connector:
     """Opens TLS connections to targets, and forwards cancel requests over them."""
 
     def __init__(
         self,
         record_phase: RecordPhase,
+        resolve: Callable[[Target], Awaitable[Addresses]],
         *,
-        resolve: Callable[[Target], Awaitable[Addresses]] = resolve,
         tls_seconds_max: float = TLS_SECONDS_MAX,
     ) -> None:
         self._record_phase = record_phase

@@ -11,15 +11,16 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.transport.stream import StartupStream
 from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
-from proxy.upstream.connector import Addresses, Connector
+from proxy.upstream.connector import Connector
 from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
+from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase, DialProgress, PhaseTimer, RecordPhase
 from proxy.upstream.retry import Retry
 from proxy.wire.options import Setting
@@ -70,7 +71,10 @@ class CredentialSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class UpstreamSession:
-    """A session that is ready: its connection, and the machine that holds its welcome."""
+    """A session that is ready: its connection, and the machine that holds its welcome.
+
+    The target's `hostaddr` is the address that the session is connected to.
+    """
 
     stream: StartupStream
     startup: UpstreamStartup
@@ -195,7 +199,10 @@ class Dialer:
             connection = await self._connector.connect(route.target, route.addresses, dial.phases)
             login = Login(connection, route.names, credential)
             await login.run(message, dial.phases, self._answer_seconds_max)
-            return UpstreamSession(connection.stream, connection.startup, route.target)
+            # A cancel goes to the address of its session, and waits for no look-up.
+            peer = connection.stream.transport.get_extra_info("peername")
+            target = replace(route.target, hostaddr=peer[0]) if peer else route.target
+            return UpstreamSession(connection.stream, connection.startup, target)
 
     @asynccontextmanager
     async def _slot(self, phases: PhaseTimer) -> AsyncIterator[bool]:

@@ -23,6 +23,7 @@ from proxy.transport.tls import client_context
 from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import CredentialSource, Dialer, UpstreamSession
+from proxy.upstream.name_lookup import NameLookup
 from proxy.upstream.password_file import PasswordFile
 from proxy.upstream.phases import DialProgress, RecordTargetPhase
 from proxy.wire.startup import StartupMessage
@@ -92,7 +93,7 @@ class Upstreams(Mapping[str, Upstream]):
         settings: Settings,
         registry: WorkspaceRegistry,
         record_phase: RecordTargetPhase,
-        before: "Mapping[str, Upstream] | None" = None,
+        before: "Upstreams | None" = None,
     ) -> None:
         """`before` are the upstreams in force; those that are configured as before are kept.
 
@@ -102,6 +103,9 @@ class Upstreams(Mapping[str, Upstream]):
         self._settings = settings
         self._registry = registry
         self._record_phase = record_phase
+        self.name_lookup: NameLookup = (
+            NameLookup(registry.calls) if before is None else before.name_lookup
+        )
         targets = {name: settings.target(name) for name in settings.target_names()}
         resources = self._resources(targets.values())
         self._upstreams = {
@@ -177,7 +181,7 @@ class Upstreams(Mapping[str, Upstream]):
         lookup = AddressLookup(target, resource, workspace, self._registry.calls)
         record_phase = partial(self._record_phase, name)
         dialer = Dialer(
-            Connector(record_phase),
+            Connector(record_phase, self.name_lookup.resolve),
             lookup,
             credentials,
             record_phase,

@@ -12,7 +12,7 @@ import uvloop
 
 from proxy.config import Settings, effective_toml, load, load_settings
 from proxy.exit_codes import EXIT_OK
-from proxy.observe.logs import configure_logging
+from proxy.observe.logs import configure_logging, flush_log
 from proxy.server.process import explain, raise_file_limit
 from proxy.server.router_factory import map_problems
 from proxy.verbs.stderr import fail
@@ -44,4 +44,7 @@ def run_on_event_loop(settings: Settings, program: Program) -> int:
     except asyncio.CancelledError:
         return EXIT_OK  # asked to stop before it served
     except OSError as error:
+        flush_log()  # it comes before the sentence
         return fail(explain(error))
+    finally:
+        flush_log()

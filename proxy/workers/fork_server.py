@@ -14,13 +14,12 @@ import select
 import signal
 import socket
 import struct
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from enum import IntEnum
 from typing import Final, NoReturn
 
-from proxy.observe.logs import get_logger
+from proxy.observe.logs import flush_log, get_logger
 
 SOCKETS_OF_A_WORKER: Final = 2
 
@@ -213,6 +212,5 @@ def _run_and_exit(run: Callable[[], int]) -> NoReturn:
     except BaseException:
         _log.exception("a process of the proxy failed")
     finally:
-        with suppress(OSError, ValueError):  # its reader may have gone
-            sys.stderr.flush()
+        flush_log()
         os._exit(code)

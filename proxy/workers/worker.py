@@ -21,7 +21,8 @@ import uvloop
 from proxy.blocking import BlockingCalls
 from proxy.config import AdminSettings, ConfigurationError, Settings, UpstreamSettings
 from proxy.errors import ErrorKind, ProxyError
-from proxy.observe.logs import configure_logging, get_logger, worker_log
+from proxy.observe.log_writer import FLUSH_SECONDS_MAX
+from proxy.observe.logs import configure_logging, flush_log, get_logger, worker_log
 from proxy.server.app import App, running
 from proxy.server.router_factory import clear_map_cache, reread_in_thread
 from proxy.wire.secret import Secret
@@ -150,7 +151,10 @@ class Worker:
         return await self._app.cancels.request_here(request)
 
     async def _drain(self, seconds: float) -> int:
-        return await self._app.drain(seconds)
+        sessions_cut = await self._app.drain(seconds)
+        # Killed next, it would take the last lines with it.
+        await self._threads.run(flush_log, 2 * FLUSH_SECONDS_MAX)
+        return sessions_cut
 
     # -- what it calls ---------------------------------------------------------------------------
 

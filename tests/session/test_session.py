@@ -31,6 +31,7 @@ from proxy.session.slots import Slots
 from proxy.session.starting_client import StartingClient
 from proxy.transport.stream import StartupStream
 from proxy.upstream.connector import Connector
+from proxy.upstream.name_lookup import NameLookup
 from proxy.upstream.upstreams import SessionOpener
 from proxy.wire.client_startup import ClientStartup
 from proxy.wire.messages import (
@@ -45,6 +46,7 @@ from proxy.wire.messages import (
 )
 from proxy.wire.startup import CancelRequest, ProtocolVersion, SSLRequest, StartupMessage
 from proxy.wire.upstream_startup import UpstreamStartup
+from proxy.workspace.single_flight import PendingCalls
 from tests.support.client import Client, plain_client, query, startup
 from tests.support.running import captured_log, eventually, proxy_settings
 from tests.support.secret_canaries import watching
@@ -75,10 +77,11 @@ def listener_with(
 ) -> Listener:
     """Return a listener that serves one session at a time, and routes them like this."""
     keys, slots = CancelKeys(), Slots(1)
+    connector = Connector(metrics.connect_phase_took, NameLookup(PendingCalls()).resolve)
     parts = SessionParts(
         route=route,
         cancel_keys=keys,
-        cancels=forwarder(keys, Connector(metrics.connect_phase_took), metrics),
+        cancels=forwarder(keys, connector, metrics),
         metrics=metrics,
         startup_timeout_seconds=5,
         tls=lambda: None,

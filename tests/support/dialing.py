@@ -20,7 +20,7 @@ from proxy.errors import ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.server.app import build_metrics
 from proxy.upstream.address_lookup import AddressLookup, Target
-from proxy.upstream.connector import Connector, resolve
+from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import (
     CONNECTS_MAX,
     CredentialSource,
@@ -28,6 +28,7 @@ from proxy.upstream.dialer import (
     UpstreamSession,
 )
 from proxy.upstream.login import ANSWER_SECONDS_MAX
+from proxy.upstream.name_lookup import NameLookup
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import (
     AuthenticationCleartextPassword,
@@ -84,11 +85,13 @@ class Dialing:
         *,
         connects_max: int = CONNECTS_MAX,
         silence_seconds_max: float = ANSWER_SECONDS_MAX,
+        calls: PendingCalls | None = None,
     ) -> None:
         self.metrics: Metrics = build_metrics()
+        self._names = NameLookup(calls or PendingCalls())
         self.connector = Connector(
             self.metrics.connect_phase_took,
-            resolve=self._resolve,
+            self._resolve,
             tls_seconds_max=silence_seconds_max,
         )
         self.addresses: Sequence[AddrInfoType] = ()  # what the resolver says, if not the truth
@@ -107,7 +110,7 @@ class Dialing:
 
     async def _resolve(self, target: Target) -> Sequence[AddrInfoType]:
         CLOCK.move(self.resolving_seconds)
-        return self.addresses or await resolve(target)
+        return self.addresses or await self._names.resolve(target)
 
     async def dial(self, client: StartupMessage = CLIENT) -> UpstreamSession:
         async with asyncio.timeout(WAIT_SECONDS_MAX):
@@ -141,6 +144,7 @@ async def dialing(
             credentials,
             targets,
             seconds,
+            calls=calls,
             connects_max=connects_max,
             silence_seconds_max=silence_seconds_max,
         )

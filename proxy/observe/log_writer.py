@@ -1,0 +1,135 @@
+"""Lines to a descriptor that may block: a bounded queue, and a thread that writes.
+
+For: a log whose reader has stopped, or whose disk is full, delays nothing and fails nothing. Lines
+that find the queue full, or cannot be written, are dropped and counted. Not for: what a line says
+(`logs`).
+
+Invariant: `write` never waits for the descriptor. A forked process has a queue and a thread of its
+own, from its first line on.
+"""
+
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+# Some thousand lines. More of them would only be older when they are read.
+QUEUE_BYTES_MAX: Final = 1024 * 1024
+# Writes of up to this size are atomic, so that lines of several processes do not mix in a pipe.
+BATCH_BYTES: Final = select.PIPE_BUF
+# At the end of the process, for a reader that is slow.
+FLUSH_SECONDS_MAX: Final = 2.0
+# Before a fork. The thread has nothing to do then, or is blocked for longer than is waited for.
+_FORK_SECONDS_MAX: Final = 0.1
+
+
+class LogWriter:
+    """Writes to one descriptor. There is one for each; it lasts as long as the process."""
+
+    def __init__(self, descriptor: int, *, flows_again: Callable[[int], None]) -> None:
+        """`flows_again` is called in the thread, with how many lines were dropped before."""
+        self._descriptor = descriptor
+        self._flows_again = flows_again
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Begin anew in a forked process: queue, thread and count are its parent's."""
+        self.dropped = 0
+        """How many lines were dropped."""
+        self._reported = 0
+        self._changed = threading.Condition()
+        self._queue: deque[bytes] = deque()
+        self._queued_bytes = 0
+        self._writing = False
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def write(self, line: bytes) -> None:
+        """Queue a line, or drop it if the queue is full."""
+        with self._changed:
+            if self._queued_bytes + len(line) > QUEUE_BYTES_MAX or not self._has_thread():
+                self.dropped += 1
+                return
+            self._queue.append(line)
+            self._queued_bytes += len(line)
+            self._changed.notify_all()
+
+    def flush(self, seconds_max: float = FLUSH_SECONDS_MAX) -> None:
+        """Wait until all lines are written or dropped, for a bounded time."""
+        with self._changed:
+            self._changed.wait_for(self._is_idle, seconds_max)
+
+    def before_fork(self) -> None:
+        """End the thread, unless it is blocked. The next line starts another."""
+        with self._changed:
+            thread, self._stopping = self._thread, True
+            self._changed.notify_all()
+        if thread is not None:
+            thread.join(_FORK_SECONDS_MAX)
+        with self._changed:
+            self._stopping = False
+
+    def _is_idle(self) -> bool:
+        return not self._queue and not self._writing
+
+    def _has_thread(self) -> bool:
+        """Start the thread if there is none. Return whether there is one."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="log", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the machine has no more threads: the next line tries again
+                return False
+            self._thread = thread
+        return True
+
+    def _run(self) -> None:
+        while batch := self._next_batch():
+            written = self._write_all(b"".join(batch))
+            with self._changed:
+                self._writing = False
+                if not written:
+                    self.dropped += len(batch)
+                dropped = self.dropped - self._reported
+                flows = written and dropped and not self._queue
+                if flows:
+                    self._reported = self.dropped
+                self._changed.notify_all()
+            if flows:
+                self._flows_again(dropped)
+
+    def _next_batch(self) -> list[bytes]:
+        """Wait for lines and return some; none if the thread is to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._stopping)
+            batch: list[bytes] = []
+            size = 0
+            while self._queue and (not batch or size + len(self._queue[0]) <= BATCH_BYTES):
+                batch.append(self._queue.popleft())
+                size += len(batch[-1])
+            self._queued_bytes -= size
+            self._writing = bool(batch)
+            if not batch:
+                self._thread = None
+            return batch
+
+    def _write_all(self, content: bytes) -> bool:
+        """Write it, however long that takes. Return whether the descriptor took it."""
+        left = memoryview(content)
+        while left:  # ends with what is left, or with the reader
+            try:
+                left = left[os.write(self._descriptor, left) :]
+            except BlockingIOError:  # another program has made it non-blocking
+                self._wait_until_writable()
+            except OSError:  # its reader has gone, or the disk is full
+                return False
+        return True
+
+    def _wait_until_writable(self) -> None:
+        poll = select.poll()
+        with suppress(OSError):
+            poll.register(self._descriptor, select.POLLOUT)
+            poll.poll()

@@ -1,0 +1,150 @@
+"""The log's queue and thread: what a pipe that nobody reads, that is closed, or that is full costs.
+
+Story: standard error was a pipe that nobody read. After 144 connections everything stopped: running
+sessions, liveness and SIGTERM included. A log that could not be written made a clean drain exit
+with 120.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from proxy.observe.log_writer import BATCH_BYTES, QUEUE_BYTES_MAX, LogWriter
+
+LINE = b"x" * 999 + b"\n"
+WAIT_SECONDS_MAX = 5.0
+
+
+class Pipe:
+    """A pipe, and a writer to it."""
+
+    def __init__(self) -> None:
+        self.reader, self.end = os.pipe()
+        self.reports: list[int] = []
+        self.writer = LogWriter(self.end, flows_again=self._flows_again)
+        self.reported = threading.Event()
+
+    def _flows_again(self, lines: int) -> None:
+        self.reports.append(lines)
+        self.reported.set()
+
+    def read(self, size: int) -> bytes:
+        received = b""
+        while len(received) < size:
+            received += os.read(self.reader, size - len(received))
+        return received
+
+    def fill(self) -> None:
+        """Write until nothing more fits into pipe and queue."""
+        deadline = time.monotonic() + WAIT_SECONDS_MAX
+        fitted = True
+        while fitted:
+            assert time.monotonic() < deadline
+            before = self.writer.dropped
+            for _ in range(100):
+                self.writer.write(LINE)
+            fitted = self.writer.dropped < before + 100
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    made = Pipe()
+    yield made
+    with suppress(OSError):  # the test has closed it
+        os.close(made.reader)
+    made.writer.flush(WAIT_SECONDS_MAX)  # it drops what is left
+    made.writer.before_fork()  # it waits for the thread
+    os.close(made.end)
+
+
+def test_lines_are_written_in_order_and_whole(pipe: Pipe) -> None:
+    lines = [b"%d\n" % number for number in range(1000)] + [b"y" * 10 * BATCH_BYTES + b"\n"]
+    for line in lines:
+        pipe.writer.write(line)
+    whole = b"".join(lines)
+    assert pipe.read(len(whole)) == whole
+    pipe.writer.flush(WAIT_SECONDS_MAX)
+    assert pipe.writer.dropped == 0
+    assert pipe.reports == []
+
+
+def test_a_pipe_that_nobody_reads_makes_no_caller_wait_and_is_told_of_once(pipe: Pipe) -> None:
+    pipe.fill()
+    begun = time.monotonic()
+    for _ in range(1000):
+        pipe.writer.write(LINE)
+    assert time.monotonic() - begun < 1
+    dropped = pipe.writer.dropped
+    while not pipe.reported.is_set():
+        os.read(pipe.reader, QUEUE_BYTES_MAX)
+    assert pipe.reports == [dropped]
+    pipe.writer.write(b"more\n")
+    while not os.read(pipe.reader, QUEUE_BYTES_MAX).endswith(b"more\n"):
+        pass
+    pipe.writer.before_fork()  # it waits for the thread
+    assert pipe.reports == [dropped]
+
+
+def test_a_flush_has_a_bound(pipe: Pipe) -> None:
+    pipe.fill()
+    begun = time.monotonic()
+    pipe.writer.flush(0.1)
+    assert time.monotonic() - begun < WAIT_SECONDS_MAX
+
+
+def test_lines_for_a_reader_that_has_gone_are_dropped_and_counted(pipe: Pipe) -> None:
+    os.close(pipe.reader)
+    for _ in range(10):
+        pipe.writer.write(LINE)
+    pipe.writer.flush(WAIT_SECONDS_MAX)
+    assert pipe.writer.dropped == 10
+    assert pipe.reports == []
+
+
+def test_a_full_disk_drops_lines_until_there_is_room() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("Linux has /dev/full")
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    reports: list[int] = []
+    writer = LogWriter(descriptor, flows_again=reports.append)
+    writer.write(LINE)
+    writer.flush(WAIT_SECONDS_MAX)
+    assert (writer.dropped, reports) == (1, [])
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    writer.write(LINE)
+    writer.flush(WAIT_SECONDS_MAX)
+    writer.before_fork()  # it waits for the thread
+    assert (writer.dropped, reports) == (1, [1])
+    os.close(null)
+    os.close(descriptor)
+
+
+def test_a_descriptor_that_was_made_non_blocking_loses_nothing(pipe: Pipe) -> None:
+    os.set_blocking(pipe.end, False)
+    for _ in range(200):  # more than a pipe holds
+        pipe.writer.write(LINE)
+    assert pipe.read(200 * len(LINE)) == 200 * LINE
+    assert pipe.writer.dropped == 0
+
+
+def test_a_forked_process_has_a_queue_and_a_thread_of_its_own(pipe: Pipe) -> None:
+    threads = threading.active_count()
+    pipe.writer.write(b"parent\n")
+    pipe.writer.before_fork()
+    assert pipe.read(7) == b"parent\n"
+    assert threading.active_count() == threads
+    pid = os.fork()
+    if pid == 0:
+        pipe.writer.start_over()
+        pipe.writer.write(b"child\n")
+        pipe.writer.flush(WAIT_SECONDS_MAX)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    pipe.writer.write(b"parent\n")
+    assert pipe.read(13) == b"child\nparent\n"

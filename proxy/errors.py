@@ -151,17 +151,35 @@ class ErrorKind(Enum):
         Disposition.RETRY,
     )
     CLOCK_OFF = ErrorRow(
-        "credential_invalid",
-        "57P03",
+        "workspace_configuration",
+        "28000",
         "this machine's clock differs from the workspace's",
         "Set this machine's clock: a token's expiry is in the workspace's time.",
-        Disposition.RETRY,
     )
     CONFIGURATION_INVALID = ErrorRow(
         "workspace_configuration",
         "28000",
         "the Databricks SDK found no usable credentials",
         "Set DATABRICKS_HOST, DATABRICKS_CLIENT_ID and DATABRICKS_CLIENT_SECRET.",
+    )
+    CONFIGURATION_MISTAKE = ErrorRow(
+        "workspace_configuration",
+        "28000",
+        "a setting for the Databricks workspace cannot be used",
+        "Correct the setting, the variable or the file that DETAIL names.",
+    )
+    TWO_LOGINS = ErrorRow(
+        "workspace_configuration",
+        "28000",
+        "more than one kind of login is set for the Databricks workspace",
+        "Unset one of them, or set DATABRICKS_AUTH_TYPE (workspace.auth_type) to the one to use.",
+    )
+    SIGN_IN_PAGE = ErrorRow(
+        "workspace_configuration",
+        "28000",
+        "the Databricks workspace's address answers with a web page, not with its API",
+        "Is workspace.host (DATABRICKS_HOST) the workspace's own address? Is there a proxy that "
+        "wants a sign-in?",
     )
 
     # The upstream: the connection was not established.

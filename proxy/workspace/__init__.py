@@ -1,5 +1,5 @@
 """Databricks: tokens, hosts and identities from the workspace API. The only importer of its SDK.
 
 Reading order, which is also the import order: sdk_import; credential, resources, single_flight,
-sdk_http; sdk_client, sdk_errors; client, freshness; minter, token_source; registry.
+sdk_http, login_settings; sdk_client, sdk_errors; client, freshness; minter, token_source; registry.
 """

@@ -9,12 +9,12 @@ For: the calls, and the client that they share. Not for: how the client is made 
 time limits of its requests (`sdk_http`), or what its failures mean (`sdk_errors`).
 """
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pydantic import SecretStr
@@ -24,6 +24,7 @@ from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
 from proxy.workspace.credential import Credential
+from proxy.workspace.login_settings import proxy_secrets, read_secret_file
 from proxy.workspace.resources import Minted, Resource, ResourceStatus
 from proxy.workspace.sdk_client import connect
 from proxy.workspace.sdk_errors import translate
@@ -167,16 +168,7 @@ class Workspace:
         """Read `client_secret_file` again; a rotated secret makes a new client."""
         if not self._settings.client_secret_file:
             return
-        try:
-            secret = Secret(Path(self._settings.client_secret_file).read_bytes().strip())
-            secret.reveal().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "the file is not UTF-8"
-            detail = f"workspace.client_secret_file: {why}"
-            raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail) from None
-        if not secret:  # the SDK would look for a secret elsewhere
-            detail = "workspace.client_secret_file: the file is empty"
-            raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail)
+        secret = Secret(read_secret_file(self._settings.client_secret_file).encode())
         if secret != self._file_secret:
             self._file_secret = secret
             self._drop_client(self._generation)
@@ -184,7 +176,8 @@ class Workspace:
     def _secrets(self) -> list[str]:
         settings = (value for _name, value in self._settings)
         given = [value.get_secret_value() for value in settings if isinstance(value, SecretStr)]
-        return given + ([self._file_secret.reveal().decode()] if self._file_secret else [])
+        file_secret = [self._file_secret.reveal().decode()] if self._file_secret else []
+        return [*given, *file_secret, *proxy_secrets(os.environ)]
 
 
 def _credential(minted: Minted, requested_at: float, now: float) -> Credential:

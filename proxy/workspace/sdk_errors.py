@@ -63,8 +63,7 @@ def _rows() -> tuple[_Row, ...]:
         _Row(errors.TooManyRequests, "", kinds.API_THROTTLED),
         # The SDK's own checks, which differ in their text alone.
         _Row(ValueError, "cannot configure default credentials", kinds.CONFIGURATION_INVALID),
-        _Row(ValueError, "more than one authorization", kinds.CONFIGURATION_INVALID),
-        _Row(ValueError, "profile configured", kinds.CONFIGURATION_INVALID),
+        _Row(ValueError, "more than one authorization", kinds.TWO_LOGINS),
     )
 
 

@@ -392,7 +392,7 @@ async def test_the_uid_in_place_of_the_id_is_not_found(
     ("settings", "kind"),
     [
         ({"client_secret": SecretStr("wrong-not-real")}, ErrorKind.WORKSPACE_LOGIN_FAILED),
-        ({"token": SecretStr(PERSONAL_TOKEN)}, ErrorKind.CONFIGURATION_INVALID),
+        ({"token": SecretStr(PERSONAL_TOKEN)}, ErrorKind.TWO_LOGINS),
         (
             {"client_id": "", "client_secret": SecretStr("")},
             ErrorKind.CONFIGURATION_INVALID,
@@ -402,7 +402,7 @@ async def test_the_uid_in_place_of_the_id_is_not_found(
             ErrorKind.WORKSPACE_LOGIN_FAILED,
         ),
         ({"auth_type": "no-such-type"}, ErrorKind.CONFIGURATION_INVALID),
-        ({"profile": "no-such-profile"}, ErrorKind.CONFIGURATION_INVALID),
+        ({"profile": "no-such-profile"}, ErrorKind.CONFIGURATION_MISTAKE),
     ],
     ids=["wrong_secret", "two_ways", "no_way", "wrong_token", "auth_type", "profile"],
 )
@@ -427,7 +427,7 @@ async def test_a_secret_file_that_is_empty_says_so(
     file.write_bytes(content)
     made = workspace(api, client_secret=SecretStr(""), client_secret_file=str(file))
     error = await refusal(made)
-    assert error.kind is ErrorKind.CONFIGURATION_INVALID
+    assert error.kind is ErrorKind.CONFIGURATION_MISTAKE
     assert error.detail == "workspace.client_secret_file: the file is empty"
 
 

@@ -83,6 +83,13 @@ class ErrorKind(Enum):
         "the Databricks workspace does not allow this IP address",
         "Check the IP access list; a new token will not help.",
     )
+    WORKSPACE_NETWORK_DENIED = ErrorRow(
+        "ip_blocked",
+        "28000",
+        "the Databricks workspace does not allow this network",
+        "Is there a private link for the workspace's services (service-direct endpoint)? "
+        "Check the workspace's ingress policy; a new token will not help.",
+    )
     PAT_SCOPE = ErrorRow(
         "pat_scope",
         "28000",
@@ -108,6 +115,20 @@ class ErrorKind(Enum):
         "Is it the endpoint's id (such as primary), not its uid (ep-...)? Was it deleted? "
         "Is workspace.host the workspace that it belongs to?",
     )
+    INSTANCE_INVALID = ErrorRow(
+        "endpoint_invalid",
+        "08001",
+        "the database instance's name is not valid",
+        "upstream.instance is the name of a Provisioned instance. An Autoscaling endpoint belongs "
+        "in upstream.endpoint.",
+    )
+    INSTANCE_NOT_FOUND = ErrorRow(
+        "endpoint_not_found",
+        "08001",
+        "the database instance does not exist",
+        "Is upstream.instance the instance's name? Was it deleted, or upgraded to an Autoscaling "
+        "project (upstream.endpoint)? Is workspace.host the workspace that it belongs to?",
+    )
     API_BUSY = ErrorRow(
         "api_busy",
         "57P03",
@@ -128,6 +149,14 @@ class ErrorKind(Enum):
         "the Databricks workspace cannot be reached",
         "Is workspace.host right and reachable from here? Are HTTPS_PROXY and NO_PROXY right? "
         "Behind an intercepting proxy, name its CA in REQUESTS_CA_BUNDLE.",
+        Disposition.RETRY,
+    )
+    API_ERROR = ErrorRow(
+        "api_error",
+        "57P03",
+        "the Databricks API fails",
+        "It is a failure of the Databricks API, not of this machine. Minting continues to be "
+        "tried; check the status page of Databricks.",
         Disposition.RETRY,
     )
     API_REPLY_INVALID = ErrorRow(

@@ -30,8 +30,11 @@ _BLANKS: Final = " \t\r\n\v\f\ufeff"  # the last one is the byte order mark
 _QUOTES: Final = "\"'`"
 # These are sent in a header, or are part of a URL.
 _SENT_NAMES: Final = frozenset(
-    "host client_id client_secret token auth_type azure_client_id azure_client_secret"
-    " azure_tenant_id azure_workspace_resource_id".split()
+    (
+        *("host", "client_id", "client_secret", "token", "auth_type"),
+        *("azure_client_id", "azure_client_secret", "azure_tenant_id"),
+        "azure_workspace_resource_id",
+    )
 )
 _PROFILES: Final = "~/.databrickscfg"
 _DEFAULT_PROFILE: Final = "DEFAULT"

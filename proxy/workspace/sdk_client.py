@@ -41,6 +41,14 @@ _AUTH_TYPES: Final = {
     "databricks-cli": ("profile",),
     "google-id": ("google_service_account",),
 }
+# Those with which settings alone can be complete: the others need more than is a setting here.
+_COMPLETE_BY_SETTINGS: Final = {
+    "pat": ("token",),
+    "oauth-m2m": ("client_id", "client_secret"),
+    "env-oidc": ("client_id", "oidc_token_env"),
+    "file-oidc": ("client_id", "oidc_token_filepath"),
+    "azure-client-secret": ("azure_client_id", "azure_client_secret", "azure_tenant_id"),
+}
 
 
 class DiscoveryFailed(Exception):
@@ -57,9 +65,11 @@ def connect(
 ) -> WorkspaceClient:
     """Return a client. It blocks, may make requests, and raises what the SDK raises.
 
-    `file_secret` is the content of `client_secret_file`. Without `discover` the client is isolated.
+    `file_secret` is the content of `client_secret_file`. Without `discover` the client is isolated,
+    and so is one whose settings are complete: what lies about in the environment is not added.
     """
     skip_package_init()
+    discover = discover and not _is_complete(settings, file_secret)
     config = (_discovering_config() if discover else _isolated_config())(
         clock=_fail_fast_clock(),
         product=_PRODUCT,
@@ -80,6 +90,15 @@ def _given(
     if not discover and not settings.profile:
         given["config_file"] = os.devnull
     return given
+
+
+def _is_complete(settings: WorkspaceSettings, file_secret: Secret | None) -> bool:
+    """Return whether the settings name a host, and all that one auth type needs."""
+    wanted = [settings.auth_type] if settings.auth_type else [*_COMPLETE_BY_SETTINGS]
+    known = [_COMPLETE_BY_SETTINGS[one] for one in wanted if one in _COMPLETE_BY_SETTINGS]
+    given = {name for name, value in settings if value}
+    given |= {"client_secret"} if file_secret else set()
+    return "host" in given and any(given.issuperset(names) for names in known)
 
 
 def _variables() -> dict[str, list[str]]:

@@ -431,7 +431,7 @@ async def test_a_wrong_configuration_says_so_and_shows_no_secret(
     ],
 )
 async def test_an_api_that_fails_is_told_with_its_status(
-    api: standin.Workspace, fault: Reply, status: str
+    api: emulator.Workspace, fault: Reply, status: str
 ) -> None:
     # It was "cannot be reached", with advice about HTTPS_PROXY, for a workspace that had answered.
     api.fail(Call.CREDENTIAL, fault)
@@ -442,7 +442,7 @@ async def test_an_api_that_fails_is_told_with_its_status(
 
 @pytest.mark.parametrize("fault", [faults.UNAUTHENTICATED, faults.INVALID_ACCESS_TOKEN])
 async def test_a_workspace_token_that_is_refused_leads_to_a_new_login(
-    api: standin.Workspace, fault: Reply
+    api: emulator.Workspace, fault: Reply
 ) -> None:
     # After 403 "Invalid access token" the token was used again until it would have expired.
     made = workspace(api)
@@ -453,7 +453,7 @@ async def test_a_workspace_token_that_is_refused_leads_to_a_new_login(
 
 
 async def test_an_instance_that_does_not_exist_is_told_as_an_instance(
-    api: standin.Workspace,
+    api: emulator.Workspace,
 ) -> None:
     # The advice was about an endpoint's id and uid, which an instance does not have.
     for call in (workspace(api).mint, workspace(api).status):
@@ -467,7 +467,7 @@ async def test_an_instance_that_does_not_exist_is_told_as_an_instance(
 
 
 @pytest.mark.parametrize("hours", [1, 24])
-async def test_a_clock_that_is_ahead_is_told_at_once(api: standin.Workspace, hours: int) -> None:
+async def test_a_clock_that_is_ahead_is_told_at_once(api: emulator.Workspace, hours: int) -> None:
     # Each new token seemed to have expired: 57P03 after the whole time for one.
     settings = WorkspaceSettings(
         host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.emulator import faults
-from proxy.emulator import workspace as standin
+from proxy.emulator import workspace as emulator
 from proxy.emulator.api import Call
 from proxy.emulator.cluster import CLIENT_ID
 from proxy.emulator.faults import Hang, Reply
@@ -51,7 +51,7 @@ async def refusal(made: Workspace) -> ProxyError:
     return refused.value
 
 
-def open_connections(api: standin.Workspace) -> int:
+def open_connections(api: emulator.Workspace) -> int:
     assert api._server is not None
     return len(api._server.server_state.connections)
 
@@ -66,7 +66,7 @@ LONG = Reply(200, b'{"token": "' + b"x" * REPLY_BYTES_MAX + b'"}')
     "fault", [faults.ENDLESS, faults.DRIPPING, LONG], ids=["endless", "dripping", "long"]
 )
 async def test_a_reply_without_an_end_costs_neither_memory_nor_its_connection(
-    api: standin.Workspace, fault: Hang | Reply, call: Call
+    api: emulator.Workspace, fault: Hang | Reply, call: Call
 ) -> None:
     # It was read on after its client had been refused: up to 5.2 GB in ten seconds. One that came
     # byte by byte kept its thread, because each byte began the socket's timeout anew.
@@ -91,7 +91,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-async def test_a_call_that_is_given_up_closes_its_connection(api: standin.Workspace) -> None:
+async def test_a_call_that_is_given_up_closes_its_connection(api: emulator.Workspace) -> None:
     made = workspace(api.url, 10)
     await made.mint(PRIMARY)
     kept = open_connections(api)
@@ -150,7 +150,7 @@ async def _forward(
 
 
 @asynccontextmanager
-async def forgetful_network(api: standin.Workspace) -> AsyncIterator[tuple[ForgetfulNetwork, str]]:
+async def forgetful_network(api: emulator.Workspace) -> AsyncIterator[tuple[ForgetfulNetwork, str]]:
     network = ForgetfulNetwork(api._port)
     async with await asyncio.start_server(network.serve, "127.0.0.1", 0) as server:
         yield network, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -176,7 +176,7 @@ def moved_clock(monkeypatch: pytest.MonkeyPatch) -> MovedClock:
 
 @pytest.mark.parametrize("how", ["drop", "reset"])
 async def test_a_connection_that_was_idle_for_half_a_minute_is_not_used_again(
-    api: standin.Workspace, moved_clock: MovedClock, how: str
+    api: emulator.Workspace, moved_clock: MovedClock, how: str
 ) -> None:
     # The first client after a quiet hour waited 5 s with a valid token, 16.6 s without one: the
     # request went to a connection that the NAT had forgotten.
@@ -191,7 +191,7 @@ async def test_a_connection_that_was_idle_for_half_a_minute_is_not_used_again(
 
 
 async def test_a_reset_of_an_idle_connection_is_followed_by_the_second_try_at_once(
-    api: standin.Workspace,
+    api: emulator.Workspace,
 ) -> None:
     # The SDK slept for 1 to 2 s before it.
     async with forgetful_network(api) as (network, url):
@@ -204,7 +204,7 @@ async def test_a_reset_of_an_idle_connection_is_followed_by_the_second_try_at_on
 
 
 async def test_a_connection_is_used_again_while_it_is_not_idle_for_long(
-    api: standin.Workspace,
+    api: emulator.Workspace,
 ) -> None:
     async with forgetful_network(api) as (network, url):
         made = workspace(url, 10)

@@ -15,7 +15,7 @@ import pytest
 from pydantic import SecretStr
 
 from proxy.config import CredentialsSettings, WorkspaceSettings
-from proxy.emulator import workspace as standin
+from proxy.emulator import workspace as emulator
 from proxy.emulator.cluster import CLIENT_ID
 from proxy.emulator.lakebase import CLIENT_SECRET, PERSONAL_TOKEN
 from proxy.errors import ErrorKind, ProxyError
@@ -90,7 +90,7 @@ def write_profile(path: Path, text: str, host: str) -> str:
 @pytest.mark.parametrize("way", ["variable", "setting"])
 @pytest.mark.parametrize("how", BAD_PROFILES)
 async def test_a_profile_file_that_cannot_be_read_is_named_with_the_line(
-    api: standin.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, way: str
+    api: emulator.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, way: str
 ) -> None:
     text, why = BAD_PROFILES[how]
     path = write_profile(tmp_path / "profiles", text, api.url)
@@ -103,7 +103,7 @@ async def test_a_profile_file_that_cannot_be_read_is_named_with_the_line(
 
 
 async def test_a_byte_order_mark_before_a_profile_is_harmless(
-    api: standin.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    api: emulator.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_profile(tmp_path / "profiles", "\xef\xbb\xbf" + GOOD_PROFILE, api.url)
     monkeypatch.setenv("DATABRICKS_CONFIG_FILE", path)
@@ -111,14 +111,16 @@ async def test_a_byte_order_mark_before_a_profile_is_harmless(
 
 
 async def test_a_default_profile_that_the_file_chooses_is_used(
-    api: standin.Workspace, tmp_path: Path
+    api: emulator.Workspace, tmp_path: Path
 ) -> None:
     text = "[__settings__]\ndefault_profile = shop\n[shop]\nhost = {host}\ntoken = {token}\n"
     path = write_profile(tmp_path / "profiles", text, api.url)
     await discovering(config_file=path).mint(PRIMARY)
 
 
-async def test_a_profile_that_is_not_there_is_named(api: standin.Workspace, tmp_path: Path) -> None:
+async def test_a_profile_that_is_not_there_is_named(
+    api: emulator.Workspace, tmp_path: Path
+) -> None:
     path = write_profile(tmp_path / "profiles", GOOD_PROFILE, api.url)
     error = await told_at_once(discovering(config_file=path, profile="shop"))
     assert error.detail == f"{path}: it has no profile [shop]"
@@ -128,7 +130,7 @@ async def test_a_profile_that_is_not_there_is_named(api: standin.Workspace, tmp_
 
 
 async def test_a_profile_without_a_home_directory_says_what_to_set(
-    api: standin.Workspace, monkeypatch: pytest.MonkeyPatch
+    api: emulator.Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A container's user without an entry in /etc/passwd: the SDK ended with a RuntimeError.
     def no_entry(_uid: int) -> pwd.struct_passwd:
@@ -172,7 +174,7 @@ def set_login(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
 
 @pytest.mark.parametrize("how", BAD_VALUES)
 async def test_a_value_that_cannot_be_used_is_told_with_the_variable(
-    api: standin.Workspace, monkeypatch: pytest.MonkeyPatch, how: str
+    api: emulator.Workspace, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     variable, value, why = BAD_VALUES[how]
     set_login(monkeypatch, api.url)
@@ -209,7 +211,7 @@ async def test_a_setting_that_cannot_be_used_is_told_with_its_key(name: str, val
     ],
 )
 async def test_a_secret_file_that_cannot_be_used_is_named(
-    api: standin.Workspace, tmp_path: Path, content: bytes, why: str
+    api: emulator.Workspace, tmp_path: Path, content: bytes, why: str
 ) -> None:
     path = tmp_path / "secret"
     path.write_bytes(content)
@@ -221,7 +223,7 @@ async def test_a_secret_file_that_cannot_be_used_is_named(
 
 @pytest.mark.parametrize("before", ["", "\ufeff", " \n"])
 async def test_what_is_harmless_around_a_value_is_removed(
-    api: standin.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+    api: emulator.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
     monkeypatch.setenv("DATABRICKS_HOST", f"{before}{api.url}/?o=1234567890\r\n")
     monkeypatch.setenv("DATABRICKS_CLIENT_ID", f"{before}{CLIENT_ID}\n")
@@ -234,7 +236,7 @@ async def test_what_is_harmless_around_a_value_is_removed(
 
 
 async def test_two_kinds_of_login_are_told_as_two_and_not_as_none(
-    api: standin.Workspace, monkeypatch: pytest.MonkeyPatch
+    api: emulator.Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_login(monkeypatch, api.url)
     monkeypatch.setenv("DATABRICKS_TOKEN", PERSONAL_TOKEN)
@@ -248,7 +250,7 @@ async def test_two_kinds_of_login_are_told_as_two_and_not_as_none(
 
 @pytest.mark.parametrize("content", [None, b" \n"])
 async def test_the_token_file_of_file_oidc_that_is_not_there_is_named(
-    api: standin.Workspace,
+    api: emulator.Workspace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     content: bytes | None,

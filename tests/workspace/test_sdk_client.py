@@ -127,7 +127,7 @@ async def test_a_named_workspace_without_a_host_has_none(other: emulator.Workspa
 
 @pytest.mark.parametrize("way", ["service principal", "secret file", "token", "file-oidc"])
 async def test_an_unnamed_workspace_whose_own_keys_are_complete_takes_nothing_else(
-    api: standin.Workspace, other: standin.Workspace, tmp_path: Path, way: str
+    api: emulator.Workspace, other: emulator.Workspace, tmp_path: Path, way: str
 ) -> None:
     # DATABRICKS_TOKEN or ARM_CLIENT_ID of another program made it "more than one authorization
     # method", although [workspace] said all that a login needs.

@@ -83,6 +83,13 @@ class ErrorKind(Enum):
         "the Databricks workspace does not allow this IP address",
         "Check the IP access list; a new token will not help.",
     )
+    WORKSPACE_NETWORK_DENIED = ErrorRow(
+        "ip_blocked",
+        "28000",
+        "the Databricks workspace does not allow this network",
+        "Is there a private link for the workspace's services (service-direct endpoint)? "
+        "Check the workspace's ingress policy; a new token will not help.",
+    )
     PAT_SCOPE = ErrorRow(
         "pat_scope",
         "28000",
@@ -108,6 +115,20 @@ class ErrorKind(Enum):
         "Is it the endpoint's id (such as primary), not its uid (ep-...)? Was it deleted? "
         "Is workspace.host the workspace that it belongs to?",
     )
+    INSTANCE_INVALID = ErrorRow(
+        "endpoint_invalid",
+        "08001",
+        "the database instance's name is not valid",
+        "upstream.instance is the name of a Provisioned instance. An Autoscaling endpoint belongs "
+        "in upstream.endpoint.",
+    )
+    INSTANCE_NOT_FOUND = ErrorRow(
+        "endpoint_not_found",
+        "08001",
+        "the database instance does not exist",
+        "Is upstream.instance the instance's name? Was it deleted, or upgraded to an Autoscaling "
+        "project (upstream.endpoint)? Is workspace.host the workspace that it belongs to?",
+    )
     API_BUSY = ErrorRow(
         "api_busy",
         "57P03",
@@ -128,6 +149,14 @@ class ErrorKind(Enum):
         "the Databricks workspace cannot be reached",
         "Is workspace.host right and reachable from here? Are HTTPS_PROXY and NO_PROXY right? "
         "Behind an intercepting proxy, name its CA in REQUESTS_CA_BUNDLE.",
+        Disposition.RETRY,
+    )
+    API_ERROR = ErrorRow(
+        "api_error",
+        "57P03",
+        "the Databricks API fails",
+        "It is a failure of the Databricks API, not of this machine. Minting continues to be "
+        "tried; check the status page of Databricks.",
         Disposition.RETRY,
     )
     API_REPLY_INVALID = ErrorRow(
@@ -151,17 +180,35 @@ class ErrorKind(Enum):
         Disposition.RETRY,
     )
     CLOCK_OFF = ErrorRow(
-        "credential_invalid",
-        "57P03",
+        "workspace_configuration",
+        "28000",
         "this machine's clock differs from the workspace's",
         "Set this machine's clock: a token's expiry is in the workspace's time.",
-        Disposition.RETRY,
     )
     CONFIGURATION_INVALID = ErrorRow(
         "workspace_configuration",
         "28000",
         "the Databricks SDK found no usable credentials",
         "Set DATABRICKS_HOST, DATABRICKS_CLIENT_ID and DATABRICKS_CLIENT_SECRET.",
+    )
+    CONFIGURATION_MISTAKE = ErrorRow(
+        "workspace_configuration",
+        "28000",
+        "a setting for the Databricks workspace cannot be used",
+        "Correct the setting, the variable or the file that DETAIL names.",
+    )
+    TWO_LOGINS = ErrorRow(
+        "workspace_configuration",
+        "28000",
+        "more than one kind of login is set for the Databricks workspace",
+        "Unset one of them, or set DATABRICKS_AUTH_TYPE (workspace.auth_type) to the one to use.",
+    )
+    SIGN_IN_PAGE = ErrorRow(
+        "workspace_configuration",
+        "28000",
+        "the Databricks workspace's address answers with a web page, not with its API",
+        "Is workspace.host (DATABRICKS_HOST) the workspace's own address? Is there a proxy that "
+        "wants a sign-in?",
     )
 
     # The upstream: the connection was not established.

@@ -1,6 +1,6 @@
 """The sections about this process: listener, admin address, startup, shutdown, log.
 
-For: `[listen]`, `[admin]`, `[startup]`, `[shutdown]`, `[log]`. Not for: anything upstream of the proxy.
+For: `[listen]`, `[admin]`, `[startup]`, `[shutdown]`, `[log]`. Not for: what is upstream.
 
 Invariant: a section that is valid can be used on its own.
 """

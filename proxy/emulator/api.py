@@ -17,7 +17,14 @@ from typing import Final
 from urllib.parse import parse_qs
 
 from proxy.emulator.endpoints import Dialect, Endpoint
-from proxy.emulator.faults import INVALID_CLIENT, NOT_FOUND, UNAUTHENTICATED, Reply, api_error
+from proxy.emulator.faults import (
+    INSTANCE_NOT_FOUND,
+    INVALID_CLIENT,
+    NOT_FOUND,
+    UNAUTHENTICATED,
+    Reply,
+    api_error,
+)
 from proxy.emulator.tokens import Purpose, TokenIssuer, TokenRefused, fingerprint
 
 # The lifetimes that may be requested for a database credential; the longer one is the default.
@@ -241,7 +248,7 @@ class Api:
         if not isinstance(names, list) or not names:
             return _invalid("instance_names must name at least one instance")
         if any(self._find(str(name), Dialect.PROVISIONED) is None for name in names):
-            return NOT_FOUND
+            return INSTANCE_NOT_FOUND
         token, expiry = self._mint(identity, str(names[0]), self.credential_seconds)
         return _ok({"token": token, "expiration_time": expiry})
 
@@ -251,7 +258,7 @@ class Api:
             named = not request.name or instance.name == request.name
             if instance.dialect is Dialect.PROVISIONED and named and instance.uid == uid:
                 return _ok(_instance_json(instance))
-        return NOT_FOUND
+        return INSTANCE_NOT_FOUND
 
     # -- Autoscaling and Provisioned ------------------------------------------------------------
 

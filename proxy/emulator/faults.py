@@ -21,12 +21,16 @@ class Reply:
 
 
 class Hang(Enum):
-    """The only fault that is not a reply: hold the request until the faults are cleared."""
+    """The faults that are no complete reply."""
 
-    HANG = auto()
+    HANG = auto()  # hold the request until the faults are cleared
+    ENDLESS = auto()  # a reply that does not end, as fast as it is read
+    DRIPPING = auto()  # a reply that does not end, a few bytes a second
 
 
 HANG: Final = Hang.HANG
+ENDLESS: Final = Hang.ENDLESS
+DRIPPING: Final = Hang.DRIPPING
 
 
 def api_error(status: int, code: str | int, message: str, **headers: str) -> Reply:
@@ -47,6 +51,12 @@ IP_BLOCKED: Final = api_error(
     "PERMISSION_DENIED",
     "Source IP address: 192.0.2.7 is blocked by Databricks IP ACL for workspace: 123",
 )
+# Without the second private link; seen as JSON and as plain text.
+NETWORK_DENIED_TEXT: Final = "Unauthorized network access to workspace: 1234567890123456"
+NETWORK_DENIED: Final = api_error(403, "PERMISSION_DENIED", NETWORK_DENIED_TEXT)
+NETWORK_DENIED_PLAIN: Final = Reply(403, NETWORK_DENIED_TEXT.encode(), content_type="text/plain")
+# Of a workspace token or PAT that has expired or was revoked.
+INVALID_ACCESS_TOKEN: Final = api_error(403, "PERMISSION_DENIED", "Invalid access token.")
 PAT_SCOPE: Final = api_error(
     403, "PERMISSION_DENIED", "PAT token does not have required scopes: postgres"
 )
@@ -54,6 +64,7 @@ PERMISSION_DENIED: Final = api_error(
     403, "PERMISSION_DENIED", "User does not have permission CAN_USE on the project"
 )
 NOT_FOUND: Final = api_error(404, "NOT_FOUND", "The endpoint does not exist")
+INSTANCE_NOT_FOUND: Final = api_error(404, "NOT_FOUND", "Database instance is not found.")
 ABORTED: Final = api_error(409, "ABORTED", "The project is under maintenance")
 THROTTLED: Final = api_error(429, "RESOURCE_EXHAUSTED", "Too many requests", Retry_After="1")
 THROTTLED_NO_DELAY: Final = api_error(429, "RESOURCE_EXHAUSTED", "Too many requests")
@@ -65,7 +76,8 @@ UNAVAILABLE: Final = api_error(503, "TEMPORARILY_UNAVAILABLE", "Try again", Retr
 GATEWAY_TIMEOUT: Final = api_error(504, "DEADLINE_EXCEEDED", "Deadline exceeded")
 NUMERIC_CODE: Final = api_error(403, 7, "User does not have permission CAN_USE on the project")
 EMPTY: Final = Reply(200, b"{}")
-NOT_JSON: Final = Reply(200, b"<html>sign in</html>", content_type="text/html")
+NOT_JSON: Final = Reply(200, b"not JSON", content_type="text/plain")
+SIGN_IN_PAGE: Final = Reply(200, b"<html>sign in</html>", content_type="text/html")
 
 
 class Stage(Enum):

@@ -9,7 +9,7 @@ import asyncio
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from email.utils import formatdate
 from types import TracebackType
 from typing import Final, Self
@@ -17,17 +17,18 @@ from typing import Final, Self
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from proxy.emulator.api import TTL_SECONDS_MAX, Api, ApiRequest, Call, Mint
 from proxy.emulator.endpoints import Endpoint
-from proxy.emulator.faults import NOT_FOUND, FaultList, Hang, Reply
+from proxy.emulator.faults import ENDLESS, HANG, NOT_FOUND, FaultList, Hang, Reply
 from proxy.emulator.tokens import Purpose
 
 LOOPBACK: Final = "127.0.0.1"
 # No reply takes longer. Requests that hang are released before the wait.
 _STOP_SECONDS_MAX: Final = 1.0
+_DRIP_SECONDS: Final = 0.2
 
 
 class Workspace:
@@ -119,9 +120,19 @@ class Workspace:
         fault = self._faults.take(api_request.call)
         if isinstance(fault, Reply):
             return self._response(fault)
-        if fault is not None:
+        if fault is HANG:
             await self._released.wait()
+        elif fault is not None:
+            return StreamingResponse(self._endless(fault), media_type="application/json")
         return self._response(self.api.answer(api_request))
+
+    async def _endless(self, fault: Hang) -> AsyncIterator[bytes]:
+        """Return a body without an end; it ends when the faults are cleared."""
+        released = self._released
+        part, seconds = (b" " * (1 << 16), 0.0) if fault is ENDLESS else (b" ", _DRIP_SECONDS)
+        while not released.is_set():
+            yield part
+            await asyncio.sleep(seconds)
 
     def _response(self, reply: Reply) -> Response:
         date = formatdate(self._clock(), usegmt=True)

@@ -71,11 +71,18 @@ def _token_metrics(source: StatusSource) -> Iterable[Metric]:
         "Age up to which a token is used; longer than set while the API limits the rate.",
         labels=["workspace"],
     )
+    failing = GaugeMetricFamily(
+        f"{PREFIX}_workspace_api_failing_seconds",
+        "Time since which every mint has failed; 0 while the workspace API works.",
+        labels=["workspace"],
+    )
+    for api in source.workspace_apis():
+        failing.add_metric([api.workspace], api.failing_seconds)
     for token in source.tokens():
         age.add_metric([token.workspace], token.age_seconds)
         expiry.add_metric([token.workspace], token.expires_in_seconds)
         accepted.add_metric([token.workspace], token.accepted_age_seconds)
-    return age, expiry, accepted
+    return age, expiry, accepted, failing
 
 
 def _proxy_metrics(source: StatusSource) -> Iterable[Metric]:

@@ -29,6 +29,21 @@ class Token:
     accepted_age_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class WorkspaceApi:
+    """Whether tokens can be minted: since when not (seconds since 1970), and the last reason."""
+
+    workspace: str
+    failing_since: float | None = None
+    failing_seconds: float = 0.0
+    reason: str = ""
+
+    def as_dict(self) -> Mapping[str, object]:
+        """Return it as values that JSON has, with times in UTC."""
+        since = None if self.failing_since is None else iso_time(self.failing_since)
+        return asdict(self) | {"failing_since": since}
+
+
 class LifecycleStatus(Protocol):
     """Whether the proxy starts, serves or drains."""
 
@@ -86,6 +101,9 @@ class StatusSource(Protocol):
     def tokens(self) -> Sequence[Token]:
         """Return the times of each workspace's newest token."""
 
+    def workspace_apis(self) -> Sequence[WorkspaceApi]:
+        """Return whether tokens can be minted, for each workspace."""
+
     def warnings(self) -> Sequence[str]:
         """Return a sentence for each risk in the configuration."""
 
@@ -114,14 +132,18 @@ class Status:
     sessions_max: int
     targets: Sequence[TargetRow]
     tokens: Sequence[Token]
+    workspace_apis: Sequence[WorkspaceApi]
     errors: Sequence[RecentError]
     drain: Drain
     warnings: Sequence[str]
 
     def as_dict(self) -> Mapping[str, object]:
         """Return it as values that JSON has, with times in UTC."""
-        errors = [error.as_dict(self.at) for error in self.errors]
-        return asdict(self) | {"at": iso_time(self.at), "errors": errors}
+        return asdict(self) | {
+            "at": iso_time(self.at),
+            "workspace_apis": [api.as_dict() for api in self.workspace_apis],
+            "errors": [error.as_dict(self.at) for error in self.errors],
+        }
 
 
 def report(
@@ -143,6 +165,7 @@ def report(
         sessions_max=source.sessions_max,
         targets=_shown_targets(targets, source.target_names()),
         tokens=source.tokens(),
+        workspace_apis=source.workspace_apis(),
         errors=errors,
         drain=Drain(lifecycle.draining, lifecycle.drain_seconds_left, sessions),
         warnings=source.warnings(),

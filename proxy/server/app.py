@@ -28,7 +28,7 @@ from proxy.observe.aggregation import Reading, total
 from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.metrics import Metrics
-from proxy.observe.status import Status, Token, report
+from proxy.observe.status import Status, Token, WorkspaceApi, report
 from proxy.observe.target_stats import OTHER
 from proxy.routing.router import Route, Router
 from proxy.server.lifecycle import Lifecycle, State
@@ -238,6 +238,10 @@ class App:
     def target_names(self) -> Sequence[str]:
         """Return the names of the configured targets."""
         return self.settings.target_names()
+
+    def workspace_apis(self) -> Sequence[WorkspaceApi]:
+        """Return whether tokens can be minted, for each workspace."""
+        return self.snapshot.workspace_apis()
 
     def tokens(self) -> Sequence[Token]:
         """Return the times of each workspace's newest token."""

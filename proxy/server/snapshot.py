@@ -13,7 +13,7 @@ from typing import Final
 from proxy.blocking import BlockingCalls
 from proxy.config import Files, Settings
 from proxy.native import Acceleration, acceleration
-from proxy.observe.status import Token
+from proxy.observe.status import Token, WorkspaceApi
 from proxy.routing.router import Route, Router
 from proxy.server.router_factory import rewritten_file, router_of
 from proxy.upstream.phases import RecordTargetPhase
@@ -96,6 +96,23 @@ class ConfigSnapshot:
     def accounts_without_token(self) -> Sequence[TokenAccount]:
         """Return the accounts that have no token, valid or not."""
         return [one for one in self.upstreams.accounts if one.token_source.newest is None]
+
+    def workspace_apis(self) -> Sequence[WorkspaceApi]:
+        """Return whether tokens can be minted, for each account."""
+        outages = [
+            (account.name, account.outage)
+            for account in self.upstreams.accounts
+            if account.outage is not None
+        ]
+        return [
+            WorkspaceApi(
+                name,
+                outage.since,
+                outage.failing_seconds,
+                outage.failure.reason if outage.failure else "",
+            )
+            for name, outage in outages
+        ]
 
     def tokens(self) -> Sequence[Token]:
         """Return the times of each account's newest token."""

@@ -16,6 +16,7 @@ from proxy.config.validators import check_host
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.client import WorkspaceSource
+from proxy.workspace.outage import Call, Outage
 from proxy.workspace.resources import Resource, ResourceStatus
 from proxy.workspace.single_flight import Backoff, PendingCalls, SingleFlight
 
@@ -55,6 +56,7 @@ class AddressLookup:
         workspace: WorkspaceSource,
         pending: PendingCalls,
         *,
+        outage: Outage | None = None,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -65,6 +67,7 @@ class AddressLookup:
         self._workspace = workspace
         self._host = settings.host
         self._stale = False
+        self._outage = outage or Outage("workspace", clock)
         self._user = settings.user
         # Connections that arrive together wait for one answer of the workspace.
         self._host_call = SingleFlight(self._ask_host, pending)
@@ -114,6 +117,11 @@ class AddressLookup:
         self._stale = not self._settings.host
 
     async def _look_up_host(self) -> None:
+        refusal = self._outage.refusal
+        if refusal is not None:
+            if not self._host_backoff.remaining_seconds:
+                self._host_call.start()  # its outcome is for the next client
+            raise refusal.with_traceback(None)
         await self._host_backoff.wait(self._sleep)
         if not self._host:  # it may have been found meanwhile
             await self._host_call.result()
@@ -132,9 +140,11 @@ class AddressLookup:
             status = await self._workspace.status(self._resource)
         except ProxyError as error:
             self._host_backoff.start(error)
+            self._outage.record_failure(Call.LOOK_UP, error, self._host_backoff.remaining_seconds)
             if self._host:
                 return  # while the API fails, the known host is used
             raise
+        self._outage.record_success(Call.LOOK_UP)
         self._keep_host(status, self._resource.name)
 
     def _keep_host(self, status: ResourceStatus, name: str) -> None:

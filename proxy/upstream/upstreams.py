@@ -178,7 +178,8 @@ class Upstreams(Mapping[str, Upstream]):
         else:
             account = self._registry.account(key, resources[key])
             credentials = account.token_source
-        lookup = AddressLookup(target, resource, workspace, self._registry.calls)
+        outage = None if account is None else account.outage
+        lookup = AddressLookup(target, resource, workspace, self._registry.calls, outage=outage)
         record_phase = partial(self._record_phase, name)
         dialer = Dialer(
             Connector(record_phase, self.name_lookup.resolve),

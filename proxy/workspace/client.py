@@ -9,13 +9,11 @@ For: the calls, and the client that they share. Not for: how the client is made 
 time limits of its requests (`sdk_http`), or what its failures mean (`sdk_errors`).
 """
 
+import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from pydantic import SecretStr
 
@@ -24,13 +22,25 @@ from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
 from proxy.workspace.credential import Credential
-from proxy.workspace.resources import Minted, Resource, ResourceStatus
+from proxy.workspace.login_settings import proxy_secrets, read_secret_file
+from proxy.workspace.resources import Instance, Minted, Resource, ResourceStatus
 from proxy.workspace.sdk_client import connect
-from proxy.workspace.sdk_errors import translate
+from proxy.workspace.sdk_errors import is_login_refused, translate
 from proxy.workspace.sdk_http import bounded_requests
 from proxy.workspace.sdk_import import WorkspaceClient
 
 T = TypeVar("T")
+
+# A token seems to expire sooner than any may be requested for: this machine's clock is ahead, if
+# the server's time says so too.
+_TOKEN_SECONDS_MIN: Final = 300.0
+_CLOCK_AHEAD_SECONDS_MAX: Final = 60.0
+
+# An instance is not told with the advice for an endpoint.
+_INSTANCE_KINDS: Final = {
+    ErrorKind.ENDPOINT_NOT_FOUND: ErrorKind.INSTANCE_NOT_FOUND,
+    ErrorKind.ENDPOINT_INVALID: ErrorKind.INSTANCE_INVALID,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +90,18 @@ class Workspace:
         self._client: WorkspaceClient | None = None
         self._generation = object()  # a new one each time the client is dropped
         self._file_secret: Secret | None = None
+        self._ahead_seconds: float | None = None  # this clock before the server's, at the last call
 
     async def mint(self, resource: Resource) -> Credential:
         """Return a new database credential. Raises ProxyError."""
         requested_at = self._clock()
-        return _credential(await self._call(resource.mint), requested_at, self._clock())
+        minted = await self._call_about(resource, resource.mint)
+        self._check_clock(minted)
+        return _credential(minted, requested_at, self._clock())
 
     async def status(self, resource: Resource) -> ResourceStatus:
         """Return state and host of a resource. Raises ProxyError."""
-        return await self._call(resource.status)
+        return await self._call_about(resource, resource.status)
 
     async def identity(self) -> Identity:
         """Return our identity, by a call that the workspace must accept. Raises ProxyError."""
@@ -99,8 +112,29 @@ class Workspace:
 
         None if the workspace does not say. Raises ProxyError.
         """
-        there = await self._call(_date)
-        return None if there is None else self._clock() - there
+        await self._call(_discovery)
+        return self._ahead_seconds
+
+    def _check_clock(self, minted: Minted) -> None:
+        """Raise ProxyError if a new token is of no use because this machine's clock is ahead."""
+        ahead_seconds = self._ahead_seconds
+        if ahead_seconds is None or ahead_seconds < _CLOCK_AHEAD_SECONDS_MAX:
+            return
+        if minted.expires_at is not None:
+            lifetime_seconds = minted.expires_at - self._clock()
+            if -ahead_seconds < lifetime_seconds < _TOKEN_SECONDS_MIN:
+                detail = f"it is {ahead_seconds:.0f} s ahead of the workspace's"
+                raise ProxyError(ErrorKind.CLOCK_OFF, detail)
+
+    async def _call_about(self, resource: Resource, call: Callable[[WorkspaceClient], T]) -> T:
+        """Make a call that names a resource. Raises ProxyError."""
+        try:
+            return await self._call(call)
+        except ProxyError as error:
+            kind = _INSTANCE_KINDS.get(error.kind)
+            if kind is None or not isinstance(resource, Instance):
+                raise
+            raise ProxyError(kind, error.detail) from None
 
     async def _call(self, call: Callable[[WorkspaceClient], T]) -> T:
         generation = self._generation
@@ -135,14 +169,20 @@ class Workspace:
                 return ProxyError(ErrorKind.INTERNAL, f"databricks-sdk cannot be used: {error}")
             except Exception as error:
                 return translate(error, sdk_call, self._secrets())
+            finally:
+                there = sdk_call.server_time
+                self._ahead_seconds = None if there is None else self._clock() - there
 
     def _call_client(self, call: Callable[[WorkspaceClient], T]) -> T:
         """Call with the present client, or a new one."""
         self._read_secret_file()
         client, generation = self._client, self._generation
         if client is not None:
-            with suppress(_unauthenticated()):  # the workspace token that it keeps may have expired
+            try:
                 return call(client)
+            except Exception as error:
+                if not is_login_refused(error):  # the workspace token may have expired
+                    raise
         client = self._new_client()
         # Two threads may make one each. The later one is kept, unless the client was dropped since.
         if generation is self._generation:
@@ -167,16 +207,7 @@ class Workspace:
         """Read `client_secret_file` again; a rotated secret makes a new client."""
         if not self._settings.client_secret_file:
             return
-        try:
-            secret = Secret(Path(self._settings.client_secret_file).read_bytes().strip())
-            secret.reveal().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "the file is not UTF-8"
-            detail = f"workspace.client_secret_file: {why}"
-            raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail) from None
-        if not secret:  # the SDK would look for a secret elsewhere
-            detail = "workspace.client_secret_file: the file is empty"
-            raise ProxyError(ErrorKind.CONFIGURATION_INVALID, detail)
+        secret = Secret(read_secret_file(self._settings.client_secret_file).encode())
         if secret != self._file_secret:
             self._file_secret = secret
             self._drop_client(self._generation)
@@ -184,7 +215,8 @@ class Workspace:
     def _secrets(self) -> list[str]:
         settings = (value for _name, value in self._settings)
         given = [value.get_secret_value() for value in settings if isinstance(value, SecretStr)]
-        return given + ([self._file_secret.reveal().decode()] if self._file_secret else [])
+        file_secret = [self._file_secret.reveal().decode()] if self._file_secret else []
+        return [*given, *file_secret, *proxy_secrets(os.environ)]
 
 
 def _credential(minted: Minted, requested_at: float, now: float) -> Credential:
@@ -212,17 +244,6 @@ def _identity(client: WorkspaceClient) -> Identity:
     return Identity(role, config.host or "", config.auth_type or "")
 
 
-def _date(client: WorkspaceClient) -> float | None:
-    """Return the workspace's time: the Date of a document that needs no permission."""
-    reply = client.api_client.do("GET", "/.well-known/databricks-config", response_headers=["date"])
-    text = reply.get("date") if isinstance(reply, dict) else None
-    try:
-        return parsedate_to_datetime(text).timestamp() if isinstance(text, str) else None
-    except ValueError:
-        return None
-
-
-def _unauthenticated() -> type[Exception]:
-    from databricks.sdk.errors import Unauthenticated  # noqa: PLC0415 - slow
-
-    return Unauthenticated
+def _discovery(client: WorkspaceClient) -> None:
+    """Request a document that needs no permission, for the time of its reply."""
+    client.api_client.do("GET", "/.well-known/databricks-config")

@@ -20,7 +20,13 @@ TRIES_MAX: Final = 3
 
 # Failures of the one resource that was named. Any other failure would be the same for the next.
 _OF_ONE_RESOURCE: Final = frozenset(
-    (ErrorKind.ENDPOINT_NOT_FOUND, ErrorKind.ENDPOINT_INVALID, ErrorKind.PERMISSION_DENIED)
+    (
+        ErrorKind.ENDPOINT_NOT_FOUND,
+        ErrorKind.ENDPOINT_INVALID,
+        ErrorKind.INSTANCE_NOT_FOUND,
+        ErrorKind.INSTANCE_INVALID,
+        ErrorKind.PERMISSION_DENIED,
+    )
 )
 
 

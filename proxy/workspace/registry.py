@@ -19,6 +19,7 @@ from proxy.observe.metrics import Metrics
 from proxy.workspace.client import Workspace, WorkspaceSource
 from proxy.workspace.credential import Credential
 from proxy.workspace.minter import Minter
+from proxy.workspace.outage import Outage
 from proxy.workspace.resources import Instance, Resource
 from proxy.workspace.single_flight import PendingCalls
 from proxy.workspace.token_source import LocalTokenSource, TokenSource
@@ -68,7 +69,8 @@ class TokenAccount:
     name: str
     token_source: TokenSource
     minter: Minter | None
-    """None where another process mints."""
+    outage: Outage | None = None
+    """Both are None where another process mints."""
 
 
 class WorkspaceRegistry(Protocol):
@@ -154,10 +156,11 @@ class LocalWorkspaceRegistry:
         if key not in self._accounts:
             minter = Minter(self.workspace(key.workspace).mint, resources)
             mint = partial(_mint_in_use, minter, self.use_of(key))
+            outage = Outage(key.name)
             token_source = LocalTokenSource(
-                mint, key.workspace.credentials, self._metrics, self.calls
+                mint, key.workspace.credentials, self._metrics, self.calls, outage=outage
             )
-            self._accounts[key] = TokenAccount(key.name, token_source, minter)
+            self._accounts[key] = TokenAccount(key.name, token_source, minter, outage)
         return self._accounts[key]
 
     def use_of(self, key: AccountKey) -> UseCount:

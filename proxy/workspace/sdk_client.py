@@ -14,11 +14,10 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import SecretStr
-
 from proxy.config import WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
+from proxy.workspace.login_settings import profile_values, sdk_arguments
 from proxy.workspace.sdk_http import REQUEST_SECONDS_MAX
 from proxy.workspace.sdk_import import WorkspaceClient, skip_package_init
 
@@ -42,6 +41,14 @@ _AUTH_TYPES: Final = {
     "databricks-cli": ("profile",),
     "google-id": ("google_service_account",),
 }
+# Those with which settings alone can be complete: the others need more than is a setting here.
+_COMPLETE_BY_SETTINGS: Final = {
+    "pat": ("token",),
+    "oauth-m2m": ("client_id", "client_secret"),
+    "env-oidc": ("client_id", "oidc_token_env"),
+    "file-oidc": ("client_id", "oidc_token_filepath"),
+    "azure-client-secret": ("azure_client_id", "azure_client_secret", "azure_tenant_id"),
+}
 
 
 class DiscoveryFailed(Exception):
@@ -58,9 +65,11 @@ def connect(
 ) -> WorkspaceClient:
     """Return a client. It blocks, may make requests, and raises what the SDK raises.
 
-    `file_secret` is the content of `client_secret_file`. Without `discover` the client is isolated.
+    `file_secret` is the content of `client_secret_file`. Without `discover` the client is isolated,
+    and so is one whose settings are complete: what lies about in the environment is not added.
     """
     skip_package_init()
+    discover = discover and not _is_complete(settings, file_secret)
     config = (_discovering_config() if discover else _isolated_config())(
         clock=_fail_fast_clock(),
         product=_PRODUCT,
@@ -76,17 +85,31 @@ def _given(
     settings: WorkspaceSettings, file_secret: Secret | None, *, discover: bool
 ) -> dict[str, Any]:
     """Return what is set; what is not set is not passed, so that the SDK can discover it."""
-    # The settings have the SDK's own names, except for the file.
-    given: dict[str, Any] = {
-        name: value.get_secret_value() if isinstance(value, SecretStr) else value
-        for name, value in settings
-        if name != "client_secret_file"
-    }
-    if file_secret:
-        given["client_secret"] = file_secret.reveal().decode()
+    secret = file_secret.reveal().decode() if file_secret else ""
+    given = sdk_arguments(settings, secret, _variables() if discover else {}, os.environ)
     if not discover and not settings.profile:
         given["config_file"] = os.devnull
-    return {name: value for name, value in given.items() if value}
+    return given
+
+
+def _is_complete(settings: WorkspaceSettings, file_secret: Secret | None) -> bool:
+    """Return whether the settings name a host, and all that one auth type needs."""
+    wanted = [settings.auth_type] if settings.auth_type else [*_COMPLETE_BY_SETTINGS]
+    known = [_COMPLETE_BY_SETTINGS[one] for one in wanted if one in _COMPLETE_BY_SETTINGS]
+    given = {name for name, value in settings if value}
+    given |= {"client_secret"} if file_secret else set()
+    return "host" in given and any(given.issuperset(names) for names in known)
+
+
+def _variables() -> dict[str, list[str]]:
+    """Return the variables that the SDK reads for each of its settings."""
+    from databricks.sdk.core import Config  # noqa: PLC0415 - imported by now
+
+    return {
+        attribute.name: [attribute.env, *getattr(attribute, "env_aliases", ())]
+        for attribute in Config.attributes()
+        if attribute.env
+    }
 
 
 @cache
@@ -95,8 +118,26 @@ def _discovering_config() -> type["Config"]:
 
     Config.attributes()  # called on the class itself, because a subclass would find none
 
+    known = frozenset(attribute.name for attribute in Config.attributes())
+
     class DiscoveringConfig(Config):
-        """Discovers what is not given, as the SDK does."""
+        """Discovers what is not given, as the SDK does.
+
+        The overridden loaders are private, but the SDK offers no other method.
+        """
+
+        def _load_from_env(self) -> None:
+            """Do nothing: what the environment sets was checked and given."""
+
+        def _known_file_config_loader(self) -> None:
+            if not self.profile and (
+                self.is_any_auth_configured or self.host or self.azure_workspace_resource_id
+            ):
+                return
+            values = profile_values(self.config_file or "", self.profile or "", known)
+            for name, value in values.items():
+                if name not in self._inner:
+                    setattr(self, name, value)
 
         def init_auth(self) -> None:
             try:
@@ -113,17 +154,13 @@ def _discovering_config() -> type["Config"]:
 @cache
 def _isolated_config() -> type["Config"]:
     base: Any = _discovering_config()
-    # Private, but the SDK offers no other method. Without it an identity of the environment would
-    # log in to a workspace that it is not meant for.
-    if not hasattr(base, "_load_from_env"):
+    # Without it an identity of the environment would log in to a workspace it is not meant for.
+    if not hasattr(base.__base__, "_load_from_env"):
         detail = "this version of databricks-sdk cannot isolate [workspaces.NAME]"
         raise ProxyError(ErrorKind.INTERNAL, detail)
 
     class IsolatedConfig(base):  # type: ignore[misc]
         """Uses what is given and, if a profile is named, what is in it."""
-
-        def _load_from_env(self) -> None:
-            pass
 
         def init_auth(self) -> None:
             self.auth_type: str = self.auth_type or _auth_type(self)

@@ -9,6 +9,7 @@ that the settings hold, is in that text.
 
 import errno
 import os
+import re
 from collections.abc import Iterable
 from functools import cache
 from typing import Final, NamedTuple
@@ -16,7 +17,7 @@ from typing import Final, NamedTuple
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import mask
 from proxy.wire.secret import MASK
-from proxy.workspace.sdk_http import Refusal, SDKCall
+from proxy.workspace.sdk_http import Refusal, SDKCall, SignInPage
 
 _TEXT_CHARACTERS_MAX: Final = 300  # of what the SDK says, in the DETAIL of an error
 
@@ -26,6 +27,11 @@ _DROPPED: Final = "unknown: unknown"
 # A login is refused with 400 or 401 (RFC 6749, section 5.2), or with 403 by a gateway before it.
 _LOGIN_REFUSED: Final = frozenset((400, 401, 403))
 _THROTTLED: Final = 429
+_FAILED_MIN: Final = 500  # this status and those above are failures of the server
+# The SDK's text for an error that is not JSON; a whole request follows it.
+_UNPARSED: Final = "unable to parse response"
+# What the API says, with 403, of a token that has expired or was revoked.
+_REFUSED: Final = "invalid access token"
 
 
 class _Row(NamedTuple):
@@ -40,8 +46,8 @@ class _Row(NamedTuple):
 def _rows() -> tuple[_Row, ...]:
     """Return the table; the first row that matches decides.
 
-    Without a match it is a refused login, or an API that cannot be reached: 5xx, time-outs, refused
-    connections, replies that are not JSON.
+    Without a match it is a refused login, an API that fails (5xx), or one that cannot be reached:
+    time-outs, refused connections, replies that are not JSON.
     """
     from databricks.sdk import errors  # noqa: PLC0415 - slow, and imported by now
 
@@ -49,13 +55,18 @@ def _rows() -> tuple[_Row, ...]:
     return (
         # In any call, the login included, and in any form.
         _Row(Exception, "databricks ip acl", kinds.IP_BLOCKED),
+        _Row(Exception, "unauthorized network access", kinds.WORKSPACE_NETWORK_DENIED),
+        _Row(Exception, "not accessible from the current network", kinds.WORKSPACE_NETWORK_DENIED),
         _Row(Exception, "certificate verify failed", kinds.WORKSPACE_CERTIFICATE),
+        _Row(SignInPage, "", kinds.SIGN_IN_PAGE),
+        _Row(RuntimeError, "can't start new thread", kinds.OUT_OF_RESOURCES),
         # The API, by its status; the text of a 403 says what is missing.
         _Row(errors.Unauthenticated, "", kinds.WORKSPACE_LOGIN_FAILED),
         _Row(
             errors.PermissionDenied, "workspace-access entitlement", kinds.WORKSPACE_ACCESS_MISSING
         ),
         _Row(errors.PermissionDenied, "does not have required scopes", kinds.PAT_SCOPE),
+        _Row(errors.PermissionDenied, _REFUSED, kinds.WORKSPACE_LOGIN_FAILED),
         _Row(errors.PermissionDenied, "", kinds.PERMISSION_DENIED),
         _Row(errors.NotFound, "", kinds.ENDPOINT_NOT_FOUND),
         _Row(errors.BadRequest, "", kinds.ENDPOINT_INVALID),
@@ -63,8 +74,7 @@ def _rows() -> tuple[_Row, ...]:
         _Row(errors.TooManyRequests, "", kinds.API_THROTTLED),
         # The SDK's own checks, which differ in their text alone.
         _Row(ValueError, "cannot configure default credentials", kinds.CONFIGURATION_INVALID),
-        _Row(ValueError, "more than one authorization", kinds.CONFIGURATION_INVALID),
-        _Row(ValueError, "profile configured", kinds.CONFIGURATION_INVALID),
+        _Row(ValueError, "more than one authorization", kinds.TWO_LOGINS),
     )
 
 
@@ -78,16 +88,31 @@ def translate(error: Exception, sdk_call: SDKCall, secrets: Iterable[str]) -> Pr
         error = error.__cause__  # the SDK's time budget is spent, and this was its last failure
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return ProxyError(ErrorKind.OUT_OF_RESOURCES, os.strerror(error.errno))
-    refusal = sdk_call.refusal
+    refusal, failure = sdk_call.refusal, sdk_call.failure
     text = str(error)
     if _DROPPED in text and refusal is not None:
         text = refusal.text
-    kind = _row_of(error, text) or _login(error, refusal) or ErrorKind.API_UNREACHABLE
+    if _UNPARSED in text and failure is not None:
+        text = f"HTTP {failure.status} {_plain(failure.text)}"
+    kind = _row_of(error, text) or _login(error, refusal)
+    if kind is None and failure is not None and failure.status >= _FAILED_MIN:
+        kind, status = ErrorKind.API_ERROR, f"HTTP {failure.status}"
+        text = text if status in text else f"{status} {text}"
+    kind = kind or ErrorKind.API_UNREACHABLE
     retry_after_seconds = float(getattr(error, "retry_after_secs", None) or 0)
     if kind is ErrorKind.API_THROTTLED and refusal is not None:
         retry_after_seconds = max(retry_after_seconds, refusal.retry_after_seconds)
     text = _short(_masked(text, {*secrets, *sdk_call.sent_secrets}))
     return ProxyError(kind, text, retry_after_seconds=retry_after_seconds)
+
+
+def is_login_refused(error: Exception) -> bool:
+    """Return whether the API refused the workspace token: a new login may get another one."""
+    from databricks.sdk import errors  # noqa: PLC0415 - slow, and imported by now
+
+    if isinstance(error, errors.PermissionDenied):
+        return _REFUSED in str(error).lower()
+    return isinstance(error, errors.Unauthenticated)
 
 
 def _row_of(error: Exception, text: str) -> ErrorKind | None:
@@ -109,6 +134,11 @@ def _masked(text: str, secrets: set[str]) -> str:
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         text = text.replace(secret, MASK)
     return mask(text)
+
+
+def _plain(text: str) -> str:
+    """Return the words of a page, without its tags."""
+    return " ".join(re.sub(r"<[^>]*>", " ", text).split())
 
 
 def _short(text: str) -> str:

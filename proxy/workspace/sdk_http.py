@@ -2,11 +2,11 @@
 
 The SDK's login request has no timeout, and its discovery has one of 300 seconds. Both use functions
 of `requests` that have no default timeout. Every request passes through `Session.send`, and there
-each gets what is left of its call's time. So a call that is abandoned ends soon after, and its
-thread with it.
+each gets what is left of its call's time, for all of its reply (`http_adapter`). So a call that is
+abandoned ends soon after, and its thread and its connection with it.
 
-The same place keeps what the SDK drops: status and text of a login that was refused, and the
-secrets that were sent, so that none of them is in a text that is passed on.
+The same place keeps what the SDK drops: status and text of a reply that is an error, the server's
+time, and the secrets that were sent, so that none of them is in a text that is passed on.
 """
 
 import base64
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,9 +39,13 @@ class CertificateRejected(Exception):
     """
 
 
+class SignInPage(Exception):
+    """The reply is a web page, of a sign-in most likely. The SDK does not try again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The answer to a POST that failed."""
+    """A reply that is an error."""
 
     status: int
     text: str
@@ -49,10 +54,16 @@ class Refusal:
 
 @dataclass(slots=True)
 class SDKCall:
-    """One call of the SDK. `ends_at` is a time of `time.monotonic`."""
+    """One call of the SDK. `ends_at` is a time of `time.monotonic`.
+
+    `refusal` is of the last POST, `failure` of the last request, None if it was answered otherwise.
+    `server_time` is the time of the last reply by the server's clock, in seconds since the epoch.
+    """
 
     ends_at: float
     refusal: Refusal | None = None
+    failure: Refusal | None = None
+    server_time: float | None = None
     sent_secrets: set[str] = field(default_factory=set, repr=False)
 
 
@@ -76,9 +87,14 @@ def _bound_requests() -> None:
     """Route every request of this process through `_send`; only the SDK makes any."""
     from requests import Session  # noqa: PLC0415 - slow
 
+    from proxy.workspace.http_adapter import BoundedAdapter  # noqa: PLC0415
+
     send = Session.send
 
     def bounded(session: "Session", request: "PreparedRequest", **options: Any) -> "Response":
+        for prefix in ("https://", "http://"):
+            if not isinstance(session.adapters.get(prefix), BoundedAdapter):
+                session.mount(prefix, BoundedAdapter())
         return _send(lambda **bound: send(session, request, **bound), request, options)
 
     Session.send = bounded  # type: ignore[assignment,method-assign]
@@ -99,10 +115,31 @@ def _send(
         raise TimeoutError("the call's time is over")
     call.sent_secrets |= _secrets(request.headers.get("Authorization") or "")
     timeout_seconds = min(seconds, left_seconds + GRACE_SECONDS)
+    call.failure = None
     response = _send_verified(send, {**options, "timeout": timeout_seconds})
+    call.failure = None if response.ok else _refusal(response)
+    call.server_time = _time(response.headers.get("Date"))
     if request.method == "POST":
-        call.refusal = None if response.ok else _refusal(response)
+        call.refusal = call.failure
+    if _is_page(response):
+        raise SignInPage(f"HTTP {response.status_code} with a page in HTML")
     return response
+
+
+def _is_page(response: "Response") -> bool:
+    """Return whether a reply that should be JSON is a web page; the SDK knows one of these."""
+    if not response.ok or response.is_redirect or "private-link" in response.url:
+        return False
+    kind = response.headers.get("Content-Type") or ""
+    return kind.startswith("text/html") or response.content.lstrip()[:1] == b"<"
+
+
+def _time(date: str | None) -> float | None:
+    """Return the time of a Date header, None if it has none."""
+    try:
+        return parsedate_to_datetime(date).timestamp() if date else None
+    except ValueError:
+        return None
 
 
 def _send_verified(send: Callable[..., "Response"], options: dict[str, Any]) -> "Response":

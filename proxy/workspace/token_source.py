@@ -15,6 +15,7 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final, Protocol
 
 from proxy.blocking import THREADS_MAX
@@ -33,7 +34,14 @@ from proxy.workspace.freshness import (
     judge,
     renewal_delay,
 )
-from proxy.workspace.single_flight import Backoff, PendingCalls, SingleFlight, is_transient
+from proxy.workspace.outage import Call, Outage
+from proxy.workspace.single_flight import (
+    BACKOFF_SECONDS_MIN,
+    Backoff,
+    PendingCalls,
+    SingleFlight,
+    is_transient,
+)
 
 # A token that is valid but too old is used once a mint has taken this long.
 HANG_SECONDS_MAX: Final = 5.0
@@ -47,6 +55,9 @@ REJECTION_SECONDS_MIN: Final = 30.0
 
 # How long a token lives of whose workspace none has been seen.
 LIFETIME_SECONDS: Final = 3600.0
+
+# In an outage one call after another is made for so long after the last client that was refused.
+PROBING_SECONDS: Final = 60.0
 
 _log = get_logger(__name__)
 
@@ -84,6 +95,7 @@ class LocalTokenSource:
         metrics: Metrics,
         pending: PendingCalls,
         *,
+        outage: Outage | None = None,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -93,6 +105,10 @@ class LocalTokenSource:
         self._age = AcceptedAge(
             Freshness(settings.token_max_age_seconds, settings.expiry_margin_seconds)
         )
+        self._pending = pending
+        self._outage = outage or Outage("workspace", clock)
+        self._probing: asyncio.Task[None] | None = None
+        self._probe_until = 0.0
         self._timeout_seconds = settings.mint_timeout_seconds
         self._metrics = metrics
         self._clock = clock
@@ -149,6 +165,10 @@ class LocalTokenSource:
 
     async def _mint_or_fall_back(self) -> Credential:
         """Return a token minted now; while the API fails, the newest that is still valid."""
+        refusal = self._outage.refusal
+        if refusal is not None and self._valid() is None:
+            self._keep_probing()
+            raise refusal.with_traceback(None)
         ends_at = self._clock() + self._timeout_seconds
         while True:  # ends at `ends_at`, or with a permanent failure
             valid = self._valid()
@@ -169,6 +189,18 @@ class LocalTokenSource:
             except ProxyError as error:
                 if not self._backoff.remaining_seconds:  # the call hangs, or has a bug of ours
                     self._start_backoff(error)
+
+    def _keep_probing(self) -> None:
+        """Make one call after another in the background until the outage is over."""
+        self._probe_until = self._clock() + PROBING_SECONDS
+        if self._probing is None or self._probing.done():
+            self._probing = self._pending.start(self._probe())
+
+    async def _probe(self) -> None:
+        while self._outage.since is not None and self._clock() < self._probe_until:
+            await self._sleep(max(self._backoff.remaining_seconds, BACKOFF_SECONDS_MIN))
+            with suppress(ProxyError):  # it is recorded
+                await self._minting.probe()
 
     async def _sleep_through_backoff(self, ends_at: float) -> None:
         """Wait with the earlier callers. Raises the failure if the wait would be useless."""
@@ -198,9 +230,11 @@ class LocalTokenSource:
         except ProxyError as error:
             self._metrics.token_mint_failed(error.reason)
             self._record_failure(error)
+            self._outage.record_failure(Call.MINT, error, self._backoff.remaining_seconds)
             raise
         self._metrics.token_minted()
         self._record_success()
+        self._outage.record_success(Call.MINT)
         if number > self._newest_number:  # else a later mint was faster
             self._newest, self._newest_number = credential, number
         return credential
@@ -260,6 +294,9 @@ class Minting(Protocol):
         The time that the caller waits for a free thread does not count.
         """
 
+    async def probe(self) -> None:
+        """Mint, or wait for the mint that is under way. Raises ProxyError."""
+
     def refresh(self) -> None:
         """Start a mint that no caller waits for, unless one is under way."""
 
@@ -273,6 +310,10 @@ class MintShared:
     async def token(self, hang_seconds: float | None) -> Credential:
         """Return the token of the mint that is under way. Raises ProxyError."""
         return await _result_within(hang_seconds, self._call)
+
+    async def probe(self) -> None:
+        """Mint, or wait for the mint that is under way. Raises ProxyError."""
+        await self._call.result()
 
     def refresh(self) -> None:
         """Start a mint, unless one is under way."""
@@ -306,6 +347,10 @@ class MintPerConnection:
                 if backoff.remaining_seconds:
                     raise failure.with_traceback(None)  # an earlier caller's mint failed
             await _result_within(hang_seconds, self._probe)
+
+    async def probe(self) -> None:
+        """Mint once for all who probe. Raises ProxyError."""
+        await self._probe.result()
 
     def refresh(self) -> None:
         """Do nothing: no caller could use the token."""

@@ -47,8 +47,8 @@ async def told(proxy: App) -> ErrorResponse:
 
 
 REASONS: dict[str, tuple[Reply | Hang | None, str]] = {
-    "500": (faults.INTERNAL, "api_unreachable"),
-    "503": (faults.UNAVAILABLE, "api_unreachable"),
+    "500": (faults.INTERNAL, "api_error"),
+    "503": (faults.UNAVAILABLE, "api_error"),
     "429": (faults.THROTTLED, "api_throttled"),
     "hang": (faults.HANG, "api_unreachable"),
     "refused": (None, "api_unreachable"),
@@ -108,7 +108,7 @@ async def test_a_host_that_the_api_does_not_say_costs_a_handful_of_calls_too(
     proxy = await start_proxy(listen={"port": 0, "max_connections": CLIENTS})
     lakebase.workspace.fail(Call.RESOURCE, faults.INTERNAL)
     errors = await asyncio.gather(*(told(proxy) for _ in range(CLIENTS)))
-    assert {error.text(b"D").split()[0] for error in errors} == {"reason=api_unreachable"}
+    assert {error.text(b"D").split()[0] for error in errors} == {"reason=api_error"}
     assert lakebase.workspace.calls[Call.RESOURCE] <= CALLS_MAX
 
 
@@ -123,7 +123,7 @@ async def test_an_identity_that_the_api_does_not_say_costs_a_handful_of_calls_to
     )
     lakebase.workspace.fail(Call.ME, faults.INTERNAL)
     errors = await asyncio.gather(*(told(proxy) for _ in range(CLIENTS)))
-    assert {error.text(b"D").split()[0] for error in errors} == {"reason=api_unreachable"}
+    assert {error.text(b"D").split()[0] for error in errors} == {"reason=api_error"}
     assert lakebase.workspace.calls[Call.ME] <= CALLS_MAX
     assert lakebase.gateway.accepted == 0
 

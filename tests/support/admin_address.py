@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from proxy.observe.metrics import Metrics
-from proxy.observe.status import Status, Token, report
+from proxy.observe.status import Status, Token, WorkspaceApi, report
 from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
 
@@ -30,6 +30,7 @@ class Shown:
     state: State = State.SERVING
     hosts: dict[str, str] = field(default_factory=lambda: {"upstream": "ep-a.example.com"})
     shown_tokens: list[Token] = field(default_factory=list)
+    shown_apis: list[WorkspaceApi] = field(default_factory=list)
     shown_warnings: list[str] = field(default_factory=list)
     uptime_seconds: float = 3.5
     acceleration: str = "used"
@@ -67,6 +68,10 @@ class Shown:
     def tokens(self) -> list[Token]:
         """Return the tokens that the test has set."""
         return self.shown_tokens
+
+    def workspace_apis(self) -> list[WorkspaceApi]:
+        """Return the workspaces' APIs that the test has set."""
+        return self.shown_apis
 
     def warnings(self) -> list[str]:
         """Return the warnings that the test has set."""

@@ -414,7 +414,7 @@ async def test_a_clock_that_is_off_is_told_so_whatever_the_tokens_life_looks_lik
         found = await checked(lakebase, tmp_path, "--json")
     assert found.code == EXIT_FAILURE
     failed = found.json["steps"][-1]
-    assert (failed["name"], failed["reason"]) == ("clock", "credential_invalid")
+    assert (failed["name"], failed["reason"]) == ("clock", "workspace_configuration")
     assert text in failed["text"]
     assert 595 <= int(re.findall(r"it is (\d+) s", failed["text"])[0]) <= 605
     assert "Set this machine's clock" in failed["fix"]

@@ -150,6 +150,7 @@ async def test_a_burst_of_mints_gets_a_token_each(api: emulator.Workspace) -> No
 # -- the table of REST errors --------------------------------------------------------------------
 
 LOGIN_FAILED = ErrorKind.WORKSPACE_LOGIN_FAILED
+NETWORK_DENIED = ErrorKind.WORKSPACE_NETWORK_DENIED
 TABLE: list[tuple[str, Call, Reply, ErrorKind]] = [
     ("invalid_client", Call.TOKEN, faults.INVALID_CLIENT, ErrorKind.WORKSPACE_LOGIN_FAILED),
     ("401", Call.CREDENTIAL, faults.UNAUTHENTICATED, ErrorKind.WORKSPACE_LOGIN_FAILED),
@@ -186,18 +187,25 @@ TABLE: list[tuple[str, Call, Reply, ErrorKind]] = [
     ("platform_403_at_login", Call.TOKEN, faults.PERMISSION_DENIED, LOGIN_FAILED),
     ("platform_ip_at_login", Call.TOKEN, faults.IP_BLOCKED, ErrorKind.IP_BLOCKED),
     ("ip_at_discovery", Call.DISCOVERY, faults.IP_BLOCKED, ErrorKind.IP_BLOCKED),
+    ("page", Call.CREDENTIAL, faults.SIGN_IN_PAGE, ErrorKind.SIGN_IN_PAGE),
+    ("page_at_login", Call.TOKEN, faults.SIGN_IN_PAGE, ErrorKind.SIGN_IN_PAGE),
+    ("page_at_discovery", Call.DISCOVERY, faults.SIGN_IN_PAGE, ErrorKind.SIGN_IN_PAGE),
+    ("network", Call.CREDENTIAL, faults.NETWORK_DENIED, NETWORK_DENIED),
+    ("network_plain", Call.CREDENTIAL, faults.NETWORK_DENIED_PLAIN, NETWORK_DENIED),
+    ("network_at_login", Call.TOKEN, faults.NETWORK_DENIED_PLAIN, NETWORK_DENIED),
+    ("invalid_token", Call.CREDENTIAL, faults.INVALID_ACCESS_TOKEN, LOGIN_FAILED),
     ("409", Call.CREDENTIAL, faults.ABORTED, ErrorKind.API_BUSY),
-    ("500", Call.CREDENTIAL, faults.INTERNAL, ErrorKind.API_UNREACHABLE),
-    ("502", Call.CREDENTIAL, faults.BAD_GATEWAY, ErrorKind.API_UNREACHABLE),
-    ("504", Call.CREDENTIAL, faults.GATEWAY_TIMEOUT, ErrorKind.API_UNREACHABLE),
+    ("500", Call.CREDENTIAL, faults.INTERNAL, ErrorKind.API_ERROR),
+    ("502", Call.CREDENTIAL, faults.BAD_GATEWAY, ErrorKind.API_ERROR),
+    ("504", Call.CREDENTIAL, faults.GATEWAY_TIMEOUT, ErrorKind.API_ERROR),
     ("empty", Call.CREDENTIAL, faults.EMPTY, ErrorKind.CREDENTIAL_INVALID),
     ("not_json", Call.CREDENTIAL, faults.NOT_JSON, ErrorKind.API_UNREACHABLE),
-    ("500_token", Call.TOKEN, faults.INTERNAL, ErrorKind.API_UNREACHABLE),
+    ("500_token", Call.TOKEN, faults.INTERNAL, ErrorKind.API_ERROR),
     ("429_token", Call.TOKEN, faults.THROTTLED, ErrorKind.API_THROTTLED),
     ("empty_token", Call.TOKEN, faults.EMPTY, ErrorKind.API_UNREACHABLE),
     ("not_json_token", Call.TOKEN, faults.NOT_JSON, ErrorKind.API_UNREACHABLE),
     ("404_discovery", Call.DISCOVERY, faults.NOT_FOUND, ErrorKind.API_UNREACHABLE),
-    ("500_discovery", Call.DISCOVERY, faults.INTERNAL, ErrorKind.API_UNREACHABLE),
+    ("500_discovery", Call.DISCOVERY, faults.INTERNAL, ErrorKind.API_ERROR),
     ("empty_discovery", Call.DISCOVERY, faults.EMPTY, ErrorKind.API_UNREACHABLE),
 ]
 
@@ -227,7 +235,7 @@ async def test_every_rest_error_has_its_kind_and_shows_no_secret_and_passes(
     [
         (faults.THROTTLED, ErrorKind.API_THROTTLED),
         (faults.THROTTLED_NO_DELAY, ErrorKind.API_THROTTLED),
-        (faults.UNAVAILABLE, ErrorKind.API_UNREACHABLE),
+        (faults.UNAVAILABLE, ErrorKind.API_ERROR),
     ],
     ids=["429", "429_without_retry_after", "503"],
 )
@@ -392,7 +400,7 @@ async def test_the_uid_in_place_of_the_id_is_not_found(
     ("settings", "kind"),
     [
         ({"client_secret": SecretStr("wrong-not-real")}, ErrorKind.WORKSPACE_LOGIN_FAILED),
-        ({"token": SecretStr(PERSONAL_TOKEN)}, ErrorKind.CONFIGURATION_INVALID),
+        ({"token": SecretStr(PERSONAL_TOKEN)}, ErrorKind.TWO_LOGINS),
         (
             {"client_id": "", "client_secret": SecretStr("")},
             ErrorKind.CONFIGURATION_INVALID,
@@ -402,7 +410,7 @@ async def test_the_uid_in_place_of_the_id_is_not_found(
             ErrorKind.WORKSPACE_LOGIN_FAILED,
         ),
         ({"auth_type": "no-such-type"}, ErrorKind.CONFIGURATION_INVALID),
-        ({"profile": "no-such-profile"}, ErrorKind.CONFIGURATION_INVALID),
+        ({"profile": "no-such-profile"}, ErrorKind.CONFIGURATION_MISTAKE),
     ],
     ids=["wrong_secret", "two_ways", "no_way", "wrong_token", "auth_type", "profile"],
 )
@@ -412,6 +420,62 @@ async def test_a_wrong_configuration_says_so_and_shows_no_secret(
     error = await refusal(workspace(api, **settings))
     assert error.kind is kind
     assert not any(secret in shows(error) for secret in ("not-real", CLIENT_SECRET, PERSONAL_TOKEN))
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        (faults.INTERNAL, "HTTP 500 Internal error"),
+        (faults.BAD_GATEWAY, "HTTP 502 502 Bad Gateway"),
+        (faults.UNAVAILABLE, "HTTP 503 Try again"),
+    ],
+)
+async def test_an_api_that_fails_is_told_with_its_status(
+    api: emulator.Workspace, fault: Reply, status: str
+) -> None:
+    # It was "cannot be reached", with advice about HTTPS_PROXY, for a workspace that had answered.
+    api.fail(Call.CREDENTIAL, fault)
+    error = await refusal(workspace(api))
+    assert (error.reason, error.detail) == ("api_error", status)
+    assert "PROXY" not in error.response().text(b"H")
+
+
+@pytest.mark.parametrize("fault", [faults.UNAUTHENTICATED, faults.INVALID_ACCESS_TOKEN])
+async def test_a_workspace_token_that_is_refused_leads_to_a_new_login(
+    api: emulator.Workspace, fault: Reply
+) -> None:
+    # After 403 "Invalid access token" the token was used again until it would have expired.
+    made = workspace(api)
+    await made.mint(PRIMARY)
+    api.fail(Call.CREDENTIAL, fault, times=1)
+    await made.mint(PRIMARY)
+    assert api.calls[Call.TOKEN] == 2
+
+
+async def test_an_instance_that_does_not_exist_is_told_as_an_instance(
+    api: emulator.Workspace,
+) -> None:
+    # The advice was about an endpoint's id and uid, which an instance does not have.
+    for call in (workspace(api).mint, workspace(api).status):
+        with pytest.raises(ProxyError) as refused:
+            await call(resources.Instance("no-such-instance"))
+        assert refused.value.reason == "endpoint_not_found"
+        answer = refused.value.response()
+        assert "instance" in answer.text(b"M")
+        assert "upstream.instance" in answer.text(b"H")
+        assert "uid" not in answer.text(b"H")
+
+
+@pytest.mark.parametrize("hours", [1, 24])
+async def test_a_clock_that_is_ahead_is_told_at_once(api: emulator.Workspace, hours: int) -> None:
+    # Each new token seemed to have expired: 57P03 after the whole time for one.
+    settings = WorkspaceSettings(
+        host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)
+    )
+    clock = FakeClock(time.time() + hours * 3600)
+    error = await refusal(Workspace(settings, CredentialsSettings(), version="0", clock=clock))
+    assert (error.kind, error.response().sqlstate) == (ErrorKind.CLOCK_OFF, "28000")
+    assert "s ahead of the workspace's" in error.detail
 
 
 # -- what hangs or is not there ------------------------------------------------------------------
@@ -427,7 +491,7 @@ async def test_a_secret_file_that_is_empty_says_so(
     file.write_bytes(content)
     made = workspace(api, client_secret=SecretStr(""), client_secret_file=str(file))
     error = await refusal(made)
-    assert error.kind is ErrorKind.CONFIGURATION_INVALID
+    assert error.kind is ErrorKind.CONFIGURATION_MISTAKE
     assert error.detail == "workspace.client_secret_file: the file is empty"
 
 

@@ -117,7 +117,7 @@ async def test_one_alone_is_tried_once(api: EmulatedWorkspace) -> None:
 @pytest.mark.parametrize(
     ("reply", "kind"),
     [
-        (faults.INTERNAL, ErrorKind.API_UNREACHABLE),
+        (faults.INTERNAL, ErrorKind.API_ERROR),
         (faults.ACCESS_MISSING, ErrorKind.WORKSPACE_ACCESS_MISSING),
         (faults.IP_BLOCKED, ErrorKind.IP_BLOCKED),
         (faults.EMPTY, ErrorKind.CREDENTIAL_INVALID),

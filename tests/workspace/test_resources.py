@@ -129,7 +129,9 @@ async def test_a_name_that_is_not_there_is_not_found(
     for asked in (reached(both).mint(missing), reached(both).status(missing)):
         with pytest.raises(ProxyError) as refused:
             await asked
-        assert refused.value.kind is ErrorKind.ENDPOINT_NOT_FOUND
+        assert refused.value.reason == "endpoint_not_found"
+        told_as_instance = refused.value.kind is ErrorKind.INSTANCE_NOT_FOUND
+        assert told_as_instance == isinstance(missing, Instance)
 
 
 def test_the_settings_name_one_or_none() -> None:

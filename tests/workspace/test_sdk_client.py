@@ -125,6 +125,30 @@ async def test_a_named_workspace_without_a_host_has_none(other: emulator.Workspa
     assert not other.calls
 
 
+@pytest.mark.parametrize("way", ["service principal", "secret file", "token", "file-oidc"])
+async def test_an_unnamed_workspace_whose_own_keys_are_complete_takes_nothing_else(
+    api: emulator.Workspace, other: emulator.Workspace, tmp_path: Path, way: str
+) -> None:
+    # DATABRICKS_TOKEN or ARM_CLIENT_ID of another program made it "more than one authorization
+    # method", although [workspace] said all that a login needs.
+    file = tmp_path / "own"
+    file.write_text(api.federation_token(CLIENT_ID) if way == "file-oidc" else CLIENT_SECRET)
+    ways: dict[str, dict[str, Any]] = {
+        "service principal": {"client_id": CLIENT_ID, "client_secret": SecretStr(CLIENT_SECRET)},
+        "secret file": {"client_id": CLIENT_ID, "client_secret_file": str(file)},
+        "token": {"token": SecretStr(PERSONAL_TOKEN)},
+        "file-oidc": {
+            "client_id": CLIENT_ID,
+            "oidc_token_filepath": str(file),
+            "auth_type": "file-oidc",
+        },
+    }
+    settings = WorkspaceSettings(host=api.url, **ways[way])
+    await Workspace(settings, CredentialsSettings(), version="0").mint(PRIMARY)
+    assert [mint.identity for mint in api.mints] == [CLIENT_ID]
+    assert not other.calls
+
+
 async def test_an_unnamed_workspace_still_finds_what_is_not_set(
     other: emulator.Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,115 @@
+"""Whether the workspace API fails: since when, why, and whether new clients wait for it.
+
+A client without a valid token waits for a mint. Once the API has failed for some seconds that wait
+is of no use, and new clients are refused at once, with the last failure (a circuit breaker). Calls
+go on meanwhile, one at a time, and the first that succeeds ends the outage.
+
+A 429 is no outage: the API works, and those who wait are served in turn.
+
+For: the state, and its log lines. Not for: when the next call is made (`single_flight.Backoff`).
+"""
+
+import re
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import Final
+
+from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.logs import get_logger
+from proxy.workspace.single_flight import is_transient
+
+# The API fails for a moment now and then; clients wait as long as this.
+OUTAGE_SECONDS: Final = 5.0
+# An outage of which nothing was heard for so long may be over.
+STALE_SECONDS: Final = 60.0
+
+_STATUS: Final = re.compile(r"HTTP \d+")
+
+_log = get_logger(__name__)
+
+
+class Call(Enum):
+    """What fails. Without a host no token is asked for, so that its look-up counts as well."""
+
+    MINT = "mint"
+    LOOK_UP = "look-up"
+
+
+class Outage:
+    """The failures in a row of the calls for one account."""
+
+    def __init__(self, name: str, clock: Callable[[], float] = time.time) -> None:
+        """`name` is the account's. `clock` returns seconds since the epoch."""
+        self._name = name
+        self._clock = clock
+        self._last_at = 0.0
+        self._tries = 0
+        self._logged = ("", "")
+        self._failing: set[Call] = set()
+        self.since: float | None = None
+        """When the first call failed, in seconds since the epoch; None while the API works."""
+        self.failure: ProxyError | None = None
+        """The last failure of the outage."""
+
+    @property
+    def failing_seconds(self) -> float:
+        """For how long the API has failed; 0 while it works."""
+        return 0.0 if self.since is None else max(0.0, self._clock() - self.since)
+
+    @property
+    def refusal(self) -> ProxyError | None:
+        """The failure for a new client that has no valid token; None if it waits for a mint.
+
+        A permanent failure ends a wait by itself.
+        """
+        if self.failure is None or not is_transient(self.failure):
+            return None
+        is_stale = self._clock() - self._last_at > STALE_SECONDS
+        return None if is_stale or self.failing_seconds <= OUTAGE_SECONDS else self.failure
+
+    def record_failure(self, call: Call, failure: ProxyError, backoff_seconds: float) -> None:
+        """Record a failed call; log the first one, and each that fails in another way.
+
+        A look-up that fails for good concerns its own target alone.
+        """
+        if failure.kind is ErrorKind.API_THROTTLED:
+            return
+        if call is Call.LOOK_UP and not is_transient(failure):
+            return
+        self._failing.add(call)
+        now = self._clock()
+        if self.since is None:
+            self.since = now
+        self._tries += 1
+        self._last_at, self.failure = now, failure
+        status = _STATUS.search(failure.detail)
+        cause = (failure.reason, status.group() if status else "")
+        if cause != self._logged:
+            self._logged = cause
+            _log.warning(
+                "the workspace API fails",
+                workspace=self._name,
+                call=call.value,
+                reason=failure.reason,
+                detail=failure.detail,
+                hint=failure.kind.value.hint,
+                tries=self._tries,
+                failing_seconds=round(now - self.since, 1),
+                backoff_seconds=round(backoff_seconds, 1),
+            )
+
+    def record_success(self, call: Call) -> None:
+        """Record a call that succeeded; log it if it ends an outage, as every mint does."""
+        self._failing -= {call} if call is Call.LOOK_UP else set(Call)
+        if self.since is None or self._failing:
+            return
+        seconds = round(self.failing_seconds, 1)
+        tries, self._tries = self._tries, 0
+        self.since, self.failure, self._logged = None, None, ("", "")
+        _log.info(
+            "the workspace API works again",
+            workspace=self._name,
+            failed_seconds=seconds,
+            tries=tries,
+        )

@@ -1,0 +1,123 @@
+"""A workspace API that fails for more than some seconds, as clients and operators see it."""
+
+import asyncio
+import json
+import time
+
+import psycopg
+import pytest
+
+from proxy.emulator import faults
+from proxy.emulator.api import Call
+from proxy.emulator.faults import Hang, Reply
+from proxy.emulator.lakebase import Lakebase
+from proxy.server.app import App
+from tests.e2e.conftest import StartProxy
+from tests.support.admin_address import ask
+from tests.support.running import LogLines, eventually, libpq
+
+# Milliseconds where the machine does nothing else; the tests of others run beside this one.
+AT_ONCE_SECONDS = 0.5
+OUTAGE_SECONDS_MAX = 30.0
+OPEN_SECONDS = 9.0  # the first call that hangs, and the time after it until clients do not wait
+PROBES_SECONDS_MAX = 15.0  # the longest back-off, and a call
+
+pytestmark = pytest.mark.slow
+
+
+async def refused(proxy: App) -> tuple[str, float]:
+    """Return the words of a client that is refused, and how long it took."""
+    begun = time.monotonic()
+    with pytest.raises(psycopg.OperationalError) as error:
+        await psycopg.AsyncConnection.connect(**libpq(proxy))
+    return str(error.value), time.monotonic() - begun
+
+
+async def served(proxy: App) -> bool:
+    try:
+        async with await psycopg.AsyncConnection.connect(**libpq(proxy)):
+            return True
+    except psycopg.OperationalError:
+        return False
+
+
+OUTAGES: dict[str, tuple[Call, Reply | Hang, str]] = {
+    "credential": (Call.CREDENTIAL, faults.INTERNAL, "reason=api_error HTTP 500"),
+    "login_hangs": (Call.TOKEN, faults.HANG, "reason=api_unreachable"),
+    "host": (Call.RESOURCE, faults.UNAVAILABLE, "reason=api_error HTTP 503"),
+}
+
+
+@pytest.mark.parametrize("max_age_seconds", [60, 0])
+@pytest.mark.parametrize("how", OUTAGES)
+async def test_new_clients_are_refused_at_once_until_the_api_works_again(
+    start_proxy: StartProxy,
+    lakebase: Lakebase,
+    log: LogLines,
+    how: str,
+    max_age_seconds: float,
+) -> None:
+    # Each client waited up to 28 s, the page was green, and the log had no line.
+    call, fault, reason = OUTAGES[how]
+    proxy = await start_proxy(
+        admin={"enabled": True, "port": 0},
+        credentials={"mint_timeout_seconds": 3, "token_max_age_seconds": max_age_seconds},
+    )
+    lakebase.workspace.fail(call, fault)
+    begun = time.monotonic()
+    while (await refused(proxy))[1] > AT_ONCE_SECONDS or time.monotonic() - begun < OPEN_SECONDS:
+        assert time.monotonic() - begun < OUTAGE_SECONDS_MAX
+    for _ in range(20):
+        text, seconds = await refused(proxy)
+        assert reason in text
+        assert seconds < AT_ONCE_SECONDS
+        await asyncio.sleep(0.1)
+    assert len(log.events("the workspace API fails")) == 1
+    assert len(await shown(proxy)) == 1
+    lakebase.workspace.clear_faults()
+    recovered = time.monotonic()
+    while not await served(proxy):
+        assert time.monotonic() - recovered < PROBES_SECONDS_MAX
+        await asyncio.sleep(0.05)
+    assert await shown(proxy) == []
+    assert len(log.events("the workspace API works again")) == 1
+
+
+async def shown(proxy: App) -> list[str]:
+    """Return the reasons of failing APIs in `/status`; each says since when."""
+    assert proxy.admin is not None
+    status = json.loads((await ask(proxy.admin.port, "/status")).body)
+    failing = [api for api in status["workspace_apis"] if api["reason"]]
+    assert all(api["failing_since"] and api["failing_seconds"] > 0 for api in failing)
+    return [api["reason"] for api in failing]
+
+
+async def test_a_limit_of_the_rate_is_no_outage(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    proxy = await start_proxy(credentials={"mint_timeout_seconds": 30})
+    lakebase.workspace.fail(Call.CREDENTIAL, faults.THROTTLED)
+    early = asyncio.create_task(served(proxy))
+    await lakebase.workspace.called(Call.CREDENTIAL, 5)
+    late = asyncio.create_task(served(proxy))
+    done, _ = await asyncio.wait([late], timeout=1)
+    assert not done, "it was not refused: it waits within its budget"
+    lakebase.workspace.clear_faults()
+    assert await early
+    assert await late
+
+
+async def test_one_call_after_another_goes_on_without_further_clients(
+    start_proxy: StartProxy, lakebase: Lakebase, log: LogLines
+) -> None:
+    proxy = await start_proxy(credentials={"mint_timeout_seconds": 1})
+    lakebase.workspace.fail(Call.CREDENTIAL, faults.INTERNAL)
+    begun = time.monotonic()
+    while time.monotonic() - begun < 6:
+        await refused(proxy)
+        await asyncio.sleep(0.1)
+    lakebase.workspace.clear_faults()
+    await eventually(
+        lambda: log.events("the workspace API works again"), "a probe", PROBES_SECONDS_MAX
+    )
+    assert await served(proxy)

@@ -1,0 +1,215 @@
+"""Replies without an end, and connections that a network device has forgotten: real sockets."""
+
+import asyncio
+import importlib
+import resource
+import socket
+import struct
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+from pydantic import SecretStr
+
+from proxy.config import CredentialsSettings, WorkspaceSettings
+from proxy.emulator import faults
+from proxy.emulator import workspace as emulator
+from proxy.emulator.api import Call
+from proxy.emulator.cluster import CLIENT_ID
+from proxy.emulator.faults import Hang, Reply
+from proxy.emulator.lakebase import CLIENT_SECRET
+from proxy.errors import ErrorKind, ProxyError
+from proxy.workspace import resources
+from proxy.workspace.client import Workspace
+from proxy.workspace.http_adapter import IDLE_SECONDS_MAX, REPLY_BYTES_MAX
+from tests.support.emulated_workspace import ENDPOINT
+from tests.support.running import eventually
+
+PRIMARY = resources.Endpoint(ENDPOINT)
+MEMORY_BYTES_MAX = 5 << 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sdk_is_imported() -> None:
+    """Import it once, so that its second is no part of a deadline."""
+    for name in ("core", "service.postgres"):
+        importlib.import_module(f"databricks.sdk.{name}")
+
+
+def workspace(url: str, timeout: float) -> Workspace:
+    secret = SecretStr(CLIENT_SECRET)
+    settings = WorkspaceSettings(host=url, client_id=CLIENT_ID, client_secret=secret)
+    credentials = CredentialsSettings(mint_timeout_seconds=timeout)
+    return Workspace(settings, credentials, version="0")
+
+
+async def refusal(made: Workspace) -> ProxyError:
+    with pytest.raises(ProxyError) as refused:
+        await made.mint(PRIMARY)
+    return refused.value
+
+
+def open_connections(api: emulator.Workspace) -> int:
+    assert api._server is not None
+    return len(api._server.server_state.connections)
+
+
+# -- replies without an end ----------------------------------------------------------------------
+
+LONG = Reply(200, b'{"token": "' + b"x" * REPLY_BYTES_MAX + b'"}')
+
+
+@pytest.mark.parametrize("call", [Call.DISCOVERY, Call.OIDC, Call.TOKEN, Call.CREDENTIAL])
+@pytest.mark.parametrize(
+    "fault", [faults.ENDLESS, faults.DRIPPING, LONG], ids=["endless", "dripping", "long"]
+)
+async def test_a_reply_without_an_end_costs_neither_memory_nor_its_connection(
+    api: emulator.Workspace, fault: Hang | Reply, call: Call
+) -> None:
+    # It was read on after its client had been refused: up to 5.2 GB in ten seconds. One that came
+    # byte by byte kept its thread, because each byte began the socket's timeout anew.
+    await workspace(api.url, 10).mint(PRIMARY)  # what is imported is no part of it
+    before = set(threading.enumerate())
+    bytes_before = peak_bytes()
+    api.fail(call, fault)
+    error = await refusal(workspace(api.url, 1))
+    assert error.kind is ErrorKind.API_UNREACHABLE
+    assert peak_bytes() - bytes_before < MEMORY_BYTES_MAX
+
+    def ended() -> bool:
+        names = {thread.name for thread in set(threading.enumerate()) - before}
+        return "databricks-sdk" not in names
+
+    await eventually(ended, "the call's thread has ended")
+    api.clear_faults()
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process and the emulator in it have used."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+async def test_a_call_that_is_given_up_closes_its_connection(api: emulator.Workspace) -> None:
+    made = workspace(api.url, 10)
+    await made.mint(PRIMARY)
+    kept = open_connections(api)
+    api.fail(Call.CREDENTIAL, faults.HANG, times=3)
+    hasty = [workspace(api.url, 0.3) for _ in range(3)]
+    for one in hasty:
+        await refusal(one)
+    await eventually(lambda: open_connections(api) <= kept, "connections are closed")
+    api.clear_faults()
+
+
+# -- idle connections ----------------------------------------------------------------------------
+
+
+class ForgetfulNetwork:
+    """Forwards connections; `forget` drops or resets what the earlier ones send from then on."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._states: list[list[str]] = []
+        self._writers: list[asyncio.StreamWriter] = []
+        self.accepted = 0
+
+    def forget(self, how: str) -> None:
+        for state in self._states:
+            state[0] = how
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        state = ["forward"]
+        self._states.append(state)
+        there_reader, there = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers += [writer, there]
+        async with asyncio.TaskGroup() as both:
+            both.create_task(_forward(reader, there, state))
+            both.create_task(_forward(there_reader, writer, state))
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+
+
+async def _forward(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, state: list[str]
+) -> None:
+    with suppress(ConnectionError):
+        while data := await reader.read(1 << 16):
+            if state[0] == "reset":
+                raw = reader._transport.get_extra_info("socket")  # type: ignore[attr-defined]
+                linger = struct.pack("ii", 1, 0)
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                reader._transport.abort()  # type: ignore[attr-defined]
+            elif state[0] == "forward":
+                writer.write(data)
+    writer.close()
+
+
+@asynccontextmanager
+async def forgetful_network(api: emulator.Workspace) -> AsyncIterator[tuple[ForgetfulNetwork, str]]:
+    network = ForgetfulNetwork(api._port)
+    async with await asyncio.start_server(network.serve, "127.0.0.1", 0) as server:
+        yield network, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        network.close()
+
+
+class MovedClock:
+    """The adapter's clock, which a test moves: an idle half minute would take that long."""
+
+    def __init__(self) -> None:
+        self.ahead_seconds = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_seconds
+
+
+@pytest.fixture
+def moved_clock(monkeypatch: pytest.MonkeyPatch) -> MovedClock:
+    clock = MovedClock()
+    monkeypatch.setattr("proxy.workspace.http_adapter.time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("how", ["drop", "reset"])
+async def test_a_connection_that_was_idle_for_half_a_minute_is_not_used_again(
+    api: emulator.Workspace, moved_clock: MovedClock, how: str
+) -> None:
+    # The first client after a quiet hour waited 5 s with a valid token, 16.6 s without one: the
+    # request went to a connection that the NAT had forgotten.
+    async with forgetful_network(api) as (network, url):
+        made = workspace(url, 10)
+        await made.mint(PRIMARY)
+        network.forget(how)
+        moved_clock.ahead_seconds = IDLE_SECONDS_MAX + 1
+        begun = time.monotonic()
+        await made.mint(PRIMARY)
+        assert time.monotonic() - begun < 0.5
+
+
+async def test_a_reset_of_an_idle_connection_is_followed_by_the_second_try_at_once(
+    api: emulator.Workspace,
+) -> None:
+    # The SDK slept for 1 to 2 s before it.
+    async with forgetful_network(api) as (network, url):
+        made = workspace(url, 10)
+        await asyncio.gather(*(made.mint(PRIMARY) for _ in range(4)))
+        network.forget("reset")
+        begun = time.monotonic()
+        await made.mint(PRIMARY)
+        assert time.monotonic() - begun < 0.5
+
+
+async def test_a_connection_is_used_again_while_it_is_not_idle_for_long(
+    api: emulator.Workspace,
+) -> None:
+    async with forgetful_network(api) as (network, url):
+        made = workspace(url, 10)
+        await made.mint(PRIMARY)
+        before = network.accepted
+        for _ in range(3):
+            await made.mint(PRIMARY)
+        assert network.accepted == before

@@ -1,0 +1,317 @@
+"""Mistakes that waiting does not correct: each is named at once, by the real SDK's own path.
+
+They were reported as a workspace that cannot be reached, after the whole time for a token, or as an
+internal error of the SDK that named neither the file nor the variable.
+"""
+
+import importlib
+import os
+import pwd
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from proxy.config import CredentialsSettings, WorkspaceSettings
+from proxy.emulator import workspace as emulator
+from proxy.emulator.cluster import CLIENT_ID
+from proxy.emulator.lakebase import CLIENT_SECRET, PERSONAL_TOKEN
+from proxy.errors import ErrorKind, ProxyError
+from proxy.workspace import resources
+from proxy.workspace.client import Workspace
+from proxy.workspace.login_settings import proxy_secrets
+from tests.support.emulated_workspace import ENDPOINT
+
+PRIMARY = resources.Endpoint(ENDPOINT)
+# A mint that is refused before anything is sent.
+AT_ONCE_SECONDS = 1.0
+# Of a mint that works, on a machine that does something else as well.
+TIMEOUT_SECONDS = 10.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sdk_is_imported() -> None:
+    """Import it once, so that its second is no part of what is measured."""
+    for name in ("core", "service.postgres"):
+        importlib.import_module(f"databricks.sdk.{name}")
+
+
+def discovering(**settings: Any) -> Workspace:
+    credentials = CredentialsSettings(mint_timeout_seconds=TIMEOUT_SECONDS)
+    return Workspace(WorkspaceSettings(**settings), credentials, version="0")
+
+
+async def told_at_once(made: Workspace) -> ProxyError:
+    begun = time.monotonic()
+    with pytest.raises(ProxyError) as refused:
+        await made.mint(PRIMARY)
+    assert time.monotonic() - begun < AT_ONCE_SECONDS
+    answer = refused.value.response()
+    assert answer.sqlstate == "28000"
+    assert refused.value.reason == "workspace_configuration"
+    for secret in ("not-real", CLIENT_SECRET, PERSONAL_TOKEN):
+        assert secret not in f"{refused.value!r} {answer!r}"
+    return refused.value
+
+
+# -- the profile file ----------------------------------------------------------------------------
+
+GOOD_PROFILE = "[DEFAULT]\nhost = {host}\ntoken = {token}\n"
+BAD_PROFILES = {
+    "no_section": ("host = {host}\ntoken = {token}\n", "line 1 stands before the first [PROFILE]"),
+    "doubled_key": (
+        "[DEFAULT]\nhost = {host}\ntoken = {token}\ntoken = {token}\n",
+        "line 4 sets token of [DEFAULT] a second time",
+    ),
+    "doubled_section": (
+        "[a]\nhost = {host}\n[a]\ntoken = {token}\n",
+        "line 3 begins [a] a second time",
+    ),
+    "stray_line": ("[DEFAULT]\nhost = {host}\n{token}\n", "line 3 is not NAME = VALUE"),
+    "not_utf8": ("[DEFAULT]\nhost = {host}\ntoken = caf\xe9\n", "the file is not UTF-8"),
+    "quotes": (
+        '[DEFAULT]\nhost = {host}\ntoken = "{token}"\n',
+        "token of [DEFAULT]: the value is in quotes",
+    ),
+    "two_lines": (
+        "[DEFAULT]\nhost = {host}\ntoken = {token}\n  not-real\n",
+        "token of [DEFAULT]: the value has more than one line",
+    ),
+}
+
+
+def write_profile(path: Path, text: str, host: str) -> str:
+    path.write_bytes(text.format(host=host, token=PERSONAL_TOKEN).encode("latin-1"))
+    return str(path)
+
+
+@pytest.mark.parametrize("way", ["variable", "setting"])
+@pytest.mark.parametrize("how", BAD_PROFILES)
+async def test_a_profile_file_that_cannot_be_read_is_named_with_the_line(
+    api: emulator.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, way: str
+) -> None:
+    text, why = BAD_PROFILES[how]
+    path = write_profile(tmp_path / "profiles", text, api.url)
+    if way == "variable":
+        monkeypatch.setenv("DATABRICKS_CONFIG_FILE", path)
+    error = await told_at_once(discovering(**({"config_file": path} if way == "setting" else {})))
+    assert error.detail.startswith(path)
+    assert why in error.detail
+    assert not api.calls
+
+
+async def test_a_byte_order_mark_before_a_profile_is_harmless(
+    api: emulator.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_profile(tmp_path / "profiles", "\xef\xbb\xbf" + GOOD_PROFILE, api.url)
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", path)
+    await discovering().mint(PRIMARY)
+
+
+async def test_a_default_profile_that_the_file_chooses_is_used(
+    api: emulator.Workspace, tmp_path: Path
+) -> None:
+    text = "[__settings__]\ndefault_profile = shop\n[shop]\nhost = {host}\ntoken = {token}\n"
+    path = write_profile(tmp_path / "profiles", text, api.url)
+    await discovering(config_file=path).mint(PRIMARY)
+
+
+async def test_a_profile_that_is_not_there_is_named(
+    api: emulator.Workspace, tmp_path: Path
+) -> None:
+    path = write_profile(tmp_path / "profiles", GOOD_PROFILE, api.url)
+    error = await told_at_once(discovering(config_file=path, profile="shop"))
+    assert error.detail == f"{path}: it has no profile [shop]"
+    missing = str(tmp_path / "none")
+    error = await told_at_once(discovering(config_file=missing, profile="shop"))
+    assert error.detail == f"{missing}: the file with the profile [shop] does not exist"
+
+
+async def test_a_profile_without_a_home_directory_says_what_to_set(
+    api: emulator.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A container's user without an entry in /etc/passwd: the SDK ended with a RuntimeError.
+    def no_entry(_uid: int) -> pwd.struct_passwd:
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("DATABRICKS_CONFIG_FILE")
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    error = await told_at_once(discovering(profile="shop"))
+    assert "no home directory" in error.detail
+    assert "DATABRICKS_CONFIG_FILE" in error.detail
+    error = await told_at_once(discovering())
+    assert error.kind is ErrorKind.CONFIGURATION_INVALID
+
+
+# -- single values -------------------------------------------------------------------------------
+
+BAD_VALUES = {
+    "secret_in_two_lines": ("DATABRICKS_CLIENT_SECRET", "two\nlines-not-real", "one line"),
+    "secret_in_quotes": ("DATABRICKS_CLIENT_SECRET", '"not-real"', "in quotes"),
+    "secret_in_one_quote": ("DATABRICKS_CLIENT_SECRET", "not-real'", "in quotes"),
+    "secret_of_letters_no_header_carries": ("DATABRICKS_CLIENT_SECRET", "not-real\u2013", "header"),
+    "id_in_two_lines": ("DATABRICKS_CLIENT_ID", "two\nlines", "one line"),
+    "id_in_quotes": ("DATABRICKS_CLIENT_ID", f"'{CLIENT_ID}'", "in quotes"),
+    "id_of_letters_no_header_carries": ("DATABRICKS_CLIENT_ID", "\u0430\u0431", "header"),
+    "host_with_a_path": ("DATABRICKS_HOST", "{host}/sql/warehouses", "has a path"),
+    "host_with_a_query": ("DATABRICKS_HOST", "{host}/?a=b", "has a query"),
+    "host_in_quotes": ("DATABRICKS_HOST", '"{host}"', "in quotes"),
+    "host_of_another_scheme": ("DATABRICKS_HOST", "postgresql://dbc.example.com", "https://"),
+    "host_with_a_blank": ("DATABRICKS_HOST", "dbc example.com", "host name"),
+    "host_with_a_wrong_port": ("DATABRICKS_HOST", "https://dbc.example.com:4x", "no URL"),
+    "host_with_a_password": ("DATABRICKS_HOST", "https://a:not-real@dbc.example.com", "password"),
+}
+
+
+def set_login(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setenv("DATABRICKS_HOST", host)
+    monkeypatch.setenv("DATABRICKS_CLIENT_ID", CLIENT_ID)
+    monkeypatch.setenv("DATABRICKS_CLIENT_SECRET", CLIENT_SECRET)
+
+
+@pytest.mark.parametrize("how", BAD_VALUES)
+async def test_a_value_that_cannot_be_used_is_told_with_the_variable(
+    api: emulator.Workspace, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    variable, value, why = BAD_VALUES[how]
+    set_login(monkeypatch, api.url)
+    monkeypatch.setenv(variable, value.format(host=api.url))
+    error = await told_at_once(discovering())
+    assert error.detail.startswith(f"{variable}: ")
+    assert why in error.detail
+    assert not api.calls
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("token", SecretStr("not\nreal")),
+        ("token", SecretStr("'not-real'")),
+        ("client_secret", SecretStr("not-real\u20ac")),
+        ("client_id", "'quoted'"),
+        ("host", "https://dbc.example.com/browse"),
+    ],
+)
+async def test_a_setting_that_cannot_be_used_is_told_with_its_key(name: str, value: object) -> None:
+    settings = {"host": "https://dbc.example.com", name: value}
+    assert (await told_at_once(discovering(**settings))).detail.startswith(f"workspace.{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'"not-real"', "in quotes"),
+        (b"two\nlines-not-real\n", "one line"),
+        (b"not-real\xe2\x82\xac", "header"),
+        (b"\xff\xfen\x00o\x00t\x00", "not UTF-8"),
+        (b"\xef\xbb\xbf\n", "empty"),
+    ],
+)
+async def test_a_secret_file_that_cannot_be_used_is_named(
+    api: emulator.Workspace, tmp_path: Path, content: bytes, why: str
+) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(content)
+    settings = {"host": api.url, "client_id": CLIENT_ID, "client_secret_file": str(path)}
+    error = await told_at_once(discovering(**settings))
+    assert error.detail.startswith("workspace.client_secret_file: ")
+    assert why in error.detail
+
+
+@pytest.mark.parametrize("before", ["", "\ufeff", " \n"])
+async def test_what_is_harmless_around_a_value_is_removed(
+    api: emulator.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    monkeypatch.setenv("DATABRICKS_HOST", f"{before}{api.url}/?o=1234567890\r\n")
+    monkeypatch.setenv("DATABRICKS_CLIENT_ID", f"{before}{CLIENT_ID}\n")
+    path = tmp_path / "secret"
+    path.write_text(f"{before}{CLIENT_SECRET}\r\n", encoding="utf-8")
+    await discovering(client_secret_file=str(path)).mint(PRIMARY)
+    monkeypatch.setenv("DATABRICKS_CLIENT_SECRET", f"{before}{CLIENT_SECRET} \n")
+    await discovering().mint(PRIMARY)
+    await discovering(host=f"{api.url}/").mint(PRIMARY)
+
+
+async def test_two_kinds_of_login_are_told_as_two_and_not_as_none(
+    api: emulator.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_login(monkeypatch, api.url)
+    monkeypatch.setenv("DATABRICKS_TOKEN", PERSONAL_TOKEN)
+    error = await told_at_once(discovering())
+    hint = error.response().text(b"H")
+    assert "Unset one" in hint
+    assert "DATABRICKS_AUTH_TYPE" in hint
+    monkeypatch.setenv("DATABRICKS_AUTH_TYPE", "pat")
+    await discovering().mint(PRIMARY)
+
+
+@pytest.mark.parametrize("content", [None, b" \n"])
+async def test_the_token_file_of_file_oidc_that_is_not_there_is_named(
+    api: emulator.Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes | None,
+) -> None:
+    path = tmp_path / "oidc-token"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setenv("DATABRICKS_OIDC_TOKEN_FILEPATH", str(path))
+    for settings in ({}, {"auth_type": "file-oidc"}):
+        error = await told_at_once(discovering(host=api.url, client_id=CLIENT_ID, **settings))
+        assert error.detail.startswith("DATABRICKS_OIDC_TOKEN_FILEPATH: ")
+        assert str(path) in error.detail
+
+
+# -- the network's settings ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [None, b"no certificate"])
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+async def test_a_ca_bundle_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, content: bytes | None
+) -> None:
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
+    monkeypatch.setenv(variable, str(path))
+    set_login(monkeypatch, "https://127.0.0.1:9")
+    error = await told_at_once(discovering())
+    assert error.detail.startswith(f"{variable}: {path}")
+
+
+async def test_a_socks_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_login(monkeypatch, "https://dbc.example.com")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
+    error = await told_at_once(discovering())
+    assert error.detail.startswith("ALL_PROXY: a SOCKS proxy")
+
+
+@pytest.mark.parametrize("odd", ["p4ss#w0rd", "p4ss/w0rd", "p4ss?w0rd", "p4ss w0rd", "#p4ss:w0rd"])
+async def test_no_part_of_an_odd_proxy_password_is_shown(
+    monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    # `#` and `/` end the host of a URL: the error named the rest of the password as host or port.
+    set_login(monkeypatch, "https://dbc.example.com")
+    monkeypatch.setenv("HTTPS_PROXY", f"http://user:{odd}@127.0.0.1:9")
+    error = await told_at_once(discovering())
+    assert error.detail.startswith("HTTPS_PROXY: ")
+    assert "p4ss" not in f"{error!r} {error.response()!r}"
+    assert "w0rd" not in f"{error!r} {error.response()!r}"
+
+
+@pytest.mark.parametrize("odd", ["p4ss@w0rd", "p4ss%23w0rd", "p4ss:w0rd", "p4ss%2Fw0rd"])
+async def test_no_part_of_a_proxy_password_is_shown_when_the_proxy_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    set_login(monkeypatch, "https://dbc.example.com")
+    monkeypatch.setenv("HTTPS_PROXY", f"http://user:{odd}@127.0.0.1:9")
+    credentials = CredentialsSettings(mint_timeout_seconds=1)
+    with pytest.raises(ProxyError) as refused:
+        await Workspace(WorkspaceSettings(), credentials, version="0").mint(PRIMARY)
+    assert refused.value.kind is ErrorKind.API_UNREACHABLE
+    assert "p4ss" not in f"{refused.value!r} {refused.value.response()!r}"
+    assert {"p4ss", "w0rd"} <= proxy_secrets(os.environ) or "%" in odd

@@ -27,7 +27,10 @@ _NETWORK_HINT: Final = (
     "Check the workspace's IP access list and the private link; retrying does not help."
 )
 _RETRY_HINT: Final = "Try again in a few seconds."
-_FULL_HINT: Final = "Use more CU or fewer connections."
+_FULL_HINT: Final = (
+    "Use more CU or fewer connections. Others use slots of the same compute: Feature Serving, "
+    "the Data API, and clients that do not come through this proxy."
+)
 _KEY_HINT: Final = (
     "Give a value of the shard map's key_type, as PostgreSQL writes it, of 128 bytes at most."
 )
@@ -283,6 +286,14 @@ class ErrorKind(Enum):
         "A token of another workspace? Is this machine's clock right? " + _CREATE_ROLE_HINT,
         Disposition.REMINT,
     )
+    ROLE_KIND_REJECTED = ErrorRow(
+        "token_rejected",
+        "28000",
+        "the upstream did not accept the token for this role",
+        "Is upstream.user the identity of the token, and the role of its kind (SERVICE_PRINCIPAL "
+        "for a client id, USER for an e-mail)? " + _CREATE_ROLE_HINT,
+        Disposition.REMINT,
+    )
     PASSWORD_REJECTED = ErrorRow(
         "password_rejected",
         "28P01",
@@ -296,6 +307,13 @@ class ErrorKind(Enum):
         "the upstream rejected the native role's password",
         "Does credentials.password_file contain the password of upstream.user? Does the role "
         "exist on this branch, and does the project allow native passwords?",
+    )
+    NATIVE_LOGIN_DISABLED = ErrorRow(
+        "native_login_disabled",
+        "28000",
+        "the endpoint does not allow native roles to log in",
+        "Enable native passwords (enable_pg_native_login) in the project or instance, or log in "
+        "with a token: remove credentials.password_file.",
     )
     IDENTITY_MISMATCH = ErrorRow(
         "identity_mismatch",

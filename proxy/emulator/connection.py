@@ -140,7 +140,10 @@ class Connection:
             raise LoginRefused(neon_error("Too many connections attempts"))
         if pooled:
             login.check_pooled(startup)
-        if pooled or (endpoint.native_login and user in endpoint.native_passwords):
+        is_native = endpoint.native_login and user in endpoint.native_passwords
+        if pooled and endpoint.pooler_takes_tokens:
+            await self._pooler_login(endpoint, user)
+        elif pooled or is_native:
             await self._password_login(endpoint, user, pooled=pooled)
         else:
             await self._token_login(endpoint, user)
@@ -148,14 +151,26 @@ class Connection:
         if refusal is not None:
             raise LoginRefused(refusal)
 
-    async def _token_login(self, endpoint: Endpoint, user: str) -> None:
+    async def _clear_password(self) -> str:
+        """Ask for a token or password in clear, and return it."""
         await self._stream.write(messages.AuthenticationCleartextPassword().encode())
         frame = await self._password_frame()
-        token = frame.payload.rstrip(b"\0")
-        self._record.token = fingerprint(token)
+        secret = frame.payload.rstrip(b"\0")
+        self._record.token = fingerprint(secret)
         self._gateway.changed()
         await self._inject_fault(Stage.PASSWORD)
-        text = token.decode("ascii", "replace")
+        return secret.decode("utf-8", "replace")
+
+    async def _pooler_login(self, endpoint: Endpoint, user: str) -> None:
+        """Log in on a pooled host that asks both kinds of roles for the secret in clear."""
+        password = endpoint.native_passwords.get(user)
+        if password is None:
+            await self._token_login(endpoint, user)
+        elif await self._clear_password() != password:
+            raise LoginRefused(ErrorResponse.fatal("08P01", "SASL authentication failed"))
+
+    async def _token_login(self, endpoint: Endpoint, user: str) -> None:
+        text = await self._clear_password()
         claims = login.check_token(endpoint, self._gateway.issuer, text, user)
         self._record.identity = claims.identity
         if not login.may_use_role(endpoint, claims, user):

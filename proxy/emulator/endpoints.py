@@ -67,6 +67,8 @@ class Endpoint:
         # Native passwords by role; used on pooled hosts, and on others if `native_login` is set.
         self.native_passwords: dict[str, str] = {}
         self.native_login = False
+        # Pooled hosts ask for SASL, which takes no token; True: for a token or password in clear.
+        self.pooler_takes_tokens = False
         # Errors for the next logins with a valid token, of any identity.
         self.refusals: FaultList[None, ErrorResponse] = FaultList()
 

@@ -17,6 +17,8 @@ from proxy.wire.startup import V3_0, StartupMessage
 _PASSED_PARAMETERS: Final = (b"user", b"database", b"application_name", b"replication", b"options")
 _PASS_ALL_WORD: Final = b"neon_proxy_params_compat:true"
 _ENDPOINT_WORDS: Final = (b"endpoint=", b"project=")
+_NATIVE_LOGIN_DISABLED: Final = "native postgres login is disabled for this endpoint"
+_PROVISIONED_EXPIRED: Final = "Invalid authorization for databricks identity login"
 
 
 class LoginRefused(Exception):
@@ -73,8 +75,12 @@ def check_token(endpoint: Endpoint, issuer: TokenIssuer, token: str, user: str) 
         claims = issuer.inspect(token, Purpose.DATABASE)
     except TokenRefused as refused:
         not_a_token = refused.problem is TokenProblem.NOT_A_JWT
+        if not_a_token and user in endpoint.native_passwords:
+            raise LoginRefused(login_error(endpoint, "28000", _NATIVE_LOGIN_DISABLED)) from None
         if endpoint.dialect is Dialect.AUTOSCALING or not_a_token:
-            raise LoginRefused(login_error(endpoint, "28000", refused.problem.value)) from None
+            raise LoginRefused(_token_error(endpoint, refused.problem)) from None
+        if refused.problem is TokenProblem.EXPIRED:
+            raise LoginRefused(ErrorResponse.fatal("28000", _PROVISIONED_EXPIRED)) from None
         raise LoginRefused(password_error(endpoint, user)) from None
     return claims
 
@@ -86,11 +92,21 @@ def may_use_role(endpoint: Endpoint, claims: Claims, user: str) -> bool:
 
 def identity_error(endpoint: Endpoint, claims: Claims, user: str) -> ErrorResponse:
     """Return the error for a valid token of another identity."""
+    if endpoint.dialect is Dialect.AUTOSCALING:
+        return _token_error(endpoint, TokenProblem.EXPIRED)
     text = (
         f'The token\'s identity "{claims.identity}" did not match the security label '
         f'configured for role "{user}"'
     )
     return login_error(endpoint, "28000", text)
+
+
+def _token_error(endpoint: Endpoint, problem: TokenProblem) -> ErrorResponse:
+    """Return the error for a refused token; 28P01 has been seen for an expired or misfit one."""
+    if problem is TokenProblem.EXPIRED:
+        fields = ((b"S", b"ERROR"), (b"C", b"28P01"), (b"M", problem.value.encode()))
+        return ErrorResponse(fields)
+    return login_error(endpoint, "28000", problem.value)
 
 
 def password_error(endpoint: Endpoint, user: str) -> ErrorResponse:

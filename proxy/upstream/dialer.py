@@ -170,7 +170,7 @@ class Dialer:
                 credential = await self._credential(dial)
             message = upstream_message(dial.client, route.names.user, route.names.database)
             connection = await self._connector.connect(route.target, route.addresses, dial.phases)
-            login = Login(connection, route.names, credential)
+            login = Login(connection, route.names, credential, pooled=route.target.pooled)
             await login.run(message, dial.phases, self._answer_seconds_max)
             return UpstreamSession(connection.stream, connection.startup, route.target)
 

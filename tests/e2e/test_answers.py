@@ -173,6 +173,17 @@ CONNECTION_ERRORS = (
         neon_error("JWKs settings for this role were not configured"),
     ),
     *_front_end(
+        *("28000", "token_rejected", "Is upstream.user the identity of the token"),
+        neon_error("OAuth: User is not authorized"),
+        fatal("28P01", "OAuth: User is not authorized"),
+        neon_error("Invalid authorization for databricks identity login"),
+        fatal("28000", "Invalid authorization for databricks identity login"),
+    ),
+    *_front_end(
+        *("28000", "native_login_disabled", "enable_pg_native_login"),
+        neon_error("native postgres login is disabled for this endpoint"),
+    ),
+    *_front_end(
         *("28000", "token_rejected", CREATE_ROLE),
         neon_error("password authentication failed for user 'x'"),
     ),

@@ -49,6 +49,26 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
         "",
     ),
     (neon("JWT token has expired"), REMINT, "28000", "token_rejected", ""),
+    *(
+        (form(text), REMINT, "28000", "token_rejected", "")
+        for text in (
+            "OAuth: User is not authorized",
+            "Invalid authorization for databricks identity login",
+        )
+        for form in (
+            neon,
+            lambda text: fatal("28P01", text),
+            lambda text: fatal("28000", text),
+            lambda text: ErrorResponse(((b"S", b"ERROR"), (b"C", b"28P01"), (b"M", text.encode()))),
+        )
+    ),
+    (
+        neon("native postgres login is disabled for this endpoint"),
+        FAIL,
+        "28000",
+        "native_login_disabled",
+        "",
+    ),
     (neon("jwk not found"), REMINT, "28000", "token_rejected", ""),
     (neon("invalid JWT token audience"), REMINT, "28000", "token_rejected", ""),
     (
@@ -257,10 +277,12 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
         fatal("42704", 'unrecognized configuration parameter "x"'),
         FAIL,
         "42704",
-        "startup_refused",
+        "setting_unknown",
         V,
     ),
-    (fatal("42601", "-c timezone requires a value"), FAIL, "42601", "startup_refused", V),
+    (fatal("42601", "-c timezone requires a value"), FAIL, "42601", "argument_invalid", V),
+    (fatal("22023", "invalid value for x"), FAIL, "22023", "setting_invalid", V),
+    (fatal("42501", "must be replication role"), FAIL, "42501", "privilege_missing", V),
     (fatal("28000", 'role "app" is not permitted to log in'), FAIL, "28000", "startup_refused", V),
     (fatal("53300", "too many connections for role"), FAIL, "53300", "upstream_full", V),
     # W53: no C, as in CVE-2026-6666.
@@ -282,6 +304,13 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
 ]
 
 
+# PostgreSQL's own text says what to do, or nothing is known.
+HINTLESS = (
+    *("startup_refused", "upstream_error", "upstream_protocol"),
+    *("setting_unknown", "setting_invalid", "argument_invalid", "privilege_missing"),
+)
+
+
 @pytest.mark.parametrize(
     ("error", "disposition", "sqlstate", "reason", "form"),
     ROWS,
@@ -301,7 +330,7 @@ def test_w29_every_row_of_the_table(
     else:
         assert answer.severity == "FATAL"
         assert answer.text(b"D") == f"reason={reason} {error.message}".rstrip()
-    if reason not in ("startup_refused", "upstream_error", "upstream_protocol"):
+    if reason not in HINTLESS:
         assert answer.text(b"H")
 
 
@@ -334,6 +363,48 @@ def test_every_row_advises_what_the_table_does(
 ) -> None:
     hint = diagnose(error, shown()).response().text(b"H")
     assert all(piece in hint for piece in pieces), hint
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Reason: private-link-not-supported",
+        "unsupported-destination-type",
+        "Source IP address: 192.0.2.7 is blocked by Databricks IP ACL for workspace: 1",
+    ],
+)
+def test_the_ip_lists_words_count_in_detail_too(words: str) -> None:
+    # It was "authorization_denied", tried again, and the address was not shown.
+    found = diagnose(fatal("28000", "External authorization failed.", words), shown())
+    assert found.kind is ErrorKind.NETWORK_DENIED
+    assert found.response().text(b"D") == (
+        f"reason=network_denied External authorization failed. {words}"
+    )
+
+
+def test_a_name_in_detail_does_not_decide() -> None:
+    error = fatal("3D000", "no such database", 'It is called "blocked network".')
+    assert diagnose(error, shown()).kind is ErrorKind.DATABASE_MISSING
+
+
+def test_a_wrong_native_password_on_a_pooled_host_is_a_wrong_password() -> None:
+    # It was told that the pooled host takes no OAuth token.
+    found = diagnose(fatal("08P01", "SASL authentication failed"), shown(password=True))
+    assert (found.reason, found.response().sqlstate) == ("password_rejected", "28P01")
+
+
+def test_a_refused_token_gets_advice_on_identity_and_kind_of_role() -> None:
+    # It was "upstream_error", without advice.
+    client_id = "5ca1ab1e-0000-4000-8000-00000000beef"
+    hint = diagnose(neon("OAuth: User is not authorized"), shown(client_id)).response().text(b"H")
+    for piece in ("the identity of the token", "SERVICE_PRINCIPAL", "USER", client_id):
+        assert piece in hint
+
+
+def test_the_advice_for_a_full_compute_names_its_other_users() -> None:
+    hint = diagnose(fatal("53300", "too many clients already"), shown()).response().text(b"H")
+    assert "Feature Serving" in hint
+    assert "Data API" in hint
 
 
 @pytest.mark.parametrize("case", [str.upper, str.lower])

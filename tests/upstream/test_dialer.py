@@ -301,7 +301,7 @@ async def test_a_token_minted_anew_that_is_rejected_too_ends_the_dial(
     expired = lakebase.token(lifetime_seconds=-1)
     outcome, minted = await _dial_with_cached(lakebase, endpoint, expired)
     assert isinstance(outcome, ProxyError)
-    assert outcome.kind is ErrorKind.TOKEN_REJECTED
+    assert outcome.reason == "token_rejected"
     assert (minted, lakebase.gateway.accepted) == (2, 2)
     assert expired not in repr(outcome.response())
 
@@ -311,7 +311,7 @@ async def test_a_token_minted_for_this_dial_is_not_minted_again(
 ) -> None:
     mint = Counted(lakebase.token(lifetime_seconds=-1).encode())
     async with dialing(mint, **toward(lakebase, endpoint)) as made:
-        assert (await made.refusal()).kind is ErrorKind.TOKEN_REJECTED
+        assert (await made.refusal()).reason == "token_rejected"
         assert (mint.minted, lakebase.gateway.accepted) == (1, 1)
 
 
@@ -361,15 +361,34 @@ async def test_what_is_no_token_at_all_is_told_so(lakebase: Lakebase, endpoint: 
         assert lakebase.personal_token not in repr(error.response())
 
 
-async def test_a_role_of_another_identity_is_an_identity_mismatch(
-    lakebase: Lakebase,
+@pytest.mark.parametrize(
+    ("face", "reason", "text"),
+    [
+        ("endpoint", "token_rejected", "OAuth: User is not authorized"),
+        ("instance", "identity_mismatch", "The token's"),
+    ],
+)
+async def test_a_role_of_another_identity_is_told_so(
+    lakebase: Lakebase, face: str, reason: str, text: str
 ) -> None:
-    for face in (lakebase["one"].endpoint, lakebase["one"].instance):
-        lakebase.gateway.close_delay_seconds = 0.1
-        async with lakebase_dialing(lakebase, face, user="ada@example.com") as made:
-            error = await made.refusal()
-            assert error.kind is ErrorKind.IDENTITY_MISMATCH
-            assert error.response().text(b"D").startswith("reason=identity_mismatch The token's")
+    lakebase.gateway.close_delay_seconds = 0.1
+    endpoint: Endpoint = getattr(lakebase["one"], face)
+    async with lakebase_dialing(lakebase, endpoint, user="ada@example.com") as made:
+        error = await made.refusal()
+        assert error.response().text(b"D").startswith(f"reason={reason} {text}")
+        assert "upstream.user" in error.response().text(b"H")
+
+
+async def test_a_cached_token_that_is_not_authorized_is_minted_once_more(
+    lakebase: Lakebase, endpoint: Endpoint
+) -> None:
+    # It was "upstream_error": no new token, no advice.
+    expired, good = lakebase.token(lifetime_seconds=-1), lakebase.token()
+    async with lakebase_dialing(lakebase, endpoint, expired, good) as made:
+        await made.dialer._credentials.fresh()
+        CLOCK.move(1)
+        await opened(made)
+        assert lakebase.gateway.accepted == 2
 
 
 # -- time ----------------------------------------------------------------------------------------

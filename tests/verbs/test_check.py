@@ -368,8 +368,8 @@ CASES = (
         "SELECT databricks_create_role('5ca1ab1e-",
     ),
     Case(
-        *("another identity's role", _nothing, "Postgres login", "identity_mismatch"),
-        *("upstream.user must be the client id", "did not match the security label"),
+        *("another identity's role", _nothing, "Postgres login", "token_rejected"),
+        *("Is upstream.user the identity of the token", "OAuth: User is not authorized"),
         {"upstream": {"user": "ada@example.com"}},
     ),
     Case(

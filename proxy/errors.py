@@ -45,6 +45,7 @@ class Disposition(Enum):
     FAIL = "report it to the client"
     RETRY = "retry a few times, with back-off"
     RETRY_ONCE = "retry once"
+    RECONNECT = "retry for connect_retry_seconds, with back-off"
     WAIT = "retry with a longer back-off, within connect_timeout_seconds"
     REMINT = "if the token came from the cache, mint a new one and retry once"
 
@@ -170,17 +171,17 @@ class ErrorKind(Enum):
     # The upstream: the connection was not established.
     UPSTREAM_DNS = ErrorRow(
         "upstream_dns",
-        "08001",
+        "57P03",
         "the upstream's host name cannot be resolved",
         "Is the host the one that the API names? Does the resolver work?",
         Disposition.RETRY,
     )
     UPSTREAM_UNREACHABLE = ErrorRow(
         "upstream_unreachable",
-        "08001",
+        "57P03",
         "the upstream cannot be reached",
         "Check firewall, IP access list and port 5432.",
-        Disposition.RETRY,
+        Disposition.RECONNECT,
     )
     UPSTREAM_CERTIFICATE = ErrorRow(
         "upstream_certificate",
@@ -219,21 +220,35 @@ class ErrorKind(Enum):
     # The upstream: connected, then lost, silent or in error before ReadyForQuery.
     UPSTREAM_TIMEOUT = ErrorRow(
         "upstream_timeout",
-        "08006",
+        "57P03",
         "the upstream did not answer in time",
         _RETRY_HINT,
         Disposition.RETRY_ONCE,
     )
+    LOGIN_TIMEOUT = ErrorRow(
+        "upstream_timeout",
+        "57P03",
+        "the upstream did not finish the login in time",
+        "Did the database just wake? " + _RETRY_HINT,
+        Disposition.WAIT,  # a login to a database that wakes can hang where the next one succeeds
+    )
     UPSTREAM_LOST = ErrorRow(
         "upstream_lost",
-        "08006",
+        "57P03",
         "the upstream closed the connection before it was ready",
         "Possibly a failover or a suspend. " + _RETRY_HINT,
+        Disposition.RECONNECT,
+    )
+    UPSTREAM_TLS_FAILED = ErrorRow(
+        "upstream_lost",
+        "57P03",
+        "the TLS handshake with the upstream failed",
+        "Is something in between that intercepts or filters TLS? " + _RETRY_HINT,
         Disposition.RETRY,
     )
     FRONT_END_ERROR = ErrorRow(
         "front_end_error",
-        "08006",
+        "57P03",
         "the upstream's front end failed",
         _RETRY_HINT,
         Disposition.RETRY,
@@ -450,7 +465,7 @@ class ErrorKind(Enum):
     )
     OUT_OF_RESOURCES = ErrorRow(
         "out_of_resources",
-        "53000",
+        "57P03",
         "the proxy has run out of file descriptors or memory",
         "Raise the proxy's limit of open files: a session takes two.",
     )

@@ -232,6 +232,14 @@ class UpstreamSettings(Section):
         description="Time limit for a database that is ready for queries, including retries, in "
         "seconds. A database that was scaled to zero has been seen to take 30 seconds to resume.",
     )
+    connect_retry_seconds: float = Field(
+        default=30,
+        ge=0,
+        le=600,
+        description="Time for which a connection that is refused or reset before the session "
+        "exists is tried again, in seconds, within connect_timeout_seconds. A change of a "
+        "compute's limits or a restart takes some 20 seconds.",
+    )
     connects_max: int = Field(
         default=50,
         ge=1,

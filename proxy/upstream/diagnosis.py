@@ -24,6 +24,7 @@ from proxy.wire.upstream_startup import UpstreamDisconnected, UpstreamEvent, Ups
 from proxy.wire.violations import UnsupportedAuthentication
 
 _FRONT_END_SQLSTATE: Final = "XX000"
+_RESETS: Final = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, ssl.SSLEOFError)
 _OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 # An apostrophe inside a word opens and closes nothing.
 _QUOTED: Final = re.compile(r""""[^"]*"|(?<!\w)'[^']*'(?!\w)""")
@@ -239,10 +240,10 @@ def diagnose_network(error: OSError, where: str) -> ProxyError:
         return ProxyError(ErrorKind.OUT_OF_RESOURCES, os.strerror(error.errno))
     if isinstance(error, ssl.SSLCertVerificationError):
         return ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, f"{where}: {error.verify_message}")
-    if isinstance(error, ssl.SSLError):
+    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         detail = f"{where}: TLS handshake failed: {getattr(error, 'reason', None) or 'no reason'}"
-        return ProxyError(ErrorKind.UPSTREAM_LOST, detail)
-    if isinstance(error, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
+        return ProxyError(ErrorKind.UPSTREAM_TLS_FAILED, detail)
+    if isinstance(error, _RESETS):
         return ProxyError(ErrorKind.UPSTREAM_LOST, f"{where}: the connection was reset")
     if isinstance(error, TimeoutError):
         return ProxyError(ErrorKind.UPSTREAM_UNREACHABLE, f"{where}: no answer")

@@ -20,7 +20,7 @@ from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
 from proxy.upstream.connector import Addresses, Connector
 from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
 from proxy.upstream.phases import ConnectPhase, PhaseTimer, RecordPhase
-from proxy.upstream.retry import Retry
+from proxy.upstream.retry import CONNECT_RETRY_SECONDS, Retry
 from proxy.wire.startup import StartupMessage
 from proxy.wire.upstream_message import upstream_message
 from proxy.wire.upstream_startup import UpstreamStartup
@@ -30,6 +30,10 @@ from proxy.workspace.credential import Credential
 # for each; clients that reconnect together are served sooner in order than all at once, where they
 # time out together. 50 handshakes keep both sides busy.
 CONNECTS_MAX: Final = 50
+
+# For one try, from TCP to ReadyForQuery. A login to a database that wakes can hang where the next
+# one succeeds; a try gets half of the dial's time at most, so that there is a next one.
+TRY_SECONDS_MAX: Final = 20.0
 
 # What it means when a dial's time ends in a phase.
 _TIMED_OUT: Final = {
@@ -95,6 +99,7 @@ class Dialer:
         record_phase: RecordPhase,
         *,
         connect_timeout_seconds: float,
+        connect_retry_seconds: float = CONNECT_RETRY_SECONDS,
         connects_max: int = CONNECTS_MAX,
         answer_seconds_max: float = ANSWER_SECONDS_MAX,
         jitter: Callable[[], float] = random.random,
@@ -110,6 +115,8 @@ class Dialer:
         self._credentials = credentials
         self._record_phase = record_phase
         self._timeout_seconds = connect_timeout_seconds
+        self._try_seconds = min(TRY_SECONDS_MAX, connect_timeout_seconds / 2)
+        self._retry_seconds = connect_retry_seconds
         self._connects_max = connects_max
         self._connects = asyncio.Semaphore(connects_max)  # first come, first served
         self._answer_seconds_max = answer_seconds_max
@@ -121,7 +128,8 @@ class Dialer:
 
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
-        dial = _Dial(client, PhaseTimer(self._record_phase), Retry(self._jitter), self._clock())
+        retry = Retry(self._jitter, self._retry_seconds)
+        dial = _Dial(client, PhaseTimer(self._record_phase), retry, self._clock())
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 return await self._dial_until_ready(dial)
@@ -168,11 +176,19 @@ class Dialer:
         async with self._slot(dial.phases) as waited:
             if waited and not self._credentials.is_fresh(credential):
                 credential = await self._credential(dial)
-            message = upstream_message(dial.client, route.names.user, route.names.database)
-            connection = await self._connector.connect(route.target, route.addresses, dial.phases)
-            login = Login(connection, route.names, credential, pooled=route.target.pooled)
-            await login.run(message, dial.phases, self._answer_seconds_max)
-            return UpstreamSession(connection.stream, connection.startup, route.target)
+            try:
+                async with asyncio.timeout(self._try_seconds):
+                    return await self._try(dial, route, credential)
+            except TimeoutError as error:
+                raise self._try_timed_out(dial.phases, route.target) from error
+
+    async def _try(self, dial: _Dial, route: _Route, credential: Credential) -> UpstreamSession:
+        """Connect and log in one time. Raises ProxyError. The caller bounds the time."""
+        message = upstream_message(dial.client, route.names.user, route.names.database)
+        connection = await self._connector.connect(route.target, route.addresses, dial.phases)
+        login = Login(connection, route.names, credential, pooled=route.target.pooled)
+        await login.run(message, dial.phases, self._answer_seconds_max)
+        return UpstreamSession(connection.stream, connection.startup, route.target)
 
     @asynccontextmanager
     async def _slot(self, phases: PhaseTimer) -> AsyncIterator[bool]:
@@ -190,7 +206,8 @@ class Dialer:
         dial.failures.append(error)
         if error.original is None:  # else PostgreSQL itself answered, and the host is right
             self._address_lookup.invalidate_host()
-        delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error))
+        now = asyncio.get_running_loop().time()
+        delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error), now=now)
         if delay is None:
             raise error
         # Without a slot: a dial that sleeps opens nothing, and does not delay other dials.
@@ -205,6 +222,15 @@ class Dialer:
         if credential is None or error.kind.value.disposition is not Disposition.REMINT:
             return False
         return credential.requested_at < dial.started_at and self._credentials.reject(credential)
+
+    def _try_timed_out(self, phases: PhaseTimer, target: Target) -> ProxyError:
+        """Return the error for a try whose time ended in the current phase."""
+        assert phases.current is not None
+        kind = _TIMED_OUT[phases.current]
+        if phases.current is ConnectPhase.LOGIN:
+            kind = ErrorKind.LOGIN_TIMEOUT
+        detail = f"{target.host}: no session within {self._try_seconds:g} seconds"
+        return ProxyError(kind, detail)
 
     def _timed_out(self, phases: PhaseTimer) -> ProxyError:
         """Return the error for a dial whose time ended in the current phase."""

@@ -181,6 +181,7 @@ class Upstreams(Mapping[str, Upstream]):
             credentials,
             record_phase,
             connect_timeout_seconds=target.connect_timeout_seconds,
+            connect_retry_seconds=target.connect_retry_seconds,
             connects_max=target.connects_max,
         )
         use = self._registry.use_of(key)

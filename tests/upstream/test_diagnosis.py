@@ -155,10 +155,10 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
         "",
     ),
     (fatal("08006", "Invalid length of startup packet."), FAIL, "08001", "front_end_protocol", ""),
-    (fatal("08006", "Client handshake timeout."), ONCE, "08006", "upstream_timeout", ""),
-    (neon("Authentication timed out"), ONCE, "08006", "upstream_timeout", ""),
-    (fatal("XX000", "Internal error. Try again."), RETRY, "08006", "front_end_error", ""),
-    (fatal("XX000", "Invalid upstream handshake state."), RETRY, "08006", "front_end_error", ""),
+    (fatal("08006", "Client handshake timeout."), ONCE, "57P03", "upstream_timeout", ""),
+    (neon("Authentication timed out"), ONCE, "57P03", "upstream_timeout", ""),
+    (fatal("XX000", "Internal error. Try again."), RETRY, "57P03", "front_end_error", ""),
+    (fatal("XX000", "Invalid upstream handshake state."), RETRY, "57P03", "front_end_error", ""),
     (
         neon("Control plane request failed: endpoint cannot be found"),
         FAIL,
@@ -230,15 +230,15 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
     (neon("the database system is starting up"), WAIT, "57P03", "upstream_starting", ""),
     (
         fatal("57P01", "terminating connection due to administrator command"),
-        RETRY,
-        "08006",
+        Disposition.RECONNECT,
+        "57P03",
         "upstream_lost",
         "",
     ),
     (
         fatal("57P02", "terminating connection because of crash of another server process"),
-        RETRY,
-        "08006",
+        Disposition.RECONNECT,
+        "57P03",
         "upstream_lost",
         "",
     ),
@@ -525,7 +525,8 @@ def certificate_error() -> ssl.SSLCertVerificationError:
     ("error", "kind", "text"),
     [
         (certificate_error(), ErrorKind.UPSTREAM_CERTIFICATE, "self-signed certificate"),
-        (ssl.SSLError(1, "wrong version"), ErrorKind.UPSTREAM_LOST, "TLS handshake failed"),
+        (ssl.SSLError(1, "wrong version"), ErrorKind.UPSTREAM_TLS_FAILED, "TLS handshake failed"),
+        (ssl.SSLEOFError(8, "eof"), ErrorKind.UPSTREAM_LOST, "reset"),
         (ConnectionResetError(104, "reset"), ErrorKind.UPSTREAM_LOST, "reset"),
         (BrokenPipeError(32, "broken pipe"), ErrorKind.UPSTREAM_LOST, "reset"),
         (ConnectionAbortedError(103, "aborted"), ErrorKind.UPSTREAM_LOST, "reset"),
@@ -551,7 +552,7 @@ def test_what_fails_below_postgres_is_told_apart_and_names_what_was_dialled(
 def test_our_own_lack_of_resources_is_not_the_upstreams_fault(number: int) -> None:
     error = diagnose_network(OSError(number, "no more"), "host:5432")
     assert error.kind is ErrorKind.OUT_OF_RESOURCES
-    assert error.response().sqlstate == "53000"
+    assert error.response().sqlstate == "57P03"
 
 
 @pytest.mark.parametrize(

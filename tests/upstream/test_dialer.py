@@ -190,24 +190,25 @@ async def test_w51_a_client_that_cannot_be_passed_on_is_told_and_nothing_is_dial
 async def test_w53_an_upstream_lost_at_any_stage_is_dialled_again(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage, inject: Injection
 ) -> None:
-    lakebase.gateway.inject(stage, inject, times=2)
-    async with lakebase_dialing(lakebase, endpoint) as made:
+    # After three tries in half a second it was given up, while a restart takes 20 seconds.
+    lakebase.gateway.inject(stage, inject, times=5)
+    async with lakebase_dialing(lakebase, endpoint, retry_seconds=30) as made:
         session = await made.dial()
-        assert lakebase.gateway.accepted == 3
+        assert lakebase.gateway.accepted == 6
         session.stream.transport.close()
         await all_closed(lakebase)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name.lower())
-async def test_an_upstream_lost_again_and_again_is_given_up_after_three_tries(
+async def test_an_upstream_lost_again_and_again_is_given_up_after_connect_retry_seconds(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage
 ) -> None:
     lakebase.gateway.inject(stage, Injection.CLOSE)
     async with lakebase_dialing(lakebase, endpoint) as made:
         error = await made.refusal()
         assert error.kind is ErrorKind.UPSTREAM_LOST
-        assert error.response().sqlstate == "08006"
-        assert lakebase.gateway.accepted == 3
+        assert error.response().sqlstate == "57P03"
+        assert lakebase.gateway.accepted > 3
         await all_closed(lakebase)
 
 
@@ -401,8 +402,8 @@ async def test_w49_silence_at_any_stage_ends_with_the_connect_timeout(
     lakebase.gateway.inject(stage, Injection.HANG)
     async with lakebase_dialing(lakebase, endpoint, seconds=0.2) as made:
         error = await made.refusal()
-        assert error.kind is ErrorKind.UPSTREAM_TIMEOUT
-        assert error.response().sqlstate == "08006"
+        assert error.reason == "upstream_timeout"
+        assert error.response().sqlstate == "57P03"
         await all_closed(lakebase)
 
 
@@ -420,13 +421,15 @@ async def test_w49_a_front_end_that_asks_for_nothing_is_given_up_before_the_time
 
 
 @pytest.mark.parametrize("stage", [Stage.PASSWORD, Stage.AUTHENTICATED, Stage.READY])
-async def test_w49_a_database_that_wakes_after_the_password_has_the_whole_time(
+async def test_w49_a_login_that_hangs_after_the_password_is_tried_again_for_the_whole_time(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage
 ) -> None:
     lakebase.gateway.inject(stage, Injection.HANG)
     async with lakebase_dialing(lakebase, endpoint, seconds=0.5, silence_seconds_max=0.1) as made:
-        assert (await made.refusal()).detail == "no session within 0.5 seconds"
-        assert lakebase.gateway.accepted == 1
+        # One try took the whole time, and a login to a database that wakes can hang.
+        detail = (await made.refusal()).detail
+        assert detail == f"{endpoint.host}: no session within 0.25 seconds"
+        assert lakebase.gateway.accepted >= 2
 
 
 async def test_w49_a_database_that_is_still_starting_at_the_timeout_says_so(

@@ -373,7 +373,8 @@ class ErrorKind(Enum):
         "pooler_parameter",
         "08P01",
         "the pooled host does not accept a startup parameter",
-        "Remove the parameter or use the direct host.",
+        "Remove the setting or use the direct host: it accepts client_encoding, "
+        "DateStyle, TimeZone, standard_conforming_strings, application_name and IntervalStyle.",
     )
     UNSUPPORTED_AUTH = ErrorRow(
         "unsupported_auth",

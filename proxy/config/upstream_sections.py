@@ -193,6 +193,12 @@ class UpstreamSettings(Section):
         description="Connects to the read-only host of the endpoint or instance, which must have "
         "one. That host is looked up, so host must not be set.",
     )
+    pooled: bool = Field(
+        default=False,
+        description="Connects to the endpoint's pooled host (with read_only the read-only one): "
+        "transaction mode, without LISTEN, session SET, temporary tables, SQL PREPARE, session "
+        "advisory locks and pg_dump. That host is looked up, so host must not be set.",
+    )
     host: Annotated[str, or_empty(check_host)] = Field(
         default="",
         description="Host to connect to, which the certificate must name; else PGHOST. Empty: "

@@ -112,9 +112,11 @@ class Connection:
         login.check_endpoint(endpoint, host_kind, packet)
         user = (packet.get(b"user") or b"").decode(errors="replace")
         try:
-            await self._authenticate(endpoint, packet, user, pooled="pooled" in host_kind)
+            pooled = "pooled" in host_kind
+            await self._authenticate(endpoint, packet, user, pooled=pooled)
+            parameters = login.backend_parameters(endpoint, packet, pooled=pooled)
             with login.slot(endpoint):
-                how = await self._log_in(endpoint, packet, user)
+                how = await self._log_in(endpoint, parameters, user)
         except (BackendGone, ClusterError):
             raise LoginRefused(endpoint.waking_error()) from None
         await self._finish(how)
@@ -210,14 +212,15 @@ class Connection:
             raise LoginRefused(ErrorResponse.fatal("08P01", "expected password response"))
         return Frame(kind, await self._stream.read_exactly(length - 4))
 
-    async def _log_in(self, endpoint: Endpoint, startup: StartupMessage, user: str) -> Injection:
+    async def _log_in(
+        self, endpoint: Endpoint, parameters: tuple[tuple[bytes, bytes], ...], user: str
+    ) -> Injection:
         """Wake the compute, log in to Postgres, run the session. Return how to end."""
         await self._stream.write(messages.AuthenticationOk().encode())
         await self._inject_fault(Stage.AUTHENTICATED)
         if not await self._while_connected(endpoint.wake()):
             raise LoginRefused(endpoint.waking_error())
         async with connected(endpoint.cluster.socket_path) as backend:
-            parameters = login.backend_parameters(endpoint, startup)
             await backend.write(StartupMessage(V3_0, parameters).encode())
             try:
                 await self._while_connected(self._backend_login(endpoint, user, backend))

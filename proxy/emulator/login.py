@@ -15,6 +15,11 @@ from proxy.wire.startup import V3_0, StartupMessage
 
 # The only startup parameters that the Autoscaling front end passes to Postgres.
 _PASSED_PARAMETERS: Final = (b"user", b"database", b"application_name", b"replication", b"options")
+# The settings that PgBouncer tracks for each client.
+_TRACKED: Final = (
+    *(b"client_encoding", b"datestyle", b"timezone", b"standard_conforming_strings"),
+    *(b"application_name", b"intervalstyle"),
+)
 _PASS_ALL_WORD: Final = b"neon_proxy_params_compat:true"
 _ENDPOINT_WORDS: Final = (b"endpoint=", b"project=")
 _NATIVE_LOGIN_DISABLED: Final = "native postgres login is disabled for this endpoint"
@@ -62,7 +67,11 @@ def check_endpoint(endpoint: Endpoint, host_kind: str, startup: StartupMessage) 
 
 
 def check_pooled(startup: StartupMessage) -> None:
-    """Raise LoginRefused for settings in `options`, which a transaction pooler does not support."""
+    """Raise LoginRefused for settings that a transaction pooler does not track."""
+    for pair, _ in startup.parameters:
+        if pair.lower() not in (*_TRACKED, *_PASSED_PARAMETERS):
+            text = f"unsupported startup parameter: {pair.decode(errors='replace')}"
+            raise LoginRefused(ErrorResponse.fatal("08P01", text))
     for setting in option_words.settings(startup.get(b"options") or b""):
         name = setting.name.decode(errors="replace")
         text = f"unsupported startup parameter in options: {name}"
@@ -146,10 +155,10 @@ def login_error(endpoint: Endpoint, sqlstate: str, text: str) -> ErrorResponse:
 
 
 def backend_parameters(
-    endpoint: Endpoint, startup: StartupMessage
+    endpoint: Endpoint, startup: StartupMessage, *, pooled: bool
 ) -> tuple[tuple[bytes, bytes], ...]:
     """Return the client's startup parameters that are passed to Postgres."""
-    if endpoint.dialect is Dialect.PROVISIONED:
+    if endpoint.dialect is Dialect.PROVISIONED or pooled:
         return startup.parameters
     words = option_words.split_words(startup.get(b"options") or b"")
     passes_all = any(word.text == _PASS_ALL_WORD for word in words)

@@ -22,7 +22,7 @@ from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
 from proxy.upstream.phases import ConnectPhase, PhaseTimer, RecordPhase
 from proxy.upstream.retry import CONNECT_RETRY_SECONDS, Retry
 from proxy.wire.startup import StartupMessage
-from proxy.wire.upstream_message import upstream_message
+from proxy.wire.upstream_message import UnpooledSetting, pooled_message, upstream_message
 from proxy.wire.upstream_startup import UpstreamStartup
 from proxy.workspace.credential import Credential
 
@@ -145,12 +145,13 @@ class Dialer:
             except ProxyError as error:
                 await self._before_retry(dial, error)
                 continue
+            message = _message(dial.client, route)
             # As late as possible, so that it is fresh, but before TCP: a front end gives a
             # connection 15 seconds from accept to StartupMessage. A failure of the API is not
             # retried here: the token source does that, once for all dials.
             credential = await self._credential(dial)
             try:
-                return await self._open(dial, route, credential)
+                return await self._open(dial, route, message, credential)
             except ProxyError as error:
                 await self._before_retry(dial, error)
 
@@ -171,20 +172,23 @@ class Dialer:
         dial.phases.finish()
         return dial.credential
 
-    async def _open(self, dial: _Dial, route: _Route, credential: Credential) -> UpstreamSession:
+    async def _open(
+        self, dial: _Dial, route: _Route, message: StartupMessage, credential: Credential
+    ) -> UpstreamSession:
         """Connect and log in, in one of the slots. Raises ProxyError."""
         async with self._slot(dial.phases) as waited:
             if waited and not self._credentials.is_fresh(credential):
                 credential = await self._credential(dial)
             try:
                 async with asyncio.timeout(self._try_seconds):
-                    return await self._try(dial, route, credential)
+                    return await self._try(dial, route, message, credential)
             except TimeoutError as error:
                 raise self._try_timed_out(dial.phases, route.target) from error
 
-    async def _try(self, dial: _Dial, route: _Route, credential: Credential) -> UpstreamSession:
+    async def _try(
+        self, dial: _Dial, route: _Route, message: StartupMessage, credential: Credential
+    ) -> UpstreamSession:
         """Connect and log in one time. Raises ProxyError. The caller bounds the time."""
-        message = upstream_message(dial.client, route.names.user, route.names.database)
         connection = await self._connector.connect(route.target, route.addresses, dial.phases)
         login = Login(connection, route.names, credential, pooled=route.target.pooled)
         await login.run(message, dial.phases, self._answer_seconds_max)
@@ -244,3 +248,13 @@ class Dialer:
         is_api = kind is ErrorKind.API_UNREACHABLE
         what = "the workspace API did not answer" if is_api else "no session"
         return ProxyError(kind, f"{what} within {self._timeout_seconds:g} seconds")
+
+
+def _message(client: StartupMessage, route: _Route) -> StartupMessage:
+    """Return the StartupMessage for this try. Raises ProxyError or ClientViolation."""
+    if not route.target.pooled:
+        return upstream_message(client, route.names.user, route.names.database)
+    try:
+        return pooled_message(client, route.names.user, route.names.database)
+    except UnpooledSetting as unpooled:
+        raise ProxyError(ErrorKind.POOLER_PARAMETER, unpooled.name) from None

@@ -207,6 +207,34 @@ async def test_a_native_role_is_served_through_a_pooled_host(
     assert lakebase.workspace.calls.total() == 0
 
 
+async def test_a_token_is_tried_on_a_pooled_host_that_is_looked_up(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    # It was a configuration error. Both kinds of pooled hosts have been documented.
+    endpoint = lakebase["one"].endpoint
+    proxy = await start_proxy(upstream={"pooled": True})
+    assert await refused(proxy) == "reason=pooler_needs_password"
+    endpoint.pooler_takes_tokens = True
+    assert await who(proxy) == lakebase.client_id
+    (record,) = lakebase.gateway.sessions
+    assert record.sni == endpoint.pooled_host
+
+
+async def test_a_pooled_host_gets_what_it_tracks_and_no_other_setting(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    lakebase["one"].endpoint.pooler_takes_tokens = True
+    proxy = await start_proxy(upstream={"pooled": True})
+    tracked = libpq(proxy, application_name="cron", options="-c TimeZone=Asia/Tokyo")
+    async with await psycopg.AsyncConnection.connect(**tracked) as connection:
+        shown = await connection.execute("SELECT current_setting('TimeZone')")
+        assert await shown.fetchone() == ("Asia/Tokyo",)
+    dialled = lakebase.gateway.accepted
+    with pytest.raises(psycopg.OperationalError, match="reason=pooler_parameter search_path"):
+        await psycopg.AsyncConnection.connect(**libpq(proxy, options="-c search_path=x"))
+    assert lakebase.gateway.accepted == dialled
+
+
 async def test_what_was_minted_and_asked_is_what_the_api_counted(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:

@@ -251,6 +251,16 @@ async def test_a_pooled_host_takes_native_passwords_only(lakebase: Lakebase, sha
     assert "Too many connections attempts" in await refusal(lakebase, shard.endpoint, **pooled)
 
 
+async def test_a_pooled_host_can_take_tokens(lakebase: Lakebase, shard: Shard) -> None:
+    shard.endpoint.pooler_takes_tokens = True
+    pooled = {"host": shard.endpoint.pooled_host}
+    async with direct(lakebase, shard.endpoint, **pooled) as connection:
+        assert await one_row(connection, "SELECT current_user") == (lakebase.client_id,)
+    native = {"user": lakebase.native_role, "password": lakebase.native_password}
+    async with direct(lakebase, shard.endpoint, **pooled, **native) as connection:
+        assert await one_row(connection, "SELECT current_user") == (lakebase.native_role,)
+
+
 async def test_a_pooled_host_refuses_settings_in_options(lakebase: Lakebase, shard: Shard) -> None:
     shown = await refusal(
         lakebase, shard.endpoint, host=shard.endpoint.pooled_host, options="-c work_mem=5MB"

@@ -38,6 +38,11 @@ class Target:
     accelerated: bool = True
 
     @property
+    def server_name(self) -> str:
+        """The name for SNI and for the certificate: the host without a trailing dot (RFC 6066)."""
+        return self.host.removesuffix(".")
+
+    @property
     def pooled(self) -> bool:
         """Whether it is a connection pooler's host."""
         return is_pooled_host(self.host)

@@ -123,13 +123,15 @@ class Dialer:
         self._jitter = jitter
         self._clock = clock
 
-    async def dial(self, client: StartupMessage) -> UpstreamSession:
+    async def dial(
+        self, client: StartupMessage, phases: PhaseTimer | None = None
+    ) -> UpstreamSession:
         """Return a session for this client, within `connect_timeout_seconds`.
 
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
         retry = Retry(self._jitter, self._retry_seconds)
-        dial = _Dial(client, PhaseTimer(self._record_phase), retry, self._clock())
+        dial = _Dial(client, phases or PhaseTimer(self._record_phase), retry, self._clock())
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 return await self._dial_until_ready(dial)

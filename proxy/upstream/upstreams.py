@@ -24,7 +24,7 @@ from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import CredentialSource, Dialer, UpstreamSession
 from proxy.upstream.password_file import PasswordFile
-from proxy.upstream.phases import RecordTargetPhase
+from proxy.upstream.phases import PhaseTimer, RecordTargetPhase
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.client import WorkspaceSource
 from proxy.workspace.registry import (
@@ -73,10 +73,12 @@ class Upstream:
         """Whether the query of a client that disappears is cancelled."""
         return self.settings.cancel_on_disconnect
 
-    async def open(self, client: StartupMessage) -> UpstreamSession:
+    async def open(
+        self, client: StartupMessage, phases: PhaseTimer | None = None
+    ) -> UpstreamSession:
         """Return a session upstream for this client. Raises what `Dialer.dial` does."""
         with self.use:
-            return await self.dialer.dial(client)
+            return await self.dialer.dial(client, phases)
 
 
 class Upstreams(Mapping[str, Upstream]):

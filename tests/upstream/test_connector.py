@@ -26,7 +26,7 @@ from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
 from proxy.upstream.address_lookup import Target
-from proxy.upstream.connector import NEXT_ADDRESS_SECONDS
+from proxy.upstream.connector import NEXT_ADDRESS_SECONDS, resolve
 from proxy.upstream.phases import ConnectPhase
 from proxy.wire.messages import (
     BackendKeyData,
@@ -139,6 +139,19 @@ async def test_w36_an_upstream_connection_has_a_bound_for_unacknowledged_bytes(
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         session.stream.transport.abort()
+
+
+async def test_a_trailing_dot_is_asked_of_dns_and_left_out_of_sni_and_the_comparison(
+    lakebase: Lakebase, endpoint: Endpoint
+) -> None:
+    # The certificate did not match, and the front end knew no such endpoint.
+    async with lakebase_dialing(lakebase, endpoint, host=f"{endpoint.host}.") as made:
+        session = await made.dial()
+        assert lakebase.gateway.records[-1].sni == endpoint.host
+        assert session.target.host == f"{endpoint.host}."
+        session.stream.transport.abort()
+    with pytest.raises(ProxyError, match=r"no-such-host\.invalid\."):
+        await resolve(Target("no-such-host.invalid.", "", 5432, "verify-full", "system"))
 
 
 async def test_a_closed_port_is_unreachable(lakebase: Lakebase, endpoint: Endpoint) -> None:

@@ -341,7 +341,10 @@ HINTS = [
     (fatal("28P01", 'password authentication failed for user "x"'), ("databricks_auth;",)),
     (fatal("28000", 'role "x" does not exist'), ("databricks_create_role('app'",)),
     (fatal("28000", "External authorization failed."), ("paused or new", "secondaries", "private")),
-    (fatal("28000", "External authorization failed: unsupported-destination-type"), ("useless",)),
+    (
+        fatal("28000", "External authorization failed: unsupported-destination-type"),
+        ("does not help",),
+    ),
     (neon("blocked network"), ("IP access list", "private link")),
     (fatal("08006", "Connection does not have SNI."), ("bug", "between", "report")),
     (neon("Inconsistent project name inferred"), ("Remove endpoint=", "options")),

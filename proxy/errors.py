@@ -145,7 +145,8 @@ class ErrorKind(Enum):
         "workspace_certificate",
         "08001",
         "the Databricks workspace's certificate does not verify",
-        "Is there an intercepting proxy? Name its CA in REQUESTS_CA_BUNDLE.",
+        "Is there an intercepting proxy? Name its CA in workspace.ssl_root_cert (or "
+        "REQUESTS_CA_BUNDLE).",
     )
     CREDENTIAL_INVALID = ErrorRow(
         "credential_invalid",

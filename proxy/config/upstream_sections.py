@@ -105,6 +105,13 @@ class WorkspaceSettings(Section):
         "DATABRICKS_GOOGLE_SERVICE_ACCOUNT.",
     )
 
+    ssl_root_cert: WatchedFileName = Field(
+        default="",
+        description="PEM file with the certificate authorities to trust for the workspace. Empty: "
+        "those of REQUESTS_CA_BUNDLE, else of SSL_CERT_FILE, else the SDK's own. "
+        "[workspaces.NAME] without one use that of [workspace].",
+    )
+
     @field_validator("client_secret", "token", "azure_client_secret")
     @classmethod
     def _no_mask(cls, value: SecretStr) -> SecretStr:

@@ -80,7 +80,7 @@ def _given(
     given: dict[str, Any] = {
         name: value.get_secret_value() if isinstance(value, SecretStr) else value
         for name, value in settings
-        if name != "client_secret_file"
+        if name not in ("client_secret_file", "ssl_root_cert")  # not the SDK's
     }
     if file_secret:
         given["client_secret"] = file_secret.reveal().decode()

@@ -52,6 +52,7 @@ class SDKCall:
     """One call of the SDK. `ends_at` is a time of `time.monotonic`."""
 
     ends_at: float
+    ca_file: str = ""
     refusal: Refusal | None = None
     sent_secrets: set[str] = field(default_factory=set, repr=False)
 
@@ -60,10 +61,10 @@ _current: ContextVar[SDKCall | None] = ContextVar("sdk_call", default=None)
 
 
 @contextmanager
-def bounded_requests(timeout_seconds: float) -> Iterator[SDKCall]:
-    """Bound the requests that this thread makes inside the block."""
+def bounded_requests(timeout_seconds: float, ca_file: str = "") -> Iterator[SDKCall]:
+    """Bound the requests that this thread makes inside the block; trust the file's authorities."""
     _bound_requests()
-    call = SDKCall(time.monotonic() + timeout_seconds)
+    call = SDKCall(time.monotonic() + timeout_seconds, ca_file)
     token = _current.set(call)
     try:
         yield call
@@ -99,6 +100,8 @@ def _send(
         raise TimeoutError("the call's time is over")
     call.sent_secrets |= _secrets(request.headers.get("Authorization") or "")
     timeout_seconds = min(seconds, left_seconds + GRACE_SECONDS)
+    if call.ca_file:
+        options = {**options, "verify": call.ca_file}
     response = _send_verified(send, {**options, "timeout": timeout_seconds})
     if request.method == "POST":
         call.refusal = None if response.ok else _refusal(response)

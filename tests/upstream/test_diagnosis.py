@@ -346,7 +346,7 @@ HINTS = [
         ("does not help",),
     ),
     (neon("blocked network"), ("IP access list", "private link")),
-    (fatal("08006", "Connection does not have SNI."), ("bug", "between", "report")),
+    (fatal("08006", "Connection does not have SNI."), ("bug", "another program", "report")),
     (neon("Inconsistent project name inferred"), ("Remove endpoint=", "options")),
     (neon("Endpoint ID is not specified"), ("Remove endpoint=", "options")),
     (neon("Control plane request failed: endpoint cannot be found"), ("deleted", "looked up")),

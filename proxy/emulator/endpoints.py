@@ -55,6 +55,8 @@ class Endpoint:
         self.name = name
         self.uid = uid
         self.dialect = dialect
+        # Which API lists it. An instance that is upgraded in place changes its dialect alone.
+        self.listed_as = dialect
         self.cluster = cluster
         self.hosts = _hosts(uid, dialect)
         self.hidden_hosts: set[str] = set()  # fields of `hosts` that the API leaves out
@@ -108,9 +110,10 @@ class Endpoint:
         if self.state_override is not None:
             return self.state_override
         self._suspend_if_idle()
-        asleep, awake = ("IDLE", "ACTIVE") if self._autoscaling else ("STOPPED", "AVAILABLE")
+        is_endpoint = self.listed_as is Dialect.AUTOSCALING
+        asleep, awake = ("IDLE", "ACTIVE") if is_endpoint else ("STOPPED", "AVAILABLE")
         if self._waking_seconds() > 0:
-            return "INIT" if self._autoscaling else "STARTING"
+            return "INIT" if is_endpoint else "STARTING"
         return asleep if self._asleep else awake
 
     def refuse(self, error: ErrorResponse, times: int | None = 1) -> None:

@@ -7,6 +7,7 @@ import psycopg
 import pytest
 
 from proxy.emulator.api import Call
+from proxy.emulator.endpoints import Dialect, neon_error
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.workspace.single_flight import BACKOFF_SECONDS_MIN
@@ -167,6 +168,21 @@ async def test_a_provisioned_instance_is_reached_by_its_own_calls(
     assert (calls[Call.CREDENTIAL], calls[Call.RESOURCE]) == (0, 0)
     (record,) = lakebase.gateway.sessions
     assert (record.sni, record.endpoint) == (instance.host, instance)
+
+
+async def test_an_instance_with_autoscaling_behind_its_name_is_served_the_same(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    # Instances are upgraded in place: the name says nothing of the front end's dialect.
+    instance = lakebase["one"].instance
+    instance.dialect = Dialect.AUTOSCALING
+    proxy = await start_proxy(upstream={"endpoint": "", "instance": instance.name})
+    given = libpq(proxy, options="-c search_path=mine")
+    async with await psycopg.AsyncConnection.connect(**given) as connection:
+        shown = await connection.execute("SHOW search_path")
+        assert await shown.fetchone() == ("mine",)
+    instance.refuse(neon_error("OAuth: User is not authorized"), None)
+    assert await refused(proxy) == "reason=token_rejected"
 
 
 @pytest.mark.parametrize("face", ["endpoint", "instance"])

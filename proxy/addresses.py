@@ -1,4 +1,4 @@
-"""Whether a text is an IP address, and whether it is a loopback address.
+"""What the text of an address or a host name says: IP address, loopback, pooled host.
 
 For: decisions by address alone, such as who may connect. Not for: DNS.
 
@@ -19,6 +19,11 @@ def address_of(host: str) -> Address | None:
         return None
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
+
+
+def is_pooled_host(host: str) -> bool:
+    """Return whether a host name is a pooled host's: its first label ends with -pooler."""
+    return host.partition(".")[0].lower().endswith("-pooler")
 
 
 def is_loopback(host: str) -> bool:

@@ -27,7 +27,10 @@ _NETWORK_HINT: Final = (
     "Check the workspace's IP access list and the private link; retrying does not help."
 )
 _RETRY_HINT: Final = "Try again in a few seconds."
-_FULL_HINT: Final = "Use more CU or fewer connections."
+_FULL_HINT: Final = (
+    "Use more CU or fewer connections. Others use slots of the same compute: Feature Serving, "
+    "the Data API, and clients that do not come through this proxy."
+)
 _KEY_HINT: Final = (
     "Give a value of the shard map's key_type, as PostgreSQL writes it, of 128 bytes at most."
 )
@@ -42,6 +45,7 @@ class Disposition(Enum):
     FAIL = "report it to the client"
     RETRY = "retry a few times, with back-off"
     RETRY_ONCE = "retry once"
+    RECONNECT = "retry for connect_retry_seconds, with back-off"
     WAIT = "retry with a longer back-off, within connect_timeout_seconds"
     REMINT = "if the token came from the cache, mint a new one and retry once"
 
@@ -170,7 +174,8 @@ class ErrorKind(Enum):
         "workspace_certificate",
         "08001",
         "the Databricks workspace's certificate does not verify",
-        "Is there an intercepting proxy? Name its CA in REQUESTS_CA_BUNDLE.",
+        "Is there an intercepting proxy? Name its CA in workspace.ssl_root_cert (or "
+        "REQUESTS_CA_BUNDLE).",
     )
     CREDENTIAL_INVALID = ErrorRow(
         "credential_invalid",
@@ -214,17 +219,17 @@ class ErrorKind(Enum):
     # The upstream: the connection was not established.
     UPSTREAM_DNS = ErrorRow(
         "upstream_dns",
-        "08001",
+        "57P03",
         "the upstream's host name cannot be resolved",
         "Is the host the one that the API names? Does the resolver work?",
         Disposition.RETRY,
     )
     UPSTREAM_UNREACHABLE = ErrorRow(
         "upstream_unreachable",
-        "08001",
+        "57P03",
         "the upstream cannot be reached",
         "Check firewall, IP access list and port 5432.",
-        Disposition.RETRY,
+        Disposition.RECONNECT,
     )
     UPSTREAM_CERTIFICATE = ErrorRow(
         "upstream_certificate",
@@ -263,21 +268,35 @@ class ErrorKind(Enum):
     # The upstream: connected, then lost, silent or in error before ReadyForQuery.
     UPSTREAM_TIMEOUT = ErrorRow(
         "upstream_timeout",
-        "08006",
+        "57P03",
         "the upstream did not answer in time",
         _RETRY_HINT,
         Disposition.RETRY_ONCE,
     )
+    LOGIN_TIMEOUT = ErrorRow(
+        "upstream_timeout",
+        "57P03",
+        "the upstream did not finish the login in time",
+        "Did the database just wake? " + _RETRY_HINT,
+        Disposition.WAIT,  # a login to a database that wakes can hang where the next one succeeds
+    )
     UPSTREAM_LOST = ErrorRow(
         "upstream_lost",
-        "08006",
+        "57P03",
         "the upstream closed the connection before it was ready",
         "Possibly a failover or a suspend. " + _RETRY_HINT,
+        Disposition.RECONNECT,
+    )
+    UPSTREAM_TLS_FAILED = ErrorRow(
+        "upstream_lost",
+        "57P03",
+        "the TLS handshake with the upstream failed",
+        "Is something in between that intercepts or filters TLS? " + _RETRY_HINT,
         Disposition.RETRY,
     )
     FRONT_END_ERROR = ErrorRow(
         "front_end_error",
-        "08006",
+        "57P03",
         "the upstream's front end failed",
         _RETRY_HINT,
         Disposition.RETRY,
@@ -330,6 +349,14 @@ class ErrorKind(Enum):
         "A token of another workspace? Is this machine's clock right? " + _CREATE_ROLE_HINT,
         Disposition.REMINT,
     )
+    ROLE_KIND_REJECTED = ErrorRow(
+        "token_rejected",
+        "28000",
+        "the upstream did not accept the token for this role",
+        "Is upstream.user the identity of the token, and the role of its kind (SERVICE_PRINCIPAL "
+        "for a client id, USER for an e-mail)? " + _CREATE_ROLE_HINT,
+        Disposition.REMINT,
+    )
     PASSWORD_REJECTED = ErrorRow(
         "password_rejected",
         "28P01",
@@ -343,6 +370,13 @@ class ErrorKind(Enum):
         "the upstream rejected the native role's password",
         "Does credentials.password_file contain the password of upstream.user? Does the role "
         "exist on this branch, and does the project allow native passwords?",
+    )
+    NATIVE_LOGIN_DISABLED = ErrorRow(
+        "native_login_disabled",
+        "28000",
+        "the endpoint does not allow native roles to log in",
+        "Enable native passwords (enable_pg_native_login) in the project or instance, or log in "
+        "with a token: remove credentials.password_file.",
     )
     IDENTITY_MISMATCH = ErrorRow(
         "identity_mismatch",
@@ -387,7 +421,8 @@ class ErrorKind(Enum):
         "pooler_parameter",
         "08P01",
         "the pooled host does not accept a startup parameter",
-        "Remove the parameter or use the direct host.",
+        "Remove the setting or use the direct host: it accepts client_encoding, "
+        "DateStyle, TimeZone, standard_conforming_strings, application_name and IntervalStyle.",
     )
     UNSUPPORTED_AUTH = ErrorRow(
         "unsupported_auth",
@@ -479,7 +514,7 @@ class ErrorKind(Enum):
     )
     OUT_OF_RESOURCES = ErrorRow(
         "out_of_resources",
-        "53000",
+        "57P03",
         "the proxy has run out of file descriptors or memory",
         "Raise the proxy's limit of open files: a session takes two.",
     )

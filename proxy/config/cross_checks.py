@@ -154,19 +154,16 @@ def _missing_for_target(
     if section != ("upstream",):
         or_variable = {"endpoint": "", "host": "", "user": ", or upstream.user"}
     endpoint = target.get("endpoint") or target.get("instance")
-    if target.get("host") and _as_switch(target.get("read_only")):
-        yield problem(
-            "read_only",
-            f"must not be set together with host{or_variable['host']}, which is used as it is:"
-            " remove host, and the read-only host is looked up; or set host to the read-only host",
-        )
-    if not password:
-        if _is_pooled(target.get("host")):
+    for key, host in (("read_only", "read-only host"), ("pooled", "pooled host")):
+        if target.get("host") and _as_switch(target.get(key)):
             yield problem(
-                "host",
-                "is a pooled host, which accepts no OAuth token: use the direct host, without"
-                " -pooler, or a native role's password with credentials.password_file",
+                key,
+                f"must not be set together with host{or_variable['host']}, which is used as it"
+                f" is: remove host, and the {host} is looked up; or set host to the {host}",
             )
+    if _as_switch(target.get("pooled")) and not target.get("endpoint") and not target.get("host"):
+        yield problem("pooled", "requires endpoint, whose pooled host is looked up")
+    if not password:
         if not endpoint:
             yield problem(
                 "endpoint",
@@ -191,8 +188,3 @@ def _as_switch(value: object) -> bool | None:
         return _SWITCH.validate_python(value)
     except ValidationError:
         return None
-
-
-def _is_pooled(host: object) -> bool:
-    """Return whether a host is pooled: its first label ends in -pooler, or -ro-pooler."""
-    return isinstance(host, str) and host.partition(".")[0].lower().endswith("-pooler")

@@ -114,7 +114,12 @@ class Settings(BaseSettings):
 
         Targets of the same workspace share its tokens.
         """
-        return self.workspaces[target.workspace] if target.workspace else self.workspace
+        if not target.workspace:
+            return self.workspace
+        named, ca_file = self.workspaces[target.workspace], self.workspace.ssl_root_cert
+        if named.ssl_root_cert or not ca_file:
+            return named
+        return named.model_copy(update={"ssl_root_cert": ca_file})
 
     def warnings(self) -> list[str]:
         """Return a sentence for each setting that is allowed but risky."""

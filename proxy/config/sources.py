@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic_settings import InitSettingsSource, TomlConfigSettingsSource
 
@@ -211,6 +211,13 @@ def read_file(flags: Layer, environment: Layer, problems: list[Problem]) -> Laye
     return empty
 
 
+# The SDK reads the first, OpenSSL the second. Where only one is set, both sides use it.
+_CA_FILES: Final = (
+    ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", ("upstream", "ssl_root_cert")),
+    ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", ("workspace", "ssl_root_cert")),
+)
+
+
 def read_guide(environ: Mapping[str, str], overriding: Sequence[Layer]) -> Layer:
     """Read the variables of the Lakebase guide; an empty one counts as not set.
 
@@ -224,6 +231,11 @@ def read_guide(environ: Mapping[str, str], overriding: Sequence[Layer]) -> Layer
     for variable, path in GUIDE_ENVIRONMENT.items():
         value = environ.get(variable)
         if value and path[-1] not in left_out:
+            _set_at(values, path, value)
+            spelling[path] = variable
+    for variable, other, path in _CA_FILES:
+        value = environ.get(variable)
+        if value and not environ.get(other) and Path(value).is_file():
             _set_at(values, path, value)
             spelling[path] = variable
     return Layer("environment", spelling.__getitem__, InitSettingsSource(Settings, values))

@@ -106,6 +106,13 @@ class WorkspaceSettings(Section):
         "DATABRICKS_GOOGLE_SERVICE_ACCOUNT.",
     )
 
+    ssl_root_cert: WatchedFileName = Field(
+        default="",
+        description="PEM file with the certificate authorities to trust for the workspace. Empty: "
+        "those of REQUESTS_CA_BUNDLE, else of SSL_CERT_FILE, else the SDK's own. "
+        "[workspaces.NAME] without one use that of [workspace].",
+    )
+
     @field_validator("client_secret", "token", "azure_client_secret")
     @classmethod
     def _no_mask(cls, value: SecretStr) -> SecretStr:
@@ -194,6 +201,12 @@ class UpstreamSettings(Section):
         description="Connects to the read-only host of the endpoint or instance, which must have "
         "one. That host is looked up, so host must not be set.",
     )
+    pooled: bool = Field(
+        default=False,
+        description="Connects to the endpoint's pooled host (with read_only the read-only one): "
+        "transaction mode, without LISTEN, session SET, temporary tables, SQL PREPARE, session "
+        "advisory locks and pg_dump. That host is looked up, so host must not be set.",
+    )
     host: Annotated[str, or_empty(check_host)] = Field(
         default="",
         description="Host to connect to, which the certificate must name; else PGHOST. Empty: "
@@ -232,6 +245,14 @@ class UpstreamSettings(Section):
         le=600,
         description="Time limit for a database that is ready for queries, including retries, in "
         "seconds. A database that was scaled to zero has been seen to take 30 seconds to resume.",
+    )
+    connect_retry_seconds: float = Field(
+        default=30,
+        ge=0,
+        le=600,
+        description="Time for which a connection that is refused or reset before the session "
+        "exists is tried again, in seconds, within connect_timeout_seconds. A change of a "
+        "compute's limits or a restart takes some 20 seconds.",
     )
     connects_max: int = Field(
         default=50,

@@ -256,7 +256,7 @@ class Api:
         for instance in self.endpoints:
             uid = request.query.get("uid", instance.uid if request.name else "")
             named = not request.name or instance.name == request.name
-            if instance.dialect is Dialect.PROVISIONED and named and instance.uid == uid:
+            if instance.listed_as is Dialect.PROVISIONED and named and instance.uid == uid:
                 return _ok(_instance_json(instance))
         return INSTANCE_NOT_FOUND
 
@@ -286,10 +286,10 @@ class Api:
         return TTL_SECONDS_MAX
 
     def _find(self, name: str, dialect: Dialect) -> Endpoint | None:
-        return next((e for e in self.endpoints if e.name == name and e.dialect is dialect), None)
+        return next((e for e in self.endpoints if e.name == name and e.listed_as is dialect), None)
 
     def _names(self) -> list[str]:
-        return [e.name for e in self.endpoints if e.dialect is Dialect.AUTOSCALING]
+        return [e.name for e in self.endpoints if e.listed_as is Dialect.AUTOSCALING]
 
 
 def _endpoint_json(endpoint: Endpoint) -> dict[str, object]:

@@ -118,9 +118,11 @@ class Connection:
         login.check_endpoint(endpoint, host_kind, packet)
         user = (packet.get(b"user") or b"").decode(errors="replace")
         try:
-            await self._authenticate(endpoint, packet, user, pooled="pooled" in host_kind)
+            pooled = "pooled" in host_kind
+            await self._authenticate(endpoint, packet, user, pooled=pooled)
+            parameters = login.backend_parameters(endpoint, packet, pooled=pooled)
             with login.slot(endpoint):
-                how = await self._log_in(endpoint, packet, user)
+                how = await self._log_in(endpoint, parameters, user)
         except (BackendGone, ClusterError):
             raise LoginRefused(endpoint.waking_error()) from None
         await self._finish(how)
@@ -146,7 +148,10 @@ class Connection:
             raise LoginRefused(neon_error("Too many connections attempts"))
         if pooled:
             login.check_pooled(startup)
-        if pooled or (endpoint.native_login and user in endpoint.native_passwords):
+        is_native = endpoint.native_login and user in endpoint.native_passwords
+        if pooled and endpoint.pooler_takes_tokens:
+            await self._pooler_login(endpoint, user)
+        elif pooled or is_native:
             await self._password_login(endpoint, user, pooled=pooled)
         else:
             await self._token_login(endpoint, user)
@@ -154,14 +159,26 @@ class Connection:
         if refusal is not None:
             raise LoginRefused(refusal)
 
-    async def _token_login(self, endpoint: Endpoint, user: str) -> None:
+    async def _clear_password(self) -> str:
+        """Ask for a token or password in clear, and return it."""
         await self._stream.write(messages.AuthenticationCleartextPassword().encode())
         frame = await self._password_frame()
-        token = frame.payload.rstrip(b"\0")
-        self._record.token = fingerprint(token)
+        secret = frame.payload.rstrip(b"\0")
+        self._record.token = fingerprint(secret)
         self._gateway.changed()
         await self._inject_fault(Stage.PASSWORD)
-        text = token.decode("ascii", "replace")
+        return secret.decode("utf-8", "replace")
+
+    async def _pooler_login(self, endpoint: Endpoint, user: str) -> None:
+        """Log in on a pooled host that asks both kinds of roles for the secret in clear."""
+        password = endpoint.native_passwords.get(user)
+        if password is None:
+            await self._token_login(endpoint, user)
+        elif await self._clear_password() != password:
+            raise LoginRefused(ErrorResponse.fatal("08P01", "SASL authentication failed"))
+
+    async def _token_login(self, endpoint: Endpoint, user: str) -> None:
+        text = await self._clear_password()
         claims = login.check_token(endpoint, self._gateway.issuer, text, user)
         self._record.identity = claims.identity
         if not login.may_use_role(endpoint, claims, user):
@@ -201,14 +218,15 @@ class Connection:
             raise LoginRefused(ErrorResponse.fatal("08P01", "expected password response"))
         return Frame(kind, await self._stream.read_exactly(length - 4))
 
-    async def _log_in(self, endpoint: Endpoint, startup: StartupMessage, user: str) -> Injection:
+    async def _log_in(
+        self, endpoint: Endpoint, parameters: tuple[tuple[bytes, bytes], ...], user: str
+    ) -> Injection:
         """Wake the compute, log in to Postgres, run the session. Return how to end."""
         await self._stream.write(messages.AuthenticationOk().encode())
         await self._inject_fault(Stage.AUTHENTICATED)
         if not await self._while_connected(endpoint.wake()):
             raise LoginRefused(endpoint.waking_error())
         async with connected(endpoint.cluster.socket_path) as backend:
-            parameters = login.backend_parameters(endpoint, startup)
             await backend.write(StartupMessage(V3_0, parameters).encode())
             try:
                 await self._while_connected(self._backend_login(endpoint, user, backend))

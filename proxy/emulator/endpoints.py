@@ -55,6 +55,8 @@ class Endpoint:
         self.name = name
         self.uid = uid
         self.dialect = dialect
+        # Which API lists it. An instance that is upgraded in place changes its dialect alone.
+        self.listed_as = dialect
         self.cluster = cluster
         self.hosts = _hosts(uid, dialect)
         self.hidden_hosts: set[str] = set()  # fields of `hosts` that the API leaves out
@@ -67,6 +69,8 @@ class Endpoint:
         # Native passwords by role; used on pooled hosts, and on others if `native_login` is set.
         self.native_passwords: dict[str, str] = {}
         self.native_login = False
+        # Pooled hosts ask for SASL, which takes no token; True: for a token or password in clear.
+        self.pooler_takes_tokens = False
         # Errors for the next logins with a valid token, of any identity.
         self.refusals: FaultList[None, ErrorResponse] = FaultList()
 
@@ -107,9 +111,10 @@ class Endpoint:
         if self.state_override is not None:
             return self.state_override
         self._suspend_if_idle()
-        asleep, awake = ("IDLE", "ACTIVE") if self._autoscaling else ("STOPPED", "AVAILABLE")
+        is_endpoint = self.listed_as is Dialect.AUTOSCALING
+        asleep, awake = ("IDLE", "ACTIVE") if is_endpoint else ("STOPPED", "AVAILABLE")
         if self._waking_seconds() > 0:
-            return "INIT" if self._autoscaling else "STARTING"
+            return "INIT" if is_endpoint else "STARTING"
         return asleep if self._asleep else awake
 
     def refuse(self, error: ErrorResponse, times: int | None = 1) -> None:

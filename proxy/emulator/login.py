@@ -15,8 +15,15 @@ from proxy.wire.startup import V3_0, StartupMessage
 
 # The only startup parameters that the Autoscaling front end passes to Postgres.
 _PASSED_PARAMETERS: Final = (b"user", b"database", b"application_name", b"replication", b"options")
+# The settings that PgBouncer tracks for each client.
+_TRACKED: Final = (
+    *(b"client_encoding", b"datestyle", b"timezone", b"standard_conforming_strings"),
+    *(b"application_name", b"intervalstyle"),
+)
 _PASS_ALL_WORD: Final = b"neon_proxy_params_compat:true"
 _ENDPOINT_WORDS: Final = (b"endpoint=", b"project=")
+_NATIVE_LOGIN_DISABLED: Final = "native postgres login is disabled for this endpoint"
+_PROVISIONED_EXPIRED: Final = "Invalid authorization for databricks identity login"
 
 
 class LoginRefused(Exception):
@@ -60,7 +67,11 @@ def check_endpoint(endpoint: Endpoint, host_kind: str, startup: StartupMessage) 
 
 
 def check_pooled(startup: StartupMessage) -> None:
-    """Raise LoginRefused for settings in `options`, which a transaction pooler does not support."""
+    """Raise LoginRefused for settings that a transaction pooler does not track."""
+    for pair, _ in startup.parameters:
+        if pair.lower() not in (*_TRACKED, *_PASSED_PARAMETERS):
+            text = f"unsupported startup parameter: {pair.decode(errors='replace')}"
+            raise LoginRefused(ErrorResponse.fatal("08P01", text))
     for setting in option_words.settings(startup.get(b"options") or b""):
         name = setting.name.decode(errors="replace")
         text = f"unsupported startup parameter in options: {name}"
@@ -73,8 +84,12 @@ def check_token(endpoint: Endpoint, issuer: TokenIssuer, token: str, user: str) 
         claims = issuer.inspect(token, Purpose.DATABASE)
     except TokenRefused as refused:
         not_a_token = refused.problem is TokenProblem.NOT_A_JWT
+        if not_a_token and user in endpoint.native_passwords:
+            raise LoginRefused(login_error(endpoint, "28000", _NATIVE_LOGIN_DISABLED)) from None
         if endpoint.dialect is Dialect.AUTOSCALING or not_a_token:
-            raise LoginRefused(login_error(endpoint, "28000", refused.problem.value)) from None
+            raise LoginRefused(_token_error(endpoint, refused.problem)) from None
+        if refused.problem is TokenProblem.EXPIRED:
+            raise LoginRefused(ErrorResponse.fatal("28000", _PROVISIONED_EXPIRED)) from None
         raise LoginRefused(password_error(endpoint, user)) from None
     return claims
 
@@ -86,11 +101,21 @@ def may_use_role(endpoint: Endpoint, claims: Claims, user: str) -> bool:
 
 def identity_error(endpoint: Endpoint, claims: Claims, user: str) -> ErrorResponse:
     """Return the error for a valid token of another identity."""
+    if endpoint.dialect is Dialect.AUTOSCALING:
+        return _token_error(endpoint, TokenProblem.EXPIRED)
     text = (
         f'The token\'s identity "{claims.identity}" did not match the security label '
         f'configured for role "{user}"'
     )
     return login_error(endpoint, "28000", text)
+
+
+def _token_error(endpoint: Endpoint, problem: TokenProblem) -> ErrorResponse:
+    """Return the error for a refused token; 28P01 has been seen for an expired or misfit one."""
+    if problem is TokenProblem.EXPIRED:
+        fields = ((b"S", b"ERROR"), (b"C", b"28P01"), (b"M", problem.value.encode()))
+        return ErrorResponse(fields)
+    return login_error(endpoint, "28000", problem.value)
 
 
 def password_error(endpoint: Endpoint, user: str) -> ErrorResponse:
@@ -130,10 +155,10 @@ def login_error(endpoint: Endpoint, sqlstate: str, text: str) -> ErrorResponse:
 
 
 def backend_parameters(
-    endpoint: Endpoint, startup: StartupMessage
+    endpoint: Endpoint, startup: StartupMessage, *, pooled: bool
 ) -> tuple[tuple[bytes, bytes], ...]:
     """Return the client's startup parameters that are passed to Postgres."""
-    if endpoint.dialect is Dialect.PROVISIONED:
+    if endpoint.dialect is Dialect.PROVISIONED or pooled:
         return startup.parameters
     words = option_words.split_words(startup.get(b"options") or b"")
     passes_all = any(word.text == _PASS_ALL_WORD for word in words)

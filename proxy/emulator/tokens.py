@@ -37,7 +37,7 @@ class TokenProblem(Enum):
     NOT_A_JWT = "Provided authentication token is not a valid JWT encoding"
     UNKNOWN_KEY = "jwk not found"
     WRONG_AUDIENCE = "invalid JWT token audience"
-    EXPIRED = "JWT token has expired"
+    EXPIRED = "OAuth: User is not authorized"
 
 
 class TokenRefused(Exception):

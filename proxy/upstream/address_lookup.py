@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
+from proxy.addresses import is_pooled_host
 from proxy.config import UpstreamSettings
 from proxy.config.validators import check_host
 from proxy.errors import ErrorKind, ProxyError
@@ -36,6 +37,16 @@ class Target:
     sslmode: str
     ssl_root_cert: str
     accelerated: bool = True
+
+    @property
+    def server_name(self) -> str:
+        """The name for SNI and for the certificate: the host without a trailing dot (RFC 6066)."""
+        return self.host.removesuffix(".")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it is a connection pooler's host."""
+        return is_pooled_host(self.host)
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,6 +213,6 @@ def _prepare_tls(stream: StartupStream, target: Target, curve: str | None) -> TL
         detail = f"{target.ssl_root_cert}: {error.strerror or error}"
         raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, detail) from error
     try:
-        return stream.prepare_tls(context, target.host)
+        return stream.prepare_tls(context, target.server_name)
     except ValueError as error:  # no certificate can have this name
         raise ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, target.host) from error

@@ -24,6 +24,7 @@ from proxy.wire.upstream_startup import UpstreamDisconnected, UpstreamEvent, Ups
 from proxy.wire.violations import UnsupportedAuthentication
 
 _FRONT_END_SQLSTATE: Final = "XX000"
+_RESETS: Final = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, ssl.SSLEOFError)
 _OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 # An apostrophe inside a word opens and closes nothing.
 _QUOTED: Final = re.compile(r""""[^"]*"|(?<!\w)'[^']*'(?!\w)""")
@@ -49,12 +50,9 @@ _FRONT_END_TEXTS: Final = (
     _Text("jwk not found", ErrorKind.TOKEN_REJECTED),
     _Text("invalid jwt token audience", ErrorKind.TOKEN_REJECTED),
     _Text("jwks settings for this role were not configured", ErrorKind.TOKEN_REJECTED),
-    _Text("private-link-not-supported", ErrorKind.NETWORK_DENIED),
-    _Text("unsupported-destination-type", ErrorKind.NETWORK_DENIED),
-    _Text("is blocked by databricks ip acl", ErrorKind.NETWORK_DENIED),
-    _Text("is not allowed to connect", ErrorKind.NETWORK_DENIED),
-    _Text("blocked network", ErrorKind.NETWORK_DENIED),
-    _Text("vpc endpoint id is not specified", ErrorKind.NETWORK_DENIED),
+    _Text("oauth: user is not authorized", ErrorKind.ROLE_KIND_REJECTED),
+    _Text("invalid authorization for databricks identity login", ErrorKind.ROLE_KIND_REJECTED),
+    _Text("native postgres login is disabled", ErrorKind.NATIVE_LOGIN_DISABLED),
     _Text("external authorization failed", ErrorKind.AUTHORIZATION_DENIED),
     _Text("connection does not have sni", ErrorKind.FRONT_END_PROTOCOL),
     _Text("insecure connection", ErrorKind.FRONT_END_PROTOCOL),
@@ -80,6 +78,16 @@ _FRONT_END_TEXTS: Final = (
     _Text("no more connections allowed", ErrorKind.POOLER_FULL),
 )
 
+# Words of a front end that may stand in DETAIL too, under a message that says less.
+_NETWORK_TEXTS: Final = (
+    "private-link-not-supported",
+    "unsupported-destination-type",
+    "is blocked by databricks ip acl",
+    "is not allowed to connect",
+    "blocked network",
+    "vpc endpoint id is not specified",
+)
+
 # Texts of PostgreSQL, its auth hook or the pooler. A front end may pass them on without their
 # SQLSTATE and with other quotes.
 _SERVER_TEXTS: Final = (
@@ -101,8 +109,12 @@ _CLIENT_TEXTS: Final = (
 
 # What PostgreSQL's own SQLSTATE means when no text was recognised.
 _SQLSTATES: Final = {
+    "22023": ErrorKind.SETTING_INVALID,
     "28P01": ErrorKind.PASSWORD_REJECTED,
     "3D000": ErrorKind.DATABASE_MISSING,
+    "42501": ErrorKind.PRIVILEGE_MISSING,
+    "42601": ErrorKind.ARGUMENT_INVALID,
+    "42704": ErrorKind.SETTING_UNKNOWN,
     "53300": ErrorKind.UPSTREAM_FULL,
     "57P01": ErrorKind.UPSTREAM_LOST,
     "57P02": ErrorKind.UPSTREAM_LOST,
@@ -120,7 +132,9 @@ _REWORDED: Final = frozenset(
 # token.
 _NATIVE: Final = {
     ErrorKind.TOKEN_REJECTED: ErrorKind.NATIVE_PASSWORD_REJECTED,
+    ErrorKind.ROLE_KIND_REJECTED: ErrorKind.NATIVE_PASSWORD_REJECTED,
     ErrorKind.PASSWORD_REJECTED: ErrorKind.NATIVE_PASSWORD_REJECTED,
+    ErrorKind.POOLER_NEEDS_PASSWORD: ErrorKind.NATIVE_PASSWORD_REJECTED,
     ErrorKind.ROLE_MISSING: ErrorKind.NATIVE_ROLE_MISSING,
 }
 
@@ -137,16 +151,20 @@ class LoginAttempt:
 
 def diagnose(error: ErrorResponse, attempt: LoginAttempt) -> ProxyError:
     """Return what an upstream's refusal means. No text in it repeats the secret."""
-    kind, is_original = _kind(error, _plain_text(error.message, attempt))
+    kind, is_original = _kind(error, attempt)
     if attempt.is_password:
         kind = _NATIVE.get(kind, kind)
     told = _without(attempt.secret, error)
     original = told if is_original else None
-    return ProxyError(kind, told.message, user=attempt.user, original=original)
+    detail = " ".join(filter(None, (told.message, told.text(b"D"))))
+    return ProxyError(kind, detail, user=attempt.user, original=original)
 
 
-def _kind(error: ErrorResponse, text: str) -> tuple[ErrorKind, bool]:
+def _kind(error: ErrorResponse, attempt: LoginAttempt) -> tuple[ErrorKind, bool]:
     """Return what the error means, and whether it is passed on unchanged."""
+    text = _plain_text(error.message, attempt)
+    if _is_network(text) or _is_network(_plain_text(error.text(b"D"), attempt)):
+        return ErrorKind.NETWORK_DENIED, False
     for row in _FRONT_END_TEXTS:
         if row.text in text:
             return row.kind, False
@@ -160,6 +178,10 @@ def _kind(error: ErrorResponse, text: str) -> tuple[ErrorKind, bool]:
     if not error.sqlstate or kind in _REWORDED:
         return kind or ErrorKind.UPSTREAM_PROTOCOL, False
     return kind or ErrorKind.STARTUP_REFUSED, True
+
+
+def _is_network(text: str) -> bool:
+    return any(words in text for words in _NETWORK_TEXTS)
 
 
 def _plain_text(message: str, attempt: LoginAttempt) -> str:
@@ -218,10 +240,10 @@ def diagnose_network(error: OSError, where: str) -> ProxyError:
         return ProxyError(ErrorKind.OUT_OF_RESOURCES, os.strerror(error.errno))
     if isinstance(error, ssl.SSLCertVerificationError):
         return ProxyError(ErrorKind.UPSTREAM_CERTIFICATE, f"{where}: {error.verify_message}")
-    if isinstance(error, ssl.SSLError):
+    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         detail = f"{where}: TLS handshake failed: {getattr(error, 'reason', None) or 'no reason'}"
-        return ProxyError(ErrorKind.UPSTREAM_LOST, detail)
-    if isinstance(error, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
+        return ProxyError(ErrorKind.UPSTREAM_TLS_FAILED, detail)
+    if isinstance(error, _RESETS):
         return ProxyError(ErrorKind.UPSTREAM_LOST, f"{where}: the connection was reset")
     if isinstance(error, TimeoutError):
         return ProxyError(ErrorKind.UPSTREAM_UNREACHABLE, f"{where}: no answer")

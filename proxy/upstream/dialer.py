@@ -9,7 +9,7 @@ yet; no statement is ever sent twice. Not for: the steps themselves (`address_lo
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
@@ -22,10 +22,10 @@ from proxy.upstream.connector import Connector
 from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
 from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase, DialProgress, PhaseTimer, RecordPhase
-from proxy.upstream.retry import Retry
+from proxy.upstream.retry import CONNECT_RETRY_SECONDS, Retry
 from proxy.wire.options import Setting
 from proxy.wire.startup import StartupMessage
-from proxy.wire.upstream_message import upstream_message
+from proxy.wire.upstream_message import UnpooledSetting, pooled_message, upstream_message
 from proxy.wire.upstream_startup import UpstreamStartup
 from proxy.workspace.credential import Credential
 
@@ -45,6 +45,9 @@ _CONNECTION_CHECK: Final = (
 _NO_CHECK_TEXTS: Final = ("unrecognized", "unsupported", "must be set to 0 on this platform")
 
 _log = get_logger(__name__)
+# For one try, from TCP to ReadyForQuery. A login to a database that wakes can hang where the next
+# one succeeds; a try gets half of the dial's time at most, so that there is a next one.
+TRY_SECONDS_MAX: Final = 20.0
 
 # What it means when a dial's time ends in a phase.
 _TIMED_OUT: Final = {
@@ -113,6 +116,7 @@ class Dialer:
         record_phase: RecordPhase,
         *,
         connect_timeout_seconds: float,
+        connect_retry_seconds: float = CONNECT_RETRY_SECONDS,
         connects_max: int = CONNECTS_MAX,
         connection_check: bool = False,
         answer_seconds_max: float = ANSWER_SECONDS_MAX,
@@ -130,6 +134,8 @@ class Dialer:
         self._credentials = credentials
         self._record_phase = record_phase
         self._timeout_seconds = connect_timeout_seconds
+        self._try_seconds = min(TRY_SECONDS_MAX, connect_timeout_seconds / 2)
+        self._retry_seconds = connect_retry_seconds
         self._connects_max = connects_max
         self._connects = asyncio.Semaphore(connects_max)  # first come, first served
         self._defaults = _CONNECTION_CHECK if connection_check else ()
@@ -138,16 +144,19 @@ class Dialer:
         self._clock = clock
 
     async def dial(
-        self, client: StartupMessage, progress: DialProgress | None = None
+        self,
+        client: StartupMessage,
+        progress: DialProgress | None = None,
+        phases: PhaseTimer | None = None,
     ) -> UpstreamSession:
         """Return a session for this client, within `connect_timeout_seconds`.
 
         `progress` shows meanwhile what the dial waits for.
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
-        dial = _Dial(
-            client, PhaseTimer(self._record_phase, progress), Retry(self._jitter), self._clock()
-        )
+        phases = phases or PhaseTimer(self._record_phase, progress)
+        retry = Retry(self._jitter, self._retry_seconds)
+        dial = _Dial(client, phases, retry, self._clock())
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 return await self._dial_until_ready(dial)
@@ -163,12 +172,13 @@ class Dialer:
             except ProxyError as error:
                 await self._before_retry(dial, error)
                 continue
+            message = _message(dial.client, route, self._defaults)
             # As late as possible, so that it is fresh, but before TCP: a front end gives a
             # connection 15 seconds from accept to StartupMessage. A failure of the API is not
             # retried here: the token source does that, once for all dials.
             credential = await self._credential(dial)
             try:
-                return await self._open(dial, route, credential)
+                return await self._open(dial, route, message, credential)
             except ProxyError as error:
                 await self._before_retry(dial, error)
 
@@ -189,20 +199,30 @@ class Dialer:
         dial.phases.finish()
         return dial.credential
 
-    async def _open(self, dial: _Dial, route: _Route, credential: Credential) -> UpstreamSession:
+    async def _open(
+        self, dial: _Dial, route: _Route, message: StartupMessage, credential: Credential
+    ) -> UpstreamSession:
         """Connect and log in, in one of the slots. Raises ProxyError."""
         async with self._slot(dial.phases) as waited:
             if waited and not self._credentials.is_fresh(credential):
                 credential = await self._credential(dial)
-            names = route.names
-            message = upstream_message(dial.client, names.user, names.database, self._defaults)
-            connection = await self._connector.connect(route.target, route.addresses, dial.phases)
-            login = Login(connection, route.names, credential)
-            await login.run(message, dial.phases, self._answer_seconds_max)
-            # A cancel goes to the address of its session, and waits for no look-up.
-            peer = connection.stream.transport.get_extra_info("peername")
-            target = replace(route.target, hostaddr=peer[0]) if peer else route.target
-            return UpstreamSession(connection.stream, connection.startup, target)
+            try:
+                async with asyncio.timeout(self._try_seconds):
+                    return await self._try(dial, route, message, credential)
+            except TimeoutError as error:
+                raise self._try_timed_out(dial.phases, route.target) from error
+
+    async def _try(
+        self, dial: _Dial, route: _Route, message: StartupMessage, credential: Credential
+    ) -> UpstreamSession:
+        """Connect and log in one time. Raises ProxyError. The caller bounds the time."""
+        connection = await self._connector.connect(route.target, route.addresses, dial.phases)
+        login = Login(connection, route.names, credential, pooled=route.target.pooled)
+        await login.run(message, dial.phases, self._answer_seconds_max)
+        # A cancel goes to the address of its session, and waits for no look-up.
+        peer = connection.stream.transport.get_extra_info("peername")
+        target = replace(route.target, hostaddr=peer[0]) if peer else route.target
+        return UpstreamSession(connection.stream, connection.startup, target)
 
     @asynccontextmanager
     async def _slot(self, phases: PhaseTimer) -> AsyncIterator[bool]:
@@ -227,7 +247,8 @@ class Dialer:
             return
         if error.original is None:  # else PostgreSQL itself answered, and the host is right
             self._address_lookup.invalidate_host()
-        delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error))
+        now = asyncio.get_running_loop().time()
+        delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error), now=now)
         if delay is None:
             raise error
         # Without a slot: a dial that sleeps opens nothing, and does not delay other dials.
@@ -242,6 +263,15 @@ class Dialer:
         if credential is None or error.kind.value.disposition is not Disposition.REMINT:
             return False
         return credential.requested_at < dial.started_at and self._credentials.reject(credential)
+
+    def _try_timed_out(self, phases: PhaseTimer, target: Target) -> ProxyError:
+        """Return the error for a try whose time ended in the current phase."""
+        assert phases.current is not None
+        kind = _TIMED_OUT[phases.current]
+        if phases.current is ConnectPhase.LOGIN:
+            kind = ErrorKind.LOGIN_TIMEOUT
+        detail = f"{target.host}: no session within {self._try_seconds:g} seconds"
+        return ProxyError(kind, detail)
 
     def _timed_out(self, phases: PhaseTimer) -> ProxyError:
         """Return the error for a dial whose time ended in the current phase."""
@@ -262,3 +292,13 @@ def _refuses_check(error: ProxyError) -> bool:
     original = error.original
     text = error.detail if original is None else f"{original.message} {original.text(b'D')}"
     return _CHECK_NAME in text and any(word in text for word in _NO_CHECK_TEXTS)
+
+
+def _message(client: StartupMessage, route: _Route, defaults: Sequence[Setting]) -> StartupMessage:
+    """Return the StartupMessage for this try. Raises ProxyError or ClientViolation."""
+    if not route.target.pooled:
+        return upstream_message(client, route.names.user, route.names.database, defaults)
+    try:
+        return pooled_message(client, route.names.user, route.names.database)
+    except UnpooledSetting as unpooled:
+        raise ProxyError(ErrorKind.POOLER_PARAMETER, unpooled.name) from None

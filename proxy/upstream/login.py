@@ -34,11 +34,20 @@ ANSWER_SECONDS_MAX: Final = 15.0
 class Login:
     """One login on one connection."""
 
-    def __init__(self, connection: Connection, names: LoginNames, credential: Credential) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        names: LoginNames,
+        credential: Credential,
+        *,
+        pooled: bool = False,
+    ) -> None:
+        """`pooled`: the host is a connection pooler's."""
         self._stream = connection.stream
         self._startup = connection.startup
         self._names = names
         self._credential = credential
+        self._pooled = pooled
         self._scram: Scram | None = None
 
     async def run(
@@ -80,7 +89,7 @@ class Login:
                 return self._startup.password(self._credential.secret)
             case SASLRequested(mechanisms):
                 if not self._credential.is_password:
-                    raise ProxyError(ErrorKind.UNSUPPORTED_AUTH, "SASL, which takes no token")
+                    raise self._refused_sasl()
                 self._scram = Scram(mechanisms, self._credential.secret)
                 first = self._scram.client_first()
                 return self._startup.sasl_initial_response(SCRAM_SHA_256, first)
@@ -93,6 +102,12 @@ class Login:
                 raise diagnose(error, self._attempt())
             case _:
                 raise diagnose_event(event)
+
+    def _refused_sasl(self) -> ProxyError:
+        """Return what it means that SASL is asked for, which takes no token."""
+        if self._pooled:
+            return ProxyError(ErrorKind.POOLER_NEEDS_PASSWORD, "it asks for SASL")
+        return ProxyError(ErrorKind.UNSUPPORTED_AUTH, "SASL, which takes no token")
 
     def _attempt(self) -> LoginAttempt:
         return LoginAttempt(

@@ -25,7 +25,7 @@ from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import CredentialSource, Dialer, UpstreamSession
 from proxy.upstream.name_lookup import NameLookup
 from proxy.upstream.password_file import PasswordFile
-from proxy.upstream.phases import DialProgress, RecordTargetPhase
+from proxy.upstream.phases import DialProgress, PhaseTimer, RecordTargetPhase
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.client import WorkspaceSource
 from proxy.workspace.registry import (
@@ -75,10 +75,12 @@ class Upstream:
         settings = self.settings
         return settings.cancel_on_disconnect and settings.cancel_method == "cancel_request"
 
-    async def open(self, client: StartupMessage, progress: DialProgress) -> UpstreamSession:
+    async def open(
+        self, client: StartupMessage, progress: DialProgress, phases: PhaseTimer | None = None
+    ) -> UpstreamSession:
         """Return a session upstream for this client. Raises what `Dialer.dial` does."""
         with self.use:
-            return await self.dialer.dial(client, progress)
+            return await self.dialer.dial(client, progress, phases)
 
 
 class Upstreams(Mapping[str, Upstream]):
@@ -187,6 +189,7 @@ class Upstreams(Mapping[str, Upstream]):
             credentials,
             record_phase,
             connect_timeout_seconds=target.connect_timeout_seconds,
+            connect_retry_seconds=target.connect_retry_seconds,
             connects_max=target.connects_max,
             connection_check=target.cancel_on_disconnect
             and target.cancel_method == "connection_check",

@@ -62,6 +62,17 @@ def ask_to_drain(settings: AdminSettings) -> None:
         raise AdminError(f"{_shown(settings)} answers {status}: is that the proxy?")
 
 
+def running_proxy(settings: AdminSettings) -> str:
+    """Return whether a proxy runs, as far as its admin address says."""
+    if not settings.enabled or not settings.port:
+        return "no admin address to ask whether a proxy runs"
+    try:
+        status = _status(settings, "GET", "/readiness")
+    except OSError:
+        return "no proxy runs"
+    return f"a proxy runs and is {'ready' if status == 200 else 'not ready'}"
+
+
 def _why_not_ready(settings: AdminSettings) -> str | None:
     """Return why the proxy is not ready, or None if it is."""
     for path in _READY_PATHS:

@@ -8,11 +8,11 @@ is its last step, because the later ones depend on it. No line shows a secret.
 import asyncio
 import getpass
 import json
+import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import takewhile
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from typing import Final
 
 import asyncpg
@@ -24,6 +24,7 @@ from proxy.config import (
     LogSettings,
     RoutingSettings,
     Settings,
+    UpstreamSettings,
 )
 from proxy.errors import ErrorKind, ProxyError
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK
@@ -31,8 +32,11 @@ from proxy.server.app import App, open_snapshot, serving
 from proxy.server.process import Signals
 from proxy.upstream.address_lookup import ANY_USER
 from proxy.upstream.dialer import UpstreamSession
-from proxy.upstream.phases import ConnectPhase, DialProgress
+from proxy.upstream.phases import ConnectPhase, DialProgress, PhaseTimer
 from proxy.upstream.upstreams import Upstream
+from proxy.verbs.admin_client import REQUEST_SECONDS_MAX, running_proxy
+from proxy.verbs.check_facts import reach, upstream_facts
+from proxy.verbs.check_report import PrintedReport, Report, Step
 from proxy.verbs.event_loop import PRINT_CONFIG, print_config, run_on_event_loop, serving_settings
 from proxy.verbs.stderr import fail
 from proxy.wire.messages import ErrorResponse, Terminate
@@ -67,90 +71,134 @@ _PHASES: Final = {
     ConnectPhase.TLS: "TLS",
     ConnectPhase.LOGIN: "Postgres login",
 }
-_BEFORE_LOGIN: Final = list(_PHASES)[:-1]
+# A check does not wait for a restart, and says soon that a workspace refuses.
+CONNECT_RETRY_SECONDS_MAX: Final = 2.0
+LISTENER_SECONDS_MAX: Final = REQUEST_SECONDS_MAX
+
+_Ask = tuple[str, float, Callable[[], Awaitable[str]]]
+"""A step: its name, its bound in seconds, and what it does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """The outcome of one step at one target. `reason`, `sqlstate` and `fix` are empty if `ok`."""
-
-    name: str
-    target: str
-    ok: bool
-    seconds: float
-    text: str
-    reason: str = ""
-    sqlstate: str = ""
-    fix: str = ""
-
-
-class Phases:
-    """The seconds of each phase of the dialer's last attempt that succeeded."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[ConnectPhase, float] = {}
-
-    def record(self, target: str, phase: ConnectPhase, seconds: float) -> None:
-        """Record one phase. The first phase of an attempt drops the attempt before."""
-        if phase is ConnectPhase.DNS:
-            self.seconds.clear()
-        self.seconds[phase] = seconds
-
-
-async def check(settings: Settings, *, all_targets: bool = False) -> AsyncIterator[Step]:
-    """Yield the outcome of each step. A target's first failure is its last step.
+async def check(settings: Settings, report: Report, *, all_targets: bool = False) -> None:
+    """Report each step when it begins and when it ends. A target's first failure is its last step.
 
     It checks the target of a client that names nothing, or all targets, one after another.
     Raises ConfigurationError for a file that a setting names and that cannot be used.
     """
     names = settings.target_names()
     usual = UPSTREAM if UPSTREAM in names else names[0]
-    phases = Phases()
-    async with open_snapshot(settings, phases.record) as snapshot:
+    async with open_snapshot(_impatient(settings), lambda *_: None) as snapshot:
         for name in names if all_targets else [usual]:
-            target = _TargetCheck(settings, name, snapshot.upstreams[name], phases)
-            async for step in target.steps():
-                yield step
+            await _TargetCheck(settings, name, snapshot.upstreams[name], report).run()
+
+
+def _impatient(settings: Settings) -> Settings:
+    """Return settings for the dials of a check.
+
+    A port that refuses is reported soon. Python's own TLS can show the certificate.
+    """
+
+    def section(target: UpstreamSettings) -> UpstreamSettings:
+        seconds = min(target.connect_retry_seconds, CONNECT_RETRY_SECONDS_MAX)
+        return target.model_copy(update={"connect_retry_seconds": seconds, "accelerated": False})
+
+    targets = {
+        name: section(target.inheriting(settings.upstream))
+        for name, target in settings.targets.items()
+    }
+    return settings.model_copy(update={"upstream": section(settings.upstream), "targets": targets})
+
+
+class _DialTimer(PhaseTimer):
+    """Reports the phases of a dial as they begin and end. A retry does not report them again."""
+
+    def __init__(self, begin: Callable[[str], None], end: Callable[[float], None]) -> None:
+        super().__init__(lambda *_: None)
+        self._begin = begin
+        self._end = end
+        self._phases = list(_PHASES)  # those that have not ended yet, in order
+        self.begun_at: float | None = None
+
+    def start(self, phase: ConnectPhase) -> None:
+        """Start a phase. The first one that has not ended yet begins its step."""
+        super().start(phase)
+        if self.begun_at is None and self._phases and phase is self._phases[0]:
+            self.begun_at = time.perf_counter()
+            self._begin(_PHASES[phase])
+
+    def finish(self) -> None:
+        """Finish the phase, and with it the step that it began. The last one ends with the dial."""
+        super().finish()
+        last = len(self._phases) == 1
+        if self.begun_at is not None and self.current is self._phases[0] and not last:
+            seconds, self.begun_at = time.perf_counter() - self.begun_at, None
+            del self._phases[0]
+            self._end(seconds)
 
 
 class _TargetCheck:
     """The steps of one target."""
 
-    def __init__(self, settings: Settings, name: str, upstream: Upstream, phases: Phases) -> None:
+    def __init__(self, settings: Settings, name: str, upstream: Upstream, report: Report) -> None:
         self._settings = settings
         self._name = name
         self._upstream = upstream
-        self._phases = phases
+        self._report = report
+        self._step = ""  # the one that began last
 
-    async def steps(self) -> AsyncIterator[Step]:
-        """Yield the outcome of each step up to the first failure."""
-        yield Step("configuration", self._name, True, 0.0, self._configuration())
-        for name, ask in self._workspace_steps():
-            step = await self._timed(name, ask())
-            yield step
-            if not step.ok:
+    async def run(self) -> None:
+        """Report each step up to the first failure."""
+        for name, seconds_max, ask in (*self._local_steps(), *self._workspace_steps()):
+            if not await self._timed(name, seconds_max, ask()):
                 return
         user = await self._client_user()
-        steps = await self._dial(user)
-        for step in steps:
-            yield step
-        if steps[-1].ok:
-            yield await self._timed("query", self._query(user))
+        if await self._dial(user):
+            seconds_max = self._upstream.settings.connect_timeout_seconds + QUERY_SECONDS_MAX
+            await self._timed("query", seconds_max, self._query(user))
 
-    def _configuration(self) -> str:
+    def _begin(self, name: str, seconds_max: float) -> None:
+        self._step = name
+        self._report.begin(name, self._name, seconds_max)
+
+    def _end(self, seconds: float, text: str = "", error: ProxyError | None = None) -> None:
+        if error is not None:
+            self._report.end(self._failed(self._step, error, seconds))
+        else:
+            self._report.end(Step(self._step, self._name, True, seconds, text))
+
+    def _local_steps(self) -> list[_Ask]:
+        return [
+            ("configuration", 0.0, self._configuration),
+            ("listener", LISTENER_SECONDS_MAX, self._listener),
+        ]
+
+    async def _listener(self) -> str:
+        """Return where the proxy listens, and whether one runs there now."""
+        listen = self._settings.listen
+        socket = listen.unix_socket_directory
+        places = [f"{listen.host}:{listen.port}" if listen.host else "", socket]
+        where = " and ".join(filter(None, places))
+        running = await asyncio.to_thread(running_proxy, self._settings.admin)
+        return f"{where}, {running}"
+
+    async def _configuration(self) -> str:
         settings, resource = self._upstream.settings, self._upstream.resource
         endpoint = resource.name if resource else settings.host
         password_file = self._settings.credentials.password_file
         login = "a native password" if password_file else "OAuth tokens"
         return f"{endpoint}, with {login}, sslmode {settings.sslmode}"
 
-    async def _timed(self, name: str, answer: Awaitable[str]) -> Step:
+    async def _timed(self, name: str, seconds_max: float, answer: Awaitable[str]) -> bool:
+        """Report a step. Return whether it passed."""
+        self._begin(name, seconds_max)
         started_at = time.perf_counter()
         try:
             text = await answer
         except ProxyError as error:
-            return self._failed(name, error, time.perf_counter() - started_at)
-        return Step(name, self._name, True, time.perf_counter() - started_at, text)
+            self._end(time.perf_counter() - started_at, error=error)
+            return False
+        self._end(time.perf_counter() - started_at, text)
+        return True
 
     def _failed(self, name: str, error: ProxyError, seconds: float) -> Step:
         response = error.response()
@@ -161,18 +209,22 @@ class _TargetCheck:
 
     # -- the workspace ---------------------------------------------------------------------------
 
-    def _workspace_steps(self) -> list[tuple[str, Callable[[], Awaitable[str]]]]:
+    def _workspace_steps(self) -> list[_Ask]:
         """Return what is asked of the workspace: nothing, if a password and a host are set."""
         resource = self._upstream.resource
         if resource is None:
             return []
-        login = ("workspace login", self._login)
-        endpoint = ("endpoint", lambda: self._endpoint(resource))
+        seconds = self._settings.credentials.mint_timeout_seconds
+        login = ("workspace login", seconds, self._login)
+        endpoint = ("endpoint", seconds, lambda: self._endpoint(resource))
         if self._settings.credentials.password_file:
             return [login, endpoint]
-        return [login, ("clock", self._clock), ("credential", self._credential), endpoint]
+        clock = ("clock", seconds, self._clock)
+        return [login, clock, ("credential", seconds, self._credential), endpoint]
 
     async def _login(self) -> str:
+        if host := self._settings.workspace.host or os.environ.get("DATABRICKS_HOST", ""):
+            await reach(host)
         identity = await self._upstream.workspace.identity()
         return f"as {identity.role}, by {identity.auth_type}, at {identity.host}"
 
@@ -199,6 +251,8 @@ class _TargetCheck:
 
     async def _endpoint(self, resource: Resource) -> str:
         status = await self._upstream.workspace.status(resource)
+        if status.disabled:  # also where the host is set, and the dialer does not look it up
+            raise ProxyError(ErrorKind.ENDPOINT_DISABLED, resource.name)
         target = await self._upstream.address_lookup.target()
         return f"{status.state}, host {target.host}"
 
@@ -219,33 +273,22 @@ class _TargetCheck:
         except (KeyError, OSError):  # in a container the number of a user may have no name
             return _PROGRAM
 
-    async def _dial(self, user: str) -> list[Step]:
-        """Dial once as for a client. Return a step for each phase up to the one that failed."""
+    async def _dial(self, user: str) -> bool:
+        """Dial once as for a client, and report each phase. Return whether it succeeded."""
         pairs = ((b"user", user.encode()), (b"application_name", _PROGRAM.encode()))
-        started_at = time.perf_counter()
+        seconds_max = self._upstream.settings.connect_timeout_seconds
+        timer = _DialTimer(lambda name: self._begin(name, seconds_max), self._end)
         try:
-            session = await self._upstream.open(StartupMessage(V3_0, pairs), DialProgress())
+            message = StartupMessage(V3_0, pairs)
+            session = await self._upstream.open(message, DialProgress(), timer)
         except ProxyError as error:
-            return self._failed_phases(error, time.perf_counter() - started_at)
+            if timer.begun_at is None:  # the dialer needed another credential or host
+                self._begin("credential", seconds_max)
+            self._end(_seconds_since(timer.begun_at), error=error)
+            return False
+        self._end(_seconds_since(timer.begun_at), upstream_facts(session))
         await _terminate(session)
-        return self._phase_steps(f"{session.target.host}:{session.target.port}")
-
-    def _phase_steps(self, text: str) -> list[Step]:
-        """Return a step for each phase of the dialer."""
-        seconds = self._phases.seconds
-        return [
-            Step(name, self._name, True, seconds.get(phase, 0.0), text)
-            for phase, name in _PHASES.items()
-        ]
-
-    def _failed_phases(self, error: ProxyError, seconds: float) -> list[Step]:
-        """Return the steps of a dial that failed in this time."""
-        has_credential = ConnectPhase.MINT in self._phases.seconds
-        if not has_credential and error.kind is not ErrorKind.UPSTREAM_DNS:
-            return [self._failed("credential", error, seconds)]  # the dialer needs another one
-        steps = self._phase_steps("")
-        done = len(list(takewhile(self._phases.seconds.__contains__, _BEFORE_LOGIN)))
-        return [*steps[:done], self._failed(steps[done].name, error, seconds)]
+        return True
 
     async def _query(self, user: str) -> str:
         """Ask the database who and where we are, as an application would, through a proxy.
@@ -273,6 +316,10 @@ class _TargetCheck:
                 detail = f"{type(error).__name__}: {error}"
                 raise ProxyError(ErrorKind.STARTUP_REFUSED, detail) from error
         return f"current_user {row[0]}, current_database {row[1]}"
+
+
+def _seconds_since(begun_at: float | None) -> float:
+    return 0.0 if begun_at is None else time.perf_counter() - begun_at
 
 
 async def _terminate(session: UpstreamSession) -> None:
@@ -331,24 +378,9 @@ def run(arguments: Sequence[str]) -> int:
 
 async def _check_and_print(settings: Settings, *, as_json: bool, all_targets: bool) -> int:
     Signals()  # which cancel this task
-    steps: list[Step] = []
-    async for step in check(settings, all_targets=all_targets):
-        if not as_json:
-            if all_targets and (not steps or steps[-1].target != step.target):
-                print(f"target {step.target}")
-            print(as_line(step), flush=True)
-        steps.append(step)
-    ok = all(step.ok for step in steps)
+    report = Report() if as_json else PrintedReport(names_targets=all_targets)
+    await check(settings, report, all_targets=all_targets)
+    ok = all(step.ok for step in report.steps)
     if as_json:
-        print(json.dumps({"ok": ok, "steps": [asdict(step) for step in steps]}))
+        print(json.dumps({"ok": ok, "steps": [asdict(step) for step in report.steps]}))
     return EXIT_OK if ok else EXIT_FAILURE
-
-
-def as_line(step: Step) -> str:
-    """Return a step for people: one line, and if it failed its fix below."""
-    mark = "ok  " if step.ok else "FAIL"
-    line = f"{mark}  {step.name:<15} {step.seconds * 1000:7.0f} ms  {step.text}"
-    if step.ok:
-        return line
-    line = f"{line}\n      SQLSTATE {step.sqlstate}, reason={step.reason}"
-    return f"{line}\n      fix: {step.fix}" if step.fix else line

@@ -8,7 +8,7 @@ five without an error, so the client's other settings move into `options` (W50).
 from collections.abc import Sequence
 from typing import Final
 
-from proxy.wire.options import Setting, appended
+from proxy.wire.options import Setting, appended, parse_switches
 from proxy.wire.startup import FIRST_PACKET_BYTES_MAX, V3_0, StartupMessage
 from proxy.wire.violations import ClientReason, ClientViolation
 
@@ -19,6 +19,15 @@ _FORWARDED_PARAMETERS: Final = (
     b"replication",
     b"options",
     b"application_name",
+)
+# What a pooled host tracks for each client; it refuses any other setting. In lower case.
+_POOLED_SETTINGS: Final = (
+    b"client_encoding",
+    b"datestyle",
+    b"timezone",
+    b"standard_conforming_strings",
+    b"application_name",
+    b"intervalstyle",
 )
 _PROTOCOL_OPTION_PREFIX: Final = b"_pq_."
 _INVALID_NAME: Final = "42602"
@@ -46,17 +55,59 @@ def upstream_message(
         elif name not in _FORWARDED_PARAMETERS and not name.startswith(_PROTOCOL_OPTION_PREFIX):
             extra.append(_setting(name, value))
     own = appended(client.get(b"options") or b"", extra)
-    for first in (appended(b"", defaults), b""):
-        if options := b" ".join(part for part in (first, own) if part):
-            pairs[b"options"] = options
-        message = StartupMessage(V3_0, tuple(pairs.items()))
-        if len(message.encode()) < FIRST_PACKET_BYTES_MAX:
-            return message
-    raise ClientViolation(
-        "startup packet too long for the upstream",
-        reason=ClientReason.STARTUP_TOO_LONG,
-        sqlstate=_PROGRAM_LIMIT_EXCEEDED,
-    )
+    message = _with_options(pairs, appended(b"", defaults), own)
+    if len(message.encode()) >= FIRST_PACKET_BYTES_MAX:
+        message = _with_options(pairs, b"", own)
+    return _within_the_bound(message)
+
+
+def pooled_message(client: StartupMessage, user: bytes, database: bytes) -> StartupMessage:
+    """Return the StartupMessage for a pooled host, where settings are startup pairs.
+
+    Raises UnpooledSetting for one that the pooler does not track, or ClientViolation for a packet
+    too long (W51).
+    """
+    given: list[tuple[bytes, bytes]] = []
+    for switch in parse_switches(client.get(b"options") or b""):
+        if switch.setting is None or switch.flags:
+            raise UnpooledSetting(b" ".join(word.text for word in switch.words))
+        given.append((switch.setting.name, switch.setting.value))
+    given += [
+        (name, value)
+        for name, value in client.parameters
+        if name not in (b"user", b"database", b"options")
+        and not name.startswith(_PROTOCOL_OPTION_PREFIX)
+    ]
+    pairs = {b"user": (b"user", user), b"database": (b"database", database)}
+    for name, value in given:
+        if name.lower() not in _POOLED_SETTINGS and name != b"replication":
+            raise UnpooledSetting(name)
+        pairs[name.lower()] = (name, value)
+    return _within_the_bound(StartupMessage(V3_0, tuple(pairs.values())))
+
+
+class UnpooledSetting(Exception):
+    """A pooled host does not take this setting; `name` is as the client wrote it."""
+
+    def __init__(self, name: bytes) -> None:
+        self.name = name.decode("utf-8", "replace")
+        super().__init__(self.name)
+
+
+def _with_options(pairs: dict[bytes, bytes], defaults: bytes, own: bytes) -> StartupMessage:
+    options = b" ".join(part for part in (defaults, own) if part)
+    added = ((b"options", options),) if options else ()
+    return StartupMessage(V3_0, (*pairs.items(), *added))
+
+
+def _within_the_bound(message: StartupMessage) -> StartupMessage:
+    if len(message.encode()) >= FIRST_PACKET_BYTES_MAX:
+        raise ClientViolation(
+            "startup packet too long for the upstream",
+            reason=ClientReason.STARTUP_TOO_LONG,
+            sqlstate=_PROGRAM_LIMIT_EXCEEDED,
+        )
+    return message
 
 
 def _setting(name: bytes, value: bytes) -> Setting:

@@ -78,7 +78,7 @@ class _Generation:
     ) -> None:
         self.facts: dict[int, _UpstreamFacts] = {}  # by the upstream's id()
         self._by_workspace: dict[str, _UpstreamFacts] = {}
-        self._by_resource: dict[tuple[str, str, bool], _UpstreamFacts] = {}
+        self._by_resource: dict[tuple[str, str, bool, bool], _UpstreamFacts] = {}
         self._accounts: dict[tuple[str, str], TokenAccount] = {}
         for upstream in upstreams:
             workspace, resource = upstream.account_key.workspace.name, upstream.resource
@@ -86,7 +86,7 @@ class _Generation:
             self.facts[id(upstream)] = facts
             self._by_workspace.setdefault(workspace, facts)
             if resource is not None:
-                key = (workspace, resource.name, resource.read_only)
+                key = (workspace, resource.name, resource.read_only, resource.pooled)
                 self._by_resource.setdefault(key, facts)
             if upstream.account is not None:
                 instance = upstream.account_key.instance
@@ -96,9 +96,9 @@ class _Generation:
         """Return whose tokens open a workspace's endpoints, or one of its instances."""
         return _required(self._accounts.get((workspace, instance)))
 
-    def resource(self, workspace: str, name: str, read_only: bool) -> _UpstreamFacts:
+    def resource(self, workspace: str, name: str, read_only: bool, pooled: bool) -> _UpstreamFacts:
         """Return what is known of an upstream with this resource."""
-        return _required(self._by_resource.get((workspace, name, read_only)))
+        return _required(self._by_resource.get((workspace, name, read_only, pooled)))
 
     def workspace(self, name: str) -> _UpstreamFacts:
         """Return what is known of an upstream in this workspace."""
@@ -170,9 +170,10 @@ class CredentialService:
             account.token_source.reject(newest)
 
     async def _status(
-        self, generation: int, workspace: str, resource: str, read_only: bool
+        self, generation: int, workspace: str, resource: str, read_only: bool, pooled: bool
     ) -> list[Any]:
-        status = await self._at(generation).resource(workspace, resource, read_only).status()
+        facts = self._at(generation).resource(workspace, resource, read_only, pooled)
+        status = await facts.status()
         # The worker refuses a host that is not a string; any other value will do for that.
         host = status.host if isinstance(status.host, str) else True
         return [status.state, host, status.disabled]

@@ -144,8 +144,8 @@ class RemoteWorkspace:
 
     async def status(self, resource: Resource) -> ResourceStatus:
         """Return state and host of a resource. Raises ProxyError."""
-        read_only = resource.read_only
-        content = await self._call("status", resource=resource.name, read_only=read_only)
+        kind = {"read_only": resource.read_only, "pooled": resource.pooled}
+        content = await self._call("status", resource=resource.name, **kind)
         return ResourceStatus(*content)
 
     async def identity(self) -> Identity:

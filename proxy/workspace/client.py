@@ -160,7 +160,7 @@ class Workspace:
 
         A failure is returned, not raised: the SDK's exception may hold a secret and is dropped.
         """
-        with bounded_requests(self._timeout_seconds) as sdk_call:
+        with bounded_requests(self._timeout_seconds, self._settings.ssl_root_cert) as sdk_call:
             try:
                 return self._call_client(call)
             except ProxyError as error:

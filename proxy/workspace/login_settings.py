@@ -70,7 +70,7 @@ def sdk_arguments(
     given = {
         name: _Given(_revealed(value), f"workspace.{name}")
         for name, value in settings
-        if value and name != "client_secret_file"
+        if value and name not in ("client_secret_file", "ssl_root_cert")
     }
     if file_secret:
         given["client_secret"] = _Given(file_secret, "workspace.client_secret_file")

@@ -44,6 +44,10 @@ class Resource(Protocol):
     def read_only(self) -> bool:
         """Whether the read-only host is used."""
 
+    @property
+    def pooled(self) -> bool:
+        """Whether the pooled host is used."""
+
     def mint(self, client: WorkspaceClient) -> Minted:
         """Request a credential."""
 
@@ -57,6 +61,7 @@ class Endpoint:
 
     name: str
     read_only: bool = False
+    pooled: bool = False
 
     def mint(self, client: WorkspaceClient) -> Minted:
         """Request a credential, by the endpoint alone: other arguments differ between versions."""
@@ -68,13 +73,18 @@ class Endpoint:
         """Request state and host. A read replica is an endpoint of its own, with a plain host."""
         status = client.postgres.get_endpoint(name=self.name).status
         hosts = getattr(status, "hosts", None)
-        host = getattr(hosts, "read_only_host" if self.read_only else "host", None)
+        host = getattr(hosts, self._host_field(), None)
         state = getattr(status, "current_state", None)
         return ResourceStatus(
             str(getattr(state, "value", "unknown")),
             host or "",
             bool(getattr(status, "disabled", False)),
         )
+
+    def _host_field(self) -> str:
+        if self.pooled:
+            return "read_only_pooled_host" if self.read_only else "read_write_pooled_host"
+        return "read_only_host" if self.read_only else "host"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +93,7 @@ class Instance:
 
     name: str
     read_only: bool = False
+    pooled: bool = False  # its API names no pooled host
 
     def mint(self, client: WorkspaceClient) -> Minted:
         """Request a credential; its expiry is text."""
@@ -111,7 +122,7 @@ def _seconds(text: object) -> float | None:
 def resource_of(settings: UpstreamSettings) -> Resource | None:
     """Return the resource that the settings name, if any."""
     if settings.endpoint:
-        return Endpoint(settings.endpoint, settings.read_only)
+        return Endpoint(settings.endpoint, settings.read_only, settings.pooled)
     if settings.instance:
         return Instance(settings.instance, settings.read_only)
     return None

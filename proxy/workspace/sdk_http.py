@@ -61,6 +61,7 @@ class SDKCall:
     """
 
     ends_at: float
+    ca_file: str = ""
     refusal: Refusal | None = None
     failure: Refusal | None = None
     server_time: float | None = None
@@ -71,10 +72,10 @@ _current: ContextVar[SDKCall | None] = ContextVar("sdk_call", default=None)
 
 
 @contextmanager
-def bounded_requests(timeout_seconds: float) -> Iterator[SDKCall]:
-    """Bound the requests that this thread makes inside the block."""
+def bounded_requests(timeout_seconds: float, ca_file: str = "") -> Iterator[SDKCall]:
+    """Bound the requests that this thread makes inside the block; trust the file's authorities."""
     _bound_requests()
-    call = SDKCall(time.monotonic() + timeout_seconds)
+    call = SDKCall(time.monotonic() + timeout_seconds, ca_file)
     token = _current.set(call)
     try:
         yield call
@@ -116,6 +117,8 @@ def _send(
     call.sent_secrets |= _secrets(request.headers.get("Authorization") or "")
     timeout_seconds = min(seconds, left_seconds + GRACE_SECONDS)
     call.failure = None
+    if call.ca_file:
+        options = {**options, "verify": call.ca_file}
     response = _send_verified(send, {**options, "timeout": timeout_seconds})
     call.failure = None if response.ok else _refusal(response)
     call.server_time = _time(response.headers.get("Date"))

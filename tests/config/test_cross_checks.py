@@ -159,7 +159,7 @@ def test_a_named_workspace_needs_a_host_and_a_login(
             ["targets.us.endpoint"],
         ),
         (EU + f'[upstream]\nendpoint = "{ENDPOINT}"\n[targets.us]\nport = 1\n', []),
-        (EU + '[targets.us]\ninstance = "x"\nhost = "a-pooler.example.com"\n', ["targets.us.host"]),
+        (EU + '[targets.us]\ninstance = "x"\nhost = "a-pooler.example.com"\n', []),
         (
             EU + '[targets.us]\nhost = "a-pooler.example.com"\n[credentials]\npassword_file = "p"\n'
             '[upstream]\nuser = "u"\n',

@@ -559,15 +559,25 @@ POOLED = (
 
 
 @pytest.mark.parametrize("host", POOLED)
-def test_a_pooled_host_accepts_no_token_and_is_refused_with_the_reason(host: str) -> None:
+def test_a_pooled_host_is_tried_with_a_token(host: str) -> None:
+    # It was refused before it was tried, and the newest documentation says that it takes tokens.
     environ = {"ENDPOINT_NAME": "projects/p/branches/b/endpoints/e", "PGHOST": host}
+    assert load_settings([], environ, upstream_required=True).upstream.host == host
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"PGHOST": "db.example.com", "ENDPOINT_NAME": ENDPOINT}, "must not be set together"),
+        ({"LAKEBASE_PROXY_UPSTREAM__INSTANCE": "shop"}, "requires endpoint"),
+    ],
+)
+def test_a_pooled_host_is_the_endpoints_and_looked_up(given: dict[str, str], text: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        load_settings([], environ, upstream_required=True)
+        load_settings(["--upstream.pooled"], given, upstream_required=True)
     (problem,) = caught.value.problems
-    assert problem.key == "upstream.host"
-    assert "accepts no OAuth token" in problem.text
-    assert "without -pooler" in problem.text
-    assert "credentials.password_file" in problem.text
+    assert problem.key == "upstream.pooled"
+    assert text in problem.text
 
 
 @pytest.mark.parametrize("host", POOLED)

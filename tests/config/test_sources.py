@@ -9,6 +9,7 @@ from proxy.config import (
     MappingEntry,
     SettingKey,
     Settings,
+    UpstreamSettings,
     load_settings,
     named_keys,
 )
@@ -28,9 +29,11 @@ VALUES = {
     "host": "db.example.com",
     "hostaddr": "10.0.0.1",
     "read_only": "true",
+    "pooled": "true",
     "port": "6000",
     "sslmode": "require",
     "connect_timeout_seconds": "7",
+    "connect_retry_seconds": "7",
     "connects_max": "7",
     "cancel_on_disconnect": "false",
     "cancel_method": "cancel_request",
@@ -172,3 +175,34 @@ def test_the_source_of_each_value_is_known(tmp_path: Path) -> None:
 def test_a_switch_with_a_chosen_name_needs_no_value() -> None:
     assert load_settings(["--targets.eu.read_only"], {}).target("eu").read_only
     assert load_settings([], {}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("given", "workspace", "upstream"),
+    [
+        ({}, "", "system"),
+        ({"SSL_CERT_FILE": "one"}, "one", "system"),
+        ({"REQUESTS_CA_BUNDLE": "one"}, "", "one"),
+        ({"SSL_CERT_FILE": "one", "REQUESTS_CA_BUNDLE": "two"}, "", "system"),
+        ({"SSL_CERT_FILE": "absent"}, "", "system"),
+        ({"REQUESTS_CA_BUNDLE": "absent"}, "", "system"),
+    ],
+)
+def test_where_one_file_of_authorities_is_named_both_sides_use_it(
+    tmp_path: Path, given: dict[str, str], workspace: str, upstream: str
+) -> None:
+    # With an intercepting proxy one half worked, and the other was told to name its authority.
+    for name in ("one", "two"):
+        (tmp_path / name).write_text("")
+    settings = load_settings([], {key: str(tmp_path / name) for key, name in given.items()})
+    found = [Path(settings.workspace.ssl_root_cert).name, settings.upstream.ssl_root_cert]
+    assert (found[0], Path(found[1]).name) == (workspace, upstream)
+
+
+def test_a_named_workspace_trusts_the_authorities_of_the_first_one() -> None:
+    argv = ["--workspace.ssl_root_cert=ca.pem", "--workspaces.eu.profile=p"]
+    settings = load_settings(argv, {})
+    eu = UpstreamSettings(workspace="eu")
+    assert settings.workspace_of(eu).ssl_root_cert == "ca.pem"
+    settings = load_settings([*argv, "--workspaces.eu.ssl_root_cert=eu.pem"], {})
+    assert settings.workspace_of(eu).ssl_root_cert == "eu.pem"

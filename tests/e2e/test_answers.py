@@ -173,6 +173,17 @@ CONNECTION_ERRORS = (
         neon_error("JWKs settings for this role were not configured"),
     ),
     *_front_end(
+        *("28000", "token_rejected", "Is upstream.user the identity of the token"),
+        neon_error("OAuth: User is not authorized"),
+        fatal("28P01", "OAuth: User is not authorized"),
+        neon_error("Invalid authorization for databricks identity login"),
+        fatal("28000", "Invalid authorization for databricks identity login"),
+    ),
+    *_front_end(
+        *("28000", "native_login_disabled", "enable_pg_native_login"),
+        neon_error("native postgres login is disabled for this endpoint"),
+    ),
+    *_front_end(
         *("28000", "token_rejected", CREATE_ROLE),
         neon_error("password authentication failed for user 'x'"),
     ),
@@ -215,12 +226,12 @@ CONNECTION_ERRORS = (
         neon_error("Endpoint ID is not specified"),
     ),
     *_front_end(
-        *("08006", "upstream_timeout", "Try again"),
+        *("57P03", "upstream_timeout", "Try again"),
         fatal("08006", "Client handshake timeout."),
         neon_error("Authentication timed out"),
     ),
     *_front_end(
-        *("08006", "front_end_error", "Try again"),
+        *("57P03", "front_end_error", "Try again"),
         fatal("XX000", "Internal error. Please try again."),
         fatal("XX000", "Invalid upstream handshake state."),
     ),
@@ -273,14 +284,14 @@ CONNECTION_ERRORS = (
     *(
         _postgres(
             *(sqlstate, "upstream_lost", "Try again", "terminating connection due to something"),
-            told="08006",
+            told="57P03",
         )[0]
         for sqlstate in ("57P01", "57P02")
     ),
     Case(
         "the name is unknown to DNS",
         lambda _: None,
-        *("08001", "upstream_dns", "Does the resolver work?", "no-such-host.invalid"),
+        *("57P03", "upstream_dns", "Does the resolver work?", "no-such-host.invalid"),
         settings={"upstream": {"host": "no-such-host.invalid", "hostaddr": ""}},
     ),
 )
@@ -374,19 +385,19 @@ CASES = (
     Case(
         "the port is closed",
         lambda lakebase: lakebase.gateway.refuse_connections(),
-        *("08001", "upstream_unreachable", "firewall"),
+        *("57P03", "upstream_unreachable", "firewall"),
     ),
     Case("no TLS", _no_tls, "08001", "upstream_no_tls", "not a Lakebase host"),
     Case("bytes before TLS", _early_bytes, "08006", "upstream_protocol", ""),
     Case(
         "closed after the StartupMessage",
         _inject(Stage.STARTUP, Injection.CLOSE),
-        *("08006", "upstream_lost", "Try again"),
+        *("57P03", "upstream_lost", "Try again"),
     ),
     Case(
         "reset after the password",
         _inject(Stage.PASSWORD, Injection.RESET),
-        *("08006", "upstream_lost", "Try again"),
+        *("57P03", "upstream_lost", "Try again"),
     ),
     Case(
         "nonsense before ready",
@@ -396,7 +407,7 @@ CASES = (
     Case(
         "silent before ready",
         _inject(Stage.AUTHENTICATED, Injection.HANG),
-        *("08006", "upstream_timeout", "Try again", "within 0.3 seconds"),
+        *("57P03", "upstream_timeout", "Try again", "no session within 0.15 seconds"),
         settings=SOON,
     ),
     # Its certificate

@@ -7,6 +7,7 @@ import psycopg
 import pytest
 
 from proxy.emulator.api import Call
+from proxy.emulator.endpoints import Dialect, neon_error
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.workspace.single_flight import BACKOFF_SECONDS_MIN
@@ -169,6 +170,21 @@ async def test_a_provisioned_instance_is_reached_by_its_own_calls(
     assert (record.sni, record.endpoint) == (instance.host, instance)
 
 
+async def test_an_instance_with_autoscaling_behind_its_name_is_served_the_same(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    # Instances are upgraded in place: the name says nothing of the front end's dialect.
+    instance = lakebase["one"].instance
+    instance.dialect = Dialect.AUTOSCALING
+    proxy = await start_proxy(upstream={"endpoint": "", "instance": instance.name})
+    given = libpq(proxy, options="-c search_path=mine")
+    async with await psycopg.AsyncConnection.connect(**given) as connection:
+        shown = await connection.execute("SHOW search_path")
+        assert await shown.fetchone() == ("mine",)
+    instance.refuse(neon_error("OAuth: User is not authorized"), None)
+    assert await refused(proxy) == "reason=token_rejected"
+
+
 @pytest.mark.parametrize("face", ["endpoint", "instance"])
 async def test_the_read_only_host_is_dialled_where_it_is_asked_for(
     start_proxy: StartProxy, lakebase: Lakebase, face: str
@@ -205,6 +221,34 @@ async def test_a_native_role_is_served_through_a_pooled_host(
     (record,) = lakebase.gateway.sessions
     assert (record.sni, record.token) == (endpoint.pooled_host, None)
     assert lakebase.workspace.calls.total() == 0
+
+
+async def test_a_token_is_tried_on_a_pooled_host_that_is_looked_up(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    # It was a configuration error. Both kinds of pooled hosts have been documented.
+    endpoint = lakebase["one"].endpoint
+    proxy = await start_proxy(upstream={"pooled": True})
+    assert await refused(proxy) == "reason=pooler_needs_password"
+    endpoint.pooler_takes_tokens = True
+    assert await who(proxy) == lakebase.client_id
+    (record,) = lakebase.gateway.sessions
+    assert record.sni == endpoint.pooled_host
+
+
+async def test_a_pooled_host_gets_what_it_tracks_and_no_other_setting(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    lakebase["one"].endpoint.pooler_takes_tokens = True
+    proxy = await start_proxy(upstream={"pooled": True})
+    tracked = libpq(proxy, application_name="cron", options="-c TimeZone=Asia/Tokyo")
+    async with await psycopg.AsyncConnection.connect(**tracked) as connection:
+        shown = await connection.execute("SELECT current_setting('TimeZone')")
+        assert await shown.fetchone() == ("Asia/Tokyo",)
+    dialled = lakebase.gateway.accepted
+    with pytest.raises(psycopg.OperationalError, match="reason=pooler_parameter search_path"):
+        await psycopg.AsyncConnection.connect(**libpq(proxy, options="-c search_path=x"))
+    assert lakebase.gateway.accepted == dialled
 
 
 async def test_what_was_minted_and_asked_is_what_the_api_counted(

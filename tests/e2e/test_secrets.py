@@ -21,7 +21,8 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ProxyError
 from proxy.server.app import open_snapshot
 from proxy.upstream.phases import ConnectPhase
-from proxy.verbs.check import as_line, check
+from proxy.verbs.check import check
+from proxy.verbs.check_report import Report, as_outcome
 from proxy.wire.startup import V3_0, StartupMessage
 from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.client import plain_client, startup
@@ -154,8 +155,9 @@ async def test_no_secret_of_any_way_to_log_in_to_the_workspace_is_ever_shown(
                 upstream.dialer,
             )
             shown += [repr(upstream), *(repr(vars(part)) for part in parts)]
-        async for step in check(settings):
-            shown += [repr(step), as_line(step)]
+        await check(settings, report := Report())
+        for step in report.steps:
+            shown += [repr(step), as_outcome(step)]
     everything = [*shown, log.getvalue()]
     assert_clean(*everything)
     for text in everything:
@@ -177,9 +179,10 @@ async def test_no_token_is_in_what_works(
         parts = (upstream.workspace, upstream.credentials, upstream.address_lookup, upstream.dialer)
         shown += [repr(upstream), *(repr(vars(part)) for part in parts)]
         session.stream.transport.abort()
-    async for step in check(settings):
+    await check(settings, report := Report())
+    for step in report.steps:
         assert step.ok, step
-        shown += [repr(step), as_line(step)]
+        shown += [repr(step), as_outcome(step)]
     assert_clean(*shown, log.getvalue())
 
 

@@ -476,7 +476,7 @@ async def test_w48_every_error_before_ready_is_whole_and_the_last_thing_said(
     received = await replies(proxy, startup() + query("SELECT 1"))
     kind, length = struct.unpack_from("!cI", received)
     assert (kind, length + 1) == (b"E", len(received))
-    assert received.startswith(b"SFATAL\0VFATAL\0C08001\0M", 5)
+    assert received.startswith(b"SFATAL\0VFATAL\0C57P03\0M", 5)
     assert b"\0Dreason=upstream_unreachable" in received
     assert received.endswith(b"\0\0")
 

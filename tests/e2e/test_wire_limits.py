@@ -54,13 +54,13 @@ async def test_w45_an_unknown_database_is_3d000_with_a_stable_word(proxy: App) -
 
 @pytest.mark.parametrize("stage", [Stage.STARTUP, Stage.PASSWORD, Stage.AUTHENTICATED, Stage.READY])
 @pytest.mark.parametrize("inject", [Injection.CLOSE, Injection.FIN, Injection.RESET])
-async def test_w46_an_upstream_that_is_lost_before_ready_is_08006(
+async def test_w46_an_upstream_that_is_lost_before_ready_is_57p03(
     start_proxy: StartProxy, lakebase: Lakebase, stage: Stage, inject: Injection
 ) -> None:
     proxy = await start_proxy(upstream={"connect_timeout_seconds": 1})
     lakebase.gateway.inject(stage, inject)
     error = await told(proxy)
-    assert (error.sqlstate, error.text(b"D").split()[0]) == ("08006", "reason=upstream_lost")
+    assert (error.sqlstate, error.text(b"D").split()[0]) == ("57P03", "reason=upstream_lost")
 
 
 async def test_w46_a_database_that_wakes_too_slowly_is_57p03(
@@ -91,12 +91,12 @@ async def test_w46_no_answer_contains_the_token(
 
 
 @pytest.mark.parametrize("stage", [Stage.ACCEPTED, Stage.TLS, Stage.PASSWORD, Stage.READY])
-async def test_w49_a_silent_upstream_is_08006_after_connect_timeout_and_not_before(
+async def test_w49_a_silent_upstream_is_57p03_after_connect_timeout_and_not_before(
     start_proxy: StartProxy, lakebase: Lakebase, stage: Stage
 ) -> None:
     limits = {"startup_timeout_seconds": 0.1}
     proxy = await start_proxy(listen=limits, upstream={"connect_timeout_seconds": 0.4})
     lakebase.gateway.inject(stage, Injection.HANG)
     error = await told(proxy)
-    assert (error.sqlstate, error.text(b"D").split()[0]) == ("08006", "reason=upstream_timeout")
+    assert (error.sqlstate, error.text(b"D").split()[0]) == ("57P03", "reason=upstream_timeout")
     assert proxy.metrics.value("startup_failures_total", reason="startup_timeout") == 0

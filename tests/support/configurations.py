@@ -27,6 +27,7 @@ _LOGIN = st.fixed_dictionaries(
         "database": _TEXT.filter(bool),
         "user": _TEXT,
         "read_only": st.booleans(),
+        "connect_retry_seconds": st.floats(0, 600),
         "sslmode": st.sampled_from(["verify-full", "verify-ca", "require"]),
         "ssl_root_cert": _TEXT.filter(bool),
         "connect_timeout_seconds": st.floats(0.1, 600),

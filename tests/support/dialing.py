@@ -84,6 +84,7 @@ class Dialing:
         clock: Callable[[], float] = CLOCK,
         *,
         connects_max: int = CONNECTS_MAX,
+        retry_seconds: float = 0.3,
         silence_seconds_max: float = ANSWER_SECONDS_MAX,
         calls: PendingCalls | None = None,
     ) -> None:
@@ -102,6 +103,7 @@ class Dialing:
             credentials,
             self.metrics.connect_phase_took,
             connect_timeout_seconds=seconds,
+            connect_retry_seconds=retry_seconds,
             connects_max=connects_max,
             answer_seconds_max=silence_seconds_max,
             jitter=lambda: 0.05,
@@ -129,6 +131,7 @@ async def dialing(
     seconds: float = 5,
     max_age: float = 60,
     connects_max: int = CONNECTS_MAX,
+    retry_seconds: float = 0.3,
     silence_seconds_max: float = ANSWER_SECONDS_MAX,
     **upstream: Any,
 ) -> AsyncIterator[Dialing]:
@@ -146,6 +149,7 @@ async def dialing(
             seconds,
             calls=calls,
             connects_max=connects_max,
+            retry_seconds=retry_seconds,
             silence_seconds_max=silence_seconds_max,
         )
     finally:

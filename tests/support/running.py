@@ -57,6 +57,7 @@ def proxy_values(lakebase: Lakebase, sections: Sections) -> dict[str, dict[str, 
             "hostaddr": lakebase.host_address,
             "port": lakebase.port,
             "ssl_root_cert": str(lakebase.ca_file),
+            "connect_retry_seconds": 0.5,  # of 30: a test that closes a port must not wait for it
         },
     }
     for section, keys in sections.items():

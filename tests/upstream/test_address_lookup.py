@@ -172,6 +172,18 @@ async def test_a_host_that_is_none_is_a_failure_of_the_api_and_no_crash(
     assert "must be a host name or an address" in refused.value.detail
 
 
+@pytest.mark.parametrize(
+    ("read_only", "expected"),
+    [(False, "read_write_pooled_host"), (True, "read_only_pooled_host")],
+)
+async def test_the_pooled_host_is_taken_where_it_is_asked_for(
+    api: emulator.Workspace, endpoint: Endpoint, read_only: bool, expected: str
+) -> None:
+    target = await address_lookup(api, read_only=read_only, pooled=True).target()
+    assert target.host == endpoint.hosts[expected]
+    assert target.pooled
+
+
 @pytest.mark.parametrize("read_only", [True, False])
 async def test_the_read_only_host_is_taken_where_it_is_asked_for(
     api: emulator.Workspace, endpoint: Endpoint, read_only: bool

@@ -49,6 +49,26 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
         "",
     ),
     (neon("JWT token has expired"), REMINT, "28000", "token_rejected", ""),
+    *(
+        (form(text), REMINT, "28000", "token_rejected", "")
+        for text in (
+            "OAuth: User is not authorized",
+            "Invalid authorization for databricks identity login",
+        )
+        for form in (
+            neon,
+            lambda text: fatal("28P01", text),
+            lambda text: fatal("28000", text),
+            lambda text: ErrorResponse(((b"S", b"ERROR"), (b"C", b"28P01"), (b"M", text.encode()))),
+        )
+    ),
+    (
+        neon("native postgres login is disabled for this endpoint"),
+        FAIL,
+        "28000",
+        "native_login_disabled",
+        "",
+    ),
     (neon("jwk not found"), REMINT, "28000", "token_rejected", ""),
     (neon("invalid JWT token audience"), REMINT, "28000", "token_rejected", ""),
     (
@@ -135,10 +155,10 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
         "",
     ),
     (fatal("08006", "Invalid length of startup packet."), FAIL, "08001", "front_end_protocol", ""),
-    (fatal("08006", "Client handshake timeout."), ONCE, "08006", "upstream_timeout", ""),
-    (neon("Authentication timed out"), ONCE, "08006", "upstream_timeout", ""),
-    (fatal("XX000", "Internal error. Try again."), RETRY, "08006", "front_end_error", ""),
-    (fatal("XX000", "Invalid upstream handshake state."), RETRY, "08006", "front_end_error", ""),
+    (fatal("08006", "Client handshake timeout."), ONCE, "57P03", "upstream_timeout", ""),
+    (neon("Authentication timed out"), ONCE, "57P03", "upstream_timeout", ""),
+    (fatal("XX000", "Internal error. Try again."), RETRY, "57P03", "front_end_error", ""),
+    (fatal("XX000", "Invalid upstream handshake state."), RETRY, "57P03", "front_end_error", ""),
     (
         neon("Control plane request failed: endpoint cannot be found"),
         FAIL,
@@ -210,15 +230,15 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
     (neon("the database system is starting up"), WAIT, "57P03", "upstream_starting", ""),
     (
         fatal("57P01", "terminating connection due to administrator command"),
-        RETRY,
-        "08006",
+        Disposition.RECONNECT,
+        "57P03",
         "upstream_lost",
         "",
     ),
     (
         fatal("57P02", "terminating connection because of crash of another server process"),
-        RETRY,
-        "08006",
+        Disposition.RECONNECT,
+        "57P03",
         "upstream_lost",
         "",
     ),
@@ -257,10 +277,12 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
         fatal("42704", 'unrecognized configuration parameter "x"'),
         FAIL,
         "42704",
-        "startup_refused",
+        "setting_unknown",
         V,
     ),
-    (fatal("42601", "-c timezone requires a value"), FAIL, "42601", "startup_refused", V),
+    (fatal("42601", "-c timezone requires a value"), FAIL, "42601", "argument_invalid", V),
+    (fatal("22023", "invalid value for x"), FAIL, "22023", "setting_invalid", V),
+    (fatal("42501", "must be replication role"), FAIL, "42501", "privilege_missing", V),
     (fatal("28000", 'role "app" is not permitted to log in'), FAIL, "28000", "startup_refused", V),
     (fatal("53300", "too many connections for role"), FAIL, "53300", "upstream_full", V),
     # W53: no C, as in CVE-2026-6666.
@@ -282,6 +304,13 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
 ]
 
 
+# PostgreSQL's own text says what to do, or nothing is known.
+HINTLESS = (
+    *("startup_refused", "upstream_error", "upstream_protocol"),
+    *("setting_unknown", "setting_invalid", "argument_invalid", "privilege_missing"),
+)
+
+
 @pytest.mark.parametrize(
     ("error", "disposition", "sqlstate", "reason", "form"),
     ROWS,
@@ -301,7 +330,7 @@ def test_w29_every_row_of_the_table(
     else:
         assert answer.severity == "FATAL"
         assert answer.text(b"D") == f"reason={reason} {error.message}".rstrip()
-    if reason not in ("startup_refused", "upstream_error", "upstream_protocol"):
+    if reason not in HINTLESS:
         assert answer.text(b"H")
 
 
@@ -312,9 +341,12 @@ HINTS = [
     (fatal("28P01", 'password authentication failed for user "x"'), ("databricks_auth;",)),
     (fatal("28000", 'role "x" does not exist'), ("databricks_create_role('app'",)),
     (fatal("28000", "External authorization failed."), ("paused or new", "secondaries", "private")),
-    (fatal("28000", "External authorization failed: unsupported-destination-type"), ("useless",)),
+    (
+        fatal("28000", "External authorization failed: unsupported-destination-type"),
+        ("does not help",),
+    ),
     (neon("blocked network"), ("IP access list", "private link")),
-    (fatal("08006", "Connection does not have SNI."), ("bug", "between", "report")),
+    (fatal("08006", "Connection does not have SNI."), ("bug", "another program", "report")),
     (neon("Inconsistent project name inferred"), ("Remove endpoint=", "options")),
     (neon("Endpoint ID is not specified"), ("Remove endpoint=", "options")),
     (neon("Control plane request failed: endpoint cannot be found"), ("deleted", "looked up")),
@@ -334,6 +366,48 @@ def test_every_row_advises_what_the_table_does(
 ) -> None:
     hint = diagnose(error, shown()).response().text(b"H")
     assert all(piece in hint for piece in pieces), hint
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Reason: private-link-not-supported",
+        "unsupported-destination-type",
+        "Source IP address: 192.0.2.7 is blocked by Databricks IP ACL for workspace: 1",
+    ],
+)
+def test_the_ip_lists_words_count_in_detail_too(words: str) -> None:
+    # It was "authorization_denied", tried again, and the address was not shown.
+    found = diagnose(fatal("28000", "External authorization failed.", words), shown())
+    assert found.kind is ErrorKind.NETWORK_DENIED
+    assert found.response().text(b"D") == (
+        f"reason=network_denied External authorization failed. {words}"
+    )
+
+
+def test_a_name_in_detail_does_not_decide() -> None:
+    error = fatal("3D000", "no such database", 'It is called "blocked network".')
+    assert diagnose(error, shown()).kind is ErrorKind.DATABASE_MISSING
+
+
+def test_a_wrong_native_password_on_a_pooled_host_is_a_wrong_password() -> None:
+    # It was told that the pooled host takes no OAuth token.
+    found = diagnose(fatal("08P01", "SASL authentication failed"), shown(password=True))
+    assert (found.reason, found.response().sqlstate) == ("password_rejected", "28P01")
+
+
+def test_a_refused_token_gets_advice_on_identity_and_kind_of_role() -> None:
+    # It was "upstream_error", without advice.
+    client_id = "5ca1ab1e-0000-4000-8000-00000000beef"
+    hint = diagnose(neon("OAuth: User is not authorized"), shown(client_id)).response().text(b"H")
+    for piece in ("the identity of the token", "SERVICE_PRINCIPAL", "USER", client_id):
+        assert piece in hint
+
+
+def test_the_advice_for_a_full_compute_names_its_other_users() -> None:
+    hint = diagnose(fatal("53300", "too many clients already"), shown()).response().text(b"H")
+    assert "Feature Serving" in hint
+    assert "Data API" in hint
 
 
 @pytest.mark.parametrize("case", [str.upper, str.lower])
@@ -454,7 +528,8 @@ def certificate_error() -> ssl.SSLCertVerificationError:
     ("error", "kind", "text"),
     [
         (certificate_error(), ErrorKind.UPSTREAM_CERTIFICATE, "self-signed certificate"),
-        (ssl.SSLError(1, "wrong version"), ErrorKind.UPSTREAM_LOST, "TLS handshake failed"),
+        (ssl.SSLError(1, "wrong version"), ErrorKind.UPSTREAM_TLS_FAILED, "TLS handshake failed"),
+        (ssl.SSLEOFError(8, "eof"), ErrorKind.UPSTREAM_LOST, "reset"),
         (ConnectionResetError(104, "reset"), ErrorKind.UPSTREAM_LOST, "reset"),
         (BrokenPipeError(32, "broken pipe"), ErrorKind.UPSTREAM_LOST, "reset"),
         (ConnectionAbortedError(103, "aborted"), ErrorKind.UPSTREAM_LOST, "reset"),
@@ -480,7 +555,7 @@ def test_what_fails_below_postgres_is_told_apart_and_names_what_was_dialled(
 def test_our_own_lack_of_resources_is_not_the_upstreams_fault(number: int) -> None:
     error = diagnose_network(OSError(number, "no more"), "host:5432")
     assert error.kind is ErrorKind.OUT_OF_RESOURCES
-    assert error.response().sqlstate == "53000"
+    assert error.response().sqlstate == "57P03"
 
 
 @pytest.mark.parametrize(

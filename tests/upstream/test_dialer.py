@@ -190,24 +190,25 @@ async def test_w51_a_client_that_cannot_be_passed_on_is_told_and_nothing_is_dial
 async def test_w53_an_upstream_lost_at_any_stage_is_dialled_again(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage, inject: Injection
 ) -> None:
-    lakebase.gateway.inject(stage, inject, times=2)
-    async with lakebase_dialing(lakebase, endpoint) as made:
+    # After three tries in half a second it was given up, while a restart takes 20 seconds.
+    lakebase.gateway.inject(stage, inject, times=5)
+    async with lakebase_dialing(lakebase, endpoint, retry_seconds=30) as made:
         session = await made.dial()
-        assert lakebase.gateway.accepted == 3
+        assert lakebase.gateway.accepted == 6
         session.stream.transport.close()
         await all_closed(lakebase)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name.lower())
-async def test_an_upstream_lost_again_and_again_is_given_up_after_three_tries(
+async def test_an_upstream_lost_again_and_again_is_given_up_after_connect_retry_seconds(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage
 ) -> None:
     lakebase.gateway.inject(stage, Injection.CLOSE)
     async with lakebase_dialing(lakebase, endpoint) as made:
         error = await made.refusal()
         assert error.kind is ErrorKind.UPSTREAM_LOST
-        assert error.response().sqlstate == "08006"
-        assert lakebase.gateway.accepted == 3
+        assert error.response().sqlstate == "57P03"
+        assert lakebase.gateway.accepted > 3
         await all_closed(lakebase)
 
 
@@ -301,7 +302,7 @@ async def test_a_token_minted_anew_that_is_rejected_too_ends_the_dial(
     expired = lakebase.token(lifetime_seconds=-1)
     outcome, minted = await _dial_with_cached(lakebase, endpoint, expired)
     assert isinstance(outcome, ProxyError)
-    assert outcome.kind is ErrorKind.TOKEN_REJECTED
+    assert outcome.reason == "token_rejected"
     assert (minted, lakebase.gateway.accepted) == (2, 2)
     assert expired not in repr(outcome.response())
 
@@ -311,7 +312,7 @@ async def test_a_token_minted_for_this_dial_is_not_minted_again(
 ) -> None:
     mint = Counted(lakebase.token(lifetime_seconds=-1).encode())
     async with dialing(mint, **toward(lakebase, endpoint)) as made:
-        assert (await made.refusal()).kind is ErrorKind.TOKEN_REJECTED
+        assert (await made.refusal()).reason == "token_rejected"
         assert (mint.minted, lakebase.gateway.accepted) == (1, 1)
 
 
@@ -361,15 +362,34 @@ async def test_what_is_no_token_at_all_is_told_so(lakebase: Lakebase, endpoint: 
         assert lakebase.personal_token not in repr(error.response())
 
 
-async def test_a_role_of_another_identity_is_an_identity_mismatch(
-    lakebase: Lakebase,
+@pytest.mark.parametrize(
+    ("face", "reason", "text"),
+    [
+        ("endpoint", "token_rejected", "OAuth: User is not authorized"),
+        ("instance", "identity_mismatch", "The token's"),
+    ],
+)
+async def test_a_role_of_another_identity_is_told_so(
+    lakebase: Lakebase, face: str, reason: str, text: str
 ) -> None:
-    for face in (lakebase["one"].endpoint, lakebase["one"].instance):
-        lakebase.gateway.close_delay_seconds = 0.1
-        async with lakebase_dialing(lakebase, face, user="ada@example.com") as made:
-            error = await made.refusal()
-            assert error.kind is ErrorKind.IDENTITY_MISMATCH
-            assert error.response().text(b"D").startswith("reason=identity_mismatch The token's")
+    lakebase.gateway.close_delay_seconds = 0.1
+    endpoint: Endpoint = getattr(lakebase["one"], face)
+    async with lakebase_dialing(lakebase, endpoint, user="ada@example.com") as made:
+        error = await made.refusal()
+        assert error.response().text(b"D").startswith(f"reason={reason} {text}")
+        assert "upstream.user" in error.response().text(b"H")
+
+
+async def test_a_cached_token_that_is_not_authorized_is_minted_once_more(
+    lakebase: Lakebase, endpoint: Endpoint
+) -> None:
+    # It was "upstream_error": no new token, no advice.
+    expired, good = lakebase.token(lifetime_seconds=-1), lakebase.token()
+    async with lakebase_dialing(lakebase, endpoint, expired, good) as made:
+        await made.dialer._credentials.fresh()
+        CLOCK.move(1)
+        await opened(made)
+        assert lakebase.gateway.accepted == 2
 
 
 # -- time ----------------------------------------------------------------------------------------
@@ -382,8 +402,8 @@ async def test_w49_silence_at_any_stage_ends_with_the_connect_timeout(
     lakebase.gateway.inject(stage, Injection.HANG)
     async with lakebase_dialing(lakebase, endpoint, seconds=0.2) as made:
         error = await made.refusal()
-        assert error.kind is ErrorKind.UPSTREAM_TIMEOUT
-        assert error.response().sqlstate == "08006"
+        assert error.reason == "upstream_timeout"
+        assert error.response().sqlstate == "57P03"
         await all_closed(lakebase)
 
 
@@ -401,13 +421,15 @@ async def test_w49_a_front_end_that_asks_for_nothing_is_given_up_before_the_time
 
 
 @pytest.mark.parametrize("stage", [Stage.PASSWORD, Stage.AUTHENTICATED, Stage.READY])
-async def test_w49_a_database_that_wakes_after_the_password_has_the_whole_time(
+async def test_w49_a_login_that_hangs_after_the_password_is_tried_again_for_the_whole_time(
     lakebase: Lakebase, endpoint: Endpoint, stage: Stage
 ) -> None:
     lakebase.gateway.inject(stage, Injection.HANG)
     async with lakebase_dialing(lakebase, endpoint, seconds=0.5, silence_seconds_max=0.1) as made:
-        assert (await made.refusal()).detail == "no session within 0.5 seconds"
-        assert lakebase.gateway.accepted == 1
+        # One try took the whole time, and a login to a database that wakes can hang.
+        detail = (await made.refusal()).detail
+        assert detail == f"{endpoint.host}: no session within 0.25 seconds"
+        assert lakebase.gateway.accepted >= 2
 
 
 async def test_w49_a_database_that_is_still_starting_at_the_timeout_says_so(

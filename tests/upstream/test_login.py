@@ -90,10 +90,56 @@ async def test_w28_a_native_role_logs_in_with_scram(
 async def test_a_pooled_host_that_wants_a_password_gets_no_token(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
+    # It was "unsupported_auth", with advice for nobody.
     async with lakebase_dialing(lakebase, endpoint, host=endpoint.pooled_host) as made:
         error = await made.refusal()
-        assert error.kind is ErrorKind.UNSUPPORTED_AUTH
+        assert error.kind is ErrorKind.POOLER_NEEDS_PASSWORD
         assert "SASL" in error.detail
+        assert "direct host" in error.response().text(b"H")
+
+
+async def test_a_pooled_host_that_takes_tokens_gets_one(
+    lakebase: Lakebase, endpoint: Endpoint
+) -> None:
+    endpoint.pooler_takes_tokens = True
+    async with lakebase_dialing(lakebase, endpoint, host=endpoint.pooled_host) as made:
+        session = await made.dial()
+        assert await asked(session, "SELECT current_user") == lakebase.client_id.encode()
+        session.stream.transport.abort()
+
+
+@pytest.mark.parametrize("takes_tokens", [True, False])
+@pytest.mark.parametrize("right", [True, False])
+async def test_a_native_role_logs_in_on_either_kind_of_pooled_host(
+    lakebase: Lakebase, endpoint: Endpoint, tmp_path: Path, takes_tokens: bool, right: bool
+) -> None:
+    # A wrong password was told as "the pooled host takes no OAuth token".
+    endpoint.pooler_takes_tokens = takes_tokens
+    upstream = {**toward(lakebase, endpoint), "user": lakebase.native_role}
+    upstream["host"] = endpoint.pooled_host
+    workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
+    password = lakebase.native_password if right else "wrong-not-real"
+    with _password_source(tmp_path, password) as source:
+        lookup = AddressLookup(UpstreamSettings(**upstream), None, workspace, PendingCalls())
+        made = Dialing(source, lookup, 5)
+        if right:
+            (await made.dial()).stream.transport.abort()
+        else:
+            error = await made.refusal()
+            assert (error.reason, error.response().sqlstate) == ("password_rejected", "28P01")
+
+
+async def test_a_native_login_that_is_disabled_is_told_so(
+    lakebase: Lakebase, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    # It was "not a token", with the advice to mint one.
+    upstream = {**toward(lakebase, endpoint), "user": lakebase.native_role}
+    workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
+    with _password_source(tmp_path, lakebase.native_password) as source:
+        lookup = AddressLookup(UpstreamSettings(**upstream), None, workspace, PendingCalls())
+        error = await Dialing(source, lookup, 5).refusal()
+        assert error.reason == "native_login_disabled"
+        assert "enable_pg_native_login" in error.response().text(b"H")
 
 
 # -- servers that do as they are told ------------------------------------------------------------
@@ -173,7 +219,7 @@ HOSTILE: dict[str, tuple[bytes, ErrorKind]] = {
     "w53_error_with_bytes_after": (fields(b"SFATAL", b"C28000", b"", b"x"), PROTOCOL),
     "w53_unknown_fields": (
         fields(b"SFATAL", b"VFATAL", b"C42704", b"Mm", b"zz", b"\xff\xfe", b""),
-        ErrorKind.STARTUP_REFUSED,
+        ErrorKind.SETTING_UNKNOWN,
     ),
     "w53_not_postgres": (b"HTTP/1.1 400 Bad Request\r\n\r\n", PROTOCOL),
 }
@@ -217,6 +263,6 @@ async def test_w28_two_requests_in_one_write_get_one_password(
 async def test_w53_an_end_at_any_offset_is_a_loss(ca_file: str, context: ssl.SSLContext) -> None:
     for offset in range(len(HONEST)):
         steps = (*tls_opening(context), Send(HONEST[:offset]), Close())
-        async with dialing_script(ca_file, *steps) as (made, server):
+        async with dialing_script(ca_file, *steps, retry_seconds=0) as (made, server):
             assert (await made.refusal()).kind is ErrorKind.UPSTREAM_LOST, offset
-            assert server.accepted == 3
+            assert server.accepted == 1

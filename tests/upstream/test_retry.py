@@ -12,11 +12,24 @@ def delays(
     kinds: list[ErrorKind], *, jitter: float = 1.0, from_cache: bool = True
 ) -> list[float | None]:
     retry = Retry(lambda: jitter)
-    return [retry.delay(ProxyError(kind), from_cache=from_cache) for kind in kinds]
+    return [retry.delay(ProxyError(kind), from_cache=from_cache, now=0.0) for kind in kinds]
+
+
+def reconnects(*times: float, seconds: float = 30.0) -> list[float | None]:
+    """Return the delays after a refused connection at each of these times."""
+    retry = Retry(lambda: 1.0, seconds)
+    refused = ProxyError(ErrorKind.UPSTREAM_UNREACHABLE)
+    return [retry.delay(refused, from_cache=False, now=now) for now in times]
+
+
+def test_a_port_that_refuses_is_tried_for_connect_retry_seconds() -> None:
+    # Three tries in half a second: each restart of a compute was an error in every application.
+    assert reconnects(100, 101, 115, 125, 129.5, 130) == [0.2, 0.4, 0.8, 1.6, 0.5, None]
+    assert reconnects(5, seconds=0.0) == [None]
 
 
 LOST, ONCE, WAIT, REMINT, FAIL = (
-    ErrorKind.UPSTREAM_LOST,
+    ErrorKind.FRONT_END_ERROR,
     ErrorKind.UPSTREAM_TIMEOUT,
     ErrorKind.UPSTREAM_STARTING,
     ErrorKind.TOKEN_REJECTED,

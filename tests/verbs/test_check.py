@@ -19,15 +19,16 @@ from proxy.emulator.api import Call
 from proxy.emulator.certificates import Certificate
 from proxy.emulator.cluster import Cluster
 from proxy.emulator.endpoints import neon_error
-from proxy.emulator.faults import Reply, Stage
+from proxy.emulator.faults import Injection, Reply, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.tokens import TokenIssuer
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
+from proxy.server.app import serving
 from proxy.wire.messages import ErrorResponse
 from tests.support.proxy_process import ROOT, run_to_end, started_process
-from tests.support.running import proxy_values, toml
+from tests.support.running import proxy_settings, proxy_values, toml
 
-STEPS = ["configuration", "workspace login", "clock", "credential", "endpoint"]
+STEPS = ["configuration", "listener", "workspace login", "clock", "credential", "endpoint"]
 STEPS += ["DNS", "TCP", "TLS", "Postgres login", "query"]
 CANARY_SECRET = "canary-client-secret"
 CANARY_PASSWORD = "canary-native-password"
@@ -79,16 +80,96 @@ async def test_all_steps_pass_and_the_last_line_says_who_and_where(
     found = await checked(lakebase, tmp_path)
     assert (found.code, found.err) == (EXIT_OK, "")
     lines = found.out.splitlines()
-    assert [line[6:21].strip() for line in lines] == STEPS
-    assert all(line.startswith("ok    ") and " ms  " in line for line in lines)
-    assert f"as {lakebase.client_id}, by oauth-m2m, at {lakebase.workspace_url}" in lines[1]
-    assert lines[2].endswith((" s ahead of the workspace's", " s behind the workspace's"))
-    assert "a token 0." in lines[3]
-    assert "valid for 60 min more" in lines[3]
-    assert f"ACTIVE, host {lakebase['one'].endpoint.host}" in lines[4]
+    assert [line[:15].strip() for line in lines] == STEPS
+    line_form = re.compile(r".{15} \(at most \d+ s\) +ok +\d+ ms  .*")
+    assert all(line_form.fullmatch(line) for line in lines)
+    assert f"as {lakebase.client_id}, by oauth-m2m, at {lakebase.workspace_url}" in lines[2]
+    assert lines[3].endswith((" s ahead of the workspace's", " s behind the workspace's"))
+    assert "a token 0." in lines[4]
+    assert "valid for 60 min more" in lines[4]
+    assert f"ACTIVE, host {lakebase['one'].endpoint.host}" in lines[5]
     assert lines[-1].endswith(
         f"current_user {lakebase.client_id}, current_database databricks_postgres"
     )
+
+
+async def test_the_login_says_which_host_address_tls_certificate_and_server_it_found(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    endpoint = lakebase["one"].endpoint
+    found = await checked(lakebase, tmp_path, "--json")
+    login = found.json["steps"][STEPS.index("Postgres login")]["text"]
+    assert f"{endpoint.host}:{lakebase.port} at 127.0.0.1, TLSv1.3, " in login
+    assert re.search(
+        r"certificate valid until \w+ +\d+ [0-9:]+ \d{4} GMT, PostgreSQL 1[5-9]", login
+    )
+    assert "transaction mode" not in login
+
+
+async def test_a_pooled_host_says_what_transaction_mode_breaks(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    lakebase["one"].endpoint.pooler_takes_tokens = True
+    found = await checked(lakebase, tmp_path, "--json", upstream={"pooled": True})
+    assert found.code == EXIT_OK
+    login = found.json["steps"][STEPS.index("Postgres login")]["text"]
+    assert "transaction mode: no LISTEN, session SET, temporary tables" in login
+
+
+async def test_a_line_begins_with_its_bound_when_the_step_begins(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    # Nothing was printed for half a minute, and it was not clear what was waited for.
+    lakebase.gateway.inject(Stage.AUTHENTICATED, Injection.HANG)
+    config = tmp_path / "proxy.toml"
+    values = proxy_values(lakebase, {"upstream": {"connect_timeout_seconds": 50}})
+    config.write_text(toml(values))
+    async with started_process("check", "--config", str(config)) as process:
+        await process.printed("Postgres login  (at most 50 s)")
+        *passed, open_line = process.out.splitlines()
+        assert [line[:15].strip() for line in passed] == STEPS[: STEPS.index("Postgres login")]
+        assert " ms " not in open_line
+
+
+async def test_a_workspace_that_refuses_is_told_within_five_seconds(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    # The SDK tried again for half a minute.
+    await lakebase.workspace.refuse_connections()
+    started_at = time.monotonic()
+    found = await checked(lakebase, tmp_path, "--json")
+    seconds = time.monotonic() - started_at
+    failed = found.json["steps"][-1]
+    assert (failed["name"], failed["reason"]) == ("workspace login", "api_unreachable")
+    assert seconds < 5
+    assert "refused" in failed["text"].lower()
+
+
+async def test_the_listener_and_a_running_proxy_are_named(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    # It said nothing of the side that applications connect to.
+    found = await checked(lakebase, tmp_path, "--json")
+    assert found.json["steps"][1]["text"].startswith("127.0.0.1:0, no admin address")
+    async with serving(proxy_settings(lakebase, admin={"enabled": True})) as app:
+        assert app.admin is not None
+        admin = {"enabled": True, "port": app.admin.port}
+        found = await checked(lakebase, tmp_path, "--json", admin=admin)
+    assert found.json["steps"][1]["text"] == "127.0.0.1:0, a proxy runs and is ready"
+    found = await checked(lakebase, tmp_path, "--json", admin=admin)
+    assert found.json["steps"][1]["text"] == "127.0.0.1:0, no proxy runs"
+
+
+async def test_a_disabled_endpoint_is_read_even_where_the_host_is_set(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    # It was found out by the login, or not at all.
+    endpoint = lakebase["one"].endpoint
+    endpoint.disabled = True
+    found = await checked(lakebase, tmp_path, "--json", upstream={"host": endpoint.host})
+    failed = found.json["steps"][-1]
+    assert (failed["name"], failed["reason"]) == ("endpoint", "endpoint_disabled")
+    assert failed["fix"] == "Enable it in the project."
 
 
 async def test_json_has_the_same_for_machines(lakebase: Lakebase, tmp_path: Path) -> None:
@@ -122,7 +203,7 @@ async def test_a_native_password_is_checked_without_any_token(
     )
     assert found.code == EXIT_OK
     lines = found.out.splitlines()
-    assert [line[6:21].strip() for line in lines] == [STEPS[0], *STEPS[5:]]
+    assert [line[:15].strip() for line in lines] == [*STEPS[:2], *STEPS[6:]]
     assert "with a native password" in lines[0]
     assert f"current_user {lakebase.native_role}, " in lines[-1]
     assert lakebase.workspace.calls.total() == 0
@@ -368,8 +449,8 @@ CASES = (
         "SELECT databricks_create_role('5ca1ab1e-",
     ),
     Case(
-        *("another identity's role", _nothing, "Postgres login", "identity_mismatch"),
-        *("upstream.user must be the client id", "did not match the security label"),
+        *("another identity's role", _nothing, "Postgres login", "token_rejected"),
+        *("Is upstream.user the identity of the token", "OAuth: User is not authorized"),
         {"upstream": {"user": "ada@example.com"}},
     ),
     Case(
@@ -430,7 +511,7 @@ async def test_a_workspace_that_does_not_say_the_time_is_no_failure(
         lakebase, tmp_path, workspace={**workspace, "token": lakebase.personal_token}
     )
     assert found.code == EXIT_OK
-    assert "the workspace does not say what time it is" in found.out.splitlines()[2]
+    assert "the workspace does not say what time it is" in found.out.splitlines()[3]
 
 
 async def test_for_people_a_failure_has_its_fix_below_it(
@@ -440,7 +521,7 @@ async def test_for_people_a_failure_has_its_fix_below_it(
     found = await checked(lakebase, tmp_path)
     assert found.code == EXIT_FAILURE
     *_, line, words, fix = found.out.splitlines()
-    assert line.startswith("FAIL  workspace login ")
+    assert re.match(r"workspace login \(at most 30 s\) +FAIL ", line)
     assert words == "      SQLSTATE 28000, reason=workspace_login_failed"
     assert fix.startswith("      fix: Are client id and secret right")
 
@@ -598,11 +679,11 @@ async def test_every_target_is_checked_under_its_name(lakebase: Lakebase, tmp_pa
     found = await checked(lakebase, tmp_path, "--all-shards", **_two_targets(lakebase))
     assert (found.code, found.err) == (EXIT_OK, "")
     lines = found.out.splitlines()
-    assert [line for line in lines if not line.startswith("ok    ")] == ["target one", "target two"]
+    assert [line for line in lines if " ok   " not in line] == ["target one", "target two"]
     assert lines[0] == "target one"
     assert lines[len(STEPS) + 1] == "target two"
     assert len(lines) == 2 * (len(STEPS) + 1)
-    assert lakebase["two"].endpoint.host in lines[len(STEPS) + 6]
+    assert lakebase["two"].endpoint.host in lines[len(STEPS) + 7]
 
 
 @pytest.mark.parametrize("broken", ["one", "two"])

@@ -4,7 +4,7 @@ import pytest
 
 from proxy.wire.options import Setting, settings
 from proxy.wire.startup import V3_0, V3_2, StartupMessage
-from proxy.wire.upstream_message import upstream_message
+from proxy.wire.upstream_message import UnpooledSetting, pooled_message, upstream_message
 from proxy.wire.violations import ClientViolation
 from tests.wire.driving import startup
 
@@ -163,3 +163,62 @@ def test_w50_defaults_come_before_what_the_client_sets() -> None:
 def test_w51_defaults_do_not_make_a_message_too_long() -> None:
     longest = b"-c b.c=" + b"x" * 9_940
     assert with_defaults((b"options", longest)) == longest
+
+
+# -- pooled hosts --------------------------------------------------------------------------------
+
+
+def pooled_of(*pairs: tuple[bytes, bytes]) -> StartupMessage:
+    client = StartupMessage(V3_2, ((b"user", b"app"), *pairs))
+    return pooled_message(client, b"role", b"databricks_postgres")
+
+
+def test_w50_what_a_pooler_tracks_goes_as_startup_pairs() -> None:
+    # In options, where a pooler takes nothing, each driver's client_encoding was refused.
+    message = pooled_of(
+        (b"client_encoding", b"UTF8"),
+        (b"options", b"-c TimeZone=UTC --datestyle=ISO -c client_encoding=LATIN1"),
+        (b"IntervalStyle", b"iso_8601"),
+        (b"standard_conforming_strings", b"on"),
+        (b"application_name", b"my cron"),
+        (b"_pq_.x", b"1"),
+        (b"replication", b"off"),
+    )
+    assert message == StartupMessage(
+        V3_0,
+        (
+            *TARGET,
+            (b"TimeZone", b"UTC"),
+            (b"datestyle", b"ISO"),
+            (b"client_encoding", b"UTF8"),
+            (b"IntervalStyle", b"iso_8601"),
+            (b"standard_conforming_strings", b"on"),
+            (b"application_name", b"my cron"),
+            (b"replication", b"off"),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("pair", "name"),
+    [
+        ((b"search_path", b"a"), "search_path"),
+        ((b"extra_float_digits", b"2"), "extra_float_digits"),
+        ((b"options", b"-c work_mem=5MB"), "work_mem"),
+        ((b"options", b"-c client_encoding=UTF8 --statement-timeout=1"), "statement_timeout"),
+        ((b"options", b"-e"), "-e"),
+        ((b"options", b"-ec TimeZone=UTC"), "-ec TimeZone=UTC"),
+        ((b"options", b"-c"), "-c"),
+        ((b"options", b"stray"), "stray"),
+    ],
+)
+def test_any_other_setting_is_refused_by_its_name(pair: tuple[bytes, bytes], name: str) -> None:
+    with pytest.raises(UnpooledSetting) as refused:
+        pooled_of(pair)
+    assert refused.value.name == str(refused.value) == name
+
+
+def test_w51_a_packet_for_a_pooler_has_the_same_bound() -> None:
+    with pytest.raises(ClientViolation) as refused:
+        pooled_of((b"application_name", b"x" * 10_000))
+    assert refused.value.sqlstate == "54000"

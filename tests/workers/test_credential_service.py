@@ -36,7 +36,12 @@ class Service:
     def __init__(self, api: Workspace, endpoint: Endpoint) -> None:
         self.service = CredentialService()
         self.registry = LocalWorkspaceRegistry(build_metrics(), version="1")
-        self.resource = {"workspace": "", "resource": endpoint.name, "read_only": False}
+        self.resource = {
+            "workspace": "",
+            "resource": endpoint.name,
+            "read_only": False,
+            "pooled": False,
+        }
         self._url = api.url
         self._endpoint = endpoint.name
         self._upstreams: Upstreams | None = None
@@ -115,7 +120,7 @@ async def test_each_workspace_and_each_instance_has_tokens_of_its_own(
         ("fresh", {**TOKEN, "workspace": "unknown"}),
         ("fresh", {**TOKEN, "instance": "unknown"}),
         ("reject", {**TOKEN, "workspace": "unknown", "requested_at": 1.0}),
-        ("status", {"workspace": "", "resource": "unknown", "read_only": False}),
+        ("status", {"workspace": "", "resource": "unknown", "read_only": False, "pooled": False}),
         ("identity", {"workspace": "unknown"}),
     ],
     ids=str,

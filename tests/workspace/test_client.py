@@ -581,6 +581,30 @@ async def test_a_workspace_whose_certificate_does_not_verify_is_told_so_at_once(
         assert time.monotonic() - begun < 5
 
 
+async def test_a_workspace_whose_authority_is_named_is_trusted(tmp_path: Path) -> None:
+    # Only an environment variable of the SDK's library could name it.
+    authority, reached = trustme.CA(), asyncio.Event()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    ca_file = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca_file))
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reached.set()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", ssl=context) as server:
+        settings = WorkspaceSettings(
+            host=f"https://localhost:{server.sockets[0].getsockname()[1]}",
+            token=SecretStr(PERSONAL_TOKEN),
+            ssl_root_cert=str(ca_file),
+        )
+        credentials = CredentialsSettings(mint_timeout_seconds=2)
+        error = await refusal(Workspace(settings, credentials, version="0"))
+        assert error.kind is ErrorKind.API_UNREACHABLE
+        assert reached.is_set()
+
+
 async def test_one_that_gives_up_while_a_call_hangs_is_gone_at_once(
     api: emulator.Workspace,
 ) -> None:

@@ -20,6 +20,7 @@ from proxy.transport.stream import StartupStream
 from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
 from proxy.upstream.connector import Connector
 from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
+from proxy.upstream.missing_databases import MissingDatabases
 from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase, DialProgress, PhaseTimer, RecordPhase
 from proxy.upstream.retry import Retry
@@ -89,6 +90,7 @@ class _Dial:
     phases: PhaseTimer
     retry: Retry
     started_at: float
+    fallback: StartupMessage | None = None
     credential: Credential | None = None
     failures: list[ProxyError] = field(default_factory=list)
 
@@ -136,18 +138,24 @@ class Dialer:
         self._answer_seconds_max = answer_seconds_max
         self._jitter = jitter
         self._clock = clock
+        self._missing = MissingDatabases()
 
     async def dial(
-        self, client: StartupMessage, progress: DialProgress | None = None
+        self,
+        client: StartupMessage,
+        progress: DialProgress | None = None,
+        fallback: StartupMessage | None = None,
     ) -> UpstreamSession:
         """Return a session for this client, within `connect_timeout_seconds`.
 
-        `progress` shows meanwhile what the dial waits for.
+        `progress` shows meanwhile what the dial waits for. `fallback` is sent in place of `client`
+        if the upstream has no database of that name.
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
-        dial = _Dial(
-            client, PhaseTimer(self._record_phase, progress), Retry(self._jitter), self._clock()
-        )
+        if fallback is not None and client.get(b"database") in self._missing:
+            client, fallback = fallback, None
+        phases = PhaseTimer(self._record_phase, progress)
+        dial = _Dial(client, phases, Retry(self._jitter), self._clock(), fallback)
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 return await self._dial_until_ready(dial)
@@ -217,6 +225,10 @@ class Dialer:
 
     async def _before_retry(self, dial: _Dial, error: ProxyError) -> None:
         """Wait until it is time for another try; raise the error if there is none."""
+        if dial.fallback is not None and error.kind is ErrorKind.DATABASE_MISSING:
+            self._missing.add(dial.client.get(b"database") or b"")
+            dial.client, dial.fallback = dial.fallback, None
+            return  # no failure of the upstream: it has answered
         dial.failures.append(error)
         if self._defaults and _refuses_check(error):
             self._defaults = ()

@@ -286,7 +286,7 @@ async def _fetch_row(app: App, user: str, connect_seconds: float) -> Sequence[st
         host=app.listen_host,
         port=app.listen_port,
         user=user,
-        database=user,  # which drivers send for the target's own
+        database="",  # the target's own; by default the driver sends the user's name
         timeout=connect_seconds,
         **_DRIVER,
     )

@@ -202,6 +202,19 @@ def test_a_host_that_is_not_ours_is_a_sentence_not_a_traceback(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("section", ["listen", "admin"])
+def test_a_port_that_is_taken_is_named_with_its_key(
+    section: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # "Address already in use" did not say which of the two ports it was.
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        ports = {"listen": "0", "admin": "0", section: str(busy.getsockname()[1])}
+        flags = [f"--{name}.port={port}" for name, port in ports.items()]
+        assert main(["run", *ENDPOINT, *flags]) == EXIT_FAILURE
+    err = capsys.readouterr().err
+    assert f"{section}.port: 127.0.0.1 port {ports[section]}: Address already in use" in err
+
+
 async def test_python_m_proxy_is_the_same_command() -> None:
     async with started_process("version") as proxy:
         assert await proxy.ended() == EXIT_OK

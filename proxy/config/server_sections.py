@@ -7,7 +7,7 @@ Invariant: a section that is valid can be used on its own.
 
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from proxy.addresses import address_of, is_loopback
 from proxy.config.validators import (
@@ -36,16 +36,35 @@ def _check_idle_timeout(value: float) -> float:
     return value
 
 
+_HOSTS_MAX: Final = 32  # each is a socket
+
+
+def _joined(value: object) -> object:
+    """Return a list of hosts as one text, as it is written in a variable or a flag."""
+    if isinstance(value, list | tuple) and all(isinstance(host, str) for host in value):
+        return ",".join(value)
+    return value
+
+
+def _check_hosts(value: str) -> str:
+    hosts = [host.strip() for host in value.split(",")]
+    if len(hosts) > _HOSTS_MAX:
+        raise ValueError(f"must not be more than {_HOSTS_MAX} addresses")
+    return ",".join(host if host == "*" else check_host(host) for host in hosts)
+
+
 _IdleTimeout = Annotated[float, AfterValidator(_check_idle_timeout), NEEDS_RESTART]
 
 
 class ListenSettings(Section):
     """Where clients connect."""
 
-    host: Annotated[str, or_empty(check_host), NEEDS_RESTART] = Field(
-        default="127.0.0.1",
-        description="Address or host name to listen on. Every client that can reach it is logged "
-        "in as the proxy's identity, so it must be loopback unless allow_remote is set. Empty: no "
+    host: Annotated[str, BeforeValidator(_joined), or_empty(_check_hosts), NEEDS_RESTART] = Field(
+        default="localhost",
+        description="Addresses and host names to listen on, as a list or with commas between them. "
+        "localhost: both loopback addresses, as far as this machine has them. * or ::: all "
+        "addresses, of both families. Every client that can reach one is logged "
+        "in as the proxy's identity, so all must be loopback unless allow_remote is set. Empty: no "
         "TCP, only the unix socket.",
     )
     port: Annotated[int, NEEDS_RESTART] = Field(
@@ -112,6 +131,11 @@ class ListenSettings(Section):
         "use the pool's own limit.",
     )
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The addresses and names of `host`."""
+        return tuple(self.host.split(",")) if self.host else ()
+
     @field_validator("port")
     @classmethod
     def _socket_has_a_number(cls, value: int, info: ValidationInfo) -> int:
@@ -136,8 +160,10 @@ class ListenSettings(Section):
     @field_validator("allow_remote")
     @classmethod
     def _remote_is_allowed(cls, value: bool, info: ValidationInfo) -> bool:
-        host = info.data.get("host")
-        if host and not value and not is_loopback(host):
+        hosts = str(info.data.get("host", "")).split(",")
+        remote = [host for host in hosts if host and not is_loopback(host)]
+        if remote and not value:
+            host = ", ".join(remote)
             raise ValueError(
                 f"must be true because listen.host {host} is not loopback: any client that can"
                 " reach it is logged in without a password"

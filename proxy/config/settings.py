@@ -132,8 +132,8 @@ class Settings(BaseSettings):
             yield from (entry.target for entry in shard_map.mappings)
 
     def _remote_listener_warnings(self) -> Iterator[str]:
-        host = self.listen.host
-        if host and not is_loopback(host):
+        host = ", ".join(host for host in self.listen.hosts if not is_loopback(host))
+        if host:
             yield (
                 f"listen.host {host} is not loopback: any client that can reach it is logged in"
                 " without a password"

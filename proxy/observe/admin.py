@@ -10,6 +10,7 @@ Sessions do not depend on it: if its server fails, the address is opened again. 
 """
 
 import asyncio
+import errno
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
@@ -264,9 +265,15 @@ async def serve_admin(
     """Serve the admin address while the block runs. Port 0 takes a free one.
 
     Raises:
-        OSError: before the block starts, if the address cannot be opened.
+        OSError: before the block starts, if the address cannot be opened; its text names the key.
     """
-    with closing(await _listen(host, port)) as listener:
+    try:
+        opened = await _listen(host, port)
+    except OSError as error:
+        key = "admin.port" if error.errno == errno.EADDRINUSE else "admin.host"
+        text = f"{key}: {host} port {port}: {error.strerror or error}"
+        raise OSError(error.errno, text) from error
+    with closing(opened) as listener:
         bound_host, bound_port = listener.getsockname()[:2]
         app: ASGIApp = admin_app(state, quit_allowed=quit_allowed)
         if is_loopback(bound_host):

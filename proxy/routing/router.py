@@ -4,14 +4,15 @@ Not for dialing, and not for the definition of a target: targets are known by na
 
 The database that the client requests is examined in this order:
 
-1. No database, an empty one, or the user's name (which drivers send for "none given"): the target's
-   own database, and no key, even if the user is an address such as ada@example.com.
+1. No database or an empty one: the target's own database.
 2. A name that equals one in `aliases`: that alias, even if the name also matches the pattern.
-3. A match of the pattern, if there is a shard map: its key is compared with those of parameters and
+3. The user's name, which drivers also send for "none given" (W16): the database of that name if it
+   exists, else the target's own. It contains no key, even if the user is ada@example.com.
+4. A match of the pattern, if there is a shard map: its key is compared with those of parameters and
    `options`; its database part has no effect, since the map's target decides.
-4. Any other name is passed on unchanged.
+5. Any other name is passed on unchanged.
 
-With a shard map, a key decides, whatever the database. Without a key, rules 1, 2 and 4 apply if
+With a shard map, a key decides, whatever the database. Without a key, rules 1, 2, 3 and 5 apply if
 `require_key` is false. Without a shard map, nothing is removed from a message.
 
 Invariant: errors, logs and reprs contain the fingerprint of a key, never the key. A router is
@@ -52,14 +53,16 @@ class Route:
     """The target of a session, and the StartupMessage for it.
 
     `message` no longer contains the key. Its database is the one to open; if it has none, the
-    target's own is opened. `shard_map` and `key` (the key's fingerprint, for logs) are None unless
-    a shard map decided.
+    target's own is opened. `fallback` is the message to send if the upstream has no database of
+    that name, None where that is an error. `shard_map` and `key` (the key's fingerprint, for logs)
+    are None unless a shard map decided.
     """
 
     target: str
     message: StartupMessage = field(repr=False)  # may carry the key, with `forward_key`
     shard_map: str | None = None
     key: str | None = None
+    fallback: StartupMessage | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,20 +163,23 @@ class Router:
         return Route(target, message, self._map_name, fingerprint(key))
 
     def _route_by_database(self, message: StartupMessage) -> Route:
-        requested = _requested_database(message)
-        alias = self._aliases.get(requested)
-        if alias is None:
-            if self._default_target is None:
-                raise ProxyError(ErrorKind.NO_TARGET)
-            return Route(
-                self._default_target, message if requested else with_database(message, None)
-            )
-        database = None if alias.database is None else alias.database.encode()
-        return Route(alias.target, with_database(message, database))
+        alias = self._aliases.get(message.get(b"database") or b"")
+        if alias is not None:
+            database = None if alias.database is None else alias.database.encode()
+            return Route(alias.target, with_database(message, database))
+        if self._default_target is None:
+            raise ProxyError(ErrorKind.NO_TARGET)
+        own = with_database(message, None)
+        if not message.get(b"database"):
+            return Route(self._default_target, own)
+        fallback = own if _is_named_as_user(message) else None
+        return Route(self._default_target, message, fallback=fallback)
 
     def _split_database(self, message: StartupMessage) -> tuple[bytes, Occurrence] | None:
-        requested = _requested_database(message)
-        if self._pattern is None or not requested or requested in self._aliases:
+        requested = message.get(b"database")
+        if self._pattern is None or not requested or _is_named_as_user(message):
+            return None
+        if requested in self._aliases:
             return None
         return self._pattern.split(requested)
 
@@ -182,10 +188,9 @@ class Router:
         return ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
 
 
-def _requested_database(message: StartupMessage) -> bytes:
-    """Return the database that the client requests, empty for the target's own (W16)."""
-    requested = message.get(b"database") or b""
-    return b"" if requested == message.get(b"user") else requested
+def _is_named_as_user(message: StartupMessage) -> bool:
+    """Return whether the client requests the database that drivers send for "none" (W16)."""
+    return message.get(b"database") == message.get(b"user")
 
 
 def _agreed_key(found: Sequence[Occurrence], shard_map: ShardMap) -> bytes:

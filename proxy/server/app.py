@@ -37,7 +37,8 @@ from proxy.session.cancel import CancelForwarder, CancelKeys, CancelResult, Else
 from proxy.session.drain import AcceptPeriod
 from proxy.session.end_reason import ERRORS, OUTCOMES, Outcome
 from proxy.session.fast_path import watched_lanes
-from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, socket_name
+from proxy.session.listen_sockets import Address, shown
+from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener
 from proxy.session.session import Session, SessionParts
 from proxy.session.session_log import StartupFailure
 from proxy.session.slots import Slots, SlotSource
@@ -58,8 +59,8 @@ _log = get_logger(__name__)
 class ConnectionSource(Protocol):
     """Where client connections come from."""
 
-    def accepting(self) -> AbstractAsyncContextManager[tuple[str, int]]:
-        """Accept while the block runs, and yield the address; then end what is left."""
+    def accepting(self) -> AbstractAsyncContextManager[Sequence[Address]]:
+        """Accept while the block runs, and yield the addresses; then end what is left."""
 
     async def drain(self, seconds: float) -> int:
         """Stop accepting, and end all sessions within this time. Return how many were cut.
@@ -92,14 +93,12 @@ class Workers(Protocol):
 class App:
     """A running proxy: its parts, and the addresses that it listens on.
 
-    Without TCP `listen_host` is the directory of the unix socket, as drivers take it for a host.
-
     A proxy of several processes has an App in each. The supervisor's has `workers`; a worker is
     given `workspaces`, `slots` and `cancel_elsewhere` that lead to the supervisor.
     """
 
-    listen_host: str
-    listen_port: int
+    listen_addresses: Sequence[Address] = ()
+    """Where clients connect, TCP first; none before the listener is open, and none in a worker."""
     admin: AdminAddress | None = None
     workers: Workers | None = None
     lanes: "Lanes | None" = None
@@ -217,13 +216,18 @@ class App:
 
     @property
     def listen_address(self) -> str:
-        """Where clients connect; empty before the listener is open."""
-        if not self.lifecycle.started:
-            return ""
-        host, port = self.listen_host, self.listen_port
-        if host.startswith("/"):
-            return f"{host}/{socket_name(port)}"
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        """Where clients connect, all addresses; empty before the listener is open."""
+        return ", ".join(map(shown, self.listen_addresses))
+
+    @property
+    def listen_host(self) -> str:
+        """The first address's host; without TCP the directory of the unix socket."""
+        return self.listen_addresses[0][0]
+
+    @property
+    def listen_port(self) -> int:
+        """The port of every address."""
+        return self.listen_addresses[0][1]
 
     @property
     def sessions_max(self) -> int:
@@ -341,8 +345,8 @@ async def running(app: App) -> AsyncIterator[None]:
                     quit_allowed=settings.admin.quit,
                 )
             )
-        host, port = await stack.enter_async_context(app.connection_source.accepting())
-        app.listen_host, app.listen_port = host, port
+        accepting = app.connection_source.accepting()
+        app.listen_addresses = await stack.enter_async_context(accepting)
         app.lifecycle.serve()
         yield
 
@@ -353,6 +357,7 @@ def log_serving(app: App) -> None:
         "serving",
         host=app.listen_host,
         port=app.listen_port,
+        addresses=[shown(address) for address in app.listen_addresses],
         admin_port=None if app.admin is None else app.admin.port,
         version=__version__,
         acceleration=app.snapshot.acceleration,

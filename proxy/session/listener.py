@@ -8,7 +8,7 @@ use up slots nor be refused for lack of one (W42).
 import asyncio
 import itertools
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -19,25 +19,19 @@ from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
 from proxy.session.drain import OpenSession, OpenSessions
 from proxy.session.end_reason import EndReason
+from proxy.session.listen_sockets import ACCEPT_BACKLOG, Address, open_sockets
 from proxy.session.memory_trim import MemoryTrim
 from proxy.session.slots import SlotSource
-from proxy.transport.sockets import listen_unix
 from proxy.transport.stream import StartupStream
 
 # Connections that may be starting at a time. Clients that reconnect together are some hundreds;
 # more than this is a flood.
 STARTING_MAX: Final = 1000
-ACCEPT_BACKLOG: Final = 1024
 # A flood is logged once in this time.
 STARTING_WARNING_SECONDS: Final = 60.0
 TOO_MANY_STARTING: Final = "too_many_starting"  # its reason in the metrics
 
 _log = get_logger(__name__)
-
-
-def socket_name(port: int) -> str:
-    """Return the file name of a unix socket for this port, as libpq expects it."""
-    return f".s.PGSQL.{port}"
 
 
 Serve = Callable[[StartupStream, OpenSession], Coroutine[None, None, None]]
@@ -84,21 +78,26 @@ class Listener:
         self._unix_path: Path | None = None
 
     @asynccontextmanager
-    async def accepting(self) -> AsyncIterator[tuple[str, int]]:
-        """Accept while the block runs, and yield the address; then end what is left.
+    async def accepting(self) -> AsyncIterator[Sequence[Address]]:
+        """Accept while the block runs, and yield the addresses; then end what is left.
 
-        Without TCP the address is the directory of the unix socket, as libpq takes it for a host.
-        Raises OSError when the address cannot be listened on.
+        Raises OSError when one cannot be listened on.
         """
         # Not a TaskGroup: it would wrap what the block raises into an ExceptionGroup. No task is
         # lost, because leaving the block waits for all of them.
         try:
-            host, port = self._settings.host, self._settings.port
-            if host:
-                host, port = await self._open_tcp()
-            if directory := self._settings.unix_socket_directory:
-                await self._open_unix(Path(directory) / socket_name(port))
-            yield host or directory, port
+            loop = asyncio.get_running_loop()
+            listening = open_sockets(self._settings)
+            self._unix_path = listening.unix_path
+            for sock in listening.tcp:
+                server = await loop.create_server(self._accepted, sock=sock, backlog=ACCEPT_BACKLOG)
+                self._servers.append(server)
+            if listening.unix is not None:
+                server = await loop.create_unix_server(
+                    self._accepted, sock=listening.unix, backlog=ACCEPT_BACKLOG
+                )
+                self._servers.append(server)
+            yield listening.addresses
         finally:
             await self._end()
 
@@ -141,21 +140,6 @@ class Listener:
         if self._unix_path is not None:
             self._unix_path.unlink(missing_ok=True)
             self._unix_path = None
-
-    async def _open_tcp(self) -> tuple[str, int]:
-        settings = self._settings
-        server = await asyncio.get_running_loop().create_server(
-            self._accepted, settings.host, settings.port, backlog=ACCEPT_BACKLOG
-        )
-        self._servers.append(server)
-        host, port, *_ = server.sockets[0].getsockname()
-        return host, port
-
-    async def _open_unix(self, path: Path) -> None:
-        sock = listen_unix(path, int(self._settings.unix_socket_mode, 8), ACCEPT_BACKLOG)
-        self._unix_path = path
-        loop = asyncio.get_running_loop()
-        self._servers.append(await loop.create_unix_server(self._accepted, sock=sock))
 
     def _accepted(self) -> StartupStream:
         return _AcceptedStream(self._connected)

@@ -153,7 +153,7 @@ class Session:
                 route, opener = await self._parts.route(startup)
                 self._log.routed(route)
                 self._entry.refuse_if_draining()
-                upstream = await opener.open(route.message, self._progress)
+                upstream = await opener.open(route.message, self._progress, route.fallback)
         except asyncio.CancelledError:
             # A drain has begun, and this client still waits for an answer.
             self._refuse(ProxyError(ErrorKind.SHUTTING_DOWN))

@@ -9,7 +9,8 @@ import os
 import select
 import socket
 import stat
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,17 @@ KEEPALIVE_PROBES: Final = 3
 # upstream where a COPY waits for a lock looks the same, so the value is four times what suffices to
 # detect a failover.
 UNACKNOWLEDGED_SECONDS_MAX: Final = 120
+
+# With port 0 another program may have the first address's free port on the second one.
+FREE_PORT_TRIES: Final = 10
+# Not what the hosts file says: it may name ::1 where there is none, as in a container, or omit it.
+_FIXED_ADDRESSES: Final = {
+    "localhost": ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")),
+    "*": ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")),  # noqa: S104
+    "::": ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")),  # noqa: S104
+}
+# An address that this machine does not have, or a family that its kernel does not have.
+_ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 # Linux reports the peer's FIN even if bytes before it are unread; elsewhere only a reset is seen.
 _HUNG_UP: Final = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
@@ -102,21 +114,72 @@ def has_hung_up(transport: asyncio.BaseTransport) -> bool:
     return any(event & _HUNG_UP for _, event in poll.poll(0))
 
 
-def listen_tcp(host: str, port: int, backlog: int) -> list[socket.socket]:
-    """Return a listening socket for each address of a host. Raises OSError."""
+def listen_tcp(hosts: Sequence[str], port: int, backlog: int) -> list[socket.socket]:
+    """Return a listening socket for each address of these hosts, all on one port.
+
+    Of a name, "localhost", "::" and "*" those addresses are taken that this machine has. Raises
+    OSError for one that cannot be listened on, with the address in its text.
+    """
+    for tries_left in reversed(range(FREE_PORT_TRIES)):
+        with ExitStack() as opened:
+            try:
+                listening = _listen_on_all(hosts, port, backlog, opened)
+            except OSError as error:
+                # The free port of one address may be taken on another.
+                if port or error.errno != errno.EADDRINUSE or not tries_left:
+                    raise
+            else:
+                opened.pop_all()
+                return listening
+    raise AssertionError("unreachable")
+
+
+def _listen_on_all(
+    hosts: Sequence[str], port: int, backlog: int, opened: ExitStack
+) -> list[socket.socket]:
     listening: list[socket.socket] = []
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    try:
-        for family, _kind, _protocol, _name, address in dict.fromkeys(found):
-            # create_server sets SO_REUSEADDR, for a restarted process, and IPV6_V6ONLY.
-            sock = socket.create_server(address, family=family, backlog=backlog)
-            sock.setblocking(False)
+    taken: set[str] = set()
+    for host in hosts:
+        absent: OSError | None = None
+        before = len(listening)
+        for family, address in _addresses_of(host):
+            if address in taken:
+                continue
+            try:
+                sock = opened.enter_context(_listen_on(family, address, port, backlog))
+            except OSError as error:
+                if error.errno not in _ABSENT:
+                    raise
+                absent = error
+                continue
+            taken.add(address)
             listening.append(sock)
-    except BaseException:
-        for sock in listening:
-            sock.close()
-        raise
+            port = sock.getsockname()[1]
+        if absent is not None and len(listening) == before:
+            raise absent
     return listening
+
+
+def _addresses_of(host: str) -> list[tuple[int, str]]:
+    """Return family and address of each address of a host. Raises OSError."""
+    if fixed := _FIXED_ADDRESSES.get(host.lower()):
+        return list(fixed)
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise OSError(error.errno, f"{host}: {error.strerror}") from error
+    return list(dict.fromkeys((entry[0], str(entry[4][0])) for entry in found))
+
+
+def _listen_on(family: int, address: str, port: int, backlog: int) -> socket.socket:
+    try:
+        # create_server sets SO_REUSEADDR, for a restarted process, and IPV6_V6ONLY.
+        sock = socket.create_server((address, port), family=family, backlog=backlog)
+    except OSError as error:
+        number = error.errno or 0
+        raise OSError(number, f"{address} port {port}: {os.strerror(number)}") from error
+    sock.setblocking(False)
+    return sock
 
 
 def listen_unix(path: Path, mode: int, backlog: int) -> socket.socket:

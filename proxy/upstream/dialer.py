@@ -20,6 +20,7 @@ from proxy.transport.stream import StartupStream
 from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
 from proxy.upstream.connector import Connector
 from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
+from proxy.upstream.missing_databases import MissingDatabases
 from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase, DialProgress, PhaseTimer, RecordPhase
 from proxy.upstream.retry import CONNECT_RETRY_SECONDS, Retry
@@ -92,6 +93,7 @@ class _Dial:
     phases: PhaseTimer
     retry: Retry
     started_at: float
+    fallback: StartupMessage | None = None
     credential: Credential | None = None
     failures: list[ProxyError] = field(default_factory=list)
 
@@ -142,21 +144,27 @@ class Dialer:
         self._answer_seconds_max = answer_seconds_max
         self._jitter = jitter
         self._clock = clock
+        self._missing = MissingDatabases()
 
     async def dial(
         self,
         client: StartupMessage,
         progress: DialProgress | None = None,
+        fallback: StartupMessage | None = None,
+        *,
         phases: PhaseTimer | None = None,
     ) -> UpstreamSession:
         """Return a session for this client, within `connect_timeout_seconds`.
 
-        `progress` shows meanwhile what the dial waits for.
+        `progress` shows meanwhile what the dial waits for. `fallback` is sent in place of `client`
+        if the upstream has no database of that name.
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
+        if fallback is not None and client.get(b"database") in self._missing:
+            client, fallback = fallback, None
         phases = phases or PhaseTimer(self._record_phase, progress)
         retry = Retry(self._jitter, self._retry_seconds)
-        dial = _Dial(client, phases, retry, self._clock())
+        dial = _Dial(client, phases, retry, self._clock(), fallback)
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 return await self._dial_until_ready(dial)
@@ -237,6 +245,10 @@ class Dialer:
 
     async def _before_retry(self, dial: _Dial, error: ProxyError) -> None:
         """Wait until it is time for another try; raise the error if there is none."""
+        if dial.fallback is not None and error.kind is ErrorKind.DATABASE_MISSING:
+            self._missing.add(dial.client.get(b"database") or b"")
+            dial.client, dial.fallback = dial.fallback, None
+            return  # no failure of the upstream: it has answered
         dial.failures.append(error)
         if self._defaults and _refuses_check(error):
             self._defaults = ()

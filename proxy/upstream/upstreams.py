@@ -44,8 +44,15 @@ class SessionOpener(Protocol):
     def cancel_on_disconnect(self) -> bool:
         """Whether a CancelRequest is sent for a client that disappears."""
 
-    async def open(self, client: StartupMessage, progress: DialProgress) -> UpstreamSession:
-        """Open a session for this client. `progress` shows meanwhile what it waits for.
+    async def open(
+        self,
+        client: StartupMessage,
+        progress: DialProgress,
+        fallback: StartupMessage | None = None,
+    ) -> UpstreamSession:
+        """Open a session for this client; with `fallback` if the database does not exist.
+
+        `progress` shows meanwhile what it waits for.
 
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
@@ -76,11 +83,16 @@ class Upstream:
         return settings.cancel_on_disconnect and settings.cancel_method == "cancel_request"
 
     async def open(
-        self, client: StartupMessage, progress: DialProgress, phases: PhaseTimer | None = None
+        self,
+        client: StartupMessage,
+        progress: DialProgress,
+        fallback: StartupMessage | None = None,
+        *,
+        phases: PhaseTimer | None = None,
     ) -> UpstreamSession:
         """Return a session upstream for this client. Raises what `Dialer.dial` does."""
         with self.use:
-            return await self.dialer.dial(client, progress, phases)
+            return await self.dialer.dial(client, progress, fallback, phases=phases)
 
 
 class Upstreams(Mapping[str, Upstream]):

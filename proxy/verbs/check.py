@@ -280,7 +280,7 @@ class _TargetCheck:
         timer = _DialTimer(lambda name: self._begin(name, seconds_max), self._end)
         try:
             message = StartupMessage(V3_0, pairs)
-            session = await self._upstream.open(message, DialProgress(), timer)
+            session = await self._upstream.open(message, DialProgress(), phases=timer)
         except ProxyError as error:
             if timer.begun_at is None:  # the dialer needed another credential or host
                 self._begin("credential", seconds_max)
@@ -333,7 +333,7 @@ async def _fetch_row(app: App, user: str, connect_seconds: float) -> Sequence[st
         host=app.listen_host,
         port=app.listen_port,
         user=user,
-        database=user,  # which drivers send for the target's own
+        database="",  # the target's own; by default the driver sends the user's name
         timeout=connect_seconds,
         **_DRIVER,
     )

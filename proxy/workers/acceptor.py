@@ -9,14 +9,14 @@ held; the rest wait in the kernel's backlog.
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 from proxy.config import ListenSettings
 from proxy.observe.logs import get_logger
-from proxy.session.listener import ACCEPT_BACKLOG, STARTING_WARNING_SECONDS, socket_name
-from proxy.transport.sockets import listen_tcp, listen_unix
+from proxy.session.listen_sockets import Address, open_sockets
+from proxy.session.listener import STARTING_WARNING_SECONDS
 
 # Connections accepted before the event loop does anything else.
 ACCEPTS_MAX: Final = 32
@@ -41,21 +41,15 @@ class Acceptor:
         self._unix_path: Path | None = None
         self._failure_logged_at: float | None = None
 
-    def open(self) -> tuple[str, int]:
-        """Listen, and return the address. Clients wait in the backlog until `start`.
+    def open(self) -> Sequence[Address]:
+        """Listen, and return the addresses. Clients wait in the backlog until `start`.
 
-        Without TCP the address is the directory of the unix socket. Raises OSError.
+        Raises OSError.
         """
-        host, port = self._settings.host, self._settings.port
-        if host:
-            self._listening = listen_tcp(host, port, ACCEPT_BACKLOG)
-            host, port, *_ = self._listening[0].getsockname()
-        if directory := self._settings.unix_socket_directory:
-            path = Path(directory) / socket_name(port)
-            mode = int(self._settings.unix_socket_mode, 8)
-            self._listening.append(listen_unix(path, mode, ACCEPT_BACKLOG))
-            self._unix_path = path
-        return host or directory, port
+        opened = open_sockets(self._settings)
+        self._listening = [*opened.tcp, *([opened.unix] if opened.unix else [])]
+        self._unix_path = opened.unix_path
+        return opened.addresses
 
     def start(self) -> None:
         """Start to accept."""

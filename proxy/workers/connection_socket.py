@@ -8,11 +8,12 @@ Invariant: a packet is one connection: its descriptor, and the id by which its l
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
 from proxy.observe.logs import get_logger
+from proxy.session.listen_sockets import Address
 from proxy.session.listener import Listener
 
 _ID_BYTES: Final = 8
@@ -47,12 +48,12 @@ class ReceivedConnections:
         self._ended = ended
 
     @asynccontextmanager
-    async def accepting(self) -> AsyncIterator[tuple[str, int]]:
+    async def accepting(self) -> AsyncIterator[Sequence[Address]]:
         """Receive while the block runs, then end what is left. A worker has no address to yield."""
         async with self._listener.adopting():
             asyncio.get_running_loop().add_reader(self._socket, self._receive)
             try:
-                yield "", 0
+                yield ()
             finally:
                 self._close()
 

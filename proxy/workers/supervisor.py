@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from proxy.config import Settings
 from proxy.observe.aggregation import Reading, total
 from proxy.observe.logs import get_logger
 from proxy.server.app import App, log_serving, running
+from proxy.session.listen_sockets import Address
 from proxy.workers.acceptor import Acceptor
 from proxy.workers.credential_service import CredentialService
 from proxy.workers.fork_server import ForkServer
@@ -94,8 +95,8 @@ class Supervisor:
     # -- the App's connection source -------------------------------------------------------------
 
     @asynccontextmanager
-    async def accepting(self) -> AsyncIterator[tuple[str, int]]:
-        """Start the workers and accept while the block runs. Yield the address; then end all.
+    async def accepting(self) -> AsyncIterator[Sequence[Address]]:
+        """Start the workers and accept while the block runs. Yield the addresses; then end all.
 
         Raises OSError when the address cannot be listened on, or a worker does not start.
         """
@@ -104,7 +105,7 @@ class Supervisor:
         numbers = range(1, self._app.settings.listen.workers + 1)
         tasks: list[asyncio.Task[None]] = []
         try:
-            address = self._acceptor.open()
+            addresses = self._acceptor.open()
             # Not a TaskGroup: that would wrap what the block raises into an ExceptionGroup. No task
             # is lost, because leaving the block waits for them all.
             tasks += [loop.create_task(self._keep_running(number)) for number in numbers]
@@ -112,7 +113,7 @@ class Supervisor:
             if len(self._serving) < len(numbers):
                 raise OSError("a worker did not start; the log says why")
             self._acceptor.start()
-            yield address
+            yield addresses
         finally:
             await self.drain(0)
             await self._stop(tasks)

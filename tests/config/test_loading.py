@@ -624,3 +624,19 @@ def test_a_secret_is_given_by_value_or_by_file_not_both() -> None:
     with pytest.raises(ConfigurationError, match=together) as caught:
         load_settings(argv, {})
     assert "not-a-real" not in str(caught.value)
+
+
+def test_several_hosts_are_a_list_or_have_commas_between_them(tmp_path: Path) -> None:
+    file = tmp_path / "proxy.toml"
+    file.write_text('[listen]\nhost = ["127.0.0.1", "::1"]\n')
+    hosts = ("127.0.0.1", "::1")
+    assert load_settings(["--config", str(file)], {}).listen.hosts == hosts
+    assert load_settings(["--listen.host", "127.0.0.1, ::1"], {}).listen.hosts == hosts
+    assert load_settings([], {}).listen.hosts == ("localhost",)
+    assert "listen.host" in refused(["--listen.host", "127.0.0.1,"])
+    assert "listen.host" in refused(["--listen.host", ",".join(["::1"] * 33)])
+    said = refused(["--listen.host", "::1,*,127.0.0.1,10.1.2.3"])
+    assert "must be true because listen.host *, 10.1.2.3 is not loopback" in said
+    everywhere = load_settings(["--listen.host=*", "--listen.allow_remote"], {})
+    assert everywhere.listen.hosts == ("*",)
+    assert "listen.host * is not loopback" in everywhere.warnings()[0]

@@ -11,6 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from proxy.emulator.faults import Injection, Stage
@@ -18,7 +19,7 @@ from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
 from tests.support.client import plain_client, query, startup
 from tests.support.proxy_process import ProxyProcess, handles, started_process
-from tests.support.running import eventually, proxy_values, toml
+from tests.support.running import eventually, libpq, proxy_values, toml
 
 pytestmark = pytest.mark.slow  # the process starts in about a second
 
@@ -184,3 +185,20 @@ async def test_three_signals_in_a_row_are_one_stop(
     proxy.send(signal.SIGTERM)
     assert await proxy.ended() in (0, 3)
     assert "Traceback" not in proxy.err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_every_address_is_served_and_logged(
+    start_process: StartProcess, workers: int
+) -> None:
+    hosts = ["localhost", "127.0.0.2"]
+    proxy = await start_process(listen={"host": hosts, "port": 0, "workers": workers})
+    port = proxy.listen_port
+    addresses = proxy.events("serving")[0]["addresses"]
+    assert addresses[0] == f"127.0.0.1:{port}"
+    assert addresses[-1] == f"127.0.0.2:{port}"
+    assert set(addresses[1:-1]) <= {f"[::1]:{port}"}  # where there is IPv6
+    for address in addresses:
+        host = address.rpartition(":")[0].strip("[]")
+        async with await psycopg.AsyncConnection.connect(**libpq(proxy, host=host)) as connection:
+            assert await (await connection.execute("SELECT 1")).fetchone() == (1,)

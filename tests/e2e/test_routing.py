@@ -6,7 +6,7 @@ corner of finding it, is tested without a network in `tests/routing`.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import asyncpg
@@ -330,13 +330,45 @@ async def test_an_alias_beside_a_shard_map_serves_who_gives_no_key_and_beats_the
     assert await shard_by_psycopg(proxy, dbname="orders", options="-c shard_key=7") == "one"
 
 
-async def test_an_alias_that_is_named_like_the_user_is_never_meant(
+async def test_w16_an_alias_called_as_the_user_counts(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
-    # libpq sends the user's name for "no database given": the two cannot be told apart.
+    # The alias was passed over because libpq sends the user's name for "no database given": the
+    # session was on another shard.
     proxy = await start_proxy(targets=targets(lakebase), databases={USER: "two"})
-    assert await shard_by_psycopg(proxy, dbname=USER) == "one"
+    assert await shard_by_psycopg(proxy, dbname=USER) == "two"
     assert await shard_by_psycopg(proxy, dbname=USER, user="somebody") == "two"
+
+
+@pytest.fixture
+def shop(lakebase: Lakebase) -> Iterator[str]:
+    """Return the name of a database of the first shard, besides its own."""
+    cluster = lakebase.shards[0].cluster
+    cluster.execute("CREATE DATABASE shop")
+    yield "shop"
+    cluster.execute("DROP DATABASE shop WITH (FORCE)")
+
+
+async def test_w16_a_database_called_as_the_user_is_opened_if_it_exists(
+    proxy: App, shop: str
+) -> None:
+    # `pg_restore -U shop -d shop` filled the configured database.
+    where = "SELECT current_database()"
+    assert await shard_by_psycopg(proxy, where, dbname=shop, user=shop) == shop
+    assert await shard_by_asyncpg(proxy, where, database=shop, user=shop) == shop
+
+
+async def test_w16_only_a_missing_database_leads_to_the_configured_one(
+    proxy: App, lakebase: Lakebase, shop: str
+) -> None:
+    # One that exists and may not be opened is refused, also the next time.
+    lakebase.shards[0].cluster.execute("REVOKE CONNECT ON DATABASE shop FROM PUBLIC")
+    for _ in range(2):
+        error = await refused(proxy, user=shop, database=shop)
+        assert error.sqlstate == "42501"
+    # Another user's name is a database as any other.
+    error = await refused(proxy, database="somebody")
+    assert error.sqlstate == "3D000"
 
 
 @pytest.mark.parametrize("user", ["ada@example.com", "app@1500", "1500"])

@@ -324,14 +324,30 @@ async def test_w16_a_missing_user_is_told_in_postgresqls_words(proxy: App, body:
     assert await replies(proxy, packet(b"\0\3\0\0", body)) == expected
 
 
-@pytest.mark.parametrize("database", ["", "anyone", "databricks_postgres"])
-async def test_w16_a_database_that_is_the_clients_user_counts_as_not_given(
+@pytest.mark.parametrize("database", ["", "databricks_postgres"])
+async def test_w16_an_empty_database_is_the_configured_one(
     proxy: App, lakebase: Lakebase, database: str
 ) -> None:
     async with plain_client(proxy) as client:
         await client.send(startup(database=database))
         await welcome(client)
     assert lakebase.gateway.sessions[0].parameter(b"database") == b"databricks_postgres"
+
+
+async def test_w16_a_database_called_as_the_user_is_tried_once_then_the_configured_one(
+    proxy: App, lakebase: Lakebase
+) -> None:
+    # Drivers send the user's name when no database is given, so it is not tried at each login.
+    for _ in range(2):
+        async with plain_client(proxy) as client:
+            await client.send(startup(database="anyone"))
+            await welcome(client)
+    requested = [record.parameter(b"database") for record in lakebase.gateway.records]
+    assert [database for database in requested if database] == [
+        b"anyone",
+        b"databricks_postgres",
+        b"databricks_postgres",
+    ]
 
 
 async def test_w17_a_replication_value_that_postgresql_refuses_is_refused(proxy: App) -> None:

@@ -89,11 +89,15 @@ def test_no_alias_is_the_default_target_and_the_message_as_it_is(
 
 
 @pytest.mark.parametrize("routing", [UNSHARDED, OPTIONAL], ids=["no map", "key optional"])
-@pytest.mark.parametrize("none", [b"", USER[1]], ids=["empty", "user"])
-def test_w16_a_database_that_is_empty_or_the_users_name_is_none(
-    routing: Router, none: bytes
-) -> None:
-    assert routing.route(named(none)) == Route("main", startup())
+def test_w16_an_empty_database_is_the_targets_own(routing: Router) -> None:
+    assert routing.route(named(b"")) == Route("main", startup())
+
+
+@pytest.mark.parametrize("routing", [UNSHARDED, OPTIONAL], ids=["no map", "key optional"])
+def test_w16_a_database_called_as_the_user_is_tried_before_the_targets_own(routing: Router) -> None:
+    # `pg_restore -U shop -d shop` filled the target's own database although `shop` existed.
+    message = named(USER[1])
+    assert routing.route(message) == Route("main", message, fallback=startup())
 
 
 @pytest.mark.parametrize("routing", [UNSHARDED, OPTIONAL], ids=["no map", "key optional"])
@@ -122,10 +126,12 @@ def test_w45_without_a_default_target_only_aliases_lead_anywhere() -> None:
         assert (error.reason, error.response().sqlstate) == ("no_target", "3D000")
 
 
-def test_an_alias_that_is_the_users_name_counts_as_not_given() -> None:
+def test_w16_an_alias_called_as_the_user_counts() -> None:
+    # It was passed over, and the session went to another target.
     user = (b"user", b"reports")
     message = StartupMessage(V3_0, (user, (b"database", b"reports")))
-    assert UNSHARDED.route(message) == Route("main", StartupMessage(V3_0, (user,)))
+    expected = StartupMessage(V3_0, (user, (b"database", b"warehouse")))
+    assert UNSHARDED.route(message) == Route("eu", expected)
 
 
 def test_without_a_shard_map_nothing_is_taken_out() -> None:

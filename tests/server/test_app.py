@@ -12,6 +12,7 @@ from proxy.server.app import build_metrics, serving
 from proxy.session.end_reason import EndReason
 from proxy.session.session_log import StartupFailure
 from proxy.wire.violations import ClientReason
+from tests.support.admin_address import ask
 from tests.support.compiled import need_compiled
 from tests.support.running import nothing_left
 
@@ -76,10 +77,13 @@ async def test_new_sessions_get_the_compiled_relay_until_a_reload_says_no() -> N
 
 
 async def test_a_busy_port_is_a_plain_os_error_and_leaves_nothing() -> None:
-    async with serving(settings()) as app, nothing_left():
-        with pytest.raises(OSError, match="in use"):
-            async with serving(settings(listen={"port": app.listen_port})):
-                pass
+    async with serving(settings()) as app:
+        assert app.admin is not None
+        await ask(app.admin.port, "/liveness")  # its server has started
+        async with nothing_left():
+            with pytest.raises(OSError, match="in use"):
+                async with serving(settings(listen={"port": app.listen_port})):
+                    pass
 
 
 async def test_what_the_block_raises_comes_out_as_it_is() -> None:

@@ -55,7 +55,7 @@ async def listening(
     listener = Listener(
         settings, slots, metrics, serve, memory_trim=memory_trim, starting_max=starting_max
     )
-    async with listener.accepting() as address:
+    async with listener.accepting() as (address, *_):
         yield Listening(listener, metrics, address)
 
 
@@ -167,7 +167,7 @@ async def test_a_flood_is_one_warning(log: LogLines) -> None:
 async def test_an_address_in_use_is_an_os_error_and_nothing_else() -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         settings = ListenSettings(port=busy.getsockname()[1])
-        with pytest.raises(OSError, match="in use"):
+        with pytest.raises(OSError, match=r"listen\.port: .*in use"):
             async with Listener(settings, Slots(1), build_metrics(), echo).accepting():
                 pass
 
@@ -217,7 +217,7 @@ async def test_connections_that_only_start_do_not_use_up_the_slots_of_sessions()
     slots = Slots(1)
     metrics = build_metrics()
     listener = Listener(ListenSettings(port=0, max_connections=1), slots, metrics, echo)
-    async with listener.accepting() as address:
+    async with listener.accepting() as (address, *_):
         with slots.take():
             async with AsyncExitStack() as stack:
                 for _ in range(5):

@@ -199,7 +199,7 @@ async def test_a_bug_before_the_session_is_ready_is_answered_counted_and_logged(
     metrics = build_metrics()
     listener = listener_with(metrics, bug)
     with captured_log() as log:
-        async with listener.accepting() as (host, port):
+        async with listener.accepting() as ((host, port), *_):
             for _ in range(2):  # the slot is free again
                 async with plain_client(Where(host, port)) as client:
                     await client.send(startup())
@@ -236,7 +236,7 @@ class LookUp:
 
 async def test_a_client_that_leaves_while_its_route_is_looked_up_ends_the_look_up() -> None:
     metrics, look_up = build_metrics(), LookUp()
-    async with listener_with(metrics, look_up.route).accepting() as (host, port):
+    async with listener_with(metrics, look_up.route).accepting() as ((host, port), *_):
         async with plain_client(Where(host, port)) as client, asyncio.timeout(10):
             await client.send(startup())
             await look_up.begun.wait()
@@ -250,7 +250,7 @@ async def test_a_drain_refuses_a_client_whose_route_is_looked_up() -> None:
     metrics, look_up = build_metrics(), LookUp()
     listener = listener_with(metrics, look_up.route)
     async with (
-        listener.accepting() as (host, port),
+        listener.accepting() as ((host, port), *_),
         plain_client(Where(host, port)) as client,
         asyncio.timeout(10),
     ):
@@ -384,7 +384,7 @@ async def test_a_session_that_a_bug_ends_while_it_is_relayed_has_its_line(proxy:
     metrics = build_metrics()
     listener = listener_with(metrics, proxy.snapshot.route, BrokenForwarder)
     with captured_log() as log:
-        async with listener.accepting() as (host, port):
+        async with listener.accepting() as ((host, port), *_):
             async with plain_client(Where(host, port)) as client:
                 await client.start_up()
                 client.close()  # which cancels what the upstream does

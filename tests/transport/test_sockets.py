@@ -2,6 +2,8 @@
 
 import asyncio
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,11 +87,85 @@ async def test_a_peers_end_is_seen_before_its_bytes_are_read() -> None:
 
 
 def test_listening_again_on_a_port_that_is_taken_fails_and_leaves_nothing_open() -> None:
-    (sock,) = sockets.listen_tcp("127.0.0.1", 0, 8)
+    (sock,) = sockets.listen_tcp(["127.0.0.1"], 0, 8)
     with sock:
         assert sock.getsockname()[1] > 0
         assert not sock.getblocking()
         with pytest.raises(OSError, match="in use"):
-            sockets.listen_tcp("127.0.0.1", sock.getsockname()[1], 8)
+            sockets.listen_tcp(["127.0.0.1"], sock.getsockname()[1], 8)
     with pytest.raises(OSError, match=r"."):  # not an address of this machine (RFC 5737)
-        sockets.listen_tcp("192.0.2.1", 0, 8)
+        sockets.listen_tcp(["192.0.2.1"], 0, 8)
+
+
+def addresses_of(*hosts: str) -> tuple[list[str], set[int]]:
+    """Listen on these hosts; return the addresses and the ports."""
+    listening = sockets.listen_tcp(hosts, 0, 8)
+    names = [sock.getsockname() for sock in listening]
+    for sock in listening:
+        sock.close()
+    return [name[0] for name in names], {name[1] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        (["localhost"], ["127.0.0.1", "::1"]),
+        (["LOCALHOST", "127.0.0.1"], ["127.0.0.1", "::1"]),
+        (["::1", "127.0.0.1"], ["::1", "127.0.0.1"]),
+        (["*"], ["0.0.0.0", "::"]),
+        (["::"], ["::", "0.0.0.0"]),
+    ],
+)
+def test_each_address_has_a_socket_and_all_have_one_port(
+    hosts: list[str], expected: list[str]
+) -> None:
+    # Only the first of them had the port that was logged, and "::" did not take IPv4.
+    needs_ipv6()
+    addresses, ports = addresses_of(*hosts)
+    assert addresses == expected
+    assert len(ports) == 1
+
+
+def test_a_free_port_that_is_taken_on_the_second_address_is_not_used() -> None:
+    needs_ipv6()
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as busy:
+        port = busy.getsockname()[1]
+        with pytest.raises(OSError, match=f"^.*::1 port {port}: Address already in use"):
+            sockets.listen_tcp(["localhost"], port, 8)
+        assert addresses_of("localhost")[1] != {port}
+
+
+# Runs without IPv6, as many containers do: there ::1 exists in the hosts file only.
+WITHOUT_IPV6 = """
+import sys
+from proxy.transport.sockets import listen_tcp
+try:
+    print([sock.getsockname()[0] for sock in listen_tcp(sys.argv[1:], 0, 8)])
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.mark.parametrize(
+    ("hosts", "printed"),
+    [
+        (["localhost"], "['127.0.0.1']"),
+        (["::1"], "::1 port 0: Cannot assign requested address"),
+    ],
+)
+def test_of_localhost_the_addresses_that_exist_are_taken(hosts: list[str], printed: str) -> None:
+    # "localhost" did not start where the hosts file names ::1 and the machine has no such address.
+    prepare = "ip link set lo up; echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6"
+    namespace = ("unshare", "--map-root-user", "--net", "sh", "-c")
+    if subprocess.run([*namespace, f"({prepare}) 2>&1"], check=False).returncode:
+        pytest.skip("needs a network namespace of its own")
+    command = [*namespace, f'{prepare}; exec "$@"', "sh", sys.executable, "-c", WITHOUT_IPV6]
+    ran = subprocess.run([*command, *hosts], check=True, capture_output=True, text=True)
+    assert ran.stdout.strip() == printed
+
+
+def needs_ipv6() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")

@@ -31,7 +31,7 @@ class Passed:
 async def opened(passed: Passed, **listen: object) -> AsyncIterator[tuple[Acceptor, str, int]]:
     settings = ListenSettings.model_validate({"host": "127.0.0.1", "port": 0, **listen})
     acceptor = Acceptor(settings, passed)
-    host, port = acceptor.open()
+    ((host, port), *_) = acceptor.open()
     try:
         yield acceptor, host, port
     finally:

@@ -52,8 +52,8 @@ async def receiving() -> AsyncIterator[Receiving]:
     worker = Receiving()
     async with nothing_left():
         with worker.socket:
-            async with worker.received.accepting() as address:
-                assert address == ("", 0)
+            async with worker.received.accepting() as addresses:
+                assert addresses == ()
                 yield worker
 
 

@@ -19,7 +19,7 @@ WORDS: Final = frozenset(
         # processes
         *("nursery", "nurse", "crew", "ledger", "desk", "entrance", "door", "mourn", "bury"),
         # sessions and where they go
-        *("passage", "fleet", "lull", "farewell", "leftovers", "unserved", "hurry", "gate"),
+        *("passage", "lull", "farewell", "leftovers", "unserved", "hurry", "gate"),
         # the workspace, the emulator, tests and benchmarks
         *("scout", "standin", "strike", "strikes", "struck", "heal", "planted", "roads"),
         *("trackers", "contest", "contenders"),
@@ -32,7 +32,17 @@ PHRASES: Final = ("stand-in",)
 # Not to be found as they stand; their parts are words that we use.
 NAMES: Final = frozenset(
     (
-        *("Plan", "Way", "Account", "Accounts", "AccountSource", "Link", "Places", "places_taken"),
+        *(
+            "Fleet",
+            "Plan",
+            "Way",
+            "Account",
+            "Accounts",
+            "AccountSource",
+            "Link",
+            "Places",
+            "places_taken",
+        ),
         *("LiveSessions", "dismiss_silent", "give_back", "Engine", "OwnToken", "SharedToken"),
         *("MintForAny", "WrittenUpstream", "WrittenSession", "written_upstream"),
     )

@@ -1,6 +1,6 @@
 """A log that nothing reads, or that cannot be written: sessions, probes and signals go on.
 
-Story: standard error was a pipe that nobody read. After 144 connections everything stopped: running
+Story: standard error was a pipe without a reader. After 144 connections everything stopped: running
 sessions, liveness and SIGTERM included. Where the reader had gone or the disk was full, a clean
 drain exited with 120.
 """

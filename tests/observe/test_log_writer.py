@@ -1,6 +1,6 @@
-"""The log's queue and thread: what a pipe that nobody reads, that is closed, or that is full costs.
+"""The log's queue and thread: what a pipe without a reader, that is closed, or that is full costs.
 
-Story: standard error was a pipe that nobody read. After 144 connections everything stopped: running
+Story: standard error was a pipe without a reader. After 144 connections everything stopped: running
 sessions, liveness and SIGTERM included. A log that could not be written made a clean drain exit
 with 120.
 """

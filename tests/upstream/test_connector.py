@@ -152,8 +152,8 @@ async def test_a_trailing_dot_is_asked_of_dns_and_left_out_of_sni_and_the_compar
         assert lakebase.gateway.records[-1].sni == endpoint.host
         assert session.target.host == f"{endpoint.host}."
         session.stream.transport.abort()
+    target = Target("no-such-host.invalid.", "", 5432, "verify-full", "system")
     with pytest.raises(ProxyError, match=r"no-such-host\.invalid\."):
-        target = Target("no-such-host.invalid.", "", 5432, "verify-full", "system")
         await NameLookup(PendingCalls()).resolve(target)
 
 

@@ -17,6 +17,7 @@ from typing import Final
 
 import asyncpg
 
+from proxy.blocking import BlockingCalls
 from proxy.config import (
     UPSTREAM,
     AdminSettings,
@@ -178,7 +179,8 @@ class _TargetCheck:
         socket = listen.unix_socket_directory
         places = [f"{listen.host}:{listen.port}" if listen.host else "", socket]
         where = " and ".join(filter(None, places))
-        running = await asyncio.to_thread(running_proxy, self._settings.admin)
+        ask = partial(running_proxy, self._settings.admin)
+        running = await BlockingCalls("admin").run(ask, LISTENER_SECONDS_MAX + 1)
         return f"{where}, {running}"
 
     async def _configuration(self) -> str:

@@ -90,7 +90,7 @@ async def test_w28_a_native_role_logs_in_with_scram(
 async def test_a_pooled_host_that_wants_a_password_gets_no_token(
     lakebase: Lakebase, endpoint: Endpoint
 ) -> None:
-    # It was "unsupported_auth", with advice for nobody.
+    # It was "unsupported_auth", without useful advice.
     async with lakebase_dialing(lakebase, endpoint, host=endpoint.pooled_host) as made:
         error = await made.refusal()
         assert error.kind is ErrorKind.POOLER_NEEDS_PASSWORD

@@ -130,7 +130,7 @@ def full_pipe() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_a_log_that_no process_reads_stops_nothing(
+async def test_a_log_that_is_not_read_stops_nothing(
     lakebase: Lakebase, tmp_path: Path, workers: int
 ) -> None:
     reader, writer = full_pipe()

@@ -73,7 +73,7 @@ def test_lines_are_written_in_order_and_whole(pipe: Pipe) -> None:
     assert pipe.reports == []
 
 
-def test_a_pipe_that_no process_reads_makes_no_caller_wait_and_is_told_of_once(pipe: Pipe) -> None:
+def test_a_pipe_that_is_not_read_makes_no_caller_wait_and_is_told_of_once(pipe: Pipe) -> None:
     pipe.fill()
     begun = time.monotonic()
     for _ in range(1000):

@@ -10,6 +10,7 @@ A SIGHUP before the proxy serves is dropped, because it is about to read its con
 Invariant: until the handlers are set, only the standard library is imported.
 """
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -21,6 +22,7 @@ _SERVING_VERBS: Final = ("run", "demo")
 
 def main() -> int:
     """Run the command line and return its exit code."""
+    _open_standard_streams()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     if sys.argv[1:2] == ["run"]:
@@ -28,6 +30,22 @@ def main() -> int:
     from proxy import cli  # noqa: PLC0415
 
     return cli.main()
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null for each of the descriptors 0, 1 and 2 that the program was started without.
+
+    Else the first socket would take its number, and what is printed would go to a client.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+        if getattr(sys, name) is None:
+            # It stays open as long as the program runs.
+            stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
 
 
 def _end(number: int, _frame: FrameType | None) -> None:

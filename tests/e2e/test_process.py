@@ -7,6 +7,7 @@ import asyncio
 import signal
 import socket
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,12 @@ from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
 from tests.support.client import plain_client, query, startup
-from tests.support.proxy_process import ProxyProcess, handles, started_process
+from tests.support.proxy_process import (
+    START_SECONDS_MAX,
+    ProxyProcess,
+    handles,
+    started_process,
+)
 from tests.support.running import eventually, libpq, proxy_values, toml
 
 pytestmark = pytest.mark.slow  # the process starts in about a second
@@ -35,6 +41,11 @@ def is_listening(proxy: ProxyProcess) -> bool:
             return True
     except OSError:
         return False
+
+
+def is_accepting(socket_file: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(socket_file)) == 0
 
 
 @BOTH
@@ -202,3 +213,26 @@ async def test_every_address_is_served_and_logged(
         host = address.rpartition(":")[0].strip("[]")
         async with await psycopg.AsyncConnection.connect(**libpq(proxy, host=host)) as connection:
             assert await (await connection.execute("SELECT 1")).fetchone() == (1,)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "0<&-", "0<&- 1>&- 2>&-"])
+async def test_a_start_with_a_standard_descriptor_closed_works(
+    lakebase: Lakebase, tmp_path: Path, closed: str, workers: int
+) -> None:
+    # The first socket took the number, and what was logged would have gone to its peer.
+    config = tmp_path / "proxy.toml"
+    directory = str(tmp_path)  # a socket there: without a log no free port could be told
+    listen = {"host": "", "port": 5432, "unix_socket_directory": directory, "workers": workers}
+    config.write_text(toml(proxy_values(lakebase, {"listen": listen})))
+    command = f'exec "$0" -m proxy run --config "$1" {closed}'
+    program = ("-c", command, sys.executable)
+    async with started_process(str(config), python=("/bin/sh",), program=program) as proxy:
+        socket_file = tmp_path / ".s.PGSQL.5432"
+        await eventually(lambda: is_accepting(socket_file), "it listens", START_SECONDS_MAX)
+        where = f"host={directory} port=5432 user=anyone dbname={lakebase.database}"
+        async with await psycopg.AsyncConnection.connect(where) as connection:
+            row = await (await connection.execute("SELECT 42")).fetchone()
+            assert row == (42,)
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 0

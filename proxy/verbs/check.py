@@ -178,10 +178,13 @@ class _TargetCheck:
         """Return where the proxy listens, and whether one runs there now."""
         listen = self._settings.listen
         socket = listen.unix_socket_directory
-        places = [f"{listen.host}:{listen.port}" if listen.host else "", socket]
-        where = " and ".join(filter(None, places))
+        places = [*(f"{host}:{listen.port}" for host in listen.hosts), *filter(None, [socket])]
+        where = " and ".join(places)
         ask = partial(running_proxy, self._settings.admin)
-        running = await BlockingCalls("admin").run(ask, LISTENER_SECONDS_MAX + 1)
+        try:
+            running = await BlockingCalls("admin").run(ask, LISTENER_SECONDS_MAX)
+        except TimeoutError:
+            running = "the admin address does not answer"
         return f"{where}, {running}"
 
     async def _configuration(self) -> str:

@@ -150,14 +150,14 @@ async def test_the_listener_and_a_running_proxy_are_named(
 ) -> None:
     # It said nothing of the side that applications connect to.
     found = await checked(lakebase, tmp_path, "--json")
-    assert found.json["steps"][1]["text"].startswith("127.0.0.1:0, no admin address")
+    assert found.json["steps"][1]["text"].startswith("localhost:0, no admin address")
     async with serving(proxy_settings(lakebase, admin={"enabled": True})) as app:
         assert app.admin is not None
         admin = {"enabled": True, "port": app.admin.port}
         found = await checked(lakebase, tmp_path, "--json", admin=admin)
-    assert found.json["steps"][1]["text"] == "127.0.0.1:0, a proxy runs and is ready"
+    assert found.json["steps"][1]["text"] == "localhost:0, a proxy runs and is ready"
     found = await checked(lakebase, tmp_path, "--json", admin=admin)
-    assert found.json["steps"][1]["text"] == "127.0.0.1:0, no proxy runs"
+    assert found.json["steps"][1]["text"] == "localhost:0, no proxy runs"
 
 
 async def test_a_disabled_endpoint_is_read_even_where_the_host_is_set(

@@ -128,11 +128,11 @@ class AddressLookup:
         self._stale = not self._settings.host
 
     async def _look_up_host(self) -> None:
-        refusal = self._outage.refusal
+        refusal = self._outage.refusal()
         if refusal is not None:
             if not self._host_backoff.remaining_seconds:
                 self._host_call.start()  # its outcome is for the next client
-            raise refusal.with_traceback(None)
+            raise refusal
         await self._host_backoff.wait(self._sleep)
         if not self._host:  # it may have been found meanwhile
             await self._host_call.result()

@@ -261,7 +261,7 @@ class Dialer:
             self._address_lookup.invalidate_host()
         now = asyncio.get_running_loop().time()
         delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error), now=now)
-        if delay is None:
+        if delay is None or error.final:
             raise error
         # Without a slot: a dial that sleeps opens nothing, and does not delay other dials.
         await asyncio.sleep(delay)

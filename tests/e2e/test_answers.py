@@ -298,6 +298,8 @@ CONNECTION_ERRORS = (
 
 WORKSPACE_LOGIN = ("28000", "workspace_login_failed", "Are client id and secret right")
 UNREACHABLE = ("57P03", "api_unreachable", "Is workspace.host right and reachable")
+API_ERROR = ("57P03", "api_error", "It is a failure of the Databricks API")
+PAGE = ("28000", "workspace_configuration", "workspace's own address")
 INVALID = ("57P03", "credential_invalid", "Check this machine's clock")
 REST_ERRORS = (
     *_api(*WORKSPACE_LOGIN, faults.INVALID_CLIENT, call=Call.TOKEN),
@@ -328,11 +330,18 @@ REST_ERRORS = (
         *(faults.THROTTLED, faults.THROTTLED_NO_DELAY),
         settings=SOME_CALLS,
     ),
-    *_api(*UNREACHABLE, faults.INTERNAL, faults.BAD_GATEWAY, faults.GATEWAY_TIMEOUT),
-    *_api(*UNREACHABLE, faults.UNAVAILABLE, settings=SOME_CALLS),
+    *_api(*API_ERROR, faults.INTERNAL, faults.BAD_GATEWAY, faults.GATEWAY_TIMEOUT),
+    *_api(*API_ERROR, faults.UNAVAILABLE, settings=SOME_CALLS),
+    *_api(*API_ERROR, faults.INTERNAL, call=Call.TOKEN),
+    *_api(*API_ERROR, faults.INTERNAL, call=Call.DISCOVERY),
+    *_api(*PAGE, faults.SIGN_IN_PAGE),
+    *_api(
+        *("28000", "ip_blocked", "service-direct endpoint"),
+        *(faults.NETWORK_DENIED, faults.NETWORK_DENIED_PLAIN),
+    ),
     *_api(*UNREACHABLE, faults.NOT_JSON),
-    *_api(*UNREACHABLE, faults.INTERNAL, faults.NOT_JSON, faults.EMPTY, call=Call.TOKEN),
-    *_api(*UNREACHABLE, faults.INTERNAL, faults.NOT_FOUND, faults.EMPTY, call=Call.DISCOVERY),
+    *_api(*UNREACHABLE, faults.NOT_JSON, faults.EMPTY, call=Call.TOKEN),
+    *_api(*UNREACHABLE, faults.NOT_FOUND, faults.EMPTY, call=Call.DISCOVERY),
     *_api(*INVALID, faults.EMPTY),
     Case(
         "the credential call hangs",

@@ -94,6 +94,12 @@ class AddressLookup:
         """The host as it is known now; empty before the first look-up."""
         return self._host
 
+    @property
+    def api_failure(self) -> ProxyError | None:
+        """Why the workspace API fails now; None while it works."""
+        failure = self._outage.failure
+        return None if failure is None else ProxyError(failure.kind, failure.detail)
+
     async def target(self) -> Target:
         """Return where to dial. Raises ProxyError when the workspace does not name a host."""
         if not self._host:

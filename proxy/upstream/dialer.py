@@ -295,6 +295,8 @@ class Dialer:
             return ProxyError(ErrorKind.UPSTREAM_BUSY, detail)
         kind = _TIMED_OUT[phases.current]
         is_api = kind is ErrorKind.API_UNREACHABLE
+        if is_api and (failure := self._address_lookup.api_failure):
+            return failure
         what = "the workspace API did not answer" if is_api else "no session"
         return ProxyError(kind, f"{what} within {self._timeout_seconds:g} seconds")
 

@@ -551,7 +551,7 @@ class ProxyError(Exception):
     `detail` is the original text, if there is one. `original` is an error from the upstream
     PostgreSQL itself: the client receives it with all of its fields, and with a detail and a hint
     where it has none. `retry_after_seconds` is how long the other side asks to wait before a retry,
-    0 if it does not say.
+    0 if it does not say. `final` means that the dialer does not retry, whatever the kind allows.
     """
 
     def __init__(
@@ -562,12 +562,14 @@ class ProxyError(Exception):
         user: str = "",
         original: ErrorResponse | None = None,
         retry_after_seconds: float = 0.0,
+        final: bool = False,
     ) -> None:
         super().__init__(f"{kind.value.reason}: {detail or kind.value.message}")
         self.kind = kind
         self.detail = detail
         self.original = original
         self.retry_after_seconds = retry_after_seconds
+        self.final = final
         # The role's name is inside a literal of the statement that the hint offers.
         literal = user.replace("'", "''")
         self._hint = kind.value.hint.format(user=literal, identity=_identity(user))

@@ -94,6 +94,12 @@ class AddressLookup:
         """The host as it is known now; empty before the first look-up."""
         return self._host
 
+    @property
+    def api_failure(self) -> ProxyError | None:
+        """Why the workspace API fails now; None while it works."""
+        failure = self._outage.failure
+        return None if failure is None else ProxyError(failure.kind, failure.detail)
+
     async def target(self) -> Target:
         """Return where to dial. Raises ProxyError when the workspace does not name a host."""
         if not self._host:
@@ -128,11 +134,11 @@ class AddressLookup:
         self._stale = not self._settings.host
 
     async def _look_up_host(self) -> None:
-        refusal = self._outage.refusal
+        refusal = self._outage.refusal()
         if refusal is not None:
             if not self._host_backoff.remaining_seconds:
                 self._host_call.start()  # its outcome is for the next client
-            raise refusal.with_traceback(None)
+            raise refusal
         await self._host_backoff.wait(self._sleep)
         if not self._host:  # it may have been found meanwhile
             await self._host_call.result()

@@ -261,7 +261,7 @@ class Dialer:
             self._address_lookup.invalidate_host()
         now = asyncio.get_running_loop().time()
         delay = dial.retry.delay(error, from_cache=self._is_replaced(dial, error), now=now)
-        if delay is None:
+        if delay is None or error.final:
             raise error
         # Without a slot: a dial that sleeps opens nothing, and does not delay other dials.
         await asyncio.sleep(delay)
@@ -295,6 +295,8 @@ class Dialer:
             return ProxyError(ErrorKind.UPSTREAM_BUSY, detail)
         kind = _TIMED_OUT[phases.current]
         is_api = kind is ErrorKind.API_UNREACHABLE
+        if is_api and (failure := self._address_lookup.api_failure):
+            return failure
         what = "the workspace API did not answer" if is_api else "no session"
         return ProxyError(kind, f"{what} within {self._timeout_seconds:g} seconds")
 

@@ -86,6 +86,7 @@ def error_as_dict(error: ProxyError) -> Message:
         "kind": error.kind.name,
         "detail": error.detail,
         "retry_after_seconds": error.retry_after_seconds,
+        "final": error.final,
     }
 
 
@@ -95,6 +96,7 @@ def error_from_dict(content: Message) -> ProxyError:
         ErrorKind[content["kind"]],
         content["detail"],
         retry_after_seconds=content["retry_after_seconds"],
+        final=content["final"],
     )
 
 

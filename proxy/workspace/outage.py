@@ -57,16 +57,17 @@ class Outage:
         """For how long the API has failed; 0 while it works."""
         return 0.0 if self.since is None else max(0.0, self._clock() - self.since)
 
-    @property
     def refusal(self) -> ProxyError | None:
-        """The failure for a new client that has no valid token; None if it waits for a mint.
+        """Return the failure for a new client without a valid token; None if it waits for a mint.
 
         A permanent failure ends a wait by itself.
         """
         if self.failure is None or not is_transient(self.failure):
             return None
         is_stale = self._clock() - self._last_at > STALE_SECONDS
-        return None if is_stale or self.failing_seconds <= OUTAGE_SECONDS else self.failure
+        if is_stale or self.failing_seconds <= OUTAGE_SECONDS:
+            return None
+        return ProxyError(self.failure.kind, self.failure.detail, final=True)
 
     def record_failure(self, call: Call, failure: ProxyError, backoff_seconds: float) -> None:
         """Record a failed call; log the first one, and each that fails in another way.

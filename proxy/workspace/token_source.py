@@ -165,10 +165,10 @@ class LocalTokenSource:
 
     async def _mint_or_fall_back(self) -> Credential:
         """Return a token minted now; while the API fails, the newest that is still valid."""
-        refusal = self._outage.refusal
+        refusal = self._outage.refusal()
         if refusal is not None and self._valid() is None:
             self._keep_probing()
-            raise refusal.with_traceback(None)
+            raise refusal
         ends_at = self._clock() + self._timeout_seconds
         while True:  # ends at `ends_at`, or with a permanent failure
             valid = self._valid()

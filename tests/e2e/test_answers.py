@@ -298,6 +298,8 @@ CONNECTION_ERRORS = (
 
 WORKSPACE_LOGIN = ("28000", "workspace_login_failed", "Are client id and secret right")
 UNREACHABLE = ("57P03", "api_unreachable", "Is workspace.host right and reachable")
+API_ERROR = ("57P03", "api_error", "It is a failure of the Databricks API")
+PAGE = ("28000", "workspace_configuration", "workspace's own address")
 INVALID = ("57P03", "credential_invalid", "Check this machine's clock")
 REST_ERRORS = (
     *_api(*WORKSPACE_LOGIN, faults.INVALID_CLIENT, call=Call.TOKEN),
@@ -328,11 +330,18 @@ REST_ERRORS = (
         *(faults.THROTTLED, faults.THROTTLED_NO_DELAY),
         settings=SOME_CALLS,
     ),
-    *_api(*UNREACHABLE, faults.INTERNAL, faults.BAD_GATEWAY, faults.GATEWAY_TIMEOUT),
-    *_api(*UNREACHABLE, faults.UNAVAILABLE, settings=SOME_CALLS),
+    *_api(*API_ERROR, faults.INTERNAL, faults.BAD_GATEWAY, faults.GATEWAY_TIMEOUT),
+    *_api(*API_ERROR, faults.UNAVAILABLE, settings=SOME_CALLS),
+    *_api(*API_ERROR, faults.INTERNAL, call=Call.TOKEN),
+    *_api(*API_ERROR, faults.INTERNAL, call=Call.DISCOVERY),
+    *_api(*PAGE, faults.SIGN_IN_PAGE),
+    *_api(
+        *("28000", "ip_blocked", "service-direct endpoint"),
+        *(faults.NETWORK_DENIED, faults.NETWORK_DENIED_PLAIN),
+    ),
     *_api(*UNREACHABLE, faults.NOT_JSON),
-    *_api(*UNREACHABLE, faults.INTERNAL, faults.NOT_JSON, faults.EMPTY, call=Call.TOKEN),
-    *_api(*UNREACHABLE, faults.INTERNAL, faults.NOT_FOUND, faults.EMPTY, call=Call.DISCOVERY),
+    *_api(*UNREACHABLE, faults.NOT_JSON, faults.EMPTY, call=Call.TOKEN),
+    *_api(*UNREACHABLE, faults.NOT_FOUND, faults.EMPTY, call=Call.DISCOVERY),
     *_api(*INVALID, faults.EMPTY),
     Case(
         "the credential call hangs",
@@ -357,7 +366,7 @@ REST_ERRORS = (
     # The same for the call that says where to dial: the token is there already.
     *_api("08001", "endpoint_not_found", "not its uid", faults.NOT_FOUND, call=Call.RESOURCE),
     *_api("28000", "permission_denied", "May the", faults.PERMISSION_DENIED, call=Call.RESOURCE),
-    *_api(*UNREACHABLE, faults.INTERNAL, call=Call.RESOURCE, settings={**FEW_CALLS, **SOON}),
+    *_api(*API_ERROR, faults.INTERNAL, call=Call.RESOURCE, settings={**FEW_CALLS, **SOON}),
 )
 
 CASES = (
@@ -437,7 +446,7 @@ CASES = (
     Case(
         "API fails",
         _fail(Call.CREDENTIAL, faults.INTERNAL),
-        *("57P03", "api_unreachable", "workspace.host"),
+        *("57P03", "api_error", "a failure of the Databricks API"),
         settings=SOON,
     ),
     Case(
@@ -488,8 +497,8 @@ async def test_a_client_that_cannot_be_served_is_told_why_and_others_are_served_
         assert error.text(b"D") == f"reason={case.reason}"
     assert case.hint in error.text(b"H")
     assert proxy.metrics.value("startup_failures_total", reason=case.reason) == 1
-    # The SDK warns of what it could not find out by itself; also from threads left over.
-    assert [line for line in log.above_info() if line["logger"] != "databricks.sdk"] == []
+    # A refusal and an outage are warnings; a bug of ours is an error.
+    assert [line for line in log.above_info() if line["level"] != "warning"] == []
 
 
 FIXED = ("token of another workspace", "the port is closed", "wrong secret")

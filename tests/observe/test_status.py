@@ -5,14 +5,18 @@ from dataclasses import fields
 
 import pytest
 
-from proxy.observe.status import Token
+from proxy.observe.status import Token, WorkspaceApi
 from proxy.observe.target_stats import Carried
 from proxy.server.lifecycle import State
-from tests.support.admin_address import Shown
+from tests.support.admin_address import NOW, Shown
 
 
 def test_it_is_json_with_units_in_its_names() -> None:
-    shown = Shown(shown_tokens=[Token("workspace", 5.0, 3595.0, 60.0)], shown_warnings=["careful"])
+    shown = Shown(
+        shown_tokens=[Token("workspace", 5.0, 3595.0, 60.0)],
+        shown_apis=[WorkspaceApi("workspace", NOW - 10, 10.0, "api_error")],
+        shown_warnings=["careful"],
+    )
     assert json.loads(json.dumps(shown.status().as_dict())) == {
         "state": "serving",
         "version": "1.2.3",
@@ -40,6 +44,14 @@ def test_it_is_json_with_units_in_its_names() -> None:
                 "age_seconds": 5.0,
                 "expires_in_seconds": 3595.0,
                 "accepted_age_seconds": 60.0,
+            }
+        ],
+        "workspace_apis": [
+            {
+                "workspace": "workspace",
+                "failing_since": "2026-09-21T14:13:10+00:00",
+                "failing_seconds": 10.0,
+                "reason": "api_error",
             }
         ],
         "errors": [],

@@ -58,10 +58,11 @@ def test_a_message_over_the_bound_is_neither_sent_nor_taken(
 
 @pytest.mark.parametrize("kind", ErrorKind)
 def test_an_error_means_the_same_on_the_other_side(kind: ErrorKind) -> None:
-    error = ProxyError(kind, "why", retry_after_seconds=2.5)
+    error = ProxyError(kind, "why", retry_after_seconds=2.5, final=True)
     (content,) = FrameReader().feed(encode(error_as_dict(error)))
     there = error_from_dict(content)
     assert (there.kind, there.detail, there.retry_after_seconds) == (kind, "why", 2.5)
+    assert there.final
     assert there.response() == error.response()
 
 

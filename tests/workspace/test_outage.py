@@ -23,10 +23,6 @@ def failing(detail: str = "HTTP 500 request 1") -> ProxyError:
     return ProxyError(ErrorKind.API_ERROR, detail)
 
 
-def is_open(outage: Outage) -> bool:
-    return outage.since is not None
-
-
 def test_the_first_failure_and_each_other_one_is_a_warning_and_the_end_one_info(
     log: LogLines,
 ) -> None:
@@ -59,13 +55,13 @@ def test_clients_wait_for_some_seconds_and_are_refused_after_them() -> None:
     outage.record_failure(Call.MINT, failing(), 1)
     clock.move(OUTAGE_SECONDS)
     outage.record_failure(Call.MINT, failing("HTTP 502"), 1)
-    assert not outage.refusal
+    assert outage.refusal() is None
     clock.move(0.1)
-    refusal = outage.refusal
+    refusal = outage.refusal()
     assert refusal is not None
     assert refusal.detail == "HTTP 502"
     outage.record_success(Call.MINT)
-    assert not outage.refusal
+    assert outage.refusal() is None
 
 
 def test_an_outage_of_which_nothing_was_heard_for_long_may_be_over() -> None:
@@ -73,7 +69,7 @@ def test_an_outage_of_which_nothing_was_heard_for_long_may_be_over() -> None:
     outage = Outage("shop", clock)
     outage.record_failure(Call.MINT, failing(), 1)
     clock.move(STALE_SECONDS + 1)
-    assert not outage.refusal
+    assert outage.refusal() is None
 
 
 @pytest.mark.parametrize("kind", [ErrorKind.API_THROTTLED, ErrorKind.WORKSPACE_LOGIN_FAILED])
@@ -83,20 +79,22 @@ def test_a_limit_of_the_rate_and_a_permanent_failure_are_no_outage(kind: ErrorKi
     for _ in range(10):
         outage.record_failure(Call.MINT, ProxyError(kind), 1)
         clock.move(2)
-    assert not outage.refusal
+    assert outage.refusal() is None
 
 
 def test_a_look_up_that_works_does_not_end_an_outage_of_mints(log: LogLines) -> None:
-    outage = Outage("shop", FakeClock())
+    clock = FakeClock()
+    outage = Outage("shop", clock)
     outage.record_failure(Call.LOOK_UP, failing(), 1)
     outage.record_failure(Call.MINT, failing(), 1)
+    clock.move(1)
     outage.record_success(Call.LOOK_UP)
-    assert is_open(outage)
+    assert outage.failing_seconds
     outage.record_success(Call.MINT)
-    assert not is_open(outage)
+    assert not outage.failing_seconds
     outage.record_failure(Call.LOOK_UP, ProxyError(ErrorKind.ENDPOINT_NOT_FOUND), 1)
-    assert not is_open(outage)
+    assert not outage.failing_seconds
     outage.record_failure(Call.LOOK_UP, failing(), 1)
     outage.record_success(Call.LOOK_UP)
-    assert not is_open(outage)
+    assert not outage.failing_seconds
     assert len(log.events(WORKS)) == 2

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from proxy.session.end_reason import EndReason
-from proxy.transport.sockets import has_hung_up
+from proxy.transport.sockets import is_reset
 
-# While the upstream takes nothing the client is not read, so that its end has to be polled for.
+# While the upstream takes nothing the client is not read, so that its loss has to be polled for.
 CLIENT_POLL_SECONDS: Final = 5.0
 
 
@@ -29,11 +29,19 @@ class SourceLane(Protocol):
         """Let the transport read again."""
 
 
+def never() -> bool:
+    """Return false: the end of one side ends the relay."""
+    return False
+
+
 class Direction(asyncio.Protocol):
     """The protocol of `source`, which writes what it receives to `sink`.
 
     `on_read` is called with each read after its write. The direction from the upstream has
-    `watches_client`: while the upstream takes nothing, it polls whether the client is there.
+    `watches_client`: while the upstream takes nothing, it polls whether the client is lost. One
+    that has ended its stream is not: what it sent before the end is delivered.
+
+    `goes_on` is asked when the source ends: whether the relay continues until the sink ends.
 
     Both directions are of one class: the interpreter specialises the code that runs for each read,
     and would stop doing so if the class of `self` changed from call to call.
@@ -46,6 +54,7 @@ class Direction(asyncio.Protocol):
         "_watches_client",
         "_write",
         "closed",
+        "goes_on",
         "lane",
         "lost",
         "on_read",
@@ -64,6 +73,7 @@ class Direction(asyncio.Protocol):
         *,
         closed: EndReason,
         lost: EndReason,
+        goes_on: Callable[[], bool] = never,
         watches_client: bool = False,
     ) -> None:
         self.source = source
@@ -71,6 +81,7 @@ class Direction(asyncio.Protocol):
         self.on_read = on_read
         self.closed = closed
         self.lost = lost
+        self.goes_on = goes_on
         self.paused = False
         self.reverse: Direction | None = None
         """The other direction, which writes to our source; None before and after the relay."""
@@ -119,7 +130,8 @@ class Direction(asyncio.Protocol):
         self.reverse.resume()
 
     def eof_received(self) -> bool:
-        self.end(self.closed)
+        if not self.goes_on():
+            self.end(self.closed)
         return True  # keep the source open: what was written to it has to be flushed
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -129,7 +141,10 @@ class Direction(asyncio.Protocol):
         self.close_lane()
         reverse.close_lane()
         reverse.stop_writing()
-        self.end(self.lost)
+        if self.goes_on():
+            reverse.resume()  # what still arrives for the source is read and discarded
+        else:
+            self.end(self.lost)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -175,10 +190,10 @@ class Direction(asyncio.Protocol):
     def _poll_client(self) -> None:
         if self._ended.done():
             return
-        if self.sink.is_closing() or has_hung_up(self.sink):
-            self.end(EndReason.CLIENT_LOST)
-        else:
+        if not (self.sink.is_closing() or is_reset(self.sink)):
             self._schedule_poll()
+        elif self.reverse is None or not self.reverse.goes_on():
+            self.end(EndReason.CLIENT_LOST)
 
 
 def _drop(data: bytes) -> None:

@@ -12,6 +12,7 @@ class EndReason(StrEnum):
 
     CLIENT_CLOSED = "client_closed"
     CLIENT_LOST = "client_lost"
+    CLIENT_NOT_READING = "client_not_reading"
     UPSTREAM_CLOSED = "upstream_closed"
     UPSTREAM_LOST = "upstream_lost"
     SHUTDOWN = "shutdown"
@@ -32,6 +33,7 @@ class Outcome(StrEnum):
 OUTCOMES: Final[Mapping[str, Outcome]] = {
     EndReason.CLIENT_CLOSED: Outcome.COMPLETED,
     EndReason.CLIENT_LOST: Outcome.LOST,
+    EndReason.CLIENT_NOT_READING: Outcome.CUT,
     EndReason.UPSTREAM_CLOSED: Outcome.LOST,
     EndReason.UPSTREAM_LOST: Outcome.LOST,
     EndReason.SHUTDOWN: Outcome.CUT,

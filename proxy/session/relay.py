@@ -16,10 +16,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from proxy.observe.target_stats import Carried
-from proxy.session.direction import Direction
+from proxy.session.direction import Direction, never
 from proxy.session.end_reason import DISCONNECTS, EndReason, RelayEnd
 from proxy.session.fast_path import LANE_BUFFER_BYTES_MAX, FastPath
-from proxy.transport.graceful_close import LINGER_SECONDS, close_gracefully
+from proxy.transport.graceful_close import FLUSH_SECONDS_MAX, LINGER_SECONDS, close_gracefully
 from proxy.wire.activity import Activity
 from proxy.wire.messages import Terminate
 
@@ -33,6 +33,14 @@ CANCEL_ANSWER_SECONDS: Final = 0.25
 # The bound on all these cancels together, and the wait for those of other sessions.
 CANCELS_SECONDS_MAX: Final = 30.0
 
+# How long the upstream of a client that has disconnected may take nothing before it is reset: while
+# it waits for a lock it notices no other end of its client.
+UPSTREAM_FLUSH_SECONDS: Final = 30.0
+LOST_CLIENT_FLUSH_SECONDS: Final = 1.0
+# How long the statements before a Terminate may run when the client has gone: as long as a front
+# end keeps an idle connection. PostgreSQL itself sets no bound.
+TERMINATED_SECONDS_MAX: Final = 24 * 3600.0
+
 _TERMINATE: Final = Terminate().encode()
 _IGNORING: Final = asyncio.Protocol()  # the protocol of connections whose relay is over
 
@@ -41,7 +49,8 @@ class Relay:
     """One session's relay. Create it, give both transports its directions, await `run`.
 
     `cancel_query` cancels what the upstream is running; it is awaited when the client has
-    disconnected without a Terminate.
+    disconnected without a Terminate. After the upstream's end a client is cut when it has read
+    nothing for `flush_seconds_max`.
     """
 
     def __init__(
@@ -50,8 +59,10 @@ class Relay:
         upstream: asyncio.Transport,
         cancel_query: Callable[[], Awaitable[None]] | None = None,
         lanes: "Lanes | None" = None,
+        flush_seconds_max: float = FLUSH_SECONDS_MAX,
     ) -> None:
         self._client = client
+        self._flush_seconds_max = flush_seconds_max
         self._upstream = upstream
         self._cancel_query = cancel_query
         self._fast_path = FastPath.between(client, upstream, lanes)
@@ -65,6 +76,7 @@ class Relay:
             activity.client_sent,
             closed=EndReason.CLIENT_CLOSED,
             lost=EndReason.CLIENT_LOST,
+            goes_on=self._finishes_statements,
         )
         self.from_upstream = Direction(
             upstream,
@@ -77,6 +89,8 @@ class Relay:
         )
         self.from_client.reverse = self.from_upstream
         self.from_upstream.reverse = self.from_client
+        self._terminated_timer: asyncio.TimerHandle | None = None
+        self._cut = False  # the client was cut before it had read everything
         self._high_water_bytes = BUFFER_BYTES_MAX
         if self._fast_path is not None:
             self._high_water_bytes = LANE_BUFFER_BYTES_MAX
@@ -143,6 +157,9 @@ class Relay:
                 transport.abort()
             # They refer to each other: what they hold would wait for the garbage collector.
             self.from_client.reverse = self.from_upstream.reverse = None
+            self.from_client.goes_on = never
+            if self._terminated_timer is not None:
+                self._terminated_timer.cancel()
         return self.ended(reason)
 
     def ended(self, reason: EndReason) -> RelayEnd:
@@ -152,7 +169,9 @@ class Relay:
         """
         if self._ended.done() and not self._ended.cancelled():
             reason = self._ended.result()
-        if reason in DISCONNECTS and self._activity.terminated:
+        if self._cut:
+            reason = EndReason.CLIENT_NOT_READING
+        elif reason in DISCONNECTS and self._activity.terminated:
             reason = EndReason.CLIENT_CLOSED
         carried = self.carried()
         return RelayEnd(reason, carried.client_bytes, carried.upstream_bytes)
@@ -176,14 +195,33 @@ class Relay:
         async with asyncio.TaskGroup() as closing:
             if reason in (EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST):
                 closing.create_task(close_gracefully(self._client, linger_seconds=0))
-                closing.create_task(self._close_upstream())
+                closing.create_task(self._close_upstream(reason))
             else:
                 ended = reason in (EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST)
                 linger_seconds = 0 if ended else LINGER_SECONDS
-                closing.create_task(close_gracefully(self._client))
+                closing.create_task(self._close_client())
                 closing.create_task(close_gracefully(self._upstream, linger_seconds=linger_seconds))
 
-    async def _close_upstream(self) -> None:
+    async def _close_client(self) -> None:
+        """Send the client what the upstream sent before its end, and close."""
+        self._cut = self._client.get_write_buffer_size() > 0  # where a drain cancels this
+        seconds = self._flush_seconds_max
+        self._cut = not await close_gracefully(self._client, flush_seconds=seconds)
+
+    def _finishes_statements(self) -> bool:
+        """Return whether the upstream still runs what the client sent before its Terminate.
+
+        PostgreSQL runs that, whatever became of the client, and ends by itself.
+        """
+        if not self._activity.terminated or self._activity.idle or self._upstream.is_closing():
+            return False
+        if self._terminated_timer is None:
+            self._terminated_timer = asyncio.get_running_loop().call_later(
+                TERMINATED_SECONDS_MAX, self.from_client.end, EndReason.CLIENT_CLOSED
+            )
+        return True
+
+    async def _close_upstream(self, reason: EndReason) -> None:
         """Close the upstream of a client that has disconnected, and cancel its query (W35).
 
         After a Terminate nothing is cancelled: the client wants what it asked for before. The
@@ -195,7 +233,9 @@ class Relay:
             with suppress(TimeoutError):
                 async with asyncio.timeout(CANCELS_SECONDS_MAX):
                     await self._cancel_until_silent(self._cancel_query)
-        await close_gracefully(self._upstream)
+        is_lost = reason is EndReason.CLIENT_LOST
+        flush_seconds = LOST_CLIENT_FLUSH_SECONDS if is_lost else UPSTREAM_FLUSH_SECONDS
+        await close_gracefully(self._upstream, flush_seconds=flush_seconds, resets=True)
 
     async def _cancel_until_silent(self, cancel_query: Callable[[], Awaitable[None]]) -> None:
         """Send cancels until one has no answer or nothing runs; at least one."""

@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import stat
+import struct
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -35,6 +36,8 @@ _FIXED_ADDRESSES: Final = {
 }
 # An address that this machine does not have, or a family that its kernel does not have.
 _ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 # Linux reports the peer's FIN even if bytes before it are unread; elsewhere only a reset is seen.
 _HUNG_UP: Final = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
@@ -112,6 +115,23 @@ def has_hung_up(transport: asyncio.BaseTransport) -> bool:
     poll = select.poll()
     poll.register(sock.fileno(), _HUNG_UP)
     return any(event & _HUNG_UP for _, event in poll.poll(0))
+
+
+def is_reset(transport: asyncio.BaseTransport) -> bool:
+    """Return whether the connection is lost: a peer that has only ended its stream may read on."""
+    sock: socket.socket | None = transport.get_extra_info("socket")
+    if sock is None or sock.fileno() < 0:
+        return True
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLERR)
+    return bool(poll.poll(0))
+
+
+def reset_on_close(transport: asyncio.BaseTransport) -> None:
+    """Make the close of a TCP connection a reset, which discards what was not sent."""
+    sock: socket.socket | None = transport.get_extra_info("socket")
+    if sock is not None and sock.fileno() >= 0:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
 
 
 def listen_tcp(hosts: Sequence[str], port: int, backlog: int) -> list[socket.socket]:

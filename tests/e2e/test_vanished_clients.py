@@ -14,17 +14,20 @@ import pytest
 from proxy.emulator.cluster import Cluster
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App, serving
+from proxy.session.direction import CLIENT_POLL_SECONDS
 from proxy.session.relay import CANCELS_SECONDS_MAX
-from proxy.wire.messages import ErrorResponse, ReadyForQuery
+from proxy.wire.messages import ErrorResponse, ReadyForQuery, Terminate
 from tests.e2e.conftest import StartProxy
 from tests.support.client import Client, plain_client, query, startup
-from tests.support.running import LogLines, eventually, proxy_settings
+from tests.support.running import LogLines, all_over, eventually, proxy_settings
 
 GONE_SECONDS_MAX = 5.0
 SORT = "SELECT count(*) FROM (SELECT md5(n::text) FROM generate_series(1, 20000000) n ORDER BY 1) s"
 WORK = {"pg_sleep": ("SELECT pg_sleep(60)", "pg_sleep"), "a sort": (SORT, "ORDER BY")}
 REQUEST = {"cancel_method": "cancel_request"}
 LOST = ("too_many", "failed")
+STATEMENTS = 380
+TERMINATE = Terminate().encode()
 
 
 @pytest.fixture(params=[16, 18], ids=["PostgreSQL 16", "PostgreSQL 18"])
@@ -177,6 +180,81 @@ async def test_w35_an_upstream_that_knows_no_connection_check_is_served_without_
     assert [record.parameter(b"options") for record in later] == [None, None]
     (line,) = [line for line in log.lines if "does not check connections" in line["event"]]
     assert line["level"] == "info"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accelerated", [True, False], ids=["lanes", "python"])
+async def test_w34_statements_and_a_terminate_before_a_half_close_all_run(
+    start_proxy: StartProxy, lakebase: Lakebase, scratch_database: str, accelerated: bool
+) -> None:
+    # The table was locked, so the upstream was not reading. Of 380 statements 2 ran; directly all
+    # do, and the client that reads on gets all answers.
+    proxy = await start_proxy(upstream={"accelerated": accelerated})
+    cluster = lakebase["one"].cluster
+    sql = "CREATE TABLE t (n int, s text); GRANT ALL ON t TO PUBLIC"
+    cluster.execute(sql, database=scratch_database)
+    async with plain_client(proxy) as owner, plain_client(proxy) as client:
+        for each in (owner, client):
+            await each.send(startup(database=scratch_database))
+            await each.messages_until(ReadyForQuery)
+        await owner.query("BEGIN")
+        await owner.messages_until(ReadyForQuery)
+        await owner.query("LOCK TABLE t")
+        await owner.messages_until(ReadyForQuery)
+        said = b"".join(
+            query(f"INSERT INTO t VALUES ({n}, '{'x' * 20_000}')") for n in range(STATEMENTS)
+        )
+        await client.send(said + TERMINATE)
+        client.end()
+        await asyncio.sleep(2 * CLIENT_POLL_SECONDS)  # it was polled for, and taken for gone
+        await owner.query("COMMIT")
+        assert (await client.receive_rest()).count(ReadyForQuery(b"I").encode()) == STATEMENTS
+    found = cluster.execute("SELECT count(DISTINCT n) FROM t", database=scratch_database)
+    assert found == str(STATEMENTS)
+
+
+@pytest.mark.slow
+async def test_w34_a_long_statement_before_a_terminate_runs_to_its_end(
+    proxy: App, lakebase: Lakebase, scratch_database: str
+) -> None:
+    # The database checks its connection while the statement runs, so the proxy keeps it open.
+    cluster = lakebase["one"].cluster
+    cluster.execute("CREATE TABLE t (n int); GRANT ALL ON t TO PUBLIC", database=scratch_database)
+    async with plain_client(proxy) as client:
+        await client.send(startup(database=scratch_database))
+        await client.messages_until(ReadyForQuery)
+        await client.send(query("INSERT INTO t SELECT 1 FROM pg_sleep(7)") + TERMINATE)
+        client.close()
+    await all_over(proxy, lakebase)
+    assert cluster.execute("SELECT count(*) FROM t", database=scratch_database) == "1"
+
+
+PAUSED = 20
+PAUSE_SECONDS = 33.0  # once a client that paused for 30 was cut
+
+
+@pytest.mark.slow
+async def test_w34_clients_that_pause_in_a_result_lose_nothing_when_the_upstream_ends(
+    proxy: App, lakebase: Lakebase, log: LogLines
+) -> None:
+    # 4 of 171 were cut, rows and last words, and the log counted them as sent.
+    sql = "SELECT repeat('x', 1000), generate_series(1, 6000)"
+    async with AsyncExitStack() as stack:
+        clients = []
+        for _ in range(PAUSED):
+            client = plain_client(proxy, receive_buffer_bytes=4096)
+            clients.append(await stack.enter_async_context(client))
+            await clients[-1].start_up()
+            await clients[-1].query(sql)
+        await asyncio.sleep(1)  # until each result has filled what it passes
+        lakebase["one"].endpoint.end_sessions()
+        await asyncio.sleep(PAUSE_SECONDS)
+        async with asyncio.TaskGroup() as group:
+            rests = [group.create_task(client.receive_rest()) for client in clients]
+    await all_over(proxy, lakebase)
+    received = sorted(len(rest.result()) for rest in rests)
+    assert received == sorted(line["upstream_bytes"] for line in log.events("session ended"))
+    assert {line["reason"] for line in log.events("session ended")} == {"upstream_closed"}
 
 
 CROWD = 500

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
+from proxy.session.direction import CLIENT_POLL_SECONDS
 from proxy.session.end_reason import EndReason, RelayEnd
 from proxy.session.fast_path import watched_lanes
 from proxy.session.relay import BUFFER_BYTES_MAX, Relay
+from proxy.wire.messages import ReadyForQuery, Terminate
+from tests.support.client import query
 from tests.support.compiled import need_compiled
 from tests.support.peer import READ_BYTES, WAIT_SECONDS_MAX, Peer, tcp_pair
 from tests.support.running import eventually
@@ -273,3 +276,103 @@ async def test_what_arrives_for_a_side_that_was_just_lost_is_dropped(lost: str) 
     client.close()
     upstream.close()
     assert of_survivor.received_bytes == len(b"late")
+
+
+# -- a client that has sent Terminate --------------------------------------------------------------
+
+READY = ReadyForQuery(b"I").encode()
+STATEMENTS = query("SELECT '" + "x" * 100_000 + "'") * 300 + Terminate().encode()
+
+
+async def test_w34_after_terminate_a_client_that_reads_on_gets_all_answers(
+    setting: Setting,
+) -> None:
+    # Its end closed the upstream, which PostgreSQL does only when it has run everything.
+    sent = query("SELECT 1") + Terminate().encode()
+    await setting.client.send(sent)
+    setting.client.end()
+    assert await setting.upstream.receive_exactly(len(sent)) == sent
+    await setting.upstream.send(b"C" + READY[1:])
+    with pytest.raises(TimeoutError):
+        await setting.upstream.receive(0.1)  # no end: a server would end the statement by it
+    await setting.upstream.send(READY)
+    setting.upstream.end()
+    assert await setting.client.receive_rest() == b"C" + READY[1:] + READY
+    setting.client.close()
+    await setting.end()
+
+
+@pytest.mark.parametrize("way", ["close", "reset"])
+async def test_w34_after_terminate_the_answers_for_a_client_that_left_are_discarded(
+    setting: Setting, way: str
+) -> None:
+    sent = query("SELECT 1") * 2 + Terminate().encode()
+    await setting.client.send(sent)
+    assert await setting.upstream.receive_exactly(len(sent)) == sent
+    getattr(setting.client, way)()
+    for _ in range(20):
+        await setting.upstream.send(b"D" + (4 + 100_000).to_bytes(4, "big") + bytes(100_000))
+    with pytest.raises(TimeoutError):
+        await setting.upstream.receive(0.1)
+    setting.upstream.end()
+    await setting.end()
+    assert await setting.upstream.receive_rest() == b""
+
+
+@pytest.mark.slow
+async def test_w34_what_was_sent_before_a_half_close_is_delivered_however_late(
+    setting: Setting,
+) -> None:
+    # An end with unread bytes before it was taken for a vanished client: of 380 statements and a
+    # Terminate 2 ran.
+    sending = asyncio.create_task(setting.client.send(STATEMENTS))
+    await eventually(lambda: setting.upstream_transport.get_write_buffer_size() > 0, "it is full")
+    received = bytearray()
+    while not sending.done():  # until the kernel has the rest: the end comes after it
+        received += await setting.upstream.receive()
+        await asyncio.sleep(0)
+    setting.client.end()
+    with pytest.raises(TimeoutError):
+        await setting.client.receive(2 * CLIENT_POLL_SECONDS)
+    received += await setting.upstream.receive_exactly(len(STATEMENTS) - len(received))
+    assert received == STATEMENTS
+    setting.upstream.end()
+    assert await setting.client.receive_rest() == b""
+    setting.client.close()
+    await setting.end()
+
+
+@pytest.mark.slow
+async def test_w35_a_reset_with_unread_bytes_before_it_is_a_lost_client(setting: Setting) -> None:
+    # While the upstream reads nothing the client is not read: its reset has to be polled for.
+    await send_until_stalled(setting.client, query("x" * 40 * MEGABYTE))
+    setting.client.reset()
+    assert (await setting.end()).reason is EndReason.CLIENT_LOST
+
+
+# -- a client that pauses in its result ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["time", "drain"])
+async def test_w34_a_client_that_is_cut_in_its_result_is_a_reason_of_its_own(way: str) -> None:
+    # The log said `upstream_closed` and counted bytes that the client never received.
+    client, upstream, to_client, to_upstream = await transports()
+    seconds = 0.2 if way == "time" else 60
+    relay = Relay(to_client, to_upstream, flush_seconds_max=seconds)
+    to_client.set_protocol(relay.from_client)
+    to_upstream.set_protocol(relay.from_upstream)
+    running = asyncio.create_task(relay.run())
+    sending = asyncio.create_task(upstream.send(bytes(20 * MEGABYTE)))
+    await eventually(lambda: to_client.get_write_buffer_size() > 0, "the client is full")
+    sending.cancel()
+    await asyncio.wait((sending,))
+    upstream.abort()
+    # Its end is behind bytes that are not read while the client is full.
+    relay.from_upstream.end(EndReason.UPSTREAM_CLOSED)
+    if way == "drain":
+        for _ in range(10):
+            await asyncio.sleep(0)
+        running.cancel()
+    await asyncio.wait((running,), timeout=WAIT_SECONDS_MAX)
+    assert relay.ended(EndReason.SHUTDOWN).reason is EndReason.CLIENT_NOT_READING
+    client.close()

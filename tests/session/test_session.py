@@ -376,19 +376,23 @@ async def test_a_client_that_stops_within_the_handshake_is_ended_by_the_startup_
 class BrokenForwarder(CancelForwarder):
     """A forwarder with a bug."""
 
-    async def cancel(self, key: IssuedKey) -> None:
+    async def cancel_disconnected(self, issued: IssuedKey) -> None:
         raise ZeroDivisionError("a bug")
 
 
-async def test_a_session_that_a_bug_ends_while_it_is_relayed_has_its_line(proxy: App) -> None:
+async def test_a_session_that_a_bug_ends_while_it_is_relayed_has_its_line(
+    lakebase: Lakebase,
+) -> None:
     metrics = build_metrics()
-    listener = listener_with(metrics, proxy.snapshot.route, BrokenForwarder)
-    with captured_log() as log:
-        async with listener.accepting() as ((host, port), *_):
-            async with plain_client(Where(host, port)) as client:
-                await client.start_up()
-                client.close()  # which cancels what the upstream does
-            await eventually(lambda: log.events("session failed"), "it fails")
+    settings = proxy_settings(lakebase, upstream={"cancel_method": "cancel_request"})
+    async with serving(settings) as proxy, watching(proxy):
+        listener = listener_with(metrics, proxy.snapshot.route, BrokenForwarder)
+        with captured_log() as log:
+            async with listener.accepting() as ((host, port), *_):
+                async with plain_client(Where(host, port)) as client:
+                    await client.start_up()
+                    client.close()  # which cancels what the upstream does
+                await eventually(lambda: log.events("session failed"), "it fails")
     (ended,) = log.events("session ended")
     assert (ended["reason"], ended["target"]) == ("internal_error", "upstream")
     assert metrics.value("sessions_ended_total", reason="internal_error") == 1

@@ -16,8 +16,15 @@ import pytest
 
 from proxy import __version__, cli, native
 from proxy.cli import main
+from proxy.config import ListenSettings
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
-from proxy.server.process import FILES_RESERVED, STARTING_MIN, check_file_limit, starting_max
+from proxy.server.file_limit import (
+    FILES_RESERVED,
+    STARTING_MIN,
+    check_file_limit,
+    slots_max,
+    starting_max,
+)
 from proxy.session.listener import STARTING_MAX
 from tests.support.proxy_process import started_process
 from tests.support.running import captured_log
@@ -229,7 +236,8 @@ def test_a_limit_of_open_files_below_max_connections_is_a_warning_with_numbers(
     resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, hard))
     try:
         with captured_log() as log:
-            check_file_limit(max_connections=10)
+            check_file_limit(ListenSettings(max_connections=10))
+            assert slots_max(ListenSettings(max_connections=10)) == (9 if warned else 10)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(log.above_info()) == warned
@@ -248,7 +256,7 @@ def test_connections_that_are_starting_leave_the_sessions_their_files() -> None:
             if hard != resource.RLIM_INFINITY and limit > hard:
                 pytest.skip(f"needs {limit} open files")
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            bounds.append(starting_max(50))
+            bounds.append(starting_max(ListenSettings(max_connections=50)))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert bounds == [STARTING_MIN, 100, STARTING_MAX]

@@ -96,6 +96,6 @@ def _proxy_metrics(source: StatusSource) -> Iterable[Metric]:
     )
     yield GaugeMetricFamily(
         f"{PREFIX}_sessions_max",
-        "The bound of session slots used: listen.max_connections.",
+        "The bound of session slots used: listen.max_connections, or what open files allow.",
         value=source.sessions_max,
     )

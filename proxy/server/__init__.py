@@ -1,5 +1,5 @@
 """One serving process: built, started, reloaded, drained.
 
-Reading order, which is also the import order: lifecycle, router_factory, snapshot, app,
+Reading order, which is also the import order: lifecycle, router_factory, snapshot, file_limit, app,
 first_tokens, process.
 """

@@ -31,6 +31,7 @@ from proxy.observe.metrics import Metrics
 from proxy.observe.status import Status, Token, WorkspaceApi, report
 from proxy.observe.target_stats import OTHER
 from proxy.routing.router import Route, Router
+from proxy.server.file_limit import full_kind, slots_max
 from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, CancelResult, Elsewhere
@@ -125,11 +126,12 @@ class App:
         self.snapshot = ConfigSnapshot(settings, self.workspaces, self._record_phase)
         self._configure_metrics(self.snapshot)
         self._tls = _listener_tls(settings.listen)
-        self.slots = slots or Slots(settings.listen.max_connections)
+        self.slots = slots or Slots(slots_max(settings.listen), full_kind(settings.listen))
         # A cancel is not a session's connect: its phases are not counted.
         resolve = self.snapshot.upstreams.name_lookup.resolve
         connector = Connector(lambda phase, seconds: None, resolve)
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
+        self._sessions_max = slots_max(settings.listen)
         self.listener = self._make_listener(settings, starting_max)
         self.connection_source: ConnectionSource = self.listener
         self._accept_period = AcceptPeriod()
@@ -232,7 +234,7 @@ class App:
     @property
     def sessions_max(self) -> int:
         """The bound of `session_slots_used`."""
-        return self.settings.listen.max_connections
+        return self._sessions_max
 
     @property
     def session_slots_used(self) -> int:

@@ -1,4 +1,4 @@
-"""The proxy as a process: signals, reload, drain, exit codes, the limit of open files.
+"""The proxy as a process: signals, reload, drain, exit codes.
 
 For: what happens around serving, from the command line to the end of the process. Not for: reading
 arguments (`cli`), or how sessions end (`session.drain`).
@@ -10,8 +10,6 @@ configuration. Invariant: once the proxy was asked to stop, nothing is reloaded 
 import asyncio
 import errno
 import gc
-import math
-import resource
 import signal
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
@@ -24,15 +22,9 @@ from proxy.observe.logs import get_logger
 from proxy.observe.systemd import READY, STOPPING, notify, reloading
 from proxy.routing.router import Router
 from proxy.server.app import App, serving
+from proxy.server.file_limit import check_file_limit
 from proxy.server.first_tokens import mint_first_tokens
 from proxy.server.router_factory import RELOAD_SECONDS_MAX, Reread, reread_in_thread
-from proxy.session.listener import STARTING_MAX
-
-FILES_A_SESSION: Final = 2
-# Listeners, the admin address's connections (64), calls to the workspace, cancel requests, and
-# STARTING_MIN connections that are starting.
-FILES_RESERVED: Final = 128
-STARTING_MIN: Final = 32
 
 QUIT: Final = "quitquitquit"  # what the log names in place of a signal
 _NOT_RELOADED: Final = "not reloaded; the configuration stays as it was"
@@ -84,7 +76,7 @@ class Signals:
 async def run_proxy(settings: Settings, reread: Reread, serve: Serve = serving) -> int:
     """Serve until asked to stop, then drain. Return the exit code. Raises what `serve` does."""
     signals = Signals(reloads=True)
-    check_file_limit(settings.listen.max_connections, settings.listen.workers)
+    check_file_limit(settings.listen)
     async with serve(settings) as app:
         for warning in settings.warnings():
             _log.warning(_CONFIGURATION_WARNING, warning=warning)
@@ -196,50 +188,6 @@ async def _apply(app: App, settings: Settings, router: Router) -> None:
     for warning in app.settings.warnings():
         if warning not in warned:
             _log.warning(_CONFIGURATION_WARNING, warning=warning)
-
-
-# -- the limit of open files ---------------------------------------------------------------------
-
-
-def raise_file_limit() -> None:
-    """Raise the soft limit of open files to the hard one.
-
-    A session takes two files. The usual soft limit of 1024 is for programs that use select().
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # some systems report no limit and have one
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def check_file_limit(max_connections: int, workers: int = 1) -> None:
-    """Warn if the limit of open files allows fewer clients than `max_connections`.
-
-    The limit is that of one process; workers share the connections evenly.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = FILES_A_SESSION * math.ceil(max_connections / workers) + FILES_RESERVED
-    if limit != resource.RLIM_INFINITY and limit < needed:
-        _log.warning(
-            "the limit of open files is too low for listen.max_connections",
-            limit=limit,
-            needed=needed,
-            max_connections=max_connections,
-            connections_possible=max(0, (limit - FILES_RESERVED) // FILES_A_SESSION) * workers,
-            hint="raise the hard limit (ulimit -Hn, LimitNOFILE= of systemd, --ulimit nofile= of"
-            " a container), or lower listen.max_connections",
-        )
-
-
-def starting_max(max_connections: int, workers: int = 1) -> int:
-    """Return how many connections may be starting at a time in one process.
-
-    They must leave files for the sessions, the admin address and the calls to the workspace.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        return STARTING_MAX
-    left = limit - FILES_A_SESSION * math.ceil(max_connections / workers) - FILES_RESERVED
-    return max(STARTING_MIN, min(STARTING_MAX, left))
 
 
 def explain(error: OSError) -> str:

@@ -25,6 +25,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.session.end_reason import EndReason
 from proxy.session.relay import Relay
+from proxy.transport.stream import StartupStream
 from proxy.wire.messages import ErrorResponse
 
 # The idle grace: the wait before 57P01, for which a session has to be idle. The error must not come
@@ -32,6 +33,10 @@ from proxy.wire.messages import ErrorResponse
 IDLE_GRACE_SECONDS: Final = 0.1
 # A client that connected just before the drain gets this time to send its StartupMessage.
 SILENT_SECONDS: Final = 1.0
+# A client sends its first packet within milliseconds. In a flood a connection that has sent nothing
+# for MUTE_SECONDS makes room for a new one, and one without a StartupMessage after SLOW_SECONDS.
+MUTE_SECONDS: Final = 0.2
+SLOW_SECONDS: Final = 2.0
 # An error that was written gets this time to be sent before its connection is cut.
 FLUSH_SECONDS: Final = 0.1
 # Polls within one idle timeout: a session ends at most one poll too late.
@@ -147,7 +152,7 @@ class Stage(Enum):
 class OpenSession:
     """The entry of one connection in the register."""
 
-    __slots__ = ("_idle_end", "_sessions", "relay", "stage", "started_at")
+    __slots__ = ("_idle_end", "_sessions", "relay", "stage", "started_at", "stream")
 
     def __init__(self, sessions: "OpenSessions") -> None:
         self._sessions = sessions
@@ -155,10 +160,13 @@ class OpenSession:
         self.started_at = asyncio.get_running_loop().time()
         self.stage = Stage.STARTING
         self.relay: Relay | None = None
+        self.stream: StartupStream | None = None
+        """The connection while it is starting."""
 
     def opening(self) -> None:
         """Set the stage in which the client waits. A drain that begins in it cancels the task."""
         self.stage = Stage.OPENING
+        self.stream = None
 
     def refuse_if_draining(self) -> None:
         """Raise ProxyError if a drain has begun: no upstream session is opened any more."""
@@ -173,6 +181,7 @@ class OpenSession:
     def closing(self) -> None:
         """Set the stage in which a cut loses nothing."""
         self.stage = Stage.CLOSING
+        self.stream = None
         if self._idle_end is not None:
             self._idle_end.close()
 
@@ -224,6 +233,27 @@ class OpenSessions:
         self._by_task[task] = entry
         task.add_done_callback(self._unregister)
         return task
+
+    def close_slow(self) -> bool:
+        """Close a connection that is slow to start, to make room. Return whether there is one.
+
+        It is the oldest that has sent nothing, else the oldest that has sent too little.
+        """
+        now = asyncio.get_running_loop().time()
+        slow = [
+            (not entry.stream.silent, entry.started_at, entry, task)
+            for task, entry in self._by_task.items()
+            if entry.stream is not None
+            and now - entry.started_at >= (SLOW_SECONDS, MUTE_SECONDS)[entry.stream.silent]
+        ]
+        if not slow:
+            return False
+        _, _, entry, task = min(slow, key=lambda found: found[:2])
+        if entry.stream is not None:
+            entry.stream.transport.abort()
+        entry.closing()
+        task.cancel()
+        return True
 
     async def drain(self, seconds: float) -> int:
         """End all sessions within `seconds`. Return how many were cut.

@@ -1,8 +1,9 @@
 """The listener: accepts clients, and serves each connection in a task of its own.
 
 Sessions are bounded by `max_connections` (`slots`). Connections that are starting, and cancel
-requests, have a bound of their own, over which they are closed without an answer: they must neither
-use up slots nor be refused for lack of one (W42).
+requests, have a bound of their own: they must neither use up slots nor be refused for lack of one
+(W42). Over it a new connection takes the place of one that is slow to start. If there is none, the
+new one is told 53300 at once, as PostgreSQL does when it cannot start a backend.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from proxy.config import ListenSettings
+from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
 from proxy.session.drain import OpenSession, OpenSessions
@@ -30,6 +32,9 @@ STARTING_MAX: Final = 1000
 # A flood is logged once in this time.
 STARTING_WARNING_SECONDS: Final = 60.0
 TOO_MANY_STARTING: Final = "too_many_starting"  # its reason in the metrics
+
+# A client that has sent nothing yet can be told.
+_REFUSAL: Final = ProxyError(ErrorKind.TOO_MANY_CONNECTIONS).response().encode()
 
 _log = get_logger(__name__)
 
@@ -115,6 +120,8 @@ class Listener:
         `number` is its id in the log.
         """
         if self._is_flooded():
+            with suppress(OSError):  # the client has disconnected
+                sock.send(_REFUSAL)
             sock.close()
             ended()
             return
@@ -148,19 +155,21 @@ class Listener:
         """Serve a connection; abort one that was in the backlog when the listener closed."""
         if not self._servers:
             self._metrics.startup_failed(TOO_MANY_STARTING)
-        elif not self._is_flooded():
+            stream.transport.abort()
+        elif self._is_flooded():
+            stream.write(_REFUSAL)
+            stream.transport.close()
+        else:
             self._open_sessions.start(partial(self._run, stream, next(self._ids)))
-            return
-        stream.transport.abort()
 
     def _is_flooded(self) -> bool:
-        """Return whether too many connections are starting for one more; count it if so."""
+        """Return whether there is no room for one more that starts. Count each that is closed."""
         starting = len(self._open_sessions) - self._slots.taken
         if starting < self._starting_max:
             return False
         self._metrics.startup_failed(TOO_MANY_STARTING)
         self._warn_of_flood(starting)
-        return True
+        return not self._open_sessions.close_slow()
 
     def _warn_of_flood(self, starting: int) -> None:
         """Log that connections are cut, once in `STARTING_WARNING_SECONDS`."""
@@ -179,6 +188,7 @@ class Listener:
         transport = stream.transport
         with connection_log(number), self._metrics.connection():
             try:
+                entry.stream = stream
                 serving = self._serve(stream, entry)
                 del stream  # only the startup needs it, and a session may go on for days
                 await serving

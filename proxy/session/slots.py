@@ -23,8 +23,10 @@ class SlotSource(Protocol):
 class Slots:
     """The slots of a proxy that has one process."""
 
-    def __init__(self, slots_max: int) -> None:
+    def __init__(self, slots_max: int, full: ErrorKind = ErrorKind.TOO_MANY_CONNECTIONS) -> None:
+        """`full` is what a client is refused with that finds no free slot."""
         self._slots_max = slots_max
+        self._full = full
         self.taken = 0
 
     def take(self) -> AbstractContextManager[None]:
@@ -34,7 +36,7 @@ class Slots:
     def __enter__(self) -> None:
         """Take a slot. Slots are only counted, so one object serves every holder."""
         if self.taken >= self._slots_max:
-            raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
+            raise ProxyError(self._full)
         self.taken += 1
 
     def __exit__(self, *_: object) -> None:

@@ -28,7 +28,7 @@ class StartupStream(asyncio.Protocol):
     read because too many bytes wait.
     """
 
-    __slots__ = ("_inbox", "_paused", "_poll_timer", "_waiting", "gone", "transport")
+    __slots__ = ("_inbox", "_paused", "_poll_timer", "_waiting", "gone", "silent", "transport")
 
     transport: asyncio.Transport
 
@@ -40,6 +40,8 @@ class StartupStream(asyncio.Protocol):
         self._waiting: asyncio.Future[None] | None = None
         self._paused = False
         self._poll_timer: asyncio.TimerHandle | None = None
+        self.silent = True
+        """Whether the peer has sent nothing yet."""
 
     # -- the protocol ----------------------------------------------------------------------------
 
@@ -50,6 +52,7 @@ class StartupStream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Store bytes until they are read."""
+        self.silent = False
         self._inbox += data
         self._wake()
         if len(self._inbox) > INBOX_BYTES_MAX and not self._paused:

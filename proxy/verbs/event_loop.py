@@ -13,7 +13,8 @@ import uvloop
 from proxy.config import Settings, effective_toml, load, load_settings
 from proxy.exit_codes import EXIT_OK
 from proxy.observe.logs import configure_logging, flush_log
-from proxy.server.process import explain, raise_file_limit
+from proxy.server.file_limit import raise_file_limit
+from proxy.server.process import explain
 from proxy.server.router_factory import map_problems
 from proxy.verbs.stderr import fail
 

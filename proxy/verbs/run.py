@@ -5,7 +5,8 @@ from functools import partial
 
 from proxy.config import Settings
 from proxy.server.app import serving
-from proxy.server.process import Serve, run_proxy, starting_max
+from proxy.server.file_limit import starting_max
+from proxy.server.process import Serve, run_proxy
 from proxy.verbs.event_loop import PRINT_CONFIG, print_config, run_on_event_loop, serving_settings
 
 
@@ -23,7 +24,7 @@ def run(arguments: Sequence[str]) -> int:
 def _serve_of(settings: Settings) -> Serve:
     """Return what serves, with one process or several. Raises OSError."""
     workers = settings.listen.workers
-    limit = starting_max(settings.listen.max_connections, workers)
+    limit = starting_max(settings.listen)
     if workers == 1:
         return partial(serving, starting_max=limit)
     # With one process none of this is imported.

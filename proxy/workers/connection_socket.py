@@ -14,7 +14,7 @@ from typing import Final
 
 from proxy.observe.logs import get_logger
 from proxy.session.listen_sockets import Address
-from proxy.session.listener import Listener
+from proxy.session.listener import STARTING_WARNING_SECONDS, Listener
 
 _ID_BYTES: Final = 8
 
@@ -46,6 +46,7 @@ class ReceivedConnections:
         self._socket = sock
         self._listener = listener
         self._ended = ended
+        self._loss_logged_at: float | None = None
 
     @asynccontextmanager
     async def accepting(self) -> AsyncIterator[Sequence[Address]]:
@@ -79,12 +80,19 @@ class ReceivedConnections:
 
     def _serve(self, connection_id: int, descriptors: list[int]) -> None:
         if not descriptors:  # the kernel drops those that exceed this process's limit
-            _log.error("a connection was lost: no file descriptor is left")
+            self._log_loss()
             self._ended()
             return
         client = socket.socket(fileno=descriptors[0])
         client.setblocking(False)
         self._listener.adopt(client, connection_id, self._ended)
+
+    def _log_loss(self) -> None:
+        """Log that connections are lost, once in `STARTING_WARNING_SECONDS`."""
+        now = asyncio.get_running_loop().time()
+        if self._loss_logged_at is None or now - self._loss_logged_at >= STARTING_WARNING_SECONDS:
+            self._loss_logged_at = now
+            _log.error("connections are lost: no file descriptor is left")
 
     def _close(self) -> None:
         if self._socket.fileno() >= 0:

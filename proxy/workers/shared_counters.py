@@ -71,7 +71,15 @@ class SharedCounters:
 class SharedSlots:
     """The slots of all workers, as one worker takes them."""
 
-    def __init__(self, counters: SharedCounters, worker_number: int, slots_max: int) -> None:
+    def __init__(
+        self,
+        counters: SharedCounters,
+        worker_number: int,
+        slots_max: int,
+        full: ErrorKind = ErrorKind.TOO_MANY_CONNECTIONS,
+    ) -> None:
+        """`full` is what a client is refused with that finds no free slot."""
+        self._full = full
         self._counters = counters
         self._worker_number = worker_number
         self._slots_max = slots_max
@@ -87,7 +95,7 @@ class SharedSlots:
         self._counters.add_slots(self._worker_number, 1)
         try:
             if self._counters.slots_taken > self._slots_max:
-                raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS)
+                raise ProxyError(self._full)
             yield
         finally:
             self._counters.add_slots(self._worker_number, -1)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,7 +12,7 @@ from proxy.config import ListenSettings
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.server.app import build_metrics
-from proxy.session.drain import OpenSession
+from proxy.session.drain import MUTE_SECONDS, OpenSession
 from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, Serve
 from proxy.session.memory_trim import SESSIONS_MIN, MemoryTrim
 from proxy.session.slots import Slots
@@ -127,37 +126,31 @@ async def test_a_bug_costs_one_session_and_is_logged_and_counted(log: LogLines) 
     assert "ZeroDivisionError: a bug" in line["exception"]
 
 
-async def test_a_flood_is_bounded_and_cut_without_a_word() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * (STARTING_MAX + 100)
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        pytest.skip(f"needs {wanted} open files")
-    served_max = STARTING_MAX
-    clients: list[socket.socket] = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    try:
-        async with listening(max_connections=1) as there:
-            clients += [socket.create_connection(there.address) for _ in range(served_max)]
-            await eventually(lambda: there.open == served_max, "all are connected")
-            async with plain_client(there) as one_more:
-                await assert_cut(one_more)
-            assert there.open == served_max
-            clients.pop().close()
-            await eventually(lambda: there.open == served_max - 1, "one is gone")
-            async with plain_client(there) as next_one:
-                await exchange(next_one, b"x")
-    finally:
-        for client in clients:
-            client.close()
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+async def test_a_silent_connection_makes_room_for_a_new_one() -> None:
+    # 1,200 local connections that sent nothing locked every client out for 15 seconds.
+    async with listening(starting_max=5) as there, AsyncExitStack() as stack:
+        silent = [await stack.enter_async_context(plain_client(there)) for _ in range(5)]
+        await eventually(lambda: there.open == 5, "all are connected")
+        await exchange(silent[0], b"it is the oldest, and not silent")
+        loop = asyncio.get_running_loop()
+        late = loop.time() + MUTE_SECONDS
+        await eventually(lambda: loop.time() >= late, "they have been silent for long enough")
+        for number in range(1, 4):
+            await exchange(await stack.enter_async_context(plain_client(there)), b"x")
+            await assert_cut(silent[number])
+        await exchange(silent[0], b"x")
+        assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 3
 
 
-async def test_a_flood_is_one_warning(log: LogLines) -> None:
+async def test_a_flood_is_bounded_told_and_one_warning(log: LogLines) -> None:
+    # They were closed without a word.
     async with listening(starting_max=2) as there, AsyncExitStack() as stack:
         for _ in range(2):
             await exchange(await stack.enter_async_context(plain_client(there)), b"x")
         for _ in range(5):
-            await assert_cut(await stack.enter_async_context(plain_client(there)))
+            client = await stack.enter_async_context(plain_client(there))
+            assert (await client.error()).sqlstate == "53300"
+            await assert_cut(client)
         assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 5
     (line,) = log.above_info()
     assert line["event"] == "connections are cut: too many are starting"
@@ -272,7 +265,7 @@ async def test_a_connection_that_was_accepted_elsewhere_is_served_like_one_of_it
         assert there.metrics.value("connections_accepted_total") == 2
 
 
-async def test_over_the_bound_of_those_that_start_an_adopted_connection_is_closed_and_counted(
+async def test_over_the_bound_of_those_that_start_an_adopted_connection_is_told_and_counted(
     log: LogLines,
 ) -> None:
     ended: list[int] = []
@@ -286,6 +279,7 @@ async def test_over_the_bound_of_those_that_start_an_adopted_connection_is_close
         there.listener.adopt(other, 2, lambda: ended.append(2))
         assert ended == [2]
         async with asyncio.timeout(5):
+            assert b"C53300" in await loop.sock_recv(second, 1000)
             assert await loop.sock_recv(second, 1) == b""
         assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 1
         await loop.sock_sendall(first, b"served")

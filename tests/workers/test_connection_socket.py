@@ -119,7 +119,7 @@ async def test_a_worker_without_descriptors_counts_the_connection_that_it_lost()
                     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
                 lost.close()
                 assert await echoed(client) == b"x"
-    assert log.events("a connection was lost: no file descriptor is left")
+    assert log.events("connections are lost: no file descriptor is left")
 
 
 async def test_a_worker_that_receives_nothing_takes_no_more_than_its_socket_holds() -> None:

@@ -43,9 +43,9 @@ TASK_MAKERS = {
 # stalled every target. `proxy/blocking.py` has threads for each purpose.
 POOL_USERS = ("proxy/emulator/cluster.py",)  # starts and stops PostgreSQL, and is not in `run`
 
-# Waits of these tests are for another process, where there is no event to wait for; `simulation` runs
-# in virtual time; in `session`
-# and `upstream` a call that takes a moment is tested, in `differential` what is sent at any moment.
+# Waits of these tests are for another process, where there is no event to wait for. `simulation`
+# runs in virtual time. In `session` and `upstream` a call that takes a moment is tested, in
+# `differential` what is sent at any moment.
 SLEEPERS = (
     "tests/differential/test_activity_at_random.py",
     "tests/e2e/",

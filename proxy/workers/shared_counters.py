@@ -1,7 +1,7 @@
-"""Counters in shared memory: the slots and the ended connections of each worker.
+"""Numbers in shared memory: slots, ended connections and the heartbeat of each worker.
 
-For: `listen.max_connections` as a bound of all workers together, and a worker's load, without a
-message for either. Not for: anything that another process should be notified of.
+For: `listen.max_connections` as a bound of all workers together, a worker's load, and whether it
+runs, without a message for any of them. Not for: what another process should be notified of.
 
 Invariants: each number has one writer, its worker, or the supervisor once the worker is dead. More
 slots than there are can never be taken: a worker first writes its own number, then reads all. Two
@@ -9,6 +9,7 @@ that take the last slot at the same moment may both be refused.
 """
 
 import mmap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -18,13 +19,18 @@ from proxy.errors import ErrorKind, ProxyError
 # Aligned to 8 bytes, a number is read and written in one piece on every machine that we know.
 _NUMBER_BYTES: Final = 8
 
+# A worker's loop beats this often. One that has not beaten for so long gets no connections.
+BEAT_SECONDS: Final = 0.5
+SILENT_SECONDS_MAX: Final = 2.0
+
 
 class SharedCounters:
-    """Two numbers for each worker, which are numbered from 1. Made before the processes fork."""
+    """Three numbers for each worker, which are numbered from 1. Made before the processes fork."""
 
     def __init__(self, workers: int) -> None:
-        numbers = memoryview(mmap.mmap(-1, 2 * workers * _NUMBER_BYTES)).cast("Q")
-        self._slots, self._ended = numbers[:workers], numbers[workers:]
+        numbers = memoryview(mmap.mmap(-1, 3 * workers * _NUMBER_BYTES)).cast("Q")
+        self._slots, self._ended = numbers[:workers], numbers[workers : 2 * workers]
+        self._beats = numbers[2 * workers :]
 
     @property
     def slots_taken(self) -> int:
@@ -46,6 +52,16 @@ class SharedCounters:
     def record_end(self, worker_number: int) -> None:
         """Count a connection of a worker that has ended."""
         self._ended[worker_number - 1] += 1
+
+    def beat(self, worker_number: int) -> None:
+        """Record that a worker's event loop runs."""
+        # The clock is the same in all processes of a machine.
+        self._beats[worker_number - 1] = time.monotonic_ns()
+
+    def is_silent(self, worker_number: int) -> bool:
+        """Return whether a worker's event loop has not run for SILENT_SECONDS_MAX."""
+        elapsed = time.monotonic_ns() - self._beats[worker_number - 1]
+        return elapsed > SILENT_SECONDS_MAX * 1e9
 
     def reset(self, worker_number: int) -> None:
         """Set the numbers of a dead worker to 0."""

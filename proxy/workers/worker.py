@@ -30,7 +30,7 @@ from proxy.wire.startup import CancelRequest
 from proxy.workers.connection_socket import ReceivedConnections
 from proxy.workers.remote_credentials import RemoteWorkspaceRegistry
 from proxy.workers.rpc import Methods, RpcConnection, RpcConnectionLost
-from proxy.workers.shared_counters import SharedCounters, SharedSlots
+from proxy.workers.shared_counters import BEAT_SECONDS, SharedCounters, SharedSlots
 
 _log = get_logger(__name__)
 
@@ -103,10 +103,16 @@ class Worker:
         configure_logging(**settings.log.model_dump())
         self._app = self._build_app(settings)
         async with running(self._app):
+            self._beat()
             gc.freeze()  # what exists now stays, and need not be looked at again
             self._serving.set()
             _log.info("worker serves", pid=os.getpid())
             await self._rpc.lost.wait()
+
+    def _beat(self) -> None:
+        """Show that the event loop runs, from now on until it ends."""
+        self._counters.beat(self._number)
+        asyncio.get_running_loop().call_later(BEAT_SECONDS, self._beat)
 
     def _build_app(self, settings: Settings) -> App:
         app = App(

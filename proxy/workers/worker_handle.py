@@ -21,7 +21,7 @@ from proxy.upstream.connector import CANCEL_SECONDS_MAX
 from proxy.workers.connection_socket import connection_socket_pair, send_connection
 from proxy.workers.fork_server import ForkServer
 from proxy.workers.rpc import MessageTooLong, Methods, RpcConnection, RpcConnectionLost
-from proxy.workers.shared_counters import SharedCounters
+from proxy.workers.shared_counters import SILENT_SECONDS_MAX, SharedCounters
 
 # From fork to serving takes some tens of milliseconds; reading a large shard map takes longer.
 CONFIGURE_SECONDS_MAX: Final = RELOAD_SECONDS_MAX + 5
@@ -48,6 +48,7 @@ class WorkerHandle:
         """What it had counted when it was read last."""
         self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.sessions_lost = 0
+        self._was_silent = False
         self._counters = counters
         self._fork_server = fork_server
         self._connections: socket.socket
@@ -73,13 +74,29 @@ class WorkerHandle:
         """Read it now and then. Return when it has ended, or was stuck and is killed."""
         lost = self._rpc.lost
         while not lost.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(WATCH_SECONDS):
-                    await lost.wait()
+            await self._watch_silence(WATCH_SECONDS)
             if not await self.read(STUCK_SECONDS_MAX) and not lost.is_set():
                 _log.error("worker is stuck and is killed", worker=self.number)
                 self._fork_server.kill(self.number)
                 return
+
+    async def _watch_silence(self, seconds: float) -> None:
+        """Log when it falls silent and when it answers again, for so long or until it is lost."""
+        loop, lost = asyncio.get_running_loop(), self._rpc.lost
+        ends_at = loop.time() + seconds
+        while not lost.is_set() and (left := ends_at - loop.time()) > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left, SILENT_SECONDS_MAX / 2)):
+                    await lost.wait()
+            self._log_silence()
+
+    def _log_silence(self) -> None:
+        silent = self.serving and self._counters.is_silent(self.number)
+        if silent and not self._was_silent:
+            _log.warning("worker does not answer and gets no connections", worker=self.number)
+        elif self._was_silent and not silent:
+            _log.info("worker answers again", worker=self.number)
+        self._was_silent = silent
 
     def close(self) -> None:
         """Close both sockets to it, upon which it ends."""
@@ -107,10 +124,14 @@ class WorkerHandle:
     # -- its connections -------------------------------------------------------------------------
 
     @property
-    def load(self) -> tuple[int, int]:
-        """How many connections it has; of two that have as many, the longer unused is first."""
+    def load(self) -> tuple[bool, int, int]:
+        """Whether it is silent, and how many connections it has; then the longer unused is first.
+
+        One that is stopped or blocked serves no client: it gets a connection only if all are.
+        """
         ended = self._counters.connections_ended(self.number)
-        return self._connections_sent - ended, self._last_connection_id
+        silent = self._counters.is_silent(self.number)
+        return silent, self._connections_sent - ended, self._last_connection_id
 
     def send_connection(self, client: socket.socket, connection_id: int) -> bool:
         """Pass it a client's connection. Return False if it is stuck or dead."""

@@ -27,6 +27,7 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
+from proxy.workers.shared_counters import SILENT_SECONDS_MAX
 from proxy.workers.worker_handle import END_SECONDS_MAX
 from tests.e2e.conftest import StartProcess
 from tests.support.admin_address import ask
@@ -689,6 +690,25 @@ async def test_a_worker_that_is_stuck_is_replaced_and_what_it_had_counted_stays(
             assert counted["sessions_active"] == 2
         proxy.send(signal.SIGTERM)
         assert await proxy.ended() == 0
+
+
+async def test_a_worker_that_does_not_answer_gets_no_connections_until_it_does(
+    start_process: StartProcess,
+) -> None:
+    # It was noticed after 38 seconds, and 23 logins that it was given meanwhile timed out.
+    proxy = await start_process(listen=TWO)
+    stopped = min(worker_pids(proxy))
+    os.kill(stopped, signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    await eventually(lambda: proxy.events("worker does not answer and gets no connections"), "seen")
+    assert time.monotonic() - stopped_at < SILENT_SECONDS_MAX + 2
+    async with served(proxy, 10):
+        assert len(by_worker(proxy)) == 1
+    os.kill(stopped, signal.SIGCONT)
+    await eventually(lambda: proxy.events("worker answers again"), "it is used again")
+    async with served(proxy, 4):
+        await eventually(lambda: len(by_worker(proxy)) == 2, "both are used")
+    assert proxy.events("worker died") == []
 
 
 async def test_a_worker_that_dies_again_and_again_is_replaced_more_and_more_slowly(

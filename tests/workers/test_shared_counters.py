@@ -30,6 +30,14 @@ def test_a_dead_workers_slots_are_free_again() -> None:
         counters.add_slots(2, 1)  # for the slot that the dead one would have given back
 
 
+def test_a_worker_is_silent_until_it_beats() -> None:
+    counters = SharedCounters(2)
+    assert counters.is_silent(1)
+    counters.beat(1)
+    assert not counters.is_silent(1)
+    assert counters.is_silent(2)
+
+
 def test_another_process_sees_what_this_one_writes_and_the_other_way_round() -> None:
     counters = SharedCounters(2)
     counters.add_slots(1, 7)

@@ -1,7 +1,7 @@
 """Numbers in shared memory: slots, ended connections and the heartbeat of each worker.
 
 For: `listen.max_connections` as a bound of all workers together, a worker's load, and whether it
-runs, without a message for any of them. Not for: anything that another process should be notified of.
+runs, without a message for any of them. Not for: what another process should be notified of.
 
 Invariants: each number has one writer, its worker, or the supervisor once the worker is dead. More
 slots than there are can never be taken: a worker first writes its own number, then reads all. Two

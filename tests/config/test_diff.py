@@ -102,7 +102,7 @@ def test_every_key_is_compared(key: SettingKey) -> None:
     found = compare(Settings(), Settings().model_copy(update={section: changed}))
     assert (*found.reloadable, *found.restart) == (key.dotted,)
     kept = section in ("listen", "admin") and not name.startswith("tls_")
-    assert bool(found.restart) == (kept or key.dotted == "log.format")
+    assert bool(found.restart) == (kept or key.dotted in ("log.format", "startup.require"))
 
 
 def test_a_reload_keeps_the_running_values_of_keys_that_need_a_restart() -> None:

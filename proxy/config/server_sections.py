@@ -89,6 +89,13 @@ class ListenSettings(Section):
         description="Allows a host that is not loopback. The proxy requests no password from "
         "clients: set it only where the network itself decides who can connect.",
     )
+    tls: Literal["", "self-signed"] = Field(
+        default="",
+        description="self-signed: the listener has a certificate that is made in memory at the "
+        "start, for applications with sslmode=require built in, which verifies none. Empty: TLS "
+        "only with tls_certificate. It is off by default because drivers with sslmode=prefer would "
+        "then use TLS on loopback.",
+    )
     tls_certificate: WatchedFileName = Field(
         default="",
         description="PEM file with the listener's certificate chain, for drivers that require TLS "
@@ -148,6 +155,13 @@ class ListenSettings(Section):
     def _clients_can_connect(cls, value: str, info: ValidationInfo) -> str:
         if not value and info.data.get("host") == "":
             raise ValueError("required if listen.host is empty: else no client could connect")
+        return value
+
+    @field_validator("tls_certificate")
+    @classmethod
+    def _one_certificate(cls, value: str, info: ValidationInfo) -> str:
+        if value and info.data.get("tls"):
+            raise ValueError("must not be set together with listen.tls")
         return value
 
     @field_validator("tls_key")

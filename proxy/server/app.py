@@ -43,6 +43,7 @@ from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener
 from proxy.session.session import Session, SessionParts
 from proxy.session.session_log import StartupFailure
 from proxy.session.slots import Slots, SlotSource
+from proxy.transport.self_signed import self_signed_context
 from proxy.transport.tls import server_context
 from proxy.upstream.connector import Connector
 from proxy.upstream.phases import ConnectPhase, RecordTargetPhase
@@ -383,7 +384,9 @@ async def open_snapshot(
 
 
 def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
-    """Return the context for clients that request TLS, if a certificate is set."""
+    """Return the context for clients that request TLS, if the listener has a certificate."""
+    if settings.tls == "self-signed":
+        return self_signed_context()
     if not settings.tls_certificate:
         return None
     try:

@@ -71,7 +71,8 @@ _GONE_IN: Final = {
 
 _WANTS_TLS_ADVICE: Final = (
     "a client asked for TLS and left when it was refused: set sslmode=disable or sslmode=prefer in "
-    "the application (the Lakebase guide exports PGSSLMODE=require), or set listen.tls_certificate"
+    "the application (the Lakebase guide exports PGSSLMODE=require), or set "
+    'listen.tls = "self-signed"'
 )
 # Many applications connect again at once, so the line is written no more often than this.
 WANTS_TLS_LINE_SECONDS: Final = 60.0

@@ -32,6 +32,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK
 from proxy.server.app import App, open_snapshot, serving
 from proxy.server.process import Signals
+from proxy.session.listen_sockets import shown
 from proxy.upstream.address_lookup import ANY_USER
 from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import ConnectPhase, DialProgress, PhaseTimer
@@ -177,9 +178,9 @@ class _TargetCheck:
     async def _listener(self) -> str:
         """Return where the proxy listens, and whether one runs there now."""
         listen = self._settings.listen
-        socket = listen.unix_socket_directory
-        places = [*(f"{host}:{listen.port}" for host in listen.hosts), *filter(None, [socket])]
-        where = " and ".join(places)
+        places = [shown((host, listen.port)) for host in listen.hosts]
+        where = " and ".join(filter(None, [*places, listen.unix_socket_directory]))
+        where += f" with {_tls_of(listen)}"
         ask = partial(running_proxy, self._settings.admin)
         try:
             running = await BlockingCalls("admin").run(ask, LISTENER_SECONDS_MAX)
@@ -326,6 +327,13 @@ class _TargetCheck:
 
 def _seconds_since(begun_at: float | None) -> float:
     return 0.0 if begun_at is None else time.perf_counter() - begun_at
+
+
+def _tls_of(listen: ListenSettings) -> str:
+    """Return what clients get that request TLS."""
+    if listen.tls_certificate:
+        return "TLS"
+    return f"TLS ({listen.tls})" if listen.tls else 'no TLS (listen.tls = "self-signed" offers it)'
 
 
 async def _terminate(session: UpstreamSession) -> None:

@@ -265,6 +265,10 @@ def test_a_client_secret_never_leaves_the_machine_in_plaintext(host: str, good: 
         ({"unix_socket_mode": "rw"}, "must be three octal digits"),
         ({"tls_key": "k"}, "must be set if listen.tls_certificate is"),
         ({"tls_certificate": "c"}, "must be set if listen.tls_certificate is"),
+        (
+            {"tls": "self-signed", "tls_certificate": "c", "tls_key": "k"},
+            "together with listen.tls",
+        ),
     ],
 )
 def test_an_impossible_listener_is_refused(keys: dict[str, str], said: str) -> None:

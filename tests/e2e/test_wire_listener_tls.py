@@ -416,3 +416,15 @@ async def test_a_process_serves_tls_and_keeps_its_key_to_itself(
     async with await psycopg.AsyncConnection.connect(**libpq(proxy, sslmode="require")) as one:
         assert one.pgconn.ssl_in_use
     assert "PRIVATE KEY" not in proxy.out + proxy.err
+
+
+async def test_a_self_signed_certificate_serves_clients_that_require_tls(
+    start_proxy: StartProxy,
+) -> None:
+    # Many applications have sslmode=require built in; a certificate in files had to be made first.
+    proxy = await start_proxy(listen={"port": 0, "tls": "self-signed"})
+    for sslmode in ("require", "disable"):
+        where = libpq(proxy, sslmode=sslmode)
+        async with await psycopg.AsyncConnection.connect(**where) as connection:
+            assert connection.pgconn.ssl_in_use == (sslmode == "require")
+            assert await (await connection.execute("SELECT 1")).fetchone() == (1,)

@@ -28,6 +28,7 @@ from proxy.wire.messages import ErrorResponse
 from tests.support.proxy_process import ROOT, run_to_end, started_process
 from tests.support.running import proxy_settings, proxy_values, toml
 
+LISTENER = 'localhost:0 with no TLS (listen.tls = "self-signed" offers it)'
 STEPS = ["configuration", "listener", "workspace login", "clock", "credential", "endpoint"]
 STEPS += ["DNS", "TCP", "TLS", "Postgres login", "query"]
 CANARY_SECRET = "canary-client-secret"
@@ -150,14 +151,16 @@ async def test_the_listener_and_a_running_proxy_are_named(
 ) -> None:
     # It said nothing of the side that applications connect to.
     found = await checked(lakebase, tmp_path, "--json")
-    assert found.json["steps"][1]["text"].startswith("localhost:0, no admin address")
+    assert found.json["steps"][1]["text"].startswith(f"{LISTENER}, no admin address")
     async with serving(proxy_settings(lakebase, admin={"enabled": True})) as app:
         assert app.admin is not None
         admin = {"enabled": True, "port": app.admin.port}
         found = await checked(lakebase, tmp_path, "--json", admin=admin)
-    assert found.json["steps"][1]["text"] == "localhost:0, a proxy runs and is ready"
+    assert found.json["steps"][1]["text"] == f"{LISTENER}, a proxy runs and is ready"
     found = await checked(lakebase, tmp_path, "--json", admin=admin)
-    assert found.json["steps"][1]["text"] == "localhost:0, no proxy runs"
+    assert found.json["steps"][1]["text"] == f"{LISTENER}, no proxy runs"
+    found = await checked(lakebase, tmp_path, "--json", listen={"port": 0, "tls": "self-signed"})
+    assert "localhost:0 with TLS (self-signed), " in found.json["steps"][1]["text"]
 
 
 async def test_a_disabled_endpoint_is_read_even_where_the_host_is_set(

@@ -13,11 +13,17 @@ Invariant: until the handlers are set, only the standard library is imported.
 import os
 import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
 # These serve until they are asked to stop, so a signal to stop is no failure.
 _SERVING_VERBS: Final = ("run", "demo")
+# These run beside a proxy, often in its container. If memory is short, they are to be killed.
+_VERBS_BESIDE: Final = ("check", "wait")
+_OOM_SCORE_ADJ: Final = Path("/proc/self/oom_score_adj")
+_OOM_SCORE_MAX: Final = "1000"
 
 
 def main() -> int:
@@ -27,6 +33,9 @@ def main() -> int:
         signal.signal(number, _end)
     if sys.argv[1:2] == ["run"]:
         signal.signal(signal.SIGHUP, _drop)
+    if sys.argv[1:2] and sys.argv[1] in _VERBS_BESIDE:
+        with suppress(OSError):  # not on Linux, or not allowed: then the kernel decides
+            _OOM_SCORE_ADJ.write_text(_OOM_SCORE_MAX)
     from proxy import cli  # noqa: PLC0415
 
     return cli.main()

@@ -28,6 +28,10 @@ class NoThreadFree(TimeoutError):
     """A call was not started, because earlier calls have not ended."""
 
 
+class NoThreadStarted(RuntimeError):
+    """A call was not started, because the machine has no more threads."""
+
+
 class BlockingCalls:
     """Runs blocking calls. `name` is the threads' name in stack dumps."""
 
@@ -44,7 +48,8 @@ class BlockingCalls:
         """Return what the call returns, or raise what it raises.
 
         Raises NoThreadFree when no thread is free by the deadline or too many calls are overdue,
-        and TimeoutError when the call has not ended by then; its result is dropped.
+        TimeoutError when the call has not ended by then, whose result is dropped, and
+        NoThreadStarted.
         """
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + timeout_seconds
@@ -80,9 +85,9 @@ class BlockingCalls:
 
         try:
             threading.Thread(target=work, name=self._name, daemon=True).start()
-        except RuntimeError:  # the machine has no more threads
+        except RuntimeError as error:  # the machine has no more threads
             self._threads.release()
-            raise
+            raise NoThreadStarted(*error.args) from error
         return future
 
     def _abandon(self, mark: object) -> None:

@@ -31,7 +31,7 @@ from proxy.observe.metrics import Metrics
 from proxy.observe.status import Status, Token, WorkspaceApi, report
 from proxy.observe.target_stats import OTHER
 from proxy.routing.router import Route, Router
-from proxy.server.file_limit import full_kind, slots_max
+from proxy.server.file_limit import full_detail, slots_max
 from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, CancelResult, Elsewhere
@@ -127,7 +127,7 @@ class App:
         self.snapshot = ConfigSnapshot(settings, self.workspaces, self._record_phase)
         self._configure_metrics(self.snapshot)
         self._tls = _listener_tls(settings.listen)
-        self.slots = slots or Slots(slots_max(settings.listen), full_kind(settings.listen))
+        self.slots = slots or Slots(slots_max(settings.listen), full_detail(settings.listen))
         # A cancel is not a session's connect: its phases are not counted.
         resolve = self.snapshot.upstreams.name_lookup.resolve
         connector = Connector(lambda phase, seconds: None, resolve)

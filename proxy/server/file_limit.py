@@ -12,7 +12,6 @@ from contextlib import suppress
 from typing import Final
 
 from proxy.config import ListenSettings
-from proxy.errors import ErrorKind
 from proxy.observe.logs import get_logger
 from proxy.session.listener import STARTING_MAX
 
@@ -44,10 +43,12 @@ def slots_max(listen: ListenSettings) -> int:
     return min(listen.max_connections, possible)
 
 
-def full_kind(listen: ListenSettings) -> ErrorKind:
-    """Return what a client is refused with that finds no free slot: the setting or the files."""
-    by_files = slots_max(listen) < listen.max_connections
-    return ErrorKind.OUT_OF_RESOURCES if by_files else ErrorKind.TOO_MANY_CONNECTIONS
+def full_detail(listen: ListenSettings) -> str:
+    """Return what a client without a slot is told besides: that the files are the bound."""
+    possible = slots_max(listen)
+    if possible == listen.max_connections:
+        return ""
+    return f"the proxy's limit of open files allows {possible} sessions"
 
 
 def check_file_limit(listen: ListenSettings) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Final
 
-from proxy.blocking import BlockingCalls
+from proxy.blocking import BlockingCalls, NoThreadStarted
 from proxy.config import ConfigurationError, Settings
 from proxy.exit_codes import EXIT_CUT, EXIT_FAILURE, EXIT_OK
 from proxy.observe.logs import get_logger
@@ -101,7 +101,7 @@ async def _prepare(app: App) -> None:
     A collection looks at all objects while every session waits. The hundreds of thousands that came
     with imports stay: they are left out from here on.
     """
-    with suppress(ImportError, TimeoutError):  # the first mint reports this
+    with suppress(ImportError, TimeoutError, NoThreadStarted):  # the first mint reports this
         await app.snapshot.load_sdk()
     gc.freeze()
     await mint_first_tokens(app)

@@ -23,10 +23,10 @@ class SlotSource(Protocol):
 class Slots:
     """The slots of a proxy that has one process."""
 
-    def __init__(self, slots_max: int, full: ErrorKind = ErrorKind.TOO_MANY_CONNECTIONS) -> None:
-        """`full` is what a client is refused with that finds no free slot."""
+    def __init__(self, slots_max: int, full_detail: str = "") -> None:
+        """`full_detail` is what a client is told besides that finds no free slot."""
         self._slots_max = slots_max
-        self._full = full
+        self._full_detail = full_detail
         self.taken = 0
 
     def take(self) -> AbstractContextManager[None]:
@@ -36,7 +36,7 @@ class Slots:
     def __enter__(self) -> None:
         """Take a slot. Slots are only counted, so one object serves every holder."""
         if self.taken >= self._slots_max:
-            raise ProxyError(self._full)
+            raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS, self._full_detail)
         self.taken += 1
 
     def __exit__(self, *_: object) -> None:

@@ -76,10 +76,10 @@ class SharedSlots:
         counters: SharedCounters,
         worker_number: int,
         slots_max: int,
-        full: ErrorKind = ErrorKind.TOO_MANY_CONNECTIONS,
+        full_detail: str = "",
     ) -> None:
-        """`full` is what a client is refused with that finds no free slot."""
-        self._full = full
+        """`full_detail` is what a client is told besides that finds no free slot."""
+        self._full_detail = full_detail
         self._counters = counters
         self._worker_number = worker_number
         self._slots_max = slots_max
@@ -95,7 +95,7 @@ class SharedSlots:
         self._counters.add_slots(self._worker_number, 1)
         try:
             if self._counters.slots_taken > self._slots_max:
-                raise ProxyError(self._full)
+                raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS, self._full_detail)
             yield
         finally:
             self._counters.add_slots(self._worker_number, -1)

@@ -17,7 +17,7 @@ from typing import Final, Protocol, TypeVar
 
 from pydantic import SecretStr
 
-from proxy.blocking import BlockingCalls, NoThreadFree
+from proxy.blocking import BlockingCalls, NoThreadFree, NoThreadStarted
 from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
@@ -142,6 +142,8 @@ class Workspace:
             outcome = await self._blocking_calls.run(
                 lambda: self._outcome(call), self._timeout_seconds
             )
+        except NoThreadStarted as error:
+            raise ProxyError(ErrorKind.OUT_OF_RESOURCES, str(error)) from error
         except NoThreadFree as error:
             raise ProxyError(ErrorKind.API_UNREACHABLE, str(error)) from None
         except TimeoutError as error:

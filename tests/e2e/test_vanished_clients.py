@@ -23,7 +23,7 @@ from tests.support.running import LogLines, all_over, eventually, proxy_settings
 
 GONE_SECONDS_MAX = 5.0
 SORT = "SELECT count(*) FROM (SELECT md5(n::text) FROM generate_series(1, 20000000) n ORDER BY 1) s"
-WORK = {"pg_sleep": ("SELECT pg_sleep(60)", "pg_sleep"), "a sort": (SORT, "ORDER BY")}
+WORK = {"pg_sleep": ("SELECT pg_sleep(60), 'orphan'", "orphan"), "a sort": (SORT, "ORDER BY")}
 REQUEST = {"cancel_method": "cancel_request"}
 LOST = ("too_many", "failed")
 STATEMENTS = 380

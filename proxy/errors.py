@@ -532,6 +532,7 @@ NOT_THE_OPERATORS: Final = frozenset(
         ErrorKind.SETTING_UNKNOWN,
         ErrorKind.SETTING_INVALID,
         ErrorKind.ARGUMENT_INVALID,
+        ErrorKind.PRIVILEGE_MISSING,
         ErrorKind.KEY_MISSING,
         ErrorKind.KEY_CONFLICT,
         ErrorKind.KEY_TOO_LONG,

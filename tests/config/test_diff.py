@@ -101,7 +101,7 @@ def test_every_key_is_compared(key: SettingKey) -> None:
     changed = default.model_copy(update={name: "something else"})
     found = compare(Settings(), Settings().model_copy(update={section: changed}))
     assert (*found.reloadable, *found.restart) == (key.dotted,)
-    kept = section in ("listen", "admin") and not name.startswith("tls_")
+    kept = section in ("listen", "admin") and not name.startswith("tls")
     assert bool(found.restart) == (kept or key.dotted in ("log.format", "startup.require"))
 
 

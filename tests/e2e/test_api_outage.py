@@ -98,7 +98,7 @@ async def test_a_limit_of_the_rate_is_no_outage(
     proxy = await start_proxy(credentials={"mint_timeout_seconds": 30})
     lakebase.workspace.fail(Call.CREDENTIAL, faults.THROTTLED)
     early = asyncio.create_task(served(proxy))
-    await lakebase.workspace.called(Call.CREDENTIAL, 5)
+    await lakebase.workspace.called(Call.CREDENTIAL, 2)
     late = asyncio.create_task(served(proxy))
     done, _ = await asyncio.wait([late], timeout=1)
     assert not done, "it was not refused: it waits within its budget"

@@ -39,7 +39,7 @@ def test_another_target_or_sqlstate_is_another_error() -> None:
     errors = RecentErrors(Clock())
     errors.record("upstream_dns", target="eu")
     errors.record("upstream_dns", target="us")
-    errors.record("upstream_dns", "57P03", target="us")
+    errors.record("upstream_dns", "08001", target="us")
     assert [f.count for f in errors.latest()] == [1, 1, 1]
 
 

@@ -4,6 +4,7 @@ import compose_spec
 import pytest
 
 from proxy import __version__
+from proxy.addresses import is_loopback
 from proxy.config import load_settings
 from tests.packaging.manifests import COMPOSE, Object, compose, own_variables
 
@@ -33,7 +34,7 @@ def test_the_proxy_takes_its_environment() -> None:
     given = own_variables(service("lakebase-auth-proxy")["environment"])
     endpoint = {"ENDPOINT_NAME": "projects/p/branches/b/endpoints/primary"}
     settings = load_settings([], {**given, **endpoint}, upstream_required=True)
-    assert settings.listen.host == "127.0.0.1"
+    assert all(map(is_loopback, settings.listen.hosts))
     stop = seconds(service("lakebase-auth-proxy")["stop_grace_period"])
     assert settings.shutdown.accept_seconds + settings.shutdown.drain_seconds < stop
 

@@ -11,6 +11,7 @@ import kubernetes_validate
 import pytest
 
 from proxy import __version__
+from proxy.addresses import is_loopback
 from proxy.config import Settings, load_settings
 from tests.packaging.manifests import (
     KUBERNETES,
@@ -60,7 +61,9 @@ def test_the_proxy_takes_the_environment_of_a_manifest(file: Path) -> None:
         container = sidecar(pod)
         settings = settings_of(container)
         assert settings.upstream.endpoint
-        assert settings.listen.host == "127.0.0.1", "the database's port stays inside the pod"
+        assert all(map(is_loopback, settings.listen.hosts)), (
+            "the database's port stays inside the pod"
+        )
         assert container["image"] == f"lakebase-auth-proxy:{__version__}"
 
 

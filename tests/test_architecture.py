@@ -34,7 +34,7 @@ TASK_MAKERS = {
     "proxy/session/drain.py": "leaving the listener's block of accepting waits for them all",
     "proxy/workspace/single_flight.py": "its owner closes it, which waits for the call",
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
-    "proxy/workers/rpc.py": "an answer ends with its channel, which its process ends with",
+    "proxy/workers/rpc.py": "an answer ends with its connection, which its process ends with",
     "proxy/workers/supervisor.py": "leaving the block of accepting waits for them all",
     "proxy/emulator/connection.py": "a connection of the emulator waits for its own tasks",
 }

@@ -1,7 +1,7 @@
 """Adding up what the processes of one proxy have counted.
 
 For: one exposition and one status of a proxy with several workers. Not for: asking the workers
-(`workers.worker_pool`), or which metrics there are (`metrics`).
+(`workers.supervisor`), or which metrics there are (`metrics`).
 
 Invariants: a total never falls when a process ends, because its counts are kept; what describes
 only the present (its sessions, its memory) ends with it. An exposition has this process's families

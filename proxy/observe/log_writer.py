@@ -30,13 +30,13 @@ class LogWriter:
     """Writes to one descriptor. There is one for each; it lasts as long as the process."""
 
     def __init__(self, descriptor: int, *, flows_again: Callable[[int], None]) -> None:
-        """`flows_again` is called in the thread, with how many lines were dropped before."""
+        """`flows_again` is called from the writer thread with the number of lines dropped."""
         self._descriptor = descriptor
         self._flows_again = flows_again
         self.start_over()
 
     def start_over(self) -> None:
-        """Begin anew in a forked process: queue, thread and count are its parent's."""
+        """Reset after a fork: queue, thread and count are the parent's."""
         self.dropped = 0
         """How many lines were dropped."""
         self._reported = 0

@@ -44,7 +44,7 @@ class RecentError:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What makes two errors the same one."""
+        """The fields by which two errors are counted as one."""
         return self.reason, self.sqlstate, self.target
 
     def as_dict(self, now: float) -> dict[str, object]:

@@ -214,7 +214,7 @@ class App:
 
     @property
     def acceleration(self) -> Acceleration:
-        """What new sessions get of the compiled relay."""
+        """Whether new sessions use the compiled relay."""
         return self.snapshot.acceleration
 
     @property

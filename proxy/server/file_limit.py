@@ -44,7 +44,7 @@ def slots_max(listen: ListenSettings) -> int:
 
 
 def full_detail(listen: ListenSettings) -> str:
-    """Return what a client without a slot is told besides: that the files are the bound."""
+    """Return the DETAIL for a client without a slot: the limit of open files is the bound."""
     possible = slots_max(listen)
     if possible == listen.max_connections:
         return ""

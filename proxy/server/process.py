@@ -96,7 +96,7 @@ async def run_until_stopped(app: App, signals: Signals) -> int:
 
 
 async def _prepare(app: App) -> None:
-    """Do what the first session would wait for, and spare the garbage collector work.
+    """Load what the first session needs, and freeze the garbage collector.
 
     A collection looks at all objects while every session waits. The hundreds of thousands that came
     with imports stay: they are left out from here on.

@@ -69,7 +69,7 @@ class ConfigSnapshot:
 
     @property
     def map_facts(self) -> Mapping[str, object]:
-        """What the log names of the shard map in use, so that two maps can be distinguished."""
+        """The log fields that identify the shard map in use."""
         shard_map = self.router.shard_map
         if shard_map is None:
             return {}
@@ -78,7 +78,7 @@ class ConfigSnapshot:
 
     @property
     def acceleration(self) -> Acceleration:
-        """What sessions get of the compiled relay."""
+        """Whether new sessions use the compiled relay."""
         return acceleration(upstream.settings.accelerated for upstream in self.upstreams.values())
 
     async def load_sdk(self) -> None:

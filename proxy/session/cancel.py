@@ -173,7 +173,7 @@ class ForwardSlots:
             raise
 
     def _release(self) -> None:
-        """Give the slot to the next that waits."""
+        """Release the slot, to the next waiter if there is one."""
         for queue in self._waiting:
             while queue:
                 waiting = queue.popleft()

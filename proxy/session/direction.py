@@ -26,7 +26,7 @@ class SourceLane(Protocol):
     def resume(self) -> None: ...
 
     def close(self) -> None:
-        """Let the transport read again."""
+        """Resume reading on the transport."""
 
 
 def never() -> bool:

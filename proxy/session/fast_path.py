@@ -117,7 +117,7 @@ class OpenLane:
         self._lane.resume()
 
     def close(self) -> None:
-        """Let the source's transport read again."""
+        """Resume reading on the source's transport."""
         self._lane.close()
         direction = self._direction
         if not (direction.paused or direction.source.is_closing()):
@@ -126,7 +126,7 @@ class OpenLane:
     # -- what the lane calls ---------------------------------------------------------------------
 
     def overflow(self, rest: bytes) -> None:
-        """Give the sink's transport what the kernel did not take."""
+        """Write to the sink's transport what the kernel did not take."""
         sink, _ = _plain_and_tls(self._direction.sink)
         sink.write(rest)
 

@@ -7,8 +7,8 @@ end of its heap by itself, while freed memory lies between memory in use. Not fo
 sessions hold.
 
 Invariant: nothing is done for fewer than `SESSIONS_MIN` ended sessions. Memory is released when no
-session has ended for a moment or, where sessions end all the time, once in `STORM_SECONDS`: it
-takes milliseconds, in which all other sessions wait.
+session has ended for a moment or, where sessions end all the time, once in `RELEASE_SECONDS_MAX`:
+it takes milliseconds, in which all other sessions wait.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from typing import Final
 # They hold some megabytes; less is not worth the time.
 SESSIONS_MIN: Final = 100
 QUIET_SECONDS: Final = 0.25
-STORM_SECONDS: Final = 10.0
+RELEASE_SECONDS_MAX: Final = 10.0
 
 
 def _no_trim(_keep_bytes: int) -> int:
@@ -44,10 +44,10 @@ class MemoryTrim:
         self,
         release_memory: Callable[[], object] = release_memory,
         *,
-        storm_seconds: float = STORM_SECONDS,
+        release_seconds_max: float = RELEASE_SECONDS_MAX,
     ) -> None:
         self._release_memory = release_memory
-        self._storm_seconds = storm_seconds
+        self._release_seconds_max = release_seconds_max
         self._ended = 0
         self._ended_before = 0
         self._polls = 0
@@ -71,7 +71,10 @@ class MemoryTrim:
 
     def _poll(self) -> None:
         self._polls += 1
-        if self._ended != self._ended_before and self._polls * QUIET_SECONDS < self._storm_seconds:
+        if (
+            self._ended != self._ended_before
+            and self._polls * QUIET_SECONDS < self._release_seconds_max
+        ):
             self._schedule_poll()
             return
         self._timer = None

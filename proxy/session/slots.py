@@ -24,7 +24,7 @@ class Slots:
     """The slots of a proxy that has one process."""
 
     def __init__(self, slots_max: int, full_detail: str = "") -> None:
-        """`full_detail` is what a client is told besides that finds no free slot."""
+        """`full_detail` is the DETAIL of the 53300 error."""
         self._slots_max = slots_max
         self._full_detail = full_detail
         self.taken = 0

@@ -96,7 +96,7 @@ class AddressLookup:
 
     @property
     def api_failure(self) -> ProxyError | None:
-        """Why the workspace API fails now; None while it works."""
+        """The present failure of the workspace API; None while it works."""
         failure = self._outage.failure
         return None if failure is None else ProxyError(failure.kind, failure.detail)
 

@@ -50,7 +50,7 @@ _log = get_logger(__name__)
 # one succeeds; a try gets half of the dial's time at most, so that there is a next one.
 TRY_SECONDS_MAX: Final = 20.0
 
-# What it means when a dial's time ends in a phase.
+# The error kind when the connect timeout expires in this phase.
 _TIMED_OUT: Final = {
     ConnectPhase.MINT: ErrorKind.API_UNREACHABLE,
     ConnectPhase.DNS: ErrorKind.UPSTREAM_DNS,
@@ -99,7 +99,7 @@ class _Dial:
 
 
 @dataclass(frozen=True, slots=True)
-class _Route:
+class _TryTarget:
     """Where one try goes, and as whom."""
 
     target: Target
@@ -190,7 +190,7 @@ class Dialer:
             except ProxyError as error:
                 await self._before_retry(dial, error)
 
-    async def _look_up(self, dial: _Dial) -> _Route:
+    async def _look_up(self, dial: _Dial) -> _TryTarget:
         """Return where this try goes. Raises ProxyError."""
         dial.phases.start(ConnectPhase.MINT)  # not measured, but the workspace may be asked
         target = await self._address_lookup.target()
@@ -198,7 +198,7 @@ class Dialer:
         addresses = await self._connector.addresses(target, dial.phases)
         # An address that accepted TCP and then failed is not tried first again.
         first = len(dial.failures) % len(addresses)
-        return _Route(target, names, (*addresses[first:], *addresses[:first]))
+        return _TryTarget(target, names, (*addresses[first:], *addresses[:first]))
 
     async def _credential(self, dial: _Dial) -> Credential:
         """Return a credential for this try. Raises ProxyError."""
@@ -208,7 +208,7 @@ class Dialer:
         return dial.credential
 
     async def _open(
-        self, dial: _Dial, route: _Route, message: StartupMessage, credential: Credential
+        self, dial: _Dial, route: _TryTarget, message: StartupMessage, credential: Credential
     ) -> UpstreamSession:
         """Connect and log in, in one of the slots. Raises ProxyError."""
         async with self._slot(dial.phases) as waited:
@@ -221,7 +221,7 @@ class Dialer:
                 raise self._try_timed_out(dial.phases, route.target) from error
 
     async def _try(
-        self, dial: _Dial, route: _Route, message: StartupMessage, credential: Credential
+        self, dial: _Dial, route: _TryTarget, message: StartupMessage, credential: Credential
     ) -> UpstreamSession:
         """Connect and log in one time. Raises ProxyError. The caller bounds the time."""
         connection = await self._connector.connect(route.target, route.addresses, dial.phases)
@@ -308,7 +308,9 @@ def _refuses_check(error: ProxyError) -> bool:
     return _CHECK_NAME in text and any(word in text for word in _NO_CHECK_TEXTS)
 
 
-def _message(client: StartupMessage, route: _Route, defaults: Sequence[Setting]) -> StartupMessage:
+def _message(
+    client: StartupMessage, route: _TryTarget, defaults: Sequence[Setting]
+) -> StartupMessage:
     """Return the StartupMessage for this try. Raises ProxyError or ClientViolation."""
     if not route.target.pooled:
         return upstream_message(client, route.names.user, route.names.database, defaults)

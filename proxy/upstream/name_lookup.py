@@ -109,7 +109,7 @@ class _Name:
         self._clock = clock
         self._sleep = sleep
         self._threads = BlockingCalls("dns", threads_max=1, overdue_max=THREADS_OF_A_NAME_MAX)
-        self._shared = SingleFlight(self._ask, pending)
+        self._single_flight = SingleFlight(self._ask, pending)
         self._last: Addresses = ()
         self._last_at = 0.0
         self._failure: ProxyError | None = None
@@ -126,10 +126,10 @@ class _Name:
                 raise self._failure.with_traceback(None)
             await self._sleep(wait)
         if not last:
-            return await self._shared.result()
+            return await self._single_flight.result()
         try:
             async with asyncio.timeout(0 if self._failure else STALE_AFTER_SECONDS):
-                return await self._shared.result()
+                return await self._single_flight.result()
         except TimeoutError:
             return last
 
@@ -147,7 +147,7 @@ class _Name:
         except (OSError, UnicodeError, RuntimeError) as error:
             return self._failed(error)
         if self._failure is not None:
-            _log.info("a name is resolved again", name=self._name)
+            _log.info("DNS answers again", name=self._name)
         self._last, self._last_at, self._failure = found, self._clock(), None
         return found
 

@@ -12,7 +12,7 @@ RETRY_CEILING_SECONDS: Final = (0.2, 2.0)  # first and last
 CONNECT_RETRY_SECONDS: Final = 30.0
 # For a database that wakes up or a front end that is overloaded, until the dial's time is over.
 WAIT_CEILING_SECONDS: Final = (0.5, 8.0)
-_DOUBLINGS_MAX: Final = 10  # beyond both last ceilings; a float ends at 1023
+_DOUBLINGS_MAX: Final = 10  # beyond both last ceilings; 2.0 ** n overflows above 1023
 
 
 class Retry:

@@ -143,7 +143,7 @@ class CredentialService:
 
     @property
     def methods(self) -> Methods:
-        """What a worker may call."""
+        """The methods that a worker may call, by name."""
         return {
             "fresh": self._fresh,
             "reject": self._reject,

@@ -158,13 +158,13 @@ class _ForkServerProcess:
             self._report_exit(worker_number, _FORK_FAILED)
         else:
             if pid == 0:
-                self._leave()
+                self._undo_inherited()
                 _run_and_exit(lambda: self._run_worker(worker_number, sockets))
             self._workers[pid] = worker_number
         for each in sockets:
             each.close()
 
-    def _leave(self) -> None:
+    def _undo_inherited(self) -> None:
         """Undo in a worker what it has inherited from this process."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

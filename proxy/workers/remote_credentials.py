@@ -40,8 +40,8 @@ class RemoteWorkspaceRegistry:
 
     def __init__(self, rpc: RpcConnection) -> None:
         self._rpc = rpc
-        # The last generation that has each workspace: an upstream that a reload keeps asks by the
-        # newest, one that was replaced by the last that it was in.
+        # The newest generation that contains each workspace. Calls name it, so that an upstream
+        # of an older configuration is still answered.
         self._generations: dict[WorkspaceKey, int] = {}
         self.calls = PendingCalls()
 
@@ -105,7 +105,7 @@ class RemoteCredentials:
 
     @property
     def accepted_age_seconds(self) -> float:
-        """The age up to which a token is used, as the supervisor said last."""
+        """The age up to which a token is used, as the supervisor last reported."""
         return self._freshness.max_age_seconds
 
     async def fresh(self) -> Credential:

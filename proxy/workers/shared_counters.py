@@ -78,7 +78,7 @@ class SharedSlots:
         slots_max: int,
         full_detail: str = "",
     ) -> None:
-        """`full_detail` is what a client is told besides that finds no free slot."""
+        """`full_detail` is the DETAIL of the 53300 error."""
         self._full_detail = full_detail
         self._counters = counters
         self._worker_number = worker_number

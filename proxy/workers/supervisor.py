@@ -35,7 +35,7 @@ from proxy.workers.worker_handle import END_SECONDS_MAX, WorkerHandle
 REPLACE_SECONDS_MIN: Final = 0.1
 REPLACE_SECONDS_MAX: Final = 10.0
 LIVED_SECONDS: Final = 60.0
-_DOUBLINGS_MAX: Final = 10  # past the last; a float ends at 1023
+_DOUBLINGS_MAX: Final = 10  # past the last; 2.0 ** n overflows above 1023
 
 _log = get_logger(__name__)
 
@@ -85,7 +85,7 @@ class Supervisor:
         self._acceptor = Acceptor(app.settings.listen, self._pass_connection)
         self._credentials = CredentialService()
         self._workers: dict[int, WorkerHandle] = {}  # by their numbers
-        self._left_behind = Reading()  # by workers that have died
+        self._counts_of_dead = Reading()  # by workers that have died
         self._connection_ids = itertools.count(1)
         self._generation = 0  # of the configuration
         self._ending = asyncio.Event()
@@ -144,7 +144,7 @@ class Supervisor:
 
     def reading(self) -> Reading:
         """Return what all had counted when they were read last, dead ones included."""
-        return total([self._left_behind, *(worker.reading for worker in self._workers.values())])
+        return total([self._counts_of_dead, *(worker.reading for worker in self._workers.values())])
 
     async def refresh(self) -> None:
         """Read what the workers have counted. For one that is silent the last reading stays."""
@@ -215,7 +215,7 @@ class Supervisor:
 
     def _record_exit(self, number: int, code: int) -> None:
         worker = self._workers.pop(number)
-        self._left_behind = total([self._left_behind, worker.reading.after_exit()])
+        self._counts_of_dead = total([self._counts_of_dead, worker.reading.after_exit()])
         worker.record_exit(code)
 
     def _fork_server_died(self) -> None:
@@ -267,5 +267,5 @@ class Supervisor:
 
 
 def _replacement_delay(deaths: int) -> float:
-    """Return after how many seconds a worker is replaced that died so many times in a row."""
+    """Return the delay before a worker is replaced; it doubles with each consecutive death."""
     return min(REPLACE_SECONDS_MAX, REPLACE_SECONDS_MIN * 2.0 ** min(deaths, _DOUBLINGS_MAX))

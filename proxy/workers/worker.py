@@ -105,7 +105,7 @@ class Worker:
         self._app = self._build_app(settings)
         async with running(self._app):
             self._beat()
-            gc.freeze()  # what exists now stays, and need not be looked at again
+            gc.freeze()  # excludes imports and maps from garbage collection
             self._serving.set()
             _log.info("worker serves", pid=os.getpid())
             await self._rpc.lost.wait()
@@ -164,7 +164,7 @@ class Worker:
 
     async def _drain(self, seconds: float) -> int:
         sessions_cut = await self._app.drain(seconds)
-        # Killed next, it would take the last lines with it.
+        # The supervisor kills this process next; unwritten lines would be lost.
         await self._threads.run(flush_log, 2 * FLUSH_SECONDS_MAX)
         return sessions_cut
 

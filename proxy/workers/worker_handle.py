@@ -125,7 +125,7 @@ class WorkerHandle:
 
     @property
     def load(self) -> tuple[bool, int, int]:
-        """Whether it is silent, and how many connections it has; then the longer unused is first.
+        """The sort key for a new connection: silent ones last, then the fewest connections.
 
         One that is stopped or blocked serves no client: it gets a connection only if all are.
         """

@@ -36,7 +36,7 @@ T = TypeVar("T")
 _TOKEN_SECONDS_MIN: Final = 300.0
 _CLOCK_AHEAD_SECONDS_MAX: Final = 60.0
 
-# An instance is not told with the advice for an endpoint.
+# An instance has error kinds of its own: the hints for an endpoint do not apply.
 _INSTANCE_KINDS: Final = {
     ErrorKind.ENDPOINT_NOT_FOUND: ErrorKind.INSTANCE_NOT_FOUND,
     ErrorKind.ENDPOINT_INVALID: ErrorKind.INSTANCE_INVALID,
@@ -59,7 +59,7 @@ class WorkspaceSource(Protocol):
         """Return state and host of a resource. Raises ProxyError."""
 
     async def identity(self) -> Identity:
-        """Return who we are there. Raises ProxyError."""
+        """Return the proxy's identity there. Raises ProxyError."""
 
     async def clock_ahead_seconds(self) -> float | None:
         """Return how far this machine's clock is ahead of the workspace's, None if unknown."""

@@ -21,7 +21,7 @@ from proxy.workspace.single_flight import is_transient
 
 # The API fails for a moment now and then; clients wait as long as this.
 OUTAGE_SECONDS: Final = 5.0
-# An outage of which nothing was heard for so long may be over.
+# Without any call for this time the outage counts as over.
 STALE_SECONDS: Final = 60.0
 
 _STATUS: Final = re.compile(r"HTTP \d+")

@@ -4,8 +4,8 @@ For: one client for each workspace, and one token source for each account. Not f
 needs which (`upstream.upstreams`).
 
 Invariant: a workspace and an account live as long as something uses them: the upstreams of a
-configuration that is in force, a dial on an older one, a mint under way. After the last use they
-are closed, which here means forgotten: nothing is under way then.
+configuration that is in force, a dial on an older one, a mint under way. After the last use the
+registry removes them; no call is under way then.
 """
 
 from collections.abc import Callable

@@ -18,7 +18,7 @@ BACKOFF_SECONDS_MAX: Final = 8.0
 # The most that a Retry-After can make of it: longer than for a limit of calls a minute is not
 # plausible.
 RETRY_AFTER_SECONDS_MAX: Final = 60.0
-_GROWTHS_MAX: Final = 10  # beyond the last; a float ends at 1023
+_GROWTHS_MAX: Final = 10  # beyond the last; 2.0 ** n overflows above 1023
 
 _log = get_logger(__name__)
 

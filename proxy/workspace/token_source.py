@@ -53,10 +53,10 @@ DEADLINE_GRACE_SECONDS: Final = 0.2
 # the cause. A role that does not exist must not cost a mint for each client that names it.
 REJECTION_SECONDS_MIN: Final = 30.0
 
-# How long a token lives of whose workspace none has been seen.
+# The assumed lifetime of a token before the workspace has issued one.
 LIFETIME_SECONDS: Final = 3600.0
 
-# In an outage one call after another is made for so long after the last client that was refused.
+# How long an outage is probed after the last client that was refused.
 PROBING_SECONDS: Final = 60.0
 
 _log = get_logger(__name__)
@@ -182,7 +182,7 @@ class LocalTokenSource:
             try:
                 async with asyncio.timeout(ends_at - self._clock() + DEADLINE_GRACE_SECONDS):
                     return await self._minting.token(hang_seconds)
-            except TimeoutError:  # so many callers are ahead
+            except TimeoutError:  # too many callers are queued
                 if valid is not None:
                     return valid
                 raise self._no_answer() from None
@@ -275,7 +275,7 @@ class LocalTokenSource:
         was_lengthened = self._age.lengthened
         self._age.shorten()
         if was_lengthened and not self._age.lengthened:
-            _log.info("tokens are renewed as often as set again")
+            _log.info("the workspace API no longer limits tokens")
 
     def _valid(self) -> Credential | None:
         return self._newest if is_valid(self._newest, self._clock(), self._age.freshness) else None

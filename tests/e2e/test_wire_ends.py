@@ -47,7 +47,7 @@ async def session_of(client: Client, upstream: ManualUpstream) -> ManualSession:
 
 @pytest_asyncio.fixture
 async def short(start_proxy: StartProxy, upstream: ManualUpstream) -> App:
-    """A proxy in front of the written upstream, which cancels nothing."""
+    """A proxy in front of the manual upstream, which cancels nothing."""
     more = {"port": upstream.port, "cancel_on_disconnect": False}
     return await start_proxy(upstream=more)
 

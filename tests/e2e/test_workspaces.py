@@ -34,7 +34,7 @@ from tests.support.running import eventually, proxy_settings
 from tests.support.sharding import Section, range_map, shard_by_psycopg, sharded, target, targets
 
 # Of sessions that are begun at once: two cores serve them in a second or two.
-STORM = 40
+CLIENTS = 40
 
 
 @pytest_asyncio.fixture
@@ -80,11 +80,11 @@ async def test_each_workspace_gets_its_own_tokens_and_one_each_is_enough(
     start_proxy: StartProxy, lakebase: Lakebase, other: Lakebase
 ) -> None:
     proxy = await start_proxy(**sections(lakebase, other, foreign_target(other)))
-    shards = await opened(proxy, *(["7", "1500"] * (STORM // 2)))
-    assert shards == ["one", "two"] * (STORM // 2)
+    shards = await opened(proxy, *(["7", "1500"] * (CLIENTS // 2)))
+    assert shards == ["one", "two"] * (CLIENTS // 2)
     assert_own_tokens_only(lakebase, other)
     for stand in (lakebase, other):
-        assert len(stand.gateway.sessions) == STORM // 2
+        assert len(stand.gateway.sessions) == CLIENTS // 2
         assert len(stand.workspace.mints) == 1
     assert {token.workspace for token in proxy.snapshot.tokens()} == {"workspace", "b"}
 
@@ -221,7 +221,7 @@ async def test_s49_no_token_goes_astray_while_a_target_moves_to_and_fro(
     lanes = 8
 
     async def lane() -> None:
-        for _ in range(STORM // lanes):
+        for _ in range(CLIENTS // lanes):
             assert await shard_by_psycopg(proxy, dbname="app@1500") == "two"
 
     async with asyncio.TaskGroup() as tasks:
@@ -234,7 +234,7 @@ async def test_s49_no_token_goes_astray_while_a_target_moves_to_and_fro(
                 reloads, seen = reloads + 1, done
             await asyncio.sleep(0)
     assert reloads > 4
-    assert len(lakebase.gateway.sessions) + len(other.gateway.sessions) == STORM
+    assert len(lakebase.gateway.sessions) + len(other.gateway.sessions) == CLIENTS
     assert_own_tokens_only(lakebase, other)
 
 
@@ -303,7 +303,7 @@ async def test_reloads_without_end_leave_only_what_the_last_one_uses(
     ages = itertools.count(1)
 
     async def lane() -> None:
-        for _ in range(STORM // 4):
+        for _ in range(CLIENTS // 4):
             assert await opened(proxy, "7") == ["one"]
 
     async with asyncio.TaskGroup() as tasks:
@@ -312,7 +312,7 @@ async def test_reloads_without_end_leave_only_what_the_last_one_uses(
             age = {"credentials": {"token_max_age_seconds": next(ages)}}
             proxy.reload(proxy_settings(lakebase, **first, **age))
             await asyncio.sleep(0.01)
-    assert next(ages) > STORM / 4
+    assert next(ages) > CLIENTS / 4
     await eventually(lambda: proxy.slots.taken == 0, "all sessions are over")
     assert len(registry) == 1
     assert len(registry.calls) == 0

@@ -28,7 +28,7 @@ async def test_memory_is_given_back_once_after_many_ends_and_not_after_a_few() -
 
 async def test_ends_without_a_pause_do_not_keep_memory_from_being_released() -> None:
     given: list[int] = []
-    memory_trim = MemoryTrim(lambda: given.append(1), storm_seconds=0.5)
+    memory_trim = MemoryTrim(lambda: given.append(1), release_seconds_max=0.5)
     loop = asyncio.get_running_loop()
 
     def end_some() -> None:

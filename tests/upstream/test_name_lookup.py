@@ -179,7 +179,7 @@ async def test_the_last_addresses_serve_for_some_minutes_while_dns_fails(
             clock.move(FAILURE_SECONDS)
             resolver.failure = None
             assert await names.resolve(target()) == DIALLED
-            again = "a name is resolved again"
+            again = "DNS answers again"
             await eventually(lambda: log.events(again), "DNS is asked without being waited for")
             resolver.failure = NO_ANSWER
             clock.move(STALE_SECONDS_MAX)

@@ -115,7 +115,7 @@ async def test_a_refusal_is_raised_where_it_was_asked_for() -> None:
     assert caught.value.retry_after_seconds == 7
 
 
-async def test_a_bug_costs_its_call_and_not_the_channel() -> None:
+async def test_a_bug_costs_its_call_and_not_the_connection() -> None:
     async def broken() -> None:
         raise ValueError("for the log alone")
 

@@ -533,6 +533,7 @@ NOT_THE_OPERATORS: Final = frozenset(
         ErrorKind.SETTING_INVALID,
         ErrorKind.ARGUMENT_INVALID,
         ErrorKind.PRIVILEGE_MISSING,
+        ErrorKind.STARTUP_REFUSED,
         ErrorKind.KEY_MISSING,
         ErrorKind.KEY_CONFLICT,
         ErrorKind.KEY_TOO_LONG,

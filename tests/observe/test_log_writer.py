@@ -9,9 +9,10 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -19,14 +20,6 @@ from proxy.observe.log_writer import BATCH_BYTES, QUEUE_BYTES_MAX, LogWriter
 
 LINE = b"x" * 999 + b"\n"
 WAIT_SECONDS_MAX = 10.0
-
-
-def until(happened: Callable[[], bool]) -> None:
-    """Wait for something that a thread does after it has written."""
-    deadline = time.monotonic() + WAIT_SECONDS_MAX
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 class Pipe:
@@ -115,15 +108,15 @@ def test_a_full_disk_drops_lines_until_there_is_room() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("Linux has /dev/full")
     descriptor = os.open("/dev/full", os.O_WRONLY)
-    reports: list[int] = []
-    writer = LogWriter(descriptor, flows_again=reports.append)
+    reports: SimpleQueue[int] = SimpleQueue()
+    writer = LogWriter(descriptor, flows_again=reports.put)
     writer.write(LINE)
     writer.flush(WAIT_SECONDS_MAX)
-    assert (writer.dropped, reports) == (1, [])
+    assert (writer.dropped, reports.empty()) == (1, True)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     writer.write(LINE)
-    until(lambda: reports == [1])
+    assert reports.get(timeout=WAIT_SECONDS_MAX) == 1
     writer.before_fork()
     assert writer.dropped == 1
     os.close(null)
@@ -139,11 +132,13 @@ def test_a_descriptor_that_was_made_non_blocking_loses_nothing(pipe: Pipe) -> No
 
 
 def test_a_forked_process_has_a_queue_and_a_thread_of_its_own(pipe: Pipe) -> None:
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     pipe.writer.write(b"parent\n")
     pipe.writer.before_fork()
     assert pipe.read(7) == b"parent\n"
-    until(lambda: threading.active_count() == threads)
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(WAIT_SECONDS_MAX)
+    assert set(threading.enumerate()) <= threads
     pid = os.fork()
     if pid == 0:
         pipe.writer.start_over()

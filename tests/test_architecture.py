@@ -32,6 +32,7 @@ EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"} |
 # Where a task is made outside a TaskGroup, and what makes sure that it cannot be lost.
 TASK_MAKERS = {
     "proxy/session/drain.py": "leaving the listener's block of accepting waits for them all",
+    "proxy/session/private_listener.py": "leaving the blocks of it and of connect waits for them",
     "proxy/workspace/single_flight.py": "its owner closes it, which waits for the call",
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
     "proxy/workers/rpc.py": "an answer ends with its connection, which its process ends with",

@@ -188,26 +188,16 @@ class Session:
     def _start_relay(
         self, opener: SessionOpener, upstream: UpstreamSession, key: IssuedKey | None
     ) -> Relay:
-        """Send the client its welcome, and give both connections to a relay.
-
-        The welcome is AuthenticationOk, the upstream's ParameterStatus messages, BackendKeyData
-        and ReadyForQuery.
-        """
-        client, stream = self._client, upstream.stream
+        """Send the client its welcome, and give both connections to a relay."""
+        client = self._client
         cancel_query = None
         if key is not None and opener.cancel_on_disconnect:
             cancel_query = partial(self._parts.cancels.cancel_disconnected, key)
-        relay = Relay(client.transport, stream.transport, cancel_query, self._parts.lanes())
-        client.accept(upstream.startup.welcome(None if key is None else key.issued))
+        lanes = self._parts.lanes()
+        relay = Relay(client.transport, upstream.stream.transport, cancel_query, lanes)
         self._starting_client = None  # from here on the client cannot be refused
         self._entry.relaying(relay)
-        # What either side sent early comes after what the other one is sent first.
-        relay.from_upstream.data_received(
-            upstream.startup.trailing_data() + stream.hand_over(relay.from_upstream)
-        )
-        relay.from_client.data_received(client.hand_over(relay.from_client))
-        if stream.gone.done():
-            relay.from_upstream.eof_received()
+        client.start_relay(relay, upstream, None if key is None else key.issued)
         if self._parts.idle_timeout_seconds:
             self._entry.end_after_idle(self._parts.idle_timeout_seconds)
         self._log.started(upstream.target.host)

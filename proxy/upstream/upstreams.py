@@ -11,7 +11,7 @@ of an earlier configuration ends on that one.
 
 import errno
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -95,6 +95,62 @@ class Upstream:
             return await self.dialer.dial(client, progress, fallback, phases=phases)
 
 
+class UpstreamFactory:
+    """Makes one upstream from a name and its settings, for one configuration.
+
+    `name` is the label of its metrics. The caller keeps the upstream's workspace open (`use`) for
+    as long as it keeps the upstream.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: WorkspaceRegistry,
+        record_phase: RecordTargetPhase,
+        name_lookup: NameLookup,
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._record_phase = record_phase
+        self._name_lookup = name_lookup
+
+    def account_key(self, target: UpstreamSettings) -> AccountKey:
+        """Return the key of the account whose tokens this target is sent."""
+        return AccountKey.of(workspace_key_of(self._settings, target), resource_of(target))
+
+    def make(
+        self, name: str, target: UpstreamSettings, resources: Sequence[Resource] | None = None
+    ) -> Upstream:
+        """Return a new upstream. Its tokens are minted for one of `resources`, or for its own."""
+        key, resource = self.account_key(target), resource_of(target)
+        if resources is None:
+            resources = [] if resource is None else [resource]
+        workspace = self._registry.workspace(key.workspace)
+        account: TokenAccount | None = None
+        credentials: CredentialSource
+        if password_file := self._settings.credentials.password_file:
+            credentials = PasswordFile(password_file)
+        else:
+            account = self._registry.account(key, list(resources))
+            credentials = account.token_source
+        outage = None if account is None else account.outage
+        lookup = AddressLookup(target, resource, workspace, self._registry.calls, outage=outage)
+        record_phase = partial(self._record_phase, name)
+        dialer = Dialer(
+            Connector(record_phase, self._name_lookup.resolve),
+            lookup,
+            credentials,
+            record_phase,
+            connect_timeout_seconds=target.connect_timeout_seconds,
+            connect_retry_seconds=target.connect_retry_seconds,
+            connects_max=target.connects_max,
+            connection_check=target.cancel_on_disconnect
+            and target.cancel_method == "connection_check",
+        )
+        use = self._registry.use_of(key)
+        return Upstream(target, key, resource, workspace, account, credentials, lookup, dialer, use)
+
+
 class Upstreams(Mapping[str, Upstream]):
     """The upstreams of one configuration by the targets' names. `close` them when it is replaced.
 
@@ -114,16 +170,15 @@ class Upstreams(Mapping[str, Upstream]):
         Raises ConfigurationError for certificate files that cannot be used.
         """
         _check_root_certs(settings)
-        self._settings = settings
-        self._registry = registry
-        self._record_phase = record_phase
         self.name_lookup: NameLookup = (
             NameLookup(registry.calls) if before is None else before.name_lookup
         )
+        self.factory = UpstreamFactory(settings, registry, record_phase, self.name_lookup)
         targets = {name: settings.target(name) for name in settings.target_names()}
         resources = self._resources(targets.values())
         self._upstreams = {
-            name: self._kept(name, target, before or {}) or self._new(name, target, resources)
+            name: self._kept(name, target, before or {})
+            or self.factory.make(name, target, resources[self.factory.account_key(target)])
             for name, target in targets.items()
         }
         self._use = self.keep_open()
@@ -157,15 +212,12 @@ class Upstreams(Mapping[str, Upstream]):
         accounts = dict.fromkeys(upstream.account for upstream in self._upstreams.values())
         return [account for account in accounts if account is not None]
 
-    def _account_key(self, target: UpstreamSettings) -> AccountKey:
-        return AccountKey.of(workspace_key_of(self._settings, target), resource_of(target))
-
     def _resources(self, targets: Iterable[UpstreamSettings]) -> dict[AccountKey, list[Resource]]:
         """Return the resources of each account: a token for one of them is good for all."""
         resources: dict[AccountKey, dict[str, Resource]] = defaultdict(dict)
         for target in targets:
             if resource := resource_of(target):
-                resources[self._account_key(target)].setdefault(resource.name, resource)
+                resources[self.factory.account_key(target)].setdefault(resource.name, resource)
         return {key: list(named.values()) for key, named in resources.items()}
 
     def _kept(
@@ -175,39 +227,7 @@ class Upstreams(Mapping[str, Upstream]):
         found = before.get(name)
         if found is None or found.settings != target:
             return None
-        return found if found.account_key == self._account_key(target) else None
-
-    def _new(
-        self,
-        name: str,
-        target: UpstreamSettings,
-        resources: Mapping[AccountKey, list[Resource]],
-    ) -> Upstream:
-        key, resource = self._account_key(target), resource_of(target)
-        workspace = self._registry.workspace(key.workspace)
-        account: TokenAccount | None = None
-        credentials: CredentialSource
-        if password_file := self._settings.credentials.password_file:
-            credentials = PasswordFile(password_file)
-        else:
-            account = self._registry.account(key, resources[key])
-            credentials = account.token_source
-        outage = None if account is None else account.outage
-        lookup = AddressLookup(target, resource, workspace, self._registry.calls, outage=outage)
-        record_phase = partial(self._record_phase, name)
-        dialer = Dialer(
-            Connector(record_phase, self.name_lookup.resolve),
-            lookup,
-            credentials,
-            record_phase,
-            connect_timeout_seconds=target.connect_timeout_seconds,
-            connect_retry_seconds=target.connect_retry_seconds,
-            connects_max=target.connects_max,
-            connection_check=target.cancel_on_disconnect
-            and target.cancel_method == "connection_check",
-        )
-        use = self._registry.use_of(key)
-        return Upstream(target, key, resource, workspace, account, credentials, lookup, dialer, use)
+        return found if found.account_key == self.factory.account_key(target) else None
 
 
 def _check_root_certs(settings: Settings) -> None:

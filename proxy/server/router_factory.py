@@ -88,6 +88,8 @@ def map_problems(settings: Settings) -> Iterator[Problem]:
     """Yield what is wrong with the shard maps: bounds, overlaps, targets, files."""
     # The map in use comes last, so that it is still cached when the router needs it.
     for name in sorted(settings.shard_maps, key=lambda name: name == settings.routing.shard_map):
+        if settings.shard_maps[name].catalogue and name != settings.routing.shard_map:
+            continue
         try:
             _checked_map(settings, name)
         except ConfigurationError as error:
@@ -107,6 +109,9 @@ def rewritten_file(settings: Settings, old: ShardMap | None, new: ShardMap | Non
 
 def _checked_map(settings: Settings, name: str) -> ShardMap:
     """Return a shard map. Raises ConfigurationError."""
+    if settings.shard_maps[name].catalogue:
+        key = f"shard_maps.{name}.catalogue"
+        raise ConfigurationError([Problem(key, "sessions are not routed by a catalogue yet")])
     key, file = _mappings_key(settings, name), settings.shard_maps[name].mappings_file
     try:
         return _shard_map(settings, name)

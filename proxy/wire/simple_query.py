@@ -168,7 +168,8 @@ def _row(payload: bytes) -> Row:
     """Return the values of a DataRow. Raises UpstreamViolation."""
     try:
         (count,) = _INT16.unpack_from(payload)
-        at, values = _INT16.size, []
+        at = _INT16.size
+        values: list[bytes | None] = []
         for _ in range(count):
             (size,) = INT32.unpack_from(payload, at)
             at += INT32.size

@@ -1,4 +1,4 @@
-"""The machine of one query of the proxy's own: its answers, its bounds, every entry of its table."""
+"""The machine of one query of the proxy's own: its answers, its bounds, each entry of its table."""
 
 from collections.abc import Iterable
 from struct import pack
@@ -138,7 +138,7 @@ def test_message_before_the_query_is_a_violation() -> None:
         message(b"Z"),
         b"D\0\0\0\3",
     ],
-    ids=lambda data: repr(data),
+    ids=repr,
 )
 def test_malformed_or_foreign_message_is_a_violation(data: bytes) -> None:
     assert violation(data)

@@ -43,7 +43,7 @@ async def transaction(connection: Connection, *, read_only: bool = False) -> Asy
 
 @asynccontextmanager
 async def translating(where: str) -> AsyncIterator[None]:
-    """Raise CatalogueError for what asyncpg raises in the block; `where` is the database in words."""
+    """Raise CatalogueError for what asyncpg raises; `where` is the database in words."""
     try:
         yield
     except DRIVER_ERRORS as error:

@@ -22,7 +22,7 @@ from proxy.config import ConfigurationError, Problem, Settings, UpstreamSettings
 from proxy.transport.tls import client_context
 from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.connector import Connector
-from proxy.upstream.dialer import CredentialSource, Dialer, UpstreamSession
+from proxy.upstream.dialer import Admit, CredentialSource, Dialer, UpstreamSession
 from proxy.upstream.name_lookup import NameLookup
 from proxy.upstream.password_file import PasswordFile
 from proxy.upstream.phases import DialProgress, PhaseTimer, RecordTargetPhase
@@ -89,10 +89,19 @@ class Upstream:
         fallback: StartupMessage | None = None,
         *,
         phases: PhaseTimer | None = None,
+        admit: Admit | None = None,
+        timeout_seconds: float | None = None,
     ) -> UpstreamSession:
-        """Return a session upstream for this client. Raises what `Dialer.dial` does."""
+        """Return a session upstream for this client. Takes and raises what `Dialer.dial` does."""
         with self.use:
-            return await self.dialer.dial(client, progress, fallback, phases=phases)
+            return await self.dialer.dial(
+                client,
+                progress,
+                fallback,
+                phases=phases,
+                admit=admit,
+                timeout_seconds=timeout_seconds,
+            )
 
 
 class UpstreamFactory:

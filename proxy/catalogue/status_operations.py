@@ -260,7 +260,7 @@ class _ShardStatus(Operation):
     async def write_identity(
         self, connection: Connection, shard: Shard, tools: Tools | None
     ) -> None:
-        """Write the shard's own status, after the admits in flight; `tools` is there to end them."""
+        """Write the shard's own status, after the admits in flight; `tools`: end them in time."""
         lock = "lock table only shardmap_local.mapping in exclusive mode"
         if tools is None:
             await connection.execute(lock)

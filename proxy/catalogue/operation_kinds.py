@@ -1,0 +1,25 @@
+"""Every kind of operation, by the word in its row."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
+from proxy.catalogue.operation import Operation
+from proxy.catalogue.status_operations import (
+    TakeOffline,
+    TakeOnline,
+    TakeShardOffline,
+    TakeShardOnline,
+)
+
+KINDS: Final[Mapping[str, type[Operation]]] = {
+    kind.kind: kind
+    for kind in (
+        AddMapping,
+        DeleteMapping,
+        TakeOffline,
+        TakeOnline,
+        TakeShardOffline,
+        TakeShardOnline,
+    )
+}

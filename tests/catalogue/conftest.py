@@ -1,0 +1,14 @@
+"""Fixtures of the catalogue's tests: a map on two shards."""
+
+import pytest_asyncio
+
+from tests.support.catalogue import Stores
+from tests.support.operating import Operating
+
+
+@pytest_asyncio.fixture
+async def operating(stores: Stores) -> Operating:
+    """Return a map of ranges on two shards, without mappings."""
+    found = Operating(stores)
+    await found.set_up()
+    return found

@@ -25,6 +25,15 @@ _OWN_WORDS: Final = frozenset(reason.value.word for reason in Reason)
 _Result = TypeVar("_Result")
 
 
+class TakenOver(CatalogueError):
+    """Another operator has completed or undone this operation, or does so now."""
+
+    def __init__(self, op_id: UUID, *, transient: bool = False) -> None:
+        text = f"another operator has taken over the operation {op_id}"
+        hint = "Look at the rows, and try again."
+        super().__init__(Reason.OPERATION_PENDING, text, hint, transient=transient)
+
+
 class HeldConnection:
     """The connection; use it with `async with`."""
 
@@ -43,8 +52,8 @@ class HeldConnection:
     async def use(self) -> Connection:
         """Return the connection, a new one if it was lost.
 
-        Raises CatalogueError: OPERATION_PENDING if a lock is held by another connection, which may
-        be the one before: the server has not noticed its end yet.
+        Raises TakenOver if a lock is held by another connection; but that may be the one before,
+        whose end the server has not noticed yet.
         """
         if self._connection is not None and not self._connection.is_closed():
             return self._connection
@@ -54,8 +63,7 @@ class HeldConnection:
         for op_id in self._locks:
             if not await self._lock(op_id):
                 await self._close()
-                text = f"another connection has the lock of the operation {op_id}"
-                raise CatalogueError(Reason.OPERATION_PENDING, text, transient=True)
+                raise TakenOver(op_id, transient=True)
         return self._connection
 
     async def lock(self, op_id: UUID) -> bool:

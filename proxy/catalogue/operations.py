@@ -17,7 +17,7 @@ from uuid import UUID
 
 from proxy.catalogue import op_log
 from proxy.catalogue.errors import CatalogueError, Reason, ReasonRow
-from proxy.catalogue.held_connection import THE_CATALOGUE, HeldConnection
+from proxy.catalogue.held_connection import THE_CATALOGUE, HeldConnection, TakenOver
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
 from proxy.catalogue.op_log import OperationRow
 from proxy.catalogue.operation import (
@@ -38,14 +38,6 @@ SETTLED_MAX: Final = 20
 
 FindMap = Callable[[Connection, UUID], Awaitable[CatalogueMap]]
 """Reads a map by its id."""
-
-
-class _TakenOver(CatalogueError):
-    """Another operator has completed or undone this operation, or does so now."""
-
-    def __init__(self, op_id: UUID) -> None:
-        text = f"another operator has taken over the operation {op_id}"
-        super().__init__(Reason.OPERATION_PENDING, text, "Look at the rows, and try again.")
 
 
 class _RollBack(Exception):
@@ -145,7 +137,7 @@ class Operator:
         """Return the operations in the way. If there are none, it has begun."""
         connection = await self._held.use()
         if not await self._held.lock(operation.op_id):
-            raise _TakenOver(operation.op_id)
+            raise TakenOver(operation.op_id)
         async with transaction(connection):
             await _lock_map(connection, operation)
             if await op_log.read_state(connection, operation.op_id) is not None:
@@ -192,7 +184,7 @@ class Operator:
             for step in _steps_after(operation, state):
                 await self._do(operation, step)
                 state = step.name
-        except _TakenOver:
+        except TakenOver:
             raise
         except CatalogueError as failure:
             if state in kept:
@@ -203,7 +195,7 @@ class Operator:
         """Undo, and raise why; or that the operation is left pending."""
         try:
             await self._undo(operation)
-        except _TakenOver:
+        except TakenOver:
             raise
         except CatalogueError as again:
             raise _left_pending(operation, failure, again) from failure
@@ -227,7 +219,7 @@ class Operator:
             if state is None and is_last and await operation.is_applied(connection):
                 return  # an earlier try was committed
             if state in (None, UNDOING):
-                raise _TakenOver(operation.op_id)
+                raise TakenOver(operation.op_id)
             await operation.do_catalogue(step.name, connection)
             if is_last:
                 await op_log.delete(connection, operation.op_id)
@@ -256,7 +248,7 @@ class Operator:
             yield
             state = await op_log.read_state(await self._held.use(), operation.op_id)
             if state is None or state in foreign_states:
-                raise _TakenOver(operation.op_id)
+                raise TakenOver(operation.op_id)
             await self._reach(f"{point}.commit")
 
     async def _check_shard(self, operation: Operation, shard: Shard) -> None:
@@ -282,7 +274,7 @@ class Operator:
     async def _mark_undoing(self, operation: Operation) -> None:
         connection = await self._held.use()
         if await op_log.record_state(connection, operation.op_id, UNDOING) is None:
-            raise _TakenOver(operation.op_id)
+            raise TakenOver(operation.op_id)
 
     async def _undo_shard(self, operation: Operation, shard: Shard) -> None:
         async with (
@@ -334,7 +326,7 @@ class Operator:
         """Undo what was left pending. A failure leaves it so."""
         try:
             await self._undo(operation)
-        except _TakenOver:
+        except TakenOver:
             raise
         except CatalogueError as failure:
             raise _left_pending(operation, failure) from failure

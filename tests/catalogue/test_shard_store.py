@@ -139,7 +139,7 @@ async def test_s66_the_logins_own_function_ends_its_sessions(shard: Any, stores:
         (live,) = await shard_store.read_sessions(shard, MAP_ID)
         oid = await shard.fetchval("select oid from pg_roles where rolname = $1", session)
         assert await shard.fetchval(f"select shardmap_local.end_session_{oid}($1)", live.pid)
-    # Nobody else may call it, and the login may not create more in the schema.
+    # No other role may call it.
     async with stores.connect("one", stores.roles.reader) as reader:
         sql = "select has_function_privilege('shardmap_local.end_session_%s(int)', 'execute')"
         with pytest.raises(Exception, match="permission denied"):

@@ -140,6 +140,41 @@ class Stores:
         return path
 
 
+async def insert_map(
+    connection: Any, name: str = "tenants", kind: str = "range", key_type: str = "int4"
+) -> uuid.UUID:
+    """Insert a map as it is, without the verb; return its id."""
+    sql = (
+        "insert into shardmap.shard_map (name, kind, key_type) values ($1, $2, $3) returning map_id"
+    )
+    map_id: uuid.UUID = await connection.fetchval(sql, name, kind, key_type)
+    return map_id
+
+
+async def insert_shard(
+    connection: Any, map_id: uuid.UUID, name: str, host: str, database: str
+) -> uuid.UUID:
+    """Insert a shard's row, without the verb; return its id."""
+    sql = (
+        "insert into shardmap.shard (map_id, name, host, dbname) values ($1, $2, $3, $4)"
+        " returning shard_id"
+    )
+    shard_id: uuid.UUID = await connection.fetchval(sql, map_id, name, host, database)
+    return shard_id
+
+
+async def insert_mapping(
+    connection: Any, map_id: uuid.UUID, shard_id: uuid.UUID, lo: bytes, hi: bytes | None
+) -> uuid.UUID:
+    """Insert a mapping's row, without the operation; return its id."""
+    sql = (
+        "insert into shardmap.mapping (map_id, shard_id, lo, hi) values ($1, $2, $3, $4)"
+        " returning mapping_id"
+    )
+    mapping_id: uuid.UUID = await connection.fetchval(sql, map_id, shard_id, lo, hi)
+    return mapping_id
+
+
 def installations() -> list[tuple[int, Path | None]]:
     """Return the server versions that this machine has: the wheel's 16 and 18, the system's 15."""
     found: list[tuple[int, Path | None]] = [(16, None), (18, None)]

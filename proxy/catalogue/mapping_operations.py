@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
+from proxy.catalogue.bounds import in_words
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.fence import Registered, count_sessions
 from proxy.catalogue.mapping_rows import (
@@ -18,12 +19,11 @@ from proxy.catalogue.mapping_rows import (
     mapping_from_json,
     mapping_to_json,
     mappings_overlapping,
-    shard_by_id,
-    shard_by_name,
-    show_bounds,
+    shard_of_mapping,
 )
 from proxy.catalogue.model import CatalogueMap, Connection, Mapping, Shard, Status
 from proxy.catalogue.operation import Json, Operation, Place, Step, Tools
+from proxy.catalogue.store import read_shard
 
 LOCAL: Final = Step("local", Place.SHARD)
 END: Final = Step("end", Place.CATALOGUE)
@@ -58,7 +58,7 @@ class MappingOperation(Operation):
     @property
     def bounds(self) -> str:
         """The bounds in words."""
-        return show_bounds(self.map, self._lo, self._hi)
+        return in_words(self.map.spec, self._lo, self._hi)
 
     def body(self) -> Json:
         """Return what the row has."""
@@ -76,7 +76,7 @@ class MappingOperation(Operation):
         """Find the mapping and its shard."""
         self.before = await mapping_exact(catalogue, self.map, self._lo, self._hi)
         self.after = self.before
-        self.shards = (await shard_by_id(catalogue, self.before.shard_id),)
+        self.shards = (await shard_of_mapping(catalogue, self.before),)
 
     async def begin(self, catalogue: Connection) -> None:
         """Check the epoch, and mark the row."""
@@ -145,7 +145,7 @@ class AddMapping(MappingOperation):
 
     async def find(self, catalogue: Connection) -> None:
         """Find the shard, and pending operations on the same keys."""
-        shard = await shard_by_name(catalogue, self.map, self._shard)
+        shard = await read_shard(catalogue, self.map, self._shard)
         self.shards = (shard,)
         self.before = self.after = Mapping(
             self._mapping_id,
@@ -161,8 +161,8 @@ class AddMapping(MappingOperation):
     async def begin(self, catalogue: Connection) -> None:
         """Add the row as offline. Raises CatalogueError: OVERLAP."""
         if taken := await mappings_overlapping(catalogue, self.map, self._lo, self._hi):
-            other = show_bounds(self.map, taken[0].lo, taken[0].hi)
-            shard = await shard_by_id(catalogue, taken[0].shard_id)
+            other = in_words(self.map.spec, taken[0].lo, taken[0].hi)
+            shard = await shard_of_mapping(catalogue, taken[0])
             text = f"{self.bounds} overlaps {other}, which is on shard {shard.name}"
             raise CatalogueError(Reason.OVERLAP, text)
         row = self.after
@@ -190,7 +190,7 @@ class AddMapping(MappingOperation):
             *(row.map_id, row.mapping_id, row.lo, row.hi),
         )
         if stray is not None:
-            bounds = show_bounds(self.map, stray["lo"], stray["hi"])
+            bounds = in_words(self.map.spec, stray["lo"], stray["hi"])
             text = f"shard {shard.name} has a mapping {bounds} that the catalogue has not"
             raise CatalogueError(Reason.STEP_FAILED, text)
         await connection.execute(

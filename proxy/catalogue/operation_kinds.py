@@ -5,6 +5,7 @@ from typing import Final
 
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
 from proxy.catalogue.operation import Operation
+from proxy.catalogue.shard_operations import AddShard, RemoveShard
 from proxy.catalogue.status_operations import (
     TakeOffline,
     TakeOnline,
@@ -16,7 +17,9 @@ KINDS: Final[Mapping[str, type[Operation]]] = {
     kind.kind: kind
     for kind in (
         AddMapping,
+        AddShard,
         DeleteMapping,
+        RemoveShard,
         TakeOffline,
         TakeOnline,
         TakeShardOffline,

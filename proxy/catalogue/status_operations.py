@@ -15,7 +15,7 @@ from uuid import UUID
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.fence import Registered, count_sessions, drain_end, end_sessions, lock_out
 from proxy.catalogue.mapping_operations import END, LOCAL, MappingOperation
-from proxy.catalogue.mapping_rows import check_expected, shard_by_name
+from proxy.catalogue.mapping_rows import check_expected
 from proxy.catalogue.model import (
     CatalogueMap,
     Connection,
@@ -24,6 +24,7 @@ from proxy.catalogue.model import (
     Status,
 )
 from proxy.catalogue.operation import Json, Operation, Place, Step, Tools, Unchanged
+from proxy.catalogue.store import read_shard
 
 FENCE: Final = Step("fence", Place.SHARD)
 ANNOUNCE: Final = Step("announce", Place.CATALOGUE)
@@ -233,7 +234,7 @@ class _ShardStatus(Operation):
 
     async def find(self, catalogue: Connection) -> None:
         """Find the shard."""
-        self.shards = (await shard_by_name(catalogue, self.map, self._name),)
+        self.shards = (await read_shard(catalogue, self.map, self._name),)
         self.after = self.wanted()
 
     def wanted(self) -> Shard:

@@ -31,24 +31,26 @@ OWNER: Final = "the tests"
 
 @dataclass
 class Databases:
-    """Connects directly. `fail` is called with the database's name first, and may raise."""
+    """Connects directly. `fail` is called with the database's name first, and may raise.
+
+    `aliases` are servers by the names of shards that lead to another one's.
+    """
 
     stores: Stores
     fail: Callable[[str], None] = lambda name: None
-    connections: list[Any] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     @asynccontextmanager
     async def catalogue(self) -> AsyncIterator[Any]:
         """Connect to the catalogue."""
         self.fail(MAP)
         async with self.stores.connect(MAP) as connection:
-            self.connections.append(connection)
             yield connection
 
     def shard(self, shard: Shard) -> AbstractAsyncContextManager[Any]:
         """Connect to a shard."""
         self.fail(shard.name)
-        return self.stores.connect(shard.name)
+        return self.stores.connect(self.aliases.get(shard.name, shard.name))
 
 
 class Slept:

@@ -77,7 +77,7 @@ class _Rows:
         at = self.table.position(mapping_id.bytes)
         if at < 0:
             return False
-        self.dead += self.table.bury(at, at + 1)
+        self.dead += self.table.mark_dead(at, at + 1)
         return True
 
     def remove_overlapping(self, lo: bytes, hi: bytes | None) -> list[UUID]:
@@ -100,7 +100,7 @@ class _Rows:
             last -= 1
         live = islice(table.live(at, last), REMOVED_MAX - len(removed))
         removed += [table.mapping_id(one) for one in live]
-        self.dead += table.bury(at, last) if at < last else 0
+        self.dead += table.mark_dead(at, last) if at < last else 0
         return removed
 
     def _forget(self, lo: bytes) -> UUID:

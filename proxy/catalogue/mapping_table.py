@@ -220,7 +220,7 @@ class MappingTable:
         """Yield the positions of these rows that are not dead."""
         return (at for at in range(first, end) if not self.flags[at] & DEAD)
 
-    def bury(self, first: int, end: int) -> int:
+    def mark_dead(self, first: int, end: int) -> int:
         """Mark rows as dead, and return how many were not."""
         part = self.flags[first:end]
         self.flags[first:end] = part.translate(_TO_DEAD)

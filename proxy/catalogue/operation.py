@@ -228,3 +228,24 @@ async def pass_by(point: str) -> None:
 def to_text(body: Json) -> str:
     """Return JSON for the driver, which takes it as text."""
     return json.dumps(body)
+
+
+# The points of undoing an operation that has one shard, in order.
+UNDO_POINTS: Final = (
+    "undo",
+    "undo.shard",
+    "undo.shard.commit",
+    "undo.shard.done",
+    "undo.end",
+    "undo.end.commit",
+    "undo.done",
+)
+
+
+def points(operation: type[Operation]) -> list[str]:
+    """Return the points that doing this kind of operation passes on one shard, in order."""
+    found = ["begin", "begin.commit", "begin.done"]
+    for step in operation.steps:
+        commit = [] if step.place is Place.SESSIONS else [f"{step.name}.commit"]
+        found += [step.name, *commit, f"{step.name}.done"]
+    return found

@@ -348,27 +348,6 @@ class Operator:
         return row.state in _states_kept(self._kinds[row.kind])
 
 
-# The points of undoing an operation that has one shard, in order.
-UNDO_POINTS: Final = (
-    "undo",
-    "undo.shard",
-    "undo.shard.commit",
-    "undo.shard.done",
-    "undo.end",
-    "undo.end.commit",
-    "undo.done",
-)
-
-
-def points(operation: type[Operation]) -> list[str]:
-    """Return the points that doing this kind of operation passes on one shard, in order."""
-    found = ["begin", "begin.commit", "begin.done"]
-    for step in operation.steps:
-        commit = [] if step.place is Place.SESSIONS else [f"{step.name}.commit"]
-        found += [step.name, *commit, f"{step.name}.done"]
-    return found
-
-
 def _steps_after(operation: Operation, state: str) -> tuple[Step, ...]:
     names = [BEGUN, *(step.name for step in operation.steps)]
     return operation.steps[names.index(state) :]

@@ -4,8 +4,8 @@ import pytest
 
 from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
+from proxy.catalogue.mapping_status import TakeOffline
 from proxy.catalogue.model import Status
-from proxy.catalogue.status_operations import TakeOffline
 from tests.support.catalogue import MAP
 from tests.support.operating import Operating
 

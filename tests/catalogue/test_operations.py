@@ -11,15 +11,10 @@ import pytest
 from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.held_connection import RETRY_SECONDS
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
-from proxy.catalogue.operation import Operation, Reach
+from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
+from proxy.catalogue.operation import UNDO_POINTS, Operation, Reach, points
 from proxy.catalogue.operation_kinds import KINDS
-from proxy.catalogue.operations import UNDO_POINTS, points
-from proxy.catalogue.status_operations import (
-    TakeOffline,
-    TakeOnline,
-    TakeShardOffline,
-    TakeShardOnline,
-)
+from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
 from tests.support.catalogue import MAP, SHARD_NAMES
 from tests.support.operating import (
     Killed,

@@ -6,11 +6,10 @@ import pytest
 
 from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
+from proxy.catalogue.mapping_status import TakeOffline
 from proxy.catalogue.model import CatalogueMap
-from proxy.catalogue.operation import Operation
-from proxy.catalogue.operations import UNDO_POINTS, points
+from proxy.catalogue.operation import UNDO_POINTS, Operation, points
 from proxy.catalogue.shard_operations import AddShard, RemoveShard, new_shard
-from proxy.catalogue.status_operations import TakeOffline
 from tests.catalogue.test_operations import failing_at
 from tests.support.catalogue import MAP
 from tests.support.operating import Killed, Operating, kill_at

@@ -7,7 +7,7 @@ connections as the administrator. Not for: the command line, which connects thro
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -92,6 +92,24 @@ class Operating:
         spec = MapSpec(kind, KeyType.INT4)
         self.map = CatalogueMap(uuid4(), "tenants", spec, 1)
         self.shards: dict[str, Shard] = {}
+        self._connections: dict[tuple[str, str], Any] = {}
+        self._stack = AsyncExitStack()
+
+    async def close(self) -> None:
+        """Close the connections that tests look through."""
+        await self._stack.aclose()
+
+    async def _connected(self, name: str, role: str) -> Any:
+        """Return the connection that tests look through; a new one if it was ended."""
+        connection = self._connections.get((name, role))
+        with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            if connection is not None:
+                await connection.execute("rollback")
+                return connection
+        opened = await self._stack.enter_async_context(self.stores.connect(name, role))
+        await opened.execute("set client_min_messages = error")  # often there is no transaction
+        self._connections[name, role] = opened
+        return opened
 
     @property
     def tools(self) -> Tools:
@@ -199,8 +217,8 @@ class Operating:
 
     async def fetch(self, name: str, query: str, *arguments: Any) -> Any:
         """Return the rows of a query to the catalogue ("map") or a shard, as administrator."""
-        async with self.stores.connect(name) as connection:
-            return await connection.fetch(query, *arguments)
+        connection = await self._connected(name, self.stores.roles.admin)
+        return await connection.fetch(query, *arguments)
 
     async def mapping(self, key: int) -> Any:
         """Return the catalogue's row for a key."""
@@ -261,8 +279,10 @@ class Operating:
         local = [one for one in await self.local(name) if one["mapping_id"] == row["mapping_id"]]
         (identity,) = await self.fetch(name, "select status from shardmap_local.identity")
         key = row["lo"] or b"\0" * HASH_BYTES
-        async with self.stores.connect(name, self.stores.roles.session) as connection:
-            verdict = (await self.admit(connection, name, row, key))["verdict"]
+        connection = await self._connected(name, self.stores.roles.session)
+        await connection.execute("begin")
+        verdict = (await self.admit(connection, name, row, key))["verdict"]
+        await connection.execute("rollback")
         expected = (
             bool(local)
             and local[0]["status"] == identity["status"] == "online"

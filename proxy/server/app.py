@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from proxy import __version__
+from proxy.catalogue.model import Located
 from proxy.config import (
     Changes,
     ConfigurationError,
@@ -40,6 +41,7 @@ from proxy.session.end_reason import ERRORS, OUTCOMES, Outcome
 from proxy.session.fast_path import watched_lanes
 from proxy.session.listen_sockets import Address, shown
 from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener
+from proxy.session.mapped_sessions import MappedSessions
 from proxy.session.session import Session, SessionParts
 from proxy.session.session_log import StartupFailure
 from proxy.session.slots import Slots, SlotSource
@@ -132,6 +134,7 @@ class App:
         resolve = self.snapshot.upstreams.name_lookup.resolve
         connector = Connector(lambda phase, seconds: None, resolve)
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
+        self.mapped_sessions = MappedSessions(self._locate)
         self._sessions_max = slots_max(settings.listen)
         self.listener = self._make_listener(settings, starting_max)
         self.connection_source: ConnectionSource = self.listener
@@ -181,6 +184,7 @@ class App:
             startup_timeout_seconds=settings.listen.startup_timeout_seconds,
             tls=lambda: self._tls,
             slot=self.slots.take,
+            mapped_sessions=self.mapped_sessions,
             idle_timeout_seconds=settings.listen.idle_timeout_seconds,
             lanes=lambda: self.lanes,
         )
@@ -302,6 +306,9 @@ class App:
         if route.shard_map:
             self.metrics.routed(shard_map, route.target)
         return route, upstream
+
+    async def _locate(self, routing_keys: Sequence[bytes]) -> Sequence[Located | None]:
+        raise ProxyError(ErrorKind.CATALOGUE_UNREACHABLE)
 
     def _configure_metrics(self, snapshot: ConfigSnapshot) -> None:
         shard_map = snapshot.router.shard_map

@@ -76,8 +76,8 @@ class CatalogueError(Exception):
 
 
 # What the same call may get past: connections that were lost or could not be made (class 08, the
-# server's shutdown and start), deadlocks, and a serialization failure.
-_TRANSIENT: Final = re.compile("08...|57P0[123]|40P01|40001")
+# server's shutdown and start), deadlocks, serialization failures, a lock that was held for long.
+_TRANSIENT: Final = re.compile("08...|57P0[123]|40P01|40001|55P03")
 _RETRYABLE: Final = frozenset(
     {Disposition.RETRY, Disposition.RETRY_ONCE, Disposition.RECONNECT, Disposition.WAIT}
 )

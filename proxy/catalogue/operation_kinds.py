@@ -1,0 +1,24 @@
+"""Every kind of operation, by the word in its row."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
+from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
+from proxy.catalogue.operation import Operation
+from proxy.catalogue.shard_operations import AddShard, RemoveShard
+from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
+
+KINDS: Final[Mapping[str, type[Operation]]] = {
+    kind.kind: kind
+    for kind in (
+        AddMapping,
+        AddShard,
+        DeleteMapping,
+        RemoveShard,
+        TakeOffline,
+        TakeOnline,
+        TakeShardOffline,
+        TakeShardOnline,
+    )
+}

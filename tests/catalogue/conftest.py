@@ -1,0 +1,17 @@
+"""Fixtures of the catalogue's tests: a map on two shards."""
+
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+
+from tests.support.catalogue import Stores
+from tests.support.operating import Operating
+
+
+@pytest_asyncio.fixture
+async def operating(stores: Stores) -> AsyncIterator[Operating]:
+    """Return a map of ranges on two shards, without mappings."""
+    found = Operating(stores)
+    await found.set_up()
+    yield found
+    await found.close()

@@ -18,7 +18,14 @@ from proxy.errors import ProxyError
 from proxy.exit_codes import EXIT_OK
 from proxy.server.process import Signals
 from proxy.verbs.event_loop import run_on_event_loop
-from proxy.verbs.shards import key_verbs, map_verbs, shard_verbs, store_verbs
+from proxy.verbs.shards import (
+    key_verbs,
+    map_verbs,
+    mapping_verbs,
+    operation_verbs,
+    shard_verbs,
+    store_verbs,
+)
 from proxy.verbs.shards.administration import administering, check_target
 from proxy.verbs.shards.arguments import Arguments, UsageError, parse
 from proxy.verbs.shards.output import Output
@@ -29,7 +36,9 @@ VERBS: Final[Mapping[str, Verb]] = {
     **store_verbs.VERBS,
     **map_verbs.VERBS,
     **shard_verbs.VERBS,
+    **mapping_verbs.VERBS,
     **key_verbs.VERBS,
+    **operation_verbs.VERBS,
 }
 
 

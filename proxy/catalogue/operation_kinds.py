@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
+from proxy.catalogue.file_operation import AddFile
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.operation import Operation
@@ -12,6 +13,7 @@ from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
 KINDS: Final[Mapping[str, type[Operation]]] = {
     kind.kind: kind
     for kind in (
+        AddFile,
         AddMapping,
         AddShard,
         DeleteMapping,

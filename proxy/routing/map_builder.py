@@ -9,7 +9,7 @@ Invariant: mappings of a map never overlap, none is empty, and the target of eac
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.keys import HASH_BYTES, KEY_BYTES, KeyType, Normalise, key_parser
@@ -55,6 +55,24 @@ def map_from_csv(lines: Iterable[str], spec: MapSpec, targets: Collection[str]) 
     return _Builder(spec, targets, "line", problems).build(rows)
 
 
+class LineMapping(NamedTuple):
+    """A mapping of a file, with the number of its line; the bounds are those of a catalogue."""
+
+    line: int
+    lo: bytes
+    hi: bytes | None
+    shard: str
+
+
+def mappings_from_csv(
+    lines: Iterable[str], spec: MapSpec, shards: Collection[str]
+) -> list[LineMapping]:
+    """Return the mappings of a file's lines in order, for a catalogue. Raises MapError."""
+    problems = Problems()
+    rows = rows_from_csv(lines, spec.kind, problems, owner="shard")
+    return _Builder(spec, shards, "line", problems, owner="shard").mappings(rows)
+
+
 class _InvalidRow(Exception):
     """A row that is not a valid mapping; the text says why."""
 
@@ -63,9 +81,15 @@ class _Builder:
     """Collects the bounds, the target and the number of each row."""
 
     def __init__(
-        self, spec: MapSpec, targets: Collection[str], word: str, problems: Problems
+        self,
+        spec: MapSpec,
+        targets: Collection[str],
+        word: str,
+        problems: Problems,
+        *,
+        owner: str = "target",
     ) -> None:
-        """`word` is what a problem calls a row, before the row's number."""
+        """`word` is what a problem calls a row, before the row's number; `owner`, who has it."""
         self._spec = spec
         self._is_list = spec.kind is Kind.LIST
         self._read_bounds = _READERS[spec.kind]
@@ -74,6 +98,7 @@ class _Builder:
         self._names = sorted(targets)
         self._owner_of = {name: owner for owner, name in enumerate(self._names)}
         self._word = word
+        self._owner = owner
         self._problems = problems
         self._los: list[bytes] = []
         self._his: list[bytes | None] = []
@@ -82,6 +107,23 @@ class _Builder:
 
     def build(self, rows: Iterable[Row]) -> ShardMap:
         """Return the map of these rows. Raises MapError."""
+        return self._assemble(self._read(rows))
+
+    def mappings(self, rows: Iterable[Row]) -> list[LineMapping]:
+        """Return the mappings of these rows. Raises MapError."""
+        los, his = self._los, self._his
+        return [
+            LineMapping(
+                self._row_numbers[at],
+                los[at],
+                los[at] + b"\0" if self._is_list else his[at],
+                self._names[self._owners[at]],
+            )
+            for at in self._read(rows)
+        ]
+
+    def _read(self, rows: Iterable[Row]) -> Sequence[int]:
+        """Return the positions of these rows, sorted by lower bound. Raises MapError."""
         spec = self._spec
         if spec.normalise is not Normalise.NONE and spec.key_type is not KeyType.TEXT:
             self._problems.add(f"normalise is for keys of type text, not {spec.key_type}")
@@ -93,7 +135,7 @@ class _Builder:
         order = self._sorted_positions()
         self._check_overlaps(order)
         self._problems.check()
-        return self._assemble(order)
+        return order
 
     def _add(self, row: Row) -> None:
         """Add a row. Raises _InvalidRow."""
@@ -102,7 +144,7 @@ class _Builder:
             raise _InvalidRow("low is not below high, so it contains no key")
         owner = self._owner_of.get(row.target)
         if owner is None:
-            raise _InvalidRow(f"there is no target {row.target[:_SHOWN_CHARACTERS_MAX]!r}")
+            raise _InvalidRow(f"there is no {self._owner} {row.target[:_SHOWN_CHARACTERS_MAX]!r}")
         self._los.append(lo)
         self._his.append(hi)
         self._owners.append(owner)

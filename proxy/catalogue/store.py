@@ -142,6 +142,14 @@ async def read_map(connection: Connection, name: str) -> CatalogueMap:
     return found
 
 
+async def map_by_id(connection: Connection, map_id: UUID) -> CatalogueMap:
+    """Return the map of this id. Raises CatalogueError: UNKNOWN_MAP."""
+    row = await connection.fetchrow(f"{_MAP} where map_id = $1", map_id)
+    if row is None:
+        raise CatalogueError(Reason.UNKNOWN_MAP, f"the catalogue has no map {map_id}")
+    return map_of(row)
+
+
 async def _counts(connection: Connection, table: str) -> dict[UUID, int]:
     rows = await connection.fetch(
         f"select map_id, pg_catalog.count(*) as n from shardmap.{table} group by map_id"  # noqa: S608

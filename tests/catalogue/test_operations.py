@@ -54,6 +54,7 @@ CASES: dict[str, Case] = {
     "shard_online": (shard_taken_offline, lambda o: TakeShardOnline(o.map, "one")),
 }
 NAMES = sorted(CASES)
+ROLES = {"grant_session", "revoke_session"}
 
 
 async def clear(operating: Operating) -> None:
@@ -98,7 +99,7 @@ def commits(kind: str) -> list[str]:
 
 
 def test_every_kind_of_operation_is_tested_here_or_in_a_file_of_its_own() -> None:
-    assert set(CASES) | {"add_shard", "remove_shard", "add_file"} >= set(KINDS)
+    assert set(CASES) | {"add_shard", "remove_shard", "add_file", *ROLES} >= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", NAMES)

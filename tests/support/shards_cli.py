@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from proxy.catalogue.bounds import parse_bounds
+from proxy.catalogue.mapping_operations import AddMapping
+from proxy.catalogue.model import CatalogueMap, Connection
 from proxy.exit_codes import EXIT_OK
 from proxy.verbs.shards import answer, read
+from proxy.verbs.shards.administration import administering
+from proxy.verbs.shards.operating import run
+from proxy.verbs.shards.output import Output
+from proxy.verbs.shards.verb import Call
 from tests.support.catalogue import SHARD_NAMES, Stores
 from tests.support.proxy_process import run_to_end
 from tests.support.secret_canaries import look
@@ -76,6 +83,16 @@ class Shards:
         """Run the verb as a process of its own."""
         words = [*map(str, arguments), "--config", self.config]
         return Answer(*await run_to_end(sys.executable, "-m", "proxy", "shards", *words))
+
+    async def add(self, low: str, high: str, shard: str) -> None:
+        """Add a mapping to the map that is configured."""
+        _, parsed, settings = read(["show", "--config", self.config])
+        async with administering(settings) as administration:
+
+            async def make(_: Connection, owner: CatalogueMap) -> AddMapping:
+                return AddMapping(owner, *parse_bounds((low, high), owner.spec), shard)
+
+            assert await run(Call(parsed, administration, Output(as_json=True)), make) is not None
 
     async def set_up(self, kind: str = "range", key_type: str = "int4") -> None:
         """Install the catalogue, create the map `tenants`, and add both shards."""

@@ -95,6 +95,7 @@ class Operation(ABC):
         self.shards: tuple[Shard, ...] = ()
         self.blocking: frozenset[UUID] = frozenset()
         self.has_reached_shards = False
+        self.is_pending = False
 
     # -- its row ---------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from proxy.catalogue.file_operation import AddFile
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.operation import Operation
+from proxy.catalogue.role_operations import GrantSession, RevokeSession
 from proxy.catalogue.shard_operations import AddShard, RemoveShard
 from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
 
@@ -17,7 +18,9 @@ KINDS: Final[Mapping[str, type[Operation]]] = {
         AddMapping,
         AddShard,
         DeleteMapping,
+        GrantSession,
         RemoveShard,
+        RevokeSession,
         TakeOffline,
         TakeOnline,
         TakeShardOffline,

@@ -201,10 +201,15 @@ class MissingRight:
     statements: tuple[str, ...]
 
 
+async def role_exists(connection: Connection, role: str) -> bool:
+    """Return whether the server has this role."""
+    query = "select exists (select from pg_catalog.pg_roles where rolname = $1)"
+    return bool(await connection.fetchval(query, role))
+
+
 async def check_role(connection: Connection, role: str, where: str) -> None:
     """Check that a login exists. Raises CatalogueError: RIGHTS_MISSING, with the way to make it."""
-    query = "select exists (select from pg_catalog.pg_roles where rolname = $1)"
-    if not await connection.fetchval(query, role):
+    if not await role_exists(connection, role):
         text = f"{where} has no role {role}"
         hint = (
             f"create role {quoted(role)} login; for a Databricks identity: databricks_create_role"

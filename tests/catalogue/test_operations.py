@@ -20,6 +20,7 @@ from tests.support.operating import (
     Killed,
     Operating,
     Pauses,
+    distinct,
     in_background,
     kill_at,
     until,
@@ -54,20 +55,7 @@ CASES: dict[str, Case] = {
     "shard_online": (shard_taken_offline, lambda o: TakeShardOnline(o.map, "one")),
 }
 NAMES = sorted(CASES)
-
-
-async def clear(operating: Operating) -> None:
-    """Delete all mappings, and set the shards online as at first."""
-    await operating.fetch(MAP, "delete from shardmap.op_log")
-    await operating.fetch(MAP, "delete from shardmap.mapping")
-    await operating.fetch(
-        MAP, "update shardmap.shard set status = 'online', version = 1, op_id = null"
-    )
-    for name in SHARD_NAMES:
-        await operating.fetch(name, "delete from shardmap_local.mapping")
-        await operating.fetch(
-            name, "update shardmap_local.identity set status = 'online', version = 1"
-        )
+ROLES = {"grant_session", "revoke_session"}
 
 
 def failing_at(wanted: str, *more: str, times: int = 100) -> Reach:
@@ -98,7 +86,7 @@ def commits(kind: str) -> list[str]:
 
 
 def test_every_kind_of_operation_is_tested_here_or_in_a_file_of_its_own() -> None:
-    assert set(CASES) | {"add_shard", "remove_shard", "add_file"} >= set(KINDS)
+    assert set(CASES) | {"add_shard", "remove_shard", "add_file", *ROLES} >= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -108,7 +96,7 @@ async def test_s26_a_step_that_fails_is_undone_and_the_same_call_succeeds(
     prepare, make = CASES[kind]
     kept = KINDS[kind].kept_from
     for point in commits(kind):
-        await clear(operating)
+        await operating.clear()
         await prepare(operating)
         before = await operating.state()
         operating.slept.seconds.clear()
@@ -133,7 +121,7 @@ async def test_s28_one_lost_connection_at_any_step_is_invisible(
 ) -> None:
     prepare, make = CASES[kind]
     for point in commits(kind):
-        await clear(operating)
+        await operating.clear()
         await prepare(operating)
         operating.slept.seconds.clear()
         assert await operating.run(make(operating), failing_at(point, times=1))
@@ -175,8 +163,8 @@ async def test_an_operator_that_ends_at_any_point_leaves_what_the_next_writer_se
     operating: Operating, kind: str
 ) -> None:
     prepare, make = CASES[kind]
-    for point in points(KINDS[kind]):
-        await clear(operating)
+    for point in distinct(points(KINDS[kind])):
+        await operating.clear()
         await prepare(operating)
         with pytest.raises(Killed):
             await operating.run(make(operating), kill_at(point))
@@ -193,8 +181,8 @@ async def test_an_operator_that_ends_while_it_undoes_leaves_what_the_next_writer
     operating: Operating, kind: str
 ) -> None:
     prepare, make = CASES[kind]
-    for point in UNDO_POINTS:
-        await clear(operating)
+    for point in distinct(UNDO_POINTS):
+        await operating.clear()
         await prepare(operating)
         before = await operating.state()
         failing, killing = failing_at(commits(kind)[1]), kill_at(point)
@@ -216,9 +204,9 @@ async def test_an_operator_that_ends_while_it_undoes_leaves_what_the_next_writer
 @pytest.mark.parametrize("kind", NAMES)
 async def test_what_was_left_can_be_completed_or_undone(operating: Operating, kind: str) -> None:
     prepare, make = CASES[kind]
-    for point in points(KINDS[kind])[2:-1]:
+    for point in distinct(points(KINDS[kind]))[2:-1]:
         for undo in (False, True):
-            await clear(operating)
+            await operating.clear()
             await prepare(operating)
             before = statuses(await operating.state())
             with pytest.raises(Killed):

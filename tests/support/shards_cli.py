@@ -77,6 +77,10 @@ class Shards:
         words = [*map(str, arguments), "--config", self.config]
         return Answer(*await run_to_end(sys.executable, "-m", "proxy", "shards", *words))
 
+    async def add(self, low: str, high: str, shard: str) -> None:
+        """Add a mapping to the map that is configured."""
+        await self.done("add", low, high, "--shard", shard)
+
     async def set_up(self, kind: str = "range", key_type: str = "int4") -> None:
         """Install the catalogue, create the map `tenants`, and add both shards."""
         await self.done("init")

@@ -74,6 +74,11 @@ class Administration:
         """Return the host of the catalogue. Raises ProxyError."""
         return (await self._target.address_lookup.target()).host
 
+    async def check_shard(self, shard: Shard) -> None:
+        """Check that a shard may be dialled; nothing is. Raises CatalogueError."""
+        async with _translating(f"shard {shard.name}"):
+            await self._shards.of(shard)
+
     async def host_of(self, settings: UpstreamSettings) -> str:
         """Return the host of an endpoint or an instance. Raises CatalogueError."""
         async with _translating("the workspace"):

@@ -28,7 +28,8 @@ async def _look_up(call: Call) -> None:
     async with call.administration.catalogue() as connection:
         owner = await call.read_map(connection)
         keys = MapKeys(owner.spec)
-        key = keys.parse_key(call.arguments.words[0])
+        text = call.arguments.words[0]
+        key = keys.parse_key(text) if text else b""
         if not key:
             raise ProxyError(ErrorKind.KEY_MISSING)
         routing_key = keys.routing_key(key)

@@ -5,7 +5,8 @@ from typing import Final
 
 from proxy.catalogue import store
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.model import Connection, Shard
+from proxy.catalogue.model import CatalogueMap, Connection, Shard
+from proxy.catalogue.role_operations import GrantSession, RevokeSession
 from proxy.catalogue.schema import (
     CATALOGUE,
     CURRENT,
@@ -16,9 +17,15 @@ from proxy.catalogue.schema import (
     migrate_shard,
     shard_version,
 )
-from proxy.catalogue.shard_store import check_role, reader_statements
+from proxy.catalogue.shard_store import (
+    check_role,
+    missing_rights,
+    reader_statements,
+    session_statements,
+)
 from proxy.catalogue.transactions import transaction
 from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, one_of
+from proxy.verbs.shards.operating import run
 from proxy.verbs.shards.output import table
 from proxy.verbs.shards.verb import Call, Verb, chosen_map
 
@@ -156,7 +163,8 @@ async def _revoke(call: Call) -> None:
 async def _change_rights(call: Call, *, revoke: bool) -> None:
     what, role = call.arguments.words
     if what == _SESSION:
-        raise CatalogueError(Reason.STEP_FAILED, "not there yet")
+        await _change_sessions(call, role, revoke=revoke)
+        return
     statements = reader_statements(role, revoke=revoke)
     if "sql" in call.arguments.switches:
         call.output.answer({"statements": statements}, [f"{one};" for one in statements])
@@ -173,6 +181,41 @@ async def _change_rights(call: Call, *, revoke: bool) -> None:
                 await connection.execute(statement)
     done = f"{role} may {'no longer read' if revoke else 'read'} the catalogue"
     call.output.answer({"statements": statements}, [done])
+
+
+async def _change_sessions(call: Call, role: str, *, revoke: bool) -> None:
+    """Let a login be admitted in every shard of the map, or in none."""
+    kind = RevokeSession if revoke else GrantSession
+    statements = session_statements(role, revoke=revoke)
+    if "sql" in call.arguments.switches:
+        statements += [] if revoke else await _missing_rights(call, role)
+        lines = [one if one.startswith("--") else f"{one};" for one in statements]
+        call.output.answer({"statements": statements}, lines)
+        return
+
+    async def make(_: Connection, owner: CatalogueMap) -> GrantSession | RevokeSession:
+        return kind(owner, role)
+
+    done = await run(call, make)
+    if done is not None:
+        names = ", ".join(shard.name for shard in done.operation.shards) or "no shard yet"
+        said = f"{role} is {'no longer ' if revoke else ''}admitted by the map {done.map.name}"
+        call.output.answer({"statements": statements}, [f"{said}: {names}"])
+
+
+async def _missing_rights(call: Call, role: str) -> list[str]:
+    """Return what grants the administrator the rights over a login's sessions, shard by shard."""
+    async with call.administration.catalogue() as connection:
+        owner = await call.read_map(connection)
+        shards = await store.read_shards(connection, owner.map_id)
+    statements = []
+    for shard in shards:
+        call.output.progress(f"asking shard {shard.name}")
+        async with call.administration.shard(shard) as connection:
+            missing = await missing_rights(connection, role)
+        for right in missing:
+            statements += [f"-- in shard {shard.name}, to {right.what}:", *right.statements]
+    return statements
 
 
 _GRANTED: Final = f"{_READER} ROLE | {_SESSION} ROLE [--sql]"

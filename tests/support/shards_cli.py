@@ -48,7 +48,8 @@ class Shards:
     async def __call__(self, *arguments: str | int) -> Answer:
         """Call a verb in this process."""
         out, err = io.StringIO(), io.StringIO()
-        verb, parsed, settings = read([*map(str, arguments), "--config", self.config])
+        word, *rest = map(str, arguments)
+        verb, parsed, settings = read([word, "--config", self.config, *rest])
         with redirect_stdout(out), redirect_stderr(err):
             code = await answer(verb, parsed, settings)
         look("the output of a verb", out.getvalue() + err.getvalue())

@@ -79,7 +79,8 @@ def _read_file(path: Path, owner: CatalogueMap, shards: list[Shard]) -> list[Lin
         with _lines(path) as lines:
             return mappings_from_csv(lines, owner.spec, [shard.name for shard in shards])
     except MapError as error:
-        only_overlaps = all(one.endswith(_OVERLAP) for one in error.problems[:-1] or error.problems)
+        named = [one for one in error.problems if one.startswith("line")]
+        only_overlaps = bool(named) and all(one.endswith(_OVERLAP) for one in named)
         reason = Reason.OVERLAP if only_overlaps else Reason.INVALID_BOUNDS
         raise CatalogueError(reason, bad_lines(error.problems)) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -1,5 +1,6 @@
 """`shards add-shard`, `remove-shard`, `grant`, `revoke`, `lookup`, `sessions`, `upgrade`."""
 
+import signal
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from proxy.exit_codes import EXIT_FAILURE, EXIT_USAGE
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
+from tests.support.operating import until
+from tests.support.proxy_process import started_process
 from tests.support.shards_cli import Shards
 
 
@@ -337,3 +340,38 @@ async def test_upgrade_migrates_what_is_older_and_says_from_where_to_where(
     assert refused.facts["reason"] == "store_version"
     assert refused.facts["error"].startswith("shard two has the schema of version 2.0")
     assert refused.facts["hint"] == "Upgrade lakebase-auth-proxy."
+
+
+async def test_a_verb_that_is_interrupted_undoes_what_it_has_begun(
+    shards: Shards, stores: Stores
+) -> None:
+    await shards.set_up()
+    async with stores.connect("two") as blocker, blocker.transaction():
+        # The grant waits here for the shard, after the catalogue has its operation.
+        await blocker.execute("lock table shardmap_local.mapping in access exclusive mode")
+        arguments = ("grant", "session", stores.roles.session, "--config", shards.config)
+        async with started_process("shards", *arguments) as process:
+
+            async def waits() -> bool:
+                query = "select count(*) from pg_locks where not granted and relation is not null"
+                return bool(await blocker.fetchval(query))
+
+            await until(waits, "the verb waits for the shard")
+            process.send(signal.SIGINT)
+            await until(lambda: _is_undoing(stores), "the verb undoes")
+            await blocker.execute("rollback")
+            await blocker.execute("begin")
+            assert await process.ended(60) == EXIT_FAILURE
+            assert "interrupted" in process.err
+    assert stores.execute(MAP, "select count(*) from shardmap.op_log") == "0"
+    for name in SHARD_NAMES:
+        async with stores.connect(name, stores.roles.session) as session:
+            assert not await session.fetchval(
+                "select has_schema_privilege('shardmap_local', 'usage')"
+            )
+
+
+async def _is_undoing(stores: Stores) -> bool:
+    async with stores.connect(MAP) as connection:
+        rows = await connection.fetch("select state from shardmap.op_log")
+    return [row["state"] for row in rows] == ["undoing"]

@@ -12,15 +12,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from proxy.catalogue import store
+from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import CatalogueMap, Connection
 from proxy.catalogue.operation import Operation, Tools
 from proxy.catalogue.operation_kinds import KINDS
 from proxy.catalogue.operations import Operator
 from proxy.verbs.shards.verb import Call
 
+# After a signal to end, which SIGKILL may follow.
+UNDO_SECONDS_MAX: Final = 20.0
+
+_UNKNOWN: Final = Reason.UNKNOWN_OPERATION.value.word
 _Made = TypeVar("_Made", bound=Operation)
 
 
@@ -57,11 +62,28 @@ async def run(
     async with call.administration.catalogue() as connection:
         owner = await call.read_map(connection, writes=True)
         operation = await make(connection, owner)
-    async with operating(call) as operator:
-        if call.arguments.dry_run:
-            call.output.plan(await operator.plan(operation))
-            return None
-        return Done(operation, owner, await operator.run(operation))
+    try:
+        async with operating(call) as operator:
+            if call.arguments.dry_run:
+                call.output.plan(await operator.plan(operation))
+                return None
+            return Done(operation, owner, await operator.run(operation))
+    except asyncio.CancelledError:
+        await _undo_interrupted(call, operation)
+        raise
+
+
+async def _undo_interrupted(call: Call, operation: Operation) -> None:
+    """Undo an operation that a signal has stopped. Raises CatalogueError if it is left pending."""
+    try:
+        async with asyncio.timeout(UNDO_SECONDS_MAX), operating(call) as operator:
+            await operator.undo(operation.op_id)
+    except (CatalogueError, TimeoutError) as error:
+        if isinstance(error, CatalogueError) and error.reason == _UNKNOWN:
+            return  # it had not begun, or was complete
+        text = f"interrupted; the operation {operation.op_id} is left pending"
+        hint = f"shards ops undo {operation.op_id}, or shards ops resume {operation.op_id}"
+        raise CatalogueError(Reason.STEP_FAILED, text, hint, op_id=operation.op_id) from error
 
 
 def _owner() -> str:

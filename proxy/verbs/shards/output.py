@@ -144,7 +144,10 @@ class Output:
                 _copy(spool, sys.stdout)
 
     def refuse(self, error: CatalogueError) -> int:
-        """Print why it was refused. Return the exit code."""
+        """Print why it was refused; the text names an operation that is left pending.
+
+        Return the exit code.
+        """
         self.progress.stop()
         if self._as_json:
             refusal = {
@@ -154,16 +157,12 @@ class Output:
                 "error": error.message,
                 "hint": error.hint,
             }
-            if error.op_id is not None:
-                refusal["op"] = str(error.op_id)
             print(json.dumps(refusal))
         else:
             text = f"{error.message} (SQLSTATE {error.sqlstate}, reason={error.reason})"
             print(f"lakebase-auth-proxy: {text}", file=sys.stderr)
             if error.hint:
                 print(f"  {error.hint}", file=sys.stderr)
-            if error.op_id is not None:
-                print(f"  The operation {error.op_id} is left pending.", file=sys.stderr)
         return EXIT_FAILURE if error.op_id is None else EXIT_PENDING
 
 

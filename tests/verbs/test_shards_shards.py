@@ -254,6 +254,37 @@ async def test_s66_a_shard_is_not_added_without_the_rights_over_its_sessions(
     await shards.done("add-shard", "one", *shards.where("one"))
 
 
+async def test_s66_a_shard_is_not_added_where_no_schema_may_be_created(
+    shards: Shards, stores: Stores
+) -> None:
+    await shards.done("init")
+    await shards.done("create", "tenants", "--kind", "range", "--key-type", "int4")
+    stores.execute("one", f'alter database "{stores.database}" owner to postgres')
+    answered = await shards("add-shard", "one", *shards.where("one"), "--json")
+    assert (answered.facts["reason"], answered.facts["sqlstate"]) == ("rights_missing", "42501")
+    assert answered.facts["hint"].startswith("grant create on database")
+    assert (await shards.done("show"))["shards"] == []
+    stores.execute("one", answered.facts["hint"])
+    await shards.done("add-shard", "one", *shards.where("one"))
+
+
+async def test_s66_each_right_of_the_reader_taken_away_is_named(
+    shards: Shards, stores: Stores, tmp_path: Path
+) -> None:
+    await shards.set_up()
+    role = stores.roles.reader
+    reader = Shards(stores, tmp_path, role)
+    await shards.done("grant", "reader", role)
+    tables = ("store_version", "shard_map", "shard", "mapping")
+    for right in ("usage on schema shardmap", *(f"select on shardmap.{one}" for one in tables)):
+        await reader.done("show")
+        stores.execute(MAP, f'revoke {right} from "{role}"')
+        answered = await reader("show", "--json")
+        assert answered.facts["reason"] == "rights_missing", right
+        assert right.rpartition(".")[2].removeprefix("usage on schema ") in answered.facts["hint"]
+        stores.execute(MAP, f'grant {right} to "{role}"')
+
+
 # -- lookup, sessions, upgrade -------------------------------------------------------------------
 
 

@@ -43,7 +43,7 @@ COMPARE_PAUSE_SECONDS: Final = 1.0
 
 _log = get_logger(__name__)
 
-# No time helps: whoever runs the proxy is told at once, and it does not start with these.
+# Waiting does not help: the proxy does not start with these.
 FATAL_KINDS: Final = frozenset(
     {
         ErrorKind.CATALOGUE_MAP_MISSING,

@@ -1,6 +1,6 @@
 """What a proxy knows of its map, and who is told when that changes.
 
-For: one place through which every change goes, whoever heard of it: the feed, a look-up, a verdict.
+For: one place through which every change goes, be it of the feed, a look-up or a verdict.
 Pure but for the clock, which is an argument. Not for: asking the catalogue.
 
 Invariant: a change is known before anyone is told. What was read before a change that was heard of

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 from uuid import UUID
 
@@ -107,6 +107,15 @@ class FollowedCatalogue:
 
 def real_times() -> Times:
     return Times(time.monotonic, lambda: 0.5, asyncio.sleep)
+
+
+def short_times() -> Times:
+    """Return real times, in which a long wait is a short one."""
+
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.05))
+
+    return replace(real_times(), sleep=sleep)
 
 
 @asynccontextmanager

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("--help", "-h", "help") or (verb in _VERBS and _wants_help(rest)):
-        print(USAGE, end="")
+        shown: str = import_module("proxy.verbs.shards").USAGE if verb == "shards" else USAGE
+        print(shown, end="")
         return EXIT_OK
     if verb not in _VERBS:
         print(f"lakebase-auth-proxy: there is no verb {verb!r}\n\n{USAGE}", file=sys.stderr, end="")

@@ -213,6 +213,11 @@ class MappingCache:
         self._build = Build(self.map_id, self.spec)
         return self._build
 
+    def adopt(self, build: Build) -> None:
+        """Take a table that was built elsewhere, in place of all that is known."""
+        self._build = build
+        self.exchange(build)
+
     def chunks(self) -> Iterator[RowChunk]:
         """Yield all rows of this moment, in order; the cache may change meanwhile."""
         rows = self._rows

@@ -60,10 +60,11 @@ _TO_DEAD: Final = bytes(flags | DEAD for flags in range(256))
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be right: it is left out, and its shard is refused."""
+    """A row that cannot be right: it is left out, and sessions of its shard are refused."""
 
     mapping_id: UUID
-    shard_id: UUID
+    shard_ids: tuple[UUID, ...]
+    """Its shard; of one that overlaps another, that one's too: either may be wrong."""
     reason: str
 
 
@@ -310,6 +311,16 @@ class CachedLocation(Located):
         """The mapping."""
         return self._table.mapping(self._at)
 
+    def __eq__(self, other: object) -> bool:
+        """Return whether it is the same mapping in the same shard, however it is kept."""
+        if not isinstance(other, Located):
+            return NotImplemented
+        return (self.mapping, self.shard) == (other.mapping, other.shard)
+
+    def __hash__(self) -> int:
+        """Return what Located does."""
+        return hash((self.mapping, self.shard))
+
 
 _Marks = tuple[bytes | None, int | None]
 _NO_MARKS: Final[_Marks] = (None, None)
@@ -491,19 +502,22 @@ class TableBuilder:
         ids = list(fixed_pieces(chunk.ids, UUID_BYTES))
         shards = [uuid_of(packed) for packed in fixed_pieces(chunk.shards, UUID_BYTES)]
         for at, (lo, hi) in enumerate(zip(los, his, strict=True)):
-            fault = fault_of_bounds(self._spec, lo, hi)
+            fault, wrong = fault_of_bounds(self._spec, lo, hi), {shards[at]}
             if not fault and (end is None or lo < end):
                 fault = "it overlaps another mapping"
-                if neighbour is not None:
-                    self.refused.setdefault(neighbour, fault)
+                wrong |= {neighbour} if neighbour is not None else set()
             if fault:
-                self.refused.setdefault(shards[at], fault)
-                if len(self.bad) < BAD_ROWS_MAX:
-                    self.bad.append(BadRow(uuid_of(ids[at]), shards[at], fault))
+                self._report(BadRow(uuid_of(ids[at]), tuple(wrong), fault))
                 continue
             kept.append(at)
             end, neighbour = hi, shards[at]
         return kept
+
+    def _report(self, row: BadRow) -> None:
+        for shard_id in row.shard_ids:
+            self.refused.setdefault(shard_id, row.reason)
+        if len(self.bad) < BAD_ROWS_MAX:
+            self.bad.append(row)
 
 
 _SIZES: Final = frozenset(range(_BOUND_BYTES_MAX + 1))

@@ -95,7 +95,6 @@ class Operation(ABC):
         self.shards: tuple[Shard, ...] = ()
         self.blocking: frozenset[UUID] = frozenset()
         self.has_reached_shards = False
-        self.is_pending = False
 
     # -- its row ---------------------------------------------------------------------------------
 

@@ -85,7 +85,6 @@ class Operator:
         try:
             await self._begin(operation)
             await self._complete(operation, BEGUN)
-            operation.is_pending = False
         except Unchanged:
             return False
         finally:
@@ -142,7 +141,6 @@ class Operator:
         for _ in range(SETTLED_MAX):
             pending = await self._held.step(THE_CATALOGUE, begin)
             if not pending:
-                operation.is_pending = True
                 await self._reach("begin.done")
                 return
             await self._settle(pending[0])

@@ -110,6 +110,10 @@ class RowChunk:
             raise ValueError("the columns do not fit together")
         return chunk
 
+    def split_ids(self) -> Iterator[bytes]:
+        """Yield the ids of the rows."""
+        return fixed_pieces(self.ids, UUID_BYTES)
+
     def bounds(self) -> tuple[list[bytes], list[bytes | None]]:
         """Return the bounds of each row."""
         los = pieces(self.los, self.lo_sizes)

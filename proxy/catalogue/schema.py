@@ -121,6 +121,7 @@ async def migrate_catalogue(connection: Connection) -> StoreVersion | None:
         before = await catalogue_version(connection)
         if before is None:
             await _check_name_is_free(connection, "shardmap")
+            await check_may_create(connection, CATALOGUE)
         else:
             _check_not_later(before, CATALOGUE)
         for migration in _missing(_CATALOGUE_MIGRATIONS, before):
@@ -143,6 +144,7 @@ async def migrate_shard(connection: Connection, where: str) -> StoreVersion | No
             _check_not_later(before, where)
         elif not await _exists(connection, "shardmap_local.identity"):
             await _check_name_is_free(connection, "shardmap_local")
+            await check_may_create(connection, where)
         for migration in _missing(_SHARD_MIGRATIONS, before):
             await connection.execute(migration.sql())
             await connection.execute(
@@ -168,6 +170,19 @@ async def _check_name_is_free(connection: Connection, schema: str) -> None:
     if taken:
         text = f"the database has a schema {schema} that this program did not install"
         raise CatalogueError(Reason.STORE_MISSING, text, "Use another database, or rename it.")
+
+
+async def check_may_create(connection: Connection, where: str) -> None:
+    """Check that the role may create a schema. Raises CatalogueError (RIGHTS_MISSING)."""
+    row = await connection.fetchrow(
+        "select pg_catalog.quote_ident(pg_catalog.current_database()) as database,"
+        " pg_catalog.quote_ident(current_user) as role,"
+        " pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create') as may"
+    )
+    if not row["may"]:
+        text = f"{where}: the role {row['role']} may not create a schema"
+        hint = f"grant create on database {row['database']} to {row['role']}"
+        raise CatalogueError(Reason.RIGHTS_MISSING, text, hint)
 
 
 async def _exists(connection: Connection, table: str) -> bool:

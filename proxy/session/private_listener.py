@@ -117,9 +117,11 @@ class PrivateListener:
                 await connection.close(timeout=CLOSE_SECONDS_MAX)
         finally:
             self._expected.pop(name, None)
-            if arrival.done():  # the relay ends with the driver's connection
-                await asyncio.wait((serving,), timeout=CLOSE_SECONDS_MAX)
-            await _cancelled(serving)
+            try:
+                if arrival.done():  # the relay ends with the driver's connection
+                    await asyncio.wait((serving,), timeout=CLOSE_SECONDS_MAX)
+            finally:
+                await _cancelled(serving)
 
     async def _connect_driver(
         self, name: str, serving: asyncio.Task[None], statements_cached: int

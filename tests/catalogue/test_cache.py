@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.catalogue.cache import LOGGED_MAX, RECENT_MAX, Build, MappingCache
-from proxy.catalogue.model import Mapping, Status
+from proxy.catalogue.model import Located, Mapping, Status
 from proxy.catalogue.packed_rows import CHUNK_ROWS_MAX
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind, MapSpec
@@ -184,6 +184,8 @@ def test_s67_a_shards_change_touches_no_mapping() -> None:
     cache.set_shards({**SHARDS, FIRST_SHARD: moved})
     found = [cache.find(key(value)) for value in (5, 25)]
     assert [one and one.shard for one in found] == [moved, moved]
+    assert found[0] == Located(mapping(key(0), key(10)), moved)
+    assert len({found[0], Located(mapping(key(0), key(10)), moved)}) == 1
     assert cache._rows.table is table
     cache.set_shards({})
     assert cache.find(key(5)) is None

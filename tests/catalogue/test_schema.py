@@ -83,21 +83,18 @@ async def test_two_who_install_at_the_same_moment_install_once(
         await one.close()
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
+async def test_the_owners_own_settings_do_not_disturb(connection: Any) -> None:
+    for setting in (
         "default_transaction_read_only = on",
         "default_transaction_isolation = 'serializable'",
         "standard_conforming_strings = off",
         "search_path = 'elsewhere'",
         "statement_timeout = 1",
-    ],
-)
-async def test_the_owners_own_settings_do_not_disturb(connection: Any, setting: str) -> None:
-    await connection.execute(f"set {setting}")
+    ):
+        await connection.execute(f"set {setting}", timeout=30)
     await migrate_catalogue(connection)
     await migrate_shard(connection, "shard eu")
-    await connection.execute("reset all")
+    await connection.execute("set statement_timeout = 0; reset all")
     assert await catalogue_version(connection) == CURRENT
 
 

@@ -1,5 +1,6 @@
 """`shards add-shard`, `remove-shard`, `grant`, `revoke`, `lookup`, `sessions`, `upgrade`."""
 
+import signal
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from proxy.exit_codes import EXIT_FAILURE, EXIT_USAGE
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
+from tests.support.operating import until
+from tests.support.proxy_process import started_process
 from tests.support.shards_cli import Shards
 
 
@@ -251,6 +254,37 @@ async def test_s66_a_shard_is_not_added_without_the_rights_over_its_sessions(
     await shards.done("add-shard", "one", *shards.where("one"))
 
 
+async def test_s66_a_shard_is_not_added_where_no_schema_may_be_created(
+    shards: Shards, stores: Stores
+) -> None:
+    await shards.done("init")
+    await shards.done("create", "tenants", "--kind", "range", "--key-type", "int4")
+    stores.execute("one", f'alter database "{stores.database}" owner to postgres')
+    answered = await shards("add-shard", "one", *shards.where("one"), "--json")
+    assert (answered.facts["reason"], answered.facts["sqlstate"]) == ("rights_missing", "42501")
+    assert answered.facts["hint"].startswith("grant create on database")
+    assert (await shards.done("show"))["shards"] == []
+    stores.execute("one", answered.facts["hint"])
+    await shards.done("add-shard", "one", *shards.where("one"))
+
+
+async def test_s66_each_right_of_the_reader_taken_away_is_named(
+    shards: Shards, stores: Stores, tmp_path: Path
+) -> None:
+    await shards.set_up()
+    role = stores.roles.reader
+    reader = Shards(stores, tmp_path, role)
+    await shards.done("grant", "reader", role)
+    tables = ("store_version", "shard_map", "shard", "mapping")
+    for right in ("usage on schema shardmap", *(f"select on shardmap.{one}" for one in tables)):
+        await reader.done("show")
+        stores.execute(MAP, f'revoke {right} from "{role}"')
+        answered = await reader("show", "--json")
+        assert answered.facts["reason"] == "rights_missing", right
+        assert right.rpartition(".")[2].removeprefix("usage on schema ") in answered.facts["hint"]
+        stores.execute(MAP, f'grant {right} to "{role}"')
+
+
 # -- lookup, sessions, upgrade -------------------------------------------------------------------
 
 
@@ -337,3 +371,38 @@ async def test_upgrade_migrates_what_is_older_and_says_from_where_to_where(
     assert refused.facts["reason"] == "store_version"
     assert refused.facts["error"].startswith("shard two has the schema of version 2.0")
     assert refused.facts["hint"] == "Upgrade lakebase-auth-proxy."
+
+
+async def test_a_verb_that_is_interrupted_undoes_what_it_has_begun(
+    shards: Shards, stores: Stores
+) -> None:
+    await shards.set_up()
+    async with stores.connect("two") as blocker, blocker.transaction():
+        # The grant waits here for the shard, after the catalogue has its operation.
+        await blocker.execute("lock table shardmap_local.mapping in access exclusive mode")
+        arguments = ("grant", "session", stores.roles.session, "--config", shards.config)
+        async with started_process("shards", *arguments) as process:
+
+            async def waits() -> bool:
+                query = "select count(*) from pg_locks where not granted and relation is not null"
+                return bool(await blocker.fetchval(query))
+
+            await until(waits, "the verb waits for the shard")
+            process.send(signal.SIGINT)
+            await until(lambda: _is_undoing(stores), "the verb undoes")
+            await blocker.execute("rollback")
+            await blocker.execute("begin")
+            assert await process.ended(60) == EXIT_FAILURE
+            assert "interrupted" in process.err
+    assert stores.execute(MAP, "select count(*) from shardmap.op_log") == "0"
+    for name in SHARD_NAMES:
+        async with stores.connect(name, stores.roles.session) as session:
+            assert not await session.fetchval(
+                "select has_schema_privilege('shardmap_local', 'usage')"
+            )
+
+
+async def _is_undoing(stores: Stores) -> bool:
+    async with stores.connect(MAP) as connection:
+        rows = await connection.fetch("select state from shardmap.op_log")
+    return [row["state"] for row in rows] == ["undoing"]

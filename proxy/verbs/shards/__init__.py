@@ -43,6 +43,19 @@ VERBS: Final[Mapping[str, Verb]] = {
 }
 
 
+USAGE: Final = (
+    "usage: lakebase-auth-proxy shards VERB ... [--map NAME] [--json] [--dry-run]"
+    " [--config FILE] [--SECTION.KEY VALUE ...]\n\n"
+    + "".join(f"  {verb.syntax.usage}\n" for verb in VERBS.values())
+    + """
+It reads the sidecar's settings: [catalogue] says where, the users of its target and of [upstream]
+as whom. RANGE is KEY in a list map, LOW HIGH in the others; what begins with two dashes follows --.
+Verbs that write take --dry-run. Exit codes: 0 done, 1 refused or failed, 2 usage or configuration,
+4 an operation is left pending.
+"""
+)
+
+
 def run(arguments: Sequence[str], reach: Reach = pass_by) -> int:
     """Do what the verb says, and print its answer. Raises ConfigurationError.
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from proxy.catalogue import store
 from proxy.catalogue.errors import CatalogueError, Reason
@@ -22,6 +22,10 @@ from proxy.catalogue.operation_kinds import KINDS
 from proxy.catalogue.operations import Operator
 from proxy.verbs.shards.verb import Call
 
+# After a signal to end, which SIGKILL may follow.
+UNDO_SECONDS_MAX: Final = 20.0
+
+_UNKNOWN: Final = Reason.UNKNOWN_OPERATION.value.word
 _Made = TypeVar("_Made", bound=Operation)
 _Run_co = TypeVar("_Run_co", bound=Operation, covariant=True)
 
@@ -61,23 +65,28 @@ async def run(
     async with call.administration.catalogue() as connection:
         owner = await call.read_map(connection, writes=True)
         operation = await make(connection, owner)
-    async with operating(call) as operator:
-        if call.arguments.dry_run:
-            call.output.plan(await operator.plan(operation))
-            return None
-        try:
-            changed = await operator.run(operation)
-        except asyncio.CancelledError:
-            if not operation.is_pending:
-                raise
-            raise _interrupted(operation) from None  # the verb ends, and says what it leaves
-        return Done(operation, owner, changed)
+    try:
+        async with operating(call) as operator:
+            if call.arguments.dry_run:
+                call.output.plan(await operator.plan(operation))
+                return None
+            return Done(operation, owner, await operator.run(operation))
+    except asyncio.CancelledError:
+        await _undo_interrupted(call, operation)
+        raise
 
 
-def _interrupted(operation: Operation) -> CatalogueError:
-    text = f"interrupted: the operation {operation.op_id} ({operation.kind}) is left pending"
-    hint = f"shards ops undo {operation.op_id}; the next change of the shard settles it, too."
-    return CatalogueError(Reason.STEP_FAILED, text, hint, op_id=operation.op_id)
+async def _undo_interrupted(call: Call, operation: Operation) -> None:
+    """Undo an operation that a signal has stopped. Raises CatalogueError if it is left pending."""
+    try:
+        async with asyncio.timeout(UNDO_SECONDS_MAX), operating(call) as operator:
+            await operator.undo(operation.op_id)
+    except (CatalogueError, TimeoutError) as error:
+        if isinstance(error, CatalogueError) and error.reason == _UNKNOWN:
+            return  # it had not begun, or was complete
+        text = f"interrupted; the operation {operation.op_id} is left pending"
+        hint = f"shards ops undo {operation.op_id}, or shards ops resume {operation.op_id}"
+        raise CatalogueError(Reason.STEP_FAILED, text, hint, op_id=operation.op_id) from error
 
 
 def _owner() -> str:

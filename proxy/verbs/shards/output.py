@@ -15,7 +15,7 @@ from typing import IO, Any, Final
 from proxy.catalogue.errors import CatalogueError
 from proxy.exit_codes import EXIT_FAILURE, EXIT_PENDING
 
-# Work that takes longer says what it does, and again after each further wait of this length.
+# Work that takes longer says what it does, no more often than this, and again if it stays the same.
 PROGRESS_SECONDS: Final = 2.0
 PROGRESS_REPEAT_SECONDS: Final = 10.0
 # Rows of a large answer are kept until it is complete, in memory up to this size.
@@ -48,19 +48,19 @@ class Progress:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._began_at = clock()
+        self._began_at = self._said_at = clock()
         self._text = ""
         self._timer: asyncio.TimerHandle | None = None
 
     def __call__(self, text: str) -> None:
-        """Say this when it, or all so far, has taken PROGRESS_SECONDS."""
+        """Say this when PROGRESS_SECONDS have passed since the begin, or what was said last."""
         self.stop()
         self._text = text
-        elapsed = self._clock() - self._began_at
-        if elapsed >= PROGRESS_SECONDS:
+        seconds = PROGRESS_SECONDS - (self._clock() - self._said_at)
+        if seconds <= 0:
             self._say()
         else:
-            self._later(PROGRESS_SECONDS - elapsed)
+            self._later(seconds)
 
     def stop(self) -> None:
         """Say no more."""
@@ -69,7 +69,8 @@ class Progress:
             self._timer = None
 
     def _say(self) -> None:
-        elapsed = self._clock() - self._began_at
+        self._said_at = self._clock()
+        elapsed = self._said_at - self._began_at
         print(f"{self._text} ({elapsed:.0f} s)", file=sys.stderr, flush=True)
         self._later(PROGRESS_REPEAT_SECONDS)
 
@@ -144,7 +145,10 @@ class Output:
                 _copy(spool, sys.stdout)
 
     def refuse(self, error: CatalogueError) -> int:
-        """Print why it was refused. Return the exit code."""
+        """Print why it was refused; the text names an operation that is left pending.
+
+        Return the exit code.
+        """
         self.progress.stop()
         if self._as_json:
             refusal = {
@@ -154,16 +158,12 @@ class Output:
                 "error": error.message,
                 "hint": error.hint,
             }
-            if error.op_id is not None:
-                refusal["op"] = str(error.op_id)
             print(json.dumps(refusal))
         else:
             text = f"{error.message} (SQLSTATE {error.sqlstate}, reason={error.reason})"
             print(f"lakebase-auth-proxy: {text}", file=sys.stderr)
             if error.hint:
                 print(f"  {error.hint}", file=sys.stderr)
-            if error.op_id is not None:
-                print(f"  The operation {error.op_id} is left pending.", file=sys.stderr)
         return EXIT_FAILURE if error.op_id is None else EXIT_PENDING
 
 

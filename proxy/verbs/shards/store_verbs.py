@@ -12,6 +12,7 @@ from proxy.catalogue.schema import (
     CURRENT,
     StoreVersion,
     catalogue_version,
+    check_may_create,
     check_readable,
     migrate_catalogue,
     migrate_shard,
@@ -51,10 +52,9 @@ async def _init(call: Call) -> None:
             return
         await _check_no_shard(connection)
         if call.arguments.dry_run:
-            await _check_may_create(connection)
+            await check_may_create(connection, CATALOGUE)
             call.output.plan([f"install the schema shardmap, version {CURRENT}"])
             return
-        await _check_may_create(connection)
         created = await migrate_catalogue(connection) is None  # another one may have been faster
     facts = {"created": created, "store": str(CURRENT)}
     call.output.answer(facts, [f"installed the catalogue, version {CURRENT}"])
@@ -66,19 +66,6 @@ async def _check_no_shard(connection: Connection) -> None:
         text = "the database is a shard, and may not be a catalogue as well"
         hint = "Another database of the same server may."
         raise CatalogueError(Reason.CATALOGUE_IS_SHARD, text, hint)
-
-
-async def _check_may_create(connection: Connection) -> None:
-    """Raise CatalogueError (RIGHTS_MISSING) for a role that may not create a schema."""
-    row = await connection.fetchrow(
-        "select pg_catalog.quote_ident(pg_catalog.current_database()) as database,"
-        " pg_catalog.quote_ident(current_user) as role,"
-        " pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create') as may"
-    )
-    if not row["may"]:
-        text = f"{CATALOGUE}: the role {row['role']} may not create a schema"
-        hint = f"grant create on database {row['database']} to {row['role']}"
-        raise CatalogueError(Reason.RIGHTS_MISSING, text, hint)
 
 
 def _judge_upgrade(arguments: Arguments) -> None:

@@ -18,7 +18,7 @@ from proxy.catalogue.model import CatalogueMap, Connection, Shard, Status
 from proxy.catalogue.operation import Json, Operation, Step, Tools
 from proxy.catalogue.store import read_shards
 from proxy.routing.map_builder import LineMapping
-from proxy.routing.map_rows import PROBLEMS_SHOWN_MAX
+from proxy.routing.map_rows import Problems
 
 _CHECK_ROWS: Final = 10_000
 # Above every bound, which has 129 bytes at most.
@@ -78,7 +78,7 @@ class AddFile(Operation):
 
     async def begin(self, catalogue: Connection) -> None:
         """Check that all keys are free. Raises CatalogueError: OVERLAP, with the lines."""
-        overlaps: list[str] = []
+        overlaps: list[tuple[int, str]] = []
         rows = iter(self._mappings)
         while chunk := list(islice(rows, _CHECK_ROWS)):
             found = await catalogue.fetch(
@@ -88,9 +88,9 @@ class AddFile(Operation):
                 [_ABOVE_ALL if row.hi is None else row.hi for row in chunk],
                 [row.line for row in chunk],
             )
-            overlaps += [f"line {row[0]} overlaps a mapping on shard {row[1]}" for row in found]
+            overlaps += [(row["line"], row["name"]) for row in found]
         if overlaps:
-            raise CatalogueError(Reason.OVERLAP, bad_lines(overlaps), "Nothing was added.")
+            raise CatalogueError(Reason.OVERLAP, bad_lines(_problems(overlaps)))
 
     def plan(self) -> list[str]:
         """Return what will be done."""
@@ -152,9 +152,13 @@ class AddFile(Operation):
         """Leave the catalogue as it is: the rows come with the last step."""
 
 
+def _problems(overlaps: list[tuple[int, str]]) -> tuple[str, ...]:
+    problems = Problems()
+    for line, shard in sorted(overlaps):
+        problems.add(f"line {line} overlaps a mapping on shard {shard}")
+    return problems.shown()
+
+
 def bad_lines(problems: Sequence[str]) -> str:
-    """Return an error's text: the first problems, and how many more there are."""
-    shown = list(problems[:PROBLEMS_SHOWN_MAX])
-    if len(problems) > len(shown):
-        shown.append(f"and {len(problems) - len(shown)} more")
-    return "\n  ".join(["nothing of the file was added:", *shown])
+    """Return an error's text: a sentence for each bad line."""
+    return "\n  ".join(["nothing of the file was added:", *problems])

@@ -118,6 +118,20 @@ class Operator:
         """Undo a pending operation. Return its row as it was. Raises CatalogueError."""
         return await self._take_up(op_id, undo=True)
 
+    async def plan_pending(self, op_id: UUID, *, undo: bool) -> list[str]:
+        """Check that a pending operation can be undone, or completed. Return what would be done."""
+        try:
+            row, operation = await self._held.repeat(
+                THE_CATALOGUE, partial(self._read_locked, op_id)
+            )
+        finally:
+            await self._held.unlock(op_id)
+        if not undo:
+            _check_resumable(row, operation)
+        names = ", ".join(shard.name for shard in operation.shards)
+        verb = "Undo" if undo else "Complete"
+        return [f"{verb} the operation {op_id} ({row.kind}, {row.state}) on shard {names}."]
+
     # -- begin -----------------------------------------------------------------------------------
 
     async def _begin(self, operation: Operation) -> None:
@@ -306,10 +320,9 @@ class Operator:
     async def _take_up(self, op_id: UUID, *, undo: bool | None) -> OperationRow:
         """Complete or undo (None: as its state says) a pending operation. Return its row."""
         try:
-            row, catalogue_map = await self._held.repeat(
+            row, operation = await self._held.repeat(
                 THE_CATALOGUE, partial(self._read_locked, op_id)
             )
-            operation = self._kinds[row.kind].from_body(catalogue_map, op_id, {**row.body})
             if undo is None:
                 undo = not self._is_kept(row)
             elif not undo:
@@ -331,8 +344,8 @@ class Operator:
         except CatalogueError as failure:
             raise _left_pending(operation, failure) from failure
 
-    async def _read_locked(self, op_id: UUID) -> tuple[OperationRow, CatalogueMap]:
-        """Take the operation's lock; return its row and its map. Raises CatalogueError."""
+    async def _read_locked(self, op_id: UUID) -> tuple[OperationRow, Operation]:
+        """Take the operation's lock; return its row, and what it is. Raises CatalogueError."""
         connection = await self._held.use()
         row = await op_log.read_one(connection, op_id)
         if row is not None:
@@ -341,7 +354,8 @@ class Operator:
             row = await op_log.read_one(connection, op_id)
         if row is None:
             raise CatalogueError(Reason.UNKNOWN_OPERATION, f"there is no operation {op_id}")
-        return row, await self._find_map(connection, row.map_id)
+        owner = await self._find_map(connection, row.map_id)
+        return row, self._kinds[row.kind].from_body(owner, op_id, {**row.body})
 
     def _is_kept(self, row: OperationRow) -> bool:
         """Return whether the next writer completes this operation, instead of undoing it."""

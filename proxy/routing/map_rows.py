@@ -37,11 +37,15 @@ class Problems:
         if self._count <= PROBLEMS_SHOWN_MAX:
             self._shown.append(problem)
 
+    def shown(self) -> tuple[str, ...]:
+        """Return the first problems, and how many more there are."""
+        unshown = self._count - len(self._shown)
+        return (*self._shown, *([f"and {unshown} more"] if unshown else []))
+
     def check(self) -> None:
         """Raise MapError if there are any problems."""
-        unshown = self._count - len(self._shown)
         if self._count:
-            raise MapError((*self._shown, *([f"and {unshown} more"] if unshown else [])))
+            raise MapError(self.shown())
 
 
 class Row(NamedTuple):

@@ -9,9 +9,9 @@ from proxy.catalogue.file_operation import AddFile
 from proxy.catalogue.mapping_operations import AddMapping
 from proxy.catalogue.operation import UNDO_POINTS, points
 from proxy.routing.map_builder import mappings_from_csv
-from tests.catalogue.test_operations import clear, failing_at
+from tests.catalogue.test_operations import failing_at
 from tests.support.catalogue import MAP, SHARD_NAMES
-from tests.support.operating import Killed, Operating, Pauses, in_background, kill_at
+from tests.support.operating import Killed, Operating, Pauses, distinct, in_background, kill_at
 
 
 def file(operating: Operating, *lines: str) -> AddFile:
@@ -95,7 +95,7 @@ async def test_s26_a_file_that_fails_is_undone_and_the_same_call_succeeds(
     operating: Operating,
 ) -> None:
     for point in [point for point in points(AddFile) if point.endswith(".commit")]:
-        await clear(operating)
+        await operating.clear()
         with pytest.raises(CatalogueError) as refused:
             await operating.run(ten(operating), failing_at(point))
         assert (refused.value.reason, refused.value.op_id) == ("step_failed", None)
@@ -107,8 +107,8 @@ async def test_s26_a_file_that_fails_is_undone_and_the_same_call_succeeds(
 async def test_a_file_whose_process_ends_at_any_point_is_undone_by_the_next_writer(
     operating: Operating,
 ) -> None:
-    for point in [*points(AddFile), *UNDO_POINTS]:
-        await clear(operating)
+    for point in [*distinct(points(AddFile)), *distinct(UNDO_POINTS)]:
+        await operating.clear()
         failing, killing = failing_at("end.commit"), kill_at(point)
 
         async def reach(passed: str, failing=failing, killing=killing) -> None:  # type: ignore[no-untyped-def]

@@ -20,6 +20,7 @@ from tests.support.operating import (
     Killed,
     Operating,
     Pauses,
+    distinct,
     in_background,
     kill_at,
     until,
@@ -55,20 +56,6 @@ CASES: dict[str, Case] = {
 }
 NAMES = sorted(CASES)
 ROLES = {"grant_session", "revoke_session"}
-
-
-async def clear(operating: Operating) -> None:
-    """Delete all mappings, and set the shards online as at first."""
-    await operating.fetch(MAP, "delete from shardmap.op_log")
-    await operating.fetch(MAP, "delete from shardmap.mapping")
-    await operating.fetch(
-        MAP, "update shardmap.shard set status = 'online', version = 1, op_id = null"
-    )
-    for name in SHARD_NAMES:
-        await operating.fetch(name, "delete from shardmap_local.mapping")
-        await operating.fetch(
-            name, "update shardmap_local.identity set status = 'online', version = 1"
-        )
 
 
 def failing_at(wanted: str, *more: str, times: int = 100) -> Reach:
@@ -109,7 +96,7 @@ async def test_s26_a_step_that_fails_is_undone_and_the_same_call_succeeds(
     prepare, make = CASES[kind]
     kept = KINDS[kind].kept_from
     for point in commits(kind):
-        await clear(operating)
+        await operating.clear()
         await prepare(operating)
         before = await operating.state()
         operating.slept.seconds.clear()
@@ -134,7 +121,7 @@ async def test_s28_one_lost_connection_at_any_step_is_invisible(
 ) -> None:
     prepare, make = CASES[kind]
     for point in commits(kind):
-        await clear(operating)
+        await operating.clear()
         await prepare(operating)
         operating.slept.seconds.clear()
         assert await operating.run(make(operating), failing_at(point, times=1))
@@ -176,8 +163,8 @@ async def test_an_operator_that_ends_at_any_point_leaves_what_the_next_writer_se
     operating: Operating, kind: str
 ) -> None:
     prepare, make = CASES[kind]
-    for point in points(KINDS[kind]):
-        await clear(operating)
+    for point in distinct(points(KINDS[kind])):
+        await operating.clear()
         await prepare(operating)
         with pytest.raises(Killed):
             await operating.run(make(operating), kill_at(point))
@@ -194,8 +181,8 @@ async def test_an_operator_that_ends_while_it_undoes_leaves_what_the_next_writer
     operating: Operating, kind: str
 ) -> None:
     prepare, make = CASES[kind]
-    for point in UNDO_POINTS:
-        await clear(operating)
+    for point in distinct(UNDO_POINTS):
+        await operating.clear()
         await prepare(operating)
         before = await operating.state()
         failing, killing = failing_at(commits(kind)[1]), kill_at(point)
@@ -217,9 +204,9 @@ async def test_an_operator_that_ends_while_it_undoes_leaves_what_the_next_writer
 @pytest.mark.parametrize("kind", NAMES)
 async def test_what_was_left_can_be_completed_or_undone(operating: Operating, kind: str) -> None:
     prepare, make = CASES[kind]
-    for point in points(KINDS[kind])[2:-1]:
+    for point in distinct(points(KINDS[kind]))[2:-1]:
         for undo in (False, True):
-            await clear(operating)
+            await operating.clear()
             await prepare(operating)
             before = statuses(await operating.state())
             with pytest.raises(Killed):

@@ -12,14 +12,15 @@ from proxy.catalogue.operation import UNDO_POINTS, Operation, points
 from proxy.catalogue.shard_operations import AddShard, RemoveShard, new_shard
 from tests.catalogue.test_operations import failing_at
 from tests.support.catalogue import MAP
-from tests.support.operating import Killed, Operating, kill_at
+from tests.support.operating import Killed, Operating, distinct, kill_at
 
 SHARDS = "select name, host, port, dbname, status, version, op_id from shardmap.shard order by name"
 
 
 def adding(operating: Operating, name: str = "one", at: str = "one") -> AddShard:
     stores = operating.stores
-    shard = new_shard(operating.map, name, stores.host(at).upper(), 5432, stores.database)
+    where = (stores.host(at).upper(), stores.lakebase.port, stores.database)
+    shard = new_shard(operating.map, name, *where)
     operating.shards[name] = shard
     return AddShard(operating.map, shard)
 
@@ -158,7 +159,7 @@ async def test_an_operator_that_ends_at_any_point_leaves_what_the_next_writer_se
     operating: Operating, adds: bool
 ) -> None:
     kind = AddShard if adds else RemoveShard
-    for point in [*points(kind), *UNDO_POINTS]:
+    for point in [*distinct(points(kind)), *distinct(UNDO_POINTS)]:
         if adds:
             await removed(operating)
         failing, killing = failing_at("local.commit"), kill_at(point)

@@ -9,15 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proxy.catalogue.bounds import parse_bounds
-from proxy.catalogue.mapping_operations import AddMapping
-from proxy.catalogue.model import CatalogueMap, Connection
 from proxy.exit_codes import EXIT_OK
 from proxy.verbs.shards import answer, read
-from proxy.verbs.shards.administration import administering
-from proxy.verbs.shards.operating import run
-from proxy.verbs.shards.output import Output
-from proxy.verbs.shards.verb import Call
 from tests.support.catalogue import SHARD_NAMES, Stores
 from tests.support.proxy_process import run_to_end
 from tests.support.secret_canaries import look
@@ -55,7 +48,8 @@ class Shards:
     async def __call__(self, *arguments: str | int) -> Answer:
         """Call a verb in this process."""
         out, err = io.StringIO(), io.StringIO()
-        verb, parsed, settings = read([*map(str, arguments), "--config", self.config])
+        word, *rest = map(str, arguments)
+        verb, parsed, settings = read([word, "--config", self.config, *rest])
         with redirect_stdout(out), redirect_stderr(err):
             code = await answer(verb, parsed, settings)
         look("the output of a verb", out.getvalue() + err.getvalue())
@@ -86,13 +80,7 @@ class Shards:
 
     async def add(self, low: str, high: str, shard: str) -> None:
         """Add a mapping to the map that is configured."""
-        _, parsed, settings = read(["show", "--config", self.config])
-        async with administering(settings) as administration:
-
-            async def make(_: Connection, owner: CatalogueMap) -> AddMapping:
-                return AddMapping(owner, *parse_bounds((low, high), owner.spec), shard)
-
-            assert await run(Call(parsed, administration, Output(as_json=True)), make) is not None
+        await self.done("add", low, high, "--shard", shard)
 
     async def set_up(self, kind: str = "range", key_type: str = "int4") -> None:
         """Install the catalogue, create the map `tenants`, and add both shards."""

@@ -13,12 +13,20 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from proxy.catalogue.errors import CatalogueError, translated
+from proxy.catalogue.operation import Reach, pass_by
 from proxy.config import LogSettings, Settings, load_settings
 from proxy.errors import ProxyError
 from proxy.exit_codes import EXIT_OK
 from proxy.server.process import Signals
 from proxy.verbs.event_loop import run_on_event_loop
-from proxy.verbs.shards import key_verbs, map_verbs, shard_verbs, store_verbs
+from proxy.verbs.shards import (
+    key_verbs,
+    map_verbs,
+    mapping_verbs,
+    operation_verbs,
+    shard_verbs,
+    store_verbs,
+)
 from proxy.verbs.shards.administration import administering, check_target
 from proxy.verbs.shards.arguments import Arguments, UsageError, parse
 from proxy.verbs.shards.output import Output
@@ -29,7 +37,9 @@ VERBS: Final[Mapping[str, Verb]] = {
     **store_verbs.VERBS,
     **map_verbs.VERBS,
     **shard_verbs.VERBS,
+    **mapping_verbs.VERBS,
     **key_verbs.VERBS,
+    **operation_verbs.VERBS,
 }
 
 
@@ -46,8 +56,11 @@ Verbs that write take --dry-run. Exit codes: 0 done, 1 refused or failed, 2 usag
 )
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Do what the verb says, and print its answer. Raises ConfigurationError."""
+def run(arguments: Sequence[str], reach: Reach = pass_by) -> int:
+    """Do what the verb says, and print its answer. Raises ConfigurationError.
+
+    `reach` is called at each point of an operation: tests end the process there.
+    """
     try:
         verb, parsed, settings = read(arguments)
     except UsageError as error:
@@ -56,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
     async def program(settings: Settings) -> int:
         Signals()  # which cancel this task
         try:
-            return await answer(verb, parsed, settings)
+            return await answer(verb, parsed, settings, reach)
         except asyncio.CancelledError:
             return fail("shards was interrupted")
 
@@ -80,12 +93,14 @@ def read(arguments: Sequence[str]) -> tuple[Verb, Arguments, Settings]:
     return verb, parsed, settings.model_copy(update={"log": LogSettings(level="error")})
 
 
-async def answer(verb: Verb, arguments: Arguments, settings: Settings) -> int:
+async def answer(
+    verb: Verb, arguments: Arguments, settings: Settings, reach: Reach = pass_by
+) -> int:
     """Run the verb. Return the exit code; a refusal is printed."""
     output = Output(as_json=arguments.as_json)
     try:
         async with administering(settings) as administration:
-            await verb.run(Call(arguments, administration, output))
+            await verb.run(Call(arguments, administration, output, reach))
     except CatalogueError as error:
         return output.refuse(error)
     except ProxyError as error:  # of a key or a bound: a database is named where it is asked

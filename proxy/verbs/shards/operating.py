@@ -27,13 +27,14 @@ UNDO_SECONDS_MAX: Final = 20.0
 
 _UNKNOWN: Final = Reason.UNKNOWN_OPERATION.value.word
 _Made = TypeVar("_Made", bound=Operation)
+_Run_co = TypeVar("_Run_co", bound=Operation, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Done(Generic[_Made]):
+class Done(Generic[_Run_co]):
     """An operation that was done; `changed` is false if there was nothing to do."""
 
-    operation: _Made
+    operation: _Run_co
     map: CatalogueMap
     changed: bool
 
@@ -48,7 +49,9 @@ async def operating(call: Call) -> AsyncIterator[Operator]:
         time.monotonic,
         call.output.progress,
     )
-    async with Operator(tools, KINDS, store.map_by_id, owner=_owner()) as operator:
+    async with Operator(
+        tools, KINDS, store.map_by_id, owner=_owner(), reach=call.reach
+    ) as operator:
         yield operator
 
 

@@ -12,6 +12,7 @@ from proxy.catalogue import store
 from proxy.catalogue.bounds import show_bounds
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
 from proxy.catalogue.model import Mapping as MappingRow
+from proxy.catalogue.operation import Reach, pass_by
 from proxy.config import Settings
 from proxy.routing.shard_map import MapSpec
 from proxy.verbs.shards.administration import Administration
@@ -23,11 +24,15 @@ Json = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a verb: what it was given, what it connects with, and where it answers."""
+    """One call of a verb: what it was given, what it connects with, and where it answers.
+
+    `reach` is called at each point of an operation.
+    """
 
     arguments: Arguments
     administration: Administration
     output: Output
+    reach: Reach = pass_by
 
     @property
     def settings(self) -> Settings:

@@ -5,7 +5,7 @@ For: the base class of every change of a map, and the values in its row. Not for
 
 An operation has `begin` (catalogue), then steps in the catalogue and in shards, and `end`
 (catalogue). Each is one transaction, except a step that waits for sessions. A step may be repeated:
-the transaction of the first try may have been committed although nobody heard of it.
+the transaction of the first try may have been committed although its answer was lost.
 """
 
 import json

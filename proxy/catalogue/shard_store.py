@@ -183,7 +183,7 @@ def end_session_statements(role: str, oid: int, admin: str) -> list[str]:
         " as 'select pg_catalog.pg_terminate_backend($1)'"
     )
     return [
-        f"grant create on schema shardmap_local to {quoted(role)}",
+        f"grant usage, create on schema shardmap_local to {quoted(role)}",
         f"-- the next three as {quoted(role)}:",
         create,
         f"revoke all on function {name} from public",

@@ -285,6 +285,33 @@ async def test_s66_each_right_of_the_reader_taken_away_is_named(
         stores.execute(MAP, f'grant {right} to "{role}"')
 
 
+@pytest.mark.parametrize("way", ["pg_signal_backend", "membership", "its own function"])
+async def test_s66_sessions_are_ended_by_each_of_the_three_ways(
+    shards: Shards, stores: Stores, way: str
+) -> None:
+    await shards.set_up()
+    role, admin = stores.roles.session, stores.roles.admin
+    if way != "pg_signal_backend":
+        stores.execute("one", f'revoke pg_signal_backend from "{admin}"')
+    if way == "membership":
+        stores.execute("one", f'grant "{role}" to "{admin}"')
+    elif way == "its own function":
+        statements = (await shards.done("grant", "session", role, "--sql"))["statements"]
+        *_, allow, _, create, revoke, give, _, take = statements
+        roles = (admin, role, role, role, admin)
+        for one, statement in zip(roles, (allow, create, revoke, give, take), strict=True):
+            stores.execute("one", statement, one)
+    await shards.done("grant", "session", role)
+    await shards.add("0", "10", "one")
+    async with stores.connect("one", role) as session, stores.connect("one", role) as other:
+        assert await admit(session, shards) == "ok"
+        ended = await shards.done("offline", "0", "10")
+        assert ended["sessions_ended"] == 1
+        with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+            await session.fetchval("select 1")
+        assert await other.fetchval("select 1") == 1
+
+
 # -- lookup, sessions, upgrade -------------------------------------------------------------------
 
 

@@ -221,6 +221,12 @@ class Upstreams(Mapping[str, Upstream]):
         accounts = dict.fromkeys(upstream.account for upstream in self._upstreams.values())
         return [account for account in accounts if account is not None]
 
+    def resources(self) -> Iterator[tuple[AccountKey, Resource]]:
+        """Yield what tokens are minted for, with the account that the token is good for."""
+        for upstream in self._upstreams.values():
+            if upstream.resource is not None:
+                yield upstream.account_key, upstream.resource
+
     def _resources(self, targets: Iterable[UpstreamSettings]) -> dict[AccountKey, list[Resource]]:
         """Return the resources of each account: a token for one of them is good for all."""
         resources: dict[AccountKey, dict[str, Resource]] = defaultdict(dict)

@@ -187,7 +187,7 @@ class Upstreams(Mapping[str, Upstream]):
         resources = self._resources(targets.values())
         self._upstreams = {
             name: self._kept(name, target, before or {})
-            or self.factory.make(name, target, resources[self.factory.account_key(target)])
+            or self.factory.make(name, target, resources.get(self.factory.account_key(target)))
             for name, target in targets.items()
         }
         self._use = self.keep_open()

@@ -39,8 +39,10 @@ _CATALOGUE_DOWN: Final = frozenset(
 class MapSource(Protocol):
     """Finds mappings: the cache in front of the catalogue."""
 
-    async def find(self, routing_key: bytes) -> Located:
+    async def find(self, routing_key: bytes, *, deadline: float | None = None) -> Located:
         """Return where a key is, as it is known. One that is offline is asked for again.
+
+        A catalogue that cannot be reached is tried again until the deadline, by the loop's time.
 
         Raises ProxyError: MAPPING_NOT_FOUND, CATALOGUE_UNREACHABLE, ...
         """
@@ -161,7 +163,7 @@ class AdmittingOpener:
                 found = await self._after_refusal(opened, located, budget)
                 failure = opened.refusal(self._name(located))
                 # What the catalogue shows as online, and the shard as offline, is to change soon.
-                unchanged = is_second or found == located
+                unchanged = is_second or _state(found) == _state(located)
                 waits = opened.consequence is Consequence.WAIT and unchanged
             if waits or _is_blocked(found):
                 located, is_second = await self._park(found, progress), False
@@ -284,6 +286,11 @@ def _is_offline(located: Located) -> bool:
 def _is_blocked(located: Located) -> bool:
     """Return whether the shard would not admit: an operation that has begun counts as offline."""
     return _is_offline(located) or bool(located.mapping.op_id or located.shard.op_id)
+
+
+def _state(located: Located) -> tuple[object, ...]:
+    mapping, shard = located.mapping, located.shard
+    return mapping.mapping_id, mapping.epoch, mapping.status, shard.status, _place(located)
 
 
 def _place(located: Located) -> tuple[object, ...]:

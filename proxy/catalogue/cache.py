@@ -168,6 +168,13 @@ class MappingCache:
         self._shards = dict(shards)
         self._rows.table.set_shards(self._shards)
 
+    def operations(self) -> set[UUID]:
+        """Return the ids of the operations that are under way, by the rows that they hold."""
+        rows = self._rows
+        held = [mapping.op_id for mapping in rows.recent.values()]
+        held += [shard.op_id for shard in self._shards.values()]
+        return rows.table.operations() | {op_id for op_id in held if op_id is not None}
+
     # -- changes ---------------------------------------------------------------------------------
 
     def insert(self, mapping: Mapping) -> list[UUID]:

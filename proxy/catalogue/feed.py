@@ -18,7 +18,6 @@ from math import inf
 from typing import Final, Literal
 from uuid import UUID
 
-from proxy.catalogue.cache import MappingCache
 from proxy.catalogue.catalogue_reader import IDS_MAX, CatalogueReader, OpenReader
 from proxy.catalogue.map_state import Change, MapState
 from proxy.catalogue.model import CatalogueMap
@@ -344,7 +343,8 @@ class Feed:
             shards = await reader.shards(found.map_id)
             if build is None:
                 self._state.set_shards(shards)
-                await self._read_mappings(reader, _ids_of(cache))
+                for chunk in cache.chunks():
+                    await self._read_mappings(reader, map(uuid_of, chunk.split_ids()))
                 self._state.reloaded(found.version)
                 return True
             async for chunk in reader.chunks(found.map_id):
@@ -389,7 +389,3 @@ class Feed:
             for _ in build.steps():
                 await asyncio.sleep(0)
             cache.exchange(build)
-
-
-def _ids_of(cache: MappingCache) -> list[UUID]:
-    return [uuid_of(packed) for chunk in cache.chunks() for packed in chunk.split_ids()]

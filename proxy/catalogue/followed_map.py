@@ -176,7 +176,9 @@ class FollowedMap:
     def _progress(self) -> MapProgress:
         if not self.is_loaded:
             return MapProgress.LOADING
-        return MapProgress.STALE if self.state.contact.failed else MapProgress.READY
+        contact = self.state.contact
+        is_stale = contact.failed and not contact.feed_is_current
+        return MapProgress.STALE if is_stale else MapProgress.READY
 
     def _check(self, found: CatalogueMap) -> None:
         """Raise ProxyError for a map that is not as it is configured."""

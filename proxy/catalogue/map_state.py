@@ -8,9 +8,11 @@ meanwhile is not kept.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import UTC
 from typing import Final
 from uuid import UUID
 
@@ -34,6 +36,7 @@ class Change:
 
 
 EVERYTHING: Final = Change(None)
+CHANGE_WORDS: Final = ("inserted", "removed", "shards", "reloaded")
 
 Subscriber = Callable[[Change], None]
 
@@ -95,6 +98,8 @@ class MapState:
         self.cache: MappingCache | None = None
         self.version = 0
         """The version that the cache is of."""
+        self.change_counts = Counter[str]()
+        """What became of the cache: by the words of CHANGE_WORDS."""
         self._bad: dict[UUID, BadRow] = {}
         self._bad_tables: dict[UUID, str] = {}
         self._misses: dict[bytes, float] = {}
@@ -197,11 +202,13 @@ class MapState:
         self._bad = {row.mapping_id: row for row in bad}
         # More than can be listed: their shards are refused until the map is read again.
         self._bad_tables = dict(build.builder.refused) if len(bad) >= BAD_ROWS_MAX else {}
+        self.change_counts["reloaded"] += 1
         self._changed(EVERYTHING)
 
     def reloaded(self, version: int) -> None:
         """Record that all that is known was read again, at this version."""
         self.version = version
+        self.change_counts["reloaded"] += 1
         self._changed(EVERYTHING)
 
     # -- single changes --------------------------------------------------------------------------
@@ -215,6 +222,7 @@ class MapState:
         changed = frozenset(one for one in ids if before.get(one) != after.get(one))
         if changed:
             self.cache.set_shards(after)
+            self.change_counts["shards"] += 1
             self._changed(Change(shard_ids=changed))
 
     def set_mappings(self, asked: Iterable[UUID], found: Iterable[Mapping]) -> None:
@@ -240,6 +248,7 @@ class MapState:
         if self.cache.shards.get(shard.shard_id) != shard:
             self.cache.set_shards({**self.cache.shards, shard.shard_id: shard})
             changed_shards.add(shard.shard_id)
+            self.change_counts["shards"] += 1
         changed = self._insert(found.mapping)
         if changed or changed_shards:
             self._changed(_change_of(changed, (), changed_shards))
@@ -250,6 +259,7 @@ class MapState:
         if self.cache is None or flight.everything or flight.changed:
             return False
         removed = self.cache.remove_at(routing_key)
+        self.change_counts["removed"] += len(removed)
         if removed:
             self._changed(_change_of(removed))
         if len(self._misses) >= MISSES_MAX:
@@ -271,7 +281,7 @@ class MapState:
     def _insert(self, row: Mapping) -> set[UUID]:
         """Take one row, and return the ids of the mappings that are not as they were."""
         assert self.cache is not None
-        row = replace(row, locked=False)  # a lock of an operator is nothing to a session
+        row = _normal(row)
         self._bad.pop(row.mapping_id, None)
         fault = fault_of_bounds(self.cache.spec, row.lo, row.hi)
         if fault:
@@ -281,12 +291,28 @@ class MapState:
             return {row.mapping_id}
         if self.cache.by_id(row.mapping_id) == row:
             return set()
-        return {row.mapping_id, *self.cache.insert(row)}
+        replaced = {row.mapping_id, *self.cache.insert(row)}
+        self.change_counts["inserted"] += 1
+        self.change_counts["removed"] += len(replaced) - 1
+        return replaced
 
     def _remove(self, mapping_id: UUID) -> bool:
         assert self.cache is not None
         self._bad.pop(mapping_id, None)
-        return self.cache.remove(mapping_id)
+        is_removed = self.cache.remove(mapping_id)
+        self.change_counts["removed"] += is_removed
+        return is_removed
+
+
+def _normal(row: Mapping) -> Mapping:
+    """Return a row as the cache keeps it: without an operator's lock, which is nothing to sessions.
+
+    The driver has infinity as a time without a zone.
+    """
+    drain_until = row.drain_until
+    if drain_until is not None and drain_until.tzinfo is None:
+        drain_until = drain_until.replace(tzinfo=UTC)
+    return replace(row, locked=False, drain_until=drain_until)
 
 
 def _change_of(

@@ -168,6 +168,11 @@ class MappingTable:
             slot = (slot + 1) & mask
         return -1
 
+    def operations(self) -> set[UUID]:
+        """Return the ids of the operations that hold rows."""
+        live = (op for at, (op, _) in self._marks.items() if not self.flags[at] & DEAD)
+        return {UUID(bytes=op) for op in live if op is not None}
+
     # -- a row's values --------------------------------------------------------------------------
 
     def lo(self, at: int) -> bytes:

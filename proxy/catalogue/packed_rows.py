@@ -42,6 +42,8 @@ DEAD: Final = 128
 # PostgreSQL counts microseconds from here.
 _EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
+_FIRST: Final = datetime.min.replace(tzinfo=UTC)
+_LAST: Final = datetime.max.replace(tzinfo=UTC)
 
 # One row with a column of each kind for the rows $4 at most that follow the bound $2. Aggregates
 # take the rows of a sorted subquery in its order. An index scan of (map_id, lo): a chunk costs the
@@ -187,11 +189,11 @@ def sessions_of(flags: int) -> SessionsMode:
 
 
 def moment(microseconds: int) -> datetime:
-    """Return a PostgreSQL timestamp; one that Python does not have becomes the last that it has."""
+    """Return a PostgreSQL timestamp; one that Python does not have becomes its nearest."""
     try:
         return _EPOCH + microseconds * _MICROSECOND
     except OverflowError:
-        return datetime.max.replace(tzinfo=UTC)
+        return _LAST if microseconds > 0 else _FIRST
 
 
 def microseconds(when: datetime) -> int:

@@ -64,6 +64,7 @@ class ShardUpstreams:
         for key, resource in resources:
             self._resources.setdefault(key, {}).setdefault(resource.name, resource)
         self._made: dict[UUID, _Made] = {}
+        self._closed = False
         if before is not None and before.map_name == self.map_name:
             before.give_to(self)
 
@@ -124,7 +125,11 @@ class ShardUpstreams:
         self._offer(key, upstream.account)
 
     def close(self) -> None:
-        """Close what no other configuration and no dial uses; the rest after its last use."""
+        """Close what no other configuration and no dial uses; the rest after its last use.
+
+        A client that is still parked may want one after that; it is kept for its dial only.
+        """
+        self._closed = True
         self.keep_only(())
 
     # -- inside ----------------------------------------------------------------------------------
@@ -163,6 +168,8 @@ class ShardUpstreams:
         return upstream
 
     def _add(self, shard_id: UUID, row: _Row, upstream: Upstream) -> None:
+        if self._closed:
+            return
         use = ExitStack()
         use.enter_context(upstream.use)
         self._made[shard_id] = _Made(row, upstream, use)

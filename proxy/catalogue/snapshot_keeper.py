@@ -53,6 +53,7 @@ class SnapshotKeeper:
         self._check = check
         self._threads = BlockingCalls("map-snapshot", threads_max=1)
         self._changed = asyncio.Event()
+        self._written_version = 0
         self._unsubscribe = state.subscribe(self._note)
 
     def _note(self, _change: Change) -> None:
@@ -70,6 +71,7 @@ class SnapshotKeeper:
         saved, build = found
         self._state.restore(saved.map, build, saved.shards)
         self._changed.clear()  # the file has it
+        self._written_version = saved.map.version
         return True
 
     def _read(self) -> tuple[SavedMap, Build]:
@@ -93,7 +95,7 @@ class SnapshotKeeper:
     async def close(self) -> None:
         """Write what has changed since the last time."""
         self._unsubscribe()
-        if self._changed.is_set():
+        if self._changed.is_set() or self._state.version != self._written_version:
             await self._write(LAST_WRITE_SECONDS_MAX)
 
     async def _write(self, seconds_max: float) -> None:
@@ -101,6 +103,7 @@ class SnapshotKeeper:
         state = self._state
         if state.map is None or state.cache is None or not state.loaded.is_set():
             return
+        self._written_version = state.version
         found = replace(state.map, version=state.version)
         saved = SavedMap(self._place, found, tuple(state.cache.shards.values()))
         chunks = state.cache.chunks()

@@ -31,6 +31,7 @@ from prometheus_client import (
 from proxy.observe.aggregation import Sample, SummedCollector, samples_of
 from proxy.observe.recent_errors import RecentErrors
 from proxy.observe.scraped_metrics import PREFIX, ScrapedMetrics
+from proxy.observe.shard_map_metrics import ShardMapMetrics
 from proxy.observe.status import StatusSource
 from proxy.observe.target_stats import OTHER, Carried, TargetStats
 
@@ -62,7 +63,7 @@ _SAME_IN_EVERY_PROCESS: Final = frozenset(
 
 
 # What became of a shard key, and of its client.
-_HIT, _MISS = "hit", "miss"
+_HIT, _MISS, _NEGATIVE = "hit", "miss", "negative"
 _ROUTED, _REFUSED = "routed", "refused"
 
 
@@ -105,12 +106,13 @@ class Metrics:
         cancel_results: Iterable[str] = (),
         connect_phases: Iterable[str] = (),
         target_names: Iterable[str] = (),
+        shard_map_words: Mapping[str, Iterable[str]] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`session_end_outcomes` gives each reason for the end of a session its outcome.
 
-        `session_end_errors` are those of them that are recorded as errors. `clock` is the wall
-        clock, in seconds.
+        `session_end_errors` are those of them that are recorded as errors. `shard_map_words` are
+        those of `ShardMapMetrics`. `clock` is the wall clock, in seconds.
         """
         self.targets = TargetStats(target_names)
         self.recent_errors = RecentErrors(clock)
@@ -123,6 +125,7 @@ class Metrics:
         self._declare_sessions(session_end_outcomes, startup_failure_reasons, cancel_results)
         self._declare_upstream(connect_phases)
         self._declare_routing()
+        self.shard_maps = ShardMapMetrics(self._registry, PREFIX, shard_map_words or {})
         self._declare_program(version)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -174,6 +177,8 @@ class Metrics:
 
     def _declare_routing(self) -> None:
         self._names: tuple[str, ...] = ()
+        self._target_names: tuple[str, ...] = ()
+        self._shard_names: tuple[str, ...] = ()
         self._routes = self._counter(
             "route",
             "Clients that a shard map routed or refused, by shard.",
@@ -220,21 +225,42 @@ class Metrics:
         self._build.clear()
         self._build.labels(self._version, acceleration).set(1)
 
-    def configure(self, targets: Iterable[str], shard_map: str = "", mappings: int = 0) -> None:
+    def configure(
+        self,
+        targets: Iterable[str],
+        shard_map: str = "",
+        mappings: int = 0,
+        *,
+        in_catalogue: bool = False,
+    ) -> None:
         """Count by these targets and this shard map from now on.
 
         If the names change, the routing counters start again, so that old names do not accumulate.
+        The shards of a map in the catalogue are set by `configure_shards`.
         """
         names = (shard_map, *targets)
-        self.targets.configure(names[1:])
+        self._target_names = names[1:]
+        self.targets.configure((*names[1:], *self._shard_names))
         if names != self._names:
             self._names = names
             for family in (self._routes, self._lookups, self._mappings):
                 family.clear()
+            self.shard_maps.configure(shard_map if in_catalogue else "")
         if shard_map:
-            self._mappings.labels(shard_map).set(mappings)
-            for result in (_HIT, _MISS):
+            if not in_catalogue:
+                self._mappings.labels(shard_map).set(mappings)
+            for result in (_HIT, _MISS, *((_NEGATIVE,) if in_catalogue else ())):
                 self._lookups.labels(shard_map, result)
+
+    def configure_shards(self, shard_map: str, mappings: int, names: Iterable[str] | None) -> None:
+        """Count by these shards of a map in the catalogue; None: by the same as before.
+
+        No counter begins anew: shards come and go.
+        """
+        self._mappings.labels(shard_map).set(mappings)
+        if names is not None:
+            self._shard_names = tuple(names)
+            self.targets.configure((*self._target_names, *self._shard_names))
 
     def set_source(self, source: StatusSource) -> None:
         """Read tokens, drain and bounds from this source at each scrape."""
@@ -283,6 +309,15 @@ class Metrics:
         """Count a client whose key led to a shard."""
         self._lookups.labels(shard_map, _HIT).inc()
         self._routes.labels(shard_map, self.targets.label(shard), _ROUTED).inc()
+
+    def looked_up(self, shard_map: str, result: str) -> None:
+        """Count a look-up in a map that is in the catalogue."""
+        self._lookups.labels(shard_map, result).inc()
+
+    def routed_to_shard(self, shard_map: str, target: str) -> None:
+        """Count a client whose key led to a shard of a map that is in the catalogue."""
+        label = self.targets.label(target).removeprefix(f"{shard_map}/")
+        self._routes.labels(shard_map, label, _ROUTED).inc()
 
     def route_refused(self, shard_map: str, *, missed: bool) -> None:
         """Count a client without a shard; `missed`: no mapping covers its key."""

@@ -6,13 +6,15 @@ is the whole program for `run`, `demo` and tests; `running` is what every proces
 
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from proxy import __version__
-from proxy.catalogue.model import Located
+from proxy.catalogue.admission import Verdict
+from proxy.catalogue.catalogue_reader import QUERY_PURPOSES
+from proxy.catalogue.parking import ParkResult
 from proxy.config import (
     Changes,
     ConfigurationError,
@@ -29,11 +31,13 @@ from proxy.observe.aggregation import Reading, total
 from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.metrics import Metrics
-from proxy.observe.status import Status, Token, WorkspaceApi, report
+from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
 from proxy.observe.target_stats import OTHER
 from proxy.routing.router import Route, Router
+from proxy.server.catalogue_maps import CatalogueMaps
 from proxy.server.file_limit import full_detail, slots_max
 from proxy.server.lifecycle import Lifecycle, State
+from proxy.server.map_service import MapService
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, CancelResult, Elsewhere
 from proxy.session.drain import AcceptPeriod
@@ -41,15 +45,16 @@ from proxy.session.end_reason import ERRORS, OUTCOMES, Outcome
 from proxy.session.fast_path import watched_lanes
 from proxy.session.listen_sockets import Address, shown
 from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener
-from proxy.session.mapped_sessions import MappedSessions
 from proxy.session.session import Session, SessionParts
 from proxy.session.session_log import StartupFailure
 from proxy.session.slots import Slots, SlotSource
 from proxy.transport.self_signed import self_signed_context
 from proxy.transport.tls import server_context
+from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
+from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase, RecordTargetPhase
-from proxy.upstream.upstreams import Upstream
+from proxy.upstream.upstreams import SessionOpener
 from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import ClientReason
 from proxy.workspace.registry import LocalWorkspaceRegistry, WorkspaceRegistry
@@ -98,7 +103,7 @@ class App:
     """A running proxy: its parts, and the addresses that it listens on.
 
     A proxy of several processes has an App in each. The supervisor's has `workers`; a worker is
-    given `workspaces`, `slots` and `cancel_elsewhere` that lead to the supervisor.
+    given `workspaces`, `slots`, `cancel_elsewhere` and `map_elsewhere` that lead to the supervisor.
     """
 
     listen_addresses: Sequence[Address] = ()
@@ -116,6 +121,7 @@ class App:
         workspaces: WorkspaceRegistry | None = None,
         slots: SlotSource | None = None,
         cancel_elsewhere: Elsewhere | None = None,
+        map_elsewhere: Callable[[Settings], MapService] | None = None,
     ) -> None:
         """`starting_max` connections may be starting at a time.
 
@@ -123,18 +129,21 @@ class App:
         """
         self.lifecycle = Lifecycle()
         self._token_awaited = settings.startup.require == "token"
+        self._map_awaited = True
         self.metrics = build_metrics(settings.target_names())
         self.cancel_keys = CancelKeys()
         self.workspaces = workspaces or LocalWorkspaceRegistry(self.metrics, version=__version__)
-        self.snapshot = ConfigSnapshot(settings, self.workspaces, self._record_phase)
-        self._configure_metrics(self.snapshot)
         self._tls = _listener_tls(settings.listen)
         self.slots = slots or Slots(slots_max(settings.listen), full_detail(settings.listen))
         # A cancel is not a session's connect: its phases are not counted.
-        resolve = self.snapshot.upstreams.name_lookup.resolve
-        connector = Connector(lambda phase, seconds: None, resolve)
+        connector = Connector(lambda phase, seconds: None, self._resolve)
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
-        self.mapped_sessions = MappedSessions(self._locate)
+        self.catalogue = CatalogueMaps(self.metrics, self.cancel_keys, self.cancels, map_elsewhere)
+        self.snapshot = ConfigSnapshot(
+            settings, self.workspaces, self._record_phase, find_map=self.catalogue.find
+        )
+        self.catalogue.use(self.snapshot)
+        self._configure_metrics(self.snapshot)
         self._sessions_max = slots_max(settings.listen)
         self.listener = self._make_listener(settings, starting_max)
         self.connection_source: ConnectionSource = self.listener
@@ -149,19 +158,45 @@ class App:
         """Apply the settings that can change while sessions run. Return what changed.
 
         `router` is that of the settings, if it was made already (`ConfigSnapshot`).
-        Raises ConfigurationError; then nothing has changed.
+        Raises ConfigurationError; then nothing has changed. A map of a catalogue that is not in
+        force yet is not waited for, as `reload_when_loaded` does.
         """
-        changes = compare(self.settings, settings)
         kept = with_running_values(settings, self.settings)
+        return self._exchange(settings, self._snapshot_of(kept, router))
+
+    async def reload_when_loaded(self, settings: Settings, router: Router) -> Changes:
+        """Do `reload` when the map of these settings is loaded. Raises ConfigurationError."""
+        kept = with_running_values(settings, self.settings)
+        snapshot = self._snapshot_of(kept, router)
+        try:
+            await self.catalogue.load(snapshot.map_service)
+        except BaseException:
+            snapshot.close()
+            raise
+        return self._exchange(settings, snapshot)
+
+    def _snapshot_of(self, settings: Settings, router: Router | None) -> ConfigSnapshot:
+        return ConfigSnapshot(
+            settings,
+            self.workspaces,
+            self._record_phase,
+            self.snapshot,
+            router,
+            find_map=self.catalogue.find,
+        )
+
+    def _exchange(self, settings: Settings, snapshot: ConfigSnapshot) -> Changes:
+        changes = compare(self.settings, settings)
+        kept = snapshot.settings
         tls = _listener_tls(kept.listen)
-        snapshot = ConfigSnapshot(kept, self.workspaces, self._record_phase, self.snapshot, router)
         self._configure_metrics(snapshot)
         if kept.log != self.settings.log:
             configure_logging(**kept.log.model_dump())
         before = self.snapshot
         changes = changes.with_contents(before.rewritten(snapshot))
         self.snapshot, self._tls = snapshot, tls
-        before.upstreams.close()
+        self.catalogue.use(snapshot)
+        before.close()
         return changes
 
     async def drain(self, drain_seconds: float, *, accept_seconds: float = 0) -> int:
@@ -184,7 +219,7 @@ class App:
             startup_timeout_seconds=settings.listen.startup_timeout_seconds,
             tls=lambda: self._tls,
             slot=self.slots.take,
-            mapped_sessions=self.mapped_sessions,
+            mapped_sessions=self.catalogue.mapped_sessions,
             idle_timeout_seconds=settings.listen.idle_timeout_seconds,
             lanes=lambda: self.lanes,
         )
@@ -208,12 +243,13 @@ class App:
         """
         if self._token_awaited and not self.snapshot.accounts_without_token():
             self._token_awaited = False
-        return self.lifecycle.started and not self._token_awaited
+        self._map_awaited = self._map_awaited and not self.catalogue.loaded
+        return self.lifecycle.started and not (self._token_awaited or self._map_awaited)
 
     @property
     def ready(self) -> bool:
         """Whether it serves and does not drain."""
-        serving = self.lifecycle.state is State.SERVING
+        serving = self.lifecycle.state is State.SERVING and self.catalogue.loaded
         return serving and (self.workers is None or self.workers.ready)
 
     @property
@@ -262,6 +298,14 @@ class App:
         """Return a sentence for each risk in the configuration."""
         return self.settings.warnings()
 
+    def shard_map(self) -> ShardMapStatus | None:
+        """Return the state of the shard map, None without one."""
+        return self.catalogue.status() or self.snapshot.static_map_status()
+
+    def catalogue_facts(self) -> CatalogueFacts:
+        """Return what else metrics show of a map in a catalogue."""
+        return self.catalogue.facts()
+
     def quit(self) -> None:
         """Ask the process to drain and end."""
         self.lifecycle.quit_asked.set()
@@ -293,28 +337,36 @@ class App:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    async def _route(self, startup: StartupMessage) -> tuple[Route, Upstream]:
+    async def _route(self, startup: StartupMessage) -> tuple[Route, SessionOpener]:
         snapshot = self.snapshot  # the present one: a reload replaces it
         shard_map = snapshot.settings.routing.shard_map
         try:
             route, upstream = await snapshot.route(startup)
         except ProxyError as error:
             if shard_map:
-                missed = error.kind is ErrorKind.MAPPING_NOT_FOUND
+                is_static = snapshot.map_service is None  # else look-ups are counted as they are
+                missed = is_static and error.kind is ErrorKind.MAPPING_NOT_FOUND
                 self.metrics.route_refused(shard_map, missed=missed)
             raise
-        if route.shard_map:
+        if route.shard_map and snapshot.map_service is None:
             self.metrics.routed(shard_map, route.target)
+        elif route.shard_map:
+            self.metrics.routed_to_shard(shard_map, route.target)
         return route, upstream
 
-    async def _locate(self, routing_keys: Sequence[bytes]) -> Sequence[Located | None]:
-        raise ProxyError(ErrorKind.CATALOGUE_UNREACHABLE)
+    def _resolve(self, target: Target) -> Awaitable[Addresses]:
+        return self.snapshot.upstreams.name_lookup.resolve(target)
 
     def _configure_metrics(self, snapshot: ConfigSnapshot) -> None:
         shard_map = snapshot.router.shard_map
         mappings = 0 if shard_map is None else len(shard_map)
         names = snapshot.settings.target_names()
-        self.metrics.configure(names, snapshot.settings.routing.shard_map, mappings)
+        self.metrics.configure(
+            names,
+            snapshot.settings.routing.shard_map,
+            mappings,
+            in_catalogue=bool(snapshot.settings.catalogue_map),
+        )
         self.metrics.set_acceleration(snapshot.acceleration)
 
     def _record_phase(self, target: str, phase: ConnectPhase, seconds: float) -> None:
@@ -326,7 +378,7 @@ async def serving(settings: Settings, *, starting_max: int = STARTING_MAX) -> As
     """Serve while the block runs. `starting_max` connections may be starting at a time.
 
     Raises OSError if an address cannot be listened on, and ConfigurationError for a file that
-    a setting names and that cannot be used.
+    a setting names and that cannot be used, or a catalogue that has not the map.
     """
     app = App(settings, starting_max=starting_max)
     async with running(app):
@@ -336,9 +388,10 @@ async def serving(settings: Settings, *, starting_max: int = STARTING_MAX) -> As
 
 @asynccontextmanager
 async def running(app: App) -> AsyncIterator[None]:
-    """Serve with the parts of `app` while the block runs. Raises OSError as `serving` does.
+    """Serve with the parts of `app` while the block runs. Raises as `serving` does.
 
-    This is the same in every process of a proxy: with one, in the supervisor, and in a worker.
+    Clients that come while a catalogue is asked for its map wait. This is the same in every process
+    of a proxy: with one, in the supervisor, and in a worker.
     """
     settings = app.settings
     async with AsyncExitStack() as stack:
@@ -355,9 +408,11 @@ async def running(app: App) -> AsyncIterator[None]:
                     quit_allowed=settings.admin.quit,
                 )
             )
+        await stack.enter_async_context(app.catalogue.running())
         accepting = app.connection_source.accepting()
         app.listen_addresses = await stack.enter_async_context(accepting)
         app.lifecycle.serve()
+        await app.catalogue.first_outcome()
         yield
 
 
@@ -414,4 +469,5 @@ def build_metrics(targets: Iterable[str] = ()) -> Metrics:
         cancel_results=list(CancelResult),
         connect_phases=list(ConnectPhase),
         target_names=targets,
+        shard_map_words={"verdict": Verdict, "result": ParkResult, "purpose": QUERY_PURPOSES},
     )

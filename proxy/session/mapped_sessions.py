@@ -48,9 +48,11 @@ Report = Callable[[RelayEnd], None]
 
 
 class Locate(Protocol):
-    """Returns where routing keys are now, None for one that no mapping covers."""
+    """Returns where routing keys of a map are now, None for one that no mapping covers."""
 
-    def __call__(self, routing_keys: Sequence[bytes], /) -> Awaitable[Sequence[Located | None]]:
+    def __call__(
+        self, map_id: UUID, routing_keys: Sequence[bytes], /
+    ) -> Awaitable[Sequence[Located | None]]:
         """Raises ProxyError if it cannot be known now."""
 
 
@@ -218,7 +220,8 @@ class MappedSessions:
         keys = [session.admitted_by.routing_key for session in sessions]
         moved: list[MappedSession] = []
         drain_ends: dict[UUID, float] = {}
-        for session, located in zip(sessions, await self._locate(keys), strict=True):
+        found = await self._locate(sessions[0].admitted_by.map_id, keys)
+        for session, located in zip(sessions, found, strict=True):
             if located is not None and located.mapping.mapping_id != session.mapping_id:
                 self._register_under(session, located.mapping.mapping_id)
             seconds = self._seconds_left(session.admitted_by, located)

@@ -187,7 +187,7 @@ class Upstreams(Mapping[str, Upstream]):
         resources = self._resources(targets.values())
         self._upstreams = {
             name: self._kept(name, target, before or {})
-            or self.factory.make(name, target, resources[self.factory.account_key(target)])
+            or self.factory.make(name, target, resources.get(self.factory.account_key(target)))
             for name, target in targets.items()
         }
         self._use = self.keep_open()
@@ -220,6 +220,12 @@ class Upstreams(Mapping[str, Upstream]):
         """The accounts in use, each once."""
         accounts = dict.fromkeys(upstream.account for upstream in self._upstreams.values())
         return [account for account in accounts if account is not None]
+
+    def resources(self) -> Iterator[tuple[AccountKey, Resource]]:
+        """Yield what tokens are minted for, with the account that the token is good for."""
+        for upstream in self._upstreams.values():
+            if upstream.resource is not None:
+                yield upstream.account_key, upstream.resource
 
     def _resources(self, targets: Iterable[UpstreamSettings]) -> dict[AccountKey, list[Resource]]:
         """Return the resources of each account: a token for one of them is good for all."""

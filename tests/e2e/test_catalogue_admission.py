@@ -50,7 +50,7 @@ class DirectSource:
         self.reached: list[str] = []
         self.fails = False
 
-    async def find(self, routing_key: bytes) -> Located:
+    async def find(self, routing_key: bytes, *, deadline: float | None = None) -> Located:
         if self.known is not None and self.known.mapping.status is Status.ONLINE:
             return self.known
         return await self.ask(routing_key)

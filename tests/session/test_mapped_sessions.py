@@ -51,7 +51,7 @@ class Catalogue:
         self.fails = False
         self.asked = 0
 
-    async def locate(self, routing_keys: Sequence[bytes]) -> Sequence[Located | None]:
+    async def locate(self, map_id: UUID, routing_keys: Sequence[bytes]) -> Sequence[Located | None]:
         self.asked += 1
         if self.fails:
             raise ProxyError(ErrorKind.CATALOGUE_UNREACHABLE)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 import pytest_asyncio
@@ -74,7 +75,7 @@ async def proxy(lakebase: Lakebase) -> AsyncIterator[App]:
 Routing = Callable[[StartupMessage], Awaitable[tuple[Route, SessionOpener]]]
 
 
-async def nowhere(routing_keys: Sequence[bytes]) -> Sequence[Located | None]:
+async def nowhere(map_id: UUID, routing_keys: Sequence[bytes]) -> Sequence[Located | None]:
     return [None for _ in routing_keys]
 
 

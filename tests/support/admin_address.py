@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from proxy.observe.metrics import Metrics
-from proxy.observe.status import Status, Token, WorkspaceApi, report
+from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
 from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
 
@@ -31,6 +31,7 @@ class Shown:
     hosts: dict[str, str] = field(default_factory=lambda: {"upstream": "ep-a.example.com"})
     shown_tokens: list[Token] = field(default_factory=list)
     shown_apis: list[WorkspaceApi] = field(default_factory=list)
+    shown_map: ShardMapStatus | None = None
     shown_warnings: list[str] = field(default_factory=list)
     uptime_seconds: float = 3.5
     acceleration: str = "used"
@@ -76,6 +77,14 @@ class Shown:
     def warnings(self) -> list[str]:
         """Return the warnings that the test has set."""
         return self.shown_warnings
+
+    def shard_map(self) -> ShardMapStatus | None:
+        """Return the shard map that the test has set."""
+        return self.shown_map
+
+    def catalogue_facts(self) -> CatalogueFacts:
+        """Return what is so without a catalogue."""
+        return CatalogueFacts()
 
     async def refresh(self) -> None:
         """Do nothing: it has no other processes."""

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from proxy.catalogue.schema import migrate_catalogue, migrate_shard
 from proxy.emulator.cluster import quoted
-from proxy.routing.shard_map import MapKeys, MapSpec
+from proxy.routing.shard_map import Kind, MapKeys, MapSpec
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
 
 MAP_NAME: Final = "tenants"
@@ -68,6 +68,8 @@ class Operator:
         """Add a mapping that is online. `high` is None for +inf; of a list, `low` is the key."""
         lo = b"" if low == "-inf" else self.keys.parse_key(low)
         hi = None if high is None else self.keys.parse_key(high)
+        if self.spec.kind is Kind.LIST:
+            hi = lo + b"\0"
         placed = Placed(uuid.uuid4(), lo, hi, shard)
         self.placed[placed.mapping_id] = placed
         await self._local(shard, _INSERT_LOCAL, placed.mapping_id, self.map_id, lo, hi, "online", 1)

@@ -99,3 +99,16 @@ async def test_the_compiled_context_is_made_with_the_upstream_and_not_by_its_fir
     tls.client_context("verify-full", str(path), accelerated=True)
     assert tls._compiled_context.cache_info().misses == made
     await registry.close()
+
+
+async def test_a_host_with_a_password_needs_no_resource_to_mint_for(tmp_path: Path) -> None:
+    password = tmp_path / "password"
+    password.write_text("not-a-real-password")
+    values = {
+        "upstream": {"host": "db.example.com", "user": "app"},
+        "credentials": {"password_file": str(password)},
+    }
+    registry = LocalWorkspaceRegistry(build_metrics(), version="1")
+    upstreams = Upstreams(Settings.model_validate(values), registry, lambda *_: None)
+    assert upstreams["upstream"].account is None
+    await registry.close()

@@ -101,15 +101,11 @@ def _impatient(settings: Settings) -> Settings:
     A port that refuses is reported soon. Python's own TLS can show the certificate.
     """
 
-    def section(target: UpstreamSettings) -> UpstreamSettings:
+    def impatient(target: UpstreamSettings) -> UpstreamSettings:
         seconds = min(target.connect_retry_seconds, CONNECT_RETRY_SECONDS_MAX)
         return target.model_copy(update={"connect_retry_seconds": seconds, "accelerated": False})
 
-    targets = {
-        name: section(target.inheriting(settings.upstream))
-        for name, target in settings.targets.items()
-    }
-    return settings.model_copy(update={"upstream": section(settings.upstream), "targets": targets})
+    return settings.with_targets(impatient)
 
 
 class _DialTimer(PhaseTimer):

@@ -30,7 +30,7 @@ from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.metrics import Metrics
 from proxy.observe.status import Status, Token, WorkspaceApi, report
 from proxy.observe.target_stats import OTHER
-from proxy.routing.router import Route, Router
+from proxy.routing.router import LookupResult, Route, Router, RouteResult
 from proxy.server.file_limit import full_detail, slots_max
 from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.snapshot import ConfigSnapshot
@@ -295,12 +295,14 @@ class App:
         try:
             route, upstream = await snapshot.route(startup)
         except ProxyError as error:
+            if error.kind is ErrorKind.MAPPING_NOT_FOUND:
+                self.metrics.key_looked_up(shard_map, LookupResult.MISS)
             if shard_map:
-                missed = error.kind is ErrorKind.MAPPING_NOT_FOUND
-                self.metrics.route_refused(shard_map, missed=missed)
+                self.metrics.client_routed(shard_map, RouteResult.REFUSED)
             raise
         if route.shard_map:
-            self.metrics.routed(shard_map, route.target)
+            self.metrics.key_looked_up(shard_map, LookupResult.HIT)
+            self.metrics.client_routed(shard_map, RouteResult.ROUTED, route.target)
         return route, upstream
 
     def _configure_metrics(self, snapshot: ConfigSnapshot) -> None:
@@ -406,5 +408,7 @@ def build_metrics(targets: Iterable[str] = ()) -> Metrics:
         startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure, TOO_MANY_STARTING],
         cancel_results=list(CancelResult),
         connect_phases=list(ConnectPhase),
+        lookup_results=list(LookupResult),
+        route_results=list(RouteResult),
         target_names=targets,
     )

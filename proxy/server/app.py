@@ -128,9 +128,7 @@ class App:
         self._configure_metrics(self.snapshot)
         self._tls = _listener_tls(settings.listen)
         self.slots = slots or Slots(slots_max(settings.listen), full_detail(settings.listen))
-        # A cancel is not a session's connect: its phases are not counted.
-        resolve = self.snapshot.upstreams.name_lookup.resolve
-        connector = Connector(lambda phase, seconds: None, resolve)
+        connector = Connector(self.snapshot.upstreams.name_lookup.resolve)
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
         self._sessions_max = slots_max(settings.listen)
         self.listener = self._make_listener(settings, starting_max)

@@ -79,8 +79,8 @@ class Workers(Protocol):
         """Whether one of them serves."""
 
     @property
-    def slots_taken(self) -> int:
-        """The slots that their sessions take."""
+    def slots_used(self) -> int:
+        """The slots that their sessions use."""
 
     def reading(self) -> Reading:
         """Return what they had counted when they were read last."""
@@ -238,7 +238,7 @@ class App:
     @property
     def session_slots_used(self) -> int:
         """The sessions that are served, and those whose upstream is being opened."""
-        return self.slots.taken if self.workers is None else self.workers.slots_taken
+        return self.slots.used if self.workers is None else self.workers.slots_used
 
     def target_names(self) -> Sequence[str]:
         """Return the names of the configured targets."""

@@ -14,7 +14,7 @@ from proxy import cli
 from proxy.config import load_settings, settings_keys
 from proxy.errors import ErrorKind
 from proxy.observe.admin import admin_app
-from tests.support.admin_address import Shown
+from tests.support.admin_address import ScriptedAdminState
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[dt]*/**/*.md"))]
@@ -114,7 +114,7 @@ def test_the_shard_map_of_the_readme_is_taken(tmp_path: Path) -> None:
 
 def test_the_readme_names_every_path_of_the_admin_address() -> None:
     shown = README.read_text()
-    for route in admin_app(Shown(), quit_allowed=True).routes:
+    for route in admin_app(ScriptedAdminState(), quit_allowed=True).routes:
         assert isinstance(route, Route)
         assert re.search(rf"[` 0]{route.path}[`>]", shown), route.path
 

@@ -11,7 +11,7 @@ from proxy.observe.status import Token
 from proxy.observe.target_stats import Carried
 from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
-from tests.support.admin_address import NOW, Shown
+from tests.support.admin_address import NOW, ScriptedAdminState
 
 
 def new_metrics() -> Metrics:
@@ -223,7 +223,7 @@ def test_a_refusal_is_counted_and_recorded() -> None:
 
 
 def test_tokens_and_drain_are_read_at_the_scrape() -> None:
-    metrics, shown = new_metrics(), Shown()
+    metrics, shown = new_metrics(), ScriptedAdminState()
     metrics.set_source(shown)
     assert metrics.value("draining") == 0
     assert "lakebase_proxy_token_age_seconds{" not in metrics.exposition().decode()

@@ -217,7 +217,7 @@ class App:
 
     @property
     def listen_address(self) -> str:
-        """Where clients connect, all addresses; empty before the listener is open."""
+        """The addresses where clients connect; empty before the listener is open."""
         return ", ".join(map(shown, self.listen_addresses))
 
     @property

@@ -54,7 +54,7 @@ class Outage:
 
     @property
     def failing_seconds(self) -> float:
-        """For how long the API has failed; 0 while it works."""
+        """The time for which the API has failed; 0 while it works."""
         return 0.0 if self.since is None else max(0.0, self._clock() - self.since)
 
     def refusal(self) -> ProxyError | None:

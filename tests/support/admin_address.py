@@ -53,7 +53,7 @@ class ScriptedAdminState:
 
     @property
     def lifecycle(self) -> "ScriptedAdminState":
-        """This object, which has the fields of a lifecycle."""
+        """The object itself, which has the fields of a lifecycle."""
         return self
 
     @property

@@ -30,14 +30,24 @@ from bench.bulk_copy import BulkCopy
 from bench.delayed_upstream import ONE_WAY_MILLISECONDS, delayed_upstream
 from bench.idle_upstream import idle_upstream
 from bench.measurements import Measurements
-from bench.options import BULK, CONNECT, MEMORY, PGBENCH, SOAK, START, STORM, WORKERS, Options
+from bench.options import (
+    BULK,
+    CONNECT,
+    CONNECT_STORM,
+    MEMORY,
+    PGBENCH,
+    SOAK,
+    START,
+    WORKERS,
+    Options,
+)
 from bench.postgres import Postgres, ServerAddress, postgres
 from bench.systems import BASE, HAPROXY, PGBOUNCER, PROXY, StartSystem, System, direct
 from bench.workspace import workspace
 
 _LOCAL: Final = "connect, on this machine"
 _DELAYED: Final = f"connect, PostgreSQL {ONE_WAY_MILLISECONDS:g} ms away"
-_ROUND_SUBJECTS: Final = frozenset({PGBENCH, BULK, CONNECT, STORM})
+_ROUND_SUBJECTS: Final = frozenset({PGBENCH, BULK, CONNECT, CONNECT_STORM})
 _Launch = Callable[[ServerAddress, Path, str], AbstractContextManager[System]]
 
 
@@ -85,8 +95,8 @@ class _Comparison:
             for number in range(options.rounds):
                 print_progress(f"round {number + 1} of {options.rounds}")
                 self._round(_rotated(local, number), _rotated(delayed, number), bulk)
-                if STORM in options.subjects and number < options.storm_rounds:
-                    self._storm(_rotated(local, number))
+                if CONNECT_STORM in options.subjects and number < options.connect_storm_rounds:
+                    self._connect_storm(_rotated(local, number))
 
     def workers(self) -> None:
         """Compare two workers with one, where this proxy can have two."""
@@ -169,8 +179,8 @@ class _Comparison:
             connect_time.measure(_LOCAL, options.connects, local, measurements)
             connect_time.measure(_DELAYED, options.delayed_connects, delayed, measurements)
 
-    def _storm(self, systems: list[System]) -> None:
-        count = self.options.storm_sessions
+    def _connect_storm(self, systems: list[System]) -> None:
+        count = self.options.connect_storm_sessions
         for system in systems:
             if system.name != HAPROXY:
                 connect_storm.measure(count, system, self.upstream, self.measurements)

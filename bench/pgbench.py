@@ -70,7 +70,7 @@ class Window:
 
     @property
     def throughput(self) -> float:
-        """Transactions a second."""
+        """The transactions a second."""
         return len(self.latencies) / self.seconds
 
 

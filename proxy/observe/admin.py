@@ -83,7 +83,7 @@ class AdminState(Protocol):
 
     @property
     def metrics(self) -> Metrics:
-        """Counts errors of the admin address itself."""
+        """The counters of errors of the admin address itself."""
 
     async def refresh(self) -> None:
         """Fetch what the proxy's other processes have counted, for `exposition` and `status`."""

@@ -61,9 +61,9 @@ _SAME_IN_EVERY_PROCESS: Final = frozenset(
 )
 
 
-# What became of a shard key, and of its client.
-_HIT, _MISS = "hit", "miss"
-_ROUTED, _REFUSED = "routed", "refused"
+def _known(word: str, words: Collection[str]) -> str:
+    """Return the word, or `other` if it is outside of its closed set."""
+    return word if word in words else OTHER
 
 
 class _WordCounter:
@@ -104,6 +104,8 @@ class Metrics:
         session_end_errors: Collection[str] = (),
         cancel_results: Iterable[str] = (),
         connect_phases: Iterable[str] = (),
+        lookup_results: Collection[str] = (),
+        route_results: Collection[str] = (),
         target_names: Iterable[str] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -122,7 +124,7 @@ class Metrics:
         self._session_end_errors = session_end_errors
         self._declare_sessions(session_end_outcomes, startup_failure_reasons, cancel_results)
         self._declare_upstream(connect_phases)
-        self._declare_routing()
+        self._declare_routing(lookup_results, route_results)
         self._declare_program(version)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -172,8 +174,11 @@ class Metrics:
             "token_mint_failures", "Attempts to get a token that failed."
         )
 
-    def _declare_routing(self) -> None:
+    def _declare_routing(
+        self, lookup_results: Collection[str], route_results: Collection[str]
+    ) -> None:
         self._names: tuple[str, ...] = ()
+        self._lookup_results, self._route_results = lookup_results, route_results
         self._routes = self._counter(
             "route",
             "Clients that a shard map routed or refused, by shard.",
@@ -233,7 +238,7 @@ class Metrics:
                 family.clear()
         if shard_map:
             self._mappings.labels(shard_map).set(mappings)
-            for result in (_HIT, _MISS):
+            for result in self._lookup_results:
                 self._lookups.labels(shard_map, result)
 
     def set_source(self, source: StatusSource) -> None:
@@ -279,16 +284,14 @@ class Metrics:
 
     # -- routing, upstream, workspace ------------------------------------------------------------
 
-    def routed(self, shard_map: str, shard: str) -> None:
-        """Count a client whose key led to a shard."""
-        self._lookups.labels(shard_map, _HIT).inc()
-        self._routes.labels(shard_map, self.targets.label(shard), _ROUTED).inc()
+    def key_looked_up(self, shard_map: str, result: str) -> None:
+        """Count a shard key by the result of its look-up."""
+        self._lookups.labels(shard_map, _known(result, self._lookup_results)).inc()
 
-    def route_refused(self, shard_map: str, *, missed: bool) -> None:
-        """Count a client without a shard; `missed`: no mapping covers its key."""
-        if missed:
-            self._lookups.labels(shard_map, _MISS).inc()
-        self._routes.labels(shard_map, "", _REFUSED).inc()
+    def client_routed(self, shard_map: str, result: str, shard: str = "") -> None:
+        """Count a client by what the shard map did with it, and by its shard if it has one."""
+        label = self.targets.label(shard) if shard else ""
+        self._routes.labels(shard_map, label, _known(result, self._route_results)).inc()
 
     def connect_phase_took(self, phase: str, seconds: float, target: str = OTHER) -> None:
         """Record a completed phase of connecting to an upstream."""

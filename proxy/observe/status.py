@@ -85,7 +85,7 @@ class StatusSource(Protocol):
 
     @property
     def listen_address(self) -> str:
-        """Where clients connect; empty before the listener is open."""
+        """The addresses where clients connect; empty before the listener is open."""
 
     @property
     def sessions_max(self) -> int:

@@ -30,7 +30,7 @@ from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.metrics import Metrics
 from proxy.observe.status import Status, Token, WorkspaceApi, report
 from proxy.observe.target_stats import OTHER
-from proxy.routing.router import Route, Router
+from proxy.routing.router import LookupResult, Route, Router, RouteResult
 from proxy.server.file_limit import full_detail, slots_max
 from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.snapshot import ConfigSnapshot
@@ -79,8 +79,8 @@ class Workers(Protocol):
         """Whether one of them serves."""
 
     @property
-    def slots_taken(self) -> int:
-        """The slots that their sessions take."""
+    def slots_used(self) -> int:
+        """The slots that their sessions use."""
 
     def reading(self) -> Reading:
         """Return what they had counted when they were read last."""
@@ -128,9 +128,7 @@ class App:
         self._configure_metrics(self.snapshot)
         self._tls = _listener_tls(settings.listen)
         self.slots = slots or Slots(slots_max(settings.listen), full_detail(settings.listen))
-        # A cancel is not a session's connect: its phases are not counted.
-        resolve = self.snapshot.upstreams.name_lookup.resolve
-        connector = Connector(lambda phase, seconds: None, resolve)
+        connector = Connector(self.snapshot.upstreams.name_lookup.resolve)
         self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
         self._sessions_max = slots_max(settings.listen)
         self.listener = self._make_listener(settings, starting_max)
@@ -219,7 +217,7 @@ class App:
 
     @property
     def listen_address(self) -> str:
-        """Where clients connect, all addresses; empty before the listener is open."""
+        """The addresses where clients connect; empty before the listener is open."""
         return ", ".join(map(shown, self.listen_addresses))
 
     @property
@@ -240,7 +238,7 @@ class App:
     @property
     def session_slots_used(self) -> int:
         """The sessions that are served, and those whose upstream is being opened."""
-        return self.slots.taken if self.workers is None else self.workers.slots_taken
+        return self.slots.used if self.workers is None else self.workers.slots_used
 
     def target_names(self) -> Sequence[str]:
         """Return the names of the configured targets."""
@@ -295,12 +293,14 @@ class App:
         try:
             route, upstream = await snapshot.route(startup)
         except ProxyError as error:
+            if error.kind is ErrorKind.MAPPING_NOT_FOUND:
+                self.metrics.key_looked_up(shard_map, LookupResult.MISS)
             if shard_map:
-                missed = error.kind is ErrorKind.MAPPING_NOT_FOUND
-                self.metrics.route_refused(shard_map, missed=missed)
+                self.metrics.client_routed(shard_map, RouteResult.REFUSED)
             raise
         if route.shard_map:
-            self.metrics.routed(shard_map, route.target)
+            self.metrics.key_looked_up(shard_map, LookupResult.HIT)
+            self.metrics.client_routed(shard_map, RouteResult.ROUTED, route.target)
         return route, upstream
 
     def _configure_metrics(self, snapshot: ConfigSnapshot) -> None:
@@ -406,5 +406,7 @@ def build_metrics(targets: Iterable[str] = ()) -> Metrics:
         startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure, TOO_MANY_STARTING],
         cancel_results=list(CancelResult),
         connect_phases=list(ConnectPhase),
+        lookup_results=list(LookupResult),
+        route_results=list(RouteResult),
         target_names=targets,
     )

@@ -88,8 +88,6 @@ class Listener:
 
         Raises OSError when one cannot be listened on.
         """
-        # Not a TaskGroup: it would wrap what the block raises into an ExceptionGroup. No task is
-        # lost, because leaving the block waits for all of them.
         try:
             loop = asyncio.get_running_loop()
             listening = open_sockets(self._settings)
@@ -164,7 +162,7 @@ class Listener:
 
     def _is_flooded(self) -> bool:
         """Return whether there is no room for one more that starts. Count each that is closed."""
-        starting = len(self._open_sessions) - self._slots.taken
+        starting = len(self._open_sessions) - self._slots.used
         if starting < self._starting_max:
             return False
         self._metrics.startup_failed(TOO_MANY_STARTING)

@@ -25,7 +25,7 @@ from proxy.session.starting_client import ClientGone, StartingClient
 from proxy.transport.sockets import is_unix
 from proxy.transport.stream import StartupStream
 from proxy.upstream.dialer import UpstreamSession
-from proxy.upstream.phases import DialProgress
+from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstreams import SessionOpener
 from proxy.wire.client_startup import CancelReceived, Disconnected, StartupReceived, Violated
 from proxy.wire.messages import ErrorResponse
@@ -64,7 +64,7 @@ class Session:
     nothing of the startup.
     """
 
-    __slots__ = ("_entry", "_log", "_parts", "_progress", "_starting_client")
+    __slots__ = ("_entry", "_log", "_parts", "_phases", "_starting_client")
 
     def __init__(self, stream: StartupStream, entry: OpenSession, parts: SessionParts) -> None:
         # Bytes on a unix socket do not leave the machine: TLS is refused there, as by PostgreSQL.
@@ -73,7 +73,7 @@ class Session:
         self._entry = entry
         self._parts = parts
         self._log = SessionLog(parts.metrics, parts.tls_advice, entry.started_at)
-        self._progress = DialProgress()
+        self._phases = DialPhases()
 
     async def run(self) -> None:
         """Serve the connection from accept to close."""
@@ -84,7 +84,7 @@ class Session:
                 self._log.ended(self._entry.relay.ended(EndReason.SHUTDOWN))
             raise
         except ClientGone:
-            self._log.client_gone(self._progress)
+            self._log.client_gone(self._phases)
         except ProxyError as error:
             self._refuse(error)
         except ClientViolation as violation:
@@ -153,7 +153,7 @@ class Session:
                 route, opener = await self._parts.route(startup)
                 self._log.routed(route)
                 self._entry.refuse_if_draining()
-                upstream = await opener.open(route.message, self._progress, route.fallback)
+                upstream = await opener.open(route.message, self._phases, route.fallback)
         except asyncio.CancelledError:
             # A drain has begun, and this client still waits for an answer.
             self._refuse(ProxyError(ErrorKind.SHUTTING_DOWN))

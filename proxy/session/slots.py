@@ -11,10 +11,10 @@ from proxy.errors import ErrorKind, ProxyError
 
 
 class SlotSource(Protocol):
-    """Slots for sessions; `taken` are those of this process."""
+    """Slots for sessions; `used` are those of this process."""
 
     @property
-    def taken(self) -> int: ...
+    def used(self) -> int: ...
 
     def take(self) -> AbstractContextManager[None]:
         """Hold a slot while the block runs. Raises ProxyError when none is free."""
@@ -27,7 +27,7 @@ class Slots:
         """`full_detail` is the DETAIL of the 53300 error."""
         self._slots_max = slots_max
         self._full_detail = full_detail
-        self.taken = 0
+        self.used = 0
 
     def take(self) -> AbstractContextManager[None]:
         """Hold a slot while the block runs. Raises ProxyError when none is free."""
@@ -35,10 +35,10 @@ class Slots:
 
     def __enter__(self) -> None:
         """Take a slot. Slots are only counted, so one object serves every holder."""
-        if self.taken >= self._slots_max:
+        if self.used >= self._slots_max:
             raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS, self._full_detail)
-        self.taken += 1
+        self.used += 1
 
     def __exit__(self, *_: object) -> None:
         """Release a slot."""
-        self.taken -= 1
+        self.used -= 1

@@ -102,7 +102,7 @@ class StartingClient:
         self._stream.write(self._machine.accept(welcome))
 
     def hand_over(self, protocol: asyncio.Protocol) -> bytes:
-        """Give the connection to another protocol. Return what the client sent early."""
+        """Pass the connection to another protocol. Return what the client sent early."""
         return self._machine.trailing_data() + self._stream.hand_over(protocol)
 
     async def close(self) -> None:

@@ -25,7 +25,7 @@ from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import CredentialSource, Dialer, UpstreamSession
 from proxy.upstream.name_lookup import NameLookup
 from proxy.upstream.password_file import PasswordFile
-from proxy.upstream.phases import DialProgress, PhaseTimer, RecordTargetPhase
+from proxy.upstream.phases import DialPhases, RecordTargetPhase
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.client import WorkspaceSource
 from proxy.workspace.registry import (
@@ -47,12 +47,12 @@ class SessionOpener(Protocol):
     async def open(
         self,
         client: StartupMessage,
-        progress: DialProgress,
+        phases: DialPhases,
         fallback: StartupMessage | None = None,
     ) -> UpstreamSession:
         """Open a session for this client; with `fallback` if the database does not exist.
 
-        `progress` shows meanwhile what it waits for.
+        `phases` shows meanwhile what it waits for.
 
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
@@ -85,14 +85,12 @@ class Upstream:
     async def open(
         self,
         client: StartupMessage,
-        progress: DialProgress,
+        phases: DialPhases,
         fallback: StartupMessage | None = None,
-        *,
-        phases: PhaseTimer | None = None,
     ) -> UpstreamSession:
         """Return a session upstream for this client. Raises what `Dialer.dial` does."""
         with self.use:
-            return await self.dialer.dial(client, progress, fallback, phases=phases)
+            return await self.dialer.dial(client, phases, fallback)
 
 
 class Upstreams(Mapping[str, Upstream]):
@@ -194,12 +192,11 @@ class Upstreams(Mapping[str, Upstream]):
             credentials = account.token_source
         outage = None if account is None else account.outage
         lookup = AddressLookup(target, resource, workspace, self._registry.calls, outage=outage)
-        record_phase = partial(self._record_phase, name)
         dialer = Dialer(
-            Connector(record_phase, self.name_lookup.resolve),
+            Connector(self.name_lookup.resolve),
             lookup,
             credentials,
-            record_phase,
+            partial(self._record_phase, name),
             connect_timeout_seconds=target.connect_timeout_seconds,
             connect_retry_seconds=target.connect_retry_seconds,
             connects_max=target.connects_max,

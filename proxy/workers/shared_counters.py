@@ -33,12 +33,12 @@ class SharedCounters:
         self._beats = numbers[2 * workers :]
 
     @property
-    def slots_taken(self) -> int:
-        """The slots that all workers have taken."""
+    def slots_used(self) -> int:
+        """The slots that all workers use."""
         return sum(self._slots)
 
     def slots_of(self, worker_number: int) -> int:
-        """Return the slots that a worker has taken."""
+        """Return the slots that a worker uses."""
         return self._slots[worker_number - 1]
 
     def add_slots(self, worker_number: int, change: int) -> None:
@@ -85,8 +85,8 @@ class SharedSlots:
         self._slots_max = slots_max
 
     @property
-    def taken(self) -> int:
-        """The slots that this worker has taken."""
+    def used(self) -> int:
+        """The slots that this worker uses."""
         return self._counters.slots_of(self._worker_number)
 
     @contextmanager
@@ -94,7 +94,7 @@ class SharedSlots:
         """Hold a slot while the block runs. Raises ProxyError when none is free."""
         self._counters.add_slots(self._worker_number, 1)
         try:
-            if self._counters.slots_taken > self._slots_max:
+            if self._counters.slots_used > self._slots_max:
                 raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS, self._full_detail)
             yield
         finally:

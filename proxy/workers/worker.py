@@ -56,16 +56,12 @@ def worker_settings(settings: Settings) -> Settings:
     It has no admin address, and its part, rounded up, of each `connects_max`.
     """
 
-    def part_of(section: UpstreamSettings) -> UpstreamSettings:
-        connects_max = math.ceil(section.connects_max / settings.listen.workers)
-        return section.model_copy(update={"connects_max": connects_max})
+    def part_of(target: UpstreamSettings) -> UpstreamSettings:
+        connects_max = math.ceil(target.connects_max / settings.listen.workers)
+        return target.model_copy(update={"connects_max": connects_max})
 
-    targets = {
-        name: part_of(target) if "connects_max" in target.given() else target
-        for name, target in settings.targets.items()
-    }
-    upstream, admin = part_of(settings.upstream), AdminSettings(enabled=False)
-    return settings.model_copy(update={"upstream": upstream, "targets": targets, "admin": admin})
+    admin = AdminSettings(enabled=False)
+    return settings.with_targets(part_of).model_copy(update={"admin": admin})
 
 
 class Worker:

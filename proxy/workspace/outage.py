@@ -29,7 +29,7 @@ _STATUS: Final = re.compile(r"HTTP \d+")
 _log = get_logger(__name__)
 
 
-class Call(Enum):
+class ApiCall(Enum):
     """What fails. Without a host no token is asked for, so that its look-up counts as well."""
 
     MINT = "mint"
@@ -46,7 +46,7 @@ class Outage:
         self._last_at = 0.0
         self._tries = 0
         self._logged = ("", "")
-        self._failing: set[Call] = set()
+        self._failing: set[ApiCall] = set()
         self.since: float | None = None
         """When the first call failed, in seconds since the epoch; None while the API works."""
         self.failure: ProxyError | None = None
@@ -54,7 +54,7 @@ class Outage:
 
     @property
     def failing_seconds(self) -> float:
-        """For how long the API has failed; 0 while it works."""
+        """The time for which the API has failed; 0 while it works."""
         return 0.0 if self.since is None else max(0.0, self._clock() - self.since)
 
     def refusal(self) -> ProxyError | None:
@@ -69,14 +69,14 @@ class Outage:
             return None
         return ProxyError(self.failure.kind, self.failure.detail, final=True)
 
-    def record_failure(self, call: Call, failure: ProxyError, backoff_seconds: float) -> None:
+    def record_failure(self, call: ApiCall, failure: ProxyError, backoff_seconds: float) -> None:
         """Record a failed call; log the first one, and each that fails in another way.
 
         A look-up that fails for good concerns its own target alone.
         """
         if failure.kind is ErrorKind.API_THROTTLED:
             return
-        if call is Call.LOOK_UP and not is_transient(failure):
+        if call is ApiCall.LOOK_UP and not is_transient(failure):
             return
         self._failing.add(call)
         now = self._clock()
@@ -100,9 +100,9 @@ class Outage:
                 backoff_seconds=round(backoff_seconds, 1),
             )
 
-    def record_success(self, call: Call) -> None:
+    def record_success(self, call: ApiCall) -> None:
         """Record a call that succeeded; log it if it ends an outage, as every mint does."""
-        self._failing -= {call} if call is Call.LOOK_UP else set(Call)
+        self._failing -= {call} if call is ApiCall.LOOK_UP else set(ApiCall)
         if self.since is None or self._failing:
             return
         seconds = round(self.failing_seconds, 1)

@@ -84,6 +84,29 @@ def test_an_empty_host_of_a_target_unsets_the_inherited_host_only() -> None:
     assert (settings.target("eu").endpoint, settings.target("eu").host) == (ENDPOINT, "")
 
 
+def test_a_change_of_all_targets_is_made_once_to_the_effective_values_of_each() -> None:
+    settings = Settings(
+        upstream=UpstreamSettings(endpoint=ENDPOINT, port=6000, connects_max=10),
+        workspaces={"eu": WorkspaceSettings(profile="eu")},
+        targets={
+            "inheriting": UpstreamSettings(database="shop"),
+            "own": UpstreamSettings(endpoint=ENDPOINT_EU, workspace="eu", connects_max=4),
+        },
+    )
+
+    def halved(target: UpstreamSettings) -> UpstreamSettings:
+        return target.model_copy(update={"connects_max": target.connects_max // 2})
+
+    changed = settings.with_targets(halved)
+    found = {name: changed.target(name).connects_max for name in changed.target_names()}
+    assert found == {"upstream": 5, "inheriting": 5, "own": 2}
+    for name in settings.target_names():
+        before = settings.target(name)
+        assert (
+            changed.target(name).model_copy(update={"connects_max": before.connects_max}) == before
+        )
+
+
 def test_an_unknown_target_has_no_values() -> None:
     with pytest.raises(KeyError):
         Settings().target("eu")

@@ -56,7 +56,7 @@ def _fail(call: Call, reply: faults.Reply | faults.Hang) -> Break:
 
 
 def _say(error: ErrorResponse) -> Break:
-    """Have the front end say it in answer to the StartupMessage, before it asks for anything."""
+    """Make the front end send it in answer to the StartupMessage, before it asks for anything."""
     return lambda lakebase: lakebase.gateway.inject(Stage.STARTUP, error.encode())
 
 

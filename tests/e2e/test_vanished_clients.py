@@ -51,7 +51,7 @@ async def proxy_of(cluster: Cluster, **upstream: object) -> AsyncIterator[tuple[
 
 @contextmanager
 def synchronous_standby_missing(cluster: Cluster) -> Iterator[None]:
-    """Let each synchronous COMMIT wait for a replica that does not exist."""
+    """Make each synchronous COMMIT wait for a replica that does not exist."""
     reload = "SELECT pg_reload_conf();"
     cluster.execute("ALTER SYSTEM SET synchronous_standby_names = 'missing';" + reload)
     try:

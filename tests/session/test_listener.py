@@ -231,7 +231,7 @@ OPTIONS = (
 
 @asynccontextmanager
 async def accepted_elsewhere() -> AsyncIterator[tuple[socket.socket, socket.socket]]:
-    """Give both ends of a TCP connection, the client's and the one that was accepted."""
+    """Yield both ends of a TCP connection, the client's and the one that was accepted."""
     loop = asyncio.get_running_loop()
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as client:
         client.setblocking(False)

@@ -69,7 +69,7 @@ async def transports() -> tuple[Peer, Peer, asyncio.Transport, asyncio.Transport
 
 @pytest_asyncio.fixture(params=["python", "compiled"])
 async def lanes(request: pytest.FixtureRequest) -> "AsyncIterator[Lanes | None]":
-    """Give what carries the reads: protocols and transports, or compiled lanes."""
+    """Yield what carries the reads: protocols and transports, or compiled lanes."""
     if request.param == "python":
         yield None
         return

@@ -22,7 +22,7 @@ ANSWER_SECONDS_MAX: Final = 5
 
 
 @dataclass
-class Shown:
+class ScriptedAdminState:
     """A proxy as the admin address sees it (`AdminState`, `StatusSource`), set by each test."""
 
     started: bool = True
@@ -52,8 +52,8 @@ class Shown:
     )
 
     @property
-    def lifecycle(self) -> "Shown":
-        """This object, which has the fields of a lifecycle."""
+    def lifecycle(self) -> "ScriptedAdminState":
+        """The object itself, which has the fields of a lifecycle."""
         return self
 
     @property

@@ -325,6 +325,6 @@ def tcp_pair(buffer_bytes: int = 0) -> tuple[socket.socket, socket.socket]:
 
 
 def bound_buffers(sock: socket.socket, count: int) -> None:
-    """Let the kernel hold so many bytes for a socket, in each direction."""
+    """Set how many bytes the kernel holds for a socket, in each direction."""
     for name in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         sock.setsockopt(socket.SOL_SOCKET, name, count)

@@ -59,7 +59,7 @@ class ProxyProcess:
 
     @property
     def listen_host(self) -> str:
-        """Where it listens; known once it serves."""
+        """The host where it listens; known once it serves."""
         return str(self.events("serving")[0]["host"])
 
     @property
@@ -103,7 +103,7 @@ class ProxyProcess:
         return sum(int(thread.read_text().split()[1]) for thread in threads) / 1e9
 
     def reset_peak(self) -> None:
-        """Let VmHWM begin anew."""
+        """Reset VmHWM."""
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
     def open_files(self) -> int:
@@ -205,7 +205,7 @@ def alive(pids: Sequence[int] | set[int]) -> set[int]:
 
 
 def handles(pid: int, number: signal.Signals) -> bool:
-    """Tell whether a process has a handler for a signal, as the kernel sees it."""
+    """Return whether a process has a handler for a signal, as the kernel sees it."""
     status = Path(f"/proc/{pid}/status").read_text()
     caught = re.search(r"^SigCgt:\s+([0-9a-f]+)$", status, re.MULTILINE)
     assert caught is not None

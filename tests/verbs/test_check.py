@@ -47,7 +47,7 @@ class Checked:
 
     @property
     def json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The object that `--json` prints."""
         assert self.out.count("\n") == 1
         found = json.loads(self.out)
         assert isinstance(found, dict)

@@ -151,7 +151,7 @@ async def _forward(
 
 @asynccontextmanager
 async def forgetful_network(api: emulator.Workspace) -> AsyncIterator[tuple[ForgetfulNetwork, str]]:
-    network = ForgetfulNetwork(api._port)
+    network = ForgetfulNetwork(api.port)
     async with await asyncio.start_server(network.serve, "127.0.0.1", 0) as server:
         yield network, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         network.close()

@@ -2,8 +2,8 @@
 
 A driver sends Terminate, and then closes at once or waits until the server has closed. Everything
 is real: the drivers, the proxy as a process of its own, TLS, PostgreSQL; what is counted is read
-from `/metrics`. For: `make closes`, and less of the same in the suite. Not for: clients that disappear
-(`tests/e2e/test_ends.py`).
+from `/metrics`. For: `make closes`, and less of the same in the suite. Not for: clients that
+disappear (`tests/e2e/test_ends.py`).
 """
 
 import argparse

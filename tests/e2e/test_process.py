@@ -247,3 +247,22 @@ async def test_a_start_with_a_standard_descriptor_closed_works(
                 assert file_of(pid, number) == os.devnull
         proxy.send(signal.SIGTERM)
         assert await proxy.ended() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_log_lines_begin_with_the_keys_that_a_service_wants(
+    lakebase: Lakebase, tmp_path: Path, workers: int
+) -> None:
+    sections: dict[str, dict[str, object]] = {
+        "listen": {"port": 0, "workers": workers},
+        "log": {"event_key": "message", "level_key": "severity", "format": "json"},
+    }
+    config = tmp_path / "proxy.toml"
+    config.write_text(toml(proxy_values(lakebase, sections)))
+    async with started_process("run", "--config", str(config)) as proxy:
+        await eventually(lambda: '"serving"' in proxy.err, "it serves", START_SECONDS_MAX)
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 0
+    assert len(proxy.lines) > 1
+    for line in proxy.lines:
+        assert list(line)[:3] == ["timestamp", "severity", "message"]

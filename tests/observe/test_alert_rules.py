@@ -26,6 +26,7 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import CancelRequest
 from tests.e2e.test_blocked_log import be_refused, full_pipe, proxy_logging_to
+from tests.support.admin_address import metrics_once
 from tests.support.client import plain_client, startup
 from tests.support.outages import (
     CLIENTS_A_MINUTE,
@@ -35,6 +36,7 @@ from tests.support.outages import (
     loop_is_blocked,
     running,
     scrape,
+    without_lag,
 )
 from tests.support.prometheus import ALERTS, ROOT, Alert, Expectations, Scrape, Timeline
 from tests.support.proxy_process import ProxyProcess, started_process
@@ -212,10 +214,10 @@ async def process(
 async def until_more(port: int, name: str, before: Scrape) -> Scrape:
     """Return the scrape in which a counter is higher than before."""
     (series,) = [one for one in before.values if one.startswith(f"lakebase_proxy_{name}")]
-    async with asyncio.timeout(WAIT_SECONDS_MAX):
-        while (now := await scrape(port)).values[series] <= before.values[series]:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-    return now
+    text = await metrics_once(
+        port, lambda text: Scrape.of(text).values[series] > before.values[series]
+    )
+    return Scrape.of(without_lag(text))
 
 
 async def test_a_log_that_nothing_reads_is_told(

@@ -21,7 +21,7 @@ import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.emulator.lakebase import Lakebase
-from tests.support.admin_address import ask
+from tests.support.admin_address import ask, metrics_once
 from tests.support.languages import (
     GO_ENVIRONMENT,
     GO_IS_THERE,
@@ -32,7 +32,7 @@ from tests.support.languages import (
     place,
 )
 from tests.support.proxy_process import ProxyProcess, run_to_end, started_process
-from tests.support.running import WAIT_SECONDS_MAX, proxy_values, psql_path, toml
+from tests.support.running import proxy_values, psql_path, toml
 
 CLOSES: Final = 1_000
 PROCESSES: Final = 4  # of one client at a time
@@ -169,7 +169,7 @@ async def close_politely(
 ) -> Closes:
     """Let a client connect and close so many times; return what the proxy counted meanwhile."""
     port = int(proxy.events("serving")[0]["admin_port"])
-    before, _ = await _counted(port)
+    before = _ends((await ask(port, "/metrics")).body.decode())
     began = time.monotonic()
     command = place(client, directory, str(proxy.listen_port))
     async with asyncio.TaskGroup() as running:
@@ -178,10 +178,8 @@ async def close_politely(
             running.create_task(_run(client, *command, str(number)))
     seconds = time.monotonic() - began
     # A session is counted when its upstream has closed too, and that may be after its client.
-    async with asyncio.timeout(WAIT_SECONDS_MAX):
-        while (counted := await _counted(port))[1]:  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.05)
-    return Closes(counted[0] - before, seconds)
+    after = await metrics_once(port, lambda text: "\nlakebase_proxy_connections 0.0\n" in text)
+    return Closes(_ends(after) - before, seconds)
 
 
 async def _run(client: Language, *command: str) -> None:
@@ -190,17 +188,16 @@ async def _run(client: Language, *command: str) -> None:
     assert code == 0, err
 
 
-async def _counted(port: int) -> tuple[Ends, float]:
-    """Return the sessions that have ended, and how many connections are open."""
-    ends, connections = Ends(), 0.0
-    text = (await ask(port, "/metrics")).body.decode()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == "lakebase_proxy_sessions_ended_total":
-                ends[sample.labels["outcome"], sample.labels["reason"]] += int(sample.value)
-            elif sample.name == "lakebase_proxy_connections":
-                connections += sample.value
-    return ends, connections
+def _ends(text: str) -> Ends:
+    """Return the sessions that have ended."""
+    return Ends(
+        {
+            (sample.labels["outcome"], sample.labels["reason"]): int(sample.value)
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == "lakebase_proxy_sessions_ended_total"
+        }
+    )
 
 
 async def soak(closes: int, clients: list[str]) -> bool:

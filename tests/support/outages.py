@@ -47,8 +47,12 @@ def refuses(reason: str) -> Alert:
 
 
 async def scrape(port: int, instance: str = "a", *, with_lag: bool = False) -> Scrape:
-    lines = (await ask(port, "/metrics")).body.decode().splitlines(keepends=True)
-    return Scrape.of("".join(line for line in lines if with_lag or LAG not in line), instance)
+    text = (await ask(port, "/metrics")).body.decode()
+    return Scrape.of(text if with_lag else without_lag(text), instance)
+
+
+def without_lag(text: str) -> str:
+    return "".join(line for line in text.splitlines(keepends=True) if LAG not in line)
 
 
 @dataclass

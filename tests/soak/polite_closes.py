@@ -167,7 +167,7 @@ class Closes:
 async def close_politely(
     client: Language, proxy: ProxyProcess, directory: Path, closes: int, processes: int = PROCESSES
 ) -> Closes:
-    """Let a client connect and close so many times; return what the proxy counted meanwhile."""
+    """Return what the proxy counts while a client connects and closes so many times."""
     port = int(proxy.events("serving")[0]["admin_port"])
     before = _ends((await ask(port, "/metrics")).body.decode())
     began = time.monotonic()

@@ -64,7 +64,7 @@ class Timeline:
 
     @property
     def minutes(self) -> float:
-        """When it ends."""
+        """The minutes until its end."""
         return self.begins_at_minute + len(self.frames) * SCRAPE_SECONDS / 60
 
     def add(self, minutes: float, before: Scrape, after: Scrape, per_seconds: float = 60) -> None:

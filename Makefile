@@ -18,7 +18,7 @@ FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pure lint format types test unit e2e fuzz bench soak fleet demo docs all clean
+.PHONY: help setup pure lint format types test unit e2e fuzz bench soak closes fleet demo docs all clean
 .PHONY: halves unit-e2e unit-rest
 
 help: ## show this list
@@ -87,6 +87,10 @@ bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (six min
 # ARGS: --sessions N, --keys N. 100,000 sessions took 24 minutes on two busy cores.
 soak: $(INSTALLED) ## 100,000 sessions over 1,000 shard keys: every one is on the right shard
 	@exec $(BIN)/python -m tests.soak.routing $(ARGS)
+
+# ARGS: --closes N, --clients NAME... Drivers that are not installed are left out, and it says so.
+closes: $(INSTALLED) ## 1,000 polite closes by each of seven clients: none is counted as lost
+	@exec $(BIN)/python -m tests.soak.polite_closes $(ARGS)
 
 # ARGS: --help lists the fleets, limits and outages to try. The default takes ten minutes.
 fleet: $(INSTALLED) ## simulate 20,000 proxies that share the workspace API's limit, in virtual time

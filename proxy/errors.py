@@ -532,6 +532,7 @@ NOT_THE_OPERATORS: Final = frozenset(
         ErrorKind.SETTING_UNKNOWN,
         ErrorKind.SETTING_INVALID,
         ErrorKind.ARGUMENT_INVALID,
+        ErrorKind.POOLER_PARAMETER,
         ErrorKind.PRIVILEGE_MISSING,
         ErrorKind.STARTUP_REFUSED,
         ErrorKind.KEY_MISSING,

@@ -102,6 +102,18 @@ async def test_clients_of_a_name_without_an_answer_delay_no_other_target(
         assert dns.asked.count(DEAD) <= 2 * workers
 
 
+async def test_w54_a_client_that_leaves_while_its_name_has_no_answer_waited_for_dns(
+    start_by_name: StartByName, dns: NameServer
+) -> None:
+    proxy = await start_by_name()
+    async with AsyncExitStack() as stack:
+        await dead_clients(proxy, stack, 1)
+        await eventually(lambda: DEAD in dns.asked, "the dead name is asked for")
+    left = "client left before its session was ready"
+    await eventually(lambda: proxy.events(left), "its line")
+    assert proxy.events(left)[0]["reason"] == "client_gone_dns"
+
+
 async def test_a_cancel_waits_for_no_look_up(
     start_by_name: StartByName, lakebase: Lakebase, dns: NameServer
 ) -> None:

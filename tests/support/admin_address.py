@@ -6,6 +6,7 @@ a real proxy shows there (`tests/e2e/test_observation.py`).
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ NOW: Final = 1_790_000_000.0
 
 # Far more than an answer on loopback takes; only a hang gets here.
 ANSWER_SECONDS_MAX: Final = 5
+SHOWN_SECONDS_MAX: Final = 30
 
 
 @dataclass
@@ -130,3 +132,11 @@ async def ask(
     return Answer(
         int(status_line.split(" ")[1]), {name.lower(): value for name, value in split}, body
     )
+
+
+async def metrics_once(port: int, shows: Callable[[str], bool]) -> str:
+    """Return the metrics as soon as they show something: it happens in another process."""
+    async with asyncio.timeout(SHOWN_SECONDS_MAX):
+        while not shows(text := (await ask(port, "/metrics")).body.decode()):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    return text

@@ -150,7 +150,10 @@ async def started_process(
 
 
 async def run_to_end(
-    program: Path | str, *arguments: str, environment: Mapping[str, str] | None = None
+    program: Path | str,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    seconds_max: float = START_SECONDS_MAX,
 ) -> tuple[int, str, str]:
     """Run any program and return its exit code, its output and its errors."""
     process = await asyncio.create_subprocess_exec(
@@ -162,7 +165,7 @@ async def run_to_end(
         env={**without_own_account(os.environ), **(environment or {})},
     )
     try:
-        async with asyncio.timeout(START_SECONDS_MAX):
+        async with asyncio.timeout(seconds_max):
             out, err = await process.communicate()
     finally:
         if process.returncode is None:

@@ -4,11 +4,15 @@ import asyncio
 import socket
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from proxy.transport import sockets
+from proxy.transport.stream import StartupStream
+from tests.support.loops import LOOPS, NewLoop, run
+from tests.support.peer import Peer
 from tests.transport.peers import Notes, linked
 
 
@@ -84,6 +88,56 @@ async def test_a_peers_end_is_seen_before_its_bytes_are_read() -> None:
         peer.shutdown(socket.SHUT_WR)  # on loopback it has arrived when this returns
         assert sockets.has_hung_up(transport)
         transport.abort()
+
+
+async def _reset_unseen(stream: StartupStream, peer: Peer) -> None:
+    peer.reset()
+
+
+async def _reset_after_the_end(stream: StartupStream, peer: Peer) -> None:
+    peer.close()
+    await stream.gone
+    stream.write(b"x")  # which the peer answers with RST
+
+
+async def _lost(stream: StartupStream, peer: Peer) -> None:
+    peer.reset()
+    await stream.gone
+    await asyncio.sleep(0)  # the transport closes after connection_lost
+
+
+async def _aborted(stream: StartupStream, peer: Peer) -> None:
+    stream.transport.abort()
+
+
+GOES_AWAY = (_reset_unseen, _reset_after_the_end, _lost, _aborted)
+CALLS = (
+    sockets.end_stream,
+    sockets.set_tcp_options,
+    sockets.set_user_timeout,
+    sockets.is_unix,
+    sockets.has_hung_up,
+    sockets.is_reset,
+    sockets.reset_on_close,
+)
+
+
+@LOOPS
+@pytest.mark.parametrize("goes_away", GOES_AWAY)
+@pytest.mark.parametrize("call", CALLS)
+def test_no_call_on_the_socket_of_a_peer_that_has_gone_fails(
+    new_loop: NewLoop,
+    goes_away: Callable[[StartupStream, Peer], Awaitable[None]],
+    call: Callable[[asyncio.Transport], object],
+) -> None:
+    # ENOTCONN, EBADF and uvloop's RuntimeError were taken for bugs of the proxy.
+    async def story() -> None:
+        async with linked() as (stream, peer):
+            await goes_away(stream, peer)
+            call(stream.transport)
+            await asyncio.sleep(0)
+
+    run(new_loop, story)
 
 
 def test_listening_again_on_a_port_that_is_taken_fails_and_leaves_nothing_open() -> None:

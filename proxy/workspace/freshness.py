@@ -27,18 +27,20 @@ RENEWAL_SECONDS_MIN: Final = 60.0
 RENEWAL_RANDOM_SECONDS_MAX: Final = 540.0
 RENEWAL_RETRY_AFTER_SECONDS_MAX: Final = 600.0
 
-# The first 429 doubles the accepted age; several in a row make it at least eight times as long as
-# they have lasted. Each mint that succeeds shortens it by a twentieth: while the limit is too low
-# for the fleet, that and the doubling balance when about one call in fifteen is a 429.
-LENGTHEN_FACTOR: Final = 2.0
+# The first 429 makes the accepted age ten times as long, so that the renewals of a fleet that
+# starts wait until all of it has had a first token; several in a row make it at least eight times
+# as long as they have lasted. Each mint that succeeds shortens it by a tenth: while the limit is
+# too low for the fleet, the two balance when about one call in twenty is a 429.
+LENGTHEN_FACTOR: Final = 10.0
 SHORTAGE_FACTOR: Final = 8.0
-SHORTEN_FACTOR: Final = 0.95
+SHORTEN_FACTOR: Final = 0.9
 # From an age of 0 it is lengthened to this, and shortened from less than this to the age set.
 LENGTHENED_SECONDS_MIN: Final = 60.0
 
-# The back-off of a first mint after a 429. It grows fast, because a whole fleet that starts shares
-# one limit, and it ends soon enough that the last of them get their token a minute after the rest.
-THROTTLED_DELAY: Final = Delay(4.0, 40.0, sure_share=0.6, growth=4.0)
+# The back-off of a first mint after a 429. The first one is short, because a few proxies may have
+# called at once. From the second one on a whole fleet is starting: then it is so long that calls
+# are a few times the limit, and so short that the last proxies get a token soon after the others.
+THROTTLED_DELAY: Final = Delay(4.0, 38.0, sure_share=0.6, growth=9.5)
 
 
 class Need(Enum):
@@ -107,8 +109,8 @@ class AcceptedAge:
     def lengthen(self, now: float, lifetime_seconds: float) -> None:
         """Accept older tokens after a 429, at most as old as a token is valid.
 
-        Twice the age at the first of several in a row; later ones show how long the API is short
-        of tokens, and what many proxies wait for so long cannot be renewed more often.
+        Ten times the age at the first of several in a row; later ones show how long the API is
+        short of tokens, and what many proxies wait for so long cannot be renewed more often.
         """
         if self._short_since is None or now < self._short_since:
             self._short_since = now

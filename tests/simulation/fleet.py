@@ -3,7 +3,8 @@
 Each proxy's real `LocalTokenSource` runs on an event loop whose clock jumps to the next timer. The
 API grants at most `limit` mints a second (a token bucket that holds one second's worth), and
 answers 429 above it. In an outage every call fails. A call takes 100 ms either way. Clients arrive
-at each proxy as a Poisson process.
+at each proxy as a Poisson process; those that a held token serves without a call are not simulated
+one by one, because nothing depends on them.
 
     python -m tests.simulation.fleet --proxies 20000 --limit 100 --until 1800
 """
@@ -26,6 +27,7 @@ from proxy.observe.metrics import Metrics
 from proxy.server.app import build_metrics
 from proxy.wire.secret import Secret
 from proxy.workspace.credential import Credential
+from proxy.workspace.freshness import REFRESH_AT
 from proxy.workspace.single_flight import PendingCalls
 from proxy.workspace.token_source import LocalTokenSource
 
@@ -165,25 +167,43 @@ class _Proxy:
         return EPOCH + self._loop.time()
 
     @property
-    def _holds_valid_token(self) -> bool:
+    def _valid_seconds(self) -> float:
+        """For how long the newest token is valid, 0 if it is not."""
         newest, margin = self.source.newest, CredentialsSettings().expiry_margin_seconds
-        return newest is not None and self._clock() < newest.expires_at - margin
+        return 0.0 if newest is None else max(0.0, newest.expires_at - margin - self._clock())
+
+    @property
+    def _quiet_seconds(self) -> float:
+        """For how long each client gets the newest token at once, and no call is made for it."""
+        newest, valid_seconds = self.source.newest, self._valid_seconds
+        if newest is None or not valid_seconds:
+            return 0.0
+        lifetime_seconds = newest.expires_at - newest.requested_at
+        usable_seconds = min(self.source.accepted_age_seconds, lifetime_seconds)
+        refresh_at = newest.requested_at + usable_seconds * REFRESH_AT
+        backoff_seconds = self.source._renewal_backoff.remaining_seconds
+        return min(valid_seconds, max(refresh_at - self._clock(), backoff_seconds))
 
     async def _mint(self) -> Credential:
-        return await self._api.mint(self._holds_valid_token)
+        return await self._api.mint(self._valid_seconds > 0)
 
     async def run(self, outcome: Outcome) -> None:
         """Open connections until the scenario ends."""
+        rate, until = self._scenario.connections_per_second, self._scenario.until
         await asyncio.sleep(self._start_at)
         waiting: set[asyncio.Task[None]] = set()
-        while self._loop.time() < self._scenario.until:
-            if self._holds_valid_token:
+        while self._loop.time() < until:
+            if self._valid_seconds:
                 await self._connect(outcome)  # waits for one call at most
+                await asyncio.sleep(2 * CALL_SECONDS)  # what it has started has ended
+                quiet_seconds = min(self._quiet_seconds, until - self._loop.time())
+                outcome.served += max(0, int(quiet_seconds * rate))
+                await asyncio.sleep(quiet_seconds + self._random.expovariate(rate))
             else:
                 task = asyncio.create_task(self._connect(outcome))
                 waiting.add(task)
                 task.add_done_callback(waiting.discard)
-            await asyncio.sleep(self._random.expovariate(self._scenario.connections_per_second))
+                await asyncio.sleep(self._random.expovariate(rate))
         if waiting:
             await asyncio.wait(waiting)
         outcome.accepted_ages.append(self.source.accepted_age_seconds)

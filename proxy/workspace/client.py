@@ -31,10 +31,14 @@ from proxy.workspace.sdk_import import WorkspaceClient
 
 T = TypeVar("T")
 
-# A token seems to expire sooner than any may be requested for: this machine's clock is ahead, if
-# the server's time says so too.
+# A token seems to expire sooner than any may be requested for, or to live longer than any: this
+# machine's clock is wrong, if the server's time says so too.
 _TOKEN_SECONDS_MIN: Final = 300.0
+_TOKEN_SECONDS_MAX: Final = 3600.0
 _CLOCK_AHEAD_SECONDS_MAX: Final = 60.0
+# As far as a clock may be ahead until no token is of use. Logins work with a clock that is behind,
+# but expired tokens are sent when the API fails, and certificates seem not to be valid yet.
+_CLOCK_BEHIND_SECONDS_MAX: Final = _TOKEN_SECONDS_MAX - _TOKEN_SECONDS_MIN
 
 # An instance has error kinds of its own: the hints for an endpoint do not apply.
 _INSTANCE_KINDS: Final = {
@@ -116,15 +120,18 @@ class Workspace:
         return self._ahead_seconds
 
     def _check_clock(self, minted: Minted) -> None:
-        """Raise ProxyError if a new token is of no use because this machine's clock is ahead."""
+        """Raise ProxyError if a new token is dated by a clock that is far from this machine's."""
         ahead_seconds = self._ahead_seconds
-        if ahead_seconds is None or ahead_seconds < _CLOCK_AHEAD_SECONDS_MAX:
+        if ahead_seconds is None or minted.expires_at is None:
             return
-        if minted.expires_at is not None:
-            lifetime_seconds = minted.expires_at - self._clock()
-            if -ahead_seconds < lifetime_seconds < _TOKEN_SECONDS_MIN:
-                detail = f"it is {ahead_seconds:.0f} s ahead of the workspace's"
-                raise ProxyError(ErrorKind.CLOCK_OFF, detail)
+        lifetime_seconds = minted.expires_at - self._clock()
+        is_ahead = ahead_seconds >= _CLOCK_AHEAD_SECONDS_MAX
+        if is_ahead and -ahead_seconds < lifetime_seconds < _TOKEN_SECONDS_MIN:
+            detail = f"it is {ahead_seconds:.0f} s ahead of the workspace's"
+            raise ProxyError(ErrorKind.CLOCK_OFF, detail)
+        if ahead_seconds < -_CLOCK_BEHIND_SECONDS_MAX and lifetime_seconds > _TOKEN_SECONDS_MAX:
+            detail = f"it is {-ahead_seconds:.0f} s behind the workspace's"
+            raise ProxyError(ErrorKind.CLOCK_OFF, detail)
 
     async def _call_about(self, resource: Resource, call: Callable[[WorkspaceClient], T]) -> T:
         """Make a call that names a resource. Raises ProxyError."""

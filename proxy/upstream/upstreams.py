@@ -28,6 +28,7 @@ from proxy.upstream.password_file import PasswordFile
 from proxy.upstream.phases import DialPhases, RecordTargetPhase
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.client import WorkspaceSource
+from proxy.workspace.login_settings import authorities_problem
 from proxy.workspace.registry import (
     AccountKey,
     TokenAccount,
@@ -209,7 +210,7 @@ class Upstreams(Mapping[str, Upstream]):
 
 def _check_root_certs(settings: Settings) -> None:
     """Raise ConfigurationError for files that cannot be used, now and not at the first dial."""
-    problems = []
+    problems = [*_workspace_root_certs(settings)]
     for name in settings.target_names():
         target = settings.target(name)
         try:
@@ -223,3 +224,12 @@ def _check_root_certs(settings: Settings) -> None:
             problems.append(Problem(key, text))
     if problems:
         raise ConfigurationError(problems)
+
+
+def _workspace_root_certs(settings: Settings) -> Iterator[Problem]:
+    """Yield a problem for each file of a workspace that cannot be used, also if none needs it."""
+    sections = {f"workspaces.{name}": one for name, one in settings.workspaces.items()}
+    for section, workspace in {"workspace": settings.workspace, **sections}.items():
+        path = workspace.ssl_root_cert
+        if path and (text := authorities_problem(path)):
+            yield Problem(f"{section}.ssl_root_cert", text)

@@ -22,7 +22,7 @@ from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
 from proxy.workspace.credential import Credential
-from proxy.workspace.login_settings import proxy_secrets, read_secret_file
+from proxy.workspace.login_settings import check_root_cert, proxy_secrets, read_secret_file
 from proxy.workspace.resources import Instance, Minted, Resource, ResourceStatus
 from proxy.workspace.sdk_client import connect
 from proxy.workspace.sdk_errors import is_login_refused, translate
@@ -184,6 +184,8 @@ class Workspace:
 
     def _call_client(self, call: Callable[[WorkspaceClient], T]) -> T:
         """Call with the present client, or a new one."""
+        if self._settings.ssl_root_cert:
+            check_root_cert(self._settings.ssl_root_cert)
         self._read_secret_file()
         client, generation = self._client, self._generation
         if client is not None:

@@ -79,16 +79,19 @@ class Workspace:
         *,
         version: str,
         discover: bool = True,
+        retries: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Without `discover`, log in with the settings, and the profile that they name, alone.
 
-        `clock` returns seconds since the epoch.
+        Without `retries`, report a connection that fails at once. `clock` returns seconds since the
+        epoch.
         """
         self._settings = settings
         self._timeout_seconds = credentials.mint_timeout_seconds
         self._version = version
         self._discover = discover
+        self._retries = retries
         self._clock = clock
         self._blocking_calls = BlockingCalls("databricks-sdk")
         self._client: WorkspaceClient | None = None
@@ -169,7 +172,8 @@ class Workspace:
 
         A failure is returned, not raised: the SDK's exception may hold a secret and is dropped.
         """
-        with bounded_requests(self._timeout_seconds, self._settings.ssl_root_cert) as sdk_call:
+        ca_file = self._settings.ssl_root_cert
+        with bounded_requests(self._timeout_seconds, ca_file, retries=self._retries) as sdk_call:
             try:
                 return self._call_client(call)
             except ProxyError as error:
@@ -207,6 +211,7 @@ class Workspace:
             version=self._version,
             timeout_seconds=self._timeout_seconds,
             discover=self._discover,
+            retries=self._retries,
         )
 
     def _drop_client(self, generation: object) -> None:

@@ -1,6 +1,6 @@
 """A fleet of proxies shares the workspace API's limit, in virtual time.
 
-The full sizes (20,000 proxies) are `make fleet`; these are scaled down, with the same ratios.
+Larger ones are `make fleet`; these are scaled down, with the same ratios.
 """
 
 import pytest

@@ -405,7 +405,7 @@ async def test_a_429_lengthens_the_accepted_age_and_successes_shorten_it() -> No
                 told.clock.move(700)
                 await told.shown()
         assert [line["log_level"] for line in lines] == ["warning"]
-        assert lines[0]["accepted_age_seconds"] == 600
+        assert lines[0]["accepted_age_seconds"] == 480
         lengthened = told.credentials.accepted_age_seconds
         assert lengthened > 2000
         told.mint.failure = None

@@ -261,7 +261,8 @@ class App:
         self.lifecycle.quit_asked.set()
 
     async def refresh(self) -> None:
-        """Ask the other processes what they have counted."""
+        """Read the password file, and ask the other processes what they have counted."""
+        await self.snapshot.read_password()
         if self.workers is not None:
             await self.workers.refresh()
 

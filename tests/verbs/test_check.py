@@ -184,7 +184,7 @@ async def test_a_workspace_that_refuses_is_told_soon_wherever_its_host_comes_fro
                 sections["upstream"] = {"workspace": "shop"}
                 profile = {"config_file": str(profiles), "profile": "DEFAULT"}
                 named = {"host": closed, **own} if how == "named" else profile
-                sections["workspaces.shop"] = named
+                sections["workspaces.shop"] = {**named}
                 sections["workspace"]["host"] = lakebase.workspace_url  # another one, which works
             case _:
                 sections["workspace"] |= {"host": "https://dbc.example.com", **own}

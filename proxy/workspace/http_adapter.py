@@ -47,7 +47,7 @@ class _Exchange:
         self._lock = threading.Lock()
 
     def connect(self, opened: socket.socket) -> None:
-        """Let `close` end a handshake too: TLS takes the socket itself over, so a copy is kept."""
+        """Keep a copy of the socket, which TLS takes over, so that `close` ends a handshake too."""
         with self._lock:
             self._forget_connecting()
             self._connecting = opened.dup()

@@ -171,13 +171,13 @@ class _Proxy:
 
     @property
     def _valid_seconds(self) -> float:
-        """For how long the newest token is valid, 0 if it is not."""
+        """The time for which the newest token is valid, 0 if it is not."""
         newest, margin = self.source.newest, CredentialsSettings().expiry_margin_seconds
         return 0.0 if newest is None else max(0.0, newest.expires_at - margin - self._clock())
 
     @property
     def _quiet_seconds(self) -> float:
-        """For how long each client gets the newest token at once, and no call is made for it."""
+        """The time for which each client gets the newest token at once, without a call."""
         newest, valid_seconds = self.source.newest, self._valid_seconds
         if newest is None or not valid_seconds:
             return 0.0

@@ -644,7 +644,7 @@ async def test_a_workspace_that_is_not_there_is_unreachable_and_then_back(
 
 
 async def test_the_time_of_a_request_is_taken_before_it_is_made(api: emulator.Workspace) -> None:
-    clock = FakeClock()
+    clock = FakeClock(time.time())
     settings = WorkspaceSettings(
         host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)
     )

@@ -198,6 +198,39 @@ def test_a_certificate_file_that_cannot_be_used_is_a_configuration_error(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("verb", ["run", "check"])
+@pytest.mark.parametrize("section", ["workspace", "workspaces.eu"])
+@pytest.mark.parametrize("content", [None, "not a certificate"], ids=["absent", "nonsense"])
+def test_a_ca_file_of_a_workspace_that_cannot_be_used_is_a_configuration_error(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    content: str | None,
+    section: str,
+    verb: str,
+) -> None:
+    # It was reported at the first mint, and as an API that cannot be reached.
+    file = tmp_path / "ca.pem"
+    if content is not None:
+        file.write_text(content)
+    flags = ["--listen.port", "0", "--admin.port", "0", f"--{section}.ssl_root_cert", str(file)]
+    flags += ["--workspaces.eu.profile", "eu"]
+    assert main([verb, *ENDPOINT, *flags]) == EXIT_USAGE
+    err = capsys.readouterr().err
+    assert f"{section}.ssl_root_cert: {file}" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("verb", ["run", "check"])
+@pytest.mark.parametrize("section", ["workspace", "workspaces.eu"])
+def test_a_workspace_host_with_a_path_is_a_configuration_error(
+    capsys: pytest.CaptureFixture[str], section: str, verb: str
+) -> None:
+    flags = [f"--{section}.host", "https://dbc.example.com/browse", "--workspaces.eu.profile", "eu"]
+    assert main([verb, *ENDPOINT, *flags]) == EXIT_USAGE
+    err = capsys.readouterr().err
+    assert f"{section}.host (flag --{section}.host): the workspace's address has a path" in err
+
+
 def test_a_host_that_is_not_ours_is_a_sentence_not_a_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -261,7 +261,8 @@ class App:
         self.lifecycle.quit_asked.set()
 
     async def refresh(self) -> None:
-        """Ask the other processes what they have counted."""
+        """Read the password file, and ask the other processes what they have counted."""
+        await self.snapshot.read_password()
         if self.workers is not None:
             await self.workers.refresh()
 
@@ -370,13 +371,15 @@ def log_serving(app: App) -> None:
 
 @asynccontextmanager
 async def open_snapshot(
-    settings: Settings, record_phase: RecordTargetPhase
+    settings: Settings, record_phase: RecordTargetPhase, *, retries: bool = True
 ) -> AsyncIterator[ConfigSnapshot]:
     """Yield the snapshot that sessions would be served by, without a listener.
 
+    Without `retries` a connection to a workspace that fails is reported at once.
     Raises ConfigurationError for a file that a setting names and that cannot be used.
     """
-    workspaces = LocalWorkspaceRegistry(build_metrics(settings.target_names()), version=__version__)
+    metrics = build_metrics(settings.target_names())
+    workspaces = LocalWorkspaceRegistry(metrics, version=__version__, retries=retries)
     try:
         yield ConfigSnapshot(settings, workspaces, record_phase)
     finally:

@@ -8,10 +8,12 @@ Invariant: a snapshot never changes. A session keeps the route and the upstream 
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
 from proxy.blocking import BlockingCalls
 from proxy.config import Files, Settings
+from proxy.errors import ProxyError
 from proxy.native import Acceleration, acceleration
 from proxy.observe.status import Token, WorkspaceApi
 from proxy.routing.router import Route, Router
@@ -98,21 +100,22 @@ class ConfigSnapshot:
         return [one for one in self.upstreams.accounts if one.token_source.newest is None]
 
     def workspace_apis(self) -> Sequence[WorkspaceApi]:
-        """Return whether tokens can be minted, for each account."""
-        outages = [
-            (account.name, account.outage)
-            for account in self.upstreams.accounts
-            if account.outage is not None
-        ]
+        """Return whether credentials can be had: for each account, and from the password file."""
         return [
             WorkspaceApi(
-                name,
+                outage.name,
                 outage.since,
                 outage.failing_seconds,
                 outage.failure.reason if outage.failure else "",
             )
-            for name, outage in outages
+            for outage in self.upstreams.outages
         ]
+
+    async def read_password(self) -> None:
+        """Read the password file, so that its outage is known without a client in this process."""
+        if self.upstreams.password_file is not None:
+            with suppress(ProxyError):  # it is recorded
+                await self.upstreams.password_file.fresh()
 
     def tokens(self) -> Sequence[Token]:
         """Return the times of each account's newest token."""

@@ -28,6 +28,8 @@ from proxy.upstream.password_file import PasswordFile
 from proxy.upstream.phases import DialPhases, RecordTargetPhase
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.client import WorkspaceSource
+from proxy.workspace.login_settings import authorities_problem
+from proxy.workspace.outage import Outage
 from proxy.workspace.registry import (
     AccountKey,
     TokenAccount,
@@ -118,6 +120,7 @@ class Upstreams(Mapping[str, Upstream]):
         self.name_lookup: NameLookup = (
             NameLookup(registry.calls) if before is None else before.name_lookup
         )
+        self.password_file = _password_file(settings, before)
         targets = {name: settings.target(name) for name in settings.target_names()}
         resources = self._resources(targets.values())
         self._upstreams = {
@@ -148,6 +151,14 @@ class Upstreams(Mapping[str, Upstream]):
     def close(self) -> None:
         """Close what no other configuration and no dial uses; the rest after its last use."""
         self._use.close()
+
+    @property
+    def outages(self) -> list[Outage]:
+        """Whether credentials can be had: of each account, and of the password file."""
+        outages = [account.outage for account in self.accounts]
+        if self.password_file is not None:
+            outages.append(self.password_file.outage)
+        return [outage for outage in outages if outage is not None]
 
     @property
     def accounts(self) -> list[TokenAccount]:
@@ -185,8 +196,8 @@ class Upstreams(Mapping[str, Upstream]):
         workspace = self._registry.workspace(key.workspace)
         account: TokenAccount | None = None
         credentials: CredentialSource
-        if password_file := self._settings.credentials.password_file:
-            credentials = PasswordFile(password_file)
+        if self.password_file is not None:
+            credentials = self.password_file
         else:
             account = self._registry.account(key, resources[key])
             credentials = account.token_source
@@ -207,9 +218,18 @@ class Upstreams(Mapping[str, Upstream]):
         return Upstream(target, key, resource, workspace, account, credentials, lookup, dialer, use)
 
 
+def _password_file(settings: Settings, before: Upstreams | None) -> PasswordFile | None:
+    """Return the file that all upstreams share; with the same path it is the one before."""
+    path = settings.credentials.password_file
+    found = before.password_file if before is not None else None
+    if found is not None and found.path == path:
+        return found
+    return PasswordFile(path) if path else None
+
+
 def _check_root_certs(settings: Settings) -> None:
     """Raise ConfigurationError for files that cannot be used, now and not at the first dial."""
-    problems = []
+    problems = [*_workspace_root_certs(settings)]
     for name in settings.target_names():
         target = settings.target(name)
         try:
@@ -223,3 +243,12 @@ def _check_root_certs(settings: Settings) -> None:
             problems.append(Problem(key, text))
     if problems:
         raise ConfigurationError(problems)
+
+
+def _workspace_root_certs(settings: Settings) -> Iterator[Problem]:
+    """Yield a problem for each file of a workspace that cannot be used, also if none needs it."""
+    sections = {f"workspaces.{name}": one for name, one in settings.workspaces.items()}
+    for section, workspace in {"workspace": settings.workspace, **sections}.items():
+        path = workspace.ssl_root_cert
+        if path and (text := authorities_problem(path)):
+            yield Problem(f"{section}.ssl_root_cert", text)

@@ -8,7 +8,6 @@ is its last step, because the later ones depend on it. No line shows a secret.
 import asyncio
 import getpass
 import json
-import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -38,7 +37,7 @@ from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import ConnectPhase, DialPhases
 from proxy.upstream.upstreams import Upstream
 from proxy.verbs.admin_client import REQUEST_SECONDS_MAX, running_proxy
-from proxy.verbs.check_facts import reach, upstream_facts
+from proxy.verbs.check_facts import reach, upstream_facts, workspace_host
 from proxy.verbs.check_report import PrintedReport, Report, Step
 from proxy.verbs.event_loop import PRINT_CONFIG, print_config, run_on_event_loop, serving_settings
 from proxy.verbs.stderr import fail
@@ -90,7 +89,8 @@ async def check(settings: Settings, report: Report, *, all_targets: bool = False
     """
     names = settings.target_names()
     usual = UPSTREAM if UPSTREAM in names else names[0]
-    async with open_snapshot(_impatient(settings), lambda *_: None) as snapshot:
+    opening = open_snapshot(_impatient(settings), lambda *_: None, retries=False)
+    async with opening as snapshot:
         for name in names if all_targets else [usual]:
             await _TargetCheck(settings, name, snapshot.upstreams[name], report).run()
 
@@ -226,7 +226,7 @@ class _TargetCheck:
         return [login, clock, ("credential", seconds, self._credential), endpoint]
 
     async def _login(self) -> str:
-        if host := self._settings.workspace.host or os.environ.get("DATABRICKS_HOST", ""):
+        if host := workspace_host(self._settings, self._upstream.settings):
             await reach(host)
         identity = await self._upstream.workspace.identity()
         return f"as {identity.role}, by {identity.auth_type}, at {identity.host}"

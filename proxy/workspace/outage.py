@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from enum import Enum
-from typing import Final
+from typing import Final, NamedTuple
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
@@ -30,18 +30,35 @@ _log = get_logger(__name__)
 
 
 class ApiCall(Enum):
-    """What fails. Without a host no token is asked for, so that its look-up counts as well."""
+    """What fails. Without a host no token is asked for, so that its look-up counts as well.
+
+    `READ` is of the password file.
+    """
 
     MINT = "mint"
     LOOK_UP = "look-up"
+    READ = "read"
+
+
+class Words(NamedTuple):
+    """The log events of an outage's begin and end."""
+
+    fails: str
+    works: str
+
+
+_API: Final = Words("the workspace API fails", "the workspace API works again")
 
 
 class Outage:
     """The failures in a row of the calls for one account."""
 
-    def __init__(self, name: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, name: str, clock: Callable[[], float] = time.time, words: Words = _API
+    ) -> None:
         """`name` is the account's. `clock` returns seconds since the epoch."""
-        self._name = name
+        self.name = name
+        self._words = words
         self._clock = clock
         self._last_at = 0.0
         self._tries = 0
@@ -89,8 +106,8 @@ class Outage:
         if cause != self._logged:
             self._logged = cause
             _log.warning(
-                "the workspace API fails",
-                workspace=self._name,
+                self._words.fails,
+                workspace=self.name,
                 call=call.value,
                 reason=failure.reason,
                 detail=failure.detail,
@@ -109,8 +126,8 @@ class Outage:
         tries, self._tries = self._tries, 0
         self.since, self.failure, self._logged = None, None, ("", "")
         _log.info(
-            "the workspace API works again",
-            workspace=self._name,
+            self._words.works,
+            workspace=self.name,
             failed_seconds=seconds,
             tries=tries,
         )

@@ -276,6 +276,35 @@ def test_a_client_secret_never_leaves_the_machine_in_plaintext(host: str, good: 
         assert "must be https://" in said[f"{section}.host"]
 
 
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        ("https://shop.cloud.databricks.com/sql/warehouses", "has a path"),
+        ("shop.cloud.databricks.com/browse", "has a path"),
+        ("https://shop.cloud.databricks.com/?a=b", "has a query"),
+        ("https://shop.cloud.databricks.com/#job", "has a query"),
+        ('"https://shop.cloud.databricks.com"', "in quotes"),
+        ("https://shop.cloud.databricks.com:4x", "no URL"),
+        ("https://shop cloud.databricks.com", "no valid host name"),
+        ("https://me:not-real@shop.cloud.databricks.com", "a user or a password"),
+        ("postgresql://shop.cloud.databricks.com", "must begin with https://"),
+    ],
+)
+def test_a_workspace_host_that_is_more_than_an_address_is_a_problem_of_its_key(
+    host: str, why: str
+) -> None:
+    # It was reported at the first mint, after the proxy had started.
+    for section in ("workspace", "workspaces.eu"):
+        said = refusals([f"--{section}.host={host}"])
+        assert why in said[f"{section}.host"]
+        assert "not-real" not in said[f"{section}.host"]
+
+
+@pytest.mark.parametrize("after", ["/", "/?o=123", "?o=123", " \n"])
+def test_what_is_harmless_after_a_workspace_host_is_no_problem(after: str) -> None:
+    WorkspaceSettings(host=f"https://shop.cloud.databricks.com{after}")
+
+
 # Listening
 
 

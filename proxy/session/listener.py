@@ -27,9 +27,11 @@ from proxy.session.memory_trim import MemoryTrim
 from proxy.session.slots import SlotSource
 from proxy.transport.stream import StartupStream
 
-# Connections that may be starting at a time. Clients that reconnect together are some hundreds;
-# more than this is a flood.
-STARTING_MAX: Final = 1000
+# Connections that may be starting at a time. Clients that reconnect together are some hundreds.
+STARTING_MAX: Final = 2000
+# From this number on each takes the place of one that is slow to start. None is slow in its first
+# moments: until then there is room for as many again.
+FLOOD_FROM: Final = 1000
 # A flood is logged once in this time.
 STARTING_WARNING_SECONDS: Final = 60.0
 TOO_MANY_STARTING: Final = "too_many_starting"  # its reason in the metrics
@@ -167,11 +169,13 @@ class Listener:
     def _is_flooded(self) -> bool:
         """Return whether there is no room for one more that starts. Count each that is closed."""
         starting = len(self._open_sessions) - self._slots.used
-        if starting < self._starting_max:
+        if starting < min(FLOOD_FROM, self._starting_max):
             return False
-        self._metrics.startup_failed(TOO_MANY_STARTING)
-        self._warn_of_flood(starting)
-        return not self._open_sessions.close_slow()
+        made_room = self._open_sessions.close_slow()
+        if made_room or starting >= self._starting_max:
+            self._metrics.startup_failed(TOO_MANY_STARTING)
+            self._warn_of_flood(starting)
+        return not made_room and starting >= self._starting_max
 
     def _warn_of_flood(self, starting: int) -> None:
         """Log that connections are cut, once in `STARTING_WARNING_SECONDS`."""

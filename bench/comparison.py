@@ -8,7 +8,7 @@ workers begin with programs started anew, because earlier load would change thei
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from bench import (
+    blocked_log,
     connect_storm,
     connect_time,
     large_results,
@@ -27,6 +28,7 @@ from bench import (
     workers,
 )
 from bench.bulk_copy import BulkCopy
+from bench.child_processes import ChildProcess
 from bench.delayed_upstream import ONE_WAY_MILLISECONDS, delayed_upstream
 from bench.idle_upstream import idle_upstream
 from bench.measurements import Measurements
@@ -34,6 +36,7 @@ from bench.options import (
     BULK,
     CONNECT,
     CONNECT_STORM,
+    LOG,
     MEMORY,
     PGBENCH,
     SOAK,
@@ -62,6 +65,8 @@ def run(options: Options, directory: Path, measurements: Measurements) -> None:
             comparison.rounds()
         if WORKERS in options.subjects:
             comparison.workers()
+        if LOG in options.subjects:
+            comparison.blocked_log()
         if START in options.subjects:
             comparison.startup_time()
         if MEMORY in options.subjects:
@@ -110,6 +115,18 @@ class _Comparison:
 
         seconds, rounds = self.options.loads[0].seconds, self.options.rounds
         workers.measure(start, rounds, seconds, self.upstream, self.measurements)
+
+    def blocked_log(self) -> None:
+        """Compare a log that nothing reads with one that is read."""
+        print_progress("log")
+
+        def start(prefix: Sequence[str | Path]) -> AbstractContextManager[ChildProcess]:
+            address, url = self.upstream.address, self.workspace_url
+            return launch.proxy_process(address, self.directory, url, prefix=prefix)
+
+        # A connection for each transaction needs longer than others for a number.
+        seconds, rounds = 3 * self.options.loads[0].seconds, self.options.rounds
+        blocked_log.measure(start, rounds, seconds, self.upstream, self.measurements)
 
     def startup_time(self) -> None:
         """Start the proxy several times."""

@@ -14,11 +14,14 @@ BULK: Final = "bulk"
 CONNECT: Final = "connect"
 CONNECT_STORM: Final = "storm"
 WORKERS: Final = "workers"
+LOG: Final = "log"
 MEMORY: Final = "memory"
 START: Final = "start"
 SOAK: Final = "soak"
 SHARD_MAPS: Final = "shardmap"  # the only subject that needs no PostgreSQL; takes a minute
-SUBJECTS: Final = (PGBENCH, BULK, CONNECT, CONNECT_STORM, WORKERS, START, MEMORY, SOAK, SHARD_MAPS)
+SUBJECTS: Final = (
+    *(PGBENCH, BULK, CONNECT, CONNECT_STORM, WORKERS, LOG, START, MEMORY, SOAK, SHARD_MAPS),
+)
 
 _EPILOGUE: Final = """\
 Five rounds take about six minutes, with --full half an hour. --publish writes

@@ -31,7 +31,7 @@ from proxy.observe.metrics import Metrics
 from proxy.observe.status import Status, Token, WorkspaceApi, report
 from proxy.observe.target_stats import OTHER
 from proxy.routing.router import LookupResult, Route, Router, RouteResult
-from proxy.server.file_limit import full_detail, slots_max
+from proxy.server.file_limit import forwards_max, full_error, slots_max
 from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, CancelResult, Elsewhere
@@ -127,9 +127,15 @@ class App:
         self.snapshot = ConfigSnapshot(settings, self.workspaces, self._record_phase)
         self._configure_metrics(self.snapshot)
         self._tls = _listener_tls(settings.listen)
-        self.slots = slots or Slots(slots_max(settings.listen), full_detail(settings.listen))
+        self.slots = slots or Slots(slots_max(settings.listen), full_error(settings.listen))
         connector = Connector(self.snapshot.upstreams.name_lookup.resolve)
-        self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
+        self.cancels = CancelForwarder(
+            self.cancel_keys,
+            connector,
+            self.metrics,
+            cancel_elsewhere,
+            forwards_max=forwards_max(settings.listen),
+        )
         self._sessions_max = slots_max(settings.listen)
         self.listener = self._make_listener(settings, starting_max)
         self.connection_source: ConnectionSource = self.listener

@@ -197,7 +197,13 @@ class Session:
         cancel_query = None
         if key is not None and opener.cancel_on_disconnect:
             cancel_query = partial(self._parts.cancels.cancel_disconnected, key)
-        relay = Relay(client.transport, stream.transport, cancel_query, self._parts.lanes())
+        relay = Relay(
+            client.transport,
+            stream.transport,
+            cancel_query,
+            self._parts.lanes(),
+            cancels_copy_only=opener.checks_connection,
+        )
         client.accept(upstream.startup.welcome(None if key is None else key.issued))
         self._starting_client = None  # from here on the client cannot be refused
         self._entry.relaying(relay)

@@ -1,13 +1,18 @@
 """Slots for sessions: `listen.max_connections` of them.
 
 A session takes one from its StartupMessage to its end; without a free one the client is refused
-with 53300 (W44). Connections that are still starting and cancel requests take none.
+with 53300 (W44), or with 53000 where the limit of open files is the bound. Connections that are
+still starting and cancel requests take none.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from functools import partial
+from typing import Final, Protocol
 
 from proxy.errors import ErrorKind, ProxyError
+
+FULL: Final = partial(ProxyError, ErrorKind.TOO_MANY_CONNECTIONS)
 
 
 class SlotSource(Protocol):
@@ -23,10 +28,10 @@ class SlotSource(Protocol):
 class Slots:
     """The slots of a proxy that has one process."""
 
-    def __init__(self, slots_max: int, full_detail: str = "") -> None:
-        """`full_detail` is the DETAIL of the 53300 error."""
+    def __init__(self, slots_max: int, full: Callable[[], ProxyError] = FULL) -> None:
+        """`full` makes the error for a client without a slot."""
         self._slots_max = slots_max
-        self._full_detail = full_detail
+        self._full = full
         self.used = 0
 
     def take(self) -> AbstractContextManager[None]:
@@ -36,7 +41,7 @@ class Slots:
     def __enter__(self) -> None:
         """Take a slot. Slots are only counted, so one object serves every holder."""
         if self.used >= self._slots_max:
-            raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS, self._full_detail)
+            raise self._full()
         self.used += 1
 
     def __exit__(self, *_: object) -> None:

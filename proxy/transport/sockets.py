@@ -168,9 +168,10 @@ def _listen_on_all(
     taken: set[str] = set()
     for host in hosts:
         absent: OSError | None = None
-        before = len(listening)
+        exists = False
         for family, address in _addresses_of(host):
-            if address in taken:
+            if address in taken:  # an earlier host has it, too
+                exists = True
                 continue
             try:
                 sock = opened.enter_context(_listen_on(family, address, port, backlog))
@@ -179,10 +180,11 @@ def _listen_on_all(
                     raise
                 absent = error
                 continue
+            exists = True
             taken.add(address)
             listening.append(sock)
             port = sock.getsockname()[1]
-        if absent is not None and len(listening) == before:
+        if absent is not None and not exists:
             raise absent
     return listening
 

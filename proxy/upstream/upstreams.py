@@ -44,7 +44,11 @@ class SessionOpener(Protocol):
 
     @property
     def cancel_on_disconnect(self) -> bool:
-        """Whether a CancelRequest is sent for a client that disappears."""
+        """Whether the query of a client that disappears is ended."""
+
+    @property
+    def checks_connection(self) -> bool:
+        """Whether the database does that itself; a CancelRequest then ends COPY data only."""
 
     async def open(
         self,
@@ -80,9 +84,13 @@ class Upstream:
 
     @property
     def cancel_on_disconnect(self) -> bool:
-        """Whether a CancelRequest is sent for a client that disappears."""
-        settings = self.settings
-        return settings.cancel_on_disconnect and settings.cancel_method == "cancel_request"
+        """Whether the query of a client that disappears is ended."""
+        return self.settings.cancel_on_disconnect
+
+    @property
+    def checks_connection(self) -> bool:
+        """Whether the database does that itself; a CancelRequest then ends COPY data only."""
+        return self.settings.cancel_method == "connection_check"
 
     async def open(
         self,

@@ -10,11 +10,12 @@ that take the last slot at the same moment may both be refused.
 
 import mmap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from proxy.errors import ErrorKind, ProxyError
+from proxy.errors import ProxyError
+from proxy.session.slots import FULL
 
 # Aligned to 8 bytes, a number is read and written in one piece on every machine that we know.
 _NUMBER_BYTES: Final = 8
@@ -76,10 +77,10 @@ class SharedSlots:
         counters: SharedCounters,
         worker_number: int,
         slots_max: int,
-        full_detail: str = "",
+        full: Callable[[], ProxyError] = FULL,
     ) -> None:
-        """`full_detail` is the DETAIL of the 53300 error."""
-        self._full_detail = full_detail
+        """`full` makes the error for a client without a slot."""
+        self._full = full
         self._counters = counters
         self._worker_number = worker_number
         self._slots_max = slots_max
@@ -95,7 +96,7 @@ class SharedSlots:
         self._counters.add_slots(self._worker_number, 1)
         try:
             if self._counters.slots_used > self._slots_max:
-                raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS, self._full_detail)
+                raise self._full()
             yield
         finally:
             self._counters.add_slots(self._worker_number, -1)

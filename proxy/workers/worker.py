@@ -24,7 +24,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.log_writer import FLUSH_SECONDS_MAX
 from proxy.observe.logs import configure_logging, flush_log, get_logger, worker_log
 from proxy.server.app import App, running
-from proxy.server.file_limit import full_detail, slots_max
+from proxy.server.file_limit import full_error, slots_max
 from proxy.server.router_factory import clear_map_cache, reread_in_thread
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
@@ -120,7 +120,7 @@ class Worker:
                 self._counters,
                 self._number,
                 slots_max(settings.listen),
-                full_detail(settings.listen),
+                full_error(settings.listen),
             ),
             cancel_elsewhere=self._cancel_elsewhere,
         )

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
+from statistics import median
 
 import psycopg
 import pytest
@@ -112,6 +113,26 @@ async def test_w54_a_client_that_leaves_while_its_name_has_no_answer_waited_for_
     left = "client left before its session was ready"
     await eventually(lambda: proxy.events(left), "its line")
     assert proxy.events(left)[0]["reason"] == "client_gone_dns"
+
+
+ROUNDS = 5
+CONNECTS = 20  # in each round, with and without the others
+SLOWER_MAX = 2.0  # the medians; 1.0 is usual
+
+
+async def test_a_healthy_targets_connects_take_no_longer_beside_a_dead_name(
+    start_by_name: StartByName,
+) -> None:
+    proxy = await start_by_name()
+    await connect(proxy)
+    alone: list[float] = []
+    beside: list[float] = []
+    for _ in range(ROUNDS):
+        alone += [await connect(proxy) for _ in range(CONNECTS)]
+        async with AsyncExitStack() as stack:
+            await dead_clients(proxy, stack)
+            beside += [await connect(proxy) for _ in range(CONNECTS)]
+    assert median(beside) < SLOWER_MAX * median(alone), (alone, beside)
 
 
 async def test_a_cancel_waits_for_no_look_up(

@@ -130,7 +130,7 @@ def _read_all(reader: int) -> None:
 
 
 def _fill(system: System, admin_port: int) -> None:
-    """Be refused with long lines until the log drops some."""
+    """Send connections that are refused with long lines until the log drops some."""
     conninfo = make_conninfo(**(system.parameters | {"options": f"-c {_LONG}"})).encode()
     for _ in range(_LINES_MAX):
         pq.PGconn.connect(conninfo).finish()

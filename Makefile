@@ -18,7 +18,7 @@ FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pure lint format types test unit e2e fuzz bench soak fleet demo docs all clean
+.PHONY: help setup pure lint format types test unit e2e fuzz bench soak closes fleet demo docs all clean
 .PHONY: halves unit-e2e unit-rest
 
 help: ## show this list
@@ -88,8 +88,13 @@ bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (six min
 soak: $(INSTALLED) ## 100,000 sessions over 1,000 shard keys: every one is on the right shard
 	@exec $(BIN)/python -m tests.soak.routing $(ARGS)
 
-# ARGS: --help lists the fleets, limits and outages to try. The default takes ten minutes.
-fleet: $(INSTALLED) ## simulate 20,000 proxies that share the workspace API's limit, in virtual time
+# ARGS: --closes N, --clients NAME... Drivers that are not installed are left out, and it says so.
+closes: $(INSTALLED) ## 1,000 polite closes by each of seven clients: none is counted as lost
+	@exec $(BIN)/python -m tests.soak.polite_closes $(ARGS)
+
+# ARGS: --help lists the fleets, limits and outages to try. The default is 20,000 proxies and a limit
+# of 100 a second, both scaled to a tenth, and takes less than a minute.
+fleet: $(INSTALLED) ## simulate proxies that share the workspace API's limit, in virtual time
 	@exec $(BIN)/python -m tests.simulation.fleet $(ARGS)
 
 # exec: no shell remains between make and the program. Ctrl-C reaches the program, make forwards a

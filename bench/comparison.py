@@ -8,7 +8,7 @@ workers begin with programs started anew, because earlier load would change thei
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from bench import (
+    blocked_log,
     connect_storm,
     connect_time,
     large_results,
@@ -27,17 +28,29 @@ from bench import (
     workers,
 )
 from bench.bulk_copy import BulkCopy
+from bench.child_processes import ChildProcess
 from bench.delayed_upstream import ONE_WAY_MILLISECONDS, delayed_upstream
 from bench.idle_upstream import idle_upstream
 from bench.measurements import Measurements
-from bench.options import BULK, CONNECT, MEMORY, PGBENCH, SOAK, START, STORM, WORKERS, Options
+from bench.options import (
+    BULK,
+    CONNECT,
+    CONNECT_STORM,
+    LOG,
+    MEMORY,
+    PGBENCH,
+    SOAK,
+    START,
+    WORKERS,
+    Options,
+)
 from bench.postgres import Postgres, ServerAddress, postgres
 from bench.systems import BASE, HAPROXY, PGBOUNCER, PROXY, StartSystem, System, direct
 from bench.workspace import workspace
 
 _LOCAL: Final = "connect, on this machine"
 _DELAYED: Final = f"connect, PostgreSQL {ONE_WAY_MILLISECONDS:g} ms away"
-_ROUND_SUBJECTS: Final = frozenset({PGBENCH, BULK, CONNECT, STORM})
+_ROUND_SUBJECTS: Final = frozenset({PGBENCH, BULK, CONNECT, CONNECT_STORM})
 _Launch = Callable[[ServerAddress, Path, str], AbstractContextManager[System]]
 
 
@@ -52,6 +65,8 @@ def run(options: Options, directory: Path, measurements: Measurements) -> None:
             comparison.rounds()
         if WORKERS in options.subjects:
             comparison.workers()
+        if LOG in options.subjects:
+            comparison.blocked_log()
         if START in options.subjects:
             comparison.startup_time()
         if MEMORY in options.subjects:
@@ -85,8 +100,8 @@ class _Comparison:
             for number in range(options.rounds):
                 print_progress(f"round {number + 1} of {options.rounds}")
                 self._round(_rotated(local, number), _rotated(delayed, number), bulk)
-                if STORM in options.subjects and number < options.storm_rounds:
-                    self._storm(_rotated(local, number))
+                if CONNECT_STORM in options.subjects and number < options.connect_storm_rounds:
+                    self._connect_storm(_rotated(local, number))
 
     def workers(self) -> None:
         """Compare two workers with one, where this proxy can have two."""
@@ -100,6 +115,18 @@ class _Comparison:
 
         seconds, rounds = self.options.loads[0].seconds, self.options.rounds
         workers.measure(start, rounds, seconds, self.upstream, self.measurements)
+
+    def blocked_log(self) -> None:
+        """Compare a log that nothing reads with one that is read."""
+        print_progress("log")
+
+        def start(prefix: Sequence[str | Path]) -> AbstractContextManager[ChildProcess]:
+            address, url = self.upstream.address, self.workspace_url
+            return launch.proxy_process(address, self.directory, url, prefix=prefix)
+
+        # A connection for each transaction needs longer than others for a number.
+        seconds, rounds = 3 * self.options.loads[0].seconds, self.options.rounds
+        blocked_log.measure(start, rounds, seconds, self.upstream, self.measurements)
 
     def startup_time(self) -> None:
         """Start the proxy several times."""
@@ -169,8 +196,8 @@ class _Comparison:
             connect_time.measure(_LOCAL, options.connects, local, measurements)
             connect_time.measure(_DELAYED, options.delayed_connects, delayed, measurements)
 
-    def _storm(self, systems: list[System]) -> None:
-        count = self.options.storm_sessions
+    def _connect_storm(self, systems: list[System]) -> None:
+        count = self.options.connect_storm_sessions
         for system in systems:
             if system.name != HAPROXY:
                 connect_storm.measure(count, system, self.upstream, self.measurements)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final
@@ -83,7 +83,7 @@ def proxy(
     with proxy_process(address, directory, workspace_url, more, base=base) as started:
         started.wait_until(lambda: _serving_port(started) is not None)
         pids = (started.pid, *descendants(started.pid))
-        yield System(BASE if base else PROXY, _local_parameters(_serving_port(started)), pids)
+        yield System(BASE if base else PROXY, local_parameters(_serving_port(started)), pids)
 
 
 def proxy_process(
@@ -93,8 +93,9 @@ def proxy_process(
     more: Mapping[str, str] | None = None,
     *,
     base: Path | None = None,
+    prefix: Sequence[str | Path] = (),
 ) -> AbstractContextManager[ChildProcess]:
-    """Run the proxy as `proxy` does, without waiting until it serves."""
+    """Run the proxy as `proxy` does, without waiting until it serves. `prefix` runs its command."""
     settings = {
         "LISTEN__PORT": "0",
         "LISTEN__MAX_CONNECTIONS": str(SESSIONS_MAX),
@@ -115,7 +116,7 @@ def proxy_process(
     # No personal Databricks account, and no HTTP proxy before the emulated workspace.
     environment |= {"DATABRICKS_CONFIG_FILE": os.devnull, "NO_PROXY": LOOPBACK}
     program = [sys.executable, "-m", "proxy"] if base is None else [installed_in(base)]
-    return child([*program, "run"], _log(directory, "proxy"), environment=environment)
+    return child([*prefix, *program, "run"], _log(directory, "proxy"), environment=environment)
 
 
 def installed_in(checkout: Path) -> Path:
@@ -140,7 +141,7 @@ def pgbouncer(address: ServerAddress, directory: Path, program: str) -> Iterator
             sessions_max=SESSIONS_MAX,
         )
     )
-    parameters = _local_parameters(port)
+    parameters = local_parameters(port)
     with child([program, configuration], log, account=account) as started:
         _wait_until_serving(started, parameters)
         yield System(PGBOUNCER, parameters, (started.pid,))
@@ -188,7 +189,7 @@ def _wait_until_serving(started: ChildProcess, parameters: dict[str, str]) -> No
     started.wait_until(lambda: pq.PGconn.ping(conninfo) == pq.Ping.OK)
 
 
-def _local_parameters(port: int | None) -> dict[str, str]:
+def local_parameters(port: int | None) -> dict[str, str]:
     """Return the libpq parameters of an application that connects to a local sidecar."""
     return {
         "host": LOOPBACK,

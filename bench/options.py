@@ -12,13 +12,16 @@ from bench.pgbench import Load
 PGBENCH: Final = "pgbench"
 BULK: Final = "bulk"
 CONNECT: Final = "connect"
-STORM: Final = "storm"
+CONNECT_STORM: Final = "storm"
 WORKERS: Final = "workers"
+LOG: Final = "log"
 MEMORY: Final = "memory"
 START: Final = "start"
 SOAK: Final = "soak"
 SHARD_MAPS: Final = "shardmap"  # the only subject that needs no PostgreSQL; takes a minute
-SUBJECTS: Final = (PGBENCH, BULK, CONNECT, STORM, WORKERS, START, MEMORY, SOAK, SHARD_MAPS)
+SUBJECTS: Final = (
+    *(PGBENCH, BULK, CONNECT, CONNECT_STORM, WORKERS, LOG, START, MEMORY, SOAK, SHARD_MAPS),
+)
 
 _EPILOGUE: Final = """\
 Five rounds take about six minutes, with --full half an hour. --publish writes
@@ -38,8 +41,8 @@ class Options:
     megabytes: int
     connects: int
     delayed_connects: int
-    storm_sessions: int
-    storm_rounds: int
+    connect_storm_sessions: int
+    connect_storm_rounds: int
     idle_sessions: int  # on PostgreSQL, where each is used as well
     scripted_sessions: tuple[int, ...]  # on a scripted upstream
     soak_minutes: float
@@ -116,8 +119,8 @@ def _options(flags: argparse.Namespace, subjects: frozenset[str]) -> Options:
         megabytes=flags.megabytes or (1024 if full else 256),
         connects=500 if full else 100,
         delayed_connects=100 if full else 30,
-        storm_sessions=500,
-        storm_rounds=flags.rounds if full else min(flags.rounds, 2),
+        connect_storm_sessions=500,
+        connect_storm_rounds=flags.rounds if full else min(flags.rounds, 2),
         idle_sessions=1000,
         scripted_sessions=(1000, 5000),
         soak_minutes=flags.soak,

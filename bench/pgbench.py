@@ -37,11 +37,13 @@ class Load:
     protocol: str  # simple, extended, prepared
     clients: int
     seconds: float
+    reconnects: bool = False  # a connection for each transaction
 
     @property
     def case(self) -> str:
         """The name in the table."""
-        return f"{self.protocol}, {self.clients} client{'s' * (self.clients > 1)}"
+        case = f"{self.protocol}, {self.clients} client{'s' * (self.clients > 1)}"
+        return case + ", new connections" * self.reconnects
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Window:
 
     @property
     def throughput(self) -> float:
-        """Transactions a second."""
+        """The transactions a second."""
         return len(self.latencies) / self.seconds
 
 
@@ -98,6 +100,7 @@ def _run(load: Load, run_seconds: float, system: System, upstream: Postgres) -> 
         *(upstream.binaries / "pgbench", "-n", "-S", "-M", load.protocol),
         *("-c", str(load.clients), "-j", str(min(load.clients, 2)), "-T", f"{run_seconds:.0f}"),
         *("-l", f"--log-prefix={prefix}"),
+        *(["-C"] if load.reconnects else []),
     ]
     samples: list[Sample] = []
     log = upstream.scratch / "pgbench.log"

@@ -3,7 +3,8 @@
 An `ErrorKind` is a row of a table: a stable reason word, the SQLSTATE, what the dialer may do about
 it, a sentence for the client, and a hint for the person who reads it. The words are a contract
 (metrics, alerts and tests use them); the sentences are not. Kinds that an operator counts as one
-share a word and its SQLSTATE, and differ in what the dialer does or the hint advises.
+share a word and its SQLSTATE, and differ in what the dialer does or the hint advises. Two words
+have several SQLSTATEs: `key_invalid`, and `out_of_resources`.
 
 Outside the code that raises it a failure is a `ProxyError` or a `CancelledError`, nothing else.
 Texts name parameters, hosts and roles, never a token, a password or a cancel key.
@@ -615,11 +616,19 @@ class ErrorKind(Enum):
         "the native role's password cannot be read",
         "Check credentials.password_file and its permissions.",
     )
+    # A bound that the proxy has counted itself, as PostgreSQL's class 53 is; what only failed may
+    # succeed soon, or at the next host.
+    TOO_FEW_FILES = ErrorRow(
+        "out_of_resources",
+        "53000",
+        "the proxy's limit of open files allows no more connections",
+        "Raise the proxy's limit of open files: a session takes two.",
+    )
     OUT_OF_RESOURCES = ErrorRow(
         "out_of_resources",
         "57P03",
-        "the proxy has run out of file descriptors or memory",
-        "Raise the proxy's limit of open files: a session takes two.",
+        "the proxy has run out of file descriptors, threads or memory",
+        "Raise the limit that DETAIL names. " + _RETRY_HINT,
     )
     INTERNAL = ErrorRow(
         "internal_error", "XX000", "internal error in the proxy", "See the proxy's log."
@@ -635,6 +644,7 @@ NOT_THE_OPERATORS: Final = frozenset(
         ErrorKind.SETTING_UNKNOWN,
         ErrorKind.SETTING_INVALID,
         ErrorKind.ARGUMENT_INVALID,
+        ErrorKind.POOLER_PARAMETER,
         ErrorKind.PRIVILEGE_MISSING,
         ErrorKind.STARTUP_REFUSED,
         ErrorKind.KEY_MISSING,

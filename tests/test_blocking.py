@@ -12,7 +12,7 @@ from proxy.blocking import OVERDUE_MAX, THREADS_MAX, BlockingCalls, NoThreadFree
 
 @pytest.fixture
 def release() -> Iterator[threading.Event]:
-    """Let calls that hang go on at the end, so that no thread outlives the test."""
+    """Release calls that hang at the end, so that no thread outlives the test."""
     event = threading.Event()
     before = threading.active_count()
     yield event

@@ -5,7 +5,6 @@ need no emulator; serving and signals are in `e2e/test_process.py`.
 """
 
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -16,18 +15,8 @@ import pytest
 
 from proxy import __version__, cli, native
 from proxy.cli import main
-from proxy.config import ListenSettings
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
-from proxy.server.file_limit import (
-    FILES_RESERVED,
-    STARTING_MIN,
-    check_file_limit,
-    slots_max,
-    starting_max,
-)
-from proxy.session.listener import STARTING_MAX
 from tests.support.proxy_process import started_process
-from tests.support.running import captured_log
 
 ENDPOINT = ("--upstream.endpoint", "projects/p/branches/b/endpoints/e")
 SECRET = "not-a-real-secret"
@@ -198,6 +187,39 @@ def test_a_certificate_file_that_cannot_be_used_is_a_configuration_error(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("verb", ["run", "check"])
+@pytest.mark.parametrize("section", ["workspace", "workspaces.eu"])
+@pytest.mark.parametrize("content", [None, "not a certificate"], ids=["absent", "nonsense"])
+def test_a_ca_file_of_a_workspace_that_cannot_be_used_is_a_configuration_error(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    content: str | None,
+    section: str,
+    verb: str,
+) -> None:
+    # It was reported at the first mint, and as an API that cannot be reached.
+    file = tmp_path / "ca.pem"
+    if content is not None:
+        file.write_text(content)
+    flags = ["--listen.port", "0", "--admin.port", "0", f"--{section}.ssl_root_cert", str(file)]
+    flags += ["--workspaces.eu.profile", "eu"]
+    assert main([verb, *ENDPOINT, *flags]) == EXIT_USAGE
+    err = capsys.readouterr().err
+    assert f"{section}.ssl_root_cert: {file}" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("verb", ["run", "check"])
+@pytest.mark.parametrize("section", ["workspace", "workspaces.eu"])
+def test_a_workspace_host_with_a_path_is_a_configuration_error(
+    capsys: pytest.CaptureFixture[str], section: str, verb: str
+) -> None:
+    flags = [f"--{section}.host", "https://dbc.example.com/browse", "--workspaces.eu.profile", "eu"]
+    assert main([verb, *ENDPOINT, *flags]) == EXIT_USAGE
+    err = capsys.readouterr().err
+    assert f"{section}.host (flag --{section}.host): the workspace's address has a path" in err
+
+
 def test_a_host_that_is_not_ours_is_a_sentence_not_a_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -226,37 +248,3 @@ async def test_python_m_proxy_is_the_same_command() -> None:
     async with started_process("version") as proxy:
         assert await proxy.ended() == EXIT_OK
     assert (proxy.out, proxy.err) == (f"{__version__}\n", "")
-
-
-@pytest.mark.parametrize(("files_max", "warned"), [(2 * 10 + FILES_RESERVED, False), (147, True)])
-def test_a_limit_of_open_files_below_max_connections_is_a_warning_with_numbers(
-    files_max: int, warned: bool
-) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, hard))
-    try:
-        with captured_log() as log:
-            check_file_limit(ListenSettings(max_connections=10))
-            assert slots_max(ListenSettings(max_connections=10)) == (9 if warned else 10)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(log.above_info()) == warned
-    for line in log.above_info():
-        assert (line["limit"], line["needed"], line["connections_possible"]) == (147, 148, 9)
-        assert "ulimit -Hn" in line["hint"]
-
-
-def test_connections_that_are_starting_leave_the_sessions_their_files() -> None:
-    # A thousand were allowed whatever the limit: silent ones took the files of health and sessions.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    bounds = []
-    try:
-        for more in (0, 100, 2000):
-            limit = FILES_RESERVED + 2 * 50 + more
-            if hard != resource.RLIM_INFINITY and limit > hard:
-                pytest.skip(f"needs {limit} open files")
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            bounds.append(starting_max(ListenSettings(max_connections=50)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert bounds == [STARTING_MIN, 100, STARTING_MAX]

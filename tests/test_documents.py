@@ -14,7 +14,7 @@ from proxy import cli
 from proxy.config import load_settings, settings_keys
 from proxy.errors import ErrorKind
 from proxy.observe.admin import admin_app
-from tests.support.admin_address import Shown
+from tests.support.admin_address import ScriptedAdminState
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[dt]*/**/*.md"))]
@@ -87,7 +87,8 @@ def test_every_reason_exists_and_has_the_sqlstate_that_is_said(document: Path) -
     for words, sqlstate in rows:
         for reason in re.findall(r"`([a-z_]+)`", words):
             assert reason in KINDS
-            assert sqlstate in ("", KINDS[reason].sqlstate)
+            alike = {kind.value.sqlstate for kind in ErrorKind if kind.value.reason == reason}
+            assert sqlstate in {"", *alike}
 
 
 def test_every_reason_is_explained() -> None:
@@ -112,9 +113,17 @@ def test_the_shard_map_of_the_readme_is_taken(tmp_path: Path) -> None:
     load_settings(["--config", str(file)], {})
 
 
+def test_the_tree_of_the_architecture_names_every_module() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    tree = set(re.findall(r"\w+", text.partition("## The tree")[2].partition("\n## ")[0]))
+    sources = [path for path in (ROOT / "proxy").rglob("*") if path.suffix in (".py", ".pyx")]
+    assert {path.stem for path in sources} - {"__init__"} - tree == set()
+    assert len(text.splitlines()) < 300, "it is read at one sitting"
+
+
 def test_the_readme_names_every_path_of_the_admin_address() -> None:
     shown = README.read_text()
-    for route in admin_app(Shown(), quit_allowed=True).routes:
+    for route in admin_app(ScriptedAdminState(), quit_allowed=True).routes:
         assert isinstance(route, Route)
         assert re.search(rf"[` 0]{route.path}[`>]", shown), route.path
 

@@ -22,7 +22,7 @@ from proxy.catalogue.shard_upstreams import ShardUpstreams, target_name
 from proxy.errors import NOT_THE_OPERATORS, ErrorKind, ProxyError
 from proxy.upstream.connector import Connection
 from proxy.upstream.dialer import AdmittedBy, UpstreamSession
-from proxy.upstream.phases import DialProgress
+from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstreams import Upstream
 from proxy.wire.startup import StartupMessage
 
@@ -133,13 +133,18 @@ class AdmittingOpener:
 
     @property
     def cancel_on_disconnect(self) -> bool:
-        """Whether a CancelRequest is sent for a client that disappears."""
+        """Whether the query of a client that disappears is ended."""
         return self._upstream is not None and self._upstream.cancel_on_disconnect
+
+    @property
+    def checks_connection(self) -> bool:
+        """Whether the database does that itself; a CancelRequest then ends COPY data only."""
+        return self._upstream is not None and self._upstream.checks_connection
 
     async def open(
         self,
         client: StartupMessage,
-        progress: DialProgress,
+        phases: DialPhases,
         fallback: StartupMessage | None = None,
     ) -> UpstreamSession:
         """Open a session in the shard that has the key. Raises ProxyError or ClientViolation.
@@ -150,10 +155,10 @@ class AdmittingOpener:
         budget = _Budget(self._parts.connect_timeout_seconds, self._parts.clock)
         located, is_second = self._located, False
         if _is_offline(located):
-            located = await self._park(located, progress)
+            located = await self._park(located, phases)
         while True:  # bounded by the budget, and by the time in which it may be parked
             try:
-                opened = await self._dial(located, client, progress, budget)
+                opened = await self._dial(located, client, phases, budget)
             except ProxyError as error:
                 found = await self._after_failed_dial(error, located, budget)
                 failure, waits = error, False
@@ -166,7 +171,7 @@ class AdmittingOpener:
                 unchanged = is_second or _state(found) == _state(located)
                 waits = opened.consequence is Consequence.WAIT and unchanged
             if waits or _is_blocked(found):
-                located, is_second = await self._park(found, progress), False
+                located, is_second = await self._park(found, phases), False
             elif is_second:
                 raise failure
             else:
@@ -174,16 +179,14 @@ class AdmittingOpener:
                 self._parts.metrics.stale_retried(self._parts.map_name)
 
     async def _dial(
-        self, located: Located, client: StartupMessage, progress: DialProgress, budget: _Budget
+        self, located: Located, client: StartupMessage, phases: DialPhases, budget: _Budget
     ) -> UpstreamSession | Admission:
         """Return the session, or the admission that its shard did not give. Raises ProxyError."""
         parts = self._parts
         admitting = _Admitting(parts, located, self._routing_key) if parts.validate else None
         async with budget.spending() as seconds:
             self._upstream = upstream = await parts.shards.of(located.shard)
-            session = await upstream.open(
-                client, progress, admit=admitting, timeout_seconds=seconds
-            )
+            session = await upstream.open(client, phases, admit=admitting, timeout_seconds=seconds)
         parts.source.dial_succeeded(located)
         admission = None if admitting is None else admitting.admission
         if admission is not None and admission.consequence is not Consequence.SERVE:
@@ -231,7 +234,7 @@ class AdmittingOpener:
         except TimeoutError:
             raise refusal from None
 
-    async def _park(self, located: Located, progress: DialProgress) -> Located:
+    async def _park(self, located: Located, phases: DialPhases) -> Located:
         """Wait until the mapping is online, and return where it is then. Raises ProxyError."""
         parking, clock = self._parts.parking, self._parts.clock
         began = clock()
@@ -240,7 +243,7 @@ class AdmittingOpener:
         if parking.is_full or deadline <= began:
             parking.refused()
             raise refusal
-        progress.phase, progress.waits_for_slot = None, False
+        phases.current, phases.waits_for_slot = None, False
         with parking.place() as set_result:
             try:
                 while (left := deadline - clock()) > 0:

@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum, unique
-from typing import Final
 
 from proxy.catalogue.catalogue_reader import OpenReader
 from proxy.catalogue.feed import FATAL_KINDS, Feed, FeedCounts, FeedSettings, FeedState
@@ -20,8 +19,6 @@ from proxy.catalogue.snapshot_file import CataloguePlace
 from proxy.catalogue.snapshot_keeper import SnapshotKeeper
 from proxy.config import Settings
 from proxy.errors import ErrorKind, ProxyError
-
-LOOKUP_RESULTS: Final = ("hit", "miss", "negative")
 
 
 def place_of(settings: Settings) -> CataloguePlace:

@@ -19,6 +19,7 @@ from proxy.catalogue.map_state import MapState
 from proxy.catalogue.model import Located, Status
 from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.keys import fingerprint
+from proxy.routing.router import LookupResult
 from proxy.workspace.single_flight import PendingCalls, SingleFlight
 
 # Between two tries of a client whose key is not known while the catalogue cannot be reached.
@@ -90,7 +91,7 @@ class MapSource:
             located = self._state.find(routing_key)
         if located is None:
             return self._checked(await self._find_unknown(routing_key, deadline), routing_key)
-        self._record_lookup("hit")
+        self._record_lookup(LookupResult.HIT)
         if _is_offline(located):
             located = await self._ask_again(routing_key, located)
         return self._checked(located, routing_key)
@@ -154,9 +155,9 @@ class MapSource:
 
     async def _find_unknown(self, routing_key: bytes, deadline: float | None) -> Located | None:
         if self._state.is_missed(routing_key):
-            self._record_lookup("negative")
+            self._record_lookup(LookupResult.NEGATIVE)
             return None
-        self._record_lookup("miss")
+        self._record_lookup(LookupResult.MISS)
         delay, last = RETRY_SECONDS
         while True:  # bounded by the deadline
             try:

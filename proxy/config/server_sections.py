@@ -215,7 +215,7 @@ class AdminSettings(Section):
 
 
 class StartupSettings(Section):
-    """When `/startup` of the admin address succeeds."""
+    """When `/startup` of the admin address and `wait` succeed, and systemd is told READY."""
 
     require: Annotated[StartupRequirement, NEEDS_RESTART] = Field(
         default="token",

@@ -8,8 +8,8 @@ another (`cross_checks`), or acting on a setting.
 Invariant: a `Settings` depends on its arguments alone, and its repr shows no secret.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Final, Self
 
 from pydantic import AfterValidator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -114,6 +114,11 @@ class Settings(BaseSettings):
     def target(self, name: str) -> UpstreamSettings:
         """Return the effective values of a target. Raises KeyError for an unknown name."""
         return self.upstream if name == UPSTREAM else self.targets[name].inheriting(self.upstream)
+
+    def with_targets(self, change: Callable[[UpstreamSettings], UpstreamSettings]) -> Self:
+        """Return these settings with `change` made to the effective values of each target."""
+        targets = {name: change(self.target(name)) for name in self.targets}
+        return self.model_copy(update={"upstream": change(self.upstream), "targets": targets})
 
     def workspace_of(self, target: UpstreamSettings) -> WorkspaceSettings:
         """Return the workspace that issues the tokens for a target with these effective values.

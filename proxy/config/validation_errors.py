@@ -55,6 +55,7 @@ def problems_of(error: ErrorDetails, layers: Sequence[Layer]) -> Iterator[Proble
     key = key_at(path)
     shown = key is not None and not key.is_secret and not key.is_json
     value = repr(givers[0].find(path))[:_SHOWN_CHARACTERS_MAX]
+    shown = shown and "@" not in value  # a password may stand before it, as in a URL
     yield givers[0].problem(path, f"{text}, not {value}" if shown else text)
 
 

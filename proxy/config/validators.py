@@ -8,7 +8,7 @@ Invariant: an error says what the value must be, and never shows it: it may be a
 import re
 from collections.abc import Callable
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Final
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -16,6 +16,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, fiel
 from proxy.addresses import address_of, is_loopback
 from proxy.routing.key_sources import DatabasePattern
 
+BLANKS: Final = " \t\r\n\v\f\ufeff"  # the last one is the byte order mark
+QUOTES: Final = ('"', "'", "`")
+# The workspace's id, which the address bar of a browser shows.
+_WORKSPACE_QUERY: Final = re.compile(r"(o=\d*)?")
 # RFC 1123, with the underscore that private DNS zones use. 253 is the longest DNS name.
 _HOST_NAME = re.compile(r"(?=.{1,253}$)\w([\w.-]*[\w.])?", re.ASCII)
 _ENDPOINT = re.compile(r"projects/[^/\s]+/branches/[^/\s]+/endpoints/[^/\s]+")
@@ -34,6 +38,34 @@ def check_host(value: str) -> str:
     return value
 
 
+def workspace_address(value: str) -> str:
+    """Return the address of a workspace as scheme and host, without what is harmless.
+
+    Raises ValueError for what is not the address of a workspace alone.
+    """
+    text = value.strip(BLANKS)
+    if text[:1] in QUOTES or text[-1:] in QUOTES:
+        raise ValueError("the value is in quotes; remove them")
+    try:
+        parts = urlsplit(text if "://" in text else f"https://{text}")
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError("the workspace's address is no URL") from None
+    if parts.scheme not in ("https", "http"):
+        raise ValueError("the workspace's address must begin with https://")
+    if parts.path.strip("/"):
+        raise ValueError("the workspace's address has a path; give https://HOST alone")
+    if not _WORKSPACE_QUERY.fullmatch(parts.query) or parts.fragment:
+        raise ValueError("the workspace's address has a query; give https://HOST alone")
+    if "@" in parts.netloc:
+        raise ValueError("the workspace's address must not contain a user or a password")
+    try:
+        check_host(host or "")
+    except ValueError:
+        raise ValueError("the workspace's address has no valid host name") from None
+    return f"{parts.scheme}://{parts.netloc}"
+
+
 def check_workspace_host(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
@@ -41,6 +73,7 @@ def check_workspace_host(value: str) -> str:
             "must be https:// unless the host is this machine: otherwise the client secret can be"
             " read in transit"
         )
+    workspace_address(value)
     return value
 
 

@@ -73,7 +73,7 @@ class Connection:
         """Serve the connection until it ends, for any reason."""
         try:
             # A client may disconnect at any moment, also while it is told why it is refused.
-            with contextlib.suppress(StreamEnded, OSError):
+            with contextlib.suppress(StreamEnded):
                 await self._serve_and_finish()
         except asyncio.CancelledError:
             self._stream.reset()  # the gateway stops

@@ -6,17 +6,16 @@ that they share, which tests read and set.
 
 import asyncio
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Final, Self
 
 from proxy.emulator.certificates import Certificates
 from proxy.emulator.connection import Connection
 from proxy.emulator.endpoints import Endpoint
 from proxy.emulator.gateway_state import GatewayState, Record
+from proxy.emulator.held_port import HeldPort
 from proxy.emulator.streams import READ_BYTES_MAX, Stream
 from proxy.emulator.tokens import TokenIssuer
 
-LOOPBACK: Final = "127.0.0.1"
 # How many connections may wait for the accept loop.
 BACKLOG: Final = 1024
 
@@ -29,36 +28,38 @@ class Gateway(GatewayState):
     ) -> None:
         """The gateway accepts tokens of `issuer` only."""
         super().__init__(endpoints, certificates, issuer)
-        self.port = 0
+        self._port = HeldPort()
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
+    @property
+    def port(self) -> int:
+        """The number of the port, 0 before it is opened."""
+        return self._port.number
+
     async def refuse_connections(self) -> None:
-        """Close the port: new connections are refused, sessions continue. Reopen it with
-        `accept_connections`, on the same port number."""
+        """Refuse new connections until `accept_connections`; sessions continue."""
         if self._server is not None:
             self._server.close()
             self._server = None
+            self._port.hold()
 
     async def accept_connections(self) -> None:
-        """Open the port, with the same number as before if there was one."""
-        if self._server is None:
+        """Accept connections again, on the same port."""
+        listener = self._port.take()
+        if listener is not None:
             self._server = await asyncio.start_server(
-                self._accept, LOOPBACK, self.port, limit=READ_BYTES_MAX, backlog=BACKLOG
+                self._accept, sock=listener, limit=READ_BYTES_MAX, backlog=BACKLOG
             )
-            self.port = self._server.sockets[0].getsockname()[1]
 
     async def __aenter__(self) -> Self:
+        self._port.hold()
         await self.accept_connections()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.refuse_connections()
+        self._port.close()
         connections = list(self._connections)
         for connection in connections:
             connection.cancel()

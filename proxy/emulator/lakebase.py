@@ -22,7 +22,8 @@ from proxy.emulator.endpoints import (
     Dialect,
     Endpoint,
 )
-from proxy.emulator.gateway import LOOPBACK, Gateway
+from proxy.emulator.gateway import Gateway
+from proxy.emulator.held_port import LOOPBACK
 from proxy.emulator.tokens import Purpose
 from proxy.emulator.workspace import Workspace
 

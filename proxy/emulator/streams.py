@@ -125,7 +125,7 @@ class Stream:
         Bytes for a peer that has ended are discarded, as a socket does.
         """
         if self._tls is None:
-            self._writer.write(content)
+            self._send(content)
         else:
             view = memoryview(content)
             with contextlib.suppress(ssl.SSLError):  # the peer broke TLS; `read` records it
@@ -164,7 +164,7 @@ class Stream:
         """End with RST."""
         if not self._writer.transport.is_closing():
             connection = self._writer.get_extra_info("socket")
-            with contextlib.suppress(OSError):  # the client was first
+            with contextlib.suppress(OSError):  # some systems refuse it after a reset
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOTHING)
         self._writer.transport.abort()
 
@@ -180,8 +180,10 @@ class Stream:
             self._writer.transport.abort()
 
     def _send_fin(self) -> None:
+        """Send FIN, unless the peer has reset the connection, which the kernel may know first."""
         if not self._writer.transport.is_closing():
-            self._writer.write_eof()
+            with contextlib.suppress(OSError):
+                self._writer.write_eof()
 
     async def _receive(self) -> bytes:
         if self.ended_by is not None:
@@ -220,9 +222,11 @@ class Stream:
         return True
 
     def _flush(self) -> None:
-        pending = self._outgoing.read()
-        if pending and not self._writer.transport.is_closing():
-            self._writer.write(pending)
+        self._send(self._outgoing.read())
+
+    def _send(self, content: bytes) -> None:
+        if content and not self._writer.transport.is_closing():  # where uvloop's would raise
+            self._writer.write(content)
 
 
 def _record_server_name(tls: object, name: str | None, context: ssl.SSLContext) -> None:

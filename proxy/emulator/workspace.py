@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from email.utils import formatdate
-from types import TracebackType
 from typing import Final, Self
 
 import uvicorn
@@ -23,9 +22,9 @@ from starlette.routing import Route
 from proxy.emulator.api import TTL_SECONDS_MAX, Api, ApiRequest, Call, Mint
 from proxy.emulator.endpoints import Endpoint
 from proxy.emulator.faults import ENDLESS, HANG, NOT_FOUND, FaultList, Hang, Reply
+from proxy.emulator.held_port import LOOPBACK, HeldPort
 from proxy.emulator.tokens import Purpose
 
-LOOPBACK: Final = "127.0.0.1"
 # No reply takes longer. Requests that hang are released before the wait.
 _STOP_SECONDS_MAX: Final = 1.0
 _DRIP_SECONDS: Final = 0.2
@@ -48,14 +47,18 @@ class Workspace:
         self._faults: FaultList[Call, Reply | Hang] = FaultList()
         self._released = asyncio.Event()
         self._changed = asyncio.Condition()
-        self._port = 0
+        self._port = HeldPort()
         self._server: uvicorn.Server | None = None
-        self._port_holder: socket.socket | None = None
+
+    @property
+    def port(self) -> int:
+        """The number of the port, 0 before it is opened."""
+        return self._port.number
 
     @property
     def url(self) -> str:
         """The value for DATABRICKS_HOST."""
-        return f"http://{LOOPBACK}:{self._port}"
+        return f"http://{LOOPBACK}:{self.port}"
 
     @property
     def mints(self) -> list[Mint]:
@@ -80,35 +83,28 @@ class Workspace:
             await self._changed.wait_for(lambda: self.calls[call] >= times)
 
     async def refuse_connections(self) -> None:
-        """Close the port and all connections: new ones are refused. The port number is kept."""
+        """Close all connections, and refuse new ones until `accept_connections`."""
         await self._stop_listening()
-        self._port_holder = _bound_socket(self._port)
+        self._port.hold()
 
     async def accept_connections(self) -> None:
-        """Open the port again after `refuse_connections`."""
-        if self._port_holder is not None:
-            holder, self._port_holder = self._port_holder, None
-            await self._listen(holder)
+        """Accept connections again, on the same port."""
+        listener = self._port.take()
+        if listener is not None:
+            await self._listen(listener)
 
     def federation_token(self, client_id: str) -> str:
         """Return a token as an external issuer would sign it, for file-oidc and env-oidc."""
         return self.api.issuer.issue(client_id, Purpose.FEDERATION, TTL_SECONDS_MAX)
 
     async def __aenter__(self) -> Self:
-        listener = _bound_socket(0)
-        self._port = listener.getsockname()[1]
-        await self._listen(listener)
+        self._port.hold()
+        await self.accept_connections()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._stop_listening()
-        if self._port_holder is not None:
-            self._port_holder.close()
+        self._port.close()
 
     async def _answer(self, request: Request) -> Response:
         api_request = await self._parse_request(request)
@@ -184,11 +180,3 @@ class Workspace:
         self._release()
         if server.server_state.tasks:
             await asyncio.wait(server.server_state.tasks, timeout=_STOP_SECONDS_MAX)
-
-
-def _bound_socket(port: int) -> socket.socket:
-    """Return a socket bound to a port. Until it listens, connections are refused."""
-    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((LOOPBACK, port))
-    return bound

@@ -14,6 +14,7 @@ cdef int _LENGTH_MIN = 4
 cdef int _READY_LENGTH = 5
 cdef int _ENDS_MAX = 64
 cdef Py_ssize_t _SYNC_LOST = 1 << 62
+cdef Py_ssize_t _SKIP_MAX = 1 << 32
 
 
 cdef inline Py_ssize_t _length(const unsigned char* header) noexcept nogil:
@@ -71,6 +72,12 @@ cdef class Activity:
             and not (self._client_skip or self._client_stub_bytes)
             and not (self._upstream_skip or self._upstream_stub_bytes)
         )
+
+    @property
+    def copying(self) -> bool:
+        """Whether the client sends COPY data and has not ended it: the command cannot commit."""
+        followed = max(self._client_skip, self._upstream_skip) <= _SKIP_MAX
+        return self._copying and followed and not self._lost
 
     # -- the client's stream ---------------------------------------------------------------------
 

@@ -28,7 +28,6 @@ from starlette.types import ASGIApp
 from proxy.addresses import is_loopback
 from proxy.blocking import BlockingCalls
 from proxy.observe.admin_access import (
-    CONNECTIONS_MAX,
     BoundedProtocol,
     HostCheck,
     is_from_this_machine,
@@ -83,7 +82,7 @@ class AdminState(Protocol):
 
     @property
     def metrics(self) -> Metrics:
-        """Counts errors of the admin address itself."""
+        """The counters of errors of the admin address itself."""
 
     async def refresh(self) -> None:
         """Fetch what the proxy's other processes have counted, for `exposition` and `status`."""
@@ -120,6 +119,7 @@ def _verdict(good: bool) -> Response:
 
 def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
     """Return the HTTP application: GET and HEAD, and one POST; 404 for every other path."""
+    turn = asyncio.Lock()
 
     async def startup(_request: Request) -> Response:
         return _verdict(state.started)
@@ -132,11 +132,9 @@ def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
         return _verdict(True)
 
     async def metrics(_request: Request) -> Response:
-        await state.refresh()
         return Response(state.exposition(), headers={"Content-Type": EXPOSITION_CONTENT_TYPE})
 
     async def status(_request: Request) -> Response:
-        await state.refresh()
         return JSONResponse(state.status().as_dict())
 
     async def page(_request: Request) -> Response:
@@ -157,12 +155,31 @@ def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
         route("/startup", startup),
         route("/readiness", readiness),
         route("/liveness", liveness),
-        route("/metrics", metrics),
-        route("/status", status),
+        route("/metrics", _report(metrics, state, turn)),
+        route("/status", _report(status, state, turn)),
     ]
     if quit_allowed:
         routes.append(route("/quitquitquit", quitquitquit, "POST"))
     return Starlette(routes=routes)
+
+
+def _report(endpoint: Endpoint, state: AdminState, turn: asyncio.Lock) -> Endpoint:
+    """Return the endpoint such that one of them runs in a turn of the event loop.
+
+    It takes milliseconds. Clients that ask for it thousands of times must not delay a probe, which
+    takes some turns.
+    """
+
+    async def report(request: Request) -> Response:
+        await state.refresh()
+        async with turn:
+            if await request.is_disconnected():
+                return Response()
+            response = await endpoint(request)
+            await asyncio.sleep(0)
+            return response
+
+    return report
 
 
 def _guarded(endpoint: Endpoint, failed: Callable[[], None]) -> Endpoint:
@@ -203,7 +220,6 @@ def _embedded(app: ASGIApp) -> _EmbeddedServer:
             proxy_headers=False,
             headers=_EVERY_RESPONSE,
             backlog=_BACKLOG,
-            limit_concurrency=CONNECTIONS_MAX + 1,  # uvicorn refuses the one that reaches its limit
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )

@@ -1,11 +1,11 @@
 """Access to the admin address: which requests are allowed, and how long a connection may last.
 
 For: preventing a web page in a browser on this machine from reading the status or ending the proxy,
-and slow or idle connections from occupying the few connections that probes need. Not for: user
-authentication; the address is on loopback unless the configuration says otherwise.
+and connections that are slow, idle or not read from occupying the few that probes need. Not for:
+user authentication; the address is on loopback unless the configuration says otherwise.
 
-Invariant: nothing here waits. Every connection ends within `CONNECTION_SECONDS_MAX`, and one
-without a request is closed if another client needs its place.
+Invariant: nothing here waits. Every connection ends within `CONNECTION_SECONDS_MAX`, and the
+oldest is closed if another client needs its place.
 """
 
 import asyncio
@@ -22,9 +22,11 @@ from proxy.addresses import address_of
 # From connect to close, in any case. A scrape takes milliseconds, and a client that returns after
 # some seconds (a probe, a scraper, the page) can connect again.
 CONNECTION_SECONDS_MAX: Final = 10.0
-# Far more than probes and one or two scrapers need. Beyond it the oldest connection without a
-# request is closed for a new one; if all have a request, that is abuse and is answered with 503.
+# Far more than probes and one or two scrapers need. Beyond it the oldest connection is closed for a
+# new one, first of those without a request: a request that is old has a client that does not read.
 CONNECTIONS_MAX: Final = 64
+# A probe may be among the many that have just connected: it is not closed while others are older.
+_YOUNG_SECONDS: Final = 0.2
 
 # Headers that a browser adds to a page's POST, or an HTTP proxy in front of us to any request. The
 # peer's address then does not identify the client.
@@ -38,9 +40,9 @@ _OWN_ADDRESSES: Final = (address_of("127.0.0.1"), address_of("::1"))
 class BoundedProtocol(H11Protocol):
     """uvicorn's connection with two bounds that uvicorn does not have.
 
-    It ends after a fixed time, because uvicorn waits for a request without a limit. And if idle
-    connections occupy all places, a new one replaces the oldest of them. uvicorn would refuse the
-    new one, and a probe that is refused restarts the pod.
+    It ends after a fixed time, because uvicorn waits for a request without a limit. And if all
+    places are occupied, a new connection replaces the oldest one. uvicorn would refuse the new one,
+    and a probe that is refused restarts the pod.
     """
 
     # uvicorn narrows the argument as well: a TCP listener passes nothing else.
@@ -50,23 +52,23 @@ class BoundedProtocol(H11Protocol):
         self.opened = loop.time()
         self._end = loop.call_later(CONNECTION_SECONDS_MAX, transport.abort)
         if len(self.connections) > CONNECTIONS_MAX:
-            self._close_oldest_idle()
+            self._close_oldest()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end.cancel()
         super().connection_lost(exc)
 
-    def _close_oldest_idle(self) -> None:
-        """Abort the oldest of the other connections without a request, if there is one."""
-        silent = [
+    def _close_oldest(self) -> None:
+        """Abort another connection: if possible not a new one, and one without a request."""
+        others = [
             other
             for other in self.connections
-            if isinstance(other, BoundedProtocol) and other is not self and not other.has_request
+            if isinstance(other, BoundedProtocol) and other is not self
         ]
-        if silent:
-            oldest = min(silent, key=lambda other: other.opened)
-            self.connections.discard(oldest)  # at once: connection_lost is called later
-            oldest.transport.abort()
+        old_at = self.opened - _YOUNG_SECONDS
+        oldest = min(others, key=lambda each: (each.opened > old_at, each.has_request, each.opened))
+        self.connections.discard(oldest)  # at once: connection_lost is called later
+        oldest.transport.abort()
 
     @property
     def has_request(self) -> bool:

@@ -62,9 +62,9 @@ _SAME_IN_EVERY_PROCESS: Final = frozenset(
 )
 
 
-# What became of a shard key, and of its client.
-_HIT, _MISS, _NEGATIVE = "hit", "miss", "negative"
-_ROUTED, _REFUSED = "routed", "refused"
+def _known(word: str, words: Collection[str]) -> str:
+    """Return the word, or `other` if it is outside of its closed set."""
+    return word if word in words else OTHER
 
 
 class _WordCounter:
@@ -105,6 +105,8 @@ class Metrics:
         session_end_errors: Collection[str] = (),
         cancel_results: Iterable[str] = (),
         connect_phases: Iterable[str] = (),
+        lookup_results: Collection[str] = (),
+        route_results: Collection[str] = (),
         target_names: Iterable[str] = (),
         shard_map_words: Mapping[str, Iterable[str]] | None = None,
         clock: Callable[[], float] = time.time,
@@ -124,7 +126,7 @@ class Metrics:
         self._session_end_errors = session_end_errors
         self._declare_sessions(session_end_outcomes, startup_failure_reasons, cancel_results)
         self._declare_upstream(connect_phases)
-        self._declare_routing()
+        self._declare_routing(lookup_results, route_results)
         self.shard_maps = ShardMapMetrics(self._registry, PREFIX, shard_map_words or {})
         self._declare_program(version)
 
@@ -175,10 +177,13 @@ class Metrics:
             "token_mint_failures", "Attempts to get a token that failed."
         )
 
-    def _declare_routing(self) -> None:
+    def _declare_routing(
+        self, lookup_results: Collection[str], route_results: Collection[str]
+    ) -> None:
         self._names: tuple[str, ...] = ()
         self._target_names: tuple[str, ...] = ()
         self._shard_names: tuple[str, ...] = ()
+        self._lookup_results, self._route_results = lookup_results, route_results
         self._routes = self._counter(
             "route",
             "Clients that a shard map routed or refused, by shard.",
@@ -249,7 +254,7 @@ class Metrics:
         if shard_map:
             if not in_catalogue:
                 self._mappings.labels(shard_map).set(mappings)
-            for result in (_HIT, _MISS, *((_NEGATIVE,) if in_catalogue else ())):
+            for result in self._lookup_results:
                 self._lookups.labels(shard_map, result)
 
     def configure_shards(self, shard_map: str, mappings: int, names: Iterable[str] | None) -> None:
@@ -305,25 +310,17 @@ class Metrics:
 
     # -- routing, upstream, workspace ------------------------------------------------------------
 
-    def routed(self, shard_map: str, shard: str) -> None:
-        """Count a client whose key led to a shard."""
-        self._lookups.labels(shard_map, _HIT).inc()
-        self._routes.labels(shard_map, self.targets.label(shard), _ROUTED).inc()
+    def key_looked_up(self, shard_map: str, result: str) -> None:
+        """Count a shard key by the result of its look-up."""
+        self._lookups.labels(shard_map, _known(result, self._lookup_results)).inc()
 
-    def looked_up(self, shard_map: str, result: str) -> None:
-        """Count a look-up in a map that is in the catalogue."""
-        self._lookups.labels(shard_map, result).inc()
+    def client_routed(self, shard_map: str, result: str, shard: str = "") -> None:
+        """Count a client by what the shard map did with it, and by its shard if it has one.
 
-    def routed_to_shard(self, shard_map: str, target: str) -> None:
-        """Count a client whose key led to a shard of a map that is in the catalogue."""
-        label = self.targets.label(target).removeprefix(f"{shard_map}/")
-        self._routes.labels(shard_map, label, _ROUTED).inc()
-
-    def route_refused(self, shard_map: str, *, missed: bool) -> None:
-        """Count a client without a shard; `missed`: no mapping covers its key."""
-        if missed:
-            self._lookups.labels(shard_map, _MISS).inc()
-        self._routes.labels(shard_map, "", _REFUSED).inc()
+        A shard of a map in the catalogue is a target called MAP/SHARD.
+        """
+        label = self.targets.label(shard).removeprefix(f"{shard_map}/") if shard else ""
+        self._routes.labels(shard_map, label, _known(result, self._route_results)).inc()
 
     def connect_phase_took(self, phase: str, seconds: float, target: str = OTHER) -> None:
         """Record a completed phase of connecting to an upstream."""

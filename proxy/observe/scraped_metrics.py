@@ -74,7 +74,7 @@ def _token_metrics(source: StatusSource) -> Iterable[Metric]:
     )
     failing = GaugeMetricFamily(
         f"{PREFIX}_workspace_api_failing_seconds",
-        "Time since which every mint has failed; 0 while the workspace API works.",
+        "Time since which every mint, or read of the password file, has failed; 0 while it works.",
         labels=["workspace"],
     )
     for api in source.workspace_apis():

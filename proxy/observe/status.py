@@ -31,7 +31,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceApi:
-    """Whether tokens can be minted: since when not (seconds since 1970), and the last reason."""
+    """Whether tokens can be minted: since when not (seconds since 1970), and the last reason.
+
+    With a password in place of tokens, whether its file can be read; `workspace` is its key.
+    """
 
     workspace: str
     failing_since: float | None = None
@@ -114,7 +117,7 @@ class StatusSource(Protocol):
 
     @property
     def listen_address(self) -> str:
-        """Where clients connect; empty before the listener is open."""
+        """The addresses where clients connect; empty before the listener is open."""
 
     @property
     def sessions_max(self) -> int:

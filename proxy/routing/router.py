@@ -21,6 +21,7 @@ immutable: it serves every session until a reload makes another.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum, unique
 from typing import Final
 
 from proxy.errors import ErrorKind, ProxyError
@@ -38,6 +39,23 @@ from proxy.wire.startup import StartupMessage
 
 DEFAULT_PARAMETER: Final = "shard_key"
 DEFAULT_PATTERN: Final = DatabasePattern.parse("{database}@{shard_key}")
+
+
+@unique
+class LookupResult(StrEnum):
+    """Whether a shard map has a mapping for a client's key."""
+
+    HIT = "hit"
+    MISS = "miss"
+    NEGATIVE = "negative"  # it is known, for a moment, that the catalogue has none
+
+
+@unique
+class RouteResult(StrEnum):
+    """What a shard map did with a client."""
+
+    ROUTED = "routed"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,9 +33,9 @@ from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.metrics import Metrics
 from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
 from proxy.observe.target_stats import OTHER
-from proxy.routing.router import Route, Router
+from proxy.routing.router import LookupResult, Route, Router, RouteResult
 from proxy.server.catalogue_maps import CatalogueMaps
-from proxy.server.file_limit import full_detail, slots_max
+from proxy.server.file_limit import forwards_max, full_error, slots_max
 from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.map_service import MapService
 from proxy.server.snapshot import ConfigSnapshot
@@ -86,8 +86,8 @@ class Workers(Protocol):
         """Whether one of them serves."""
 
     @property
-    def slots_taken(self) -> int:
-        """The slots that their sessions take."""
+    def slots_used(self) -> int:
+        """The slots that their sessions use."""
 
     def reading(self) -> Reading:
         """Return what they had counted when they were read last."""
@@ -134,10 +134,14 @@ class App:
         self.cancel_keys = CancelKeys()
         self.workspaces = workspaces or LocalWorkspaceRegistry(self.metrics, version=__version__)
         self._tls = _listener_tls(settings.listen)
-        self.slots = slots or Slots(slots_max(settings.listen), full_detail(settings.listen))
-        # A cancel is not a session's connect: its phases are not counted.
-        connector = Connector(lambda phase, seconds: None, self._resolve)
-        self.cancels = CancelForwarder(self.cancel_keys, connector, self.metrics, cancel_elsewhere)
+        self.slots = slots or Slots(slots_max(settings.listen), full_error(settings.listen))
+        self.cancels = CancelForwarder(
+            self.cancel_keys,
+            Connector(self._resolve),
+            self.metrics,
+            cancel_elsewhere,
+            forwards_max=forwards_max(settings.listen),
+        )
         self.catalogue = CatalogueMaps(self.metrics, self.cancel_keys, self.cancels, map_elsewhere)
         self.snapshot = ConfigSnapshot(
             settings, self.workspaces, self._record_phase, find_map=self.catalogue.find
@@ -259,7 +263,7 @@ class App:
 
     @property
     def listen_address(self) -> str:
-        """Where clients connect, all addresses; empty before the listener is open."""
+        """The addresses where clients connect; empty before the listener is open."""
         return ", ".join(map(shown, self.listen_addresses))
 
     @property
@@ -280,7 +284,7 @@ class App:
     @property
     def session_slots_used(self) -> int:
         """The sessions that are served, and those whose upstream is being opened."""
-        return self.slots.taken if self.workers is None else self.workers.slots_taken
+        return self.slots.used if self.workers is None else self.workers.slots_used
 
     def target_names(self) -> Sequence[str]:
         """Return the names of the configured targets."""
@@ -311,7 +315,8 @@ class App:
         self.lifecycle.quit_asked.set()
 
     async def refresh(self) -> None:
-        """Ask the other processes what they have counted."""
+        """Read the password file, and ask the other processes what they have counted."""
+        await self.snapshot.read_password()
         if self.workers is not None:
             await self.workers.refresh()
 
@@ -343,15 +348,16 @@ class App:
         try:
             route, upstream = await snapshot.route(startup)
         except ProxyError as error:
+            # Look-ups in a catalogue's map are counted as they are made.
+            if error.kind is ErrorKind.MAPPING_NOT_FOUND and snapshot.map_service is None:
+                self.metrics.key_looked_up(shard_map, LookupResult.MISS)
             if shard_map:
-                is_static = snapshot.map_service is None  # else look-ups are counted as they are
-                missed = is_static and error.kind is ErrorKind.MAPPING_NOT_FOUND
-                self.metrics.route_refused(shard_map, missed=missed)
+                self.metrics.client_routed(shard_map, RouteResult.REFUSED)
             raise
-        if route.shard_map and snapshot.map_service is None:
-            self.metrics.routed(shard_map, route.target)
-        elif route.shard_map:
-            self.metrics.routed_to_shard(shard_map, route.target)
+        if route.shard_map:
+            self.metrics.client_routed(shard_map, RouteResult.ROUTED, route.target)
+            if snapshot.map_service is None:
+                self.metrics.key_looked_up(shard_map, LookupResult.HIT)
         return route, upstream
 
     def _resolve(self, target: Target) -> Awaitable[Addresses]:
@@ -432,13 +438,15 @@ def log_serving(app: App) -> None:
 
 @asynccontextmanager
 async def open_snapshot(
-    settings: Settings, record_phase: RecordTargetPhase
+    settings: Settings, record_phase: RecordTargetPhase, *, retries: bool = True
 ) -> AsyncIterator[ConfigSnapshot]:
     """Yield the snapshot that sessions would be served by, without a listener.
 
+    Without `retries` a connection to a workspace that fails is reported at once.
     Raises ConfigurationError for a file that a setting names and that cannot be used.
     """
-    workspaces = LocalWorkspaceRegistry(build_metrics(settings.target_names()), version=__version__)
+    metrics = build_metrics(settings.target_names())
+    workspaces = LocalWorkspaceRegistry(metrics, version=__version__, retries=retries)
     try:
         yield ConfigSnapshot(settings, workspaces, record_phase)
     finally:
@@ -468,6 +476,8 @@ def build_metrics(targets: Iterable[str] = ()) -> Metrics:
         startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure, TOO_MANY_STARTING],
         cancel_results=list(CancelResult),
         connect_phases=list(ConnectPhase),
+        lookup_results=list(LookupResult),
+        route_results=list(RouteResult),
         target_names=targets,
         shard_map_words={"verdict": Verdict, "result": ParkResult, "purpose": QUERY_PURPOSES},
     )

@@ -33,7 +33,7 @@ async def reading_map(snapshot: ConfigSnapshot, metrics: Metrics) -> AsyncIterat
     settings, upstreams = snapshot.settings, snapshot.upstreams
     name, upstream = settings.catalogue_map, upstreams[settings.catalogue.target]
     keys = CancelKeys()
-    connector = Connector(lambda *_: None, upstreams.name_lookup.resolve)
+    connector = Connector(upstreams.name_lookup.resolve)
     forwarder = CancelForwarder(keys, connector, metrics)
 
     async def host() -> str:

@@ -195,7 +195,7 @@ class CatalogueService:
             raise
 
     def _record_lookup(self, result: str) -> None:
-        self._metrics.looked_up(self.name, result)
+        self._metrics.key_looked_up(self.name, result)
 
     def _count(self, change: Change) -> None:
         """Count a change, and the shards that there are now."""

@@ -80,7 +80,6 @@ async def run_proxy(settings: Settings, reread: Reread, serve: Serve = serving) 
     async with serve(settings) as app:
         for warning in settings.warnings():
             _log.warning(_CONFIGURATION_WARNING, warning=warning)
-        notify(READY)
         async with asyncio.TaskGroup() as tasks:
             reloads = tasks.create_task(_reload_on_hangup(app, signals, reread))
             preparation = tasks.create_task(_prepare(app))
@@ -96,15 +95,20 @@ async def run_until_stopped(app: App, signals: Signals) -> int:
 
 
 async def _prepare(app: App) -> None:
-    """Load what the first session needs, and freeze the garbage collector.
+    """Load what the first session needs, freeze the garbage collector, and get the first tokens.
 
     A collection looks at all objects while every session waits. The hundreds of thousands that came
-    with imports stay: they are left out from here on.
+    with imports stay: they are left out from here on. The service manager is notified as soon as
+    `/startup` succeeds, so that units ordered after this one can log in.
     """
+    if is_started := app.started:  # no token is required
+        notify(READY)
     with suppress(ImportError, TimeoutError, NoThreadStarted):  # the first mint reports this
         await app.snapshot.load_sdk()
     gc.freeze()
     await mint_first_tokens(app)
+    if not is_started:
+        notify(READY)
 
 
 # -- stop and drain ------------------------------------------------------------------------------
@@ -159,7 +163,8 @@ async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
     threads = BlockingCalls("reload")  # daemons: a file that is not answered delays no exit
     while True:  # ends with the proxy
         await signals.reload()
-        notify(reloading())
+        if is_started := app.started:  # else READY would end the start and not the reload
+            notify(reloading())
         try:
             await _apply(app, *await reread_in_thread(threads, reread))
         except ConfigurationError as error:
@@ -173,7 +178,8 @@ async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
             # A bug of ours must cost one reload, not all sessions.
             app.metrics.reload_failed()
             _log.exception(_NOT_RELOADED)
-        notify(READY)
+        if is_started:
+            notify(READY)
 
 
 async def _apply(app: App, settings: Settings, router: Router) -> None:

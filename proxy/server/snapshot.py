@@ -9,6 +9,7 @@ Invariant: a snapshot never changes. A session keeps the route and the upstream 
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +19,7 @@ from proxy.catalogue.catalogue_router import CatalogueRouter
 from proxy.catalogue.parking import Parking
 from proxy.catalogue.shard_upstreams import ShardUpstreams
 from proxy.config import Files, Settings
+from proxy.errors import ProxyError
 from proxy.native import Acceleration, acceleration
 from proxy.observe.status import ShardMapStatus, Token, WorkspaceApi
 from proxy.routing.router import Route, Router
@@ -180,21 +182,24 @@ class ConfigSnapshot:
         return [one for one in self.upstreams.accounts if one.token_source.newest is None]
 
     def workspace_apis(self) -> Sequence[WorkspaceApi]:
-        """Return whether tokens can be minted, for each account."""
-        outages = [
-            (account.name, account.outage)
-            for account in self.accounts
-            if account.outage is not None
-        ]
+        """Return whether credentials can be had: for each account, and from the password file."""
+        of_shards = () if self.shards is None else self.shards.accounts
+        outages = [*self.upstreams.outages, *(one.outage for one in of_shards if one.outage)]
         return [
             WorkspaceApi(
-                name,
+                outage.name,
                 outage.since,
                 outage.failing_seconds,
                 outage.failure.reason if outage.failure else "",
             )
-            for name, outage in outages
+            for outage in dict.fromkeys(outages)
         ]
+
+    async def read_password(self) -> None:
+        """Read the password file, so that its outage is known without a client in this process."""
+        if self.upstreams.password_file is not None:
+            with suppress(ProxyError):  # it is recorded
+                await self.upstreams.password_file.fresh()
 
     def tokens(self) -> Sequence[Token]:
         """Return the times of each account's newest token."""

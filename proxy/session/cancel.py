@@ -192,12 +192,14 @@ class CancelForwarder:
         connector: Connector,
         metrics: Metrics,
         elsewhere: Elsewhere | None = None,
+        *,
+        forwards_max: int = FORWARDS_MAX,
     ) -> None:
         self._keys = keys
         self._connector = connector
         self._metrics = metrics
         self._elsewhere = elsewhere
-        self._slots = ForwardSlots(FORWARDS_MAX)
+        self._slots = ForwardSlots(forwards_max)
         self._elsewhere_slots = ForwardSlots(FORWARDS_MAX)
 
     async def request(self, request: CancelRequest) -> None:

@@ -230,7 +230,11 @@ Serve = Callable[[OpenSession], Coroutine[None, None, None]]
 
 
 class OpenSessions:
-    """The register of a process's connections; `ended` is called after each."""
+    """The register of a process's connections; `ended` is called after each.
+
+    Their tasks are in no TaskGroup, which would wrap what the block of `accepting` raises in an
+    ExceptionGroup. None is lost: leaving that block waits for all of them.
+    """
 
     def __init__(self, ended: Callable[[], object] = lambda: None) -> None:
         self.draining = False

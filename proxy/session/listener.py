@@ -3,7 +3,8 @@
 Sessions are bounded by `max_connections` (`slots`). Connections that are starting, and cancel
 requests, have a bound of their own: they must neither use up slots nor be refused for lack of one
 (W42). Over it a new connection takes the place of one that is slow to start. If there is none, the
-new one is told 53300 at once, as PostgreSQL does when it cannot start a backend.
+new one is told 53300 at once, as PostgreSQL does when it cannot start a backend; or 53000, where
+the limit of open files is the bound.
 """
 
 import asyncio
@@ -26,15 +27,14 @@ from proxy.session.memory_trim import MemoryTrim
 from proxy.session.slots import SlotSource
 from proxy.transport.stream import StartupStream
 
-# Connections that may be starting at a time. Clients that reconnect together are some hundreds;
-# more than this is a flood.
-STARTING_MAX: Final = 1000
+# Connections that may be starting at a time. Clients that reconnect together are some hundreds.
+STARTING_MAX: Final = 2000
+# From this number on each takes the place of one that is slow to start. None is slow in its first
+# moments: until then there is room for as many again.
+FLOOD_FROM: Final = 1000
 # A flood is logged once in this time.
 STARTING_WARNING_SECONDS: Final = 60.0
 TOO_MANY_STARTING: Final = "too_many_starting"  # its reason in the metrics
-
-# A client that has sent nothing yet can be told.
-_REFUSAL: Final = ProxyError(ErrorKind.TOO_MANY_CONNECTIONS).response().encode()
 
 _log = get_logger(__name__)
 
@@ -78,6 +78,12 @@ class Listener:
         self._open_sessions = OpenSessions(self._memory_trim.session_ended)
         self._ids = itertools.count(1)
         self._starting_max = starting_max
+        # A client that has sent nothing yet can be told.
+        files_bound = starting_max < STARTING_MAX
+        kind = ErrorKind.TOO_FEW_FILES if files_bound else ErrorKind.TOO_MANY_CONNECTIONS
+        self._refusal = ProxyError(kind).response().encode()
+        # A burst that waits in the backlog is accepted at once, before anything of it can end.
+        self._backlog = min(ACCEPT_BACKLOG, starting_max)
         self._flood_logged_at: float | None = None
         self._servers: list[asyncio.Server] = []
         self._unix_path: Path | None = None
@@ -88,18 +94,16 @@ class Listener:
 
         Raises OSError when one cannot be listened on.
         """
-        # Not a TaskGroup: it would wrap what the block raises into an ExceptionGroup. No task is
-        # lost, because leaving the block waits for all of them.
         try:
             loop = asyncio.get_running_loop()
             listening = open_sockets(self._settings)
             self._unix_path = listening.unix_path
             for sock in listening.tcp:
-                server = await loop.create_server(self._accepted, sock=sock, backlog=ACCEPT_BACKLOG)
+                server = await loop.create_server(self._accepted, sock=sock, backlog=self._backlog)
                 self._servers.append(server)
             if listening.unix is not None:
                 server = await loop.create_unix_server(
-                    self._accepted, sock=listening.unix, backlog=ACCEPT_BACKLOG
+                    self._accepted, sock=listening.unix, backlog=self._backlog
                 )
                 self._servers.append(server)
             yield listening.addresses
@@ -121,7 +125,7 @@ class Listener:
         """
         if self._is_flooded():
             with suppress(OSError):  # the client has disconnected
-                sock.send(_REFUSAL)
+                sock.send(self._refusal)
             sock.close()
             ended()
             return
@@ -157,19 +161,21 @@ class Listener:
             self._metrics.startup_failed(TOO_MANY_STARTING)
             stream.transport.abort()
         elif self._is_flooded():
-            stream.write(_REFUSAL)
+            stream.write(self._refusal)
             stream.transport.close()
         else:
             self._open_sessions.start(partial(self._run, stream, next(self._ids)))
 
     def _is_flooded(self) -> bool:
         """Return whether there is no room for one more that starts. Count each that is closed."""
-        starting = len(self._open_sessions) - self._slots.taken
-        if starting < self._starting_max:
+        starting = len(self._open_sessions) - self._slots.used
+        if starting < min(FLOOD_FROM, self._starting_max):
             return False
-        self._metrics.startup_failed(TOO_MANY_STARTING)
-        self._warn_of_flood(starting)
-        return not self._open_sessions.close_slow()
+        made_room = self._open_sessions.close_slow()
+        if made_room or starting >= self._starting_max:
+            self._metrics.startup_failed(TOO_MANY_STARTING)
+            self._warn_of_flood(starting)
+        return not made_room and starting >= self._starting_max
 
     def _warn_of_flood(self, starting: int) -> None:
         """Log that connections are cut, once in `STARTING_WARNING_SECONDS`."""

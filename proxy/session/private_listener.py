@@ -25,7 +25,7 @@ from proxy.session.starting_client import ClientGone, StartingClient
 from proxy.transport.sockets import detect_dead_peer, listen_tcp
 from proxy.transport.stream import StartupStream
 from proxy.upstream.dialer import UpstreamSession
-from proxy.upstream.phases import DialProgress
+from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstreams import SessionOpener
 from proxy.wire.client_startup import CancelReceived, StartupReceived
 from proxy.wire.startup import StartupMessage
@@ -193,7 +193,12 @@ class PrivateListener:
             cancel_query = None
             if issued is not None and opener.cancel_on_disconnect:
                 cancel_query = partial(self._cancels.cancel_disconnected, issued)
-            relay = Relay(client.transport, upstream.stream.transport, cancel_query)
+            relay = Relay(
+                client.transport,
+                upstream.stream.transport,
+                cancel_query,
+                cancels_copy_only=opener.checks_connection,
+            )
             client.start_relay(relay, upstream, None if issued is None else issued.issued)
             await relay.run()
 
@@ -217,7 +222,7 @@ async def _open(opener: SessionOpener, arrival: _Arrival) -> UpstreamSession:
     client = arrival.client
     try:
         async with client.while_connected():
-            upstream = await opener.open(_without_name(arrival.startup.message), DialProgress())
+            upstream = await opener.open(_without_name(arrival.startup.message), DialPhases())
     except ClientGone:
         raise ProxyError(ErrorKind.SHUTTING_DOWN, "the driver has given up") from None
     except ProxyError as error:

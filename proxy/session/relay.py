@@ -49,8 +49,8 @@ class Relay:
     """One session's relay. Create it, give both transports its directions, await `run`.
 
     `cancel_query` cancels what the upstream is running; it is awaited when the client has
-    disconnected without a Terminate. After the upstream's end a client is cut when it has read
-    nothing for `flush_seconds_max`.
+    disconnected without a Terminate, with `cancels_copy_only` in the middle of COPY data only.
+    After the upstream's end a client is cut when it has read nothing for `flush_seconds_max`.
     """
 
     def __init__(
@@ -60,8 +60,11 @@ class Relay:
         cancel_query: Callable[[], Awaitable[None]] | None = None,
         lanes: "Lanes | None" = None,
         flush_seconds_max: float = FLUSH_SECONDS_MAX,
+        *,
+        cancels_copy_only: bool = False,
     ) -> None:
         self._client = client
+        self._cancels_copy_only = cancels_copy_only
         self._flush_seconds_max = flush_seconds_max
         self._upstream = upstream
         self._cancel_query = cancel_query
@@ -239,18 +242,27 @@ class Relay:
     async def _close_upstream(self, reason: EndReason) -> None:
         """Close the upstream of a client that has disconnected, and cancel its query (W35).
 
-        After a Terminate nothing is cancelled: the client wants what it asked for before. The
-        cancel comes before the close: a front end may drop the session, and its key, at the end of
-        the stream.
+        The cancel comes before the close: a front end may drop the session, and its key, at the
+        end of the stream.
         """
         self.from_upstream.stop_writing()
-        if self._cancel_query is not None and not self._activity.terminated:
+        if self._cancel_query is not None and self._may_cancel():
             with suppress(TimeoutError):
                 async with asyncio.timeout(CANCELS_SECONDS_MAX):
                     await self._cancel_until_silent(self._cancel_query)
         is_lost = reason is EndReason.CLIENT_LOST
         flush_seconds = LOST_CLIENT_FLUSH_SECONDS if is_lost else UPSTREAM_FLUSH_SECONDS
         await close_gracefully(self._upstream, flush_seconds=flush_seconds, resets=True)
+
+    def _may_cancel(self) -> bool:
+        """Return whether what the upstream runs is cancelled, and not only its connection closed.
+
+        After a Terminate it is not: the client wants what it asked for before. COPY data may be
+        stuck behind a lock, where a front end notices no close, and cannot be committing.
+        """
+        if self._activity.terminated:
+            return False
+        return self._activity.copying or not self._cancels_copy_only
 
     async def _cancel_until_silent(self, cancel_query: Callable[[], Awaitable[None]]) -> None:
         """Send cancels until one has no answer or nothing runs; at least one."""

@@ -26,7 +26,7 @@ from proxy.session.starting_client import ClientGone, StartingClient
 from proxy.transport.sockets import is_unix
 from proxy.transport.stream import StartupStream
 from proxy.upstream.dialer import UpstreamSession
-from proxy.upstream.phases import DialProgress
+from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstreams import SessionOpener
 from proxy.wire.client_startup import CancelReceived, Disconnected, StartupReceived, Violated
 from proxy.wire.messages import ErrorResponse
@@ -66,7 +66,7 @@ class Session:
     nothing of the startup.
     """
 
-    __slots__ = ("_entry", "_log", "_parts", "_progress", "_starting_client")
+    __slots__ = ("_entry", "_log", "_parts", "_phases", "_starting_client")
 
     def __init__(self, stream: StartupStream, entry: OpenSession, parts: SessionParts) -> None:
         # Bytes on a unix socket do not leave the machine: TLS is refused there, as by PostgreSQL.
@@ -75,7 +75,7 @@ class Session:
         self._entry = entry
         self._parts = parts
         self._log = SessionLog(parts.metrics, parts.tls_advice, entry.started_at)
-        self._progress = DialProgress()
+        self._phases = DialPhases()
 
     async def run(self) -> None:
         """Serve the connection from accept to close."""
@@ -86,7 +86,7 @@ class Session:
                 self._log.ended(self._entry.relay.ended(EndReason.SHUTDOWN))
             raise
         except ClientGone:
-            self._log.client_gone(self._progress)
+            self._log.client_gone(self._phases)
         except ProxyError as error:
             self._refuse(error)
         except ClientViolation as violation:
@@ -160,7 +160,7 @@ class Session:
                 route, opener = await self._parts.route(startup)
                 self._log.routed(route)
                 self._entry.refuse_if_draining()
-                upstream = await opener.open(route.message, self._progress, route.fallback)
+                upstream = await opener.open(route.message, self._phases, route.fallback)
         except asyncio.CancelledError:
             # A drain has begun, and this client still waits for an answer.
             self._refuse(ProxyError(ErrorKind.SHUTTING_DOWN))
@@ -202,8 +202,13 @@ class Session:
         cancel_query = None
         if key is not None and opener.cancel_on_disconnect:
             cancel_query = partial(self._parts.cancels.cancel_disconnected, key)
-        lanes = self._parts.lanes()
-        relay = Relay(client.transport, upstream.stream.transport, cancel_query, lanes)
+        relay = Relay(
+            client.transport,
+            upstream.stream.transport,
+            cancel_query,
+            self._parts.lanes(),
+            cancels_copy_only=opener.checks_connection,
+        )
         self._starting_client = None  # from here on the client cannot be refused
         self._entry.relaying(relay)
         client.start_relay(relay, upstream, None if key is None else key.issued)

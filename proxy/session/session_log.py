@@ -15,7 +15,7 @@ from proxy.observe.metrics import Metrics
 from proxy.routing.router import Route
 from proxy.session.end_reason import RelayEnd
 from proxy.upstream.dialer import AdmittedBy
-from proxy.upstream.phases import ConnectPhase, DialProgress
+from proxy.upstream.phases import ConnectPhase, DialPhases
 from proxy.wire.client_startup import Disconnected, Violated
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.violations import ClientReason
@@ -136,10 +136,10 @@ class SessionLog:
         level = _log.info if violation.reason in _DRIVER_VIOLATIONS else _log.debug
         level("client refused", reason=violation.reason, sqlstate=violation.sqlstate)
 
-    def client_gone(self, progress: DialProgress) -> None:
+    def client_gone(self, phases: DialPhases) -> None:
         """Record a client that disconnected while it waited, with what it waited for."""
-        word = _GONE_IN[progress.phase]
-        if progress.waits_for_slot:
+        word = _GONE_IN[phases.current]
+        if phases.waits_for_slot:
             word = StartupFailure.CLIENT_GONE_SLOT
         self._metrics.startup_failed(word)
         _log.info(

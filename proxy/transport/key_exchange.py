@@ -75,11 +75,11 @@ class Curves:
 
     def keep(self, server: Hashable, curve: str) -> None:
         """Record the curve that the server asked for in a handshake that succeeded."""
-        self.forget(server)
+        self.invalidate(server)
         if len(self._asked) >= CURVES_MAX:
             del self._asked[next(iter(self._asked))]
         self._asked[server] = curve, self._clock() + CURVE_SECONDS_MAX
 
-    def forget(self, server: Hashable) -> None:
+    def invalidate(self, server: Hashable) -> None:
         """Remove the server's curve: a connection failed, perhaps because of it."""
         self._asked.pop(server, None)

@@ -78,13 +78,14 @@ def _set_options(sock: socket.socket) -> None:
 
 
 def end_stream(transport: asyncio.Transport) -> None:
-    """Send FIN after the write buffer. Do nothing if the peer has reset the connection.
+    """Send FIN after the write buffer. Do nothing if the connection is lost or closing.
 
     The kernel knows of a reset before the transport does: then shutdown(2) fails with ENOTCONN, and
     `connection_lost` follows.
     """
-    with suppress(OSError):
-        transport.write_eof()
+    if not transport.is_closing():  # uvloop's transport raises once it is closed
+        with suppress(OSError):
+            transport.write_eof()
 
 
 def set_user_timeout(transport: asyncio.BaseTransport) -> None:
@@ -96,8 +97,14 @@ def set_user_timeout(transport: asyncio.BaseTransport) -> None:
 
 
 def _tcp_socket(transport: asyncio.BaseTransport) -> socket.socket | None:
-    sock: socket.socket | None = transport.get_extra_info("socket")
+    sock = _open_socket(transport)
     return None if sock is None or sock.family == socket.AF_UNIX else sock
+
+
+def _open_socket(transport: asyncio.BaseTransport) -> socket.socket | None:
+    """Return the transport's socket; None after its close: uvloop has none, asyncio no number."""
+    sock: socket.socket | None = transport.get_extra_info("socket")
+    return None if sock is None or sock.fileno() < 0 else sock
 
 
 def _set_if_available(sock: socket.socket, name: str, value: int) -> None:
@@ -126,8 +133,8 @@ def is_unix(transport: asyncio.BaseTransport) -> bool:
 
 def has_hung_up(transport: asyncio.BaseTransport) -> bool:
     """Return whether the peer has ended its stream, even if bytes before the end are unread."""
-    sock: socket.socket | None = transport.get_extra_info("socket")
-    if sock is None or sock.fileno() < 0:
+    sock = _open_socket(transport)
+    if sock is None:
         return True
     poll = select.poll()
     poll.register(sock.fileno(), _HUNG_UP)
@@ -136,8 +143,8 @@ def has_hung_up(transport: asyncio.BaseTransport) -> bool:
 
 def is_reset(transport: asyncio.BaseTransport) -> bool:
     """Return whether the connection is lost: a peer that has only ended its stream may read on."""
-    sock: socket.socket | None = transport.get_extra_info("socket")
-    if sock is None or sock.fileno() < 0:
+    sock = _open_socket(transport)
+    if sock is None:
         return True
     poll = select.poll()
     poll.register(sock.fileno(), select.POLLERR)
@@ -146,9 +153,9 @@ def is_reset(transport: asyncio.BaseTransport) -> bool:
 
 def reset_on_close(transport: asyncio.BaseTransport) -> None:
     """Make the close of a TCP connection a reset, which discards what was not sent."""
-    sock: socket.socket | None = transport.get_extra_info("socket")
-    if sock is not None and sock.fileno() >= 0:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    if (sock := _open_socket(transport)) is not None:
+        with suppress(OSError):  # some systems refuse it after the peer's reset
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
 
 
 def listen_tcp(hosts: Sequence[str], port: int, backlog: int) -> list[socket.socket]:
@@ -178,9 +185,10 @@ def _listen_on_all(
     taken: set[str] = set()
     for host in hosts:
         absent: OSError | None = None
-        before = len(listening)
+        exists = False
         for family, address in _addresses_of(host):
-            if address in taken:
+            if address in taken:  # an earlier host has it, too
+                exists = True
                 continue
             try:
                 sock = opened.enter_context(_listen_on(family, address, port, backlog))
@@ -189,10 +197,11 @@ def _listen_on_all(
                     raise
                 absent = error
                 continue
+            exists = True
             taken.add(address)
             listening.append(sock)
             port = sock.getsockname()[1]
-        if absent is not None and len(listening) == before:
+        if absent is not None and not exists:
             raise absent
     return listening
 

@@ -134,7 +134,7 @@ class StartupStream(asyncio.Protocol):
         return cast(ssl.SSLObject, upper.get_extra_info("ssl_object"))
 
     def hand_over(self, protocol: asyncio.Protocol) -> bytes:
-        """Give the connection to another protocol. Return the bytes that wait unread.
+        """Pass the connection to another protocol. Return the bytes that wait unread.
 
         This object receives nothing from now on. Release it: a session needs the transport only.
         """

@@ -230,7 +230,8 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         self.lower.close()
 
     def abort(self) -> None:
-        """Close without sending the write buffer."""
+        """Close without sending the write buffer. Until `connection_lost` writes do nothing."""
+        self._write_ended = True  # after a broken record OpenSSL would refuse them
         self.lower.abort()
 
     # -- the handshake ---------------------------------------------------------------------------
@@ -357,11 +358,11 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
         except ssl.SSLZeroReturnError:
             ended = True  # close_notify, as OpenSSL reports it after ours was sent
         except ssl.SSLError:
-            self.lower.abort()  # a forged or broken record: nothing after it can be trusted
+            self.abort()  # a forged or broken record: nothing after it can be trusted
         if self._outgoing.pending:  # an answer to a key update
             self._flush()
             if self.lower.get_write_buffer_size() > _UNREAD_BYTES_MAX:
-                self.lower.abort()  # the peer sends many and does not read the answers
+                self.abort()  # the peer sends many and does not read the answers
         if plain := pieces[0] if len(pieces) == 1 else b"".join(pieces):
             self._app.data_received(plain)
         if ended:

@@ -17,7 +17,7 @@ from proxy.config.validators import check_host
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.client import WorkspaceSource
-from proxy.workspace.outage import Call, Outage
+from proxy.workspace.outage import ApiCall, Outage
 from proxy.workspace.resources import Resource, ResourceStatus
 from proxy.workspace.single_flight import Backoff, PendingCalls, SingleFlight
 
@@ -157,11 +157,13 @@ class AddressLookup:
             status = await self._workspace.status(self._resource)
         except ProxyError as error:
             self._host_backoff.start(error)
-            self._outage.record_failure(Call.LOOK_UP, error, self._host_backoff.remaining_seconds)
+            self._outage.record_failure(
+                ApiCall.LOOK_UP, error, self._host_backoff.remaining_seconds
+            )
             if self._host:
                 return  # while the API fails, the known host is used
             raise
-        self._outage.record_success(Call.LOOK_UP)
+        self._outage.record_success(ApiCall.LOOK_UP)
         self._keep_host(status, self._resource.name)
 
     def _keep_host(self, status: ResourceStatus, name: str) -> None:

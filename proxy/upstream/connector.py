@@ -24,7 +24,7 @@ from proxy.transport.tls import TLSTransport, client_context
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.diagnosis import diagnose_event, diagnose_network
 from proxy.upstream.name_lookup import Addresses
-from proxy.upstream.phases import ConnectPhase, PhaseTimer, RecordPhase
+from proxy.upstream.phases import ConnectPhase, DialPhases
 from proxy.wire.messages import BackendKeyData
 from proxy.wire.startup import CancelRequest
 from proxy.wire.upstream_startup import (
@@ -59,24 +59,22 @@ class Connector:
 
     def __init__(
         self,
-        record_phase: RecordPhase,
         resolve: Callable[[Target], Awaitable[Addresses]],
         *,
         tls_seconds_max: float = TLS_SECONDS_MAX,
     ) -> None:
-        self._record_phase = record_phase
         self._resolve = resolve
         self._tls_seconds_max = tls_seconds_max
         self._curves = Curves()
 
-    async def addresses(self, target: Target, phases: PhaseTimer) -> Addresses:
+    async def addresses(self, target: Target, phases: DialPhases) -> Addresses:
         """Return the target's addresses now. Raises ProxyError. The caller bounds the time."""
         phases.start(ConnectPhase.DNS)
         found = await self._resolve(target)
         phases.finish()
         return found
 
-    async def connect(self, target: Target, addresses: Addresses, phases: PhaseTimer) -> Connection:
+    async def connect(self, target: Target, addresses: Addresses, phases: DialPhases) -> Connection:
         """Return a connection under TLS, within the bounds above. Raises ProxyError."""
         stream = await self._connect_tcp(target, addresses, phases)
         startup = UpstreamStartup()
@@ -86,12 +84,12 @@ class Connector:
                 await self._start_tls(stream, startup, target, phases)
             phases.finish()
         except TimeoutError as error:
-            self._curves.forget(target)
+            self._curves.invalidate(target)
             stream.transport.close()
             detail = f"{target.host}: no TLS within {self._tls_seconds_max:g} seconds"
             raise ProxyError(ErrorKind.UPSTREAM_TIMEOUT, detail) from error
         except BaseException:
-            self._curves.forget(target)  # it may be the cause: the next try starts without it
+            self._curves.invalidate(target)  # it may be the cause: the next try starts without it
             stream.transport.close()
             raise
         return Connection(stream, startup)
@@ -105,12 +103,9 @@ class Connector:
         ProxyError, or TimeoutError after CANCEL_SECONDS_MAX.
         """
         async with asyncio.timeout(CANCEL_SECONDS_MAX):
-            phases = PhaseTimer(self._record_phase)
-            try:
-                addresses = await self.addresses(target, phases)
-                stream = (await self.connect(target, addresses, phases)).stream
-            finally:
-                phases.flush()
+            phases = DialPhases()  # not counted: a cancel is not a session's connect
+            addresses = await self.addresses(target, phases)
+            stream = (await self.connect(target, addresses, phases)).stream
             try:
                 if not still_wanted():
                     return False
@@ -120,7 +115,7 @@ class Connector:
                 stream.transport.close()
 
     async def _connect_tcp(
-        self, target: Target, addresses: Addresses, phases: PhaseTimer
+        self, target: Target, addresses: Addresses, phases: DialPhases
     ) -> StartupStream:
         """Return a TCP connection to the first of the addresses that answers."""
         phases.start(ConnectPhase.TCP)
@@ -134,7 +129,7 @@ class Connector:
         return stream
 
     async def _start_tls(
-        self, stream: StartupStream, startup: UpstreamStartup, target: Target, phases: PhaseTimer
+        self, stream: StartupStream, startup: UpstreamStartup, target: Target, phases: DialPhases
     ) -> None:
         stream.write(startup.request_tls())
         # Meanwhile the upstream handles the request.

@@ -23,7 +23,7 @@ from proxy.upstream.connector import Connection, Connector
 from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
 from proxy.upstream.missing_databases import MissingDatabases
 from proxy.upstream.name_lookup import Addresses
-from proxy.upstream.phases import ConnectPhase, DialProgress, PhaseTimer, RecordPhase
+from proxy.upstream.phases import ConnectPhase, DialPhases, RecordPhase
 from proxy.upstream.retry import CONNECT_RETRY_SECONDS, Retry
 from proxy.wire.options import Setting
 from proxy.wire.startup import StartupMessage
@@ -113,7 +113,7 @@ class _Dial:
     """One client's dial: the credential of its present try, and the failures of those before."""
 
     client: StartupMessage
-    phases: PhaseTimer
+    phases: DialPhases
     retry: Retry
     started_at: float
     fallback: StartupMessage | None = None
@@ -173,23 +173,23 @@ class Dialer:
     async def dial(
         self,
         client: StartupMessage,
-        progress: DialProgress | None = None,
+        phases: DialPhases | None = None,
         fallback: StartupMessage | None = None,
         *,
-        phases: PhaseTimer | None = None,
         admit: Admit | None = None,
         timeout_seconds: float | None = None,
     ) -> UpstreamSession:
         """Return a session for this client, within `connect_timeout_seconds`.
 
-        `progress` shows meanwhile what the dial waits for. `fallback` is sent in place of `client`
+        `phases` shows meanwhile what the dial waits for. `fallback` is sent in place of `client`
         if the upstream has no database of that name. `admit` is a part of each try, after the
         login. `timeout_seconds` is what another dial for the same client has left of the time.
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
         if fallback is not None and client.get(b"database") in self._missing:
             client, fallback = fallback, None
-        phases = phases or PhaseTimer(self._record_phase, progress)
+        phases = phases or DialPhases()
+        phases.record = self._record_phase
         retry = Retry(self._jitter, self._retry_seconds)
         dial = _Dial(client, phases, retry, self._clock(), fallback, admit)
         if timeout_seconds is None:
@@ -264,13 +264,13 @@ class Dialer:
         return UpstreamSession(connection.stream, connection.startup, target)
 
     @asynccontextmanager
-    async def _slot(self, phases: PhaseTimer) -> AsyncIterator[bool]:
+    async def _slot(self, phases: DialPhases) -> AsyncIterator[bool]:
         """Hold one of `connects_max` slots while the block runs; yield whether it was waited for.
 
         The wait belongs to no phase: nothing is done for this client meanwhile.
         """
         if waited := self._connects.locked():
-            phases.pause()
+            phases.wait_for_slot()
         async with self._connects:
             yield waited
 
@@ -307,7 +307,7 @@ class Dialer:
             return False
         return credential.requested_at < dial.started_at and self._credentials.reject(credential)
 
-    def _try_timed_out(self, phases: PhaseTimer, target: Target) -> ProxyError:
+    def _try_timed_out(self, phases: DialPhases, target: Target) -> ProxyError:
         """Return the error for a try whose time ended in the current phase."""
         assert phases.current is not None
         kind = _TIMED_OUT[phases.current]
@@ -316,7 +316,7 @@ class Dialer:
         detail = f"{target.host}: no session within {self._try_seconds:g} seconds"
         return ProxyError(kind, detail)
 
-    def _timed_out(self, phases: PhaseTimer) -> ProxyError:
+    def _timed_out(self, phases: DialPhases) -> ProxyError:
         """Return the error for a dial whose time ended in the current phase."""
         if phases.current is None:
             detail = (

@@ -12,7 +12,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.upstream.address_lookup import LoginNames
 from proxy.upstream.connector import Connection, next_events
 from proxy.upstream.diagnosis import LoginAttempt, diagnose, diagnose_event
-from proxy.upstream.phases import ConnectPhase, PhaseTimer
+from proxy.upstream.phases import ConnectPhase, DialPhases
 from proxy.upstream.scram import SCRAM_SHA_256, Scram
 from proxy.wire.startup import StartupMessage
 from proxy.wire.upstream_startup import (
@@ -51,7 +51,7 @@ class Login:
         self._scram: Scram | None = None
 
     async def run(
-        self, message: StartupMessage, phases: PhaseTimer, answer_seconds_max: float
+        self, message: StartupMessage, phases: DialPhases, answer_seconds_max: float
     ) -> None:
         """Log in; close the connection if that fails. Raises ProxyError."""
         try:

@@ -27,48 +27,34 @@ RecordTargetPhase = Callable[[str, ConnectPhase, float], None]
 """The same, with the target's name first."""
 
 
-class DialProgress:
-    """What one dial waits for now: a phase, or one of `upstream.connects_max` slots.
+class DialPhases:
+    """The phases of one dial: which one it is in, and how long each of them took.
 
     The session that waits for the dial owns it, so that a client that leaves is recorded with what
-    it waited for.
+    it waited for. What was measured is recorded by `flush`, which is called when the upstream has
+    to answer next or the dial is over: no client waits for a measurement.
     """
 
-    __slots__ = ("phase", "waits_for_slot")
+    __slots__ = ("_measured", "_started_at", "current", "record", "waits_for_slot")
 
     def __init__(self) -> None:
-        self.phase: ConnectPhase | None = None
-        """None before the first phase and while the dial waits for a slot."""
+        self.current: ConnectPhase | None = None
+        """The phase that was started last; None before the first and while a slot is waited for."""
         self.waits_for_slot = False
-
-
-class PhaseTimer:
-    """Times the phases of one dial.
-
-    `current` is None while the dial waits for other dials and does nothing for its own client.
-    What was measured is recorded by `flush`, which is called when the upstream has to answer next
-    or the dial is over: no client waits for a measurement.
-    """
-
-    def __init__(self, record: RecordPhase, progress: DialProgress | None = None) -> None:
-        self._progress = progress or DialProgress()
-        self._record = record
+        """Whether all of `upstream.connects_max` are in use: nothing is done for this client."""
+        self.record: RecordPhase = _discard
+        """Records what is flushed; the dialer sets that of its target."""
         self._started_at = 0.0
-        self._measured: list[tuple[ConnectPhase, float]] = []
-
-    @property
-    def current(self) -> ConnectPhase | None:
-        """The phase that was started last."""
-        return self._progress.phase
+        self._measured: tuple[tuple[ConnectPhase, float], ...] = ()  # empty, it takes no memory
 
     def start(self, phase: ConnectPhase) -> None:
         """Start a phase. After a failure `current` still says which one it was."""
-        self._progress.phase, self._progress.waits_for_slot = phase, False
+        self.current, self.waits_for_slot = phase, False
         self._started_at = time.perf_counter()
 
-    def pause(self) -> None:
+    def wait_for_slot(self) -> None:
         """Leave the phase: other dials are waited for."""
-        self._progress.phase, self._progress.waits_for_slot = None, True
+        self.current, self.waits_for_slot = None, True
 
     def finish(self) -> None:
         """Measure the current phase, which succeeded. The time until the next start is no phase's.
@@ -76,10 +62,14 @@ class PhaseTimer:
         `current` stays: a failure that comes before the next start is still this phase's.
         """
         assert self.current is not None
-        self._measured.append((self.current, time.perf_counter() - self._started_at))
+        self._measured += ((self.current, time.perf_counter() - self._started_at),)
 
     def flush(self) -> None:
         """Record what was measured since the last flush. The last one is when the dial is over."""
         for phase, seconds in self._measured:
-            self._record(phase, seconds)
-        self._measured.clear()
+            self.record(phase, seconds)
+        self._measured = ()
+
+
+def _discard(_phase: ConnectPhase, _seconds: float) -> None:
+    pass

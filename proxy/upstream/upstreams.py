@@ -25,9 +25,11 @@ from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import Admit, CredentialSource, Dialer, UpstreamSession
 from proxy.upstream.name_lookup import NameLookup
 from proxy.upstream.password_file import PasswordFile
-from proxy.upstream.phases import DialProgress, PhaseTimer, RecordTargetPhase
+from proxy.upstream.phases import DialPhases, RecordTargetPhase
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.client import WorkspaceSource
+from proxy.workspace.login_settings import authorities_problem
+from proxy.workspace.outage import Outage
 from proxy.workspace.registry import (
     AccountKey,
     TokenAccount,
@@ -42,17 +44,21 @@ class SessionOpener(Protocol):
 
     @property
     def cancel_on_disconnect(self) -> bool:
-        """Whether a CancelRequest is sent for a client that disappears."""
+        """Whether the query of a client that disappears is ended."""
+
+    @property
+    def checks_connection(self) -> bool:
+        """Whether the database does that itself; a CancelRequest then ends COPY data only."""
 
     async def open(
         self,
         client: StartupMessage,
-        progress: DialProgress,
+        phases: DialPhases,
         fallback: StartupMessage | None = None,
     ) -> UpstreamSession:
         """Open a session for this client; with `fallback` if the database does not exist.
 
-        `progress` shows meanwhile what it waits for.
+        `phases` shows meanwhile what it waits for.
 
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
@@ -78,17 +84,20 @@ class Upstream:
 
     @property
     def cancel_on_disconnect(self) -> bool:
-        """Whether a CancelRequest is sent for a client that disappears."""
-        settings = self.settings
-        return settings.cancel_on_disconnect and settings.cancel_method == "cancel_request"
+        """Whether the query of a client that disappears is ended."""
+        return self.settings.cancel_on_disconnect
+
+    @property
+    def checks_connection(self) -> bool:
+        """Whether the database does that itself; a CancelRequest then ends COPY data only."""
+        return self.settings.cancel_method == "connection_check"
 
     async def open(
         self,
         client: StartupMessage,
-        progress: DialProgress,
+        phases: DialPhases,
         fallback: StartupMessage | None = None,
         *,
-        phases: PhaseTimer | None = None,
         admit: Admit | None = None,
         timeout_seconds: float | None = None,
     ) -> UpstreamSession:
@@ -96,9 +105,8 @@ class Upstream:
         with self.use:
             return await self.dialer.dial(
                 client,
-                progress,
+                phases,
                 fallback,
-                phases=phases,
                 admit=admit,
                 timeout_seconds=timeout_seconds,
             )
@@ -117,11 +125,13 @@ class UpstreamFactory:
         registry: WorkspaceRegistry,
         record_phase: RecordTargetPhase,
         name_lookup: NameLookup,
+        password_file: PasswordFile | None = None,
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._record_phase = record_phase
         self._name_lookup = name_lookup
+        self._password_file = password_file
 
     def account_key(self, target: UpstreamSettings) -> AccountKey:
         """Return the key of the account whose tokens this target is sent."""
@@ -137,19 +147,18 @@ class UpstreamFactory:
         workspace = self._registry.workspace(key.workspace)
         account: TokenAccount | None = None
         credentials: CredentialSource
-        if password_file := self._settings.credentials.password_file:
-            credentials = PasswordFile(password_file)
+        if self._password_file is not None:
+            credentials = self._password_file
         else:
             account = self._registry.account(key, list(resources))
             credentials = account.token_source
         outage = None if account is None else account.outage
         lookup = AddressLookup(target, resource, workspace, self._registry.calls, outage=outage)
-        record_phase = partial(self._record_phase, name)
         dialer = Dialer(
-            Connector(record_phase, self._name_lookup.resolve),
+            Connector(self._name_lookup.resolve),
             lookup,
             credentials,
-            record_phase,
+            partial(self._record_phase, name),
             connect_timeout_seconds=target.connect_timeout_seconds,
             connect_retry_seconds=target.connect_retry_seconds,
             connects_max=target.connects_max,
@@ -182,7 +191,10 @@ class Upstreams(Mapping[str, Upstream]):
         self.name_lookup: NameLookup = (
             NameLookup(registry.calls) if before is None else before.name_lookup
         )
-        self.factory = UpstreamFactory(settings, registry, record_phase, self.name_lookup)
+        self.password_file = _password_file(settings, before)
+        self.factory = UpstreamFactory(
+            settings, registry, record_phase, self.name_lookup, self.password_file
+        )
         targets = {name: settings.target(name) for name in settings.target_names()}
         resources = self._resources(targets.values())
         self._upstreams = {
@@ -216,6 +228,14 @@ class Upstreams(Mapping[str, Upstream]):
         self._use.close()
 
     @property
+    def outages(self) -> list[Outage]:
+        """Whether credentials can be had: of each account, and of the password file."""
+        outages = [account.outage for account in self.accounts]
+        if self.password_file is not None:
+            outages.append(self.password_file.outage)
+        return [outage for outage in outages if outage is not None]
+
+    @property
     def accounts(self) -> list[TokenAccount]:
         """The accounts in use, each once."""
         accounts = dict.fromkeys(upstream.account for upstream in self._upstreams.values())
@@ -245,9 +265,18 @@ class Upstreams(Mapping[str, Upstream]):
         return found if found.account_key == self.factory.account_key(target) else None
 
 
+def _password_file(settings: Settings, before: Upstreams | None) -> PasswordFile | None:
+    """Return the file that all upstreams share; with the same path it is the one before."""
+    path = settings.credentials.password_file
+    found = before.password_file if before is not None else None
+    if found is not None and found.path == path:
+        return found
+    return PasswordFile(path) if path else None
+
+
 def _check_root_certs(settings: Settings) -> None:
     """Raise ConfigurationError for files that cannot be used, now and not at the first dial."""
-    problems = []
+    problems = [*_workspace_root_certs(settings)]
     for name in settings.target_names():
         target = settings.target(name)
         try:
@@ -261,3 +290,12 @@ def _check_root_certs(settings: Settings) -> None:
             problems.append(Problem(key, text))
     if problems:
         raise ConfigurationError(problems)
+
+
+def _workspace_root_certs(settings: Settings) -> Iterator[Problem]:
+    """Yield a problem for each file of a workspace that cannot be used, also if none needs it."""
+    sections = {f"workspaces.{name}": one for name, one in settings.workspaces.items()}
+    for section, workspace in {"workspace": settings.workspace, **sections}.items():
+        path = workspace.ssl_root_cert
+        if path and (text := authorities_problem(path)):
+            yield Problem(f"{section}.ssl_root_cert", text)

@@ -8,7 +8,6 @@ is its last step, because the later ones depend on it. No line shows a secret.
 import asyncio
 import getpass
 import json
-import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -35,11 +34,11 @@ from proxy.server.process import Signals
 from proxy.session.listen_sockets import shown
 from proxy.upstream.address_lookup import ANY_USER
 from proxy.upstream.dialer import UpstreamSession
-from proxy.upstream.phases import ConnectPhase, DialProgress, PhaseTimer
+from proxy.upstream.phases import ConnectPhase, DialPhases
 from proxy.upstream.upstreams import Upstream
 from proxy.verbs.admin_client import REQUEST_SECONDS_MAX, running_proxy
 from proxy.verbs.check_catalogue import check_map, failed_step
-from proxy.verbs.check_facts import reach, upstream_facts
+from proxy.verbs.check_facts import reach, upstream_facts, workspace_host
 from proxy.verbs.check_report import PrintedReport, Report, Step
 from proxy.verbs.event_loop import PRINT_CONFIG, print_config, run_on_event_loop, serving_settings
 from proxy.verbs.stderr import fail
@@ -91,7 +90,8 @@ async def check(settings: Settings, report: Report, *, all_targets: bool = False
     """
     names = settings.target_names()
     usual = UPSTREAM if UPSTREAM in names else names[0]
-    async with open_snapshot(_impatient(settings), lambda *_: None) as snapshot:
+    opening = open_snapshot(_impatient(settings), lambda *_: None, retries=False)
+    async with opening as snapshot:
 
         async def check_target(name: str, upstream: Upstream) -> bool:
             return await _TargetCheck(settings, name, upstream, report).run()
@@ -109,41 +109,37 @@ def _impatient(settings: Settings) -> Settings:
     A port that refuses is reported soon. Python's own TLS can show the certificate.
     """
 
-    def section(target: UpstreamSettings) -> UpstreamSettings:
+    def impatient(target: UpstreamSettings) -> UpstreamSettings:
         seconds = min(target.connect_retry_seconds, CONNECT_RETRY_SECONDS_MAX)
         return target.model_copy(update={"connect_retry_seconds": seconds, "accelerated": False})
 
-    targets = {
-        name: section(target.inheriting(settings.upstream))
-        for name, target in settings.targets.items()
-    }
-    return settings.model_copy(update={"upstream": section(settings.upstream), "targets": targets})
+    return settings.with_targets(impatient)
 
 
-class _DialTimer(PhaseTimer):
+class _ReportedPhases(DialPhases):
     """Reports the phases of a dial as they begin and end. A retry does not report them again."""
 
     def __init__(self, begin: Callable[[str], None], end: Callable[[float], None]) -> None:
-        super().__init__(lambda *_: None)
+        super().__init__()
         self._begin = begin
         self._end = end
-        self._phases = list(_PHASES)  # those that have not ended yet, in order
+        self._left = list(_PHASES)  # those that have not ended yet, in order
         self.begun_at: float | None = None
 
     def start(self, phase: ConnectPhase) -> None:
         """Start a phase. The first one that has not ended yet begins its step."""
         super().start(phase)
-        if self.begun_at is None and self._phases and phase is self._phases[0]:
+        if self.begun_at is None and self._left and phase is self._left[0]:
             self.begun_at = time.perf_counter()
             self._begin(_PHASES[phase])
 
     def finish(self) -> None:
         """Finish the phase, and with it the step that it began. The last one ends with the dial."""
         super().finish()
-        last = len(self._phases) == 1
-        if self.begun_at is not None and self.current is self._phases[0] and not last:
+        last = len(self._left) == 1
+        if self.begun_at is not None and self.current is self._left[0] and not last:
             seconds, self.begun_at = time.perf_counter() - self.begun_at, None
-            del self._phases[0]
+            del self._left[0]
             self._end(seconds)
 
 
@@ -232,7 +228,7 @@ class _TargetCheck:
         return [login, clock, ("credential", seconds, self._credential), endpoint]
 
     async def _login(self) -> str:
-        if host := self._settings.workspace.host or os.environ.get("DATABRICKS_HOST", ""):
+        if host := workspace_host(self._settings, self._upstream.settings):
             await reach(host)
         identity = await self._upstream.workspace.identity()
         return f"as {identity.role}, by {identity.auth_type}, at {identity.host}"
@@ -286,16 +282,16 @@ class _TargetCheck:
         """Dial once as for a client, and report each phase. Return whether it succeeded."""
         pairs = ((b"user", user.encode()), (b"application_name", _PROGRAM.encode()))
         seconds_max = self._upstream.settings.connect_timeout_seconds
-        timer = _DialTimer(lambda name: self._begin(name, seconds_max), self._end)
+        phases = _ReportedPhases(lambda name: self._begin(name, seconds_max), self._end)
         try:
             message = StartupMessage(V3_0, pairs)
-            session = await self._upstream.open(message, DialProgress(), phases=timer)
+            session = await self._upstream.open(message, phases)
         except ProxyError as error:
-            if timer.begun_at is None:  # the dialer needed another credential or host
+            if phases.begun_at is None:  # the dialer needed another credential or host
                 self._begin("credential", seconds_max)
-            self._end(_seconds_since(timer.begun_at), error=error)
+            self._end(_seconds_since(phases.begun_at), error=error)
             return False
-        self._end(_seconds_since(timer.begun_at), upstream_facts(session))
+        self._end(_seconds_since(phases.begun_at), upstream_facts(session))
         await _terminate(session)
         return True
 

@@ -19,7 +19,7 @@ from proxy.observe.metrics import Metrics
 from proxy.server.catalogue_reading import ReadMap, reading_map
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.upstream.connector import Connection
-from proxy.upstream.phases import DialProgress
+from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstreams import Upstream
 from proxy.verbs.check_report import Report, Step
 from proxy.wire.startup import V3_0, StartupMessage
@@ -85,7 +85,7 @@ async def _ask(read: ReadMap, shard: Shard, upstream: Upstream) -> str:
         answers.append(await admit(connection, request))
 
     message = StartupMessage(V3_0, ((b"user", _PROGRAM.encode()),))
-    session = await upstream.open(message, DialProgress(), admit=ask)
+    session = await upstream.open(message, DialPhases(), admit=ask)
     session.stream.transport.close()
     if answers[-1].verdict is not Verdict.MAPPING_MISSING:
         raise answers[-1].refusal(target_name(read.map.name, shard))

@@ -1,10 +1,13 @@
 """What a check finds out by itself: whether the workspace's port answers, and a session's facts."""
 
 import asyncio
+import os
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from proxy.config import Settings, UpstreamSettings
+from proxy.config.validators import workspace_address
 from proxy.errors import ErrorKind, ProxyError
 from proxy.upstream.dialer import UpstreamSession
 from proxy.wire.framing import MessageReader
@@ -19,24 +22,39 @@ _TRANSACTION_MODE: Final = (
 )
 
 
-async def reach(workspace_host: str) -> None:
-    """Connect to the workspace and close. Raises ProxyError if that fails.
+def workspace_host(settings: Settings, target: UpstreamSettings) -> str:
+    """Return the address of a target's workspace, "" if it is in a profile."""
+    named = settings.workspace_of(target).host
+    # A named workspace takes nothing from the environment.
+    return named or ("" if target.workspace else os.environ.get("DATABRICKS_HOST", ""))
 
-    The SDK tries a port that refuses again until its time is over. Through an HTTP proxy it is the
-    SDK's own connection that counts.
+
+async def reach(workspace_host: str) -> None:
+    """Connect to the workspace, or to the HTTP proxy before it, and close. Raises ProxyError.
+
+    The SDK's own connection may take longer to fail. An address that cannot be parsed is left to
+    what reads it for the SDK, which names its setting or variable.
     """
-    where = urlsplit(workspace_host if "://" in workspace_host else f"https://{workspace_host}")
-    host = where.hostname or ""
-    if where.scheme in getproxies() and not proxy_bypass(host):
+    try:
+        where = _url(workspace_address(workspace_host))
+        where_from, proxies = "", getproxies()
+        if where.scheme in proxies and not proxy_bypass(where.hostname or ""):
+            where_from, where = "the HTTP proxy ", _url(proxies[where.scheme])
+        host, port = where.hostname or "", where.port or (443 if where.scheme == "https" else 80)
+    except ValueError:
         return
     try:
-        port = where.port or (443 if where.scheme == "https" else 80)
         async with asyncio.timeout(WORKSPACE_CONNECT_SECONDS_MAX):
             _, writer = await asyncio.open_connection(host, port)
-    except (OSError, ValueError, UnicodeError) as error:  # a TimeoutError is an OSError
+    except (OSError, UnicodeError) as error:  # a TimeoutError is an OSError
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise ProxyError(ErrorKind.API_UNREACHABLE, f"{where.netloc}: {reason}") from error
+        detail = f"{where_from}{host}:{port}: {reason}"  # without a user and a password
+        raise ProxyError(ErrorKind.API_UNREACHABLE, detail) from error
     writer.close()
+
+
+def _url(text: str) -> SplitResult:
+    return urlsplit(text if "://" in text else f"http://{text}")
 
 
 def upstream_facts(session: UpstreamSession) -> str:

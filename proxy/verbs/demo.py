@@ -110,7 +110,7 @@ async def demonstrating(settings: Settings) -> AsyncIterator[tuple[App, "Lakebas
 
 
 def _hide_databricks() -> None:
-    """Let the SDK find the emulator only: no account of the user, no HTTP proxy."""
+    """Direct the SDK to the emulator only: no account of the user, no HTTP proxy."""
     for name in [name for name in os.environ if name.startswith("DATABRICKS_")]:
         del os.environ[name]
     os.environ["DATABRICKS_CONFIG_FILE"] = os.devnull

@@ -47,6 +47,8 @@ _ENDS_MAX: Final = 64
 # stays busy.
 _SYNC_LOST: Final = 1 << 62
 
+_SKIP_MAX: Final = 1 << 32  # of a message; beyond it synchronization is lost
+
 _IDLE: Final = IDLE[0]
 # From the client.
 _QUERY: Final = ord("Q")
@@ -148,6 +150,12 @@ class Activity:
             and not (self._client_skip or self._client_stub)
             and not (self._upstream_skip or self._upstream_stub)
         )
+
+    @property
+    def copying(self) -> bool:
+        """Whether the client sends COPY data and has not ended it: the command cannot commit."""
+        followed = max(self._client_skip, self._upstream_skip) <= _SKIP_MAX
+        return self._copying and followed and not self._lost
 
     # -- the client's stream ---------------------------------------------------------------------
 

@@ -192,17 +192,17 @@ class _Fields:
 
     @property
     def severity(self) -> str:
-        """`V`, which is never translated; `S` if an old or nonconforming server sends no `V`."""
+        """The severity: `V`, which is never translated, or `S` of a server that sends no `V`."""
         return self.text(b"V") or self.text(b"S")
 
     @property
     def sqlstate(self) -> str:
-        """`C`, or the empty string: a faulty server may omit it (CVE-2026-6666)."""
+        """The SQLSTATE: `C`, or the empty string: a faulty server may omit it (CVE-2026-6666)."""
         return self.text(b"C")
 
     @property
     def message(self) -> str:
-        """`M`, the primary human-readable text."""
+        """The primary human-readable text, `M`."""
         return self.text(b"M")
 
     def _body(self) -> bytes:

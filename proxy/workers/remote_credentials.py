@@ -32,7 +32,7 @@ from proxy.workspace.token_source import REJECTION_SECONDS_MIN
 # More reloads than this within upstream.connect_timeout_seconds are not expected.
 GENERATIONS_MAX: Final = 4
 
-Call = Callable[..., Awaitable[Any]]
+CallSupervisor = Callable[..., Awaitable[Any]]
 
 
 class RemoteWorkspaceRegistry:
@@ -96,7 +96,7 @@ class RemoteCredentials:
     newest = None  # the supervisor, which mints, shows its age
 
     def __init__(
-        self, call: Call, reject: Callable[..., None], settings: CredentialsSettings
+        self, call: CallSupervisor, reject: Callable[..., None], settings: CredentialsSettings
     ) -> None:
         self._call = call
         self._reject = reject
@@ -139,7 +139,7 @@ class RemoteCredentials:
 class RemoteWorkspace:
     """A workspace, asked through the supervisor."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: CallSupervisor) -> None:
         self._call = call
 
     async def status(self, resource: Resource) -> ResourceStatus:

@@ -10,11 +10,12 @@ that take the last slot at the same moment may both be refused.
 
 import mmap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from proxy.errors import ErrorKind, ProxyError
+from proxy.errors import ProxyError
+from proxy.session.slots import FULL
 
 # Aligned to 8 bytes, a number is read and written in one piece on every machine that we know.
 _NUMBER_BYTES: Final = 8
@@ -33,12 +34,12 @@ class SharedCounters:
         self._beats = numbers[2 * workers :]
 
     @property
-    def slots_taken(self) -> int:
-        """The slots that all workers have taken."""
+    def slots_used(self) -> int:
+        """The slots that all workers use."""
         return sum(self._slots)
 
     def slots_of(self, worker_number: int) -> int:
-        """Return the slots that a worker has taken."""
+        """Return the slots that a worker uses."""
         return self._slots[worker_number - 1]
 
     def add_slots(self, worker_number: int, change: int) -> None:
@@ -76,17 +77,17 @@ class SharedSlots:
         counters: SharedCounters,
         worker_number: int,
         slots_max: int,
-        full_detail: str = "",
+        full: Callable[[], ProxyError] = FULL,
     ) -> None:
-        """`full_detail` is the DETAIL of the 53300 error."""
-        self._full_detail = full_detail
+        """`full` makes the error for a client without a slot."""
+        self._full = full
         self._counters = counters
         self._worker_number = worker_number
         self._slots_max = slots_max
 
     @property
-    def taken(self) -> int:
-        """The slots that this worker has taken."""
+    def used(self) -> int:
+        """The slots that this worker uses."""
         return self._counters.slots_of(self._worker_number)
 
     @contextmanager
@@ -94,8 +95,8 @@ class SharedSlots:
         """Hold a slot while the block runs. Raises ProxyError when none is free."""
         self._counters.add_slots(self._worker_number, 1)
         try:
-            if self._counters.slots_taken > self._slots_max:
-                raise ProxyError(ErrorKind.TOO_MANY_CONNECTIONS, self._full_detail)
+            if self._counters.slots_used > self._slots_max:
+                raise self._full()
             yield
         finally:
             self._counters.add_slots(self._worker_number, -1)

@@ -106,8 +106,7 @@ class Supervisor:
         tasks: list[asyncio.Task[None]] = []
         try:
             addresses = self._acceptor.open()
-            # Not a TaskGroup: that would wrap what the block raises into an ExceptionGroup. No task
-            # is lost, because leaving the block waits for them all.
+            # No TaskGroup, as for sessions (`OpenSessions`): leaving the block waits for them all.
             tasks += [loop.create_task(self._keep_running(number)) for number in numbers]
             await self._start_decided.wait()
             if len(self._serving) < len(numbers):
@@ -138,9 +137,9 @@ class Supervisor:
         return bool(self._serving)
 
     @property
-    def slots_taken(self) -> int:
-        """The slots that the sessions of all workers take."""
-        return self._counters.slots_taken
+    def slots_used(self) -> int:
+        """The slots that the sessions of all workers use."""
+        return self._counters.slots_used
 
     def reading(self) -> Reading:
         """Return what all had counted when they were read last, dead ones included."""

@@ -24,7 +24,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.log_writer import FLUSH_SECONDS_MAX
 from proxy.observe.logs import configure_logging, flush_log, get_logger, worker_log
 from proxy.server.app import App, running
-from proxy.server.file_limit import full_detail, slots_max
+from proxy.server.file_limit import full_error, slots_max
 from proxy.server.router_factory import clear_map_cache, reread_in_thread
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
@@ -56,16 +56,12 @@ def worker_settings(settings: Settings) -> Settings:
     It has no admin address, and its part, rounded up, of each `connects_max`.
     """
 
-    def part_of(section: UpstreamSettings) -> UpstreamSettings:
-        connects_max = math.ceil(section.connects_max / settings.listen.workers)
-        return section.model_copy(update={"connects_max": connects_max})
+    def part_of(target: UpstreamSettings) -> UpstreamSettings:
+        connects_max = math.ceil(target.connects_max / settings.listen.workers)
+        return target.model_copy(update={"connects_max": connects_max})
 
-    targets = {
-        name: part_of(target) if "connects_max" in target.given() else target
-        for name, target in settings.targets.items()
-    }
-    upstream, admin = part_of(settings.upstream), AdminSettings(enabled=False)
-    return settings.model_copy(update={"upstream": upstream, "targets": targets, "admin": admin})
+    admin = AdminSettings(enabled=False)
+    return settings.with_targets(part_of).model_copy(update={"admin": admin})
 
 
 class Worker:
@@ -124,7 +120,7 @@ class Worker:
                 self._counters,
                 self._number,
                 slots_max(settings.listen),
-                full_detail(settings.listen),
+                full_error(settings.listen),
             ),
             cancel_elsewhere=self._cancel_elsewhere,
         )

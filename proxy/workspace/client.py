@@ -22,7 +22,7 @@ from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
 from proxy.workspace.credential import Credential
-from proxy.workspace.login_settings import proxy_secrets, read_secret_file
+from proxy.workspace.login_settings import check_root_cert, proxy_secrets, read_secret_file
 from proxy.workspace.resources import Instance, Minted, Resource, ResourceStatus
 from proxy.workspace.sdk_client import connect
 from proxy.workspace.sdk_errors import is_login_refused, translate
@@ -31,10 +31,14 @@ from proxy.workspace.sdk_import import WorkspaceClient
 
 T = TypeVar("T")
 
-# A token seems to expire sooner than any may be requested for: this machine's clock is ahead, if
-# the server's time says so too.
+# A token seems to expire sooner than any may be requested for, or to live longer than any: this
+# machine's clock is wrong, if the server's time says so too.
 _TOKEN_SECONDS_MIN: Final = 300.0
+_TOKEN_SECONDS_MAX: Final = 3600.0
 _CLOCK_AHEAD_SECONDS_MAX: Final = 60.0
+# As far as a clock may be ahead until no token is of use. Logins work with a clock that is behind,
+# but expired tokens are sent when the API fails, and certificates seem not to be valid yet.
+_CLOCK_BEHIND_SECONDS_MAX: Final = _TOKEN_SECONDS_MAX - _TOKEN_SECONDS_MIN
 
 # An instance has error kinds of its own: the hints for an endpoint do not apply.
 _INSTANCE_KINDS: Final = {
@@ -75,16 +79,19 @@ class Workspace:
         *,
         version: str,
         discover: bool = True,
+        retries: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Without `discover`, log in with the settings, and the profile that they name, alone.
 
-        `clock` returns seconds since the epoch.
+        Without `retries`, report a connection that fails at once. `clock` returns seconds since the
+        epoch.
         """
         self._settings = settings
         self._timeout_seconds = credentials.mint_timeout_seconds
         self._version = version
         self._discover = discover
+        self._retries = retries
         self._clock = clock
         self._blocking_calls = BlockingCalls("databricks-sdk")
         self._client: WorkspaceClient | None = None
@@ -116,15 +123,18 @@ class Workspace:
         return self._ahead_seconds
 
     def _check_clock(self, minted: Minted) -> None:
-        """Raise ProxyError if a new token is of no use because this machine's clock is ahead."""
+        """Raise ProxyError if a new token is dated by a clock that is far from this machine's."""
         ahead_seconds = self._ahead_seconds
-        if ahead_seconds is None or ahead_seconds < _CLOCK_AHEAD_SECONDS_MAX:
+        if ahead_seconds is None or minted.expires_at is None:
             return
-        if minted.expires_at is not None:
-            lifetime_seconds = minted.expires_at - self._clock()
-            if -ahead_seconds < lifetime_seconds < _TOKEN_SECONDS_MIN:
-                detail = f"it is {ahead_seconds:.0f} s ahead of the workspace's"
-                raise ProxyError(ErrorKind.CLOCK_OFF, detail)
+        lifetime_seconds = minted.expires_at - self._clock()
+        is_ahead = ahead_seconds >= _CLOCK_AHEAD_SECONDS_MAX
+        if is_ahead and -ahead_seconds < lifetime_seconds < _TOKEN_SECONDS_MIN:
+            detail = f"it is {ahead_seconds:.0f} s ahead of the workspace's"
+            raise ProxyError(ErrorKind.CLOCK_OFF, detail)
+        if ahead_seconds < -_CLOCK_BEHIND_SECONDS_MAX and lifetime_seconds > _TOKEN_SECONDS_MAX:
+            detail = f"it is {-ahead_seconds:.0f} s behind the workspace's"
+            raise ProxyError(ErrorKind.CLOCK_OFF, detail)
 
     async def _call_about(self, resource: Resource, call: Callable[[WorkspaceClient], T]) -> T:
         """Make a call that names a resource. Raises ProxyError."""
@@ -162,7 +172,8 @@ class Workspace:
 
         A failure is returned, not raised: the SDK's exception may hold a secret and is dropped.
         """
-        with bounded_requests(self._timeout_seconds, self._settings.ssl_root_cert) as sdk_call:
+        ca_file = self._settings.ssl_root_cert
+        with bounded_requests(self._timeout_seconds, ca_file, retries=self._retries) as sdk_call:
             try:
                 return self._call_client(call)
             except ProxyError as error:
@@ -177,6 +188,8 @@ class Workspace:
 
     def _call_client(self, call: Callable[[WorkspaceClient], T]) -> T:
         """Call with the present client, or a new one."""
+        if self._settings.ssl_root_cert:
+            check_root_cert(self._settings.ssl_root_cert)
         self._read_secret_file()
         client, generation = self._client, self._generation
         if client is not None:
@@ -198,6 +211,7 @@ class Workspace:
             version=self._version,
             timeout_seconds=self._timeout_seconds,
             discover=self._discover,
+            retries=self._retries,
         )
 
     def _drop_client(self, generation: object) -> None:

@@ -27,18 +27,22 @@ RENEWAL_SECONDS_MIN: Final = 60.0
 RENEWAL_RANDOM_SECONDS_MAX: Final = 540.0
 RENEWAL_RETRY_AFTER_SECONDS_MAX: Final = 600.0
 
-# The first 429 doubles the accepted age; several in a row make it at least eight times as long as
-# they have lasted. Each mint that succeeds shortens it by a twentieth: while the limit is too low
-# for the fleet, that and the doubling balance when about one call in fifteen is a 429.
+# The first 429 doubles the accepted age. Before a proxy's second token it makes it eight times as
+# long: a fleet may be starting, and renewals wait until all of it has had a first token. Several in
+# a row make it at least eight times as long as they have lasted. Each mint that succeeds shortens
+# it by a twentieth: while the limit is too low for the fleet, that and the doubling balance when
+# about one call in fifteen is a 429.
 LENGTHEN_FACTOR: Final = 2.0
+START_FACTOR: Final = 8.0
 SHORTAGE_FACTOR: Final = 8.0
 SHORTEN_FACTOR: Final = 0.95
 # From an age of 0 it is lengthened to this, and shortened from less than this to the age set.
 LENGTHENED_SECONDS_MIN: Final = 60.0
 
-# The back-off of a first mint after a 429. It grows fast, because a whole fleet that starts shares
-# one limit, and it ends soon enough that the last of them get their token a minute after the rest.
-THROTTLED_DELAY: Final = Delay(4.0, 40.0, sure_share=0.6, growth=4.0)
+# The back-off of a first mint after a 429. The first one is short, because a few proxies may have
+# called at once. It grows to a length at which the calls of a fleet that starts are a few times the
+# limit, the last proxies get a token soon after the others, and clients can wait for the next call.
+THROTTLED_DELAY: Final = Delay(4.0, 32.0, sure_share=0.6, growth=5.0)
 
 
 class Need(Enum):
@@ -92,6 +96,7 @@ class AcceptedAge:
         """Accept what `freshness` says."""
         self._configured = freshness
         self._short_since: float | None = None  # the first of the 429s in a row
+        self._successes = 0
         self.freshness = freshness
 
     @property
@@ -107,12 +112,13 @@ class AcceptedAge:
     def lengthen(self, now: float, lifetime_seconds: float) -> None:
         """Accept older tokens after a 429, at most as old as a token is valid.
 
-        Twice the age at the first of several in a row; later ones show how long the API is short
-        of tokens, and what many proxies wait for so long cannot be renewed more often.
+        A multiple of the age at the first of several in a row; later ones show how long the API is
+        short of tokens, and what many proxies wait for so long cannot be renewed more often.
         """
         if self._short_since is None or now < self._short_since:
             self._short_since = now
-            longer = max(self.seconds * LENGTHEN_FACTOR, LENGTHENED_SECONDS_MIN)
+            factor = START_FACTOR if self._successes < 2 else LENGTHEN_FACTOR
+            longer = max(self.seconds * factor, LENGTHENED_SECONDS_MIN)
         else:
             longer = max(self.seconds, (now - self._short_since) * SHORTAGE_FACTOR)
         valid_seconds = lifetime_seconds - self._configured.expiry_margin_seconds
@@ -121,6 +127,7 @@ class AcceptedAge:
     def shorten(self) -> None:
         """Accept a little less after a mint that succeeded, at least the age that is set."""
         self._short_since = None
+        self._successes += 1
         shorter = self.seconds * SHORTEN_FACTOR
         if shorter < LENGTHENED_SECONDS_MIN:
             shorter = 0.0

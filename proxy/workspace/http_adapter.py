@@ -43,17 +43,46 @@ class _Exchange:
         self.reused = False
         self.closed = False
         self._socket: Any = None
+        self._connecting: socket.socket | None = None
+        self._lock = threading.Lock()
+
+    def connect(self, opened: socket.socket) -> None:
+        """Keep a copy of the socket, which TLS takes over, so that `close` ends a handshake too."""
+        with self._lock:
+            self._forget_connecting()
+            self._connecting = opened.dup()
+        self._close_if_late()
 
     def begin(self, used: Any, *, reused: bool) -> None:
         self._socket, self.reused = used, reused
+        with self._lock:
+            self._forget_connecting()
+        self._close_if_late()
 
     def close(self) -> None:
         self.closed = True
         plain = getattr(self._socket, "socket", self._socket)  # as in TLS to an HTTPS proxy
-        if plain is not None:
-            # Not `SSLSocket.shutdown`, which is not safe while another thread reads.
-            with suppress(OSError):
-                socket.socket.shutdown(plain, socket.SHUT_RDWR)
+        with self._lock:  # the copy is not closed, and its number not given away, meanwhile
+            for used in (self._connecting, plain):
+                if used is not None:
+                    # Not `SSLSocket.shutdown`, which is not safe while another thread reads.
+                    with suppress(OSError):
+                        socket.socket.shutdown(used, socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Close the copy of a socket whose handshake has failed."""
+        with self._lock:
+            self._forget_connecting()
+
+    def _forget_connecting(self) -> None:
+        if self._connecting is not None:
+            self._connecting.close()
+            self._connecting = None
+
+    def _close_if_late(self) -> None:
+        """Close again: the time was over before there was a socket to close."""
+        if self.closed:
+            self.close()
 
 
 _current: ContextVar[_Exchange | None] = ContextVar("http_exchange", default=None)
@@ -76,6 +105,18 @@ class _Connection(HTTPConnection):
         """Connect; from now on it counts as new."""
         self.replied_at = None
         super().connect()
+
+    def _new_conn(self) -> socket.socket:
+        """Open the TCP connection.
+
+        The library bounds each read of the answer to CONNECT and of the TLS handshake, not all of
+        them. The method is private; there is no other place between TCP and these.
+        """
+        opened = super()._new_conn()
+        exchange = _current.get()
+        if exchange is not None:
+            exchange.connect(opened)
+        return opened
 
     def request(self, *arguments: Any, **options: Any) -> None:
         """Send a request, which can be ended from another thread from now on."""
@@ -172,6 +213,7 @@ def _exchange(seconds: float) -> Iterator[_Exchange]:
         yield exchange
     finally:
         timer.cancel()
+        exchange.end()
         _current.reset(token)
 
 

@@ -23,11 +23,9 @@ from urllib.parse import unquote, urlsplit
 from pydantic import SecretStr
 
 from proxy.config import WorkspaceSettings
-from proxy.config.validators import check_host
+from proxy.config.validators import BLANKS, QUOTES, workspace_address
 from proxy.errors import ErrorKind, ProxyError
 
-_BLANKS: Final = " \t\r\n\v\f\ufeff"  # the last one is the byte order mark
-_QUOTES: Final = "\"'`"
 # These are sent in a header, or are part of a URL.
 _SENT_NAMES: Final = frozenset(
     (
@@ -40,8 +38,6 @@ _PROFILES: Final = "~/.databrickscfg"
 _DEFAULT_PROFILE: Final = "DEFAULT"
 _PROFILE_FILE_BYTES_MAX: Final = 1 << 20
 
-# The workspace's id, which the address bar of a browser shows.
-_WORKSPACE_QUERY: Final = re.compile(r"(o=\d*)?")
 _PROXY_URL: Final = re.compile(r"(https?://)?([^/?#\s]*@)?([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?/?")
 
 
@@ -88,10 +84,10 @@ def sdk_arguments(
 
 def clean(name: str, text: str, source: str) -> str:
     """Return a value without what is harmless. Raises ProxyError if it cannot be used."""
-    text = text.strip(_BLANKS)
+    text = text.strip(BLANKS)
     if name not in _SENT_NAMES or not text:
         return text
-    if text[0] in _QUOTES or text[-1] in _QUOTES:
+    if text[0] in QUOTES or text[-1] in QUOTES:
         raise mistake(source, "the value is in quotes; remove them")
     if "\n" in text or "\r" in text:
         raise mistake(source, "the value has more than one line")
@@ -103,23 +99,9 @@ def clean(name: str, text: str, source: str) -> str:
 def _address(text: str, source: str) -> str:
     """Return the address of a workspace as scheme and host. Raises ProxyError."""
     try:
-        parts = urlsplit(text if "://" in text else f"https://{text}")
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        raise mistake(source, "the workspace's address is no URL") from None
-    if parts.scheme not in ("https", "http"):
-        raise mistake(source, "the workspace's address must begin with https://")
-    if parts.path.strip("/"):
-        raise mistake(source, "the workspace's address has a path; give https://HOST alone")
-    if not _WORKSPACE_QUERY.fullmatch(parts.query) or parts.fragment:
-        raise mistake(source, "the workspace's address has a query; give https://HOST alone")
-    try:
-        check_host(host or "")
-    except ValueError:
-        raise mistake(source, "the workspace's address has no valid host name") from None
-    if "@" in parts.netloc:
-        raise mistake(source, "the workspace's address must not contain a user or a password")
-    return f"{parts.scheme}://{parts.netloc}"
+        return workspace_address(text)
+    except ValueError as error:
+        raise mistake(source, str(error)) from None
 
 
 def profile_values(config_file: str, profile: str, known: frozenset[str]) -> dict[str, str]:
@@ -213,15 +195,33 @@ def _check_ca_bundle(host: str, environ: Mapping[str, str]) -> None:
     variable = next((name for name in variables if environ.get(name)), None)
     if variable is None or not host.startswith("https://"):
         return
-    path = environ[variable]
+    _check_authorities(environ[variable], variable)
+
+
+def check_root_cert(path: str) -> None:
+    """Raise ProxyError if the authorities of `ssl_root_cert` cannot be read; it blocks."""
+    _check_authorities(path, "workspace.ssl_root_cert")
+
+
+def _check_authorities(path: str, source: str) -> None:
+    if problem := authorities_problem(path):
+        raise mistake(source, problem)
+
+
+def authorities_problem(path: str) -> str:
+    """Return why certificate authorities cannot be read from a file, or "" if they can."""
+    file = Path(path)
     try:
+        if file.is_fifo():
+            return f"{path} is not a regular file"  # opening it might block
         # A directory is read when a certificate is verified.
-        if not Path(path).is_dir():
+        if not file.is_dir():
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except ssl.SSLError:
-        raise mistake(variable, f"{path} holds no certificates in PEM") from None
+        return f"{path} holds no certificates in PEM"
     except OSError as error:
-        raise mistake(variable, f"{path}: {error.strerror or 'it cannot be read'}") from None
+        return f"{path}: {error.strerror or 'it cannot be read'}"
+    return ""
 
 
 def _check_proxy(host: str, environ: Mapping[str, str]) -> None:

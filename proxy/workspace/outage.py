@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from enum import Enum
-from typing import Final
+from typing import Final, NamedTuple
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
@@ -29,24 +29,41 @@ _STATUS: Final = re.compile(r"HTTP \d+")
 _log = get_logger(__name__)
 
 
-class Call(Enum):
-    """What fails. Without a host no token is asked for, so that its look-up counts as well."""
+class ApiCall(Enum):
+    """What fails. Without a host no token is asked for, so that its look-up counts as well.
+
+    `READ` is of the password file.
+    """
 
     MINT = "mint"
     LOOK_UP = "look-up"
+    READ = "read"
+
+
+class Words(NamedTuple):
+    """The log events of an outage's begin and end."""
+
+    fails: str
+    works: str
+
+
+_API: Final = Words("the workspace API fails", "the workspace API works again")
 
 
 class Outage:
     """The failures in a row of the calls for one account."""
 
-    def __init__(self, name: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, name: str, clock: Callable[[], float] = time.time, words: Words = _API
+    ) -> None:
         """`name` is the account's. `clock` returns seconds since the epoch."""
-        self._name = name
+        self.name = name
+        self._words = words
         self._clock = clock
         self._last_at = 0.0
         self._tries = 0
         self._logged = ("", "")
-        self._failing: set[Call] = set()
+        self._failing: set[ApiCall] = set()
         self.since: float | None = None
         """When the first call failed, in seconds since the epoch; None while the API works."""
         self.failure: ProxyError | None = None
@@ -54,7 +71,7 @@ class Outage:
 
     @property
     def failing_seconds(self) -> float:
-        """For how long the API has failed; 0 while it works."""
+        """The time for which the API has failed; 0 while it works."""
         return 0.0 if self.since is None else max(0.0, self._clock() - self.since)
 
     def refusal(self) -> ProxyError | None:
@@ -69,14 +86,14 @@ class Outage:
             return None
         return ProxyError(self.failure.kind, self.failure.detail, final=True)
 
-    def record_failure(self, call: Call, failure: ProxyError, backoff_seconds: float) -> None:
+    def record_failure(self, call: ApiCall, failure: ProxyError, backoff_seconds: float) -> None:
         """Record a failed call; log the first one, and each that fails in another way.
 
         A look-up that fails for good concerns its own target alone.
         """
         if failure.kind is ErrorKind.API_THROTTLED:
             return
-        if call is Call.LOOK_UP and not is_transient(failure):
+        if call is ApiCall.LOOK_UP and not is_transient(failure):
             return
         self._failing.add(call)
         now = self._clock()
@@ -89,8 +106,8 @@ class Outage:
         if cause != self._logged:
             self._logged = cause
             _log.warning(
-                "the workspace API fails",
-                workspace=self._name,
+                self._words.fails,
+                workspace=self.name,
                 call=call.value,
                 reason=failure.reason,
                 detail=failure.detail,
@@ -100,17 +117,17 @@ class Outage:
                 backoff_seconds=round(backoff_seconds, 1),
             )
 
-    def record_success(self, call: Call) -> None:
+    def record_success(self, call: ApiCall) -> None:
         """Record a call that succeeded; log it if it ends an outage, as every mint does."""
-        self._failing -= {call} if call is Call.LOOK_UP else set(Call)
+        self._failing -= {call} if call is ApiCall.LOOK_UP else set(ApiCall)
         if self.since is None or self._failing:
             return
         seconds = round(self.failing_seconds, 1)
         tries, self._tries = self._tries, 0
         self.since, self.failure, self._logged = None, None, ("", "")
         _log.info(
-            "the workspace API works again",
-            workspace=self._name,
+            self._words.works,
+            workspace=self.name,
             failed_seconds=seconds,
             tries=tries,
         )

@@ -121,8 +121,10 @@ class UseCount:
 class LocalWorkspaceRegistry:
     """The workspaces and accounts of this process."""
 
-    def __init__(self, metrics: Metrics, *, version: str) -> None:
+    def __init__(self, metrics: Metrics, *, version: str, retries: bool = True) -> None:
+        """Without `retries`, report a connection to a workspace that fails at once."""
         self.calls = PendingCalls()
+        self._retries = retries
         self._metrics = metrics
         self._version = version
         self._workspaces: dict[WorkspaceKey, Workspace] = {}
@@ -145,6 +147,7 @@ class LocalWorkspaceRegistry:
                 key.credentials,
                 version=self._version,
                 discover=not key.name,  # the environment's identity is that of [workspace]
+                retries=self._retries,
             )
         return self._workspaces[key]
 

@@ -30,6 +30,8 @@ _PRODUCT: Final = "lakebase-auth-proxy"
 # budget must end well before our own deadline.
 _RETRY_PART: Final = 0.5
 _PROBE_SECONDS_MAX: Final = 5.0
+# The SDK's least: between the first and the second try it sleeps for longer.
+_NO_RETRY_SECONDS: Final = 1
 
 # The auth types of an isolated client and the settings that each needs, in the SDK's own order.
 _AUTH_TYPES: Final = {
@@ -62,12 +64,15 @@ def connect(
     version: str,
     timeout_seconds: float,
     discover: bool,
+    retries: bool = True,
 ) -> WorkspaceClient:
     """Return a client. It blocks, may make requests, and raises what the SDK raises.
 
     `file_secret` is the content of `client_secret_file`. Without `discover` the client is isolated,
     and so is one whose settings are complete: what lies about in the environment is not added.
+    Without `retries` it does not try a failed call again.
     """
+    retry_seconds = max(1, int(timeout_seconds * _RETRY_PART)) if retries else _NO_RETRY_SECONDS
     skip_package_init()
     discover = discover and not _is_complete(settings, file_secret)
     config = (_discovering_config() if discover else _isolated_config())(
@@ -75,7 +80,7 @@ def connect(
         product=_PRODUCT,
         product_version=version,
         http_timeout_seconds=min(REQUEST_SECONDS_MAX, timeout_seconds),
-        retry_timeout_seconds=max(1, int(timeout_seconds * _RETRY_PART)),
+        retry_timeout_seconds=retry_seconds,
         **_given(settings, file_secret, discover=discover),
     )
     return WorkspaceClient(config)

@@ -39,6 +39,10 @@ class CertificateRejected(Exception):
     """
 
 
+class NotConnected(Exception):
+    """There is no connection, and the call is not to be tried again. The SDK does not try again."""
+
+
 class SignInPage(Exception):
     """The reply is a web page, of a sign-in most likely. The SDK does not try again."""
 
@@ -56,12 +60,14 @@ class Refusal:
 class SDKCall:
     """One call of the SDK. `ends_at` is a time of `time.monotonic`.
 
+    Without `retries` a connection that fails is final.
     `refusal` is of the last POST, `failure` of the last request, None if it was answered otherwise.
     `server_time` is the time of the last reply by the server's clock, in seconds since the epoch.
     """
 
     ends_at: float
     ca_file: str = ""
+    retries: bool = True
     refusal: Refusal | None = None
     failure: Refusal | None = None
     server_time: float | None = None
@@ -72,10 +78,12 @@ _current: ContextVar[SDKCall | None] = ContextVar("sdk_call", default=None)
 
 
 @contextmanager
-def bounded_requests(timeout_seconds: float, ca_file: str = "") -> Iterator[SDKCall]:
+def bounded_requests(
+    timeout_seconds: float, ca_file: str = "", *, retries: bool = True
+) -> Iterator[SDKCall]:
     """Bound the requests that this thread makes inside the block; trust the file's authorities."""
     _bound_requests()
-    call = SDKCall(time.monotonic() + timeout_seconds, ca_file)
+    call = SDKCall(time.monotonic() + timeout_seconds, ca_file, retries)
     token = _current.set(call)
     try:
         yield call
@@ -119,7 +127,7 @@ def _send(
     call.failure = None
     if call.ca_file:
         options = {**options, "verify": call.ca_file}
-    response = _send_verified(send, {**options, "timeout": timeout_seconds})
+    response = _send_verified(send, {**options, "timeout": timeout_seconds}, call.retries)
     call.failure = None if response.ok else _refusal(response)
     call.server_time = _time(response.headers.get("Date"))
     if request.method == "POST":
@@ -145,14 +153,24 @@ def _time(date: str | None) -> float | None:
         return None
 
 
-def _send_verified(send: Callable[..., "Response"], options: dict[str, Any]) -> "Response":
-    """Send a request. Raises CertificateRejected in place of the library's own exception."""
+def _send_verified(
+    send: Callable[..., "Response"], options: dict[str, Any], retries: bool
+) -> "Response":
+    """Send a request.
+
+    Raises CertificateRejected, and without `retries` NotConnected, in place of the library's own
+    exceptions.
+    """
+    from requests import ConnectionError as ConnectionFailed  # noqa: PLC0415 - imported by now
+
     try:
         return send(**options)
     except OSError as error:  # the base of all exceptions of `requests`
         _, verify_failed, why = str(error).partition(_VERIFY_FAILED)
         if verify_failed:
             raise CertificateRejected(_VERIFY_FAILED + why.partition(" (_ssl")[0]) from None
+        if not retries and isinstance(error, ConnectionFailed):
+            raise NotConnected(str(error)) from None
         raise
 
 

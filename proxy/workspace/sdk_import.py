@@ -39,14 +39,14 @@ class WorkspaceClient:
 
     @property
     def postgres(self) -> "PostgresAPI":
-        """Autoscaling: projects, branches, endpoints."""
+        """The Autoscaling API: projects, branches, endpoints."""
         from databricks.sdk.service.postgres import PostgresAPI  # noqa: PLC0415
 
         return PostgresAPI(self.api_client)  # type: ignore[no-untyped-call]
 
     @property
     def database(self) -> "DatabaseAPI":
-        """Provisioned: instances."""
+        """The Provisioned API: instances."""
         from databricks.sdk.service.database import DatabaseAPI  # noqa: PLC0415
 
         return DatabaseAPI(self.api_client)  # type: ignore[no-untyped-call]

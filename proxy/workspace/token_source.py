@@ -34,7 +34,7 @@ from proxy.workspace.freshness import (
     judge,
     renewal_delay,
 )
-from proxy.workspace.outage import Call, Outage
+from proxy.workspace.outage import ApiCall, Outage
 from proxy.workspace.single_flight import (
     BACKOFF_SECONDS_MIN,
     Backoff,
@@ -230,11 +230,11 @@ class LocalTokenSource:
         except ProxyError as error:
             self._metrics.token_mint_failed(error.reason)
             self._record_failure(error)
-            self._outage.record_failure(Call.MINT, error, self._backoff.remaining_seconds)
+            self._outage.record_failure(ApiCall.MINT, error, self._backoff.remaining_seconds)
             raise
         self._metrics.token_minted()
         self._record_success()
-        self._outage.record_success(Call.MINT)
+        self._outage.record_success(ApiCall.MINT)
         if number > self._newest_number:  # else a later mint was faster
             self._newest, self._newest_number = credential, number
         return credential

@@ -84,6 +84,29 @@ def test_an_empty_host_of_a_target_unsets_the_inherited_host_only() -> None:
     assert (settings.target("eu").endpoint, settings.target("eu").host) == (ENDPOINT, "")
 
 
+def test_a_change_of_all_targets_is_made_once_to_the_effective_values_of_each() -> None:
+    settings = Settings(
+        upstream=UpstreamSettings(endpoint=ENDPOINT, port=6000, connects_max=10),
+        workspaces={"eu": WorkspaceSettings(profile="eu")},
+        targets={
+            "inheriting": UpstreamSettings(database="shop"),
+            "own": UpstreamSettings(endpoint=ENDPOINT_EU, workspace="eu", connects_max=4),
+        },
+    )
+
+    def halved(target: UpstreamSettings) -> UpstreamSettings:
+        return target.model_copy(update={"connects_max": target.connects_max // 2})
+
+    changed = settings.with_targets(halved)
+    found = {name: changed.target(name).connects_max for name in changed.target_names()}
+    assert found == {"upstream": 5, "inheriting": 5, "own": 2}
+    for name in settings.target_names():
+        before = settings.target(name)
+        assert (
+            changed.target(name).model_copy(update={"connects_max": before.connects_max}) == before
+        )
+
+
 def test_an_unknown_target_has_no_values() -> None:
     with pytest.raises(KeyError):
         Settings().target("eu")
@@ -251,6 +274,35 @@ def test_a_client_secret_never_leaves_the_machine_in_plaintext(host: str, good: 
     for section in ("workspace", "workspaces.eu"):
         said = refusals([f"--{section}.host={host}"])
         assert "must be https://" in said[f"{section}.host"]
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        ("https://shop.cloud.databricks.com/sql/warehouses", "has a path"),
+        ("shop.cloud.databricks.com/browse", "has a path"),
+        ("https://shop.cloud.databricks.com/?a=b", "has a query"),
+        ("https://shop.cloud.databricks.com/#job", "has a query"),
+        ('"https://shop.cloud.databricks.com"', "in quotes"),
+        ("https://shop.cloud.databricks.com:4x", "no URL"),
+        ("https://shop cloud.databricks.com", "no valid host name"),
+        ("https://me:not-real@shop.cloud.databricks.com", "a user or a password"),
+        ("postgresql://shop.cloud.databricks.com", "must begin with https://"),
+    ],
+)
+def test_a_workspace_host_that_is_more_than_an_address_is_a_problem_of_its_key(
+    host: str, why: str
+) -> None:
+    # It was reported at the first mint, after the proxy had started.
+    for section in ("workspace", "workspaces.eu"):
+        said = refusals([f"--{section}.host={host}"])
+        assert why in said[f"{section}.host"]
+        assert "not-real" not in said[f"{section}.host"]
+
+
+@pytest.mark.parametrize("after", ["/", "/?o=123", "?o=123", " \n"])
+def test_what_is_harmless_after_a_workspace_host_is_no_problem(after: str) -> None:
+    WorkspaceSettings(host=f"https://shop.cloud.databricks.com{after}")
 
 
 # Listening

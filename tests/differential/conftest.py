@@ -33,7 +33,7 @@ class DirectAndProxied:
 
     @property
     def proxy_address(self) -> Address:
-        """Where the proxy listens."""
+        """The address where the proxy listens."""
         return self.proxy.listen_host, self.proxy.listen_port
 
     async def direct(self, exchange: Exchange, cut: Cut = whole) -> list[Transcript]:

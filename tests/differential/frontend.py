@@ -58,7 +58,7 @@ class Exchange:
 
     @property
     def sent_bytes(self) -> int:
-        """How much is sent on the first connection."""
+        """The bytes that are sent on the first connection."""
         return sum(len(step.content) for step in self.steps if isinstance(step, Send))
 
 

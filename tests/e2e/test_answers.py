@@ -24,10 +24,24 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.tokens import TokenIssuer
 from proxy.server.app import App
 from proxy.wire.messages import ErrorResponse
+from proxy.wire.startup import ProtocolVersion
 from proxy.workspace.single_flight import BACKOFF_SECONDS_MIN
 from tests.e2e.conftest import StartProxy
 from tests.support.client import plain_client, startup
 from tests.support.running import LogLines, libpq
+from tests.support.sharding import sharded
+
+# Reasons that no operator has to act on.
+CLIENTS_OWN = {"database_missing", "setting_unknown", "pooler_parameter"}
+OWN_MISTAKES = {
+    "unknown setting": startup(database="app@7", options="-c nonsense=1"),
+    "no setting": startup(database="app@7", options="nonsense"),
+    "no shard key": startup(),
+    "no value of the key's type": startup(database="app@seven"),
+    "no mapping": startup(database="app@999999"),
+    "no user": startup(user=""),
+    "protocol": startup(ProtocolVersion(4, 0)),
+}
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 Break = Callable[[Lakebase], Awaitable[None] | None]
@@ -56,7 +70,7 @@ def _fail(call: Call, reply: faults.Reply | faults.Hang) -> Break:
 
 
 def _say(error: ErrorResponse) -> Break:
-    """Have the front end say it in answer to the StartupMessage, before it asks for anything."""
+    """Make the front end send it in answer to the StartupMessage, before it asks for anything."""
     return lambda lakebase: lakebase.gateway.inject(Stage.STARTUP, error.encode())
 
 
@@ -504,8 +518,19 @@ async def test_a_client_that_cannot_be_served_is_told_why_and_others_are_served_
         assert error.text(b"D") == f"reason={case.reason}"
     assert case.hint in error.text(b"H")
     assert proxy.metrics.value("startup_failures_total", reason=case.reason) == 1
-    # A refusal and an outage are warnings; a bug of ours is an error.
+    # A refusal and an outage are warnings, the client's own mistake is none; a bug is an error.
     assert [line for line in log.above_info() if line["level"] != "warning"] == []
+    (line,) = log.events("session refused")
+    is_own = case.reason in CLIENTS_OWN or "client's options" in error.text(b"H")
+    assert (line["reason"], line["level"]) == (case.reason, "info" if is_own else "warning")
+
+
+@pytest.mark.parametrize("first_packet", OWN_MISTAKES.values(), ids=OWN_MISTAKES)
+async def test_a_clients_own_mistake_is_no_warning(
+    start_proxy: StartProxy, lakebase: Lakebase, log: LogLines, first_packet: bytes
+) -> None:
+    await told(await start_proxy(**sharded(lakebase)), first_packet)
+    assert log.above_info() == []
 
 
 FIXED = ("token of another workspace", "the port is closed", "wrong secret")

@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import re
 import time
+from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -12,9 +15,9 @@ from proxy.emulator.api import Call
 from proxy.emulator.faults import Hang, Reply
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
-from tests.e2e.conftest import StartProxy
+from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.admin_address import ask
-from tests.support.running import LogLines, eventually, libpq
+from tests.support.running import Listening, LogLines, eventually, libpq
 
 # Milliseconds where the machine does nothing else; the tests of others run beside this one.
 AT_ONCE_SECONDS = 0.5
@@ -25,7 +28,7 @@ PROBES_SECONDS_MAX = 15.0  # the longest back-off, and a call
 pytestmark = pytest.mark.slow
 
 
-async def refused(proxy: App) -> tuple[str, float]:
+async def refused(proxy: Listening) -> tuple[str, float]:
     """Return the words of a client that is refused, and how long it took."""
     begun = time.monotonic()
     with pytest.raises(psycopg.OperationalError) as error:
@@ -33,7 +36,7 @@ async def refused(proxy: App) -> tuple[str, float]:
     return str(error.value), time.monotonic() - begun
 
 
-async def served(proxy: App) -> bool:
+async def served(proxy: Listening) -> bool:
     try:
         async with await psycopg.AsyncConnection.connect(**libpq(proxy)):
             return True
@@ -86,10 +89,15 @@ async def test_new_clients_are_refused_at_once_until_the_api_works_again(
 async def shown(proxy: App) -> list[str]:
     """Return the reasons of failing APIs in `/status`; each says since when."""
     assert proxy.admin is not None
-    status = json.loads((await ask(proxy.admin.port, "/status")).body)
-    failing = [api for api in status["workspace_apis"] if api["reason"]]
-    assert all(api["failing_since"] and api["failing_seconds"] > 0 for api in failing)
-    return [api["reason"] for api in failing]
+    return [api["reason"] for api in await failing(proxy.admin.port)]
+
+
+async def failing(admin_port: int) -> list[dict[str, Any]]:
+    """Return the APIs that fail as `/status` shows them; each says since when."""
+    status = json.loads((await ask(admin_port, "/status")).body)
+    found = [api for api in status["workspace_apis"] if api["reason"]]
+    assert all(api["failing_since"] and api["failing_seconds"] > 0 for api in found)
+    return found
 
 
 async def test_a_limit_of_the_rate_is_no_outage(
@@ -121,3 +129,53 @@ async def test_one_call_after_another_goes_on_without_further_clients(
         lambda: log.events("the workspace API works again"), "a probe", PROBES_SECONDS_MAX
     )
     assert await served(proxy)
+
+
+# -- the password file ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("how", ["gone", "empty"])
+async def test_a_password_file_that_cannot_be_used_is_an_outage_in_log_and_status(
+    start_process: StartProcess, lakebase: Lakebase, tmp_path: Path, how: str, workers: int
+) -> None:
+    # Its clients were refused; no line of the log said since when, and the page was green.
+    file = tmp_path / "password"
+    file.write_text(lakebase.native_password)
+    proxy = await start_process(
+        admin={"enabled": True, "port": 0},
+        listen={"port": 0, "workers": workers},
+        credentials={"password_file": str(file)},
+        upstream={
+            "endpoint": "",
+            "host": lakebase["one"].endpoint.pooled_host,
+            "user": lakebase.native_role,
+        },
+    )
+    port = int(proxy.events("serving")[0]["admin_port"])
+    assert await served(proxy)
+    assert await failing(port) == []
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_text("")
+    text, _ = await refused(proxy)
+    assert "password_file_unreadable" in text
+    (shown_api,) = await failing(port)
+    assert shown_api["workspace"] == "credentials.password_file"
+    assert shown_api["reason"] == "password_file_unreadable"
+    fails, works = "the password file cannot be used", "the password file can be used again"
+    await eventually(lambda: proxy.events(fails), "it warns")
+    line = proxy.events(fails)[0]
+    assert (line["level"], line["reason"]) == ("warning", "password_file_unreadable")
+    assert "credentials.password_file" in line["detail"]
+    metrics = (await ask(port, "/metrics")).body.decode()
+    found = re.search(
+        r'api_failing_seconds\{workspace="credentials\.password_file"\} (\S+)', metrics
+    )
+    assert found is not None
+    assert float(found[1]) > 0
+    file.write_text(lakebase.native_password)
+    assert await served(proxy)
+    assert await failing(port) == []
+    await eventually(lambda: proxy.events(works), "it says that it is over")

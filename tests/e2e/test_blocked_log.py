@@ -61,13 +61,13 @@ async def proxy_logging_to(
     directory: Path,
     *,
     workers: int = 1,
-    admin: bool = False,
+    admin_port: int | None = None,
 ) -> AsyncIterator[SilentProxy]:
     """Run a proxy that clients reach by a unix socket: no log says its port."""
     listen = {"host": "", "unix_socket_directory": str(directory), "workers": workers}
     sections: dict[str, dict[str, object]] = {
         "listen": {**listen, "port": 5432},
-        "admin": {"enabled": admin, "port": 0},
+        "admin": {"enabled": admin_port is not None, "port": admin_port or 0},
         "log": {"level": "debug"},
     }
     config = directory / "proxy.toml"
@@ -155,7 +155,7 @@ async def test_lines_that_were_dropped_are_counted_and_told_when_it_flows_again(
         while text not in received and (block := os.read(reader, 65536)):
             received.extend(block)
 
-    async with proxy_logging_to(writer, lakebase, tmp_path, admin=True) as proxy:
+    async with proxy_logging_to(writer, lakebase, tmp_path, admin_port=0) as proxy:
         os.close(writer)
         await asyncio.to_thread(read_until, b'"serving"')
         port = admin_port(bytes(received))

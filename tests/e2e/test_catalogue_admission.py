@@ -20,7 +20,7 @@ from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind, MapSpec
 from proxy.server.app import build_metrics
 from proxy.upstream.dialer import UpstreamSession
-from proxy.upstream.phases import DialProgress
+from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstreams import Upstreams
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace.registry import LocalWorkspaceRegistry
@@ -141,7 +141,7 @@ class Sidecar:
     async def open_with(self, opener: AdmittingOpener, options: bytes = b"") -> UpstreamSession:
         pairs = [(b"user", b"app"), (b"options", options)]
         async with asyncio.timeout(SECONDS_MAX):
-            session = await opener.open(StartupMessage(V3_0, tuple(pairs)), DialProgress())
+            session = await opener.open(StartupMessage(V3_0, tuple(pairs)), DialPhases())
         self.sessions.append(session)
         return session
 

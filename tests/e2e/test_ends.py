@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import socket
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -16,8 +18,10 @@ from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
 from proxy.server.app import App
+from proxy.session.session_log import TLSAdvice
 from proxy.wire.messages import Terminate
 from tests.e2e.conftest import StartProxy
+from tests.support.admin_address import ask
 from tests.support.client import plain_client, query, startup
 from tests.support.running import (
     LogLines,
@@ -214,6 +218,74 @@ async def test_w54_a_client_that_vanishes_while_a_token_is_minted_leaves_the_min
     assert len(lakebase.workspace.mints) == 1
 
 
+@pytest.mark.parametrize(
+    ("stage", "reason"),
+    [(Stage.TLS, "client_gone_tls"), (Stage.PASSWORD, "client_gone_login")],
+)
+async def test_w54_a_client_that_leaves_is_counted_with_the_step_of_the_dial_it_waited_for(
+    proxy: App, lakebase: Lakebase, stage: Stage, reason: str, log: LogLines
+) -> None:
+    # It was a bare client_gone: whether the workspace, the network or the database was slow could
+    # not be seen.
+    measured = partial(proxy.metrics.value, "upstream_connect_seconds_count")
+    phase_before = {"client_gone_tls": "tcp", "client_gone_login": "tls"}[reason]
+    lakebase.gateway.inject(stage, Injection.HANG)
+    async with plain_client(proxy) as client:
+        await client.send(startup())
+        await eventually(lambda: measured(phase=phase_before) == 1, "the step has begun")
+        client.close()
+        await all_over(proxy, lakebase)
+    assert_gone(proxy, log, reason)
+
+
+async def test_w54_a_client_that_leaves_while_the_host_does_not_answer_waited_for_tcp(
+    start_proxy: StartProxy, log: LogLines
+) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        host, port = full.getsockname()
+        for _ in range(2):  # its queue is full, and it drops what else arrives
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex((host, port))
+        before = connecting_to(port)
+        proxy = await start_proxy(upstream={"host": "localhost", "hostaddr": host, "port": port})
+        async with plain_client(proxy) as client:
+            await client.send(startup())
+            await eventually(lambda: connecting_to(port) > before, "it connects")
+            client.close()
+            await eventually(lambda: proxy.metrics.value("connections") == 0, "it is gone")
+    assert_gone(proxy, log, "client_gone_tcp")
+
+
+def connecting_to(port: int) -> int:
+    """Return how many connections to this port wait for an answer (SYN_SENT)."""
+    return Path("/proc/net/tcp").read_text().count(f":{port:04X} 02 ")
+
+
+async def test_w54_a_client_that_leaves_while_others_connect_waited_for_a_slot(
+    start_proxy: StartProxy, lakebase: Lakebase, log: LogLines
+) -> None:
+    proxy = await start_proxy(upstream={"connects_max": 1})
+    failed = partial(proxy.metrics.value, "startup_failures_total")
+    lakebase.gateway.inject(Stage.STARTUP, Injection.HANG)
+    async with plain_client(proxy) as first, plain_client(proxy) as second:
+        await first.send(startup())
+        await lakebase.gateway.until(lambda: lakebase.gateway.accepted > 0)
+        await second.send(startup())
+        await eventually(lambda: proxy.session_slots_used == 2, "both wait")
+        second.close()
+        await eventually(lambda: failed() == 1, "it is counted")
+        assert_gone(proxy, log, "client_gone_slot")
+
+
+def assert_gone(proxy: App, log: LogLines, reason: str) -> None:
+    """Check that one client has left, for this reason, and that it has its line."""
+    assert proxy.metrics.value("startup_failures_total", reason=reason) == 1
+    assert proxy.metrics.value("startup_failures_total") == 1
+    (line,) = log.events("client left before its session was ready")
+    assert (line["level"], line["reason"]) == ("info", reason)
+
+
 async def test_a_terminate_completes_the_session_whichever_side_closes_first(
     proxy: App, lakebase: Lakebase
 ) -> None:
@@ -234,9 +306,10 @@ async def test_a_terminate_completes_the_session_whichever_side_closes_first(
 
 
 async def test_a_client_that_leaves_when_tls_is_refused_is_told_of_and_advised(
-    proxy: App, log: LogLines
+    start_proxy: StartProxy, log: LogLines
 ) -> None:
     # sslmode=require ends at the N that refuses TLS. It was a bare client_gone, without a line.
+    proxy = await start_proxy(admin={"enabled": True, "port": 0})
     for _ in range(3):
         with pytest.raises(psycopg.OperationalError, match="does not support SSL"):
             await psycopg.AsyncConnection.connect(**libpq(proxy, sslmode="require"))
@@ -245,9 +318,17 @@ async def test_a_client_that_leaves_when_tls_is_refused_is_told_of_and_advised(
     (line,) = log.events("client wants TLS")
     assert line["level"] == "info"
     assert "sslmode=disable" in line["advice"]
-    (row,) = proxy.metrics.recent_errors.latest()
-    assert (row.reason, row.count) == ("client_wants_tls", 3)
-    assert "sslmode=disable" in row.message
+    assert proxy.admin is not None
+    (row,) = (await ask(proxy.admin.port, "/status")).json["errors"]
+    assert (row["reason"], row["count"]) == ("client_wants_tls", 3)
+    assert "sslmode=disable" in row["message"]
+
+
+def test_the_advice_on_tls_is_due_once_a_minute() -> None:
+    advice = TLSAdvice()
+    assert [advice.is_due(now) for now in (5, 6, 64.9, 65, 66, 200)] == [
+        *(True, False, False, True, False, True),
+    ]
 
 
 async def test_sessions_are_apart_a_lost_one_does_not_touch_the_others(

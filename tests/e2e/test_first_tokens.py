@@ -4,8 +4,12 @@ A proxy with a wrong secret started, was ready, and refused its first client: a 
 every pod that worked.
 """
 
+import asyncio
 import json
+import signal
+import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,8 +19,13 @@ from proxy.emulator.api import Call
 from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
 from tests.support.admin_address import ask
-from tests.support.proxy_process import ProxyProcess, run_to_end
-from tests.support.running import WAIT_SECONDS_MAX, eventually
+from tests.support.proxy_process import (
+    START_SECONDS_MAX,
+    ProxyProcess,
+    run_to_end,
+    started_process,
+)
+from tests.support.running import WAIT_SECONDS_MAX, eventually, proxy_values, toml
 
 pytestmark = pytest.mark.slow
 
@@ -109,3 +118,57 @@ async def test_with_a_password_nothing_is_minted(
     )
     await started(proxy)
     assert lakebase.workspace.calls[Call.CREDENTIAL] == minted
+
+
+# -- systemd -------------------------------------------------------------------------------------
+
+
+def start_options(
+    lakebase: Lakebase, tmp_path: Path, **sections: Mapping[str, object]
+) -> tuple[str, str]:
+    """Return the flags of a proxy with these sections."""
+    config = tmp_path / "proxy.toml"
+    config.write_text(toml(proxy_values(lakebase, {"admin": ADMIN, **sections})))
+    return ("--config", str(config))
+
+
+async def test_systemd_hears_ready_only_after_the_first_token(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    # It heard it when the listener was open: units ordered after this one could not log in, and
+    # `systemctl start` succeeded with a wrong secret.
+    secret = tmp_path / "secret"
+    secret.write_text("not-the-secret")
+    workspace = {"client_secret": "", "client_secret_file": str(secret)}
+    options = start_options(lakebase, tmp_path, workspace=workspace)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        async with started_process("run", *options, environment=environment) as proxy:
+            await proxy.serving()
+            await eventually(lambda: proxy.events(NO_TOKEN), "it warns", WAIT_SECONDS_MAX)
+            proxy.send(signal.SIGHUP)
+            await eventually(lambda: proxy.events("reloaded"), "it reloads", WAIT_SECONDS_MAX)
+            with pytest.raises(BlockingIOError):
+                systemd.recv(4096)
+            secret.write_text(lakebase.client_secret)
+            async with asyncio.timeout(START_SECONDS_MAX):
+                heard = await asyncio.get_running_loop().sock_recv(systemd, 4096)
+            assert heard == b"READY=1"
+            assert await probes(proxy) == (200, 200, 200)
+
+
+async def test_systemd_hears_ready_at_once_where_no_token_is_required(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    lakebase.workspace.fail(Call.TOKEN, faults.HANG)
+    options = start_options(lakebase, tmp_path, startup={"require": "none"})
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        async with started_process("run", *options, environment=environment):
+            async with asyncio.timeout(START_SECONDS_MAX):
+                heard = await asyncio.get_running_loop().sock_recv(systemd, 4096)
+            assert heard == b"READY=1"

@@ -1,12 +1,15 @@
 """How many are served at a time, and what the next one hears."""
 
 import asyncio
-from contextlib import AsyncExitStack
+import socket
+from contextlib import AsyncExitStack, ExitStack, closing
+
+import pytest
 
 from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import Terminate
 from proxy.wire.startup import SSLRequest
-from tests.e2e.conftest import StartProxy
+from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.client import plain_client, startup
 from tests.support.running import eventually
 
@@ -77,3 +80,24 @@ async def test_a_burst_of_connections_shares_one_token(
         for _ in range(50):
             group.create_task(session())
     assert len(lakebase.workspace.mints) == 1
+
+
+SILENT = 1200
+LOCKED_OUT_SECONDS = 10.0  # a second is usual; it was 17
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_silent_connections_make_room_for_clients(
+    start_process: StartProcess, workers: int
+) -> None:
+    # 1,200 of them locked everybody out by RST until their startup had timed out.
+    proxy = await start_process(listen={"port": 0, "workers": workers})
+    address = (proxy.listen_host, proxy.listen_port)
+    with ExitStack() as stack:
+        for _ in range(SILENT * workers):  # each worker has its own bound
+            stack.enter_context(closing(socket.create_connection(address)))
+        async with asyncio.timeout(LOCKED_OUT_SECONDS):
+            for _ in range(10):
+                async with plain_client(proxy) as client:
+                    await client.start_up()

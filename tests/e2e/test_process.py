@@ -4,6 +4,8 @@
 """
 
 import asyncio
+import os
+import re
 import signal
 import socket
 import statistics
@@ -22,6 +24,7 @@ from tests.support.client import plain_client, query, startup
 from tests.support.proxy_process import (
     START_SECONDS_MAX,
     ProxyProcess,
+    descendants,
     handles,
     started_process,
 )
@@ -41,6 +44,10 @@ def is_listening(proxy: ProxyProcess) -> bool:
             return True
     except OSError:
         return False
+
+
+def file_of(pid: int, descriptor: str) -> str:
+    return str(Path(f"/proc/{pid}/fd/{descriptor}").readlink())
 
 
 def is_accepting(socket_file: Path) -> bool:
@@ -234,5 +241,28 @@ async def test_a_start_with_a_standard_descriptor_closed_works(
         async with await psycopg.AsyncConnection.connect(where) as connection:
             row = await (await connection.execute("SELECT 42")).fetchone()
             assert row == (42,)
+        # Of each process: with workers all went well by chance.
+        for pid in (proxy.pid, *descendants(proxy.pid)):
+            for number in re.findall(r"([012])[<>]", closed):
+                assert file_of(pid, number) == os.devnull
         proxy.send(signal.SIGTERM)
         assert await proxy.ended() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_log_lines_begin_with_the_keys_that_a_service_wants(
+    lakebase: Lakebase, tmp_path: Path, workers: int
+) -> None:
+    sections: dict[str, dict[str, object]] = {
+        "listen": {"port": 0, "workers": workers},
+        "log": {"event_key": "message", "level_key": "severity", "format": "json"},
+    }
+    config = tmp_path / "proxy.toml"
+    config.write_text(toml(proxy_values(lakebase, sections)))
+    async with started_process("run", "--config", str(config)) as proxy:
+        await eventually(lambda: '"serving"' in proxy.err, "it serves", START_SECONDS_MAX)
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 0
+    assert len(proxy.lines) > 1
+    for line in proxy.lines:
+        assert list(line)[:3] == ["timestamp", "severity", "message"]

@@ -27,7 +27,7 @@ SLOT: Final = "proxied"
 
 @pytest.fixture(autouse=True)
 def replication_role(lakebase: Lakebase) -> Iterator[Cluster]:
-    """Let the client's role replicate during the test; no slot stays."""
+    """Allow the client's role to replicate during the test; no slot stays."""
     cluster = lakebase["one"].cluster
     cluster.execute(f"ALTER ROLE {quoted(CLIENT_ID)} REPLICATION")
     yield cluster

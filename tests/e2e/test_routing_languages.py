@@ -4,20 +4,24 @@ A program gets the proxy's port, opens a session for each of two keys by each of
 every driver has, and prints the shard that the session finds itself on.
 """
 
-import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProxy
-from tests.support.languages import GO_ENVIRONMENT, GO_IS_THERE, GO_RUN, JDBC
+from tests.support.languages import (
+    GO_ENVIRONMENT,
+    GO_IS_THERE,
+    GO_RUN,
+    JDBC,
+    Language,
+    need_driver,
+    place,
+)
 from tests.support.proxy_process import run_to_end
 from tests.support.sharding import sharded
-from tests.support.tools import lack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -129,17 +133,6 @@ func main() {
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Language:
-    """A program, the file it belongs into, and how that is run."""
-
-    program: str
-    file: str
-    command: tuple[str, ...]
-    driver: tuple[str, ...] = ()  # succeeds where the driver is installed
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
 LANGUAGES = {
     "psycopg": Language(PSYCOPG, "main.py", (sys.executable,)),
     "asyncpg": Language(ASYNCPG, "main.py", (sys.executable,)),
@@ -149,27 +142,15 @@ LANGUAGES = {
 }
 
 
-async def need(name: str, language: Language) -> None:
-    """Skip, loudly, where a language or its driver is not installed."""
-    program = language.command[0]
-    missing = [] if shutil.which(program) else [f"{program} is missing"]
-    if not missing and language.driver:
-        code, _, _ = await run_to_end(*language.driver)
-        missing += ["its driver is missing"] if code else []
-    lack(f"shard keys from {name}", missing)
-
-
 @pytest.mark.parametrize("name", list(LANGUAGES))
 async def test_s15_the_same_key_by_both_ways_reaches_the_same_shard(
     start_proxy: StartProxy, lakebase: Lakebase, tmp_path: Path, name: str
 ) -> None:
     language = LANGUAGES[name]
-    await need(name, language)
+    await need_driver(f"shard keys from {name}", language)
     proxy = await start_proxy(**sharded(lakebase))
-    file = tmp_path / language.file
-    file.write_text(language.program)
-    arguments = (*language.command, str(file), str(proxy.listen_port))
-    code, out, err = await run_to_end(*arguments, environment=language.environment)
+    command = place(language, tmp_path, str(proxy.listen_port))
+    code, out, err = await run_to_end(*command, environment=language.environment)
     assert code == 0, err
     assert out.split() == EXPECTED
     hosts = [lakebase[shard].endpoint.host for shard in EXPECTED]

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
+from statistics import median
 
 import psycopg
 import pytest
@@ -100,6 +101,38 @@ async def test_clients_of_a_name_without_an_answer_delay_no_other_target(
             assert await connect(proxy) < PROMPT_SECONDS
         # One look-up is under way for all who wait (in each process), and each asks twice at most.
         assert dns.asked.count(DEAD) <= 2 * workers
+
+
+async def test_w54_a_client_that_leaves_while_its_name_has_no_answer_waited_for_dns(
+    start_by_name: StartByName, dns: NameServer
+) -> None:
+    proxy = await start_by_name()
+    async with AsyncExitStack() as stack:
+        await dead_clients(proxy, stack, 1)
+        await eventually(lambda: DEAD in dns.asked, "the dead name is asked for")
+    left = "client left before its session was ready"
+    await eventually(lambda: proxy.events(left), "its line")
+    assert proxy.events(left)[0]["reason"] == "client_gone_dns"
+
+
+ROUNDS = 5
+CONNECTS = 20  # in each round, with and without the others
+SLOWER_MAX = 2.0  # the medians; 1.0 is usual
+
+
+async def test_a_healthy_targets_connects_take_no_longer_beside_a_dead_name(
+    start_by_name: StartByName,
+) -> None:
+    proxy = await start_by_name()
+    await connect(proxy)
+    alone: list[float] = []
+    beside: list[float] = []
+    for _ in range(ROUNDS):
+        alone += [await connect(proxy) for _ in range(CONNECTS)]
+        async with AsyncExitStack() as stack:
+            await dead_clients(proxy, stack)
+            beside += [await connect(proxy) for _ in range(CONNECTS)]
+    assert median(beside) < SLOWER_MAX * median(alone), (alone, beside)
 
 
 async def test_a_cancel_waits_for_no_look_up(

@@ -202,7 +202,7 @@ async def test_w33_an_upstream_is_not_read_while_its_client_does_not(
 
 @contextmanager
 def own_sockets() -> Iterator[list[socket.socket]]:
-    """Give all connected TCP sockets of this process, in which the proxy runs too."""
+    """Yield all connected TCP sockets of this process, in which the proxy runs too."""
     found: list[socket.socket] = []
     files = Path("/proc/self/fd")
     try:

@@ -74,7 +74,7 @@ def fork_server_pid(proxy: ProxyProcess) -> int:
 
 @asynccontextmanager
 async def served(proxy: ProxyProcess, count: int) -> AsyncIterator[Sequence[Client]]:
-    """Give so many clients that are served."""
+    """Yield so many clients that are served."""
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(plain_client(proxy)) for _ in range(count)]
         await asyncio.gather(*(client.start_up() for client in clients))

@@ -250,7 +250,7 @@ async def test_an_account_that_comes_back_while_it_still_mints_does_not_mint_twi
     proxy.reload(proxy_settings(lakebase, **first))
     async with asyncio.TaskGroup() as tasks:
         waiting = tasks.create_task(opened(proxy, "7"))
-        await eventually(lambda: proxy.slots.taken == 1, "it waits for a token")
+        await eventually(lambda: proxy.slots.used == 1, "it waits for a token")
         lakebase.workspace.clear_faults()
         assert await waiting == ["one"]
     assert len(lakebase.workspace.mints) == 1
@@ -313,7 +313,7 @@ async def test_reloads_without_end_leave_only_what_the_last_one_uses(
             proxy.reload(proxy_settings(lakebase, **first, **age))
             await asyncio.sleep(0.01)
     assert next(ages) > CLIENTS / 4
-    await eventually(lambda: proxy.slots.taken == 0, "all sessions are over")
+    await eventually(lambda: proxy.slots.used == 0, "all sessions are over")
     assert len(registry) == 1
     assert len(registry.calls) == 0
     gc.collect()
@@ -342,4 +342,4 @@ async def give_up_while_it_mints(proxy: App, lakebase: Lakebase) -> None:
     async with plain_client(proxy) as client, asyncio.timeout(10):
         await client.send(startup(V3_0, user="anyone", database="app@7"))
         await lakebase.workspace.called(Call.CREDENTIAL)
-    await eventually(lambda: proxy.slots.taken == 0, "its session is over")
+    await eventually(lambda: proxy.slots.used == 0, "its session is over")

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from proxy.emulator.certificates import Certificate
-from proxy.emulator.cluster import GROUP, PERSON
+from proxy.emulator.cluster import GROUP, PERSON, Cluster
 from proxy.emulator.endpoints import Endpoint, SessionEnd, neon_error
 from proxy.emulator.lakebase import Lakebase, Shard
 from proxy.emulator.streams import EndedBy
@@ -20,6 +20,7 @@ from proxy.emulator.tokens import Purpose, TokenIssuer, fingerprint
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import SSLRequest
 from tests.support.client import Client, startup
+from tests.support.loops import LOOPS, NewLoop, run
 
 CONNECT_SECONDS_MAX = 10
 
@@ -499,17 +500,21 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.parametrize("packet", [SSLRequest().encode(), startup(), b"garbage!"])
-async def test_a_client_that_resets_first_leaves_no_traceback(
-    lakebase: Lakebase, packet: bytes
+@LOOPS
+@pytest.mark.parametrize("packet", [b"", SSLRequest().encode(), startup(), b"garbage!"])
+@pytest.mark.parametrize("way", ["close", "reset"])
+def test_a_client_that_hangs_up_first_leaves_no_traceback(
+    clusters: Mapping[str, Cluster], new_loop: NewLoop, packet: bytes, way: str
 ) -> None:
-    # asyncio printed "Unhandled exception in client_connected_cb" for each client that hung up.
-    unhandled: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
-    gateway = lakebase.gateway
-    accepted = len(gateway.records)
-    client = await Client.connect(("127.0.0.1", gateway.port))
-    await client.send(packet)
-    client.reset()
-    await gateway.until(lambda: len(gateway.records) > accepted and gateway.records[-1].closed)
-    assert unhandled == []
+    # asyncio printed "Unhandled exception in client_connected_cb" for each client that hung up:
+    # what is sent to a client that has closed is answered by RST, and then write_eof raises
+    # ENOTCONN, where uvloop's does nothing.
+    async def story() -> None:
+        async with Lakebase(clusters=clusters) as lakebase:
+            gateway = lakebase.gateway
+            client = await Client.connect(("127.0.0.1", gateway.port))
+            await client.send(packet)
+            getattr(client, way)()
+            await gateway.until(lambda: bool(gateway.records) and gateway.records[-1].closed)
+
+    run(new_loop, story)

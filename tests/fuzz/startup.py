@@ -92,7 +92,7 @@ def mutate(random: Random, kept: list[bytes]) -> bytes:
 
 
 def with_length(random: Random, packet: bytes) -> bytes:
-    """Give a first packet, or one after an SSLRequest, the length that it has."""
+    """Return a first packet, or one after an SSLRequest, with its true length."""
     at = random.choice((0, 0, 0, 8))
     return packet[:at] + max(0, len(packet) - at).to_bytes(4, "big") + packet[at + 4 :]
 

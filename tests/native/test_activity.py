@@ -27,18 +27,20 @@ Read = tuple[bool, bytes]  # whether it is the upstream's, and what
 
 
 def compare(reads: list[Read]) -> tuple[bool, bool]:
-    """Let both take the reads; return what they say at the end."""
+    """Feed both with the reads; return what they report at the end."""
     python, compiled = Activity(), native.activity.Activity()
     for number, (is_upstream, read) in enumerate(reads):
         for tracker in (python, compiled):
             (tracker.upstream_sent if is_upstream else tracker.client_sent)(read)
-        said = python.idle, python.streaming, python.terminated
-        assert (compiled.idle, compiled.streaming, compiled.terminated) == said, reads[: number + 1]
+        said = [
+            (one.idle, one.streaming, one.copying, one.terminated) for one in (python, compiled)
+        ]
+        assert said[0] == said[1], reads[: number + 1]
     return python.idle, python.terminated
 
 
 def ordinary(rng: random.Random) -> Iterator[Read]:
-    """Give messages that a session could consist of, each with a length that is its own."""
+    """Return messages that a session could consist of, each with a length that is its own."""
     for _ in range(rng.randrange(1, 30)):
         is_upstream = rng.random() < 0.5
         kind = rng.choice(b"ZZZDdGWcCEINSAT" if is_upstream else b"QSFPBEDCHdcfSQ")
@@ -48,7 +50,7 @@ def ordinary(rng: random.Random) -> Iterator[Read]:
 
 
 def hostile(rng: random.Random) -> Iterator[Read]:
-    """Give messages with lengths and types that may be anything."""
+    """Return messages with lengths and types that may be anything."""
     for _ in range(rng.randrange(1, 12)):
         is_upstream = rng.random() < 0.5
         kind = rng.choice(UPSTREAM_KINDS if is_upstream else CLIENT_KINDS)

@@ -265,5 +265,5 @@ def _words(error: ssl.SSLError) -> tuple[object, ...]:
 
 
 def _wanting() -> AbstractContextManager[None]:
-    """Let the server say what it likes: the client's verdict is looked at."""
+    """Return a context that ignores the server's error: the client's verdict is compared."""
     return suppress(ssl.SSLError)

@@ -11,13 +11,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from proxy.observe.admin import REQUEST_BYTES_MAX, serve_admin
 from proxy.observe.admin_access import CONNECTION_SECONDS_MAX, CONNECTIONS_MAX
 from proxy.observe.status import Status
-from tests.support.admin_address import ANSWER_SECONDS_MAX, LOOPBACK, Shown, ask
+from tests.support.admin_address import ANSWER_SECONDS_MAX, LOOPBACK, ScriptedAdminState, ask
 from tests.support.running import captured_log, eventually
 
 
 @pytest.mark.parametrize("path", ["/startup", "/readiness", "/liveness"])
 async def test_a_proxy_that_serves_passes_every_probe(path: str) -> None:
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, path)
     assert (answer.status, answer.body) == (200, b"yes\n")
 
@@ -34,14 +34,14 @@ async def test_a_proxy_that_serves_passes_every_probe(path: str) -> None:
 async def test_each_probe_answers_its_own_question(
     started: bool, ready: bool, statuses: list[int]
 ) -> None:
-    proxy = Shown(started, ready)
+    proxy = ScriptedAdminState(started, ready)
     async with serve_admin(proxy, host=LOOPBACK, port=0) as address:
         answers = [await ask(address.port, f"/{p}") for p in ("startup", "readiness", "liveness")]
     assert [answer.status for answer in answers] == statuses
 
 
 async def test_a_response_shows_the_present_state() -> None:
-    proxy = Shown()
+    proxy = ScriptedAdminState()
     async with serve_admin(proxy, host=LOOPBACK, port=0) as address:
         before = await ask(address.port, "/readiness")
         proxy.ready = False
@@ -50,7 +50,7 @@ async def test_a_response_shows_the_present_state() -> None:
 
 
 async def test_metrics_are_in_the_format_that_prometheus_reads() -> None:
-    proxy = Shown()
+    proxy = ScriptedAdminState()
     proxy.metrics.token_minted()
     async with serve_admin(proxy, host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, "/metrics")
@@ -61,7 +61,7 @@ async def test_metrics_are_in_the_format_that_prometheus_reads() -> None:
 
 
 async def test_head_is_answered_without_a_body() -> None:
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, "/readiness", "HEAD")
     assert (answer.status, answer.body) == (200, b"")
 
@@ -78,19 +78,19 @@ async def test_head_is_answered_without_a_body() -> None:
     ],
 )
 async def test_nothing_else_is_served(method: str, path: str, status: int) -> None:
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, path, method)
     assert answer.status == status
 
 
 async def test_the_program_that_serves_it_is_not_named() -> None:
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         assert "server" not in (await ask(address.port, "/liveness")).headers
 
 
 async def test_ipv6_loopback_is_served() -> None:
     try:
-        async with serve_admin(Shown(), host="::1", port=0) as address:
+        async with serve_admin(ScriptedAdminState(), host="::1", port=0) as address:
             assert (await ask(address.port, "/liveness", host="::1")).status == 200
     except OSError:
         pytest.skip("this machine has no IPv6")
@@ -100,7 +100,7 @@ async def test_a_port_that_is_taken_raises_before_the_block_begins() -> None:
     with socket.create_server((LOOPBACK, 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=r"admin\.port: .*in use"):
-            async with serve_admin(Shown(), host=LOOPBACK, port=port):
+            async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=port):
                 pytest.fail("it must not begin")
 
 
@@ -113,13 +113,13 @@ async def refuses(port: int) -> bool:
 
 
 async def test_the_port_is_free_after_the_block() -> None:
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         await ask(address.port, "/liveness")
     assert await refuses(address.port)
 
 
 async def test_a_block_that_ends_at_once_frees_the_port() -> None:
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         pass
     assert await refuses(address.port)
 
@@ -128,7 +128,7 @@ async def test_an_exception_of_the_block_is_not_changed() -> None:
     ports = []
 
     async def fail_inside() -> None:
-        async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
             ports.append(address.port)
             raise ZeroDivisionError
 
@@ -141,7 +141,7 @@ async def test_a_cancelled_block_frees_the_port() -> None:
     ports: asyncio.Queue[int] = asyncio.Queue()
 
     async def serve_for_ever() -> None:
-        async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
             ports.put_nowait(address.port)
             await asyncio.Event().wait()
 
@@ -155,7 +155,7 @@ async def test_a_cancelled_block_frees_the_port() -> None:
 
 async def test_a_silent_client_does_not_delay_the_end() -> None:
     async with asyncio.timeout(ANSWER_SECONDS_MAX):
-        async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
             await ask(address.port, "/liveness")
             reader, writer = await asyncio.open_connection(LOOPBACK, address.port)
         assert await reader.read() == b""
@@ -164,7 +164,7 @@ async def test_a_silent_client_does_not_delay_the_end() -> None:
 
 
 async def test_an_exception_is_answered_with_500_and_logged() -> None:
-    class Broken(Shown):
+    class Broken(ScriptedAdminState):
         def status(self) -> Status:
             raise RuntimeError("what only the log shows")
 
@@ -197,7 +197,7 @@ def reopened() -> bool:
 
 async def test_an_admin_address_that_dies_is_opened_again() -> None:
     # Otherwise probes fail until the orchestrator restarts a proxy that works.
-    shown = Shown()
+    shown = ScriptedAdminState()
     with captured_log() as log:
         async with serve_admin(shown, host=LOOPBACK, port=0) as address:
             for deaths in (1, 2):
@@ -214,7 +214,7 @@ async def test_an_admin_address_that_dies_is_opened_again() -> None:
 
 async def test_a_dead_admin_address_does_not_delay_the_end() -> None:
     async with asyncio.timeout(ANSWER_SECONDS_MAX):
-        async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
             await ask(address.port, "/liveness")
             await kill_the_server()
         assert await refuses(address.port)
@@ -231,7 +231,7 @@ async def take(port: int) -> socket.socket:
 
 async def test_a_port_in_use_by_another_program_is_waited_for() -> None:
     with captured_log() as log:
-        async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+        async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
             await ask(address.port, "/liveness")
             await kill_the_server()
             async with asyncio.timeout(ANSWER_SECONDS_MAX):
@@ -243,7 +243,7 @@ async def test_a_port_in_use_by_another_program_is_waited_for() -> None:
 
 
 async def test_a_request_has_a_bounded_size() -> None:
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         reader, writer = await asyncio.open_connection(LOOPBACK, address.port)
         head = b"GET /liveness HTTP/1.1\r\nHost: localhost\r\nX-Long: "
         writer.write(head + b"x" * REQUEST_BYTES_MAX)
@@ -265,7 +265,7 @@ async def test_a_connection_that_never_finishes_its_request_ends() -> None:
 
     async with (
         asyncio.timeout(CONNECTION_SECONDS_MAX + ANSWER_SECONDS_MAX),
-        serve_admin(Shown(), host=LOOPBACK, port=0) as address,
+        serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address,
         asyncio.TaskGroup() as tasks,
     ):
         for said in (b"", b"GET /liveness HTTP/1.1\r\nHost: lo"):
@@ -276,7 +276,7 @@ async def test_idle_connections_do_not_keep_a_probe_out() -> None:
     # Sixty-four of them were enough for a 503, and so for a restart of the pod.
     async with (
         asyncio.timeout(ANSWER_SECONDS_MAX),
-        serve_admin(Shown(), host=LOOPBACK, port=0) as address,
+        serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address,
     ):
         held = []
         for number in range(2 * CONNECTIONS_MAX):
@@ -294,7 +294,7 @@ async def test_idle_connections_do_not_keep_a_probe_out() -> None:
 
 
 async def test_no_response_is_cached_or_sniffed_by_a_browser() -> None:
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         for path in ("/", "/status", "/metrics", "/liveness"):
             headers = (await ask(address.port, path)).headers
             assert headers["cache-control"] == "no-store"
@@ -303,7 +303,7 @@ async def test_no_response_is_cached_or_sniffed_by_a_browser() -> None:
 
 async def test_signals_stay_with_the_proxy() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         await ask(address.port, "/liveness")
         during = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert during == before

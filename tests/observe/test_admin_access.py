@@ -5,7 +5,7 @@ from starlette.requests import Request
 
 from proxy.observe.admin import serve_admin
 from proxy.observe.admin_access import is_from_this_machine
-from tests.support.admin_address import LOOPBACK, Shown, ask
+from tests.support.admin_address import LOOPBACK, ScriptedAdminState, ask
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from tests.support.admin_address import LOOPBACK, Shown, ask
     ],
 )
 async def test_on_loopback_a_foreign_name_is_refused(host: str, status: int) -> None:
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         for path in ("/status", "/", "/metrics", "/nowhere"):
             answer = await ask(address.port, path, headers=f"Host: {host}\r\n")
             assert answer.status == (status if path != "/nowhere" or status != 200 else 404)
@@ -32,13 +32,13 @@ async def test_on_loopback_a_foreign_name_is_refused(host: str, status: int) -> 
 
 async def test_a_probe_without_a_host_is_served() -> None:
     # HTTP/1.0 has none, and simple health checkers send none.
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, "/readiness HTTP/1.0\r\nX:", headers="")
         assert answer.status == 200
 
 
 async def test_the_name_that_is_configured_is_no_foreign_name() -> None:
-    async with serve_admin(Shown(), host="localhost", port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host="localhost", port=0) as address:
         headers = "Host: localhost:1\r\n"
         answer = await ask(address.port, "/status", host=address.host, headers=headers)
         assert answer.status == 200
@@ -46,13 +46,13 @@ async def test_the_name_that_is_configured_is_no_foreign_name() -> None:
 
 async def test_an_address_for_other_machines_accepts_any_name() -> None:
     # There the network decides who can connect, and which name a service has.
-    async with serve_admin(Shown(), host="0.0.0.0", port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host="0.0.0.0", port=0) as address:
         headers = "Host: proxy.monitoring.svc\r\n"
         assert (await ask(address.port, "/metrics", headers=headers)).status == 200
 
 
 async def test_quit_is_a_post_from_this_machine() -> None:
-    shown = Shown()
+    shown = ScriptedAdminState()
     async with serve_admin(shown, host=LOOPBACK, port=0, quit_allowed=True) as address:
         refused = await ask(address.port, "/quitquitquit")
         assert (refused.status, shown.quits) == (405, 0)
@@ -63,7 +63,7 @@ async def test_quit_is_a_post_from_this_machine() -> None:
 
 
 async def test_without_permission_no_request_quits() -> None:
-    shown = Shown()
+    shown = ScriptedAdminState()
     async with serve_admin(shown, host=LOOPBACK, port=0) as address:
         assert (await ask(address.port, "/quitquitquit", "POST")).status == 404
     assert shown.quits == 0
@@ -79,7 +79,7 @@ async def test_without_permission_no_request_quits() -> None:
     ],
 )
 async def test_quit_is_refused_to_web_pages_and_through_proxies(header: str) -> None:
-    shown = Shown()
+    shown = ScriptedAdminState()
     async with serve_admin(shown, host=LOOPBACK, port=0, quit_allowed=True) as address:
         headers = f"Host: localhost\r\n{header}\r\n"
         answer = await ask(address.port, "/quitquitquit", "POST", headers=headers)

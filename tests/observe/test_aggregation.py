@@ -17,6 +17,7 @@ def a_process() -> Metrics:
         session_end_outcomes={"client_closed": "completed"},
         cancel_results=["forwarded"],
         connect_phases=["tls"],
+        route_results=["routed"],
         startup_failure_reasons=["probe"],
         target_names=["eu"],
         clock=lambda: 5.0,
@@ -48,7 +49,7 @@ def test_counters_gauges_and_histograms_are_added_and_the_build_is_not() -> None
     first, *others = (a_process() for _ in range(3))
     for metrics in (first, *others):
         metrics.configure(["eu"], "tenants", 7)
-        metrics.routed("tenants", "eu")
+        metrics.client_routed("tenants", "routed", "eu")
         metrics.cancel_requested("forwarded")
         metrics.connect_phase_took("tls", 0.03, "eu")
     with others[0].connection(), others[0].session("eu", lambda: Carried(10, 20)):

@@ -11,7 +11,7 @@ from proxy.observe.status import Token
 from proxy.observe.target_stats import Carried
 from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
-from tests.support.admin_address import NOW, Shown
+from tests.support.admin_address import NOW, ScriptedAdminState
 
 
 def new_metrics() -> Metrics:
@@ -22,6 +22,8 @@ def new_metrics() -> Metrics:
         startup_failure_reasons=["token_rejected"],
         cancel_results=["forwarded", "unknown_key"],
         connect_phases=list(ConnectPhase),
+        lookup_results=["hit", "miss"],
+        route_results=["routed", "refused"],
         target_names=["upstream", "eu"],
         clock=lambda: NOW,
     )
@@ -54,13 +56,30 @@ def test_each_reason_is_counted_separately() -> None:
     assert metrics.value("startup_failures_total", reason="token_rejected") == 1
 
 
+def test_clients_of_a_shard_map_are_counted_by_look_up_and_shard() -> None:
+    metrics = new_metrics()
+    metrics.configure(["upstream", "eu"], "tenants", 7)
+    assert metrics.value("lookup_total", map="tenants", result="miss") == 0
+    assert 'lookup_total{map="tenants",result="miss"} 0.0' in metrics.exposition().decode()
+    metrics.key_looked_up("tenants", "hit")
+    metrics.client_routed("tenants", "routed", "eu")
+    metrics.client_routed("tenants", "refused")
+    assert metrics.value("lookup_total", map="tenants", result="hit") == 1
+    assert metrics.value("route_total", map="tenants", shard="eu", result="routed") == 1
+    assert metrics.value("route_total", map="tenants", shard="", result="refused") == 1
+
+
 def test_a_word_outside_the_closed_set_makes_no_new_series() -> None:
     metrics = new_metrics()
     for number in range(100):
         metrics.session_ended(f"user-{number}")
         metrics.startup_failed(f"user-{number}")
+        metrics.key_looked_up("tenants", f"user-{number}")
+        metrics.client_routed("tenants", f"user-{number}", f"user-{number}")
     assert metrics.value("sessions_ended_total", reason="other") == 100
     assert metrics.value("startup_failures_total", reason="other") == 100
+    assert metrics.value("lookup_total", result="other") == 100
+    assert metrics.value("route_total", shard="other", result="other") == 100
     assert b"user-" not in metrics.exposition()
 
 
@@ -204,7 +223,7 @@ def test_a_refusal_is_counted_and_recorded() -> None:
 
 
 def test_tokens_and_drain_are_read_at_the_scrape() -> None:
-    metrics, shown = new_metrics(), Shown()
+    metrics, shown = new_metrics(), ScriptedAdminState()
     metrics.set_source(shown)
     assert metrics.value("draining") == 0
     assert "lakebase_proxy_token_age_seconds{" not in metrics.exposition().decode()

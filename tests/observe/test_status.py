@@ -8,11 +8,11 @@ import pytest
 from proxy.observe.status import Token, WorkspaceApi
 from proxy.observe.target_stats import Carried
 from proxy.server.lifecycle import State
-from tests.support.admin_address import NOW, Shown
+from tests.support.admin_address import NOW, ScriptedAdminState
 
 
 def test_it_is_json_with_units_in_its_names() -> None:
-    shown = Shown(
+    shown = ScriptedAdminState(
         shown_tokens=[Token("workspace", 5.0, 3595.0, 60.0)],
         shown_apis=[WorkspaceApi("workspace", NOW - 10, 10.0, "api_error")],
         shown_warnings=["careful"],
@@ -67,7 +67,7 @@ def test_a_token_has_no_field_for_the_token() -> None:
 
 
 def test_a_drain_shows_the_time_and_sessions_left() -> None:
-    shown = Shown(state=State.DRAINING, drain_seconds_left=12.0)
+    shown = ScriptedAdminState(state=State.DRAINING, drain_seconds_left=12.0)
     with shown.metrics.session("upstream", lambda: Carried(0, 0)):
         status = shown.status()
     assert (status.drain.draining, status.drain.seconds_left) == (True, 12.0)
@@ -78,14 +78,14 @@ def test_a_drain_shows_the_time_and_sessions_left() -> None:
 def test_a_session_whose_upstream_is_being_opened_is_counted_separately(
     session_slots_used: int, opening: int
 ) -> None:
-    shown = Shown(session_slots_used=session_slots_used)
+    shown = ScriptedAdminState(session_slots_used=session_slots_used)
     with shown.metrics.session("upstream", lambda: Carried(0, 0)):
         status = shown.status()
     assert (status.sessions, status.sessions_opening) == (1, opening)
 
 
 def test_a_removed_target_is_shown_while_it_has_sessions() -> None:
-    shown = Shown()
+    shown = ScriptedAdminState()
     with shown.metrics.session("upstream", lambda: Carried(0, 0)):
         shown.metrics.targets.configure(["us"])
         shown.hosts = {"us": "us.example.com"}
@@ -95,7 +95,7 @@ def test_a_removed_target_is_shown_while_it_has_sessions() -> None:
 
 
 def test_an_error_is_shown_with_its_time_and_age() -> None:
-    shown = Shown()
+    shown = ScriptedAdminState()
     shown.metrics.session_refused("token_rejected", "28000", "upstream")
     (error,) = json.loads(json.dumps(shown.status().as_dict()))["errors"]
     assert error.pop("message")

@@ -18,7 +18,7 @@ from proxy.observe.status_page import PAGE, PAGE_HEADERS
 from proxy.observe.target_stats import Carried
 from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
-from tests.support.admin_address import LOOPBACK, Shown, ask
+from tests.support.admin_address import LOOPBACK, ScriptedAdminState, ask
 from tests.support.chromium import Browser, Page, chromium_path, started_browser
 
 CHROMIUM = chromium_path()
@@ -58,7 +58,7 @@ FAINT_TEXT = """
 
 
 async def test_it_is_served_with_a_policy_that_allows_nothing_from_elsewhere() -> None:
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         answer = await ask(address.port, "/")
     assert (answer.status, answer.body) == (200, PAGE)
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -106,9 +106,9 @@ async def browser(stack: AsyncExitStack, tmp_path: Path) -> Browser:
     return await stack.enter_async_context(started_browser(CHROMIUM, tmp_path / "profile"))
 
 
-def busy() -> Shown:
+def busy() -> ScriptedAdminState:
     """Return a proxy that has something to show in every part."""
-    shown = Shown(
+    shown = ScriptedAdminState(
         hosts={"upstream": f"ep-{'long-' * 12}name.database.eu-west-1.cloud.example.com"},
         shown_tokens=[Token("workspace", 23.0, 3577.0, 60.0), Token("old", 4000.0, -400.0, 240.0)],
         shown_warnings=['upstream.sslmode is "require": who is in between can read the token.'],
@@ -123,7 +123,7 @@ def busy() -> Shown:
 
 
 async def opened(
-    stack: AsyncExitStack, browser: Browser, shown: Shown
+    stack: AsyncExitStack, browser: Browser, shown: ScriptedAdminState
 ) -> tuple[Page, AdminAddress]:
     """Return the page once it shows the state."""
     serving = serve_admin(shown, host=LOOPBACK, port=0)
@@ -156,7 +156,7 @@ async def test_everything_is_visible(stack: AsyncExitStack, browser: Browser) ->
 @in_a_browser
 @pytest.mark.slow
 async def test_an_idle_proxy_is_shown_without_gaps(stack: AsyncExitStack, browser: Browser) -> None:
-    page, _ = await opened(stack, browser, Shown(hosts={"upstream": ""}))
+    page, _ = await opened(stack, browser, ScriptedAdminState(hosts={"upstream": ""}))
     seen = await page.text("main")
     for text in ("host not looked up yet", "No connect yet.", "None minted yet.", "Recent errors"):
         assert text in seen
@@ -187,7 +187,7 @@ async def test_it_is_readable_in_light_and_dark_mode_and_on_a_phone(
 async def test_it_refreshes_itself_and_shows_when_the_proxy_is_gone(
     browser: Browser,
 ) -> None:
-    shown = Shown()
+    shown = ScriptedAdminState()
     async with AsyncExitStack() as stack:
         page, address = await opened(stack, browser, shown)
         shown.state, shown.drain_seconds_left = State.DRAINING, 29.5
@@ -206,7 +206,7 @@ async def test_it_refreshes_itself_and_shows_when_the_proxy_is_gone(
 @in_a_browser
 @pytest.mark.slow
 async def test_a_hidden_page_asks_nothing(stack: AsyncExitStack, browser: Browser) -> None:
-    page, _ = await opened(stack, browser, Shown())
+    page, _ = await opened(stack, browser, ScriptedAdminState())
     asked = "performance.getEntriesByName(`${location.origin}/status`).length"
     hide = "Object.defineProperty(document, 'hidden', {{configurable: true, get: () => {}}});"
     changed = "document.dispatchEvent(new Event('visibilitychange'));"
@@ -226,7 +226,7 @@ async def test_text_that_looks_like_markup_stays_text(
 ) -> None:
     # Names come from a configuration, messages could once come from an upstream.
     attack = "<img src=x onerror=\"document.title='attacked'\"><script>document.title='x'</script>"
-    shown = Shown(
+    shown = ScriptedAdminState(
         hosts={"upstream": attack},
         shown_warnings=[attack],
         shown_tokens=[Token(attack, 1, 1, 60)],
@@ -245,7 +245,7 @@ async def test_text_that_looks_like_markup_stays_text(
 async def test_the_policy_allows_the_page_and_nothing_else(
     stack: AsyncExitStack, browser: Browser
 ) -> None:
-    page, _ = await opened(stack, browser, Shown())
+    page, _ = await opened(stack, browser, ScriptedAdminState())
     # The one style sheet and the one script run (opened waits for the script's work).
     assert await page.value("getComputedStyle(document.querySelector('main')).maxWidth") == "960px"
     injected = "document.body.append(Object.assign(document.createElement('style'), "
@@ -263,7 +263,7 @@ async def test_the_policy_allows_the_page_and_nothing_else(
 async def test_a_screen_reader_announces_changes_only(
     stack: AsyncExitStack, browser: Browser
 ) -> None:
-    page, _ = await opened(stack, browser, Shown())
+    page, _ = await opened(stack, browser, ScriptedAdminState())
     live = "[...document.querySelectorAll('[aria-live]')].map((n) => [n.id, n.ariaLive])"
     assert await page.value(live) == [["state", "polite"], ["gone", "polite"]]
     await page.value(

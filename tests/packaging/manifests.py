@@ -82,5 +82,5 @@ def unit_arguments() -> list[str]:
 
 
 def is_executable(file: Path) -> bool:
-    """Tell whether a file may be run."""
+    """Return whether a file may be run."""
     return os.access(file, os.X_OK)

@@ -96,7 +96,7 @@ class Images:
             self._bud(target, "--target", target, "--build-arg", "BASE=localhost/base", str(ROOT))
 
     def remove(self) -> None:
-        """Give the disk space back."""
+        """Free the disk space."""
         run(*self.storage("podman"), "rmi", "--all", "--force", seconds_max=BUILD_SECONDS_MAX)
         shutil.rmtree(self._directory, ignore_errors=True)  # the store may still be a mount
 

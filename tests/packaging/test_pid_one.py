@@ -24,7 +24,7 @@ PORTS = ("--listen.port", "0", "--admin.port", "0")
 
 
 def has_loaded(pid: int, library: str) -> bool:
-    """Tell whether a process has a library in its memory."""
+    """Return whether a process has a library in its memory."""
     return library in Path(f"/proc/{pid}/maps").read_text()
 
 

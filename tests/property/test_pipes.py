@@ -101,13 +101,13 @@ class Scenario:
 
     @property
     def client_steps(self) -> list[Step]:
-        """Return what the client does."""
+        """The steps of the client."""
         opening = [*self._said(SSL_REQUEST), *([Expect(b"N")] if self.waits else [])]
         return [*opening, *self._said(startup(PAIRS) + self.early)]
 
     @property
     def upstream_steps(self) -> list[Step]:
-        """Return what the upstream does."""
+        """The steps of the upstream."""
         steps: list[Step] = [Expect(SSL_REQUEST), Send(b"S"), Expect(startup(PAIRS))]
         said = self.early_notice
         for question, answer in LOGINS[self.login]:
@@ -119,13 +119,13 @@ class Scenario:
 
     @property
     def client_receives(self) -> bytes:
-        """Spell all that the client is told."""
+        """The bytes that the client is sent."""
         held = self.early_notice + self.before_key + self.key + self.after_key
         return b"N" + AUTHENTICATION_OK + held + READY_FOR_QUERY + self.trailing
 
     @property
     def upstream_receives(self) -> bytes:
-        """Spell all that the upstream is told."""
+        """The bytes that the upstream is sent."""
         answers = b"".join(answer for _, answer in LOGINS[self.login])
         return SSL_REQUEST + startup(PAIRS) + answers + self.early
 
@@ -177,7 +177,7 @@ class PipePeer:
 
     @property
     def done(self) -> int:
-        """How many actions are over."""
+        """The number of actions that are over."""
         return self.script.actions_taken - (self._next is not None)
 
     @property
@@ -200,7 +200,7 @@ class PipePeer:
         self.script.receive_data(read)
 
     def fail(self, fault: Fault) -> None:
-        """Say something else, or end."""
+        """Send something else, or end."""
         if fault.said:
             self.outgoing.write(fault.said)
         else:

@@ -149,7 +149,9 @@ async def test_a_flood_is_bounded_told_and_one_warning(log: LogLines) -> None:
             await exchange(await stack.enter_async_context(plain_client(there)), b"x")
         for _ in range(5):
             client = await stack.enter_async_context(plain_client(there))
-            assert (await client.error()).sqlstate == "53300"
+            error = await client.error()
+            # Such a bound is that of few files.
+            assert (error.sqlstate, error.text(b"D")) == ("53000", "reason=out_of_resources")
             await assert_cut(client)
         assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 5
     (line,) = log.above_info()
@@ -231,7 +233,7 @@ OPTIONS = (
 
 @asynccontextmanager
 async def accepted_elsewhere() -> AsyncIterator[tuple[socket.socket, socket.socket]]:
-    """Give both ends of a TCP connection, the client's and the one that was accepted."""
+    """Yield both ends of a TCP connection, the client's and the one that was accepted."""
     loop = asyncio.get_running_loop()
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as client:
         client.setblocking(False)
@@ -279,7 +281,7 @@ async def test_over_the_bound_of_those_that_start_an_adopted_connection_is_told_
         there.listener.adopt(other, 2, lambda: ended.append(2))
         assert ended == [2]
         async with asyncio.timeout(5):
-            assert b"C53300" in await loop.sock_recv(second, 1000)
+            assert b"C53000" in await loop.sock_recv(second, 1000)
             assert await loop.sock_recv(second, 1) == b""
         assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 1
         await loop.sock_sendall(first, b"served")

@@ -38,7 +38,7 @@ async def upstream(lakebase: Lakebase) -> AsyncIterator[Upstream]:
 @pytest_asyncio.fixture
 async def private() -> AsyncIterator[PrivateListener]:
     keys, resolve = CancelKeys(), NameLookup(PendingCalls()).resolve
-    forwarder = CancelForwarder(keys, Connector(lambda *_: None, resolve), build_metrics())
+    forwarder = CancelForwarder(keys, Connector(resolve), build_metrics())
     async with PrivateListener(keys, forwarder) as listener:
         yield listener
 

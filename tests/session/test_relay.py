@@ -15,32 +15,24 @@ from proxy.session.relay import BUFFER_BYTES_MAX, Relay
 from proxy.wire.messages import ReadyForQuery, Terminate
 from tests.support.client import query
 from tests.support.compiled import need_compiled
-from tests.support.peer import READ_BYTES, WAIT_SECONDS_MAX, Peer, tcp_pair
+from tests.support.peer import (
+    READ_BYTES,
+    WAIT_SECONDS_MAX,
+    Peer,
+    send_until_stalled,
+    tcp_pair,
+)
 from tests.support.running import eventually
 
 if TYPE_CHECKING:
     from proxy.native.lanes import Lanes
 
 MEGABYTE = 1_000_000
-REFUSED_TIMES = 200
 # What the kernel may hold between two ends on one machine, whatever its tuning: 4 MB sent, 6 MB
 # received, and then what the relay itself may.
 KERNEL_BYTES_MAX = 12 * MEGABYTE
 ONE_READ_BYTES_MAX = 256 * 1024
 CLIENT_ENDS = (EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST)
-
-
-async def send_until_stalled(peer: Peer, content: bytes) -> int:
-    """Send until nothing is taken any more, however often it is tried; return how much was."""
-    sent = refused = 0
-    while refused < REFUSED_TIMES and sent < len(content):
-        try:
-            sent += peer.sock.send(content[sent : sent + 65536])
-            refused = 0
-        except BlockingIOError:
-            refused += 1
-            await asyncio.sleep(0.001)
-    return sent
 
 
 @dataclass
@@ -69,7 +61,7 @@ async def transports() -> tuple[Peer, Peer, asyncio.Transport, asyncio.Transport
 
 @pytest_asyncio.fixture(params=["python", "compiled"])
 async def lanes(request: pytest.FixtureRequest) -> "AsyncIterator[Lanes | None]":
-    """Give what carries the reads: protocols and transports, or compiled lanes."""
+    """Yield what carries the reads: protocols and transports, or compiled lanes."""
     if request.param == "python":
         yield None
         return

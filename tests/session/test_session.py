@@ -84,7 +84,7 @@ def listener_with(
 ) -> Listener:
     """Return a listener that serves one session at a time, and routes them like this."""
     keys, slots = CancelKeys(), Slots(1)
-    connector = Connector(metrics.connect_phase_took, NameLookup(PendingCalls()).resolve)
+    connector = Connector(NameLookup(PendingCalls()).resolve)
     parts = SessionParts(
         route=route,
         cancel_keys=keys,

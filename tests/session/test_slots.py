@@ -17,8 +17,8 @@ def test_there_are_exactly_as_many_slots_as_configured(slots_max: int) -> None:
         with pytest.raises(ProxyError) as raised, slots.take():
             pass
         assert raised.value.kind is ErrorKind.TOO_MANY_CONNECTIONS
-        assert slots.taken == slots_max
-    assert slots.taken == 0
+        assert slots.used == slots_max
+    assert slots.used == 0
 
 
 def test_a_slot_is_released_when_the_session_fails() -> None:
@@ -26,4 +26,4 @@ def test_a_slot_is_released_when_the_session_fails() -> None:
     with pytest.raises(RuntimeError), slots.take():
         raise RuntimeError
     with slots.take():
-        assert slots.taken == 1
+        assert slots.used == 1

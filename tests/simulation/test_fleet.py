@@ -1,6 +1,6 @@
 """A fleet of proxies shares the workspace API's limit, in virtual time.
 
-The full sizes (20,000 proxies) are `make fleet`; these are scaled down, with the same ratios.
+Larger ones are `make fleet`; these are scaled down, with the same ratios.
 """
 
 import pytest
@@ -12,17 +12,18 @@ HALF_HOUR = 1800.0
 
 
 @pytest.mark.slow
-def test_a_fleet_that_needs_more_tokens_than_the_limit_allows_loses_no_connection() -> None:
+def test_a_fleet_loses_no_connection_as_soon_as_all_could_have_had_a_first_token() -> None:
     # Each busy proxy renews a token every 30 seconds: seven times what the API grants. Renewals by
     # those that held a valid token starved those that needed a first one: 3 % of all connections
     # were refused for half an hour, and the API was called 28 times as often as it granted.
-    scenario = Scenario(1000, limit=5, until=HALF_HOUR, connections_per_second=0.1)
+    scenario = Scenario(1000, limit=5, until=HALF_HOUR, connections_per_second=0.3)
     first_tokens_at = scenario.proxies / scenario.limit
     outcome = simulate(scenario)
-    assert outcome.lost_after(1.5 * first_tokens_at) == 0
+    assert outcome.lost
+    assert outcome.lost_after(first_tokens_at) == 0
     assert mean(outcome.granted, 0, first_tokens_at) > 0.95 * scenario.limit
     assert mean(outcome.calls, 0, HALF_HOUR) <= 1.5 * scenario.limit
-    assert mean(outcome.calls, 2 * first_tokens_at, HALF_HOUR) <= 1.2 * scenario.limit
+    assert mean(outcome.calls, first_tokens_at, HALF_HOUR) <= 1.2 * scenario.limit
 
 
 @pytest.mark.slow

@@ -38,6 +38,12 @@ class ActivityPair:
         assert others in ([], [first])
         return first
 
+    @property
+    def copying(self) -> bool:
+        first, *others = (tracker.copying for tracker in self._all)
+        assert others in ([], [first])
+        return first
+
     def client_sent(self, data: bytes) -> None:
         for tracker in self._all:
             tracker.client_sent(data)
@@ -52,3 +58,4 @@ class ActivityPair:
         assert self.idle in (False, True)
         assert self.streaming in (False, True)
         assert self.terminated in (False, True)
+        assert self.copying in (False, True)

@@ -6,6 +6,7 @@ a real proxy shows there (`tests/e2e/test_observation.py`).
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,10 +20,11 @@ NOW: Final = 1_790_000_000.0
 
 # Far more than an answer on loopback takes; only a hang gets here.
 ANSWER_SECONDS_MAX: Final = 5
+SHOWN_SECONDS_MAX: Final = 30
 
 
 @dataclass
-class Shown:
+class ScriptedAdminState:
     """A proxy as the admin address sees it (`AdminState`, `StatusSource`), set by each test."""
 
     started: bool = True
@@ -53,8 +55,8 @@ class Shown:
     )
 
     @property
-    def lifecycle(self) -> "Shown":
-        """This object, which has the fields of a lifecycle."""
+    def lifecycle(self) -> "ScriptedAdminState":
+        """The object itself, which has the fields of a lifecycle."""
         return self
 
     @property
@@ -139,3 +141,11 @@ async def ask(
     return Answer(
         int(status_line.split(" ")[1]), {name.lower(): value for name, value in split}, body
     )
+
+
+async def metrics_once(port: int, shows: Callable[[str], bool]) -> str:
+    """Return the metrics as soon as they show something: it happens in another process."""
+    async with asyncio.timeout(SHOWN_SECONDS_MAX):
+        while not shows(text := (await ask(port, "/metrics")).body.decode()):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    return text

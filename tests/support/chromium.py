@@ -1,6 +1,6 @@
 """A real browser to look at a page with: headless Chromium, driven through two pipes.
 
-For: loading a page, asking it with JavaScript, changing its size and colours, and pictures of it.
+For: loading a page, asking it with JavaScript, changing its size and colours.
 Not for: a driver of every browser; Chromium's own protocol (`--remote-debugging-pipe`: JSON with a
 NUL after it) needs no package beside it and no port.
 
@@ -9,7 +9,6 @@ ended with the block.
 """
 
 import asyncio
-import base64
 import json
 import os
 import shutil
@@ -125,7 +124,7 @@ class Page:
         return value
 
     async def resize(self, width: int, height: int) -> None:
-        """Be a screen of this size."""
+        """Set the size of the screen."""
         await self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -135,19 +134,14 @@ class Page:
         )
 
     async def prefer(self, scheme: str) -> None:
-        """Have the person prefer `light` or `dark`."""
+        """Set the preferred colour scheme: `light` or `dark`."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         await self.call("Emulation.setEmulatedMedia", features=features)
-
-    async def picture(self) -> bytes:
-        """Return a picture of the whole page, a PNG."""
-        shot = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        return base64.b64decode(shot["data"])
 
 
 @asynccontextmanager
 async def started_browser(path: str, profile: Path) -> AsyncIterator[Browser]:
-    """Give a running browser while the block runs."""
+    """Yield a running browser while the block runs."""
     their_read, our_write = os.pipe()
     our_read, their_write = os.pipe()
     process = await asyncio.create_subprocess_exec(

@@ -37,7 +37,7 @@ class ClosedCheckout:
 
     @property
     def temporary(self) -> Path:
-        """An empty directory that the user may write to."""
+        """The empty directory that the user may write to."""
         return self.folder / "tmp"
 
 

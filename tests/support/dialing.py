@@ -90,11 +90,7 @@ class Dialing:
     ) -> None:
         self.metrics: Metrics = build_metrics()
         self._names = NameLookup(calls or PendingCalls())
-        self.connector = Connector(
-            self.metrics.connect_phase_took,
-            self._resolve,
-            tls_seconds_max=silence_seconds_max,
-        )
+        self.connector = Connector(self._resolve, tls_seconds_max=silence_seconds_max)
         self.addresses: Sequence[AddrInfoType] = ()  # what the resolver says, if not the truth
         self.resolving_seconds = 0.0  # how long it takes, by the clock
         self.dialer = Dialer(

@@ -50,7 +50,7 @@ class ManualSession:
 
     @property
     def ended_by(self) -> EndedBy | None:
-        """How the proxy ended it."""
+        """The kind of end that the proxy made."""
         return self.peer.ended_by
 
 

@@ -20,6 +20,7 @@ from tests.support.cuts import Cut, whole
 # Far more than anything takes on a machine that is busy with something else.
 WAIT_SECONDS_MAX: Final = 20.0
 READ_BYTES: Final = 256 * 1024
+_REFUSED_TIMES: Final = 200
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 _RECORD_HEADER_BYTES: Final = 5
 _APPLICATION_DATA: Final = 23  # TLS record type
@@ -325,6 +326,19 @@ def tcp_pair(buffer_bytes: int = 0) -> tuple[socket.socket, socket.socket]:
 
 
 def bound_buffers(sock: socket.socket, count: int) -> None:
-    """Let the kernel hold so many bytes for a socket, in each direction."""
+    """Set how many bytes the kernel holds for a socket, in each direction."""
     for name in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         sock.setsockopt(socket.SOL_SOCKET, name, count)
+
+
+async def send_until_stalled(peer: Peer, content: bytes) -> int:
+    """Send until nothing is taken any more, however often it is tried; return how much was."""
+    sent = refused = 0
+    while refused < _REFUSED_TIMES and sent < len(content):
+        try:
+            sent += peer.sock.send(content[sent : sent + 65536])
+            refused = 0
+        except BlockingIOError:
+            refused += 1
+            await asyncio.sleep(0.001)
+    return sent

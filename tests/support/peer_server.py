@@ -38,7 +38,7 @@ class PeerServer:
         self._peers: dict[asyncio.Task[None], Peer] = {}
 
     async def converse(self, peer: Peer) -> None:
-        """Say and read what the server has to; afterwards it waits for its client to end."""
+        """Send and read what the server has to; afterwards wait for its client to end."""
         raise NotImplementedError
 
     def accept(self, listening: socket.socket) -> None:

@@ -59,7 +59,7 @@ class ProxyProcess:
 
     @property
     def listen_host(self) -> str:
-        """Where it listens; known once it serves."""
+        """The host where it listens; known once it serves."""
         return str(self.events("serving")[0]["host"])
 
     @property
@@ -103,7 +103,7 @@ class ProxyProcess:
         return sum(int(thread.read_text().split()[1]) for thread in threads) / 1e9
 
     def reset_peak(self) -> None:
-        """Let VmHWM begin anew."""
+        """Reset VmHWM."""
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
     def open_files(self) -> int:
@@ -150,7 +150,10 @@ async def started_process(
 
 
 async def run_to_end(
-    program: Path | str, *arguments: str, environment: Mapping[str, str] | None = None
+    program: Path | str,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    seconds_max: float = START_SECONDS_MAX,
 ) -> tuple[int, str, str]:
     """Run any program and return its exit code, its output and its errors."""
     process = await asyncio.create_subprocess_exec(
@@ -162,7 +165,7 @@ async def run_to_end(
         env={**without_own_account(os.environ), **(environment or {})},
     )
     try:
-        async with asyncio.timeout(START_SECONDS_MAX):
+        async with asyncio.timeout(seconds_max):
             out, err = await process.communicate()
     finally:
         if process.returncode is None:
@@ -205,7 +208,7 @@ def alive(pids: Sequence[int] | set[int]) -> set[int]:
 
 
 def handles(pid: int, number: signal.Signals) -> bool:
-    """Tell whether a process has a handler for a signal, as the kernel sees it."""
+    """Return whether a process has a handler for a signal, as the kernel sees it."""
     status = Path(f"/proc/{pid}/status").read_text()
     caught = re.search(r"^SigCgt:\s+([0-9a-f]+)$", status, re.MULTILINE)
     assert caught is not None

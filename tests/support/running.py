@@ -182,7 +182,7 @@ class LogLines(io.StringIO):
 
 @contextmanager
 def captured_log() -> Iterator[LogLines]:
-    """Give what is logged inside the block, from debug upwards; then log as before."""
+    """Yield what is logged inside the block, from debug upwards; then log as before."""
     root, ours = logging.getLogger(), logging.getLogger("proxy")
     before = root.handlers, root.level, ours.level
     lines = LogLines()

@@ -13,7 +13,7 @@ from proxy.emulator.tokens import Purpose, TokenIssuer
 from proxy.observe.admin import serve_admin
 from proxy.wire.secret import Secret
 from tests.support import secret_canaries
-from tests.support.admin_address import Shown
+from tests.support.admin_address import ScriptedAdminState
 from tests.support.proxy_process import ROOT, run_to_end
 
 TOKEN = TokenIssuer("1", time.time).issue("ada", Purpose.DATABASE, 60)
@@ -107,7 +107,7 @@ def test_nothing_is_found_where_nothing_is(text: str) -> None:
 
 
 async def test_a_secret_on_a_page_of_the_admin_address_is_found() -> None:
-    class Leaking(Shown):
+    class Leaking(ScriptedAdminState):
         def exposition(self) -> bytes:
             return b"a " + CLIENT_SECRET.encode()
 

@@ -1,38 +1,19 @@
 """The end of a connection: last words arrive, nothing waits for ever."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
 
 import pytest
-import uvloop
 
 from proxy.transport.graceful_close import FLUSH_SECONDS_MAX, LINGER_SECONDS, close_gracefully
+from tests.support.loops import LOOPS, NewLoop, run
 from tests.support.peer import WAIT_SECONDS_MAX
 from tests.transport.peers import linked
 
 MIB = 1024 * 1024
-LOOPS = pytest.mark.parametrize(
-    "new_loop", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"]
-)
-
-
-def run(new_loop: Callable[[], Any], story: Callable[[], Any]) -> None:
-    """Run a story on a loop of this kind; what the loop cannot tell anybody fails it."""
-    untold: list[Any] = []
-
-    async def told() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: untold.append(context))
-        async with asyncio.timeout(2 * WAIT_SECONDS_MAX):
-            await story()
-
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(told())
-    assert untold == []
 
 
 @LOOPS
-def test_a_slow_reader_gets_every_last_byte_and_then_the_end(new_loop: Callable[[], Any]) -> None:
+def test_a_slow_reader_gets_every_last_byte_and_then_the_end(new_loop: NewLoop) -> None:
     async def story() -> None:
         async with linked() as (stream, peer):
             stream.write(b"x" * (16 * MIB))
@@ -50,7 +31,7 @@ def test_a_slow_reader_gets_every_last_byte_and_then_the_end(new_loop: Callable[
 
 @LOOPS
 def test_a_peer_that_still_sends_does_not_turn_our_end_into_a_reset(
-    new_loop: Callable[[], Any],
+    new_loop: NewLoop,
 ) -> None:
     async def story() -> None:
         async with linked() as (stream, peer):
@@ -69,7 +50,7 @@ def test_a_peer_that_still_sends_does_not_turn_our_end_into_a_reset(
 
 @LOOPS
 def test_a_peer_that_ends_while_it_is_flushed_to_still_gets_everything(
-    new_loop: Callable[[], Any],
+    new_loop: NewLoop,
 ) -> None:
     # asyncio's own transport cannot be aborted once it is lost without an error.
     async def story() -> None:
@@ -85,7 +66,7 @@ def test_a_peer_that_ends_while_it_is_flushed_to_still_gets_everything(
 
 
 @LOOPS
-def test_a_reset_in_the_middle_of_the_flush_ends_it(new_loop: Callable[[], Any]) -> None:
+def test_a_reset_in_the_middle_of_the_flush_ends_it(new_loop: NewLoop) -> None:
     async def story() -> None:
         async with linked() as (stream, peer):
             stream.write(b"x" * (8 * MIB))
@@ -99,7 +80,7 @@ def test_a_reset_in_the_middle_of_the_flush_ends_it(new_loop: Callable[[], Any])
 
 
 @LOOPS
-def test_a_peer_that_never_ends_is_left_after_the_linger(new_loop: Callable[[], Any]) -> None:
+def test_a_peer_that_never_ends_is_left_after_the_linger(new_loop: NewLoop) -> None:
     async def story() -> None:
         async with linked() as (stream, peer):
             await close_gracefully(stream.transport, linger_seconds=0.05)
@@ -110,7 +91,7 @@ def test_a_peer_that_never_ends_is_left_after_the_linger(new_loop: Callable[[], 
 
 
 @LOOPS
-def test_cancelling_cuts_at_once(new_loop: Callable[[], Any]) -> None:
+def test_cancelling_cuts_at_once(new_loop: NewLoop) -> None:
     async def story() -> None:
         async with linked() as (stream, _):
             stream.write(b"x" * (8 * MIB))  # the peer does not read
@@ -125,7 +106,7 @@ def test_cancelling_cuts_at_once(new_loop: Callable[[], Any]) -> None:
 
 
 @LOOPS
-def test_closing_twice_and_closing_what_is_closed_do_nothing(new_loop: Callable[[], Any]) -> None:
+def test_closing_twice_and_closing_what_is_closed_do_nothing(new_loop: NewLoop) -> None:
     async def story() -> None:
         async with linked() as (stream, peer):
             peer.reset()
@@ -173,7 +154,7 @@ def test_the_bounds_are_those_that_the_drain_is_planned_with() -> None:
 
 
 @LOOPS
-def test_a_reset_that_the_loop_has_not_seen_yet_is_no_failure(new_loop: Callable[[], Any]) -> None:
+def test_a_reset_that_the_loop_has_not_seen_yet_is_no_failure(new_loop: NewLoop) -> None:
     # The kernel knew of the RST, and shutdown(2) failed with ENOTCONN. The session was counted as
     # an internal error, with a traceback.
     async def story() -> None:

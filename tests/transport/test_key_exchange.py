@@ -105,8 +105,8 @@ def test_a_curve_is_kept_for_the_server_that_asked_until_it_is_forgotten() -> No
     assert curves.find("other") is None
     curves.keep("one", "secp384r1")
     assert curves.find("one") == "secp384r1"
-    curves.forget("one")
-    curves.forget("one")
+    curves.invalidate("one")
+    curves.invalidate("one")
     assert curves.find("one") is None
 
 

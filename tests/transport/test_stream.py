@@ -142,7 +142,7 @@ async def test_closing_waits_a_moment_for_the_peer_to_end_too() -> None:
 
 
 async def _until(happened: Callable[[], bool]) -> None:
-    """Let the loop turn until something is true."""
+    """Run the loop until something is true."""
     async with asyncio.timeout(WAIT_SECONDS_MAX):
         while not happened():  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0)

@@ -12,7 +12,7 @@ import trustme
 
 from proxy.transport.graceful_close import close_gracefully
 from proxy.transport.stream import StartupStream
-from proxy.transport.tls import client_context
+from proxy.transport.tls import TLSTransport, client_context
 from tests.support.compiled import need_compiled
 from tests.support.cuts import THREE_WAYS, Cut, byte_by_byte
 from tests.support.peer import WAIT_SECONDS_MAX, Peer
@@ -518,6 +518,20 @@ async def test_a_broken_record_ends_the_connection_and_nothing_after_it_is_belie
         await peer.send_raw(good + broken + peer.encrypted(b"after"))
         await notes.until_told("lost")
         assert notes.received == b"good"
+
+
+async def test_a_write_between_a_broken_record_and_the_loss_does_nothing(tls: Contexts) -> None:
+    # OpenSSL refused it, and the error was raised in the protocol of the other side, which the
+    # event loop closed as lost.
+    notes = Notes()
+    async with secured(tls, server_side=False, protocol=notes) as (stream, _):
+        upper = stream.transport
+        assert isinstance(upper, TLSTransport)
+        upper.data_received(b"Q\0\0\0\x0dselect 1\0" * 10)
+        assert upper.is_closing()
+        upper.write(b"x")
+        upper.write(b"x" * 100_000)
+        await notes.until_told("lost")
 
 
 async def test_plaintext_in_the_middle_of_tls_ends_the_connection(tls: Contexts) -> None:

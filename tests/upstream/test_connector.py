@@ -390,7 +390,7 @@ def address(host: str, port: int) -> AddrInfoType:
 
 @contextmanager
 def black_hole() -> Iterator[AddrInfoType]:
-    """Give an address that answers nothing: a listening socket whose queue is full."""
+    """Yield an address that answers nothing: a listening socket whose queue is full."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ExitStack() as stack:
         host, port = full.getsockname()
         for _ in range(2):

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Checked:
 
     @property
     def json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The object that `--json` prints."""
         assert self.out.count("\n") == 1
         found = json.loads(self.out)
         assert isinstance(found, dict)
@@ -144,6 +145,60 @@ async def test_a_workspace_that_refuses_is_told_within_five_seconds(
     assert (failed["name"], failed["reason"]) == ("workspace login", "api_unreachable")
     assert seconds < 5
     assert "refused" in failed["text"].lower()
+
+
+# An HTTP proxy that refuses each request.
+async def _refuse_request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(asyncio.IncompleteReadError, ConnectionError):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+    writer.close()
+
+
+REFUSED = ("profile", "environment", "named", "named_profile", "proxy_refuses", "proxy_is_closed")
+
+
+@pytest.mark.parametrize("how", REFUSED)
+async def test_a_workspace_that_refuses_is_told_soon_wherever_its_host_comes_from(
+    lakebase: Lakebase, tmp_path: Path, unused_tcp_port: int, how: str
+) -> None:
+    # Only workspace.host and DATABRICKS_HOST without an HTTP proxy were looked at; elsewhere the
+    # SDK tried again for half a minute.
+    closed = f"http://127.0.0.1:{unused_tcp_port}"
+    login = f"host = {closed}\nclient_id = shop\nclient_secret = not-a-real-secret\n"
+    profiles = tmp_path / "profiles"
+    profiles.write_text(f"[DEFAULT]\n{login}")
+    none = {"host": "", "client_id": "", "client_secret": "", "auth_type": ""}
+    own = {"client_id": "shop", "client_secret": "not-a-real-secret"}
+    sections: dict[str, dict[str, object]] = {"workspace": {**none}}
+    environment = {"PYTHONPATH": str(ROOT)}
+    async with await asyncio.start_server(_refuse_request, "127.0.0.1", 0) as http_proxy:
+        port = http_proxy.sockets[0].getsockname()[1]
+        match how:
+            case "profile":
+                sections["workspace"] |= {"config_file": str(profiles), "profile": "DEFAULT"}
+            case "environment":
+                sections["workspace"] |= own
+                environment["DATABRICKS_HOST"] = closed
+            case "named" | "named_profile":
+                sections["upstream"] = {"workspace": "shop"}
+                profile = {"config_file": str(profiles), "profile": "DEFAULT"}
+                named = {"host": closed, **own} if how == "named" else profile
+                sections["workspaces.shop"] = {**named}
+                sections["workspace"]["host"] = lakebase.workspace_url  # another one, which works
+            case _:
+                sections["workspace"] |= {"host": "https://dbc.example.com", **own}
+                port = port if how == "proxy_refuses" else unused_tcp_port
+                environment["HTTPS_PROXY"] = f"http://user:{CANARY_PASSWORD}@127.0.0.1:{port}"
+        config = tmp_path / "proxy.toml"
+        config.write_text(toml(proxy_values(lakebase, sections)))
+        command = ("-B", "-m", "proxy", "check", "--config", str(config), "--json")
+        code, out, err = await run_to_end(sys.executable, *command, environment=environment)
+    failed = json.loads(out)["steps"][-1]
+    assert (code, failed["name"], failed["reason"]) == (1, "workspace login", "api_unreachable")
+    assert failed["seconds"] < 5
+    assert "refused" in failed["text"].lower() or "503" in failed["text"]
+    assert CANARY_PASSWORD not in out + err
 
 
 async def test_the_listener_and_a_running_proxy_are_named(

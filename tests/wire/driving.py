@@ -27,18 +27,18 @@ STARTUP = bytes.fromhex("00 00 00 20 00 03 00 00") + b"user\0app\0database\0main
 
 
 def message(type_byte: bytes, payload: bytes = b"") -> bytes:
-    """Spell a typed message."""
+    """Return a typed message."""
     return type_byte + pack("!I", len(payload) + 4) + payload
 
 
 def startup(pairs: Pairs, version: tuple[int, int] = (3, 0), end: bytes = b"\0") -> bytes:
-    """Spell a StartupMessage; `end` takes the place of its terminator."""
+    """Return a StartupMessage; `end` takes the place of its terminator."""
     body = b"".join(name + b"\0" + value + b"\0" for name, value in pairs) + end
     return pack("!IHH", 8 + len(body), *version) + body
 
 
 def fatal(sqlstate: str, text: str, reason: str) -> bytes:
-    """Spell the ErrorResponse that refuses a client: S, V, C, M, D in this order (W48)."""
+    """Return the ErrorResponse that refuses a client: S, V, C, M, D in this order (W48)."""
     fields = ("SFATAL", "VFATAL", f"C{sqlstate}", f"M{text}", f"Dreason={reason}")
     return message(b"E", b"".join(field.encode() + b"\0" for field in fields) + b"\0")
 

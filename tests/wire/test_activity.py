@@ -339,3 +339,29 @@ def test_w47_after_a_replication_stream_the_session_is_idle_again() -> None:
     again = (("client", QUERY), ("upstream", ready()))
     assert after(("client", QUERY), ("upstream", COPY_BOTH), *ends).idle
     assert after(("client", QUERY), ("upstream", COPY_BOTH), *ends, *again).idle
+
+
+# -- COPY data -----------------------------------------------------------------------------------
+
+COPY_IN = b"G\0\0\0\x07\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("then", "copying"),
+    [
+        ((), True),
+        ((("client", KEEPALIVE[:6]),), True),
+        ((("client", KEEPALIVE), ("client", SYNC)), True),
+        ((("client", COPY_DONE),), False),
+        ((("client", COPY_DONE[:4]),), True),
+        ((("upstream", b"E\0\0\0\x04"), ("upstream", b"x")), False),
+        ((("client", QUERY),), False),  # not allowed: what it is about is unknown from here on
+        ((("client", b"?\0\0\0\x04"),), False),
+        ((("upstream", b"?\0\0\0\x03"), ("upstream", b"x")), False),
+    ],
+)
+def test_w35_copy_data_are_known_until_their_end(
+    then: tuple[tuple[str, bytes], ...], copying: bool
+) -> None:
+    # What is in the middle of its data does not commit, so it may be cancelled.
+    assert after(("client", QUERY), ("upstream", COPY_IN), *then).copying is copying

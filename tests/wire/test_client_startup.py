@@ -162,7 +162,7 @@ def test_w3_what_is_kept_after_the_startup_message_is_bounded() -> None:
 
 
 def padded_startup(length: int) -> bytes:
-    """Spell a legal StartupMessage of exactly so many bytes."""
+    """Return a legal StartupMessage of exactly so many bytes."""
     short = startup([(b"user", b"app"), (b"x.y", b"")])
     return startup([(b"user", b"app"), (b"x.y", b"z" * (length - len(short)))])
 

@@ -71,7 +71,7 @@ def test_an_error_means_the_same_on_the_other_side(kind: ErrorKind) -> None:
 
 @asynccontextmanager
 async def connections(methods: Methods) -> AsyncIterator[tuple[RpcConnection, RpcConnection]]:
-    """Give both ends; the second one answers."""
+    """Yield both ends; the second one answers."""
     ours, theirs = socket.socketpair()
     one, other = await RpcConnection.open(ours, {}), await RpcConnection.open(theirs, methods)
     try:

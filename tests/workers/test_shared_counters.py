@@ -12,13 +12,13 @@ def test_workers_take_slots_from_one_bound_and_give_them_back() -> None:
     counters = SharedCounters(2)
     one, other = SharedSlots(counters, 1, 3), SharedSlots(counters, 2, 3)
     with one.take(), other.take(), other.take():
-        assert (one.taken, other.taken, counters.slots_taken) == (1, 2, 3)
+        assert (one.used, other.used, counters.slots_used) == (1, 2, 3)
         for slots in (one, other):
             with pytest.raises(ProxyError) as caught, slots.take():
                 pytest.fail("there was no slot")
             assert caught.value.kind is ErrorKind.TOO_MANY_CONNECTIONS
-        assert counters.slots_taken == 3, "a refused session holds none"
-    assert counters.slots_taken == 0
+        assert counters.slots_used == 3, "a refused session holds none"
+    assert counters.slots_used == 0
 
 
 def test_a_dead_workers_slots_are_free_again() -> None:
@@ -26,7 +26,7 @@ def test_a_dead_workers_slots_are_free_again() -> None:
     with SharedSlots(counters, 2, 1).take():
         counters.record_end(2)
         counters.reset(2)
-        assert (counters.slots_taken, counters.connections_ended(2)) == (0, 0)
+        assert (counters.slots_used, counters.connections_ended(2)) == (0, 0)
         counters.add_slots(2, 1)  # for the slot that the dead one would have given back
 
 
@@ -44,6 +44,6 @@ def test_another_process_sees_what_this_one_writes_and_the_other_way_round() -> 
     pid = os.fork()
     if pid == 0:
         counters.record_end(2)
-        os._exit(0 if counters.slots_taken == 7 else 1)
+        os._exit(0 if counters.slots_used == 7 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert counters.connections_ended(2) == 1

@@ -227,7 +227,7 @@ async def test_counts_are_those_of_all_workers(preforked: Prefork) -> None:
         assert proxy.workers.ready
         for client in await proxy.clients(4):
             client.send("t")
-        await eventually(lambda: proxy.workers.slots_taken == 4, "each has its slot")
+        await eventually(lambda: proxy.workers.slots_used == 4, "each has its slot")
         assert await proxy.counted("connections_accepted_total") == 4
         assert await proxy.counted("connections") == 4
 
@@ -239,10 +239,10 @@ async def test_a_worker_that_dies_is_replaced_and_what_it_had_counted_stays(
         async with supervised(preforked, settings()) as proxy:
             one, other = await proxy.clients(2)
             one.send("t")
-            await eventually(lambda: proxy.workers.slots_taken == 1, "it has a slot")
+            await eventually(lambda: proxy.workers.slots_used == 1, "it has a slot")
             assert await proxy.counted("connections_accepted_total") == 2
             await proxy.kill(one)
-            assert proxy.workers.slots_taken == 0
+            assert proxy.workers.slots_used == 0
             assert await proxy.counted("connections_accepted_total") == 2
             assert await proxy.counted("connections") == 1
             assert (await proxy.client_of(one.worker)).pid != one.pid
@@ -309,7 +309,7 @@ async def test_a_drain_adds_up_what_workers_cut_and_kills_one_that_is_stuck(
     async with supervised(preforked, settings()) as proxy:
         one, _ = await proxy.clients(2)
         one.send("t")
-        await eventually(lambda: proxy.workers.slots_taken == 1, "it has a slot")
+        await eventually(lambda: proxy.workers.slots_used == 1, "it has a slot")
         os.kill(one.pid, signal.SIGSTOP)
         async with asyncio.timeout(SECONDS_MAX):
             assert await proxy.app.drain(0.1) == SESSIONS_CUT + 1

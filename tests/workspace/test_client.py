@@ -466,16 +466,32 @@ async def test_an_instance_that_does_not_exist_is_told_as_an_instance(
         assert "uid" not in answer.text(b"H")
 
 
-@pytest.mark.parametrize("hours", [1, 24])
-async def test_a_clock_that_is_ahead_is_told_at_once(api: emulator.Workspace, hours: int) -> None:
-    # Each new token seemed to have expired: 57P03 after the whole time for one.
+@pytest.mark.parametrize("hours", [1, 24, -1, -24])
+async def test_a_clock_that_is_wrong_by_an_hour_is_told_at_once(
+    api: emulator.Workspace, hours: int
+) -> None:
+    # Ahead, each new token seemed to have expired: 57P03 after the whole time for one. Behind,
+    # nothing was said, and a token that had expired an hour before was sent in an outage.
+    error = await refusal(workspace_at(api, hours * 3600))
+    assert (error.kind, error.response().sqlstate) == (ErrorKind.CLOCK_OFF, "28000")
+    word = "ahead of" if hours > 0 else "behind"
+    assert f"s {word} the workspace's" in error.detail
+
+
+@pytest.mark.parametrize("minutes", [30, -30])
+async def test_a_clock_that_is_wrong_by_less_fails_no_login(
+    api: emulator.Workspace, minutes: int
+) -> None:
+    await workspace_at(api, minutes * 60).mint(PRIMARY)
+
+
+def workspace_at(api: emulator.Workspace, ahead_seconds: float) -> Workspace:
+    """Return a workspace on a machine whose clock is ahead by so much."""
     settings = WorkspaceSettings(
         host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)
     )
-    clock = FakeClock(time.time() + hours * 3600)
-    error = await refusal(Workspace(settings, CredentialsSettings(), version="0", clock=clock))
-    assert (error.kind, error.response().sqlstate) == (ErrorKind.CLOCK_OFF, "28000")
-    assert "s ahead of the workspace's" in error.detail
+    clock = FakeClock(time.time() + ahead_seconds)
+    return Workspace(settings, CredentialsSettings(), version="0", clock=clock)
 
 
 # -- what hangs or is not there ------------------------------------------------------------------
@@ -628,7 +644,7 @@ async def test_a_workspace_that_is_not_there_is_unreachable_and_then_back(
 
 
 async def test_the_time_of_a_request_is_taken_before_it_is_made(api: emulator.Workspace) -> None:
-    clock = FakeClock()
+    clock = FakeClock(time.time())
     settings = WorkspaceSettings(
         host=api.url, client_id=CLIENT_ID, client_secret=SecretStr(CLIENT_SECRET)
     )

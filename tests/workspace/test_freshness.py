@@ -70,9 +70,9 @@ def test_a_token_is_renewed_at_half_of_the_time_for_which_it_may_be_used(
 
 
 @pytest.mark.parametrize(
-    ("max_age", "lengthened"), [(60, 120), (0, 60), (1000, 2000), (3300, 3480)]
+    ("max_age", "lengthened"), [(60, 480), (0, 60), (1000, 3480), (3300, 3480)]
 )
-def test_the_first_429_doubles_the_accepted_age_up_to_a_tokens_validity(
+def test_the_first_429_makes_the_accepted_age_eight_times_as_long_as_far_as_tokens_are_valid(
     max_age: float, lengthened: float
 ) -> None:
     age = AcceptedAge(Freshness(max_age, 120))
@@ -81,13 +81,21 @@ def test_the_first_429_doubles_the_accepted_age_up_to_a_tokens_validity(
     assert (age.seconds, age.lengthened) == (lengthened, True)
 
 
+def test_after_two_tokens_a_429_doubles_the_accepted_age() -> None:
+    age = AcceptedAge(MINUTE)
+    age.shorten()
+    age.shorten()
+    age.lengthen(T0, HOUR)
+    assert age.seconds == 120
+
+
 def test_an_accepted_age_follows_how_long_the_429s_have_lasted() -> None:
     # Calls that ran together are one sign, and a proxy that waited for its first token for minutes
     # must not renew it in seconds.
     age = AcceptedAge(MINUTE)
     for _ in range(10):
         age.lengthen(T0, HOUR)
-    assert age.seconds == 120
+    assert age.seconds == 480
     age.lengthen(T0 + 100, HOUR)
     assert age.seconds == 800
     age.lengthen(T0 + 10_000, HOUR)
@@ -102,7 +110,7 @@ def test_an_accepted_age_follows_how_long_the_429s_have_lasted() -> None:
 def test_successes_shorten_the_accepted_age_to_the_one_set(max_age: float) -> None:
     age = AcceptedAge(Freshness(max_age, 120))
     age.lengthen(T0, HOUR)
-    for _ in range(20):
+    for _ in range(45):
         assert age.seconds >= max_age
         age.shorten()
     assert (age.seconds, age.lengthened) == (max_age, False)

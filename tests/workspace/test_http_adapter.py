@@ -103,6 +103,67 @@ async def test_a_call_that_is_given_up_closes_its_connection(api: emulator.Works
     api.clear_faults()
 
 
+# -- handshakes without an end -------------------------------------------------------------------
+
+DRIP_SECONDS = 0.05
+# The head of a ServerHello of 16 kB, and an answer to CONNECT whose headers do not end.
+SLOW_STARTS = {
+    "tls": b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc",
+    "connect": b"HTTP/1.1 200 OK\r\nX-Slow: ",
+}
+
+
+class SlowPeer:
+    """Begins an answer, and goes on byte by byte until the client closes."""
+
+    def __init__(self, start: bytes) -> None:
+        self._start = start
+        self.accepted = 0
+        self.closed = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        with suppress(ConnectionError):
+            await reader.read(1)
+            writer.write(self._start)
+            closing = asyncio.ensure_future(_read_to_end(reader))
+            while not closing.done():
+                writer.write(b"x")
+                await asyncio.wait([closing], timeout=DRIP_SECONDS)
+        self.closed += 1
+        writer.transport.abort()
+
+
+async def _read_to_end(reader: asyncio.StreamReader) -> None:
+    with suppress(ConnectionError):
+        while await reader.read(1 << 16):
+            pass
+
+
+@pytest.mark.parametrize("where", SLOW_STARTS)
+async def test_a_handshake_that_comes_byte_by_byte_ends_with_its_call(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    # Each byte began the socket's timeout anew: the thread and the connection were kept for hours.
+    peer, before = SlowPeer(SLOW_STARTS[where]), set(threading.enumerate())
+    async with await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        host = f"https://127.0.0.1:{port}"
+        if where == "connect":
+            monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
+            host = "https://dbc.example.com"
+        made = workspace(host, 1)
+        error = await refusal(made)
+        assert error.kind is ErrorKind.API_UNREACHABLE
+        await eventually(lambda: peer.closed == peer.accepted > 0, "the connection is closed")
+
+        def ended() -> bool:
+            names = {thread.name for thread in set(threading.enumerate()) - before}
+            return "databricks-sdk" not in names
+
+        await eventually(ended, "the call's thread has ended")
+
+
 # -- idle connections ----------------------------------------------------------------------------
 
 
@@ -151,7 +212,7 @@ async def _forward(
 
 @asynccontextmanager
 async def forgetful_network(api: emulator.Workspace) -> AsyncIterator[tuple[ForgetfulNetwork, str]]:
-    network = ForgetfulNetwork(api._port)
+    network = ForgetfulNetwork(api.port)
     async with await asyncio.start_server(network.serve, "127.0.0.1", 0) as server:
         yield network, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         network.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from pydantic import SecretStr
 
 from proxy.config import CredentialsSettings, WorkspaceSettings
@@ -192,7 +193,6 @@ async def test_a_value_that_cannot_be_used_is_told_with_the_variable(
         ("token", SecretStr("'not-real'")),
         ("client_secret", SecretStr("not-real\u20ac")),
         ("client_id", "'quoted'"),
-        ("host", "https://dbc.example.com/browse"),
     ],
 )
 async def test_a_setting_that_cannot_be_used_is_told_with_its_key(name: str, value: object) -> None:
@@ -281,6 +281,22 @@ async def test_a_ca_bundle_that_cannot_be_read_is_named(
     set_login(monkeypatch, "https://127.0.0.1:9")
     error = await told_at_once(discovering())
     assert error.detail.startswith(f"{variable}: {path}")
+
+
+async def test_a_ca_file_of_the_workspace_that_is_gone_is_named(
+    api: emulator.Workspace, tmp_path: Path
+) -> None:
+    # It was read by the library at the next request, and told as an API that cannot be reached.
+    path = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(path))
+    secret = SecretStr(CLIENT_SECRET)
+    made = discovering(
+        host=api.url, client_id=CLIENT_ID, client_secret=secret, ssl_root_cert=str(path)
+    )
+    await made.mint(PRIMARY)
+    path.unlink()
+    error = await told_at_once(made)
+    assert error.detail.startswith(f"workspace.ssl_root_cert: {path}")
 
 
 async def test_a_socks_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.workspace.outage import OUTAGE_SECONDS, STALE_SECONDS, Call, Outage
+from proxy.workspace.outage import OUTAGE_SECONDS, STALE_SECONDS, ApiCall, Outage
 from tests.support.fake_clock import FakeClock
 from tests.support.running import LogLines, captured_log
 
@@ -29,14 +29,14 @@ def test_the_first_failure_and_each_other_one_is_a_warning_and_the_end_one_info(
     # A client with a connect timeout of 5 s was gone before anything was logged.
     clock = FakeClock()
     outage = Outage("shop", clock)
-    outage.record_failure(Call.MINT, failing(), 0.5)
+    outage.record_failure(ApiCall.MINT, failing(), 0.5)
     for number in range(2, 5):
         clock.move(1)
-        outage.record_failure(Call.MINT, failing(f"HTTP 500 request {number}"), 1)
-    outage.record_failure(Call.MINT, failing("HTTP 503 Try again"), 4)
-    outage.record_failure(Call.MINT, ProxyError(ErrorKind.API_UNREACHABLE, "no answer"), 8)
-    outage.record_success(Call.MINT)
-    outage.record_success(Call.MINT)
+        outage.record_failure(ApiCall.MINT, failing(f"HTTP 500 request {number}"), 1)
+    outage.record_failure(ApiCall.MINT, failing("HTTP 503 Try again"), 4)
+    outage.record_failure(ApiCall.MINT, ProxyError(ErrorKind.API_UNREACHABLE, "no answer"), 8)
+    outage.record_success(ApiCall.MINT)
+    outage.record_success(ApiCall.MINT)
     lines = log.events(FAILS)
     assert [line["level"] for line in lines] == ["warning"] * 3
     assert [(line["tries"], line["backoff_seconds"]) for line in lines] == [
@@ -52,22 +52,22 @@ def test_the_first_failure_and_each_other_one_is_a_warning_and_the_end_one_info(
 def test_clients_wait_for_some_seconds_and_are_refused_after_them() -> None:
     clock = FakeClock()
     outage = Outage("shop", clock)
-    outage.record_failure(Call.MINT, failing(), 1)
+    outage.record_failure(ApiCall.MINT, failing(), 1)
     clock.move(OUTAGE_SECONDS)
-    outage.record_failure(Call.MINT, failing("HTTP 502"), 1)
+    outage.record_failure(ApiCall.MINT, failing("HTTP 502"), 1)
     assert outage.refusal() is None
     clock.move(0.1)
     refusal = outage.refusal()
     assert refusal is not None
     assert refusal.detail == "HTTP 502"
-    outage.record_success(Call.MINT)
+    outage.record_success(ApiCall.MINT)
     assert outage.refusal() is None
 
 
 def test_an_outage_of_which_nothing_was_heard_for_long_may_be_over() -> None:
     clock = FakeClock()
     outage = Outage("shop", clock)
-    outage.record_failure(Call.MINT, failing(), 1)
+    outage.record_failure(ApiCall.MINT, failing(), 1)
     clock.move(STALE_SECONDS + 1)
     assert outage.refusal() is None
 
@@ -77,7 +77,7 @@ def test_a_limit_of_the_rate_and_a_permanent_failure_are_no_outage(kind: ErrorKi
     clock = FakeClock()
     outage = Outage("shop", clock)
     for _ in range(10):
-        outage.record_failure(Call.MINT, ProxyError(kind), 1)
+        outage.record_failure(ApiCall.MINT, ProxyError(kind), 1)
         clock.move(2)
     assert outage.refusal() is None
 
@@ -85,16 +85,16 @@ def test_a_limit_of_the_rate_and_a_permanent_failure_are_no_outage(kind: ErrorKi
 def test_a_look_up_that_works_does_not_end_an_outage_of_mints(log: LogLines) -> None:
     clock = FakeClock()
     outage = Outage("shop", clock)
-    outage.record_failure(Call.LOOK_UP, failing(), 1)
-    outage.record_failure(Call.MINT, failing(), 1)
+    outage.record_failure(ApiCall.LOOK_UP, failing(), 1)
+    outage.record_failure(ApiCall.MINT, failing(), 1)
     clock.move(1)
-    outage.record_success(Call.LOOK_UP)
+    outage.record_success(ApiCall.LOOK_UP)
     assert outage.failing_seconds
-    outage.record_success(Call.MINT)
+    outage.record_success(ApiCall.MINT)
     assert not outage.failing_seconds
-    outage.record_failure(Call.LOOK_UP, ProxyError(ErrorKind.ENDPOINT_NOT_FOUND), 1)
+    outage.record_failure(ApiCall.LOOK_UP, ProxyError(ErrorKind.ENDPOINT_NOT_FOUND), 1)
     assert not outage.failing_seconds
-    outage.record_failure(Call.LOOK_UP, failing(), 1)
-    outage.record_success(Call.LOOK_UP)
+    outage.record_failure(ApiCall.LOOK_UP, failing(), 1)
+    outage.record_success(ApiCall.LOOK_UP)
     assert not outage.failing_seconds
     assert len(log.events(WORKS)) == 2

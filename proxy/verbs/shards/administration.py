@@ -111,7 +111,7 @@ async def administering(settings: Settings) -> AsyncIterator[Administration]:
         stack.push_async_callback(registry.close)
         upstreams = Upstreams(settings, registry, lambda *_: None)
         keys = CancelKeys()
-        connector = Connector(lambda *_: None, upstreams.name_lookup.resolve)
+        connector = Connector(upstreams.name_lookup.resolve)
         forwarder = CancelForwarder(keys, connector, build_metrics())
         private = await stack.enter_async_context(PrivateListener(keys, forwarder))
         administration = Administration(settings, upstreams, private)

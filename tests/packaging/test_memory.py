@@ -1,0 +1,44 @@
+"""The memory that the packaging files give the proxy: what README.md says that it needs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.packaging.manifests import (
+    KUBERNETES,
+    ROOT,
+    compose,
+    pods,
+    sidecar,
+    unit_settings,
+)
+
+LEAST_MIB = 128
+LIMIT_MIB = 512
+WORKLOADS = [file for file in KUBERNETES if any(pods(file))]
+
+
+def test_the_least_memory_is_documented() -> None:
+    (row,) = re.findall(r"^\| memory \|.*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert f"at least {LEAST_MIB} MiB" in row
+    assert f"a limit of {LIMIT_MIB} MiB" in row
+
+
+@pytest.mark.parametrize("file", WORKLOADS, ids=lambda file: file.name)
+def test_each_manifest_requests_it(file: Path) -> None:
+    for pod in pods(file):
+        given = sidecar(pod)["resources"]
+        assert given["requests"]["memory"] == f"{LEAST_MIB}Mi"
+        assert given["limits"]["memory"] == f"{LIMIT_MIB}Mi"
+
+
+def test_the_compose_file_reserves_it() -> None:
+    service = compose()["services"]["lakebase-auth-proxy"]
+    given = service["mem_reservation"], service["mem_limit"]
+    assert given == (f"{LEAST_MIB}m", f"{LIMIT_MIB}m")
+
+
+def test_the_unit_keeps_it() -> None:
+    unit = unit_settings()
+    assert (unit["MemoryMin"], unit["MemoryMax"]) == ([f"{LEAST_MIB}M"], [f"{LIMIT_MIB}M"])

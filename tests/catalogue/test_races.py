@@ -127,7 +127,13 @@ async def test_r1_the_fence_of_a_busy_mapping_neither_waits_long_nor_ends_its_ad
             async with connection.transaction():
                 admitted = await operating.admit(connection, "one", row, operating.key(1))
                 verdict = admitted["verdict"]
-                await asyncio.sleep(0.002)
+                await connection.execute("select pg_sleep(0.002)")
+            admits.append(verdict)
+
+    admits: list[str] = []
+
+    async def all_are_under_way() -> bool:
+        return len(admits) >= 2 * BUSY
 
     async with AsyncExitStack() as stack:
         connections = [
@@ -137,7 +143,7 @@ async def test_r1_the_fence_of_a_busy_mapping_neither_waits_long_nor_ends_its_ad
         async with asyncio.TaskGroup() as group:
             for connection in connections:
                 group.create_task(open_again_and_again(connection))
-            await asyncio.sleep(0.1)  # all of them are under way
+            await until(all_are_under_way, "all are under way")
             operation = TakeOffline(
                 operating.map, *operating.bounds(0, 10), sessions=SessionsMode.KEEP
             )

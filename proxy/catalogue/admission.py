@@ -165,7 +165,7 @@ class Admission:
 
     @property
     def consequence(self) -> Consequence:
-        """What the proxy does now."""
+        """The next step of the proxy."""
         return CONSEQUENCES[self.verdict]
 
     def refusal(self, shard: str) -> ProxyError:

@@ -244,7 +244,7 @@ class AdmittingOpener:
             parking.refused()
             raise refusal
         phases.current, phases.waits_for_slot = None, False
-        with parking.place() as set_result:
+        with parking.waiting() as set_result:
             try:
                 while (left := deadline - clock()) > 0:
                     ids = located.mapping.mapping_id, located.shard.shard_id

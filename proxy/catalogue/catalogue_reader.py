@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 from uuid import UUID
 
 from proxy.catalogue import store
-from proxy.catalogue.errors import DRIVER_ERRORS, CatalogueError, Reason, translated
+from proxy.catalogue.errors import CatalogueError, Reason, driver_errors, translated
 from proxy.catalogue.model import CatalogueMap, Connect, Connection, Located, Mapping, Shard
 from proxy.catalogue.packed_rows import (
     CHUNK_ROWS_MAX,
@@ -63,7 +63,7 @@ class CatalogueReader(Protocol):
         """Return all shards of a map."""
 
     def snapshot(self) -> AbstractAsyncContextManager[None]:
-        """Let all that is read in the block be of one moment."""
+        """Read everything in the block as of one moment."""
 
     def chunks(self, map_id: UUID) -> AsyncIterator[RowChunk]:
         """Yield all rows of a map in the order of their lower bounds, in columns."""
@@ -113,11 +113,11 @@ class StoreReader:
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[None]:
-        """Let all that is read in the block be of one moment."""
+        """Read everything in the block as of one moment."""
         try:
             async with transaction(self._connection, read_only=True):
                 yield
-        except (*DRIVER_ERRORS, CatalogueError) as error:
+        except driver_errors(CatalogueError) as error:
             raise refusal(error) from error
 
     async def chunks(self, map_id: UUID) -> AsyncIterator[RowChunk]:
@@ -157,7 +157,7 @@ class StoreReader:
             raise ProxyError(ErrorKind.CATALOGUE_UNREACHABLE, detail) from error
         except ValueError as error:  # columns that do not fit together
             raise ProxyError(ErrorKind.CATALOGUE_REFUSED, f"{_WHERE}: {error}") from error
-        except (*DRIVER_ERRORS, CatalogueError) as error:
+        except driver_errors(CatalogueError) as error:
             raise refusal(error) from error
 
 

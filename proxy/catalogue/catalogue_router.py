@@ -20,7 +20,7 @@ class KnownMap(Protocol):
 
     @property
     def keys(self) -> MapKeys | None:
-        """How the map's keys are read; None while that is not known."""
+        """The reader of the map's keys; None while their type is not known."""
 
     async def wait_for_keys(self, seconds: float) -> MapKeys:
         """Return it when it is known. Raises ProxyError after this time."""

@@ -10,8 +10,6 @@ from enum import Enum
 from typing import Final
 from uuid import UUID
 
-import asyncpg
-
 from proxy.errors import Disposition, ProxyError
 
 
@@ -84,8 +82,13 @@ _RETRYABLE: Final = frozenset(
 # An object of ours that is not there: the schema was not installed.
 _NOT_INSTALLED: Final = frozenset({"3F000", "42P01", "42883"})
 _NO_RIGHT: Final = "42501"
-# What asyncpg raises beside the server's own errors.
-DRIVER_ERRORS: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, EOFError)
+
+
+def driver_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return what asyncpg raises, the server's errors and its own, and `others`."""
+    import asyncpg  # noqa: PLC0415 - a proxy without a catalogue does not load it
+
+    return asyncpg.PostgresError, asyncpg.InterfaceError, OSError, EOFError, *others
 
 
 def translated(error: BaseException, where: str) -> CatalogueError:
@@ -101,14 +104,13 @@ def translated(error: BaseException, where: str) -> CatalogueError:
         row = ReasonRow(error.reason, answer.sqlstate)
         transient = error.kind.value.disposition in _RETRYABLE
         return CatalogueError(row, text, answer.text(b"H"), transient=transient)
-    if isinstance(error, asyncpg.PostgresError):
-        return _of_server(error, where)
+    if sqlstate := getattr(error, "sqlstate", None):  # asyncpg.PostgresError has one
+        return _of_server(error, str(sqlstate), where)
     row = ReasonRow("connection_lost", "08006")
     return CatalogueError(row, f"{where}: the connection was lost ({error})", transient=True)
 
 
-def _of_server(error: asyncpg.PostgresError, where: str) -> CatalogueError:
-    sqlstate = str(error.sqlstate)
+def _of_server(error: BaseException, sqlstate: str, where: str) -> CatalogueError:
     text = f"{where}: {error}"
     hint = str(getattr(error, "hint", None) or "")
     if sqlstate in _NOT_INSTALLED:

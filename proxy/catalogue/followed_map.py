@@ -127,17 +127,17 @@ class FollowedMap:
 
     @property
     def failure(self) -> ProxyError | None:
-        """Why the catalogue cannot be followed now."""
+        """The reason why the catalogue cannot be followed now."""
         return self._feed.failure
 
     @property
     def feed_counts(self) -> FeedCounts:
-        """What the metrics show of the feed."""
+        """The counts of the feed, for the metrics."""
         return self._feed.counts
 
     @property
     def feed_state(self) -> FeedState:
-        """How the feed is."""
+        """The state of the feed."""
         return self._feed.state
 
     @property

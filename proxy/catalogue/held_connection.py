@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, suppress
 from typing import Final, Self, TypeVar
 from uuid import UUID
 
-from proxy.catalogue.errors import DRIVER_ERRORS, CatalogueError, Reason, translated
+from proxy.catalogue.errors import CatalogueError, Reason, driver_errors, translated
 from proxy.catalogue.model import Connection
 from proxy.catalogue.operation import Tools
 from proxy.errors import ProxyError
@@ -79,7 +79,7 @@ class HeldConnection:
             return
         self._locks.discard(op_id)
         if self._connection is not None and not self._connection.is_closed():
-            with suppress(*DRIVER_ERRORS):
+            with suppress(*driver_errors()):
                 query = "select pg_catalog.pg_advisory_unlock($1)"
                 await self._connection.execute(query, _lock_key(op_id))
 
@@ -91,7 +91,7 @@ class HeldConnection:
         for seconds in (*RETRY_SECONDS, None):
             try:
                 return await call()
-            except (CatalogueError, ProxyError, *DRIVER_ERRORS) as error:
+            except driver_errors(CatalogueError, ProxyError) as error:
                 failure = translated(error, where)
                 if not failure.transient or seconds is None:
                     raise failure from error
@@ -116,7 +116,7 @@ class HeldConnection:
 
     async def _close(self) -> None:
         stack, self._stack, self._connection = self._stack, AsyncExitStack(), None
-        with suppress(*DRIVER_ERRORS):
+        with suppress(*driver_errors()):
             await stack.aclose()
 
 

@@ -5,10 +5,8 @@ the catalogue a row that is being added shows as offline until the shard has it.
 """
 
 from dataclasses import replace
-from typing import ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self
 from uuid import UUID, uuid4
-
-import asyncpg
 
 from proxy.catalogue.bounds import in_words
 from proxy.catalogue.errors import CatalogueError, Reason
@@ -91,7 +89,7 @@ class MappingOperation(Operation):
     def check(self) -> None:
         """Check the mapping's state. Raises CatalogueError, or Unchanged."""
 
-    async def read_local(self, connection: Connection) -> asyncpg.Record | None:
+    async def read_local(self, connection: Connection) -> Any:
         """Return the shard's row, locked, if it has one."""
         return await connection.fetchrow(_SELECT_LOCAL, self.before.mapping_id)
 
@@ -200,7 +198,7 @@ class AddMapping(MappingOperation):
         )
 
     async def do_catalogue(self, step: str, catalogue: Connection) -> None:
-        """Let the row show as it is meant to be."""
+        """Set the row's final status."""
         await self.write_catalogue(catalogue, self.after, done=True)
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:

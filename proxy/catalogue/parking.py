@@ -58,8 +58,8 @@ class Parking:
         return self._parked >= self.park_max or not self.seconds_max
 
     @contextmanager
-    def place(self) -> Iterator[Callable[[ParkResult], None]]:
-        """Take a place while the block runs, and yield what sets the result of the wait."""
+    def waiting(self) -> Iterator[Callable[[ParkResult], None]]:
+        """Count a parked client while the block runs; yield what sets the result of the wait."""
         result = ParkResult.LEFT
 
         def set_result(value: ParkResult) -> None:
@@ -78,7 +78,7 @@ class Parking:
             self._metrics.park_ended(result)
 
     def refused(self) -> None:
-        """Count a client for which there was no place."""
+        """Count a client that exceeded `park_max`."""
         self._metrics.park_ended(ParkResult.FULL)
 
     async def wait(self, mapping_id: UUID, shard_id: UUID, seconds: float) -> bool:

@@ -48,7 +48,7 @@ class _RoleOperation(Operation):
         self.shards = tuple(await read_shards(catalogue, self.map.map_id))
 
     async def begin(self, catalogue: Connection) -> None:
-        """Note whether the map has the login."""
+        """Record whether the map has the login."""
         self._was_granted = self.role in await self._roles(catalogue)
 
     def statements(self) -> list[str]:
@@ -78,7 +78,7 @@ class _RoleOperation(Operation):
         return (self.role in await self._roles(catalogue)) is not self.revokes
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
-        """Give back, or take back, what the login had before."""
+        """Restore the rights that the login had before."""
         if self._was_granted is self.revokes and await role_exists(connection, self.role):
             await _execute(connection, session_statements(self.role, revoke=not self.revokes))
 

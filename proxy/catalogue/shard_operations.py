@@ -38,7 +38,7 @@ class _ShardOperation(Operation):
         return self.shards[0]
 
     async def add_identity(self, connection: Connection, shard: Shard) -> None:
-        """Let the database know which shard it is; once."""
+        """Write into the database which shard it is; once."""
         spec = self.map.spec
         await connection.execute(
             _ADD_IDENTITY,
@@ -59,7 +59,7 @@ class _ShardOperation(Operation):
             await super().lock_shard(connection)
 
     async def delete_identity(self, connection: Connection, shard: Shard) -> None:
-        """Let the database forget this shard, with its mappings."""
+        """Delete the shard's identity from its database, with its mappings."""
         if await connection.fetchval(_HAS_LOCAL_SCHEMA):
             await connection.execute(_DELETE_IDENTITY, self.map.map_id, shard.shard_id)
 
@@ -157,7 +157,7 @@ class AddShard(_ShardOperation):
                 await connection.execute(statement)
 
     async def do_catalogue(self, step: str, catalogue: Connection) -> None:
-        """Let the row show as it is meant to be."""
+        """Set the row's final status."""
         await catalogue.execute(
             "update shardmap.shard set status = $2, op_id = null where shard_id = $1",
             *(self.shard.shard_id, str(self.shard.status)),

@@ -105,7 +105,7 @@ class ShardUpstreams:
             made.use.close()
 
     def give_to(self, later: "ShardUpstreams") -> None:
-        """Give another configuration the upstreams that it would make in the same way."""
+        """Pass another configuration the upstreams that it would make in the same way."""
         for shard_id, made in self._made.items():
             later.take(shard_id, made.row, made.upstream)
 

@@ -42,13 +42,13 @@ class SnapshotKeeper:
     def __init__(
         self,
         file: str,
-        place: CataloguePlace,
+        catalogue: CataloguePlace,
         state: MapState,
         check: Callable[[CatalogueMap], None],
     ) -> None:
         """`check` raises ProxyError for a map that is not as it is configured."""
         self._path = Path(file)
-        self._place = place
+        self._catalogue = catalogue
         self._state = state
         self._check = check
         self._threads = BlockingCalls("map-snapshot", threads_max=1)
@@ -76,7 +76,7 @@ class SnapshotKeeper:
 
     def _read(self) -> tuple[SavedMap, Build]:
         """Return what is in the file. Raises what `opened` does, and ProxyError."""
-        with opened(self._path, self._place, self._state.name) as (saved, chunks):
+        with opened(self._path, self._catalogue, self._state.name) as (saved, chunks):
             self._check(saved.map)
             build = Build(saved.map.map_id, saved.map.spec)
             for chunk in chunks:
@@ -105,7 +105,7 @@ class SnapshotKeeper:
             return
         self._written_version = state.version
         found = replace(state.map, version=state.version)
-        saved = SavedMap(self._place, found, tuple(state.cache.shards.values()))
+        saved = SavedMap(self._catalogue, found, tuple(state.cache.shards.values()))
         chunks = state.cache.chunks()
         try:
             await self._threads.run(lambda: write(self._path, saved, chunks), seconds_max)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
-from proxy.catalogue.errors import DRIVER_ERRORS, translated
+from proxy.catalogue.errors import driver_errors, translated
 from proxy.catalogue.model import Connection
 
 # Another operation, or whatever else locks the rows, is waited for this long.
@@ -34,7 +34,7 @@ async def transaction(connection: Connection, *, read_only: bool = False) -> Asy
         yield
     except BaseException:
         # The error of the block says more than that of a connection which it has broken.
-        with suppress(*DRIVER_ERRORS):
+        with suppress(*driver_errors()):
             if not connection.is_closed():
                 await connection.execute("rollback")
         raise
@@ -46,5 +46,5 @@ async def translating(where: str) -> AsyncIterator[None]:
     """Raise CatalogueError for what asyncpg raises; `where` is the database in words."""
     try:
         yield
-    except DRIVER_ERRORS as error:
+    except driver_errors() as error:
         raise translated(error, where) from error

@@ -149,7 +149,7 @@ class Settings(BaseSettings):
 
     @property
     def park_max(self) -> int:
-        """How many clients may wait at a time for mappings that are offline."""
+        """The number of clients that may wait at a time for mappings that are offline."""
         half = self.listen.max_connections // 2
         return self.catalogue.park_max or min(_PARK_MAX, half)
 

@@ -171,7 +171,7 @@ class CatalogueMaps:
         return await self._service.locate(map_id, routing_keys)
 
     def _changed(self, change: Change) -> None:
-        """Tell clients and sessions of a change; close the upstreams of shards that are gone."""
+        """Notify clients and sessions of a change; close the upstreams of shards that are gone."""
         if self._parking is not None:
             self._parking.changed(change.mapping_ids, change.shard_ids)
         if change.mapping_ids is None or change.mapping_ids:

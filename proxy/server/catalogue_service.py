@@ -70,12 +70,12 @@ class CatalogueService:
 
     @property
     def source(self) -> MapSource:
-        """Where mappings are found."""
+        """The source of mappings."""
         return self._followed.source
 
     @property
     def keys(self) -> MapKeys | None:
-        """How the map's keys are read; None while that is not known."""
+        """The reader of the map's keys; None while their type is not known."""
         known = self._followed.state.map
         if known is None or not self._followed.is_loaded:
             return None

@@ -22,11 +22,11 @@ class MapService(Protocol):
 
     @property
     def source(self) -> MapSource:
-        """Where mappings are found."""
+        """The source of mappings."""
 
     @property
     def keys(self) -> MapKeys | None:
-        """How the map's keys are read; None while that is not known."""
+        """The reader of the map's keys; None while their type is not known."""
 
     @property
     def loaded(self) -> bool:

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Self
 
-import asyncpg
-
+from proxy.catalogue.errors import driver_errors
 from proxy.errors import ErrorKind, ProxyError
 from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.relay import Relay
@@ -113,7 +112,7 @@ class PrivateListener:
             except BaseException:
                 connection.terminate()
                 raise
-            with suppress(TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            with suppress(*driver_errors()):  # a TimeoutError is an OSError
                 await connection.close(timeout=CLOSE_SECONDS_MAX)
         finally:
             self._expected.pop(name, None)
@@ -127,6 +126,8 @@ class PrivateListener:
         self, name: str, serving: asyncio.Task[None], statements_cached: int
     ) -> Any:
         """Return the driver's connection. Raises ProxyError."""
+        import asyncpg  # noqa: PLC0415 - a proxy without a catalogue does not load it
+
         try:
             return await asyncpg.connect(
                 host=_LOOPBACK,
@@ -137,7 +138,7 @@ class PrivateListener:
                 statement_cache_size=statements_cached,
                 **_DRIVER,
             )
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except driver_errors() as error:
             # The driver knows what the dialer sent it; the dialer's own error says more.
             await asyncio.wait((serving,), timeout=CLOSE_SECONDS_MAX)
             failure = serving.exception() if serving.done() and not serving.cancelled() else None

@@ -59,7 +59,7 @@ def set_tcp_options(transport: asyncio.BaseTransport) -> None:
 
 
 def detect_dead_peer(transport: asyncio.BaseTransport) -> None:
-    """Have keepalive end an idle TCP connection within 30 s of the loss of its peer.
+    """Set keepalive so that an idle TCP connection ends within 30 s of the loss of its peer.
 
     For a connection that is only listened on, such as that of LISTEN.
     """

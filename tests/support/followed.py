@@ -49,7 +49,7 @@ class FollowedCatalogue:
 
     @property
     def open(self) -> OpenReader:
-        """What opens readers, as the reader's role."""
+        """The opener of readers, as the reader's role."""
         return open_reader(self._connect, cast(SessionOpener, None), self._count)
 
     def _count(self, purpose: str) -> None:

@@ -114,7 +114,7 @@ class Operating:
 
     @property
     def tools(self) -> Tools:
-        """What the operations use."""
+        """The tools of the operations."""
         return Tools(
             self.databases,
             self.slept,
@@ -356,7 +356,7 @@ class Pauses:
             await self._reached[point].wait()
 
     def resume(self, point: str) -> None:
-        """Let the operation go on."""
+        """Resume the operation."""
         self._resumed[point].set()
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import asyncpg
 
 from proxy import __version__
-from proxy.catalogue.errors import DRIVER_ERRORS, CatalogueError, Reason, translated
+from proxy.catalogue.errors import CatalogueError, Reason, driver_errors, translated
 from proxy.catalogue.model import Shard
 from proxy.catalogue.schema import CATALOGUE
 from proxy.catalogue.shard_store import quoted, reader_statements
@@ -140,7 +140,7 @@ def _as_one_identity(settings: Settings) -> Settings:
 async def _translating(where: str) -> AsyncIterator[None]:
     try:
         yield
-    except (ProxyError, *DRIVER_ERRORS) as error:
+    except driver_errors(ProxyError) as error:
         raise translated(error, where) from error
 
 
@@ -151,7 +151,7 @@ async def _naming_role(connection: Any, where: str, hint: str) -> AsyncIterator[
         yield
     except asyncpg.InsufficientPrivilegeError as error:
         role = ""
-        with suppress(*DRIVER_ERRORS):
+        with suppress(*driver_errors()):
             role = await connection.fetchval("select current_user::text")
         text = f"{where}: {error} (the role is {role})"
         raise CatalogueError(Reason.RIGHTS_MISSING, text, hint.format(quoted(role))) from error

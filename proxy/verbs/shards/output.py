@@ -53,7 +53,7 @@ class Progress:
         self._timer: asyncio.TimerHandle | None = None
 
     def __call__(self, text: str) -> None:
-        """Say this when PROGRESS_SECONDS have passed since the begin, or what was said last."""
+        """Print the text if PROGRESS_SECONDS have passed since the begin or the last one."""
         self.stop()
         self._text = text
         seconds = PROGRESS_SECONDS - (self._clock() - self._said_at)
@@ -63,7 +63,7 @@ class Progress:
             self._later(seconds)
 
     def stop(self) -> None:
-        """Say no more."""
+        """Stop printing."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -171,7 +171,7 @@ async def _change_rights(call: Call, *, revoke: bool) -> None:
 
 
 async def _change_sessions(call: Call, role: str, *, revoke: bool) -> None:
-    """Let a login be admitted in every shard of the map, or in none."""
+    """Change whether a login is admitted, in every shard of the map or in none."""
     kind = RevokeSession if revoke else GrantSession
     statements = session_statements(role, revoke=revoke)
     if "sql" in call.arguments.switches:

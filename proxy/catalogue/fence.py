@@ -8,17 +8,25 @@ up the fence. A session is ended by its pid and start together: another one may 
 """
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
+import asyncpg
+
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import Connection, Shard
 from proxy.catalogue.operation import Tools
+from proxy.catalogue.transactions import LOCK_SECONDS_MAX, transaction
 
 # An admit takes milliseconds. What blocks the fence for longer is a client that keeps one open.
 FENCE_SECONDS_MAX: Final = 5.0
+# With that, and what it takes to end the blockers.
+BLOCKED_SECONDS_MAX: Final = 30.0
+_BARRIER_MS: Final = 200
+LOCK_OUT_ALL: Final = "lock table only shardmap_local.mapping in exclusive mode"
 # From the first attempt to end a session to the proof that there is none.
 SESSIONS_SECONDS_MAX: Final = 60.0
 _POLL_SECONDS: Final = 0.02
@@ -49,6 +57,7 @@ end"""
 _BLOCKERS: Final = f"""
 select a.pid, {_WAY} as way from pg_catalog.pg_stat_activity a
 where a.pid = any(pg_catalog.pg_blocking_pids($1))
+and coalesce(a.xact_start < clock_timestamp() - make_interval(secs => $2), true)
 and a.usesysid <> (select oid from pg_catalog.pg_roles where rolname = current_user)"""  # noqa: S608 - constants
 
 
@@ -85,12 +94,13 @@ async def lock_out(
 ) -> Any:
     """Return the row of a statement that must wait for the admits in flight.
 
-    What blocks it for longer than FENCE_SECONDS_MAX is ended, whatever it is, unless it is another
+    A transaction that blocks it and is older than FENCE_SECONDS_MAX is ended, unless it is another
     administrator's. Raises what asyncpg does; a lock that stays held is 55P03.
     """
     pid = await connection.fetchval("select pg_catalog.pg_backend_pid()")
+    await _let_admits_pass(connection)
     try:
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.timeout(BLOCKED_SECONDS_MAX), asyncio.TaskGroup() as group:
             waiting = group.create_task(_one(connection, statement, *arguments))
             done, _ = await asyncio.wait((waiting,), timeout=FENCE_SECONDS_MAX)
             if not done:
@@ -107,13 +117,33 @@ async def _one(connection: Connection, statement: str, *arguments: Any) -> Any:
     return await connection.execute(statement)
 
 
+async def _let_admits_pass(connection: Connection) -> None:
+    """Hold new admits for a moment, until those in flight have ended.
+
+    Admits share the lock of a row, so those of a busy mapping could follow each other for ever
+    while an update waits for the row. Who waits for a table is not overtaken. The lock is kept if
+    it is granted in time; else a client keeps an admit open, and all others must not wait for it.
+    """
+    await connection.execute(f"savepoint fence; set local lock_timeout = '{_BARRIER_MS}ms'")
+    try:
+        await connection.execute(LOCK_OUT_ALL)
+    except asyncpg.LockNotAvailableError:
+        await connection.execute("rollback to savepoint fence")
+    else:
+        await connection.execute(f"set local lock_timeout = '{LOCK_SECONDS_MAX}s'")
+
+
 async def _end_blockers(waiting: asyncio.Task[Any], pid: int, shard: Shard, tools: Tools) -> None:
-    """End what blocks a backend, until it has what it waits for."""
+    """End what blocks a backend for too long, until it has what it waits for."""
     async with tools.databases.shard(shard) as connection:
         while not waiting.done():
-            for row in await connection.fetch(_BLOCKERS, pid):
+            for row in await connection.fetch(_BLOCKERS, pid, FENCE_SECONDS_MAX):
                 if row["way"] is not None:
                     await connection.execute(f"select {row['way']}($1)", row["pid"])
+            with suppress(asyncpg.LockNotAvailableError):  # it only makes new admits wait
+                async with transaction(connection):
+                    await connection.execute(f"set local lock_timeout = '{_BARRIER_MS}ms'")
+                    await connection.execute(LOCK_OUT_ALL)
             await asyncio.wait((waiting,), timeout=_POLL_SECONDS)
 
 

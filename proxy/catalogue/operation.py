@@ -20,6 +20,7 @@ from uuid import UUID, uuid4
 
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import CatalogueMap, Connection, Shard, Sleep, Status
+from proxy.catalogue.schema import StoreVersion, check_writable
 
 # The states of an operation's row beside the names of its steps.
 BEGUN: Final = "begun"
@@ -180,16 +181,22 @@ class Operation(ABC):
 
 
 async def check_identity(connection: Connection, catalogue_map: CatalogueMap, shard: Shard) -> None:
-    """Check that this database is the shard. Raises CatalogueError: WRONG_SHARD."""
+    """Check that this database is the shard, of a version that can be written to.
+
+    Raises CatalogueError: WRONG_SHARD, STORE_MISSING, STORE_VERSION.
+    """
+    where = f"shard {shard.name}"
     found = await connection.fetchrow(
-        "select shard_id, location from shardmap_local.identity where map_id = $1",
+        "select shard_id, location, store_major, store_minor from shardmap_local.identity"
+        " where map_id = $1",
         catalogue_map.map_id,
     )
     if found is None:
-        text = f"shard {shard.name}: {shard.location} is no shard of the map {catalogue_map.name}"
+        text = f"{where}: {shard.location} is no shard of the map {catalogue_map.name}"
         raise CatalogueError(Reason.WRONG_SHARD, text)
+    check_writable(StoreVersion(found["store_major"], found["store_minor"]), where)
     if found["shard_id"] != shard.shard_id or found["location"] != shard.location:
-        text = f"shard {shard.name}: {shard.location} says that it is {found['location']}"
+        text = f"{where}: {shard.location} says that it is {found['location']}"
         hint = "Is it a branch, or a copy, of the shard?"
         raise CatalogueError(Reason.WRONG_SHARD, text, hint)
 

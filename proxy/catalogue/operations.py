@@ -74,8 +74,6 @@ class Operator:
     async def __aexit__(self, *error: object) -> None:
         await self._held.__aexit__(*error)
 
-    # -- the verbs -------------------------------------------------------------------------------
-
     async def run(self, operation: Operation) -> bool:
         """Do the whole operation. Return whether there was something to do.
 
@@ -218,11 +216,14 @@ class Operator:
     async def _do(self, operation: Operation, step: Step) -> None:
         await self._reach(step.name)
         if step.place is Place.CATALOGUE:
+            self._tools.progress("changing the catalogue")
             await self._held.step(THE_CATALOGUE, partial(self._do_catalogue, operation, step))
         else:
             do = self._do_shard if step.place is Place.SHARD else self._wait_for_sessions
             for shard in operation.shards:
-                await self._held.step(f"shard {shard.name}", partial(do, operation, step, shard))
+                where = f"shard {shard.name}"
+                self._tools.progress(f"changing {where}")
+                await self._held.step(where, partial(do, operation, step, shard))
         await self._reach(f"{step.name}.done")
 
     async def _do_catalogue(self, operation: Operation, step: Step) -> None:

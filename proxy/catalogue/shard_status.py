@@ -9,7 +9,14 @@ from datetime import datetime
 from typing import ClassVar, Final, Self
 from uuid import UUID
 
-from proxy.catalogue.fence import Registered, count_sessions, drain_end, end_sessions, lock_out
+from proxy.catalogue.fence import (
+    LOCK_OUT_ALL,
+    Registered,
+    count_sessions,
+    drain_end,
+    end_sessions,
+    lock_out,
+)
 from proxy.catalogue.mapping_operations import END, LOCAL
 from proxy.catalogue.mapping_rows import check_expected
 from proxy.catalogue.mapping_status import ANNOUNCE, FENCE, SESSIONS, sessions_sentence
@@ -83,11 +90,10 @@ class _ShardStatus(Operation):
         self, connection: Connection, shard: Shard, tools: Tools | None
     ) -> None:
         """Write the shard's own status, after the admits in flight; `tools`: end them in time."""
-        lock = "lock table only shardmap_local.mapping in exclusive mode"
         if tools is None:
-            await connection.execute(lock)
+            await connection.execute(LOCK_OUT_ALL)
         else:
-            await lock_out(connection, shard, tools, lock)
+            await lock_out(connection, shard, tools, LOCK_OUT_ALL)
         values = (self.map.map_id, str(self.after.status), self.after.version)
         version = await connection.fetchval(_SET_IDENTITY, *values)
         self.after = replace(self.after, version=version)

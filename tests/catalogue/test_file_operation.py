@@ -119,10 +119,9 @@ async def test_a_file_whose_process_ends_at_any_point_is_undone_by_the_next_writ
             await operating.run(ten(operating), reach if point in UNDO_POINTS else killing)
         await operating.check_invariants()
         await operating.run(AddMapping(operating.map, *operating.bounds(500, 510), "two"))
-        await operating.check_invariants()
+        await operating.check_settled()
         added = 10 if point == "end.done" else 0
         assert await counts(operating) == [added + 1, added // 2, added // 2 + 1], point
-        assert await operating.fetch(MAP, "select * from shardmap.op_log") == []
 
 
 async def test_a_file_that_was_left_can_only_be_undone(operating: Operating) -> None:

@@ -109,3 +109,35 @@ async def test_a_plan_says_what_would_be_done_and_changes_nothing(operating: Ope
     assert len(plan) == 3
     assert "[0, 10)" in plan[0]
     assert await operating.state() == before
+
+
+async def test_a_database_that_is_not_the_shard_is_refused_and_left_alone(
+    operating: Operating,
+) -> None:
+    other = "update shardmap_local.identity set location = 'branch.example.com:5432/app'"
+    await operating.fetch("one", other)
+    error = await refusal_in_shard(operating)
+    assert (error.reason, error.sqlstate) == ("wrong_shard", "55000")
+    await operating.fetch("one", "delete from shardmap_local.identity")
+    assert (await refusal_in_shard(operating)).reason == "wrong_shard"
+    await operating.fetch("one", "drop schema shardmap_local cascade")
+    error = await refusal_in_shard(operating, "drop")
+    assert (error.reason, error.sqlstate) == ("store_missing", "55000")
+
+
+async def test_s38_an_older_shard_is_not_written_to(operating: Operating) -> None:
+    await operating.fetch("one", "update shardmap_local.identity set store_major = 2")
+    error = await refusal_in_shard(operating)
+    assert (error.reason, error.sqlstate) == ("store_version", "55000")
+
+
+async def refusal_in_shard(operating: Operating, *missing: str) -> CatalogueError:
+    """Return why the shard does not take a mapping; the catalogue is as before."""
+    with pytest.raises(CatalogueError) as refused:
+        await operating.run(AddMapping(operating.map, *operating.bounds(0, 10), "one"))
+    assert refused.value.op_id is None
+    assert await operating.fetch(MAP, "select 1 from shardmap.mapping") == []
+    assert await operating.fetch(MAP, "select 1 from shardmap.op_log") == []
+    if not missing:
+        assert await operating.local("one") == []
+    return refused.value

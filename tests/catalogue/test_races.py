@@ -4,13 +4,16 @@ Each is made deterministic by stopping one side at a point. Where the protection
 without changing the code, a test shows what happens then.
 """
 
+import asyncio
 import secrets
+from contextlib import AsyncExitStack
 from hashlib import sha256
 from typing import Any
 
 import asyncpg
 import pytest
 
+from proxy.catalogue.fence import FENCE_SECONDS_MAX
 from proxy.catalogue.mapping_operations import END, AddMapping
 from proxy.catalogue.mapping_status import (
     ANNOUNCE,
@@ -19,7 +22,7 @@ from proxy.catalogue.mapping_status import (
     TakeOffline,
     TakeOnline,
 )
-from proxy.catalogue.model import Connection, Shard
+from proxy.catalogue.model import Connection, SessionsMode, Shard
 from proxy.catalogue.operation import Tools
 from proxy.catalogue.shard_status import TakeShardOffline
 from tests.support.catalogue import Stores
@@ -103,6 +106,49 @@ async def test_r1_an_admit_that_waits_for_the_fence_reads_what_it_left(
                 pauses.resume("fence.commit")
                 assert (await admitting)["verdict"] == "offline"
         assert await running
+
+
+BUSY = 30  # sessions that are admitted again and again, so that one of them always has the lock
+
+
+async def test_r1_the_fence_of_a_busy_mapping_neither_waits_long_nor_ends_its_admits(
+    operating: Operating,
+) -> None:
+    """Admits share the row's lock: those of a busy mapping kept an update waiting for ever.
+
+    After five seconds the fence then ended clients that had done nothing wrong.
+    """
+    await add(operating, 0, 10)
+    row, stores = await operating.mapping(1), operating.stores
+
+    async def open_again_and_again(connection: Any) -> None:
+        verdict = ""
+        while verdict != "offline":
+            async with connection.transaction():
+                admitted = await operating.admit(connection, "one", row, operating.key(1))
+                verdict = admitted["verdict"]
+                await connection.execute("select pg_sleep(0.002)")
+            admits.append(verdict)
+
+    admits: list[str] = []
+
+    async def all_are_under_way() -> bool:
+        return len(admits) >= 2 * BUSY
+
+    async with AsyncExitStack() as stack:
+        connections = [
+            await stack.enter_async_context(stores.connect("one", stores.roles.session))
+            for _ in range(BUSY)
+        ]
+        async with asyncio.TaskGroup() as group:
+            for connection in connections:
+                group.create_task(open_again_and_again(connection))
+            await until(all_are_under_way, "all are under way")
+            operation = TakeOffline(
+                operating.map, *operating.bounds(0, 10), sessions=SessionsMode.KEEP
+            )
+            async with asyncio.timeout(FENCE_SECONDS_MAX):
+                await operating.run(operation)
 
 
 # -- R2: first the fence is committed, then sessions are looked for --------------------------------

@@ -292,6 +292,30 @@ class Operating:
         for row in catalogue:
             await self._check_admission(row)
 
+    async def check_settled(self) -> None:
+        """Fail unless the invariants hold and nothing is left: both sides have the same rows."""
+        await self.check_invariants()
+        assert await self.fetch(MAP, "select kind, state from shardmap.op_log") == []
+        shards = await self.fetch(MAP, "select * from shardmap.shard")
+        rows = await self.fetch(MAP, "select * from shardmap.mapping")
+        assert all(row["op_id"] is None for row in [*shards, *rows])
+        for name in SHARD_NAMES:
+            identities = await self.fetch(name, "select * from shardmap_local.identity")
+            mine = [one for one in shards if one["name"] == name]
+            assert [(one["shard_id"], one["status"]) for one in identities] == [
+                (one["shard_id"], one["status"]) for one in mine
+            ]
+            ids = {one["shard_id"] for one in mine}
+            expected = {
+                (row["mapping_id"], row["status"], row["epoch"])
+                for row in rows
+                if row["shard_id"] in ids
+            }
+            found = {
+                (row["mapping_id"], row["status"], row["epoch"]) for row in await self.local(name)
+            }
+            assert found == expected, name
+
     async def _check_admission(self, row: Any) -> None:
         """Check I2: the shard admits by its own row, whatever the catalogue says."""
         name = next(name for name, one in self.shards.items() if one.shard_id == row["shard_id"])

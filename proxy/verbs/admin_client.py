@@ -72,9 +72,10 @@ def look_up(settings: AdminSettings, key: str) -> dict[str, object]:
     """
     try:
         status, body = _ask(settings, "GET", "/lookup?" + urlencode({"key": key}))
-        answer = json.loads(body)
     except OSError as error:
         raise AdminError(f"no proxy answers on {_shown(settings)}: {_reason(error)}") from error
+    try:
+        answer = json.loads(body)
     except ValueError:
         answer = None
     if status != 200 or not isinstance(answer, dict):

@@ -310,7 +310,7 @@ async def test_signals_stay_with_the_proxy() -> None:
 
 
 async def test_a_look_up_is_answered_with_what_the_proxy_knows_to_this_machine_only() -> None:
-    async with serve_admin(Shown(), host=LOOPBACK, port=0) as address:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
         found = await ask(address.port, "/lookup?key=%2D5%26")
         none = await ask(address.port, "/lookup")
         headers = "Host: localhost\r\nX-Forwarded-For: 192.0.2.1\r\n"

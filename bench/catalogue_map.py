@@ -21,6 +21,7 @@ from typing import Any, Final, cast
 
 import asyncpg
 
+from proxy.catalogue import store
 from proxy.catalogue.catalogue_reader import open_reader
 from proxy.catalogue.followed_map import FollowedMap
 from proxy.catalogue.map_state import Change, Times
@@ -148,6 +149,7 @@ async def measure(directory: str, mappings: int, seconds: float, snapshot: str) 
             _print("resident memory before, MB", before, 0)
             _print("resident memory, MB", resident_megabytes(), 0)
             _print("look-up of a known key, us of CPU", _find_microseconds(one, mappings), 2)
+            _print("uncovered key in the catalogue, ms", await _uncovered(directory, mappings), 2)
             await asyncio.sleep(2 * _LOOK_SECONDS)  # the look-ups were a pause
             pauses.longest = 0.0
             delays = await _change(one, directory, mappings, seconds)
@@ -173,6 +175,19 @@ def _find_microseconds(one: FollowedMap, mappings: int) -> float:
             find(key)
         best = min(best, (time.process_time() - began) / len(batch))
     return best * 1e6
+
+
+async def _uncovered(directory: str, mappings: int) -> float:
+    """Return the median time of the look-up of a key that no mapping covers, in milliseconds."""
+    connection = await _connect(directory)
+    map_id = (await store.read_map(connection, "m")).map_id
+    times = []
+    for number in range(100):
+        began = time.perf_counter()
+        assert await store.locate(connection, map_id, key_of(mappings + number)) is None
+        times.append(time.perf_counter() - began)
+    await connection.close()
+    return statistics.median(times) * 1e3
 
 
 async def _change(one: FollowedMap, directory: str, mappings: int, seconds: float) -> list[float]:

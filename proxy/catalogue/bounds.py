@@ -1,12 +1,14 @@
 """The bounds of a mapping as a person writes and reads them.
 
-For: one mapping on a command line or in an answer. Not for: the many of a file (`map_builder`).
+For: one mapping on a command line or in an answer, and what is said of a key. Not for: the many of
+a file (`map_builder`).
 """
 
 from collections.abc import Sequence
 
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.routing.keys import parse_key
+from proxy.catalogue.model import Located
+from proxy.routing.keys import hash_key, parse_key
 from proxy.routing.map_builder import lowest_key, parse_hash_bound
 from proxy.routing.shard_map import HIGHEST_BOUND, LOWEST_BOUND, Kind, MapSpec, ShardMapping
 
@@ -59,6 +61,24 @@ def in_words(spec: MapSpec, lo: bytes, hi: bytes | None) -> str:
     """Return a mapping's bounds for a sentence: the key of a list map, else [low, high)."""
     low, high = show_bounds(spec, lo, hi)
     return low if spec.kind is Kind.LIST else f"[{low}, {high})"
+
+
+def lookup_facts(spec: MapSpec, key: bytes, located: Located) -> dict[str, object]:
+    """Return what `lookup` answers for a key: the mapping, and where that leads."""
+    low, high = show_bounds(spec, located.mapping.lo, located.mapping.hi)
+    shard = located.shard
+    return {
+        "canonical_key": key.hex(),
+        "hash": hash_key(key).hex() if spec.kind is Kind.HASH else "",
+        "low": low,
+        "high": high,
+        "shard": shard.name,
+        "host": shard.host,
+        "port": shard.port,
+        "database": shard.database,
+        "status": str(located.mapping.status),
+        "epoch": located.mapping.epoch,
+    }
 
 
 def _invalid(text: str) -> CatalogueError:

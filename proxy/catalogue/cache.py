@@ -18,9 +18,10 @@ from itertools import islice
 from typing import Final
 from uuid import UUID
 
-from proxy.catalogue.mapping_table import CachedLocation, MappingTable, TableBuilder
+from proxy.catalogue.mapping_table import CachedLocation, MappingTable
 from proxy.catalogue.model import Located, Mapping, Shard
 from proxy.catalogue.packed_rows import RowChunk
+from proxy.catalogue.table_builder import TableBuilder
 from proxy.routing.shard_map import MapSpec
 
 # Changes that are kept beside the table. More make look-ups of them no slower, but each look-up

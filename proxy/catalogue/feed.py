@@ -171,6 +171,8 @@ class Feed:
             self._contact.feed_is_current = listens
             self.state = _STATES[self._settings.feed]
             self.has_succeeded = True
+            if self.failure is not None:
+                _log.info("the catalogue is followed again", shard_map=self._state.name)
             self.failure = None
             self.tried.set()
             if listens:

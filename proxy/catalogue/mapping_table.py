@@ -11,10 +11,8 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as MappingOf
-from dataclasses import fields
-from itertools import accumulate
-from operator import eq, le, lt, ne
-from typing import Final, NamedTuple
+from dataclasses import dataclass, field
+from typing import Final
 from uuid import UUID
 
 from proxy.catalogue.model import Located, Mapping, Shard
@@ -28,28 +26,18 @@ from proxy.catalogue.packed_rows import (
     HI_OPEN,
     HI_POINT,
     UUID_BYTES,
+    ChunkWriter,
     RowChunk,
     column_of,
-    fixed_pieces,
-    flags_of,
-    microseconds,
     moment,
-    numbers,
-    own_hi,
     sessions_of,
     sizes_between,
     status_of,
     uuid_of,
 )
-from proxy.routing.keys import HASH_BYTES, KEY_BYTES, KEY_BYTES_MAX
-from proxy.routing.shard_map import Kind, MapSpec
 
-_WORD_BYTES: Final = 8  # an array's longest integer
-_STEP_ROWS: Final = 5_000
-# A bound may be the key after the longest one.
-_BOUND_BYTES_MAX: Final = KEY_BYTES_MAX + 1
-# Rows that are reported one by one; of more, only their shards.
-BAD_ROWS_MAX: Final = 10_000
+WORD_BYTES: Final = 8  # an array's longest integer
+Marks = tuple[bytes | None, int | None]
 _KIND: Final = bytes(flags & HI_KIND for flags in range(256))
 _IS_NEXT: Final = bytes(1 if flags & HI_KIND == HI_NEXT else 0 for flags in range(256))
 _OWN: Final = bytes(
@@ -59,33 +47,37 @@ _IS_DEAD: Final = bytes(1 if flags & DEAD else 0 for flags in range(256))
 _TO_DEAD: Final = bytes(flags | DEAD for flags in range(256))
 
 
-class BadRow(NamedTuple):
-    """A row that cannot be right: it is left out, and sessions of its shard are refused."""
-
-    mapping_id: UUID
-    shard_ids: tuple[UUID, ...]
-    """Its shard; of one that overlaps another, that one's too: either may be wrong."""
-    reason: str
+def word_of(bound: bytes, skip: int, size: int) -> int:
+    """Return some bytes of a bound as an integer; the order of words is that of the bounds."""
+    return int.from_bytes(bound[skip : skip + size].ljust(size, b"\0"))
 
 
-def key_size(spec: MapSpec) -> int | None:
-    """Return the bytes of every key that is looked up, None if they differ."""
-    return HASH_BYTES if spec.kind is Kind.HASH else KEY_BYTES[spec.key_type]
+@dataclass(slots=True)
+class TableColumns:
+    """The columns of a table, as `TableBuilder` builds them."""
 
-
-def fault_of_bounds(spec: MapSpec, lo: bytes, hi: bytes | None) -> str:
-    """Return what is wrong with a row's bounds, empty if they can be right."""
-    size = key_size(spec)
-    if spec.kind is Kind.LIST:
-        if not lo or hi != lo + b"\0":
-            return "a list's mapping is for a single key"
-        hi = None
-    elif hi is not None and hi <= lo:
-        return "its upper bound is not above the lower one"
-    for bound in (lo, hi or b""):
-        if len(bound) > _BOUND_BYTES_MAX or (size is not None and len(bound) not in (0, size)):
-            return "a bound has another size than the map's keys"
-    return ""
+    ids: bytearray = field(default_factory=bytearray)
+    packed_ids: bytes = b""
+    los: bytearray = field(default_factory=bytearray)
+    lo_ends: "array[int]" = field(default_factory=lambda: array("I", [0]))
+    his: bytearray = field(default_factory=bytearray)
+    hi_ends: "array[int]" = field(default_factory=lambda: array("I", [0]))
+    epochs: "array[int]" = field(default_factory=lambda: array("q"))
+    shards: "array[int]" = field(default_factory=lambda: array("I"))
+    """Positions in `shard_ids`."""
+    shard_ids: list[UUID] = field(default_factory=list)
+    flags: bytearray = field(default_factory=bytearray)
+    marks: dict[int, Marks] = field(default_factory=dict)
+    """The operation and the end of a drain, of the few rows that have one."""
+    common: bytes = b""
+    """What all lower bounds begin with."""
+    exact_size: int = -1
+    """The size of every key whose bytes after `common` fit a word; -1: sizes differ."""
+    word_bytes: int = WORD_BYTES
+    words: "array[int]" = field(default_factory=lambda: array("Q"))
+    """The bytes after `common` of each lower bound."""
+    slots: "array[int]" = field(default_factory=lambda: array("I", [0]))
+    """A hash table of the ids: positions plus one, 0 where it is empty."""
 
 
 class MappingTable:
@@ -97,8 +89,8 @@ class MappingTable:
         *("_slots", "_word_bytes", "_words"),
     )
 
-    def __init__(self, built: "TableBuilder") -> None:
-        self.map_id = built.map_id
+    def __init__(self, map_id: UUID, built: TableColumns) -> None:
+        self.map_id = map_id
         self.flags = built.flags
         self._ids = built.packed_ids
         self._los, self._his = bytes(built.los), bytes(built.his)
@@ -149,7 +141,7 @@ class MappingTable:
             if key > common:
                 return len(self.flags) - 1
             return 0 if self.flags and self._lo_ends[1] == 0 else -1
-        word = _word(key, self._skip, self._word_bytes)
+        word = word_of(key, self._skip, self._word_bytes)
         words = self._words
         at = bisect_right(words, word) - 1
         if at < 0 or words[at] != word or self.lo(at) <= key:
@@ -237,7 +229,7 @@ class MappingTable:
 
         `flags` is a copy of an earlier moment: what has died since is still in the chunks.
         """
-        writer = _ChunkWriter()
+        writer = ChunkWriter()
         dead = flags.translate(_IS_DEAD)
         at = 0
         for row in rows:
@@ -254,7 +246,7 @@ class MappingTable:
             yield writer.take()
 
     def _write(
-        self, writer: "_ChunkWriter", flags: bytes, first: int, end: int
+        self, writer: "ChunkWriter", flags: bytes, first: int, end: int
     ) -> Iterator[RowChunk]:
         while first < end:
             last = min(end, first + CHUNK_ROWS_MAX - writer.count)
@@ -327,8 +319,7 @@ class CachedLocation(Located):
         return hash((self.mapping, self.shard))
 
 
-_Marks = tuple[bytes | None, int | None]
-_NO_MARKS: Final[_Marks] = (None, None)
+_NO_MARKS: Final[Marks] = (None, None)
 _HAS_MARKS: Final = bytes(1 if flags & (HAS_OP | HAS_DRAIN) else 0 for flags in range(256))
 
 
@@ -342,221 +333,3 @@ def _live_parts(dead: bytes, first: int, end: int) -> Iterator[tuple[int, int]]:
         if stop > first:
             yield first, stop
         first = stop + 1
-
-
-class _ChunkWriter:
-    """Collects rows for a chunk."""
-
-    def __init__(self) -> None:
-        self._columns = _empty_columns()
-        self.count = 0
-
-    def add(self, count: int, *columns: bytes) -> None:
-        """Add rows, as the columns of a RowChunk in their order."""
-        self.count += count
-        for pieces, column in zip(self._columns, columns, strict=True):
-            pieces.append(column)
-
-    def add_row(self, row: Mapping) -> None:
-        """Add one row."""
-        flags = flags_of(row)
-        hi = own_hi(row, flags)
-        drain = [] if row.drain_until is None else [microseconds(row.drain_until)]
-        self.add(
-            1,
-            row.mapping_id.bytes,
-            row.shard_id.bytes,
-            row.lo,
-            column_of("H", [len(row.lo)]),
-            hi,
-            column_of("H", [len(hi)]),
-            column_of("q", [row.epoch]),
-            bytes([flags]),
-            b"" if row.op_id is None else row.op_id.bytes,
-            column_of("q", drain),
-        )
-
-    def take(self) -> RowChunk:
-        """Return what was added since the last call."""
-        columns, self._columns, self.count = self._columns, _empty_columns(), 0
-        return RowChunk(*map(b"".join, columns))
-
-
-def _empty_columns() -> list[list[bytes]]:
-    return [[] for _ in fields(RowChunk)]
-
-
-class TableBuilder:
-    """Builds a table in steps of some milliseconds: `append` chunks, run `finish`, take `table`."""
-
-    def __init__(self, map_id: UUID, spec: MapSpec) -> None:
-        self.map_id = map_id
-        self._spec = spec
-        self._size = key_size(spec)
-        self._end: bytes | None = b""  # of the last row
-        self._last_shard: UUID | None = None
-        self._number_of: dict[bytes, int] = {}
-        self.ids, self.los, self.his = bytearray(), bytearray(), bytearray()
-        self.packed_ids = b""
-        self.lo_ends, self.hi_ends = array("I", [0]), array("I", [0])
-        self.epochs, self.shards, self.flags = array("q"), array("I"), bytearray()
-        self.shard_ids: list[UUID] = []
-        self.marks: dict[int, _Marks] = {}
-        self.common, self.exact_size = b"", -1
-        self.word_bytes = _WORD_BYTES
-        self.words, self.slots = array("Q"), array("I", [0])
-        self.bad: list[BadRow] = []
-        self.refused: dict[UUID, str] = {}
-        """Shards that have rows which cannot be right, and what is wrong with the first."""
-
-    def append(self, chunk: RowChunk) -> None:
-        """Add the next rows, in order. What cannot be right is left out and reported."""
-        los, his = chunk.bounds()
-        if not self._is_sound(los, his):
-            chunk = chunk.select(self._sound_rows(chunk, los, his))
-            los, his = chunk.bounds()
-        if not los:
-            return
-        self._end = his[-1]
-        first = len(self.flags)
-        flags, his_column, hi_sizes = _joined(chunk, los, his)
-        self._last_shard = uuid_of(chunk.shards[-UUID_BYTES:])
-        self.ids += chunk.ids
-        self.los += chunk.los
-        self.his += his_column
-        _extend_ends(self.lo_ends, chunk.lo_sizes)
-        _extend_ends(self.hi_ends, hi_sizes)
-        self.epochs += numbers("q", chunk.epochs)
-        self.shards.extend(map(self._shard_number, fixed_pieces(chunk.shards, UUID_BYTES)))
-        self.flags += flags
-        ops, drains = chunk.marks()
-        for at in ops.keys() | drains.keys():
-            drain = numbers("q", drains[at])[0] if at in drains else None
-            self.marks[first + at] = (ops.get(at), drain)
-
-    def finish(self) -> Iterator[None]:
-        """Build the indexes; others may run after each step."""
-        count = len(self.flags)
-        los, ends = bytes(self.los), self.lo_ends
-        lowest = 1 if count and ends[1] == 0 else 0  # after -inf
-        if lowest < count:
-            self.common = _common_prefix(
-                los[ends[lowest] : ends[lowest + 1]], los[ends[count - 1] :]
-            )
-        if self._size is not None and self._size <= len(self.common) + _WORD_BYTES:
-            self.exact_size = self._size
-            self.word_bytes = self._size - len(self.common)
-        self.packed_ids = bytes(self.ids)
-        slots = 1
-        while slots < 1.5 * count:
-            slots *= 2
-        self.slots = array("I", bytes(4 * slots))
-        yield
-        for first in range(0, count, _STEP_ROWS):
-            self._add_words(los, first, min(first + _STEP_ROWS, count))
-            yield
-            self._add_ids(first, min(first + _STEP_ROWS, count))
-            yield
-
-    def table(self) -> MappingTable:
-        """Return the table, once it is finished."""
-        return MappingTable(self)
-
-    def _shard_number(self, packed: bytes) -> int:
-        number = self._number_of.get(packed)
-        if number is None:
-            number = self._number_of[packed] = len(self.shard_ids)
-            self.shard_ids.append(uuid_of(packed))
-        return number
-
-    def _add_words(self, los: bytes, first: int, end: int) -> None:
-        skip, size, ends = len(self.common), self.word_bytes, self.lo_ends
-        parts = zip(ends[first:end], ends[first + 1 : end + 1], strict=True)
-        self.words.extend([_word(los[begin:stop], skip, size) for begin, stop in parts])
-
-    def _add_ids(self, first: int, end: int) -> None:
-        ids, slots, mask = self.packed_ids, self.slots, len(self.slots) - 1
-        for at in range(first, end):
-            slot = hash(ids[at * UUID_BYTES : (at + 1) * UUID_BYTES]) & mask
-            while slots[slot]:
-                slot = (slot + 1) & mask
-            slots[slot] = at + 1
-
-    # -- rows that cannot be right ---------------------------------------------------------------
-
-    def _is_sound(self, los: list[bytes], his: list[bytes | None]) -> bool:
-        """Return whether nothing is wrong with any of these rows: seldom anything is."""
-        if not los or self._end is None or los[0] < self._end or None in his[:-1]:
-            return not los
-        bounded: list[bytes] = [hi for hi in his if hi is not None]
-        sizes = {*map(len, los), *map(len, bounded)}
-        if self._spec.kind is Kind.LIST:
-            if not los[0] or his[-1] is None or any(map(ne, bounded, [lo + b"\0" for lo in los])):
-                return False
-            sizes = set(map(len, los))
-        return (
-            all(map(lt, los, bounded))
-            and all(map(le, bounded, los[1:]))
-            and sizes <= ({0, self._size} if self._size is not None else _SIZES)
-        )
-
-    def _sound_rows(self, chunk: RowChunk, los: list[bytes], his: list[bytes | None]) -> list[int]:
-        """Return the positions of the rows that can be right, and report the others."""
-        kept = []
-        end, neighbour = self._end, self._last_shard
-        ids = list(fixed_pieces(chunk.ids, UUID_BYTES))
-        shards = [uuid_of(packed) for packed in fixed_pieces(chunk.shards, UUID_BYTES)]
-        for at, (lo, hi) in enumerate(zip(los, his, strict=True)):
-            fault, wrong = fault_of_bounds(self._spec, lo, hi), {shards[at]}
-            if not fault and (end is None or lo < end):
-                fault = "it overlaps another mapping"
-                wrong |= {neighbour} if neighbour is not None else set()
-            if fault:
-                self._report(BadRow(uuid_of(ids[at]), tuple(wrong), fault))
-                continue
-            kept.append(at)
-            end, neighbour = hi, shards[at]
-        return kept
-
-    def _report(self, row: BadRow) -> None:
-        for shard_id in row.shard_ids:
-            self.refused.setdefault(shard_id, row.reason)
-        if len(self.bad) < BAD_ROWS_MAX:
-            self.bad.append(row)
-
-
-_SIZES: Final = frozenset(range(_BOUND_BYTES_MAX + 1))
-
-
-def _word(bound: bytes, skip: int, size: int) -> int:
-    """Return some bytes of a bound as an integer; the order of words is that of the bounds."""
-    return int.from_bytes(bound[skip : skip + size].ljust(size, b"\0"))
-
-
-def _joined(
-    chunk: RowChunk, los: list[bytes], his: list[bytes | None]
-) -> tuple[bytes, bytes, bytes]:
-    """Return flags and upper bounds, without the bounds that are the next row's lower ones."""
-    nexts = [*map(eq, his, los[1:]), False]
-    if not any(nexts):
-        return chunk.flags, chunk.his, chunk.hi_sizes
-    flags = bytes(
-        flag | HI_NEXT if is_next and not flag & HI_KIND else flag
-        for flag, is_next in zip(chunk.flags, nexts, strict=True)
-    )
-    bounds = [
-        b"" if hi is None or flag & HI_KIND else hi for hi, flag in zip(his, flags, strict=True)
-    ]
-    return flags, b"".join(bounds), column_of("H", [len(hi) for hi in bounds])
-
-
-def _extend_ends(ends: "array[int]", sizes: bytes) -> None:
-    last = ends.pop()
-    ends.extend(accumulate(numbers("H", sizes), initial=last))
-
-
-def _common_prefix(one: bytes, other: bytes) -> bytes:
-    length = 0
-    while one[length : length + 1] == other[length : length + 1] != b"":
-        length += 1
-    return one[:length]

@@ -67,6 +67,11 @@ select coalesce(string_agg(pg_catalog.uuid_send(mapping_id), ''), '') as ids,
 from (select *, case when hi is null or hi = lo || '\\x00'::bytea then '' else hi end as own_hi
   from shardmap.mapping where map_id = $1 and lo {after} $2 order by lo limit $3) m
 """
+# For the transaction that reads them. A table that was just filled has no statistics: each chunk
+# would be a sort of all rows that follow.
+IN_ORDER: Final = (
+    "set local enable_sort = off; set local enable_bitmapscan = off; set local enable_seqscan = off"
+)
 READ_FIRST_CHUNK: Final = READ_CHUNK.format(after=">=")
 READ_NEXT_CHUNK: Final = READ_CHUNK.format(after=">")
 
@@ -202,6 +207,48 @@ def microseconds(when: datetime) -> int:
 
 
 _SESSIONS_FLAGS: Final = {SessionsMode.KILL: 0, SessionsMode.DRAIN: DRAIN, SessionsMode.KEEP: KEEP}
+
+
+class ChunkWriter:
+    """Collects rows for a chunk."""
+
+    def __init__(self) -> None:
+        self._columns = _empty_columns()
+        self.count = 0
+
+    def add(self, count: int, *columns: bytes) -> None:
+        """Add rows, as the columns of a RowChunk in their order."""
+        self.count += count
+        for pieces, column in zip(self._columns, columns, strict=True):
+            pieces.append(column)
+
+    def add_row(self, row: Mapping) -> None:
+        """Add one row."""
+        flags = flags_of(row)
+        hi = own_hi(row, flags)
+        drain = [] if row.drain_until is None else [microseconds(row.drain_until)]
+        self.add(
+            1,
+            row.mapping_id.bytes,
+            row.shard_id.bytes,
+            row.lo,
+            column_of("H", [len(row.lo)]),
+            hi,
+            column_of("H", [len(hi)]),
+            column_of("q", [row.epoch]),
+            bytes([flags]),
+            b"" if row.op_id is None else row.op_id.bytes,
+            column_of("q", drain),
+        )
+
+    def take(self) -> RowChunk:
+        """Return what was added since the last call."""
+        columns, self._columns, self.count = self._columns, _empty_columns(), 0
+        return RowChunk(*map(b"".join, columns))
+
+
+def _empty_columns() -> list[list[bytes]]:
+    return [[] for _ in fields(RowChunk)]
 
 
 # -- columns -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ is the whole program for `run`, `demo` and tests; `running` is what every proces
 
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
@@ -309,6 +309,10 @@ class App:
     def catalogue_facts(self) -> CatalogueFacts:
         """Return what else metrics show of a map in a catalogue."""
         return self.catalogue.facts()
+
+    def look_up(self, key: str) -> Mapping[str, object]:
+        """Return where a key leads by what is known of the catalogue's map. Raises ProxyError."""
+        return self.catalogue.look_up(key)
 
     def quit(self) -> None:
         """Ask the process to drain and end."""

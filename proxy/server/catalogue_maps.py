@@ -9,7 +9,7 @@ Invariant: a proxy without a map in a catalogue opens no port and starts no task
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Final
 from uuid import UUID
@@ -155,6 +155,12 @@ class CatalogueMaps:
         if not isinstance(self._service, CatalogueService):
             return None
         return self._service.status(0 if self._parking is None else len(self._parking))
+
+    def look_up(self, key: str) -> Mapping[str, object]:
+        """Return where a key leads, as far as it is known. Raises ProxyError."""
+        if not isinstance(self._service, CatalogueService):
+            raise ProxyError(ErrorKind.MAP_MISSING, "the proxy routes by no map in a catalogue")
+        return self._service.look_up(key)
 
     def facts(self) -> CatalogueFacts:
         """Return what else metrics show of it."""

@@ -14,6 +14,7 @@ from typing import Final
 from uuid import UUID
 
 from proxy.catalogue.admitting_opener import MapSource
+from proxy.catalogue.bounds import lookup_facts
 from proxy.catalogue.catalogue_reader import open_reader
 from proxy.catalogue.followed_map import FollowedMap
 from proxy.catalogue.map_state import Change, Subscriber, Times
@@ -23,6 +24,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.observe.shard_map_metrics import MAPPING_CHANGED, RELOADED, SHARD_CHANGED
 from proxy.observe.status import CatalogueFacts, ShardMapStatus
+from proxy.routing.keys import fingerprint
 from proxy.routing.shard_map import MapKeys
 from proxy.upstream.upstreams import Upstream
 
@@ -100,6 +102,22 @@ class CatalogueService:
         if known is None or known.map_id != map_id:
             raise ProxyError(ErrorKind.CATALOGUE_MAP_MISSING, "a map of an earlier configuration")
         return [await self._locate(key) for key in routing_keys]
+
+    def look_up(self, text: str) -> dict[str, object]:
+        """Return where a key leads, as far as it is known; nothing is asked for it.
+
+        Raises ProxyError: what a key is refused for, MAPPING_NOT_FOUND, CATALOGUE_UNREACHABLE.
+        """
+        if (keys := self.keys) is None:
+            raise self._unloaded()
+        key = keys.parse_key(text) if text else b""
+        if not key:
+            raise ProxyError(ErrorKind.KEY_MISSING)
+        located = self._followed.source.peek(keys.routing_key(key))
+        if located is None:
+            detail = f"shard map {self.name}, key with fingerprint {fingerprint(key)}"
+            raise ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
+        return {"map": self.name, **lookup_facts(keys.spec, key, located)}
 
     async def host(self) -> str:
         """Return the host of the catalogue. Raises ProxyError."""

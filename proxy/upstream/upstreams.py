@@ -18,7 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from proxy.config import ConfigurationError, Problem, Settings, UpstreamSettings, target_key
+from proxy.config import (
+    UPSTREAM,
+    ConfigurationError,
+    Problem,
+    Settings,
+    UpstreamSettings,
+    target_key,
+)
 from proxy.transport.tls import client_context
 from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.connector import Connector
@@ -277,7 +284,9 @@ def _password_file(settings: Settings, before: Upstreams | None) -> PasswordFile
 def _check_root_certs(settings: Settings) -> None:
     """Raise ConfigurationError for files that cannot be used, now and not at the first dial."""
     problems = [*_workspace_root_certs(settings)]
-    for name in settings.target_names():
+    # The shards of a catalogue have those of [upstream].
+    of_shards = [UPSTREAM] if settings.catalogue_map else []
+    for name in dict.fromkeys((*settings.target_names(), *of_shards)):
         target = settings.target(name)
         try:
             if target.ssl_root_cert and Path(target.ssl_root_cert).is_fifo():

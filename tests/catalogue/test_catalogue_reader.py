@@ -8,8 +8,9 @@ import pytest
 
 from proxy.catalogue import store
 from proxy.catalogue.cache import Build
+from proxy.catalogue.catalogue_reader import StoreReader
 from proxy.catalogue.model import Mapping
-from proxy.catalogue.packed_rows import CHUNK_ROWS_MAX, RowChunk, moment
+from proxy.catalogue.packed_rows import CHUNK_ROWS_MAX, READ_NEXT_CHUNK, RowChunk, moment
 from proxy.catalogue.store import Span
 from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.keys import KeyType
@@ -78,6 +79,12 @@ async def test_a_map_of_many_chunks_is_read_in_order_without_a_row_twice(
     async with catalogue.open() as reader, reader.snapshot():
         sizes = [len(chunk) async for chunk in reader.chunks(catalogue.map_id)]
         assert sizes == [CHUNK_ROWS_MAX, 17]
+        # Nothing has analyzed the table: a chunk is an index scan all the same.
+        assert isinstance(reader, StoreReader)
+        arguments = catalogue.map_id, b"", CHUNK_ROWS_MAX
+        plan = await reader._connection.fetch(f"explain {READ_NEXT_CHUNK}", *arguments)
+        assert "Index Scan" in str(plan)
+        assert "Sort" not in str(plan)
         rows = await rows_of(reader.chunks(catalogue.map_id), catalogue.map_id)
     assert [int.from_bytes(row.lo) for row in rows] == list(range(1, count + 1))
 

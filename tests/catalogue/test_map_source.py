@@ -424,6 +424,26 @@ async def test_s63_the_shard_of_a_row_that_cannot_be_right_is_refused_and_others
         assert (await followed.source.find(key(5))).shard.name == "one"
 
 
+async def test_s63_a_name_that_cannot_be_right_is_in_no_log_and_its_shard_is_refused(
+    catalogue: FollowedCatalogue,
+) -> None:
+    await catalogue.execute("alter table shardmap.shard drop constraint shard_name_check")
+    sql = "update shardmap.shard set name = $2 where shard_id = $1"
+    await catalogue.execute(sql, catalogue.shards[0], "x\n[error] all is lost")
+    async with running(catalogue.followed(feed="off")) as followed:
+        for _ in range(2):
+            with pytest.raises(ProxyError) as caught:
+                await followed.source.find(key(5))
+            assert caught.value.kind is ErrorKind.SHARD_ROW_INVALID
+            assert "all is lost" not in str(caught.value)
+            assert str(catalogue.shards[0]) in caught.value.detail
+        assert (await followed.source.find(key(25))).shard.name == "two"
+        await catalogue.execute(sql, catalogue.shards[0], "one")
+        located = followed.source.peek(key(5))
+        assert located is not None
+        assert (await followed.source.refresh(key(5), located)).shard.name == "one"
+
+
 def _serves(followed: FollowedMap, value: int) -> bool:
     located = followed.source.peek(key(value))
     return located is not None and followed.state.refusal(located.shard) is None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
 from proxy.server.lifecycle import State
@@ -99,6 +100,12 @@ class ScriptedAdminState:
         """Return what `/status` shows."""
         targets = self.metrics.targets.rows(self.hosts)
         return report(self, targets, self.metrics.recent_errors.latest(), NOW)
+
+    def look_up(self, key: str) -> dict[str, object]:
+        """Return the key that was asked for, unless there is none."""
+        if not key:
+            raise ProxyError(ErrorKind.KEY_MISSING)
+        return {"canonical_key": key}
 
     def quit(self) -> None:
         """Count that it was asked to end."""

@@ -1,29 +1,37 @@
-"""`shards lookup`: where a key leads, by the catalogue or also by the shard itself."""
+"""`shards lookup`: where a key leads, by the catalogue, the shard itself, or a running proxy."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
+from proxy.blocking import BlockingCalls
 from proxy.catalogue import store
-from proxy.catalogue.bounds import show_bounds
-from proxy.catalogue.errors import CatalogueError, Reason
+from proxy.catalogue.bounds import lookup_facts
+from proxy.catalogue.errors import CatalogueError, Reason, ReasonRow
 from proxy.catalogue.model import Located
 from proxy.catalogue.shard_store import find_local_mapping, read_identities
 from proxy.errors import ErrorKind, ProxyError
-from proxy.routing.keys import fingerprint, hash_key
-from proxy.routing.shard_map import Kind, MapKeys
+from proxy.routing.keys import fingerprint
+from proxy.routing.shard_map import MapKeys
+from proxy.verbs.admin_client import REQUEST_SECONDS_MAX, AdminError, look_up
 from proxy.verbs.shards.arguments import Arguments, Syntax, one_of
 from proxy.verbs.shards.output import described
-from proxy.verbs.shards.verb import Call, Json, Verb
+from proxy.verbs.shards.verb import Call, Json, Verb, chosen_map
 
-_CATALOGUE, _SHARD = "catalogue", "shard"
+_CATALOGUE, _CACHE, _SHARD = "catalogue", "cache", "shard"
+_SOURCES: Final = (_CATALOGUE, _CACHE, _SHARD)
+_NO_PROXY: Final = ReasonRow("proxy_unreachable", "08001")
 
 
 def _source(arguments: Arguments) -> str:
     """Return where to look the key up. Raises UsageError."""
-    return one_of("--from", arguments.get("from") or _CATALOGUE, (_CATALOGUE, _SHARD))
+    return one_of("--from", arguments.get("from") or _CATALOGUE, _SOURCES)
 
 
 async def _look_up(call: Call) -> None:
+    if _source(call.arguments) == _CACHE:
+        await _ask_proxy(call)
+        return
     call.output.progress("asking the catalogue")
     async with call.administration.catalogue() as connection:
         owner = await call.read_map(connection)
@@ -37,19 +45,7 @@ async def _look_up(call: Call) -> None:
     if located is None:
         detail = f"shard map {owner.name}, key with fingerprint {fingerprint(key)}"
         raise ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
-    low, high = show_bounds(owner.spec, located.mapping.lo, located.mapping.hi)
-    facts: Json = {
-        "canonical_key": key.hex(),
-        "hash": hash_key(key).hex() if owner.spec.kind is Kind.HASH else "",
-        "low": low,
-        "high": high,
-        "shard": located.shard.name,
-        "host": located.shard.host,
-        "port": located.shard.port,
-        "database": located.shard.database,
-        "status": str(located.mapping.status),
-        "epoch": located.mapping.epoch,
-    }
+    facts: Json = lookup_facts(owner.spec, key, located)
     lines = described(facts)
     if _source(call.arguments) == _SHARD:
         call.output.progress(f"asking shard {located.shard.name}")
@@ -57,6 +53,27 @@ async def _look_up(call: Call) -> None:
         facts["local"] = local
         lines += ["", "as the shard has it:", *(described(local) if local else ["no mapping"])]
     call.output.answer(facts, lines)
+
+
+async def _ask_proxy(call: Call) -> None:
+    """Answer what the running proxy knows of the key, by its admin address."""
+    call.output.progress("asking the proxy")
+    settings, key = call.settings, call.arguments.words[0]
+    ask = partial(look_up, settings.admin, key)
+    try:
+        facts = await BlockingCalls("admin").run(ask, 2 * REQUEST_SECONDS_MAX)
+    except TimeoutError:
+        raise CatalogueError(_NO_PROXY, "the proxy's admin address does not answer") from None
+    except AdminError as error:
+        raise CatalogueError(_NO_PROXY, str(error)) from error
+    if not facts.pop("ok", False):
+        row = ReasonRow(str(facts["reason"]), str(facts["sqlstate"]))
+        raise CatalogueError(row, str(facts["error"]), str(facts["hint"]))
+    owner, wanted = facts.pop("map"), chosen_map(call.arguments, settings)
+    if owner != wanted:
+        text = f"the proxy routes by the map {owner}, not by {wanted}"
+        raise CatalogueError(Reason.UNKNOWN_MAP, text)
+    call.output.answer(facts, described(facts))
 
 
 async def _local(call: Call, located: Located, routing_key: bytes) -> Json | None:
@@ -77,6 +94,8 @@ async def _local(call: Call, located: Located, routing_key: bytes) -> Json | Non
 
 VERBS: Final[Mapping[str, Verb]] = {
     "lookup": Verb(
-        Syntax("lookup KEY [--from catalogue|shard]", 1, 1, options=("from",)), _look_up, _source
+        Syntax("lookup KEY [--from catalogue|cache|shard]", 1, 1, options=("from",)),
+        _look_up,
+        _source,
     ),
 }

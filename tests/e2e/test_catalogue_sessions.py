@@ -18,7 +18,7 @@ from proxy.wire.messages import ErrorResponse, ReadyForQuery, decode_backend
 from tests.support.catalogue import MAP, Stores
 from tests.support.client import Client, plain_client, startup
 from tests.support.operator import Operator, Placed
-from tests.support.running import LogLines, captured_log, eventually
+from tests.support.running import Listening, LogLines, captured_log, eventually
 from tests.support.secret_canaries import watching
 from tests.wire.driving import frames
 
@@ -60,7 +60,7 @@ async def start(stores: Stores, log: LogLines) -> AsyncIterator[Start]:
         yield started
 
 
-async def connect(app: App, key: str = "5", **more: Any) -> Any:
+async def connect(app: Listening, key: str = "5", **more: Any) -> Any:
     return await asyncpg.connect(
         host=app.listen_host,
         port=app.listen_port,
@@ -73,7 +73,7 @@ async def connect(app: App, key: str = "5", **more: Any) -> Any:
 
 
 @asynccontextmanager
-async def session(app: App, key: str = "5", **more: Any) -> AsyncIterator[Any]:
+async def session(app: Listening, key: str = "5", **more: Any) -> AsyncIterator[Any]:
     connection = await connect(app, key, **more)
     try:
         yield connection
@@ -81,7 +81,7 @@ async def session(app: App, key: str = "5", **more: Any) -> AsyncIterator[Any]:
         connection.terminate()
 
 
-async def refusal(app: App, key: str = "5", **more: Any) -> asyncpg.PostgresError:
+async def refusal(app: Listening, key: str = "5", **more: Any) -> asyncpg.PostgresError:
     with pytest.raises(asyncpg.PostgresError) as refused:
         await connect(app, key, **more)
     return refused.value

@@ -217,7 +217,7 @@ class AdmittingOpener:
             raise error from None
         except ProxyError as later:
             raise (later if later.kind is ErrorKind.MAPPING_NOT_FOUND else error) from None
-        if _place(found) == _place(located) and not _is_offline(found):
+        if _where(found) == _where(located) and not _is_offline(found):
             raise error
         return found
 
@@ -293,8 +293,8 @@ def _is_blocked(located: Located) -> bool:
 
 def _state(located: Located) -> tuple[object, ...]:
     mapping, shard = located.mapping, located.shard
-    return mapping.mapping_id, mapping.epoch, mapping.status, shard.status, _place(located)
+    return mapping.mapping_id, mapping.epoch, mapping.status, shard.status, _where(located)
 
 
-def _place(located: Located) -> tuple[object, ...]:
+def _where(located: Located) -> tuple[object, ...]:
     return located.mapping.shard_id, located.shard.location

@@ -91,6 +91,7 @@ class AddFile(Operation):
             overlaps += [(row["line"], row["name"]) for row in found]
         if overlaps:
             raise CatalogueError(Reason.OVERLAP, bad_lines(_problems(overlaps)))
+        await self._mark_shards(catalogue, self.op_id)  # so that proxies see that it is pending
 
     def plan(self) -> list[str]:
         """Return what will be done."""
@@ -129,6 +130,13 @@ class AddFile(Operation):
             columns=("mapping_id", "map_id", "shard_id", "lo", "hi", "status"),
             records=self._rows(),
         )
+        await self._mark_shards(catalogue, None)
+
+    async def _mark_shards(self, catalogue: Connection, op_id: UUID | None) -> None:
+        await catalogue.execute(
+            "update shardmap.shard set op_id = $2 where shard_id = any($1::uuid[])",
+            *([shard.shard_id for shard in self.shards], op_id),
+        )
 
     def _rows(self) -> Iterator[tuple[object, ...]]:
         map_id = self.map.map_id
@@ -149,7 +157,8 @@ class AddFile(Operation):
         )
 
     async def undo_catalogue(self, catalogue: Connection) -> None:
-        """Leave the catalogue as it is: the rows come with the last step."""
+        """Clear the marks; the rows come with the last step."""
+        await self._mark_shards(catalogue, None)
 
 
 def _problems(overlaps: list[tuple[int, str]]) -> tuple[str, ...]:

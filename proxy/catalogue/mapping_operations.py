@@ -106,6 +106,10 @@ class MappingOperation(Operation):
             done,
         )
 
+    def begin_undo(self) -> None:
+        """Want the row as it was."""
+        self.after = self.before
+
     async def is_applied(self, catalogue: Connection) -> bool:
         """Return whether the row is as the operation leaves it."""
         row = await catalogue.fetchrow(

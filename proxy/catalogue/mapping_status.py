@@ -56,7 +56,6 @@ class _MappingStatus(MappingOperation):
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
         """Set the shard's row as it was, with an epoch above all used, if it was changed."""
         local = await self.read_local(connection)
-        self.after = self.before
         if local is None or local["op_id"] != self.op_id:
             return
         epoch = local["epoch"]

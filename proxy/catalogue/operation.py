@@ -164,6 +164,9 @@ class Operation(ABC):
         """Check what must hold in a shard, before each of its steps. Raises CatalogueError."""
         await check_identity(connection, self.map, shard)
 
+    def begin_undo(self) -> None:  # noqa: B027
+        """Want the rows as they were. Called before anything is undone."""
+
     @abstractmethod
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
         """Take back what this operation changed in a shard, if it did."""

@@ -130,8 +130,6 @@ class Operator:
         verb = "Undo" if undo else "Complete"
         return [f"{verb} the operation {op_id} ({row.kind}, {row.state}) on shard {names}."]
 
-    # -- begin -----------------------------------------------------------------------------------
-
     async def _begin(self, operation: Operation) -> None:
         """Begin, after what was left pending on the same shards is settled."""
         await self._reach("begin")
@@ -275,6 +273,7 @@ class Operator:
     async def _undo(self, operation: Operation) -> None:
         """Undo in reverse: the shards, then the catalogue. Raises CatalogueError."""
         await self._reach("undo")
+        operation.begin_undo()
         await self._held.step(THE_CATALOGUE, partial(self._mark_undoing, operation))
         if operation.has_reached_shards:
             for shard in reversed(operation.shards):

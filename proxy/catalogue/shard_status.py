@@ -113,11 +113,14 @@ class _ShardStatus(Operation):
         after = self.after
         return row is not None and (row["status"], row["version"]) == (after.status, after.version)
 
+    def begin_undo(self) -> None:
+        """Want the row as it was."""
+        self.after = self.before
+
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
         """Set the shard's own status as it was, with a version above all used, if it changed."""
         query = "select status, version from shardmap_local.identity where map_id = $1"
         row = await connection.fetchrow(query, self.map.map_id)
-        self.after = self.before
         if row is None or row["version"] <= self.before.version:
             return
         self.after = replace(self.before, version=max(row["version"], self.before.version + 2))

@@ -20,6 +20,8 @@ _ADMIT_SECONDS_BUCKETS: Final = (
 MAPPING_CHANGED: Final = "mapping"
 SHARD_CHANGED: Final = "shard"
 RELOADED: Final = "reload"
+# The gauge of clients that are parked, which each process has its own part of.
+PARKED: Final = "lakebase_proxy_parked_sessions"
 _CHANGES: Final = (MAPPING_CHANGED, SHARD_CHANGED, RELOADED)
 
 
@@ -47,7 +49,7 @@ class ShardMapMetrics:
             registry=registry,
         )
         self._parked = Gauge(
-            f"{prefix}_parked_sessions",
+            PARKED,
             "Clients that wait for a mapping that is offline.",
             registry=registry,
         )

@@ -31,6 +31,7 @@ from proxy.observe.aggregation import Reading, total
 from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.metrics import Metrics
+from proxy.observe.shard_map_metrics import PARKED
 from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
 from proxy.observe.target_stats import OTHER
 from proxy.routing.router import LookupResult, Route, Router, RouteResult
@@ -121,7 +122,7 @@ class App:
         workspaces: WorkspaceRegistry | None = None,
         slots: SlotSource | None = None,
         cancel_elsewhere: Elsewhere | None = None,
-        map_elsewhere: Callable[[Settings], MapService] | None = None,
+        map_elsewhere: Callable[[Settings, Metrics], MapService] | None = None,
     ) -> None:
         """`starting_max` connections may be starting at a time.
 
@@ -304,7 +305,11 @@ class App:
 
     def shard_map(self) -> ShardMapStatus | None:
         """Return the state of the shard map, None without one."""
-        return self.catalogue.status() or self.snapshot.static_map_status()
+        shown = self.catalogue.status() or self.snapshot.static_map_status()
+        if shown is None or shown.parked is None:
+            return shown
+        parked = sum(one.value for one in self._workers_reading().samples if one.name == PARKED)
+        return replace(shown, parked=shown.parked + int(parked))
 
     def catalogue_facts(self) -> CatalogueFacts:
         """Return what else metrics show of a map in a catalogue."""

@@ -51,7 +51,7 @@ class CatalogueMaps:
         metrics: Metrics,
         cancel_keys: CancelKeys,
         cancels: CancelForwarder,
-        elsewhere: Callable[[Settings], MapService] | None = None,
+        elsewhere: Callable[[Settings, Metrics], MapService] | None = None,
     ) -> None:
         """`elsewhere` returns the map that another process keeps, in a worker."""
         self._metrics = metrics
@@ -62,6 +62,7 @@ class CatalogueMaps:
         self._snapshot: ConfigSnapshot | None = None
         self._service: MapService | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
+        self._subscribers: list[Callable[[Change], None]] = []
         self._stack: AsyncExitStack | None = None
         self._listening = False
         self._tasks: dict[object, asyncio.Task[None]] = {}
@@ -73,12 +74,26 @@ class CatalogueMaps:
             self._parking = Parking(0, 0.0, self._metrics.shard_maps)
         wiring = CatalogueWiring(self._parking, self._metrics.shard_maps, proxy_name())
         if self._elsewhere is not None:
-            return self._elsewhere(settings), wiring
+            return self._elsewhere(settings, self._metrics), wiring
         present = self._service
         if isinstance(present, CatalogueService) and present.key == key_of(settings):
             return present, wiring
         target = upstreams[catalogue.target]
         return CatalogueService(settings, target, self._listener.connect, self._metrics), wiring
+
+    @property
+    def service(self) -> MapService | None:
+        """The map in force."""
+        return self._service
+
+    def subscribe(self, subscriber: Callable[[Change], None]) -> None:
+        """Call this for each change of the map in force, whichever that is, from now on."""
+        self._subscribers.append(subscriber)
+
+    def shard_names(self) -> list[str]:
+        """Return the names of the shards that are known here."""
+        service = self._service
+        return service.shard_names() if isinstance(service, CatalogueService) else []
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -178,6 +193,8 @@ class CatalogueMaps:
 
     def _changed(self, change: Change) -> None:
         """Notify clients and sessions of a change; close the upstreams of shards that are gone."""
+        for subscriber in self._subscribers:
+            subscriber(change)
         if self._parking is not None:
             self._parking.changed(change.mapping_ids, change.shard_ids)
         if change.mapping_ids is None or change.mapping_ids:

@@ -128,6 +128,11 @@ class CatalogueService:
         cache = self._followed.state.cache
         return frozenset(cache.shards) if cache is not None and self._is_eager else None
 
+    def shard_names(self) -> list[str]:
+        """Return the names of the shards that are known."""
+        cache = self._followed.state.cache
+        return [] if cache is None else [shard.name for shard in cache.shards.values()]
+
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call this for each change, until what is returned is called."""
         return self._followed.subscribe(subscriber)

@@ -12,7 +12,7 @@ from tests.support.operating import Operating
 
 
 async def with_own_function(operating: Operating) -> None:
-    """Let the login leave the function that ends its sessions, as `grant session` prints it."""
+    """Create the function that ends the login's sessions, as `grant session` prints it."""
     roles = operating.stores.roles
     (row,) = await operating.fetch("one", "select $1::text::regrole::oid", f'"{roles.session}"')
     role = ""

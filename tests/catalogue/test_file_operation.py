@@ -35,16 +35,21 @@ async def counts(operating: Operating) -> Sequence[int]:
 
 async def test_s57_a_file_is_added_in_one_change(operating: Operating) -> None:
     version = "select version from shardmap.shard_map"
-    (before,) = await operating.fetch(MAP, version)
-    operation = ten(operating)
-    assert await operating.run(operation)
+    operation, pauses = ten(operating), Pauses("end")
+    async with in_background(operating.run(operation, pauses)) as running:
+        await pauses.reached("end")
+        (before,) = await operating.fetch(MAP, version)
+        assert await counts(operating) == [0, 5, 5]
+        marks = await operating.fetch(MAP, "select op_id from shardmap.shard")
+        assert [row[0] for row in marks] == 2 * [operation.op_id]
+        pauses.resume("end")
+        assert await running
     assert await counts(operating) == [10, 5, 5]
     (after,) = await operating.fetch(MAP, version)
-    assert after[0] == before[0] + 1
-    assert await operating.fetch(MAP, "select * from shardmap.op_log") == []
+    assert after[0] == before[0] + 2  # the mappings, and the marks of the shards
     async with operating.session(15) as session:
         assert session.verdict == "ok"
-    await operating.check_invariants()
+    await operating.check_settled()
 
 
 async def test_s57_lines_that_overlap_what_is_there_are_named(operating: Operating) -> None:

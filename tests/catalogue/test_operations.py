@@ -212,6 +212,27 @@ async def test_what_was_left_can_be_completed_or_undone(operating: Operating, ki
             assert (statuses(await operating.state()) == before) is undo, point
 
 
+@pytest.mark.parametrize("kind", NAMES)
+async def test_a_shard_that_cannot_be_reached_leaves_all_as_it_was(
+    operating: Operating, kind: str
+) -> None:
+    prepare, make = CASES[kind]
+    await prepare(operating)
+    before = await operating.state()
+
+    def fail(name: str) -> None:
+        if name == "one":
+            raise ConnectionRefusedError("no server")
+
+    operating.databases.fail = fail
+    with pytest.raises(CatalogueError) as refused:
+        await operating.run(make(operating))
+    assert (refused.value.reason, refused.value.op_id) == ("step_failed", None)
+    assert "shard one" in refused.value.message
+    assert operating.slept.seconds == list(RETRY_SECONDS)
+    assert await operating.state() == before
+
+
 async def test_an_unknown_operation_is_refused(operating: Operating) -> None:
     async with operating.operator() as operator:
         for call in (operator.resume, operator.undo):

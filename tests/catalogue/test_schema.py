@@ -19,6 +19,7 @@ from proxy.catalogue.schema import (
     migrate_shard,
     shard_version,
 )
+from proxy.catalogue.transactions import transaction
 from proxy.emulator.cluster import Cluster
 from tests.support.catalogue import installations
 
@@ -89,12 +90,14 @@ async def test_the_owners_own_settings_do_not_disturb(connection: Any) -> None:
         "default_transaction_isolation = 'serializable'",
         "standard_conforming_strings = off",
         "search_path = 'elsewhere'",
-        "statement_timeout = 1",
+        "statement_timeout = 2000",  # for the first statement; then there is none
     ):
         await connection.execute(f"set {setting}", timeout=30)
     await migrate_catalogue(connection)
     await migrate_shard(connection, "shard eu")
     await connection.execute("set statement_timeout = 0; reset all")
+    async with transaction(connection):
+        assert await connection.fetchval("show statement_timeout") == "0"
     assert await catalogue_version(connection) == CURRENT
 
 

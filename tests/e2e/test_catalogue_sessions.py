@@ -13,11 +13,12 @@ from proxy.config import ConfigurationError
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind, MapSpec
 from proxy.server.app import App, serving
+from proxy.server.router_factory import router_of
 from proxy.wire.messages import ErrorResponse, ReadyForQuery, decode_backend
 from tests.support.catalogue import MAP, Stores
 from tests.support.client import Client, plain_client, startup
 from tests.support.operator import Operator, Placed
-from tests.support.running import LogLines, captured_log, eventually
+from tests.support.running import Listening, LogLines, captured_log, eventually
 from tests.support.secret_canaries import watching
 from tests.wire.driving import frames
 
@@ -59,7 +60,7 @@ async def start(stores: Stores, log: LogLines) -> AsyncIterator[Start]:
         yield started
 
 
-async def connect(app: App, key: str = "5", **more: Any) -> Any:
+async def connect(app: Listening, key: str = "5", **more: Any) -> Any:
     return await asyncpg.connect(
         host=app.listen_host,
         port=app.listen_port,
@@ -72,7 +73,7 @@ async def connect(app: App, key: str = "5", **more: Any) -> Any:
 
 
 @asynccontextmanager
-async def session(app: App, key: str = "5", **more: Any) -> AsyncIterator[Any]:
+async def session(app: Listening, key: str = "5", **more: Any) -> AsyncIterator[Any]:
     connection = await connect(app, key, **more)
     try:
         yield connection
@@ -80,7 +81,7 @@ async def session(app: App, key: str = "5", **more: Any) -> AsyncIterator[Any]:
         connection.terminate()
 
 
-async def refusal(app: App, key: str = "5", **more: Any) -> asyncpg.PostgresError:
+async def refusal(app: Listening, key: str = "5", **more: Any) -> asyncpg.PostgresError:
     with pytest.raises(asyncpg.PostgresError) as refused:
         await connect(app, key, **more)
     return refused.value
@@ -437,3 +438,67 @@ async def test_s63_host_that_is_not_allowed_is_neither_minted_for_nor_dialled(
     assert "workspace_unknown" in str(error.detail)
     assert not [one for one in lakebase.gateway.records if "-map-" not in (one.sni or "")]
     assert len(lakebase.workspace.api.mints) == minted
+
+
+# -- reload --------------------------------------------------------------------------------------
+
+
+async def reloaded(app: App, stores: Stores, **sections: Any) -> None:
+    settings = stores.settings(stores.roles.session, **sections)
+    await app.reload_when_loaded(settings, router_of(settings))
+
+
+async def test_s62_unrelated_change_keeps_map_feed_and_parked_clients(
+    start: Start, operator: Operator, placed: Placed
+) -> None:
+    stores = operator.stores
+    app = await start()
+    await operator.offline(placed)
+    connecting = asyncio.ensure_future(connect(app))
+    await eventually(lambda: parked(app) == 1, "the client is parked")
+    asked = app.metrics.value("catalogue_queries_total")
+    connects = len(stores.lakebase.gateway.records)
+    async with session(app, "1000") as live:
+        await reloaded(app, stores, catalogue={"park_max": 5}, routing={"forward_key": True})
+        async with session(app, "1001") as forwarded:
+            assert await forwarded.fetchval("show lakebase.shard_key") == "1001"
+        assert await live.fetchval("select 1") == 1
+    assert app.metrics.value("catalogue_queries_total") == asked
+    assert not [
+        record
+        for record in list(stores.lakebase.gateway.records)[connects:]
+        if record.sni == stores.host(MAP)
+    ]
+    await operator.online(placed)
+    (await connecting).terminate()
+
+
+async def test_s62_another_map_is_loaded_beside_the_old_one_and_exchanged(
+    start: Start, operator: Operator, placed: Placed
+) -> None:
+    stores = operator.stores
+    app = await start()
+    sections: dict[str, Any] = {
+        "routing": {"shard_map": "others"},
+        "shard_maps.others": {"catalogue": True},
+    }
+    async with session(app) as live:
+        with pytest.raises(ConfigurationError, match="no such shard map"):
+            await reloaded(app, stores, **sections)
+        assert app.settings.routing.shard_map == "tenants"
+        async with session(app) as still_served:
+            assert await still_served.fetchval("select 1") == 1
+        other = Operator(stores, RANGE, name="others")
+        await other.register()
+        await other.add("70", "80", "two")
+        await reloaded(app, stores, **sections)
+        async with session(app, "75") as of_the_other:
+            assert await of_the_other.fetchval("select 1") == 1
+        assert (await refusal(app, "5")).sqlstate == "3D000"
+        assert await live.fetchval("select 1") == 1
+        status = app.status().shard_map
+        assert status is not None
+        assert (status.name, status.mappings) == ("others", 1)
+    plain = {"routing": {"shard_map": ""}, "upstream": {"endpoint": stores.endpoint("one")}}
+    await reloaded(app, stores, **plain)
+    assert app.status().shard_map is None

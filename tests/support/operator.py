@@ -33,7 +33,8 @@ class Placed:
 class Operator:
     """The administrator of one map. Keys are given as text, as in a configuration."""
 
-    def __init__(self, stores: Stores, spec: MapSpec) -> None:
+    def __init__(self, stores: Stores, spec: MapSpec, name: str = MAP_NAME) -> None:
+        self.name = name
         self.stores = stores
         self.spec = spec
         self.keys = MapKeys(spec)
@@ -43,17 +44,22 @@ class Operator:
 
     async def install(self, *, grants: bool = True) -> None:
         """Install the schemas, the map and its two shards, and give reader and session rights."""
-        roles, spec = self.stores.roles, self.spec
         async with self.stores.connect(MAP) as catalogue:
             await migrate_catalogue(catalogue)
+            reader = quoted(self.stores.roles.reader)
+            await catalogue.execute(f"grant usage on schema shardmap to {reader}")
+            await catalogue.execute(f"grant select on all tables in schema shardmap to {reader}")
+        await self.register(grants=grants)
+
+    async def register(self, *, grants: bool = True) -> None:
+        """Add the map and its two shards where the catalogue's schema is installed."""
+        spec = self.spec
+        async with self.stores.connect(MAP) as catalogue:
             await catalogue.execute(
                 "insert into shardmap.shard_map (map_id, name, kind, key_type, normalise)"
                 " values ($1, $2, $3, $4, $5)",
-                *(self.map_id, MAP_NAME, spec.kind, spec.key_type, spec.normalise),
+                *(self.map_id, self.name, spec.kind, spec.key_type, spec.normalise),
             )
-            reader = quoted(roles.reader)
-            await catalogue.execute(f"grant usage on schema shardmap to {reader}")
-            await catalogue.execute(f"grant select on all tables in schema shardmap to {reader}")
             for name in SHARD_NAMES:
                 await self._register(catalogue, name)
         for name in SHARD_NAMES:
@@ -220,7 +226,7 @@ class Operator:
                 "insert into shardmap_local.identity (map_id, map_name, kind, key_type, normalise,"
                 " hash_version, shard_id, location, version)"
                 " values ($1, $2, $3, $4, $5, 1, $6, $7, 1)",
-                *(self.map_id, MAP_NAME, spec.kind, spec.key_type, spec.normalise),
+                *(self.map_id, self.name, spec.kind, spec.key_type, spec.normalise),
                 *(self.shard_ids[name], self.location(name)),
             )
             if grants:

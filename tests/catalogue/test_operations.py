@@ -233,6 +233,37 @@ async def test_a_shard_that_cannot_be_reached_leaves_all_as_it_was(
     assert await operating.state() == before
 
 
+@pytest.mark.parametrize("kind", NAMES)
+async def test_s27_a_catalogue_that_is_lost_leaves_it_pending_until_the_next_writer(
+    operating: Operating, kind: str
+) -> None:
+    prepare, make = CASES[kind]
+    await prepare(operating)
+    in_shard = commits(kind)[1].replace(".commit", ".done")
+
+    def fail(name: str) -> None:
+        if name == MAP:
+            raise ConnectionRefusedError("no server")
+
+    async def reach(point: str) -> None:
+        if point == in_shard:
+            operating.stores.execute(
+                MAP,
+                "select pg_terminate_backend(pid) from pg_stat_activity where usename ="
+                f" '{operating.stores.roles.admin}' and datname = current_database()",
+            )
+            operating.databases.fail = fail
+
+    operation = make(operating)
+    with pytest.raises(CatalogueError) as refused:
+        await operating.run(operation, reach)
+    assert (refused.value.reason, refused.value.op_id) == ("step_failed", operation.op_id)
+    await operating.check_invariants()
+    operating.databases.fail = lambda name: None
+    await operating.run(AddMapping(operating.map, *operating.bounds(50, 60), "one"))
+    await operating.check_settled()
+
+
 async def test_an_unknown_operation_is_refused(operating: Operating) -> None:
     async with operating.operator() as operator:
         for call in (operator.resume, operator.undo):

@@ -65,6 +65,8 @@ _END_FEEDS: Final = (
     "select count(pg_catalog.pg_terminate_backend(pid)) from pg_stat_activity where usename = $1"
 )
 _CRASHED: Final = "select pid from pg_stat_activity where backend_type = 'checkpointer'"
+# What is added by an operation that was not ended may go again.
+_IS_ADDED: Final = "select count(*) > 0 from shardmap.mapping where lo = $1 and op_id is null"
 _ROWS: Final = "select lo, hi, mapping_id, status, epoch from {} order by lo"
 
 _DONE_BEFORE: Final = {
@@ -191,8 +193,7 @@ class Soak:
                 await self._call(word, *arguments)
                 break
             except CatalogueError as error:
-                # The answer to an earlier attempt was lost.
-                if is_again and error.reason == _DONE_BEFORE.get(word):
+                if is_again and await self._is_done_before(word, arguments[0], error):
                     break
                 is_again = True
                 self.outcome.counts[f"verbs again: {error.reason}"] += 1
@@ -202,6 +203,15 @@ class Soak:
             await asyncio.sleep(_RETRY_SECONDS)
         self.outcome.counts[f"verbs: {word}"] += 1
         self.outcome.longest(f"the longest {word}", time.monotonic() - began)
+
+    async def _is_done_before(self, word: str, low: str, error: CatalogueError) -> bool:
+        """Return whether an earlier attempt, whose answer was lost, did what the verb says."""
+        if error.reason != _DONE_BEFORE.get(word):
+            return False
+        with suppress(*Errors):
+            async with self._stores.connect(MAP) as connection:
+                return await connection.fetchval(_IS_ADDED, _canonical(int(low))) == (word == "add")
+        return False
 
     async def _call(self, word: str, *arguments: str) -> None:
         verb, parsed, settings = read([word, "--config", self._shards.config, *arguments])
@@ -346,7 +356,9 @@ class Soak:
         for known in [one for one in self._unserved if one[1] == name and one not in found]:
             del self._unserved[known]
         for one in found:
-            seconds = now - self._unserved.setdefault(one, now)
+            # An operation whose catalogue is down goes on when it is there again.
+            since = max(self._unserved.setdefault(one, now), self._catalogue_since or now)
+            seconds = now - since
             self.outcome.longest("the longest life of a session that is not served", seconds)
             if seconds > LIVES_SECONDS_MAX:
                 self.outcome.wrong.append(f"lives for {seconds:.1f} s where it must not: {one}")
@@ -409,7 +421,8 @@ async def run(stores: Stores, folder: Path, seconds: float, seed: int) -> Outcom
             code = await proxy.ended(END_SECONDS_MAX)
             errors = [line for line in proxy.lines if line["level"] in ("error", "critical")]
             if code or errors:
-                soak.outcome.wrong.append(f"sidecar {number}: {code}, {errors[:3]}")
+                shown = [(line["event"], line.get("exception", "")[-200:]) for line in errors[:3]]
+                soak.outcome.wrong.append(f"sidecar {number}: {code}, {shown}")
     return soak.outcome
 
 

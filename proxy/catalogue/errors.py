@@ -88,7 +88,9 @@ def driver_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
     """Return what asyncpg raises, the server's errors and its own, and `others`."""
     import asyncpg  # noqa: PLC0415 - a proxy without a catalogue does not load it
 
-    return asyncpg.PostgresError, asyncpg.InterfaceError, OSError, EOFError, *others
+    # The internal one comes when a server ends a session between two of the driver's messages.
+    own = asyncpg.InterfaceError, asyncpg.InternalClientError
+    return asyncpg.PostgresError, *own, OSError, EOFError, *others
 
 
 def translated(error: BaseException, where: str) -> CatalogueError:

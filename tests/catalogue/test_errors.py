@@ -3,7 +3,7 @@
 import asyncpg
 import pytest
 
-from proxy.catalogue.errors import CatalogueError, Reason, translated
+from proxy.catalogue.errors import CatalogueError, Reason, driver_errors, translated
 from proxy.errors import ErrorKind, ProxyError
 
 
@@ -37,8 +37,17 @@ def test_an_error_of_a_server_names_the_database(
     assert error.message == "shard eu: the server's words"
 
 
-def test_a_lost_connection_is_transient() -> None:
-    error = translated(asyncpg.InterfaceError("connection is closed"), "the catalogue")
+@pytest.mark.parametrize(
+    "lost",
+    [
+        asyncpg.InterfaceError("connection is closed"),
+        # A soak saw it end the task that follows the map.
+        asyncpg.InternalClientError("cannot switch to state 12; another operation is in progress"),
+    ],
+)
+def test_a_lost_connection_is_transient(lost: Exception) -> None:
+    assert isinstance(lost, driver_errors())
+    error = translated(lost, "the catalogue")
     assert (error.reason, error.sqlstate, error.transient) == ("connection_lost", "08006", True)
 
 

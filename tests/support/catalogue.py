@@ -193,21 +193,28 @@ def store_clusters(clusters: Mapping[str, Cluster]) -> Iterator[Mapping[str, Clu
 @pytest_asyncio.fixture
 async def stores(store_clusters: Mapping[str, Cluster]) -> AsyncIterator[Stores]:
     """Return a new database on each of the three servers, with new roles and nothing in it."""
+    async with new_stores(store_clusters) as made:
+        yield made
+
+
+@asynccontextmanager
+async def new_stores(clusters: Mapping[str, Cluster]) -> AsyncIterator[Stores]:
+    """Yield a new database on each of these servers, with new roles and nothing in it."""
     letters = uuid.uuid4().hex[:12]
     database = f"stores_{letters}"
     roles = Roles(*(f"{name}-{letters}" for name in ("admin", "reader", "session")))
-    with ThreadPoolExecutor(len(store_clusters)) as threads:
-        list(threads.map(lambda one: _create(one, database, roles), store_clusters.items()))
+    with ThreadPoolExecutor(len(clusters)) as threads:
+        list(threads.map(lambda one: _create(one, database, roles), clusters.items()))
     async with AsyncExitStack() as stack:
         names = (MAP, *SHARD_NAMES)
-        lakebase = await stack.enter_async_context(Lakebase(names, clusters=store_clusters))
+        lakebase = await stack.enter_async_context(Lakebase(names, clusters=clusters))
         for role in (roles.admin, roles.reader, roles.session):
             lakebase.workspace.api.clients[role] = CLIENT_SECRET
         # A sidecar has one identity, and reads the catalogue with a role that it is a member of.
         lakebase[MAP].endpoint.members[roles.reader] = {roles.session}
-        yield Stores(lakebase, store_clusters, database, roles)
-    with ThreadPoolExecutor(len(store_clusters)) as threads:
-        list(threads.map(lambda one: _drop(one[1], database, roles), store_clusters.items()))
+        yield Stores(lakebase, clusters, database, roles)
+    with ThreadPoolExecutor(len(clusters)) as threads:
+        list(threads.map(lambda one: _drop(one[1], database, roles), clusters.items()))
 
 
 def _create(named: tuple[str, Cluster], database: str, roles: Roles) -> None:

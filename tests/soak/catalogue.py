@@ -210,7 +210,8 @@ class Soak:
             return False
         with suppress(*Errors):
             async with self._stores.connect(MAP) as connection:
-                return await connection.fetchval(_IS_ADDED, _canonical(int(low))) == (word == "add")
+                is_added = await connection.fetchval(_IS_ADDED, _canonical(int(low)))
+                return bool(is_added) == (word == "add")
         return False
 
     async def _call(self, word: str, *arguments: str) -> None:

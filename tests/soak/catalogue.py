@@ -65,6 +65,7 @@ _END_FEEDS: Final = (
     "select count(pg_catalog.pg_terminate_backend(pid)) from pg_stat_activity where usename = $1"
 )
 _CRASHED: Final = "select pid from pg_stat_activity where backend_type = 'checkpointer'"
+_DURABLE: Final = 'alter database "{0}" set synchronous_commit = on'
 # What is added by an operation that was not ended may go again.
 _IS_ADDED: Final = "select count(*) > 0 from shardmap.mapping where lo = $1 and op_id is null"
 _ROWS: Final = "select lo, hi, mapping_id, status, epoch from {} order by lo"
@@ -136,6 +137,8 @@ class Soak:
     async def set_up(self, folder: Path) -> None:
         """Fill the map, and give the rights."""
         shards, roles = self._shards, self._stores.roles
+        # The emulator's servers lose the last commits when they crash; Lakebase does not.
+        self._stores.execute(MAP, _DURABLE.format(self._stores.database))
         for name in SHARD_NAMES:
             self._stores.execute(name, _OWN_NAME.format(name))
         await shards.set_up()

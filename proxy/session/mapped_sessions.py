@@ -34,8 +34,12 @@ KILL_SECONDS: Final = 2.0
 # A shard may end a session before the catalogue's change has come here: the cause is reported this
 # much later.
 CAUSE_SECONDS: Final = 1.0
-# Sessions that are looked up, or ended, before the event loop runs something else.
+# Sessions that are looked up before the event loop runs something else.
 SLICE: Final = 200
+# Sessions that are ended together, and the pause after them: their tasks close two connections
+# each, and other sessions must not notice.
+END_SLICE: Final = 50
+END_PAUSE_SECONDS: Final = 0.002
 # A change may come between an admission and the session's registration, which are apart by less
 # than a dial takes. Beyond so many mappings every new session is looked up.
 RECENT_SECONDS: Final = 60.0
@@ -261,9 +265,9 @@ class MappedSessions:
 
 
 def _end_in_slices(sessions: Iterator[MappedSession]) -> None:
-    """End sessions, a slice in each turn of the event loop."""
-    part = tuple(islice(sessions, SLICE))
+    """End sessions, a slice at a time."""
+    part = tuple(islice(sessions, END_SLICE))
     for session in part:
         session.end()
     if part:
-        asyncio.get_running_loop().call_soon(_end_in_slices, sessions)
+        asyncio.get_running_loop().call_later(END_PAUSE_SECONDS, _end_in_slices, sessions)

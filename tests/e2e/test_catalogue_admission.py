@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 import pytest_asyncio
 
-from proxy.catalogue.admission import Verdict
+from proxy.catalogue.admission import Admission, AdmissionRequest, Verdict, admit
 from proxy.catalogue.admitting_opener import AdmittingOpener, OpenerParts
 from proxy.catalogue.model import Located, Mapping, SessionsMode, Shard, Status
 from proxy.catalogue.parking import Parking, ParkResult
@@ -19,9 +19,11 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind, MapSpec
 from proxy.server.app import build_metrics
+from proxy.upstream.connector import Connection
 from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstreams import Upstreams
+from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace.registry import LocalWorkspaceRegistry
 from tests.support.catalogue import MAP, Stores
@@ -327,6 +329,40 @@ async def test_store_of_another_major_version_is_refused(sidecar: Sidecar, place
     async with sidecar.operator.stores.connect("one") as local:
         await local.execute("update shardmap_local.identity set store_major = 2")
     assert (await sidecar.refusal()).kind is ErrorKind.STORE_VERSION
+
+
+async def test_s76_backend_that_serves_several_clients_is_registered_for_the_last(
+    sidecar: Sidecar, placed: Placed
+) -> None:
+    other = await sidecar.operator.add("20", "30", "one")
+    session = await sidecar.open()
+    pid = int(await asked(session, "select pg_backend_pid()"))
+    connection = Connection(session.stream, session.startup)
+
+    async def take(key: str, secret: Secret | None) -> Admission:
+        routing_key = sidecar.operator.keys.parse_key(key)
+        located = await sidecar.source.ask(routing_key)
+        return await admit(connection, AdmissionRequest(located, routing_key, "p", secret))
+
+    # What a client without the secret asks changes nothing.
+    assert (await take("25", None)).verdict is Verdict.UNREGISTERED
+    (row,) = await sidecar.operator.registered("one")
+    assert (row["pid"], row["mapping_id"]) == (pid, placed.mapping_id)
+    # A new backend: three takes of two mappings.
+    async with sidecar.operator.stores.connect("one") as local:
+        await local.execute("delete from shardmap_local.session")
+    first = await take("5", None)
+    second = await take("25", first.secret)
+    third = await take("5", second.secret)
+    verdicts = [one.verdict for one in (first, second, third)]
+    assert verdicts == [Verdict.OK] * 3
+    (row,) = await sidecar.operator.registered("one")
+    assert (row["pid"], row["mapping_id"]) == (pid, placed.mapping_id)
+    assert (await take("25", second.secret)).verdict is Verdict.UNREGISTERED
+    await sidecar.operator.end_sessions(other)
+    assert len(await sidecar.operator.registered("one")) == 1
+    await sidecar.operator.end_sessions(placed)
+    await eventually(session.stream.gone.done, "the fence has ended it")
 
 
 # -- hostile clients -----------------------------------------------------------------------------

@@ -131,7 +131,7 @@ class Soak:
         ]
         self._changing: dict[int, Keys] = {}  # by writer: clients prefer these
         self._sessions: dict[tuple[str, int], int] = {}  # the key, by shard and pid
-        self._unserved: dict[tuple[object, ...], float] = {}
+        self._misplaced: dict[tuple[object, ...], float] = {}
         self._over = False
 
     async def set_up(self, folder: Path) -> None:
@@ -352,16 +352,16 @@ class Soak:
                 for (shard, pid), key in self._sessions.items():
                     if shard == name and not served.get(_canonical(key // _WIDTH * _WIDTH)):
                         found.append(("a client's", name, pid))
-                self._judge_unserved(name, found)
+                self._judge_lives(name, found)
                 await asyncio.sleep(_OBSERVE_SECONDS)
 
-    def _judge_unserved(self, name: str, found: list[tuple[object, ...]]) -> None:
+    def _judge_lives(self, name: str, found: list[tuple[object, ...]]) -> None:
         now = time.monotonic()
-        for known in [one for one in self._unserved if one[1] == name and one not in found]:
-            del self._unserved[known]
+        for known in [one for one in self._misplaced if one[1] == name and one not in found]:
+            del self._misplaced[known]
         for one in found:
             # An operation whose catalogue is down goes on when it is there again.
-            since = max(self._unserved.setdefault(one, now), self._catalogue_since or now)
+            since = max(self._misplaced.setdefault(one, now), self._catalogue_since or now)
             seconds = now - since
             self.outcome.longest("the longest life of a session that is not served", seconds)
             if seconds > LIVES_SECONDS_MAX:

@@ -65,6 +65,7 @@ _END_FEEDS: Final = (
     "select count(pg_catalog.pg_terminate_backend(pid)) from pg_stat_activity where usename = $1"
 )
 _CRASHED: Final = "select pid from pg_stat_activity where backend_type = 'checkpointer'"
+_DURABLE: Final = 'alter database "{0}" set synchronous_commit = on'
 # What is added by an operation that was not ended may go again.
 _IS_ADDED: Final = "select count(*) > 0 from shardmap.mapping where lo = $1 and op_id is null"
 _ROWS: Final = "select lo, hi, mapping_id, status, epoch from {} order by lo"
@@ -130,12 +131,14 @@ class Soak:
         ]
         self._changing: dict[int, Keys] = {}  # by writer: clients prefer these
         self._sessions: dict[tuple[str, int], int] = {}  # the key, by shard and pid
-        self._unserved: dict[tuple[object, ...], float] = {}
+        self._misplaced: dict[tuple[object, ...], float] = {}
         self._over = False
 
     async def set_up(self, folder: Path) -> None:
         """Fill the map, and give the rights."""
         shards, roles = self._shards, self._stores.roles
+        # The emulator's servers lose the last commits when they crash; Lakebase does not.
+        self._stores.execute(MAP, _DURABLE.format(self._stores.database))
         for name in SHARD_NAMES:
             self._stores.execute(name, _OWN_NAME.format(name))
         await shards.set_up()
@@ -349,16 +352,16 @@ class Soak:
                 for (shard, pid), key in self._sessions.items():
                     if shard == name and not served.get(_canonical(key // _WIDTH * _WIDTH)):
                         found.append(("a client's", name, pid))
-                self._judge_unserved(name, found)
+                self._judge_lives(name, found)
                 await asyncio.sleep(_OBSERVE_SECONDS)
 
-    def _judge_unserved(self, name: str, found: list[tuple[object, ...]]) -> None:
+    def _judge_lives(self, name: str, found: list[tuple[object, ...]]) -> None:
         now = time.monotonic()
-        for known in [one for one in self._unserved if one[1] == name and one not in found]:
-            del self._unserved[known]
+        for known in [one for one in self._misplaced if one[1] == name and one not in found]:
+            del self._misplaced[known]
         for one in found:
             # An operation whose catalogue is down goes on when it is there again.
-            since = max(self._unserved.setdefault(one, now), self._catalogue_since or now)
+            since = max(self._misplaced.setdefault(one, now), self._catalogue_since or now)
             seconds = now - since
             self.outcome.longest("the longest life of a session that is not served", seconds)
             if seconds > LIVES_SECONDS_MAX:

@@ -28,7 +28,7 @@ class PasswordFile:
         self._threads = BlockingCalls("password-file")
 
     async def fresh(self) -> Credential:
-        """Return the password. Raises ProxyError when the file cannot be read in time or is empty."""
+        """Return the password. Raises ProxyError for a file that cannot be used now."""
         try:
             password = await self._read_in_time()
         except ProxyError as error:

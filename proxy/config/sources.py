@@ -237,12 +237,12 @@ def read_guide(environ: Mapping[str, str], overriding: Sequence[Layer]) -> Layer
             _set_at(values, path, value)
             spelling[path] = variable
     for variables, others, path in _CA_FILES:
-        variable = next(filter(environ.get, variables), None)
-        if variable is None or any(map(environ.get, others)):
+        used = next(filter(environ.get, variables), None)
+        if used is None or any(map(environ.get, others)):
             continue
-        if Path(environ[variable]).is_file():
-            _set_at(values, path, environ[variable])
-            spelling[path] = variable
+        if Path(environ[used]).is_file():
+            _set_at(values, path, environ[used])
+            spelling[path] = used
     return Layer("environment", spelling.__getitem__, InitSettingsSource(Settings, values))
 
 

@@ -9,13 +9,11 @@ upstream keeps its token, host and identity, and asks the workspace nothing. A d
 of an earlier configuration ends on that one.
 """
 
-import errno
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 from proxy.config import (
@@ -289,8 +287,6 @@ def _check_root_certs(settings: Settings) -> None:
     for name in dict.fromkeys((*settings.target_names(), *of_shards)):
         target = settings.target(name)
         try:
-            if target.ssl_root_cert and Path(target.ssl_root_cert).is_fifo():
-                raise OSError(errno.EINVAL, "it is not a regular file")  # opening it might block
             # The context is cached, so that the first session need not read the authorities.
             client_context(target.sslmode, target.ssl_root_cert, accelerated=target.accelerated)
         except OSError as error:  # an ssl.SSLError is one

@@ -30,13 +30,14 @@ _log = get_logger(__name__)
 
 
 class ApiCall(Enum):
-    """What fails. Without a host no token is asked for, so that its look-up counts as well.
+    """What fails. Without a host or a role no client is served, so that look-ups count as well.
 
-    `READ` is of the password file.
+    `IDENTITY` is the look-up of the role. `READ` is of the password file.
     """
 
     MINT = "mint"
     LOOK_UP = "look-up"
+    IDENTITY = "identity"
     READ = "read"
 
 
@@ -119,7 +120,8 @@ class Outage:
 
     def record_success(self, call: ApiCall) -> None:
         """Record a call that succeeded; log it if it ends an outage, as every mint does."""
-        self._failing -= {call} if call is ApiCall.LOOK_UP else set(ApiCall)
+        is_look_up = call in (ApiCall.LOOK_UP, ApiCall.IDENTITY)
+        self._failing -= {call} if is_look_up else set(ApiCall)
         if self.since is None or self._failing:
             return
         seconds = round(self.failing_seconds, 1)

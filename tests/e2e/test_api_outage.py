@@ -13,7 +13,7 @@ import pytest
 from proxy.emulator import faults
 from proxy.emulator.api import Call
 from proxy.emulator.faults import Hang, Reply
-from proxy.emulator.lakebase import Lakebase
+from proxy.emulator.lakebase import PERSONAL_TOKEN, Lakebase
 from proxy.server.app import App
 from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.admin_address import ask
@@ -48,6 +48,13 @@ OUTAGES: dict[str, tuple[Call, Reply | Hang, str]] = {
     "credential": (Call.CREDENTIAL, faults.INTERNAL, "reason=api_error HTTP 500"),
     "login_hangs": (Call.TOKEN, faults.HANG, "reason=api_unreachable"),
     "host": (Call.RESOURCE, faults.UNAVAILABLE, "reason=api_error HTTP 503"),
+    "discovery": (Call.DISCOVERY, faults.UNAVAILABLE, "HTTP 503"),
+    "where_to_log_in": (Call.OIDC, faults.UNAVAILABLE, "HTTP 503"),
+    "identity": (Call.ME, faults.INTERNAL, "reason=api_error HTTP 500"),
+}
+# With a personal access token the role is looked up.
+PERSONAL = {
+    "workspace": {"client_id": "", "client_secret": "", "token": PERSONAL_TOKEN, "auth_type": "pat"}
 }
 
 
@@ -65,6 +72,7 @@ async def test_new_clients_are_refused_at_once_until_the_api_works_again(
     proxy = await start_proxy(
         admin={"enabled": True, "port": 0},
         credentials={"mint_timeout_seconds": 3, "token_max_age_seconds": max_age_seconds},
+        **(PERSONAL if call is Call.ME else {}),
     )
     lakebase.workspace.fail(call, fault)
     begun = time.monotonic()

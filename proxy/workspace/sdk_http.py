@@ -29,6 +29,11 @@ REQUEST_SECONDS_MAX: Final = 15.0
 GRACE_SECONDS: Final = 1.0
 
 
+# The SDK tries these again after a sleep.
+_RETRIED: Final = frozenset((429, 503))
+_BEFORE_A_PAGE: Final = b"\xef\xbb\xbf \t\r\n"
+_DISCOVERY: Final = "/.well-known/"
+
 _VERIFY_FAILED: Final = "certificate verify failed"
 
 
@@ -47,6 +52,13 @@ class SignInPage(Exception):
     """The reply is a web page, of a sign-in most likely. The SDK does not try again."""
 
 
+class DiscoveryRefused(Exception):
+    """The reply asks to try again later.
+
+    The SDK would sleep for that, and for discovery not with the clock that it was given.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A reply that is an error."""
@@ -54,6 +66,8 @@ class Refusal:
     status: int
     text: str
     retry_after_seconds: float
+    is_discovery: bool
+    """Of the request for where to log in, which each workspace answers without a login."""
 
 
 @dataclass(slots=True)
@@ -62,6 +76,7 @@ class SDKCall:
 
     Without `retries` a connection that fails is final.
     `refusal` is of the last POST, `failure` of the last request, None if it was answered otherwise.
+    `is_page` says that the last reply was a web page: the SDK reports only its text.
     `server_time` is the time of the last reply by the server's clock, in seconds since the epoch.
     """
 
@@ -70,6 +85,7 @@ class SDKCall:
     retries: bool = True
     refusal: Refusal | None = None
     failure: Refusal | None = None
+    is_page: bool = False
     server_time: float | None = None
     sent_secrets: set[str] = field(default_factory=set, repr=False)
 
@@ -124,16 +140,19 @@ def _send(
         raise TimeoutError("the call's time is over")
     call.sent_secrets |= _secrets(request.headers.get("Authorization") or "")
     timeout_seconds = min(seconds, left_seconds + GRACE_SECONDS)
-    call.failure = None
+    call.failure, call.is_page = None, False
     if call.ca_file:
         options = {**options, "verify": call.ca_file}
     response = _send_verified(send, {**options, "timeout": timeout_seconds}, call.retries)
     call.failure = None if response.ok else _refusal(response)
+    call.is_page = _is_page(response)
     call.server_time = _time(response.headers.get("Date"))
     if request.method == "POST":
         call.refusal = call.failure
-    if _is_page(response):
+    if call.is_page:
         raise SignInPage(f"HTTP {response.status_code} with a page in HTML")
+    if call.failure is not None and call.failure.is_discovery and response.status_code in _RETRIED:
+        raise DiscoveryRefused(f"HTTP {response.status_code} {response.text}")
     return response
 
 
@@ -142,7 +161,7 @@ def _is_page(response: "Response") -> bool:
     if not response.ok or response.is_redirect or "private-link" in response.url:
         return False
     kind = response.headers.get("Content-Type") or ""
-    return kind.startswith("text/html") or response.content.lstrip()[:1] == b"<"
+    return kind.startswith("text/html") or response.content.lstrip(_BEFORE_A_PAGE)[:1] == b"<"
 
 
 def _time(date: str | None) -> float | None:
@@ -179,7 +198,8 @@ def _refusal(response: "Response") -> Refusal:
         seconds = float(response.headers.get("Retry-After") or 0)
     except ValueError:  # a date, which this API does not send as far as is known
         seconds = 0.0
-    return Refusal(response.status_code, response.text, max(0.0, seconds))
+    is_discovery = _DISCOVERY in response.url
+    return Refusal(response.status_code, response.text, max(0.0, seconds), is_discovery)
 
 
 def _secrets(authorization: str | bytes) -> set[str]:

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import mask
 from proxy.wire.secret import MASK
-from proxy.workspace.sdk_http import Refusal, SDKCall
+from proxy.workspace.sdk_http import NO_TLS, PROXY_LOGIN_REFUSED, Refusal, SDKCall
 
 _TEXT_CHARACTERS_MAX: Final = 300  # of what the SDK says, in the DETAIL of an error
 
@@ -27,8 +27,8 @@ _DROPPED: Final = "unknown: unknown"
 # A login is refused with 400 or 401 (RFC 6749, section 5.2), or with 403 by a gateway before it.
 _LOGIN_REFUSED: Final = frozenset((400, 401, 403))
 _THROTTLED: Final = 429
-# Of other errors the next reply may be another: time-outs, and a proxy that asks for its login.
-_TRANSIENT: Final = frozenset((407, 408, 425))
+# So no workspace answers discovery. A refusal may be of a gateway in between.
+_NOT_THERE: Final = frozenset((400, 404, 405, 410))
 _FAILED_MIN: Final = 500  # this status and those above are failures of the server
 # The SDK's text for an error that is not JSON; a whole request follows it.
 _UNPARSED: Final = "unable to parse response"
@@ -60,6 +60,8 @@ def _rows() -> tuple[_Row, ...]:
         _Row(Exception, "unauthorized network access", kinds.WORKSPACE_NETWORK_DENIED),
         _Row(Exception, "not accessible from the current network", kinds.WORKSPACE_NETWORK_DENIED),
         _Row(Exception, "certificate verify failed", kinds.WORKSPACE_CERTIFICATE),
+        _Row(Exception, NO_TLS.lower(), kinds.CONFIGURATION_MISTAKE),
+        _Row(Exception, PROXY_LOGIN_REFUSED, kinds.CONFIGURATION_MISTAKE),
         _Row(RuntimeError, "can't start new thread", kinds.OUT_OF_RESOURCES),
         # The API, by its status; the text of a 403 says what is missing.
         _Row(errors.Unauthenticated, "", kinds.WORKSPACE_LOGIN_FAILED),
@@ -141,7 +143,7 @@ def _by_status(failure: Refusal) -> ErrorKind | None:
         return ErrorKind.API_ERROR
     if failure.status == _THROTTLED:
         return ErrorKind.API_THROTTLED
-    is_wrong = failure.is_discovery and failure.status not in _TRANSIENT
+    is_wrong = failure.is_discovery and failure.status in _NOT_THERE
     return ErrorKind.NOT_A_WORKSPACE if is_wrong else None
 
 

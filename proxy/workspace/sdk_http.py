@@ -34,6 +34,15 @@ _RETRIED: Final = frozenset((429, 503))
 _BEFORE_A_PAGE: Final = b"\xef\xbb\xbf \t\r\n"
 _DISCOVERY: Final = "/.well-known/"
 
+# Words of the libraries for what a second try does not change, and what is reported instead. The
+# variable is that of a workspace with TLS; others are on this machine.
+PROXY_LOGIN_REFUSED: Final = "the proxy refused its user and password"
+NO_TLS: Final = "the server does not speak TLS"
+_FINAL: Final = {
+    "Tunnel connection failed: 407": f"HTTPS_PROXY: {PROXY_LOGIN_REFUSED}",
+    "WRONG_VERSION_NUMBER": f"workspace.host or the scheme of HTTPS_PROXY: {NO_TLS}",
+}
+
 _VERIFY_FAILED: Final = "certificate verify failed"
 
 
@@ -177,8 +186,8 @@ def _send_verified(
 ) -> "Response":
     """Send a request.
 
-    Raises CertificateRejected, and without `retries` NotConnected, in place of the library's own
-    exceptions.
+    Raises CertificateRejected, and NotConnected for what another try does not change or without
+    `retries`, in place of the library's own exceptions.
     """
     from requests import ConnectionError as ConnectionFailed  # noqa: PLC0415 - imported by now
 
@@ -188,6 +197,9 @@ def _send_verified(
         _, verify_failed, why = str(error).partition(_VERIFY_FAILED)
         if verify_failed:
             raise CertificateRejected(_VERIFY_FAILED + why.partition(" (_ssl")[0]) from None
+        for words, told in _FINAL.items():
+            if words in str(error):
+                raise NotConnected(told) from None
         if not retries and isinstance(error, ConnectionFailed):
             raise NotConnected(str(error)) from None
         raise

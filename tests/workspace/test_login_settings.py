@@ -4,6 +4,7 @@ They were reported as a workspace that cannot be reached, after the whole time f
 internal error of the SDK that named neither the file nor the variable.
 """
 
+import asyncio
 import importlib
 import os
 import pwd
@@ -431,3 +432,30 @@ async def test_no_part_of_a_proxy_password_is_shown_when_the_proxy_cannot_be_rea
     assert refused.value.kind is ErrorKind.API_UNREACHABLE
     assert "p4ss" not in f"{refused.value!r} {refused.value.response()!r}"
     assert {"p4ss", "w0rd"} <= proxy_secrets(os.environ) or "%" in odd
+
+
+@pytest.mark.parametrize(
+    ("status", "named"),
+    [
+        (b"407 Proxy Authentication Required", "HTTPS_PROXY: the proxy refused"),
+        (b"200 OK", "HTTPS_PROXY: the server does not speak TLS"),
+    ],
+    ids=["wrong_password", "no_tls"],
+)
+async def test_a_mistake_that_the_first_answer_shows_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, status: bytes, named: str
+) -> None:
+    # The SDK tried again for half of the time for a token: an API that cannot be reached.
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 %s\r\n\r\n" % status)
+        if await reader.read(1 << 16):  # a ClientHello
+            writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        set_login(monkeypatch, "https://dbc.example.com")
+        monkeypatch.setenv("NO_PROXY", "")
+        monkeypatch.setenv("HTTPS_PROXY", f"http://user:not-real@127.0.0.1:{port}")
+        assert named in (await told_at_once(discovering())).detail

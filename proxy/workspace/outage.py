@@ -55,9 +55,12 @@ class Outage:
     """The failures in a row of the calls for one account."""
 
     def __init__(
-        self, name: str, clock: Callable[[], float] = time.time, words: Words = _API
+        self, name: str, clock: Callable[[], float] = time.time, words: Words | None = _API
     ) -> None:
-        """`name` is the account's. `clock` returns seconds since the epoch."""
+        """`name` is the account's. `clock` returns seconds since the epoch.
+
+        Without `words` nothing is logged: another process does so.
+        """
         self.name = name
         self._words = words
         self._clock = clock
@@ -104,7 +107,7 @@ class Outage:
         self._last_at, self.failure = now, failure
         status = _STATUS.search(failure.detail)
         cause = (failure.reason, status.group() if status else "")
-        if cause != self._logged:
+        if cause != self._logged and self._words is not None:
             self._logged = cause
             _log.warning(
                 self._words.fails,
@@ -127,6 +130,8 @@ class Outage:
         seconds = round(self.failing_seconds, 1)
         tries, self._tries = self._tries, 0
         self.since, self.failure, self._logged = None, None, ("", "")
+        if self._words is None:
+            return
         _log.info(
             self._words.works,
             workspace=self.name,

@@ -108,6 +108,39 @@ async def failing(admin_port: int) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.parametrize("how", ["host", "identity"])
+async def test_an_outage_that_workers_meet_is_shown_and_logged_once(
+    start_process: StartProcess, lakebase: Lakebase, how: str
+) -> None:
+    # Each worker logged it, and page and /status were green: the process that they show did not
+    # know of it.
+    call, fault, _ = OUTAGES[how]
+    proxy = await start_process(
+        admin={"enabled": True, "port": 0},
+        listen={"port": 0, "workers": 2},
+        upstream={"connect_timeout_seconds": 3},
+        **PERSONAL,
+    )
+    port = int(proxy.events("serving")[0]["admin_port"])
+    begun = time.monotonic()
+    while (await ask(port, "/startup")).status != 200:  # a mint ends an outage
+        assert time.monotonic() - begun < PROBES_SECONDS_MAX
+        await asyncio.sleep(0.05)
+    lakebase.workspace.fail(call, fault)
+    for _ in range(3):
+        await refused(proxy)
+    (api,) = await failing(port)
+    assert api["reason"] == "api_error"
+    await eventually(lambda: proxy.events("the workspace API fails"), "it warns")
+    assert len(proxy.events("the workspace API fails")) == 1
+    lakebase.workspace.clear_faults()
+    recovered = time.monotonic()
+    while not await served(proxy):
+        assert time.monotonic() - recovered < PROBES_SECONDS_MAX
+        await asyncio.sleep(0.05)
+    assert await failing(port) == []
+
+
 async def test_a_limit_of_the_rate_is_no_outage(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:

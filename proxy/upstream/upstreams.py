@@ -208,6 +208,8 @@ class Upstreams(Mapping[str, Upstream]):
             account = self._registry.account(key, resources[key])
             credentials = account.token_source
         outage = None if account is None else account.outage
+        if account is not None and outage is None:  # the process that mints logs and shows it
+            outage = Outage(account.name, words=None)
         lookup = AddressLookup(target, resource, workspace, self._registry.calls, outage=outage)
         dialer = Dialer(
             Connector(self.name_lookup.resolve),

@@ -158,6 +158,8 @@ class UpstreamFactory:
             account = self._registry.account(key, list(resources))
             credentials = account.token_source
         outage = None if account is None else account.outage
+        if account is not None and outage is None:  # the process that mints logs and shows it
+            outage = Outage(account.name, words=None)
         lookup = AddressLookup(target, resource, workspace, self._registry.calls, outage=outage)
         dialer = Dialer(
             Connector(self._name_lookup.resolve),

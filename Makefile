@@ -18,7 +18,7 @@ FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pure lint format types test unit e2e fuzz bench soak closes fleet demo docs all clean
+.PHONY: help setup pure lint format types test unit e2e fuzz bench soak routes closes fleet demo docs all clean
 .PHONY: halves unit-e2e unit-rest
 
 help: ## show this list
@@ -84,8 +84,12 @@ fuzz: $(INSTALLED) ## two million inputs a side, and generated tests for longer 
 bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (six minutes)
 	@exec $(BIN)/python -m bench $(ARGS)
 
+# ARGS: --seconds N, --seed N (which it prints).
+soak: $(INSTALLED) ## change a catalogue's map for 3 minutes: no session is where it must not be
+	@exec $(BIN)/python -m tests.soak.catalogue $(ARGS)
+
 # ARGS: --sessions N, --keys N. 100,000 sessions took 24 minutes on two busy cores.
-soak: $(INSTALLED) ## 100,000 sessions over 1,000 shard keys: every one is on the right shard
+routes: $(INSTALLED) ## 100,000 sessions over 1,000 shard keys: every one is on the right shard
 	@exec $(BIN)/python -m tests.soak.routing $(ARGS)
 
 # ARGS: --closes N, --clients NAME... Drivers that are not installed are left out, and it says so.

@@ -26,6 +26,15 @@ def is_pooled_host(host: str) -> bool:
     return host.partition(".")[0].lower().endswith("-pooler")
 
 
+def is_read_only_host(host: str) -> bool:
+    """Return whether a host name is a read-only host's, as Lakebase names them.
+
+    Those of endpoints end their first label with -ro, those of instances begin with instance-ro-.
+    """
+    label = host.partition(".")[0].lower()
+    return label.endswith("-ro") or label.startswith("instance-ro-")
+
+
 def is_loopback(host: str) -> bool:
     """Return whether `host` is "localhost" or a loopback address; DNS is not queried."""
     address = address_of(host)

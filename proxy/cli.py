@@ -16,7 +16,7 @@ from proxy.config import ConfigurationError
 from proxy.exit_codes import EXIT_OK, EXIT_USAGE
 
 # Each is a module of `verbs`.
-_VERBS: Final = ("run", "check", "demo", "resolve", "wait", "shutdown", "version")
+_VERBS: Final = ("run", "check", "demo", "resolve", "shards", "wait", "shutdown", "version")
 
 _END_OF_FLAGS: Final = "--"
 
@@ -28,6 +28,7 @@ usage: lakebase-auth-proxy VERB [--config FILE] [--SECTION.KEY VALUE ...]
             --all-shards: test every target)
   demo      run the whole system on this machine, with nothing to install or sign up for
   resolve   print where a shard key leads, without connecting: resolve KEY (--json)
+  shards    the catalogue of shard maps: shards VERB (init, create, add-shard, show, ...; --json)
   wait      wait until a running proxy is ready (--timeout SECONDS, 30)
   shutdown  ask a running proxy to drain and end (it must run with admin.quit)
   version   print the version (--build: also whether the relay was compiled)
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("--help", "-h", "help") or (verb in _VERBS and _wants_help(rest)):
-        print(USAGE, end="")
+        shown: str = import_module("proxy.verbs.shards").USAGE if verb == "shards" else USAGE
+        print(shown, end="")
         return EXIT_OK
     if verb not in _VERBS:
         print(f"lakebase-auth-proxy: there is no verb {verb!r}\n\n{USAGE}", file=sys.stderr, end="")

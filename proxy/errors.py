@@ -494,6 +494,109 @@ class ErrorKind(Enum):
         "Set routing.shard_map, and the map in shard_maps.",
     )
 
+    # The shard map in the catalogue, and the shards' own part of it.
+    CATALOGUE_UNREACHABLE = ErrorRow(
+        "catalogue_unreachable",
+        "08001",
+        "the shard map's catalogue cannot be reached",
+        "Is the database of catalogue.target up? Keys that are known already are still served. "
+        + _RETRY_HINT,
+    )
+    CATALOGUE_REFUSED = ErrorRow(
+        "catalogue_unreachable",
+        "08001",
+        "the shard map's catalogue cannot be read",
+        "Has the database of catalogue.target the schema (lakebase-auth-proxy shards init), and "
+        "may the proxy's role read it (lakebase-auth-proxy shards grant reader ROLE)?",
+    )
+    CATALOGUE_STALE = ErrorRow(
+        "catalogue_stale",
+        "08001",
+        "the shard map is too old to be used without validation",
+        "The catalogue has not been reached for catalogue.max_stale_seconds: is the database of "
+        "catalogue.target up?",
+    )
+    CATALOGUE_MAP_MISSING = ErrorRow(
+        "map_missing",
+        "3D000",
+        "the catalogue has no such shard map",
+        "Is routing.shard_map its name? Create it with lakebase-auth-proxy shards create.",
+    )
+    MAP_MISMATCH = ErrorRow(
+        "map_mismatch",
+        "55000",
+        "the catalogue's shard map is not as it is configured",
+        "Correct kind, key_type and normalise in the map's [shard_maps.NAME], or remove them.",
+    )
+    MAPPING_OFFLINE = ErrorRow(
+        "mapping_offline", "57P03", "the shard key's mapping is offline", _RETRY_HINT
+    )
+    MAPPING_STALE = ErrorRow(
+        "mapping_stale", "57P03", "the shard key's mapping is being changed", _RETRY_HINT
+    )
+    MAPPING_MOVED = ErrorRow(
+        "mapping_moved",
+        "57P01",
+        "terminating connection because the shard key's mapping moved or went offline",
+        "Connect again.",
+    )
+    SHARD_HOST_REFUSED = ErrorRow(
+        "shard_host_refused",
+        "55000",
+        "the shard has a host that this proxy sends no tokens to",
+        "If it is right, add it to catalogue.shard_hosts. If not: who can write the catalogue?",
+    )
+    WORKSPACE_UNKNOWN = ErrorRow(
+        "workspace_unknown",
+        "55000",
+        "the shard is in a workspace that this proxy does not configure",
+        "Add its [workspaces.NAME] to the configuration, or correct the shard.",
+    )
+    SHARD_ROW_INVALID = ErrorRow(
+        "shard_not_valid",
+        "55000",
+        "the catalogue's rows of the shard are not valid",
+        "Correct them with lakebase-auth-proxy shards. All other shards are served.",
+    )
+    SHARD_NOT_VALID = ErrorRow(
+        "shard_not_valid",
+        "55000",
+        "the database is not set up as a shard",
+        "Add it with lakebase-auth-proxy shards add-shard.",
+    )
+    WRONG_SHARD = ErrorRow(
+        "wrong_shard",
+        "55000",
+        "the database is another shard than the catalogue says",
+        "Is it a branch or a copy of the shard? It is not written to until that is known.",
+    )
+    SHARD_BEHIND = ErrorRow(
+        "shard_behind",
+        "55000",
+        "the database knows an older state of the shard than the catalogue",
+        "Was it restored to an earlier time? It is not written to until that is known.",
+    )
+    STORE_VERSION = ErrorRow(
+        "store_version",
+        "55000",
+        "the shard map's schema has another major version than this proxy",
+        "Upgrade what the DETAIL names: the proxy, or the schema with lakebase-auth-proxy shards "
+        "upgrade.",
+    )
+    VALIDATE_DENIED = ErrorRow(
+        "validate_denied",
+        "55000",
+        "the role may not validate sessions in the shard",
+        "Run lakebase-auth-proxy shards grant session ROLE.",
+    )
+    UNREGISTERED = ErrorRow(
+        "unregistered",
+        "55000",
+        "the shard could not register the session",
+        "The owner of the shard's schema must see the sessions' start: pg_read_all_stats, or "
+        "membership in the role that logs in.",
+    )
+
     # The proxy itself.
     TOO_MANY_CONNECTIONS = ErrorRow(
         "too_many_connections",
@@ -557,6 +660,8 @@ NOT_THE_OPERATORS: Final = frozenset(
         ErrorKind.KEY_RANGE,
         ErrorKind.KEY_INVALID,
         ErrorKind.MAPPING_NOT_FOUND,
+        ErrorKind.MAPPING_OFFLINE,
+        ErrorKind.MAPPING_MOVED,
         ErrorKind.SHUTTING_DOWN,
         ErrorKind.IDLE_TIMEOUT,
     }

@@ -13,3 +13,5 @@ EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
 # The drain timed out, and sessions were cut.
 EXIT_CUT: Final = 3
+# An operation on a shard map is left pending; its id is printed.
+EXIT_PENDING: Final = 4

@@ -19,7 +19,11 @@ from proxy.emulator.cluster import CLIENT_ID, Cluster, quoted, start_together, s
 from proxy.emulator.lakebase import SHARDS, Lakebase
 
 # Nothing that a test starts may show a secret.
-pytest_plugins = ("tests.support.secret_canaries", "tests.support.closed_checkout")
+pytest_plugins = (
+    "tests.support.secret_canaries",
+    "tests.support.closed_checkout",
+    "tests.support.catalogue",
+)
 
 hypothesis.settings.register_profile("fast", deadline=None)
 hypothesis.settings.register_profile(

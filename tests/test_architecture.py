@@ -32,6 +32,8 @@ EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"} |
 # Where a task is made outside a TaskGroup, and what makes sure that it cannot be lost.
 TASK_MAKERS = {
     "proxy/session/drain.py": "leaving the listener's block of accepting waits for them all",
+    "proxy/session/private_listener.py": "leaving the blocks of it and of connect waits for them",
+    "proxy/server/catalogue_maps.py": "a reload exchanges them; its context stops them",
     "proxy/workspace/single_flight.py": "its owner closes it, which waits for the call",
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
     "proxy/workers/rpc.py": "an answer ends with its connection, which its process ends with",
@@ -45,12 +47,13 @@ POOL_USERS = ("proxy/emulator/cluster.py",)  # starts and stops PostgreSQL, and 
 
 # Waits of these tests are for another process, where there is no event to wait for. `simulation`
 # runs in virtual time. In `session` and `upstream` a call that takes a moment is tested, in
-# `differential` what is sent at any moment.
+# `differential` what is sent at any moment, and in `soak` at random moments.
 SLEEPERS = (
     "tests/differential/test_activity_at_random.py",
     "tests/e2e/",
     "tests/emulator/",
     "tests/simulation/",
+    "tests/soak/",
     "tests/support/",
     "tests/session/test_relay.py",
     "tests/test_blocking.py",

@@ -6,6 +6,7 @@ from typing import Final
 
 import pytest
 
+from proxy.catalogue.errors import Reason
 from proxy.config import ShardMapSettings, load_settings
 from proxy.errors import ErrorKind
 from proxy.routing.keys import KEY_BYTES_MAX, KeyType, Normalise
@@ -67,3 +68,12 @@ def test_every_kind_type_and_reason_is_in_the_document() -> None:
     for word in (*Kind, *KeyType, *Normalise, *ShardMapSettings.model_fields):
         assert f"`{word}`" in text, word
     assert f"{KEY_BYTES_MAX} bytes" in text
+
+
+def test_every_reason_of_the_verbs_is_in_the_document_with_its_sqlstate() -> None:
+    rows = re.findall(
+        r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \| ([0-9A-Z]{5}) \|", DOCUMENT.read_text(), re.MULTILINE
+    )
+    listed = {word: sqlstate for words, sqlstate in rows for word in re.findall(r"[a-z_]+", words)}
+    for reason in Reason:
+        assert listed.get(reason.value.word) == reason.value.sqlstate, reason

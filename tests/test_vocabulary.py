@@ -57,7 +57,7 @@ CLASSES: Final = frozenset(
 DEFINED: Final = frozenset(
     (
         *("looks", "look", "seen", "back", "orders", "news", "era", "place", "places", "way"),
-        *("fleet", "plan", "link", "form", "life"),
+        *("fleet", "link", "form", "life"),
     )
 )
 # Not in the code of the compiled relay.

@@ -4,6 +4,7 @@ Each fact about a key is stated once, in the model: its type, bounds, default, r
 change needs a restart, and whether it names a file to watch. Everything else reads it from there.
 """
 
+from proxy.config.catalogue_section import ANY_LABELS, CatalogueSettings
 from proxy.config.config_errors import ConfigurationError, Problem
 from proxy.config.diff import Changes, Files, compare, with_running_values
 from proxy.config.example import example_toml
@@ -44,6 +45,8 @@ __all__ = [
     "RoutingSettings",
     "ShardMapSettings",
     "MappingEntry",
+    "CatalogueSettings",
+    "ANY_LABELS",
     "ShutdownSettings",
     "StartupSettings",
     "LogSettings",

@@ -14,6 +14,7 @@ from typing import Final
 from pydantic import TypeAdapter, ValidationError
 
 from proxy.config.config_errors import Problem
+from proxy.config.server_sections import ListenSettings
 from proxy.config.settings import UPSTREAM, upstream_is_target
 from proxy.config.toml import toml_path
 from proxy.config.upstream_sections import with_inherited
@@ -23,6 +24,8 @@ Raw = Mapping[str, object]
 _NAMES_SHOWN_MAX: Final = 20
 # Reads a switch as the model does, for which "off" and 0 are false.
 _SWITCH: Final = TypeAdapter(bool)
+_NUMBER: Final = TypeAdapter(int)
+_MAX_CONNECTIONS: Final = ListenSettings().max_connections
 
 
 def _table(raw: Raw, name: str) -> Raw:
@@ -64,6 +67,7 @@ def _same_but_for_case(section: str, names: Iterable[str]) -> Iterator[Problem]:
 
 def _named_targets(raw: Raw) -> Iterator[tuple[tuple[str, ...], object]]:
     """Yield each place that names a target, and the name."""
+    yield ("catalogue", "target"), _table(raw, "catalogue").get("target")
     for name, alias in _table(raw, "databases").items():
         if isinstance(alias, Mapping):
             yield ("databases", name, "target"), alias.get("target")
@@ -93,6 +97,62 @@ def _unknown_names(
             meant = f"; did you mean {near[0]}?" if near else ""
             yield Problem(
                 toml_path(path), f"there is no {what} {name!r} (there is: {shown}){meant}"
+            )
+
+
+# -- the catalogue -------------------------------------------------------------------------------
+
+
+def catalogue_conflicts(raw: Raw) -> Iterator[Problem]:
+    """Yield what a map in the catalogue lacks, and what contradicts it or [catalogue]."""
+    catalogue = _table(raw, "catalogue")
+    maps = [name for name, one in _tables(raw, "shard_maps") if _as_switch(one.get("catalogue"))]
+    if maps:
+        yield from _not_for_a_catalogue(raw, maps[0])
+    if _as_switch(catalogue.get("validate")) is False:
+        if not _as_switch(catalogue.get("allow_unvalidated")):
+            yield Problem(
+                "catalogue.validate",
+                "false needs catalogue.allow_unvalidated = true: for a while after a change of the"
+                " map, sessions reach the shard that had the key before",
+            )
+        if catalogue.get("snapshot_file"):
+            yield Problem(
+                "catalogue.snapshot_file",
+                "requires catalogue.validate: only the shards know whether an old map still holds",
+            )
+    park_max = _as_number(catalogue.get("park_max", 0))
+    most = _as_number(_table(raw, "listen").get("max_connections", _MAX_CONNECTIONS))
+    if park_max is not None and most is not None and park_max > most // 2:
+        yield Problem(
+            "catalogue.park_max",
+            f"must be at most {most // 2}, half of listen.max_connections: clients that wait keep"
+            " their connection slots",
+        )
+
+
+def _not_for_a_catalogue(raw: Raw, name: str) -> Iterator[Problem]:
+    """Yield what is missing or must not be set if this map is in the catalogue."""
+    target = _table(raw, "catalogue").get("target")
+    where = f"shard_maps.{name}.catalogue"
+    if not target:
+        yield Problem(
+            "catalogue.target", f"required with {where}: the target with the catalogue's database"
+        )
+    upstream = _table(raw, "upstream")
+    for key in ("read_only", "pooled"):
+        if _as_switch(upstream.get(key)):
+            yield Problem(
+                f"upstream.{key}",
+                f"must not be set together with {where}: each session registers with its shard,"
+                " which takes a direct host that can be written to",
+            )
+        own = _table(_table(raw, "targets"), str(target))
+        if _as_switch(own.get(key)):
+            yield Problem(
+                toml_path(("targets", str(target), key)),
+                "must not be set for the target of the catalogue: LISTEN needs the direct host of"
+                " the primary",
             )
 
 
@@ -186,5 +246,13 @@ def _as_switch(value: object) -> bool | None:
     """Return the value of a switch as the model reads it; None if the model refuses it."""
     try:
         return _SWITCH.validate_python(value)
+    except ValidationError:
+        return None
+
+
+def _as_number(value: object) -> int | None:
+    """Return a whole number as the model reads it; None if the model refuses it."""
+    try:
+        return None if isinstance(value, bool) else _NUMBER.validate_python(value)
     except ValidationError:
         return None

@@ -49,8 +49,9 @@ _PROSE: Final[Mapping[str, str]] = {
     "hostaddr, or another workspace, inherits none of these four.",
     "databases": "Aliases: names that clients use as a database. An alias is the NAME of a target, "
     "or a table with these keys:",
-    "shard_maps": "A static shard map: which target has which shard keys. kind and key_type are "
-    "required, and either mappings or mappings_file.",
+    "shard_maps": "A shard map: which target has which shard keys. kind and key_type are required, "
+    "and either mappings or mappings_file. With catalogue = true, none of them: that map is in "
+    "the database of [catalogue].",
 }
 
 # Values for the tables with chosen names, whose defaults alone are not valid.
@@ -62,6 +63,7 @@ _SAMPLES: Final[Mapping[tuple[str, str], object]] = {
     ("targets", "workspace"): "eu",
     ("shard_maps", "kind"): "range",
     ("shard_maps", "key_type"): "int8",
+    ("shard_maps", "normalise"): "none",
     ("shard_maps", "mappings"): [
         {"high": 1000, "target": "upstream"},
         {"low": 1000, "target": "eu"},

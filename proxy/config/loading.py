@@ -15,7 +15,12 @@ from pydantic import ValidationError
 from pydantic_settings import PydanticBaseSettingsSource
 
 from proxy.config.config_errors import ConfigurationError, Problem, shown_problems
-from proxy.config.cross_checks import incomplete_workspaces, missing_to_dial, unknown_references
+from proxy.config.cross_checks import (
+    catalogue_conflicts,
+    incomplete_workspaces,
+    missing_to_dial,
+    unknown_references,
+)
 from proxy.config.setting_keys import (
     CHOSEN_NAME,
     KeyPath,
@@ -142,7 +147,11 @@ def _cross_check(
 ) -> Iterator[Problem]:
     """Yield the problems that no section can detect alone, each with the source of its key."""
     raw = _merged([layer.source.init_kwargs for layer in layers])
-    found = [*unknown_references(raw), *incomplete_workspaces(raw)]
+    found = [
+        *unknown_references(raw),
+        *incomplete_workspaces(raw),
+        *catalogue_conflicts(raw),
+    ]
     if upstream_required:
         found += missing_to_dial(raw)
     if settings is not None:

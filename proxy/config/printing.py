@@ -37,6 +37,8 @@ def effective_toml(configuration: Configuration) -> str:
 def _key(path: KeyPath, value: object, source: str) -> Iterator[str]:
     name = toml_key(path[-1])
     match value:
+        case None:  # a key without a default that is not set
+            pass
         case SecretStr() if value.get_secret_value():
             yield f'# {name} = "{MASK}"  # {source}'
         case SecretStr():

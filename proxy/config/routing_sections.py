@@ -7,8 +7,8 @@ Invariant: an entry has the columns of its map's kind, each as text, exactly as 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Final, Self
+from dataclasses import asdict, dataclass
+from typing import Annotated, ClassVar, Final, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from proxy.config.validators import (
     FileName,
@@ -32,6 +33,8 @@ from proxy.config.validators import (
 )
 from proxy.routing.keys import KeyType, Normalise
 from proxy.routing.shard_map import Kind, MapSpec
+
+T = TypeVar("T")
 
 # Enough for maps that are written by hand. A million mappings in a settings file need minutes and
 # gigabytes, in a CSV file seconds.
@@ -123,15 +126,24 @@ class RoutingSettings(Section):
 
 
 class ShardMapSettings(Section):
-    """A static shard map: which shard keys are in which target."""
+    """A shard map: which shard keys are in which target, or that the catalogue says so."""
 
-    kind: Kind = Field(
-        description="list: single keys; range: low to below high; hash: ranges of the key's hash."
+    catalogue: bool = Field(
+        default=False,
+        description="The map of this name in the catalogue ([catalogue]), instead of mappings. It "
+        "says kind, key_type and normalise itself; where they are set here, they must agree.",
     )
-    key_type: KeyType = Field(description="Type of the shard key, named as in PostgreSQL.")
-    normalise: Normalise = Field(
-        default=Normalise.NONE,
-        description="How a key of type text is normalised before it is looked up.",
+    kind: Kind | None = Field(
+        default=None,
+        description="list: single keys; range: low to below high; hash: ranges of the key's hash.",
+    )
+    key_type: KeyType | None = Field(
+        default=None, description="Type of the shard key, named as in PostgreSQL."
+    )
+    normalise: Normalise | None = Field(
+        default=None,
+        description="How a key of type text is normalised before it is looked up. If it is not "
+        "set, it is none.",
     )
     mappings: tuple[MappingEntry, ...] = Field(
         default=(),
@@ -146,14 +158,40 @@ class ShardMapSettings(Section):
 
     @property
     def spec(self) -> MapSpec:
-        """The map's fixed properties, as `proxy.routing` takes them."""
-        return MapSpec(self.kind, self.key_type, self.normalise)
+        """The fixed properties of a static map, as `proxy.routing` takes them."""
+        assert self.kind is not None, "a static map has a kind"
+        assert self.key_type is not None, "a static map has a key type"
+        return MapSpec(self.kind, self.key_type, self.normalise or Normalise.NONE)
+
+    def differing(self, found: MapSpec) -> dict[str, str]:
+        """Return the keys that are set and differ from the map in the catalogue, with its value."""
+        return {
+            key: value
+            for key, value in asdict(found).items()
+            if getattr(self, key) is not None and getattr(self, key) != value
+        }
+
+    @field_validator("kind", "key_type")
+    @classmethod
+    def _required_without_a_catalogue(cls, value: T, info: ValidationInfo) -> T:
+        if value is None and info.data.get("catalogue") is False:
+            raise PydanticCustomError("missing", "required")
+        return value
 
     @field_validator("normalise")
     @classmethod
-    def _only_text(cls, value: Normalise, info: ValidationInfo) -> Normalise:
-        if value is not Normalise.NONE and info.data.get("key_type", KeyType.TEXT) != KeyType.TEXT:
+    def _only_text(cls, value: Normalise | None, info: ValidationInfo) -> Normalise | None:
+        normalises = value not in (None, Normalise.NONE)
+        if normalises and info.data.get("key_type") not in (None, KeyType.TEXT):
             raise ValueError("must be none unless key_type is text")
+        # In the catalogue the map may have another: there, what is not set agrees with any.
+        return value or (None if info.data.get("catalogue") else Normalise.NONE)
+
+    @field_validator("mappings", "mappings_file")
+    @classmethod
+    def _none_with_a_catalogue(cls, value: T, info: ValidationInfo) -> T:
+        if value and info.data.get("catalogue"):
+            raise ValueError("must not be set together with catalogue: the mappings are there")
         return value
 
     @field_validator("mappings")
@@ -186,8 +224,10 @@ class ShardMapSettings(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if bool(self.mappings) == bool(self.mappings_file):
-            raise ValueError("needs entries, either in mappings or in mappings_file")
+        if not self.catalogue and bool(self.mappings) == bool(self.mappings_file):
+            raise ValueError(
+                "needs entries, either in mappings or in mappings_file; or catalogue = true"
+            )
         return self
 
 

@@ -17,6 +17,7 @@ from proxy.config.validators import (
     check_directory,
     check_host,
     check_mode,
+    join_list,
     or_empty,
 )
 
@@ -39,13 +40,6 @@ def _check_idle_timeout(value: float) -> float:
 _HOSTS_MAX: Final = 32  # each is a socket
 
 
-def _joined(value: object) -> object:
-    """Return a list of hosts as one text, as it is written in a variable or a flag."""
-    if isinstance(value, list | tuple) and all(isinstance(host, str) for host in value):
-        return ",".join(value)
-    return value
-
-
 def _check_hosts(value: str) -> str:
     hosts = [host.strip() for host in value.split(",")]
     if len(hosts) > _HOSTS_MAX:
@@ -59,7 +53,7 @@ _IdleTimeout = Annotated[float, AfterValidator(_check_idle_timeout), NEEDS_RESTA
 class ListenSettings(Section):
     """Where clients connect."""
 
-    host: Annotated[str, BeforeValidator(_joined), or_empty(_check_hosts), NEEDS_RESTART] = Field(
+    host: Annotated[str, BeforeValidator(join_list), or_empty(_check_hosts), NEEDS_RESTART] = Field(
         default="localhost",
         description="Addresses and host names to listen on, as a list or with commas between them. "
         "localhost: both loopback addresses, as far as this machine has them. * or ::: all "

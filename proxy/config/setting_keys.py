@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
+from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin
 
 import annotated_types
@@ -163,6 +164,8 @@ def _words(annotation: object) -> Sequence[str]:
     """Return the words that a type lists, none for a type that is no list of words."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
+    if get_origin(annotation) is UnionType:  # of a type and None, where a key has no default
+        (annotation,) = (one for one in get_args(annotation) if one is not NoneType)
     if isinstance(annotation, type) and issubclass(annotation, StrEnum):
         return list(annotation)
     return ()

@@ -15,6 +15,7 @@ from pydantic import AfterValidator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from proxy.addresses import is_loopback
+from proxy.config.catalogue_section import CatalogueSettings
 from proxy.config.routing_sections import DatabaseAlias, RoutingSettings, ShardMapSettings
 from proxy.config.server_sections import (
     AdminSettings,
@@ -33,6 +34,10 @@ from proxy.config.validators import check_alias, check_name
 
 # The name of [upstream] as a target.
 UPSTREAM: Final = "upstream"
+
+# Clients that wait for a mapping, if the configuration does not say how many: each keeps its
+# connection slot, so they leave most of them to others.
+_PARK_MAX: Final = 100
 
 
 def _check_target_name(value: str) -> str:
@@ -79,6 +84,7 @@ class Settings(BaseSettings):
     databases: dict[AliasName, DatabaseAlias] = {}
     routing: RoutingSettings = RoutingSettings()
     shard_maps: dict[Name, ShardMapSettings] = {}
+    catalogue: CatalogueSettings = CatalogueSettings()
     startup: StartupSettings = StartupSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
     log: LogSettings = LogSettings()
@@ -128,10 +134,29 @@ class Settings(BaseSettings):
 
     def warnings(self) -> list[str]:
         """Return a sentence for each setting that is allowed but risky."""
-        return [*self._remote_listener_warnings(), *self._tls_warnings(), *self._timeout_warnings()]
+        return [
+            *self._remote_listener_warnings(),
+            *self._tls_warnings(),
+            *self._timeout_warnings(),
+            *self._validation_warnings(),
+        ]
+
+    @property
+    def catalogue_map(self) -> str:
+        """The map that sessions are routed by, if it is in the catalogue; else empty."""
+        name = self.routing.shard_map
+        return name if name and self.shard_maps[name].catalogue else ""
+
+    @property
+    def park_max(self) -> int:
+        """The number of clients that may wait at a time for mappings that are offline."""
+        half = self.listen.max_connections // 2
+        return self.catalogue.park_max or min(_PARK_MAX, half)
 
     def _named_targets(self) -> Iterator[str]:
-        """Yield the target of each alias and mapping."""
+        """Yield the target of the catalogue, and of each alias and mapping."""
+        if self.catalogue.target:
+            yield self.catalogue.target
         yield from (alias.target for alias in self.databases.values())
         for shard_map in self.shard_maps.values():
             yield from (entry.target for entry in shard_map.mappings)
@@ -169,6 +194,13 @@ class Settings(BaseSettings):
                     f" credentials.mint_timeout_seconds {mint_seconds:g}: one call to the workspace"
                     " API that hangs can make all new sessions time out"
                 )
+
+    def _validation_warnings(self) -> Iterator[str]:
+        if self.catalogue_map and not self.catalogue.validate:
+            yield (
+                "catalogue.validate is false: for a while after a change of the shard map, sessions"
+                " reach the shard that had the key before"
+            )
 
 
 def target_key(target: str, key: str) -> str:

@@ -28,9 +28,6 @@ _ENTRY_COLUMNS: Final = [field.name for field in fields(MappingEntry)]
 # The end of pydantic's location for an error in a chosen name.
 _NAME_MARK: Final = "[key]"
 
-# For keys of the product that this version does not have.
-_NOT_BUILT: Final = "a catalogue is not supported by this version: give mappings or mappings_file"
-
 
 def problems_of(error: ErrorDetails, layers: Sequence[Layer]) -> Iterator[Problem]:
     """Yield the problems of one pydantic error. An unknown key is one in each of its sources."""
@@ -88,8 +85,6 @@ def _leaves(path: KeyPath, value: object) -> Iterator[KeyPath]:
 
 
 def _unknown_key(path: KeyPath, layer: Layer) -> str:
-    if path[0] == "catalogue" or (path[0] == "shard_maps" and path[2:] == ("catalogue",)):
-        return _NOT_BUILT
     if path[0] == "shard_maps" and len(path) > 3:  # inside an entry
         spelled = difflib.get_close_matches(path[-1], _ENTRY_COLUMNS, n=1)
     else:

@@ -139,6 +139,13 @@ def check_database_pattern(value: str) -> str:
     return value
 
 
+def join_list(value: object) -> object:
+    """Return a list of hosts as one text, as it is written in a variable or a flag."""
+    if isinstance(value, list | tuple) and all(isinstance(host, str) for host in value):
+        return ",".join(value)
+    return value
+
+
 class Marker(Enum):
     """What the metadata of a field says about its key, besides type and bounds."""
 

@@ -96,19 +96,24 @@ class Cluster:
         shard: str = "one",
         *,
         version: int = 16,
+        installation: Path | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        """`shard` is the row in `shard_identity`; `settings` extend and override SETTINGS."""
+        """`shard` is the row in `shard_identity`; `settings` extend and override SETTINGS.
+
+        `installation` is the parent of `bin` of a PostgreSQL that is used in place of the wheel's.
+        """
         self.shard = shard
         self._settings = {**SETTINGS, **(settings or {})}
         self._version = version
+        self._installation = installation
         self._directory: Path | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
 
     @property
     def binaries(self) -> Path:
         """The folder with PostgreSQL's programs, psql among them."""
-        return _installation(self._version) / "bin"
+        return (self._installation or _installation(self._version)) / "bin"
 
     @property
     def directory(self) -> Path:
@@ -209,11 +214,8 @@ class Cluster:
 
     def _initdb(self, binaries: Path, account: pwd.struct_passwd | None) -> None:
         directory = self.directory
-        settings = {**self._settings, "unix_socket_directories": str(directory)}
         command = [str(binaries / "initdb"), "-D", str(directory / "data"), "-U", SUPERUSER]
         command += ["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
-        for name, value in settings.items():
-            command += ["-c", f"{name}={value}"]
         initdb = _spawn(command, directory, account)
         try:
             if initdb.wait(START_SECONDS_MAX):
@@ -225,6 +227,11 @@ class Cluster:
         finally:
             assert initdb.stdin is not None
             initdb.stdin.close()
+        settings = {**self._settings, "unix_socket_directories": str(directory)}
+        with (directory / "data" / "postgresql.conf").open("a") as file:  # before 16 no initdb -c
+            for name, value in settings.items():
+                literal = value.replace("'", "''")
+                file.write(f"{name} = '{literal}'\n")
 
     def _wait_until_ready(self) -> None:
         """Poll the status line of postmaster.pid, as pg_ctl does."""

@@ -12,7 +12,7 @@ Sessions do not depend on it: if its server fails, the address is opened again. 
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from starlette.types import ASGIApp
 
 from proxy.addresses import is_loopback
 from proxy.blocking import BlockingCalls
+from proxy.errors import ProxyError
 from proxy.observe.admin_access import (
     BoundedProtocol,
     HostCheck,
@@ -93,6 +94,12 @@ class AdminState(Protocol):
     def status(self) -> Status:
         """Return what `/status` shows."""
 
+    def look_up(self, key: str) -> Mapping[str, object]:
+        """Return where a shard key leads as far as the proxy knows; nothing is asked for it.
+
+        Raises ProxyError.
+        """
+
     def quit(self) -> None:
         """Ask the proxy to drain and end."""
 
@@ -157,6 +164,7 @@ def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
         route("/liveness", liveness),
         route("/metrics", _report(metrics, state, turn)),
         route("/status", _report(status, state, turn)),
+        route("/lookup", partial(_look_up, state)),
     ]
     if quit_allowed:
         routes.append(route("/quitquitquit", quitquitquit, "POST"))
@@ -180,6 +188,19 @@ def _report(endpoint: Endpoint, state: AdminState, turn: asyncio.Lock) -> Endpoi
             return response
 
     return report
+
+
+async def _look_up(state: AdminState, request: Request) -> Response:
+    """Answer where a shard key leads; a web page could find out which keys exist."""
+    if not is_from_this_machine(request):
+        return PlainTextResponse("only from this machine\n", 403)
+    try:
+        facts = state.look_up(request.query_params.get("key", ""))
+    except ProxyError as error:
+        answer = error.response()
+        words = {"sqlstate": answer.sqlstate, "reason": error.reason, "error": answer.message}
+        return JSONResponse({"ok": False, **words, "hint": answer.text(b"H")})
+    return JSONResponse({"ok": True, **facts})
 
 
 def _guarded(endpoint: Endpoint, failed: Callable[[], None]) -> Endpoint:

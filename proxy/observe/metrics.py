@@ -31,6 +31,7 @@ from prometheus_client import (
 from proxy.observe.aggregation import Sample, SummedCollector, samples_of
 from proxy.observe.recent_errors import RecentErrors
 from proxy.observe.scraped_metrics import PREFIX, ScrapedMetrics
+from proxy.observe.shard_map_metrics import ShardMapMetrics
 from proxy.observe.status import StatusSource
 from proxy.observe.target_stats import OTHER, Carried, TargetStats
 
@@ -107,12 +108,13 @@ class Metrics:
         lookup_results: Collection[str] = (),
         route_results: Collection[str] = (),
         target_names: Iterable[str] = (),
+        shard_map_words: Mapping[str, Iterable[str]] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`session_end_outcomes` gives each reason for the end of a session its outcome.
 
-        `session_end_errors` are those of them that are recorded as errors. `clock` is the wall
-        clock, in seconds.
+        `session_end_errors` are those of them that are recorded as errors. `shard_map_words` are
+        those of `ShardMapMetrics`. `clock` is the wall clock, in seconds.
         """
         self.targets = TargetStats(target_names)
         self.recent_errors = RecentErrors(clock)
@@ -125,6 +127,7 @@ class Metrics:
         self._declare_sessions(session_end_outcomes, startup_failure_reasons, cancel_results)
         self._declare_upstream(connect_phases)
         self._declare_routing(lookup_results, route_results)
+        self.shard_maps = ShardMapMetrics(self._registry, PREFIX, shard_map_words or {})
         self._declare_program(version)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -178,6 +181,8 @@ class Metrics:
         self, lookup_results: Collection[str], route_results: Collection[str]
     ) -> None:
         self._names: tuple[str, ...] = ()
+        self._target_names: tuple[str, ...] = ()
+        self._shard_names: tuple[str, ...] = ()
         self._lookup_results, self._route_results = lookup_results, route_results
         self._routes = self._counter(
             "route",
@@ -225,21 +230,42 @@ class Metrics:
         self._build.clear()
         self._build.labels(self._version, acceleration).set(1)
 
-    def configure(self, targets: Iterable[str], shard_map: str = "", mappings: int = 0) -> None:
+    def configure(
+        self,
+        targets: Iterable[str],
+        shard_map: str = "",
+        mappings: int = 0,
+        *,
+        in_catalogue: bool = False,
+    ) -> None:
         """Count by these targets and this shard map from now on.
 
         If the names change, the routing counters start again, so that old names do not accumulate.
+        The shards of a map in the catalogue are set by `configure_shards`.
         """
         names = (shard_map, *targets)
-        self.targets.configure(names[1:])
+        self._target_names = names[1:]
+        self.targets.configure((*names[1:], *self._shard_names))
         if names != self._names:
             self._names = names
             for family in (self._routes, self._lookups, self._mappings):
                 family.clear()
+            self.shard_maps.configure(shard_map if in_catalogue else "")
         if shard_map:
-            self._mappings.labels(shard_map).set(mappings)
+            if not in_catalogue:
+                self._mappings.labels(shard_map).set(mappings)
             for result in self._lookup_results:
                 self._lookups.labels(shard_map, result)
+
+    def configure_shards(self, shard_map: str, mappings: int, names: Iterable[str] | None) -> None:
+        """Count by these shards of a map in the catalogue; None: by the same as before.
+
+        No counter begins anew: shards come and go.
+        """
+        self._mappings.labels(shard_map).set(mappings)
+        if names is not None:
+            self._shard_names = tuple(names)
+            self.targets.configure((*self._target_names, *self._shard_names))
 
     def set_source(self, source: StatusSource) -> None:
         """Read tokens, drain and bounds from this source at each scrape."""
@@ -289,8 +315,11 @@ class Metrics:
         self._lookups.labels(shard_map, _known(result, self._lookup_results)).inc()
 
     def client_routed(self, shard_map: str, result: str, shard: str = "") -> None:
-        """Count a client by what the shard map did with it, and by its shard if it has one."""
-        label = self.targets.label(shard) if shard else ""
+        """Count a client by what the shard map did with it, and by its shard if it has one.
+
+        A shard of a map in the catalogue is a target called MAP/SHARD.
+        """
+        label = self.targets.label(shard).removeprefix(f"{shard_map}/") if shard else ""
         self._routes.labels(shard_map, label, _known(result, self._route_results)).inc()
 
     def connect_phase_took(self, phase: str, seconds: float, target: str = OTHER) -> None:

@@ -35,6 +35,7 @@ class ScrapedMetrics(Collector):
         if self.source is not None:
             yield from _token_metrics(self.source)
             yield from _proxy_metrics(self.source)
+            yield from _catalogue_metrics(self.source)
 
 
 def _target_metrics(rows: list[TargetRow]) -> Iterable[Metric]:
@@ -99,3 +100,42 @@ def _proxy_metrics(source: StatusSource) -> Iterable[Metric]:
         "The bound of session slots used: listen.max_connections, or what open files allow.",
         value=source.sessions_max,
     )
+
+
+def _catalogue_metrics(source: StatusSource) -> Iterable[Metric]:
+    """Return the state of a shard map that is in the catalogue; no samples for any other."""
+    version = GaugeMetricFamily(
+        f"{PREFIX}_shard_map_version", "Version of the shard map that is used.", labels=["map"]
+    )
+    unvalidated = GaugeMetricFamily(
+        f"{PREFIX}_shard_map_unvalidated",
+        "1 where shards do not admit each session: catalogue.validate is false.",
+        labels=["map"],
+    )
+    connected = GaugeMetricFamily(
+        f"{PREFIX}_feed_connected",
+        "0 if the proxy does not hear of changes of the map.",
+    )
+    age = GaugeMetricFamily(
+        f"{PREFIX}_catalogue_age_seconds", "Time since the map was last known to be current."
+    )
+    backoff = GaugeMetricFamily(
+        f"{PREFIX}_refresh_backoff_seconds",
+        "Longest back-off in which failed dials to shards ask the catalogue nothing.",
+    )
+    operations = GaugeMetricFamily(
+        f"{PREFIX}_shard_map_operations",
+        "Operations of `shards` verbs that hold mappings or shards now.",
+        labels=["map"],
+    )
+    shard_map = source.shard_map()
+    if shard_map is not None and shard_map.validate is not None:
+        version.add_metric([shard_map.name], shard_map.version or 0)
+        unvalidated.add_metric([shard_map.name], not shard_map.validate)
+        connected.add_metric([], shard_map.feed != "down")
+        if shard_map.age_seconds is not None:
+            age.add_metric([], shard_map.age_seconds)
+        facts = source.catalogue_facts()
+        backoff.add_metric([], facts.dial_backoff_seconds)
+        operations.add_metric([shard_map.name], facts.operations)
+    return version, unvalidated, connected, age, backoff, operations

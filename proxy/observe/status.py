@@ -47,6 +47,35 @@ class WorkspaceApi:
         return asdict(self) | {"failing_since": since}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardMapStatus:
+    """The shard map that sessions are routed by. What has a default is None for a static map."""
+
+    name: str
+    source: str  # static, catalogue, snapshot
+    kind: str
+    key_type: str
+    version: int | None = None
+    mappings: int
+    shards: int
+    state: str  # loading, ready, stale
+    feed: str | None = None  # listening, polling, off, down
+    age_seconds: float | None = None
+    validate: bool | None = None
+    parked: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueFacts:
+    """Of a map in a catalogue: operations under way, and the longest back-off of failed dials.
+
+    In a back-off, failed dials to a shard ask the catalogue nothing.
+    """
+
+    operations: int = 0
+    dial_backoff_seconds: float = 0.0
+
+
 class LifecycleStatus(Protocol):
     """Whether the proxy starts, serves or drains."""
 
@@ -110,6 +139,12 @@ class StatusSource(Protocol):
     def warnings(self) -> Sequence[str]:
         """Return a sentence for each risk in the configuration."""
 
+    def shard_map(self) -> ShardMapStatus | None:
+        """Return the state of the shard map, None without one."""
+
+    def catalogue_facts(self) -> CatalogueFacts:
+        """Return what else metrics show of a map in a catalogue."""
+
 
 @dataclass(frozen=True, slots=True)
 class Drain:
@@ -139,6 +174,7 @@ class Status:
     errors: Sequence[RecentError]
     drain: Drain
     warnings: Sequence[str]
+    shard_map: ShardMapStatus | None = None
 
     def as_dict(self) -> Mapping[str, object]:
         """Return it as values that JSON has, with times in UTC."""
@@ -172,6 +208,7 @@ def report(
         errors=errors,
         drain=Drain(lifecycle.draining, lifecycle.drain_seconds_left, sessions),
         warnings=source.warnings(),
+        shard_map=source.shard_map(),
     )
 
 

@@ -9,9 +9,9 @@ Invariant: mappings of a map never overlap, none is empty, and the target of eac
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
-from proxy.errors import ProxyError
+from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.keys import HASH_BYTES, KEY_BYTES, KeyType, Normalise, key_parser
 from proxy.routing.map_rows import Problems, Row, rows_from_csv, rows_from_tables
 from proxy.routing.shard_map import (
@@ -25,12 +25,14 @@ from proxy.routing.shard_map import (
 
 _Parse: TypeAlias = Callable[[str], bytes]
 _Bounds: TypeAlias = tuple[bytes, bytes | None]
+_Bound = TypeVar("_Bound", bytes, bytes | None)
 
 # With a million rows, a part has about 4,000.
 _PARTS: Final = 256
 _SAMPLES: Final = 16 * _PARTS
 
 _HASH_VALUES: Final = 1 << 8 * HASH_BYTES
+_HASH_RULE: Final = f"a hash is a number from 0 to {_HASH_VALUES}"
 # Of a target that does not exist: enough to find it, since a line of a file may contain anything.
 _SHOWN_CHARACTERS_MAX: Final = 40
 _OPEN_LOW: Final = frozenset(("", LOWEST_BOUND))
@@ -53,6 +55,24 @@ def map_from_csv(lines: Iterable[str], spec: MapSpec, targets: Collection[str]) 
     return _Builder(spec, targets, "line", problems).build(rows)
 
 
+class LineMapping(NamedTuple):
+    """A mapping of a file, with the number of its line; the bounds are those of a catalogue."""
+
+    line: int
+    lo: bytes
+    hi: bytes | None
+    shard: str
+
+
+def mappings_from_csv(
+    lines: Iterable[str], spec: MapSpec, shards: Collection[str]
+) -> list[LineMapping]:
+    """Return the mappings of a file's lines in order, for a catalogue. Raises MapError."""
+    problems = Problems()
+    rows = rows_from_csv(lines, spec.kind, problems, owner="shard")
+    return _Builder(spec, shards, "line", problems, owner="shard").mappings(rows)
+
+
 class _InvalidRow(Exception):
     """A row that is not a valid mapping; the text says why."""
 
@@ -61,17 +81,24 @@ class _Builder:
     """Collects the bounds, the target and the number of each row."""
 
     def __init__(
-        self, spec: MapSpec, targets: Collection[str], word: str, problems: Problems
+        self,
+        spec: MapSpec,
+        targets: Collection[str],
+        word: str,
+        problems: Problems,
+        *,
+        owner: str = "target",
     ) -> None:
-        """`word` is what a problem calls a row, before the row's number."""
+        """`word` is what a problem calls a row, before the row's number; `owner`, who has it."""
         self._spec = spec
         self._is_list = spec.kind is Kind.LIST
         self._read_bounds = _READERS[spec.kind]
         self._parse = key_parser(spec.key_type, spec.normalise)
-        self._lowest = _lowest_value(spec)
+        self._lowest = lowest_key(spec)
         self._names = sorted(targets)
         self._owner_of = {name: owner for owner, name in enumerate(self._names)}
         self._word = word
+        self._owner = owner
         self._problems = problems
         self._los: list[bytes] = []
         self._his: list[bytes | None] = []
@@ -80,6 +107,23 @@ class _Builder:
 
     def build(self, rows: Iterable[Row]) -> ShardMap:
         """Return the map of these rows. Raises MapError."""
+        return self._assemble(self._read(rows))
+
+    def mappings(self, rows: Iterable[Row]) -> list[LineMapping]:
+        """Return the mappings of these rows. Raises MapError."""
+        los, his = self._los, self._his
+        return [
+            LineMapping(
+                self._row_numbers[at],
+                los[at],
+                los[at] + b"\0" if self._is_list else his[at],
+                self._names[self._owners[at]],
+            )
+            for at in self._read(rows)
+        ]
+
+    def _read(self, rows: Iterable[Row]) -> Sequence[int]:
+        """Return the positions of these rows, sorted by lower bound. Raises MapError."""
         spec = self._spec
         if spec.normalise is not Normalise.NONE and spec.key_type is not KeyType.TEXT:
             self._problems.add(f"normalise is for keys of type text, not {spec.key_type}")
@@ -91,7 +135,7 @@ class _Builder:
         order = self._sorted_positions()
         self._check_overlaps(order)
         self._problems.check()
-        return self._assemble(order)
+        return order
 
     def _add(self, row: Row) -> None:
         """Add a row. Raises _InvalidRow."""
@@ -100,7 +144,7 @@ class _Builder:
             raise _InvalidRow("low is not below high, so it contains no key")
         owner = self._owner_of.get(row.target)
         if owner is None:
-            raise _InvalidRow(f"there is no target {row.target[:_SHOWN_CHARACTERS_MAX]!r}")
+            raise _InvalidRow(f"there is no {self._owner} {row.target[:_SHOWN_CHARACTERS_MAX]!r}")
         self._los.append(lo)
         self._his.append(hi)
         self._owners.append(owner)
@@ -174,8 +218,8 @@ def _partitions(los: Sequence[bytes]) -> Iterator[Sequence[int]]:
     yield from parts
 
 
-def _lowest_value(spec: MapSpec) -> bytes:
-    """Return the lowest key or hash: an upper bound must be above it to include anything."""
+def lowest_key(spec: MapSpec) -> bytes:
+    """Return the lowest key or hash: an upper bound must be above it to include any."""
     size_bytes = HASH_BYTES if spec.kind is Kind.HASH else KEY_BYTES[spec.key_type]
     return b"\0" * (size_bytes or 1)
 
@@ -194,34 +238,34 @@ def _read_range(row: Row, parse: _Parse) -> _Bounds:
 
 
 def _read_hash(row: Row, _parse: _Parse) -> _Bounds:
-    low = None if row.low in _OPEN_LOW else _read_hash_bound("low", row.low)
-    high = _HASH_VALUES if row.high in _OPEN_HIGH else _read_hash_bound("high", row.high)
-    if low == _HASH_VALUES:
+    low = b"" if row.low in _OPEN_LOW else _read_key("low", row.low, parse_hash_bound)
+    high = None if row.high in _OPEN_HIGH else _read_key("high", row.high, parse_hash_bound)
+    if low is None:
         raise _InvalidRow("low is above every hash")
-    return (
-        b"" if low is None else low.to_bytes(HASH_BYTES),
-        None if high == _HASH_VALUES else high.to_bytes(HASH_BYTES),
-    )
+    return low, high
 
 
-def _read_key(name: str, text: str, parse: _Parse) -> bytes:
+def _read_key(name: str, text: str, parse: Callable[[str], _Bound]) -> _Bound:
     try:
         return parse(text)
     except ProxyError as error:
         raise _InvalidRow(f"{name}: {error.detail}") from None
 
 
-def _read_hash_bound(name: str, text: str) -> int:
-    """Return a hash value, or the number after the last one; decimal, or hex with the prefix 0x."""
+def parse_hash_bound(text: str) -> bytes | None:
+    """Return the bytes of a hash value, None for the number after the last one.
+
+    It is decimal, or hex with the prefix 0x. Raises ProxyError: KEY_SYNTAX, KEY_RANGE.
+    """
     is_hex = text.startswith("0x")
     digits = text.removeprefix("0x")
     known = frozenset("0123456789abcdefABCDEF" if is_hex else "0123456789")
     if not 0 < len(digits) <= 10 or not known.issuperset(digits):
-        raise _InvalidRow(f"{name}: a hash is a number from 0 to {_HASH_VALUES}")
+        raise ProxyError(ErrorKind.KEY_SYNTAX, _HASH_RULE)
     value = int(digits, 16 if is_hex else 10)
     if value > _HASH_VALUES:
-        raise _InvalidRow(f"{name}: a hash is a number from 0 to {_HASH_VALUES}")
-    return value
+        raise ProxyError(ErrorKind.KEY_RANGE, _HASH_RULE)
+    return None if value == _HASH_VALUES else value.to_bytes(HASH_BYTES)
 
 
 _READERS: Final[dict[Kind, Callable[[Row, _Parse], _Bounds]]] = {

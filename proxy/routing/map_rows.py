@@ -37,11 +37,15 @@ class Problems:
         if self._count <= PROBLEMS_SHOWN_MAX:
             self._shown.append(problem)
 
+    def shown(self) -> tuple[str, ...]:
+        """Return the first problems, and how many more there are."""
+        unshown = self._count - len(self._shown)
+        return (*self._shown, *([f"and {unshown} more"] if unshown else []))
+
     def check(self) -> None:
         """Raise MapError if there are any problems."""
-        unshown = self._count - len(self._shown)
         if self._count:
-            raise MapError((*self._shown, *([f"and {unshown} more"] if unshown else [])))
+            raise MapError(self.shown())
 
 
 class Row(NamedTuple):
@@ -79,18 +83,23 @@ def rows_from_tables(
             yield Row(number, str(low), str(high), str(table["target"]))
 
 
-def rows_from_csv(lines: Iterable[str], kind: Kind, problems: Problems) -> Iterator[Row]:
+def rows_from_csv(
+    lines: Iterable[str], kind: Kind, problems: Problems, *, owner: str = "target"
+) -> Iterator[Row]:
     """Yield the rows of a CSV file with a header line that names its columns, in any order.
 
-    Row numbers are line numbers. Empty lines are skipped.
+    Row numbers are line numbers. Empty lines are skipped. `owner` may be written for the column
+    `target`.
     """
     reader = csv.reader(lines, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
+        header = ["target" if name == owner else name for name in header]
         known = columns(kind)
         wrong = set(header) - set(known) or set(known) - {"low", "high"} - set(header)
         if wrong or len(set(header)) != len(header):
-            problems.add(f"line 1: the columns are not {','.join(known)}")
+            names = ",".join(known).replace("target", owner)
+            problems.add(f"line 1: the columns are not {names}")
             return
         # An empty field is appended to each row; the columns that are missing refer to it.
         low, high, target = (

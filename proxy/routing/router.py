@@ -34,7 +34,7 @@ from proxy.routing.key_sources import (
     with_forwarded_key,
 )
 from proxy.routing.keys import fingerprint, hash_key
-from proxy.routing.shard_map import Kind, ShardMap
+from proxy.routing.shard_map import Kind, MapKeys, ShardMap
 from proxy.wire.startup import StartupMessage
 
 DEFAULT_PARAMETER: Final = "shard_key"
@@ -47,6 +47,7 @@ class LookupResult(StrEnum):
 
     HIT = "hit"
     MISS = "miss"
+    NEGATIVE = "negative"  # it is known, for a moment, that the catalogue has none
 
 
 @unique
@@ -133,24 +134,64 @@ class Router:
     def route(self, message: StartupMessage) -> Route:
         """Return the route of this client.
 
-        Raises ProxyError: KEY_MISSING, KEY_CONFLICT, KEY_SYNTAX, KEY_RANGE, KEY_INVALID,
-        KEY_TOO_LONG, MAPPING_NOT_FOUND, NO_TARGET.
+        Raises ProxyError: MAPPING_NOT_FOUND, and what `take_key` and `route_by_database` raise.
         """
         shard_map = self._map
         if shard_map is None:
-            return self._route_by_database(message)
+            return self.route_by_database(message)
+        key, message = self.take_key(message, shard_map)
+        if not key:
+            return self.route_by_database(message)
+        target = shard_map.target(key)
+        if target is None:
+            raise self.not_found(key)
+        return self.route_by_key(message, key, shard_map, target)
+
+    def take_key(self, message: StartupMessage, keys: MapKeys) -> tuple[bytes, StartupMessage]:
+        """Return a client's key in canonical bytes, and its message without it.
+
+        The key is empty if the client gives none and `require_key` is false.
+        Raises ProxyError: KEY_MISSING, KEY_CONFLICT, KEY_SYNTAX, KEY_RANGE, KEY_INVALID,
+        KEY_TOO_LONG.
+        """
         found, message = take_parameters(message, self._parameters)
         in_name = self._split_database(message)
         if in_name is not None:
             database, occurrence = in_name
             found.append(occurrence)
             message = with_database(message, database)
-        key = _agreed_key(found, shard_map)
-        if key:
-            return self._route_by_key(message, key, shard_map)
-        if self._require_key:
+        key = _agreed_key(found, keys)
+        if not key and self._require_key:
             raise ProxyError(ErrorKind.KEY_MISSING)
-        return self._route_by_database(message)
+        return key, message
+
+    def route_by_key(
+        self, message: StartupMessage, key: bytes, keys: MapKeys, target: str
+    ) -> Route:
+        """Return the route to the target that has this key. The message is that of `take_key`."""
+        message = with_database(message, None)
+        if self._forward_key:
+            message = with_forwarded_key(message, keys.show_key(key).encode())
+        return Route(target, message, self._map_name, fingerprint(key))
+
+    def route_by_database(self, message: StartupMessage) -> Route:
+        """Return the route of a client without a key. Raises ProxyError: NO_TARGET."""
+        alias = self._aliases.get(message.get(b"database") or b"")
+        if alias is not None:
+            database = None if alias.database is None else alias.database.encode()
+            return Route(alias.target, with_database(message, database))
+        if self._default_target is None:
+            raise ProxyError(ErrorKind.NO_TARGET)
+        own = with_database(message, None)
+        if not message.get(b"database"):
+            return Route(self._default_target, own)
+        fallback = own if _is_named_as_user(message) else None
+        return Route(self._default_target, message, fallback=fallback)
+
+    def not_found(self, key: bytes) -> ProxyError:
+        """Return the error for a key that no mapping covers."""
+        detail = f"shard map {self._map_name}, key with fingerprint {fingerprint(key)}"
+        return ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
 
     def resolve(self, text: str) -> Resolution:
         """Look up a key in the shard map, without a session.
@@ -165,32 +206,10 @@ class Router:
             raise ProxyError(ErrorKind.KEY_MISSING)
         mapping = shard_map.find(key)
         if mapping is None:
-            raise self._not_found(key)
+            raise self.not_found(key)
         low, high = shard_map.spec.show_bounds(mapping)
         hashed = hash_key(key).hex() if shard_map.spec.kind is Kind.HASH else ""
         return Resolution(key.hex(), hashed, low, high, mapping.target)
-
-    def _route_by_key(self, message: StartupMessage, key: bytes, shard_map: ShardMap) -> Route:
-        target = shard_map.target(key)
-        if target is None:
-            raise self._not_found(key)
-        message = with_database(message, None)
-        if self._forward_key:
-            message = with_forwarded_key(message, shard_map.show_key(key).encode())
-        return Route(target, message, self._map_name, fingerprint(key))
-
-    def _route_by_database(self, message: StartupMessage) -> Route:
-        alias = self._aliases.get(message.get(b"database") or b"")
-        if alias is not None:
-            database = None if alias.database is None else alias.database.encode()
-            return Route(alias.target, with_database(message, database))
-        if self._default_target is None:
-            raise ProxyError(ErrorKind.NO_TARGET)
-        own = with_database(message, None)
-        if not message.get(b"database"):
-            return Route(self._default_target, own)
-        fallback = own if _is_named_as_user(message) else None
-        return Route(self._default_target, message, fallback=fallback)
 
     def _split_database(self, message: StartupMessage) -> tuple[bytes, Occurrence] | None:
         requested = message.get(b"database")
@@ -200,31 +219,27 @@ class Router:
             return None
         return self._pattern.split(requested)
 
-    def _not_found(self, key: bytes) -> ProxyError:
-        detail = f"shard map {self._map_name}, key with fingerprint {fingerprint(key)}"
-        return ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
-
 
 def _is_named_as_user(message: StartupMessage) -> bool:
     """Return whether the client requests the database that drivers send for "none" (W16)."""
     return message.get(b"database") == message.get(b"user")
 
 
-def _agreed_key(found: Sequence[Occurrence], shard_map: ShardMap) -> bytes:
+def _agreed_key(found: Sequence[Occurrence], keys: MapKeys) -> bytes:
     """Return the key that all occurrences give; empty if there is none or it is empty."""
-    keys: dict[bytes, str] = {}
+    given: dict[bytes, str] = {}
     for occurrence in found:
-        key = _parse(occurrence, shard_map) if occurrence.text else b""
-        keys.setdefault(key, occurrence.source)
-    if len(keys) > 1:
-        sources = " and ".join(dict.fromkeys(keys.values()))
-        raise ProxyError(ErrorKind.KEY_CONFLICT, f"{len(keys)} keys in {sources}")
-    return next(iter(keys), b"")
+        key = _parse(occurrence, keys) if occurrence.text else b""
+        given.setdefault(key, occurrence.source)
+    if len(given) > 1:
+        sources = " and ".join(dict.fromkeys(given.values()))
+        raise ProxyError(ErrorKind.KEY_CONFLICT, f"{len(given)} keys in {sources}")
+    return next(iter(given), b"")
 
 
-def _parse(occurrence: Occurrence, shard_map: ShardMap) -> bytes:
+def _parse(occurrence: Occurrence, keys: MapKeys) -> bytes:
     try:
         text = occurrence.text.decode()
     except UnicodeDecodeError:
         raise ProxyError(ErrorKind.KEY_INVALID, "a shard key is valid UTF-8") from None
-    return shard_map.parse_key(text)
+    return keys.parse_key(text)

@@ -72,7 +72,28 @@ class ShardMapping(NamedTuple):
     target: str
 
 
-class ShardMap:
+class MapKeys:
+    """The keys of a map: how they are written, and which bytes its mappings are compared with."""
+
+    def __init__(self, spec: MapSpec) -> None:
+        self.spec = spec
+        self._parse = key_parser(spec.key_type, spec.normalise)
+        self._is_hash = spec.kind is Kind.HASH
+
+    def parse_key(self, text: str) -> bytes:
+        """Return a key's canonical bytes. Raises ProxyError, as `keys.parse_key` does."""
+        return self._parse(text)
+
+    def show_key(self, key: bytes) -> str:
+        """Return the canonical text of a key."""
+        return show_key(key, self.spec.key_type)
+
+    def routing_key(self, key: bytes) -> bytes:
+        """Return what is compared with the bounds: the canonical bytes; of a hash map, the hash."""
+        return hash_key(key) if self._is_hash else key
+
+
+class ShardMap(MapKeys):
     """Finds a key's mapping in one bisection; uses about 20 bytes a bound besides the bound."""
 
     def __init__(
@@ -87,10 +108,8 @@ class ShardMap:
         An owner is a position in `targets`, or UNASSIGNED. `map_builder` creates both.
         """
         assert len(bounds) == len(owners), "every bound has its owner"
-        self.spec = spec
-        self._parse = key_parser(spec.key_type, spec.normalise)
+        super().__init__(spec)
         self._is_list = spec.kind is Kind.LIST
-        self._is_hash = spec.kind is Kind.HASH
         # The garbage collector soon untracks a tuple of bytes. A list of a million it would
         # traverse again and again, and stop everything meanwhile.
         self._bounds = tuple(bounds)
@@ -111,14 +130,6 @@ class ShardMap:
         """Return the names of the targets that have keys."""
         return frozenset(self._targets[owner] for owner in set(self._owners) - {UNASSIGNED})
 
-    def parse_key(self, text: str) -> bytes:
-        """Return a key's canonical bytes. Raises ProxyError, as `keys.parse_key` does."""
-        return self._parse(text)
-
-    def show_key(self, key: bytes) -> str:
-        """Return the canonical text of a key."""
-        return show_key(key, self.spec.key_type)
-
     def target(self, key: bytes) -> str | None:
         """Return the target of these canonical bytes, if any. Called once for each session."""
         sought = hash_key(key) if self._is_hash else key
@@ -133,7 +144,7 @@ class ShardMap:
         target = self.target(key)
         if target is None:
             return None
-        at = self._index.find_le(hash_key(key) if self._is_hash else key)
+        at = self._index.find_le(self.routing_key(key))
         lo = self._bounds[at]
         if self._is_list:
             return ShardMapping(lo, lo + b"\0", target)

@@ -6,12 +6,15 @@ is the whole program for `run`, `demo` and tests; `running` is what every proces
 
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from proxy import __version__
+from proxy.catalogue.admission import Verdict
+from proxy.catalogue.catalogue_reader import QUERY_PURPOSES
+from proxy.catalogue.parking import ParkResult
 from proxy.config import (
     Changes,
     ConfigurationError,
@@ -28,11 +31,14 @@ from proxy.observe.aggregation import Reading, total
 from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.metrics import Metrics
-from proxy.observe.status import Status, Token, WorkspaceApi, report
+from proxy.observe.shard_map_metrics import PARKED
+from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
 from proxy.observe.target_stats import OTHER
 from proxy.routing.router import LookupResult, Route, Router, RouteResult
+from proxy.server.catalogue_maps import CatalogueMaps
 from proxy.server.file_limit import forwards_max, full_error, slots_max
 from proxy.server.lifecycle import Lifecycle, State
+from proxy.server.map_service import MapService
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, CancelResult, Elsewhere
 from proxy.session.drain import AcceptPeriod
@@ -45,9 +51,11 @@ from proxy.session.session_log import StartupFailure
 from proxy.session.slots import Slots, SlotSource
 from proxy.transport.self_signed import self_signed_context
 from proxy.transport.tls import server_context
+from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
+from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase, RecordTargetPhase
-from proxy.upstream.upstreams import Upstream
+from proxy.upstream.upstreams import SessionOpener
 from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import ClientReason
 from proxy.workspace.registry import LocalWorkspaceRegistry, WorkspaceRegistry
@@ -96,7 +104,7 @@ class App:
     """A running proxy: its parts, and the addresses that it listens on.
 
     A proxy of several processes has an App in each. The supervisor's has `workers`; a worker is
-    given `workspaces`, `slots` and `cancel_elsewhere` that lead to the supervisor.
+    given `workspaces`, `slots`, `cancel_elsewhere` and `map_elsewhere` that lead to the supervisor.
     """
 
     listen_addresses: Sequence[Address] = ()
@@ -114,6 +122,7 @@ class App:
         workspaces: WorkspaceRegistry | None = None,
         slots: SlotSource | None = None,
         cancel_elsewhere: Elsewhere | None = None,
+        map_elsewhere: Callable[[Settings, Metrics], MapService] | None = None,
     ) -> None:
         """`starting_max` connections may be starting at a time.
 
@@ -121,21 +130,25 @@ class App:
         """
         self.lifecycle = Lifecycle()
         self._token_awaited = settings.startup.require == "token"
+        self._map_awaited = True
         self.metrics = build_metrics(settings.target_names())
         self.cancel_keys = CancelKeys()
         self.workspaces = workspaces or LocalWorkspaceRegistry(self.metrics, version=__version__)
-        self.snapshot = ConfigSnapshot(settings, self.workspaces, self._record_phase)
-        self._configure_metrics(self.snapshot)
         self._tls = _listener_tls(settings.listen)
         self.slots = slots or Slots(slots_max(settings.listen), full_error(settings.listen))
-        connector = Connector(self.snapshot.upstreams.name_lookup.resolve)
         self.cancels = CancelForwarder(
             self.cancel_keys,
-            connector,
+            Connector(self._resolve),
             self.metrics,
             cancel_elsewhere,
             forwards_max=forwards_max(settings.listen),
         )
+        self.catalogue = CatalogueMaps(self.metrics, self.cancel_keys, self.cancels, map_elsewhere)
+        self.snapshot = ConfigSnapshot(
+            settings, self.workspaces, self._record_phase, find_map=self.catalogue.find
+        )
+        self.catalogue.use(self.snapshot)
+        self._configure_metrics(self.snapshot)
         self._sessions_max = slots_max(settings.listen)
         self.listener = self._make_listener(settings, starting_max)
         self.connection_source: ConnectionSource = self.listener
@@ -150,19 +163,45 @@ class App:
         """Apply the settings that can change while sessions run. Return what changed.
 
         `router` is that of the settings, if it was made already (`ConfigSnapshot`).
-        Raises ConfigurationError; then nothing has changed.
+        Raises ConfigurationError; then nothing has changed. A map of a catalogue that is not in
+        force yet is not waited for, as `reload_when_loaded` does.
         """
-        changes = compare(self.settings, settings)
         kept = with_running_values(settings, self.settings)
+        return self._exchange(settings, self._snapshot_of(kept, router))
+
+    async def reload_when_loaded(self, settings: Settings, router: Router) -> Changes:
+        """Do `reload` when the map of these settings is loaded. Raises ConfigurationError."""
+        kept = with_running_values(settings, self.settings)
+        snapshot = self._snapshot_of(kept, router)
+        try:
+            await self.catalogue.load(snapshot.map_service)
+        except BaseException:
+            snapshot.close()
+            raise
+        return self._exchange(settings, snapshot)
+
+    def _snapshot_of(self, settings: Settings, router: Router | None) -> ConfigSnapshot:
+        return ConfigSnapshot(
+            settings,
+            self.workspaces,
+            self._record_phase,
+            self.snapshot,
+            router,
+            find_map=self.catalogue.find,
+        )
+
+    def _exchange(self, settings: Settings, snapshot: ConfigSnapshot) -> Changes:
+        changes = compare(self.settings, settings)
+        kept = snapshot.settings
         tls = _listener_tls(kept.listen)
-        snapshot = ConfigSnapshot(kept, self.workspaces, self._record_phase, self.snapshot, router)
         self._configure_metrics(snapshot)
         if kept.log != self.settings.log:
             configure_logging(**kept.log.model_dump())
         before = self.snapshot
         changes = changes.with_contents(before.rewritten(snapshot))
         self.snapshot, self._tls = snapshot, tls
-        before.upstreams.close()
+        self.catalogue.use(snapshot)
+        before.close()
         return changes
 
     async def drain(self, drain_seconds: float, *, accept_seconds: float = 0) -> int:
@@ -185,6 +224,7 @@ class App:
             startup_timeout_seconds=settings.listen.startup_timeout_seconds,
             tls=lambda: self._tls,
             slot=self.slots.take,
+            mapped_sessions=self.catalogue.mapped_sessions,
             idle_timeout_seconds=settings.listen.idle_timeout_seconds,
             lanes=lambda: self.lanes,
         )
@@ -208,12 +248,13 @@ class App:
         """
         if self._token_awaited and not self.snapshot.accounts_without_token():
             self._token_awaited = False
-        return self.lifecycle.started and not self._token_awaited
+        self._map_awaited = self._map_awaited and not self.catalogue.loaded
+        return self.lifecycle.started and not (self._token_awaited or self._map_awaited)
 
     @property
     def ready(self) -> bool:
         """Whether it serves and does not drain."""
-        serving = self.lifecycle.state is State.SERVING
+        serving = self.lifecycle.state is State.SERVING and self.catalogue.loaded
         return serving and (self.workers is None or self.workers.ready)
 
     @property
@@ -262,6 +303,22 @@ class App:
         """Return a sentence for each risk in the configuration."""
         return self.settings.warnings()
 
+    def shard_map(self) -> ShardMapStatus | None:
+        """Return the state of the shard map, None without one."""
+        shown = self.catalogue.status() or self.snapshot.static_map_status()
+        if shown is None or shown.parked is None:
+            return shown
+        parked = sum(one.value for one in self._workers_reading().samples if one.name == PARKED)
+        return replace(shown, parked=shown.parked + int(parked))
+
+    def catalogue_facts(self) -> CatalogueFacts:
+        """Return what else metrics show of a map in a catalogue."""
+        return self.catalogue.facts()
+
+    def look_up(self, key: str) -> Mapping[str, object]:
+        """Return where a key leads by what is known of the catalogue's map. Raises ProxyError."""
+        return self.catalogue.look_up(key)
+
     def quit(self) -> None:
         """Ask the process to drain and end."""
         self.lifecycle.quit_asked.set()
@@ -294,27 +351,37 @@ class App:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    async def _route(self, startup: StartupMessage) -> tuple[Route, Upstream]:
+    async def _route(self, startup: StartupMessage) -> tuple[Route, SessionOpener]:
         snapshot = self.snapshot  # the present one: a reload replaces it
         shard_map = snapshot.settings.routing.shard_map
         try:
             route, upstream = await snapshot.route(startup)
         except ProxyError as error:
-            if error.kind is ErrorKind.MAPPING_NOT_FOUND:
+            # Look-ups in a catalogue's map are counted as they are made.
+            if error.kind is ErrorKind.MAPPING_NOT_FOUND and snapshot.map_service is None:
                 self.metrics.key_looked_up(shard_map, LookupResult.MISS)
             if shard_map:
                 self.metrics.client_routed(shard_map, RouteResult.REFUSED)
             raise
         if route.shard_map:
-            self.metrics.key_looked_up(shard_map, LookupResult.HIT)
             self.metrics.client_routed(shard_map, RouteResult.ROUTED, route.target)
+            if snapshot.map_service is None:
+                self.metrics.key_looked_up(shard_map, LookupResult.HIT)
         return route, upstream
+
+    def _resolve(self, target: Target) -> Awaitable[Addresses]:
+        return self.snapshot.upstreams.name_lookup.resolve(target)
 
     def _configure_metrics(self, snapshot: ConfigSnapshot) -> None:
         shard_map = snapshot.router.shard_map
         mappings = 0 if shard_map is None else len(shard_map)
         names = snapshot.settings.target_names()
-        self.metrics.configure(names, snapshot.settings.routing.shard_map, mappings)
+        self.metrics.configure(
+            names,
+            snapshot.settings.routing.shard_map,
+            mappings,
+            in_catalogue=bool(snapshot.settings.catalogue_map),
+        )
         self.metrics.set_acceleration(snapshot.acceleration)
 
     def _record_phase(self, target: str, phase: ConnectPhase, seconds: float) -> None:
@@ -326,7 +393,7 @@ async def serving(settings: Settings, *, starting_max: int = STARTING_MAX) -> As
     """Serve while the block runs. `starting_max` connections may be starting at a time.
 
     Raises OSError if an address cannot be listened on, and ConfigurationError for a file that
-    a setting names and that cannot be used.
+    a setting names and that cannot be used, or a catalogue that has not the map.
     """
     app = App(settings, starting_max=starting_max)
     async with running(app):
@@ -336,9 +403,10 @@ async def serving(settings: Settings, *, starting_max: int = STARTING_MAX) -> As
 
 @asynccontextmanager
 async def running(app: App) -> AsyncIterator[None]:
-    """Serve with the parts of `app` while the block runs. Raises OSError as `serving` does.
+    """Serve with the parts of `app` while the block runs. Raises as `serving` does.
 
-    This is the same in every process of a proxy: with one, in the supervisor, and in a worker.
+    Clients that come while a catalogue is asked for its map wait. This is the same in every process
+    of a proxy: with one, in the supervisor, and in a worker.
     """
     settings = app.settings
     async with AsyncExitStack() as stack:
@@ -355,9 +423,11 @@ async def running(app: App) -> AsyncIterator[None]:
                     quit_allowed=settings.admin.quit,
                 )
             )
+        await stack.enter_async_context(app.catalogue.running())
         accepting = app.connection_source.accepting()
         app.listen_addresses = await stack.enter_async_context(accepting)
         app.lifecycle.serve()
+        await app.catalogue.first_outcome()
         yield
 
 
@@ -418,4 +488,5 @@ def build_metrics(targets: Iterable[str] = ()) -> Metrics:
         lookup_results=list(LookupResult),
         route_results=list(RouteResult),
         target_names=targets,
+        shard_map_words={"verdict": Verdict, "result": ParkResult, "purpose": QUERY_PURPOSES},
     )

@@ -185,7 +185,7 @@ async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
 async def _apply(app: App, settings: Settings, router: Router) -> None:
     """Serve new sessions by these settings. Raises ConfigurationError."""
     warned = app.settings.warnings()
-    changes = app.reload(settings, router)
+    changes = await app.reload_when_loaded(settings, router)
     if app.workers is not None and not await app.workers.reload():
         app.metrics.reload_failed()  # the log says which worker failed and why
     _log.info("reloaded", changed=changes.reloadable, **app.snapshot.map_facts)

@@ -40,6 +40,7 @@ def router_of(settings: Settings) -> Router:
     Raises ConfigurationError for the shard map in use; `map_problems` checks all of them.
     """
     routing = settings.routing
+    is_static = bool(routing.shard_map) and not settings.catalogue_map
     aliases = {
         name: Alias(alias.target, alias.database or None)
         for name, alias in settings.databases.items()
@@ -47,7 +48,7 @@ def router_of(settings: Settings) -> Router:
     return Router(
         UPSTREAM if UPSTREAM in settings.target_names() else None,
         aliases=aliases,
-        shard_map=_checked_map(settings, routing.shard_map) if routing.shard_map else None,
+        shard_map=_checked_map(settings, routing.shard_map) if is_static else None,
         map_name=routing.shard_map,
         parameter=routing.parameter,
         pattern=DatabasePattern.parse(routing.database_pattern),
@@ -88,6 +89,8 @@ def map_problems(settings: Settings) -> Iterator[Problem]:
     """Yield what is wrong with the shard maps: bounds, overlaps, targets, files."""
     # The map in use comes last, so that it is still cached when the router needs it.
     for name in sorted(settings.shard_maps, key=lambda name: name == settings.routing.shard_map):
+        if settings.shard_maps[name].catalogue:
+            continue  # the catalogue is asked when the proxy starts
         try:
             _checked_map(settings, name)
         except ConfigurationError as error:

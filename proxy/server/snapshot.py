@@ -6,23 +6,43 @@ configuration or the new one. Not for: deciding; the router does, and the upstre
 Invariant: a snapshot never changes. A session keeps the route and the upstream that it was given.
 """
 
+import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
 from proxy.blocking import BlockingCalls
+from proxy.catalogue.admitting_opener import OpenerParts, OpenMetrics
+from proxy.catalogue.catalogue_router import CatalogueRouter
+from proxy.catalogue.parking import Parking
+from proxy.catalogue.shard_upstreams import ShardUpstreams
 from proxy.config import Files, Settings
 from proxy.errors import ProxyError
 from proxy.native import Acceleration, acceleration
-from proxy.observe.status import Token, WorkspaceApi
+from proxy.observe.status import ShardMapStatus, Token, WorkspaceApi
 from proxy.routing.router import Route, Router
+from proxy.server.map_service import MapService
 from proxy.server.router_factory import rewritten_file, router_of
 from proxy.upstream.phases import RecordTargetPhase
-from proxy.upstream.upstreams import Upstream, Upstreams
+from proxy.upstream.upstreams import SessionOpener, Upstreams
 from proxy.wire.startup import StartupMessage
 from proxy.workspace import sdk_import
 from proxy.workspace.registry import TokenAccount, WorkspaceRegistry
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueWiring:
+    """What sessions of a catalogue's map use of this process; `proxy` is its name in shards."""
+
+    parking: Parking
+    metrics: OpenMetrics
+    proxy: str
+
+
+FindMap = Callable[[Settings, Upstreams], tuple[MapService, CatalogueWiring]]
+"""Returns the map of these settings, which may be running already."""
 
 # Importing databricks-sdk takes some tenths of a second, on a small part of a core some seconds.
 LOAD_SECONDS_MAX: Final = 60.0
@@ -38,11 +58,14 @@ class ConfigSnapshot:
         record_phase: RecordTargetPhase,
         before: "ConfigSnapshot | None" = None,
         router: Router | None = None,
+        *,
+        find_map: FindMap | None = None,
     ) -> None:
         """`before` is the snapshot that this one replaces.
 
         `router` is that of these settings, if it was made already: that of a large map takes
-        seconds, and is made in a thread.
+        seconds, and is made in a thread. `find_map` returns the map of a catalogue; without it,
+        sessions with a key of such a map are refused.
 
         Raises ConfigurationError for files that settings name and that cannot be used.
         """
@@ -52,12 +75,48 @@ class ConfigSnapshot:
         self.upstreams: Upstreams = Upstreams(
             settings, workspaces, record_phase, before.upstreams if before else None
         )
+        self.map_service: MapService | None = None
+        self.shards: ShardUpstreams | None = None
+        self._catalogue_router: CatalogueRouter | None = None
+        if settings.catalogue_map and find_map is not None:
+            self._use_catalogue(find_map, before)
 
-    async def route(self, startup: StartupMessage) -> tuple[Route, Upstream]:
+    def _use_catalogue(self, find_map: FindMap, before: "ConfigSnapshot | None") -> None:
+        self.map_service, wiring = find_map(self.settings, self.upstreams)
+        self.shards = ShardUpstreams(
+            self.settings,
+            self.upstreams.factory,
+            self.upstreams.resources(),
+            self.map_service.host,
+            None if before is None else before.shards,
+        )
+        parts = OpenerParts(
+            self.settings.catalogue_map,
+            self.map_service.source,
+            self.shards,
+            wiring.parking,
+            wiring.metrics,
+            wiring.proxy,
+            self.settings.catalogue.validate,
+            self.settings.upstream.connect_timeout_seconds,
+            asyncio.get_running_loop().time,
+        )
+        self._catalogue_router = CatalogueRouter(self.router, self.map_service, parts)
+
+    def close(self) -> None:
+        """Close the upstreams that no other configuration and no dial uses."""
+        self.upstreams.close()
+        if self.shards is not None:
+            self.shards.close()
+
+    async def route(self, startup: StartupMessage) -> tuple[Route, SessionOpener]:
         """Return where a client's session goes. Raises ProxyError for one without a target.
 
         A static map answers at once.
         """
+        if self._catalogue_router is not None:
+            route, opener = await self._catalogue_router.route(startup)
+            return route, opener or self.upstreams[route.target]
         route = self.router.route(startup)
         return route, self.upstreams[route.target]
 
@@ -78,6 +137,22 @@ class ConfigSnapshot:
         name = self.settings.routing.shard_map
         return {"shard_map": name, "mappings": len(shard_map), "map_digest": shard_map.digest}
 
+    def static_map_status(self) -> ShardMapStatus | None:
+        """Return the state of a static map, None without one."""
+        shard_map = self.router.shard_map
+        if shard_map is None:
+            return None
+        spec = shard_map.spec
+        return ShardMapStatus(
+            name=self.settings.routing.shard_map,
+            source="static",
+            kind=spec.kind,
+            key_type=spec.key_type,
+            mappings=len(shard_map),
+            shards=len(shard_map.targets()),
+            state="ready",
+        )
+
     @property
     def acceleration(self) -> Acceleration:
         """Whether new sessions use the compiled relay."""
@@ -93,7 +168,14 @@ class ConfigSnapshot:
 
     def hosts(self) -> Mapping[str, str]:
         """Return each target's host, empty while it is not known."""
-        return {name: upstream.address_lookup.host for name, upstream in self.upstreams.items()}
+        named = [*self.upstreams.items(), *(self.shards or ())]
+        return {name: upstream.address_lookup.host for name, upstream in named}
+
+    @property
+    def accounts(self) -> Sequence[TokenAccount]:
+        """The accounts in use, each once; those that only shards have come last."""
+        of_shards = () if self.shards is None else self.shards.accounts
+        return list(dict.fromkeys((*self.upstreams.accounts, *of_shards)))
 
     def accounts_without_token(self) -> Sequence[TokenAccount]:
         """Return the accounts that have no token, valid or not."""
@@ -101,6 +183,8 @@ class ConfigSnapshot:
 
     def workspace_apis(self) -> Sequence[WorkspaceApi]:
         """Return whether credentials can be had: for each account, and from the password file."""
+        of_shards = () if self.shards is None else self.shards.accounts
+        outages = [*self.upstreams.outages, *(one.outage for one in of_shards if one.outage)]
         return [
             WorkspaceApi(
                 outage.name,
@@ -108,7 +192,7 @@ class ConfigSnapshot:
                 outage.failing_seconds,
                 outage.failure.reason if outage.failure else "",
             )
-            for outage in self.upstreams.outages
+            for outage in dict.fromkeys(outages)
         ]
 
     async def read_password(self) -> None:
@@ -127,6 +211,6 @@ class ConfigSnapshot:
                 newest.expires_at - now,
                 account.token_source.accepted_age_seconds,
             )
-            for account in self.upstreams.accounts
+            for account in self.accounts
             if (newest := account.token_source.newest) is not None
         ]

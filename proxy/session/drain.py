@@ -19,7 +19,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from enum import Enum, auto
-from typing import Final
+from typing import Final, Protocol
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
@@ -149,10 +149,17 @@ class Stage(Enum):
     CLOSING = auto()  # its client has been sent everything
 
 
+class Registration(Protocol):
+    """A second register that a connection is in."""
+
+    def close(self) -> None:
+        """Unregister it there."""
+
+
 class OpenSession:
     """The entry of one connection in the register."""
 
-    __slots__ = ("_idle_end", "_sessions", "relay", "stage", "started_at", "stream")
+    __slots__ = ("_idle_end", "_sessions", "mapped", "relay", "stage", "started_at", "stream")
 
     def __init__(self, sessions: "OpenSessions") -> None:
         self._sessions = sessions
@@ -162,6 +169,8 @@ class OpenSession:
         self.relay: Relay | None = None
         self.stream: StartupStream | None = None
         """The connection while it is starting."""
+        self.mapped: Registration | None = None
+        """Among the sessions of its mapping, if a shard has admitted it."""
 
     def opening(self) -> None:
         """Set the stage in which the client waits. A drain that begins in it cancels the task."""
@@ -184,12 +193,19 @@ class OpenSession:
         self.stream = None
         if self._idle_end is not None:
             self._idle_end.close()
+        if self.mapped is not None:
+            self.mapped.close()
 
     def shut_down(self, error: ErrorResponse, grace_seconds: float) -> None:
         """End the session when it has been idle for the grace period, if it is relayed."""
         if self.relay is not None and not self.relay.over:
             idle_end = self._idle_end_of(self.relay)
             idle_end.when_idle(EndReason.SHUTDOWN, error, grace_seconds=grace_seconds)
+
+    def end_when_idle(self, reason: EndReason, error: ErrorResponse) -> None:
+        """End a relayed session as soon as it is idle."""
+        if self.relay is not None and not self.relay.over:
+            self._idle_end_of(self.relay).when_idle(reason, error)
 
     def end_after_idle(self, seconds: float) -> None:
         """End a relayed session with 57P05 when it has been idle for this time."""

@@ -17,6 +17,7 @@ class EndReason(StrEnum):
     UPSTREAM_LOST = "upstream_lost"
     SHUTDOWN = "shutdown"
     IDLE_TIMEOUT = "idle_timeout"
+    MAPPING_MOVED = "mapping_moved"
     INTERNAL_ERROR = "internal_error"
 
 
@@ -38,6 +39,7 @@ OUTCOMES: Final[Mapping[str, Outcome]] = {
     EndReason.UPSTREAM_LOST: Outcome.LOST,
     EndReason.SHUTDOWN: Outcome.CUT,
     EndReason.IDLE_TIMEOUT: Outcome.CUT,
+    EndReason.MAPPING_MOVED: Outcome.CUT,
     EndReason.INTERNAL_ERROR: Outcome.FAILED,
 }
 
@@ -45,6 +47,9 @@ OUTCOMES: Final[Mapping[str, Outcome]] = {
 DISCONNECTS: Final = frozenset(
     {EndReason.CLIENT_LOST, EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST}
 )
+
+# What it looks like when the shard itself ends a session whose mapping has moved.
+UPSTREAM_ENDS: Final = frozenset({EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST})
 
 # Recorded among the recent errors. An upstream that closes normally ends many sessions at once, and
 # that is no error.

@@ -94,6 +94,7 @@ class Relay:
         self.from_upstream.reverse = self.from_client
         self._terminated_timer: asyncio.TimerHandle | None = None
         self._cut = False  # the client was cut before it had read everything
+        self._dropped = False  # by `drop`
         self._high_water_bytes = BUFFER_BYTES_MAX
         if self._fast_path is not None:
             self._high_water_bytes = LANE_BUFFER_BYTES_MAX
@@ -141,6 +142,17 @@ class Relay:
         if not self._upstream.is_closing():
             self._upstream.write(_TERMINATE)
         self._ended.set_result(reason)
+
+    def drop(self, reason: EndReason) -> None:
+        """End the session within what it does: no error, and what runs upstream is cancelled.
+
+        Does nothing if the session has ended already.
+        """
+        if not self._ended.done():
+            self._dropped = True
+            self.from_client.stop_writing()
+            self.from_upstream.stop_writing()
+            self._ended.set_result(reason)
 
     # -- its run ---------------------------------------------------------------------------------
 
@@ -196,7 +208,10 @@ class Relay:
         PostgreSQL has no half-close: the end of one side is the end of both (W34).
         """
         async with asyncio.TaskGroup() as closing:
-            if reason in (EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST):
+            if self._dropped:
+                self._client.abort()
+                closing.create_task(self._close_upstream(EndReason.CLIENT_LOST))
+            elif reason in (EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST):
                 closing.create_task(close_gracefully(self._client, linger_seconds=0))
                 closing.create_task(self._close_upstream(reason))
             else:

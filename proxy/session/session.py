@@ -19,6 +19,7 @@ from proxy.routing.router import Route
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
 from proxy.session.drain import OpenSession
 from proxy.session.end_reason import EndReason
+from proxy.session.mapped_sessions import MappedSessions
 from proxy.session.relay import Relay
 from proxy.session.session_log import SessionLog, TLSAdvice
 from proxy.session.starting_client import ClientGone, StartingClient
@@ -50,6 +51,7 @@ class SessionParts:
     """Returns what clients are offered now: a renewed certificate is used from the next one on."""
     slot: Callable[[], AbstractContextManager[None]]
     """Takes one of `max_connections` slots; raises ProxyError when there is none."""
+    mapped_sessions: MappedSessions
     idle_timeout_seconds: float = 0
     """Ends a session that was idle for this time; 0: never."""
     lanes: "Callable[[], Lanes | None]" = lambda: None
@@ -108,17 +110,22 @@ class Session:
             await parts.cancels.request(startup.request)
         if not isinstance(startup, StartupReceived):
             return
+        mapped = None
         with parts.slot():
             opener, upstream = await self._open(startup.message)
             with parts.cancel_keys.issue(
                 upstream.startup.key, upstream.target, startup.version
             ) as key:
+                mapped = parts.mapped_sessions.register(self._entry, upstream.admitted_by)
                 relay = self._start_relay(opener, upstream, key)
                 # The relay may run for days: release what only the startup needs.
                 del startup, opener, upstream, key
                 with parts.metrics.session(self._log.target, relay.carried):
                     end = await relay.run()
-        self._log.ended(end)
+        if mapped is None:
+            self._log.ended(end)
+        else:
+            mapped.report(end, self._log.ended)
 
     # -- startup ---------------------------------------------------------------------------------
 
@@ -158,6 +165,8 @@ class Session:
             # A drain has begun, and this client still waits for an answer.
             self._refuse(ProxyError(ErrorKind.SHUTTING_DOWN))
             raise
+        if upstream.admitted_by is not None:
+            self._log.admitted(upstream.admitted_by)
         # Either side may have disconnected just when the other one was ready.
         if self._client.is_gone:
             upstream.stream.transport.close()
@@ -188,32 +197,21 @@ class Session:
     def _start_relay(
         self, opener: SessionOpener, upstream: UpstreamSession, key: IssuedKey | None
     ) -> Relay:
-        """Send the client its welcome, and give both connections to a relay.
-
-        The welcome is AuthenticationOk, the upstream's ParameterStatus messages, BackendKeyData
-        and ReadyForQuery.
-        """
-        client, stream = self._client, upstream.stream
+        """Send the client its welcome, and give both connections to a relay."""
+        client = self._client
         cancel_query = None
         if key is not None and opener.cancel_on_disconnect:
             cancel_query = partial(self._parts.cancels.cancel_disconnected, key)
         relay = Relay(
             client.transport,
-            stream.transport,
+            upstream.stream.transport,
             cancel_query,
             self._parts.lanes(),
             cancels_copy_only=opener.checks_connection,
         )
-        client.accept(upstream.startup.welcome(None if key is None else key.issued))
         self._starting_client = None  # from here on the client cannot be refused
         self._entry.relaying(relay)
-        # What either side sent early comes after what the other one is sent first.
-        relay.from_upstream.data_received(
-            upstream.startup.trailing_data() + stream.hand_over(relay.from_upstream)
-        )
-        relay.from_client.data_received(client.hand_over(relay.from_client))
-        if stream.gone.done():
-            relay.from_upstream.eof_received()
+        client.start_relay(relay, upstream, None if key is None else key.issued)
         if self._parts.idle_timeout_seconds:
             self._entry.end_after_idle(self._parts.idle_timeout_seconds)
         self._log.started(upstream.target.host)

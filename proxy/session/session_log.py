@@ -14,6 +14,7 @@ from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.routing.router import Route
 from proxy.session.end_reason import RelayEnd
+from proxy.upstream.dialer import AdmittedBy
 from proxy.upstream.phases import ConnectPhase, DialPhases
 from proxy.wire.client_startup import Disconnected, Violated
 from proxy.wire.messages import ErrorResponse
@@ -156,6 +157,10 @@ class SessionLog:
         """Set the route that all further lines show."""
         self.target, self._key = route.target, route.key
         self.shard = route.target if route.shard_map else ""
+
+    def admitted(self, by: AdmittedBy) -> None:
+        """Set the shard that has admitted the session: the key may have moved since the route."""
+        self.target = self.shard = by.target
 
     def refused(self, reason: str, error: ErrorResponse, *, is_warning: bool) -> None:
         """Record a client that is refused with an ErrorResponse. A warning asks for an operator."""

@@ -9,8 +9,10 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from proxy.session.relay import Relay
 from proxy.transport.stream import StartupStream
 from proxy.transport.tls import ALPN_PROTOCOL
+from proxy.upstream.dialer import UpstreamSession
 from proxy.wire.client_startup import (
     CancelReceived,
     ClientEvent,
@@ -22,7 +24,7 @@ from proxy.wire.client_startup import (
     StartupReceived,
     Violated,
 )
-from proxy.wire.messages import ErrorResponse
+from proxy.wire.messages import BackendKeyData, ErrorResponse
 
 
 class ClientGone(Exception):
@@ -97,13 +99,24 @@ class StartingClient:
         """Send the client the error that ends its connection."""
         self._stream.write(self._machine.refuse(error))
 
-    def accept(self, welcome: bytes) -> None:
-        """Send AuthenticationOk and the welcome, up to ReadyForQuery, in one write."""
-        self._stream.write(self._machine.accept(welcome))
+    def start_relay(
+        self, relay: Relay, upstream: UpstreamSession, key: BackendKeyData | None
+    ) -> None:
+        """Send the client its welcome, and give both connections to the relay.
 
-    def hand_over(self, protocol: asyncio.Protocol) -> bytes:
-        """Pass the connection to another protocol. Return what the client sent early."""
-        return self._machine.trailing_data() + self._stream.hand_over(protocol)
+        The welcome is AuthenticationOk, the upstream's ParameterStatus messages, BackendKeyData
+        (`key`, which the client cancels with) and ReadyForQuery, in one write.
+        """
+        stream = upstream.stream
+        self._stream.write(self._machine.accept(upstream.startup.welcome(key)))
+        # What either side sent early comes after what the other one is sent first.
+        relay.from_upstream.data_received(
+            upstream.startup.trailing_data() + stream.hand_over(relay.from_upstream)
+        )
+        early = self._machine.trailing_data() + self._stream.hand_over(relay.from_client)
+        relay.from_client.data_received(early)
+        if stream.gone.done():
+            relay.from_upstream.eof_received()
 
     async def close(self) -> None:
         """Close the connection after sending what was written."""

@@ -60,6 +60,18 @@ def set_tcp_options(transport: asyncio.BaseTransport) -> None:
         sock.detach()  # the descriptor belongs to the transport
 
 
+def detect_dead_peer(transport: asyncio.BaseTransport) -> None:
+    """Set keepalive so that an idle TCP connection ends within 30 s of the loss of its peer.
+
+    For a connection that is only listened on, such as that of LISTEN.
+    """
+    found = _tcp_socket(transport)
+    if found is not None:
+        with suppress(OSError):
+            for name, value in _FAST_KEEPALIVE_OPTIONS:
+                _set_if_available(found, name, value)
+
+
 def _set_options(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -107,6 +119,11 @@ _KEEPALIVE_OPTIONS: Final = (
     ("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
     ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_SECONDS),
     ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+)
+_FAST_KEEPALIVE_OPTIONS: Final = (
+    ("TCP_KEEPIDLE", 15),
+    ("TCP_KEEPINTVL", 5),
+    ("TCP_KEEPCNT", 3),
 )
 
 

@@ -81,6 +81,10 @@ class StartupStream(asyncio.Protocol):
                 self._waiting = None
         return self._take()
 
+    def unread(self, data: bytes) -> None:
+        """Put back bytes that were received and belong to the next reader."""
+        self._inbox[:0] = data
+
     def write(self, data: bytes) -> None:
         """Send. Do nothing for no bytes, and on a lost connection."""
         if data and not self.transport.is_closing():  # where uvloop's transport would raise

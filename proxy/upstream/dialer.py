@@ -9,16 +9,17 @@ yet; no statement is ever sent twice. Not for: the steps themselves (`address_lo
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
+from uuid import UUID
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 from proxy.transport.stream import StartupStream
 from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
-from proxy.upstream.connector import Connector
+from proxy.upstream.connector import Connection, Connector
 from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
 from proxy.upstream.missing_databases import MissingDatabases
 from proxy.upstream.name_lookup import Addresses
@@ -74,6 +75,22 @@ class CredentialSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class AdmittedBy:
+    """The mapping of a shard map by which a shard has admitted a session.
+
+    `target` is the shard as log and metrics show it. `routing_key` is what bounds are compared
+    with; `epoch` was the mapping's.
+    """
+
+    target: str
+    map_id: UUID
+    mapping_id: UUID
+    shard_id: UUID
+    routing_key: bytes = field(repr=False)
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class UpstreamSession:
     """A session that is ready: its connection, and the machine that holds its welcome.
 
@@ -83,6 +100,12 @@ class UpstreamSession:
     stream: StartupStream
     startup: UpstreamStartup
     target: Target
+    admitted_by: AdmittedBy | None = None
+    """None for a target that admits every session."""
+
+
+Admit = Callable[[Connection], Awaitable[None]]
+"""Asks an upstream that has logged in whether it admits the session. Raises ProxyError."""
 
 
 @dataclass(slots=True)
@@ -94,6 +117,7 @@ class _Dial:
     retry: Retry
     started_at: float
     fallback: StartupMessage | None = None
+    admit: Admit | None = None
     credential: Credential | None = None
     failures: list[ProxyError] = field(default_factory=list)
 
@@ -151,11 +175,15 @@ class Dialer:
         client: StartupMessage,
         phases: DialPhases | None = None,
         fallback: StartupMessage | None = None,
+        *,
+        admit: Admit | None = None,
+        timeout_seconds: float | None = None,
     ) -> UpstreamSession:
         """Return a session for this client, within `connect_timeout_seconds`.
 
         `phases` shows meanwhile what the dial waits for. `fallback` is sent in place of `client`
-        if the upstream has no database of that name.
+        if the upstream has no database of that name. `admit` is a part of each try, after the
+        login. `timeout_seconds` is what another dial for the same client has left of the time.
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
         if fallback is not None and client.get(b"database") in self._missing:
@@ -163,9 +191,11 @@ class Dialer:
         phases = phases or DialPhases()
         phases.record = self._record_phase
         retry = Retry(self._jitter, self._retry_seconds)
-        dial = _Dial(client, phases, retry, self._clock(), fallback)
+        dial = _Dial(client, phases, retry, self._clock(), fallback, admit)
+        if timeout_seconds is None:
+            timeout_seconds = self._timeout_seconds
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(timeout_seconds):
                 return await self._dial_until_ready(dial)
         except TimeoutError as error:
             raise (dial.failures or [self._timed_out(dial.phases)])[-1] from error
@@ -226,6 +256,8 @@ class Dialer:
         connection = await self._connector.connect(route.target, route.addresses, dial.phases)
         login = Login(connection, route.names, credential, pooled=route.target.pooled)
         await login.run(message, dial.phases, self._answer_seconds_max)
+        if dial.admit is not None:
+            await dial.admit(connection)
         # A cancel goes to the address of its session, and waits for no look-up.
         peer = connection.stream.transport.get_extra_info("peername")
         target = replace(route.target, hostaddr=peer[0]) if peer else route.target

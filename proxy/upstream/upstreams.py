@@ -10,17 +10,24 @@ of an earlier configuration ends on that one.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from proxy.config import ConfigurationError, Problem, Settings, UpstreamSettings, target_key
+from proxy.config import (
+    UPSTREAM,
+    ConfigurationError,
+    Problem,
+    Settings,
+    UpstreamSettings,
+    target_key,
+)
 from proxy.transport.tls import client_context
 from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.connector import Connector
-from proxy.upstream.dialer import CredentialSource, Dialer, UpstreamSession
+from proxy.upstream.dialer import Admit, CredentialSource, Dialer, UpstreamSession
 from proxy.upstream.name_lookup import NameLookup
 from proxy.upstream.password_file import PasswordFile
 from proxy.upstream.phases import DialPhases, RecordTargetPhase
@@ -95,10 +102,78 @@ class Upstream:
         client: StartupMessage,
         phases: DialPhases,
         fallback: StartupMessage | None = None,
+        *,
+        admit: Admit | None = None,
+        timeout_seconds: float | None = None,
     ) -> UpstreamSession:
-        """Return a session upstream for this client. Raises what `Dialer.dial` does."""
+        """Return a session upstream for this client. Takes and raises what `Dialer.dial` does."""
         with self.use:
-            return await self.dialer.dial(client, phases, fallback)
+            return await self.dialer.dial(
+                client,
+                phases,
+                fallback,
+                admit=admit,
+                timeout_seconds=timeout_seconds,
+            )
+
+
+class UpstreamFactory:
+    """Makes one upstream from a name and its settings, for one configuration.
+
+    `name` is the label of its metrics. The caller keeps the upstream's workspace open (`use`) for
+    as long as it keeps the upstream.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: WorkspaceRegistry,
+        record_phase: RecordTargetPhase,
+        name_lookup: NameLookup,
+        password_file: PasswordFile | None = None,
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._record_phase = record_phase
+        self._name_lookup = name_lookup
+        self._password_file = password_file
+
+    def account_key(self, target: UpstreamSettings) -> AccountKey:
+        """Return the key of the account whose tokens this target is sent."""
+        return AccountKey.of(workspace_key_of(self._settings, target), resource_of(target))
+
+    def make(
+        self, name: str, target: UpstreamSettings, resources: Sequence[Resource] | None = None
+    ) -> Upstream:
+        """Return a new upstream. Its tokens are minted for one of `resources`, or for its own."""
+        key, resource = self.account_key(target), resource_of(target)
+        if resources is None:
+            resources = [] if resource is None else [resource]
+        workspace = self._registry.workspace(key.workspace)
+        account: TokenAccount | None = None
+        credentials: CredentialSource
+        if self._password_file is not None:
+            credentials = self._password_file
+        else:
+            account = self._registry.account(key, list(resources))
+            credentials = account.token_source
+        outage = None if account is None else account.outage
+        if account is not None and outage is None:  # the process that mints logs and shows it
+            outage = Outage(account.name, words=None)
+        lookup = AddressLookup(target, resource, workspace, self._registry.calls, outage=outage)
+        dialer = Dialer(
+            Connector(self._name_lookup.resolve),
+            lookup,
+            credentials,
+            partial(self._record_phase, name),
+            connect_timeout_seconds=target.connect_timeout_seconds,
+            connect_retry_seconds=target.connect_retry_seconds,
+            connects_max=target.connects_max,
+            connection_check=target.cancel_on_disconnect
+            and target.cancel_method == "connection_check",
+        )
+        use = self._registry.use_of(key)
+        return Upstream(target, key, resource, workspace, account, credentials, lookup, dialer, use)
 
 
 class Upstreams(Mapping[str, Upstream]):
@@ -120,17 +195,18 @@ class Upstreams(Mapping[str, Upstream]):
         Raises ConfigurationError for certificate files that cannot be used.
         """
         _check_root_certs(settings)
-        self._settings = settings
-        self._registry = registry
-        self._record_phase = record_phase
         self.name_lookup: NameLookup = (
             NameLookup(registry.calls) if before is None else before.name_lookup
         )
         self.password_file = _password_file(settings, before)
+        self.factory = UpstreamFactory(
+            settings, registry, record_phase, self.name_lookup, self.password_file
+        )
         targets = {name: settings.target(name) for name in settings.target_names()}
         resources = self._resources(targets.values())
         self._upstreams = {
-            name: self._kept(name, target, before or {}) or self._new(name, target, resources)
+            name: self._kept(name, target, before or {})
+            or self.factory.make(name, target, resources.get(self.factory.account_key(target)))
             for name, target in targets.items()
         }
         self._use = self.keep_open()
@@ -172,15 +248,18 @@ class Upstreams(Mapping[str, Upstream]):
         accounts = dict.fromkeys(upstream.account for upstream in self._upstreams.values())
         return [account for account in accounts if account is not None]
 
-    def _account_key(self, target: UpstreamSettings) -> AccountKey:
-        return AccountKey.of(workspace_key_of(self._settings, target), resource_of(target))
+    def resources(self) -> Iterator[tuple[AccountKey, Resource]]:
+        """Yield what tokens are minted for, with the account that the token is good for."""
+        for upstream in self._upstreams.values():
+            if upstream.resource is not None:
+                yield upstream.account_key, upstream.resource
 
     def _resources(self, targets: Iterable[UpstreamSettings]) -> dict[AccountKey, list[Resource]]:
         """Return the resources of each account: a token for one of them is good for all."""
         resources: dict[AccountKey, dict[str, Resource]] = defaultdict(dict)
         for target in targets:
             if resource := resource_of(target):
-                resources[self._account_key(target)].setdefault(resource.name, resource)
+                resources[self.factory.account_key(target)].setdefault(resource.name, resource)
         return {key: list(named.values()) for key, named in resources.items()}
 
     def _kept(
@@ -190,40 +269,7 @@ class Upstreams(Mapping[str, Upstream]):
         found = before.get(name)
         if found is None or found.settings != target:
             return None
-        return found if found.account_key == self._account_key(target) else None
-
-    def _new(
-        self,
-        name: str,
-        target: UpstreamSettings,
-        resources: Mapping[AccountKey, list[Resource]],
-    ) -> Upstream:
-        key, resource = self._account_key(target), resource_of(target)
-        workspace = self._registry.workspace(key.workspace)
-        account: TokenAccount | None = None
-        credentials: CredentialSource
-        if self.password_file is not None:
-            credentials = self.password_file
-        else:
-            account = self._registry.account(key, resources[key])
-            credentials = account.token_source
-        outage = None if account is None else account.outage
-        if account is not None and outage is None:  # the process that mints logs and shows it
-            outage = Outage(account.name, words=None)
-        lookup = AddressLookup(target, resource, workspace, self._registry.calls, outage=outage)
-        dialer = Dialer(
-            Connector(self.name_lookup.resolve),
-            lookup,
-            credentials,
-            partial(self._record_phase, name),
-            connect_timeout_seconds=target.connect_timeout_seconds,
-            connect_retry_seconds=target.connect_retry_seconds,
-            connects_max=target.connects_max,
-            connection_check=target.cancel_on_disconnect
-            and target.cancel_method == "connection_check",
-        )
-        use = self._registry.use_of(key)
-        return Upstream(target, key, resource, workspace, account, credentials, lookup, dialer, use)
+        return found if found.account_key == self.factory.account_key(target) else None
 
 
 def _password_file(settings: Settings, before: Upstreams | None) -> PasswordFile | None:
@@ -238,7 +284,9 @@ def _password_file(settings: Settings, before: Upstreams | None) -> PasswordFile
 def _check_root_certs(settings: Settings) -> None:
     """Raise ConfigurationError for files that cannot be used, now and not at the first dial."""
     problems = [*_workspace_root_certs(settings)]
-    for name in settings.target_names():
+    # The shards of a catalogue have those of [upstream].
+    of_shards = [UPSTREAM] if settings.catalogue_map else []
+    for name in dict.fromkeys((*settings.target_names(), *of_shards)):
         target = settings.target(name)
         try:
             # The context is cached, so that the first session need not read the authorities.

@@ -8,9 +8,11 @@ request has a timeout.
 """
 
 import http.client
+import json
 import time
 from collections.abc import Callable
 from typing import Final
+from urllib.parse import urlencode
 
 from proxy.addresses import address_of
 from proxy.config import AdminSettings, ConfigurationError, Problem
@@ -21,6 +23,7 @@ POLL_SECONDS: Final = 0.1
 # A proxy that is ready may have no token yet, and then no client can log in.
 _READY_PATHS: Final = ("/readiness", "/startup")
 _STATUS: Final = "/status"
+_ANSWER_BYTES_MAX: Final = 1 << 20
 
 
 class AdminError(Exception):
@@ -62,6 +65,25 @@ def ask_to_drain(settings: AdminSettings) -> None:
         raise AdminError(f"{_shown(settings)} answers {status}: is that the proxy?")
 
 
+def look_up(settings: AdminSettings, key: str) -> dict[str, object]:
+    """Return what the proxy knows of a shard key: its JSON answer.
+
+    Raises AdminError if there is none, and ConfigurationError as `wait_until_ready` does.
+    """
+    try:
+        status, body = _ask(settings, "GET", "/lookup?" + urlencode({"key": key}))
+    except OSError as error:
+        raise AdminError(f"no proxy answers on {_shown(settings)}: {_reason(error)}") from error
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = None
+    if status != 200 or not isinstance(answer, dict):
+        text = f"{_shown(settings)} answers {status}: is that the proxy, on this machine?"
+        raise AdminError(text)
+    return answer
+
+
 def running_proxy(settings: AdminSettings) -> str:
     """Return whether a proxy runs, as far as its admin address says."""
     if not settings.enabled or not settings.port:
@@ -87,11 +109,17 @@ def _why_not_ready(settings: AdminSettings) -> str | None:
 
 def _status(settings: AdminSettings, method: str, path: str) -> int:
     """Return the status code of the answer. Raises OSError if there is none."""
+    return _ask(settings, method, path)[0]
+
+
+def _ask(settings: AdminSettings, method: str, path: str) -> tuple[int, bytes]:
+    """Return status code and body of the answer. Raises OSError if there is none."""
     host, port = _address(settings)
     connection = http.client.HTTPConnection(host, port, timeout=REQUEST_SECONDS_MAX)
     try:
         connection.request(method, path)
-        return connection.getresponse().status
+        answer = connection.getresponse()
+        return answer.status, answer.read(_ANSWER_BYTES_MAX)
     except http.client.HTTPException as error:
         raise OSError(f"not HTTP: {type(error).__name__}") from error
     finally:

@@ -29,7 +29,7 @@ from proxy.config import (
 )
 from proxy.errors import ErrorKind, ProxyError
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK
-from proxy.server.app import App, open_snapshot, serving
+from proxy.server.app import App, build_metrics, open_snapshot, serving
 from proxy.server.process import Signals
 from proxy.session.listen_sockets import shown
 from proxy.upstream.address_lookup import ANY_USER
@@ -37,6 +37,7 @@ from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import ConnectPhase, DialPhases
 from proxy.upstream.upstreams import Upstream
 from proxy.verbs.admin_client import REQUEST_SECONDS_MAX, running_proxy
+from proxy.verbs.check_catalogue import check_map, failed_step
 from proxy.verbs.check_facts import reach, upstream_facts, workspace_host
 from proxy.verbs.check_report import PrintedReport, Report, Step
 from proxy.verbs.event_loop import PRINT_CONFIG, print_config, run_on_event_loop, serving_settings
@@ -91,8 +92,15 @@ async def check(settings: Settings, report: Report, *, all_targets: bool = False
     usual = UPSTREAM if UPSTREAM in names else names[0]
     opening = open_snapshot(_impatient(settings), lambda *_: None, retries=False)
     async with opening as snapshot:
+
+        async def check_target(name: str, upstream: Upstream) -> bool:
+            return await _TargetCheck(settings, name, upstream, report).run()
+
         for name in names if all_targets else [usual]:
-            await _TargetCheck(settings, name, snapshot.upstreams[name], report).run()
+            await check_target(name, snapshot.upstreams[name])
+        if settings.catalogue_map:
+            every = check_target if all_targets else None
+            await check_map(snapshot, build_metrics(), report, every)
 
 
 def _impatient(settings: Settings) -> Settings:
@@ -145,15 +153,16 @@ class _TargetCheck:
         self._report = report
         self._step = ""  # the one that began last
 
-    async def run(self) -> None:
-        """Report each step up to the first failure."""
+    async def run(self) -> bool:
+        """Report each step up to the first failure. Return whether all passed."""
         for name, seconds_max, ask in (*self._local_steps(), *self._workspace_steps()):
             if not await self._timed(name, seconds_max, ask()):
-                return
+                return False
         user = await self._client_user()
-        if await self._dial(user):
-            seconds_max = self._upstream.settings.connect_timeout_seconds + QUERY_SECONDS_MAX
-            await self._timed("query", seconds_max, self._query(user))
+        if not await self._dial(user):
+            return False
+        seconds_max = self._upstream.settings.connect_timeout_seconds + QUERY_SECONDS_MAX
+        return await self._timed("query", seconds_max, self._query(user))
 
     def _begin(self, name: str, seconds_max: float) -> None:
         self._step = name
@@ -161,7 +170,7 @@ class _TargetCheck:
 
     def _end(self, seconds: float, text: str = "", error: ProxyError | None = None) -> None:
         if error is not None:
-            self._report.end(self._failed(self._step, error, seconds))
+            self._report.end(failed_step(self._step, self._name, error, seconds))
         else:
             self._report.end(Step(self._step, self._name, True, seconds, text))
 
@@ -202,13 +211,6 @@ class _TargetCheck:
             return False
         self._end(time.perf_counter() - started_at, text)
         return True
-
-    def _failed(self, name: str, error: ProxyError, seconds: float) -> Step:
-        response = error.response()
-        texts = (response.message, error.detail)
-        text = ": ".join(dict.fromkeys(filter(None, texts)))  # PostgreSQL's own error is both
-        fix = response.text(b"H")
-        return Step(name, self._name, False, seconds, text, error.reason, response.sqlstate, fix)
 
     # -- the workspace ---------------------------------------------------------------------------
 
@@ -298,7 +300,8 @@ class _TargetCheck:
 
         This is the proxy's only target: no name of a user or a database could lead to another.
         """
-        target = self._settings.target(self._name)
+        is_target = self._name in self._settings.target_names()  # else a shard of a catalogue
+        target = self._settings.target(self._name) if is_target else self._upstream.settings
         own = self._settings.model_copy(
             update={
                 "upstream": target,

@@ -27,10 +27,14 @@ def run(arguments: Sequence[str]) -> int:
     as_json, flags = _JSON in flags, [flag for flag in flags if flag != _JSON]
     settings = load_settings(flags, os.environ, inspect=[map_problems])
     try:
-        found = router_of(settings).resolve(key)
+        if settings.catalogue_map:
+            from proxy.verbs.resolve_in_catalogue import resolve  # noqa: PLC0415 - seconds
+
+            facts = resolve(settings, key)
+        else:
+            facts = _facts(settings, router_of(settings).resolve(key))
     except ProxyError as error:
         return _refuse(error, as_json=as_json)
-    facts = _facts(settings, found)
     print(json.dumps({"ok": True, **facts}) if as_json else _table(facts))
     return EXIT_OK
 

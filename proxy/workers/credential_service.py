@@ -92,7 +92,11 @@ class _Generation:
         upstreams: Iterable[Upstream],
         before: Mapping[int, _UpstreamFacts],
         calls: PendingCalls,
+        shards: Iterable[tuple[str, Upstream]] = (),
     ) -> None:
+        """`shards` are those of a map in a catalogue, which come and go."""
+        self._shards = shards
+        self._calls = calls
         self.facts: dict[int, _UpstreamFacts] = {}  # by the upstream's id()
         self._by_workspace: dict[str, _UpstreamFacts] = {}
         self._by_resource: dict[tuple[str, str, bool, bool], _UpstreamFacts] = {}
@@ -111,7 +115,17 @@ class _Generation:
 
     def account(self, workspace: str, instance: str) -> TokenAccount:
         """Return whose tokens open a workspace's endpoints, or one of its instances."""
-        return _required(self._accounts.get((workspace, instance)))
+        found = self._accounts.get((workspace, instance))
+        if found is None:
+            found = next(
+                (
+                    upstream.account
+                    for upstream in self._of_shards(workspace)
+                    if upstream.account_key.instance == instance
+                ),
+                None,
+            )
+        return _required(found)
 
     def resource(self, workspace: str, name: str, read_only: bool, pooled: bool) -> _UpstreamFacts:
         """Return what is known of an upstream with this resource."""
@@ -119,7 +133,15 @@ class _Generation:
 
     def workspace(self, name: str) -> _UpstreamFacts:
         """Return what is known of an upstream in this workspace."""
+        if name not in self._by_workspace and (found := next(self._of_shards(name), None)):
+            self._by_workspace[name] = _UpstreamFacts(found, self._calls)
         return _required(self._by_workspace.get(name))
+
+    def _of_shards(self, workspace: str) -> Iterator[Upstream]:
+        """Yield the upstreams of shards in a workspace, as far as they are in use."""
+        for _, upstream in self._shards:
+            if upstream.account_key.workspace.name == workspace:
+                yield upstream
 
 
 def _required(found: T | None) -> T:
@@ -139,15 +161,25 @@ class CredentialService:
         self._generations: dict[int, _Generation] = {}
         self._uses: dict[int, ExitStack] = {}  # each keeps the upstreams of a generation open
 
-    def register(self, generation: int, upstreams: Upstreams) -> None:
-        """Answer for one more generation, and no longer for the oldest."""
+    def register(
+        self,
+        generation: int,
+        upstreams: Upstreams,
+        shards: Iterable[tuple[str, Upstream]] | None = None,
+    ) -> None:
+        """Answer for one more generation, and no longer for the oldest.
+
+        `shards` are the upstreams of a catalogue's map by name, as they are when they are asked.
+        """
         # The upstreams are held here, so that no other can have the id() of one of them.
         before = {
             key: facts
             for generation_before in self._generations.values()
             for key, facts in generation_before.facts.items()
         }
-        self._generations[generation] = _Generation(upstreams.values(), before, self._calls)
+        self._generations[generation] = _Generation(
+            upstreams.values(), before, self._calls, shards or ()
+        )
         self._uses[generation] = upstreams.keep_open()
         if len(self._generations) > GENERATIONS_MAX:
             oldest = min(self._generations)

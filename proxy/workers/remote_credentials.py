@@ -47,8 +47,14 @@ class RemoteWorkspaceRegistry:
 
     def register(self, generation: int, settings: Settings) -> None:
         """Ask by these settings, which are the supervisor's of this generation, from now on."""
-        for name in settings.target_names():
-            self._generations[workspace_key_of(settings, settings.target(name))] = generation
+        targets = [settings.target(name) for name in settings.target_names()]
+        if settings.catalogue_map:  # a shard may be in any of them
+            targets += [
+                settings.upstream.model_copy(update={"workspace": name})
+                for name in ("", *settings.workspaces)
+            ]
+        for target in targets:
+            self._generations[workspace_key_of(settings, target)] = generation
         oldest = generation - GENERATIONS_MAX + 1
         self._generations = {key: last for key, last in self._generations.items() if last >= oldest}
 

@@ -26,6 +26,8 @@ from proxy.session.listen_sockets import Address
 from proxy.workers.acceptor import Acceptor
 from proxy.workers.credential_service import CredentialService
 from proxy.workers.fork_server import ForkServer
+from proxy.workers.map_answers import MapAnswers
+from proxy.workers.map_messages import Message
 from proxy.workers.shared_counters import SharedCounters
 from proxy.workers.worker import run_worker
 from proxy.workers.worker_handle import END_SECONDS_MAX, WorkerHandle
@@ -84,6 +86,7 @@ class Supervisor:
         self._fork_server = fork_server
         self._acceptor = Acceptor(app.settings.listen, self._pass_connection)
         self._credentials = CredentialService()
+        self._map_answers = MapAnswers(app, self._tell_of_map)
         self._workers: dict[int, WorkerHandle] = {}  # by their numbers
         self._counts_of_dead = Reading()  # by workers that have died
         self._connection_ids = itertools.count(1)
@@ -181,7 +184,8 @@ class Supervisor:
     async def _run_worker(self, number: int) -> WorkerHandle:
         """Start a worker, and return it once it has ended or is killed. Raises OSError."""
         worker = WorkerHandle(number, self._counters, self._fork_server)
-        await worker.start({**self._credentials.methods, "cancel": partial(self._cancel, worker)})
+        methods = {**self._credentials.methods, **self._map_answers.methods}
+        await worker.start({**methods, "cancel": partial(self._cancel, worker)})
         self._workers[number] = worker
         if await self._configure(worker):
             worker.serving = True
@@ -257,7 +261,13 @@ class Supervisor:
 
     def _register_configuration(self) -> None:
         self._generation += 1
-        self._credentials.register(self._generation, self._app.snapshot.upstreams)
+        snapshot = self._app.snapshot
+        self._credentials.register(self._generation, snapshot.upstreams, snapshot.shards)
+
+    def _tell_of_map(self, change: Message) -> None:
+        """Notify every worker of a change of the map, those that are starting too."""
+        for worker in self._workers.values():
+            worker.map_changed(change)
 
     async def _cancel(self, asking: WorkerHandle, pid: int, key: str) -> bool:
         """Make the other worker that knows this key cancel its query (W43)."""

@@ -23,13 +23,16 @@ from proxy.config import AdminSettings, ConfigurationError, Settings, UpstreamSe
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.log_writer import FLUSH_SECONDS_MAX
 from proxy.observe.logs import configure_logging, flush_log, get_logger, worker_log
+from proxy.observe.metrics import Metrics
 from proxy.server.app import App, running
 from proxy.server.file_limit import full_error, slots_max
 from proxy.server.router_factory import clear_map_cache, reread_in_thread
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
 from proxy.workers.connection_socket import ReceivedConnections
+from proxy.workers.map_messages import change_from_dict
 from proxy.workers.remote_credentials import RemoteWorkspaceRegistry
+from proxy.workers.remote_map import RemoteMap
 from proxy.workers.rpc import Methods, RpcConnection, RpcConnectionLost
 from proxy.workers.shared_counters import BEAT_SECONDS, SharedCounters, SharedSlots
 
@@ -53,7 +56,7 @@ def run_worker(
 def worker_settings(settings: Settings) -> Settings:
     """Return the settings of one worker.
 
-    It has no admin address, and its part, rounded up, of each `connects_max`.
+    It has no admin address, and its part, rounded up, of each `connects_max` and of `park_max`.
     """
 
     def part_of(target: UpstreamSettings) -> UpstreamSettings:
@@ -61,7 +64,11 @@ def worker_settings(settings: Settings) -> Settings:
         return target.model_copy(update={"connects_max": connects_max})
 
     admin = AdminSettings(enabled=False)
-    return settings.with_targets(part_of).model_copy(update={"admin": admin})
+    park_max = math.ceil(settings.park_max / settings.listen.workers)
+    catalogue = settings.catalogue.model_copy(update={"park_max": park_max})
+    return settings.with_targets(part_of).model_copy(
+        update={"admin": admin, "catalogue": catalogue}
+    )
 
 
 class Worker:
@@ -79,6 +86,7 @@ class Worker:
         self._number = worker_number
         self._connections = connections
         self._threads = BlockingCalls("reload")
+        self._map: RemoteMap | None = None
         self._first_settings: asyncio.Future[Settings]
         self._serving = asyncio.Event()
         self._rpc: RpcConnection
@@ -93,6 +101,7 @@ class Worker:
             "read": self._read,
             "cancel": self._cancel,
             "drain": self._drain,
+            "map_changed": self._map_changed,
         }
         self._rpc = await RpcConnection.open(control, methods)
         self._workspaces = RemoteWorkspaceRegistry(self._rpc)
@@ -123,6 +132,7 @@ class Worker:
                 full_error(settings.listen),
             ),
             cancel_elsewhere=self._cancel_elsewhere,
+            map_elsewhere=self._map_of,
         )
         ended = partial(self._counters.record_end, self._number)
         app.connection_source = ReceivedConnections(self._connections, app.listener, ended)
@@ -164,7 +174,18 @@ class Worker:
         await self._threads.run(flush_log, 2 * FLUSH_SECONDS_MAX)
         return sessions_cut
 
+    async def _map_changed(self, **change: Any) -> None:
+        if self._map is not None:  # else no session can have a mapping yet
+            self._map.changed(change_from_dict(change))
+
     # -- what it calls ---------------------------------------------------------------------------
+
+    def _map_of(self, settings: Settings, metrics: Metrics) -> RemoteMap:
+        """Return the map that the supervisor has for these settings."""
+        name = settings.catalogue_map
+        if self._map is None or self._map.name != name:
+            self._map = RemoteMap(name, self._rpc, metrics)
+        return self._map
 
     async def _cancel_elsewhere(self, request: CancelRequest) -> bool:
         key = request.key.reveal().hex()

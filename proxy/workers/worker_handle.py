@@ -20,6 +20,7 @@ from proxy.server.router_factory import RELOAD_SECONDS_MAX
 from proxy.upstream.connector import CANCEL_SECONDS_MAX
 from proxy.workers.connection_socket import connection_socket_pair, send_connection
 from proxy.workers.fork_server import ForkServer
+from proxy.workers.map_messages import Message
 from proxy.workers.rpc import MessageTooLong, Methods, RpcConnection, RpcConnectionLost
 from proxy.workers.shared_counters import SILENT_SECONDS_MAX, SharedCounters
 
@@ -167,6 +168,10 @@ class WorkerHandle:
         """Make it cancel the query of this cancel key. Return whether it knows the key."""
         call = self._rpc.call("cancel", pid=pid, key=key)
         return bool(await self._answer(call, CANCEL_SECONDS_MAX + READ_SECONDS_MAX))
+
+    def map_changed(self, change: Message) -> None:
+        """Notify it of a change of the shard map."""
+        self._rpc.notify("map_changed", **change)
 
     async def drain(self, seconds: float) -> int:
         """End its sessions; kill it if it does not answer. Return how many sessions were cut."""

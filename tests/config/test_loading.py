@@ -607,6 +607,7 @@ def test_an_instance_replaces_an_endpoint() -> None:
         *("workspace.client_secret_file", "workspace.config_file", "workspace.oidc_token_filepath"),
         *("credentials.password_file", "upstream.ssl_root_cert", "targets.eu.ssl_root_cert"),
         *("listen.tls_certificate", "listen.tls_key", "shard_maps.m.mappings_file"),
+        "catalogue.snapshot_file",
     ],
 )
 def test_a_file_name_with_a_nul_is_refused(key: str) -> None:

@@ -158,7 +158,8 @@ def test_a_list_map_has_keys(tmp_path: Path) -> None:
         (shard_map("", more='normalise = "nfc"'), "normalise", "none unless key_type is text"),
         (shard_map("", kind="lists"), "kind", "must be 'list', 'range' or 'hash', not 'lists'"),
         ('[shard_maps.m]\nkind = "list"\n', "key_type", "required"),
-        (shard_map("", more="catalogue = true"), "catalogue", "not supported by this version"),
+        ('[shard_maps.m]\ncatalogue = false\nkey_type = "int8"\n', "kind", "required"),
+        ("[shard_maps.m]\ncatalogue = 2\n", "catalogue", "must be a valid boolean"),
     ],
 )
 def test_a_shard_map_with_a_mistake_is_refused(
@@ -188,8 +189,3 @@ def test_a_map_has_its_entries_in_mappings_or_in_a_file(tmp_path: Path, more: st
     entries = '{ target = "upstream" }' if more else ""
     said = refusals(written(tmp_path, shard_map(entries, more=more)))
     assert "needs entries, either in mappings or in mappings_file" in said["shard_maps.m"]
-
-
-def test_the_catalogue_is_no_part_of_this_version(tmp_path: Path) -> None:
-    said = refusals(written(tmp_path, '[catalogue]\ntarget = "main"\n'))
-    assert "a catalogue is not supported by this version" in said["catalogue.target"]

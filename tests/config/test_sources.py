@@ -44,6 +44,7 @@ VALUES = {
     "key_type": "text",
     "normalise": "nfc",
     "mappings": ENTRIES,
+    "catalogue": "true",
 }
 
 
@@ -56,8 +57,11 @@ def test_every_key_with_a_chosen_name_can_be_given_as_flag_and_as_variable(
     given = COMPANIONS[section] | {name: text}
     if name == "mappings":
         del given["mappings_file"]
+    if name == "catalogue":
+        given = {"catalogue": text}
     # Names from variables are in lower case. The workspace exists, because targets name it.
     known = {"LAKEBASE_PROXY_WORKSPACES__KNOWN__PROFILE": "p"}
+    known["LAKEBASE_PROXY_CATALOGUE__TARGET"] = "upstream"
     flags = [f"--{section}.eu.{one}={value}" for one, value in given.items()]
     variables = {
         f"LAKEBASE_PROXY_{section}__EU__{one}".upper(): value for one, value in given.items()

@@ -45,7 +45,7 @@ def test_an_unknown_key_of_a_table_is_reported_with_the_nearest_one(
         ("--targets=x", "targets", "--targets.NAME.endpoint"),
         ("--targets.eu=x", "targets.eu", "--targets.eu.endpoint"),
         ("--workspaces.eu=x", "workspaces.eu", "--workspaces.eu.host"),
-        ("--shard_maps.m=x", "shard_maps.m", "--shard_maps.m.kind"),
+        ("--shard_maps.m=x", "shard_maps.m", "--shard_maps.m.catalogue"),
         ("--databases=7", "databases", "--databases.NAME"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Two thousand sessions over a thousand keys; `make soak` does it with a hundred thousand."""
+"""Two thousand sessions over a thousand keys; `make routes` does it with a hundred thousand."""
 
 from pathlib import Path
 

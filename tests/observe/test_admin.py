@@ -307,3 +307,15 @@ async def test_signals_stay_with_the_proxy() -> None:
         await ask(address.port, "/liveness")
         during = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert during == before
+
+
+async def test_a_look_up_is_answered_with_what_the_proxy_knows_to_this_machine_only() -> None:
+    async with serve_admin(ScriptedAdminState(), host=LOOPBACK, port=0) as address:
+        found = await ask(address.port, "/lookup?key=%2D5%26")
+        none = await ask(address.port, "/lookup")
+        headers = "Host: localhost\r\nX-Forwarded-For: 192.0.2.1\r\n"
+        foreign = await ask(address.port, "/lookup?key=5", headers=headers)
+    assert (found.status, found.json) == (200, {"ok": True, "canonical_key": "-5&"})
+    assert none.status == 200
+    assert (none.json["ok"], none.json["reason"]) == (False, "key_missing")
+    assert foreign.status == 403

@@ -1,8 +1,9 @@
 """The alert rules against what a running proxy exposes, in a healthy hour and in each outage.
 
-Each outage happens to a real proxy in front of the emulator, for a moment between two scrapes; then
-Prometheus evaluates the rules as if it went on for minutes (`tests/support/prometheus.py`). The
-times are those of docs/metrics.md. Debian has promtool in its package `prometheus`.
+Each outage happens to a real proxy in front of the emulator, or of a catalogue and its shards, for
+a moment between two scrapes; then Prometheus evaluates the rules as if it went on for minutes
+(`tests/support/prometheus.py`). The times are those of docs/metrics.md. Debian has promtool in its
+package `prometheus`.
 """
 
 import asyncio
@@ -27,7 +28,9 @@ from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import CancelRequest
 from tests.e2e.test_blocked_log import be_refused, full_pipe, proxy_logging_to
 from tests.support.admin_address import metrics_once
+from tests.support.catalogue import Stores
 from tests.support.client import plain_client, startup
+from tests.support.map_outages import MAP_OUTAGES, running_with_map
 from tests.support.outages import (
     CLIENTS_A_MINUTE,
     OUTAGES,
@@ -113,6 +116,24 @@ async def test_an_outage_is_told_in_time_and_nothing_else(
     assert_told(timeline, outage.minutes, outage.alerts, tmp_path)
 
 
+@pytest.mark.parametrize("name", list(MAP_OUTAGES))
+async def test_an_outage_of_a_map_in_a_catalogue_is_told(
+    stores: Stores, tmp_path: Path, name: str
+) -> None:
+    outage, timeline = MAP_OUTAGES[name], Timeline()
+    async with running_with_map(stores) as world:
+        first = await scrape(world.admin_port)
+        await world.connects()
+        await world.all_over()
+        before = await scrape(world.admin_port)
+        timeline.add(HEALTHY_MINUTES, first, before)
+        await outage.happens(world, tmp_path)
+        await world.all_over()
+        after = await scrape(world.admin_port)
+        timeline.add(outage.minutes, before, after)
+    assert_told(timeline, outage.minutes, outage.alerts, tmp_path)
+
+
 def test_no_proxy_that_is_scraped_is_told(tmp_path: Path) -> None:
     # No series at all: what a proxy exposes does not matter here.
     expected = Expectations([])
@@ -125,7 +146,9 @@ def test_each_alert_has_its_outage_and_its_time() -> None:
     groups = yaml.safe_load(ALERTS.read_text())["groups"]
     names = {rule["alert"] for group in groups for rule in group["rules"]}
     assert names == WITHIN_MINUTES.keys()
-    happen = {alert.name for outage in OUTAGES.values() for alert in outage.alerts}
+    alerts = [outage.alerts for outage in OUTAGES.values()]
+    alerts += [outage.alerts for outage in MAP_OUTAGES.values()]
+    happen = {alert.name for some in alerts for alert in some}
     assert happen | OF_A_PROCESS == names
 
 

@@ -19,9 +19,13 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.emulator.lakebase import Lakebase
+from proxy.routing.keys import KeyType
+from proxy.routing.shard_map import Kind, MapSpec
 from proxy.server.app import serving
 from tests.support.admin_address import ask
+from tests.support.catalogue import Stores
 from tests.support.client import plain_client
+from tests.support.operator import Operator
 from tests.support.running import proxy_settings
 from tests.support.sharding import shard_by_psycopg, sharded
 
@@ -46,9 +50,16 @@ Exported = Mapping[str, Mapping[str, set[str]]]
 
 
 @pytest_asyncio.fixture
-async def exported(lakebase: Lakebase) -> AsyncIterator[Exported]:
-    """Return what is scraped from a proxy that has served a session."""
+async def exported(lakebase: Lakebase, stores: Stores) -> AsyncIterator[Exported]:
+    """Return what is scraped from two proxies, one with a static map and one with a catalogue's."""
+    operator = Operator(stores, MapSpec(Kind.RANGE, KeyType.INT4))
+    await operator.install()
     async with AsyncExitStack() as stack:
+        catalogued = await stack.enter_async_context(
+            serving(stores.settings(stores.roles.session, admin={"enabled": True}))
+        )
+        assert catalogued.admin is not None
+        of_catalogue = (await ask(catalogued.admin.port, "/metrics")).body.decode()
         routing = sharded(lakebase, require_key=False)
         settings = proxy_settings(lakebase, admin={"enabled": True}, **routing)
         proxy = await stack.enter_async_context(serving(settings))
@@ -56,17 +67,23 @@ async def exported(lakebase: Lakebase) -> AsyncIterator[Exported]:
         await shard_by_psycopg(proxy, dbname="app@7")
         async with plain_client(proxy) as client:
             await client.start_up()
-            yield names_and_labels((await ask(proxy.admin.port, "/metrics")).body.decode())
+            of_static = (await ask(proxy.admin.port, "/metrics")).body.decode()
+            yield names_and_labels(of_static, of_catalogue)
 
 
-def names_and_labels(exposition: str) -> Exported:
+def names_and_labels(*expositions: str) -> Exported:
     found: dict[str, dict[str, set[str]]] = {}
-    for family in text_string_to_metric_families(exposition):
-        for sample in family.samples:
+    for exposition in expositions:
+        for sample in samples(exposition):
             labels = found.setdefault(sample.name, {})
             for label, value in sample.labels.items():
                 labels.setdefault(label, set()).add(value)
     return found
+
+
+def samples(exposition: str) -> Iterator[Any]:
+    for family in text_string_to_metric_families(exposition):
+        yield from family.samples
 
 
 def wrong_in(expression: str, exported: Exported, legend: str = "") -> list[str]:

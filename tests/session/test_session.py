@@ -8,15 +8,17 @@ import contextlib
 import gc
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 import pytest_asyncio
 import trustme
 
+from proxy.catalogue.model import Located
 from proxy.config import ListenSettings
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
@@ -26,6 +28,7 @@ from proxy.server.app import App, build_metrics, serving
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
 from proxy.session.drain import OpenSession
 from proxy.session.listener import Listener
+from proxy.session.mapped_sessions import MappedSessions
 from proxy.session.session import Session, SessionParts
 from proxy.session.slots import Slots
 from proxy.session.starting_client import StartingClient
@@ -72,6 +75,10 @@ async def proxy(lakebase: Lakebase) -> AsyncIterator[App]:
 Routing = Callable[[StartupMessage], Awaitable[tuple[Route, SessionOpener]]]
 
 
+async def nowhere(map_id: UUID, routing_keys: Sequence[bytes]) -> Sequence[Located | None]:
+    return [None for _ in routing_keys]
+
+
 def listener_with(
     metrics: Metrics, route: Routing, forwarder: type[CancelForwarder] = CancelForwarder
 ) -> Listener:
@@ -86,6 +93,7 @@ def listener_with(
         startup_timeout_seconds=5,
         tls=lambda: None,
         slot=slots.take,
+        mapped_sessions=MappedSessions(nowhere),
     )
 
     async def serve(stream: StartupStream, entry: OpenSession) -> None:

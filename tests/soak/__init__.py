@@ -1,1 +1,1 @@
-"""Long runs through the whole product, outside the suite: `make soak`."""
+"""Long runs through the whole product, outside the suite: `make soak routes closes`."""

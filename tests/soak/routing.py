@@ -2,8 +2,8 @@
 
 Everything is real: the proxy as a process of its own, the emulator's API and TLS gateway, two
 PostgreSQL servers, of which each tells its name. Which is right is worked out here, by SHA-256 and
-arithmetic, not by the product's code. For: `make soak`, and less of the same in the suite. Not for
-measuring: client, gateway and servers share the machine with the proxy.
+arithmetic, not by the product's code. For: `make routes`, and less of the same in the suite. Not
+for measuring: client, gateway and servers share the machine with the proxy.
 """
 
 import argparse

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
-from proxy.observe.status import Status, Token, WorkspaceApi, report
+from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
 from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
 
@@ -33,6 +34,7 @@ class ScriptedAdminState:
     hosts: dict[str, str] = field(default_factory=lambda: {"upstream": "ep-a.example.com"})
     shown_tokens: list[Token] = field(default_factory=list)
     shown_apis: list[WorkspaceApi] = field(default_factory=list)
+    shown_map: ShardMapStatus | None = None
     shown_warnings: list[str] = field(default_factory=list)
     uptime_seconds: float = 3.5
     acceleration: str = "used"
@@ -79,6 +81,14 @@ class ScriptedAdminState:
         """Return the warnings that the test has set."""
         return self.shown_warnings
 
+    def shard_map(self) -> ShardMapStatus | None:
+        """Return the shard map that the test has set."""
+        return self.shown_map
+
+    def catalogue_facts(self) -> CatalogueFacts:
+        """Return what is so without a catalogue."""
+        return CatalogueFacts()
+
     async def refresh(self) -> None:
         """Do nothing: it has no other processes."""
 
@@ -90,6 +100,12 @@ class ScriptedAdminState:
         """Return what `/status` shows."""
         targets = self.metrics.targets.rows(self.hosts)
         return report(self, targets, self.metrics.recent_errors.latest(), NOW)
+
+    def look_up(self, key: str) -> dict[str, object]:
+        """Return the key that was asked for, unless there is none."""
+        if not key:
+            raise ProxyError(ErrorKind.KEY_MISSING)
+        return {"canonical_key": key}
 
     def quit(self) -> None:
         """Count that it was asked to end."""

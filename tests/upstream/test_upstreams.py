@@ -99,3 +99,30 @@ async def test_the_compiled_context_is_made_with_the_upstream_and_not_by_its_fir
     tls.client_context("verify-full", str(path), accelerated=True)
     assert tls._compiled_context.cache_info().misses == made
     await registry.close()
+
+
+async def test_a_host_with_a_password_needs_no_resource_to_mint_for(tmp_path: Path) -> None:
+    password = tmp_path / "password"
+    password.write_text("not-a-real-password")
+    values = {
+        "upstream": {"host": "db.example.com", "user": "app"},
+        "credentials": {"password_file": str(password)},
+    }
+    registry = LocalWorkspaceRegistry(build_metrics(), version="1")
+    upstreams = Upstreams(Settings.model_validate(values), registry, lambda *_: None)
+    assert upstreams["upstream"].account is None
+    await registry.close()
+
+
+async def test_the_authorities_of_a_catalogues_shards_are_read_at_the_start(tmp_path: Path) -> None:
+    values = {
+        "upstream": {"ssl_root_cert": str(tmp_path / "missing.pem")},
+        "targets": {"main": {"endpoint": ENDPOINT + "map", "ssl_root_cert": "system"}},
+        "catalogue": {"target": "main"},
+        "routing": {"shard_map": "tenants"},
+        "shard_maps": {"tenants": {"catalogue": True}},
+    }
+    registry = LocalWorkspaceRegistry(build_metrics(), version="1")
+    with pytest.raises(ConfigurationError, match=r"upstream\.ssl_root_cert"):
+        Upstreams(Settings.model_validate(values), registry, lambda *_: None)
+    await registry.close()

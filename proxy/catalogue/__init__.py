@@ -1,0 +1,14 @@
+"""The shard map that is kept in a Postgres database: the catalogue, for all proxies together.
+
+Reading order, which is also the import order. What both sides have: errors, model, transactions,
+schema, store, shard_store, bounds. The map in a proxy: packed_rows, mapping_table, table_builder,
+cache, catalogue_reader, notifications, map_state, lookups, snapshot_file, map_source, feed,
+snapshot_keeper, followed_map. Opening a session: shard_hosts, shard_upstreams, parking, admission,
+admitting_opener. Changing the map: operation, op_log, held_connection, mapping_rows, fence,
+operations, mapping_operations, mapping_status, shard_status, shard_operations, role_operations,
+file_operation, operation_kinds.
+
+Not for: the meaning of keys and bounds (`routing`), or dialling (`upstream`).
+
+Invariant: nothing that was read from the catalogue is put into SQL or a log unchecked.
+"""

@@ -1,0 +1,98 @@
+"""The mappings that an operation changes: found by their bounds, kept in the operation's row.
+
+For: reading one row in the catalogue and in a shard, and showing its bounds in an error. Not for
+reading maps (`store`).
+"""
+
+from datetime import datetime
+from typing import Final
+from uuid import UUID
+
+from proxy.catalogue.bounds import in_words
+from proxy.catalogue.errors import CatalogueError, Reason
+from proxy.catalogue.model import (
+    CatalogueMap,
+    Connection,
+    Mapping,
+    SessionsMode,
+    Shard,
+    Status,
+)
+from proxy.catalogue.operation import Json
+from proxy.catalogue.store import mapping_of, shards_by_id
+
+_MAPPING: Final = (
+    "select *, coalesce(locked_until > pg_catalog.now(), false) as locked from shardmap.mapping"
+)
+_EXACT: Final = f"{_MAPPING} where map_id = $1 and lo = $2 and hi is not distinct from $3"
+_OVERLAPPING: Final = (
+    f"{_MAPPING} where map_id = $1 and span operator(pg_catalog.&&) shardmap.keyrange("
+    " pg_catalog.uuid_send($1) || '\\x00'::bytea || $2,"
+    " pg_catalog.uuid_send($1) || coalesce('\\x00'::bytea || $3, '\\x01'::bytea)) order by lo"
+)
+
+
+async def mapping_exact(
+    connection: Connection, catalogue_map: CatalogueMap, lo: bytes, hi: bytes | None
+) -> Mapping:
+    """Return the mapping with exactly these bounds. Raises CatalogueError: UNKNOWN_MAPPING."""
+    row = await connection.fetchrow(_EXACT, catalogue_map.map_id, lo, hi)
+    if row is None:
+        bounds = in_words(catalogue_map.spec, lo, hi)
+        text = f"the map {catalogue_map.name} has no mapping {bounds}"
+        hint = "`shards show` prints the mappings; a range must be exactly one of them."
+        raise CatalogueError(Reason.UNKNOWN_MAPPING, text, hint)
+    return mapping_of(row)
+
+
+async def mappings_overlapping(
+    connection: Connection, catalogue_map: CatalogueMap, lo: bytes, hi: bytes | None
+) -> list[Mapping]:
+    """Return the mappings that have some of these keys."""
+    rows = await connection.fetch(_OVERLAPPING, catalogue_map.map_id, lo, hi)
+    return [mapping_of(row) for row in rows]
+
+
+async def shard_of_mapping(connection: Connection, mapping: Mapping) -> Shard:
+    """Return the shard that has a mapping."""
+    (shard,) = await shards_by_id(connection, [mapping.shard_id])
+    return shard
+
+
+def check_expected(what: str, expected: int | None, found: int) -> None:
+    """Raise CatalogueError (STALE_EPOCH) if the row is not as the caller knows it."""
+    if expected is not None and expected != found:
+        text = f"{what} is at {found}, not at {expected}"
+        raise CatalogueError(Reason.STALE_EPOCH, text, "Look at it again, then decide again.")
+
+
+def mapping_to_json(mapping: Mapping) -> Json:
+    """Return a mapping as it is kept in an operation's row."""
+    drain_until = mapping.drain_until
+    return {
+        "mapping_id": str(mapping.mapping_id),
+        "map_id": str(mapping.map_id),
+        "shard_id": str(mapping.shard_id),
+        "lo": mapping.lo.hex(),
+        "hi": None if mapping.hi is None else mapping.hi.hex(),
+        "status": str(mapping.status),
+        "sessions": str(mapping.sessions),
+        "drain_until": None if drain_until is None else drain_until.isoformat(),
+        "epoch": mapping.epoch,
+    }
+
+
+def mapping_from_json(row: Json) -> Mapping:
+    """Return the mapping of `mapping_to_json`."""
+    drain_until = row["drain_until"]
+    return Mapping(
+        mapping_id=UUID(row["mapping_id"]),
+        map_id=UUID(row["map_id"]),
+        shard_id=UUID(row["shard_id"]),
+        lo=bytes.fromhex(row["lo"]),
+        hi=None if row["hi"] is None else bytes.fromhex(row["hi"]),
+        status=Status(row["status"]),
+        sessions=SessionsMode(row["sessions"]),
+        drain_until=None if drain_until is None else datetime.fromisoformat(drain_until),
+        epoch=row["epoch"],
+    )

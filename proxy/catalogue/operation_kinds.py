@@ -1,0 +1,29 @@
+"""Every kind of operation, by the word in its row."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from proxy.catalogue.file_operation import AddFile
+from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
+from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
+from proxy.catalogue.operation import Operation
+from proxy.catalogue.role_operations import GrantSession, RevokeSession
+from proxy.catalogue.shard_operations import AddShard, RemoveShard
+from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
+
+KINDS: Final[Mapping[str, type[Operation]]] = {
+    kind.kind: kind
+    for kind in (
+        AddFile,
+        AddMapping,
+        AddShard,
+        DeleteMapping,
+        GrantSession,
+        RemoveShard,
+        RevokeSession,
+        TakeOffline,
+        TakeOnline,
+        TakeShardOffline,
+        TakeShardOnline,
+    )
+}

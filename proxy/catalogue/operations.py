@@ -1,0 +1,399 @@
+"""Runs operations: begin in the catalogue, then the shards, then the end in the catalogue.
+
+For: the order of the steps, undoing them in reverse, and what an earlier process left pending. Not
+for: what a kind of operation does (`operation` and those that build on it).
+
+Invariant: who changes a shard for an operation holds the operation's advisory lock in the catalogue
+at the moment of the commit. So an operator whose connection was lost cannot change anything after
+another one took the operation over. A shard's steps lock its table of mappings against each other,
+so the one that takes over waits for a commit that is under way.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Final, Self
+from uuid import UUID
+
+from proxy.catalogue import op_log
+from proxy.catalogue.errors import CatalogueError, Reason, ReasonRow
+from proxy.catalogue.held_connection import THE_CATALOGUE, HeldConnection, TakenOver
+from proxy.catalogue.model import CatalogueMap, Connection, Shard
+from proxy.catalogue.op_log import OperationRow
+from proxy.catalogue.operation import (
+    BEGUN,
+    UNDOING,
+    Operation,
+    Place,
+    Reach,
+    Step,
+    Tools,
+    Unchanged,
+    pass_by,
+)
+from proxy.catalogue.transactions import transaction
+
+# How often one writer settles what is in its way; more often, and it is somebody's live traffic.
+SETTLED_MAX: Final = 20
+
+FindMap = Callable[[Connection, UUID], Awaitable[CatalogueMap]]
+"""Reads a map by its id."""
+
+
+class _RollBack(Exception):
+    """Ends a transaction that was made only to look."""
+
+
+class Operator:
+    """Runs operations over one connection to the catalogue; use it with `async with`.
+
+    `owner` says in the operation's row who it is. `kinds` finds the class of a pending operation.
+    `reach` is called at each point, for tests.
+    """
+
+    def __init__(
+        self,
+        tools: Tools,
+        kinds: Mapping[str, type[Operation]],
+        find_map: FindMap,
+        *,
+        owner: str,
+        reach: Reach = pass_by,
+    ) -> None:
+        self._tools = tools
+        self._kinds = kinds
+        self._find_map = find_map
+        self._owner = owner
+        self._reach = reach
+        self._held = HeldConnection(tools)
+
+    async def __aenter__(self) -> Self:
+        await self._held.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._held.__aexit__(*error)
+
+    async def run(self, operation: Operation) -> bool:
+        """Do the whole operation. Return whether there was something to do.
+
+        Raises CatalogueError: with `op_id` if an operation is left pending, else nothing is half
+        done.
+        """
+        try:
+            await self._begin(operation)
+            await self._complete(operation, BEGUN)
+        except Unchanged:
+            return False
+        finally:
+            await self._held.unlock(operation.op_id)
+        return True
+
+    async def plan(self, operation: Operation) -> list[str]:
+        """Check all preconditions; change nothing. Return what `run` would do, a sentence each.
+
+        There is none if there is nothing to do.
+        """
+        sentences = await self._held.repeat(THE_CATALOGUE, partial(self._plan_once, operation))
+        for shard in operation.shards if sentences else ():
+            check = partial(self._check_shard, operation, shard)
+            await self._held.repeat(f"shard {shard.name}", check)
+        return sentences
+
+    async def pending(self, map_id: UUID | None = None) -> list[OperationRow]:
+        """Return the pending operations, of one map or all, the oldest first."""
+
+        async def read() -> list[OperationRow]:
+            return await op_log.read_all(await self._held.use(), map_id)
+
+        return await self._held.repeat(THE_CATALOGUE, read)
+
+    async def resume(self, op_id: UUID) -> OperationRow:
+        """Complete a pending operation. Return its row as it was. Raises CatalogueError."""
+        return await self._take_up(op_id, undo=False)
+
+    async def undo(self, op_id: UUID) -> OperationRow:
+        """Undo a pending operation. Return its row as it was. Raises CatalogueError."""
+        return await self._take_up(op_id, undo=True)
+
+    async def plan_pending(self, op_id: UUID, *, undo: bool) -> list[str]:
+        """Check that a pending operation can be undone, or completed. Return what would be done."""
+        try:
+            row, operation = await self._held.repeat(
+                THE_CATALOGUE, partial(self._read_locked, op_id)
+            )
+        finally:
+            await self._held.unlock(op_id)
+        if not undo:
+            _check_resumable(row, operation)
+        names = ", ".join(shard.name for shard in operation.shards)
+        verb = "Undo" if undo else "Complete"
+        return [f"{verb} the operation {op_id} ({row.kind}, {row.state}) on shard {names}."]
+
+    async def _begin(self, operation: Operation) -> None:
+        """Begin, after what was left pending on the same shards is settled."""
+        await self._reach("begin")
+        begin = partial(self._begin_once, operation)
+        for _ in range(SETTLED_MAX):
+            pending = await self._held.step(THE_CATALOGUE, begin)
+            if not pending:
+                await self._reach("begin.done")
+                return
+            await self._settle(pending[0])
+        text = f"{SETTLED_MAX} operations came first"
+        raise CatalogueError(Reason.OPERATION_PENDING, text, "Try again.")
+
+    async def _begin_once(self, operation: Operation) -> list[OperationRow]:
+        """Return the operations in the way. If there are none, it has begun."""
+        connection = await self._held.use()
+        if not await self._held.lock(operation.op_id):
+            raise TakenOver(operation.op_id)
+        async with transaction(connection):
+            await _lock_map(connection, operation)
+            if await op_log.read_state(connection, operation.op_id) is not None:
+                return []  # an earlier try was committed
+            await operation.find(connection)
+            if pending := await op_log.in_the_way(connection, operation):
+                return pending
+            await operation.begin(connection)
+            await op_log.insert(connection, operation, self._owner)
+            await self._reach("begin.commit")
+        return []
+
+    async def _plan_once(self, operation: Operation) -> list[str]:
+        connection = await self._held.use()
+        sentences: list[str] = []
+        with suppress(_RollBack, Unchanged):
+            async with transaction(connection):
+                await _lock_map(connection, operation)
+                await operation.find(connection)
+                pending = await op_log.in_the_way(connection, operation)
+                sentences = [await self._plan_settling(row) for row in pending]
+                if not pending:
+                    await operation.begin(connection)
+                sentences += operation.plan()
+                raise _RollBack
+        return sentences
+
+    async def _plan_settling(self, row: OperationRow) -> str:
+        if not await self._held.lock(row.op_id):
+            raise row.in_use()
+        await self._held.unlock(row.op_id)
+        verb = "Complete" if self._is_kept(row) else "Undo"
+        return f"{verb} the operation {row.op_id} ({row.kind}), which {row.owner} left pending."
+
+    # -- the steps -------------------------------------------------------------------------------
+
+    async def _complete(self, operation: Operation, state: str) -> None:
+        """Do the steps after this state; undo all of them if one fails.
+
+        Raises CatalogueError. It has `op_id` if the operation is left pending.
+        """
+        kept = _states_kept(operation)
+        try:
+            for step in _steps_after(operation, state):
+                await self._do(operation, step)
+                state = step.name
+        except TakenOver:
+            raise
+        except CatalogueError as failure:
+            if state in kept:
+                raise _left_pending(operation, failure) from failure
+            await self._undo_after(operation, failure)
+
+    async def _undo_after(self, operation: Operation, failure: CatalogueError) -> None:
+        """Undo, and raise why; or that the operation is left pending."""
+        try:
+            await self._undo(operation)
+        except TakenOver:
+            raise
+        except CatalogueError as again:
+            raise _left_pending(operation, failure, again) from failure
+        raise failure
+
+    async def _do(self, operation: Operation, step: Step) -> None:
+        await self._reach(step.name)
+        if step.place is Place.CATALOGUE:
+            self._tools.progress("changing the catalogue")
+            await self._held.step(THE_CATALOGUE, partial(self._do_catalogue, operation, step))
+        else:
+            do = self._do_shard if step.place is Place.SHARD else self._wait_for_sessions
+            for shard in operation.shards:
+                where = f"shard {shard.name}"
+                self._tools.progress(f"changing {where}")
+                await self._held.step(where, partial(do, operation, step, shard))
+        await self._reach(f"{step.name}.done")
+
+    async def _do_catalogue(self, operation: Operation, step: Step) -> None:
+        connection = await self._held.use()
+        is_last = step is operation.steps[-1]
+        async with transaction(connection):
+            state = await op_log.read_state(connection, operation.op_id, lock=True)
+            if state is None and is_last and await operation.is_applied(connection):
+                return  # an earlier try was committed
+            if state in (None, UNDOING):
+                raise TakenOver(operation.op_id)
+            await operation.do_catalogue(step.name, connection)
+            if is_last:
+                await op_log.delete(connection, operation.op_id)
+            else:
+                await op_log.record_state(connection, operation.op_id, step.name)
+            await self._reach(f"{step.name}.commit")
+
+    async def _do_shard(self, operation: Operation, step: Step, shard: Shard) -> None:
+        async with self._tools.databases.shard(shard) as connection:
+            await operation.prepare_shard(connection, shard)
+            async with self._guarded(operation, connection, step.name, UNDOING):
+                await operation.check_shard(connection, shard)
+                operation.has_reached_shards = True
+                await operation.do_shard(step.name, connection, shard, self._tools)
+
+    async def _wait_for_sessions(self, operation: Operation, step: Step, shard: Shard) -> None:
+        await operation.wait_for_sessions(step.name, shard, self._tools)
+
+    @asynccontextmanager
+    async def _guarded(
+        self, operation: Operation, connection: Connection, point: str, *foreign_states: str
+    ) -> AsyncIterator[None]:
+        """Run the block in a transaction of a shard; commit if the operation is still ours."""
+        async with transaction(connection):
+            await operation.lock_shard(connection)
+            yield
+            state = await op_log.read_state(await self._held.use(), operation.op_id)
+            if state is None or state in foreign_states:
+                raise TakenOver(operation.op_id)
+            await self._reach(f"{point}.commit")
+
+    async def _check_shard(self, operation: Operation, shard: Shard) -> None:
+        async with self._tools.databases.shard(shard) as connection:
+            await operation.check_shard(connection, shard)
+
+    # -- undo ------------------------------------------------------------------------------------
+
+    async def _undo(self, operation: Operation) -> None:
+        """Undo in reverse: the shards, then the catalogue. Raises CatalogueError."""
+        await self._reach("undo")
+        operation.begin_undo()
+        await self._held.step(THE_CATALOGUE, partial(self._mark_undoing, operation))
+        if operation.has_reached_shards:
+            for shard in reversed(operation.shards):
+                await self._reach("undo.shard")
+                undo = partial(self._undo_shard, operation, shard)
+                await self._held.step(f"shard {shard.name}", undo)
+                await self._reach("undo.shard.done")
+        await self._reach("undo.end")
+        await self._held.step(THE_CATALOGUE, partial(self._undo_catalogue, operation))
+        await self._reach("undo.done")
+
+    async def _mark_undoing(self, operation: Operation) -> None:
+        connection = await self._held.use()
+        if await op_log.record_state(connection, operation.op_id, UNDOING) is None:
+            raise TakenOver(operation.op_id)
+
+    async def _undo_shard(self, operation: Operation, shard: Shard) -> None:
+        async with (
+            self._tools.databases.shard(shard) as connection,
+            self._guarded(operation, connection, "undo.shard"),
+        ):
+            await operation.undo_shard(connection, shard)
+
+    async def _undo_catalogue(self, operation: Operation) -> None:
+        connection = await self._held.use()
+        async with transaction(connection):
+            if await op_log.read_state(connection, operation.op_id, lock=True) is None:
+                return  # an earlier try was committed
+            await operation.undo_catalogue(connection)
+            await op_log.delete(connection, operation.op_id)
+            await self._reach("undo.end.commit")
+
+    # -- what was left pending -------------------------------------------------------------------
+
+    async def _settle(self, row: OperationRow) -> None:
+        """Complete or undo an operation that is in the way, unless its operator lives."""
+        self._tools.progress(f"settling the operation {row.op_id} ({row.kind}, {row.state})")
+        try:
+            await self._take_up(row.op_id, undo=None)
+        except CatalogueError as error:
+            if error.reason != Reason.UNKNOWN_OPERATION.value.word:
+                raise  # if it is unknown, its operator or another writer was faster
+
+    async def _take_up(self, op_id: UUID, *, undo: bool | None) -> OperationRow:
+        """Complete or undo (None: as its state says) a pending operation. Return its row."""
+        try:
+            row, operation = await self._held.repeat(
+                THE_CATALOGUE, partial(self._read_locked, op_id)
+            )
+            if undo is None:
+                undo = not self._is_kept(row)
+            elif not undo:
+                _check_resumable(row, operation)
+            if undo:
+                await self._undo_pending(operation)
+            else:
+                await self._complete(operation, row.state)
+        finally:
+            await self._held.unlock(op_id)
+        return row
+
+    async def _undo_pending(self, operation: Operation) -> None:
+        """Undo what was left pending. A failure leaves it so."""
+        try:
+            await self._undo(operation)
+        except TakenOver:
+            raise
+        except CatalogueError as failure:
+            raise _left_pending(operation, failure) from failure
+
+    async def _read_locked(self, op_id: UUID) -> tuple[OperationRow, Operation]:
+        """Take the operation's lock; return its row, and what it is. Raises CatalogueError."""
+        connection = await self._held.use()
+        row = await op_log.read_one(connection, op_id)
+        if row is not None:
+            if not await self._held.lock(op_id):
+                raise row.in_use()
+            row = await op_log.read_one(connection, op_id)
+        if row is None:
+            raise CatalogueError(Reason.UNKNOWN_OPERATION, f"there is no operation {op_id}")
+        owner = await self._find_map(connection, row.map_id)
+        return row, self._kinds[row.kind].from_body(owner, op_id, {**row.body})
+
+    def _is_kept(self, row: OperationRow) -> bool:
+        """Return whether the next writer completes this operation, instead of undoing it."""
+        return row.state in _states_kept(self._kinds[row.kind])
+
+
+def _steps_after(operation: Operation, state: str) -> tuple[Step, ...]:
+    names = [BEGUN, *(step.name for step in operation.steps)]
+    return operation.steps[names.index(state) :]
+
+
+def _states_kept(operation: Operation | type[Operation]) -> frozenset[str]:
+    """Return the states from which an operation is completed rather than undone."""
+    names = [step.name for step in operation.steps]
+    return frozenset(names[names.index(operation.kept_from) :] if operation.kept_from else ())
+
+
+async def _lock_map(connection: Connection, operation: Operation) -> None:
+    query = "select 1 from shardmap.shard_map where map_id = $1 for update"
+    if await connection.fetchval(query, operation.map.map_id) is None:
+        raise CatalogueError(Reason.UNKNOWN_MAP, f"there is no map {operation.map.name}")
+
+
+def _check_resumable(row: OperationRow, operation: Operation) -> None:
+    if row.state == UNDOING or not operation.resumable:
+        text = f"the operation {row.op_id} ({row.kind}, {row.state}) can only be undone"
+        hint = f"shards ops undo {row.op_id}"
+        raise CatalogueError(Reason.OPERATION_PENDING, text, hint, op_id=row.op_id)
+
+
+def _left_pending(
+    operation: Operation, failure: CatalogueError, undoing: CatalogueError | None = None
+) -> CatalogueError:
+    text = f"the operation {operation.op_id} ({operation.kind}) is left pending: {failure.message}"
+    hint = f"shards ops undo {operation.op_id}"
+    if undoing is not None:
+        text += f"; undoing it failed: {undoing.message}"
+    elif operation.resumable:
+        hint = f"shards ops resume {operation.op_id}, or {hint}"
+    row = ReasonRow(failure.reason, failure.sqlstate)
+    return CatalogueError(row, text, hint, op_id=operation.op_id)

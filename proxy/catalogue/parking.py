@@ -1,0 +1,114 @@
+"""Clients that wait while their mapping is offline.
+
+For: how many may wait, for how long, and what wakes them. Not for: what they do then
+(`admitting_opener`).
+
+Invariant: a parked client holds a slot of `listen.max_connections` and nothing upstream.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from enum import StrEnum, unique
+from typing import Final, Protocol
+from uuid import UUID
+
+# Without a word of the feed the mapping is asked for this often; once for all that wait for it.
+LOOK_SECONDS: Final = 1.0
+
+
+@unique
+class ParkResult(StrEnum):
+    """How the wait of a client ended, as the metrics show it."""
+
+    SERVED = "served"
+    TIMED_OUT = "timed_out"
+    FULL = "full"
+    FAILED = "failed"
+    LEFT = "left"  # the client, or the proxy drains
+
+
+class ParkMetrics(Protocol):
+    """Where parked clients are counted."""
+
+    def parked(self, now: int) -> None:
+        """Show how many clients wait now."""
+
+    def park_ended(self, result: str) -> None:
+        """Count a wait that has ended."""
+
+
+class Parking:
+    """The clients of this process that wait. `park_max` and `seconds_max` may change later."""
+
+    def __init__(self, park_max: int, seconds_max: float, metrics: ParkMetrics) -> None:
+        self.park_max = park_max
+        self.seconds_max = seconds_max
+        self._metrics = metrics
+        self._waiting: dict[asyncio.Future[None], tuple[UUID, UUID]] = {}
+        self._asked_at: dict[UUID, float] = {}  # by mapping, while clients are parked
+        self._parked = 0
+
+    def __len__(self) -> int:
+        return self._parked
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no client may wait now."""
+        return self._parked >= self.park_max or not self.seconds_max
+
+    @contextmanager
+    def waiting(self) -> Iterator[Callable[[ParkResult], None]]:
+        """Count a parked client while the block runs; yield what sets the result of the wait."""
+        result = ParkResult.LEFT
+
+        def set_result(value: ParkResult) -> None:
+            nonlocal result
+            result = value
+
+        self._parked += 1
+        self._metrics.parked(self._parked)
+        try:
+            yield set_result
+        finally:
+            self._parked -= 1
+            if not self._parked:
+                self._asked_at.clear()
+            self._metrics.parked(self._parked)
+            self._metrics.park_ended(result)
+
+    def refused(self) -> None:
+        """Count a client that exceeded `park_max`."""
+        self._metrics.park_ended(ParkResult.FULL)
+
+    async def wait(self, mapping_id: UUID, shard_id: UUID, seconds: float) -> bool:
+        """Return when the mapping or the shard has changed, after LOOK_SECONDS at the latest.
+
+        True: the catalogue is to be asked by this client, for all that wait for the mapping.
+        """
+        loop = asyncio.get_running_loop()
+        changed: asyncio.Future[None] = loop.create_future()
+        self._waiting[changed] = mapping_id, shard_id
+        self._asked_at.setdefault(mapping_id, loop.time())
+        try:
+            async with asyncio.timeout(min(seconds, LOOK_SECONDS)):
+                await changed
+            return False
+        except TimeoutError:
+            asked_at = self._asked_at[mapping_id]
+            # The timers of those that began together are not exact.
+            is_due = loop.time() - asked_at >= 0.9 * LOOK_SECONDS
+            if is_due:
+                self._asked_at[mapping_id] = loop.time()
+            return is_due
+        finally:
+            del self._waiting[changed]
+
+    def changed(
+        self, mapping_ids: Collection[UUID] | None, shard_ids: Collection[UUID] = ()
+    ) -> None:
+        """Wake the clients that wait for one of these; None: all clients."""
+        for waiting, (mapping_id, shard_id) in self._waiting.items():
+            is_meant = mapping_ids is None or mapping_id in mapping_ids or shard_id in shard_ids
+            if is_meant and not waiting.done():
+                waiting.set_result(None)

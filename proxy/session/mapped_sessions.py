@@ -1,0 +1,273 @@
+"""The live sessions of each mapping of a catalogue's map, and their end when it moves.
+
+For: ending the sessions of a mapping that the catalogue shows in another shard, offline or not at
+all. The shard's operator ends them too, and is faster: PostgreSQL's own 57P01 comes through the
+relay, and only what is open `KILL_SECONDS` later is ended here. Not for: finding a key's mapping
+(`catalogue`), or a drain of the proxy (`drain`).
+
+- An idle session gets 57P01 with reason mapping_moved. A busy one is closed without a message,
+  which could fall inside an answer, and what it runs upstream is cancelled.
+- A mapping that drains ends its idle sessions at once, the rest `KILL_SECONDS` after its time.
+- A higher epoch of the same shard, as after a split, ends nothing.
+
+The invariants: a session is registered under one mapping, that which has its key now; log and
+metrics give the mapping as the cause, whether the shard or the proxy ended the session.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from typing import Final, Protocol
+from uuid import UUID
+
+from proxy.catalogue.model import Located, SessionsMode, Status
+from proxy.errors import ErrorKind, ProxyError
+from proxy.session.drain import OpenSession
+from proxy.session.end_reason import UPSTREAM_ENDS, EndReason, RelayEnd
+from proxy.upstream.dialer import AdmittedBy
+
+# The shard's own end of a session arrives within this time, as a rule.
+KILL_SECONDS: Final = 2.0
+# A shard may end a session before the catalogue's change has come here: the cause is reported this
+# much later.
+CAUSE_SECONDS: Final = 1.0
+# Sessions that are looked up before the event loop runs something else.
+SLICE: Final = 200
+# Sessions that are ended together, and the pause after them: their tasks close two connections
+# each, and other sessions must not notice.
+END_SLICE: Final = 50
+END_PAUSE_SECONDS: Final = 0.002
+# A change may come between an admission and the session's registration, which are apart by less
+# than a dial takes. Beyond so many mappings every new session is looked up.
+RECENT_SECONDS: Final = 60.0
+RECENT_MAX: Final = 10_000
+
+_MOVED: Final = ProxyError(ErrorKind.MAPPING_MOVED).response()
+_MOVED_BYTES: Final = _MOVED.encode()
+
+Report = Callable[[RelayEnd], None]
+
+
+class Locate(Protocol):
+    """Returns where routing keys of a map are now, None for one that no mapping covers."""
+
+    def __call__(
+        self, map_id: UUID, routing_keys: Sequence[bytes], /
+    ) -> Awaitable[Sequence[Located | None]]:
+        """Raises ProxyError if it cannot be known now."""
+
+
+class MappedSession:
+    """A live session and the mapping that it is registered under."""
+
+    __slots__ = ("_entry", "_report", "_sessions", "admitted_by", "ends", "mapping_id", "moved")
+
+    def __init__(
+        self, sessions: "MappedSessions", entry: OpenSession, admitted_by: AdmittedBy
+    ) -> None:
+        self._sessions = sessions
+        self._entry = entry
+        self.admitted_by = admitted_by
+        self.mapping_id = admitted_by.mapping_id
+        self.moved = False
+        self.ends = False
+        """Whether `end` follows in a moment."""
+        self._report: tuple[RelayEnd, Report] | None = None
+
+    def close(self) -> None:
+        """Unregister it, unless the cause of its end is still waited for."""
+        if self._report is None:
+            self._sessions.unregister(self)
+
+    def report(self, end: RelayEnd, report: Report) -> None:
+        """Report the end of the session, with the mapping's move as its cause if that is it."""
+        if end.reason in UPSTREAM_ENDS and not self.moved:
+            self._report = end, report
+            asyncio.get_running_loop().call_later(CAUSE_SECONDS, self.report_now)
+        else:
+            report(self._with_cause(end))
+
+    def report_now(self) -> None:
+        """Report the end, if it is waited with, and unregister the session."""
+        if self._report is not None:
+            end, report = self._report
+            self._report = None
+            self._sessions.unregister(self)
+            report(self._with_cause(end))
+
+    def has_moved(self, *, drains: bool = False) -> None:
+        """Record that its mapping has moved. If it drains, end the session when it is idle."""
+        self.moved = True
+        self.report_now()
+        self.ends = not drains
+        if drains:
+            self._entry.end_when_idle(EndReason.MAPPING_MOVED, _MOVED)
+
+    def end(self) -> None:
+        """End the session, if it is open still."""
+        relay = self._entry.relay
+        if relay is None or relay.over:
+            return
+        if relay.may_end:
+            relay.end(EndReason.MAPPING_MOVED, _MOVED_BYTES)
+        if not relay.over:
+            relay.drop(EndReason.MAPPING_MOVED)
+
+    def _with_cause(self, end: RelayEnd) -> RelayEnd:
+        if self.moved and end.reason in UPSTREAM_ENDS:
+            return replace(end, reason=EndReason.MAPPING_MOVED)
+        return end
+
+
+class MappedSessions:
+    """The register. `run` compares it with the catalogue after each change."""
+
+    def __init__(
+        self,
+        locate: Locate,
+        *,
+        clock: Callable[[], float] = time.time,
+        kill_seconds: float = KILL_SECONDS,
+        recent_max: int = RECENT_MAX,
+    ) -> None:
+        """`clock` is the wall clock, in seconds."""
+        self._locate = locate
+        self._clock = clock
+        self._kill_seconds = kill_seconds
+        self._recent_max = recent_max
+        self._by_mapping: dict[UUID, set[MappedSession]] = {}
+        self._changed: set[UUID] = set()
+        self._all_changed = False
+        self._wake = asyncio.Event()
+        self._recent: dict[UUID, float] = {}
+        self._all_recent_until = 0.0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_mapping.values()))
+
+    def register(self, entry: OpenSession, admitted_by: AdmittedBy | None) -> MappedSession | None:
+        """Register a session that its shard has admitted. Its entry unregisters it."""
+        if admitted_by is None:
+            return None
+        session = MappedSession(self, entry, admitted_by)
+        entry.mapped = session
+        self._by_mapping.setdefault(session.mapping_id, set()).add(session)
+        if self._changed_lately(session.mapping_id):
+            self._changed.add(session.mapping_id)
+            self._wake.set()
+        return session
+
+    def unregister(self, session: MappedSession) -> None:
+        """Unregister a session."""
+        sessions = self._by_mapping.get(session.mapping_id)
+        if sessions is not None:
+            sessions.discard(session)
+            if not sessions:
+                del self._by_mapping[session.mapping_id]
+
+    def changed(self, mapping_ids: Iterable[UUID] | None) -> None:
+        """Look at the sessions of these mappings again; None: at all."""
+        now = asyncio.get_running_loop().time()
+        if mapping_ids is None:
+            self._all_changed = True
+            self._all_recent_until = now + RECENT_SECONDS
+        else:
+            for mapping_id in mapping_ids:
+                self._recent.pop(mapping_id, None)  # so that the oldest come first
+                self._recent[mapping_id] = now
+                self._changed.add(mapping_id)
+            self._forget_old(now)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Compare the sessions with the catalogue after each change, until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            changed, self._changed = self._changed, set()
+            if self._all_changed:
+                self._all_changed, changed = False, set(self._by_mapping)
+            for mapping_id in changed:
+                sessions = iter(tuple(self._by_mapping.get(mapping_id, ())))
+                while part := tuple(islice(sessions, SLICE)):
+                    with suppress(ProxyError):  # not to be known now: the next change tells
+                        await self._compare(part)
+                    await asyncio.sleep(0)
+
+    def close(self) -> None:
+        """Report the ends whose cause is still waited for."""
+        for sessions in tuple(self._by_mapping.values()):
+            for session in tuple(sessions):
+                session.report_now()
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _changed_lately(self, mapping_id: UUID) -> bool:
+        now = asyncio.get_running_loop().time()
+        since = self._recent.get(mapping_id)
+        return now < self._all_recent_until or (since is not None and now - since < RECENT_SECONDS)
+
+    def _forget_old(self, now: float) -> None:
+        while self._recent:
+            oldest = next(iter(self._recent))
+            if len(self._recent) > self._recent_max:
+                self._all_recent_until = self._recent[oldest] + RECENT_SECONDS
+            elif now - self._recent[oldest] < RECENT_SECONDS:
+                break
+            del self._recent[oldest]
+
+    async def _compare(self, sessions: Sequence[MappedSession]) -> None:
+        """Compare sessions with where their keys are now. Raises ProxyError."""
+        keys = [session.admitted_by.routing_key for session in sessions]
+        moved: list[MappedSession] = []
+        drain_ends: dict[UUID, float] = {}
+        found = await self._locate(sessions[0].admitted_by.map_id, keys)
+        for session, located in zip(sessions, found, strict=True):
+            if located is not None and located.mapping.mapping_id != session.mapping_id:
+                self._register_under(session, located.mapping.mapping_id)
+            seconds = self._seconds_left(session.admitted_by, located)
+            if seconds is None or session.ends:
+                continue
+            if seconds > 0:
+                session.has_moved(drains=True)
+                drain_ends[session.mapping_id] = seconds
+            else:
+                session.has_moved()
+                moved.append(session)
+        loop = asyncio.get_running_loop()
+        if moved:
+            loop.call_later(self._kill_seconds, _end_in_slices, iter(moved))
+        for mapping_id, seconds in drain_ends.items():
+            loop.call_later(seconds, self.changed, (mapping_id,))
+
+    def _seconds_left(self, admitted_by: AdmittedBy, located: Located | None) -> float | None:
+        """Return how long a session may go on; None: without a bound."""
+        if located is None or located.shard.shard_id != admitted_by.shard_id:
+            return 0.0
+        mapping = located.mapping
+        if mapping.status is Status.ONLINE or mapping.sessions is SessionsMode.KEEP:
+            return None
+        if mapping.sessions is SessionsMode.KILL or mapping.drain_until is None:
+            return 0.0
+        return max(0.0, mapping.drain_until.timestamp() - self._clock())
+
+    def _register_under(self, session: MappedSession, mapping_id: UUID) -> None:
+        """Register a session under the mapping that has its key now: a split or merge."""
+        sessions = self._by_mapping.get(session.mapping_id)
+        if sessions is None or session not in sessions:
+            return  # it has ended meanwhile
+        self.unregister(session)
+        session.mapping_id = mapping_id
+        self._by_mapping.setdefault(mapping_id, set()).add(session)
+
+
+def _end_in_slices(sessions: Iterator[MappedSession]) -> None:
+    """End sessions, a slice at a time."""
+    part = tuple(islice(sessions, END_SLICE))
+    for session in part:
+        session.end()
+    if part:
+        asyncio.get_running_loop().call_later(END_PAUSE_SECONDS, _end_in_slices, sessions)

@@ -1,0 +1,98 @@
+"""Running an operation for a verb: read the map, make the operation, plan it or do it.
+
+For: what every verb that changes a map shares. Not for: any operation.
+"""
+
+import asyncio
+import getpass
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, Generic, TypeVar
+
+from proxy.catalogue import store
+from proxy.catalogue.errors import CatalogueError, Reason
+from proxy.catalogue.model import CatalogueMap, Connection
+from proxy.catalogue.operation import Operation, Tools
+from proxy.catalogue.operation_kinds import KINDS
+from proxy.catalogue.operations import Operator
+from proxy.verbs.shards.verb import Call
+
+# After a signal to end, which SIGKILL may follow.
+UNDO_SECONDS_MAX: Final = 20.0
+
+_UNKNOWN: Final = Reason.UNKNOWN_OPERATION.value.word
+_Made = TypeVar("_Made", bound=Operation)
+_Run_co = TypeVar("_Run_co", bound=Operation, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[_Run_co]):
+    """An operation that was done; `changed` is false if there was nothing to do."""
+
+    operation: _Run_co
+    map: CatalogueMap
+    changed: bool
+
+
+@asynccontextmanager
+async def operating(call: Call) -> AsyncIterator[Operator]:
+    """Yield an operator with the call's connections."""
+    tools = Tools(
+        call.administration,
+        asyncio.sleep,
+        lambda: datetime.now(UTC),
+        time.monotonic,
+        call.output.progress,
+    )
+    async with Operator(
+        tools, KINDS, store.map_by_id, owner=_owner(), reach=call.reach
+    ) as operator:
+        yield operator
+
+
+async def run(
+    call: Call, make: Callable[[Connection, CatalogueMap], Awaitable[_Made]]
+) -> Done[_Made] | None:
+    """Do the operation that `make` returns. If it is a dry run, print the plan and return None.
+
+    `make` gets a connection to the catalogue and the map. Raises CatalogueError and ProxyError.
+    """
+    async with call.administration.catalogue() as connection:
+        owner = await call.read_map(connection, writes=True)
+        operation = await make(connection, owner)
+    try:
+        async with operating(call) as operator:
+            if call.arguments.dry_run:
+                call.output.plan(await operator.plan(operation))
+                return None
+            return Done(operation, owner, await operator.run(operation))
+    except asyncio.CancelledError:
+        await _undo_interrupted(call, operation)
+        raise
+
+
+async def _undo_interrupted(call: Call, operation: Operation) -> None:
+    """Undo an operation that a signal has stopped. Raises CatalogueError if it is left pending."""
+    try:
+        async with asyncio.timeout(UNDO_SECONDS_MAX), operating(call) as operator:
+            await operator.undo(operation.op_id)
+    except (CatalogueError, TimeoutError) as error:
+        if isinstance(error, CatalogueError) and error.reason == _UNKNOWN:
+            return  # it had not begun, or was complete
+        text = f"interrupted; the operation {operation.op_id} is left pending"
+        hint = f"shards ops undo {operation.op_id}, or shards ops resume {operation.op_id}"
+        raise CatalogueError(Reason.STEP_FAILED, text, hint, op_id=operation.op_id) from error
+
+
+def _owner() -> str:
+    """Return who this is, for another administrator who finds the operation."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # in a container the number of a user may have no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}, pid {os.getpid()}"

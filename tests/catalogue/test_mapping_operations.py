@@ -1,0 +1,143 @@
+"""Adding and deleting one mapping."""
+
+import pytest
+
+from proxy.catalogue.errors import CatalogueError
+from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
+from proxy.catalogue.mapping_status import TakeOffline
+from proxy.catalogue.model import Status
+from tests.support.catalogue import MAP
+from tests.support.operating import Operating
+
+
+async def add(
+    operating: Operating, low: int | None, high: int | None, shard: str = "one"
+) -> AddMapping:
+    operation = AddMapping(operating.map, *operating.bounds(low, high), shard)
+    assert await operating.run(operation)
+    return operation
+
+
+async def refusal(operating: Operating, operation: AddMapping | DeleteMapping) -> CatalogueError:
+    before = await operating.state()
+    with pytest.raises(CatalogueError) as refused:
+        await operating.run(operation)
+    assert await operating.state() == before
+    assert refused.value.op_id is None
+    return refused.value
+
+
+async def test_s5_a_mapping_is_added_to_the_shard_and_to_the_catalogue(
+    operating: Operating,
+) -> None:
+    operation = await add(operating, 10, 20)
+    row = await operating.mapping(10)
+    assert (row["status"], row["epoch"], row["op_id"]) == ("online", 1, None)
+    (local,) = await operating.local("one")
+    assert local["mapping_id"] == row["mapping_id"] == operation.after.mapping_id
+    assert (local["status"], local["epoch"]) == ("online", 1)
+    assert await operating.local("two") == []
+    assert await operating.fetch(MAP, "select * from shardmap.op_log") == []
+    await operating.check_invariants()
+
+
+async def test_s5_a_mapping_is_added_offline(operating: Operating) -> None:
+    bounds = operating.bounds(None, None)
+    await operating.run(AddMapping(operating.map, *bounds, "one", status=Status.OFFLINE))
+    assert (await operating.mapping(0))["status"] == "offline"
+    assert (await operating.local("one"))[0]["status"] == "offline"
+    async with operating.session(0) as session:
+        assert session.verdict == "offline"
+
+
+OVERLAPPING = [
+    (5, 15),
+    (5, 7),
+    (-5, 5),
+    (-5, 15),
+    (15, 25),
+    (0, 5),
+    (20, 40),
+    (0, 10),
+    (None, None),
+]
+
+
+async def test_s6_s7_overlapping_mappings_are_refused(operating: Operating) -> None:
+    await add(operating, 0, 10)
+    await add(operating, 20, 30)
+    for low, high in OVERLAPPING:
+        bounds = operating.bounds(low, high)
+        error = await refusal(operating, AddMapping(operating.map, *bounds, "two"))
+        assert (error.reason, error.sqlstate) == ("overlap", "23P01")
+    await add(operating, 10, 20, "two")
+    await operating.check_invariants()
+
+
+async def test_s7_deleted_keys_can_be_added_again(operating: Operating) -> None:
+    await add(operating, 0, 10)
+    bounds = operating.bounds(0, 10)
+    await operating.run(TakeOffline(operating.map, *bounds))
+    await operating.run(DeleteMapping(operating.map, *bounds))
+    assert await operating.local("one") == []
+    await add(operating, 0, 10, "two")
+    await operating.check_invariants()
+
+
+async def test_s8_only_an_offline_mapping_is_deleted(operating: Operating) -> None:
+    await add(operating, 0, 10)
+    bounds = operating.bounds(0, 10)
+    error = await refusal(operating, DeleteMapping(operating.map, *bounds))
+    assert (error.reason, error.sqlstate) == ("not_offline", "55006")
+    await operating.run(TakeOffline(operating.map, *bounds))
+    error = await refusal(operating, DeleteMapping(operating.map, *bounds, expect=1))
+    assert (error.reason, error.sqlstate) == ("stale_epoch", "40001")
+    await operating.run(DeleteMapping(operating.map, *bounds, expect=2))
+    error = await refusal(operating, DeleteMapping(operating.map, *bounds))
+    assert (error.reason, error.sqlstate) == ("unknown_mapping", "42704")
+
+
+async def test_an_unknown_shard_is_refused(operating: Operating) -> None:
+    error = await refusal(operating, AddMapping(operating.map, b"", None, "three"))
+    assert (error.reason, error.sqlstate) == ("unknown_shard", "42704")
+
+
+async def test_a_plan_says_what_would_be_done_and_changes_nothing(operating: Operating) -> None:
+    before = await operating.state()
+    async with operating.operator() as operator:
+        plan = await operator.plan(AddMapping(operating.map, *operating.bounds(0, 10), "one"))
+    assert len(plan) == 3
+    assert "[0, 10)" in plan[0]
+    assert await operating.state() == before
+
+
+async def test_a_database_that_is_not_the_shard_is_refused_and_left_alone(
+    operating: Operating,
+) -> None:
+    other = "update shardmap_local.identity set location = 'branch.example.com:5432/app'"
+    await operating.fetch("one", other)
+    error = await refusal_in_shard(operating)
+    assert (error.reason, error.sqlstate) == ("wrong_shard", "55000")
+    await operating.fetch("one", "delete from shardmap_local.identity")
+    assert (await refusal_in_shard(operating)).reason == "wrong_shard"
+    await operating.fetch("one", "drop schema shardmap_local cascade")
+    error = await refusal_in_shard(operating, "drop")
+    assert (error.reason, error.sqlstate) == ("store_missing", "55000")
+
+
+async def test_s38_an_older_shard_is_not_written_to(operating: Operating) -> None:
+    await operating.fetch("one", "update shardmap_local.identity set store_major = 2")
+    error = await refusal_in_shard(operating)
+    assert (error.reason, error.sqlstate) == ("store_version", "55000")
+
+
+async def refusal_in_shard(operating: Operating, *missing: str) -> CatalogueError:
+    """Return why the shard does not take a mapping; the catalogue is as before."""
+    with pytest.raises(CatalogueError) as refused:
+        await operating.run(AddMapping(operating.map, *operating.bounds(0, 10), "one"))
+    assert refused.value.op_id is None
+    assert await operating.fetch(MAP, "select 1 from shardmap.mapping") == []
+    assert await operating.fetch(MAP, "select 1 from shardmap.op_log") == []
+    if not missing:
+        assert await operating.local("one") == []
+    return refused.value

@@ -1,0 +1,118 @@
+"""S61: several workers of one proxy with a map in the catalogue, as real processes."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import pytest_asyncio
+
+from proxy.routing.keys import KeyType
+from proxy.routing.shard_map import Kind, MapSpec
+from tests.e2e.test_catalogue_sessions import connect, ended, refusal
+from tests.e2e.test_workers import worker_pids
+from tests.support.admin_address import ask
+from tests.support.catalogue import MAP, Stores
+from tests.support.operator import Operator, Placed
+from tests.support.proxy_process import ProxyProcess, started_process
+from tests.support.running import eventually
+
+pytestmark = pytest.mark.slow
+
+WORKERS: Final = 2
+
+
+@pytest_asyncio.fixture
+async def operator(stores: Stores) -> Operator:
+    made = Operator(stores, MapSpec(Kind.RANGE, KeyType.INT4))
+    await made.install()
+    return made
+
+
+@pytest_asyncio.fixture
+async def placed(operator: Operator) -> Placed:
+    await operator.add("1000", None, "two")
+    return await operator.add("0", "10", "one")
+
+
+@pytest_asyncio.fixture
+async def proxy(operator: Operator, placed: Placed, tmp_path: Path) -> AsyncIterator[ProxyProcess]:
+    stores = operator.stores
+    file = stores.file(
+        tmp_path,
+        stores.roles.session,
+        listen={"workers": WORKERS},
+        admin={"enabled": True},
+        log={"format": "json"},
+    )
+    async with started_process("run", "--config", str(file)) as process:
+        await process.serving()
+        yield process
+
+
+async def status(proxy: ProxyProcess) -> Any:
+    port = proxy.events("serving")[0]["admin_port"]
+    return json.loads((await ask(port, "/status")).body)
+
+
+async def test_s61_workers_share_one_map_and_each_hears_of_changes(
+    proxy: ProxyProcess, operator: Operator, placed: Placed
+) -> None:
+    live = [await connect(proxy) for _ in range(2 * WORKERS)]
+    others = [await connect(proxy, "1000") for _ in range(WORKERS)]
+    assert len({row["proxy"] for row in await operator.registered("one")}) == WORKERS
+    to_catalogue = [
+        record
+        for record in operator.stores.lakebase.gateway.records
+        if record.sni == operator.stores.host(MAP) and not record.closed
+    ]
+    assert len(to_catalogue) == 1, "the feed's; a look-up's would be one more"
+    shown = (await status(proxy))["shard_map"]
+    assert (shown["mappings"], shown["state"], shown["feed"]) == (2, "ready", "listening")
+    # The shard does not end the sessions: each worker does.
+    ending = [asyncio.ensure_future(ended(one)) for one in live]
+    await operator.offline(placed, ends=False)
+    await asyncio.gather(*ending)
+    for one in others:
+        assert await one.fetchval("select 1") == 1
+        one.terminate()
+    await eventually(
+        lambda: (
+            len([e for e in proxy.events("session ended") if e["reason"] == "mapping_moved"])
+            == len(live)
+        ),
+        "every end is logged with its cause",
+    )
+    # Parked in a worker, woken by the supervisor's feed.
+    connecting = [asyncio.ensure_future(connect(proxy)) for _ in range(WORKERS)]
+    async with asyncio.timeout(20):
+        while (await status(proxy))["shard_map"]["parked"] != WORKERS:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    await operator.online(placed)
+    for one in await asyncio.gather(*connecting):
+        one.terminate()
+
+
+async def test_s61_worker_that_died_and_came_again_routes_and_is_told(
+    proxy: ProxyProcess, operator: Operator, placed: Placed
+) -> None:
+    (await connect(proxy)).terminate()
+    for pid in worker_pids(proxy):
+        os.kill(pid, signal.SIGKILL)
+    await eventually(
+        lambda: len(proxy.events("worker serves")) == 2 * WORKERS, "the workers are replaced"
+    )
+    live = [await connect(proxy) for _ in range(WORKERS)]
+    moved = await operator.move(placed, "two", ends=False)
+    ending = [asyncio.ensure_future(ended(one)) for one in live]
+    await asyncio.gather(*ending)
+    again = await connect(proxy)
+    pid = await again.fetchval("select pg_backend_pid()")
+    assert pid in [row["pid"] for row in await operator.registered(moved.shard)]
+    again.terminate()
+    error = await refusal(proxy, "500")
+    assert error.sqlstate == "3D000"

@@ -1,20 +1,17 @@
-"""The composition root: builds every object from the settings, passes them on, serves, drains.
+"""The composition root: builds every object from the settings, passes them on, drains.
 
-For: connecting the parts, which get each other as arguments. Not for: deciding anything. `serving`
-is the whole program for `run`, `demo` and tests; `running` is what every process of it shares.
+For: connecting the parts, which get each other as arguments. Not for: deciding anything, or opening
+what serves (`serving`).
 """
 
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from proxy import __version__
-from proxy.catalogue.admission import Verdict
-from proxy.catalogue.catalogue_reader import QUERY_PURPOSES
-from proxy.catalogue.parking import ParkResult
 from proxy.config import (
     Changes,
     ConfigurationError,
@@ -26,38 +23,33 @@ from proxy.config import (
 )
 from proxy.errors import ErrorKind, ProxyError
 from proxy.native import Acceleration
-from proxy.observe.admin import AdminAddress, serve_admin
+from proxy.observe.admin import AdminAddress
 from proxy.observe.aggregation import Reading, total
 from proxy.observe.logs import configure_logging, get_logger
-from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.metrics import Metrics
 from proxy.observe.shard_map_metrics import PARKED
 from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
-from proxy.observe.target_stats import OTHER
 from proxy.routing.router import LookupResult, Route, Router, RouteResult
 from proxy.server.catalogue_maps import CatalogueMaps
 from proxy.server.file_limit import forwards_max, full_error, slots_max
 from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.map_service import MapService
+from proxy.server.metric_labels import build_metrics
 from proxy.server.snapshot import ConfigSnapshot
-from proxy.session.cancel import CancelForwarder, CancelKeys, CancelResult, Elsewhere
+from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
 from proxy.session.drain import AcceptPeriod
-from proxy.session.end_reason import ERRORS, OUTCOMES, Outcome
-from proxy.session.fast_path import watched_lanes
 from proxy.session.listen_sockets import Address, shown
-from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener
+from proxy.session.listener import STARTING_MAX, Listener
 from proxy.session.session import Session, SessionParts
-from proxy.session.session_log import StartupFailure
 from proxy.session.slots import Slots, SlotSource
 from proxy.transport.self_signed import self_signed_context
 from proxy.transport.tls import server_context
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
 from proxy.upstream.name_lookup import Addresses
-from proxy.upstream.phases import ConnectPhase, RecordTargetPhase
+from proxy.upstream.phases import ConnectPhase
 from proxy.upstream.upstreams import SessionOpener
 from proxy.wire.startup import StartupMessage
-from proxy.wire.violations import ClientReason
 from proxy.workspace.registry import LocalWorkspaceRegistry, WorkspaceRegistry
 
 if TYPE_CHECKING:
@@ -388,80 +380,6 @@ class App:
         self.metrics.connect_phase_took(phase, seconds, target)
 
 
-@asynccontextmanager
-async def serving(settings: Settings, *, starting_max: int = STARTING_MAX) -> AsyncIterator[App]:
-    """Serve while the block runs. `starting_max` connections may be starting at a time.
-
-    Raises OSError if an address cannot be listened on, and ConfigurationError for a file that
-    a setting names and that cannot be used, or a catalogue that has not the map.
-    """
-    app = App(settings, starting_max=starting_max)
-    async with running(app):
-        log_serving(app)
-        yield app
-
-
-@asynccontextmanager
-async def running(app: App) -> AsyncIterator[None]:
-    """Serve with the parts of `app` while the block runs. Raises as `serving` does.
-
-    Clients that come while a catalogue is asked for its map wait. This is the same in every process
-    of a proxy: with one, in the supervisor, and in a worker.
-    """
-    settings = app.settings
-    async with AsyncExitStack() as stack:
-        app.lanes = stack.enter_context(watched_lanes())
-        stack.push_async_callback(app.workspaces.close)
-        stack.enter_context(sampling_lag(app.metrics.loop_lagged))
-        if settings.admin.enabled:
-            app.metrics.set_source(app)
-            app.admin = await stack.enter_async_context(
-                serve_admin(
-                    app,
-                    host=settings.admin.host,
-                    port=settings.admin.port,
-                    quit_allowed=settings.admin.quit,
-                )
-            )
-        await stack.enter_async_context(app.catalogue.running())
-        accepting = app.connection_source.accepting()
-        app.listen_addresses = await stack.enter_async_context(accepting)
-        app.lifecycle.serve()
-        await app.catalogue.first_outcome()
-        yield
-
-
-def log_serving(app: App) -> None:
-    """Log where the proxy serves, and with what."""
-    _log.info(
-        "serving",
-        host=app.listen_host,
-        port=app.listen_port,
-        addresses=[shown(address) for address in app.listen_addresses],
-        admin_port=None if app.admin is None else app.admin.port,
-        version=__version__,
-        acceleration=app.snapshot.acceleration,
-        **app.snapshot.map_facts,
-    )
-
-
-@asynccontextmanager
-async def open_snapshot(
-    settings: Settings, record_phase: RecordTargetPhase, *, retries: bool = True
-) -> AsyncIterator[ConfigSnapshot]:
-    """Yield the snapshot that sessions would be served by, without a listener.
-
-    Without `retries` a connection to a workspace that fails is reported at once.
-    Raises ConfigurationError for a file that a setting names and that cannot be used.
-    """
-    metrics = build_metrics(settings.target_names())
-    workspaces = LocalWorkspaceRegistry(metrics, version=__version__, retries=retries)
-    try:
-        yield ConfigSnapshot(settings, workspaces, record_phase)
-    finally:
-        await workspaces.close()
-
-
 def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
     """Return the context for clients that request TLS, if the listener has a certificate."""
     if settings.tls == "self-signed":
@@ -473,20 +391,3 @@ def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
     except OSError as error:
         text = f"cannot be used with its key: {error.strerror or error}"
         raise ConfigurationError([Problem("listen.tls_certificate", text)]) from error
-
-
-def build_metrics(targets: Iterable[str] = ()) -> Metrics:
-    """Return metrics with a series for every reason word, and for these targets."""
-    refusals = [kind.value.reason for kind in ErrorKind]
-    return Metrics(
-        version=__version__,
-        session_end_outcomes={**OUTCOMES, OTHER: Outcome.FAILED},
-        session_end_errors=ERRORS,
-        startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure, TOO_MANY_STARTING],
-        cancel_results=list(CancelResult),
-        connect_phases=list(ConnectPhase),
-        lookup_results=list(LookupResult),
-        route_results=list(RouteResult),
-        target_names=targets,
-        shard_map_words={"verdict": Verdict, "result": ParkResult, "purpose": QUERY_PURPOSES},
-    )

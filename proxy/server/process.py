@@ -21,10 +21,11 @@ from proxy.exit_codes import EXIT_CUT, EXIT_FAILURE, EXIT_OK
 from proxy.observe.logs import get_logger
 from proxy.observe.systemd import READY, STOPPING, notify, reloading
 from proxy.routing.router import Router
-from proxy.server.app import App, serving
+from proxy.server.app import App
 from proxy.server.file_limit import check_file_limit
 from proxy.server.first_tokens import mint_first_tokens
 from proxy.server.router_factory import RELOAD_SECONDS_MAX, Reread, reread_in_thread
+from proxy.server.serving import serving
 
 QUIT: Final = "quitquitquit"  # what the log names in place of a signal
 _NOT_RELOADED: Final = "not reloaded; the configuration stays as it was"

@@ -29,8 +29,10 @@ from proxy.config import (
 )
 from proxy.errors import ErrorKind, ProxyError
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK
-from proxy.server.app import App, build_metrics, open_snapshot, serving
+from proxy.server.app import App
+from proxy.server.metric_labels import build_metrics
 from proxy.server.process import Signals
+from proxy.server.serving import open_snapshot, serving
 from proxy.session.listen_sockets import shown
 from proxy.upstream.address_lookup import ANY_USER
 from proxy.upstream.dialer import UpstreamSession

@@ -24,9 +24,10 @@ from proxy.config import (
 )
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind
-from proxy.server.app import App, serving
+from proxy.server.app import App
 from proxy.server.first_tokens import mint_first_tokens
 from proxy.server.process import Signals, run_until_stopped
+from proxy.server.serving import serving
 from proxy.verbs.event_loop import run_on_event_loop
 from proxy.verbs.stderr import fail
 

@@ -9,8 +9,9 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import configure_logging
 from proxy.routing.keys import fingerprint, hash_key
 from proxy.routing.shard_map import Kind, MapKeys
-from proxy.server.app import build_metrics, open_snapshot
 from proxy.server.catalogue_reading import reading_map
+from proxy.server.metric_labels import build_metrics
+from proxy.server.serving import open_snapshot
 
 
 def resolve(settings: Settings, key: str) -> dict[str, str]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from proxy.config import Settings
-from proxy.server.app import serving
 from proxy.server.file_limit import starting_max
 from proxy.server.process import Serve, run_proxy
+from proxy.server.serving import serving
 from proxy.verbs.event_loop import PRINT_CONFIG, print_config, run_on_event_loop, serving_settings
 
 

@@ -21,7 +21,8 @@ from typing import Final
 from proxy.config import Settings
 from proxy.observe.aggregation import Reading, total
 from proxy.observe.logs import get_logger
-from proxy.server.app import App, log_serving, running
+from proxy.server.app import App
+from proxy.server.serving import log_serving, running
 from proxy.session.listen_sockets import Address
 from proxy.workers.acceptor import Acceptor
 from proxy.workers.credential_service import CredentialService

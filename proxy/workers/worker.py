@@ -24,9 +24,10 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.log_writer import FLUSH_SECONDS_MAX
 from proxy.observe.logs import configure_logging, flush_log, get_logger, worker_log
 from proxy.observe.metrics import Metrics
-from proxy.server.app import App, running
+from proxy.server.app import App
 from proxy.server.file_limit import full_error, slots_max
 from proxy.server.router_factory import clear_map_cache, reread_in_thread
+from proxy.server.serving import running
 from proxy.wire.secret import Secret
 from proxy.wire.startup import CancelRequest
 from proxy.workers.connection_socket import ReceivedConnections

@@ -14,7 +14,8 @@ import pytest_asyncio
 
 from proxy.emulator.cluster import Cluster
 from proxy.emulator.lakebase import Lakebase
-from proxy.server.app import App, serving
+from proxy.server.app import App
+from proxy.server.serving import serving
 from tests.differential.comparison import difference
 from tests.differential.exchange_client import ReadingClient, Transcript, run
 from tests.differential.frontend import Exchange

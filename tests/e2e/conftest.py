@@ -9,7 +9,8 @@ import pytest
 import pytest_asyncio
 
 from proxy.emulator.lakebase import Lakebase
-from proxy.server.app import App, serving
+from proxy.server.app import App
+from proxy.server.serving import serving
 from tests.support.proxy_process import ProxyProcess, started_process
 from tests.support.running import (
     LogLines,

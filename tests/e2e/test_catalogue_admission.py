@@ -18,7 +18,7 @@ from proxy.catalogue.shard_upstreams import ShardUpstreams
 from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind, MapSpec
-from proxy.server.app import build_metrics
+from proxy.server.metric_labels import build_metrics
 from proxy.upstream.connector import Connection
 from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import DialPhases

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from proxy.server.app import App, serving
+from proxy.server.app import App
+from proxy.server.serving import serving
 from tests.support.catalogue import Stores
 from tests.support.running import eventually
 from tests.support.secret_canaries import watching

@@ -12,8 +12,9 @@ import pytest_asyncio
 from proxy.config import ConfigurationError
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind, MapSpec
-from proxy.server.app import App, serving
+from proxy.server.app import App
 from proxy.server.router_factory import router_of
+from proxy.server.serving import serving
 from proxy.wire.messages import ErrorResponse, ReadyForQuery, decode_backend
 from tests.support.catalogue import MAP, Stores
 from tests.support.client import Client, plain_client, startup

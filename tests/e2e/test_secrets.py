@@ -19,7 +19,7 @@ from proxy.emulator.endpoints import neon_error
 from proxy.emulator.faults import Injection, Reply, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ProxyError
-from proxy.server.app import open_snapshot
+from proxy.server.serving import open_snapshot
 from proxy.upstream.phases import ConnectPhase
 from proxy.verbs.check import check
 from proxy.verbs.check_report import Report, as_outcome

@@ -13,7 +13,8 @@ import pytest
 
 from proxy.emulator.cluster import Cluster
 from proxy.emulator.lakebase import Lakebase
-from proxy.server.app import App, serving
+from proxy.server.app import App
+from proxy.server.serving import serving
 from proxy.session.direction import CLIENT_POLL_SECONDS
 from proxy.session.relay import CANCELS_SECONDS_MAX
 from proxy.wire.messages import ErrorResponse, Frame, ReadyForQuery, Terminate

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from proxy.emulator.lakebase import Lakebase
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind, MapSpec
-from proxy.server.app import serving
+from proxy.server.serving import serving
 from tests.support.admin_address import ask
 from tests.support.catalogue import Stores
 from tests.support.client import plain_client

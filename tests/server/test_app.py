@@ -8,7 +8,8 @@ import pytest
 
 from proxy.config import ConfigurationError, Settings
 from proxy.errors import ErrorKind
-from proxy.server.app import build_metrics, serving
+from proxy.server.metric_labels import build_metrics
+from proxy.server.serving import serving
 from proxy.session.end_reason import EndReason
 from proxy.session.session_log import StartupFailure
 from proxy.wire.violations import ClientReason

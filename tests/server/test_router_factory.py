@@ -9,7 +9,7 @@ import pytest
 
 from proxy.config import ConfigurationError, Settings
 from proxy.server import router_factory
-from proxy.server.app import build_metrics
+from proxy.server.metric_labels import build_metrics
 from proxy.server.router_factory import map_problems, reread_with_router, rewritten_file, router_of
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.workspace.registry import LocalWorkspaceRegistry

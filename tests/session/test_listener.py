@@ -11,7 +11,7 @@ import pytest
 from proxy.config import ListenSettings
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
-from proxy.server.app import build_metrics
+from proxy.server.metric_labels import build_metrics
 from proxy.session.drain import MUTE_SECONDS, OpenSession
 from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, Serve
 from proxy.session.memory_trim import SESSIONS_MIN, MemoryTrim

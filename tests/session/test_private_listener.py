@@ -11,7 +11,8 @@ from proxy.emulator.endpoints import SessionEnd
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
-from proxy.server.app import build_metrics, open_snapshot
+from proxy.server.metric_labels import build_metrics
+from proxy.server.serving import open_snapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.private_listener import PrivateListener
 from proxy.upstream.connector import Connector

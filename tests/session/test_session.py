@@ -24,7 +24,9 @@ from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.observe.metrics import Metrics
 from proxy.routing.router import Route
-from proxy.server.app import App, build_metrics, serving
+from proxy.server.app import App
+from proxy.server.metric_labels import build_metrics
+from proxy.server.serving import serving
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
 from proxy.session.drain import OpenSession
 from proxy.session.listener import Listener

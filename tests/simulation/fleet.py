@@ -27,7 +27,7 @@ from proxy.config import CredentialsSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import configure_logging
 from proxy.observe.metrics import Metrics
-from proxy.server.app import build_metrics
+from proxy.server.metric_labels import build_metrics
 from proxy.wire.secret import Secret
 from proxy.workspace.credential import Credential
 from proxy.workspace.freshness import REFRESH_AT

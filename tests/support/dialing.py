@@ -18,7 +18,7 @@ from proxy.emulator.endpoints import Endpoint
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ProxyError
 from proxy.observe.metrics import Metrics
-from proxy.server.app import build_metrics
+from proxy.server.metric_labels import build_metrics
 from proxy.upstream.address_lookup import AddressLookup, Target
 from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import (

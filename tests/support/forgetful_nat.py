@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import psycopg
 
 from proxy.emulator.lakebase import Lakebase
-from proxy.server.app import App, serving
+from proxy.server.app import App
+from proxy.server.serving import serving
 from proxy.workspace import http_adapter
 from tests.support.running import libpq, proxy_settings
 

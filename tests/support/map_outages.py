@@ -15,7 +15,7 @@ from proxy.catalogue.mapping_operations import AddMapping
 from proxy.catalogue.operation import points
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind, MapSpec
-from proxy.server.app import serving
+from proxy.server.serving import serving
 from tests.support.admin_address import metrics_once
 from tests.support.catalogue import MAP, Stores
 from tests.support.killed_verb import killed_verbs

@@ -19,8 +19,9 @@ from proxy.emulator import faults
 from proxy.emulator.api import Call
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.tokens import TokenIssuer
-from proxy.server.app import App, serving
+from proxy.server.app import App
 from proxy.server.first_tokens import mint_first_tokens
+from proxy.server.serving import serving
 from proxy.session.end_reason import EndReason
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import CancelRequest

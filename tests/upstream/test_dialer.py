@@ -22,7 +22,7 @@ from proxy.emulator.faults import HANG, Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
 from proxy.errors import ErrorKind, ProxyError
-from proxy.server.app import build_metrics
+from proxy.server.metric_labels import build_metrics
 from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import ConnectPhase

@@ -7,7 +7,7 @@ import pytest
 import trustme
 
 from proxy.config import ConfigurationError, Settings
-from proxy.server.app import build_metrics
+from proxy.server.metric_labels import build_metrics
 from proxy.transport import tls
 from proxy.upstream.upstreams import Upstreams
 from proxy.workspace.registry import LocalWorkspaceRegistry

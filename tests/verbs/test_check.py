@@ -24,7 +24,7 @@ from proxy.emulator.faults import Injection, Reply, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.tokens import TokenIssuer
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
-from proxy.server.app import serving
+from proxy.server.serving import serving
 from proxy.wire.messages import ErrorResponse
 from tests.support.proxy_process import ROOT, run_to_end, started_process
 from tests.support.running import proxy_settings, proxy_values, toml

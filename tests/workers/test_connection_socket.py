@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from proxy.config import ListenSettings
-from proxy.server.app import build_metrics
+from proxy.server.metric_labels import build_metrics
 from proxy.session.drain import OpenSession
 from proxy.session.listener import Listener
 from proxy.session.slots import Slots

@@ -20,7 +20,7 @@ from proxy.emulator.faults import ACCESS_MISSING, HANG
 from proxy.emulator.lakebase import CLIENT_SECRET, PERSONAL_TOKEN
 from proxy.emulator.workspace import Workspace
 from proxy.errors import ErrorKind, ProxyError
-from proxy.server.app import build_metrics
+from proxy.server.metric_labels import build_metrics
 from proxy.upstream.upstreams import Upstreams
 from proxy.workers.credential_service import CredentialService
 from proxy.workers.remote_credentials import GENERATIONS_MAX

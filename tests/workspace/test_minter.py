@@ -16,7 +16,7 @@ from proxy.emulator.faults import Reply, api_error
 from proxy.emulator.lakebase import CLIENT_SECRET, Lakebase
 from proxy.emulator.workspace import Workspace as EmulatedWorkspace
 from proxy.errors import ErrorKind, ProxyError
-from proxy.server.app import build_metrics
+from proxy.server.metric_labels import build_metrics
 from proxy.wire.messages import AuthenticationOk
 from proxy.workspace import resources
 from proxy.workspace.client import Workspace

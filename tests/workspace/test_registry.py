@@ -11,7 +11,7 @@ from proxy.emulator.api import Call
 from proxy.emulator.cluster import CLIENT_ID
 from proxy.emulator.faults import HANG
 from proxy.emulator.lakebase import CLIENT_SECRET
-from proxy.server.app import build_metrics
+from proxy.server.metric_labels import build_metrics
 from proxy.workspace.registry import (
     AccountKey,
     LocalWorkspaceRegistry,

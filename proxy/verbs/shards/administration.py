@@ -18,7 +18,7 @@ from proxy.catalogue.shard_store import quoted, reader_statements
 from proxy.catalogue.shard_upstreams import ShardUpstreams
 from proxy.config import ConfigurationError, Problem, Settings, UpstreamSettings
 from proxy.errors import ProxyError
-from proxy.server.app import build_metrics
+from proxy.server.metric_labels import build_metrics
 from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.private_listener import PrivateListener
 from proxy.upstream.address_lookup import ANY_USER

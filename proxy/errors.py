@@ -216,6 +216,12 @@ class ErrorKind(Enum):
         "Is workspace.host (DATABRICKS_HOST) the workspace's own address? Is there a proxy that "
         "wants a sign-in?",
     )
+    NOT_A_WORKSPACE = ErrorRow(
+        "workspace_configuration",
+        "28000",
+        "the server at the workspace's address is no Databricks workspace",
+        "Is workspace.host (DATABRICKS_HOST) the workspace's own address? Was it deleted?",
+    )
 
     # The upstream: the connection was not established.
     UPSTREAM_DNS = ErrorRow(

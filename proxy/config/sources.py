@@ -211,10 +211,13 @@ def read_file(flags: Layer, environment: Layer, problems: list[Problem]) -> Laye
     return empty
 
 
-# The SDK reads the first, OpenSSL the second. Where only one is set, both sides use it.
+# The SDK reads the first two, in this order, and OpenSSL the third. Where only one side's is set,
+# both sides use it.
+_SDK_CA_FILES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+_OPENSSL_CA_FILES: Final = ("SSL_CERT_FILE",)
 _CA_FILES: Final = (
-    ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", ("upstream", "ssl_root_cert")),
-    ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", ("workspace", "ssl_root_cert")),
+    (_SDK_CA_FILES, _OPENSSL_CA_FILES, ("upstream", "ssl_root_cert")),
+    (_OPENSSL_CA_FILES, _SDK_CA_FILES, ("workspace", "ssl_root_cert")),
 )
 
 
@@ -233,11 +236,13 @@ def read_guide(environ: Mapping[str, str], overriding: Sequence[Layer]) -> Layer
         if value and path[-1] not in left_out:
             _set_at(values, path, value)
             spelling[path] = variable
-    for variable, other, path in _CA_FILES:
-        value = environ.get(variable)
-        if value and not environ.get(other) and Path(value).is_file():
-            _set_at(values, path, value)
-            spelling[path] = variable
+    for variables, others, path in _CA_FILES:
+        used = next(filter(environ.get, variables), None)
+        if used is None or any(map(environ.get, others)):
+            continue
+        if Path(environ[used]).is_file():
+            _set_at(values, path, environ[used])
+            spelling[path] = used
     return Layer("environment", spelling.__getitem__, InitSettingsSource(Settings, values))
 
 

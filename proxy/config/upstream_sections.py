@@ -109,8 +109,8 @@ class WorkspaceSettings(Section):
     ssl_root_cert: WatchedFileName = Field(
         default="",
         description="PEM file with the certificate authorities to trust for the workspace. Empty: "
-        "those of REQUESTS_CA_BUNDLE, else of SSL_CERT_FILE, else the SDK's own. "
-        "[workspaces.NAME] without one use that of [workspace].",
+        "those of REQUESTS_CA_BUNDLE, else of CURL_CA_BUNDLE, else of SSL_CERT_FILE, else the "
+        "SDK's own. [workspaces.NAME] without one use that of [workspace].",
     )
 
     @field_validator("client_secret", "token", "azure_client_secret")

@@ -72,7 +72,8 @@ _GONE_IN: Final = {
 
 _WANTS_TLS_ADVICE: Final = (
     "a client asked for TLS and left when it was refused: set sslmode=disable or sslmode=prefer in "
-    "the application (the Lakebase guide exports PGSSLMODE=require), or set "
+    "the application (the Lakebase guide exports PGSSLMODE=require), without "
+    "sslnegotiation=direct, or set "
     'listen.tls = "self-signed"'
 )
 # Many applications connect again at once, so the line is written no more often than this.
@@ -124,7 +125,7 @@ class SessionLog:
     def startup_failed(self, event: Violated | Disconnected) -> None:
         """Record a client that sent no StartupMessage; probes and port scans at level debug."""
         if isinstance(event, Disconnected) and event.wanted_tls:
-            self._client_wanted_tls()
+            self._client_wanted_tls(StartupFailure.CLIENT_WANTS_TLS)
             return
         if isinstance(event, Disconnected):
             word = StartupFailure.PROBE if event.untouched else StartupFailure.CLIENT_GONE
@@ -132,6 +133,9 @@ class SessionLog:
             _log.debug("client left before its startup", untouched=event.untouched)
             return
         violation = event.violation
+        if violation.reason is ClientReason.DIRECT_TLS:
+            self._client_wanted_tls(violation.reason)
+            return
         self._metrics.startup_failed(violation.reason)
         level = _log.info if violation.reason in _DRIVER_VIOLATIONS else _log.debug
         level("client refused", reason=violation.reason, sqlstate=violation.sqlstate)
@@ -171,8 +175,7 @@ class SessionLog:
             duration_seconds=self._duration_seconds(),
         )
 
-    def _client_wanted_tls(self) -> None:
-        reason = StartupFailure.CLIENT_WANTS_TLS
+    def _client_wanted_tls(self, reason: StartupFailure | ClientReason) -> None:
         self._metrics.startup_failed(reason)
         self._metrics.record_error(reason, message=_WANTS_TLS_ADVICE)
         if self._tls_advice.is_due(asyncio.get_running_loop().time()):

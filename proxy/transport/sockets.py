@@ -34,6 +34,8 @@ _FIXED_ADDRESSES: Final = {
     "*": ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")),  # noqa: S104
     "::": ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")),  # noqa: S104
 }
+# Each of these covers every address of its family.
+_ALL_ADDRESSES: Final = ("0.0.0.0", "::")  # noqa: S104
 # An address that this machine does not have, or a family that its kernel does not have.
 _ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
@@ -183,11 +185,14 @@ def _listen_on_all(
 ) -> list[socket.socket]:
     listening: list[socket.socket] = []
     taken: set[str] = set()
-    for host in hosts:
+    found = [_addresses_of(host) for host in hosts]
+    covered = {family for one in found for family, address in one if address in _ALL_ADDRESSES}
+    for addresses in found:
         absent: OSError | None = None
         exists = False
-        for family, address in _addresses_of(host):
-            if address in taken:  # an earlier host has it, too
+        for family, address in addresses:
+            # Another host has it, too.
+            if address in taken or (family in covered and address not in _ALL_ADDRESSES):
                 exists = True
                 continue
             try:

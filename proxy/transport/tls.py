@@ -9,9 +9,11 @@ that is not delivered is not read, so order and end of the stream are those of t
 """
 
 import asyncio
+import errno
 import ssl
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 from proxy import native
@@ -63,6 +65,8 @@ def client_context(
     make = _compiled_context if accelerated and native.AVAILABLE else _client_context
     if ssl_root_cert == "system":
         return make(sslmode, curve, None, None)
+    if Path(ssl_root_cert).is_fifo():
+        raise OSError(errno.EINVAL, "it is not a regular file")  # opening it might block
     return make(sslmode, curve, ssl_root_cert, stamp_of(ssl_root_cert))
 
 

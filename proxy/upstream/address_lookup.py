@@ -180,6 +180,11 @@ class AddressLookup:
         self._host, self._stale = host, False
 
     async def _look_up_user(self) -> None:
+        refusal = self._outage.refusal()
+        if refusal is not None:
+            if not self._user_backoff.remaining_seconds:
+                self._user_call.start()  # its outcome is for the next client
+            raise refusal
         await self._user_backoff.wait(self._sleep)
         if not self._user:  # it may have been found meanwhile
             await self._user_call.result()
@@ -189,7 +194,11 @@ class AddressLookup:
             identity = await self._workspace.identity()
         except ProxyError as error:
             self._user_backoff.start(error)
+            self._outage.record_failure(
+                ApiCall.IDENTITY, error, self._user_backoff.remaining_seconds
+            )
             raise
+        self._outage.record_success(ApiCall.IDENTITY)
         self._user_backoff.reset()
         self._user = identity.role
 

@@ -96,7 +96,11 @@ _SERVER_TEXTS: Final = (
     _Text("unsupported startup parameter", ErrorKind.POOLER_PARAMETER),
     _Text("remaining connection slots are reserved", ErrorKind.UPSTREAM_FULL),
     _Text("too many clients already", ErrorKind.UPSTREAM_FULL),
-    _Text("the database system is starting up", ErrorKind.UPSTREAM_STARTING),
+    _Text("too many connections for", ErrorKind.UPSTREAM_FULL),
+    # Starting up, shutting down, in recovery mode, not yet accepting connections.
+    _Text("the database system is ", ErrorKind.UPSTREAM_STARTING),
+    _Text("terminating connection due to administrator command", ErrorKind.UPSTREAM_LOST),
+    _Text("terminating connection because of crash", ErrorKind.UPSTREAM_LOST),
 )
 
 # Mistakes of the client, passed on by a front end without their SQLSTATE.
@@ -247,8 +251,9 @@ def diagnose_network(error: OSError, where: str) -> ProxyError:
         return ProxyError(ErrorKind.UPSTREAM_LOST, f"{where}: the connection was reset")
     if isinstance(error, TimeoutError):
         return ProxyError(ErrorKind.UPSTREAM_UNREACHABLE, f"{where}: no answer")
-    # By its number: the text may be a library's, which says only that it failed.
+    # By its number: the text may be a library's, which says only that it failed. Several addresses
+    # that fail for different reasons have no number.
     number = error.errno or 0
-    text = os.strerror(number) if number > 0 else error.strerror or type(error).__name__
+    text = os.strerror(number) if number > 0 else str(error) or type(error).__name__
     detail = f"{where}: {text}"
     return ProxyError(ErrorKind.UPSTREAM_UNREACHABLE, detail)

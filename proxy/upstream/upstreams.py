@@ -9,13 +9,11 @@ upstream keeps its token, host and identity, and asks the workspace nothing. A d
 of an earlier configuration ends on that one.
 """
 
-import errno
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 from proxy.config import (
@@ -160,6 +158,8 @@ class UpstreamFactory:
             account = self._registry.account(key, list(resources))
             credentials = account.token_source
         outage = None if account is None else account.outage
+        if account is not None and outage is None:  # the process that mints logs and shows it
+            outage = Outage(account.name, words=None)
         lookup = AddressLookup(target, resource, workspace, self._registry.calls, outage=outage)
         dialer = Dialer(
             Connector(self._name_lookup.resolve),
@@ -289,8 +289,6 @@ def _check_root_certs(settings: Settings) -> None:
     for name in dict.fromkeys((*settings.target_names(), *of_shards)):
         target = settings.target(name)
         try:
-            if target.ssl_root_cert and Path(target.ssl_root_cert).is_fifo():
-                raise OSError(errno.EINVAL, "it is not a regular file")  # opening it might block
             # The context is cached, so that the first session need not read the authorities.
             client_context(target.sslmode, target.ssl_root_cert, accelerated=target.accelerated)
         except OSError as error:  # an ssl.SSLError is one

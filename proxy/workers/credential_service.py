@@ -11,7 +11,7 @@ the others, or to the successor of one that died, while the workspace does not a
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final, TypeVar
 
 from proxy.errors import ErrorKind, ProxyError
@@ -19,9 +19,10 @@ from proxy.upstream.upstreams import Upstream, Upstreams
 from proxy.workers.remote_credentials import GENERATIONS_MAX
 from proxy.workers.rpc import Methods
 from proxy.workspace.client import Identity
+from proxy.workspace.outage import ApiCall
 from proxy.workspace.registry import TokenAccount
 from proxy.workspace.resources import ResourceStatus
-from proxy.workspace.single_flight import PendingCalls, SingleFlight
+from proxy.workspace.single_flight import BACKOFF_SECONDS_MIN, PendingCalls, SingleFlight
 
 T = TypeVar("T")
 
@@ -54,14 +55,30 @@ class _UpstreamFacts:
 
     async def _ask_status(self) -> ResourceStatus:
         assert self.upstream.resource is not None, "it was asked for by its resource"
-        status = await self.upstream.workspace.status(self.upstream.resource)
+        with self._recorded(ApiCall.LOOK_UP):
+            status = await self.upstream.workspace.status(self.upstream.resource)
         if status.host and not status.disabled:
             self._status = status
         return status
 
     async def _ask_identity(self) -> Identity:
-        self._identity = await self.upstream.workspace.identity()
+        with self._recorded(ApiCall.IDENTITY):
+            self._identity = await self.upstream.workspace.identity()
         return self._identity
+
+    @contextmanager
+    def _recorded(self, call: ApiCall) -> Iterator[None]:
+        """Record the call's outcome: workers know no outage but their own."""
+        account = self.upstream.account
+        outage = None if account is None else account.outage
+        try:
+            yield
+        except ProxyError as error:
+            if outage is not None:
+                outage.record_failure(call, error, BACKOFF_SECONDS_MIN)
+            raise
+        if outage is not None:
+            outage.record_success(call)
 
 
 class _Generation:

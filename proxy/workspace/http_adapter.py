@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from http.client import HTTPResponse
 from typing import Any, Final
 
 import requests
@@ -24,6 +25,8 @@ from urllib3.exceptions import HTTPError
 
 # The largest reply in use, a page of endpoints, has some kilobytes.
 REPLY_BYTES_MAX: Final = 1 << 20
+# Of a head. It may have 6.5 MB for the library, and 50 MB when parsed; servers send some kilobytes.
+HEAD_BYTES_MAX: Final = 128 * 1024
 # Network devices forget idle connections; the shortest common time is a minute.
 IDLE_SECONDS_MAX: Final = 30.0
 # Connections that one request may find dead before it opens a new one.
@@ -33,7 +36,7 @@ _READ_BYTES: Final = 4096
 
 
 class ReplyTooLong(Exception):
-    """A reply has more bytes than REPLY_BYTES_MAX. The SDK does not try again."""
+    """A reply has more bytes than its bound. The SDK does not try again."""
 
 
 class _Exchange:
@@ -88,9 +91,46 @@ class _Exchange:
 _current: ContextVar[_Exchange | None] = ContextVar("http_exchange", default=None)
 
 
+class _Head:
+    """The lines of one reply's head, and of those with status 1xx before it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._left_bytes = HEAD_BYTES_MAX
+
+    def readline(self, size: int) -> bytes:
+        """Return the next line. Raises ReplyTooLong."""
+        line: bytes = self._file.readline(size)
+        self._left_bytes -= len(line)
+        if self._left_bytes < 0:
+            raise ReplyTooLong(f"the reply's head has more than {HEAD_BYTES_MAX} bytes")
+        return line
+
+    def close(self) -> None:
+        """Close the connection's file."""
+        self._file.close()
+
+
+class _Response(HTTPResponse):
+    """A reply whose head has a bound. The library bounds the number of its lines only."""
+
+    fp: Any
+
+    def begin(self) -> None:
+        """Read the head. Raises ReplyTooLong."""
+        body = self.fp
+        self.fp = _Head(body)
+        try:
+            super().begin()
+        finally:
+            if self.fp is not None:  # else it was closed
+                self.fp = body
+
+
 class _Connection(HTTPConnection):
     """A connection that is not reused once it was idle for too long."""
 
+    response_class = _Response
     replied_at: float | None = None
 
     @property
@@ -174,7 +214,9 @@ class BoundedAdapter(HTTPAdapter):
         with _exchange(seconds) as exchange:
             try:
                 response = self._head(exchange, request, arguments, options)
-                response.raw = io.BytesIO(_body(response))
+                body = _body(response)
+                # `requests` keeps the replies of all redirects until the last one.
+                response.raw = io.BytesIO(b"" if response.is_redirect else body)
             except OSError as error:  # the base of the library's own
                 if exchange.closed:
                     raise _too_slow(seconds) from error

@@ -35,10 +35,16 @@ _SENT_NAMES: Final = frozenset(
     )
 )
 _PROFILES: Final = "~/.databrickscfg"
+# Of env-oidc, if no other is named.
+_IDENTITY_VARIABLE: Final = "DATABRICKS_OIDC_TOKEN"
 _DEFAULT_PROFILE: Final = "DEFAULT"
 _PROFILE_FILE_BYTES_MAX: Final = 1 << 20
 
-_PROXY_URL: Final = re.compile(r"(https?://)?([^/?#\s]*@)?([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?/?")
+_PORT_MAX: Final = 65535
+# A backslash ends the host as a slash does; brackets are of an IPv6 address.
+_PROXY_URL: Final = re.compile(
+    r"(https?://)?([^/?#\\[\]\s]*@)?([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?/?"
+)
 
 
 class _Given(NamedTuple):
@@ -75,11 +81,17 @@ def sdk_arguments(
         if found and name not in given:
             given[name] = found[0]
     arguments = {name: clean(name, text, source) for name, (text, source) in given.items()}
-    _check_token_file(arguments, given)
-    if host := arguments.get("host", ""):
-        _check_ca_bundle(host, environ)
-        _check_proxy(host, environ)
+    for name in ("oidc_token_env", "oidc_token_filepath", "auth_type"):
+        if name in given:
+            check_identity_token(arguments, given[name].source, environ)
+            break
     return {name: text for name, text in arguments.items() if text}
+
+
+def check_network(host: str, environ: Mapping[str, str]) -> None:
+    """Raise ProxyError if what the environment sets for requests to `host` cannot be used."""
+    _check_ca_bundle(host, environ)
+    _check_proxy(host, environ)
 
 
 def clean(name: str, text: str, source: str) -> str:
@@ -136,7 +148,13 @@ def _profile_path(config_file: str, profile: str) -> Path | None:
             return None
         why = "there is no home directory; set HOME, or an absolute path in DATABRICKS_CONFIG_FILE"
         raise mistake(config_file or _PROFILES, why) from None
-    if not path.exists():
+    try:
+        is_there, is_fifo = path.exists(), path.is_fifo()
+    except (OSError, ValueError) as error:
+        raise mistake(str(path), getattr(error, "strerror", None) or "it is no path") from None
+    if is_fifo:
+        raise mistake(str(path), "it is not a regular file")  # opening it might block
+    if not is_there:
         if profile:
             raise mistake(str(path), f"the file with the profile [{profile}] does not exist")
         return None
@@ -172,21 +190,44 @@ def _parse_error(error: configparser.Error) -> str:
     return "it is no file of profiles"
 
 
-def _check_token_file(arguments: Mapping[str, str], given: Mapping[str, _Given]) -> None:
-    """Raise ProxyError if the token file of file-oidc is to be used and cannot be read."""
-    path = arguments.get("oidc_token_filepath")
-    other_login = any(arguments.get(name) for name in ("token", "client_secret", "oidc_token_env"))
-    auth_type = arguments.get("auth_type") or ("" if other_login else "file-oidc")
-    if not path or auth_type != "file-oidc":
-        return
-    source = given["oidc_token_filepath"].source
+def check_identity_token(
+    values: Mapping[str, str], source: str, environ: Mapping[str, str]
+) -> None:
+    """Raise ProxyError if file-oidc or env-oidc is to be used and its token cannot be sent.
+
+    `source` is where the token's place is set. The SDK reads it again for each login.
+    """
+    path = values.get("oidc_token_filepath")
+    is_other = any(values.get(name) for name in ("token", "client_secret"))
+    auth_type = values.get("auth_type") or ("" if is_other else "env-oidc or file-oidc")
+    variable = values.get("oidc_token_env") or ("" if path else _IDENTITY_VARIABLE)
+    if variable and "env-oidc" in auth_type:
+        token = environ.get(variable, "")
+        if not token:
+            raise mistake(source, f"the variable {variable} is not set")
+        if token != clean("token", token, variable):
+            raise mistake(variable, "there are blanks or a byte order mark around the value")
+    elif path and "file-oidc" in auth_type:
+        text = _token_file(path, source)
+        if text.strip() != clean("token", text, f"{source}: {path}"):
+            raise mistake(source, f"the file {path} has a byte order mark; remove it")
+
+
+def _token_file(path: str, source: str) -> str:
+    file = Path(path)
     try:
-        with Path(path).open("rb") as file:
-            if not file.read(_PROFILE_FILE_BYTES_MAX).strip():
-                raise mistake(source, f"the file {path} is empty")
+        if file.is_fifo():
+            raise mistake(source, f"{path} is not a regular file")  # opening it might block
+        with file.open("rb") as opened:
+            text = opened.read(_PROFILE_FILE_BYTES_MAX).decode()
+    except UnicodeDecodeError:
+        raise mistake(source, f"the file {path} is not UTF-8") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "it cannot be read"
         raise mistake(source, f"{path}: {why}") from None
+    if not text.strip(BLANKS):
+        raise mistake(source, f"the file {path} is empty")
+    return text
 
 
 def _check_ca_bundle(host: str, environ: Mapping[str, str]) -> None:
@@ -239,9 +280,25 @@ def _check_proxy(host: str, environ: Mapping[str, str]) -> None:
             why = "a SOCKS proxy cannot be used; name an HTTP proxy in HTTPS_PROXY"
             raise mistake(variable, why)
         return
-    if not _PROXY_URL.fullmatch(url):
+    if not _is_proxy_url(url):
         why = "it is no URL like http://USER:PASSWORD@HOST:PORT (write %23 for #, %2F for /)"
         raise mistake(variable, why)
+
+
+def _is_proxy_url(url: str) -> bool:
+    """Return whether an HTTP proxy's URL can be used; the library's error would show parts of it.
+
+    A user and a password are sent in a header.
+    """
+    match = _PROXY_URL.fullmatch(url)
+    if match is None:
+        return False
+    login, port = unquote(match[2] or ""), match[4] or ":0"
+    try:
+        login.encode("latin-1")
+    except UnicodeEncodeError:
+        return False
+    return login.isprintable() and int(port[1:]) <= _PORT_MAX
 
 
 def proxy_secrets(environ: Mapping[str, str]) -> set[str]:
@@ -255,7 +312,7 @@ def proxy_secrets(environ: Mapping[str, str]) -> set[str]:
         for text in (login, password):
             secrets |= {text, unquote(text)}
         # A text that was cut at one of these has only a part.
-        secrets |= {part for part in re.split(r"[/?#@:\s]", password) if len(part) > 2}
+        secrets |= {part for part in re.split(r"[/?#@:\\\[\]\s]", password) if len(part) > 2}
     return secrets - {""}
 
 

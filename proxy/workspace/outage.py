@@ -30,13 +30,14 @@ _log = get_logger(__name__)
 
 
 class ApiCall(Enum):
-    """What fails. Without a host no token is asked for, so that its look-up counts as well.
+    """What fails. Without a host or a role no client is served, so that look-ups count as well.
 
-    `READ` is of the password file.
+    `IDENTITY` is the look-up of the role. `READ` is of the password file.
     """
 
     MINT = "mint"
     LOOK_UP = "look-up"
+    IDENTITY = "identity"
     READ = "read"
 
 
@@ -54,9 +55,12 @@ class Outage:
     """The failures in a row of the calls for one account."""
 
     def __init__(
-        self, name: str, clock: Callable[[], float] = time.time, words: Words = _API
+        self, name: str, clock: Callable[[], float] = time.time, words: Words | None = _API
     ) -> None:
-        """`name` is the account's. `clock` returns seconds since the epoch."""
+        """`name` is the account's. `clock` returns seconds since the epoch.
+
+        Without `words` nothing is logged: another process does so.
+        """
         self.name = name
         self._words = words
         self._clock = clock
@@ -103,7 +107,7 @@ class Outage:
         self._last_at, self.failure = now, failure
         status = _STATUS.search(failure.detail)
         cause = (failure.reason, status.group() if status else "")
-        if cause != self._logged:
+        if cause != self._logged and self._words is not None:
             self._logged = cause
             _log.warning(
                 self._words.fails,
@@ -119,12 +123,15 @@ class Outage:
 
     def record_success(self, call: ApiCall) -> None:
         """Record a call that succeeded; log it if it ends an outage, as every mint does."""
-        self._failing -= {call} if call is ApiCall.LOOK_UP else set(ApiCall)
+        is_look_up = call in (ApiCall.LOOK_UP, ApiCall.IDENTITY)
+        self._failing -= {call} if is_look_up else set(ApiCall)
         if self.since is None or self._failing:
             return
         seconds = round(self.failing_seconds, 1)
         tries, self._tries = self._tries, 0
         self.since, self.failure, self._logged = None, None, ("", "")
+        if self._words is None:
+            return
         _log.info(
             self._words.works,
             workspace=self.name,

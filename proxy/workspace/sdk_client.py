@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, Final
 from proxy.config import WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
-from proxy.workspace.login_settings import profile_values, sdk_arguments
+from proxy.workspace.login_settings import (
+    check_identity_token,
+    check_network,
+    mistake,
+    profile_values,
+    sdk_arguments,
+)
 from proxy.workspace.sdk_http import REQUEST_SECONDS_MAX
 from proxy.workspace.sdk_import import WorkspaceClient, skip_package_init
 
@@ -135,6 +141,11 @@ def _discovering_config() -> type["Config"]:
             """Do nothing: what the environment sets was checked and given."""
 
         def _known_file_config_loader(self) -> None:
+            self._load_profile()
+            if self.host:
+                check_network(self.host, os.environ)
+
+        def _load_profile(self) -> None:
             if not self.profile and (
                 self.is_any_auth_configured or self.host or self.azure_workspace_resource_id
             ):
@@ -143,14 +154,15 @@ def _discovering_config() -> type["Config"]:
             for name, value in values.items():
                 if name not in self._inner:
                     setattr(self, name, value)
+            if values.keys() & {"oidc_token_env", "oidc_token_filepath"}:
+                source = f"profile {self.profile or 'DEFAULT'}"
+                check_identity_token(self._inner, source, os.environ)
 
         def init_auth(self) -> None:
             try:
                 super().init_auth()  # type: ignore[no-untyped-call]
             except ValueError as error:
-                # A discovery that failed is only logged by the SDK, and leads to this error.
-                if self.host and "Invalid URL 'None'" in str(error):
-                    _raise_discovery_failure(self.host)
+                _raise_cause(self, str(error))
                 raise
 
     return DiscoveringConfig
@@ -179,6 +191,25 @@ def _auth_type(config: "Config") -> str:
         if all(getattr(config, name) for name in needed):
             return auth_type
     raise ValueError("cannot configure default credentials: no auth type has all of its settings")
+
+
+def _raise_cause(config: "Config", text: str) -> None:
+    """Raise what the SDK's error does not tell, if there is anything."""
+    # A discovery that failed is only logged by the SDK, and leads to this error.
+    if config.host and "Invalid URL 'None'" in text:
+        _raise_discovery_failure(config.host)
+    if config.host and config.auth_type and "cannot configure default credentials" in text:
+        raise _auth_type_mistake(config.auth_type, config)
+
+
+def _auth_type_mistake(auth_type: str, config: "Config") -> ProxyError:
+    """Return the error for an auth type that cannot be used with what else is set."""
+    source = "workspace.auth_type (DATABRICKS_AUTH_TYPE)"
+    needed = _COMPLETE_BY_SETTINGS.get(auth_type)
+    if needed is None:
+        return mistake(source, f"it is none of {', '.join(_AUTH_TYPES)}, or is not complete")
+    missing = [name for name in needed if not getattr(config, name, None)]
+    return mistake(source, f"{auth_type} needs {' and '.join(missing) or 'more'}")
 
 
 def _raise_discovery_failure(host: str) -> None:

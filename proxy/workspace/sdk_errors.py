@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import mask
 from proxy.wire.secret import MASK
-from proxy.workspace.sdk_http import Refusal, SDKCall, SignInPage
+from proxy.workspace.sdk_http import NO_TLS, PROXY_LOGIN_REFUSED, Refusal, SDKCall
 
 _TEXT_CHARACTERS_MAX: Final = 300  # of what the SDK says, in the DETAIL of an error
 
@@ -27,6 +27,8 @@ _DROPPED: Final = "unknown: unknown"
 # A login is refused with 400 or 401 (RFC 6749, section 5.2), or with 403 by a gateway before it.
 _LOGIN_REFUSED: Final = frozenset((400, 401, 403))
 _THROTTLED: Final = 429
+# So no workspace answers discovery. A refusal may be of a gateway in between.
+_NOT_THERE: Final = frozenset((400, 404, 405, 410))
 _FAILED_MIN: Final = 500  # this status and those above are failures of the server
 # The SDK's text for an error that is not JSON; a whole request follows it.
 _UNPARSED: Final = "unable to parse response"
@@ -58,7 +60,8 @@ def _rows() -> tuple[_Row, ...]:
         _Row(Exception, "unauthorized network access", kinds.WORKSPACE_NETWORK_DENIED),
         _Row(Exception, "not accessible from the current network", kinds.WORKSPACE_NETWORK_DENIED),
         _Row(Exception, "certificate verify failed", kinds.WORKSPACE_CERTIFICATE),
-        _Row(SignInPage, "", kinds.SIGN_IN_PAGE),
+        _Row(Exception, NO_TLS.lower(), kinds.CONFIGURATION_MISTAKE),
+        _Row(Exception, PROXY_LOGIN_REFUSED, kinds.CONFIGURATION_MISTAKE),
         _Row(RuntimeError, "can't start new thread", kinds.OUT_OF_RESOURCES),
         # The API, by its status; the text of a 403 says what is missing.
         _Row(errors.Unauthenticated, "", kinds.WORKSPACE_LOGIN_FAILED),
@@ -94,14 +97,18 @@ def translate(error: Exception, sdk_call: SDKCall, secrets: Iterable[str]) -> Pr
         text = refusal.text
     if _UNPARSED in text and failure is not None:
         text = f"HTTP {failure.status} {_plain(failure.text)}"
-    kind = _row_of(error, text) or _login(error, refusal)
-    if kind is None and failure is not None and failure.status >= _FAILED_MIN:
-        kind, status = ErrorKind.API_ERROR, f"HTTP {failure.status}"
-        text = text if status in text else f"{status} {text}"
+    if sdk_call.is_page:
+        kind: ErrorKind | None = ErrorKind.SIGN_IN_PAGE
+    else:
+        kind = _row_of(error, text) or _login(error, refusal)
+    if kind is None and failure is not None:
+        kind, status = _by_status(failure), f"HTTP {failure.status}"
+        text = text if kind is None or status in text else f"{status} {text}"
     kind = kind or ErrorKind.API_UNREACHABLE
     retry_after_seconds = float(getattr(error, "retry_after_secs", None) or 0)
-    if kind is ErrorKind.API_THROTTLED and refusal is not None:
-        retry_after_seconds = max(retry_after_seconds, refusal.retry_after_seconds)
+    if kind is ErrorKind.API_THROTTLED:
+        replies = (reply.retry_after_seconds for reply in (refusal, failure) if reply is not None)
+        retry_after_seconds = max(retry_after_seconds, *replies, 0.0)
     text = _short(_masked(text, {*secrets, *sdk_call.sent_secrets}))
     return ProxyError(kind, text, retry_after_seconds=retry_after_seconds)
 
@@ -128,6 +135,16 @@ def _login(error: Exception, refusal: Refusal | None) -> ErrorKind | None:
     if refusal.status == _THROTTLED:
         return ErrorKind.API_THROTTLED
     return ErrorKind.WORKSPACE_LOGIN_FAILED if refusal.status in _LOGIN_REFUSED else None
+
+
+def _by_status(failure: Refusal) -> ErrorKind | None:
+    """Return the kind of a reply that neither class nor text of the SDK's exception tells."""
+    if failure.status >= _FAILED_MIN:
+        return ErrorKind.API_ERROR
+    if failure.status == _THROTTLED:
+        return ErrorKind.API_THROTTLED
+    is_wrong = failure.is_discovery and failure.status in _NOT_THERE
+    return ErrorKind.NOT_A_WORKSPACE if is_wrong else None
 
 
 def _masked(text: str, secrets: set[str]) -> str:

@@ -29,6 +29,20 @@ REQUEST_SECONDS_MAX: Final = 15.0
 GRACE_SECONDS: Final = 1.0
 
 
+# The SDK tries these again after a sleep.
+_RETRIED: Final = frozenset((429, 503))
+_BEFORE_A_PAGE: Final = b"\xef\xbb\xbf \t\r\n"
+_DISCOVERY: Final = "/.well-known/"
+
+# Words of the libraries for what a second try does not change, and what is reported instead. The
+# variable is that of a workspace with TLS; others are on this machine.
+PROXY_LOGIN_REFUSED: Final = "the proxy refused its user and password"
+NO_TLS: Final = "the server does not speak TLS"
+_FINAL: Final = {
+    "Tunnel connection failed: 407": f"HTTPS_PROXY: {PROXY_LOGIN_REFUSED}",
+    "WRONG_VERSION_NUMBER": f"workspace.host or the scheme of HTTPS_PROXY: {NO_TLS}",
+}
+
 _VERIFY_FAILED: Final = "certificate verify failed"
 
 
@@ -47,6 +61,13 @@ class SignInPage(Exception):
     """The reply is a web page, of a sign-in most likely. The SDK does not try again."""
 
 
+class DiscoveryRefused(Exception):
+    """The reply asks to try again later.
+
+    The SDK would sleep for that, and for discovery not with the clock that it was given.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A reply that is an error."""
@@ -54,6 +75,8 @@ class Refusal:
     status: int
     text: str
     retry_after_seconds: float
+    is_discovery: bool
+    """Of the request for where to log in, which each workspace answers without a login."""
 
 
 @dataclass(slots=True)
@@ -62,6 +85,7 @@ class SDKCall:
 
     Without `retries` a connection that fails is final.
     `refusal` is of the last POST, `failure` of the last request, None if it was answered otherwise.
+    `is_page` says that the last reply was a web page: the SDK reports only its text.
     `server_time` is the time of the last reply by the server's clock, in seconds since the epoch.
     """
 
@@ -70,6 +94,7 @@ class SDKCall:
     retries: bool = True
     refusal: Refusal | None = None
     failure: Refusal | None = None
+    is_page: bool = False
     server_time: float | None = None
     sent_secrets: set[str] = field(default_factory=set, repr=False)
 
@@ -124,16 +149,19 @@ def _send(
         raise TimeoutError("the call's time is over")
     call.sent_secrets |= _secrets(request.headers.get("Authorization") or "")
     timeout_seconds = min(seconds, left_seconds + GRACE_SECONDS)
-    call.failure = None
+    call.failure, call.is_page = None, False
     if call.ca_file:
         options = {**options, "verify": call.ca_file}
     response = _send_verified(send, {**options, "timeout": timeout_seconds}, call.retries)
     call.failure = None if response.ok else _refusal(response)
+    call.is_page = _is_page(response)
     call.server_time = _time(response.headers.get("Date"))
     if request.method == "POST":
         call.refusal = call.failure
-    if _is_page(response):
+    if call.is_page:
         raise SignInPage(f"HTTP {response.status_code} with a page in HTML")
+    if call.failure is not None and call.failure.is_discovery and response.status_code in _RETRIED:
+        raise DiscoveryRefused(f"HTTP {response.status_code} {response.text}")
     return response
 
 
@@ -142,7 +170,7 @@ def _is_page(response: "Response") -> bool:
     if not response.ok or response.is_redirect or "private-link" in response.url:
         return False
     kind = response.headers.get("Content-Type") or ""
-    return kind.startswith("text/html") or response.content.lstrip()[:1] == b"<"
+    return kind.startswith("text/html") or response.content.lstrip(_BEFORE_A_PAGE)[:1] == b"<"
 
 
 def _time(date: str | None) -> float | None:
@@ -158,8 +186,8 @@ def _send_verified(
 ) -> "Response":
     """Send a request.
 
-    Raises CertificateRejected, and without `retries` NotConnected, in place of the library's own
-    exceptions.
+    Raises CertificateRejected, and NotConnected for what another try does not change or without
+    `retries`, in place of the library's own exceptions.
     """
     from requests import ConnectionError as ConnectionFailed  # noqa: PLC0415 - imported by now
 
@@ -169,6 +197,9 @@ def _send_verified(
         _, verify_failed, why = str(error).partition(_VERIFY_FAILED)
         if verify_failed:
             raise CertificateRejected(_VERIFY_FAILED + why.partition(" (_ssl")[0]) from None
+        for words, told in _FINAL.items():
+            if words in str(error):
+                raise NotConnected(told) from None
         if not retries and isinstance(error, ConnectionFailed):
             raise NotConnected(str(error)) from None
         raise
@@ -179,7 +210,8 @@ def _refusal(response: "Response") -> Refusal:
         seconds = float(response.headers.get("Retry-After") or 0)
     except ValueError:  # a date, which this API does not send as far as is known
         seconds = 0.0
-    return Refusal(response.status_code, response.text, max(0.0, seconds))
+    is_discovery = _DISCOVERY in response.url
+    return Refusal(response.status_code, response.text, max(0.0, seconds), is_discovery)
 
 
 def _secrets(authorization: str | bytes) -> set[str]:

@@ -188,6 +188,10 @@ def test_a_switch_with_a_chosen_name_needs_no_value() -> None:
         ({"SSL_CERT_FILE": "one"}, "one", "system"),
         ({"REQUESTS_CA_BUNDLE": "one"}, "", "one"),
         ({"SSL_CERT_FILE": "one", "REQUESTS_CA_BUNDLE": "two"}, "", "system"),
+        # The SDK's HTTP library reads this one, too: SSL_CERT_FILE took its place.
+        ({"CURL_CA_BUNDLE": "one"}, "", "one"),
+        ({"SSL_CERT_FILE": "one", "CURL_CA_BUNDLE": "two"}, "", "system"),
+        ({"REQUESTS_CA_BUNDLE": "one", "CURL_CA_BUNDLE": "two"}, "", "one"),
         ({"SSL_CERT_FILE": "absent"}, "", "system"),
         ({"REQUESTS_CA_BUNDLE": "absent"}, "", "system"),
     ],

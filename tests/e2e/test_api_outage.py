@@ -13,7 +13,7 @@ import pytest
 from proxy.emulator import faults
 from proxy.emulator.api import Call
 from proxy.emulator.faults import Hang, Reply
-from proxy.emulator.lakebase import Lakebase
+from proxy.emulator.lakebase import PERSONAL_TOKEN, Lakebase
 from proxy.server.app import App
 from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.admin_address import ask
@@ -48,6 +48,13 @@ OUTAGES: dict[str, tuple[Call, Reply | Hang, str]] = {
     "credential": (Call.CREDENTIAL, faults.INTERNAL, "reason=api_error HTTP 500"),
     "login_hangs": (Call.TOKEN, faults.HANG, "reason=api_unreachable"),
     "host": (Call.RESOURCE, faults.UNAVAILABLE, "reason=api_error HTTP 503"),
+    "discovery": (Call.DISCOVERY, faults.UNAVAILABLE, "HTTP 503"),
+    "where_to_log_in": (Call.OIDC, faults.UNAVAILABLE, "HTTP 503"),
+    "identity": (Call.ME, faults.INTERNAL, "reason=api_error HTTP 500"),
+}
+# With a personal access token the role is looked up.
+PERSONAL = {
+    "workspace": {"client_id": "", "client_secret": "", "token": PERSONAL_TOKEN, "auth_type": "pat"}
 }
 
 
@@ -65,6 +72,7 @@ async def test_new_clients_are_refused_at_once_until_the_api_works_again(
     proxy = await start_proxy(
         admin={"enabled": True, "port": 0},
         credentials={"mint_timeout_seconds": 3, "token_max_age_seconds": max_age_seconds},
+        **(PERSONAL if call is Call.ME else {}),
     )
     lakebase.workspace.fail(call, fault)
     begun = time.monotonic()
@@ -98,6 +106,39 @@ async def failing(admin_port: int) -> list[dict[str, Any]]:
     found = [api for api in status["workspace_apis"] if api["reason"]]
     assert all(api["failing_since"] and api["failing_seconds"] > 0 for api in found)
     return found
+
+
+@pytest.mark.parametrize("how", ["host", "identity"])
+async def test_an_outage_that_workers_meet_is_shown_and_logged_once(
+    start_process: StartProcess, lakebase: Lakebase, how: str
+) -> None:
+    # Each worker logged it, and page and /status were green: the process that they show did not
+    # know of it.
+    call, fault, _ = OUTAGES[how]
+    proxy = await start_process(
+        admin={"enabled": True, "port": 0},
+        listen={"port": 0, "workers": 2},
+        upstream={"connect_timeout_seconds": 3},
+        **PERSONAL,
+    )
+    port = int(proxy.events("serving")[0]["admin_port"])
+    begun = time.monotonic()
+    while (await ask(port, "/startup")).status != 200:  # a mint ends an outage
+        assert time.monotonic() - begun < PROBES_SECONDS_MAX
+        await asyncio.sleep(0.05)
+    lakebase.workspace.fail(call, fault)
+    for _ in range(3):
+        await refused(proxy)
+    (api,) = await failing(port)
+    assert api["reason"] == "api_error"
+    await eventually(lambda: proxy.events("the workspace API fails"), "it warns")
+    assert len(proxy.events("the workspace API fails")) == 1
+    lakebase.workspace.clear_faults()
+    recovered = time.monotonic()
+    while not await served(proxy):
+        assert time.monotonic() - recovered < PROBES_SECONDS_MAX
+        await asyncio.sleep(0.05)
+    assert await failing(port) == []
 
 
 async def test_a_limit_of_the_rate_is_no_outage(

@@ -324,6 +324,24 @@ async def test_a_client_that_leaves_when_tls_is_refused_is_told_of_and_advised(
     assert "sslmode=disable" in row["message"]
 
 
+async def test_a_client_that_begins_with_tls_is_told_of_and_advised_too(
+    start_proxy: StartProxy, lakebase: Lakebase, log: LogLines
+) -> None:
+    # sslnegotiation=direct sends no SSLRequest: it was counted, but had no line and no row.
+    proxy = await start_proxy(admin={"enabled": True, "port": 0})
+    async with plain_client(proxy) as client:
+        with pytest.raises(EOFError, match="during the handshake"):
+            await client.start_tls(lakebase.ca_file, None)
+    failed = partial(proxy.metrics.value, "startup_failures_total", reason="direct_tls")
+    await eventually(lambda: failed() == 1, "it is counted")
+    (line,) = log.events("client wants TLS")
+    assert (line["level"], line["reason"]) == ("info", "direct_tls")
+    assert "sslnegotiation=direct" in line["advice"]
+    assert proxy.admin is not None
+    (row,) = (await ask(proxy.admin.port, "/status")).json["errors"]
+    assert (row["reason"], row["count"]) == ("direct_tls", 1)
+
+
 def test_the_advice_on_tls_is_due_once_a_minute() -> None:
     advice = TLSAdvice()
     assert [advice.is_due(now) for now in (5, 6, 64.9, 65, 66, 200)] == [

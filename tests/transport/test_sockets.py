@@ -168,6 +168,10 @@ def addresses_of(*hosts: str) -> tuple[list[str], set[int]]:
         (["::1", "127.0.0.1"], ["::1", "127.0.0.1"]),
         (["*"], ["0.0.0.0", "::"]),
         (["::"], ["::", "0.0.0.0"]),
+        # An address that another one covers was reported as taken by another Postgres.
+        (["localhost", "*"], ["0.0.0.0", "::"]),
+        (["0.0.0.0", "localhost"], ["0.0.0.0", "::1"]),
+        (["::1", "127.0.0.1", "::"], ["::", "0.0.0.0"]),
     ],
 )
 def test_each_address_has_a_socket_and_all_have_one_port(

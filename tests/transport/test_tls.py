@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import ssl
 import subprocess
 from pathlib import Path
@@ -37,6 +38,18 @@ def tls(request: pytest.FixtureRequest) -> Contexts:
     if compiled:
         need_compiled("TLS through OpenSSL itself")
     return contexts(compiled=compiled)
+
+
+def test_a_file_that_becomes_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    # It was checked at the start only: a dial then opened the pipe, and the whole proxy stood
+    # still.
+    path = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(path))
+    client_context("verify-full", str(path))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="it is not a regular file"):
+        client_context("verify-full", str(path))
 
 
 # -- the handshake -------------------------------------------------------------------------------

@@ -228,6 +228,32 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
         "",
     ),
     (neon("the database system is starting up"), WAIT, "57P03", "upstream_starting", ""),
+    # What a front end passes on while a database restarts was 08006 upstream_error, and final.
+    (neon("the database system is shutting down"), WAIT, "57P03", "upstream_starting", ""),
+    (neon("the database system is in recovery mode"), WAIT, "57P03", "upstream_starting", ""),
+    (
+        neon("the database system is not yet accepting connections"),
+        WAIT,
+        "57P03",
+        "upstream_starting",
+        "",
+    ),
+    (
+        neon("terminating connection due to administrator command"),
+        Disposition.RECONNECT,
+        "57P03",
+        "upstream_lost",
+        "",
+    ),
+    (
+        neon("terminating connection because of crash of another server process"),
+        Disposition.RECONNECT,
+        "57P03",
+        "upstream_lost",
+        "",
+    ),
+    (neon('too many connections for role "shop"'), FAIL, "53300", "upstream_full", ""),
+    (neon('too many connections for database "shop"'), FAIL, "53300", "upstream_full", ""),
     (
         fatal("57P01", "terminating connection due to administrator command"),
         Disposition.RECONNECT,
@@ -537,7 +563,12 @@ def certificate_error() -> ssl.SSLCertVerificationError:
         (TimeoutError(110, "timed out"), ErrorKind.UPSTREAM_UNREACHABLE, "no answer"),
         (ConnectionRefusedError(111, "refused"), ErrorKind.UPSTREAM_UNREACHABLE, "refused"),
         (OSError(113, "No route to host"), ErrorKind.UPSTREAM_UNREACHABLE, "No route to host"),
-        (OSError("no address"), ErrorKind.UPSTREAM_UNREACHABLE, "OSError"),
+        # Of two addresses, one refused and one without a route, the log said "OSError".
+        (
+            OSError("Multiple exceptions: [Errno 113] no route, [Errno 111] refused"),
+            ErrorKind.UPSTREAM_UNREACHABLE,
+            "no route",
+        ),
         (socket.gaierror(-2, "unknown"), ErrorKind.UPSTREAM_UNREACHABLE, "unknown"),
     ],
 )

@@ -1,12 +1,15 @@
 """A native role's password, read from its file at each login."""
 
+import asyncio
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from proxy.errors import ErrorKind, ProxyError
+from proxy.upstream import password_file
 from proxy.upstream.password_file import PasswordFile
 
 
@@ -60,3 +63,21 @@ async def test_a_password_file_that_cannot_be_used_says_so_and_nothing_of_what_i
         await PasswordFile(str(path)).fresh()
     assert refused.value.kind is ErrorKind.PASSWORD_FILE_UNREADABLE
     assert "not-a-real" not in repr(refused.value.response())
+
+
+async def test_a_password_file_that_does_not_answer_stops_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It was read in the event loop: with a pipe in its place the whole proxy stood still, and
+    # SIGTERM was not served.
+    path = tmp_path / "password"
+    os.mkfifo(path)
+    monkeypatch.setattr(password_file, "READ_SECONDS_MAX", 0.1)
+    reading = asyncio.ensure_future(PasswordFile(str(path)).fresh())
+    await asyncio.sleep(0)
+    assert not reading.done()
+    with pytest.raises(ProxyError) as refused:
+        await reading
+    assert refused.value.kind is ErrorKind.PASSWORD_FILE_UNREADABLE
+    assert "no answer" in refused.value.detail
+    os.close(os.open(path, os.O_WRONLY))  # its reader, which waits in open(), ends

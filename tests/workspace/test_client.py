@@ -204,7 +204,13 @@ TABLE: list[tuple[str, Call, Reply, ErrorKind]] = [
     ("429_token", Call.TOKEN, faults.THROTTLED, ErrorKind.API_THROTTLED),
     ("empty_token", Call.TOKEN, faults.EMPTY, ErrorKind.API_UNREACHABLE),
     ("not_json_token", Call.TOKEN, faults.NOT_JSON, ErrorKind.API_UNREACHABLE),
-    ("404_discovery", Call.DISCOVERY, faults.NOT_FOUND, ErrorKind.API_UNREACHABLE),
+    ("404_discovery", Call.DISCOVERY, faults.NOT_FOUND, ErrorKind.NOT_A_WORKSPACE),
+    ("429_discovery", Call.DISCOVERY, faults.THROTTLED, ErrorKind.API_THROTTLED),
+    ("503_discovery", Call.DISCOVERY, faults.UNAVAILABLE, ErrorKind.API_ERROR),
+    ("429_oidc", Call.OIDC, faults.THROTTLED, ErrorKind.API_THROTTLED),
+    ("503_oidc", Call.OIDC, faults.UNAVAILABLE, ErrorKind.API_ERROR),
+    ("404_oidc", Call.OIDC, faults.NOT_FOUND, ErrorKind.NOT_A_WORKSPACE),
+    ("page_at_oidc", Call.OIDC, faults.SIGN_IN_PAGE, ErrorKind.SIGN_IN_PAGE),
     ("500_discovery", Call.DISCOVERY, faults.INTERNAL, ErrorKind.API_ERROR),
     ("empty_discovery", Call.DISCOVERY, faults.EMPTY, ErrorKind.API_UNREACHABLE),
 ]
@@ -253,7 +259,7 @@ async def test_when_the_api_says_when_to_come_back_no_thread_sleeps_until_then(
 
 
 @pytest.mark.parametrize("seconds", [14, 30, 3600])
-@pytest.mark.parametrize("call", [Call.CREDENTIAL, Call.TOKEN])
+@pytest.mark.parametrize("call", [Call.CREDENTIAL, Call.TOKEN, Call.OIDC])
 async def test_a_long_retry_after_is_reported_at_once(
     api: emulator.Workspace, call: Call, seconds: int
 ) -> None:
@@ -409,7 +415,7 @@ async def test_the_uid_in_place_of_the_id_is_not_found(
             {"client_id": "", "client_secret": SecretStr(""), "token": SecretStr("wrong-not-real")},
             ErrorKind.WORKSPACE_LOGIN_FAILED,
         ),
-        ({"auth_type": "no-such-type"}, ErrorKind.CONFIGURATION_INVALID),
+        ({"auth_type": "no-such-type"}, ErrorKind.CONFIGURATION_MISTAKE),
         ({"profile": "no-such-profile"}, ErrorKind.CONFIGURATION_MISTAKE),
     ],
     ids=["wrong_secret", "two_ways", "no_way", "wrong_token", "auth_type", "profile"],

@@ -86,6 +86,40 @@ async def test_a_reply_without_an_end_costs_neither_memory_nor_its_connection(
     api.clear_faults()
 
 
+LONG_HEADERS = b"".join(b"X-%d: " % i + b"y" * 65000 + b"\r\n" for i in range(95))
+LARGE_REPLIES = {
+    "head": b"HTTP/1.1 200 OK\r\n" + LONG_HEADERS + b"Content-Length: 2\r\n\r\n{}",
+    "redirect": b"HTTP/1.1 302 Found\r\nLocation: /other\r\nConnection: close\r\n"
+    b"Content-Length: 1000000\r\n\r\n" + b"x" * 1_000_000,
+}
+
+
+def answer_all(server: socket.socket, reply: bytes) -> None:
+    """Answer each connection once, until the server is shut down."""
+    with suppress(OSError):
+        while True:  # ends with the server
+            connection, _ = server.accept()
+            with connection, suppress(ConnectionError):
+                connection.recv(1 << 16)
+                connection.sendall(reply)
+
+
+@pytest.mark.parametrize("reply", LARGE_REPLIES.values(), ids=LARGE_REPLIES.keys())
+async def test_a_head_and_redirects_have_a_bound_too(api: emulator.Workspace, reply: bytes) -> None:
+    # The bound was of the body: a head cost 50 MB, and thirty redirects with a body each 80 MB.
+    await workspace(api.url, 10).mint(PRIMARY)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answering = threading.Thread(target=answer_all, args=(server, reply))
+        answering.start()
+        bytes_before = peak_bytes()
+        error = await refusal(workspace(f"http://127.0.0.1:{server.getsockname()[1]}", 5))
+        bytes_more = peak_bytes() - bytes_before
+        server.shutdown(socket.SHUT_RDWR)
+        await asyncio.to_thread(answering.join)
+    assert error.kind is ErrorKind.API_UNREACHABLE
+    assert bytes_more < MEMORY_BYTES_MAX
+
+
 def peak_bytes() -> int:
     """Return the most memory that this process and the emulator in it have used."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -4,6 +4,7 @@ They were reported as a workspace that cannot be reached, after the whole time f
 internal error of the SDK that named neither the file nor the variable.
 """
 
+import asyncio
 import importlib
 import os
 import pwd
@@ -265,6 +266,57 @@ async def test_the_token_file_of_file_oidc_that_is_not_there_is_named(
         assert str(path) in error.detail
 
 
+BAD_TOKENS = {
+    "quotes": (b'"not-real"', "in quotes"),
+    "two_lines": (b"not-real\nnot-real", "one line"),
+    "byte_order_mark": (b"\xef\xbb\xbfnot-real\n", "byte order mark"),
+    "utf_16": ("\ufeffnot-real".encode("utf-16-le"), "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("how", BAD_TOKENS)
+async def test_a_token_of_file_oidc_that_cannot_be_sent_is_told_with_its_file(
+    api: emulator.Workspace, tmp_path: Path, how: str
+) -> None:
+    # It was sent, or was told as an SDK without credentials.
+    content, why = BAD_TOKENS[how]
+    path = tmp_path / "oidc-token"
+    path.write_bytes(content)
+    settings = {"host": api.url, "client_id": CLIENT_ID, "oidc_token_filepath": str(path)}
+    error = await told_at_once(discovering(**settings))
+    assert error.detail.startswith("workspace.oidc_token_filepath: ")
+    assert why in error.detail
+    assert str(path) in error.detail
+
+
+@pytest.mark.parametrize(
+    ("token", "named"),
+    [
+        ("", "DATABRICKS_AUTH_TYPE: the variable DATABRICKS_OIDC_TOKEN is not set"),
+        ("'not-real'", "DATABRICKS_OIDC_TOKEN: the value is in quotes"),
+        ("not-real\n", "DATABRICKS_OIDC_TOKEN: there are blanks"),  # which the SDK would send
+    ],
+)
+async def test_a_token_of_env_oidc_that_cannot_be_sent_is_told_with_its_variable(
+    api: emulator.Workspace, monkeypatch: pytest.MonkeyPatch, token: str, named: str
+) -> None:
+    set_login(monkeypatch, api.url)
+    monkeypatch.delenv("DATABRICKS_CLIENT_SECRET")
+    monkeypatch.setenv("DATABRICKS_AUTH_TYPE", "env-oidc")
+    monkeypatch.setenv("DATABRICKS_OIDC_TOKEN", token)
+    assert (await told_at_once(discovering())).detail.startswith(named)
+
+
+async def test_an_auth_type_that_is_not_complete_says_what_it_needs(
+    api: emulator.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_login(monkeypatch, api.url)
+    monkeypatch.setenv("DATABRICKS_AUTH_TYPE", "pat")
+    error = await told_at_once(discovering())
+    assert "DATABRICKS_AUTH_TYPE" in error.detail
+    assert "pat needs token" in error.detail
+
+
 # -- the network's settings ----------------------------------------------------------------------
 
 
@@ -306,7 +358,56 @@ async def test_a_socks_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.detail.startswith("ALL_PROXY: a SOCKS proxy")
 
 
-@pytest.mark.parametrize("odd", ["p4ss#w0rd", "p4ss/w0rd", "p4ss?w0rd", "p4ss w0rd", "#p4ss:w0rd"])
+FROM_A_PROFILE = {
+    "ca_bundle": ({"REQUESTS_CA_BUNDLE": "/nonexistent/ca.pem"}, "", "REQUESTS_CA_BUNDLE: "),
+    "socks": ({"ALL_PROXY": "socks5://127.0.0.1:1080"}, "", "ALL_PROXY: "),
+    "password": ({"HTTPS_PROXY": "http://user:not-real#x@127.0.0.1:9"}, "", "HTTPS_PROXY: "),
+    "token_file": (
+        *({}, "auth_type = file-oidc\noidc_token_filepath = /nonexistent/token\n"),
+        "profile DEFAULT: /nonexistent/token",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", FROM_A_PROFILE)
+async def test_what_is_checked_is_checked_for_a_host_of_a_profile_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    # With the host in a profile none of this was checked: it was told as an API that cannot be
+    # reached, and with a part of the HTTP proxy's password.
+    variables, more, named = FROM_A_PROFILE[how]
+    path = tmp_path / "profiles"
+    path.write_text(f"[DEFAULT]\nhost = https://127.0.0.1:9\nclient_id = x\n{more}")
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(path))
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
+    monkeypatch.setenv("NO_PROXY", "")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (await told_at_once(discovering())).detail.startswith(named)
+
+
+async def test_a_profile_file_that_is_a_pipe_is_named_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "profiles"
+    os.mkfifo(path)
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(path))
+    assert (await told_at_once(discovering())).detail == f"{path}: it is not a regular file"
+
+
+async def test_a_port_of_a_proxy_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_login(monkeypatch, "https://dbc.example.com")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:99999")
+    assert (await told_at_once(discovering())).detail.startswith("HTTPS_PROXY: ")
+
+
+ODD_PASSWORDS = (
+    *("p4ss#w0rd", "p4ss/w0rd", "p4ss?w0rd", "p4ss w0rd", "#p4ss:w0rd"),
+    *("p4ss\\w0rd", "p4ss[w0rd", "p4ss]w0rd", "p4ss\u20acw0rd", "p4ss%E2%82%ACw0rd", "p4ss%0Aw0rd"),
+)
+
+
+@pytest.mark.parametrize("odd", ODD_PASSWORDS)
 async def test_no_part_of_an_odd_proxy_password_is_shown(
     monkeypatch: pytest.MonkeyPatch, odd: str
 ) -> None:
@@ -331,3 +432,30 @@ async def test_no_part_of_a_proxy_password_is_shown_when_the_proxy_cannot_be_rea
     assert refused.value.kind is ErrorKind.API_UNREACHABLE
     assert "p4ss" not in f"{refused.value!r} {refused.value.response()!r}"
     assert {"p4ss", "w0rd"} <= proxy_secrets(os.environ) or "%" in odd
+
+
+@pytest.mark.parametrize(
+    ("status", "named"),
+    [
+        (b"407 Proxy Authentication Required", "HTTPS_PROXY: the proxy refused"),
+        (b"200 OK", "HTTPS_PROXY: the server does not speak TLS"),
+    ],
+    ids=["wrong_password", "no_tls"],
+)
+async def test_a_mistake_that_the_first_answer_shows_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, status: bytes, named: str
+) -> None:
+    # The SDK tried again for half of the time for a token: an API that cannot be reached.
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 %s\r\n\r\n" % status)
+        if await reader.read(1 << 16):  # a ClientHello
+            writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        set_login(monkeypatch, "https://dbc.example.com")
+        monkeypatch.setenv("NO_PROXY", "")
+        monkeypatch.setenv("HTTPS_PROXY", f"http://user:not-real@127.0.0.1:{port}")
+        assert named in (await told_at_once(discovering())).detail

@@ -68,7 +68,7 @@ FILES: Final = frozenset(
         *("plan.py", "targets.py", "accounts.py", "link.py", "closing.py", "ending.py", "life.py"),
         *("live.py", "shared.py", "exchange.py", "services.py", "sdk.py", "threads.py", "fleet.py"),
         *("channel.py", "lag.py", "failures.py", "page.py", "totals.py", "samples.py", "gate.py"),
-        *("service_manager.py", "serving.py", "routes.py", "values.py", "references.py"),
+        *("service_manager.py", "config/serving.py", "routes.py", "values.py", "references.py"),
         *("translation.py", "problems.py", "changes.py", "effective.py", "building.py", "rows.py"),
         *("maps.py", "front.py", "arrival.py", "minting.py", "config/lakebase.py"),
         *("config/keys.py", "routing/sources.py", "workers/messages.py"),

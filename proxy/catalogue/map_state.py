@@ -238,11 +238,14 @@ class MapState:
             self._changed(Change(shard_ids=changed))
 
     def set_mappings(self, asked: Iterable[UUID], found: Iterable[Mapping]) -> None:
-        """Take the rows of these ids; an id without a row is that of a removed mapping."""
+        """Take the rows of these ids; an id without a row is that of a removed mapping.
+
+        A forged notification may name those of another map: they are none here.
+        """
         if self.cache is None:
             return
         changed: set[UUID] = set()
-        rows = {row.mapping_id: row for row in found}
+        rows = {row.mapping_id: row for row in found if row.map_id == self.cache.map_id}
         for mapping_id in asked:
             if mapping_id not in rows and self._remove(mapping_id):
                 changed.add(mapping_id)

@@ -474,6 +474,18 @@ async def test_s62_unrelated_change_keeps_map_feed_and_parked_clients(
     (await connecting).terminate()
 
 
+async def test_s62_a_reload_that_learns_of_a_change_ends_its_sessions(
+    start: Start, operator: Operator, placed: Placed
+) -> None:
+    """The map before had not heard of it; the new one was loaded with it, and told no session."""
+    app = await start(catalogue={"feed": "off"})
+    async with session(app) as live, session(app, "1000") as other:
+        await operator.offline(placed, ends=False)
+        await reloaded(app, operator.stores, catalogue={"feed": "listen"})
+        await eventually(live.is_closed, "the session is ended", SECONDS_MAX)
+        assert await other.fetchval("select 1") == 1
+
+
 async def test_s62_another_map_is_loaded_beside_the_old_one_and_exchanged(
     start: Start, operator: Operator, placed: Placed
 ) -> None:

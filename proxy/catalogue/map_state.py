@@ -122,13 +122,7 @@ class MapState:
     def _changed(self, change: Change) -> None:
         self._misses.clear()
         for flight in self._flights:
-            if (
-                change.mapping_ids is None
-                or len(flight.changed) + len(change.mapping_ids) > REMOVED_MAX
-            ):
-                flight.everything = True
-            else:
-                flight.changed |= change.mapping_ids
+            flight.add(change)
         for subscriber in tuple(self._subscribers):
             subscriber(change)
 
@@ -169,11 +163,7 @@ class MapState:
         if (
             cache is None
             or known is None
-            or (known.map_id, known.spec)
-            != (
-                found.map_id,
-                found.spec,
-            )
+            or (known.map_id, known.spec) != (found.map_id, found.spec)
         ):
             self.cache = cache = MappingCache(found.map_id, found.spec)
             self.version = 0

@@ -10,7 +10,7 @@ from proxy.catalogue.feed import FeedState
 from proxy.catalogue.followed_map import FollowedMap
 from proxy.catalogue.model import Status
 from proxy.errors import ErrorKind, ProxyError
-from tests.support.catalogue import insert_map, insert_mapping, insert_shard
+from tests.support.catalogue import MAP, insert_map, insert_mapping, insert_shard
 from tests.support.followed import (
     SECONDS_MAX,
     Changes,
@@ -134,6 +134,27 @@ async def test_s55_a_notification_that_names_another_maps_mapping_brings_none_of
         await until(lambda: foreign in changes.mapping_ids, followed)
         assert (where(followed, 5), where(followed, 25)) == ("one", "two")
         assert followed.status().mappings == 2
+
+
+class BusyCatalogue(FollowedCatalogue):
+    """Another map changes while it is not known yet which map is ours."""
+
+    def _count(self, purpose: str) -> None:
+        super()._count(purpose)
+        if purpose == "map":
+            payload = json.dumps({"m": str(uuid4()), "v": 10**6})
+            self.stores.execute(MAP, f"select pg_notify('shardmap', '{payload}')")
+
+
+async def test_another_maps_change_during_the_first_load_reads_nothing_again(
+    catalogue: FollowedCatalogue,
+) -> None:
+    busy = BusyCatalogue(catalogue.stores, catalogue.admin, catalogue.map_id, catalogue.shards)
+    async with running(busy.followed()) as followed:
+        await busy.insert(0, 10, 20)
+        await until(lambda: where(followed, 15) == "one", followed)
+        assert followed.feed_counts.reloads == 1
+        assert followed.feed_counts.gaps == 0
 
 
 async def test_an_old_version_is_ignored(catalogue: FollowedCatalogue) -> None:

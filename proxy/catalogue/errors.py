@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Final
 from uuid import UUID
 
-from proxy.errors import Disposition, ProxyError
+from proxy.errors import Disposition, ErrorKind, ProxyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,17 @@ _TRANSIENT: Final = re.compile("08...|57P0[123]|40P01|40001|55P03")
 _RETRYABLE: Final = frozenset(
     {Disposition.RETRY, Disposition.RETRY_ONCE, Disposition.RECONNECT, Disposition.WAIT}
 )
+# Of what was asked for, and not of the database where that turned out.
+_OF_THE_KEY: Final = frozenset(
+    {
+        ErrorKind.KEY_MISSING,
+        ErrorKind.KEY_TOO_LONG,
+        ErrorKind.KEY_SYNTAX,
+        ErrorKind.KEY_RANGE,
+        ErrorKind.KEY_INVALID,
+        ErrorKind.MAPPING_NOT_FOUND,
+    }
+)
 # An object of ours that is not there: the schema was not installed.
 _NOT_INSTALLED: Final = frozenset({"3F000", "42P01", "42883"})
 _NO_RIGHT: Final = "42501"
@@ -102,7 +113,9 @@ def translated(error: BaseException, where: str) -> CatalogueError:
         return error
     if isinstance(error, ProxyError):
         answer = error.response()
-        text = f"{where}: {answer.message}" + (f": {error.detail}" if error.detail else "")
+        text = answer.message + (f": {error.detail}" if error.detail else "")
+        if error.kind not in _OF_THE_KEY:
+            text = f"{where}: {text}"
         row = ReasonRow(error.reason, answer.sqlstate)
         transient = error.kind.value.disposition in _RETRYABLE
         return CatalogueError(row, text, answer.text(b"H"), transient=transient)

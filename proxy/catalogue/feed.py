@@ -331,8 +331,10 @@ class Feed:
         """Go on from this version with what was notified meanwhile."""
         early, self._early = self._early or (), None
         self._pending = Pending(version)
-        for notification in early:
-            self._pending.add(notification)
+        known = self._state.map
+        for notification in early:  # which map is ours may not have been known then
+            if known is not None and notification.map_id == known.map_id:
+                self._pending.add(notification)
         if self._pending:
             self._wake.set()
 

@@ -122,13 +122,7 @@ class MapState:
     def _changed(self, change: Change) -> None:
         self._misses.clear()
         for flight in self._flights:
-            if (
-                change.mapping_ids is None
-                or len(flight.changed) + len(change.mapping_ids) > REMOVED_MAX
-            ):
-                flight.everything = True
-            else:
-                flight.changed |= change.mapping_ids
+            flight.add(change)
         for subscriber in tuple(self._subscribers):
             subscriber(change)
 
@@ -169,11 +163,7 @@ class MapState:
         if (
             cache is None
             or known is None
-            or (known.map_id, known.spec)
-            != (
-                found.map_id,
-                found.spec,
-            )
+            or (known.map_id, known.spec) != (found.map_id, found.spec)
         ):
             self.cache = cache = MappingCache(found.map_id, found.spec)
             self.version = 0
@@ -238,11 +228,14 @@ class MapState:
             self._changed(Change(shard_ids=changed))
 
     def set_mappings(self, asked: Iterable[UUID], found: Iterable[Mapping]) -> None:
-        """Take the rows of these ids; an id without a row is that of a removed mapping."""
+        """Take the rows of these ids; an id without a row is that of a removed mapping.
+
+        A forged notification may name those of another map: they are none here.
+        """
         if self.cache is None:
             return
         changed: set[UUID] = set()
-        rows = {row.mapping_id: row for row in found}
+        rows = {row.mapping_id: row for row in found if row.map_id == self.cache.map_id}
         for mapping_id in asked:
             if mapping_id not in rows and self._remove(mapping_id):
                 changed.add(mapping_id)

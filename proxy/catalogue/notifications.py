@@ -60,16 +60,25 @@ class Pending:
     """Whether something is missing, so that the whole map is to be read."""
     gaps: int = 0
 
+    read_version: int = field(init=False)
+    """The version that was read in the catalogue: what is notified of it is known."""
+
+    def __post_init__(self) -> None:
+        self.read_version = self.version
+
     def __bool__(self) -> bool:
         """Return whether there is anything to do."""
         return self.reload or self.shards_changed or bool(self.mapping_ids)
 
     def add(self, found: Notification) -> None:
-        """Take a notification of this map."""
-        if found.version <= self.version:
+        """Take a notification of this map.
+
+        A version that comes a second time is a gap: one of the two was forged.
+        """
+        if found.version <= self.read_version:
             return
         is_next = found.version == self.version + 1
-        self.version = found.version
+        self.version = max(self.version, found.version)
         says_what = found.mapping_ids is not None or found.shard_ids is not None
         if not is_next or not says_what:
             self.gaps += 1

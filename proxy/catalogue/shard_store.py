@@ -4,7 +4,7 @@ For: identity, local mappings, live sessions, and the statements that grant what
 for: fencing and ending sessions (`fence`), or writing local rows (`operations`).
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -12,8 +12,6 @@ from uuid import UUID
 
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import Connection, Status
-
-CHUNK_ROWS: Final = 10_000
 
 _SESSIONS: Final = """
 select s.pid, s.mapping_id, s.epoch, s.proxy, s.backend_start, m.lo, m.hi
@@ -98,31 +96,6 @@ async def find_local_mapping(
     return LocalMapping(
         row["mapping_id"], row["lo"], row["hi"], Status(row["status"]), row["epoch"]
     )
-
-
-async def stream_local_mappings(
-    connection: Connection, map_id: UUID, chunk_rows: int = CHUNK_ROWS
-) -> AsyncIterator[Sequence[LocalMapping]]:
-    """Yield the shard's own mappings of a map in chunks, by their lower bounds."""
-    after: bytes | None = None
-    while True:
-        rows = await connection.fetch(
-            "select mapping_id, lo, hi, status, epoch from shardmap_local.mapping"
-            " where map_id = $1 and ($2::bytea is null or lo > $2) order by lo limit $3",
-            map_id,
-            after,
-            chunk_rows,
-        )
-        if rows:
-            yield [
-                LocalMapping(
-                    row["mapping_id"], row["lo"], row["hi"], Status(row["status"]), row["epoch"]
-                )
-                for row in rows
-            ]
-        if len(rows) < chunk_rows:
-            return
-        after = rows[-1]["lo"]
 
 
 async def read_sessions(connection: Connection, map_id: UUID) -> list[LiveSession]:

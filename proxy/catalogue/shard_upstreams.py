@@ -8,6 +8,7 @@ that is not configured is refused before anything is minted or dialled; an upstr
 so that no token of one workspace meets a host of another. A row that changes gets a new one.
 """
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from proxy.workspace.resources import Resource, resource_of
 _Row = tuple[str, str, int, str, str, str, str]
 
 TARGET_SEPARATOR: Final = "/"
+# Of an endpoint or an instance, or empty. The name is a part of paths in the workspace's API: who
+# can write the catalogue must not choose these.
+_RESOURCE: Final = re.compile(r"[A-Za-z0-9_-]*(/[A-Za-z0-9_-]+)*")
 
 
 def target_name(map_name: str, shard: Shard) -> str:
@@ -199,8 +203,10 @@ def _row(shard: Shard) -> _Row:
 
 
 def _given(row: _Row, settings: Settings) -> UpstreamSettings:
-    """Return what a row gives. Raises ValueError for values that no target may have."""
+    """Return what a row gives. Raises ValueError for values that no shard may have."""
     _, host, port, database, endpoint, instance, workspace = row
+    if not database.isprintable() or not _RESOURCE.fullmatch(endpoint + instance):
+        raise ValueError("the row is not one of `shards add-shard`")
     return UpstreamSettings.model_validate(
         {
             "host": host,

@@ -49,7 +49,6 @@ _FIND: Final = """
 select * from (
   select * from shardmap.mapping where map_id = $1 and lo <= $2 order by lo desc limit 1
 ) m where hi is null or hi > $2"""
-_FIND_MAPPING: Final = f"select {_MAPPING_COLUMNS.format('m')} from ({_FIND}) m"  # noqa: S608
 _PREFIXED: Final = ", ".join(
     f"s.{name} as shard_{name}"
     for name in (
@@ -166,11 +165,6 @@ async def read_shards(connection: Connection, map_id: UUID) -> list[Shard]:
     return [shard_of(row) for row in rows]
 
 
-async def read_all_shards(connection: Connection) -> list[Shard]:
-    """Return the shards of all maps."""
-    return [shard_of(row) for row in await connection.fetch(f"{_SHARD} order by s.name")]
-
-
 async def shards_by_id(connection: Connection, ids: Iterable[UUID]) -> list[Shard]:
     """Return those of these shards that exist."""
     rows = await connection.fetch(f"{_SHARD} where s.shard_id = any($1::uuid[])", list(ids))
@@ -217,12 +211,6 @@ async def locate(connection: Connection, map_id: UUID, routing_key: bytes) -> Lo
     shard = {name.removeprefix("shard_"): value for name, value in row.items() if "shard_" in name}
     shard |= {"shard_id": row["shard_id"], "map_id": row["map_id"]}
     return Located(mapping_of(row), shard_of(shard))
-
-
-async def find_mapping(connection: Connection, map_id: UUID, routing_key: bytes) -> Mapping | None:
-    """Return the mapping that covers a key."""
-    row = await connection.fetchrow(_FIND_MAPPING, map_id, routing_key)
-    return None if row is None else mapping_of(row)
 
 
 async def mappings_by_id(connection: Connection, ids: Iterable[UUID]) -> list[Mapping]:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
-from proxy.catalogue.errors import driver_errors, translated
+from proxy.catalogue.errors import driver_errors
 from proxy.catalogue.model import Connection
 
 # Another operation, or whatever else locks the rows, is waited for this long.
@@ -39,12 +39,3 @@ async def transaction(connection: Connection, *, read_only: bool = False) -> Asy
                 await connection.execute("rollback")
         raise
     await connection.execute("commit")
-
-
-@asynccontextmanager
-async def translating(where: str) -> AsyncIterator[None]:
-    """Raise CatalogueError for what asyncpg raises; `where` is the database in words."""
-    try:
-        yield
-    except driver_errors() as error:
-        raise translated(error, where) from error

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Final
 from uuid import UUID
 
-from proxy.catalogue.map_state import Change
+from proxy.catalogue.map_state import EVERYTHING, Change
 from proxy.catalogue.model import Located
 from proxy.catalogue.parking import Parking
 from proxy.config import Settings
@@ -152,6 +152,8 @@ class CatalogueMaps:
         if service is not None:
             self._unsubscribe = service.subscribe(self._changed)
             self._follow_sessions()
+            if before is not None and isinstance(service, CatalogueService):
+                self._changed(EVERYTHING)  # the one before may not have heard of all changes
 
     async def first_outcome(self) -> None:
         """Return when the catalogue has been asked once. Raises ConfigurationError, as it does."""

@@ -68,3 +68,10 @@ def test_an_error_of_the_dialer_keeps_its_word_and_its_sqlstate(
 def test_a_refusal_is_left_as_it_is() -> None:
     refusal = CatalogueError(Reason.OVERLAP, "the keys are taken")
     assert translated(refusal, "the catalogue") is refusal
+
+
+def test_a_key_that_is_none_is_no_error_of_the_catalogue() -> None:
+    """`shards lookup x` said "the catalogue: the shard key is not written as a value"."""
+    error = translated(ProxyError(ErrorKind.KEY_SYNTAX, "an integer"), "the catalogue")
+    assert (error.reason, error.sqlstate) == ("key_invalid", "22P02")
+    assert error.message == f"{ErrorKind.KEY_SYNTAX.value.message}: an integer"

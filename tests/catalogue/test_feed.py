@@ -10,6 +10,7 @@ from proxy.catalogue.feed import FeedState
 from proxy.catalogue.followed_map import FollowedMap
 from proxy.catalogue.model import Status
 from proxy.errors import ErrorKind, ProxyError
+from tests.support.catalogue import MAP, insert_map, insert_mapping, insert_shard
 from tests.support.followed import (
     SECONDS_MAX,
     Changes,
@@ -103,6 +104,57 @@ async def test_s55_a_gap_or_a_change_without_ids_is_followed_by_a_reload(
         await catalogue.insert(0, 10, 20)
         await until(lambda: followed.status().version == version + 1, followed)
         assert where(followed, 15) == "one"
+
+
+@pytest.mark.parametrize("kind", ["ids", "s"])
+async def test_s55_a_forged_notification_hides_no_change(
+    catalogue: FollowedCatalogue, kind: str
+) -> None:
+    """Any login may notify. A forged next version made the change that really had it go unseen."""
+    async with running(catalogue.followed(short_times())) as followed:
+        version = await catalogue.version() + 1
+        forged = {"m": str(catalogue.map_id), "v": version, kind: [str(uuid4())]}
+        await catalogue.notify(json.dumps(forged))
+        await until(lambda: followed.status().version == version, followed)
+        await catalogue.insert(0, 10, 20)
+        await until(lambda: where(followed, 15) == "one", followed)
+        assert followed.status().version == version
+
+
+async def test_s55_a_notification_that_names_another_maps_mapping_brings_none_of_it(
+    catalogue: FollowedCatalogue,
+) -> None:
+    other = await insert_map(catalogue.admin, "others")
+    shard = await insert_shard(catalogue.admin, other, "one", "other.example.com", "app")
+    foreign = await insert_mapping(catalogue.admin, other, shard, b"", None)
+    async with running(catalogue.followed()) as followed:
+        changes = Changes(followed)
+        forged = {"m": str(catalogue.map_id), "v": await catalogue.version() + 1}
+        await catalogue.notify(json.dumps({**forged, "ids": [str(foreign)]}))
+        await until(lambda: foreign in changes.mapping_ids, followed)
+        assert (where(followed, 5), where(followed, 25)) == ("one", "two")
+        assert followed.status().mappings == 2
+
+
+class BusyCatalogue(FollowedCatalogue):
+    """Another map changes while it is not known yet which map is ours."""
+
+    def _count(self, purpose: str) -> None:
+        super()._count(purpose)
+        if purpose == "map":
+            payload = json.dumps({"m": str(uuid4()), "v": 10**6})
+            self.stores.execute(MAP, f"select pg_notify('shardmap', '{payload}')")
+
+
+async def test_another_maps_change_during_the_first_load_reads_nothing_again(
+    catalogue: FollowedCatalogue,
+) -> None:
+    busy = BusyCatalogue(catalogue.stores, catalogue.admin, catalogue.map_id, catalogue.shards)
+    async with running(busy.followed()) as followed:
+        await busy.insert(0, 10, 20)
+        await until(lambda: where(followed, 15) == "one", followed)
+        assert followed.feed_counts.reloads == 1
+        assert followed.feed_counts.gaps == 0
 
 
 async def test_an_old_version_is_ignored(catalogue: FollowedCatalogue) -> None:

@@ -55,24 +55,12 @@ async def admit(connection: Any, mapping_id: UUID = MAPPING_ID) -> str:
     return verdict
 
 
-async def test_identity_and_local_mappings(shard: Any) -> None:
+async def test_identity_and_the_local_mapping_of_a_key(shard: Any) -> None:
     (identity,) = await shard_store.read_identities(shard)
     assert identity == shard_store.Identity(MAP_ID, "tenants", SHARD_ID, LOCATION, Status.ONLINE)
     expected = shard_store.LocalMapping(MAPPING_ID, b"a", b"c", Status.ONLINE, 7)
     for key, found in ((b"a", expected), (b"bzz", expected), (b"c", None), (b"", None)):
         assert await shard_store.find_local_mapping(shard, MAP_ID, key) == found
-    for n in range(5):
-        await shard.execute(
-            "insert into shardmap_local.mapping values ($1, $2, $3, null, 'offline', 1)",
-            uuid4(),
-            MAP_ID,
-            b"d%d" % n,
-        )
-    chunks = [
-        [one.lo for one in chunk]
-        async for chunk in shard_store.stream_local_mappings(shard, MAP_ID, chunk_rows=2)
-    ]
-    assert chunks == [[b"a", b"d0"], [b"d1", b"d2"], [b"d3", b"d4"]]
 
 
 async def test_sessions_are_those_that_are_registered_and_alive(shard: Any, stores: Stores) -> None:

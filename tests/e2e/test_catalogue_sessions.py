@@ -441,6 +441,38 @@ async def test_s63_host_that_is_not_allowed_is_neither_minted_for_nor_dialled(
     assert len(lakebase.workspace.api.mints) == minted
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("dbname", "app\n\x1b[31m"),
+        ("instance", "../../../2.0/secrets/list"),
+        ("instance", "a?b"),
+        ("endpoint", "projects/../branches/../endpoints/one"),
+        ("endpoint", "projects/a/branches/\x1b/endpoints/one"),
+    ],
+)
+async def test_row_that_cannot_be_right_refuses_its_shard_alone(
+    start: Start, operator: Operator, placed: Placed, column: str, value: str
+) -> None:
+    """The name of a resource is a part of a path in the workspace's API, an error is logged."""
+    app = await start()
+    resources = {"endpoint": "", "instance": "", column: value}
+    if column == "dbname":
+        resources = {column: value}
+    assignments = ", ".join(f"{name} = ${at}" for at, name in enumerate(resources, start=1))
+    sql = f"update shardmap.shard set {assignments} where name = 'two'"
+    await operator.catalogue(sql, *resources.values())
+    await eventually(lambda: app.metrics.value("cache_changes_total", change="shard"), "heard of")
+    minted = len(operator.stores.lakebase.workspace.api.mints)
+    error = await refusal(app, "1000")
+    assert error.sqlstate == "55000"
+    assert "reason=shard_not_valid" in str(error.detail)
+    assert str(error.detail).isprintable()
+    assert len(operator.stores.lakebase.workspace.api.mints) == minted
+    async with session(app) as served:
+        assert await served.fetchval("select 1") == 1
+
+
 # -- reload --------------------------------------------------------------------------------------
 
 
@@ -472,6 +504,18 @@ async def test_s62_unrelated_change_keeps_map_feed_and_parked_clients(
     ]
     await operator.online(placed)
     (await connecting).terminate()
+
+
+async def test_s62_a_reload_that_learns_of_a_change_ends_its_sessions(
+    start: Start, operator: Operator, placed: Placed
+) -> None:
+    """The map before had not heard of it; the new one was loaded with it, and told no session."""
+    app = await start(catalogue={"feed": "off"})
+    async with session(app) as live, session(app, "1000") as other:
+        await operator.offline(placed, ends=False)
+        await reloaded(app, operator.stores, catalogue={"feed": "listen"})
+        await eventually(live.is_closed, "the session is ended", SECONDS_MAX)
+        assert await other.fetchval("select 1") == 1
 
 
 async def test_s62_another_map_is_loaded_beside_the_old_one_and_exchanged(

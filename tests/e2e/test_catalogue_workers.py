@@ -59,6 +59,13 @@ async def status(proxy: ProxyProcess) -> Any:
     return json.loads((await ask(port, "/status")).body)
 
 
+async def parked(proxy: ProxyProcess, clients: int) -> None:
+    """Wait until so many clients are parked."""
+    async with asyncio.timeout(20):
+        while (await status(proxy))["shard_map"]["parked"] != clients:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
 async def test_s61_workers_share_one_map_and_each_hears_of_changes(
     proxy: ProxyProcess, operator: Operator, placed: Placed
 ) -> None:
@@ -89,9 +96,7 @@ async def test_s61_workers_share_one_map_and_each_hears_of_changes(
     )
     # Parked in a worker, woken by the supervisor's feed.
     connecting = [asyncio.ensure_future(connect(proxy)) for _ in range(WORKERS)]
-    async with asyncio.timeout(20):
-        while (await status(proxy))["shard_map"]["parked"] != WORKERS:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+    await parked(proxy, WORKERS)
     await operator.online(placed)
     for one in await asyncio.gather(*connecting):
         one.terminate()
@@ -116,3 +121,21 @@ async def test_s61_worker_that_died_and_came_again_routes_and_is_told(
     again.terminate()
     error = await refusal(proxy, "500")
     assert error.sqlstate == "3D000"
+
+
+async def test_s46_s64_clients_parked_in_workers_leave_stay_and_are_told(
+    proxy: ProxyProcess, operator: Operator, placed: Placed
+) -> None:
+    await operator.offline(placed)
+    connecting = [asyncio.ensure_future(connect(proxy)) for _ in range(2 * WORKERS)]
+    await parked(proxy, 2 * WORKERS)
+    for one in connecting[:WORKERS]:
+        one.cancel()
+    await parked(proxy, WORKERS)
+    proxy.send(signal.SIGHUP)
+    await eventually(lambda: proxy.events("reloaded"), "reloaded")
+    await parked(proxy, WORKERS)
+    proxy.send(signal.SIGTERM)
+    for answer in await asyncio.gather(*connecting[WORKERS:], return_exceptions=True):
+        assert getattr(answer, "sqlstate", "") == "57P01", answer
+    assert await proxy.ended() == 0

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from proxy.catalogue.admission import Admission, AdmissionRequest, Consequence, admit
-from proxy.catalogue.model import Located, Status
+from proxy.catalogue.model import Located
 from proxy.catalogue.parking import Parking, ParkMetrics, ParkResult
 from proxy.catalogue.shard_upstreams import ShardUpstreams, target_name
 from proxy.errors import NOT_THE_OPERATORS, ErrorKind, ProxyError
@@ -154,7 +154,7 @@ class AdmittingOpener:
         assert fallback is None, "a shard has one database"
         budget = _Budget(self._parts.connect_timeout_seconds, self._parts.clock)
         located, is_second = self._located, False
-        if _is_offline(located):
+        if located.is_offline:
             located = await self._park(located, phases)
         while True:  # bounded by the budget, and by the time in which it may be parked
             try:
@@ -217,7 +217,7 @@ class AdmittingOpener:
             raise error from None
         except ProxyError as later:
             raise (later if later.kind is ErrorKind.MAPPING_NOT_FOUND else error) from None
-        if _where(found) == _where(located) and not _is_offline(found):
+        if _where(found) == _where(located) and not found.is_offline:
             raise error
         return found
 
@@ -282,13 +282,9 @@ class AdmittingOpener:
         return target_name(self._parts.map_name, located.shard)
 
 
-def _is_offline(located: Located) -> bool:
-    return Status.OFFLINE in (located.mapping.status, located.shard.status)
-
-
 def _is_blocked(located: Located) -> bool:
     """Return whether the shard would not admit: an operation that has begun counts as offline."""
-    return _is_offline(located) or bool(located.mapping.op_id or located.shard.op_id)
+    return located.is_offline or bool(located.mapping.op_id or located.shard.op_id)
 
 
 def _state(located: Located) -> tuple[object, ...]:

@@ -16,7 +16,7 @@ from uuid import UUID
 
 from proxy.catalogue.lookups import LookupConnection
 from proxy.catalogue.map_state import MapState
-from proxy.catalogue.model import Located, Status
+from proxy.catalogue.model import Located
 from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.keys import fingerprint
 from proxy.routing.router import LookupResult
@@ -92,7 +92,7 @@ class MapSource:
         if located is None:
             return self._checked(await self._find_unknown(routing_key, deadline), routing_key)
         self._record_lookup(LookupResult.HIT)
-        if _is_offline(located):
+        if located.is_offline:
             located = await self._ask_again(routing_key, located)
         return self._checked(located, routing_key)
 
@@ -250,10 +250,6 @@ class MapSource:
             raise
         contact.answered(self._clock())
         return found
-
-
-def _is_offline(located: Located) -> bool:
-    return Status.OFFLINE in (located.mapping.status, located.shard.status)
 
 
 def _remember(kept: dict[UUID, V], mapping_id: UUID, value: V) -> None:

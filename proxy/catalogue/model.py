@@ -104,6 +104,11 @@ class Located:
     mapping: Mapping
     shard: Shard
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether the mapping, or its whole shard, is offline."""
+        return Status.OFFLINE in (self.mapping.status, self.shard.status)
+
 
 Connection = Any
 """An asyncpg connection; the library has no types."""

@@ -33,7 +33,7 @@ from proxy.catalogue.operation import (
 )
 from proxy.catalogue.transactions import transaction
 
-# How often one writer settles what is in its way; more often, and it is somebody's live traffic.
+# How often one writer settles what is in its way. More often, others keep beginning new ones.
 SETTLED_MAX: Final = 20
 
 FindMap = Callable[[Connection, UUID], Awaitable[CatalogueMap]]

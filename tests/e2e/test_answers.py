@@ -357,7 +357,8 @@ REST_ERRORS = (
     ),
     *_api(*UNREACHABLE, faults.NOT_JSON),
     *_api(*UNREACHABLE, faults.NOT_JSON, faults.EMPTY, call=Call.TOKEN),
-    *_api(*UNREACHABLE, faults.NOT_FOUND, faults.EMPTY, call=Call.DISCOVERY),
+    *_api(*PAGE, faults.NOT_FOUND, call=Call.DISCOVERY),
+    *_api(*UNREACHABLE, faults.EMPTY, call=Call.DISCOVERY),
     *_api(*INVALID, faults.EMPTY),
     Case(
         "the credential call hangs",

@@ -13,7 +13,6 @@ from proxy.catalogue.shard_upstreams import ShardUpstreams
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.server.snapshot import ConfigSnapshot
-from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.private_listener import PrivateListener
 from proxy.upstream.connector import Connector
 
@@ -32,9 +31,7 @@ async def reading_map(snapshot: ConfigSnapshot, metrics: Metrics) -> AsyncIterat
     """Yield the map that sessions of this configuration would be routed by. Raises ProxyError."""
     settings, upstreams = snapshot.settings, snapshot.upstreams
     name, upstream = settings.catalogue_map, upstreams[settings.catalogue.target]
-    keys = CancelKeys()
-    connector = Connector(upstreams.name_lookup.resolve)
-    forwarder = CancelForwarder(keys, connector, metrics)
+    listener = PrivateListener.of_verb(Connector(upstreams.name_lookup.resolve), metrics)
 
     async def host() -> str:
         return (await upstream.address_lookup.target()).host
@@ -42,7 +39,7 @@ async def reading_map(snapshot: ConfigSnapshot, metrics: Metrics) -> AsyncIterat
     shards = ShardUpstreams(settings, upstreams.factory, upstreams.resources(), host)
     try:
         async with (
-            PrivateListener(keys, forwarder) as private,
+            listener as private,
             open_reader(private.connect, upstream, lambda _: None)() as reader,
         ):
             found = await reader.read_map(name)

@@ -18,11 +18,13 @@ from typing import Any, Final, Self
 
 from proxy.catalogue.errors import driver_errors
 from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.metrics import Metrics
 from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.relay import Relay
 from proxy.session.starting_client import ClientGone, StartingClient
 from proxy.transport.sockets import detect_dead_peer, listen_tcp
 from proxy.transport.stream import StartupStream
+from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstreams import SessionOpener
@@ -75,6 +77,12 @@ class PrivateListener:
         self._server: asyncio.Server | None = None
         self.port = 0
         """Where it listens; known inside the block."""
+
+    @classmethod
+    def of_verb(cls, connector: Connector, metrics: Metrics) -> Self:
+        """Return a listener for a process that serves no clients: the cancels are its own."""
+        keys = CancelKeys()
+        return cls(keys, CancelForwarder(keys, connector, metrics))
 
     async def __aenter__(self) -> Self:
         """Listen. Raises OSError if there is no free port."""

@@ -13,7 +13,6 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
 from proxy.server.metric_labels import build_metrics
 from proxy.server.serving import open_snapshot
-from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.private_listener import PrivateListener
 from proxy.upstream.connector import Connector
 from proxy.upstream.name_lookup import NameLookup
@@ -38,9 +37,8 @@ async def upstream(lakebase: Lakebase) -> AsyncIterator[Upstream]:
 
 @pytest_asyncio.fixture
 async def private() -> AsyncIterator[PrivateListener]:
-    keys, resolve = CancelKeys(), NameLookup(PendingCalls()).resolve
-    forwarder = CancelForwarder(keys, Connector(resolve), build_metrics())
-    async with PrivateListener(keys, forwarder) as listener:
+    resolve = NameLookup(PendingCalls()).resolve
+    async with PrivateListener.of_verb(Connector(resolve), build_metrics()) as listener:
         yield listener
 
 

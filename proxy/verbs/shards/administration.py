@@ -19,7 +19,6 @@ from proxy.catalogue.shard_upstreams import ShardUpstreams
 from proxy.config import ConfigurationError, Problem, Settings, UpstreamSettings
 from proxy.errors import ProxyError
 from proxy.server.metric_labels import build_metrics
-from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.private_listener import PrivateListener
 from proxy.upstream.address_lookup import ANY_USER
 from proxy.upstream.connector import Connector
@@ -110,10 +109,10 @@ async def administering(settings: Settings) -> AsyncIterator[Administration]:
         registry = LocalWorkspaceRegistry(build_metrics(), version=__version__)
         stack.push_async_callback(registry.close)
         upstreams = Upstreams(settings, registry, lambda *_: None)
-        keys = CancelKeys()
-        connector = Connector(upstreams.name_lookup.resolve)
-        forwarder = CancelForwarder(keys, connector, build_metrics())
-        private = await stack.enter_async_context(PrivateListener(keys, forwarder))
+        listener = PrivateListener.of_verb(
+            Connector(upstreams.name_lookup.resolve), build_metrics()
+        )
+        private = await stack.enter_async_context(listener)
         administration = Administration(settings, upstreams, private)
         stack.push_async_callback(administration.close)
         yield administration

@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 from proxy.catalogue.bounds import in_words
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.fence import Registered, count_sessions
+from proxy.catalogue.locks import check_locks
 from proxy.catalogue.mapping_rows import (
     check_expected,
     mapping_exact,
@@ -44,12 +45,15 @@ class MappingOperation(Operation):
         hi: bytes | None,
         *,
         expect: int | None = None,
+        token: UUID | None = None,
         op_id: UUID | None = None,
     ) -> None:
+        """`token` is that of the caller's lock."""
         super().__init__(catalogue_map, op_id)
         self._lo = lo
         self._hi = hi
         self._expect = expect
+        self.token = token
         self.before: Mapping
         self.after: Mapping
 
@@ -77,7 +81,8 @@ class MappingOperation(Operation):
         self.shards = (await shard_of_mapping(catalogue, self.before),)
 
     async def begin(self, catalogue: Connection) -> None:
-        """Check the epoch, and mark the row."""
+        """Check the lock and the epoch, and mark the row."""
+        await check_locks(catalogue, self.map, (self.before,), self.token)
         check_expected(f"the mapping {self.bounds}", self._expect, self.before.epoch)
         self.check()
         await catalogue.execute(

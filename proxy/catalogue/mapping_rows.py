@@ -25,6 +25,11 @@ _MAPPING: Final = (
     "select *, coalesce(locked_until > pg_catalog.now(), false) as locked from shardmap.mapping"
 )
 _EXACT: Final = f"{_MAPPING} where map_id = $1 and lo = $2 and hi is not distinct from $3"
+# The last one that begins below a key, and the one that begins with it.
+_AROUND: Final = (
+    f"(({_MAPPING} where map_id = $1 and lo < $2 order by lo desc limit 1)"
+    f" union all ({_MAPPING} where map_id = $1 and lo = $2)) order by lo"
+)
 _OVERLAPPING: Final = (
     f"{_MAPPING} where map_id = $1 and span operator(pg_catalog.&&) shardmap.keyrange("
     " pg_catalog.uuid_send($1) || '\\x00'::bytea || $2,"
@@ -53,17 +58,32 @@ async def mappings_overlapping(
     return [mapping_of(row) for row in rows]
 
 
+async def mappings_around(
+    connection: Connection, catalogue_map: CatalogueMap, key: bytes
+) -> tuple[Mapping | None, Mapping | None]:
+    """Return the last mapping that begins below a key, and the one that begins with it."""
+    rows = await connection.fetch(_AROUND, catalogue_map.map_id, key)
+    found = [mapping_of(row) for row in rows]
+    at = found.pop() if found and found[-1].lo == key else None
+    return (found[0] if found else None), at
+
+
 async def shard_of_mapping(connection: Connection, mapping: Mapping) -> Shard:
     """Return the shard that has a mapping."""
     (shard,) = await shards_by_id(connection, [mapping.shard_id])
     return shard
 
 
-def check_expected(what: str, expected: int | None, found: int) -> None:
-    """Raise CatalogueError (STALE_EPOCH) if the row is not as the caller knows it."""
+def check_expected(
+    what: str, expected: int | None, found: int, reason: Reason = Reason.STALE_EPOCH
+) -> None:
+    """Raise CatalogueError if the row is not as the caller knows it.
+
+    `reason` is STALE_EPOCH of a mapping, STALE_VERSION of a shard.
+    """
     if expected is not None and expected != found:
         text = f"{what} is at {found}, not at {expected}"
-        raise CatalogueError(Reason.STALE_EPOCH, text, "Look at it again, then decide again.")
+        raise CatalogueError(reason, text, "Look at it again, then decide again.")
 
 
 def mapping_to_json(mapping: Mapping) -> Json:

@@ -89,9 +89,10 @@ class TakeOffline(_MappingStatus):
         sessions: SessionsMode = SessionsMode.KILL,
         drain_seconds: float = 0.0,
         expect: int | None = None,
+        token: UUID | None = None,
         op_id: UUID | None = None,
     ) -> None:
-        super().__init__(catalogue_map, lo, hi, expect=expect, op_id=op_id)
+        super().__init__(catalogue_map, lo, hi, expect=expect, token=token, op_id=op_id)
         self._sessions = sessions
         self._drain_seconds = drain_seconds
         self._drain_until: datetime | None = None

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import ClassVar, Final, Self
 from uuid import UUID
 
+from proxy.catalogue.errors import Reason
 from proxy.catalogue.fence import (
     LOCK_OUT_ALL,
     Registered,
@@ -74,7 +75,8 @@ class _ShardStatus(Operation):
 
     async def begin(self, catalogue: Connection) -> None:
         """Check the version and the status, and mark the row."""
-        check_expected(f"the shard {self._name}", self._expect, self.before.version)
+        version, reason = self.before.version, Reason.STALE_VERSION
+        check_expected(f"the shard {self._name}", self._expect, version, reason)
         self.check()
         await catalogue.execute(
             "update shardmap.shard set op_id = $2 where shard_id = $1",

@@ -128,7 +128,7 @@ async def test_s21_a_stale_epoch_or_version_is_refused(operating: Operating) -> 
     error = await refusal(operating, TakeOnline(operating.map, *bounds, expect=2))
     assert error.reason == "stale_epoch"
     error = await refusal(operating, TakeShardOffline(operating.map, "one", expect=2))
-    assert (error.reason, error.sqlstate) == ("stale_epoch", "40001")
+    assert (error.reason, error.sqlstate) == ("stale_version", "40001")
     assert await operating.run(TakeOffline(operating.map, *bounds, expect=1))
     assert await operating.run(TakeShardOffline(operating.map, "one", expect=1))
     error = await refusal(operating, TakeShardOnline(operating.map, "one", expect=1))

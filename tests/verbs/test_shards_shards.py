@@ -63,6 +63,7 @@ async def test_s25_add_shard_provisions_a_database_and_registers_it(
         "instance": "",
         "workspace": "",
         "status": "online",
+        "version": 1,
         "mappings": 0,
     }
     assert (await shards.done("show"))["shards"] == [added["shard"]]

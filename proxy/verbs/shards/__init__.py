@@ -21,6 +21,7 @@ from proxy.server.process import Signals
 from proxy.verbs.event_loop import run_on_event_loop
 from proxy.verbs.shards import (
     key_verbs,
+    lock_verbs,
     map_verbs,
     mapping_verbs,
     operation_verbs,
@@ -38,6 +39,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     **map_verbs.VERBS,
     **shard_verbs.VERBS,
     **mapping_verbs.VERBS,
+    **lock_verbs.VERBS,
     **key_verbs.VERBS,
     **operation_verbs.VERBS,
 }

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
+from uuid import UUID
 
 _END_OF_FLAGS: Final = "--"
 _SWITCHES: Final = ("json",)
@@ -76,6 +77,14 @@ class Arguments:
         """Return the value of --shard. Raises UsageError for what is no name."""
         name = self.get("shard")
         return None if name is None else shard_name(name)
+
+    def token(self) -> UUID | None:
+        """Return the value of --token. Raises UsageError for what is none."""
+        text = self.get("token")
+        try:
+            return None if text is None else UUID(text)
+        except ValueError:
+            raise UsageError("--token is what lock has printed") from None
 
 
 def parse(arguments: Sequence[str], syntax: Syntax) -> Arguments:

@@ -9,17 +9,19 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Generic, TypeVar
 
 from proxy.catalogue import store
 from proxy.catalogue.errors import CatalogueError, Reason
+from proxy.catalogue.held_connection import THE_CATALOGUE, HeldConnection
 from proxy.catalogue.model import CatalogueMap, Connection
 from proxy.catalogue.operation import Operation, Tools
 from proxy.catalogue.operation_kinds import KINDS
 from proxy.catalogue.operations import Operator
+from proxy.catalogue.transactions import transaction
 from proxy.verbs.shards.verb import Call
 
 # After a signal to end, which SIGKILL may follow.
@@ -28,6 +30,11 @@ UNDO_SECONDS_MAX: Final = 20.0
 _UNKNOWN: Final = Reason.UNKNOWN_OPERATION.value.word
 _Made = TypeVar("_Made", bound=Operation)
 _Run_co = TypeVar("_Run_co", bound=Operation, covariant=True)
+_Result = TypeVar("_Result")
+
+
+class _RollBack(Exception):
+    """Ends a transaction that was made only to look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +49,42 @@ class Done(Generic[_Run_co]):
 @asynccontextmanager
 async def operating(call: Call) -> AsyncIterator[Operator]:
     """Yield an operator with the call's connections."""
-    tools = Tools(
+    async with Operator(
+        _tools(call), KINDS, store.map_by_id, owner=_owner(), reach=call.reach
+    ) as operator:
+        yield operator
+
+
+def _tools(call: Call) -> Tools:
+    return Tools(
         call.administration,
         asyncio.sleep,
         lambda: datetime.now(UTC),
         time.monotonic,
         call.output.progress,
     )
-    async with Operator(
-        tools, KINDS, store.map_by_id, owner=_owner(), reach=call.reach
-    ) as operator:
-        yield operator
+
+
+async def in_catalogue(
+    call: Call, change: Callable[[Connection, CatalogueMap], Awaitable[_Result]]
+) -> _Result:
+    """Return what a change of the catalogue alone returns, in one transaction.
+
+    It is tried again as a step of an operation is. A dry run is rolled back. Raises CatalogueError.
+    """
+    async with HeldConnection(_tools(call)) as held:
+
+        async def once() -> _Result:
+            connection = await held.use()
+            owner = await call.read_map(connection, writes=True)
+            with suppress(_RollBack):
+                async with transaction(connection):
+                    result = await change(connection, owner)
+                    if call.arguments.dry_run:
+                        raise _RollBack
+            return result
+
+        return await held.repeat(THE_CATALOGUE, once)
 
 
 async def run(

@@ -98,6 +98,7 @@ def shard_facts(shard: Shard, mappings: int) -> Json:
         "instance": shard.instance,
         "workspace": shard.workspace,
         "status": str(shard.status),
+        "version": shard.version,
         "mappings": mappings,
     }
 

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -22,12 +21,14 @@ from proxy.catalogue.operation_kinds import KINDS
 from proxy.catalogue.operations import Operator
 from proxy.catalogue.schema import migrate_catalogue, migrate_shard
 from proxy.catalogue.shard_operations import AddShard, new_shard
-from proxy.routing.keys import HASH_BYTES, KeyType, parse_key
+from proxy.routing.keys import KeyType, parse_key
 from proxy.routing.shard_map import Kind, MapSpec
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
+from tests.support.invariants import check_invariants, check_settled
 
 STEP_SECONDS_MAX: Final = 30.0
 OWNER: Final = "the tests"
+LOOKING: Final = "looking"
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Operating:
         """Close the connections that tests look through."""
         await self._stack.aclose()
 
-    async def _connected(self, name: str, role: str) -> Any:
+    async def connected(self, name: str, role: str) -> Any:
         """Return the connection that tests look through; a new one if it was ended."""
         connection = self._connections.get((name, role))
         with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
@@ -108,7 +109,8 @@ class Operating:
                 await connection.execute("rollback")
                 return connection
         opened = await self._stack.enter_async_context(self.stores.connect(name, role))
-        await opened.execute("set client_min_messages = error")  # often there is no transaction
+        # The name tells it from an operator's; often there is no transaction to roll back.
+        await opened.execute(f"set application_name = {LOOKING}; set client_min_messages = error")
         self._connections[name, role] = opened
         return opened
 
@@ -202,9 +204,7 @@ class Operating:
     ) -> AsyncIterator[Session]:
         """Yield a session that its shard was asked to admit, with the catalogue's row."""
         row = await self.mapping(key)
-        shard = name or next(
-            name for name, one in self.shards.items() if one.shard_id == row["shard_id"]
-        )
+        shard = name or self.name_of(row["shard_id"])
         async with self.stores.connect(shard, self.stores.roles.session) as connection:
             if not commit:
                 await connection.execute("begin")
@@ -224,9 +224,13 @@ class Operating:
 
     # -- looking ---------------------------------------------------------------------------------
 
+    def name_of(self, shard_id: UUID | str) -> str:
+        """Return the name of a shard."""
+        return next(name for name, one in self.shards.items() if str(one.shard_id) == str(shard_id))
+
     async def fetch(self, name: str, query: str, *arguments: Any) -> Any:
         """Return the rows of a query to the catalogue ("map") or a shard, as administrator."""
-        connection = await self._connected(name, self.stores.roles.admin)
+        connection = await self.connected(name, self.stores.roles.admin)
         return await connection.fetch(query, *arguments)
 
     async def mapping(self, key: int) -> Any:
@@ -272,70 +276,12 @@ class Operating:
             await self.fetch(name, f"update shardmap_local.identity {online}")
 
     async def check_invariants(self) -> None:
-        """Fail unless I1, I2 and I4 of the shard maps' document hold."""
-        local = {name: await self.local(name) for name in SHARD_NAMES}
-        online = sorted(
-            (row["lo"], row["hi"], name)
-            for name, rows in local.items()
-            for row in rows
-            if row["status"] == "online"
-        )
-        for (_, hi, one), (lo, _, other) in pairwise(online):
-            assert hi is not None, f"I1: {one} and {other} both have keys online"
-            assert hi <= lo, f"I1: {one} and {other} both have keys online"
-        catalogue = await self.fetch(MAP, "select * from shardmap.mapping")
-        epochs = {row["mapping_id"]: row["epoch"] for rows in local.values() for row in rows}
-        for row in catalogue:
-            held = epochs.get(row["mapping_id"])
-            assert row["op_id"] is not None or held is not None, "I4: the shard has the row"
-            assert held is None or held >= row["epoch"], "I4: the shard's epoch is not lower"
-        for row in catalogue:
-            await self._check_admission(row)
+        """Fail unless I1 to I4 of the shard maps' document hold."""
+        await check_invariants(self)
 
     async def check_settled(self) -> None:
         """Fail unless the invariants hold and nothing is left: both sides have the same rows."""
-        await self.check_invariants()
-        assert await self.fetch(MAP, "select kind, state from shardmap.op_log") == []
-        shards = await self.fetch(MAP, "select * from shardmap.shard")
-        rows = await self.fetch(MAP, "select * from shardmap.mapping")
-        assert all(row["op_id"] is None for row in [*shards, *rows])
-        for name in SHARD_NAMES:
-            identities = await self.fetch(name, "select * from shardmap_local.identity")
-            mine = [one for one in shards if one["name"] == name]
-            assert [(one["shard_id"], one["status"]) for one in identities] == [
-                (one["shard_id"], one["status"]) for one in mine
-            ]
-            ids = {one["shard_id"] for one in mine}
-            expected = {
-                (row["mapping_id"], row["status"], row["epoch"])
-                for row in rows
-                if row["shard_id"] in ids
-            }
-            found = {
-                (row["mapping_id"], row["status"], row["epoch"]) for row in await self.local(name)
-            }
-            assert found == expected, name
-
-    async def _check_admission(self, row: Any) -> None:
-        """Check I2: the shard admits by its own row, whatever the catalogue says."""
-        name = next(name for name, one in self.shards.items() if one.shard_id == row["shard_id"])
-        local = [one for one in await self.local(name) if one["mapping_id"] == row["mapping_id"]]
-        (identity,) = await self.fetch(name, "select status from shardmap_local.identity")
-        key = row["lo"] or b"\0" * HASH_BYTES
-        connection = await self._connected(name, self.stores.roles.session)
-        await connection.execute("begin")
-        try:
-            verdict = (await self.admit(connection, name, row, key))["verdict"]
-        except asyncpg.InsufficientPrivilegeError:
-            return  # no session starts
-        finally:
-            await connection.execute("rollback")
-        expected = (
-            bool(local)
-            and local[0]["status"] == identity["status"] == "online"
-            and local[0]["epoch"] == row["epoch"]
-        )
-        assert (verdict == "ok") == expected, f"I2: {verdict}, but the shard has {local}"
+        await check_settled(self)
 
 
 class Pauses:

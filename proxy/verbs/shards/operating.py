@@ -58,7 +58,7 @@ async def operating(call: Call) -> AsyncIterator[Operator]:
 def _tools(call: Call) -> Tools:
     return Tools(
         call.administration,
-        asyncio.sleep,
+        call.sleep,
         lambda: datetime.now(UTC),
         time.monotonic,
         call.output.progress,

@@ -4,13 +4,14 @@ For: the types that all verbs share, and how maps, shards and mappings are shown
 any one of them.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from uuid import UUID
 
 from proxy.catalogue import store
 from proxy.catalogue.bounds import show_bounds
-from proxy.catalogue.model import CatalogueMap, Connection, Shard
+from proxy.catalogue.model import CatalogueMap, Connection, Shard, Sleep
 from proxy.catalogue.model import Mapping as MappingRow
 from proxy.catalogue.operation import Reach, pass_by
 from proxy.config import Settings
@@ -26,13 +27,14 @@ Json = dict[str, object]
 class Call:
     """One call of a verb: what it was given, what it connects with, and where it answers.
 
-    `reach` is called at each point of an operation.
+    `reach` is called at each point of an operation, `sleep` before a step is tried again.
     """
 
     arguments: Arguments
     administration: Administration
     output: Output
     reach: Reach = pass_by
+    sleep: Sleep = asyncio.sleep
 
     @property
     def settings(self) -> Settings:

@@ -19,6 +19,7 @@ from proxy.catalogue.model import Status
 from proxy.catalogue.operation_kinds import KINDS
 from proxy.catalogue.role_operations import GrantSession, RevokeSession
 from proxy.catalogue.shard_operations import RemoveShard
+from proxy.catalogue.split import Split
 from proxy.catalogue.shard_status import TakeShardOffline
 from proxy.emulator.cluster import Cluster
 from tests.support.catalogue import new_stores
@@ -46,6 +47,11 @@ async def offline(operating: Operating) -> None:
     await operating.run(TakeOffline(operating.map, *operating.bounds(0, 10)))
 
 
+async def split(operating: Operating) -> None:
+    await added(operating)
+    await operating.run(Split(operating.map, operating.key(5)))
+
+
 async def shard_offline(operating: Operating) -> None:
     await added(operating)
     await operating.run(TakeShardOffline(operating.map, "one"))
@@ -71,6 +77,8 @@ CASES: dict[str, tuple[Callable[[Operating], Awaitable[None]], tuple[str, ...]]]
     "add_file": (nothing, ("add", "--file", "{file}")),
     "add_shard": (without_one, ADD_SHARD),
     "delete": (offline, ("delete", "0", "10")),
+    "merge": (split, ("merge", "5")),
+    "split": (added, ("split", "5")),
     "grant_session": (revoked, ("grant", "session", "{role}")),
     "offline": (added, ("offline", "0", "10")),
     "online": (offline, ("online", "0", "10")),

@@ -19,8 +19,8 @@ from proxy.catalogue.model import Status
 from proxy.catalogue.operation_kinds import KINDS
 from proxy.catalogue.role_operations import GrantSession, RevokeSession
 from proxy.catalogue.shard_operations import RemoveShard
-from proxy.catalogue.split import Split
 from proxy.catalogue.shard_status import TakeShardOffline
+from proxy.catalogue.split import Split
 from proxy.emulator.cluster import Cluster
 from tests.support.catalogue import new_stores
 from tests.support.crashes import Crashes
@@ -77,15 +77,15 @@ CASES: dict[str, tuple[Callable[[Operating], Awaitable[None]], tuple[str, ...]]]
     "add_file": (nothing, ("add", "--file", "{file}")),
     "add_shard": (without_one, ADD_SHARD),
     "delete": (offline, ("delete", "0", "10")),
-    "merge": (split, ("merge", "5")),
-    "split": (added, ("split", "5")),
     "grant_session": (revoked, ("grant", "session", "{role}")),
+    "merge": (split, ("merge", "5")),
     "offline": (added, ("offline", "0", "10")),
     "online": (offline, ("online", "0", "10")),
     "remove_shard": (nothing, ("remove-shard", "one")),
     "revoke_session": (granted, ("revoke", "session", "{role}")),
     "shard_offline": (added, ("offline", "--shard", "one")),
     "shard_online": (shard_offline, ("online", "--shard", "one")),
+    "split": (added, ("split", "5")),
 }
 
 

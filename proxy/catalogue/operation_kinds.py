@@ -6,10 +6,12 @@ from typing import Final
 from proxy.catalogue.file_operation import AddFile
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
+from proxy.catalogue.merge import Merge
 from proxy.catalogue.operation import Operation
 from proxy.catalogue.role_operations import GrantSession, RevokeSession
 from proxy.catalogue.shard_operations import AddShard, RemoveShard
 from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
+from proxy.catalogue.split import Split
 
 KINDS: Final[Mapping[str, type[Operation]]] = {
     kind.kind: kind
@@ -19,8 +21,10 @@ KINDS: Final[Mapping[str, type[Operation]]] = {
         AddShard,
         DeleteMapping,
         GrantSession,
+        Merge,
         RemoveShard,
         RevokeSession,
+        Split,
         TakeOffline,
         TakeOnline,
         TakeShardOffline,

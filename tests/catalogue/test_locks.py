@@ -6,11 +6,10 @@ from uuid import UUID, uuid4
 import pytest
 
 from proxy.catalogue.errors import CatalogueError
-from proxy.catalogue.locks import check_locks, lock_mapping, unlock_all, unlock_mapping
+from proxy.catalogue.locks import check_locks, unlock_all, unlock_mapping
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
 from proxy.catalogue.mapping_rows import mapping_exact
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
-from proxy.catalogue.operation import Operation
 from proxy.catalogue.transactions import transaction
 from tests.support.catalogue import MAP
 from tests.support.operating import Killed, Operating, kill_at
@@ -18,19 +17,10 @@ from tests.support.operating import Killed, Operating, kill_at
 Bounds = tuple[bytes, bytes | None]
 
 
-async def add(operating: Operating, low: int, high: int) -> Bounds:
+async def add(operating: Operating, low: int = 0, high: int = 10) -> Bounds:
     bounds = operating.bounds(low, high)
     await operating.run(AddMapping(operating.map, *bounds, "one"))
     return bounds
-
-
-async def lock(
-    operating: Operating, bounds: Bounds, *, token: UUID | None = None, seconds: float = 60
-) -> UUID:
-    token = token or uuid4()
-    async with operating.stores.connect(MAP) as catalogue, transaction(catalogue):
-        await lock_mapping(catalogue, operating.map, bounds, token, label="a copy", seconds=seconds)
-    return token
 
 
 async def unlock(operating: Operating, bounds: Bounds | None, token: UUID | None = None) -> int:
@@ -41,25 +31,17 @@ async def unlock(operating: Operating, bounds: Bounds | None, token: UUID | None
         return await unlock_all(catalogue, operating.map, token)
 
 
-async def refusal(operating: Operating, operation: Operation) -> tuple[str, str]:
-    before = await operating.state()
-    with pytest.raises(CatalogueError) as refused:
-        await operating.run(operation)
-    assert await operating.state() == before
-    return refused.value.reason, refused.value.sqlstate
-
-
 async def expire(operating: Operating, bounds: Bounds) -> None:
     query = "update shardmap.mapping set locked_until = now() - interval '1 s' where lo = $1"
     await operating.fetch(MAP, query, bounds[0])
 
 
 async def test_s13_a_locked_mapping_is_changed_with_its_token_only(operating: Operating) -> None:
-    bounds = await add(operating, 0, 10)
-    token = await lock(operating, bounds)
-    assert await refusal(operating, TakeOffline(operating.map, *bounds)) == ("locked", "55P03")
+    bounds = await add(operating)
+    token = await operating.lock(0, 10)
+    assert await operating.refusal(TakeOffline(operating.map, *bounds)) == ("locked", "55P03")
     other = TakeOffline(operating.map, *bounds, token=uuid4())
-    assert await refusal(operating, other) == ("lock_not_owned", "55P03")
+    assert await operating.refusal(other) == ("lock_not_owned", "55P03")
     async with operating.session(1) as session:  # it never affects routing
         assert session.verdict == "ok"
         assert await operating.run(TakeOffline(operating.map, *bounds, token=token))
@@ -67,40 +49,41 @@ async def test_s13_a_locked_mapping_is_changed_with_its_token_only(operating: Op
     assert await operating.run(TakeOnline(operating.map, *bounds, token=token))
     assert (await operating.mapping(1))["lock_owner"] == token
     assert await operating.run(TakeOffline(operating.map, *bounds, token=token))
-    assert await refusal(operating, DeleteMapping(operating.map, *bounds)) == ("locked", "55P03")
+    assert await operating.refusal(DeleteMapping(operating.map, *bounds)) == ("locked", "55P03")
     assert await operating.run(DeleteMapping(operating.map, *bounds, token=token))
 
 
 async def test_s13_a_mapping_is_locked_once(operating: Operating) -> None:
-    bounds = await add(operating, 0, 10)
-    token = await lock(operating, bounds)
+    await add(operating)
+    token = await operating.lock(0, 10)
     with pytest.raises(CatalogueError) as refused:
-        await lock(operating, bounds)
+        await operating.lock(0, 10)
     assert refused.value.reason == "locked"
     assert "a copy" in refused.value.message
     # The try of which the answer was lost is not another lock.
-    assert await lock(operating, bounds, token=token) == token
+    assert await operating.lock(0, 10, token=token) == token
 
 
 async def test_s13_a_lock_is_taken_away_with_its_token_or_by_force(operating: Operating) -> None:
-    bounds = await add(operating, 0, 10)
-    token = await lock(operating, bounds)
+    bounds = await add(operating)
+    token = await operating.lock(0, 10)
     with pytest.raises(CatalogueError) as refused:
         await unlock(operating, bounds, uuid4())
     assert (refused.value.reason, refused.value.sqlstate) == ("lock_not_owned", "55P03")
     assert await unlock(operating, bounds, token) == 1
     assert await unlock(operating, bounds, token) == 0
-    await lock(operating, bounds)
+    await operating.lock(0, 10)
     assert await unlock(operating, bounds) == 1
     assert await unlock(operating, bounds) == 0
     assert await operating.run(TakeOffline(operating.map, *bounds))
 
 
 async def test_s13_unlocking_all_of_one_token_spares_those_of_others(operating: Operating) -> None:
-    bounds = [await add(operating, low, low + 10) for low in (0, 10, 20)]
-    token = await lock(operating, bounds[0])
-    await lock(operating, bounds[1], token=token)
-    other = await lock(operating, bounds[2])
+    for low in (0, 10, 20):
+        await add(operating, low, low + 10)
+    token = await operating.lock(0, 10)
+    await operating.lock(10, 20, token=token)
+    other = await operating.lock(20, 30)
     assert await unlock(operating, None, token) == 2
     owners = [(await operating.mapping(key))["lock_owner"] for key in (1, 11, 21)]
     assert owners == [None, None, other]
@@ -110,25 +93,25 @@ async def test_s13_unlocking_all_of_one_token_spares_those_of_others(operating: 
 async def test_a_lock_that_has_expired_is_none_and_its_token_opens_nothing(
     operating: Operating,
 ) -> None:
-    bounds = await add(operating, 0, 10)
-    token = await lock(operating, bounds)
+    bounds = await add(operating)
+    token = await operating.lock(0, 10)
     await expire(operating, bounds)
     # Others may have changed the mapping since, as far as the holder knows.
     with_token = TakeOffline(operating.map, *bounds, token=token)
-    assert await refusal(operating, with_token) == ("lock_not_owned", "55P03")
+    assert await operating.refusal(with_token) == ("lock_not_owned", "55P03")
     assert await operating.run(TakeOffline(operating.map, *bounds))
     assert await unlock(operating, bounds, uuid4()) == 0
     assert await unlock(operating, bounds, token) == 1
-    later = await lock(operating, bounds)
+    later = await operating.lock(0, 10)
     await expire(operating, bounds)
-    assert await lock(operating, bounds) != later
+    assert await operating.lock(0, 10) != later
 
 
 async def test_a_mapping_of_a_pending_operation_is_neither_locked_nor_unlocked(
     operating: Operating,
 ) -> None:
-    bounds = await add(operating, 0, 10)
-    token = await lock(operating, bounds)
+    bounds = await add(operating)
+    token = await operating.lock(0, 10)
     with pytest.raises(Killed):
         await operating.run(
             TakeOffline(operating.map, *bounds, token=token), kill_at("fence.commit")
@@ -143,7 +126,7 @@ async def test_a_mapping_of_a_pending_operation_is_neither_locked_nor_unlocked(
         assert (refused.value.reason, refused.value.sqlstate) == ("operation_pending", "55P03")
     await expire(operating, bounds)
     with pytest.raises(CatalogueError) as refused:
-        await lock(operating, bounds)
+        await operating.lock(0, 10)
     assert refused.value.reason == "operation_pending"
     # Who settles it needs no token; the lock is as it was.
     await operating.run(AddMapping(operating.map, *operating.bounds(50, 60), "one"))
@@ -152,8 +135,8 @@ async def test_a_mapping_of_a_pending_operation_is_neither_locked_nor_unlocked(
 
 
 async def test_s29_of_concurrent_operators_one_gets_the_lock(operating: Operating) -> None:
-    bounds = await add(operating, 0, 10)
-    calls = [lock(operating, bounds) for _ in range(8)]
+    await add(operating)
+    calls = [operating.lock(0, 10) for _ in range(8)]
     found = await asyncio.gather(*calls, return_exceptions=True)
     tokens = [one for one in found if isinstance(one, UUID)]
     refused = [one.reason for one in found if isinstance(one, CatalogueError)]
@@ -163,7 +146,7 @@ async def test_s29_of_concurrent_operators_one_gets_the_lock(operating: Operatin
 
 async def test_of_many_mappings_each_locked_one_must_be_the_tokens(operating: Operating) -> None:
     bounds = [await add(operating, low, low + 10) for low in (0, 10, 20)]
-    token = await lock(operating, bounds[0])
+    token = await operating.lock(0, 10)
     async with operating.stores.connect(MAP) as catalogue:
         rows = [await mapping_exact(catalogue, operating.map, *one) for one in bounds]
         await check_locks(catalogue, operating.map, rows, token)
@@ -176,5 +159,5 @@ async def test_of_many_mappings_each_locked_one_must_be_the_tokens(operating: Op
 
 async def test_an_unknown_mapping_or_map_has_no_lock(operating: Operating) -> None:
     with pytest.raises(CatalogueError) as refused:
-        await lock(operating, operating.bounds(0, 10))
+        await operating.lock(0, 10)
     assert refused.value.reason == "unknown_mapping"

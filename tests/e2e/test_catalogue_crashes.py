@@ -20,6 +20,7 @@ from proxy.catalogue.operation_kinds import KINDS
 from proxy.catalogue.role_operations import GrantSession, RevokeSession
 from proxy.catalogue.shard_operations import RemoveShard
 from proxy.catalogue.shard_status import TakeShardOffline
+from proxy.catalogue.split import Split
 from proxy.emulator.cluster import Cluster
 from tests.support.catalogue import new_stores
 from tests.support.crashes import Crashes
@@ -44,6 +45,11 @@ async def added(operating: Operating) -> None:
 async def offline(operating: Operating) -> None:
     await added(operating)
     await operating.run(TakeOffline(operating.map, *operating.bounds(0, 10)))
+
+
+async def split(operating: Operating) -> None:
+    await added(operating)
+    await operating.run(Split(operating.map, operating.key(5)))
 
 
 async def shard_offline(operating: Operating) -> None:
@@ -72,12 +78,14 @@ CASES: dict[str, tuple[Callable[[Operating], Awaitable[None]], tuple[str, ...]]]
     "add_shard": (without_one, ADD_SHARD),
     "delete": (offline, ("delete", "0", "10")),
     "grant_session": (revoked, ("grant", "session", "{role}")),
+    "merge": (split, ("merge", "5")),
     "offline": (added, ("offline", "0", "10")),
     "online": (offline, ("online", "0", "10")),
     "remove_shard": (nothing, ("remove-shard", "one")),
     "revoke_session": (granted, ("revoke", "session", "{role}")),
     "shard_offline": (added, ("offline", "--shard", "one")),
     "shard_online": (shard_offline, ("online", "--shard", "one")),
+    "split": (added, ("split", "5")),
 }
 
 

@@ -15,12 +15,15 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
+from proxy.catalogue.errors import CatalogueError, Reason
+from proxy.catalogue.locks import lock_mapping
 from proxy.catalogue.model import CatalogueMap, Shard
 from proxy.catalogue.operation import Operation, Reach, Tools, pass_by
 from proxy.catalogue.operation_kinds import KINDS
 from proxy.catalogue.operations import Operator
 from proxy.catalogue.schema import migrate_catalogue, migrate_shard
 from proxy.catalogue.shard_operations import AddShard, new_shard
+from proxy.catalogue.transactions import transaction
 from proxy.routing.keys import KeyType, parse_key
 from proxy.routing.shard_map import Kind, MapSpec
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
@@ -180,6 +183,35 @@ class Operating:
         async with self.operator(reach) as operator:
             return await operator.run(operation)
 
+    async def plan(self, operation: Operation) -> list[str]:
+        """Return what an operation would do."""
+        async with self.operator() as operator:
+            return await operator.plan(operation)
+
+    async def refusal(self, operation: Operation) -> tuple[str, str]:
+        """Return reason and SQLSTATE: of the plan as well, and nothing has changed."""
+        before = await self.state()
+        found = []
+        for call in (self.run, self.plan):
+            try:
+                await call(operation)
+            except CatalogueError as error:
+                found.append((error.reason, error.sqlstate))
+            assert await self.state() == before
+        assert len(found) == 2, "it was not refused"
+        assert found[0] == found[1]
+        return found[0]
+
+    async def lock(
+        self, low: int, high: int, *, token: UUID | None = None, seconds: float = 60
+    ) -> UUID:
+        """Lock a mapping; return the token."""
+        token = token or uuid4()
+        bounds = self.bounds(low, high)
+        async with self.stores.connect(MAP) as catalogue, transaction(catalogue):
+            await lock_mapping(catalogue, self.map, bounds, token, label="a copy", seconds=seconds)
+        return token
+
     async def add_shard(self, name: str) -> None:
         """Add a shard again that was removed."""
         stores = self.stores
@@ -248,6 +280,11 @@ class Operating:
         """Return a shard's own mappings, by their lower bound."""
         rows: list[Any] = await self.fetch(name, "select * from shardmap_local.mapping order by lo")
         return rows
+
+    async def registered(self, name: str = "one") -> dict[int, UUID]:
+        """Return the mappings of a shard's live sessions, by their pids."""
+        rows = await self.fetch(name, "select pid, mapping_id from shardmap_local.live_session")
+        return {row["pid"]: row["mapping_id"] for row in rows}
 
     async def state(self) -> dict[str, list[tuple[Any, ...]]]:
         """Return all rows that operations change, comparable."""
@@ -321,6 +358,16 @@ def kill_at(wanted: str) -> Reach:
     async def reach(point: str) -> None:
         if point == wanted:
             raise Killed(point)
+
+    return reach
+
+
+def fail_at(wanted: str) -> Reach:
+    """Return a hook that fails at a point, for good: what was done is undone."""
+
+    async def reach(point: str) -> None:
+        if point == wanted:
+            raise CatalogueError(Reason.STEP_FAILED, "failed by the test")
 
     return reach
 

@@ -26,6 +26,7 @@ from proxy.verbs.shards import (
     mapping_verbs,
     operation_verbs,
     shard_verbs,
+    split_verbs,
     store_verbs,
 )
 from proxy.verbs.shards.administration import administering, check_target
@@ -39,6 +40,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     **map_verbs.VERBS,
     **shard_verbs.VERBS,
     **mapping_verbs.VERBS,
+    **split_verbs.VERBS,
     **lock_verbs.VERBS,
     **key_verbs.VERBS,
     **operation_verbs.VERBS,

@@ -19,9 +19,8 @@ from proxy.routing.map_builder import LineMapping, mappings_from_csv
 from proxy.routing.map_rows import MapError
 from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, one_of
 from proxy.verbs.shards.operating import Done, run
-from proxy.verbs.shards.verb import Call, Verb, mapping_facts, shard_facts
+from proxy.verbs.shards.verb import EPOCH_MAX, Call, Verb, mapping_facts, shard_facts
 
-EPOCH_MAX: Final = (1 << 63) - 1
 _DRAIN_SECONDS: Final = 60
 _DRAIN_SECONDS_MAX: Final = 86_400
 _OVERLAP: Final = " overlap"

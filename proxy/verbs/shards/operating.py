@@ -37,6 +37,10 @@ class _RollBack(Exception):
     """Ends a transaction that was made only to look."""
 
 
+Do = Callable[[Operation], Awaitable[bool]]
+"""Does an operation; returns whether there was something to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Done(Generic[_Run_co]):
     """An operation that was done; `changed` is false if there was nothing to do."""
@@ -97,14 +101,31 @@ async def run(
     async with call.administration.catalogue() as connection:
         owner = await call.read_map(connection, writes=True)
         operation = await make(connection, owner)
+    async with running(call) as (operator, do):
+        if call.arguments.dry_run:
+            call.output.plan(await operator.plan(operation))
+            return None
+        return Done(operation, owner, await do(operation))
+
+
+@asynccontextmanager
+async def running(call: Call) -> AsyncIterator[tuple[Operator, Do]]:
+    """Yield an operator, and what runs one operation after the other with it.
+
+    One that a signal stops is undone. Raises CatalogueError.
+    """
+    started: list[Operation] = []
     try:
         async with operating(call) as operator:
-            if call.arguments.dry_run:
-                call.output.plan(await operator.plan(operation))
-                return None
-            return Done(operation, owner, await operator.run(operation))
+
+            async def do(operation: Operation) -> bool:
+                started[:] = [operation]
+                return await operator.run(operation)
+
+            yield operator, do
     except asyncio.CancelledError:
-        await _undo_interrupted(call, operation)
+        for operation in started:
+            await _undo_interrupted(call, operation)
         raise
 
 

@@ -7,6 +7,7 @@ any one of them.
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 from uuid import UUID
 
 from proxy.catalogue import store
@@ -21,6 +22,9 @@ from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, map_name
 from proxy.verbs.shards.output import Output
 
 Json = dict[str, object]
+
+# As the catalogue's columns have it, of epochs and of versions.
+EPOCH_MAX: Final = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ cache, catalogue_reader, notifications, map_state, lookups, snapshot_file, map_s
 snapshot_keeper, followed_map. Opening a session: shard_hosts, shard_upstreams, parking, admission,
 admitting_opener. Changing the map: operation, op_log, mapping_rows, held_connection, locks, fence,
 operations, mapping_operations, mapping_status, split, merge, shard_status, shard_operations,
-role_operations, file_operation, operation_kinds.
+alter_shard, role_operations, file_operation, operation_kinds.
 
 Not for: the meaning of keys and bounds (`routing`), or dialling (`upstream`).
 

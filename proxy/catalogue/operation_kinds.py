@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
+from proxy.catalogue.alter_shard import AlterShard
 from proxy.catalogue.file_operation import AddFile
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
@@ -19,6 +20,7 @@ KINDS: Final[Mapping[str, type[Operation]]] = {
         AddFile,
         AddMapping,
         AddShard,
+        AlterShard,
         DeleteMapping,
         GrantSession,
         Merge,

@@ -1,5 +1,6 @@
 """Splitting a mapping: what is refused, both halves, and the sessions of each."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -12,7 +13,14 @@ from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.split import Split
 from proxy.routing.shard_map import Kind
 from tests.support.catalogue import MAP, Stores
-from tests.support.operating import Operating, Pauses, fail_at, in_background, until
+from tests.support.operating import (
+    STEP_SECONDS_MAX,
+    Operating,
+    Pauses,
+    fail_at,
+    in_background,
+    until,
+)
 
 INT4_MIN = -(2**31)
 
@@ -171,6 +179,50 @@ async def test_between_shard_and_catalogue_a_session_of_the_whole_is_stale(
         await task
     async with operating.session(7) as admitted:
         assert admitted.verdict == "ok"
+
+
+async def test_s29_an_operator_waits_for_none_on_another_shard_and_is_refused_on_the_same(
+    operating: Operating,
+) -> None:
+    await add(operating, 0, 10)
+    await add(operating, 10, 20, "two")
+    pauses = Pauses("end")
+    async with in_background(operating.run(split(operating, 5), pauses)) as first:
+        await pauses.reached("end")
+        assert await operating.run(split(operating, 15))
+        for key in (3, 5, 7):
+            with pytest.raises(CatalogueError) as refused:
+                await operating.run(split(operating, key))
+            assert (refused.value.reason, refused.value.sqlstate) == ("operation_pending", "55P03")
+        assert operating.slept.seconds == []  # at once, without another try
+        pauses.resume("end")
+        assert await first
+    await operating.check_settled()
+
+
+async def test_s29_of_many_concurrent_splits_none_is_lost_or_doubled(operating: Operating) -> None:
+    await add(operating, 0, 100)
+    await add(operating, 100, 200, "two")
+    keys = [key for low in (10, 20, 30, 40) for key in (low, low + 100, low)]
+
+    async def until_done(key: int) -> str:
+        while True:  # each refusal is that of a split that goes on
+            try:
+                await operating.run(split(operating, key))
+            except CatalogueError as error:
+                if error.reason != "operation_pending":
+                    return error.reason
+                await asyncio.sleep(0.01)
+            else:
+                return "done"
+
+    async with asyncio.timeout(STEP_SECONDS_MAX):
+        words = await asyncio.gather(*map(until_done, keys))
+    # Each key is split once, the first time; the second one finds that it is a bound.
+    assert sorted(words) == ["done"] * 8 + ["not_inside"] * 4
+    rows = await operating.fetch(MAP, "select lo from shardmap.mapping order by lo")
+    assert [row["lo"] for row in rows] == [operating.key(key) for key in sorted({0, 100, *keys})]
+    await operating.check_settled()
 
 
 async def test_a_shard_that_has_other_bounds_is_not_split(operating: Operating) -> None:

@@ -76,6 +76,7 @@ CASES: dict[str, tuple[Callable[[Operating], Awaitable[None]], tuple[str, ...]]]
     "add": (nothing, ("add", "0", "10", "--shard", "one")),
     "add_file": (nothing, ("add", "--file", "{file}")),
     "add_shard": (without_one, ADD_SHARD),
+    "alter_shard": (added, ("alter-shard", "one", "--endpoint", "")),
     "delete": (offline, ("delete", "0", "10")),
     "grant_session": (revoked, ("grant", "session", "{role}")),
     "merge": (split, ("merge", "5")),

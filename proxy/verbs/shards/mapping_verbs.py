@@ -18,8 +18,8 @@ from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
 from proxy.routing.map_builder import LineMapping, mappings_from_csv
 from proxy.routing.map_rows import MapError
 from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, one_of
-from proxy.verbs.shards.operating import Done, run
-from proxy.verbs.shards.verb import EPOCH_MAX, Call, Verb, mapping_facts, shard_facts
+from proxy.verbs.shards.operating import Done, counted_shard, run
+from proxy.verbs.shards.verb import EPOCH_MAX, Call, Verb, mapping_facts
 
 _DRAIN_SECONDS: Final = 60
 _DRAIN_SECONDS_MAX: Final = 86_400
@@ -228,9 +228,7 @@ async def _answer_shard(
     call: Call, owner: CatalogueMap, shard: Shard, more: Mapping[str, object] | None = None
 ) -> None:
     """Answer with the shard as the operation left it."""
-    async with call.administration.catalogue() as connection:
-        counts = await store.count_mappings(connection, owner.map_id)
-    facts = shard_facts(shard, counts.get(shard.shard_id, 0))
+    facts = await counted_shard(call, owner, shard)
     lines = [f"shard {shard.name} is {shard.status} (version {shard.version})", *_ended(more)]
     call.output.answer({"shard": facts, **(more or {})}, lines)
 

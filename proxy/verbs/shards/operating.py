@@ -17,12 +17,12 @@ from typing import Final, Generic, TypeVar
 from proxy.catalogue import store
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.held_connection import THE_CATALOGUE, HeldConnection
-from proxy.catalogue.model import CatalogueMap, Connection
+from proxy.catalogue.model import CatalogueMap, Connection, Shard
 from proxy.catalogue.operation import Operation, Tools
 from proxy.catalogue.operation_kinds import KINDS
 from proxy.catalogue.operations import Operator
 from proxy.catalogue.transactions import transaction
-from proxy.verbs.shards.verb import Call
+from proxy.verbs.shards.verb import Call, Json, shard_facts
 
 # After a signal to end, which SIGKILL may follow.
 UNDO_SECONDS_MAX: Final = 20.0
@@ -127,6 +127,13 @@ async def running(call: Call) -> AsyncIterator[tuple[Operator, Do]]:
         for operation in started:
             await _undo_interrupted(call, operation)
         raise
+
+
+async def counted_shard(call: Call, owner: CatalogueMap, shard: Shard) -> Json:
+    """Return a shard as JSON has it, with how many mappings it has now. Raises CatalogueError."""
+    async with call.administration.catalogue() as connection:
+        counts = await store.count_mappings(connection, owner.map_id)
+    return shard_facts(shard, counts.get(shard.shard_id, 0))
 
 
 async def _undo_interrupted(call: Call, operation: Operation) -> None:

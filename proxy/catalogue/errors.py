@@ -33,6 +33,7 @@ class Reason(Enum):
     NOT_OFFLINE = ReasonRow("not_offline", "55006")
     SESSIONS_ALIVE = ReasonRow("sessions_alive", "55006")
     NOT_EMPTY = ReasonRow("not_empty", "2BP01")
+    NOT_UNDOABLE = ReasonRow("not_undoable", "55006")
     OPERATION_PENDING = ReasonRow("operation_pending", "55P03")
     LOCKED = ReasonRow("locked", "55P03")
     LOCK_NOT_OWNED = ReasonRow("lock_not_owned", "55P03")

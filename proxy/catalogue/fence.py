@@ -18,7 +18,7 @@ import asyncpg
 
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import Connection, Shard
-from proxy.catalogue.operation import Tools
+from proxy.catalogue.operation import Json, Tools
 from proxy.catalogue.transactions import LOCK_SECONDS_MAX, transaction
 
 # An admit takes milliseconds. What blocks the fence for longer is a client that keeps one open.
@@ -148,19 +148,25 @@ async def _end_blockers(waiting: asyncio.Task[Any], pid: int, shard: Shard, tool
 
 
 async def end_sessions(
-    shard: Shard, which: Registered, tools: Tools, *, drain_until: datetime | None = None
+    shard: Shard,
+    which: Registered,
+    tools: Tools,
+    progress: Json,
+    *,
+    drain_until: datetime | None = None,
 ) -> int:
     """End these sessions, and return how many there were, when it is proven that none is left.
 
     Until `drain_until` only those that are idle outside a transaction are ended. The fence must
-    have been committed before. Raises CatalogueError: RIGHTS_MISSING, or SESSIONS_ALIVE after
-    SESSIONS_SECONDS_MAX.
+    have been committed before. `progress` gets the number of sessions that are left. Raises
+    CatalogueError: RIGHTS_MISSING, or SESSIONS_ALIVE after SESSIONS_SECONDS_MAX.
     """
     ended: set[int] = set()
     async with tools.databases.shard(shard) as connection:
         deadline = None
         told_at = tools.monotonic()
         while alive := await _alive(connection, which):
+            progress["sessions_left"] = len(alive)
             draining = drain_until is not None and tools.now() < drain_until
             if not draining and deadline is None:
                 deadline = tools.monotonic() + SESSIONS_SECONDS_MAX

@@ -66,12 +66,17 @@ class MappingOperation(Operation):
         """Return what the row has."""
         return {**super().body(), "mapping": mapping_to_json(self.before)}
 
+    def results(self) -> Json:
+        """Return the row as the steps so far have left it, with the epoch that the shard gave."""
+        return {"after": mapping_to_json(self.after)}
+
     @classmethod
     def from_body(cls, catalogue_map: CatalogueMap, op_id: UUID, body: Json) -> Self:
         """Return the operation of a row."""
         mapping = mapping_from_json(body["mapping"])
         operation = cls(catalogue_map, mapping.lo, mapping.hi, op_id=op_id).load(body)
-        operation.before = operation.after = mapping
+        operation.before = mapping
+        operation.after = mapping_from_json(body["after"]) if "after" in body else mapping
         return operation
 
     async def find(self, catalogue: Connection) -> None:

@@ -20,7 +20,7 @@ from proxy.catalogue.operation import Json, Place, Step, Tools, Unchanged
 
 FENCE: Final = Step("fence", Place.SHARD)
 ANNOUNCE: Final = Step("announce", Place.CATALOGUE)
-SESSIONS: Final = Step("sessions", Place.SESSIONS)
+SESSIONS: Final = Step("sessions", Place.OUTSIDE)
 
 _SET_LOCAL: Final = (
     "update shardmap_local.mapping set status = $2, op_id = $3,"
@@ -144,7 +144,7 @@ class TakeOffline(_MappingStatus):
                 *(self.before.mapping_id, self.op_id),
             )
 
-    async def wait_for_sessions(self, step: str, shard: Shard, tools: Tools) -> None:
+    async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
         """End the sessions that were there before the fence, and prove that none is left."""
         if self._sessions is SessionsMode.KEEP:
             return
@@ -152,7 +152,9 @@ class TakeOffline(_MappingStatus):
         until = self._drain_until
         if until is None and self._sessions is SessionsMode.DRAIN:  # resumed by another process
             until = await self._announced_drain(tools)
-        self.sessions_ended += await end_sessions(shard, which, tools, drain_until=until)
+        self.sessions_ended += await end_sessions(
+            shard, which, tools, self.progress, drain_until=until
+        )
 
     async def _announced_drain(self, tools: Tools) -> datetime | None:
         async with tools.databases.catalogue() as catalogue:

@@ -22,7 +22,15 @@ from proxy.catalogue.mapping_operations import END, LOCAL
 from proxy.catalogue.mapping_rows import check_expected
 from proxy.catalogue.mapping_status import ANNOUNCE, FENCE, SESSIONS, sessions_sentence
 from proxy.catalogue.model import CatalogueMap, Connection, SessionsMode, Shard, Status
-from proxy.catalogue.operation import Json, Operation, Step, Tools, Unchanged
+from proxy.catalogue.operation import (
+    Json,
+    Operation,
+    Step,
+    Tools,
+    Unchanged,
+    shard_from_json,
+    shard_to_json,
+)
 from proxy.catalogue.store import read_shard
 
 _SET_IDENTITY: Final = (
@@ -58,8 +66,13 @@ class _ShardStatus(Operation):
     def from_body(cls, catalogue_map: CatalogueMap, op_id: UUID, body: Json) -> Self:
         """Return the operation of a row."""
         operation = cls(catalogue_map, body["rows"][0]["name"], op_id=op_id).load(body)
-        operation.after = operation.wanted()
+        after = body.get("after")
+        operation.after = operation.wanted() if after is None else shard_from_json(after)
         return operation
+
+    def results(self) -> Json:
+        """Return the row as the steps so far have left it, with the version that the shard gave."""
+        return {"after": shard_to_json(self.after)}
 
     async def find(self, catalogue: Connection) -> None:
         """Find the shard."""
@@ -202,12 +215,14 @@ class TakeShardOffline(_ShardStatus):
                 *(self.before.shard_id, self.op_id),
             )
 
-    async def wait_for_sessions(self, step: str, shard: Shard, tools: Tools) -> None:
+    async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
         """End the sessions of the map in this shard, and prove that none is left."""
         if self._sessions is not SessionsMode.KEEP:
             which = Registered.of_map(self.map.map_id)
             until = self._drain_until  # a process that resumes does not wait for the drain again
-            self.sessions_ended += await end_sessions(shard, which, tools, drain_until=until)
+            self.sessions_ended += await end_sessions(
+                shard, which, tools, self.progress, drain_until=until
+            )
 
 
 class TakeShardOnline(_ShardStatus):

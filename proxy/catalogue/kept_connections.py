@@ -15,7 +15,7 @@ from proxy.catalogue.model import Connection, Shard
 from proxy.catalogue.operation import Databases
 from proxy.errors import ProxyError
 
-_Key = tuple[UUID, str]
+_Key = tuple[UUID, str, str, str, str]
 
 
 class KeptConnections:
@@ -32,7 +32,7 @@ class KeptConnections:
     @asynccontextmanager
     async def shard(self, shard: Shard) -> AsyncIterator[Connection]:
         """Yield the kept connection to a shard; a new one while it is in use, or was lost."""
-        key = shard.shard_id, shard.location
+        key = _key(shard)
         stack, connection = self._kept.pop(key, (AsyncExitStack(), None))
         async with stack:
             if connection is not None and connection.is_closed():
@@ -46,10 +46,15 @@ class KeptConnections:
 
     async def keep_only(self, shards: Iterable[Shard]) -> None:
         """Close the connections to all other shards."""
-        wanted = {(shard.shard_id, shard.location) for shard in shards}
+        wanted = {_key(shard) for shard in shards}
         for key in self._kept.keys() - wanted:
             stack, _ = self._kept.pop(key)
             await _close(stack)
+
+
+def _key(shard: Shard) -> _Key:
+    """Return all that says how the shard is reached, and as whom."""
+    return shard.shard_id, shard.location, shard.endpoint, shard.instance, shard.workspace
 
 
 async def _close(stack: AsyncExitStack) -> None:

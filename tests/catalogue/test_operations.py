@@ -86,7 +86,7 @@ def commits(kind: str) -> list[str]:
 
 
 def test_every_kind_of_operation_is_tested_here_or_in_a_file_of_its_own() -> None:
-    elsewhere = {"add_file", "add_shard", "merge", "remove_shard", "split", *ROLES}
+    elsewhere = {"add_file", "add_shard", "alter_shard", "merge", "remove_shard", "split", *ROLES}
     assert set(CASES) | elsewhere >= set(KINDS)
 
 

@@ -27,6 +27,10 @@ FENCE_SECONDS_MAX: Final = 5.0
 BLOCKED_SECONDS_MAX: Final = 30.0
 _BARRIER_MS: Final = 200
 LOCK_OUT_ALL: Final = "lock table only shardmap_local.mapping in exclusive mode"
+_BARRIER: Final = (
+    f"savepoint fence; set local lock_timeout = '{_BARRIER_MS}ms'; {LOCK_OUT_ALL};"
+    f" set local lock_timeout = '{LOCK_SECONDS_MAX}s'"
+)
 # From the first attempt to end a session to the proof that there is none.
 SESSIONS_SECONDS_MAX: Final = 60.0
 _POLL_SECONDS: Final = 0.02
@@ -124,13 +128,10 @@ async def _let_admits_pass(connection: Connection) -> None:
     while an update waits for the row. Who waits for a table is not overtaken. The lock is kept if
     it is granted in time; else a client keeps an admit open, and all others must not wait for it.
     """
-    await connection.execute(f"savepoint fence; set local lock_timeout = '{_BARRIER_MS}ms'")
     try:
-        await connection.execute(LOCK_OUT_ALL)
+        await connection.execute(_BARRIER)
     except asyncpg.LockNotAvailableError:
         await connection.execute("rollback to savepoint fence")
-    else:
-        await connection.execute(f"set local lock_timeout = '{LOCK_SECONDS_MAX}s'")
 
 
 async def _end_blockers(waiting: asyncio.Task[Any], pid: int, shard: Shard, tools: Tools) -> None:

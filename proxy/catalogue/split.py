@@ -33,6 +33,7 @@ _INSERT_LOCAL: Final = (
     " select $2, map_id, $3, $4, status, epoch, op_id from shardmap_local.mapping"
     " where mapping_id = $1 on conflict (mapping_id) do nothing"
 )
+_HAS_SESSIONS: Final = "select exists (select from shardmap_local.session where mapping_id = $1)"
 _TAG: Final = (
     "update shardmap_local.session set mapping_id = $2 where mapping_id = $1 and key >= $3"
 )
@@ -147,7 +148,8 @@ class Split(MappingOperation):
             raise not_as_here(shard, self.bounds)
         halves = before.mapping_id, self._upper_id
         await connection.execute(_INSERT_LOCAL, *halves, self._key, before.hi)
-        await lock_out(connection, shard, tools, _TAG, *halves, self._key)
+        if await connection.fetchval(_HAS_SESSIONS, before.mapping_id):  # no more can register
+            await lock_out(connection, shard, tools, _TAG, *halves, self._key)
         self.check()
         self.after = replace(self.after, epoch=row["epoch"])
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from proxy.catalogue.merge import RUN_MAX
 from proxy.exit_codes import EXIT_OK
 from proxy.verbs.shards import read
 from proxy.verbs.shards.arguments import UsageError
@@ -122,6 +123,19 @@ async def test_merge_all_that_can_be(shards: Shards) -> None:
     assert await shown(shards) == [("0", "100"), ("100", "200")]
     assert await shards.done("merge", "--auto") == {"mappings": [], "merged": 0}
     assert (await shards.refused("merge", "--auto", "--shard", "three"))[0] == "unknown_shard"
+
+
+@pytest.mark.slow
+async def test_more_than_one_operation_has_are_merged_in_turns(
+    shards: Shards, tmp_path: Path
+) -> None:
+    file = tmp_path / "mappings.csv"
+    count = RUN_MAX + 3
+    lines = [f"{low},{low + 1},one" for low in range(count)]
+    file.write_text("\n".join(["low,high,shard", *lines]) + "\n")
+    await shards.done("add", "--file", str(file))
+    facts = await shards.done("merge", "--auto")
+    assert facts == {"mappings": [row("0", str(count), 3)], "merged": count}
 
 
 async def test_sentences_for_people(shards: Shards) -> None:

@@ -13,6 +13,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Any, Final, Self
+from uuid import UUID
 
 import asyncpg
 
@@ -22,7 +23,7 @@ from proxy.exit_codes import EXIT_OK, EXIT_PENDING
 from tests.support.catalogue import MAP, SHARD_NAMES
 from tests.support.direct_verbs import Fail, Servers, answer_of, never, reason_of, run_directly
 from tests.support.invariants import check_invariants
-from tests.support.kept_rows import KeptRows, differences, live_sessions, read_tables, write_tables
+from tests.support.kept_rows import KeptRows, Rows, differences, read_rows, write_tables
 from tests.support.killed_verb import KilledVerbs
 from tests.support.operating import LOOKING, Operating, Slept, until
 from tests.support.shards_cli import Answer
@@ -37,10 +38,6 @@ ONLY_RESUME: Final = "not_undoable"
 _OTHERS: Final = (
     "select count(*) from pg_stat_activity where usename = $1 and application_name <> $2"
     " and datname = current_database()"
-)
-_GRANTED: Final = (
-    "select coalesce((select has_function_privilege($1, p.oid, 'execute') from pg_proc p"
-    " where p.oid = to_regproc('shardmap_local.admit')), false)"
 )
 _REGISTER: Final = (
     "insert into shardmap_local.session (pid, backend_start, mapping_id, epoch, key, proxy)"
@@ -250,24 +247,19 @@ class Crashes:
 
     # -- rows and sessions -----------------------------------------------------------------------
 
-    async def _look(self, name: str) -> Any:
+    async def _superuser(self, name: str) -> Any:
         return await self.operating.connected(name, SUPERUSER)
 
     async def _keep(self) -> KeptRows:
-        tables, sessions, granted = {}, {}, set()
+        role, found = self.operating.stores.roles.session, {}
         for name in (MAP, *SHARD_NAMES):
-            connection = await self._look(name)
-            tables[name] = await read_tables(connection, name)
-            if name != MAP:
-                sessions[name] = await live_sessions(connection)
-                if await connection.fetchval(_GRANTED, self.operating.stores.roles.session):
-                    granted.add(name)
-        return KeptRows(tables, sessions, frozenset(granted))
+            found[name] = await read_rows(await self._superuser(name), name, role)
+        return KeptRows.of(found)
 
     async def _restore(self, kept: KeptRows) -> None:
         """Write rows and rights back, and have sessions live as they did."""
         for name, tables in kept.tables.items():
-            connection = await self._look(name)
+            connection = await self._superuser(name)
             await write_tables(connection, tables)
             if name != MAP:
                 await self._set_right(connection, granted=name in kept.granted)
@@ -275,20 +267,20 @@ class Crashes:
 
     async def _set_right(self, connection: Any, *, granted: bool) -> None:
         role = self.operating.stores.roles.session
-        if await connection.fetchval(_GRANTED, role) != granted:
-            verb, word = ("grant", "to") if granted else ("revoke", "from")
-            await connection.execute(
-                f'{verb} execute on function shardmap_local.admit {word} "{role}";'
-                f'{verb} usage on schema shardmap_local {word} "{role}"'
-            )
+        verb, word = ("grant", "to") if granted else ("revoke", "from")
+        await connection.execute(
+            f'{verb} execute on function shardmap_local.admit {word} "{role}";'
+            f'{verb} usage on schema shardmap_local {word} "{role}"'
+        )
 
-    async def _revive(self, name: str, connection: Any, sessions: list[Any]) -> None:
+    async def _revive(self, name: str, connection: Any, sessions: Rows) -> None:
         await self._end_all(name, self.operating.stores.roles.session)
         await connection.execute("delete from shardmap_local.session")
         for session in sessions:
             opened = await self._opened(name)
             pid = await opened.fetchval("select pg_backend_pid()")
-            await connection.execute(_REGISTER, pid, *session)
+            values = UUID(session["mapping_id"]), session["epoch"], bytes.fromhex(session["key"])
+            await connection.execute(_REGISTER, pid, *values)
 
     async def _populate(self) -> None:
         """Open a session for each mapping that is served."""
@@ -304,7 +296,7 @@ class Crashes:
         return await self._stack.enter_async_context(stores.connect(name, stores.roles.session))
 
     async def _end_all(self, name: str, role: str) -> None:
-        connection = await self._look(name)
+        connection = await self._superuser(name)
         await connection.fetchval(_END, role, LOOKING)
 
     async def _alone(self) -> None:
@@ -313,7 +305,7 @@ class Crashes:
 
         async def are_gone() -> bool:
             counts = [
-                await (await self._look(name)).fetchval(_OTHERS, admin, LOOKING)
+                await (await self._superuser(name)).fetchval(_OTHERS, admin, LOOKING)
                 for name in (MAP, *SHARD_NAMES)
             ]
             return not any(counts)

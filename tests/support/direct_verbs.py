@@ -30,7 +30,7 @@ Fail = Callable[[str], None]
 
 
 def never(_: str) -> None:
-    """Let every connection succeed."""
+    """Refuse no connection."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,22 @@ class Servers:
 
     directories: Mapping[str, str]  # by the server's name
     names: Mapping[str, str]  # of servers, by host
-    hosts: Mapping[str, str]  # by endpoint
+    hosts: Mapping[str, str]  # by endpoint or instance
     database: str
     role: str
     config: str
 
     @classmethod
     def of(cls, stores: Stores, config: str) -> Self:
-        """Return the servers of `stores`, with a file of settings that lead there."""
-        shards = {name: stores.host(name) for name in SHARD_NAMES}
+        """Return the servers of `stores`, with a file of settings that lead there.
+
+        Each has two hosts, of an endpoint and of an instance.
+        """
+        shards = [stores.lakebase[name] for name in SHARD_NAMES]
         return cls(
             {name: str(cluster.directory) for name, cluster in stores.clusters.items()},
-            {host: name for name, host in shards.items()},
-            {stores.endpoint(name): host for name, host in shards.items()},
+            {one.host: shard.name for shard in shards for one in (shard.endpoint, shard.instance)},
+            {one.name: one.host for shard in shards for one in (shard.endpoint, shard.instance)},
             stores.database,
             stores.roles.admin,
             config,
@@ -91,8 +94,8 @@ class DirectAdministration(Administration):
         """Check nothing: a direct connection gets no token."""
 
     async def host_of(self, settings: UpstreamSettings) -> str:
-        """Return the host of an endpoint."""
-        return self._servers.hosts[settings.endpoint]
+        """Return the host of an endpoint or an instance."""
+        return self._servers.hosts[settings.endpoint or settings.instance]
 
     @asynccontextmanager
     async def _connect(self, name: str, where: str) -> AsyncIterator[Any]:

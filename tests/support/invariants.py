@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 # From this state of a move on, the sessions of before are proven to have ended.
 DRAINED: Final = "drained"
-_LIVE: Final = "select pid, mapping_id, epoch, key from shardmap_local.live_session"
+_LIVE: Final = (
+    "select pid, mapping_id, epoch, key from shardmap_local.live_session where key is not null"
+)
 _MOVES: Final = "select kind, state, body from shardmap.op_log where kind = 'move'"
 
 
@@ -87,11 +89,13 @@ async def _check_sessions(
     for name in SHARD_NAMES:
         for session in await operating.fetch(name, _LIVE):
             key, what = session["key"], f"I3: pid {session['pid']} lives on {name}"
+            own = [row for row in local[name] if row["mapping_id"] == session["mapping_id"]]
+            assert [one for one in own if _covers(one, key)], f"{what}, where no fence finds it"
             for row in catalogue:
-                if key is not None and _covers(row, key):
+                if _covers(row, key):
                     assert operating.name_of(row["shard_id"]) == name, f"{what}; flipped"
             for other, rows in local.items():
-                for row in rows if other != name and key is not None else ():
+                for row in rows if other != name else ():
                     is_online = row["status"] == "online" and _covers(row, key)
                     assert not is_online, f"{what}; {other} has its key online"
             for mapping_id, source, epoch in drained:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import unified_diff
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from tests.support.catalogue import MAP
 
@@ -20,8 +20,15 @@ CATALOGUE_TABLES: Final = ("shardmap.shard_map", "shardmap.shard", "shardmap.map
 OP_LOG: Final = "shardmap.op_log"
 LOCAL_TABLES: Final = ("shardmap_local.identity", "shardmap_local.mapping")
 _ORDER: Final = {"lo": 0, "name": 1, "map_name": 2, "created_at": 3}
+SESSIONS: Final = "sessions"
+GRANTED: Final = "granted"
 _ALIVE: Final = (
-    "select mapping_id, epoch, key from shardmap_local.live_session order by epoch, mapping_id"
+    "select coalesce(json_agg(s order by s.epoch, s.key), '[]') from (select mapping_id, epoch,"
+    " encode(key, 'hex') as key from shardmap_local.live_session where key is not null) s"
+)
+_GRANTED: Final = (
+    "coalesce((select has_function_privilege('{}', p.oid, 'execute') from pg_proc p"
+    " where p.oid = to_regproc('shardmap_local.admit')), false)"
 )
 _UUID: Final = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 # What differs from one run to the next.
@@ -34,8 +41,19 @@ class KeptRows:
     """All rows by server and table, the live sessions by shard, and who may call admit there."""
 
     tables: Mapping[str, Mapping[str, Rows]]
-    sessions: Mapping[str, list[Any]]
+    sessions: Mapping[str, Rows]
     granted: frozenset[str]
+
+    @classmethod
+    def of(cls, found: Mapping[str, Mapping[str, Any]]) -> Self:
+        """Return what `read_rows` has found, by server."""
+        tables = {
+            server: {table: sorted(rows[table] or [], key=_order) for table in tables_of(server)}
+            for server, rows in found.items()
+        }
+        sessions = {server: rows[SESSIONS] for server, rows in found.items() if server != MAP}
+        granted = {server for server, rows in found.items() if rows.get(GRANTED)}
+        return cls(tables, sessions, frozenset(granted))
 
     def alike(self) -> str:
         """Return a text that is the same for states which differ in identifiers only."""
@@ -84,12 +102,13 @@ def tables_of(server: str) -> tuple[str, ...]:
     return (*CATALOGUE_TABLES, OP_LOG) if server == MAP else LOCAL_TABLES
 
 
-async def read_tables(connection: Any, server: str) -> dict[str, Rows]:
-    """Return all rows of a server's tables."""
-    found = {}
-    for table in tables_of(server):
-        text = await connection.fetchval(f"select json_agg(to_json(t)) from {table} t")
-        found[table] = sorted(json.loads(text or "[]"), key=_order)
+async def read_rows(connection: Any, server: str, role: str) -> dict[str, Any]:
+    """Return, in one query, all rows of a server's tables, and what else a shard has."""
+    parts = [f"'{name}', (select json_agg(to_json(t)) from {name} t)" for name in tables_of(server)]
+    if server != MAP:
+        parts += [f"'{SESSIONS}', ({_ALIVE})", f"'{GRANTED}', ({_GRANTED.format(role)})"]
+    text = await connection.fetchval(f"select json_build_object({', '.join(parts)})")
+    found: dict[str, Any] = json.loads(text)
     return found
 
 
@@ -99,21 +118,14 @@ def _order(row: Mapping[str, Any]) -> str:
 
 
 async def write_tables(connection: Any, tables: Mapping[str, Rows]) -> None:
-    """Make the rows of these tables what they were."""
-    async with connection.transaction():
-        for table in reversed(list(tables)):
-            await connection.execute(f"delete from {table}")
-        for table, rows in tables.items():
-            names = [name for name in rows[0] if name != "span"] if rows else []
-            if names:
-                columns = ", ".join(names)
-                await connection.execute(
-                    f"insert into {table} ({columns}) select {columns}"
-                    f" from json_populate_recordset(null::{table}, $1::text::json)",
-                    json.dumps(rows),
-                )
-
-
-async def live_sessions(connection: Any) -> list[Any]:
-    """Return what the live sessions of a shard are registered for."""
-    return list(await connection.fetch(_ALIVE))
+    """Make the rows of these tables what they were, in one transaction."""
+    script = [f"delete from {table};" for table in reversed(list(tables))]
+    for table, rows in tables.items():
+        if rows:
+            columns = ", ".join(name for name in rows[0] if name != "span")
+            literal = json.dumps(rows).replace("'", "''")
+            script.append(
+                f"insert into {table} ({columns}) select {columns}"
+                f" from json_populate_recordset(null::{table}, '{literal}');"
+            )
+    await connection.execute("\n".join(script))

@@ -10,8 +10,10 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 import asyncpg
@@ -36,18 +38,20 @@ class KilledVerbs:
         *arguments: str,
         failing: str | int = "",
         servers: Servers | None = None,
+        killed_after: float = 0.0,
     ) -> int:
         """Run a verb that is killed at `point`. Return its exit code, negative for a signal.
 
         Before that, the point `failing` fails if it is passed, so that the operation is undone.
         A point is a name, or how many others are passed before it. With `servers` the verb
-        connects to them directly.
+        connects to them directly. It is killed after `killed_after` seconds as well, if not 0.
         """
         assert self._process.stdin is not None
         call = {
             "point": point,
             "failing": failing,
             "arguments": arguments,
+            "killed_after": killed_after,
             "servers": None if servers is None else servers.to_json(),
         }
         self._process.stdin.write(json.dumps(call).encode() + b"\n")
@@ -110,6 +114,9 @@ def _child(call: dict[str, Any]) -> int:
     from proxy.verbs.shards import run
 
     os.dup2(2, 1)  # the answer of the verb is not ours
+    if call["killed_after"]:
+        kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+        threading.Timer(call["killed_after"], kill).start()
     arguments, reach = call["arguments"], reaching(call)
     if call["servers"] is None:
         return run(arguments, reach)

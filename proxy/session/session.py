@@ -21,7 +21,7 @@ from proxy.session.drain import OpenSession
 from proxy.session.end_reason import EndReason
 from proxy.session.mapped_sessions import MappedSessions
 from proxy.session.relay import Relay
-from proxy.session.session_log import SessionLog, TLSAdvice
+from proxy.session.session_log import SessionLog, StartupAdvice
 from proxy.session.starting_client import ClientGone, StartingClient
 from proxy.transport.sockets import is_unix
 from proxy.transport.stream import StartupStream
@@ -56,7 +56,7 @@ class SessionParts:
     """Ends a session that was idle for this time; 0: never."""
     lanes: "Callable[[], Lanes | None]" = lambda: None
     """Returns the lanes of the running loop; None where they were not built."""
-    tls_advice: TLSAdvice = field(default_factory=TLSAdvice)
+    advice: StartupAdvice = field(default_factory=StartupAdvice)
 
 
 class Session:
@@ -74,7 +74,7 @@ class Session:
         self._starting_client: StartingClient | None = StartingClient(stream, tls)
         self._entry = entry
         self._parts = parts
-        self._log = SessionLog(parts.metrics, parts.tls_advice, entry.started_at)
+        self._log = SessionLog(parts.metrics, parts.advice, entry.started_at)
         self._phases = DialPhases()
 
     async def run(self) -> None:
@@ -86,7 +86,7 @@ class Session:
                 self._log.ended(self._entry.relay.ended(EndReason.SHUTDOWN))
             raise
         except ClientGone:
-            self._log.client_gone(self._phases)
+            self._log.client_gone(self._phases, negotiated=self._client.negotiated)
         except ProxyError as error:
             self._refuse(error)
         except ClientViolation as violation:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
+from uuid import UUID
 
 from proxy.catalogue.admission import Admission, AdmissionRequest, Consequence, admit
 from proxy.catalogue.model import Located
@@ -171,7 +172,9 @@ class AdmittingOpener:
                 unchanged = is_second or _state(found) == _state(located)
                 waits = opened.consequence is Consequence.WAIT and unchanged
             if waits or _is_blocked(found):
-                located, is_second = await self._park(found, phases), False
+                # A shard that refused, and has an operation under way, is waited for as well.
+                by = found.shard.op_id if waits else None
+                located, is_second = await self._park(found, phases, by), False
             elif is_second:
                 raise failure
             else:
@@ -234,8 +237,13 @@ class AdmittingOpener:
         except TimeoutError:
             raise refusal from None
 
-    async def _park(self, located: Located, phases: DialPhases) -> Located:
-        """Wait until the mapping is online, and return where it is then. Raises ProxyError."""
+    async def _park(
+        self, located: Located, phases: DialPhases, shards_op: UUID | None = None
+    ) -> Located:
+        """Wait until the mapping is online, and return where it is then. Raises ProxyError.
+
+        `shards_op` is an operation that its shard waits for.
+        """
         parking, clock = self._parts.parking, self._parts.clock
         began = clock()
         deadline = began + parking.seconds_max - self._parked_seconds
@@ -250,7 +258,7 @@ class AdmittingOpener:
                     ids = located.mapping.mapping_id, located.shard.shard_id
                     is_due = await parking.wait(*ids, left)
                     located = await self._find_parked(located, deadline, is_due=is_due)
-                    if not _is_blocked(located):
+                    if not _is_blocked(located, shards_op):
                         set_result(ParkResult.SERVED)
                         return located
                 set_result(ParkResult.TIMED_OUT)
@@ -282,9 +290,14 @@ class AdmittingOpener:
         return target_name(self._parts.map_name, located.shard)
 
 
-def _is_blocked(located: Located) -> bool:
-    """Return whether the shard would not admit: an operation that has begun counts as offline."""
-    return located.is_offline or bool(located.mapping.op_id or located.shard.op_id)
+def _is_blocked(located: Located, shards_op: UUID | None = None) -> bool:
+    """Return whether the shard would not admit: an operation that has begun counts as offline.
+
+    One of the whole shard does not, unless it is `shards_op`: it may be a grant, or a file that is
+    added, and these stop no session.
+    """
+    waits_for_shard = shards_op is not None and located.shard.op_id == shards_op
+    return located.is_offline or located.mapping.op_id is not None or waits_for_shard
 
 
 def _state(located: Located) -> tuple[object, ...]:

@@ -10,8 +10,8 @@ A key that moved meanwhile costs one look past the cache and one more dial.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 from uuid import UUID
@@ -24,7 +24,7 @@ from proxy.errors import NOT_THE_OPERATORS, ErrorKind, ProxyError
 from proxy.upstream.connector import Connection
 from proxy.upstream.dialer import AdmittedBy, UpstreamSession
 from proxy.upstream.phases import DialPhases
-from proxy.upstream.upstreams import Upstream
+from proxy.upstream.upstreams import RouteReplaced, Upstream
 from proxy.wire.startup import StartupMessage
 
 # A look past the cache after a dial that took all of the time.
@@ -32,8 +32,15 @@ LOOK_SECONDS_MIN: Final = 1.0
 
 # Failures that another shard would not have: they say nothing of the mapping.
 _OF_THE_CLIENT: Final = NOT_THE_OPERATORS - {ErrorKind.DATABASE_MISSING}
-_CATALOGUE_DOWN: Final = frozenset(
-    {ErrorKind.CATALOGUE_UNREACHABLE, ErrorKind.CATALOGUE_REFUSED, ErrorKind.CATALOGUE_STALE}
+# A parked client is not refused for these: the catalogue may answer again, and a map that is
+# exchanged is so in the supervisor before it is in its workers.
+_WAITED_FOR: Final = frozenset(
+    {
+        ErrorKind.CATALOGUE_UNREACHABLE,
+        ErrorKind.CATALOGUE_REFUSED,
+        ErrorKind.CATALOGUE_STALE,
+        ErrorKind.MAPPING_STALE,
+    }
 )
 
 
@@ -88,6 +95,18 @@ class OpenerParts:
     connect_timeout_seconds: float
     clock: Callable[[], float]
     """The event loop's time."""
+    is_in_force: Callable[[], bool]
+    """Returns whether the map is still that of the configuration."""
+
+    @contextmanager
+    def replaceable(self) -> Iterator[None]:
+        """Raise RouteReplaced for a refusal in the block by a map that is not in force any more."""
+        try:
+            yield
+        except ProxyError as error:
+            if self.is_in_force():
+                raise
+            raise RouteReplaced from error
 
 
 class _Budget:
@@ -148,11 +167,17 @@ class AdmittingOpener:
         phases: DialPhases,
         fallback: StartupMessage | None = None,
     ) -> UpstreamSession:
-        """Open a session in the shard that has the key. Raises ProxyError or ClientViolation.
+        """Open a session in the shard that has the key.
 
         A shard's database is that of its row: `fallback` is None.
+
+        Raises ProxyError, RouteReplaced or ClientViolation.
         """
         assert fallback is None, "a shard has one database"
+        with self._parts.replaceable():
+            return await self._open(client, phases)
+
+    async def _open(self, client: StartupMessage, phases: DialPhases) -> UpstreamSession:
         budget = _Budget(self._parts.connect_timeout_seconds, self._parts.clock)
         located, is_second = self._located, False
         if located.is_offline:
@@ -171,6 +196,8 @@ class AdmittingOpener:
                 # What the catalogue shows as online, and the shard as offline, is to change soon.
                 unchanged = is_second or _state(found) == _state(located)
                 waits = opened.consequence is Consequence.WAIT and unchanged
+            if self._is_replaced(found):
+                raise RouteReplaced
             if waits or _is_blocked(found):
                 # A shard that refused, and has an operation under way, is waited for as well.
                 by = found.shard.op_id if waits else None
@@ -257,7 +284,11 @@ class AdmittingOpener:
                 while (left := deadline - clock()) > 0:
                     ids = located.mapping.mapping_id, located.shard.shard_id
                     is_due = await parking.wait(*ids, left)
-                    located = await self._find_parked(located, deadline, is_due=is_due)
+                    if self._parts.is_in_force():
+                        located = await self._find_parked(located, deadline, is_due=is_due)
+                    if self._is_replaced(located):
+                        set_result(ParkResult.REROUTED)
+                        raise RouteReplaced
                     if not _is_blocked(located, shards_op):
                         set_result(ParkResult.SERVED)
                         return located
@@ -282,9 +313,14 @@ class AdmittingOpener:
         except TimeoutError:
             return located
         except ProxyError as error:
-            if error.kind in _CATALOGUE_DOWN:
+            if error.kind in _WAITED_FOR:
                 return located
             raise
+
+    def _is_replaced(self, located: Located) -> bool:
+        """Return whether this is of another map: the key may be none there, or another one."""
+        is_other = located.mapping.map_id != self._located.mapping.map_id
+        return is_other or not self._parts.is_in_force()
 
     def _name(self, located: Located) -> str:
         return target_name(self._parts.map_name, located.shard)

@@ -46,7 +46,7 @@ class _DialBackoff:
 
 
 class MapSource:
-    """Finds mappings. `run` its connection in a task; `close` it at the end."""
+    """Finds mappings. `run` its connection in a task; `close` it when that has ended."""
 
     def __init__(
         self,
@@ -72,8 +72,9 @@ class MapSource:
         self._backoffs: dict[UUID, _DialBackoff] = {}
 
     async def close(self) -> None:
-        """End the look-ups that are under way."""
-        await self._pending.close()
+        """Refuse the look-ups that are under way. Those that wait for one are not cancelled."""
+        self._lookups.close()
+        await self._pending.finish()
 
     # -- for sessions ----------------------------------------------------------------------------
 

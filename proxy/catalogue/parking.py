@@ -25,6 +25,7 @@ class ParkResult(StrEnum):
     TIMED_OUT = "timed_out"
     FULL = "full"
     FAILED = "failed"
+    REROUTED = "rerouted"  # by another map, which a reload has brought
     LEFT = "left"  # the client, or the proxy drains
 
 

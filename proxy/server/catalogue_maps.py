@@ -72,7 +72,9 @@ class CatalogueMaps:
         catalogue = settings.catalogue
         if self._parking is None:
             self._parking = Parking(0, 0.0, self._metrics.shard_maps)
-        wiring = CatalogueWiring(self._parking, self._metrics.shard_maps, proxy_name())
+        wiring = CatalogueWiring(
+            self._parking, self._metrics.shard_maps, proxy_name(), lambda: self._service
+        )
         if self._elsewhere is not None:
             return self._elsewhere(settings, self._metrics), wiring
         present = self._service
@@ -145,6 +147,8 @@ class CatalogueMaps:
         if service is self._service:
             return
         before, self._service = self._service, service
+        if self._parking is not None:
+            self._parking.changed(None)  # these clients are routed anew
         self._unsubscribe()
         self._unsubscribe = lambda: None
         if before in self._tasks:

@@ -25,6 +25,7 @@ from proxy.observe.log_writer import FLUSH_SECONDS_MAX
 from proxy.observe.logs import configure_logging, flush_log, get_logger, worker_log
 from proxy.observe.metrics import Metrics
 from proxy.server.app import App
+from proxy.server.catalogue_service import ServiceKey, key_of
 from proxy.server.file_limit import full_error, slots_max
 from proxy.server.router_factory import clear_map_cache, reread_in_thread
 from proxy.server.serving import running
@@ -88,6 +89,7 @@ class Worker:
         self._connections = connections
         self._threads = BlockingCalls("reload")
         self._map: RemoteMap | None = None
+        self._map_key: ServiceKey
         self._first_settings: asyncio.Future[Settings]
         self._serving = asyncio.Event()
         self._rpc: RpcConnection
@@ -176,16 +178,19 @@ class Worker:
         return sessions_cut
 
     async def _map_changed(self, **change: Any) -> None:
-        if self._map is not None:  # else no session can have a mapping yet
-            self._map.changed(change_from_dict(change))
+        if self._map is None:  # no session can have a mapping yet
+            return
+        in_force = self._app.catalogue.service  # not one that a reload could not use
+        if isinstance(in_force, RemoteMap):
+            in_force.changed(change_from_dict(change))
 
     # -- what it calls ---------------------------------------------------------------------------
 
     def _map_of(self, settings: Settings, metrics: Metrics) -> RemoteMap:
         """Return the map that the supervisor has for these settings."""
-        name = settings.catalogue_map
-        if self._map is None or self._map.name != name:
-            self._map = RemoteMap(name, self._rpc, metrics)
+        key = key_of(settings)
+        if self._map is None or self._map_key != key:
+            self._map, self._map_key = RemoteMap(settings.catalogue_map, self._rpc, metrics), key
         return self._map
 
     async def _cancel_elsewhere(self, request: CancelRequest) -> bool:

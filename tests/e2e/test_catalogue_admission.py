@@ -193,6 +193,7 @@ async def sidecar_of(operator: Operator, **sections: Any) -> AsyncIterator[Sidec
             catalogue.validate,
             settings.upstream.connect_timeout_seconds,
             loop.time,
+            lambda: True,
         )
         sidecar = Sidecar(operator, source, parts, counts)
         try:

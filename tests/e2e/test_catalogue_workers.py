@@ -39,16 +39,22 @@ async def placed(operator: Operator) -> Placed:
     return await operator.add("0", "10", "one")
 
 
-@pytest_asyncio.fixture
-async def proxy(operator: Operator, placed: Placed, tmp_path: Path) -> AsyncIterator[ProxyProcess]:
-    stores = operator.stores
-    file = stores.file(
-        tmp_path,
+def sidecar(stores: Stores, folder: Path, **sections: Any) -> Path:
+    """Write the settings of a sidecar with workers, and return the file."""
+    return stores.file(
+        folder,
         stores.roles.session,
         listen={"workers": WORKERS},
         admin={"enabled": True},
         log={"format": "json"},
+        catalogue={"park_timeout_seconds": 60},
+        **sections,
     )
+
+
+@pytest_asyncio.fixture
+async def proxy(operator: Operator, placed: Placed, tmp_path: Path) -> AsyncIterator[ProxyProcess]:
+    file = sidecar(operator.stores, tmp_path)
     async with started_process("run", "--config", str(file)) as process:
         await process.serving()
         yield process
@@ -139,3 +145,27 @@ async def test_s46_s64_clients_parked_in_workers_leave_stay_and_are_told(
     for answer in await asyncio.gather(*connecting[WORKERS:], return_exceptions=True):
         assert getattr(answer, "sqlstate", "") == "57P01", answer
     assert await proxy.ended() == 0
+
+
+async def test_s62_clients_parked_in_workers_are_routed_anew_by_another_map(
+    proxy: ProxyProcess, operator: Operator, placed: Placed, tmp_path: Path
+) -> None:
+    await operator.offline(placed)
+    connecting = [asyncio.ensure_future(connect(proxy)) for _ in range(2 * WORKERS)]
+    await parked(proxy, 2 * WORKERS)
+    # Of another type of keys: what the parked clients have of theirs means something else in it.
+    other = Operator(operator.stores, MapSpec(Kind.RANGE, KeyType.TEXT), name="others")
+    await other.register()
+    await other.add("5", "6", "two")
+    sidecar(
+        operator.stores,
+        tmp_path,
+        routing={"shard_map": "others"},
+        **{"shard_maps.others": {"catalogue": True}},
+    )
+    proxy.send(signal.SIGHUP)
+    for one in await asyncio.gather(*connecting):
+        pid = await one.fetchval("select pg_backend_pid()")
+        assert pid in [row["pid"] for row in await operator.registered("two")]
+        one.terminate()
+    await parked(proxy, 0)

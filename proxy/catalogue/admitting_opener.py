@@ -275,11 +275,8 @@ class AdmittingOpener:
         began = clock()
         deadline = began + parking.seconds_max - self._parked_seconds
         refusal = ProxyError(ErrorKind.MAPPING_OFFLINE, self._name(located))
-        if parking.is_full or deadline <= began:
-            parking.refused()
-            raise refusal
-        phases.current, phases.waits_for_slot = None, False
-        with parking.waiting() as set_result:
+        with parking.waiting(deadline - began, refusal) as set_result:
+            phases.current, phases.waits_for_slot = None, False
             try:
                 while (left := deadline - clock()) > 0:
                     ids = located.mapping.mapping_id, located.shard.shard_id

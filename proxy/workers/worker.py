@@ -58,7 +58,7 @@ def run_worker(
 def worker_settings(settings: Settings) -> Settings:
     """Return the settings of one worker.
 
-    It has no admin address, and its part, rounded up, of each `connects_max` and of `park_max`.
+    It has no admin address, and its part, rounded up, of each `connects_max`.
     """
 
     def part_of(target: UpstreamSettings) -> UpstreamSettings:
@@ -66,11 +66,7 @@ def worker_settings(settings: Settings) -> Settings:
         return target.model_copy(update={"connects_max": connects_max})
 
     admin = AdminSettings(enabled=False)
-    park_max = math.ceil(settings.park_max / settings.listen.workers)
-    catalogue = settings.catalogue.model_copy(update={"park_max": park_max})
-    return settings.with_targets(part_of).model_copy(
-        update={"admin": admin, "catalogue": catalogue}
-    )
+    return settings.with_targets(part_of).model_copy(update={"admin": admin})
 
 
 class Worker:
@@ -136,6 +132,7 @@ class Worker:
             ),
             cancel_elsewhere=self._cancel_elsewhere,
             map_elsewhere=self._map_of,
+            share_parked=partial(self._counters.share_parked, self._number),
         )
         ended = partial(self._counters.record_end, self._number)
         app.connection_source = ReceivedConnections(self._connections, app.listener, ended)

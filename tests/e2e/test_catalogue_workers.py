@@ -39,7 +39,7 @@ async def placed(operator: Operator) -> Placed:
     return await operator.add("0", "10", "one")
 
 
-def sidecar(stores: Stores, folder: Path, **sections: Any) -> Path:
+def sidecar(stores: Stores, folder: Path, park_max: int = 0, **sections: Any) -> Path:
     """Write the settings of a sidecar with workers, and return the file."""
     return stores.file(
         folder,
@@ -47,7 +47,7 @@ def sidecar(stores: Stores, folder: Path, **sections: Any) -> Path:
         listen={"workers": WORKERS},
         admin={"enabled": True},
         log={"format": "json"},
-        catalogue={"park_timeout_seconds": 60},
+        catalogue={"park_timeout_seconds": 60, "park_max": park_max},
         **sections,
     )
 
@@ -145,6 +145,28 @@ async def test_s46_s64_clients_parked_in_workers_leave_stay_and_are_told(
     for answer in await asyncio.gather(*connecting[WORKERS:], return_exceptions=True):
         assert getattr(answer, "sqlstate", "") == "57P01", answer
     assert await proxy.ended() == 0
+
+
+async def test_s64_park_max_is_of_all_workers_together(
+    operator: Operator, placed: Placed, tmp_path: Path
+) -> None:
+    """Each worker had its part, rounded up: 3 were 4, and 1 a worker where all came to one."""
+    file = sidecar(operator.stores, tmp_path, park_max=3)
+    async with started_process("run", "--config", str(file)) as proxy:
+        await proxy.serving()
+        await operator.offline(placed)
+        connecting = [asyncio.ensure_future(connect(proxy)) for _ in range(3)]
+        await parked(proxy, 3)
+        error = await refusal(proxy)
+        assert error.sqlstate == "57P03"
+        (await connect(proxy, "1000")).terminate()
+        connecting.pop().cancel()
+        await parked(proxy, 2)
+        connecting.append(asyncio.ensure_future(connect(proxy)))
+        await parked(proxy, 3)
+        await operator.online(placed)
+        for one in await asyncio.gather(*connecting):
+            one.terminate()
 
 
 async def test_s62_clients_parked_in_workers_are_routed_anew_by_another_map(

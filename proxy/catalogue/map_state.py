@@ -102,7 +102,9 @@ class MapState:
         self.map: CatalogueMap | None = None
         self.cache: MappingCache | None = None
         self.version = 0
-        """The version that the cache is of."""
+        """The version that the cache is of, by the notifications: any of them may be forged."""
+        self.read_version = 0
+        """The version that the cache certainly is of: it was read in the catalogue."""
         self.change_counts = Counter[str]()
         """What became of the cache: by the words of CHANGE_WORDS."""
         self._bad: dict[UUID, BadRow] = {}
@@ -166,7 +168,7 @@ class MapState:
             or (known.map_id, known.spec) != (found.map_id, found.spec)
         ):
             self.cache = cache = MappingCache(found.map_id, found.spec)
-            self.version = 0
+            self.version = self.read_version = 0
             self._bad, self._bad_tables = {}, {}
             if known is not None:
                 self._changed(EVERYTHING)
@@ -182,7 +184,7 @@ class MapState:
     def drop(self) -> None:
         """Forget the map: the catalogue has it no more."""
         self.map = self.cache = None
-        self.version = 0
+        self.version = self.read_version = 0
         self._changed(EVERYTHING)
 
     def exchange(self, build: Build, shards: Iterable[Shard], version: int) -> bool:
@@ -197,7 +199,7 @@ class MapState:
         assert self.cache is not None
         self._misnamed.clear()
         self.cache.set_shards({shard.shard_id: self._named(shard) for shard in shards})
-        self.version = version
+        self.version = self.read_version = version
         bad = build.builder.bad
         self._bad = {row.mapping_id: row for row in bad}
         # More than can be listed: their shards are refused until the map is read again.
@@ -207,7 +209,7 @@ class MapState:
 
     def reloaded(self, version: int) -> None:
         """Record that all that is known was read again, at this version."""
-        self.version = version
+        self.version = self.read_version = version
         self.change_counts["reloaded"] += 1
         self._changed(EVERYTHING)
 

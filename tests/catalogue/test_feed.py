@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -119,6 +120,54 @@ async def test_s55_a_forged_notification_hides_no_change(
         await catalogue.insert(0, 10, 20)
         await until(lambda: where(followed, 15) == "one", followed)
         assert followed.status().version == version
+
+
+async def test_s55_a_forged_version_hides_no_change_while_the_feed_is_lost(
+    catalogue: FollowedCatalogue,
+) -> None:
+    """The change had the version that was known already: the map was not read again."""
+    async with running(catalogue.followed(short_times())) as followed:
+        version = await catalogue.version() + 1
+        forged = {"m": str(catalogue.map_id), "v": version, "ids": [str(uuid4())]}
+        await catalogue.notify(json.dumps(forged))
+        await until(lambda: followed.status().version == version, followed)
+        catalogue.is_down = True
+        await asyncio.get_running_loop().run_in_executor(None, catalogue.end_connections)
+        await until(lambda: followed.feed_state is FeedState.DOWN, followed)
+        await catalogue.insert(0, 10, 20)
+        assert await catalogue.version() == version
+        catalogue.is_down = False
+        await until(lambda: where(followed, 15) == "one", followed)
+        assert followed.status().version == version
+
+
+async def test_s55_a_forged_version_is_not_saved(
+    catalogue: FollowedCatalogue, tmp_path: Path
+) -> None:
+    file = str(tmp_path / "map.snapshot")
+    async with running(catalogue.followed(snapshot_file=file)) as followed:
+        version = await catalogue.version() + 1
+        forged = {"m": str(catalogue.map_id), "v": version, "ids": [str(uuid4())]}
+        await catalogue.notify(json.dumps(forged))
+        await until(lambda: followed.status().version == version, followed)
+    await catalogue.insert(0, 10, 20)
+    assert await catalogue.version() == version
+    async with running(catalogue.followed(snapshot_file=file)) as followed:
+        await until(lambda: where(followed, 15) == "one", followed)
+
+
+async def test_a_version_that_was_read_and_notified_is_gone_on_from(
+    catalogue: FollowedCatalogue,
+) -> None:
+    async with running(catalogue.followed(short_times(), poll_seconds=1)) as followed:
+        await catalogue.insert(0, 10, 20)
+        version = await catalogue.version()
+        await until(lambda: followed.state.read_version == version, followed)
+        opened = catalogue.opened
+        await asyncio.get_running_loop().run_in_executor(None, catalogue.end_connections)
+        await until(lambda: catalogue.opened > opened, followed)
+        await until(lambda: followed.feed_state is FeedState.LISTENING, followed)
+        assert (where(followed, 15), followed.feed_counts.reloads) == ("one", 1)
 
 
 async def test_s55_a_notification_that_names_another_maps_mapping_brings_none_of_it(

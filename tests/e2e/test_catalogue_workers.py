@@ -39,7 +39,7 @@ async def placed(operator: Operator) -> Placed:
     return await operator.add("0", "10", "one")
 
 
-def sidecar(stores: Stores, folder: Path, park_max: int = 0, **sections: Any) -> Path:
+def sidecar(stores: Stores, folder: Path, *, park_max: int = 0, **sections: Any) -> Path:
     """Write the settings of a sidecar with workers, and return the file."""
     return stores.file(
         folder,
@@ -179,12 +179,11 @@ async def test_s62_clients_parked_in_workers_are_routed_anew_by_another_map(
     other = Operator(operator.stores, MapSpec(Kind.RANGE, KeyType.TEXT), name="others")
     await other.register()
     await other.add("5", "6", "two")
-    sidecar(
-        operator.stores,
-        tmp_path,
-        routing={"shard_map": "others"},
-        **{"shard_maps.others": {"catalogue": True}},
-    )
+    sections: dict[str, Any] = {
+        "routing": {"shard_map": "others"},
+        "shard_maps.others": {"catalogue": True},
+    }
+    sidecar(operator.stores, tmp_path, **sections)
     proxy.send(signal.SIGHUP)
     for one in await asyncio.gather(*connecting):
         pid = await one.fetchval("select pg_backend_pid()")

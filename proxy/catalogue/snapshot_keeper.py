@@ -33,6 +33,12 @@ READ_SECONDS_MAX: Final = 60.0
 WRITE_SECONDS_MAX: Final = 60.0
 LAST_WRITE_SECONDS_MAX: Final = 5.0
 
+# What a file can be the cause of, whatever is in it.
+_UNUSABLE: Final = (
+    *(SnapshotUnusable, ProxyError, OSError, TimeoutError, RuntimeError),
+    *(ValueError, TypeError, LookupError, ArithmeticError, MemoryError),
+)
+
 _log = get_logger(__name__)
 
 
@@ -65,7 +71,7 @@ class SnapshotKeeper:
             found = await self._threads.run(self._read, READ_SECONDS_MAX)
         except FileNotFoundError:
             return False
-        except (SnapshotUnusable, ProxyError, OSError, TimeoutError, RuntimeError) as error:
+        except _UNUSABLE as error:
             self._warn("the snapshot of the shard map is not used", error)
             return False
         saved, build = found

@@ -34,9 +34,13 @@ _DRAIN_POLL_SECONDS: Final = 0.5
 _PROGRESS_SECONDS: Final = 2.0
 _PIDS_SHOWN_MAX: Final = 5
 
+# The view says which registrations are of a live backend. It cannot be locked itself.
+_IS_LIVE: Final = (
+    "exists (select from shardmap_local.live_session l"
+    " where l.pid = s.pid and l.backend_start = s.backend_start)"
+)
 _REGISTERED: Final = (
-    "shardmap_local.session s join pg_catalog.pg_stat_activity a"
-    " on a.pid = s.pid and (a.backend_start = s.backend_start or a.backend_start is null)"
+    f"shardmap_local.session s join pg_catalog.pg_stat_activity a on a.pid = s.pid and {_IS_LIVE}"
 )
 _OF_MAPPING: Final = "s.mapping_id = $1"
 _OF_MAP: Final = (
@@ -218,9 +222,8 @@ async def _clean(connection: Connection, which: Registered) -> None:
     """Delete the rows of sessions that have ended."""
     await connection.execute(
         "with dead as materialized (select s.pid, s.backend_start"  # noqa: S608 - constants
-        f" from shardmap_local.session s where {which.condition} and not exists"
-        " (select from shardmap_local.live_session l where l.pid = s.pid"
-        " and l.backend_start = s.backend_start) for update of s skip locked)"
+        f" from shardmap_local.session s where {which.condition} and not {_IS_LIVE}"
+        " for update of s skip locked)"
         " delete from shardmap_local.session s using dead d"
         " where s.pid = d.pid and s.backend_start = d.backend_start",
         which.id,

@@ -19,6 +19,7 @@ import asyncpg
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import Connection, Shard
 from proxy.catalogue.operation import Tools
+from proxy.catalogue.shard_store import WAY_TO_END
 from proxy.catalogue.transactions import LOCK_SECONDS_MAX, transaction
 
 # An admit takes milliseconds. What blocks the fence for longer is a client that keeps one open.
@@ -47,16 +48,7 @@ _OF_MAP: Final = (
     "exists (select from shardmap_local.mapping m"
     " where m.mapping_id = s.mapping_id and m.map_id = $1)"
 )
-# The way to end a login's sessions: PostgreSQL's own function where the administrator may signal
-# it, or the function that the login has left for it. None: neither.
-_WAY: Final = """
-case when pg_catalog.pg_has_role(current_user, 'pg_signal_backend', 'usage')
-       or pg_catalog.pg_has_role(current_user, a.usesysid, 'usage')
-     then 'pg_catalog.pg_terminate_backend'
-     when pg_catalog.has_function_privilege(pg_catalog.to_regprocedure(
-       pg_catalog.format('shardmap_local.end_session_%s(int)', a.usesysid)), 'execute')
-     then pg_catalog.format('shardmap_local.end_session_%s', a.usesysid)
-end"""
+_WAY: Final = WAY_TO_END.format("a.usesysid")
 
 _BLOCKERS: Final = f"""
 select a.pid, {_WAY} as way from pg_catalog.pg_stat_activity a

@@ -69,7 +69,7 @@ async def test_a_file_of_the_same_version_saves_the_load(
         await until(file.exists, followed)
     before = catalogue.queries["load"]
     async with running(catalogue.followed(snapshot_file=str(file))) as followed:
-        await until(lambda: followed.feed_state is FeedState.LISTENING, followed)
+        await until(lambda: followed.status().feed is FeedState.LISTENING, followed)
         assert followed.status().source == "catalogue"
         assert catalogue.queries["load"] == before
 
@@ -131,7 +131,7 @@ async def test_a_file_that_cannot_be_used_is_a_warning(
     async with running(catalogue.followed(snapshot_file=str(file))) as followed:
         assert where(followed, 5) == "one"
         assert "the snapshot of the shard map is not used" in capsys.readouterr().out
-        await until(lambda: followed.feed_state is FeedState.LISTENING, followed)
+        await until(lambda: followed.status().feed is FeedState.LISTENING, followed)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -39,7 +39,7 @@ async def placed(operator: Operator) -> Placed:
     return await operator.add("0", "10", "one")
 
 
-def sidecar(stores: Stores, folder: Path, *, park_max: int = 0, **sections: Any) -> Path:
+def sidecar(stores: Stores, folder: Path, **sections: Any) -> Path:
     """Write the settings of a sidecar with workers, and return the file."""
     return stores.file(
         folder,
@@ -47,8 +47,7 @@ def sidecar(stores: Stores, folder: Path, *, park_max: int = 0, **sections: Any)
         listen={"workers": WORKERS},
         admin={"enabled": True},
         log={"format": "json"},
-        catalogue={"park_timeout_seconds": 60, "park_max": park_max},
-        **sections,
+        **{"catalogue": {"park_timeout_seconds": 60}, **sections},
     )
 
 
@@ -108,6 +107,36 @@ async def test_s61_workers_share_one_map_and_each_hears_of_changes(
         one.terminate()
 
 
+@pytest.mark.parametrize("feed", ["listen", "off"])
+async def test_s61_workers_together_have_two_connections_to_the_catalogue_at_most(
+    operator: Operator, placed: Placed, tmp_path: Path, feed: str
+) -> None:
+    for low in range(2000, 2040):
+        await operator.add(str(-low), str(1 - low), "one")
+    catalogue = {"load": "lazy", "feed": feed}
+    file = sidecar(operator.stores, tmp_path, catalogue=catalogue)
+    most = 0
+
+    def open_now() -> int:
+        host, records = operator.stores.host(MAP), operator.stores.lakebase.gateway.records
+        return sum(one.sni == host and not one.closed for one in records)
+
+    async with started_process("run", "--config", str(file)) as proxy:
+        await proxy.serving()
+        for first in range(2000, 2040, 10):
+            # Keys that no worker knows: each is looked up.
+            keys = [str(-low) for low in range(first, first + 10)]
+            connecting = [asyncio.ensure_future(connect(proxy, key)) for key in keys]
+            while not all(one.done() for one in connecting):
+                most = max(most, open_now())
+                await asyncio.sleep(0.005)
+            for one in await asyncio.gather(*connecting):
+                one.terminate()
+        assert most == (2 if feed == "listen" else 1)
+        kept = 1 if feed == "listen" else 0
+        await eventually(lambda: open_now() == kept, "what is idle is closed", 20)
+
+
 async def test_s61_worker_that_died_and_came_again_routes_and_is_told(
     proxy: ProxyProcess, operator: Operator, placed: Placed
 ) -> None:
@@ -151,7 +180,7 @@ async def test_s64_park_max_is_of_all_workers_together(
     operator: Operator, placed: Placed, tmp_path: Path
 ) -> None:
     """Each worker had its part, rounded up: 3 were 4, and 1 a worker where all came to one."""
-    file = sidecar(operator.stores, tmp_path, park_max=3)
+    file = sidecar(operator.stores, tmp_path, catalogue={"park_timeout_seconds": 60, "park_max": 3})
     async with started_process("run", "--config", str(file)) as proxy:
         await proxy.serving()
         await operator.offline(placed)

@@ -251,7 +251,7 @@ async def test_s18_key_that_moved_costs_one_look_and_one_dial(
     assert sidecar.counts.verdicts[-2:] == [Verdict.MAPPING_MISSING, Verdict.OK]
 
 
-async def test_s18_without_validation_the_known_shard_gets_it(
+async def test_s18_r3_without_validation_the_known_shard_gets_it(
     operator: Operator, placed: Placed
 ) -> None:
     catalogue = {"validate": False, "allow_unvalidated": True}

@@ -66,7 +66,7 @@ def sections(stores: Stores, other: Lakebase, folder: Path, **more: Any) -> dict
 
 
 async def remap(operator: Operator, name: str, where: Lakebase) -> None:
-    """Have a shard where this workspace's gateway is, as a restore to another workspace would."""
+    """Move a shard to this workspace's gateway, as a restore to another workspace does."""
     here = where is operator.stores.lakebase
     location = f"{operator.stores.host(name)}:{where.port}/{operator.stores.database}"
     async with operator.stores.connect(name) as local:

@@ -59,7 +59,8 @@ def logging_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def clusters() -> Iterator[Mapping[str, Cluster]]:
     """Return running clusters by shard name, shared by all tests."""
-    started = [Cluster(name) for name in SHARDS]
+    version = int(os.environ.get("TEST_SHARDS_VERSION", "16"))
+    started = [Cluster(name, version=version) for name in SHARDS]
     start_together(started)
     yield {cluster.shard: cluster for cluster in started}
     stop_together(started)

@@ -10,10 +10,11 @@ A key that moved meanwhile costs one look past the cache and one more dial.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
+from uuid import UUID
 
 from proxy.catalogue.admission import Admission, AdmissionRequest, Consequence, admit
 from proxy.catalogue.model import Located
@@ -23,7 +24,7 @@ from proxy.errors import NOT_THE_OPERATORS, ErrorKind, ProxyError
 from proxy.upstream.connector import Connection
 from proxy.upstream.dialer import AdmittedBy, UpstreamSession
 from proxy.upstream.phases import DialPhases
-from proxy.upstream.upstreams import Upstream
+from proxy.upstream.upstreams import RouteReplaced, Upstream
 from proxy.wire.startup import StartupMessage
 
 # A look past the cache after a dial that took all of the time.
@@ -31,8 +32,15 @@ LOOK_SECONDS_MIN: Final = 1.0
 
 # Failures that another shard would not have: they say nothing of the mapping.
 _OF_THE_CLIENT: Final = NOT_THE_OPERATORS - {ErrorKind.DATABASE_MISSING}
-_CATALOGUE_DOWN: Final = frozenset(
-    {ErrorKind.CATALOGUE_UNREACHABLE, ErrorKind.CATALOGUE_REFUSED, ErrorKind.CATALOGUE_STALE}
+# A parked client is not refused for these: the catalogue may answer again, and a map that is
+# exchanged is so in the supervisor before it is in its workers.
+_WAITED_FOR: Final = frozenset(
+    {
+        ErrorKind.CATALOGUE_UNREACHABLE,
+        ErrorKind.CATALOGUE_REFUSED,
+        ErrorKind.CATALOGUE_STALE,
+        ErrorKind.MAPPING_STALE,
+    }
 )
 
 
@@ -87,6 +95,18 @@ class OpenerParts:
     connect_timeout_seconds: float
     clock: Callable[[], float]
     """The event loop's time."""
+    is_in_force: Callable[[], bool]
+    """Returns whether the map is still that of the configuration."""
+
+    @contextmanager
+    def replaceable(self) -> Iterator[None]:
+        """Raise RouteReplaced for a refusal in the block by a map that is not in force any more."""
+        try:
+            yield
+        except ProxyError as error:
+            if self.is_in_force():
+                raise
+            raise RouteReplaced from error
 
 
 class _Budget:
@@ -147,11 +167,17 @@ class AdmittingOpener:
         phases: DialPhases,
         fallback: StartupMessage | None = None,
     ) -> UpstreamSession:
-        """Open a session in the shard that has the key. Raises ProxyError or ClientViolation.
+        """Open a session in the shard that has the key.
 
         A shard's database is that of its row: `fallback` is None.
+
+        Raises ProxyError, RouteReplaced or ClientViolation.
         """
         assert fallback is None, "a shard has one database"
+        with self._parts.replaceable():
+            return await self._open(client, phases)
+
+    async def _open(self, client: StartupMessage, phases: DialPhases) -> UpstreamSession:
         budget = _Budget(self._parts.connect_timeout_seconds, self._parts.clock)
         located, is_second = self._located, False
         if located.is_offline:
@@ -170,8 +196,12 @@ class AdmittingOpener:
                 # What the catalogue shows as online, and the shard as offline, is to change soon.
                 unchanged = is_second or _state(found) == _state(located)
                 waits = opened.consequence is Consequence.WAIT and unchanged
+            if self._is_replaced(found):
+                raise RouteReplaced
             if waits or _is_blocked(found):
-                located, is_second = await self._park(found, phases), False
+                # A shard that refused, and has an operation under way, is waited for as well.
+                by = found.shard.op_id if waits else None
+                located, is_second = await self._park(found, phases, by), False
             elif is_second:
                 raise failure
             else:
@@ -234,23 +264,29 @@ class AdmittingOpener:
         except TimeoutError:
             raise refusal from None
 
-    async def _park(self, located: Located, phases: DialPhases) -> Located:
-        """Wait until the mapping is online, and return where it is then. Raises ProxyError."""
+    async def _park(
+        self, located: Located, phases: DialPhases, shards_op: UUID | None = None
+    ) -> Located:
+        """Wait until the mapping is online, and return where it is then. Raises ProxyError.
+
+        `shards_op` is an operation that its shard waits for.
+        """
         parking, clock = self._parts.parking, self._parts.clock
         began = clock()
         deadline = began + parking.seconds_max - self._parked_seconds
         refusal = ProxyError(ErrorKind.MAPPING_OFFLINE, self._name(located))
-        if parking.is_full or deadline <= began:
-            parking.refused()
-            raise refusal
-        phases.current, phases.waits_for_slot = None, False
-        with parking.waiting() as set_result:
+        with parking.waiting(deadline - began, refusal) as set_result:
+            phases.current, phases.waits_for_slot = None, False
             try:
                 while (left := deadline - clock()) > 0:
                     ids = located.mapping.mapping_id, located.shard.shard_id
                     is_due = await parking.wait(*ids, left)
-                    located = await self._find_parked(located, deadline, is_due=is_due)
-                    if not _is_blocked(located):
+                    if self._parts.is_in_force():
+                        located = await self._find_parked(located, deadline, is_due=is_due)
+                    if self._is_replaced(located):
+                        set_result(ParkResult.REROUTED)
+                        raise RouteReplaced
+                    if not _is_blocked(located, shards_op):
                         set_result(ParkResult.SERVED)
                         return located
                 set_result(ParkResult.TIMED_OUT)
@@ -274,17 +310,27 @@ class AdmittingOpener:
         except TimeoutError:
             return located
         except ProxyError as error:
-            if error.kind in _CATALOGUE_DOWN:
+            if error.kind in _WAITED_FOR:
                 return located
             raise
+
+    def _is_replaced(self, located: Located) -> bool:
+        """Return whether this is of another map: the key may be none there, or another one."""
+        is_other = located.mapping.map_id != self._located.mapping.map_id
+        return is_other or not self._parts.is_in_force()
 
     def _name(self, located: Located) -> str:
         return target_name(self._parts.map_name, located.shard)
 
 
-def _is_blocked(located: Located) -> bool:
-    """Return whether the shard would not admit: an operation that has begun counts as offline."""
-    return located.is_offline or bool(located.mapping.op_id or located.shard.op_id)
+def _is_blocked(located: Located, shards_op: UUID | None = None) -> bool:
+    """Return whether the shard would not admit: an operation that has begun counts as offline.
+
+    One of the whole shard does not, unless it is `shards_op`: it may be a grant, or a file that is
+    added, and these stop no session.
+    """
+    waits_for_shard = shards_op is not None and located.shard.op_id == shards_op
+    return located.is_offline or located.mapping.op_id is not None or waits_for_shard
 
 
 def _state(located: Located) -> tuple[object, ...]:

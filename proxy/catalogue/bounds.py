@@ -8,9 +8,17 @@ from collections.abc import Sequence
 
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import Located
+from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.keys import hash_key, parse_key
 from proxy.routing.map_builder import lowest_key, parse_hash_bound
-from proxy.routing.shard_map import HIGHEST_BOUND, LOWEST_BOUND, Kind, MapSpec, ShardMapping
+from proxy.routing.shard_map import (
+    HIGHEST_BOUND,
+    LOWEST_BOUND,
+    Kind,
+    MapKeys,
+    MapSpec,
+    ShardMapping,
+)
 
 Bounds = tuple[bytes, bytes | None]
 """Canonical bytes as the catalogue has them: "" is -inf, None is +inf."""
@@ -50,6 +58,17 @@ def parse_bound(text: str, spec: MapSpec) -> bytes | None:
     if spec.kind is Kind.HASH:
         return parse_hash_bound(text)
     return parse_key(text, spec.key_type, spec.normalise)
+
+
+def given_key(keys: MapKeys, text: str) -> bytes:
+    """Return the key that a person gives.
+
+    Raises ProxyError: KEY_MISSING for an empty one, and what `parse_bound` does.
+    """
+    key = keys.parse_key(text) if text else b""
+    if not key:
+        raise ProxyError(ErrorKind.KEY_MISSING)
+    return key
 
 
 def show_bounds(spec: MapSpec, lo: bytes, hi: bytes | None) -> tuple[str, str]:

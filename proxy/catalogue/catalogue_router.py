@@ -41,8 +41,12 @@ class CatalogueRouter:
         A map that is not loaded, and a catalogue that cannot be reached, are waited for as long as
         a dial may take.
 
-        Raises ProxyError, as `Router.take_key` and `MapSource.find` do.
+        Raises RouteReplaced, and ProxyError as `Router.take_key` and `MapSource.find` do.
         """
+        with self._parts.replaceable():
+            return await self._route(startup)
+
+    async def _route(self, startup: StartupMessage) -> tuple[Route, SessionOpener | None]:
         parts, seconds = self._parts, self._parts.connect_timeout_seconds
         deadline = parts.clock() + seconds
         keys = self._known.keys or await self._known.wait_for_keys(seconds)

@@ -4,8 +4,10 @@ For: the first load, and keeping the map current on one connection (`listen`), f
 (`poll`), or not (`off`). Not for: single look-ups (`lookups`).
 
 The invariants: LISTEN comes before what is read, so that no change falls between. A version that
-was missed is followed by a reload. Whatever a notification says, it is never an exception, and
-never more than a reason to read. Reading leaves the event loop free: no part takes 50 ms.
+was missed is followed by a reload. A new connection goes on from a version that was read in the
+catalogue, not from one of a notification: any login can send one. Whatever a notification says, it
+is never an exception, and never more than a reason to read. Reading leaves the event loop free: no
+part takes 50 ms.
 """
 
 import asyncio
@@ -30,7 +32,7 @@ from proxy.observe.logs import get_logger
 COALESCE_SECONDS: Final = 0.05
 RECONNECT_SECONDS: Final = (0.1, 30.0)
 POLL_JITTER: Final = 0.1
-# After a version that is not the one of the last notification, this much for it to come.
+# After a version was read, this much for its notification to come.
 NOTIFIED_SECONDS: Final = 1.0
 # Single changes that are applied in one go.
 _SLICE_MAX: Final = 200
@@ -114,7 +116,7 @@ class Feed:
         self._pending = Pending(0)
         # What comes while the map is read: it is compared with the version that was read.
         self._early: deque[Notification] | None = None
-        # A version that was read before its notification came, and until when that may come.
+        # A version that was read, and until when the notifications of it may come.
         self._expected = (0, 0.0)
         self._compared_at = self._reloaded_at = -inf
         self._build_wanted = asyncio.Event()
@@ -234,11 +236,15 @@ class Feed:
                 detail = "the connection on which changes are notified was closed"
                 raise ProxyError(ErrorKind.CATALOGUE_UNREACHABLE, detail)
             now = self._times.clock()
-            if self._is_overdue(now):
+            is_due = 0 < self._expected[1] <= now
+            if is_due and self._expected[0] > self._pending.version:
                 self._pending.gaps += 1
                 self._pending.reload = True
             if self._pending:
                 await self._apply(reader, self._pending.taken())
+            if is_due and self._expected[1]:  # else the map was read anew
+                # All of this version has come: a forged notification and the real one are a gap.
+                self._state.read_version, self._expected = self._expected[0], (0, 0.0)
             if now >= poll_at:
                 self._seeks_version = True
                 poll_at = now + self._poll_seconds()
@@ -247,14 +253,6 @@ class Feed:
             self._contact.answered(self._times.clock())
             # What comes meanwhile is read together.
             await self._times.sleep(COALESCE_SECONDS)
-
-    def _is_overdue(self, now: float) -> bool:
-        """Return whether a notification is missing, of a version that was read."""
-        version, until = self._expected
-        if not until or (now < until and version > self._pending.version):
-            return False
-        self._expected = (0, 0.0)
-        return version > self._pending.version
 
     async def _apply(self, reader: CatalogueReader, pending: Pending) -> None:
         """Read what has changed. Raises ProxyError, and then the next connection reads it."""
@@ -283,7 +281,7 @@ class Feed:
         if version is None or version < self._state.version:  # dropped, or restored
             self.counts.gaps += 1
             await self._reload(reader)
-        elif version > self._pending.version:
+        elif not self._expected[1]:
             # A notification comes a moment after its change can be read.
             self._expected = (version, self._times.clock() + NOTIFIED_SECONDS)
 
@@ -296,7 +294,7 @@ class Feed:
             known is not None
             and self._state.loaded.is_set()
             and (known.map_id, known.spec) == (found.map_id, found.spec)
-            and self._state.version == found.version
+            and self._state.read_version == found.version
         ):
             self._caught_up(found.version)
         else:
@@ -330,6 +328,7 @@ class Feed:
     def _caught_up(self, version: int) -> None:
         """Go on from this version with what was notified meanwhile."""
         early, self._early = self._early or (), None
+        self._expected = (0, 0.0)
         self._pending = Pending(version)
         known = self._state.map
         for notification in early:  # which map is ours may not have been known then

@@ -19,6 +19,7 @@ import asyncpg
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import Connection, Shard
 from proxy.catalogue.operation import Json, Tools
+from proxy.catalogue.shard_store import WAY_TO_END
 from proxy.catalogue.transactions import LOCK_SECONDS_MAX, transaction
 
 # An admit takes milliseconds. What blocks the fence for longer is a client that keeps one open.
@@ -38,25 +39,20 @@ _DRAIN_POLL_SECONDS: Final = 0.5
 _PROGRESS_SECONDS: Final = 2.0
 _PIDS_SHOWN_MAX: Final = 5
 
+# The view says which registrations are of a live backend. It cannot be locked itself.
+_IS_LIVE: Final = (
+    "exists (select from shardmap_local.live_session l"
+    " where l.pid = s.pid and l.backend_start = s.backend_start)"
+)
 _REGISTERED: Final = (
-    "shardmap_local.session s join pg_catalog.pg_stat_activity a"
-    " on a.pid = s.pid and (a.backend_start = s.backend_start or a.backend_start is null)"
+    f"shardmap_local.session s join pg_catalog.pg_stat_activity a on a.pid = s.pid and {_IS_LIVE}"
 )
 _OF_MAPPING: Final = "s.mapping_id = $1"
 _OF_MAP: Final = (
     "exists (select from shardmap_local.mapping m"
     " where m.mapping_id = s.mapping_id and m.map_id = $1)"
 )
-# The way to end a login's sessions: PostgreSQL's own function where the administrator may signal
-# it, or the function that the login has left for it. None: neither.
-_WAY: Final = """
-case when pg_catalog.pg_has_role(current_user, 'pg_signal_backend', 'usage')
-       or pg_catalog.pg_has_role(current_user, a.usesysid, 'usage')
-     then 'pg_catalog.pg_terminate_backend'
-     when pg_catalog.has_function_privilege(pg_catalog.to_regprocedure(
-       pg_catalog.format('shardmap_local.end_session_%s(int)', a.usesysid)), 'execute')
-     then pg_catalog.format('shardmap_local.end_session_%s', a.usesysid)
-end"""
+_WAY: Final = WAY_TO_END.format("a.usesysid")
 
 _BLOCKERS: Final = f"""
 select a.pid, {_WAY} as way from pg_catalog.pg_stat_activity a
@@ -225,9 +221,8 @@ async def _clean(connection: Connection, which: Registered) -> None:
     """Delete the rows of sessions that have ended."""
     await connection.execute(
         "with dead as materialized (select s.pid, s.backend_start"  # noqa: S608 - constants
-        f" from shardmap_local.session s where {which.condition} and not exists"
-        " (select from shardmap_local.live_session l where l.pid = s.pid"
-        " and l.backend_start = s.backend_start) for update of s skip locked)"
+        f" from shardmap_local.session s where {which.condition} and not {_IS_LIVE}"
+        " for update of s skip locked)"
         " delete from shardmap_local.session s using dead d"
         " where s.pid = d.pid and s.backend_start = d.backend_start",
         which.id,

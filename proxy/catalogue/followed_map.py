@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum, unique
+from functools import partial
 
 from proxy.catalogue.catalogue_reader import OpenReader
 from proxy.catalogue.feed import FATAL_KINDS, Feed, FeedCounts, FeedSettings, FeedState
@@ -17,7 +18,7 @@ from proxy.catalogue.map_state import MapState, Subscriber, Times
 from proxy.catalogue.model import CatalogueMap
 from proxy.catalogue.snapshot_file import CataloguePlace
 from proxy.catalogue.snapshot_keeper import SnapshotKeeper
-from proxy.config import Settings
+from proxy.config import Settings, ShardMapSettings
 from proxy.errors import ErrorKind, ProxyError
 
 
@@ -26,6 +27,14 @@ def place_of(settings: Settings) -> CataloguePlace:
     target = settings.target(settings.catalogue.target)
     where = target.host or target.endpoint or target.instance
     return CataloguePlace(where, target.port, target.database)
+
+
+def check_map(configured: ShardMapSettings, found: CatalogueMap) -> None:
+    """Raise ProxyError (MAP_MISMATCH) for a map that is not as it is configured."""
+    differing = configured.differing(found.spec)
+    if differing:
+        keys = ", ".join(f"{key} is {value} there" for key, value in differing.items())
+        raise ProxyError(ErrorKind.MAP_MISMATCH, f"shard map {found.name}: {keys}")
 
 
 @unique
@@ -67,7 +76,7 @@ class FollowedMap:
     ) -> None:
         """The settings route by a map in the catalogue. `record_lookup`: see `MapSource`."""
         name, catalogue = settings.catalogue_map, settings.catalogue
-        self._configured = settings.shard_maps[name]
+        check = partial(check_map, settings.shard_maps[name])
         self._restored = False
         self.state = MapState(name, times)
         self._lookups = LookupConnection(open_reader)
@@ -81,12 +90,10 @@ class FollowedMap:
             self.state,
             open_reader,
             FeedSettings(catalogue.feed, catalogue.load == "eager", catalogue.poll_seconds),
-            self._check,
+            check,
         )
         file = catalogue.snapshot_file
-        self._keeper = (
-            SnapshotKeeper(file, place_of(settings), self.state, self._check) if file else None
-        )
+        self._keeper = SnapshotKeeper(file, place_of(settings), self.state, check) if file else None
 
     async def run(self) -> None:
         """Follow the map until the task is cancelled, and save it then."""
@@ -136,11 +143,6 @@ class FollowedMap:
         return self._feed.counts
 
     @property
-    def feed_state(self) -> FeedState:
-        """The state of the feed."""
-        return self._feed.state
-
-    @property
     def age_seconds(self) -> float | None:
         """The time since the map was last known to be current, None before the first contact."""
         if not self._feed.has_succeeded:
@@ -176,10 +178,3 @@ class FollowedMap:
         contact = self.state.contact
         is_stale = contact.failed and not contact.feed_is_current
         return MapProgress.STALE if is_stale else MapProgress.READY
-
-    def _check(self, found: CatalogueMap) -> None:
-        """Raise ProxyError for a map that is not as it is configured."""
-        differing = self._configured.differing(found.spec)
-        if differing:
-            keys = ", ".join(f"{key} is {value} there" for key, value in differing.items())
-            raise ProxyError(ErrorKind.MAP_MISMATCH, f"shard map {found.name}: {keys}")

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar, cast
 
 from proxy.catalogue.catalogue_reader import CatalogueReader, OpenReader
-from proxy.errors import ProxyError
+from proxy.errors import ErrorKind, ProxyError
 
 UNKNOWN_AT_ONCE_MAX: Final = 8
 # A compute that nothing else keeps awake should scale to zero.
@@ -24,20 +24,26 @@ Ask = Callable[[CatalogueReader], Awaitable[T]]
 
 
 class LookupConnection:
-    """Asks the catalogue over one connection. `run` keeps and closes it; it ends with its task."""
+    """Asks the catalogue over one connection. `run` keeps it; `close` it when that has ended."""
 
     def __init__(self, open_reader: OpenReader) -> None:
         self._open_reader = open_reader
         self._questions: asyncio.Queue[_Question] = asyncio.Queue()
+        self._waiting: set[_Question] = set()
         self._unknown = asyncio.Semaphore(UNKNOWN_AT_ONCE_MAX)
+        self._is_closed = False
 
     async def ask(self, question: "Ask[T]") -> T:
         """Return the answer. Raises ProxyError. A connection that was lost is opened once more."""
+        if self._is_closed:
+            raise _replaced()
         asked = _Question(question)
         self._questions.put_nowait(asked)
+        self._waiting.add(asked)
         try:
             return cast(T, await asked.answer)
         finally:
+            self._waiting.discard(asked)
             asked.answer.cancel()
 
     async def ask_unknown(self, question: "Ask[T]") -> T:
@@ -47,6 +53,7 @@ class LookupConnection:
 
     async def run(self) -> None:
         """Answer, for as long as the task runs."""
+        self._is_closed = False
         while True:  # one connection after the other
             first = await self._questions.get()
             if first.answer.done():
@@ -55,7 +62,12 @@ class LookupConnection:
                 async with self._open_reader() as reader:
                     await self._answer(reader, first)
             except ProxyError as error:
-                self._fail_all(first, error)
+                self._fail_all(error)  # each would wait as long for the same
+
+    def close(self) -> None:
+        """Refuse all that wait, and all that come."""
+        self._is_closed = True
+        self._fail_all(_replaced())
 
     async def _answer(self, reader: CatalogueReader, first: "_Question") -> None:
         """Answer questions until none came for a while, or the connection is lost."""
@@ -76,11 +88,13 @@ class LookupConnection:
             except TimeoutError:
                 return
 
-    def _fail_all(self, first: "_Question", error: ProxyError) -> None:
-        """Refuse all that wait: each would wait as long for the same."""
-        first.fail(error)
-        while not self._questions.empty():
-            self._questions.get_nowait().fail(error)
+    def _fail_all(self, error: ProxyError) -> None:
+        for question in self._waiting:
+            question.fail(error)
+
+
+def _replaced() -> ProxyError:
+    return ProxyError(ErrorKind.MAPPING_STALE, "the configuration has changed meanwhile")
 
 
 class _Question:

@@ -18,8 +18,7 @@ from proxy.catalogue.lookups import LookupConnection
 from proxy.catalogue.map_state import MapState
 from proxy.catalogue.model import Located
 from proxy.errors import ErrorKind, ProxyError
-from proxy.routing.keys import fingerprint
-from proxy.routing.router import LookupResult
+from proxy.routing.router import LookupResult, mapping_not_found
 from proxy.workspace.single_flight import PendingCalls, SingleFlight
 
 # Between two tries of a client whose key is not known while the catalogue cannot be reached.
@@ -46,7 +45,7 @@ class _DialBackoff:
 
 
 class MapSource:
-    """Finds mappings. `run` its connection in a task; `close` it at the end."""
+    """Finds mappings. `run` its connection in a task; `close` it when that has ended."""
 
     def __init__(
         self,
@@ -72,8 +71,9 @@ class MapSource:
         self._backoffs: dict[UUID, _DialBackoff] = {}
 
     async def close(self) -> None:
-        """End the look-ups that are under way."""
-        await self._pending.close()
+        """Refuse the look-ups that are under way. Those that wait for one are not cancelled."""
+        self._lookups.close()
+        await self._pending.finish()
 
     # -- for sessions ----------------------------------------------------------------------------
 
@@ -137,9 +137,7 @@ class MapSource:
     def _checked(self, located: Located | None, routing_key: bytes) -> Located:
         """Return what may be served. Raises ProxyError."""
         if located is None:
-            shown = fingerprint(routing_key)
-            detail = f"shard map {self._state.name}, key with fingerprint {shown}"
-            raise ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
+            raise mapping_not_found(self._state.name, routing_key)
         refusal = self._state.refusal(located.shard)
         if refusal is not None:
             raise refusal

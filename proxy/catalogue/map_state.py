@@ -8,7 +8,6 @@ meanwhile is not kept.
 """
 
 import asyncio
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,10 +25,6 @@ from proxy.errors import ErrorKind, ProxyError
 # for one asks the catalogue once a second.
 MISSES_MAX: Final = 10_000
 MISS_SECONDS: Final = 1.0
-
-
-# As the catalogue's own check has it.
-_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,63}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +97,13 @@ class MapState:
         self.map: CatalogueMap | None = None
         self.cache: MappingCache | None = None
         self.version = 0
-        """The version that the cache is of."""
+        """The version that the cache is of, by the notifications: any of them may be forged."""
+        self.read_version = 0
+        """The version that the cache certainly is of: it was read in the catalogue."""
         self.change_counts = Counter[str]()
         """What became of the cache: by the words of CHANGE_WORDS."""
         self._bad: dict[UUID, BadRow] = {}
         self._bad_tables: dict[UUID, str] = {}
-        self._misnamed: set[UUID] = set()
         self._misses: dict[bytes, float] = {}
         self._flights: set[Flight] = set()
         self._subscribers: list[Subscriber] = []
@@ -143,9 +139,8 @@ class MapState:
 
     def refusal(self, shard: Shard) -> ProxyError | None:
         """Return why a shard is refused: the catalogue has rows of it that cannot be right."""
-        if shard.shard_id in self._misnamed:
-            detail = f"shard {shard.name}: its name has characters that no name has"
-            return ProxyError(ErrorKind.SHARD_ROW_INVALID, detail)
+        if shard.fault:
+            return ProxyError(ErrorKind.SHARD_ROW_INVALID, f"shard {shard.name}: {shard.fault}")
         if not self._bad and not self._bad_tables:
             return None
         rows = (row.reason for row in self._bad.values() if shard.shard_id in row.shard_ids)
@@ -166,7 +161,7 @@ class MapState:
             or (known.map_id, known.spec) != (found.map_id, found.spec)
         ):
             self.cache = cache = MappingCache(found.map_id, found.spec)
-            self.version = 0
+            self.version = self.read_version = 0
             self._bad, self._bad_tables = {}, {}
             if known is not None:
                 self._changed(EVERYTHING)
@@ -182,7 +177,7 @@ class MapState:
     def drop(self) -> None:
         """Forget the map: the catalogue has it no more."""
         self.map = self.cache = None
-        self.version = 0
+        self.version = self.read_version = 0
         self._changed(EVERYTHING)
 
     def exchange(self, build: Build, shards: Iterable[Shard], version: int) -> bool:
@@ -195,9 +190,8 @@ class MapState:
 
     def _take(self, build: Build, shards: Iterable[Shard], version: int) -> None:
         assert self.cache is not None
-        self._misnamed.clear()
-        self.cache.set_shards({shard.shard_id: self._named(shard) for shard in shards})
-        self.version = version
+        self.cache.set_shards({shard.shard_id: shard for shard in shards})
+        self.version = self.read_version = version
         bad = build.builder.bad
         self._bad = {row.mapping_id: row for row in bad}
         # More than can be listed: their shards are refused until the map is read again.
@@ -207,7 +201,7 @@ class MapState:
 
     def reloaded(self, version: int) -> None:
         """Record that all that is known was read again, at this version."""
-        self.version = version
+        self.version = self.read_version = version
         self.change_counts["reloaded"] += 1
         self._changed(EVERYTHING)
 
@@ -217,9 +211,8 @@ class MapState:
         """Take all shards of the map. No mapping is touched."""
         if self.cache is None:
             return
-        self._misnamed.clear()
         before = dict(self.cache.shards)
-        after = {shard.shard_id: self._named(shard) for shard in shards}
+        after = {shard.shard_id: shard for shard in shards}
         ids = before.keys() | after.keys()
         changed = frozenset(one for one in ids if before.get(one) != after.get(one))
         if changed:
@@ -248,8 +241,7 @@ class MapState:
         """Take what a look-up found. Return whether that is still so, as far as it is known."""
         if self.cache is None or flight.is_outdated([found.mapping.mapping_id]):
             return False
-        self._misnamed.discard(found.shard.shard_id)
-        shard = self._named(found.shard)
+        shard = found.shard
         changed_shards: set[UUID] = set()
         if self.cache.shards.get(shard.shard_id) != shard:
             self.cache.set_shards({**self.cache.shards, shard.shard_id: shard})
@@ -301,13 +293,6 @@ class MapState:
         self.change_counts["inserted"] += 1
         self.change_counts["removed"] += len(replaced) - 1
         return replaced
-
-    def _named(self, shard: Shard) -> Shard:
-        """Return a shard with a name that can be shown in a log, and refuse it if it has none."""
-        if _NAME.fullmatch(shard.name):
-            return shard
-        self._misnamed.add(shard.shard_id)
-        return replace(shard, name=str(shard.shard_id))
 
     def _remove(self, mapping_id: UUID) -> bool:
         assert self.cache is not None

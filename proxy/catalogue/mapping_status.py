@@ -27,6 +27,7 @@ _SET_LOCAL: Final = (
     " epoch = case when op_id = $3 and status = $2 then epoch else greatest(epoch, $4) + 1 end"
     " where mapping_id = $1 returning epoch"
 )
+_STATE: Final = "select status, sessions, epoch, op_id from shardmap.mapping where mapping_id = $1"
 _SENTENCES: Final = {
     SessionsMode.KILL: "End the sessions of {what} until none is left.",
     SessionsMode.DRAIN: "End the sessions of {what} when idle, the rest after {seconds:g} s.",
@@ -154,6 +155,16 @@ class TakeOffline(_MappingStatus):
             until = await self._announced_drain(tools)
         self.sessions_ended += await end_sessions(
             shard, which, tools, self.progress, drain_until=until
+        )
+
+    async def is_applied(self, catalogue: Connection) -> bool:
+        """Return whether the row is as announced: a process that resumes has not set its epoch."""
+        row = await catalogue.fetchrow(_STATE, self.before.mapping_id)
+        wanted = str(Status.OFFLINE), str(self._sessions), None
+        return (
+            row is not None
+            and (row["status"], row["sessions"], row["op_id"]) == wanted
+            and row["epoch"] > self.before.epoch
         )
 
     async def _announced_drain(self, tools: Tools) -> datetime | None:

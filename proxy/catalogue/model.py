@@ -4,6 +4,7 @@ For: values. Not for: reading them (`store`), or changing them (`operations`). B
 bytes as in `routing.keys`: an empty `lo` is -inf, a `hi` of None is +inf.
 """
 
+import re
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -48,13 +49,22 @@ class CatalogueMap:
     session_roles: tuple[str, ...] = ()
 
 
+# As the catalogue's own check has it.
+_SHARD_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,63}", re.ASCII)
+
+
+def is_shard_name(name: str) -> bool:
+    """Return whether a shard can have this name, so that it can be shown in a log."""
+    return _SHARD_NAME.fullmatch(name) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """An upstream database that holds keys of one map.
 
     `endpoint` or `instance` names the resource that tokens are minted for; both are empty where a
     token for any resource of the workspace will do. `workspace` is the NAME of a [workspaces.NAME],
-    empty for [workspace].
+    empty for [workspace]. `fault` says what in its row cannot be right: no session gets there.
     """
 
     shard_id: UUID
@@ -69,6 +79,7 @@ class Shard:
     status: Status = Status.ONLINE
     version: int = 1
     op_id: UUID | None = None
+    fault: str = ""
 
     @property
     def location(self) -> str:

@@ -3,7 +3,8 @@
 For: how many may wait, for how long, and what wakes them. Not for: what they do then
 (`admitting_opener`).
 
-Invariant: a parked client holds a slot of `listen.max_connections` and nothing upstream.
+The invariants: a parked client holds a slot of `listen.max_connections` and nothing upstream; no
+more than `park_max` are parked, in all processes of the proxy together.
 """
 
 import asyncio
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from enum import StrEnum, unique
 from typing import Final, Protocol
 from uuid import UUID
+
+from proxy.errors import ProxyError
 
 # Without a word of the feed the mapping is asked for this often; once for all that wait for it.
 LOOK_SECONDS: Final = 1.0
@@ -25,6 +28,7 @@ class ParkResult(StrEnum):
     TIMED_OUT = "timed_out"
     FULL = "full"
     FAILED = "failed"
+    REROUTED = "rerouted"  # by another map, which a reload has brought
     LEFT = "left"  # the client, or the proxy drains
 
 
@@ -41,10 +45,18 @@ class ParkMetrics(Protocol):
 class Parking:
     """The clients of this process that wait. `park_max` and `seconds_max` may change later."""
 
-    def __init__(self, park_max: int, seconds_max: float, metrics: ParkMetrics) -> None:
+    def __init__(
+        self,
+        park_max: int,
+        seconds_max: float,
+        metrics: ParkMetrics,
+        share: Callable[[int], int] = lambda parked: parked,
+    ) -> None:
+        """`share` publishes this process's number, and returns that of all processes."""
         self.park_max = park_max
         self.seconds_max = seconds_max
         self._metrics = metrics
+        self._share = share
         self._waiting: dict[asyncio.Future[None], tuple[UUID, UUID]] = {}
         self._asked_at: dict[UUID, float] = {}  # by mapping, while clients are parked
         self._parked = 0
@@ -52,34 +64,37 @@ class Parking:
     def __len__(self) -> int:
         return self._parked
 
-    @property
-    def is_full(self) -> bool:
-        """Whether no client may wait now."""
-        return self._parked >= self.park_max or not self.seconds_max
-
     @contextmanager
-    def waiting(self) -> Iterator[Callable[[ParkResult], None]]:
-        """Count a parked client while the block runs; yield what sets the result of the wait."""
-        result = ParkResult.LEFT
+    def waiting(
+        self, seconds: float, refusal: ProxyError
+    ) -> Iterator[Callable[[ParkResult], None]]:
+        """Count a parked client while the block runs; yield what sets the result of the wait.
+
+        Raises the refusal if no time is left, or too many wait.
+        """
+        result = ParkResult.FULL
 
         def set_result(value: ParkResult) -> None:
             nonlocal result
             result = value
 
-        self._parked += 1
-        self._metrics.parked(self._parked)
+        all_parked = self._count(1)
         try:
+            if all_parked > self.park_max or seconds <= 0:
+                raise refusal
+            result = ParkResult.LEFT
             yield set_result
         finally:
-            self._parked -= 1
+            self._count(-1)
             if not self._parked:
                 self._asked_at.clear()
-            self._metrics.parked(self._parked)
             self._metrics.park_ended(result)
 
-    def refused(self) -> None:
-        """Count a client that exceeded `park_max`."""
-        self._metrics.park_ended(ParkResult.FULL)
+    def _count(self, change: int) -> int:
+        """Count clients of this process. Return how many are parked in all processes."""
+        self._parked += change
+        self._metrics.parked(self._parked)
+        return self._share(self._parked)
 
     async def wait(self, mapping_id: UUID, shard_id: UUID, seconds: float) -> bool:
         """Return when the mapping or the shard has changed, after LOOK_SECONDS at the latest.

@@ -1,7 +1,7 @@
 """Letting a login be admitted in every shard of a map, and no longer.
 
 The map keeps the login, so that a shard that is added later grants it as well. No shard is added
-meanwhile: the operation has the whole map.
+meanwhile: the operation has the whole map. While it is under way, one shard's row has its mark.
 """
 
 from typing import ClassVar, Final, Self
@@ -15,6 +15,7 @@ from proxy.catalogue.store import read_shards
 
 _ROLES: Final = "select session_roles from shardmap.shard_map where map_id = $1"
 _SET_ROLES: Final = "update shardmap.shard_map set session_roles = $2 where map_id = $1"
+_MARK: Final = "update shardmap.shard set op_id = $2 where shard_id = $1"
 
 
 class _RoleOperation(Operation):
@@ -48,8 +49,9 @@ class _RoleOperation(Operation):
         self.shards = tuple(await read_shards(catalogue, self.map.map_id))
 
     async def begin(self, catalogue: Connection) -> None:
-        """Record whether the map has the login."""
+        """Record whether the map has the login, and mark a shard's row."""
         self._was_granted = self.role in await self._roles(catalogue)
+        await self._mark(catalogue, self.op_id)
 
     def statements(self) -> list[str]:
         """Return what is done in each shard."""
@@ -72,6 +74,7 @@ class _RoleOperation(Operation):
         others = [one for one in await self._roles(catalogue) if one != self.role]
         kept = others if self.revokes else [*others, self.role]
         await catalogue.execute(_SET_ROLES, self.map.map_id, kept)
+        await self._mark(catalogue, None)
 
     async def is_applied(self, catalogue: Connection) -> bool:
         """Return whether the map has the login, or no longer."""
@@ -83,7 +86,17 @@ class _RoleOperation(Operation):
             await _execute(connection, session_statements(self.role, revoke=not self.revokes))
 
     async def undo_catalogue(self, catalogue: Connection) -> None:
-        """Leave the map as it is: it changes in the last step alone."""
+        """Clear the mark; the map changes in the last step alone."""
+        await self._mark(catalogue, None)
+
+    async def _mark(self, catalogue: Connection, op_id: UUID | None) -> None:
+        """Mark the row by which proxies see that the operation is pending, or clear the mark.
+
+        One is enough for them to count it. A change of more than 64 rows would be notified without
+        their ids, and each proxy would read its whole map.
+        """
+        for shard in self.shards[:1]:
+            await catalogue.execute(_MARK, shard.shard_id, op_id)
 
     async def _roles(self, catalogue: Connection) -> list[str]:
         roles: list[str] = await catalogue.fetchval(_ROLES, self.map.map_id)

@@ -25,17 +25,22 @@ select mapping_id, lo, hi, status, epoch from (
   select * from shardmap_local.mapping where map_id = $1 and lo <= $2 order by lo desc limit 1
 ) m where hi is null or hi > $2"""
 
-# What may see when a session of $1 began, and what may end it. A superuser may both.
-_RIGHTS: Final = """
-select r.oid,
-  (select i.rolsuper or pg_catalog.pg_has_role(i.oid, 'pg_read_all_stats', 'usage')
-     or pg_catalog.pg_has_role(i.oid, r.oid, 'usage')) as sees,
-  (select i.rolsuper or pg_catalog.pg_has_role(i.oid, 'pg_signal_backend', 'usage')
-     or pg_catalog.pg_has_role(i.oid, r.oid, 'usage')) or coalesce(
-       pg_catalog.has_function_privilege(pg_catalog.to_regprocedure(
-         pg_catalog.format('shardmap_local.end_session_%s(int)', r.oid)), 'execute'), false) as ends
-from pg_catalog.pg_roles r, pg_catalog.pg_roles i
-where r.rolname = $1 and i.rolname = current_user"""
+# The function that ends a session of the login with the oid {0}: PostgreSQL's own where the
+# administrator may signal it, or the one that the login has left for it. Null: neither.
+WAY_TO_END: Final = """
+case when pg_catalog.pg_has_role(current_user, 'pg_signal_backend', 'usage')
+       or pg_catalog.pg_has_role(current_user, {0}, 'usage')
+     then 'pg_catalog.pg_terminate_backend'
+     when pg_catalog.has_function_privilege(pg_catalog.to_regprocedure(
+       pg_catalog.format('shardmap_local.end_session_%s(int)', {0})), 'execute')
+     then pg_catalog.format('shardmap_local.end_session_%s', {0})
+end"""
+# What may see when a session of $1 began, and what may end it. A superuser has every role.
+_RIGHTS: Final = f"""
+select r.oid, pg_catalog.pg_has_role(current_user, 'pg_read_all_stats', 'usage')
+    or pg_catalog.pg_has_role(current_user, r.oid, 'usage') as sees,
+  {WAY_TO_END.format("r.oid")} is not null as ends
+from pg_catalog.pg_roles r where r.rolname = $1"""  # noqa: S608 - constants
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Final
 from uuid import UUID
 from zlib import crc32
 
-from proxy.catalogue.model import CatalogueMap, Shard, Status
+from proxy.catalogue.model import CatalogueMap, Shard, Status, is_shard_name
 from proxy.catalogue.packed_rows import CHUNK_ROWS_MAX, RowChunk
 from proxy.routing.keys import KEY_BYTES_MAX, KeyType, Normalise
 from proxy.routing.shard_map import Kind, MapSpec
@@ -33,6 +33,9 @@ _HEAD_BYTES_MAX: Final = 16 * 1024 * 1024
 _COLUMNS: Final = [field.name for field in fields(RowChunk)]
 _SIZES: Final = Struct(f">{len(_COLUMNS)}I")
 _CRC: Final = Struct(">I")
+# Of a bigint.
+VERSION_MAX: Final = 2**63 - 1
+_A_SHARD: Final = Shard(UUID(int=0), UUID(int=0), "a", "a", 1, "a")
 _COLUMN_BYTES_MAX: Final = CHUNK_ROWS_MAX * (KEY_BYTES_MAX + 1)
 
 
@@ -175,11 +178,17 @@ def _saved_of(line: bytes) -> SavedMap:
         )
         return SavedMap(
             CataloguePlace(**head["catalogue"]),
-            CatalogueMap(UUID(found["map_id"]), found["name"], spec, found["version"]),
+            CatalogueMap(UUID(found["map_id"]), found["name"], spec, _version_of(found["version"])),
             tuple(map(_shard_of, head["shards"])),
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise SnapshotUnusable("it is no snapshot of a map") from None
+
+
+def _version_of(found: object) -> int:
+    if type(found) is not int or not 0 < found <= VERSION_MAX:
+        raise ValueError("no version")
+    return found
 
 
 def _shard_of(row: dict[str, Any]) -> Shard:
@@ -189,4 +198,12 @@ def _shard_of(row: dict[str, Any]) -> Shard:
         "status": Status(row["status"]),
         "op_id": None if row["op_id"] is None else UUID(row["op_id"]),
     }
-    return Shard(**{**row, **typed})
+    shard = Shard(**{**row, **typed})
+    is_typed = all(
+        type(getattr(shard, field.name)) is type(getattr(_A_SHARD, field.name))
+        for field in fields(Shard)
+        if field.name != "op_id"
+    )
+    if not is_typed or not is_shard_name(shard.name) or not shard.fault.isprintable():
+        raise ValueError("no shard")
+    return shard

@@ -33,6 +33,12 @@ READ_SECONDS_MAX: Final = 60.0
 WRITE_SECONDS_MAX: Final = 60.0
 LAST_WRITE_SECONDS_MAX: Final = 5.0
 
+# What a file can be the cause of, whatever is in it.
+_UNUSABLE: Final = (
+    *(SnapshotUnusable, ProxyError, OSError, TimeoutError, RuntimeError),
+    *(ValueError, TypeError, LookupError, ArithmeticError, MemoryError),
+)
+
 _log = get_logger(__name__)
 
 
@@ -65,7 +71,7 @@ class SnapshotKeeper:
             found = await self._threads.run(self._read, READ_SECONDS_MAX)
         except FileNotFoundError:
             return False
-        except (SnapshotUnusable, ProxyError, OSError, TimeoutError, RuntimeError) as error:
+        except _UNUSABLE as error:
             self._warn("the snapshot of the shard map is not used", error)
             return False
         saved, build = found
@@ -95,7 +101,7 @@ class SnapshotKeeper:
     async def close(self) -> None:
         """Write what has changed since the last time."""
         self._unsubscribe()
-        if self._changed.is_set() or self._state.version != self._written_version:
+        if self._changed.is_set() or self._state.read_version != self._written_version:
             await self._write(LAST_WRITE_SECONDS_MAX)
 
     async def _write(self, seconds_max: float) -> None:
@@ -103,12 +109,15 @@ class SnapshotKeeper:
         state = self._state
         if state.map is None or state.cache is None or not state.loaded.is_set():
             return
-        self._written_version = state.version
-        found = replace(state.map, version=state.version)
+        self._written_version = state.read_version
+        found = replace(state.map, version=state.read_version)
         saved = SavedMap(self._catalogue, found, tuple(state.cache.shards.values()))
         chunks = state.cache.chunks()
         try:
             await self._threads.run(lambda: write(self._path, saved, chunks), seconds_max)
+        except asyncio.CancelledError:
+            self._changed.set()  # it may not be written
+            raise
         except (OSError, TimeoutError, RuntimeError) as error:
             self._warn("the snapshot of the shard map cannot be written", error)
 

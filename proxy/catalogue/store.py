@@ -20,6 +20,7 @@ from proxy.catalogue.model import (
     SessionsMode,
     Shard,
     Status,
+    is_shard_name,
 )
 from proxy.catalogue.schema import catalogue_version, check_readable, check_writable
 from proxy.routing.keys import KeyType, Normalise
@@ -28,6 +29,8 @@ from proxy.routing.shard_map import Kind, MapSpec
 # Rows of one fetch. A million come in a hundred, and others run between them.
 CHUNK_ROWS: Final = 10_000
 
+_STATUSES: Final = {str(one): one for one in Status}
+_SESSIONS: Final = {str(one): one for one in SessionsMode}
 _MAP: Final = (
     "select map_id, name, kind, key_type, normalise, session_roles, version from shardmap.shard_map"
 )
@@ -265,33 +268,42 @@ def map_of(row: Row[str, Any]) -> CatalogueMap:
 
 
 def shard_of(row: Row[str, Any]) -> Shard:
-    """Return the shard of a driver's record."""
+    """Return the shard of a driver's record.
+
+    A status that is none is offline, and a name that is none is not shown.
+    """
+    name, fault = row["name"], ""
+    if row["status"] not in _STATUSES:
+        fault = "its status is none"
+    if not is_shard_name(name):
+        name, fault = str(row["shard_id"]), "its name has characters that no name has"
     return Shard(
         row["shard_id"],
         row["map_id"],
-        row["name"],
+        name,
         row["host"],
         row["port"],
         row["dbname"],
         row["endpoint"],
         row["instance"],
         row["workspace"],
-        Status(row["status"]),
+        _STATUSES.get(row["status"], Status.OFFLINE),
         row["version"],
         row["op_id"],
+        fault,
     )
 
 
 def mapping_of(row: Row[str, Any]) -> Mapping:
-    """Return the mapping of a driver's record."""
+    """Return the mapping of a driver's record; words that are none are read as in a whole map."""
     return Mapping(
         row["mapping_id"],
         row["map_id"],
         row["shard_id"],
         row["lo"],
         row["hi"],
-        Status(row["status"]),
-        SessionsMode(row["sessions"]),
+        _STATUSES.get(row["status"], Status.OFFLINE),
+        _SESSIONS.get(row["sessions"], SessionsMode.KILL),
         row["drain_until"],
         row["epoch"],
         row["locked"],

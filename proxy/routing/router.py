@@ -190,8 +190,7 @@ class Router:
 
     def not_found(self, key: bytes) -> ProxyError:
         """Return the error for a key that no mapping covers."""
-        detail = f"shard map {self._map_name}, key with fingerprint {fingerprint(key)}"
-        return ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
+        return mapping_not_found(self._map_name, key)
 
     def resolve(self, text: str) -> Resolution:
         """Look up a key in the shard map, without a session.
@@ -243,3 +242,9 @@ def _parse(occurrence: Occurrence, keys: MapKeys) -> bytes:
     except UnicodeDecodeError:
         raise ProxyError(ErrorKind.KEY_INVALID, "a shard key is valid UTF-8") from None
     return keys.parse_key(text)
+
+
+def mapping_not_found(map_name: str, key: bytes) -> ProxyError:
+    """Return the error for a key that no mapping of this map covers."""
+    detail = f"shard map {map_name}, key with fingerprint {fingerprint(key)}"
+    return ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)

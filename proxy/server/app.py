@@ -115,8 +115,9 @@ class App:
         slots: SlotSource | None = None,
         cancel_elsewhere: Elsewhere | None = None,
         map_elsewhere: Callable[[Settings, Metrics], MapService] | None = None,
+        share_parked: Callable[[int], int] = lambda parked: parked,
     ) -> None:
-        """`starting_max` connections may be starting at a time.
+        """`starting_max` connections may be starting at a time. `share_parked`: see `Parking`.
 
         Raises ConfigurationError for a file that a setting names and that cannot be used.
         """
@@ -135,7 +136,9 @@ class App:
             cancel_elsewhere,
             forwards_max=forwards_max(settings.listen),
         )
-        self.catalogue = CatalogueMaps(self.metrics, self.cancel_keys, self.cancels, map_elsewhere)
+        self.catalogue = CatalogueMaps(
+            self.metrics, self.cancel_keys, self.cancels, share_parked, map_elsewhere
+        )
         self.snapshot = ConfigSnapshot(
             settings, self.workspaces, self._record_phase, find_map=self.catalogue.find
         )

@@ -51,9 +51,14 @@ class CatalogueMaps:
         metrics: Metrics,
         cancel_keys: CancelKeys,
         cancels: CancelForwarder,
+        share_parked: Callable[[int], int],
         elsewhere: Callable[[Settings, Metrics], MapService] | None = None,
     ) -> None:
-        """`elsewhere` returns the map that another process keeps, in a worker."""
+        """`elsewhere` returns the map that another process keeps, in a worker.
+
+        `share_parked`: see `Parking`.
+        """
+        self._share_parked = share_parked
         self._metrics = metrics
         self._listener = PrivateListener(cancel_keys, cancels)
         self._elsewhere = elsewhere
@@ -71,8 +76,10 @@ class CatalogueMaps:
         """Return the map of these settings: the one in force, or one that is not running yet."""
         catalogue = settings.catalogue
         if self._parking is None:
-            self._parking = Parking(0, 0.0, self._metrics.shard_maps)
-        wiring = CatalogueWiring(self._parking, self._metrics.shard_maps, proxy_name())
+            self._parking = Parking(0, 0.0, self._metrics.shard_maps, self._share_parked)
+        wiring = CatalogueWiring(
+            self._parking, self._metrics.shard_maps, proxy_name(), lambda: self._service
+        )
         if self._elsewhere is not None:
             return self._elsewhere(settings, self._metrics), wiring
         present = self._service
@@ -145,6 +152,8 @@ class CatalogueMaps:
         if service is self._service:
             return
         before, self._service = self._service, service
+        if self._parking is not None:
+            self._parking.changed(None)  # these clients are routed anew
         self._unsubscribe()
         self._unsubscribe = lambda: None
         if before in self._tasks:

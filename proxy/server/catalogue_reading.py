@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from proxy.catalogue.catalogue_reader import CatalogueReader, open_reader
+from proxy.catalogue.followed_map import check_map
 from proxy.catalogue.model import CatalogueMap
 from proxy.catalogue.shard_upstreams import ShardUpstreams
 from proxy.errors import ErrorKind, ProxyError
@@ -45,10 +46,7 @@ async def reading_map(snapshot: ConfigSnapshot, metrics: Metrics) -> AsyncIterat
             found = await reader.read_map(name)
             if found is None:
                 raise ProxyError(ErrorKind.CATALOGUE_MAP_MISSING, name)
-            differing = settings.shard_maps[name].differing(found.spec)
-            if differing:
-                shown = ", ".join(f"{key} is {value} there" for key, value in differing.items())
-                raise ProxyError(ErrorKind.MAP_MISMATCH, f"shard map {name}: {shown}")
+            check_map(settings.shard_maps[name], found)
             yield ReadMap(found, reader, shards)
     finally:
         shards.close()

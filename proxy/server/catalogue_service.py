@@ -14,7 +14,7 @@ from typing import Final
 from uuid import UUID
 
 from proxy.catalogue.admitting_opener import MapSource
-from proxy.catalogue.bounds import lookup_facts
+from proxy.catalogue.bounds import given_key, lookup_facts
 from proxy.catalogue.catalogue_reader import open_reader
 from proxy.catalogue.followed_map import FollowedMap
 from proxy.catalogue.map_state import Change, Subscriber, Times
@@ -24,7 +24,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.observe.shard_map_metrics import MAPPING_CHANGED, RELOADED, SHARD_CHANGED
 from proxy.observe.status import CatalogueFacts, ShardMapStatus
-from proxy.routing.keys import fingerprint
+from proxy.routing.router import mapping_not_found
 from proxy.routing.shard_map import MapKeys
 from proxy.upstream.upstreams import Upstream
 
@@ -110,13 +110,10 @@ class CatalogueService:
         """
         if (keys := self.keys) is None:
             raise self._unloaded()
-        key = keys.parse_key(text) if text else b""
-        if not key:
-            raise ProxyError(ErrorKind.KEY_MISSING)
+        key = given_key(keys, text)
         located = self._followed.source.peek(keys.routing_key(key))
         if located is None:
-            detail = f"shard map {self.name}, key with fingerprint {fingerprint(key)}"
-            raise ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
+            raise mapping_not_found(self.name, key)
         return {"map": self.name, **lookup_facts(keys.spec, key, located)}
 
     async def host(self) -> str:

@@ -39,6 +39,7 @@ class CatalogueWiring:
     parking: Parking
     metrics: OpenMetrics
     proxy: str
+    map_in_force: Callable[[], MapService | None]
 
 
 FindMap = Callable[[Settings, Upstreams], tuple[MapService, CatalogueWiring]]
@@ -82,17 +83,18 @@ class ConfigSnapshot:
             self._use_catalogue(find_map, before)
 
     def _use_catalogue(self, find_map: FindMap, before: "ConfigSnapshot | None") -> None:
-        self.map_service, wiring = find_map(self.settings, self.upstreams)
+        service, wiring = find_map(self.settings, self.upstreams)
+        self.map_service = service
         self.shards = ShardUpstreams(
             self.settings,
             self.upstreams.factory,
             self.upstreams.resources(),
-            self.map_service.host,
+            service.host,
             None if before is None else before.shards,
         )
         parts = OpenerParts(
             self.settings.catalogue_map,
-            self.map_service.source,
+            service.source,
             self.shards,
             wiring.parking,
             wiring.metrics,
@@ -100,8 +102,9 @@ class ConfigSnapshot:
             self.settings.catalogue.validate,
             self.settings.upstream.connect_timeout_seconds,
             asyncio.get_running_loop().time,
+            lambda: wiring.map_in_force() is service,
         )
-        self._catalogue_router = CatalogueRouter(self.router, self.map_service, parts)
+        self._catalogue_router = CatalogueRouter(self.router, service, parts)
 
     def close(self) -> None:
         """Close the upstreams that no other configuration and no dial uses."""
@@ -112,7 +115,7 @@ class ConfigSnapshot:
     async def route(self, startup: StartupMessage) -> tuple[Route, SessionOpener]:
         """Return where a client's session goes. Raises ProxyError for one without a target.
 
-        A static map answers at once.
+        A static map answers at once. Raises RouteReplaced if a reload has exchanged the map.
         """
         if self._catalogue_router is not None:
             route, opener = await self._catalogue_router.route(startup)

@@ -17,7 +17,6 @@ metrics give the mapping as the cause, whether the shard or the proxy ended the 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Final, Protocol
@@ -34,6 +33,8 @@ KILL_SECONDS: Final = 2.0
 # A shard may end a session before the catalogue's change has come here: the cause is reported this
 # much later.
 CAUSE_SECONDS: Final = 1.0
+# Where the catalogue cannot be asked, sessions are looked at again after this time.
+RETRY_SECONDS: Final = 2.0
 # Sessions that are looked up before the event loop runs something else.
 SLICE: Final = 200
 # Sessions that are ended together, and the pause after them: their tasks close two connections
@@ -45,6 +46,10 @@ END_PAUSE_SECONDS: Final = 0.002
 RECENT_SECONDS: Final = 60.0
 RECENT_MAX: Final = 10_000
 
+# Of `locate`: the same may succeed later.
+_RETRIED: Final = frozenset(
+    {ErrorKind.CATALOGUE_UNREACHABLE, ErrorKind.CATALOGUE_REFUSED, ErrorKind.CATALOGUE_STALE}
+)
 _MOVED: Final = ProxyError(ErrorKind.MAPPING_MOVED).response()
 _MOVED_BYTES: Final = _MOVED.encode()
 
@@ -131,12 +136,14 @@ class MappedSessions:
         *,
         clock: Callable[[], float] = time.time,
         kill_seconds: float = KILL_SECONDS,
+        retry_seconds: float = RETRY_SECONDS,
         recent_max: int = RECENT_MAX,
     ) -> None:
         """`clock` is the wall clock, in seconds."""
         self._locate = locate
         self._clock = clock
         self._kill_seconds = kill_seconds
+        self._retry_seconds = retry_seconds
         self._recent_max = recent_max
         self._by_mapping: dict[UUID, set[MappedSession]] = {}
         self._changed: set[UUID] = set()
@@ -190,12 +197,10 @@ class MappedSessions:
             changed, self._changed = self._changed, set()
             if self._all_changed:
                 self._all_changed, changed = False, set(self._by_mapping)
-            for mapping_id in changed:
-                sessions = iter(tuple(self._by_mapping.get(mapping_id, ())))
-                while part := tuple(islice(sessions, SLICE)):
-                    with suppress(ProxyError):  # not to be known now: the next change tells
-                        await self._compare(part)
-                    await asyncio.sleep(0)
+            failed = {one for one in changed if not await self._compare_all(one)}
+            if failed:
+                self._changed |= failed
+                asyncio.get_running_loop().call_later(self._retry_seconds, self._wake.set)
 
     def close(self) -> None:
         """Report the ends whose cause is still waited for."""
@@ -218,6 +223,18 @@ class MappedSessions:
             elif now - self._recent[oldest] < RECENT_SECONDS:
                 break
             del self._recent[oldest]
+
+    async def _compare_all(self, mapping_id: UUID) -> bool:
+        """Compare the sessions of a mapping. Return False if they are to be compared again."""
+        sessions = iter(tuple(self._by_mapping.get(mapping_id, ())))
+        while part := tuple(islice(sessions, SLICE)):
+            try:
+                await self._compare(part)
+            except ProxyError as error:
+                if error.kind in _RETRIED:
+                    return False
+            await asyncio.sleep(0)
+        return True
 
     async def _compare(self, sessions: Sequence[MappedSession]) -> None:
         """Compare sessions with where their keys are now. Raises ProxyError."""

@@ -8,7 +8,7 @@ ErrorResponse, also when the cause is a bug. When a client disconnects, what was
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,13 +21,13 @@ from proxy.session.drain import OpenSession
 from proxy.session.end_reason import EndReason
 from proxy.session.mapped_sessions import MappedSessions
 from proxy.session.relay import Relay
-from proxy.session.session_log import SessionLog, TLSAdvice
+from proxy.session.session_log import SessionLog, StartupAdvice
 from proxy.session.starting_client import ClientGone, StartingClient
 from proxy.transport.sockets import is_unix
 from proxy.transport.stream import StartupStream
 from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import DialPhases
-from proxy.upstream.upstreams import SessionOpener
+from proxy.upstream.upstreams import RouteReplaced, SessionOpener
 from proxy.wire.client_startup import CancelReceived, Disconnected, StartupReceived, Violated
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import StartupMessage
@@ -42,7 +42,10 @@ class SessionParts:
     """The parts that all sessions of a proxy share."""
 
     route: Callable[[StartupMessage], Awaitable[tuple[Route, SessionOpener]]]
-    """Returns where a client's session goes. Raises ProxyError for one without a target."""
+    """Returns where a client's session goes. Raises ProxyError for one without a target.
+
+    What it returns, and itself, raises RouteReplaced where the map was exchanged meanwhile.
+    """
     cancel_keys: CancelKeys
     cancels: CancelForwarder
     metrics: Metrics
@@ -56,7 +59,7 @@ class SessionParts:
     """Ends a session that was idle for this time; 0: never."""
     lanes: "Callable[[], Lanes | None]" = lambda: None
     """Returns the lanes of the running loop; None where they were not built."""
-    tls_advice: TLSAdvice = field(default_factory=TLSAdvice)
+    advice: StartupAdvice = field(default_factory=StartupAdvice)
 
 
 class Session:
@@ -74,7 +77,7 @@ class Session:
         self._starting_client: StartingClient | None = StartingClient(stream, tls)
         self._entry = entry
         self._parts = parts
-        self._log = SessionLog(parts.metrics, parts.tls_advice, entry.started_at)
+        self._log = SessionLog(parts.metrics, parts.advice, entry.started_at)
         self._phases = DialPhases()
 
     async def run(self) -> None:
@@ -86,7 +89,7 @@ class Session:
                 self._log.ended(self._entry.relay.ended(EndReason.SHUTDOWN))
             raise
         except ClientGone:
-            self._log.client_gone(self._phases)
+            self._log.client_gone(self._phases, negotiated=self._client.negotiated)
         except ProxyError as error:
             self._refuse(error)
         except ClientViolation as violation:
@@ -157,10 +160,7 @@ class Session:
         self._entry.opening()
         try:
             async with self._client.while_connected():
-                route, opener = await self._parts.route(startup)
-                self._log.routed(route)
-                self._entry.refuse_if_draining()
-                upstream = await opener.open(route.message, self._phases, route.fallback)
+                opener, upstream = await self._open_upstream(startup)
         except asyncio.CancelledError:
             # A drain has begun, and this client still waits for an answer.
             self._refuse(ProxyError(ErrorKind.SHUTTING_DOWN))
@@ -174,6 +174,17 @@ class Session:
         if upstream.stream.transport.is_closing():
             raise ProxyError(ErrorKind.UPSTREAM_LOST)
         return opener, upstream
+
+    async def _open_upstream(
+        self, startup: StartupMessage
+    ) -> tuple[SessionOpener, UpstreamSession]:
+        """Route the client, and open its session there. Raises ProxyError or ClientViolation."""
+        while True:  # again only if the map was exchanged meanwhile
+            with suppress(RouteReplaced):
+                route, opener = await self._parts.route(startup)
+                self._log.routed(route)
+                self._entry.refuse_if_draining()
+                return opener, await opener.open(route.message, self._phases, route.fallback)
 
     def _refuse(self, error: ProxyError) -> None:
         is_warning = error.kind not in NOT_THE_OPERATORS

@@ -5,7 +5,8 @@ contains the fingerprint.
 """
 
 import asyncio
-import math
+import ssl
+from collections.abc import Mapping
 from enum import StrEnum, unique
 from typing import Final
 
@@ -16,7 +17,7 @@ from proxy.routing.router import Route
 from proxy.session.end_reason import RelayEnd
 from proxy.upstream.dialer import AdmittedBy
 from proxy.upstream.phases import ConnectPhase, DialPhases
-from proxy.wire.client_startup import Disconnected, Violated
+from proxy.wire.client_startup import Disconnected, LastAnswer, Violated
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.violations import ClientReason
 
@@ -50,7 +51,13 @@ class StartupFailure(StrEnum):
     STARTUP_TIMEOUT = "startup_timeout"
     CLIENT_TLS = "client_tls"
     PROBE = "probe"
+    # The client did not accept what it was answered.
     CLIENT_WANTS_TLS = "client_wants_tls"
+    CLIENT_WANTS_GSSENC = "client_wants_gssenc"
+    CLIENT_REJECTS_CERTIFICATE = "client_rejects_certificate"
+    # Most likely for the same reason; but a probe of TLS, or a client that gives up, does so too.
+    CLIENT_GONE_HANDSHAKE = "client_gone_handshake"
+    CLIENT_GONE_VERSION = "client_gone_version"
     # The client disconnected: before its StartupMessage was complete, or while its session waited.
     CLIENT_GONE = "client_gone"
     CLIENT_GONE_SLOT = "client_gone_slot"
@@ -70,39 +77,88 @@ _GONE_IN: Final = {
     ConnectPhase.LOGIN: StartupFailure.CLIENT_GONE_LOGIN,
 }
 
-_WANTS_TLS_ADVICE: Final = (
-    "a client asked for TLS and left when it was refused: set sslmode=disable or sslmode=prefer in "
-    "the application (the Lakebase guide exports PGSSLMODE=require), without "
-    "sslnegotiation=direct, or set "
-    'listen.tls = "self-signed"'
+_LEFT_AT: Final = {
+    LastAnswer.TLS_REFUSED: StartupFailure.CLIENT_WANTS_TLS,
+    LastAnswer.GSSENC_REFUSED: StartupFailure.CLIENT_WANTS_GSSENC,
+    LastAnswer.TLS_STARTED: StartupFailure.CLIENT_GONE_HANDSHAKE,
+}
+
+_WANTS_TLS: Final = (
+    "client wants TLS",
+    (
+        "a client asked for TLS and left when it was refused: set sslmode=disable or "
+        "sslmode=prefer in the application (the Lakebase guide exports PGSSLMODE=require), without "
+        'sslnegotiation=direct, or set listen.tls = "self-signed"'
+    ),
 )
-# Many applications connect again at once, so the line is written no more often than this.
-WANTS_TLS_LINE_SECONDS: Final = 60.0
+_TRUST: Final = (
+    "set sslmode=require or sslmode=prefer in the application, or give it the certificate's "
+    "authority (sslrootcert) and a host that the certificate names, or set listen.tls_certificate "
+    "to one that it trusts"
+)
+# The log event and the advice for clients that leave at an answer.
+_ADVICE: Final[Mapping[StartupFailure | ClientReason, tuple[str, str]]] = {
+    StartupFailure.CLIENT_WANTS_TLS: _WANTS_TLS,
+    ClientReason.DIRECT_TLS: _WANTS_TLS,
+    StartupFailure.CLIENT_WANTS_GSSENC: (
+        "client wants GSSAPI encryption",
+        "a client asked for GSSAPI encryption and left when it was refused: set gssencmode=disable",
+    ),
+    StartupFailure.CLIENT_REJECTS_CERTIFICATE: (
+        "client rejects the certificate",
+        f"a client does not trust the listener's certificate: {_TRUST}",
+    ),
+    StartupFailure.CLIENT_GONE_HANDSHAKE: (
+        "client left after its TLS handshake",
+        (
+            "a client left right after its TLS handshake. If it is no probe, it did not accept the "
+            f"listener's certificate: {_TRUST}"
+        ),
+    ),
+    StartupFailure.CLIENT_GONE_VERSION: (
+        "client left when it was told the protocol version",
+        (
+            "a client asked for a newer version of the protocol, or for an option of it, and left "
+            "when it was told that the proxy has none: set min_protocol_version=3.0"
+        ),
+    ),
+}
+# Many applications connect again at once, so a line is written no more often than this.
+ADVICE_SECONDS: Final = 60.0
+# A client that does not accept the version leaves when it has read of it; later ones give up.
+_VERSION_SECONDS_MAX: Final = 1.0
 
 
-class TLSAdvice:
-    """When the advice for clients that want TLS was logged last; one for all sessions."""
+class StartupAdvice:
+    """When each advice for clients that leave was logged last; one for all sessions."""
 
     def __init__(self) -> None:
-        self._logged_at = -math.inf
+        self._logged_at: dict[str, float] = {}
 
-    def is_due(self, now: float) -> bool:
-        """Return whether the line is to be written again, and record that it is."""
-        if now - self._logged_at < WANTS_TLS_LINE_SECONDS:
+    def is_due(self, reason: str, now: float) -> bool:
+        """Return whether a reason's line is to be written again, and record that it is."""
+        logged_at = self._logged_at.get(reason)
+        if logged_at is not None and now - logged_at < ADVICE_SECONDS:
             return False
-        self._logged_at = now
+        self._logged_at[reason] = now
         return True
+
+
+def _is_certificate_alert(error: Exception) -> bool:
+    """Return whether the client ended the handshake because it does not accept the certificate."""
+    alert = error.reason if isinstance(error, ssl.SSLError) and error.reason else ""
+    return "ALERT" in alert and ("CERTIFICATE" in alert or "UNKNOWN_CA" in alert)
 
 
 class SessionLog:
     """The lines and counts of one connection."""
 
-    __slots__ = ("_host", "_key", "_metrics", "_started_at", "_tls_advice", "shard", "target")
+    __slots__ = ("_advice", "_host", "_key", "_metrics", "_started_at", "shard", "target")
 
-    def __init__(self, metrics: Metrics, tls_advice: TLSAdvice, started_at: float) -> None:
+    def __init__(self, metrics: Metrics, advice: StartupAdvice, started_at: float) -> None:
         """`started_at` is the loop's time of the accept."""
         self._metrics = metrics
-        self._tls_advice = tls_advice
+        self._advice = advice
         self._started_at = started_at
         self.target = ""
         self.shard = ""
@@ -119,29 +175,38 @@ class SessionLog:
 
     def client_tls_failed(self, error: Exception) -> None:
         """Record a TLS handshake that failed."""
+        if _is_certificate_alert(error):
+            self._left_at(StartupFailure.CLIENT_REJECTS_CERTIFICATE)
+            return
         self._metrics.startup_failed(StartupFailure.CLIENT_TLS)
         _log.debug("TLS with the client failed", error=type(error).__name__)
 
     def startup_failed(self, event: Violated | Disconnected) -> None:
         """Record a client that sent no StartupMessage; probes and port scans at level debug."""
-        if isinstance(event, Disconnected) and event.wanted_tls:
-            self._client_wanted_tls(StartupFailure.CLIENT_WANTS_TLS)
-            return
         if isinstance(event, Disconnected):
+            if event.last_answer is not None:
+                self._left_at(_LEFT_AT[event.last_answer])
+                return
             word = StartupFailure.PROBE if event.untouched else StartupFailure.CLIENT_GONE
             self._metrics.startup_failed(word)
             _log.debug("client left before its startup", untouched=event.untouched)
             return
         violation = event.violation
         if violation.reason is ClientReason.DIRECT_TLS:
-            self._client_wanted_tls(violation.reason)
+            self._left_at(violation.reason)
             return
         self._metrics.startup_failed(violation.reason)
         level = _log.info if violation.reason in _DRIVER_VIOLATIONS else _log.debug
         level("client refused", reason=violation.reason, sqlstate=violation.sqlstate)
 
-    def client_gone(self, phases: DialPhases) -> None:
-        """Record a client that disconnected while it waited, with what it waited for."""
+    def client_gone(self, phases: DialPhases, *, negotiated: bool) -> None:
+        """Record a client that disconnected while it waited, with what it waited for.
+
+        `negotiated`: it was told another protocol version than it had asked for.
+        """
+        if negotiated and self._duration_seconds() < _VERSION_SECONDS_MAX:
+            self._left_at(StartupFailure.CLIENT_GONE_VERSION)
+            return
         word = _GONE_IN[phases.current]
         if phases.waits_for_slot:
             word = StartupFailure.CLIENT_GONE_SLOT
@@ -175,11 +240,13 @@ class SessionLog:
             duration_seconds=self._duration_seconds(),
         )
 
-    def _client_wanted_tls(self, reason: StartupFailure | ClientReason) -> None:
+    def _left_at(self, reason: StartupFailure | ClientReason) -> None:
+        """Record a client that did not accept what it was answered."""
+        event, advice = _ADVICE[reason]
         self._metrics.startup_failed(reason)
-        self._metrics.record_error(reason, message=_WANTS_TLS_ADVICE)
-        if self._tls_advice.is_due(asyncio.get_running_loop().time()):
-            _log.info("client wants TLS", reason=reason.value, advice=_WANTS_TLS_ADVICE)
+        self._metrics.record_error(reason, message=advice)
+        if self._advice.is_due(reason, asyncio.get_running_loop().time()):
+            _log.info(event, reason=reason.value, advice=advice)
 
     # -- a session -------------------------------------------------------------------------------
 

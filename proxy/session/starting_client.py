@@ -56,6 +56,11 @@ class StartingClient:
         """Whether the client has sent its StartupMessage and no answer has been sent."""
         return self._machine.state is ClientState.AWAIT_BACKEND
 
+    @property
+    def negotiated(self) -> bool:
+        """Whether the client was told another protocol version, or of an unknown option."""
+        return self._machine.negotiated
+
     async def receive_startup(self) -> StartupReceived | CancelReceived | Violated | Disconnected:
         """Return what the client asks for, when it is complete. The caller sets the timeout.
 

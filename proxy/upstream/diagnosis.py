@@ -43,7 +43,7 @@ class _Text(NamedTuple):
     kind: ErrorKind
 
 
-# Texts of the front ends, never of PostgreSQL itself.
+# Texts of the front ends and of the pooler, never of PostgreSQL itself.
 _FRONT_END_TEXTS: Final = (
     _Text("not a valid jwt encoding", ErrorKind.NOT_A_TOKEN),
     _Text("jwt token has expired", ErrorKind.TOKEN_REJECTED),
@@ -66,8 +66,6 @@ _FRONT_END_TEXTS: Final = (
     _Text("authentication timed out", ErrorKind.UPSTREAM_TIMEOUT),
     _Text("internal error.", ErrorKind.FRONT_END_ERROR),
     _Text("invalid upstream handshake state", ErrorKind.FRONT_END_ERROR),
-    _Text("endpoint cannot be found", ErrorKind.ENDPOINT_GONE),
-    _Text("endpoint is disabled", ErrorKind.ENDPOINT_DISABLED),
     _Text("endpoint is temporarily unavailable", ErrorKind.UPSTREAM_STARTING),
     _Text("control plane request failed", ErrorKind.UPSTREAM_STARTING),
     _Text("couldn't connect to compute node", ErrorKind.UPSTREAM_STARTING),
@@ -76,16 +74,21 @@ _FRONT_END_TEXTS: Final = (
     _Text("too many connections to this endpoint", ErrorKind.UPSTREAM_BUSY),
     _Text("sasl authentication failed", ErrorKind.POOLER_NEEDS_PASSWORD),
     _Text("no more connections allowed", ErrorKind.POOLER_FULL),
+    _Text("query_wait_timeout", ErrorKind.POOLER_FULL),
+    _Text("client_login_timeout", ErrorKind.UPSTREAM_TIMEOUT),
+    _Text("pgbouncer cannot connect to server", ErrorKind.UPSTREAM_STARTING),
 )
 
-# Words of a front end that may stand in DETAIL too, under a message that says less.
-_NETWORK_TEXTS: Final = (
-    "private-link-not-supported",
-    "unsupported-destination-type",
-    "is blocked by databricks ip acl",
-    "is not allowed to connect",
-    "blocked network",
-    "vpc endpoint id is not specified",
+# Texts of a front end that may stand in DETAIL too, under a message that says less.
+_DETAIL_TEXTS: Final = (
+    _Text("private-link-not-supported", ErrorKind.NETWORK_DENIED),
+    _Text("unsupported-destination-type", ErrorKind.NETWORK_DENIED),
+    _Text("is blocked by databricks ip acl", ErrorKind.NETWORK_DENIED),
+    _Text("is not allowed to connect", ErrorKind.NETWORK_DENIED),
+    _Text("blocked network", ErrorKind.NETWORK_DENIED),
+    _Text("vpc endpoint id is not specified", ErrorKind.NETWORK_DENIED),
+    _Text("endpoint cannot be found", ErrorKind.ENDPOINT_GONE),
+    _Text("endpoint is disabled", ErrorKind.ENDPOINT_DISABLED),
 )
 
 # Texts of PostgreSQL, its auth hook or the pooler. A front end may pass them on without their
@@ -167,8 +170,10 @@ def diagnose(error: ErrorResponse, attempt: LoginAttempt) -> ProxyError:
 def _kind(error: ErrorResponse, attempt: LoginAttempt) -> tuple[ErrorKind, bool]:
     """Return what the error means, and whether it is passed on unchanged."""
     text = _plain_text(error.message, attempt)
-    if _is_network(text) or _is_network(_plain_text(error.text(b"D"), attempt)):
-        return ErrorKind.NETWORK_DENIED, False
+    detail = _plain_text(error.text(b"D"), attempt)
+    for row in _DETAIL_TEXTS:
+        if row.text in text or row.text in detail:
+            return row.kind, False
     for row in _FRONT_END_TEXTS:
         if row.text in text:
             return row.kind, False
@@ -182,10 +187,6 @@ def _kind(error: ErrorResponse, attempt: LoginAttempt) -> tuple[ErrorKind, bool]
     if not error.sqlstate or kind in _REWORDED:
         return kind or ErrorKind.UPSTREAM_PROTOCOL, False
     return kind or ErrorKind.STARTUP_REFUSED, True
-
-
-def _is_network(text: str) -> bool:
-    return any(words in text for words in _NETWORK_TEXTS)
 
 
 def _plain_text(message: str, attempt: LoginAttempt) -> str:

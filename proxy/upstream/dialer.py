@@ -209,11 +209,12 @@ class Dialer:
             except ProxyError as error:
                 await self._before_retry(dial, error)
                 continue
-            message = _message(dial.client, route, self._defaults)
             # As late as possible, so that it is fresh, but before TCP: a front end gives a
             # connection 15 seconds from accept to StartupMessage. A failure of the API is not
             # retried here: the token source does that, once for all dials.
             credential = await self._credential(dial)
+            # Not before: in an outage of the API it is of no use.
+            message = _message(dial.client, route, self._defaults)
             try:
                 return await self._open(dial, route, message, credential)
             except ProxyError as error:

@@ -44,6 +44,10 @@ from proxy.workspace.registry import (
 from proxy.workspace.resources import Resource, resource_of
 
 
+class RouteReplaced(Exception):
+    """The map that a client was routed by was exchanged for another: route the client anew."""
+
+
 class SessionOpener(Protocol):
     """Opens upstream sessions for clients: an `Upstream` does, a pool or admission wraps one."""
 
@@ -65,7 +69,8 @@ class SessionOpener(Protocol):
 
         `phases` shows meanwhile what it waits for.
 
-        Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
+        Raises ProxyError, RouteReplaced; and ClientViolation for a StartupMessage that cannot be
+        passed on.
         """
 
 

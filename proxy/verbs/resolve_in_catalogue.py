@@ -2,12 +2,12 @@
 
 import asyncio
 
-from proxy.catalogue.bounds import show_bounds
+from proxy.catalogue.bounds import given_key, show_bounds
 from proxy.catalogue.shard_upstreams import target_name
 from proxy.config import LogSettings, Settings
-from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import configure_logging
-from proxy.routing.keys import fingerprint, hash_key
+from proxy.routing.keys import hash_key
+from proxy.routing.router import mapping_not_found
 from proxy.routing.shard_map import Kind, MapKeys
 from proxy.server.catalogue_reading import reading_map
 from proxy.server.metric_labels import build_metrics
@@ -27,13 +27,10 @@ async def _resolve(settings: Settings, text: str) -> dict[str, str]:
     ):
         found = read.map
         keys = MapKeys(found.spec)
-        key = keys.parse_key(text) if text else b""
-        if not key:
-            raise ProxyError(ErrorKind.KEY_MISSING)
+        key = given_key(keys, text)
         located = await read.reader.locate(found.map_id, keys.routing_key(key), "lookup")
     if located is None:
-        detail = f"shard map {found.name}, key with fingerprint {fingerprint(key)}"
-        raise ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
+        raise mapping_not_found(found.name, key)
     mapping, shard = located.mapping, located.shard
     low, high = show_bounds(found.spec, mapping.lo, mapping.hi)
     return {

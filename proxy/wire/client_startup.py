@@ -156,16 +156,24 @@ class Violated:
     reply: bytes
 
 
+class LastAnswer(Enum):
+    """An answer that a client may not accept: then it sends nothing more, and leaves."""
+
+    TLS_REFUSED = auto()
+    GSSENC_REFUSED = auto()
+    TLS_STARTED = auto()
+
+
 @dataclass(frozen=True, slots=True)
 class Disconnected:
     """The client ended its stream.
 
-    `untouched`: it had sent no byte, as a health probe does. `wanted_tls`: its last packet was an
-    SSLRequest, and the answer was `N`.
+    `untouched`: it had sent no byte, as a health probe does. `last_answer` is what it was answered
+    last, if it has sent nothing since.
     """
 
     untouched: bool
-    wanted_tls: bool = False
+    last_answer: LastAnswer | None = None
     reply: bytes = b""
 
 
@@ -185,11 +193,13 @@ class ClientStartup:
 
     def __init__(self, *, tls_offered: bool = False) -> None:
         self.state = ClientState.AWAIT_STARTUP
+        self.negotiated = False
+        """Whether the client was told another protocol version, or of an unknown option."""
         self._tls_offered = tls_offered
         self._ssl_done = False
         self._gssenc_done = False
         self._touched = False
-        self._tls_refused = False  # by the last answer
+        self._last_answer: LastAnswer | None = None
         self._buffer = bytearray()
 
     # -- input from the client -------------------------------------------------------------------
@@ -197,8 +207,8 @@ class ClientStartup:
     def receive_data(self, data: bytes) -> list[ClientEvent]:
         """Process received bytes and return their events. Send the replies in order."""
         events: list[ClientEvent] = []
-        self._touched = self._touched or bool(data)
-        self._tls_refused = False
+        if data:
+            self._touched, self._last_answer = True, None
         if self.state in (ClientState.CANCEL, ClientState.FAILED):
             return events  # bytes after a CancelRequest or a refusal are ignored (W38)
         if self.state is ClientState.READY:
@@ -225,14 +235,15 @@ class ClientStartup:
         if (self.state, ClientStep.DISCONNECT) not in CLIENT_TABLE:
             return []
         self._move(ClientStep.DISCONNECT)
-        wanted_tls = self._tls_refused and not self._buffer
-        return [Disconnected(untouched=not self._touched, wanted_tls=wanted_tls)]
+        last_answer = None if self._buffer else self._last_answer
+        return [Disconnected(untouched=not self._touched, last_answer=last_answer)]
 
     # -- actions of the caller -------------------------------------------------------------------
 
     def tls_started(self) -> None:
         """Record that the TLS handshake is done: further bytes were received encrypted."""
         self._move(ClientStep.START_TLS)
+        self._last_answer = LastAnswer.TLS_STARTED
 
     def accept(self, welcome: bytes) -> bytes:
         """Return AuthenticationOk and the upstream's welcome messages, for one write (W24)."""
@@ -307,7 +318,8 @@ class ClientStartup:
             if self._gssenc_done:
                 raise unsupported_version(ProtocolVersion(1234, 5680))
             self._gssenc_done = True
-        self._tls_refused = isinstance(request, SSLRequest)
+        is_tls = isinstance(request, SSLRequest)
+        self._last_answer = LastAnswer.TLS_REFUSED if is_tls else LastAnswer.GSSENC_REFUSED
         self._move(ClientStep.REFUSE_ENCRYPTION)
         return b"N"
 
@@ -318,6 +330,7 @@ class ClientStartup:
                 check_replication(value)  # every one: PostgreSQL checks repeated ones too
         negotiation = _negotiate(message)
         if negotiation is not None:
+            self.negotiated = True
             events.append(VersionNegotiated(negotiation.encode()))
         if not message.get(b"user"):
             raise ClientViolation(

@@ -178,7 +178,10 @@ class CredentialService:
             for key, facts in generation_before.facts.items()
         }
         self._generations[generation] = _Generation(
-            upstreams.values(), before, self._calls, shards or ()
+            upstreams.values(),
+            before,
+            self._calls,
+            () if shards is None else shards,  # there may be none yet
         )
         self._uses[generation] = upstreams.keep_open()
         if len(self._generations) > GENERATIONS_MAX:

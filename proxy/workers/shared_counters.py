@@ -1,11 +1,12 @@
-"""Numbers in shared memory: slots, ended connections and the heartbeat of each worker.
+"""Numbers in shared memory: slots, parked clients, ended connections and heartbeats of workers.
 
-For: `listen.max_connections` as a bound of all workers together, a worker's load, and whether it
-runs, without a message for any of them. Not for: what another process should be notified of.
+For: `listen.max_connections` and `catalogue.park_max` as bounds of all workers, a worker's load,
+and whether it runs, without a message for any of them. Not for: what another process should be
+notified of.
 
 Invariants: each number has one writer, its worker, or the supervisor once the worker is dead. More
-slots than there are can never be taken: a worker first writes its own number, then reads all. Two
-that take the last slot at the same moment may both be refused.
+than a bound can never be taken: a worker first writes its own number, then reads all. Two that take
+the last slot at the same moment may both be refused.
 """
 
 import mmap
@@ -26,12 +27,13 @@ SILENT_SECONDS_MAX: Final = 2.0
 
 
 class SharedCounters:
-    """Three numbers for each worker, which are numbered from 1. Made before the processes fork."""
+    """Four numbers for each worker, which are numbered from 1. Made before the processes fork."""
 
     def __init__(self, workers: int) -> None:
-        numbers = memoryview(mmap.mmap(-1, 3 * workers * _NUMBER_BYTES)).cast("Q")
-        self._slots, self._ended = numbers[:workers], numbers[workers : 2 * workers]
-        self._beats = numbers[2 * workers :]
+        numbers = memoryview(mmap.mmap(-1, 4 * workers * _NUMBER_BYTES)).cast("Q")
+        self._slots, self._parked, self._ended, self._beats = (
+            numbers[at * workers : (at + 1) * workers] for at in range(4)
+        )
 
     @property
     def slots_used(self) -> int:
@@ -45,6 +47,11 @@ class SharedCounters:
     def add_slots(self, worker_number: int, change: int) -> None:
         """Change a worker's slots by this many."""
         self._slots[worker_number - 1] += change
+
+    def share_parked(self, worker_number: int, parked: int) -> int:
+        """Write how many clients a worker has parked. Return how many all workers have."""
+        self._parked[worker_number - 1] = parked
+        return sum(self._parked)
 
     def connections_ended(self, worker_number: int) -> int:
         """Return how many connections have ended since the worker was started."""
@@ -66,7 +73,8 @@ class SharedCounters:
 
     def reset(self, worker_number: int) -> None:
         """Set the numbers of a dead worker to 0."""
-        self._slots[worker_number - 1] = self._ended[worker_number - 1] = 0
+        for numbers in (self._slots, self._parked, self._ended):
+            numbers[worker_number - 1] = 0
 
 
 class SharedSlots:

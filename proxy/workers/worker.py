@@ -25,6 +25,7 @@ from proxy.observe.log_writer import FLUSH_SECONDS_MAX
 from proxy.observe.logs import configure_logging, flush_log, get_logger, worker_log
 from proxy.observe.metrics import Metrics
 from proxy.server.app import App
+from proxy.server.catalogue_service import ServiceKey, key_of
 from proxy.server.file_limit import full_error, slots_max
 from proxy.server.router_factory import clear_map_cache, reread_in_thread
 from proxy.server.serving import running
@@ -57,7 +58,7 @@ def run_worker(
 def worker_settings(settings: Settings) -> Settings:
     """Return the settings of one worker.
 
-    It has no admin address, and its part, rounded up, of each `connects_max` and of `park_max`.
+    It has no admin address, and its part, rounded up, of each `connects_max`.
     """
 
     def part_of(target: UpstreamSettings) -> UpstreamSettings:
@@ -65,11 +66,7 @@ def worker_settings(settings: Settings) -> Settings:
         return target.model_copy(update={"connects_max": connects_max})
 
     admin = AdminSettings(enabled=False)
-    park_max = math.ceil(settings.park_max / settings.listen.workers)
-    catalogue = settings.catalogue.model_copy(update={"park_max": park_max})
-    return settings.with_targets(part_of).model_copy(
-        update={"admin": admin, "catalogue": catalogue}
-    )
+    return settings.with_targets(part_of).model_copy(update={"admin": admin})
 
 
 class Worker:
@@ -88,6 +85,7 @@ class Worker:
         self._connections = connections
         self._threads = BlockingCalls("reload")
         self._map: RemoteMap | None = None
+        self._map_key: ServiceKey
         self._first_settings: asyncio.Future[Settings]
         self._serving = asyncio.Event()
         self._rpc: RpcConnection
@@ -134,6 +132,7 @@ class Worker:
             ),
             cancel_elsewhere=self._cancel_elsewhere,
             map_elsewhere=self._map_of,
+            share_parked=partial(self._counters.share_parked, self._number),
         )
         ended = partial(self._counters.record_end, self._number)
         app.connection_source = ReceivedConnections(self._connections, app.listener, ended)
@@ -176,16 +175,19 @@ class Worker:
         return sessions_cut
 
     async def _map_changed(self, **change: Any) -> None:
-        if self._map is not None:  # else no session can have a mapping yet
-            self._map.changed(change_from_dict(change))
+        if self._map is None:  # no session can have a mapping yet
+            return
+        in_force = self._app.catalogue.service  # not one that a reload could not use
+        if isinstance(in_force, RemoteMap):
+            in_force.changed(change_from_dict(change))
 
     # -- what it calls ---------------------------------------------------------------------------
 
     def _map_of(self, settings: Settings, metrics: Metrics) -> RemoteMap:
         """Return the map that the supervisor has for these settings."""
-        name = settings.catalogue_map
-        if self._map is None or self._map.name != name:
-            self._map = RemoteMap(name, self._rpc, metrics)
+        key = key_of(settings)
+        if self._map is None or self._map_key != key:
+            self._map, self._map_key = RemoteMap(settings.catalogue_map, self._rpc, metrics), key
         return self._map
 
     async def _cancel_elsewhere(self, request: CancelRequest) -> bool:

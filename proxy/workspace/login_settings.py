@@ -18,13 +18,14 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from pydantic import SecretStr
 
 from proxy.config import WorkspaceSettings
 from proxy.config.validators import BLANKS, QUOTES, workspace_address
 from proxy.errors import ErrorKind, ProxyError
+from proxy.workspace.sdk_http import proxy_variable, usable_proxies
 
 # These are sent in a header, or are part of a URL.
 _SENT_NAMES: Final = frozenset(
@@ -203,14 +204,10 @@ def check_identity_token(
     variable = values.get("oidc_token_env") or ("" if path else _IDENTITY_VARIABLE)
     if variable and "env-oidc" in auth_type:
         token = environ.get(variable, "")
-        if not token:
+        if not clean("token", token, variable):
             raise mistake(source, f"the variable {variable} is not set")
-        if token != clean("token", token, variable):
-            raise mistake(variable, "there are blanks or a byte order mark around the value")
     elif path and "file-oidc" in auth_type:
-        text = _token_file(path, source)
-        if text.strip() != clean("token", text, f"{source}: {path}"):
-            raise mistake(source, f"the file {path} has a byte order mark; remove it")
+        clean("token", _token_file(path, source), f"{source}: {path}")
 
 
 def _token_file(path: str, source: str) -> str:
@@ -269,12 +266,10 @@ def _check_proxy(host: str, environ: Mapping[str, str]) -> None:
     """Raise ProxyError if the HTTP proxy on the path to the workspace cannot be used."""
     from requests.utils import get_environ_proxies, select_proxy  # noqa: PLC0415 - slow
 
-    url = select_proxy(host, get_environ_proxies(host, no_proxy=None))
+    url = select_proxy(host, usable_proxies(get_environ_proxies(host, no_proxy=None)))
     if not url:
         return
-    scheme = urlsplit(host).scheme
-    names = (f"{scheme}_proxy", f"{scheme}_proxy".upper(), "all_proxy", "ALL_PROXY")
-    variable = next((name for name in names if environ.get(name) == url), "HTTPS_PROXY")
+    variable = proxy_variable(host, url, environ)
     if url.lower().startswith("socks"):
         if find_spec("socks") is None:
             why = "a SOCKS proxy cannot be used; name an HTTP proxy in HTTPS_PROXY"

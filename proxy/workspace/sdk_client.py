@@ -11,10 +11,12 @@ that its settings do not name (the machine's own Azure command, a notebook's tok
 
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy.config import WorkspaceSettings
+from proxy.config.validators import BLANKS
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
 from proxy.workspace.login_settings import (
@@ -80,6 +82,7 @@ def connect(
     """
     retry_seconds = max(1, int(timeout_seconds * _RETRY_PART)) if retries else _NO_RETRY_SECONDS
     skip_package_init()
+    _strip_identity_tokens()
     discover = discover and not _is_complete(settings, file_secret)
     config = (_discovering_config() if discover else _isolated_config())(
         clock=_fail_fast_clock(),
@@ -121,6 +124,22 @@ def _variables() -> dict[str, list[str]]:
         for attribute in Config.attributes()
         if attribute.env
     }
+
+
+@cache
+def _strip_identity_tokens() -> None:
+    """Remove what is harmless around the tokens of env-oidc and file-oidc.
+
+    The SDK reads them again for each login, and has no other place for it.
+    """
+    from databricks.sdk import oidc  # noqa: PLC0415 - slow
+
+    def stripping(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda source: oidc.IdToken(read(source).jwt.strip(BLANKS))
+
+    sources: tuple[Any, ...] = (oidc.EnvIdTokenSource, oidc.FileIdTokenSource)
+    for source in sources:
+        source.id_token = stripping(source.id_token)
 
 
 @cache

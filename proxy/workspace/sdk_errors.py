@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import mask
 from proxy.wire.secret import MASK
-from proxy.workspace.sdk_http import NO_TLS, PROXY_LOGIN_REFUSED, Refusal, SDKCall
+from proxy.workspace.sdk_http import NO_TLS, PROXY_REFUSED, Refusal, SDKCall
 
 _TEXT_CHARACTERS_MAX: Final = 300  # of what the SDK says, in the DETAIL of an error
 
@@ -61,7 +61,7 @@ def _rows() -> tuple[_Row, ...]:
         _Row(Exception, "not accessible from the current network", kinds.WORKSPACE_NETWORK_DENIED),
         _Row(Exception, "certificate verify failed", kinds.WORKSPACE_CERTIFICATE),
         _Row(Exception, NO_TLS.lower(), kinds.CONFIGURATION_MISTAKE),
-        _Row(Exception, PROXY_LOGIN_REFUSED, kinds.CONFIGURATION_MISTAKE),
+        _Row(Exception, PROXY_REFUSED, kinds.CONFIGURATION_MISTAKE),
         _Row(RuntimeError, "can't start new thread", kinds.OUT_OF_RESOURCES),
         # The API, by its status; the text of a 403 says what is missing.
         _Row(errors.Unauthenticated, "", kinds.WORKSPACE_LOGIN_FAILED),

@@ -11,14 +11,19 @@ time, and the secrets that were sent, so that none of them is in a text that is 
 
 import base64
 import binascii
+import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from proxy.config.validators import BLANKS
 
 if TYPE_CHECKING:  # slow to import: only in a thread
     from requests import PreparedRequest, Response, Session
@@ -34,14 +39,13 @@ _RETRIED: Final = frozenset((429, 503))
 _BEFORE_A_PAGE: Final = b"\xef\xbb\xbf \t\r\n"
 _DISCOVERY: Final = "/.well-known/"
 
-# Words of the libraries for what a second try does not change, and what is reported instead. The
-# variable is that of a workspace with TLS; others are on this machine.
-PROXY_LOGIN_REFUSED: Final = "the proxy refused its user and password"
+# What is reported for what a second try does not change, and the libraries' words for it. An HTTP
+# proxy refuses a tunnel with 4xx; 408 and 429 ask to come again.
+PROXY_REFUSED: Final = "the proxy refused "
 NO_TLS: Final = "the server does not speak TLS"
-_FINAL: Final = {
-    "Tunnel connection failed: 407": f"HTTPS_PROXY: {PROXY_LOGIN_REFUSED}",
-    "WRONG_VERSION_NUMBER": f"workspace.host or the scheme of HTTPS_PROXY: {NO_TLS}",
-}
+_TUNNEL_REFUSED: Final = re.compile(r"Tunnel connection failed: (4(?!08|29)\d\d)")
+_NO_TLS: Final = "WRONG_VERSION_NUMBER"
+_PROXY_LOGIN: Final = "407"
 
 _VERIFY_FAILED: Final = "certificate verify failed"
 
@@ -134,6 +138,19 @@ def _bound_requests() -> None:
     Session.send = bounded  # type: ignore[assignment,method-assign]
 
 
+def usable_proxies(urls: Mapping[str, str]) -> dict[str, str]:
+    """Return the URLs of HTTP proxies by scheme, without blanks around them and empty ones."""
+    return {scheme: text for scheme, url in urls.items() if (text := url.strip(BLANKS))}
+
+
+def proxy_variable(url: str, proxy_url: str, environ: Mapping[str, str]) -> str:
+    """Return the variable that names this HTTP proxy for requests to a URL."""
+    scheme = urlsplit(url).scheme
+    names = (f"{scheme}_proxy", f"{scheme}_proxy".upper(), "all_proxy", "ALL_PROXY")
+    found = (name for name in names if environ.get(name, "").strip(BLANKS) == proxy_url)
+    return next(found, "HTTPS_PROXY")
+
+
 def _send(
     send: Callable[..., "Response"], request: "PreparedRequest", options: dict[str, Any]
 ) -> "Response":
@@ -152,7 +169,12 @@ def _send(
     call.failure, call.is_page = None, False
     if call.ca_file:
         options = {**options, "verify": call.ca_file}
-    response = _send_verified(send, {**options, "timeout": timeout_seconds}, call.retries)
+    options = {
+        **options,
+        "timeout": timeout_seconds,
+        "proxies": usable_proxies(options.get("proxies") or {}),
+    }
+    response = _send_verified(send, request.url or "", options, call.retries)
     call.failure = None if response.ok else _refusal(response)
     call.is_page = _is_page(response)
     call.server_time = _time(response.headers.get("Date"))
@@ -182,7 +204,7 @@ def _time(date: str | None) -> float | None:
 
 
 def _send_verified(
-    send: Callable[..., "Response"], options: dict[str, Any], retries: bool
+    send: Callable[..., "Response"], url: str, options: dict[str, Any], retries: bool
 ) -> "Response":
     """Send a request.
 
@@ -197,12 +219,29 @@ def _send_verified(
         _, verify_failed, why = str(error).partition(_VERIFY_FAILED)
         if verify_failed:
             raise CertificateRejected(_VERIFY_FAILED + why.partition(" (_ssl")[0]) from None
-        for words, told in _FINAL.items():
-            if words in str(error):
-                raise NotConnected(told) from None
+        if told := _mistake(str(error), url, options["proxies"]):
+            raise NotConnected(told) from None
         if not retries and isinstance(error, ConnectionFailed):
             raise NotConnected(str(error)) from None
         raise
+
+
+def _mistake(text: str, url: str, proxies: dict[str, str]) -> str:
+    """Return what to report of a connection that fails for good; "" if another try may succeed."""
+    from requests.utils import select_proxy  # noqa: PLC0415 - imported by now
+
+    if _NO_TLS in text:
+        return f"workspace.host or the scheme of HTTPS_PROXY: {NO_TLS}"
+    refused = _TUNNEL_REFUSED.search(text)
+    if refused is None:
+        return ""
+    variable = proxy_variable(url, select_proxy(url, proxies) or "", os.environ)
+    if refused[1] == _PROXY_LOGIN:
+        return f"{variable}: {PROXY_REFUSED}its user and password"
+    return (
+        f"{variable}: {PROXY_REFUSED}the connection to the workspace: {refused[1]} (does it allow "
+        "the workspace's host, or must NO_PROXY name it?)"
+    )
 
 
 def _refusal(response: "Response") -> Refusal:

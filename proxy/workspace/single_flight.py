@@ -120,6 +120,11 @@ class PendingCalls:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    async def finish(self) -> None:
+        """Wait until none is under way."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
     async def close(self) -> None:
         """Cancel the calls that are under way, and wait until they have ended."""
         for task in self._tasks:

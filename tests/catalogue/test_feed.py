@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -28,7 +29,7 @@ async def test_a_change_is_known_at_once_and_only_what_changed_is_read(
     catalogue: FollowedCatalogue,
 ) -> None:
     async with running(catalogue.followed()) as followed:
-        assert followed.feed_state is FeedState.LISTENING
+        assert followed.status().feed is FeedState.LISTENING
         assert (where(followed, 5), where(followed, 15), where(followed, 25)) == (
             "one",
             None,
@@ -82,7 +83,7 @@ async def test_s55_what_is_no_notification_of_ours_is_counted_and_the_map_is_rea
         await catalogue.notify(payload.replace("MAP", str(catalogue.map_id)))
         await until(lambda: followed.feed_counts.reloads == 2, followed)
         assert followed.feed_counts.bad_payloads == 1
-        assert followed.feed_state is FeedState.LISTENING
+        assert followed.status().feed is FeedState.LISTENING
         await catalogue.insert(0, 10, 20)
         await until(lambda: where(followed, 15) == "one", followed)
 
@@ -119,6 +120,54 @@ async def test_s55_a_forged_notification_hides_no_change(
         await catalogue.insert(0, 10, 20)
         await until(lambda: where(followed, 15) == "one", followed)
         assert followed.status().version == version
+
+
+async def test_s55_a_forged_version_hides_no_change_while_the_feed_is_lost(
+    catalogue: FollowedCatalogue,
+) -> None:
+    """The change had the version that was known already: the map was not read again."""
+    async with running(catalogue.followed(short_times())) as followed:
+        version = await catalogue.version() + 1
+        forged = {"m": str(catalogue.map_id), "v": version, "ids": [str(uuid4())]}
+        await catalogue.notify(json.dumps(forged))
+        await until(lambda: followed.status().version == version, followed)
+        catalogue.is_down = True
+        await asyncio.get_running_loop().run_in_executor(None, catalogue.end_connections)
+        await until(lambda: followed.status().feed is FeedState.DOWN, followed)
+        await catalogue.insert(0, 10, 20)
+        assert await catalogue.version() == version
+        catalogue.is_down = False
+        await until(lambda: where(followed, 15) == "one", followed)
+        assert followed.status().version == version
+
+
+async def test_s55_a_forged_version_is_not_saved(
+    catalogue: FollowedCatalogue, tmp_path: Path
+) -> None:
+    file = str(tmp_path / "map.snapshot")
+    async with running(catalogue.followed(snapshot_file=file)) as followed:
+        version = await catalogue.version() + 1
+        forged = {"m": str(catalogue.map_id), "v": version, "ids": [str(uuid4())]}
+        await catalogue.notify(json.dumps(forged))
+        await until(lambda: followed.status().version == version, followed)
+    await catalogue.insert(0, 10, 20)
+    assert await catalogue.version() == version
+    async with running(catalogue.followed(snapshot_file=file)) as followed:
+        await until(lambda: where(followed, 15) == "one", followed)
+
+
+async def test_a_version_that_was_read_and_notified_is_gone_on_from(
+    catalogue: FollowedCatalogue,
+) -> None:
+    async with running(catalogue.followed(short_times(), poll_seconds=1)) as followed:
+        await catalogue.insert(0, 10, 20)
+        version = await catalogue.version()
+        await until(lambda: followed.state.read_version == version, followed)
+        opened = catalogue.opened
+        await asyncio.get_running_loop().run_in_executor(None, catalogue.end_connections)
+        await until(lambda: catalogue.opened > opened, followed)
+        await until(lambda: followed.status().feed is FeedState.LISTENING, followed)
+        assert (where(followed, 15), followed.feed_counts.reloads) == ("one", 1)
 
 
 async def test_s55_a_notification_that_names_another_maps_mapping_brings_none_of_it(
@@ -215,7 +264,7 @@ async def test_s43_changes_while_the_feed_is_cut_are_known_after_it_comes_back(
     async with running(catalogue.followed(times)) as followed:
         catalogue.is_down = True
         await asyncio.get_running_loop().run_in_executor(None, catalogue.end_connections)
-        await until(lambda: followed.feed_state is FeedState.DOWN, followed)
+        await until(lambda: followed.status().feed is FeedState.DOWN, followed)
         assert followed.failure is not None
         assert followed.failure.kind is ErrorKind.CATALOGUE_UNREACHABLE
         await catalogue.execute(
@@ -227,7 +276,7 @@ async def test_s43_changes_while_the_feed_is_cut_are_known_after_it_comes_back(
         assert (await followed.source.find(key(5))).shard.name == "one"
         catalogue.is_down = False
         await until(lambda: where(followed, 5) == "two", followed)
-        assert followed.feed_state is FeedState.LISTENING
+        assert followed.status().feed is FeedState.LISTENING
         assert followed.failure is None
 
 
@@ -238,7 +287,7 @@ async def test_a_feed_that_comes_back_to_the_same_version_reads_no_map(
     async with running(catalogue.followed(times)) as followed:
         await asyncio.get_running_loop().run_in_executor(None, catalogue.end_connections)
         await until(lambda: catalogue.opened == 2, followed)
-        await until(lambda: followed.feed_state is FeedState.LISTENING, followed)
+        await until(lambda: followed.status().feed is FeedState.LISTENING, followed)
         assert followed.feed_counts.reloads == 1
 
 
@@ -278,7 +327,7 @@ async def test_poll_compares_versions_and_keeps_no_connection(
 ) -> None:
     polling = catalogue.followed(feed="poll", poll_seconds=1, load=load)
     async with running(polling) as followed:
-        await until(lambda: followed.feed_state is FeedState.POLLING, followed)
+        await until(lambda: followed.status().feed is FeedState.POLLING, followed)
         assert (await followed.source.find(key(5))).shard.name == "one"
         await catalogue.execute(
             "update shardmap.mapping set shard_id = $2, epoch = 2 where mapping_id = $1",
@@ -294,7 +343,7 @@ async def test_off_reads_the_map_once_and_keeps_no_connection(
 ) -> None:
     async with running(catalogue.followed(feed="off")) as followed:
         await until(lambda: catalogue.open_now == 0, followed)
-        assert followed.feed_state is FeedState.OFF
+        assert followed.status().feed is FeedState.OFF
         assert where(followed, 5) == "one"
         queries = catalogue.queries.total()
         await catalogue.insert(0, 10, 20)

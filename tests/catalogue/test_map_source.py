@@ -444,6 +444,35 @@ async def test_s63_a_name_that_cannot_be_right_is_in_no_log_and_its_shard_is_ref
         assert (await followed.source.refresh(key(5), located)).shard.name == "one"
 
 
+@pytest.mark.parametrize("feed", ["listen", "off"])
+async def test_s63_a_status_that_cannot_be_right_refuses_its_shard_alone(
+    catalogue: FollowedCatalogue, feed: str
+) -> None:
+    """One such row failed the reading of all shards."""
+    for table in ("shard", "mapping"):
+        await catalogue.execute(
+            f"alter table shardmap.{table} drop constraint {table}_status_check"
+        )
+    await catalogue.execute("alter table shardmap.mapping drop constraint mapping_sessions_check")
+    sql = "update shardmap.shard set status = $2 where shard_id = $1"
+    await catalogue.execute(sql, catalogue.shards[0], "x\n[error] all is lost")
+    async with running(catalogue.followed(feed=feed)) as followed:
+        for _ in range(2):
+            with pytest.raises(ProxyError) as caught:
+                await followed.source.find(key(5))
+            assert caught.value.kind is ErrorKind.SHARD_ROW_INVALID
+            assert caught.value.detail == "shard one: its status is none"
+        assert (await followed.source.find(key(25))).shard.name == "two"
+        await catalogue.execute(sql, catalogue.shards[0], "online")
+        located = followed.source.peek(key(5))
+        assert located is not None
+        assert (await followed.source.refresh(key(5), located)).shard.name == "one"
+        # A mapping's is offline, however it is read.
+        await catalogue.execute("update shardmap.mapping set status = 'x', sessions = 'y'")
+        found = await followed.source.refresh(key(5), located)
+        assert (found.mapping.status, found.mapping.sessions) == ("offline", "kill")
+
+
 def _serves(followed: FollowedMap, value: int) -> bool:
     located = followed.source.peek(key(value))
     return located is not None and followed.state.refusal(located.shard) is None

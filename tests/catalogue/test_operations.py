@@ -129,6 +129,31 @@ async def test_s28_one_lost_connection_at_any_step_is_invisible(
         await operating.check_settled()
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("kind", NAMES)
+async def test_s28_a_lost_answer_to_the_last_commit_is_invisible(
+    operating: Operating, kind: str, resumed: bool
+) -> None:
+    """An offline that another process resumed was said to be taken over, although it was done."""
+
+    async def reach(point: str) -> None:
+        if point == "end.commit":
+            operating.databases.loses_next_answer = True
+
+    prepare, make = CASES[kind]
+    await prepare(operating)
+    if resumed:
+        with pytest.raises(Killed):
+            await operating.run(make(operating), kill_at("end"))
+        async with operating.operator(reach) as operator:
+            (row,) = await operator.pending()
+            await operator.resume(row.op_id)
+    else:
+        assert await operating.run(make(operating), reach)
+    assert operating.slept.seconds == [RETRY_SECONDS[0]]
+    await operating.check_settled()
+
+
 @pytest.mark.parametrize("kind", NAMES)
 async def test_s27_what_fails_in_do_and_undo_is_pending_until_the_next_writer(
     operating: Operating, kind: str

@@ -7,6 +7,7 @@ without changing the code, a test shows what happens then.
 import asyncio
 import secrets
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -37,13 +38,13 @@ def offline(operating: Operating, low: int = 0, high: int = 10) -> TakeOffline:
     return TakeOffline(operating.map, *operating.bounds(low, high))
 
 
-async def alter_admit(operating: Operating, old: str, new: str) -> None:
+async def alter_admit(operating: Operating, old: str, new: str, shard: str = "one") -> None:
     """Replace a part of the shard's function, to take a protection out."""
     (row,) = await operating.fetch(
-        "one", "select pg_get_functiondef('shardmap_local.admit'::regproc)"
+        shard, "select pg_get_functiondef('shardmap_local.admit'::regproc)"
     )
     assert old in row[0]
-    await operating.fetch("one", row[0].replace(old, new))
+    await operating.fetch(shard, row[0].replace(old, new))
 
 
 async def someone_waits(operating: Operating, role: str) -> None:
@@ -222,10 +223,20 @@ async def test_r8_a_client_cannot_take_itself_out_of_the_registry(
 # -- R9: another backend has the pid ---------------------------------------------------------------
 
 
+# The shard's view, without the start of the backend.
+LIVE_BY_PID = (
+    "create or replace view shardmap_local.live_session as select s.*"
+    " from shardmap_local.session s join pg_catalog.pg_stat_activity a on a.pid = s.pid"
+)
+
+
+@pytest.mark.parametrize("right", [True, False])
 async def test_r9_a_backend_that_got_the_pid_of_a_registered_one_is_left_alone(
-    operating: Operating,
+    operating: Operating, right: bool
 ) -> None:
     await add(operating, 0, 10)
+    if not right:
+        await operating.fetch("one", LIVE_BY_PID)
     async with operating.session(1) as session:
         # As if it had been registered by an earlier backend of this pid.
         await operating.fetch(
@@ -234,8 +245,8 @@ async def test_r9_a_backend_that_got_the_pid_of_a_registered_one_is_left_alone(
         )
         operation = offline(operating)
         await operating.run(operation)
-        assert operation.sessions_ended == 0
-        assert await session.lives()
+        assert operation.sessions_ended == (not right)
+        assert await session.lives() is right
     assert await operating.fetch("one", "select 1 from shardmap_local.session") == []
 
 
@@ -257,6 +268,67 @@ async def test_r10_a_session_that_has_ended_is_in_nobodys_way(operating: Operati
     await operating.run(operation)
     assert operation.sessions_ended == 0
     assert await operating.fetch("one", "select 1 from shardmap_local.session") == []
+
+
+# -- R14: a client calls admit itself, and keeps the transaction open ---------------------------
+
+
+class _WaitsForClients(TakeOffline):
+    """Changes the shard's row without ending what holds it."""
+
+    async def set_local(self, connection: Connection, shard: Shard, tools: Tools) -> None:
+        """Change the row alone."""
+        sql = (
+            "update shardmap_local.mapping set status = 'offline', epoch = epoch + 1, op_id = $2"
+            " where mapping_id = $1 returning epoch"
+        )
+        epoch = await connection.fetchval(sql, self.before.mapping_id, self.op_id)
+        self.after = replace(self.after, epoch=epoch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("right", [True, False])
+async def test_r14_a_fence_waits_for_no_client_that_keeps_its_admit_open(
+    operating: Operating, right: bool
+) -> None:
+    await add(operating, 0, 10)
+    kind = TakeOffline if right else _WaitsForClients
+    operation = kind(operating.map, *operating.bounds(0, 10), sessions=SessionsMode.KEEP)
+    async with operating.session(1, commit=False) as session:
+        async with in_background(operating.run(operation)) as running:
+            await someone_waits(operating, operating.stores.roles.admin)
+            if right:
+                assert await running
+            else:
+                await asyncio.wait((running,), timeout=FENCE_SECONDS_MAX + 2)
+                assert not running.done()
+        assert await session.lives() is not right
+
+
+# -- R6: a branch of a shard, under its own host --------------------------------------------------
+
+
+@pytest.mark.parametrize("right", [True, False])
+async def test_r6_a_branch_of_a_shard_admits_nothing(operating: Operating, right: bool) -> None:
+    await add(operating, 0, 10)
+    row = await operating.mapping(1)
+    # The server of "two" as a branch of the shard "one": the same rows under another host.
+    await operating.fetch("two", "delete from shardmap_local.identity")
+    for table in ("identity", "mapping"):
+        for copied in await operating.fetch("one", f"select * from shardmap_local.{table}"):
+            places = ", ".join(f"${at}" for at in range(1, len(copied) + 1))
+            await operating.fetch(
+                "two", f"insert into shardmap_local.{table} values ({places})", *copied
+            )
+    if not right:
+        await alter_admit(operating, " or i.location <> p_location", "", shard="two")
+    # Who writes the catalogue points the shard there, and a proxy dials it.
+    branch = operating.shards["two"]
+    dialled = replace(branch, shard_id=operating.shards["one"].shard_id)
+    operating.shards["two"] = dialled
+    async with operating.stores.connect("two", operating.stores.roles.session) as connection:
+        admitted = await operating.admit(connection, "two", row, operating.key(1))
+        assert admitted["verdict"] == ("wrong_shard" if right else "ok")
 
 
 # -- R15: an admit in flight while its shard goes offline ------------------------------------------

@@ -14,6 +14,7 @@ from tests.support.operating import Killed, Operating, Pauses, in_background, ki
 
 MAY = "select has_function_privilege($1, 'shardmap_local.admit(int,uuid,uuid,text,uuid,bigint,bytea,text,bytea,bytea)', 'execute') and has_schema_privilege($1, 'shardmap_local', 'usage')"  # noqa: E501
 ROLES = "select session_roles from shardmap.shard_map"
+MARKS = "select distinct op_id from shardmap.shard where op_id is not null"
 
 
 async def granted(operating: Operating) -> tuple[bool, ...]:
@@ -76,6 +77,22 @@ async def test_an_operator_that_ends_at_any_point_leaves_what_the_next_writer_se
         assert await operating.fetch(MAP, "select * from shardmap.op_log") == []
         after = NONE if revoke else ALL
         assert await granted(operating) in (before, after), point
+
+
+@pytest.mark.parametrize("revoke", [False, True])
+async def test_a_pending_operation_has_its_mark_where_proxies_read(
+    operating: Operating, revoke: bool
+) -> None:
+    """It marked no row, so the alert of an operation that is pending for long did not fire."""
+    for resumes in (True, False):
+        await prepare(operating, revoke=revoke)
+        operation = make(operating, revoke=revoke)
+        with pytest.raises(Killed):
+            await operating.run(operation, kill_at("local"))
+        assert await operating.fetch(MAP, MARKS) == [(operation.op_id,)]
+        async with operating.operator() as operator:
+            await (operator.resume if resumes else operator.undo)(operation.op_id)
+        await operating.check_settled()
 
 
 async def test_a_login_that_a_server_does_not_have_is_not_granted_and_may_be_revoked(

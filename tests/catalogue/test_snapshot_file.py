@@ -1,17 +1,21 @@
 """The snapshot file: it comes back as it was written, or is not used."""
 
+import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from uuid import UUID
+from zlib import crc32
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.catalogue.model import CatalogueMap, Mapping, Status
+from proxy.catalogue.packed_rows import RowChunk
 from proxy.catalogue.snapshot_file import (
     CataloguePlace,
     SavedMap,
@@ -44,7 +48,12 @@ SAVED = SavedMap(
 ROWS = [mapping(b"", b"\x80\0\0\0"), mapping(b"\x80\0\0\0", None, 2, status=Status.OFFLINE)]
 
 
-def read(file: Path, place: CataloguePlace = PLACE, name: str = "tenants") -> object:
+TEXTS = ("name", "host", "database", "endpoint", "instance", "workspace", "fault")
+
+
+def read(
+    file: Path, place: CataloguePlace = PLACE, name: str = "tenants"
+) -> tuple[SavedMap, list[RowChunk]]:
     with opened(file, place, name) as (saved, chunks):
         return saved, list(chunks)
 
@@ -131,6 +140,8 @@ def test_a_file_that_was_cut_or_damaged_anywhere_is_not_used(tmp_path: Path) -> 
         "[]\n",
         "null\n",
         '{"format": 2}\n',
+        '{"format": 1, "map": "' + "9" * 5000 + '"}\n',
+        "9" * 5000 + "\n",
         '{"format": 1, "catalogue": 7}\n',
         "{" * 9,
     ],
@@ -140,6 +151,51 @@ def test_what_is_no_snapshot_is_not_used(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(SnapshotUnusable):
         read(file)
+
+
+GARBAGE: tuple[object, ...] = (None, True, -1, 0, 10**400, 1.5, "x\n", "", "\ud800", [], {}, [[]])
+
+
+def leaves(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Yield where each value in the first line is."""
+    yield path
+    items: Iterable[tuple[str | int, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for name, inner in items:
+        yield from leaves(inner, (*path, name))
+
+
+def replaced(value: Any, path: Sequence[str | int], garbage: object) -> Any:
+    if not path:
+        return garbage
+    copy = value.copy()
+    copy[path[0]] = replaced(value[path[0]], path[1:], garbage)
+    return copy
+
+
+def test_garbage_anywhere_in_the_first_line_is_no_other_exception_and_no_other_type(
+    tmp_path: Path,
+) -> None:
+    """A version that was no number came as far as the metrics, and ended the map's task."""
+    file = written(tmp_path, [])
+    line, _, rest = file.read_bytes().partition(b"\n")
+    head = json.loads(line)
+    for path in leaves(head):
+        for garbage in GARBAGE:
+            spoiled = json.dumps(replaced(head, path, garbage)).encode() + b"\n" + rest[:-4]
+            file.write_bytes(spoiled + crc32(spoiled).to_bytes(4))
+            try:
+                saved, _ = read(file)
+            except SnapshotUnusable:
+                continue
+            assert type(saved.map.version) is int
+            for shard in saved.shards:
+                assert {type(getattr(shard, name)) for name in TEXTS} == {str}
+                assert shard.name.isprintable()
+                assert (type(shard.port), type(shard.version)) == (int, int)
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,18 @@ from proxy.server.app import App
 from proxy.workspace.outage import OUTAGE_SECONDS
 from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.admin_address import ask
+from tests.support.client import plain_client, startup
+from tests.support.proxy_process import START_SECONDS_MAX
 from tests.support.running import Listening, LogLines, eventually, libpq
 
 # Milliseconds where the machine does nothing else; the tests of others run beside this one.
 AT_ONCE_SECONDS = 0.5
 OUTAGE_SECONDS_MAX = 30.0
+# What is asked for after so long an outage, as the median of so many refusals in a row.
+REFUSAL_SECONDS_MAX = 0.05
+LONG_OUTAGE_SECONDS = 10.0
+REFUSALS = 20
+SERIES_MAX = 5
 OPEN_SECONDS = 9.0  # the first call that hangs, and the time after it until clients do not wait
 PROBES_SECONDS_MAX = 15.0  # the longest back-off, and a call
 
@@ -93,6 +101,39 @@ async def test_new_clients_are_refused_at_once_until_the_api_works_again(
         await asyncio.sleep(0.05)
     assert await shown(proxy) == []
     assert len(log.events("the workspace API works again")) == 1
+
+
+async def test_after_ten_seconds_of_an_outage_a_refusal_takes_milliseconds(
+    start_process: StartProcess, lakebase: Lakebase
+) -> None:
+    # The bound is asked of the proxy, and the machine may do much else: of five series the best.
+    lakebase.workspace.fail(Call.CREDENTIAL, faults.INTERNAL)
+    proxy = await start_process(credentials={"mint_timeout_seconds": 3})
+    await eventually(
+        lambda: proxy.events("the workspace API fails"), "its first mint", START_SECONDS_MAX
+    )
+    begun = time.monotonic()
+    while time.monotonic() - begun < LONG_OUTAGE_SECONDS:  # it is the proxy's own clock
+        await seconds_to_refusal(proxy)
+        await asyncio.sleep(0.2)
+    medians = []
+    for _ in range(SERIES_MAX):
+        series = [await seconds_to_refusal(proxy) for _ in range(REFUSALS)]
+        medians.append(statistics.median(series))
+        if medians[-1] <= REFUSAL_SECONDS_MAX:
+            break
+    assert min(medians) <= REFUSAL_SECONDS_MAX, medians
+
+
+async def seconds_to_refusal(proxy: Listening) -> float:
+    """Return how long one client is connected that is refused for the outage."""
+    begun = time.monotonic()
+    async with plain_client(proxy) as client:
+        await client.send(startup())
+        error = await client.error()
+        assert await client.receive_rest() == b""
+    assert error.text(b"D").startswith("reason=api_error HTTP 500")
+    return time.monotonic() - begun
 
 
 async def shown(proxy: App) -> list[str]:

@@ -193,6 +193,7 @@ async def sidecar_of(operator: Operator, **sections: Any) -> AsyncIterator[Sidec
             catalogue.validate,
             settings.upstream.connect_timeout_seconds,
             loop.time,
+            lambda: True,
         )
         sidecar = Sidecar(operator, source, parts, counts)
         try:
@@ -250,7 +251,7 @@ async def test_s18_key_that_moved_costs_one_look_and_one_dial(
     assert sidecar.counts.verdicts[-2:] == [Verdict.MAPPING_MISSING, Verdict.OK]
 
 
-async def test_s18_without_validation_the_known_shard_gets_it(
+async def test_s18_r3_without_validation_the_known_shard_gets_it(
     operator: Operator, placed: Placed
 ) -> None:
     catalogue = {"validate": False, "allow_unvalidated": True}
@@ -536,6 +537,43 @@ async def test_operation_that_has_begun_counts_as_offline_once_a_shard_refused(
         "update shardmap.mapping set op_id = null, epoch = epoch + 1 where mapping_id = $1",
         placed.mapping_id,
     )
+    assert (await opening).admitted_by is not None
+
+
+async def test_operation_of_the_shard_that_stops_no_session_is_not_waited_for(
+    operator: Operator, placed: Placed
+) -> None:
+    """A file of mappings that is added, or a login that is granted, marks the shard's row.
+
+    A client whose mapping had changed meanwhile was refused for as long as that took.
+    """
+    async with sidecar_of(operator, catalogue={"park_timeout_seconds": 0}) as sidecar:
+        await sidecar.open()
+        known = sidecar.source.known
+        await operator.offline(placed)
+        await operator.online(placed)
+        await operator.catalogue("update shardmap.shard set op_id = gen_random_uuid()")
+        sidecar.source.known = known
+        assert (await sidecar.open()).admitted_by is not None
+        assert sidecar.counts.verdicts[-2:] == [Verdict.STALE, Verdict.OK]
+
+
+async def test_operation_of_the_shard_is_waited_for_once_the_shard_refused(
+    sidecar: Sidecar, placed: Placed
+) -> None:
+    await sidecar.open()
+    mark = "update shardmap.shard set op_id = {} where shard_id = $1"
+    shard_id = sidecar.operator.shard_ids["one"]
+    await sidecar.operator.catalogue(mark.format("gen_random_uuid()"), shard_id)
+    await sidecar.operator.shard_status("one", "offline", announces=False)
+    opening = asyncio.ensure_future(sidecar.open())
+    await eventually(lambda: len(sidecar.parts.parking) == 1, "the client is parked")
+    dials = len(sidecar.counts.verdicts)
+    queries = sidecar.source.queries
+    await eventually(lambda: sidecar.source.queries >= queries + 2, "it has looked twice")
+    assert (len(sidecar.counts.verdicts), len(sidecar.parts.parking)) == (dials, 1)
+    await sidecar.operator.shard_status("one", "online", announces=False)
+    await sidecar.operator.catalogue(mark.format("null"), shard_id)
     assert (await opening).admitted_by is not None
 
 

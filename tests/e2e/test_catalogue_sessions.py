@@ -526,6 +526,44 @@ async def test_s62_a_reload_that_learns_of_a_change_ends_its_sessions(
         assert await other.fetchval("select 1") == 1
 
 
+async def test_s62_parked_clients_are_routed_anew_by_a_map_that_a_reload_has_brought(
+    start: Start, operator: Operator, placed: Placed
+) -> None:
+    """They asked the map before, which nothing answered any more, until their time was over.
+
+    One that asked just then was told that the proxy was shutting down.
+    """
+    stores = operator.stores
+    app = await start(catalogue={"park_timeout_seconds": 60})
+    await operator.offline(placed)
+    connecting = [asyncio.ensure_future(connect(app)) for _ in range(5)]
+    refused = [asyncio.ensure_future(refusal(app, "9")) for _ in range(2)]
+    await eventually(lambda: parked(app) == 7, "the clients are parked")
+    other = Operator(stores, RANGE, name="others")
+    await other.register()
+    await other.add("0", "9", "two")
+    # The clients of the map before are in the middle of a question.
+    async with stores.connect(MAP) as connection, connection.transaction():
+        await connection.execute("lock table shardmap.mapping in access exclusive mode")
+        asked = queries(app, "refresh")
+        await eventually(lambda: queries(app, "refresh") > asked, "they ask")
+        await reloaded(
+            app,
+            stores,
+            catalogue={"load": "lazy", "park_timeout_seconds": 60},
+            routing={"shard_map": "others"},
+            **{"shard_maps.others": {"catalogue": True}},
+        )
+    for one in await asyncio.gather(*connecting):
+        pid = await one.fetchval("select pg_backend_pid()")
+        assert pid in [row["pid"] for row in await operator.registered("two")]
+        one.terminate()
+    for error in await asyncio.gather(*refused):
+        assert error.sqlstate == "3D000"
+    assert app.metrics.value("park_total", result="rerouted") == 7
+    assert parked(app) == 0
+
+
 async def test_s62_another_map_is_loaded_beside_the_old_one_and_exchanged(
     start: Start, operator: Operator, placed: Placed
 ) -> None:

@@ -18,10 +18,8 @@ from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
 from proxy.server.app import App
-from proxy.session.session_log import TLSAdvice
 from proxy.wire.messages import Terminate
 from tests.e2e.conftest import StartProxy
-from tests.support.admin_address import ask
 from tests.support.client import plain_client, query, startup
 from tests.support.running import (
     LogLines,
@@ -303,50 +301,6 @@ async def test_a_terminate_completes_the_session_whichever_side_closes_first(
     ended = partial(proxy.metrics.value, "sessions_ended_total")
     assert ended(outcome="lost") == 0
     assert ended(reason="client_closed") == 2 * POLITE_CLOSES + 1
-
-
-async def test_a_client_that_leaves_when_tls_is_refused_is_told_of_and_advised(
-    start_proxy: StartProxy, log: LogLines
-) -> None:
-    # sslmode=require ends at the N that refuses TLS. It was a bare client_gone, without a line.
-    proxy = await start_proxy(admin={"enabled": True, "port": 0})
-    for _ in range(3):
-        with pytest.raises(psycopg.OperationalError, match="does not support SSL"):
-            await psycopg.AsyncConnection.connect(**libpq(proxy, sslmode="require"))
-    failed = partial(proxy.metrics.value, "startup_failures_total", reason="client_wants_tls")
-    await eventually(lambda: failed() == 3, "they are counted")
-    (line,) = log.events("client wants TLS")
-    assert line["level"] == "info"
-    assert "sslmode=disable" in line["advice"]
-    assert proxy.admin is not None
-    (row,) = (await ask(proxy.admin.port, "/status")).json["errors"]
-    assert (row["reason"], row["count"]) == ("client_wants_tls", 3)
-    assert "sslmode=disable" in row["message"]
-
-
-async def test_a_client_that_begins_with_tls_is_told_of_and_advised_too(
-    start_proxy: StartProxy, lakebase: Lakebase, log: LogLines
-) -> None:
-    # sslnegotiation=direct sends no SSLRequest: it was counted, but had no line and no row.
-    proxy = await start_proxy(admin={"enabled": True, "port": 0})
-    async with plain_client(proxy) as client:
-        with pytest.raises(EOFError, match="during the handshake"):
-            await client.start_tls(lakebase.ca_file, None)
-    failed = partial(proxy.metrics.value, "startup_failures_total", reason="direct_tls")
-    await eventually(lambda: failed() == 1, "it is counted")
-    (line,) = log.events("client wants TLS")
-    assert (line["level"], line["reason"]) == ("info", "direct_tls")
-    assert "sslnegotiation=direct" in line["advice"]
-    assert proxy.admin is not None
-    (row,) = (await ask(proxy.admin.port, "/status")).json["errors"]
-    assert (row["reason"], row["count"]) == ("direct_tls", 1)
-
-
-def test_the_advice_on_tls_is_due_once_a_minute() -> None:
-    advice = TLSAdvice()
-    assert [advice.is_due(now) for now in (5, 6, 64.9, 65, 66, 200)] == [
-        *(True, False, False, True, False, True),
-    ]
 
 
 async def test_sessions_are_apart_a_lost_one_does_not_touch_the_others(

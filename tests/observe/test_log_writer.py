@@ -7,6 +7,7 @@ with 120.
 
 import os
 import select
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -68,6 +69,51 @@ def test_lines_are_written_in_order_and_whole(pipe: Pipe) -> None:
     pipe.writer.flush(WAIT_SECONDS_MAX)
     assert pipe.writer.dropped == 0
     assert pipe.reports == []
+
+
+needs_writes_at_once = pytest.mark.skipif(
+    not hasattr(os, "RWF_NOWAIT"), reason="Linux has writes that do not wait"
+)
+
+
+@needs_writes_at_once
+def test_a_line_that_is_taken_at_once_wakes_no_thread(pipe: Pipe) -> None:
+    # A thread was woken for each line, which cost a session some 6 % of its CPU.
+    before = set(threading.enumerate())
+    pipe.writer.write(b"one\n")
+    if set(threading.enumerate()) > before:
+        pytest.skip("this kernel has no such writes to pipes")
+    assert os.read(pipe.reader, 100) == b"one\n"
+
+
+@needs_writes_at_once
+def test_a_burst_is_left_to_the_thread(pipe: Pipe) -> None:
+    # Each write wakes the log's reader: a hundred refusals at once took twice as long.
+    before = set(threading.enumerate())
+    lines = [b"%d\n" % number for number in range(1000)]
+    for line in lines:
+        pipe.writer.write(line)
+    assert set(threading.enumerate()) > before
+    whole = b"".join(lines)
+    assert pipe.read(len(whole)) == whole
+
+
+@needs_writes_at_once
+@pytest.mark.parametrize("lines", [1, 50])
+def test_what_is_not_taken_at_once_follows_in_order(lines: int) -> None:
+    # A socket takes a part of a line; the rest waits for the thread, and later lines for the rest.
+    here, there = socket.socketpair()
+    with here, there:
+        writer = LogWriter(here.fileno(), flows_again=lambda _: None)
+        long = [bytes([65 + number % 26]) * 20_000 + b"\n" for number in range(lines)]
+        for line in (*long, b"last\n"):
+            writer.write(line)
+        whole = b"".join(long) + b"last\n"
+        received = b""
+        while len(received) < len(whole):
+            received += there.recv(1 << 16)
+        assert received == whole
+        writer.before_fork()  # it waits for the thread
 
 
 def test_a_pipe_that_is_not_read_makes_no_caller_wait_and_is_told_of_once(pipe: Pipe) -> None:

@@ -48,13 +48,15 @@ class Catalogue:
     def __init__(self) -> None:
         self.present: dict[bytes, Located | None] = {}
         self.default: Located | None = located()
-        self.fails = False
+        self.fails: ErrorKind | None = None
         self.asked = 0
+        self.asked_for: list[bytes] = []
 
     async def locate(self, map_id: UUID, routing_keys: Sequence[bytes]) -> Sequence[Located | None]:
         self.asked += 1
-        if self.fails:
-            raise ProxyError(ErrorKind.CATALOGUE_UNREACHABLE)
+        self.asked_for += routing_keys
+        if self.fails is not None:
+            raise ProxyError(self.fails)
         return [self.present.get(key, self.default) for key in routing_keys]
 
 
@@ -113,7 +115,11 @@ class House:
 async def house() -> AsyncIterator[House]:
     catalogue = Catalogue()
     mapped = MappedSessions(
-        catalogue.locate, clock=lambda: NOW, kill_seconds=0.2, recent_max=RECENT_MAX
+        catalogue.locate,
+        clock=lambda: NOW,
+        kill_seconds=0.2,
+        retry_seconds=0.2,
+        recent_max=RECENT_MAX,
     )
     running = asyncio.ensure_future(mapped.run())
     async with asyncio.timeout(SECONDS_MAX):
@@ -288,16 +294,32 @@ async def test_change_of_another_mapping_asks_nothing(house: House) -> None:
         assert house.catalogue.asked == 1
 
 
-async def test_catalogue_that_cannot_be_asked_ends_nothing(house: House) -> None:
+async def test_catalogue_that_cannot_be_asked_ends_nothing_until_it_can(house: House) -> None:
+    """The session of a mapping that had moved lived on until the mapping changed again."""
     async with house.session() as session:
-        house.catalogue.fails = True
+        house.catalogue.fails = ErrorKind.CATALOGUE_UNREACHABLE
+        house.catalogue.default = None
         house.mapped.changed((UUID(int=1),))
         await looked_at(house)
         assert not session.mapped.moved
-        house.catalogue.fails = False
-        house.catalogue.default = None
-        house.mapped.changed((UUID(int=1),))
+        await looked_at(house)  # again, without another change
+        house.catalogue.fails = None
         assert await session.client.receive_rest() == MOVED
+
+
+async def test_sessions_of_a_map_that_is_not_in_force_any_more_are_asked_for_once(
+    house: House,
+) -> None:
+    async with house.session(), house.session(b"other", 2) as other:
+        house.catalogue.fails = ErrorKind.CATALOGUE_MAP_MISSING
+        house.mapped.changed((UUID(int=1),))
+        await looked_at(house)
+        house.catalogue.fails = ErrorKind.CATALOGUE_UNREACHABLE
+        house.mapped.changed((UUID(int=2),))
+        for _ in range(3):
+            await looked_at(house)
+        assert house.catalogue.asked_for.count(b"k") == 1
+        assert not other.mapped.moved
 
 
 async def test_memory_of_recent_changes_is_bounded(house: House) -> None:

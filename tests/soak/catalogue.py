@@ -396,9 +396,14 @@ def _canonical(key: int) -> bytes:
 
 
 @asynccontextmanager
-async def _sidecar(stores: Stores, folder: Path, feed: str) -> AsyncIterator[ProxyProcess]:
+async def _sidecar(
+    stores: Stores, folder: Path, feed: str, workers: int
+) -> AsyncIterator[ProxyProcess]:
     """Yield a sidecar with this feed, which says little."""
-    sections = {"catalogue": {"feed": feed}}
+    sections: dict[str, dict[str, object]] = {
+        "catalogue": {"feed": feed},
+        "listen": {"workers": workers},
+    }
     file = stores.file(folder, stores.roles.session, **sections)
     async with started_process("run", "--config", str(file)) as proxy:
         await proxy.serving()
@@ -415,8 +420,8 @@ async def run(stores: Stores, folder: Path, seconds: float, seed: int) -> Outcom
     await soak.set_up(folder)
     folders = [Path(tempfile.mkdtemp(dir=folder)) for _ in range(2)]
     async with (
-        _sidecar(stores, folders[0], "listen") as one,
-        _sidecar(stores, folders[1], "off") as two,
+        _sidecar(stores, folders[0], "listen", 2) as one,
+        _sidecar(stores, folders[1], "off", 1) as two,
     ):
         proxies += one, two
         await soak.run(seconds)

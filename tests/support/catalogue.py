@@ -27,8 +27,9 @@ from tests.support.running import toml
 MAP: Final = "map"
 """The name of the catalogue's server; those of the shards' are "one" and "two"."""
 SHARD_NAMES: Final = ("one", "two")
-# The newest that the wheel has. The shards' are the session's own, of 16.
-MAP_VERSION: Final = 18
+# The newest that the wheel has, unless the environment says another one. The shards' are the
+# session's own (`tests/conftest.py`).
+MAP_VERSION: Final = int(os.environ.get("TEST_CATALOGUE_VERSION", "18"))
 SYSTEM_15: Final = Path("/usr/lib/postgresql/15")
 
 Values = dict[str, dict[str, object]]

@@ -38,24 +38,46 @@ LOOKING: Final = "looking"
 class Databases:
     """Connects directly. `fail` is called with the database's name first, and may raise.
 
-    `aliases` are servers by the names of shards that lead to another one's.
+    `aliases` are servers by the names of shards that lead to another one's. With
+    `loses_next_answer` the connection to the catalogue is lost after its next commit.
     """
 
     stores: Stores
     fail: Callable[[str], None] = lambda name: None
     aliases: dict[str, str] = field(default_factory=dict)
+    loses_next_answer: bool = False
 
     @asynccontextmanager
     async def catalogue(self) -> AsyncIterator[Any]:
         """Connect to the catalogue."""
         self.fail(MAP)
         async with self.stores.connect(MAP) as connection:
-            yield connection
+            yield LosingConnection(self, connection)
 
     def shard(self, shard: Shard) -> AbstractAsyncContextManager[Any]:
         """Connect to a shard."""
         self.fail(shard.name)
         return self.stores.connect(self.aliases.get(shard.name, shard.name))
+
+
+class LosingConnection:
+    """A connection that may be lost between a commit and its answer."""
+
+    def __init__(self, databases: Databases, connection: Any) -> None:
+        self._databases = databases
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    async def execute(self, query: str, *arguments: Any) -> Any:
+        """Execute a statement."""
+        answer = await self._connection.execute(query, *arguments)
+        if query == "commit" and self._databases.loses_next_answer:
+            self._databases.loses_next_answer = False
+            self._connection.terminate()
+            raise asyncpg.ConnectionDoesNotExistError("lost by the test")
+        return answer
 
 
 class Slept:

@@ -219,6 +219,11 @@ ROWS: list[tuple[ErrorResponse, Disposition, str, str, str]] = [
         "upstream_full",
         "",
     ),
+    # It was "startup_refused", and final: the wait for a server connection, 2 minutes in Lakebase.
+    (fatal("08P01", "query_wait_timeout"), WAIT, "53300", "upstream_full", ""),
+    (neon("query_wait_timeout"), WAIT, "53300", "upstream_full", ""),
+    (fatal("08P01", "client_login_timeout"), ONCE, "57P03", "upstream_timeout", ""),
+    (fatal("08P01", "pgbouncer cannot connect to server"), WAIT, "57P03", "upstream_starting", ""),
     (fatal("57P03", "the database system is starting up"), WAIT, "57P03", "upstream_starting", ""),
     (
         fatal("57P03", "the database system is in recovery mode"),
@@ -381,6 +386,7 @@ HINTS = [
     (neon("Too many connections attempts"), ("connection storm", "pool in the application")),
     (fatal("53300", "too many clients already"), ("more CU or fewer connections",)),
     (fatal("08P01", "no more connections allowed"), ("more CU or fewer connections",)),
+    (fatal("08P01", "query_wait_timeout"), ("more CU or fewer connections",)),
     (fatal("08P01", "SASL authentication failed"), ("direct host",)),
     (fatal("57P01", "terminating connection"), ("failover or a suspend",)),
 ]
@@ -409,6 +415,25 @@ def test_the_ip_lists_words_count_in_detail_too(words: str) -> None:
     assert found.response().text(b"D") == (
         f"reason=network_denied External authorization failed. {words}"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("endpoint is disabled", ErrorKind.ENDPOINT_DISABLED),
+        ("endpoint cannot be found", ErrorKind.ENDPOINT_GONE),
+    ],
+)
+@pytest.mark.parametrize("form", [neon, lambda *texts: fatal("XX000", *texts)])
+def test_what_no_waiting_changes_about_an_endpoint_counts_in_detail_too(
+    words: str, kind: ErrorKind, form: Callable[..., ErrorResponse]
+) -> None:
+    # It was "upstream_starting", and clients waited for a database that is disabled.
+    error = form("Control plane request failed")
+    told = ErrorResponse((*error.fields, (b"D", f"{words}.".encode())))
+    found = diagnose(told, shown())
+    assert found.kind is kind
+    assert found.response().text(b"D").endswith(f"Control plane request failed {words}.")
 
 
 def test_a_name_in_detail_does_not_decide() -> None:

@@ -17,6 +17,7 @@ from proxy.wire.client_startup import (
     DirectTLSReceived,
     Disconnected,
     EncryptionAnswered,
+    LastAnswer,
     StartupReceived,
     VersionNegotiated,
     Violated,
@@ -87,25 +88,50 @@ def test_w1_a_probe_that_sends_nothing_is_told_apart() -> None:
 def test_w1_who_sent_a_byte_was_no_probe(sent: bytes) -> None:
     machine = ClientStartup()
     machine.receive_data(sent)
-    assert machine.receive_eof() == [Disconnected(untouched=False, wanted_tls=sent == SSL_REQUEST)]
+    answer = LastAnswer.TLS_REFUSED if sent == SSL_REQUEST else None
+    assert machine.receive_eof() == [Disconnected(untouched=False, last_answer=answer)]
 
 
 @pytest.mark.parametrize(
-    ("sent", "wanted_tls"),
+    ("sent", "answer"),
     [
-        (SSL_REQUEST, True),
-        (GSSENC_REQUEST + SSL_REQUEST, True),
-        (SSL_REQUEST + GSSENC_REQUEST, False),
-        (SSL_REQUEST + STARTUP[:3], False),
-        (GSSENC_REQUEST, False),
+        (SSL_REQUEST, LastAnswer.TLS_REFUSED),
+        (GSSENC_REQUEST + SSL_REQUEST, LastAnswer.TLS_REFUSED),
+        (SSL_REQUEST + GSSENC_REQUEST, LastAnswer.GSSENC_REFUSED),
+        (SSL_REQUEST + STARTUP[:3], None),
+        (GSSENC_REQUEST + STARTUP[:3], None),
+        (GSSENC_REQUEST, LastAnswer.GSSENC_REFUSED),
     ],
 )
-def test_a_client_that_leaves_at_the_n_to_its_ssl_request_wanted_tls(
-    sent: bytes, wanted_tls: bool
+def test_a_client_that_leaves_at_an_n_wanted_the_encryption(
+    sent: bytes, answer: LastAnswer | None
 ) -> None:
     machine = ClientStartup()
     machine.receive_data(sent)
-    assert machine.receive_eof() == [Disconnected(untouched=False, wanted_tls=wanted_tls)]
+    assert machine.receive_eof() == [Disconnected(untouched=False, last_answer=answer)]
+
+
+@pytest.mark.parametrize("begins", [SSL_REQUEST, b"\x16"])
+@pytest.mark.parametrize(("sent", "answer"), [(b"", LastAnswer.TLS_STARTED), (STARTUP[:3], None)])
+def test_a_client_that_leaves_after_its_handshake_sent_nothing_in_it(
+    begins: bytes, sent: bytes, answer: LastAnswer | None
+) -> None:
+    machine = ClientStartup(tls_offered=True)
+    machine.receive_data(begins)
+    machine.tls_started()
+    machine.receive_data(sent)
+    assert machine.receive_eof() == [Disconnected(untouched=False, last_answer=answer)]
+
+
+@pytest.mark.parametrize(
+    ("version", "negotiated"), [(V3_0, False), (V3_2, False), (ProtocolVersion(3, 9), True)]
+)
+def test_the_machine_knows_whether_the_client_was_told_another_version(
+    version: ProtocolVersion, negotiated: bool
+) -> None:
+    machine = ClientStartup()
+    machine.receive_data(StartupMessage(version, ((b"user", b"app"),)).encode())
+    assert machine.negotiated is negotiated
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 11])

@@ -30,6 +30,15 @@ def test_a_dead_workers_slots_are_free_again() -> None:
         counters.add_slots(2, 1)  # for the slot that the dead one would have given back
 
 
+def test_parked_clients_of_all_workers_are_counted_together() -> None:
+    counters = SharedCounters(2)
+    assert counters.share_parked(1, 2) == 2
+    assert counters.share_parked(2, 3) == 5
+    assert counters.slots_used == 0
+    counters.reset(2)
+    assert counters.share_parked(1, 1) == 1
+
+
 def test_a_worker_is_silent_until_it_beats() -> None:
     counters = SharedCounters(2)
     assert counters.is_silent(1)

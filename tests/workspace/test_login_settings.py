@@ -269,7 +269,6 @@ async def test_the_token_file_of_file_oidc_that_is_not_there_is_named(
 BAD_TOKENS = {
     "quotes": (b'"not-real"', "in quotes"),
     "two_lines": (b"not-real\nnot-real", "one line"),
-    "byte_order_mark": (b"\xef\xbb\xbfnot-real\n", "byte order mark"),
     "utf_16": ("\ufeffnot-real".encode("utf-16-le"), "not UTF-8"),
 }
 
@@ -294,7 +293,6 @@ async def test_a_token_of_file_oidc_that_cannot_be_sent_is_told_with_its_file(
     [
         ("", "DATABRICKS_AUTH_TYPE: the variable DATABRICKS_OIDC_TOKEN is not set"),
         ("'not-real'", "DATABRICKS_OIDC_TOKEN: the value is in quotes"),
-        ("not-real\n", "DATABRICKS_OIDC_TOKEN: there are blanks"),  # which the SDK would send
     ],
 )
 async def test_a_token_of_env_oidc_that_cannot_be_sent_is_told_with_its_variable(
@@ -305,6 +303,23 @@ async def test_a_token_of_env_oidc_that_cannot_be_sent_is_told_with_its_variable
     monkeypatch.setenv("DATABRICKS_AUTH_TYPE", "env-oidc")
     monkeypatch.setenv("DATABRICKS_OIDC_TOKEN", token)
     assert (await told_at_once(discovering())).detail.startswith(named)
+
+
+@pytest.mark.parametrize("kind", ["file-oidc", "env-oidc"])
+async def test_blanks_and_a_byte_order_mark_around_an_identity_token_are_not_sent(
+    api: emulator.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    # The workspace refused the login, or the token was told as one that cannot be used.
+    token = f"\ufeff {api.federation_token(CLIENT_ID)}\r\n"
+    path = tmp_path / "oidc-token"
+    path.write_text(token, encoding="utf-8", newline="")
+    monkeypatch.setenv("SOME_TOKEN", token)
+    places = {
+        "file-oidc": ("oidc_token_filepath", str(path)),
+        "env-oidc": ("oidc_token_env", "SOME_TOKEN"),
+    }
+    settings = dict([places[kind]], host=api.url, client_id=CLIENT_ID, auth_type=kind)
+    await discovering(**settings).mint(PRIMARY)
 
 
 async def test_an_auth_type_that_is_not_complete_says_what_it_needs(
@@ -395,6 +410,36 @@ async def test_a_profile_file_that_is_a_pipe_is_named_and_not_waited_for(
     assert (await told_at_once(discovering())).detail == f"{path}: it is not a regular file"
 
 
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+async def test_blanks_and_newlines_around_an_http_proxys_url_are_removed(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    # A value that was read from a file ends with a newline: it was told as no URL.
+    asked: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        set_login(monkeypatch, "https://dbc.example.com")
+        monkeypatch.setenv("NO_PROXY", "")
+        monkeypatch.setenv(variable, f"\ufeff http://127.0.0.1:{port}\r\n")
+        assert f"{variable}: the proxy refused" in (await told_at_once(discovering())).detail
+    assert asked[0].startswith(b"CONNECT dbc.example.com:443 ")
+
+
+async def test_an_http_proxy_of_blanks_alone_is_none(
+    api: emulator.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_login(monkeypatch, api.url)
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("HTTP_PROXY", " \n")
+    await discovering().mint(PRIMARY)
+
+
 async def test_a_port_of_a_proxy_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     set_login(monkeypatch, "https://dbc.example.com")
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:99999")
@@ -437,10 +482,12 @@ async def test_no_part_of_a_proxy_password_is_shown_when_the_proxy_cannot_be_rea
 @pytest.mark.parametrize(
     ("status", "named"),
     [
-        (b"407 Proxy Authentication Required", "HTTPS_PROXY: the proxy refused"),
+        (b"407 Proxy Authentication Required", "HTTPS_PROXY: the proxy refused its user"),
+        (b"403 Forbidden", "HTTPS_PROXY: the proxy refused the connection to the workspace: 403"),
+        (b"405 Not Here", "HTTPS_PROXY: the proxy refused the connection to the workspace: 405"),
         (b"200 OK", "HTTPS_PROXY: the server does not speak TLS"),
     ],
-    ids=["wrong_password", "no_tls"],
+    ids=["wrong_password", "not_allowed", "no_tunnels", "no_tls"],
 )
 async def test_a_mistake_that_the_first_answer_shows_is_not_tried_again(
     monkeypatch: pytest.MonkeyPatch, status: bytes, named: str
@@ -459,3 +506,23 @@ async def test_a_mistake_that_the_first_answer_shows_is_not_tried_again(
         monkeypatch.setenv("NO_PROXY", "")
         monkeypatch.setenv("HTTPS_PROXY", f"http://user:not-real@127.0.0.1:{port}")
         assert named in (await told_at_once(discovering())).detail
+
+
+@pytest.mark.parametrize("status", [b"429 Too Many Requests", b"503 Service Unavailable"])
+async def test_a_proxy_that_may_answer_otherwise_soon_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, status: bytes
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 %s\r\n\r\n" % status)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        set_login(monkeypatch, "https://dbc.example.com")
+        monkeypatch.setenv("NO_PROXY", "")
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
+        credentials = CredentialsSettings(mint_timeout_seconds=1)
+        with pytest.raises(ProxyError) as refused:
+            await Workspace(WorkspaceSettings(), credentials, version="0").mint(PRIMARY)
+    assert refused.value.kind is ErrorKind.API_UNREACHABLE

@@ -6,12 +6,11 @@ from typing import Final
 
 from proxy.blocking import BlockingCalls
 from proxy.catalogue import store
-from proxy.catalogue.bounds import lookup_facts
+from proxy.catalogue.bounds import given_key, lookup_facts
 from proxy.catalogue.errors import CatalogueError, Reason, ReasonRow
 from proxy.catalogue.model import Located
 from proxy.catalogue.shard_store import find_local_mapping, read_identities
-from proxy.errors import ErrorKind, ProxyError
-from proxy.routing.keys import fingerprint
+from proxy.routing.router import mapping_not_found
 from proxy.routing.shard_map import MapKeys
 from proxy.verbs.admin_client import REQUEST_SECONDS_MAX, AdminError, look_up
 from proxy.verbs.shards.arguments import Arguments, Syntax, one_of
@@ -36,15 +35,11 @@ async def _look_up(call: Call) -> None:
     async with call.administration.catalogue() as connection:
         owner = await call.read_map(connection)
         keys = MapKeys(owner.spec)
-        text = call.arguments.words[0]
-        key = keys.parse_key(text) if text else b""
-        if not key:
-            raise ProxyError(ErrorKind.KEY_MISSING)
+        key = given_key(keys, call.arguments.words[0])
         routing_key = keys.routing_key(key)
         located = await store.locate(connection, owner.map_id, routing_key)
     if located is None:
-        detail = f"shard map {owner.name}, key with fingerprint {fingerprint(key)}"
-        raise ProxyError(ErrorKind.MAPPING_NOT_FOUND, detail)
+        raise mapping_not_found(owner.name, key)
     facts: Json = lookup_facts(owner.spec, key, located)
     lines = described(facts)
     if _source(call.arguments) == _SHARD:

@@ -165,6 +165,9 @@ class Operation(ABC):
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Do a step of a shard."""
 
+    def check_resume(self) -> None:  # noqa: B027
+        """Check that this process can complete the operation. Raises CatalogueError."""
+
     async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
         """Do a step outside a transaction, for a shard. It may set `progress` meanwhile."""
         raise NotImplementedError(f"{self.kind} has no step {step} outside a transaction")

@@ -113,9 +113,14 @@ class Operator:
 
         return await self._held.repeat(THE_CATALOGUE, read)
 
-    async def resume(self, op_id: UUID) -> OperationRow:
-        """Complete a pending operation. Return its row as it was. Raises CatalogueError."""
-        return await self._take_up(op_id, undo=False)
+    async def resume(
+        self, op_id: UUID, prepare: Callable[[Operation], None] = lambda _: None
+    ) -> OperationRow:
+        """Complete a pending operation. Return its row as it was. Raises CatalogueError.
+
+        `prepare` gives the operation what its row does not have.
+        """
+        return await self._take_up(op_id, undo=False, prepare=prepare)
 
     async def undo(self, op_id: UUID) -> OperationRow:
         """Undo a pending operation. Return its row as it was. Raises CatalogueError.
@@ -234,12 +239,19 @@ class Operator:
             if error.reason != Reason.UNKNOWN_OPERATION.value.word:
                 raise  # if it is unknown, its operator or another writer was faster
 
-    async def _take_up(self, op_id: UUID, *, undo: bool | None) -> OperationRow:
+    async def _take_up(
+        self,
+        op_id: UUID,
+        *,
+        undo: bool | None,
+        prepare: Callable[[Operation], None] = lambda _: None,
+    ) -> OperationRow:
         """Complete or undo (None: as its state says) a pending operation. Return its row."""
         try:
             row, operation = await self._held.repeat(
                 THE_CATALOGUE, partial(self._read_locked, op_id)
             )
+            prepare(operation)
             if undo is None:
                 undo = not self._is_kept(row)
             else:
@@ -298,6 +310,8 @@ def _check_way(row: OperationRow, operation: Operation, *, undo: bool) -> None:
         text = f"the operation {row.op_id} ({row.kind}, {row.state}) can only be undone"
         hint = f"shards ops undo {row.op_id}"
         raise CatalogueError(Reason.OPERATION_PENDING, text, hint, op_id=row.op_id)
+    if not undo:
+        operation.check_resume()
 
 
 def _left_pending(

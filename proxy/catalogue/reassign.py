@@ -44,6 +44,8 @@ _RESTORE_LOCAL: Final = (
 class ToShard(MappingOperation):
     """What both operations share. `shards` are the source and the target."""
 
+    checks_first: ClassVar[bool] = True
+
     def __init__(
         self,
         catalogue_map: CatalogueMap,

@@ -170,6 +170,7 @@ async def end_sessions(
             _check_rights(shard, alive)
             ended |= await _end(connection, which, alive, only_idle=draining)
             await tools.sleep(_DRAIN_POLL_SECONDS if draining else _POLL_SECONDS)
+        progress.pop("sessions_left", None)
         await _clean(connection, which)
     return len(ended)
 

@@ -144,7 +144,7 @@ async def unlock_all(catalogue: Connection, catalogue_map: CatalogueMap, token: 
 
 
 async def renew_lock(catalogue: Connection, mapping_id: UUID) -> None:
-    """Have a lock last for RENEWED_SECONDS from now, or longer as it is.
+    """Extend a lock to RENEWED_SECONDS from now, unless it lasts longer.
 
     For an operation that was begun with the lock's token: while it has the mapping, no other lock
     can be given, even after this one has expired.

@@ -41,7 +41,7 @@ _OPEN_LOCAL: Final = (
     "update shardmap_local.mapping set status = $3, epoch = $4"
     " where mapping_id = $1 and op_id = $2 returning 1"
 )
-# What ends by itself, or by whoever is responsible for it: then the move goes on.
+# What ends by itself, or is ended by its owner: then the move can be resumed.
 _WAITED_FOR: Final = frozenset(
     reason.value.word for reason in (Reason.SESSIONS_ALIVE, Reason.PREPARED_TRANSACTIONS)
 )

@@ -94,7 +94,7 @@ class Operator:
         """
         try:
             if operation.checks_first:
-                await self._look(operation, self._held.step)
+                await self._check_all(operation, self._held.step)
             await self._begin(operation)
             await self._complete(operation)
         except Unchanged:
@@ -108,9 +108,9 @@ class Operator:
 
         There is none if there is nothing to do.
         """
-        return await self._look(operation, self._held.repeat)
+        return await self._check_all(operation, self._held.repeat)
 
-    async def _look(self, operation: Operation, repeat: Repeat) -> list[str]:
+    async def _check_all(self, operation: Operation, repeat: Repeat) -> list[str]:
         """Check all preconditions in the catalogue; then in shards, if nothing is in the way."""
         plan = partial(self._plan_once, operation)
         sentences, is_free = await repeat(THE_CATALOGUE, plan)

@@ -89,7 +89,7 @@ async def _settle(call: Call, operator: Operator) -> None:
 
 
 def _prepare(call: Call, operation: Operation) -> None:
-    """Give a move the command that its row does not have."""
+    """Set the copy command of a move, which its row does not have."""
     command = copy_command(call)
     if isinstance(operation, Move) and (command or _WITHOUT_COPY in call.arguments.switches):
         operation.copy_with(None if command is None else command.run)

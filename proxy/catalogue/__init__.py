@@ -5,9 +5,9 @@ schema, store, shard_store, bounds. The map in a proxy: packed_rows, mapping_tab
 cache, catalogue_reader, notifications, map_state, lookups, snapshot_file, map_source, feed,
 snapshot_keeper, followed_map. Opening a session: shard_hosts, shard_upstreams, parking, admission,
 admitting_opener. Changing the map: operation, op_log, mapping_rows, held_connection,
-kept_connections, locks, fence, operation_steps, operations, mapping_operations, mapping_status,
-split, merge, shard_status, shard_operations, alter_shard, role_operations, file_operation,
-operation_kinds.
+kept_connections, locks, fence, other_writers, copy_command, operation_steps, operations,
+mapping_operations, mapping_status, reassign, move, split, merge, shard_status, shard_operations,
+alter_shard, role_operations, file_operation, operation_kinds.
 
 Not for: the meaning of keys and bounds (`routing`), or dialling (`upstream`).
 

@@ -36,7 +36,6 @@ _BARRIER: Final = (
 SESSIONS_SECONDS_MAX: Final = 60.0
 _POLL_SECONDS: Final = 0.02
 _DRAIN_POLL_SECONDS: Final = 0.5
-_PROGRESS_SECONDS: Final = 2.0
 _PIDS_SHOWN_MAX: Final = 5
 
 # The view says which registrations are of a live backend. It cannot be locked itself.
@@ -161,7 +160,6 @@ async def end_sessions(
     ended: set[int] = set()
     async with tools.databases.shard(shard) as connection:
         deadline = None
-        told_at = tools.monotonic()
         while alive := await _alive(connection, which):
             progress["sessions_left"] = len(alive)
             draining = drain_until is not None and tools.now() < drain_until
@@ -171,10 +169,8 @@ async def end_sessions(
                 raise _still_alive(shard, alive)
             _check_rights(shard, alive)
             ended |= await _end(connection, which, alive, only_idle=draining)
-            if tools.monotonic() - told_at >= _PROGRESS_SECONDS:
-                told_at = tools.monotonic()
-                tools.progress(f"shard {shard.name}: {len(alive)} sessions are left")
             await tools.sleep(_DRAIN_POLL_SECONDS if draining else _POLL_SECONDS)
+        progress.pop("sessions_left", None)
         await _clean(connection, which)
     return len(ended)
 

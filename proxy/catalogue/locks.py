@@ -16,6 +16,9 @@ from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.mapping_rows import mapping_exact
 from proxy.catalogue.model import CatalogueMap, Connection, Mapping
 
+# As long as a lock lasts by default.
+RENEWED_SECONDS: Final = 3600.0
+
 _LOCK_MAP: Final = "select 1 from shardmap.shard_map where map_id = $1 for update"
 _HOLDERS: Final = (
     "select mapping_id, lock_owner, lock_label, locked_until from shardmap.mapping"
@@ -32,6 +35,10 @@ _UNLOCK: Final = (
 _OWNED: Final = (
     "select mapping_id, lo, hi, op_id from shardmap.mapping"
     " where map_id = $1 and lock_owner = $2 order by lo"
+)
+_RENEW: Final = (
+    "update shardmap.mapping set locked_until = greatest(locked_until,"
+    " pg_catalog.now() + pg_catalog.make_interval(secs => $2)) where mapping_id = $1"
 )
 _OWNER: Final = "select lock_owner from shardmap.mapping where mapping_id = $1"
 
@@ -134,6 +141,15 @@ async def unlock_all(catalogue: Connection, catalogue_map: CatalogueMap, token: 
             raise _pending(in_words(catalogue_map.spec, row["lo"], row["hi"]), row["op_id"])
     await catalogue.execute(_UNLOCK, [row["mapping_id"] for row in rows])
     return len(rows)
+
+
+async def renew_lock(catalogue: Connection, mapping_id: UUID) -> None:
+    """Extend a lock to RENEWED_SECONDS from now, unless it lasts longer.
+
+    For an operation that was begun with the lock's token: while it has the mapping, no other lock
+    can be given, even after this one has expired.
+    """
+    await catalogue.execute(_RENEW, mapping_id, RENEWED_SECONDS)
 
 
 async def _lock_map(catalogue: Connection, catalogue_map: CatalogueMap) -> None:

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 from proxy.catalogue.bounds import in_words
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.fence import Registered, count_sessions
+from proxy.catalogue.fence import Registered, count_sessions, lock_out
 from proxy.catalogue.locks import check_locks
 from proxy.catalogue.mapping_rows import (
     check_expected,
@@ -19,6 +19,7 @@ from proxy.catalogue.mapping_rows import (
     mapping_to_json,
     mappings_overlapping,
     shard_of_mapping,
+    stray_bounds,
 )
 from proxy.catalogue.model import CatalogueMap, Connection, Mapping, Shard, Status
 from proxy.catalogue.operation import Json, Operation, Place, Step, Tools
@@ -27,6 +28,11 @@ from proxy.catalogue.store import read_shard
 LOCAL: Final = Step("local", Place.SHARD)
 END: Final = Step("end", Place.CATALOGUE)
 
+_SET_LOCAL: Final = (
+    "update shardmap_local.mapping set status = $2, op_id = $3,"
+    " epoch = case when op_id = $3 and status = $2 then epoch else greatest(epoch, $4) + 1 end"
+    " where mapping_id = $1 returning epoch"
+)
 _SELECT_LOCAL: Final = (
     "select status, epoch, op_id from shardmap_local.mapping where mapping_id = $1 for update"
 )
@@ -103,17 +109,27 @@ class MappingOperation(Operation):
         """Return the shard's row, locked, if it has one."""
         return await connection.fetchrow(_SELECT_LOCAL, self.before.mapping_id)
 
+    async def set_local(self, connection: Connection, shard: Shard, tools: Tools) -> None:
+        """Set the status of the shard's row, with a new epoch, once for this operation."""
+        values = (self.before.mapping_id, str(self.after.status), self.op_id, self.before.epoch)
+        row = await lock_out(connection, shard, tools, _SET_LOCAL, *values)
+        if row is None:
+            text = f"shard {shard.name} does not have the mapping {self.bounds}"
+            raise CatalogueError(Reason.STEP_FAILED, text)
+        self.after = replace(self.after, epoch=row["epoch"])
+
     async def write_catalogue(self, catalogue: Connection, row: Mapping, *, done: bool) -> None:
-        """Write status, sessions and epoch of a row, and clear `op_id` if all is done."""
+        """Write what operations change of a row, and clear `op_id` if all is done."""
         await catalogue.execute(
             "update shardmap.mapping set status = $2, sessions = $3, drain_until = $4, epoch = $5,"
-            " op_id = case when $6 then null else op_id end where mapping_id = $1",
+            " op_id = case when $6 then null else op_id end, shard_id = $7 where mapping_id = $1",
             row.mapping_id,
             row.status,
             row.sessions,
             row.drain_until,
             row.epoch,
             done,
+            row.shard_id,
         )
 
     def begin_undo(self) -> None:
@@ -196,13 +212,8 @@ class AddMapping(MappingOperation):
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Add the shard's row."""
         row = self.after
-        stray = await connection.fetchrow(
-            "select lo, hi from shardmap_local.mapping where map_id = $1 and mapping_id <> $2"
-            " and (hi is null or hi > $3) and ($4::bytea is null or lo < $4) limit 1",
-            *(row.map_id, row.mapping_id, row.lo, row.hi),
-        )
-        if stray is not None:
-            bounds = in_words(self.map.spec, stray["lo"], stray["hi"])
+        bounds = await stray_bounds(connection, row, self.map.spec, self.op_id)
+        if bounds is not None:
             text = f"shard {shard.name} has a mapping {bounds} that the catalogue has not"
             raise CatalogueError(Reason.STEP_FAILED, text)
         await connection.execute(

@@ -20,6 +20,7 @@ from proxy.catalogue.model import (
 )
 from proxy.catalogue.operation import Json
 from proxy.catalogue.store import mapping_of, shards_by_id
+from proxy.routing.shard_map import MapSpec
 
 _MAPPING: Final = (
     "select *, coalesce(locked_until > pg_catalog.now(), false) as locked from shardmap.mapping"
@@ -29,6 +30,10 @@ _EXACT: Final = f"{_MAPPING} where map_id = $1 and lo = $2 and hi is not distinc
 _AROUND: Final = (
     f"(({_MAPPING} where map_id = $1 and lo < $2 order by lo desc limit 1)"
     f" union all ({_MAPPING} where map_id = $1 and lo = $2)) order by lo"
+)
+_STRAY: Final = (
+    "select lo, hi from shardmap_local.mapping where map_id = $1 and op_id is distinct from $4"
+    " and (hi is null or hi > $2) and ($3::bytea is null or lo < $3) limit 1"
 )
 _OVERLAPPING: Final = (
     f"{_MAPPING} where map_id = $1 and span operator(pg_catalog.&&) shardmap.keyrange("
@@ -66,6 +71,14 @@ async def mappings_around(
     found = [mapping_of(row) for row in rows]
     at = found.pop() if found and found[-1].lo == key else None
     return (found[0] if found else None), at
+
+
+async def stray_bounds(
+    shard: Connection, mapping: Mapping, spec: MapSpec, op_id: UUID
+) -> str | None:
+    """Return the bounds of a shard's own mapping with some of these keys, but that of `op_id`."""
+    row = await shard.fetchrow(_STRAY, mapping.map_id, mapping.lo, mapping.hi, op_id)
+    return None if row is None else in_words(spec, row["lo"], row["hi"])
 
 
 async def shard_of_mapping(connection: Connection, mapping: Mapping) -> Shard:

@@ -90,6 +90,8 @@ class Operation(ABC):
     kept_from: ClassVar[str] = ""
     final_from: ClassVar[str] = ""
     resumable: ClassVar[bool] = True
+    checks_first: ClassVar[bool] = False
+    """Whether the shards are checked before it begins, so that a refusal leaves no trace."""
     whole_map: ClassVar[bool] = False
     """Whether no other operation of the map may run meanwhile, whatever its shards."""
 
@@ -165,6 +167,9 @@ class Operation(ABC):
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Do a step of a shard."""
 
+    def check_resume(self) -> None:  # noqa: B027
+        """Check that this process can complete the operation. Raises CatalogueError."""
+
     async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
         """Do a step outside a transaction, for a shard. It may set `progress` meanwhile."""
         raise NotImplementedError(f"{self.kind} has no step {step} outside a transaction")
@@ -187,7 +192,7 @@ class Operation(ABC):
         await check_identity(connection, self.map, shard)
 
     async def check_before(self, connection: Connection, shard: Shard) -> None:
-        """Check what must hold in a shard before the first step. Called for a plan."""
+        """Check what must hold in a shard before the first step."""
         await self.check_shard(connection, shard)
 
     def begin_undo(self) -> None:  # noqa: B027

@@ -8,7 +8,9 @@ from proxy.catalogue.file_operation import AddFile
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.merge import Merge
+from proxy.catalogue.move import Move
 from proxy.catalogue.operation import Operation
+from proxy.catalogue.reassign import Reassign
 from proxy.catalogue.role_operations import GrantSession, RevokeSession
 from proxy.catalogue.shard_operations import AddShard, RemoveShard
 from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
@@ -24,6 +26,8 @@ KINDS: Final[Mapping[str, type[Operation]]] = {
         DeleteMapping,
         GrantSession,
         Merge,
+        Move,
+        Reassign,
         RemoveShard,
         RevokeSession,
         Split,

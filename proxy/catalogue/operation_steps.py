@@ -116,17 +116,18 @@ class Steps:
         operation.progress = {}
         try:
             async with asyncio.TaskGroup() as group:
-                keeping = group.create_task(self._keep_up(operation))
+                keeping = group.create_task(self._keep_up(operation, shard))
                 await operation.do_outside(step.name, shard, self._tools)
                 keeping.cancel()
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _keep_up(self, operation: Operation) -> None:
-        """Keep the lock, and write the progress when it changes. Raises TakenOver."""
-        kept_at = self._tools.monotonic()
+    async def _keep_up(self, operation: Operation, shard: Shard) -> None:
+        """Keep the lock, and write and say the progress. Raises TakenOver."""
+        began_at = kept_at = self._tools.monotonic()
         while True:
             await self._tools.sleep(_PROGRESS_SECONDS)
+            self._tools.progress(_in_words(operation, shard, self._tools.monotonic() - began_at))
             try:
                 is_ours = await op_log.record_progress(await self._held.use(), operation)
             except driver_errors(ProxyError, CatalogueError) as error:
@@ -191,6 +192,13 @@ class Steps:
             await operation.undo_catalogue(connection)
             await op_log.delete(connection, operation.op_id)
             await self._reach("undo.end.commit")
+
+
+def _in_words(operation: Operation, shard: Shard, seconds: float) -> str:
+    """Return how far a step is that runs outside a transaction."""
+    facts = [f"{name.replace('_', ' ')}: {value}" for name, value in operation.progress.items()]
+    state = f"{operation.kind}: {operation.state} for {seconds:.0f} s, shard {shard.name}"
+    return ", ".join([state, *facts])
 
 
 def not_undoable(operation: Operation) -> CatalogueError:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Final, Self
+from typing import Final, Protocol, Self, TypeVar
 from uuid import UUID
 
 from proxy.catalogue import op_log
@@ -38,8 +38,15 @@ from proxy.catalogue.transactions import transaction
 # How often one writer settles what is in its way. More often, others keep beginning new ones.
 SETTLED_MAX: Final = 20
 
+_Result = TypeVar("_Result")
 FindMap = Callable[[Connection, UUID], Awaitable[CatalogueMap]]
 """Reads a map by its id."""
+
+
+class Repeat(Protocol):
+    """Calls something in a database, named in words, until it succeeds or is refused."""
+
+    async def __call__(self, where: str, call: Callable[[], Awaitable[_Result]]) -> _Result: ...
 
 
 class _RollBack(Exception):
@@ -86,6 +93,8 @@ class Operator:
         done.
         """
         try:
+            if operation.checks_first:
+                await self._check_all(operation, self._held.step)
             await self._begin(operation)
             await self._complete(operation)
         except Unchanged:
@@ -99,10 +108,15 @@ class Operator:
 
         There is none if there is nothing to do.
         """
-        sentences = await self._held.repeat(THE_CATALOGUE, partial(self._plan_once, operation))
-        for shard in operation.shards if sentences else ():
+        return await self._check_all(operation, self._held.repeat)
+
+    async def _check_all(self, operation: Operation, repeat: Repeat) -> list[str]:
+        """Check all preconditions in the catalogue; then in shards, if nothing is in the way."""
+        plan = partial(self._plan_once, operation)
+        sentences, is_free = await repeat(THE_CATALOGUE, plan)
+        for shard in operation.shards if sentences and is_free else ():
             check = partial(self._steps.check_shard, operation, shard)
-            await self._held.repeat(f"shard {shard.name}", check)
+            await repeat(f"shard {shard.name}", check)
         return sentences
 
     async def pending(self, map_id: UUID | None = None) -> list[OperationRow]:
@@ -113,9 +127,14 @@ class Operator:
 
         return await self._held.repeat(THE_CATALOGUE, read)
 
-    async def resume(self, op_id: UUID) -> OperationRow:
-        """Complete a pending operation. Return its row as it was. Raises CatalogueError."""
-        return await self._take_up(op_id, undo=False)
+    async def resume(
+        self, op_id: UUID, prepare: Callable[[Operation], None] = lambda _: None
+    ) -> OperationRow:
+        """Complete a pending operation. Return its row as it was. Raises CatalogueError.
+
+        `prepare` gives the operation what its row does not have.
+        """
+        return await self._take_up(op_id, undo=False, prepare=prepare)
 
     async def undo(self, op_id: UUID) -> OperationRow:
         """Undo a pending operation. Return its row as it was. Raises CatalogueError.
@@ -167,9 +186,11 @@ class Operator:
             await self._reach("begin.commit")
         return []
 
-    async def _plan_once(self, operation: Operation) -> list[str]:
+    async def _plan_once(self, operation: Operation) -> tuple[list[str], bool]:
+        """Return the plan, and whether no other operation has to be settled first."""
         connection = await self._held.use()
         sentences: list[str] = []
+        pending: list[OperationRow] = []
         with suppress(_RollBack, Unchanged):
             async with transaction(connection):
                 await _lock_map(connection, operation)
@@ -180,7 +201,7 @@ class Operator:
                     await operation.begin(connection)
                 sentences += operation.plan()
                 raise _RollBack
-        return sentences
+        return sentences, not pending
 
     async def _plan_settling(self, row: OperationRow) -> str:
         if not await self._held.lock(row.op_id):
@@ -234,12 +255,19 @@ class Operator:
             if error.reason != Reason.UNKNOWN_OPERATION.value.word:
                 raise  # if it is unknown, its operator or another writer was faster
 
-    async def _take_up(self, op_id: UUID, *, undo: bool | None) -> OperationRow:
+    async def _take_up(
+        self,
+        op_id: UUID,
+        *,
+        undo: bool | None,
+        prepare: Callable[[Operation], None] = lambda _: None,
+    ) -> OperationRow:
         """Complete or undo (None: as its state says) a pending operation. Return its row."""
         try:
             row, operation = await self._held.repeat(
                 THE_CATALOGUE, partial(self._read_locked, op_id)
             )
+            prepare(operation)
             if undo is None:
                 undo = not self._is_kept(row)
             else:
@@ -298,6 +326,8 @@ def _check_way(row: OperationRow, operation: Operation, *, undo: bool) -> None:
         text = f"the operation {row.op_id} ({row.kind}, {row.state}) can only be undone"
         hint = f"shards ops undo {row.op_id}"
         raise CatalogueError(Reason.OPERATION_PENDING, text, hint, op_id=row.op_id)
+    if not undo:
+        operation.check_resume()
 
 
 def _left_pending(

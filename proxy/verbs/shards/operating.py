@@ -27,6 +27,7 @@ from proxy.verbs.shards.verb import Call, Json, shard_facts
 # After a signal to end, which SIGKILL may follow.
 UNDO_SECONDS_MAX: Final = 20.0
 
+_NOT_UNDOABLE: Final = Reason.NOT_UNDOABLE.value.word
 _UNKNOWN: Final = Reason.UNKNOWN_OPERATION.value.word
 _Made = TypeVar("_Made", bound=Operation)
 _Run_co = TypeVar("_Run_co", bound=Operation, covariant=True)
@@ -137,10 +138,18 @@ async def counted_shard(call: Call, owner: CatalogueMap, shard: Shard) -> Json:
 
 
 async def _undo_interrupted(call: Call, operation: Operation) -> None:
-    """Undo an operation that a signal has stopped. Raises CatalogueError if it is left pending."""
+    """Undo an operation that a signal has stopped, or complete one that cannot be undone.
+
+    Raises CatalogueError if it is left pending.
+    """
     try:
         async with asyncio.timeout(UNDO_SECONDS_MAX), operating(call) as operator:
-            await operator.undo(operation.op_id)
+            try:
+                await operator.undo(operation.op_id)
+            except CatalogueError as error:
+                if error.reason != _NOT_UNDOABLE:
+                    raise
+                await operator.resume(operation.op_id)
     except (CatalogueError, TimeoutError) as error:
         if isinstance(error, CatalogueError) and error.reason == _UNKNOWN:
             return  # it had not begun, or was complete

@@ -122,6 +122,11 @@ class Output:
             for line in lines:
                 print(line)
 
+    def warn(self, text: str) -> None:
+        """Print a warning on standard error."""
+        self.progress.stop()
+        print(f"lakebase-auth-proxy: warning: {text}", file=sys.stderr)
+
     def plan(self, sentences: Sequence[str], facts: Facts | None = None) -> None:
         """Print what would be done."""
         lines = list(sentences) or ["nothing: it is done already"]

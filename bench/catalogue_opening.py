@@ -1,13 +1,12 @@
 """What an admission adds to opening a session: `python -m bench.catalogue_opening`.
 
-PostgreSQL with its own TLS, which asks for a password in clear, as Lakebase does; catalogue and
-shard are two databases of it. A proxy that validates and one that does not open sessions in turns.
-`--base CHECKOUT` adds both of another checkout. The CPU time is the proxy's own.
+Catalogue and shard are two databases of a PostgreSQL with its own TLS. A proxy that validates and
+one that does not open sessions in turns. `--base CHECKOUT` adds both of another checkout. The CPU
+time is the proxy's own.
 """
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import sys
@@ -22,11 +21,11 @@ from typing import Final
 import asyncpg
 import uvloop
 
-from bench.child_processes import LOOPBACK, ChildProcess, child, run
+from bench.catalogue_server import ADMIN, READER, SESSION, prepare, serving, settings, write
+from bench.child_processes import LOOPBACK, run
 from bench.launch import installed_in
 from bench.postgres import HOST, Postgres, postgres
 from bench.process_usage import cpu_time
-from tests.support.running import toml
 
 _ROUNDS: Final = 5
 _OPENED_EACH_ROUND: Final = 100
@@ -34,14 +33,6 @@ _WARM_UP: Final = 20
 _PAUSE_SECONDS: Final = 0.005
 _OPEN_SECONDS_MAX: Final = 60.0
 _VERB_SECONDS_MAX: Final = 60.0
-_PASSWORD: Final = "not-a-real-password"  # noqa: S105
-_ROLES: Final = ("map_admin", "map_reader", "app_session")
-_ADMIN, _READER, _SESSION = _ROLES
-_CATALOGUE: Final = "shardmap"
-_SHARD: Final = "app"
-# Checked at each login: that of a SCRAM verifier would cost as much as a session.
-_LOGIN: Final = "hostssl all all 127.0.0.1/32 password\nlocal all all trust\n"
-Sections = dict[str, dict[str, object]]
 
 
 @dataclass(slots=True)
@@ -79,77 +70,25 @@ class Opener:
         self.took.clear()
 
 
-def _settings(server: Postgres, folder: Path, role: str) -> Sections:
-    return {
-        "listen": {"port": 0},
-        "admin": {"enabled": False},
-        "credentials": {"password_file": str(folder / "password")},
-        "upstream": {
-            "user": role,
-            "port": server.address.port,
-            "database": _SHARD,
-            "ssl_root_cert": str(server.address.ca_file),
-        },
-        "targets.main": {
-            "host": HOST,
-            "hostaddr": LOOPBACK,
-            "database": _CATALOGUE,
-            "user": _ADMIN if role == _ADMIN else _READER,
-        },
-        "catalogue": {"target": "main", "shard_hostaddr": LOOPBACK},
-        "routing": {"shard_map": "tenants"},
-        "shard_maps.tenants": {"catalogue": True},
-        "log": {"format": "json"},
-    }
-
-
-def _write(folder: Path, name: str, sections: Sections) -> Path:
-    path = folder / f"{name}.toml"
-    path.write_text(toml(sections))
-    return path
-
-
 def _fill(server: Postgres, folder: Path, program: Sequence[str | Path]) -> None:
-    """Make roles and databases, and a map with one mapping."""
-    for role in _ROLES:
-        server.sql(
-            f"set password_encryption = 'md5'; create role {role} login password '{_PASSWORD}'",
-            database="postgres",
-        )
-    server.sql(f"grant pg_read_all_stats, pg_signal_backend to {_ADMIN}", database="postgres")
-    for database in (_CATALOGUE, _SHARD):
-        server.sql(f"create database {database} owner {_ADMIN}", database="postgres")
-    data = Path(server.sql("show data_directory", database="postgres").strip())
-    (data / "pg_hba.conf").write_text(_LOGIN)
-    server.sql("select pg_reload_conf()", database="postgres")
-    (folder / "password").write_text(_PASSWORD)
-    file = _write(folder, "admin", _settings(server, folder, _ADMIN))
+    """Make a map with one mapping."""
+    prepare(server, folder)
+    file = write(folder, "admin", settings(server, folder, ADMIN))
     for words in (
         ("init",),
         ("create", "tenants", "--kind", "range", "--key-type", "int8"),
         ("add-shard", "one", "--host", HOST, "--port", str(server.address.port)),
-        ("grant", "reader", _READER),
-        ("grant", "session", _SESSION),
+        ("grant", "reader", READER),
+        ("grant", "session", SESSION),
         ("add", "0", "1000", "--shard", "one"),
     ):
         command = [*program, "shards", words[0], *words[1:], "--config", file]
         run(command, folder / f"{words[0]}.log", seconds_max=_VERB_SECONDS_MAX)
 
 
-def _port(started: ChildProcess) -> int | None:
-    for line in started.log.read_text(errors="replace").splitlines():
-        if line.startswith("{") and (found := json.loads(line))["event"] == "serving":
-            return int(found["port"])
-    return None
-
-
 def _opener(stack: ExitStack, name: str, program: Sequence[str | Path], file: Path) -> Opener:
-    log = file.with_suffix(f".{name.replace(' ', '-')}.log")
-    started = stack.enter_context(child([*program, "run", "--config", file], log))
-    started.wait_until(lambda: _port(started) is not None)
-    port = _port(started)
-    assert port is not None
-    return Opener(name, port, started.pid)
+    pid, port = stack.enter_context(serving(program, file, name.replace(" ", "-")))
+    return Opener(name, port, pid)
 
 
 async def _measure(openers: Sequence[Opener], rounds: int, opened: int) -> None:
@@ -195,10 +134,10 @@ def measure(rounds: int, opened: int, base: Path | None) -> None:
         folder.chmod(0o711)
         server = stack.enter_context(postgres(folder))
         _fill(server, folder, own)
-        settings = _settings(server, folder, _SESSION)
-        validated = _write(folder, "validated", settings)
-        settings["catalogue"] |= off
-        unvalidated = _write(folder, "unvalidated", settings)
+        sections = settings(server, folder, SESSION)
+        validated = write(folder, "validated", sections)
+        sections["catalogue"] |= off
+        unvalidated = write(folder, "unvalidated", sections)
         openers = [
             _opener(stack, f"{word}{name}", program, file)
             for word, program in programs.items()

@@ -2,8 +2,8 @@
 
 Measures an idle session's memory with a static map and with one in a catalogue, in turns; and how
 long it takes a proxy to end ten thousand sessions of a mapping that goes offline, while sessions of
-another mapping ask. The shard is `idle_upstream`, which holds more sessions than PostgreSQL can and
-ends none itself. Prints the machine's load with each result.
+another mapping ask. Each mapping's shard is an `idle_upstream`, which holds more sessions than
+PostgreSQL can and ends none itself. Prints the machine's load with each result.
 """
 
 import argparse
@@ -12,10 +12,11 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, cast
 
@@ -35,7 +36,7 @@ from bench.catalogue_server import (
 from bench.child_processes import LOOPBACK, run
 from bench.idle_upstream import idle_upstream
 from bench.postgres import HOST, Postgres, ServerAddress, postgres
-from bench.process_usage import descendants, resident_bytes
+from bench.process_usage import cpu_time, descendants, resident_bytes
 from proxy.wire.messages import Frame
 from proxy.wire.startup import V3_0, StartupMessage
 
@@ -58,10 +59,12 @@ _PAUSE_SECONDS: Final = 0.1
 _MAP: Final = """
 insert into shardmap.shard_map (name, kind, key_type) values ('tenants', 'range', 'int8');
 insert into shardmap.shard (map_id, name, host, port, dbname)
-  select map_id, 'one', '{host}', {port}, 'app' from shardmap.shard_map;
+  select map_id, 's' || port, '{host}', port, 'app'
+  from shardmap.shard_map, unnest(array[{port}, {other}]) port;
 insert into shardmap.mapping (map_id, shard_id, lo, hi)
   select map_id, shard_id, int8send(n * 1000 # sign), int8send((n + 1) * 1000 # sign)
-  from shardmap.shard, generate_series(0::int8, 1) n, (select 1::int8 << 63 as sign) i;
+  from shardmap.shard, lateral (select (port = {other})::int4::int8 as n) m,
+    (select 1::int8 << 63 as sign) i;
 grant usage on schema shardmap to {reader};
 grant select on all tables in schema shardmap to {reader}
 """
@@ -172,12 +175,17 @@ def _maps() -> Iterator[Maps]:
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         folder.chmod(0o711)
-        with postgres(folder) as server, idle_upstream(server, folder) as shard:
+        (folder / "other").mkdir()
+        with (
+            postgres(folder) as server,
+            idle_upstream(server, folder) as shard,
+            idle_upstream(server, folder / "other") as other,
+        ):
             prepare(server, folder)
             file = write(folder, "admin", settings(server, folder, ADMIN))
             command: list[str | Path] = [*_PROGRAM, "shards", "init", "--config", file]
             run(command, folder / "init.log", seconds_max=_OPEN_SECONDS_MAX)
-            sql = _MAP.format(host=HOST, port=shard.port, reader=READER)
+            sql = _MAP.format(host=HOST, port=shard.port, other=other.port, reader=READER)
             server.sql(sql, database=CATALOGUE)
             yield Maps(server, shard, folder)
 
@@ -220,34 +228,54 @@ def measure_idle(maps: Maps, rounds: int, count: int) -> None:
     _print("  more with a catalogue, median of the rounds", statistics.median(more))
 
 
-async def _end_many(maps: Maps, port: int, count: int) -> None:
-    others = await _open_many(port, _OTHER_KEY, _OTHERS)
-    took: list[float] = []
+@dataclass(slots=True)
+class Others:
+    """Sessions of another mapping, in a thread of their own: they ask again and again."""
 
-    async def query(client: Client) -> None:
-        while True:
-            took.append(await client.ask(_QUERY))
-            await asyncio.sleep(_PAUSE_SECONDS)
+    took: list[float] = field(default_factory=list)
+    alive: int = 0
+    done: threading.Event = field(default_factory=threading.Event)
 
+    def run(self, port: int) -> None:
+        """Open the sessions, ask until it is done, and count those that live."""
+        asyncio.run(self._run(port))
+
+    async def _run(self, port: int) -> None:
+        async def query(client: Client) -> None:
+            while not self.done.is_set():
+                self.took.append(await client.ask(_QUERY))
+                await asyncio.sleep(_PAUSE_SECONDS)
+
+        clients = await _open_many(port, _OTHER_KEY, _OTHERS)
+        await asyncio.gather(*map(query, clients))
+        self.alive = sum(not client.over.done() for client in clients)
+
+    def print(self, when: str) -> None:
+        """Print how long queries took since the last time."""
+        took, self.took = self.took, []
+        _print(f"a query of another mapping {when}, p99, ms", _p99(took) * 1e3, 1)
+        _print("  the longest, ms", max(took) * 1e3, 1)
+
+
+async def _end_many(maps: Maps, pids: Sequence[int], port: int, count: int) -> None:
     sessions = await _open_many(port, _KEY, count)
+    others = Others()
     async with asyncio.TaskGroup() as tasks:
-        querying = [tasks.create_task(query(other)) for other in others]
-        await asyncio.sleep(_SETTLE_SECONDS)
-        _print("a query of another mapping before, p99, ms", _p99(took) * 1e3, 1)
-        took.clear()
+        tasks.create_task(asyncio.to_thread(others.run, port))
+        await asyncio.sleep(2 * _SETTLE_SECONDS)
+        others.print("before")
+        before = sum(cpu_time(pid).total for pid in pids)
         await asyncio.to_thread(maps.server.sql, _OFFLINE, database=CATALOGUE)
         began = time.monotonic()
         await asyncio.wait([one.over for one in sessions], timeout=_END_SECONDS_MAX)
         _print("until all are over, s", time.monotonic() - began, 2)
-        _print("a query of another mapping meanwhile, p99, ms", _p99(took) * 1e3, 1)
-        _print("  the longest, ms", max(took) * 1e3, 1)
-        for task in querying:
-            task.cancel()
+        others.print("meanwhile")
+        others.done.set()
+    _print("CPU time of the proxy, s", sum(cpu_time(pid).total for pid in pids) - before, 2)
     ended = [one for one in sessions if one.over.done()]
     _print(f"sessions of {count:,} that are over", len(ended))
     _print("  with 57P01", sum(b"57P01" in one.last for one in ended))
-    alive = sum(not other.over.done() for other in others)
-    _print(f"sessions of another mapping that live, of {_OTHERS}", alive)
+    _print(f"sessions of another mapping that live, of {_OTHERS}", others.alive)
 
 
 def _p99(values: list[float]) -> float:
@@ -258,8 +286,7 @@ def measure_end(maps: Maps, count: int) -> None:
     """Measure the end of many sessions of one mapping."""
     file = maps.catalogue("many", _WORKERS)
     with serving(_PROGRAM, file, "end") as (pid, port):
-        uvloop.run(_end_many(maps, port, count))
-        _print("processes of the proxy", 1 + len(descendants(pid)))
+        uvloop.run(_end_many(maps, (pid, *descendants(pid)), port, count))
 
 
 def main() -> None:

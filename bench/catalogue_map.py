@@ -1,12 +1,15 @@
 """A million mappings in a catalogue, as one proxy follows them: `python -m bench.catalogue_map`.
 
 Measures the first load, the restore from a snapshot file, memory, the longest pause of the event
-loop, a look-up, and the time from a commit to the new route while changes come. PostgreSQL is the
-emulator's own; connections to it are direct. The proxy's part runs in a process of its own.
+loop, a look-up, and the time from a commit to the new route while changes come: the medians of some
+rounds. PostgreSQL is the emulator's own; connections to it are direct. The proxy's part runs in
+processes of its own, two a round.
 """
 
 import argparse
 import asyncio
+import json
+import os
 import random
 import resource
 import statistics
@@ -37,6 +40,8 @@ _LOOKED_UP: Final = 200_000
 _LOOK_SECONDS: Final = 0.001
 _SEED: Final = 20261122
 _PAGE_BYTES: Final = resource.getpagesize()
+_ROUNDS: Final = 5
+Values = dict[str, float]
 
 _FILL: Final = """
 insert into shardmap.shard (map_id, name, host, dbname)
@@ -104,7 +109,7 @@ async def _fill(directory: str, mappings: int) -> None:
     await connection.execute(_FILL, _SHARDS)
     await connection.execute(_ROWS, mappings, _SHARDS)
     await connection.execute("vacuum analyze shardmap.mapping")
-    _print("inserted by SQL, s", time.monotonic() - began, 1)
+    _print("inserted by SQL, s", time.monotonic() - began)
     await connection.close()
 
 
@@ -132,8 +137,8 @@ def followed(directory: str, snapshot: str) -> FollowedMap:
     return FollowedMap(settings, opened, times, lambda _result: None)
 
 
-async def measure(directory: str, mappings: int, seconds: float, snapshot: str) -> None:
-    """Follow the map and print what was measured."""
+async def measure(directory: str, mappings: int, seconds: float, snapshot: str) -> Values:
+    """Follow the map and return what was measured."""
     before, began = resident_megabytes(), time.monotonic()
     pauses = Pauses()
     one = followed(directory, snapshot)
@@ -141,26 +146,32 @@ async def measure(directory: str, mappings: int, seconds: float, snapshot: str) 
         running = tasks.create_task(one.run())
         watching = tasks.create_task(pauses.watch())
         await one.wait_until_loaded()
-        restores = one.status().source == "snapshot"
-        word = "restored from the snapshot file" if restores else "first load to ready"
-        _print(f"{word}, s", time.monotonic() - began, 2)
-        if not restores:
-            _print("longest pause of the event loop meanwhile, ms", pauses.longest * 1e3, 1)
-            _print("resident memory before, MB", before, 0)
-            _print("resident memory, MB", resident_megabytes(), 0)
-            _print("look-up of a known key, us of CPU", _find_microseconds(one, mappings), 2)
-            _print("uncovered key in the catalogue, ms", await _uncovered(directory, mappings), 2)
+        took = time.monotonic() - began
+        if one.status().source == "snapshot":
+            found = {"restored from the snapshot file, s": took}
+        else:
+            found = {
+                "first load to ready, s": took,
+                "longest pause of the event loop meanwhile, ms": pauses.longest * 1e3,
+                "resident memory before, MB": before,
+                "resident memory, MB": resident_megabytes(),
+                "look-up of a known key, us of CPU": _find_microseconds(one, mappings),
+                "uncovered key in the catalogue, ms": await _uncovered(directory, mappings),
+            }
             await asyncio.sleep(2 * _LOOK_SECONDS)  # the look-ups were a pause
             pauses.longest = 0.0
-            delays = await _change(one, directory, mappings, seconds)
-            _print("changes a second", len(delays) / seconds, 0)
-            _print("commit to new route, median, ms", statistics.median(delays) * 1e3, 1)
-            _print("commit to new route, p99, ms", sorted(delays)[int(len(delays) * 0.99)] * 1e3, 1)
-            _print("longest pause of the event loop meanwhile, ms", pauses.longest * 1e3, 1)
+            delays = sorted(await _change(one, directory, mappings, seconds))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-            _print("most resident memory, MB", peak, 0)
+            found |= {
+                "changes a second": len(delays) / seconds,
+                "commit to new route, median, ms": statistics.median(delays) * 1e3,
+                "commit to new route, p99, ms": delays[int(len(delays) * 0.99)] * 1e3,
+                "longest pause while changes come, ms": pauses.longest * 1e3,
+                "most resident memory, MB": peak,
+            }
         watching.cancel()
         running.cancel()
+    return found
 
 
 def _find_microseconds(one: FollowedMap, mappings: int) -> float:
@@ -219,8 +230,8 @@ async def _change(one: FollowedMap, directory: str, mappings: int, seconds: floa
     return delays
 
 
-def _print(what: str, value: float, digits: int) -> None:
-    sys.stdout.write(f"{what:<48}{value:>10.{digits}f}\n")
+def _print(what: str, value: float) -> None:
+    sys.stdout.write(f"{what:<48}{value:>10.2f}\n")
     sys.stdout.flush()
 
 
@@ -229,15 +240,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--mappings", type=int, default=MAPPINGS)
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=_ROUNDS)
     parser.add_argument("--follow", nargs=2, metavar=("DIRECTORY", "SNAPSHOT"))
     wanted = parser.parse_args()
     if wanted.follow:
-        with suppress(asyncio.CancelledError, KeyboardInterrupt):
-            asyncio.run(
-                measure(wanted.follow[0], wanted.mappings, wanted.seconds, wanted.follow[1])
-            )
+        directory, snapshot = wanted.follow
+        found = asyncio.run(measure(directory, wanted.mappings, wanted.seconds, snapshot))
+        sys.stdout.write(json.dumps(found))
         return
+    rounds: dict[str, list[float]] = {}
     with filled(wanted.mappings) as cluster, tempfile.TemporaryDirectory() as folder:
         for number in range(wanted.rounds):
             snapshot = str(Path(folder) / f"{number}.snapshot")
@@ -245,7 +256,12 @@ def main() -> None:
                 command = [sys.executable, "-m", "bench.catalogue_map", "--follow"]
                 command += [str(cluster.directory), snapshot]
                 command += ["--mappings", str(wanted.mappings), "--seconds", str(wanted.seconds)]
-                subprocess.run(command, check=True)  # noqa: S603 - this program
+                output = subprocess.run(command, check=True, capture_output=True).stdout  # noqa: S603 - this program
+                for what, value in json.loads(output).items():
+                    rounds.setdefault(what, []).append(value)
+    sys.stdout.write(f"medians of {wanted.rounds} rounds (load {os.getloadavg()[0]:.1f})\n")
+    for what, values in rounds.items():
+        _print(what, statistics.median(values))
 
 
 if __name__ == "__main__":

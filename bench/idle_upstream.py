@@ -1,8 +1,8 @@
 """`python -m bench.idle_upstream CERTIFICATE KEY`: a scripted upstream for thousands of sessions.
 
 For: the memory of a proxy at session counts that PostgreSQL cannot hold on a small machine. It
-speaks TLS, accepts every login and answers every query with one row of one column. Not for:
-measuring time or CPU.
+speaks TLS, accepts every login, admits every session of a shard map, and answers every other query
+with one row of one column. Not for: measuring time or CPU.
 """
 
 import asyncio
@@ -60,6 +60,15 @@ _ANSWER: Final = b"".join(
     ]
 )
 
+_ADMISSION: Final = b"shardmap_local.admit("
+_ADMITTED: Final = b"".join(
+    [
+        Frame(b"D", b"\0\3\0\0\0\2ok\0\0\0\0011\0\0\0\0011").encode(),
+        Frame(b"C", b"SELECT 1\0").encode(),
+        ReadyForQuery(IDLE).encode(),
+    ]
+)
+
 
 @contextmanager
 def idle_upstream(upstream: Postgres, directory: Path) -> Iterator[ServerAddress]:
@@ -93,8 +102,8 @@ class _Upstream:
             await _read_body(reader)  # StartupMessage
             writer.write(_STARTUP_ANSWER)
             while await reader.readexactly(1) == b"Q":
-                await _read_body(reader)
-                writer.write(_ANSWER)
+                sql = await _read_body(reader)
+                writer.write(_ADMITTED if _ADMISSION in sql else _ANSWER)
         writer.close()
 
 

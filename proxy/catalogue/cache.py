@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Final
 from uuid import UUID
 
-from proxy.catalogue.mapping_table import CachedLocation, MappingTable
+from proxy.catalogue.mapping_table import MappingTable
 from proxy.catalogue.model import Located, Mapping, Shard
 from proxy.catalogue.packed_rows import RowChunk
 from proxy.catalogue.table_builder import TableBuilder
@@ -150,10 +150,7 @@ class MappingCache:
         if recent is not None:
             shard = self._shards.get(recent.shard_id)
             return None if shard is None else Located(recent, shard)
-        table = rows.table
-        at = table.find(routing_key)
-        shard = None if at < 0 else table.shard(at)
-        return None if shard is None else CachedLocation(table, at, shard)
+        return rows.table.find(routing_key)
 
     def by_id(self, mapping_id: UUID) -> Mapping | None:
         """Return a mapping by its id."""

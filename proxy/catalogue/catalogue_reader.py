@@ -17,7 +17,6 @@ from proxy.catalogue.errors import CatalogueError, Reason, driver_errors, transl
 from proxy.catalogue.model import CatalogueMap, Connect, Connection, Located, Mapping, Shard
 from proxy.catalogue.packed_rows import (
     CHUNK_ROWS_MAX,
-    IN_ORDER,
     READ_FIRST_CHUNK,
     READ_NEXT_CHUNK,
     RowChunk,
@@ -124,7 +123,7 @@ class StoreReader:
     async def chunks(self, map_id: UUID) -> AsyncIterator[RowChunk]:
         """Yield all rows of a map in the order of their lower bounds, in columns."""
         async with self._asking("load"):
-            await self._connection.execute(IN_ORDER)
+            await self._connection.execute(store.IN_ORDER)
         sql, after = READ_FIRST_CHUNK, b""
         while True:  # each chunk begins after the one before it
             async with self._asking("load"):

@@ -76,6 +76,10 @@ class TableColumns:
     word_bytes: int = WORD_BYTES
     words: "array[int]" = field(default_factory=lambda: array("Q"))
     """The bytes after `common` of each lower bound."""
+    part_shift: int = 0
+    part_starts: "array[int]" = field(default_factory=lambda: array("I", [0]))
+    """Where each part of the words begins, and the end; a part's words are equal but for their
+    last `part_shift` bits."""
     slots: "array[int]" = field(default_factory=lambda: array("I", [0]))
     """A hash table of the ids: positions plus one, 0 where it is empty."""
 
@@ -84,9 +88,9 @@ class MappingTable:
     """The rows of a map. `TableBuilder` makes one."""
 
     __slots__ = (
-        *("map_id", "flags", "_common", "_epochs", "_exact_size", "_hi_ends", "_his", "_ids"),
-        *("_known_shards", "_lo_ends", "_los", "_marks", "_shard_ids", "_shards", "_skip"),
-        *("_slots", "_word_bytes", "_words"),
+        *("map_id", "flags", "_base", "_common", "_epochs", "_exact_size", "_hi_ends", "_his"),
+        *("_ids", "_known_shards", "_lo_ends", "_los", "_marks", "_part_shift", "_part_starts"),
+        *("_parts_end", "_shard_ids", "_shards", "_skip", "_slots", "_word_bytes", "_words"),
     )
 
     def __init__(self, map_id: UUID, built: TableColumns) -> None:
@@ -101,7 +105,11 @@ class MappingTable:
         self._marks = built.marks
         self._common, self._skip = built.common, len(built.common)
         self._exact_size, self._word_bytes = built.exact_size, built.word_bytes
+        # What a key of the exact size is above its word.
+        self._base = int.from_bytes(built.common) << 8 * built.word_bytes
         self._words, self._slots = built.words, built.slots
+        self._part_starts, self._part_shift = built.part_starts, built.part_shift
+        self._parts_end = (len(built.part_starts) - 1) << built.part_shift
 
     def __len__(self) -> int:
         """Return the number of rows, dead ones included."""
@@ -109,22 +117,27 @@ class MappingTable:
 
     # -- looking up ------------------------------------------------------------------------------
 
-    def find(self, key: bytes) -> int:
-        """Return the position of the row that covers a routing key; -1 if none or it is dead."""
-        if len(key) != self._exact_size or not key.startswith(self._common):
-            at = self.find_le(key)
-            return at if at >= 0 and self._covers(at, key) else -1
-        # The same in the short way that the keys of most maps allow.
-        word = int.from_bytes(key[self._skip :])
-        at = bisect_right(self._words, word) - 1
-        if at < 0:
-            return -1
-        flags = self.flags[at]
-        if flags == HI_NEXT:
-            return at
-        if flags == HI_POINT:
-            return at if self._words[at] == word else -1
-        return at if self._covers(at, key) else -1
+    def find(self, key: bytes) -> "CachedLocation | None":
+        """Return where a routing key is; None if no live row of a known shard covers it."""
+        word = at = -1
+        if len(key) == self._exact_size:
+            word = int.from_bytes(key) - self._base
+            # The short way, which the keys of most maps allow. Others are outside of all parts,
+            # those that do not begin as all bounds do among them.
+            if 0 <= word < self._parts_end:
+                starts, part = self._part_starts, word >> self._part_shift
+                at = bisect_right(self._words, word, starts[part], starts[part + 1]) - 1
+        if at < 0 and (at := self.find_le(key)) < 0:
+            return None
+        kind = self.flags[at]
+        if (
+            kind == HI_NEXT
+            or (kind == HI_POINT and self._words[at] == word)
+            or self._covers(at, key)
+        ):
+            shard = self._known_shards[self._shards[at]]
+            return None if shard is None else CachedLocation(self, at, shard)
+        return None
 
     def _covers(self, at: int, key: bytes) -> bool:
         """Return whether a row is alive and its upper bound is above the key."""
@@ -182,10 +195,6 @@ class MappingTable:
         if kind == HI_POINT:
             return self.lo(at) + b"\0"
         return self._his[self._hi_ends[at] : self._hi_ends[at + 1]]
-
-    def shard(self, at: int) -> Shard | None:
-        """Return the shard of a row, if it is known."""
-        return self._known_shards[self._shards[at]]
 
     def set_shards(self, shards: MappingOf[UUID, Shard]) -> None:
         """Take the shards that are known now."""
@@ -295,16 +304,13 @@ class CachedLocation(Located):
     _at: int
     _table: MappingTable
 
-    # The setter of a frozen class is slow.
-    __setattr__ = object.__setattr__
-
     def __init__(self, table: MappingTable, at: int, shard: Shard) -> None:
         self._table = table
         self._at = at
-        self.shard = shard  # type: ignore[misc]  # frozen for all others
+        self.shard = shard
 
     @property
-    def mapping(self) -> Mapping:
+    def mapping(self) -> Mapping:  # type: ignore[override]  # no attribute of a Located is written
         """The mapping."""
         return self._table.mapping(self._at)
 

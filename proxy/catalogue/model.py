@@ -108,9 +108,13 @@ class Mapping:
         return self.lo <= routing_key and (self.hi is None or routing_key < self.hi)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Located:
-    """A mapping and the shard that has it: where the keys of the mapping are."""
+    """A mapping and the shard that has it: where the keys of the mapping are.
+
+    Never changed; but not frozen, since making a frozen one takes twice as long, and each look-up
+    makes one.
+    """
 
     mapping: Mapping
     shard: Shard

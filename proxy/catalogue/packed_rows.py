@@ -67,11 +67,6 @@ select coalesce(string_agg(pg_catalog.uuid_send(mapping_id), ''), '') as ids,
 from (select *, case when hi is null or hi = lo || '\\x00'::bytea then '' else hi end as own_hi
   from shardmap.mapping where map_id = $1 and lo {after} $2 order by lo limit $3) m
 """
-# For the transaction that reads them. A table that was just filled has no statistics: each chunk
-# would be a sort of all rows that follow.
-IN_ORDER: Final = (
-    "set local enable_sort = off; set local enable_bitmapscan = off; set local enable_seqscan = off"
-)
 READ_FIRST_CHUNK: Final = READ_CHUNK.format(after=">=")
 READ_NEXT_CHUNK: Final = READ_CHUNK.format(after=">")
 

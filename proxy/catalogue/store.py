@@ -28,6 +28,11 @@ from proxy.routing.shard_map import Kind, MapSpec
 
 # Rows of one fetch. A million come in a hundred, and others run between them.
 CHUNK_ROWS: Final = 10_000
+# For a transaction that reads mappings in chunks. A table that was just filled has no statistics:
+# each chunk would be a sort of all rows that follow.
+IN_ORDER: Final = (
+    "set local enable_sort = off; set local enable_bitmapscan = off; set local enable_seqscan = off"
+)
 
 _STATUSES: Final = {str(one): one for one in Status}
 _SESSIONS: Final = {str(one): one for one in SessionsMode}
@@ -239,8 +244,9 @@ async def stream_mappings(
 ) -> AsyncIterator[Sequence[Mapping]]:
     """Yield the mappings of the span in chunks, by their lower bounds, `limit` at most.
 
-    In a transaction of one snapshot they are those of one moment.
+    It is for a transaction; in one of one snapshot they are those of one moment.
     """
+    await connection.execute(IN_ORDER)
     left = limit
     while left is None or left > 0:
         rows = chunk_rows if left is None else min(left, chunk_rows)

@@ -16,7 +16,8 @@ metrics give the mapping as the cause, whether the shard or the proxy ended the 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Final, Protocol
@@ -151,6 +152,8 @@ class MappedSessions:
         self._wake = asyncio.Event()
         self._recent: dict[UUID, float] = {}
         self._all_recent_until = 0.0
+        self._ending = deque[MappedSession]()
+        self._ends_slices = False
 
     def __len__(self) -> int:
         return sum(map(len, self._by_mapping.values()))
@@ -256,7 +259,7 @@ class MappedSessions:
                 moved.append(session)
         loop = asyncio.get_running_loop()
         if moved:
-            loop.call_later(self._kill_seconds, _end_in_slices, iter(moved))
+            loop.call_later(self._kill_seconds, self._end, moved)
         for mapping_id, seconds in drain_ends.items():
             loop.call_later(seconds, self.changed, (mapping_id,))
 
@@ -271,6 +274,20 @@ class MappedSessions:
             return 0.0
         return max(0.0, mapping.drain_until.timestamp() - self._clock())
 
+    def _end(self, sessions: Iterable[MappedSession]) -> None:
+        """End sessions, after those that are being ended already."""
+        self._ending.extend(sessions)
+        if not self._ends_slices:
+            self._end_slice()
+
+    def _end_slice(self) -> None:
+        """End a slice of sessions, and the next one after a pause."""
+        self._ends_slices = bool(self._ending)
+        for _ in range(min(END_SLICE, len(self._ending))):
+            self._ending.popleft().end()
+        if self._ends_slices:
+            asyncio.get_running_loop().call_later(END_PAUSE_SECONDS, self._end_slice)
+
     def _register_under(self, session: MappedSession, mapping_id: UUID) -> None:
         """Register a session under the mapping that has its key now: a split or merge."""
         sessions = self._by_mapping.get(session.mapping_id)
@@ -279,12 +296,3 @@ class MappedSessions:
         self.unregister(session)
         session.mapping_id = mapping_id
         self._by_mapping.setdefault(mapping_id, set()).add(session)
-
-
-def _end_in_slices(sessions: Iterator[MappedSession]) -> None:
-    """End sessions, a slice at a time."""
-    part = tuple(islice(sessions, END_SLICE))
-    for session in part:
-        session.end()
-    if part:
-        asyncio.get_running_loop().call_later(END_PAUSE_SECONDS, _end_in_slices, sessions)

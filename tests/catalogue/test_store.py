@@ -119,6 +119,33 @@ async def test_a_stream_in_a_snapshot_does_not_see_what_changes_meanwhile(
     assert ids(seen) == filled.mappings
 
 
+async def test_a_stream_reads_each_row_once_of_a_table_without_statistics(filled: Filled) -> None:
+    # A million rows that were just added took minutes: each chunk sorted all rows that follow.
+    rows = 20_000
+    await filled.connection.execute(
+        "insert into shardmap.mapping (map_id, shard_id, lo, hi)"
+        " select $1, $2, int4send(n), int4send(n + 1) from generate_series(1, $3::int4) n",
+        filled.map_id,
+        filled.two,
+        rows,
+    )
+    fetched = (
+        "select sum(pg_catalog.pg_stat_get_xact_tuples_fetched(c.oid))::int8 from pg_class c"
+        " left join pg_index i on i.indexrelid = c.oid"
+        " where 'shardmap.mapping'::regclass in (c.oid, i.indrelid)"
+    )
+    found = 0
+    async with transaction(filled.connection, read_only=True):
+        before = await filled.connection.fetchval(fetched)
+        async for chunk in store.stream_mappings(
+            filled.connection, filled.map_id, Span(), chunk_rows=1000
+        ):
+            found += len(chunk)
+        read = await filled.connection.fetchval(fetched) - before
+    assert found == rows + len(filled.mappings)
+    assert found <= read < 1.1 * found
+
+
 async def test_s60_a_look_up_reads_one_row_however_many_mappings_there_are(filled: Filled) -> None:
     await filled.connection.execute(
         "insert into shardmap.mapping (map_id, shard_id, lo, hi)"

@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import pairwise
 from typing import Final
 from uuid import UUID
 
@@ -15,7 +16,7 @@ from proxy.catalogue.model import Located, Mapping, SessionsMode, Shard, Status
 from proxy.errors import ErrorKind, ProxyError
 from proxy.session.drain import OpenSession, OpenSessions
 from proxy.session.end_reason import EndReason, RelayEnd
-from proxy.session.mapped_sessions import MappedSession, MappedSessions
+from proxy.session.mapped_sessions import END_SLICE, MappedSession, MappedSessions
 from proxy.session.relay import Relay
 from proxy.transport.stream import StartupStream
 from proxy.upstream.dialer import AdmittedBy
@@ -168,6 +169,31 @@ async def test_idle_session_gets_an_error_when_its_mapping_is_gone(
         await session.task
         assert [end.reason for end in session.ends] == [EndReason.MAPPING_MOVED]
     assert len(house.mapped) == 0
+
+
+async def test_many_sessions_end_in_slices_whatever_their_mappings(house: House) -> None:
+    # Each two hundred sessions had slices of their own, all in one turn of the event loop: other
+    # sessions waited for a third of a second.
+    loop = asyncio.get_running_loop()
+    async with AsyncExitStack() as stack:
+        live = [
+            await stack.enter_async_context(house.session(number=number))
+            for number in range(2, 6)
+            for _ in range(30)
+        ]
+        turns: list[int] = []
+
+        def count() -> None:
+            turns.append(sum(one.relay.over for one in live))
+            loop.call_soon(count)
+
+        count()
+        house.catalogue.default = None
+        house.mapped.changed([UUID(int=number) for number in range(2, 6)])
+        await eventually(lambda: turns[-1] == len(live), "all are over")
+        ended = [after - before for before, after in pairwise(turns)]
+        live.clear()
+        assert max(ended) <= END_SLICE
 
 
 @pytest.mark.parametrize("now", GOES_ON.values(), ids=GOES_ON)

@@ -67,7 +67,7 @@ class Outage:
         self._last_at = 0.0
         self._tries = 0
         self._logged = ("", "")
-        self._failing: set[ApiCall] = set()
+        self._failing: dict[ApiCall, float] = {}  # when they failed last
         self.since: float | None = None
         """When the first call failed, in seconds since the epoch; None while the API works."""
         self.failure: ProxyError | None = None
@@ -99,8 +99,8 @@ class Outage:
             return
         if call is ApiCall.LOOK_UP and not is_transient(failure):
             return
-        self._failing.add(call)
         now = self._clock()
+        self._failing[call] = now
         if self.since is None:
             self.since = now
         self._tries += 1
@@ -122,9 +122,14 @@ class Outage:
             )
 
     def record_success(self, call: ApiCall) -> None:
-        """Record a call that succeeded; log it if it ends an outage, as every mint does."""
-        is_look_up = call in (ApiCall.LOOK_UP, ApiCall.IDENTITY)
-        self._failing -= {call} if is_look_up else set(ApiCall)
+        """Record a call that succeeded; log it if it ends an outage.
+
+        A mint does so as well when no look-up has failed for some time: perhaps none is made.
+        """
+        self._failing.pop(call, None)
+        if call is ApiCall.MINT:
+            oldest = self._clock() - STALE_SECONDS
+            self._failing = {one: at for one, at in self._failing.items() if at >= oldest}
         if self.since is None or self._failing:
             return
         seconds = round(self.failing_seconds, 1)

@@ -35,9 +35,10 @@ START_FACTOR: Final = 7.5
 # are renewed when 105 s old, and those below 180 s outlast 55 minutes of an outage (their hour less
 # the margin). Those that were waited for longer keep that multiple of their wait.
 STARTED_FACTOR: Final = 3.5
-# Afterwards each 429 lengthens it by half. A success shortens it by a share that grows with the age,
-# so that the ages of a fleet become alike, and with the successes in a row, so that an age that is
-# right is kept for long. While the limit is too low, they balance at a few 429s in a hundred calls.
+# Afterwards each 429 lengthens it by half. A success shortens it by a share that grows with the
+# age, so that the ages of a fleet become alike, and with the successes in a row, so that an age
+# that is right is kept for long. While the limit is too low, they balance at a few 429s in a
+# hundred calls.
 LENGTHEN_FACTOR: Final = 1.5
 SHORTEN_SHARE_A_SECOND: Final = 1 / 100_000
 SHORTEN_SHARE_A_SUCCESS: Final = 1 / 5_000

@@ -35,9 +35,9 @@ def test_a_throttled_fleet_that_holds_tokens_loses_next_to_none_in_an_outage_of_
     None
 ):
     # Renewals in 40 s are all that the limit allows, 30 s is what the proxies want. An outage of 55
-    # minutes leaves tokens 180 s: an hour less the margin of two minutes. At ten minutes 56 of 1,000
-    # were older, up to 583 s, and lost one connection in 300. None lost at all would need that no
-    # renewal is ever refused twice, a minute and more apart. In the first five minutes tokens are
+    # minutes leaves tokens 180 s: an hour less the margin of two minutes. At ten minutes 56 of a
+    # thousand were older, up to 583 s, and lost one connection in 300. To lose none at all, no
+    # renewal may be refused twice, a minute and more apart. In the first five minutes tokens are
     # older: a proxy whose first renewal was refused leaves the limit to those that start.
     begin, end = 600.0, 600.0 + 55 * 60
     scenario = Scenario(1000, limit=25, until=end + 300, outage=(begin, end))

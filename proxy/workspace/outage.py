@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
+from proxy.workspace.resources import OF_ONE_RESOURCE
 from proxy.workspace.single_flight import is_transient
 
 # The API fails for a moment now and then; clients wait as long as this.
@@ -93,11 +94,11 @@ class Outage:
     def record_failure(self, call: ApiCall, failure: ProxyError, backoff_seconds: float) -> None:
         """Record a failed call; log the first one, and each that fails in another way.
 
-        A look-up that fails for good concerns its own target alone.
+        A look-up that fails for its own resource concerns that target alone.
         """
         if failure.kind is ErrorKind.API_THROTTLED:
             return
-        if call is ApiCall.LOOK_UP and not is_transient(failure):
+        if call is ApiCall.LOOK_UP and failure.kind in OF_ONE_RESOURCE:
             return
         now = self._clock()
         self._failing[call] = now

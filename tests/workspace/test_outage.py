@@ -121,3 +121,10 @@ def test_a_look_up_that_is_not_made_any_more_does_not_keep_an_outage_going() -> 
     clock.move(STALE_SECONDS + 1)
     outage.record_success(ApiCall.MINT)
     assert not outage.failing_seconds
+
+
+def test_a_look_up_that_is_refused_for_its_login_is_an_outage() -> None:
+    # With a wrong secret, and before any mint, only the alert of refused sessions fired.
+    outage = Outage("shop", FakeClock())
+    outage.record_failure(ApiCall.LOOK_UP, ProxyError(ErrorKind.WORKSPACE_LOGIN_FAILED), 1)
+    assert outage.since is not None

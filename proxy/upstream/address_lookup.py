@@ -78,7 +78,7 @@ class AddressLookup:
         self._workspace = workspace
         self._host = settings.host
         self._stale = False
-        self._outage = outage or Outage("workspace", clock)
+        self.outage = outage or Outage("workspace", clock)
         self._user = settings.user
         # Connections that arrive together wait for one answer of the workspace.
         self._host_call = SingleFlight(self._ask_host, pending)
@@ -97,7 +97,7 @@ class AddressLookup:
     @property
     def api_failure(self) -> ProxyError | None:
         """The present failure of the workspace API; None while it works."""
-        failure = self._outage.failure
+        failure = self.outage.failure
         return None if failure is None else ProxyError(failure.kind, failure.detail)
 
     async def target(self) -> Target:
@@ -134,7 +134,7 @@ class AddressLookup:
         self._stale = not self._settings.host
 
     async def _look_up_host(self) -> None:
-        refusal = self._outage.refusal()
+        refusal = self.outage.refusal()
         if refusal is not None:
             if not self._host_backoff.remaining_seconds:
                 self._host_call.start()  # its outcome is for the next client
@@ -157,13 +157,11 @@ class AddressLookup:
             status = await self._workspace.status(self._resource)
         except ProxyError as error:
             self._host_backoff.start(error)
-            self._outage.record_failure(
-                ApiCall.LOOK_UP, error, self._host_backoff.remaining_seconds
-            )
+            self.outage.record_failure(ApiCall.LOOK_UP, error, self._host_backoff.remaining_seconds)
             if self._host:
                 return  # while the API fails, the known host is used
             raise
-        self._outage.record_success(ApiCall.LOOK_UP)
+        self.outage.record_success(ApiCall.LOOK_UP)
         self._keep_host(status, self._resource.name)
 
     def _keep_host(self, status: ResourceStatus, name: str) -> None:
@@ -180,7 +178,7 @@ class AddressLookup:
         self._host, self._stale = host, False
 
     async def _look_up_user(self) -> None:
-        refusal = self._outage.refusal()
+        refusal = self.outage.refusal()
         if refusal is not None:
             if not self._user_backoff.remaining_seconds:
                 self._user_call.start()  # its outcome is for the next client
@@ -194,11 +192,11 @@ class AddressLookup:
             identity = await self._workspace.identity()
         except ProxyError as error:
             self._user_backoff.start(error)
-            self._outage.record_failure(
+            self.outage.record_failure(
                 ApiCall.IDENTITY, error, self._user_backoff.remaining_seconds
             )
             raise
-        self._outage.record_success(ApiCall.IDENTITY)
+        self.outage.record_success(ApiCall.IDENTITY)
         self._user_backoff.reset()
         self._user = identity.role
 

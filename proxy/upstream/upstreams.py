@@ -162,9 +162,10 @@ class UpstreamFactory:
         else:
             account = self._registry.account(key, list(resources))
             credentials = account.token_source
-        outage = None if account is None else account.outage
-        if account is not None and outage is None:  # the process that mints logs and shows it
-            outage = Outage(account.name, words=None)
+        if account is None:
+            outage = self._registry.look_up_outage(key)
+        else:  # None: the process that mints logs and shows it
+            outage = account.outage or Outage(account.name, words=None)
         lookup = AddressLookup(target, resource, workspace, self._registry.calls, outage=outage)
         dialer = Dialer(
             Connector(self._name_lookup.resolve),
@@ -241,11 +242,14 @@ class Upstreams(Mapping[str, Upstream]):
 
     @property
     def outages(self) -> list[Outage]:
-        """Whether credentials can be had: of each account, and of the password file."""
-        outages = [account.outage for account in self.accounts]
+        """Whether credentials can be had, and hosts with a password: each may occur repeatedly."""
+        outages = [account.outage for account in self.accounts if account.outage is not None]
         if self.password_file is not None:
             outages.append(self.password_file.outage)
-        return [outage for outage in outages if outage is not None]
+            outages += [
+                one.address_lookup.outage for one in self._upstreams.values() if one.resource
+            ]
+        return outages
 
     @property
     def accounts(self) -> list[TokenAccount]:

@@ -69,16 +69,13 @@ class _UpstreamFacts:
     @contextmanager
     def _recorded(self, call: ApiCall) -> Iterator[None]:
         """Record the call's outcome: workers know no outage but their own."""
-        account = self.upstream.account
-        outage = None if account is None else account.outage
+        outage = self.upstream.address_lookup.outage
         try:
             yield
         except ProxyError as error:
-            if outage is not None:
-                outage.record_failure(call, error, BACKOFF_SECONDS_MIN)
+            outage.record_failure(call, error, BACKOFF_SECONDS_MIN)
             raise
-        if outage is not None:
-            outage.record_success(call)
+        outage.record_success(call)
 
 
 class _Generation:

@@ -23,6 +23,7 @@ from proxy.workers.rpc import RpcConnection, RpcConnectionLost
 from proxy.workspace.client import Identity
 from proxy.workspace.credential import Credential
 from proxy.workspace.freshness import Freshness, is_fresh
+from proxy.workspace.outage import Outage
 from proxy.workspace.registry import AccountKey, TokenAccount, WorkspaceKey, workspace_key_of
 from proxy.workspace.resources import Resource, ResourceStatus
 from proxy.workspace.single_flight import PendingCalls
@@ -74,6 +75,10 @@ class RemoteWorkspaceRegistry:
             key.workspace.credentials,
         )
         return TokenAccount(key.name, credentials, None)
+
+    def look_up_outage(self, key: AccountKey) -> Outage:
+        """Return an outage of look-ups that is not logged: the supervisor does so."""
+        return Outage(key.name, words=None)
 
     def use_of(self, key: AccountKey) -> AbstractContextManager[None]:
         """Return a context that does nothing: the supervisor counts the uses."""

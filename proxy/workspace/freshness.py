@@ -27,15 +27,21 @@ RENEWAL_SECONDS_MIN: Final = 60.0
 RENEWAL_RANDOM_SECONDS_MAX: Final = 540.0
 RENEWAL_RETRY_AFTER_SECONDS_MAX: Final = 600.0
 
-# The first 429 doubles the accepted age. Before a proxy's second token it makes it eight times as
-# long: a fleet may be starting, and renewals wait until all of it has had a first token. Several in
-# a row make it at least eight times as long as they have lasted. Each mint that succeeds shortens
-# it by a twentieth: while the limit is too low for the fleet, that and the doubling balance when
-# about one call in fifteen is a 429.
-LENGTHEN_FACTOR: Final = 2.0
-START_FACTOR: Final = 8.0
-SHORTAGE_FACTOR: Final = 8.0
-SHORTEN_FACTOR: Final = 0.95
+# A 429 before a proxy's second token makes the accepted age 7.5 times as long as set, or as the
+# first token was waited for: a fleet may be starting. Set to a minute it is renewed at 225 s, and
+# takes no token from a fleet that could have had its first ones after 200 s.
+START_FACTOR: Final = 7.5
+# With the second token the start is over, and the age is at most 3.5 times as long as set: tokens
+# are renewed when 105 s old, and those below 180 s outlast 55 minutes of an outage (their hour less
+# the margin). Those that were waited for longer keep that multiple of their wait.
+STARTED_FACTOR: Final = 3.5
+# Afterwards each 429 lengthens it by half. A success shortens it by a share that grows with the
+# age, so that the ages of a fleet become alike, and with the successes in a row, so that an age
+# that is right is kept for long. While the limit is too low, they balance at a few 429s in a
+# hundred calls.
+LENGTHEN_FACTOR: Final = 1.5
+SHORTEN_SHARE_A_SECOND: Final = 1 / 100_000
+SHORTEN_SHARE_A_SUCCESS: Final = 1 / 5_000
 # From an age of 0 it is lengthened to this, and shortened from less than this to the age set.
 LENGTHENED_SECONDS_MIN: Final = 60.0
 
@@ -95,8 +101,10 @@ class AcceptedAge:
     def __init__(self, freshness: Freshness) -> None:
         """Accept what `freshness` says."""
         self._configured = freshness
-        self._short_since: float | None = None  # the first of the 429s in a row
-        self._successes = 0
+        self._tokens = 0
+        self._successes_in_a_row = 0
+        self._waits_since: float | None = None  # the first 429, until the first token
+        self._waited_seconds = 0.0
         self.freshness = freshness
 
     @property
@@ -112,38 +120,50 @@ class AcceptedAge:
     def lengthen(self, now: float, lifetime_seconds: float) -> None:
         """Accept older tokens after a 429, at most as old as a token is valid.
 
-        A multiple of the age at the first of several in a row; later ones show how long the API is
-        short of tokens, and what many proxies wait for so long cannot be renewed more often.
+        Calls that ran together are one 429.
         """
-        if self._short_since is None or now < self._short_since:
-            self._short_since = now
-            factor = START_FACTOR if self._successes < 2 else LENGTHEN_FACTOR
-            longer = max(self.seconds * factor, LENGTHENED_SECONDS_MIN)
-        else:
-            longer = max(self.seconds, (now - self._short_since) * SHORTAGE_FACTOR)
+        self._successes_in_a_row = 0
+        longer = self.seconds if self._tokens == 0 else self.seconds * LENGTHEN_FACTOR
+        if self._tokens == 0:
+            if self._waits_since is None or now < self._waits_since:
+                self._waits_since = now
+            self._waited_seconds = now - self._waits_since
+        if self._tokens < 2:
+            longer = max(longer, self._started_at_least(START_FACTOR))
         valid_seconds = lifetime_seconds - self._configured.expiry_margin_seconds
-        self._accept(max(self._configured.max_age_seconds, min(longer, valid_seconds)))
+        self._accept(min(max(longer, LENGTHENED_SECONDS_MIN), valid_seconds))
 
     def shorten(self) -> None:
         """Accept a little less after a mint that succeeded, at least the age that is set."""
-        self._short_since = None
-        self._successes += 1
-        shorter = self.seconds * SHORTEN_FACTOR
-        if shorter < LENGTHENED_SECONDS_MIN:
-            shorter = 0.0
-        self._accept(max(self._configured.max_age_seconds, shorter))
+        self._tokens += 1
+        self._successes_in_a_row += 1
+        shorter = self.seconds * (
+            1
+            - self.seconds * SHORTEN_SHARE_A_SECOND
+            - self._successes_in_a_row * SHORTEN_SHARE_A_SUCCESS
+        )
+        if self._tokens == 2:
+            shorter = min(shorter, self._started_at_least(STARTED_FACTOR))
+        self._accept(shorter if shorter >= LENGTHENED_SECONDS_MIN else 0.0)
+
+    def _started_at_least(self, factor: float) -> float:
+        """Return the age for a fleet that starts: it renews no token while others wait so long."""
+        return max(self._configured.max_age_seconds * factor, self._waited_seconds * START_FACTOR)
 
     def _accept(self, seconds: float) -> None:
+        seconds = max(self._configured.max_age_seconds, seconds)
         self.freshness = replace(self._configured, max_age_seconds=seconds)
 
 
-def renewal_delay(valid_seconds: float) -> Delay:
+def renewal_delay(valid_seconds: float, *, throttled: bool) -> Delay:
     """Return the back-off of a renewal while a token is held that is valid for so long.
 
     It ends before the token does, at a random time: a fleet that lost the API together must not
-    come back together when its tokens expire.
+    come back together when its tokens expire. After a 429 it does not grow: the accepted age does,
+    and a token must not be several back-offs old when an outage begins.
     """
-    longest = min(RENEWAL_RANDOM_SECONDS_MAX, max(0.0, valid_seconds - RENEWAL_SECONDS_MIN))
+    random_seconds_max = RENEWAL_SECONDS_MIN if throttled else RENEWAL_RANDOM_SECONDS_MAX
+    longest = min(random_seconds_max, max(0.0, valid_seconds - RENEWAL_SECONDS_MIN))
     return Delay(
         min(RENEWAL_SECONDS_MIN, longest),
         longest,

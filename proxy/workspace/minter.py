@@ -11,23 +11,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
-from proxy.errors import ErrorKind, ProxyError
+from proxy.errors import ProxyError
 from proxy.workspace.credential import Credential
-from proxy.workspace.resources import Resource
+from proxy.workspace.resources import OF_ONE_RESOURCE, Resource
 
 # Resources tried for one mint. Each is a call, and a workspace that refuses three refuses all.
 TRIES_MAX: Final = 3
-
-# Failures of the one resource that was named. Any other failure would be the same for the next.
-_OF_ONE_RESOURCE: Final = frozenset(
-    (
-        ErrorKind.ENDPOINT_NOT_FOUND,
-        ErrorKind.ENDPOINT_INVALID,
-        ErrorKind.INSTANCE_NOT_FOUND,
-        ErrorKind.INSTANCE_INVALID,
-        ErrorKind.PERMISSION_DENIED,
-    )
-)
 
 
 class Minter:
@@ -58,7 +47,7 @@ class Minter:
             try:
                 return await self._mint(tried)
             except ProxyError as error:
-                if error.kind not in _OF_ONE_RESOURCE:
+                if error.kind not in OF_ONE_RESOURCE:
                     raise
                 first_failure = first_failure or error
                 # Unless a mint that ran at the same time has gone on to the next one already.

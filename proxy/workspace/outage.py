@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
+from proxy.workspace.resources import OF_ONE_RESOURCE
 from proxy.workspace.single_flight import is_transient
 
 # The API fails for a moment now and then; clients wait as long as this.
@@ -67,7 +68,7 @@ class Outage:
         self._last_at = 0.0
         self._tries = 0
         self._logged = ("", "")
-        self._failing: set[ApiCall] = set()
+        self._failing: dict[ApiCall, float] = {}  # when they failed last
         self.since: float | None = None
         """When the first call failed, in seconds since the epoch; None while the API works."""
         self.failure: ProxyError | None = None
@@ -93,14 +94,14 @@ class Outage:
     def record_failure(self, call: ApiCall, failure: ProxyError, backoff_seconds: float) -> None:
         """Record a failed call; log the first one, and each that fails in another way.
 
-        A look-up that fails for good concerns its own target alone.
+        A look-up that fails for its own resource concerns that target alone.
         """
         if failure.kind is ErrorKind.API_THROTTLED:
             return
-        if call is ApiCall.LOOK_UP and not is_transient(failure):
+        if call is ApiCall.LOOK_UP and failure.kind in OF_ONE_RESOURCE:
             return
-        self._failing.add(call)
         now = self._clock()
+        self._failing[call] = now
         if self.since is None:
             self.since = now
         self._tries += 1
@@ -122,9 +123,14 @@ class Outage:
             )
 
     def record_success(self, call: ApiCall) -> None:
-        """Record a call that succeeded; log it if it ends an outage, as every mint does."""
-        is_look_up = call in (ApiCall.LOOK_UP, ApiCall.IDENTITY)
-        self._failing -= {call} if is_look_up else set(ApiCall)
+        """Record a call that succeeded; log it if it ends an outage.
+
+        A mint does so as well when no look-up has failed for some time: perhaps none is made.
+        """
+        self._failing.pop(call, None)
+        if call is ApiCall.MINT:
+            oldest = self._clock() - STALE_SECONDS
+            self._failing = {one: at for one, at in self._failing.items() if at >= oldest}
         if self.since is None or self._failing:
             return
         seconds = round(self.failing_seconds, 1)

@@ -85,6 +85,9 @@ class WorkspaceRegistry(Protocol):
     def account(self, key: AccountKey, resources: list[Resource]) -> TokenAccount:
         """Return the account with this key. Its tokens are minted for one of these resources."""
 
+    def look_up_outage(self, key: AccountKey) -> Outage:
+        """Return the outage of look-ups for upstreams with a password, which have no account."""
+
     def use_of(self, key: AccountKey) -> AbstractContextManager[None]:
         """Return a context that counts a use of account and workspace while its block runs.
 
@@ -130,6 +133,7 @@ class LocalWorkspaceRegistry:
         self._workspaces: dict[WorkspaceKey, Workspace] = {}
         self._accounts: dict[AccountKey, TokenAccount] = {}
         self._uses: dict[AccountKey, UseCount] = {}
+        self._look_up_outages: dict[AccountKey, Outage] = {}
 
     def __len__(self) -> int:
         """The number of accounts in use."""
@@ -166,6 +170,10 @@ class LocalWorkspaceRegistry:
             self._accounts[key] = TokenAccount(key.name, token_source, minter, outage)
         return self._accounts[key]
 
+    def look_up_outage(self, key: AccountKey) -> Outage:
+        """Return the outage of look-ups for upstreams with a password, which have no account."""
+        return self._look_up_outages.setdefault(key, Outage(key.name))
+
     def use_of(self, key: AccountKey) -> UseCount:
         """Return what counts the uses of account and workspace, and closes them after the last."""
         if key not in self._uses:
@@ -175,6 +183,7 @@ class LocalWorkspaceRegistry:
     def _close(self, key: AccountKey) -> None:
         del self._uses[key]
         self._accounts.pop(key, None)
+        self._look_up_outages.pop(key, None)
         if not any(other.workspace == key.workspace for other in self._uses):
             self._workspaces.pop(key.workspace, None)
 

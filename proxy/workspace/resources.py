@@ -7,10 +7,22 @@ calls and in the names of the reply's fields, all of which are optional.
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Final, Protocol
 
 from proxy.config import UpstreamSettings
+from proxy.errors import ErrorKind
 from proxy.workspace.sdk_import import WorkspaceClient
+
+# Failures of the one resource that was named. Any other failure would be the same for the next.
+OF_ONE_RESOURCE: Final = frozenset(
+    (
+        ErrorKind.ENDPOINT_NOT_FOUND,
+        ErrorKind.ENDPOINT_INVALID,
+        ErrorKind.INSTANCE_NOT_FOUND,
+        ErrorKind.INSTANCE_INVALID,
+        ErrorKind.PERMISSION_DENIED,
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)

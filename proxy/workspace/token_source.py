@@ -167,6 +167,9 @@ class LocalTokenSource:
         """Return a token minted now; while the API fails, the newest that is still valid."""
         refusal = self._outage.refusal()
         if refusal is not None and self._valid() is None:
+            if self._first_backoff.failure is None:  # no call was made since the last token ran out
+                with suppress(ProxyError):
+                    return await self._first_after_renewals()
             self._keep_probing()
             raise refusal
         ends_at = self._clock() + self._timeout_seconds
@@ -189,6 +192,18 @@ class LocalTokenSource:
             except ProxyError as error:
                 if not self._backoff.remaining_seconds:  # the call hangs, or has a bug of ours
                     self._start_backoff(error)
+
+    async def _first_after_renewals(self) -> Credential:
+        """Mint where only renewals have failed so far, a minute apart: the outage may be over.
+
+        Raises ProxyError, at the latest after the time for which a hanging call is waited for.
+        """
+        try:
+            return await self._minting.token(HANG_SECONDS_MAX)
+        except ProxyError as error:
+            if not self._backoff.remaining_seconds:  # the call hangs
+                self._start_backoff(error)
+            raise
 
     def _keep_probing(self) -> None:
         """Make one call after another in the background until the outage is over."""
@@ -245,19 +260,20 @@ class LocalTokenSource:
         return self._first_backoff if self._valid() is None else self._renewal_backoff
 
     def _start_backoff(self, failure: ProxyError) -> None:
-        valid = self._valid()
+        valid, throttled = self._valid(), failure.kind is ErrorKind.API_THROTTLED
         if valid is not None:
             margin_seconds = self._age.freshness.expiry_margin_seconds
             seconds = valid.expires_at - margin_seconds - self._clock()
-            self._renewal_backoff.start(failure, renewal_delay(seconds))
-        elif failure.kind is ErrorKind.API_THROTTLED:
+            self._renewal_backoff.start(failure, renewal_delay(seconds, throttled=throttled))
+        elif throttled:
             self._first_backoff.start(failure, THROTTLED_DELAY)
         else:
             self._first_backoff.start(failure)
 
     def _record_failure(self, failure: ProxyError) -> None:
+        ran_together = self._backoff.remaining_seconds > 0
         self._start_backoff(failure)
-        if failure.kind is not ErrorKind.API_THROTTLED:
+        if failure.kind is not ErrorKind.API_THROTTLED or ran_together:
             return
         was_lengthened, newest = self._age.lengthened, self._newest
         lifetime = LIFETIME_SECONDS if newest is None else newest.expires_at - newest.requested_at

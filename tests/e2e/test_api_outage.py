@@ -264,3 +264,30 @@ async def test_a_password_file_that_cannot_be_used_is_an_outage_in_log_and_statu
     assert await served(proxy)
     assert await failing(port) == []
     await eventually(lambda: proxy.events(works), "it says that it is over")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_host_that_cannot_be_looked_up_for_a_password_is_an_outage_in_the_status(
+    start_process: StartProcess, lakebase: Lakebase, tmp_path: Path, workers: int
+) -> None:
+    # It had a line of the log, and no row in /status: a password has no account.
+    file = tmp_path / "password"
+    file.write_text(lakebase.native_password)
+    lakebase.workspace.fail(Call.RESOURCE, faults.INTERNAL)
+    proxy = await start_process(
+        admin={"enabled": True, "port": 0},
+        listen={"port": 0, "workers": workers},
+        credentials={"password_file": str(file)},
+        upstream={"user": lakebase.native_role, "connect_timeout_seconds": 3},
+    )
+    port = int(proxy.events("serving")[0]["admin_port"])
+    await refused(proxy)
+    (api,) = await failing(port)
+    assert (api["workspace"], api["reason"]) == ("workspace", "api_error")
+    await eventually(lambda: proxy.events("the workspace API fails"), "it warns")
+    lakebase.workspace.clear_faults()
+    begun = time.monotonic()
+    while await failing(port):
+        assert time.monotonic() - begun < PROBES_SECONDS_MAX
+        await served(proxy)
+    assert len(proxy.events("the workspace API fails")) == 1

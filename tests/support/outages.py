@@ -237,6 +237,12 @@ OUTAGES: Final[Mapping[str, Outage]] = {
         SHORT,
         from_the_start=True,
     ),
+    "wrong secret, and no token is required": Outage(
+        (TOKENS_FAIL, refuses("workspace_login_failed")),
+        _wrong_secret,
+        settings={**SHORT, "startup": {"require": "none"}},
+        from_the_start=True,
+    ),
     "wrong workspace": Outage(
         (TOKENS_FAIL, refuses("workspace_configuration")),
         _api(Call.TOKEN, faults.SIGN_IN_PAGE),

@@ -98,3 +98,33 @@ def test_a_look_up_that_works_does_not_end_an_outage_of_mints(log: LogLines) -> 
     outage.record_success(ApiCall.LOOK_UP)
     assert not outage.failing_seconds
     assert len(log.events(WORKS)) == 2
+
+
+def test_a_mint_that_works_does_not_end_an_outage_of_look_ups(log: LogLines) -> None:
+    # Each mint logged that the API worked again, and the next look-up warned again.
+    clock = FakeClock()
+    outage = Outage("shop", clock)
+    for _ in range(5):
+        outage.record_failure(ApiCall.LOOK_UP, failing(), 1)
+        clock.move(8)
+        outage.record_success(ApiCall.MINT)
+        assert outage.failing_seconds
+    outage.record_success(ApiCall.LOOK_UP)
+    assert not outage.failing_seconds
+    assert len(log.events(FAILS)) == len(log.events(WORKS)) == 1
+
+
+def test_a_look_up_that_is_not_made_any_more_does_not_keep_an_outage_going() -> None:
+    clock = FakeClock()
+    outage = Outage("shop", clock)
+    outage.record_failure(ApiCall.IDENTITY, failing(), 1)
+    clock.move(STALE_SECONDS + 1)
+    outage.record_success(ApiCall.MINT)
+    assert not outage.failing_seconds
+
+
+def test_a_look_up_that_is_refused_for_its_login_is_an_outage() -> None:
+    # With a wrong secret, and before any mint, only the alert of refused sessions fired.
+    outage = Outage("shop", FakeClock())
+    outage.record_failure(ApiCall.LOOK_UP, ProxyError(ErrorKind.WORKSPACE_LOGIN_FAILED), 1)
+    assert outage.since is not None

@@ -7,7 +7,9 @@ snapshot_keeper, followed_map. Opening a session: shard_hosts, shard_upstreams, 
 admitting_opener. Changing the map: operation, op_log, mapping_rows, held_connection,
 kept_connections, locks, fence, other_writers, copy_command, operation_steps, operations,
 mapping_operations, mapping_status, reassign, move, split, merge, shard_status, shard_operations,
-alter_shard, role_operations, file_operation, operation_kinds.
+alter_shard, role_operations, file_operation. Where catalogue and shards differ: differences,
+repair_plan, rebuild_plan, verify, plan_rows, planned_operation, repair, attach, detach, rebuild,
+relocate. All of them: operation_kinds.
 
 Not for: the meaning of keys and bounds (`routing`), or dialling (`upstream`).
 

@@ -47,6 +47,7 @@ _REGISTERED: Final = (
     f"shardmap_local.session s join pg_catalog.pg_stat_activity a on a.pid = s.pid and {_IS_LIVE}"
 )
 _OF_MAPPING: Final = "s.mapping_id = $1"
+_OF_MAPPINGS: Final = "s.mapping_id = any($1::uuid[])"
 _OF_MAP: Final = (
     "exists (select from shardmap_local.mapping m"
     " where m.mapping_id = s.mapping_id and m.map_id = $1)"
@@ -65,12 +66,17 @@ class Registered:
     """Which sessions: those of one mapping, or of all mappings of a map in a shard."""
 
     condition: str
-    id: UUID
+    id: UUID | list[UUID]
 
     @classmethod
     def of_mapping(cls, mapping_id: UUID) -> "Registered":
         """Return the sessions of a mapping."""
         return cls(_OF_MAPPING, mapping_id)
+
+    @classmethod
+    def of_mappings(cls, mapping_ids: list[UUID]) -> "Registered":
+        """Return the sessions of any of these mappings."""
+        return cls(_OF_MAPPINGS, mapping_ids)
 
     @classmethod
     def of_map(cls, map_id: UUID) -> "Registered":

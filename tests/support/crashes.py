@@ -31,6 +31,11 @@ from tests.support.shards_cli import Answer
 NextWriter = Callable[[Operating, str], Awaitable[None]]
 """Changes the same shard, whatever the operation left there."""
 
+Prepare = Callable[[Operating], Awaitable[str | None]]
+"""Prepares what the verb changes. It may return the report that the verb needs."""
+REPORT: Final = "REPORT"
+"""The word that stands for it."""
+
 SUPERUSER: Final = "postgres"
 # What may refuse to complete, or to undo, an operation that was left pending.
 ONLY_UNDO: Final = "operation_pending"
@@ -84,9 +89,10 @@ class Crashes:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    async def start(self, prepare: Callable[[Operating], Awaitable[None]]) -> None:
+    async def start(self, prepare: Prepare) -> None:
         """Prepare, keep what is there, and what a verb that nothing disturbs makes of it."""
-        await prepare(self.operating)
+        report = await prepare(self.operating) or ""
+        self._words = tuple(word.replace(REPORT, report) for word in self._words)
         try:
             await self.operating.check_settled()
         except AssertionError:

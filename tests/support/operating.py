@@ -38,14 +38,16 @@ LOOKING: Final = "looking"
 class Databases:
     """Connects directly. `fail` is called with the database's name first, and may raise.
 
-    `aliases` are servers by the names of shards that lead to another one's. With
-    `loses_next_answer` the connection to the catalogue is lost after its next commit.
+    `aliases` are servers by the names of shards that lead to another one's, `hosts` by their
+    hosts. With `loses_next_answer` the connection to the catalogue is lost after its next commit.
     """
 
     stores: Stores
     fail: Callable[[str], None] = lambda name: None
     aliases: dict[str, str] = field(default_factory=dict)
     loses_next_answer: bool = False
+    hosts: dict[str, str] = field(default_factory=dict)
+    fail_at: Callable[[Shard], None] = lambda shard: None
 
     @asynccontextmanager
     async def catalogue(self) -> AsyncIterator[Any]:
@@ -57,7 +59,9 @@ class Databases:
     def shard(self, shard: Shard) -> AbstractAsyncContextManager[Any]:
         """Connect to a shard."""
         self.fail(shard.name)
-        return self.stores.connect(self.aliases.get(shard.name, shard.name))
+        self.fail_at(shard)
+        name = self.hosts.get(shard.host) or self.aliases.get(shard.name, shard.name)
+        return self.stores.connect(name)
 
 
 class LosingConnection:

@@ -28,15 +28,15 @@ _COLUMNS: Final = ("shard", "pid", "low", "high", "epoch", "proxy", "since")
 # -- add-shard, remove-shard ---------------------------------------------------------------------
 
 
-def _judge_add(arguments: Arguments) -> None:
-    """Raise UsageError for what no shard may have."""
+def judge_location(arguments: Arguments) -> None:
+    """Raise UsageError for a name or a location that no shard may have."""
     shard_name(arguments.words[0])
     host, endpoint, instance = (arguments.get(name) for name in ("host", "endpoint", "instance"))
     arguments.number("port", 1, 65535)
     if endpoint and instance:
         raise UsageError("--endpoint and --instance exclude each other")
     if not (host or endpoint or instance):
-        raise UsageError("add-shard needs --host, or --endpoint or --instance to look it up")
+        raise UsageError("a shard needs --host, or --endpoint or --instance to look it up")
     for name in ("host", "database", "endpoint", "instance", "workspace"):
         if (value := arguments.get(name)) is not None:
             _check(name, value)
@@ -63,17 +63,10 @@ def _check_host(host: str) -> None:
 
 
 async def _add_shard(call: Call) -> None:
-    arguments = call.arguments
-    _check_host(arguments.get("host") or "")
-    given = (arguments.get(name) or "" for name in ("endpoint", "instance", "workspace"))
-    host = arguments.get("host") or await _host_of(call, *given)
-    _check_host(host)
-    name = arguments.words[0]
+    name, host = call.arguments.words[0], await given_host(call)
 
     async def make(_: Connection, owner: CatalogueMap) -> AddShard:
-        shard = _row(call, owner, host)
-        await call.administration.check_shard(shard)
-        return AddShard(owner, shard)
+        return AddShard(owner, await given_shard(call, owner, host))
 
     call.output.progress(f"adding the shard {name}")
     done = await run(call, make)
@@ -81,6 +74,23 @@ async def _add_shard(call: Call) -> None:
         shard = done.operation.shard
         lines = [f"added the shard {name} at {shard.location}"]
         call.output.answer({"shard": shard_facts(shard, 0)}, lines)
+
+
+async def given_host(call: Call) -> str:
+    """Return the host that is given, or looked up. Raises CatalogueError."""
+    host = call.arguments.get("host") or ""
+    _check_host(host)
+    given = (call.arguments.get(name) or "" for name in ("endpoint", "instance", "workspace"))
+    host = host or await _host_of(call, *given)
+    _check_host(host)
+    return host
+
+
+async def given_shard(call: Call, owner: CatalogueMap, host: str) -> Shard:
+    """Return the row of the shard that is given. Raises CatalogueError if it may not be dialled."""
+    shard = _row(call, owner, host)
+    await call.administration.check_shard(shard)
+    return shard
 
 
 async def _host_of(call: Call, endpoint: str, instance: str, workspace: str) -> str:
@@ -242,14 +252,12 @@ def _session_facts(session: LiveSession, shard: Shard, owner: CatalogueMap) -> J
     }
 
 
-_ADD: Final = Syntax(
-    "add-shard NAME [--host H] [--port N] [--database D] [--endpoint E | --instance I]"
-    " [--workspace W]",
-    1,
-    1,
-    options=("host", "port", "database", "endpoint", "instance", "workspace"),
-    writes=True,
+LOCATION_USAGE: Final = (
+    "NAME [--host H] [--port N] [--database D] [--endpoint E | --instance I] [--workspace W]"
 )
+LOCATION_OPTIONS: Final = ("host", "port", "database", "endpoint", "instance", "workspace")
+
+_ADD: Final = Syntax(f"add-shard {LOCATION_USAGE}", 1, 1, options=LOCATION_OPTIONS, writes=True)
 _ALTER: Final = Syntax(
     "alter-shard NAME [--endpoint E | --instance I] [--workspace W] [--rename NEW]"
     " [--expect VERSION]",
@@ -260,7 +268,7 @@ _ALTER: Final = Syntax(
 )
 VERBS: Final[Mapping[str, Verb]] = {
     "alter-shard": Verb(_ALTER, _alter_shard, _judge_alter),
-    "add-shard": Verb(_ADD, _add_shard, _judge_add),
+    "add-shard": Verb(_ADD, _add_shard, judge_location),
     "remove-shard": Verb(
         Syntax("remove-shard NAME", 1, 1, writes=True),
         _remove_shard,

@@ -56,11 +56,12 @@ class Call:
 class Verb:
     """A verb. `judge` raises UsageError for arguments that can be judged without a database.
 
-    `run` answers, or raises CatalogueError or ProxyError.
+    `run` answers, or raises CatalogueError or ProxyError. What it returns is the exit code, None
+    for success.
     """
 
     syntax: Syntax
-    run: Callable[[Call], Awaitable[None]]
+    run: Callable[[Call], Awaitable[int | None]]
     judge: Callable[[Arguments], object] = lambda _: None
     of_a_map: Callable[[Arguments], bool] = lambda _: True
     """Returns whether the call is about one map."""

@@ -1,6 +1,6 @@
 """The admission of one session: what its shard is asked, and what the verdict means.
 
-For: the one query on the session's own connection, at the login and before the client's welcome,
+For: the one query on the session's own connection, after the login and before the client's welcome,
 and its verdict. Not for: what the proxy then does with the client (`admitting_opener`), or whether
 the shard is the right one (`map_source`).
 
@@ -174,50 +174,35 @@ class Admission:
         return ProxyError(_KINDS[self.verdict], f"{shard}: {detail}")
 
 
-class AdmissionQuery:
-    """The query for one session, asked anew at each try of its dial: an `Admit` of the dialer."""
+async def admit(connection: Connection, request: AdmissionRequest) -> Admission:
+    """Ask the shard to admit a session that has logged in. The caller bounds the time.
 
-    def __init__(self, request: AdmissionRequest) -> None:
-        self.admission: Admission | None = None
-        """The answer to the last try, once there is one."""
-        self._request = request
-        self._secret = Secret(b"")
-        self._query = SimpleQuery()
+    Raises ProxyError if there is no verdict; the connection is closed then.
+    """
+    secret = Secret(secrets.token_bytes(TICKET_BYTES))
+    try:
+        answer = await _ask(connection, request.sql(secret))
+        if answer.error is not None:
+            return _verdict_of(answer.error, secret)
+        return _parse(answer, secret)
+    except BaseException:
+        connection.stream.transport.close()
+        raise
 
-    def ask(self) -> bytes:
-        """Return the Query message for a new try."""
-        self._secret = Secret(secrets.token_bytes(TICKET_BYTES))
-        self._query = SimpleQuery()
-        return self._query.ask(self._request.sql(self._secret))
 
-    async def receive(self, connection: Connection) -> Admission:
-        """Receive the answer over a connection that has logged in. The caller bounds the time.
-
-        Raises ProxyError if there is no verdict; the connection is closed then.
-        """
-        try:
-            answer = await self._receive(connection)
-            if answer.error is not None:
-                self.admission = _verdict_of(answer.error, self._secret)
-            else:
-                self.admission = _parse(answer, self._secret)
-            return self.admission
-        except BaseException:
-            connection.stream.transport.close()
-            raise
-
-    async def _receive(self, connection: Connection) -> QueryAnswered:
-        query, stream = self._query, connection.stream
-        # What came with the login's ReadyForQuery: the answer, if the query was sent before it. Or
-        # it is of no statement: notices, or reloaded parameters.
-        events = query.receive_data(connection.startup.trailing_data())
-        while not events:
-            events = await _next_events(stream, query)
-        (event,) = events
-        if not isinstance(event, QueryAnswered):
-            raise diagnose_event(event)
-        stream.unread(query.trailing_data())
-        return event
+async def _ask(connection: Connection, sql: bytes) -> QueryAnswered:
+    """Return the answer to a query. Raises ProxyError."""
+    query, stream = SimpleQuery(), connection.stream
+    stream.write(query.ask(sql))
+    # What came after the login's ReadyForQuery is of no statement: notices, or reloaded parameters.
+    events = query.receive_data(connection.startup.trailing_data())
+    while not events:
+        events = await _next_events(stream, query)
+    (event,) = events
+    if not isinstance(event, QueryAnswered):
+        raise diagnose_event(event)
+    stream.unread(query.trailing_data())
+    return event
 
 
 async def _next_events(stream: StartupStream, query: SimpleQuery) -> list[QueryEvent]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 from uuid import UUID
 
-from proxy.catalogue.admission import Admission, AdmissionQuery, AdmissionRequest, Consequence
+from proxy.catalogue.admission import Admission, AdmissionRequest, Consequence, admit
 from proxy.catalogue.model import Located
 from proxy.catalogue.parking import Parking, ParkMetrics, ParkResult
 from proxy.catalogue.shard_upstreams import ShardUpstreams, target_name
@@ -126,20 +126,19 @@ class _Budget:
             self._left -= self._clock() - began
 
 
-class _Admitting(AdmissionQuery):
-    """The admission within one dial, with its metrics."""
+class _Admitting:
+    """The admission within one dial; `admission` is the shard's answer."""
 
-    def __init__(self, parts: OpenerParts, request: AdmissionRequest) -> None:
-        super().__init__(request)
+    def __init__(self, parts: OpenerParts, located: Located, routing_key: bytes) -> None:
         self._parts = parts
+        self._request = AdmissionRequest(located, routing_key, parts.proxy)
+        self.admission: Admission | None = None
 
-    async def receive(self, connection: Connection) -> Admission:
-        """Receive the answer, and count it."""
+    async def __call__(self, connection: Connection) -> None:
         began = self._parts.clock()
-        admission = await super().receive(connection)
+        self.admission = await admit(connection, self._request)
         seconds = self._parts.clock() - began
-        self._parts.metrics.admitted(self._parts.map_name, admission.verdict, seconds)
-        return admission
+        self._parts.metrics.admitted(self._parts.map_name, self.admission.verdict, seconds)
 
 
 class AdmittingOpener:
@@ -214,8 +213,7 @@ class AdmittingOpener:
     ) -> UpstreamSession | Admission:
         """Return the session, or the admission that its shard did not give. Raises ProxyError."""
         parts = self._parts
-        request = AdmissionRequest(located, self._routing_key, parts.proxy)
-        admitting = _Admitting(parts, request) if parts.validate else None
+        admitting = _Admitting(parts, located, self._routing_key) if parts.validate else None
         async with budget.spending() as seconds:
             self._upstream = upstream = await parts.shards.of(located.shard)
             session = await upstream.open(client, phases, admit=admitting, timeout_seconds=seconds)

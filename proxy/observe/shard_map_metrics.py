@@ -44,7 +44,7 @@ class ShardMapMetrics:
         self._gaps = counter("feed_gaps", "Notifications that led to a reload of the map.")
         self._admit_seconds = Histogram(
             f"{prefix}_admit_seconds",
-            "Time from the end of a login until the shard has admitted or not, in seconds.",
+            "Time until a shard has answered to an admission, in seconds.",
             buckets=_ADMIT_SECONDS_BUCKETS,
             registry=registry,
         )

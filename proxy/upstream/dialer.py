@@ -9,7 +9,7 @@ yet; no statement is ever sent twice. Not for: the steps themselves (`address_lo
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
@@ -104,14 +104,8 @@ class UpstreamSession:
     """None for a target that admits every session."""
 
 
-class Admit(Protocol):
-    """Asks an upstream whether it admits the session; each try is asked anew."""
-
-    def ask(self) -> bytes:
-        """Return the Query message, which is sent at the login."""
-
-    async def receive(self, connection: Connection) -> object:
-        """Receive the answer, once the session is ready. Raises ProxyError."""
+Admit = Callable[[Connection], Awaitable[None]]
+"""Asks an upstream that has logged in whether it admits the session. Raises ProxyError."""
 
 
 @dataclass(slots=True)
@@ -188,8 +182,8 @@ class Dialer:
         """Return a session for this client, within `connect_timeout_seconds`.
 
         `phases` shows meanwhile what the dial waits for. `fallback` is sent in place of `client`
-        if the upstream has no database of that name. `admit` is a part of each try.
-        `timeout_seconds` is what another dial for the same client has left of the time.
+        if the upstream has no database of that name. `admit` is a part of each try, after the
+        login. `timeout_seconds` is what another dial for the same client has left of the time.
         Raises ProxyError; and ClientViolation for a StartupMessage that cannot be passed on.
         """
         if fallback is not None and client.get(b"database") in self._missing:
@@ -261,12 +255,10 @@ class Dialer:
     ) -> UpstreamSession:
         """Connect and log in one time. Raises ProxyError. The caller bounds the time."""
         connection = await self._connector.connect(route.target, route.addresses, dial.phases)
-        query = b"" if dial.admit is None else dial.admit.ask()
-        pooled = route.target.pooled
-        login = Login(connection, route.names, credential, pooled=pooled, first_query=query)
+        login = Login(connection, route.names, credential, pooled=route.target.pooled)
         await login.run(message, dial.phases, self._answer_seconds_max)
         if dial.admit is not None:
-            await dial.admit.receive(connection)
+            await dial.admit(connection)
         # A cancel goes to the address of its session, and waits for no look-up.
         peer = connection.stream.transport.get_extra_info("peername")
         target = replace(route.target, hostaddr=peer[0]) if peer else route.target

@@ -1,13 +1,8 @@
 """A login to an upstream: from StartupMessage to ReadyForQuery on one connection.
 
 PostgreSQL documentation, "Message Flow", "Start-up". For: sending the credential in the form that
-the upstream asks for, and the session's first query. Not for: connecting (`connector`), which
-credential it is, or whether a failed login is tried again (`dialer`).
-
-The first query follows a password in clear at once: the upstream reads it when the session is
-ready, and a round trip is saved. Both are one TLS record, so that an upstream that ends a failed
-login has read all of it, and its error is not lost in a reset. Neon's proxy passes such a query on,
-as drivers send it; the front end before it does not look at what follows the StartupMessage.
+the upstream asks for. Not for: connecting (`connector`), which credential it is, or whether a
+failed login is tried again (`dialer`).
 """
 
 import asyncio
@@ -46,30 +41,24 @@ class Login:
         credential: Credential,
         *,
         pooled: bool = False,
-        first_query: bytes = b"",
     ) -> None:
-        """`pooled`: the host is a connection pooler's. `first_query` is a whole message."""
+        """`pooled`: the host is a connection pooler's."""
         self._stream = connection.stream
         self._startup = connection.startup
         self._names = names
         self._credential = credential
         self._pooled = pooled
-        self._first_query = first_query
         self._scram: Scram | None = None
 
     async def run(
         self, message: StartupMessage, phases: DialPhases, answer_seconds_max: float
     ) -> None:
-        """Log in, and send the first query; close the connection if that fails. Raises ProxyError.
-
-        What answers the query is read after the login's own messages.
-        """
+        """Log in; close the connection if that fails. Raises ProxyError."""
         try:
             phases.start(ConnectPhase.LOGIN)
             self._stream.write(self._startup.startup(message))
             phases.flush()
             await self._authenticate(answer_seconds_max)
-            self._stream.write(self._take_query())
             phases.finish()
         except BaseException:
             # Cancelled, timed out or refused: no session stays open upstream (W54).
@@ -97,7 +86,7 @@ class Login:
         """Return what to send in answer to an event. Raises ProxyError for one that ends it."""
         match event:
             case PasswordRequested():
-                return self._startup.password(self._credential.secret) + self._take_query()
+                return self._startup.password(self._credential.secret)
             case SASLRequested(mechanisms):
                 if not self._credential.is_password:
                     raise self._refused_sasl()
@@ -113,11 +102,6 @@ class Login:
                 raise diagnose(error, self._attempt())
             case _:
                 raise diagnose_event(event)
-
-    def _take_query(self) -> bytes:
-        """Return the first query, once."""
-        query, self._first_query = self._first_query, b""
-        return query
 
     def _refused_sasl(self) -> ProxyError:
         """Return what it means that SASL is asked for, which takes no token."""

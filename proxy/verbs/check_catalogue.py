@@ -11,13 +11,14 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from proxy.catalogue.admission import AdmissionQuery, AdmissionRequest, Verdict
+from proxy.catalogue.admission import Admission, AdmissionRequest, Verdict, admit
 from proxy.catalogue.model import Located, Mapping, Shard
 from proxy.catalogue.shard_upstreams import target_name
 from proxy.errors import ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.server.catalogue_reading import ReadMap, reading_map
 from proxy.server.snapshot import ConfigSnapshot
+from proxy.upstream.connector import Connection
 from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstreams import Upstream
 from proxy.verbs.check_report import Report, Step
@@ -78,13 +79,16 @@ async def _ask(read: ReadMap, shard: Shard, upstream: Upstream) -> str:
     """Return what a shard says of a mapping that cannot exist. Raises ProxyError."""
     mapping = Mapping(uuid.uuid4(), read.map.map_id, shard.shard_id, b"", None)
     request = AdmissionRequest(Located(mapping, shard), b"", _PROGRAM)
-    query = AdmissionQuery(request)
+    answers: list[Admission] = []
+
+    async def ask(connection: Connection) -> None:
+        answers.append(await admit(connection, request))
+
     message = StartupMessage(V3_0, ((b"user", _PROGRAM.encode()),))
-    session = await upstream.open(message, DialPhases(), admit=query)
+    session = await upstream.open(message, DialPhases(), admit=ask)
     session.stream.transport.close()
-    assert query.admission is not None, "a session is open after an answer only"
-    if query.admission.verdict is not Verdict.MAPPING_MISSING:
-        raise query.admission.refusal(target_name(read.map.name, shard))
+    if answers[-1].verdict is not Verdict.MAPPING_MISSING:
+        raise answers[-1].refusal(target_name(read.map.name, shard))
     return f"may be called, as shard {shard.name} of {read.map.name}"
 
 

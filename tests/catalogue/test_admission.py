@@ -18,6 +18,7 @@ from proxy.catalogue.admission import (
     AdmissionRequest,
     Consequence,
     Verdict,
+    admit,
 )
 from proxy.catalogue.model import Located, Mapping, Shard
 from proxy.errors import ErrorKind, ProxyError
@@ -27,7 +28,6 @@ from proxy.wire.messages import ErrorResponse
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.wire.upstream_startup import UpstreamStartup
-from tests.support.dialing import admit
 from tests.wire.driving import AUTHENTICATION_OK, READY_FOR_QUERY, message
 from tests.wire.test_simple_query import COMPLETE, NOTICE, PARAMETER, row
 

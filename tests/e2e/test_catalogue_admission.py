@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 import pytest_asyncio
 
-from proxy.catalogue.admission import Admission, AdmissionRequest, Verdict
+from proxy.catalogue.admission import Admission, AdmissionRequest, Verdict, admit
 from proxy.catalogue.admitting_opener import AdmittingOpener, OpenerParts
 from proxy.catalogue.model import Located, Mapping, SessionsMode, Shard, Status
 from proxy.catalogue.parking import Parking, ParkResult
@@ -27,7 +27,7 @@ from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace.registry import LocalWorkspaceRegistry
 from tests.support.catalogue import MAP, Stores
-from tests.support.dialing import admit, asked
+from tests.support.dialing import asked
 from tests.support.operator import Operator, Placed
 from tests.support.running import eventually
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from aiohappyeyeballs import AddrInfoType
 
-from proxy.catalogue.admission import Admission, AdmissionQuery, AdmissionRequest
 from proxy.config import CredentialsSettings, UpstreamSettings, WorkspaceSettings
 from proxy.emulator.endpoints import Endpoint
 from proxy.emulator.lakebase import Lakebase
@@ -21,10 +20,9 @@ from proxy.errors import ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.server.metric_labels import build_metrics
 from proxy.upstream.address_lookup import AddressLookup, Target
-from proxy.upstream.connector import Connection, Connector
+from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import (
     CONNECTS_MAX,
-    Admit,
     CredentialSource,
     Dialer,
     UpstreamSession,
@@ -112,15 +110,13 @@ class Dialing:
         CLOCK.move(self.resolving_seconds)
         return self.addresses or await self._names.resolve(target)
 
-    async def dial(
-        self, client: StartupMessage = CLIENT, admit: Admit | None = None
-    ) -> UpstreamSession:
+    async def dial(self, client: StartupMessage = CLIENT) -> UpstreamSession:
         async with asyncio.timeout(WAIT_SECONDS_MAX):
-            return await self.dialer.dial(client, admit=admit)
+            return await self.dialer.dial(client)
 
-    async def refusal(self, admit: Admit | None = None) -> ProxyError:
+    async def refusal(self) -> ProxyError:
         with pytest.raises(ProxyError) as refused:
-            await self.dial(admit=admit)
+            await self.dial()
         return refused.value
 
 
@@ -206,13 +202,6 @@ async def asked(session: UpstreamSession, sql: str) -> bytes:
     messages = await messages_until(session, ReadyForQuery)
     (row,) = [m for m in messages if isinstance(m, Frame) and m.type == b"D"]
     return row.payload[6:]
-
-
-async def admit(connection: Connection, request: AdmissionRequest) -> Admission:
-    """Ask for an admission over a connection that has logged in, and return it."""
-    admission = AdmissionQuery(request)
-    connection.stream.write(admission.ask())
-    return await admission.receive(connection)
 
 
 OK = AuthenticationOk().encode()

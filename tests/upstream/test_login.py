@@ -16,14 +16,12 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
 from proxy.errors import ErrorKind
 from proxy.upstream.address_lookup import AddressLookup
-from proxy.upstream.connector import Connection
 from proxy.upstream.password_file import PasswordFile
 from proxy.wire.messages import (
     AuthenticationSASL,
     Frame,
     NegotiateProtocolVersion,
 )
-from proxy.wire.simple_query import QueryAnswered, SimpleQuery
 from proxy.wire.startup import V3_0
 from proxy.workspace.client import Workspace
 from proxy.workspace.single_flight import PendingCalls
@@ -181,95 +179,6 @@ async def test_bytes_after_ready_for_query_are_kept(ca_file: str, context: ssl.S
         session = await made.dial()
         assert session.startup.trailing_data() == NOTICE + b"S\0\0"
         session.stream.transport.abort()
-
-
-# -- the first query -----------------------------------------------------------------------------
-
-
-class Question:
-    """A query that a dial asks at the login, and its answers."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-        self.answers: list[bytes | None] = []
-
-    def ask(self) -> bytes:
-        self.asked += 1
-        self._query = SimpleQuery()
-        return self._query.ask(b"select current_user")
-
-    async def receive(self, connection: Connection) -> None:
-        events = self._query.receive_data(connection.startup.trailing_data())
-        while not events:
-            events = self._query.receive_data(await connection.stream.receive())
-        (event,) = events
-        assert isinstance(event, QueryAnswered)
-        self.answers += [value for row in event.rows for value in row]
-
-
-ANSWER = Frame(b"D", b"\0\1\0\0\0\3app").encode() + READY
-
-
-@pytest.mark.parametrize("send", [Send, SendSplit])
-async def test_the_first_query_comes_with_the_password(
-    ca_file: str, context: ssl.SSLContext, send: type[Send] | type[SendSplit]
-) -> None:
-    question = Question()
-    steps = (*password_opening(context), ExpectMessage(b"Q"), send(HONEST + ANSWER))
-    async with dialing_script(ca_file, *steps) as (made, server):
-        session = await made.dial(admit=question)
-        assert question.answers == [b"app"]
-        assert session.startup.welcome(session.startup.key) == HONEST[len(OK) :]
-        assert server.packets[-1].endswith(b"select current_user\0")
-        session.stream.transport.abort()
-
-
-async def test_the_first_query_comes_after_a_login_without_a_password(
-    ca_file: str, context: ssl.SSLContext
-) -> None:
-    question = Question()
-    steps = (*tls_opening(context), Send(HONEST), ExpectMessage(b"Q"), Send(ANSWER))
-    async with dialing_script(ca_file, *steps) as (made, _):
-        (await made.dial(admit=question)).stream.transport.abort()
-        assert question.answers == [b"app"]
-
-
-async def test_the_first_query_comes_after_a_login_with_scram(
-    lakebase: Lakebase, endpoint: Endpoint, tmp_path: Path
-) -> None:
-    endpoint.native_login = True
-    upstream = {**toward(lakebase, endpoint), "user": lakebase.native_role}
-    workspace = Workspace(WorkspaceSettings(), CredentialsSettings(), version="0")
-    question = Question()
-    with _password_source(tmp_path, lakebase.native_password) as source:
-        lookup = AddressLookup(UpstreamSettings(**upstream), None, workspace, PendingCalls())
-        session = await Dialing(source, lookup, 5).dial(admit=question)
-        session.stream.transport.abort()
-    assert question.answers == [lakebase.native_role.encode()]
-
-
-async def test_each_try_asks_the_first_query_anew(ca_file: str, context: ssl.SSLContext) -> None:
-    question = Question()
-    steps = (*password_opening(context), ExpectMessage(b"Q"), Send(OK), Close())
-    async with dialing_script(ca_file, *steps, retry_seconds=0.1) as (made, server):
-        assert (await made.refusal(admit=question)).kind is ErrorKind.UPSTREAM_LOST
-        assert question.asked == server.accepted > 1
-        assert question.answers == []
-
-
-async def test_w28_a_refused_login_is_told_although_a_query_came_with_the_password(
-    lakebase: Lakebase, endpoint: Endpoint
-) -> None:
-    question = Question()
-    async with lakebase_dialing(lakebase, endpoint, "eyJ-not-a-real-token") as made:
-        without = await made.refusal()
-        error = await made.refusal(admit=question)
-        assert (error.reason, error.detail) == (without.reason, without.detail)
-    assert question.asked
-    assert question.answers == []
-    async with lakebase_dialing(lakebase, endpoint) as made:
-        (await made.dial(admit=question)).stream.transport.abort()
-    assert question.answers == [lakebase.client_id.encode()]
 
 
 PROTOCOL, AUTH = ErrorKind.UPSTREAM_PROTOCOL, ErrorKind.UNSUPPORTED_AUTH

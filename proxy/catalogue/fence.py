@@ -43,6 +43,14 @@ _IS_LIVE: Final = (
     "exists (select from shardmap_local.live_session l"
     " where l.pid = s.pid and l.backend_start = s.backend_start)"
 )
+CLEANED_MAX: Final = 10_000
+_CLEAN_ALL: Final = (
+    "with dead as materialized (select s.pid, s.backend_start from shardmap_local.session s"
+    " where not exists (select from shardmap_local.live_session l where l.pid = s.pid"
+    " and l.backend_start = s.backend_start) limit $1 for update of s skip locked)"
+    " delete from shardmap_local.session s using dead d"
+    " where s.pid = d.pid and s.backend_start = d.backend_start"
+)
 _REGISTERED: Final = (
     f"shardmap_local.session s join pg_catalog.pg_stat_activity a on a.pid = s.pid and {_IS_LIVE}"
 )
@@ -229,6 +237,14 @@ async def _clean(connection: Connection, which: Registered) -> None:
         " where s.pid = d.pid and s.backend_start = d.backend_start",
         which.id,
     )
+
+
+async def clean_registry(connection: Connection) -> None:
+    """Delete the rows of sessions that have ended by themselves, of all mappings of the shard.
+
+    At most CLEANED_MAX, so that it takes a moment, however many have ended since the last time.
+    """
+    await connection.execute(_CLEAN_ALL, CLEANED_MAX)
 
 
 def _check_rights(shard: Shard, alive: list[_Alive]) -> None:

@@ -143,7 +143,9 @@ class Operator:
         """
         return await self._take_up(op_id, undo=True)
 
-    async def plan_pending(self, op_id: UUID, *, undo: bool) -> list[str]:
+    async def plan_pending(
+        self, op_id: UUID, *, undo: bool, prepare: Callable[[Operation], None] = lambda _: None
+    ) -> list[str]:
         """Check that a pending operation can be undone, or completed. Return what would be done."""
         try:
             row, operation = await self._held.repeat(
@@ -151,6 +153,7 @@ class Operator:
             )
         finally:
             await self._held.unlock(op_id)
+        prepare(operation)
         _check_way(row, operation, undo=undo)
         names = ", ".join(shard.name for shard in operation.shards)
         verb = "Undo" if undo else "Complete"

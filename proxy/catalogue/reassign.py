@@ -12,7 +12,7 @@ from typing import ClassVar, Final, Self
 from uuid import UUID
 
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.fence import Registered, count_sessions
+from proxy.catalogue.fence import Registered, clean_registry, count_sessions
 from proxy.catalogue.locks import renew_lock
 from proxy.catalogue.mapping_operations import END, MappingOperation
 from proxy.catalogue.mapping_rows import stray_bounds
@@ -131,6 +131,7 @@ class ToShard(MappingOperation):
         """Check both shards. The connections are kept for the steps to come."""
         async with tools.databases.shard(shard) as connection:
             await self.check_before(connection, shard)
+            await clean_registry(connection)  # before the fence, so that it delays no client
 
     async def check_before(self, connection: Connection, shard: Shard) -> None:
         """Check that the source has the mapping, and that the target can take it."""

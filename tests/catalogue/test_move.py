@@ -174,6 +174,23 @@ async def test_a_move_ends_the_sessions_of_its_mapping_and_no_other(operating: O
     assert 0 < moving.seconds_offline < 30
 
 
+async def test_a_move_forgets_the_sessions_that_ended_by_themselves(operating: Operating) -> None:
+    await added(operating)
+    await operating.run(AddMapping(operating.map, *operating.bounds(10, 20), "one"))
+    async with operating.session(11) as gone:
+        pid = gone.pid
+    async with operating.session(12) as other:
+
+        async def is_gone() -> bool:
+            query = "select 1 from pg_stat_activity where pid = $1"
+            return not await operating.fetch("one", query, pid)
+
+        await until(is_gone, "its backend has ended")
+        await operating.run(move(operating))
+        rows = await operating.fetch("one", "select pid from shardmap_local.session")
+        assert [row["pid"] for row in rows] == [other.pid]
+
+
 async def test_a_drain_lets_a_transaction_end_and_says_how_many_are_left(
     operating: Operating,
 ) -> None:

@@ -177,6 +177,8 @@ async def test_a_move_whose_copy_has_not_run_asks_for_it(
     answered = await shards("ops", "resume", op)
     assert answered.code == EXIT_PENDING
     assert "--without-copy" in answered.err
+    assert await shards.refused("ops", "resume", op, "--dry-run") == ("operation_pending", "55P03")
+    assert len((await shards.done("ops", "resume", op, "--without-copy", "--dry-run"))["plan"]) == 1
     await shards.done("ops", "resume", op, "--copy", f"echo copied > {tmp_path}/done")
     assert (tmp_path / "done").read_text() == "copied\n"
     assert await shown(shards) == mapping("two", "online", 4)

@@ -1,6 +1,7 @@
 """`shards ops`: the operations that run or were left pending, and what to do with those."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -77,13 +78,12 @@ def _answer(call: Call, rows: list[Json]) -> None:
 
 async def _settle(call: Call, operator: Operator) -> None:
     word, op_id = call.arguments.words[0], _op_id(call.arguments)
+    prepare = partial(_prepare, call)
     if call.arguments.dry_run:
-        call.output.plan(await operator.plan_pending(op_id, undo=word == _UNDO))
+        plan = await operator.plan_pending(op_id, undo=word == _UNDO, prepare=prepare)
+        call.output.plan(plan)
         return
-    if word == _UNDO:
-        row = await operator.undo(op_id)
-    else:
-        row = await operator.resume(op_id, lambda operation: _prepare(call, operation))
+    row = await (operator.undo(op_id) if word == _UNDO else operator.resume(op_id, prepare))
     line = f"the operation {op_id} ({row.kind}) is {_DONE[word]}"
     call.output.answer({"operations": [_facts(row, _DONE[word])]}, [line])
 

@@ -9,7 +9,7 @@ kept_connections, locks, fence, other_writers, copy_command, operation_steps, op
 mapping_operations, mapping_status, reassign, move, split, merge, shard_status, shard_operations,
 alter_shard, role_operations, file_operation. Where catalogue and shards differ: differences,
 repair_plan, rebuild_plan, verify, plan_rows, planned_operation, repair, attach, detach, rebuild,
-relocate. All of them: operation_kinds.
+relocate, pending_elsewhere. All of them: operation_kinds.
 
 Not for: the meaning of keys and bounds (`routing`), or dialling (`upstream`).
 

@@ -40,8 +40,8 @@ from proxy.errors import ProxyError
 
 OLD: Final = Step("old_fenced", Place.OUTSIDE)
 
-_SET_LOCATION: Final = "update shardmap_local.identity set location = $2 where map_id = $1"
-_SET_ROW: Final = (
+SET_LOCATION: Final = "update shardmap_local.identity set location = $2 where map_id = $1"
+SET_ROW: Final = (
     "update shardmap.shard set host = $2, port = $3, dbname = $4, endpoint = $5, instance = $6,"
     " workspace = $7, version = version + 1 where shard_id = $1"
 )
@@ -176,7 +176,7 @@ class Relocate(PlannedOperation):
         """Fence, or change rows; with those the shard's own location."""
         await super().do_shard(step, connection, shard, tools)
         if step == LOCAL.name and shard.shard_id == self.shard.shard_id:
-            await connection.execute(_SET_LOCATION, self.map.map_id, shard.location)
+            await connection.execute(SET_LOCATION, self.map.map_id, shard.location)
 
     async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
         """Fence what answers at the old location, if it is another database."""
@@ -201,14 +201,14 @@ class Relocate(PlannedOperation):
         """Replace the rows, and lead the shard's row to its new location."""
         new = self.shard
         values = (new.host, new.port, new.database, new.endpoint, new.instance, new.workspace)
-        await catalogue.execute(_SET_ROW, new.shard_id, *values)
+        await catalogue.execute(SET_ROW, new.shard_id, *values)
         await super().do_catalogue(step, catalogue)
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
         """Write rows and location as they were."""
         await super().undo_shard(connection, shard)
         if shard.shard_id == self.shard.shard_id:
-            await connection.execute(_SET_LOCATION, self.map.map_id, self._old.location)
+            await connection.execute(SET_LOCATION, self.map.map_id, self._old.location)
 
 
 def check_same(itself: Itself | None, old: Shard, new: Shard) -> Itself:

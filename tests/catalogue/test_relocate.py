@@ -6,13 +6,22 @@ import pytest
 
 from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.model import Shard
+from proxy.catalogue.move import Move
 from proxy.catalogue.operation import points
+from proxy.catalogue.pending_elsewhere import lead_pending
 from proxy.catalogue.relocate import Relocate
 from proxy.catalogue.verify import reading
 from tests.catalogue.test_operations import failing_at
 from tests.catalogue.test_repair import add
 from tests.support.catalogue import MAP
-from tests.support.operating import Killed, Operating, distinct, kill_at
+from tests.support.operating import (
+    Killed,
+    Operating,
+    Pauses,
+    distinct,
+    in_background,
+    kill_at,
+)
 from tests.support.recovering import (
     RENAMED,
     check_equal,
@@ -189,3 +198,57 @@ async def test_a_relocation_left_at_any_point_can_be_completed_and_undone_before
                 continue
             await operator.resume(row.op_id)
         await check_relocated(operating)
+
+
+@pytest.mark.parametrize("point", ["fenced.done", "flipped.done"])
+async def test_s37_what_is_pending_on_a_shard_whose_host_is_gone_goes_with_it(
+    operating: Operating, point: str
+) -> None:
+    """It was settled where the shard had been: neither it nor `relocate` could ever go on."""
+    await add(operating, 0, 10)
+    old = await shard_row(operating, "two")
+    move = Move(operating.map, *operating.bounds(0, 10), "two")
+    with pytest.raises(Killed):
+        await operating.run(move, kill_at(point))
+
+    def is_gone(shard: Shard) -> None:
+        if shard.host == old.host:
+            raise ConnectionRefusedError
+
+    operating.databases.fail_at = is_gone
+    operating.databases.hosts[RENAMED] = "two"
+    new = replace(old, host=RENAMED)
+    assert await lead_pending(operating.databases, operating.map, old, new) == 1
+    async with reading(operating.databases, operating.map, new) as verified:
+        found = [one async for one in verified.differences()]
+    await operating.run(Relocate(operating.map, "two", new, found))
+    operating.shards["two"] = await shard_row(operating, "two")
+    assert operating.shards["two"].host == RENAMED
+    name = "two" if point == "flipped.done" else "one"
+    assert operating.name_of((await operating.mapping(5))["shard_id"]) == name
+    await check_equal(operating)
+
+
+async def test_what_is_pending_stays_where_the_shard_answers_or_its_process_lives(
+    operating: Operating,
+) -> None:
+    await add(operating, 0, 10)
+    old = await shard_row(operating, "two")
+    operating.databases.hosts[RENAMED] = "two"
+    new = replace(old, host=RENAMED)
+    assert await lead_pending(operating.databases, operating.map, old, new) == 0
+    pauses = Pauses("flipped.done")
+    move = Move(operating.map, *operating.bounds(0, 10), "two")
+    async with in_background(operating.run(move, pauses)):
+        await pauses.reached("flipped.done")
+        assert await lead_pending(operating.databases, operating.map, old, new) == 0  # it answers
+
+        def is_gone(shard: Shard) -> None:
+            if shard.host == old.host:
+                raise ConnectionRefusedError
+
+        operating.databases.fail_at = is_gone
+        with pytest.raises(CatalogueError) as refused:
+            await lead_pending(operating.databases, operating.map, old, new)
+        assert refused.value.reason == "operation_pending"
+        assert await shard_row(operating, "two") == old

@@ -5,6 +5,8 @@ database at that point. The invariants of shard maps must hold after that, and t
 state must be reached. A case of a kind is what prepares it, and the words of the verb.
 """
 
+import asyncio
+import faulthandler
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,8 @@ from tests.support.recovering import detached, differences, insert_local, report
 # The tests share a database, and so the loop of the connections to it.
 in_one_loop = pytest.mark.asyncio(loop_scope="module")
 
+# Hundreds of verbs on a busy machine; each has a bound of its own.
+ALL_SECONDS_MAX = 900.0
 CSV = "low,high,shard\n0,10,one\n10,20,two\n"
 
 
@@ -155,6 +159,7 @@ async def crashes(
     prepare, texts = CASES[kind]
     words = tuple(text.format(**named) for text in texts)
     servers = Servers.of(stores, str(stores.file(tmp_path)))
+    faulthandler.cancel_dump_traceback_later()  # its bound is for tests that wait
     async with Crashes(
         operating, verbs, servers, kind=kind, words=words, next_writer=next_writer
     ) as found:
@@ -172,7 +177,8 @@ def test_every_operation_has_a_case() -> None:
 async def test_a_verb_that_is_killed_at_any_point_can_be_resumed_undone_or_settled(
     crashes: Crashes,
 ) -> None:
-    await crashes.killed_everywhere()
+    async with asyncio.timeout(ALL_SECONDS_MAX):
+        await crashes.killed_everywhere()
 
 
 # A shard that is down is detached all the same, but not fenced: `catalogue/test_detach.py`.
@@ -182,7 +188,8 @@ async def test_a_verb_that_is_killed_at_any_point_can_be_resumed_undone_or_settl
 async def test_a_database_that_is_down_from_any_point_on_leaves_nothing_half_done(
     crashes: Crashes,
 ) -> None:
-    await crashes.down_everywhere()
+    async with asyncio.timeout(ALL_SECONDS_MAX):
+        await crashes.down_everywhere()
 
 
 async def next_writer(operating: Operating, kind: str) -> None:

@@ -20,6 +20,7 @@ from proxy.catalogue.differences import (
     shown,
 )
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
+from proxy.catalogue.pending_elsewhere import lead_pending
 from proxy.catalogue.rebuild import Rebuild
 from proxy.catalogue.relocate import Relocate, check_same
 from proxy.catalogue.repair import REPORT_SEPARATOR, Asked, Repair, Source, read_differences
@@ -212,6 +213,8 @@ async def _relocate(call: Call) -> None:
             *(old.shard_id, old.map_id, name, new.host, new.port, new.database, new.endpoint),
             *(new.instance, new.workspace, old.status, old.version),
         )
+        if not call.arguments.dry_run:
+            await lead_pending(call.administration, owner, old, there)
         async with reading(call.administration, owner, there) as verified:
             check_same(verified.itself, old, there)
             found = [one async for one in verified.differences()]

@@ -165,6 +165,16 @@ async def test_r1_an_admit_in_flight_is_registered_for_its_half(operating: Opera
         assert await operating.registered() == {session.pid: operation.upper.mapping_id}
 
 
+async def test_r14_a_split_ends_a_session_that_keeps_its_admit_open(operating: Operating) -> None:
+    await add(operating, 0, 10)
+    await add(operating, 10, 20)
+    async with operating.session(1, commit=False) as session:
+        assert await operating.run(split(operating, 5))
+        assert operating.slept.seconds == []
+        assert not await session.lives()
+    await operating.check_settled()
+
+
 async def test_between_shard_and_catalogue_a_session_of_the_whole_is_stale(
     operating: Operating,
 ) -> None:

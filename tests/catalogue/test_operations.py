@@ -88,7 +88,8 @@ def commits(kind: str) -> list[str]:
 def test_every_kind_of_operation_is_tested_here_or_in_a_file_of_its_own() -> None:
     in_two_shards = {"move", "reassign"}
     elsewhere = {"add_file", "add_shard", "alter_shard", "merge", "remove_shard", "split", *ROLES}
-    assert set(CASES) | elsewhere | in_two_shards >= set(KINDS)
+    recovery = {"attach", "detach", "relocate", "repair", "repair_all"}
+    assert set(CASES) | elsewhere | in_two_shards | recovery >= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", NAMES)

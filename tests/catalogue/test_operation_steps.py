@@ -204,3 +204,18 @@ async def test_r14_undoing_ends_a_session_that_keeps_its_admit_open(
         assert operating.slept.seconds == []
         assert not await session.lives()
     await operating.check_settled()
+
+
+async def test_r11_a_step_of_the_catalogue_is_not_done_once_another_operator_undoes(
+    operating: Operating,
+) -> None:
+    await add(operating)
+    pauses = Pauses("end")
+    async with in_background(operating.run(Split(operating.map, operating.key(5)), pauses)) as task:
+        await pauses.reached("end")
+        await operating.fetch(MAP, "update shardmap.op_log set state = 'undoing'")
+        pauses.resume("end")
+        with pytest.raises(CatalogueError) as refused:
+            await task
+    assert (refused.value.reason, refused.value.op_id) == ("operation_pending", None)
+    assert (await operating.mapping(7))["lo"] == operating.key(0)

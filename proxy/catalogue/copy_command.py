@@ -83,16 +83,7 @@ class CopyCommand:
             yield {name: _uri(folder, _PORTS[name], shard) for name, shard in shards.items()}
 
     async def _run(self, environment: Mapping[str, str]) -> None:
-        process = await asyncio.create_subprocess_exec(
-            "/bin/sh",
-            "-c",
-            self.text,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=2,  # standard output has the answer of the verb alone
-            stderr=asyncio.subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-        )
+        process = await self._start(environment)
         assert process.stderr is not None
         words, code = LastLine(), None
         async with asyncio.TaskGroup() as group:
@@ -109,6 +100,28 @@ class CopyCommand:
         if code != 0:
             text = f"the copy command {self._ended(code)}"
             raise CatalogueError(Reason.COPY_FAILED, f"{text}: {words}" if str(words) else text)
+
+    async def _start(self, environment: Mapping[str, str]) -> asyncio.subprocess.Process:
+        """Start the shell. An interruption meanwhile ends all that it has started by then."""
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(
+                "/bin/sh",
+                "-c",
+                self.text,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=2,  # standard output has the answer of the verb alone
+                stderr=asyncio.subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
+            )
+        )
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            process = await starting
+            await _end_group(process.pid)
+            await process.wait()
+            raise
 
     def _ended(self, code: int | None) -> str:
         if code is None:
@@ -146,8 +159,10 @@ def _printable(line: str) -> str:
 async def _pass_on(stream: asyncio.StreamReader, words: LastLine) -> None:
     """Pass the command's standard error on to ours, until it ends."""
     while read := await stream.read(_READ_BYTES):
-        sys.stderr.write(words.add(read))
-        sys.stderr.flush()
+        text = words.add(read)
+        with suppress(OSError):  # nothing reads ours any more: the copy goes on
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 async def _end_group(group: int) -> None:

@@ -22,7 +22,7 @@ RENEWED_SECONDS: Final = 3600.0
 _LOCK_MAP: Final = "select 1 from shardmap.shard_map where map_id = $1 for update"
 _HOLDERS: Final = (
     "select mapping_id, lock_owner, lock_label, locked_until from shardmap.mapping"
-    " where mapping_id = any($1::uuid[]) and locked_until > pg_catalog.now()"
+    " where mapping_id = any($1::uuid[]) and locked_until > pg_catalog.clock_timestamp()"
 )
 _LOCK: Final = (
     "update shardmap.mapping set lock_owner = $2, lock_label = $3,"

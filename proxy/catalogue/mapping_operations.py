@@ -44,6 +44,8 @@ class MappingOperation(Operation):
     `after` is the row as the operation leaves it; its epoch is known once the shard has it.
     """
 
+    undo_locks_out: ClassVar[bool] = True
+
     def __init__(
         self,
         catalogue_map: CatalogueMap,

@@ -23,7 +23,8 @@ from proxy.catalogue.store import mapping_of, shards_by_id
 from proxy.routing.shard_map import MapSpec
 
 _MAPPING: Final = (
-    "select *, coalesce(locked_until > pg_catalog.now(), false) as locked from shardmap.mapping"
+    "select *, coalesce(locked_until > pg_catalog.clock_timestamp(), false) as locked"
+    " from shardmap.mapping"
 )
 _EXACT: Final = f"{_MAPPING} where map_id = $1 and lo = $2 and hi is not distinct from $3"
 # The last one that begins below a key, and the one that begins with it.

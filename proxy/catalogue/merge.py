@@ -14,7 +14,7 @@ from uuid import UUID
 
 from proxy.catalogue.bounds import in_words
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.fence import LOCK_OUT_ALL, lock_out
+from proxy.catalogue.fence import lock_out
 from proxy.catalogue.locks import check_locks
 from proxy.catalogue.mapping_operations import END, LOCAL
 from proxy.catalogue.mapping_rows import (
@@ -77,6 +77,7 @@ class Merge(Operation):
 
     kind: ClassVar[str] = "merge"
     steps: ClassVar[tuple[Step, ...]] = (LOCAL, END)
+    undo_locks_out: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -231,7 +232,6 @@ class Merge(Operation):
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
         """Add the rows again if they were merged, with an epoch above all used."""
-        await connection.execute(LOCK_OUT_ALL)
         ids, rows = self._ids, self.rows
         found = await connection.fetch(_LOCAL, ids)
         if self._is_merged(found):

@@ -16,7 +16,8 @@ from functools import partial
 from typing import Final
 
 from proxy.catalogue import op_log
-from proxy.catalogue.errors import CatalogueError, Reason, driver_errors
+from proxy.catalogue.errors import CatalogueError, Reason, driver_errors, translated
+from proxy.catalogue.fence import LOCK_OUT_ALL, lock_out
 from proxy.catalogue.held_connection import THE_CATALOGUE, HeldConnection, TakenOver
 from proxy.catalogue.model import Connection, Shard
 from proxy.catalogue.operation import (
@@ -100,9 +101,16 @@ class Steps:
         async with transaction(connection):
             await operation.lock_shard(connection)
             yield
-            if await op_log.read_state(await self._held.use(), operation.op_id) != wanted:
+            if await self._read_state(operation) != wanted:
                 raise TakenOver(operation.op_id)
             await self._reach(f"{point}.commit")
+
+    async def _read_state(self, operation: Operation) -> str | None:
+        """Return the operation's state. A failure names the catalogue, and not the shard."""
+        try:
+            return await op_log.read_state(await self._held.use(), operation.op_id)
+        except driver_errors(ProxyError) as error:
+            raise translated(error, THE_CATALOGUE) from error
 
     async def check_shard(self, operation: Operation, shard: Shard) -> None:
         """Check what must hold in a shard before the first step. Raises CatalogueError."""
@@ -179,6 +187,8 @@ class Steps:
             self._tools.databases.shard(shard) as connection,
             self._guarded(operation, connection, UNDOING, "undo.shard"),
         ):
+            if operation.undo_locks_out:
+                await lock_out(connection, shard, self._tools, LOCK_OUT_ALL)
             await operation.undo_shard(connection, shard)
 
     async def _undo_catalogue(self, operation: Operation) -> None:

@@ -22,6 +22,7 @@ from proxy.catalogue.kept_connections import KeptConnections
 from proxy.catalogue.model import CatalogueMap, Connection
 from proxy.catalogue.op_log import OperationRow
 from proxy.catalogue.operation import (
+    BEGUN,
     UNDOING,
     Operation,
     Reach,
@@ -114,6 +115,7 @@ class Operator:
         """Check all preconditions in the catalogue; then in shards, if nothing is in the way."""
         plan = partial(self._plan_once, operation)
         sentences, is_free = await repeat(THE_CATALOGUE, plan)
+        await self._kept.keep_only(operation.shards)
         for shard in operation.shards if sentences and is_free else ():
             check = partial(self._steps.check_shard, operation, shard)
             await repeat(f"shard {shard.name}", check)
@@ -304,15 +306,25 @@ class Operator:
         if row is None:
             raise CatalogueError(Reason.UNKNOWN_OPERATION, f"there is no operation {op_id}")
         owner = await self._find_map(connection, row.map_id)
-        operation = self._kinds[row.kind].from_body(owner, op_id, {**row.body})
+        operation = self._kind_of(row).from_body(owner, op_id, {**row.body})
         operation.state = row.state
         operation.reached = shards_reached(operation, row.reached_from)
         return row, operation
 
     def _is_kept(self, row: OperationRow) -> bool:
         """Return whether the next writer completes this operation, instead of undoing it."""
-        kind = self._kinds[row.kind]
+        kind = self._kind_of(row)
         return row.state in states_from(kind, kind.kept_from)
+
+    def _kind_of(self, row: OperationRow) -> type[Operation]:
+        """Return what an operation is. Raises CatalogueError if only another version knows it."""
+        kind = self._kinds.get(row.kind)
+        states = {BEGUN, UNDOING} | ({step.name for step in kind.steps} if kind else set())
+        if kind is None or not {row.state, row.reached_from or BEGUN} <= states:
+            text = f"this version does not know the operation {row.op_id} ({row.kind}, {row.state})"
+            hint = f"{row.owner} began it: use that version."
+            raise CatalogueError(Reason.OPERATION_PENDING, text, hint, op_id=row.op_id)
+        return kind
 
 
 async def _lock_map(connection: Connection, operation: Operation) -> None:
@@ -339,10 +351,11 @@ def _left_pending(
     text = f"the operation {operation.op_id} ({operation.kind}) is left pending: {failure.message}"
     hint = f"shards ops undo {operation.op_id}"
     resume = f"shards ops resume {operation.op_id}"
+    is_final = operation.state in states_from(operation, operation.final_from)
     if undoing is not None:
         text += f"; undoing it failed: {undoing.message}"
-        hint = undoing.hint if undoing.reason == Reason.NOT_UNDOABLE.value.word else hint
-    elif operation.state in states_from(operation, operation.final_from):
+        is_final = is_final or undoing.reason == Reason.NOT_UNDOABLE.value.word
+    if is_final:
         hint = resume
     elif operation.resumable and operation.state != UNDOING:
         hint = f"{resume}, or {hint}"

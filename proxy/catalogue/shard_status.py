@@ -42,6 +42,7 @@ _SET_IDENTITY: Final = (
 class _ShardStatus(Operation):
     """Sets the status of a whole shard. Its mappings keep their own."""
 
+    undo_locks_out: ClassVar[bool] = True
     status: ClassVar[Status]
 
     def __init__(
@@ -101,14 +102,12 @@ class _ShardStatus(Operation):
         if self.before.status is self.status:
             raise Unchanged
 
-    async def write_identity(
-        self, connection: Connection, shard: Shard, tools: Tools | None
-    ) -> None:
-        """Write the shard's own status, after the admits in flight; `tools`: end them in time."""
-        if tools is None:
-            await connection.execute(LOCK_OUT_ALL)
-        else:
-            await lock_out(connection, shard, tools, LOCK_OUT_ALL)
+    async def write_identity(self, connection: Connection, shard: Shard, tools: Tools) -> None:
+        """Write the shard's own status, after the admits in flight."""
+        await lock_out(connection, shard, tools, LOCK_OUT_ALL)
+        await self._set_identity(connection)
+
+    async def _set_identity(self, connection: Connection) -> None:
         values = (self.map.map_id, str(self.after.status), self.after.version)
         version = await connection.fetchval(_SET_IDENTITY, *values)
         self.after = replace(self.after, version=version)
@@ -139,7 +138,7 @@ class _ShardStatus(Operation):
         if row is None or row["version"] <= self.before.version:
             return
         self.after = replace(self.before, version=max(row["version"], self.before.version + 2))
-        await self.write_identity(connection, shard, None)
+        await self._set_identity(connection)
 
     async def undo_catalogue(self, catalogue: Connection) -> None:
         """Set the row as it was, with the shard's version."""

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 
 from proxy.catalogue.bounds import in_words
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.fence import LOCK_OUT_ALL, lock_out
+from proxy.catalogue.fence import lock_out
 from proxy.catalogue.mapping_operations import END, LOCAL, MappingOperation
 from proxy.catalogue.mapping_rows import mapping_from_json, mappings_around, shard_of_mapping
 from proxy.catalogue.model import CatalogueMap, Connection, Mapping, Shard
@@ -115,7 +115,8 @@ class Split(MappingOperation):
             raise no_mapping(self.map, self._key)
         if self._key <= lowest_key(self.map.spec):
             raise self._not_inside("is the lowest key of", below)
-        self.before = self.after = below
+        self.before = below
+        self.check()
         self.shards = (await shard_of_mapping(catalogue, below),)
 
     def _not_inside(self, what: str, mapping: Mapping) -> CatalogueError:
@@ -166,7 +167,6 @@ class Split(MappingOperation):
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
         """Make the halves one again if it was split, with an epoch above all used."""
-        await connection.execute(LOCK_OUT_ALL)
         lower = self.before.mapping_id
         used = await connection.fetchval(_DELETE_LOCAL, self._upper_id)
         if used is not None:

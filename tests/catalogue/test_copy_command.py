@@ -2,8 +2,9 @@
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, redirect_stderr
 from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
@@ -21,6 +22,7 @@ from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.model import CatalogueMap, Mapping, Shard
 from proxy.routing.keys import KeyType, parse_key
 from proxy.routing.shard_map import Kind, MapSpec
+from tests.support.running import Unread
 
 MAP: Final = CatalogueMap(uuid4(), "tenants", MapSpec(Kind.RANGE, KeyType.INT4), 1)
 ONE, TWO = (
@@ -92,6 +94,13 @@ async def test_its_output_goes_to_standard_error_and_it_reads_nothing(
     assert sorted(said.err.splitlines()) == ["err", "out"]
 
 
+async def test_it_goes_on_when_nothing_reads_its_output(tmp_path: Path) -> None:
+    """The move ended with a traceback, its mapping offline."""
+    with redirect_stderr(Unread()):
+        await run(f"echo said >&2; sleep 0.2; echo copied > {tmp_path}/copied")
+    assert (tmp_path / "copied").exists()
+
+
 async def test_its_last_words_are_in_the_error(capfd: pytest.CaptureFixture[str]) -> None:
     message = await failed("echo first >&2; printf 'no \\033[1mspace\\033 left\\n\\n' >&2; exit 3")
     assert message == "the copy command ended with exit status 3: no [1mspace left"
@@ -121,13 +130,16 @@ async def test_what_it_leaves_running_is_ended_with_it(tmp_path: Path) -> None:
     assert has_ended(int(pids.read_text()))
 
 
-async def test_an_interruption_ends_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("blocked_seconds", [0, 0.1])
+async def test_an_interruption_ends_it(tmp_path: Path, blocked_seconds: float) -> None:
+    """While the shell was being started, what it had started already was left."""
     pids = tmp_path / "pids"
     os.mkfifo(tmp_path / "ready")
     script = f"sleep 600 & echo $! > {pids}; echo > {tmp_path}/ready; wait"
     running = asyncio.ensure_future(run(script))
-    while not pids.exists() or not pids.read_text():  # noqa: ASYNC110 - of another process
+    while not pids.exists() or not pids.read_text():
         await asyncio.sleep(0)
+        time.sleep(blocked_seconds)  # noqa: ASYNC251 - the shell is faster than the event loop
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running

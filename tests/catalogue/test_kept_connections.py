@@ -84,3 +84,15 @@ async def test_the_operations_of_one_operator_log_in_once(operating: Operating) 
         assert await operator.run(AddMapping(operating.map, *operating.bounds(50, 60), "two"))
         assert (databases.opened, databases.open) == (2, 1)
     assert databases.open == 0
+
+
+async def test_a_plan_keeps_no_connection_to_the_shards_of_the_one_before(
+    operating: Operating,
+) -> None:
+    """`merge --auto --dry-run` kept one to each shard of the map."""
+    operating.databases = databases = Counted(operating.stores)
+    async with operating.operator() as operator:
+        for low, name in ((0, "one"), (10, "two")):
+            operation = AddMapping(operating.map, *operating.bounds(low, low + 10), name)
+            assert await operator.plan(operation)
+            assert databases.open == 1

@@ -12,7 +12,7 @@ from proxy.catalogue.mapping_rows import mapping_exact
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.transactions import transaction
 from tests.support.catalogue import MAP
-from tests.support.operating import Killed, Operating, kill_at
+from tests.support.operating import Killed, Operating, kill_at, until
 
 Bounds = tuple[bytes, bytes | None]
 
@@ -105,6 +105,31 @@ async def test_a_lock_that_has_expired_is_none_and_its_token_opens_nothing(
     later = await operating.lock(0, 10)
     await expire(operating, bounds)
     assert await operating.lock(0, 10) != later
+
+
+async def test_a_lock_that_expires_while_its_holder_waits_is_none(operating: Operating) -> None:
+    """The age of a lock was that at the start of the transaction, and not after the wait."""
+    bounds = await add(operating)
+    token = await operating.lock(0, 10, seconds=1)
+
+    async def waits() -> bool:
+        query = "select 1 from pg_stat_activity where wait_event_type = 'Lock'"
+        return bool(await operating.fetch(MAP, query))
+
+    async def has_expired() -> bool:
+        query = "select 1 from shardmap.mapping where locked_until < clock_timestamp()"
+        return bool(await operating.fetch(MAP, query))
+
+    operation = TakeOffline(operating.map, *bounds, token=token)
+    async with operating.stores.connect(MAP) as other:
+        async with transaction(other):
+            await other.execute("select 1 from shardmap.shard_map for update")
+            running = asyncio.ensure_future(operating.run(operation))
+            await until(waits, "the operator waits for the row of the map")
+            await until(has_expired, "the lock has expired")
+        with pytest.raises(CatalogueError) as refused:
+            await running
+    assert refused.value.reason == "lock_not_owned"
 
 
 async def test_a_mapping_of_a_pending_operation_is_neither_locked_nor_unlocked(

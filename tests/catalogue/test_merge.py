@@ -176,6 +176,16 @@ async def test_r1_an_admit_in_flight_is_registered_for_the_merged_one(
         assert await operating.registered() == {session.pid: operation.after.mapping_id}
 
 
+async def test_r14_a_merge_ends_a_session_that_keeps_its_admit_open(operating: Operating) -> None:
+    await add(operating, 0, 10)
+    await add(operating, 10, 20)
+    async with operating.session(1, commit=False) as session:
+        assert await operating.run(merge(operating, 10))
+        assert operating.slept.seconds == []
+        assert not await session.lives()
+    await operating.check_settled()
+
+
 async def test_between_shard_and_catalogue_a_session_of_the_right_one_finds_no_mapping(
     operating: Operating,
 ) -> None:

@@ -1,6 +1,7 @@
 """What is recorded of an operation's steps, and where a later process continues."""
 
 import json
+from collections.abc import Callable
 
 import asyncpg
 import pytest
@@ -9,8 +10,9 @@ from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.mapping_operations import AddMapping
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.model import SessionsMode
-from proxy.catalogue.operation import BEGUN, points, shards_reached
+from proxy.catalogue.operation import BEGUN, Operation, points, shards_reached
 from proxy.catalogue.operation_kinds import KINDS
+from proxy.catalogue.split import Split
 from tests.support.catalogue import MAP
 from tests.support.operating import Killed, Operating, Pauses, in_background, kill_at, until
 
@@ -156,3 +158,64 @@ async def test_the_results_of_steps_are_kept_in_the_row(operating: Operating) ->
     body = json.loads(row["body"])
     assert (body["mapping"]["epoch"], body["after"]["epoch"]) == (1, 2)
     assert (body["mapping"]["status"], body["after"]["status"]) == ("online", "offline")
+
+
+async def test_a_catalogue_that_is_lost_in_a_step_of_a_shard_is_named(
+    operating: Operating,
+) -> None:
+    """It was said of the shard that its connection was lost."""
+    await add(operating)
+
+    async def reach(point: str) -> None:
+        if point == "fence":
+
+            def fail(name: str) -> None:
+                if name == MAP:
+                    raise ConnectionRefusedError("no server")
+
+            operating.databases.fail = fail
+            operating.end_operators()
+
+    with pytest.raises(CatalogueError) as refused:
+        await operating.run(offline(operating), reach)
+    assert "pending: the catalogue: " in refused.value.message
+    assert "ops resume" in refused.value.hint  # it has not begun to be undone
+    assert not [line for line in operating.told if line.startswith("shard one: ")]
+
+
+UNDONE: dict[str, Callable[[Operating], Operation]] = {
+    "fence": offline,
+    "local": lambda o: Split(o.map, o.key(5)),
+}
+
+
+@pytest.mark.parametrize("step", sorted(UNDONE))
+async def test_r14_undoing_ends_a_session_that_keeps_its_admit_open(
+    operating: Operating, step: str
+) -> None:
+    """It waited for the client five times, and left the shard to that client."""
+    await add(operating)
+    operation = UNDONE[step](operating)
+    with pytest.raises(Killed):
+        await operating.run(operation, kill_at(f"{step}.done"))
+    async with operating.session(1, commit=False) as session, operating.operator() as operator:
+        assert session.verdict in ("offline", "stale")  # it has the row's lock all the same
+        await operator.undo(operation.op_id)
+        assert operating.slept.seconds == []
+        assert not await session.lives()
+    await operating.check_settled()
+
+
+async def test_r11_a_step_of_the_catalogue_is_not_done_once_another_operator_undoes(
+    operating: Operating,
+) -> None:
+    await add(operating)
+    pauses = Pauses("end")
+    async with in_background(operating.run(Split(operating.map, operating.key(5)), pauses)) as task:
+        await pauses.reached("end")
+        await operating.fetch(MAP, "update shardmap.op_log set state = 'undoing'")
+        pauses.resume("end")
+        with pytest.raises(CatalogueError) as refused:
+            await task
+    assert (refused.value.reason, refused.value.op_id) == ("operation_pending", None)
+    assert (await operating.mapping(7))["lo"] == operating.key(0)

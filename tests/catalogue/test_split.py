@@ -14,10 +14,12 @@ from proxy.catalogue.split import Split
 from proxy.routing.shard_map import Kind
 from tests.support.catalogue import MAP, Stores
 from tests.support.operating import (
+    Killed,
     Operating,
     Pauses,
     fail_at,
     in_background,
+    kill_at,
     until,
 )
 
@@ -163,6 +165,16 @@ async def test_r1_an_admit_in_flight_is_registered_for_its_half(operating: Opera
         assert await operating.registered() == {session.pid: operation.upper.mapping_id}
 
 
+async def test_r14_a_split_ends_a_session_that_keeps_its_admit_open(operating: Operating) -> None:
+    await add(operating, 0, 10)
+    await add(operating, 10, 20)
+    async with operating.session(1, commit=False) as session:
+        assert await operating.run(split(operating, 5))
+        assert operating.slept.seconds == []
+        assert not await session.lives()
+    await operating.check_settled()
+
+
 async def test_between_shard_and_catalogue_a_session_of_the_whole_is_stale(
     operating: Operating,
 ) -> None:
@@ -227,6 +239,19 @@ async def test_s29_of_many_concurrent_splits_none_is_lost_or_doubled(operating: 
     rows = await operating.fetch(MAP, "select lo from shardmap.mapping order by lo")
     assert [row["lo"] for row in rows] == [operating.key(key) for key in sorted({0, 100, *keys})]
     await operating.check_settled()
+
+
+async def test_a_plan_names_the_halves_where_another_operation_is_settled_first(
+    operating: Operating,
+) -> None:
+    """It said that the mapping would be split into the whole and the upper half."""
+    await add(operating, 0, 10)
+    await add(operating, 20, 30)
+    with pytest.raises(Killed):
+        await operating.run(split(operating, 25), kill_at("end"))
+    settled, planned, _ = await operating.plan(split(operating, 5))
+    assert settled.startswith("Undo the operation ")
+    assert planned == "Split the mapping [0, 10) on shard one into [0, 5) and [5, 10)."
 
 
 async def test_a_shard_that_has_other_bounds_is_not_split(operating: Operating) -> None:

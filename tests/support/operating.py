@@ -328,6 +328,14 @@ class Operating:
             found[f"{name} itself"] = await self.fetch(name, identity)
         return {name: [tuple(row) for row in rows] for name, rows in found.items()}
 
+    def end_operators(self) -> None:
+        """End all connections of the administrator to the catalogue."""
+        self.stores.execute(
+            MAP,
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            f" where datname = current_database() and usename = '{self.stores.roles.admin}'",
+        )
+
     async def clear(self) -> None:
         """Delete all mappings, and set the shards online as at first."""
         await self.fetch(MAP, "delete from shardmap.op_log")

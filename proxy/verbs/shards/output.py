@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, Final
 
 from proxy.catalogue.errors import CatalogueError
@@ -71,7 +71,8 @@ class Progress:
     def _say(self) -> None:
         self._said_at = self._clock()
         elapsed = self._said_at - self._began_at
-        print(f"{self._text} ({elapsed:.0f} s)", file=sys.stderr, flush=True)
+        with suppress(BrokenPipeError):  # nothing reads it; the work goes on
+            print(f"{self._text} ({elapsed:.0f} s)", file=sys.stderr, flush=True)
         self._later(PROGRESS_REPEAT_SECONDS)
 
     def _later(self, seconds: float) -> None:

@@ -223,6 +223,18 @@ async def test_a_move_whose_copy_has_not_run_asks_for_it(
     assert await shown(shards) == mapping("one", "online", 7)
 
 
+async def test_a_command_that_does_not_run_any_more_is_warned_of(
+    shards: Shards, verbs: KilledVerbs, tmp_path: Path
+) -> None:
+    copy = ("--copy", f"echo copied >> {tmp_path}/done")
+    op = await killed(shards, verbs, "target_ready", *MOVE, *copy)
+    answered = await shards("ops", "resume", op, *copy)
+    assert answered.code == EXIT_OK
+    assert "the copy command is not run" in answered.err
+    assert (tmp_path / "done").read_text() == "copied\n"
+    assert await shown(shards) == mapping("two", "online", 4)
+
+
 async def test_from_the_flip_on_a_move_is_only_completed(
     shards: Shards, verbs: KilledVerbs
 ) -> None:

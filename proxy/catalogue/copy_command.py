@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import tempfile
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -35,7 +36,12 @@ _READ_BYTES: Final = 64 << 10
 LINE_CHARACTERS_MAX: Final = 300
 _UNPRINTABLE: Final = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 # Where our own identity comes from, and what would change the command's connections.
-_NOT_PASSED: Final = re.compile("LAKEBASE_.*|DATABRICKS_.*|ENDPOINT_NAME|PG.*|ARM_.*")
+_NOT_PASSED: Final = re.compile(
+    "LAKEBASE_.*|DATABRICKS_.*|ENDPOINT_NAME|PG.*|ARM_.*"
+    "|GOOGLE_CREDENTIALS|OIDC_TOKEN|ACTIONS_ID_TOKEN_REQUEST_TOKEN|SYSTEM_ACCESSTOKEN"
+)
+# It names the variable that has the identity's token.
+_NAMES_VARIABLE: Final = "DATABRICKS_OIDC_TOKEN_ENV"
 # A socket's file has a port in its name; these are on no network.
 _PORTS: Final = {"SHARDS_SOURCE": 1, "SHARDS_TARGET": 2}
 
@@ -83,45 +89,48 @@ class CopyCommand:
             yield {name: _uri(folder, _PORTS[name], shard) for name, shard in shards.items()}
 
     async def _run(self, environment: Mapping[str, str]) -> None:
-        process = await self._start(environment)
-        assert process.stderr is not None
         words, code = LastLine(), None
-        async with asyncio.TaskGroup() as group:
-            reading = group.create_task(_pass_on(process.stderr, words))
-            try:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self.timeout_seconds or None):
-                        code = await process.wait()
-            finally:
-                await _end_group(process.pid)
-                await asyncio.wait((reading,), timeout=_STDERR_SECONDS_MAX)
-                reading.cancel()
-                await process.wait()
+        async with _pipe() as (stderr, write_end):
+            process = await self._start(environment, write_end)
+            async with asyncio.TaskGroup() as group:
+                reading = group.create_task(_pass_on(stderr, words))
+                try:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(self.timeout_seconds or None):
+                            code = await process.wait()
+                finally:
+                    await _end_group(process.pid)
+                    await asyncio.wait((reading,), timeout=_STDERR_SECONDS_MAX)
+                    reading.cancel()
+                    await process.wait()
         if code != 0:
             text = f"the copy command {self._ended(code)}"
             raise CatalogueError(Reason.COPY_FAILED, f"{text}: {words}" if str(words) else text)
 
-    async def _start(self, environment: Mapping[str, str]) -> asyncio.subprocess.Process:
-        """Start the shell. An interruption meanwhile ends all that it has started by then."""
-        starting = asyncio.ensure_future(
+    async def _start(self, environment: Mapping[str, str], stderr: int) -> Process:
+        """Start the command and close our end of its standard error. Raises CatalogueError."""
+        started = asyncio.ensure_future(
             asyncio.create_subprocess_exec(
-                "/bin/sh",
-                "-c",
-                self.text,
+                *("/bin/sh", "-c", self.text),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=2,  # standard output has the answer of the verb alone
-                stderr=asyncio.subprocess.PIPE,
+                stderr=stderr,
                 env=environment,
                 start_new_session=True,
             )
         )
         try:
-            return await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            process = await starting
+            return await asyncio.shield(started)
+        except asyncio.CancelledError:  # it may have begun to run
+            process = await started
             await _end_group(process.pid)
             await process.wait()
             raise
+        except OSError as error:
+            text = f"the copy command cannot be started: {error}"
+            raise CatalogueError(Reason.COPY_FAILED, text) from error
+        finally:
+            os.close(stderr)
 
     def _ended(self, code: int | None) -> str:
         if code is None:
@@ -156,6 +165,23 @@ def _printable(line: str) -> str:
     return _UNPRINTABLE.sub(" ", line[:LINE_CHARACTERS_MAX]).strip()
 
 
+@asynccontextmanager
+async def _pipe() -> AsyncIterator[tuple[asyncio.StreamReader, int]]:
+    """Yield the read end of a pipe and its write end, which the block closes.
+
+    With a pipe of asyncio's own, to wait for a process is to wait for all that hold the pipe.
+    """
+    read_end, write_end = os.pipe()
+    stream = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(read_end, "rb", 0)
+    )
+    try:
+        yield stream, write_end
+    finally:
+        transport.close()
+
+
 async def _pass_on(stream: asyncio.StreamReader, words: LastLine) -> None:
     """Pass the command's standard error on to ours, until it ends."""
     while read := await stream.read(_READ_BYTES):
@@ -179,7 +205,12 @@ async def _end_group(group: int) -> None:
 
 def _passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     """Return our environment without what the command does not need."""
-    return {name: text for name, text in environment.items() if not _NOT_PASSED.fullmatch(name)}
+    ours = environment.get(_NAMES_VARIABLE)
+    return {
+        name: text
+        for name, text in environment.items()
+        if name != ours and not _NOT_PASSED.fullmatch(name)
+    }
 
 
 def _uri(folder: str, port: int, shard: Shard) -> str:

@@ -33,8 +33,9 @@ _AROUND: Final = (
     f" union all ({_MAPPING} where map_id = $1 and lo = $2)) order by lo"
 )
 _STRAY: Final = (
-    "select lo, hi from shardmap_local.mapping where map_id = $1 and op_id is distinct from $4"
-    " and (hi is null or hi > $2) and ($3::bytea is null or lo < $3) limit 1"
+    "select lo, hi from shardmap_local.mapping where op_id is distinct from $4"
+    " and (mapping_id = $5 or map_id = $1 and (hi is null or hi > $2)"
+    " and ($3::bytea is null or lo < $3)) limit 1"
 )
 _OVERLAPPING: Final = (
     f"{_MAPPING} where map_id = $1 and span operator(pg_catalog.&&) shardmap.keyrange("
@@ -77,8 +78,12 @@ async def mappings_around(
 async def stray_bounds(
     shard: Connection, mapping: Mapping, spec: MapSpec, op_id: UUID
 ) -> str | None:
-    """Return the bounds of a shard's own mapping with some of these keys, but that of `op_id`."""
-    row = await shard.fetchrow(_STRAY, mapping.map_id, mapping.lo, mapping.hi, op_id)
+    """Return the bounds of a shard's own mapping with some of these keys, or with the same id.
+
+    That of `op_id` does not count.
+    """
+    values = mapping.map_id, mapping.lo, mapping.hi, op_id, mapping.mapping_id
+    row = await shard.fetchrow(_STRAY, *values)
     return None if row is None else in_words(spec, row["lo"], row["hi"])
 
 

@@ -27,7 +27,7 @@ from proxy.catalogue.model import (
     Shard,
     Status,
 )
-from proxy.catalogue.operation import BEGUN, Json, Place, Step, Tools
+from proxy.catalogue.operation import Json, Place, Step, Tools, states_from
 from proxy.catalogue.other_writers import count_unregistered, wait_for_prepared
 from proxy.catalogue.reassign import CHECKED, FENCED, SOURCE_CLEARED, TARGET_READY, ToShard
 
@@ -121,11 +121,14 @@ class Move(ToShard):
     # -- a copy that another process was given ---------------------------------------------------
 
     @property
+    def is_copied(self) -> bool:
+        """Whether the step that copies rows is done."""
+        return self.state in states_from(self, COPIED.name)
+
+    @property
     def awaits_copy(self) -> bool:
         """Whether rows are still to be copied, by a command that this process does not have."""
-        names = [BEGUN, *(step.name for step in self.steps)]
-        is_before = names.index(self.state) < names.index(COPIED.name)
-        return self._has_copy and self._copy is None and is_before
+        return self._has_copy and self._copy is None and not self.is_copied
 
     def copy_with(self, copy: Copy | None) -> None:
         """Copy with this when the move is resumed; None: copy nothing."""

@@ -349,7 +349,10 @@ async def _rows_of(
 async def check_locked_rows(
     catalogue: Connection, owner: CatalogueMap, plan: RowChanges, token: UUID | None
 ) -> None:
-    """Check that no other operator has locked what changes. Raises CatalogueError."""
+    """Check that no other operator has locked what changes. Raises CatalogueError.
+
+    A token is not looked at if no mapping of the catalogue changes.
+    """
     mappings = [
         Mapping(
             *(row.mapping_id, owner.map_id, row.shard_id, row.lo),
@@ -359,4 +362,5 @@ async def check_locked_rows(
         for row in plan.catalogue.before
         if row.extra is not None or token is not None
     ]
-    await check_locks(catalogue, owner, mappings, token)
+    if mappings:
+        await check_locks(catalogue, owner, mappings, token)

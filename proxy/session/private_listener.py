@@ -174,7 +174,8 @@ class PrivateListener:
         serving: set[asyncio.Task[None]] = set()
 
         def connected(stream: StartupStream) -> None:
-            if len(serving) >= SHARED_MAX:
+            # A connection may be accepted before the end of the block, and made after it.
+            if not server.is_serving() or len(serving) >= SHARED_MAX:
                 stream.transport.abort()
                 return
             task = loop.create_task(self._serve_shared(opener, stream))

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, redirect_stderr
@@ -76,8 +77,13 @@ async def test_it_finds_the_mapping_and_both_shards(tmp_path: Path) -> None:
 async def test_it_gets_no_secret_of_ours_and_the_rest_of_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("DATABRICKS_CLIENT_SECRET", "ARM_CLIENT_SECRET", "LAKEBASE_PROXY_X", "PGPASSWORD"):
+    for name in (
+        *("DATABRICKS_CLIENT_SECRET", "ARM_CLIENT_SECRET", "LAKEBASE_PROXY_X", "PGPASSWORD"),
+        *("GOOGLE_CREDENTIALS", "OIDC_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN"),
+        *("SYSTEM_ACCESSTOKEN", "OUR_OWN_TOKEN"),
+    ):
         monkeypatch.setenv(name, "not-a-real-secret")
+    monkeypatch.setenv("DATABRICKS_OIDC_TOKEN_ENV", "OUR_OWN_TOKEN")
     monkeypatch.setenv("AWS_REGION", "eu-1")
     await run(f"env > {tmp_path}/said")
     said = (tmp_path / "said").read_text()
@@ -128,6 +134,23 @@ async def test_what_it_leaves_running_is_ended_with_it(tmp_path: Path) -> None:
     async with asyncio.timeout(WAIT_SECONDS_MAX):
         await run(f"sleep 600 & echo $! > {pids}")
     assert has_ended(int(pids.read_text()))
+
+
+async def test_a_daemon_that_it_starts_does_not_keep_it_from_ending(tmp_path: Path) -> None:
+    # It has left the process group, and has the command's standard error.
+    pids = tmp_path / "pids"
+    script = f"setsid sh -c 'echo $$ > {pids}; exec sleep 600' & until [ -s {pids} ]; do :; done"
+    for end, timeout_seconds, words in (
+        ("echo the end >&2; exit 3", 0, "ended with exit status 3: the end"),
+        ("sleep 600", 0.5, "did not end within 0.5 s"),
+    ):
+        try:
+            async with asyncio.timeout(WAIT_SECONDS_MAX):
+                message = await failed(f"{script}; {end}", timeout_seconds)
+            assert message == f"the copy command {words}"
+        finally:
+            os.kill(int(pids.read_text()), signal.SIGKILL)
+            pids.unlink()
 
 
 @pytest.mark.parametrize("blocked_seconds", [0, 0.1])

@@ -568,6 +568,25 @@ async def test_a_target_that_cannot_take_the_keys_is_refused_before_the_fence(
     assert [row["epoch"] for row in await operating.local("one")] == [1]
 
 
+@pytest.mark.parametrize("kind", [Move, Reassign])
+async def test_a_target_that_has_the_mapping_with_other_keys_is_refused(
+    operating: Operating, kind: type[Move] | type[Reassign]
+) -> None:
+    # A merge keeps the id of the left mapping: a restored shard may have it with other bounds.
+    await added(operating, Status.OFFLINE)
+    query = (
+        "insert into shardmap_local.mapping (mapping_id, map_id, lo, hi, status, epoch)"
+        " values ($1, $2, $3, $4, 'offline', 1)"
+    )
+    row = await operating.mapping(1)
+    await operating.fetch(
+        "two", query, row["mapping_id"], row["map_id"], *operating.bounds(100, 110)
+    )
+    error = await refused(operating, kind(operating.map, *operating.bounds(0, 10), "two"))
+    assert error.reason == "step_failed"
+    assert "[100, 110)" in error.message
+
+
 async def test_a_target_whose_session_roles_lack_grants_is_refused(operating: Operating) -> None:
     await added(operating)
     role = operating.stores.roles.session

@@ -63,6 +63,17 @@ async def test_a_lost_catalogue_comes_back_as_it_was(operating: Operating) -> No
     await check_equal(operating)
 
 
+async def test_a_token_is_not_needed_where_the_catalogue_has_lost_the_lock(
+    operating: Operating,
+) -> None:
+    await filled(operating)
+    token = await operating.lock(0, 10)
+    await lose_catalogue(operating)
+    await attached(operating)
+    await operating.run(Rebuild(operating.map, token))
+    await check_equal(operating)
+
+
 async def test_a_shard_that_was_offline_is_offline_again(operating: Operating) -> None:
     await filled(operating)
     await operating.run(TakeShardOffline(operating.map, "one"))

@@ -1,6 +1,7 @@
 """`shards move`, `reassign`, and `ops` for them: what they answer, refuse and leave."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -133,6 +134,41 @@ async def test_a_copy_that_fails_is_undone_and_its_last_words_are_in_the_error(
     )
 
 
+async def test_what_a_copy_has_begun_in_a_shard_is_ended_with_it(shards: Shards) -> None:
+    await with_rows(shards)
+    running = "select pg_sleep(4); insert into orders values (-1)"
+    psql = f"{TOOLS}/psql -qX"
+    command = " ".join(f'{psql} "{where}" -c "{running}" &' for where in ["$SHARDS_SOURCE"] * 3)
+    timeout = ("--copy-timeout-seconds", "2")
+    assert (await shards.refused(*MOVE, "--copy", f"{command} wait", *timeout))[0] == "copy_failed"
+    async with shards.stores.connect("one") as connection:
+        left = (
+            "select query from pg_stat_activity where query like '%orders%'"
+            " and state <> 'idle' and pid <> pg_backend_pid()"
+        )
+        assert await connection.fetch(left) == []
+        assert await connection.fetchval("select count(*) from orders where n < 0") == 0
+
+
+async def test_a_copy_goes_on_when_nothing_reads_standard_error(
+    shards: Shards, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "go")
+    command = f"cat {tmp_path}/go; for n in 1 2 3; do echo $n >&2; sleep 1; done"
+    words = [*MOVE, "--json", "--copy", command, "--config", shards.config]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "proxy", "shards", *words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=(pipe := os.pipe())[1],
+    )
+    for end in pipe:
+        os.close(end)
+    await asyncio.to_thread((tmp_path / "go").write_text, "")
+    said, _ = await process.communicate()
+    assert (process.returncode, json.loads(said)["ok"]) == (EXIT_OK, True)
+    assert await shown(shards) == mapping("two", "online", 4)
+
+
 async def test_an_interrupted_copy_is_ended_and_the_move_undone(
     shards: Shards, tmp_path: Path
 ) -> None:
@@ -185,6 +221,18 @@ async def test_a_move_whose_copy_has_not_run_asks_for_it(
     op = await killed(shards, verbs, "announced", "move", "0", "10", "--to", "one", "--copy", "x")
     await shards.done("ops", "resume", op, "--without-copy")
     assert await shown(shards) == mapping("one", "online", 7)
+
+
+async def test_a_command_that_does_not_run_any_more_is_warned_of(
+    shards: Shards, verbs: KilledVerbs, tmp_path: Path
+) -> None:
+    copy = ("--copy", f"echo copied >> {tmp_path}/done")
+    op = await killed(shards, verbs, "target_ready", *MOVE, *copy)
+    answered = await shards("ops", "resume", op, *copy)
+    assert answered.code == EXIT_OK
+    assert "the copy command is not run" in answered.err
+    assert (tmp_path / "done").read_text() == "copied\n"
+    assert await shown(shards) == mapping("two", "online", 4)
 
 
 async def test_from_the_flip_on_a_move_is_only_completed(

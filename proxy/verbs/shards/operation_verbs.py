@@ -89,10 +89,14 @@ async def _settle(call: Call, operator: Operator) -> None:
 
 
 def _prepare(call: Call, operation: Operation) -> None:
-    """Set the copy command of a move, which its row does not have."""
+    """Set the copy command of a move, which its row does not have. Warn if it is not run."""
     command = copy_command(call)
-    if isinstance(operation, Move) and (command or _WITHOUT_COPY in call.arguments.switches):
-        operation.copy_with(None if command is None else command.run)
+    if isinstance(operation, Move) and not operation.is_copied:
+        if command or _WITHOUT_COPY in call.arguments.switches:
+            operation.copy_with(None if command is None else command.run)
+    elif command:
+        text = f"the copy command is not run: the {operation.kind} is at {operation.state}"
+        call.output.warn(text)
 
 
 async def _resume_all(call: Call, operator: Operator, map_id: UUID | None) -> None:

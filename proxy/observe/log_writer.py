@@ -76,9 +76,12 @@ class LogWriter:
     def _written_at_once(self, line: bytes) -> int:
         """Write what the descriptor takes without a wait, and return how many bytes that was.
 
-        Nothing of a burst, while lines are queued, or while dropped ones are to be reported.
+        Nothing of a burst, while lines are queued, or while dropped ones are to be reported; and
+        nothing of a line that is longer than the queue: a pipe takes a part, and the rest is lost.
         """
         if not self._takes_at_once or not self._is_idle() or self.dropped != self._reported:
+            return 0
+        if len(line) > QUEUE_BYTES_MAX:
             return 0
         now = time.monotonic()
         if now - self._burst_at >= _BURST_SECONDS:

@@ -283,10 +283,10 @@ class MappedSessions:
     def _end_slice(self) -> None:
         """End a slice of sessions, and the next one after a pause."""
         self._ends_slices = bool(self._ending)
+        if self._ends_slices:  # first: one end that fails must not stop all others
+            asyncio.get_running_loop().call_later(END_PAUSE_SECONDS, self._end_slice)
         for _ in range(min(END_SLICE, len(self._ending))):
             self._ending.popleft().end()
-        if self._ends_slices:
-            asyncio.get_running_loop().call_later(END_PAUSE_SECONDS, self._end_slice)
 
     def _register_under(self, session: MappedSession, mapping_id: UUID) -> None:
         """Register a session under the mapping that has its key now: a split or merge."""

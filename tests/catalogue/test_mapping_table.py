@@ -3,6 +3,7 @@
 import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -94,9 +95,12 @@ def test_a_table_of_few_rows_is_one_part(count: int) -> None:
     check(table, rows, [number.to_bytes(4) for number in range(90, 140)])
 
 
-def test_a_dead_row_is_not_found() -> None:
-    rows = list(points([bytes([0, 0, 0, number]) for number in range(200)]))
-    table = table_of(MapSpec(Kind.LIST, KeyType.INT4), rows)
+@pytest.mark.parametrize("kind", [Kind.LIST, Kind.RANGE])
+def test_a_dead_row_is_not_found(kind: Kind) -> None:
+    los = [bytes([0, 0, 0, number]) for number in range(200)]
+    pairs = pairwise(los)  # of a range, each ends where the next one begins
+    neighbours = [mapping(lo, hi, at) for at, (lo, hi) in enumerate(pairs, 1)]
+    rows = list(points(los)) if kind is Kind.LIST else neighbours
+    table = table_of(MapSpec(kind, KeyType.INT4), rows)
     assert table.mark_dead(7, 9) == 2
-    assert table.find(rows[6].lo) is not None
-    assert table.find(rows[7].lo) is None
+    assert [table.find(row.lo) is None for row in rows[6:10]] == [False, True, True, False]

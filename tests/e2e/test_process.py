@@ -151,7 +151,7 @@ async def test_a_hangup_before_it_serves_is_nothing(lakebase: Lakebase, tmp_path
             proxy.send(signal.SIGHUP)
             await asyncio.sleep(0.02)
         proxy.send(signal.SIGTERM)
-        assert await proxy.ended() == 0
+        assert await proxy.ended() == 0, proxy.err
 
 
 async def test_it_serves_within_three_seconds_and_takes_little_memory(

@@ -116,6 +116,24 @@ def test_what_is_not_taken_at_once_follows_in_order(lines: int) -> None:
         writer.before_fork()  # it waits for the thread
 
 
+def test_a_line_of_which_a_pipe_takes_a_part_is_whole(pipe: Pipe) -> None:
+    lines = [b"x" * (QUEUE_BYTES_MAX // 2) + b"\n", b"last\n"]
+    for line in lines:
+        pipe.writer.write(line)
+    whole = b"".join(lines)
+    assert pipe.read(len(whole)) == whole
+
+
+def test_a_line_that_is_longer_than_the_queue_is_dropped_whole(pipe: Pipe) -> None:
+    # Of 2 MB the pipe took 64 KB at once. The rest was dropped, and the next line joined to it.
+    pipe.writer.write(b"x" * QUEUE_BYTES_MAX + b"\n")
+    pipe.writer.write(b"next\n")
+    assert os.read(pipe.reader, 100) == b"next\n"
+    assert pipe.writer.dropped == 1
+    pipe.writer.before_fork()  # it waits for the thread
+    assert pipe.reports == [1]
+
+
 def test_a_pipe_that_is_not_read_makes_no_caller_wait_and_is_told_of_once(pipe: Pipe) -> None:
     pipe.fill()
     begun = time.monotonic()

@@ -196,6 +196,35 @@ async def test_many_sessions_end_in_slices_whatever_their_mappings(house: House)
         assert max(ended) <= END_SLICE
 
 
+class FailingTransport(asyncio.Transport):
+    """A transport whose connection fails in a way that is not expected of it."""
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def write(self, data: object) -> None:
+        raise RuntimeError("unable to perform operation")
+
+
+async def test_an_end_that_fails_stops_no_other(house: House) -> None:
+    # All ends share one row of slices: after one that failed, no session was ever ended again.
+    loop = asyncio.get_running_loop()
+    failures: list[object] = []
+    loop.set_exception_handler(lambda _, context: failures.append(context.get("exception")))
+    async with house.session(b"a") as failing, house.session(b"b") as other:
+        failing.mapped._entry.relay = Relay(FailingTransport(), FailingTransport())
+        house.catalogue.default = None
+        house.mapped.changed((UUID(int=1),))
+        assert await other.client.receive_rest() == MOVED
+    async with house.session(b"c") as later:
+        house.mapped.changed((UUID(int=1),))
+        assert await later.client.receive_rest() == MOVED
+    assert [str(failure) for failure in failures] == ["unable to perform operation"]
+
+
 @pytest.mark.parametrize("now", GOES_ON.values(), ids=GOES_ON)
 async def test_session_goes_on_with_what_the_shard_still_has(house: House, now: Located) -> None:
     async with house.session() as session:

@@ -174,8 +174,7 @@ class PrivateListener:
         serving: set[asyncio.Task[None]] = set()
 
         def connected(stream: StartupStream) -> None:
-            # A connection may be accepted before the end of the block, and made after it.
-            if not server.is_serving() or len(serving) >= SHARED_MAX:
+            if len(serving) >= SHARED_MAX:
                 stream.transport.abort()
                 return
             task = loop.create_task(self._serve_shared(opener, stream))

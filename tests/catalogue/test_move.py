@@ -569,6 +569,16 @@ async def test_a_target_that_cannot_take_the_keys_is_refused_before_the_fence(
 
 
 @pytest.mark.parametrize("kind", [Move, Reassign])
+async def test_a_source_that_has_an_offline_mapping_online_is_refused(
+    operating: Operating, kind: type[Move] | type[Reassign]
+) -> None:
+    await added(operating, Status.OFFLINE)
+    await operating.fetch("one", "update shardmap_local.mapping set status = 'online'")
+    error = await refused(operating, kind(operating.map, *operating.bounds(0, 10), "two"))
+    assert (error.reason, error.sqlstate) == ("not_offline", "55006")
+
+
+@pytest.mark.parametrize("kind", [Move, Reassign])
 async def test_a_target_that_has_the_mapping_with_other_keys_is_refused(
     operating: Operating, kind: type[Move] | type[Reassign]
 ) -> None:

@@ -1,7 +1,6 @@
 """The listener for this process alone: what it serves, what it closes, what failures it raises."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -248,24 +247,6 @@ async def test_the_end_of_the_block_closes_what_is_open_on_a_shared_socket(
         with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
             await connection.execute("select 1")
         await lakebase.gateway.until(lambda: lakebase.gateway.open_sessions == 0)
-
-
-@pytest.mark.parametrize("turns", range(6))
-async def test_a_connection_that_comes_at_the_end_of_the_block_is_not_served(
-    private: PrivateListener, upstream: Upstream, lakebase: Lakebase, tmp_path: Path, turns: int
-) -> None:
-    path = tmp_path / ".s.PGSQL.1"
-    message = StartupMessage(V3_0, ((b"user", b"any"), (b"database", b"any"))).encode()
-    with socket.socket(socket.AF_UNIX) as late:
-        async with nothing_left():
-            async with private.share(upstream, path):
-                late.connect(str(path))
-                late.sendall(message)
-                for _ in range(turns):
-                    await asyncio.sleep(0)
-            late.setblocking(False)
-            with suppress(ConnectionError):
-                assert await asyncio.get_running_loop().sock_recv(late, 1) == b""
 
 
 async def test_a_shared_socket_has_a_bound(

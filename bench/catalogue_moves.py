@@ -53,6 +53,8 @@ _LISTEN: Final = {"listen": {"max_connections": 2 * _MANY}}
 _OWN_NAME: Final = (
     "create table own_name as select '{0}' as name; grant select on own_name to public"
 )
+_ENDED_TOTAL: Final = "lakebase_proxy_sessions_ended_total{"
+_MOVED: Final = 'reason="mapping_moved"'
 _ENDED: Final = (
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
@@ -94,12 +96,12 @@ async def _open(proxy: ProxyProcess, key: int) -> Any:
     )
 
 
-async def _metric(proxy: ProxyProcess, start: str) -> int:
-    """Return the sum of the samples that begin so."""
+async def _moved(proxy: ProxyProcess) -> int:
+    """Return how many sessions the sidecar has counted as ended by a move."""
     url = f"http://127.0.0.1:{proxy.events('serving')[0]['admin_port']}/metrics"
     text = await asyncio.to_thread(lambda: urllib.request.urlopen(url).read().decode())
-    lines = [line for line in text.splitlines() if line.startswith(f"lakebase_proxy_{start}")]
-    return int(sum(float(line.split()[-1]) for line in lines))
+    lines = [line for line in text.splitlines() if line.startswith(_ENDED_TOTAL)]
+    return int(sum(float(line.split()[-1]) for line in lines if _MOVED in line))
 
 
 class Clients:
@@ -177,13 +179,10 @@ async def _measure_offline(stores: Stores, shards: Shards, moves: int) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         _print(f"{moves} moves with {_LIVE} live sessions: sessions ended", ended)
-        _print("  counted as mapping_moved", await _metric(proxy, _MOVED))
+        _print("  counted as mapping_moved", await _moved(proxy))
         _print_spread("  fence to open", offline)
         _print_spread("  the longest wait of a client, beyond that and a usual one", added)
         _print("  clients refused", clients.refused + probes.refused)
-
-
-_MOVED: Final = 'sessions_ended_total{reason="mapping_moved"'
 
 
 async def _measure_ending(stores: Stores, shards: Shards, sessions: int) -> None:
@@ -200,7 +199,7 @@ async def _measure_ending(stores: Stores, shards: Shards, sessions: int) -> None
         await eventually(lambda: all(one.is_closed() for one in opened), "every session is over")
         _print(f"a move with {sessions:,} live sessions: sessions ended", facts["sessions_ended"])
         _print("  fence to open, s", facts["seconds_offline"], 2)
-        _print("  counted as mapping_moved", await _metric(proxy, _MOVED))
+        _print("  counted as mapping_moved", await _moved(proxy))
         alive = [await one.fetchval("select 1") for one in others]
         _print("  sessions of another mapping that live, of 50", sum(alive))
         for connection in others:

@@ -27,6 +27,7 @@ from proxy.catalogue.repair_plan import (
     cut_out,
     derived,
     remainders,
+    with_epoch,
 )
 from proxy.routing.shard_map import MapSpec
 
@@ -145,7 +146,7 @@ def _above(targets: Sequence[Row], catalogue: Iterable[Row], settled: _Settled) 
             if not _are_same(targets[at], row):
                 epochs[at] = max(epochs[at], row.epoch)
     return [
-        row if row.epoch > epoch else row._replace(epoch=epoch + 1)
+        with_epoch(row, row.epoch if row.epoch > epoch else epoch + 1)
         for row, epoch in zip(targets, epochs, strict=True)
     ]
 

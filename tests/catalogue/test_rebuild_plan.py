@@ -68,6 +68,14 @@ def test_nothing_is_done_with_keys_of_which_neither_is_known_to_be_right(
     assert plan.local == {}
 
 
+def test_a_row_whose_epoch_cannot_be_raised_gets_a_new_id() -> None:
+    garbage = row(0, 10, A, epoch=(1 << 63) - 1)
+    (target,) = rebuilt([garbage], []).catalogue.after
+    assert target.mapping_id != A
+    assert target[:2] == garbage[:2]
+    assert target.epoch < 1 << 40
+
+
 def test_what_loses_to_a_conflict_is_left_alone_too() -> None:
     loser = on_two(8, 12, C, "offline", 1)
     plan = rebuilt([row(0, 10, A, epoch=5)], [on_two(0, 8, B, epoch=6), loser])

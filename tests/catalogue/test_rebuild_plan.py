@@ -83,6 +83,16 @@ def test_what_loses_to_a_conflict_is_left_alone_too() -> None:
     assert plan.local == {}
 
 
+def test_what_wins_against_a_conflict_is_left_alone_too() -> None:
+    # The catalogue keeps its mapping of the conflict, which would overlap that of the winner.
+    one = [row(0, 10, A, status="offline", epoch=1)]
+    two = [on_two(0, 5, B, epoch=3), on_two(5, 15, C, "offline", 1)]
+    plan = rebuilt(one, two, [row(0, 10, A, status="offline")])
+    assert plan.conflicts == [(one[0], two[1])]
+    assert not plan.catalogue
+    assert plan.local == {}
+
+
 def test_a_part_that_no_other_shard_has_stays() -> None:
     one, two = row(0, 10, A, status="offline", epoch=5), on_two(4, 6, B, epoch=8)
     plan = rebuilt([one], [two])

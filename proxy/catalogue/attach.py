@@ -22,7 +22,7 @@ from proxy.catalogue.operation import Json, Step, Tools, shard_from_json
 from proxy.catalogue.schema import migrate_shard
 from proxy.catalogue.shard_operations import HAS_LOCAL_SCHEMA, AddShard, check_no_catalogue
 from proxy.catalogue.shard_store import check_rights, session_statements
-from proxy.catalogue.store import SHOW_MAP, read_shards
+from proxy.catalogue.store import read_shards
 from proxy.catalogue.transactions import transaction
 from proxy.catalogue.verify import Itself, Verification, read_itself
 from proxy.routing.keys import KeyType, Normalise
@@ -239,14 +239,12 @@ class Attach(AddShard):
             await end_sessions(shard, Registered.of_map(self.map.map_id), tools, self.progress)
 
     async def do_catalogue(self, step: str, catalogue: Connection) -> None:
-        """Set the row's status, and keep the logins. A map without mappings is shown."""
+        """Set the row's status, and keep the logins. A hidden map stays so until it is repaired."""
         await catalogue.execute(
             "update shardmap.shard set status = $2, version = $3, op_id = null where shard_id = $1",
             *(self.shard.shard_id, self._status, abs(self._version)),
         )
         await catalogue.execute(_ADD_ROLES, self.map.map_id, list(self.found.roles))
-        if not self.found.mappings:
-            await catalogue.execute(SHOW_MAP, self.map.map_id)
 
     async def is_applied(self, catalogue: Connection) -> bool:
         """Return whether the row is there, and not marked."""

@@ -62,6 +62,7 @@ class ToShard(MappingOperation):
         self._to = to
         self._renews_lock = token is not None
         self._epoch = 0  # that of the fence, known from then on
+        self._is_on_target = False  # as an undo finds it
 
     @property
     def source(self) -> Shard:
@@ -213,11 +214,19 @@ class ToShard(MappingOperation):
     # -- undo ------------------------------------------------------------------------------------
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
-        """Delete the target's row, which comes first; then set the source's as it was."""
+        """Delete the target's row, which comes first; then set the source's as it was.
+
+        Of a catalogue that was restored the operation may be pending again after it was completed.
+        Then the source has no row, and the target, if it was reached, has one that is not deleted:
+        the shards stay as they are.
+        """
         if self.is_target(shard):
             await connection.execute(_DELETE_OFFLINE, self.before.mapping_id, self.op_id)
+            self._is_on_target = await self.read_local(connection) is not None
             return
         local = await self.read_local(connection)
+        if local is None and (self._is_on_target or self.target.shard_id not in self.reached):
+            return
         if local is None or local["op_id"] == self.op_id:
             epoch = self._epoch if local is None else local["epoch"]
             self.after = replace(self.before, epoch=epoch + _EPOCHS_USED + 1)

@@ -5,6 +5,7 @@ be reached. Not for: what is right where two shards differ (`rebuild_plan`).
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import ClassVar, Final, Self
 from uuid import UUID
 
@@ -101,6 +102,8 @@ class Rebuild(PlannedOperation):
 
     def _plan_status(self, plan: RowChanges, shard: Shard, itself: Itself) -> None:
         """Plan a shard's own status: the shard is right; one that waits for this goes online."""
+        if itself.waits and any(row.shard_id == shard.shard_id for row in chain(*plan.conflicts)):
+            return  # another shard has keys of it online: it goes on waiting
         after = str(Status.ONLINE) if itself.waits else itself.status
         if itself.waits or after != shard.status:
             version = max(abs(itself.version), shard.version) + 1

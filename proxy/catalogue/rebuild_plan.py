@@ -27,6 +27,7 @@ from proxy.catalogue.repair_plan import (
     cut_out,
     derived,
     remainders,
+    with_epoch,
 )
 from proxy.routing.shard_map import MapSpec
 
@@ -82,14 +83,19 @@ class _Settled:
         self.losers[_key(loser)] = loser
 
     def left_alone(self) -> set[_Key]:
-        """Return the rows that nothing is done with: a conflict, or what loses to one."""
+        """Return the rows that nothing is done with: a conflict, and what has keys of one."""
         alone = {_key(row) for pair in self.conflicts for row in pair}
-        while more := {
-            loser
-            for loser, winners in self.beaten.items()
-            if loser not in alone and any(_key(row) in alone for row in winners)
-        }:
-            alone |= more
+        if alone:
+            linked: dict[_Key, list[_Key]] = defaultdict(list)
+            for loser, winners in self.beaten.items():
+                for winner in map(_key, winners):
+                    linked[loser].append(winner)
+                    linked[winner].append(loser)
+            reached = list(alone)
+            while reached:
+                more = set(linked[reached.pop()]) - alone
+                alone |= more
+                reached += more
         return alone
 
 
@@ -145,7 +151,7 @@ def _above(targets: Sequence[Row], catalogue: Iterable[Row], settled: _Settled) 
             if not _are_same(targets[at], row):
                 epochs[at] = max(epochs[at], row.epoch)
     return [
-        row if row.epoch > epoch else row._replace(epoch=epoch + 1)
+        with_epoch(row, row.epoch if row.epoch > epoch else epoch + 1)
         for row, epoch in zip(targets, epochs, strict=True)
     ]
 

@@ -151,10 +151,11 @@ def raised(targets: Sequence[Row], others: Iterable[Row]) -> list[Row]:
             places.add(by_id[row.mapping_id])
         for at in places:
             epochs[at] = max(epochs[at], row.epoch)
-    return [_with_epoch(row, epoch + 1) for row, epoch in zip(targets, epochs, strict=True)]
+    return [with_epoch(row, epoch + 1) for row, epoch in zip(targets, epochs, strict=True)]
 
 
-def _with_epoch(row: Row, epoch: int) -> Row:
+def with_epoch(row: Row, epoch: int) -> Row:
+    """Return a row with this epoch; from EPOCH_MAX on, with a new id and the first epoch."""
     if epoch < EPOCH_MAX:
         return row._replace(epoch=epoch)
     return row._replace(mapping_id=derived(row, "epoch"), epoch=1)

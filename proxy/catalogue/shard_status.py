@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import ClassVar, Final, Self
 from uuid import UUID
 
-from proxy.catalogue.errors import Reason
+from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.fence import (
     LOCK_OUT_ALL,
     Registered,
@@ -34,8 +34,9 @@ from proxy.catalogue.operation import (
 from proxy.catalogue.store import read_shard
 
 _SET_IDENTITY: Final = (
-    "update shardmap_local.identity set status = $2, version = greatest(version, $3)"
-    " where map_id = $1 returning version"
+    "update shardmap_local.identity set status = $2,"
+    " version = case when version < 0 then version else greatest(version, $3) end"
+    " where map_id = $1 returning pg_catalog.abs(version)"
 )
 
 
@@ -229,6 +230,7 @@ class TakeShardOnline(_ShardStatus):
 
     kind: ClassVar[str] = "shard_online"
     steps: ClassVar[tuple[Step, ...]] = (LOCAL, END)
+    checks_first: ClassVar[bool] = True
     status: ClassVar[Status] = Status.ONLINE
 
     def plan(self) -> list[str]:
@@ -237,6 +239,15 @@ class TakeShardOnline(_ShardStatus):
             f"Take shard {self._name} online in its own schema.",
             "Take it online in the catalogue.",
         ]
+
+    async def check_shard(self, connection: Connection, shard: Shard) -> None:
+        """Check as well that it does not wait for a repair: others may have its keys (I1)."""
+        await super().check_shard(connection, shard)
+        query = "select version < 0 from shardmap_local.identity where map_id = $1"
+        if await connection.fetchval(query, self.map.map_id):
+            text = f"the shard {shard.name} is offline until it is repaired"
+            hint = f"shards verify --shard {shard.name}, then `shards repair`."
+            raise CatalogueError(Reason.SHARD_OFFLINE, text, hint)
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Set the shard's own status."""

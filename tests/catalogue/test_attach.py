@@ -6,6 +6,7 @@ from proxy.catalogue.attach import Attach, read_found
 from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.mapping_operations import AddMapping
 from proxy.catalogue.operation import points
+from proxy.catalogue.rebuild import Rebuild
 from proxy.catalogue.shard_operations import RemoveShard
 from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
 from tests.catalogue.test_operations import failing_at
@@ -99,6 +100,47 @@ async def test_an_unreachable_shard_is_detached_and_comes_back_with_keys_of_othe
     await repair(operating, "one", "catalogue")
     await check_equal(operating)
     assert (await shard_row(operating, "one")).status == "online"
+
+
+async def came_back(operating: Operating) -> None:
+    """Attach shard one, which was detached unfenced; shard two has some of its keys since."""
+    await add(operating, 0, 10, "one")
+
+    def fail(name: str) -> None:
+        if name == "one":
+            raise ConnectionRefusedError("no server")
+
+    operating.databases.fail = fail
+    await detached(operating, "one")
+    await operating.run(AddMapping(operating.map, *operating.bounds(0, 5), "two"))
+    operating.databases.fail = lambda name: None
+    await operating.run(await attaching(operating, "one"))
+
+
+async def test_a_shard_that_waits_for_a_repair_is_not_taken_online_by_hand(
+    operating: Operating,
+) -> None:
+    # Its own rows are online: with the shard online, two shards would serve the same keys (I1).
+    await came_back(operating)
+    reason = await operating.refusal(TakeShardOnline(operating.map, "one"))
+    assert reason == ("shard_offline", "55006")
+    await repair(operating, "one", "catalogue")
+    await check_equal(operating)
+
+
+async def test_a_rebuild_leaves_a_shard_waiting_that_has_keys_in_conflict(
+    operating: Operating,
+) -> None:
+    # Nothing is done with keys that two shards have online, so the shard must not serve (I1).
+    await came_back(operating)
+    rebuild = Rebuild(operating.map)
+    await operating.run(rebuild)
+    assert rebuild.conflict() is not None
+    assert (await shard_row(operating, "one")).status == "offline"
+    (itself,) = await operating.fetch("one", "select status from shardmap_local.identity")
+    assert itself["status"] == "offline"
+    await repair(operating, "one", "catalogue")
+    await check_equal(operating)
 
 
 async def test_a_part_of_a_repair_leaves_the_shard_waiting(operating: Operating) -> None:

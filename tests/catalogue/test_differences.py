@@ -100,6 +100,11 @@ async def test_s34_keys_that_another_shard_has_in_the_catalogue() -> None:
     assert found[0].catalogue == catalogue[1]
 
 
+async def test_s34_a_difference_ends_with_the_row_of_the_shard() -> None:
+    found = await compared([row(6, 20, B, shard=TWO)], [row(1, 11, A)])
+    assert told(found) == [("1", "6", "shard", ""), ("6", "11", "both", "identity")]
+
+
 async def test_s34_wider_extra_and_disjoint() -> None:
     wider = await compared([row(5, 10, A)], [row(0, 15, A)])
     assert told(wider) == [("0", "5", "shard", ""), ("10", "15", "shard", "")]

@@ -6,7 +6,8 @@ import pytest
 
 from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.mapping_operations import AddMapping
-from proxy.catalogue.mapping_status import TakeOffline
+from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
+from proxy.catalogue.move import Move
 from proxy.catalogue.operation import points
 from proxy.catalogue.rebuild import Rebuild
 from proxy.catalogue.shard_status import TakeShardOffline
@@ -113,6 +114,53 @@ async def test_a_catalogue_lost_in_the_middle_of_a_move(operating: Operating, st
     assert (shard_id, found_id) == (operating.shards[owner].shard_id, mapping_id)
     assert (status, epoch) == (status_before, epoch_before)
     await check_equal(operating)
+
+
+async def test_an_empty_shard_does_not_show_a_map_that_has_no_mappings_yet(
+    operating: Operating,
+) -> None:
+    # Proxies that see it forget all that they know: every key would be unknown until the rebuild.
+    await operating.run(AddMapping(operating.map, *operating.bounds(0, 10), "one"))
+    await lose_catalogue(operating)
+    await attached(operating)  # the second one has no mappings
+    assert await operating.fetch(MAP, "select 1 from shardmap.shard_map where version < 1")
+    await rebuilt(operating)
+    assert await operating.fetch(MAP, "select 1 from shardmap.shard_map where version > 1")
+
+
+async def test_a_rebuild_shows_a_map_without_mappings(operating: Operating) -> None:
+    await lose_catalogue(operating)
+    await attached(operating)
+    await rebuilt(operating)
+    assert await operating.fetch(MAP, "select 1 from shardmap.shard_map where version > 1")
+
+
+async def test_a_catalogue_restored_to_the_middle_of_a_move_that_is_done(
+    operating: Operating,
+) -> None:
+    # The move is pending again. Undone, it would give the keys back to the source, online, while
+    # the target has them online (I1).
+    await operating.run(AddMapping(operating.map, *operating.bounds(0, 10), "one"))
+    for point in ("fenced.done", "drained.done", "target_ready.done", "source_cleared.done"):
+        owner = operating.name_of((await operating.mapping(5))["shard_id"])
+        other = "two" if owner == "one" else "one"
+        with pytest.raises(Killed):
+            await operating.run(
+                Move(operating.map, *operating.bounds(0, 10), other), kill_at(point)
+            )
+        catalogue = await saved(operating, MAP)
+        async with operating.operator() as operator:
+            (row,) = await operator.pending()
+            await operator.resume(row.op_id)
+        await operating.run(TakeOffline(operating.map, *operating.bounds(0, 10)))
+        await operating.run(TakeOnline(operating.map, *operating.bounds(0, 10)))
+        (local,) = await operating.local(other)
+        await restore(operating, MAP, catalogue)
+        await rebuilt(operating)
+        await check_equal(operating)
+        (after,) = await operating.local(other)
+        assert (after["status"], after["epoch"]) == ("online", local["epoch"]), point
+        assert await operating.local(owner) == [], point
 
 
 async def test_both_restored_to_different_days(operating: Operating) -> None:

@@ -68,10 +68,28 @@ def test_nothing_is_done_with_keys_of_which_neither_is_known_to_be_right(
     assert plan.local == {}
 
 
+def test_a_row_whose_epoch_cannot_be_raised_gets_a_new_id() -> None:
+    garbage = row(0, 10, A, epoch=(1 << 63) - 1)
+    (target,) = rebuilt([garbage], []).catalogue.after
+    assert target.mapping_id != A
+    assert target[:2] == garbage[:2]
+    assert target.epoch < 1 << 40
+
+
 def test_what_loses_to_a_conflict_is_left_alone_too() -> None:
     loser = on_two(8, 12, C, "offline", 1)
     plan = rebuilt([row(0, 10, A, epoch=5)], [on_two(0, 8, B, epoch=6), loser])
     assert len(plan.conflicts) == 1
+    assert plan.local == {}
+
+
+def test_what_wins_against_a_conflict_is_left_alone_too() -> None:
+    # The catalogue keeps its mapping of the conflict, which would overlap that of the winner.
+    one = [row(0, 10, A, status="offline", epoch=1)]
+    two = [on_two(0, 5, B, epoch=3), on_two(5, 15, C, "offline", 1)]
+    plan = rebuilt(one, two, [row(0, 10, A, status="offline")])
+    assert plan.conflicts == [(one[0], two[1])]
+    assert not plan.catalogue
     assert plan.local == {}
 
 

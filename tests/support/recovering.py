@@ -101,7 +101,7 @@ async def insert_local(
 async def saved(operating: Operating, name: str) -> list[tuple[str, list[Any]]]:
     """Return all that a server has of shard maps, for `restore`."""
     tables = (
-        ("shardmap.shard_map", "shardmap.shard", "shardmap.mapping")
+        ("shardmap.shard_map", "shardmap.shard", "shardmap.mapping", "shardmap.op_log")
         if name == MAP
         else ("shardmap_local.identity", "shardmap_local.mapping")
     )

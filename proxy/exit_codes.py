@@ -15,3 +15,5 @@ EXIT_USAGE: Final = 2
 EXIT_CUT: Final = 3
 # An operation on a shard map is left pending; its id is printed.
 EXIT_PENDING: Final = 4
+# The catalogue and a shard differ: `shards verify` has printed where.
+EXIT_DIFFERENCES: Final = 5

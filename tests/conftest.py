@@ -60,7 +60,8 @@ def logging_as_it_was() -> Iterator[None]:
 def clusters() -> Iterator[Mapping[str, Cluster]]:
     """Return running clusters by shard name, shared by all tests."""
     version = int(os.environ.get("TEST_SHARDS_VERSION", "16"))
-    started = [Cluster(name, version=version) for name in SHARDS]
+    settings = {"max_prepared_transactions": "5"}
+    started = [Cluster(name, version=version, settings=settings) for name in SHARDS]
     start_together(started)
     yield {cluster.shard: cluster for cluster in started}
     stop_together(started)

@@ -43,7 +43,7 @@ PHRASES: Final = ("stand-in",)
 # Not to be found as they stand; their parts are words that we use.
 NAMES: Final = frozenset(
     (
-        *("Fleet", "Plan", "Way", "Account", "Accounts", "AccountSource", "Link", "Places"),
+        *("Fleet", "Replacements", "Way", "Account", "Accounts", "AccountSource", "Link", "Places"),
         *("places_taken", "slots_taken", "LiveSessions", "dismiss_silent", "give_back", "_leave"),
         *("_moved", "_look", "_Hand", "_Order", "Engine", "OwnToken", "SharedToken", "MintForAny"),
         *("WrittenUpstream", "WrittenSession", "written_upstream", "DialProgress", "PhaseTimer"),

@@ -32,10 +32,24 @@ class Reason(Enum):
     UNKNOWN_OPERATION = ReasonRow("unknown_operation", "42704")
     NOT_OFFLINE = ReasonRow("not_offline", "55006")
     SESSIONS_ALIVE = ReasonRow("sessions_alive", "55006")
+    SHARD_OFFLINE = ReasonRow("shard_offline", "55006")
+    PREPARED_TRANSACTIONS = ReasonRow("prepared_transactions", "55006")
     NOT_EMPTY = ReasonRow("not_empty", "2BP01")
+    NOT_UNDOABLE = ReasonRow("not_undoable", "55006")
+    REPORT_STALE = ReasonRow("report_stale", "22023")
+    RANGE_NOT_IN_REPORT = ReasonRow("range_not_in_report", "22023")
+    IDENTITY_EXISTS = ReasonRow("identity_exists", "42710")
     OPERATION_PENDING = ReasonRow("operation_pending", "55P03")
+    LOCKED = ReasonRow("locked", "55P03")
+    LOCK_NOT_OWNED = ReasonRow("lock_not_owned", "55P03")
     STALE_EPOCH = ReasonRow("stale_epoch", "40001")
+    STALE_VERSION = ReasonRow("stale_version", "40001")
+    MAPPING_NOT_FOUND = ReasonRow("mapping_not_found", "3D000")
     INVALID_BOUNDS = ReasonRow("invalid_bounds", "22023")
+    NOT_INSIDE = ReasonRow("not_inside", "22023")
+    NOT_ADJACENT = ReasonRow("not_adjacent", "22023")
+    NO_SPLIT_OF_A_LIST = ReasonRow("no_split_of_a_list", "22023")
+    SAME_SHARD = ReasonRow("same_shard", "22023")
     POOLER_HOST = ReasonRow("pooler_host", "22023")
     READ_ONLY_HOST = ReasonRow("read_only_host", "22023")
     CATALOGUE_IS_SHARD = ReasonRow("catalogue_is_shard", "55000")
@@ -44,6 +58,7 @@ class Reason(Enum):
     WRONG_SHARD = ReasonRow("wrong_shard", "55000")
     SHARD_NOT_VALID = ReasonRow("shard_not_valid", "55000")
     RIGHTS_MISSING = ReasonRow("rights_missing", "42501")
+    COPY_FAILED = ReasonRow("copy_failed", "58000")
     STEP_FAILED = ReasonRow("step_failed", "58000")
 
 
@@ -71,6 +86,11 @@ class CatalogueError(Exception):
         self.hint = hint
         self.op_id = op_id
         self.transient = transient
+
+    def with_text(self, message: str, hint: str) -> "CatalogueError":
+        """Return the same refusal in other words."""
+        row = ReasonRow(self.reason, self.sqlstate)
+        return CatalogueError(row, message, hint, op_id=self.op_id)
 
 
 # What the same call may get past: connections that were lost or could not be made (class 08, the

@@ -302,11 +302,7 @@ class Feed:
 
     async def _read_map(self, reader: CatalogueReader) -> CatalogueMap:
         """Return the map as it is now. Raises ProxyError if it is not as it is configured."""
-        found, known = await reader.read_map(self._state.name), self._state.map
-        if known is not None and (found is None or found.map_id != known.map_id):
-            self._state.drop()
-        if found is None:
-            raise ProxyError(ErrorKind.CATALOGUE_MAP_MISSING, f"shard map {self._state.name}")
+        found = self._state.checked(await reader.read_map(self._state.name))
         self._check(found)
         return found
 

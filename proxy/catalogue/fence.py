@@ -18,7 +18,7 @@ import asyncpg
 
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import Connection, Shard
-from proxy.catalogue.operation import Tools
+from proxy.catalogue.operation import Json, Tools
 from proxy.catalogue.shard_store import WAY_TO_END
 from proxy.catalogue.transactions import LOCK_SECONDS_MAX, transaction
 
@@ -28,11 +28,14 @@ FENCE_SECONDS_MAX: Final = 5.0
 BLOCKED_SECONDS_MAX: Final = 30.0
 _BARRIER_MS: Final = 200
 LOCK_OUT_ALL: Final = "lock table only shardmap_local.mapping in exclusive mode"
+_BARRIER: Final = (
+    f"savepoint fence; set local lock_timeout = '{_BARRIER_MS}ms'; {LOCK_OUT_ALL};"
+    f" set local lock_timeout = '{LOCK_SECONDS_MAX}s'"
+)
 # From the first attempt to end a session to the proof that there is none.
 SESSIONS_SECONDS_MAX: Final = 60.0
 _POLL_SECONDS: Final = 0.02
 _DRAIN_POLL_SECONDS: Final = 0.5
-_PROGRESS_SECONDS: Final = 2.0
 _PIDS_SHOWN_MAX: Final = 5
 
 # The view says which registrations are of a live backend. It cannot be locked itself.
@@ -40,10 +43,19 @@ _IS_LIVE: Final = (
     "exists (select from shardmap_local.live_session l"
     " where l.pid = s.pid and l.backend_start = s.backend_start)"
 )
+CLEANED_MAX: Final = 10_000
+_CLEAN_ALL: Final = (
+    "with dead as materialized (select s.pid, s.backend_start from shardmap_local.session s"
+    " where not exists (select from shardmap_local.live_session l where l.pid = s.pid"
+    " and l.backend_start = s.backend_start) limit $1 for update of s skip locked)"
+    " delete from shardmap_local.session s using dead d"
+    " where s.pid = d.pid and s.backend_start = d.backend_start"
+)
 _REGISTERED: Final = (
     f"shardmap_local.session s join pg_catalog.pg_stat_activity a on a.pid = s.pid and {_IS_LIVE}"
 )
 _OF_MAPPING: Final = "s.mapping_id = $1"
+_OF_MAPPINGS: Final = "s.mapping_id = any($1::uuid[])"
 _OF_MAP: Final = (
     "exists (select from shardmap_local.mapping m"
     " where m.mapping_id = s.mapping_id and m.map_id = $1)"
@@ -62,12 +74,17 @@ class Registered:
     """Which sessions: those of one mapping, or of all mappings of a map in a shard."""
 
     condition: str
-    id: UUID
+    id: UUID | list[UUID]
 
     @classmethod
     def of_mapping(cls, mapping_id: UUID) -> "Registered":
         """Return the sessions of a mapping."""
         return cls(_OF_MAPPING, mapping_id)
+
+    @classmethod
+    def of_mappings(cls, mapping_ids: list[UUID]) -> "Registered":
+        """Return the sessions of any of these mappings."""
+        return cls(_OF_MAPPINGS, mapping_ids)
 
     @classmethod
     def of_map(cls, map_id: UUID) -> "Registered":
@@ -120,13 +137,10 @@ async def _let_admits_pass(connection: Connection) -> None:
     while an update waits for the row. Who waits for a table is not overtaken. The lock is kept if
     it is granted in time; else a client keeps an admit open, and all others must not wait for it.
     """
-    await connection.execute(f"savepoint fence; set local lock_timeout = '{_BARRIER_MS}ms'")
     try:
-        await connection.execute(LOCK_OUT_ALL)
+        await connection.execute(_BARRIER)
     except asyncpg.LockNotAvailableError:
         await connection.execute("rollback to savepoint fence")
-    else:
-        await connection.execute(f"set local lock_timeout = '{LOCK_SECONDS_MAX}s'")
 
 
 async def _end_blockers(waiting: asyncio.Task[Any], pid: int, shard: Shard, tools: Tools) -> None:
@@ -144,19 +158,24 @@ async def _end_blockers(waiting: asyncio.Task[Any], pid: int, shard: Shard, tool
 
 
 async def end_sessions(
-    shard: Shard, which: Registered, tools: Tools, *, drain_until: datetime | None = None
+    shard: Shard,
+    which: Registered,
+    tools: Tools,
+    progress: Json,
+    *,
+    drain_until: datetime | None = None,
 ) -> int:
     """End these sessions, and return how many there were, when it is proven that none is left.
 
     Until `drain_until` only those that are idle outside a transaction are ended. The fence must
-    have been committed before. Raises CatalogueError: RIGHTS_MISSING, or SESSIONS_ALIVE after
-    SESSIONS_SECONDS_MAX.
+    have been committed before. `progress` gets the number of sessions that are left. Raises
+    CatalogueError: RIGHTS_MISSING, or SESSIONS_ALIVE after SESSIONS_SECONDS_MAX.
     """
     ended: set[int] = set()
     async with tools.databases.shard(shard) as connection:
         deadline = None
-        told_at = tools.monotonic()
         while alive := await _alive(connection, which):
+            progress["sessions_left"] = len(alive)
             draining = drain_until is not None and tools.now() < drain_until
             if not draining and deadline is None:
                 deadline = tools.monotonic() + SESSIONS_SECONDS_MAX
@@ -164,10 +183,8 @@ async def end_sessions(
                 raise _still_alive(shard, alive)
             _check_rights(shard, alive)
             ended |= await _end(connection, which, alive, only_idle=draining)
-            if tools.monotonic() - told_at >= _PROGRESS_SECONDS:
-                told_at = tools.monotonic()
-                tools.progress(f"shard {shard.name}: {len(alive)} sessions are left")
             await tools.sleep(_DRAIN_POLL_SECONDS if draining else _POLL_SECONDS)
+        progress.pop("sessions_left", None)
         await _clean(connection, which)
     return len(ended)
 
@@ -220,6 +237,14 @@ async def _clean(connection: Connection, which: Registered) -> None:
         " where s.pid = d.pid and s.backend_start = d.backend_start",
         which.id,
     )
+
+
+async def clean_registry(connection: Connection) -> None:
+    """Delete the rows of sessions that have ended by themselves, of all mappings of the shard.
+
+    At most CLEANED_MAX, so that it takes a moment, however many have ended since the last time.
+    """
+    await connection.execute(_CLEAN_ALL, CLEANED_MAX)
 
 
 def _check_rights(shard: Shard, alive: list[_Alive]) -> None:

@@ -81,7 +81,7 @@ class HeldConnection:
         if self._connection is not None and not self._connection.is_closed():
             with suppress(*driver_errors()):
                 query = "select pg_catalog.pg_advisory_unlock($1)"
-                await self._connection.execute(query, _lock_key(op_id))
+                await self._connection.execute(query, lock_key(op_id))
 
     async def repeat(self, where: str, call: Callable[[], Awaitable[_Result]]) -> _Result:
         """Return what the call returns; call again if the failure may pass.
@@ -111,7 +111,7 @@ class HeldConnection:
     async def _lock(self, op_id: UUID) -> bool:
         assert self._connection is not None
         query = "select pg_catalog.pg_try_advisory_lock($1)"
-        locked: bool = await self._connection.fetchval(query, _lock_key(op_id))
+        locked: bool = await self._connection.fetchval(query, lock_key(op_id))
         return locked
 
     async def _close(self) -> None:
@@ -120,5 +120,6 @@ class HeldConnection:
             await stack.aclose()
 
 
-def _lock_key(op_id: UUID) -> int:
+def lock_key(op_id: UUID) -> int:
+    """Return the key of an operation's advisory lock."""
     return int.from_bytes(op_id.bytes[:8], signed=True)

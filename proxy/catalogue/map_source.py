@@ -243,6 +243,9 @@ class MapSource:
         contact = self._state.contact
         try:
             found = await ask(lambda reader: reader.locate(map_id, routing_key, purpose))
+            if found is None and self._state.is_lost:
+                detail = f"the catalogue has lost the shard map {self._state.name}"
+                raise ProxyError(ErrorKind.CATALOGUE_UNREACHABLE, detail)
         except ProxyError:
             contact.failed = True
             raise

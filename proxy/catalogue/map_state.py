@@ -100,6 +100,8 @@ class MapState:
         """The version that the cache is of, by the notifications: any of them may be forged."""
         self.read_version = 0
         """The version that the cache certainly is of: it was read in the catalogue."""
+        self.is_lost = False
+        """Whether the catalogue has lost the map, and not got it back from its shards yet."""
         self.change_counts = Counter[str]()
         """What became of the cache: by the words of CHANGE_WORDS."""
         self._bad: dict[UUID, BadRow] = {}
@@ -151,10 +153,31 @@ class MapState:
 
     # -- the whole map ---------------------------------------------------------------------------
 
+    def checked(self, found: CatalogueMap | None) -> CatalogueMap:
+        """Return the map that the catalogue has, if it can be taken up.
+
+        One that is missing although mappings of it are known was lost: what is known is kept. A
+        version below 1 is that of a map which does not have its mappings back.
+
+        Raises ProxyError: CATALOGUE_MAP_MISSING, CATALOGUE_UNREACHABLE.
+        """
+        known = self.map
+        if found is not None and found.version < 1:
+            self.is_lost = True
+            detail = f"shard map {self.name} does not have its mappings back from its shards"
+            raise ProxyError(ErrorKind.CATALOGUE_UNREACHABLE, detail)
+        if found is None and self.cache is not None and len(self.cache):
+            self.is_lost = True
+        elif known is not None and (found is None or found.map_id != known.map_id):
+            self.drop()
+        if found is None:
+            raise ProxyError(ErrorKind.CATALOGUE_MAP_MISSING, f"shard map {self.name}")
+        return found
+
     def start(self, found: CatalogueMap) -> MappingCache:
         """Take up a map. It has nothing yet, unless it is the same as before."""
         cache, known = self.cache, self.map
-        self.map = found
+        self.map, self.is_lost = found, False
         if (
             cache is None
             or known is None

@@ -10,7 +10,8 @@ from uuid import UUID, uuid4
 
 from proxy.catalogue.bounds import in_words
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.fence import Registered, count_sessions
+from proxy.catalogue.fence import Registered, count_sessions, lock_out
+from proxy.catalogue.locks import check_locks
 from proxy.catalogue.mapping_rows import (
     check_expected,
     mapping_exact,
@@ -18,6 +19,7 @@ from proxy.catalogue.mapping_rows import (
     mapping_to_json,
     mappings_overlapping,
     shard_of_mapping,
+    stray_bounds,
 )
 from proxy.catalogue.model import CatalogueMap, Connection, Mapping, Shard, Status
 from proxy.catalogue.operation import Json, Operation, Place, Step, Tools
@@ -26,6 +28,11 @@ from proxy.catalogue.store import read_shard
 LOCAL: Final = Step("local", Place.SHARD)
 END: Final = Step("end", Place.CATALOGUE)
 
+_SET_LOCAL: Final = (
+    "update shardmap_local.mapping set status = $2, op_id = $3,"
+    " epoch = case when op_id = $3 and status = $2 then epoch else greatest(epoch, $4) + 1 end"
+    " where mapping_id = $1 returning epoch"
+)
 _SELECT_LOCAL: Final = (
     "select status, epoch, op_id from shardmap_local.mapping where mapping_id = $1 for update"
 )
@@ -37,6 +44,8 @@ class MappingOperation(Operation):
     `after` is the row as the operation leaves it; its epoch is known once the shard has it.
     """
 
+    undo_locks_out: ClassVar[bool] = True
+
     def __init__(
         self,
         catalogue_map: CatalogueMap,
@@ -44,12 +53,15 @@ class MappingOperation(Operation):
         hi: bytes | None,
         *,
         expect: int | None = None,
+        token: UUID | None = None,
         op_id: UUID | None = None,
     ) -> None:
+        """`token` is that of the caller's lock."""
         super().__init__(catalogue_map, op_id)
         self._lo = lo
         self._hi = hi
         self._expect = expect
+        self.token = token
         self.before: Mapping
         self.after: Mapping
 
@@ -62,12 +74,17 @@ class MappingOperation(Operation):
         """Return what the row has."""
         return {**super().body(), "mapping": mapping_to_json(self.before)}
 
+    def results(self) -> Json:
+        """Return the row as the steps so far have left it, with the epoch that the shard gave."""
+        return {"after": mapping_to_json(self.after)}
+
     @classmethod
     def from_body(cls, catalogue_map: CatalogueMap, op_id: UUID, body: Json) -> Self:
         """Return the operation of a row."""
         mapping = mapping_from_json(body["mapping"])
         operation = cls(catalogue_map, mapping.lo, mapping.hi, op_id=op_id).load(body)
-        operation.before = operation.after = mapping
+        operation.before = mapping
+        operation.after = mapping_from_json(body["after"]) if "after" in body else mapping
         return operation
 
     async def find(self, catalogue: Connection) -> None:
@@ -77,7 +94,8 @@ class MappingOperation(Operation):
         self.shards = (await shard_of_mapping(catalogue, self.before),)
 
     async def begin(self, catalogue: Connection) -> None:
-        """Check the epoch, and mark the row."""
+        """Check the lock and the epoch, and mark the row."""
+        await check_locks(catalogue, self.map, (self.before,), self.token)
         check_expected(f"the mapping {self.bounds}", self._expect, self.before.epoch)
         self.check()
         await catalogue.execute(
@@ -93,17 +111,27 @@ class MappingOperation(Operation):
         """Return the shard's row, locked, if it has one."""
         return await connection.fetchrow(_SELECT_LOCAL, self.before.mapping_id)
 
+    async def set_local(self, connection: Connection, shard: Shard, tools: Tools) -> None:
+        """Set the status of the shard's row, with a new epoch, once for this operation."""
+        values = (self.before.mapping_id, str(self.after.status), self.op_id, self.before.epoch)
+        row = await lock_out(connection, shard, tools, _SET_LOCAL, *values)
+        if row is None:
+            text = f"shard {shard.name} does not have the mapping {self.bounds}"
+            raise CatalogueError(Reason.STEP_FAILED, text)
+        self.after = replace(self.after, epoch=row["epoch"])
+
     async def write_catalogue(self, catalogue: Connection, row: Mapping, *, done: bool) -> None:
-        """Write status, sessions and epoch of a row, and clear `op_id` if all is done."""
+        """Write what operations change of a row, and clear `op_id` if all is done."""
         await catalogue.execute(
             "update shardmap.mapping set status = $2, sessions = $3, drain_until = $4, epoch = $5,"
-            " op_id = case when $6 then null else op_id end where mapping_id = $1",
+            " op_id = case when $6 then null else op_id end, shard_id = $7 where mapping_id = $1",
             row.mapping_id,
             row.status,
             row.sessions,
             row.drain_until,
             row.epoch,
             done,
+            row.shard_id,
         )
 
     def begin_undo(self) -> None:
@@ -186,13 +214,8 @@ class AddMapping(MappingOperation):
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Add the shard's row."""
         row = self.after
-        stray = await connection.fetchrow(
-            "select lo, hi from shardmap_local.mapping where map_id = $1 and mapping_id <> $2"
-            " and (hi is null or hi > $3) and ($4::bytea is null or lo < $4) limit 1",
-            *(row.map_id, row.mapping_id, row.lo, row.hi),
-        )
-        if stray is not None:
-            bounds = in_words(self.map.spec, stray["lo"], stray["hi"])
+        bounds = await stray_bounds(connection, row, self.map.spec, self.op_id)
+        if bounds is not None:
             text = f"shard {shard.name} has a mapping {bounds} that the catalogue has not"
             raise CatalogueError(Reason.STEP_FAILED, text)
         await connection.execute(

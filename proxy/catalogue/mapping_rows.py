@@ -20,11 +20,23 @@ from proxy.catalogue.model import (
 )
 from proxy.catalogue.operation import Json
 from proxy.catalogue.store import mapping_of, shards_by_id
+from proxy.routing.shard_map import MapSpec
 
 _MAPPING: Final = (
-    "select *, coalesce(locked_until > pg_catalog.now(), false) as locked from shardmap.mapping"
+    "select *, coalesce(locked_until > pg_catalog.clock_timestamp(), false) as locked"
+    " from shardmap.mapping"
 )
 _EXACT: Final = f"{_MAPPING} where map_id = $1 and lo = $2 and hi is not distinct from $3"
+# The last one that begins below a key, and the one that begins with it.
+_AROUND: Final = (
+    f"(({_MAPPING} where map_id = $1 and lo < $2 order by lo desc limit 1)"
+    f" union all ({_MAPPING} where map_id = $1 and lo = $2)) order by lo"
+)
+_STRAY: Final = (
+    "select lo, hi from shardmap_local.mapping where op_id is distinct from $4"
+    " and (mapping_id = $5 or map_id = $1 and (hi is null or hi > $2)"
+    " and ($3::bytea is null or lo < $3)) limit 1"
+)
 _OVERLAPPING: Final = (
     f"{_MAPPING} where map_id = $1 and span operator(pg_catalog.&&) shardmap.keyrange("
     " pg_catalog.uuid_send($1) || '\\x00'::bytea || $2,"
@@ -53,17 +65,44 @@ async def mappings_overlapping(
     return [mapping_of(row) for row in rows]
 
 
+async def mappings_around(
+    connection: Connection, catalogue_map: CatalogueMap, key: bytes
+) -> tuple[Mapping | None, Mapping | None]:
+    """Return the last mapping that begins below a key, and the one that begins with it."""
+    rows = await connection.fetch(_AROUND, catalogue_map.map_id, key)
+    found = [mapping_of(row) for row in rows]
+    at = found.pop() if found and found[-1].lo == key else None
+    return (found[0] if found else None), at
+
+
+async def stray_bounds(
+    shard: Connection, mapping: Mapping, spec: MapSpec, op_id: UUID
+) -> str | None:
+    """Return the bounds of a shard's own mapping with some of these keys, or with the same id.
+
+    That of `op_id` does not count.
+    """
+    values = mapping.map_id, mapping.lo, mapping.hi, op_id, mapping.mapping_id
+    row = await shard.fetchrow(_STRAY, *values)
+    return None if row is None else in_words(spec, row["lo"], row["hi"])
+
+
 async def shard_of_mapping(connection: Connection, mapping: Mapping) -> Shard:
     """Return the shard that has a mapping."""
     (shard,) = await shards_by_id(connection, [mapping.shard_id])
     return shard
 
 
-def check_expected(what: str, expected: int | None, found: int) -> None:
-    """Raise CatalogueError (STALE_EPOCH) if the row is not as the caller knows it."""
+def check_expected(
+    what: str, expected: int | None, found: int, reason: Reason = Reason.STALE_EPOCH
+) -> None:
+    """Raise CatalogueError if the row is not as the caller knows it.
+
+    `reason` is STALE_EPOCH of a mapping, STALE_VERSION of a shard.
+    """
     if expected is not None and expected != found:
         text = f"{what} is at {found}, not at {expected}"
-        raise CatalogueError(Reason.STALE_EPOCH, text, "Look at it again, then decide again.")
+        raise CatalogueError(reason, text, "Look at it again, then decide again.")
 
 
 def mapping_to_json(mapping: Mapping) -> Json:

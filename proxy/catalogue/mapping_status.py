@@ -12,21 +12,15 @@ from datetime import datetime
 from typing import ClassVar, Final, Self
 from uuid import UUID
 
-from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.fence import Registered, drain_end, end_sessions, lock_out
+from proxy.catalogue.fence import Registered, drain_end, end_sessions
 from proxy.catalogue.mapping_operations import END, LOCAL, MappingOperation
 from proxy.catalogue.model import CatalogueMap, Connection, SessionsMode, Shard, Status
 from proxy.catalogue.operation import Json, Place, Step, Tools, Unchanged
 
 FENCE: Final = Step("fence", Place.SHARD)
 ANNOUNCE: Final = Step("announce", Place.CATALOGUE)
-SESSIONS: Final = Step("sessions", Place.SESSIONS)
+SESSIONS: Final = Step("sessions", Place.OUTSIDE)
 
-_SET_LOCAL: Final = (
-    "update shardmap_local.mapping set status = $2, op_id = $3,"
-    " epoch = case when op_id = $3 and status = $2 then epoch else greatest(epoch, $4) + 1 end"
-    " where mapping_id = $1 returning epoch"
-)
 _STATE: Final = "select status, sessions, epoch, op_id from shardmap.mapping where mapping_id = $1"
 _SENTENCES: Final = {
     SessionsMode.KILL: "End the sessions of {what} until none is left.",
@@ -44,15 +38,6 @@ class _MappingStatus(MappingOperation):
     """What offline and online share."""
 
     status: ClassVar[Status]
-
-    async def set_local(self, connection: Connection, shard: Shard, tools: Tools) -> None:
-        """Set the status of the shard's row, with a new epoch, once for this operation."""
-        values = (self.before.mapping_id, str(self.after.status), self.op_id, self.before.epoch)
-        row = await lock_out(connection, shard, tools, _SET_LOCAL, *values)
-        if row is None:
-            text = f"shard {shard.name} does not have the mapping {self.bounds}"
-            raise CatalogueError(Reason.STEP_FAILED, text)
-        self.after = replace(self.after, epoch=row["epoch"])
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
         """Set the shard's row as it was, with an epoch above all used, if it was changed."""
@@ -90,9 +75,10 @@ class TakeOffline(_MappingStatus):
         sessions: SessionsMode = SessionsMode.KILL,
         drain_seconds: float = 0.0,
         expect: int | None = None,
+        token: UUID | None = None,
         op_id: UUID | None = None,
     ) -> None:
-        super().__init__(catalogue_map, lo, hi, expect=expect, op_id=op_id)
+        super().__init__(catalogue_map, lo, hi, expect=expect, token=token, op_id=op_id)
         self._sessions = sessions
         self._drain_seconds = drain_seconds
         self._drain_until: datetime | None = None
@@ -144,7 +130,7 @@ class TakeOffline(_MappingStatus):
                 *(self.before.mapping_id, self.op_id),
             )
 
-    async def wait_for_sessions(self, step: str, shard: Shard, tools: Tools) -> None:
+    async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
         """End the sessions that were there before the fence, and prove that none is left."""
         if self._sessions is SessionsMode.KEEP:
             return
@@ -152,7 +138,9 @@ class TakeOffline(_MappingStatus):
         until = self._drain_until
         if until is None and self._sessions is SessionsMode.DRAIN:  # resumed by another process
             until = await self._announced_drain(tools)
-        self.sessions_ended += await end_sessions(shard, which, tools, drain_until=until)
+        self.sessions_ended += await end_sessions(
+            shard, which, tools, self.progress, drain_until=until
+        )
 
     async def is_applied(self, catalogue: Connection) -> bool:
         """Return whether the row is as announced: a process that resumes has not set its epoch."""

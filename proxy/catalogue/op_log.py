@@ -12,11 +12,13 @@ from uuid import UUID
 
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import Connection
-from proxy.catalogue.operation import BEGUN, Operation, to_text
+from proxy.catalogue.operation import BEGUN, UNDOING, Json, Operation, to_text
 
 _SELECT: Final = (
     "select o.op_id, o.map_id, m.name as map_name, o.kind, o.state, o.body, o.owner, o.created_at,"
-    " o.updated_at from shardmap.op_log o left join shardmap.shard_map m using (map_id)"
+    " o.updated_at, o.progress, greatest(0, extract(epoch from pg_catalog.clock_timestamp()"
+    " - o.updated_at))::float8 as seconds_in_state from shardmap.op_log o"
+    " left join shardmap.shard_map m using (map_id)"
 )
 _ALL: Final = f"{_SELECT} where $1::uuid is null or o.map_id = $1 order by o.created_at"
 _ONE: Final = f"{_SELECT} where o.op_id = $1"
@@ -31,7 +33,17 @@ _INSERT: Final = (
 )
 _STATE: Final = "select state from shardmap.op_log where op_id = $1"
 _RECORD: Final = (
-    "update shardmap.op_log set state = $2, updated_at = pg_catalog.now() where op_id = $1"
+    "update shardmap.op_log set state = $3, body = body || $4::text::jsonb, progress = null,"
+    " updated_at = pg_catalog.now() where op_id = $1 and state = any($2::text[]) returning state"
+)
+_RECORD_UNDOING: Final = (
+    "update shardmap.op_log set state = $2, updated_at = pg_catalog.now(), body = body"
+    " || case state when $2 then '{}' else"
+    " pg_catalog.jsonb_build_object('undoing_from', state) end"
+    " where op_id = $1 and state <> all($3::text[]) returning state"
+)
+_RECORD_PROGRESS: Final = (
+    "update shardmap.op_log set progress = $3::text::jsonb where op_id = $1 and state = $2"
     " returning state"
 )
 
@@ -49,12 +61,24 @@ class OperationRow:
     owner: str
     created_at: datetime
     updated_at: datetime
+    progress: Json
+    seconds_in_state: float
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """Return the row of a driver's record."""
-        values = {**record, "body": json.loads(record["body"])}
-        return cls(**{**values, "map_name": record["map_name"] or ""})
+        values = {
+            "body": json.loads(record["body"]),
+            "progress": json.loads(record["progress"] or "{}"),
+            "map_name": record["map_name"] or "",
+        }
+        return cls(**{**record, **values})
+
+    @property
+    def reached_from(self) -> str:
+        """The state up to which the steps were done, also while they are being undone."""
+        before: str = self.body.get("undoing_from", "")
+        return before if self.state == UNDOING else self.state
 
     def in_use(self) -> CatalogueError:
         """Return the refusal while the operator of this operation lives."""
@@ -96,10 +120,28 @@ async def read_state(connection: Connection, op_id: UUID, *, lock: bool = False)
     return state
 
 
-async def record_state(connection: Connection, op_id: UUID, state: str) -> str | None:
-    """Set an operation's state. Return it, or None if there is no such operation."""
-    recorded: str | None = await connection.fetchval(_RECORD, op_id, state)
+async def record_step(connection: Connection, operation: Operation, step: str) -> bool:
+    """Set the state after a step, and keep the results. Return whether it was the one before."""
+    values = ([operation.state, step], step, to_text(operation.results()))
+    return await connection.fetchval(_RECORD, operation.op_id, *values) is not None
+
+
+async def record_undoing(
+    connection: Connection, op_id: UUID, *, unless_in: frozenset[str]
+) -> str | None:
+    """Set the state of an operation that is undone, unless it is in one of these states.
+
+    Return the new state, or None.
+    """
+    values = (op_id, UNDOING, list(unless_in))
+    recorded: str | None = await connection.fetchval(_RECORD_UNDOING, *values)
     return recorded
+
+
+async def record_progress(connection: Connection, operation: Operation) -> bool:
+    """Keep the progress of the step that runs. Return whether the state is the one before it."""
+    values = (operation.op_id, operation.state, to_text(operation.progress))
+    return await connection.fetchval(_RECORD_PROGRESS, *values) is not None
 
 
 async def delete(connection: Connection, op_id: UUID) -> None:

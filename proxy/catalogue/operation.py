@@ -1,11 +1,13 @@
 """What an operation is: its steps, and the row of op_log that a later process continues from.
 
 For: the base class of every change of a map, and the values in its row. Not for: running one
-(`operations`), or what a kind of operation does (`mapping_operations` and its neighbours).
+(`operations`, `operation_steps`), or what a kind of operation does (`mapping_operations` and its
+neighbours).
 
 An operation has `begin` (catalogue), then steps in the catalogue and in shards, and `end`
-(catalogue). Each is one transaction, except a step that waits for sessions. A step may be repeated:
-the transaction of the first try may have been committed although its answer was lost.
+(catalogue). Each is one transaction, except a step outside of transactions. A step may be repeated:
+the transaction of the first try may have been committed although its answer was lost. After each
+step its name is the state in the operation's row, where any later process continues.
 """
 
 import json
@@ -59,8 +61,8 @@ class Place(Enum):
     """Where a step works."""
 
     CATALOGUE = auto()  # one transaction
-    SHARD = auto()  # one transaction in each of the operation's shards
-    SESSIONS = auto()  # waits for sessions of each shard, outside a transaction
+    SHARD = auto()  # one transaction in each of the step's shards
+    OUTSIDE = auto()  # once for each of the step's shards, outside a transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +80,20 @@ class Unchanged(Exception):
 class Operation(ABC):
     """One change of a map. Its attributes are what its row in op_log has.
 
-    `steps` come after `begin`; the last one ends the operation. From the state `kept_from` on a
-    later process completes the operation, before it undoes it.
+    `steps` come after `begin`; the last one ends the operation, in the catalogue. From the state
+    `kept_from` on the next writer completes the operation, before it undoes it. From `final_from`
+    on it can only be completed.
     """
 
     kind: ClassVar[str]
     steps: ClassVar[tuple[Step, ...]]
     kept_from: ClassVar[str] = ""
+    final_from: ClassVar[str] = ""
     resumable: ClassVar[bool] = True
+    checks_first: ClassVar[bool] = False
+    """Whether the shards are checked before it begins, so that a refusal leaves no trace."""
+    undo_locks_out: ClassVar[bool] = False
+    """Whether undoing changes what admits read: it waits for them, and ends what keeps one open."""
     whole_map: ClassVar[bool] = False
     """Whether no other operation of the map may run meanwhile, whatever its shards."""
 
@@ -95,7 +103,11 @@ class Operation(ABC):
         # Both are known after `find`: what it changes, and what is in the way beside that.
         self.shards: tuple[Shard, ...] = ()
         self.blocking: frozenset[UUID] = frozenset()
-        self.has_reached_shards = False
+        # What its row has, as far as this process knows; and the shards that may be changed.
+        self.state = BEGUN
+        self.reached: set[UUID] = set()
+        self.progress: Json = {}
+        """What the row says while a step outside a transaction runs."""
 
     # -- its row ---------------------------------------------------------------------------------
 
@@ -115,8 +127,18 @@ class Operation(ABC):
     def load(self, body: Json) -> Self:
         """Read what `body` of this class wrote."""
         self.shards = tuple(shard_from_json(row) for row in body["rows"])
-        self.has_reached_shards = True  # for all that this process knows
         return self
+
+    def results(self) -> Json:
+        """Return what the steps so far have found and later ones need; kept after each step.
+
+        `load` finds it in the body, where it replaces facts of the same names.
+        """
+        return {}
+
+    def shards_of(self, step: Step) -> tuple[Shard, ...]:
+        """Return the shards that a step works in, in this order."""
+        return self.shards
 
     # -- what it does ----------------------------------------------------------------------------
 
@@ -147,9 +169,16 @@ class Operation(ABC):
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Do a step of a shard."""
 
-    async def wait_for_sessions(self, step: str, shard: Shard, tools: Tools) -> None:
-        """Do a step that waits for sessions. Raises CatalogueError: SESSIONS_ALIVE."""
-        raise NotImplementedError(f"{self.kind} has no step {step} that waits")
+    def check_resume(self) -> None:  # noqa: B027
+        """Check that this process can complete the operation. Raises CatalogueError."""
+
+    async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
+        """Do a step outside a transaction, for a shard. It may set `progress` meanwhile."""
+        raise NotImplementedError(f"{self.kind} has no step {step} outside a transaction")
+
+    def stays_pending(self, step: str, failure: CatalogueError) -> bool:
+        """Return whether a step that failed leaves the operation pending, and not undone."""
+        return False
 
     async def prepare_shard(self, connection: Connection, shard: Shard) -> None:  # noqa: B027
         """Do what must come before a shard's first transaction."""
@@ -163,6 +192,10 @@ class Operation(ABC):
     async def check_shard(self, connection: Connection, shard: Shard) -> None:
         """Check what must hold in a shard, before each of its steps. Raises CatalogueError."""
         await check_identity(connection, self.map, shard)
+
+    async def check_before(self, connection: Connection, shard: Shard) -> None:
+        """Check what must hold in a shard before the first step."""
+        await self.check_shard(connection, shard)
 
     def begin_undo(self) -> None:  # noqa: B027
         """Want the rows as they were. Called before anything is undone."""
@@ -240,7 +273,7 @@ def to_text(body: Json) -> str:
     return json.dumps(body)
 
 
-# The points of undoing an operation that has one shard, in order.
+# The points of undoing an operation, in order; those of a shard come again for each shard.
 UNDO_POINTS: Final = (
     "undo",
     "undo.shard",
@@ -253,9 +286,36 @@ UNDO_POINTS: Final = (
 
 
 def points(operation: type[Operation]) -> list[str]:
-    """Return the points that doing this kind of operation passes on one shard, in order."""
+    """Return the points that doing this kind of operation passes, in order.
+
+    STEP.commit comes before a commit, for each shard; STEP.record before the state is recorded.
+    """
     found = ["begin", "begin.commit", "begin.done"]
     for step in operation.steps:
-        commit = [] if step.place is Place.SESSIONS else [f"{step.name}.commit"]
-        found += [step.name, *commit, f"{step.name}.done"]
+        commit = [] if step.place is Place.OUTSIDE else [f"{step.name}.commit"]
+        record = [] if step.place is Place.CATALOGUE else [f"{step.name}.record"]
+        found += [step.name, *commit, *record, f"{step.name}.done"]
     return found
+
+
+def states_from(operation: Operation | type[Operation], first: str) -> frozenset[str]:
+    """Return the states of an operation from this one on; without one there are none."""
+    names = [step.name for step in operation.steps]
+    return frozenset(names[names.index(first) :] if first else ())
+
+
+def steps_after(operation: Operation, state: str) -> tuple[Step, ...]:
+    """Return the steps that follow a state."""
+    names = [BEGUN, *(step.name for step in operation.steps)]
+    return operation.steps[names.index(state) :]
+
+
+def shards_reached(operation: Operation, state: str) -> set[UUID]:
+    """Return the shards that an operation in this state may have changed; all without a state.
+
+    The step after the state may have been committed.
+    """
+    after = steps_after(operation, state) if state else ()
+    begun = operation.steps[: len(operation.steps) - len(after) + 1]
+    shards = [operation.shards_of(step) for step in begun if step.place is Place.SHARD]
+    return {shard.shard_id for some in shards for shard in some}

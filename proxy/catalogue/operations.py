@@ -1,43 +1,53 @@
 """Runs operations: begin in the catalogue, then the shards, then the end in the catalogue.
 
-For: the order of the steps, undoing them in reverse, and what an earlier process left pending. Not
-for: what a kind of operation does (`operation` and those that build on it).
+For: what comes after what, what is done when a step fails, and what an earlier process left
+pending. Not for: a step (`operation_steps`), or what a kind of operation does (`operation` and
+those that build on it).
 
-Invariant: who changes a shard for an operation holds the operation's advisory lock in the catalogue
-at the moment of the commit. So an operator whose connection was lost cannot change anything after
-another one took the operation over. A shard's steps lock its table of mappings against each other,
-so the one that takes over waits for a commit that is under way.
+Invariant: whatever happens to an operator, its operation is done, undone, or a row of op_log that
+any later one can take up. One whose connection was lost changes nothing after another took over.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
-from typing import Final, Self
+from typing import Final, Protocol, Self, TypeVar
 from uuid import UUID
 
 from proxy.catalogue import op_log
 from proxy.catalogue.errors import CatalogueError, Reason, ReasonRow
 from proxy.catalogue.held_connection import THE_CATALOGUE, HeldConnection, TakenOver
-from proxy.catalogue.model import CatalogueMap, Connection, Shard
+from proxy.catalogue.kept_connections import KeptConnections
+from proxy.catalogue.model import CatalogueMap, Connection
 from proxy.catalogue.op_log import OperationRow
 from proxy.catalogue.operation import (
     BEGUN,
     UNDOING,
     Operation,
-    Place,
     Reach,
-    Step,
     Tools,
     Unchanged,
     pass_by,
+    shards_reached,
+    states_from,
+    steps_after,
 )
+from proxy.catalogue.operation_steps import Steps, not_undoable
 from proxy.catalogue.transactions import transaction
 
 # How often one writer settles what is in its way. More often, others keep beginning new ones.
 SETTLED_MAX: Final = 20
 
+_Result = TypeVar("_Result")
 FindMap = Callable[[Connection, UUID], Awaitable[CatalogueMap]]
 """Reads a map by its id."""
+
+
+class Repeat(Protocol):
+    """Calls something in a database, named in words, until it succeeds or is refused."""
+
+    async def __call__(self, where: str, call: Callable[[], Awaitable[_Result]]) -> _Result: ...
 
 
 class _RollBack(Exception):
@@ -60,18 +70,21 @@ class Operator:
         owner: str,
         reach: Reach = pass_by,
     ) -> None:
-        self._tools = tools
+        self._kept = KeptConnections(tools.databases)
+        self._tools = tools = replace(tools, databases=self._kept)
         self._kinds = kinds
         self._find_map = find_map
         self._owner = owner
         self._reach = reach
         self._held = HeldConnection(tools)
+        self._steps = Steps(tools, self._held, reach)
 
     async def __aenter__(self) -> Self:
         await self._held.__aenter__()
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        await self._kept.keep_only(())
         await self._held.__aexit__(*error)
 
     async def run(self, operation: Operation) -> bool:
@@ -81,8 +94,10 @@ class Operator:
         done.
         """
         try:
+            if operation.checks_first:
+                await self._check_all(operation, self._held.step)
             await self._begin(operation)
-            await self._complete(operation, BEGUN)
+            await self._complete(operation)
         except Unchanged:
             return False
         finally:
@@ -94,10 +109,16 @@ class Operator:
 
         There is none if there is nothing to do.
         """
-        sentences = await self._held.repeat(THE_CATALOGUE, partial(self._plan_once, operation))
-        for shard in operation.shards if sentences else ():
-            check = partial(self._check_shard, operation, shard)
-            await self._held.repeat(f"shard {shard.name}", check)
+        return await self._check_all(operation, self._held.repeat)
+
+    async def _check_all(self, operation: Operation, repeat: Repeat) -> list[str]:
+        """Check all preconditions in the catalogue; then in shards, if nothing is in the way."""
+        plan = partial(self._plan_once, operation)
+        sentences, is_free = await repeat(THE_CATALOGUE, plan)
+        await self._kept.keep_only(operation.shards)
+        for shard in operation.shards if sentences and is_free else ():
+            check = partial(self._steps.check_shard, operation, shard)
+            await repeat(f"shard {shard.name}", check)
         return sentences
 
     async def pending(self, map_id: UUID | None = None) -> list[OperationRow]:
@@ -108,15 +129,25 @@ class Operator:
 
         return await self._held.repeat(THE_CATALOGUE, read)
 
-    async def resume(self, op_id: UUID) -> OperationRow:
-        """Complete a pending operation. Return its row as it was. Raises CatalogueError."""
-        return await self._take_up(op_id, undo=False)
+    async def resume(
+        self, op_id: UUID, prepare: Callable[[Operation], None] = lambda _: None
+    ) -> OperationRow:
+        """Complete a pending operation. Return its row as it was. Raises CatalogueError.
+
+        `prepare` gives the operation what its row does not have.
+        """
+        return await self._take_up(op_id, undo=False, prepare=prepare)
 
     async def undo(self, op_id: UUID) -> OperationRow:
-        """Undo a pending operation. Return its row as it was. Raises CatalogueError."""
+        """Undo a pending operation. Return its row as it was. Raises CatalogueError.
+
+        It is refused from the operation's `final_from` on: NOT_UNDOABLE.
+        """
         return await self._take_up(op_id, undo=True)
 
-    async def plan_pending(self, op_id: UUID, *, undo: bool) -> list[str]:
+    async def plan_pending(
+        self, op_id: UUID, *, undo: bool, prepare: Callable[[Operation], None] = lambda _: None
+    ) -> list[str]:
         """Check that a pending operation can be undone, or completed. Return what would be done."""
         try:
             row, operation = await self._held.repeat(
@@ -124,8 +155,8 @@ class Operator:
             )
         finally:
             await self._held.unlock(op_id)
-        if not undo:
-            _check_resumable(row, operation)
+        prepare(operation)
+        _check_way(row, operation, undo=undo)
         names = ", ".join(shard.name for shard in operation.shards)
         verb = "Undo" if undo else "Complete"
         return [f"{verb} the operation {op_id} ({row.kind}, {row.state}) on shard {names}."]
@@ -160,9 +191,11 @@ class Operator:
             await self._reach("begin.commit")
         return []
 
-    async def _plan_once(self, operation: Operation) -> list[str]:
+    async def _plan_once(self, operation: Operation) -> tuple[list[str], bool]:
+        """Return the plan, and whether no other operation has to be settled first."""
         connection = await self._held.use()
         sentences: list[str] = []
+        pending: list[OperationRow] = []
         with suppress(_RollBack, Unchanged):
             async with transaction(connection):
                 await _lock_map(connection, operation)
@@ -173,7 +206,7 @@ class Operator:
                     await operation.begin(connection)
                 sentences += operation.plan()
                 raise _RollBack
-        return sentences
+        return sentences, not pending
 
     async def _plan_settling(self, row: OperationRow) -> str:
         if not await self._held.lock(row.op_id):
@@ -184,127 +217,37 @@ class Operator:
 
     # -- the steps -------------------------------------------------------------------------------
 
-    async def _complete(self, operation: Operation, state: str) -> None:
-        """Do the steps after this state; undo all of them if one fails.
+    async def _complete(self, operation: Operation) -> None:
+        """Do the steps after the operation's state; undo all of them if one fails.
 
         Raises CatalogueError. It has `op_id` if the operation is left pending.
         """
-        kept = _states_kept(operation)
-        try:
-            for step in _steps_after(operation, state):
-                await self._do(operation, step)
-                state = step.name
-        except TakenOver:
-            raise
-        except CatalogueError as failure:
-            if state in kept:
-                raise _left_pending(operation, failure) from failure
-            await self._undo_after(operation, failure)
+        await self._kept.keep_only(operation.shards)
+        kept = states_from(operation, operation.kept_from)
+        for step in steps_after(operation, operation.state):
+            try:
+                await self._steps.do(operation, step)
+            except TakenOver:
+                raise
+            except CatalogueError as failure:
+                if operation.state in kept or operation.stays_pending(step.name, failure):
+                    raise _left_pending(operation, failure) from failure
+                await self._undo_after(operation, failure)
 
     async def _undo_after(self, operation: Operation, failure: CatalogueError) -> None:
-        """Undo, and raise why; or that the operation is left pending."""
+        """Undo, and raise why; or that the operation is left pending.
+
+        If a shard cannot be reached, undoing is not begun: the operation can still be completed.
+        """
+        if not await self._steps.can_undo(operation):
+            raise _left_pending(operation, failure) from failure
         try:
-            await self._undo(operation)
+            await self._steps.undo(operation)
         except TakenOver:
             raise
         except CatalogueError as again:
             raise _left_pending(operation, failure, again) from failure
         raise failure
-
-    async def _do(self, operation: Operation, step: Step) -> None:
-        await self._reach(step.name)
-        if step.place is Place.CATALOGUE:
-            self._tools.progress("changing the catalogue")
-            await self._held.step(THE_CATALOGUE, partial(self._do_catalogue, operation, step))
-        else:
-            do = self._do_shard if step.place is Place.SHARD else self._wait_for_sessions
-            for shard in operation.shards:
-                where = f"shard {shard.name}"
-                self._tools.progress(f"changing {where}")
-                await self._held.step(where, partial(do, operation, step, shard))
-        await self._reach(f"{step.name}.done")
-
-    async def _do_catalogue(self, operation: Operation, step: Step) -> None:
-        connection = await self._held.use()
-        is_last = step is operation.steps[-1]
-        async with transaction(connection):
-            state = await op_log.read_state(connection, operation.op_id, lock=True)
-            if state is None and is_last and await operation.is_applied(connection):
-                return  # an earlier try was committed
-            if state in (None, UNDOING):
-                raise TakenOver(operation.op_id)
-            await operation.do_catalogue(step.name, connection)
-            if is_last:
-                await op_log.delete(connection, operation.op_id)
-            else:
-                await op_log.record_state(connection, operation.op_id, step.name)
-            await self._reach(f"{step.name}.commit")
-
-    async def _do_shard(self, operation: Operation, step: Step, shard: Shard) -> None:
-        async with self._tools.databases.shard(shard) as connection:
-            await operation.prepare_shard(connection, shard)
-            async with self._guarded(operation, connection, step.name, UNDOING):
-                await operation.check_shard(connection, shard)
-                operation.has_reached_shards = True
-                await operation.do_shard(step.name, connection, shard, self._tools)
-
-    async def _wait_for_sessions(self, operation: Operation, step: Step, shard: Shard) -> None:
-        await operation.wait_for_sessions(step.name, shard, self._tools)
-
-    @asynccontextmanager
-    async def _guarded(
-        self, operation: Operation, connection: Connection, point: str, *foreign_states: str
-    ) -> AsyncIterator[None]:
-        """Run the block in a transaction of a shard; commit if the operation is still ours."""
-        async with transaction(connection):
-            await operation.lock_shard(connection)
-            yield
-            state = await op_log.read_state(await self._held.use(), operation.op_id)
-            if state is None or state in foreign_states:
-                raise TakenOver(operation.op_id)
-            await self._reach(f"{point}.commit")
-
-    async def _check_shard(self, operation: Operation, shard: Shard) -> None:
-        async with self._tools.databases.shard(shard) as connection:
-            await operation.check_shard(connection, shard)
-
-    # -- undo ------------------------------------------------------------------------------------
-
-    async def _undo(self, operation: Operation) -> None:
-        """Undo in reverse: the shards, then the catalogue. Raises CatalogueError."""
-        await self._reach("undo")
-        operation.begin_undo()
-        await self._held.step(THE_CATALOGUE, partial(self._mark_undoing, operation))
-        if operation.has_reached_shards:
-            for shard in reversed(operation.shards):
-                await self._reach("undo.shard")
-                undo = partial(self._undo_shard, operation, shard)
-                await self._held.step(f"shard {shard.name}", undo)
-                await self._reach("undo.shard.done")
-        await self._reach("undo.end")
-        await self._held.step(THE_CATALOGUE, partial(self._undo_catalogue, operation))
-        await self._reach("undo.done")
-
-    async def _mark_undoing(self, operation: Operation) -> None:
-        connection = await self._held.use()
-        if await op_log.record_state(connection, operation.op_id, UNDOING) is None:
-            raise TakenOver(operation.op_id)
-
-    async def _undo_shard(self, operation: Operation, shard: Shard) -> None:
-        async with (
-            self._tools.databases.shard(shard) as connection,
-            self._guarded(operation, connection, "undo.shard"),
-        ):
-            await operation.undo_shard(connection, shard)
-
-    async def _undo_catalogue(self, operation: Operation) -> None:
-        connection = await self._held.use()
-        async with transaction(connection):
-            if await op_log.read_state(connection, operation.op_id, lock=True) is None:
-                return  # an earlier try was committed
-            await operation.undo_catalogue(connection)
-            await op_log.delete(connection, operation.op_id)
-            await self._reach("undo.end.commit")
 
     # -- what was left pending -------------------------------------------------------------------
 
@@ -317,28 +260,36 @@ class Operator:
             if error.reason != Reason.UNKNOWN_OPERATION.value.word:
                 raise  # if it is unknown, its operator or another writer was faster
 
-    async def _take_up(self, op_id: UUID, *, undo: bool | None) -> OperationRow:
+    async def _take_up(
+        self,
+        op_id: UUID,
+        *,
+        undo: bool | None,
+        prepare: Callable[[Operation], None] = lambda _: None,
+    ) -> OperationRow:
         """Complete or undo (None: as its state says) a pending operation. Return its row."""
         try:
             row, operation = await self._held.repeat(
                 THE_CATALOGUE, partial(self._read_locked, op_id)
             )
+            prepare(operation)
             if undo is None:
                 undo = not self._is_kept(row)
-            elif not undo:
-                _check_resumable(row, operation)
+            else:
+                _check_way(row, operation, undo=undo)
             if undo:
                 await self._undo_pending(operation)
             else:
-                await self._complete(operation, row.state)
+                await self._complete(operation)
         finally:
             await self._held.unlock(op_id)
         return row
 
     async def _undo_pending(self, operation: Operation) -> None:
         """Undo what was left pending. A failure leaves it so."""
+        await self._kept.keep_only(operation.shards)
         try:
-            await self._undo(operation)
+            await self._steps.undo(operation)
         except TakenOver:
             raise
         except CatalogueError as failure:
@@ -355,22 +306,25 @@ class Operator:
         if row is None:
             raise CatalogueError(Reason.UNKNOWN_OPERATION, f"there is no operation {op_id}")
         owner = await self._find_map(connection, row.map_id)
-        return row, self._kinds[row.kind].from_body(owner, op_id, {**row.body})
+        operation = self._kind_of(row).from_body(owner, op_id, {**row.body})
+        operation.state = row.state
+        operation.reached = shards_reached(operation, row.reached_from)
+        return row, operation
 
     def _is_kept(self, row: OperationRow) -> bool:
         """Return whether the next writer completes this operation, instead of undoing it."""
-        return row.state in _states_kept(self._kinds[row.kind])
+        kind = self._kind_of(row)
+        return row.state in states_from(kind, kind.kept_from)
 
-
-def _steps_after(operation: Operation, state: str) -> tuple[Step, ...]:
-    names = [BEGUN, *(step.name for step in operation.steps)]
-    return operation.steps[names.index(state) :]
-
-
-def _states_kept(operation: Operation | type[Operation]) -> frozenset[str]:
-    """Return the states from which an operation is completed rather than undone."""
-    names = [step.name for step in operation.steps]
-    return frozenset(names[names.index(operation.kept_from) :] if operation.kept_from else ())
+    def _kind_of(self, row: OperationRow) -> type[Operation]:
+        """Return what an operation is. Raises CatalogueError if only another version knows it."""
+        kind = self._kinds.get(row.kind)
+        states = {BEGUN, UNDOING} | ({step.name for step in kind.steps} if kind else set())
+        if kind is None or not {row.state, row.reached_from or BEGUN} <= states:
+            text = f"this version does not know the operation {row.op_id} ({row.kind}, {row.state})"
+            hint = f"{row.owner} began it: use that version."
+            raise CatalogueError(Reason.OPERATION_PENDING, text, hint, op_id=row.op_id)
+        return kind
 
 
 async def _lock_map(connection: Connection, operation: Operation) -> None:
@@ -379,11 +333,16 @@ async def _lock_map(connection: Connection, operation: Operation) -> None:
         raise CatalogueError(Reason.UNKNOWN_MAP, f"there is no map {operation.map.name}")
 
 
-def _check_resumable(row: OperationRow, operation: Operation) -> None:
-    if row.state == UNDOING or not operation.resumable:
+def _check_way(row: OperationRow, operation: Operation, *, undo: bool) -> None:
+    """Check that an operation can be undone, or completed. Raises CatalogueError."""
+    if undo and row.state in states_from(operation, operation.final_from):
+        raise not_undoable(operation)
+    if not undo and (row.state == UNDOING or not operation.resumable):
         text = f"the operation {row.op_id} ({row.kind}, {row.state}) can only be undone"
         hint = f"shards ops undo {row.op_id}"
         raise CatalogueError(Reason.OPERATION_PENDING, text, hint, op_id=row.op_id)
+    if not undo:
+        operation.check_resume()
 
 
 def _left_pending(
@@ -391,9 +350,14 @@ def _left_pending(
 ) -> CatalogueError:
     text = f"the operation {operation.op_id} ({operation.kind}) is left pending: {failure.message}"
     hint = f"shards ops undo {operation.op_id}"
+    resume = f"shards ops resume {operation.op_id}"
+    is_final = operation.state in states_from(operation, operation.final_from)
     if undoing is not None:
         text += f"; undoing it failed: {undoing.message}"
-    elif operation.resumable:
-        hint = f"shards ops resume {operation.op_id}, or {hint}"
+        is_final = is_final or undoing.reason == Reason.NOT_UNDOABLE.value.word
+    if is_final:
+        hint = resume
+    elif operation.resumable and operation.state != UNDOING:
+        hint = f"{resume}, or {hint}"
     row = ReasonRow(failure.reason, failure.sqlstate)
     return CatalogueError(row, text, hint, op_id=operation.op_id)

@@ -24,7 +24,39 @@ _ADD_IDENTITY: Final = (
 )
 _DELETE_IDENTITY: Final = "delete from shardmap_local.identity where map_id = $1 and shard_id = $2"
 _IS_CATALOGUE: Final = "select pg_catalog.to_regnamespace('shardmap') is not null"
-_HAS_LOCAL_SCHEMA: Final = "select pg_catalog.to_regclass('shardmap_local.identity') is not null"
+HAS_LOCAL_SCHEMA: Final = "select pg_catalog.to_regclass('shardmap_local.identity') is not null"
+
+
+async def with_session_roles(catalogue: Connection, catalogue_map: CatalogueMap) -> CatalogueMap:
+    """Return a map with the logins that it has now; its row is locked."""
+    query = "select session_roles from shardmap.shard_map where map_id = $1"
+    roles = await catalogue.fetchval(query, catalogue_map.map_id)
+    return replace(catalogue_map, session_roles=tuple(roles))
+
+
+async def check_no_catalogue(connection: Connection, shard: Shard) -> None:
+    """Check that a database may be a shard. Raises CatalogueError: CATALOGUE_IS_SHARD."""
+    if await connection.fetchval(_IS_CATALOGUE):
+        text = f"shard {shard.name}: {shard.location} is a catalogue"
+        hint = "Another database of the same server may be a shard."
+        raise CatalogueError(Reason.CATALOGUE_IS_SHARD, text, hint)
+
+
+async def add_identity(connection: Connection, catalogue_map: CatalogueMap, shard: Shard) -> None:
+    """Write into a database which shard of which map it is; once."""
+    spec = catalogue_map.spec
+    await connection.execute(
+        _ADD_IDENTITY,
+        catalogue_map.map_id,
+        catalogue_map.name,
+        str(spec.kind),
+        str(spec.key_type),
+        str(spec.normalise),
+        shard.shard_id,
+        shard.location,
+        str(shard.status),
+        shard.version,
+    )
 
 
 class _ShardOperation(Operation):
@@ -37,30 +69,14 @@ class _ShardOperation(Operation):
         """The shard's row: as it will be, or as it was."""
         return self.shards[0]
 
-    async def add_identity(self, connection: Connection, shard: Shard) -> None:
-        """Write into the database which shard it is; once."""
-        spec = self.map.spec
-        await connection.execute(
-            _ADD_IDENTITY,
-            self.map.map_id,
-            self.map.name,
-            str(spec.kind),
-            str(spec.key_type),
-            str(spec.normalise),
-            shard.shard_id,
-            shard.location,
-            str(shard.status),
-            shard.version,
-        )
-
     async def lock_shard(self, connection: Connection) -> None:
         """Lock what operations change, if it is there."""
-        if await connection.fetchval(_HAS_LOCAL_SCHEMA):
+        if await connection.fetchval(HAS_LOCAL_SCHEMA):
             await super().lock_shard(connection)
 
     async def delete_identity(self, connection: Connection, shard: Shard) -> None:
         """Delete the shard's identity from its database, with its mappings."""
-        if await connection.fetchval(_HAS_LOCAL_SCHEMA):
+        if await connection.fetchval(HAS_LOCAL_SCHEMA):
             await connection.execute(_DELETE_IDENTITY, self.map.map_id, shard.shard_id)
 
     async def delete_row(self, catalogue: Connection) -> None:
@@ -97,9 +113,7 @@ class AddShard(_ShardOperation):
         for one in await self._same(catalogue):
             text = f"the map {self.map.name} has the shard {one.name} at {one.location}"
             raise CatalogueError(Reason.EXISTS, text)
-        query = "select session_roles from shardmap.shard_map where map_id = $1"
-        roles = await catalogue.fetchval(query, self.map.map_id)  # those of now, under its lock
-        self.map = replace(self.map, session_roles=tuple(roles))
+        self.map = await with_session_roles(catalogue, self.map)
         shard = self.shard
         await catalogue.execute(
             "insert into shardmap.shard (shard_id, map_id, name, host, port, dbname, endpoint,"
@@ -131,11 +145,8 @@ class AddShard(_ShardOperation):
     async def check_shard(self, connection: Connection, shard: Shard) -> None:
         """Check that the database may become this shard, and the rights of the administrator."""
         where = f"shard {shard.name}"
-        if await connection.fetchval(_IS_CATALOGUE):
-            text = f"{where}: {shard.location} is a catalogue"
-            hint = "Another database of the same server may be a shard."
-            raise CatalogueError(Reason.CATALOGUE_IS_SHARD, text, hint)
-        if await connection.fetchval(_HAS_LOCAL_SCHEMA):
+        await check_no_catalogue(connection, shard)
+        if await connection.fetchval(HAS_LOCAL_SCHEMA):
             query = "select shard_id, location from shardmap_local.identity where map_id = $1"
             row = await connection.fetchrow(query, self.map.map_id)
             if row is not None and row["shard_id"] != shard.shard_id:
@@ -151,7 +162,7 @@ class AddShard(_ShardOperation):
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Add the identity, and grant admit to the map's session roles."""
-        await self.add_identity(connection, shard)
+        await add_identity(connection, self.map, shard)
         for role in self.map.session_roles:
             for statement in session_statements(role):
                 await connection.execute(statement)
@@ -234,7 +245,7 @@ class RemoveShard(_ShardOperation):
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
         """Add the identity again, if it was deleted."""
-        await self.add_identity(connection, shard)
+        await add_identity(connection, self.map, shard)
 
     async def undo_catalogue(self, catalogue: Connection) -> None:
         """Clear the mark."""

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import ClassVar, Final, Self
 from uuid import UUID
 
+from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.fence import (
     LOCK_OUT_ALL,
     Registered,
@@ -21,18 +22,28 @@ from proxy.catalogue.mapping_operations import END, LOCAL
 from proxy.catalogue.mapping_rows import check_expected
 from proxy.catalogue.mapping_status import ANNOUNCE, FENCE, SESSIONS, sessions_sentence
 from proxy.catalogue.model import CatalogueMap, Connection, SessionsMode, Shard, Status
-from proxy.catalogue.operation import Json, Operation, Step, Tools, Unchanged
+from proxy.catalogue.operation import (
+    Json,
+    Operation,
+    Step,
+    Tools,
+    Unchanged,
+    shard_from_json,
+    shard_to_json,
+)
 from proxy.catalogue.store import read_shard
 
 _SET_IDENTITY: Final = (
-    "update shardmap_local.identity set status = $2, version = greatest(version, $3)"
-    " where map_id = $1 returning version"
+    "update shardmap_local.identity set status = $2,"
+    " version = case when version < 0 then version else greatest(version, $3) end"
+    " where map_id = $1 returning pg_catalog.abs(version)"
 )
 
 
 class _ShardStatus(Operation):
     """Sets the status of a whole shard. Its mappings keep their own."""
 
+    undo_locks_out: ClassVar[bool] = True
     status: ClassVar[Status]
 
     def __init__(
@@ -57,8 +68,13 @@ class _ShardStatus(Operation):
     def from_body(cls, catalogue_map: CatalogueMap, op_id: UUID, body: Json) -> Self:
         """Return the operation of a row."""
         operation = cls(catalogue_map, body["rows"][0]["name"], op_id=op_id).load(body)
-        operation.after = operation.wanted()
+        after = body.get("after")
+        operation.after = operation.wanted() if after is None else shard_from_json(after)
         return operation
+
+    def results(self) -> Json:
+        """Return the row as the steps so far have left it, with the version that the shard gave."""
+        return {"after": shard_to_json(self.after)}
 
     async def find(self, catalogue: Connection) -> None:
         """Find the shard."""
@@ -74,7 +90,8 @@ class _ShardStatus(Operation):
 
     async def begin(self, catalogue: Connection) -> None:
         """Check the version and the status, and mark the row."""
-        check_expected(f"the shard {self._name}", self._expect, self.before.version)
+        version, reason = self.before.version, Reason.STALE_VERSION
+        check_expected(f"the shard {self._name}", self._expect, version, reason)
         self.check()
         await catalogue.execute(
             "update shardmap.shard set op_id = $2 where shard_id = $1",
@@ -86,14 +103,12 @@ class _ShardStatus(Operation):
         if self.before.status is self.status:
             raise Unchanged
 
-    async def write_identity(
-        self, connection: Connection, shard: Shard, tools: Tools | None
-    ) -> None:
-        """Write the shard's own status, after the admits in flight; `tools`: end them in time."""
-        if tools is None:
-            await connection.execute(LOCK_OUT_ALL)
-        else:
-            await lock_out(connection, shard, tools, LOCK_OUT_ALL)
+    async def write_identity(self, connection: Connection, shard: Shard, tools: Tools) -> None:
+        """Write the shard's own status, after the admits in flight."""
+        await lock_out(connection, shard, tools, LOCK_OUT_ALL)
+        await self._set_identity(connection)
+
+    async def _set_identity(self, connection: Connection) -> None:
         values = (self.map.map_id, str(self.after.status), self.after.version)
         version = await connection.fetchval(_SET_IDENTITY, *values)
         self.after = replace(self.after, version=version)
@@ -124,7 +139,7 @@ class _ShardStatus(Operation):
         if row is None or row["version"] <= self.before.version:
             return
         self.after = replace(self.before, version=max(row["version"], self.before.version + 2))
-        await self.write_identity(connection, shard, None)
+        await self._set_identity(connection)
 
     async def undo_catalogue(self, catalogue: Connection) -> None:
         """Set the row as it was, with the shard's version."""
@@ -200,12 +215,14 @@ class TakeShardOffline(_ShardStatus):
                 *(self.before.shard_id, self.op_id),
             )
 
-    async def wait_for_sessions(self, step: str, shard: Shard, tools: Tools) -> None:
+    async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
         """End the sessions of the map in this shard, and prove that none is left."""
         if self._sessions is not SessionsMode.KEEP:
             which = Registered.of_map(self.map.map_id)
             until = self._drain_until  # a process that resumes does not wait for the drain again
-            self.sessions_ended += await end_sessions(shard, which, tools, drain_until=until)
+            self.sessions_ended += await end_sessions(
+                shard, which, tools, self.progress, drain_until=until
+            )
 
 
 class TakeShardOnline(_ShardStatus):
@@ -213,6 +230,7 @@ class TakeShardOnline(_ShardStatus):
 
     kind: ClassVar[str] = "shard_online"
     steps: ClassVar[tuple[Step, ...]] = (LOCAL, END)
+    checks_first: ClassVar[bool] = True
     status: ClassVar[Status] = Status.ONLINE
 
     def plan(self) -> list[str]:
@@ -221,6 +239,15 @@ class TakeShardOnline(_ShardStatus):
             f"Take shard {self._name} online in its own schema.",
             "Take it online in the catalogue.",
         ]
+
+    async def check_shard(self, connection: Connection, shard: Shard) -> None:
+        """Check as well that it does not wait for a repair: others may have its keys (I1)."""
+        await super().check_shard(connection, shard)
+        query = "select version < 0 from shardmap_local.identity where map_id = $1"
+        if await connection.fetchval(query, self.map.map_id):
+            text = f"the shard {shard.name} is offline until it is repaired"
+            hint = f"shards verify --shard {shard.name}, then `shards repair`."
+            raise CatalogueError(Reason.SHARD_OFFLINE, text, hint)
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Set the shard's own status."""

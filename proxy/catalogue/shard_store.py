@@ -43,6 +43,14 @@ select r.oid, pg_catalog.pg_has_role(current_user, 'pg_read_all_stats', 'usage')
 from pg_catalog.pg_roles r where r.rolname = $1"""  # noqa: S608 - constants
 
 
+# Of a role that exists.
+_MAY_BE_ADMITTED: Final = """
+select pg_catalog.has_schema_privilege($1, 'shardmap_local', 'usage')
+  and pg_catalog.has_function_privilege(
+    $1, pg_catalog.to_regproc('shardmap_local.admit'), 'execute')
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Which shard of which map a database says it is."""
@@ -211,6 +219,14 @@ async def missing_rights(connection: Connection, role: str) -> list[MissingRight
         grant = f"grant pg_signal_backend to {quoted(admin)}"
         missing.append(MissingRight("end its sessions", (grant, "-- or:", *own)))
     return missing
+
+
+async def check_grants(connection: Connection, roles: Sequence[str], where: str) -> None:
+    """Check that these logins may be admitted. Raises CatalogueError: RIGHTS_MISSING."""
+    for role in roles:
+        if not await connection.fetchval(_MAY_BE_ADMITTED, role):
+            text = f"{where}: {role} may not be admitted there"
+            raise CatalogueError(Reason.RIGHTS_MISSING, text, ";\n".join(session_statements(role)))
 
 
 async def check_rights(connection: Connection, roles: Sequence[str], where: str) -> None:

@@ -68,6 +68,14 @@ _LOCATE: Final = (
     f"select {_MAPPING_COLUMNS.format('m')}, {_PREFIXED} from ({_FIND}) m"  # noqa: S608
     " join shardmap.shard s on s.shard_id = m.shard_id"
 )
+# A map of a lost catalogue is hidden from proxies until it has its mappings again: they go on with
+# what they know. Each change adds 1 to the version, and no map is changed so often.
+HIDDEN_VERSION: Final = -(1 << 40)
+# Above every version that a proxy may have seen.
+SHOW_MAP: Final = """
+update shardmap.shard_map
+set version = (extract(epoch from pg_catalog.clock_timestamp()) * 1000)::bigint
+where map_id = $1 and version < 1"""
 # From the mapping that covers the first key on.
 _PAGE: Final = f"""
 {_MAPPING} where m.map_id = $1 and ($5::uuid is null or m.shard_id = $5)
@@ -155,6 +163,30 @@ async def map_by_id(connection: Connection, map_id: UUID) -> CatalogueMap:
     if row is None:
         raise CatalogueError(Reason.UNKNOWN_MAP, f"the catalogue has no map {map_id}")
     return map_of(row)
+
+
+async def insert_hidden_map(connection: Connection, new: CatalogueMap) -> None:
+    """Insert a map with its id, hidden from proxies. Raises CatalogueError: EXISTS."""
+    spec = new.spec
+    inserted = await connection.fetchval(
+        "insert into shardmap.shard_map (map_id, name, kind, key_type, normalise, version)"
+        " values ($1, $2, $3, $4, $5, $6) on conflict do nothing returning true",
+        *(new.map_id, new.name, str(spec.kind), str(spec.key_type), str(spec.normalise)),
+        HIDDEN_VERSION,
+    )
+    if not inserted:
+        text = f"the catalogue has the map {new.map_id}, or one named {new.name}, already"
+        raise CatalogueError(Reason.EXISTS, text, "`shards list` prints the maps.")
+
+
+async def delete_empty_map(connection: Connection, map_id: UUID) -> None:
+    """Delete a map that has no shards and no operations."""
+    await connection.execute(
+        "delete from shardmap.shard_map m where map_id = $1"
+        " and not exists (select from shardmap.shard s where s.map_id = m.map_id)"
+        " and not exists (select from shardmap.op_log o where o.map_id = m.map_id)",
+        map_id,
+    )
 
 
 async def _counts(connection: Connection, table: str) -> dict[UUID, int]:

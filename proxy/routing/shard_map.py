@@ -53,12 +53,15 @@ class MapSpec:
 
     def show_bounds(self, mapping: "ShardMapping") -> tuple[str, str]:
         """Return the bounds as written in a configuration; for a list, both are the key."""
-        low = LOWEST_BOUND if mapping.lo == b"" else self._show(mapping.lo)
+        low = self.show_bound(mapping.lo)
         if self.kind is Kind.LIST:
             return low, low
-        return low, HIGHEST_BOUND if mapping.hi is None else self._show(mapping.hi)
+        return low, HIGHEST_BOUND if mapping.hi is None else self.show_bound(mapping.hi)
 
-    def _show(self, bound: bytes) -> str:
+    def show_bound(self, bound: bytes) -> str:
+        """Return a lower bound, or an upper one that is not open, as a configuration has it."""
+        if not bound:
+            return LOWEST_BOUND
         if self.kind is Kind.HASH:
             return "0x" + bound.hex()
         return show_key(bound, self.key_type)

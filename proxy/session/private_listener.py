@@ -6,6 +6,9 @@ For: the connections to the catalogue and, as administrator, to shards. So token
 The listener is on a free port of 127.0.0.1. `connect` makes a random name that serves once, and
 asyncpg sends it as its database. A connection with another name is closed without an answer: other
 processes of the machine may connect, and cannot know a name.
+
+`share` serves a unix socket to other programs, for as long as its block runs: the permissions of
+the socket's directory say which.
 """
 
 import asyncio
@@ -14,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, Self
 
 from proxy.catalogue.errors import driver_errors
@@ -22,7 +26,7 @@ from proxy.observe.metrics import Metrics
 from proxy.session.cancel import CancelForwarder, CancelKeys
 from proxy.session.relay import Relay
 from proxy.session.starting_client import ClientGone, StartingClient
-from proxy.transport.sockets import detect_dead_peer, listen_tcp
+from proxy.transport.sockets import detect_dead_peer, listen_tcp, listen_unix
 from proxy.transport.stream import StartupStream
 from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import UpstreamSession
@@ -38,6 +42,9 @@ _NAME_BYTES: Final = 16
 _STARTUP_SECONDS_MAX: Final = 10.0
 # Connections that have not sent a known name. Ours do so at once.
 _UNKNOWN_MAX: Final = 64
+# Connections to a shared socket at a time: a parallel dump or restore has one for each job.
+SHARED_MAX: Final = 64
+_SHARED_MODE: Final = 0o600
 # A dial has its own bound, `connect_timeout_seconds`, which is 600 at most.
 _CONNECT_SECONDS_MAX: Final = 660.0
 CLOSE_SECONDS_MAX: Final = 2.0
@@ -155,6 +162,41 @@ class PrivateListener:
             detail = f"{type(error).__name__}: {error}"
             raise ProxyError(ErrorKind.UPSTREAM_LOST, detail) from error
 
+    @asynccontextmanager
+    async def share(self, opener: SessionOpener, path: Path) -> AsyncIterator[None]:
+        """Serve all connections to a unix socket with sessions of this opener during the block.
+
+        At most SHARED_MAX at a time; another one is closed. What is open at the end of the block is
+        closed; the file is left to the owner of its directory. Raises OSError if the socket cannot
+        be made.
+        """
+        loop = asyncio.get_running_loop()
+        serving: set[asyncio.Task[None]] = set()
+
+        def connected(stream: StartupStream) -> None:
+            if len(serving) >= SHARED_MAX:
+                stream.transport.abort()
+                return
+            task = loop.create_task(self._serve_shared(opener, stream))
+            serving.add(task)
+            task.add_done_callback(serving.discard)
+
+        sock = listen_unix(path, _SHARED_MODE, _BACKLOG)
+        server = await loop.create_unix_server(lambda: _PrivateStream(connected), sock=sock)
+        try:
+            yield
+        finally:
+            server.close()
+            await _cancelled(*serving)
+
+    async def _serve_shared(self, opener: SessionOpener, stream: StartupStream) -> None:
+        arrival = await self._received(stream)
+        if arrival is None:
+            stream.transport.abort()
+            return
+        with suppress(ProxyError, OSError):  # the client was told
+            await self._relay(opener, arrival)
+
     # -- accepting -------------------------------------------------------------------------------
 
     def _accepted(self) -> StartupStream:
@@ -170,6 +212,17 @@ class PrivateListener:
 
     async def _identify(self, stream: StartupStream) -> None:
         """Pass a connection on to the `connect` that expects it, or close it."""
+        arrival = await self._received(stream)
+        if arrival is not None:
+            name = (arrival.startup.message.get(b"database") or b"").decode("ascii", "replace")
+            expected = self._expected.pop(name, None)
+            if expected is not None and not expected.done():
+                expected.set_result(arrival)
+                return
+        stream.transport.abort()
+
+    async def _received(self, stream: StartupStream) -> _Arrival | None:
+        """Return a connection that has sent its StartupMessage. A CancelRequest is forwarded."""
         client = StartingClient(stream, None)
         try:
             async with asyncio.timeout(_STARTUP_SECONDS_MAX):
@@ -178,19 +231,18 @@ class PrivateListener:
                     await self._cancels.request(event.request)
         except (TimeoutError, ConnectionError):
             event = None
-        if isinstance(event, StartupReceived):
-            name = (event.message.get(b"database") or b"").decode("ascii", "replace")
-            expected = self._expected.pop(name, None)
-            if expected is not None and not expected.done():
-                expected.set_result(_Arrival(client, event))
-                return
-        stream.transport.abort()
+        except asyncio.CancelledError:
+            stream.transport.abort()
+            raise
+        return _Arrival(client, event) if isinstance(event, StartupReceived) else None
 
     # -- serving ---------------------------------------------------------------------------------
 
     async def _serve(self, opener: SessionOpener, expected: "asyncio.Future[_Arrival]") -> None:
         """Open a session for the driver's connection, and relay. Raises ProxyError."""
-        arrival = await expected
+        await self._relay(opener, await expected)
+
+    async def _relay(self, opener: SessionOpener, arrival: _Arrival) -> None:
         client, version = arrival.client, arrival.startup.version
         try:
             upstream = await _open(opener, arrival)

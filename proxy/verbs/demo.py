@@ -5,29 +5,26 @@ the same proxy that `run` serves. The commands that it prints work as printed.
 """
 
 import os
+import shutil
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any
 
-from pydantic import SecretStr
-
-from proxy.config import (
-    MappingEntry,
-    RoutingSettings,
-    Settings,
-    ShardMapSettings,
-    UpstreamSettings,
-    WorkspaceSettings,
-    load_settings,
-)
-from proxy.routing.keys import KeyType
-from proxy.routing.shard_map import Kind
+from proxy.config import Settings, load_settings
 from proxy.server.app import App
 from proxy.server.first_tokens import mint_first_tokens
 from proxy.server.process import Signals, run_until_stopped
 from proxy.server.serving import serving
+from proxy.verbs.demo_map import (
+    TENANTS_A_SHARD,
+    bounds_of,
+    fill_catalogue,
+    settings_values,
+    write_settings,
+)
 from proxy.verbs.event_loop import run_on_event_loop
 from proxy.verbs.stderr import fail
 
@@ -39,52 +36,21 @@ class DemoError(Exception):
     """The emulator cannot start. The text says why."""
 
 
-# Tenants 0 to 999 are on the first shard, 1000 to 1999 on the second, all others on none.
-TENANTS_A_SHARD: Final = 1000
-
-
 def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
     """Return settings that lead to the emulator. Only how this process serves is kept.
 
     The user's own workspace, role and database do not exist in the emulator.
     """
-    shards = lakebase.shards
-    mappings = tuple(
-        MappingEntry(
-            target=shard.name,
-            low=str(number * TENANTS_A_SHARD),
-            high=str((number + 1) * TENANTS_A_SHARD),
-        )
-        for number, shard in enumerate(shards)
-    )
-    address = lakebase.host_address
+    nested: dict[str, Any] = {}
+    for path, values in settings_values(lakebase).items():
+        section, _, name = path.partition(".")
+        nested.setdefault(section, {}).update({name: values} if name else values)
     return Settings(
         listen=settings.listen,
         admin=settings.admin,
         log=settings.log,
         shutdown=settings.shutdown,
-        workspace=WorkspaceSettings(
-            host=lakebase.workspace_url,
-            client_id=lakebase.client_id,
-            client_secret=SecretStr(lakebase.client_secret),
-            auth_type="oauth-m2m",
-        ),
-        upstream=UpstreamSettings(
-            endpoint=shards[0].endpoint.name,
-            hostaddr=address,
-            port=lakebase.port,
-            ssl_root_cert=str(lakebase.ca_file),
-        ),
-        # With the address: a target that sets where to dial takes none of that from [upstream].
-        targets={
-            shard.name: UpstreamSettings(endpoint=shard.endpoint.name, hostaddr=address)
-            for shard in shards
-        },
-        shard_maps={
-            "tenants": ShardMapSettings(kind=Kind.RANGE, key_type=KeyType.INT4, mappings=mappings)
-        },
-        # A client that names no tenant gets the first shard.
-        routing=RoutingSettings(shard_map="tenants", require_key=False),
+        **nested,
     )
 
 
@@ -105,6 +71,7 @@ async def demonstrating(settings: Settings) -> AsyncIterator[tuple[App, "Lakebas
             lakebase = await stack.enter_async_context(Lakebase())
         except ClusterError as error:
             raise DemoError(str(error)) from error
+        await fill_catalogue(lakebase)
         app = await stack.enter_async_context(serving(demo_settings(settings, lakebase)))
         await mint_first_tokens(app)
         yield app, lakebase
@@ -138,12 +105,43 @@ def greeting(app: App, lakebase: "Lakebase") -> str:
         f"  {psql} -d \"dbname={lakebase.database} options='-c shard_key=1500'\" {table}",
         f'  {psql} -d "dbname=app@{uncovered}" {table}',
     ]
+    lines += ["", *_moving(app, lakebase, psql)]
     bundled = lakebase.shards[0].cluster.binaries / "psql"
     lines += ["", f"No psql here? There is one in {_shown(bundled.parent)}"]
     if app.admin is not None:
         admin = f"http://{app.admin.host}:{app.admin.port}"
         lines.append(f"Status and metrics: {admin}/ {admin}/metrics")
     return "\n".join([*lines, "", "Ctrl-C stops everything and removes what the demo created."])
+
+
+def _moving(app: App, lakebase: "Lakebase", psql: str) -> list[str]:
+    """Return the lines on moving tenants to another shard while one of them works."""
+    admin = {} if app.admin is None else {"host": app.admin.host, "port": app.admin.port}
+    file = write_settings(lakebase, admin)
+    (low, high), other = bounds_of(0), lakebase.shards[1].name
+    query = "echo 'TABLE shard_identity \\watch 1'"
+    shards = f"{_command()} shards"
+    return [
+        f"Tenants {low} to {int(high) - 1} can move while they work. A loop of queries for one:",
+        "",
+        f"  while sleep 1; do {query} | {psql} -d dbname=app@42 -At; done",
+        "",
+        "In a third terminal. The loop loses one session, and continues on the other shard:",
+        "",
+        f"  export LAKEBASE_PROXY_CONFIG={quote(str(file))}",
+        f"  {shards} move {low} {high} --to {other}",
+        f"  {shards} ops",
+        f"  {shards} verify",
+    ]
+
+
+def _command() -> str:
+    """Return this program as one would type it from here."""
+    name = "lakebase-auth-proxy"
+    installed = Path(sys.executable).with_name(name)
+    if not os.access(installed, os.X_OK):  # it may be in a folder that is closed to us
+        return f"{quote(sys.executable)} -m proxy"
+    return name if shutil.which(name) == str(installed) else quote(_shown(installed))
 
 
 def _shown(path: Path) -> str:

@@ -9,7 +9,9 @@ import pytest
 
 from proxy.catalogue.feed import FeedState
 from proxy.catalogue.followed_map import FollowedMap
+from proxy.catalogue.map_state import Change
 from proxy.catalogue.model import Status
+from proxy.catalogue.store import HIDDEN_VERSION, SHOW_MAP
 from proxy.errors import ErrorKind, ProxyError
 from tests.support.catalogue import MAP, insert_map, insert_mapping, insert_shard
 from tests.support.followed import (
@@ -411,3 +413,29 @@ async def test_lazily_nothing_is_read_before_it_is_asked_for_and_then_it_is_kept
         await until(lambda: _status(followed, 5) is Status.ONLINE, followed)
         assert catalogue.queries - before == {"changes": 2}
         assert followed.status().mappings == 1
+
+
+async def test_a_map_that_is_lost_is_served_from_the_cache_until_it_has_its_mappings_back(
+    catalogue: FollowedCatalogue,
+) -> None:
+    times = short_times()
+    changes: list[Change] = []
+    async with running(catalogue.followed(times, poll_seconds=1)) as followed:
+        followed.state.subscribe(changes.append)
+        await catalogue.execute("truncate shardmap.shard_map cascade")
+        await until(lambda: followed.state.is_lost, followed)
+        assert (await followed.source.find(key(5))).shard.name == "one"
+        with pytest.raises(ProxyError) as caught:
+            await followed.source.find(key(500))
+        assert caught.value.kind is ErrorKind.CATALOGUE_UNREACHABLE
+        await catalogue.execute(
+            "insert into shardmap.shard_map (map_id, name, kind, key_type, version)"
+            " values ($1, 'tenants', 'range', 'int4', $2)",
+            *(catalogue.map_id, HIDDEN_VERSION),
+        )
+        await until(lambda: "its mappings back" in str(followed.failure), followed)
+        assert where(followed, 5) == "one"
+        assert changes == []
+        await catalogue.execute(SHOW_MAP, catalogue.map_id)
+        await until(lambda: followed.failure is None, followed)
+        assert where(followed, 5) is None

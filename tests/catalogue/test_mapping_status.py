@@ -120,6 +120,18 @@ async def test_doing_again_what_is_done_changes_nothing(operating: Operating) ->
         assert again.after.epoch == first.after.epoch
 
 
+async def test_s11_the_same_change_twice_is_taken_at_the_current_epoch_only(
+    operating: Operating,
+) -> None:
+    await add(operating, 0, 10)
+    bounds = operating.bounds(0, 10)
+    assert await operating.run(TakeOffline(operating.map, *bounds, expect=1))
+    assert not await operating.run(TakeOffline(operating.map, *bounds, expect=2))
+    error = await refusal(operating, TakeOffline(operating.map, *bounds, expect=1))
+    assert (error.reason, error.sqlstate) == ("stale_epoch", "40001")
+    assert (await operating.mapping(1))["epoch"] == 2
+
+
 async def test_s21_a_stale_epoch_or_version_is_refused(operating: Operating) -> None:
     await add(operating, 0, 10)
     bounds = operating.bounds(0, 10)
@@ -128,7 +140,7 @@ async def test_s21_a_stale_epoch_or_version_is_refused(operating: Operating) -> 
     error = await refusal(operating, TakeOnline(operating.map, *bounds, expect=2))
     assert error.reason == "stale_epoch"
     error = await refusal(operating, TakeShardOffline(operating.map, "one", expect=2))
-    assert (error.reason, error.sqlstate) == ("stale_epoch", "40001")
+    assert (error.reason, error.sqlstate) == ("stale_version", "40001")
     assert await operating.run(TakeOffline(operating.map, *bounds, expect=1))
     assert await operating.run(TakeShardOffline(operating.map, "one", expect=1))
     error = await refusal(operating, TakeShardOnline(operating.map, "one", expect=1))

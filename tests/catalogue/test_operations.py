@@ -86,7 +86,10 @@ def commits(kind: str) -> list[str]:
 
 
 def test_every_kind_of_operation_is_tested_here_or_in_a_file_of_its_own() -> None:
-    assert set(CASES) | {"add_shard", "remove_shard", "add_file", *ROLES} >= set(KINDS)
+    in_two_shards = {"move", "reassign"}
+    elsewhere = {"add_file", "add_shard", "alter_shard", "merge", "remove_shard", "split", *ROLES}
+    recovery = {"attach", "detach", "relocate", "repair", "repair_all"}
+    assert set(CASES) | elsewhere | in_two_shards | recovery >= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -272,11 +275,7 @@ async def test_s27_a_catalogue_that_is_lost_leaves_it_pending_until_the_next_wri
 
     async def reach(point: str) -> None:
         if point == in_shard:
-            operating.stores.execute(
-                MAP,
-                "select pg_terminate_backend(pid) from pg_stat_activity where usename ="
-                f" '{operating.stores.roles.admin}' and datname = current_database()",
-            )
+            operating.end_operators()
             operating.databases.fail = fail
 
     operation = make(operating)
@@ -287,6 +286,29 @@ async def test_s27_a_catalogue_that_is_lost_leaves_it_pending_until_the_next_wri
     operating.databases.fail = lambda name: None
     await operating.run(AddMapping(operating.map, *operating.bounds(50, 60), "one"))
     await operating.check_settled()
+
+
+async def test_an_operation_of_another_version_is_refused(operating: Operating) -> None:
+    """An unknown kind or state ended the verb with a traceback."""
+    await added(operating)
+    operation = TakeOffline(operating.map, *operating.bounds(0, 10))
+    with pytest.raises(Killed):
+        await operating.run(operation, kill_at("sessions"))
+    for values in ("kind = 'later'", "kind = 'offline', state = 'later'"):
+        await operating.fetch(MAP, f"update shardmap.op_log set {values}")
+        other = TakeOffline(operating.map, *operating.bounds(0, 10))
+        async with operating.operator() as operator:
+            for call in (
+                operator.resume(operation.op_id),
+                operator.undo(operation.op_id),
+                operator.plan_pending(operation.op_id, undo=True),
+                operator.run(other),
+                operator.plan(other),
+            ):
+                with pytest.raises(CatalogueError, match="does not know") as refused:
+                    await call
+                assert refused.value.reason == "operation_pending"
+                assert refused.value.op_id == operation.op_id
 
 
 async def test_an_unknown_operation_is_refused(operating: Operating) -> None:
@@ -332,11 +354,7 @@ async def test_r11_an_operator_that_lost_its_lock_changes_nothing_any_more(
     late = AddMapping(operating.map, *operating.bounds(0, 10), "one")
     async with in_background(operating.run(late, pauses)) as running:
         await pauses.reached(point)
-        operating.stores.execute(
-            MAP,
-            "select pg_terminate_backend(pid) from pg_stat_activity"
-            f" where datname = current_database() and usename = '{operating.stores.roles.admin}'",
-        )
+        operating.end_operators()
         other = AddMapping(operating.map, *operating.bounds(0, 10), "two")
         async with in_background(operating.run(other)) as taking_over:
             if point == "local":

@@ -2,6 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from urllib.parse import quote
 
 import asyncpg
 import pytest
@@ -13,15 +16,16 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
 from proxy.server.metric_labels import build_metrics
 from proxy.server.serving import open_snapshot
-from proxy.session.private_listener import PrivateListener
+from proxy.session.private_listener import SHARED_MAX, PrivateListener
 from proxy.upstream.connector import Connector
 from proxy.upstream.name_lookup import NameLookup
 from proxy.upstream.upstreams import Upstream
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, CancelRequest, StartupMessage
 from proxy.workspace.single_flight import PendingCalls
+from tests.support.catalogue import bare_environment
 from tests.support.client import Client
-from tests.support.running import nothing_left, proxy_settings
+from tests.support.running import nothing_left, proxy_settings, psql_path
 
 WAIT_SECONDS_MAX = 20.0
 
@@ -196,3 +200,74 @@ async def test_silent_connections_do_not_keep_it_from_serving(
         assert await connection.fetchval("select 1") == 1
     for client in silent:
         client.abort()
+
+
+# -- a socket that is shared with other programs ------------------------------------------------
+
+
+async def psql(path: Path, sql: str) -> tuple[int, str]:
+    """Run psql on a shared socket. Return its exit code, and what it printed."""
+    host, port = quote(str(path.parent), safe=""), path.suffix.removeprefix(".")
+    process = await asyncio.create_subprocess_exec(
+        *(psql_path(), "-XAtq", "-c", sql, f"postgresql:///any?host={host}&port={port}"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=bare_environment(),
+    )
+    said, _ = await process.communicate()
+    return process.returncode or 0, said.decode().strip()
+
+
+async def test_a_shared_socket_serves_many_connections_of_other_programs(
+    private: PrivateListener, upstream: Upstream, lakebase: Lakebase, tmp_path: Path
+) -> None:
+    path = tmp_path / ".s.PGSQL.1"
+    async with nothing_left(), private.share(upstream, path):
+        sql = "select current_user, current_database()"
+        answers = await asyncio.gather(*(psql(path, sql) for _ in range(4)))
+        assert answers == [(0, f"{lakebase.client_id}|{lakebase.database}")] * 4
+        code, said = await psql(path, "select 1 / 0")
+        assert (code, "division by zero" in said) == (1, True)
+        await lakebase.gateway.refuse_connections()
+        code, said = await psql(path, "select 1")
+        assert (code, "FATAL" in said) == (2, True)
+        await lakebase.gateway.accept_connections()
+
+
+async def test_the_end_of_the_block_closes_what_is_open_on_a_shared_socket(
+    private: PrivateListener, upstream: Upstream, lakebase: Lakebase, tmp_path: Path
+) -> None:
+    path = tmp_path / ".s.PGSQL.1"
+    async with nothing_left():
+        async with private.share(upstream, path):
+            connection = await asyncpg.connect(
+                host=str(tmp_path), port=1, user="any", database="any", ssl=False, password=""
+            )
+            assert await connection.fetchval("select 1") == 1
+        with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+            await connection.execute("select 1")
+        await lakebase.gateway.until(lambda: lakebase.gateway.open_sessions == 0)
+
+
+async def test_a_shared_socket_has_a_bound(
+    private: PrivateListener, upstream: Upstream, tmp_path: Path
+) -> None:
+    path = tmp_path / ".s.PGSQL.1"
+    async with AsyncExitStack() as stack, private.share(upstream, path):
+
+        async def opened() -> asyncio.StreamReader:
+            reader, writer = await asyncio.open_unix_connection(path)
+            stack.push_async_callback(closed, writer)
+            return reader
+
+        for _ in range(SHARED_MAX):
+            await opened()
+        one_more = await opened()
+        with suppress(ConnectionError):
+            assert await one_more.read() == b""
+
+
+async def closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()

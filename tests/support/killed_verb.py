@@ -10,13 +10,16 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import asyncpg
 
 from proxy.catalogue.operation import Reach
+from tests.support.direct_verbs import Servers, run_directly
 from tests.support.proxy_process import ROOT, START_SECONDS_MAX
 from tests.support.running import without_own_account
 
@@ -29,13 +32,28 @@ class KilledVerbs:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
-    async def run(self, point: str, *arguments: str, failing: str = "") -> int:
+    async def run(
+        self,
+        point: str | int,
+        *arguments: str,
+        failing: str | int = "",
+        servers: Servers | None = None,
+        killed_after: float = 0.0,
+    ) -> int:
         """Run a verb that is killed at `point`. Return its exit code, negative for a signal.
 
         Before that, the point `failing` fails if it is passed, so that the operation is undone.
+        A point is a name, or how many others are passed before it. With `servers` the verb
+        connects to them directly. It is killed after `killed_after` seconds as well, if not 0.
         """
         assert self._process.stdin is not None
-        call = {"point": point, "failing": failing, "arguments": arguments}
+        call = {
+            "point": point,
+            "failing": failing,
+            "arguments": arguments,
+            "killed_after": killed_after,
+            "servers": None if servers is None else servers.to_json(),
+        }
         self._process.stdin.write(json.dumps(call).encode() + b"\n")
         return int(await self._line())
 
@@ -76,21 +94,34 @@ async def killed_verbs() -> AsyncIterator[KilledVerbs]:
 # -- the process ---------------------------------------------------------------------------------
 
 
-def _reach(point: str, failing: str) -> Reach:
-    async def reach(passed: str) -> None:
-        if passed == point:
+def reaching(call: dict[str, Any]) -> Reach:
+    """Return the hook that ends this process at a point, and fails at another one."""
+    passed = 0
+
+    async def reach(point: str) -> None:
+        nonlocal passed
+        here = (point, passed)
+        passed += 1
+        if call["point"] in here:
             os.kill(os.getpid(), signal.SIGKILL)
-        if passed == failing:
+        if call["failing"] in here:
             raise asyncpg.InternalServerError("failed by the test")
 
     return reach
 
 
-def _child(call: dict[str, str], arguments: list[str]) -> int:
+def _child(call: dict[str, Any]) -> int:
     from proxy.verbs.shards import run
 
     os.dup2(2, 1)  # the answer of the verb is not ours
-    return run(arguments, _reach(call["point"], call["failing"]))
+    if call["killed_after"]:
+        kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+        threading.Timer(call["killed_after"], kill).start()
+    arguments, reach = call["arguments"], reaching(call)
+    if call["servers"] is None:
+        return run(arguments, reach)
+    servers = Servers(**call["servers"])
+    return asyncio.run(run_directly(servers, tuple(arguments), reach))
 
 
 def _say(text: str) -> None:
@@ -109,7 +140,7 @@ def main() -> None:
         call = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            os._exit(_child(call, call["arguments"]))
+            os._exit(_child(call))
         _, status = os.waitpid(pid, 0)
         _say(str(os.waitstatus_to_exitcode(status)))
 

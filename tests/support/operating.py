@@ -10,38 +10,44 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import Any, Final
 from uuid import UUID, uuid4
 
 import asyncpg
 
+from proxy.catalogue.errors import CatalogueError, Reason
+from proxy.catalogue.locks import lock_mapping
 from proxy.catalogue.model import CatalogueMap, Shard
 from proxy.catalogue.operation import Operation, Reach, Tools, pass_by
 from proxy.catalogue.operation_kinds import KINDS
 from proxy.catalogue.operations import Operator
 from proxy.catalogue.schema import migrate_catalogue, migrate_shard
 from proxy.catalogue.shard_operations import AddShard, new_shard
-from proxy.routing.keys import HASH_BYTES, KeyType, parse_key
+from proxy.catalogue.transactions import transaction
+from proxy.routing.keys import KeyType, parse_key
 from proxy.routing.shard_map import Kind, MapSpec
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
+from tests.support.invariants import check_invariants, check_settled
 
 STEP_SECONDS_MAX: Final = 30.0
 OWNER: Final = "the tests"
+LOOKING: Final = "looking"
 
 
 @dataclass
 class Databases:
     """Connects directly. `fail` is called with the database's name first, and may raise.
 
-    `aliases` are servers by the names of shards that lead to another one's. With
-    `loses_next_answer` the connection to the catalogue is lost after its next commit.
+    `aliases` are servers by the names of shards that lead to another one's, `hosts` by their
+    hosts. With `loses_next_answer` the connection to the catalogue is lost after its next commit.
     """
 
     stores: Stores
     fail: Callable[[str], None] = lambda name: None
     aliases: dict[str, str] = field(default_factory=dict)
     loses_next_answer: bool = False
+    hosts: dict[str, str] = field(default_factory=dict)
+    fail_at: Callable[[Shard], None] = lambda shard: None
 
     @asynccontextmanager
     async def catalogue(self) -> AsyncIterator[Any]:
@@ -53,7 +59,9 @@ class Databases:
     def shard(self, shard: Shard) -> AbstractAsyncContextManager[Any]:
         """Connect to a shard."""
         self.fail(shard.name)
-        return self.stores.connect(self.aliases.get(shard.name, shard.name))
+        self.fail_at(shard)
+        name = self.hosts.get(shard.host) or self.aliases.get(shard.name, shard.name)
+        return self.stores.connect(name)
 
 
 class LosingConnection:
@@ -122,7 +130,7 @@ class Operating:
         """Close the connections that tests look through."""
         await self._stack.aclose()
 
-    async def _connected(self, name: str, role: str) -> Any:
+    async def connected(self, name: str, role: str) -> Any:
         """Return the connection that tests look through; a new one if it was ended."""
         connection = self._connections.get((name, role))
         with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
@@ -130,7 +138,8 @@ class Operating:
                 await connection.execute("rollback")
                 return connection
         opened = await self._stack.enter_async_context(self.stores.connect(name, role))
-        await opened.execute("set client_min_messages = error")  # often there is no transaction
+        # The name tells it from an operator's; often there is no transaction to roll back.
+        await opened.execute(f"set application_name = {LOOKING}; set client_min_messages = error")
         self._connections[name, role] = opened
         return opened
 
@@ -200,6 +209,35 @@ class Operating:
         async with self.operator(reach) as operator:
             return await operator.run(operation)
 
+    async def plan(self, operation: Operation) -> list[str]:
+        """Return what an operation would do."""
+        async with self.operator() as operator:
+            return await operator.plan(operation)
+
+    async def refusal(self, operation: Operation) -> tuple[str, str]:
+        """Return reason and SQLSTATE: of the plan as well, and nothing has changed."""
+        before = await self.state()
+        found = []
+        for call in (self.run, self.plan):
+            try:
+                await call(operation)
+            except CatalogueError as error:
+                found.append((error.reason, error.sqlstate))
+            assert await self.state() == before
+        assert len(found) == 2, "it was not refused"
+        assert found[0] == found[1]
+        return found[0]
+
+    async def lock(
+        self, low: int, high: int, *, token: UUID | None = None, seconds: float = 60
+    ) -> UUID:
+        """Lock a mapping; return the token."""
+        token = token or uuid4()
+        bounds = self.bounds(low, high)
+        async with self.stores.connect(MAP) as catalogue, transaction(catalogue):
+            await lock_mapping(catalogue, self.map, bounds, token, label="a copy", seconds=seconds)
+        return token
+
     async def add_shard(self, name: str) -> None:
         """Add a shard again that was removed."""
         stores = self.stores
@@ -224,9 +262,7 @@ class Operating:
     ) -> AsyncIterator[Session]:
         """Yield a session that its shard was asked to admit, with the catalogue's row."""
         row = await self.mapping(key)
-        shard = name or next(
-            name for name, one in self.shards.items() if one.shard_id == row["shard_id"]
-        )
+        shard = name or self.name_of(row["shard_id"])
         async with self.stores.connect(shard, self.stores.roles.session) as connection:
             if not commit:
                 await connection.execute("begin")
@@ -246,9 +282,13 @@ class Operating:
 
     # -- looking ---------------------------------------------------------------------------------
 
+    def name_of(self, shard_id: UUID | str) -> str:
+        """Return the name of a shard."""
+        return next(name for name, one in self.shards.items() if str(one.shard_id) == str(shard_id))
+
     async def fetch(self, name: str, query: str, *arguments: Any) -> Any:
         """Return the rows of a query to the catalogue ("map") or a shard, as administrator."""
-        connection = await self._connected(name, self.stores.roles.admin)
+        connection = await self.connected(name, self.stores.roles.admin)
         return await connection.fetch(query, *arguments)
 
     async def mapping(self, key: int) -> Any:
@@ -267,6 +307,11 @@ class Operating:
         rows: list[Any] = await self.fetch(name, "select * from shardmap_local.mapping order by lo")
         return rows
 
+    async def registered(self, name: str = "one") -> dict[int, UUID]:
+        """Return the mappings of a shard's live sessions, by their pids."""
+        rows = await self.fetch(name, "select pid, mapping_id from shardmap_local.live_session")
+        return {row["pid"]: row["mapping_id"] for row in rows}
+
     async def state(self) -> dict[str, list[tuple[Any, ...]]]:
         """Return all rows that operations change, comparable."""
         queries = {
@@ -283,6 +328,14 @@ class Operating:
             found[f"{name} itself"] = await self.fetch(name, identity)
         return {name: [tuple(row) for row in rows] for name, rows in found.items()}
 
+    def end_operators(self) -> None:
+        """End all connections of the administrator to the catalogue."""
+        self.stores.execute(
+            MAP,
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            f" where datname = current_database() and usename = '{self.stores.roles.admin}'",
+        )
+
     async def clear(self) -> None:
         """Delete all mappings, and set the shards online as at first."""
         await self.fetch(MAP, "delete from shardmap.op_log")
@@ -294,70 +347,12 @@ class Operating:
             await self.fetch(name, f"update shardmap_local.identity {online}")
 
     async def check_invariants(self) -> None:
-        """Fail unless I1, I2 and I4 of the shard maps' document hold."""
-        local = {name: await self.local(name) for name in SHARD_NAMES}
-        online = sorted(
-            (row["lo"], row["hi"], name)
-            for name, rows in local.items()
-            for row in rows
-            if row["status"] == "online"
-        )
-        for (_, hi, one), (lo, _, other) in pairwise(online):
-            assert hi is not None, f"I1: {one} and {other} both have keys online"
-            assert hi <= lo, f"I1: {one} and {other} both have keys online"
-        catalogue = await self.fetch(MAP, "select * from shardmap.mapping")
-        epochs = {row["mapping_id"]: row["epoch"] for rows in local.values() for row in rows}
-        for row in catalogue:
-            held = epochs.get(row["mapping_id"])
-            assert row["op_id"] is not None or held is not None, "I4: the shard has the row"
-            assert held is None or held >= row["epoch"], "I4: the shard's epoch is not lower"
-        for row in catalogue:
-            await self._check_admission(row)
+        """Fail unless I1 to I4 of the shard maps' document hold."""
+        await check_invariants(self)
 
     async def check_settled(self) -> None:
         """Fail unless the invariants hold and nothing is left: both sides have the same rows."""
-        await self.check_invariants()
-        assert await self.fetch(MAP, "select kind, state from shardmap.op_log") == []
-        shards = await self.fetch(MAP, "select * from shardmap.shard")
-        rows = await self.fetch(MAP, "select * from shardmap.mapping")
-        assert all(row["op_id"] is None for row in [*shards, *rows])
-        for name in SHARD_NAMES:
-            identities = await self.fetch(name, "select * from shardmap_local.identity")
-            mine = [one for one in shards if one["name"] == name]
-            assert [(one["shard_id"], one["status"]) for one in identities] == [
-                (one["shard_id"], one["status"]) for one in mine
-            ]
-            ids = {one["shard_id"] for one in mine}
-            expected = {
-                (row["mapping_id"], row["status"], row["epoch"])
-                for row in rows
-                if row["shard_id"] in ids
-            }
-            found = {
-                (row["mapping_id"], row["status"], row["epoch"]) for row in await self.local(name)
-            }
-            assert found == expected, name
-
-    async def _check_admission(self, row: Any) -> None:
-        """Check I2: the shard admits by its own row, whatever the catalogue says."""
-        name = next(name for name, one in self.shards.items() if one.shard_id == row["shard_id"])
-        local = [one for one in await self.local(name) if one["mapping_id"] == row["mapping_id"]]
-        (identity,) = await self.fetch(name, "select status from shardmap_local.identity")
-        key = row["lo"] or b"\0" * HASH_BYTES
-        connection = await self._connected(name, self.stores.roles.session)
-        await connection.execute("begin")
-        try:
-            verdict = (await self.admit(connection, name, row, key))["verdict"]
-        except asyncpg.InsufficientPrivilegeError:
-            return  # no session starts
-        finally:
-            await connection.execute("rollback")
-        expected = (
-            bool(local)
-            and local[0]["status"] == identity["status"] == "online"
-            and local[0]["epoch"] == row["epoch"]
-        )
-        assert (verdict == "ok") == expected, f"I2: {verdict}, but the shard has {local}"
+        await check_settled(self)
 
 
 class Pauses:
@@ -397,6 +392,16 @@ def kill_at(wanted: str) -> Reach:
     async def reach(point: str) -> None:
         if point == wanted:
             raise Killed(point)
+
+    return reach
+
+
+def fail_at(wanted: str) -> Reach:
+    """Return a hook that fails at a point, for good: what was done is undone."""
+
+    async def reach(point: str) -> None:
+        if point == wanted:
+            raise CatalogueError(Reason.STEP_FAILED, "failed by the test")
 
     return reach
 

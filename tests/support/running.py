@@ -163,6 +163,14 @@ async def nothing_left(seconds_max: float = WAIT_SECONDS_MAX) -> AsyncIterator[N
         raise AssertionError(f"before {before}, now {Census.now()}; tasks: {names}") from None
 
 
+class Unread(io.StringIO):
+    """A standard error that nothing reads any more."""
+
+    def write(self, text: str) -> int:
+        """Fail as a pipe does whose reader has ended."""
+        raise BrokenPipeError
+
+
 class LogLines(io.StringIO):
     """What was logged, as JSON lines."""
 

@@ -4,6 +4,7 @@ A real process each time, which starts real PostgreSQL servers; its children are
 its directories by where these children live.
 """
 
+import os
 import re
 import shlex
 import signal
@@ -19,6 +20,7 @@ from proxy.emulator.cluster import CLIENT_ID
 from tests.support.closed_checkout import ClosedCheckout
 from tests.support.proxy_process import (
     ROOT,
+    START_SECONDS_MAX,
     ProxyProcess,
     alive,
     descendants,
@@ -112,6 +114,36 @@ async def test_the_printed_commands_work_and_a_signal_leaves_nothing_behind(
         proxy.send(number)
         assert await proxy.ended() == 0
         await leavings.are_gone()
+    assert proxy.err == ""
+
+
+async def test_the_printed_loop_of_a_tenant_goes_on_when_its_shard_changes(tmp_path: Path) -> None:
+    async with demo(tmp_path, *FREE_PORTS) as proxy:
+        await proxy.printed(LAST_LINE)
+        lines = [line.strip() for line in proxy.out.splitlines()]
+        (loop,) = [line for line in lines if line.startswith("while ")]
+        at = next(at for at, line in enumerate(lines) if line.startswith("export "))
+        export, move, ops, verify = lines[at : at + 4]
+        here = f"cd {shlex.quote(str(ROOT))}; PATH={psql_path().parent}:$PATH; {export}; "
+        bash = started_process(python=("bash",), program=("-c", here + loop))
+        async with bash as looping:
+            seconds = START_SECONDS_MAX
+            await eventually(lambda: looping.out.count("one") > 1, "it reaches one", seconds)
+            moved, pending, verified = [
+                await run_to_end("bash", "-c", here + command) for command in (move, ops, verify)
+            ]
+            # Their progress is on standard error.
+            assert moved[0] == 0, moved
+            assert pending[:2] == (0, "no operation is pending\n")
+            assert verified[0] == 0, verified
+            await eventually(lambda: looping.out.count("two") > 1, "it reaches two", seconds)
+            for pid in descendants(looping.pid):
+                os.kill(pid, signal.SIGTERM)
+        names = [line for line in looping.out.splitlines() if line]
+        assert names == sorted(names)  # of "one" and "two"
+        assert looping.err.count("terminating connection") == 1
+        proxy.send(signal.SIGINT)
+        assert await proxy.ended() == 0
     assert proxy.err == ""
 
 

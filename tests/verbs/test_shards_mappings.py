@@ -150,7 +150,7 @@ async def test_s58_s21_a_shard_goes_offline_and_online(shards: Shards) -> None:
         # The same shard, offline already: what was kept can be ended.
         assert (await shards.done("offline", "--shard", "one"))["sessions_ended"] == 1
     stale = ("online", "--shard", "one", "--expect", 1)
-    assert await refused(shards, *stale) == ("stale_epoch", "40001")
+    assert await refused(shards, *stale) == ("stale_version", "40001")
     facts = await shards.done("online", "--shard", "one", "--expect", 2)
     assert facts["shard"]["status"] == "online"
     statuses = [one["status"] for one in (await shards.done("show"))["mappings"]]

@@ -132,6 +132,7 @@ async def test_s9_show_prints_map_shards_and_mappings_in_order(
         "instance": "",
         "workspace": "",
         "status": "online",
+        "version": 1,
         "mappings": 1,
     }
     same = {"status": "online", "epoch": 1, "locked": False, "op": None}

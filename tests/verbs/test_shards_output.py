@@ -13,7 +13,7 @@ from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_PENDING
 from proxy.verbs.shards import VERBS
 from proxy.verbs.shards.output import PROGRESS_SECONDS, Output, Progress, described, table
 from tests.support.fake_clock import FakeClock
-from tests.support.running import eventually
+from tests.support.running import Unread, eventually
 
 
 def test_a_table_is_aligned_and_has_its_header_without_rows() -> None:
@@ -120,6 +120,19 @@ async def test_progress_is_said_of_what_takes_long_and_of_nothing_else() -> None
         progress("asking shard three")
         assert err.getvalue() == "asking shard one (2 s)\nasking shard three (4 s)\n"
         progress.stop()
+
+
+async def test_no_reader_of_standard_error_ends_no_operation() -> None:
+    """A broken pipe ended a move in the middle, with its mapping offline."""
+    clock, output = FakeClock(), Output(as_json=False)
+    with redirect_stderr(Unread()):
+        progress = Progress(clock)
+        clock.move(PROGRESS_SECONDS)
+        progress("copying")
+        progress.stop()
+        output.warn("one session is not registered")
+        error = CatalogueError(Reason.STEP_FAILED, "left pending", "resume it", op_id=uuid4())
+        assert output.refuse(error) == EXIT_PENDING
 
 
 def test_help_lists_every_verb() -> None:

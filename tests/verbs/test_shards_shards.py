@@ -9,6 +9,8 @@ import asyncpg
 import pytest
 
 from proxy.exit_codes import EXIT_FAILURE, EXIT_USAGE
+from proxy.verbs.shards import read
+from proxy.verbs.shards.arguments import UsageError
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
 from tests.support.operating import until
 from tests.support.proxy_process import started_process
@@ -63,6 +65,7 @@ async def test_s25_add_shard_provisions_a_database_and_registers_it(
         "instance": "",
         "workspace": "",
         "status": "online",
+        "version": 1,
         "mappings": 0,
     }
     assert (await shards.done("show"))["shards"] == [added["shard"]]
@@ -163,6 +166,70 @@ async def test_add_shard_judges_its_arguments_first(
 
 
 # -- grant, revoke -------------------------------------------------------------------------------
+
+
+async def test_s21_alter_shard_changes_what_is_no_location(shards: Shards, stores: Stores) -> None:
+    await shards.set_up()
+    await shards.add("0", "10", "one")
+    facts = await shards.done("alter-shard", "one", "--rename", "uno", "--dry-run")
+    assert (facts["dry_run"], len(facts["plan"])) == (True, 2)
+    assert facts["plan"][1].startswith("Set in the catalogue: name uno.")
+    facts = await shards.done("alter-shard", "one", "--rename", "uno", "--expect", 1)
+    assert (facts["shard"]["name"], facts["shard"]["version"]) == ("uno", 2)
+    assert facts["shard"]["mappings"] == 1
+    assert (await shards.done("show", "--shard", "uno"))["shards"] == [facts["shard"]]
+    stale = ("alter-shard", "uno", "--rename", "one", "--expect", 1)
+    for dry in ((), ("--dry-run",)):
+        assert await shards.refused(*stale, *dry) == ("stale_version", "40001")
+    facts = await shards.done("alter-shard", "uno", "--endpoint", "")
+    assert (facts["shard"]["endpoint"], facts["shard"]["version"]) == ("", 3)
+    endpoint = stores.endpoint("one")
+    answered = await shards("alter-shard", "uno", "--endpoint", endpoint)
+    assert answered.out == "shard uno is as asked (version 4)\n"
+    answered = await shards("alter-shard", "uno", "--endpoint", endpoint)
+    assert answered.out == "shard uno is already as asked (version 4)\n"
+    assert (await shards.refused("alter-shard", "uno", "--rename", "two"))[0] == "exists"
+    assert (await shards.refused("alter-shard", "one", "--rename", "x"))[0] == "unknown_shard"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("--endpoint", "projects/p/branches/b/endpoints/none"),
+        ("--instance", "none"),
+        ("--workspace", "elsewhere"),
+    ],
+    ids=" ".join,
+)
+async def test_alter_shard_takes_no_values_that_lead_nowhere(
+    shards: Shards, values: tuple[str, str]
+) -> None:
+    await shards.set_up()
+    before = await shards.done("show")
+    await shards.refused("alter-shard", "one", *values)
+    assert await shards.done("show") == before
+    assert (await shards.done("ops"))["operations"] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("one",),
+        ("a b", "--rename", "x"),
+        ("one", "--rename", "a b"),
+        ("one", "--endpoint", "projects/p/branches/b/endpoints/e", "--instance", "i"),
+        ("one", "--endpoint", "e"),
+        ("one", "--workspace", "a b"),
+        ("one", "--rename", "x", "--expect", "0"),
+        ("one", "--host", "h"),
+    ],
+    ids=" ".join,
+)
+def test_alter_shard_judges_its_arguments_first(
+    stores: Stores, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    with pytest.raises(UsageError):
+        read(["alter-shard", *arguments, "--config", str(stores.file(tmp_path))])
 
 
 async def test_grant_session_is_for_every_shard_now_and_later(

@@ -20,11 +20,16 @@ from proxy.exit_codes import EXIT_OK
 from proxy.server.process import Signals
 from proxy.verbs.event_loop import run_on_event_loop
 from proxy.verbs.shards import (
+    attach_verbs,
     key_verbs,
+    lock_verbs,
     map_verbs,
     mapping_verbs,
+    move_verbs,
     operation_verbs,
+    recovery_verbs,
     shard_verbs,
+    split_verbs,
     store_verbs,
 )
 from proxy.verbs.shards.administration import administering, check_target
@@ -38,7 +43,12 @@ VERBS: Final[Mapping[str, Verb]] = {
     **map_verbs.VERBS,
     **shard_verbs.VERBS,
     **mapping_verbs.VERBS,
+    **move_verbs.VERBS,
+    **split_verbs.VERBS,
+    **lock_verbs.VERBS,
     **key_verbs.VERBS,
+    **recovery_verbs.VERBS,
+    **attach_verbs.VERBS,
     **operation_verbs.VERBS,
 }
 
@@ -51,7 +61,7 @@ USAGE: Final = (
 It reads the sidecar's settings: [catalogue] says where, the users of its target and of [upstream]
 as whom. RANGE is KEY in a list map, LOW HIGH in the others; what begins with two dashes follows --.
 Verbs that write take --dry-run. Exit codes: 0 done, 1 refused or failed, 2 usage or configuration,
-4 an operation is left pending.
+4 an operation is left pending, 5 verify has found differences.
 """
 )
 
@@ -100,11 +110,10 @@ async def answer(
     output = Output(as_json=arguments.as_json)
     try:
         async with administering(settings) as administration:
-            await verb.run(Call(arguments, administration, output, reach))
+            return await verb.run(Call(arguments, administration, output, reach)) or EXIT_OK
     except CatalogueError as error:
         return output.refuse(error)
     except ProxyError as error:  # of a key or a bound: a database is named where it is asked
         return output.refuse(translated(error, "the argument"))
     finally:
         output.progress.stop()
-    return EXIT_OK

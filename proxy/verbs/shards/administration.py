@@ -6,6 +6,7 @@ Not for: what is asked there. The rules of which hosts get tokens are those of t
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, Final
 
 import asyncpg
@@ -68,6 +69,14 @@ class Administration:
                 _naming_role(connection, where, _OWNER_HINT),
             ):
                 yield connection
+
+    @asynccontextmanager
+    async def share(self, shard: Shard, path: Path) -> AsyncIterator[None]:
+        """Serve a unix socket with sessions of a shard. Raises CatalogueError and OSError."""
+        async with _translating(f"shard {shard.name}"):
+            upstream = await self._shards.of(shard)
+        async with self._private.share(upstream, path):
+            yield
 
     async def catalogue_host(self) -> str:
         """Return the host of the catalogue. Raises ProxyError."""

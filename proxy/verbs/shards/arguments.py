@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
+from uuid import UUID
 
 _END_OF_FLAGS: Final = "--"
 _SWITCHES: Final = ("json",)
@@ -29,7 +30,8 @@ class UsageError(Exception):
 class Syntax:
     """What a verb takes beside --map, --json and the flags of the settings.
 
-    `options` take a value, `switches` do not. A verb that `writes` takes --dry-run.
+    `options` take a value, `switches` do not; `pairs` take two, and may come again. A verb that
+    `writes` takes --dry-run.
     """
 
     usage: str
@@ -37,6 +39,7 @@ class Syntax:
     words_max: int = 0
     options: tuple[str, ...] = ()
     switches: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
     writes: bool = False
 
 
@@ -48,6 +51,8 @@ class Arguments:
     options: Mapping[str, str] = field(default_factory=dict)
     switches: frozenset[str] = frozenset()
     flags: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()
+    """The values of the verb's option that takes two."""
 
     @property
     def as_json(self) -> bool:
@@ -77,6 +82,14 @@ class Arguments:
         name = self.get("shard")
         return None if name is None else shard_name(name)
 
+    def token(self) -> UUID | None:
+        """Return the value of --token. Raises UsageError for what is none."""
+        text = self.get("token")
+        try:
+            return None if text is None else UUID(text)
+        except ValueError:
+            raise UsageError("--token is what lock has printed") from None
+
 
 def parse(arguments: Sequence[str], syntax: Syntax) -> Arguments:
     """Split the arguments after the verb. Raises UsageError."""
@@ -84,6 +97,7 @@ def parse(arguments: Sequence[str], syntax: Syntax) -> Arguments:
     options: dict[str, str] = {}
     switches: set[str] = set()
     flags: list[str] = []
+    pairs: list[tuple[str, str]] = []
     known_options = (*_OPTIONS, *syntax.options)
     known_switches = (*_SWITCHES, *syntax.switches, *([_DRY_RUN] if syntax.writes else []))
     rest = deque(arguments)
@@ -97,23 +111,26 @@ def parse(arguments: Sequence[str], syntax: Syntax) -> Arguments:
             continue
         name, equals, value = argument.removeprefix("--").partition("=")
         if _is_setting(name):
-            flags.append(argument)
-            if not equals and rest and not rest[0].startswith("--"):
-                flags.append(rest.popleft())
+            flags += [argument, *([] if equals else _values_of_setting(rest))]
         elif name in known_switches:
             if equals:
                 raise UsageError(f"--{name} takes no value")
             switches.add(name)
+        elif name in syntax.pairs and not equals:
+            pairs.append((_next_value(name, rest), _next_value(name, rest)))
         elif name in known_options:
             if not equals:
                 value = _next_value(name, rest)
             if options.setdefault(name, value) != value:
                 raise UsageError(f"--{name} is given twice")
         else:
-            raise UsageError(f"there is no --{name}" + _meant(name, known_options, known_switches))
+            raise UsageError(
+                f"there is no --{name}"
+                + _meant(name, (*known_options, *syntax.pairs), known_switches)
+            )
     if not syntax.words_min <= len(words) <= syntax.words_max:
         raise UsageError(f"usage: lakebase-auth-proxy shards {syntax.usage}")
-    return Arguments(tuple(words), options, frozenset(switches), tuple(flags))
+    return Arguments(tuple(words), options, frozenset(switches), tuple(flags), tuple(pairs))
 
 
 def map_name(text: str) -> str:
@@ -140,6 +157,11 @@ def one_of(what: str, text: str, known: Sequence[str]) -> str:
 def _is_setting(name: str) -> bool:
     """Return whether a flag is one of the settings: --SECTION.KEY, or --config."""
     return name == "config" or "." in name
+
+
+def _values_of_setting(rest: "deque[str]") -> list[str]:
+    """Return the value that follows a setting's flag, if one does."""
+    return [] if not rest or rest[0].startswith("--") else [rest.popleft()]
 
 
 def _next_value(name: str, rest: "deque[str]") -> str:

@@ -18,10 +18,9 @@ from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
 from proxy.routing.map_builder import LineMapping, mappings_from_csv
 from proxy.routing.map_rows import MapError
 from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, one_of
-from proxy.verbs.shards.operating import Done, run
-from proxy.verbs.shards.verb import Call, Verb, mapping_facts, shard_facts
+from proxy.verbs.shards.operating import Done, counted_shard, run
+from proxy.verbs.shards.verb import EPOCH_MAX, Call, Verb, mapping_facts
 
-_EPOCH_MAX: Final = (1 << 63) - 1
 _DRAIN_SECONDS: Final = 60
 _DRAIN_SECONDS_MAX: Final = 86_400
 _OVERLAP: Final = " overlap"
@@ -96,14 +95,21 @@ def _lines(path: Path) -> Iterator[Iterator[str]]:
 # -- delete, offline, online ---------------------------------------------------------------------
 
 
+def _judge_change(arguments: Arguments) -> None:
+    _expected(arguments)
+    arguments.token()
+
+
 def _expected(arguments: Arguments) -> int | None:
-    return arguments.number("expect", 1, _EPOCH_MAX)
+    return arguments.number("expect", 1, EPOCH_MAX)
 
 
 async def _delete(call: Call) -> None:
+    expect = _expected(call.arguments)
+
     async def make(connection: Connection, owner: CatalogueMap) -> DeleteMapping:
         lo, hi = parse_bounds(call.arguments.words, owner.spec)
-        return DeleteMapping(owner, lo, hi, expect=_expected(call.arguments))
+        return DeleteMapping(owner, lo, hi, expect=expect, token=call.arguments.token())
 
     if done := await run(call, make):
         _answer_mapping(call, done, "deleted")
@@ -112,6 +118,8 @@ async def _delete(call: Call) -> None:
 def _judge_status(arguments: Arguments) -> None:
     if bool(arguments.words) is (arguments.shard() is not None):
         raise UsageError("RANGE or --shard NAME is needed, and not both")
+    if arguments.token() is not None and not arguments.words:
+        raise UsageError("--token is for RANGE: a lock is of a mapping")
     _expected(arguments)
 
 
@@ -138,7 +146,15 @@ async def _offline(call: Call) -> None:
 
     async def make(connection: Connection, owner: CatalogueMap) -> TakeOffline:
         lo, hi = parse_bounds(call.arguments.words, owner.spec)
-        return TakeOffline(owner, lo, hi, sessions=mode, drain_seconds=seconds, expect=expect)
+        return TakeOffline(
+            owner,
+            lo,
+            hi,
+            sessions=mode,
+            drain_seconds=seconds,
+            expect=expect,
+            token=call.arguments.token(),
+        )
 
     if done := await run(call, make):
         ended = done.operation.sessions_ended
@@ -174,7 +190,7 @@ async def _online(call: Call) -> None:
 
     async def make(connection: Connection, owner: CatalogueMap) -> TakeOnline:
         lo, hi = parse_bounds(call.arguments.words, owner.spec)
-        return TakeOnline(owner, lo, hi, expect=expect)
+        return TakeOnline(owner, lo, hi, expect=expect, token=call.arguments.token())
 
     if done := await run(call, make):
         _answer_mapping(call, done, "online")
@@ -212,9 +228,7 @@ async def _answer_shard(
     call: Call, owner: CatalogueMap, shard: Shard, more: Mapping[str, object] | None = None
 ) -> None:
     """Answer with the shard as the operation left it."""
-    async with call.administration.catalogue() as connection:
-        counts = await store.count_mappings(connection, owner.map_id)
-    facts = shard_facts(shard, counts.get(shard.shard_id, 0))
+    facts = await counted_shard(call, owner, shard)
     lines = [f"shard {shard.name} is {shard.status} (version {shard.version})", *_ended(more)]
     call.output.answer({"shard": facts, **(more or {})}, lines)
 
@@ -237,17 +251,23 @@ VERBS: Final[Mapping[str, Verb]] = {
         _judge_add,
     ),
     "delete": Verb(
-        Syntax("delete RANGE [--expect EPOCH]", 1, 2, options=("expect",), writes=True),
+        Syntax(
+            "delete RANGE [--expect EPOCH] [--token T]",
+            1,
+            2,
+            options=("expect", "token"),
+            writes=True,
+        ),
         _delete,
-        _expected,
+        _judge_change,
     ),
     "offline": Verb(
         Syntax(
             "offline RANGE | --shard NAME [--sessions kill|drain|keep] [--drain-seconds 60]"
-            " [--expect EPOCH]",
+            " [--expect EPOCH] [--token T]",
             0,
             2,
-            options=("shard", "sessions", "drain-seconds", "expect"),
+            options=("shard", "sessions", "drain-seconds", "expect", "token"),
             writes=True,
         ),
         _offline,
@@ -255,10 +275,10 @@ VERBS: Final[Mapping[str, Verb]] = {
     ),
     "online": Verb(
         Syntax(
-            "online RANGE | --shard NAME [--expect EPOCH]",
+            "online RANGE | --shard NAME [--expect EPOCH] [--token T]",
             0,
             2,
-            options=("shard", "expect"),
+            options=("shard", "expect", "token"),
             writes=True,
         ),
         _online,

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, Final
 
 from proxy.catalogue.errors import CatalogueError
@@ -71,7 +71,7 @@ class Progress:
     def _say(self) -> None:
         self._said_at = self._clock()
         elapsed = self._said_at - self._began_at
-        print(f"{self._text} ({elapsed:.0f} s)", file=sys.stderr, flush=True)
+        _print_error(f"{self._text} ({elapsed:.0f} s)")
         self._later(PROGRESS_REPEAT_SECONDS)
 
     def _later(self, seconds: float) -> None:
@@ -122,6 +122,11 @@ class Output:
             for line in lines:
                 print(line)
 
+    def warn(self, text: str) -> None:
+        """Print a warning on standard error."""
+        self.progress.stop()
+        _print_error(f"lakebase-auth-proxy: warning: {text}")
+
     def plan(self, sentences: Sequence[str], facts: Facts | None = None) -> None:
         """Print what would be done."""
         lines = list(sentences) or ["nothing: it is done already"]
@@ -161,10 +166,16 @@ class Output:
             print(json.dumps(refusal))
         else:
             text = f"{error.message} (SQLSTATE {error.sqlstate}, reason={error.reason})"
-            print(f"lakebase-auth-proxy: {text}", file=sys.stderr)
+            _print_error(f"lakebase-auth-proxy: {text}")
             if error.hint:
-                print(f"  {error.hint}", file=sys.stderr)
+                _print_error(f"  {error.hint}")
         return EXIT_FAILURE if error.op_id is None else EXIT_PENDING
+
+
+def _print_error(text: str) -> None:
+    """Print on standard error. If nothing reads it any more, the operation goes on all the same."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _copy(spool: IO[Any], out: IO[str]) -> None:

@@ -1,23 +1,25 @@
-"""`shards add-shard`, `remove-shard`, `sessions`: the shards of a map, and who is on them."""
+"""`shards add-shard`, `alter-shard`, `remove-shard`, `sessions`: shards, and who is on them."""
 
 from collections.abc import Mapping
 from typing import Final
 
 from proxy.addresses import is_pooled_host, is_read_only_host
 from proxy.catalogue import store
+from proxy.catalogue.alter_shard import AlterShard, ShardChanges
 from proxy.catalogue.bounds import parse_bounds, show_bounds
 from proxy.catalogue.errors import CatalogueError, Reason, translated
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
 from proxy.catalogue.model import Mapping as MappingRow
+from proxy.catalogue.operation import check_identity
 from proxy.catalogue.shard_operations import AddShard, RemoveShard, new_shard
 from proxy.catalogue.shard_store import LiveSession, read_sessions
 from proxy.catalogue.store import Span
 from proxy.config import UpstreamSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, shard_name
-from proxy.verbs.shards.operating import run
+from proxy.verbs.shards.operating import counted_shard, run
 from proxy.verbs.shards.output import table
-from proxy.verbs.shards.verb import Call, Json, Verb, shard_facts
+from proxy.verbs.shards.verb import EPOCH_MAX, Call, Json, Verb, shard_facts
 
 _PORT: Final = 5432
 _COLUMNS: Final = ("shard", "pid", "low", "high", "epoch", "proxy", "since")
@@ -26,15 +28,15 @@ _COLUMNS: Final = ("shard", "pid", "low", "high", "epoch", "proxy", "since")
 # -- add-shard, remove-shard ---------------------------------------------------------------------
 
 
-def _judge_add(arguments: Arguments) -> None:
-    """Raise UsageError for what no shard may have."""
+def judge_location(arguments: Arguments) -> None:
+    """Raise UsageError for a name or a location that no shard may have."""
     shard_name(arguments.words[0])
     host, endpoint, instance = (arguments.get(name) for name in ("host", "endpoint", "instance"))
     arguments.number("port", 1, 65535)
     if endpoint and instance:
         raise UsageError("--endpoint and --instance exclude each other")
     if not (host or endpoint or instance):
-        raise UsageError("add-shard needs --host, or --endpoint or --instance to look it up")
+        raise UsageError("a shard needs --host, or --endpoint or --instance to look it up")
     for name in ("host", "database", "endpoint", "instance", "workspace"):
         if (value := arguments.get(name)) is not None:
             _check(name, value)
@@ -61,16 +63,10 @@ def _check_host(host: str) -> None:
 
 
 async def _add_shard(call: Call) -> None:
-    arguments = call.arguments
-    _check_host(arguments.get("host") or "")
-    host = arguments.get("host") or await _host_of(call)
-    _check_host(host)
-    name = arguments.words[0]
+    name, host = call.arguments.words[0], await given_host(call)
 
     async def make(_: Connection, owner: CatalogueMap) -> AddShard:
-        shard = _row(call, owner, host)
-        await call.administration.check_shard(shard)
-        return AddShard(owner, shard)
+        return AddShard(owner, await given_shard(call, owner, host))
 
     call.output.progress(f"adding the shard {name}")
     done = await run(call, make)
@@ -80,18 +76,30 @@ async def _add_shard(call: Call) -> None:
         call.output.answer({"shard": shard_facts(shard, 0)}, lines)
 
 
-async def _host_of(call: Call) -> str:
-    """Return the host of the endpoint or the instance that is given. Raises CatalogueError."""
+async def given_host(call: Call) -> str:
+    """Return the host that is given, or looked up. Raises CatalogueError."""
+    host = call.arguments.get("host") or ""
+    _check_host(host)
+    given = (call.arguments.get(name) or "" for name in ("endpoint", "instance", "workspace"))
+    host = host or await _host_of(call, *given)
+    _check_host(host)
+    return host
+
+
+async def given_shard(call: Call, owner: CatalogueMap, host: str) -> Shard:
+    """Return the row of the shard that is given. Raises CatalogueError if it may not be dialled."""
+    shard = _row(call, owner, host)
+    await call.administration.check_shard(shard)
+    return shard
+
+
+async def _host_of(call: Call, endpoint: str, instance: str, workspace: str) -> str:
+    """Return the host of an endpoint or an instance. Raises CatalogueError."""
     call.output.progress("looking up the host")
-    arguments, settings = call.arguments, call.settings
-    workspace = arguments.get("workspace") or ""
+    settings = call.settings
     if workspace and workspace not in settings.workspaces:
-        raise translated(ProxyError(ErrorKind.WORKSPACE_UNKNOWN, workspace), "the new shard")
-    given = UpstreamSettings(
-        endpoint=arguments.get("endpoint") or "",
-        instance=arguments.get("instance") or "",
-        workspace=workspace,
-    )
+        raise translated(ProxyError(ErrorKind.WORKSPACE_UNKNOWN, workspace), "the shard")
+    given = UpstreamSettings(endpoint=endpoint, instance=instance, workspace=workspace)
     return await call.administration.host_of(given.inheriting(settings.upstream))
 
 
@@ -122,6 +130,62 @@ async def _remove_shard(call: Call) -> None:
         shard = done.operation.shard
         lines = [f"removed the shard {name} at {shard.location}"]
         call.output.answer({"shard": shard_facts(shard, 0)}, lines)
+
+
+# -- alter-shard ---------------------------------------------------------------------------------
+
+
+def _judge_alter(arguments: Arguments) -> None:
+    """Raise UsageError for what no shard may have. Empty is none, of what may be none."""
+    shard_name(arguments.words[0])
+    arguments.number("expect", 1, EPOCH_MAX)
+    if (name := arguments.get("rename")) is not None:
+        shard_name(name)
+    if arguments.get("endpoint") and arguments.get("instance"):
+        raise UsageError("--endpoint and --instance exclude each other")
+    given = {name: arguments.get(name) for name in ("endpoint", "instance", "workspace")}
+    for name, value in given.items():
+        if value:
+            _check(name, value)
+    if arguments.get("rename") is None and not any(one is not None for one in given.values()):
+        raise UsageError("alter-shard needs --endpoint, --instance, --workspace or --rename")
+
+
+async def _alter_shard(call: Call) -> None:
+    arguments = call.arguments
+    name, expect = arguments.words[0], arguments.number("expect", 1, EPOCH_MAX)
+    endpoint, instance = arguments.get("endpoint"), arguments.get("instance")
+    changes = ShardChanges(
+        arguments.get("rename"),
+        endpoint or (None if instance else endpoint),
+        instance or (None if endpoint else instance),
+        arguments.get("workspace"),
+    )
+
+    async def make(connection: Connection, owner: CatalogueMap) -> AlterShard:
+        operation = AlterShard(owner, name, changes, expect=expect)
+        await operation.find(connection)
+        await _check_reached(call, owner, operation.after)
+        return operation
+
+    call.output.progress(f"changing the shard {name}")
+    done = await run(call, make)
+    if done is not None:
+        after = done.operation.after
+        was = "" if done.changed else " already"
+        lines = [f"shard {after.name} is{was} as asked (version {after.version})"]
+        call.output.answer({"shard": await counted_shard(call, done.map, after)}, lines)
+
+
+async def _check_reached(call: Call, owner: CatalogueMap, shard: Shard) -> None:
+    """Check that a row leads to the shard. Raises CatalogueError.
+
+    A token for another resource may serve, so that of the row is looked up.
+    """
+    if shard.endpoint or shard.instance:
+        await _host_of(call, shard.endpoint, shard.instance, shard.workspace)
+    async with call.administration.shard(shard) as there:
+        await check_identity(there, owner, shard)
 
 
 # -- sessions ------------------------------------------------------------------------------------
@@ -188,16 +252,23 @@ def _session_facts(session: LiveSession, shard: Shard, owner: CatalogueMap) -> J
     }
 
 
-_ADD: Final = Syntax(
-    "add-shard NAME [--host H] [--port N] [--database D] [--endpoint E | --instance I]"
-    " [--workspace W]",
+LOCATION_USAGE: Final = (
+    "NAME [--host H] [--port N] [--database D] [--endpoint E | --instance I] [--workspace W]"
+)
+LOCATION_OPTIONS: Final = ("host", "port", "database", "endpoint", "instance", "workspace")
+
+_ADD: Final = Syntax(f"add-shard {LOCATION_USAGE}", 1, 1, options=LOCATION_OPTIONS, writes=True)
+_ALTER: Final = Syntax(
+    "alter-shard NAME [--endpoint E | --instance I] [--workspace W] [--rename NEW]"
+    " [--expect VERSION]",
     1,
     1,
-    options=("host", "port", "database", "endpoint", "instance", "workspace"),
+    options=("endpoint", "instance", "workspace", "rename", "expect"),
     writes=True,
 )
 VERBS: Final[Mapping[str, Verb]] = {
-    "add-shard": Verb(_ADD, _add_shard, _judge_add),
+    "alter-shard": Verb(_ALTER, _alter_shard, _judge_alter),
+    "add-shard": Verb(_ADD, _add_shard, judge_location),
     "remove-shard": Verb(
         Syntax("remove-shard NAME", 1, 1, writes=True),
         _remove_shard,

@@ -4,13 +4,15 @@ For: the types that all verbs share, and how maps, shards and mappings are shown
 any one of them.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 from uuid import UUID
 
 from proxy.catalogue import store
 from proxy.catalogue.bounds import show_bounds
-from proxy.catalogue.model import CatalogueMap, Connection, Shard
+from proxy.catalogue.model import CatalogueMap, Connection, Shard, Sleep
 from proxy.catalogue.model import Mapping as MappingRow
 from proxy.catalogue.operation import Reach, pass_by
 from proxy.config import Settings
@@ -21,18 +23,22 @@ from proxy.verbs.shards.output import Output
 
 Json = dict[str, object]
 
+# As the catalogue's columns have it, of epochs and of versions.
+EPOCH_MAX: Final = (1 << 63) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One call of a verb: what it was given, what it connects with, and where it answers.
 
-    `reach` is called at each point of an operation.
+    `reach` is called at each point of an operation, `sleep` before a step is tried again.
     """
 
     arguments: Arguments
     administration: Administration
     output: Output
     reach: Reach = pass_by
+    sleep: Sleep = asyncio.sleep
 
     @property
     def settings(self) -> Settings:
@@ -50,11 +56,12 @@ class Call:
 class Verb:
     """A verb. `judge` raises UsageError for arguments that can be judged without a database.
 
-    `run` answers, or raises CatalogueError or ProxyError.
+    `run` answers, or raises CatalogueError or ProxyError. What it returns is the exit code, None
+    for success.
     """
 
     syntax: Syntax
-    run: Callable[[Call], Awaitable[None]]
+    run: Callable[[Call], Awaitable[int | None]]
     judge: Callable[[Arguments], object] = lambda _: None
     of_a_map: Callable[[Arguments], bool] = lambda _: True
     """Returns whether the call is about one map."""
@@ -98,6 +105,7 @@ def shard_facts(shard: Shard, mappings: int) -> Json:
         "instance": shard.instance,
         "workspace": shard.workspace,
         "status": str(shard.status),
+        "version": shard.version,
         "mappings": mappings,
     }
 

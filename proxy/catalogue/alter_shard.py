@@ -1,0 +1,172 @@
+"""Changing what a shard's row says beside its location: resource, workspace, name.
+
+Sidecars follow: the next session of the shard is dialled by the new row, those that live go on. The
+location is not changed here, as another database may be there.
+
+Invariant: the shard's version is never lower in the shard than in the catalogue. The shard is
+reached by the new row, so that values which lead nowhere are never in force.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+from uuid import UUID
+
+from proxy.catalogue.errors import CatalogueError, Reason
+from proxy.catalogue.mapping_operations import END, LOCAL
+from proxy.catalogue.mapping_rows import check_expected
+from proxy.catalogue.model import CatalogueMap, Connection, Shard
+from proxy.catalogue.operation import (
+    Json,
+    Operation,
+    Step,
+    Tools,
+    Unchanged,
+    shard_from_json,
+    shard_to_json,
+)
+from proxy.catalogue.store import read_shard, read_shards
+
+
+@dataclass(frozen=True, slots=True)
+class ShardChanges:
+    """New values of a shard's row; None: as it is. Endpoint and instance exclude each other."""
+
+    name: str | None = None
+    endpoint: str | None = None
+    instance: str | None = None
+    workspace: str | None = None
+
+    def of(self, shard: Shard) -> Shard:
+        """Return the row with these values."""
+        if self.endpoint is not None:
+            shard = replace(shard, endpoint=self.endpoint, instance="")
+        if self.instance is not None:
+            shard = replace(shard, endpoint="", instance=self.instance)
+        if self.workspace is not None:
+            shard = replace(shard, workspace=self.workspace)
+        return shard if self.name is None else replace(shard, name=self.name)
+
+
+class AlterShard(Operation):
+    """Change a shard's row. `after` is the row as the operation leaves it."""
+
+    kind: ClassVar[str] = "alter_shard"
+    steps: ClassVar[tuple[Step, ...]] = (LOCAL, END)
+
+    def __init__(
+        self,
+        catalogue_map: CatalogueMap,
+        name: str,
+        changes: ShardChanges,
+        *,
+        expect: int | None = None,
+        op_id: UUID | None = None,
+    ) -> None:
+        super().__init__(catalogue_map, op_id)
+        self._name = name
+        self._changes = changes
+        self._expect = expect
+        self.before: Shard
+
+    @property
+    def after(self) -> Shard:
+        """The shard's row as it will be; it leads to the shard."""
+        return self.shards[0]
+
+    def body(self) -> Json:
+        """Return what the row has."""
+        return {**super().body(), "before": shard_to_json(self.before)}
+
+    def results(self) -> Json:
+        """Return the row, with the version that the shard gave."""
+        return {"rows": [shard_to_json(self.after)]}
+
+    @classmethod
+    def from_body(cls, catalogue_map: CatalogueMap, op_id: UUID, body: Json) -> Self:
+        """Return the operation of a row."""
+        before = shard_from_json(body["before"])
+        operation = cls(catalogue_map, before.name, ShardChanges(), op_id=op_id).load(body)
+        operation.before = before
+        return operation
+
+    async def find(self, catalogue: Connection) -> None:
+        """Find the shard, and pending operations on one of the new name."""
+        self.before = await read_shard(catalogue, self.map, self._name)
+        after = self._changes.of(self.before)
+        if after != self.before:
+            after = replace(after, version=self.before.version + 1)
+        self.shards = (after,)
+        same = await self._same_name(catalogue)
+        self.blocking = frozenset(one.op_id for one in same if one.op_id)
+
+    async def _same_name(self, catalogue: Connection) -> list[Shard]:
+        shards = await read_shards(catalogue, self.map.map_id)
+        after = self.after
+        return [one for one in shards if one.name == after.name and one.shard_id != after.shard_id]
+
+    async def begin(self, catalogue: Connection) -> None:
+        """Check version and name, and mark the row. Raises CatalogueError: EXISTS."""
+        version, reason = self.before.version, Reason.STALE_VERSION
+        check_expected(f"the shard {self._name}", self._expect, version, reason)
+        if self.after == self.before:
+            raise Unchanged
+        for one in await self._same_name(catalogue):
+            text = f"the map {self.map.name} has the shard {one.name} at {one.location}"
+            raise CatalogueError(Reason.EXISTS, text)
+        await catalogue.execute(
+            "update shardmap.shard set op_id = $2 where shard_id = $1",
+            *(self.before.shard_id, self.op_id),
+        )
+
+    def plan(self) -> list[str]:
+        """Return what will be done."""
+        before, after = shard_to_json(self.before), shard_to_json(self.after)
+        names = ("name", "endpoint", "instance", "workspace")
+        changed = [name for name in names if before[name] != after[name]]
+        values = ", ".join(f"{name} {after[name] or 'none'}" for name in changed)
+        return [
+            f"Raise the version of shard {self._name} in its own schema, reached by the new row.",
+            f"Set in the catalogue: {values}. Proxies open new sessions by it, others go on.",
+        ]
+
+    async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
+        """Raise the version of the shard's identity."""
+        version = await connection.fetchval(
+            "update shardmap_local.identity set version = greatest(version, $2)"
+            " where map_id = $1 returning version",
+            *(self.map.map_id, self.before.version + 1),
+        )
+        self.shards = (replace(self.after, version=version),)
+
+    async def do_catalogue(self, step: str, catalogue: Connection) -> None:
+        """Set the row."""
+        after = self.after
+        await catalogue.execute(
+            "update shardmap.shard set name = $2, endpoint = $3, instance = $4, workspace = $5,"
+            " version = $6, op_id = null where shard_id = $1",
+            *(after.shard_id, after.name, after.endpoint, after.instance, after.workspace),
+            after.version,
+        )
+
+    async def is_applied(self, catalogue: Connection) -> bool:
+        """Return whether the row is as the operation leaves it."""
+        query = "select name, version from shardmap.shard where shard_id = $1"
+        row = await catalogue.fetchrow(query, self.after.shard_id)
+        return row is not None and tuple(row) == (self.after.name, self.after.version)
+
+    async def undo_shard(self, connection: Connection, shard: Shard) -> None:
+        """Raise the version above all used, if it was raised."""
+        before = self.before
+        version = await connection.fetchval(
+            "update shardmap_local.identity set version = greatest(version, $3)"
+            " where map_id = $1 and version > $2 returning version",
+            *(self.map.map_id, before.version, before.version + 2),
+        )
+        self.before = replace(before, version=version or before.version)
+
+    async def undo_catalogue(self, catalogue: Connection) -> None:
+        """Clear the mark; the version is the shard's."""
+        await catalogue.execute(
+            "update shardmap.shard set version = $2, op_id = null where shard_id = $1",
+            *(self.before.shard_id, self.before.version),
+        )

@@ -1,0 +1,94 @@
+"""Operations that are pending on a shard whose host is gone: they go with it to its new one.
+
+For: `relocate`, which comes after them: each has the location that its shard had when it began, so
+that neither could go on. Not for: a location that still answers, where they can be settled.
+
+Invariant: only operations whose process has ended are changed: their locks are held meanwhile.
+"""
+
+import json
+from typing import Any, Final
+
+from proxy.catalogue.errors import CatalogueError, driver_errors
+from proxy.catalogue.held_connection import lock_key
+from proxy.catalogue.model import CatalogueMap, Connection, Shard
+from proxy.catalogue.op_log import OperationRow, read_all
+from proxy.catalogue.operation import Databases, to_text
+from proxy.catalogue.relocate import SET_LOCATION, SET_ROW, Relocate, check_same
+from proxy.catalogue.transactions import transaction
+from proxy.catalogue.verify import read_itself
+from proxy.errors import ProxyError
+
+_LOCK_MAP: Final = "select from shardmap.shard_map where map_id = $1 for update"
+_SET_BODY: Final = "update shardmap.op_log set body = $2::text::jsonb where op_id = $1"
+_LOCK: Final = "select pg_catalog.pg_try_advisory_xact_lock($1)"
+
+
+async def lead_pending(
+    databases: Databases, catalogue_map: CatalogueMap, old: Shard, new: Shard
+) -> int:
+    """Lead what is pending on a shard to its new location, with its row. Return how many.
+
+    None if there is nothing, or the old location answers. It may be repeated.
+
+    Raises CatalogueError: OPERATION_PENDING while a process works on one, WRONG_SHARD if the new
+    location is another shard.
+    """
+    async with databases.catalogue() as catalogue:
+        if not await _pending(catalogue, catalogue_map, old) or await _answers(databases, old):
+            return 0
+        async with transaction(catalogue):
+            await catalogue.execute(_LOCK_MAP, catalogue_map.map_id)
+            pending = await _pending(catalogue, catalogue_map, old)
+            for row in pending:
+                if not await catalogue.fetchval(_LOCK, lock_key(row.op_id)):
+                    raise row.in_use()
+            await _write_location(databases, catalogue_map, old, new)
+            values = (new.host, new.port, new.database, new.endpoint, new.instance, new.workspace)
+            await catalogue.execute(SET_ROW, new.shard_id, *values)
+            for row in pending:
+                await catalogue.execute(_SET_BODY, row.op_id, to_text(_led(row.body, new)))
+    return len(pending)
+
+
+async def _pending(
+    catalogue: Connection, catalogue_map: CatalogueMap, shard: Shard
+) -> list[OperationRow]:
+    """Return the operations on the shard; one that relocates it has both locations."""
+    rows = await read_all(catalogue, catalogue_map.map_id)
+    wanted = str(shard.shard_id)
+    return [row for row in rows if wanted in row.body["shards"] and row.kind != Relocate.kind]
+
+
+async def _answers(databases: Databases, shard: Shard) -> bool:
+    try:
+        async with databases.shard(shard):
+            return True
+    except driver_errors(CatalogueError, ProxyError):
+        return False
+
+
+async def _write_location(
+    databases: Databases, catalogue_map: CatalogueMap, old: Shard, new: Shard
+) -> None:
+    """Write into the shard where it is. It comes first: the old location is gone anyway."""
+    async with databases.shard(new) as connection, transaction(connection):
+        itself = await read_itself(connection, catalogue_map.map_id, f"shard {new.name}")
+        check_same(itself, old, new)
+        await connection.execute(SET_LOCATION, catalogue_map.map_id, new.location)
+
+
+def _led(body: Any, new: Shard) -> dict[str, Any]:
+    """Return an operation's body with the shard's new location."""
+    changed: dict[str, Any] = json.loads(json.dumps(body))
+    for row in changed["rows"]:
+        if row["shard_id"] == str(new.shard_id):
+            row.update(
+                host=new.host,
+                port=new.port,
+                database=new.database,
+                endpoint=new.endpoint,
+                instance=new.instance,
+                workspace=new.workspace,
+            )
+    return changed

@@ -1,0 +1,98 @@
+"""`shards lock`, `unlock`: who alone may change a mapping for a while."""
+
+from collections.abc import Mapping
+from typing import Final
+from uuid import uuid4
+
+from proxy.catalogue.bounds import in_words, parse_bounds
+from proxy.catalogue.locks import lock_mapping, unlock_all, unlock_mapping
+from proxy.catalogue.model import CatalogueMap, Connection
+from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError
+from proxy.verbs.shards.operating import in_catalogue
+from proxy.verbs.shards.verb import Call, Verb
+
+_SECONDS: Final = 3600
+_SECONDS_MAX: Final = 30 * 86_400
+_LABEL_MAX: Final = 200
+_FORCE: Final = "force"
+
+
+def _judge_lock(arguments: Arguments) -> None:
+    _seconds(arguments)
+    label = arguments.get("label") or ""
+    if len(label) > _LABEL_MAX or not label.isprintable():
+        raise UsageError(f"--label is a text of {_LABEL_MAX} printable characters at most")
+
+
+def _seconds(arguments: Arguments) -> int:
+    """Return how long a lock is in force. Raises UsageError."""
+    return arguments.number("expires-seconds", 1, _SECONDS_MAX) or _SECONDS
+
+
+async def _lock(call: Call) -> None:
+    token, seconds = uuid4(), _seconds(call.arguments)
+    label = call.arguments.get("label") or ""
+
+    async def change(connection: Connection, owner: CatalogueMap) -> str:
+        bounds = parse_bounds(call.arguments.words, owner.spec)
+        await lock_mapping(connection, owner, bounds, token, label=label, seconds=seconds)
+        return in_words(owner.spec, *bounds)
+
+    call.output.progress("locking the mapping")
+    bounds = await in_catalogue(call, change)
+    if call.arguments.dry_run:
+        call.output.plan([f"Lock the mapping {bounds} in the catalogue, for {seconds} s."])
+        return
+    lines = [f"locked the mapping {bounds} for {seconds} s; its token:", str(token)]
+    call.output.answer({"token": str(token)}, lines)
+
+
+def _judge_unlock(arguments: Arguments) -> None:
+    forced = _FORCE in arguments.switches
+    if (arguments.token() is not None) is forced or (forced and not arguments.words):
+        raise UsageError("unlock needs --token T, or RANGE and --force")
+
+
+async def _unlock(call: Call) -> None:
+    token = call.arguments.token()
+
+    async def change(connection: Connection, owner: CatalogueMap) -> int:
+        if call.arguments.words:
+            bounds = parse_bounds(call.arguments.words, owner.spec)
+            return await unlock_mapping(connection, owner, bounds, token)
+        assert token is not None  # it was judged
+        return await unlock_all(connection, owner, token)
+
+    call.output.progress("unlocking")
+    unlocked = await in_catalogue(call, change)
+    if call.arguments.dry_run:
+        call.output.plan([f"Unlock {unlocked} mappings in the catalogue."] if unlocked else [])
+        return
+    call.output.answer({"unlocked": unlocked}, [f"unlocked {unlocked} mappings"])
+
+
+VERBS: Final[Mapping[str, Verb]] = {
+    "lock": Verb(
+        Syntax(
+            "lock RANGE [--label TEXT] [--expires-seconds 3600]",
+            1,
+            2,
+            options=("label", "expires-seconds"),
+            writes=True,
+        ),
+        _lock,
+        _judge_lock,
+    ),
+    "unlock": Verb(
+        Syntax(
+            "unlock RANGE --token T | --force, or unlock --token T",
+            0,
+            2,
+            options=("token",),
+            switches=(_FORCE,),
+            writes=True,
+        ),
+        _unlock,
+        _judge_unlock,
+    ),
+}

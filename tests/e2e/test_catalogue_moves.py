@@ -1,0 +1,381 @@
+"""Moves under a running sidecar: clients lose a session, and find their key on the other shard."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from proxy.catalogue.errors import CatalogueError
+from proxy.catalogue.mapping_operations import AddMapping
+from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
+from proxy.catalogue.model import SessionsMode
+from proxy.catalogue.move import Move
+from proxy.catalogue.reassign import Reassign
+from proxy.catalogue.shard_store import reader_statements
+from proxy.server.app import App
+from proxy.server.serving import serving
+from tests.support.catalogue import MAP, SHARD_NAMES, Stores
+from tests.support.operating import Killed, Operating, Pauses, in_background, kill_at, until
+from tests.support.running import captured_log, eventually
+from tests.support.secret_canaries import watching
+
+SECONDS_MAX: Final = 30.0
+MANY: Final = 100
+# What a client hears when its session is ended for a move, or its connection with it.
+ENDED: Final = (
+    asyncpg.AdminShutdownError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # the server ended it between two of the driver's messages
+    OSError,
+)
+
+Start = Callable[..., Awaitable[App]]
+
+
+@pytest_asyncio.fixture
+async def operating(stores: Stores) -> AsyncIterator[Operating]:
+    """Return a map with [0, 100) and [100, 200) on shard one; a table on both names its shard."""
+    found = Operating(stores)
+    await found.set_up()
+    for statement in reader_statements(stores.roles.reader):
+        await found.fetch(MAP, statement)
+    for low in (0, 100):
+        await found.run(AddMapping(found.map, *found.bounds(low, low + 100), "one"))
+    for name in SHARD_NAMES:
+        await found.fetch(name, "create table here (name text)")
+        await found.fetch(name, "insert into here values ($1)", name)
+        await found.fetch(name, f'grant select on here to "{stores.roles.session}"')
+    yield found
+    await found.close()
+
+
+@pytest_asyncio.fixture
+async def start(stores: Stores) -> AsyncIterator[Start]:
+    """Return a function that starts a sidecar; keyword arguments are of [catalogue]."""
+    async with AsyncExitStack() as stack:
+        stack.enter_context(captured_log())
+
+        async def started(**catalogue: Any) -> App:
+            settings = stores.settings(stores.roles.session, catalogue=catalogue)
+            app = await stack.enter_async_context(serving(settings))
+            return await stack.enter_async_context(watching(app))
+
+        yield started
+
+
+async def connect(app: App, key: int) -> Any:
+    return await asyncpg.connect(
+        host=app.listen_host,
+        port=app.listen_port,
+        user="anyone",
+        database=f"app@{key}",
+        ssl=False,
+        timeout=SECONDS_MAX,
+    )
+
+
+@asynccontextmanager
+async def session(app: App, key: int) -> AsyncIterator[Any]:
+    connection = await connect(app, key)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+async def shard_of(connection: Any) -> str:
+    """Return the shard that a session is on, by its own table."""
+    name: str = await connection.fetchval("select name from here")
+    return name
+
+
+async def lives(connection: Any) -> bool:
+    try:
+        return bool(await connection.fetchval("select true"))
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+        return False
+
+
+def moved(app: App) -> float:
+    return app.metrics.value("sessions_ended_total", reason="mapping_moved")
+
+
+def move(operating: Operating, low: int = 0, to: str = "two", **arguments: Any) -> Move:
+    return Move(operating.map, *operating.bounds(low, low + 100), to, **arguments)
+
+
+@dataclass
+class Loop:
+    """A client that queries for one key without end, and connects again when it has to."""
+
+    app: App
+    key: int
+    shards: list[str] = field(default_factory=list)
+    lost: int = 0
+    refused: list[str] = field(default_factory=list)
+    waited_max_seconds: float = 0.0
+
+    async def __call__(self) -> None:
+        while True:
+            began = time.monotonic()
+            try:
+                connection = await connect(self.app, self.key)
+            except (asyncpg.PostgresError, OSError) as error:
+                self.refused.append(repr(error))
+                continue
+            self.waited_max_seconds = max(self.waited_max_seconds, time.monotonic() - began)
+            try:
+                while True:
+                    self.shards.append(await shard_of(connection))
+            except ENDED:
+                self.lost += 1
+            finally:
+                connection.terminate()
+
+
+@pytest.mark.parametrize("feed", ["listen", "off"])
+async def test_the_loop_of_a_key_loses_one_session_and_goes_on_on_the_other_shard(
+    operating: Operating, start: Start, feed: str
+) -> None:
+    app = await start(feed=feed)
+    loop = Loop(app, 5)
+    async with in_background(loop()):
+        await eventually(lambda: len(loop.shards) > 3, "it queries")
+        await operating.run(moving := move(operating))
+        await eventually(lambda: "two" in loop.shards, "it is on the other shard")
+    first = loop.shards.index("two")
+    assert set(loop.shards[:first]) == {"one"}
+    assert set(loop.shards[first:]) == {"two"}
+    assert (loop.lost, loop.refused, moving.sessions_ended) == (1, [], 1)
+    await operating.check_settled()
+
+
+async def test_a_hundred_live_sessions_are_each_ended_once_and_new_clients_wait_no_longer(
+    operating: Operating, start: Start
+) -> None:
+    app = await start()
+    async with AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(session(app, key)) for key in range(MANY)]
+        other = await stack.enter_async_context(session(app, 150))
+        pauses = Pauses("announced.done")
+        moving = move(operating)
+        async with in_background(operating.run(moving, pauses)) as running:
+            await pauses.reached("announced.done")
+            coming = [asyncio.ensure_future(timed_connect(app, key)) for key in range(20)]
+            await eventually(lambda: app.metrics.value("parked_sessions") == 20, "they are parked")
+            resumed_at = time.monotonic()
+            pauses.resume("announced.done")
+            assert await running
+            done_at = time.monotonic()
+        for connection, connected_at in await asyncio.gather(*coming):
+            stack.callback(connection.terminate)
+            assert await shard_of(connection) == "two"
+            # The bound is relative: the machine may be busy.
+            assert connected_at - resumed_at < 2 * (done_at - resumed_at) + 2.0
+        assert moving.sessions_ended == MANY
+        await eventually(lambda: moved(app) == MANY, "each is counted")
+        assert not any([await lives(one) for one in sessions])
+        assert await lives(other)
+        assert moved(app) == MANY
+        assert app.metrics.value("startup_failures_total") == 0
+    await operating.check_settled()
+
+
+async def timed_connect(app: App, key: int) -> tuple[Any, float]:
+    connection = await connect(app, key)
+    return connection, time.monotonic()
+
+
+async def test_s10_a_reassigned_mapping_is_served_from_the_other_shard_once_it_is_online(
+    operating: Operating, start: Start
+) -> None:
+    app = await start()
+    bounds = operating.bounds(0, 100)
+    with pytest.raises(CatalogueError) as refused:
+        await operating.run(Reassign(operating.map, *bounds, "two"))
+    assert refused.value.reason == "not_offline"
+    await operating.run(TakeOffline(operating.map, *bounds))
+    await operating.run(Reassign(operating.map, *bounds, "two"))
+    waiting = asyncio.ensure_future(connect(app, 5))
+    await eventually(lambda: app.metrics.value("parked_sessions") == 1, "it is parked")
+    await operating.run(TakeOnline(operating.map, *bounds))
+    connection = await waiting
+    assert await shard_of(connection) == "two"
+    connection.terminate()
+    async with operating.session(5, name="one") as old:
+        assert old.verdict == "mapping_missing"
+
+
+async def test_s11_the_same_move_twice_needs_the_epoch_of_now(
+    operating: Operating, start: Start
+) -> None:
+    app = await start()
+    await operating.run(move(operating, expect=1))
+    with pytest.raises(CatalogueError) as refused:
+        await operating.run(move(operating, to="one", expect=1))
+    assert (refused.value.reason, refused.value.sqlstate) == ("stale_epoch", "40001")
+    async with session(app, 5) as one:
+        assert await shard_of(one) == "two"
+        await operating.run(move(operating, to="one", expect=4))
+        assert not await lives(one)
+    async with session(app, 5) as one:
+        assert await shard_of(one) == "one"
+
+
+async def test_s27_a_move_that_was_killed_is_undone_by_the_next_writer_under_clients(
+    operating: Operating, start: Start
+) -> None:
+    app = await start()
+    for point in ("announced", "drained", "target_ready.record", "flipped"):
+        with pytest.raises(Killed):
+            await operating.run(move(operating), kill_at(point))
+        waiting = asyncio.ensure_future(connect(app, 5))
+        await eventually(lambda: app.metrics.value("parked_sessions") == 1, "it is parked")
+        await operating.run(moving := move(operating, low=100))  # the other mapping
+        connection = await waiting
+        assert await shard_of(connection) == "one"
+        connection.terminate()
+        await operating.run(move(operating, low=100, to="one"))
+        assert moving.after.epoch > 1
+    await operating.check_settled()
+
+
+async def test_s29_one_of_two_moves_of_a_range_wins_and_other_ranges_are_not_delayed(
+    operating: Operating, start: Start
+) -> None:
+    """On two shards the operators work at the same time; on one the second one hears at once."""
+    app = await start()
+    await operating.run(move(operating, low=100))
+    pauses = Pauses("drained.done")
+    bounds = operating.bounds(0, 100)
+    async with in_background(operating.run(first := move(operating), pauses)) as running:
+        await pauses.reached("drained.done")
+        for other in (move(operating), Reassign(operating.map, *bounds, "two")):
+            began = time.monotonic()
+            with pytest.raises(CatalogueError) as refused:
+                await operating.run(other)
+            assert (refused.value.reason, refused.value.sqlstate) == ("operation_pending", "55P03")
+            assert str(first.op_id) in refused.value.message
+            assert time.monotonic() - began < SECONDS_MAX
+        async with session(app, 150) as other_key:  # clients of other keys notice nothing
+            assert await shard_of(other_key) == "two"
+        pauses.resume("drained.done")
+        assert await running
+    async with session(app, 5) as connection:
+        assert await shard_of(connection) == "two"
+    await operating.check_settled()
+
+
+async def test_r4_a_client_that_comes_between_flip_and_opening_is_parked_and_served(
+    operating: Operating, start: Start
+) -> None:
+    app = await start()
+    pauses = Pauses("opened")
+    async with in_background(operating.run(move(operating), pauses)) as running:
+        await pauses.reached("opened")
+        waiting = asyncio.ensure_future(connect(app, 5))
+        await eventually(lambda: app.metrics.value("parked_sessions") == 1, "it is parked")
+        pauses.resume("opened")
+        assert await running
+        connection = await waiting
+        assert await shard_of(connection) == "two"
+        connection.terminate()
+    assert app.metrics.value("startup_failures_total") == 0
+
+
+async def test_r4_without_a_feed_a_client_that_comes_before_the_opening_is_served_after_it(
+    operating: Operating, start: Start
+) -> None:
+    app = await start(feed="off")
+    async with session(app, 5):
+        pass
+    pauses = Pauses("opened")
+    async with in_background(operating.run(move(operating), pauses)) as running:
+        await pauses.reached("opened")
+        waiting = asyncio.ensure_future(connect(app, 5))
+        await eventually(lambda: app.metrics.value("parked_sessions") == 1, "it is parked")
+        pauses.resume("opened")
+        assert await running
+        connection = await waiting
+        assert await shard_of(connection) == "two"
+        connection.terminate()
+
+
+async def test_r12_a_transaction_that_a_client_has_prepared_is_waited_for(
+    operating: Operating, start: Start
+) -> None:
+    app = await start()
+    async with session(app, 5) as connection:
+        await connection.execute("begin; prepare transaction 'of a client'")
+        async with operating.operator() as looking:
+
+            async def waits() -> bool:
+                rows = await looking.pending()
+                return [row.progress for row in rows] == [{"prepared_transactions": 1}]
+
+            async with in_background(operating.run(move(operating))) as running:
+                await until(waits, "it waits for the transaction")
+                assert not await lives(connection)
+                async with operating.stores.connect("one", operating.stores.roles.session) as other:
+                    await other.execute("commit prepared 'of a client'")
+                assert await running
+    await operating.check_settled()
+
+
+async def test_r13_a_commit_in_flight_at_the_kill_is_on_the_source_before_the_copy_or_never(
+    operating: Operating, start: Start
+) -> None:
+    """Clients write all the time; the copy has every row whose COMMIT was answered."""
+    app = await start()
+    role = operating.stores.roles.session
+    await operating.fetch("one", "create table kept (n int)")
+    await operating.fetch("one", f'grant all on kept to "{role}"')
+    copied: set[int] = set()
+    answered: set[int] = set()
+
+    async def copy(*_: object) -> None:
+        copied.update(row["n"] for row in await operating.fetch("one", "select n from kept"))
+
+    async def write(first: int) -> None:
+        async with session(app, 5) as connection:
+            with suppress(*ENDED):
+                for n in range(first, first + 100_000):
+                    await connection.execute(f"begin; insert into kept values ({n}); commit")
+                    answered.add(n)
+
+    writers = [asyncio.ensure_future(write(first * 100_000)) for first in range(4)]
+    await eventually(lambda: len(answered) > 20, "they write")
+    await operating.run(move(operating, copy=copy))
+    await asyncio.gather(*writers)
+    assert answered <= copied
+    left = {row["n"] for row in await operating.fetch("one", "select n from kept")}
+    assert left == copied
+
+
+async def test_a_drain_lets_the_transaction_of_a_client_end(
+    operating: Operating, start: Start
+) -> None:
+    app = await start()
+    async with session(app, 5) as busy, session(app, 6) as idle:
+        await busy.execute("begin")
+        draining = move(operating, sessions=SessionsMode.DRAIN, drain_seconds=60)
+        async with in_background(operating.run(draining)) as running:
+
+            async def is_ended() -> bool:
+                return not await lives(idle)
+
+            await until(is_ended, "the idle one is ended")
+            assert await busy.fetchval("select 1") == 1
+            await busy.execute("commit")
+            assert await running
+        assert not await lives(busy)
+    async with session(app, 5) as connection:
+        assert await shard_of(connection) == "two"
+    await eventually(lambda: moved(app) == 2, "both are counted")

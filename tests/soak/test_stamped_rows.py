@@ -1,0 +1,73 @@
+"""What the soak proves, it can also refute: each fault is found where it is put."""
+
+import pytest
+
+from tests.soak.map_changes import canonical
+from tests.soak.stamped_rows import LIVES_SECONDS_MAX, History, Kept, Known, Stamp, lost_rows
+
+
+def history(known: Known | None = None, *kept: Kept) -> History:
+    """Return that of the keys 0 to 9: on shard one, offline from 10 on, on shard two from 20 on."""
+    made = History(known or Known())
+    moved = (
+        Kept(0, 1, "one", served=True),
+        Kept(10, 2, "one", served=False),
+        Kept(20, 4, "two", served=True),
+    )
+    for row in (*moved, *kept):
+        made.add(canonical(0), canonical(10), row)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("stamp", "wrong"),
+    [
+        (Stamp(5, 1, "one", 5.0), ""),
+        (Stamp(5, 1, "one", 11.0), ""),  # it ends a moment later
+        (Stamp(5, 4, "two", 21.0), ""),
+        (Stamp(5, 1, "one", 21.0), "two has served it before"),
+        (Stamp(5, 1, "two", 21.0), "never served it under that epoch"),
+        (Stamp(5, 2, "one", 15.0), "never served it under that epoch"),
+        (Stamp(5, None, "one", 5.0), "never served it under that epoch"),
+        (Stamp(15, 1, "one", 5.0), "never served it under that epoch"),
+    ],
+)
+def test_a_stamp_is_right_only_where_and_while_its_shard_has_the_key(
+    stamp: Stamp, wrong: str
+) -> None:
+    found = history().wrong(stamp)
+    assert wrong in found
+    assert bool(wrong) == bool(found)
+
+
+def test_a_session_that_lives_where_its_key_is_offline_is_timed_unless_it_may() -> None:
+    assert history().lives_seconds(Stamp(5, 1, "one", 5.0)) == 0
+    assert history().lives_seconds(Stamp(5, 1, "one", 13.0)) == 3
+    assert history().lives_seconds(Stamp(5, 1, "one", 11.0 + LIVES_SECONDS_MAX)) == 21
+    kept = Known(kept=[(range(10), 10.0)])
+    assert history(kept).lives_seconds(Stamp(5, 1, "one", 13.0)) == 0
+
+
+def test_an_epoch_that_two_shards_use_is_found() -> None:
+    assert history().order([5]) == []
+    assert history(None, Kept(30, 4, "one", served=True)).order([5]) != []
+    assert history(None, Kept(30, 3, "one", served=True)).order([5]) != []
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([(1, 1), (1, 2)], ""),
+        ([(1, 1), (1, 2), (1, 3)], ""),  # the answer was lost, the row was not
+        ([(1, 1)], "1 committed rows are lost"),
+        ([(1, 1), (1, 2), (1, 2)], "1 rows are there twice"),
+        ([(1, 1), (1, 2), (7, 7)], "1 rows that were never written"),
+    ],
+)
+def test_rows_are_there_once_if_they_were_committed(rows: list[tuple[int, int]], said: str) -> None:
+    known = Known()
+    known.acknowledged[5] = {(1, 1), (1, 2)}
+    known.attempted[5] = {(1, 1), (1, 2), (1, 3)}
+    found = "; ".join(lost_rows(5, rows, known))
+    assert said in found
+    assert bool(said) == bool(found)

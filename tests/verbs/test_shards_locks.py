@@ -1,0 +1,99 @@
+"""`shards lock`, `unlock`, and `--token` of the verbs that change a mapping."""
+
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from proxy.verbs.shards import read
+from proxy.verbs.shards.arguments import UsageError
+from tests.support.catalogue import Stores
+from tests.support.shards_cli import Shards
+
+OTHER = "a6f6b1a2-0000-4000-8000-000000000000"
+
+
+@pytest_asyncio.fixture
+async def shards(stores: Stores, tmp_path: Path) -> Shards:
+    found = Shards(stores, tmp_path)
+    await found.set_up()
+    await found.add("0", "10", "one")
+    await found.add("10", "20", "one")
+    return found
+
+
+async def locked(shards: Shards) -> list[bool]:
+    return [row["locked"] for row in (await shards.done("show"))["mappings"]]
+
+
+async def test_s13_lock_change_and_unlock(shards: Shards) -> None:
+    planned = await shards.done("lock", "0", "10", "--dry-run")
+    assert (planned["dry_run"], len(planned["plan"])) == (True, 1)
+    assert await locked(shards) == [False, False]
+    facts = await shards.done("lock", "0", "10", "--label", "a copy", "--expires-seconds", 600)
+    token = facts.pop("token")
+    assert facts == {}
+    assert await locked(shards) == [True, False]
+
+    refused = [
+        await shards.refused("lock", "0", "10"),
+        await shards.refused("lock", "0", "10", "--dry-run"),
+        await shards.refused("offline", "0", "10"),
+        await shards.refused("offline", "0", "10", "--dry-run"),
+    ]
+    assert refused == [("locked", "55P03")] * 4
+    assert await shards.refused("offline", "0", "10", "--token", OTHER) == (
+        "lock_not_owned",
+        "55P03",
+    )
+    for verb in ("offline", "online", "offline", "delete"):
+        facts = await shards.done(verb, "0", "10", "--token", token)
+        assert facts["mapping"]["locked"] is True
+
+
+async def test_s13_unlock_in_each_of_its_forms(shards: Shards) -> None:
+    token = (await shards.done("lock", "0", "10"))["token"]
+    other = (await shards.done("lock", "10", "20"))["token"]
+    assert await shards.refused("unlock", "0", "10", "--token", other) == (
+        "lock_not_owned",
+        "55P03",
+    )
+    assert (await shards.done("unlock", "--token", token, "--dry-run"))["plan"] == [
+        "Unlock 1 mappings in the catalogue."
+    ]
+    assert await locked(shards) == [True, True]
+    assert await shards.done("unlock", "--token", token) == {"unlocked": 1}
+    assert await locked(shards) == [False, True]
+    assert await shards.done("unlock", "10", "20", "--force") == {"unlocked": 1}
+    assert await shards.done("unlock", "10", "20", "--token", other) == {"unlocked": 0}
+    assert (await shards.refused("unlock", "10", "30", "--force"))[0] == "unknown_mapping"
+    answered = await shards("lock", "0", "10")
+    sentence, token, _ = answered.out.split("\n")
+    assert sentence == "locked the mapping [0, 10) for 3600 s; its token:"
+    assert (await shards("unlock", "0", "10", "--token", token)).out == "unlocked 1 mappings\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("lock",),
+        ("lock", "0", "10", "--expires-seconds", "0"),
+        ("lock", "0", "10", "--expires-seconds", "1e9"),
+        ("lock", "0", "10", "--label", "a\nb"),
+        ("unlock",),
+        ("unlock", "--force"),
+        ("unlock", "0", "10"),
+        ("unlock", "0", "10", "--token", "7"),
+        ("unlock", "0", "10", "--token", OTHER, "--force"),
+        ("offline", "0", "10", "--token", "mine"),
+        ("offline", "--shard", "one", "--token", OTHER),
+        ("online", "--shard", "one", "--token", OTHER),
+        ("delete", "0", "10", "--token", ""),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_told_before_a_database_is_asked(
+    arguments: tuple[str, ...], stores: Stores, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError):
+        read([*arguments, "--config", str(stores.file(tmp_path))])

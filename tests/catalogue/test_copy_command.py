@@ -160,13 +160,25 @@ async def test_an_interruption_ends_it(tmp_path: Path, blocked_seconds: float) -
     os.mkfifo(tmp_path / "ready")
     script = f"sleep 600 & echo $! > {pids}; echo > {tmp_path}/ready; wait"
     running = asyncio.ensure_future(run(script))
-    while not pids.exists() or not pids.read_text():
+    while not has_text(pids):
         await asyncio.sleep(0)
-        time.sleep(blocked_seconds)  # noqa: ASYNC251 - the shell is faster than the event loop
+        hold_loop_until_written(pids, blocked_seconds)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
     assert has_ended(int(pids.read_text()))
+
+
+def has_text(path: Path) -> bool:
+    """Return whether the file is there and not empty."""
+    return path.exists() and bool(path.read_text())
+
+
+def hold_loop_until_written(path: Path, seconds_max: float) -> None:
+    """Let the event loop do nothing meanwhile: the shell is faster than it."""
+    end = time.monotonic() + seconds_max
+    while time.monotonic() < end and not has_text(path):
+        pass
 
 
 def has_ended(pid: int) -> bool:

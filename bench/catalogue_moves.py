@@ -96,7 +96,7 @@ async def _open(proxy: ProxyProcess, key: int) -> Any:
     )
 
 
-async def _moved(proxy: ProxyProcess) -> int:
+async def _count_moved(proxy: ProxyProcess) -> int:
     """Return how many sessions the sidecar has counted as ended by a move."""
     url = f"http://127.0.0.1:{proxy.events('serving')[0]['admin_port']}/metrics"
     text = await asyncio.to_thread(lambda: urllib.request.urlopen(url).read().decode())
@@ -179,7 +179,7 @@ async def _measure_offline(stores: Stores, shards: Shards, moves: int) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         _print(f"{moves} moves with {_LIVE} live sessions: sessions ended", ended)
-        _print("  counted as mapping_moved", await _moved(proxy))
+        _print("  counted as mapping_moved", await _count_moved(proxy))
         _print_spread("  fence to open", offline)
         _print_spread("  the longest wait of a client, beyond that and a usual one", added)
         _print("  clients refused", clients.refused + probes.refused)
@@ -199,7 +199,7 @@ async def _measure_ending(stores: Stores, shards: Shards, sessions: int) -> None
         await eventually(lambda: all(one.is_closed() for one in opened), "every session is over")
         _print(f"a move with {sessions:,} live sessions: sessions ended", facts["sessions_ended"])
         _print("  fence to open, s", facts["seconds_offline"], 2)
-        _print("  counted as mapping_moved", await _moved(proxy))
+        _print("  counted as mapping_moved", await _count_moved(proxy))
         alive = [await one.fetchval("select 1") for one in others]
         _print("  sessions of another mapping that live, of 50", sum(alive))
         for connection in others:

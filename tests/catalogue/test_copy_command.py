@@ -175,7 +175,7 @@ def has_text(path: Path) -> bool:
 
 
 def hold_loop_until_written(path: Path, seconds_max: float) -> None:
-    """Let the event loop do nothing meanwhile: the shell is faster than it."""
+    """Wait in the event loop's thread: the shell is faster than the loop."""
     end = time.monotonic() + seconds_max
     while time.monotonic() < end and not has_text(path):
         pass

@@ -13,6 +13,7 @@ Invariant: until the handlers are set, only the standard library is imported.
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -38,7 +39,23 @@ def main() -> int:
             _OOM_SCORE_ADJ.write_text(_OOM_SCORE_MAX)
     from proxy import cli  # noqa: PLC0415
 
-    return cli.main()
+    code = cli.main()
+    if threading.active_count() > 1:
+        _exit_at_once(code)
+    return code
+
+
+def _exit_at_once(code: int) -> None:
+    """End the process now, with what was printed, while daemon threads run.
+
+    The interpreter's own end stops each of them where it is. Within an extension in Rust or C++
+    (pydantic, cryptography) that aborts the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # what reads it is gone
+            if stream is not None:
+                stream.flush()
+    os._exit(code)
 
 
 def _open_standard_streams() -> None:

@@ -30,6 +30,38 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+# A thread that is within pydantic's compiled part when the verb has ended.
+A_THREAD_IN_AN_EXTENSION = """
+import sys, threading
+from pydantic import BaseModel, field_validator
+entered = threading.Event()
+class Model(BaseModel):
+    value: int
+    @field_validator("value")
+    @classmethod
+    def stay(cls, value):
+        entered.set()
+        while True:
+            threading.Event().wait(0.001)
+threading.Thread(target=Model, kwargs={"value": 1}, daemon=True).start()
+entered.wait()
+from proxy.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_a_thread_that_still_runs_does_not_abort_the_end() -> None:
+    # A reload that ran when the proxy was stopped: exit code 134 (SIGABRT) in place of 0.
+    ran = subprocess.run(
+        [sys.executable, "-c", A_THREAD_IN_AN_EXTENSION, "version"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (EXIT_OK, f"{__version__}\n", "")
+
+
 @pytest.mark.parametrize("verb", cli._VERBS)
 def test_every_verb_has_a_module_and_a_line_in_the_help(verb: str) -> None:
     assert callable(import_module(f"proxy.verbs.{verb}").run)

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,24 +19,22 @@ from proxy.catalogue.move import Move
 from proxy.catalogue.reassign import Reassign
 from proxy.catalogue.shard_store import reader_statements
 from proxy.server.app import App
-from proxy.server.serving import serving
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
 from tests.support.operating import Killed, Operating, Pauses, in_background, kill_at, until
-from tests.support.running import captured_log, eventually
-from tests.support.secret_canaries import watching
+from tests.support.running import eventually
+from tests.support.sidecars import (
+    ENDED,
+    Start,
+    connect,
+    lives,
+    moved,
+    parked,
+    session,
+    started_sidecars,
+)
 
 SECONDS_MAX: Final = 30.0
 MANY: Final = 100
-# What a client hears when its session is ended for a move, or its connection with it.
-ENDED: Final = (
-    asyncpg.AdminShutdownError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,  # the server ended it between two of the driver's messages
-    OSError,
-)
-
-Start = Callable[..., Awaitable[App]]
 
 
 @pytest_asyncio.fixture
@@ -59,52 +57,14 @@ async def operating(stores: Stores) -> AsyncIterator[Operating]:
 @pytest_asyncio.fixture
 async def start(stores: Stores) -> AsyncIterator[Start]:
     """Return a function that starts a sidecar; keyword arguments are of [catalogue]."""
-    async with AsyncExitStack() as stack:
-        stack.enter_context(captured_log())
-
-        async def started(**catalogue: Any) -> App:
-            settings = stores.settings(stores.roles.session, catalogue=catalogue)
-            app = await stack.enter_async_context(serving(settings))
-            return await stack.enter_async_context(watching(app))
-
+    async with started_sidecars(stores) as started:
         yield started
-
-
-async def connect(app: App, key: int) -> Any:
-    return await asyncpg.connect(
-        host=app.listen_host,
-        port=app.listen_port,
-        user="anyone",
-        database=f"app@{key}",
-        ssl=False,
-        timeout=SECONDS_MAX,
-    )
-
-
-@asynccontextmanager
-async def session(app: App, key: int) -> AsyncIterator[Any]:
-    connection = await connect(app, key)
-    try:
-        yield connection
-    finally:
-        connection.terminate()
 
 
 async def shard_of(connection: Any) -> str:
     """Return the shard that a session is on, by its own table."""
     name: str = await connection.fetchval("select name from here")
     return name
-
-
-async def lives(connection: Any) -> bool:
-    try:
-        return bool(await connection.fetchval("select true"))
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
-        return False
-
-
-def moved(app: App) -> float:
-    return app.metrics.value("sessions_ended_total", reason="mapping_moved")
 
 
 def move(operating: Operating, low: int = 0, to: str = "two", **arguments: Any) -> Move:
@@ -169,7 +129,7 @@ async def test_a_hundred_live_sessions_are_each_ended_once_and_new_clients_wait_
         async with in_background(operating.run(moving, pauses)) as running:
             await pauses.reached("announced.done")
             coming = [asyncio.ensure_future(timed_connect(app, key)) for key in range(20)]
-            await eventually(lambda: app.metrics.value("parked_sessions") == 20, "they are parked")
+            await eventually(lambda: parked(app) == 20, "they are parked")
             resumed_at = time.monotonic()
             pauses.resume("announced.done")
             assert await running
@@ -204,7 +164,7 @@ async def test_s10_a_reassigned_mapping_is_served_from_the_other_shard_once_it_i
     await operating.run(TakeOffline(operating.map, *bounds))
     await operating.run(Reassign(operating.map, *bounds, "two"))
     waiting = asyncio.ensure_future(connect(app, 5))
-    await eventually(lambda: app.metrics.value("parked_sessions") == 1, "it is parked")
+    await eventually(lambda: parked(app) == 1, "it is parked")
     await operating.run(TakeOnline(operating.map, *bounds))
     connection = await waiting
     assert await shard_of(connection) == "two"
@@ -237,7 +197,7 @@ async def test_s27_a_move_that_was_killed_is_undone_by_the_next_writer_under_cli
         with pytest.raises(Killed):
             await operating.run(move(operating), kill_at(point))
         waiting = asyncio.ensure_future(connect(app, 5))
-        await eventually(lambda: app.metrics.value("parked_sessions") == 1, "it is parked")
+        await eventually(lambda: parked(app) == 1, "it is parked")
         await operating.run(moving := move(operating, low=100))  # the other mapping
         connection = await waiting
         assert await shard_of(connection) == "one"
@@ -281,7 +241,7 @@ async def test_r4_a_client_that_comes_between_flip_and_opening_is_parked_and_ser
     async with in_background(operating.run(move(operating), pauses)) as running:
         await pauses.reached("opened")
         waiting = asyncio.ensure_future(connect(app, 5))
-        await eventually(lambda: app.metrics.value("parked_sessions") == 1, "it is parked")
+        await eventually(lambda: parked(app) == 1, "it is parked")
         pauses.resume("opened")
         assert await running
         connection = await waiting
@@ -300,7 +260,7 @@ async def test_r4_without_a_feed_a_client_that_comes_before_the_opening_is_serve
     async with in_background(operating.run(move(operating), pauses)) as running:
         await pauses.reached("opened")
         waiting = asyncio.ensure_future(connect(app, 5))
-        await eventually(lambda: app.metrics.value("parked_sessions") == 1, "it is parked")
+        await eventually(lambda: parked(app) == 1, "it is parked")
         pauses.resume("opened")
         assert await running
         connection = await waiting

@@ -1,11 +1,9 @@
 """Splits, merges and changed shards under a running sidecar: its clients notice nothing."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Final
+from collections.abc import AsyncIterator
+from typing import Final
 
-import asyncpg
 import pytest
 import pytest_asyncio
 
@@ -17,16 +15,13 @@ from proxy.catalogue.operation import Operation
 from proxy.catalogue.shard_store import reader_statements
 from proxy.catalogue.split import Split
 from proxy.server.app import App
-from proxy.server.serving import serving
 from tests.support.catalogue import MAP, Stores
 from tests.support.operating import Operating, Pauses, in_background
-from tests.support.running import captured_log, eventually
-from tests.support.secret_canaries import watching
+from tests.support.running import eventually
+from tests.support.sidecars import Start, connect, lives, moved, parked, session, started_sidecars
 
 SECONDS_MAX: Final = 20.0
 MANY: Final = 12
-
-Start = Callable[..., Awaitable[App]]
 
 
 @pytest_asyncio.fixture
@@ -44,50 +39,8 @@ async def operating(stores: Stores) -> AsyncIterator[Operating]:
 @pytest_asyncio.fixture
 async def start(stores: Stores) -> AsyncIterator[Start]:
     """Return a function that starts a sidecar; keyword arguments are of [catalogue]."""
-    async with AsyncExitStack() as stack:
-        stack.enter_context(captured_log())
-
-        async def started(**catalogue: Any) -> App:
-            settings = stores.settings(stores.roles.session, catalogue=catalogue)
-            app = await stack.enter_async_context(serving(settings))
-            return await stack.enter_async_context(watching(app))
-
+    async with started_sidecars(stores) as started:
         yield started
-
-
-async def connect(app: App, key: int) -> Any:
-    return await asyncpg.connect(
-        host=app.listen_host,
-        port=app.listen_port,
-        user="anyone",
-        database=f"app@{key}",
-        ssl=False,
-        timeout=SECONDS_MAX,
-    )
-
-
-@asynccontextmanager
-async def session(app: App, key: int) -> AsyncIterator[Any]:
-    connection = await connect(app, key)
-    try:
-        yield connection
-    finally:
-        connection.terminate()
-
-
-async def lives(connection: Any) -> bool:
-    try:
-        return bool(await connection.fetchval("select true"))
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
-        return False
-
-
-def moved(app: App) -> float:
-    return app.metrics.value("sessions_ended_total", reason="mapping_moved")
-
-
-def parked(app: App) -> float:
-    return app.metrics.value("parked_sessions")
 
 
 def shard_changes(app: App) -> float:

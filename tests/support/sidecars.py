@@ -1,0 +1,83 @@
+"""Sidecars of a catalogue's map in this process, and their clients.
+
+For: tests of what applications notice while a map changes. Not for: changing it (`operating`).
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Final
+
+import asyncpg
+
+from proxy.server.app import App
+from proxy.server.serving import serving
+from tests.support.catalogue import Stores
+from tests.support.running import captured_log
+from tests.support.secret_canaries import watching
+
+CONNECT_SECONDS_MAX: Final = 30.0
+# What a client hears when its session is ended, or its connection with it.
+ENDED: Final = (
+    asyncpg.AdminShutdownError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # the server ended it between two of the driver's messages
+    OSError,
+)
+
+Start = Callable[..., Awaitable[App]]
+"""Starts a sidecar; keyword arguments are of [catalogue]."""
+
+
+@asynccontextmanager
+async def started_sidecars(stores: Stores) -> AsyncIterator[Start]:
+    """Yield a function that starts a sidecar, which serves until the block ends."""
+    async with AsyncExitStack() as stack:
+        stack.enter_context(captured_log())
+
+        async def started(**catalogue: Any) -> App:
+            settings = stores.settings(stores.roles.session, catalogue=catalogue)
+            app = await stack.enter_async_context(serving(settings))
+            return await stack.enter_async_context(watching(app))
+
+        yield started
+
+
+async def connect(app: App, key: int) -> Any:
+    """Open a session for a key."""
+    return await asyncpg.connect(
+        host=app.listen_host,
+        port=app.listen_port,
+        user="anyone",
+        database=f"app@{key}",
+        ssl=False,
+        timeout=CONNECT_SECONDS_MAX,
+    )
+
+
+@asynccontextmanager
+async def session(app: App, key: int) -> AsyncIterator[Any]:
+    """Open a session for a key while the block runs."""
+    connection = await connect(app, key)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+async def lives(connection: Any) -> bool:
+    """Return whether a session still answers."""
+    try:
+        return bool(await connection.fetchval("select true"))
+    except ENDED:
+        return False
+
+
+def moved(app: App) -> float:
+    """Return how many sessions the sidecar has counted as ended by a move."""
+    return app.metrics.value("sessions_ended_total", reason="mapping_moved")
+
+
+def parked(app: App) -> float:
+    """Return how many clients wait."""
+    return app.metrics.value("parked_sessions")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from proxy.observe.target_stats import Carried
 from proxy.session.direction import Direction, never
-from proxy.session.end_reason import DISCONNECTS, EndReason, RelayEnd
+from proxy.session.end_reason import DISCONNECTS, UPSTREAM_ENDS, EndReason, RelayEnd
 from proxy.session.fast_path import LANE_BUFFER_BYTES_MAX, FastPath
 from proxy.transport.graceful_close import FLUSH_SECONDS_MAX, LINGER_SECONDS, close_gracefully
 from proxy.wire.activity import Activity
@@ -180,13 +180,17 @@ class Relay:
     def ended(self, reason: EndReason) -> RelayEnd:
         """Return the end, by this reason unless there was another one before.
 
-        After a client's Terminate either side may close first, and the session is completed.
+        After a client's Terminate either side may close first, and the session is completed. But an
+        upstream that ends within an answer has ended it: drivers say Terminate after a FATAL, too.
         """
         if self._ended.done() and not self._ended.cancelled():
             reason = self._ended.result()
+        activity = self._activity
         if self._cut:
             reason = EndReason.CLIENT_NOT_READING
-        elif reason in DISCONNECTS and self._activity.terminated:
+        elif reason in UPSTREAM_ENDS and activity.awaits_answer:
+            pass
+        elif reason in DISCONNECTS and activity.terminated:
             reason = EndReason.CLIENT_CLOSED
         carried = self.carried()
         return RelayEnd(reason, carried.client_bytes, carried.upstream_bytes)

@@ -152,6 +152,11 @@ class Activity:
         )
 
     @property
+    def awaits_answer(self) -> bool:
+        """Whether a request has had no ReadyForQuery; false where that cannot be known."""
+        return self._sent - self._answered > self._doubt and not self._lost
+
+    @property
     def copying(self) -> bool:
         """Whether the client sends COPY data and has not ended it: the command cannot commit."""
         followed = max(self._client_skip, self._upstream_skip) <= _SKIP_MAX

@@ -33,7 +33,8 @@ def compare(reads: list[Read]) -> tuple[bool, bool]:
         for tracker in (python, compiled):
             (tracker.upstream_sent if is_upstream else tracker.client_sent)(read)
         said = [
-            (one.idle, one.streaming, one.copying, one.terminated) for one in (python, compiled)
+            (one.idle, one.streaming, one.copying, one.awaits_answer, one.terminated)
+            for one in (python, compiled)
         ]
         assert said[0] == said[1], reads[: number + 1]
     return python.idle, python.terminated

@@ -12,7 +12,7 @@ from proxy.session.direction import CLIENT_POLL_SECONDS
 from proxy.session.end_reason import EndReason, RelayEnd
 from proxy.session.fast_path import watched_lanes
 from proxy.session.relay import BUFFER_BYTES_MAX, Relay
-from proxy.wire.messages import ReadyForQuery, Terminate
+from proxy.wire.messages import ErrorResponse, ReadyForQuery, Terminate
 from tests.support.client import query
 from tests.support.compiled import need_compiled
 from tests.support.peer import (
@@ -274,6 +274,24 @@ async def test_what_arrives_for_a_side_that_was_just_lost_is_dropped(lost: str) 
 
 READY = ReadyForQuery(b"I").encode()
 STATEMENTS = query("SELECT '" + "x" * 100_000 + "'") * 300 + Terminate().encode()
+
+
+async def test_a_terminate_that_answers_the_end_of_a_statement_is_not_the_reason(
+    setting: Setting,
+) -> None:
+    # A driver answers FATAL 57P01 with a Terminate, before the server has closed: a session that
+    # was ended for a move of its key was counted as completed.
+    await setting.client.send(query("SELECT 1"))
+    await setting.upstream.receive_exactly(len(query("SELECT 1")))
+    fatal = ErrorResponse.fatal("57P01", "ended").encode()
+    await setting.upstream.send(fatal)
+    assert await setting.client.receive_exactly(len(fatal)) == fatal
+    await setting.client.send(Terminate().encode())
+    setting.client.end()
+    assert await setting.upstream.receive_exactly(5) == Terminate().encode()
+    setting.upstream.end()
+    setting.client.close()
+    assert (await setting.end()).reason is EndReason.UPSTREAM_CLOSED
 
 
 async def test_w34_after_terminate_a_client_that_reads_on_gets_all_answers(

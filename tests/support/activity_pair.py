@@ -39,6 +39,12 @@ class ActivityPair:
         return first
 
     @property
+    def awaits_answer(self) -> bool:
+        first, *others = (tracker.awaits_answer for tracker in self._all)
+        assert others in ([], [first])
+        return first
+
+    @property
     def copying(self) -> bool:
         first, *others = (tracker.copying for tracker in self._all)
         assert others in ([], [first])
@@ -59,3 +65,4 @@ class ActivityPair:
         assert self.streaming in (False, True)
         assert self.terminated in (False, True)
         assert self.copying in (False, True)
+        assert self.awaits_answer in (False, True)

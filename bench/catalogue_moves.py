@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime
 from io import StringIO
@@ -25,6 +25,7 @@ from typing import Any, Final
 import asyncpg
 import uvloop
 
+from bench.catalogue_proxy import open_session, serving_proxy
 from bench.process_usage import resident_bytes
 from proxy.catalogue import store
 from proxy.catalogue.move import Move
@@ -35,7 +36,7 @@ from proxy.emulator.cluster import Cluster, running
 from proxy.routing.keys import parse_key
 from proxy.verbs.shards.administration import administering
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores, new_stores
-from tests.support.proxy_process import ProxyProcess, started_process
+from tests.support.proxy_process import ProxyProcess
 from tests.support.running import eventually
 from tests.support.shards_cli import Shards
 
@@ -47,7 +48,6 @@ _FLIPS: Final = 20
 _LONG: Final = 10_000
 _WARM_UP_SHARE: Final = 10
 _AT_ONCE: Final = 50
-_CONNECT_SECONDS_MAX: Final = 120.0
 _SETTINGS: Final = {"max_connections": "1300"}
 _LISTEN: Final = {"listen": {"max_connections": 2 * _MANY}}
 _OWN_NAME: Final = (
@@ -75,27 +75,6 @@ def _print_spread(what: str, seconds: list[float]) -> None:
     _print(f"{what}, most, ms", max(seconds) * 1e3, 1)
 
 
-@asynccontextmanager
-async def _proxy(stores: Stores, **sections: Mapping[str, object]) -> AsyncIterator[ProxyProcess]:
-    with tempfile.TemporaryDirectory() as folder:
-        admin = {"enabled": True, "port": 0}
-        file = stores.file(Path(folder), stores.roles.session, admin=admin, **sections)
-        async with started_process("run", "--config", str(file)) as proxy:
-            await proxy.serving()
-            yield proxy
-
-
-async def _open(proxy: ProxyProcess, key: int) -> Any:
-    return await asyncpg.connect(
-        host=proxy.listen_host,
-        port=proxy.listen_port,
-        user="anyone",
-        database=f"app@{key}",
-        ssl=False,
-        timeout=_CONNECT_SECONDS_MAX,
-    )
-
-
 async def _count_moved(proxy: ProxyProcess) -> int:
     """Return how many sessions the sidecar has counted as ended by a move."""
     url = f"http://127.0.0.1:{proxy.events('serving')[0]['admin_port']}/metrics"
@@ -120,7 +99,7 @@ class Clients:
         while True:
             try:
                 async with self._places:
-                    connection = await _open(self._proxy, self._key)
+                    connection = await open_session(self._proxy, self._key)
             except _ENDED:
                 self.refused += 1
                 continue
@@ -140,7 +119,7 @@ class Clients:
         while True:
             began = time.monotonic()
             try:
-                connection = await _open(self._proxy, self._key)
+                connection = await open_session(self._proxy, self._key)
             except _ENDED:
                 self.refused += 1
                 continue
@@ -159,7 +138,7 @@ async def _move(shards: Shards, number: int) -> dict[str, Any]:
 
 async def _measure_offline(stores: Stores, shards: Shards, moves: int) -> None:
     """Measure moves of a mapping with live sessions, whose clients come again at once."""
-    async with _proxy(stores, **_LISTEN) as proxy:
+    async with serving_proxy(stores, **_LISTEN) as proxy:
         clients, probes = Clients(proxy, 5), Clients(proxy, 6)
         offline: list[float] = []
         added: list[float] = []
@@ -186,15 +165,15 @@ async def _measure_offline(stores: Stores, shards: Shards, moves: int) -> None:
 
 
 async def _measure_ending(stores: Stores, shards: Shards, sessions: int) -> None:
-    async with _proxy(stores, **_LISTEN) as proxy:
+    async with serving_proxy(stores, **_LISTEN) as proxy:
         places = asyncio.Semaphore(_AT_ONCE)
 
         async def one() -> Any:
             async with places:
-                return await _open(proxy, 5)
+                return await open_session(proxy, 5)
 
         opened = await asyncio.gather(*(one() for _ in range(sessions)))
-        others = [await _open(proxy, 15) for _ in range(50)]
+        others = [await open_session(proxy, 15) for _ in range(50)]
         facts = await _move(shards, 0)
         await eventually(lambda: all(one.is_closed() for one in opened), "every session is over")
         _print(f"a move with {sessions:,} live sessions: sessions ended", facts["sessions_ended"])
@@ -209,12 +188,12 @@ async def _measure_ending(stores: Stores, shards: Shards, sessions: int) -> None
 
 async def _measure_flips(stores: Stores, shards: Shards, feed: str, flips: int) -> None:
     """Measure from the end of a move to the first query of a client on the new shard."""
-    async with _proxy(stores, catalogue={"feed": feed}) as proxy, _moving(stores) as mover:
+    async with serving_proxy(stores, catalogue={"feed": feed}) as proxy, _moving(stores) as mover:
         delays: list[float] = []
         errors = 0
         for number in range(flips):
             to = SHARD_NAMES[1 - number % 2]
-            old = await _open(proxy, 5)
+            old = await open_session(proxy, 5)
             over = asyncio.Event()
             old.add_termination_listener(lambda _, over=over: over.set())
             moving = asyncio.create_task(mover.move(to))
@@ -222,7 +201,7 @@ async def _measure_flips(stores: Stores, shards: Shards, feed: str, flips: int) 
             found = ""
             while found != to:
                 with suppress(*_ENDED):
-                    connection = await _open(proxy, 5)
+                    connection = await open_session(proxy, 5)
                     found = await connection.fetchval("select name from own_name")
                     connection.terminate()
                     continue
@@ -266,8 +245,8 @@ async def _moving(stores: Stores) -> AsyncIterator[Mover]:
 
 async def _measure_long(stores: Stores, moves: int) -> None:
     """Measure what many moves leave, in shards, catalogue and sidecar."""
-    async with _proxy(stores) as proxy, _moving(stores) as mover:
-        others = [await _open(proxy, 15) for _ in range(20)]
+    async with serving_proxy(stores) as proxy, _moving(stores) as mover:
+        others = [await open_session(proxy, 15) for _ in range(20)]
         clients = Clients(proxy, 5)
         tasks = [asyncio.create_task(clients.keep()) for _ in range(5)]
         warm = moves // _WARM_UP_SHARE

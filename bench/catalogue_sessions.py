@@ -21,12 +21,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Final
 
-import asyncpg
 import uvloop
 
+from bench.catalogue_proxy import open_session, serving_proxy
 from proxy.emulator.cluster import Cluster, running
 from tests.support.catalogue import MAP, MAP_VERSION, SHARD_NAMES, Stores, new_stores
-from tests.support.proxy_process import ProxyProcess, started_process
+from tests.support.proxy_process import ProxyProcess
 from tests.support.running import eventually
 from tests.support.shards_cli import Shards
 
@@ -36,7 +36,6 @@ _AT_ONCE: Final = 50
 _ROUNDS: Final = 5
 _OPENED_EACH_ROUND: Final = 100
 _WARM_UP: Final = 20
-_CONNECT_SECONDS_MAX: Final = 120.0
 _LOOK_SECONDS: Final = 0.02
 _SETTINGS: Final = {"max_connections": "1300"}
 _SEED: Final = 20261122
@@ -68,33 +67,12 @@ def _print(what: str, value: float, digits: int = 0) -> None:
     sys.stderr.write(f"{what:<64}{value:>10.{digits}f}   (load {load:.1f})\n")
 
 
-@asynccontextmanager
-async def _proxy(stores: Stores, **sections: Mapping[str, object]) -> AsyncIterator[ProxyProcess]:
-    with tempfile.TemporaryDirectory() as folder:
-        admin = {"enabled": True, "port": 0}
-        file = stores.file(Path(folder), stores.roles.session, admin=admin, **sections)
-        async with started_process("run", "--config", str(file)) as proxy:
-            await proxy.serving()
-            yield proxy
-
-
-async def _open(proxy: ProxyProcess, key: int) -> Any:
-    return await asyncpg.connect(
-        host=proxy.listen_host,
-        port=proxy.listen_port,
-        user="anyone",
-        database=f"app@{key}",
-        ssl=False,
-        timeout=_CONNECT_SECONDS_MAX,
-    )
-
-
 async def _open_many(proxy: ProxyProcess, key: int, count: int) -> list[Any]:
     places = asyncio.Semaphore(_AT_ONCE)
 
     async def one() -> Any:
         async with places:
-            return await _open(proxy, key)
+            return await open_session(proxy, key)
 
     return await asyncio.gather(*(one() for _ in range(count)))
 
@@ -130,10 +108,13 @@ class Most:
 
 async def _measure_opening(stores: Stores) -> None:
     off = {"validate": False, "allow_unvalidated": True}
-    async with _proxy(stores) as validated, _proxy(stores, catalogue=off) as unvalidated:
+    async with (
+        serving_proxy(stores) as validated,
+        serving_proxy(stores, catalogue=off) as unvalidated,
+    ):
         proxies = (validated, unvalidated)
         for number in range(2 * _WARM_UP):
-            (await _open(proxies[number % 2], 5)).terminate()
+            (await open_session(proxies[number % 2], 5)).terminate()
         before = await _queries(validated, "lookup", "refresh")
         medians: list[list[float]] = [[], []]
         fast: list[list[float]] = [[], []]
@@ -141,7 +122,7 @@ async def _measure_opening(stores: Stores) -> None:
             took: list[list[float]] = [[], []]
             for number in range(2 * _OPENED_EACH_ROUND):
                 began = time.perf_counter()
-                connection = await _open(proxies[number % 2], 5)
+                connection = await open_session(proxies[number % 2], 5)
                 took[number % 2].append(time.perf_counter() - began)
                 connection.terminate()
                 await asyncio.sleep(0.005)
@@ -161,7 +142,7 @@ async def _measure_opening(stores: Stores) -> None:
 
 
 async def _measure_offline(stores: Stores, shards: Shards) -> None:
-    async with _proxy(stores, **_MANY) as proxy:
+    async with serving_proxy(stores, **_MANY) as proxy:
         sessions = await _open_many(proxy, 5, SESSIONS)
         others = await _open_many(proxy, 15, _OTHERS)
         began = time.monotonic()
@@ -180,10 +161,10 @@ async def _measure_offline(stores: Stores, shards: Shards) -> None:
 
 async def _measure_misses(stores: Stores) -> None:
     most = Most(stores)
-    async with _proxy(stores, **_MANY, catalogue={"load": "lazy"}) as proxy:
+    async with serving_proxy(stores, **_MANY, catalogue={"load": "lazy"}) as proxy:
         watching = asyncio.create_task(most.watch())
         before = await _queries(proxy, "lookup", "refresh")
-        places = [asyncio.ensure_future(_open(proxy, 25)) for _ in range(SESSIONS)]
+        places = [asyncio.ensure_future(open_session(proxy, 25)) for _ in range(SESSIONS)]
         for opened in await asyncio.gather(*places):
             opened.terminate()
         asked = await _queries(proxy, "lookup", "refresh") - before
@@ -206,7 +187,7 @@ async def _measure_routes(stores: Stores, mappings: int, workers: int, seconds: 
     }
     delays: list[float] = []
     async with (
-        _proxy(stores, **sections) as proxy,
+        serving_proxy(stores, **sections) as proxy,
         stores.connect(MAP) as connection,
         asyncio.TaskGroup() as tasks,
     ):
@@ -214,7 +195,7 @@ async def _measure_routes(stores: Stores, mappings: int, workers: int, seconds: 
         async def look(key: int, name: str, committed: float) -> None:
             while True:
                 began = time.monotonic()
-                opened = await _open(proxy, key)
+                opened = await open_session(proxy, key)
                 found = await opened.fetchval("select name from own_name")
                 opened.terminate()
                 if found == name:

@@ -150,17 +150,16 @@ class History:
     def wrong(self, stamp: Stamp) -> str:
         """Return what is wrong with a stamp; empty if the shard had the key then.
 
-        It must have served it under that epoch, and no other shard may have served it since.
+        It must have served it under that epoch before, and no other shard may have served it since.
+        A mapping that is deleted and added has epoch 1 again, so its latest time counts.
         """
         rows = self.of(stamp.key)
-        if not any(
-            (row.epoch, row.shard, row.served) == (stamp.epoch, stamp.shard, True) for row in rows
-        ):
-            return f"{stamp}: that shard never served it under that epoch"
-        for row in rows[: bisect_right(rows, stamp.at, key=lambda row: row.at)]:
-            if row.served and row.shard != stamp.shard and row.epoch > (stamp.epoch or 0):
-                return f"{stamp}: {row.shard} has served it before, under {row.epoch}"
-        return ""
+        for row in reversed(rows[: bisect_right(rows, stamp.at, key=lambda row: row.at)]):
+            if (row.epoch, row.shard, row.served) == (stamp.epoch, stamp.shard, True):
+                return ""
+            if row.served and row.shard != stamp.shard:
+                return f"{stamp}: {row.shard} has served it, under {row.epoch}, since then"
+        return f"{stamp}: that shard had not served it under that epoch"
 
     def lives_seconds(self, stamp: Stamp) -> float:
         """Return for how long its shard had not served the key, though no one let it live."""
@@ -206,13 +205,18 @@ async def check_rows(
             for row in await connection.fetch(f"{query} from item"):
                 rows[name][row["key"]].append((row["client"], row["number"]))
                 stamps.add(Stamp(row["key"], row["epoch"], row["shard"], row["at"]))
+    wrong: dict[int, list[str]] = defaultdict(list)
     for stamp in stamps:
-        outcome.wrong += filter(None, (history.wrong(stamp),))
+        if why := history.wrong(stamp):
+            wrong[stamp.key].append(why)
         what, seconds = (
             "the longest life of a session that is not served",
             history.lives_seconds(stamp),
         )
         outcome.bounded(what, seconds, LIVES_SECONDS_MAX, stamp)
+    for key, stamped in wrong.items():
+        kept = "; ".join(map(str, history.of(key)))
+        outcome.wrong.append(f"{min(stamped)}, and {len(stamped) - 1} more; the shards: {kept}")
     for key in keys:
         outcome.wrong += lost_rows(key, rows[owners[key]][key], known)
 

@@ -25,11 +25,12 @@ def history(known: Known | None = None, *kept: Kept) -> History:
         (Stamp(5, 1, "one", 5.0), ""),
         (Stamp(5, 1, "one", 11.0), ""),  # it ends a moment later
         (Stamp(5, 4, "two", 21.0), ""),
-        (Stamp(5, 1, "one", 21.0), "two has served it before"),
-        (Stamp(5, 1, "two", 21.0), "never served it under that epoch"),
-        (Stamp(5, 2, "one", 15.0), "never served it under that epoch"),
-        (Stamp(5, None, "one", 5.0), "never served it under that epoch"),
-        (Stamp(15, 1, "one", 5.0), "never served it under that epoch"),
+        (Stamp(5, 1, "one", 21.0), "two has served it, under 4, since then"),
+        (Stamp(5, 4, "two", 19.0), "one has served it, under 1"),
+        (Stamp(5, 1, "two", 21.0), "one has served it, under 1"),
+        (Stamp(5, 2, "one", 15.0), "had not served it under that epoch"),
+        (Stamp(5, None, "one", 5.0), "had not served it under that epoch"),
+        (Stamp(15, 1, "one", 5.0), "had not served it under that epoch"),
     ],
 )
 def test_a_stamp_is_right_only_where_and_while_its_shard_has_the_key(
@@ -38,6 +39,15 @@ def test_a_stamp_is_right_only_where_and_while_its_shard_has_the_key(
     found = history().wrong(stamp)
     assert wrong in found
     assert bool(wrong) == bool(found)
+
+
+def test_a_mapping_that_is_deleted_and_added_where_it_was_has_its_first_epoch_again() -> None:
+    back = Kept(30, 6, "one", served=True)
+    deleted, added = Kept(40, 7, "one", served=False), Kept(40, 1, "one", served=True)
+    found = history(None, back, deleted, added)
+    assert found.wrong(Stamp(5, 1, "one", 41.0)) == ""
+    assert found.wrong(Stamp(5, 6, "one", 39.0)) == ""
+    assert "one has served it, under 6, since then" in found.wrong(Stamp(5, 4, "two", 35.0))
 
 
 def test_a_session_that_lives_where_its_key_is_offline_is_timed_unless_it_may() -> None:

@@ -25,7 +25,7 @@ from proxy.session.session_log import SessionLog, StartupAdvice
 from proxy.session.starting_client import ClientGone, StartingClient
 from proxy.transport.sockets import is_unix
 from proxy.transport.stream import StartupStream
-from proxy.upstream.dialer import UpstreamSession
+from proxy.upstream.upstream_session import UpstreamSession
 from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstreams import RouteReplaced, SessionOpener
 from proxy.wire.client_startup import CancelReceived, Disconnected, StartupReceived, Violated

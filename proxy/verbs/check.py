@@ -35,7 +35,7 @@ from proxy.server.process import Signals
 from proxy.server.serving import open_snapshot, serving
 from proxy.session.listen_sockets import shown
 from proxy.upstream.address_lookup import ANY_USER
-from proxy.upstream.dialer import UpstreamSession
+from proxy.upstream.upstream_session import UpstreamSession
 from proxy.upstream.phases import ConnectPhase, DialPhases
 from proxy.upstream.upstreams import Upstream
 from proxy.verbs.admin_client import REQUEST_SECONDS_MAX, running_proxy

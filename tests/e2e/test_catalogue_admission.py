@@ -20,7 +20,7 @@ from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind, MapSpec
 from proxy.server.metric_labels import build_metrics
 from proxy.upstream.connector import Connection
-from proxy.upstream.dialer import UpstreamSession
+from proxy.upstream.upstream_session import UpstreamSession
 from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstreams import Upstreams
 from proxy.wire.secret import Secret

@@ -40,6 +40,7 @@ TASK_MAKERS = {
     "proxy/workers/rpc.py": "an answer ends with its connection, which its process ends with",
     "proxy/workers/supervisor.py": "leaving the block of accepting waits for them all",
     "proxy/emulator/connection.py": "a connection of the emulator waits for its own tasks",
+    "proxy/emulator/session.py": "a connection of the emulator waits for its own tasks",
 }
 
 # The loop's own pool has a few threads, which everybody shares: one name that DNS does not answer

@@ -78,8 +78,11 @@ class Lease(Protocol):
         Without one the session is idle at its protocol's level, and nothing was cancelled.
         """
 
-    def put_back(self) -> None:
-        """Give back a session on which nothing was sent or received for the client."""
+    def put_back(self, stream: StartupStream) -> None:
+        """Give back a session on which nothing was sent or received for the client.
+
+        `stream` is that of its `UpstreamSession`.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ class UpstreamSession:
         if self.lease is None:
             self.stream.transport.close()
         else:
-            self.lease.put_back()
+            self.lease.put_back(self.stream)
 
 
 Admit = Callable[[StartupStream, Secret | None], Awaitable[Secret | None]]

@@ -150,7 +150,7 @@ class PoolStats:
 
         def unregister() -> None:
             if self._open.pop(key, None) is not None:
-                self._keep(row().closed())
+                self._close(row().closed())
 
         return unregister
 
@@ -158,9 +158,9 @@ class PoolStats:
         """Return a row for each target that has a pool, or had one."""
         return add_pools([*(row() for _, row in self._open.values()), *self._closed.values()])
 
-    def _keep(self, row: PoolRow) -> None:
+    def _close(self, row: PoolRow) -> None:
+        before = self._closed.pop(row.target, None)
         if self._is_kept(row.target):
-            before = self._closed.get(row.target)
             self._closed[row.target] = row if before is None else before.plus(row)
 
     def _is_kept(self, target: str) -> bool:

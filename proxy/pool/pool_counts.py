@@ -77,9 +77,9 @@ class PoolCounts:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         """`clock` is the wall clock, in seconds since 1970."""
         self._clock = clock
-        self._takes = dict.fromkeys(TakeSource, 0)
-        self._retired = dict.fromkeys(RetireReason, 0)
-        self._spares = dict.fromkeys(SpareResult, 0)
+        self._takes: dict[str, int] = dict.fromkeys(TakeSource, 0)
+        self._retired: dict[str, int] = dict.fromkeys(RetireReason, 0)
+        self._spares: dict[str, int] = dict.fromkeys(SpareResult, 0)
         self._waits = DurationCounts()
         self._resets = DurationCounts()
         self._last: tuple[str, float | None] = ("", None)

@@ -4,7 +4,6 @@ For: connecting the parts, which get each other as arguments. Not for: deciding 
 what serves (`serving`).
 """
 
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -14,9 +13,6 @@ from typing import TYPE_CHECKING, Protocol
 from proxy import __version__
 from proxy.config import (
     Changes,
-    ConfigurationError,
-    ListenSettings,
-    Problem,
     Settings,
     compare,
     with_running_values,
@@ -39,11 +35,9 @@ from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
 from proxy.session.drain import AcceptPeriod
 from proxy.session.listen_sockets import Address, shown
-from proxy.session.listener import STARTING_MAX, Listener
+from proxy.session.listener import STARTING_MAX, Listener, listener_tls
 from proxy.session.session import Session, SessionParts
 from proxy.session.slots import Slots, SlotSource
-from proxy.transport.self_signed import self_signed_context
-from proxy.transport.tls import server_context
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
 from proxy.upstream.name_lookup import Addresses
@@ -127,7 +121,7 @@ class App:
         self.metrics = build_metrics(settings.target_names())
         self.cancel_keys = CancelKeys()
         self.workspaces = workspaces or LocalWorkspaceRegistry(self.metrics, version=__version__)
-        self._tls = _listener_tls(settings.listen)
+        self._tls = listener_tls(settings.listen)
         self.slots = slots or Slots(slots_max(settings.listen), full_error(settings.listen))
         self.cancels = CancelForwarder(
             self.cancel_keys,
@@ -188,7 +182,7 @@ class App:
     def _exchange(self, settings: Settings, snapshot: ConfigSnapshot) -> Changes:
         changes = compare(self.settings, settings)
         kept = snapshot.settings
-        tls = _listener_tls(kept.listen)
+        tls = listener_tls(kept.listen)
         self._configure_metrics(snapshot)
         if kept.log != self.settings.log:
             configure_logging(**kept.log.model_dump())
@@ -331,7 +325,7 @@ class App:
     def status(self) -> Status:
         """Return the status of all processes."""
         whole = total([self._own_rows(), self._workers_reading()])
-        return report(self, whole.targets, whole.errors, time.time())
+        return report(self, whole.targets, whole.errors, time.time(), whole.pools)
 
     def reading(self) -> Reading:
         """Return what this process has counted."""
@@ -339,7 +333,8 @@ class App:
 
     def _own_rows(self) -> Reading:
         targets = self.metrics.targets.rows(self.snapshot.hosts())
-        return Reading(targets=targets, errors=self.metrics.recent_errors.latest())
+        errors = self.metrics.recent_errors.latest()
+        return Reading(targets=targets, errors=errors, pools=self.metrics.pools.rows())
 
     def _workers_reading(self) -> Reading:
         return Reading() if self.workers is None else self.workers.reading()
@@ -381,16 +376,3 @@ class App:
 
     def _record_phase(self, target: str, phase: ConnectPhase, seconds: float) -> None:
         self.metrics.connect_phase_took(phase, seconds, target)
-
-
-def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
-    """Return the context for clients that request TLS, if the listener has a certificate."""
-    if settings.tls == "self-signed":
-        return self_signed_context()
-    if not settings.tls_certificate:
-        return None
-    try:
-        return server_context(settings.tls_certificate, settings.tls_key)
-    except OSError as error:
-        text = f"cannot be used with its key: {error.strerror or error}"
-        raise ConfigurationError([Problem("listen.tls_certificate", text)]) from error

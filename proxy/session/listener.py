@@ -10,13 +10,14 @@ the limit of open files is the bound.
 import asyncio
 import itertools
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-from proxy.config import ListenSettings
+from proxy.config import ConfigurationError, ListenSettings, Problem
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
@@ -25,7 +26,9 @@ from proxy.session.end_reason import EndReason
 from proxy.session.listen_sockets import ACCEPT_BACKLOG, Address, open_sockets
 from proxy.session.memory_trim import MemoryTrim
 from proxy.session.slots import SlotSource
+from proxy.transport.self_signed import self_signed_context
 from proxy.transport.stream import StartupStream
+from proxy.transport.tls import server_context
 
 # Connections that may be starting at a time. Clients that reconnect together are some hundreds.
 STARTING_MAX: Final = 2000
@@ -55,6 +58,22 @@ class _AcceptedStream(StartupStream):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._connected(self)
+
+
+def listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
+    """Return the context for clients that request TLS, if the listener has a certificate.
+
+    Raises ConfigurationError for files that cannot be used.
+    """
+    if settings.tls == "self-signed":
+        return self_signed_context()
+    if not settings.tls_certificate:
+        return None
+    try:
+        return server_context(settings.tls_certificate, settings.tls_key)
+    except OSError as error:
+        text = f"cannot be used with its key: {error.strerror or error}"
+        raise ConfigurationError([Problem("listen.tls_certificate", text)]) from error
 
 
 class Listener:

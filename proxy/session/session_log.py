@@ -153,7 +153,16 @@ def _is_certificate_alert(error: Exception) -> bool:
 class SessionLog:
     """The lines and counts of one connection."""
 
-    __slots__ = ("_advice", "_host", "_key", "_metrics", "_started_at", "shard", "target")
+    __slots__ = (
+        "_advice",
+        "_host",
+        "_key",
+        "_metrics",
+        "_reused",
+        "_started_at",
+        "shard",
+        "target",
+    )
 
     def __init__(self, metrics: Metrics, advice: StartupAdvice, started_at: float) -> None:
         """`started_at` is the loop's time of the accept."""
@@ -165,6 +174,7 @@ class SessionLog:
         """The target, if a shard map chose it; else empty."""
         self._key: str | None = None
         self._host = ""  # until the session's first line is written
+        self._reused: bool | None = None
 
     # -- startup ---------------------------------------------------------------------------------
 
@@ -250,9 +260,12 @@ class SessionLog:
 
     # -- a session -------------------------------------------------------------------------------
 
-    def started(self, host: str) -> None:
-        """Record the start of a session. Its line is written a moment later."""
-        self._host = host
+    def started(self, host: str, *, reused: bool | None = None) -> None:
+        """Record the start of a session. Its line is written a moment later.
+
+        `reused`: whether another client had its upstream session before; None without a pool.
+        """
+        self._host, self._reused = host, reused
         asyncio.get_running_loop().call_later(_STARTED_DELAY_SECONDS, self._write_started)
 
     def ended(self, end: RelayEnd) -> None:
@@ -275,7 +288,8 @@ class SessionLog:
     def _write_started(self) -> None:
         if host := self._host:
             self._host = ""
-            _log.info("session started", **self._where(), host=host)
+            reused = {} if self._reused is None else {"reused": self._reused}
+            _log.info("session started", **self._where(), host=host, **reused)
 
     def _where(self) -> dict[str, str]:
         """Return the fields of a line that show the route."""

@@ -34,6 +34,9 @@ from proxy.workspace.credential import Credential
 # time out together. 50 handshakes keep both sides busy.
 CONNECTS_MAX: Final = 50
 
+# What would be sent for clients, by their StartupMessage of 10 kB at most; the oldest makes room.
+PREPARED_MAX: Final = 256
+
 # How often the server checks whether the client of a running query is still connected. The check
 # does not end a COMMIT that waits for synchronous replicas, which a CancelRequest would.
 CONNECTION_CHECK_SECONDS: Final = 2
@@ -84,6 +87,12 @@ class _Dial:
     admit: Admit | None = None
     credential: Credential | None = None
     failures: list[ProxyError] = field(default_factory=list)
+    ahead: bool = False
+    """No client waits for it: it takes no slot that one waits for."""
+
+
+class _NoSlot(Exception):
+    """All slots are in use, and the dial is ahead of any client."""
 
 
 class Dialer:
@@ -124,6 +133,45 @@ class Dialer:
         self._jitter = jitter
         self._clock = clock
         self._missing = MissingDatabases()
+        self._known: dict[StartupMessage, Prepared] = {}
+        self._known_for: Target | None = None
+
+    def prepare(
+        self, client: StartupMessage, fallback: StartupMessage | None = None
+    ) -> Prepared | None:
+        """Return what a dial for this client would send first; None while that is not known.
+
+        Nothing is waited for. Raises ProxyError or ClientViolation as `dial` does.
+        """
+        if fallback is not None and client.get(b"database") in self._missing:
+            client = fallback
+        target = self._address_lookup.known_target
+        if target is not self._known_for:
+            self._known.clear()
+            self._known_for = target
+        prepared = self._known.get(client)
+        if prepared is None and target is not None:
+            names = self._address_lookup.known_names(client)
+            if names is not None:
+                prepared = self._prepared(client, target, names)
+                if len(self._known) >= PREPARED_MAX:
+                    del self._known[next(iter(self._known))]
+                self._known[client] = prepared
+        return prepared
+
+    async def dial_ahead(self, client: StartupMessage) -> UpstreamSession | None:
+        """Return a session of one try, for which no client waits; None if no slot is free.
+
+        Raises ProxyError or ClientViolation.
+        """
+        dial = _Dial(client, DialPhases(), Retry(self._jitter, 0), self._clock(), ahead=True)
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                return await self._try_once(dial)
+        except _NoSlot:
+            return None
+        except TimeoutError as error:
+            raise self._timed_out(dial.phases) from error
 
     async def dial(
         self,
@@ -175,6 +223,13 @@ class Dialer:
             except ProxyError as error:
                 await self._before_retry(dial, error)
 
+    async def _try_once(self, dial: _Dial) -> UpstreamSession:
+        """Do the steps of one try. Raises ProxyError or ClientViolation."""
+        target, names, addresses = await self._look_up(dial)
+        credential = await self._credential(dial)
+        prepared = self._prepared(dial.client, target, names)
+        return await self._open(dial, prepared, addresses, credential)
+
     async def _look_up(self, dial: _Dial) -> tuple[Target, LoginNames, Addresses]:
         """Return where this try goes. Raises ProxyError."""
         dial.phases.start(ConnectPhase.MINT)  # not measured, but the workspace may be asked
@@ -207,6 +262,8 @@ class Dialer:
         self, dial: _Dial, prepared: Prepared, addresses: Addresses, credential: Credential
     ) -> UpstreamSession:
         """Connect and log in, in one of the slots. Raises ProxyError."""
+        if dial.ahead and self._connects.locked():
+            raise _NoSlot
         async with self._slot(dial.phases) as waited:
             if waited and not self._credentials.is_fresh(credential):
                 credential = await self._credential(dial)
@@ -255,6 +312,7 @@ class Dialer:
         dial.failures.append(error)
         if self._defaults and _refuses_check(error):
             self._defaults = ()
+            self._known.clear()
             _log.info(
                 "the upstream does not check connections: the query of a client that disconnects "
                 'continues, unless upstream.cancel_method = "cancel_request"'

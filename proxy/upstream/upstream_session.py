@@ -41,6 +41,15 @@ class Prepared:
     target: Target
     names: LoginNames
     message: StartupMessage = field(repr=False)
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Compute the hash once: a pool looks these up for each client."""
+        object.__setattr__(self, "_hash", hash((self.target, self.message)))
+
+    def __hash__(self) -> int:
+        """Return the same for equal ones."""
+        return self._hash
 
 
 class Welcome(Protocol):

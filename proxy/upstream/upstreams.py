@@ -226,8 +226,9 @@ class UpstreamFactory:
             and target.cancel_method == "connection_check",
         )
         use = self._registry.use_of(key)
-        pools = target.pool != "off" and self._make_pool is not None
-        pool = self._make_pool(name, target, dialer) if pools else None
+        pool = None
+        if self._make_pool is not None and target.pool != "off":
+            pool = self._make_pool(name, target, dialer)
         return Upstream(
             target, key, resource, workspace, account, credentials, lookup, dialer, use, pool
         )

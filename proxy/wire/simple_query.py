@@ -147,7 +147,7 @@ class SimpleQuery:
         if self._answer_bytes > ANSWER_BYTES_MAX:
             raise UpstreamViolation(f"an answer of more than {ANSWER_BYTES_MAX} bytes")
         if frame.type == b"D":
-            self._rows.append(_row(frame.payload))
+            self._rows.append(row_values(frame.payload))
         elif frame.type == b"E":
             refused = decode_backend(frame)
             assert isinstance(refused, ErrorResponse)
@@ -164,7 +164,7 @@ class SimpleQuery:
         return QueryAnswered(rows, self._error, ready.status)
 
 
-def _row(payload: bytes) -> Row:
+def row_values(payload: bytes) -> Row:
     """Return the values of a DataRow. Raises UpstreamViolation."""
     try:
         (count,) = _INT16.unpack_from(payload)

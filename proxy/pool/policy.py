@@ -105,7 +105,7 @@ class IdleSessions(Generic[Key, Session]):
 
     def take(self, key: Key, now: float) -> Session | None:
         """Remove and return the session of this key that became idle last; None without one."""
-        for session in reversed(list(self._by_key.get(key, ()))):
+        for session in reversed(self._by_key.get(key, {})):
             if self._all[session].expires_at > now:
                 self.remove(session)
                 return session
@@ -125,6 +125,10 @@ class IdleSessions(Generic[Key, Session]):
         if not of_key:
             del self._by_key[idle.key]
         return True
+
+    def expires_at(self, session: Session) -> float:
+        """Return when an idle session expires."""
+        return self._all[session].expires_at
 
     def next_expiry(self) -> float | None:
         """Return when the first session expires."""

@@ -29,7 +29,7 @@ class KeptWelcome:
 
     before_key: bytes
     after_key: bytes
-    parameters: Mapping[bytes, bytes] = field(repr=False)
+    parameters: Mapping[bytes, bytes] = field(repr=False, compare=False)
     """The run-time parameters that the login reported."""
 
     @classmethod

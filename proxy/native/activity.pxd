@@ -1,5 +1,6 @@
 cdef class Activity:
     cdef public bint terminated
+    cdef readonly bint withheld
     cdef bint _lost
     cdef Py_ssize_t _client_skip, _upstream_skip
     cdef unsigned char _client_stub[8]
@@ -12,9 +13,18 @@ cdef class Activity:
     cdef list _ends
     cdef long long _doubt
     cdef bint _settled, _renewed
+    cdef bint _walks_ahead
+    cdef int released_bytes
+    cdef unsigned char released[8]
 
     cdef int client(self, const unsigned char* read, Py_ssize_t size) except -1
     cdef int upstream(self, const unsigned char* read, Py_ssize_t size) except -1
+    cdef Py_ssize_t ahead(self, const unsigned char* read, Py_ssize_t size) except -1
+    cdef Py_ssize_t _up_to_terminate(
+        self, const unsigned char* stub, int stub_bytes, Py_ssize_t position,
+        const unsigned char* read, Py_ssize_t size
+    ) except -1
+    cdef bint _is_quiet(self) noexcept
     cdef int _walk_client(self, const unsigned char* read, Py_ssize_t size) except -1
     cdef int _walk_upstream(self, const unsigned char* read, Py_ssize_t size) except -1
     cdef bint _is_known(self, int kind, bint unsynced) except -1

@@ -9,6 +9,8 @@ reads and compares them after each.
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
+from cpython.bytes cimport PyBytes_FromStringAndSize
+
 cdef int _HEADER_BYTES = 5
 cdef int _LENGTH_MIN = 4
 cdef int _READY_LENGTH = 5
@@ -37,7 +39,8 @@ cdef unsigned char* _joined(
 cdef class Activity:
     """The state of one relayed session: proxy.wire.activity.Activity, compiled."""
 
-    def __cinit__(self) -> None:
+    def __cinit__(self, *, bint walks_ahead=False) -> None:
+        self._walks_ahead = walks_ahead
         self._status = b"I"
         self._ends = None  # a list from the first entry on
 
@@ -57,10 +60,33 @@ cdef class Activity:
         if data.shape[0]:
             self.client(&data[0], data.shape[0])
 
+    def client_ahead(self, const unsigned char[::1] data) -> bytes:
+        """Process a read from the client before it is sent. Return what is to be sent."""
+        if not data.shape[0]:
+            return b""
+        cdef Py_ssize_t sent = self.ahead(&data[0], data.shape[0])
+        ahead = PyBytes_FromStringAndSize(<const char*>&data[0], sent)
+        if self.released_bytes:
+            ahead = self.released[: self.released_bytes] + ahead
+        return ahead
+
     def upstream_sent(self, const unsigned char[::1] data) -> None:
         """Process a read from the upstream."""
         if data.shape[0]:
             self.upstream(&data[0], data.shape[0])
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the upstream session can serve another client: all is answered (P12)."""
+        return self._is_quiet() and (self.withheld or self.idle)
+
+    cdef bint _is_quiet(self) noexcept:
+        return (
+            self._answered == self._sent
+            and self._status == b"I"
+            and not (self._unsynced or self._lost or self._tracks_copy)
+            and not (self._upstream_skip or self._upstream_stub_bytes)
+        )
 
     @property
     def streaming(self) -> bool:
@@ -85,6 +111,38 @@ cdef class Activity:
         return self._copying and followed and not self._lost
 
     # -- the client's stream ---------------------------------------------------------------------
+
+    cdef Py_ssize_t ahead(self, const unsigned char* read, Py_ssize_t size) except -1:
+        """Return how much of the read is to be sent, after `released_bytes` of `released`."""
+        cdef int stub_bytes = self._client_stub_bytes, left
+        cdef Py_ssize_t position = self._client_skip
+        cdef bint terminated = self.terminated
+        cdef unsigned char stub[8]
+        memcpy(stub, self._client_stub, 8)
+        self.released_bytes = 0
+        self.client(read, size)
+        if self.terminated != terminated:
+            return self._up_to_terminate(stub, stub_bytes, position, read, size)
+        left = self._client_stub_bytes
+        if left and self._client_stub[0] == b"X":
+            return size - left if size > left else 0
+        return size
+
+    cdef Py_ssize_t _up_to_terminate(
+        self, const unsigned char* stub, int stub_bytes, Py_ssize_t position,
+        const unsigned char* read, Py_ssize_t size
+    ) except -1:
+        cdef unsigned char* joined = _joined(stub, stub_bytes, read, size)
+        while joined[position] != b"X":
+            position += _length(joined + position) + 1
+        self.withheld = self._is_quiet() and _length(joined + position) == _LENGTH_MIN
+        free(joined)
+        if self.withheld:
+            return position - stub_bytes if position > stub_bytes else 0
+        if stub_bytes and stub[0] == b"X":
+            memcpy(self.released, stub, stub_bytes)
+            self.released_bytes = stub_bytes
+        return size
 
     cdef int client(self, const unsigned char* read, Py_ssize_t size) except -1:
         if self._client_stub_bytes == 0:
@@ -146,6 +204,7 @@ cdef class Activity:
                 return len(self._ends) <= _ENDS_MAX
         elif kind == b"X":
             self.terminated = True
+            return not self._walks_ahead
         else:
             return kind == b"H"
         return True

@@ -24,6 +24,9 @@ request. Two cases are not tracked, and make the session busy: another request a
 and a Query that follows extended-query messages without a Sync between, which the upstream skips if
 one of them fails. No known driver sends either.
 
+A session of a pool is walked before its reads are sent (`client_ahead`), so that a Terminate can be
+withheld: the upstream session then serves another client.
+
 `proxy/native/activity.pyx` is the same algorithm, compiled. A change here must be made there too;
 `tests/native` compares the two.
 
@@ -57,6 +60,7 @@ _SYNC: Final = ord("S")
 _COPY_DATA: Final = ord("d")  # in both directions
 _FLUSH: Final = ord("H")
 _TERMINATE: Final = ord("X")
+_TERMINATE_STUB: Final = b"X"
 _WORK: Final = frozenset(b"BEDPC")  # Bind, Execute, Describe, Parse, Close: a Sync must follow
 _COPY_ENDS: Final = frozenset(b"cf")  # CopyDone, CopyFail
 # From the upstream.
@@ -99,12 +103,18 @@ class Activity:
         "_unsynced",
         "_upstream_skip",
         "_upstream_stub",
+        "_walks_ahead",
         "terminated",
+        "withheld",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, *, walks_ahead: bool = False) -> None:
+        """With `walks_ahead` each read of the client goes through `client_ahead`."""
+        self._walks_ahead = walks_ahead
         self.terminated = False
         """The client has sent Terminate."""
+        self.withheld = False
+        """It was withheld from the upstream: `client_ahead` returned nothing of it."""
         self._lost = False  # the session cannot be tracked any more: it counts as busy
         # Bytes of the current message still to come, and the received part of an incomplete header.
         self._client_skip = self._upstream_skip = 0
@@ -137,6 +147,23 @@ class Activity:
         )
 
     @property
+    def reusable(self) -> bool:
+        """Whether the upstream session can serve another client: all is answered (P12).
+
+        It is idle, or was when the Terminate came that was withheld.
+        """
+        return self._is_quiet() and (self.idle or self.withheld)
+
+    def _is_quiet(self) -> bool:
+        """Return whether nothing is owed for the messages that the client has completed."""
+        return (
+            self._answered == self._sent
+            and self._status == _IDLE
+            and not (self._unsynced or self._lost or self._tracks_copy)
+            and not (self._upstream_skip or self._upstream_stub)
+        )
+
+    @property
     def streaming(self) -> bool:
         """Whether the session is a replication stream between two messages.
 
@@ -163,6 +190,35 @@ class Activity:
         return self._copying and followed and not self._lost
 
     # -- the client's stream ---------------------------------------------------------------------
+
+    def client_ahead(self, data: bytes) -> bytes:
+        """Process a read from the client before it is sent. Return what is to be sent (P13).
+
+        That is all of it, but for a Terminate while nothing is owed, with all that follows; and a
+        cut header that begins as a Terminate does, which is returned with the next read.
+        """
+        stub, position, terminated = self._client_stub, self._client_skip, self.terminated
+        self.client_sent(data)
+        if terminated is not self.terminated:
+            return self._up_to_terminate(stub, position, data)
+        # A stub that begins so is a header of its own: its first byte was read at a boundary.
+        if self._client_stub and self._client_stub[0] == _TERMINATE:
+            return data[: max(0, len(data) - len(self._client_stub))]
+        return data
+
+    def _up_to_terminate(self, stub: bytes, position: int, data: bytes) -> bytes:
+        """Return what is to be sent of the read that completes the header of a Terminate.
+
+        `stub` and `position` are those of before the read.
+        """
+        joined = stub + data
+        while joined[position] != _TERMINATE:
+            position += 1 + _HEADER(joined, position)[1]
+        # Another length is an error, or content that nobody has defined: the upstream's to answer.
+        if self._is_quiet() and _HEADER(joined, position)[1] == _LENGTH_MIN:
+            self.withheld = True
+            return joined[len(stub) : position]
+        return joined if stub[:1] == _TERMINATE_STUB else data
 
     def client_sent(self, data: bytes) -> None:
         """Process a read from the client."""
@@ -214,6 +270,7 @@ class Activity:
             # else: PostgreSQL ignores it, as the late end of a COPY that has failed.
         elif kind == _TERMINATE:
             self.terminated = True
+            return not self._walks_ahead  # the upstream reads nothing that follows
         else:
             return kind == _FLUSH
         return True

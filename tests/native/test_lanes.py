@@ -232,6 +232,7 @@ class LaneHarness:
     over: list[bytes] = field(default_factory=list)
     ended: list[Exception | None] = field(default_factory=list)
     then: Callable[[], None] = lambda: None
+    left: int = 0
 
     def __post_init__(self) -> None:
         for pair in self.pairs:
@@ -281,6 +282,9 @@ class LaneHarness:
 
     def overflow(self, rest: bytes) -> None:
         self.over.append(rest)
+
+    def client_left(self) -> None:
+        self.left += 1
 
     def lane_ended(self, error: Exception | None) -> None:
         self.ended.append(error)

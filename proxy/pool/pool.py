@@ -13,6 +13,7 @@ its sessions end with their clients.
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -23,7 +24,9 @@ from proxy.observe.logs import get_logger
 from proxy.observe.pool_stats import PoolPresent, PoolRow
 from proxy.pool.policy import Bounds, IdleSessions, UnpoolableKeys
 from proxy.pool.pool_counts import PoolCounts, RetireReason, TakeSource
-from proxy.pool.pooled_session import PooledSession, State
+from proxy.pool.pool_mode import take_pool_mode
+from proxy.pool.pooled_session import CLOSE_SECONDS_MAX, PooledSession, State
+from proxy.pool.spares import Spares
 from proxy.pool.waiting import DialWaiter, Waiter, WaitingClients
 from proxy.upstream.dialer import Dialer
 from proxy.upstream.phases import DialPhases
@@ -35,6 +38,8 @@ from proxy.workspace.registry import UseCount
 # How long a client waits for a session in its reset before it dials: half of the last dial's time,
 # within these bounds (P19).
 RESET_WAIT_SECONDS: Final = (0.02, 1.0)
+# For a shard's verdict on a session that was kept. It waits 5 s for a change of the mapping itself.
+ADMIT_SECONDS_MAX: Final = 20.0
 # Welcomes that sessions share. Those of one target differ by the client's own settings.
 WELCOMES_MAX: Final = 64
 
@@ -109,6 +114,7 @@ class Pool:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
         self._welcomes: dict[KeptWelcome, KeptWelcome] = {}
+        self._spares = Spares(self, dialer, self._counts, clock)
         self.held = UseCount(self._close)
 
     # -- a client that wants a session -----------------------------------------------------------
@@ -124,7 +130,7 @@ class Pool:
     ) -> UpstreamSession:
         """Return a kept session for this client, or dial one. Raises what `Dialer.dial` does."""
         now = self._clock()
-        pools = self._pools(client)
+        client, fallback, pools = self._asked(client, fallback)
         key = self._dialer.prepare(client, fallback) if pools else None
         session = None
         if key is not None and not self._unpoolable.contains(key, now):
@@ -136,14 +142,24 @@ class Pool:
         request = _Request(client, fallback, phases, admit, deadline, pools, key)
         return await self._open(request, session)
 
-    def _pools(self, client: StartupMessage) -> bool:
-        """Return whether a kept session may serve this client, and its own may be kept."""
-        return self._closed_for is None and client.get(b"replication") is None
+    def _asked(
+        self, client: StartupMessage, fallback: StartupMessage | None
+    ) -> tuple[StartupMessage, StartupMessage | None, bool]:
+        """Return a client's messages without its wish for less, and whether it is pooled (P2, P10).
+
+        Raises ProxyError for a wish for more.
+        """
+        mode, client = take_pool_mode(client, self._settings.pool)
+        if fallback is not None:
+            _, fallback = take_pool_mode(fallback, self._settings.pool)
+        replicates = client.get(b"replication") is not None
+        return client, fallback, mode != "off" and not replicates and self._closed_for is None
 
     async def _open(self, request: _Request, session: PooledSession | None) -> UpstreamSession:
         """Return a session after all that may have to be waited for. Raises ProxyError."""
         while True:  # each turn ends an idle session, or a wait; a dial ends it
-            session = session or await self._find(request)
+            if session is None or session.state is not State.IDLE:  # it may have ended meanwhile
+                session = await self._find(request)
             if session is None:
                 found = await self._dial(request)
             else:
@@ -178,7 +194,7 @@ class Pool:
         if not self._is_full():
             self._dialling += 1
             return None
-        waiter = Waiter(request.key)
+        waiter = Waiter(request.key if request.pools else None)
         began = self._clock()
         request.source = TakeSource.WAITED
         oldest = self._idle.least_recent()
@@ -187,7 +203,7 @@ class Pool:
                 self._idle.remove(oldest)
                 self._promised[oldest] = waiter
                 self._retire(oldest, RetireReason.SURPLUS)
-                await self._given(waiter, request.deadline - began)
+                await self._given(waiter, CLOSE_SECONDS_MAX)
             else:
                 await self._in_queue(waiter, request)
         finally:
@@ -313,7 +329,7 @@ class Pool:
             self._unregister = self._register(self._name, self.row)
         if opened.prepared.target != self._target:
             self._target = opened.prepared.target
-            self._retire_all(RetireReason.RECONFIGURED)  # of another host (P45)
+            self._retire_idle(RetireReason.RECONFIGURED, all_targets=False)  # P45
         returns = returns and self._keeps(opened.prepared)
         session = PooledSession(
             opened, self, now=self._clock(), generation=generation, returns=returns
@@ -326,7 +342,7 @@ class Pool:
     def released(self, session: PooledSession, retired_for: str) -> None:
         """Reset the session for the next client, or close it."""
         if not session.returns:
-            self._forget(session)
+            session.close()
             return
         reason = RetireReason(retired_for) if retired_for else self._reason_to_retire(session)
         if reason is None and self._may_keep(session):
@@ -342,10 +358,7 @@ class Pool:
     def reset_ended(self, session: PooledSession, failure: RetireReason | None) -> None:
         """Give the session to the next client, keep it, or close it."""
         key, now = session.prepared, self._clock()
-        of_key = self._resetting[key]
-        began = of_key.pop(session)
-        if not of_key:
-            del self._resetting[key]
+        began = self._stop_reset(session)
         if failure is None:
             self._counts.reset_took(now - began)
             self._unpoolable.reset_succeeded(key)
@@ -363,15 +376,17 @@ class Pool:
             waiter.give(None)  # there is one less to wait for
 
     def idle_ended(self, session: PooledSession, *, in_error: bool) -> None:
-        """Close an idle session that is none any more."""
-        if self._idle.remove(session):
-            if in_error:  # what ended it may have ended the others, without a word (P34)
-                self._idle.suspect_all(self._clock())
-            self._retire(session, RetireReason.UPSTREAM_ENDED)
+        """Close an idle session that has sent something, or has ended."""
+        self._idle.remove(session)  # else it was given to a client that has not woken up yet
+        if in_error:  # what ended it may have ended the others, without a word (P34)
+            self._idle.suspect_all(self._clock())
+        self._retire(session, RetireReason.UPSTREAM_ENDED)
 
     def session_closed(self, session: PooledSession) -> None:
         """Give the room of a session to a client that waits for it."""
-        self._forget(session)
+        self._sessions.discard(session)
+        self._room_freed(self._promised.pop(session, None))
+        self._unregister_last()
 
     def shared_welcome(self, welcome: KeptWelcome) -> KeptWelcome:
         """Return an equal welcome that other sessions have, too."""
@@ -408,8 +423,161 @@ class Pool:
         return has_client or self._settings.pool_idle_max > 0
 
     def _offer(self, session: PooledSession) -> None:
-        """Give a session that is as after its login to the next client, or keep it idle."""
+        """Give a session that is as after its login to a client, keep it idle, or close it."""
+        session.be_idle(self._clock())
         reason = self._reason_to_retire(session)
+        waiter = None if reason else self._next_client(session)
+        if waiter is not None:
+            waiter.give(session)
+        elif reason is not None or session in self._promised or not self._settings.pool_idle_max:
+            self._retire(session, reason or RetireReason.SURPLUS)
+        else:
+            for surplus in self._idle.add(session, session.prepared):
+                self._retire(surplus, RetireReason.SURPLUS)
+            self._schedule_expiry(self._idle.next_expiry())
+
+    def _next_client(self, session: PooledSession) -> Waiter | None:
+        """Return the client that gets a session; one with another key is promised its room."""
+        key = session.prepared
         waiter = self._promised.pop(session, None)
-        if waiter is None or not waiter.waits or reason is not None:
-            waiter = self._next_client(session)
+        if waiter is None or not waiter.waits:
+            waiter = self._waiting.next_for_reset(key) or self._waiting.next_for_room()
+        if waiter is not None and waiter.key != key:
+            self._promised[session] = waiter
+            return None
+        return waiter or self._waiting.next_dial(key)
+
+    def _retire(self, session: PooledSession, reason: RetireReason) -> None:
+        """Close a session that is not in use."""
+        unused = reason in (RetireReason.IDLE, RetireReason.LIFETIME) and not session.used
+        self._counts.retired(RetireReason.UNUSED_SPARE if unused else reason)
+        session.close()
+
+    def _stop_reset(self, session: PooledSession) -> float:
+        """Unregister a session in its reset. Return when that began."""
+        of_key = self._resetting[session.prepared]
+        began = of_key.pop(session)
+        if not of_key:
+            del self._resetting[session.prepared]
+        return began
+
+    def _retire_idle(self, reason: RetireReason, *, all_targets: bool = True) -> None:
+        for session in self._idle:
+            if all_targets or session.prepared.target != self._target:
+                self._idle.remove(session)
+                self._retire(session, reason)
+
+    # -- bounds ----------------------------------------------------------------------------------
+
+    def _is_full(self) -> bool:
+        size_max = self._settings.pool_size_max
+        return 0 < size_max <= len(self._sessions) + self._dialling
+
+    def _dial_ended(self) -> None:
+        """Release the room of a dial that has opened nothing."""
+        self._dialling -= 1
+        self._room_freed()
+        self._unregister_last()
+
+    def _room_freed(self, promised: Waiter | None = None) -> None:
+        """Let clients dial that wait for room, a promised one first."""
+        if promised is not None and promised.waits:
+            self._dialling += 1
+            promised.give(None)
+        while not self._is_full():
+            waiter = self._waiting.next_for_room()
+            if waiter is None:
+                return
+            self._dialling += 1
+            waiter.give(None)
+
+    def _schedule_expiry(self, at: float | None) -> None:
+        """Look at the idle sessions at this time, unless that is done earlier anyway."""
+        if at is None or at >= self._timer_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        seconds = max(at - self._clock(), 0.0)
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        self._timer, self._timer_at = None, float("inf")
+        for session, reason in self._idle.expire(self._clock()):
+            self._retire(session, reason)
+        self._schedule_expiry(self._idle.next_expiry())
+
+    # -- spares ----------------------------------------------------------------------------------
+
+    def wants_spare(self, key: Prepared) -> bool:
+        """Return whether there are too few idle sessions of this key, and room for one."""
+        found = self._idle.count(key) + len(self._resetting.get(key, ()))
+        if found >= self._settings.pool_spare_min or not self._keeps(key) or self._is_full():
+            return False
+        return len(self._idle) < self._settings.pool_idle_max and not self._waiting
+
+    def spare_begins(self) -> int:
+        """Reserve room for a spare. Return the number of reconnects so far."""
+        self._dialling += 1
+        return self._generation
+
+    def spare_ended(self, opened: UpstreamSession | None, generation: int) -> None:
+        """Keep a spare, or release the room of one that failed."""
+        if opened is None:
+            self._dial_ended()
+            return
+        self._dialling -= 1
+        session = self._keep(opened, generation, returns=True)
+        session.used = False
+        session.put_back(opened.stream)
+
+    # -- its life --------------------------------------------------------------------------------
+
+    def reconnect(self) -> None:
+        """Close what is idle now, and after its client each session that has one (P46)."""
+        self._generation += 1
+        self._unpoolable.clear()
+        self._spares.clear()
+        self._retire_idle(RetireReason.RECONNECT)
+
+    def drain(self) -> None:
+        """Keep nothing from now on: close what is idle or in its reset (P47)."""
+        self._close(RetireReason.DRAIN)
+
+    def _close(self, reason: RetireReason = RetireReason.RECONFIGURED) -> None:
+        if self._closed_for is not None:
+            return
+        self._closed_for = reason
+        self._spares.close()
+        self._retire_idle(reason)
+        for session in [one for of_key in self._resetting.values() for one in of_key]:
+            self._stop_reset(session)
+            self._retire(session, reason)
+        self._waiting.stop_resets()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._unregister_last()
+
+    def _unregister_last(self) -> None:
+        """Show a pool that is closed no more once its last session has gone."""
+        over = self._closed_for is not None and not self._sessions and not self._dialling
+        if over and self._unregister is not None:
+            self._unregister()
+            self._unregister = None
+
+    def row(self) -> PoolRow:
+        """Return everything that operators see of it."""
+        states = Counter(session.state for session in self._sessions)
+        oldest = min((session.born_at for session in self._sessions), default=self._clock())
+        present = PoolPresent(
+            mode=self._settings.pool,
+            keys=len({session.prepared for session in self._sessions}),
+            in_use=states[State.IN_USE] + states[State.CHECKING],
+            idle=states[State.IDLE],
+            resetting=states[State.RESETTING],
+            dialling=self._dialling,
+            waiting=len(self._waiting),
+            size_max=self._settings.pool_size_max,
+            oldest_seconds=self._clock() - oldest,
+        )
+        return self._counts.row(self._name, present)

@@ -21,7 +21,7 @@ from proxy.upstream.upstream_session import Prepared, UpstreamSession
 from proxy.wire.kept_welcome import KeptWelcome
 from proxy.wire.messages import BackendKeyData, Terminate
 from proxy.wire.session_reset import ResetDone, ResetEvent, SessionReset, may_have_login_triggers
-from proxy.wire.sign_of_life import Alive, CheckEvent, CheckState, SignOfLife
+from proxy.wire.sign_of_life import Alive, CheckEvent, SignOfLife
 from proxy.wire.upstream_startup import UpstreamStartup
 
 # For the whole answer to a reset: two statements that PostgreSQL needs microseconds for.
@@ -93,6 +93,7 @@ class PooledSession(asyncio.Protocol):
         "target",
         "ticket",
         "transport",
+        "used",
     )
 
     def __init__(
@@ -106,7 +107,7 @@ class PooledSession(asyncio.Protocol):
         self._messages: KeptWelcome | None = None
         self._machine: SessionReset | SignOfLife | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._checked: asyncio.Future[None] | None = None
+        self._checked: asyncio.Future[bool] | None = None
         self._triggers_counted = False
         self.key = opened.startup.key
         self.transport = opened.stream.transport
@@ -119,6 +120,8 @@ class PooledSession(asyncio.Protocol):
         """The number of reconnects of the pool when its dial began."""
         self.returns = returns
         self.reused = False
+        self.used = True
+        """Whether a client has had it; false for a spare."""
 
     # -- the lease of a client -------------------------------------------------------------------
 
@@ -136,7 +139,7 @@ class PooledSession(asyncio.Protocol):
     def lend(self) -> UpstreamSession:
         """Return an idle session for a client, which has it from now on."""
         self.state = State.IN_USE
-        self.reused = True
+        self.reused = self.used = True
         stream = StartupStream()
         stream.transport = self.transport
         self.transport.set_protocol(stream)
@@ -203,11 +206,10 @@ class PooledSession(asyncio.Protocol):
         self._start_timer(CHECK_SECONDS_MAX, partial(self._machine_failed, check))
         self.transport.write(check.begin())
         try:
-            await self._checked
+            return await self._checked
         finally:
             self._stop_machine()
             self._checked = None
-        return check.state is CheckState.ALIVE
 
     def close(self) -> None:
         """Say Terminate, and close when the upstream has closed, CLOSE_SECONDS_MAX later at most.
@@ -275,7 +277,7 @@ class PooledSession(asyncio.Protocol):
                     failure = RetireReason.LOGIN_TRIGGER
                 self._owner.reset_ended(self, failure)
             case Alive(changed) if not changed:
-                self._wake_client()
+                self._answer_check(is_alive=True)
             case _:
                 assert self._machine is not None
                 self._machine_failed(self._machine)
@@ -286,12 +288,11 @@ class PooledSession(asyncio.Protocol):
         if isinstance(machine, SessionReset):
             self._owner.reset_ended(self, RetireReason.RESET_FAILED)
         else:
-            machine.receive_eof()  # not alive, whatever it had heard
-            self._wake_client()
+            self._answer_check(is_alive=False)
 
-    def _wake_client(self) -> None:
+    def _answer_check(self, *, is_alive: bool) -> None:
         if self._checked is not None and not self._checked.done():
-            self._checked.set_result(None)
+            self._checked.set_result(is_alive)
 
     def _start_timer(self, seconds: float, run: Callable[[], object]) -> None:
         self._timer = asyncio.get_running_loop().call_later(seconds, run)

@@ -8,13 +8,16 @@ they came.
 """
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from proxy.pool.pooled_session import PooledSession
 from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstream_session import Prepared
+
+T = TypeVar("T")
+W = TypeVar("W", bound="Waiter")
 
 
 class Waiter:
@@ -50,14 +53,14 @@ class Waiter:
 
 
 class DialWaiter(Waiter):
-    """A client whose dial waits for a slot of `connects_max`: a session ends the dial."""
+    """A client whose dial may have to wait for a slot of `connects_max`: a session ends it then."""
 
     __slots__ = ("_phases", "_scope")
 
-    def __init__(self, key: Prepared, phases: DialPhases, scope: asyncio.Timeout) -> None:
+    def __init__(self, key: Prepared | None, phases: DialPhases) -> None:
         super().__init__(key)
         self._phases = phases
-        self._scope = scope
+        self._scope: asyncio.Timeout | None = None
 
     @property
     def is_in_queue(self) -> bool:
@@ -67,7 +70,15 @@ class DialWaiter(Waiter):
     def give(self, session: PooledSession | None) -> None:
         """Give it a session, and end its dial."""
         super().give(session)
-        self._scope.reschedule(asyncio.get_running_loop().time())
+        if self._scope is not None:
+            self._scope.reschedule(asyncio.get_running_loop().time())
+
+    async def unless_given(self, dial: Coroutine[None, None, T]) -> T | None:
+        """Return what a dial returns; None if a session was given before."""
+        with suppress(TimeoutError):  # the dial itself raises none
+            async with asyncio.timeout(None) as self._scope:
+                return await dial
+        return None
 
 
 class WaitingClients:
@@ -129,9 +140,7 @@ class WaitingClients:
 
 
 @contextmanager
-def _registered(
-    known: dict[Prepared, dict[W, None]], key: Prepared, waiter: W
-) -> Iterator[None]:
+def _registered(known: dict[Prepared, dict[W, None]], key: Prepared, waiter: W) -> Iterator[None]:
     known.setdefault(key, {})[waiter] = None
     try:
         yield

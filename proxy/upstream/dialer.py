@@ -143,8 +143,7 @@ class Dialer:
 
         Nothing is waited for. Raises ProxyError or ClientViolation as `dial` does.
         """
-        if fallback is not None and client.get(b"database") in self._missing:
-            client = fallback
+        client = self._existing(client, fallback)
         target = self._address_lookup.known_target
         if target is not self._known_for:
             self._known.clear()
@@ -159,11 +158,14 @@ class Dialer:
                 self._known[client] = prepared
         return prepared
 
-    async def dial_ahead(self, client: StartupMessage) -> UpstreamSession | None:
+    async def dial_ahead(
+        self, client: StartupMessage, fallback: StartupMessage | None = None
+    ) -> UpstreamSession | None:
         """Return a session of one try, for which no client waits; None if no slot is free.
 
         Raises ProxyError or ClientViolation.
         """
+        client = self._existing(client, fallback)
         dial = _Dial(client, DialPhases(), Retry(self._jitter, 0), self._clock(), ahead=True)
         try:
             async with asyncio.timeout(self._timeout_seconds):
@@ -204,6 +206,16 @@ class Dialer:
             raise (dial.failures or [self._timed_out(dial.phases)])[-1] from error
         finally:
             dial.phases.flush()
+
+    def _existing(self, client: StartupMessage, fallback: StartupMessage | None) -> StartupMessage:
+        """Return the message whose database is not known to be missing."""
+        is_missing = fallback is not None and client.get(b"database") in self._missing
+        return fallback if is_missing and fallback is not None else client
+
+    @property
+    def known_target(self) -> Target | None:
+        """Where dials go by what is known now; None before the first look-up."""
+        return self._address_lookup.known_target
 
     async def _dial_until_ready(self, dial: _Dial) -> UpstreamSession:
         while True:  # bounded by dial's timeout
@@ -367,4 +379,3 @@ def _refuses_check(error: ProxyError) -> bool:
     original = error.original
     text = error.detail if original is None else f"{original.message} {original.text(b'D')}"
     return _CHECK_NAME in text and any(word in text for word in _NO_CHECK_TEXTS)
-

@@ -22,8 +22,8 @@ from proxy.catalogue.parking import Parking, ParkMetrics, ParkResult
 from proxy.catalogue.shard_upstreams import ShardUpstreams, target_name
 from proxy.errors import NOT_THE_OPERATORS, ErrorKind, ProxyError
 from proxy.transport.stream import StartupStream
-from proxy.upstream.upstream_session import AdmittedBy, UpstreamSession
 from proxy.upstream.phases import DialPhases
+from proxy.upstream.upstream_session import AdmittedBy, UpstreamSession
 from proxy.upstream.upstreams import RouteReplaced, Upstream
 from proxy.wire.secret import Secret
 from proxy.wire.startup import StartupMessage

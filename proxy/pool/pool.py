@@ -111,6 +111,8 @@ class Pool:
         self._generation = 0
         self._target = dialer.known_target
         self._closed_for: RetireReason | None = None
+        self._over: asyncio.Future[None] | None = None
+        """Done when it is closed and none of its connections is open."""
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
         self._welcomes: dict[KeptWelcome, KeptWelcome] = {}
@@ -160,13 +162,12 @@ class Pool:
         while True:  # each turn ends an idle session, or a wait; a dial ends it
             if session is None or session.state is not State.IDLE:  # it may have ended meanwhile
                 session = await self._find(request)
-            if session is None:
-                found = await self._dial(request)
+            if session is not None:
+                opened, session = await self._approved(session, request), None
             else:
-                found = await self._approved(session, request)
-            if isinstance(found, UpstreamSession):
-                return found
-            session = found
+                opened, session = await self._dial(request)
+            if opened is not None:
+                return opened
 
     async def _find(self, request: _Request) -> PooledSession | None:
         """Return a kept session; None where the client is to dial, and has room to."""
@@ -283,7 +284,7 @@ class Pool:
                 self._retire(one, RetireReason.CHECK_FAILED)
         return is_alive
 
-    async def _dial(self, request: _Request) -> UpstreamSession | PooledSession:
+    async def _dial(self, request: _Request) -> tuple[UpstreamSession | None, PooledSession | None]:
         """Dial in the room that is reserved. Return the session, or one that was returned (P42)."""
         generation, began = self._generation, self._clock()
         waiter = DialWaiter(request.key, request.phases)
@@ -295,9 +296,8 @@ class Pool:
             self._dial_ended()
             raise
         if opened is None:
-            assert waiter.session is not None
             self._dial_ended()
-            return waiter.session
+            return None, waiter.session
         self._dialling -= 1
         self._dial_seconds = self._clock() - began
         session = self._keep(opened, generation, returns=request.pools)
@@ -305,7 +305,7 @@ class Pool:
         self._counts.taken(TakeSource.WAITED if waited else TakeSource.DIALLED)
         if session.returns:
             self._spares.begin(session.prepared, request.client, request.fallback)
-        return replace(opened, lease=session)
+        return replace(opened, lease=session), None
 
     async def _dialled(self, waiter: DialWaiter, request: _Request) -> UpstreamSession | None:
         """Return a dialled session; None if the waiter was given one before it had a slot."""
@@ -529,7 +529,8 @@ class Pool:
         self._dialling -= 1
         session = self._keep(opened, generation, returns=True)
         session.used = False
-        session.put_back(opened.stream)
+        opened = replace(opened, lease=session)
+        opened.put_back()
 
     # -- its life --------------------------------------------------------------------------------
 
@@ -543,6 +544,12 @@ class Pool:
     def drain(self) -> None:
         """Keep nothing from now on: close what is idle or in its reset (P47)."""
         self._close(RetireReason.DRAIN)
+
+    async def wait_closed(self) -> None:
+        """Return when none of its connections is open: CLOSE_SECONDS_MAX after the last client."""
+        while self._sessions or self._dialling:  # bounded by the timers of sessions and dials
+            self._over = self._over or asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._over)
 
     def _close(self, reason: RetireReason = RetireReason.RECONFIGURED) -> None:
         if self._closed_for is not None:
@@ -560,10 +567,13 @@ class Pool:
 
     def _unregister_last(self) -> None:
         """Show a pool that is closed no more once its last session has gone."""
-        over = self._closed_for is not None and not self._sessions and not self._dialling
-        if over and self._unregister is not None:
+        if self._closed_for is None or self._sessions or self._dialling:
+            return
+        if self._unregister is not None:
             self._unregister()
             self._unregister = None
+        if self._over is not None and not self._over.done():
+            self._over.set_result(None)
 
     def row(self) -> PoolRow:
         """Return everything that operators see of it."""

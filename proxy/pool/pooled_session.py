@@ -1,7 +1,7 @@
 """One upstream session of a pool, and the protocol of its connection while no client has it.
 
-For: the reset after a client, the sign of life before the next one, being idle, and the end. None of
-them has a task: what the upstream sends is given to a machine, and one timer bounds it. Not for:
+For: the reset after a client, the sign of life before the next one, being idle, and the end. None
+of them has a task: what the upstream sends is given to a machine, and one timer bounds it. Not for:
 which client gets it, or when it ends (`pool`).
 
 The invariants: what a client gets was reset, or never used; while it is idle nothing is sent, and a
@@ -22,7 +22,6 @@ from proxy.wire.kept_welcome import KeptWelcome
 from proxy.wire.messages import BackendKeyData, Terminate
 from proxy.wire.session_reset import ResetDone, ResetEvent, SessionReset, may_have_login_triggers
 from proxy.wire.sign_of_life import Alive, CheckEvent, SignOfLife
-from proxy.wire.upstream_startup import UpstreamStartup
 
 # For the whole answer to a reset: two statements that PostgreSQL needs microseconds for.
 RESET_SECONDS_MAX: Final = 5.0
@@ -79,7 +78,6 @@ class PooledSession(asyncio.Protocol):
         "_machine",
         "_messages",
         "_owner",
-        "_startup",
         "_timer",
         "_triggers_counted",
         "born_at",
@@ -101,10 +99,9 @@ class PooledSession(asyncio.Protocol):
     ) -> None:
         """Keep a session that was dialled; it is in use. Without `returns` it serves one client."""
         assert opened.prepared is not None
-        assert isinstance(opened.startup, UpstreamStartup)
         self._owner = owner
-        self._startup: UpstreamStartup | None = opened.startup
-        self._messages: KeptWelcome | None = None
+        own = KeptWelcome.of(opened.startup.welcome(opened.startup.key))
+        self._messages = owner.shared_welcome(own)
         self._machine: SessionReset | SignOfLife | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._checked: asyncio.Future[bool] | None = None
@@ -129,12 +126,13 @@ class PooledSession(asyncio.Protocol):
         """Give the session back; see `Lease`."""
         self._owner.released(self, retired_for)
 
-    def put_back(self, stream: StartupStream) -> None:
-        """Give back a session on which nothing was sent or received for the client."""
-        if self.take_over(stream):
-            self._owner.put_back(self)
-        else:
+    def put_back(self, stream: StartupStream, early: bytes) -> None:
+        """Give the session back as its client found it; see `Lease`."""
+        early += stream.hand_over(self)
+        if early or stream.gone.done() or self.transport.is_closing() or not self.returns:
             self._owner.released(self, RetireReason.UPSTREAM_ENDED)
+        else:
+            self._owner.put_back(self)
 
     def lend(self) -> UpstreamSession:
         """Return an idle session for a client, which has it from now on."""
@@ -147,38 +145,21 @@ class PooledSession(asyncio.Protocol):
             stream, self, self.target, lease=self, prepared=self.prepared, ticket=self.ticket
         )
 
-    def take_over(self, stream: StartupStream) -> bool:
-        """Become the protocol of a session that was not used. Return whether it is silent."""
-        early = stream.hand_over(self)
-        if self._startup is not None:
-            early += self._startup.trailing_data()
-        return not (early or stream.gone.done() or self.transport.is_closing())
-
     # -- the welcome -----------------------------------------------------------------------------
 
     def welcome(self, key: BackendKeyData | None) -> bytes:
         """Return the messages after AuthenticationOk, with this key for the upstream's own."""
-        return self.messages.with_key(key if self.key is not None else None)
+        return self._messages.with_key(key if self.key is not None else None)
 
     def trailing_data(self) -> bytes:
         """Return nothing: an idle session that sends a byte is given to no client."""
         return b""
 
-    @property
-    def messages(self) -> KeptWelcome:
-        """What the login sent; asked for first when the first client has been welcomed."""
-        if self._messages is None:
-            assert self._startup is not None
-            welcome = self._startup.welcome(self._startup.key)
-            self._messages = self._owner.shared_welcome(KeptWelcome.of(welcome))
-            self._startup = None
-        return self._messages
-
     # -- without a client ------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Bring a session whose client has left back to its state after login."""
-        login = self.messages.parameters
+        login = self._messages.parameters
         counts_triggers = not self._triggers_counted and may_have_login_triggers(login)
         self._triggers_counted = True
         self.transport.set_protocol(self)
@@ -202,7 +183,7 @@ class PooledSession(asyncio.Protocol):
         """
         self.state = State.CHECKING
         self._checked = asyncio.get_running_loop().create_future()
-        self._machine = check = SignOfLife(self.messages.parameters)
+        self._machine = check = SignOfLife(self._messages.parameters)
         self._start_timer(CHECK_SECONDS_MAX, partial(self._machine_failed, check))
         self.transport.write(check.begin())
         try:

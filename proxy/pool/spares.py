@@ -1,7 +1,7 @@
 """Sessions that are dialled ahead of clients, in the background.
 
-For: the dial of a spare session, of which there is one at a time for each key, and the back-off after
-one that failed. Not for: whether one is wanted (`pool`).
+For: the dial of a spare session, of which there is one at a time for each key, and the back-off
+after one that failed. Not for: whether one is wanted (`pool`).
 
 Invariant: a spare begins with a client, never by itself, so that a database without clients sleeps
 (P36). It takes no slot of `connects_max` that a client waits for (P37).

@@ -154,7 +154,8 @@ def _registered(known: dict[Prepared, dict[W, None]], key: Prepared, waiter: W) 
 
 def _first(queue: dict[Waiter, None] | None) -> Waiter | None:
     """Return and remove the first that still waits."""
-    for waiter in list(queue or ()):
+    while queue:
+        waiter = next(iter(queue))
         del queue[waiter]
         if waiter.waits:
             return waiter

@@ -87,10 +87,10 @@ class Lease(Protocol):
         Without one the session is idle at its protocol's level, and nothing was cancelled.
         """
 
-    def put_back(self, stream: StartupStream) -> None:
-        """Give back a session on which nothing was sent or received for the client.
+    def put_back(self, stream: StartupStream, early: bytes) -> None:
+        """Give back a session on which nothing was sent for the client.
 
-        `stream` is that of its `UpstreamSession`.
+        `stream` is that of its `UpstreamSession`, and `early` what came after its welcome.
         """
 
 
@@ -125,7 +125,7 @@ class UpstreamSession:
         if self.lease is None:
             self.stream.transport.close()
         else:
-            self.lease.put_back(self.stream)
+            self.lease.put_back(self.stream, self.startup.trailing_data())
 
 
 Admit = Callable[[StartupStream, Secret | None], Awaitable[Secret | None]]

@@ -99,6 +99,9 @@ class SessionPool(Protocol):
     def drain(self) -> None:
         """Keep nothing from now on: close what is idle."""
 
+    async def wait_closed(self) -> None:
+        """Return when none of its connections is open, after `drain` and the last client."""
+
 
 MakePool = Callable[[str, UpstreamSettings, Dialer], SessionPool]
 """Makes the pool of a target with this name and these settings."""
@@ -181,6 +184,7 @@ class UpstreamFactory:
         record_phase: RecordTargetPhase,
         name_lookup: NameLookup,
         password_file: PasswordFile | None = None,
+        *,
         make_pool: MakePool | None = None,
     ) -> None:
         self._settings = settings
@@ -247,6 +251,7 @@ class Upstreams(Mapping[str, Upstream]):
         registry: WorkspaceRegistry,
         record_phase: RecordTargetPhase,
         before: "Upstreams | None" = None,
+        *,
         make_pool: MakePool | None = None,
     ) -> None:
         """`before` are the upstreams in force; those that are configured as before are kept.
@@ -262,7 +267,12 @@ class Upstreams(Mapping[str, Upstream]):
         )
         self.password_file = _password_file(settings, before)
         self.factory = UpstreamFactory(
-            settings, registry, record_phase, self.name_lookup, self.password_file, make_pool
+            settings,
+            registry,
+            record_phase,
+            self.name_lookup,
+            self.password_file,
+            make_pool=make_pool,
         )
         targets = {name: settings.target(name) for name in settings.target_names()}
         resources = self._resources(targets.values())

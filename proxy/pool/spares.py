@@ -10,43 +10,24 @@ Invariant: a spare begins with a client, never by itself, so that a database wit
 import asyncio
 import contextvars
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import replace
 
 from proxy.errors import ProxyError
+from proxy.pool.kept_sessions import KeptSessions
 from proxy.pool.policy import SpareBackoff
-from proxy.pool.pool_counts import PoolCounts, SpareResult
+from proxy.pool.pool_counts import SpareResult
 from proxy.upstream.dialer import Dialer
-from proxy.upstream.upstream_session import Prepared, UpstreamSession
+from proxy.upstream.upstream_session import Prepared
 from proxy.wire.startup import StartupMessage
 from proxy.wire.violations import ClientViolation
-
-
-class SpareOwner(Protocol):
-    """The pool of the spares."""
-
-    def wants_spare(self, key: Prepared) -> bool:
-        """Return whether there are too few idle sessions of this key, and room for one."""
-
-    def spare_begins(self) -> int:
-        """Reserve room for a spare. Return the number of reconnects so far."""
-
-    def spare_ended(self, opened: UpstreamSession | None, generation: int) -> None:
-        """Keep a spare, or release the room of one that failed."""
 
 
 class Spares:
     """The spares of one pool."""
 
-    def __init__(
-        self,
-        owner: SpareOwner,
-        dialer: Dialer,
-        counts: PoolCounts,
-        clock: Callable[[], float],
-    ) -> None:
-        self._owner = owner
+    def __init__(self, kept: KeptSessions, dialer: Dialer, clock: Callable[[], float]) -> None:
+        self._kept = kept
         self._dialer = dialer
-        self._counts = counts
         self._clock = clock
         self._backoff = SpareBackoff[Prepared]()
         self._tasks: dict[Prepared, asyncio.Task[None]] = {}
@@ -55,7 +36,7 @@ class Spares:
 
     def begin(self, key: Prepared, client: StartupMessage, fallback: StartupMessage | None) -> None:
         """Dial a session ahead for the next client of this kind, if one is wanted."""
-        wanted = key not in self._tasks and self._owner.wants_spare(key)
+        wanted = key not in self._tasks and self._kept.wants_spare(key)
         if wanted and self._backoff.allows(key, self._clock()):
             self._tasks[key] = asyncio.get_running_loop().create_task(
                 self._run(key, client, fallback), name="spare", context=self._context.copy()
@@ -75,7 +56,7 @@ class Spares:
     ) -> None:
         """Dial until there are enough, one at a time."""
         try:
-            while self._owner.wants_spare(key) and await self._dial(key, client, fallback):
+            while self._kept.wants_spare(key) and await self._dial(key, client, fallback):
                 pass
         finally:
             del self._tasks[key]
@@ -84,7 +65,9 @@ class Spares:
         self, key: Prepared, client: StartupMessage, fallback: StartupMessage | None
     ) -> bool:
         """Dial one. Return whether it is there."""
-        generation = self._owner.spare_begins()
+        generation = self._kept.generation
+        if not self._kept.reserve():
+            return False
         opened, result = None, SpareResult.FAILED
         try:
             opened = await self._dialer.dial_ahead(client, fallback)
@@ -92,8 +75,13 @@ class Spares:
         except (ProxyError, ClientViolation):
             self._backoff.failed(key, self._clock())  # no client's error
         finally:
-            self._owner.spare_ended(opened, generation)
-        self._counts.spare_ended(result)
-        if opened is not None:
-            self._backoff.succeeded(key)
-        return opened is not None
+            if opened is None:
+                self._kept.dial_ended()
+        self._kept.counts.spare_ended(result)
+        if opened is None:
+            return False
+        self._backoff.succeeded(key)
+        session = self._kept.dialled(opened, generation, returns=True)
+        session.used = False
+        replace(opened, lease=session).put_back()
+        return True

@@ -98,9 +98,11 @@ class IdleSessions(Generic[Key, Session]):
         reason = RetireReason.IDLE if by_idleness < by_age else RetireReason.LIFETIME
         self._all[session] = _Idle(key, min(by_age, by_idleness), reason)
         self._by_key.setdefault(key, {})[session] = None
-        surplus = list(self._all)[: max(len(self._all) - self._bounds.idle_max, 0)]
-        for one in surplus:
-            self.remove(one)
+        surplus = []
+        while len(self._all) > self._bounds.idle_max:
+            oldest = next(iter(self._all))
+            self.remove(oldest)
+            surplus.append(oldest)
         return surplus
 
     def take(self, key: Key, now: float) -> Session | None:

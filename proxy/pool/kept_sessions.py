@@ -168,7 +168,7 @@ class KeptSessions:
         self.offer(session)
 
     def reset_ended(self, session: PooledSession, failure: RetireReason | None) -> None:
-        """Give the session to the next client, keep it, or close it."""
+        """Pass the session on to the next client, keep it, or close it."""
         key, now = session.prepared, self._clock()
         began = self._stop_reset(session)
         if failure is None:
@@ -195,7 +195,7 @@ class KeptSessions:
         self.retire(session, RetireReason.UPSTREAM_ENDED)
 
     def session_closed(self, session: PooledSession) -> None:
-        """Give the room of a session to a client that waits for it."""
+        """Unregister a session; its room goes to a client that waits for it."""
         self._sessions.discard(session)
         self._room_freed(self._promised.pop(session, None))
         self._unregister_last()
@@ -235,7 +235,7 @@ class KeptSessions:
         return has_client or self._settings.pool_idle_max > 0
 
     def offer(self, session: PooledSession) -> None:
-        """Give a session that is as after its login to a client, keep it idle, or close it."""
+        """Pass a session that is as after its login to a client, keep it idle, or close it."""
         session.be_idle(self._clock())
         reason = self._reason_to_retire(session)
         waiter = None if reason else self._next_client(session)
@@ -286,7 +286,7 @@ class KeptSessions:
         return 0 < size_max <= len(self._sessions) + self._dialling
 
     def _room_freed(self, promised: Waiter | None = None) -> None:
-        """Let clients dial that wait for room, a promised one first."""
+        """Pass free room to clients that wait for it, a promised one first."""
         if promised is not None and promised.waits:
             self._dialling += 1
             promised.give(None)

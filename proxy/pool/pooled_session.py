@@ -123,11 +123,11 @@ class PooledSession(asyncio.Protocol):
     # -- the lease of a client -------------------------------------------------------------------
 
     def release(self, retired_for: str = "") -> None:
-        """Give the session back; see `Lease`."""
+        """Return the session to its pool; see `Lease`."""
         self._owner.released(self, retired_for)
 
     def put_back(self, stream: StartupStream, early: bytes) -> None:
-        """Give the session back as its client found it; see `Lease`."""
+        """Return the session as its client found it; see `Lease`."""
         early += stream.hand_over(self)
         if early or stream.gone.done() or self.transport.is_closing() or not self.returns:
             self._owner.released(self, RetireReason.UPSTREAM_ENDED)
@@ -193,7 +193,7 @@ class PooledSession(asyncio.Protocol):
             self._checked = None
 
     def close(self) -> None:
-        """Say Terminate, and close when the upstream has closed, CLOSE_SECONDS_MAX later at most.
+        """Send Terminate, and close when the upstream has, CLOSE_SECONDS_MAX later at most.
 
         Its protocol may be another one, such as that of a client who left.
         """
@@ -212,7 +212,7 @@ class PooledSession(asyncio.Protocol):
     # -- the protocol ----------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Give what the upstream sends to what awaits it; an idle session awaits nothing."""
+        """Pass what the upstream sends to what awaits it; an idle session awaits nothing."""
         machine = self._machine
         if machine is None:
             if self.state is State.IDLE:

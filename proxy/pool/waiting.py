@@ -2,7 +2,7 @@
 
 For: who gets a session that is free, and who may dial. Not for: bounds (`pool`).
 
-The invariants: a client is given one thing, a session or leave to dial; what was given to one that
+The invariants: a client is given one thing, a session or the right to dial; what was given to one that
 does not take it comes back to the pool. Clients that wait for room are served in the order in which
 they came.
 """
@@ -33,7 +33,7 @@ class Waiter:
         self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def give(self, session: PooledSession | None) -> None:
-        """Give it a session, or leave to dial. Call it while `waits` is true."""
+        """Pass it a session, or the right to dial. Call it while `waits` is true."""
         self.session, self.may_dial = session, session is None
         self._wake()
 
@@ -68,7 +68,7 @@ class DialWaiter(Waiter):
         return self.waits and self._phases.waits_for_slot
 
     def give(self, session: PooledSession | None) -> None:
-        """Give it a session, and end its dial."""
+        """Pass it a session, and end its dial."""
         super().give(session)
         if self._scope is not None:
             self._scope.reschedule(asyncio.get_running_loop().time())
@@ -95,7 +95,7 @@ class WaitingClients:
 
     @contextmanager
     def for_room(self, waiter: Waiter) -> Iterator[None]:
-        """Let a client wait for room while the block runs, last in the queue."""
+        """Register a client that waits for room while the block runs, last in the queue."""
         self._for_room[waiter] = None
         try:
             yield
@@ -104,7 +104,7 @@ class WaitingClients:
 
     @contextmanager
     def for_reset(self, waiter: Waiter, key: Prepared) -> Iterator[None]:
-        """Let a client wait for a session of this key that is in its reset."""
+        """Register a client that waits for a session of this key in its reset."""
         with _registered(self._for_reset, key, waiter):
             yield
 
@@ -133,7 +133,7 @@ class WaitingClients:
         return next((one for one in self._dialling.get(key, ()) if one.is_in_queue), None)
 
     def stop_resets(self) -> None:
-        """Let all dial that wait for a session in its reset: there will be none."""
+        """Wake all that wait for a session in its reset: there will be none."""
         for queue in list(self._for_reset.values()):
             while (waiter := _first(queue)) is not None:
                 waiter.give(None)

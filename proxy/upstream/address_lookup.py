@@ -96,7 +96,7 @@ class AddressLookup:
 
     @property
     def known_target(self) -> Target | None:
-        """Where dials go by what is known now; None before the first look-up."""
+        """The target by what is known now; None before the first look-up."""
         return self._target if self._target.host else None
 
     @property

@@ -214,7 +214,7 @@ class Dialer:
 
     @property
     def known_target(self) -> Target | None:
-        """Where dials go by what is known now; None before the first look-up."""
+        """The target by what is known now; None before the first look-up."""
         return self._address_lookup.known_target
 
     async def _dial_until_ready(self, dial: _Dial) -> UpstreamSession:

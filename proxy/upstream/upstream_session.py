@@ -81,14 +81,14 @@ class Lease(Protocol):
         """Whether the session may go to another client after this one."""
 
     def release(self, retired_for: str = "") -> None:
-        """Give the session back. Its transport is the pool's from now on.
+        """Return the session to its pool, which has its transport from now on.
 
         `retired_for` is why no other client may get it: a word of `pool.pool_counts.RetireReason`.
         Without one the session is idle at its protocol's level, and nothing was cancelled.
         """
 
     def put_back(self, stream: StartupStream, early: bytes) -> None:
-        """Give back a session on which nothing was sent for the client.
+        """Return a session on which nothing was sent for the client.
 
         `stream` is that of its `UpstreamSession`, and `early` what came after its welcome.
         """

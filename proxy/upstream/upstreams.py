@@ -80,7 +80,7 @@ class SessionPool(Protocol):
 
     @property
     def held(self) -> AbstractContextManager[None]:
-        """A context that counts a configuration that has the pool; it closes after the last."""
+        """The context of a configuration that has the pool, which closes after the last one."""
 
     async def open(
         self,

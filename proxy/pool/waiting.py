@@ -2,9 +2,8 @@
 
 For: who gets a session that is free, and who may dial. Not for: bounds (`pool`).
 
-The invariants: a client is given one thing, a session or the right to dial; what was given to one that
-does not take it comes back to the pool. Clients that wait for room are served in the order in which
-they came.
+The invariants: a client is given one thing, a session or the right to dial. What was given to one
+that does not take it comes back to the pool. Clients that wait for room are served in order.
 """
 
 import asyncio

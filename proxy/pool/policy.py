@@ -128,6 +128,10 @@ class IdleSessions(Generic[Key, Session]):
             del self._by_key[idle.key]
         return True
 
+    def expires_at(self, session: Session) -> float:
+        """Return when an idle session expires."""
+        return self._all[session].expires_at
+
     def next_expiry(self) -> float | None:
         """Return when the first session expires."""
         return min((idle.expires_at for idle in self._all.values()), default=None)

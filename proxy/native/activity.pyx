@@ -118,8 +118,8 @@ cdef class Activity:
         cdef Py_ssize_t position = self._client_skip
         cdef unsigned char stub[8]
         self.released_bytes = 0
-        if self.terminated:
-            return 0 if self.withheld else size
+        if self.withheld:
+            return 0
         memcpy(stub, self._client_stub, 8)
         self.client(read, size)
         if self.terminated:
@@ -133,6 +133,8 @@ cdef class Activity:
         self, const unsigned char* stub, int stub_bytes, Py_ssize_t position,
         const unsigned char* read, Py_ssize_t size
     ) except -1:
+        if position > _SKIP_MAX:
+            return size
         cdef unsigned char* joined = _joined(stub, stub_bytes, read, size)
         while joined[position] != b"X":
             position += _length(joined + position) + 1

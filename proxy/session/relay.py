@@ -316,9 +316,9 @@ class Relay:
         """Return why the upstream session cannot serve another client now; None if it can."""
         activity, upstream = self._activity, self._upstream
         if reason not in CLIENT_LEFT:
-            # The end of an upstream that has answered everything before a Terminate, and that.
-            said = activity.terminated and not (activity.withheld or activity.awaits_answer)
-            return RetireReason.BUSY if said and reason in UPSTREAM_ENDS else RETIRED_BY[reason]
+            # An upstream ends because of a Terminate that was sent: something was owed (P14).
+            was_busy = activity.terminated and not activity.withheld and reason in UPSTREAM_ENDS
+            return RetireReason.BUSY if was_busy else RETIRED_BY[reason]
         if upstream.is_closing() or self.from_upstream.at_end:
             return RetireReason.UPSTREAM_ENDED
         return None if activity.reusable else RetireReason.BUSY

@@ -197,8 +197,8 @@ class Activity:
         That is all of it, but for a Terminate while nothing is owed, with all that follows; and a
         cut header that begins as a Terminate does, which is returned with the next read.
         """
-        if self.terminated:
-            return b"" if self.withheld else data
+        if self.withheld:
+            return b""
         stub, position = self._client_stub, self._client_skip
         self.client_sent(data)
         if self.terminated:
@@ -213,6 +213,8 @@ class Activity:
 
         `stub` and `position` are those of before the read.
         """
+        if position > _SKIP_MAX:
+            return data  # it was sent before
         joined = stub + data
         while joined[position] != _TERMINATE:
             position += 1 + _HEADER(joined, position)[1]

@@ -35,6 +35,7 @@ TASK_MAKERS = {
     "proxy/session/private_listener.py": "leaving the blocks of it and of connect waits for them",
     "proxy/server/catalogue_maps.py": "a reload exchanges them; its context stops them",
     "proxy/catalogue/copy_command.py": "it is waited for; an interruption ends its process",
+    "proxy/pool/spares.py": "the pool cancels them when it closes, and waits for them",
     "proxy/workspace/single_flight.py": "its owner closes it, which waits for the call",
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
     "proxy/workers/rpc.py": "an answer ends with its connection, which its process ends with",

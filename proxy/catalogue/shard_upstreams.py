@@ -174,9 +174,7 @@ class ShardUpstreams:
     def _add(self, shard_id: UUID, row: _Row, upstream: Upstream) -> None:
         if self._closed:
             return
-        use = ExitStack()
-        use.enter_context(upstream.use)
-        self._made[shard_id] = _Made(row, upstream, use)
+        self._made[shard_id] = _Made(row, upstream, upstream.hold())
 
     def _offer(self, key: AccountKey, account: TokenAccount | None) -> None:
         """Mint for any of the account's resources: one of them may be deleted."""

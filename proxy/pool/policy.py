@@ -98,14 +98,16 @@ class IdleSessions(Generic[Key, Session]):
         reason = RetireReason.IDLE if by_idleness < by_age else RetireReason.LIFETIME
         self._all[session] = _Idle(key, min(by_age, by_idleness), reason)
         self._by_key.setdefault(key, {})[session] = None
-        surplus = list(self._all)[: max(len(self._all) - self._bounds.idle_max, 0)]
-        for one in surplus:
-            self.remove(one)
+        surplus = []
+        while len(self._all) > self._bounds.idle_max:
+            oldest = next(iter(self._all))
+            self.remove(oldest)
+            surplus.append(oldest)
         return surplus
 
     def take(self, key: Key, now: float) -> Session | None:
         """Remove and return the session of this key that became idle last; None without one."""
-        for session in reversed(list(self._by_key.get(key, ()))):
+        for session in reversed(self._by_key.get(key, {})):
             if self._all[session].expires_at > now:
                 self.remove(session)
                 return session
@@ -125,6 +127,10 @@ class IdleSessions(Generic[Key, Session]):
         if not of_key:
             del self._by_key[idle.key]
         return True
+
+    def expires_at(self, session: Session) -> float:
+        """Return when an idle session expires."""
+        return self._all[session].expires_at
 
     def next_expiry(self) -> float | None:
         """Return when the first session expires."""

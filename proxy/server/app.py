@@ -14,6 +14,7 @@ from proxy import __version__
 from proxy.config import (
     Changes,
     Settings,
+    UpstreamSettings,
     compare,
     with_running_values,
 )
@@ -25,6 +26,7 @@ from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.metrics import Metrics
 from proxy.observe.shard_map_metrics import PARKED
 from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
+from proxy.pool.pool import Pool
 from proxy.routing.router import LookupResult, Route, Router, RouteResult
 from proxy.server.catalogue_maps import CatalogueMaps
 from proxy.server.file_limit import forwards_max, full_error, slots_max
@@ -40,9 +42,10 @@ from proxy.session.session import Session, SessionParts
 from proxy.session.slots import Slots, SlotSource
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
+from proxy.upstream.dialer import Dialer
 from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase
-from proxy.upstream.upstreams import SessionOpener
+from proxy.upstream.upstreams import SessionOpener, SessionPool
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.registry import LocalWorkspaceRegistry, WorkspaceRegistry
 
@@ -134,7 +137,11 @@ class App:
             self.metrics, self.cancel_keys, self.cancels, share_parked, map_elsewhere
         )
         self.snapshot = ConfigSnapshot(
-            settings, self.workspaces, self._record_phase, find_map=self.catalogue.find
+            settings,
+            self.workspaces,
+            self._record_phase,
+            find_map=self.catalogue.find,
+            make_pool=self._make_pool,
         )
         self.catalogue.use(self.snapshot)
         self._configure_metrics(self.snapshot)
@@ -177,6 +184,7 @@ class App:
             self.snapshot,
             router,
             find_map=self.catalogue.find,
+            make_pool=self._make_pool,
         )
 
     def _exchange(self, settings: Settings, snapshot: ConfigSnapshot) -> Changes:
@@ -201,8 +209,19 @@ class App:
         the shorter time.
         """
         self.lifecycle.drain(accept_seconds + drain_seconds)
+        for pool in self.snapshot.pools:
+            pool.drain()
         await self._accept_period.wait(accept_seconds)
         return await self.connection_source.drain(drain_seconds)
+
+    async def close_pools(self) -> None:
+        """Close the upstream sessions that are kept, when there are no clients any more."""
+        for pool in self.snapshot.pools:
+            pool.drain()
+            await pool.wait_closed()
+
+    def _make_pool(self, name: str, settings: UpstreamSettings, dialer: Dialer) -> SessionPool:
+        return Pool(name, settings, dialer, self.metrics.pools.register)
 
     def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
         parts = SessionParts(

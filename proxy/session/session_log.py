@@ -15,8 +15,8 @@ from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.routing.router import Route
 from proxy.session.end_reason import RelayEnd
-from proxy.upstream.dialer import AdmittedBy
 from proxy.upstream.phases import ConnectPhase, DialPhases
+from proxy.upstream.upstream_session import AdmittedBy
 from proxy.wire.client_startup import Disconnected, LastAnswer, Violated
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.violations import ClientReason

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from proxy.session.relay import Relay
 from proxy.transport.stream import StartupStream
 from proxy.transport.tls import ALPN_PROTOCOL
-from proxy.upstream.dialer import UpstreamSession
+from proxy.upstream.upstream_session import UpstreamSession
 from proxy.wire.client_startup import (
     CancelReceived,
     ClientEvent,

@@ -6,9 +6,8 @@ what serves (`serving`).
 
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from proxy import __version__
 from proxy.config import (
@@ -29,6 +28,7 @@ from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, 
 from proxy.pool.pool import Pool
 from proxy.routing.router import LookupResult, Route, Router, RouteResult
 from proxy.server.catalogue_maps import CatalogueMaps
+from proxy.server.connection_source import ConnectionSource, Workers
 from proxy.server.file_limit import forwards_max, full_error, slots_max
 from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.map_service import MapService
@@ -53,40 +53,6 @@ if TYPE_CHECKING:
     from proxy.native.lanes import Lanes
 
 _log = get_logger(__name__)
-
-
-class ConnectionSource(Protocol):
-    """Where client connections come from."""
-
-    def accepting(self) -> AbstractAsyncContextManager[Sequence[Address]]:
-        """Accept while the block runs, and yield the addresses; then end what is left."""
-
-    async def drain(self, seconds: float) -> int:
-        """Stop accepting, and end all sessions within this time. Return how many were cut.
-
-        Called again meanwhile, it does what is left in the shorter time.
-        """
-
-
-class Workers(Protocol):
-    """The other processes of a proxy, where there are several."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether one of them serves."""
-
-    @property
-    def slots_used(self) -> int:
-        """The slots that their sessions use."""
-
-    def reading(self) -> Reading:
-        """Return what they had counted when they were read last."""
-
-    async def refresh(self) -> None:
-        """Read what they have counted."""
-
-    async def reload(self) -> bool:
-        """Make them serve new sessions by the App's settings. Return whether all do."""
 
 
 class App:
@@ -326,6 +292,12 @@ class App:
     def look_up(self, key: str) -> Mapping[str, object]:
         """Return where a key leads by what is known of the catalogue's map. Raises ProxyError."""
         return self.catalogue.look_up(key)
+
+    async def reconnect(self) -> bool:
+        """Retire every pooled session in all processes. Return whether each has done so."""
+        for pool in self.snapshot.pools:
+            pool.reconnect()
+        return self.workers is None or await self.workers.reconnect()
 
     def quit(self) -> None:
         """Ask the process to drain and end."""

@@ -233,7 +233,8 @@ class Session:
         client.start_relay(relay, upstream, None if key is None else key.issued)
         if self._parts.idle_timeout_seconds:
             self._entry.end_after_idle(self._parts.idle_timeout_seconds)
-        self._log.started(upstream.target.host)
+        lease = upstream.lease
+        self._log.started(upstream.target.host, reused=None if lease is None else lease.reused)
         return relay
 
 

@@ -158,6 +158,10 @@ class Supervisor:
         self._register_configuration()
         return all(await asyncio.gather(*map(self._configure, self._serving)))
 
+    async def reconnect(self) -> bool:
+        """Make all workers retire their pooled sessions. Return whether all have done so."""
+        return all(await asyncio.gather(*(worker.reconnect() for worker in self._serving)))
+
     # -- one worker ------------------------------------------------------------------------------
 
     @property

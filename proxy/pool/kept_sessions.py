@@ -229,7 +229,8 @@ class KeptSessions:
         if session.prepared.target != self._target:
             return RetireReason.RECONFIGURED
         if self._unpoolable.contains(session.prepared, self._clock()):
-            return RetireReason.RESET_FAILED
+            added = self._unpoolable.is_added(session.prepared)
+            return RetireReason.LOGIN_TRIGGER if added else RetireReason.RESET_FAILED
         if self._clock() >= session.ends_at:
             return RetireReason.LIFETIME
         return None

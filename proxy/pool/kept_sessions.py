@@ -47,11 +47,9 @@ class KeptSessions:
         clock: Callable[[], float],
         jitter: Callable[[], float],
     ) -> None:
-        """`register` shows the pool to operators, from its first session on."""
+        """`register` shows the pool to operators."""
         self._name = name
         self._settings = settings
-        self._register = register
-        self._unregister: Callable[[], None] | None = None
         self._clock = clock
         bounds = Bounds(
             settings.pool_idle_max,
@@ -78,6 +76,8 @@ class KeptSessions:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
         self._welcomes: dict[KeptWelcome, KeptWelcome] = {}
+        # At once: rate() and increase() miss the first events of a series that appears with them.
+        self._unregister = register(name, self.row)
 
     # -- for a client ----------------------------------------------------------------------------
 
@@ -140,8 +140,6 @@ class KeptSessions:
         """Register a session that was dialled in reserved room; `generation` is of before."""
         self._dialling -= 1
         assert opened.prepared is not None
-        if self._unregister is None:
-            self._unregister = self._register(self._name, self.row)
         if opened.prepared.target != self._target:
             self._target = opened.prepared.target
             self._retire_idle(RetireReason.RECONFIGURED, all_targets=False)  # P45
@@ -362,9 +360,7 @@ class KeptSessions:
         """Show a pool that is closed no more once its last session has gone."""
         if self._closed_for is None or self._sessions or self._dialling:
             return
-        if self._unregister is not None:
-            self._unregister()
-            self._unregister = None
+        self._unregister()
         if self._over is not None and not self._over.done():
             self._over.set_result(None)
 

@@ -7,13 +7,13 @@ what serves (`serving`).
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from proxy import __version__
 from proxy.config import (
     Changes,
     Settings,
-    UpstreamSettings,
     compare,
     with_running_values,
 )
@@ -42,10 +42,9 @@ from proxy.session.session import Session, SessionParts
 from proxy.session.slots import Slots, SlotSource
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
-from proxy.upstream.dialer import Dialer
 from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase
-from proxy.upstream.upstreams import SessionOpener, SessionPool
+from proxy.upstream.upstreams import MakePool, SessionOpener
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.registry import LocalWorkspaceRegistry, WorkspaceRegistry
 
@@ -74,6 +73,7 @@ class App:
         settings: Settings,
         *,
         starting_max: int = STARTING_MAX,
+        serves_clients: bool = True,
         workspaces: WorkspaceRegistry | None = None,
         slots: SlotSource | None = None,
         cancel_elsewhere: Elsewhere | None = None,
@@ -81,6 +81,8 @@ class App:
         share_parked: Callable[[int], int] = lambda parked: parked,
     ) -> None:
         """`starting_max` connections may be starting at a time. `share_parked`: see `Parking`.
+
+        Without `serves_clients`, as in a supervisor, no target has a pool.
 
         Raises ConfigurationError for a file that a setting names and that cannot be used.
         """
@@ -102,6 +104,9 @@ class App:
         self.catalogue = CatalogueMaps(
             self.metrics, self.cancel_keys, self.cancels, share_parked, map_elsewhere
         )
+        self._make_pool: MakePool | None = None
+        if serves_clients:
+            self._make_pool = partial(Pool, register=self.metrics.pools.register)
         self.snapshot = ConfigSnapshot(
             settings,
             self.workspaces,
@@ -185,9 +190,6 @@ class App:
         for pool in self.snapshot.pools:
             pool.drain()
             await pool.wait_closed()
-
-    def _make_pool(self, name: str, settings: UpstreamSettings, dialer: Dialer) -> SessionPool:
-        return Pool(name, settings, dialer, self.metrics.pools.register)
 
     def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
         parts = SessionParts(

@@ -68,7 +68,7 @@ async def supervising(settings: Settings, preforked: Prefork) -> AsyncIterator[A
     ConfigurationError for a file that a setting names and that cannot be used.
     """
     try:
-        app = App(settings)
+        app = App(settings, serves_clients=False)
         supervisor = Supervisor(app, preforked.counters, preforked.fork_server)
         app.connection_source = app.workers = supervisor
         async with running(app):

@@ -48,6 +48,8 @@ async def test_p50_takes_resets_and_retirements_are_shown(
 ) -> None:
     proxy = await start_proxy(**SESSION, **ADMIN)
     assert proxy.admin is not None
+    (row,) = (await ask(proxy.admin.port, "/status")).json["pools"]
+    assert (row["mode"], row["keys"], row["dialled"]) == ("session", 0, 0), "before its first event"
     first = await backend_of(proxy)
     await is_idle(proxy)
     assert await backend_of(proxy) == first

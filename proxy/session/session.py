@@ -234,7 +234,8 @@ class Session:
         if self._parts.idle_timeout_seconds:
             self._entry.end_after_idle(self._parts.idle_timeout_seconds)
         lease = upstream.lease
-        self._log.started(upstream.target.host, reused=None if lease is None else lease.reused)
+        reused = None if lease is None else lease.reused
+        self._log.started(upstream.target.host, reused=reused)
         return relay
 
 

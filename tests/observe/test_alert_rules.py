@@ -119,7 +119,7 @@ async def test_p50_a_login_trigger_is_told(tmp_path: Path) -> None:
 
 
 async def assert_outage_is_told(outage: Outage, lakebase: Lakebase, tmp_path: Path) -> None:
-    """Let an outage happen to a proxy after healthy minutes, and ask Prometheus."""
+    """Check that an outage fires its alerts in time, after minutes in which none fires."""
     timeline = Timeline()
     with_lag = outage.happens is loop_is_blocked
     if outage.from_the_start:

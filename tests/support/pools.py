@@ -64,7 +64,7 @@ async def visitor(proxy: Listening) -> AsyncIterator[Visitor]:
 async def visit(proxy: Listening, sql: str = PID, **parameters: str) -> str:
     """Return what a client of its own gets for a query. It leaves."""
     async with visitor(proxy) as client:
-        pid = await client.enter(**parameters)
+        pid = await client.enter(V3_0, **parameters)
         value = pid if sql == PID else await client.value(sql)
         await client.leave()
     return value

@@ -116,12 +116,13 @@ cdef class Activity:
         """Return how much of the read is to be sent, after `released_bytes` of `released`."""
         cdef int stub_bytes = self._client_stub_bytes, left
         cdef Py_ssize_t position = self._client_skip
-        cdef bint terminated = self.terminated
         cdef unsigned char stub[8]
-        memcpy(stub, self._client_stub, 8)
         self.released_bytes = 0
+        if self.withheld:
+            return 0
+        memcpy(stub, self._client_stub, 8)
         self.client(read, size)
-        if self.terminated != terminated:
+        if self.terminated:
             return self._up_to_terminate(stub, stub_bytes, position, read, size)
         left = self._client_stub_bytes
         if left and self._client_stub[0] == b"X":
@@ -132,6 +133,8 @@ cdef class Activity:
         self, const unsigned char* stub, int stub_bytes, Py_ssize_t position,
         const unsigned char* read, Py_ssize_t size
     ) except -1:
+        if position > _SKIP_MAX:
+            return size
         cdef unsigned char* joined = _joined(stub, stub_bytes, read, size)
         while joined[position] != b"X":
             position += _length(joined + position) + 1
@@ -300,6 +303,7 @@ cdef class Activity:
             self._copy_both = kind != b"c" and kind != b"C" and kind != b"E"
         elif self._entered and kind == b"C":
             self._answered += self._doubt
+            self._unsynced |= self._answered == self._sent
             self._entered = self._copying = False
             self._end_doubt()
         elif self._entered and kind == b"E":

@@ -145,10 +145,10 @@ def _registered(known: dict[Prepared, dict[W, None]], key: Prepared, waiter: W) 
         yield
     finally:
         waiter.waits = False
-        of_key = known[key]
+        of_key = known.get(key, {})  # the last of those that were given something has removed it
         of_key.pop(waiter, None)
         if not of_key:
-            del known[key]
+            known.pop(key, None)
 
 
 def _first(queue: dict[Waiter, None] | None) -> Waiter | None:

@@ -304,6 +304,8 @@ class Relay:
             else:
                 await close_gracefully(self._client, linger_seconds=0)
             retired = self._why_retired(reason)
+            if retired is None and self._upstream.get_write_buffer_size():
+                retired = RetireReason.BUSY  # it takes nothing, though nothing is owed (P16)
         self._retired, self._kept = retired, retired is None
         if self._kept:
             self._upstream.set_write_buffer_limits()
@@ -314,14 +316,12 @@ class Relay:
         """Return why the upstream session cannot serve another client now; None if it can."""
         activity, upstream = self._activity, self._upstream
         if reason not in CLIENT_LEFT:
-            # The end of an upstream that has answered everything before a Terminate, and that.
-            said = activity.terminated and not (activity.withheld or activity.awaits_answer)
-            return RetireReason.BUSY if said and reason in UPSTREAM_ENDS else RETIRED_BY[reason]
+            # An upstream ends because of a Terminate that was sent: something was owed (P14).
+            was_busy = activity.terminated and not activity.withheld and reason in UPSTREAM_ENDS
+            return RetireReason.BUSY if was_busy else RETIRED_BY[reason]
         if upstream.is_closing() or self.from_upstream.at_end:
             return RetireReason.UPSTREAM_ENDED
-        if not activity.reusable or upstream.get_write_buffer_size():
-            return RetireReason.BUSY
-        return None
+        return None if activity.reusable else RetireReason.BUSY
 
     def _terminate_upstream(self) -> None:
         """Send a Terminate of our own, unless the connection is closing."""

@@ -197,9 +197,11 @@ class Activity:
         That is all of it, but for a Terminate while nothing is owed, with all that follows; and a
         cut header that begins as a Terminate does, which is returned with the next read.
         """
-        stub, position, terminated = self._client_stub, self._client_skip, self.terminated
+        if self.withheld:
+            return b""
+        stub, position = self._client_stub, self._client_skip
         self.client_sent(data)
-        if terminated is not self.terminated:
+        if self.terminated:
             return self._up_to_terminate(stub, position, data)
         # A stub that begins so is a header of its own: its first byte was read at a boundary.
         if self._client_stub and self._client_stub[0] == _TERMINATE:
@@ -211,6 +213,8 @@ class Activity:
 
         `stub` and `position` are those of before the read.
         """
+        if position > _SKIP_MAX:
+            return data  # it was sent before
         joined = stub + data
         while joined[position] != _TERMINATE:
             position += 1 + _HEADER(joined, position)[1]
@@ -356,6 +360,8 @@ class Activity:
             self._copy_both = kind not in _STREAM_ENDS
         elif self._entered and kind == _COMPLETE:
             self._answered += self._doubt  # the upstream ignored them while it read the data
+            # The COPY's own Sync was among them: its transaction waits for another one.
+            self._unsynced |= self._answered == self._sent
             self._entered = self._copying = False
             self._end_doubt()
         elif self._entered and kind == _ERROR:

@@ -12,7 +12,7 @@ from proxy.wire.messages import ErrorResponse, ReadyForQuery, Terminate
 from proxy.wire.startup import V3_0, CancelRequest
 from tests.e2e.conftest import StartProxy
 from tests.support.client import startup
-from tests.support.pools import (
+from tests.support.pool_clients import (
     PID,
     Visitor,
     both_relays,

@@ -1,100 +1,119 @@
-"""Clients of a proxy that pools, and what its pool says of itself.
+"""A pool over a real dialer toward the emulator, without clients or relay: sessions are asked here.
 
-For: tests of sessions that serve several clients. Not for: the pool's parts (`tests/pool`).
+For: tests of the pool's bounds, waiting clients and spares. Not for: whole sessions (`running`).
 """
 
-from collections.abc import AsyncIterator
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
-import pytest
+from proxy.config import UpstreamSettings
+from proxy.emulator.lakebase import Lakebase
+from proxy.observe.pool_stats import PoolRow, PoolStats
+from proxy.pool.pool import Pool
+from proxy.upstream.phases import DialPhases
+from proxy.upstream.upstream_session import UpstreamSession
+from proxy.wire.startup import V3_0, StartupMessage
+from tests.support.dialing import Dialing, asked, lakebase_dialing, toward
+from tests.support.running import eventually
 
-from proxy.server.app import App
-from proxy.wire.messages import BackendKeyData, ErrorResponse, Frame, ReadyForQuery, Terminate
-from proxy.wire.startup import V3_0, ProtocolVersion
-from tests.support.client import Client, connected, startup
-from tests.support.running import Listening, eventually
-
-PID = "SELECT pg_backend_pid()"
-
-both_relays = pytest.mark.parametrize("accelerated", [True, False], ids=["compiled", "python"])
-
-
-def pooling(*, accelerated: bool = True, **upstream: object) -> dict[str, dict[str, object]]:
-    """Return the sections of a proxy whose target pools, without spares."""
-    own = {"pool": "session", "pool_spare_min": 0, "accelerated": accelerated, **upstream}
-    return {"upstream": own}
+TARGET = "one"
 
 
-class Visitor(Client):
-    """A client that asks for single values, and leaves."""
+class Held:
+    """A session that a test has as its client would."""
 
-    key: BackendKeyData | None = None
+    def __init__(self, opened: UpstreamSession, pid: bytes) -> None:
+        assert opened.lease is not None
+        self.opened = opened
+        self.lease = opened.lease
+        self.reused = opened.lease.reused
+        self.has_left = False
+        self.pid = pid
+        """Of its backend."""
 
-    async def enter(self, version: ProtocolVersion = V3_0, **parameters: str) -> str:
-        """Start up. Return the pid of the backend."""
-        await self.send(startup(version, **parameters))
-        while not isinstance(message := await self.message(), ReadyForQuery):
-            assert not isinstance(message, ErrorResponse), message
-            if isinstance(message, BackendKeyData):
-                self.key = message
-        return await self.value(PID)
+    def leave(self, retired_for: str = "") -> None:
+        """End its client. The pool keeps it, unless `retired_for` says why not."""
+        self.has_left = True
+        self.lease.release(retired_for)
 
-    async def value(self, sql: str) -> str:
-        """Return the last value that a simple Query returns; empty without one."""
-        await self.query(sql)
-        messages = await self.messages_until(ReadyForQuery)
-        rows = [one for one in messages if isinstance(one, Frame) and one.type == b"D"]
-        return rows[-1].payload[6:].decode() if rows else ""
 
-    async def leave(self) -> None:
-        """Say Terminate, and wait until the proxy has closed."""
-        await self.send(Terminate().encode())
-        assert await self.receive_rest() == b""
-        self.close()
+def client_of(key: str) -> StartupMessage:
+    """Return the StartupMessage of a client of this kind."""
+    pairs = ((b"user", b"app"), (b"database", b"databricks_postgres"))
+    return StartupMessage(V3_0, (*pairs, (b"application_name", key.encode())))
+
+
+class PoolOf:
+    """Made by `pool_of`. A key is an application_name, since sessions of one name are equal."""
+
+    def __init__(self, pool: Pool, lakebase: Lakebase, dialing: Dialing, stats: PoolStats) -> None:
+        self.pool = pool
+        self.lakebase = lakebase
+        self.dialing = dialing
+        self._stats = stats
+        self._held: list[Held] = []
+
+    @property
+    def row(self) -> PoolRow:
+        """The numbers that operators see."""
+        (row,) = self._stats.rows()
+        return row
+
+    @property
+    def logins(self) -> int:
+        """The number of logins so far."""
+        return self.lakebase.gateway.logins.total()
+
+    async def open(self, key: str = "a") -> Held:
+        """Open a session for a client of this kind, and ask it for its backend."""
+        opened = await self.pool.open(client_of(key), DialPhases())
+        try:
+            held = Held(opened, await asked(opened, "SELECT pg_backend_pid()"))
+            assert await asked(opened, "SHOW application_name") == key.encode()
+        except BaseException:
+            opened.close()  # an answer may be owed
+            raise
+        self._held.append(held)
+        return held
+
+    def leave_all(self) -> None:
+        """End the clients that are still there."""
+        for held in self._held:
+            if not held.has_left:
+                held.leave("busy")
+
+    async def until_idle(self, count: int) -> None:
+        """Wait until so many sessions are idle, and none is on its way."""
+
+        def is_idle() -> bool:
+            now = self.row.present
+            return (now.idle, now.resetting, now.dialling) == (count, 0, 0)
+
+        await eventually(is_idle, f"{count} sessions are idle")
 
 
 @asynccontextmanager
-async def visitor(proxy: Listening) -> AsyncIterator[Visitor]:
-    """Connect a client, without a StartupMessage."""
-    address = (proxy.listen_host, proxy.listen_port)
-    async with connected(Visitor, address) as client:
-        yield client
-
-
-async def visit(proxy: Listening, sql: str = PID, **parameters: str) -> str:
-    """Return what a client of its own gets for a query. It leaves."""
-    async with visitor(proxy) as client:
-        pid = await client.enter(V3_0, **parameters)
-        value = pid if sql == PID else await client.value(sql)
-        await client.leave()
-    return value
-
-
-def count(proxy: App, name: str, **labels: str) -> int:
-    """Return the sum of a pool's metric."""
-    return int(proxy.metrics.value(f"pool_{name}", **labels))
-
-
-def states(proxy: App) -> dict[str, int]:
-    """Return how many sessions of pools are in each state that some are in."""
-    words = ("in_use", "idle", "resetting", "dialling")
-    found = {word: count(proxy, "sessions", state=word) for word in words}
-    return {word: number for word, number in found.items() if number}
-
-
-async def settled(proxy: App, idle: int, in_use: int = 0) -> None:
-    """Wait until so many sessions are idle and in use, and none is in another state."""
-    wanted = {word: n for word, n in (("in_use", in_use), ("idle", idle)) if n}
-    await eventually(lambda: states(proxy) == wanted, f"{wanted}")
-
-
-def retired(proxy: App) -> dict[str, int]:
-    """Return how many sessions were retired, by reason."""
-    rows = proxy.metrics.pools.rows()
-    return {word: n for row in rows for word, n in row.retired.items() if n}
-
-
-def taken(proxy: App) -> dict[str, int]:
-    """Return how many clients were given a session, by source."""
-    rows = proxy.metrics.pools.rows()
-    return {word: n for row in rows for word, n in row.takes.items() if n}
+async def pool_of(
+    lakebase: Lakebase,
+    *,
+    connects_max: int = 50,
+    clock: Callable[[], float] = time.monotonic,
+    **upstream: Any,
+) -> AsyncIterator[PoolOf]:
+    """Make a pool for the first shard's endpoint; at the end all of its sessions have gone."""
+    endpoint, stats = lakebase["one"].endpoint, PoolStats()
+    settings = UpstreamSettings(**{**toward(lakebase, endpoint), "pool": "session", **upstream})
+    async with lakebase_dialing(lakebase, endpoint, connects_max=connects_max) as dialing:
+        pool = Pool(TARGET, settings, dialing.dialer, stats.register, clock=clock)
+        made = PoolOf(pool, lakebase, dialing, stats)
+        try:
+            yield made
+        finally:
+            pool.drain()
+            made.leave_all()
+            async with asyncio.timeout(10):
+                await pool.wait_closed()
+    await lakebase.gateway.until(lambda: lakebase.gateway.open_sessions == 0)

@@ -210,6 +210,31 @@ def test_p20_only_the_expected_messages_in_their_order_are_a_reset(
     assert any(isinstance(event, ResetDone) for event in events) is is_reset
 
 
+@given(
+    st.lists(st.sampled_from(COUNTING) | st.binary(max_size=9), max_size=9).map(b"".join),
+    st.lists(st.tuples(st.integers(0, 150), st.integers(0, 255)), max_size=3),
+    st.booleans(),
+)
+def test_p20_any_bytes_are_a_reset_a_failure_or_not_the_whole_answer(
+    stream: bytes, changes: list[tuple[int, int]], counts: bool
+) -> None:
+    changed = bytearray(stream)
+    for place, byte in changes:
+        if place < len(changed):
+            changed[place] = byte
+    reset = begun(counts_triggers=counts)
+    events = reset.receive_data(bytes(changed))
+    ended = {ResetState.RESET: ResetDone, ResetState.FAILED: UpstreamViolated | UpstreamRefused}
+    expected = ended.get(reset.state)
+    assert len(events) == (expected is not None)
+    assert all(isinstance(event, expected) for event in events if expected is not None)
+    if reset.state is ResetState.RESET:
+        kept = bytes(changed[: len(changed) - len(reset.trailing_data())])
+        assert kept.endswith(READY_FOR_QUERY)
+        assert kept.count(DISCARDED) >= 1
+        assert kept.count(ROLE_RESET) >= 1
+
+
 # Everything else fails
 
 

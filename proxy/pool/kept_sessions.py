@@ -115,8 +115,6 @@ class KeptSessions:
 
     def reserve(self) -> bool:
         """Reserve room for a dial. Return whether there is any."""
-        if self._unregister is None:
-            self._unregister = self._register(self._name, self.row)
         if self._is_full():
             return False
         self._dialling += 1

@@ -1,6 +1,7 @@
 """A sidecar with a map in the catalogue: real clients, real shards, and a map that changes."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
@@ -562,6 +563,36 @@ async def test_s62_parked_clients_are_routed_anew_by_a_map_that_a_reload_has_bro
         assert error.sqlstate == "3D000"
     assert app.metrics.value("park_total", result="rerouted") == 7
     assert parked(app) == 0
+
+
+STATIC: Final[dict[str, dict[str, Any]]] = {
+    "targets.main": {},
+    "shard_maps.tenants": {
+        **{"catalogue": False, "kind": "range", "key_type": "int4"},
+        "mappings": [{"low": "0", "high": "10", "target": "one"}],
+    },
+}
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+async def test_s62_clients_that_wait_for_a_map_are_routed_anew_by_another_one(
+    start: Start, operator: Operator, placed: Placed, is_static: bool
+) -> None:
+    """They waited for the map before until their time was over, which was then never loaded."""
+    stores = operator.stores
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        app = await start(**{"targets.main": {"port": port}})
+        connecting = [asyncio.ensure_future(connect(app)) for _ in range(3)]
+        await eventually(lambda: app.session_slots_used == 3, "the clients wait")
+        hostaddr = stores.lakebase.host_address
+        one = {"endpoint": stores.endpoint("one"), "hostaddr": hostaddr}
+        sections = {**STATIC, "targets.one": one} if is_static else {}
+        await reloaded(app, stores, **sections)
+        for live in await asyncio.gather(*connecting):
+            assert await live.fetchval("select current_database()") == stores.database
+            live.terminate()
 
 
 async def test_s62_another_map_is_loaded_beside_the_old_one_and_exchanged(

@@ -3,17 +3,19 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 
 from proxy.catalogue.errors import CatalogueError
-from proxy.catalogue.held_connection import RETRY_SECONDS
+from proxy.catalogue.held_connection import RETRY_SECONDS, HeldConnection
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
-from proxy.catalogue.operation import UNDO_POINTS, Operation, Reach, points
+from proxy.catalogue.operation import UNDO_POINTS, Operation, Reach, Tools, points
 from proxy.catalogue.operation_kinds import KINDS
+from proxy.catalogue.operation_steps import Steps
+from proxy.catalogue.operations import Operator
 from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
 from tests.support.catalogue import MAP, SHARD_NAMES
 from tests.support.operating import (
@@ -343,6 +345,66 @@ async def test_r11_while_an_operator_lives_others_are_refused_on_the_same_shard(
         assert await running
     await operating.check_invariants()
     assert len(await operating.fetch(MAP, "select 1 from shardmap.mapping")) == 2
+
+
+class _FreeLocks(HeldConnection):
+    """Takes the lock of every operation as free."""
+
+    async def lock(self, op_id: UUID) -> bool:
+        """Take nothing."""
+        return True
+
+
+class _UnguardedSteps(Steps):
+    """Does not look whether the operation is still its own, before a shard's commit."""
+
+    async def _read_state(self, operation: Operation) -> str | None:
+        return operation.state
+
+
+class _WithoutLocks(Operator):
+    def __init__(self, tools: Tools, *args: Any, **kwargs: Any) -> None:
+        super().__init__(tools, *args, **kwargs)
+        self._held = _FreeLocks(self._tools)
+        self._steps = Steps(self._tools, self._held, self._reach)
+
+
+class _WithoutGuard(Operator):
+    def __init__(self, tools: Tools, *args: Any, **kwargs: Any) -> None:
+        super().__init__(tools, *args, **kwargs)
+        self._steps = _UnguardedSteps(self._tools, self._held, self._reach)
+
+
+async def test_r11_without_the_advisory_lock_a_living_operator_is_undone(
+    operating: Operating,
+) -> None:
+    pauses = Pauses("local")
+    one = AddMapping(operating.map, *operating.bounds(0, 10), "one")
+    async with in_background(operating.run(one, pauses)) as running:
+        await pauses.reached("local")
+        other = AddMapping(operating.map, *operating.bounds(0, 10), "one")
+        assert await operating.run(other, kind=_WithoutLocks)
+        pauses.resume("local")
+        with pytest.raises(CatalogueError, match="taken over"):
+            await running
+    await operating.check_invariants()
+
+
+async def test_r11_without_the_look_at_its_state_a_lost_operator_gives_keys_to_two_shards(
+    operating: Operating,
+) -> None:
+    pauses = Pauses("local")
+    late = AddMapping(operating.map, *operating.bounds(0, 10), "one")
+    async with in_background(operating.run(late, pauses, _WithoutGuard)) as running:
+        await pauses.reached("local")
+        operating.end_operators()
+        assert await operating.run(AddMapping(operating.map, *operating.bounds(0, 10), "two"))
+        pauses.resume("local")
+        with pytest.raises(CatalogueError, match="taken over"):
+            await running
+    with pytest.raises(AssertionError):
+        await operating.check_invariants()
+    assert len(await operating.local("one")) == len(await operating.local("two")) == 1
 
 
 @pytest.mark.parametrize("point", ["local", "local.commit"])

@@ -194,19 +194,23 @@ class Operating:
     # -- operations ------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def operator(self, reach: Reach = pass_by) -> AsyncIterator[Operator]:
-        """Yield an operator with a connection of its own."""
+    async def operator(
+        self, reach: Reach = pass_by, kind: type[Operator] = Operator
+    ) -> AsyncIterator[Operator]:
+        """Yield an operator with a connection of its own; `kind` may be one without protection."""
 
         async def find_map(connection: Any, map_id: UUID) -> CatalogueMap:
             assert map_id == self.map.map_id
             return self.map
 
-        async with Operator(self.tools, KINDS, find_map, owner=OWNER, reach=reach) as operator:
+        async with kind(self.tools, KINDS, find_map, owner=OWNER, reach=reach) as operator:
             yield operator
 
-    async def run(self, operation: Operation, reach: Reach = pass_by) -> bool:
+    async def run(
+        self, operation: Operation, reach: Reach = pass_by, kind: type[Operator] = Operator
+    ) -> bool:
         """Run one operation."""
-        async with self.operator(reach) as operator:
+        async with self.operator(reach, kind) as operator:
             return await operator.run(operation)
 
     async def plan(self, operation: Operation) -> list[str]:

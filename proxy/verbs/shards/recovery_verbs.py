@@ -110,6 +110,7 @@ def _sides(
         return str(found.where), found.differs, *sides  # type: ignore[return-value]
     if isinstance(found, ForeignRows):
         local: Json = {"map_id": str(found.map_id), "mappings": found.rows}
+        local["location"] = found.location
         return str(Where.SHARD), ["identity"], None, local
     catalogue: Json = {"status": found.catalogue}
     if found.local is None:
@@ -134,7 +135,8 @@ def _row_facts(row: Row | None, owner: CatalogueMap, names: Mapping[UUID, str]) 
 def _in_words(side: Json | None) -> str:
     if side is None:
         return "-"
-    return " ".join(str(side[name]) for name in ("shard", "status", "epoch") if name in side)
+    names = ("shard", "status", "epoch", "map_id", "location")
+    return " ".join(str(side[name]) for name in names if name in side)
 
 
 # -- repair --------------------------------------------------------------------------------------
@@ -167,6 +169,9 @@ async def _repair(call: Call) -> None:
 
     if done := await run(call, make):
         repaired = done.operation.row_changes.repaired
+        if done.operation.left:
+            left = ", ".join(str(one) for one in done.operation.left)
+            call.output.warn(f"maps that may be another catalogue's are left: {left}")
         call.output.answer({"repaired": repaired}, [f"repaired {repaired} differences"])
 
 

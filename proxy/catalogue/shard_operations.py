@@ -229,10 +229,16 @@ class RemoveShard(_ShardOperation):
         ]
 
     async def check_shard(self, connection: Connection, shard: Shard) -> None:
-        """Check that the database is the shard, or has forgotten it already."""
+        """Check that the database is the shard without mappings, or has forgotten it already."""
         query = "select 1 from shardmap_local.identity where map_id = $1"
-        if await connection.fetchval(query, self.map.map_id) is not None:
-            await super().check_shard(connection, shard)
+        if await connection.fetchval(query, self.map.map_id) is None:
+            return
+        await super().check_shard(connection, shard)
+        query = "select pg_catalog.count(*) from shardmap_local.mapping where map_id = $1"
+        if count := await connection.fetchval(query, self.map.map_id):
+            text = f"shard {shard.name} has {count} mappings that the catalogue has not"
+            hint = f"shards verify --shard {shard.name}, then `shards repair`."
+            raise CatalogueError(Reason.NOT_EMPTY, text, hint)
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Delete the identity, and with it the local rows of this map."""

@@ -170,13 +170,14 @@ async def test_r5_undoing_an_add_in_a_restored_catalogue_leaves_what_is_in_use(
         await operating.run(TakeOnline(operating.map, *bounds))
     local = await operating.local("one")
     async with AsyncExitStack() as stack:
+        sessions = []
         if not changed_since:
-            session = await stack.enter_async_context(operating.session(5))
+            sessions.append(await stack.enter_async_context(operating.session(5)))
         await restore(operating, MAP, kept)
         async with operating.operator() as operator:
             await operator.undo(operation.op_id)
         assert await operating.local("one") == local
-        assert changed_since or await session.lives()
+        assert all([await session.lives() for session in sessions])
     assert await told(operating, "one") == [("0", "10")]
     await repair(operating, "one", "shard")
     await operating.check_settled()

@@ -47,8 +47,8 @@ _SET_LOCAL: Final = (
 _SELECT_LOCAL: Final = (
     "select status, epoch, op_id from shardmap_local.mapping where mapping_id = $1 for update"
 )
-# Of a catalogue that was restored, an operation may be pending again that was completed: what others
-# have changed since, and what is in use, is left.
+# Of a catalogue that was restored, an operation may be pending again that was completed: what
+# others have changed since, and what is in use, is left.
 _DELETE_ADDED: Final = (
     "delete from shardmap_local.mapping m where mapping_id = $1 and op_id = $2 and not exists"
     " (select from shardmap_local.live_session s where s.mapping_id = m.mapping_id)"

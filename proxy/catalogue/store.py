@@ -70,7 +70,7 @@ _LOCATE: Final = (
 )
 # One look for each shard, which ends with the first mapping that it finds.
 _EMPTY: Final = (
-    f"{_SHARD} where s.map_id = $1 and (select true from shardmap.mapping m"
+    f"{_SHARD} where s.map_id = $1 and (select true from shardmap.mapping m"  # noqa: S608
     " where m.map_id = s.map_id and m.shard_id = s.shard_id limit 1) is null"
 )
 # A map of a lost catalogue is hidden from proxies until it has its mappings again: they go on with

@@ -273,15 +273,17 @@ def from_shard(
     plan = RowChanges(len(choice.chosen))
     cut_out(plan.catalogue, held.values(), extents, _ids(after))
     plan.catalogue.after += after
-    _keep_own(plan.of(choice.shard_id), choice, after)
+    _keep_own(plan.of(choice.shard_id), choice, _ids(targets), after)
     for shard_id, taken in others:
         cut_out(plan.of(shard_id), taken, extents, frozenset())
     return plan
 
 
-def _keep_own(local: Replacement, choice: Choice, targets: Sequence[Row]) -> None:
+def _keep_own(
+    local: Replacement, choice: Choice, ids: frozenset[UUID], targets: Sequence[Row]
+) -> None:
     """Replace a shard's own rows that are right, and take what is surplus from the others."""
-    ids, by_lo = _ids(choice.local_targets()), {row.lo: row for row in targets}
+    by_lo = {row.lo: row for row in targets}
     cuts = {row_id: [extent] for row_id, extent in choice.dropped(Extents(())).items()}
     kept = list(targets)
     parts: list[Row] = []

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -64,10 +64,16 @@ class Databases:
         return self.stores.connect(name)
 
 
+class Loses(Protocol):
+    """Says whether the next answer is lost."""
+
+    loses_next_answer: bool
+
+
 class LosingConnection:
     """A connection that may be lost between a commit and its answer."""
 
-    def __init__(self, databases: Databases, connection: Any) -> None:
+    def __init__(self, databases: Loses, connection: Any) -> None:
         self._databases = databases
         self._connection = connection
 

@@ -115,6 +115,8 @@ class KeptSessions:
 
     def reserve(self) -> bool:
         """Reserve room for a dial. Return whether there is any."""
+        if self._unregister is None:
+            self._unregister = self._register(self._name, self.row)
         if self._is_full():
             return False
         self._dialling += 1
@@ -140,8 +142,6 @@ class KeptSessions:
         """Register a session that was dialled in reserved room; `generation` is of before."""
         self._dialling -= 1
         assert opened.prepared is not None
-        if self._unregister is None:
-            self._unregister = self._register(self._name, self.row)
         if opened.prepared.target != self._target:
             self._target = opened.prepared.target
             self._retire_idle(RetireReason.RECONFIGURED, all_targets=False)  # P45

@@ -398,12 +398,16 @@ async def test_p12_an_upstream_that_stops_within_a_message_meanwhile_is_closed(
     await setting.closed(TERMINATE, RetireReason.BUSY)
 
 
-async def test_p16_an_upstream_that_ends_meanwhile_is_closed(small: Setting) -> None:
+@pytest.mark.parametrize("way", ["fin", "close_notify"])
+async def test_p16_an_upstream_that_ends_meanwhile_is_closed(small: Setting, way: str) -> None:
     setting = small
     await setting.fill()
     await setting.client.send(TERMINATE)
     await eventually(lambda: setting.relay.over, "it has ended")
-    setting.upstream.end_orderly()
+    if way == "close_notify" and setting.upstream.tls is not None:
+        setting.upstream.send_close_notify()  # its connection stays open
+    else:
+        setting.upstream.end_orderly()
     await eventually(lambda: setting.relay.from_upstream.at_end, "its end is known")
     await setting.client.receive_rest()
     await setting.closed(TERMINATE, RetireReason.UPSTREAM_ENDED)

@@ -27,6 +27,9 @@ from proxy.wire.kept_welcome import KeptWelcome
 # Welcomes that sessions share. Those of one target differ by the client's own settings.
 WELCOMES_MAX: Final = 64
 
+# After which a key may not be poolable at all. One that was not begun says nothing of that (P24).
+_FAILED_RESETS: Final = (RetireReason.RESET_FAILED, RetireReason.PARAMETER_CHANGED)
+
 _log = get_logger(__name__)
 
 Register = Callable[[str, Callable[[], PoolRow]], Callable[[], None]]
@@ -112,6 +115,8 @@ class KeptSessions:
 
     def reserve(self) -> bool:
         """Reserve room for a dial. Return whether there is any."""
+        if self._unregister is None:
+            self._unregister = self._register(self._name, self.row)
         if self._is_full():
             return False
         self._dialling += 1
@@ -137,14 +142,18 @@ class KeptSessions:
         """Register a session that was dialled in reserved room; `generation` is of before."""
         self._dialling -= 1
         assert opened.prepared is not None
-        if self._unregister is None:
-            self._unregister = self._register(self._name, self.row)
         if opened.prepared.target != self._target:
             self._target = opened.prepared.target
             self._retire_idle(RetireReason.RECONFIGURED, all_targets=False)  # P45
         returns = returns and self.keeps(opened.prepared)
+        born_at = self._clock()
         session = PooledSession(
-            opened, self, now=self._clock(), generation=generation, returns=returns
+            opened,
+            self,
+            born_at=born_at,
+            ends_at=self._idle.lifetime_ends_at(born_at),
+            generation=generation,
+            returns=returns,
         )
         self._sessions.add(session)
         return session
@@ -176,9 +185,9 @@ class KeptSessions:
             self._unpoolable.reset_succeeded(key)
             self.offer(session)
             return
-        if failure is not RetireReason.LOGIN_TRIGGER:
+        if failure in _FAILED_RESETS:
             self._unpoolable.reset_failed(key, now)
-        elif self._unpoolable.add(key):
+        elif failure is RetireReason.LOGIN_TRIGGER and self._unpoolable.add(key):
             _log.warning(
                 "the database has login event triggers: its sessions serve one client each",
                 target=self._name,
@@ -221,7 +230,7 @@ class KeptSessions:
             return RetireReason.RECONFIGURED
         if self._unpoolable.contains(session.prepared, self._clock()):
             return RetireReason.RESET_FAILED
-        if self._idle.is_too_old(session, self._clock()):
+        if self._clock() >= session.ends_at:
             return RetireReason.LIFETIME
         return None
 
@@ -246,7 +255,7 @@ class KeptSessions:
         else:
             for surplus in self._idle.add(session, session.prepared):
                 self.retire(surplus, RetireReason.SURPLUS)
-            self._schedule_expiry(self._idle.next_expiry())
+            self._schedule_expiry(self._idle.expires_at(session))
 
     def _next_client(self, session: PooledSession) -> Waiter | None:
         """Return the client that gets a session; one with another key is promised its room."""

@@ -31,6 +31,7 @@ class Kept(Hashable, Protocol):
     """What the policy knows of a session. It is compared by identity."""
 
     born_at: float
+    ends_at: float
     idle_since: float
 
 
@@ -81,22 +82,15 @@ class IdleSessions(Generic[Key, Session]):
         """Return how many of this key there are."""
         return len(self._by_key.get(key, ()))
 
-    def lifetime_ends_at(self, session: Session) -> float:
-        """Return when a session is too old for another client; another time at each call."""
-        shorter = 1.0 - JITTER_MAX * self._jitter()
-        return session.born_at + self._bounds.lifetime_seconds * shorter
-
-    def is_too_old(self, session: Session, now: float) -> bool:
-        """Return whether a session is too old to be kept, by the shortest lifetime (P18)."""
-        return now - session.born_at >= self._bounds.lifetime_seconds * (1.0 - JITTER_MAX)
+    def lifetime_ends_at(self, born_at: float) -> float:
+        """Return when a new session is too old for another client, its `ends_at`."""
+        return born_at + self._shortened(self._bounds.lifetime_seconds)
 
     def add(self, session: Session, key: Key) -> list[Session]:
         """Keep a session that is idle since `idle_since`. Return those that make room for it."""
-        by_age = self.lifetime_ends_at(session)
-        shorter = 1.0 - JITTER_MAX * self._jitter()
-        by_idleness = session.idle_since + self._bounds.idle_seconds * shorter
-        reason = RetireReason.IDLE if by_idleness < by_age else RetireReason.LIFETIME
-        self._all[session] = _Idle(key, min(by_age, by_idleness), reason)
+        by_idleness = session.idle_since + self._shortened(self._bounds.idle_seconds)
+        reason = RetireReason.IDLE if by_idleness < session.ends_at else RetireReason.LIFETIME
+        self._all[session] = _Idle(key, min(session.ends_at, by_idleness), reason)
         self._by_key.setdefault(key, {})[session] = None
         surplus = []
         while len(self._all) > self._bounds.idle_max:
@@ -129,8 +123,9 @@ class IdleSessions(Generic[Key, Session]):
         return True
 
     def expires_at(self, session: Session) -> float:
-        """Return when an idle session expires."""
-        return self._all[session].expires_at
+        """Return when an idle session expires; infinity for one that made room at once."""
+        idle = self._all.get(session)
+        return float("inf") if idle is None else idle.expires_at
 
     def next_expiry(self) -> float | None:
         """Return when the first session expires."""
@@ -144,6 +139,9 @@ class IdleSessions(Generic[Key, Session]):
         for session, _ in over:
             self.remove(session)
         return over
+
+    def _shortened(self, seconds: float) -> float:
+        return seconds * (1.0 - JITTER_MAX * self._jitter())
 
     # -- signs of life ---------------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ class PooledSession(asyncio.Protocol):
         "_timer",
         "_triggers_counted",
         "born_at",
+        "ends_at",
         "generation",
         "idle_since",
         "key",
@@ -95,9 +96,19 @@ class PooledSession(asyncio.Protocol):
     )
 
     def __init__(
-        self, opened: UpstreamSession, owner: Owner, *, now: float, generation: int, returns: bool
+        self,
+        opened: UpstreamSession,
+        owner: Owner,
+        *,
+        born_at: float,
+        ends_at: float,
+        generation: int,
+        returns: bool,
     ) -> None:
-        """Keep a session that was dialled; it is in use. Without `returns` it serves one client."""
+        """Keep a session that was dialled; it is in use. Without `returns` it serves one client.
+
+        No client gets it after `ends_at`.
+        """
         assert opened.prepared is not None
         self._owner = owner
         own = KeptWelcome.of(opened.startup.welcome(opened.startup.key))
@@ -112,7 +123,8 @@ class PooledSession(asyncio.Protocol):
         self.target = opened.target
         self.ticket = opened.ticket
         self.state = State.IN_USE
-        self.born_at = self.idle_since = now
+        self.born_at = self.idle_since = born_at
+        self.ends_at = ends_at
         self.generation = generation
         """The number of reconnects of the pool when its dial began."""
         self.returns = returns
@@ -172,9 +184,13 @@ class PooledSession(asyncio.Protocol):
         self.transport.write(reset.begin())
 
     def be_idle(self, now: float) -> None:
-        """Wait for the next client. A byte from the upstream ends the session from now on."""
+        """Wait for the next client. A byte from the upstream ends the session from now on.
+
+        One that its client has not used has been silent since before (P23).
+        """
+        if self.state is State.RESETTING:
+            self.idle_since = now
         self.state = State.IDLE
-        self.idle_since = now
 
     async def check(self) -> bool:
         """Ask an idle session for a sign of life; it is a client's meanwhile. Return whether it is.

@@ -233,7 +233,9 @@ class Session:
         client.start_relay(relay, upstream, None if key is None else key.issued)
         if self._parts.idle_timeout_seconds:
             self._entry.end_after_idle(self._parts.idle_timeout_seconds)
-        self._log.started(upstream.target.host)
+        lease = upstream.lease
+        reused = None if lease is None else lease.reused
+        self._log.started(upstream.target.host, reused=reused)
         return relay
 
 

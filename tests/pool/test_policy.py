@@ -36,7 +36,7 @@ class Kept:
 
     born_at: float = 0.0
     idle_since: float = 0.0
-    name: str = ""
+    ends_at: float = math.inf
 
 
 def idle_sessions(bounds: Bounds = BOUNDS, jitter: float = 0.0) -> IdleSessions[str, Kept]:
@@ -45,7 +45,7 @@ def idle_sessions(bounds: Bounds = BOUNDS, jitter: float = 0.0) -> IdleSessions[
 
 def filled(idle: IdleSessions[str, Kept], *keys: str) -> list[Kept]:
     """Add a session of each of these keys, a second after the one before."""
-    sessions = [Kept(at, at, key) for at, key in enumerate(keys)]
+    sessions = [Kept(at, at) for at in range(len(keys))]
     for session, key in zip(sessions, keys, strict=True):
         assert idle.add(session, key) == []
     return sessions
@@ -89,7 +89,7 @@ def test_p18_without_any_room_nothing_is_kept() -> None:
     idle = idle_sessions(Bounds(0, 0, 0, 1000, 100, 30))
     session = Kept()
     assert idle.add(session, "a") == [session]
-    assert (len(idle), idle.next_expiry()) == (0, None)
+    assert (len(idle), idle.next_expiry(), idle.expires_at(session)) == (0, None, math.inf)
 
 
 def test_p38_the_least_recently_used_makes_room_for_a_dial() -> None:
@@ -118,8 +118,9 @@ def test_p43_jitter_only_shortens_and_the_earlier_end_is_the_reason(
     born_at: float, idle_since: float, jitter: float, ends_at: float, reason: RetireReason
 ) -> None:
     idle = idle_sessions(jitter=jitter)
-    session = Kept(born_at, idle_since)
+    session = Kept(born_at, idle_since, idle.lifetime_ends_at(born_at))
     idle.add(session, "a")
+    assert idle.expires_at(session) == idle.next_expiry()
     assert idle.next_expiry() == pytest.approx(ends_at)
     assert idle.expire(ends_at - 0.001) == []
     assert idle.take("a", ends_at + 0.001) is None
@@ -129,8 +130,8 @@ def test_p43_jitter_only_shortens_and_the_earlier_end_is_the_reason(
 
 def test_p43_an_older_session_is_not_hidden_by_one_that_expires_earlier() -> None:
     idle = idle_sessions()
-    young = Kept(born_at=50, idle_since=0)
-    old = Kept(born_at=-990, idle_since=1)
+    young = Kept(born_at=0, idle_since=0)
+    old = Kept(born_at=-990, idle_since=1, ends_at=10)
     idle.add(young, "a")
     idle.add(old, "a")
     assert idle.take("a", 20) is young
@@ -138,9 +139,9 @@ def test_p43_an_older_session_is_not_hidden_by_one_that_expires_earlier() -> Non
     assert idle.next_expiry() == 10
 
 
-@pytest.mark.parametrize(("age", "too_old"), [(0, False), (899, False), (1000, True)])
-def test_p18_a_session_that_is_too_old_is_not_kept(age: float, too_old: bool) -> None:
-    assert idle_sessions().is_too_old(Kept(born_at=7, idle_since=7 + age), 7 + age) is too_old
+def test_p43_sessions_that_are_made_together_do_not_end_together() -> None:
+    idle = IdleSessions[str, Kept](BOUNDS, iter([0.0, 0.5, 1.0]).__next__)
+    assert [idle.lifetime_ends_at(7) for _ in range(3)] == [1007, 957, 907]
 
 
 # Signs of life
@@ -252,8 +253,7 @@ class Model:
 
     def ends_at(self, session: Kept) -> float:
         shorter = 1.0 - JITTER_MAX * self.jitter
-        by_age = session.born_at + self.bounds.lifetime_seconds * shorter
-        return min(by_age, session.idle_since + self.bounds.idle_seconds * shorter)
+        return min(session.ends_at, session.idle_since + self.bounds.idle_seconds * shorter)
 
     def add(self, session: Kept, key: str) -> list[Kept]:
         self.held.append((session, key))
@@ -303,7 +303,7 @@ def test_p18_p28_p38_p43_any_sequence_of_events_has_the_result_of_a_simple_model
         now += seconds
         match verb:
             case "add":
-                session = Kept(now, now)
+                session = Kept(now, now, idle.lifetime_ends_at(now))
                 assert idle.add(session, key) == model.add(session, key)
             case "take":
                 taken = idle.take(key, now)

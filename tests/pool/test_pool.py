@@ -8,7 +8,11 @@ import pytest
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.errors import ErrorKind, ProxyError
-from tests.support.pools import Held, PoolOf, pool_of
+from proxy.pool.pooled_session import PooledSession
+from proxy.upstream.phases import DialPhases
+from tests.support.dialing import asked
+from tests.support.fake_clock import FakeClock
+from tests.support.pools import Held, PoolOf, client_of, pool_of
 from tests.support.running import eventually
 
 SIZE_MAX = 4
@@ -97,6 +101,51 @@ async def test_p37_a_failed_spare_is_no_clients_error_and_not_tried_again_soon(
         for _ in range(2):
             assert (await pool.open()).reused
         assert gateway.accepted == accepted
+
+
+# Life
+
+
+async def test_p23_a_client_that_left_before_its_welcome_was_no_sign_of_life(
+    lakebase: Lakebase,
+) -> None:
+    clock = FakeClock()
+    async with pool_of(lakebase, clock=clock, pool_spare_min=0, pool_check_seconds=30) as pool:
+        first = await pool.open()
+        clock.move(5)
+        first.leave()
+        await pool.until_idle(1)
+        session = first.lease
+        assert isinstance(session, PooledSession)
+        since = clock()
+        assert session.idle_since == since
+        clock.move(20)
+        opened = await pool.pool.open(client_of("a"), DialPhases())
+        assert opened.lease is session
+        opened.put_back()
+        assert (session.idle_since, pool.row.present.idle) == (since, 1)
+        assert (await pool.open()).pid == first.pid
+
+
+async def test_p18_p43_a_session_is_not_returned_after_its_lifetime_and_never_cut_for_it(
+    lakebase: Lakebase,
+) -> None:
+    clock = FakeClock()
+    async with pool_of(lakebase, clock=clock, pool_spare_min=0, pool_lifetime_seconds=100) as pool:
+        first = await pool.open()
+        session = first.lease
+        assert isinstance(session, PooledSession)
+        assert 90 <= session.ends_at - session.born_at <= 100
+        clock.now = session.ends_at - 1
+        first.leave()
+        await pool.until_idle(1)
+        again = await pool.open()
+        assert again.pid == first.pid
+        clock.move(1000)
+        assert await asked(again.opened, "SELECT 'alive'") == b"alive"
+        again.leave()
+        await lakebase.gateway.until(lambda: lakebase.gateway.open_sessions == 0)
+        assert pool.row.retired["lifetime"] == 1
 
 
 # Bounds

@@ -4,7 +4,8 @@ For: tests of the pool's bounds, waiting clients and spares. Not for: whole sess
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -26,6 +27,7 @@ class Held:
 
     def __init__(self, opened: UpstreamSession, pid: bytes) -> None:
         assert opened.lease is not None
+        self.opened = opened
         self.lease = opened.lease
         self.reused = opened.lease.reused
         self.has_left = False
@@ -36,6 +38,12 @@ class Held:
         """End its client. The pool keeps it, unless `retired_for` says why not."""
         self.has_left = True
         self.lease.release(retired_for)
+
+
+def client_of(key: str) -> StartupMessage:
+    """Return the StartupMessage of a client of this kind."""
+    pairs = ((b"user", b"app"), (b"database", b"databricks_postgres"))
+    return StartupMessage(V3_0, (*pairs, (b"application_name", key.encode())))
 
 
 class PoolOf:
@@ -59,11 +67,9 @@ class PoolOf:
         """The number of logins so far."""
         return self.lakebase.gateway.logins.total()
 
-    async def open(self, key: str = "a", database: str = "databricks_postgres") -> Held:
+    async def open(self, key: str = "a") -> Held:
         """Open a session for a client of this kind, and ask it for its backend."""
-        pairs = ((b"user", b"app"), (b"database", database.encode()))
-        client = StartupMessage(V3_0, (*pairs, (b"application_name", key.encode())))
-        opened = await self.pool.open(client, DialPhases())
+        opened = await self.pool.open(client_of(key), DialPhases())
         try:
             held = Held(opened, await asked(opened, "SELECT pg_backend_pid()"))
             assert await asked(opened, "SHOW application_name") == key.encode()
@@ -91,13 +97,17 @@ class PoolOf:
 
 @asynccontextmanager
 async def pool_of(
-    lakebase: Lakebase, *, connects_max: int = 50, **upstream: Any
+    lakebase: Lakebase,
+    *,
+    connects_max: int = 50,
+    clock: Callable[[], float] = time.monotonic,
+    **upstream: Any,
 ) -> AsyncIterator[PoolOf]:
     """Make a pool for the first shard's endpoint; at the end all of its sessions have gone."""
     endpoint, stats = lakebase["one"].endpoint, PoolStats()
     settings = UpstreamSettings(**{**toward(lakebase, endpoint), "pool": "session", **upstream})
     async with lakebase_dialing(lakebase, endpoint, connects_max=connects_max) as dialing:
-        pool = Pool(TARGET, settings, dialing.dialer, stats.register)
+        pool = Pool(TARGET, settings, dialing.dialer, stats.register, clock=clock)
         made = PoolOf(pool, lakebase, dialing, stats)
         try:
             yield made

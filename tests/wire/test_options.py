@@ -1,6 +1,8 @@
 """`options` as PostgreSQL reads it, and its rewriting, which never re-renders a word (W21-W23)."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.wire.options import (
     Setting,
@@ -273,3 +275,13 @@ def test_a_message_without_the_settings_stays_as_it_is() -> None:
     assert take_settings(message, {b"x.y"}) == ([], message)
     only = StartupMessage(V3_0, ((b"options", b"-c x.y=1"),))
     assert take_settings(only, {b"x.y"}) == ([(b"options", b"1")], StartupMessage(V3_0, ()))
+
+
+_PIECE = st.sampled_from([b"x.y", b"X.Y", b"x", b"y", b".", b"=", b" ", b"-", b"-c", b"--", b"\\"])
+
+
+@given(st.lists(_PIECE, max_size=12).map(b"".join), st.sampled_from([b"x.y", b"x_y", b"x"]))
+def test_every_setting_that_parsing_finds_is_taken_out(text: bytes, name: bytes) -> None:
+    found, _ = take_settings(StartupMessage(V3_0, ((b"options", text),)), {name})
+    parsed = [one.value for one in settings(text) if one.name.lower() == name]
+    assert [value for _, value in found] == parsed

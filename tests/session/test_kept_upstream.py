@@ -63,7 +63,7 @@ class Setting:
         return self.relayed.relay
 
     async def ask(self, request: bytes, answer: bytes) -> None:
-        """Have both peers do one exchange."""
+        """Run one exchange between both peers."""
         await self.client.send(request)
         assert await self.upstream.receive_exactly(len(request)) == request
         await self.upstream.send(answer)

@@ -26,7 +26,7 @@ class ModelUpstream:
     """The other end of a session after its login."""
 
     answers: bytearray = field(default_factory=bytearray)
-    """What it has said and nobody has taken."""
+    """What it has said and was not taken."""
     received: bytearray = field(default_factory=bytearray)
     """All that it was sent."""
     ended: bool = False

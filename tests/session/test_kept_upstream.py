@@ -20,6 +20,7 @@ from proxy.session.relay import Relay
 from proxy.wire.messages import ErrorResponse
 from tests.native.relayed import Relayed, pythons, relayed
 from tests.support.compiled import need_compiled
+from tests.support.loops import LOOPS, NewLoop, run
 from tests.support.peer import WAIT_SECONDS_MAX, Peer, tcp_pair
 from tests.support.running import eventually
 from tests.transport.peers import Contexts, Notes, contexts
@@ -250,6 +251,20 @@ async def test_a_kept_upstream_serves_the_next_client(setting: Setting) -> None:
     await client.send(TERMINATE)
     await again.kept()
     client.close()
+
+
+@LOOPS
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_upstream_is_kept_on_either_loop(new_loop: NewLoop, kind: str, tls: Contexts) -> None:
+    async def story() -> None:
+        async with keeping(kind, tls, small=True) as setting:
+            owed = await setting.fill()  # the upstream is not read any more
+            await setting.client.send(TERMINATE)
+            assert len(await setting.client.receive_rest()) == owed
+            await setting.kept()
+            setting.relayed.upstream_transport.abort()
+
+    run(new_loop, story)
 
 
 # -- no clean end ----------------------------------------------------------------------------------

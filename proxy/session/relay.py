@@ -65,7 +65,8 @@ class Relay:
     After the upstream's end a client is cut when it has read nothing for `flush_seconds_max`.
 
     With `keeps_upstream` the upstream's connection is not closed when its client leaves and nothing
-    is owed: then the end is `kept`.
+    is owed: then the end is `kept`. The caller gives the connection its next protocol before it
+    suspends: until then what arrives is dropped.
     """
 
     def __init__(

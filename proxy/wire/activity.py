@@ -228,7 +228,7 @@ class Activity:
         joined = stub + data
         while joined[position] != _TERMINATE:
             position += 1 + _HEADER(joined, position)[1]
-        # Another length is an error, or content that is not defined: the upstream's to answer.
+        # Another length is an error, or content that is not defined: the upstream answers it.
         if self._is_quiet() and _HEADER(joined, position)[1] == _LENGTH_MIN:
             self.withheld = True
             return joined[len(stub) : position]

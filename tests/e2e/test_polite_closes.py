@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProcess
 from tests.soak.polite_closes import CLIENTS, COMPLETED, Ends, close_politely
 from tests.support.languages import need_driver
@@ -14,14 +15,17 @@ PROCESSES = 2
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 
+@pytest.mark.parametrize("mode", ["off", "session"])
 @pytest.mark.parametrize("name", list(CLIENTS))
 async def test_a_polite_close_is_a_completed_session(
-    start_process: StartProcess, tmp_path: Path, name: str
+    start_process: StartProcess, lakebase: Lakebase, tmp_path: Path, name: str, mode: str
 ) -> None:
     # Half of all polite closes, and each one of asyncpg, were counted as lost: the shipped alert
     # fired on healthy applications.
     client = CLIENTS[name]
     await need_driver(f"polite closes by {name}", client)
-    proxy = await start_process(admin={"enabled": True, "port": 0})
+    proxy = await start_process(admin={"enabled": True, "port": 0}, upstream={"pool": mode})
     closes = await close_politely(client, proxy, tmp_path, CLOSES, PROCESSES)
     assert closes.ends == Ends({COMPLETED: CLOSES})
+    logins = lakebase.gateway.logins.total()
+    assert logins == CLOSES if mode == "off" else logins <= 2 * PROCESSES + 1  # one is a spare

@@ -81,7 +81,7 @@ fuzz: $(INSTALLED) ## two million inputs a side, and generated tests for longer 
 # Needs the distribution's PostgreSQL (the demo's has no TLS) and PgBouncer besides .venv, and reports
 # what is missing. ARGS: --help lists them. `--only shardmap` needs neither and takes a minute.
 # `--base CHECKOUT` compares with the proxy of another checkout in the same rounds.
-bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (six minutes)
+bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (ten minutes)
 	@exec $(BIN)/python -m bench $(ARGS)
 
 # ARGS: --seconds N, --seed N (which it prints).

@@ -170,8 +170,8 @@ class PoolClient:
 
     async def _enter(self, client: Client, name: str) -> BackendKeyData:
         """Log in, and compare what the session is with a fresh one."""
-        whom = {"database": "databricks_postgres", "application_name": name}
-        welcome = await self._ask_as_new(client, startup(**whom))
+        packet = startup(database="databricks_postgres", application_name=name)
+        welcome = await self._ask_as_new(client, packet)
         (key,) = (one for one in welcome if isinstance(one, BackendKeyData))
         self._pid = key.pid
         secret = key.key.reveal()

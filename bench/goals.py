@@ -81,19 +81,19 @@ _PROTOCOLS: Final = ("simple", "prepared")
 _TIMES_PGBOUNCER: Final = "x PgBouncer"
 _TIMES_DIRECT: Final = "x direct"
 
-# Measure, bound, whether it is the highest, unit, label, value. All of the proxy with a pool.
+# Measure, bound, whether it is the highest, unit, values. All of the proxy with a pool.
 _POOL: Final = (
-    ("connect beside direct", 0.15, True, _TIMES_DIRECT, "p50, all on this machine", _ratio(pool.CONNECT_LOCAL, "p50", DIRECT, POOLED)),
-    ("connect beside PgBouncer", 1.75, True, _TIMES_PGBOUNCER, "p50, all on this machine", _ratio(pool.CONNECT_LOCAL, "p50", PGBOUNCER, POOLED)),
-    ("connect away", 1.15, True, _TIMES_PGBOUNCER, "p50, PostgreSQL 1 ms away", _ratio(pool.CONNECT_DELAYED, "p50", PGBOUNCER, POOLED)),
-    ("CPU a session", 0.3, True, "x without a pool", "connect, all on this machine", _ratio(pool.CONNECT_LOCAL, "CPU", PROXY, POOLED)),
-    ("pgbench -C beside direct", 12, False, _TIMES_DIRECT, "8 clients", _ratio(pool.RECONNECTS, "throughput", DIRECT, POOLED)),
-    ("pgbench -C beside PgBouncer", 0.6, False, _TIMES_PGBOUNCER, "8 clients", _ratio(pool.RECONNECTS, "throughput", PGBOUNCER, POOLED)),
-    ("first catalogue query", 0.25, True, _TIMES_DIRECT, "p50", _ratio(pool.CATALOGUE_QUERY, "p50", DIRECT, POOLED)),
-    *(("relay CPU", 1.02, True, "x without a pool", f"{one}, 8 clients", _ratio(f"{pool.RELAY}, {one}", "CPU", PROXY, POOLED)) for one in _PROTOCOLS),
-    *(("relay throughput", 0.98, False, "x without a pool", f"{one}, 8 clients", _ratio(f"{pool.RELAY}, {one}", "throughput", PROXY, POOLED)) for one in _PROTOCOLS),
-    ("logins", 3, True, "for 10,000 sessions", "one after the other", _value(pool.LOGINS, "backends for 10,000 sessions", POOLED)),
-    ("idle session", 20, True, "kB", "of 500", _value(pool.MEMORY, "per idle session of 500", POOLED)),
+    ("connect beside direct", 0.15, True, _TIMES_DIRECT, (("p50, all on this machine", _ratio(pool.CONNECT_LOCAL, "p50", DIRECT, POOLED)),)),
+    ("connect beside PgBouncer", 1.75, True, _TIMES_PGBOUNCER, (("p50, all on this machine", _ratio(pool.CONNECT_LOCAL, "p50", PGBOUNCER, POOLED)),)),
+    ("connect away", 1.15, True, _TIMES_PGBOUNCER, (("p50, PostgreSQL 1 ms away", _ratio(pool.CONNECT_DELAYED, "p50", PGBOUNCER, POOLED)),)),
+    ("CPU a session", 0.3, True, "x without a pool", (("connect, all on this machine", _ratio(pool.CONNECT_LOCAL, "CPU", PROXY, POOLED)),)),
+    ("pgbench -C beside direct", 12, False, _TIMES_DIRECT, (("8 clients", _ratio(pool.RECONNECTS, "throughput", DIRECT, POOLED)),)),
+    ("pgbench -C beside PgBouncer", 0.6, False, _TIMES_PGBOUNCER, (("8 clients", _ratio(pool.RECONNECTS, "throughput", PGBOUNCER, POOLED)),)),
+    ("first catalogue query", 0.25, True, _TIMES_DIRECT, (("p50", _ratio(pool.CATALOGUE_QUERY, "p50", DIRECT, POOLED)),)),
+    ("relay CPU", 1.02, True, "x without a pool", tuple((f"{one}, 8 clients", _ratio(f"{pool.RELAY}, {one}", "CPU", PROXY, POOLED)) for one in _PROTOCOLS)),
+    ("relay throughput", 0.98, False, "x without a pool", tuple((f"{one}, 8 clients", _ratio(f"{pool.RELAY}, {one}", "throughput", PROXY, POOLED)) for one in _PROTOCOLS)),
+    ("logins", 3, True, "for 10,000 sessions", (("one after the other", _value(pool.LOGINS, "backends for 10,000 sessions", POOLED)),)),
+    ("idle session", 20, True, "kB", (("of 500", _value(pool.MEMORY, "per idle session of 500", POOLED)),)),
 )  # fmt: skip
 
 GOALS: Final = (
@@ -199,7 +199,7 @@ GOALS: Final = (
         values=(("400 sessions", _value("workers", "sessions of the least even worker")),),
     ),
     *(
-        Goal("Pool, " + measure, bound, at_most, unit, ((label, read),))
-        for measure, bound, at_most, unit, label, read in _POOL
+        Goal("Pool, " + measure, bound, at_most, unit, values)
+        for measure, bound, at_most, unit, values in _POOL
     ),
 )

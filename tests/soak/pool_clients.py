@@ -156,7 +156,7 @@ class PoolClient:
                         counts["sessions"] += 1
                         await self._ask(client, LEFT[left].replace(b"{n}", b"%3d" % self._number))
                         counts[f"left: {left}"] += 1
-                        await self._leave(client, leaving, key)
+                        await self._end(client, leaving, key)
                         counts[f"leaves: {leaving}"] += 1
             except (Lost, OSError, EOFError) as error:
                 self._judge(error, began)
@@ -205,7 +205,7 @@ class PoolClient:
                 raise Lost(f"{last.sqlstate} {last.message} {dict(last.fields).get(b'D', b'')!r}")
         return messages
 
-    async def _leave(self, client: Client, leaving: str, key: BackendKeyData) -> None:
+    async def _end(self, client: Client, leaving: str, key: BackendKeyData) -> None:
         await client.send(LEAVINGS[leaving])
         if leaving == "a cancel":
             async with connected(Client, self._address) as other:

@@ -55,7 +55,7 @@ class Pooled:
 
     @property
     def logins(self) -> int:
-        """How many upstream sessions there have been."""
+        """The number of upstream sessions so far."""
         return self.lakebase.gateway.logins.total()
 
     def row(self) -> PoolRow:

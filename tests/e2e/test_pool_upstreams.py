@@ -255,10 +255,11 @@ async def test_a_database_with_idle_sessions_and_spares_sleeps_until_a_client_co
         assert endpoint.wakes == 1
 
 
-LATE_CANCELS: Final = 200  # `python -m tests.soak.pooling --late-cancels N` does more
-AT_ONCE: Final = 20
+LATE_CANCELS: Final = 1000
+AT_ONCE: Final = 100
 
 
+@pytest.mark.slow
 async def test_p78_a_late_cancel_hits_no_other_client(lakebase: Lakebase) -> None:
     lakebase.gateway.cancel_delay_seconds = 0.3
     lakebase["one"].endpoint.passes_real_key = True

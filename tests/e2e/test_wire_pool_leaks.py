@@ -8,13 +8,14 @@ same backend and sees what the first one saw before it left something.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from struct import pack
 from typing import Final
 
 import pytest
 import pytest_asyncio
 
-from proxy.emulator.cluster import CLIENT_ID, Cluster
+from proxy.emulator.cluster import CLIENT_ID, Cluster, running
 from proxy.wire.messages import Frame, ReadyForQuery
 from tests.support.client import plain_client, startup
 from tests.support.pooling import Connection, Pooled, backend_pid, pooled_for_module, value
@@ -73,11 +74,19 @@ LEAKS: Final[tuple[Leak, ...]] = (
 )  # fmt: skip
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(clusters: Mapping[str, Cluster]) -> AsyncIterator[Pooled]:
-    """Return a proxy with a pool, for all tests of this file."""
-    async with pooled_for_module(clusters) as served:
-        yield served
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["as Lakebase", "newest"])
+async def served(
+    request: pytest.FixtureRequest, clusters: Mapping[str, Cluster]
+) -> AsyncIterator[Pooled]:
+    """Return a proxy with a pool, for all tests of this file.
+
+    The newest PostgreSQL reports its search_path, and the first reset asks for login triggers.
+    """
+    async with AsyncExitStack() as stack:
+        if request.param == "newest":
+            clusters = {"newest": Cluster("newest", version=18)}
+            await stack.enter_async_context(running([*clusters.values()]))
+        yield await stack.enter_async_context(pooled_for_module(clusters))
 
 
 async def act(client: Connection, what: str | Act) -> None:

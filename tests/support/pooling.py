@@ -128,5 +128,6 @@ async def pooled_for_module(
             patch.delenv(name)
         for name, content in kept.items():
             patch.setenv(name, content)
-        async with Lakebase(clusters=clusters) as lakebase, pooled(lakebase, **upstream) as served:
+        lakebase = Lakebase(tuple(clusters), clusters=clusters)
+        async with lakebase, pooled(lakebase, **upstream) as served:
             yield served

@@ -62,7 +62,7 @@ LEAKS: Final[tuple[Leak, ...]] = (
     ("read only by a setting", "SET default_transaction_read_only = on", "SHOW transaction_read_only"),
     ("cursor with hold", "DECLARE c CURSOR WITH HOLD FOR SELECT 1", "SELECT count(*) FROM pg_cursors"),
     ("last value", "CREATE TEMP SEQUENCE s; SELECT nextval('s')", "SELECT lastval()"),
-    ("current value", "CREATE SEQUENCE IF NOT EXISTS public.pool_s; SELECT nextval('public.pool_s')", "SELECT currval('public.pool_s')"),
+    ("current value", "SELECT nextval('public.pool_s')", "SELECT currval('public.pool_s')"),
     ("time limit of statements", "SET statement_timeout = 1", "SHOW statement_timeout"),
     ("time limit of locks", "SET lock_timeout = 1", "SHOW lock_timeout"),
     ("time limit of idle sessions", "SET idle_session_timeout = '1h'", "SHOW idle_session_timeout"),
@@ -86,7 +86,10 @@ async def served(
         if request.param == "newest":
             clusters = {"newest": Cluster("newest", version=18)}
             await stack.enter_async_context(running([*clusters.values()]))
-        yield await stack.enter_async_context(pooled_for_module(clusters))
+        served = await stack.enter_async_context(pooled_for_module(clusters))
+        served.cluster.execute("CREATE SEQUENCE public.pool_s; GRANT ALL ON pool_s TO PUBLIC")
+        yield served
+        served.cluster.execute("DROP SEQUENCE public.pool_s")
 
 
 async def act(client: Connection, what: str | Act) -> None:

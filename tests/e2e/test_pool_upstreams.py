@@ -69,12 +69,7 @@ async def test_p71_an_idle_connection_that_is_dropped_early_costs_two_seconds_at
 
 async def test_p23_a_silent_host_costs_one_client_one_check(lakebase: Lakebase) -> None:
     async with pooled(lakebase, pool_check_seconds=0) as served:
-        clients = [served.client() for _ in range(4)]
-        for client in clients:
-            await client.__aenter__()
-        for client in clients:
-            await client.__aexit__(None, None, None)
-        await served.has_idle(4)
+        await served.fill(4)
         served.endpoint.end_sessions(SessionEnd.SILENCE)
         await one_client(served)
         retired = served.retired()
@@ -85,9 +80,7 @@ async def test_p23_a_silent_host_costs_one_client_one_check(lakebase: Lakebase) 
 async def test_p34_an_end_without_a_word_makes_the_others_suspect(lakebase: Lakebase) -> None:
     # Their age is below pool_check_seconds: without the suspicion a client would get a silent one.
     async with pooled(lakebase) as served:
-        async with served.client():
-            await one_client(served)
-        await served.has_idle(2)
+        await served.fill(2)
         first, second = list(served.endpoint.sessions)
         first.end(SessionEnd.SILENCE)
         second.end(SessionEnd.ADMIN_SHUTDOWN)

@@ -41,6 +41,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 SLEEP: Final = query("SELECT pg_sleep(20)")
 BEGIN: Final = query("BEGIN")
 COPY_IN: Final = query("CREATE TEMP TABLE t (s text)") + query("COPY t FROM STDIN")
+COPY_BINARY: Final = query("CREATE TEMP TABLE t (s bytea)") + query("COPY t FROM STDIN BINARY")
+TERMINATE_AS_DATA: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8) + b"\0\1\0\0\0\5" + TERMINATE
 ROWS_OUT: Final = query("COPY (SELECT repeat('x', 1000) FROM generate_series(1, 30000)) TO STDOUT")
 
 
@@ -83,7 +85,7 @@ LEAVINGS: Final = (
     Leaving("in a transaction", BEGIN, b"Z", TERMINATE, closes, kept=False),
     Leaving("in a failed transaction", BEGIN + query("SELECT 1/0"), b"ZZ", TERMINATE, closes, kept=False),
     Leaving("in COPY in", COPY_IN, b"ZG", TERMINATE, closes, kept=False),
-    Leaving("in COPY in with Terminate's bytes as data", COPY_IN + copy_data(TERMINATE), b"ZG", b"", closes, kept=False),
+    Leaving("in COPY in with Terminate's bytes as data", COPY_BINARY + copy_data(TERMINATE_AS_DATA), b"ZG", b"", closes, kept=False),
     Leaving("in COPY out", ROWS_OUT, b"H", TERMINATE, closes, kept=False),
     Leaving("in COPY out with RST", ROWS_OUT, b"H", b"", resets, kept=False),
     Leaving("after Parse and Flush without Sync", parse("SELECT 1") + FLUSH, b"1", TERMINATE, closes, kept=False),

@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import psycopg
@@ -79,10 +80,16 @@ class Pooled:
 
         await eventually(resting, "the pool is at rest", seconds_max)
 
-    async def has_idle(self, count: int) -> None:
-        """Wait until so many sessions are idle and nothing else is under way."""
-        await self.at_rest()
-        assert self.row().present.idle == count, self.retired()
+    async def fill(self, count: int) -> None:
+        """Open so many sessions and make them idle; the youngest is the first to be taken."""
+        clients = [await Connection.connect(**libpq(self.app)) for _ in range(count)]
+        for kept, client in enumerate(clients, 1):
+            await client.close()
+            idle = partial(self._has_idle, kept)
+            await eventually(idle, f"{kept} are idle")
+
+    def _has_idle(self, count: int) -> bool:
+        return self.row().present.idle == count
 
     @asynccontextmanager
     async def client(self, **parameters: Any) -> AsyncIterator[Connection]:

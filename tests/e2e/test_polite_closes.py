@@ -11,6 +11,8 @@ from tests.support.languages import need_driver
 
 CLOSES = 20
 PROCESSES = 2
+# It begins a transaction by itself, and closes without an end of it: no other client may get that.
+LEAVES_TRANSACTIONS = ("psycopg",)
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
@@ -28,4 +30,6 @@ async def test_a_polite_close_is_a_completed_session(
     closes = await close_politely(client, proxy, tmp_path, CLOSES, PROCESSES)
     assert closes.ends == Ends({COMPLETED: CLOSES})
     logins = lakebase.gateway.logins.total()
-    assert logins == CLOSES if mode == "off" else logins <= 2 * PROCESSES + 1  # one is a spare
+    # A busy machine dials for a client that comes before the reset is over.
+    keeps = mode == "session" and name not in LEAVES_TRANSACTIONS
+    assert (logins <= CLOSES / 2) if keeps else logins >= CLOSES

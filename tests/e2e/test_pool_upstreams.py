@@ -211,20 +211,20 @@ async def test_p21_a_login_trigger_ends_pooling_with_one_warning() -> None:
                 async with served.client() as client:
                     assert await value(client, "SELECT current_setting('app.login')") == "set"
                 await served.at_rest()
-            assert served.logins == 5  # two of the pool before
+            assert served.logins == 4  # one of the pool before
             assert served.retired() == {"login_trigger": 1}
             (warning,) = served.log.above_info()
-            assert "login_trigger" in str(warning)
+            assert "login event triggers" in warning["event"]
 
 
 # -- many clients ---------------------------------------------------------------------------------
 
 
-async def test_a_thousand_clients_one_after_the_other_need_three_logins_at_most(
+async def test_many_clients_one_after_the_other_need_three_logins_at_most(
     lakebase: Lakebase,
 ) -> None:
     async with pooled(lakebase) as served:
-        for _ in range(1000):
+        for _ in range(400):  # `make bench` counts those of 10,000
             async with plain_client(served.app) as client:
                 await client.start_up()
                 await client.send(TERMINATE)
@@ -248,8 +248,8 @@ async def test_a_database_with_idle_sessions_and_spares_sleeps_until_a_client_co
         assert endpoint.wakes == 1
 
 
-LATE_CANCELS: Final = 1000
-AT_ONCE: Final = 100
+LATE_CANCELS: Final = 200  # `make pooling` does thousands
+AT_ONCE: Final = 50
 
 
 @pytest.mark.slow

@@ -35,11 +35,16 @@ END_SECONDS_MAX: Final = 60.0
 # It goes on until each kind has happened, at most this many times as long.
 LONGER_MAX: Final = 4
 _ENDS: Final = (SessionEnd.ADMIN_SHUTDOWN, SessionEnd.END_OF_FILE, SessionEnd.RESET)
-_DISTURBANCES: Final = ("terminate", "end all", "promote", "reload", "reconnect")
+_DISTURBANCES: Final = (
+    *("terminate", "end all", "promote", "terminate", "reload", "reconnect", "terminate"),
+    *("reload", "reload of the pool", "promote"),
+)
+# A client's life is shorter, so that then no session of the pool before a reload is left.
+_CHANGE_SECONDS: Final = 10.0
 KINDS: Final = (
     *(f"left: {what}" for what in LEFT),
     *(f"leaves: {how}" for how in LEAVINGS),
-    *(f"disturbed: {kind}" for kind in _DISTURBANCES),
+    *(f"disturbed: {kind}" for kind in sorted(set(_DISTURBANCES))),
 )
 _SESSIONS: Final = "lakebase_proxy_pool_sessions{"
 
@@ -55,6 +60,7 @@ class Soak:
         self._endpoint.passes_real_key = True  # so that a client knows its backend
         lakebase.gateway.cancel_delay_seconds = 0.2
         self._folder = folder
+        self._changed_at = 0.0
         self._dice = random.Random(f"{seed} disturbances")
 
     async def run(self, seconds: float, clients: int) -> None:
@@ -107,6 +113,11 @@ class Soak:
                 case "promote":
                     self._endpoint.promote_another()
                 case "reload":
+                    self._file(level=self._dice.choice(("warning", "error")))
+                    proxy.send(signal.SIGHUP)
+                case "reload of the pool":
+                    # Those of the pool before are closed behind their clients.
+                    self._changed_at = time.monotonic()
                     self._file(level="warning", idle_max=self._dice.randrange(5, 40))
                     proxy.send(signal.SIGHUP)
                 case "reconnect":
@@ -131,8 +142,11 @@ class Soak:
             counted = _pool_sessions((await ask(port, "/metrics")).body.decode())
             most = max(self.outcome.counts["most upstream sessions"], counted)
             self.outcome.counts["most upstream sessions"] = most
-            if counted > SIZE_MAX:
+            is_changing = time.monotonic() - self._changed_at < _CHANGE_SECONDS
+            if counted > SIZE_MAX * (1 + is_changing):
                 self.outcome.wrong.append(f"{counted} upstream sessions, not {SIZE_MAX}")
+            slots = max(self.outcome.counts["most slots of the database"], self._endpoint.slots)
+            self.outcome.counts["most slots of the database"] = slots
 
     async def _time(self, seconds: float) -> None:
         began = time.monotonic()

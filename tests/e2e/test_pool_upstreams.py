@@ -112,13 +112,18 @@ async def test_p24_an_idle_session_hears_nothing_from_its_pool(lakebase: Lakebas
         assert served.endpoint.last_activity == before
 
 
+@pytest.mark.parametrize("heard", [False, True], ids=["by the reset", "by its client"])
 async def test_p76_a_session_that_stayed_on_a_standby_is_given_to_no_client(
-    lakebase: Lakebase,
+    lakebase: Lakebase, *, heard: bool
 ) -> None:
+    # A reset reports what it changes. What was reported to the client before stays as it is.
     async with pooled(lakebase) as served:
         async with served.client() as client:
             before = await backend_pid(client)
             served.endpoint.promote_another()
+            if heard:
+                await value(client, "SELECT 1")
+                assert client.info.parameter_status("in_hot_standby") == "on"
         await served.at_rest()
         assert served.retired() == {"parameter_changed": 1}
         assert await one_client(served) != before

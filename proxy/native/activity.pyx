@@ -281,16 +281,16 @@ cdef class Activity:
                     break
                 self._on_reply(kind)
             position += length + 1
-        if position < size - _HEADER_BYTES:
+        if position >= size:
+            self._upstream_skip = position - size
+        elif position < end:
             self._cut = PyBytes_FromStringAndSize(<const char*>read + position, size - position)
             self._upstream_stub_bytes = -1
             self._upstream_skip = 0
-        elif position < size:
+        else:
             self._upstream_stub_bytes = <int>(size - position)
             memcpy(self._upstream_stub, read + position, size - position)
             self._upstream_skip = 0
-        else:
-            self._upstream_skip = position - size
         return 0
 
     cdef bint _is_cut(

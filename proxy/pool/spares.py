@@ -64,7 +64,7 @@ class Spares:
     async def _dial(
         self, key: Prepared, client: StartupMessage, fallback: StartupMessage | None
     ) -> bool:
-        """Dial one. Return whether it is there."""
+        """Dial one. Return whether it is kept: if not, the next one would not be either."""
         generation = self._kept.generation
         if not self._kept.reserve():
             return False
@@ -84,4 +84,4 @@ class Spares:
         session = self._kept.dialled(opened, generation, returns=True)
         session.used = False
         replace(opened, lease=session).put_back()
-        return True
+        return not session.is_over

@@ -54,7 +54,7 @@ class Spares:
     async def _run(
         self, key: Prepared, client: StartupMessage, fallback: StartupMessage | None
     ) -> None:
-        """Dial until there are enough, one at a time."""
+        """Dial until there are enough, one at a time, or one is not kept."""
         try:
             while self._kept.wants_spare(key) and await self._dial(key, client, fallback):
                 pass
@@ -64,7 +64,10 @@ class Spares:
     async def _dial(
         self, key: Prepared, client: StartupMessage, fallback: StartupMessage | None
     ) -> bool:
-        """Dial one. Return whether it is kept: if not, the next one would not be either."""
+        """Dial one. Return whether it is kept: after a reconnect it is not (P46).
+
+        One that was not, as it is too old or has sent something, would be followed by another.
+        """
         generation = self._kept.generation
         if not self._kept.reserve():
             return False

@@ -1,6 +1,7 @@
 """What happens to a session, or to the room of a dial, in the moment in which a client is given it."""
 
 import asyncio
+import itertools
 
 import pytest
 
@@ -137,3 +138,16 @@ async def test_p46_a_reconnect_while_a_spare_is_dialled_dials_no_other(
         await pool.until_idle(0)
         assert gateway.accepted == 3
         assert pool.row.retired[RetireReason.RECONNECT] == 1
+
+
+async def test_p36_a_spare_that_is_not_kept_is_followed_by_no_other(lakebase: Lakebase) -> None:
+    # Each was dialled because the one before it was not there: without end.
+    ticks = itertools.count()
+    async with pool_of(
+        lakebase, clock=lambda: float(next(ticks)), pool_spare_min=1, pool_lifetime_seconds=1
+    ) as pool:
+        await pool.open()
+        await eventually(lambda: pool.row.retired["unused_spare"] == 1, "the spare is too old")
+        await pool.open()
+        await eventually(lambda: pool.row.retired["unused_spare"] == 2, "the spare is too old")
+        assert pool.logins == 4

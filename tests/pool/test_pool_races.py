@@ -1,4 +1,4 @@
-"""What happens to a session, or to the room of a dial, in the moment in which a client is given it."""
+"""What happens to a session, or to room for a dial, in the moment in which a client is given it."""
 
 import asyncio
 import itertools

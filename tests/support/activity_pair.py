@@ -50,7 +50,7 @@ class ActivityPair:
 
     @property
     def reported(self) -> bytes | None:
-        """Its ParameterStatus messages."""
+        """The ParameterStatus messages so far."""
         first, *others = (tracker.reported for tracker in self._all)
         assert others in ([], [first])
         return first

@@ -196,7 +196,7 @@ class KeptSessions:
             )
         self.retire(session, failure)
         if (waiter := self.waiting.next_for_reset(key)) is not None:
-            waiter.give(None)  # there is one less to wait for
+            waiter.wake()  # there is one less to wait for
 
     def idle_ended(self, session: PooledSession, *, in_error: bool) -> None:
         """Close an idle session that has sent something, or has ended."""
@@ -247,7 +247,12 @@ class KeptSessions:
         return has_client or self._settings.pool_idle_max > 0
 
     def offer(self, session: PooledSession) -> None:
-        """Pass a session that is as after its login to a client, keep it idle, or close it."""
+        """Pass a session that is as after its login to a client, keep it idle, or close it.
+
+        It may have ended since it was given to a client that does not take it.
+        """
+        if session.is_over:
+            return
         session.be_idle(self._clock())
         reason = self._reason_to_retire(session)
         waiter = None if reason else self._next_client(session)
@@ -272,7 +277,9 @@ class KeptSessions:
         return waiter or self.waiting.next_dial(key)
 
     def retire(self, session: PooledSession, reason: RetireReason) -> None:
-        """Close a session that is not in use."""
+        """Close a session that is not in use, unless it has ended already."""
+        if session.is_over:
+            return
         unused = reason in (RetireReason.IDLE, RetireReason.LIFETIME) and not session.used
         self.counts.retired(RetireReason.UNUSED_SPARE if unused else reason)
         session.close()

@@ -45,6 +45,9 @@ class State(Enum):
     CLOSED = auto()
 
 
+_OVER: Final = (State.CLOSING, State.CLOSED)
+
+
 class Owner(Protocol):
     """The pool of a session: what it is told."""
 
@@ -134,6 +137,11 @@ class PooledSession(asyncio.Protocol):
         self.used = True
         """Whether a client has had it; false for a spare."""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed, or was told to be."""
+        return self.state in _OVER
+
     # -- the lease of a client -------------------------------------------------------------------
 
     def release(self, retired_for: str = "", reported: bytes = b"") -> None:
@@ -151,6 +159,7 @@ class PooledSession(asyncio.Protocol):
 
     def lend(self) -> UpstreamSession:
         """Return an idle session for a client, which has it from now on."""
+        assert self.state is State.IDLE
         self.state = State.IN_USE
         self.reused = self.used = True
         stream = StartupStream()
@@ -199,7 +208,7 @@ class PooledSession(asyncio.Protocol):
         self.state = State.IDLE
 
     async def check(self) -> bool:
-        """Ask an idle session for a sign of life; it is a client's meanwhile. Return whether it is.
+        """Ask an idle session for a sign of life. Return whether it is idle then.
 
         The wait is bounded by CHECK_SECONDS_MAX. If cancelled the session is in doubt.
         """
@@ -209,10 +218,10 @@ class PooledSession(asyncio.Protocol):
         self._start_timer(CHECK_SECONDS_MAX, partial(self._machine_failed, check))
         self.transport.write(check.begin())
         try:
-            return await self._checked
+            is_alive = await self._checked
         finally:
-            self._stop_machine()
             self._checked = None
+        return is_alive and self.state is State.IDLE  # it may have ended since its answer
 
     def close(self) -> None:
         """Send Terminate, and close when the upstream has, CLOSE_SECONDS_MAX later at most.
@@ -280,6 +289,8 @@ class PooledSession(asyncio.Protocol):
                     failure = RetireReason.LOGIN_TRIGGER
                 self._owner.reset_ended(self, failure)
             case Alive(changed) if not changed:
+                self._stop_machine()
+                self.state = State.IDLE
                 self._answer_check(is_alive=True)
             case _:
                 assert self._machine is not None

@@ -183,8 +183,12 @@ class KeptSessions:
             self._unpoolable.reset_succeeded(key)
             self.offer(session)
             return
-        if failure in _FAILED_RESETS:
-            self._unpoolable.reset_failed(key, now)
+        if failure in _FAILED_RESETS and self._unpoolable.reset_failed(key, now):
+            _log.warning(
+                "resets of upstream sessions fail: for a minute they serve one client each",
+                target=self._name,
+                reason=failure,
+            )
         elif failure is RetireReason.LOGIN_TRIGGER and self._unpoolable.add(key):
             _log.warning(
                 "the database has login event triggers: its sessions serve one client each",
@@ -192,7 +196,7 @@ class KeptSessions:
             )
         self.retire(session, failure)
         if (waiter := self.waiting.next_for_reset(key)) is not None:
-            waiter.give(None)  # there is one less to wait for
+            waiter.wake()  # there is one less to wait for
 
     def idle_ended(self, session: PooledSession, *, in_error: bool) -> None:
         """Close an idle session that has sent something, or has ended."""
@@ -243,7 +247,12 @@ class KeptSessions:
         return has_client or self._settings.pool_idle_max > 0
 
     def offer(self, session: PooledSession) -> None:
-        """Pass a session that is as after its login to a client, keep it idle, or close it."""
+        """Pass a session that is as after its login to a client, keep it idle, or close it.
+
+        It may have ended since it was given to a client that does not take it.
+        """
+        if session.is_over:
+            return
         session.be_idle(self._clock())
         reason = self._reason_to_retire(session)
         waiter = None if reason else self._next_client(session)
@@ -268,7 +277,9 @@ class KeptSessions:
         return waiter or self.waiting.next_dial(key)
 
     def retire(self, session: PooledSession, reason: RetireReason) -> None:
-        """Close a session that is not in use."""
+        """Close a session that is not in use, unless it has ended already."""
+        if session.is_over:
+            return
         unused = reason in (RetireReason.IDLE, RetireReason.LIFETIME) and not session.used
         self.counts.retired(RetireReason.UNUSED_SPARE if unused else reason)
         session.close()

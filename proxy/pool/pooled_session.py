@@ -45,6 +45,9 @@ class State(Enum):
     CLOSED = auto()
 
 
+_OVER: Final = (State.CLOSING, State.CLOSED)
+
+
 class Owner(Protocol):
     """The pool of a session: what it is told."""
 
@@ -78,6 +81,7 @@ class PooledSession(asyncio.Protocol):
         "_machine",
         "_messages",
         "_owner",
+        "_reported",
         "_timer",
         "_triggers_counted",
         "born_at",
@@ -117,6 +121,7 @@ class PooledSession(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._checked: asyncio.Future[bool] | None = None
         self._triggers_counted = False
+        self._reported = b""
         self.key = opened.startup.key
         self.transport = opened.stream.transport
         self.prepared: Prepared = opened.prepared
@@ -132,10 +137,16 @@ class PooledSession(asyncio.Protocol):
         self.used = True
         """Whether a client has had it; false for a spare."""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed, or was told to be."""
+        return self.state in _OVER
+
     # -- the lease of a client -------------------------------------------------------------------
 
-    def release(self, retired_for: str = "") -> None:
+    def release(self, retired_for: str = "", reported: bytes = b"") -> None:
         """Return the session to its pool; see `Lease`."""
+        self._reported = reported
         self._owner.released(self, retired_for)
 
     def put_back(self, stream: StartupStream, early: bytes) -> None:
@@ -148,6 +159,7 @@ class PooledSession(asyncio.Protocol):
 
     def lend(self) -> UpstreamSession:
         """Return an idle session for a client, which has it from now on."""
+        assert self.state is State.IDLE
         self.state = State.IN_USE
         self.reused = self.used = True
         stream = StartupStream()
@@ -179,7 +191,10 @@ class PooledSession(asyncio.Protocol):
             self._owner.reset_ended(self, RetireReason.UPSTREAM_ENDED)
             return
         self.state = State.RESETTING
-        self._machine = reset = SessionReset(login, counts_triggers=counts_triggers)
+        self._machine = reset = SessionReset(
+            login, counts_triggers=counts_triggers, reported=self._reported
+        )
+        self._reported = b""
         self._start_timer(RESET_SECONDS_MAX, partial(self._machine_failed, reset))
         self.transport.write(reset.begin())
 
@@ -193,7 +208,7 @@ class PooledSession(asyncio.Protocol):
         self.state = State.IDLE
 
     async def check(self) -> bool:
-        """Ask an idle session for a sign of life; it is a client's meanwhile. Return whether it is.
+        """Ask an idle session for a sign of life. Return whether it is idle then.
 
         The wait is bounded by CHECK_SECONDS_MAX. If cancelled the session is in doubt.
         """
@@ -203,10 +218,10 @@ class PooledSession(asyncio.Protocol):
         self._start_timer(CHECK_SECONDS_MAX, partial(self._machine_failed, check))
         self.transport.write(check.begin())
         try:
-            return await self._checked
+            is_alive = await self._checked
         finally:
-            self._stop_machine()
             self._checked = None
+        return is_alive and self.state is State.IDLE  # it may have ended since its answer
 
     def close(self) -> None:
         """Send Terminate, and close when the upstream has, CLOSE_SECONDS_MAX later at most.
@@ -274,6 +289,8 @@ class PooledSession(asyncio.Protocol):
                     failure = RetireReason.LOGIN_TRIGGER
                 self._owner.reset_ended(self, failure)
             case Alive(changed) if not changed:
+                self._stop_machine()
+                self.state = State.IDLE
                 self._answer_check(is_alive=True)
             case _:
                 assert self._machine is not None

@@ -47,11 +47,9 @@ class KeptSessions:
         clock: Callable[[], float],
         jitter: Callable[[], float],
     ) -> None:
-        """`register` shows the pool to operators, from its first session on."""
+        """`register` shows the pool to operators."""
         self._name = name
         self._settings = settings
-        self._register = register
-        self._unregister: Callable[[], None] | None = None
         self._clock = clock
         bounds = Bounds(
             settings.pool_idle_max,
@@ -78,6 +76,8 @@ class KeptSessions:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
         self._welcomes: dict[KeptWelcome, KeptWelcome] = {}
+        # At once: rate() and increase() miss the first events of a series that appears with them.
+        self._unregister = register(name, self.row)
 
     # -- for a client ----------------------------------------------------------------------------
 
@@ -115,8 +115,6 @@ class KeptSessions:
 
     def reserve(self) -> bool:
         """Reserve room for a dial. Return whether there is any."""
-        if self._unregister is None:
-            self._unregister = self._register(self._name, self.row)
         if self._is_full():
             return False
         self._dialling += 1
@@ -229,7 +227,8 @@ class KeptSessions:
         if session.prepared.target != self._target:
             return RetireReason.RECONFIGURED
         if self._unpoolable.contains(session.prepared, self._clock()):
-            return RetireReason.RESET_FAILED
+            added = self._unpoolable.is_added(session.prepared)
+            return RetireReason.LOGIN_TRIGGER if added else RetireReason.RESET_FAILED
         if self._clock() >= session.ends_at:
             return RetireReason.LIFETIME
         return None
@@ -361,9 +360,7 @@ class KeptSessions:
         """Show a pool that is closed no more once its last session has gone."""
         if self._closed_for is None or self._sessions or self._dialling:
             return
-        if self._unregister is not None:
-            self._unregister()
-            self._unregister = None
+        self._unregister()
         if self._over is not None and not self._over.done():
             self._over.set_result(None)
 

@@ -195,9 +195,13 @@ class UnpoolableKeys(Generic[Key]):
 
     def add(self, key: Key) -> bool:
         """Do not pool this key until `clear`. Return whether that is new."""
-        is_new = self._until.get(key) != float("inf")
+        is_new = not self.is_added(key)
         _remember(self._until, key, float("inf"))
         return is_new
+
+    def is_added(self, key: Key) -> bool:
+        """Return whether `add` is why the key is not pooled, and not resets that failed."""
+        return self._until.get(key) == float("inf")
 
     def clear(self) -> None:
         """Try all keys again."""

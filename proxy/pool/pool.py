@@ -73,7 +73,7 @@ class Pool:
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        """`register` shows the pool to operators, from its first session on."""
+        """`register` shows the pool to operators."""
         self._settings = settings
         self._dialer = dialer
         self._clock = clock

@@ -6,15 +6,14 @@ what serves (`serving`).
 
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING
 
 from proxy import __version__
 from proxy.config import (
     Changes,
     Settings,
-    UpstreamSettings,
     compare,
     with_running_values,
 )
@@ -29,6 +28,7 @@ from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, 
 from proxy.pool.pool import Pool
 from proxy.routing.router import LookupResult, Route, Router, RouteResult
 from proxy.server.catalogue_maps import CatalogueMaps
+from proxy.server.connection_source import ConnectionSource, Workers
 from proxy.server.file_limit import forwards_max, full_error, slots_max
 from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.map_service import MapService
@@ -42,10 +42,9 @@ from proxy.session.session import Session, SessionParts
 from proxy.session.slots import Slots, SlotSource
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
-from proxy.upstream.dialer import Dialer
 from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase
-from proxy.upstream.upstreams import SessionOpener, SessionPool
+from proxy.upstream.upstreams import MakePool, SessionOpener
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.registry import LocalWorkspaceRegistry, WorkspaceRegistry
 
@@ -53,40 +52,6 @@ if TYPE_CHECKING:
     from proxy.native.lanes import Lanes
 
 _log = get_logger(__name__)
-
-
-class ConnectionSource(Protocol):
-    """Where client connections come from."""
-
-    def accepting(self) -> AbstractAsyncContextManager[Sequence[Address]]:
-        """Accept while the block runs, and yield the addresses; then end what is left."""
-
-    async def drain(self, seconds: float) -> int:
-        """Stop accepting, and end all sessions within this time. Return how many were cut.
-
-        Called again meanwhile, it does what is left in the shorter time.
-        """
-
-
-class Workers(Protocol):
-    """The other processes of a proxy, where there are several."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether one of them serves."""
-
-    @property
-    def slots_used(self) -> int:
-        """The slots that their sessions use."""
-
-    def reading(self) -> Reading:
-        """Return what they had counted when they were read last."""
-
-    async def refresh(self) -> None:
-        """Read what they have counted."""
-
-    async def reload(self) -> bool:
-        """Make them serve new sessions by the App's settings. Return whether all do."""
 
 
 class App:
@@ -108,6 +73,7 @@ class App:
         settings: Settings,
         *,
         starting_max: int = STARTING_MAX,
+        serves_clients: bool = True,
         workspaces: WorkspaceRegistry | None = None,
         slots: SlotSource | None = None,
         cancel_elsewhere: Elsewhere | None = None,
@@ -115,6 +81,8 @@ class App:
         share_parked: Callable[[int], int] = lambda parked: parked,
     ) -> None:
         """`starting_max` connections may be starting at a time. `share_parked`: see `Parking`.
+
+        Without `serves_clients`, as in a supervisor, no target has a pool.
 
         Raises ConfigurationError for a file that a setting names and that cannot be used.
         """
@@ -136,6 +104,9 @@ class App:
         self.catalogue = CatalogueMaps(
             self.metrics, self.cancel_keys, self.cancels, share_parked, map_elsewhere
         )
+        self._make_pool: MakePool | None = None
+        if serves_clients:
+            self._make_pool = partial(Pool, register=self.metrics.pools.register)
         self.snapshot = ConfigSnapshot(
             settings,
             self.workspaces,
@@ -219,9 +190,6 @@ class App:
         for pool in self.snapshot.pools:
             pool.drain()
             await pool.wait_closed()
-
-    def _make_pool(self, name: str, settings: UpstreamSettings, dialer: Dialer) -> SessionPool:
-        return Pool(name, settings, dialer, self.metrics.pools.register)
 
     def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
         parts = SessionParts(
@@ -326,6 +294,12 @@ class App:
     def look_up(self, key: str) -> Mapping[str, object]:
         """Return where a key leads by what is known of the catalogue's map. Raises ProxyError."""
         return self.catalogue.look_up(key)
+
+    async def reconnect(self) -> bool:
+        """Retire every pooled session in all processes. Return whether each has done so."""
+        for pool in self.snapshot.pools:
+            pool.reconnect()
+        return self.workers is None or await self.workers.reconnect()
 
     def quit(self) -> None:
         """Ask the process to drain and end."""

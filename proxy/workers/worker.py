@@ -103,6 +103,7 @@ class Worker:
             "configure": self._configure,
             "read": self._read,
             "cancel": self._cancel,
+            "reconnect": self._reconnect,
             "drain": self._drain,
             "map_changed": self._map_changed,
         }
@@ -171,6 +172,9 @@ class Worker:
     async def _cancel(self, pid: int, key: str) -> bool:
         request = CancelRequest(pid, Secret(bytes.fromhex(key)))
         return await self._app.cancels.request_here(request)
+
+    async def _reconnect(self) -> bool:
+        return await self._app.reconnect()
 
     async def _drain(self, seconds: float) -> int:
         sessions_cut = await self._app.drain(seconds)

@@ -203,6 +203,9 @@ def test_p21_a_database_with_login_triggers_is_unpoolable_until_a_reconnect() ->
     assert keys.add("a")
     assert not keys.add("a")
     assert keys.contains("a", 1e9)
+    for _ in range(RESET_FAILURES_MAX):
+        keys.reset_failed("c", 0)
+    assert [keys.is_added(key) for key in ("a", "b", "c")] == [True, False, False]
     keys.reset_failed("b", 0)
     keys.clear()
     assert not keys.contains("a", 1e9)

@@ -50,11 +50,12 @@ POOL_USERS = ("proxy/emulator/cluster.py",)  # starts and stops PostgreSQL, and 
 
 # Waits of these tests are for another process, where there is no event to wait for. `simulation`
 # runs in virtual time. In `session` and `upstream` a call that takes a moment is tested, in
-# `differential` what is sent at any moment, and in `soak` at random moments.
+# `differential` what is sent at any moment, and in `pool` and `soak` at random moments.
 SLEEPERS = (
     "tests/differential/test_activity_at_random.py",
     "tests/e2e/",
     "tests/emulator/",
+    "tests/pool/test_pool.py",
     "tests/simulation/",
     "tests/soak/",
     "tests/support/",

@@ -151,7 +151,6 @@ class AdmittingOpener:
         self._located = located
         self._routing_key = routing_key
         self._upstream: Upstream | None = None
-        self._parked_seconds = 0.0
 
     @property
     def cancel_on_disconnect(self) -> bool:
@@ -274,10 +273,11 @@ class AdmittingOpener:
         `shards_op` is an operation that its shard waits for.
         """
         parking, clock = self._parts.parking, self._parts.clock
-        began = clock()
-        deadline = began + parking.seconds_max - self._parked_seconds
+        if phases.park_deadline is None:  # one for a client, however often it is routed
+            phases.park_deadline = clock() + parking.seconds_max
+        deadline = phases.park_deadline
         refusal = ProxyError(ErrorKind.MAPPING_OFFLINE, self._name(located))
-        with parking.waiting(deadline - began, refusal) as set_result:
+        with parking.waiting(deadline - clock(), refusal) as set_result:
             phases.current, phases.waits_for_slot = None, False
             try:
                 while (left := deadline - clock()) > 0:
@@ -297,8 +297,6 @@ class AdmittingOpener:
                 if error is not refusal:
                     set_result(ParkResult.FAILED)
                 raise
-            finally:
-                self._parked_seconds += clock() - began
 
     async def _find_parked(self, located: Located, deadline: float, *, is_due: bool) -> Located:
         """Return where the key is; what is known, while the catalogue cannot be asked."""

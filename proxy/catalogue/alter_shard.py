@@ -4,11 +4,12 @@ Sidecars follow: the next session of the shard is dialled by the new row, those 
 location is not changed here, as another database may be there.
 
 Invariant: the shard's version is never lower in the shard than in the catalogue. The shard is
-reached by the new row, so that values which lead nowhere are never in force.
+reached by the new row, so that values which lead nowhere are never in force. Undoing leaves the
+shard as it is: neither row may lead there by then, and its version may be the higher one.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Final, Self
 from uuid import UUID
 
 from proxy.catalogue.errors import CatalogueError, Reason
@@ -25,6 +26,16 @@ from proxy.catalogue.operation import (
     shard_to_json,
 )
 from proxy.catalogue.store import read_shard, read_shards
+
+# Negative, it says that the shard waits for a repair.
+_RAISE_VERSION: Final = (
+    "update shardmap_local.identity set version = case when version < 0"
+    " then least(version, -$2::bigint) - 1 else greatest(version, $2) + 1 end"
+    " where map_id = $1 returning pg_catalog.abs(version)"
+)
+_ROW: Final = (
+    "select name, endpoint, instance, workspace, version from shardmap.shard where shard_id = $1"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,42 +142,36 @@ class AlterShard(Operation):
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Raise the version of the shard's identity."""
-        version = await connection.fetchval(
-            "update shardmap_local.identity set version = greatest(version, $2)"
-            " where map_id = $1 returning version",
-            *(self.map.map_id, self.before.version + 1),
-        )
+        values = self.map.map_id, self.before.version
+        version = await connection.fetchval(_RAISE_VERSION, *values)
         self.shards = (replace(self.after, version=version),)
 
     async def do_catalogue(self, step: str, catalogue: Connection) -> None:
         """Set the row."""
-        after = self.after
         await catalogue.execute(
             "update shardmap.shard set name = $2, endpoint = $3, instance = $4, workspace = $5,"
             " version = $6, op_id = null where shard_id = $1",
-            *(after.shard_id, after.name, after.endpoint, after.instance, after.workspace),
-            after.version,
+            *(self.after.shard_id, *self._values()),
         )
 
     async def is_applied(self, catalogue: Connection) -> bool:
         """Return whether the row is as the operation leaves it."""
-        query = "select name, version from shardmap.shard where shard_id = $1"
-        row = await catalogue.fetchrow(query, self.after.shard_id)
-        return row is not None and tuple(row) == (self.after.name, self.after.version)
+        row = await catalogue.fetchrow(_ROW, self.after.shard_id)
+        return row is not None and tuple(row) == self._values()
+
+    def _values(self) -> tuple[str, str, str, str, int]:
+        after = self.after
+        return after.name, after.endpoint, after.instance, after.workspace, after.version
+
+    def changed(self) -> list[Shard]:
+        """Return no shard: undoing leaves it as it is."""
+        return []
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
-        """Raise the version above all used, if it was raised."""
-        before = self.before
-        version = await connection.fetchval(
-            "update shardmap_local.identity set version = greatest(version, $3)"
-            " where map_id = $1 and version > $2 returning version",
-            *(self.map.map_id, before.version, before.version + 2),
-        )
-        self.before = replace(before, version=version or before.version)
+        """Do nothing."""
 
     async def undo_catalogue(self, catalogue: Connection) -> None:
-        """Clear the mark; the version is the shard's."""
+        """Clear the mark; the row changes in the last step alone."""
         await catalogue.execute(
-            "update shardmap.shard set version = $2, op_id = null where shard_id = $1",
-            *(self.before.shard_id, self.before.version),
+            "update shardmap.shard set op_id = null where shard_id = $1", self.before.shard_id
         )

@@ -117,12 +117,17 @@ class Attach(AddShard):
         found: Found,
         *,
         new_identity: bool = False,
+        moved: bool = False,
         op_id: UUID | None = None,
     ) -> None:
-        """`shard` is the row to add, with the id that the database has or is to have."""
+        """`shard` is the row to add, with the id that the database has or is to have.
+
+        `moved` says that the shard itself is at another location than it was.
+        """
         super().__init__(catalogue_map, shard, op_id)
         self.found = found
         self._new_identity = new_identity
+        self._moved = moved
         # Known after the local step: whether the shard waits for a repair, and its version.
         self._waits = False
         self._status = _ONLINE
@@ -176,7 +181,24 @@ class Attach(AddShard):
                     f" copy of it? shards attach {name} --new-identity makes it a shard of its own."
                 )
                 raise CatalogueError(Reason.IDENTITY_EXISTS, text, hint)
+        self.check_location()
         await super().begin(catalogue)
+
+    def check_location(self) -> None:
+        """Check that the database is where it says. Raises CatalogueError: IDENTITY_EXISTS.
+
+        A branch says where its shard is. With a catalogue that was lost nothing else tells them
+        apart.
+        """
+        was, shard = self.found.itself.location, self.shard
+        if was == shard.location or self._new_identity or self._moved:
+            return
+        text = f"{shard.location} says that it is {was}"
+        hint = (
+            f"Is it a branch or a copy? shards attach {shard.name} --new-identity makes it a shard"
+            f" of its own. Has the shard itself moved there? shards attach {shard.name} --force"
+        )
+        raise CatalogueError(Reason.IDENTITY_EXISTS, text, hint)
 
     def plan(self) -> list[str]:
         """Return what will be done."""

@@ -44,7 +44,8 @@ class CatalogueRouter:
         Raises RouteReplaced, and ProxyError as `Router.take_key` and `MapSource.find` do.
         """
         with self._parts.replaceable():
-            return await self._route(startup)
+            async with self._parts.parking.routing():
+                return await self._route(startup)
 
     async def _route(self, startup: StartupMessage) -> tuple[Route, SessionOpener | None]:
         parts, seconds = self._parts, self._parts.connect_timeout_seconds

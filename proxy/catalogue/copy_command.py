@@ -4,19 +4,29 @@ For: running it by /bin/sh with connection URIs to both shards in its environmen
 time, and its last words when it fails. Not for: what the URIs lead to (`session.private_listener`).
 
 Invariant: no token is in its environment, its arguments or a file. What it has started is ended
-with it: nothing of its process group writes after the move goes on or is undone.
+with it: nothing of its process group writes after the move goes on or is undone. What has left the
+group (setsid) lives on, but its connections to the shards are closed.
 """
 
 import asyncio
 import codecs
+import fcntl
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -44,6 +54,10 @@ _NOT_PASSED: Final = re.compile(
 _NAMES_VARIABLE: Final = "DATABRICKS_OIDC_TOKEN_ENV"
 # A socket's file has a port in its name; these are on no network.
 _PORTS: Final = {"SHARDS_SOURCE": 1, "SHARDS_TARGET": 2}
+_FOLDER_PREFIX: Final = "shards-copy-"
+# Another process may remove a new folder, before it is locked.
+_FOLDER_TRIES: Final = 3
+_OPEN_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 Listen = Callable[[Shard, Path], AbstractAsyncContextManager[None]]
 """Serves a unix socket at a path with sessions of a shard, as administrator."""
@@ -79,7 +93,7 @@ class CopyCommand:
         """Yield the URI of each shard; they lead there while the block runs."""
         async with AsyncExitStack() as stack:
             try:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="shards-"))
+                folder = stack.enter_context(socket_folder())
                 for name, shard in shards.items():
                     path = Path(folder) / f".s.PGSQL.{_PORTS[name]}"
                     await stack.enter_async_context(self.listen(shard, path))
@@ -89,7 +103,7 @@ class CopyCommand:
             yield {name: _uri(folder, _PORTS[name], shard) for name, shard in shards.items()}
 
     async def _run(self, environment: Mapping[str, str]) -> None:
-        words, code = LastLine(), None
+        words, code, is_ended = LastLine(), None, True
         async with _pipe() as (stderr, write_end):
             process = await self._start(environment, write_end)
             async with asyncio.TaskGroup() as group:
@@ -99,10 +113,13 @@ class CopyCommand:
                         async with asyncio.timeout(self.timeout_seconds or None):
                             code = await process.wait()
                 finally:
-                    await _end_group(process.pid)
+                    is_ended = await end_group(process.pid)
                     await asyncio.wait((reading,), timeout=_STDERR_SECONDS_MAX)
                     reading.cancel()
                     await process.wait()
+        if not is_ended:
+            text = "the copy command has left processes of another user, which cannot be ended"
+            raise CatalogueError(Reason.COPY_FAILED, f"{text} (process group {process.pid})")
         if code != 0:
             text = f"the copy command {self._ended(code)}"
             raise CatalogueError(Reason.COPY_FAILED, f"{text}: {words}" if str(words) else text)
@@ -123,7 +140,7 @@ class CopyCommand:
             return await asyncio.shield(started)
         except asyncio.CancelledError:  # it may have begun to run
             process = await started
-            await _end_group(process.pid)
+            await end_group(process.pid)
             await process.wait()
             raise
         except OSError as error:
@@ -191,16 +208,61 @@ async def _pass_on(stream: asyncio.StreamReader, words: LastLine) -> None:
             sys.stderr.flush()
 
 
-async def _end_group(group: int) -> None:
-    """End what is left of a process group, in time by SIGKILL."""
+async def end_group(
+    group: int,
+    kill: Callable[[int, int], None] = os.killpg,
+    seconds_max: float = TERMINATE_SECONDS_MAX,
+) -> bool:
+    """End what is left of a process group, after `seconds_max` by SIGKILL.
+
+    Return whether that could be done: we may not signal processes of another user.
+    """
     with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGTERM)
+        with suppress(PermissionError):
+            kill(group, signal.SIGTERM)
         with suppress(TimeoutError):
-            async with asyncio.timeout(TERMINATE_SECONDS_MAX):
+            async with asyncio.timeout(seconds_max):
                 while True:
-                    os.killpg(group, 0)
+                    with suppress(PermissionError):
+                        kill(group, 0)
                     await asyncio.sleep(_GROUP_POLL_SECONDS)
-        os.killpg(group, signal.SIGKILL)
+        try:
+            kill(group, signal.SIGKILL)
+        except PermissionError:
+            return False
+    return True
+
+
+@contextmanager
+def socket_folder() -> Iterator[str]:
+    """Yield a new folder of mode 0700, which is locked while it is in use. Raises OSError.
+
+    Those of processes that were killed are removed first: their locks have ended with them.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*"):
+        _remove_unlocked(left)
+    with ExitStack() as stack:
+        for _ in range(_FOLDER_TRIES):
+            made = tempfile.TemporaryDirectory(prefix=_FOLDER_PREFIX, ignore_cleanup_errors=True)
+            folder = stack.enter_context(made)
+            with suppress(FileNotFoundError):
+                descriptor = os.open(folder, _OPEN_FOLDER)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if Path(folder).is_dir():
+                yield folder
+                return
+        raise FileNotFoundError("each new folder was removed at once")
+
+
+def _remove_unlocked(folder: Path) -> None:
+    """Remove a folder of ours, unless a process has it locked."""
+    with suppress(OSError), ExitStack() as stack:
+        descriptor = os.open(folder, _OPEN_FOLDER)
+        stack.callback(os.close, descriptor)
+        if os.fstat(descriptor).st_uid == os.geteuid():
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _passed_on(environment: Mapping[str, str]) -> dict[str, str]:

@@ -51,7 +51,9 @@ class Detach(Operation):
         self.mappings = 0
         """How many mappings there were."""
         self.fenced = False
-        """Whether the shard could be reached, and is offline now."""
+        """Whether the shard is offline now."""
+        self.reached_other = False
+        """Whether another database was found at the shard's location."""
 
     @property
     def shard(self) -> Shard:
@@ -63,14 +65,15 @@ class Detach(Operation):
         return {**super().body(), "mappings": self.mappings}
 
     def results(self) -> Json:
-        """Return whether the shard was fenced."""
-        return {"fenced": self.fenced}
+        """Return whether the shard was fenced, or another database was found."""
+        return {"fenced": self.fenced, "reached_other": self.reached_other}
 
     @classmethod
     def from_body(cls, catalogue_map: CatalogueMap, op_id: UUID, body: Json) -> Self:
         """Return the operation of a row."""
         made = cls(catalogue_map, body["rows"][0]["name"], op_id=op_id).load(body)
         made.mappings, made.fenced = body["mappings"], body.get("fenced", False)
+        made.reached_other = body.get("reached_other", False)
         return made
 
     async def find(self, catalogue: Connection) -> None:
@@ -113,6 +116,7 @@ class Detach(Operation):
                 tools.progress(f"{failure.message}; it is not fenced")
                 return
             self.fenced = await fence_shard(connection, self.map, shard, tools)
+            self.reached_other = not self.fenced
         if self.fenced:
             await end_sessions(shard, Registered.of_map(self.map.map_id), tools, self.progress)
 

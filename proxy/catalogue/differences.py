@@ -106,14 +106,18 @@ class ShardDiffers:
 
 @dataclass(frozen=True, slots=True)
 class ForeignRows:
-    """Rows of a map that neither the catalogue nor the shard has."""
+    """Rows of a map that the catalogue does not have. The shard may say where it serves that map.
+
+    `location` is not the one of the catalogue's shard; empty if the shard does not know the map.
+    """
 
     map_id: UUID
     rows: int
+    location: str = ""
 
     def facts(self) -> tuple[object, ...]:
         """Return what the digest is of."""
-        return ("foreign", str(self.map_id), self.rows)
+        return ("foreign", str(self.map_id), self.rows, self.location)
 
 
 Difference = KeysDiffer | ShardDiffers | ForeignRows

@@ -13,10 +13,11 @@ from typing import ClassVar, Final, Self
 from uuid import UUID, uuid4
 
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.mapping_operations import END, LOCAL
+from proxy.catalogue.mapping_operations import CHECKED, END, LOCAL
+from proxy.catalogue.mapping_rows import check_not_served
 from proxy.catalogue.model import CatalogueMap, Connection, Shard, Status
 from proxy.catalogue.operation import Json, Operation, Step, Tools
-from proxy.catalogue.store import read_shards
+from proxy.catalogue.store import empty_shards, read_shards
 from proxy.routing.map_builder import LineMapping
 from proxy.routing.map_rows import Problems
 
@@ -40,7 +41,7 @@ class AddFile(Operation):
     """Add the mappings of a file; only the process that read it can complete that."""
 
     kind: ClassVar[str] = "add_file"
-    steps: ClassVar[tuple[Step, ...]] = (LOCAL, END)
+    steps: ClassVar[tuple[Step, ...]] = (CHECKED, LOCAL, END)
     resumable: ClassVar[bool] = False
     whole_map: ClassVar[bool] = True
 
@@ -53,6 +54,7 @@ class AddFile(Operation):
         super().__init__(catalogue_map, op_id)
         self._mappings = mappings
         self._ids = [uuid4() for _ in mappings]
+        self._empty: tuple[Shard, ...] = ()
 
     def __len__(self) -> int:
         """Return how many mappings are added."""
@@ -91,6 +93,7 @@ class AddFile(Operation):
             overlaps += [(row["line"], row["name"]) for row in found]
         if overlaps:
             raise CatalogueError(Reason.OVERLAP, bad_lines(_problems(overlaps)))
+        self._empty = tuple(await empty_shards(catalogue, self.map.map_id))
         await self._mark_shards(catalogue, self.op_id)  # so that proxies see that it is pending
 
     def plan(self) -> list[str]:
@@ -102,6 +105,14 @@ class AddFile(Operation):
             *(f"Add {count} mappings to shard {name}." for name, count in counts.items()),
             f"Add {len(self)} mappings to the catalogue, in one change.",
         ]
+
+    def shards_of(self, step: Step) -> tuple[Shard, ...]:
+        """Return the shards that a step works in: it is checked in those without mappings."""
+        return self._empty if step is CHECKED else self.shards
+
+    async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
+        """Check that a shard without mappings in the catalogue serves no keys (I1)."""
+        await check_not_served(tools, self.map, shard, (b"", None))
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Copy the shard's rows."""

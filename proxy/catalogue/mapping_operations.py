@@ -1,7 +1,8 @@
 """Adding and deleting one mapping, and what all operations on one mapping share.
 
 Invariant: the shard's row comes first when keys are added and goes first when they are deleted. In
-the catalogue a row that is being added shows as offline until the shard has it.
+the catalogue a row that is being added shows as offline until the shard has it. Keys are not added
+while a shard serves them beside the catalogue, as one that was attached may, until it is repaired.
 """
 
 from dataclasses import replace
@@ -14,6 +15,7 @@ from proxy.catalogue.fence import Registered, count_sessions, lock_out
 from proxy.catalogue.locks import check_locks
 from proxy.catalogue.mapping_rows import (
     check_expected,
+    check_not_served,
     mapping_exact,
     mapping_from_json,
     mapping_to_json,
@@ -22,9 +24,18 @@ from proxy.catalogue.mapping_rows import (
     stray_bounds,
 )
 from proxy.catalogue.model import CatalogueMap, Connection, Mapping, Shard, Status
-from proxy.catalogue.operation import Json, Operation, Place, Step, Tools
-from proxy.catalogue.store import read_shard
+from proxy.catalogue.operation import (
+    Json,
+    Operation,
+    Place,
+    Step,
+    Tools,
+    shard_from_json,
+    shard_to_json,
+)
+from proxy.catalogue.store import empty_shards, read_shard
 
+CHECKED: Final = Step("checked", Place.OUTSIDE)
 LOCAL: Final = Step("local", Place.SHARD)
 END: Final = Step("end", Place.CATALOGUE)
 
@@ -35,6 +46,12 @@ _SET_LOCAL: Final = (
 )
 _SELECT_LOCAL: Final = (
     "select status, epoch, op_id from shardmap_local.mapping where mapping_id = $1 for update"
+)
+# Of a catalogue that was restored, an operation may be pending again that was completed: what
+# others have changed since, and what is in use, is left.
+_DELETE_ADDED: Final = (
+    "delete from shardmap_local.mapping m where mapping_id = $1 and op_id = $2 and not exists"
+    " (select from shardmap_local.live_session s where s.mapping_id = m.mapping_id)"
 )
 
 
@@ -152,7 +169,7 @@ class AddMapping(MappingOperation):
     """Add a mapping: in the catalogue as offline, in the shard, then as it is meant to be."""
 
     kind: ClassVar[str] = "add"
-    steps: ClassVar[tuple[Step, ...]] = (LOCAL, END)
+    steps: ClassVar[tuple[Step, ...]] = (CHECKED, LOCAL, END)
 
     def __init__(
         self,
@@ -168,10 +185,21 @@ class AddMapping(MappingOperation):
         self._shard = shard
         self._status = status
         self._mapping_id = uuid4()
+        self._empty: tuple[Shard, ...] = ()
 
     def body(self) -> Json:
         """Return what the row has: the status is the one that is meant."""
-        return {**super().body(), "mapping": mapping_to_json(self.after)}
+        empty = [shard_to_json(shard) for shard in self._empty]
+        return {**super().body(), "mapping": mapping_to_json(self.after), "empty": empty}
+
+    def load(self, body: Json) -> Self:
+        """Read what `body` wrote."""
+        self._empty = tuple(shard_from_json(row) for row in body.get("empty", ()))
+        return super().load(body)
+
+    def shards_of(self, step: Step) -> tuple[Shard, ...]:
+        """Return the shards that a step works in: it is checked in those without mappings."""
+        return self._empty if step is CHECKED else self.shards
 
     async def find(self, catalogue: Connection) -> None:
         """Find the shard, and pending operations on the same keys."""
@@ -196,6 +224,8 @@ class AddMapping(MappingOperation):
             text = f"{self.bounds} overlaps {other}, which is on shard {shard.name}"
             raise CatalogueError(Reason.OVERLAP, text)
         row = self.after
+        empty = await empty_shards(catalogue, self.map.map_id)
+        self._empty = tuple(one for one in empty if one.shard_id != row.shard_id)
         await catalogue.execute(
             "insert into shardmap.mapping (mapping_id, map_id, shard_id, lo, hi, status, op_id)"
             " values ($1, $2, $3, $4, $5, 'offline', $6)",
@@ -210,6 +240,10 @@ class AddMapping(MappingOperation):
             f"Add the mapping to shard {name}, {self.after.status}.",
             f"Set the mapping {self.after.status} in the catalogue.",
         ]
+
+    async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
+        """Check that another shard does not serve the keys (I1)."""
+        await check_not_served(tools, self.map, shard, (self._lo, self._hi))
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Add the shard's row."""
@@ -229,10 +263,8 @@ class AddMapping(MappingOperation):
         await self.write_catalogue(catalogue, self.after, done=True)
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
-        """Delete the shard's row."""
-        await connection.execute(
-            "delete from shardmap_local.mapping where mapping_id = $1", self.after.mapping_id
-        )
+        """Delete the shard's row, if it is as it was added."""
+        await connection.execute(_DELETE_ADDED, self.after.mapping_id, self.op_id)
 
     async def undo_catalogue(self, catalogue: Connection) -> None:
         """Delete the row."""
@@ -245,7 +277,17 @@ class DeleteMapping(MappingOperation):
     """Delete a mapping that is offline and has no live session."""
 
     kind: ClassVar[str] = "delete"
-    steps: ClassVar[tuple[Step, ...]] = (LOCAL, END)
+    steps: ClassVar[tuple[Step, ...]] = (CHECKED, LOCAL, END)
+    _epoch = 0  # of the shard's row, which may be higher than the catalogue's
+
+    def results(self) -> Json:
+        """Return the epoch of the shard's row."""
+        return {**super().results(), "epoch": self._epoch}
+
+    def load(self, body: Json) -> Self:
+        """Read what `results` wrote."""
+        self._epoch = body.get("epoch", 0)
+        return super().load(body)
 
     def check(self) -> None:
         """Check that the mapping is offline."""
@@ -270,6 +312,13 @@ class DeleteMapping(MappingOperation):
             hint = "lakebase-auth-proxy shards offline --sessions kill ends them."
             raise CatalogueError(Reason.SESSIONS_ALIVE, text, hint)
 
+    async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
+        """Read the epoch of the shard's row: it must be known when the row is gone."""
+        async with tools.databases.shard(shard) as connection:
+            await self.check_shard(connection, shard)
+            local = await self.read_local(connection)
+        self._epoch = 0 if local is None else local["epoch"]
+
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Delete the shard's row."""
         local = await self.read_local(connection)
@@ -292,11 +341,10 @@ class DeleteMapping(MappingOperation):
         return await catalogue.fetchval(query, self.before.mapping_id) is None
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
-        """Add the shard's row again if it was deleted, with a new epoch."""
+        """Add the shard's row again if it was deleted, with an epoch above all used."""
         local = await self.read_local(connection)
-        epoch = self.before.epoch if local is None else local["epoch"]
         if local is None:
-            row, epoch = self.before, self.before.epoch + 1
+            row, epoch = self.before, max(self.before.epoch, self._epoch) + 1
             await connection.execute(
                 "insert into shardmap_local.mapping"
                 " (mapping_id, map_id, lo, hi, status, epoch, op_id)"
@@ -305,7 +353,7 @@ class DeleteMapping(MappingOperation):
             )
             self.after = replace(self.before, epoch=epoch)
         elif local["op_id"] == self.op_id:
-            self.after = replace(self.before, epoch=epoch)
+            self.after = replace(self.before, epoch=local["epoch"])
 
     async def undo_catalogue(self, catalogue: Connection) -> None:
         """Clear the mark; the epoch is the shard's if that has changed."""

@@ -9,7 +9,7 @@ from typing import Final
 from uuid import UUID
 
 from proxy.catalogue.bounds import in_words
-from proxy.catalogue.errors import CatalogueError, Reason
+from proxy.catalogue.errors import CatalogueError, Reason, driver_errors, translated
 from proxy.catalogue.model import (
     CatalogueMap,
     Connection,
@@ -18,8 +18,9 @@ from proxy.catalogue.model import (
     Shard,
     Status,
 )
-from proxy.catalogue.operation import Json
+from proxy.catalogue.operation import Json, Tools
 from proxy.catalogue.store import mapping_of, shards_by_id
+from proxy.errors import ProxyError
 from proxy.routing.shard_map import MapSpec
 
 _MAPPING: Final = (
@@ -36,6 +37,12 @@ _STRAY: Final = (
     "select lo, hi from shardmap_local.mapping where op_id is distinct from $4"
     " and (mapping_id = $5 or map_id = $1 and (hi is null or hi > $2)"
     " and ($3::bytea is null or lo < $3)) limit 1"
+)
+_SERVED: Final = (
+    "select m.lo, m.hi from shardmap_local.mapping m"
+    " join shardmap_local.identity i on i.map_id = m.map_id and i.status = 'online'"
+    " where m.map_id = $1 and m.status = 'online' and (m.hi is null or m.hi > $2)"
+    " and ($3::bytea is null or m.lo < $3) limit 1"
 )
 _OVERLAPPING: Final = (
     f"{_MAPPING} where map_id = $1 and span operator(pg_catalog.&&) shardmap.keyrange("
@@ -85,6 +92,28 @@ async def stray_bounds(
     values = mapping.map_id, mapping.lo, mapping.hi, op_id, mapping.mapping_id
     row = await shard.fetchrow(_STRAY, *values)
     return None if row is None else in_words(spec, row["lo"], row["hi"])
+
+
+async def check_not_served(
+    tools: Tools, owner: CatalogueMap, shard: Shard, bounds: tuple[bytes, bytes | None]
+) -> None:
+    """Check that a shard which has no mapping in the catalogue does not serve these keys.
+
+    It may have been attached, and wait for a repair. Raises CatalogueError: OVERLAP. One that
+    cannot be reached is passed over: it is no reason to stop what concerns others.
+    """
+    try:
+        async with tools.databases.shard(shard) as connection:
+            row = await connection.fetchrow(_SERVED, owner.map_id, *bounds)
+    except driver_errors(CatalogueError, ProxyError) as error:
+        failure = translated(error, f"shard {shard.name}")
+        tools.progress(f"{failure.message}; it is not known which keys it serves")
+        return
+    if row is not None:
+        served = in_words(owner.spec, row["lo"], row["hi"])
+        text = f"shard {shard.name} serves {served}, which the catalogue does not give to it"
+        hint = f"shards verify --shard {shard.name}, then `shards repair`."
+        raise CatalogueError(Reason.OVERLAP, text, hint)
 
 
 async def shard_of_mapping(connection: Connection, mapping: Mapping) -> Shard:

@@ -17,7 +17,7 @@ from uuid import UUID
 
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.fence import Registered, drain_end, end_sessions
-from proxy.catalogue.mapping_operations import END
+from proxy.catalogue.mapping_operations import CHECKED, END
 from proxy.catalogue.mapping_status import sessions_sentence
 from proxy.catalogue.model import (
     CatalogueMap,
@@ -29,7 +29,7 @@ from proxy.catalogue.model import (
 )
 from proxy.catalogue.operation import Json, Place, Step, Tools, states_from
 from proxy.catalogue.other_writers import count_unregistered, wait_for_prepared
-from proxy.catalogue.reassign import CHECKED, FENCED, SOURCE_CLEARED, TARGET_READY, ToShard
+from proxy.catalogue.reassign import FENCED, SOURCE_CLEARED, TARGET_READY, ToShard
 
 ANNOUNCED: Final = Step("announced", Place.CATALOGUE)
 DRAINED: Final = Step("drained", Place.OUTSIDE)

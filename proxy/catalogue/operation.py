@@ -200,6 +200,10 @@ class Operation(ABC):
     def begin_undo(self) -> None:  # noqa: B027
         """Want the rows as they were. Called before anything is undone."""
 
+    def changed(self) -> list[Shard]:
+        """Return the shards to undo: those that may have been changed, the last one first."""
+        return [one for one in reversed(self.shards) if one.shard_id in self.reached]
+
     @abstractmethod
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
         """Take back what this operation changed in a shard, if it did."""

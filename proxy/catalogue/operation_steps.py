@@ -151,7 +151,7 @@ class Steps:
 
     async def can_undo(self, operation: Operation) -> bool:
         """Return whether all shards that were changed can be reached."""
-        for shard in _changed(operation):
+        for shard in operation.changed():
             try:
                 async with self._tools.databases.shard(shard) as connection:
                     await connection.execute("select 1")
@@ -164,7 +164,7 @@ class Steps:
         await self._reach("undo")
         operation.begin_undo()
         await self._held.step(THE_CATALOGUE, partial(self._mark_undoing, operation))
-        for shard in _changed(operation):
+        for shard in operation.changed():
             await self._reach("undo.shard")
             undo = partial(self._undo_shard, operation, shard)
             await self._held.step(f"shard {shard.name}", undo)
@@ -216,8 +216,3 @@ def not_undoable(operation: Operation) -> CatalogueError:
     op_id = operation.op_id
     text = f"the operation {op_id} ({operation.kind}) can only be completed"
     return CatalogueError(Reason.NOT_UNDOABLE, text, f"shards ops resume {op_id}", op_id=op_id)
-
-
-def _changed(operation: Operation) -> list[Shard]:
-    """Return the shards that may have been changed, the last one first."""
-    return [one for one in reversed(operation.shards) if one.shard_id in operation.reached]

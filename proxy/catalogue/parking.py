@@ -1,6 +1,6 @@
-"""Clients that wait while their mapping is offline.
+"""Clients that wait while their mapping is offline, or for the map to say where their key is.
 
-For: how many may wait, for how long, and what wakes them. Not for: what they do then
+For: how many may be parked, for how long, and what wakes them. Not for: what they do then
 (`admitting_opener`).
 
 The invariants: a parked client holds a slot of `listen.max_connections` and nothing upstream; no
@@ -8,13 +8,14 @@ more than `park_max` are parked, in all processes of the proxy together.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from enum import StrEnum, unique
 from typing import Final, Protocol
 from uuid import UUID
 
 from proxy.errors import ProxyError
+from proxy.upstream.upstreams import RouteReplaced
 
 # Without a word of the feed the mapping is asked for this often; once for all that wait for it.
 LOOK_SECONDS: Final = 1.0
@@ -60,6 +61,7 @@ class Parking:
         self._waiting: dict[asyncio.Future[None], tuple[UUID, UUID]] = {}
         self._asked_at: dict[UUID, float] = {}  # by mapping, while clients are parked
         self._parked = 0
+        self._routing: set[asyncio.Timeout] = set()
 
     def __len__(self) -> int:
         return self._parked
@@ -96,6 +98,22 @@ class Parking:
         self._metrics.parked(self._parked)
         return self._share(self._parked)
 
+    @asynccontextmanager
+    async def routing(self) -> AsyncIterator[None]:
+        """Run the block, in which a map is waited for; cancel it if the map is exchanged.
+
+        Raises RouteReplaced then.
+        """
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                self._routing.add(scope)
+                yield
+        except TimeoutError:
+            raise RouteReplaced from None
+        finally:
+            self._routing.discard(scope)
+
     async def wait(self, mapping_id: UUID, shard_id: UUID, seconds: float) -> bool:
         """Return when the mapping or the shard has changed, after LOOK_SECONDS at the latest.
 
@@ -127,3 +145,10 @@ class Parking:
             is_meant = mapping_ids is None or mapping_id in mapping_ids or shard_id in shard_ids
             if is_meant and not waiting.done():
                 waiting.set_result(None)
+
+    def exchanged(self) -> None:
+        """Wake all clients: a reload has exchanged the map, and they are routed anew."""
+        self.changed(None)
+        now = asyncio.get_running_loop().time()
+        while self._routing:
+            self._routing.pop().reschedule(now)

@@ -14,14 +14,13 @@ from uuid import UUID
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.fence import Registered, clean_registry, count_sessions
 from proxy.catalogue.locks import renew_lock
-from proxy.catalogue.mapping_operations import END, MappingOperation
+from proxy.catalogue.mapping_operations import CHECKED, END, MappingOperation
 from proxy.catalogue.mapping_rows import stray_bounds
 from proxy.catalogue.model import CatalogueMap, Connection, Mapping, Shard, Status
 from proxy.catalogue.operation import Json, Place, Step, Tools
 from proxy.catalogue.shard_store import check_grants, check_rights
 from proxy.catalogue.store import map_by_id, read_shard
 
-CHECKED: Final = Step("checked", Place.OUTSIDE)
 FENCED: Final = Step("fenced", Place.SHARD)
 TARGET_READY: Final = Step("target_ready", Place.SHARD)
 SOURCE_CLEARED: Final = Step("source_cleared", Place.SHARD)

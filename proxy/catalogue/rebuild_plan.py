@@ -48,7 +48,8 @@ def from_all_shards(
     targets = _above(targets, catalogue, settled)
     plan = RowChanges(conflicts=settled.conflicts)
     kept = Extents((row.lo, row.hi) for row in sound if _key(row) in alone)
-    _plan_shards(plan, shards, targets, alone)
+    # What is left alone loses what another row of its shard covers, as that one may be cut there.
+    _plan_shards(plan, shards, [*targets, *(row for row in sound if _key(row) in alone)])
     _plan_catalogue(plan, catalogue, targets, kept.outside())
     return plan
 
@@ -161,20 +162,17 @@ def _are_same(one: Row, other: Row) -> bool:
 
 
 def _plan_shards(
-    plan: RowChanges,
-    shards: Mapping[UUID, Sequence[Row]],
-    targets: Iterable[Row],
-    alone: set[_Key],
+    plan: RowChanges, shards: Mapping[UUID, Sequence[Row]], wanted: Iterable[Row]
 ) -> None:
-    """Plan what each shard replaces: what is not a target as it is."""
-    wanted: dict[UUID, list[Row]] = defaultdict(list)
-    for row in targets:
-        wanted[row.shard_id].append(row)
+    """Plan what each shard replaces: what is not wanted as it is."""
+    after: dict[UUID, set[Row]] = defaultdict(set)
+    for row in wanted:
+        after[row.shard_id].add(row)
     for shard_id, rows in shards.items():
-        before = {row for row in rows if _key(row) not in alone}
-        after = set(wanted[shard_id])
-        if before != after:
-            plan.local[shard_id] = Replacement(sorted(before - after), sorted(after - before))
+        before = set(rows)
+        if before != after[shard_id]:
+            gone, new = before - after[shard_id], after[shard_id] - before
+            plan.local[shard_id] = Replacement(sorted(gone), sorted(new))
 
 
 def _plan_catalogue(

@@ -5,7 +5,8 @@ then on, and the catalogue is made as the shard is there. Not for: a branch besi
 (`attach`).
 
 If the database at the old location still answers and is another one, it is fenced before the
-catalogue leads to the new one: two databases may not both serve the keys.
+catalogue leads to the new one: two databases may not both serve the keys. It is offline then for
+good, so from the state before on the operation can only be completed.
 """
 
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ class Relocate(PlannedOperation):
     kind: ClassVar[str] = "relocate"
     steps: ClassVar[tuple[Step, ...]] = (PLANNED, FENCE, SESSIONS, LOCAL, OLD, END)
     kept_from: ClassVar[str] = LOCAL.name
-    final_from: ClassVar[str] = OLD.name
+    final_from: ClassVar[str] = LOCAL.name
 
     def __init__(
         self,

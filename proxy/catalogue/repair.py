@@ -78,7 +78,9 @@ class Asked:
     ) -> list[Difference]:
         """Return the differences to repair. Raises CatalogueError.
 
-        REPORT_STALE if the report is of others, RANGE_NOT_IN_REPORT.
+        REPORT_STALE if the report is of others, RANGE_NOT_IN_REPORT. A map of which the shard says
+        that it serves it elsewhere may be one of another catalogue, which reaches the shard by
+        another name: it is to be asked for by its range.
         """
         digest = Digest(owner.map_id, shard.shard_id)
         for one in found:
@@ -87,7 +89,7 @@ class Asked:
             text = f"shard {shard.name} is not as it was reported"
             raise CatalogueError(Reason.REPORT_STALE, text, "`shards verify` makes a new report.")
         if not self.ranges:
-            return list(found)
+            return [one for one in found if not is_of_others(one)]
         chosen: list[Difference] = []
         for texts in self.ranges:
             same = [one for one in found if _is_range(owner, one, texts)]
@@ -96,6 +98,11 @@ class Asked:
                 raise CatalogueError(Reason.RANGE_NOT_IN_REPORT, text)
             chosen += [one for one in same if one not in chosen]
         return chosen
+
+
+def is_of_others(found: Difference) -> bool:
+    """Return whether a difference is a map that another catalogue may have."""
+    return isinstance(found, ForeignRows) and found.location != ""
 
 
 def _is_range(owner: CatalogueMap, found: Difference, texts: tuple[str, str]) -> bool:
@@ -168,6 +175,13 @@ class Repair(PlannedOperation):
         """The shard."""
         return self.shards[0]
 
+    @property
+    def left(self) -> list[UUID]:
+        """The maps that may be those of another catalogue, and were not asked for."""
+        chosen = self._asked.choose(self.map, self.shard, self._found)
+        left = [one for one in self._found if one not in chosen]
+        return [one.map_id for one in left if isinstance(one, ForeignRows)]
+
     async def find(self, catalogue: Connection) -> None:
         """Find the shard, and those that lose keys to it."""
         shard = await read_shard(catalogue, self.map, self._name)
@@ -217,7 +231,8 @@ class Repair(PlannedOperation):
             itself = verified.itself
         plan.repaired = len(chosen)
         plan.foreign = [one.map_id for one in chosen if isinstance(one, ForeignRows)]
-        self._plan_status(plan, chosen, itself, is_whole=len(chosen) == len(found))
+        left = [one for one in found if one not in chosen and not is_of_others(one)]
+        self._plan_status(plan, chosen, itself, is_whole=not left)
         return plan
 
     async def _from_catalogue(
@@ -335,14 +350,19 @@ async def plan_from_shard(
 async def _rows_of(
     databases: Databases, owner: CatalogueMap, shard: Shard, extents: Extents
 ) -> list[Row]:
-    """Return the rows that a shard has for these keys. Raises CatalogueError."""
+    """Return the rows that a shard has for these keys, and those that overlap them there.
+
+    Raises CatalogueError.
+    """
     async with databases.shard(shard) as connection, transaction(connection, read_only=True):
         await check_identity(connection, owner, shard)
         stream = local_stream(connection, owner.map_id, shard.shard_id)
-        rows = []
+        rows: list[Row] = []
+        reach = b""
         while (row := await stream.next()) is not None:
-            if extents.within(row):
+            if row.lo < reach or extents.within(row):
                 rows.append(row)
+                reach = max(reach, row.hi)
         return rows
 
 

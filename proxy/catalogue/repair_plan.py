@@ -223,10 +223,15 @@ class Choice:
             if one.surplus and one.local is not None
         }
 
-    def dropped(self) -> dict[UUID, Extent]:
-        """Return the surplus that is chosen."""
+    def dropped(self, extents: "Extents") -> dict[UUID, Extent]:
+        """Return the surplus that is chosen, and rows that are all surplus if they are cut."""
         chosen = {one.local.mapping_id for one in self.chosen if one.surplus and one.local}
-        return {row_id: extent for row_id, extent in self.surplus().items() if row_id in chosen}
+        rows = self.rows("local")
+        return {
+            row_id: extent
+            for row_id, extent in self.surplus().items()
+            if row_id in chosen or (extent == _extent(rows[row_id]) and extents.between(*extent))
+        }
 
     def _is_own(self, one: KeysDiffer) -> bool:
         return one.catalogue is not None and one.catalogue.shard_id == self.shard_id
@@ -243,7 +248,7 @@ def from_catalogue(choice: Choice, same_ids: Sequence[Row]) -> RowChanges:
     after = raised(targets, held.values())
     plan = RowChanges(len(choice.chosen), Replacement(targets, after))
     local = plan.of(choice.shard_id)
-    cut_out(local, held.values(), extents, _ids(after), choice.dropped())
+    cut_out(local, held.values(), extents, _ids(after), choice.dropped(extents))
     local.after += after
     return plan
 
@@ -268,16 +273,31 @@ def from_shard(
     plan = RowChanges(len(choice.chosen))
     cut_out(plan.catalogue, held.values(), extents, _ids(after))
     plan.catalogue.after += after
-    local, dropped = plan.of(choice.shard_id), choice.dropped()
-    rows = choice.rows("local")
-    ids = _ids(targets)
-    local.before += [row for row in rows.values() if row.mapping_id in ids | dropped.keys()]
-    local.after += after
-    for row_id in dropped.keys() - ids:
-        local.after += remainders(rows[row_id], [dropped[row_id]], ids)
+    _keep_own(plan.of(choice.shard_id), choice, _ids(targets), after)
     for shard_id, taken in others:
         cut_out(plan.of(shard_id), taken, extents, frozenset())
     return plan
+
+
+def _keep_own(
+    local: Replacement, choice: Choice, ids: frozenset[UUID], targets: Sequence[Row]
+) -> None:
+    """Replace a shard's own rows that are right, and take what is surplus from the others."""
+    by_lo = {row.lo: row for row in targets}
+    cuts = {row_id: [extent] for row_id, extent in choice.dropped(Extents(())).items()}
+    kept = list(targets)
+    parts: list[Row] = []
+    for row in choice.rows("local").values():
+        cut = cuts.get(row.mapping_id, [])
+        if row.lo in by_lo:  # without its own surplus keys a target may begin there
+            cut = [*cut, _extent(by_lo[row.lo])]
+        if row.mapping_id in ids or cut:
+            local.before.append(row)
+        else:
+            kept.append(row)
+        if row.mapping_id not in ids and cut:
+            parts += remainders(row, cut, ids)
+    local.after += [*targets, *apart(parts, kept)]
 
 
 def cut_out(
@@ -288,10 +308,33 @@ def cut_out(
     dropped: Mapping[UUID, Extent] = MappingProxyType({}),
 ) -> None:
     """Take keys from the rows of a side; those with ids of the targets are replaced."""
+    kept: list[Row] = []
+    parts: list[Row] = []
     for row in rows:
         cut = extents.within(row)
         if row.mapping_id in dropped:
             cut.append(dropped[row.mapping_id])
         if cut or row.mapping_id in ids:
             side.before.append(row)
-            side.after += remainders(row, cut, ids)
+            parts += remainders(row, cut, ids)
+        else:
+            kept.append(row)
+    side.after += apart(parts, kept)
+
+
+def apart(parts: Iterable[Row], others: Iterable[Row]) -> list[Row]:
+    """Return parts of rows, no two of which begin at one bound, nor where one of the others does.
+
+    Rows of a shard that overlap may be cut at the same key. The later part begins where the row
+    that it overlaps ends; if there is nothing left, it goes.
+    """
+    by_lo = {row.lo: row for row in others}
+    found: list[Row] = []
+    for part in sorted(parts):
+        lo = part.lo
+        while lo in by_lo:
+            lo = by_lo[lo].hi
+        if lo < part.hi:
+            by_lo[lo] = part._replace(lo=lo)
+            found.append(by_lo[lo])
+    return found

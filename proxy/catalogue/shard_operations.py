@@ -23,6 +23,9 @@ _ADD_IDENTITY: Final = (
     " values ($1, $2, $3, $4, $5, 1, $6, $7, $8, $9) on conflict (map_id) do nothing"
 )
 _DELETE_IDENTITY: Final = "delete from shardmap_local.identity where map_id = $1 and shard_id = $2"
+_DELETE_ADDED: Final = (
+    f"{_DELETE_IDENTITY} and not exists (select from shardmap_local.mapping where map_id = $1)"
+)
 _IS_CATALOGUE: Final = "select pg_catalog.to_regnamespace('shardmap') is not null"
 HAS_LOCAL_SCHEMA: Final = "select pg_catalog.to_regclass('shardmap_local.identity') is not null"
 
@@ -180,8 +183,9 @@ class AddShard(_ShardOperation):
         return bool(await catalogue.fetchval(query, self.shard.shard_id) == self.shard.status)
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
-        """Delete the identity."""
-        await self.delete_identity(connection, shard)
+        """Delete the identity. A shard with mappings was in use: the catalogue was restored."""
+        if await connection.fetchval(HAS_LOCAL_SCHEMA):
+            await connection.execute(_DELETE_ADDED, self.map.map_id, shard.shard_id)
 
     async def undo_catalogue(self, catalogue: Connection) -> None:
         """Delete the row."""
@@ -225,10 +229,16 @@ class RemoveShard(_ShardOperation):
         ]
 
     async def check_shard(self, connection: Connection, shard: Shard) -> None:
-        """Check that the database is the shard, or has forgotten it already."""
+        """Check that the database is the shard without mappings, or has forgotten it already."""
         query = "select 1 from shardmap_local.identity where map_id = $1"
-        if await connection.fetchval(query, self.map.map_id) is not None:
-            await super().check_shard(connection, shard)
+        if await connection.fetchval(query, self.map.map_id) is None:
+            return
+        await super().check_shard(connection, shard)
+        query = "select pg_catalog.count(*) from shardmap_local.mapping where map_id = $1"
+        if count := await connection.fetchval(query, self.map.map_id):
+            text = f"shard {shard.name} has {count} mappings that the catalogue has not"
+            hint = f"shards verify --shard {shard.name}, then `shards repair`."
+            raise CatalogueError(Reason.NOT_EMPTY, text, hint)
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Delete the identity, and with it the local rows of this map."""

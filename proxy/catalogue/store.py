@@ -68,6 +68,11 @@ _LOCATE: Final = (
     f"select {_MAPPING_COLUMNS.format('m')}, {_PREFIXED} from ({_FIND}) m"  # noqa: S608
     " join shardmap.shard s on s.shard_id = m.shard_id"
 )
+# One look for each shard, which ends with the first mapping that it finds.
+_EMPTY: Final = (
+    f"{_SHARD} where s.map_id = $1 and (select true from shardmap.mapping m"  # noqa: S608
+    " where m.map_id = s.map_id and m.shard_id = s.shard_id limit 1) is null"
+)
 # A map of a lost catalogue is hidden from proxies until it has its mappings again: they go on with
 # what they know. Each change adds 1 to the version, and no map is changed so often.
 HIDDEN_VERSION: Final = -(1 << 40)
@@ -202,6 +207,12 @@ async def _counts(connection: Connection, table: str) -> dict[UUID, int]:
 async def read_shards(connection: Connection, map_id: UUID) -> list[Shard]:
     """Return all shards of a map, by name."""
     rows = await connection.fetch(f"{_SHARD} where s.map_id = $1 order by s.name", map_id)
+    return [shard_of(row) for row in rows]
+
+
+async def empty_shards(connection: Connection, map_id: UUID) -> list[Shard]:
+    """Return the shards that have no mapping in the catalogue."""
+    rows = await connection.fetch(_EMPTY, map_id)
     return [shard_of(row) for row in rows]
 
 

@@ -48,11 +48,12 @@ LOCAL_ROW: Final = (
 _OF_MAP: Final = f"{CATALOGUE_ROW} where map_id = $1 order by lo"
 _OF_SHARD: Final = f"{CATALOGUE_ROW} where map_id = $1 and shard_id = $3 order by lo"
 _LOCAL: Final = f"{LOCAL_ROW} where map_id = $1 order by lo, hi"
-# A map that the catalogue does not have, and the shard either: rows that no session can be for.
+# A map that the catalogue does not have. At this very location it is one of another catalogue.
 _FOREIGN: Final = (
-    "select m.map_id, pg_catalog.count(*) as rows from shardmap_local.mapping m"
-    " left join shardmap_local.identity i on i.map_id = m.map_id and i.location = $2"
-    " where m.map_id <> all($1::uuid[]) and i.map_id is null group by m.map_id order by m.map_id"
+    "select m.map_id, pg_catalog.count(*)::int as rows, coalesce(i.location, '') as location"
+    " from shardmap_local.mapping m left join shardmap_local.identity i on i.map_id = m.map_id"
+    " where m.map_id <> all($1::uuid[]) and i.location is distinct from $2"
+    " group by m.map_id, i.location order by m.map_id"
 )
 _IDENTITY: Final = (
     "select shard_id, location, status, version, map_name, kind, key_type, normalise, hash_version,"
@@ -141,7 +142,7 @@ class Verification:
             known = await self.catalogue.fetch("select map_id from shardmap.shard_map")
             ids = [row["map_id"] for row in known]
             for row in await self.local.fetch(_FOREIGN, ids, self._shard.location):
-                yield ForeignRows(row["map_id"], row["rows"])
+                yield ForeignRows(**row)
         ours = (self.catalogue, _OF_SHARD, map_id, TOP, self._shard.shard_id)
         local = Stream(_nothing) if itself is None else self._local_stream()
         comparison = Comparison(

@@ -54,10 +54,12 @@ class Spares:
     async def _run(
         self, key: Prepared, client: StartupMessage, fallback: StartupMessage | None
     ) -> None:
-        """Dial until there are enough, one at a time."""
+        """Dial until there are enough, one at a time. A reconnect ends it: it dials nothing."""
+        generation = self._kept.generation
         try:
-            while self._kept.wants_spare(key) and await self._dial(key, client, fallback):
-                pass
+            while generation == self._kept.generation and self._kept.wants_spare(key):
+                if not await self._dial(key, client, fallback):
+                    return
         finally:
             del self._tasks[key]
 

@@ -153,7 +153,7 @@ class CatalogueMaps:
             return
         before, self._service = self._service, service
         if self._parking is not None:
-            self._parking.changed(None)  # these clients are routed anew
+            self._parking.exchanged()
         self._unsubscribe()
         self._unsubscribe = lambda: None
         if before in self._tasks:

@@ -90,7 +90,7 @@ class Session:
                 self._log.ended(self._entry.relay.ended(EndReason.SHUTDOWN))
             raise
         except ClientGone:
-            self._log.client_gone(self._phases, negotiated=self._client.negotiated)
+            self._log.client_gone(self._phases, self._client.negotiated_at)
         except ProxyError as error:
             self._refuse(error)
         except ClientViolation as violation:

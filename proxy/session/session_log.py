@@ -86,9 +86,10 @@ _LEFT_AT: Final = {
 _WANTS_TLS: Final = (
     "client wants TLS",
     (
-        "a client asked for TLS and left when it was refused: set sslmode=disable or "
-        "sslmode=prefer in the application (the Lakebase guide exports PGSSLMODE=require), without "
-        'sslnegotiation=direct, or set listen.tls = "self-signed"'
+        "a client asked for TLS and left when it was refused: set sslmode=disable in the "
+        "application (the Lakebase guide exports PGSSLMODE=require), without "
+        'sslnegotiation=direct, or set listen.tls = "self-signed". With sslmode=prefer some '
+        "drivers, such as pgx, then connect again without TLS: sslmode=disable saves them that"
     ),
 )
 _TRUST: Final = (
@@ -119,13 +120,14 @@ _ADVICE: Final[Mapping[StartupFailure | ClientReason, tuple[str, str]]] = {
         "client left when it was told the protocol version",
         (
             "a client asked for a newer version of the protocol, or for an option of it, and left "
-            "when it was told that the proxy has none: set min_protocol_version=3.0"
+            "within a second of being told that the proxy has none: set min_protocol_version=3.0"
         ),
     ),
 }
 # Many applications connect again at once, so a line is written no more often than this.
 ADVICE_SECONDS: Final = 60.0
-# A client that does not accept the version leaves when it has read of it; later ones give up.
+# A client that does not accept the version leaves when it has read of it; later ones give up, which
+# no usual timeout of a driver does so soon.
 _VERSION_SECONDS_MAX: Final = 1.0
 
 
@@ -209,12 +211,13 @@ class SessionLog:
         level = _log.info if violation.reason in _DRIVER_VIOLATIONS else _log.debug
         level("client refused", reason=violation.reason, sqlstate=violation.sqlstate)
 
-    def client_gone(self, phases: DialPhases, *, negotiated: bool) -> None:
+    def client_gone(self, phases: DialPhases, negotiated_at: float | None) -> None:
         """Record a client that disconnected while it waited, with what it waited for.
 
-        `negotiated`: it was told another protocol version than it had asked for.
+        `negotiated_at`: when it was told another protocol version than it had asked for.
         """
-        if negotiated and self._duration_seconds() < _VERSION_SECONDS_MAX:
+        now = asyncio.get_running_loop().time()
+        if negotiated_at is not None and now - negotiated_at < _VERSION_SECONDS_MAX:
             self._left_at(StartupFailure.CLIENT_GONE_VERSION)
             return
         word = _GONE_IN[phases.current]

@@ -20,6 +20,7 @@ from proxy.wire.client_startup import (
     Disconnected,
     EncryptionAnswered,
     StartupReceived,
+    VersionNegotiated,
     Violated,
 )
 from proxy.wire.messages import BackendKeyData, ErrorResponse
@@ -62,12 +63,14 @@ class _WhileConnected:
 class StartingClient:
     """One client that has no session yet; `tls` is the context that it is offered."""
 
-    __slots__ = ("_machine", "_stream", "_tls")
+    __slots__ = ("_machine", "_stream", "_tls", "negotiated_at")
 
     def __init__(self, stream: StartupStream, tls: ssl.SSLContext | None) -> None:
         self._stream = stream
         self._tls = tls
         self._machine = ClientStartup(tls_offered=tls is not None)
+        self.negotiated_at: float | None = None
+        """When the client was told another protocol version, or of an unknown option."""
 
     @property
     def transport(self) -> asyncio.Transport:
@@ -84,11 +87,6 @@ class StartingClient:
         """Whether the client has sent its StartupMessage and no answer has been sent."""
         return self._machine.state is ClientState.AWAIT_BACKEND
 
-    @property
-    def negotiated(self) -> bool:
-        """Whether the client was told another protocol version, or of an unknown option."""
-        return self._machine.negotiated
-
     async def receive_startup(self) -> StartupReceived | CancelReceived | Violated | Disconnected:
         """Return what the client asks for, when it is complete. The caller sets the timeout.
 
@@ -104,6 +102,8 @@ class StartingClient:
                         await self._start_tls(b"")
                     case DirectTLSReceived(hello):
                         await self._start_tls(hello)
+                    case VersionNegotiated():
+                        self.negotiated_at = asyncio.get_running_loop().time()
                     case StartupReceived() | CancelReceived() | Violated() | Disconnected():
                         return event
 

@@ -35,13 +35,18 @@ class DialPhases:
     to answer next or the dial is over: no client waits for a measurement.
     """
 
-    __slots__ = ("_measured", "_started_at", "current", "record", "waits_for_slot")
+    __slots__ = (
+        *("_measured", "_started_at"),
+        *("current", "park_deadline", "record", "waits_for_slot"),
+    )
 
     def __init__(self) -> None:
         self.current: ConnectPhase | None = None
         """The phase that was started last; None before the first and while a slot is waited for."""
         self.waits_for_slot = False
         """Whether all of `upstream.connects_max` are in use: nothing is done for this client."""
+        self.park_deadline: float | None = None
+        """When the client is refused if its shard key is offline until then; set when it is."""
         self.record: RecordPhase = _discard
         """Records what is flushed; the dialer sets that of its target."""
         self._started_at = 0.0

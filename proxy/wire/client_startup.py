@@ -193,8 +193,6 @@ class ClientStartup:
 
     def __init__(self, *, tls_offered: bool = False) -> None:
         self.state = ClientState.AWAIT_STARTUP
-        self.negotiated = False
-        """Whether the client was told another protocol version, or of an unknown option."""
         self._tls_offered = tls_offered
         self._ssl_done = False
         self._gssenc_done = False
@@ -330,7 +328,6 @@ class ClientStartup:
                 check_replication(value)  # every one: PostgreSQL checks repeated ones too
         negotiation = _negotiate(message)
         if negotiation is not None:
-            self.negotiated = True
             events.append(VersionNegotiated(negotiation.encode()))
         if not message.get(b"user"):
             raise ClientViolation(

@@ -5,6 +5,7 @@ import pytest
 from proxy.catalogue.alter_shard import AlterShard, ShardChanges
 from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.mapping_operations import AddMapping
+from proxy.catalogue.model import Shard
 from proxy.catalogue.shard_status import TakeShardOffline
 from tests.support.catalogue import MAP
 from tests.support.operating import Killed, Operating, fail_at, kill_at
@@ -79,14 +80,20 @@ async def test_s21_a_stale_version_is_refused_and_the_current_one_is_taken(
     assert await operating.run(alter(operating, workspace="us", expect=2))
 
 
-async def test_what_fails_is_undone_with_a_version_above_all_used(operating: Operating) -> None:
+async def test_a_shard_that_waits_for_a_repair_goes_on_waiting(operating: Operating) -> None:
+    await operating.fetch("one", "update shardmap_local.identity set version = -3")
+    await operating.run(alter(operating, workspace="eu"))
+    assert (await row(operating))[4] == -await local_version(operating) == 4
+
+
+async def test_what_fails_is_undone_and_its_version_is_not_used_again(operating: Operating) -> None:
     before = await row(operating)
     with pytest.raises(CatalogueError):
         await operating.run(alter(operating, workspace="eu"), fail_at("end.commit"))
-    found = await row(operating)
-    assert found[:4] == before[:4]
-    assert found[4] == await local_version(operating) == 3
+    assert await row(operating) == before
     await operating.check_settled()
+    await operating.run(alter(operating, workspace="us"))
+    assert (await row(operating))[4] == await local_version(operating) == 3
 
 
 @pytest.mark.parametrize("word", ["resume", "undo"])
@@ -99,6 +106,25 @@ async def test_s27_what_another_process_left_is_completed_or_undone(
     async with operating.operator() as operator:
         await getattr(operator, word)(operation.op_id)
     found = await row(operating)
-    assert found[3] == ("eu" if word == "resume" else "")
-    assert found[4] == await local_version(operating)
+    assert found[3:5] == (("eu", 2) if word == "resume" else ("", 1))
+    assert await local_version(operating) == 2
+    await operating.check_settled()
+
+
+@pytest.mark.parametrize("point", ["local", "local.record", "end"])
+async def test_what_leads_nowhere_by_now_is_undone_all_the_same(
+    operating: Operating, point: str
+) -> None:
+    """The endpoint of the new row is deleted: undoing dialled it, and the shard was stuck."""
+    before = await row(operating)
+    with pytest.raises(Killed):
+        await operating.run(alter(operating, endpoint=ENDPOINT), kill_at(point))
+
+    def is_gone(shard: Shard) -> None:
+        if shard.endpoint == ENDPOINT:
+            raise ConnectionRefusedError("no such endpoint")
+
+    operating.databases.fail_at = is_gone
+    await operating.run(AddMapping(operating.map, *operating.bounds(0, 10), "one"))
+    assert await row(operating) == before
     await operating.check_settled()

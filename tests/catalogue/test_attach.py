@@ -18,6 +18,7 @@ from tests.support.recovering import (
     check_equal,
     detached,
     insert_local,
+    lose_catalogue,
     repair,
     restore,
     saved,
@@ -168,6 +169,22 @@ async def test_s40_r6_a_branch_is_refused_without_a_new_identity(operating: Oper
     assert (refused.reason, refused.sqlstate) == ("identity_exists", "42710")
     assert "relocate one" in refused.hint
     assert "--new-identity" in refused.hint
+
+
+async def test_s40_r6_a_branch_is_refused_when_the_catalogue_was_lost(
+    operating: Operating,
+) -> None:
+    """Its shard was not attached yet: the branch took its place, with old rows."""
+    await branched(operating)
+    await lose_catalogue(operating)
+    refused = await refusal(operating, await attaching(operating, "two"))
+    assert (refused.reason, refused.sqlstate) == ("identity_exists", "42710")
+    assert operating.shards["one"].location in refused.message
+    assert "--new-identity" in refused.hint
+    assert "--force" in refused.hint
+    await operating.run(await attaching(operating, "two", moved=True))
+    (identity,) = await operating.fetch("two", "select location from shardmap_local.identity")
+    assert identity["location"] == operating.shards["two"].location
 
 
 async def test_s40_r6_a_branch_becomes_a_shard_of_its_own(operating: Operating) -> None:

@@ -3,6 +3,9 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, redirect_stderr
@@ -18,6 +21,8 @@ from proxy.catalogue.copy_command import (
     TERMINATE_SECONDS_MAX,
     CopyCommand,
     LastLine,
+    end_group,
+    socket_folder,
 )
 from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.model import CatalogueMap, Mapping, Shard
@@ -151,6 +156,56 @@ async def test_a_daemon_that_it_starts_does_not_keep_it_from_ending(tmp_path: Pa
         finally:
             os.kill(int(pids.read_text()), signal.SIGKILL)
             pids.unlink()
+
+
+@pytest.mark.parametrize(("refusals", "is_ended"), [(3, True), (1_000, False)])
+async def test_processes_of_another_user_are_waited_for_and_then_told(
+    refusals: int, is_ended: bool
+) -> None:
+    """As it may not signal them, the verb ended with a traceback."""
+    calls: list[int] = []
+
+    def refuse(group: int, number: int) -> None:
+        calls.append(number)
+        raise PermissionError if len(calls) <= refusals else ProcessLookupError
+
+    async with asyncio.timeout(WAIT_SECONDS_MAX):
+        assert await end_group(1_000_000, refuse, 0.2 if refusals > 3 else 10) is is_ended
+    assert calls[:2] == [signal.SIGTERM, 0]
+    assert calls[-1] == (0 if is_ended else signal.SIGKILL)
+
+
+_HOLD: Final = """\
+import sys
+from proxy.catalogue.copy_command import socket_folder
+with socket_folder() as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_folder_of_a_process_that_was_killed_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    process = subprocess.Popen(
+        (sys.executable, "-c", _HOLD),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    with process:
+        assert process.stdout is not None
+        left = Path(process.stdout.readline().strip())
+        with socket_folder() as folder:
+            assert sorted(tmp_path.iterdir()) == sorted([left, Path(folder)])
+            process.kill()
+            process.wait(WAIT_SECONDS_MAX)
+            with socket_folder():
+                assert not left.exists()
+                assert Path(folder).stat().st_mode & 0o777 == 0o700
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("blocked_seconds", [0, 0.1])

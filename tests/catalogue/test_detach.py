@@ -53,6 +53,15 @@ async def test_sessions_end_before_the_catalogue_changes(operating: Operating) -
     assert len(await operating.local("one")) == 1
 
 
+async def test_a_database_that_is_another_one_is_told_from_one_that_is_down(
+    operating: Operating,
+) -> None:
+    await operating.fetch("one", "update shardmap_local.identity set location = 'other:1/app'")
+    detach = await detached(operating, "one")
+    assert (detach.fenced, detach.reached_other) == (False, True)
+    await gone(operating)
+
+
 async def test_s56_the_other_maps_of_the_database_stay(operating: Operating) -> None:
     await add(operating, 0, 10)
     other = uuid4()

@@ -1,13 +1,20 @@
 """Adding and deleting one mapping."""
 
+from contextlib import AsyncExitStack
+
 import pytest
 
 from proxy.catalogue.errors import CatalogueError
+from proxy.catalogue.file_operation import AddFile
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
-from proxy.catalogue.mapping_status import TakeOffline
+from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.model import Status
+from proxy.catalogue.operation import Operation
+from proxy.routing.map_builder import LineMapping
+from tests.catalogue.test_operations import statuses
 from tests.support.catalogue import MAP
-from tests.support.operating import Operating
+from tests.support.operating import Killed, Operating, kill_at
+from tests.support.recovering import repair, restore, saved, told
 
 
 async def add(
@@ -141,3 +148,91 @@ async def refusal_in_shard(operating: Operating, *missing: str) -> CatalogueErro
     if not missing:
         assert await operating.local("one") == []
     return refused.value
+
+
+# -- what the catalogue does not know ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changed_since", [False, True])
+async def test_r5_undoing_an_add_in_a_restored_catalogue_leaves_what_is_in_use(
+    operating: Operating, changed_since: bool
+) -> None:
+    """It was completed since: undoing it took the row from under its sessions."""
+    bounds = operating.bounds(0, 10)
+    operation = AddMapping(operating.map, *bounds, "one")
+    with pytest.raises(Killed):
+        await operating.run(operation, kill_at("end"))
+    kept = await saved(operating, MAP)
+    async with operating.operator() as operator:
+        await operator.resume(operation.op_id)
+    if changed_since:
+        await operating.run(TakeOffline(operating.map, *bounds))
+        await operating.run(TakeOnline(operating.map, *bounds))
+    local = await operating.local("one")
+    async with AsyncExitStack() as stack:
+        sessions = []
+        if not changed_since:
+            sessions.append(await stack.enter_async_context(operating.session(5)))
+        await restore(operating, MAP, kept)
+        async with operating.operator() as operator:
+            await operator.undo(operation.op_id)
+        assert await operating.local("one") == local
+        assert all([await session.lives() for session in sessions])
+    assert await told(operating, "one") == [("0", "10")]
+    await repair(operating, "one", "shard")
+    await operating.check_settled()
+
+
+@pytest.mark.parametrize("point", ["local.record", "end"])
+async def test_r5_the_epoch_does_not_go_down_when_a_delete_is_undone(
+    operating: Operating, point: str
+) -> None:
+    await add(operating, 0, 10)
+    bounds = operating.bounds(0, 10)
+    await operating.run(TakeOffline(operating.map, *bounds))
+    await operating.fetch("one", "update shardmap_local.mapping set epoch = 9")
+    operation = DeleteMapping(operating.map, *bounds)
+    with pytest.raises(Killed):
+        await operating.run(operation, kill_at(point))
+    async with operating.operator() as operator:
+        await operator.undo(operation.op_id)
+    assert (await operating.mapping(5))["epoch"] == 10
+    await operating.check_settled()
+
+
+async def test_i1_keys_that_a_shard_serves_beside_the_catalogue_are_not_added(
+    operating: Operating,
+) -> None:
+    """A shard that was attached serves its keys to proxies that know them, until it is repaired."""
+    await add(operating, 0, 10)
+    await operating.fetch(MAP, "delete from shardmap.mapping")
+    before = await operating.state()
+    line = LineMapping(7, *operating.bounds(20, 30), "two")
+    operations: tuple[Operation, ...] = (
+        AddMapping(operating.map, *operating.bounds(5, 15), "two"),
+        AddFile(operating.map, [line]),
+    )
+    for operation in operations:
+        with pytest.raises(CatalogueError) as refused:
+            await operating.run(operation)
+        assert (refused.value.reason, refused.value.sqlstate) == ("overlap", "23P01")
+        assert "shard one serves [0, 10)" in refused.value.message
+        assert statuses(await operating.state()) == statuses(before)
+    await add(operating, 10, 15, "two")
+    await repair(operating, "one", "shard")
+    await operating.run(AddFile(operating.map, [line]))
+    await operating.check_settled()
+
+
+async def test_a_shard_without_mappings_that_is_down_does_not_keep_others_from_growing(
+    operating: Operating,
+) -> None:
+    def fail(name: str) -> None:
+        if name == "two":
+            raise ConnectionRefusedError("no server")
+
+    operating.databases.fail = fail
+    await add(operating, 0, 10)
+    assert any("not known which keys it serves" in text for text in operating.told)
+    operating.databases.fail = lambda _: None
+    await operating.check_settled()

@@ -7,14 +7,21 @@ import asyncpg
 import pytest
 
 from proxy.catalogue.errors import CatalogueError
+from proxy.catalogue.file_operation import AddFile
 from proxy.catalogue.mapping_operations import AddMapping
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.model import SessionsMode
 from proxy.catalogue.operation import BEGUN, Operation, points, shards_reached
 from proxy.catalogue.operation_kinds import KINDS
 from proxy.catalogue.split import Split
+from proxy.routing.map_builder import LineMapping
 from tests.support.catalogue import MAP
 from tests.support.operating import Killed, Operating, Pauses, in_background, kill_at, until
+
+_WAITING = (
+    "select exists (select from pg_locks"
+    " where relation = 'shardmap_local.mapping'::regclass and not granted)"
+)
 
 
 async def add(operating: Operating) -> None:
@@ -203,6 +210,32 @@ async def test_r14_undoing_ends_a_session_that_keeps_its_admit_open(
         await operator.undo(operation.op_id)
         assert operating.slept.seconds == []
         assert not await session.lives()
+    await operating.check_settled()
+
+
+async def test_r11_who_takes_over_waits_for_a_commit_that_is_under_way(
+    operating: Operating,
+) -> None:
+    """What the shard's rows are locked for: else undoing finds none, and they come after it."""
+    pauses = Pauses("local.commit")
+    late = AddFile(operating.map, [LineMapping(1, *operating.bounds(0, 10), "one")])
+    async with in_background(operating.run(late, pauses)) as running:
+        await pauses.reached("local.commit")
+        operating.end_operators()
+        async with (
+            operating.operator() as operator,
+            in_background(operator.undo(late.op_id)) as undoing,
+        ):
+
+            async def waits_or_is_done() -> bool:
+                return undoing.done() or await operating.fetch("one", _WAITING) == [(True,)]
+
+            await until(waits_or_is_done, "the one who takes over waits")
+            pauses.resume("local.commit")
+            with pytest.raises(CatalogueError):
+                await running
+            await undoing
+    assert await operating.local("one") == []
     await operating.check_settled()
 
 

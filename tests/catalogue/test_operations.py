@@ -1,19 +1,22 @@
 """How operations run: retries, undoing, and what a process that ended left pending."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 
 from proxy.catalogue.errors import CatalogueError
-from proxy.catalogue.held_connection import RETRY_SECONDS
+from proxy.catalogue.held_connection import RETRY_SECONDS, HeldConnection
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
-from proxy.catalogue.operation import UNDO_POINTS, Operation, Reach, points
+from proxy.catalogue.operation import UNDO_POINTS, Operation, Reach, Tools, points
 from proxy.catalogue.operation_kinds import KINDS
+from proxy.catalogue.operation_steps import Steps
+from proxy.catalogue.operations import Operator
 from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
 from tests.support.catalogue import MAP, SHARD_NAMES
 from tests.support.operating import (
@@ -56,6 +59,9 @@ CASES: dict[str, Case] = {
 }
 NAMES = sorted(CASES)
 ROLES = {"grant_session", "revoke_session"}
+
+# Of the second operator on the same keys, however long the first one takes.
+REFUSED_SECONDS_MAX = 1.0
 
 
 def failing_at(wanted: str, *more: str, times: int = 100) -> Reach:
@@ -323,12 +329,18 @@ async def test_r11_while_an_operator_lives_others_are_refused_on_the_same_shard(
     operating: Operating,
 ) -> None:
     pauses = Pauses("local")
+    began = time.monotonic()
+    await operating.run(AddMapping(operating.map, *operating.bounds(70, 80), "two"))
+    undisturbed = time.monotonic() - began
     one = AddMapping(operating.map, *operating.bounds(0, 10), "one")
     async with in_background(operating.run(one, pauses)) as running:
         await pauses.reached("local")
         for keys, shard in (((50, 60), "one"), ((5, 15), "two")):
+            began = time.monotonic()
             with pytest.raises(CatalogueError) as refused:
                 await operating.run(AddMapping(operating.map, *operating.bounds(*keys), shard))
+            assert time.monotonic() - began < max(REFUSED_SECONDS_MAX, 5 * undisturbed)
+            assert operating.slept.seconds == []  # it is not tried again
             assert (refused.value.reason, refused.value.sqlstate) == ("operation_pending", "55P03")
             assert str(one.op_id) in refused.value.message
             assert refused.value.op_id is None
@@ -342,7 +354,67 @@ async def test_r11_while_an_operator_lives_others_are_refused_on_the_same_shard(
         pauses.resume("local")
         assert await running
     await operating.check_invariants()
-    assert len(await operating.fetch(MAP, "select 1 from shardmap.mapping")) == 2
+    assert len(await operating.fetch(MAP, "select 1 from shardmap.mapping")) == 3
+
+
+class _FreeLocks(HeldConnection):
+    """Takes the lock of every operation as free."""
+
+    async def lock(self, op_id: UUID) -> bool:
+        """Take nothing."""
+        return True
+
+
+class _UnguardedSteps(Steps):
+    """Does not look whether the operation is still its own, before a shard's commit."""
+
+    async def _read_state(self, operation: Operation) -> str | None:
+        return operation.state
+
+
+class _WithoutLocks(Operator):
+    def __init__(self, tools: Tools, *args: Any, **kwargs: Any) -> None:
+        super().__init__(tools, *args, **kwargs)
+        self._held = _FreeLocks(self._tools)
+        self._steps = Steps(self._tools, self._held, self._reach)
+
+
+class _WithoutGuard(Operator):
+    def __init__(self, tools: Tools, *args: Any, **kwargs: Any) -> None:
+        super().__init__(tools, *args, **kwargs)
+        self._steps = _UnguardedSteps(self._tools, self._held, self._reach)
+
+
+async def test_r11_without_the_advisory_lock_a_living_operator_is_undone(
+    operating: Operating,
+) -> None:
+    pauses = Pauses("local")
+    one = AddMapping(operating.map, *operating.bounds(0, 10), "one")
+    async with in_background(operating.run(one, pauses)) as running:
+        await pauses.reached("local")
+        other = AddMapping(operating.map, *operating.bounds(0, 10), "one")
+        assert await operating.run(other, kind=_WithoutLocks)
+        pauses.resume("local")
+        with pytest.raises(CatalogueError, match="taken over"):
+            await running
+    await operating.check_invariants()
+
+
+async def test_r11_without_the_look_at_its_state_a_lost_operator_gives_keys_to_two_shards(
+    operating: Operating,
+) -> None:
+    pauses = Pauses("local")
+    late = AddMapping(operating.map, *operating.bounds(0, 10), "one")
+    async with in_background(operating.run(late, pauses, _WithoutGuard)) as running:
+        await pauses.reached("local")
+        operating.end_operators()
+        assert await operating.run(AddMapping(operating.map, *operating.bounds(0, 10), "two"))
+        pauses.resume("local")
+        with pytest.raises(CatalogueError, match="taken over"):
+            await running
+    with pytest.raises(AssertionError):
+        await operating.check_invariants()
+    assert len(await operating.local("one")) == len(await operating.local("two")) == 1
 
 
 @pytest.mark.parametrize("point", ["local", "local.commit"])

@@ -253,21 +253,34 @@ async def test_r9_a_backend_that_got_the_pid_of_a_registered_one_is_left_alone(
 # -- R10: a session that ended before it was handed over -------------------------------------------
 
 
-async def test_r10_a_session_that_has_ended_is_in_nobodys_way(operating: Operating) -> None:
+@pytest.mark.parametrize("right", [True, False])
+async def test_r10_a_session_whose_proxy_died_before_the_hand_over_is_in_nobodys_way(
+    operating: Operating, right: bool
+) -> None:
     await add(operating, 0, 10)
     async with operating.session(1) as session:
         assert session.verdict == "ok"
-    assert len(await operating.fetch("one", "select 1 from shardmap_local.session")) == 1
-
-    async def ended() -> bool:
+        session.connection.terminate()  # without a word, as a process that is killed
         query = "select 1 from pg_stat_activity where pid = $1"
-        return not await operating.fetch("one", query, session.pid)
 
-    await until(ended, "the backend has ended")
+        async def ended() -> bool:
+            return not await operating.fetch("one", query, session.pid)
+
+        await until(ended, "the backend has ended")
+    if not right:
+        await operating.fetch(
+            "one",
+            "create or replace view shardmap_local.live_session as"
+            " select s.* from shardmap_local.session s",
+        )
+    left = [] if right else [session.pid]
+    seen = await operating.fetch("one", "select pid from shardmap_local.live_session")
+    assert [row["pid"] for row in seen] == left
     operation = offline(operating)
     await operating.run(operation)
     assert operation.sessions_ended == 0
-    assert await operating.fetch("one", "select 1 from shardmap_local.session") == []
+    kept = await operating.fetch("one", "select pid from shardmap_local.session")
+    assert [row["pid"] for row in kept] == left
 
 
 # -- R14: a client calls admit itself, and keeps the transaction open ---------------------------

@@ -99,6 +99,29 @@ async def test_the_old_location_is_fenced_if_another_database_answers_there(
     assert await told(operating, "one") == []
 
 
+@pytest.mark.parametrize("point", ["old_fenced", "old_fenced.record"])
+async def test_what_may_be_fenced_at_the_old_location_is_not_undone(
+    operating: Operating, point: str
+) -> None:
+    """Killed before it had recorded the fence, it was undone: the old location stayed offline."""
+    await add(operating, 0, 10)
+    kept = await saved(operating, "one")
+    await operating.fetch(MAP, "delete from shardmap.shard where name = 'two'")
+    await restore(operating, "two", kept)
+    operation = await relocating(operating, at="two")
+    with pytest.raises(Killed):
+        await operating.run(operation, kill_at(point))
+    async with operating.operator() as operator:
+        with pytest.raises(CatalogueError) as refused:
+            await operator.undo(operation.op_id)
+        assert refused.value.reason == "not_undoable"
+        await operator.resume(operation.op_id)
+    operating.shards["one"] = await shard_row(operating, "one")
+    assert await told(operating, "one") == []
+    (there,) = await operating.fetch("one", "select status from shardmap_local.identity")
+    assert there["status"] == "offline"
+
+
 async def test_an_old_location_that_does_not_answer_is_left(operating: Operating) -> None:
     await add(operating, 0, 10)
     await operating.fetch(MAP, "delete from shardmap.shard where name = 'two'")
@@ -192,7 +215,7 @@ async def test_a_relocation_left_at_any_point_can_be_completed_and_undone_before
             await operating.run(operation, kill_at(point))
         async with operating.operator() as operator:
             (row,) = await operator.pending()
-            if undo and row.state != "old_fenced":
+            if undo and row.state not in {"local", "old_fenced"}:
                 await operator.undo(row.op_id)
                 assert (await operating.state(), await locations(operating)) == before, point
                 continue

@@ -114,6 +114,17 @@ async def test_s24_only_an_empty_shard_is_removed(operating: Operating) -> None:
     assert error.reason == "unknown_shard"
 
 
+async def test_a_shard_with_mappings_of_its_own_is_not_removed(operating: Operating) -> None:
+    """One that was attached, and not repaired yet, lost its whole map."""
+    await operating.run(AddMapping(operating.map, *operating.bounds(0, 10), "one"))
+    await operating.fetch(MAP, "delete from shardmap.mapping")
+    for call in (operating.run, operating.plan):
+        with pytest.raises(CatalogueError) as refused:
+            await call(RemoveShard(operating.map, "one"))
+        assert (refused.value.reason, refused.value.op_id) == ("not_empty", None)
+    assert len(await operating.local("one")) == 1
+
+
 async def test_the_catalogue_is_no_shard(operating: Operating) -> None:
     operating.databases.aliases = {"three": MAP}
     error = await refusal(operating, adding(operating, "three", MAP))

@@ -4,7 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import pytest
@@ -21,7 +21,7 @@ from proxy.routing.shard_map import Kind, MapSpec
 from proxy.server.metric_labels import build_metrics
 from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstream_session import UpstreamSession
-from proxy.upstream.upstreams import Upstreams
+from proxy.upstream.upstreams import RouteReplaced, Upstreams
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace.registry import LocalWorkspaceRegistry
@@ -477,6 +477,34 @@ async def test_parking_that_is_off_refuses_at_once(operator: Operator, placed: P
     async with sidecar_of(operator, catalogue={"park_timeout_seconds": 0}) as sidecar:
         await operator.offline(placed)
         assert (await sidecar.refusal()).kind is ErrorKind.MAPPING_OFFLINE
+
+
+async def test_s62_client_that_is_routed_anew_is_parked_for_what_is_left_of_its_time(
+    operator: Operator, placed: Placed
+) -> None:
+    """Each reload that exchanged the map began its time anew."""
+    async with sidecar_of(operator, catalogue={"park_timeout_seconds": 1}) as sidecar:
+        is_in_force = True
+        sidecar.parts = replace(sidecar.parts, is_in_force=lambda: is_in_force)
+        await operator.offline(placed)
+        phases = DialPhases()
+
+        async def open_session() -> None:
+            opener = await sidecar.opener()
+            await opener.open(StartupMessage(V3_0, ((b"user", b"app"),)), phases)
+
+        opening = asyncio.ensure_future(open_session())
+        await eventually(lambda: len(sidecar.parts.parking) == 1, "the client is parked")
+        is_in_force = False
+        sidecar.parts.parking.exchanged()
+        with pytest.raises(RouteReplaced):
+            await opening
+        is_in_force = True
+        await asyncio.sleep(1)
+        with pytest.raises(ProxyError) as refused:
+            await open_session()
+        assert refused.value.kind is ErrorKind.MAPPING_OFFLINE
+        assert sidecar.counts.parks == [ParkResult.REROUTED, ParkResult.FULL]
 
 
 async def test_s64_parked_client_holds_no_connect(operator: Operator, placed: Placed) -> None:

@@ -128,7 +128,7 @@ async def test_the_commands_of_the_document_move_a_tenant_with_its_rows(
     monkeypatch.setenv("PATH", str(psql_path().parent), prepend=":")
     run = within(stores, tmp_path)
     await to_a_catalogue(run, tmp_path)
-    (script,) = re.findall(r"```sh\n(.*?)```", MOVING.read_text(), re.DOTALL)
+    script, _ = re.findall(r"```sh\n(.*?)```", MOVING.read_text(), re.DOTALL)
     (tmp_path / "copy-tenant.sh").write_text(script)
     table = "create table orders (customer int, number int)"
     for name in SHARD_NAMES:

@@ -10,7 +10,7 @@ import pytest
 from tests.soak.moves import run
 from tests.support.catalogue import Stores
 
-SECONDS = 30.0
+SECONDS = 20.0
 # On a busy machine it takes longer until everything has happened once, and to start and to judge.
 ALL_SECONDS_MAX = 600.0
 

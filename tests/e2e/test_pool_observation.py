@@ -85,6 +85,33 @@ async def test_p50_without_a_pool_nothing_is_said_of_pools(
     assert "reused" not in log.events("session started")[0]
 
 
+async def test_p50_no_count_falls_when_a_reload_replaces_a_pool_or_removes_it(
+    start_proxy: StartProxy,
+) -> None:
+    proxy = await start_proxy(**SESSION, **ADMIN)
+    assert proxy.admin is not None
+    port = proxy.admin.port
+
+    def reload(**changed: object) -> None:
+        upstream = proxy.settings.upstream.model_copy(update=changed)
+        proxy.reload(proxy.settings.model_copy(update={"upstream": upstream}))
+
+    await backend_of(proxy)
+    await is_idle(proxy)
+    reload(pool_idle_seconds=7)
+    await is_idle(proxy, 0)
+    assert (await pool_row(port))["dialled"] == 1
+    await backend_of(proxy)
+    await is_idle(proxy)
+    row = await pool_row(port)
+    assert (row["dialled"], row["last_retired"]) == (2, "reconfigured")
+    reload(pool="off")
+    await is_idle(proxy, 0)
+    await backend_of(proxy)
+    await eventually(lambda: not proxy.status().pools, "it is shown no more")
+    assert proxy.metrics.value("pool_takes_total", source="dialled") == 2
+
+
 async def test_p46_reconnect_closes_idle_sessions_and_retires_those_in_use(
     start_proxy: StartProxy,
 ) -> None:

@@ -93,11 +93,18 @@ async def test_a_client_that_leaves_at_another_version_is_told_of_and_advised(
     await assert_advised(proxy, log, "client_gone_version", event, words)
 
 
-async def test_a_client_that_waits_after_another_version_left_for_its_wait(proxy: App) -> None:
-    started_at = asyncio.get_running_loop().time() - 2
-    session = SessionLog(proxy.metrics, StartupAdvice(), started_at)
-    session.client_gone(DialPhases(), negotiated=True)
-    assert proxy.metrics.value("startup_failures_total", reason="client_gone") == 1
+@pytest.mark.parametrize(
+    ("waited", "reason"),
+    [(0.0, "client_gone_version"), (2.0, "client_gone"), (None, "client_gone")],
+)
+async def test_a_client_that_waits_after_another_version_left_for_its_wait(
+    proxy: App, waited: float | None, reason: str
+) -> None:
+    # A client that was long in its TLS handshake was taken for one that waited.
+    now = asyncio.get_running_loop().time()
+    session = SessionLog(proxy.metrics, StartupAdvice(), now - 10)
+    session.client_gone(DialPhases(), None if waited is None else now - waited)
+    assert proxy.metrics.value("startup_failures_total", reason=reason) == 1
 
 
 def listener_tls(authority: trustme.CA, directory: Path) -> dict[str, str]:

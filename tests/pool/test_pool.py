@@ -103,6 +103,18 @@ async def test_p37_a_failed_spare_is_no_clients_error_and_not_tried_again_soon(
         assert gateway.accepted == accepted
 
 
+async def test_p46_a_reconnect_while_a_spare_is_dialled_dials_no_other(lakebase: Lakebase) -> None:
+    gateway = lakebase.gateway
+    async with pool_of(lakebase, pool_spare_min=1) as pool:
+        opening = asyncio.create_task(pool.pool.open(client_of("a"), DialPhases()))
+        await gateway.until(lambda: gateway.accepted == 2)
+        pool.pool.reconnect()
+        await eventually(lambda: pool.row.spares["opened"] == 1, "the spare is there")
+        assert pool.row.retired["reconnect"] == 1, "it is of before the reconnect"
+        assert (pool.row.present.dialling, pool.row.present.idle) == (0, 0)
+        (await opening).close()
+
+
 # Life
 
 

@@ -88,6 +88,17 @@ class Clients:
             self._outcome.bounded(what, late, WAIT_SECONDS_MAX, key)
         return connection
 
+    async def can_open(self, key: int, number: int) -> bool:
+        """Return whether a session can be opened, when the sidecar must have heard of its host."""
+        while True:  # bounded by the time that a sidecar has for that
+            is_due = self._seconds(key, number) is not None
+            connection = await self.open(key, number)
+            if connection is not None:
+                await connection.close()
+            if is_due or connection is not None:
+                return connection is not None
+            await asyncio.sleep(0.5)
+
     def _seconds(self, key: int, number: int) -> float | None:
         return self._served.seconds(key, has_feed=number != FEEDLESS)
 

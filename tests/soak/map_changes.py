@@ -200,9 +200,7 @@ class Writer:
     async def _offline(self, generator: random.Random, pieces: list[Piece]) -> None:
         piece = generator.choice(pieces)
         mode = generator.choice((("kill",), ("keep",), ("drain", "--drain-seconds", "1")))
-        if mode == ("keep",):
-            self._known.keep(piece.keys)
-        with self._changing(piece):
+        with self._changing(piece, keeps=mode == ("keep",)):
             await self._do(generator, "offline", *piece.words, "--sessions", *mode)
             await asyncio.sleep(generator.choice((0, 0.3, 1)))
             await self._do(generator, "online", *piece.words)
@@ -217,10 +215,11 @@ class Writer:
             await self._do(generator, "add", *piece.words, "--shard", piece.shard)
 
     @contextmanager
-    def _changing(self, *pieces: Piece, ends: bool = True) -> Iterator[None]:
+    def _changing(self, *pieces: Piece, ends: bool = True, keeps: bool = False) -> Iterator[None]:
         """Mark the keys as not served. What a verb is refused with, the next round looks at."""
         for piece in pieces:
             self._served.stops(piece.keys, ends=ends)
+            self._known.changing(piece.keys, keeps=keeps)
         with suppress(CatalogueError):
             yield
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+from proxy.catalogue.feed import RECONNECT_SECONDS
 from tests.support.catalogue import MAP, SHARD_NAMES
 
 REGIONS: Final = 4
@@ -35,7 +36,9 @@ class Served:
     _keys: dict[int, float | None] = field(default_factory=dict)
     _servers: dict[str, float | None] = field(default_factory=dict)
     _ends: dict[int, int] = field(default_factory=dict)
-    _elsewhere: dict[str, float] = field(default_factory=dict)
+    # Until when a sidecar may not have heard of another host: one with a feed, and one without.
+    _elsewhere: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _feeds_by: float = 0.0
 
     def __post_init__(self) -> None:
         now = time.monotonic()
@@ -64,18 +67,20 @@ class Served:
     def rises(self, server: str, *, elsewhere: bool = False) -> None:
         """A server is up again, at another host if it is elsewhere."""
         self._servers[server] = now = time.monotonic()
+        if server == MAP:
+            self._feeds_by = now + RECONNECT_SECONDS[1]
         if elsewhere:
-            self._elsewhere[server] = now + BACKOFF_SECONDS_MAX
+            self._elsewhere[server] = self._feeds_by, now + BACKOFF_SECONDS_MAX
 
     def seconds(self, key: int, *, has_feed: bool = True) -> float | None:
         """Return for how long a key can have been served; None: it may not be.
 
-        Without a feed a sidecar hears of another host when it asks again, after its back-off.
+        A sidecar hears of another host when its feed is back after a restart of the catalogue;
+        without a feed when it asks again, after its back-off.
         """
         owner, now = self.owners[key], time.monotonic()
         since = [self._keys[key], self._servers[MAP], self._servers[owner]]
-        if not has_feed:
-            since.append(self._elsewhere.get(owner, 0.0))
+        since.append(self._elsewhere.get(owner, (0.0, 0.0))[not has_feed])
         known = [one for one in since if one is not None]
         is_served = len(known) == len(since) and max(known) <= now
         return now - max(known) if is_served else None

@@ -94,16 +94,19 @@ class Stamp(NamedTuple):
 
 @dataclass
 class Known:
-    """What the clients know: rows by key, and what they have read. `kept`: sessions may live on."""
+    """What the clients know: rows by key, and what they have read; what the writers changed when.
+
+    A change of which the flag is set lets sessions live on.
+    """
 
     acknowledged: dict[int, set[tuple[int, int]]] = field(default_factory=lambda: defaultdict(set))
     attempted: dict[int, set[tuple[int, int]]] = field(default_factory=lambda: defaultdict(set))
     reads: list[Stamp] = field(default_factory=list)
-    kept: list[tuple[range, float]] = field(default_factory=list)
+    changes: list[tuple[range, float, bool]] = field(default_factory=list)
 
-    def keep(self, keys: range) -> None:
-        """Record that a mapping goes offline, and that its sessions are left alone."""
-        self.kept.append((keys, time.time()))
+    def changing(self, keys: range, *, keeps: bool = False) -> None:
+        """Record that a change of a mapping begins, and whether its sessions are left alone."""
+        self.changes.append((keys, time.time(), keeps))
 
 
 class Kept(NamedTuple):
@@ -175,9 +178,17 @@ class History:
         return stamp.at - stopped
 
     def _is_kept(self, stamp: Stamp, stopped: float) -> bool:
-        return any(
-            stamp.key in keys and stopped - LIVES_SECONDS_MAX <= at <= stamp.at
-            for keys, at in self._known.kept
+        """Return whether the change that stopped the key left its sessions alone.
+
+        One writer changes a key, so it is the last one that had begun.
+        """
+        return next(
+            (
+                keeps
+                for keys, at, keeps in reversed(self._known.changes)
+                if at <= stopped and stamp.key in keys
+            ),
+            False,
         )
 
     def order(self, keys: Iterable[int]) -> list[str]:

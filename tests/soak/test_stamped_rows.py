@@ -3,7 +3,9 @@
 import pytest
 
 from tests.soak.map_changes import canonical
+from tests.soak.served import Served
 from tests.soak.stamped_rows import LIVES_SECONDS_MAX, History, Kept, Known, Stamp, lost_rows
+from tests.support.catalogue import MAP
 
 
 def history(known: Known | None = None, *kept: Kept) -> History:
@@ -54,8 +56,13 @@ def test_a_session_that_lives_where_its_key_is_offline_is_timed_unless_it_may() 
     assert history().lives_seconds(Stamp(5, 1, "one", 5.0)) == 0
     assert history().lives_seconds(Stamp(5, 1, "one", 13.0)) == 3
     assert history().lives_seconds(Stamp(5, 1, "one", 11.0 + LIVES_SECONDS_MAX)) == 21
-    kept = Known(kept=[(range(10), 10.0)])
-    assert history(kept).lives_seconds(Stamp(5, 1, "one", 13.0)) == 0
+    long_after = Stamp(5, 1, "one", 13.0)
+    kept = Known(changes=[(range(10), 3.0, False), (range(10), 9.0, True)])
+    assert history(kept).lives_seconds(long_after) == 0
+    # Neither what was kept before another change of the key, nor what is kept later.
+    kept = Known(changes=[(range(10), 3.0, True), (range(10), 9.0, False), (range(10), 12.0, True)])
+    assert history(kept).lives_seconds(long_after) == 3
+    assert history(Known(changes=[(range(6, 10), 9.0, True)])).lives_seconds(long_after) == 3
 
 
 def test_an_epoch_that_two_shards_use_is_found() -> None:
@@ -81,3 +88,15 @@ def test_rows_are_there_once_if_they_were_committed(rows: list[tuple[int, int]],
     found = "; ".join(lost_rows(5, rows, known))
     assert said in found
     assert bool(said) == bool(found)
+
+
+def test_a_sidecar_is_excused_as_long_as_it_may_not_have_heard_of_another_host() -> None:
+    """A feed that was lost with the catalogue comes back after a pause, which was not counted."""
+    served = Served(owners={5: "two"})
+    assert served.seconds(5, has_feed=False) is not None
+    served.rises("two", elsewhere=True)
+    assert served.seconds(5) is not None
+    assert served.seconds(5, has_feed=False) is None
+    served.rises(MAP)
+    served.rises("two", elsewhere=True)
+    assert served.seconds(5) is None

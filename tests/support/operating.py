@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -64,10 +64,16 @@ class Databases:
         return self.stores.connect(name)
 
 
+class Loses(Protocol):
+    """Says whether the next answer is lost."""
+
+    loses_next_answer: bool
+
+
 class LosingConnection:
     """A connection that may be lost between a commit and its answer."""
 
-    def __init__(self, databases: Databases, connection: Any) -> None:
+    def __init__(self, databases: Loses, connection: Any) -> None:
         self._databases = databases
         self._connection = connection
 
@@ -194,19 +200,23 @@ class Operating:
     # -- operations ------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def operator(self, reach: Reach = pass_by) -> AsyncIterator[Operator]:
-        """Yield an operator with a connection of its own."""
+    async def operator(
+        self, reach: Reach = pass_by, kind: type[Operator] = Operator
+    ) -> AsyncIterator[Operator]:
+        """Yield an operator with a connection of its own; `kind` may be one without protection."""
 
         async def find_map(connection: Any, map_id: UUID) -> CatalogueMap:
             assert map_id == self.map.map_id
             return self.map
 
-        async with Operator(self.tools, KINDS, find_map, owner=OWNER, reach=reach) as operator:
+        async with kind(self.tools, KINDS, find_map, owner=OWNER, reach=reach) as operator:
             yield operator
 
-    async def run(self, operation: Operation, reach: Reach = pass_by) -> bool:
+    async def run(
+        self, operation: Operation, reach: Reach = pass_by, kind: type[Operator] = Operator
+    ) -> bool:
         """Run one operation."""
-        async with self.operator(reach) as operator:
+        async with self.operator(reach, kind) as operator:
             return await operator.run(operation)
 
     async def plan(self, operation: Operation) -> list[str]:

@@ -47,7 +47,7 @@ class Visitor(Client):
         return rows[-1].payload[6:].decode() if rows else ""
 
     async def leave(self) -> None:
-        """Say Terminate, and wait until the proxy has closed."""
+        """Send Terminate, and wait until the proxy has closed."""
         await self.send(Terminate().encode())
         assert await self.receive_rest() == b""
         self.close()

@@ -160,7 +160,12 @@ async def detached(operating: Operating, name: str, *, force: bool = True) -> De
 
 
 async def attaching(
-    operating: Operating, name: str, *, at: str = "", new_identity: bool = False
+    operating: Operating,
+    name: str,
+    *,
+    at: str = "",
+    new_identity: bool = False,
+    moved: bool = False,
 ) -> Attach:
     """Return the operation that attaches a shard; the map is added, hidden, if it is lost.
 
@@ -176,4 +181,4 @@ async def attaching(
             await insert_hidden_map(catalogue, found_map)
     shard_id = uuid4() if new_identity else found.itself.shard_id
     shard = replace(shard, shard_id=shard_id, status=Status.ONLINE, version=1)
-    return Attach(operating.map, shard, found, new_identity=new_identity)
+    return Attach(operating.map, shard, found, new_identity=new_identity, moved=moved)

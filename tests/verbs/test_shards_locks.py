@@ -1,13 +1,21 @@
 """`shards lock`, `unlock`, and `--token` of the verbs that change a mapping."""
 
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from proxy.verbs.shards import read
 from proxy.verbs.shards.arguments import UsageError
+from proxy.verbs.shards.output import Output
+from proxy.verbs.shards.verb import Call
 from tests.support.catalogue import Stores
+from tests.support.direct_verbs import DirectAdministration, Servers
+from tests.support.operating import LosingConnection, Slept
 from tests.support.shards_cli import Shards
 
 OTHER = "a6f6b1a2-0000-4000-8000-000000000000"
@@ -71,6 +79,30 @@ async def test_s13_unlock_in_each_of_its_forms(shards: Shards) -> None:
     sentence, token, _ = answered.out.split("\n")
     assert sentence == "locked the mapping [0, 10) for 3600 s; its token:"
     assert (await shards("unlock", "0", "10", "--token", token)).out == "unlocked 1 mappings\n"
+
+
+class Losing(DirectAdministration):
+    """Loses the answer to the next commit in the catalogue."""
+
+    loses_next_answer = True
+
+    @asynccontextmanager
+    async def catalogue(self) -> AsyncIterator[Any]:
+        async with super().catalogue() as connection:
+            yield LosingConnection(self, connection)
+
+
+@pytest.mark.parametrize("by_range", [False, True])
+async def test_s28_an_unlock_whose_answer_was_lost_says_what_it_did(
+    shards: Shards, by_range: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = (await shards.done("lock", "0", "10"))["token"]
+    words = ["unlock", *(("0", "10") if by_range else ()), "--token", token, "--json"]
+    verb, parsed, settings = read([*words, "--config", shards.config])
+    administration = Losing(settings, Servers.of(shards.stores, shards.config))
+    capsys.readouterr()
+    await verb.run(Call(parsed, administration, Output(as_json=True), sleep=Slept()))
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "unlocked": 1}
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tests.support.operating import until
 from tests.support.running import psql_path
 from tests.support.shards_cli import Shards
 
+MOVING = Path(__file__).parents[2] / "docs" / "moving-tenants.md"
 MOVE = ("move", "0", "10", "--to", "two")
 # The wheel has pg_dump and psql of one version.
 TOOLS = str(Path(psql_path()).parent)
@@ -93,17 +94,28 @@ async def with_rows(shards: Shards) -> None:
     shards.stores.execute("one", sql, shards.stores.roles.admin)
 
 
-async def test_rows_are_copied_by_pg_dump_and_psql(shards: Shards) -> None:
+async def test_rows_are_copied_by_pg_dump_and_psql_all_or_none(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The document's command. In a pipe, a dump that failed was hidden, and half was committed."""
+    _, command = re.findall(r"```sh\n(.*?)```", MOVING.read_text(), re.DOTALL)
     await with_rows(shards)
-    command = (
-        f'{TOOLS}/pg_dump -t orders "$SHARDS_SOURCE"'
-        f' | {TOOLS}/psql -qX -v ON_ERROR_STOP=1 "$SHARDS_TARGET"'
-    )
+    shards.stores.execute("two", "create table orders (n int)", shards.stores.roles.admin)
+    failing = tmp_path / "bin" / "pg_dump"
+    failing.parent.mkdir()
+    failing.write_text(f'#!/bin/sh\n{TOOLS}/pg_dump "$@"; exit 1\n')
+    failing.chmod(0o755)
+    monkeypatch.setenv("PATH", TOOLS, prepend=":")
+    with monkeypatch.context() as failed:
+        failed.setenv("PATH", str(failing.parent), prepend=":")
+        assert await shards.refused(*MOVE, "--copy", command) == ("copy_failed", "58000")
+    assert (await shown(shards))["status"] == "online"
+    count = "select count(*) from orders"
+    assert shards.stores.execute("two", count) == "0"
     answered = await shards.process(*MOVE, "--copy", command, "--json")
     assert answered.code == EXIT_OK, answered
-    assert answered.facts["mapping"] == mapping("two", "online", 4)
-    async with shards.stores.connect("two") as connection:
-        assert await connection.fetchval("select count(*) from orders") == 1000
+    assert answered.facts["mapping"]["shard"] == "two"
+    assert shards.stores.execute("two", count) == "1000"
 
 
 async def test_a_parallel_dump_has_several_connections(shards: Shards, tmp_path: Path) -> None:
@@ -258,6 +270,9 @@ async def test_all_operations_are_resumed_and_those_that_cannot_be_are_named(
     second = await killed(shards, verbs, "copied", *MOVE, "--copy", "x", "--map", "others")
     one_map = ("ops", "resume", "--all", "--map", "tenants")
     assert len((await shards.done(*one_map, "--dry-run"))["plan"]) == 1
+    refused = (await shards("ops", "resume", "--all", "--dry-run", "--json")).facts
+    assert refused["reason"] == "operation_pending"
+    assert refused["error"].startswith("1 operations can be completed, 1 cannot:")
     answered = await shards("ops", "resume", "--all", "--json")
     assert answered.code == EXIT_PENDING
     facts = answered.facts

@@ -46,7 +46,12 @@ async def test_a_pending_operation_is_listed_completed_or_undone(
     for word, state, mappings in (("undo", "undone", 0), ("resume", "done", 1)):
         op = await killed(shards, verbs, *ADD, point="local.commit")
         (row,) = (await shards.done("ops"))["operations"]
-        assert (row["op"], row["kind"], row["state"], row["map"]) == (op, "add", "begun", "tenants")
+        assert (row["op"], row["kind"], row["state"], row["map"]) == (
+            op,
+            "add",
+            "checked",
+            "tenants",
+        )
         assert "pid" in row["owner"]
         assert row["created_at"] <= row["updated_at"]
         (mapping,) = (await shards.done("show"))["mappings"]

@@ -10,6 +10,8 @@ from proxy.exit_codes import EXIT_DIFFERENCES, EXIT_FAILURE, EXIT_OK
 from proxy.verbs.shards import read
 from proxy.verbs.shards.arguments import UsageError
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
+from tests.support.direct_verbs import Servers, answer_of, run_directly
+from tests.support.operating import Killed, Slept, kill_at
 from tests.support.shards_cli import Shards
 
 
@@ -146,6 +148,42 @@ async def test_s31_detach_attach_verify_repair(shards: Shards) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("gone", "point"), [("one", "drained"), ("two", "target_ready.done"), ("two", "opened")]
+)
+async def test_what_is_pending_on_a_shard_that_is_gone_does_not_keep_it_from_being_detached(
+    shards: Shards, gone: str, point: str
+) -> None:
+    """Neither completing nor undoing could reach it, so the shard could never be detached."""
+    await filled(shards)
+    servers = Servers.of(shards.stores, shards.config)
+    with pytest.raises(Killed):
+        await run_directly(servers, ("move", "0", "10", "--to", "two"), kill_at(point))
+
+    def fail(name: str) -> None:
+        if name == gone:
+            raise ConnectionRefusedError("the shard is gone")
+
+    detach = ("detach", gone, "--force")
+    answer = await answer_of(run_directly(servers, detach, fail=fail, sleep=Slept()))
+    assert answer.code == EXIT_OK, answer
+    assert "is given up" in answer.err
+    assert await shards.done("ops") == {"operations": []}
+    (left,) = (await shards.done("show"))["shards"]
+    if (report := (await verified(shards))["report"]) and left["mappings"]:
+        words = ("repair", "--shard", left["name"], "--from", "catalogue", "--report", report)
+        await shards.done(*words)
+    assert (await verified(shards))["differences"] == []
+    for low, high in (("0", "10"), ("10", "20")):
+        if not await has_mapping(shards, low):
+            await shards.add(low, high, left["name"])
+    assert (await verified(shards))["differences"] == []
+
+
+async def has_mapping(shards: Shards, low: str) -> bool:
+    return low in [one["low"] for one in (await shards.done("show"))["mappings"]]
+
+
 async def lose_catalogue(shards: Shards) -> None:
     async with shards.stores.connect(MAP) as connection:
         await connection.execute("drop schema shardmap cascade")
@@ -277,6 +315,7 @@ async def test_s38_a_store_of_another_version(shards: Shards) -> None:
         "detach",
         "detach one two",
         "attach one",
+        "attach one --host a --new-identity --force",
         "attach one --host a --endpoint e --instance i",
         "relocate one",
         "verify one",

@@ -1,6 +1,9 @@
 """`shards add-shard`, `remove-shard`, `grant`, `revoke`, `lookup`, `sessions`, `upgrade`."""
 
+import json
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -8,11 +11,15 @@ from typing import Any
 import asyncpg
 import pytest
 
+from proxy.catalogue.model import Shard
 from proxy.exit_codes import EXIT_FAILURE, EXIT_USAGE
 from proxy.verbs.shards import read
 from proxy.verbs.shards.arguments import UsageError
+from proxy.verbs.shards.output import Output
+from proxy.verbs.shards.verb import Call
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
-from tests.support.operating import until
+from tests.support.direct_verbs import DirectAdministration, Servers, run_directly
+from tests.support.operating import Killed, Slept, kill_at, until
 from tests.support.proxy_process import started_process
 from tests.support.shards_cli import Shards
 
@@ -190,6 +197,38 @@ async def test_s21_alter_shard_changes_what_is_no_location(shards: Shards, store
     assert answered.out == "shard uno is already as asked (version 4)\n"
     assert (await shards.refused("alter-shard", "uno", "--rename", "two"))[0] == "exists"
     assert (await shards.refused("alter-shard", "one", "--rename", "x"))[0] == "unknown_shard"
+
+
+class WithoutEndpoint(DirectAdministration):
+    """Reaches shards by their instances alone."""
+
+    @asynccontextmanager
+    async def shard(self, shard: Shard) -> AsyncIterator[Any]:
+        if shard.endpoint and not shard.instance and shard.name == "one":
+            raise ConnectionRefusedError("the endpoint was deleted")
+        async with super().shard(shard) as connection:
+            yield connection
+
+
+async def test_what_is_pending_on_a_resource_that_was_deleted_goes_to_the_new_one(
+    shards: Shards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was to be settled first, by the row that leads nowhere: the shard was stuck."""
+    await shards.set_up()
+    await shards.add("0", "10", "one")
+    servers = Servers.of(shards.stores, shards.config)
+    with pytest.raises(Killed):
+        await run_directly(servers, ("move", "0", "10", "--to", "two"), kill_at("drained"))
+    instance = shards.stores.lakebase["one"].instance.name
+    words = ["alter-shard", "one", "--instance", instance, "--json", "--config", shards.config]
+    verb, parsed, settings = read(words)
+    administration = WithoutEndpoint(settings, servers)
+    await verb.run(Call(parsed, administration, Output(as_json=True), sleep=Slept()))
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["shard"]["endpoint"], facts["shard"]["instance"]) == ("", instance)
+    assert (await shards.done("ops"))["operations"] == []
+    (mapping,) = (await shards.done("show"))["mappings"]
+    assert (mapping["shard"], mapping["status"]) == ("one", "online")
 
 
 @pytest.mark.parametrize(

@@ -123,17 +123,6 @@ def test_a_client_that_leaves_after_its_handshake_sent_nothing_in_it(
     assert machine.receive_eof() == [Disconnected(untouched=False, last_answer=answer)]
 
 
-@pytest.mark.parametrize(
-    ("version", "negotiated"), [(V3_0, False), (V3_2, False), (ProtocolVersion(3, 9), True)]
-)
-def test_the_machine_knows_whether_the_client_was_told_another_version(
-    version: ProtocolVersion, negotiated: bool
-) -> None:
-    machine = ClientStartup()
-    machine.receive_data(StartupMessage(version, ((b"user", b"app"),)).encode())
-    assert machine.negotiated is negotiated
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 11])
 def test_w2_a_fragmented_startup_is_the_same_startup(size: int) -> None:
     machine = ClientStartup()

@@ -15,7 +15,7 @@ from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind, MapSpec
-from proxy.verbs.shards.arguments import Syntax
+from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError
 from proxy.verbs.shards.operating import run
 from proxy.verbs.shards.shard_verbs import (
     LOCATION_OPTIONS,
@@ -28,6 +28,13 @@ from proxy.verbs.shards.verb import Call, Verb, chosen_map, map_facts, shard_fac
 
 # Of a map that is not known yet; only its location is used.
 _UNKNOWN: Final = CatalogueMap(uuid4(), "", MapSpec(Kind.LIST, KeyType.BYTEA), 1)
+_SWITCHES: Final = ("new-identity", "force")
+
+
+def _judge(arguments: Arguments) -> None:
+    judge_location(arguments)
+    if arguments.switches.issuperset(_SWITCHES):
+        raise UsageError("--new-identity and --force exclude each other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +49,18 @@ class _Attached:
 async def _attach(call: Call) -> None:
     name = call.arguments.words[0]
     attached = await _find(call, await given_host(call))
-    new_identity = "new-identity" in call.arguments.switches
+    new_identity, moved = (word in call.arguments.switches for word in _SWITCHES)
     if new_identity:
         attached = replace(attached, shard=replace(attached.shard, shard_id=uuid4()))
 
     async def make(_: Connection, owner: CatalogueMap) -> Attach:
-        return Attach(owner, attached.shard, attached.found, new_identity=new_identity)
+        return Attach(owner, attached.shard, attached.found, new_identity=new_identity, moved=moved)
 
     call.output.progress(f"attaching the shard {name}")
     async with _map_in_catalogue(call, attached) as is_there:
         if not is_there:
             operation = await make(None, attached.map)
+            operation.check_location()
             create = f"Create the map {attached.map.name} with the id that the database has."
             call.output.plan([create, *operation.plan()])
             return
@@ -114,14 +122,14 @@ async def _map_in_catalogue(call: Call, attached: _Attached) -> AsyncIterator[bo
 VERBS: Final[Mapping[str, Verb]] = {
     "attach": Verb(
         Syntax(
-            f"attach {LOCATION_USAGE} [--new-identity]",
+            f"attach {LOCATION_USAGE} [--new-identity | --force]",
             1,
             1,
             options=LOCATION_OPTIONS,
-            switches=("new-identity",),
+            switches=_SWITCHES,
             writes=True,
         ),
         _attach,
-        judge_location,
+        _judge,
     ),
 }

@@ -55,13 +55,18 @@ def _judge_unlock(arguments: Arguments) -> None:
 
 async def _unlock(call: Call) -> None:
     token = call.arguments.token()
+    earlier = 0  # by a try whose answer was lost
 
     async def change(connection: Connection, owner: CatalogueMap) -> int:
+        nonlocal earlier
         if call.arguments.words:
             bounds = parse_bounds(call.arguments.words, owner.spec)
-            return await unlock_mapping(connection, owner, bounds, token)
-        assert token is not None  # it was judged
-        return await unlock_all(connection, owner, token)
+            found = await unlock_mapping(connection, owner, bounds, token)
+        else:
+            assert token is not None  # it was judged
+            found = await unlock_all(connection, owner, token)
+        earlier = max(earlier, found)
+        return earlier
 
     call.output.progress("unlocking")
     unlocked = await in_catalogue(call, change)

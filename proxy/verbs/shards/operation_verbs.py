@@ -100,30 +100,34 @@ def _prepare(call: Call, operation: Operation) -> None:
 
 
 async def _resume_all(call: Call, operator: Operator, map_id: UUID | None) -> None:
-    """Complete all operations, those of one map or of all. Raises the first refusal, at the end."""
-    rows = await operator.pending(map_id)
-    if call.arguments.dry_run:
-        plans = [await operator.plan_pending(row.op_id, undo=False) for row in rows]
-        call.output.plan([sentence for plan in plans for sentence in plan])
-        return
+    """Complete all operations, those of one map or of all. Raises all refusals as one."""
     done: list[Json] = []
+    plan: list[str] = []
     failures: list[CatalogueError] = []
-    for row in rows:
+    for row in await operator.pending(map_id):
         try:
-            done.append(_facts(await operator.resume(row.op_id), _DONE[_RESUME]))
+            if call.arguments.dry_run:
+                plan += await operator.plan_pending(row.op_id, undo=False)
+            else:
+                done.append(_facts(await operator.resume(row.op_id), _DONE[_RESUME]))
         except CatalogueError as error:
             failures.append(error)
     if failures:
-        raise _summed_up(len(done), failures)
-    _answer(call, done)
+        is_plan = call.arguments.dry_run
+        words = "can be completed, {} cannot" if is_plan else "are done, {} are not"
+        raise _summed_up(f"{len(plan or done)} operations {words}", failures)
+    if call.arguments.dry_run:
+        call.output.plan(plan)
+    else:
+        _answer(call, done)
 
 
-def _summed_up(done: int, failures: list[CatalogueError]) -> CatalogueError:
+def _summed_up(counts: str, failures: list[CatalogueError]) -> CatalogueError:
     """Return one refusal for all operations that are still pending."""
     first = failures[0]
     text = "\n  ".join(
         [
-            f"{done} operations are done, {len(failures)} are not:",
+            f"{counts.format(len(failures))}:",
             *(one.message for one in failures),
         ]
     )

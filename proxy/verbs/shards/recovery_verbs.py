@@ -19,8 +19,9 @@ from proxy.catalogue.differences import (
     bounds_of,
     shown,
 )
+from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
-from proxy.catalogue.pending_elsewhere import lead_pending
+from proxy.catalogue.pending_elsewhere import give_up_pending, lead_pending
 from proxy.catalogue.rebuild import Rebuild
 from proxy.catalogue.relocate import Relocate, check_same
 from proxy.catalogue.repair import REPORT_SEPARATOR, Asked, Repair, Source, read_differences
@@ -110,6 +111,7 @@ def _sides(
         return str(found.where), found.differs, *sides  # type: ignore[return-value]
     if isinstance(found, ForeignRows):
         local: Json = {"map_id": str(found.map_id), "mappings": found.rows}
+        local["location"] = found.location
         return str(Where.SHARD), ["identity"], None, local
     catalogue: Json = {"status": found.catalogue}
     if found.local is None:
@@ -134,7 +136,8 @@ def _row_facts(row: Row | None, owner: CatalogueMap, names: Mapping[UUID, str]) 
 def _in_words(side: Json | None) -> str:
     if side is None:
         return "-"
-    return " ".join(str(side[name]) for name in ("shard", "status", "epoch") if name in side)
+    names = ("shard", "status", "epoch", "map_id", "location")
+    return " ".join(str(side[name]) for name in names if name in side)
 
 
 # -- repair --------------------------------------------------------------------------------------
@@ -167,6 +170,9 @@ async def _repair(call: Call) -> None:
 
     if done := await run(call, make):
         repaired = done.operation.row_changes.repaired
+        if done.operation.left:
+            left = ", ".join(str(one) for one in done.operation.left)
+            call.output.warn(f"maps that may be another catalogue's are left: {left}")
         call.output.answer({"repaired": repaired}, [f"repaired {repaired} differences"])
 
 
@@ -191,11 +197,32 @@ async def _detach(call: Call) -> None:
         return Detach(owner, name, force=force)
 
     call.output.progress(f"detaching the shard {name}")
-    if done := await run(call, make):
-        count, fenced = done.operation.mappings, done.operation.fenced
-        how = "it is offline" if fenced else "it could not be reached, and was not fenced"
+    try:
+        done = await run(call, make)
+    except CatalogueError as error:
+        if not force or error.op_id is None or not await _give_up(call, name):
+            raise
+        done = await run(call, make)
+    if done is not None:
+        count, how = done.operation.mappings, "it is offline"
+        if done.operation.reached_other:
+            how = f"what answers at {done.operation.shard.location} is another database, and serves"
+        elif not done.operation.fenced:
+            how = "it could not be reached, and was not fenced"
         lines = [f"detached the shard {name} with its {count} mappings; {how}"]
         call.output.answer({"mappings": count}, lines)
+
+
+async def _give_up(call: Call, name: str) -> bool:
+    """Give up what is pending on a shard that is gone. Return whether there was anything."""
+    async with call.administration.catalogue() as connection:
+        owner = await call.read_map(connection, writes=True)
+        shard = await store.read_shard(connection, owner, name)
+    given_up = await give_up_pending(call.administration, owner, shard)
+    for row in given_up:
+        text = f"the operation {row.op_id} ({row.kind}, {row.state}) is given up"
+        call.output.warn(f"{text}; `shards verify` shows what it has left on other shards")
+    return bool(given_up)
 
 
 async def _relocate(call: Call) -> None:

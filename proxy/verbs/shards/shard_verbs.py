@@ -11,6 +11,7 @@ from proxy.catalogue.errors import CatalogueError, Reason, translated
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
 from proxy.catalogue.model import Mapping as MappingRow
 from proxy.catalogue.operation import check_identity
+from proxy.catalogue.pending_elsewhere import lead_pending
 from proxy.catalogue.shard_operations import AddShard, RemoveShard, new_shard
 from proxy.catalogue.shard_store import LiveSession, read_sessions
 from proxy.catalogue.store import Span
@@ -166,6 +167,8 @@ async def _alter_shard(call: Call) -> None:
         operation = AlterShard(owner, name, changes, expect=expect)
         await operation.find(connection)
         await _check_reached(call, owner, operation.after)
+        if not arguments.dry_run and expect in (None, operation.before.version):
+            await lead_pending(call.administration, owner, operation.before, operation.after)
         return operation
 
     call.output.progress(f"changing the shard {name}")

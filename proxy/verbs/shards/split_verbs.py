@@ -16,6 +16,8 @@ from proxy.verbs.shards.operating import Do, run, running
 from proxy.verbs.shards.verb import EPOCH_MAX, Call, Json, Verb, mapping_facts
 
 _AUTO: Final = "auto"
+# Each turn makes one mapping of up to 5,000. More of them come of others who split meanwhile.
+TURNS_MAX: Final = 10
 # Why a run that was found is none any more: another operator was faster.
 _CHANGED: Final = frozenset(
     one.value.word for one in (Reason.NOT_ADJACENT, Reason.LOCKED, Reason.LOCK_NOT_OWNED)
@@ -90,7 +92,7 @@ async def _merge_all(call: Call) -> None:
             plans = [await operator.plan(_operation(owner, one)) for one in runs]
             call.output.plan([sentence for plan in plans for sentence in plan])
             return
-        while runs:
+        for _ in range(TURNS_MAX):
             is_changed = False
             for one in runs:
                 operation = _operation(owner, one)
@@ -100,6 +102,8 @@ async def _merge_all(call: Call) -> None:
                     (shard,) = operation.shards
                     merged[one.lo] = _Merged(sum(counts), operation.after, shard.name)
             runs = (await _find_runs(call))[1] if is_changed else []
+            if not runs:
+                break
     found = [merged[lo] for lo in sorted(merged)]
     facts = [_facts(one.after, owner, one.shard) for one in found if one.after is not None]
     total = sum(one.mappings for one in found)

@@ -30,6 +30,9 @@ WELCOMES_MAX: Final = 64
 # After which a key may not be poolable at all. One that was not begun says nothing of that (P24).
 _FAILED_RESETS: Final = (RetireReason.RESET_FAILED, RetireReason.PARAMETER_CHANGED)
 
+# Types of what an idle session sends last: an ErrorResponse, or nothing.
+_ENDS: Final = (b"E", b"")
+
 _log = get_logger(__name__)
 
 Register = Callable[[str, Callable[[], PoolRow]], Callable[[], None]]
@@ -62,7 +65,7 @@ class KeptSessions:
         self.counts = PoolCounts()
         self.waiting = WaitingClients()
         self.generation = 0
-        """The number of reconnects so far."""
+        """The number of reconnects so far, and of changes that let no session be kept."""
         self._idle = IdleSessions[Prepared, PooledSession](bounds, jitter)
         self._unpoolable = UnpoolableKeys[Prepared]()
         self._sessions: set[PooledSession] = set()  # whose connection is open, in any state
@@ -183,6 +186,10 @@ class KeptSessions:
             self._unpoolable.reset_succeeded(key)
             self.offer(session)
             return
+        if failure is RetireReason.PARAMETER_CHANGED:
+            # Sessions in use may have told their clients of it, so that their resets will not: what
+            # they would welcome the next ones with is outdated.
+            self.generation += 1
         if failure in _FAILED_RESETS:
             self._unpoolable.reset_failed(key, now)
         elif failure is RetireReason.LOGIN_TRIGGER and self._unpoolable.add(key):
@@ -192,12 +199,12 @@ class KeptSessions:
             )
         self.retire(session, failure)
         if (waiter := self.waiting.next_for_reset(key)) is not None:
-            waiter.give(None)  # there is one less to wait for
+            waiter.wake()  # there is one less to wait for
 
-    def idle_ended(self, session: PooledSession, *, in_error: bool) -> None:
+    def idle_ended(self, session: PooledSession, said: bytes) -> None:
         """Close an idle session that has sent something, or has ended."""
         self._idle.remove(session)  # else it was given to a client that has not woken up yet
-        if in_error:  # what ended it may have ended the others, without a word (P34)
+        if said in _ENDS:  # what ended it may have ended the others, without a word (P34)
             self._idle.suspect_all(self._clock())
         self.retire(session, RetireReason.UPSTREAM_ENDED)
 
@@ -244,6 +251,8 @@ class KeptSessions:
 
     def offer(self, session: PooledSession) -> None:
         """Pass a session that is as after its login to a client, keep it idle, or close it."""
+        if session.state in (State.CLOSING, State.CLOSED):  # a client was given it, and has left
+            return
         session.be_idle(self._clock())
         reason = self._reason_to_retire(session)
         waiter = None if reason else self._next_client(session)
@@ -339,8 +348,8 @@ class KeptSessions:
     async def wait_closed(self) -> None:
         """Return when none of its connections is open: CLOSE_SECONDS_MAX after the last client."""
         while self._sessions or self._dialling:  # bounded by the timers of sessions and dials
-            self._over = self._over or asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._over)
+            self._over = asyncio.get_running_loop().create_future()
+            await self._over
 
     def close(self, reason: RetireReason) -> None:
         """Keep nothing from now on: close what is idle or in its reset."""

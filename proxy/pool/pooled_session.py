@@ -31,7 +31,6 @@ CHECK_SECONDS_MAX: Final = 2.0
 CLOSE_SECONDS_MAX: Final = 1.0
 
 _TERMINATE: Final = Terminate().encode()
-_ERROR: Final = ord("E")
 
 
 class State(Enum):
@@ -57,8 +56,8 @@ class Owner(Protocol):
     def reset_ended(self, session: "PooledSession", failure: RetireReason | None) -> None:
         """A reset is over. A session that failed is to be closed."""
 
-    def idle_ended(self, session: "PooledSession", *, in_error: bool) -> None:
-        """An idle session has sent something or has ended, `in_error` with an error or silently."""
+    def idle_ended(self, session: "PooledSession", said: bytes) -> None:
+        """An idle session has sent a message of this type, or has ended without a word."""
 
     def shared_welcome(self, welcome: KeptWelcome) -> KeptWelcome:
         """Return an equal object that other sessions have, too."""
@@ -197,6 +196,8 @@ class PooledSession(asyncio.Protocol):
 
         The wait is bounded by CHECK_SECONDS_MAX. If cancelled the session is in doubt.
         """
+        if self.transport.is_closing():
+            return False
         self.state = State.CHECKING
         self._checked = asyncio.get_running_loop().create_future()
         self._machine = check = SignOfLife(self._messages.parameters)
@@ -232,7 +233,7 @@ class PooledSession(asyncio.Protocol):
         machine = self._machine
         if machine is None:
             if self.state is State.IDLE:
-                self._owner.idle_ended(self, in_error=data[0] == _ERROR)
+                self._owner.idle_ended(self, data[:1])
             return
         for event in machine.receive_data(data):
             if machine.trailing_data():
@@ -256,7 +257,7 @@ class PooledSession(asyncio.Protocol):
         if self._machine is not None:
             self._machine_failed(self._machine)
         elif self.state is State.IDLE:
-            self._owner.idle_ended(self, in_error=True)
+            self._owner.idle_ended(self, b"")
 
     def _closed(self) -> None:
         self._stop_machine()

@@ -34,21 +34,22 @@ class Waiter:
     def give(self, session: PooledSession | None) -> None:
         """Pass it a session, or the right to dial. Call it while `waits` is true."""
         self.session, self.may_dial = session, session is None
-        self._wake()
+        self.wake()
+
+    def wake(self) -> None:
+        """End its wait, with what it was given or without."""
+        self.waits = False
+        if not self._woken.done():
+            self._woken.set_result(None)
 
     async def wait(self, seconds: float) -> None:
         """Return when it was given something, or after this time."""
-        timer = asyncio.get_running_loop().call_later(seconds, self._wake)
+        timer = asyncio.get_running_loop().call_later(seconds, self.wake)
         try:
             await self._woken
         finally:
             timer.cancel()
             self.waits = False
-
-    def _wake(self) -> None:
-        self.waits = False
-        if not self._woken.done():
-            self._woken.set_result(None)
 
 
 class DialWaiter(Waiter):
@@ -135,7 +136,7 @@ class WaitingClients:
         """Wake all that wait for a session in its reset: there will be none."""
         for queue in list(self._for_reset.values()):
             while (waiter := _first(queue)) is not None:
-                waiter.give(None)
+                waiter.wake()
 
 
 @contextmanager

@@ -4,7 +4,8 @@ Measures how long a mapping with a hundred live sessions is offline for a move, 
 wait that connect meanwhile; how long a thousand sessions take to end; when a key's clients are on
 the new shard, with a feed and without; and what ten thousand moves leave. Each measured move is
 `shards move` in a process of its own; the ten thousand are of one process. The emulator's TLS
-gateway and the clients share this process and the machine. Prints the load with each result.
+gateway is in this process, the hundred clients are in another; all share the machine. Prints the
+load with each result.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Final
 
-import asyncpg
 import uvloop
 
+from bench.catalogue_clients import ENDED, Clients, started_clients
 from bench.catalogue_proxy import open_session, serving_proxy
 from bench.process_usage import resident_bytes
 from proxy.catalogue import store
@@ -43,10 +44,11 @@ from tests.support.shards_cli import Shards
 _MOVES: Final = 50
 _LIVE: Final = 100
 _MANY: Final = 1_000
-_PROBE_SECONDS: Final = 0.01
+_QUIET_SECONDS: Final = 0.5  # some usual waits
 _FLIPS: Final = 20
 _LONG: Final = 10_000
 _WARM_UP_SHARE: Final = 10
+_WARM_UP_MIN: Final = 200  # until then the memory grows by what is used for the first time
 _AT_ONCE: Final = 50
 _SETTINGS: Final = {"max_connections": "1300"}
 _LISTEN: Final = {"listen": {"max_connections": 2 * _MANY}}
@@ -55,12 +57,6 @@ _OWN_NAME: Final = (
 )
 _ENDED_TOTAL: Final = "lakebase_proxy_sessions_ended_total{"
 _MOVED: Final = 'reason="mapping_moved"'
-_ENDED: Final = (
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    OSError,
-)
 
 
 def _print(what: str, value: float, digits: int = 0) -> None:
@@ -83,51 +79,6 @@ async def _count_moved(proxy: ProxyProcess) -> int:
     return int(sum(float(line.split()[-1]) for line in lines if _MOVED in line))
 
 
-class Clients:
-    """Clients of one key that keep a session each, and open another one when it is ended."""
-
-    def __init__(self, proxy: ProxyProcess, key: int) -> None:
-        self._proxy = proxy
-        self._key = key
-        self._places = asyncio.Semaphore(_AT_ONCE)
-        self.live = 0
-        self.refused = 0
-        self.waits: list[float] = []
-
-    async def keep(self) -> None:
-        """Keep a session, until cancelled."""
-        while True:
-            try:
-                async with self._places:
-                    connection = await open_session(self._proxy, self._key)
-            except _ENDED:
-                self.refused += 1
-                continue
-            over = asyncio.Event()
-            connection.add_termination_listener(lambda _, over=over: over.set())
-            if connection.is_closed():
-                continue
-            self.live += 1
-            try:
-                await over.wait()
-            finally:
-                self.live -= 1
-                connection.terminate()
-
-    async def probe(self) -> None:
-        """Open sessions one after the other, until cancelled, and note how long each took."""
-        while True:
-            began = time.monotonic()
-            try:
-                connection = await open_session(self._proxy, self._key)
-            except _ENDED:
-                self.refused += 1
-                continue
-            self.waits.append(time.monotonic() - began)
-            connection.terminate()
-            await asyncio.sleep(_PROBE_SECONDS)
-
-
 async def _move(shards: Shards, number: int) -> dict[str, Any]:
     to = SHARD_NAMES[1 - number % 2]
     answered = await shards.process("move", "0", "10", "--to", to, "--json")
@@ -137,31 +88,29 @@ async def _move(shards: Shards, number: int) -> dict[str, Any]:
 
 
 async def _measure_offline(stores: Stores, shards: Shards, moves: int) -> None:
-    """Measure moves of a mapping with live sessions, whose clients come again at once."""
-    async with serving_proxy(stores, **_LISTEN) as proxy:
-        clients, probes = Clients(proxy, 5), Clients(proxy, 6)
-        offline: list[float] = []
-        added: list[float] = []
-        tasks = [asyncio.create_task(clients.keep()) for _ in range(_LIVE)]
-        tasks.append(asyncio.create_task(probes.probe()))
-        ended = 0
+    """Measure moves of a mapping with live sessions, whose clients come again at once.
+
+    Beside each, what a client waits when as many come at once without a move.
+    """
+    offline, added, alone, ended, refused = list[float](), list[float](), list[float](), 0, 0
+    async with serving_proxy(stores, **_LISTEN) as proxy, started_clients(proxy, _LIVE) as clients:
+        await clients.live()
         for number in range(moves):
-            await eventually(lambda: clients.live == _LIVE, "all sessions live", 120)
-            usual = statistics.median(probes.waits[-20:]) if probes.waits else 0.0
-            probes.waits.clear()
+            await asyncio.sleep(_QUIET_SECONDS)
+            usual = statistics.median((await clients.live()).probes)
             facts = await _move(shards, number)
-            await eventually(lambda: clients.live == _LIVE, "all sessions live again", 120)
+            waits = await clients.live()
             offline.append(facts["seconds_offline"])
-            added.append(max(probes.waits) - usual - facts["seconds_offline"])
+            added.append(max(waits.probes) - usual - facts["seconds_offline"])
             ended += facts["sessions_ended"]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            refused += waits.refused
+            alone.append(max((await clients.reopen()).probes, default=usual) - usual)
         _print(f"{moves} moves with {_LIVE} live sessions: sessions ended", ended)
         _print("  counted as mapping_moved", await _count_moved(proxy))
         _print_spread("  fence to open", offline)
         _print_spread("  the longest wait of a client, beyond that and a usual one", added)
-        _print("  clients refused", clients.refused + probes.refused)
+        _print_spread("  the same when as many come at once without a move", alone)
+        _print("  clients refused", refused)
 
 
 async def _measure_ending(stores: Stores, shards: Shards, sessions: int) -> None:
@@ -200,7 +149,7 @@ async def _measure_flips(stores: Stores, shards: Shards, feed: str, flips: int) 
             await over.wait()
             found = ""
             while found != to:
-                with suppress(*_ENDED):
+                with suppress(*ENDED):
                     connection = await open_session(proxy, 5)
                     found = await connection.fetchval("select name from own_name")
                     connection.terminate()
@@ -249,7 +198,7 @@ async def _measure_long(stores: Stores, moves: int) -> None:
         others = [await open_session(proxy, 15) for _ in range(20)]
         clients = Clients(proxy, 5)
         tasks = [asyncio.create_task(clients.keep()) for _ in range(5)]
-        warm = moves // _WARM_UP_SHARE
+        warm = max(moves // _WARM_UP_SHARE, min(_WARM_UP_MIN, moves // 2))
         began, memory = time.monotonic(), 0
         for number in range(moves):
             if number == warm:
@@ -259,7 +208,7 @@ async def _measure_long(stores: Stores, moves: int) -> None:
         await eventually(lambda: clients.live == len(tasks), "all sessions live")
         after = resident_bytes(proxy.pid)
         _print(
-            "  the sidecar's memory at the end, of that after a tenth, %", after / memory * 100, 1
+            f"  the sidecar's memory at the end, of that after {warm:,}, %", after / memory * 100, 1
         )
         registered = 0
         for name in SHARD_NAMES:

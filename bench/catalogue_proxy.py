@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import asyncpg
 
@@ -12,6 +12,18 @@ from tests.support.catalogue import Stores
 from tests.support.proxy_process import ProxyProcess, started_process
 
 _CONNECT_SECONDS_MAX: Final = 120.0
+
+
+class ListenAddress(Protocol):
+    """Where a proxy listens: a `ProxyProcess`, or what another process was given of it."""
+
+    @property
+    def listen_host(self) -> str:
+        """The host."""
+
+    @property
+    def listen_port(self) -> int:
+        """The port."""
 
 
 @asynccontextmanager
@@ -27,7 +39,7 @@ async def serving_proxy(
             yield proxy
 
 
-async def open_session(proxy: ProxyProcess, key: int) -> Any:
+async def open_session(proxy: ListenAddress, key: int) -> Any:
     """Open a session for a key."""
     return await asyncpg.connect(
         host=proxy.listen_host,

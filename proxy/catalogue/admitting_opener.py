@@ -282,13 +282,14 @@ class AdmittingOpener:
             try:
                 while (left := deadline - clock()) > 0:
                     ids = located.mapping.mapping_id, located.shard.shard_id
-                    is_due = await parking.wait(*ids, left)
+                    is_due = await parking.wait(*ids, left, until=deadline)
                     if self._parts.is_in_force():
                         located = await self._find_parked(located, deadline, is_due=is_due)
                     if self._is_replaced(located):
                         set_result(ParkResult.REROUTED)
                         raise RouteReplaced
                     if not _is_blocked(located, shards_op):
+                        await parking.turn()
                         set_result(ParkResult.SERVED)
                         return located
                 set_result(ParkResult.TIMED_OUT)

@@ -28,8 +28,9 @@ from proxy.catalogue.packed_rows import uuid_of
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
 
-# Notifications that come together are read together. The first after a pause is read at once.
-COALESCE_SECONDS: Final = 0.05
+# Notifications that come together are read together: the pause after a read is short, and doubles
+# for as long as one comes in each pause. The few of a move are each read as they come.
+COALESCE_SECONDS: Final = (0.002, 0.05)
 RECONNECT_SECONDS: Final = (0.1, 30.0)
 POLL_JITTER: Final = 0.1
 # After a version was read, this much for its notification to come.
@@ -226,6 +227,8 @@ class Feed:
     async def _listen(self, reader: CatalogueReader) -> None:
         """Apply what is notified, and compare versions now and then. Raises ProxyError."""
         poll_at = self._times.clock() + self._poll_seconds()
+        first, last = COALESCE_SECONDS
+        pause = first
         while True:  # until the connection is lost
             until = min(poll_at, self._expected[1] or poll_at)
             with suppress(TimeoutError):
@@ -252,7 +255,8 @@ class Feed:
                 await self._compare(reader)
             self._contact.answered(self._times.clock())
             # What comes meanwhile is read together.
-            await self._times.sleep(COALESCE_SECONDS)
+            await self._times.sleep(pause)
+            pause = min(last, 2 * pause) if self._wake.is_set() else first
 
     async def _apply(self, reader: CatalogueReader, pending: Pending) -> None:
         """Read what has changed. Raises ProxyError, and then the next connection reads it."""

@@ -8,6 +8,7 @@ up the fence. A session is ended by its pid and start together: another one may 
 """
 
 import asyncio
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -34,26 +35,28 @@ _BARRIER: Final = (
 )
 # From the first attempt to end a session to the proof that there is none.
 SESSIONS_SECONDS_MAX: Final = 60.0
+# Between two looks: the first is short, and each is twice as long as the one before.
+FIRST_POLL_SECONDS: Final = 0.002
 _POLL_SECONDS: Final = 0.02
 _DRAIN_POLL_SECONDS: Final = 0.5
 _PIDS_SHOWN_MAX: Final = 5
 
-# The view says which registrations are of a live backend. It cannot be locked itself.
-_IS_LIVE: Final = (
-    "exists (select from shardmap_local.live_session l"
-    " where l.pid = s.pid and l.backend_start = s.backend_start)"
+# The view says which registrations are of a live backend. It cannot be locked itself, and is read
+# once: it reads the activity of all backends, which must not happen for each session.
+_LIVE: Final = "live as materialized (select pid, backend_start from shardmap_local.live_session)"
+_IS_LIVE: Final = "l.pid = s.pid and l.backend_start = s.backend_start"
+_REGISTERED: Final = (
+    f"shardmap_local.session s join live l on {_IS_LIVE}"
+    " join pg_catalog.pg_stat_activity a on a.pid = s.pid"
 )
 CLEANED_MAX: Final = 10_000
-_CLEAN_ALL: Final = (
-    "with dead as materialized (select s.pid, s.backend_start from shardmap_local.session s"
-    " where not exists (select from shardmap_local.live_session l where l.pid = s.pid"
-    " and l.backend_start = s.backend_start) limit $1 for update of s skip locked)"
-    " delete from shardmap_local.session s using dead d"
-    " where s.pid = d.pid and s.backend_start = d.backend_start"
-)
-_REGISTERED: Final = (
-    f"shardmap_local.session s join pg_catalog.pg_stat_activity a on a.pid = s.pid and {_IS_LIVE}"
-)
+_CLEAN: Final = f"""
+with {_LIVE}, dead as materialized (
+  select s.pid, s.backend_start from shardmap_local.session s
+  where {{}} and not exists (select from live l where {_IS_LIVE})
+  limit {CLEANED_MAX} for update of s skip locked)
+delete from shardmap_local.session s using dead d
+where s.pid = d.pid and s.backend_start = d.backend_start"""  # noqa: S608 - constants
 _OF_MAPPING: Final = "s.mapping_id = $1"
 _OF_MAPPINGS: Final = "s.mapping_id = any($1::uuid[])"
 _OF_MAP: Final = (
@@ -173,7 +176,7 @@ async def end_sessions(
     """
     ended: set[int] = set()
     async with tools.databases.shard(shard) as connection:
-        deadline = None
+        deadline, pauses = None, growing_pauses(_POLL_SECONDS)
         while alive := await _alive(connection, which):
             progress["sessions_left"] = len(alive)
             draining = drain_until is not None and tools.now() < drain_until
@@ -183,10 +186,18 @@ async def end_sessions(
                 raise _still_alive(shard, alive)
             _check_rights(shard, alive)
             ended |= await _end(connection, which, alive, only_idle=draining)
-            await tools.sleep(_DRAIN_POLL_SECONDS if draining else _POLL_SECONDS)
+            await tools.sleep(_DRAIN_POLL_SECONDS if draining else next(pauses))
         progress.pop("sessions_left", None)
         await _clean(connection, which)
     return len(ended)
+
+
+def growing_pauses(last: float) -> Iterator[float]:
+    """Yield the pauses between looks: each twice the one before, from FIRST_POLL_SECONDS on."""
+    seconds = FIRST_POLL_SECONDS
+    while True:  # as long as its caller looks
+        yield seconds
+        seconds = min(last, 2 * seconds)
 
 
 async def count_sessions(connection: Connection, which: Registered) -> int:
@@ -196,7 +207,8 @@ async def count_sessions(connection: Connection, which: Registered) -> int:
 
 async def _alive(connection: Connection, which: Registered) -> list[_Alive]:
     rows = await connection.fetch(
-        "select a.pid, a.usesysid as login, coalesce(a.usename, '') as name,"  # noqa: S608 - constants
+        f"with {_LIVE}"  # noqa: S608 - constants
+        " select a.pid, a.usesysid as login, coalesce(a.usename, '') as name,"
         f" a.backend_start is not null as known, {_WAY} as way"
         f" from {_REGISTERED} where {which.condition}",
         which.id,
@@ -215,7 +227,7 @@ async def _end(
     ended: set[int] = set()
     for login, way in {(one.login, one.way) for one in alive}:
         rows = await connection.fetch(
-            "with found as materialized (select a.pid"  # noqa: S608 - constants, and a name with an oid
+            f"with {_LIVE}, found as materialized (select a.pid"  # noqa: S608 - constants, and a name with an oid
             f" from {_REGISTERED} where {which.condition} and a.usesysid = $2"
             " and (not $3 or a.state = 'idle') for update of s skip locked)"
             f" select pid, {way}(pid) as asked from found",
@@ -228,15 +240,8 @@ async def _end(
 
 
 async def _clean(connection: Connection, which: Registered) -> None:
-    """Delete the rows of sessions that have ended."""
-    await connection.execute(
-        "with dead as materialized (select s.pid, s.backend_start"  # noqa: S608 - constants
-        f" from shardmap_local.session s where {which.condition} and not {_IS_LIVE}"
-        " for update of s skip locked)"
-        " delete from shardmap_local.session s using dead d"
-        " where s.pid = d.pid and s.backend_start = d.backend_start",
-        which.id,
-    )
+    """Delete the rows of sessions that have ended, CLEANED_MAX at most."""
+    await connection.execute(_CLEAN.format(which.condition), which.id)
 
 
 async def clean_registry(connection: Connection) -> None:
@@ -244,7 +249,7 @@ async def clean_registry(connection: Connection) -> None:
 
     At most CLEANED_MAX, so that it takes a moment, however many have ended since the last time.
     """
-    await connection.execute(_CLEAN_ALL, CLEANED_MAX)
+    await connection.execute(_CLEAN.format("true"))
 
 
 def _check_rights(shard: Shard, alive: list[_Alive]) -> None:

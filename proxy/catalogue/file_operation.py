@@ -7,10 +7,11 @@ other operation of the map runs meanwhile, so that no other one can take the key
 Not for reading the file: `routing.map_builder` does, with every problem of it.
 """
 
+import secrets
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import ClassVar, Final, Self
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.mapping_operations import CHECKED, END, LOCAL
@@ -18,10 +19,11 @@ from proxy.catalogue.mapping_rows import check_not_served
 from proxy.catalogue.model import CatalogueMap, Connection, Shard, Status
 from proxy.catalogue.operation import Json, Operation, Step, Tools
 from proxy.catalogue.store import empty_shards, read_shards
-from proxy.routing.map_builder import LineMapping
+from proxy.routing.map_builder import LineMapping, LineMappings
 from proxy.routing.map_rows import Problems
 
 _CHECK_ROWS: Final = 10_000
+_ID_BYTES: Final = 16
 # Above every bound, which has 129 bytes at most.
 _ABOVE_ALL: Final = b"\xff" * 130
 # For each row the last mapping that begins before its end: only that one can overlap, as mappings
@@ -48,12 +50,12 @@ class AddFile(Operation):
     def __init__(
         self,
         catalogue_map: CatalogueMap,
-        mappings: Sequence[LineMapping] = (),
+        mappings: LineMappings | Sequence[LineMapping] = (),
         op_id: UUID | None = None,
     ) -> None:
         super().__init__(catalogue_map, op_id)
         self._mappings = mappings
-        self._ids = [uuid4() for _ in mappings]
+        self._id_bytes = secrets.token_bytes(_ID_BYTES * len(mappings))  # a UUID object has 100
         self._empty: tuple[Shard, ...] = ()
 
     def __len__(self) -> int:
@@ -127,9 +129,14 @@ class AddFile(Operation):
             records=self._local_rows(shard),
         )
 
+    def _ids(self) -> Iterator[UUID]:
+        """Yield the id of each mapping: the same in shards and catalogue, whenever it is asked."""
+        for at in range(0, len(self._id_bytes), _ID_BYTES):
+            yield UUID(bytes=self._id_bytes[at : at + _ID_BYTES], version=4)
+
     def _local_rows(self, shard: Shard) -> Iterator[tuple[object, ...]]:
         map_id, op_id = self.map.map_id, self.op_id
-        for mapping_id, row in zip(self._ids, self._mappings, strict=True):
+        for mapping_id, row in zip(self._ids(), self._mappings, strict=True):
             if row.shard == shard.name:
                 yield mapping_id, map_id, row.lo, row.hi, _ONLINE, 1, op_id
 
@@ -152,13 +159,13 @@ class AddFile(Operation):
     def _rows(self) -> Iterator[tuple[object, ...]]:
         map_id = self.map.map_id
         shard_ids = {shard.name: shard.shard_id for shard in self.shards}
-        for mapping_id, row in zip(self._ids, self._mappings, strict=True):
+        for mapping_id, row in zip(self._ids(), self._mappings, strict=True):
             yield mapping_id, map_id, shard_ids[row.shard], row.lo, row.hi, _ONLINE
 
     async def is_applied(self, catalogue: Connection) -> bool:
         """Return whether the rows are there; they are all there, or none."""
         query = "select 1 from shardmap.mapping where mapping_id = any($1::uuid[])"
-        return await catalogue.fetchval(query, self._ids[:1]) is not None
+        return await catalogue.fetchval(query, list(islice(self._ids(), 1))) is not None
 
     async def undo_shard(self, connection: Connection, shard: Shard) -> None:
         """Delete the shard's rows."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.fence import SESSIONS_SECONDS_MAX
+from proxy.catalogue.fence import SESSIONS_SECONDS_MAX, growing_pauses
 from proxy.catalogue.model import Connection, Shard
 from proxy.catalogue.operation import Json, Tools
 
@@ -39,12 +39,13 @@ async def wait_for_prepared(shard: Shard, tools: Tools, progress: Json) -> None:
     """
     async with tools.databases.shard(shard) as connection:
         deadline = tools.monotonic() + SESSIONS_SECONDS_MAX
+        pauses = growing_pauses(_POLL_SECONDS)
         waited_for = left = await _prepared(connection)
         while left:
             progress["prepared_transactions"] = len(left)
             if tools.monotonic() >= deadline:
                 raise _still_prepared(shard, list(left.values()))
-            await tools.sleep(_POLL_SECONDS)
+            await tools.sleep(next(pauses))
             now = await _prepared(connection)
             left = {id_: gid for id_, gid in waited_for.items() if id_ in now}
     progress.pop("prepared_transactions", None)

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from enum import StrEnum, unique
+from math import inf
 from typing import Final, Protocol
 from uuid import UUID
 
@@ -19,6 +20,9 @@ from proxy.upstream.upstreams import RouteReplaced
 
 # Without a word of the feed the mapping is asked for this often; once for all that wait for it.
 LOOK_SECONDS: Final = 1.0
+# Between two parked clients whose wait is over. A process opens about 500 sessions a second: all at
+# once would only slow each other down, and those that came first would be served no sooner.
+TURN_SECONDS: Final = 0.002
 
 
 @unique
@@ -58,9 +62,10 @@ class Parking:
         self.seconds_max = seconds_max
         self._metrics = metrics
         self._share = share
-        self._waiting: dict[asyncio.Future[None], tuple[UUID, UUID]] = {}
+        self._waiting: dict[asyncio.Future[None], tuple[float, UUID, UUID]] = {}
         self._asked_at: dict[UUID, float] = {}  # by mapping, while clients are parked
         self._parked = 0
+        self._last_turn = -inf
         self._routing: set[asyncio.Timeout] = set()
 
     def __len__(self) -> int:
@@ -114,14 +119,15 @@ class Parking:
         finally:
             self._routing.discard(scope)
 
-    async def wait(self, mapping_id: UUID, shard_id: UUID, seconds: float) -> bool:
+    async def wait(self, mapping_id: UUID, shard_id: UUID, seconds: float, *, until: float) -> bool:
         """Return when the mapping or the shard has changed, after LOOK_SECONDS at the latest.
 
-        True: the catalogue is to be asked by this client, for all that wait for the mapping.
+        `until` is when the client's time is over: those with the earliest are woken first. True:
+        the catalogue is to be asked by this client, for all that wait for the mapping.
         """
         loop = asyncio.get_running_loop()
         changed: asyncio.Future[None] = loop.create_future()
-        self._waiting[changed] = mapping_id, shard_id
+        self._waiting[changed] = until, mapping_id, shard_id
         self._asked_at.setdefault(mapping_id, loop.time())
         try:
             async with asyncio.timeout(min(seconds, LOOK_SECONDS)):
@@ -140,10 +146,14 @@ class Parking:
     def changed(
         self, mapping_ids: Collection[UUID] | None, shard_ids: Collection[UUID] = ()
     ) -> None:
-        """Wake the clients that wait for one of these; None: all clients."""
-        for waiting, (mapping_id, shard_id) in self._waiting.items():
-            is_meant = mapping_ids is None or mapping_id in mapping_ids or shard_id in shard_ids
-            if is_meant and not waiting.done():
+        """Wake the clients that wait for one of these, in order; None: all clients."""
+        meant = [
+            (until, waiting)
+            for waiting, (until, mapping_id, shard_id) in self._waiting.items()
+            if mapping_ids is None or mapping_id in mapping_ids or shard_id in shard_ids
+        ]
+        for _, waiting in sorted(meant, key=lambda one: one[0]):
+            if not waiting.done():
                 waiting.set_result(None)
 
     def exchanged(self) -> None:
@@ -152,3 +162,9 @@ class Parking:
         now = asyncio.get_running_loop().time()
         while self._routing:
             self._routing.pop().reschedule(now)
+
+    async def turn(self) -> None:
+        """Return when the next client may go on: in the order of the calls, TURN_SECONDS apart."""
+        now = asyncio.get_running_loop().time()
+        self._last_turn = max(now, self._last_turn + TURN_SECONDS)
+        await asyncio.sleep(self._last_turn - now)

@@ -147,7 +147,7 @@ class Endpoint:
             session.demote()
 
     def add_login_trigger(self, expression: str) -> None:
-        """Have an SQL expression evaluated at each login. Raises ClusterError before version 17."""
+        """Evaluate an SQL expression at each login. Raises ClusterError before version 17."""
         self.cluster.execute(
             "CREATE FUNCTION public.at_login() RETURNS event_trigger LANGUAGE plpgsql AS"
             f" $$ BEGIN PERFORM {expression}; END $$;"

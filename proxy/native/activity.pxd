@@ -1,6 +1,9 @@
 cdef class Activity:
     cdef public bint terminated
     cdef readonly bint withheld
+    cdef readonly bytes reported
+    cdef bytes _cut
+    cdef const unsigned char* _noticed
     cdef bint _lost
     cdef Py_ssize_t _client_skip, _upstream_skip
     cdef unsigned char _client_stub[8]
@@ -31,6 +34,9 @@ cdef class Activity:
     cdef int _on_sync(self) except -1
     cdef int _on_query(self, bint unsynced) except -1
     cdef int _on_request(self) except -1
+    cdef bint _is_cut(
+        self, const unsigned char* message, Py_ssize_t size, Py_ssize_t length
+    ) except -1
     cdef int _on_ready(self) except -1
     cdef int _on_reply(self, int kind) except -1
     cdef int _copy_began(self) except -1

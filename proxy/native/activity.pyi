@@ -1,6 +1,7 @@
 class Activity:
     terminated: bool
     withheld: bool
+    reported: bytes | None
     def __init__(self, *, walks_ahead: bool = False) -> None: ...
     @property
     def reusable(self) -> bool: ...

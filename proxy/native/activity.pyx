@@ -14,6 +14,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 cdef int _HEADER_BYTES = 5
 cdef int _LENGTH_MIN = 4
 cdef int _READY_LENGTH = 5
+cdef int _REPORTED_BYTES_MAX = 4096
 cdef int _ENDS_MAX = 64
 cdef Py_ssize_t _SYNC_LOST = 1 << 62
 cdef Py_ssize_t _SKIP_MAX = 1 << 32
@@ -36,11 +37,19 @@ cdef unsigned char* _joined(
     return joined
 
 
+# By type: the messages of the upstream that are noticed also while no COPY is tracked.
+cdef unsigned char[256] _COPY_STARTS, _FOLLOWED
+_COPY_STARTS[c"G"] = _COPY_STARTS[c"W"] = 1
+_FOLLOWED[c"G"] = _FOLLOWED[c"W"] = _FOLLOWED[c"S"] = 1
+
+
 cdef class Activity:
     """The state of one relayed session: proxy.wire.activity.Activity, compiled."""
 
     def __cinit__(self, *, bint walks_ahead=False) -> None:
         self._walks_ahead = walks_ahead
+        self._noticed = &_FOLLOWED[0] if walks_ahead else &_COPY_STARTS[0]
+        self.reported = b""
         self._status = b"I"
         self._ends = None  # a list from the first entry on
 
@@ -238,7 +247,10 @@ cdef class Activity:
         if self._upstream_stub_bytes == 0:
             return self._walk_upstream(read, size)
         cdef int stub = self._upstream_stub_bytes
-        cdef unsigned char* joined = _joined(self._upstream_stub, stub, read, size)
+        cdef const unsigned char* cut = self._upstream_stub
+        if stub < 0:
+            stub, cut = <int>len(self._cut), <const unsigned char*>self._cut
+        cdef unsigned char* joined = _joined(cut, stub, read, size)
         self._upstream_stub_bytes = 0
         try:
             return self._walk_upstream(joined, stub + size)
@@ -264,16 +276,35 @@ cdef class Activity:
                     self._on_ready()
             elif length < _LENGTH_MIN:
                 length = _SYNC_LOST
-            elif self._tracks_copy or kind == b"G" or kind == b"W":
+            elif self._tracks_copy or self._noticed[kind]:
+                if kind == b"S" and self._is_cut(read + position, size - position, length):
+                    break
                 self._on_reply(kind)
             position += length + 1
-        if position < size:
+        if position >= size:
+            self._upstream_skip = position - size
+        elif position < end:
+            self._cut = PyBytes_FromStringAndSize(<const char*>read + position, size - position)
+            self._upstream_stub_bytes = -1
+            self._upstream_skip = 0
+        else:
             self._upstream_stub_bytes = <int>(size - position)
             memcpy(self._upstream_stub, read + position, size - position)
             self._upstream_skip = 0
-        else:
-            self._upstream_skip = position - size
         return 0
+
+    cdef bint _is_cut(
+        self, const unsigned char* message, Py_ssize_t size, Py_ssize_t length
+    ) except -1:
+        if not self._walks_ahead or self.reported is None:
+            return False
+        if len(self.reported) + 1 + length > _REPORTED_BYTES_MAX:
+            self.reported = None
+        elif length + 1 > size:
+            return True
+        else:
+            self.reported += PyBytes_FromStringAndSize(<const char*>message, length + 1)
+        return False
 
     cdef int _on_ready(self) except -1:
         cdef long long unanswered = self._sent - self._answered

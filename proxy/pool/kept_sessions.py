@@ -190,8 +190,12 @@ class KeptSessions:
             # Sessions in use may have told their clients of it, so that their resets will not: what
             # they would welcome the next ones with is outdated.
             self.generation += 1
-        if failure in _FAILED_RESETS:
-            self._unpoolable.reset_failed(key, now)
+        if failure in _FAILED_RESETS and self._unpoolable.reset_failed(key, now):
+            _log.warning(
+                "resets of upstream sessions fail: for a minute they serve one client each",
+                target=self._name,
+                reason=failure,
+            )
         elif failure is RetireReason.LOGIN_TRIGGER and self._unpoolable.add(key):
             _log.warning(
                 "the database has login event triggers: its sessions serve one client each",

@@ -184,14 +184,18 @@ class UnpoolableKeys(Generic[Key]):
         """Record a reset: failures in a row begin anew."""
         self._failures.pop(key, None)
 
-    def reset_failed(self, key: Key, now: float) -> None:
-        """Record a reset that failed; after RESET_FAILURES_MAX in a row the key is not pooled."""
+    def reset_failed(self, key: Key, now: float) -> bool:
+        """Record a reset that failed. Return whether the key is not pooled because of it.
+
+        That is so after RESET_FAILURES_MAX in a row.
+        """
         failures = self._failures.get(key, 0) + 1
         if failures < RESET_FAILURES_MAX:
             _remember(self._failures, key, failures)
-        else:
-            self._failures.pop(key, None)
-            _remember(self._until, key, now + UNPOOLABLE_SECONDS)
+            return False
+        self._failures.pop(key, None)
+        _remember(self._until, key, now + UNPOOLABLE_SECONDS)
+        return True
 
     def add(self, key: Key) -> bool:
         """Do not pool this key until `clear`. Return whether that is new."""

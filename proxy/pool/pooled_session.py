@@ -77,6 +77,7 @@ class PooledSession(asyncio.Protocol):
         "_machine",
         "_messages",
         "_owner",
+        "_reported",
         "_timer",
         "_triggers_counted",
         "born_at",
@@ -116,6 +117,7 @@ class PooledSession(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._checked: asyncio.Future[bool] | None = None
         self._triggers_counted = False
+        self._reported = b""
         self.key = opened.startup.key
         self.transport = opened.stream.transport
         self.prepared: Prepared = opened.prepared
@@ -133,8 +135,9 @@ class PooledSession(asyncio.Protocol):
 
     # -- the lease of a client -------------------------------------------------------------------
 
-    def release(self, retired_for: str = "") -> None:
+    def release(self, retired_for: str = "", reported: bytes = b"") -> None:
         """Return the session to its pool; see `Lease`."""
+        self._reported = reported
         self._owner.released(self, retired_for)
 
     def put_back(self, stream: StartupStream, early: bytes) -> None:
@@ -178,7 +181,10 @@ class PooledSession(asyncio.Protocol):
             self._owner.reset_ended(self, RetireReason.UPSTREAM_ENDED)
             return
         self.state = State.RESETTING
-        self._machine = reset = SessionReset(login, counts_triggers=counts_triggers)
+        self._machine = reset = SessionReset(
+            login, counts_triggers=counts_triggers, reported=self._reported
+        )
+        self._reported = b""
         self._start_timer(RESET_SECONDS_MAX, partial(self._machine_failed, reset))
         self.transport.write(reset.begin())
 

@@ -64,10 +64,25 @@ class LineMapping(NamedTuple):
     shard: str
 
 
-def mappings_from_csv(
-    lines: Iterable[str], spec: MapSpec, shards: Collection[str]
-) -> list[LineMapping]:
-    """Return the mappings of a file's lines in order, for a catalogue. Raises MapError."""
+class LineMappings:
+    """The mappings of a file, by their lower bounds. Each is made when it is iterated over.
+
+    A million take a third of what as many `LineMapping` objects do.
+    """
+
+    def __init__(self, builder: "_Builder", order: Sequence[int]) -> None:
+        self._builder = builder
+        self._order = order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[LineMapping]:
+        return map(self._builder.mapping, self._order)
+
+
+def mappings_from_csv(lines: Iterable[str], spec: MapSpec, shards: Collection[str]) -> LineMappings:
+    """Return the mappings of a file's lines, for a catalogue. Raises MapError."""
     problems = Problems()
     rows = rows_from_csv(lines, spec.kind, problems, owner="shard")
     return _Builder(spec, shards, "line", problems, owner="shard").mappings(rows)
@@ -109,18 +124,15 @@ class _Builder:
         """Return the map of these rows. Raises MapError."""
         return self._assemble(self._read(rows))
 
-    def mappings(self, rows: Iterable[Row]) -> list[LineMapping]:
+    def mappings(self, rows: Iterable[Row]) -> LineMappings:
         """Return the mappings of these rows. Raises MapError."""
-        los, his = self._los, self._his
-        return [
-            LineMapping(
-                self._row_numbers[at],
-                los[at],
-                los[at] + b"\0" if self._is_list else his[at],
-                self._names[self._owners[at]],
-            )
-            for at in self._read(rows)
-        ]
+        return LineMappings(self, self._read(rows))
+
+    def mapping(self, at: int) -> LineMapping:
+        """Return the mapping at a position."""
+        lo = self._los[at]
+        hi = lo + b"\0" if self._is_list else self._his[at]
+        return LineMapping(self._row_numbers[at], lo, hi, self._names[self._owners[at]])
 
     def _read(self, rows: Iterable[Row]) -> Sequence[int]:
         """Return the positions of these rows, sorted by lower bound. Raises MapError."""
@@ -145,6 +157,8 @@ class _Builder:
         owner = self._owner_of.get(row.target)
         if owner is None:
             raise _InvalidRow(f"there is no {self._owner} {row.target[:_SHOWN_CHARACTERS_MAX]!r}")
+        if self._his and self._his[-1] == lo:
+            lo = self._his[-1]  # most follow each other: both share one bound
         self._los.append(lo)
         self._his.append(hi)
         self._owners.append(owner)

@@ -82,5 +82,7 @@ class RelayEnd:
     upstream_bytes: int
     kept: bool = False
     """The upstream session is open, and can be reset for another client."""
+    reported: bytes = b""
+    """The ParameterStatus messages that its client was sent, if it is kept."""
     retired: RetireReason | None = None
     """Why it is closed, if the relay was to keep it."""

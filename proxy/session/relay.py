@@ -68,7 +68,8 @@ class Relay:
     After the upstream's end a client is cut when it has read nothing for `flush_seconds_max`.
 
     With `keeps_upstream` the upstream's connection is not closed when its client leaves and nothing
-    is owed: then the end is `kept`.
+    is owed: then the end is `kept`. The caller gives the connection its next protocol before it
+    suspends: until then what arrives is dropped.
     """
 
     def __init__(
@@ -236,7 +237,12 @@ class Relay:
         if self._keeps_upstream and not self._kept and retired is None:
             retired = RETIRED_BY.get(reason, RetireReason.BUSY)
         return RelayEnd(
-            reason, carried.client_bytes, carried.upstream_bytes, kept=self._kept, retired=retired
+            reason,
+            carried.client_bytes,
+            carried.upstream_bytes,
+            kept=self._kept,
+            reported=activity.reported or b"",
+            retired=retired,
         )
 
     def _open_lanes(self) -> None:
@@ -332,6 +338,8 @@ class Relay:
             return RetireReason.BUSY if was_busy else RETIRED_BY[reason]
         if upstream.is_closing() or self.from_upstream.at_end:
             return RetireReason.UPSTREAM_ENDED
+        if activity.reported is None:
+            return RetireReason.PARAMETER_CHANGED  # or not: there were too many to tell
         return None if activity.reusable else RetireReason.BUSY
 
     def _terminate_upstream(self) -> None:

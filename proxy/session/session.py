@@ -242,10 +242,11 @@ class Session:
 class _Leased:
     """Gives an upstream session back to its pool when the block ends, whatever ended it."""
 
-    __slots__ = ("_lease", "_retired_for")
+    __slots__ = ("_lease", "_reported", "_retired_for")
 
     def __init__(self, lease: Lease | None) -> None:
         self._lease = lease
+        self._reported = b""
         self._retired_for: str = RetireReason.DRAIN  # where its task is cancelled
 
     @property
@@ -255,6 +256,7 @@ class _Leased:
 
     def ended(self, end: RelayEnd, key: IssuedKey | None) -> None:
         """Set how its client has left. The key is unregistered: no cancel is sent any more."""
+        self._reported = end.reported
         if key is not None and key.forwarded:
             self._retired_for = RetireReason.CANCELLED  # it may arrive late (P17)
         else:
@@ -265,7 +267,7 @@ class _Leased:
 
     def __exit__(self, *_: object) -> None:
         if self._lease is not None:
-            self._lease.release(self._retired_for)
+            self._lease.release(self._retired_for, self._reported)
 
 
 def _with_shard(error: ErrorResponse, shard: str) -> ErrorResponse:

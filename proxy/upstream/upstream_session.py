@@ -78,11 +78,12 @@ class Lease(Protocol):
     def returns(self) -> bool:
         """Whether the session may go to another client after this one."""
 
-    def release(self, retired_for: str = "") -> None:
+    def release(self, retired_for: str = "", reported: bytes = b"") -> None:
         """Return the session to its pool, which has its transport from now on.
 
         `retired_for` is why no other client may get it: a word of `pool.pool_counts.RetireReason`.
         Without one the session is idle at its protocol's level, and nothing was cancelled.
+        `reported` are the ParameterStatus messages that the client was sent.
         """
 
     def put_back(self, stream: StartupStream, early: bytes) -> None:

@@ -25,7 +25,8 @@ and a Query that follows extended-query messages without a Sync between, which t
 one of them fails. No known driver sends either.
 
 A session of a pool is walked before its reads are sent (`client_ahead`), so that a Terminate can be
-withheld: the upstream session then serves another client.
+withheld: the upstream session then serves another client. What the upstream reports meanwhile is
+kept, for the comparison after the reset: a server says only once that it has become a standby.
 
 `proxy/native/activity.pyx` is the same algorithm, compiled. A change here must be made there too;
 `tests/native` compares the two.
@@ -51,6 +52,8 @@ _ENDS_MAX: Final = 64
 _SYNC_LOST: Final = 1 << 62
 
 _SKIP_MAX: Final = 1 << 32  # of a message; beyond it synchronization is lost
+# What is kept of ParameterStatus. Values are words; beyond it nothing is known of them.
+REPORTED_BYTES_MAX: Final = 4096
 
 _IDLE: Final = IDLE[0]
 # From the client.
@@ -68,7 +71,9 @@ _DATA_ROW: Final = ord("D")
 _READY: Final = ord("Z")
 _COPY_IN: Final = ord("G")
 _COPY_BOTH: Final = ord("W")
+_PARAMETER: Final = ord("S")
 _COPY_STARTS: Final = frozenset((_COPY_IN, _COPY_BOTH))
+_FOLLOWED: Final = _COPY_STARTS | {_PARAMETER}
 _COPY_DONE: Final = ord("c")
 _COMPLETE: Final = ord("C")
 _ERROR: Final = ord("E")
@@ -95,6 +100,7 @@ class Activity:
         "_last_group",
         "_last_query",
         "_lost",
+        "_noticed",
         "_renewed",
         "_sent",
         "_settled",
@@ -104,6 +110,7 @@ class Activity:
         "_upstream_skip",
         "_upstream_stub",
         "_walks_ahead",
+        "reported",
         "terminated",
         "withheld",
     )
@@ -111,6 +118,9 @@ class Activity:
     def __init__(self, *, walks_ahead: bool = False) -> None:
         """With `walks_ahead` each read of the client goes through `client_ahead`."""
         self._walks_ahead = walks_ahead
+        self._noticed = _FOLLOWED if walks_ahead else _COPY_STARTS
+        self.reported: bytes | None = b""
+        """The ParameterStatus messages so far, with `walks_ahead`; None if they were too many."""
         self.terminated = False
         """The client has sent Terminate."""
         self.withheld = False
@@ -218,7 +228,7 @@ class Activity:
         joined = stub + data
         while joined[position] != _TERMINATE:
             position += 1 + _HEADER(joined, position)[1]
-        # Another length is an error, or content that nobody has defined: the upstream's to answer.
+        # Another length is an error, or content that is not defined: the upstream answers it.
         if self._is_quiet() and _HEADER(joined, position)[1] == _LENGTH_MIN:
             self.withheld = True
             return joined[len(stub) : position]
@@ -321,7 +331,9 @@ class Activity:
                     self._on_ready()
             elif length < _LENGTH_MIN:
                 length = _SYNC_LOST
-            elif self._tracks_copy or kind in _COPY_STARTS:
+            elif self._tracks_copy or kind in self._noticed:
+                if kind == _PARAMETER and self._is_cut(data, position, length):
+                    break  # it is walked again with the next read
                 self._on_reply(kind)
             position += length + 1
         if position < size:
@@ -329,6 +341,19 @@ class Activity:
             self._upstream_skip = 0
         else:
             self._upstream_skip = position - size
+
+    def _is_cut(self, data: bytes, position: int, length: int) -> bool:
+        """Keep a ParameterStatus. Return whether it has to be kept, and its end has not come."""
+        if not self._walks_ahead or self.reported is None:
+            return False
+        end = position + 1 + length
+        if len(self.reported) + 1 + length > REPORTED_BYTES_MAX:
+            self.reported = None
+        elif end > len(data):
+            return True
+        else:
+            self.reported += data[position:end]
+        return False
 
     def _on_ready(self) -> None:
         """Process a ReadyForQuery while `_tracks_copy` is true."""

@@ -29,13 +29,21 @@ Unanswered = UpstreamViolated | UpstreamDisconnected | UpstreamRefused
 class OwnAnswer:
     """Reads the messages of one answer; holds at most OWN_ANSWER_BYTES_MAX plus one read."""
 
-    def __init__(self, login: Mapping[bytes, bytes]) -> None:
-        """`login` are the parameters that the session's login reported."""
+    def __init__(self, login: Mapping[bytes, bytes], reported: bytes = b"") -> None:
+        """`login` are the parameters that the session's login reported.
+
+        `reported` are the ParameterStatus messages since then. A malformed one is a change.
+        """
         self._login = login
         self._reader = MessageReader(OWN_ANSWER_BYTES_MAX)
         self._bytes = 0
         self._fed = False
         self._reported: dict[bytes, bytes] = {}
+        if reported:
+            try:
+                self._reported = reported_parameters(reported)
+            except UpstreamViolation:
+                self._reported[b""] = b""
 
     @property
     def is_empty(self) -> bool:

@@ -137,10 +137,19 @@ ResetEvent = ResetDone | Unanswered
 class SessionReset:
     """The state machine of one reset. Every byte from the upstream belongs to it until RESET."""
 
-    def __init__(self, login: Mapping[bytes, bytes], *, counts_triggers: bool = False) -> None:
-        """`login` are the parameters that the session's login reported."""
+    def __init__(
+        self,
+        login: Mapping[bytes, bytes],
+        *,
+        counts_triggers: bool = False,
+        reported: bytes = b"",
+    ) -> None:
+        """`login` are the parameters that the session's login reported.
+
+        `reported` are the ParameterStatus messages that its client was sent.
+        """
         self.state = ResetState.AWAIT_RESET
-        self._answer = OwnAnswer(login)
+        self._answer = OwnAnswer(login, reported)
         self._counts_triggers = counts_triggers
         self._login_triggers = 0
         self._last = ResetState.AWAIT_ROLE_READY
@@ -162,7 +171,7 @@ class SessionReset:
             if self.state is ResetState.AWAIT_RESET:
                 raise UpstreamViolation("a message before the reset")
             if data == _USUAL_ANSWER and self._is_usual():
-                return [ResetDone()]
+                return [ResetDone(self._answer.changed)]
             self._answer.feed(data)
             return self._receive_messages()
         except UpstreamViolation as violation:

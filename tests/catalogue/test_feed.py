@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
-from proxy.catalogue.feed import FeedState
+from proxy.catalogue.feed import COALESCE_SECONDS, FeedState
 from proxy.catalogue.followed_map import FollowedMap
 from proxy.catalogue.map_state import Change
 from proxy.catalogue.model import Status
@@ -25,6 +27,7 @@ from tests.support.followed import (
     until,
     where,
 )
+from tests.support.running import eventually
 
 
 async def test_a_change_is_known_at_once_and_only_what_changed_is_read(
@@ -257,6 +260,37 @@ async def test_s44_ten_thousand_changes_become_one_reload_and_the_end_is_right(
             for row in ids
             if (found := followed.state.by_id(row["mapping_id"])) is not None
         }
+
+
+async def test_a_change_that_follows_another_is_read_soon_and_many_are_read_together(
+    catalogue: FollowedCatalogue,
+) -> None:
+    """The few changes of a move came together: the last, that it is online, was read 50 ms late."""
+    first, last = COALESCE_SECONDS
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await asyncio.sleep(seconds)
+
+    async def changed() -> int:
+        await catalogue.set_status(catalogue.mappings[0], "online")
+        return await catalogue.version()
+
+    async with running(catalogue.followed(replace(real_times(), sleep=sleep))) as followed:
+        version = await changed()
+        await until(lambda: followed.status().version == version, followed)
+        await eventually(lambda: bool(pauses), "a pause")
+        assert pauses[0] == first
+        async with asyncio.timeout(SECONDS_MAX):
+            while last not in pauses:  # a flood
+                await changed()
+        assert all(two in (first, min(2 * one, last)) for one, two in pairwise(pauses))
+        # A pause in which nothing comes is followed by a short one.
+        async with asyncio.timeout(SECONDS_MAX):
+            while pauses[-1] != first:
+                await changed()
+                await asyncio.sleep(last)
 
 
 async def test_s43_changes_while_the_feed_is_cut_are_known_after_it_comes_back(

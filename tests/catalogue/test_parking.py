@@ -6,7 +6,7 @@ from uuid import UUID
 
 import pytest
 
-from proxy.catalogue.parking import LOOK_SECONDS, Parking, ParkResult
+from proxy.catalogue.parking import LOOK_SECONDS, TURN_SECONDS, Parking, ParkResult
 from proxy.errors import ErrorKind, ProxyError
 from tests.support.operating import in_background
 
@@ -86,7 +86,7 @@ async def test_a_change_of_its_mapping_or_its_shard_wakes_a_client(
     mappings: tuple[UUID, ...] | None, shards: tuple[UUID, ...], wakes: bool
 ) -> None:
     parking = Parking(5, 10, Counts())
-    async with in_background(parking.wait(MAPPING, SHARD, 0.3)) as waiting:
+    async with in_background(parking.wait(MAPPING, SHARD, 0.3, until=0)) as waiting:
         await asyncio.sleep(0)
         parking.changed(mappings, shards)
         parking.changed(mappings, shards)  # one that is awake already
@@ -99,7 +99,37 @@ async def test_one_of_those_that_wait_for_a_mapping_asks_for_all() -> None:
     parking = Parking(9, 10, Counts())
     with parking.waiting(9.0, REFUSAL):
         async with asyncio.timeout(20):
-            due = await asyncio.gather(*(parking.wait(MAPPING, SHARD, 9.0) for _ in range(5)))
+            due = await asyncio.gather(
+                *(parking.wait(MAPPING, SHARD, 9.0, until=0) for _ in range(5))
+            )
             assert due.count(True) == 1
-            assert await parking.wait(OTHER, SHARD, LOOK_SECONDS), "another mapping has its own"
-            assert not await parking.wait(OTHER, SHARD, 0.01), "it has just been asked for"
+            assert await parking.wait(OTHER, SHARD, LOOK_SECONDS, until=0), (
+                "another mapping has its own"
+            )
+            assert not await parking.wait(OTHER, SHARD, 0.01, until=0), "it has just been asked for"
+
+
+async def test_the_client_that_waited_longest_goes_on_first() -> None:
+    """A client that had looked by itself was woken after those that came later.
+
+    All dialled at once: on a machine that is busy with it the first was served no sooner than the
+    fiftieth.
+    """
+    parking, order = Parking(9, 10, Counts()), list[float]()
+    loop = asyncio.get_running_loop()
+    at = dict[float, float]()
+
+    async def client(until: float) -> None:
+        await parking.wait(MAPPING, SHARD, 9.0, until=until)
+        await parking.turn()
+        order.append(until)
+        at[until] = loop.time()
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as clients:
+        for until in (3.0, 1.0, 4.0, 2.0):
+            clients.create_task(client(until))
+        await asyncio.sleep(0)
+        parking.changed((MAPPING,))
+    assert order == [1.0, 2.0, 3.0, 4.0]
+    # At least so far apart, but for the resolution of the loop's timers.
+    assert at[4.0] - at[1.0] > 2 * TURN_SECONDS

@@ -157,7 +157,7 @@ async def test_a_reset_can_hang_and_go_on(lakebase: Lakebase) -> None:
     client.close()
 
 
-async def test_bytes_of_nobody_can_reach_an_idle_session(lakebase: Lakebase) -> None:
+async def test_bytes_that_are_not_postgres_reach_an_idle_session(lakebase: Lakebase) -> None:
     client, _ = await logged_in(lakebase)
     await lakebase["one"].endpoint.say(b"\x00garbage")
     assert await client.receive_exactly(8) == b"\x00garbage"

@@ -20,6 +20,7 @@ from proxy.session.relay import Relay
 from proxy.wire.messages import ErrorResponse
 from tests.native.relayed import Relayed, pythons, relayed
 from tests.support.compiled import need_compiled
+from tests.support.loops import LOOPS, NewLoop, run
 from tests.support.peer import WAIT_SECONDS_MAX, Peer, tcp_pair
 from tests.support.running import eventually
 from tests.transport.peers import Contexts, Notes, contexts
@@ -63,7 +64,7 @@ class Setting:
         return self.relayed.relay
 
     async def ask(self, request: bytes, answer: bytes) -> None:
-        """Have both peers do one exchange."""
+        """Run one exchange between both peers."""
         await self.client.send(request)
         assert await self.upstream.receive_exactly(len(request)) == request
         await self.upstream.send(answer)
@@ -252,6 +253,20 @@ async def test_a_kept_upstream_serves_the_next_client(setting: Setting) -> None:
     client.close()
 
 
+@LOOPS
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_upstream_is_kept_on_either_loop(new_loop: NewLoop, kind: str, tls: Contexts) -> None:
+    async def story() -> None:
+        async with keeping(kind, tls, small=True) as setting:
+            owed = await setting.fill()  # the upstream is not read any more
+            await setting.client.send(TERMINATE)
+            assert len(await setting.client.receive_rest()) == owed
+            await setting.kept()
+            setting.relayed.upstream_transport.abort()
+
+    run(new_loop, story)
+
+
 # -- no clean end ----------------------------------------------------------------------------------
 
 
@@ -398,12 +413,16 @@ async def test_p12_an_upstream_that_stops_within_a_message_meanwhile_is_closed(
     await setting.closed(TERMINATE, RetireReason.BUSY)
 
 
-async def test_p16_an_upstream_that_ends_meanwhile_is_closed(small: Setting) -> None:
+@pytest.mark.parametrize("way", ["fin", "close_notify"])
+async def test_p16_an_upstream_that_ends_meanwhile_is_closed(small: Setting, way: str) -> None:
     setting = small
     await setting.fill()
     await setting.client.send(TERMINATE)
     await eventually(lambda: setting.relay.over, "it has ended")
-    setting.upstream.end_orderly()
+    if way == "close_notify" and setting.upstream.tls is not None:
+        setting.upstream.send_close_notify()  # its connection stays open
+    else:
+        setting.upstream.end_orderly()
     await eventually(lambda: setting.relay.from_upstream.at_end, "its end is known")
     await setting.client.receive_rest()
     await setting.closed(TERMINATE, RetireReason.UPSTREAM_ENDED)

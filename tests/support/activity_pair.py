@@ -48,6 +48,13 @@ class ActivityPair:
     def copying(self) -> bool:
         return self._same("copying")
 
+    @property
+    def reported(self) -> bytes | None:
+        """The ParameterStatus messages so far."""
+        first, *others = (tracker.reported for tracker in self._all)
+        assert others in ([], [first])
+        return first
+
     def client_ahead(self, data: bytes) -> bytes:
         first, *others = (tracker.client_ahead(data) for tracker in self._all)
         assert others in ([], [first])
@@ -70,6 +77,7 @@ class ActivityPair:
         return values == {True}
 
     def _compare(self) -> None:
+        assert self.reported is None or isinstance(self.reported, bytes)
         for name in (
             "idle",
             "terminated",

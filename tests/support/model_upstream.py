@@ -12,6 +12,7 @@ from tests.wire.driving import message
 
 QUERIES: Final = (b"ok", b"notice", b"begin", b"commit", b"fail", b"copy in", b"copy out")
 _EXTENDED: Final = {b"P": b"1", b"B": b"2", b"D": b"n", b"C": b"3"}
+_TYPES: Final = b"QPBEDCSHFXdcf"
 _ERROR: Final = message(b"E", b"SERROR\0\0")
 _COPY_IN: Final = message(b"G", bytes(3))
 _COMPLETE: Final = message(b"C", b"OK\0")
@@ -25,11 +26,11 @@ class ModelUpstream:
     """The other end of a session after its login."""
 
     answers: bytearray = field(default_factory=bytearray)
-    """What it has said and nobody has taken."""
+    """What it has said and was not taken."""
     received: bytearray = field(default_factory=bytearray)
     """All that it was sent."""
     ended: bool = False
-    """It has read a Terminate."""
+    """It has read a Terminate, or what is no message."""
     _unread: bytearray = field(default_factory=bytearray)
     _status: bytes = b"I"
     _skips: bool = False  # to the next Sync, after an error
@@ -54,7 +55,9 @@ class ModelUpstream:
         self._unread += data
         while len(self._unread) > 4 and not self.ended:
             size = 1 + int.from_bytes(self._unread[1:5], "big")
-            if len(self._unread) < size:
+            if size < 5 or self._unread[0] not in _TYPES:
+                self.ended = True  # FATAL: it has lost the messages' boundaries
+            if len(self._unread) < size or self.ended:
                 return
             kind, payload = bytes(self._unread[:1]), bytes(self._unread[5:size])
             del self._unread[:size]

@@ -357,3 +357,26 @@ def test_p20_steps_are_those_of_the_table(state: ResetState, step: ResetStep) ->
     else:
         reset._move(step)
         assert reset.state is following
+
+
+# What the client was sent before
+
+
+@pytest.mark.parametrize(
+    ("reported", "answered", "changed"),
+    [
+        (parameter(b"in_hot_standby", b"on"), b"", (b"in_hot_standby",)),
+        (parameter(b"TimeZone", b"CET"), parameter(b"TimeZone", b"Etc/UTC"), ()),
+        (parameter(b"TimeZone", b"CET"), b"", (b"TimeZone",)),
+        (parameter(b"TimeZone", b"CET") + parameter(b"TimeZone", b"Etc/UTC"), b"", ()),
+        (message(b"S", b"name alone\0"), b"", (b"",)),
+    ],
+)
+def test_p22_what_the_client_was_sent_counts_until_the_reset_says_otherwise(
+    reported: bytes, answered: bytes, changed: tuple[bytes, ...]
+) -> None:
+    for cut in THREE_WAYS:
+        reset = SessionReset(LOGIN, reported=reported)
+        reset.begin()
+        answer = DISCARDED + answered + b"".join(USUAL[1:])
+        assert fed(reset, cut(answer)) == [ResetDone(changed)]

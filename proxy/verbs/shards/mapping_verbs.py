@@ -15,7 +15,7 @@ from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping, Mappin
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.model import CatalogueMap, Connection, SessionsMode, Shard, Status
 from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
-from proxy.routing.map_builder import LineMapping, mappings_from_csv
+from proxy.routing.map_builder import LineMappings, mappings_from_csv
 from proxy.routing.map_rows import MapError
 from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, one_of
 from proxy.verbs.shards.operating import Done, counted_shard, run
@@ -72,7 +72,7 @@ async def _add_file(call: Call) -> None:
         call.output.answer({"added": added}, [f"added {added} mappings"])
 
 
-def _read_file(path: Path, owner: CatalogueMap, shards: list[Shard]) -> list[LineMapping]:
+def _read_file(path: Path, owner: CatalogueMap, shards: list[Shard]) -> LineMappings:
     """Return the mappings of a file. Raises CatalogueError, with each bad line."""
     try:
         with _lines(path) as lines:

@@ -65,7 +65,7 @@ class KeptSessions:
         self.counts = PoolCounts()
         self.waiting = WaitingClients()
         self.generation = 0
-        """The number of reconnects so far, and of changes that let no session be kept."""
+        """The number of reconnects so far."""
         self._idle = IdleSessions[Prepared, PooledSession](bounds, jitter)
         self._unpoolable = UnpoolableKeys[Prepared]()
         self._sessions: set[PooledSession] = set()  # whose connection is open, in any state
@@ -186,10 +186,6 @@ class KeptSessions:
             self._unpoolable.reset_succeeded(key)
             self.offer(session)
             return
-        if failure is RetireReason.PARAMETER_CHANGED:
-            # Sessions in use may have told their clients of it, so that their resets will not: what
-            # they would welcome the next ones with is outdated.
-            self.generation += 1
         if failure in _FAILED_RESETS and self._unpoolable.reset_failed(key, now):
             _log.warning(
                 "resets of upstream sessions fail: for a minute they serve one client each",

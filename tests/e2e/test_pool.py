@@ -19,7 +19,6 @@ from tests.support.client import query, startup
 from tests.support.pool_clients import (
     PID,
     both_relays,
-    count,
     pooling,
     retired,
     settled,
@@ -235,34 +234,6 @@ async def test_p25_a_byte_while_idle_retires_the_session(
     await lakebase["one"].endpoint.say(content)
     await eventually(lambda: retired(proxy) == {"upstream_ended": 1}, "it is retired")
     assert await visit(proxy) != first
-
-
-async def test_p22_after_a_default_has_changed_no_session_of_before_is_kept(
-    start_proxy: StartProxy, lakebase: Lakebase
-) -> None:
-    proxy = await start_proxy(**pooling())
-    cluster = lakebase["one"].cluster
-    async with visitor(proxy) as idle, visitor(proxy) as busy:
-        await idle.enter()
-        await busy.enter()
-        try:
-            cluster.execute("ALTER SYSTEM SET datestyle = 'German'")
-            cluster.execute("SELECT pg_reload_conf()")
-            german = "SELECT 1 WHERE current_setting('datestyle') LIKE 'German%'"
-            while not await busy.value(german):  # its client hears of it: its reset will not
-                pass
-            await idle.leave()
-            await eventually(lambda: retired(proxy) == {"parameter_changed": 1}, "it is not kept")
-            await busy.leave()
-            await eventually(lambda: count(proxy, "retired_total") == 2, "nor is the other one")
-            async with visitor(proxy) as later:
-                await later.send(startup())
-                said = await later.messages_until(ReadyForQuery)
-                assert ParameterStatus(b"DateStyle", b"German, DMY") in said
-                await later.leave()
-        finally:
-            cluster.execute("ALTER SYSTEM RESET datestyle")
-            cluster.execute("SELECT pg_reload_conf()")
 
 
 async def test_p28_the_session_that_was_used_last_is_taken_first(start_proxy: StartProxy) -> None:

@@ -30,9 +30,6 @@ WELCOMES_MAX: Final = 64
 # After which a key may not be poolable at all. One that was not begun says nothing of that (P24).
 _FAILED_RESETS: Final = (RetireReason.RESET_FAILED, RetireReason.PARAMETER_CHANGED)
 
-# Types of what an idle session sends last: an ErrorResponse, or nothing.
-_ENDS: Final = (b"E", b"")
-
 _log = get_logger(__name__)
 
 Register = Callable[[str, Callable[[], PoolRow]], Callable[[], None]]
@@ -201,10 +198,10 @@ class KeptSessions:
         if (waiter := self.waiting.next_for_reset(key)) is not None:
             waiter.wake()  # there is one less to wait for
 
-    def idle_ended(self, session: PooledSession, said: bytes) -> None:
+    def idle_ended(self, session: PooledSession, *, in_error: bool) -> None:
         """Close an idle session that has sent something, or has ended."""
         self._idle.remove(session)  # else it was given to a client that has not woken up yet
-        if said in _ENDS:  # what ended it may have ended the others, without a word (P34)
+        if in_error:  # what ended it may have ended the others, without a word (P34)
             self._idle.suspect_all(self._clock())
         self.retire(session, RetireReason.UPSTREAM_ENDED)
 
@@ -250,8 +247,11 @@ class KeptSessions:
         return has_client or self._settings.pool_idle_max > 0
 
     def offer(self, session: PooledSession) -> None:
-        """Pass a session that is as after its login to a client, keep it idle, or close it."""
-        if session.state in (State.CLOSING, State.CLOSED):  # a client was given it, and has left
+        """Pass a session that is as after its login to a client, keep it idle, or close it.
+
+        It may have ended since it was given to a client that does not take it.
+        """
+        if session.is_over:
             return
         session.be_idle(self._clock())
         reason = self._reason_to_retire(session)
@@ -277,7 +277,9 @@ class KeptSessions:
         return waiter or self.waiting.next_dial(key)
 
     def retire(self, session: PooledSession, reason: RetireReason) -> None:
-        """Close a session that is not in use."""
+        """Close a session that is not in use, unless it has ended already."""
+        if session.is_over:
+            return
         unused = reason in (RetireReason.IDLE, RetireReason.LIFETIME) and not session.used
         self.counts.retired(RetireReason.UNUSED_SPARE if unused else reason)
         session.close()

@@ -122,15 +122,17 @@ class Pool:
 
     async def _open(self, request: _Request, session: PooledSession | None) -> UpstreamSession:
         """Return a session after all that may have to be waited for. Raises ProxyError."""
-        while True:  # each turn ends an idle session, or a wait; a dial ends it
-            if session is None or session.state is not State.IDLE:  # it may have ended meanwhile
+        opened = None
+        while opened is None:  # each turn ends an idle session, or a wait; a dial ends it
+            if session is None:
                 session = await self._find(request)
-            if session is not None:
-                opened, session = await self._approved(session, request), None
-            else:
+            if session is None:
                 opened, session = await self._dial(request)
-            if opened is not None:
-                return opened
+            elif session.state is State.IDLE:
+                opened, session = await self._approved(session, request), None
+            else:  # it has ended since it was given to this client
+                session = None
+        return opened
 
     async def _find(self, request: _Request) -> PooledSession | None:
         """Return a kept session; None where the client is to dial, and has room to."""

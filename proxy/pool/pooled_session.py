@@ -31,6 +31,7 @@ CHECK_SECONDS_MAX: Final = 2.0
 CLOSE_SECONDS_MAX: Final = 1.0
 
 _TERMINATE: Final = Terminate().encode()
+_ERROR: Final = ord("E")
 
 
 class State(Enum):
@@ -42,6 +43,9 @@ class State(Enum):
     CHECKING = auto()  # a client waits for the sign of life
     CLOSING = auto()
     CLOSED = auto()
+
+
+_OVER: Final = (State.CLOSING, State.CLOSED)
 
 
 class Owner(Protocol):
@@ -56,8 +60,8 @@ class Owner(Protocol):
     def reset_ended(self, session: "PooledSession", failure: RetireReason | None) -> None:
         """A reset is over. A session that failed is to be closed."""
 
-    def idle_ended(self, session: "PooledSession", said: bytes) -> None:
-        """An idle session has sent a message of this type, or has ended without a word."""
+    def idle_ended(self, session: "PooledSession", *, in_error: bool) -> None:
+        """An idle session has sent something or has ended, `in_error` with an error or silently."""
 
     def shared_welcome(self, welcome: KeptWelcome) -> KeptWelcome:
         """Return an equal object that other sessions have, too."""
@@ -133,6 +137,11 @@ class PooledSession(asyncio.Protocol):
         self.used = True
         """Whether a client has had it; false for a spare."""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed, or was told to be."""
+        return self.state in _OVER
+
     # -- the lease of a client -------------------------------------------------------------------
 
     def release(self, retired_for: str = "", reported: bytes = b"") -> None:
@@ -150,6 +159,7 @@ class PooledSession(asyncio.Protocol):
 
     def lend(self) -> UpstreamSession:
         """Return an idle session for a client, which has it from now on."""
+        assert self.state is State.IDLE
         self.state = State.IN_USE
         self.reused = self.used = True
         stream = StartupStream()
@@ -198,7 +208,7 @@ class PooledSession(asyncio.Protocol):
         self.state = State.IDLE
 
     async def check(self) -> bool:
-        """Ask an idle session for a sign of life; it is a client's meanwhile. Return whether it is.
+        """Ask an idle session for a sign of life. Return whether it is idle then.
 
         The wait is bounded by CHECK_SECONDS_MAX. If cancelled the session is in doubt.
         """
@@ -210,10 +220,10 @@ class PooledSession(asyncio.Protocol):
         self._start_timer(CHECK_SECONDS_MAX, partial(self._machine_failed, check))
         self.transport.write(check.begin())
         try:
-            return await self._checked
+            is_alive = await self._checked
         finally:
-            self._stop_machine()
             self._checked = None
+        return is_alive and self.state is State.IDLE  # it may have ended since its answer
 
     def close(self) -> None:
         """Send Terminate, and close when the upstream has, CLOSE_SECONDS_MAX later at most.
@@ -239,7 +249,7 @@ class PooledSession(asyncio.Protocol):
         machine = self._machine
         if machine is None:
             if self.state is State.IDLE:
-                self._owner.idle_ended(self, data[:1])
+                self._owner.idle_ended(self, in_error=data[0] == _ERROR)
             return
         for event in machine.receive_data(data):
             if machine.trailing_data():
@@ -263,7 +273,7 @@ class PooledSession(asyncio.Protocol):
         if self._machine is not None:
             self._machine_failed(self._machine)
         elif self.state is State.IDLE:
-            self._owner.idle_ended(self, b"")
+            self._owner.idle_ended(self, in_error=True)
 
     def _closed(self) -> None:
         self._stop_machine()
@@ -281,6 +291,8 @@ class PooledSession(asyncio.Protocol):
                     failure = RetireReason.LOGIN_TRIGGER
                 self._owner.reset_ended(self, failure)
             case Alive(changed) if not changed:
+                self._stop_machine()
+                self.state = State.IDLE
                 self._answer_check(is_alive=True)
             case _:
                 assert self._machine is not None

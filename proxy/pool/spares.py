@@ -54,19 +54,20 @@ class Spares:
     async def _run(
         self, key: Prepared, client: StartupMessage, fallback: StartupMessage | None
     ) -> None:
-        """Dial until there are enough, one at a time. A reconnect ends it: it dials nothing."""
-        generation = self._kept.generation
+        """Dial until there are enough, one at a time, or one is not kept."""
         try:
-            while generation == self._kept.generation and self._kept.wants_spare(key):
-                if not await self._dial(key, client, fallback):
-                    return
+            while self._kept.wants_spare(key) and await self._dial(key, client, fallback):
+                pass
         finally:
             del self._tasks[key]
 
     async def _dial(
         self, key: Prepared, client: StartupMessage, fallback: StartupMessage | None
     ) -> bool:
-        """Dial one. Return whether it is there."""
+        """Dial one. Return whether it is kept: after a reconnect it is not (P46).
+
+        One that was not, as it is too old or has sent something, would be followed by another.
+        """
         generation = self._kept.generation
         if not self._kept.reserve():
             return False
@@ -86,4 +87,4 @@ class Spares:
         session = self._kept.dialled(opened, generation, returns=True)
         session.used = False
         replace(opened, lease=session).put_back()
-        return True
+        return not session.is_over

@@ -32,24 +32,24 @@ class Waiter:
         self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def give(self, session: PooledSession | None) -> None:
-        """Pass it a session, or the right to dial. Call it while `waits` is true."""
+        """Pass it a session, or room to dial. Call it while `waits` is true."""
         self.session, self.may_dial = session, session is None
         self.wake()
 
-    def wake(self) -> None:
-        """End its wait, with what it was given or without."""
-        self.waits = False
-        if not self._woken.done():
-            self._woken.set_result(None)
-
     async def wait(self, seconds: float) -> None:
-        """Return when it was given something, or after this time."""
+        """Return when it was woken, or after this time."""
         timer = asyncio.get_running_loop().call_later(seconds, self.wake)
         try:
             await self._woken
         finally:
             timer.cancel()
             self.waits = False
+
+    def wake(self) -> None:
+        """End its wait; it was given what it has."""
+        self.waits = False
+        if not self._woken.done():
+            self._woken.set_result(None)
 
 
 class DialWaiter(Waiter):

@@ -7,6 +7,7 @@ import pytest
 
 from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProxy
+from tests.support.pool_clients import both_relays, pooling, retired, visit, visitor
 from tests.support.running import eventually, libpq
 
 STYLE: Final = "IntervalStyle"
@@ -58,3 +59,17 @@ async def test_p22_a_default_that_changes_within_a_clients_session_retires_it(
     finally:
         cluster.execute(f"ALTER SYSTEM RESET {STYLE}")
         cluster.execute("SELECT pg_reload_conf()")
+
+
+@both_relays
+async def test_p22_a_session_whose_server_is_demoted_under_its_client_is_retired(
+    start_proxy: StartProxy, lakebase: Lakebase, *, accelerated: bool
+) -> None:
+    proxy = await start_proxy(**pooling(accelerated=accelerated))
+    async with visitor(proxy) as client:
+        first = await client.enter()
+        lakebase["one"].endpoint.promote_another()
+        assert await client.value("SELECT 1") == "1"
+        await client.leave()
+    await eventually(lambda: retired(proxy) == {"parameter_changed": 1}, "it is retired")
+    assert await visit(proxy) != first

@@ -14,10 +14,10 @@ WAIT_SECONDS_MAX = 10.0
 
 
 async def for_reset(clients: WaitingClients, waiter: Waiter) -> bool:
-    """Wait; return whether there is leave to dial."""
+    """Wait; return whether it was woken with nothing."""
     with clients.for_reset(waiter, KEY):
         await waiter.wait(WAIT_SECONDS_MAX)
-    return waiter.may_dial
+    return not (waiter.session or waiter.may_dial)
 
 
 async def test_p19_two_clients_that_are_given_something_at_once_both_wake() -> None:
@@ -27,7 +27,7 @@ async def test_p19_two_clients_that_are_given_something_at_once_both_wake() -> N
     await eventually(lambda: clients.reset_waiters(KEY) == 2, "both wait")
     for waiter in waiters:
         assert clients.next_for_reset(KEY) is waiter
-        waiter.give(None)
+        waiter.wake()
     assert clients.next_for_reset(KEY) is None
     assert await asyncio.gather(*tasks) == [True, True]
     assert clients.reset_waiters(KEY) == 0

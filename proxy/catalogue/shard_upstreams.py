@@ -166,9 +166,9 @@ class ShardUpstreams:
             raise ProxyError(ErrorKind.SHARD_ROW_INVALID, detail)
         self.discard(shard.shard_id)
         name = target_name(self.map_name, shard)
-        found = list(resources.values())
-        # After `close` it is for one dial.
-        upstream = self._factory.make(name, settings, found, pools=not self._closed)
+        upstream = self._factory.make(name, settings, list(resources.values()))
+        if self._closed and upstream.pool is not None:  # for one dial
+            upstream.pool.drain()
         self._add(shard.shard_id, row, upstream)
         self._offer(key, upstream.account)
         return upstream

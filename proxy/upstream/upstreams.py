@@ -199,17 +199,9 @@ class UpstreamFactory:
         return AccountKey.of(workspace_key_of(self._settings, target), resource_of(target))
 
     def make(
-        self,
-        name: str,
-        target: UpstreamSettings,
-        resources: Sequence[Resource] | None = None,
-        *,
-        pools: bool = True,
+        self, name: str, target: UpstreamSettings, resources: Sequence[Resource] | None = None
     ) -> Upstream:
-        """Return a new upstream. Its tokens are minted for one of `resources`, or for its own.
-
-        One that is not held (`Upstream.hold`) is made without `pools`: its pool would stay open.
-        """
+        """Return a new upstream. Its tokens are minted for one of `resources`, or for its own."""
         key, resource = self.account_key(target), resource_of(target)
         if resources is None:
             resources = [] if resource is None else [resource]
@@ -239,7 +231,7 @@ class UpstreamFactory:
         )
         use = self._registry.use_of(key)
         pool = None
-        if pools and self._make_pool is not None and target.pool != "off":
+        if self._make_pool is not None and target.pool != "off":
             pool = self._make_pool(name, target, dialer)
         return Upstream(
             target, key, resource, workspace, account, credentials, lookup, dialer, use, pool

@@ -378,7 +378,8 @@ class KeptSessions:
     def row(self) -> PoolRow:
         """Return everything that operators see of it."""
         states = Counter(session.state for session in self._sessions)
-        oldest = min((session.born_at for session in self._sessions), default=self._clock())
+        now = self._clock()
+        oldest = min((session.born_at for session in self._sessions), default=now)
         present = PoolPresent(
             mode=self._settings.pool,
             keys=len({session.prepared for session in self._sessions}),
@@ -388,6 +389,6 @@ class KeptSessions:
             dialling=self._dialling,
             waiting=len(self.waiting),
             size_max=self._settings.pool_size_max,
-            oldest_seconds=self._clock() - oldest,
+            oldest_seconds=now - oldest,
         )
         return self.counts.row(self._name, present)

@@ -31,6 +31,7 @@ CHECK_SECONDS_MAX: Final = 2.0
 CLOSE_SECONDS_MAX: Final = 1.0
 
 _TERMINATE: Final = Terminate().encode()
+_IGNORING: Final = asyncio.Protocol()  # the protocol of connections that are over
 _ERROR: Final = ord("E")
 
 
@@ -277,6 +278,8 @@ class PooledSession(asyncio.Protocol):
         self._stop_machine()
         if self.state is not State.CLOSED:
             self.state = State.CLOSED
+            # It and this refer to each other: both would wait for the garbage collector.
+            self.transport.set_protocol(_IGNORING)
             self._owner.session_closed(self)
 
     def _machine_ended(self, event: ResetEvent | CheckEvent) -> None:

@@ -167,8 +167,8 @@ class ShardUpstreams:
         self.discard(shard.shard_id)
         name = target_name(self.map_name, shard)
         upstream = self._factory.make(name, settings, list(resources.values()))
-        if self._closed:  # for one dial: its pool would never be closed
-            upstream = upstream.unpooled()
+        if self._closed and upstream.pool is not None:  # for one dial
+            upstream.pool.drain()
         self._add(shard.shard_id, row, upstream)
         self._offer(key, upstream.account)
         return upstream

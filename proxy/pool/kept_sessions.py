@@ -350,8 +350,8 @@ class KeptSessions:
     async def wait_closed(self) -> None:
         """Return when none of its connections is open: CLOSE_SECONDS_MAX after the last client."""
         while self._sessions or self._dialling:  # bounded by the timers of sessions and dials
-            self._over = self._over or asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._over)
+            self._over = asyncio.get_running_loop().create_future()
+            await self._over
 
     def close(self, reason: RetireReason) -> None:
         """Keep nothing from now on: close what is idle or in its reset."""

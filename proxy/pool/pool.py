@@ -215,9 +215,9 @@ class Pool:
         if self._kept.needs_check(session) and not await self._is_alive(session):
             request.dials = True
             return None
-        opened = self._lend(session, request.source, request.client, request.fallback)
         if request.admit is None:
-            return opened
+            return self._lend(session, request.source, request.client, request.fallback)
+        opened = session.lend()
         seconds = min(ADMIT_SECONDS_MAX, request.deadline - self._clock())
         try:
             async with asyncio.timeout(seconds):
@@ -230,7 +230,14 @@ class Pool:
         except BaseException:
             self._kept.retire(session, RetireReason.CHECK_FAILED)
             raise
+        self._taken(session, request)
         return opened
+
+    def _taken(self, session: PooledSession, request: _Request) -> None:
+        """Count a client that has a session, and dial the next one ahead."""
+        self._kept.counts.taken(request.source)
+        if session.returns:
+            self._spares.begin(session.prepared, request.client, request.fallback)
 
     async def _is_alive(self, session: PooledSession) -> bool:
         """Ask a session for a sign of life. Without one the older ones are closed, too (P23)."""
@@ -257,12 +264,13 @@ class Pool:
         if opened is None:
             self._kept.dial_ended()
             return None, waiter.session
+        if waiter.session is not None:
+            self._kept.offer(waiter.session)
         self._dial_seconds = self._clock() - began
         session = self._kept.dialled(opened, generation, returns=request.pools)
-        waited = request.source is TakeSource.WAITED
-        self._kept.counts.taken(TakeSource.WAITED if waited else TakeSource.DIALLED)
-        if session.returns:
-            self._spares.begin(session.prepared, request.client, request.fallback)
+        if request.source is TakeSource.REUSED:
+            request.source = TakeSource.DIALLED
+        self._taken(session, request)
         return replace(opened, lease=session), None
 
     async def _dialled(self, waiter: DialWaiter, request: _Request) -> UpstreamSession | None:

@@ -213,6 +213,8 @@ class PooledSession(asyncio.Protocol):
 
         The wait is bounded by CHECK_SECONDS_MAX. If cancelled the session is in doubt.
         """
+        if self.transport.is_closing():
+            return False
         self.state = State.CHECKING
         self._checked = asyncio.get_running_loop().create_future()
         self._machine = check = SignOfLife(self._messages.parameters)

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from proxy.config import ConfigurationError, ListenSettings, Problem
 from proxy.errors import ErrorKind, ProxyError
@@ -27,6 +27,7 @@ from proxy.session.listen_sockets import ACCEPT_BACKLOG, Address, open_sockets
 from proxy.session.memory_trim import MemoryTrim
 from proxy.session.slots import SlotSource
 from proxy.transport.self_signed import self_signed_context
+from proxy.transport.sockets import inherits_options
 from proxy.transport.stream import StartupStream
 from proxy.transport.tls import server_context
 
@@ -49,14 +50,19 @@ Serve = Callable[[StartupStream, OpenSession], Coroutine[None, None, None]]
 class _AcceptedStream(StartupStream):
     """A client's stream, which calls `connected` with itself."""
 
-    __slots__ = ("_connected",)
+    __slots__ = ("_connected", "_has_options")
 
-    def __init__(self, connected: Callable[[StartupStream], None]) -> None:
+    def __init__(self, connected: Callable[[StartupStream], None], *, has_options: bool) -> None:
+        """`has_options`: its socket has those of a TCP connection already."""
         super().__init__()
         self._connected = connected
+        self._has_options = has_options
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+        if self._has_options:
+            self.transport = cast(asyncio.Transport, transport)
+        else:
+            super().connection_made(transport)
         self._connected(self)
 
 
@@ -118,7 +124,8 @@ class Listener:
             listening = open_sockets(self._settings)
             self._unix_path = listening.unix_path
             for sock in listening.tcp:
-                server = await loop.create_server(self._accepted, sock=sock, backlog=self._backlog)
+                accepted = partial(self._accepted, has_options=inherits_options(sock))
+                server = await loop.create_server(accepted, sock=sock, backlog=self._backlog)
                 self._servers.append(server)
             if listening.unix is not None:
                 server = await loop.create_unix_server(
@@ -171,8 +178,8 @@ class Listener:
             self._unix_path.unlink(missing_ok=True)
             self._unix_path = None
 
-    def _accepted(self) -> StartupStream:
-        return _AcceptedStream(self._connected)
+    def _accepted(self, *, has_options: bool = False) -> StartupStream:
+        return _AcceptedStream(self._connected, has_options=has_options)
 
     def _connected(self, stream: StartupStream) -> None:
         """Serve a connection; abort one that was in the backlog when the listener closed."""

@@ -282,7 +282,7 @@ async def _open(opener: SessionOpener, arrival: _Arrival) -> UpstreamSession:
     """Open the session upstream, and answer the driver if that fails. Raises ProxyError."""
     client = arrival.client
     try:
-        async with client.while_connected():
+        with client.while_connected():
             upstream = await opener.open(_without_name(arrival.startup.message), DialPhases())
     except ClientGone:
         raise ProxyError(ErrorKind.SHUTTING_DOWN, "the driver has given up") from None

@@ -165,7 +165,7 @@ class Session:
         """Open a session upstream. Raises ClientGone, ProxyError or ClientViolation."""
         self._entry.opening()
         try:
-            async with self._client.while_connected():
+            with self._client.while_connected():
                 opener, upstream = await self._open_upstream(startup)
         except asyncio.CancelledError:
             # A drain has begun, and this client still waits for an answer.

@@ -55,8 +55,8 @@ class Owner(Protocol):
     def released(self, session: "PooledSession", retired_for: str) -> None:
         """The client of a session has left it."""
 
-    def put_back(self, session: "PooledSession") -> None:
-        """A session that its client has not used is idle again."""
+    def offer(self, session: "PooledSession") -> None:
+        """A session that its client has not used can serve another one."""
 
     def reset_ended(self, session: "PooledSession", failure: RetireReason | None) -> None:
         """A reset is over. A session that failed is to be closed."""
@@ -156,7 +156,7 @@ class PooledSession(asyncio.Protocol):
         if early or stream.gone.done() or self.transport.is_closing() or not self.returns:
             self._owner.released(self, RetireReason.UPSTREAM_ENDED)
         else:
-            self._owner.put_back(self)
+            self._owner.offer(self)
 
     def lend(self) -> UpstreamSession:
         """Return an idle session for a client, which has it from now on."""

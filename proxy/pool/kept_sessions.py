@@ -11,7 +11,9 @@ The invariants: what is in doubt is closed. There are never more sessions and di
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
+from weakref import WeakValueDictionary
 
 from proxy.config import UpstreamSettings
 from proxy.observe.logs import get_logger
@@ -76,6 +78,8 @@ class KeptSessions:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
         self._welcomes: dict[KeptWelcome, KeptWelcome] = {}
+        self._keys = WeakValueDictionary[Prepared, Prepared]()
+        self._reached: Target | None = None
         # At once: rate() and increase() miss the first events of a series that appears with them.
         self._unregister = register(name, self.row)
 
@@ -140,10 +144,15 @@ class KeptSessions:
         """Register a session that was dialled in reserved room; `generation` is of before."""
         self._dialling -= 1
         assert opened.prepared is not None
-        if opened.prepared.target != self._target:
-            self._target = opened.prepared.target
+        # Sessions of one key, and of one address, share what is equal: many are idle.
+        key = self._keys.setdefault(opened.prepared, opened.prepared)
+        if opened.target != self._reached:
+            self._reached = opened.target
+        opened = replace(opened, prepared=key, target=self._reached)
+        if key.target != self._target:
+            self._target = key.target
             self._retire_idle(RetireReason.RECONFIGURED, all_targets=False)  # P45
-        returns = returns and self.keeps(opened.prepared)
+        returns = returns and self.keeps(key)
         born_at = self._clock()
         session = PooledSession(
             opened,

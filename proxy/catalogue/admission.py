@@ -200,7 +200,8 @@ async def _ask(stream: StartupStream, sql: bytes) -> QueryAnswered:
     (event,) = events
     if not isinstance(event, QueryAnswered):
         raise diagnose_event(event)
-    stream.unread(query.trailing_data())
+    # The client hears of a parameter that changed since its session was kept.
+    stream.unread(event.parameters + query.trailing_data())
     return event
 
 

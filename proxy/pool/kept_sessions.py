@@ -67,6 +67,7 @@ class KeptSessions:
         """The number of reconnects so far."""
         self._idle = IdleSessions[Prepared, PooledSession](bounds, jitter)
         self._unpoolable = UnpoolableKeys[Prepared]()
+        self._with_triggers: set[bytes] = set()  # databases, so there are not many
         self._sessions: set[PooledSession] = set()  # whose connection is open, in any state
         # Clients that get a session after its reset, or its room when it is closed.
         self._promised: dict[PooledSession, Waiter] = {}
@@ -92,7 +93,9 @@ class KeptSessions:
 
     def keeps(self, key: Prepared) -> bool:
         """Return whether sessions of this key are kept now."""
-        return self._closed_for is None and not self._unpoolable.contains(key, self._clock())
+        if self._closed_for is not None or key.names.database in self._with_triggers:
+            return False
+        return not self._unpoolable.contains(key, self._clock())
 
     def take(self, key: Prepared) -> PooledSession | None:
         """Remove and return an idle session of this key."""
@@ -179,10 +182,6 @@ class KeptSessions:
         else:
             self.retire(session, reason or RetireReason.SURPLUS)
 
-    def put_back(self, session: PooledSession) -> None:
-        """Keep a session that its client has not used."""
-        self.offer(session)
-
     def reset_ended(self, session: PooledSession, failure: RetireReason | None) -> None:
         """Pass the session on to the next client, keep it, or close it."""
         key, now = session.prepared, self._clock()
@@ -193,16 +192,10 @@ class KeptSessions:
             self.offer(session)
             return
         if failure in _FAILED_RESETS and self._unpoolable.reset_failed(key, now):
-            _log.warning(
-                "resets of upstream sessions fail: for a minute they serve one client each",
-                target=self._name,
-                reason=failure,
-            )
-        elif failure is RetireReason.LOGIN_TRIGGER and self._unpoolable.add(key):
-            _log.warning(
-                "the database has login event triggers: its sessions serve one client each",
-                target=self._name,
-            )
+            text = "resets of upstream sessions fail: for a minute they serve one client each"
+            _log.warning(text, target=self._name, reason=failure)
+        elif failure is RetireReason.LOGIN_TRIGGER:
+            self._found_triggers(key.names.database)
         self.retire(session, failure)
         if (waiter := self.waiting.next_for_reset(key)) is not None:
             waiter.wake()  # there is one less to wait for
@@ -239,12 +232,22 @@ class KeptSessions:
             return RetireReason.RECONNECT
         if session.prepared.target != self._target:
             return RetireReason.RECONFIGURED
+        if session.prepared.names.database in self._with_triggers:
+            return RetireReason.LOGIN_TRIGGER
         if self._unpoolable.contains(session.prepared, self._clock()):
-            added = self._unpoolable.is_added(session.prepared)
-            return RetireReason.LOGIN_TRIGGER if added else RetireReason.RESET_FAILED
+            return RetireReason.RESET_FAILED
         if self._clock() >= session.ends_at:
             return RetireReason.LIFETIME
         return None
+
+    def _found_triggers(self, database: bytes) -> None:
+        """Keep no session of a database whose login triggers a reused one would lack (P21)."""
+        if database not in self._with_triggers:
+            self._with_triggers.add(database)
+            _log.warning(
+                "the database has login event triggers: its sessions serve one client each",
+                target=self._name,
+            )
 
     def _may_keep(self, session: PooledSession) -> bool:
         """Return whether there is a client or room for a session; a client gets it or its room."""
@@ -354,6 +357,7 @@ class KeptSessions:
         """Close what is idle now, and after its client each session that has one (P46)."""
         self.generation += 1
         self._unpoolable.clear()
+        self._with_triggers.clear()
         self._retire_idle(RetireReason.RECONNECT)
 
     async def wait_closed(self) -> None:
@@ -387,7 +391,8 @@ class KeptSessions:
     def row(self) -> PoolRow:
         """Return everything that operators see of it."""
         states = Counter(session.state for session in self._sessions)
-        oldest = min((session.born_at for session in self._sessions), default=self._clock())
+        now = self._clock()
+        oldest = min((session.born_at for session in self._sessions), default=now)
         present = PoolPresent(
             mode=self._settings.pool,
             keys=len({session.prepared for session in self._sessions}),
@@ -397,6 +402,6 @@ class KeptSessions:
             dialling=self._dialling,
             waiting=len(self.waiting),
             size_max=self._settings.pool_size_max,
-            oldest_seconds=self._clock() - oldest,
+            oldest_seconds=now - oldest,
         )
         return self.counts.row(self._name, present)

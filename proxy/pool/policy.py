@@ -165,7 +165,7 @@ class IdleSessions(Generic[Key, Session]):
 
 
 class UnpoolableKeys(Generic[Key]):
-    """The keys whose sessions are not kept: resets failed, or the database has login triggers."""
+    """The keys whose sessions are not kept for a while, since their resets failed."""
 
     def __init__(self) -> None:
         self._failures: dict[Key, int] = {}
@@ -196,16 +196,6 @@ class UnpoolableKeys(Generic[Key]):
         self._failures.pop(key, None)
         _remember(self._until, key, now + UNPOOLABLE_SECONDS)
         return True
-
-    def add(self, key: Key) -> bool:
-        """Do not pool this key until `clear`. Return whether that is new."""
-        is_new = not self.is_added(key)
-        _remember(self._until, key, float("inf"))
-        return is_new
-
-    def is_added(self, key: Key) -> bool:
-        """Return whether `add` is why the key is not pooled, and not resets that failed."""
-        return self._until.get(key) == float("inf")
 
     def clear(self) -> None:
         """Try all keys again."""

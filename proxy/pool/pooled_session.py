@@ -31,6 +31,7 @@ CHECK_SECONDS_MAX: Final = 2.0
 CLOSE_SECONDS_MAX: Final = 1.0
 
 _TERMINATE: Final = Terminate().encode()
+_IGNORING: Final = asyncio.Protocol()  # the protocol of connections that are over
 _ERROR: Final = ord("E")
 
 
@@ -54,8 +55,8 @@ class Owner(Protocol):
     def released(self, session: "PooledSession", retired_for: str) -> None:
         """The client of a session has left it."""
 
-    def put_back(self, session: "PooledSession") -> None:
-        """A session that its client has not used is idle again."""
+    def offer(self, session: "PooledSession") -> None:
+        """A session that its client has not used can serve another one."""
 
     def reset_ended(self, session: "PooledSession", failure: RetireReason | None) -> None:
         """A reset is over. A session that failed is to be closed."""
@@ -155,7 +156,7 @@ class PooledSession(asyncio.Protocol):
         if early or stream.gone.done() or self.transport.is_closing() or not self.returns:
             self._owner.released(self, RetireReason.UPSTREAM_ENDED)
         else:
-            self._owner.put_back(self)
+            self._owner.offer(self)
 
     def lend(self) -> UpstreamSession:
         """Return an idle session for a client, which has it from now on."""
@@ -279,6 +280,8 @@ class PooledSession(asyncio.Protocol):
         self._stop_machine()
         if self.state is not State.CLOSED:
             self.state = State.CLOSED
+            # It and this refer to each other: both would wait for the garbage collector.
+            self.transport.set_protocol(_IGNORING)
             self._owner.session_closed(self)
 
     def _machine_ended(self, event: ResetEvent | CheckEvent) -> None:

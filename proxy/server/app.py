@@ -161,7 +161,11 @@ class App:
     def _exchange(self, settings: Settings, snapshot: ConfigSnapshot) -> Changes:
         changes = compare(self.settings, settings)
         kept = snapshot.settings
-        tls = listener_tls(kept.listen)
+        try:
+            tls = listener_tls(kept.listen)
+        except BaseException:
+            snapshot.close()
+            raise
         self._configure_metrics(snapshot)
         if kept.log != self.settings.log:
             configure_logging(**kept.log.model_dump())

@@ -218,6 +218,11 @@ async def test_p21_a_login_trigger_ends_pooling_with_one_warning() -> None:
                 await served.at_rest()
             assert served.logins == 4  # one of the pool before
             assert served.retired() == {"login_trigger": 1}
+            # Clients choose the keys, and the triggers are the database's.
+            async with served.client(application_name="other") as client:
+                await value(client, "SELECT 1")
+            await served.at_rest()
+            assert served.retired() == {"login_trigger": 1}
             (warning,) = served.log.above_info()
             assert "login event triggers" in warning["event"]
 

@@ -198,17 +198,13 @@ def test_p24_three_resets_that_fail_in_a_row_make_a_key_unpoolable_for_a_minute(
     assert not keys.contains("a", 100), "it begins anew"
 
 
-def test_p21_a_database_with_login_triggers_is_unpoolable_until_a_reconnect() -> None:
+def test_p46_a_reconnect_forgets_failed_resets() -> None:
     keys = UnpoolableKeys[str]()
-    assert keys.add("a")
-    assert not keys.add("a")
-    assert keys.contains("a", 1e9)
     for _ in range(RESET_FAILURES_MAX):
-        keys.reset_failed("c", 0)
-    assert [keys.is_added(key) for key in ("a", "b", "c")] == [True, False, False]
+        keys.reset_failed("a", 0)
     keys.reset_failed("b", 0)
     keys.clear()
-    assert not keys.contains("a", 1e9)
+    assert not keys.contains("a", 0)
     for _ in range(RESET_FAILURES_MAX - 1):
         keys.reset_failed("b", 0)
     assert not keys.contains("b", 0)
@@ -217,7 +213,8 @@ def test_p21_a_database_with_login_triggers_is_unpoolable_until_a_reconnect() ->
 def test_p24_what_is_known_of_keys_is_bounded_and_the_oldest_makes_room() -> None:
     keys, backoff = UnpoolableKeys[int](), SpareBackoff[int]()
     for key in range(KEYS_MAX + 1):
-        keys.add(key)
+        for _ in range(RESET_FAILURES_MAX):
+            keys.reset_failed(key, 0)
         backoff.failed(key, 0)
     assert [keys.contains(key, 0) for key in (0, 1, KEYS_MAX)] == [False, True, True]
     assert [backoff.allows(key, 0) for key in (0, 1, KEYS_MAX)] == [True, False, False]

@@ -1,6 +1,7 @@
 """What happens to a session, or to room for a dial, in the moment in which a client is given it."""
 
 import asyncio
+import gc
 import itertools
 
 import pytest
@@ -9,7 +10,8 @@ from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.pool.pool_counts import RetireReason
 from proxy.pool.pooled_session import PooledSession, State
-from tests.support.pools import Held, PoolOf, pool_of
+from proxy.upstream.phases import DialPhases
+from tests.support.pools import Held, PoolOf, client_of, pool_of
 from tests.support.running import eventually
 
 
@@ -151,3 +153,31 @@ async def test_p36_a_spare_that_is_not_kept_is_followed_by_no_other(lakebase: La
         await pool.open()
         await eventually(lambda: pool.row.retired["unused_spare"] == 2, "the spare is too old")
         assert pool.logins == 4
+
+
+async def test_p49_a_session_that_has_ended_is_freed_without_the_garbage_collector(
+    lakebase: Lakebase,
+) -> None:
+    def sessions() -> int:
+        return sum(isinstance(one, PooledSession) for one in gc.get_objects())
+
+    gc.collect()
+    before = sessions()
+    async with pool_of(lakebase, pool_spare_min=0) as pool:
+        gc.disable()
+        try:
+            for _ in range(3):
+                await leave_idle(pool)
+                pool.pool.reconnect()
+                await eventually(lambda: pool.row.present.oldest_seconds == 0, "all have ended")
+                await lakebase.gateway.until(lambda: lakebase.gateway.open_sessions == 0)
+            await asyncio.sleep(0)
+            assert sessions() == before
+        finally:
+            gc.enable()
+
+
+async def leave_idle(pool: PoolOf) -> None:
+    opened = await pool.pool.open(client_of("a"), DialPhases())
+    opened.put_back()
+    await pool.until_idle(1)

@@ -11,9 +11,7 @@ The invariants: what is in doubt is closed. There are never more sessions and di
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
-from weakref import WeakValueDictionary
 
 from proxy.config import UpstreamSettings
 from proxy.observe.logs import get_logger
@@ -21,13 +19,10 @@ from proxy.observe.pool_stats import PoolPresent, PoolRow
 from proxy.pool.policy import Bounds, IdleSessions, UnpoolableKeys
 from proxy.pool.pool_counts import PoolCounts, RetireReason
 from proxy.pool.pooled_session import PooledSession, State
+from proxy.pool.shared_parts import SharedParts
 from proxy.pool.waiting import Waiter, WaitingClients
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.upstream_session import Prepared, UpstreamSession
-from proxy.wire.kept_welcome import KeptWelcome
-
-# Welcomes that sessions share. Those of one target differ by the client's own settings.
-WELCOMES_MAX: Final = 64
 
 # After which a key may not be poolable at all. One that was not begun says nothing of that (P24).
 _FAILED_RESETS: Final = (RetireReason.RESET_FAILED, RetireReason.PARAMETER_CHANGED)
@@ -78,9 +73,7 @@ class KeptSessions:
         self._over: asyncio.Future[None] | None = None  # closed, and no connection is open
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
-        self._welcomes: dict[KeptWelcome, KeptWelcome] = {}
-        self._keys = WeakValueDictionary[Prepared, Prepared]()
-        self._reached: Target | None = None
+        self._shared = SharedParts()
         # At once: rate() and increase() miss the first events of a series that appears with them.
         self._unregister = register(name, self.row)
 
@@ -146,12 +139,9 @@ class KeptSessions:
     def dialled(self, opened: UpstreamSession, generation: int, *, returns: bool) -> PooledSession:
         """Register a session that was dialled in reserved room; `generation` is of before."""
         self._dialling -= 1
-        assert opened.prepared is not None
-        # Sessions of one key, and of one address, share what is equal: many are idle.
-        key = self._keys.setdefault(opened.prepared, opened.prepared)
-        if opened.target != self._reached:
-            self._reached = opened.target
-        opened = replace(opened, prepared=key, target=self._reached)
+        opened = self._shared.of(opened)
+        key = opened.prepared
+        assert key is not None
         if key.target != self._target:
             self._target = key.target
             self._retire_idle(RetireReason.RECONFIGURED, all_targets=False)  # P45
@@ -159,6 +149,7 @@ class KeptSessions:
         born_at = self._clock()
         session = PooledSession(
             opened,
+            self._shared.welcome(opened),
             self,
             born_at=born_at,
             ends_at=self._idle.lifetime_ends_at(born_at),
@@ -212,15 +203,6 @@ class KeptSessions:
         self._sessions.discard(session)
         self._room_freed(self._promised.pop(session, None))
         self._unregister_last()
-
-    def shared_welcome(self, welcome: KeptWelcome) -> KeptWelcome:
-        """Return an equal welcome that other sessions have, too."""
-        found = self._welcomes.get(welcome)
-        if found is None:
-            if len(self._welcomes) >= WELCOMES_MAX:
-                del self._welcomes[next(iter(self._welcomes))]
-            self._welcomes[welcome] = found = welcome
-        return found
 
     # -- what becomes of a session ---------------------------------------------------------------
 

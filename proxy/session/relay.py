@@ -82,6 +82,7 @@ class Relay:
         *,
         cancels_copy_only: bool = False,
         keeps_upstream: bool = False,
+        lanes_after_seconds: float = LANES_AFTER_SECONDS,
     ) -> None:
         self._client = client
         self._keeps_upstream = keeps_upstream
@@ -122,6 +123,7 @@ class Relay:
         self.from_client.reverse = self.from_upstream
         self.from_upstream.reverse = self.from_client
         self._terminated_timer: asyncio.TimerHandle | None = None
+        self._lanes_after_seconds = lanes_after_seconds if keeps_upstream else 0.0
         self._lanes_timer: asyncio.TimerHandle | None = None
         self._cut = False  # the client was cut before it had read everything
         self._dropped = False  # by `drop`
@@ -191,9 +193,9 @@ class Relay:
         try:
             for direction in (self.from_client, self.from_upstream):
                 direction.pause_if_full(self._high_water_bytes)
-            if self._keeps_upstream and self._fast_path is not None:
-                loop = asyncio.get_running_loop()
-                self._lanes_timer = loop.call_later(LANES_AFTER_SECONDS, self._open_lanes)
+            if self._lanes_after_seconds and self._fast_path is not None:
+                later = asyncio.get_running_loop().call_later
+                self._lanes_timer = later(self._lanes_after_seconds, self._open_lanes)
             else:
                 self._open_lanes()
             reason = await self._ended

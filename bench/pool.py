@@ -59,17 +59,18 @@ def measure_connects(
 def measure_queries(
     systems: list[System], seconds: float, upstream: Postgres, measurements: Measurements
 ) -> None:
-    """Record `pgbench -C`, and the relay of the proxy with and without a pool."""
-    load = Load("simple", _CLIENTS, 3 * seconds, reconnects=True)
-    for system in systems:
-        window = pgbench.run(load, system, upstream)
-        pgbench.record(f"{RECONNECTS}, {_CLIENTS} clients", system.name, window, measurements)
+    """Record the relay of the proxy with and without a pool, and `pgbench -C`."""
     for protocol in ("simple", "prepared"):
         load = Load(protocol, _CLIENTS, seconds)
         for system in systems:
             if system.name in (PROXY, POOLED):
                 window = pgbench.run(load, system, upstream)
                 pgbench.record(f"{RELAY}, {load.case}", system.name, window, measurements)
+    load = Load("simple", _CLIENTS, 3 * seconds, reconnects=True)
+    for system in systems:
+        window = pgbench.run(load, system, upstream)
+        pgbench.record(f"{RECONNECTS}, {_CLIENTS} clients", system.name, window, measurements)
+        upstream.wait_until_sessions_end()  # each is work for a proxy, and for the next system
 
 
 def measure_logins(system: System, sessions: int, measurements: Measurements) -> None:

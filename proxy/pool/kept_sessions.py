@@ -19,13 +19,10 @@ from proxy.observe.pool_stats import PoolPresent, PoolRow
 from proxy.pool.policy import Bounds, IdleSessions, UnpoolableKeys
 from proxy.pool.pool_counts import PoolCounts, RetireReason
 from proxy.pool.pooled_session import PooledSession, State
+from proxy.pool.shared_parts import SharedParts
 from proxy.pool.waiting import Waiter, WaitingClients
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.upstream_session import Prepared, UpstreamSession
-from proxy.wire.kept_welcome import KeptWelcome
-
-# Welcomes that sessions share. Those of one target differ by the client's own settings.
-WELCOMES_MAX: Final = 64
 
 # After which a key may not be poolable at all. One that was not begun says nothing of that (P24).
 _FAILED_RESETS: Final = (RetireReason.RESET_FAILED, RetireReason.PARAMETER_CHANGED)
@@ -76,7 +73,7 @@ class KeptSessions:
         self._over: asyncio.Future[None] | None = None  # closed, and no connection is open
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
-        self._welcomes: dict[KeptWelcome, KeptWelcome] = {}
+        self._shared = SharedParts()
         # At once: rate() and increase() miss the first events of a series that appears with them.
         self._unregister = register(name, self.row)
 
@@ -142,14 +139,17 @@ class KeptSessions:
     def dialled(self, opened: UpstreamSession, generation: int, *, returns: bool) -> PooledSession:
         """Register a session that was dialled in reserved room; `generation` is of before."""
         self._dialling -= 1
-        assert opened.prepared is not None
-        if opened.prepared.target != self._target:
-            self._target = opened.prepared.target
+        opened = self._shared.of(opened)
+        key = opened.prepared
+        assert key is not None
+        if key.target != self._target:
+            self._target = key.target
             self._retire_idle(RetireReason.RECONFIGURED, all_targets=False)  # P45
-        returns = returns and self.keeps(opened.prepared)
+        returns = returns and self.keeps(key)
         born_at = self._clock()
         session = PooledSession(
             opened,
+            self._shared.welcome(opened),
             self,
             born_at=born_at,
             ends_at=self._idle.lifetime_ends_at(born_at),
@@ -203,15 +203,6 @@ class KeptSessions:
         self._sessions.discard(session)
         self._room_freed(self._promised.pop(session, None))
         self._unregister_last()
-
-    def shared_welcome(self, welcome: KeptWelcome) -> KeptWelcome:
-        """Return an equal welcome that other sessions have, too."""
-        found = self._welcomes.get(welcome)
-        if found is None:
-            if len(self._welcomes) >= WELCOMES_MAX:
-                del self._welcomes[next(iter(self._welcomes))]
-            self._welcomes[welcome] = found = welcome
-        return found
 
     # -- what becomes of a session ---------------------------------------------------------------
 

@@ -64,9 +64,6 @@ class Owner(Protocol):
     def idle_ended(self, session: "PooledSession", *, in_error: bool) -> None:
         """An idle session has sent something or has ended, `in_error` with an error or silently."""
 
-    def shared_welcome(self, welcome: KeptWelcome) -> KeptWelcome:
-        """Return an equal object that other sessions have, too."""
-
     def session_closed(self, session: "PooledSession") -> None:
         """The connection of a session that was closed is gone."""
 
@@ -103,6 +100,7 @@ class PooledSession(asyncio.Protocol):
     def __init__(
         self,
         opened: UpstreamSession,
+        welcome: KeptWelcome,
         owner: Owner,
         *,
         born_at: float,
@@ -116,8 +114,7 @@ class PooledSession(asyncio.Protocol):
         """
         assert opened.prepared is not None
         self._owner = owner
-        own = KeptWelcome.of(opened.startup.welcome(opened.startup.key))
-        self._messages = owner.shared_welcome(own)
+        self._messages = welcome
         self._machine: SessionReset | SignOfLife | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._checked: asyncio.Future[bool] | None = None

@@ -39,9 +39,6 @@ if TYPE_CHECKING:  # the module may not be built
     from proxy.native.lanes import Lanes
 
 BUFFER_BYTES_MAX: Final = 64 * 1024
-# Where the upstream is kept, clients come and leave within milliseconds. Opening and closing lanes
-# costs more than they save in so short a time.
-LANES_AFTER_SECONDS: Final = 0.05
 # The time for an upstream to answer a cancel. After an answer the next statement of a pipeline may
 # have begun, so the cancel is repeated.
 CANCEL_ANSWER_SECONDS: Final = 0.25
@@ -82,7 +79,6 @@ class Relay:
         *,
         cancels_copy_only: bool = False,
         keeps_upstream: bool = False,
-        lanes_after_seconds: float = LANES_AFTER_SECONDS,
     ) -> None:
         self._client = client
         self._keeps_upstream = keeps_upstream
@@ -123,8 +119,6 @@ class Relay:
         self.from_client.reverse = self.from_upstream
         self.from_upstream.reverse = self.from_client
         self._terminated_timer: asyncio.TimerHandle | None = None
-        self._lanes_after_seconds = lanes_after_seconds if keeps_upstream else 0.0
-        self._lanes_timer: asyncio.TimerHandle | None = None
         self._cut = False  # the client was cut before it had read everything
         self._dropped = False  # by `drop`
         self._high_water_bytes = BUFFER_BYTES_MAX
@@ -193,11 +187,7 @@ class Relay:
         try:
             for direction in (self.from_client, self.from_upstream):
                 direction.pause_if_full(self._high_water_bytes)
-            if self._lanes_after_seconds and self._fast_path is not None:
-                later = asyncio.get_running_loop().call_later
-                self._lanes_timer = later(self._lanes_after_seconds, self._open_lanes)
-            else:
-                self._open_lanes()
+            self._open_lanes()
             reason = await self._ended
             self._close_lanes()
             if self._keeps_upstream:
@@ -214,9 +204,8 @@ class Relay:
             self.from_client.reverse = self.from_upstream.reverse = None
             self.from_client.goes_on = never
             self.from_client.stop_writing()
-            for timer in (self._terminated_timer, self._lanes_timer):
-                if timer is not None:
-                    timer.cancel()
+            if self._terminated_timer is not None:
+                self._terminated_timer.cancel()
         return self.ended(reason)
 
     def ended(self, reason: EndReason) -> RelayEnd:

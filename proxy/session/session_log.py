@@ -162,6 +162,7 @@ class SessionLog:
         "_metrics",
         "_reused",
         "_started_at",
+        "_timer",
         "shard",
         "target",
     )
@@ -177,6 +178,7 @@ class SessionLog:
         self._key: str | None = None
         self._host = ""  # until the session's first line is written
         self._reused: bool | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     # -- startup ---------------------------------------------------------------------------------
 
@@ -269,7 +271,8 @@ class SessionLog:
         `reused`: whether another client had its upstream session before; None without a pool.
         """
         self._host, self._reused = host, reused
-        asyncio.get_running_loop().call_later(_STARTED_DELAY_SECONDS, self._write_started)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(_STARTED_DELAY_SECONDS, self._write_started)
 
     def ended(self, end: RelayEnd) -> None:
         """Record the end of a session."""
@@ -289,6 +292,9 @@ class SessionLog:
         )
 
     def _write_started(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()  # a short session is over before
+            self._timer = None
         if host := self._host:
             self._host = ""
             reused = {} if self._reused is None else {"reused": self._reused}

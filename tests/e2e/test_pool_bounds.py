@@ -393,9 +393,10 @@ async def test_p17_a_session_whose_query_was_cancelled_is_retired(
 ) -> None:
     proxy = await start_proxy(**pooling(accelerated=accelerated))
     async with visitor(proxy) as client, visitor(proxy) as canceller:
-        await client.enter()
-        assert client.key is not None
+        pid = await client.enter()
         await client.query("SELECT pg_sleep(60)")
+        sql = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event = 'PgSleep'"
+        await eventually(lambda: lakebase["one"].cluster.execute(sql), "the query runs")
         await cancel(canceller, client)
         await client.error()
         await client.messages_until(ReadyForQuery)
@@ -406,7 +407,7 @@ async def test_p17_a_session_whose_query_was_cancelled_is_retired(
 
 
 async def cancel(canceller: Visitor, client: Visitor) -> None:
-    """Send the CancelRequest of a client until its query has been cancelled."""
+    """Send the CancelRequest of a client; return when it was delivered."""
     assert client.key is not None
     await canceller.send(CancelRequest(client.key.pid, client.key.key).encode())
     assert await canceller.receive_rest() == b""

@@ -47,7 +47,6 @@ async def relayed(
     first: bytes = b"",
     closed: bool = False,
     keeps_upstream: bool = False,
-    lanes_after_seconds: float = 0,
     cancel_query: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Relayed]:
     """Run a relay; `tls` is on its upstream. With `small` buffers a peer that reads nothing is
@@ -73,7 +72,6 @@ async def relayed(
             cancel_query,
             lanes if laned else None,
             keeps_upstream=keeps_upstream,
-            lanes_after_seconds=lanes_after_seconds,
         )
         client_stream.write(first)
         relay.from_upstream.data_received(upstream_stream.hand_over(relay.from_upstream))

@@ -16,7 +16,7 @@ from proxy import native
 from proxy.pool.pool_counts import RetireReason
 from proxy.session.drain import IdleEnd
 from proxy.session.end_reason import EndReason, RelayEnd
-from proxy.session.relay import LANES_AFTER_SECONDS, Relay
+from proxy.session.relay import Relay
 from proxy.wire.messages import ErrorResponse
 from tests.native.relayed import Relayed, pythons, relayed
 from tests.support.compiled import need_compiled
@@ -130,7 +130,7 @@ def tls() -> Contexts:
 
 @asynccontextmanager
 async def keeping(kind: str, tls: Contexts, *, small: bool = False) -> AsyncIterator[Setting]:
-    laned, encrypted = not kind.startswith("python"), kind.endswith("tls")
+    laned, encrypted = kind.startswith("compiled"), kind.endswith("tls")
     if laned:
         need_compiled("a relay with lanes that keeps its upstream")
     cancels: list[bytes] = []
@@ -143,15 +143,13 @@ async def keeping(kind: str, tls: Contexts, *, small: bool = False) -> AsyncIter
         tls=(tls if laned else pythons(tls)) if encrypted else None,
         small=small,
         keeps_upstream=True,
-        lanes_after_seconds=LANES_AFTER_SECONDS if kind.startswith("early") else 0,
         cancel_query=cancel,
     ) as running:
-        assert len(running.lanes or ()) == (2 if kind.startswith("compiled") else 0)
+        assert len(running.lanes or ()) == (2 if laned else 0)
         yield Setting(running, cancels)
 
 
-# What is "early" is over before the lanes are opened, as short sessions are.
-KINDS: Final = ("python", "python-tls", "compiled", "compiled-tls", "early-tls")
+KINDS: Final = ("python", "python-tls", "compiled", "compiled-tls")
 
 
 @pytest.fixture(params=KINDS)
@@ -241,7 +239,7 @@ async def test_a_kept_upstream_serves_the_next_client(setting: Setting) -> None:
     to_client, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, sock=near)
     upstream = setting.relayed.upstream_transport
     lanes = setting.relayed.lanes if setting.relay._fast_path else None
-    relay = Relay(to_client, upstream, lanes=lanes, keeps_upstream=True, lanes_after_seconds=0)
+    relay = Relay(to_client, upstream, lanes=lanes, keeps_upstream=True)
     to_client.set_protocol(relay.from_client)
     upstream.set_protocol(relay.from_upstream)
     running = asyncio.create_task(relay.run())

@@ -6,8 +6,11 @@ import psycopg
 import pytest
 
 from proxy.emulator.lakebase import Lakebase
+from proxy.wire.messages import BackendKeyData, ParameterStatus, ReadyForQuery
+from proxy.wire.startup import V3_0
 from tests.e2e.conftest import StartProxy
-from tests.support.pool_clients import both_relays, pooling, retired, visit, visitor
+from tests.support.client import startup
+from tests.support.pool_clients import both_relays, pooling, retired, settled, taken, visit, visitor
 from tests.support.running import eventually, libpq
 
 STYLE: Final = "IntervalStyle"
@@ -73,3 +76,26 @@ async def test_p22_a_session_whose_server_is_demoted_under_its_client_is_retired
         await client.leave()
     await eventually(lambda: retired(proxy) == {"parameter_changed": 1}, "it is retired")
     assert await visit(proxy) != first
+
+
+@both_relays
+async def test_p29_a_reused_session_welcomes_as_a_fresh_one_does_but_for_the_key(
+    start_proxy: StartProxy, *, accelerated: bool
+) -> None:
+    proxy = await start_proxy(**pooling(accelerated=accelerated))
+    options = "-c DateStyle=German -c TimeZone=CET"
+
+    async def welcome(**more: str) -> list[object]:
+        async with visitor(proxy) as client:
+            await client.send(startup(V3_0, application_name="same", options=options, **more))
+            messages = await client.messages_until(ReadyForQuery)
+            await client.value("SET DateStyle = 'SQL'; SET application_name = 'mine'")
+            await client.leave()
+        return [b"K" if isinstance(one, BackendKeyData) else one for one in messages]
+
+    fresh = await welcome(**{"lakebase.pool": "off"})
+    assert ParameterStatus(b"DateStyle", b"German, DMY") in fresh
+    for _ in range(3):
+        assert await welcome() == fresh
+        await settled(proxy, idle=1)
+    assert taken(proxy) == {"dialled": 2, "reused": 2}

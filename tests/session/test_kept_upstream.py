@@ -145,6 +145,7 @@ async def keeping(kind: str, tls: Contexts, *, small: bool = False) -> AsyncIter
         keeps_upstream=True,
         cancel_query=cancel,
     ) as running:
+        assert len(running.lanes or ()) == (2 if laned else 0)
         yield Setting(running, cancels)
 
 

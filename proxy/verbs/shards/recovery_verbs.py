@@ -214,7 +214,7 @@ async def _detach(call: Call) -> None:
 
 
 async def _give_up(call: Call, name: str) -> bool:
-    """Give up what is pending on a shard that is gone. Return whether there was anything."""
+    """End what is pending on a shard that is gone. Return whether there was anything."""
     async with call.administration.catalogue() as connection:
         owner = await call.read_map(connection, writes=True)
         shard = await store.read_shard(connection, owner, name)

@@ -34,7 +34,7 @@ class AdmittedBy:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """What a login sends, and where. Sessions of equal ones are equal after their login."""
 

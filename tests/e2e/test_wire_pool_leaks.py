@@ -40,7 +40,7 @@ async def prepare_by_protocol(client: Connection) -> None:
 LEAKS: Final[tuple[Leak, ...]] = (
     ("temporary table", "CREATE TEMP TABLE left_here (n int)", "SELECT to_regclass('left_here')"),
     ("temporary view", "CREATE TEMP VIEW left_view AS SELECT 1", "SELECT to_regclass('left_view')"),
-    ("temporary function", "CREATE FUNCTION pg_temp.f() RETURNS int LANGUAGE sql AS 'SELECT 1'", "SELECT pg_temp.f()"),
+    ("temporary function", "CREATE FUNCTION pg_temp.f() RETURNS int LANGUAGE sql AS 'SELECT 1'", "SELECT to_regprocedure('pg_temp.f()')"),
     ("reported setting", "SET IntervalStyle = iso_8601", "SHOW IntervalStyle"),
     ("unreported setting", "SET work_mem = '5MB'", "SHOW work_mem"),
     ("set_config of a reported setting", "SELECT set_config('standard_conforming_strings', 'off', false)", "SHOW standard_conforming_strings"),

@@ -18,7 +18,7 @@ FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pure lint format types test unit e2e fuzz bench soak routes closes fleet demo docs all clean
+.PHONY: help setup pure lint format types test unit e2e fuzz bench soak pooling routes closes fleet demo docs all clean
 .PHONY: halves unit-e2e unit-rest
 
 help: ## show this list
@@ -81,12 +81,16 @@ fuzz: $(INSTALLED) ## two million inputs a side, and generated tests for longer 
 # Needs the distribution's PostgreSQL (the demo's has no TLS) and PgBouncer besides .venv, and reports
 # what is missing. ARGS: --help lists them. `--only shardmap` needs neither and takes a minute.
 # `--base CHECKOUT` compares with the proxy of another checkout in the same rounds.
-bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (six minutes)
+bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (ten minutes)
 	@exec $(BIN)/python -m bench $(ARGS)
 
 # ARGS: --seconds N, --seed N (which it prints).
 soak: $(INSTALLED) ## move tenants for 10 minutes while servers fail: no row is lost or misplaced
 	@exec $(BIN)/python -m tests.soak.moves $(ARGS)
+
+# ARGS: --seconds N, --seed N (which it prints), --clients N.
+pooling: $(INSTALLED) ## 200 clients leave something in a pool's sessions for 20 minutes: none finds it
+	@exec $(BIN)/python -m tests.soak.pooling $(ARGS)
 
 # ARGS: --sessions N, --keys N. 100,000 sessions took 24 minutes on two busy cores.
 routes: $(INSTALLED) ## 100,000 sessions over 1,000 shard keys: every one is on the right shard

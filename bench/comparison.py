@@ -23,6 +23,7 @@ from bench import (
     launch,
     memory,
     pgbench,
+    pool,
     soak,
     startup_time,
     workers,
@@ -39,17 +40,19 @@ from bench.options import (
     LOG,
     MEMORY,
     PGBENCH,
+    POOL,
     SOAK,
     START,
     WORKERS,
     Options,
 )
 from bench.postgres import Postgres, ServerAddress, postgres
-from bench.systems import BASE, HAPROXY, PGBOUNCER, PROXY, StartSystem, System, direct
+from bench.systems import BASE, HAPROXY, PGBOUNCER, POOLED, PROXY, StartSystem, System, direct
 from bench.workspace import workspace
 
 _LOCAL: Final = "connect, on this machine"
-_DELAYED: Final = f"connect, PostgreSQL {ONE_WAY_MILLISECONDS:g} ms away"
+_AWAY: Final = f"{ONE_WAY_MILLISECONDS:g} ms away"
+_DELAYED: Final = f"connect, PostgreSQL {_AWAY}"
 _ROUND_SUBJECTS: Final = frozenset({PGBENCH, BULK, CONNECT, CONNECT_STORM})
 _Launch = Callable[[ServerAddress, Path, str], AbstractContextManager[System]]
 
@@ -63,6 +66,8 @@ def run(options: Options, directory: Path, measurements: Measurements) -> None:
         comparison = _Comparison(options, directory, upstream, url, measurements)
         if options.subjects & _ROUND_SUBJECTS:
             comparison.rounds()
+        if POOL in options.subjects:
+            comparison.pool()
         if WORKERS in options.subjects:
             comparison.workers()
         if LOG in options.subjects:
@@ -102,6 +107,26 @@ class _Comparison:
                 self._round(_rotated(local, number), _rotated(delayed, number), bulk)
                 if CONNECT_STORM in options.subjects and number < options.connect_storm_rounds:
                     self._connect_storm(_rotated(local, number))
+
+    def pool(self) -> None:
+        """Compare the proxy with a pool with the same systems, round by round."""
+        options, measurements = self.options, self.measurements
+        counts = options.connects, options.delayed_connects
+        with ExitStack() as stack:
+            local = self._start(self.upstream.address, stack, pooled=True)
+            forwarder = delayed_upstream(self.upstream.address, self.directory)
+            delayed = self._start(stack.enter_context(forwarder), stack, pooled=True)
+            for number in range(options.rounds):
+                print_progress(f"pool, round {number + 1} of {options.rounds}")
+                near, away = _rotated(local, number), _rotated(delayed, number)
+                pool.measure_connects(near, away, counts, _AWAY, measurements)
+                pool.measure_queries(near, options.loads[0].seconds, self.upstream, measurements)
+            print_progress("pool, logins")
+            pool.measure_logins(local[-1], options.pool_sessions, measurements)
+        print_progress("pool, memory")
+        address, idle = self.upstream.address, options.pool_idle_sessions
+        kept = self._pooled(address, {"UPSTREAM__POOL_IDLE_MAX": str(idle + 1)})
+        pool.measure_memory(self._proxy(address), kept, idle, measurements)
 
     def workers(self) -> None:
         """Compare two workers with one, where this proxy can have two."""
@@ -155,10 +180,17 @@ class _Comparison:
         soak.measure(start, minutes, self.upstream, self.measurements)
 
     def _start(
-        self, address: ServerAddress, stack: ExitStack, *, floor: bool = False
+        self,
+        address: ServerAddress,
+        stack: ExitStack,
+        *,
+        floor: bool = False,
+        pooled: bool = False,
     ) -> list[System]:
         """Start every system for this upstream; the stack stops them."""
-        starts = self._starts(address, floor=floor).values()
+        starts = [*self._starts(address, floor=floor).values()]
+        if pooled:
+            starts.append(self._pooled(address))
         return [direct(address), *(stack.enter_context(start()) for start in starts)]
 
     def _starts(self, address: ServerAddress, *, floor: bool = False) -> dict[str, StartSystem]:
@@ -179,6 +211,12 @@ class _Comparison:
     def _proxy(self, address: ServerAddress, more: Mapping[str, str] | None = None) -> StartSystem:
         """Return how to start the proxy, with `more` settings."""
         return partial(launch.proxy, address, self.directory, self.workspace_url, more)
+
+    def _pooled(self, address: ServerAddress, more: Mapping[str, str] | None = None) -> StartSystem:
+        """Return how to start the proxy with a pool, with `more` settings."""
+        settings = {**pool.SETTINGS, **(more or {})}
+        url = self.workspace_url
+        return partial(launch.proxy, address, self.directory, url, settings, name=POOLED)
 
     def _round(self, local: list[System], delayed: list[System], bulk: BulkCopy) -> None:
         """Measure everything once; for each subject all systems, directly after each other."""

@@ -23,7 +23,7 @@ from bench.measurements import Measurements, Quantity, percentile
 from bench.systems import System
 
 _WARM_UP_SESSIONS: Final = 3  # the first mints a token
-_PAUSE_SECONDS: Final = 0.003  # PostgreSQL and the proxy take about one to end a session
+PAUSE_SECONDS: Final = 0.003  # PostgreSQL and the proxy take about one to end a session
 
 
 def open_session(system: System) -> PGconn:
@@ -47,7 +47,7 @@ def measure(case: str, count: int, systems: Sequence[System], measurements: Meas
         for turn in range(len(systems)):  # another system is first each time
             index = (number * (len(systems) - 1) + turn) % len(systems)
             seconds[index].append(_timed(systems[index]))
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(PAUSE_SECONDS)
     for system, took, then in zip(systems, seconds, before, strict=True):
         for name, share in (("p50", 0.5), ("p99", 0.99)):
             measurements.add(system.name, Quantity(case, name, "ms"), percentile(took, share) * 1e3)

@@ -3,12 +3,15 @@
 A goal is one bound on one or more values. A value that was not measured is neither met nor missed.
 """
 
+# ruff: noqa: E501 - a goal of the pool is a row of a table, and a row is a line
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from bench import pool
 from bench.record import Record
-from bench.systems import DIRECT, PGBOUNCER, PROXY
+from bench.systems import DIRECT, PGBOUNCER, POOLED, PROXY
 
 _ReadValue = Callable[[Record], float | None]
 
@@ -52,9 +55,9 @@ def check_goals(record: Record) -> list[GoalResult]:
     return [GoalResult(goal, label, read(record)) for goal in GOALS for label, read in goal.values]
 
 
-def _ratio(case: str, name: str, reference: str) -> _ReadValue:
+def _ratio(case: str, name: str, reference: str, system: str = PROXY) -> _ReadValue:
     def read(record: Record) -> float | None:
-        return record.measurements.ratio(record.measurements.find(case, name), PROXY, reference)
+        return record.measurements.ratio(record.measurements.find(case, name), system, reference)
 
     return read
 
@@ -67,9 +70,9 @@ def _added_ratio(case: str, name: str) -> _ReadValue:
     return read
 
 
-def _value(case: str, name: str) -> _ReadValue:
+def _value(case: str, name: str, system: str = PROXY) -> _ReadValue:
     def read(record: Record) -> float | None:
-        return record.measurements.median(record.measurements.find(case, name), PROXY)
+        return record.measurements.median(record.measurements.find(case, name), system)
 
     return read
 
@@ -77,6 +80,21 @@ def _value(case: str, name: str) -> _ReadValue:
 _PROTOCOLS: Final = ("simple", "prepared")
 _TIMES_PGBOUNCER: Final = "x PgBouncer"
 _TIMES_DIRECT: Final = "x direct"
+
+# Measure, bound, whether it is the highest, unit, values. All of the proxy with a pool.
+_POOL: Final = (
+    ("connect beside direct", 0.15, True, _TIMES_DIRECT, (("p50, all on this machine", _ratio(pool.CONNECT_LOCAL, "p50", DIRECT, POOLED)),)),
+    ("connect beside PgBouncer", 1.75, True, _TIMES_PGBOUNCER, (("p50, all on this machine", _ratio(pool.CONNECT_LOCAL, "p50", PGBOUNCER, POOLED)),)),
+    ("connect away", 1.15, True, _TIMES_PGBOUNCER, (("p50, PostgreSQL 1 ms away", _ratio(pool.CONNECT_DELAYED, "p50", PGBOUNCER, POOLED)),)),
+    ("CPU a session", 0.3, True, "x without a pool", (("connect, all on this machine", _ratio(pool.CONNECT_LOCAL, "CPU", PROXY, POOLED)),)),
+    ("pgbench -C beside direct", 12, False, _TIMES_DIRECT, (("8 clients", _ratio(pool.RECONNECTS, "throughput", DIRECT, POOLED)),)),
+    ("pgbench -C beside PgBouncer", 0.6, False, _TIMES_PGBOUNCER, (("8 clients", _ratio(pool.RECONNECTS, "throughput", PGBOUNCER, POOLED)),)),
+    ("first catalogue query", 0.25, True, _TIMES_DIRECT, (("p50", _ratio(pool.CATALOGUE_QUERY, "p50", DIRECT, POOLED)),)),
+    ("relay CPU", 1.02, True, "x without a pool", tuple((f"{one}, 8 clients", _ratio(f"{pool.RELAY}, {one}", "CPU", PROXY, POOLED)) for one in _PROTOCOLS)),
+    ("relay throughput", 0.98, False, "x without a pool", tuple((f"{one}, 8 clients", _ratio(f"{pool.RELAY}, {one}", "throughput", PROXY, POOLED)) for one in _PROTOCOLS)),
+    ("logins", 3, True, "for 10,000 sessions", (("one after the other", _value(pool.LOGINS, "backends for 10,000 sessions", POOLED)),)),
+    ("idle session", 20, True, "kB", (("of 500", _value(pool.MEMORY, "per idle session of 500", POOLED)),)),
+)  # fmt: skip
 
 GOALS: Final = (
     Goal(
@@ -179,5 +197,9 @@ GOALS: Final = (
         at_most=True,
         unit="% from even",
         values=(("400 sessions", _value("workers", "sessions of the least even worker")),),
+    ),
+    *(
+        Goal("Pool, " + measure, bound, at_most, unit, values)
+        for measure, bound, at_most, unit, values in _POOL
     ),
 )

@@ -74,6 +74,7 @@ def proxy(
     more: Mapping[str, str] | None = None,
     *,
     base: Path | None = None,
+    name: str = PROXY,
 ) -> Iterator[System]:
     """Run the proxy while the block runs, with default settings except names and addresses.
 
@@ -83,7 +84,7 @@ def proxy(
     with proxy_process(address, directory, workspace_url, more, base=base) as started:
         started.wait_until(lambda: _serving_port(started) is not None)
         pids = (started.pid, *descendants(started.pid))
-        yield System(BASE if base else PROXY, local_parameters(_serving_port(started)), pids)
+        yield System(BASE if base else name, local_parameters(_serving_port(started)), pids)
 
 
 def proxy_process(

@@ -18,13 +18,15 @@ LOG: Final = "log"
 MEMORY: Final = "memory"
 START: Final = "start"
 SOAK: Final = "soak"
+POOL: Final = "pool"
 SHARD_MAPS: Final = "shardmap"  # the only subject that needs no PostgreSQL; takes a minute
 SUBJECTS: Final = (
-    *(PGBENCH, BULK, CONNECT, CONNECT_STORM, WORKERS, LOG, START, MEMORY, SOAK, SHARD_MAPS),
+    *(PGBENCH, BULK, CONNECT, CONNECT_STORM, POOL),
+    *(WORKERS, LOG, START, MEMORY, SOAK, SHARD_MAPS),
 )
 
 _EPILOGUE: Final = """\
-Five rounds take about six minutes, with --full half an hour. --publish writes
+Five rounds take about ten minutes, with --full half an hour. --publish writes
 docs/performance.json and the generated part of docs/performance.md; use it on a machine that does
 nothing else. --base compares with another checkout, in which `make setup` was run, in the same
 rounds: the column proxy/base is the ratio of this checkout to that one.
@@ -45,6 +47,8 @@ class Options:
     connect_storm_rounds: int
     idle_sessions: int  # on PostgreSQL, where each is used as well
     scripted_sessions: tuple[int, ...]  # on a scripted upstream
+    pool_sessions: int  # one after the other, for a count of logins
+    pool_idle_sessions: int
     soak_minutes: float
     floor: bool
     base: Path | None  # a checkout whose proxy is measured as well
@@ -123,6 +127,8 @@ def _options(flags: argparse.Namespace, subjects: frozenset[str]) -> Options:
         connect_storm_rounds=flags.rounds if full else min(flags.rounds, 2),
         idle_sessions=1000,
         scripted_sessions=(1000, 5000),
+        pool_sessions=10_000,
+        pool_idle_sessions=500,
         soak_minutes=flags.soak,
         floor=flags.floor or full,
         base=flags.base,

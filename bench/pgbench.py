@@ -78,7 +78,7 @@ class Window:
 
 def measure(load: Load, system: System, upstream: Postgres, measurements: Measurements) -> None:
     """Run pgbench once and record the results. Raises BenchError."""
-    _record(f"pgbench {load.case}", system.name, run(load, system, upstream), measurements)
+    record(f"pgbench {load.case}", system.name, run(load, system, upstream), measurements)
 
 
 def run(load: Load, system: System, upstream: Postgres) -> Window:
@@ -136,7 +136,9 @@ def window(samples: list[Sample], transactions: list[Transaction]) -> Window:
     return Window(last.at - first.at, latencies, used)
 
 
-def _record(case: str, system: str, window: Window, measurements: Measurements) -> None:
+def record(case: str, system: str, window: Window, measurements: Measurements) -> None:
+    """Record a run's results."""
+
     def add(name: str, unit: str, value: float) -> None:
         measurements.add(system, Quantity(case, name, unit), value)
 

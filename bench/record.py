@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from bench.measurements import Measurements, Quantity
-from bench.systems import BASE, DIRECT, HAPROXY, PGBOUNCER, PROXY
+from bench.systems import BASE, DIRECT, HAPROXY, PGBOUNCER, POOLED, PROXY
 
-SYSTEMS: Final = (DIRECT, HAPROXY, PGBOUNCER, BASE, PROXY)
-RATIOS: Final = ((PROXY, PGBOUNCER), (PROXY, DIRECT), (PROXY, BASE))
+SYSTEMS: Final = (DIRECT, HAPROXY, PGBOUNCER, BASE, PROXY, POOLED)
+RATIOS: Final = (
+    *((PROXY, PGBOUNCER), (PROXY, DIRECT), (PROXY, BASE)),
+    *((POOLED, PGBOUNCER), (POOLED, DIRECT), (POOLED, PROXY)),
+)
 _DIGITS: Final = 5  # more than a measurement is good for, few enough for a small file
 
 
@@ -32,8 +35,9 @@ class Record:
 
     @property
     def ratios(self) -> tuple[tuple[str, str], ...]:
-        """The pairs that are compared; the other checkout's only if it took part."""
-        return RATIOS if BASE in self.systems else RATIOS[:-1]
+        """The pairs that are compared; those of some runs alone only if they took part."""
+        absent = {BASE, POOLED} - set(self.systems)
+        return tuple(pair for pair in RATIOS if not absent & set(pair))
 
 
 def to_json(record: Record) -> str:

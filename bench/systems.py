@@ -19,6 +19,7 @@ from bench.process_usage import CPUTime, cpu_time
 DIRECT: Final = "direct"
 PGBOUNCER: Final = "pgbouncer"
 PROXY: Final = "proxy"
+POOLED: Final = "pooled"  # the proxy with `pool = "session"`
 BASE: Final = "base"  # the proxy of another checkout
 # The floor: it forwards the client's own TLS, so its CPU time is that of two sockets alone.
 HAPROXY: Final = "haproxy"

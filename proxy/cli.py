@@ -16,7 +16,9 @@ from proxy.config import ConfigurationError
 from proxy.exit_codes import EXIT_OK, EXIT_USAGE
 
 # Each is a module of `verbs`.
-_VERBS: Final = ("run", "check", "demo", "resolve", "shards", "wait", "shutdown", "version")
+_VERBS: Final = (
+    *("run", "check", "demo", "resolve", "shards", "wait", "reconnect", "shutdown", "version"),
+)
 
 _END_OF_FLAGS: Final = "--"
 
@@ -30,6 +32,7 @@ usage: lakebase-auth-proxy VERB [--config FILE] [--SECTION.KEY VALUE ...]
   resolve   print where a shard key leads, without connecting: resolve KEY (--json)
   shards    the catalogue of shard maps: shards VERB (init, create, add-shard, show, ...; --json)
   wait      wait until a running proxy is ready (--timeout SECONDS, 30)
+  reconnect ask a running proxy to replace the sessions of its pools (upstream.pool)
   shutdown  ask a running proxy to drain and end (it must run with admin.quit)
   version   print the version (--build: also whether the relay was compiled)
 

@@ -597,6 +597,21 @@ class ErrorKind(Enum):
         "membership in the role that logs in.",
     )
 
+    # The pool of a target.
+    POOL_FULL = ErrorRow(
+        "pool_full",
+        "53300",
+        "all sessions of the target's pool are in use",
+        "Raise upstream.pool_size_max, or use fewer or shorter connections.",
+    )
+    POOL_MODE_INVALID = ErrorRow(
+        "pool_mode_invalid",
+        "22023",
+        "the value of lakebase.pool is not valid",
+        "Give one of the modes in DETAIL, in one place. A client can ask for less than "
+        "upstream.pool of its target, not for more.",
+    )
+
     # The proxy itself.
     TOO_MANY_CONNECTIONS = ErrorRow(
         "too_many_connections",
@@ -660,6 +675,7 @@ NOT_THE_OPERATORS: Final = frozenset(
         ErrorKind.KEY_RANGE,
         ErrorKind.KEY_INVALID,
         ErrorKind.MAPPING_NOT_FOUND,
+        ErrorKind.POOL_MODE_INVALID,
         ErrorKind.MAPPING_OFFLINE,
         ErrorKind.MAPPING_MOVED,
         ErrorKind.SHUTTING_DOWN,

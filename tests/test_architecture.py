@@ -35,11 +35,13 @@ TASK_MAKERS = {
     "proxy/session/private_listener.py": "leaving the blocks of it and of connect waits for them",
     "proxy/server/catalogue_maps.py": "a reload exchanges them; its context stops them",
     "proxy/catalogue/copy_command.py": "it is waited for; an interruption ends its process",
+    "proxy/pool/spares.py": "the pool cancels them when it closes, and waits for them",
     "proxy/workspace/single_flight.py": "its owner closes it, which waits for the call",
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
     "proxy/workers/rpc.py": "an answer ends with its connection, which its process ends with",
     "proxy/workers/supervisor.py": "leaving the block of accepting waits for them all",
     "proxy/emulator/connection.py": "a connection of the emulator waits for its own tasks",
+    "proxy/emulator/session.py": "a connection of the emulator waits for its own tasks",
 }
 
 # The loop's own pool has a few threads, which everybody shares: one name that DNS does not answer
@@ -48,11 +50,12 @@ POOL_USERS = ("proxy/emulator/cluster.py",)  # starts and stops PostgreSQL, and 
 
 # Waits of these tests are for another process, where there is no event to wait for. `simulation`
 # runs in virtual time. In `session` and `upstream` a call that takes a moment is tested, in
-# `differential` what is sent at any moment, and in `soak` at random moments.
+# `differential` what is sent at any moment, and in `pool` and `soak` at random moments.
 SLEEPERS = (
     "tests/differential/test_activity_at_random.py",
     "tests/e2e/",
     "tests/emulator/",
+    "tests/pool/test_pool.py",
     "tests/simulation/",
     "tests/soak/",
     "tests/support/",

@@ -21,7 +21,6 @@ from uuid import UUID
 from proxy.catalogue.model import STORE_MAJOR, Located
 from proxy.errors import ErrorKind, ProxyError
 from proxy.transport.stream import StartupStream
-from proxy.upstream.connector import Connection
 from proxy.upstream.diagnosis import diagnose_event
 from proxy.wire.messages import IDLE, ErrorResponse
 from proxy.wire.secret import Secret
@@ -174,34 +173,35 @@ class Admission:
         return ProxyError(_KINDS[self.verdict], f"{shard}: {detail}")
 
 
-async def admit(connection: Connection, request: AdmissionRequest) -> Admission:
+async def admit(stream: StartupStream, request: AdmissionRequest) -> Admission:
     """Ask the shard to admit a session that has logged in. The caller bounds the time.
 
     Raises ProxyError if there is no verdict; the connection is closed then.
     """
     secret = Secret(secrets.token_bytes(TICKET_BYTES))
     try:
-        answer = await _ask(connection, request.sql(secret))
+        answer = await _ask(stream, request.sql(secret))
         if answer.error is not None:
             return _verdict_of(answer.error, secret)
         return _parse(answer, secret)
     except BaseException:
-        connection.stream.transport.close()
+        stream.transport.close()
         raise
 
 
-async def _ask(connection: Connection, sql: bytes) -> QueryAnswered:
+async def _ask(stream: StartupStream, sql: bytes) -> QueryAnswered:
     """Return the answer to a query. Raises ProxyError."""
-    query, stream = SimpleQuery(), connection.stream
+    query = SimpleQuery()
     stream.write(query.ask(sql))
     # What came after the login's ReadyForQuery is of no statement: notices, or reloaded parameters.
-    events = query.receive_data(connection.startup.trailing_data())
+    events: list[QueryEvent] = []
     while not events:
         events = await _next_events(stream, query)
     (event,) = events
     if not isinstance(event, QueryAnswered):
         raise diagnose_event(event)
-    stream.unread(query.trailing_data())
+    # The client hears of a parameter that changed since its session was kept.
+    stream.unread(event.parameters + query.trailing_data())
     return event
 
 

@@ -21,10 +21,11 @@ from proxy.catalogue.model import Located
 from proxy.catalogue.parking import Parking, ParkMetrics, ParkResult
 from proxy.catalogue.shard_upstreams import ShardUpstreams, target_name
 from proxy.errors import NOT_THE_OPERATORS, ErrorKind, ProxyError
-from proxy.upstream.connector import Connection
-from proxy.upstream.dialer import AdmittedBy, UpstreamSession
+from proxy.transport.stream import StartupStream
 from proxy.upstream.phases import DialPhases
+from proxy.upstream.upstream_session import AdmittedBy, UpstreamSession
 from proxy.upstream.upstreams import RouteReplaced, Upstream
+from proxy.wire.secret import Secret
 from proxy.wire.startup import StartupMessage
 
 # A look past the cache after a dial that took all of the time.
@@ -134,11 +135,12 @@ class _Admitting:
         self._request = AdmissionRequest(located, routing_key, parts.proxy)
         self.admission: Admission | None = None
 
-    async def __call__(self, connection: Connection) -> None:
+    async def __call__(self, stream: StartupStream, ticket: Secret | None) -> Secret:
         began = self._parts.clock()
-        self.admission = await admit(connection, self._request)
+        self.admission = await admit(stream, replace(self._request, secret=ticket))
         seconds = self._parts.clock() - began
         self._parts.metrics.admitted(self._parts.map_name, self.admission.verdict, seconds)
+        return self.admission.secret
 
 
 class AdmittingOpener:
@@ -219,7 +221,7 @@ class AdmittingOpener:
         parts.source.dial_succeeded(located)
         admission = None if admitting is None else admitting.admission
         if admission is not None and admission.consequence is not Consequence.SERVE:
-            session.stream.transport.close()
+            session.close()
             return admission
         mapping = located.mapping
         admitted_by = AdmittedBy(

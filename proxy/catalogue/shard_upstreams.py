@@ -167,6 +167,8 @@ class ShardUpstreams:
         self.discard(shard.shard_id)
         name = target_name(self.map_name, shard)
         upstream = self._factory.make(name, settings, list(resources.values()))
+        if self._closed and upstream.pool is not None:  # for one dial
+            upstream.pool.drain()
         self._add(shard.shard_id, row, upstream)
         self._offer(key, upstream.account)
         return upstream
@@ -174,9 +176,7 @@ class ShardUpstreams:
     def _add(self, shard_id: UUID, row: _Row, upstream: Upstream) -> None:
         if self._closed:
             return
-        use = ExitStack()
-        use.enter_context(upstream.use)
-        self._made[shard_id] = _Made(row, upstream, use)
+        self._made[shard_id] = _Made(row, upstream, upstream.hold())
 
     def _offer(self, key: AccountKey, account: TokenAccount | None) -> None:
         """Mint for any of the account's resources: one of them may be deleted."""

@@ -27,6 +27,7 @@ from proxy.config.setting_keys import SettingKey, key_at, named_keys, settings_k
 from proxy.config.settings import UPSTREAM, Settings, target_key
 from proxy.config.upstream_sections import (
     CredentialsSettings,
+    PoolMode,
     SslMode,
     UpstreamSettings,
     WorkspaceSettings,
@@ -50,6 +51,7 @@ __all__ = [
     "ShutdownSettings",
     "StartupSettings",
     "LogSettings",
+    "PoolMode",
     "SslMode",
     "load",
     "load_settings",

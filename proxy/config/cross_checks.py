@@ -13,11 +13,12 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
+from proxy.addresses import is_pooled_host
 from proxy.config.config_errors import Problem
 from proxy.config.server_sections import ListenSettings
 from proxy.config.settings import UPSTREAM, upstream_is_target
 from proxy.config.toml import toml_path
-from proxy.config.upstream_sections import with_inherited
+from proxy.config.upstream_sections import UpstreamSettings, with_inherited
 
 Raw = Mapping[str, object]
 
@@ -26,6 +27,9 @@ _NAMES_SHOWN_MAX: Final = 20
 _SWITCH: Final = TypeAdapter(bool)
 _NUMBER: Final = TypeAdapter(int)
 _MAX_CONNECTIONS: Final = ListenSettings().max_connections
+_UPSTREAM_DEFAULTS: Final = UpstreamSettings()
+_POOLED_HOST_KEYS: Final = frozenset(("host", "pooled", "pool"))
+_POOL_BOUND_KEYS: Final = frozenset(("pool_idle_max", "pool_size_max", "pool_spare_min"))
 
 
 def _table(raw: Raw, name: str) -> Raw:
@@ -154,6 +158,42 @@ def _not_for_a_catalogue(raw: Raw, name: str) -> Iterator[Problem]:
                 "must not be set for the target of the catalogue: LISTEN needs the direct host of"
                 " the primary",
             )
+
+
+# -- pools ---------------------------------------------------------------------------------------
+
+
+def pool_conflicts(raw: Raw) -> Iterator[Problem]:
+    """Yield the settings of pools that contradict each other, or the host."""
+    upstream = _table(raw, "upstream")
+    yield from _pool_conflicts((UPSTREAM,), upstream, upstream)
+    for name, own in _tables(raw, "targets"):
+        # What a target only inherits is reported once, for [upstream].
+        yield from _pool_conflicts(("targets", name), own, with_inherited(upstream, own))
+
+
+def _pool_conflicts(section: tuple[str, ...], own: Raw, target: Raw) -> Iterator[Problem]:
+    if own.keys() & _POOLED_HOST_KEYS and target.get("pool", "off") != "off":
+        is_pooled = _as_switch(target.get("pooled")) or is_pooled_host(str(target.get("host", "")))
+        if is_pooled:
+            yield Problem(
+                toml_path((*section, "pool")),
+                "must be off with a pooled host, where a reset could reach another database"
+                " session: use the direct host, or no pool",
+            )
+    if not own.keys() & _POOL_BOUND_KEYS:
+        return
+    idle_max, size_max, spare_min = (
+        _as_number(target.get(key, getattr(_UPSTREAM_DEFAULTS, key)))
+        for key in ("pool_idle_max", "pool_size_max", "pool_spare_min")
+    )
+    if spare_min is None:
+        return
+    spare_key = toml_path((*section, "pool_spare_min"))
+    if idle_max is not None and spare_min > idle_max:
+        yield Problem(spare_key, f"must be at most pool_idle_max, which is {idle_max}")
+    if size_max and spare_min > size_max:
+        yield Problem(spare_key, f"must be at most pool_size_max, which is {size_max}")
 
 
 # -- workspaces ----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from proxy.config.cross_checks import (
     catalogue_conflicts,
     incomplete_workspaces,
     missing_to_dial,
+    pool_conflicts,
     unknown_references,
 )
 from proxy.config.setting_keys import (
@@ -151,6 +152,7 @@ def _cross_check(
         *unknown_references(raw),
         *incomplete_workspaces(raw),
         *catalogue_conflicts(raw),
+        *pool_conflicts(raw),
     ]
     if upstream_required:
         found += missing_to_dial(raw)

@@ -27,6 +27,7 @@ from proxy.wire.secret import MASK
 
 SslMode = Literal["verify-full", "verify-ca", "require"]
 CancelMethod = Literal["connection_check", "cancel_request"]
+PoolMode = Literal["off", "session"]
 
 # Instead of a file: the authorities that the operating system trusts.
 SYSTEM_AUTHORITIES: Final = "system"
@@ -280,6 +281,62 @@ class UpstreamSettings(Section):
         "servers, and front ends that keep their own connection open. It also ends that wait, so "
         "that rows become visible which no replica has.",
     )
+    pool: PoolMode = Field(
+        default="off",
+        description="Keeps upstream sessions for the next clients. off: one client connection is "
+        "one upstream session. session: it is reset, and goes to the next client that connects "
+        "with the same settings.",
+    )
+    pool_idle_max: int = Field(
+        default=10,
+        ge=0,
+        le=10_000,
+        description="Idle sessions that are kept for each target. Each is a slot of the database, "
+        "and takes some megabytes there.",
+    )
+    pool_size_max: int = Field(
+        default=0,
+        ge=0,
+        le=100_000,
+        description="Sessions of a pool at a time for each target, idle ones included. The next "
+        "client waits. 0: no limit.",
+    )
+    pool_spare_min: int = Field(
+        default=1,
+        ge=0,
+        le=100,
+        description="Idle sessions with the same settings that are opened ahead, after a client "
+        "took one. Without clients nothing is opened, so that a database can scale to zero.",
+    )
+    pool_lifetime_seconds: float = Field(
+        default=2700,
+        ge=1,
+        le=86_400,
+        description="Age from which on no further client gets a session, in seconds, up to a tenth "
+        "less at random. It takes so long until a dropped role, or a setting that ALTER ROLE "
+        "changed, has effect.",
+    )
+    pool_idle_seconds: float = Field(
+        default=900,
+        ge=1,
+        le=86_400,
+        description="Time without a client after which a session is closed, in seconds, up to a "
+        "tenth less at random.",
+    )
+    pool_wait_seconds: float = Field(
+        default=30,
+        ge=0,
+        le=600,
+        description="Time limit for the wait for a session when pool_size_max is reached, in "
+        "seconds, within connect_timeout_seconds; then the client is refused with 53300.",
+    )
+    pool_check_seconds: float = Field(
+        default=30,
+        ge=0,
+        le=3600,
+        description="A session that was idle for longer is checked before a client gets it, in "
+        "seconds. 0: always.",
+    )
     accelerated: bool = Field(
         default=True,
         description="Uses the compiled relay if it was built (see lakebase-auth-proxy version "
@@ -292,6 +349,13 @@ class UpstreamSettings(Section):
     def _endpoint_or_instance(cls, value: str, info: ValidationInfo) -> str:
         if value and info.data.get("endpoint"):
             raise ValueError("must not be set together with endpoint")
+        return value
+
+    @field_validator("pool", mode="before")
+    @classmethod
+    def _transaction_is_planned(cls, value: object) -> object:
+        if value == "transaction":
+            raise ValueError("must be off or session, as pools by transaction are not built yet")
         return value
 
     def given(self) -> dict[str, object]:

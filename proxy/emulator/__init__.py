@@ -2,6 +2,6 @@
 
 It emulates the workspace API and the gateway in front of real PostgreSQL. Files import in this
 order only: cluster, tokens, certificates, faults, endpoints, api, held_port, workspace, streams,
-gateway_state, scram, login, first_packet, backend, connection, gateway, lakebase. Read lakebase
-first.
+gateway_state, scram, login, first_packet, backend, session, connection, gateway, lakebase. Read
+lakebase first.
 """

@@ -1,15 +1,12 @@
 """One gateway connection from accept to close: first packets, login, relay, end.
 
-The first packets are read in `first_packet`, the decisions of a login are in `login`, the shared
-state is in `gateway_state`. A fault can be injected at every stage. After ReadyForQuery, bytes are
-relayed without parsing.
+The first packets are read in `first_packet`, the decisions of a login are in `login`, what follows
+ReadyForQuery is in `session`, the shared state in `gateway_state`. A fault can be injected at every
+stage.
 """
 
 import asyncio
 import contextlib
-import os
-import signal
-import time
 from collections.abc import Coroutine
 from struct import Struct
 from typing import Any, Final, TypeVar
@@ -24,12 +21,13 @@ from proxy.emulator.backend import (
     role_exists,
 )
 from proxy.emulator.cluster import ClusterError
-from proxy.emulator.endpoints import Endpoint, SessionEnd, neon_error
+from proxy.emulator.endpoints import Endpoint, neon_error
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.first_packet import first_packet
 from proxy.emulator.gateway_state import BackendSession, GatewayState, Record
 from proxy.emulator.login import LoginRefused
 from proxy.emulator.scram import MECHANISM, ScramRefused, ScramServer
+from proxy.emulator.session import Session
 from proxy.emulator.streams import Stream, StreamEnded
 from proxy.emulator.tokens import fingerprint
 from proxy.wire import messages
@@ -57,17 +55,7 @@ class Connection:
         self._gateway = gateway
         self._stream = stream
         self._record = record
-        self._end_requested: asyncio.Future[SessionEnd] = asyncio.get_running_loop().create_future()
-        self._last_activity = 0.0
         self._watched = False  # `_while_connected` reads the client's stream
-
-    def end(self, how: SessionEnd) -> None:
-        """Start to end the session. Postgres itself sends 57P01, in order with other messages."""
-        if how is SessionEnd.ADMIN_SHUTDOWN and self._record.real_pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._record.real_pid, signal.SIGTERM)
-        elif not self._end_requested.done():
-            self._end_requested.set_result(how)
 
     async def run(self) -> None:
         """Serve the connection until it ends, for any reason."""
@@ -135,9 +123,14 @@ class Connection:
         self._record.cancel_known = session is not None
         self._gateway.changed()
         await self._inject_fault(Stage.CANCEL)
-        if session is not None:
+        late_seconds = self._gateway.cancel_delay_seconds
+        if session is not None and not late_seconds:
             await deliver_cancel(session)
         await self._stream.finish(self._gateway.close_delay_seconds)
+        if session is not None and late_seconds:
+            await asyncio.sleep(late_seconds)
+            await deliver_cancel(session)
+            self._record.cancel_late = True
 
     # -- login ------------------------------------------------------------------------------------
 
@@ -228,13 +221,16 @@ class Connection:
             raise LoginRefused(endpoint.waking_error())
         async with connected(endpoint.cluster.socket_path) as backend:
             await backend.write(StartupMessage(V3_0, parameters).encode())
+            session = Session(self._gateway, self._stream, self._record, endpoint, backend)
             try:
-                await self._while_connected(self._backend_login(endpoint, user, backend))
-                return await self._session(endpoint, backend)
+                await self._while_connected(self._backend_login(endpoint, user, backend, session))
+                return await session.run(self._inject_fault)
             finally:
-                self._unregister_session(endpoint)
+                session.unregister()
 
-    async def _backend_login(self, endpoint: Endpoint, user: str, backend: Backend) -> None:
+    async def _backend_login(
+        self, endpoint: Endpoint, user: str, backend: Backend, session: Session
+    ) -> None:
         """Relay Postgres' messages up to ReadyForQuery, with the key and the errors replaced."""
         while True:
             frame = await backend.message()
@@ -248,7 +244,7 @@ class Connection:
                     await self._stream.write(self._issue_key(endpoint, message).encode())
                 case messages.ReadyForQuery():
                     await self._inject_fault(Stage.READY)
-                    self._register_session(endpoint)
+                    session.register()
                     await self._stream.write(frame.encode())
                     return
                 case _:
@@ -261,91 +257,6 @@ class Connection:
         issued = self._gateway.issue_key(session, real=endpoint.passes_real_key)
         self._record.real_pid, self._record.issued_key = real.pid, issued
         return issued
-
-    # -- the session ------------------------------------------------------------------------------
-
-    def _register_session(self, endpoint: Endpoint) -> None:
-        self._record_activity(endpoint)
-        self._record.ready = True
-        endpoint.sessions.add(self)
-        self._gateway.changed()
-
-    def _unregister_session(self, endpoint: Endpoint) -> None:
-        endpoint.sessions.discard(self)
-        issued = self._record.issued_key
-        if issued is not None:
-            self._gateway.keys.pop((issued.pid, issued.key.reveal()), None)
-        self._gateway.changed()
-
-    async def _session(self, endpoint: Endpoint, backend: Backend) -> Injection:
-        """Relay until one side ends or the session is ended.
-
-        Return how to end the client's connection. The one to Postgres is closed first.
-        """
-        parts = (
-            asyncio.ensure_future(self._to_backend(endpoint, backend)),
-            asyncio.ensure_future(self._to_client(endpoint, backend)),
-            asyncio.ensure_future(self._limits(endpoint)),
-        )
-        ends: set[asyncio.Future[Any]] = {*parts, self._end_requested}
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for part in parts:
-                part.cancel()
-            await asyncio.wait(parts)
-        if not self._end_requested.done():
-            return Injection.CLOSE
-        return (
-            Injection.RESET if self._end_requested.result() is SessionEnd.RESET else Injection.FIN
-        )
-
-    async def _to_backend(self, endpoint: Endpoint, backend: Backend) -> None:
-        while received := await self._stream.read():
-            self._record_activity(endpoint)
-            await backend.write(received)
-        if endpoint.keeps_backend:
-            await asyncio.Event().wait()  # until Postgres ends, or has something to send
-
-    async def _to_client(self, endpoint: Endpoint, backend: Backend) -> None:
-        while received := await backend.read():
-            self._record_activity(endpoint)
-            await self._stream.write(received)
-
-    async def _limits(self, endpoint: Endpoint) -> None:
-        """End the session when it reaches a limit, or suspend the idle compute.
-
-        This loop is unbounded: it ends with the session. A limit that is set after the start of the
-        session may not apply to it.
-        """
-        started = time.monotonic()
-        while True:
-            now = time.monotonic()
-            due = [
-                (since + limit - now, what)
-                for since, limit, what in (
-                    (started, endpoint.lifetime_seconds_max, self._end_at_lifetime_limit),
-                    (self._last_activity, endpoint.idle_seconds_max, None),
-                    (endpoint.last_activity, endpoint.suspend_after_seconds, endpoint.suspend),
-                )
-                if limit is not None
-            ]
-            seconds, what = min(due, key=lambda one: one[0], default=(None, None))
-            if seconds is None:
-                await asyncio.Event().wait()
-            elif seconds > 0:
-                await asyncio.sleep(seconds)
-            elif what is None:
-                return
-            else:
-                what()
-                await asyncio.Event().wait()  # until Postgres' last message and its end
-
-    def _end_at_lifetime_limit(self) -> None:
-        self.end(SessionEnd.ADMIN_SHUTDOWN)
-
-    def _record_activity(self, endpoint: Endpoint) -> None:
-        self._last_activity = endpoint.last_activity = time.monotonic()
 
     # -- faults and ends --------------------------------------------------------------------------
 
@@ -383,8 +294,10 @@ class Connection:
 
     async def _finish(self, injection: Injection) -> None:
         match injection:
-            case Injection.CLOSE | Injection.HANG:
+            case Injection.CLOSE:
                 await self._stream.finish(self._gateway.close_delay_seconds)
+            case Injection.HANG:  # as if the network were cut: nothing is sent, not even a FIN
+                await self._stream.linger(None)
             case Injection.FIN:
                 await self._stream.finish_bare(self._gateway.close_delay_seconds)
             case Injection.RESET:

@@ -36,8 +36,10 @@ class SessionEnd(Enum):
     """How a suspend, a failover or a limit ends a session."""
 
     ADMIN_SHUTDOWN = auto()  # FATAL 57P01, then close_notify and FIN
+    CLOSE = auto()  # close_notify and FIN
     END_OF_FILE = auto()  # a bare FIN
     RESET = auto()  # RST
+    SILENCE = auto()  # nothing: what the client sends is not answered
 
 
 class EmulatedSession(Protocol):
@@ -45,6 +47,12 @@ class EmulatedSession(Protocol):
 
     def end(self, how: SessionEnd) -> None:
         """Start to end the session; it ends a moment later."""
+
+    def demote(self) -> None:
+        """Report from the next ReadyForQuery on that the session's server is a standby."""
+
+    async def say(self, content: bytes) -> None:
+        """Send bytes that are not Postgres'."""
 
 
 class Endpoint:
@@ -81,9 +89,11 @@ class Endpoint:
         self.wake_timeout_seconds = WAKE_TIMEOUT_SECONDS
         self.wake_error: ErrorResponse | None = None  # default: as the dialect words it
         self.suspend_after_seconds: float | None = None
+        self.suspend_end = SessionEnd.ADMIN_SHUTDOWN
         self.sessions_max: int | None = None
         self.connects_per_second_max: int | None = None
         self.idle_seconds_max: float | None = None  # 24 hours in Lakebase
+        self.idle_end = SessionEnd.CLOSE
         self.lifetime_seconds_max: float | None = None  # 3 days in Lakebase
 
         self.wakes = 0
@@ -121,15 +131,33 @@ class Endpoint:
         """Answer the next `times` logins with this error, even with a valid token."""
         self.refusals.add(None, error, times)
 
-    def suspend(self, how: SessionEnd = SessionEnd.ADMIN_SHUTDOWN) -> None:
-        """Suspend the compute and end its sessions; the next login wakes it."""
+    def suspend(self) -> None:
+        """Suspend the compute and end its sessions as `suspend_end` says; a login wakes it."""
         self._asleep, self._awake_at = True, None
-        self.end_sessions(how)
+        self.end_sessions(self.suspend_end)
 
     def fail_over(self, seconds: float, how: SessionEnd = SessionEnd.ADMIN_SHUTDOWN) -> None:
         """End the sessions. For `seconds`, logins wait or fail; then the new primary serves."""
         self._asleep, self._awake_at = False, time.monotonic() + seconds
         self.end_sessions(how)
+
+    def promote_another(self) -> None:
+        """Make another server the primary: sessions that are open stay on a standby."""
+        for session in self.sessions:
+            session.demote()
+
+    def add_login_trigger(self, expression: str) -> None:
+        """Evaluate an SQL expression at each login. Raises ClusterError before version 17."""
+        self.cluster.execute(
+            "CREATE FUNCTION public.at_login() RETURNS event_trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN PERFORM {expression}; END $$;"
+            " CREATE EVENT TRIGGER at_login ON login EXECUTE FUNCTION public.at_login();"
+        )
+
+    async def say(self, content: bytes) -> None:
+        """Send bytes that are not Postgres' to every session."""
+        for session in list(self.sessions):
+            await session.say(content)
 
     def end_sessions(self, how: SessionEnd = SessionEnd.ADMIN_SHUTDOWN) -> None:
         """End every session."""

@@ -90,6 +90,7 @@ class Stage(Enum):
     PASSWORD = auto()  # token read, not checked
     AUTHENTICATED = auto()  # AuthenticationOk sent
     READY = auto()  # everything before ReadyForQuery sent
+    RESET = auto()  # of a session: a DISCARD ALL read, not delivered
     CANCEL = auto()  # CancelRequest read, not delivered
 
 

@@ -5,7 +5,7 @@ It does not know the protocol. Every change wakes the tests that wait in `until`
 
 import asyncio
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -42,6 +42,7 @@ class Record:
     real_pid: int | None = None  # of the Postgres backend
     cancel: bool = False  # it sent a CancelRequest
     cancel_known: bool = False  # the CancelRequest's key is that of a session
+    cancel_late: bool = False  # it was delivered after `cancel_delay_seconds`
     ready: bool = False  # ReadyForQuery was sent
     closed: bool = False
     ended_by: EndedBy | None = None  # how the client ended its stream; None: the gateway ended
@@ -71,6 +72,8 @@ class GatewayState:
 
         self.startup_seconds_max = STARTUP_SECONDS_MAX
         self.close_delay_seconds = CLOSE_DELAY_SECONDS
+        # How long after its connection was closed a CancelRequest is delivered.
+        self.cancel_delay_seconds = 0.0
         self.certificate = Certificate.GOOD
         self.offers_tls = True  # False: N in answer to SSLRequest
         self.early_bytes = b""  # sent in plaintext after S
@@ -78,6 +81,7 @@ class GatewayState:
         self.released = asyncio.Event()
 
         self.accepted = 0
+        self.logins: Counter[str] = Counter()  # that reached ReadyForQuery, by role
         self.records: deque[Record] = deque(maxlen=RECORDS_MAX)
         self.keys: dict[tuple[int, bytes], BackendSession] = {}
         self._waiters: list[asyncio.Future[None]] = []

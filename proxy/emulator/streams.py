@@ -151,8 +151,8 @@ class Stream:
         self._send_fin()
         await self.linger(seconds_max)
 
-    async def linger(self, seconds_max: float) -> None:
-        """Read and discard until the peer ends, for at most `seconds_max`."""
+    async def linger(self, seconds_max: float | None) -> None:
+        """Read and discard until the peer ends, for at most `seconds_max` if there is a bound."""
         try:
             async with asyncio.timeout(seconds_max):
                 while await self.read():

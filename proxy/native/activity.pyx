@@ -9,9 +9,12 @@ reads and compares them after each.
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
+from cpython.bytes cimport PyBytes_FromStringAndSize
+
 cdef int _HEADER_BYTES = 5
 cdef int _LENGTH_MIN = 4
 cdef int _READY_LENGTH = 5
+cdef int _REPORTED_BYTES_MAX = 4096
 cdef int _ENDS_MAX = 64
 cdef Py_ssize_t _SYNC_LOST = 1 << 62
 cdef Py_ssize_t _SKIP_MAX = 1 << 32
@@ -34,10 +37,19 @@ cdef unsigned char* _joined(
     return joined
 
 
+# By type: the messages of the upstream that are noticed also while no COPY is tracked.
+cdef unsigned char[256] _COPY_STARTS, _FOLLOWED
+_COPY_STARTS[c"G"] = _COPY_STARTS[c"W"] = 1
+_FOLLOWED[c"G"] = _FOLLOWED[c"W"] = _FOLLOWED[c"S"] = 1
+
+
 cdef class Activity:
     """The state of one relayed session: proxy.wire.activity.Activity, compiled."""
 
-    def __cinit__(self) -> None:
+    def __cinit__(self, *, bint walks_ahead=False) -> None:
+        self._walks_ahead = walks_ahead
+        self._noticed = &_FOLLOWED[0] if walks_ahead else &_COPY_STARTS[0]
+        self.reported = b""
         self._status = b"I"
         self._ends = None  # a list from the first entry on
 
@@ -57,10 +69,33 @@ cdef class Activity:
         if data.shape[0]:
             self.client(&data[0], data.shape[0])
 
+    def client_ahead(self, const unsigned char[::1] data) -> bytes:
+        """Process a read from the client before it is sent. Return what is to be sent."""
+        if not data.shape[0]:
+            return b""
+        cdef Py_ssize_t sent = self.ahead(&data[0], data.shape[0])
+        ahead = PyBytes_FromStringAndSize(<const char*>&data[0], sent)
+        if self.released_bytes:
+            ahead = self.released[: self.released_bytes] + ahead
+        return ahead
+
     def upstream_sent(self, const unsigned char[::1] data) -> None:
         """Process a read from the upstream."""
         if data.shape[0]:
             self.upstream(&data[0], data.shape[0])
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the upstream session can serve another client: all is answered (P12)."""
+        return self._is_quiet() and (self.withheld or self.idle)
+
+    cdef bint _is_quiet(self) noexcept:
+        return (
+            self._answered == self._sent
+            and self._status == b"I"
+            and not (self._unsynced or self._lost or self._tracks_copy)
+            and not (self._upstream_skip or self._upstream_stub_bytes)
+        )
 
     @property
     def streaming(self) -> bool:
@@ -85,6 +120,41 @@ cdef class Activity:
         return self._copying and followed and not self._lost
 
     # -- the client's stream ---------------------------------------------------------------------
+
+    cdef Py_ssize_t ahead(self, const unsigned char* read, Py_ssize_t size) except -1:
+        """Return how much of the read is to be sent, after `released_bytes` of `released`."""
+        cdef int stub_bytes = self._client_stub_bytes, left
+        cdef Py_ssize_t position = self._client_skip
+        cdef unsigned char stub[8]
+        self.released_bytes = 0
+        if self.withheld:
+            return 0
+        memcpy(stub, self._client_stub, 8)
+        self.client(read, size)
+        if self.terminated:
+            return self._up_to_terminate(stub, stub_bytes, position, read, size)
+        left = self._client_stub_bytes
+        if left and self._client_stub[0] == b"X":
+            return size - left if size > left else 0
+        return size
+
+    cdef Py_ssize_t _up_to_terminate(
+        self, const unsigned char* stub, int stub_bytes, Py_ssize_t position,
+        const unsigned char* read, Py_ssize_t size
+    ) except -1:
+        if position > _SKIP_MAX:
+            return size
+        cdef unsigned char* joined = _joined(stub, stub_bytes, read, size)
+        while joined[position] != b"X":
+            position += _length(joined + position) + 1
+        self.withheld = self._is_quiet() and _length(joined + position) == _LENGTH_MIN
+        free(joined)
+        if self.withheld:
+            return position - stub_bytes if position > stub_bytes else 0
+        if stub_bytes and stub[0] == b"X":
+            memcpy(self.released, stub, stub_bytes)
+            self.released_bytes = stub_bytes
+        return size
 
     cdef int client(self, const unsigned char* read, Py_ssize_t size) except -1:
         if self._client_stub_bytes == 0:
@@ -146,6 +216,7 @@ cdef class Activity:
                 return len(self._ends) <= _ENDS_MAX
         elif kind == b"X":
             self.terminated = True
+            return not self._walks_ahead
         else:
             return kind == b"H"
         return True
@@ -176,7 +247,10 @@ cdef class Activity:
         if self._upstream_stub_bytes == 0:
             return self._walk_upstream(read, size)
         cdef int stub = self._upstream_stub_bytes
-        cdef unsigned char* joined = _joined(self._upstream_stub, stub, read, size)
+        cdef const unsigned char* cut = self._upstream_stub
+        if stub < 0:
+            stub, cut = <int>len(self._cut), <const unsigned char*>self._cut
+        cdef unsigned char* joined = _joined(cut, stub, read, size)
         self._upstream_stub_bytes = 0
         try:
             return self._walk_upstream(joined, stub + size)
@@ -202,16 +276,35 @@ cdef class Activity:
                     self._on_ready()
             elif length < _LENGTH_MIN:
                 length = _SYNC_LOST
-            elif self._tracks_copy or kind == b"G" or kind == b"W":
+            elif self._tracks_copy or self._noticed[kind]:
+                if kind == b"S" and self._is_cut(read + position, size - position, length):
+                    break
                 self._on_reply(kind)
             position += length + 1
-        if position < size:
+        if position >= size:
+            self._upstream_skip = position - size
+        elif position < end:
+            self._cut = PyBytes_FromStringAndSize(<const char*>read + position, size - position)
+            self._upstream_stub_bytes = -1
+            self._upstream_skip = 0
+        else:
             self._upstream_stub_bytes = <int>(size - position)
             memcpy(self._upstream_stub, read + position, size - position)
             self._upstream_skip = 0
-        else:
-            self._upstream_skip = position - size
         return 0
+
+    cdef bint _is_cut(
+        self, const unsigned char* message, Py_ssize_t size, Py_ssize_t length
+    ) except -1:
+        if not self._walks_ahead or self.reported is None:
+            return False
+        if len(self.reported) + 1 + length > _REPORTED_BYTES_MAX:
+            self.reported = None
+        elif length + 1 > size:
+            return True
+        else:
+            self.reported += PyBytes_FromStringAndSize(<const char*>message, length + 1)
+        return False
 
     cdef int _on_ready(self) except -1:
         cdef long long unanswered = self._sent - self._answered
@@ -241,6 +334,7 @@ cdef class Activity:
             self._copy_both = kind != b"c" and kind != b"C" and kind != b"E"
         elif self._entered and kind == b"C":
             self._answered += self._doubt
+            self._unsynced |= self._answered == self._sent
             self._entered = self._copying = False
             self._end_doubt()
         elif self._entered and kind == b"E":

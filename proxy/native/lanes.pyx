@@ -16,6 +16,7 @@ is ready. All lanes share two buffers, which are empty between two reads: a sess
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
@@ -50,6 +51,7 @@ cdef extern from "unistd.h" nogil:
 
 # Large enough for COPY, small enough for a CPU cache.
 cdef Py_ssize_t _READ_BYTES = 256 * 1024
+cdef int _WITHHELD_BYTES_MAX = 4  # of a header
 # A read, and the part of a record that came before it (RFC 8446: records are longer than their
 # plaintext).
 cdef Py_ssize_t _PLAIN_BYTES = 256 * 1024 + 2 * 16 * 1024
@@ -144,7 +146,7 @@ cdef class Lane:
     `overflow` is called with what the kernel did not take, which has to be sent before anything
     else: the lane has to be paused while the sink is full. Its `lane_ended` is called once, when
     the lane has closed itself: with None if the transport has to read on, else with the error by
-    which the connection ends.
+    which the connection ends. Its `client_left` is that of an `AheadLane`.
     """
 
     cdef readonly unsigned long long carried_bytes
@@ -318,3 +320,43 @@ cdef class Lane:
             owner.lane_ended(error)
             openssl.ERR_clear_error()
         return 0
+
+
+cdef class AheadLane(Lane):
+    """The lane from the client of a session whose upstream is kept; its source is plain.
+
+    It walks what it has read before it sends it. Its owner's `client_left` is called once, after a
+    Terminate that was withheld: then the lane has closed itself.
+    """
+
+    cdef Py_ssize_t _carry(self, char* read, char* plain) except -1:
+        """Carry one read, but for what is withheld. Return its size."""
+        # What was withheld of a header is put in front of the read that completes it.
+        cdef char* into = read + _WITHHELD_BYTES_MAX
+        cdef Py_ssize_t size = recv(self.source, into, _READ_BYTES - _WITHHELD_BYTES_MAX, 0), left
+        if size < 0:
+            if errno != EAGAIN and errno != EINTR:
+                self._end(ConnectionResetError(errno, "lost"))
+            return 0
+        if size == 0:
+            self._end(None)
+            return 0
+        left = self._activity.ahead(<const unsigned char*>into, size)
+        if self._activity.released_bytes:
+            into -= self._activity.released_bytes
+            left += self._activity.released_bytes
+            memcpy(into, self._activity.released, self._activity.released_bytes)
+        self.carried_bytes += size
+        if left and self._sink_tls is not None:
+            self._encrypt_and_send(into, left)
+        elif left:
+            self._send(into, left)
+        if self._activity.withheld and not self._closed:
+            owner = self._owner
+            self.close()
+            owner.client_left()
+            openssl.ERR_clear_error()
+        return size
+
+    cdef int _count(self, char* plain, Py_ssize_t size) except -1:
+        return 0  # it was walked, and counted, before it was sent

@@ -1,8 +1,9 @@
 """The admin address: health for orchestrators, metrics for scrapers, a page for people, over HTTP.
 
-For: `/startup`, `/readiness`, `/liveness`, `/metrics`, `/status`, `/`, `/quitquitquit`. Not for:
-finding anything out. The proxy's state (`AdminState`) answers at once, from memory, so that a probe
-can neither resume a suspended database nor restart a pod because a database is full.
+For: `/startup`, `/readiness`, `/liveness`, `/metrics`, `/status`, `/`, `/lookup`, `/reconnect`,
+`/quitquitquit`. Not for: finding anything out. The proxy's state (`AdminState`) answers at once,
+from memory, so that a probe can neither resume a suspended database nor restart a pod because a
+database is full.
 
 Invariants: it never opens an upstream connection, handles no signal and changes no logger's level.
 Sessions do not depend on it: if its server fails, the address is opened again. After the block of
@@ -66,7 +67,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 class AdminState(Protocol):
     """What the admin address shows of a proxy, and what it asks of it.
 
-    Every member but `refresh` answers at once, from memory.
+    Every member but `refresh` and `reconnect` answers at once, from memory.
     """
 
     @property
@@ -100,6 +101,9 @@ class AdminState(Protocol):
         Raises ProxyError.
         """
 
+    async def reconnect(self) -> bool:
+        """Retire every pooled session in all processes. Return whether each has done so."""
+
     def quit(self) -> None:
         """Ask the proxy to drain and end."""
 
@@ -125,7 +129,7 @@ def _verdict(good: bool) -> Response:
 
 
 def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
-    """Return the HTTP application: GET and HEAD, and one POST; 404 for every other path."""
+    """Return the HTTP application: GET and HEAD, and two POSTs; 404 for every other path."""
     turn = asyncio.Lock()
 
     async def startup(_request: Request) -> Response:
@@ -147,13 +151,6 @@ def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
     async def page(_request: Request) -> Response:
         return Response(PAGE, headers=PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
-    async def quitquitquit(request: Request) -> Response:
-        if not is_from_this_machine(request):
-            return PlainTextResponse("only from this machine\n", 403)
-        _log.info("asked to quit")
-        state.quit()
-        return PlainTextResponse("draining\n", 202)
-
     def route(path: str, endpoint: Endpoint, method: str = "GET") -> Route:
         return Route(path, _guarded(endpoint, state.metrics.admin_failed), methods=[method])
 
@@ -164,10 +161,11 @@ def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
         route("/liveness", liveness),
         route("/metrics", _report(metrics, state, turn)),
         route("/status", _report(status, state, turn)),
-        route("/lookup", partial(_look_up, state)),
+        route("/lookup", _from_here(partial(_look_up, state))),
+        route("/reconnect", _from_here(partial(_reconnect, state)), "POST"),
     ]
     if quit_allowed:
-        routes.append(route("/quitquitquit", quitquitquit, "POST"))
+        routes.append(route("/quitquitquit", _from_here(partial(_quit, state)), "POST"))
     return Starlette(routes=routes)
 
 
@@ -190,10 +188,33 @@ def _report(endpoint: Endpoint, state: AdminState, turn: asyncio.Lock) -> Endpoi
     return report
 
 
+def _from_here(endpoint: Endpoint) -> Endpoint:
+    """Return the endpoint such that it answers programs on this machine alone."""
+
+    async def from_here(request: Request) -> Response:
+        if not is_from_this_machine(request):
+            return PlainTextResponse("only from this machine\n", 403)
+        return await endpoint(request)
+
+    return from_here
+
+
+async def _quit(state: AdminState, _request: Request) -> Response:
+    _log.info("asked to quit")
+    state.quit()
+    return PlainTextResponse("draining\n", 202)
+
+
+async def _reconnect(state: AdminState, _request: Request) -> Response:
+    """Retire the pooled sessions. It dials nothing and ends no client's session."""
+    _log.info("asked to reconnect")
+    if await state.reconnect():
+        return PlainTextResponse("pooled sessions are retired\n")
+    return PlainTextResponse("a worker did not answer: its pooled sessions are kept\n", 503)
+
+
 async def _look_up(state: AdminState, request: Request) -> Response:
     """Answer where a shard key leads; a web page could find out which keys exist."""
-    if not is_from_this_machine(request):
-        return PlainTextResponse("only from this machine\n", 403)
     try:
         facts = state.look_up(request.query_params.get("key", ""))
     except ProxyError as error:

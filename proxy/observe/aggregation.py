@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from proxy.observe.pool_stats import PoolRow, add_pools
 from proxy.observe.recent_errors import RECENT_ERRORS_MAX, RecentError
 from proxy.observe.target_stats import TargetRow
 
@@ -69,6 +70,7 @@ class Reading:
     samples: Sequence[Sample] = ()
     targets: Sequence[TargetRow] = ()
     errors: Sequence[RecentError] = ()
+    pools: Sequence[PoolRow] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as values that JSON has."""
@@ -82,13 +84,14 @@ class Reading:
             for family, kind, name, labels, value in content["samples"]
         ]
         targets = [TargetRow(**row) for row in content["targets"]]
-        return cls(samples, targets, [RecentError(**error) for error in content["errors"]])
+        errors = [RecentError(**error) for error in content["errors"]]
+        return cls(samples, targets, errors, list(map(PoolRow.from_dict, content["pools"])))
 
     def after_exit(self) -> "Reading":
         """Return what remains of it when its process has ended."""
         samples = [sample for sample in self.samples if sample.kind not in _PRESENT]
         targets = [replace(row, host="", sessions=0) for row in self.targets]
-        return Reading(samples, targets, self.errors)
+        return Reading(samples, targets, self.errors, [row.closed() for row in self.pools])
 
 
 def total(readings: Sequence[Reading]) -> Reading:
@@ -97,6 +100,7 @@ def total(readings: Sequence[Reading]) -> Reading:
         _add_samples(sample for reading in readings for sample in reading.samples),
         _add_targets(row for reading in readings for row in reading.targets),
         _add_errors(error for reading in readings for error in reading.errors),
+        add_pools(row for reading in readings for row in reading.pools),
     )
 
 

@@ -199,7 +199,9 @@ def configure_logging(
             render=_renderer(console, terminal, event_key, level_key),
         )
     )
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown
+    # None of them is shown.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # noqa: SLF001 - documented: no frame is looked for
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)

@@ -29,6 +29,7 @@ from prometheus_client import (
 )
 
 from proxy.observe.aggregation import Sample, SummedCollector, samples_of
+from proxy.observe.pool_stats import PoolStats
 from proxy.observe.recent_errors import RecentErrors
 from proxy.observe.scraped_metrics import PREFIX, ScrapedMetrics
 from proxy.observe.shard_map_metrics import ShardMapMetrics
@@ -117,9 +118,10 @@ class Metrics:
         those of `ShardMapMetrics`. `clock` is the wall clock, in seconds.
         """
         self.targets = TargetStats(target_names)
+        self.pools = PoolStats()
         self.recent_errors = RecentErrors(clock)
         self._registry = CollectorRegistry(auto_describe=True)
-        self._scraped = ScrapedMetrics(self.targets.rows)
+        self._scraped = ScrapedMetrics(self.targets.rows, self.pools.rows)
         self._registry.register(self._scraped)
         # Memory, CPU time and open files, where the system provides them (Linux).
         ProcessCollector(namespace=PREFIX, registry=self._registry)
@@ -245,7 +247,7 @@ class Metrics:
         """
         names = (shard_map, *targets)
         self._target_names = names[1:]
-        self.targets.configure((*names[1:], *self._shard_names))
+        self._configure_targets()
         if names != self._names:
             self._names = names
             for family in (self._routes, self._lookups, self._mappings):
@@ -265,7 +267,12 @@ class Metrics:
         self._mappings.labels(shard_map).set(mappings)
         if names is not None:
             self._shard_names = tuple(names)
-            self.targets.configure((*self._target_names, *self._shard_names))
+            self._configure_targets()
+
+    def _configure_targets(self) -> None:
+        names = (*self._target_names, *self._shard_names)
+        self.targets.configure(names)
+        self.pools.configure(names)
 
     def set_source(self, source: StatusSource) -> None:
         """Read tokens, drain and bounds from this source at each scrape."""
@@ -382,10 +389,7 @@ class Metrics:
         ]
 
     def value(self, name: str, **labels: str) -> float:
-        """Return the sum of the samples with these labels, 0 if there are none. For tests.
-
-        `value("tokens_minted_total")` is an example.
-        """
+        """Return the sum of the samples with these labels, 0 if there are none. For tests."""
         return sum(
             sample.value
             for family in self._registry.collect()

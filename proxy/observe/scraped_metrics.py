@@ -4,12 +4,20 @@ For: numbers that other parts keep anyway. Not for: counters and histograms (`me
 """
 
 from collections.abc import Callable, Iterable
+from functools import reduce
+from itertools import accumulate
 from typing import Final
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from proxy.observe.logs import log_lines_dropped
+from proxy.observe.pool_stats import DURATION_BOUNDS, Durations, PoolRow
 from proxy.observe.status import StatusSource
 from proxy.observe.target_stats import TargetRow
 
@@ -20,13 +28,17 @@ PREFIX: Final = "lakebase_proxy"
 class ScrapedMetrics(Collector):
     """Reads the targets, and the proxy's status where it has a source for it."""
 
-    def __init__(self, rows: Callable[[], list[TargetRow]]) -> None:
+    def __init__(
+        self, rows: Callable[[], list[TargetRow]], pools: Callable[[], list[PoolRow]]
+    ) -> None:
         self._rows = rows
+        self._pools = pools
         self.source: StatusSource | None = None
 
     def collect(self) -> Iterable[Metric]:
         """Yield the metric families as they are now."""
         yield from _target_metrics(self._rows())
+        yield from _pool_metrics(self._pools())
         yield CounterMetricFamily(
             f"{PREFIX}_log_lines_dropped",
             "Log lines that found the queue full or could not be written.",
@@ -56,6 +68,52 @@ def _target_metrics(rows: list[TargetRow]) -> Iterable[Metric]:
         relayed.add_metric([row.name, "to_upstream"], row.client_bytes)
         relayed.add_metric([row.name, "to_client"], row.upstream_bytes)
     return active, started, relayed
+
+
+def _pool_metrics(rows: list[PoolRow]) -> Iterable[Metric]:
+    """Return the state and the counts of pools; no samples where no target has one."""
+    sessions = GaugeMetricFamily(
+        f"{PREFIX}_pool_sessions", "Sessions of pools now.", labels=["target", "state"]
+    )
+    waiting = GaugeMetricFamily(
+        f"{PREFIX}_pool_waiting", "Clients that wait for a session of a pool.", labels=["target"]
+    )
+    for row in rows:
+        present = row.present
+        for state in ("in_use", "idle", "resetting", "dialling"):
+            sessions.add_metric([row.target, state], getattr(present, state))
+        waiting.add_metric([row.target], present.waiting)
+    yield from (sessions, waiting, *_pool_counters(rows))
+    waits, resets = [row.waits for row in rows], [row.resets for row in rows]
+    yield _histogram("pool_wait_seconds", "Time that clients waited for a session.", waits)
+    yield _histogram("pool_reset_seconds", "Time that resets took.", resets)
+
+
+def _pool_counters(rows: list[PoolRow]) -> Iterable[Metric]:
+    takes = CounterMetricFamily(
+        f"{PREFIX}_pool_takes", "Sessions given to clients.", labels=["target", "source"]
+    )
+    retired = CounterMetricFamily(
+        f"{PREFIX}_pool_retired", "Sessions closed, by reason.", labels=["target", "reason"]
+    )
+    spares = CounterMetricFamily(
+        f"{PREFIX}_pool_spares", "Sessions dialled ahead, by result.", labels=["target", "result"]
+    )
+    for row in rows:
+        counted = ((takes, row.takes), (retired, row.retired), (spares, row.spares))
+        for family, counts in counted:
+            for word, count in counts.items():
+                family.add_metric([row.target, word], count)
+    return takes, retired, spares
+
+
+def _histogram(name: str, text: str, durations: list[Durations]) -> Metric:
+    whole = reduce(Durations.plus, durations, Durations())
+    bounds = [*map(str, DURATION_BOUNDS), "+Inf"]
+    buckets = list(zip(bounds, accumulate(whole.counts), strict=True))
+    family = HistogramMetricFamily(f"{PREFIX}_{name}", text)
+    family.add_metric([], buckets, whole.seconds)
+    return family
 
 
 def _token_metrics(source: StatusSource) -> Iterable[Metric]:

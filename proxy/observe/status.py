@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from proxy.observe.pool_stats import PoolRow
 from proxy.observe.recent_errors import RecentError, iso_time
 from proxy.observe.target_stats import OTHER, TargetRow
 
@@ -175,6 +176,7 @@ class Status:
     drain: Drain
     warnings: Sequence[str]
     shard_map: ShardMapStatus | None = None
+    pools: Sequence[PoolRow] = ()
 
     def as_dict(self) -> Mapping[str, object]:
         """Return it as values that JSON has, with times in UTC."""
@@ -182,11 +184,16 @@ class Status:
             "at": iso_time(self.at),
             "workspace_apis": [api.as_dict() for api in self.workspace_apis],
             "errors": [error.as_dict(self.at) for error in self.errors],
+            "pools": list(map(_shown_pool, self.pools)),
         }
 
 
 def report(
-    source: StatusSource, targets: Sequence[TargetRow], errors: Sequence[RecentError], now: float
+    source: StatusSource,
+    targets: Sequence[TargetRow],
+    errors: Sequence[RecentError],
+    now: float,
+    pools: Sequence[PoolRow] = (),
 ) -> Status:
     """Return the status at `now` (wall clock, seconds since 1970)."""
     sessions = sum(row.sessions for row in targets)
@@ -209,7 +216,20 @@ def report(
         drain=Drain(lifecycle.draining, lifecycle.drain_seconds_left, sessions),
         warnings=source.warnings(),
         shard_map=source.shard_map(),
+        pools=[row for row in pools if row.present.mode],  # not the counts of those that were
     )
+
+
+def _shown_pool(row: PoolRow) -> Mapping[str, object]:
+    """Return what `/status` shows of a target's pools: no user, database or setting."""
+    at = row.last_retired_at
+    return {
+        "target": row.target,
+        **asdict(row.present),
+        **row.takes,
+        "last_retired": row.last_retired,
+        "last_retired_at": None if at is None else iso_time(at),
+    }
 
 
 def _shown_targets(rows: Sequence[TargetRow], configured: Collection[str]) -> Sequence[TargetRow]:

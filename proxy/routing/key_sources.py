@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Final, Self
 
-from proxy.wire.options import Setting, appended, settings, without
+from proxy.wire.options import OPTIONS, Setting, appended, take_settings
 from proxy.wire.startup import StartupMessage
 
 # Always read, in addition to the configured name. PostgreSQL accepts a dotted name as a custom
@@ -19,7 +19,6 @@ from proxy.wire.startup import StartupMessage
 # `forward_key` sends the key to the upstream under this name.
 BUILT_IN_PARAMETER: Final = b"lakebase.shard_key"
 
-_OPTIONS: Final = b"options"
 _DATABASE: Final = b"database"
 _DATABASE_FIELD: Final = "{database}"
 _KEY_FIELD: Final = "{shard_key}"
@@ -42,23 +41,13 @@ def take_parameters(
 ) -> tuple[list[Occurrence], StartupMessage]:
     """Return the keys under these lower-case names, and the message without them.
 
-    Both startup parameters and `options` are searched, the latter in every spelling. Names compare
-    case-insensitively, as PostgreSQL's settings do (W19); each repetition is returned.
+    Both startup parameters and `options` are searched, the latter in every spelling.
     """
-    found: list[Occurrence] = []
-    kept: list[tuple[bytes, bytes]] = []
-    for name, value in message.parameters:
-        if name.lower() in names:
-            found.append(Occurrence("startup parameter", value))
-        elif name == _OPTIONS:
-            inside = [one.value for one in settings(value) if one.name.lower() in names]
-            found += [Occurrence("options", text) for text in inside]
-            rest = without(value, names) if inside else value
-            if rest or not inside:
-                kept.append((name, rest))
-        else:
-            kept.append((name, value))
-    return found, replace(message, parameters=tuple(kept))
+    found, message = take_settings(message, names)
+    return [
+        Occurrence("options" if where == OPTIONS else "startup parameter", text)
+        for where, text in found
+    ], message
 
 
 def with_database(message: StartupMessage, database: bytes | None) -> StartupMessage:
@@ -71,9 +60,9 @@ def with_database(message: StartupMessage, database: bytes | None) -> StartupMes
 
 def with_forwarded_key(message: StartupMessage, text: bytes) -> StartupMessage:
     """Return the message with the key as the last setting in `options`."""
-    options = appended(message.get(_OPTIONS) or b"", [Setting(BUILT_IN_PARAMETER, text)])
-    kept = [(name, value) for name, value in message.parameters if name != _OPTIONS]
-    return replace(message, parameters=(*kept, (_OPTIONS, options)))
+    options = appended(message.get(OPTIONS) or b"", [Setting(BUILT_IN_PARAMETER, text)])
+    kept = [(name, value) for name, value in message.parameters if name != OPTIONS]
+    return replace(message, parameters=(*kept, (OPTIONS, options)))
 
 
 @dataclass(frozen=True, slots=True)

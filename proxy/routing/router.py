@@ -38,6 +38,10 @@ from proxy.routing.shard_map import Kind, MapKeys, ShardMap
 from proxy.wire.startup import StartupMessage
 
 DEFAULT_PARAMETER: Final = "shard_key"
+# The same clients come again and again with the same message, of 10 kB at most. The routes of so
+# many are kept, and the oldest makes room.
+ROUTES_MAX: Final = 256
+
 DEFAULT_PATTERN: Final = DatabasePattern.parse("{database}@{shard_key}")
 
 
@@ -125,6 +129,7 @@ class Router:
         self._pattern = pattern
         self._require_key = require_key
         self._forward_key = forward_key
+        self._routes: dict[StartupMessage, Route] = {}
 
     @property
     def shard_map(self) -> ShardMap | None:
@@ -136,6 +141,15 @@ class Router:
 
         Raises ProxyError: MAPPING_NOT_FOUND, and what `take_key` and `route_by_database` raise.
         """
+        route = self._routes.get(message)
+        if route is None:
+            route = self._route(message)
+            if len(self._routes) >= ROUTES_MAX:
+                del self._routes[next(iter(self._routes))]
+            self._routes[message] = route
+        return route
+
+    def _route(self, message: StartupMessage) -> Route:
         shard_map = self._map
         if shard_map is None:
             return self.route_by_database(message)

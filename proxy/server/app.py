@@ -4,19 +4,15 @@ For: connecting the parts, which get each other as arguments. Not for: deciding 
 what serves (`serving`).
 """
 
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING
 
 from proxy import __version__
 from proxy.config import (
     Changes,
-    ConfigurationError,
-    ListenSettings,
-    Problem,
     Settings,
     compare,
     with_running_values,
@@ -29,8 +25,10 @@ from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.metrics import Metrics
 from proxy.observe.shard_map_metrics import PARKED
 from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
+from proxy.pool.pool import Pool
 from proxy.routing.router import LookupResult, Route, Router, RouteResult
 from proxy.server.catalogue_maps import CatalogueMaps
+from proxy.server.connection_source import ConnectionSource, Workers
 from proxy.server.file_limit import forwards_max, full_error, slots_max
 from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.map_service import MapService
@@ -39,16 +37,14 @@ from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
 from proxy.session.drain import AcceptPeriod
 from proxy.session.listen_sockets import Address, shown
-from proxy.session.listener import STARTING_MAX, Listener
+from proxy.session.listener import STARTING_MAX, Listener, listener_tls
 from proxy.session.session import Session, SessionParts
 from proxy.session.slots import Slots, SlotSource
-from proxy.transport.self_signed import self_signed_context
-from proxy.transport.tls import server_context
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
 from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase
-from proxy.upstream.upstreams import SessionOpener
+from proxy.upstream.upstreams import MakePool, SessionOpener
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.registry import LocalWorkspaceRegistry, WorkspaceRegistry
 
@@ -56,40 +52,6 @@ if TYPE_CHECKING:
     from proxy.native.lanes import Lanes
 
 _log = get_logger(__name__)
-
-
-class ConnectionSource(Protocol):
-    """Where client connections come from."""
-
-    def accepting(self) -> AbstractAsyncContextManager[Sequence[Address]]:
-        """Accept while the block runs, and yield the addresses; then end what is left."""
-
-    async def drain(self, seconds: float) -> int:
-        """Stop accepting, and end all sessions within this time. Return how many were cut.
-
-        Called again meanwhile, it does what is left in the shorter time.
-        """
-
-
-class Workers(Protocol):
-    """The other processes of a proxy, where there are several."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether one of them serves."""
-
-    @property
-    def slots_used(self) -> int:
-        """The slots that their sessions use."""
-
-    def reading(self) -> Reading:
-        """Return what they had counted when they were read last."""
-
-    async def refresh(self) -> None:
-        """Read what they have counted."""
-
-    async def reload(self) -> bool:
-        """Make them serve new sessions by the App's settings. Return whether all do."""
 
 
 class App:
@@ -111,6 +73,7 @@ class App:
         settings: Settings,
         *,
         starting_max: int = STARTING_MAX,
+        serves_clients: bool = True,
         workspaces: WorkspaceRegistry | None = None,
         slots: SlotSource | None = None,
         cancel_elsewhere: Elsewhere | None = None,
@@ -118,6 +81,8 @@ class App:
         share_parked: Callable[[int], int] = lambda parked: parked,
     ) -> None:
         """`starting_max` connections may be starting at a time. `share_parked`: see `Parking`.
+
+        Without `serves_clients`, as in a supervisor, no target has a pool.
 
         Raises ConfigurationError for a file that a setting names and that cannot be used.
         """
@@ -127,7 +92,7 @@ class App:
         self.metrics = build_metrics(settings.target_names())
         self.cancel_keys = CancelKeys()
         self.workspaces = workspaces or LocalWorkspaceRegistry(self.metrics, version=__version__)
-        self._tls = _listener_tls(settings.listen)
+        self._tls = listener_tls(settings.listen)
         self.slots = slots or Slots(slots_max(settings.listen), full_error(settings.listen))
         self.cancels = CancelForwarder(
             self.cancel_keys,
@@ -139,8 +104,15 @@ class App:
         self.catalogue = CatalogueMaps(
             self.metrics, self.cancel_keys, self.cancels, share_parked, map_elsewhere
         )
+        self._make_pool: MakePool | None = None
+        if serves_clients:
+            self._make_pool = partial(Pool, register=self.metrics.pools.register)
         self.snapshot = ConfigSnapshot(
-            settings, self.workspaces, self._record_phase, find_map=self.catalogue.find
+            settings,
+            self.workspaces,
+            self._record_phase,
+            find_map=self.catalogue.find,
+            make_pool=self._make_pool,
         )
         self.catalogue.use(self.snapshot)
         self._configure_metrics(self.snapshot)
@@ -183,12 +155,17 @@ class App:
             self.snapshot,
             router,
             find_map=self.catalogue.find,
+            make_pool=self._make_pool,
         )
 
     def _exchange(self, settings: Settings, snapshot: ConfigSnapshot) -> Changes:
         changes = compare(self.settings, settings)
         kept = snapshot.settings
-        tls = _listener_tls(kept.listen)
+        try:
+            tls = listener_tls(kept.listen)
+        except BaseException:
+            snapshot.close()
+            raise
         self._configure_metrics(snapshot)
         if kept.log != self.settings.log:
             configure_logging(**kept.log.model_dump())
@@ -207,8 +184,16 @@ class App:
         the shorter time.
         """
         self.lifecycle.drain(accept_seconds + drain_seconds)
+        for pool in self.snapshot.pools:
+            pool.drain()
         await self._accept_period.wait(accept_seconds)
         return await self.connection_source.drain(drain_seconds)
+
+    async def close_pools(self) -> None:
+        """Close the upstream sessions that are kept, when there are no clients any more."""
+        for pool in self.snapshot.pools:
+            pool.drain()
+            await pool.wait_closed()
 
     def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
         parts = SessionParts(
@@ -314,6 +299,12 @@ class App:
         """Return where a key leads by what is known of the catalogue's map. Raises ProxyError."""
         return self.catalogue.look_up(key)
 
+    async def reconnect(self) -> bool:
+        """Retire every pooled session in all processes. Return whether each has done so."""
+        for pool in self.snapshot.pools:
+            pool.reconnect()
+        return self.workers is None or await self.workers.reconnect()
+
     def quit(self) -> None:
         """Ask the process to drain and end."""
         self.lifecycle.quit_asked.set()
@@ -331,7 +322,7 @@ class App:
     def status(self) -> Status:
         """Return the status of all processes."""
         whole = total([self._own_rows(), self._workers_reading()])
-        return report(self, whole.targets, whole.errors, time.time())
+        return report(self, whole.targets, whole.errors, time.time(), whole.pools)
 
     def reading(self) -> Reading:
         """Return what this process has counted."""
@@ -339,7 +330,8 @@ class App:
 
     def _own_rows(self) -> Reading:
         targets = self.metrics.targets.rows(self.snapshot.hosts())
-        return Reading(targets=targets, errors=self.metrics.recent_errors.latest())
+        errors = self.metrics.recent_errors.latest()
+        return Reading(targets=targets, errors=errors, pools=self.metrics.pools.rows())
 
     def _workers_reading(self) -> Reading:
         return Reading() if self.workers is None else self.workers.reading()
@@ -381,16 +373,3 @@ class App:
 
     def _record_phase(self, target: str, phase: ConnectPhase, seconds: float) -> None:
         self.metrics.connect_phase_took(phase, seconds, target)
-
-
-def _listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
-    """Return the context for clients that request TLS, if the listener has a certificate."""
-    if settings.tls == "self-signed":
-        return self_signed_context()
-    if not settings.tls_certificate:
-        return None
-    try:
-        return server_context(settings.tls_certificate, settings.tls_key)
-    except OSError as error:
-        text = f"cannot be used with its key: {error.strerror or error}"
-        raise ConfigurationError([Problem("listen.tls_certificate", text)]) from error

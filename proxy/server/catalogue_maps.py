@@ -85,7 +85,7 @@ class CatalogueMaps:
         present = self._service
         if isinstance(present, CatalogueService) and present.key == key_of(settings):
             return present, wiring
-        target = upstreams[catalogue.target]
+        target = upstreams[catalogue.target].unpooled()
         return CatalogueService(settings, target, self._listener.connect, self._metrics), wiring
 
     @property

@@ -61,6 +61,7 @@ async def running(app: App) -> AsyncIterator[None]:
                     quit_allowed=settings.admin.quit,
                 )
             )
+        stack.push_async_callback(app.close_pools)
         await stack.enter_async_context(app.catalogue.running())
         accepting = app.connection_source.accepting()
         app.listen_addresses = await stack.enter_async_context(accepting)

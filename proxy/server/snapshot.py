@@ -26,7 +26,7 @@ from proxy.routing.router import Route, Router
 from proxy.server.map_service import MapService
 from proxy.server.router_factory import rewritten_file, router_of
 from proxy.upstream.phases import RecordTargetPhase
-from proxy.upstream.upstreams import SessionOpener, Upstreams
+from proxy.upstream.upstreams import MakePool, SessionOpener, SessionPool, Upstreams
 from proxy.wire.startup import StartupMessage
 from proxy.workspace import sdk_import
 from proxy.workspace.registry import TokenAccount, WorkspaceRegistry
@@ -61,12 +61,13 @@ class ConfigSnapshot:
         router: Router | None = None,
         *,
         find_map: FindMap | None = None,
+        make_pool: MakePool | None = None,
     ) -> None:
         """`before` is the snapshot that this one replaces.
 
         `router` is that of these settings, if it was made already: that of a large map takes
         seconds, and is made in a thread. `find_map` returns the map of a catalogue; without it,
-        sessions with a key of such a map are refused.
+        sessions with a key of such a map are refused. Without `make_pool` no target pools.
 
         Raises ConfigurationError for files that settings name and that cannot be used.
         """
@@ -74,7 +75,11 @@ class ConfigSnapshot:
         self.files = Files.of(settings)  # before they are read, so that a later write is noticed
         self.router = router or router_of(settings)
         self.upstreams: Upstreams = Upstreams(
-            settings, workspaces, record_phase, before.upstreams if before else None
+            settings,
+            workspaces,
+            record_phase,
+            before.upstreams if before else None,
+            make_pool=make_pool,
         )
         self.map_service: MapService | None = None
         self.shards: ShardUpstreams | None = None
@@ -168,6 +173,13 @@ class ConfigSnapshot:
         """
         if any(upstream.resource is not None for upstream in self.upstreams.values()):
             await BlockingCalls("databricks-sdk").run(sdk_import.load, LOAD_SECONDS_MAX)
+
+    @property
+    def pools(self) -> list[SessionPool]:
+        """The pools of its targets and shards."""
+        shards = [] if self.shards is None else [upstream for _, upstream in self.shards]
+        found = [*self.upstreams.values(), *shards]
+        return [upstream.pool for upstream in found if upstream.pool is not None]
 
     def hosts(self) -> Mapping[str, str]:
         """Return each target's host, empty while it is not known."""

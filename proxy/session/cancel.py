@@ -1,8 +1,9 @@
 """Cancel keys, and the forwarding of cancel requests.
 
 A client gets the upstream's own key where possible, so that the pid which a driver shows is the
-backend's (W27). A key lives exactly as long as its session, so there are never more keys than
-sessions.
+backend's (W27). Where an upstream session serves several clients, each gets the pid with a secret
+of its own: a request of one that has disconnected must not reach the next one's query (P30). A key
+lives exactly as long as its session, so there are never more keys than sessions.
 
 A client's own cancel is forwarded within seconds or not at all: a late one would hit another query
 (W40). One for a client that has disconnected may wait: its session runs nothing new.
@@ -67,6 +68,8 @@ class IssuedKey:
     upstream: BackendKeyData
     keys: "CancelKeys"
     live: bool = True
+    forwarded: bool = False
+    """A cancel may have been sent. Read it after the block: until then one can still be (P17)."""
 
     def __enter__(self) -> "IssuedKey":
         """Register the key."""
@@ -77,6 +80,11 @@ class IssuedKey:
         """Unregister the key."""
         self.live = False
         self.keys.unregister(self)
+
+    def record_forward(self) -> bool:
+        """Record that a cancel is about to be sent. Return False if it must not be: no session."""
+        self.forwarded |= self.live
+        return self.live
 
 
 class CancelKeys:
@@ -95,15 +103,26 @@ class CancelKeys:
         return sum(len(keys) for keys in self._by_pid.values())
 
     def issue(
-        self, upstream: BackendKeyData | None, target: Target, version: ProtocolVersion
+        self,
+        upstream: BackendKeyData | None,
+        target: Target,
+        version: ProtocolVersion,
+        *,
+        own_secret: bool = False,
     ) -> AbstractContextManager[IssuedKey | None]:
         """Return a key, to be registered while a block runs. The client is sent its `issued`.
 
-        None if the upstream sent none (W26): a client without a key sends no CancelRequest.
+        With `own_secret` it is never the upstream's, of which only the pid is kept (P30). None if
+        the upstream sent none (W26): a client without a key sends no CancelRequest.
         """
         if upstream is None:
             return nullcontext()
-        issued = upstream if self._is_free(upstream) else self._random_key(version)
+        if own_secret and upstream.pid > 0:
+            issued = self._own_key(upstream, version)
+        elif self._is_free(upstream) and not own_secret:
+            issued = upstream
+        else:
+            issued = self._random_key(version)
         return IssuedKey(issued, target, upstream, self)
 
     def register(self, entry: IssuedKey) -> None:
@@ -126,16 +145,25 @@ class CancelKeys:
                 found = entry
         return found
 
-    def _is_free(self, upstream: BackendKeyData) -> bool:
-        keys = self._by_pid.get(upstream.pid, ())
-        return upstream.pid > 0 and all(entry.issued != upstream for entry in keys)
+    def _is_free(self, key: BackendKeyData) -> bool:
+        keys = self._by_pid.get(key.pid, ())
+        return key.pid > 0 and all(entry.issued != key for entry in keys)
+
+    def _own_key(self, upstream: BackendKeyData, version: ProtocolVersion) -> BackendKeyData:
+        """Return a key with the upstream's pid, which several upstreams may have given."""
+        key = upstream
+        while key == upstream or not self._is_free(key):  # ends: the secret is random
+            key = BackendKeyData(upstream.pid, self._secret(version))
+        return key
 
     def _random_key(self, version: ProtocolVersion) -> BackendKeyData:
         pid = 0
         while pid == 0 or pid in self._by_pid:  # ends: there are far fewer sessions than pids
             pid = self._random_bits(_PID_BITS)
-        size = _KEY_BYTES_V3_2 if version >= V3_2 else _KEY_BYTES
-        return BackendKeyData(pid, Secret(self._random_bytes(size)))
+        return BackendKeyData(pid, self._secret(version))
+
+    def _secret(self, version: ProtocolVersion) -> Secret:
+        return Secret(self._random_bytes(_KEY_BYTES_V3_2 if version >= V3_2 else _KEY_BYTES))
 
 
 class ForwardSlots:
@@ -254,7 +282,7 @@ class CancelForwarder:
             async with self._slots.slot(first=first):
                 result, error = CancelResult.FAILED, "no answer in time"
                 sent = await self._connector.cancel(
-                    issued.target, issued.upstream, still_wanted=lambda: issued.live
+                    issued.target, issued.upstream, still_wanted=issued.record_forward
                 )
             delivered = True
         except (ProxyError, TimeoutError) as failure:

@@ -37,9 +37,10 @@ def never() -> bool:
 class Direction(asyncio.Protocol):
     """The protocol of `source`, which writes what it receives to `sink`.
 
-    `on_read` is called with each read after its write. The direction from the upstream has
-    `watches_client`: while the upstream takes nothing, it polls whether the client is lost. One
-    that has ended its stream is not: what it sent before the end is delivered.
+    `on_read` is called with each read after its write; `write` is `sink.write` if it is None. The
+    direction from the upstream has `watches_client`: while the upstream takes nothing, it polls
+    whether the client is lost. One that has ended its stream is not: what it sent before the end
+    is delivered.
 
     `goes_on` is asked when the source ends: whether the relay continues until the sink ends.
 
@@ -53,6 +54,7 @@ class Direction(asyncio.Protocol):
         "_received_bytes",
         "_watches_client",
         "_write",
+        "at_end",
         "closed",
         "goes_on",
         "lane",
@@ -75,6 +77,7 @@ class Direction(asyncio.Protocol):
         lost: EndReason,
         goes_on: Callable[[], bool] = never,
         watches_client: bool = False,
+        write: Callable[[bytes], None] | None = None,
     ) -> None:
         self.source = source
         self.sink = sink
@@ -83,12 +86,14 @@ class Direction(asyncio.Protocol):
         self.lost = lost
         self.goes_on = goes_on
         self.paused = False
+        self.at_end = False
+        """Whether the source has ended its stream, or is lost."""
         self.reverse: Direction | None = None
         """The other direction, which writes to our source; None before and after the relay."""
         self.lane: SourceLane | None = None
         self._ended = ended
         self._received_bytes = 0
-        self._write: Callable[[bytes], None] = sink.write
+        self._write: Callable[[bytes], None] = write or sink.write
         self._watches_client = watches_client
         self._poll_timer: asyncio.TimerHandle | None = None
 
@@ -130,11 +135,13 @@ class Direction(asyncio.Protocol):
         self.reverse.resume()
 
     def eof_received(self) -> bool:
+        self.at_end = True
         if not self.goes_on():
             self.end(self.closed)
         return True  # keep the source open: what was written to it has to be flushed
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.at_end = True
         reverse = self.reverse
         assert reverse is not None
         # A lane must not touch a descriptor that is closed once this returns.

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum, unique
 from typing import Final
 
+from proxy.pool.pool_counts import RetireReason
+
 
 @unique
 class EndReason(StrEnum):
@@ -51,6 +53,21 @@ DISCONNECTS: Final = frozenset(
 # What it looks like when the shard itself ends a session whose mapping has moved.
 UPSTREAM_ENDS: Final = frozenset({EndReason.UPSTREAM_CLOSED, EndReason.UPSTREAM_LOST})
 
+# A client has left: only then does its upstream session serve another one (P12).
+CLIENT_LEFT: Final = frozenset(
+    {EndReason.CLIENT_CLOSED, EndReason.CLIENT_LOST, EndReason.IDLE_TIMEOUT}
+)
+
+# Why the upstream session of a session that ended otherwise serves no other client.
+RETIRED_BY: Final[Mapping[EndReason, RetireReason]] = {
+    EndReason.CLIENT_NOT_READING: RetireReason.UPSTREAM_ENDED,
+    EndReason.UPSTREAM_CLOSED: RetireReason.UPSTREAM_ENDED,
+    EndReason.UPSTREAM_LOST: RetireReason.UPSTREAM_ENDED,
+    EndReason.SHUTDOWN: RetireReason.DRAIN,
+    EndReason.MAPPING_MOVED: RetireReason.RECONFIGURED,
+    EndReason.INTERNAL_ERROR: RetireReason.BUSY,
+}
+
 # Recorded among the recent errors. An upstream that closes normally ends many sessions at once, and
 # that is no error.
 ERRORS: Final = frozenset({EndReason.UPSTREAM_LOST, EndReason.INTERNAL_ERROR})
@@ -63,3 +80,9 @@ class RelayEnd:
     reason: EndReason
     client_bytes: int
     upstream_bytes: int
+    kept: bool = False
+    """The upstream session is open, and can be reset for another client."""
+    reported: bytes = b""
+    """The ParameterStatus messages that its client was sent, if it is kept."""
+    retired: RetireReason | None = None
+    """Why it is closed, if the relay was to keep it."""

@@ -52,20 +52,26 @@ def watched_lanes() -> "Iterator[Lanes | None]":
 class FastPath:
     """What one session needs for its lanes: the set they are in, and the idle tracker."""
 
-    __slots__ = ("activity", "lanes")
+    __slots__ = ("activity", "lanes", "walks_ahead")
 
-    def __init__(self, lanes: "Lanes") -> None:
+    def __init__(self, lanes: "Lanes", *, walks_ahead: bool = False) -> None:
         self.lanes = lanes
-        self.activity: Activity = native.activity.Activity()
+        self.walks_ahead = walks_ahead
+        self.activity: Activity = native.activity.Activity(walks_ahead=walks_ahead)
 
     @classmethod
     def between(
-        cls, client: asyncio.Transport, upstream: asyncio.Transport, lanes: "Lanes | None"
+        cls,
+        client: asyncio.Transport,
+        upstream: asyncio.Transport,
+        lanes: "Lanes | None",
+        *,
+        walks_ahead: bool = False,
     ) -> "FastPath | None":
         """Return the fast path between two connections; None if they cannot have lanes."""
         if lanes is None or not (_can_have_lane(client) and _can_have_lane(upstream)):
             return None
-        return cls(lanes)
+        return cls(lanes, walks_ahead=walks_ahead)
 
     def open(self, from_client: Direction, from_upstream: Direction) -> None:
         """Open a lane for each direction, while neither transport is closing.
@@ -89,7 +95,10 @@ class OpenLane:
         self._direction = direction
         source, source_tls = _plain_and_tls(direction.source)
         sink, sink_tls = _plain_and_tls(direction.sink)
-        self._lane = native.lanes.Lane(
+        walks_ahead = path.walks_ahead and not from_upstream
+        assert not (walks_ahead and source_tls), "a client has no compiled TLS"
+        lane = native.lanes.AheadLane if walks_ahead else native.lanes.Lane
+        self._lane = lane(
             path.lanes,
             _descriptor(source),
             _descriptor(sink),
@@ -129,6 +138,13 @@ class OpenLane:
         """Write to the sink's transport what the kernel did not take."""
         sink, _ = _plain_and_tls(self._direction.sink)
         sink.write(rest)
+
+    def client_left(self) -> None:
+        """End the session: the client's Terminate was withheld from the upstream."""
+        direction = self._direction
+        direction.close_lane()
+        direction.stop_writing()
+        direction.end(direction.closed)
 
     def lane_ended(self, error: Exception | None) -> None:
         """Hand the connection back to its transports. `error` is what reading ended with."""

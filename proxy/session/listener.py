@@ -10,13 +10,14 @@ the limit of open files is the bound.
 import asyncio
 import itertools
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
-from proxy.config import ListenSettings
+from proxy.config import ConfigurationError, ListenSettings, Problem
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
@@ -25,7 +26,10 @@ from proxy.session.end_reason import EndReason
 from proxy.session.listen_sockets import ACCEPT_BACKLOG, Address, open_sockets
 from proxy.session.memory_trim import MemoryTrim
 from proxy.session.slots import SlotSource
+from proxy.transport.self_signed import self_signed_context
+from proxy.transport.sockets import inherits_options
 from proxy.transport.stream import StartupStream
+from proxy.transport.tls import server_context
 
 # Connections that may be starting at a time. Clients that reconnect together are some hundreds.
 STARTING_MAX: Final = 2000
@@ -46,15 +50,36 @@ Serve = Callable[[StartupStream, OpenSession], Coroutine[None, None, None]]
 class _AcceptedStream(StartupStream):
     """A client's stream, which calls `connected` with itself."""
 
-    __slots__ = ("_connected",)
+    __slots__ = ("_connected", "_has_options")
 
-    def __init__(self, connected: Callable[[StartupStream], None]) -> None:
+    def __init__(self, connected: Callable[[StartupStream], None], *, has_options: bool) -> None:
+        """`has_options`: its socket has those of a TCP connection already."""
         super().__init__()
         self._connected = connected
+        self._has_options = has_options
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+        if self._has_options:
+            self.transport = cast(asyncio.Transport, transport)
+        else:
+            super().connection_made(transport)
         self._connected(self)
+
+
+def listener_tls(settings: ListenSettings) -> ssl.SSLContext | None:
+    """Return the context for clients that request TLS, if the listener has a certificate.
+
+    Raises ConfigurationError for files that cannot be used.
+    """
+    if settings.tls == "self-signed":
+        return self_signed_context()
+    if not settings.tls_certificate:
+        return None
+    try:
+        return server_context(settings.tls_certificate, settings.tls_key)
+    except OSError as error:
+        text = f"cannot be used with its key: {error.strerror or error}"
+        raise ConfigurationError([Problem("listen.tls_certificate", text)]) from error
 
 
 class Listener:
@@ -99,7 +124,8 @@ class Listener:
             listening = open_sockets(self._settings)
             self._unix_path = listening.unix_path
             for sock in listening.tcp:
-                server = await loop.create_server(self._accepted, sock=sock, backlog=self._backlog)
+                accepted = partial(self._accepted, has_options=inherits_options(sock))
+                server = await loop.create_server(accepted, sock=sock, backlog=self._backlog)
                 self._servers.append(server)
             if listening.unix is not None:
                 server = await loop.create_unix_server(
@@ -152,8 +178,8 @@ class Listener:
             self._unix_path.unlink(missing_ok=True)
             self._unix_path = None
 
-    def _accepted(self) -> StartupStream:
-        return _AcceptedStream(self._connected)
+    def _accepted(self, *, has_options: bool = False) -> StartupStream:
+        return _AcceptedStream(self._connected, has_options=has_options)
 
     def _connected(self, stream: StartupStream) -> None:
         """Serve a connection; abort one that was in the backlog when the listener closed."""

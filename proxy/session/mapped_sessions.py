@@ -27,7 +27,7 @@ from proxy.catalogue.model import Located, SessionsMode, Status
 from proxy.errors import ErrorKind, ProxyError
 from proxy.session.drain import OpenSession
 from proxy.session.end_reason import UPSTREAM_ENDS, EndReason, RelayEnd
-from proxy.upstream.dialer import AdmittedBy
+from proxy.upstream.upstream_session import AdmittedBy
 
 # The shard's own end of a session arrives within this time, as a rule.
 KILL_SECONDS: Final = 2.0

@@ -29,8 +29,8 @@ from proxy.session.starting_client import ClientGone, StartingClient
 from proxy.transport.sockets import detect_dead_peer, listen_tcp, listen_unix
 from proxy.transport.stream import StartupStream
 from proxy.upstream.connector import Connector
-from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import DialPhases
+from proxy.upstream.upstream_session import UpstreamSession
 from proxy.upstream.upstreams import SessionOpener
 from proxy.wire.client_startup import CancelReceived, StartupReceived
 from proxy.wire.startup import StartupMessage
@@ -282,7 +282,7 @@ async def _open(opener: SessionOpener, arrival: _Arrival) -> UpstreamSession:
     """Open the session upstream, and answer the driver if that fails. Raises ProxyError."""
     client = arrival.client
     try:
-        async with client.while_connected():
+        with client.while_connected():
             upstream = await opener.open(_without_name(arrival.startup.message), DialPhases())
     except ClientGone:
         raise ProxyError(ErrorKind.SHUTTING_DOWN, "the driver has given up") from None

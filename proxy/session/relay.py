@@ -7,6 +7,10 @@ most `BUFFER_BYTES_MAX` plus one read is buffered for each direction; with lanes
 
 No payload is parsed. `wire/activity.py` walks the message headers after each write, so that a
 session can be ended between two messages. What ends first is the reason of the session's end.
+
+Where the relay keeps its upstream for the next client, the headers of the client are walked before
+each write: a Terminate that comes while nothing is owed is not sent, and the client alone is closed
+(P12 to P16). What is owed, or in doubt, ends both as ever.
 """
 
 import asyncio
@@ -16,8 +20,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from proxy.observe.target_stats import Carried
+from proxy.pool.pool_counts import RetireReason
 from proxy.session.direction import Direction, never
-from proxy.session.end_reason import DISCONNECTS, UPSTREAM_ENDS, EndReason, RelayEnd
+from proxy.session.end_reason import (
+    CLIENT_LEFT,
+    DISCONNECTS,
+    RETIRED_BY,
+    UPSTREAM_ENDS,
+    EndReason,
+    RelayEnd,
+)
 from proxy.session.fast_path import LANE_BUFFER_BYTES_MAX, FastPath
 from proxy.transport.graceful_close import FLUSH_SECONDS_MAX, LINGER_SECONDS, close_gracefully
 from proxy.wire.activity import Activity
@@ -51,6 +63,10 @@ class Relay:
     `cancel_query` cancels what the upstream is running; it is awaited when the client has
     disconnected without a Terminate, with `cancels_copy_only` in the middle of COPY data only.
     After the upstream's end a client is cut when it has read nothing for `flush_seconds_max`.
+
+    With `keeps_upstream` the upstream's connection is not closed when its client leaves and nothing
+    is owed: then the end is `kept`. The caller gives the connection its next protocol before it
+    suspends: until then what arrives is dropped.
     """
 
     def __init__(
@@ -62,24 +78,34 @@ class Relay:
         flush_seconds_max: float = FLUSH_SECONDS_MAX,
         *,
         cancels_copy_only: bool = False,
+        keeps_upstream: bool = False,
     ) -> None:
         self._client = client
+        self._keeps_upstream = keeps_upstream
+        self._kept = False
+        self._retired: RetireReason | None = None
         self._cancels_copy_only = cancels_copy_only
         self._flush_seconds_max = flush_seconds_max
         self._upstream = upstream
         self._cancel_query = cancel_query
-        self._fast_path = FastPath.between(client, upstream, lanes)
-        activity = Activity() if self._fast_path is None else self._fast_path.activity
-        self._activity = activity
+        self._fast_path = FastPath.between(client, upstream, lanes, walks_ahead=keeps_upstream)
+        self._activity = activity = (
+            Activity(walks_ahead=keeps_upstream)
+            if self._fast_path is None
+            else self._fast_path.activity
+        )
+        on_client_read = _ignore if keeps_upstream else activity.client_sent
+        self._on_client_read: Callable[[bytes], None] = on_client_read
         self._ended = ended = asyncio.get_running_loop().create_future()
         self.from_client = Direction(
             client,
             upstream,
             ended,
-            activity.client_sent,
+            on_client_read,
             closed=EndReason.CLIENT_CLOSED,
             lost=EndReason.CLIENT_LOST,
             goes_on=self._finishes_statements,
+            write=self._send_ahead if keeps_upstream else None,
         )
         self.from_upstream = Direction(
             upstream,
@@ -126,7 +152,7 @@ class Relay:
         """Call `on_read` after each read from now on. The session's lanes close for good."""
         self._close_lanes()
         self._fast_path = None
-        self.from_client.on_read = partial(_follow, self._activity.client_sent, on_read)
+        self.from_client.on_read = partial(_follow, self._on_client_read, on_read)
         self.from_upstream.on_read = partial(_follow, self._activity.upstream_sent, on_read)
 
     def end(self, reason: EndReason, error: bytes) -> None:
@@ -139,8 +165,8 @@ class Relay:
         self._client.write(error)
         self.from_client.stop_writing()
         self.from_upstream.stop_writing()
-        if not self._upstream.is_closing():
-            self._upstream.write(_TERMINATE)
+        if not (self._keeps_upstream and reason in CLIENT_LEFT):
+            self._terminate_upstream()
         self._ended.set_result(reason)
 
     def drop(self, reason: EndReason) -> None:
@@ -164,15 +190,20 @@ class Relay:
             self._open_lanes()
             reason = await self._ended
             self._close_lanes()
-            await self._close_both(reason)
+            if self._keeps_upstream:
+                await self._close_client_alone(reason)
+            if not self._kept:
+                await self._close_both(reason)
         finally:
             self._close_lanes()
             for transport in (self._client, self._upstream):
                 transport.set_protocol(_IGNORING)
-                transport.abort()
+                if transport is self._client or not self._kept:
+                    transport.abort()
             # They refer to each other: what they hold would wait for the garbage collector.
             self.from_client.reverse = self.from_upstream.reverse = None
             self.from_client.goes_on = never
+            self.from_client.stop_writing()
             if self._terminated_timer is not None:
                 self._terminated_timer.cancel()
         return self.ended(reason)
@@ -193,7 +224,17 @@ class Relay:
         elif reason in DISCONNECTS and activity.terminated:
             reason = EndReason.CLIENT_CLOSED
         carried = self.carried()
-        return RelayEnd(reason, carried.client_bytes, carried.upstream_bytes)
+        retired = self._retired
+        if self._keeps_upstream and not self._kept and retired is None:
+            retired = RETIRED_BY.get(reason, RetireReason.BUSY)
+        return RelayEnd(
+            reason,
+            carried.client_bytes,
+            carried.upstream_bytes,
+            kept=self._kept,
+            reported=activity.reported or b"",
+            retired=retired,
+        )
 
     def _open_lanes(self) -> None:
         """Open the session's lanes, unless it is about to end."""
@@ -235,13 +276,69 @@ class Relay:
 
         PostgreSQL runs that, whatever became of the client, and ends by itself.
         """
-        if not self._activity.terminated or self._activity.idle or self._upstream.is_closing():
+        activity = self._activity
+        if not activity.terminated or activity.withheld or self._upstream.is_closing():
             return False
         if self._terminated_timer is None:
             self._terminated_timer = asyncio.get_running_loop().call_later(
                 TERMINATED_SECONDS_MAX, self.from_client.end, EndReason.CLIENT_CLOSED
             )
         return True
+
+    # -- an upstream that is kept ----------------------------------------------------------------
+
+    def _send_ahead(self, data: bytes) -> None:
+        """Send what the client has sent, but for a Terminate while nothing is owed: it ends."""
+        if ahead := self._activity.client_ahead(data):
+            self._upstream.write(ahead)
+        if self._activity.withheld:
+            self.from_client.stop_writing()
+            self.from_client.end(EndReason.CLIENT_CLOSED)
+
+    async def _close_client_alone(self, reason: EndReason) -> None:
+        """Close the client, and keep its upstream if that can serve another one.
+
+        If not, what was withheld from it is sent, so that it can be closed as ever.
+        """
+        retired = self._why_retired(reason)
+        if retired is None:
+            # Until it has another protocol, an end of it must be noticed.
+            self.from_upstream.stop_writing()
+            self.from_upstream.resume()
+            if reason is EndReason.IDLE_TIMEOUT:
+                await self._close_client()
+            elif self._activity.withheld and not self._client.get_write_buffer_size():
+                self._client.close()  # it has said goodbye, and has got everything
+            else:
+                await close_gracefully(self._client, linger_seconds=0)
+            retired = self._why_retired(reason)
+            if retired is None and self._upstream.get_write_buffer_size():
+                retired = RetireReason.BUSY  # it takes nothing, though nothing is owed (P16)
+        self._retired, self._kept = retired, retired is None
+        if self._kept:
+            self._upstream.set_write_buffer_limits()
+        elif self._activity.withheld or reason is EndReason.IDLE_TIMEOUT:
+            self._terminate_upstream()
+
+    def _why_retired(self, reason: EndReason) -> RetireReason | None:
+        """Return why the upstream session cannot serve another client now; None if it can."""
+        activity, upstream = self._activity, self._upstream
+        if reason not in CLIENT_LEFT:
+            # An upstream ends because of a Terminate that was sent: something was owed (P14).
+            was_busy = activity.terminated and not activity.withheld and reason in UPSTREAM_ENDS
+            return RetireReason.BUSY if was_busy else RETIRED_BY[reason]
+        if upstream.is_closing() or self.from_upstream.at_end:
+            return RetireReason.UPSTREAM_ENDED
+        if activity.reported is None:
+            return RetireReason.PARAMETER_CHANGED  # or not: there were too many to tell
+        return None if activity.reusable else RetireReason.BUSY
+
+    def _terminate_upstream(self) -> None:
+        """Send a Terminate of our own, unless the connection is closing."""
+        if not self._upstream.is_closing():
+            self._upstream.write(_TERMINATE)
+
+    # -- the upstream of a client that has disconnected ------------------------------------------
 
     async def _close_upstream(self, reason: EndReason) -> None:
         """Close the upstream of a client that has disconnected, and cancel its query (W35).
@@ -277,6 +374,10 @@ class Relay:
             await cancel_query()
             await asyncio.sleep(CANCEL_ANSWER_SECONDS)
             answered = self.from_upstream.received_bytes > before and not self._activity.idle
+
+
+def _ignore(data: bytes) -> None:
+    """Ignore a read that was walked before it was sent."""
 
 
 def _follow(sent: Callable[[bytes], None], on_read: Callable[[], None], data: bytes) -> None:

@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING
 
 from proxy.errors import NOT_THE_OPERATORS, ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
+from proxy.pool.pool_counts import RetireReason
 from proxy.routing.router import Route
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
 from proxy.session.drain import OpenSession
-from proxy.session.end_reason import EndReason
+from proxy.session.end_reason import EndReason, RelayEnd
 from proxy.session.mapped_sessions import MappedSessions
 from proxy.session.relay import Relay
 from proxy.session.session_log import SessionLog, StartupAdvice
 from proxy.session.starting_client import ClientGone, StartingClient
 from proxy.transport.sockets import is_unix
 from proxy.transport.stream import StartupStream
-from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import DialPhases
+from proxy.upstream.upstream_session import Lease, UpstreamSession
 from proxy.upstream.upstreams import RouteReplaced, SessionOpener
 from proxy.wire.client_startup import CancelReceived, Disconnected, StartupReceived, Violated
 from proxy.wire.messages import ErrorResponse
@@ -116,15 +117,20 @@ class Session:
         mapped = None
         with parts.slot():
             opener, upstream = await self._open(startup.message)
-            with parts.cancel_keys.issue(
-                upstream.startup.key, upstream.target, startup.version
-            ) as key:
-                mapped = parts.mapped_sessions.register(self._entry, upstream.admitted_by)
-                relay = self._start_relay(opener, upstream, key)
-                # The relay may run for days: release what only the startup needs.
-                del startup, opener, upstream, key
-                with parts.metrics.session(self._log.target, relay.carried):
-                    end = await relay.run()
+            with _Leased(upstream.lease) as leased:
+                with parts.cancel_keys.issue(
+                    upstream.startup.key,
+                    upstream.target,
+                    startup.version,
+                    own_secret=leased.returns,
+                ) as key:
+                    mapped = parts.mapped_sessions.register(self._entry, upstream.admitted_by)
+                    relay = self._start_relay(opener, upstream, key)
+                    # The relay may run for days: release what only the startup needs.
+                    del startup, opener, upstream
+                    with parts.metrics.session(self._log.target, relay.carried):
+                        end = await relay.run()
+                leased.ended(end, key)
         if mapped is None:
             self._log.ended(end)
         else:
@@ -159,7 +165,7 @@ class Session:
         """Open a session upstream. Raises ClientGone, ProxyError or ClientViolation."""
         self._entry.opening()
         try:
-            async with self._client.while_connected():
+            with self._client.while_connected():
                 opener, upstream = await self._open_upstream(startup)
         except asyncio.CancelledError:
             # A drain has begun, and this client still waits for an answer.
@@ -169,9 +175,10 @@ class Session:
             self._log.admitted(upstream.admitted_by)
         # Either side may have disconnected just when the other one was ready.
         if self._client.is_gone:
-            upstream.stream.transport.close()
+            upstream.put_back()
             raise ClientGone
         if upstream.stream.transport.is_closing():
+            upstream.close()
             raise ProxyError(ErrorKind.UPSTREAM_LOST)
         return opener, upstream
 
@@ -219,14 +226,48 @@ class Session:
             cancel_query,
             self._parts.lanes(),
             cancels_copy_only=opener.checks_connection,
+            keeps_upstream=upstream.lease is not None and upstream.lease.returns,
         )
         self._starting_client = None  # from here on the client cannot be refused
         self._entry.relaying(relay)
         client.start_relay(relay, upstream, None if key is None else key.issued)
         if self._parts.idle_timeout_seconds:
             self._entry.end_after_idle(self._parts.idle_timeout_seconds)
-        self._log.started(upstream.target.host)
+        lease = upstream.lease
+        reused = None if lease is None else lease.reused
+        self._log.started(upstream.target.host, reused=reused)
         return relay
+
+
+class _Leased:
+    """Gives an upstream session back to its pool when the block ends, whatever ended it."""
+
+    __slots__ = ("_lease", "_reported", "_retired_for")
+
+    def __init__(self, lease: Lease | None) -> None:
+        self._lease = lease
+        self._reported = b""
+        self._retired_for: str = RetireReason.DRAIN  # where its task is cancelled
+
+    @property
+    def returns(self) -> bool:
+        """Whether the session may go to another client."""
+        return self._lease is not None and self._lease.returns
+
+    def ended(self, end: RelayEnd, key: IssuedKey | None) -> None:
+        """Set how its client has left. The key is unregistered: no cancel is sent any more."""
+        self._reported = end.reported
+        if key is not None and key.forwarded:
+            self._retired_for = RetireReason.CANCELLED  # it may arrive late (P17)
+        else:
+            self._retired_for = "" if end.kept else end.retired or RetireReason.BUSY
+
+    def __enter__(self) -> "_Leased":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lease is not None:
+            self._lease.release(self._retired_for, self._reported)
 
 
 def _with_shard(error: ErrorResponse, shard: str) -> ErrorResponse:

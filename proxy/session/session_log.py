@@ -15,8 +15,8 @@ from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.routing.router import Route
 from proxy.session.end_reason import RelayEnd
-from proxy.upstream.dialer import AdmittedBy
 from proxy.upstream.phases import ConnectPhase, DialPhases
+from proxy.upstream.upstream_session import AdmittedBy
 from proxy.wire.client_startup import Disconnected, LastAnswer, Violated
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.violations import ClientReason
@@ -155,7 +155,17 @@ def _is_certificate_alert(error: Exception) -> bool:
 class SessionLog:
     """The lines and counts of one connection."""
 
-    __slots__ = ("_advice", "_host", "_key", "_metrics", "_started_at", "shard", "target")
+    __slots__ = (
+        "_advice",
+        "_host",
+        "_key",
+        "_metrics",
+        "_reused",
+        "_started_at",
+        "_timer",
+        "shard",
+        "target",
+    )
 
     def __init__(self, metrics: Metrics, advice: StartupAdvice, started_at: float) -> None:
         """`started_at` is the loop's time of the accept."""
@@ -167,6 +177,8 @@ class SessionLog:
         """The target, if a shard map chose it; else empty."""
         self._key: str | None = None
         self._host = ""  # until the session's first line is written
+        self._reused: bool | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     # -- startup ---------------------------------------------------------------------------------
 
@@ -253,10 +265,14 @@ class SessionLog:
 
     # -- a session -------------------------------------------------------------------------------
 
-    def started(self, host: str) -> None:
-        """Record the start of a session. Its line is written a moment later."""
-        self._host = host
-        asyncio.get_running_loop().call_later(_STARTED_DELAY_SECONDS, self._write_started)
+    def started(self, host: str, *, reused: bool | None = None) -> None:
+        """Record the start of a session. Its line is written a moment later.
+
+        `reused`: whether another client had its upstream session before; None without a pool.
+        """
+        self._host, self._reused = host, reused
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(_STARTED_DELAY_SECONDS, self._write_started)
 
     def ended(self, end: RelayEnd) -> None:
         """Record the end of a session."""
@@ -276,9 +292,13 @@ class SessionLog:
         )
 
     def _write_started(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()  # a short session is over before
+            self._timer = None
         if host := self._host:
             self._host = ""
-            _log.info("session started", **self._where(), host=host)
+            reused = {} if self._reused is None else {"reused": self._reused}
+            _log.info("session started", **self._where(), host=host, **reused)
 
     def _where(self) -> dict[str, str]:
         """Return the fields of a line that show the route."""

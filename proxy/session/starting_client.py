@@ -6,13 +6,11 @@ the connection goes to the relay, the session releases this object.
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from proxy.session.relay import Relay
 from proxy.transport.stream import StartupStream
 from proxy.transport.tls import ALPN_PROTOCOL
-from proxy.upstream.dialer import UpstreamSession
+from proxy.upstream.upstream_session import UpstreamSession
 from proxy.wire.client_startup import (
     CancelReceived,
     ClientEvent,
@@ -30,6 +28,36 @@ from proxy.wire.messages import BackendKeyData, ErrorResponse
 
 class ClientGone(Exception):
     """The client disconnected before its session was ready."""
+
+
+class _WhileConnected:
+    """Cancels its block when the client has gone, as `asyncio.timeout` does after its time."""
+
+    __slots__ = ("_before", "_gone", "_is_cancelled", "_over", "_task")
+
+    def __init__(self, gone: asyncio.Future[None]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._gone = gone
+        self._is_cancelled = self._over = False
+        self._before = 0
+
+    def __enter__(self) -> None:
+        self._before = self._task.cancelling()
+        self._gone.add_done_callback(self._cancel)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._over = True  # a callback that is scheduled already cannot be removed
+        self._gone.remove_done_callback(self._cancel)
+        is_ours = self._is_cancelled and self._task.uncancel() <= self._before
+        if is_ours and kind is not None and issubclass(kind, asyncio.CancelledError):
+            raise ClientGone from None
+
+    def _cancel(self, _gone: object) -> None:
+        if not self._over:
+            self._is_cancelled = True
+            self._task.cancel()
 
 
 class StartingClient:
@@ -79,26 +107,9 @@ class StartingClient:
                     case StartupReceived() | CancelReceived() | Violated() | Disconnected():
                         return event
 
-    @asynccontextmanager
-    async def while_connected(self) -> AsyncIterator[None]:
+    def while_connected(self) -> "_WhileConnected":
         """Run the block; if the client disconnects, cancel it and raise ClientGone."""
-        gone = self._stream.gone
-        over = False
-        try:
-            async with asyncio.timeout(None) as scope:
-
-                def leave(_: object) -> None:
-                    if not over:  # a callback that is already scheduled cannot be removed
-                        scope.reschedule(asyncio.get_running_loop().time())
-
-                gone.add_done_callback(leave)
-                try:
-                    yield
-                finally:
-                    over = True
-                    gone.remove_done_callback(leave)
-        except TimeoutError:
-            raise ClientGone from None
+        return _WhileConnected(self._stream.gone)
 
     def refuse(self, error: ErrorResponse) -> None:
         """Send the client the error that ends its connection."""

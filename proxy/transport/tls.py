@@ -363,6 +363,8 @@ class TLSTransport(asyncio.Transport, asyncio.Protocol):
             ended = True  # close_notify, as OpenSSL reports it after ours was sent
         except ssl.SSLError:
             self.abort()  # a forged or broken record: nothing after it can be trusted
+        finally:
+            del stop  # its traceback refers to this frame, which would keep the protocol above
         if self._outgoing.pending:  # an answer to a key update
             self._flush()
             if self.lower.get_write_buffer_size() > _UNREAD_BYTES_MAX:

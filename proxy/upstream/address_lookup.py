@@ -76,7 +76,7 @@ class AddressLookup:
         self._settings = settings
         self._resource = resource
         self._workspace = workspace
-        self._host = settings.host
+        self._target = _target(settings, settings.host)
         self._stale = False
         self.outage = outage or Outage("workspace", clock)
         self._user = settings.user
@@ -92,7 +92,12 @@ class AddressLookup:
     @property
     def host(self) -> str:
         """The host as it is known now; empty before the first look-up."""
-        return self._host
+        return self._target.host
+
+    @property
+    def known_target(self) -> Target | None:
+        """The target by what is known now; None before the first look-up."""
+        return self._target if self._target.host else None
 
     @property
     def api_failure(self) -> ProxyError | None:
@@ -102,31 +107,29 @@ class AddressLookup:
 
     async def target(self) -> Target:
         """Return where to dial. Raises ProxyError when the workspace does not name a host."""
-        if not self._host:
+        if not self.host:
             await self._look_up_host()
         elif self._stale and not self._host_backoff.remaining_seconds:
             await self._refresh_host()
-        settings = self._settings
-        return Target(
-            self._host,
-            settings.hostaddr,
-            settings.port,
-            settings.sslmode,
-            settings.ssl_root_cert,
-            settings.accelerated,
-        )
+        return self._target
 
     async def login_names(self, client: StartupMessage) -> LoginNames:
         """Return user and database for this client; without a database, the target's own.
 
         Raises ProxyError.
         """
-        asked_user = client.get(b"user") or b""
-        database = client.get(b"database") or self._settings.database.encode()
-        if self._settings.user == ANY_USER:
-            return LoginNames(asked_user, database)
         if not self._user:
             await self._look_up_user()
+        return self._names(client)
+
+    def known_names(self, client: StartupMessage) -> LoginNames | None:
+        """Return the same by what is known now; None where the role is not known yet."""
+        return self._names(client) if self._user else None
+
+    def _names(self, client: StartupMessage) -> LoginNames:
+        database = client.get(b"database") or self._settings.database.encode()
+        if self._settings.user == ANY_USER:
+            return LoginNames(client.get(b"user") or b"", database)
         return LoginNames(self._user.encode(), database)
 
     def invalidate_host(self) -> None:
@@ -140,7 +143,7 @@ class AddressLookup:
                 self._host_call.start()  # its outcome is for the next client
             raise refusal
         await self._host_backoff.wait(self._sleep)
-        if not self._host:  # it may have been found meanwhile
+        if not self.host:  # it may have been found meanwhile
             await self._host_call.result()
 
     async def _refresh_host(self) -> None:
@@ -158,7 +161,7 @@ class AddressLookup:
         except ProxyError as error:
             self._host_backoff.start(error)
             self.outage.record_failure(ApiCall.LOOK_UP, error, self._host_backoff.remaining_seconds)
-            if self._host:
+            if self.host:
                 return  # while the API fails, the known host is used
             raise
         self.outage.record_success(ApiCall.LOOK_UP)
@@ -171,11 +174,12 @@ class AddressLookup:
         except ProxyError as error:
             self._host_backoff.start(error)
             raise
-        if host == self._host:
+        if host == self.host:
             self._host_backoff.start()
         else:
             self._host_backoff.reset()
-        self._host, self._stale = host, False
+            self._target = _target(self._settings, host)
+        self._stale = False
 
     async def _look_up_user(self) -> None:
         refusal = self.outage.refusal()
@@ -199,6 +203,17 @@ class AddressLookup:
         self.outage.record_success(ApiCall.IDENTITY)
         self._user_backoff.reset()
         self._user = identity.role
+
+
+def _target(settings: UpstreamSettings, host: str) -> Target:
+    return Target(
+        host,
+        settings.hostaddr,
+        settings.port,
+        settings.sslmode,
+        settings.ssl_root_cert,
+        settings.accelerated,
+    )
 
 
 def _host_in(status: ResourceStatus, name: str) -> str:

@@ -9,32 +9,33 @@ yet; no statement is ever sent twice. Not for: the steps themselves (`address_lo
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
-from uuid import UUID
 
 from proxy.errors import Disposition, ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
-from proxy.transport.stream import StartupStream
 from proxy.upstream.address_lookup import AddressLookup, LoginNames, Target
-from proxy.upstream.connector import Connection, Connector
+from proxy.upstream.connector import Connector
 from proxy.upstream.login import ANSWER_SECONDS_MAX, Login
 from proxy.upstream.missing_databases import MissingDatabases
 from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase, DialPhases, RecordPhase
 from proxy.upstream.retry import CONNECT_RETRY_SECONDS, Retry
+from proxy.upstream.upstream_session import Admit, Prepared, UpstreamSession
 from proxy.wire.options import Setting
 from proxy.wire.startup import StartupMessage
 from proxy.wire.upstream_message import UnpooledSetting, pooled_message, upstream_message
-from proxy.wire.upstream_startup import UpstreamStartup
 from proxy.workspace.credential import Credential
 
 # Concurrent connects to one target. A front end limits the rate of connections and a database forks
 # for each; clients that reconnect together are served sooner in order than all at once, where they
 # time out together. 50 handshakes keep both sides busy.
 CONNECTS_MAX: Final = 50
+
+# What would be sent for clients, by their StartupMessage of 10 kB at most; the oldest makes room.
+PREPARED_MAX: Final = 256
 
 # How often the server checks whether the client of a running query is still connected. The check
 # does not end a COMMIT that waits for synchronous replicas, which a CancelRequest would.
@@ -74,40 +75,6 @@ class CredentialSource(Protocol):
         """Invalidate a refused credential. Return whether a retry would use a different one."""
 
 
-@dataclass(frozen=True, slots=True)
-class AdmittedBy:
-    """The mapping of a shard map by which a shard has admitted a session.
-
-    `target` is the shard as log and metrics show it. `routing_key` is what bounds are compared
-    with; `epoch` was the mapping's.
-    """
-
-    target: str
-    map_id: UUID
-    mapping_id: UUID
-    shard_id: UUID
-    routing_key: bytes = field(repr=False)
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class UpstreamSession:
-    """A session that is ready: its connection, and the machine that holds its welcome.
-
-    The target's `hostaddr` is the address that the session is connected to.
-    """
-
-    stream: StartupStream
-    startup: UpstreamStartup
-    target: Target
-    admitted_by: AdmittedBy | None = None
-    """None for a target that admits every session."""
-
-
-Admit = Callable[[Connection], Awaitable[None]]
-"""Asks an upstream that has logged in whether it admits the session. Raises ProxyError."""
-
-
 @dataclass(slots=True)
 class _Dial:
     """One client's dial: the credential of its present try, and the failures of those before."""
@@ -120,15 +87,12 @@ class _Dial:
     admit: Admit | None = None
     credential: Credential | None = None
     failures: list[ProxyError] = field(default_factory=list)
+    ahead: bool = False
+    """No client waits for it: it takes no slot that one waits for."""
 
 
-@dataclass(frozen=True, slots=True)
-class _TryTarget:
-    """Where one try goes, and as whom."""
-
-    target: Target
-    names: LoginNames
-    addresses: Addresses
+class _NoSlot(Exception):
+    """All slots are in use, and the dial is ahead of any client."""
 
 
 class Dialer:
@@ -169,6 +133,47 @@ class Dialer:
         self._jitter = jitter
         self._clock = clock
         self._missing = MissingDatabases()
+        self._known: dict[StartupMessage, Prepared] = {}
+        self._known_for: Target | None = None
+
+    def prepare(
+        self, client: StartupMessage, fallback: StartupMessage | None = None
+    ) -> Prepared | None:
+        """Return what a dial for this client would send first; None while that is not known.
+
+        Nothing is waited for. Raises ProxyError or ClientViolation as `dial` does.
+        """
+        client = self._existing(client, fallback)
+        target = self._address_lookup.known_target
+        if target is not self._known_for:
+            self._known.clear()
+            self._known_for = target
+        prepared = self._known.get(client)
+        if prepared is None and target is not None:
+            names = self._address_lookup.known_names(client)
+            if names is not None:
+                prepared = self._prepared(client, target, names)
+                if len(self._known) >= PREPARED_MAX:
+                    del self._known[next(iter(self._known))]
+                self._known[client] = prepared
+        return prepared
+
+    async def dial_ahead(
+        self, client: StartupMessage, fallback: StartupMessage | None = None
+    ) -> UpstreamSession | None:
+        """Return a session of one try, for which no client waits; None if no slot is free.
+
+        Raises ProxyError or ClientViolation.
+        """
+        client = self._existing(client, fallback)
+        dial = _Dial(client, DialPhases(), Retry(self._jitter, 0), self._clock(), ahead=True)
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                return await self._try_once(dial)
+        except _NoSlot:
+            return None
+        except TimeoutError as error:
+            raise self._timed_out(dial.phases) from error
 
     async def dial(
         self,
@@ -202,10 +207,20 @@ class Dialer:
         finally:
             dial.phases.flush()
 
+    def _existing(self, client: StartupMessage, fallback: StartupMessage | None) -> StartupMessage:
+        """Return the message whose database is not known to be missing."""
+        is_missing = fallback is not None and client.get(b"database") in self._missing
+        return fallback if is_missing and fallback is not None else client
+
+    @property
+    def known_target(self) -> Target | None:
+        """The target by what is known now; None before the first look-up."""
+        return self._address_lookup.known_target
+
     async def _dial_until_ready(self, dial: _Dial) -> UpstreamSession:
         while True:  # bounded by dial's timeout
             try:
-                route = await self._look_up(dial)
+                target, names, addresses = await self._look_up(dial)
             except ProxyError as error:
                 await self._before_retry(dial, error)
                 continue
@@ -214,13 +229,20 @@ class Dialer:
             # retried here: the token source does that, once for all dials.
             credential = await self._credential(dial)
             # Not before: in an outage of the API it is of no use.
-            message = _message(dial.client, route, self._defaults)
+            prepared = self._prepared(dial.client, target, names)
             try:
-                return await self._open(dial, route, message, credential)
+                return await self._open(dial, prepared, addresses, credential)
             except ProxyError as error:
                 await self._before_retry(dial, error)
 
-    async def _look_up(self, dial: _Dial) -> _TryTarget:
+    async def _try_once(self, dial: _Dial) -> UpstreamSession:
+        """Do the steps of one try. Raises ProxyError or ClientViolation."""
+        target, names, addresses = await self._look_up(dial)
+        credential = await self._credential(dial)
+        prepared = self._prepared(dial.client, target, names)
+        return await self._open(dial, prepared, addresses, credential)
+
+    async def _look_up(self, dial: _Dial) -> tuple[Target, LoginNames, Addresses]:
         """Return where this try goes. Raises ProxyError."""
         dial.phases.start(ConnectPhase.MINT)  # not measured, but the workspace may be asked
         target = await self._address_lookup.target()
@@ -228,7 +250,18 @@ class Dialer:
         addresses = await self._connector.addresses(target, dial.phases)
         # An address that accepted TCP and then failed is not tried first again.
         first = len(dial.failures) % len(addresses)
-        return _TryTarget(target, names, (*addresses[first:], *addresses[:first]))
+        return target, names, (*addresses[first:], *addresses[:first])
+
+    def _prepared(self, client: StartupMessage, target: Target, names: LoginNames) -> Prepared:
+        """Return what is sent for this client. Raises ProxyError or ClientViolation."""
+        try:
+            if target.pooled:
+                message = pooled_message(client, names.user, names.database)
+            else:
+                message = upstream_message(client, names.user, names.database, self._defaults)
+        except UnpooledSetting as unpooled:
+            raise ProxyError(ErrorKind.POOLER_PARAMETER, unpooled.name) from None
+        return Prepared(target, names, message)
 
     async def _credential(self, dial: _Dial) -> Credential:
         """Return a credential for this try. Raises ProxyError."""
@@ -238,31 +271,38 @@ class Dialer:
         return dial.credential
 
     async def _open(
-        self, dial: _Dial, route: _TryTarget, message: StartupMessage, credential: Credential
+        self, dial: _Dial, prepared: Prepared, addresses: Addresses, credential: Credential
     ) -> UpstreamSession:
         """Connect and log in, in one of the slots. Raises ProxyError."""
+        if dial.ahead and self._connects.locked():
+            raise _NoSlot
         async with self._slot(dial.phases) as waited:
             if waited and not self._credentials.is_fresh(credential):
                 credential = await self._credential(dial)
             try:
                 async with asyncio.timeout(self._try_seconds):
-                    return await self._try(dial, route, message, credential)
+                    return await self._try(dial, prepared, addresses, credential)
             except TimeoutError as error:
-                raise self._try_timed_out(dial.phases, route.target) from error
+                raise self._try_timed_out(dial.phases, prepared.target) from error
 
     async def _try(
-        self, dial: _Dial, route: _TryTarget, message: StartupMessage, credential: Credential
+        self, dial: _Dial, prepared: Prepared, addresses: Addresses, credential: Credential
     ) -> UpstreamSession:
         """Connect and log in one time. Raises ProxyError. The caller bounds the time."""
-        connection = await self._connector.connect(route.target, route.addresses, dial.phases)
-        login = Login(connection, route.names, credential, pooled=route.target.pooled)
-        await login.run(message, dial.phases, self._answer_seconds_max)
+        target = prepared.target
+        connection = await self._connector.connect(target, addresses, dial.phases)
+        stream, startup = connection.stream, connection.startup
+        login = Login(connection, prepared.names, credential, pooled=target.pooled)
+        await login.run(prepared.message, dial.phases, self._answer_seconds_max)
+        ticket = None
         if dial.admit is not None:
-            await dial.admit(connection)
+            # What came after the login's ReadyForQuery is of no statement: it comes first.
+            stream.unread(startup.trailing_data())
+            ticket = await dial.admit(stream, None)
         # A cancel goes to the address of its session, and waits for no look-up.
-        peer = connection.stream.transport.get_extra_info("peername")
-        target = replace(route.target, hostaddr=peer[0]) if peer else route.target
-        return UpstreamSession(connection.stream, connection.startup, target)
+        peer = stream.transport.get_extra_info("peername")
+        reached = replace(target, hostaddr=peer[0]) if peer else target
+        return UpstreamSession(stream, startup, reached, prepared=prepared, ticket=ticket)
 
     @asynccontextmanager
     async def _slot(self, phases: DialPhases) -> AsyncIterator[bool]:
@@ -284,6 +324,7 @@ class Dialer:
         dial.failures.append(error)
         if self._defaults and _refuses_check(error):
             self._defaults = ()
+            self._known.clear()
             _log.info(
                 "the upstream does not check connections: the query of a client that disconnects "
                 'continues, unless upstream.cancel_method = "cancel_request"'
@@ -338,15 +379,3 @@ def _refuses_check(error: ProxyError) -> bool:
     original = error.original
     text = error.detail if original is None else f"{original.message} {original.text(b'D')}"
     return _CHECK_NAME in text and any(word in text for word in _NO_CHECK_TEXTS)
-
-
-def _message(
-    client: StartupMessage, route: _TryTarget, defaults: Sequence[Setting]
-) -> StartupMessage:
-    """Return the StartupMessage for this try. Raises ProxyError or ClientViolation."""
-    if not route.target.pooled:
-        return upstream_message(client, route.names.user, route.names.database, defaults)
-    try:
-        return pooled_message(client, route.names.user, route.names.database)
-    except UnpooledSetting as unpooled:
-        raise ProxyError(ErrorKind.POOLER_PARAMETER, unpooled.name) from None

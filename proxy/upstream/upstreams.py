@@ -10,9 +10,9 @@ of an earlier configuration ends on that one.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -27,10 +27,11 @@ from proxy.config import (
 from proxy.transport.tls import client_context
 from proxy.upstream.address_lookup import AddressLookup
 from proxy.upstream.connector import Connector
-from proxy.upstream.dialer import Admit, CredentialSource, Dialer, UpstreamSession
+from proxy.upstream.dialer import CredentialSource, Dialer
 from proxy.upstream.name_lookup import NameLookup
 from proxy.upstream.password_file import PasswordFile
 from proxy.upstream.phases import DialPhases, RecordTargetPhase
+from proxy.upstream.upstream_session import Admit, UpstreamSession
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.client import WorkspaceSource
 from proxy.workspace.login_settings import authorities_problem
@@ -74,6 +75,38 @@ class SessionOpener(Protocol):
         """
 
 
+class SessionPool(Protocol):
+    """Keeps the sessions of one dialer for the next clients (`proxy/pool`)."""
+
+    @property
+    def held(self) -> AbstractContextManager[None]:
+        """The context of a configuration that has the pool, which closes after the last one."""
+
+    async def open(
+        self,
+        client: StartupMessage,
+        phases: DialPhases,
+        fallback: StartupMessage | None = None,
+        *,
+        admit: Admit | None = None,
+        timeout_seconds: float | None = None,
+    ) -> UpstreamSession:
+        """Return a kept session for this client, or dial one. Raises what `Dialer.dial` does."""
+
+    def reconnect(self) -> None:
+        """Close what is idle now, and after its client each session that has one."""
+
+    def drain(self) -> None:
+        """Keep nothing from now on: close what is idle."""
+
+    async def wait_closed(self) -> None:
+        """Return when none of its connections is open, after `drain` and the last client."""
+
+
+MakePool = Callable[[str, UpstreamSettings, Dialer], SessionPool]
+"""Makes the pool of a target with this name and these settings."""
+
+
 @dataclass(frozen=True, slots=True)
 class Upstream:
     """One target at run time. A session needs `open` only; `check` uses each part.
@@ -91,6 +124,8 @@ class Upstream:
     dialer: Dialer
     use: AbstractContextManager[None]
     """Keeps workspace and account open while its block runs; it may be entered inside itself."""
+    pool: SessionPool | None = None
+    """None where each session ends with its client."""
 
     @property
     def cancel_on_disconnect(self) -> bool:
@@ -112,14 +147,27 @@ class Upstream:
         timeout_seconds: float | None = None,
     ) -> UpstreamSession:
         """Return a session upstream for this client. Takes and raises what `Dialer.dial` does."""
+        open_session = self.dialer.dial if self.pool is None else self.pool.open
         with self.use:
-            return await self.dialer.dial(
+            return await open_session(
                 client,
                 phases,
                 fallback,
                 admit=admit,
                 timeout_seconds=timeout_seconds,
             )
+
+    def unpooled(self) -> "Upstream":
+        """Return the same without its pool: for connections of the proxy's own."""
+        return replace(self, pool=None)
+
+    def hold(self) -> ExitStack:
+        """Keep it open, and its pool, until the stack that is returned is closed."""
+        held = ExitStack()
+        held.enter_context(self.use)
+        if self.pool is not None:
+            held.enter_context(self.pool.held)
+        return held
 
 
 class UpstreamFactory:
@@ -136,12 +184,15 @@ class UpstreamFactory:
         record_phase: RecordTargetPhase,
         name_lookup: NameLookup,
         password_file: PasswordFile | None = None,
+        *,
+        make_pool: MakePool | None = None,
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._record_phase = record_phase
         self._name_lookup = name_lookup
         self._password_file = password_file
+        self._make_pool = make_pool
 
     def account_key(self, target: UpstreamSettings) -> AccountKey:
         """Return the key of the account whose tokens this target is sent."""
@@ -179,7 +230,12 @@ class UpstreamFactory:
             and target.cancel_method == "connection_check",
         )
         use = self._registry.use_of(key)
-        return Upstream(target, key, resource, workspace, account, credentials, lookup, dialer, use)
+        pool = None
+        if self._make_pool is not None and target.pool != "off":
+            pool = self._make_pool(name, target, dialer)
+        return Upstream(
+            target, key, resource, workspace, account, credentials, lookup, dialer, use, pool
+        )
 
 
 class Upstreams(Mapping[str, Upstream]):
@@ -195,8 +251,13 @@ class Upstreams(Mapping[str, Upstream]):
         registry: WorkspaceRegistry,
         record_phase: RecordTargetPhase,
         before: "Upstreams | None" = None,
+        *,
+        make_pool: MakePool | None = None,
     ) -> None:
         """`before` are the upstreams in force; those that are configured as before are kept.
+
+        Without `make_pool` no target pools, whatever its settings say: for a process that serves no
+        clients.
 
         Raises ConfigurationError for certificate files that cannot be used.
         """
@@ -206,7 +267,12 @@ class Upstreams(Mapping[str, Upstream]):
         )
         self.password_file = _password_file(settings, before)
         self.factory = UpstreamFactory(
-            settings, registry, record_phase, self.name_lookup, self.password_file
+            settings,
+            registry,
+            record_phase,
+            self.name_lookup,
+            self.password_file,
+            make_pool=make_pool,
         )
         targets = {name: settings.target(name) for name in settings.target_names()}
         resources = self._resources(targets.values())
@@ -215,7 +281,9 @@ class Upstreams(Mapping[str, Upstream]):
             or self.factory.make(name, target, resources.get(self.factory.account_key(target)))
             for name, target in targets.items()
         }
-        self._use = self.keep_open()
+        self._use = ExitStack()
+        for upstream in self._upstreams.values():
+            self._use.push(upstream.hold())
         for upstream in self._upstreams.values():
             if upstream.account is not None and upstream.account.minter is not None:
                 upstream.account.minter.offer(resources[upstream.account_key])

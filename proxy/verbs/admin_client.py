@@ -1,7 +1,7 @@
 """The client of a running proxy's admin address.
 
-For: `wait` and `shutdown`, in images without a shell or curl, and as a container's health check.
-Not for: anything that the admin address does not offer.
+For: `wait`, `shutdown` and `reconnect`, in images without a shell or curl, and as a container's
+health check. Not for: anything that the admin address does not offer.
 
 Invariant: it connects to loopback or the configured address, never through an HTTP proxy, and every
 request has a timeout.
@@ -10,7 +10,7 @@ request has a timeout.
 import http.client
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 from urllib.parse import urlencode
 
@@ -54,13 +54,28 @@ def ask_to_drain(settings: AdminSettings) -> None:
 
     Raises AdminError if it refuses, and ConfigurationError as `wait_until_ready` does.
     """
+    refused = "start it with --admin.quit true, and ask from loopback"
+    _post(settings, "/quitquitquit", {403: refused, 404: refused})
+
+
+def ask_to_reconnect(settings: AdminSettings) -> None:
+    """Ask the proxy to retire every pooled session. Return when it has done so.
+
+    Raises AdminError if it does not, and ConfigurationError as `wait_until_ready` does.
+    """
+    _post(settings, "/reconnect", {403: "ask from loopback"})
+
+
+def _post(settings: AdminSettings, path: str, refusals: Mapping[int, str]) -> None:
+    """Ask for a change. Raises AdminError; `refusals` has what to do by the answer's status."""
     try:
-        status = _status(settings, "POST", "/quitquitquit")
+        status, body = _ask(settings, "POST", path)
     except OSError as error:
         raise AdminError(f"no proxy answers on {_shown(settings)}: {_reason(error)}") from error
-    if status in (403, 404):
-        text = "the proxy refuses: start it with --admin.quit true, and ask from loopback"
-        raise AdminError(text)
+    if status in refusals:
+        raise AdminError(f"the proxy refuses: {refusals[status]}")
+    if status == 503:
+        raise AdminError(body.decode(errors="replace").strip())
     if not 200 <= status < 300:
         raise AdminError(f"{_shown(settings)} answers {status}: is that the proxy?")
 

@@ -35,8 +35,8 @@ from proxy.server.process import Signals
 from proxy.server.serving import open_snapshot, serving
 from proxy.session.listen_sockets import shown
 from proxy.upstream.address_lookup import ANY_USER
-from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import ConnectPhase, DialPhases
+from proxy.upstream.upstream_session import UpstreamSession
 from proxy.upstream.upstreams import Upstream
 from proxy.verbs.admin_client import REQUEST_SECONDS_MAX, running_proxy
 from proxy.verbs.check_catalogue import check_map, failed_step

@@ -18,10 +18,11 @@ from proxy.errors import ProxyError
 from proxy.observe.metrics import Metrics
 from proxy.server.catalogue_reading import ReadMap, reading_map
 from proxy.server.snapshot import ConfigSnapshot
-from proxy.upstream.connector import Connection
+from proxy.transport.stream import StartupStream
 from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstreams import Upstream
 from proxy.verbs.check_report import Report, Step
+from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, StartupMessage
 
 _CATALOGUE: Final = "catalogue"
@@ -81,8 +82,8 @@ async def _ask(read: ReadMap, shard: Shard, upstream: Upstream) -> str:
     request = AdmissionRequest(Located(mapping, shard), b"", _PROGRAM)
     answers: list[Admission] = []
 
-    async def ask(connection: Connection) -> None:
-        answers.append(await admit(connection, request))
+    async def ask(stream: StartupStream, _ticket: Secret | None) -> None:
+        answers.append(await admit(stream, request))
 
     message = StartupMessage(V3_0, ((b"user", _PROGRAM.encode()),))
     session = await upstream.open(message, DialPhases(), admit=ask)

@@ -9,7 +9,7 @@ from urllib.request import getproxies, proxy_bypass
 from proxy.config import Settings, UpstreamSettings
 from proxy.config.validators import workspace_address
 from proxy.errors import ErrorKind, ProxyError
-from proxy.upstream.dialer import UpstreamSession
+from proxy.upstream.upstream_session import UpstreamSession
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import ParameterStatus, decode_backend
 

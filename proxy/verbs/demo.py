@@ -5,13 +5,14 @@ the same proxy that `run` serves. The commands that it prints work as printed.
 """
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from proxy.config import Settings, load_settings
 from proxy.server.app import App
@@ -32,12 +33,15 @@ if TYPE_CHECKING:
     from proxy.emulator.lakebase import Lakebase
 
 
+_POOL_KEY: Final = re.compile("pool(_|$)")
+
+
 class DemoError(Exception):
     """The emulator cannot start. The text says why."""
 
 
 def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
-    """Return settings that lead to the emulator. Only how this process serves is kept.
+    """Return settings that lead to the emulator. Only how this process serves is kept, and pools.
 
     The user's own workspace, role and database do not exist in the emulator.
     """
@@ -45,6 +49,8 @@ def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
     for path, values in settings_values(lakebase).items():
         section, _, name = path.partition(".")
         nested.setdefault(section, {}).update({name: values} if name else values)
+    upstream = settings.upstream.model_dump(exclude_unset=True)
+    nested["upstream"] |= {key: upstream[key] for key in upstream if _POOL_KEY.match(key)}
     return Settings(
         listen=settings.listen,
         admin=settings.admin,
@@ -105,6 +111,7 @@ def greeting(app: App, lakebase: "Lakebase") -> str:
         f"  {psql} -d \"dbname={lakebase.database} options='-c shard_key=1500'\" {table}",
         f'  {psql} -d "dbname=app@{uncovered}" {table}',
     ]
+    lines += ["", *_pooling(app, f"{psql} -d {lakebase.database}")]
     lines += ["", *_moving(app, lakebase, psql)]
     bundled = lakebase.shards[0].cluster.binaries / "psql"
     lines += ["", f"No psql here? There is one in {_shown(bundled.parent)}"]
@@ -112,6 +119,14 @@ def greeting(app: App, lakebase: "Lakebase") -> str:
         admin = f"http://{app.admin.host}:{app.admin.port}"
         lines.append(f"Status and metrics: {admin}/ {admin}/metrics")
     return "\n".join([*lines, "", "Ctrl-C stops everything and removes what the demo created."])
+
+
+def _pooling(app: App, psql: str) -> list[str]:
+    """Return the lines on a session that two clients have, one after the other."""
+    if app.settings.upstream.pool == "off":
+        return ["With --upstream.pool session a login serves several clients: see docs/pooling.md."]
+    query = f"  {psql} -Atc 'SELECT pg_backend_pid()'"
+    return ["A session goes to the next client: both print the same process id.", "", query, query]
 
 
 def _moving(app: App, lakebase: "Lakebase", psql: str) -> list[str]:

@@ -24,6 +24,10 @@ request. Two cases are not tracked, and make the session busy: another request a
 and a Query that follows extended-query messages without a Sync between, which the upstream skips if
 one of them fails. No known driver sends either.
 
+A session of a pool is walked before its reads are sent (`client_ahead`), so that a Terminate can be
+withheld: the upstream session then serves another client. What the upstream reports meanwhile is
+kept, for the comparison after the reset: a server says only once that it has become a standby.
+
 `proxy/native/activity.pyx` is the same algorithm, compiled. A change here must be made there too;
 `tests/native` compares the two.
 
@@ -48,6 +52,8 @@ _ENDS_MAX: Final = 64
 _SYNC_LOST: Final = 1 << 62
 
 _SKIP_MAX: Final = 1 << 32  # of a message; beyond it synchronization is lost
+# What is kept of ParameterStatus. Values are words; beyond it nothing is known of them.
+REPORTED_BYTES_MAX: Final = 4096
 
 _IDLE: Final = IDLE[0]
 # From the client.
@@ -57,6 +63,7 @@ _SYNC: Final = ord("S")
 _COPY_DATA: Final = ord("d")  # in both directions
 _FLUSH: Final = ord("H")
 _TERMINATE: Final = ord("X")
+_TERMINATE_STUB: Final = b"X"
 _WORK: Final = frozenset(b"BEDPC")  # Bind, Execute, Describe, Parse, Close: a Sync must follow
 _COPY_ENDS: Final = frozenset(b"cf")  # CopyDone, CopyFail
 # From the upstream.
@@ -64,7 +71,9 @@ _DATA_ROW: Final = ord("D")
 _READY: Final = ord("Z")
 _COPY_IN: Final = ord("G")
 _COPY_BOTH: Final = ord("W")
+_PARAMETER: Final = ord("S")
 _COPY_STARTS: Final = frozenset((_COPY_IN, _COPY_BOTH))
+_FOLLOWED: Final = _COPY_STARTS | {_PARAMETER}
 _COPY_DONE: Final = ord("c")
 _COMPLETE: Final = ord("C")
 _ERROR: Final = ord("E")
@@ -91,6 +100,7 @@ class Activity:
         "_last_group",
         "_last_query",
         "_lost",
+        "_noticed",
         "_renewed",
         "_sent",
         "_settled",
@@ -99,12 +109,22 @@ class Activity:
         "_unsynced",
         "_upstream_skip",
         "_upstream_stub",
+        "_walks_ahead",
+        "reported",
         "terminated",
+        "withheld",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, *, walks_ahead: bool = False) -> None:
+        """With `walks_ahead` each read of the client goes through `client_ahead`."""
+        self._walks_ahead = walks_ahead
+        self._noticed = _FOLLOWED if walks_ahead else _COPY_STARTS
+        self.reported: bytes | None = b""
+        """The ParameterStatus messages so far, with `walks_ahead`; None if they were too many."""
         self.terminated = False
         """The client has sent Terminate."""
+        self.withheld = False
+        """It was withheld from the upstream: `client_ahead` returned nothing of it."""
         self._lost = False  # the session cannot be tracked any more: it counts as busy
         # Bytes of the current message still to come, and the received part of an incomplete header.
         self._client_skip = self._upstream_skip = 0
@@ -137,6 +157,23 @@ class Activity:
         )
 
     @property
+    def reusable(self) -> bool:
+        """Whether the upstream session can serve another client: all is answered (P12).
+
+        It is idle, or was when the Terminate came that was withheld.
+        """
+        return self._is_quiet() and (self.idle or self.withheld)
+
+    def _is_quiet(self) -> bool:
+        """Return whether nothing is owed for the messages that the client has completed."""
+        return (
+            self._answered == self._sent
+            and self._status == _IDLE
+            and not (self._unsynced or self._lost or self._tracks_copy)
+            and not (self._upstream_skip or self._upstream_stub)
+        )
+
+    @property
     def streaming(self) -> bool:
         """Whether the session is a replication stream between two messages.
 
@@ -163,6 +200,39 @@ class Activity:
         return self._copying and followed and not self._lost
 
     # -- the client's stream ---------------------------------------------------------------------
+
+    def client_ahead(self, data: bytes) -> bytes:
+        """Process a read from the client before it is sent. Return what is to be sent (P13).
+
+        That is all of it, but for a Terminate while nothing is owed, with all that follows; and a
+        cut header that begins as a Terminate does, which is returned with the next read.
+        """
+        if self.withheld:
+            return b""
+        stub, position = self._client_stub, self._client_skip
+        self.client_sent(data)
+        if self.terminated:
+            return self._up_to_terminate(stub, position, data)
+        # A stub that begins so is a header of its own: its first byte was read at a boundary.
+        if self._client_stub and self._client_stub[0] == _TERMINATE:
+            return data[: max(0, len(data) - len(self._client_stub))]
+        return data
+
+    def _up_to_terminate(self, stub: bytes, position: int, data: bytes) -> bytes:
+        """Return what is to be sent of the read that completes the header of a Terminate.
+
+        `stub` and `position` are those of before the read.
+        """
+        if position > _SKIP_MAX:
+            return data  # it was sent before
+        joined = stub + data
+        while joined[position] != _TERMINATE:
+            position += 1 + _HEADER(joined, position)[1]
+        # Another length is an error, or content that is not defined: the upstream answers it.
+        if self._is_quiet() and _HEADER(joined, position)[1] == _LENGTH_MIN:
+            self.withheld = True
+            return joined[len(stub) : position]
+        return joined if stub[:1] == _TERMINATE_STUB else data
 
     def client_sent(self, data: bytes) -> None:
         """Process a read from the client."""
@@ -214,6 +284,7 @@ class Activity:
             # else: PostgreSQL ignores it, as the late end of a COPY that has failed.
         elif kind == _TERMINATE:
             self.terminated = True
+            return not self._walks_ahead  # the upstream reads nothing that follows
         else:
             return kind == _FLUSH
         return True
@@ -260,7 +331,9 @@ class Activity:
                     self._on_ready()
             elif length < _LENGTH_MIN:
                 length = _SYNC_LOST
-            elif self._tracks_copy or kind in _COPY_STARTS:
+            elif self._tracks_copy or kind in self._noticed:
+                if kind == _PARAMETER and self._is_cut(data, position, length):
+                    break  # it is walked again with the next read
                 self._on_reply(kind)
             position += length + 1
         if position < size:
@@ -268,6 +341,19 @@ class Activity:
             self._upstream_skip = 0
         else:
             self._upstream_skip = position - size
+
+    def _is_cut(self, data: bytes, position: int, length: int) -> bool:
+        """Keep a ParameterStatus. Return whether it has to be kept, and its end has not come."""
+        if not self._walks_ahead or self.reported is None:
+            return False
+        end = position + 1 + length
+        if len(self.reported) + 1 + length > REPORTED_BYTES_MAX:
+            self.reported = None
+        elif end > len(data):
+            return True
+        else:
+            self.reported += data[position:end]
+        return False
 
     def _on_ready(self) -> None:
         """Process a ReadyForQuery while `_tracks_copy` is true."""
@@ -299,6 +385,8 @@ class Activity:
             self._copy_both = kind not in _STREAM_ENDS
         elif self._entered and kind == _COMPLETE:
             self._answered += self._doubt  # the upstream ignored them while it read the data
+            # The COPY's own Sync was among them: its transaction waits for another one.
+            self._unsynced |= self._answered == self._sent
             self._entered = self._copying = False
             self._end_doubt()
         elif self._entered and kind == _ERROR:

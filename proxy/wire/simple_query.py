@@ -9,7 +9,8 @@ queries, which are relayed.
 
 The invariants:
 
-- Notices, notifications and ParameterStatus messages within the answer are dropped.
+- Notices and notifications within the answer are dropped. ParameterStatus messages are returned: a
+  server says only once that a default has changed, or that it has become a standby.
 - After an ErrorResponse no row counts; the end of the stream after it is part of the answer.
 - A hostile upstream can make it buffer at most `ANSWER_BYTES_MAX` plus one message (W53).
 
@@ -32,9 +33,8 @@ ANSWER_BYTES_MAX: Final = 256 * 1024
 
 _INT16: Final = Struct("!h")
 _NULL: Final = -1
-# RowDescription, CommandComplete, EmptyQueryResponse; NoticeResponse, NotificationResponse,
-# ParameterStatus.
-_DROPPED: Final = frozenset((b"T", b"C", b"I", b"N", b"A", b"S"))
+# RowDescription, CommandComplete, EmptyQueryResponse; NoticeResponse, NotificationResponse.
+_DROPPED: Final = frozenset((b"T", b"C", b"I", b"N", b"A"))
 
 Row = tuple[bytes | None, ...]
 
@@ -77,6 +77,8 @@ class QueryAnswered:
     rows: tuple[Row, ...] = field(repr=False)
     error: ErrorResponse | None
     transaction_status: bytes
+    parameters: bytes = field(default=b"", repr=False)
+    """The ParameterStatus messages."""
 
 
 QueryEvent = QueryAnswered | UpstreamViolated | UpstreamDisconnected
@@ -90,6 +92,7 @@ class SimpleQuery:
         self._reader = MessageReader(ANSWER_MESSAGE_BYTES_MAX)
         self._answer_bytes = 0
         self._rows: list[Row] = []
+        self._parameters = b""
         self._error: ErrorResponse | None = None
 
     def ask(self, sql: bytes) -> bytes:
@@ -147,7 +150,9 @@ class SimpleQuery:
         if self._answer_bytes > ANSWER_BYTES_MAX:
             raise UpstreamViolation(f"an answer of more than {ANSWER_BYTES_MAX} bytes")
         if frame.type == b"D":
-            self._rows.append(_row(frame.payload))
+            self._rows.append(row_values(frame.payload))
+        elif frame.type == b"S":
+            self._parameters += frame.encode()
         elif frame.type == b"E":
             refused = decode_backend(frame)
             assert isinstance(refused, ErrorResponse)
@@ -161,10 +166,10 @@ class SimpleQuery:
         assert isinstance(ready, ReadyForQuery)
         self._move(QueryStep.COMPLETE)
         rows = () if self._error is not None else tuple(self._rows)
-        return QueryAnswered(rows, self._error, ready.status)
+        return QueryAnswered(rows, self._error, ready.status, self._parameters)
 
 
-def _row(payload: bytes) -> Row:
+def row_values(payload: bytes) -> Row:
     """Return the values of a DataRow. Raises UpstreamViolation."""
     try:
         (count,) = _INT16.unpack_from(payload)

@@ -68,7 +68,7 @@ async def supervising(settings: Settings, preforked: Prefork) -> AsyncIterator[A
     ConfigurationError for a file that a setting names and that cannot be used.
     """
     try:
-        app = App(settings)
+        app = App(settings, serves_clients=False)
         supervisor = Supervisor(app, preforked.counters, preforked.fork_server)
         app.connection_source = app.workers = supervisor
         async with running(app):
@@ -157,6 +157,10 @@ class Supervisor:
         """Make all workers serve new sessions by the App's settings. Return whether all do."""
         self._register_configuration()
         return all(await asyncio.gather(*map(self._configure, self._serving)))
+
+    async def reconnect(self) -> bool:
+        """Make all workers retire their pooled sessions. Return whether all have done so."""
+        return all(await asyncio.gather(*(worker.reconnect() for worker in self._serving)))
 
     # -- one worker ------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import os
 import socket
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import uvloop
 
@@ -38,6 +38,9 @@ from proxy.workers.remote_map import RemoteMap
 from proxy.workers.rpc import Methods, RpcConnection, RpcConnectionLost
 from proxy.workers.shared_counters import BEAT_SECONDS, SharedCounters, SharedSlots
 
+# Bounds of a target that count for all workers together (P3).
+_SHARED_OUT: Final = ("connects_max", "pool_idle_max", "pool_size_max")
+
 _log = get_logger(__name__)
 
 
@@ -58,12 +61,13 @@ def run_worker(
 def worker_settings(settings: Settings) -> Settings:
     """Return the settings of one worker.
 
-    It has no admin address, and its part, rounded up, of each `connects_max`.
+    It has no admin address, and its part, rounded up, of each bound in `_SHARED_OUT`.
     """
+    workers = settings.listen.workers
 
     def part_of(target: UpstreamSettings) -> UpstreamSettings:
-        connects_max = math.ceil(target.connects_max / settings.listen.workers)
-        return target.model_copy(update={"connects_max": connects_max})
+        parts = {name: math.ceil(getattr(target, name) / workers) for name in _SHARED_OUT}
+        return target.model_copy(update=parts)
 
     admin = AdminSettings(enabled=False)
     return settings.with_targets(part_of).model_copy(update={"admin": admin})
@@ -99,6 +103,7 @@ class Worker:
             "configure": self._configure,
             "read": self._read,
             "cancel": self._cancel,
+            "reconnect": self._reconnect,
             "drain": self._drain,
             "map_changed": self._map_changed,
         }
@@ -167,6 +172,9 @@ class Worker:
     async def _cancel(self, pid: int, key: str) -> bool:
         request = CancelRequest(pid, Secret(bytes.fromhex(key)))
         return await self._app.cancels.request_here(request)
+
+    async def _reconnect(self) -> bool:
+        return await self._app.reconnect()
 
     async def _drain(self, seconds: float) -> int:
         sessions_cut = await self._app.drain(seconds)

@@ -169,6 +169,10 @@ class WorkerHandle:
         call = self._rpc.call("cancel", pid=pid, key=key)
         return bool(await self._answer(call, CANCEL_SECONDS_MAX + READ_SECONDS_MAX))
 
+    async def reconnect(self) -> bool:
+        """Make it retire its pooled sessions. Return whether it has answered."""
+        return bool(await self._answer(self._rpc.call("reconnect"), READ_SECONDS_MAX))
+
     def map_changed(self, change: Message) -> None:
         """Notify it of a change of the shard map."""
         self._rpc.notify("map_changed", **change)

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
+from bench import pool
 from bench.measurements import Quantity
 from bench.record import Record
-from bench.systems import DIRECT, PGBOUNCER, PROXY
+from bench.systems import DIRECT, PGBOUNCER, POOLED, PROXY
 
 MACHINE = {"processor": "a <processor>", "cores": "2", "memory": "4 GiB", "system": "Linux"}
 LOADS = [f"{one}, {count}" for one in ("simple", "prepared") for count in ("1 client", "8 clients")]
@@ -46,3 +47,31 @@ def _values(
     for load in ("simple, 8 clients", "prepared, 8 clients"):
         yield Quantity(f"workers, {load}", "CPU, 2 workers / 1", ""), {PROXY: own}
     yield Quantity("workers", "sessions of the least even worker", ""), {PROXY: own}
+    yield from _pool_values(speed, cost, own)
+
+
+def _pool_values(
+    speed: float, cost: float, own: float
+) -> Iterator[tuple[Quantity, dict[str, float]]]:
+    """Return values of a pool; PgBouncer, direct and no pool have ten times the cost."""
+    others = (DIRECT, PGBOUNCER, PROXY)
+    for case, name in (
+        *((pool.CONNECT_LOCAL, "p50"), (pool.CONNECT_LOCAL, "CPU")),
+        *((pool.CONNECT_DELAYED, "p50"), (pool.CATALOGUE_QUERY, "p50")),
+    ):
+        yield (
+            Quantity(case, name, ""),
+            {**dict.fromkeys(others, 1.0), POOLED: cost / 10 if cost < 1 else cost},
+        )
+    yield (
+        Quantity(pool.RECONNECTS, "throughput", "TPS"),
+        {**dict.fromkeys(others, 1.0), POOLED: speed * 10 if speed > 1 else speed},
+    )
+    for one in ("simple", "prepared"):
+        for name, value in (("CPU", cost), ("throughput", speed)):
+            yield Quantity(f"{pool.RELAY}, {one}, 8 clients", name, ""), {PROXY: 1.0, POOLED: value}
+    for case, name in (
+        (pool.LOGINS, "backends for 10,000 sessions"),
+        (pool.MEMORY, "per idle session of 500"),
+    ):
+        yield Quantity(case, name, ""), {POOLED: own}

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -12,6 +13,8 @@ from proxy.catalogue.model import Shard, Status
 from proxy.catalogue.shard_upstreams import ShardUpstreams, target_name
 from proxy.config import Settings
 from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.pool_stats import PoolStats
+from proxy.pool.pool import Pool
 from proxy.server.metric_labels import build_metrics
 from proxy.upstream.upstreams import Upstreams
 from proxy.workspace.registry import LocalWorkspaceRegistry
@@ -45,6 +48,7 @@ class Made:
 
     def __init__(self, registry: LocalWorkspaceRegistry) -> None:
         self._registry = registry
+        self.pools = PoolStats()
         self._opened: list[Upstreams | ShardUpstreams] = []
 
     def shards(
@@ -55,7 +59,8 @@ class Made:
         async def catalogue_host() -> str:
             return f"ep-map-1.{DOMAIN}"
 
-        upstreams = Upstreams(given, self._registry, lambda *_: None)
+        make_pool = partial(Pool, register=self.pools.register)
+        upstreams = Upstreams(given, self._registry, lambda *_: None, make_pool=make_pool)
         made = ShardUpstreams(
             given, upstreams.factory, upstreams.resources(), catalogue_host, before
         )
@@ -195,3 +200,27 @@ async def test_a_closed_configuration_keeps_nothing_that_is_made_later(made: Mad
     assert len(shards) == 0
     assert (await shards.of(SHARD)).settings.host == SHARD.host
     assert len(shards) == 0
+
+
+async def test_p44_the_pool_of_a_shard_is_open_while_a_configuration_has_the_shard(
+    made: Made,
+) -> None:
+    def pools() -> list[str]:
+        return [row.target for row in made.pools.rows() if "/" in row.target]
+
+    given = settings(upstream={"pool": "session"})
+    before = made.shards(given)
+    kept = (await before.of(SHARD)).pool
+    assert kept is not None
+    later = made.shards(given, before)
+    before.close()
+    assert (await later.of(SHARD)).pool is kept
+    assert pools() == ["tenants/eu"]
+    assert (await later.of(replace(SHARD, port=6432))).pool is not kept
+    assert pools() == ["tenants/eu"]
+    later.keep_only(())
+    assert pools() == []
+    # A client that was parked until now dials once more for the configuration that was replaced.
+    later.close()
+    await later.of(SHARD)
+    assert pools() == []

@@ -250,6 +250,111 @@ def test_raw_and_valid_settings_agree_on_whether_upstream_is_a_target(tmp_path: 
         assert is_target == refused
 
 
+# Pools
+
+
+def test_p1_no_target_pools_unless_it_is_configured_to(tmp_path: Path) -> None:
+    argv = written(tmp_path, EU + '[targets.migrations]\npool = "off"\n')
+    assert {one.pool for one in loaded(argv).settings.targets.values()} == {"off"}
+    inherited = loaded([*argv, "--upstream.pool=session"]).settings
+    modes = [inherited.target(name).pool for name in ("eu", "migrations")]
+    assert modes == ["session", "off"]
+
+
+def test_pools_by_transaction_are_refused_by_name() -> None:
+    said = refusals(["--upstream.pool=transaction", "--targets.eu.pool=statement"])
+    assert "as pools by transaction are not built yet" in said["upstream.pool"]
+    assert "must be 'off' or 'session', not 'statement'" in said["targets.eu.pool"]
+
+
+@pytest.mark.parametrize(
+    ("toml", "refused"),
+    [
+        ("[upstream]\npool_idle_max = 0\n", {"upstream": ["pool_idle_max, which is 0"]}),
+        ("[upstream]\npool_idle_max = 0\npool_spare_min = 0\n", {}),
+        ("[upstream]\npool_spare_min = 10\n", {}),
+        ("[upstream]\npool_spare_min = 11\n", {"upstream": ["pool_idle_max, which is 10"]}),
+        ("[upstream]\npool_size_max = 2\npool_spare_min = 2\n", {}),
+        (
+            "[upstream]\npool_size_max = 2\npool_spare_min = 3\n",
+            {"upstream": ["pool_size_max, which is 2"]},
+        ),
+        (
+            "[upstream]\npool_size_max = 2\npool_idle_max = 2\npool_spare_min = 3\n[targets.eu]\n",
+            {"upstream": ["pool_idle_max, which is 2", "pool_size_max, which is 2"]},
+        ),
+        (
+            "[upstream]\npool_idle_max = 2\n[targets.eu]\npool_spare_min = 3\n[targets.us]\n",
+            {"targets.eu": ["pool_idle_max, which is 2"]},
+        ),
+        # The section's own check reports these; the others still are.
+        ("[upstream]\npool_spare_min = -1\n", {"upstream": ["greater than or equal to 0"]}),
+        (
+            '[upstream]\npool_idle_max = "x"\npool_size_max = 1\npool_spare_min = 2\n',
+            {"upstream": ["pool_size_max, which is 1"]},
+        ),
+        ('[upstream]\npool_spare_min = "x"\n', {"upstream": ["valid integer"]}),
+    ],
+)
+def test_p4_more_spares_than_a_pool_may_have_are_refused(
+    tmp_path: Path, toml: str, refused: dict[str, list[str]]
+) -> None:
+    argv = written(tmp_path, toml)
+    if not refused:
+        loaded(argv)
+        return
+    said = refusals(argv)
+    spares = {key: text for key, text in said.items() if key.endswith(".pool_spare_min")}
+    assert spares.keys() == {f"{section}.pool_spare_min" for section in refused}
+    for section, texts in refused.items():
+        lines = spares[f"{section}.pool_spare_min"].splitlines()
+        assert len(lines) == len(texts)
+        assert all(text in line for text, line in zip(texts, lines, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("toml", "refused"),
+    [
+        ('[upstream]\npool = "session"\nhost = "ep-a-pooler.example.com"\n', ["upstream"]),
+        ('[upstream]\npool = "session"\npooled = true\n[targets.eu]\nport = 1\n', ["upstream"]),
+        ('[upstream]\npool = "off"\nhost = "ep-a-pooler.example.com"\n', []),
+        ('[upstream]\nhost = "ep-a-pooler.example.com"\n', []),
+        ('[upstream]\npool = "session"\nhost = "ep-a.pooler.example.com"\n', []),
+        ('[upstream]\npool = "session"\n[targets.eu]\npooled = true\n', ["targets.eu"]),
+        (
+            '[upstream]\npool = "session"\n[targets.eu]\nhost = "A-POOLER.example.com"\n',
+            ["targets.eu"],
+        ),
+        ('[upstream]\npooled = true\n[targets.eu]\npool = "session"\n', ["targets.eu"]),
+        (
+            '[upstream]\nhost = "a-pooler.x"\n[targets.eu]\nhost = "a.x"\npool = "session"\n',
+            [],
+        ),
+    ],
+)
+def test_p5_a_pool_with_a_pooled_host_is_refused(
+    tmp_path: Path, toml: str, refused: list[str]
+) -> None:
+    argv = written(tmp_path, toml)
+    if not refused:
+        loaded(argv)
+        return
+    said = refusals(argv)
+    assert said.keys() == {f"{section}.pool" for section in refused}
+    assert all("must be off with a pooled host" in text for text in said.values())
+
+
+def test_p4_p5_problems_of_pools_are_reported_with_all_others() -> None:
+    flags = ["--upstream.pool=session", "--upstream.pooled=on", "--upstream.pool_idle_max=0"]
+    said = refusals([*flags, "--listen.port=x"], {"PGPORT": "y"})
+    assert said.keys() == {
+        "listen.port",
+        "upstream.port",
+        "upstream.pool",
+        "upstream.pool_spare_min",
+    }
+
+
 # What others find
 
 

@@ -21,7 +21,7 @@ _LOGIN_OK: Final = Frame(b"R", bytes(4))
 _REASON: Final = b"reason="
 _SOURCE_FILE: Final = b"F"
 _COMPARED_FIELDS: Final = (b"S", b"V", b"C", b"M")
-_TEMPORARY_SCHEMA: Final = re.compile(rb"\bpg_temp_\d+\b")
+_TEMPORARY_SCHEMA: Final = re.compile(rb"pg_temp_\d+\b")
 _DATABASE_MISSING: Final = b"3D000"
 
 Messages = list[Frame]

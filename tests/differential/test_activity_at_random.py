@@ -2,7 +2,8 @@
 
 The scripted exchanges are written by hand. These are made of the same pieces in any
 order, cut anywhere, with answers that arrive at any moment; a failure names its seed. A tracker
-that says idle inside an answer would let a drain put a FATAL there (W47).
+that says idle inside an answer would let a drain put a FATAL there (W47). One whose Terminate is
+withheld must be reset as a new session is: what was owed would be the next client's (P12).
 """
 
 import asyncio
@@ -13,12 +14,14 @@ from typing import Final
 
 import pytest
 
-from proxy.wire.messages import ReadyForQuery
+from proxy.wire.messages import Frame, ReadyForQuery
+from proxy.wire.session_reset import ResetDone, ResetEvent, SessionReset
 from tests.differential.conftest import DirectAndProxied
 from tests.differential.frontend import (
     COPY_DONE,
     FLUSH,
     SYNC,
+    TERMINATE,
     copy_data,
     copy_fail,
     extended,
@@ -29,7 +32,7 @@ from tests.differential.frontend import (
 )
 from tests.support.activity_pair import ActivityPair
 from tests.support.client import Client, connected
-from tests.support.cuts import at_offsets
+from tests.support.cuts import at_offsets, byte_by_byte
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
@@ -48,6 +51,8 @@ TABLES: Final = query(
     "CREATE TRIGGER no BEFORE INSERT ON early FOR EACH STATEMENT EXECUTE FUNCTION pg_temp.no()"
 )
 SLOW: Final = "SELECT pg_sleep(0.01)"
+NO_TRANSACTION: Final = query("SELECT now() = statement_timestamp()")
+IS_TRUE: Final = Frame(b"D", b"\0\1\0\0\0\1t")
 ROW: Final = copy_data("1\ta\n")
 BAD_ROW: Final = copy_data("x\ty\n")
 COPY: Final = extended("COPY t FROM STDIN")
@@ -68,6 +73,7 @@ GROUPS: Final = (
     (COPY, SYNC, ROW, COPY_DONE, SYNC),
     (COPY, FLUSH),
     (ROW, COPY_DONE, SYNC),
+    (ROW, COPY_DONE),
     (ROW, COPY_DONE, query("SELECT 1")),
     (BAD_ROW, COPY_DONE, SYNC),
     (extended("SELECT 1"), SYNC),
@@ -85,7 +91,7 @@ class Follower(Client):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
-        self.activity = ActivityPair()
+        self.activity = ActivityPair(walks_ahead=True)
         self.idle_moments = 0
         self.unasked = b""
 
@@ -96,9 +102,26 @@ class Follower(Client):
             await self.messages_until(ReadyForQuery)
 
     async def say(self, content: bytes) -> None:
-        self.activity.client_sent(content)
+        ahead = self.activity.client_ahead(content)
         with suppress(ConnectionError):  # the server ends a session that it cannot follow
-            await self.send(content)
+            await self.send(ahead)
+
+    async def leave_and_reset(self) -> bool:
+        """Leave, in pieces. Reset a session that can be kept, and return whether it was one."""
+        for piece in byte_by_byte(TERMINATE):
+            await self.say(piece)
+        if not self.activity.withheld:
+            return False
+        await self.send(NO_TRANSACTION)  # the reset would commit one that was not ended
+        assert IS_TRUE in await self.messages_until(ReadyForQuery)
+        reset = SessionReset({})
+        await self.send(reset.begin())
+        events: list[ResetEvent] = []
+        while not events:
+            events = reset.receive_data(await self.receive_raw())
+        assert isinstance(events[0], ResetDone), events
+        assert reset.trailing_data() == b""
+        return True
 
     async def follow(self, chance: random.Random) -> None:
         """Read to the end, in reads of any size."""
@@ -111,8 +134,8 @@ class Follower(Client):
                 self.read_bytes = chance.choice(READ_BYTES)
 
 
-async def exchange(both: DirectAndProxied, seed: str) -> int:
-    """Follow one random exchange; return how often it was idle."""
+async def exchange(both: DirectAndProxied, seed: str) -> tuple[int, bool]:
+    """Follow one random exchange; return how often it was idle, and whether it was kept."""
     chance = random.Random(seed)
     async with connected(Follower, both.cluster.socket_path) as client:
         await client.start()
@@ -127,18 +150,23 @@ async def exchange(both: DirectAndProxied, seed: str) -> int:
                     await asyncio.sleep(chance.choice((0, 0, 0.0005)))
                 if chance.random() < 0.7:
                     await asyncio.sleep(chance.choice(PAUSES_SECONDS))
-            await asyncio.sleep(REST_SECONDS)
+            await asyncio.sleep(chance.choice((0, REST_SECONDS, REST_SECONDS)))
         finally:
             following.cancel()
             await asyncio.wait([following])
+        kept = await client.leave_and_reset()
     assert client.unasked == b"", f"seed {seed}: idle, and then came {client.unasked!r}"
-    return client.idle_moments
+    return client.idle_moments, kept
 
 
 @pytest.mark.parametrize("seed", range(LANES))
-async def test_nothing_comes_unasked_once_it_was_idle(both: DirectAndProxied, seed: int) -> None:
-    idle_moments = 0
+async def test_p12_nothing_comes_unasked_once_it_was_idle(
+    both: DirectAndProxied, seed: int
+) -> None:
+    idle_moments = kept = 0
     for first in range(0, EXCHANGES_A_SEED, LANES):
         names = [f"{seed}.{number}" for number in range(first, first + LANES)]
-        idle_moments += sum(await asyncio.gather(*(exchange(both, name) for name in names)))
+        for idle, was_kept in await asyncio.gather(*(exchange(both, name) for name in names)):
+            idle_moments, kept = idle_moments + idle, kept + was_kept
     assert idle_moments > 0  # it was not busy for ever throughout
+    assert kept > 0

@@ -78,6 +78,11 @@ def proxied(both: DirectAndProxied) -> dict[str, Any]:
     return {"host": both.proxy.listen_host, "port": both.proxy.listen_port, "user": CLIENT_ID}
 
 
+def in_a_pool(both: DirectAndProxied) -> dict[str, Any]:
+    """Return libpq parameters for the proxy that keeps its upstream sessions."""
+    return {"host": both.pool.listen_host, "port": both.pool.listen_port, "user": CLIENT_ID}
+
+
 async def error_of(work: Awaitable[object]) -> Seen:
     with pytest.raises(psycopg.Error) as raised:
         await work
@@ -196,7 +201,9 @@ async def asyncpg_all(where: Where) -> Seen:
 async def test_a_driver_sees_the_same(
     program: Callable[[Where], Awaitable[Seen]], both: DirectAndProxied
 ) -> None:
-    assert await program(direct(both)) == await program(proxied(both))
+    seen = await program(direct(both))
+    for where in (proxied(both), in_a_pool(both), in_a_pool(both)):
+        assert await program(where) == seen
 
 
 async def run(
@@ -222,14 +229,15 @@ async def databases(both: DirectAndProxied) -> AsyncIterator[tuple[str, str]]:
 
 async def test_psql_prints_the_same(both: DirectAndProxied) -> None:
     steps = [part for line in SCRIPT.strip().splitlines() for part in ("-c", line)]
-    one, other = [
+    one, *others = [
         await run(both, "psql", where, "-X", "-d", DATABASE, *steps)
-        for where in (direct(both), proxied(both))
+        for where in (direct(both), proxied(both), in_a_pool(both), in_a_pool(both))
     ]
     own = "server process with PID "  # of the notification, another one each time
     assert own in one[1]
-    assert _without_pid(one[1], own) == _without_pid(other[1], own)
-    assert (one[0], one[2]) == (other[0], other[2])
+    for other in others:
+        assert _without_pid(one[1], own) == _without_pid(other[1], own)
+        assert (one[0], one[2]) == (other[0], other[2])
 
 
 def _without_pid(text: str, before: str) -> str:
@@ -241,9 +249,11 @@ async def test_pg_dump_writes_the_same(both: DirectAndProxied, databases: tuple[
     database, _ = databases
     both.cluster.execute(SCHEMA, database=database, user=CLIENT_ID)
     options = ("--restrict-key=same", "-d", database)
-    one = await run(both, "pg_dump", direct(both), *options)
-    other = await run(both, "pg_dump", proxied(both), *options)
-    assert one == other
+    one, *others = [
+        await run(both, "pg_dump", where, *options)
+        for where in (direct(both), proxied(both), in_a_pool(both))
+    ]
+    assert others == [one, one]
     assert one[0] == 0
     assert "COPY shop.item" in one[1]
 

@@ -11,6 +11,7 @@ import pytest_asyncio
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from proxy.server.serving import serving
+from tests.support.pooling import SESSION_MODE
 from tests.support.proxy_process import ProxyProcess, started_process
 from tests.support.running import (
     LogLines,
@@ -60,10 +61,24 @@ async def start_proxy(lakebase: Lakebase, log: LogLines) -> AsyncIterator[StartP
         yield start
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of drivers a second time through a pool."""
+    if "connection" in metafunc.fixturenames:
+        modes = [{}, SESSION_MODE]
+        metafunc.parametrize("upstream_keys", modes, ids=["off", "session"], indirect=True)
+
+
+@pytest.fixture
+def upstream_keys(request: pytest.FixtureRequest) -> Mapping[str, object]:
+    """Return the proxy's keys of [upstream]."""
+    keys: Mapping[str, object] = getattr(request, "param", {})
+    return keys
+
+
 @pytest_asyncio.fixture
-async def proxy(start_proxy: StartProxy) -> App:
+async def proxy(start_proxy: StartProxy, upstream_keys: Mapping[str, object]) -> App:
     """Return a proxy with default settings."""
-    return await start_proxy()
+    return await start_proxy(upstream=upstream_keys)
 
 
 @pytest_asyncio.fixture

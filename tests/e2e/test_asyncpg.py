@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import asyncpg
@@ -18,7 +18,11 @@ VALUE_BYTES = 64 * 1024 * 1024
 
 
 @pytest_asyncio.fixture
-async def connection(proxy: App) -> AsyncIterator[Any]:
+async def connection(proxy: App, upstream_keys: Mapping[str, object]) -> AsyncIterator[Any]:
+    if upstream_keys:  # so that the test's own session is a reused one
+        before = await asyncpg.connect(**asyncpg_arguments(proxy))
+        await before.execute("SET client_min_messages = error; LISTEN other_news")
+        await before.close()
     connection = await asyncpg.connect(**asyncpg_arguments(proxy))
     yield connection
     await connection.close()

@@ -109,10 +109,12 @@ async def test_a_key_ends_with_its_session(proxy: App, lakebase: Lakebase) -> No
 
 async def test_a_cancel_ends_only_the_session_that_it_names(proxy: App, lakebase: Lakebase) -> None:
     async with plain_client(proxy) as one, plain_client(proxy) as two:
-        await busy_session(one, lakebase)
-        key = await busy_session(two, lakebase)
-        await cancel(proxy, key)
+        keys = [await busy_session(client, lakebase) for client in (one, two)]
+        await cancel(proxy, keys[1])
         assert (await two.error()).sqlstate == "57014"
+        found = [proxy.cancel_keys.find(CancelRequest(key.pid, key.key)) for key in keys]
+        # A pool keeps the upstream session of neither client, if it was cancelled (P17).
+        assert [issued and issued.forwarded for issued in found] == [False, True]
         with pytest.raises(TimeoutError):
             await one.receive(0.05)
 

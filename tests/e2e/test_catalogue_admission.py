@@ -19,9 +19,8 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind, MapSpec
 from proxy.server.metric_labels import build_metrics
-from proxy.upstream.connector import Connection
-from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import DialPhases
+from proxy.upstream.upstream_session import UpstreamSession
 from proxy.upstream.upstreams import RouteReplaced, Upstreams
 from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, StartupMessage
@@ -338,12 +337,11 @@ async def test_s76_backend_that_serves_several_clients_is_registered_for_the_las
     other = await sidecar.operator.add("20", "30", "one")
     session = await sidecar.open()
     pid = int(await asked(session, "select pg_backend_pid()"))
-    connection = Connection(session.stream, session.startup)
 
     async def take(key: str, secret: Secret | None) -> Admission:
         routing_key = sidecar.operator.keys.parse_key(key)
         located = await sidecar.source.ask(routing_key)
-        return await admit(connection, AdmissionRequest(located, routing_key, "p", secret))
+        return await admit(session.stream, AdmissionRequest(located, routing_key, "p", secret))
 
     # What a client without the secret asks changes nothing.
     assert (await take("25", None)).verdict is Verdict.UNREGISTERED

@@ -12,14 +12,12 @@ import pytest
 import pytest_asyncio
 
 from proxy.catalogue.errors import CatalogueError
-from proxy.catalogue.mapping_operations import AddMapping
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.model import SessionsMode
 from proxy.catalogue.move import Move
 from proxy.catalogue.reassign import Reassign
-from proxy.catalogue.shard_store import reader_statements
 from proxy.server.app import App
-from tests.support.catalogue import MAP, SHARD_NAMES, Stores
+from tests.support.catalogue import Stores
 from tests.support.operating import Killed, Operating, Pauses, in_background, kill_at, until
 from tests.support.running import eventually
 from tests.support.sidecars import (
@@ -28,6 +26,7 @@ from tests.support.sidecars import (
     connect,
     lives,
     moved,
+    named_shards,
     parked,
     session,
     started_sidecars,
@@ -40,18 +39,8 @@ MANY: Final = 100
 @pytest_asyncio.fixture
 async def operating(stores: Stores) -> AsyncIterator[Operating]:
     """Return a map with [0, 100) and [100, 200) on shard one; a table on both names its shard."""
-    found = Operating(stores)
-    await found.set_up()
-    for statement in reader_statements(stores.roles.reader):
-        await found.fetch(MAP, statement)
-    for low in (0, 100):
-        await found.run(AddMapping(found.map, *found.bounds(low, low + 100), "one"))
-    for name in SHARD_NAMES:
-        await found.fetch(name, "create table here (name text)")
-        await found.fetch(name, "insert into here values ($1)", name)
-        await found.fetch(name, f'grant select on here to "{stores.roles.session}"')
-    yield found
-    await found.close()
+    async with named_shards(stores) as found:
+        yield found
 
 
 @pytest_asyncio.fixture

@@ -5,16 +5,22 @@ The proxy is a process of its own, measured by the highest resident size that th
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import psycopg
 import pytest
 
 from proxy.emulator.lakebase import Lakebase
+from proxy.session.memory_trim import RELEASE_SECONDS_MAX
 from proxy.wire.messages import ReadyForQuery
+from tests.e2e.conftest import StartProcess
+from tests.support.admin_address import ask, metrics_once
 from tests.support.client import Client, plain_client, query
+from tests.support.pooling import SESSION_MODE
 from tests.support.proxy_process import ProxyProcess
-from tests.support.running import eventually, libpq
+from tests.support.running import WAIT_SECONDS_MAX, eventually, libpq
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,6 +29,7 @@ pytestmark = [
 
 MEGABYTE = 1_000_000
 GROWTH_BYTES_MAX = 8 * MEGABYTE
+IDLE_SESSION_BYTES_MAX = 26_000  # of a pool, OpenSSL's part of 15 to 20 kB included
 LINE = b"x" * 999 + b"\n"
 CHUNK = LINE * 256
 
@@ -123,3 +130,30 @@ async def send_all(client: Client, content: bytes) -> None:
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(60):
         await loop.sock_sendall(client.sock, content)
+
+
+async def test_p49_an_idle_session_of_a_pool_costs_little_and_gives_it_back(
+    start_process: StartProcess,
+) -> None:
+    count = 200
+    bounds = {"pool_idle_max": count, "pool_spare_min": 0}
+    admin = {"enabled": True, "port": 0}
+    proxy = await start_process(admin=admin, upstream={**SESSION_MODE, **bounds})
+    port = int(proxy.events("serving")[0]["admin_port"])
+    async with AsyncExitStack() as stack:
+        for _ in range(count):
+            client = await stack.enter_async_context(plain_client(proxy))
+            await client.start_up()
+    idle = '_pool_sessions{state="idle",target="upstream"} '
+    await metrics_once(port, lambda text: f"{idle}{count}.0" in text)
+    kept = proxy.memory_bytes()
+    await ask(port, "/reconnect", "POST")
+    # It is released a moment after the last session has ended.
+    seconds = RELEASE_SECONDS_MAX + WAIT_SECONDS_MAX
+    freed = partial(_freed_bytes, proxy, kept)
+    await eventually(lambda: freed() > count * 10_000, "memory is given back", seconds)
+    assert freed() < count * IDLE_SESSION_BYTES_MAX
+
+
+def _freed_bytes(proxy: ProxyProcess, before: int) -> int:
+    return before - proxy.memory_bytes()

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import psycopg
@@ -20,7 +20,10 @@ POOL_SIZE = 10
 
 
 @pytest_asyncio.fixture
-async def connection(proxy: App) -> AsyncIterator[Connection]:
+async def connection(proxy: App, upstream_keys: Mapping[str, object]) -> AsyncIterator[Connection]:
+    if upstream_keys:  # so that the test's own session is a reused one
+        async with await Connection.connect(**libpq(proxy), autocommit=True) as before:
+            await before.execute("PREPARE other AS SELECT 1; CREATE TEMP TABLE other (n int)")
     async with await Connection.connect(**libpq(proxy), autocommit=True) as connection:
         yield connection
 

@@ -131,6 +131,7 @@ async def test_w40_a_session_that_ends_meanwhile_drops_its_cancel(
     async with plain_client(proxy) as canceller:
         async with plain_client(proxy) as client:
             key = await started(client)
+            issued = proxy.cancel_keys.find(CancelRequest(key.pid, key.key))
             accepted = lakebase.gateway.accepted
             lakebase.gateway.inject(Stage.SSL_REPLY, Injection.HANG, times=1)
             await canceller.send(request(key))
@@ -140,6 +141,8 @@ async def test_w40_a_session_that_ends_meanwhile_drops_its_cancel(
         lakebase.gateway.clear_faults()
         assert await canceller.receive_rest() == b""
     assert lakebase.gateway.cancels == []
+    assert issued is not None
+    assert not issued.forwarded
     # It once was counted as forwarded.
     assert proxy.metrics.value("cancel_requests_total", result="forwarded") == 0
     assert proxy.metrics.value("cancel_requests_total", result="session_ended") == 1

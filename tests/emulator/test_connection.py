@@ -36,8 +36,8 @@ from tests.support.cuts import byte_by_byte
 TLS_OVERHEAD_BYTES = 32  # of a record: type, tag, padding
 
 
-async def secure(lakebase: Lakebase, *, sni: bool = True) -> Client:
-    return await secure_to(lakebase, lakebase["one"].endpoint.host if sni else None)
+async def secure(lakebase: Lakebase, shard: str = "one", *, sni: bool = True) -> Client:
+    return await secure_to(lakebase, lakebase[shard].endpoint.host if sni else None)
 
 
 async def secure_to(lakebase: Lakebase, host: str | None) -> Client:
@@ -50,8 +50,8 @@ async def connect(lakebase: Lakebase) -> Client:
     return await Client.connect((lakebase.host_address, lakebase.port))
 
 
-async def logged_in(lakebase: Lakebase) -> tuple[Client, BackendKeyData]:
-    client = await secure(lakebase)
+async def logged_in(lakebase: Lakebase, shard: str = "one") -> tuple[Client, BackendKeyData]:
+    client = await secure(lakebase, shard)
     await client.send(startup(user=lakebase.client_id, database=lakebase.database))
     await client.show_token(lakebase.token())
     messages = await client.messages_until(ReadyForQuery)
@@ -358,7 +358,7 @@ async def _reach(lakebase: Lakebase, stage: Stage) -> Client:
     return client
 
 
-LOGIN_STAGES = [stage for stage in Stage if stage is not Stage.CANCEL]
+LOGIN_STAGES = [stage for stage in Stage if stage not in (Stage.RESET, Stage.CANCEL)]
 
 
 @pytest.mark.parametrize("inject", [Injection.CLOSE, Injection.FIN, Injection.RESET])

@@ -1,7 +1,7 @@
 """A relay over real sockets, with lanes or without, and the two peers whose bytes it carries."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
@@ -46,6 +46,8 @@ async def relayed(
     small: bool = False,
     first: bytes = b"",
     closed: bool = False,
+    keeps_upstream: bool = False,
+    cancel_query: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Relayed]:
     """Run a relay; `tls` is on its upstream. With `small` buffers a peer that reads nothing is
     full soon. `first` is written to the client before the relay gets its connection. `closed`
@@ -65,7 +67,11 @@ async def relayed(
             bound_buffers(upstream_stream.transport.get_extra_info("socket"), SMALL_BUFFER_BYTES)
             bound_buffers(upstream.sock, SMALL_BUFFER_BYTES)
         relay = Relay(
-            client_stream.transport, upstream_stream.transport, lanes=lanes if laned else None
+            client_stream.transport,
+            upstream_stream.transport,
+            cancel_query,
+            lanes if laned else None,
+            keeps_upstream=keeps_upstream,
         )
         client_stream.write(first)
         relay.from_upstream.data_received(upstream_stream.hand_over(relay.from_upstream))

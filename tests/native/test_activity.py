@@ -7,7 +7,7 @@ import os
 import random
 import struct
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from hypothesis import given, settings
@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from proxy import native
 from proxy.wire.activity import Activity
 
+if TYPE_CHECKING:
+    from proxy.native.activity import Activity as CompiledActivity
+
 # A long run by hand: NATIVE_STREAMS=200000.
 STREAMS: Final = int(os.environ.get("NATIVE_STREAMS", "3000"))
-CLIENT_KINDS: Final = b"QSFPBEDCHdcfXp?\x00\xff"
+CLIENT_KINDS: Final = b"QSFPBEDCHdcfXXp?\x00\xff"
 UPSTREAM_KINDS: Final = b"ZZZDdGWcCEINSAT123nst?\x00\xff"
 LENGTHS: Final = (0, 1, 3, 4, 4, 5, 5, 5, 5, 6, 20, 300, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 STATUS: Final = b"IIITE?\x00"
@@ -27,26 +30,43 @@ Read = tuple[bool, bytes]  # whether it is the upstream's, and what
 
 
 def compare(reads: list[Read]) -> tuple[bool, bool]:
-    """Feed both with the reads; return what they report at the end."""
+    """Feed both with the reads, also ahead; return what they report at the end."""
     python, compiled = Activity(), native.activity.Activity()
+    ahead = Activity(walks_ahead=True), native.activity.Activity(walks_ahead=True)
     for number, (is_upstream, read) in enumerate(reads):
         for tracker in (python, compiled):
             (tracker.upstream_sent if is_upstream else tracker.client_sent)(read)
-        said = [
-            (one.idle, one.streaming, one.copying, one.awaits_answer, one.terminated)
-            for one in (python, compiled)
-        ]
-        assert said[0] == said[1], reads[: number + 1]
+        if is_upstream:
+            for one in ahead:
+                one.upstream_sent(read)
+        else:
+            sent = [one.client_ahead(read) for one in ahead]
+            assert sent[0] == sent[1], reads[: number + 1]
+        for pair in ((python, compiled), ahead):
+            assert said(pair[0]) == said(pair[1]), reads[: number + 1]
     return python.idle, python.terminated
+
+
+def said(one: "Activity | CompiledActivity") -> tuple[bool, ...]:
+    """Return all that an activity says of its session."""
+    return (
+        one.idle,
+        one.streaming,
+        one.copying,
+        one.awaits_answer,
+        one.terminated,
+        one.withheld,
+        one.reusable,
+    )
 
 
 def ordinary(rng: random.Random) -> Iterator[Read]:
     """Return messages that a session could consist of, each with a length that is its own."""
     for _ in range(rng.randrange(1, 30)):
         is_upstream = rng.random() < 0.5
-        kind = rng.choice(b"ZZZDdGWcCEINSAT" if is_upstream else b"QSFPBEDCHdcfSQ")
+        kind = rng.choice(b"ZZZDdGWcCEINSAT" if is_upstream else b"QSFPBEDCHdcfSQX")
         content = bytes((rng.choice(STATUS[:5]),)) if is_upstream and kind == ord("Z") else b""
-        content = content or bytes(rng.randrange(0, 12))
+        content = content or bytes(0 if kind == ord("X") else rng.randrange(0, 12))
         yield is_upstream, bytes((kind,)) + struct.pack("!I", len(content) + 4) + content
 
 

@@ -232,19 +232,23 @@ class LaneHarness:
     over: list[bytes] = field(default_factory=list)
     ended: list[Exception | None] = field(default_factory=list)
     then: Callable[[], None] = lambda: None
+    left: int = 0
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         for pair in self.pairs:
             for end in pair:
                 end.setblocking(False)
-        self.lane: Lane = native.lanes.Lane(
+        kind = native.lanes.AheadLane if self.ahead else native.lanes.Lane
+        self.activity = native.activity.Activity(walks_ahead=self.ahead)
+        self.lane: Lane = kind(
             self.lanes,
             self.near.fileno(),
             self.sink.fileno(),
             source_tls=None,
             sink_tls=None,
-            activity=native.activity.Activity(),
-            from_upstream=True,
+            activity=self.activity,
+            from_upstream=not self.ahead,
             owner=self,
             paused=False,
         )
@@ -281,6 +285,9 @@ class LaneHarness:
 
     def overflow(self, rest: bytes) -> None:
         self.over.append(rest)
+
+    def client_left(self) -> None:
+        self.left += 1
 
     def lane_ended(self, error: Exception | None) -> None:
         self.ended.append(error)

@@ -62,6 +62,18 @@ async def test_quit_is_a_post_from_this_machine() -> None:
         assert (answer.status, answer.body, shown.quits) == (202, b"draining\n", 1)
 
 
+async def test_p46_reconnect_is_a_post_and_needs_no_permission() -> None:
+    shown = ScriptedAdminState()
+    async with serve_admin(shown, host=LOOPBACK, port=0) as address:
+        assert (await ask(address.port, "/reconnect")).status == 405
+        assert shown.reconnects == 0
+        assert (await ask(address.port, "/reconnect", "POST")).status == 200
+        shown.reconnect_succeeds = False
+        answer = await ask(address.port, "/reconnect", "POST")
+    assert (answer.status, shown.reconnects) == (503, 2)
+    assert b"a worker did not answer" in answer.body
+
+
 async def test_without_permission_no_request_quits() -> None:
     shown = ScriptedAdminState()
     async with serve_admin(shown, host=LOOPBACK, port=0) as address:
@@ -78,12 +90,15 @@ async def test_without_permission_no_request_quits() -> None:
         "Forwarded: for=127.0.0.1",
     ],
 )
-async def test_quit_is_refused_to_web_pages_and_through_proxies(header: str) -> None:
+@pytest.mark.parametrize("path", ["/quitquitquit", "/reconnect"])
+async def test_p46_posts_are_refused_to_web_pages_and_through_proxies(
+    header: str, path: str
+) -> None:
     shown = ScriptedAdminState()
     async with serve_admin(shown, host=LOOPBACK, port=0, quit_allowed=True) as address:
         headers = f"Host: localhost\r\n{header}\r\n"
-        answer = await ask(address.port, "/quitquitquit", "POST", headers=headers)
-    assert (answer.status, shown.quits) == (403, 0)
+        answer = await ask(address.port, path, "POST", headers=headers)
+    assert (answer.status, shown.quits, shown.reconnects) == (403, 0, 0)
 
 
 @pytest.mark.parametrize(

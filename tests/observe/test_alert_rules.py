@@ -23,6 +23,8 @@ import yaml
 
 from proxy.emulator import faults
 from proxy.emulator.api import Call
+from proxy.emulator.cluster import Cluster
+from proxy.emulator.cluster import running as cluster_running
 from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import CancelRequest
@@ -33,7 +35,10 @@ from tests.support.client import plain_client, startup
 from tests.support.map_outages import MAP_OUTAGES, running_with_map
 from tests.support.outages import (
     CLIENTS_A_MINUTE,
+    LOGIN_TRIGGER,
     OUTAGES,
+    POOL,
+    Outage,
     World,
     drain_does_not_end,
     loop_is_blocked,
@@ -90,6 +95,7 @@ async def served(world: World, timeline: Timeline, *, with_lag: bool) -> Scrape:
     """Add healthy minutes, in which clients are served; return their last scrape."""
     before = await scrape(world.admin_port, with_lag=with_lag)
     await world.connects()
+    await world.proxy.reconnect()
     await all_over(world.proxy, world.lakebase)
     after = await scrape(world.admin_port, with_lag=with_lag)
     timeline.add(HEALTHY_MINUTES, before, after)
@@ -100,7 +106,21 @@ async def served(world: World, timeline: Timeline, *, with_lag: bool) -> Scrape:
 async def test_an_outage_is_told_in_time_and_nothing_else(
     lakebase: Lakebase, tmp_path: Path, name: str
 ) -> None:
-    outage, timeline = OUTAGES[name], Timeline()
+    await assert_outage_is_told(OUTAGES[name], lakebase, tmp_path)
+
+
+async def test_p50_a_login_trigger_is_told(tmp_path: Path) -> None:
+    cluster = Cluster("newest", version=18)
+    async with (
+        cluster_running([cluster]),
+        Lakebase(("newest",), clusters={"newest": cluster}) as lakebase,
+    ):
+        await assert_outage_is_told(LOGIN_TRIGGER, lakebase, tmp_path)
+
+
+async def assert_outage_is_told(outage: Outage, lakebase: Lakebase, tmp_path: Path) -> None:
+    """Check that an outage fires its alerts in time, after minutes in which none fires."""
+    timeline = Timeline()
     with_lag = outage.happens is loop_is_blocked
     if outage.from_the_start:
         outage.breaks(lakebase)
@@ -148,7 +168,7 @@ def test_each_alert_has_its_outage_and_its_time() -> None:
     assert names == WITHIN_MINUTES.keys()
     alerts = [outage.alerts for outage in OUTAGES.values()]
     alerts += [outage.alerts for outage in MAP_OUTAGES.values()]
-    happen = {alert.name for some in alerts for alert in some}
+    happen = {alert.name for some in (*alerts, LOGIN_TRIGGER.alerts) for alert in some}
     assert happen | OF_A_PROCESS == names
 
 
@@ -176,6 +196,7 @@ async def a_minute_of_health(world: World) -> None:
         client.reset()
     endpoint.refuse(ErrorResponse.fatal("57P03", "the database system is starting up"))
     await world.connect()  # it is tried again
+    await proxy.reconnect()
     await all_over(proxy, world.lakebase)
 
 
@@ -209,7 +230,7 @@ async def test_in_a_healthy_hour_no_alert_fires(lakebase: Lakebase, tmp_path: Pa
             one.add(minutes, before, after)
             before = after
             world.proxy.reload(world.proxy.settings)
-    async with running(lakebase, {}) as world:  # the next one of a rollout
+    async with running(lakebase, {"upstream": POOL}) as world:  # the next one of a rollout
         before = await scrape(world.admin_port, "b")
         await a_minute_of_health(world)
         two.add(21, before, await scrape(world.admin_port, "b"))

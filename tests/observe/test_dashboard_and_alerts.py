@@ -61,6 +61,7 @@ async def exported(lakebase: Lakebase, stores: Stores) -> AsyncIterator[Exported
         assert catalogued.admin is not None
         of_catalogue = (await ask(catalogued.admin.port, "/metrics")).body.decode()
         routing = sharded(lakebase, require_key=False)
+        routing["upstream"] = {"pool": "session"}
         settings = proxy_settings(lakebase, admin={"enabled": True}, **routing)
         proxy = await stack.enter_async_context(serving(settings))
         assert proxy.admin is not None

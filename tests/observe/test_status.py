@@ -58,6 +58,7 @@ def test_it_is_json_with_units_in_its_names() -> None:
         "drain": {"draining": False, "seconds_left": None, "sessions_left": 0},
         "warnings": ["careful"],
         "shard_map": None,
+        "pools": [],
     }
 
 

@@ -13,9 +13,11 @@ import pytest
 import pytest_asyncio
 
 from proxy.observe.admin import AdminAddress, serve_admin
+from proxy.observe.pool_stats import PoolPresent
 from proxy.observe.status import Token
 from proxy.observe.status_page import PAGE, PAGE_HEADERS
 from proxy.observe.target_stats import Carried
+from proxy.pool.pool_counts import PoolCounts, RetireReason, TakeSource
 from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
 from tests.support.admin_address import LOOPBACK, ScriptedAdminState, ask
@@ -119,7 +121,19 @@ def busy() -> ScriptedAdminState:
         shown.metrics.connect_phase_took(phase, 0.02, "upstream")
     for _ in range(3):
         shown.metrics.session_refused("role_missing", "28000", "upstream")
+    pool(shown)
     return shown
+
+
+def pool(shown: ScriptedAdminState, target: str = "upstream") -> None:
+    """Show a pool that is used."""
+    counts = PoolCounts()
+    counts.taken(TakeSource.REUSED)
+    counts.retired(RetireReason.PARAMETER_CHANGED)
+    present = PoolPresent(
+        mode="session", keys=7, in_use=31, idle=32, waiting=33, size_max=64, oldest_seconds=9e4
+    )
+    shown.metrics.pools.register(target, lambda: counts.row(target, present))
 
 
 async def opened(
@@ -148,6 +162,10 @@ async def test_everything_is_visible(stack: AsyncExitStack, browser: Browser) ->
         *("expired 6 min 40 s ago"),
         *("he role does not exist", "role_missing", "28000", "3 times", "databricks_create_role"),
         *(shown.shown_warnings[0], "every 2 s"),
+        *(
+            "Pools",
+            "upstream\tsession\t31\t32\t33\t0\t0\t64\t7\t1 d 1 h\t1\t0\tparameter_changed",
+        ),
     ):
         assert text in seen, f"{text!r} is not in {seen!r}"
     assert await page.value("document.getElementById('gone').hidden")
@@ -162,6 +180,7 @@ async def test_an_idle_proxy_is_shown_without_gaps(stack: AsyncExitStack, browse
         assert text in seen
     assert "undefined" not in seen
     assert "NaN" not in seen
+    assert "Pools" not in seen, "a proxy without a pool has none"
 
 
 @in_a_browser
@@ -234,9 +253,10 @@ async def test_text_that_looks_like_markup_stays_text(
     shown.metrics.targets.configure(["upstream", attack])
     shown.hosts[attack] = attack
     shown.metrics.session_refused(attack, "28000", attack)
+    pool(shown, attack)
     page, _ = await opened(stack, browser, shown)
     assert await page.value("document.querySelectorAll('main img, main script').length") == 0
-    assert (await page.text("main")).count(attack) == 8
+    assert (await page.text("main")).count(attack) == 9
     assert await page.value("document.title") == "lakebase-auth-proxy"
 
 

@@ -180,6 +180,79 @@ def test_w40_what_is_held_tells_whether_its_session_lives() -> None:
     assert not held.live
 
 
+# Keys of sessions that serve several clients
+
+
+class Secrets:
+    """Secrets in order, each repeated to the size that is asked for."""
+
+    def __init__(self, *texts: bytes) -> None:
+        self._texts = iter(texts)
+
+    def bytes(self, count: int) -> bytes:
+        text = next(self._texts)
+        return (text * count)[:count]
+
+
+@pytest.mark.parametrize(("version", "size"), [(V3_0, 4), (V3_2, 32)], ids=str)
+def test_p30_each_client_of_a_pooled_session_gets_the_pid_and_a_secret_of_its_own(
+    version: ProtocolVersion, size: int
+) -> None:
+    keys = CancelKeys()
+    issued: list[BackendKeyData] = []
+    for _ in range(3):
+        with keys.issue(UPSTREAM, TARGET, version, own_secret=True) as held:
+            assert held is not None
+            assert keys.find(request(held.issued)) is held
+            assert held.upstream == UPSTREAM
+            assert keys.find(request(UPSTREAM)) is None
+            # The key of a client that has gone reaches no other one.
+            assert [keys.find(request(one)) for one in issued] == [None] * len(issued)
+            issued.append(held.issued)
+    assert {(one.pid, len(one.key)) for one in issued} == {(UPSTREAM.pid, size)}
+    assert len({one.key.reveal() for one in issued} | {UPSTREAM.key.reveal()}) == 4
+
+
+def test_p30_an_own_secret_is_neither_the_upstreams_nor_one_that_is_in_use(
+    stack: ExitStack,
+) -> None:
+    secrets = Secrets(b"key1", b"aaaa", b"aaaa", b"key1", b"bbbb")
+    keys = CancelKeys(random_bytes=secrets.bytes)
+    first, second = (
+        stack.enter_context(keys.issue(UPSTREAM, target, V3_0, own_secret=True))
+        for target in (TARGET, OTHER_TARGET)
+    )
+    assert first is not None
+    assert second is not None
+    assert first.issued == BackendKeyData(UPSTREAM.pid, Secret(b"aaaa"))
+    assert second.issued == BackendKeyData(UPSTREAM.pid, Secret(b"bbbb"))
+    assert keys.find(request(first.issued)) is first
+    assert keys.find(request(second.issued)) is second
+
+
+def test_p30_a_pid_that_is_not_positive_is_replaced_here_too() -> None:
+    keys = CancelKeys(Dice(815).bits, Secrets(b"r").bytes)
+    upstream = BackendKeyData(-1, Secret(b"key1"))
+    with keys.issue(upstream, TARGET, V3_0, own_secret=True) as held:
+        assert held is not None
+        assert held.issued == BackendKeyData(815, Secret(b"rrrr"))
+    with keys.issue(None, TARGET, V3_0, own_secret=True) as none:
+        assert none is None
+
+
+def test_p17_p31_a_cancel_marks_its_session_while_that_lives_and_is_dropped_after_it() -> None:
+    keys = CancelKeys()
+    with keys.issue(UPSTREAM, TARGET, V3_0, own_secret=True) as cancelled:
+        assert cancelled is not None
+        marks = [cancelled.forwarded, cancelled.record_forward(), cancelled.forwarded]
+        assert marks == [False, True, True]
+    with keys.issue(UPSTREAM, TARGET, V3_0, own_secret=True) as ended:
+        assert ended is not None
+    assert not ended.record_forward()
+    assert not ended.forwarded
+    assert cancelled.forwarded
+
+
 def test_real_randomness_makes_different_keys(stack: ExitStack) -> None:
     keys = CancelKeys()
     negative = BackendKeyData(-1, Secret(b"key1"))

@@ -19,7 +19,7 @@ from proxy.session.end_reason import EndReason, RelayEnd
 from proxy.session.mapped_sessions import END_SLICE, MappedSession, MappedSessions
 from proxy.session.relay import Relay
 from proxy.transport.stream import StartupStream
-from proxy.upstream.dialer import AdmittedBy
+from proxy.upstream.upstream_session import AdmittedBy
 from proxy.wire.messages import Terminate
 from tests.session.test_drain import QUERY, READY
 from tests.support.peer import Peer

@@ -1,1 +1,1 @@
-"""Long runs through the whole product, outside the suite: `make soak routes closes`."""
+"""Long runs through the whole product, outside the suite: `make soak pooling routes closes`."""

@@ -15,39 +15,50 @@ class ActivityPair:
     Where nothing was compiled it is Python's alone; `tests/native` says so loudly.
     """
 
-    def __init__(self) -> None:
-        self._all: list[Activity | CompiledActivity] = [Activity()]
+    def __init__(self, *, walks_ahead: bool = False) -> None:
+        self._all: list[Activity | CompiledActivity] = [Activity(walks_ahead=walks_ahead)]
         if native.AVAILABLE:
-            self._all.append(native.activity.Activity())
+            self._all.append(native.activity.Activity(walks_ahead=walks_ahead))
 
     @property
     def idle(self) -> bool:
-        first, *others = (tracker.idle for tracker in self._all)
-        assert others in ([], [first])
-        return first
+        return self._same("idle")
 
     @property
     def terminated(self) -> bool:
-        first, *others = (tracker.terminated for tracker in self._all)
-        assert others in ([], [first])
-        return first
+        return self._same("terminated")
+
+    @property
+    def withheld(self) -> bool:
+        return self._same("withheld")
+
+    @property
+    def reusable(self) -> bool:
+        return self._same("reusable")
 
     @property
     def streaming(self) -> bool:
-        first, *others = (tracker.streaming for tracker in self._all)
-        assert others in ([], [first])
-        return first
+        return self._same("streaming")
 
     @property
     def awaits_answer(self) -> bool:
-        first, *others = (tracker.awaits_answer for tracker in self._all)
-        assert others in ([], [first])
-        return first
+        return self._same("awaits_answer")
 
     @property
     def copying(self) -> bool:
-        first, *others = (tracker.copying for tracker in self._all)
+        return self._same("copying")
+
+    @property
+    def reported(self) -> bytes | None:
+        """The ParameterStatus messages so far."""
+        first, *others = (tracker.reported for tracker in self._all)
         assert others in ([], [first])
+        return first
+
+    def client_ahead(self, data: bytes) -> bytes:
+        first, *others = (tracker.client_ahead(data) for tracker in self._all)
+        assert others in ([], [first])
+        self._compare()
         return first
 
     def client_sent(self, data: bytes) -> None:
@@ -60,9 +71,20 @@ class ActivityPair:
             tracker.upstream_sent(data)
         self._compare()
 
+    def _same(self, name: str) -> bool:
+        values = {getattr(tracker, name) for tracker in self._all}
+        assert values in ({False}, {True}), name
+        return values == {True}
+
     def _compare(self) -> None:
-        assert self.idle in (False, True)
-        assert self.streaming in (False, True)
-        assert self.terminated in (False, True)
-        assert self.copying in (False, True)
-        assert self.awaits_answer in (False, True)
+        assert self.reported is None or isinstance(self.reported, bytes)
+        for name in (
+            "idle",
+            "terminated",
+            "withheld",
+            "reusable",
+            "streaming",
+            "awaits_answer",
+            "copying",
+        ):
+            self._same(name)

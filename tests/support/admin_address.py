@@ -41,6 +41,8 @@ class ScriptedAdminState:
     drain_seconds_left: float | None = None
     session_slots_used: int = 0
     quits: int = 0
+    reconnects: int = 0
+    reconnect_succeeds: bool = True
     version: str = "1.2.3"
     listen_address: str = "127.0.0.1:5432"
     sessions_max: int = 1000
@@ -99,13 +101,19 @@ class ScriptedAdminState:
     def status(self) -> Status:
         """Return what `/status` shows."""
         targets = self.metrics.targets.rows(self.hosts)
-        return report(self, targets, self.metrics.recent_errors.latest(), NOW)
+        errors = self.metrics.recent_errors.latest()
+        return report(self, targets, errors, NOW, self.metrics.pools.rows())
 
     def look_up(self, key: str) -> dict[str, object]:
         """Return the key that was asked for, unless there is none."""
         if not key:
             raise ProxyError(ErrorKind.KEY_MISSING)
         return {"canonical_key": key}
+
+    async def reconnect(self) -> bool:
+        """Count that it was asked to; return what the test has set."""
+        self.reconnects += 1
+        return self.reconnect_succeeds
 
     def quit(self) -> None:
         """Count that it was asked to end."""

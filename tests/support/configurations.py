@@ -32,6 +32,10 @@ _LOGIN = st.fixed_dictionaries(
         "ssl_root_cert": _TEXT.filter(bool),
         "connect_timeout_seconds": st.floats(0.1, 600),
         "connects_max": st.integers(1, 10_000),
+        "pool": st.sampled_from(["off", "session"]),
+        "pool_idle_max": st.integers(100, 10_000),
+        "pool_spare_min": st.integers(0, 10),
+        "pool_idle_seconds": st.floats(1, 86_400),
         "workspace": st.sampled_from(["", *WORKSPACES]),
     },
 )

@@ -25,10 +25,10 @@ from proxy.upstream.dialer import (
     CONNECTS_MAX,
     CredentialSource,
     Dialer,
-    UpstreamSession,
 )
 from proxy.upstream.login import ANSWER_SECONDS_MAX
 from proxy.upstream.name_lookup import NameLookup
+from proxy.upstream.upstream_session import UpstreamSession
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import (
     AuthenticationCleartextPassword,

@@ -17,6 +17,7 @@ import psycopg
 
 from proxy.emulator import faults
 from proxy.emulator.api import Call
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.tokens import TokenIssuer
 from proxy.server.app import App
@@ -26,7 +27,7 @@ from proxy.session.end_reason import EndReason
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import CancelRequest
 from tests.support.admin_address import ask
-from tests.support.client import plain_client, query
+from tests.support.client import plain_client, query, startup
 from tests.support.prometheus import Alert, Scrape
 from tests.support.running import (
     WAIT_SECONDS_MAX,
@@ -169,6 +170,28 @@ async def drain_does_not_end(world: World) -> None:
     await eventually(lambda: world.proxy.lifecycle.draining, "it drains")
 
 
+async def clients_wait_for_a_session(world: World) -> None:
+    await world.hold_sessions(1)
+    client = await world.stack.enter_async_context(plain_client(world.proxy))
+    await client.send(startup())
+    await eventually(lambda: world.proxy.metrics.value("pool_waiting") == 1, "it waits")
+
+
+async def resets_fail(world: World) -> None:
+    await world.connects()
+    retired = world.proxy.metrics.value
+    # Then clients get fresh sessions for a minute.
+    await eventually(lambda: retired("pool_retired_total", reason="reset_failed") > 2, "told")
+
+
+async def a_login_trigger_is_made(world: World) -> None:
+    world.lakebase.shards[0].endpoint.add_login_trigger("1")
+    await world.proxy.reconnect()
+    await world.connects()
+    retired = world.proxy.metrics.value
+    await eventually(lambda: retired("pool_retired_total", reason="login_trigger") > 0, "told")
+
+
 async def descriptors_run_out(world: World) -> None:
     """Use nearly all descriptors that the process may have, until the proxy ends."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -190,6 +213,10 @@ def _foreign_issuer(lakebase: Lakebase) -> None:
 def _refuse_logins(lakebase: Lakebase) -> None:
     error = ErrorResponse.fatal("28000", 'role "x" does not exist')
     lakebase["one"].endpoint.refuse(error, None)
+
+
+def _close_at_resets(lakebase: Lakebase) -> None:
+    lakebase.gateway.inject(Stage.RESET, Injection.CLOSE)
 
 
 def _wake_slowly(lakebase: Lakebase) -> None:
@@ -214,6 +241,7 @@ def _api(call: Call, fault: faults.Reply | faults.Hang) -> Callable[[Lakebase], 
 
 
 TOKENS_FAIL: Final = Alert("LakebaseProxyTokensFail")
+POOL: Final = {"pool": "session", "pool_spare_min": 0}
 SHORT: Final = {"credentials": {"mint_timeout_seconds": 0.5}}
 OUTAGES: Final[Mapping[str, Outage]] = {
     "the API fails and a token is valid": Outage(
@@ -275,5 +303,22 @@ OUTAGES: Final[Mapping[str, Outage]] = {
     "loop blocked": Outage((Alert("LakebaseProxyLoopLags"),), happens=loop_is_blocked),
     "descriptors": Outage((Alert("LakebaseProxyFilesRunOut"),), happens=descriptors_run_out),
     "cancels": Outage((Alert("LakebaseProxyCancelsFail"),), happens=cancels_fail),
+    "no pooled session": Outage(
+        (Alert("LakebaseProxyPoolWaits"),),
+        happens=clients_wait_for_a_session,
+        settings={"upstream": {**POOL, "pool_size_max": 1, "pool_wait_seconds": 60}},
+    ),
+    "resets fail": Outage(
+        (Alert("LakebaseProxyPoolResetsFail"),),
+        _close_at_resets,
+        resets_fail,
+        {"upstream": POOL},
+    ),
     "drain": Outage((Alert("LakebaseProxyDrainsForLong"),), happens=drain_does_not_end),
 }
+# It needs PostgreSQL 17.
+LOGIN_TRIGGER: Final = Outage(
+    (Alert("LakebaseProxyPoolLoginTrigger"),),
+    happens=a_login_trigger_is_made,
+    settings={"upstream": POOL},
+)

@@ -3,15 +3,19 @@
 For: tests of what applications notice while a map changes. Not for: changing it (`operating`).
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import MappingProxyType
 from typing import Any, Final
 
 import asyncpg
 
+from proxy.catalogue.mapping_operations import AddMapping
+from proxy.catalogue.shard_store import reader_statements
 from proxy.server.app import App
 from proxy.server.serving import serving
-from tests.support.catalogue import Stores
+from tests.support.catalogue import MAP, SHARD_NAMES, Stores
+from tests.support.operating import Operating
 from tests.support.running import captured_log
 from tests.support.secret_canaries import watching
 
@@ -26,7 +30,24 @@ ENDED: Final = (
 )
 
 Start = Callable[..., Awaitable[App]]
-"""Starts a sidecar; keyword arguments are of [catalogue]."""
+"""Starts a sidecar; keyword arguments are of [catalogue], but `upstream` for that section."""
+
+
+@asynccontextmanager
+async def named_shards(stores: Stores) -> AsyncIterator[Operating]:
+    """Yield a map with [0, 100) and [100, 200) on shard one; a table `here` on both names it."""
+    found = Operating(stores)
+    await found.set_up()
+    for statement in reader_statements(stores.roles.reader):
+        await found.fetch(MAP, statement)
+    for low in (0, 100):
+        await found.run(AddMapping(found.map, *found.bounds(low, low + 100), "one"))
+    for name in SHARD_NAMES:
+        await found.fetch(name, "create table here (name text)")
+        await found.fetch(name, "insert into here values ($1)", name)
+        await found.fetch(name, f'grant select on here to "{stores.roles.session}"')
+    yield found
+    await found.close()
 
 
 @asynccontextmanager
@@ -35,8 +56,11 @@ async def started_sidecars(stores: Stores) -> AsyncIterator[Start]:
     async with AsyncExitStack() as stack:
         stack.enter_context(captured_log())
 
-        async def started(**catalogue: Any) -> App:
-            settings = stores.settings(stores.roles.session, catalogue=catalogue)
+        async def started(
+            upstream: Mapping[str, object] = MappingProxyType({}), **catalogue: Any
+        ) -> App:
+            sections = {"upstream": upstream, "catalogue": catalogue}
+            settings = stores.settings(stores.roles.session, **sections)
             app = await stack.enter_async_context(serving(settings))
             return await stack.enter_async_context(watching(app))
 

@@ -24,8 +24,8 @@ from proxy.emulator.streams import EndedBy
 from proxy.errors import ErrorKind, ProxyError
 from proxy.server.metric_labels import build_metrics
 from proxy.upstream.address_lookup import AddressLookup
-from proxy.upstream.dialer import UpstreamSession
 from proxy.upstream.phases import ConnectPhase
+from proxy.upstream.upstream_session import UpstreamSession
 from proxy.wire.messages import (
     ErrorResponse,
     ReadyForQuery,

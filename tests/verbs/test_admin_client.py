@@ -1,4 +1,4 @@
-"""`wait` and `shutdown`: asking the admin address of a proxy in another process or thread."""
+"""`wait`, `shutdown`, `reconnect`: asking the admin address of a proxy in another process."""
 
 import http.server
 import threading
@@ -8,8 +8,15 @@ from contextlib import contextmanager
 import pytest
 
 from proxy.config import AdminSettings, ConfigurationError
-from proxy.verbs.admin_client import AdminError, ask_to_drain, wait_until_ready
+from proxy.verbs.admin_client import (
+    AdminError,
+    ask_to_drain,
+    ask_to_reconnect,
+    wait_until_ready,
+)
 from tests.support.fake_clock import FakeClock
+
+ANSWER = b"what it says\n"
 
 
 @contextmanager
@@ -22,8 +29,9 @@ def answering(*statuses: int, host: str = "127.0.0.1") -> Iterator[tuple[AdminSe
         def answer(self) -> None:
             asked.append(f"{self.command} {self.path}")
             self.send_response(left.pop(0) if len(left) > 1 else left[0])
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", str(len(ANSWER)))
             self.end_headers()
+            self.wfile.write(ANSWER)
 
         do_GET = do_POST = answer  # noqa: N815 - http.server's names
 
@@ -101,6 +109,8 @@ def test_without_an_address_to_ask_the_configuration_is_at_fault(wrong: dict[str
         wait_until_ready(settings, 0)
     with pytest.raises(ConfigurationError, match="admin"):
         ask_to_drain(settings)
+    with pytest.raises(ConfigurationError, match="admin"):
+        ask_to_reconnect(settings)
 
 
 def test_shutdown_posts_to_quitquitquit() -> None:
@@ -123,3 +133,14 @@ def test_shutdown_of_something_else_says_what_it_answers() -> None:
 def test_shutdown_without_a_proxy_says_so() -> None:
     with pytest.raises(AdminError, match="no proxy answers"):
         ask_to_drain(unused_address())
+
+
+def test_p46_reconnect_posts_and_says_what_is_wrong() -> None:
+    with answering(200) as (settings, asked):
+        ask_to_reconnect(settings)
+    assert asked == ["POST /reconnect"]
+    for status, text in ((403, "from loopback"), (404, "answers 404"), (503, "what it says")):
+        with answering(status) as (settings, _), pytest.raises(AdminError, match=text):
+            ask_to_reconnect(settings)
+    with pytest.raises(AdminError, match="no proxy answers"):
+        ask_to_reconnect(unused_address())

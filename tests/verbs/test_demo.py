@@ -36,6 +36,7 @@ pytestmark = [
 ]
 
 FREE_PORTS = ("--listen.port", "0", "--admin.port", "0")
+POOL = ("--upstream.pool", "session")
 LAST_LINE = "Ctrl-C stops everything"
 
 
@@ -90,13 +91,15 @@ async def paste(command: list[str]) -> str:
     return out.strip()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    ("number", "flags"), [(signal.SIGINT, ()), (signal.SIGTERM, POOL)], ids=["SIGINT", "pool"]
+)
 async def test_the_printed_commands_work_and_a_signal_leaves_nothing_behind(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, flags: tuple[str, ...]
 ) -> None:
-    async with demo(tmp_path, *FREE_PORTS) as proxy:
+    async with demo(tmp_path, *FREE_PORTS, *flags) as proxy:
         await proxy.printed(LAST_LINE)
-        first, by_name, by_options, uncovered = printed_commands(proxy)
+        first, by_name, by_options, uncovered, *pooled = printed_commands(proxy)
         assert await paste(first) == f"{CLIENT_ID}|databricks_postgres"
         assert await paste(by_name) == "one"
         assert await paste(by_options) == "two"
@@ -105,6 +108,11 @@ async def test_the_printed_commands_work_and_a_signal_leaves_nothing_behind(
         assert "no shard has this shard key" in err
         assert "reason=mapping_not_found" in err
         assert "HINT: " in err
+        if flags:
+            one, other = [await paste(command) for command in pooled]
+            assert one == other, "both clients had one session"
+        else:
+            assert f"With {' '.join(POOL)} " in proxy.out
         bundled = re.search(r"No psql here\? There is one in (\S+)", proxy.out)
         assert bundled is not None
         assert (ROOT / bundled[1] / "psql").exists()

@@ -108,6 +108,16 @@ def test_a_sync_among_copy_data_is_swallowed() -> None:
     assert activity.idle
 
 
+def test_a_copy_whose_only_sync_was_swallowed_is_busy_until_the_next_one() -> None:
+    # It was idle: a pool would have committed the COPY of a client that left without a Sync.
+    activity = after(("client", WORK + SYNC), ("upstream", GO_AHEAD), ("client", DATA + DONE))
+    activity.upstream_sent(COMPLETE)
+    assert not activity.idle
+    activity.client_sent(SYNC)
+    activity.upstream_sent(ready())
+    assert activity.idle
+
+
 def test_a_failed_copy_leaves_doubt_until_the_next_answer() -> None:
     activity = after(
         ("client", WORK + SYNC), ("upstream", GO_AHEAD), ("client", DATA + DONE + SYNC)

@@ -1,6 +1,8 @@
 """`options` as PostgreSQL reads it, and its rewriting, which never re-renders a word (W21-W23)."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.wire.options import (
     Setting,
@@ -11,8 +13,10 @@ from proxy.wire.options import (
     parse_switches,
     settings,
     split_words,
+    take_settings,
     without,
 )
+from proxy.wire.startup import V3_0, StartupMessage
 
 # W21's table, result as the document gives it; the names are its own rows.
 W21_VECTORS: list[tuple[bytes, list[tuple[bytes, bytes]]]] = [
@@ -256,3 +260,28 @@ def test_w50_a_word_that_would_swallow_what_is_appended_goes_last(
     # A switch that lacks its argument is an error, and is to stay the one that PostgreSQL makes
     # of it. `--` alone is none, but after it nothing is a switch.
     assert appended(options, [Setting(b"timezone", b"UTC")]) == expected
+
+
+def test_settings_are_taken_out_of_parameters_and_options() -> None:
+    pairs = ((b"user", b"a"), (b"X.y", b"1"), (b"options", b"-c x.y=2  -e -cz=3"), (b"x.y", b"4"))
+    found, rest = take_settings(StartupMessage(V3_0, pairs), {b"x.y"})
+    assert found == [(b"X.y", b"1"), (b"options", b"2"), (b"x.y", b"4")]
+    assert rest.parameters == ((b"user", b"a"), (b"options", b"-e -cz=3"))
+
+
+def test_a_message_without_the_settings_stays_as_it_is() -> None:
+    pairs = ((b"options", b"-c  a=1"), (b"b", b"2"), (b"options", b""))
+    message = StartupMessage(V3_0, pairs)
+    assert take_settings(message, {b"x.y"}) == ([], message)
+    only = StartupMessage(V3_0, ((b"options", b"-c x.y=1"),))
+    assert take_settings(only, {b"x.y"}) == ([(b"options", b"1")], StartupMessage(V3_0, ()))
+
+
+_PIECE = st.sampled_from([b"x.y", b"X.Y", b"x", b"y", b".", b"=", b" ", b"-", b"-c", b"--", b"\\"])
+
+
+@given(st.lists(_PIECE, max_size=12).map(b"".join), st.sampled_from([b"x.y", b"x_y", b"x"]))
+def test_every_setting_that_parsing_finds_is_taken_out(text: bytes, name: bytes) -> None:
+    found, _ = take_settings(StartupMessage(V3_0, ((b"options", text),)), {name})
+    parsed = [one.value for one in settings(text) if one.name.lower() == name]
+    assert [value for _, value in found] == parsed

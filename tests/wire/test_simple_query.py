@@ -75,7 +75,7 @@ def test_rows_of_all_statements_are_returned_together(cut: Cut) -> None:
     answer = BEGUN + NOTICE + DESCRIPTION + row(b"ok", None, b"") + NOTIFICATION + COMPLETE
     answer += PARAMETER + EMPTY + DESCRIPTION + row() + COMPLETE + READY_FOR_QUERY
     (event,) = fed(asked(), cut(answer))
-    assert event == QueryAnswered(((b"ok", None, b""), ()), None, b"I")
+    assert event == QueryAnswered(((b"ok", None, b""), ()), None, b"I", PARAMETER)
 
 
 def test_bytes_after_the_answer_are_kept() -> None:

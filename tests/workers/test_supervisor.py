@@ -19,7 +19,8 @@ import uvloop
 
 from proxy.config import Settings
 from proxy.errors import ErrorKind, ProxyError
-from proxy.server.app import App, Workers
+from proxy.server.app import App
+from proxy.server.connection_source import Workers
 from proxy.workers import worker_handle
 from proxy.workers.fork_server import ForkServer
 from proxy.workers.rpc import Methods, RpcConnection

@@ -25,18 +25,24 @@ from tests.support.sharding import sharded
 ENDPOINT = "projects/a/branches/b/endpoints/c"
 
 
-def test_connects_max_is_divided_and_rounded_up_wherever_it_is_set() -> None:
+def test_p3_bounds_of_a_target_are_divided_and_rounded_up_wherever_they_are_set() -> None:
     settings = Settings.model_validate(
         {
             "listen": {"workers": 4},
             "upstream": {"endpoint": ENDPOINT},
-            "targets": {"own": {"host": "h", "connects_max": 5}, "taken": {"host": "h"}},
+            "targets": {
+                "own": {"host": "h", "connects_max": 5, "pool_idle_max": 1, "pool_size_max": 9},
+                "taken": {"host": "h"},
+            },
         }
     )
     assert settings.target("taken").connects_max == 50
     mine = worker_settings(settings)
     found = {name: mine.target(name).connects_max for name in mine.target_names()}
     assert found == {"upstream": 13, "own": 2, "taken": 13}
+    own, taken = mine.target("own"), mine.target("taken")
+    assert (own.pool_idle_max, own.pool_size_max) == (1, 3)
+    assert (taken.pool_idle_max, taken.pool_size_max) == (3, 0)
     assert mine.target("own").host == "h"
 
 

@@ -1,0 +1,127 @@
+"""A pool of upstream sessions (`upstream.pool = "session"`) beside one session for each client.
+
+A client that connects for each request is what a pool is for: what it waits for, what that costs,
+and how warm the session is that it gets. The relay of a pooled session is compared with an unpooled
+one's, because keeping an end from the upstream must not cost a transaction anything.
+"""
+
+import time
+from contextlib import ExitStack
+from typing import Final
+
+from psycopg import pq
+
+from bench import connect_time, pgbench
+from bench.connect_time import open_session
+from bench.errors import BenchError
+from bench.measurements import Measurements, Quantity, percentile
+from bench.pgbench import Load
+from bench.postgres import Postgres
+from bench.process_usage import resident_bytes
+from bench.systems import POOLED, PROXY, StartSystem, System
+
+SETTINGS: Final = {"UPSTREAM__POOL": "session"}
+CASE: Final = "pool"
+CONNECT_LOCAL: Final = f"{CASE}, connect, on this machine"
+CONNECT_DELAYED: Final = f"{CASE}, connect, PostgreSQL"
+RECONNECTS: Final = f"{CASE}, pgbench -C"
+RELAY: Final = f"{CASE}, relay"
+CATALOGUE_QUERY: Final = f"{CASE}, first catalogue query"
+MEMORY: Final = f"{CASE}, memory"
+LOGINS: Final = f"{CASE}, logins"
+_CLIENTS: Final = 8
+_SETTLE_SECONDS: Final = 6.0  # resets, closes, and what returns memory after the last session
+# As drivers and ORMs ask when they connect: cold caches make it slow.
+_CATALOGUE_SQL: Final = (
+    b"SELECT c.relname, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), d.adbin"
+    b" FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
+    b" JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid"
+    b" JOIN pg_catalog.pg_type t ON t.oid = a.atttypid"
+    b" LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum"
+    b" WHERE c.relname = 'pgbench_accounts' AND a.attnum > 0 ORDER BY a.attnum"
+)
+
+
+def measure_connects(
+    local: list[System],
+    delayed: list[System],
+    counts: tuple[int, int],
+    away: str,
+    measurements: Measurements,
+) -> None:
+    """Record the time from connect to the first answer, near and away. Raises BenchError."""
+    connect_time.measure(CONNECT_LOCAL, counts[0], local, measurements)
+    connect_time.measure(f"{CONNECT_DELAYED} {away}", counts[1], delayed, measurements)
+    for system in local:
+        _first_catalogue_query(system, counts[1], measurements)
+
+
+def measure_queries(
+    systems: list[System], seconds: float, upstream: Postgres, measurements: Measurements
+) -> None:
+    """Record the relay of the proxy with and without a pool, and `pgbench -C`."""
+    for protocol in ("simple", "prepared"):
+        load = Load(protocol, _CLIENTS, seconds)
+        for system in systems:
+            if system.name in (PROXY, POOLED):
+                window = pgbench.run(load, system, upstream)
+                pgbench.record(f"{RELAY}, {load.case}", system.name, window, measurements)
+    load = Load("simple", _CLIENTS, 3 * seconds, reconnects=True)
+    for system in systems:
+        window = pgbench.run(load, system, upstream)
+        pgbench.record(f"{RECONNECTS}, {_CLIENTS} clients", system.name, window, measurements)
+        upstream.wait_until_sessions_end()  # each is work for a proxy, and for the next system
+
+
+def measure_logins(system: System, sessions: int, measurements: Measurements) -> None:
+    """Record how many backends serve so many sessions one after the other. Raises BenchError."""
+    backends = set()
+    for _ in range(sessions):
+        session = open_session(system)
+        backends.add(session.exec_(b"SELECT pg_backend_pid()").get_value(0, 0))
+        session.finish()
+    quantity = Quantity(LOGINS, f"backends for {sessions:,} sessions", "")
+    measurements.add(system.name, quantity, len(backends))
+
+
+def measure_memory(
+    unpooled: StartSystem, pooled: StartSystem, sessions: int, measurements: Measurements
+) -> None:
+    """Record what an idle session of the pool costs. Raises BenchError.
+
+    Both proxies serve as many clients, which have left: so the difference is the kept sessions.
+    """
+    grown = [_grown_bytes(start, sessions) for start in (unpooled, pooled)]
+    kilobytes = (grown[1] - grown[0]) / sessions / 1e3
+    measurements.add(POOLED, Quantity(MEMORY, f"per idle session of {sessions:,}", "kB"), kilobytes)
+
+
+def _grown_bytes(start: StartSystem, sessions: int) -> int:
+    with start() as system:
+        open_session(system).finish()
+        rest = _settled_bytes(system)
+        with ExitStack() as stack:
+            for _ in range(sessions):
+                stack.callback(open_session(system).finish)
+        return _settled_bytes(system) - rest
+
+
+def _settled_bytes(system: System) -> int:
+    time.sleep(_SETTLE_SECONDS)
+    return sum(resident_bytes(pid) for pid in system.pids)
+
+
+def _first_catalogue_query(system: System, count: int, measurements: Measurements) -> None:
+    took = []
+    for _ in range(count):
+        session = open_session(system)
+        began = time.perf_counter()
+        status = session.exec_(_CATALOGUE_SQL).status
+        took.append(time.perf_counter() - began)
+        session.finish()
+        if status != pq.ExecStatus.TUPLES_OK:
+            raise BenchError(f"no answer about the catalogue through {system.name}")
+        time.sleep(connect_time.PAUSE_SECONDS)
+    measurements.add(
+        system.name, Quantity(CATALOGUE_QUERY, "p50", "us"), percentile(took, 0.5) * 1e6
+    )

@@ -109,12 +109,12 @@ class AddFile(Operation):
         ]
 
     def shards_of(self, step: Step) -> tuple[Shard, ...]:
-        """Return the shards that a step works in: it is checked in those without mappings."""
-        return self._empty if step is CHECKED else self.shards
+        """Return the shards that a step works in: those without mappings are checked at once."""
+        return self._empty[:1] if step is CHECKED else self.shards
 
     async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
-        """Check that a shard without mappings in the catalogue serves no keys (I1)."""
-        await check_not_served(tools, self.map, shard, (b"", None))
+        """Check that shards without mappings in the catalogue serve no keys (I1)."""
+        await check_not_served(tools, self.map, self._empty, (b"", None))
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Copy the shard's rows."""

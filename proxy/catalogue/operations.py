@@ -222,9 +222,9 @@ class Operator:
 
         Raises CatalogueError. It has `op_id` if the operation is left pending.
         """
-        await self._kept.keep_only(operation.shards)
         kept = states_from(operation, operation.kept_from)
         for step in steps_after(operation, operation.state):
+            await self._kept.keep_only(operation.shards)  # a step may find that there are more
             try:
                 await self._steps.do(operation, step)
             except TakenOver:

@@ -92,6 +92,8 @@ class Operation(ABC):
     resumable: ClassVar[bool] = True
     checks_first: ClassVar[bool] = False
     """Whether the shards are checked before it begins, so that a refusal leaves no trace."""
+    needs_shards: ClassVar[bool] = True
+    """Whether the shards must answer; else a plan asks nothing of them."""
     undo_locks_out: ClassVar[bool] = False
     """Whether undoing changes what admits read: it waits for them, and ends what keeps one open."""
     whole_map: ClassVar[bool] = False

@@ -116,7 +116,8 @@ class Operator:
         plan = partial(self._plan_once, operation)
         sentences, is_free = await repeat(THE_CATALOGUE, plan)
         await self._kept.keep_only(operation.shards)
-        for shard in operation.shards if sentences and is_free else ():
+        is_asked = sentences and is_free and operation.needs_shards
+        for shard in operation.shards if is_asked else ():
             check = partial(self._steps.check_shard, operation, shard)
             await repeat(f"shard {shard.name}", check)
         return sentences

@@ -200,7 +200,8 @@ async def _detach(call: Call) -> None:
     try:
         done = await run(call, make)
     except CatalogueError as error:
-        if not force or error.op_id is None or not await _give_up(call, name):
+        gives_up = force and error.op_id is not None and not call.arguments.dry_run
+        if not gives_up or not await _give_up(call, name):
             raise
         done = await run(call, make)
     if done is not None:

@@ -115,6 +115,10 @@ class AddFile(Operation):
         return self._empty[:1] if step is CHECKED else self.shards
 
     async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
+        """Check the shards without mappings."""
+        await self.check_others(tools)
+
+    async def check_others(self, tools: Tools) -> None:
         """Check that shards without mappings in the catalogue serve no keys (I1)."""
         await check_not_served(tools, self.map, self._empty, (b"", None))
 

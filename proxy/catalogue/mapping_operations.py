@@ -242,6 +242,10 @@ class AddMapping(MappingOperation):
         ]
 
     async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
+        """Check the shards without mappings."""
+        await self.check_others(tools)
+
+    async def check_others(self, tools: Tools) -> None:
         """Check that no other shard without mappings serves the keys (I1)."""
         await check_not_served(tools, self.map, self._empty, (self._lo, self._hi))
 

@@ -199,6 +199,9 @@ class Operation(ABC):
         """Check what must hold in a shard before the first step."""
         await self.check_shard(connection, shard)
 
+    async def check_others(self, tools: Tools) -> None:  # noqa: B027
+        """Check what must hold in other shards than its own; a plan checks that as well."""
+
     def begin_undo(self) -> None:  # noqa: B027
         """Want the rows as they were. Called before anything is undone."""
 

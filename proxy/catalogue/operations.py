@@ -120,6 +120,8 @@ class Operator:
         for shard in operation.shards if is_asked else ():
             check = partial(self._steps.check_shard, operation, shard)
             await repeat(f"shard {shard.name}", check)
+        if is_asked:
+            await operation.check_others(self._tools)
         return sentences
 
     async def pending(self, map_id: UUID | None = None) -> list[OperationRow]:

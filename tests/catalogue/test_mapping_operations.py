@@ -1,9 +1,10 @@
 """Adding and deleting one mapping."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -217,9 +218,10 @@ async def test_i1_keys_that_a_shard_serves_beside_the_catalogue_are_not_added(
         AddMapping(operating.map, *operating.bounds(5, 15), "two"),
         AddFile(operating.map, [line]),
     )
-    for operation in operations:
+    calls: tuple[Callable[[Operation], Awaitable[object]], ...] = (operating.plan, operating.run)
+    for operation, do in product(operations, calls):
         with pytest.raises(CatalogueError) as refused:
-            await operating.run(operation)
+            await do(operation)
         assert (refused.value.reason, refused.value.sqlstate) == ("overlap", "23P01")
         assert "shard one serves [0, 10)" in refused.value.message
         assert statuses(await operating.state()) == statuses(before)

@@ -127,7 +127,7 @@ class Attach(AddShard):
         super().__init__(catalogue_map, shard, op_id)
         self.found = found
         self._new_identity = new_identity
-        self._moved = moved
+        self._has_moved = moved
         # Known after the local step: whether the shard waits for a repair, and its version.
         self._waits = False
         self._status = _ONLINE
@@ -191,7 +191,7 @@ class Attach(AddShard):
         apart.
         """
         was, shard = self.found.itself.location, self.shard
-        if was == shard.location or self._new_identity or self._moved:
+        if was == shard.location or self._new_identity or self._has_moved:
             return
         text = f"{shard.location} says that it is {was}"
         hint = (

@@ -116,7 +116,7 @@ async def check_not_served(
     dials, deadline = asyncio.Semaphore(CHECKS_MAX), asyncio.get_running_loop().time() + seconds_max
     found: list[tuple[Shard, str]] = []
 
-    async def look(shard: Shard) -> None:
+    async def check(shard: Shard) -> None:
         try:
             async with (
                 asyncio.timeout_at(deadline),
@@ -135,7 +135,7 @@ async def check_not_served(
 
     async with asyncio.TaskGroup() as group:
         for shard in shards:
-            group.create_task(look(shard))
+            group.create_task(check(shard))
     for shard, served in found:
         text = f"shard {shard.name} serves {served}, which the catalogue does not give to it"
         hint = f"shards verify --shard {shard.name}, then `shards repair`."

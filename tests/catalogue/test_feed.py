@@ -268,16 +268,17 @@ async def test_a_change_that_follows_another_is_read_soon_and_many_are_read_toge
     """The few changes of a move came together: the last, that it is online, was read 50 ms late."""
     first, last = COALESCE_SECONDS
     pauses: list[float] = []
+    times = real_times()
 
     async def sleep(seconds: float) -> None:
         pauses.append(seconds)
-        await asyncio.sleep(seconds)
+        await times.sleep(seconds)
 
     async def changed() -> int:
         await catalogue.set_status(catalogue.mappings[0], "online")
         return await catalogue.version()
 
-    async with running(catalogue.followed(replace(real_times(), sleep=sleep))) as followed:
+    async with running(catalogue.followed(replace(times, sleep=sleep))) as followed:
         version = await changed()
         await until(lambda: followed.status().version == version, followed)
         await eventually(lambda: bool(pauses), "a pause")
@@ -290,7 +291,7 @@ async def test_a_change_that_follows_another_is_read_soon_and_many_are_read_toge
         async with asyncio.timeout(SECONDS_MAX):
             while pauses[-1] != first:
                 await changed()
-                await asyncio.sleep(last)
+                await times.sleep(last)
 
 
 async def test_s43_changes_while_the_feed_is_cut_are_known_after_it_comes_back(

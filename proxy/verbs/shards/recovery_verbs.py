@@ -201,7 +201,7 @@ async def _detach(call: Call) -> None:
         done = await run(call, make)
     except CatalogueError as error:
         gives_up = force and error.op_id is not None and not call.arguments.dry_run
-        if not gives_up or not await _give_up(call, name):
+        if not gives_up or not await _end_pending(call, name):
             raise
         done = await run(call, make)
     if done is not None:
@@ -214,8 +214,8 @@ async def _detach(call: Call) -> None:
         call.output.answer({"mappings": count}, lines)
 
 
-async def _give_up(call: Call, name: str) -> bool:
-    """Give up what is pending on a shard that is gone. Return whether there was anything."""
+async def _end_pending(call: Call, name: str) -> bool:
+    """End what is pending on a shard that is gone. Return whether there was anything."""
     async with call.administration.catalogue() as connection:
         owner = await call.read_map(connection, writes=True)
         shard = await store.read_shard(connection, owner, name)

@@ -285,11 +285,12 @@ class AdmittingOpener:
                     is_due = await parking.wait(*ids, left, until=deadline)
                     if self._parts.is_in_force():
                         located = await self._find_parked(located, deadline, is_due=is_due)
+                    if is_free := not _is_blocked(located, shards_op):
+                        await parking.turn()
                     if self._is_replaced(located):
                         set_result(ParkResult.REROUTED)
                         raise RouteReplaced
-                    if not _is_blocked(located, shards_op):
-                        await parking.turn()
+                    if is_free:
                         set_result(ParkResult.SERVED)
                         return located
                 set_result(ParkResult.TIMED_OUT)

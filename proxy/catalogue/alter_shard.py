@@ -115,8 +115,8 @@ class AlterShard(Operation):
         after = self.after
         return [one for one in shards if one.name == after.name and one.shard_id != after.shard_id]
 
-    async def begin(self, catalogue: Connection) -> None:
-        """Check version and name, and mark the row. Raises CatalogueError: EXISTS."""
+    async def check_values(self, catalogue: Connection) -> None:
+        """Check version and name. Raises CatalogueError, and Unchanged."""
         version, reason = self.before.version, Reason.STALE_VERSION
         check_expected(f"the shard {self._name}", self._expect, version, reason)
         if self.after == self.before:
@@ -124,6 +124,10 @@ class AlterShard(Operation):
         for one in await self._same_name(catalogue):
             text = f"the map {self.map.name} has the shard {one.name} at {one.location}"
             raise CatalogueError(Reason.EXISTS, text)
+
+    async def begin(self, catalogue: Connection) -> None:
+        """Check version and name, and mark the row. Raises CatalogueError: EXISTS."""
+        await self.check_values(catalogue)
         await catalogue.execute(
             "update shardmap.shard set op_id = $2 where shard_id = $1",
             *(self.before.shard_id, self.op_id),

@@ -36,6 +36,7 @@ class Detach(Operation):
     steps: ClassVar[tuple[Step, ...]] = (CONFIRMED, FENCED, END)
     kept_from: ClassVar[str] = CONFIRMED.name
     final_from: ClassVar[str] = CONFIRMED.name
+    needs_shards: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -102,9 +103,6 @@ class Detach(Operation):
             "End its sessions.",
             f"Delete the shard and its {self.mappings} mappings from the catalogue.",
         ]
-
-    async def check_before(self, connection: Connection, shard: Shard) -> None:
-        """Check nothing: the shard need not be as it should."""
 
     async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
         """Fence the shard, unless it cannot be reached or is another one."""

@@ -19,11 +19,12 @@ _Key = tuple[UUID, str, str, str, str]
 
 
 class KeptConnections:
-    """Opens connections as `Databases` does, and keeps one for each shard."""
+    """Opens connections as `Databases` does, and keeps one for each shard of `keep_only`."""
 
     def __init__(self, databases: Databases) -> None:
         self._databases = databases
         self._kept: dict[_Key, tuple[AsyncExitStack, Connection]] = {}
+        self._wanted: frozenset[_Key] = frozenset()
 
     def catalogue(self) -> AbstractAsyncContextManager[Connection]:
         """Connect to the catalogue."""
@@ -41,13 +42,13 @@ class KeptConnections:
             if connection is None:
                 connection = await stack.enter_async_context(self._databases.shard(shard))
             yield connection
-            if key not in self._kept:
+            if key in self._wanted and key not in self._kept:
                 self._kept[key] = stack.pop_all(), connection
 
     async def keep_only(self, shards: Iterable[Shard]) -> None:
-        """Close the connections to all other shards."""
-        wanted = {_key(shard) for shard in shards}
-        for key in self._kept.keys() - wanted:
+        """Close the connections to all other shards, and keep none from here on."""
+        self._wanted = frozenset(_key(shard) for shard in shards)
+        for key in self._kept.keys() - self._wanted:
             stack, _ = self._kept.pop(key)
             await _close(stack)
 

@@ -198,8 +198,8 @@ class AddMapping(MappingOperation):
         return super().load(body)
 
     def shards_of(self, step: Step) -> tuple[Shard, ...]:
-        """Return the shards that a step works in: it is checked in those without mappings."""
-        return self._empty if step is CHECKED else self.shards
+        """Return the shards that a step works in: those without mappings are checked at once."""
+        return self._empty[:1] if step is CHECKED else self.shards
 
     async def find(self, catalogue: Connection) -> None:
         """Find the shard, and pending operations on the same keys."""
@@ -242,8 +242,12 @@ class AddMapping(MappingOperation):
         ]
 
     async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
-        """Check that another shard does not serve the keys (I1)."""
-        await check_not_served(tools, self.map, shard, (self._lo, self._hi))
+        """Check the shards without mappings."""
+        await self.check_others(tools)
+
+    async def check_others(self, tools: Tools) -> None:
+        """Check that no other shard without mappings serves the keys (I1)."""
+        await check_not_served(tools, self.map, self._empty, (self._lo, self._hi))
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Add the shard's row."""

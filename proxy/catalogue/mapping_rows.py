@@ -4,6 +4,8 @@ For: reading one row in the catalogue and in a shard, and showing its bounds in 
 reading maps (`store`).
 """
 
+import asyncio
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
 from uuid import UUID
@@ -22,6 +24,11 @@ from proxy.catalogue.operation import Json, Tools
 from proxy.catalogue.store import mapping_of, shards_by_id
 from proxy.errors import ProxyError
 from proxy.routing.shard_map import MapSpec
+
+# Shards without mappings are asked so many at a time, and all within the time that one which was
+# scaled to zero has been seen to take: each may be down, and a dial has a minute.
+CHECKS_MAX: Final = 16
+CHECK_SECONDS_MAX: Final = 30.0
 
 _MAPPING: Final = (
     "select *, coalesce(locked_until > pg_catalog.clock_timestamp(), false) as locked"
@@ -95,22 +102,41 @@ async def stray_bounds(
 
 
 async def check_not_served(
-    tools: Tools, owner: CatalogueMap, shard: Shard, bounds: tuple[bytes, bytes | None]
+    tools: Tools,
+    owner: CatalogueMap,
+    shards: Sequence[Shard],
+    bounds: tuple[bytes, bytes | None],
+    seconds_max: float = CHECK_SECONDS_MAX,
 ) -> None:
-    """Check that a shard which has no mapping in the catalogue does not serve these keys.
+    """Check that shards which have no mapping in the catalogue do not serve these keys.
 
-    It may have been attached, and wait for a repair. Raises CatalogueError: OVERLAP. One that
-    cannot be reached is passed over: it is no reason to stop what concerns others.
+    They may have been attached, and wait for a repair. Raises CatalogueError: OVERLAP. Those that
+    do not answer in time are passed over: they are no reason to stop what concerns others.
     """
-    try:
-        async with tools.databases.shard(shard) as connection:
-            row = await connection.fetchrow(_SERVED, owner.map_id, *bounds)
-    except driver_errors(CatalogueError, ProxyError) as error:
-        failure = translated(error, f"shard {shard.name}")
-        tools.progress(f"{failure.message}; it is not known which keys it serves")
-        return
-    if row is not None:
-        served = in_words(owner.spec, row["lo"], row["hi"])
+    dials, deadline = asyncio.Semaphore(CHECKS_MAX), asyncio.get_running_loop().time() + seconds_max
+    found: list[tuple[Shard, str]] = []
+
+    async def check(shard: Shard) -> None:
+        try:
+            async with (
+                asyncio.timeout_at(deadline),
+                dials,
+                tools.databases.shard(shard) as connection,
+            ):
+                row = await connection.fetchrow(_SERVED, owner.map_id, *bounds)
+        except driver_errors(CatalogueError, ProxyError) as error:
+            where = f"shard {shard.name}"
+            is_late = isinstance(error, TimeoutError)
+            text = f"{where}: no answer in time" if is_late else translated(error, where).message
+            tools.progress(f"{text}; it is not known which keys it serves")
+            return
+        if row is not None:
+            found.append((shard, in_words(owner.spec, row["lo"], row["hi"])))
+
+    async with asyncio.TaskGroup() as group:
+        for shard in shards:
+            group.create_task(check(shard))
+    for shard, served in found:
         text = f"shard {shard.name} serves {served}, which the catalogue does not give to it"
         hint = f"shards verify --shard {shard.name}, then `shards repair`."
         raise CatalogueError(Reason.OVERLAP, text, hint)

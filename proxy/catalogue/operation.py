@@ -92,6 +92,8 @@ class Operation(ABC):
     resumable: ClassVar[bool] = True
     checks_first: ClassVar[bool] = False
     """Whether the shards are checked before it begins, so that a refusal leaves no trace."""
+    needs_shards: ClassVar[bool] = True
+    """Whether the shards must answer; else a plan asks nothing of them."""
     undo_locks_out: ClassVar[bool] = False
     """Whether undoing changes what admits read: it waits for them, and ends what keeps one open."""
     whole_map: ClassVar[bool] = False
@@ -196,6 +198,9 @@ class Operation(ABC):
     async def check_before(self, connection: Connection, shard: Shard) -> None:
         """Check what must hold in a shard before the first step."""
         await self.check_shard(connection, shard)
+
+    async def check_others(self, tools: Tools) -> None:  # noqa: B027
+        """Check what must hold in other shards than its own; a plan checks that as well."""
 
     def begin_undo(self) -> None:  # noqa: B027
         """Want the rows as they were. Called before anything is undone."""

@@ -116,9 +116,12 @@ class Operator:
         plan = partial(self._plan_once, operation)
         sentences, is_free = await repeat(THE_CATALOGUE, plan)
         await self._kept.keep_only(operation.shards)
-        for shard in operation.shards if sentences and is_free else ():
+        is_asked = sentences and is_free and operation.needs_shards
+        for shard in operation.shards if is_asked else ():
             check = partial(self._steps.check_shard, operation, shard)
             await repeat(f"shard {shard.name}", check)
+        if is_asked:
+            await operation.check_others(self._tools)
         return sentences
 
     async def pending(self, map_id: UUID | None = None) -> list[OperationRow]:
@@ -222,9 +225,9 @@ class Operator:
 
         Raises CatalogueError. It has `op_id` if the operation is left pending.
         """
-        await self._kept.keep_only(operation.shards)
         kept = states_from(operation, operation.kept_from)
         for step in steps_after(operation, operation.state):
+            await self._kept.keep_only(operation.shards)  # a step may find that there are more
             try:
                 await self._steps.do(operation, step)
             except TakenOver:

@@ -65,8 +65,8 @@ async def give_up_pending(
     """
     async with databases.catalogue() as catalogue:
         rows = await _pending(catalogue, catalogue_map, shard)
-        locations = {shard, *(location for row in rows for location in _locations(row, shard))}
-        if not rows or any([await _answers(databases, location) for location in locations]):
+        reached = {shard, *(one for row in rows for one in _reached_by(row, shard))}
+        if not rows or any([await _answers(databases, one) for one in reached]):
             return []
         async with transaction(catalogue):
             pending = await _locked(catalogue, catalogue_map, shard)
@@ -76,7 +76,7 @@ async def give_up_pending(
     return pending
 
 
-def _locations(row: OperationRow, shard: Shard) -> list[Shard]:
+def _reached_by(row: OperationRow, shard: Shard) -> list[Shard]:
     """Return where an operation reaches a shard; one that relocates it has another location."""
     shards = [shard_from_json(one) for one in row.body["rows"]]
     return [one for one in shards if one.shard_id == shard.shard_id]

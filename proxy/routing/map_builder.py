@@ -65,7 +65,7 @@ class LineMapping(NamedTuple):
 
 
 class LineMappings:
-    """The mappings of a file, by their lower bounds. Each is made when it is iterated over.
+    """The mappings of a file, by their lower bounds. Each is made when it is read.
 
     A million take a third of what as many `LineMapping` objects do.
     """
@@ -79,6 +79,9 @@ class LineMappings:
 
     def __iter__(self) -> Iterator[LineMapping]:
         return map(self._builder.mapping, self._order)
+
+    def __getitem__(self, number: int) -> LineMapping:
+        return self._builder.mapping(self._order[number])
 
 
 def mappings_from_csv(lines: Iterable[str], spec: MapSpec, shards: Collection[str]) -> LineMappings:

@@ -270,7 +270,7 @@ async def test_a_change_that_follows_another_is_read_soon_and_many_are_read_toge
     pauses: list[float] = []
     times = real_times()
 
-    async def recorded(seconds: float) -> None:
+    async def sleep(seconds: float) -> None:
         pauses.append(seconds)
         await times.sleep(seconds)
 
@@ -278,7 +278,7 @@ async def test_a_change_that_follows_another_is_read_soon_and_many_are_read_toge
         await catalogue.set_status(catalogue.mappings[0], "online")
         return await catalogue.version()
 
-    async with running(catalogue.followed(replace(times, sleep=recorded))) as followed:
+    async with running(catalogue.followed(replace(times, sleep=sleep))) as followed:
         version = await changed()
         await until(lambda: followed.status().version == version, followed)
         await eventually(lambda: bool(pauses), "a pause")

@@ -41,6 +41,7 @@ async def test_a_shard_is_connected_to_once_and_each_shard_for_itself(
 ) -> None:
     kept = KeptConnections(databases := Counted(operating.stores))
     one, two = (operating.shards[name] for name in SHARD_NAMES)
+    await kept.keep_only([one, two])
     assert await pid_of(kept, one) == await pid_of(kept, one)
     assert await pid_of(kept, two)
     assert (databases.opened, databases.open) == (2, 2)
@@ -53,6 +54,7 @@ async def test_a_shard_is_connected_to_once_and_each_shard_for_itself(
 async def test_a_second_user_gets_a_connection_of_its_own(operating: Operating) -> None:
     kept = KeptConnections(databases := Counted(operating.stores))
     one = operating.shards["one"]
+    await kept.keep_only([one])
     async with kept.shard(one) as connection:
         first = await connection.fetchval("select pg_backend_pid()")
         assert await pid_of(kept, one) != first
@@ -63,6 +65,7 @@ async def test_a_second_user_gets_a_connection_of_its_own(operating: Operating) 
 async def test_a_connection_that_failed_or_was_lost_is_replaced(operating: Operating) -> None:
     kept = KeptConnections(databases := Counted(operating.stores))
     one = operating.shards["one"]
+    await kept.keep_only([one])
     with pytest.raises(ValueError, match="of the test"):
         async with kept.shard(one):
             raise ValueError("of the test")
@@ -75,6 +78,7 @@ async def test_a_connection_that_failed_or_was_lost_is_replaced(operating: Opera
 
 
 async def test_the_operations_of_one_operator_log_in_once(operating: Operating) -> None:
+    await operating.run(AddMapping(operating.map, *operating.bounds(90, 100), "two"))
     operating.databases = databases = Counted(operating.stores)
     async with operating.operator() as operator:
         for low in range(0, 50, 10):
@@ -84,6 +88,16 @@ async def test_the_operations_of_one_operator_log_in_once(operating: Operating) 
         assert await operator.run(AddMapping(operating.map, *operating.bounds(50, 60), "two"))
         assert (databases.opened, databases.open) == (2, 1)
     assert databases.open == 0
+
+
+async def test_a_connection_to_a_shard_that_is_only_asked_is_not_kept(
+    operating: Operating,
+) -> None:
+    """A mapping was added over as many connections as there were shards without mappings."""
+    operating.databases = databases = Counted(operating.stores)
+    async with operating.operator() as operator:
+        assert await operator.run(AddMapping(operating.map, *operating.bounds(0, 10), "one"))
+        assert (databases.opened, databases.open) == (2, 1)
 
 
 async def test_a_plan_keeps_no_connection_to_the_shards_of_the_one_before(

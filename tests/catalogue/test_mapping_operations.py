@@ -1,19 +1,25 @@
 """Adding and deleting one mapping."""
 
-from contextlib import AsyncExitStack
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import pytest
 
 from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.file_operation import AddFile
 from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
+from proxy.catalogue.mapping_rows import CHECKS_MAX, check_not_served
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
-from proxy.catalogue.model import Status
+from proxy.catalogue.model import Shard, Status
 from proxy.catalogue.operation import Operation
 from proxy.routing.map_builder import LineMapping
 from tests.catalogue.test_operations import statuses
 from tests.support.catalogue import MAP
-from tests.support.operating import Killed, Operating, kill_at
+from tests.support.operating import Databases, Killed, Operating, kill_at
 from tests.support.recovering import repair, restore, saved, told
 
 
@@ -212,9 +218,10 @@ async def test_i1_keys_that_a_shard_serves_beside_the_catalogue_are_not_added(
         AddMapping(operating.map, *operating.bounds(5, 15), "two"),
         AddFile(operating.map, [line]),
     )
-    for operation in operations:
+    calls: tuple[Callable[[Operation], Awaitable[object]], ...] = (operating.plan, operating.run)
+    for operation, do in product(operations, calls):
         with pytest.raises(CatalogueError) as refused:
-            await operating.run(operation)
+            await do(operation)
         assert (refused.value.reason, refused.value.sqlstate) == ("overlap", "23P01")
         assert "shard one serves [0, 10)" in refused.value.message
         assert statuses(await operating.state()) == statuses(before)
@@ -236,3 +243,42 @@ async def test_a_shard_without_mappings_that_is_down_does_not_keep_others_from_g
     assert any("not known which keys it serves" in text for text in operating.told)
     operating.databases.fail = lambda _: None
     await operating.check_settled()
+
+
+class Hanging(Databases):
+    """Dials to shards named `dead...` take for ever."""
+
+    dials = 0
+    dials_max = 0
+
+    @asynccontextmanager
+    async def shard(self, shard: Shard) -> AsyncIterator[Any]:
+        if shard.name.startswith("dead"):
+            self.dials += 1
+            self.dials_max = max(self.dials, self.dials_max)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.dials -= 1
+        async with super().shard(shard) as connection:
+            yield connection
+
+
+async def test_shards_without_mappings_are_asked_together_and_for_a_limited_time(
+    operating: Operating,
+) -> None:
+    """An addition took a minute for each shard that was down, one after the other."""
+    await add(operating, 0, 10)
+    databases = Hanging(operating.stores)
+    tools = replace(operating.tools, databases=databases)
+    one = operating.shards["one"]
+    dead = [replace(one, name=f"dead{number}") for number in range(3 * CHECKS_MAX)]
+    bounds = operating.bounds(5, 6)
+    async with asyncio.timeout(20):
+        await check_not_served(tools, operating.map, dead, bounds, seconds_max=0.2)
+        assert (databases.dials, databases.dials_max) == (0, CHECKS_MAX)
+        assert sum("no answer in time" in text for text in operating.told) == len(dead)
+        shards = [*dead[:5], one]
+        with pytest.raises(CatalogueError) as refused:
+            await check_not_served(tools, operating.map, shards, bounds, seconds_max=2)
+    assert refused.value.reason == "overlap"

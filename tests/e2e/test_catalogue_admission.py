@@ -479,6 +479,43 @@ async def test_parking_that_is_off_refuses_at_once(operator: Operator, placed: P
         assert (await sidecar.refusal()).kind is ErrorKind.MAPPING_OFFLINE
 
 
+class HeldTurns(Parking):
+    """Holds each client whose turn has come."""
+
+    def hold(self) -> tuple[asyncio.Event, asyncio.Event]:
+        """Return what is set when a client waits for its turn, and what ends that."""
+        self._reached, self._goes_on = asyncio.Event(), asyncio.Event()
+        return self._reached, self._goes_on
+
+    async def turn(self) -> None:
+        """Wait until the test lets it go on."""
+        self._reached.set()
+        await self._goes_on.wait()
+        await super().turn()
+
+
+async def test_s62_client_is_routed_anew_if_the_map_is_exchanged_before_its_turn(
+    sidecar: Sidecar, placed: Placed
+) -> None:
+    """It was served by the map that was not in force any more."""
+    is_in_force = True
+    parking = HeldTurns(5, 10, sidecar.counts)
+    reached, goes_on = parking.hold()
+    sidecar.parts = replace(sidecar.parts, parking=parking, is_in_force=lambda: is_in_force)
+    await sidecar.operator.offline(placed)
+    opening = asyncio.ensure_future(sidecar.open())
+    await eventually(lambda: len(parking) == 1, "the client is parked")
+    await sidecar.operator.online(placed)
+    async with asyncio.timeout(SECONDS_MAX):
+        await reached.wait()
+        is_in_force = False
+        parking.exchanged()
+        goes_on.set()
+        with pytest.raises(RouteReplaced):
+            await opening
+    assert sidecar.counts.parks == [ParkResult.REROUTED]
+
+
 async def test_s62_client_that_is_routed_anew_is_parked_for_what_is_left_of_its_time(
     operator: Operator, placed: Placed
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.exit_codes import EXIT_DIFFERENCES, EXIT_FAILURE, EXIT_OK
+from proxy.exit_codes import EXIT_DIFFERENCES, EXIT_FAILURE, EXIT_OK, EXIT_PENDING
 from proxy.verbs.shards import read
 from proxy.verbs.shards.arguments import UsageError
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
@@ -178,6 +178,28 @@ async def test_what_is_pending_on_a_shard_that_is_gone_does_not_keep_it_from_bei
         if not await has_mapping(shards, low):
             await shards.add(low, high, left["name"])
     assert (await verified(shards))["differences"] == []
+
+
+async def test_a_dry_run_of_detach_gives_nothing_up(shards: Shards) -> None:
+    """What it could not settle, as an operation of a later version, it gave up."""
+    await filled(shards)
+    servers = Servers.of(shards.stores, shards.config)
+    with pytest.raises(Killed):
+        await run_directly(servers, ("move", "0", "10", "--to", "two"), kill_at("drained"))
+    shards.stores.execute(MAP, "update shardmap.op_log set kind = 'later'")
+
+    def fail(name: str) -> None:
+        if name == "one":
+            raise ConnectionRefusedError("the shard is gone")
+
+    detach = ("detach", "one", "--force", "--dry-run")
+    answer = await answer_of(run_directly(servers, detach, fail=fail, sleep=Slept()))
+    assert answer.code == EXIT_PENDING, answer
+    assert [one["kind"] for one in (await shards.done("ops"))["operations"]] == ["later"]
+    settle = "delete from shardmap.op_log; update shardmap.shard set op_id = null"
+    shards.stores.execute(MAP, settle)
+    answer = await answer_of(run_directly(servers, detach, fail=fail, sleep=Slept()))
+    assert answer.code == EXIT_OK, "it was refused, as the shard did not answer"
 
 
 async def has_mapping(shards: Shards, low: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.model import Shard
 from proxy.exit_codes import EXIT_FAILURE, EXIT_USAGE
 from proxy.verbs.shards import read
@@ -220,10 +221,18 @@ async def test_what_is_pending_on_a_resource_that_was_deleted_goes_to_the_new_on
     with pytest.raises(Killed):
         await run_directly(servers, ("move", "0", "10", "--to", "two"), kill_at("drained"))
     instance = shards.stores.lakebase["one"].instance.name
-    words = ["alter-shard", "one", "--instance", instance, "--json", "--config", shards.config]
-    verb, parsed, settings = read(words)
-    administration = WithoutEndpoint(settings, servers)
-    await verb.run(Call(parsed, administration, Output(as_json=True), sleep=Slept()))
+
+    async def alter(*words: str) -> None:
+        words = ("alter-shard", "one", "--instance", instance, *words)
+        verb, parsed, settings = read([*words, "--json", "--config", shards.config])
+        administration = WithoutEndpoint(settings, servers)
+        await verb.run(Call(parsed, administration, Output(as_json=True), sleep=Slept()))
+
+    for refused in (("--rename", "two"), ("--expect", "9")):
+        with pytest.raises(CatalogueError, match=r"has the shard two|is at 1, not at 9"):
+            await alter(*refused)
+        assert (await shards.done("show"))["shards"][0]["instance"] == ""
+    await alter("--expect", str((await shards.done("show"))["shards"][0]["version"]))
     facts = json.loads(capsys.readouterr().out)
     assert (facts["shard"]["endpoint"], facts["shard"]["instance"]) == ("", instance)
     assert (await shards.done("ops"))["operations"] == []

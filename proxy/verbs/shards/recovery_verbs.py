@@ -200,7 +200,8 @@ async def _detach(call: Call) -> None:
     try:
         done = await run(call, make)
     except CatalogueError as error:
-        if not force or error.op_id is None or not await _give_up(call, name):
+        gives_up = force and error.op_id is not None and not call.arguments.dry_run
+        if not gives_up or not await _end_pending(call, name):
             raise
         done = await run(call, make)
     if done is not None:
@@ -213,7 +214,7 @@ async def _detach(call: Call) -> None:
         call.output.answer({"mappings": count}, lines)
 
 
-async def _give_up(call: Call, name: str) -> bool:
+async def _end_pending(call: Call, name: str) -> bool:
     """End what is pending on a shard that is gone. Return whether there was anything."""
     async with call.administration.catalogue() as connection:
         owner = await call.read_map(connection, writes=True)

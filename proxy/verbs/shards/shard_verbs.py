@@ -1,6 +1,7 @@
 """`shards add-shard`, `alter-shard`, `remove-shard`, `sessions`: shards, and who is on them."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 from proxy.addresses import is_pooled_host, is_read_only_host
@@ -10,7 +11,7 @@ from proxy.catalogue.bounds import parse_bounds, show_bounds
 from proxy.catalogue.errors import CatalogueError, Reason, translated
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
 from proxy.catalogue.model import Mapping as MappingRow
-from proxy.catalogue.operation import check_identity
+from proxy.catalogue.operation import Unchanged, check_identity
 from proxy.catalogue.pending_elsewhere import lead_pending
 from proxy.catalogue.shard_operations import AddShard, RemoveShard, new_shard
 from proxy.catalogue.shard_store import LiveSession, read_sessions
@@ -167,8 +168,13 @@ async def _alter_shard(call: Call) -> None:
         operation = AlterShard(owner, name, changes, expect=expect)
         await operation.find(connection)
         await _check_reached(call, owner, operation.after)
-        if not arguments.dry_run and expect in (None, operation.before.version):
-            await lead_pending(call.administration, owner, operation.before, operation.after)
+        if not arguments.dry_run:
+            with suppress(Unchanged):
+                await operation.check_values(connection)
+                before, after = operation.before, operation.after
+                led = await lead_pending(call.administration, owner, before, after)
+                if led and expect is not None:  # the row has been written with them
+                    return AlterShard(owner, name, changes, expect=expect + 1)
         return operation
 
     call.output.progress(f"changing the shard {name}")

@@ -226,14 +226,20 @@ async def test_s49_no_token_goes_astray_while_a_target_moves_to_and_fro(
 
     async with asyncio.TaskGroup() as tasks:
         work = [tasks.create_task(lane()) for _ in range(lanes)]
-        reloads, seen = 0, -1
-        while not all(task.done() for task in work):
-            done = len(lakebase.gateway.sessions) + len(other.gateway.sessions)
-            if done > seen:  # some came through since the last move
-                proxy.reload(ways[reloads % 2])
-                reloads, seen = reloads + 1, done
-            await asyncio.sleep(0)
-    assert reloads > 4
+        moves = 0
+        for stand, way in itertools.cycle(zip((other, lakebase), ways, strict=True)):
+            proxy.reload(way)
+            moves += 1
+            before = len(stand.gateway.sessions)
+            await eventually(
+                lambda stand=stand, before=before: (  # type: ignore[misc]
+                    len(stand.gateway.sessions) > before or all(task.done() for task in work)
+                ),
+                "a session comes there",
+            )
+            if all(task.done() for task in work):
+                break
+    assert moves >= 3
     assert len(lakebase.gateway.sessions) + len(other.gateway.sessions) == CLIENTS
     assert_own_tokens_only(lakebase, other)
 

@@ -32,7 +32,7 @@ from tests.support.running import captured_log, eventually, nothing_left
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 
 NUMBER = 1
-READ = Reading([Sample("made_up", "counter", "made_up_total", (), 7.0)], [], [])
+READ = Reading([Sample("made_up", "counter", "made_up_total", (), 7.0)], [], [], [])
 CANCEL_KEY = (1, "00ff")
 SESSIONS_CUT = 3
 REFUSED = "refused"  # the database whose configuration it does not take

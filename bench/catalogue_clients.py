@@ -16,8 +16,8 @@ from typing import Final, NamedTuple, Self
 import asyncpg
 import uvloop
 
-from bench.catalogue_proxy import ListenAddress, open_session
-from tests.support.running import eventually
+from bench.catalogue_proxy import open_session
+from tests.support.running import Listening, eventually
 
 ENDED: Final = (
     asyncpg.PostgresError,
@@ -43,7 +43,7 @@ class Waits(NamedTuple):
 class Clients:
     """Clients of one key that keep a session each, and open another one when it is ended."""
 
-    def __init__(self, proxy: ListenAddress, key: int) -> None:
+    def __init__(self, proxy: Listening, key: int) -> None:
         self._proxy = proxy
         self._key = key
         self._places = asyncio.Semaphore(_AT_ONCE)
@@ -109,7 +109,7 @@ class ClientsProcess:
 
 
 @asynccontextmanager
-async def started_clients(proxy: ListenAddress, count: int) -> AsyncIterator[ClientsProcess]:
+async def started_clients(proxy: Listening, count: int) -> AsyncIterator[ClientsProcess]:
     """Run so many clients of the key 5, and a probe of the key 6, while the block runs."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "bench.catalogue_clients"),
@@ -134,7 +134,7 @@ class _Address(NamedTuple):
 class _Serving:
     """The clients, and the answers to the questions of standard input."""
 
-    def __init__(self, proxy: ListenAddress, count: int) -> None:
+    def __init__(self, proxy: Listening, count: int) -> None:
         self._clients, self._probes = Clients(proxy, 5), Clients(proxy, 6)
         self._count = count
         self._tasks: list[asyncio.Task[None]] = []
@@ -172,7 +172,7 @@ class _Serving:
         return waits
 
 
-async def _serve(proxy: ListenAddress, count: int) -> None:
+async def _serve(proxy: Listening, count: int) -> None:
     questions = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(questions), sys.stdin

@@ -4,26 +4,14 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol
-
-import asyncpg
+from typing import Any, Final
 
 from tests.support.catalogue import Stores
 from tests.support.proxy_process import ProxyProcess, started_process
+from tests.support.running import Listening
+from tests.support.sidecars import connect
 
 _CONNECT_SECONDS_MAX: Final = 120.0
-
-
-class ListenAddress(Protocol):
-    """Where a proxy listens: a `ProxyProcess`, or what another process was given of it."""
-
-    @property
-    def listen_host(self) -> str:
-        """The host."""
-
-    @property
-    def listen_port(self) -> int:
-        """The port."""
 
 
 @asynccontextmanager
@@ -39,13 +27,6 @@ async def serving_proxy(
             yield proxy
 
 
-async def open_session(proxy: ListenAddress, key: int) -> Any:
-    """Open a session for a key."""
-    return await asyncpg.connect(
-        host=proxy.listen_host,
-        port=proxy.listen_port,
-        user="anyone",
-        database=f"app@{key}",
-        ssl=False,
-        timeout=_CONNECT_SECONDS_MAX,
-    )
+async def open_session(proxy: Listening, key: int) -> Any:
+    """Open a session for a key. Many at once are waited for."""
+    return await connect(proxy, key, _CONNECT_SECONDS_MAX)

@@ -9,8 +9,12 @@ import pytest
 import pytest_asyncio
 
 from proxy.emulator.lakebase import Lakebase
+from proxy.routing.keys import KeyType
+from proxy.routing.shard_map import Kind, MapSpec
 from proxy.server.app import App
 from proxy.server.serving import serving
+from tests.support.catalogue import Stores
+from tests.support.operator import Operator, Placed
 from tests.support.pooling import SESSION_MODE
 from tests.support.proxy_process import ProxyProcess, started_process
 from tests.support.running import (
@@ -79,6 +83,21 @@ def upstream_keys(request: pytest.FixtureRequest) -> Mapping[str, object]:
 async def proxy(start_proxy: StartProxy, upstream_keys: Mapping[str, object]) -> App:
     """Return a proxy with default settings."""
     return await start_proxy(upstream=upstream_keys)
+
+
+@pytest_asyncio.fixture
+async def operator(stores: Stores) -> Operator:
+    """Return the operator of a new map in the catalogue."""
+    made = Operator(stores, MapSpec(Kind.RANGE, KeyType.INT4))
+    await made.install()
+    return made
+
+
+@pytest_asyncio.fixture
+async def placed(operator: Operator) -> Placed:
+    """Return the mapping [0, 10) on shard one. The keys from 1000 on are on shard two."""
+    await operator.add("1000", None, "two")
+    return await operator.add("0", "10", "one")
 
 
 @pytest_asyncio.fixture

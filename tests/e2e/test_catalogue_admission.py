@@ -158,13 +158,6 @@ class Sidecar:
 Start = Callable[..., Any]
 
 
-@pytest_asyncio.fixture
-async def operator(stores: Stores) -> Operator:
-    made = Operator(stores, SPEC)
-    await made.install()
-    return made
-
-
 @asynccontextmanager
 async def sidecar_of(operator: Operator, **sections: Any) -> AsyncIterator[Sidecar]:
     stores = operator.stores
@@ -209,12 +202,6 @@ async def sidecar_of(operator: Operator, **sections: Any) -> AsyncIterator[Sidec
 async def sidecar(operator: Operator) -> AsyncIterator[Sidecar]:
     async with sidecar_of(operator) as made:
         yield made
-
-
-@pytest_asyncio.fixture
-async def placed(operator: Operator) -> Placed:
-    await operator.add("1000", None, "two")
-    return await operator.add("0", "10", "one")
 
 
 # -- verdicts ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest_asyncio
 from proxy.exit_codes import EXIT_DIFFERENCES, EXIT_OK
 from proxy.server.app import App
 from proxy.server.serving import serving
-from tests.e2e.test_catalogue_sessions import RANGE, ended, session
+from tests.e2e.test_catalogue_sessions import ended, session
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
 from tests.support.operating import until
 from tests.support.operator import Operator, Placed
@@ -28,19 +28,6 @@ pytestmark = [pytest.mark.slow]
 
 # The feed connects anew within half a minute.
 FOLLOWED_SECONDS_MAX = 60.0
-
-
-@pytest_asyncio.fixture
-async def operator(stores: Stores) -> Operator:
-    made = Operator(stores, RANGE)
-    await made.install()
-    return made
-
-
-@pytest_asyncio.fixture
-async def placed(operator: Operator) -> Placed:
-    await operator.add("1000", None, "two")
-    return await operator.add("0", "10", "one")
 
 
 @pytest_asyncio.fixture

@@ -39,19 +39,6 @@ def log() -> Any:
 
 
 @pytest_asyncio.fixture
-async def operator(stores: Stores) -> Operator:
-    made = Operator(stores, RANGE)
-    await made.install()
-    return made
-
-
-@pytest_asyncio.fixture
-async def placed(operator: Operator) -> Placed:
-    await operator.add("1000", None, "two")
-    return await operator.add("0", "10", "one")
-
-
-@pytest_asyncio.fixture
 async def start(stores: Stores, log: LogLines) -> AsyncIterator[Start]:
     """Return a function that starts a sidecar in this process; keyword arguments are sections."""
     async with AsyncExitStack() as stack:

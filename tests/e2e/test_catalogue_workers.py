@@ -26,19 +26,6 @@ pytestmark = pytest.mark.slow
 WORKERS: Final = 2
 
 
-@pytest_asyncio.fixture
-async def operator(stores: Stores) -> Operator:
-    made = Operator(stores, MapSpec(Kind.RANGE, KeyType.INT4))
-    await made.install()
-    return made
-
-
-@pytest_asyncio.fixture
-async def placed(operator: Operator) -> Placed:
-    await operator.add("1000", None, "two")
-    return await operator.add("0", "10", "one")
-
-
 def sidecar(stores: Stores, folder: Path, **sections: Any) -> Path:
     """Write the settings of a sidecar with workers, and return the file."""
     return stores.file(

@@ -1,15 +1,11 @@
 """A pool in front of shards that admit each session: every take is admitted anew (P33)."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 import pytest
 import pytest_asyncio
 
-from proxy.server.app import App
-from proxy.server.serving import serving
-from tests.e2e.test_catalogue_sessions import RANGE
 from tests.support.catalogue import Stores
 from tests.support.operator import Operator, Placed
 from tests.support.pool_clients import (
@@ -22,38 +18,17 @@ from tests.support.pool_clients import (
     visit,
     visitor,
 )
-from tests.support.running import captured_log, eventually
-from tests.support.secret_canaries import watching
+from tests.support.running import eventually
+from tests.support.sidecars import Start, started_sidecars
 
-Start = Callable[..., Awaitable[App]]
 FIRST: Final = "app@5"
 OTHER: Final = "app@25"
 
 
 @pytest_asyncio.fixture
-async def operator(stores: Stores) -> Operator:
-    made = Operator(stores, RANGE)
-    await made.install()
-    return made
-
-
-@pytest_asyncio.fixture
-async def placed(operator: Operator) -> Placed:
-    await operator.add("1000", None, "two")
-    return await operator.add("0", "10", "one")
-
-
-@pytest_asyncio.fixture
 async def start(stores: Stores) -> AsyncIterator[Start]:
-    """Return a function that starts a sidecar in this process; keyword arguments are sections."""
-    async with AsyncExitStack() as stack:
-        stack.enter_context(captured_log())
-
-        async def started(**sections: Any) -> App:
-            settings = stores.settings(stores.roles.session, **sections)
-            app = await stack.enter_async_context(serving(settings))
-            return await stack.enter_async_context(watching(app))
-
+    """Return a function that starts a sidecar; keyword arguments are of [catalogue]."""
+    async with started_sidecars(stores) as started:
         yield started
 
 

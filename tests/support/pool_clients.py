@@ -12,6 +12,7 @@ from proxy.server.app import App
 from proxy.wire.messages import BackendKeyData, ErrorResponse, Frame, ReadyForQuery, Terminate
 from proxy.wire.startup import V3_0, ProtocolVersion
 from tests.support.client import Client, connected, startup
+from tests.support.pooling import SESSION_MODE
 from tests.support.running import Listening, eventually
 
 PID = "SELECT pg_backend_pid()"
@@ -21,8 +22,7 @@ both_relays = pytest.mark.parametrize("accelerated", [True, False], ids=["compil
 
 def pooling(*, accelerated: bool = True, **upstream: object) -> dict[str, dict[str, object]]:
     """Return the sections of a proxy whose target pools, without spares."""
-    own = {"pool": "session", "pool_spare_min": 0, "accelerated": accelerated, **upstream}
-    return {"upstream": own}
+    return {"upstream": {**SESSION_MODE, "accelerated": accelerated, **upstream}}
 
 
 class Visitor(Client):

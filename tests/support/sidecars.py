@@ -16,7 +16,7 @@ from proxy.server.app import App
 from proxy.server.serving import serving
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
 from tests.support.operating import Operating
-from tests.support.running import captured_log
+from tests.support.running import Listening, captured_log
 from tests.support.secret_canaries import watching
 
 CONNECT_SECONDS_MAX: Final = 30.0
@@ -67,15 +67,15 @@ async def started_sidecars(stores: Stores) -> AsyncIterator[Start]:
         yield started
 
 
-async def connect(app: App, key: int) -> Any:
+async def connect(proxy: Listening, key: int, seconds_max: float = CONNECT_SECONDS_MAX) -> Any:
     """Open a session for a key."""
     return await asyncpg.connect(
-        host=app.listen_host,
-        port=app.listen_port,
+        host=proxy.listen_host,
+        port=proxy.listen_port,
         user="anyone",
         database=f"app@{key}",
         ssl=False,
-        timeout=CONNECT_SECONDS_MAX,
+        timeout=seconds_max,
     )
 
 

@@ -11,6 +11,14 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard proxy/native/*.pyx proxy/native/*.pxd)
 COMPILED := proxy/native/*.so proxy/native/*.c
 
+PYTHON_IS_NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Say which one: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+
+# Where `make install` installs: a virtual environment in share, and a link to its command in bin.
+# EXTRAS='[demo]' installs what the verb demo needs, too.
+PREFIX ?= $(HOME)/.local
+EXTRAS ?=
+INSTALL_VENV := $(PREFIX)/share/lakebase-auth-proxy
+
 # Hypothesis examples for one test of `make fuzz`; the suite's own profile is short.
 FUZZ_EXAMPLES ?= 20000
 # Inputs of the byte fuzzer for each side; the seed makes a run repeatable.
@@ -18,11 +26,24 @@ FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pure lint format types test unit e2e fuzz bench soak pooling routes closes fleet demo docs all clean
+.PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling routes closes fleet demo docs all clean
 .PHONY: halves unit-e2e unit-rest
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+# For who uses the proxy and does not work on it: it needs no .venv. `build` is removed first, because
+# what an earlier build left there would be installed too.
+install: ## install the command in ~/.local, or in PREFIX=/usr/local
+	@$(PYTHON) -c $(PYTHON_IS_NEW_ENOUGH)
+	@echo "Installing into $(INSTALL_VENV) (a minute or two)"
+	@$(PYTHON) -m venv "$(INSTALL_VENV)"
+	@rm -rf build
+	@"$(INSTALL_VENV)/bin/python" -m pip install --quiet --disable-pip-version-check '.$(EXTRAS)'
+	@mkdir -p "$(PREFIX)/bin"
+	@ln -sfn "$(INSTALL_VENV)/bin/lakebase-auth-proxy" "$(PREFIX)/bin/lakebase-auth-proxy"
+	@"$(PREFIX)/bin/lakebase-auth-proxy" version --build
+	@case ":$$PATH:" in *:"$(PREFIX)/bin":*) ;; *) echo "$(PREFIX)/bin is not in PATH: add it, or type $(PREFIX)/bin/lakebase-auth-proxy" ;; esac
 
 setup: $(INSTALLED) ## make the virtual environment .venv (the other verbs do it by themselves)
 
@@ -30,7 +51,7 @@ setup: $(INSTALLED) ## make the virtual environment .venv (the other verbs do it
 # interrupted installation is repeated. The previous compiled files are removed first: if they cannot
 # be compiled now, the proxy must not run old ones.
 $(INSTALLED): pyproject.toml $(NATIVE)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Say which one: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@$(PYTHON) -c $(PYTHON_IS_NEW_ENOUGH)
 	@echo "Setting up $(VENV) (once; a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
 	@rm -rf build $(COMPILED)

@@ -17,7 +17,8 @@ from proxy.exit_codes import EXIT_OK, EXIT_USAGE
 
 # Each is a module of `verbs`.
 _VERBS: Final = (
-    *("run", "check", "demo", "resolve", "shards", "wait", "reconnect", "shutdown", "version"),
+    *("run", "exec", "check", "demo", "resolve", "shards", "wait", "reconnect", "shutdown"),
+    "version",
 )
 
 _END_OF_FLAGS: Final = "--"
@@ -26,6 +27,8 @@ USAGE: Final = """\
 usage: lakebase-auth-proxy VERB [--config FILE] [--SECTION.KEY VALUE ...]
 
   run       serve local Postgres clients, and connect each of them to Databricks Lakebase
+  exec      run a command beside a proxy of its own: exec [flags] -- COMMAND ... (--socket: no
+            port; --shard-key KEY: on the shard that has the key)
   check     test every step of a connection; print what fails and how to fix it (--json;
             --all-shards: test every target)
   demo      run the whole system on this machine, with nothing to install or sign up for

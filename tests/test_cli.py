@@ -127,6 +127,27 @@ def test_help_names_every_verb_and_exits_with_0(
         assert f"\n  {verb} " in out
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("psql",), ("--",), ("--shard-key", "--", "psql"), ("--socket", "--listen.port", "1")],
+    ids=str,
+)
+def test_exec_without_a_command_says_how_it_is_used(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["exec", *ENDPOINT, *arguments]) == EXIT_USAGE
+    assert "exec [--socket] [--shard-key KEY] [flags] -- COMMAND ..." in capsys.readouterr().err
+
+
+def test_help_after_the_end_of_execs_flags_is_the_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["exec", "--", "psql", "--help"]) == EXIT_USAGE  # no endpoint is set
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "upstream.endpoint" in err
+
+
 def test_an_unknown_verb_is_named_with_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve"]) == EXIT_USAGE
     out, err = capsys.readouterr()

@@ -8,7 +8,6 @@ is its last step, because the later ones depend on it. No line shows a secret.
 import asyncio
 import getpass
 import json
-import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
@@ -43,8 +42,9 @@ from proxy.verbs.check_catalogue import check_map, failed_step
 from proxy.verbs.check_facts import reach, upstream_facts, workspace_host
 from proxy.verbs.check_report import PrintedReport, Report, Step
 from proxy.verbs.event_loop import PRINT_CONFIG, print_config, run_on_event_loop, serving_settings
+from proxy.verbs.local_client import error_received, failed, log_in
 from proxy.verbs.stderr import fail
-from proxy.wire.messages import ErrorResponse, Terminate
+from proxy.wire.messages import Terminate
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace.resources import Resource
 
@@ -60,16 +60,6 @@ _JSON: Final = "--json"
 _ALL_SHARDS: Final = "--all-shards"
 _PROGRAM: Final = "lakebase-auth-proxy"
 _QUERY: Final = "SELECT current_user::text, current_database()::text"
-# The driver would take these from the environment, where they are meant for the upstream.
-_DRIVER: Final = {
-    "ssl": False,
-    "direct_tls": False,
-    "password": "",
-    "target_session_attrs": "any",
-    "gsslib": "gssapi",
-    "statement_cache_size": 0,
-}
-_REASON: Final = re.compile(r"reason=(\w+) ?")
 _PHASES: Final = {
     ConnectPhase.DNS: "DNS",
     ConnectPhase.TCP: "TCP",
@@ -319,10 +309,9 @@ class _TargetCheck:
             try:
                 row = await _fetch_row(app, user, target.connect_timeout_seconds)
             except asyncpg.PostgresError as error:
-                raise _error_received(error) from error
+                raise error_received(error) from error
             except (asyncpg.InterfaceError, OSError, TimeoutError) as error:
-                detail = f"{type(error).__name__}: {error}"
-                raise ProxyError(ErrorKind.STARTUP_REFUSED, detail) from error
+                raise failed(error) from error
         return f"current_user {row[0]}, current_database {row[1]}"
 
 
@@ -343,31 +332,13 @@ async def _terminate(session: UpstreamSession) -> None:
 
 
 async def _fetch_row(app: App, user: str, connect_seconds: float) -> Sequence[str]:
-    """Return the answer to the query. Raises what asyncpg does."""
-    connection = await asyncpg.connect(
-        host=app.listen_host,
-        port=app.listen_port,
-        user=user,
-        database="",  # the target's own; by default the driver sends the user's name
-        timeout=connect_seconds,
-        **_DRIVER,
-    )
+    """Return the answer to the query. Raises ProxyError, and what asyncpg does."""
+    connection = await log_in(app, user, "", connect_seconds)
     try:
         row: Sequence[str] = await connection.fetchrow(_QUERY, timeout=QUERY_SECONDS_MAX)
     finally:
         await connection.close(timeout=QUERY_SECONDS_MAX)
     return row
-
-
-def _error_received(error: asyncpg.PostgresError) -> ProxyError:
-    """Return the error that the driver received, from the proxy or from the database."""
-    detail, hint = error.detail or "", error.hint or ""
-    response = ErrorResponse.fatal(error.sqlstate or "", error.message, detail, hint)
-    found = _REASON.match(detail)
-    word = found[1] if found else ErrorKind.STARTUP_REFUSED.value.reason
-    kinds = (kind for kind in ErrorKind if kind.value.reason == word)
-    kind = next(kinds, ErrorKind.STARTUP_REFUSED)
-    return ProxyError(kind, _REASON.sub("", detail, count=1), original=response)
 
 
 # -- the verb ------------------------------------------------------------------------------------

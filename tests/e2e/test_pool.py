@@ -16,7 +16,7 @@ from proxy.wire.startup import V3_0, V3_2
 from tests.e2e.conftest import StartProxy
 from tests.e2e.test_psql import psql
 from tests.support.client import query, startup
-from tests.support.pool_clients import (
+from tests.support.pooling import (
     PID,
     both_relays,
     pooling,

@@ -1,20 +1,14 @@
-"""The bounds of a pool, waiting for room, spares, and what a reload does (P36 to P48)."""
+"""The bounds of a pool, and clients that wait for room (P38 to P42)."""
 
 import asyncio
 from contextlib import AsyncExitStack
 
-import pytest
-
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
-from proxy.wire.messages import ErrorResponse, ReadyForQuery, Terminate
-from proxy.wire.startup import V3_0, CancelRequest
 from tests.e2e.conftest import StartProxy
 from tests.support.client import startup
-from tests.support.pool_clients import (
-    PID,
-    Visitor,
+from tests.support.pooling import (
     both_relays,
     count,
     pooling,
@@ -25,96 +19,12 @@ from tests.support.pool_clients import (
     visit,
     visitor,
 )
-from tests.support.running import LogLines, eventually, proxy_settings
+from tests.support.running import eventually
 
 
 async def waits(proxy: App, clients: int) -> None:
     """Wait until so many clients wait for room."""
     await eventually(lambda: count(proxy, "waiting") == clients, f"{clients} wait")
-
-
-# -- spares --------------------------------------------------------------------------------------
-
-
-async def test_p36_a_spare_is_dialled_behind_a_client_and_never_by_itself(
-    start_proxy: StartProxy, lakebase: Lakebase
-) -> None:
-    proxy = await start_proxy(**pooling(pool_spare_min=2, pool_idle_seconds=1))
-    assert lakebase.gateway.logins.total() == 0
-    async with visitor(proxy) as client:
-        await client.enter()
-        await settled(proxy, idle=2, in_use=1)
-        assert lakebase.gateway.logins.total() == 3
-        await eventually(lambda: count(proxy, "retired_total") == 2, "the spares have expired")
-        await settled(proxy, idle=0, in_use=1)
-        assert lakebase.gateway.logins.total() == 3  # nothing replaces them
-        assert retired(proxy) == {"unused_spare": 2}
-        await client.leave()
-
-
-@both_relays
-async def test_p36_the_next_client_gets_a_spare_and_its_welcome_is_that_of_a_login(
-    start_proxy: StartProxy, lakebase: Lakebase, *, accelerated: bool
-) -> None:
-    proxy = await start_proxy(**pooling(accelerated=accelerated, pool_spare_min=1))
-    async with visitor(proxy) as one, visitor(proxy) as two:
-        first = await one.enter()
-        await settled(proxy, idle=1, in_use=1)
-        assert await two.enter() != first
-        assert taken(proxy) == {"dialled": 1, "reused": 1}
-        await settled(proxy, idle=1, in_use=2)
-        await one.leave()
-        await two.leave()
-    await settled(proxy, idle=3)
-
-
-async def test_p36_a_lost_spare_is_not_replaced(
-    start_proxy: StartProxy, lakebase: Lakebase
-) -> None:
-    proxy = await start_proxy(**pooling(pool_spare_min=1))
-    await visit(proxy)
-    await settled(proxy, idle=2)
-    logins = lakebase.gateway.logins.total()
-    lakebase["one"].endpoint.end_sessions()
-    await settled(proxy, idle=0)
-    assert lakebase.gateway.logins.total() == logins
-
-
-async def test_p37_a_failed_spare_is_no_clients_error_and_is_not_tried_at_once(
-    start_proxy: StartProxy, lakebase: Lakebase, log: LogLines
-) -> None:
-    proxy = await start_proxy(**pooling(pool_spare_min=1))
-    await visit(proxy)
-    await settled(proxy, idle=2)
-    full = ErrorResponse.fatal("53300", "too many")
-    lakebase["one"].endpoint.refuse(full, times=None)
-    async with visitor(proxy) as one, visitor(proxy) as two:
-        await one.enter()
-        await two.enter()  # the second one of two
-        await eventually(lambda: count(proxy, "spares_total", result="failed") == 1, "it failed")
-        for _ in range(3):
-            await one.leave() if one.open else None
-            await settled(proxy, idle=1, in_use=1)
-            await visit(proxy)
-        assert count(proxy, "spares_total", result="failed") == 1
-        await two.leave()
-    assert log.above_info() == []
-
-
-async def test_p37_a_spare_takes_no_slot_that_clients_wait_for(
-    start_proxy: StartProxy, lakebase: Lakebase
-) -> None:
-    proxy = await start_proxy(**pooling(pool_spare_min=1, connects_max=1))
-    async with AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(visitor(proxy)) for _ in range(5)]
-        pids = await asyncio.gather(*(client.enter() for client in clients))
-        assert len(set(pids)) == 5
-        for client in clients:
-            await client.leave()
-    await eventually(lambda: states(proxy).keys() <= {"idle"}, "all are idle")
-
-
-# -- room ----------------------------------------------------------------------------------------
 
 
 @both_relays
@@ -303,111 +213,3 @@ async def test_the_bound_holds_while_clients_come_and_go_as_they_like(
     assert count(proxy, "waiting") == 0
     await eventually(lambda: states(proxy).keys() <= {"idle"}, "all are idle")
     assert states(proxy).get("idle", 0) <= 2
-
-
-# -- its life ------------------------------------------------------------------------------------
-
-
-async def test_p44_an_upstream_that_is_configured_as_before_keeps_its_pool(
-    start_proxy: StartProxy, lakebase: Lakebase
-) -> None:
-    proxy = await start_proxy(**pooling())
-    pid = await visit(proxy)
-    await settled(proxy, idle=1)
-    proxy.reload(proxy_settings(lakebase, log={"level": "debug"}, **pooling()))
-    assert await visit(proxy) == pid
-
-
-async def test_p44_one_that_changes_in_any_key_closes_its_sessions(
-    start_proxy: StartProxy, lakebase: Lakebase
-) -> None:
-    proxy = await start_proxy(**pooling())
-    async with visitor(proxy) as busy:
-        first = await busy.enter()
-        await visit(proxy)
-        await settled(proxy, idle=1, in_use=1)
-        proxy.reload(proxy_settings(lakebase, **pooling(pool_idle_max=5)))
-        await eventually(lambda: states(proxy) == {"in_use": 1}, "the idle one is closed")
-        assert await visit(proxy) != first
-        assert await busy.value(PID) == first
-        await busy.leave()
-        await settled(proxy, idle=1)
-    assert retired(proxy) == {"reconfigured": 2}
-    proxy.reload(proxy_settings(lakebase))
-    await eventually(lambda: lakebase.gateway.open_sessions == 0, "nothing is kept")
-    assert await visit(proxy) != await visit(proxy)
-
-
-async def test_p45_sessions_of_another_host_are_retired(
-    start_proxy: StartProxy, lakebase: Lakebase
-) -> None:
-    proxy = await start_proxy(**pooling())
-    async with visitor(proxy) as busy:
-        await busy.enter()
-        await visit(proxy)
-        await settled(proxy, idle=1, in_use=1)
-        upstream = proxy.snapshot.upstreams["upstream"]
-        before = upstream.address_lookup.known_target
-        lakebase["one"].endpoint.hosts = lakebase["two"].endpoint.hosts
-        upstream.address_lookup.invalidate_host()
-        await upstream.address_lookup.target()
-        assert upstream.address_lookup.known_target != before
-        await visit(proxy)
-        await settled(proxy, idle=1, in_use=1)
-        assert retired(proxy) == {"reconfigured": 1}
-        await busy.leave()
-    await eventually(lambda: retired(proxy) == {"reconfigured": 2}, "both are")
-
-
-async def test_p2_a_client_may_ask_for_less(start_proxy: StartProxy, lakebase: Lakebase) -> None:
-    proxy = await start_proxy(**pooling())
-    pid = await visit(proxy)
-    await settled(proxy, idle=1)
-    for wish in ({"lakebase.pool": "off"}, {"options": "-c LAKEBASE.POOL=off"}):
-        assert await visit(proxy, **wish) != pid
-    await settled(proxy, idle=1)
-    for wish in ({"lakebase.pool": "session"}, {"options": "-c lakebase.pool=session"}):
-        assert await visit(proxy, **wish) == pid
-        await settled(proxy, idle=1)
-    async with visitor(proxy) as client:
-        await client.send(startup(V3_0, **{"lakebase.pool": "transaction"}))
-        error = await client.error()
-    assert error.sqlstate == "22023"
-    assert "reason=pool_mode_invalid" in error.text(b"D")
-
-
-async def test_p1_without_a_pool_it_is_a_custom_setting(
-    start_proxy: StartProxy, lakebase: Lakebase
-) -> None:
-    proxy = await start_proxy()
-    wish = {"lakebase.pool": "anything"}
-    assert await visit(proxy, "SHOW lakebase.pool", **wish) == "anything"
-    assert await visit(proxy) != await visit(proxy)
-    assert "pool_sessions{" not in proxy.exposition().decode()
-
-
-@pytest.mark.parametrize("leaves", [True, False], ids=["Terminate", "end of stream"])
-@both_relays
-async def test_p17_a_session_whose_query_was_cancelled_is_retired(
-    start_proxy: StartProxy, lakebase: Lakebase, *, leaves: bool, accelerated: bool
-) -> None:
-    proxy = await start_proxy(**pooling(accelerated=accelerated))
-    async with visitor(proxy) as client, visitor(proxy) as canceller:
-        pid = await client.enter()
-        await client.query("SELECT pg_sleep(60)")
-        sql = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event = 'PgSleep'"
-        await eventually(lambda: lakebase["one"].cluster.execute(sql), "the query runs")
-        await cancel(canceller, client)
-        await client.error()
-        await client.messages_until(ReadyForQuery)
-        if leaves:
-            await client.send(Terminate().encode())
-        client.close()
-    await eventually(lambda: retired(proxy) == {"cancelled": 1}, "it is retired")
-
-
-async def cancel(canceller: Visitor, client: Visitor) -> None:
-    """Send the CancelRequest of a client; return when it was delivered."""
-    assert client.key is not None
-    await canceller.send(CancelRequest(client.key.pid, client.key.key).encode())
-    assert await canceller.receive_rest() == b""

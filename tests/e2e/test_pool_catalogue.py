@@ -8,7 +8,7 @@ import pytest_asyncio
 
 from tests.support.catalogue import Stores
 from tests.support.operator import Operator, Placed
-from tests.support.pool_clients import (
+from tests.support.pooling import (
     both_relays,
     count,
     pooling,

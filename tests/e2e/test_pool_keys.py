@@ -1,4 +1,4 @@
-"""Which clients share a pool's sessions, and what they get when none is idle."""
+"""Which clients share a pool's sessions, and what they get if none is idle or they ask for less."""
 
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -11,10 +11,10 @@ import pytest_asyncio
 from proxy.emulator.cluster import Cluster
 from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import ErrorResponse
+from proxy.wire.startup import V3_0
 from tests.e2e.conftest import StartProxy
-from tests.support.client import plain_client
-from tests.support.pool_clients import pooling, settled, visit
-from tests.support.pooling import Pooled, pooled, value
+from tests.support.client import plain_client, startup
+from tests.support.pooling import Pooled, pooled, pooling, settled, value, visit, visitor
 from tests.support.running import eventually, libpq
 from tests.support.sharding import sharded
 
@@ -23,6 +23,33 @@ from tests.support.sharding import sharded
 async def served(lakebase: Lakebase) -> AsyncIterator[Pooled]:
     async with pooled(lakebase, pool_idle_max=3) as served:
         yield served
+
+
+async def test_p2_a_client_may_ask_for_less(start_proxy: StartProxy, lakebase: Lakebase) -> None:
+    proxy = await start_proxy(**pooling())
+    pid = await visit(proxy)
+    await settled(proxy, idle=1)
+    for wish in ({"lakebase.pool": "off"}, {"options": "-c LAKEBASE.POOL=off"}):
+        assert await visit(proxy, **wish) != pid
+    await settled(proxy, idle=1)
+    for wish in ({"lakebase.pool": "session"}, {"options": "-c lakebase.pool=session"}):
+        assert await visit(proxy, **wish) == pid
+        await settled(proxy, idle=1)
+    async with visitor(proxy) as client:
+        await client.send(startup(V3_0, **{"lakebase.pool": "transaction"}))
+        error = await client.error()
+    assert error.sqlstate == "22023"
+    assert "reason=pool_mode_invalid" in error.text(b"D")
+
+
+async def test_p1_without_a_pool_it_is_a_custom_setting(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    proxy = await start_proxy()
+    wish = {"lakebase.pool": "anything"}
+    assert await visit(proxy, "SHOW lakebase.pool", **wish) == "anything"
+    assert await visit(proxy) != await visit(proxy)
+    assert "pool_sessions{" not in proxy.exposition().decode()
 
 
 @pytest.mark.parametrize("forwards", [False, True], ids=["stripped", "forwarded"])

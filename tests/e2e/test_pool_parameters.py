@@ -10,7 +10,7 @@ from proxy.wire.messages import BackendKeyData, ParameterStatus, ReadyForQuery
 from proxy.wire.startup import V3_0
 from tests.e2e.conftest import StartProxy
 from tests.support.client import startup
-from tests.support.pool_clients import both_relays, pooling, retired, settled, taken, visit, visitor
+from tests.support.pooling import both_relays, pooling, retired, settled, taken, visit, visitor
 from tests.support.running import eventually, libpq
 
 STYLE: Final = "IntervalStyle"

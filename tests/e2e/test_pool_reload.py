@@ -1,4 +1,4 @@
-"""A reload that fails leaves no hold on a pool."""
+"""What a reload and another host do to a pool's sessions (P44 and P45)."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from proxy.config import ConfigurationError
 from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProxy
-from tests.support.pool_clients import pooling, settled, visit
+from tests.support.pooling import PID, pooling, retired, settled, states, visit, visitor
 from tests.support.running import eventually, proxy_settings
 
 
@@ -27,3 +27,54 @@ async def test_p44_a_reload_that_failed_does_not_keep_the_next_one_from_closing_
     assert row.present.size_max == 3
     proxy.reload(proxy_settings(lakebase))
     await eventually(lambda: lakebase.gateway.open_sessions == 0, "nothing is kept")
+
+
+async def test_p44_an_upstream_that_is_configured_as_before_keeps_its_pool(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    proxy = await start_proxy(**pooling())
+    pid = await visit(proxy)
+    await settled(proxy, idle=1)
+    proxy.reload(proxy_settings(lakebase, log={"level": "debug"}, **pooling()))
+    assert await visit(proxy) == pid
+
+
+async def test_p44_one_that_changes_in_any_key_closes_its_sessions(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    proxy = await start_proxy(**pooling())
+    async with visitor(proxy) as busy:
+        first = await busy.enter()
+        await visit(proxy)
+        await settled(proxy, idle=1, in_use=1)
+        proxy.reload(proxy_settings(lakebase, **pooling(pool_idle_max=5)))
+        await eventually(lambda: states(proxy) == {"in_use": 1}, "the idle one is closed")
+        assert await visit(proxy) != first
+        assert await busy.value(PID) == first
+        await busy.leave()
+        await settled(proxy, idle=1)
+    assert retired(proxy) == {"reconfigured": 2}
+    proxy.reload(proxy_settings(lakebase))
+    await eventually(lambda: lakebase.gateway.open_sessions == 0, "nothing is kept")
+    assert await visit(proxy) != await visit(proxy)
+
+
+async def test_p45_sessions_of_another_host_are_retired(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    proxy = await start_proxy(**pooling())
+    async with visitor(proxy) as busy:
+        await busy.enter()
+        await visit(proxy)
+        await settled(proxy, idle=1, in_use=1)
+        upstream = proxy.snapshot.upstreams["upstream"]
+        before = upstream.address_lookup.known_target
+        lakebase["one"].endpoint.hosts = lakebase["two"].endpoint.hosts
+        upstream.address_lookup.invalidate_host()
+        await upstream.address_lookup.target()
+        assert upstream.address_lookup.known_target != before
+        await visit(proxy)
+        await settled(proxy, idle=1, in_use=1)
+        assert retired(proxy) == {"reconfigured": 1}
+        await busy.leave()
+    await eventually(lambda: retired(proxy) == {"reconfigured": 2}, "both are")

@@ -104,7 +104,7 @@ async def test_p25_a_byte_from_an_idle_session_retires_it(
         assert await one_client(served) != before
 
 
-async def test_p24_an_idle_session_hears_nothing_from_its_pool(lakebase: Lakebase) -> None:
+async def test_p25_an_idle_session_hears_nothing_from_its_pool(lakebase: Lakebase) -> None:
     async with pooled(lakebase, pool_check_seconds=0) as served:
         await one_client(served)
         before = served.endpoint.last_activity

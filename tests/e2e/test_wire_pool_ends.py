@@ -189,9 +189,11 @@ async def test_the_next_client_is_as_new_after(served: Pooled, spoiler: str) -> 
     await served.at_rest()
 
 
+@pytest.mark.parametrize("last", [TERMINATE, b""], ids=["Terminate", "end of stream"])
 async def test_p17_a_client_that_cancels_and_leaves_gives_its_session_to_no_other(
-    served: Pooled,
+    served: Pooled, last: bytes
 ) -> None:
+    retired = served.retired().get("cancelled", 0)
     before = await next_pid(served)
     await served.at_rest()
     async with plain_client(served.app) as client:
@@ -201,10 +203,11 @@ async def test_p17_a_client_that_cancels_and_leaves_gives_its_session_to_no_othe
         await cancel(served, key)
         assert (await client.error()).sqlstate == "57014"
         await client.messages_until(ReadyForQuery)
-        await client.send(TERMINATE)
+        await client.send(last)
     await served.at_rest()
     assert await next_pid(served) != before
-    assert served.retired()["cancelled"] >= 1
+    assert served.retired()["cancelled"] == retired + 1
+    await served.at_rest()
 
 
 async def test_p30_a_key_ends_with_its_client(served: Pooled) -> None:

@@ -17,7 +17,18 @@ from proxy.exit_codes import EXIT_OK, EXIT_USAGE
 
 # Each is a module of `verbs`.
 _VERBS: Final = (
-    *("run", "exec", "check", "demo", "resolve", "shards", "wait", "reconnect", "shutdown"),
+    *(
+        "run",
+        "exec",
+        "check",
+        "demo",
+        "resolve",
+        "shards",
+        "wait",
+        "reconnect",
+        "reload",
+        "shutdown",
+    ),
     "version",
 )
 
@@ -36,6 +47,7 @@ usage: lakebase-auth-proxy VERB [--config FILE] [--SECTION.KEY VALUE ...]
   shards    the catalogue of shard maps: shards VERB (init, create, add-shard, show, ...; --json)
   wait      wait until a running proxy is ready (--timeout SECONDS, 30)
   reconnect ask a running proxy to replace the sessions of its pools (upstream.pool)
+  reload    ask a running proxy to read its configuration again; print what changed
   shutdown  ask a running proxy to drain and end (it must run with admin.quit)
   version   print the version (--build: also whether the relay was compiled)
 

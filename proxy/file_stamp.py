@@ -15,3 +15,11 @@ def stamp_of(file: str) -> Stamp:
     """Return the present stamp of `file`, following links. Raises OSError."""
     found = Path(file).stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def stamp_if_found(file: str) -> Stamp | None:
+    """Return the present stamp of `file`; None if it is not there or cannot be reached."""
+    try:
+        return stamp_of(file)
+    except OSError:
+        return None

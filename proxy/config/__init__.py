@@ -6,7 +6,7 @@ change needs a restart, and whether it names a file to watch. Everything else re
 
 from proxy.config.catalogue_section import ANY_LABELS, CatalogueSettings
 from proxy.config.config_errors import ConfigurationError, Problem
-from proxy.config.diff import Changes, Files, compare, with_running_values
+from proxy.config.diff import Changes, Files, compare, named_files, with_running_values
 from proxy.config.example import example_toml
 from proxy.config.loading import Configuration, Inspect, load, load_settings
 from proxy.config.printing import effective_toml
@@ -20,11 +20,13 @@ from proxy.config.server_sections import (
     AdminSettings,
     ListenSettings,
     LogSettings,
+    ReloadSettings,
     ShutdownSettings,
     StartupSettings,
 )
 from proxy.config.setting_keys import SettingKey, key_at, named_keys, settings_keys
 from proxy.config.settings import UPSTREAM, Settings, target_key
+from proxy.config.sources import config_file
 from proxy.config.upstream_sections import (
     CredentialsSettings,
     PoolMode,
@@ -49,6 +51,7 @@ __all__ = [
     "CatalogueSettings",
     "ANY_LABELS",
     "ShutdownSettings",
+    "ReloadSettings",
     "StartupSettings",
     "LogSettings",
     "PoolMode",
@@ -62,6 +65,8 @@ __all__ = [
     "compare",
     "with_running_values",
     "Changes",
+    "named_files",
+    "config_file",
     "Files",
     "effective_toml",
     "SettingKey",

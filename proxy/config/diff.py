@@ -115,6 +115,12 @@ class Files:
                 yield toml_path(place[0])
 
 
+def named_files(settings: Settings) -> list[str]:
+    """Return the files that a reload reads again if their contents have changed."""
+    maps = [one.mappings_file for one in settings.shard_maps.values() if one.mappings_file]
+    return maps + [file for _, file in _watched_files(settings)]
+
+
 def _watched_files(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
     for path, value in effective_values(settings):
         key = key_at(path)

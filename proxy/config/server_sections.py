@@ -1,6 +1,7 @@
-"""The sections about this process: listener, admin address, startup, shutdown, log.
+"""The sections about this process: listener, admin address, startup, shutdown, reload, log.
 
-For: `[listen]`, `[admin]`, `[startup]`, `[shutdown]`, `[log]`. Not for: what is upstream.
+For: `[listen]`, `[admin]`, `[startup]`, `[shutdown]`, `[reload]`, `[log]`. Not for: what is
+upstream.
 
 Invariant: a section that is valid can be used on its own.
 """
@@ -243,6 +244,17 @@ class ShutdownSettings(Section):
         description="Time for sessions to end by themselves, in seconds; then they are cut. "
         "Kubernetes kills a pod 30 seconds after SIGTERM unless terminationGracePeriodSeconds is "
         "longer.",
+    )
+
+
+class ReloadSettings(Section):
+    """When the configuration is read again, other than by SIGHUP and POST /reload."""
+
+    watch: bool = Field(
+        default=False,
+        description="Reloads a few seconds after the configuration's file, or a file that it "
+        "names, has changed: mappings, certificates, secrets. It is for Kubernetes, which renews "
+        "the files of a ConfigMap or Secret and sends no signal.",
     )
 
 

@@ -21,6 +21,7 @@ from proxy.config.server_sections import (
     AdminSettings,
     ListenSettings,
     LogSettings,
+    ReloadSettings,
     ShutdownSettings,
     StartupSettings,
 )
@@ -87,6 +88,7 @@ class Settings(BaseSettings):
     catalogue: CatalogueSettings = CatalogueSettings()
     startup: StartupSettings = StartupSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
+    reload: ReloadSettings = ReloadSettings()
     log: LogSettings = LogSettings()
 
     @classmethod

@@ -189,6 +189,14 @@ def read_environment(environ: Mapping[str, str], problems: list[Problem]) -> Lay
     return layer
 
 
+def config_file(argv: Sequence[str], environ: Mapping[str, str]) -> str:
+    """Return the file that `read_file` reads; empty without one."""
+    by_flag = read_flags(argv, []).take_config_path()
+    by_variable = read_environment(environ, []).take_config_path()
+    name = by_variable if by_flag is None else by_flag
+    return str(Path(name).expanduser()) if name else ""
+
+
 def read_file(flags: Layer, environment: Layer, problems: list[Problem]) -> Layer:
     """Read the file that a flag names or, without such a flag, a variable."""
     by_flag, by_variable = flags.take_config_path(), environment.take_config_path()

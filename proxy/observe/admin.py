@@ -1,9 +1,9 @@
 """The admin address: health for orchestrators, metrics for scrapers, a page for people, over HTTP.
 
 For: `/startup`, `/readiness`, `/liveness`, `/metrics`, `/status`, `/`, `/lookup`, `/reconnect`,
-`/quitquitquit`. Not for: finding anything out. The proxy's state (`AdminState`) answers at once,
-from memory, so that a probe can neither resume a suspended database nor restart a pod because a
-database is full.
+`/reload`, `/quitquitquit`. Not for: finding anything out. The proxy's state (`AdminState`) answers
+at once, from memory, so that a probe can neither resume a suspended database nor restart a pod
+because a database is full.
 
 Invariants: it never opens an upstream connection, handles no signal and changes no logger's level.
 Sessions do not depend on it: if its server fails, the address is opened again. After the block of
@@ -13,11 +13,11 @@ Sessions do not depend on it: if its server fails, the address is opened again. 
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 import uvicorn
 from starlette.applications import Starlette
@@ -34,9 +34,9 @@ from proxy.observe.admin_access import (
     HostCheck,
     is_from_this_machine,
 )
+from proxy.observe.admin_state import AdminState, ReloadResult
 from proxy.observe.logs import get_logger
-from proxy.observe.metrics import EXPOSITION_CONTENT_TYPE, Metrics
-from proxy.observe.status import LifecycleStatus, Status
+from proxy.observe.metrics import EXPOSITION_CONTENT_TYPE
 from proxy.observe.status_page import PAGE, PAGE_HEADERS
 
 _BACKLOG: Final = 64
@@ -64,50 +64,6 @@ _log = get_logger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-class AdminState(Protocol):
-    """What the admin address shows of a proxy, and what it asks of it.
-
-    Every member but `refresh` and `reconnect` answers at once, from memory.
-    """
-
-    @property
-    def lifecycle(self) -> LifecycleStatus:
-        """Whether the proxy starts, serves or drains."""
-
-    @property
-    def started(self) -> bool:
-        """Whether the proxy has started; once true it stays so."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether the proxy serves and does not drain."""
-
-    @property
-    def metrics(self) -> Metrics:
-        """The counters of errors of the admin address itself."""
-
-    async def refresh(self) -> None:
-        """Fetch what the proxy's other processes have counted, for `exposition` and `status`."""
-
-    def exposition(self) -> bytes:
-        """Return the metrics in Prometheus's text format."""
-
-    def status(self) -> Status:
-        """Return what `/status` shows."""
-
-    def look_up(self, key: str) -> Mapping[str, object]:
-        """Return where a shard key leads as far as the proxy knows; nothing is asked for it.
-
-        Raises ProxyError.
-        """
-
-    async def reconnect(self) -> bool:
-        """Retire every pooled session in all processes. Return whether each has done so."""
-
-    def quit(self) -> None:
-        """Ask the proxy to drain and end."""
-
-
 @dataclass(frozen=True, slots=True)
 class AdminAddress:
     """The address that is served, with the actual port if 0 was configured."""
@@ -129,7 +85,7 @@ def _verdict(good: bool) -> Response:
 
 
 def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
-    """Return the HTTP application: GET and HEAD, and two POSTs; 404 for every other path."""
+    """Return the HTTP application: GET and HEAD, and some POSTs; 404 for every other path."""
     turn = asyncio.Lock()
 
     async def startup(_request: Request) -> Response:
@@ -163,6 +119,7 @@ def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
         route("/status", _report(status, state, turn)),
         route("/lookup", _from_here(partial(_look_up, state))),
         route("/reconnect", _from_here(partial(_reconnect, state)), "POST"),
+        route("/reload", _from_here(partial(_reload, state)), "POST"),
     ]
     if quit_allowed:
         routes.append(route("/quitquitquit", _from_here(partial(_quit, state)), "POST"))
@@ -211,6 +168,22 @@ async def _reconnect(state: AdminState, _request: Request) -> Response:
     if await state.reconnect():
         return PlainTextResponse("pooled sessions are retired\n")
     return PlainTextResponse("a worker did not answer: its pooled sessions are kept\n", 503)
+
+
+_RELOAD_STATUS: Final = {
+    ReloadResult.RELOADED: 200,
+    ReloadResult.PENDING: 202,
+    ReloadResult.NOT_SERVING: 409,
+    ReloadResult.REFUSED: 422,
+    ReloadResult.FAILED: 503,
+}
+
+
+async def _reload(state: AdminState, _request: Request) -> Response:
+    """Reload. The answer has keys, and the problems that the log has: never a value of a secret."""
+    _log.info("asked to reload")
+    outcome = await state.reload_configuration()
+    return JSONResponse(asdict(outcome), _RELOAD_STATUS[outcome.result])
 
 
 async def _look_up(state: AdminState, request: Request) -> Response:

@@ -20,6 +20,7 @@ from proxy.config import (
 from proxy.errors import ErrorKind, ProxyError
 from proxy.native import Acceleration
 from proxy.observe.admin import AdminAddress
+from proxy.observe.admin_state import NOT_SERVING, ReloadOutcome
 from proxy.observe.aggregation import Reading, total
 from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.metrics import Metrics
@@ -65,6 +66,8 @@ class App:
     """Where clients connect, TCP first; none before the listener is open, and none in a worker."""
     admin: AdminAddress | None = None
     workers: Workers | None = None
+    ask_to_reload: Callable[[], Awaitable[ReloadOutcome]] | None = None
+    """Reads the configuration again; None where it cannot be, as in a worker."""
     lanes: "Lanes | None" = None
     """Those of the compiled relay, while the event loop watches them."""
 
@@ -304,6 +307,12 @@ class App:
         for pool in self.snapshot.pools:
             pool.reconnect()
         return self.workers is None or await self.workers.reconnect()
+
+    async def reload_configuration(self) -> ReloadOutcome:
+        """Read the configuration again. Return what became of it."""
+        if self.ask_to_reload is None:
+            return NOT_SERVING
+        return await self.ask_to_reload()
 
     def quit(self) -> None:
         """Ask the process to drain and end."""

@@ -1,7 +1,7 @@
-"""The proxy as a process: signals, reload, drain, exit codes.
+"""The proxy as a process: signals, drain, exit codes.
 
 For: what happens around serving, from the command line to the end of the process. Not for: reading
-arguments (`cli`), or how sessions end (`session.drain`).
+arguments (`cli`), what a reload does (`reloading`), or how sessions end (`session.drain`).
 
 SIGTERM and SIGINT start a drain, and a second one ends what is left. SIGHUP reloads the
 configuration. Invariant: once the proxy was asked to stop, nothing is reloaded any more.
@@ -15,21 +15,19 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Final
 
-from proxy.blocking import BlockingCalls, NoThreadStarted
-from proxy.config import ConfigurationError, Settings
+from proxy.blocking import NoThreadStarted
+from proxy.config import Settings
 from proxy.exit_codes import EXIT_CUT, EXIT_FAILURE, EXIT_OK
 from proxy.observe.logs import get_logger
-from proxy.observe.systemd import READY, STOPPING, notify, reloading
-from proxy.routing.router import Router
+from proxy.observe.systemd import READY, STOPPING, notify
 from proxy.server.app import App
 from proxy.server.file_limit import check_file_limit
 from proxy.server.first_tokens import mint_first_tokens
-from proxy.server.router_factory import RELOAD_SECONDS_MAX, Reread, reread_in_thread
+from proxy.server.reloading import CONFIGURATION_WARNING, Reloads
+from proxy.server.router_factory import Reread
 from proxy.server.serving import serving
 
 QUIT: Final = "quitquitquit"  # what the log names in place of a signal
-_NOT_RELOADED: Final = "not reloaded; the configuration stays as it was"
-_CONFIGURATION_WARNING: Final = "configuration warning"
 
 Serve = Callable[[Settings], AbstractAsyncContextManager[App]]
 """Serves by these settings while its block runs, with one process or several."""
@@ -44,24 +42,20 @@ class Signals:
     program is still starting.
     """
 
-    def __init__(self, *, reloads: bool = False) -> None:
+    def __init__(self, *, hang_up: Callable[[], None] | None = None) -> None:
+        """`hang_up` is called at each SIGHUP."""
         self._stops: asyncio.Queue[signal.Signals] = asyncio.Queue()
-        self._reloads: asyncio.Queue[None] = asyncio.Queue(maxsize=1)  # several are as good as one
         self._starting = asyncio.current_task()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop, number)
-        if reloads:
-            loop.add_signal_handler(signal.SIGHUP, self._on_reload)
+        if hang_up is not None:
+            loop.add_signal_handler(signal.SIGHUP, hang_up)
 
     async def stop(self) -> signal.Signals:
         """Return the next SIGTERM or SIGINT."""
         self._starting = None
         return await self._stops.get()
-
-    async def reload(self) -> None:
-        """Return at the next SIGHUP."""
-        await self._reloads.get()
 
     def _on_stop(self, number: signal.Signals) -> None:
         self._stops.put_nowait(number)
@@ -69,23 +63,25 @@ class Signals:
             self._starting.cancel()
             self._starting = None  # once: closing what was opened is not to be cancelled
 
-    def _on_reload(self) -> None:
-        with suppress(asyncio.QueueFull):
-            self._reloads.put_nowait(None)
 
+async def run_proxy(
+    settings: Settings, reread: Reread, serve: Serve = serving, config_file: str = ""
+) -> int:
+    """Serve until asked to stop, then drain. Return the exit code. Raises what `serve` does.
 
-async def run_proxy(settings: Settings, reread: Reread, serve: Serve = serving) -> int:
-    """Serve until asked to stop, then drain. Return the exit code. Raises what `serve` does."""
-    signals = Signals(reloads=True)
+    `config_file` is what the settings were read from, if a file was.
+    """
+    reloads = Reloads(settings, reread, config_file)
+    signals = Signals(hang_up=reloads.ask)
     check_file_limit(settings.listen)
     async with serve(settings) as app:
         for warning in settings.warnings():
-            _log.warning(_CONFIGURATION_WARNING, warning=warning)
+            _log.warning(CONFIGURATION_WARNING, warning=warning)
         async with asyncio.TaskGroup() as tasks:
-            reloads = tasks.create_task(_reload_on_hangup(app, signals, reread))
+            reloading = tasks.create_task(reloads.run(app))
             preparation = tasks.create_task(_prepare(app))
             cause = await _stop_cause(app, signals)
-            reloads.cancel()
+            reloading.cancel()
             preparation.cancel()
         return await _drain(app, signals, cause)
 
@@ -155,46 +151,6 @@ async def _end_at_second_signal(app: App, signals: Signals, cause: str) -> None:
         _log.info("draining already; one more signal cuts what is left", signal=number.name)
         await signals.stop()
     await app.drain(0)
-
-
-# -- reload --------------------------------------------------------------------------------------
-
-
-async def _reload_on_hangup(app: App, signals: Signals, reread: Reread) -> None:
-    threads = BlockingCalls("reload")  # daemons: a file that is not answered delays no exit
-    while True:  # ends with the proxy
-        await signals.reload()
-        if is_started := app.started:  # else READY would end the start and not the reload
-            notify(reloading())
-        try:
-            await _apply(app, *await reread_in_thread(threads, reread))
-        except ConfigurationError as error:
-            app.metrics.reload_failed()
-            _log.error(_NOT_RELOADED, problems=[str(problem) for problem in error.problems])
-        except TimeoutError:
-            app.metrics.reload_failed()
-            text = f"reading it took more than {RELOAD_SECONDS_MAX:g} s"
-            _log.error(_NOT_RELOADED, problems=[text])
-        except Exception:
-            # A bug of ours must cost one reload, not all sessions.
-            app.metrics.reload_failed()
-            _log.exception(_NOT_RELOADED)
-        if is_started:
-            notify(READY)
-
-
-async def _apply(app: App, settings: Settings, router: Router) -> None:
-    """Serve new sessions by these settings. Raises ConfigurationError."""
-    warned = app.settings.warnings()
-    changes = await app.reload_when_loaded(settings, router)
-    if app.workers is not None and not await app.workers.reload():
-        app.metrics.reload_failed()  # the log says which worker failed and why
-    _log.info("reloaded", changed=changes.reloadable, **app.snapshot.map_facts)
-    if changes.restart:
-        _log.warning("restart to let these take effect", keys=changes.restart)
-    for warning in app.settings.warnings():
-        if warning not in warned:
-            _log.warning(_CONFIGURATION_WARNING, warning=warning)
 
 
 def explain(error: OSError) -> str:

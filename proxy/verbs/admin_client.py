@@ -1,7 +1,7 @@
 """The client of a running proxy's admin address.
 
-For: `wait`, `shutdown` and `reconnect`, in images without a shell or curl, and as a container's
-health check. Not for: anything that the admin address does not offer.
+For: `wait`, `shutdown`, `reconnect`, `reload` and `status`, in images without a shell or curl, and
+as a container's health check. Not for: anything that the admin address does not offer.
 
 Invariant: it connects to loopback or the configured address, never through an HTTP proxy, and every
 request has a timeout.
@@ -11,7 +11,7 @@ import http.client
 import json
 import time
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlencode
 
 from proxy.addresses import address_of
@@ -19,6 +19,8 @@ from proxy.config import AdminSettings, ConfigurationError, Problem
 
 # The proxy answers from memory; an answer that takes longer counts as none.
 REQUEST_SECONDS_MAX: Final = 2.0
+# A reload answers within the time of a connection, whether or not it is done by then.
+RELOAD_SECONDS_MAX: Final = 10.0
 POLL_SECONDS: Final = 0.1
 # A proxy that is ready may have no token yet, and then no client can log in.
 _READY_PATHS: Final = ("/readiness", "/startup")
@@ -66,12 +68,17 @@ def ask_to_reconnect(settings: AdminSettings) -> None:
     _post(settings, "/reconnect", {403: "ask from loopback"})
 
 
+def ask_to_reload(settings: AdminSettings) -> dict[str, Any]:
+    """Ask the proxy to read its configuration again. Return what became of it: its JSON answer.
+
+    Raises AdminError if there is none, and ConfigurationError as `wait_until_ready` does.
+    """
+    return _json_of(settings, *_answer(settings, "POST", "/reload", RELOAD_SECONDS_MAX))
+
+
 def _post(settings: AdminSettings, path: str, refusals: Mapping[int, str]) -> None:
     """Ask for a change. Raises AdminError; `refusals` has what to do by the answer's status."""
-    try:
-        status, body = _ask(settings, "POST", path)
-    except OSError as error:
-        raise AdminError(f"no proxy answers on {_shown(settings)}: {_reason(error)}") from error
+    status, body = _answer(settings, "POST", path)
     if status in refusals:
         raise AdminError(f"the proxy refuses: {refusals[status]}")
     if status == 503:
@@ -80,23 +87,41 @@ def _post(settings: AdminSettings, path: str, refusals: Mapping[int, str]) -> No
         raise AdminError(f"{_shown(settings)} answers {status}: is that the proxy?")
 
 
-def look_up(settings: AdminSettings, key: str) -> dict[str, object]:
+def look_up(settings: AdminSettings, key: str) -> dict[str, Any]:
     """Return what the proxy knows of a shard key: its JSON answer.
 
     Raises AdminError if there is none, and ConfigurationError as `wait_until_ready` does.
     """
+    status, body = _answer(settings, "GET", "/lookup?" + urlencode({"key": key}))
+    if status != 200:
+        raise _no_proxy(settings, status)
+    return _json_of(settings, status, body)
+
+
+def _answer(
+    settings: AdminSettings, method: str, path: str, seconds_max: float = REQUEST_SECONDS_MAX
+) -> tuple[int, bytes]:
+    """Return status code and body of the answer. Raises AdminError if there is none."""
     try:
-        status, body = _ask(settings, "GET", "/lookup?" + urlencode({"key": key}))
+        return _ask(settings, method, path, seconds_max)
     except OSError as error:
         raise AdminError(f"no proxy answers on {_shown(settings)}: {_reason(error)}") from error
+
+
+def _json_of(settings: AdminSettings, status: int, body: bytes) -> dict[str, Any]:
+    """Return the JSON object of an answer. Raises AdminError if it is none."""
     try:
         answer = json.loads(body)
     except ValueError:
         answer = None
-    if status != 200 or not isinstance(answer, dict):
-        text = f"{_shown(settings)} answers {status}: is that the proxy, on this machine?"
-        raise AdminError(text)
+    if not isinstance(answer, dict):
+        raise _no_proxy(settings, status)
     return answer
+
+
+def _no_proxy(settings: AdminSettings, status: int) -> AdminError:
+    text = f"{_shown(settings)} answers {status}: is that the proxy, on this machine?"
+    return AdminError(text)
 
 
 def running_proxy(settings: AdminSettings) -> str:
@@ -127,10 +152,12 @@ def _status(settings: AdminSettings, method: str, path: str) -> int:
     return _ask(settings, method, path)[0]
 
 
-def _ask(settings: AdminSettings, method: str, path: str) -> tuple[int, bytes]:
+def _ask(
+    settings: AdminSettings, method: str, path: str, seconds_max: float = REQUEST_SECONDS_MAX
+) -> tuple[int, bytes]:
     """Return status code and body of the answer. Raises OSError if there is none."""
     host, port = _address(settings)
-    connection = http.client.HTTPConnection(host, port, timeout=REQUEST_SECONDS_MAX)
+    connection = http.client.HTTPConnection(host, port, timeout=seconds_max)
     try:
         connection.request(method, path)
         answer = connection.getresponse()

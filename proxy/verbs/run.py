@@ -1,9 +1,10 @@
 """`run`: serve local Postgres clients until asked to stop."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 
-from proxy.config import Settings
+from proxy.config import Settings, config_file
 from proxy.server.file_limit import starting_max
 from proxy.server.process import Serve, run_proxy
 from proxy.server.serving import serving
@@ -17,7 +18,10 @@ def run(arguments: Sequence[str]) -> int:
     reread = partial(serving_settings, arguments)
     # The lambda is called before there is an event loop, which is when workers can be prepared.
     return run_on_event_loop(
-        reread(), lambda settings: run_proxy(settings, reread, _serve_of(settings))
+        reread(),
+        lambda settings: run_proxy(
+            settings, reread, _serve_of(settings), config_file(arguments, os.environ)
+        ),
     )
 
 

@@ -12,6 +12,7 @@ from proxy.config import (
     SettingKey,
     Settings,
     compare,
+    named_files,
     settings_keys,
     with_running_values,
 )
@@ -160,3 +161,13 @@ def test_a_configuration_does_not_differ_from_itself(found: dict[str, Table]) ->
         section, _, name = path.partition(".")
         nested.setdefault(section, {}).update({name: table} if name else table)
     assert compare(settings(**nested), settings(**nested)) == Changes((), ())
+
+
+def test_the_files_that_are_watched_are_those_that_a_reload_reads_again() -> None:
+    given = settings(
+        listen={"tls_certificate": "c.pem", "tls_key": "c.key"},
+        workspace={"client_secret_file": "secret", "config_file": "profiles"},
+        targets={"eu": {**EU, "ssl_root_cert": "ca.pem"}, "us": {"ssl_root_cert": "system"}},
+        shard_maps={"m": {"kind": "list", "key_type": "text", "mappings_file": "m.csv"}},
+    )
+    assert sorted(named_files(given)) == ["c.key", "c.pem", "ca.pem", "m.csv", "secret"]

@@ -5,6 +5,7 @@ from starlette.requests import Request
 
 from proxy.observe.admin import serve_admin
 from proxy.observe.admin_access import is_from_this_machine
+from proxy.observe.admin_state import ReloadOutcome, ReloadResult
 from tests.support.admin_address import LOOPBACK, ScriptedAdminState, ask
 
 
@@ -74,6 +75,27 @@ async def test_p46_reconnect_is_a_post_and_needs_no_permission() -> None:
     assert b"a worker did not answer" in answer.body
 
 
+@pytest.mark.parametrize(
+    ("result", "status"), list(zip(ReloadResult, (200, 422, 503, 202, 409), strict=True)), ids=str
+)
+async def test_a_reload_is_a_post_and_answers_what_became_of_it(
+    result: ReloadResult, status: int
+) -> None:
+    outcome = ReloadOutcome(result, ("log.level",), ("listen.port",), ("upstream.port: wrong",))
+    async with serve_admin(
+        ScriptedAdminState(reload_outcome=outcome), host=LOOPBACK, port=0
+    ) as address:
+        assert (await ask(address.port, "/reload")).status == 405
+        answer = await ask(address.port, "/reload", "POST")
+    assert answer.status == status
+    assert answer.json == {
+        "result": result,
+        "changed": ["log.level"],
+        "restart": ["listen.port"],
+        "problems": ["upstream.port: wrong"],
+    }
+
+
 async def test_without_permission_no_request_quits() -> None:
     shown = ScriptedAdminState()
     async with serve_admin(shown, host=LOOPBACK, port=0) as address:
@@ -90,7 +112,7 @@ async def test_without_permission_no_request_quits() -> None:
         "Forwarded: for=127.0.0.1",
     ],
 )
-@pytest.mark.parametrize("path", ["/quitquitquit", "/reconnect"])
+@pytest.mark.parametrize("path", ["/quitquitquit", "/reconnect", "/reload"])
 async def test_p46_posts_are_refused_to_web_pages_and_through_proxies(
     header: str, path: str
 ) -> None:

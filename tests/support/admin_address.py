@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from proxy.errors import ErrorKind, ProxyError
+from proxy.observe.admin_state import NOT_SERVING, ReloadOutcome
 from proxy.observe.metrics import Metrics
 from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
 from proxy.server.lifecycle import State
@@ -43,6 +44,7 @@ class ScriptedAdminState:
     quits: int = 0
     reconnects: int = 0
     reconnect_succeeds: bool = True
+    reload_outcome: ReloadOutcome = NOT_SERVING
     version: str = "1.2.3"
     listen_address: str = "127.0.0.1:5432"
     sessions_max: int = 1000
@@ -114,6 +116,10 @@ class ScriptedAdminState:
         """Count that it was asked to; return what the test has set."""
         self.reconnects += 1
         return self.reconnect_succeeds
+
+    async def reload_configuration(self) -> ReloadOutcome:
+        """Return what the test has set."""
+        return self.reload_outcome
 
     def quit(self) -> None:
         """Count that it was asked to end."""

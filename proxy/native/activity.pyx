@@ -11,6 +11,8 @@ from libc.string cimport memcpy
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
+from proxy.wire.activity import last_reports
+
 cdef int _HEADER_BYTES = 5
 cdef int _LENGTH_MIN = 4
 cdef int _READY_LENGTH = 5
@@ -298,6 +300,8 @@ cdef class Activity:
     ) except -1:
         if not self._walks_ahead or self.reported is None:
             return False
+        if len(self.reported) + 1 + length > _REPORTED_BYTES_MAX:
+            self.reported = last_reports(self.reported)
         if len(self.reported) + 1 + length > _REPORTED_BYTES_MAX:
             self.reported = None
         elif length + 1 > size:

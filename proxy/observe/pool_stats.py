@@ -39,6 +39,7 @@ class PoolPresent:
 
     `keys` are the different startup messages of which it has sessions. `size_max` is 0 without a
     bound. `oldest_seconds` is the time since the login of its oldest session, in use or idle.
+    `login_triggers` are the databases whose sessions are not kept because of such triggers.
     """
 
     mode: str = ""
@@ -50,6 +51,7 @@ class PoolPresent:
     waiting: int = 0
     size_max: int = 0
     oldest_seconds: float = 0.0
+    login_triggers: int = 0
 
     def plus(self, other: "PoolPresent") -> "PoolPresent":
         """Return both as one: numbers are added, of the ages the higher one stays."""
@@ -63,6 +65,7 @@ class PoolPresent:
             waiting=self.waiting + other.waiting,
             size_max=self.size_max + other.size_max,
             oldest_seconds=max(self.oldest_seconds, other.oldest_seconds),
+            login_triggers=self.login_triggers + other.login_triggers,
         )
 
 

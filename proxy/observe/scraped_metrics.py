@@ -78,12 +78,18 @@ def _pool_metrics(rows: list[PoolRow]) -> Iterable[Metric]:
     waiting = GaugeMetricFamily(
         f"{PREFIX}_pool_waiting", "Clients that wait for a session of a pool.", labels=["target"]
     )
+    triggers = GaugeMetricFamily(
+        f"{PREFIX}_pool_login_triggers",
+        "Databases whose sessions are not kept because of login event triggers.",
+        labels=["target"],
+    )
     for row in rows:
         present = row.present
         for state in ("in_use", "idle", "resetting", "dialling"):
             sessions.add_metric([row.target, state], getattr(present, state))
         waiting.add_metric([row.target], present.waiting)
-    yield from (sessions, waiting, *_pool_counters(rows))
+        triggers.add_metric([row.target], present.login_triggers)
+    yield from (sessions, waiting, triggers, *_pool_counters(rows))
     waits, resets = [row.waits for row in rows], [row.resets for row in rows]
     yield _histogram("pool_wait_seconds", "Time that clients waited for a session.", waits)
     yield _histogram("pool_reset_seconds", "Time that resets took.", resets)

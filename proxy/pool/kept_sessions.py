@@ -11,21 +11,17 @@ The invariants: what is in doubt is closed. There are never more sessions and di
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from typing import Final
 
 from proxy.config import UpstreamSettings
 from proxy.observe.logs import get_logger
 from proxy.observe.pool_stats import PoolPresent, PoolRow
-from proxy.pool.policy import Bounds, IdleSessions, UnpoolableKeys
+from proxy.pool.policy import Bounds, IdleSessions, Unpoolable
 from proxy.pool.pool_counts import PoolCounts, RetireReason
 from proxy.pool.pooled_session import PooledSession, State
 from proxy.pool.shared_parts import SharedParts
 from proxy.pool.waiting import Waiter, WaitingClients
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.upstream_session import Prepared, UpstreamSession
-
-# After which a key may not be poolable at all. One that was not begun says nothing of that (P24).
-_FAILED_RESETS: Final = (RetireReason.RESET_FAILED, RetireReason.PARAMETER_CHANGED)
 
 _log = get_logger(__name__)
 
@@ -41,12 +37,15 @@ class KeptSessions:
         name: str,
         settings: UpstreamSettings,
         register: Register,
+        *,
+        known_target: Callable[[], Target | None],
         clock: Callable[[], float],
         jitter: Callable[[], float],
     ) -> None:
-        """`register` shows the pool to operators."""
+        """`register` shows the pool to operators. `known_target` returns what is dialled now."""
         self._name = name
         self._settings = settings
+        self._known_target = known_target
         self._clock = clock
         bounds = Bounds(
             settings.pool_idle_max,
@@ -61,8 +60,7 @@ class KeptSessions:
         self.generation = 0
         """The number of reconnects so far."""
         self._idle = IdleSessions[Prepared, PooledSession](bounds, jitter)
-        self._unpoolable = UnpoolableKeys[Prepared]()
-        self._with_triggers: set[bytes] = set()  # databases, so there are not many
+        self._unpoolable = Unpoolable[Prepared]()
         self._sessions: set[PooledSession] = set()  # whose connection is open, in any state
         # Clients that get a session after its reset, or its room when it is closed.
         self._promised: dict[PooledSession, Waiter] = {}
@@ -84,11 +82,14 @@ class KeptSessions:
         """Whether nothing is kept any more."""
         return self._closed_for is not None
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether a reload has closed it: a client that still waits is routed anew."""
+        return self._closed_for is RetireReason.RECONFIGURED
+
     def keeps(self, key: Prepared) -> bool:
         """Return whether sessions of this key are kept now."""
-        if self._closed_for is not None or key.names.database in self._with_triggers:
-            return False
-        return not self._unpoolable.contains(key, self._clock())
+        return self._closed_for is None and self._why_unpoolable(key) is None
 
     def take(self, key: Prepared) -> PooledSession | None:
         """Remove and return an idle session of this key."""
@@ -142,9 +143,7 @@ class KeptSessions:
         opened = self._shared.of(opened)
         key = opened.prepared
         assert key is not None
-        if key.target != self._target:
-            self._target = key.target
-            self._retire_idle(RetireReason.RECONFIGURED, all_targets=False)  # P45
+        self._follow_target()
         returns = returns and self.keeps(key)
         born_at = self._clock()
         session = PooledSession(
@@ -173,7 +172,9 @@ class KeptSessions:
         else:
             self.retire(session, reason or RetireReason.SURPLUS)
 
-    def reset_ended(self, session: PooledSession, failure: RetireReason | None) -> None:
+    def reset_ended(
+        self, session: PooledSession, failure: RetireReason | None, *, ended: bool = False
+    ) -> None:
         """Pass the session on to the next client, keep it, or close it."""
         key, now = session.prepared, self._clock()
         began = self._stop_reset(session)
@@ -182,11 +183,10 @@ class KeptSessions:
             self._unpoolable.reset_succeeded(key)
             self.offer(session)
             return
-        if failure in _FAILED_RESETS and self._unpoolable.reset_failed(key, now):
-            text = "resets of upstream sessions fail: for a minute they serve one client each"
-            _log.warning(text, target=self._name, reason=failure)
-        elif failure is RetireReason.LOGIN_TRIGGER:
-            self._found_triggers(key.names.database)
+        if ended:  # as an idle one that ends: it says nothing of resets (P24, P34)
+            self._idle.suspect_all(now)
+        else:
+            self._reset_failed(session, failure)
         self.retire(session, failure)
         if (waiter := self.waiting.next_for_reset(key)) is not None:
             waiter.wake()  # there is one less to wait for
@@ -212,24 +212,26 @@ class KeptSessions:
             return self._closed_for
         if session.generation != self.generation:
             return RetireReason.RECONNECT
-        if session.prepared.target != self._target:
-            return RetireReason.RECONFIGURED
-        if session.prepared.names.database in self._with_triggers:
-            return RetireReason.LOGIN_TRIGGER
-        if self._unpoolable.contains(session.prepared, self._clock()):
-            return RetireReason.RESET_FAILED
+        if session.prepared.target != self._known_target():
+            return RetireReason.RECONFIGURED  # its dial may have begun before the look-up (P45)
         if self._clock() >= session.ends_at:
             return RetireReason.LIFETIME
-        return None
+        return self._why_unpoolable(session.prepared)
 
-    def _found_triggers(self, database: bytes) -> None:
-        """Keep no session of a database whose login triggers a reused one would lack (P21)."""
-        if database not in self._with_triggers:
-            self._with_triggers.add(database)
-            _log.warning(
-                "the database has login event triggers: its sessions serve one client each",
-                target=self._name,
-            )
+    def _why_unpoolable(self, key: Prepared) -> RetireReason | None:
+        return self._unpoolable.reason(key, key.names.database, self._clock())
+
+    def _reset_failed(self, session: PooledSession, failure: RetireReason) -> None:
+        """Record why a reset failed; such sessions may not be kept for a while, or at all."""
+        key, text = session.prepared, ""
+        if failure is RetireReason.LOGIN_TRIGGER:
+            if key.names.database not in self._unpoolable.databases:
+                self._unpoolable.databases.add(key.names.database)
+                text = "the database has login event triggers: its sessions serve one client each"
+        elif self._unpoolable.reset_failed(key, session.born_at, self._clock()):
+            text = "resets of upstream sessions fail: for a minute they serve one client each"
+        if text:
+            _log.warning(text, target=self._name, reason=failure)
 
     def _may_keep(self, session: PooledSession) -> bool:
         """Return whether there is a client or room for a session; a client gets it or its room."""
@@ -286,9 +288,16 @@ class KeptSessions:
             del self._resetting[session.prepared]
         return began
 
-    def _retire_idle(self, reason: RetireReason, *, all_targets: bool = True) -> None:
+    def _follow_target(self) -> None:
+        """Close the idle sessions of another host than is dialled now (P45)."""
+        target = self._known_target()
+        if target != self._target:
+            self._target = target
+            self._retire_idle(RetireReason.RECONFIGURED, but_of=target)
+
+    def _retire_idle(self, reason: RetireReason, but_of: Target | None = None) -> None:
         for session in self._idle:
-            if all_targets or session.prepared.target != self._target:
+            if session.prepared.target != but_of:
                 self._idle.remove(session)
                 self.retire(session, reason)
 
@@ -339,7 +348,6 @@ class KeptSessions:
         """Close what is idle now, and after its client each session that has one (P46)."""
         self.generation += 1
         self._unpoolable.clear()
-        self._with_triggers.clear()
         self._retire_idle(RetireReason.RECONNECT)
 
     async def wait_closed(self) -> None:
@@ -353,11 +361,12 @@ class KeptSessions:
         if self._closed_for is not None:
             return
         self._closed_for = reason
+        self._unpoolable.clear()
         self._retire_idle(reason)
         for session in [one for of_key in self._resetting.values() for one in of_key]:
             self._stop_reset(session)
             self.retire(session, reason)
-        self.waiting.stop_resets()
+        self.waiting.stop(all_waits=self.is_replaced)
         if self._timer is not None:
             self._timer.cancel()
         self._unregister_last()
@@ -385,5 +394,6 @@ class KeptSessions:
             waiting=len(self.waiting),
             size_max=self._settings.pool_size_max,
             oldest_seconds=now - oldest,
+            login_triggers=len(self._unpoolable.databases),
         )
         return self.counts.row(self._name, present)

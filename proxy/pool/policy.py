@@ -164,43 +164,54 @@ class IdleSessions(Generic[Key, Session]):
         return found
 
 
-class UnpoolableKeys(Generic[Key]):
-    """The keys whose sessions are not kept for a while, since their resets failed."""
+class Unpoolable(Generic[Key]):
+    """The keys whose sessions are not kept for a while, since their resets failed.
+
+    And the databases with login triggers: DISCARD ALL undoes what these set (P21).
+    """
 
     def __init__(self) -> None:
-        self._failures: dict[Key, int] = {}
+        self._failures: dict[Key, tuple[int, float]] = {}  # in a row, and when the last one was
         self._until: dict[Key, float] = {}
+        self.databases: set[bytes] = set()
 
-    def contains(self, key: Key, now: float) -> bool:
-        """Return whether sessions of this key are not kept now."""
-        if not self._until:
-            return False
-        until = self._until.get(key)
-        if until is not None and until <= now:
+    def reason(self, key: Key, database: bytes, now: float) -> RetireReason | None:
+        """Return why sessions of this key and database are not kept now; None if they are."""
+        if database in self.databases:
+            return RetireReason.LOGIN_TRIGGER
+        until = self._until.get(key) if self._until else None
+        if until is None:
+            return None
+        if until <= now:
             del self._until[key]
-        return until is not None and until > now
+            return None
+        return RetireReason.RESET_FAILED
 
     def reset_succeeded(self, key: Key) -> None:
         """Record a reset: failures in a row begin anew."""
         self._failures.pop(key, None)
 
-    def reset_failed(self, key: Key, now: float) -> bool:
+    def reset_failed(self, key: Key, born_at: float, now: float) -> bool:
         """Record a reset that failed. Return whether the key is not pooled because of it.
 
-        That is so after RESET_FAILURES_MAX in a row.
+        That is so after RESET_FAILURES_MAX in a row, each of a session that was younger than the
+        failure before: a failover or a changed default fails those that are there, and no others.
         """
-        failures = self._failures.get(key, 0) + 1
-        if failures < RESET_FAILURES_MAX:
-            _remember(self._failures, key, failures)
+        failures, last = self._failures.get(key, (0, born_at))
+        if failures and born_at <= last:
+            return False
+        if failures + 1 < RESET_FAILURES_MAX:
+            _remember(self._failures, key, (failures + 1, now))
             return False
         self._failures.pop(key, None)
         _remember(self._until, key, now + UNPOOLABLE_SECONDS)
         return True
 
     def clear(self) -> None:
-        """Try all keys again."""
+        """Try all keys and databases again."""
         self._failures.clear()
         self._until.clear()
+        self.databases.clear()
 
 
 class SpareBackoff(Generic[Key]):

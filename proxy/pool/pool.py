@@ -29,6 +29,8 @@ from proxy.pool.waiting import DialWaiter, Waiter
 from proxy.upstream.dialer import Dialer
 from proxy.upstream.phases import DialPhases
 from proxy.upstream.upstream_session import Admit, Prepared, UpstreamSession
+from proxy.upstream.upstreams import RouteReplaced
+from proxy.wire.client_startup import wants_replication
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.registry import UseCount
 
@@ -77,7 +79,14 @@ class Pool:
         self._settings = settings
         self._dialer = dialer
         self._clock = clock
-        self._kept = KeptSessions(name, settings, register, clock, jitter)
+        self._kept = KeptSessions(
+            name,
+            settings,
+            register,
+            known_target=lambda: dialer.known_target,
+            clock=clock,
+            jitter=jitter,
+        )
         self._spares = Spares(self._kept, dialer, clock)
         self._dial_seconds = 0.0
         self.held = UseCount(partial(self._close, RetireReason.RECONFIGURED))
@@ -93,7 +102,10 @@ class Pool:
         admit: Admit | None = None,
         timeout_seconds: float | None = None,
     ) -> UpstreamSession:
-        """Return a kept session for this client, or dial one. Raises what `Dialer.dial` does."""
+        """Return a kept session for this client, or dial one. Raises what `Dialer.dial` does.
+
+        And RouteReplaced for a client that waited while a reload has closed the pool.
+        """
         client, fallback, pools = self._asked(client, fallback)
         key = self._dialer.prepare(client, fallback) if pools else None
         session = None
@@ -117,7 +129,8 @@ class Pool:
         mode, client = take_pool_mode(client, self._settings.pool)
         if fallback is not None:
             _, fallback = take_pool_mode(fallback, self._settings.pool)
-        replicates = client.get(b"replication") is not None
+        replication = client.get(b"replication")
+        replicates = replication is not None and wants_replication(replication)
         return client, fallback, mode != "off" and not replicates and not self._kept.is_closed
 
     async def _open(self, request: _Request, session: PooledSession | None) -> UpstreamSession:
@@ -186,9 +199,15 @@ class Pool:
         return ProxyError(ErrorKind.POOL_FULL, detail)
 
     async def _given(self, waiter: Waiter, seconds: float) -> None:
-        """Wait for what a client is given. If cancelled, take it back."""
+        """Wait for what a client is given. If cancelled, take it back.
+
+        Raises RouteReplaced if a reload has closed the pool meanwhile (P44).
+        """
+        was_replaced = self._kept.is_replaced
         try:
             await waiter.wait(seconds)
+            if self._kept.is_replaced and not was_replaced:
+                raise RouteReplaced
         except BaseException:
             if waiter.session is not None:
                 self._kept.offer(waiter.session)

@@ -22,6 +22,7 @@ from proxy.wire.kept_welcome import KeptWelcome
 from proxy.wire.messages import BackendKeyData, Terminate
 from proxy.wire.session_reset import ResetDone, ResetEvent, SessionReset, may_have_login_triggers
 from proxy.wire.sign_of_life import Alive, CheckEvent, SignOfLife
+from proxy.wire.upstream_startup import UpstreamRefused
 
 # For the whole answer to a reset: two statements that PostgreSQL needs microseconds for.
 RESET_SECONDS_MAX: Final = 5.0
@@ -33,6 +34,7 @@ CLOSE_SECONDS_MAX: Final = 1.0
 _TERMINATE: Final = Terminate().encode()
 _IGNORING: Final = asyncio.Protocol()  # the protocol of connections that are over
 _ERROR: Final = ord("E")
+_ENDED: Final = "57P"  # begins the SQLSTATEs with which PostgreSQL ends a session by itself
 
 
 class State(Enum):
@@ -58,8 +60,10 @@ class Owner(Protocol):
     def offer(self, session: "PooledSession") -> None:
         """A session that its client has not used can serve another one."""
 
-    def reset_ended(self, session: "PooledSession", failure: RetireReason | None) -> None:
-        """A reset is over. A session that failed is to be closed."""
+    def reset_ended(
+        self, session: "PooledSession", failure: RetireReason | None, *, ended: bool = False
+    ) -> None:
+        """A reset is over. A session that failed is to be closed; `ended`: the upstream did."""
 
     def idle_ended(self, session: "PooledSession", *, in_error: bool) -> None:
         """An idle session has sent something or has ended, `in_error` with an error or silently."""
@@ -186,7 +190,7 @@ class PooledSession(asyncio.Protocol):
         self._triggers_counted = True
         self.transport.set_protocol(self)
         if self.transport.is_closing():
-            self._owner.reset_ended(self, RetireReason.UPSTREAM_ENDED)
+            self._owner.reset_ended(self, RetireReason.UPSTREAM_ENDED, ended=True)
             return
         self.state = State.RESETTING
         self._machine = reset = SessionReset(
@@ -269,7 +273,7 @@ class PooledSession(asyncio.Protocol):
 
     def _ended(self) -> None:
         if self._machine is not None:
-            self._machine_failed(self._machine)
+            self._machine_failed(self._machine, ended=True)
         elif self.state is State.IDLE:
             self._owner.idle_ended(self, in_error=True)
 
@@ -296,13 +300,14 @@ class PooledSession(asyncio.Protocol):
                 self._answer_check(is_alive=True)
             case _:
                 assert self._machine is not None
-                self._machine_failed(self._machine)
+                is_end = isinstance(event, UpstreamRefused) and event.error.sqlstate[:3] == _ENDED
+                self._machine_failed(self._machine, ended=is_end)
 
-    def _machine_failed(self, machine: SessionReset | SignOfLife) -> None:
-        """End what has failed: the session is in doubt."""
+    def _machine_failed(self, machine: SessionReset | SignOfLife, *, ended: bool = False) -> None:
+        """End what has failed: the session is in doubt. `ended`: the upstream has ended it."""
         self._stop_machine()
         if isinstance(machine, SessionReset):
-            self._owner.reset_ended(self, RetireReason.RESET_FAILED)
+            self._owner.reset_ended(self, RetireReason.RESET_FAILED, ended=ended)
         else:
             self._answer_check(is_alive=False)
 

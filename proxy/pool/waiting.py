@@ -132,9 +132,9 @@ class WaitingClients:
         """Return the first dial for this key that waits for a slot."""
         return next((one for one in self._dialling.get(key, ()) if one.is_in_queue), None)
 
-    def stop_resets(self) -> None:
-        """Wake all that wait for a session in its reset: there will be none."""
-        for queue in list(self._for_reset.values()):
+    def stop(self, *, all_waits: bool) -> None:
+        """Wake those that wait for a session in its reset: there will be none. Or all that wait."""
+        for queue in [*self._for_reset.values(), *([self._for_room] if all_waits else ())]:
             while (waiter := _first(queue)) is not None:
                 waiter.wake()
 

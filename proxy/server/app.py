@@ -7,13 +7,13 @@ what serves (`serving`).
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from proxy import __version__
 from proxy.config import (
     Changes,
     Settings,
+    UpstreamSettings,
     compare,
     with_running_values,
 )
@@ -43,6 +43,7 @@ from proxy.session.session import Session, SessionParts
 from proxy.session.slots import Slots, SlotSource
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
+from proxy.upstream.dialer import Dialer
 from proxy.upstream.name_lookup import Addresses
 from proxy.upstream.phases import ConnectPhase
 from proxy.upstream.upstreams import MakePool, SessionOpener
@@ -109,7 +110,7 @@ class App:
         )
         self._make_pool: MakePool | None = None
         if serves_clients:
-            self._make_pool = partial(Pool, register=self.metrics.pools.register)
+            self._make_pool = self._new_pool
         self.snapshot = ConfigSnapshot(
             settings,
             self.workspaces,
@@ -364,6 +365,12 @@ class App:
             if snapshot.map_service is None:
                 self.metrics.key_looked_up(shard_map, LookupResult.HIT)
         return route, upstream
+
+    def _new_pool(self, name: str, target: UpstreamSettings, dialer: Dialer) -> Pool:
+        pool = Pool(name, target, dialer, self.metrics.pools.register)
+        if self.lifecycle.draining:  # a shard's, for its first client
+            pool.drain()
+        return pool
 
     def _resolve(self, target: Target) -> Awaitable[Addresses]:
         return self.snapshot.upstreams.name_lookup.resolve(target)

@@ -26,7 +26,8 @@ one of them fails. No known driver sends either.
 
 A session of a pool is walked before its reads are sent (`client_ahead`), so that a Terminate can be
 withheld: the upstream session then serves another client. What the upstream reports meanwhile is
-kept, for the comparison after the reset: a server says only once that it has become a standby.
+kept, the last of each name, for the comparison after the reset: a server says only once that it has
+become a standby.
 
 `proxy/native/activity.pyx` is the same algorithm, compiled. A change here must be made there too;
 `tests/native` compares the two.
@@ -52,7 +53,8 @@ _ENDS_MAX: Final = 64
 _SYNC_LOST: Final = 1 << 62
 
 _SKIP_MAX: Final = 1 << 32  # of a message; beyond it synchronization is lost
-# What is kept of ParameterStatus. Values are words; beyond it nothing is known of them.
+# What is kept of ParameterStatus, of which the last of each name counts. There are some 15 names,
+# and values are words; beyond it nothing is known of them.
 REPORTED_BYTES_MAX: Final = 4096
 
 _IDLE: Final = IDLE[0]
@@ -120,7 +122,10 @@ class Activity:
         self._walks_ahead = walks_ahead
         self._noticed = _FOLLOWED if walks_ahead else _COPY_STARTS
         self.reported: bytes | None = b""
-        """The ParameterStatus messages so far, with `walks_ahead`; None if they were too many."""
+        """The ParameterStatus messages so far, with `walks_ahead`; None if they were too many.
+
+        An earlier one of the same name may be missing.
+        """
         self.terminated = False
         """The client has sent Terminate."""
         self.withheld = False
@@ -348,6 +353,8 @@ class Activity:
             return False
         end = position + 1 + length
         if len(self.reported) + 1 + length > REPORTED_BYTES_MAX:
+            self.reported = last_reports(self.reported)
+        if len(self.reported) + 1 + length > REPORTED_BYTES_MAX:
             self.reported = None
         elif end > len(data):
             return True
@@ -412,3 +419,15 @@ class Activity:
         self._doubt = 0
         self._settled = self._renewed = False
         self._tracks_copy = self._entered or bool(self._ends)
+
+
+def last_reports(messages: bytes) -> bytes:
+    """Return of whole ParameterStatus messages the last one of each name."""
+    last: dict[bytes, bytes] = {}
+    position = 0
+    while position < len(messages):
+        end = position + 1 + _HEADER(messages, position)[1]
+        name, _, _ = messages[position + _HEADER_BYTES : end].partition(b"\0")
+        last[name] = messages[position:end]
+        position = end
+    return b"".join(last.values())

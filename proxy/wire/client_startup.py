@@ -325,7 +325,7 @@ class ClientStartup:
         # PostgreSQL's order: an invalid `replication`, then the negotiation, then a missing user.
         for name, value in message.parameters:
             if name == b"replication":
-                check_replication(value)  # every one: PostgreSQL checks repeated ones too
+                wants_replication(value)  # every one: PostgreSQL checks repeated ones too
         negotiation = _negotiate(message)
         if negotiation is not None:
             events.append(VersionNegotiated(negotiation.encode()))
@@ -375,17 +375,20 @@ def _negotiate(message: StartupMessage) -> NegotiateProtocolVersion | None:
     return NegotiateProtocolVersion(spoken.number, unknown)
 
 
-def check_replication(value: bytes) -> None:
-    """Raise ClientViolation unless PostgreSQL accepts the value for `replication` (W17).
+def wants_replication(value: bytes) -> bool:
+    """Return what the value of `replication` asks for: true for a replication session.
 
-    Accepted are `database`, and a boolean as parse_bool reads it: any case, any unambiguous prefix.
+    PostgreSQL accepts `database`, and a boolean as parse_bool reads it: any case, any unambiguous
+    prefix. Raises ClientViolation for any other value (W17).
     """
-    if value == b"database":
-        return
     word = value.lower()
-    spelled = word and any(full.startswith(word) for full in (b"true", b"false", b"yes", b"no"))
-    if spelled or word in (b"on", b"off", b"of", b"1", b"0"):
-        return
+    if value == b"database" or word in (b"on", b"1"):
+        return True
+    if word in (b"off", b"of", b"0"):
+        return False
+    for full in (b"true", b"false", b"yes", b"no") if word else ():
+        if full.startswith(word):
+            return full in (b"true", b"yes")
     shown = value.decode("utf-8", "replace")
     raise ClientViolation(
         f'invalid value for parameter "replication": "{shown}"',

@@ -109,10 +109,12 @@ async def test_p10_a_replication_session_is_never_pooled(
         await eventually(lambda: lakebase.gateway.open_sessions == 0, "each is closed")
     finally:
         cluster.execute(f"ALTER ROLE {quoted(CLIENT_ID)} NOREPLICATION")
-    await visit(proxy)
+    # To PostgreSQL this is an ordinary session.
+    first = await visit(proxy, replication="false")
     await settled(proxy, idle=1)
+    assert await visit(proxy, replication="false") == first
     assert retired(proxy) == {}
-    assert taken(proxy) == {"dialled": 5}
+    assert taken(proxy) == {"dialled": 5, "reused": 1}
 
 
 async def test_p11_the_clients_protocol_version_is_not_in_the_key(

@@ -1,5 +1,6 @@
 """A pool in front of shards that admit each session: every take is admitted anew (P33)."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from tests.support.pooling import (
     visit,
     visitor,
 )
-from tests.support.running import eventually
+from tests.support.running import WAIT_SECONDS_MAX, eventually
 from tests.support.sidecars import Start, started_sidecars
 
 FIRST: Final = "app@5"
@@ -77,6 +78,21 @@ async def test_p33_a_kill_that_hits_an_idle_session_only_retires_it(
     await operator.end_sessions(placed)
     await eventually(lambda: retired(app) == {"upstream_ended": 1}, "it is retired")
     assert await visit(app, database=FIRST) != pid
+
+
+async def test_p47_a_shards_pool_that_is_made_within_a_drain_keeps_nothing(
+    start: Start, operator: Operator, placed: Placed
+) -> None:
+    # It kept its sessions until the process ended: new connections are accepted for a while.
+    app = await start(**pooling(pool_spare_min=1))
+    draining = asyncio.create_task(app.drain(30, accept_seconds=30))
+    await eventually(lambda: app.lifecycle.draining, "it drains")
+    await visit(app, database=FIRST)
+    async with asyncio.timeout(WAIT_SECONDS_MAX):
+        for pool in app.snapshot.pools:
+            await pool.wait_closed()
+    await app.drain(0)
+    assert await draining == 0
 
 
 async def test_p33_a_session_that_is_not_admitted_is_retired_and_the_refusal_is_the_clients(

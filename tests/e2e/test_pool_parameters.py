@@ -44,7 +44,8 @@ async def test_p22_a_default_that_changes_within_a_clients_session_retires_it(
 
     async with await psycopg.AsyncConnection.connect(**libpq(proxy), autocommit=True) as first:
         await first.execute("SET TimeZone = 'Asia/Tokyo'")
-        await first.execute("SET application_name = 'somebody'")
+        for at in range(200):  # as a pool of its own does that sets it at each checkout
+            await first.execute(f"SET application_name = 'checkout {at}'".encode())
         pid = await show(first, PID)
     await at_rest()
     try:

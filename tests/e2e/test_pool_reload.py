@@ -1,13 +1,25 @@
-"""What a reload and another host do to a pool's sessions (P44 and P45)."""
+"""What a reload and another host do to a pool's sessions, dials and waiting clients (P44, P45)."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from proxy.config import ConfigurationError
+from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from tests.e2e.conftest import StartProxy
-from tests.support.pooling import PID, pooling, retired, settled, states, visit, visitor
+from tests.support.pooling import (
+    PID,
+    count,
+    pooling,
+    retired,
+    settled,
+    states,
+    taken,
+    visit,
+    visitor,
+)
 from tests.support.running import eventually, proxy_settings
 
 
@@ -78,3 +90,55 @@ async def test_p45_sessions_of_another_host_are_retired(
         assert retired(proxy) == {"reconfigured": 1}
         await busy.leave()
     await eventually(lambda: retired(proxy) == {"reconfigured": 2}, "both are")
+
+
+async def test_p44_clients_that_wait_are_served_by_the_configuration_that_a_reload_made(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    # They stayed in the queue of the pool before, and dialled its host.
+    proxy = await start_proxy(**pooling(pool_size_max=1))
+    async with visitor(proxy) as holder, visitor(proxy) as late:
+        await holder.enter()
+        entering = asyncio.create_task(late.enter())
+        await eventually(lambda: count(proxy, "waiting") == 1, "it waits")
+        two = lakebase["two"].endpoint
+        changed = pooling(pool_size_max=1, endpoint=two.name)
+        proxy.reload(proxy_settings(lakebase, **changed))
+        await entering
+        assert [record.endpoint for record in lakebase.gateway.records if record.ready] == [
+            lakebase["one"].endpoint,
+            two,
+        ]
+        # The session of the pool before lasts as long as its client: docs/pooling.md says so.
+        assert (states(proxy), count(proxy, "waiting")) == ({"in_use": 2}, 0)
+        assert await holder.value("SELECT 1") == "1"
+        await holder.leave()
+        await late.leave()
+    await settled(proxy, idle=1)
+    assert retired(proxy) == {"reconfigured": 1}
+
+
+async def test_p45_a_dial_to_the_host_before_that_ends_late_retires_no_good_session(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    proxy, gateway = await start_proxy(**pooling()), lakebase.gateway
+    gateway.inject(Stage.PASSWORD, Injection.HANG, times=1)
+    async with visitor(proxy) as slow, visitor(proxy) as good:
+        entering = asyncio.create_task(slow.enter())
+        await gateway.until(lambda: bool(gateway.records and gateway.records[0].token))
+        lookup = proxy.snapshot.upstreams["upstream"].address_lookup
+        lakebase["one"].endpoint.hosts = lakebase["two"].endpoint.hosts
+        lookup.invalidate_host()
+        await lookup.target()
+        pid = await good.enter()
+        await good.leave()
+        await eventually(lambda: states(proxy) == {"idle": 1, "dialling": 1}, "it is idle")
+        gateway.clear_faults()
+        await entering
+        assert await visit(proxy) == pid
+        await settled(proxy, idle=1, in_use=1)
+        assert retired(proxy) == {}
+        await slow.leave()
+    await eventually(lambda: retired(proxy) == {"reconfigured": 1}, "it is retired")
+    assert await visit(proxy) == pid
+    assert taken(proxy) == {"dialled": 2, "reused": 2}

@@ -64,7 +64,12 @@ def test_p50_every_series_is_there_before_its_first_event() -> None:
         *(f"pool_takes_total/{source}/eu" for source in TakeSource),
         *(f"pool_retired_total/{reason}/eu" for reason in RetireReason),
         *(f"pool_spares_total/{result}/eu" for result in SpareResult),
-        *("pool_waiting/eu", "pool_wait_seconds_count", "pool_reset_seconds_bucket/+Inf"),
+        *(
+            "pool_waiting/eu",
+            "pool_login_triggers/eu",
+            "pool_wait_seconds_count",
+            "pool_reset_seconds_bucket/+Inf",
+        ),
     ):
         assert series in values
 
@@ -72,7 +77,9 @@ def test_p50_every_series_is_there_before_its_first_event() -> None:
 def test_p50_a_scrape_shows_the_present_and_the_counts() -> None:
     metrics = a_process()
     pool = CountedPool(metrics)
-    pool.present = PoolPresent(mode="session", in_use=3, idle=2, resetting=1, waiting=4)
+    pool.present = PoolPresent(
+        mode="session", in_use=3, idle=2, resetting=1, waiting=4, login_triggers=1
+    )
     pool.counts.taken(TakeSource.WAITED)
     pool.counts.retired(RetireReason.SURPLUS)
     pool.counts.spare_ended(SpareResult.OPENED)
@@ -84,6 +91,7 @@ def test_p50_a_scrape_shows_the_present_and_the_counts() -> None:
         "pool_sessions/idle/eu": 2,
         "pool_sessions/resetting/eu": 1,
         "pool_waiting/eu": 4,
+        "pool_login_triggers/eu": 1,
         "pool_takes_total/waited/eu": 1,
         "pool_retired_total/surplus/eu": 1,
         "pool_spares_total/opened/eu": 1,
@@ -186,6 +194,7 @@ def test_p50_status_shows_no_user_database_or_setting() -> None:
             "waiting": 0,
             "size_max": 0,
             "oldest_seconds": 12.5,
+            "login_triggers": 0,
             "reused": 1,
             "dialled": 0,
             "waited": 0,
@@ -195,7 +204,7 @@ def test_p50_status_shows_no_user_database_or_setting() -> None:
     ]
     assert {field.name for field in fields(PoolPresent)} == {
         *("mode", "keys", "in_use", "idle", "resetting", "dialling", "waiting", "size_max"),
-        "oldest_seconds",
+        *("oldest_seconds", "login_triggers"),
     }
 
 

@@ -16,7 +16,7 @@ from proxy.pool.policy import (
     Bounds,
     IdleSessions,
     SpareBackoff,
-    UnpoolableKeys,
+    Unpoolable,
 )
 from proxy.pool.pool_counts import RetireReason
 
@@ -182,41 +182,68 @@ def test_p34_every_session_that_is_idle_then_is_suspect_and_none_after_its_next_
 # Keys that cannot be pooled
 
 
+DATABASE = b"app"
+
+
+def unpoolable(*failed: str, since: float = 0) -> Unpoolable[str]:
+    """Return what is known after failed resets of these keys, in new sessions, one a second."""
+    keys = Unpoolable[str]()
+    for at, key in enumerate(failed):
+        keys.reset_failed(key, since + at, since + at + 0.5)
+    return keys
+
+
 def test_p24_three_resets_that_fail_in_a_row_make_a_key_unpoolable_for_a_minute() -> None:
-    keys = UnpoolableKeys[str]()
-    for _ in range(RESET_FAILURES_MAX - 1):
-        keys.reset_failed("a", 0)
+    keys = unpoolable(*"a" * (RESET_FAILURES_MAX - 1), since=-10)
     keys.reset_succeeded("a")
-    for _ in range(RESET_FAILURES_MAX):
-        assert not keys.contains("a", 1)
-        keys.reset_failed("a", 1)
-    assert keys.contains("a", 1)
-    assert not keys.contains("b", 1)
-    assert keys.contains("a", UNPOOLABLE_SECONDS)
-    assert not keys.contains("a", 1 + UNPOOLABLE_SECONDS)
-    keys.reset_failed("a", 100)
-    assert not keys.contains("a", 100), "it begins anew"
+    for at in range(RESET_FAILURES_MAX):
+        assert keys.reason("a", DATABASE, at) is None
+        assert keys.reset_failed("a", at, at + 0.5) is (at == RESET_FAILURES_MAX - 1)
+    ends = RESET_FAILURES_MAX - 0.5 + UNPOOLABLE_SECONDS
+    assert keys.reason("a", DATABASE, ends - 0.1) is RetireReason.RESET_FAILED
+    assert keys.reason("b", DATABASE, ends - 0.1) is None
+    assert keys.reason("a", DATABASE, ends) is None
+    keys.reset_failed("a", 100, 101)
+    assert keys.reason("a", DATABASE, 101) is None, "it begins anew"
+
+
+def test_p24_sessions_that_a_failover_or_a_changed_default_has_failed_count_once() -> None:
+    # Each of those that were there fails its reset, at any time after it.
+    keys = Unpoolable[str]()
+    for born_at, now in ((0, 10), (1, 11), (9, 20), (10, 30), (5, 40)):
+        assert not keys.reset_failed("a", born_at, now)
+    assert not keys.reset_failed("a", 11, 41), "one that was dialled after it"
+    assert not keys.reset_failed("a", 12, 42), "it was there when that one failed"
+    assert keys.reset_failed("a", 42.5, 43)
+
+
+def test_p21_a_database_with_login_triggers_is_unpoolable_until_a_reconnect() -> None:
+    keys = Unpoolable[str]()
+    keys.databases.add(DATABASE)
+    for key in ("a", "b"):
+        assert keys.reason(key, DATABASE, 1e6) is RetireReason.LOGIN_TRIGGER
+        assert keys.reason(key, b"other", 0) is None
+    keys.clear()
+    assert keys.reason("a", DATABASE, 0) is None
 
 
 def test_p46_a_reconnect_forgets_failed_resets() -> None:
-    keys = UnpoolableKeys[str]()
-    for _ in range(RESET_FAILURES_MAX):
-        keys.reset_failed("a", 0)
-    keys.reset_failed("b", 0)
+    keys = unpoolable(*"a" * RESET_FAILURES_MAX, "b")
+    assert keys.reason("a", DATABASE, 10) is not None
     keys.clear()
-    assert not keys.contains("a", 0)
-    for _ in range(RESET_FAILURES_MAX - 1):
-        keys.reset_failed("b", 0)
-    assert not keys.contains("b", 0)
+    assert keys.reason("a", DATABASE, 10) is None
+    for at in range(RESET_FAILURES_MAX - 1):
+        assert not keys.reset_failed("b", 10 + at, 10.5 + at)
 
 
 def test_p24_what_is_known_of_keys_is_bounded_and_the_oldest_makes_room() -> None:
-    keys, backoff = UnpoolableKeys[int](), SpareBackoff[int]()
+    keys, backoff = Unpoolable[int](), SpareBackoff[int]()
     for key in range(KEYS_MAX + 1):
-        for _ in range(RESET_FAILURES_MAX):
-            keys.reset_failed(key, 0)
+        for at in range(RESET_FAILURES_MAX):
+            keys.reset_failed(key, at, at + 0.5)
         backoff.failed(key, 0)
-    assert [keys.contains(key, 0) for key in (0, 1, KEYS_MAX)] == [False, True, True]
+    known = [keys.reason(key, DATABASE, 0) is not None for key in (0, 1, KEYS_MAX)]
+    assert known == [False, True, True]
     assert [backoff.allows(key, 0) for key in (0, 1, KEYS_MAX)] == [True, False, False]
 
 

@@ -8,9 +8,11 @@ import pytest
 
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
+from proxy.pool.policy import RESET_FAILURES_MAX
 from proxy.pool.pool_counts import RetireReason
 from proxy.pool.pooled_session import PooledSession, State
 from proxy.upstream.phases import DialPhases
+from proxy.wire.messages import ErrorResponse
 from tests.support.pools import Held, PoolOf, client_of, pool_of
 from tests.support.running import eventually
 
@@ -58,6 +60,30 @@ async def test_p38_a_client_that_leaves_when_a_reset_has_failed_frees_no_room(
         assert pool.row.present.dialling == 0
         await pool.open()
         assert lakebase.gateway.open_sessions == 1
+
+
+@pytest.mark.parametrize(
+    "end", [Injection.CLOSE, ErrorResponse.fatal("57P01", "bye").encode()], ids=["EOF", "57P01"]
+)
+async def test_p24_p34_an_end_within_a_reset_is_no_failed_reset(
+    lakebase: Lakebase, end: Injection | bytes
+) -> None:
+    # A failover once made a key unpoolable for a minute. What is idle may have ended, too.
+    async with pool_of(lakebase, pool_spare_min=0) as pool:
+        for failures in range(1, RESET_FAILURES_MAX + 1):
+            leaving, staying = await pool.open(), await pool.open()
+            staying.leave()
+            await pool.until_idle(1)
+            lakebase.gateway.inject(Stage.RESET, end, times=1)
+            leaving.leave()
+            await pool.until_idle(1)
+            assert pool.row.retired["reset_failed"] == failures
+            task = asyncio.create_task(pool.open())
+            await asyncio.sleep(0)
+            assert pooled(staying).state is State.CHECKING
+            (await task).leave("busy")
+        (await pool.open()).leave()
+        await pool.until_idle(1)
 
 
 @pytest.mark.parametrize("leaves", [False, True])

@@ -38,8 +38,8 @@ def with_results(document: str, record: Record) -> str:
 
 def results(record: Record) -> str:
     """Return the goals and their results, then everything that was measured."""
-    rows = [_row(one) for one in check_goals(record)]
-    known = [one for one in check_goals(record) if one.met is not None]
+    found = check_goals(record)
+    known = [one for one in found if one.value is not None]
     met = sum(one.met is True for one in known)
     return "\n".join(
         [
@@ -49,8 +49,9 @@ def results(record: Record) -> str:
             "",
             "| measure | goal | value | measured | |",
             "|---|---|---|--:|---|",
-            *rows,
+            *map(_row, known),
             "",
+            *_not_measured([one.goal.measure for one in found if one.value is None]),
             "## Everything that was measured",
             "",
             "```text",
@@ -61,11 +62,16 @@ def results(record: Record) -> str:
 
 
 def _row(result: GoalResult) -> str:
-    measure, bound = result.goal.measure, result.goal.description
-    if result.value is None:
-        return f"| {measure} | {bound} | {result.label} | - | not measured |"
+    measure, bound, value = result.goal.measure, result.goal.description, result.value
+    assert value is not None
     verdict = "met" if result.met else f"**missed**: [why](#{anchor(measure)})"
-    return f"| {measure} | {bound} | {result.label} | {format_number(result.value)} | {verdict} |"
+    return f"| {measure} | {bound} | {result.label} | {format_number(value)} | {verdict} |"
+
+
+def _not_measured(measures: list[str]) -> list[str]:
+    """Return the lines that name what the run had no part in, such as a subject that is newer."""
+    links = [f"[{one}](#{anchor(one)})" for one in dict.fromkeys(measures)]
+    return [f"Not measured in this run: {'; '.join(links)}.", ""] if links else []
 
 
 def anchor(measure: str) -> str:

@@ -118,6 +118,29 @@ async def test_p44_clients_that_wait_are_served_by_the_configuration_that_a_relo
     assert retired(proxy) == {"reconfigured": 1}
 
 
+async def test_p44_sessions_that_are_reset_or_dialled_meanwhile_are_not_kept(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    proxy, gateway = await start_proxy(**pooling()), lakebase.gateway
+    gateway.inject(Stage.RESET, Injection.HANG, times=1)
+    await visit(proxy)
+    await eventually(lambda: states(proxy) == {"resetting": 1}, "its reset hangs")
+    gateway.inject(Stage.PASSWORD, Injection.HANG, times=1)
+    async with visitor(proxy) as client:
+        entering = asyncio.create_task(client.enter())
+        await gateway.until(lambda: len(gateway.records) > 1 and bool(gateway.records[1].token))
+        proxy.reload(proxy_settings(lakebase, **pooling(pool_idle_max=5)))
+        await eventually(lambda: states(proxy) == {"dialling": 1}, "the reset one is closed")
+        gateway.clear_faults()
+        pid = await entering
+        assert states(proxy) == {"in_use": 1}
+        await client.leave()
+    await eventually(lambda: states(proxy) == {}, "the dialled one is closed")
+    assert await visit(proxy) != pid
+    await settled(proxy, idle=1)
+    assert retired(proxy) == {"reconfigured": 1}, "the other one was never to be kept"
+
+
 async def test_p45_a_dial_to_the_host_before_that_ends_late_retires_no_good_session(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:

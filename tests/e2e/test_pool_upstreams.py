@@ -190,13 +190,24 @@ async def test_p20_a_session_whose_reset_goes_wrong_is_retired(
         assert await one_client(served) != before
 
 
-async def test_p73_a_pool_whose_resets_fail_serves_fresh_sessions(lakebase: Lakebase) -> None:
+ANOTHER_ZONE: Final = ParameterStatus(b"TimeZone", b"Mars").encode()
+RESET: Final = COMPLETE + READY + Frame(b"C", b"RESET\0").encode() + ANOTHER_ZONE + READY
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(BAD_RESETS["an error"], "reset_failed"), (RESET, "parameter_changed")],
+    ids=["refused", "loses a parameter of the login"],
+)
+async def test_p73_a_pool_whose_resets_fail_serves_fresh_sessions(
+    lakebase: Lakebase, answer: bytes, reason: str
+) -> None:
     async with pooled(lakebase) as served:
-        lakebase.gateway.inject(Stage.RESET, BAD_RESETS["an error"])
+        lakebase.gateway.inject(Stage.RESET, answer)
         for _ in range(6):
             await one_client(served)
         assert served.logins == 6
-        assert served.retired()["reset_failed"] == 3
+        assert served.retired() == {reason: 3}
         assert len(served.log.above_info()) == 1
 
 

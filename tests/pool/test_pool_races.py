@@ -126,6 +126,25 @@ async def test_p32_a_session_that_ends_when_it_is_given_to_a_client_reaches_none
         assert pool.row.retired["upstream_ended"] == 1
 
 
+async def test_p20_a_reset_that_is_answered_in_single_bytes_succeeds(lakebase: Lakebase) -> None:
+    async with pool_of(lakebase, pool_spare_min=0) as pool:
+        session = pooled(first := await pool.open())
+        first.leave()
+        transport = session.transport
+
+        def in_single_bytes(data: bytes) -> None:
+            for at in range(len(data)):
+                assert session.state is State.RESETTING
+                session.data_received(data[at : at + 1])
+            transport.set_protocol(session)
+
+        protocol = type("Protocol", (asyncio.Protocol,), {})()
+        protocol.data_received = in_single_bytes
+        transport.set_protocol(protocol)
+        await pool.until_idle(1)
+        assert (await pool.open()).pid == first.pid
+
+
 async def test_p23_a_session_that_ends_right_after_its_sign_of_life_is_no_clients(
     lakebase: Lakebase,
 ) -> None:

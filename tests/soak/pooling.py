@@ -46,8 +46,8 @@ _DISTURBANCES: Final = (
     *("terminate", "end all", "promote", "terminate", "reload", "reconnect", "terminate"),
     *("reload", "reload of the pool", "promote"),
 )
-# A client waits no longer, so that then no session of the pool before a reload is left.
-_CHANGE_SECONDS: Final = 2 * ANSWER_SECONDS_MAX
+# A client stays no longer, so that then no session of the pool before a reload is left.
+_CHANGE_SECONDS: Final = ANSWER_SECONDS_MAX
 KINDS: Final = (
     *(f"left: {what}" for what in LEFT),
     *(f"leaves: {how}" for how in LEAVINGS),
@@ -123,7 +123,7 @@ class Soak:
                     self._file(level=self._dice.choice(("warning", "error")))
                     proxy.send(signal.SIGHUP)
                 case "reload of the pool" if self._pools() == 1:
-                    # The pool before lives until its clients have left, those that wait included.
+                    # The pool before lives until its clients have left.
                     self._changed_at = time.monotonic()
                     self._file(level="warning", idle_max=self._dice.randrange(5, 40))
                     proxy.send(signal.SIGHUP)

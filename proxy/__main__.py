@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -32,9 +33,10 @@ def main() -> int:
     _open_standard_streams()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
-    if sys.argv[1:2] == ["run"]:
+    verb = _verb()
+    if verb == "run":
         signal.signal(signal.SIGHUP, _drop)
-    if sys.argv[1:2] and sys.argv[1] in _VERBS_BESIDE:
+    if verb in _VERBS_BESIDE:
         with suppress(OSError):  # not on Linux, or not allowed: then the kernel decides
             _OOM_SCORE_ADJ.write_text(_OOM_SCORE_MAX)
     from proxy import cli  # noqa: PLC0415
@@ -43,6 +45,12 @@ def main() -> int:
     if threading.active_count() > 1:
         _exit_at_once(code)
     return code
+
+
+def _verb() -> str:
+    """Return the verb if it is one of those that differ here: flags may stand before it."""
+    arguments = takewhile(lambda argument: argument != "--", sys.argv[1:])
+    return next((one for one in arguments if one in (*_SERVING_VERBS, *_VERBS_BESIDE)), "")
 
 
 def _exit_at_once(code: int) -> None:
@@ -76,7 +84,7 @@ def _open_standard_streams() -> None:
 
 def _end(number: int, _frame: FrameType | None) -> None:
     """Exit at once: until the verb sets its own handlers there is nothing to drain."""
-    raise SystemExit(0 if sys.argv[1:2] and sys.argv[1] in _SERVING_VERBS else 128 + number)
+    raise SystemExit(0 if _verb() in _SERVING_VERBS else 128 + number)
 
 
 def _drop(number: int, frame: FrameType | None) -> None:

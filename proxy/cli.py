@@ -1,6 +1,7 @@
 """The command line: choose the verb, report wrong usage and configuration errors.
 
-For: from arguments to an exit code (`exit_codes`). Not for: what a verb does (`verbs`).
+For: from arguments to an exit code (`exit_codes`). Not for: what a verb takes (`verbs.verb_table`)
+or does (`verbs`).
 
 Invariant: no verb imports what only another needs. Serving imports an event loop, an HTTP server
 and more, half a second of CPU time; a health check that waits needs none of it.
@@ -14,69 +15,53 @@ from typing import Final
 
 from proxy.config import ConfigurationError
 from proxy.exit_codes import EXIT_OK, EXIT_USAGE
+from proxy.verbs.stderr import wrong_usage
+from proxy.verbs.syntax import END_OF_FLAGS, PROGRAM, Arguments, UsageError, take_verb
+from proxy.verbs.verb_table import VERBS
 
-# Each is a module of `verbs`.
-_VERBS: Final = (
-    *(
-        "run",
-        "exec",
-        "check",
-        "demo",
-        "resolve",
-        "shards",
-        "wait",
-        "reconnect",
-        "reload",
-        "shutdown",
-    ),
-    "version",
-)
-
-_END_OF_FLAGS: Final = "--"
-
-USAGE: Final = """\
-usage: lakebase-auth-proxy VERB [--config FILE] [--SECTION.KEY VALUE ...]
-
-  run       serve local Postgres clients, and connect each of them to Databricks Lakebase
-  exec      run a command beside a proxy of its own: exec [flags] -- COMMAND ... (--socket: no
-            port; --shard-key KEY: on the shard that has the key)
-  check     test every step of a connection; print what fails and how to fix it (--json;
-            --all-shards: test every target)
-  demo      run the whole system on this machine, with nothing to install or sign up for
-  resolve   print where a shard key leads, without connecting: resolve KEY (--json)
-  shards    the catalogue of shard maps: shards VERB (init, create, add-shard, show, ...; --json)
-  wait      wait until a running proxy is ready (--timeout SECONDS, 30)
-  reconnect ask a running proxy to replace the sessions of its pools (upstream.pool)
-  reload    ask a running proxy to read its configuration again; print what changed
-  shutdown  ask a running proxy to drain and end (it must run with admin.quit)
-  version   print the version (--build: also whether the relay was compiled)
-
-Every key of config.example.toml is a flag (--listen.port 6000) and an environment variable
-(LAKEBASE_PROXY_LISTEN__PORT=6000). A flag beats the environment, which beats the file.
-run and check with --print-config print the values in force and where each came from.
-"""
+_HELP: Final = {"--help", "-h"}
+_VERSION: Final = {"--version", "-V"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code."""
-    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if verb in ("--help", "-h", "help") or (verb in _VERBS and _wants_help(rest)):
-        shown: str = import_module("proxy.verbs.shards").USAGE if verb == "shards" else USAGE
-        print(shown, end="")
-        return EXIT_OK
-    if verb not in _VERBS:
-        print(f"lakebase-auth-proxy: there is no verb {verb!r}\n\n{USAGE}", file=sys.stderr, end="")
-        return EXIT_USAGE
-    run: Callable[[Sequence[str]], int] = import_module(f"proxy.verbs.{verb}").run
     try:
-        return run(rest)
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except UsageError as error:
+        return wrong_usage(str(error))
     except ConfigurationError as error:
-        print("lakebase-auth-proxy: the configuration is not valid", file=sys.stderr)
+        print(f"{PROGRAM}: the configuration is not valid", file=sys.stderr)
         for problem in error.problems:
             print(f"  {problem}", file=sys.stderr)
         return EXIT_USAGE
 
 
-def _wants_help(arguments: Sequence[str]) -> bool:
-    flags = takewhile(lambda argument: argument != _END_OF_FLAGS, arguments)
-    return not {"--help", "-h"}.isdisjoint(flags)
+def _run(arguments: list[str]) -> int:
+    """Run the verb that the arguments name. Raises UsageError and ConfigurationError."""
+    if arguments[:1] in ([], ["help"]):
+        arguments = [*arguments[1:], "--help"]
+    flags = set(takewhile(lambda argument: argument != END_OF_FLAGS, arguments))
+    verb, rest = take_verb(arguments, VERBS)
+    if flags & _HELP:
+        return _help(verb, rest)
+    if not verb and flags & _VERSION:
+        verb, rest = "version", []
+    if not verb:
+        raise UsageError(f"a verb is needed: one of {', '.join(VERBS)}")
+    if verb == "shards":  # which has verbs of its own
+        shards: Callable[[Sequence[str]], int] = import_module("proxy.verbs.shards").run
+        return shards(rest)
+    given = Arguments.parse(rest, VERBS[verb])
+    run: Callable[[Arguments], int] = import_module(f"proxy.verbs.{verb}").run
+    return run(given)
+
+
+def _help(verb: str, rest: Sequence[str]) -> int:
+    from proxy.verbs.help import help_of, overview  # noqa: PLC0415 - `wait` needs none
+
+    if verb == "shards":
+        text: str = import_module("proxy.verbs.shards").help_of_verb(rest)
+    else:
+        text = help_of(VERBS[verb]) if verb else overview(VERBS)
+    print(text, end="")
+    return EXIT_OK

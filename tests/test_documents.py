@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from starlette.routing import Route
 
-from proxy import cli
 from proxy.config import load_settings, settings_keys
 from proxy.errors import ErrorKind
 from proxy.observe.admin import admin_app
+from proxy.verbs.verb_table import VERBS
 from tests.support.admin_address import ScriptedAdminState
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def test_every_link_leads_somewhere(document: Path) -> None:
 def test_every_verb_in_a_command_exists(document: Path) -> None:
     command = r"(?:^|[$] |-- |CONTAINER )lakebase-auth-proxy ([a-z]+)\b"
     used = set(re.findall(command, _code(document), re.MULTILINE))
-    assert used <= set(cli._VERBS)
+    assert used <= VERBS.keys()
 
 
 @documents

@@ -26,7 +26,7 @@ from proxy.config.server_sections import (
 )
 from proxy.config.setting_keys import SettingKey, key_at, named_keys, settings_keys
 from proxy.config.settings import UPSTREAM, Settings, target_key
-from proxy.config.sources import config_file
+from proxy.config.sources import config_file, take_flags
 from proxy.config.upstream_sections import (
     CredentialsSettings,
     PoolMode,
@@ -34,6 +34,7 @@ from proxy.config.upstream_sections import (
     UpstreamSettings,
     WorkspaceSettings,
 )
+from proxy.config.validation_errors import likely_flags
 
 __all__ = [
     "Settings",
@@ -74,4 +75,6 @@ __all__ = [
     "named_keys",
     "key_at",
     "example_toml",
+    "take_flags",
+    "likely_flags",
 ]

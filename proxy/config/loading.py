@@ -59,11 +59,11 @@ def load(
 ) -> Configuration:
     """Read flags, environment and file, in this order of precedence, and validate them.
 
-    `argv` are the arguments after the verb. With `upstream_required` a target also needs what a
-    verb that connects does: a host or how to look it up, and an endpoint or a password for the
-    login. The callables of `inspect` check what is not a question of form, such as the mappings of
-    a shard map. They get settings in which each section is valid, but names and targets may not
-    exist. Their problems are reported with the others, with the source of the key.
+    `argv` are the settings' flags. With `upstream_required` a target also needs what a verb that
+    connects does: a host or how to look it up, and an endpoint or a password for the login. The
+    callables of `inspect` check what is not a question of form, such as the mappings of a shard
+    map. They get settings in which each section is valid, but names and targets may not exist.
+    Their problems are reported with the others, with the source of the key.
 
     Raises:
         ConfigurationError: with every problem.
@@ -77,7 +77,10 @@ def load(
     for layer in layers:
         _drop_sections_without_keys(layer, problems)
     settings = _validate(layers, problems)
-    problems += _cross_check(layers, settings, upstream_required, inspect)
+    problems += _with_sources(_cross_check(layers, settings, inspect), layers)
+    if upstream_required and not problems:
+        # What is missing is reported when all that is given is right: a misspelled key may be it.
+        problems += _with_sources(missing_to_dial(_merged_values(layers)), layers)
     if settings is None or problems:
         raise ConfigurationError(shown_problems(problems))
     return Configuration(settings, layers)
@@ -141,26 +144,27 @@ def _validate(layers: Sequence[Layer], problems: list[Problem]) -> Settings | No
 
 
 def _cross_check(
-    layers: Sequence[Layer],
-    settings: Settings | None,
-    upstream_required: bool,
-    inspect: Sequence[Inspect],
+    layers: Sequence[Layer], settings: Settings | None, inspect: Sequence[Inspect]
 ) -> Iterator[Problem]:
-    """Yield the problems that no section can detect alone, each with the source of its key."""
-    raw = _merged([layer.source.init_kwargs for layer in layers])
-    found = [
-        *unknown_references(raw),
-        *incomplete_workspaces(raw),
-        *catalogue_conflicts(raw),
-        *pool_conflicts(raw),
-    ]
-    if upstream_required:
-        found += missing_to_dial(raw)
+    """Yield the problems that no section can detect alone."""
+    raw = _merged_values(layers)
+    yield from unknown_references(raw)
+    yield from incomplete_workspaces(raw)
+    yield from catalogue_conflicts(raw)
+    yield from pool_conflicts(raw)
     if settings is not None:
         for one in inspect:
-            found += one(settings)
+            yield from one(settings)
+
+
+def _with_sources(found: Iterable[Problem], layers: Sequence[Layer]) -> Iterator[Problem]:
+    """Yield the problems, each with the source of its key."""
     for problem in found:
         yield problem if problem.given_as else _with_source(problem, layers)
+
+
+def _merged_values(layers: Sequence[Layer]) -> dict[str, Any]:
+    return _merged([layer.source.init_kwargs for layer in layers])
 
 
 def _with_source(problem: Problem, layers: Sequence[Layer]) -> Problem:

@@ -46,6 +46,14 @@ GUIDE_ENVIRONMENT = {
     "PGUSER": ("upstream", "user"),
 }
 
+# The name of the file is no key of the model.
+_CONFIG: Final = ("config",)
+_UNDOTTED: Final = frozenset((*_CONFIG, *Settings.model_fields))
+# As the model reads them. Anything else after a switch is the next argument.
+_SWITCH_VALUES: Final = frozenset(
+    ("true", "false", "yes", "no", "on", "off", "1", "0", "t", "f", "y", "n")
+)
+
 # For a Service named `lakebase-proxy` Kubernetes sets variables with our prefix in every pod
 # (service links). They are no settings, and a proxy that refused them would not start there.
 _SERVICE_LINK = re.compile(r"(SERVICE_(HOST|PORT)\w*|PORT_\d+_(TCP|UDP|SCTP)\w*)")
@@ -102,6 +110,37 @@ def _set_at(values: dict[str, Any], path: KeyPath, value: str) -> bool:
     return True
 
 
+def take_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the settings' flags, each with its value as `read_flags` takes it, and the rest.
+
+    A flag is one of the settings if it is --config, a section, or has a dot.
+    """
+    flags: list[str] = []
+    others: list[str] = []
+    rest = deque(arguments)
+    while rest:
+        argument = rest.popleft()
+        flag, equals, _ = argument.partition("=")
+        name = flag.removeprefix("--")
+        if flag == name or not ("." in name or name in _UNDOTTED):
+            others.append(argument)
+        elif not equals and _has_value(split_path(name), rest):
+            flags.append(f"{flag}={rest.popleft()}")
+        else:
+            flags.append(argument)
+    return flags, others
+
+
+def _has_value(path: KeyPath, rest: Sequence[str]) -> bool:
+    """Return whether the argument after a flag without an equals sign is its value."""
+    if not rest:
+        return False
+    key = key_at(path)
+    if key and key.is_boolean:
+        return rest[0].lower() in _SWITCH_VALUES
+    return not rest[0].startswith("--")
+
+
 def read_flags(argv: Sequence[str], problems: list[Problem]) -> Layer:
     """Read `--listen.port 6000`, `--listen.port=6000` and, for a switch, `--listen.allow_remote`.
 
@@ -122,11 +161,11 @@ def read_flags(argv: Sequence[str], problems: list[Problem]) -> Layer:
         before = flag
         path = split_path(flag.removeprefix("--"))
         key = key_at(path)
-        if not equals and rest and not rest[0].startswith("--"):
+        if not equals and _has_value(path, rest):
             value = rest.popleft()
         elif not equals and key and key.is_boolean:
             value = "true"
-        elif not equals and (key or path == ("config",)):
+        elif not equals and (key or path == _CONFIG):
             problems.append(layer.problem(path, "needs a value"))
             continue
         if not _set_at(values, path, value):

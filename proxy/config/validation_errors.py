@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from proxy.config.config_errors import Problem
 from proxy.config.routing_sections import MappingEntry
-from proxy.config.setting_keys import KeyPath, key_at, named_keys, settings_keys
+from proxy.config.setting_keys import KeyPath, key_at, named_keys, settings_keys, spell_flag
 from proxy.config.settings import Settings
 from proxy.config.sources import Layer
 from proxy.config.toml import toml_path
@@ -57,6 +57,11 @@ def problems_of(error: ErrorDetails, layers: Sequence[Layer]) -> Iterator[Proble
     value = repr(givers[0].find(path))[:_SHOWN_CHARACTERS_MAX]
     shown = shown and "@" not in value  # a password may stand before it, as in a URL
     yield givers[0].problem(path, f"{text}, not {value}" if shown else text)
+
+
+def likely_flags(flag: str) -> list[str]:
+    """Return the settings' flags that a flag without a section was probably intended as."""
+    return [spell_flag(key) for key in _likely_keys((flag.removeprefix("--"),), is_table=False)]
 
 
 def _sentence(error: ErrorDetails) -> str:

@@ -41,9 +41,11 @@ from proxy.verbs.admin_client import REQUEST_SECONDS_MAX, running_proxy
 from proxy.verbs.check_catalogue import check_map, failed_step
 from proxy.verbs.check_facts import reach, upstream_facts, workspace_host
 from proxy.verbs.check_report import PrintedReport, Report, Step
-from proxy.verbs.event_loop import PRINT_CONFIG, print_config, run_on_event_loop, serving_settings
+from proxy.verbs.event_loop import print_config, run_on_event_loop, serving_settings
 from proxy.verbs.local_client import error_received, failed, log_in
 from proxy.verbs.stderr import fail
+from proxy.verbs.syntax import PRINT_CONFIG, Arguments
+from proxy.verbs.verb_table import ALL_SHARDS
 from proxy.wire.messages import Terminate
 from proxy.wire.startup import V3_0, StartupMessage
 from proxy.workspace.resources import Resource
@@ -56,8 +58,6 @@ TOKEN_SECONDS_MIN: Final = 300
 CLOCK_OFF_SECONDS_MAX: Final = 60.0
 QUERY_SECONDS_MAX: Final = 30.0
 
-_JSON: Final = "--json"
-_ALL_SHARDS: Final = "--all-shards"
 _PROGRAM: Final = "lakebase-auth-proxy"
 _QUERY: Final = "SELECT current_user::text, current_database()::text"
 _PHASES: Final = {
@@ -344,12 +344,11 @@ async def _fetch_row(app: App, user: str, connect_seconds: float) -> Sequence[st
 # -- the verb ------------------------------------------------------------------------------------
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """Check and print, or print the values in force. Raises ConfigurationError."""
-    if PRINT_CONFIG in arguments:
-        return print_config(arguments)
-    flags = [argument for argument in arguments if argument not in (_JSON, _ALL_SHARDS)]
-    as_json, all_targets = _JSON in arguments, _ALL_SHARDS in arguments
+    if arguments.has(PRINT_CONFIG):
+        return print_config(arguments.flags)
+    as_json, all_targets = arguments.as_json, arguments.has(ALL_SHARDS)
 
     async def program(settings: Settings) -> int:
         try:
@@ -357,7 +356,7 @@ def run(arguments: Sequence[str]) -> int:
         except asyncio.CancelledError:
             return fail("check was interrupted")  # 0 would mean that every step passed
 
-    settings = serving_settings(flags)
+    settings = serving_settings(arguments.flags)
     quiet = settings.model_copy(update={"log": LogSettings(level="error")})
     return run_on_event_loop(quiet, program)
 

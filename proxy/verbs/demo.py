@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from shlex import quote
@@ -28,6 +28,7 @@ from proxy.verbs.demo_map import (
 )
 from proxy.verbs.event_loop import run_on_event_loop
 from proxy.verbs.stderr import fail
+from proxy.verbs.syntax import Arguments
 
 if TYPE_CHECKING:
     from proxy.emulator.lakebase import Lakebase
@@ -167,11 +168,11 @@ def _shown(path: Path) -> str:
         return str(path)
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """Run emulator and proxy until asked to stop. Raises ConfigurationError."""
     # The variables of the Lakebase guide point to a real Lakebase, which the demo must not touch.
     own = {name: value for name, value in os.environ.items() if name.startswith("LAKEBASE_PROXY_")}
-    settings = load_settings(arguments, {"LAKEBASE_PROXY_LOG__LEVEL": "warning", **own})
+    settings = load_settings(arguments.flags, {"LAKEBASE_PROXY_LOG__LEVEL": "warning", **own})
     try:
         return run_on_event_loop(settings, _serve)
     except ImportError as error:

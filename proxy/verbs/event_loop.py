@@ -6,7 +6,6 @@ For: `run`, `check`, `demo`. Not for: verbs that only ask or print, which must s
 import asyncio
 import os
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Final
 
 import uvloop
 
@@ -18,22 +17,19 @@ from proxy.server.process import explain
 from proxy.server.router_factory import map_problems
 from proxy.verbs.stderr import fail
 
-PRINT_CONFIG: Final = "--print-config"
-
 Program = Callable[[Settings], Coroutine[None, None, int]]
 """Runs on the event loop. Returns the exit code."""
 
 
-def print_config(arguments: Sequence[str]) -> int:
+def print_config(flags: Sequence[str]) -> int:
     """Print the values in force. Nothing is required to be set."""
-    flags = [argument for argument in arguments if argument != PRINT_CONFIG]
     print(effective_toml(load(flags, os.environ, inspect=[map_problems])), end="")
     return EXIT_OK
 
 
-def serving_settings(arguments: Sequence[str]) -> Settings:
+def serving_settings(flags: Sequence[str]) -> Settings:
     """Return settings that sessions can be served with. Raises ConfigurationError."""
-    return load_settings(arguments, os.environ, upstream_required=True, inspect=[map_problems])
+    return load_settings(flags, os.environ, upstream_required=True, inspect=[map_problems])
 
 
 def run_on_event_loop(settings: Settings, program: Program) -> int:

@@ -8,9 +8,8 @@ import asyncio
 import os
 import resource
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Final
 
 from proxy.config import Problem, Settings, load_settings
@@ -34,15 +33,10 @@ from proxy.verbs.child_process import (
 )
 from proxy.verbs.event_loop import run_on_event_loop
 from proxy.verbs.local_client import log_in
-from proxy.verbs.stderr import fail, wrong_usage
+from proxy.verbs.stderr import fail
+from proxy.verbs.syntax import Arguments, UsageError
+from proxy.verbs.verb_table import SHARD_KEY, SOCKET, VERBS
 
-_SOCKET: Final = "--socket"
-_SHARD_KEY: Final = "--shard-key"
-_END_OF_FLAGS: Final = "--"
-_USAGE: Final = (
-    "exec needs a command after --:"
-    " lakebase-auth-proxy exec [--socket] [--shard-key KEY] [flags] -- COMMAND ..."
-)
 # The number in the socket's name, as every driver looks for it.
 _SOCKET_PORT: Final = 5432
 # What the proxy's own time limits leave to a login: refusing a client takes no longer.
@@ -50,51 +44,22 @@ _LOGIN_SECONDS: Final = 5.0
 _CLOSE_SECONDS_MAX: Final = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Arguments:
-    command: Sequence[str]
-    flags: Sequence[str]
-    socket: bool
-    shard_key: str | None = field(repr=False)
-
-
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """Run the command and return its exit code. Raises ConfigurationError before it starts."""
-    given = _parse(arguments)
-    if given is None:
-        return wrong_usage(_USAGE)
+    if not arguments.last or arguments.words != arguments.last:
+        raise UsageError(f"exec needs a command after --\n{VERBS['exec'].shown_usage}")
     file_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # before it is raised for the proxy
     with ExitStack() as stack:
         directory = None
-        if given.socket:
+        if arguments.has(SOCKET):
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="lakebase-"))
-        settings = _load(given, directory)
+        settings = _load(arguments, directory)
         return run_on_event_loop(
-            settings, lambda settings: _run_beside(settings, given, file_limit)
+            settings, lambda settings: _run_beside(settings, arguments, file_limit)
         )
 
 
-def _parse(arguments: Sequence[str]) -> _Arguments | None:
-    """Return the arguments by what they are for; None if there is no command or no key."""
-    if _END_OF_FLAGS not in arguments:
-        return None
-    at = list(arguments).index(_END_OF_FLAGS)
-    command, flags, key = arguments[at + 1 :], list(arguments[:at]), None
-    for place, flag in enumerate(flags):
-        name, equals, value = flag.partition("=")
-        if name == _SHARD_KEY:
-            if not equals and place + 1 == len(flags):
-                return None
-            key = value if equals else flags[place + 1]
-            del flags[place : place + (1 if equals else 2)]
-            break
-    if not command:
-        return None
-    others = [flag for flag in flags if flag != _SOCKET]
-    return _Arguments(command, others, _SOCKET in flags, key)
-
-
-def _load(given: _Arguments, directory: str | None) -> Settings:
+def _load(given: Arguments, directory: str | None) -> Settings:
     """Return settings to serve the command with. Raises ConfigurationError.
 
     A file may be that of a proxy that runs here now: where this one listens comes from no file and
@@ -108,14 +73,15 @@ def _load(given: _Arguments, directory: str | None) -> Settings:
         *("--listen.tls=", "--listen.tls_certificate=", "--listen.tls_key="),
         *("--admin.enabled=false", "--admin.quit=false"),
     ]
-    if given.shard_key is not None:  # a client without it must not reach another shard
+    key = given.get(SHARD_KEY.name)
+    if key is not None:  # a client without it must not reach another shard
         own.append("--routing.require_key=true")
 
     def key_problems(settings: Settings) -> Iterator[Problem]:
-        if given.shard_key is not None and not settings.routing.shard_map:
-            yield Problem(_SHARD_KEY, "needs a shard map: set routing.shard_map")
-        if given.shard_key is not None and "\0" in given.shard_key:
-            yield Problem(_SHARD_KEY, "must not contain NUL")
+        if key is not None and not settings.routing.shard_map:
+            yield Problem(SHARD_KEY.flag, "needs a shard map: set routing.shard_map")
+        if key is not None and "\0" in key:
+            yield Problem(SHARD_KEY.flag, "must not contain NUL")
 
     return load_settings(
         [*own, *given.flags],
@@ -125,13 +91,13 @@ def _load(given: _Arguments, directory: str | None) -> Settings:
     )
 
 
-async def _run_beside(settings: Settings, given: _Arguments, file_limit: FileLimit) -> int:
+async def _run_beside(settings: Settings, given: Arguments, file_limit: FileLimit) -> int:
     """Serve, log in, run the command, drain. Return its exit code."""
     cut = asyncio.Event()
     signals = PassedSignals(cut.set)
     try:
         async with serving(settings) as app:
-            options = client_options(os.environ, given.shard_key)
+            options = client_options(os.environ, given.get(SHARD_KEY.name))
             await _wait_for_login(app, settings, options)
             environment = child_environment(
                 os.environ,
@@ -140,7 +106,7 @@ async def _run_beside(settings: Settings, given: _Arguments, file_limit: FileLim
                 port=app.listen_port,
                 options=options,
             )
-            code = await run_command(given.command, environment, signals, file_limit)
+            code = await run_command(given.last, environment, signals, file_limit)
             await _drain(app, cut)
             return code
     except ProxyError as error:

@@ -2,12 +2,12 @@
 
 import os
 import sys
-from collections.abc import Sequence
 
 from proxy.config import load_settings
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
 from proxy.verbs.admin_client import AdminError, ask_to_reload
 from proxy.verbs.stderr import fail
+from proxy.verbs.syntax import Arguments
 
 # By the words of `observe.admin_state.ReloadResult`.
 _WHY_NOT = {
@@ -16,10 +16,10 @@ _WHY_NOT = {
 }
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """Ask the proxy that has this configuration. Raises ConfigurationError."""
     try:
-        answer = ask_to_reload(load_settings(arguments, os.environ).admin)
+        answer = ask_to_reload(load_settings(arguments.flags, os.environ).admin)
     except AdminError as error:
         return fail(str(error))
     result = answer.get("result")

@@ -175,10 +175,6 @@ def test_every_problem_of_every_source_is_reported_at_once(tmp_path: Path) -> No
         "log.levle": "unknown key; did you mean log.level?",
         "sutdown.drain_seconds": "unknown key; did you mean shutdown.drain_seconds?",
         "prot": "unknown key; did you mean --listen.port or --admin.port or --upstream.port?",
-        "upstream.endpoint": (
-            "required, because tokens are issued for an endpoint: set it, or ENDPOINT_NAME, to"
-            " projects/PROJECT/branches/BRANCH/endpoints/ENDPOINT (or upstream.instance)"
-        ),
     }
     assert str(caught.value).splitlines() == [str(problem) for problem in caught.value.problems]
 
@@ -451,6 +447,16 @@ def test_a_verb_that_connects_needs_an_address_and_a_login(
     with pytest.raises(ConfigurationError) as caught:
         load_settings(argv, {}, upstream_required=True)
     assert [problem.key for problem in caught.value.problems] == missing
+
+
+@pytest.mark.parametrize(
+    "argv", [["--listen.prot=1"], ["--listen.port=x"], ["--upstream.endpint", "x"], ["stray"]]
+)
+def test_what_is_missing_is_not_reported_with_a_mistake(argv: list[str]) -> None:
+    # It had nothing to do with the mistake, or followed from it, and stood below it.
+    said = refused(argv, upstream_required=True)
+    assert len(said.splitlines()) == 1
+    assert "required" not in said
 
 
 def test_an_empty_value_of_a_higher_source_unsets_a_lower_one() -> None:

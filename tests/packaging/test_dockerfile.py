@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy import cli
+from proxy.verbs.verb_table import VERBS
 from tests.packaging.manifests import (
     DOCKERFILE,
     KUBERNETES,
@@ -134,4 +134,4 @@ def commands() -> dict[str, list[str]]:
 def test_every_verb_exists(place: str) -> None:
     command = commands()[place]
     assert command[0].endswith(PROXY)
-    assert command[1] in cli._VERBS, shlex.join(command)
+    assert command[1] in VERBS, shlex.join(command)

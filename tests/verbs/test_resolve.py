@@ -79,7 +79,6 @@ def test_a_key_is_shown_with_its_mapping_and_where_that_leads(
     "arguments",
     [
         ["-5", "CONFIG"],
-        ["--", "-5", "CONFIG"],
         ["CONFIG", "--", "-5"],
         ["--json", "-5", "CONFIG"],
         ["--json", "CONFIG", "--", "-5"],

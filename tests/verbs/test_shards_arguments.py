@@ -7,9 +7,10 @@ import pytest
 
 from proxy.cli import main
 from proxy.exit_codes import EXIT_USAGE
-from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, parse
+from proxy.verbs.shards.arguments import Arguments, syntax
+from proxy.verbs.syntax import UsageError
 
-SYNTAX = Syntax("add RANGE --shard NAME", 1, 2, options=("shard",), switches=("offline",))
+SYNTAX = syntax("add RANGE --shard NAME", 1, 2, options=("shard",), switches=("offline",))
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             ["5", "--config", "f", "--targets.main.user", "me", "--listen.port=1", "6"],
             Arguments(
-                ("5", "6"), flags=("--config", "f", "--targets.main.user", "me", "--listen.port=1")
+                ("5", "6"), flags=("--config=f", "--targets.main.user=me", "--listen.port=1")
             ),
         ),
         (["", "6"], Arguments(("", "6"))),
@@ -42,14 +43,14 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_words_options_and_settings_are_told_apart(
     arguments: list[str], expected: Arguments
 ) -> None:
-    assert parse(arguments, SYNTAX) == expected
+    assert Arguments.parse(arguments, SYNTAX) == expected
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "usage: lakebase-auth-proxy shards add RANGE"),
-        (["1", "2", "3"], "usage:"),
+        ([], "too few arguments\nusage: lakebase-auth-proxy shards add RANGE"),
+        (["1", "2", "3"], "too many arguments\nusage:"),
         (["1", "--shard"], "--shard needs a value"),
         (["1", "--shard", "--json"], "--shard needs a value"),
         (["1", "--shard", "a", "--shard", "b"], "--shard is given twice"),
@@ -60,7 +61,7 @@ def test_words_options_and_settings_are_told_apart(
 )
 def test_what_cannot_be_meant_is_refused(arguments: list[str], said: str) -> None:
     with pytest.raises(UsageError) as refused:
-        parse(arguments, SYNTAX)
+        Arguments.parse(arguments, SYNTAX)
     assert str(refused.value).startswith(said)
 
 
@@ -78,8 +79,8 @@ target = "main"
     ("arguments", "said"),
     [
         ([], "one of init, upgrade"),
-        (["--json", "init"], "shards needs a verb before all flags"),
-        (["inti"], "shards needs a verb"),
+        (["--json"], "shards needs a verb"),
+        (["inti"], "there is no verb 'inti'; did you mean init?"),
         (["init", "tenants"], "usage: lakebase-auth-proxy shards init"),
         (["create", "tenants", "--kind", "list"], "create needs --kind and --key-type"),
         (["create", "tenants", "--kind", "tree", "--key-type", "text"], "--kind is one of list"),

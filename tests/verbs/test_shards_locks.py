@@ -10,9 +10,9 @@ import pytest
 import pytest_asyncio
 
 from proxy.verbs.shards import read
-from proxy.verbs.shards.arguments import UsageError
 from proxy.verbs.shards.output import Output
 from proxy.verbs.shards.verb import Call
+from proxy.verbs.syntax import UsageError
 from tests.support.catalogue import Stores
 from tests.support.direct_verbs import DirectAdministration, Servers
 from tests.support.operating import LosingConnection, Slept

@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
 from proxy.verbs.shards import read
-from proxy.verbs.shards.arguments import UsageError
+from proxy.verbs.syntax import UsageError
 from tests.support.catalogue import MAP, Stores
 from tests.support.shards_cli import Shards
 

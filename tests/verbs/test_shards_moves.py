@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from proxy.exit_codes import EXIT_OK, EXIT_PENDING
 from proxy.verbs.shards import read
-from proxy.verbs.shards.arguments import UsageError
+from proxy.verbs.syntax import UsageError
 from tests.support.catalogue import MAP, Stores
 from tests.support.killed_verb import KilledVerbs, killed_verbs
 from tests.support.operating import until

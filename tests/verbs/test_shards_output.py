@@ -140,5 +140,5 @@ def test_help_lists_every_verb() -> None:
     with redirect_stdout(out):
         assert main(["shards", "--help"]) == EXIT_OK
     for word, verb in VERBS.items():
-        assert verb.syntax.usage.startswith(word)
+        assert verb.syntax.usage.startswith(f"shards {word}")
         assert f"  {verb.syntax.usage}\n" in out.getvalue()

@@ -8,7 +8,7 @@ import pytest
 
 from proxy.exit_codes import EXIT_DIFFERENCES, EXIT_FAILURE, EXIT_OK, EXIT_PENDING
 from proxy.verbs.shards import read
-from proxy.verbs.shards.arguments import UsageError
+from proxy.verbs.syntax import UsageError
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
 from tests.support.direct_verbs import Servers, answer_of, run_directly
 from tests.support.operating import Killed, Slept, kill_at

@@ -15,9 +15,9 @@ from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.model import Shard
 from proxy.exit_codes import EXIT_FAILURE, EXIT_USAGE
 from proxy.verbs.shards import read
-from proxy.verbs.shards.arguments import UsageError
 from proxy.verbs.shards.output import Output
 from proxy.verbs.shards.verb import Call
+from proxy.verbs.syntax import UsageError
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
 from tests.support.direct_verbs import DirectAdministration, Servers, run_directly
 from tests.support.operating import Killed, Slept, kill_at, until

@@ -10,7 +10,7 @@ import pytest_asyncio
 from proxy.catalogue.merge import RUN_MAX
 from proxy.exit_codes import EXIT_OK
 from proxy.verbs.shards import read
-from proxy.verbs.shards.arguments import UsageError
+from proxy.verbs.syntax import UsageError
 from tests.support.catalogue import Stores
 from tests.support.shards_cli import Shards
 

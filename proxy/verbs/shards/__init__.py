@@ -19,6 +19,7 @@ from proxy.errors import ProxyError
 from proxy.exit_codes import EXIT_OK
 from proxy.server.process import Signals
 from proxy.verbs.event_loop import run_on_event_loop
+from proxy.verbs.help import help_of
 from proxy.verbs.shards import (
     attach_verbs,
     key_verbs,
@@ -33,10 +34,11 @@ from proxy.verbs.shards import (
     store_verbs,
 )
 from proxy.verbs.shards.administration import administering, check_target
-from proxy.verbs.shards.arguments import Arguments, UsageError, parse
+from proxy.verbs.shards.arguments import Arguments
 from proxy.verbs.shards.output import Output
 from proxy.verbs.shards.verb import Call, Verb
-from proxy.verbs.stderr import fail, wrong_usage
+from proxy.verbs.stderr import fail
+from proxy.verbs.syntax import PROGRAM, UsageError, take_verb
 
 VERBS: Final[Mapping[str, Verb]] = {
     **store_verbs.VERBS,
@@ -53,28 +55,29 @@ VERBS: Final[Mapping[str, Verb]] = {
 }
 
 
-USAGE: Final = (
-    "usage: lakebase-auth-proxy shards VERB ... [--map NAME] [--json] [--dry-run]"
-    " [--config FILE] [--SECTION.KEY VALUE ...]\n\n"
-    + "".join(f"  {verb.syntax.usage}\n" for verb in VERBS.values())
-    + """
+_NOTES: Final = """
 It reads the sidecar's settings: [catalogue] says where, the users of its target and of [upstream]
 as whom. RANGE is KEY in a list map, LOW HIGH in the others; what begins with two dashes follows --.
 Verbs that write take --dry-run. Exit codes: 0 done, 1 refused or failed, 2 usage or configuration,
 4 an operation is left pending, 5 verify has found differences.
 """
-)
+
+
+def help_of_verb(arguments: Sequence[str]) -> str:
+    """Return the help of the verb in the arguments, or the list of all. Raises UsageError."""
+    word, _ = take_verb(arguments, VERBS)
+    if word:
+        return help_of(VERBS[word].syntax)
+    usages = "".join(f"  {verb.syntax.usage}\n" for verb in VERBS.values())
+    return f"usage: {PROGRAM} shards VERB ... [--map NAME] [--json] [settings]\n\n{usages}{_NOTES}"
 
 
 def run(arguments: Sequence[str], reach: Reach = pass_by) -> int:
-    """Do what the verb says, and print its answer. Raises ConfigurationError.
+    """Do what the verb says, and print its answer. Raises UsageError and ConfigurationError.
 
     `reach` is called at each point of an operation: tests end the process there.
     """
-    try:
-        verb, parsed, settings = read(arguments)
-    except UsageError as error:
-        return wrong_usage(str(error))
+    verb, parsed, settings = read(arguments)
 
     async def program(settings: Settings) -> int:
         Signals()  # which cancel this task
@@ -91,11 +94,11 @@ def read(arguments: Sequence[str]) -> tuple[Verb, Arguments, Settings]:
 
     Raises UsageError and ConfigurationError.
     """
-    word, *rest = arguments or [""]
-    if word not in VERBS:
-        raise UsageError(f"shards needs a verb before all flags: one of {', '.join(VERBS)}")
+    word, rest = take_verb(arguments, VERBS)
+    if not word:
+        raise UsageError(f"shards needs a verb: one of {', '.join(VERBS)}")
     verb = VERBS[word]
-    parsed = parse(rest, verb.syntax)
+    parsed = Arguments.parse(rest, verb.syntax)
     verb.judge(parsed)
     settings = load_settings(parsed.flags, os.environ, upstream_required=True)
     check_target(settings)

@@ -1,81 +1,89 @@
-"""The arguments of `shards VERB`: words, options, switches, and the flags of the settings.
+"""The arguments of `shards VERB`: the options of its verbs, and the names in them.
 
-For: splitting them, and judging what needs no database. Not for: bounds and keys, whose meaning
-depends on the map.
-
-A word may begin with one dash, as negative numbers do. What begins with two must follow `--`.
+For: judging what needs no database. Not for: bounds and keys, whose meaning depends on the map.
 """
 
 import re
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
-_END_OF_FLAGS: Final = "--"
-_SWITCHES: Final = ("json",)
-_DRY_RUN: Final = "dry-run"
-_OPTIONS: Final = ("map",)
+from proxy.verbs import syntax as generic
+from proxy.verbs.syntax import JSON, Option, Syntax, UsageError
+
+_DRY_RUN: Final = Option("dry-run", "print what would change, and change nothing")
+_SECTIONS: Final = ("catalogue", "targets", "upstream", "workspace", "workspaces", "routing")
 # As the catalogue's columns have them.
 _MAP_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,50}")
 _SHARD_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,63}")
 
+# What the options of all verbs mean, and the value of those that take one.
+_OPTIONS: Final[Mapping[str, tuple[str, str]]] = {
+    "all": ("all of them, not one shard or operation", ""),
+    "auto": ("every mapping that has the same shard as its neighbour", ""),
+    "copy": ("what copies the rows, for a shell", "COMMAND"),
+    "copy-timeout-seconds": ("its time limit", "N"),
+    "database": ("the shard's database", "NAME"),
+    "drain-seconds": ("how long busy sessions may go on (60)", "N"),
+    "endpoint": ("the shard's Autoscaling endpoint", "RESOURCE"),
+    "expect": ("refuse if the epoch or version is another one", "N"),
+    "expires-seconds": ("when the lock ends by itself (3600)", "N"),
+    "file": ("a CSV file with the mappings", "FILE"),
+    "force": ("do it without the token, or although the shard does not answer", ""),
+    "from": ("where to read, or the first bound to show", "PLACE"),
+    "host": ("the shard's host, else it is looked up", "HOST"),
+    "instance": ("the shard's Provisioned instance", "NAME"),
+    "key-type": ("int4, int8, text, uuid, ...", "TYPE"),
+    "kind": ("list, range or hash", "KIND"),
+    "label": ("why it is locked", "TEXT"),
+    "limit": ("how many mappings to show", "N"),
+    "locations": ("also list the shards' hosts", ""),
+    "map": ("the map (routing.shard_map)", "NAME"),
+    "new-identity": ("attach a copy of a shard as a shard of its own", ""),
+    "normalise": ("how a text key is normalised", "FORM"),
+    "offline": ("add it offline", ""),
+    "port": ("the shard's port", "PORT"),
+    "range": ("only these keys; may be given several times", "LOW HIGH"),
+    "rename": ("its new name", "NAME"),
+    "report": ("the report of verify that is repaired", "ID"),
+    "sessions": ("what becomes of the sessions there: kill, drain or keep", "HOW"),
+    "shard": ("the shard", "NAME"),
+    "sql": ("print the statements for an administrator instead", ""),
+    "to": ("the shard that gets them, or the last bound to show", "SHARD"),
+    "token": ("the token of a lock", "TOKEN"),
+    "without-copy": ("continue although the rows were copied otherwise", ""),
+    "workspace": ("the workspace that the endpoint belongs to", "NAME"),
+}
 
-class UsageError(Exception):
-    """The arguments cannot be meant. The text says why."""
+
+def syntax(
+    usage: str,
+    words_min: int = 0,
+    words_max: int = 0,
+    *,
+    options: Sequence[str] = (),
+    switches: Sequence[str] = (),
+    pairs: Sequence[str] = (),
+    writes: bool = False,
+) -> Syntax:
+    """Return what a verb takes beside --map and --json; --dry-run if it `writes`."""
+    named = [
+        Option(name, *_OPTIONS[name], pair=name in pairs)
+        for name in (*options, *switches, *pairs, "map")
+    ]
+    own = (*named, *([_DRY_RUN] if writes else []), JSON)
+    return Syntax(f"shards {usage}", "", words_min, words_max, own, _SECTIONS)
 
 
-@dataclass(frozen=True, slots=True)
-class Syntax:
-    """What a verb takes beside --map, --json and the flags of the settings.
+class Arguments(generic.Arguments):
+    """A verb's arguments, with the values that several verbs read."""
 
-    `options` take a value, `switches` do not; `pairs` take two, and may come again. A verb that
-    `writes` takes --dry-run.
-    """
-
-    usage: str
-    words_min: int = 0
-    words_max: int = 0
-    options: tuple[str, ...] = ()
-    switches: tuple[str, ...] = ()
-    pairs: tuple[str, ...] = ()
-    writes: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Arguments:
-    """A verb's arguments; `flags` are those of the settings."""
-
-    words: tuple[str, ...] = ()
-    options: Mapping[str, str] = field(default_factory=dict)
-    switches: frozenset[str] = frozenset()
-    flags: tuple[str, ...] = ()
-    pairs: tuple[tuple[str, str], ...] = ()
-    """The values of the verb's option that takes two."""
-
-    @property
-    def as_json(self) -> bool:
-        """Whether the answer is one JSON object."""
-        return "json" in self.switches
+    __slots__ = ()
 
     @property
     def dry_run(self) -> bool:
         """Whether nothing is to be changed."""
-        return _DRY_RUN in self.switches
-
-    def get(self, name: str) -> str | None:
-        """Return the value of an option, None if it is not given."""
-        return self.options.get(name)
-
-    def number(self, name: str, low: int, high: int, default: int | None = None) -> int | None:
-        """Return the value of an option that is a whole number. Raises UsageError."""
-        text = self.get(name)
-        if text is None:
-            return default
-        if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
-            raise UsageError(f"--{name} is a whole number from {low} to {high}")
-        return int(text)
+        return self.has(_DRY_RUN)
 
     def shard(self) -> str | None:
         """Return the value of --shard. Raises UsageError for what is no name."""
@@ -89,48 +97,6 @@ class Arguments:
             return None if text is None else UUID(text)
         except ValueError:
             raise UsageError("--token is what lock has printed") from None
-
-
-def parse(arguments: Sequence[str], syntax: Syntax) -> Arguments:
-    """Split the arguments after the verb. Raises UsageError."""
-    words: list[str] = []
-    options: dict[str, str] = {}
-    switches: set[str] = set()
-    flags: list[str] = []
-    pairs: list[tuple[str, str]] = []
-    known_options = (*_OPTIONS, *syntax.options)
-    known_switches = (*_SWITCHES, *syntax.switches, *([_DRY_RUN] if syntax.writes else []))
-    rest = deque(arguments)
-    while rest:
-        argument = rest.popleft()
-        if argument == _END_OF_FLAGS:
-            words += rest
-            break
-        if not argument.startswith("--"):
-            words.append(argument)
-            continue
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if _is_setting(name):
-            flags += [argument, *([] if equals else _values_of_setting(rest))]
-        elif name in known_switches:
-            if equals:
-                raise UsageError(f"--{name} takes no value")
-            switches.add(name)
-        elif name in syntax.pairs and not equals:
-            pairs.append((_next_value(name, rest), _next_value(name, rest)))
-        elif name in known_options:
-            if not equals:
-                value = _next_value(name, rest)
-            if options.setdefault(name, value) != value:
-                raise UsageError(f"--{name} is given twice")
-        else:
-            raise UsageError(
-                f"there is no --{name}"
-                + _meant(name, (*known_options, *syntax.pairs), known_switches)
-            )
-    if not syntax.words_min <= len(words) <= syntax.words_max:
-        raise UsageError(f"usage: lakebase-auth-proxy shards {syntax.usage}")
-    return Arguments(tuple(words), options, frozenset(switches), tuple(flags), tuple(pairs))
 
 
 def map_name(text: str) -> str:
@@ -152,25 +118,3 @@ def one_of(what: str, text: str, known: Sequence[str]) -> str:
     if text not in known:
         raise UsageError(f"{what} is one of {', '.join(known)}")
     return text
-
-
-def _is_setting(name: str) -> bool:
-    """Return whether a flag is one of the settings: --SECTION.KEY, or --config."""
-    return name == "config" or "." in name
-
-
-def _values_of_setting(rest: "deque[str]") -> list[str]:
-    """Return the value that follows a setting's flag, if one does."""
-    return [] if not rest or rest[0].startswith("--") else [rest.popleft()]
-
-
-def _next_value(name: str, rest: "deque[str]") -> str:
-    if not rest or rest[0].startswith("--"):
-        raise UsageError(f"--{name} needs a value")
-    return rest.popleft()
-
-
-def _meant(name: str, options: Sequence[str], switches: Sequence[str]) -> str:
-    known = ", ".join(f"--{one}" for one in sorted((*options, *switches)))
-    ending = f"; a word that begins with two dashes follows {_END_OF_FLAGS}"
-    return f": this verb has {known}, and the settings{ending}" if name else ending

@@ -15,7 +15,7 @@ from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
 from proxy.routing.keys import KeyType
 from proxy.routing.shard_map import Kind, MapSpec
-from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError
+from proxy.verbs.shards.arguments import Arguments, syntax
 from proxy.verbs.shards.operating import run
 from proxy.verbs.shards.shard_verbs import (
     LOCATION_OPTIONS,
@@ -25,6 +25,7 @@ from proxy.verbs.shards.shard_verbs import (
     judge_location,
 )
 from proxy.verbs.shards.verb import Call, Verb, chosen_map, map_facts, shard_facts
+from proxy.verbs.syntax import UsageError
 
 # Of a map that is not known yet; only its location is used.
 _UNKNOWN: Final = CatalogueMap(uuid4(), "", MapSpec(Kind.LIST, KeyType.BYTEA), 1)
@@ -121,7 +122,7 @@ async def _map_in_catalogue(call: Call, attached: _Attached) -> AsyncIterator[bo
 
 VERBS: Final[Mapping[str, Verb]] = {
     "attach": Verb(
-        Syntax(
+        syntax(
             f"attach {LOCATION_USAGE} [--new-identity | --force]",
             1,
             1,

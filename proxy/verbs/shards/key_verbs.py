@@ -13,7 +13,7 @@ from proxy.catalogue.shard_store import find_local_mapping, read_identities
 from proxy.routing.router import mapping_not_found
 from proxy.routing.shard_map import MapKeys
 from proxy.verbs.admin_client import REQUEST_SECONDS_MAX, AdminError, look_up
-from proxy.verbs.shards.arguments import Arguments, Syntax, one_of
+from proxy.verbs.shards.arguments import Arguments, one_of, syntax
 from proxy.verbs.shards.output import described
 from proxy.verbs.shards.verb import Call, Json, Verb, chosen_map
 
@@ -89,7 +89,7 @@ async def _local(call: Call, located: Located, routing_key: bytes) -> Json | Non
 
 VERBS: Final[Mapping[str, Verb]] = {
     "lookup": Verb(
-        Syntax("lookup KEY [--from catalogue|cache|shard]", 1, 1, options=("from",)),
+        syntax("lookup KEY [--from catalogue|cache|shard]", 1, 1, options=("from",)),
         _look_up,
         _source,
     ),

@@ -7,9 +7,10 @@ from uuid import uuid4
 from proxy.catalogue.bounds import in_words, parse_bounds
 from proxy.catalogue.locks import lock_mapping, unlock_all, unlock_mapping
 from proxy.catalogue.model import CatalogueMap, Connection
-from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError
+from proxy.verbs.shards.arguments import Arguments, syntax
 from proxy.verbs.shards.operating import in_catalogue
 from proxy.verbs.shards.verb import Call, Verb
+from proxy.verbs.syntax import UsageError
 
 _SECONDS: Final = 3600
 _SECONDS_MAX: Final = 30 * 86_400
@@ -78,7 +79,7 @@ async def _unlock(call: Call) -> None:
 
 VERBS: Final[Mapping[str, Verb]] = {
     "lock": Verb(
-        Syntax(
+        syntax(
             "lock RANGE [--label TEXT] [--expires-seconds 3600]",
             1,
             2,
@@ -89,7 +90,7 @@ VERBS: Final[Mapping[str, Verb]] = {
         _judge_lock,
     ),
     "unlock": Verb(
-        Syntax(
+        syntax(
             "unlock RANGE --token T | --force, or unlock --token T",
             0,
             2,

@@ -17,9 +17,10 @@ from proxy.catalogue.store import Span
 from proxy.catalogue.transactions import transaction
 from proxy.routing.keys import KeyType, Normalise
 from proxy.routing.shard_map import Kind, MapSpec
-from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, map_name, one_of
+from proxy.verbs.shards.arguments import Arguments, map_name, one_of, syntax
 from proxy.verbs.shards.output import described, table
 from proxy.verbs.shards.verb import Call, Verb, map_facts, mapping_facts, shard_facts
+from proxy.verbs.syntax import UsageError
 
 _LIMIT_MAX: Final = 1 << 62
 _COLUMNS: Final = ("name", "kind", "key_type", "normalise", "version", "shards", "mappings")
@@ -180,27 +181,27 @@ def _span(arguments: Arguments, spec: MapSpec) -> tuple[bytes, bytes | None]:
     return low, high
 
 
-_CREATE: Final = Syntax(
+_CREATE: Final = syntax(
     "create NAME --kind KIND --key-type TYPE [--normalise N]",
     1,
     1,
     options=("kind", "key-type", "normalise"),
     writes=True,
 )
-_SHOW: Final = Syntax(
+_SHOW: Final = syntax(
     "show [--shard NAME] [--from LOW] [--to HIGH] [--limit N]",
     options=("shard", "from", "to", "limit"),
 )
 VERBS: Final[Mapping[str, Verb]] = {
     "create": Verb(_CREATE, _create, _spec, of_a_map=lambda _: False),
     "drop": Verb(
-        Syntax("drop NAME", 1, 1, writes=True),
+        syntax("drop NAME", 1, 1, writes=True),
         _drop,
         lambda arguments: map_name(arguments.words[0]),
         of_a_map=lambda _: False,
     ),
     "list": Verb(
-        Syntax("list [--locations]", switches=("locations",)), _list, of_a_map=lambda _: False
+        syntax("list [--locations]", switches=("locations",)), _list, of_a_map=lambda _: False
     ),
     "show": Verb(_SHOW, _show, _judge_show),
 }

@@ -17,9 +17,10 @@ from proxy.catalogue.model import CatalogueMap, Connection, SessionsMode, Shard,
 from proxy.catalogue.shard_status import TakeShardOffline, TakeShardOnline
 from proxy.routing.map_builder import LineMappings, mappings_from_csv
 from proxy.routing.map_rows import MapError
-from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, one_of
+from proxy.verbs.shards.arguments import Arguments, one_of, syntax
 from proxy.verbs.shards.operating import Done, counted_shard, run
 from proxy.verbs.shards.verb import EPOCH_MAX, Call, Verb, mapping_facts
+from proxy.verbs.syntax import UsageError
 
 _DRAIN_SECONDS: Final = 60
 _DRAIN_SECONDS_MAX: Final = 86_400
@@ -239,7 +240,7 @@ def _ended(more: Mapping[str, object] | None) -> list[str]:
 
 VERBS: Final[Mapping[str, Verb]] = {
     "add": Verb(
-        Syntax(
+        syntax(
             "add RANGE --shard NAME [--offline], or add --file FILE",
             0,
             2,
@@ -251,7 +252,7 @@ VERBS: Final[Mapping[str, Verb]] = {
         _judge_add,
     ),
     "delete": Verb(
-        Syntax(
+        syntax(
             "delete RANGE [--expect EPOCH] [--token T]",
             1,
             2,
@@ -262,7 +263,7 @@ VERBS: Final[Mapping[str, Verb]] = {
         _judge_change,
     ),
     "offline": Verb(
-        Syntax(
+        syntax(
             "offline RANGE | --shard NAME [--sessions kill|drain|keep] [--drain-seconds 60]"
             " [--expect EPOCH] [--token T]",
             0,
@@ -274,7 +275,7 @@ VERBS: Final[Mapping[str, Verb]] = {
         _judge_offline,
     ),
     "online": Verb(
-        Syntax(
+        syntax(
             "online RANGE | --shard NAME [--expect EPOCH] [--token T]",
             0,
             2,

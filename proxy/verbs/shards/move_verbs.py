@@ -8,9 +8,10 @@ from proxy.catalogue.copy_command import CopyCommand
 from proxy.catalogue.model import CatalogueMap, Connection, SessionsMode
 from proxy.catalogue.move import Move
 from proxy.catalogue.reassign import Reassign, ToShard
-from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, one_of, shard_name
+from proxy.verbs.shards.arguments import Arguments, one_of, shard_name, syntax
 from proxy.verbs.shards.operating import Done, run
 from proxy.verbs.shards.verb import EPOCH_MAX, Call, Json, Verb, mapping_facts
+from proxy.verbs.syntax import UsageError
 
 _DRAIN_SECONDS: Final = 60
 SECONDS_MAX: Final = 86_400
@@ -125,7 +126,7 @@ def _answer(call: Call, done: Done[ToShard], word: str, facts: Json, lines: list
 
 VERBS: Final[Mapping[str, Verb]] = {
     "move": Verb(
-        Syntax(
+        syntax(
             "move RANGE --to SHARD [--sessions kill|drain] [--drain-seconds 60] [--copy COMMAND]"
             " [--copy-timeout-seconds N] [--expect EPOCH] [--token T]",
             1,
@@ -140,7 +141,7 @@ VERBS: Final[Mapping[str, Verb]] = {
         _judge_move,
     ),
     "reassign": Verb(
-        Syntax(
+        syntax(
             "reassign RANGE --to SHARD [--expect EPOCH] [--token T]",
             1,
             2,

@@ -11,11 +11,12 @@ from proxy.catalogue.move import Move
 from proxy.catalogue.op_log import OperationRow
 from proxy.catalogue.operation import Operation
 from proxy.catalogue.operations import Operator
-from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, one_of
+from proxy.verbs.shards.arguments import Arguments, one_of, syntax
 from proxy.verbs.shards.move_verbs import copy_command, judge_copy
 from proxy.verbs.shards.operating import operating
 from proxy.verbs.shards.output import table
 from proxy.verbs.shards.verb import Call, Json, Verb
+from proxy.verbs.syntax import UsageError
 
 _RESUME, _UNDO = "resume", "undo"
 _DONE: Final = {_RESUME: "done", _UNDO: "undone"}
@@ -160,7 +161,7 @@ def _progress(facts: Json) -> str:
 
 VERBS: Final[Mapping[str, Verb]] = {
     "ops": Verb(
-        Syntax(
+        syntax(
             _USAGE,
             0,
             2,

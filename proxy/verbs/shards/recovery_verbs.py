@@ -27,7 +27,7 @@ from proxy.catalogue.relocate import Relocate, check_same
 from proxy.catalogue.repair import REPORT_SEPARATOR, Asked, Repair, Source, read_differences
 from proxy.catalogue.verify import reading, verification
 from proxy.exit_codes import EXIT_DIFFERENCES
-from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, one_of, shard_name
+from proxy.verbs.shards.arguments import Arguments, one_of, shard_name, syntax
 from proxy.verbs.shards.operating import run
 from proxy.verbs.shards.shard_verbs import (
     LOCATION_OPTIONS,
@@ -37,6 +37,7 @@ from proxy.verbs.shards.shard_verbs import (
     judge_location,
 )
 from proxy.verbs.shards.verb import Call, Json, Verb, shard_facts
+from proxy.verbs.syntax import UsageError
 
 _PROGRESS_ROWS: Final = 1000
 
@@ -264,7 +265,7 @@ def _judge_relocate(arguments: Arguments) -> None:
     arguments.token()
 
 
-_REPAIR: Final = Syntax(
+_REPAIR: Final = syntax(
     "repair --shard NAME --from catalogue|shard [--range LOW HIGH]... --report ID [--token T],"
     " or repair --all --from shard",
     options=("shard", "from", "report", "token"),
@@ -273,15 +274,15 @@ _REPAIR: Final = Syntax(
     writes=True,
 )
 VERBS: Final[Mapping[str, Verb]] = {
-    "verify": Verb(Syntax("verify [--shard NAME]", options=("shard",)), _verify, Arguments.shard),
+    "verify": Verb(syntax("verify [--shard NAME]", options=("shard",)), _verify, Arguments.shard),
     "repair": Verb(_REPAIR, _repair, _judge_repair),
     "detach": Verb(
-        Syntax("detach NAME [--force]", 1, 1, switches=("force",), writes=True),
+        syntax("detach NAME [--force]", 1, 1, switches=("force",), writes=True),
         _detach,
         lambda arguments: shard_name(arguments.words[0]),
     ),
     "relocate": Verb(
-        Syntax(
+        syntax(
             f"relocate {LOCATION_USAGE} [--token T]",
             1,
             1,

@@ -18,10 +18,11 @@ from proxy.catalogue.shard_store import LiveSession, read_sessions
 from proxy.catalogue.store import Span
 from proxy.config import UpstreamSettings
 from proxy.errors import ErrorKind, ProxyError
-from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, shard_name
+from proxy.verbs.shards.arguments import Arguments, shard_name, syntax
 from proxy.verbs.shards.operating import counted_shard, run
 from proxy.verbs.shards.output import table
 from proxy.verbs.shards.verb import EPOCH_MAX, Call, Json, Verb, shard_facts
+from proxy.verbs.syntax import UsageError
 
 _PORT: Final = 5432
 _COLUMNS: Final = ("shard", "pid", "low", "high", "epoch", "proxy", "since")
@@ -266,8 +267,8 @@ LOCATION_USAGE: Final = (
 )
 LOCATION_OPTIONS: Final = ("host", "port", "database", "endpoint", "instance", "workspace")
 
-_ADD: Final = Syntax(f"add-shard {LOCATION_USAGE}", 1, 1, options=LOCATION_OPTIONS, writes=True)
-_ALTER: Final = Syntax(
+_ADD: Final = syntax(f"add-shard {LOCATION_USAGE}", 1, 1, options=LOCATION_OPTIONS, writes=True)
+_ALTER: Final = syntax(
     "alter-shard NAME [--endpoint E | --instance I] [--workspace W] [--rename NEW]"
     " [--expect VERSION]",
     1,
@@ -279,12 +280,12 @@ VERBS: Final[Mapping[str, Verb]] = {
     "alter-shard": Verb(_ALTER, _alter_shard, _judge_alter),
     "add-shard": Verb(_ADD, _add_shard, judge_location),
     "remove-shard": Verb(
-        Syntax("remove-shard NAME", 1, 1, writes=True),
+        syntax("remove-shard NAME", 1, 1, writes=True),
         _remove_shard,
         lambda arguments: shard_name(arguments.words[0]),
     ),
     "sessions": Verb(
-        Syntax("sessions [RANGE] [--shard NAME]", 0, 2, options=("shard",)),
+        syntax("sessions [RANGE] [--shard NAME]", 0, 2, options=("shard",)),
         _sessions,
         Arguments.shard,
     ),

@@ -11,9 +11,10 @@ from proxy.catalogue.model import Mapping as MappingRow
 from proxy.catalogue.split import Split
 from proxy.catalogue.store import read_shard
 from proxy.catalogue.transactions import transaction
-from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError
+from proxy.verbs.shards.arguments import Arguments, syntax
 from proxy.verbs.shards.operating import Do, run, running
 from proxy.verbs.shards.verb import EPOCH_MAX, Call, Json, Verb, mapping_facts
+from proxy.verbs.syntax import UsageError
 
 _AUTO: Final = "auto"
 # Each turn makes one mapping of up to 5,000. More of them come of others who split meanwhile.
@@ -162,7 +163,7 @@ def _sentence(row: MappingRow, owner: CatalogueMap, shard: str, word: str) -> st
 
 VERBS: Final[Mapping[str, Verb]] = {
     "split": Verb(
-        Syntax(
+        syntax(
             "split KEY [--expect EPOCH] [--token T]",
             1,
             1,
@@ -173,7 +174,7 @@ VERBS: Final[Mapping[str, Verb]] = {
         _judge_split,
     ),
     "merge": Verb(
-        Syntax(
+        syntax(
             "merge KEY | --auto [--shard NAME] [--token T]",
             0,
             1,

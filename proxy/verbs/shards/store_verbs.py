@@ -25,10 +25,11 @@ from proxy.catalogue.shard_store import (
     session_statements,
 )
 from proxy.catalogue.transactions import transaction
-from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, one_of
+from proxy.verbs.shards.arguments import Arguments, one_of, syntax
 from proxy.verbs.shards.operating import run
 from proxy.verbs.shards.output import table
 from proxy.verbs.shards.verb import Call, Verb, chosen_map
+from proxy.verbs.syntax import UsageError
 
 _READER, _SESSION = "reader", "session"
 # PostgreSQL truncates longer names.
@@ -207,9 +208,9 @@ async def _missing_rights(call: Call, role: str) -> list[str]:
 
 _GRANTED: Final = f"{_READER} ROLE | {_SESSION} ROLE [--sql]"
 VERBS: Final[Mapping[str, Verb]] = {
-    "init": Verb(Syntax("init", writes=True), _init, of_a_map=lambda _: False),
+    "init": Verb(syntax("init", writes=True), _init, of_a_map=lambda _: False),
     "upgrade": Verb(
-        Syntax(
+        syntax(
             "upgrade [--shard NAME | --all]", options=("shard",), switches=("all",), writes=True
         ),
         _upgrade,
@@ -217,13 +218,13 @@ VERBS: Final[Mapping[str, Verb]] = {
         of_a_map=_upgrades_shards,
     ),
     "grant": Verb(
-        Syntax(f"grant {_GRANTED}", 2, 2, switches=("sql",), writes=True),
+        syntax(f"grant {_GRANTED}", 2, 2, switches=("sql",), writes=True),
         _grant,
         _judge_grant,
         of_a_map=_is_of_map,
     ),
     "revoke": Verb(
-        Syntax(f"revoke {_GRANTED}", 2, 2, switches=("sql",), writes=True),
+        syntax(f"revoke {_GRANTED}", 2, 2, switches=("sql",), writes=True),
         _revoke,
         _judge_grant,
         of_a_map=_is_of_map,

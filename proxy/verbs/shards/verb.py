@@ -18,8 +18,9 @@ from proxy.catalogue.operation import Reach, pass_by
 from proxy.config import Settings
 from proxy.routing.shard_map import MapSpec
 from proxy.verbs.shards.administration import Administration
-from proxy.verbs.shards.arguments import Arguments, Syntax, UsageError, map_name
+from proxy.verbs.shards.arguments import Arguments, map_name
 from proxy.verbs.shards.output import Output
+from proxy.verbs.syntax import Syntax, UsageError
 
 Json = dict[str, object]
 

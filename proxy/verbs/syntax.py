@@ -1,0 +1,226 @@
+"""What a verb takes: its words, its options, and the flags of the settings.
+
+For: declaring a verb's syntax, and splitting the arguments by it. argparse reads a verb's options;
+the settings' flags are merged with their other sources in `config`. Not for: what a verb does.
+
+Flags may stand anywhere. A word may begin with one dash, as negative numbers do. What begins with
+two and is no flag follows `--`.
+
+Invariant: no error shows a value or a word that may be a secret.
+"""
+
+import argparse
+import difflib
+import re
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NoReturn, Self
+
+from proxy.config import likely_flags, take_flags
+
+PROGRAM: Final = "lakebase-auth-proxy"
+END_OF_FLAGS: Final = "--"
+# More than fit in a command line.
+ANY_NUMBER: Final = 1 << 30
+
+# A terminal that was never widened.
+_COLUMNS: Final = 80
+# argparse's errors, and ours.
+_ERRORS: Final = {
+    "expected one argument": "needs a value",
+    "expected 2 arguments": "needs two values",
+    "ignored explicit argument": "takes no value",
+}
+
+
+class UsageError(Exception):
+    """The arguments cannot be meant. The text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A flag of a verb: a switch, or with a `metavar` one that takes a value, or a `pair` of them.
+
+    A pair may be given several times.
+    """
+
+    name: str
+    help: str = ""
+    metavar: str = ""
+    pair: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The option as it is written."""
+        return f"--{self.name}"
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it takes one value, and may be given once."""
+        return bool(self.metavar) and not self.pair
+
+
+JSON: Final = Option("json", "print one JSON object")
+PRINT_CONFIG: Final = Option("print-config", "print the values in force and their sources, and end")
+
+
+@dataclass(frozen=True, slots=True)
+class Syntax:
+    """What a verb takes. `usage` begins with its name, `summary` says what it does.
+
+    `sections` are those of the settings that matter to it, for its help: it takes the flags of all.
+    Without any it has no settings.
+    """
+
+    usage: str
+    summary: str = ""
+    words_min: int = 0
+    words_max: int = 0
+    options: tuple[Option, ...] = ()
+    sections: tuple[str, ...] = ()
+
+    @property
+    def shown_usage(self) -> str:
+        """The usage as lines of a terminal."""
+        lines = textwrap.wrap(
+            f"{PROGRAM} {self.usage}",
+            _COLUMNS,
+            initial_indent="usage: ",
+            subsequent_indent=" " * 8,
+            break_on_hyphens=False,
+        )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A verb's arguments.
+
+    `flags` are those of the settings, `pairs` the values of its pair, and `last` those of the
+    words that follow `--`.
+    """
+
+    words: tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+    switches: frozenset[str] = frozenset()
+    flags: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()
+    last: tuple[str, ...] = field(default=(), compare=False)
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str], syntax: Syntax) -> Self:
+        """Split the arguments after the verb. Raises UsageError."""
+        flags, rest, after = _split(arguments)
+        found, words = OptionParser(syntax).parse_known_args(rest)
+        unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
+        if not syntax.sections:
+            unknown += [flag.partition("=")[0] for flag in flags]
+        if unknown:
+            raise UsageError("\n".join(_unknown(flag, syntax) for flag in unknown))
+        words += after[1:]
+        if not syntax.words_min <= len(words) <= syntax.words_max:
+            many = "few" if len(words) < syntax.words_min else "many"
+            raise UsageError(f"too {many} arguments\n{syntax.shown_usage}")
+        given = {one: getattr(found, one.name.replace("-", "_")) for one in syntax.options}
+        return cls(
+            tuple(words),
+            {one.name: _only(one, given[one]) for one in given if one.is_single and given[one]},
+            frozenset(one.name for one, value in given.items() if value is True),
+            tuple(flags),
+            tuple((low, high) for one in given if one.pair for low, high in given[one] or ()),
+            tuple(after[1:]),
+        )
+
+    @property
+    def as_json(self) -> bool:
+        """Whether the answer is one JSON object."""
+        return self.has(JSON)
+
+    def has(self, switch: Option) -> bool:
+        """Return whether a switch is given."""
+        return switch.name in self.switches
+
+    def get(self, name: str) -> str | None:
+        """Return the value of an option, None if it is not given."""
+        return self.options.get(name)
+
+    def number(self, name: str, low: int, high: int, default: int | None = None) -> int | None:
+        """Return the value of an option that is a whole number. Raises UsageError."""
+        text = self.get(name)
+        if text is None:
+            return default
+        if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
+            raise UsageError(f"--{name} is a whole number from {low} to {high}")
+        return int(text)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """argparse for the options of one verb, which raises UsageError and ends no process."""
+
+    def __init__(self, syntax: Syntax) -> None:
+        usage = syntax.shown_usage.removeprefix("usage: ")
+        super().__init__(PROGRAM, usage, syntax.summary, add_help=False, allow_abbrev=False)
+        options = self.add_argument_group("options")
+        for option in syntax.options:
+            if option.metavar:
+                names = option.metavar.split()
+                options.add_argument(
+                    option.flag,
+                    help=option.help,
+                    action="append",
+                    nargs=2 if option.pair else None,
+                    metavar=tuple(names) if option.pair else names[0],
+                )
+            else:
+                options.add_argument(option.flag, help=option.help, action="store_true")
+        # One dash begins a word, or a value such as -inf.
+        self._negative_number_matcher = re.compile("-[^-]")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError, without the value that argparse shows."""
+        flag = message.removeprefix("argument ").partition(":")[0]
+        why = next((text for said, text in _ERRORS.items() if said in message), "is wrong")
+        raise UsageError(f"{flag} {why}")
+
+
+def take_verb(arguments: Sequence[str], names: Collection[str]) -> tuple[str, list[str]]:
+    """Return the verb, which is the first argument that is one's name, and the other arguments.
+
+    The verb is empty if there are only flags. Raises UsageError.
+    """
+    flags, rest, after = _split(arguments)
+    for at, word in enumerate(rest):
+        if word in names:
+            return word, [*flags, *rest[:at], *rest[at + 1 :], *after]
+    if not rest or rest[0].startswith("-"):
+        return "", list(arguments)
+    near = did_you_mean(difflib.get_close_matches(rest[0], names, n=1))
+    raise UsageError(f"there is no verb {rest[0]!r}{near or ': one of ' + ', '.join(names)}")
+
+
+def did_you_mean(near: Sequence[str]) -> str:
+    """Return the end of a sentence about a misspelled word, empty if none is near."""
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return the settings' flags, the arguments before `--`, and what begins there."""
+    at = list(arguments).index(END_OF_FLAGS) if END_OF_FLAGS in arguments else len(arguments)
+    flags, rest = take_flags(arguments[:at])
+    return flags, rest, list(arguments[at:])
+
+
+def _only(option: Option, values: Sequence[str]) -> str:
+    if len(set(values)) > 1:
+        raise UsageError(f"{option.flag} is given twice")
+    return values[0]
+
+
+def _unknown(flag: str, syntax: Syntax) -> str:
+    own = sorted(option.flag for option in syntax.options)
+    near = difflib.get_close_matches(flag, [*own, "--help", "--version"], n=1)
+    if not near and syntax.sections:
+        near = likely_flags(flag)
+    has = ", ".join([*own, "the settings"] if syntax.sections else own)
+    return f"there is no {flag}" + (did_you_mean(near) or f": this verb has {has or 'no flags'}")

@@ -1,0 +1,86 @@
+"""The verbs of the command line: what each takes and what it does, in one table.
+
+For: choosing a verb, its help, completion and the manual, without importing the verb. A new verb is
+a line here and a module of its name with `run(arguments)`.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+from proxy.config import Settings
+from proxy.verbs.syntax import ANY_NUMBER, JSON, PRINT_CONFIG, Option, Syntax
+
+# The options that verbs read by name.
+ALL_SHARDS: Final = Option("all-shards", "test every target, not only the usual one")
+BUILD: Final = Option("build", "also print whether the relay was compiled")
+SHARD_KEY: Final = Option("shard-key", "connect to the shard that has the key", "KEY")
+SOCKET: Final = Option("socket", "take a unix socket in a private directory, and no port")
+TIMEOUT: Final = Option("timeout", "how long to wait (30)", "SECONDS")
+
+_ALL_SECTIONS: Final = tuple(Settings.model_fields)
+_DIALLING: Final = (
+    *("upstream", "targets", "workspace", "workspaces", "credentials", "databases", "routing"),
+    *("shard_maps", "catalogue"),
+)
+
+VERBS: Final[Mapping[str, Syntax]] = {
+    "run": Syntax(
+        "run [--print-config] [settings]",
+        "connect local Postgres clients to Databricks Lakebase",
+        options=(PRINT_CONFIG,),
+        sections=_ALL_SECTIONS,
+    ),
+    "exec": Syntax(
+        "exec [--socket] [--shard-key KEY] [settings] -- COMMAND ...",
+        "run a command beside a proxy of its own, and end with its exit code",
+        words_max=ANY_NUMBER,
+        options=(SOCKET, SHARD_KEY),
+        sections=(*_DIALLING, "shutdown", "log"),
+    ),
+    "check": Syntax(
+        "check [--json] [--all-shards] [--print-config] [settings]",
+        "test each step of a connection; print what fails, and the fix",
+        options=(JSON, ALL_SHARDS, PRINT_CONFIG),
+        sections=_ALL_SECTIONS,
+    ),
+    "demo": Syntax(
+        "demo [settings]",
+        "run the whole system on this machine, nothing to sign up for",
+        sections=("listen", "admin", "upstream", "shutdown", "log"),
+    ),
+    "resolve": Syntax(
+        "resolve KEY [--json] [settings]",
+        "print where a shard key leads, without connecting",
+        1,
+        1,
+        options=(JSON,),
+        sections=_DIALLING,
+    ),
+    "shards": Syntax(
+        "shards VERB ... [settings]",
+        "administer the catalogue of shard maps (has verbs of its own)",
+        sections=(*_DIALLING, "log"),
+    ),
+    "wait": Syntax(
+        "wait [--timeout SECONDS] [settings]",
+        "wait until a running proxy is ready",
+        options=(TIMEOUT,),
+        sections=("admin",),
+    ),
+    "reconnect": Syntax(
+        "reconnect [settings]",
+        "ask a running proxy to replace the sessions of its pools",
+        sections=("admin",),
+    ),
+    "reload": Syntax(
+        "reload [settings]",
+        "ask a running proxy to read its configuration again",
+        sections=("admin",),
+    ),
+    "shutdown": Syntax(
+        "shutdown [settings]",
+        "ask a running proxy to drain and end (it needs admin.quit)",
+        sections=("admin",),
+    ),
+    "version": Syntax("version [--build]", "print the version", options=(BUILD,)),
+}

@@ -191,11 +191,9 @@ class KeptSessions:
         if (waiter := self.waiting.next_for_reset(key)) is not None:
             waiter.wake()  # there is one less to wait for
 
-    def idle_ended(self, session: PooledSession, *, in_error: bool) -> None:
+    def idle_ended(self, session: PooledSession) -> None:
         """Close an idle session that has sent something, or has ended."""
         self._idle.remove(session)  # else it was given to a client that has not woken up yet
-        if in_error:  # what ended it may have ended the others, without a word (P34)
-            self._idle.suspect_all(self._clock())
         self.retire(session, RetireReason.UPSTREAM_ENDED)
 
     def session_closed(self, session: PooledSession) -> None:
@@ -276,6 +274,8 @@ class KeptSessions:
         """Close a session that is not in use, unless it has ended already."""
         if session.is_over:
             return
+        if reason is RetireReason.UPSTREAM_ENDED:  # as others may have, without a word (P34)
+            self._idle.suspect_all(self._clock())
         unused = reason in (RetireReason.IDLE, RetireReason.LIFETIME) and not session.used
         self.counts.retired(RetireReason.UNUSED_SPARE if unused else reason)
         session.close()

@@ -33,7 +33,6 @@ CLOSE_SECONDS_MAX: Final = 1.0
 
 _TERMINATE: Final = Terminate().encode()
 _IGNORING: Final = asyncio.Protocol()  # the protocol of connections that are over
-_ERROR: Final = ord("E")
 _ENDED: Final = "57P"  # begins the SQLSTATEs with which PostgreSQL ends a session by itself
 
 
@@ -65,8 +64,8 @@ class Owner(Protocol):
     ) -> None:
         """A reset is over. A session that failed is to be closed; `ended`: the upstream did."""
 
-    def idle_ended(self, session: "PooledSession", *, in_error: bool) -> None:
-        """An idle session has sent something or has ended, `in_error` with an error or silently."""
+    def idle_ended(self, session: "PooledSession") -> None:
+        """An idle session has sent something, or has ended."""
 
     def session_closed(self, session: "PooledSession") -> None:
         """The connection of a session that was closed is gone."""
@@ -251,7 +250,7 @@ class PooledSession(asyncio.Protocol):
         machine = self._machine
         if machine is None:
             if self.state is State.IDLE:
-                self._owner.idle_ended(self, in_error=data[0] == _ERROR)
+                self._owner.idle_ended(self)
             return
         for event in machine.receive_data(data):
             if machine.trailing_data():
@@ -275,7 +274,7 @@ class PooledSession(asyncio.Protocol):
         if self._machine is not None:
             self._machine_failed(self._machine, ended=True)
         elif self.state is State.IDLE:
-            self._owner.idle_ended(self, in_error=True)
+            self._owner.idle_ended(self)
 
     def _closed(self) -> None:
         self._stop_machine()

@@ -145,6 +145,39 @@ async def test_p20_a_reset_that_is_answered_in_single_bytes_succeeds(lakebase: L
         assert (await pool.open()).pid == first.pid
 
 
+async def test_p34_an_end_of_a_session_in_use_makes_idle_ones_suspect(lakebase: Lakebase) -> None:
+    async with pool_of(lakebase, pool_spare_min=0) as pool:
+        first, second = await pool.open(), await pool.open()
+        first.leave()
+        await pool.until_idle(1)
+        second.leave("upstream_ended")
+        task = asyncio.create_task(pool.open())
+        await asyncio.sleep(0)
+        assert pooled(first).state is State.CHECKING
+        assert (await task).pid == first.pid
+
+
+async def test_p34_an_end_that_the_next_client_is_the_first_to_notice_makes_others_suspect(
+    lakebase: Lakebase,
+) -> None:
+    # That client was given the next one unchecked, which may have ended silently with the first.
+    async with pool_of(lakebase, pool_spare_min=0) as pool:
+        first, second = await pool.open(), await pool.open()
+        for kept, held in enumerate((first, second), 1):
+            held.leave()
+            await pool.until_idle(kept)
+
+        async def comes_in_the_moment_of_the_end() -> Held:
+            pooled(second).transport.abort()
+            return await pool.open()
+
+        task = asyncio.create_task(comes_in_the_moment_of_the_end())
+        await asyncio.sleep(0)
+        assert pooled(first).state is State.CHECKING
+        assert (await task).pid == first.pid
+        assert pool.row.retired["upstream_ended"] == 1
+
+
 async def test_p23_a_session_that_ends_right_after_its_sign_of_life_is_no_clients(
     lakebase: Lakebase,
 ) -> None:

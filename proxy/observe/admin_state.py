@@ -9,6 +9,7 @@ from enum import StrEnum, unique
 from typing import Final, Protocol
 
 from proxy.observe.metrics import Metrics
+from proxy.observe.session_page import SessionPage
 from proxy.observe.status import LifecycleStatus, Status
 
 
@@ -78,6 +79,15 @@ class AdminState(Protocol):
 
     async def reconnect(self) -> bool:
         """Retire every pooled session in all processes. Return whether each has done so."""
+
+    async def sessions(self, after: int, limit: int, *, processes: bool) -> SessionPage:
+        """Return open connections of all processes whose id is higher than `after`.
+
+        With `processes` those that connected are looked for, where the kernel knows them.
+        """
+
+    async def end_session(self, number: int) -> bool:
+        """End the connection that has this id. Return whether there is one."""
 
     async def reload_configuration(self) -> ReloadOutcome:
         """Read the configuration again, as SIGHUP does. Return what became of it."""

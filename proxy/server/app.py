@@ -10,20 +10,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from proxy import __version__
-from proxy.config import (
-    Changes,
-    Settings,
-    UpstreamSettings,
-    compare,
-    with_running_values,
-)
+from proxy.config import Changes, Settings, UpstreamSettings, compare, with_running_values
 from proxy.errors import ErrorKind, ProxyError
 from proxy.native import Acceleration
 from proxy.observe.admin import AdminAddress
 from proxy.observe.admin_state import NOT_SERVING, ReloadOutcome
 from proxy.observe.aggregation import Reading, total
+from proxy.observe.client_processes import ClientProcesses
 from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.metrics import Metrics
+from proxy.observe.session_page import SessionPage
 from proxy.observe.shard_map_metrics import PARKED
 from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
 from proxy.pool.pool import Pool
@@ -40,6 +36,7 @@ from proxy.session.drain import AcceptPeriod
 from proxy.session.listen_sockets import Address, shown
 from proxy.session.listener import STARTING_MAX, Listener, listener_tls
 from proxy.session.session import Session, SessionParts
+from proxy.session.session_rows import page_of
 from proxy.session.slots import Slots, SlotSource
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
@@ -124,6 +121,7 @@ class App:
         self.listener = self._make_listener(settings, starting_max)
         self.connection_source: ConnectionSource = self.listener
         self._accept_period = AcceptPeriod()
+        self._client_processes = ClientProcesses()
 
     @property
     def settings(self) -> Settings:
@@ -308,6 +306,22 @@ class App:
         for pool in self.snapshot.pools:
             pool.reconnect()
         return self.workers is None or await self.workers.reconnect()
+
+    async def sessions(self, after: int, limit: int, *, processes: bool) -> SessionPage:
+        """Return open connections of all processes whose id is higher than `after`."""
+        if self.workers is None:
+            page = await page_of(self.listener.open_sessions, after, limit)
+        else:
+            page = await self.workers.sessions(after, limit)
+        if processes:
+            await self._client_processes.add_to(page["sessions"])
+        return page
+
+    async def end_session(self, number: int) -> bool:
+        """End the connection that has this id. Return whether there is one."""
+        if self.workers is None:
+            return self.listener.open_sessions.end(number)
+        return await self.workers.end_session(number)
 
     async def reload_configuration(self) -> ReloadOutcome:
         """Read the configuration again. Return what became of it."""

@@ -3,7 +3,7 @@
 For: the seam between HTTP (`admin`) and the proxy (`server.app`). Not for: either of both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from enum import StrEnum, unique
 from typing import Final, Protocol
@@ -38,6 +38,14 @@ class ReloadOutcome:
 NOT_SERVING: Final = ReloadOutcome(
     ReloadResult.NOT_SERVING, problems=("the proxy does not serve yet, or drains",)
 )
+
+
+ReloadConfiguration = Callable[[], Coroutine[None, None, ReloadOutcome]]
+
+
+async def not_serving() -> ReloadOutcome:
+    """Return what became of a request to reload before there is what reloads."""
+    return NOT_SERVING
 
 
 class AdminState(Protocol):

@@ -14,7 +14,7 @@ from proxy.config import Changes, Settings, UpstreamSettings, compare, with_runn
 from proxy.errors import ErrorKind, ProxyError
 from proxy.native import Acceleration
 from proxy.observe.admin import AdminAddress
-from proxy.observe.admin_state import NOT_SERVING, ReloadOutcome
+from proxy.observe.admin_state import ReloadConfiguration, not_serving
 from proxy.observe.aggregation import Reading, total
 from proxy.observe.client_processes import ClientProcesses
 from proxy.observe.logs import configure_logging, get_logger
@@ -64,8 +64,8 @@ class App:
     """Where clients connect, TCP first; none before the listener is open, and none in a worker."""
     admin: AdminAddress | None = None
     workers: Workers | None = None
-    ask_to_reload: Callable[[], Awaitable[ReloadOutcome]] | None = None
-    """Reads the configuration again; None where it cannot be, as in a worker."""
+    reload_configuration: ReloadConfiguration = staticmethod(not_serving)
+    """Reads the configuration again. It is set where that can be done: not in a worker."""
     lanes: "Lanes | None" = None
     """Those of the compiled relay, while the event loop watches them."""
 
@@ -322,12 +322,6 @@ class App:
         if self.workers is None:
             return self.listener.open_sessions.end(number)
         return await self.workers.end_session(number)
-
-    async def reload_configuration(self) -> ReloadOutcome:
-        """Read the configuration again. Return what became of it."""
-        if self.ask_to_reload is None:
-            return NOT_SERVING
-        return await self.ask_to_reload()
 
     def quit(self) -> None:
         """Ask the process to drain and end."""

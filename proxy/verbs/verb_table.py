@@ -14,7 +14,9 @@ from proxy.verbs.syntax import ANY_NUMBER, JSON, PRINT_CONFIG, Option, Syntax
 ALL_SHARDS: Final = Option("all-shards", "test every target, not only the usual one")
 BUILD: Final = Option("build", "also print whether the relay was compiled")
 END: Final = Option("end", "end this session (it needs admin.quit)", "ID")
-PROCESSES: Final = Option("processes", "with --sessions: the process of each client, if it is near")
+PROCESSES: Final = Option(
+    "processes", "with --sessions: also the processes of clients on this machine"
+)
 SESSIONS: Final = Option("sessions", "also print who is connected")
 SHARD_KEY: Final = Option("shard-key", "connect to the shard that has the key", "KEY")
 SOCKET: Final = Option("socket", "take a unix socket in a private directory, and no port")

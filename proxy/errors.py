@@ -625,6 +625,12 @@ class ErrorKind(Enum):
         "terminating connection due to administrator command",
         "The proxy is being stopped or replaced. Connect again.",
     )
+    ENDED_BY_OPERATOR = ErrorRow(
+        "ended_by_operator",
+        "57P01",
+        "terminating connection due to administrator command",
+        "An operator of the proxy has ended this session. Connect again.",
+    )
     IDLE_TIMEOUT = ErrorRow(
         "idle_timeout",
         "57P05",
@@ -679,6 +685,7 @@ NOT_THE_OPERATORS: Final = frozenset(
         ErrorKind.MAPPING_OFFLINE,
         ErrorKind.MAPPING_MOVED,
         ErrorKind.SHUTTING_DOWN,
+        ErrorKind.ENDED_BY_OPERATOR,
         ErrorKind.IDLE_TIMEOUT,
     }
 )

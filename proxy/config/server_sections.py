@@ -200,7 +200,8 @@ class AdminSettings(Section):
     quit: Annotated[bool, NEEDS_RESTART] = Field(
         default=False,
         description="Accepts POST /quitquitquit from loopback, which drains as SIGTERM does: for "
-        "a job whose sidecar must end with its application.",
+        "a job whose sidecar must end with its application. Also DELETE /sessions/ID, which ends "
+        "one session.",
     )
 
     @field_validator("quit")

@@ -66,6 +66,17 @@ cdef class Activity:
             and not (self._upstream_skip or self._upstream_stub_bytes)
         )
 
+    @property
+    def in_transaction(self) -> bool:
+        """Whether the session is within a transaction and everything was answered."""
+        return (
+            self._answered == self._sent
+            and self._status != b"I"
+            and not (self._unsynced or self._lost or self.terminated)
+            and not (self._client_skip or self._client_stub_bytes)
+            and not (self._upstream_skip or self._upstream_stub_bytes)
+        )
+
     def client_sent(self, const unsigned char[::1] data) -> None:
         """Process a read from the client."""
         if data.shape[0]:

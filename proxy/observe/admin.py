@@ -1,9 +1,9 @@
 """The admin address: health for orchestrators, metrics for scrapers, a page for people, over HTTP.
 
-For: `/startup`, `/readiness`, `/liveness`, `/metrics`, `/status`, `/`, `/lookup`, `/reconnect`,
-`/reload`, `/quitquitquit`. Not for: finding anything out. The proxy's state (`AdminState`) answers
-at once, from memory, so that a probe can neither resume a suspended database nor restart a pod
-because a database is full.
+For: `/startup`, `/readiness`, `/liveness`, `/metrics`, `/status`, `/`, `/sessions`,
+`/lookup`, `/reconnect`, `/reload`, `/quitquitquit`. Not for: finding anything out. The proxy's
+state (`AdminState`) answers from memory, so that a probe can neither resume a suspended database
+nor restart a pod because a database is full.
 
 Invariants: it never opens an upstream connection, handles no signal and changes no logger's level.
 Sessions do not depend on it: if its server fails, the address is opened again. After the block of
@@ -37,6 +37,7 @@ from proxy.observe.admin_access import (
 from proxy.observe.admin_state import AdminState, ReloadResult
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import EXPOSITION_CONTENT_TYPE
+from proxy.observe.session_page import SESSIONS_PAGE_MAX
 from proxy.observe.status_page import PAGE, PAGE_HEADERS
 
 _BACKLOG: Final = 64
@@ -51,6 +52,9 @@ _SHUTDOWN_SECONDS: Final = 2
 _REOPEN_SECONDS: Final = 1.0
 
 _LOOK_UP_SECONDS_MAX: Final = 15.0  # for the host, which may be a name
+
+_SESSIONS_PAGE: Final = 100  # without `limit`
+_ID_DIGITS_MAX: Final = 18
 
 # Responses show the present, to the client that requested them.
 _EVERY_RESPONSE: Final = [
@@ -118,23 +122,36 @@ def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
         route("/metrics", _report(metrics, state, turn)),
         route("/status", _report(status, state, turn)),
         route("/lookup", _from_here(partial(_look_up, state))),
+        route("/sessions", _from_here(_in_turn(partial(_sessions, state), turn))),
         route("/reconnect", _from_here(partial(_reconnect, state)), "POST"),
         route("/reload", _from_here(partial(_reload, state)), "POST"),
     ]
     if quit_allowed:
-        routes.append(route("/quitquitquit", _from_here(partial(_quit, state)), "POST"))
+        routes += [
+            route("/quitquitquit", _from_here(partial(_quit, state)), "POST"),
+            route("/sessions/{ID}", _from_here(partial(_end_session, state)), "DELETE"),
+        ]
     return Starlette(routes=routes)
 
 
 def _report(endpoint: Endpoint, state: AdminState, turn: asyncio.Lock) -> Endpoint:
+    """Return the endpoint such that it shows what the proxy's other processes have counted."""
+
+    async def report(request: Request) -> Response:
+        await state.refresh()
+        return await _in_turn(endpoint, turn)(request)
+
+    return report
+
+
+def _in_turn(endpoint: Endpoint, turn: asyncio.Lock) -> Endpoint:
     """Return the endpoint such that one of them runs in a turn of the event loop.
 
     It takes milliseconds. Clients that ask for it thousands of times must not delay a probe, which
     takes some turns.
     """
 
-    async def report(request: Request) -> Response:
-        await state.refresh()
+    async def in_turn(request: Request) -> Response:
         async with turn:
             if await request.is_disconnected():
                 return Response()
@@ -142,7 +159,7 @@ def _report(endpoint: Endpoint, state: AdminState, turn: asyncio.Lock) -> Endpoi
             await asyncio.sleep(0)
             return response
 
-    return report
+    return in_turn
 
 
 def _from_here(endpoint: Endpoint) -> Endpoint:
@@ -168,6 +185,28 @@ async def _reconnect(state: AdminState, _request: Request) -> Response:
     if await state.reconnect():
         return PlainTextResponse("pooled sessions are retired\n")
     return PlainTextResponse("a worker did not answer: its pooled sessions are kept\n", 503)
+
+
+async def _sessions(state: AdminState, request: Request) -> Response:
+    """Answer who is connected: a page of it."""
+    asked = request.query_params
+    try:
+        after, limit = int(asked.get("after", 0)), int(asked.get("limit", _SESSIONS_PAGE))
+    except ValueError:
+        return PlainTextResponse("after and limit are numbers\n", 400)
+    limit = max(1, min(limit, SESSIONS_PAGE_MAX))
+    return JSONResponse(await state.sessions(after, limit, processes="processes" in asked))
+
+
+async def _end_session(state: AdminState, request: Request) -> Response:
+    """End a session: with 57P01 if it is idle, else its query is cancelled and it is closed."""
+    number = request.path_params["ID"]
+    if not (number.isdecimal() and len(number) <= _ID_DIGITS_MAX):
+        return PlainTextResponse("a session's id is a number\n", 404)
+    _log.info("asked to end a session", session=int(number))
+    if await state.end_session(int(number)):
+        return PlainTextResponse("ending\n", 202)
+    return PlainTextResponse("there is no such session\n", 404)
 
 
 _RELOAD_STATUS: Final = {

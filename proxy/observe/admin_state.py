@@ -3,12 +3,13 @@
 For: the seam between HTTP (`admin`) and the proxy (`server.app`). Not for: either of both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from enum import StrEnum, unique
 from typing import Final, Protocol
 
 from proxy.observe.metrics import Metrics
+from proxy.observe.session_page import SessionPage
 from proxy.observe.status import LifecycleStatus, Status
 
 
@@ -37,6 +38,14 @@ class ReloadOutcome:
 NOT_SERVING: Final = ReloadOutcome(
     ReloadResult.NOT_SERVING, problems=("the proxy does not serve yet, or drains",)
 )
+
+
+ReloadConfiguration = Callable[[], Coroutine[None, None, ReloadOutcome]]
+
+
+async def not_serving() -> ReloadOutcome:
+    """Return what became of a request to reload before there is what reloads."""
+    return NOT_SERVING
 
 
 class AdminState(Protocol):
@@ -78,6 +87,15 @@ class AdminState(Protocol):
 
     async def reconnect(self) -> bool:
         """Retire every pooled session in all processes. Return whether each has done so."""
+
+    async def sessions(self, after: int, limit: int, *, processes: bool) -> SessionPage:
+        """Return open connections of all processes whose id is higher than `after`.
+
+        With `processes` those that connected are looked for, where the kernel knows them.
+        """
+
+    async def end_session(self, number: int) -> bool:
+        """End the connection that has this id. Return whether there is one."""
 
     async def reload_configuration(self) -> ReloadOutcome:
         """Read the configuration again, as SIGHUP does. Return what became of it."""

@@ -37,6 +37,7 @@ class RetireReason(StrEnum):
     UPSTREAM_ENDED = "upstream_ended"
     RECONFIGURED = "reconfigured"  # by a reload, or a host that was looked up anew
     RECONNECT = "reconnect"
+    ENDED_BY_OPERATOR = "ended_by_operator"
     DRAIN = "drain"
     UNUSED_SPARE = "unused_spare"  # dialled ahead, and no client came
 

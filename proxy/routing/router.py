@@ -75,7 +75,8 @@ class Route:
     """The target of a session, and the StartupMessage for it.
 
     `message` no longer contains the key. Its database is the one to open; if it has none, the
-    target's own is opened. `fallback` is the message to send if the upstream has no database of
+    target's own is opened. `database` is what the client asked for, empty with a key, which it may
+    contain. `fallback` is the message to send if the upstream has no database of
     that name, None where that is an error. `shard_map` and `key` (the key's fingerprint, for logs)
     are None unless a shard map decided.
     """
@@ -84,6 +85,7 @@ class Route:
     message: StartupMessage = field(repr=False)  # may carry the key, with `forward_key`
     shard_map: str | None = None
     key: str | None = None
+    database: bytes = field(default=b"", repr=False, compare=False)  # for display
     fallback: StartupMessage | None = field(default=None, repr=False)
 
 
@@ -190,17 +192,18 @@ class Router:
 
     def route_by_database(self, message: StartupMessage) -> Route:
         """Return the route of a client without a key. Raises ProxyError: NO_TARGET."""
-        alias = self._aliases.get(message.get(b"database") or b"")
+        asked = message.get(b"database") or b""
+        alias = self._aliases.get(asked)
         if alias is not None:
             database = None if alias.database is None else alias.database.encode()
-            return Route(alias.target, with_database(message, database))
+            return Route(alias.target, with_database(message, database), database=asked)
         if self._default_target is None:
             raise ProxyError(ErrorKind.NO_TARGET)
         own = with_database(message, None)
-        if not message.get(b"database"):
+        if not asked:
             return Route(self._default_target, own)
         fallback = own if _is_named_as_user(message) else None
-        return Route(self._default_target, message, fallback=fallback)
+        return Route(self._default_target, message, database=asked, fallback=fallback)
 
     def not_found(self, key: bytes) -> ProxyError:
         """Return the error for a key that no mapping covers."""

@@ -10,20 +10,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from proxy import __version__
-from proxy.config import (
-    Changes,
-    Settings,
-    UpstreamSettings,
-    compare,
-    with_running_values,
-)
+from proxy.config import Changes, Settings, UpstreamSettings, compare, with_running_values
 from proxy.errors import ErrorKind, ProxyError
 from proxy.native import Acceleration
 from proxy.observe.admin import AdminAddress
-from proxy.observe.admin_state import NOT_SERVING, ReloadOutcome
+from proxy.observe.admin_state import ReloadConfiguration, not_serving
 from proxy.observe.aggregation import Reading, total
+from proxy.observe.client_processes import ClientProcesses
 from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.metrics import Metrics
+from proxy.observe.session_page import SessionPage
 from proxy.observe.shard_map_metrics import PARKED
 from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
 from proxy.pool.pool import Pool
@@ -40,6 +36,7 @@ from proxy.session.drain import AcceptPeriod
 from proxy.session.listen_sockets import Address, shown
 from proxy.session.listener import STARTING_MAX, Listener, listener_tls
 from proxy.session.session import Session, SessionParts
+from proxy.session.session_rows import page_of
 from proxy.session.slots import Slots, SlotSource
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
@@ -67,8 +64,8 @@ class App:
     """Where clients connect, TCP first; none before the listener is open, and none in a worker."""
     admin: AdminAddress | None = None
     workers: Workers | None = None
-    ask_to_reload: Callable[[], Awaitable[ReloadOutcome]] | None = None
-    """Reads the configuration again; None where it cannot be, as in a worker."""
+    reload_configuration: ReloadConfiguration = staticmethod(not_serving)
+    """Reads the configuration again. It is set where that can be done: not in a worker."""
     lanes: "Lanes | None" = None
     """Those of the compiled relay, while the event loop watches them."""
 
@@ -124,6 +121,7 @@ class App:
         self.listener = self._make_listener(settings, starting_max)
         self.connection_source: ConnectionSource = self.listener
         self._accept_period = AcceptPeriod()
+        self._client_processes = ClientProcesses()
 
     @property
     def settings(self) -> Settings:
@@ -309,11 +307,21 @@ class App:
             pool.reconnect()
         return self.workers is None or await self.workers.reconnect()
 
-    async def reload_configuration(self) -> ReloadOutcome:
-        """Read the configuration again. Return what became of it."""
-        if self.ask_to_reload is None:
-            return NOT_SERVING
-        return await self.ask_to_reload()
+    async def sessions(self, after: int, limit: int, *, processes: bool) -> SessionPage:
+        """Return open connections of all processes whose id is higher than `after`."""
+        if self.workers is None:
+            page = await page_of(self.listener.open_sessions, after, limit)
+        else:
+            page = await self.workers.sessions(after, limit)
+        if processes:
+            await self._client_processes.add_to(page["sessions"])
+        return page
+
+    async def end_session(self, number: int) -> bool:
+        """End the connection that has this id. Return whether there is one."""
+        if self.workers is None:
+            return self.listener.open_sessions.end(number)
+        return await self.workers.end_session(number)
 
     def quit(self) -> None:
         """Ask the process to drain and end."""

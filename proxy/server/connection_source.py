@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from proxy.observe.aggregation import Reading
+from proxy.observe.session_page import SessionPage
 from proxy.session.listen_sockets import Address
 
 
@@ -44,6 +45,12 @@ class Workers(Protocol):
 
     async def reload(self) -> bool:
         """Make them serve new sessions by the App's settings. Return whether all do."""
+
+    async def sessions(self, after: int, limit: int) -> SessionPage:
+        """Return their open connections whose id is higher than `after`."""
+
+    async def end_session(self, number: int) -> bool:
+        """End the connection that has this id. Return whether one of them has it."""
 
     async def reconnect(self) -> bool:
         """Make them retire their pooled sessions. Return whether all do."""

@@ -75,7 +75,7 @@ class Reloads:
 
     async def run(self, app: App) -> None:
         """Reload whenever it is asked for or a watched file has changed, until cancelled."""
-        app.ask_to_reload = self.reload
+        app.reload_configuration = self.reload
         self._is_running = True
         current = self._next
         try:

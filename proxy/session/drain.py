@@ -1,8 +1,8 @@
 """The open sessions, and every way in which the proxy ends one.
 
 For: the register of all connections, from accept to the end of their tasks; the drain, which ends
-each according to its stage; the idle timeout. Not for: an end by the client or the upstream
-(`relay`), or accepting (`listener`).
+each according to its stage; the end of one for an operator. Not for: the wait until a session is
+idle (`idle_end`), an end by the client or the upstream (`relay`), or accepting (`listener`).
 
 In a drain connections are still accepted for `shutdown.accept_seconds` (`AcceptPeriod`). Then:
 
@@ -16,6 +16,7 @@ relayed ends as soon as it is idle.
 """
 
 import asyncio
+from bisect import bisect_right
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from enum import Enum, auto
@@ -23,9 +24,12 @@ from typing import Final, Protocol
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import get_logger
+from proxy.routing.router import Route
 from proxy.session.end_reason import EndReason
+from proxy.session.idle_end import IdleEnd
 from proxy.session.relay import Relay
 from proxy.transport.stream import StartupStream
+from proxy.upstream.phases import DialPhases
 from proxy.wire.messages import ErrorResponse
 
 # The idle grace: the wait before 57P01, for which a session has to be idle. The error must not come
@@ -39,10 +43,8 @@ MUTE_SECONDS: Final = 0.2
 SLOW_SECONDS: Final = 2.0
 # An error that was written gets this time to be sent before its connection is cut.
 FLUSH_SECONDS: Final = 0.1
-# Polls within one idle timeout: a session ends at most one poll too late.
-IDLE_POLLS: Final = 8
-# The shortest time between two polls.
-IDLE_POLL_SECONDS_MIN: Final = 0.05
+
+_ENDED_BY_OPERATOR: Final = ProxyError(ErrorKind.ENDED_BY_OPERATOR).response().encode()
 
 _log = get_logger(__name__)
 
@@ -62,84 +64,6 @@ class AcceptPeriod:
         self._over.set()
 
 
-# -- the end of one relayed session --------------------------------------------------------------
-
-
-class IdleEnd:
-    """Ends a relayed session with an error when it is idle, so that no answer is lost (W47)."""
-
-    __slots__ = ("_error", "_grace_seconds", "_grace_timer", "_poll_timer", "_reason", "_relay")
-
-    def __init__(self, relay: Relay) -> None:
-        self._relay = relay
-        self._reason = EndReason.SHUTDOWN
-        self._error = b""
-        self._grace_seconds = 0.0
-        self._grace_timer: asyncio.TimerHandle | None = None
-        self._poll_timer: asyncio.TimerHandle | None = None
-
-    def when_idle(
-        self, reason: EndReason, error: ErrorResponse, *, grace_seconds: float = 0
-    ) -> None:
-        """End the session when it has been idle for the grace period. The last call counts.
-
-        A session that never becomes idle does not end.
-        """
-        self._reason, self._error = reason, error.encode()
-        self._grace_seconds = grace_seconds
-        self._relay.follow_reads(self._on_activity)
-        self._on_activity()
-
-    def after_idle(self, seconds: float, error: ErrorResponse) -> None:
-        """End the session when it has been idle, and received no byte, for this time.
-
-        It may end one poll later. The byte counts are compared at each poll, so that a byte costs
-        nothing.
-        """
-        interval = max(seconds / IDLE_POLLS, IDLE_POLL_SECONDS_MIN)
-        call_later = asyncio.get_running_loop().call_later
-        relay, quiet_polls = self._relay, 0
-        carried = relay.carried()
-
-        def poll() -> None:
-            nonlocal carried, quiet_polls
-            if relay.over:
-                return
-            before, carried = carried, relay.carried()
-            quiet_polls = quiet_polls + 1 if carried == before else 0
-            if quiet_polls >= IDLE_POLLS and relay.idle:
-                self.when_idle(EndReason.IDLE_TIMEOUT, error)
-            else:
-                self._poll_timer = call_later(interval, poll)
-
-        self._poll_timer = call_later(interval, poll)
-
-    def close(self) -> None:
-        """Stop the timers."""
-        for timer in (self._grace_timer, self._poll_timer):
-            if timer is not None:
-                timer.cancel()
-
-    def _on_activity(self) -> None:
-        """Start the grace period; start it again after each read."""
-        if self._grace_timer is not None:
-            self._grace_timer.cancel()
-            self._grace_timer = None
-        if self._relay.over or not self._relay.may_end:
-            return
-        if self._grace_seconds:
-            loop = asyncio.get_running_loop()
-            self._grace_timer = loop.call_later(self._grace_seconds, self._end_now)
-        else:
-            self._end_now()
-
-    def _end_now(self) -> None:
-        self._relay.end(self._reason, self._error)
-
-
-# -- the register --------------------------------------------------------------------------------
-
-
 class Stage(Enum):
     """The stage of a connection."""
 
@@ -152,6 +76,10 @@ class Stage(Enum):
 class Registration(Protocol):
     """A second register that a connection is in."""
 
+    @property
+    def target(self) -> str:
+        """The shard that has admitted it."""
+
     def close(self) -> None:
         """Unregister it there."""
 
@@ -159,10 +87,15 @@ class Registration(Protocol):
 class OpenSession:
     """The entry of one connection in the register."""
 
-    __slots__ = ("_idle_end", "_sessions", "mapped", "relay", "stage", "started_at", "stream")
+    __slots__ = (
+        *("_idle_end", "_sessions", "mapped", "number", "phases", "relay", "route", "stage"),
+        *("started_at", "stream", "transport"),
+    )
 
-    def __init__(self, sessions: "OpenSessions") -> None:
+    def __init__(self, sessions: "OpenSessions", number: int = 0) -> None:
+        """`number` is the connection's id in the log."""
         self._sessions = sessions
+        self.number = number
         self._idle_end: IdleEnd | None = None
         self.started_at = asyncio.get_running_loop().time()
         self.stage = Stage.STARTING
@@ -171,16 +104,28 @@ class OpenSession:
         """The connection while it is starting."""
         self.mapped: Registration | None = None
         """Among the sessions of its mapping, if a shard has admitted it."""
+        self.transport: asyncio.Transport | None = None
+        """The client's connection, without its TLS."""
+        self.phases: DialPhases | None = None
+        """What the client waits for, from its StartupMessage on."""
+        self.route: Route | None = None
 
-    def opening(self) -> None:
+    def opening(self, phases: DialPhases | None = None) -> None:
         """Set the stage in which the client waits. A drain that begins in it cancels the task."""
         self.stage = Stage.OPENING
+        self.phases = phases
         self.stream = None
 
     def refuse_if_draining(self) -> None:
         """Raise ProxyError if a drain has begun: no upstream session is opened any more."""
         if self._sessions.draining:
             raise ProxyError(ErrorKind.SHUTTING_DOWN)
+
+    @property
+    def cancelled_for(self) -> ErrorKind:
+        """The reason why the task of a client that waits was cancelled."""
+        is_drain = self._sessions.draining
+        return ErrorKind.SHUTTING_DOWN if is_drain else ErrorKind.ENDED_BY_OPERATOR
 
     def relaying(self, relay: Relay) -> None:
         """Set the stage in which the client is served by this relay."""
@@ -212,6 +157,20 @@ class OpenSession:
         assert self.relay is not None
         error = ProxyError(ErrorKind.IDLE_TIMEOUT).response()
         self._idle_end_of(self.relay).after_idle(seconds, error)
+
+    def end_now(self) -> None:
+        """End a relayed session for an operator: with an error where no answer is under way.
+
+        Elsewhere the error could fall inside an answer: the client is closed without one, and what
+        runs upstream is cancelled.
+        """
+        relay = self.relay
+        if relay is None or relay.over:
+            return
+        if relay.may_end or relay.in_transaction:
+            relay.end(EndReason.ENDED_BY_OPERATOR, _ENDED_BY_OPERATOR)
+        if not relay.over:
+            relay.drop(EndReason.ENDED_BY_OPERATOR)
 
     @property
     def unfinished(self) -> bool:
@@ -246,9 +205,12 @@ class OpenSessions:
     def __len__(self) -> int:
         return len(self._by_task)
 
-    def start(self, serve: Serve) -> asyncio.Task[None]:
-        """Serve a connection in a task of its own; keep it registered until that ends."""
-        entry = OpenSession(self)
+    def start(self, serve: Serve, number: int = 0) -> asyncio.Task[None]:
+        """Serve a connection in a task of its own; keep it registered until that ends.
+
+        Each `number`, its id in the log, is higher than those before.
+        """
+        entry = OpenSession(self, number)
         task = asyncio.get_running_loop().create_task(serve(entry), name="session")
         self._by_task[task] = entry
         task.add_done_callback(self._unregister)
@@ -269,10 +231,27 @@ class OpenSessions:
         if not slow:
             return False
         _, _, entry, task = min(slow, key=lambda found: found[:2])
-        if entry.stream is not None:
-            entry.stream.transport.abort()
-        entry.closing()
-        task.cancel()
+        _close_starting(entry, task)
+        return True
+
+    def after(self, number: int, count: int) -> list[OpenSession]:
+        """Return so many of the connections with higher numbers, in the order of their numbers."""
+        entries = list(self._by_task.values())
+        start = bisect_right(entries, number, key=lambda entry: entry.number)
+        return entries[start : start + count]
+
+    def end(self, number: int) -> bool:
+        """End a connection, whatever its stage. Return whether there is one with this number."""
+        found = [one for one in self._by_task.items() if one[1].number == number]
+        if not found:
+            return False
+        ((task, entry),) = found
+        if entry.stage is Stage.STARTING:
+            _close_starting(entry, task)
+        elif entry.stage is Stage.OPENING:
+            task.cancel()  # the session refuses its client
+        else:
+            entry.end_now()
         return True
 
     async def drain(self, seconds: float) -> int:
@@ -356,3 +335,11 @@ class OpenSessions:
         """Return the number of relayed sessions that are idle."""
         relays = [entry.relay for entry in self._by_task.values() if entry.relay is not None]
         return sum(relay.may_end and not relay.over for relay in relays)
+
+
+def _close_starting(entry: OpenSession, task: asyncio.Task[None]) -> None:
+    """Close a connection that has sent no StartupMessage, without an answer."""
+    if entry.stream is not None:
+        entry.stream.transport.abort()
+    entry.closing()
+    task.cancel()

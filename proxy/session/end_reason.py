@@ -20,6 +20,7 @@ class EndReason(StrEnum):
     SHUTDOWN = "shutdown"
     IDLE_TIMEOUT = "idle_timeout"
     MAPPING_MOVED = "mapping_moved"
+    ENDED_BY_OPERATOR = "ended_by_operator"
     INTERNAL_ERROR = "internal_error"
 
 
@@ -42,6 +43,7 @@ OUTCOMES: Final[Mapping[str, Outcome]] = {
     EndReason.SHUTDOWN: Outcome.CUT,
     EndReason.IDLE_TIMEOUT: Outcome.CUT,
     EndReason.MAPPING_MOVED: Outcome.CUT,
+    EndReason.ENDED_BY_OPERATOR: Outcome.CUT,
     EndReason.INTERNAL_ERROR: Outcome.FAILED,
 }
 
@@ -65,6 +67,7 @@ RETIRED_BY: Final[Mapping[EndReason, RetireReason]] = {
     EndReason.UPSTREAM_LOST: RetireReason.UPSTREAM_ENDED,
     EndReason.SHUTDOWN: RetireReason.DRAIN,
     EndReason.MAPPING_MOVED: RetireReason.RECONFIGURED,
+    EndReason.ENDED_BY_OPERATOR: RetireReason.ENDED_BY_OPERATOR,
     EndReason.INTERNAL_ERROR: RetireReason.BUSY,
 }
 

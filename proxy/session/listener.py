@@ -100,7 +100,7 @@ class Listener:
         self._metrics = metrics
         self._serve = serve
         self._memory_trim = memory_trim or MemoryTrim()
-        self._open_sessions = OpenSessions(self._memory_trim.session_ended)
+        self.open_sessions = OpenSessions(self._memory_trim.session_ended)
         self._ids = itertools.count(1)
         self._starting_max = starting_max
         # A client that has sent nothing yet can be told.
@@ -155,7 +155,7 @@ class Listener:
             sock.close()
             ended()
             return
-        task = self._open_sessions.start(partial(self._run_adopted, sock, number))
+        task = self.open_sessions.start(partial(self._run_adopted, sock), number)
         task.add_done_callback(lambda _: ended())
 
     async def drain(self, seconds: float) -> int:
@@ -164,11 +164,11 @@ class Listener:
         A second call ends what is left within its own time; both return how many were cut in all.
         """
         self._close()
-        return await self._open_sessions.drain(seconds)
+        return await self.open_sessions.drain(seconds)
 
     async def _end(self) -> None:
         await self.drain(0)
-        await self._open_sessions.wait_closed()
+        await self.open_sessions.wait_closed()
         self._memory_trim.close()
 
     def _close(self) -> None:
@@ -190,14 +190,14 @@ class Listener:
             stream.write(self._refusal)
             stream.transport.close()
         else:
-            self._open_sessions.start(partial(self._run, stream, next(self._ids)))
+            self.open_sessions.start(partial(self._run, stream), next(self._ids))
 
     def _is_flooded(self) -> bool:
         """Return whether there is no room for one more that starts. Count each that is closed."""
-        starting = len(self._open_sessions) - self._slots.used
+        starting = len(self.open_sessions) - self._slots.used
         if starting < min(FLOOD_FROM, self._starting_max):
             return False
-        made_room = self._open_sessions.close_slow()
+        made_room = self.open_sessions.close_slow()
         if made_room or starting >= self._starting_max:
             self._metrics.startup_failed(TOO_MANY_STARTING)
             self._warn_of_flood(starting)
@@ -211,14 +211,14 @@ class Listener:
             self._flood_logged_at = now
             _log.warning("connections are cut: too many are starting", starting=starting)
 
-    async def _run_adopted(self, sock: socket.socket, number: int, entry: OpenSession) -> None:
+    async def _run_adopted(self, sock: socket.socket, entry: OpenSession) -> None:
         with suppress(OSError):  # the client has disconnected
-            await self._run(await _stream_of(sock), number, entry)
+            await self._run(await _stream_of(sock), entry)
 
-    async def _run(self, stream: StartupStream, number: int, entry: OpenSession) -> None:
+    async def _run(self, stream: StartupStream, entry: OpenSession) -> None:
         """Serve a connection in its task. No failure leaves it."""
-        transport = stream.transport
-        with connection_log(number), self._metrics.connection():
+        entry.transport = transport = stream.transport
+        with connection_log(entry.number), self._metrics.connection():
             try:
                 entry.stream = stream
                 serving = self._serve(stream, entry)

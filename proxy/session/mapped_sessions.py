@@ -83,6 +83,11 @@ class MappedSession:
         """Whether `end` follows in a moment."""
         self._report: tuple[RelayEnd, Report] | None = None
 
+    @property
+    def target(self) -> str:
+        """The shard that has admitted it."""
+        return self.admitted_by.target
+
     def close(self) -> None:
         """Unregister it, unless the cause of its end is still waited for."""
         if self._report is None:

@@ -138,6 +138,11 @@ class Relay:
         return self._activity.idle or self._activity.streaming
 
     @property
+    def in_transaction(self) -> bool:
+        """Whether the client is between two statements of a transaction."""
+        return self._activity.in_transaction
+
+    @property
     def over(self) -> bool:
         """Whether the session has ended. Both sides may still be closing."""
         return self._ended.done()

@@ -163,13 +163,13 @@ class Session:
 
     async def _open(self, startup: StartupMessage) -> tuple[SessionOpener, UpstreamSession]:
         """Open a session upstream. Raises ClientGone, ProxyError or ClientViolation."""
-        self._entry.opening()
+        self._entry.opening(self._phases)
         try:
             with self._client.while_connected():
                 opener, upstream = await self._open_upstream(startup)
         except asyncio.CancelledError:
-            # A drain has begun, and this client still waits for an answer.
-            self._refuse(ProxyError(ErrorKind.SHUTTING_DOWN))
+            # A drain has begun, or an operator ends it; and this client still waits for an answer.
+            self._refuse(ProxyError(self._entry.cancelled_for))
             raise
         if upstream.admitted_by is not None:
             self._log.admitted(upstream.admitted_by)
@@ -190,6 +190,7 @@ class Session:
             with suppress(RouteReplaced):
                 route, opener = await self._parts.route(startup)
                 self._log.routed(route)
+                self._entry.route = route
                 self._entry.refuse_if_draining()
                 return opener, await opener.open(route.message, self._phases, route.fallback)
 

@@ -42,6 +42,11 @@ _ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
+# struct ucred: pid, uid, gid.
+_CREDENTIALS: Final = struct.Struct("iII")
+# struct tcp_info up to tcpi_last_data_recv: of it tcpi_last_data_sent and the last, in ms.
+_LAST_DATA: Final = struct.Struct("=44xI4xI")
+
 # Linux reports the peer's FIN even if bytes before it are unread; elsewhere only a reset is seen.
 _HUNG_UP: Final = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
@@ -143,6 +148,40 @@ def is_unix(transport: asyncio.BaseTransport) -> bool:
     """Return whether the connection uses a unix socket."""
     sock: socket.socket | None = transport.get_extra_info("socket")
     return sock is not None and sock.family == socket.AF_UNIX
+
+
+def peer_name(transport: asyncio.BaseTransport) -> tuple[str, int] | None:
+    """Return the peer's address and port; None for a unix socket and a connection that is lost."""
+    found = transport.get_extra_info("peername")
+    return (found[0], found[1]) if isinstance(found, tuple) else None
+
+
+def peer_pid(transport: asyncio.BaseTransport) -> int | None:
+    """Return the process that connected to a unix socket, where the kernel knows it."""
+    sock, option = _open_socket(transport), getattr(socket, "SO_PEERCRED", None)
+    if sock is None or option is None or sock.family != socket.AF_UNIX:
+        return None
+    with suppress(OSError):
+        pid: int = _CREDENTIALS.unpack(
+            sock.getsockopt(socket.SOL_SOCKET, option, _CREDENTIALS.size)
+        )[0]
+        return pid or None  # 0: it is in another namespace of processes
+    return None
+
+
+def quiet_seconds(transport: asyncio.BaseTransport) -> tuple[float, float] | None:
+    """Return the time since data was last sent, and since it was last received.
+
+    The kernel has both for a TCP connection, so that nothing has to be recorded. None elsewhere.
+    """
+    sock = _tcp_socket(transport)
+    if sock is None or sys.platform != "linux":
+        return None
+    with suppress(OSError, struct.error):
+        answer = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA.size)
+        sent_ms, received_ms = _LAST_DATA.unpack(answer)
+        return sent_ms / 1000, received_ms / 1000
+    return None
 
 
 def has_hung_up(transport: asyncio.BaseTransport) -> bool:

@@ -10,7 +10,7 @@ request has a timeout.
 import http.client
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import urlencode
 
@@ -21,10 +21,14 @@ from proxy.config import AdminSettings, ConfigurationError, Problem
 REQUEST_SECONDS_MAX: Final = 2.0
 # A reload answers within the time of a connection, whether or not it is done by then.
 RELOAD_SECONDS_MAX: Final = 10.0
+# A search for processes takes a second or two.
+SESSIONS_SECONDS_MAX: Final = 5.0
 POLL_SECONDS: Final = 0.1
 # A proxy that is ready may have no token yet, and then no client can log in.
 _READY_PATHS: Final = ("/readiness", "/startup")
 _STATUS: Final = "/status"
+_SESSIONS: Final = "/sessions"
+_SESSIONS_PAGE: Final = 500  # the most that a page has
 _ANSWER_BYTES_MAX: Final = 1 << 20
 
 
@@ -76,9 +80,45 @@ def ask_to_reload(settings: AdminSettings) -> dict[str, Any]:
     return _json_of(settings, *_answer(settings, "POST", "/reload", RELOAD_SECONDS_MAX))
 
 
-def _post(settings: AdminSettings, path: str, refusals: Mapping[int, str]) -> None:
+def fetch_status(settings: AdminSettings) -> dict[str, Any]:
+    """Return what `/status` shows. Raises as `ask_to_reload` does."""
+    return _fetched(settings, _STATUS)
+
+
+def fetch_sessions(settings: AdminSettings, *, processes: bool) -> Iterator[dict[str, Any]]:
+    """Yield every open connection, as `/sessions` shows it. Raises as `ask_to_reload` does."""
+    after: int | None = 0
+    while after is not None:
+        query = {"after": after, "limit": _SESSIONS_PAGE} | ({"processes": 1} if processes else {})
+        page = _fetched(settings, f"{_SESSIONS}?{urlencode(query)}", SESSIONS_SECONDS_MAX)
+        yield from page["sessions"]
+        after = page["next"]
+
+
+def ask_to_end(settings: AdminSettings, number: int) -> None:
+    """Ask the proxy to end a session. Return when it has begun to.
+
+    Raises AdminError if it refuses, and ConfigurationError as `wait_until_ready` does.
+    """
+    refused = f"there is no session {number}, or the proxy runs without --admin.quit true"
+    refusals = {403: "ask from loopback", 404: refused, 405: refused}
+    _post(settings, f"{_SESSIONS}/{number}", refusals, "DELETE")
+
+
+def _fetched(
+    settings: AdminSettings, path: str, seconds_max: float = REQUEST_SECONDS_MAX
+) -> dict[str, Any]:
+    status, body = _answer(settings, "GET", path, seconds_max)
+    if status != 200:
+        raise _no_proxy(settings, status)
+    return _json_of(settings, status, body)
+
+
+def _post(
+    settings: AdminSettings, path: str, refusals: Mapping[int, str], method: str = "POST"
+) -> None:
     """Ask for a change. Raises AdminError; `refusals` has what to do by the answer's status."""
-    status, body = _answer(settings, "POST", path)
+    status, body = _answer(settings, method, path)
     if status in refusals:
         raise AdminError(f"the proxy refuses: {refusals[status]}")
     if status == 503:
@@ -92,10 +132,7 @@ def look_up(settings: AdminSettings, key: str) -> dict[str, Any]:
 
     Raises AdminError if there is none, and ConfigurationError as `wait_until_ready` does.
     """
-    status, body = _answer(settings, "GET", "/lookup?" + urlencode({"key": key}))
-    if status != 200:
-        raise _no_proxy(settings, status)
-    return _json_of(settings, status, body)
+    return _fetched(settings, "/lookup?" + urlencode({"key": key}))
 
 
 def _answer(

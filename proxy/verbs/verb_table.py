@@ -13,9 +13,15 @@ from proxy.verbs.syntax import ANY_NUMBER, JSON, PRINT_CONFIG, Option, Syntax
 # The options that verbs read by name.
 ALL_SHARDS: Final = Option("all-shards", "test every target, not only the usual one")
 BUILD: Final = Option("build", "also print whether the relay was compiled")
+END: Final = Option("end", "end this session (it needs admin.quit)", "ID")
+PROCESSES: Final = Option(
+    "processes", "with --sessions: also the processes of clients on this machine"
+)
+SESSIONS: Final = Option("sessions", "also print who is connected")
 SHARD_KEY: Final = Option("shard-key", "connect to the shard that has the key", "KEY")
 SOCKET: Final = Option("socket", "take a unix socket in a private directory, and no port")
 TIMEOUT: Final = Option("timeout", "how long to wait (30)", "SECONDS")
+WATCH: Final = Option("watch", "print it again every two seconds, until it is interrupted")
 
 _ALL_SECTIONS: Final = tuple(Settings.model_fields)
 _DIALLING: Final = (
@@ -65,6 +71,12 @@ VERBS: Final[Mapping[str, Syntax]] = {
         "wait [--timeout SECONDS] [settings]",
         "wait until a running proxy is ready",
         options=(TIMEOUT,),
+        sections=("admin",),
+    ),
+    "status": Syntax(
+        "status [--sessions [--processes]] [--watch] [--json] [--end ID] [settings]",
+        "print what a running proxy does, and who is connected",
+        options=(SESSIONS, PROCESSES, WATCH, JSON, END),
         sections=("admin",),
     ),
     "reconnect": Syntax(

@@ -162,6 +162,17 @@ class Activity:
         )
 
     @property
+    def in_transaction(self) -> bool:
+        """Whether the session is within a transaction and everything was answered."""
+        return (
+            self._answered == self._sent
+            and self._status != _IDLE
+            and not (self._unsynced or self._lost or self.terminated)
+            and not (self._client_skip or self._client_stub)
+            and not (self._upstream_skip or self._upstream_stub)
+        )
+
+    @property
     def reusable(self) -> bool:
         """Whether the upstream session can serve another client: all is answered (P12).
 

@@ -21,6 +21,7 @@ from typing import Final
 from proxy.config import Settings
 from proxy.observe.aggregation import Reading, total
 from proxy.observe.logs import get_logger
+from proxy.observe.session_page import SessionPage, merge_pages
 from proxy.server.app import App
 from proxy.server.serving import log_serving, running
 from proxy.session.listen_sockets import Address
@@ -161,6 +162,15 @@ class Supervisor:
     async def reconnect(self) -> bool:
         """Make all workers retire their pooled sessions. Return whether all have done so."""
         return all(await asyncio.gather(*(worker.reconnect() for worker in self._serving)))
+
+    async def sessions(self, after: int, limit: int) -> SessionPage:
+        """Return open connections of all workers whose id is higher than `after`."""
+        pages = await asyncio.gather(*(each.sessions(after, limit) for each in self._serving))
+        return merge_pages(pages, limit)
+
+    async def end_session(self, number: int) -> bool:
+        """End the connection that has this id. Return whether a worker has it."""
+        return any(await asyncio.gather(*(each.end_session(number) for each in self._serving)))
 
     # -- one worker ------------------------------------------------------------------------------
 

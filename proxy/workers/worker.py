@@ -24,6 +24,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.log_writer import FLUSH_SECONDS_MAX
 from proxy.observe.logs import configure_logging, flush_log, get_logger, worker_log
 from proxy.observe.metrics import Metrics
+from proxy.observe.session_page import SessionPage
 from proxy.server.app import App
 from proxy.server.catalogue_service import ServiceKey, key_of
 from proxy.server.file_limit import full_error, slots_max
@@ -104,6 +105,8 @@ class Worker:
             "read": self._read,
             "cancel": self._cancel,
             "reconnect": self._reconnect,
+            "sessions": self._sessions,
+            "end_session": self._end_session,
             "drain": self._drain,
             "map_changed": self._map_changed,
         }
@@ -175,6 +178,12 @@ class Worker:
 
     async def _reconnect(self) -> bool:
         return await self._app.reconnect()
+
+    async def _sessions(self, after: int, limit: int) -> SessionPage:
+        return await self._app.sessions(after, limit, processes=False)
+
+    async def _end_session(self, number: int) -> bool:
+        return await self._app.end_session(number)
 
     async def _drain(self, seconds: float) -> int:
         sessions_cut = await self._app.drain(seconds)

@@ -16,6 +16,7 @@ from proxy.config import Settings
 from proxy.errors import ProxyError
 from proxy.observe.aggregation import Reading
 from proxy.observe.logs import get_logger
+from proxy.observe.session_page import SessionPage
 from proxy.server.router_factory import RELOAD_SECONDS_MAX
 from proxy.upstream.connector import CANCEL_SECONDS_MAX
 from proxy.workers.connection_socket import connection_socket_pair, send_connection
@@ -172,6 +173,19 @@ class WorkerHandle:
     async def reconnect(self) -> bool:
         """Make it retire its pooled sessions. Return whether it has answered."""
         return bool(await self._answer(self._rpc.call("reconnect"), READ_SECONDS_MAX))
+
+    async def sessions(self, after: int, limit: int) -> SessionPage | None:
+        """Return its open connections whose id is higher than `after`; None if it is silent."""
+        call = self._rpc.call("sessions", after=after, limit=limit)
+        page: SessionPage | None = await self._answer(call, READ_SECONDS_MAX)
+        for row in [] if page is None else page["sessions"]:
+            row["worker"] = self.number
+        return page
+
+    async def end_session(self, number: int) -> bool:
+        """Make it end the connection that has this id. Return whether it has it."""
+        call = self._rpc.call("end_session", number=number)
+        return bool(await self._answer(call, READ_SECONDS_MAX))
 
     def map_changed(self, change: Message) -> None:
         """Notify it of a change of the shard map."""

@@ -51,6 +51,7 @@ def said(one: "Activity | CompiledActivity") -> tuple[bool, ...]:
     """Return all that an activity says of its session."""
     return (
         one.idle,
+        one.in_transaction,
         one.streaming,
         one.copying,
         one.awaits_answer,

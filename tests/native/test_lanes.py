@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proxy import native
-from proxy.session.drain import IdleEnd
 from proxy.session.end_reason import EndReason
+from proxy.session.idle_end import IdleEnd
 from proxy.wire.messages import ErrorResponse
 from tests.native.relayed import Relayed, relayed
 from tests.support.running import eventually

@@ -9,8 +9,9 @@ from functools import partial
 import pytest
 
 from proxy.errors import ErrorKind, ProxyError
-from proxy.session.drain import AcceptPeriod, IdleEnd, OpenSession, OpenSessions
+from proxy.session.drain import AcceptPeriod, OpenSession, OpenSessions
 from proxy.session.end_reason import EndReason
+from proxy.session.idle_end import IdleEnd
 from proxy.session.relay import Relay
 from proxy.transport.stream import StartupStream
 from proxy.wire.messages import ErrorResponse, ReadyForQuery, Terminate

@@ -14,8 +14,8 @@ import pytest
 
 from proxy import native
 from proxy.pool.pool_counts import RetireReason
-from proxy.session.drain import IdleEnd
 from proxy.session.end_reason import EndReason, RelayEnd
+from proxy.session.idle_end import IdleEnd
 from proxy.session.relay import Relay
 from proxy.wire.messages import ErrorResponse
 from tests.native.relayed import Relayed, pythons, relayed

@@ -25,6 +25,10 @@ class ActivityPair:
         return self._same("idle")
 
     @property
+    def in_transaction(self) -> bool:
+        return self._same("in_transaction")
+
+    @property
     def terminated(self) -> bool:
         return self._same("terminated")
 

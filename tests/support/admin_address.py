@@ -13,6 +13,7 @@ from typing import Any, Final
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.admin_state import NOT_SERVING, ReloadOutcome
 from proxy.observe.metrics import Metrics
+from proxy.observe.session_page import SessionPage
 from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
 from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
@@ -44,6 +45,8 @@ class ScriptedAdminState:
     quits: int = 0
     reconnects: int = 0
     reconnect_succeeds: bool = True
+    asked_for_sessions: list[tuple[int, int, bool]] = field(default_factory=list)
+    ended_sessions: list[int] = field(default_factory=list)
     reload_outcome: ReloadOutcome = NOT_SERVING
     version: str = "1.2.3"
     listen_address: str = "127.0.0.1:5432"
@@ -116,6 +119,16 @@ class ScriptedAdminState:
         """Count that it was asked to; return what the test has set."""
         self.reconnects += 1
         return self.reconnect_succeeds
+
+    async def sessions(self, after: int, limit: int, *, processes: bool) -> SessionPage:
+        """Return an empty page, and keep what it was asked for."""
+        self.asked_for_sessions.append((after, limit, processes))
+        return {"total": 0, "sessions": [], "next": None, "complete": True}
+
+    async def end_session(self, number: int) -> bool:
+        """Keep what was to be ended; there is a session with an even number."""
+        self.ended_sessions.append(number)
+        return number % 2 == 0
 
     async def reload_configuration(self) -> ReloadOutcome:
         """Return what the test has set."""

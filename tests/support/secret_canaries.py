@@ -32,7 +32,7 @@ ON_PURPOSE: Final = ("tests/observe/test_logs.py",)
 RECEIVED_BYTES_MAX: Final = 8 * 1024
 
 # The pages of the admin address; a path that it does not serve shows nothing.
-ADMIN_PATHS: Final = ("/", "/status", "/metrics")
+ADMIN_PATHS: Final = ("/", "/status", "/sessions", "/metrics")
 PAGE_SECONDS_MAX: Final = 10.0
 
 

@@ -1,0 +1,61 @@
+"""`status`: print what a running proxy does and who is connected, or end a session."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, Final
+
+from proxy.config import AdminSettings, load_settings
+from proxy.exit_codes import EXIT_OK
+from proxy.verbs.admin_client import AdminError, ask_to_end, fetch_sessions, fetch_status
+from proxy.verbs.status_report import session_lines, status_lines
+from proxy.verbs.stderr import fail
+from proxy.verbs.syntax import Arguments
+from proxy.verbs.verb_table import END, PROCESSES, SESSIONS, WATCH
+
+WATCH_SECONDS: Final = 2.0
+_ID_MAX: Final = 10**18 - 1
+_CLEAR: Final = "\x1b[H\x1b[2J"
+
+
+def run(arguments: Arguments) -> int:
+    """Ask the proxy that has this configuration. Raises ConfigurationError and UsageError."""
+    number = arguments.number(END.name, 1, _ID_MAX)
+    admin = load_settings(arguments.flags, os.environ).admin
+    try:
+        if number is not None:
+            ask_to_end(admin, number)
+        elif not arguments.has(WATCH):
+            print(_shown(admin, arguments))
+    except AdminError as error:
+        return fail(str(error))
+    while arguments.has(WATCH) and number is None:  # until it is interrupted
+        _print_again(admin, arguments)
+        time.sleep(WATCH_SECONDS)
+    return EXIT_OK
+
+
+def _print_again(admin: AdminSettings, arguments: Arguments) -> None:
+    try:
+        shown = _shown(admin, arguments)
+    except AdminError as error:  # it may be about to start again
+        shown = json.dumps({"error": str(error)}) if arguments.as_json else str(error)
+    clear = _CLEAR if sys.stdout.isatty() and not arguments.as_json else ""
+    print(f"{clear}{shown}", flush=True)
+
+
+def _shown(admin: AdminSettings, arguments: Arguments) -> str:
+    """Return what is asked for, as text or as one line of JSON. Raises AdminError."""
+    status = fetch_status(admin)
+    sessions: list[dict[str, Any]] | None = None
+    if arguments.has(SESSIONS):
+        sessions = list(fetch_sessions(admin, processes=arguments.has(PROCESSES)))
+    if arguments.as_json:
+        return json.dumps(status if sessions is None else {**status, "open_sessions": sessions})
+    lines: Iterator[str] = status_lines(status)
+    if sessions is not None:
+        lines = chain(lines, [""], session_lines(sessions))
+    return "\n".join(lines)

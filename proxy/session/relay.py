@@ -225,9 +225,10 @@ class Relay:
         activity = self._activity
         if self._cut:
             reason = EndReason.CLIENT_NOT_READING
+        elif reason in UPSTREAM_ENDS and activity.awaits_answer:
+            pass
         elif reason in DISCONNECTS and activity.terminated:
-            if not (reason in UPSTREAM_ENDS and activity.awaits_answer):
-                reason = EndReason.CLIENT_CLOSED
+            reason = EndReason.CLIENT_CLOSED
         carried = self.carried()
         retired = self._retired
         if self._keeps_upstream and not self._kept and retired is None:

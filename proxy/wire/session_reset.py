@@ -192,7 +192,7 @@ class SessionReset:
         self.state = following
 
     def _is_usual(self) -> bool:
-        """Move to RESET, as the messages would, if the usual answer is all; return whether it is."""
+        """Move to RESET if the usual answer is all that there is. Return whether it is."""
         is_first = self.state is ResetState.AWAIT_DISCARD and self._answer.is_empty
         if is_first and not self._counts_triggers:
             self.state = ResetState.RESET

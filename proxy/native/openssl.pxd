@@ -15,6 +15,8 @@ cdef extern from "openssl/ssl.h" nogil:
         pass
     ctypedef struct ASN1_OCTET_STRING:
         pass
+    ctypedef struct EVP_PKEY:
+        pass
 
     int BIO_CTRL_FLUSH
     int BIO_TYPE_SOURCE_SINK
@@ -65,6 +67,8 @@ cdef extern from "openssl/ssl.h" nogil:
     int SSL_want(const SSL* ssl)
     long SSL_get_verify_result(const SSL* ssl)
     const char* SSL_get_version(const SSL* ssl)
+    long SSL_get_tmp_key(SSL* ssl, EVP_PKEY** key)
+    long SSL_get_peer_tmp_key(SSL* ssl, EVP_PKEY** key)
 
 cdef extern from "openssl/bio.h" nogil:
     BIO_METHOD* BIO_meth_new(int kind, const char* name)
@@ -78,6 +82,11 @@ cdef extern from "openssl/bio.h" nogil:
     void BIO_set_init(BIO* bio, int init)
     void BIO_set_retry_read(BIO* bio)
     void BIO_clear_retry_flags(BIO* bio)
+
+cdef extern from "openssl/evp.h" nogil:
+    int EVP_PKEY_RSA
+    int EVP_PKEY_set_type(EVP_PKEY* key, int kind)
+    void EVP_PKEY_free(EVP_PKEY* key)
 
 cdef extern from "openssl/err.h" nogil:
     unsigned long ERR_peek_last_error()

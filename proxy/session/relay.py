@@ -62,7 +62,8 @@ class Relay:
 
     `cancel_query` cancels what the upstream is running; it is awaited when the client has
     disconnected without a Terminate, with `cancels_copy_only` in the middle of COPY data only.
-    After the upstream's end a client is cut when it has read nothing for `flush_seconds_max`.
+    After the upstream's end a client is cut when it has read nothing for `flush_seconds_max`. The
+    session's lanes are opened after `reads_before_lanes` of both sides.
 
     With `keeps_upstream` the upstream's connection is not closed when its client leaves and nothing
     is owed: then the end is `kept`. The caller gives the connection its next protocol before it
@@ -79,6 +80,7 @@ class Relay:
         *,
         cancels_copy_only: bool = False,
         keeps_upstream: bool = False,
+        reads_before_lanes: int = 0,
     ) -> None:
         self._client = client
         self._keeps_upstream = keeps_upstream
@@ -88,12 +90,10 @@ class Relay:
         self._flush_seconds_max = flush_seconds_max
         self._upstream = upstream
         self._cancel_query = cancel_query
-        self._fast_path = FastPath.between(client, upstream, lanes, walks_ahead=keeps_upstream)
-        self._activity = activity = (
-            Activity(walks_ahead=keeps_upstream)
-            if self._fast_path is None
-            else self._fast_path.activity
-        )
+        path = FastPath.between(client, upstream, lanes, walks_ahead=keeps_upstream)
+        activity = Activity(walks_ahead=keeps_upstream) if path is None else path.activity
+        self._fast_path, self._activity = path, activity
+        self._reads_before_lanes = 0 if path is None else reads_before_lanes
         on_client_read = _ignore if keeps_upstream else activity.client_sent
         self._on_client_read: Callable[[bytes], None] = on_client_read
         self._ended = ended = asyncio.get_running_loop().create_future()
@@ -121,9 +121,7 @@ class Relay:
         self._terminated_timer: asyncio.TimerHandle | None = None
         self._cut = False  # the client was cut before it had read everything
         self._dropped = False  # by `drop`
-        self._high_water_bytes = BUFFER_BYTES_MAX
-        if self._fast_path is not None:
-            self._high_water_bytes = LANE_BUFFER_BYTES_MAX
+        self._high_water_bytes = BUFFER_BYTES_MAX if path is None else LANE_BUFFER_BYTES_MAX
         for transport in (client, upstream):
             transport.set_write_buffer_limits(high=self._high_water_bytes)
 
@@ -157,8 +155,7 @@ class Relay:
         """Call `on_read` after each read from now on. The session's lanes close for good."""
         self._close_lanes()
         self._fast_path = None
-        self.from_client.on_read = partial(_follow, self._on_client_read, on_read)
-        self.from_upstream.on_read = partial(_follow, self._activity.upstream_sent, on_read)
+        self._report_reads(on_read)
 
     def end(self, reason: EndReason, error: bytes) -> None:
         """Send the client this error and end the session. Nothing is relayed any more.
@@ -192,7 +189,10 @@ class Relay:
         try:
             for direction in (self.from_client, self.from_upstream):
                 direction.pause_if_full(self._high_water_bytes)
-            self._open_lanes()
+            if self._reads_before_lanes:
+                self._report_reads(self._count_read)
+            else:
+                self._open_lanes()
             reason = await self._ended
             self._close_lanes()
             if self._keeps_upstream:
@@ -208,6 +208,7 @@ class Relay:
             # They refer to each other: what they hold would wait for the garbage collector.
             self.from_client.reverse = self.from_upstream.reverse = None
             self.from_client.goes_on = never
+            self.from_client.on_read = self.from_upstream.on_read = _ignore
             self.from_client.stop_writing()
             if self._terminated_timer is not None:
                 self._terminated_timer.cancel()
@@ -243,10 +244,23 @@ class Relay:
 
     def _open_lanes(self) -> None:
         """Open the session's lanes, unless it is about to end."""
-        closing = self._client.is_closing() or self._upstream.is_closing()
-        if self._fast_path is None or closing or self._ended.done():
+        if self._fast_path is None or self._ended.done():
             return
-        self._fast_path.open(self.from_client, self.from_upstream)
+        directions = (self.from_client, self.from_upstream)
+        if not any(one.at_end or one.source.is_closing() for one in directions):
+            self._fast_path.open(*directions)
+
+    def _count_read(self) -> None:
+        """Open the lanes when enough was read that they are worth their while."""
+        self._reads_before_lanes -= 1
+        if not self._reads_before_lanes:
+            # Not within a read: TLS may not have delivered all of it yet.
+            asyncio.get_running_loop().call_soon(self._open_lanes)
+
+    def _report_reads(self, on_read: Callable[[], None]) -> None:
+        """Call `on_read` after each read that no lane carries."""
+        self.from_client.on_read = partial(_follow, self._on_client_read, on_read)
+        self.from_upstream.on_read = partial(_follow, self._activity.upstream_sent, on_read)
 
     def _close_lanes(self) -> None:
         self.from_client.close_lane()

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from proxy.errors import NOT_THE_OPERATORS, ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
@@ -36,6 +36,11 @@ from proxy.wire.violations import ClientViolation
 
 if TYPE_CHECKING:
     from proxy.native.lanes import Lanes
+
+
+# A pooled session may be one query and its answer, for which opening and closing lanes costs more
+# than they save. Its third read shows that it is longer.
+READS_BEFORE_LANES: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,20 +226,22 @@ class Session:
         cancel_query = None
         if key is not None and opener.cancel_on_disconnect:
             cancel_query = partial(self._parts.cancels.cancel_disconnected, key)
+        lease = upstream.lease
+        keeps_upstream = lease is not None and lease.returns
         relay = Relay(
             client.transport,
             upstream.stream.transport,
             cancel_query,
             self._parts.lanes(),
             cancels_copy_only=opener.checks_connection,
-            keeps_upstream=upstream.lease is not None and upstream.lease.returns,
+            keeps_upstream=keeps_upstream,
+            reads_before_lanes=READS_BEFORE_LANES if keeps_upstream else 0,
         )
         self._starting_client = None  # from here on the client cannot be refused
         self._entry.relaying(relay)
         client.start_relay(relay, upstream, None if key is None else key.issued)
         if self._parts.idle_timeout_seconds:
             self._entry.end_after_idle(self._parts.idle_timeout_seconds)
-        lease = upstream.lease
         reused = None if lease is None else lease.reused
         self._log.started(upstream.target.host, reused=reused)
         return relay

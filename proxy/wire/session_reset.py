@@ -112,12 +112,6 @@ _USUAL_ANSWER: Final = b"".join(
     frame.encode()
     for frame in (Frame(b"C", b"DISCARD ALL\0"), _READY, Frame(b"C", b"RESET\0"), _READY)
 )
-_USUAL_STEPS: Final = (
-    ResetStep.DISCARDED,
-    ResetStep.NEXT,
-    ResetStep.ROLE_RESET,
-    ResetStep.COMPLETE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +192,10 @@ class SessionReset:
         self.state = following
 
     def _is_usual(self) -> bool:
-        """Move on if the usual answer is all that there is; return whether it is."""
+        """Move to RESET if the usual answer is all that there is. Return whether it is."""
         is_first = self.state is ResetState.AWAIT_DISCARD and self._answer.is_empty
         if is_first and not self._counts_triggers:
-            for step in _USUAL_STEPS:
-                self._move(step)
+            self.state = ResetState.RESET
         return self.state is ResetState.RESET
 
     def _receive_messages(self) -> list[ResetEvent]:

@@ -47,6 +47,7 @@ async def relayed(
     first: bytes = b"",
     closed: bool = False,
     keeps_upstream: bool = False,
+    reads_before_lanes: int = 0,
     cancel_query: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Relayed]:
     """Run a relay; `tls` is on its upstream. With `small` buffers a peer that reads nothing is
@@ -72,6 +73,7 @@ async def relayed(
             cancel_query,
             lanes if laned else None,
             keeps_upstream=keeps_upstream,
+            reads_before_lanes=reads_before_lanes,
         )
         client_stream.write(first)
         relay.from_upstream.data_received(upstream_stream.hand_over(relay.from_upstream))

@@ -1,8 +1,8 @@
 """Make what is released in `dist/`: a source distribution, a wheel for each Python, an SBOM.
 
-`python -m release [--into DIRECTORY] [--python PROGRAM]...`; without --python, each Python from 3.11
-on that is in PATH. A wheel has the compiled relay, and a libssl of its own. Each is installed with
-the locked dependencies in a new virtual environment, outside of this checkout and with an empty
+`python -m release [--into DIRECTORY] [--python PROGRAM]...`; without --python, each that is
+installed, from 3.11 on. A wheel has the compiled relay, and a libssl of its own. Each is installed
+with the locked packages in a new virtual environment, outside of this checkout and with an empty
 HOME, and logs a client in (`trial.py`); the SBOM is that environment's.
 
 Invariant: only files that git knows get into a release, and packages with known hashes alone build
@@ -19,13 +19,15 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[1]
 REQUIREMENTS: Final = ROOT / "requirements"
 TOOLS: Final = Path(sys.executable).parent
-NAMES: Final = tuple(f"python3.{minor}" for minor in range(11, 20))
+MINORS: Final = range(11, 20)
 SECONDS_MAX: Final = 600  # for one step; the longest compiles the relay or downloads packages
 SUMS: Final = "SHA256SUMS"
 
@@ -46,12 +48,18 @@ def run(*command: str | Path, cwd: Path = ROOT, **more: str) -> str:
     return ran.stdout
 
 
-def installed_pythons() -> Iterator[str]:
-    """Yield each Python that is in PATH and can be run: a pyenv shim may lead nowhere."""
-    for name in NAMES:
-        program = shutil.which(name)
-        if program and subprocess.run([program, "-c", ""], check=False).returncode == 0:  # noqa: S603
-            yield program
+def installed_pythons() -> Iterator[Path]:
+    """Yield a program of each Python that is in PATH, or installed by pyenv."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for minor in MINORS:
+        in_path = (Path(found) for found in [shutil.which(f"python3.{minor}")] if found)
+        candidates = (*in_path, *sorted(pyenv.glob(f"3.{minor}.*/bin/python3")))
+        works = (
+            program
+            for program in candidates  # a shim of pyenv may lead nowhere
+            if subprocess.run([program, "-c", ""], check=False, stderr=DEVNULL).returncode == 0  # noqa: S603
+        )
+        yield from islice(works, 1)
 
 
 def copy_source(into: Path) -> None:
@@ -68,7 +76,7 @@ def copy_source(into: Path) -> None:
 class Environment:
     """A virtual environment without pip, into which another's pip installs."""
 
-    def __init__(self, python: str, directory: Path) -> None:
+    def __init__(self, python: Path, directory: Path) -> None:
         """Make two: one that builds, with the locked build requirements, and one to try a wheel."""
         self._builder = directory / "builder" / "bin"
         self.bin = directory / "installed" / "bin"
@@ -125,7 +133,8 @@ def bundled_components(wheel: Path) -> list[Any]:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith("auditwheel.cdx.json")]
         boms = [json.loads(archive.read(name)) for name in names]
-    return [component for bom in boms for component in bom.get("components", [])]
+    found = {one["purl"]: one for bom in boms for one in bom["components"]}  # once for each file
+    return [one for purl, one in found.items() if not purl.startswith("pkg:pypi/")]
 
 
 def write_sbom(environment: Environment, wheel: Path, file: Path) -> None:
@@ -136,6 +145,7 @@ def write_sbom(environment: Environment, wheel: Path, file: Path) -> None:
         *("--output-format", "JSON", "--output-file", file),
     )
     bom = json.loads(file.read_text())
+    bom["metadata"]["component"]["version"] = wheel.name.split("-")[1]
     bom["components"] += bundled_components(wheel)
     file.write_text(json.dumps(bom, indent=2, sort_keys=True) + "\n")
 
@@ -147,7 +157,7 @@ def write_sums(directory: Path) -> None:
     (directory / SUMS).write_text("".join(sums))
 
 
-def make(into: Path, pythons: Sequence[str], directory: Path) -> None:
+def make(into: Path, pythons: Sequence[Path], directory: Path) -> None:
     """Make everything, and say after each step what it made."""
     source = directory / "source"
     copy_source(source)
@@ -171,7 +181,7 @@ def main() -> None:
     """Read the command line, and make it."""
     parser = argparse.ArgumentParser(prog="make dist", description=__doc__)
     parser.add_argument("--into", type=Path, default=ROOT / "dist")
-    parser.add_argument("--python", action="append", default=[])
+    parser.add_argument("--python", type=Path, action="append", default=[])
     options = parser.parse_args()
     pythons = options.python or list(installed_pythons())
     shutil.rmtree(options.into, ignore_errors=True)

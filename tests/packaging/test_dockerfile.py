@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy import __version__
 from proxy.verbs.verb_table import VERBS
 from tests.packaging.manifests import (
     DOCKERFILE,
@@ -74,10 +75,15 @@ def test_shellcheck_has_nothing_to_say_of_the_script_of_ci() -> None:
 
 
 def test_the_base_is_slim_and_has_a_version() -> None:
-    name, _, tag = last("ARG").partition("=")[2].rpartition(":")
+    argument = next(rest for instruction, rest in STAGES if instruction == "ARG")
+    name, _, tag = argument.partition("=")[2].rpartition(":")
     assert name.endswith("/python")
     assert tag.startswith("3.")
     assert "-slim" in tag
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert ("ARG", f"VERSION={__version__}") in STAGES
 
 
 @pytest.mark.parametrize("stage", ["demo", "proxy"])

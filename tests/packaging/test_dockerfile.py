@@ -15,13 +15,10 @@ from proxy import __version__
 from proxy.verbs.verb_table import VERBS
 from tests.packaging.manifests import (
     DOCKERFILE,
-    KUBERNETES,
     PROXY,
     ROOT,
     compose,
     instructions,
-    pods,
-    sidecar,
     unit_arguments,
 )
 
@@ -123,17 +120,12 @@ def commands() -> dict[str, list[str]]:
     """Return every command line of ours that a packaging file holds, by where it stands."""
     check = last("HEALTHCHECK")
     services = compose()["services"]
-    found = {
+    return {
         "Dockerfile, CMD": [PROXY, *json.loads(last("CMD"))],
         "Dockerfile, HEALTHCHECK": json.loads(check[check.index("CMD") + len("CMD") :]),
         "docker-compose.yml": services[PROXY]["healthcheck"]["test"][1:],
         "systemd": unit_arguments(),
     }
-    for file in KUBERNETES:
-        for pod in pods(file):
-            if arguments := sidecar(pod).get("args"):
-                found[file.name] = [PROXY, *arguments]
-    return found
 
 
 @pytest.mark.parametrize("place", commands())

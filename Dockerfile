@@ -1,7 +1,8 @@
 # The proxy as a container: `docker build -t lakebase-auth-proxy .`
 # The demo, which needs no account: `docker build -t lakebase-auth-proxy:demo --target demo .`
 #
-# BASE may be any Debian-based image with Python 3.11 or newer.
+# BASE may be any Debian-based image with Python 3.11 or newer; a release gives it by digest
+# (NAME@sha256:...). SOURCE and REVISION are the repository and the commit, for the image's labels.
 ARG BASE=docker.io/library/python:3.13-slim-bookworm
 
 # The build stage; its compiler and pip do not get into the image. The compiler is for the relay
@@ -14,16 +15,25 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev libssl-dev \
     && { command -v python3-config || apt-get install --yes --no-install-recommends python3-dev; } \
     && rm -rf /var/lib/apt/lists/*
-# The environment that is copied into the image has no pip: the builder's pip installs into it.
-RUN python3 -m venv /builder && python3 -m venv --without-pip /opt/lakebase-auth-proxy
+# The environment that is copied into the image has no pip: the builder's pip installs into it. Each
+# package has a version and hashes in requirements/ (`make lock`), those that build the wheel as well.
+COPY requirements ./requirements
+RUN python3 -m venv /builder && python3 -m venv --without-pip /opt/lakebase-auth-proxy \
+    && /builder/bin/pip install --no-cache-dir --disable-pip-version-check --only-binary :all: \
+        --require-hashes --requirement requirements/build.txt \
+    && /builder/bin/pip --python /opt/lakebase-auth-proxy/bin/python install \
+        --no-cache-dir --disable-pip-version-check --only-binary :all: \
+        --require-hashes --requirement requirements/proxy.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY proxy ./proxy
-RUN /builder/bin/pip --python /opt/lakebase-auth-proxy/bin/python install \
-    --no-cache-dir --disable-pip-version-check --only-binary :all: .
+RUN /builder/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
+    && /builder/bin/pip --python /opt/lakebase-auth-proxy/bin/python install \
+        --no-cache-dir --no-deps --no-index /wheels/*.whl
 
 FROM installed AS installed-demo
 RUN /builder/bin/pip --python /opt/lakebase-auth-proxy/bin/python install \
-    --no-cache-dir --disable-pip-version-check --only-binary :all: '.[demo]'
+    --no-cache-dir --disable-pip-version-check --only-binary :all: \
+    --require-hashes --requirement requirements/demo.txt
 
 # The parts that both images share, without their Python packages.
 FROM ${BASE} AS bare
@@ -43,9 +53,17 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s \
     CMD ["lakebase-auth-proxy", "wait", "--timeout", "3"]
 ENTRYPOINT ["lakebase-auth-proxy"]
+ARG BASE
+ARG VERSION=0.1.0
+ARG SOURCE=
+ARG REVISION=
 LABEL org.opencontainers.image.title="lakebase-auth-proxy" \
       org.opencontainers.image.description="A sidecar that logs ordinary Postgres clients in to Databricks Lakebase" \
-      org.opencontainers.image.licenses="Apache-2.0"
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${BASE}"
 
 # Both images: the official base has no byte-compiled standard library, and on a read-only file
 # system Python could not write it. So the modules that the program imports are byte-compiled now.

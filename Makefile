@@ -16,6 +16,7 @@ PYTHON_IS_NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Py
 # Where `make install` installs: a virtual environment in share, and a link to its command in bin.
 # EXTRAS='[demo]' installs what the verb demo needs, too.
 PREFIX ?= $(HOME)/.local
+override PREFIX := $(if $(filter /%,$(PREFIX)),$(PREFIX),$(CURDIR)/$(PREFIX))
 EXTRAS ?=
 INSTALL_VENV := $(PREFIX)/share/lakebase-auth-proxy
 
@@ -26,7 +27,7 @@ FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling routes closes fleet demo docs all clean
+.PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling routes closes fleet demo docs lock dist all clean
 .PHONY: halves unit-e2e unit-rest
 
 help: ## show this list
@@ -135,6 +136,20 @@ docs: $(INSTALLED) ## regenerate config.example.toml and docs/protocol-states.md
 	$(BIN)/python -c 'from proxy.config import example_toml; print(example_toml(), end="")' > config.example.toml.new
 	mv config.example.toml.new config.example.toml
 	$(BIN)/python -m tests.protocol_states
+
+# What the image and the wheels are made of, at the newest versions: every package with the hashes of
+# its files. `make setup` takes the newest, so that the tests see them before a release has them.
+LOCK := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header
+BUILD_REQUIREMENTS := 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")'
+
+lock: $(INSTALLED) ## lock the packages of the image and of the wheels in requirements/
+	$(LOCK) pyproject.toml --output-file requirements/proxy.txt
+	$(LOCK) pyproject.toml --extra demo --constraint requirements/proxy.txt --no-annotate --output-file requirements/demo.txt
+	$(BIN)/python -c $(BUILD_REQUIREMENTS) | $(LOCK) --no-annotate --output-file requirements/build.txt -
+
+# ARGS: --python PROGRAM (for each), --into DIRECTORY.
+dist: $(INSTALLED) ## sdist, a wheel for each Python, SBOM and checksums in dist/, tried
+	@$(BIN)/python -m release $(ARGS)
 
 all: test fuzz bench ## test, fuzz and bench
 

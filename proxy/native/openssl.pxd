@@ -47,7 +47,6 @@ cdef extern from "openssl/ssl.h" nogil:
     void SSL_CTX_set_security_level(SSL_CTX* context, int level)
     int SSL_CTX_set1_groups_list(SSL_CTX* context, const char* names)
     void SSL_CTX_set_verify(SSL_CTX* context, int mode, void* callback)
-    int SSL_CTX_set_default_verify_paths(SSL_CTX* context)
     int SSL_CTX_load_verify_locations(SSL_CTX* context, const char* file, const char* directory)
     X509_VERIFY_PARAM* SSL_CTX_get0_param(SSL_CTX* context)
 

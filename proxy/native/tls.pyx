@@ -139,13 +139,23 @@ cdef class ClientContext:
     def _load_authorities(self, cafile: str | None) -> None:
         openssl.ERR_clear_error()
         if cafile is None:
-            loaded = openssl.SSL_CTX_set_default_verify_paths(self._context)
-        else:
-            open(cafile, "rb").close()  # its error is more precise than OpenSSL's
-            path = os.fsencode(cafile)
-            loaded = openssl.SSL_CTX_load_verify_locations(self._context, path, NULL)
-        if not loaded:
+            self._load_system_authorities()
+            return
+        open(cafile, "rb").close()  # its error is more precise than OpenSSL's
+        path = os.fsencode(cafile)
+        if not openssl.SSL_CTX_load_verify_locations(self._context, path, NULL):
             raise _error(ssl.SSLError)
+
+    def _load_system_authorities(self) -> None:
+        """Load what Python's libssl loads. A wheel's own libssl has the paths of another system."""
+        paths = ssl.get_default_verify_paths()
+        if paths.cafile is not None:
+            path = os.fsencode(paths.cafile)
+            openssl.SSL_CTX_load_verify_locations(self._context, path, NULL)
+        if paths.capath is not None:
+            path = os.fsencode(paths.capath)
+            openssl.SSL_CTX_load_verify_locations(self._context, NULL, path)
+        openssl.ERR_clear_error()  # as Python ignores them here
 
 
 cdef int _version(object version) except -1:

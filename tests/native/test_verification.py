@@ -160,6 +160,19 @@ def test_the_systems_authorities_are_those_of_python(
     assert (own == ("TLSv1.3", HOST)) is accepts
 
 
+def test_the_systems_authorities_are_where_pythons_libssl_looks_for_them(
+    authorities: dict[str, Authority], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wheel's own libssl was built on another system, which may keep them in another place."""
+    cafile = tmp_path / "ca.pem"
+    cafile.write_bytes(authorities["known"].pem())
+    paths = ssl.get_default_verify_paths()._replace(cafile=str(cafile), capath=str(tmp_path))
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: paths)
+    own = native.tls.ClientContext(ssl.create_default_context(), None)
+    server = server_context(authorities["known"].chain(Leaf()), tmp_path)
+    assert verdict(server, own, HOST) == ("TLSv1.3", HOST)
+
+
 @pytest.mark.parametrize(
     "content", [None, b"", b"no certificate", b"-----BEGIN CERTIFICATE-----\n!\n"]
 )

@@ -3,17 +3,33 @@
 Invariant: nothing is changed on the way, so that a test judges what a person would deploy.
 """
 
+import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
+from tests.support.tools import need
+
 ROOT: Final = Path(__file__).parents[2]
-KUBERNETES: Final = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
+KUBERNETES: Final = ROOT / "deploy" / "kubernetes"
+SIDECAR: Final = KUBERNETES / "sidecar"
+CHART: Final = "chart"
+# What a person applies: the kustomizations, and the chart with one container.
+APPLIED: Final = (CHART, *sorted(path.name for path in (KUBERNETES / "examples").iterdir()))
+CHART_VALUES: Final = """\
+podMonitor: true
+containers:
+  - name: application
+    image: application:1.0
+    env: [{name: PGHOST, value: localhost}]
+"""
 DOCKERFILE: Final = ROOT / "Dockerfile"
 COMPOSE: Final = ROOT / "docker-compose.yml"
 UNIT: Final = ROOT / "deploy" / "systemd" / "lakebase-auth-proxy.service"
@@ -22,21 +38,47 @@ PROXY: Final = "lakebase-auth-proxy"
 Object = dict[str, Any]
 
 
-def documents(file: Path) -> list[Object]:
+def tool(*command: str | Path, given: str = "") -> str:
+    """Return what a program prints; skip the test where it is missing."""
+    need("the Kubernetes manifests", str(command[0]))
+    return subprocess.check_output(command, input=given, text=True, timeout=60)
+
+
+@cache
+def _rendered(name: str) -> str:
+    if name == CHART:
+        options = ("--namespace", "here", "--values", "-")
+        return tool("helm", "template", "application", SIDECAR, *options, given=CHART_VALUES)
+    return tool("kubectl", "kustomize", KUBERNETES / "examples" / name)
+
+
+def parsed(text: str) -> list[Object]:
     """Return the objects of a manifest."""
-    return [document for document in yaml.safe_load_all(file.read_text()) if document]
+    return [document for document in yaml.safe_load_all(text) if document]
 
 
-def pods(file: Path) -> Iterator[Object]:
-    """Yield the pod specification of each workload in a manifest."""
-    for document in documents(file):
-        if document["kind"] in ("Deployment", "Job"):
-            yield document["spec"]["template"]["spec"]
+def documents(name: str) -> list[Object]:
+    """Return the objects that a person applies."""
+    return parsed(_rendered(name))
+
+
+def pod_of(objects: list[Object]) -> Object:
+    """Return the pod of the one workload among objects."""
+    (pod,) = (
+        one["spec"]["template"]["spec"] for one in objects if one["kind"] in ("Deployment", "Job")
+    )
+    return dict(pod)
+
+
+def config_files(objects: list[Object]) -> dict[str, str]:
+    """Return the files of the one ConfigMap among objects."""
+    (files,) = (one["data"] for one in objects if one["kind"] == "ConfigMap")
+    return dict(files)
 
 
 def sidecar(pod: Object) -> Object:
     """Return the proxy's container, wherever it stands in its pod."""
-    containers = [*pod.get("initContainers", []), *pod["containers"]]
+    containers = [*pod.get("initContainers", []), *pod.get("containers", [])]
     return next(container for container in containers if container["name"] == PROXY)
 
 
@@ -45,6 +87,11 @@ def environment_of(container: Object) -> dict[str, str]:
     values = {entry["name"]: entry["value"] for entry in container["env"]}
     assert all(isinstance(value, str) for value in values.values()), values
     return values
+
+
+def as_bytes(container: Object) -> bytes:
+    """Return a value as JSON, which is the same for equal values."""
+    return json.dumps(container, sort_keys=True).encode()
 
 
 def compose() -> Object:

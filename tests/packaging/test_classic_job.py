@@ -1,4 +1,4 @@
-"""The script of job-classic.yaml, run beside a real proxy: the work is done, and the proxy ends.
+"""The script of the example job-classic with a real proxy: the work is done, and the proxy ends.
 
 Everything is the manifest's but the ports, which are free ones here.
 """
@@ -10,23 +10,20 @@ import pytest
 
 from proxy.emulator.cluster import CLIENT_ID
 from proxy.emulator.lakebase import Lakebase
-from tests.packaging.manifests import KUBERNETES, environment_of, pods
+from tests.packaging.manifests import documents, environment_of, pod_of
 from tests.support.proxy_process import run_to_end, started_process
 from tests.support.running import WAIT_SECONDS_MAX, proxy_values, psql_path, toml
 from tests.support.tools import need
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
-MANIFEST = next(file for file in KUBERNETES if file.name == "job-classic.yaml")
-
 
 @pytest.mark.parametrize(("statement", "code"), [("SELECT current_user", 0), ("SELECT 1/0", 1)])
 async def test_the_work_ends_the_sidecar_however_it_ended(
     statement: str, code: int, lakebase: Lakebase, unused_tcp_port: int, tmp_path: Path
 ) -> None:
-    need("the script of job-classic.yaml", "sh", "wget")
-    (pod,) = pods(MANIFEST)
-    work = pod["containers"][-1]
+    need("the script of job-classic", "sh", "wget")
+    work = pod_of(documents("job-classic"))["containers"][0]
     config = tmp_path / "proxy.toml"
     sections = {"admin": {"enabled": True, "quit": True, "port": unused_tcp_port}}
     config.write_text(toml(proxy_values(lakebase, sections)))

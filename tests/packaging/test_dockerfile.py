@@ -11,16 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from proxy import __version__
 from proxy.verbs.verb_table import VERBS
 from tests.packaging.manifests import (
     DOCKERFILE,
-    KUBERNETES,
     PROXY,
     ROOT,
     compose,
     instructions,
-    pods,
-    sidecar,
     unit_arguments,
 )
 
@@ -74,10 +72,15 @@ def test_shellcheck_has_nothing_to_say_of_the_script_of_ci() -> None:
 
 
 def test_the_base_is_slim_and_has_a_version() -> None:
-    name, _, tag = last("ARG").partition("=")[2].rpartition(":")
+    argument = next(rest for instruction, rest in STAGES if instruction == "ARG")
+    name, _, tag = argument.partition("=")[2].rpartition(":")
     assert name.endswith("/python")
     assert tag.startswith("3.")
     assert "-slim" in tag
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert ("ARG", f"VERSION={__version__}") in STAGES
 
 
 @pytest.mark.parametrize("stage", ["demo", "proxy"])
@@ -117,17 +120,12 @@ def commands() -> dict[str, list[str]]:
     """Return every command line of ours that a packaging file holds, by where it stands."""
     check = last("HEALTHCHECK")
     services = compose()["services"]
-    found = {
+    return {
         "Dockerfile, CMD": [PROXY, *json.loads(last("CMD"))],
         "Dockerfile, HEALTHCHECK": json.loads(check[check.index("CMD") + len("CMD") :]),
         "docker-compose.yml": services[PROXY]["healthcheck"]["test"][1:],
         "systemd": unit_arguments(),
     }
-    for file in KUBERNETES:
-        for pod in pods(file):
-            if arguments := sidecar(pod).get("args"):
-                found[file.name] = [PROXY, *arguments]
-    return found
 
 
 @pytest.mark.parametrize("place", commands())

@@ -26,6 +26,7 @@ from typing import Final
 import psycopg
 import pytest
 
+from proxy import __version__
 from proxy.emulator.cluster import CLIENT_ID
 from proxy.emulator.lakebase import Lakebase
 from tests.packaging.manifests import ROOT
@@ -50,6 +51,11 @@ BASE_OPTIONS: Final = (
     "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
     *(f"--dpkgopt=path-exclude=/usr/share/{of}/*" for of in ("doc", "man", "locale", "info")),
 )
+BUILD_ARGUMENTS: Final = {
+    "BASE": "localhost/base",
+    "SOURCE": "https://example.com/proxy",
+    "REVISION": "1234abcd",
+}
 BASE_FILE: Final = """\
 FROM scratch
 ADD base.tar /
@@ -93,7 +99,8 @@ class Images:
         run("mmdebstrap", *BASE_OPTIONS, "bookworm", archive, seconds_max=BUILD_SECONDS_MAX)
         self._bud("base", "--file", f"{base}/Containerfile", str(base))
         for target in ("proxy", "demo"):
-            self._bud(target, "--target", target, "--build-arg", "BASE=localhost/base", str(ROOT))
+            given = (f"--build-arg={name}={value}" for name, value in BUILD_ARGUMENTS.items())
+            self._bud(target, "--target", target, *given, str(ROOT))
 
     def remove(self) -> None:
         """Free the disk space."""
@@ -196,8 +203,16 @@ def test_the_image_says_how_to_run_it(images: Images, image: str) -> None:
     assert images.inspect(image, "{{.Config.StopSignal}}") == "SIGTERM"
     healthcheck = "[CMD lakebase-auth-proxy wait --timeout 3]"
     assert images.inspect(image, "{{.Config.Healthcheck.Test}}") == healthcheck
-    title = '{{index .Config.Labels "org.opencontainers.image.title"}}'
-    assert images.inspect(image, title) == "lakebase-auth-proxy"
+    labels = json.loads(images.inspect(image, "{{json .Config.Labels}}"))
+    given = {
+        "title": "lakebase-auth-proxy",
+        "version": __version__,
+        "source": BUILD_ARGUMENTS["SOURCE"],
+        "revision": BUILD_ARGUMENTS["REVISION"],
+        "base.name": BUILD_ARGUMENTS["BASE"],
+    }
+    for name, value in given.items():
+        assert labels[f"org.opencontainers.image.{name}"] == value
 
 
 def test_no_build_tool_and_no_installer_is_left(images: Images) -> None:

@@ -54,3 +54,12 @@ def test_make_install_puts_a_command_into_the_home_that_runs_from_there(tmp_path
     assert f"{command.parent} is not in PATH" in ran.stdout
     answer = subprocess.check_output([command, "version"], cwd=home, env=environment, text=True)
     assert answer == f"{__version__}\n"
+
+
+def test_a_relative_prefix_begins_in_the_clone() -> None:
+    """The link in `bin` led to a path that was relative to `bin`."""
+    command = ["make", "--dry-run", "install", "PREFIX=a/place"]
+    said = subprocess.check_output(command, cwd=ROOT, text=True)
+    place = f"{ROOT}/a/place"
+    assert f'ln -sfn "{place}/share/lakebase-auth-proxy/bin/lakebase-auth-proxy"' in said
+    assert f'"{place}/bin/lakebase-auth-proxy"' in said

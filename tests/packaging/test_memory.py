@@ -1,22 +1,19 @@
 """The memory that the packaging files give the proxy: what README.md says that it needs."""
 
 import re
-from pathlib import Path
-
-import pytest
 
 from tests.packaging.manifests import (
-    KUBERNETES,
     ROOT,
+    SIDECAR,
     compose,
-    pods,
+    parsed,
+    pod_of,
     sidecar,
     unit_settings,
 )
 
 LEAST_MIB = 128
 LIMIT_MIB = 512
-WORKLOADS = [file for file in KUBERNETES if any(pods(file))]
 
 
 def test_the_least_memory_is_documented() -> None:
@@ -25,12 +22,10 @@ def test_the_least_memory_is_documented() -> None:
     assert f"a limit of {LIMIT_MIB} MiB" in row
 
 
-@pytest.mark.parametrize("file", WORKLOADS, ids=lambda file: file.name)
-def test_each_manifest_requests_it(file: Path) -> None:
-    for pod in pods(file):
-        given = sidecar(pod)["resources"]
-        assert given["requests"]["memory"] == f"{LEAST_MIB}Mi"
-        assert given["limits"]["memory"] == f"{LIMIT_MIB}Mi"
+def test_the_sidecar_requests_it() -> None:
+    given = sidecar(pod_of(parsed((SIDECAR / "sidecar.yaml").read_text())))["resources"]
+    assert given["requests"]["memory"] == f"{LEAST_MIB}Mi"
+    assert given["limits"]["memory"] == f"{LIMIT_MIB}Mi"
 
 
 def test_the_compose_file_reserves_it() -> None:

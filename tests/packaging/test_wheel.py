@@ -1,4 +1,7 @@
-"""The source distribution and the wheels that are built from it, with a compiler and without."""
+"""The source distribution, and the wheel that is built from it without a compiler.
+
+The wheel with the compiled relay is in `test_release.py`.
+"""
 
 import os
 import subprocess
@@ -10,18 +13,17 @@ from typing import Final
 
 import pytest
 
-from proxy.native import MODULES
 from tests.packaging.manifests import ROOT
-from tests.support.compiled import need_compiled
 
 pytestmark = pytest.mark.slow
 
 BUILD_SECONDS_MAX: Final = 300
 # What the source distribution has: these folders, and these files beside the documents.
-FOLDERS: Final = ("proxy", "tests", "bench", "docs", "deploy")
+FOLDERS: Final = ("proxy", "tests", "bench", "docs", "deploy", "release", "requirements")
 FILES: Final = (
     *("pyproject.toml", "MANIFEST.in", "LICENSE", "Makefile", "config.example.toml"),
     *("Dockerfile", ".dockerignore", "docker-compose.yml", ".gitignore", ".ci/run"),
+    *(".github/workflows/ci.yml", ".github/workflows/release.yml"),
 )
 # What tools leave in a folder, and what was compiled in this clone.
 LEFT_OVER: Final = {"__pycache__", ".so", ".c"}
@@ -83,16 +85,6 @@ def wheel_of(sdist: Path, directory: Path, **environment: str) -> set[str]:
 def pure() -> set[str]:
     """Return the names of the files in a wheel for which nothing was compiled."""
     return {name for name in files_of("proxy") if Path(name).suffix in IN_THE_WHEEL}
-
-
-def test_a_wheel_has_the_package_what_was_compiled_and_nothing_generated(
-    sdist: Path, tmp_path: Path
-) -> None:
-    need_compiled("a wheel with the compiled relay")
-    names = wheel_of(sdist, tmp_path)
-    compiled = sorted(name for name in names if name.endswith(".so"))
-    assert [Path(name).name.partition(".")[0] for name in compiled] == sorted(MODULES)
-    assert names.difference(compiled) == pure()
 
 
 @pytest.mark.parametrize("compiler", ["/bin/false", "/nonexistent/cc"])

@@ -1,0 +1,1 @@
+"""What is released: how it is made and tried (`make dist`). Not part of the package."""

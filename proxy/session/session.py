@@ -78,8 +78,9 @@ class Session:
     __slots__ = ("_entry", "_log", "_parts", "_phases", "_starting_client")
 
     def __init__(self, stream: StartupStream, entry: OpenSession, parts: SessionParts) -> None:
-        # Bytes on a unix socket do not leave the machine: TLS is refused there, as by PostgreSQL.
-        tls = None if is_unix(stream.transport) else parts.tls()
+        tls = parts.tls()
+        if tls is not None and is_unix(stream.transport):
+            tls = None  # what does not leave the machine needs none: PostgreSQL refuses it, too
         self._starting_client: StartingClient | None = StartingClient(stream, tls)
         self._entry = entry
         self._parts = parts
@@ -223,6 +224,7 @@ class Session:
     ) -> Relay:
         """Send the client its welcome, and give both connections to a relay."""
         client = self._client
+        client.welcome(upstream, None if key is None else key.issued)  # it need not wait for more
         cancel_query = None
         if key is not None and opener.cancel_on_disconnect:
             cancel_query = partial(self._parts.cancels.cancel_disconnected, key)
@@ -239,7 +241,7 @@ class Session:
         )
         self._starting_client = None  # from here on the client cannot be refused
         self._entry.relaying(relay)
-        client.start_relay(relay, upstream, None if key is None else key.issued)
+        client.start_relay(relay, upstream)
         if self._parts.idle_timeout_seconds:
             self._entry.end_after_idle(self._parts.idle_timeout_seconds)
         reused = None if lease is None else lease.reused

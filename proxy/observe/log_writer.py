@@ -3,7 +3,7 @@
 Where the kernel can say that it takes a line at once (pipes and sockets of Linux), the caller
 writes the first lines after a pause. Of more, as where sessions come one after the other, the
 thread writes what has come within `GATHER_SECONDS`: to wake it, or the log's reader, for each line
-costs a session on a pooled connection a fifth of its CPU.
+costs a session on a pooled connection a tenth of its CPU, or more.
 
 For: a log whose reader has stopped, or whose disk is full, delays nothing and fails nothing. Lines
 that find the queue full, or cannot be written, are dropped and counted. Not for: what a line says

@@ -100,7 +100,7 @@ def test_a_burst_is_left_to_the_thread(pipe: Pipe) -> None:
 
 def test_lines_that_come_together_are_written_together() -> None:
     # Each write wakes the thread and the log's reader. Where sessions came one after the other that
-    # was a fifth of the CPU of a session on a pooled connection.
+    # was a tenth of the CPU of a session on a pooled connection.
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # it keeps writes apart
     with here, there:
         writer = LogWriter(here.fileno(), flows_again=lambda _: None)

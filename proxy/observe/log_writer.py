@@ -73,7 +73,7 @@ class LogWriter:
         self._write(line, len(line))
 
     def write_later(self, make: Callable[[], bytes], size: int) -> None:
-        """Do the same for a line that is made when it is written; `size` is near to its bytes.
+        """Queue a line that is made when it is written; `size` is near to its bytes.
 
         `make` is called in the caller's thread or the writer's, and raises nothing.
         """

@@ -124,7 +124,7 @@ class StartingClient:
         self._stream.write(self._machine.accept(upstream.startup.welcome(key)))
 
     def start_relay(self, relay: Relay, upstream: UpstreamSession) -> None:
-        """Give both connections to the relay, after the welcome."""
+        """Pass both connections to the relay, after the welcome."""
         stream = upstream.stream
         # What either side sent early comes after what the other one is sent first.
         relay.from_upstream.data_received(

@@ -8,7 +8,7 @@ ErrorResponse, also when the cause is a bug. When a client disconnects, what was
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -193,12 +193,14 @@ class Session:
     ) -> tuple[SessionOpener, UpstreamSession]:
         """Route the client, and open its session there. Raises ProxyError or ClientViolation."""
         while True:  # again only if the map was exchanged meanwhile
-            with suppress(RouteReplaced):
+            try:
                 route, opener = await self._parts.route(startup)
                 self._log.routed(route)
                 self._entry.route = route
                 self._entry.refuse_if_draining()
                 return opener, await opener.open(route.message, self._phases, route.fallback)
+            except RouteReplaced:
+                continue
 
     def _refuse(self, error: ProxyError) -> None:
         is_warning = error.kind not in NOT_THE_OPERATORS

@@ -1,7 +1,9 @@
 """Lines to a descriptor that may block: a bounded queue, and a thread that writes it.
 
 Where the kernel can say that it takes a line at once (pipes and sockets of Linux), the caller
-writes it: to wake the thread for each line costs a session some 6 % of its CPU.
+writes the first lines after a pause. Of more, as where sessions come one after the other, the
+thread writes what has come within `GATHER_SECONDS`: to wake it, or the log's reader, for each line
+costs a session on a pooled connection a tenth of its CPU, or more.
 
 For: a log whose reader has stopped, or whose disk is full, delays nothing and fails nothing. Lines
 that find the queue full, or cannot be written, are dropped and counted. Not for: what a line says
@@ -17,7 +19,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
 
@@ -31,9 +33,14 @@ _AT_ITS_POSITION: Final = -1
 # Each write wakes the reader, which may take the CPU: of a burst the thread writes the rest, in
 # larger parts. A session has two lines.
 _AT_ONCE_MAX: Final = 4
-_BURST_SECONDS: Final = 0.01
+_BURST_SECONDS: Final = 0.1
+# How long a line may wait for others that are written with it. A process that is killed loses them.
+GATHER_SECONDS: Final = 0.05
+# From so many bytes on none is waited for.
+_GATHER_BYTES_MAX: Final = QUEUE_BYTES_MAX // 8
 # Before a fork. The thread has nothing to do then, or is blocked for longer than is waited for.
 _FORK_SECONDS_MAX: Final = 0.1
+_Line = bytes | Callable[[], bytes]
 
 
 class LogWriter:
@@ -54,41 +61,55 @@ class LogWriter:
         """How many lines were dropped."""
         self._reported = 0
         self._changed = threading.Condition()
-        self._queue: deque[bytes] = deque()
+        self._queue: deque[tuple[_Line, int]] = deque()
         self._queued_bytes = 0
         self._writing = False
         self._stopping = False
+        self._flushing = 0  # callers that wait until all is written
         self._thread: threading.Thread | None = None
 
     def write(self, line: bytes) -> None:
         """Queue a line, or drop it if the queue is full."""
+        self._write(line, len(line))
+
+    def write_later(self, make: Callable[[], bytes], size: int) -> None:
+        """Queue a line that is made when it is written; `size` is near to its bytes.
+
+        `make` is called in the caller's thread or the writer's, and raises nothing.
+        """
+        self._write(make, size)
+
+    def _write(self, line: _Line, size: int) -> None:
         with self._changed:
-            line = line[self._written_at_once(line) :]
-            if not line:
-                return
-            if self._queued_bytes + len(line) > QUEUE_BYTES_MAX or not self._has_thread():
+            if self._may_write_at_once() and size <= QUEUE_BYTES_MAX:
+                whole = _made(line)
+                line = whole[self._written_at_once(whole) :]
+                if not line:
+                    return
+                size = len(line)
+            if self._queued_bytes + size > QUEUE_BYTES_MAX or not self._has_thread():
                 self.dropped += 1
                 return
-            self._queue.append(line)
-            self._queued_bytes += len(line)
-            self._changed.notify_all()
+            before, self._queued_bytes = self._queued_bytes, self._queued_bytes + size
+            self._queue.append((line, size))
+            if not before or before < _GATHER_BYTES_MAX <= self._queued_bytes:
+                self._changed.notify_all()
 
-    def _written_at_once(self, line: bytes) -> int:
-        """Write what the descriptor takes without a wait, and return how many bytes that was.
+    def _may_write_at_once(self) -> bool:
+        """Return whether the caller may write a line.
 
-        Nothing of a burst, while lines are queued, or while dropped ones are to be reported; and
-        nothing of a line that is longer than the queue: a pipe takes a part, and the rest is lost.
+        Not one of a burst, while lines are queued, or while dropped ones are to be reported.
         """
         if not self._takes_at_once or not self._is_idle() or self.dropped != self._reported:
-            return 0
-        if len(line) > QUEUE_BYTES_MAX:
-            return 0
+            return False
         now = time.monotonic()
         if now - self._burst_at >= _BURST_SECONDS:
             self._burst_at, self._burst_lines = now, 0
         self._burst_lines += 1
-        if self._burst_lines > _AT_ONCE_MAX:
-            return 0
+        return self._burst_lines <= _AT_ONCE_MAX
+
+    def _written_at_once(self, line: bytes) -> int:
+        """Write what the descriptor takes without a wait, and return how many bytes that was."""
         try:
             return os.pwritev(self._descriptor, (line,), _AT_ITS_POSITION, os.RWF_NOWAIT)
         except BlockingIOError:
@@ -100,7 +121,10 @@ class LogWriter:
     def flush(self, seconds_max: float = FLUSH_SECONDS_MAX) -> None:
         """Wait until all lines are written or dropped, for a bounded time."""
         with self._changed:
+            self._flushing += 1
+            self._changed.notify_all()
             self._changed.wait_for(self._is_idle, seconds_max)
+            self._flushing -= 1
 
     def before_fork(self) -> None:
         """End the thread, unless it is blocked. The next line starts another."""
@@ -128,29 +152,35 @@ class LogWriter:
 
     def _run(self) -> None:
         while batch := self._next_batch():
-            written = self._write_all(b"".join(batch))
+            lost = sum(len(part) for part in _parts(batch) if not self._write_all(b"".join(part)))
             with self._changed:
                 self._writing = False
-                if not written:
-                    self.dropped += len(batch)
+                self.dropped += lost
                 dropped = self.dropped - self._reported
-                flows = written and dropped and not self._queue
+                flows = dropped and not lost and not self._queue
                 if flows:
                     self._reported = self.dropped
                 self._changed.notify_all()
             if flows:
                 self._flows_again(dropped)
 
-    def _next_batch(self) -> list[bytes]:
+    def _is_gathered(self) -> bool:
+        """Return whether no further lines are waited for."""
+        return self._stopping or self._flushing > 0 or self._queued_bytes >= _GATHER_BYTES_MAX
+
+    def _next_batch(self) -> list[_Line]:
         """Wait for lines and return some; none if the thread is to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._stopping)
-            batch: list[bytes] = []
-            size = 0
-            while self._queue and (not batch or size + len(self._queue[0]) <= BATCH_BYTES):
-                batch.append(self._queue.popleft())
-                size += len(batch[-1])
-            self._queued_bytes -= size
+            if not self._queue:
+                self._changed.wait_for(lambda: self._queue or self._stopping)
+                self._changed.wait_for(self._is_gathered, GATHER_SECONDS)
+            batch: list[_Line] = []
+            left_bytes = BATCH_BYTES
+            while self._queue and (not batch or self._queue[0][1] <= left_bytes):
+                line, size = self._queue.popleft()
+                batch.append(line)
+                left_bytes -= size
+                self._queued_bytes -= size
             self._writing = bool(batch)
             if not batch:
                 self._thread = None
@@ -173,3 +203,20 @@ class LogWriter:
         with suppress(OSError):
             poll.register(self._descriptor, select.POLLOUT)
             poll.poll()
+
+
+def _made(line: _Line) -> bytes:
+    return line if isinstance(line, bytes) else line()
+
+
+def _parts(lines: Iterable[_Line]) -> list[list[bytes]]:
+    """Return the lines in parts of up to `BATCH_BYTES`, or of one line that is longer."""
+    parts: list[list[bytes]] = []
+    left_bytes = 0
+    for line in map(_made, lines):
+        if len(line) > left_bytes:
+            parts.append([])
+            left_bytes = BATCH_BYTES
+        parts[-1].append(line)
+        left_bytes -= len(line)
+    return parts

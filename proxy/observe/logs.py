@@ -12,10 +12,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import NoneType
 from typing import Any, Final, Literal, TextIO, cast
 
@@ -48,6 +48,11 @@ _NAMES_MAX: Final = 1024  # keys whose result is cached; there are some dozens
 
 _NUMBERS: Final = (int, float, NoneType)
 _FLAT: Final = (str, *_NUMBERS)
+# What a line consists of that is made later, what must be made at once, and the bytes of a line's
+# keys and fixed parts.
+_PLAIN: Final = frozenset((str, int, float, bool, NoneType))
+_NOT_LATER: Final = frozenset(("exc_info", "stack_info"))
+_LINE_BYTES: Final = 200
 
 # How many levels of nested values are searched for keys; deeper ones are only masked as text.
 _NESTING_MAX: Final = 5
@@ -94,7 +99,8 @@ def _complete(logger: logging.Logger, method_name: str, event: EventDict) -> Eve
     """Add what each line has; a structlog processor. One for each field takes twice the time."""
     event["level"] = "error" if method_name == "exception" else method_name
     event["logger"] = logger.name
-    event["timestamp"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    logged_at: datetime = event.get("timestamp") or datetime.now(UTC)
+    event["timestamp"] = logged_at.isoformat().replace("+00:00", "Z")
     return event
 
 
@@ -112,7 +118,10 @@ class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
         if method is None or not isinstance(record.msg, dict):
             return mask(super().format(record))
         # Our lines are complete. What is added to a library's would double the time.
-        line: Any = dict(record.msg)
+        return self.render(method, dict(record.msg))
+
+    def render(self, method: str, line: Any) -> str:
+        """Return a line of ours that is complete."""
         for processor in self._render:
             line = processor(None, method, line)
         return mask(str(line))
@@ -121,12 +130,45 @@ class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
 class _QueueHandler(logging.Handler):
     """Gives lines to the process's log writer, which never makes the caller wait."""
 
+    formatter: _MaskingFormatter
+
     def emit(self, record: logging.LogRecord) -> None:
+        _stderr.write(self._made(partial(self.format, record)))
+
+    def write_later(self, logger: logging.Logger, method_name: str, event: EventDict) -> None:
+        """Write a line of plain values, which is made then."""
+        event["timestamp"] = datetime.now(UTC)
+        size = sum(len(value) for value in event.values() if isinstance(value, str))
+        rendered = partial(self._rendered, logger, method_name, event)
+        _stderr.write_later(partial(self._made, rendered), size + _LINE_BYTES)
+
+    def _rendered(self, logger: logging.Logger, method_name: str, event: EventDict) -> str:
+        event = redact(logger, method_name, _complete(logger, method_name, event))
+        return self.formatter.render(method_name, event)
+
+    @staticmethod
+    def _made(make: Callable[[], str]) -> bytes:
         try:
-            line = self.format(record)
+            line = make()
         except Exception as error:  # a value that cannot be shown must not fail what is logged
             line = f"a log line could not be made: {type(error).__name__}"
-        _stderr.write((line + "\n").encode(errors="backslashreplace"))
+        return (line + "\n").encode(errors="backslashreplace")
+
+
+def _leave_to_writer(logger: logging.Logger, method_name: str, event: EventDict) -> EventDict:
+    """Queue a line of plain values for standard error as it is; a structlog processor.
+
+    The log writer makes many such lines at a time. Made one by one in the middle of sessions, they
+    would displace the sessions' code in the CPU's caches, and be displaced by it.
+    """
+    handlers = logging.getLogger().handlers
+    handler = handlers[0] if len(handlers) == 1 else None
+    if not isinstance(handler, _QueueHandler) or not _NOT_LATER.isdisjoint(event):
+        return event
+    if any(type(value) not in _PLAIN for value in event.values()):  # it may change meanwhile
+        return event
+    handler.write_later(logger, method_name, event)
+    raise structlog.DropEvent
 
 
 def _report_dropped(lines: int) -> None:
@@ -217,12 +259,10 @@ def configure_logging(
         redact,
     ]
     handler = _handler_of(target)
-    handler.setFormatter(
-        _MaskingFormatter(
-            foreign=foreign,
-            render=_renderer(console, terminal, event_key, level_key),
-        )
+    formatter = _MaskingFormatter(
+        foreign=foreign, render=_renderer(console, terminal, event_key, level_key)
     )
+    handler.setFormatter(formatter)
     # None of them is shown.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # noqa: SLF001 - documented: no frame is looked for
@@ -236,6 +276,7 @@ def configure_logging(
         processors=[
             structlog.stdlib.filter_by_level,
             structlog.contextvars.merge_contextvars,
+            _leave_to_writer,
             _complete,
             redact,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,

@@ -84,14 +84,15 @@ class _CountedConnection:
 
     def __init__(self, accepted: Counter, now: Gauge) -> None:
         self._accepted = accepted
-        self._now = now
+        self._now = 0  # on the event loop alone: it needs none of the gauge's locks
+        now.set_function(lambda: self._now)
 
     def __enter__(self) -> None:
         self._accepted.inc()
-        self._now.inc()
+        self._now += 1
 
     def __exit__(self, *_: object) -> None:
-        self._now.dec()
+        self._now -= 1
 
 
 class Metrics:

@@ -151,10 +151,10 @@ class CancelKeys:
 
     def _own_key(self, upstream: BackendKeyData, version: ProtocolVersion) -> BackendKeyData:
         """Return a key with the upstream's pid, which several upstreams may have given."""
-        key = upstream
-        while key == upstream or not self._is_free(key):  # ends: the secret is random
+        while True:  # ends: the secret is random
             key = BackendKeyData(upstream.pid, self._secret(version))
-        return key
+            if key != upstream and self._is_free(key):
+                return key
 
     def _random_key(self, version: ProtocolVersion) -> BackendKeyData:
         pid = 0

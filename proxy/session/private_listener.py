@@ -251,6 +251,7 @@ class PrivateListener:
             raise
         key = upstream.startup.key
         with self._cancel_keys.issue(key, upstream.target, version) as issued:
+            client.welcome(upstream, None if issued is None else issued.issued)
             cancel_query = None
             if issued is not None and opener.cancel_on_disconnect:
                 cancel_query = partial(self._cancels.cancel_disconnected, issued)
@@ -260,7 +261,7 @@ class PrivateListener:
                 cancel_query,
                 cancels_copy_only=opener.checks_connection,
             )
-            client.start_relay(relay, upstream, None if issued is None else issued.issued)
+            client.start_relay(relay, upstream)
             await relay.run()
 
 

@@ -8,7 +8,7 @@ ErrorResponse, also when the cause is a bug. When a client disconnects, what was
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -78,8 +78,9 @@ class Session:
     __slots__ = ("_entry", "_log", "_parts", "_phases", "_starting_client")
 
     def __init__(self, stream: StartupStream, entry: OpenSession, parts: SessionParts) -> None:
-        # Bytes on a unix socket do not leave the machine: TLS is refused there, as by PostgreSQL.
-        tls = None if is_unix(stream.transport) else parts.tls()
+        tls = parts.tls()
+        if tls is not None and is_unix(stream.transport):
+            tls = None  # what does not leave the machine needs none: PostgreSQL refuses it, too
         self._starting_client: StartingClient | None = StartingClient(stream, tls)
         self._entry = entry
         self._parts = parts
@@ -192,12 +193,14 @@ class Session:
     ) -> tuple[SessionOpener, UpstreamSession]:
         """Route the client, and open its session there. Raises ProxyError or ClientViolation."""
         while True:  # again only if the map was exchanged meanwhile
-            with suppress(RouteReplaced):
+            try:
                 route, opener = await self._parts.route(startup)
                 self._log.routed(route)
                 self._entry.route = route
                 self._entry.refuse_if_draining()
                 return opener, await opener.open(route.message, self._phases, route.fallback)
+            except RouteReplaced:
+                continue
 
     def _refuse(self, error: ProxyError) -> None:
         is_warning = error.kind not in NOT_THE_OPERATORS
@@ -223,6 +226,7 @@ class Session:
     ) -> Relay:
         """Send the client its welcome, and give both connections to a relay."""
         client = self._client
+        client.welcome(upstream, None if key is None else key.issued)  # it need not wait for more
         cancel_query = None
         if key is not None and opener.cancel_on_disconnect:
             cancel_query = partial(self._parts.cancels.cancel_disconnected, key)
@@ -239,7 +243,7 @@ class Session:
         )
         self._starting_client = None  # from here on the client cannot be refused
         self._entry.relaying(relay)
-        client.start_relay(relay, upstream, None if key is None else key.issued)
+        client.start_relay(relay, upstream)
         if self._parts.idle_timeout_seconds:
             self._entry.end_after_idle(self._parts.idle_timeout_seconds)
         reused = None if lease is None else lease.reused

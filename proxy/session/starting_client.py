@@ -115,16 +115,17 @@ class StartingClient:
         """Send the client the error that ends its connection."""
         self._stream.write(self._machine.refuse(error))
 
-    def start_relay(
-        self, relay: Relay, upstream: UpstreamSession, key: BackendKeyData | None
-    ) -> None:
-        """Send the client its welcome, and give both connections to the relay.
+    def welcome(self, upstream: UpstreamSession, key: BackendKeyData | None) -> None:
+        """Send the client its welcome: from here on it cannot be refused.
 
-        The welcome is AuthenticationOk, the upstream's ParameterStatus messages, BackendKeyData
-        (`key`, which the client cancels with) and ReadyForQuery, in one write.
+        It is AuthenticationOk, the upstream's ParameterStatus messages, BackendKeyData (`key`,
+        which the client cancels with) and ReadyForQuery, in one write.
         """
-        stream = upstream.stream
         self._stream.write(self._machine.accept(upstream.startup.welcome(key)))
+
+    def start_relay(self, relay: Relay, upstream: UpstreamSession) -> None:
+        """Pass both connections to the relay, after the welcome."""
+        stream = upstream.stream
         # What either side sent early comes after what the other one is sent first.
         relay.from_upstream.data_received(
             upstream.startup.trailing_data() + stream.hand_over(relay.from_upstream)

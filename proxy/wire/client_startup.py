@@ -58,6 +58,10 @@ from proxy.wire.violations import (
 # send a few queries. The caller stops reading far below this bound, so exceeding it is an error.
 EARLY_BYTES_MAX: Final = 1024 * 1024
 
+# The same clients come again and again with the same packet. So many are kept, and the oldest makes
+# room.
+ORDINARY_MAX: Final = 256
+
 _PROTOCOL_OPTION_PREFIX: Final = b"_pq_."
 _TLS_HANDSHAKE_RECORD: Final = b"\x16"
 _HTTP_METHODS: Final = (b"GET ", b"POST", b"PUT ", b"HEAD", b"OPTI", b"DELE", b"CONN", b"PATC")
@@ -65,6 +69,10 @@ _HTTP_METHODS: Final = (b"GET ", b"POST", b"PUT ", b"HEAD", b"OPTI", b"DELE", b"
 
 class ClientState(Enum):
     """The state of a client's connection."""
+
+    __hash__ = (
+        object.__hash__
+    )  # that of Enum is in Python, and takes longer than the rest of a step
 
     AWAIT_STARTUP = auto()
     AWAIT_TLS = auto()
@@ -76,6 +84,8 @@ class ClientState(Enum):
 
 class ClientStep(Enum):
     """A transition of a client's connection: the input of the table below."""
+
+    __hash__ = object.__hash__
 
     REFUSE_ENCRYPTION = auto()
     ACCEPT_TLS = auto()
@@ -188,6 +198,13 @@ ClientEvent = (
 )
 
 
+_AUTHENTICATION_OK: Final = AuthenticationOk().encode()
+
+# What an ordinary StartupMessage means: one that is answered with nothing yet. It depends on the
+# packet's bytes alone.
+_ordinary: Final[dict[bytes, StartupReceived]] = {}
+
+
 class ClientStartup:
     """The state machine. `tls_offered`: the listener has a certificate, so TLS can be started."""
 
@@ -211,6 +228,11 @@ class ClientStartup:
             return events  # bytes after a CancelRequest or a refusal are ignored (W38)
         if self.state is ClientState.READY:
             raise StateMachineMisuse("a session that is ready is relayed, not parsed")
+        if not self._buffer and self.state is ClientState.AWAIT_STARTUP:
+            known = _ordinary.get(data)
+            if known is not None:
+                self._move(ClientStep.RECEIVE_STARTUP)
+                return [known]
         self._buffer += data
         try:
             while self.state is ClientState.AWAIT_STARTUP:
@@ -246,7 +268,7 @@ class ClientStartup:
     def accept(self, welcome: bytes) -> bytes:
         """Return AuthenticationOk and the upstream's welcome messages, for one write (W24)."""
         self._move(ClientStep.ACCEPT)
-        return AuthenticationOk().encode() + welcome
+        return _AUTHENTICATION_OK + welcome
 
     def refuse(self, error: ErrorResponse) -> bytes:
         """Return the error that ends a connection after its StartupMessage."""
@@ -298,6 +320,7 @@ class ClientStartup:
                 events.append(CancelReceived(request))
             case StartupMessage() as message:
                 self._receive_startup(message, events)
+                _remember(packet, events)
             case SSLRequest() | GSSENCRequest() as request:  # pragma: no branch (mypy: exhaustive)
                 events.append(EncryptionAnswered(self._answer_encryption(request)))
 
@@ -348,6 +371,17 @@ class ClientStartup:
                 f"more than {EARLY_BYTES_MAX} bytes sent before the session started",
                 reason=ClientReason.EARLY_DATA_TOO_LONG,
             )
+
+
+def _remember(packet: bytes, events: list[ClientEvent]) -> None:
+    """Keep what a StartupMessage means, if that is the only event, and no answer."""
+    match events:
+        case [StartupReceived() as received]:
+            if len(_ordinary) >= ORDINARY_MAX:
+                del _ordinary[next(iter(_ordinary))]
+            _ordinary[packet] = received
+        case _:
+            pass
 
 
 def _silent(message: str, reason: ClientReason) -> ClientViolation:

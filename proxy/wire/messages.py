@@ -48,7 +48,7 @@ class Frame:
 
 
 def _message(type_byte: bytes, payload: bytes) -> bytes:
-    return Frame(type_byte, payload).encode()
+    return _HEADER.pack(type_byte, len(payload) + 4) + payload
 
 
 # -- backend messages: from a server to a client -------------------------------------------------

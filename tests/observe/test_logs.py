@@ -4,12 +4,16 @@ import asyncio
 import io
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import structlog
 
-from proxy.observe.logs import configure_logging, connection_log, get_logger, mask
+from proxy.observe.logs import configure_logging, connection_log, flush_log, get_logger, mask
 from proxy.wire.secret import MASK
 
 # Three parts as in a JWT, none of which means anything.
@@ -157,6 +161,53 @@ def test_a_token_is_masked_wherever_it_comes_from(format: str) -> None:
         logging.getLogger("urllib3").exception("failed")
     assert FAKE_JWT_HEADER not in stream.getvalue()
     assert stream.getvalue().count(MASK) >= 6
+
+
+def log_of_every_kind() -> None:
+    logger = get_logger("proxy.session")
+    with connection_log(7):
+        logger.info("session started", target="default", reused=True, host=None, share=0.5)
+        logger.warning(f"got {FAKE_JWT}", detail=f"x={FAKE_JWT}", token=FAKE_SECRET, number=3)
+        logger.info("nested", answer={"items": [FAKE_JWT]}, raw=FAKE_JWT.encode())
+        logging.getLogger("urllib3").warning("a library's %s", FAKE_JWT)
+        try:
+            raise ValueError(FAKE_JWT)
+        except ValueError:
+            logger.exception("failed", event_number=4)
+    logger.info("text", value='a "quoted" \u00e9\n\udc80')
+    logger.debug("quiet")
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_standard_error_gets_the_lines_that_any_stream_gets(
+    format: Literal["json", "console"], tmp_path: Path
+) -> None:
+    # Lines of plain values are made when they are written there, together.
+    stream, path = io.StringIO(), tmp_path / "log"
+    configure_logging(format=format, stream=stream, event_key="message")
+    for _ in range(3):
+        log_of_every_kind()
+    before = os.dup(2)
+    try:
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), 2)
+        with open(2, "w", closefd=False) as standard_error:
+            configure_logging(format=format, stream=standard_error, event_key="message")
+            for _ in range(3):
+                log_of_every_kind()
+            flush_log()
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+    whole, expected = (
+        re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", text)
+        for text in (path.read_text(errors="strict"), stream.getvalue())
+    )
+    expected = expected.encode(errors="backslashreplace").decode()
+    assert whole == expected
+    assert whole.count("TIME") == 3 * 6
+    assert FAKE_SECRET not in whole
+    assert FAKE_JWT_HEADER not in whole
 
 
 @pytest.mark.parametrize("format", ["json", "console"])

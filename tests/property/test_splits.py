@@ -3,6 +3,7 @@
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from proxy.wire import client_startup
 from proxy.wire.client_startup import ClientStartup, ClientState, DirectTLSReceived
 from proxy.wire.upstream_startup import UpstreamStartup, UpstreamState
 from tests.support.cuts import at_offsets
@@ -81,6 +82,24 @@ def test_w2_w3_a_clients_stream_means_the_same_in_any_cut(
     if whole.state is ClientState.AWAIT_BACKEND:
         assert pieces.trailing_data() == whole.trailing_data()
     assert shown(pieces.receive_eof()) == shown(whole.receive_eof())
+
+
+@given(streams(CLIENT_PIECES), CUTS, st.booleans())
+@example(STARTUP, [], False)
+@example(SSL_REQUEST + STARTUP, [8], False)
+@example(STARTUP + b"Q\0\0\0\x0dSELECT 1\0", [len(STARTUP)], False)
+def test_a_packet_that_came_before_means_what_it_meant_the_first_time(
+    stream: bytes, cuts: list[int], tls_offered: bool
+) -> None:
+    client_startup._ordinary.clear()
+    first, again = (ClientStartup(tls_offered=tls_offered) for _ in range(2))
+    expected = feed_client(first, at_offsets(stream, cuts))
+    for packet in CLIENT_PIECES:  # those that are ordinary are known from here on
+        ClientStartup().receive_data(packet)
+    assert shown(feed_client(again, at_offsets(stream, cuts))) == shown(expected)
+    assert again.state is first.state
+    assert again.trailing_data() == first.trailing_data()
+    assert again.receive_eof() == first.receive_eof()
 
 
 def inside_tls() -> UpstreamStartup:

@@ -6,9 +6,11 @@ from typing import Final
 
 import pytest
 
+from proxy.wire import client_startup
 from proxy.wire.client_startup import (
     CLIENT_TABLE,
     EARLY_BYTES_MAX,
+    ORDINARY_MAX,
     CancelReceived,
     ClientEvent,
     ClientStartup,
@@ -130,6 +132,31 @@ def test_w2_a_fragmented_startup_is_the_same_startup(size: int) -> None:
     assert feed_client(machine, chunks[:-1]) == []
     assert machine.receive_data(chunks[-1]) == [StartupReceived(STARTUP_MESSAGE, V3_0)]
     assert machine.state is ClientState.AWAIT_BACKEND
+
+
+def test_the_packets_whose_meaning_is_kept_are_bounded() -> None:
+    for number in range(ORDINARY_MAX + 10):
+        packet = startup([(b"user", b"%d" % number)])
+        first, again = ClientStartup(), ClientStartup()
+        assert first.receive_data(packet) == again.receive_data(packet)
+        assert again.state is ClientState.AWAIT_BACKEND
+    assert len(client_startup._ordinary) == ORDINARY_MAX
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        CANCEL_REQUEST,
+        SSL_REQUEST,
+        startup([(b"user", b"app"), (b"_pq_.foo", b"")]),
+        startup([(b"user", b"")]),
+        startup([], end=b"broken"),
+    ],
+)
+def test_no_meaning_is_kept_but_that_of_an_ordinary_startup(packet: bytes) -> None:
+    # A cancel key must not stay in memory, and a violation has an answer.
+    ClientStartup().receive_data(packet)
+    assert packet not in client_startup._ordinary
 
 
 def test_w3_plaintext_after_an_accepted_ssl_request_is_an_injection() -> None:

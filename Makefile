@@ -27,7 +27,7 @@ FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling routes closes fleet demo docs lock dist all clean
+.PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling pools suites routes closes fleet demo docs lock dist all clean
 .PHONY: halves unit-e2e unit-rest
 
 help: ## show this list
@@ -113,6 +113,16 @@ soak: $(INSTALLED) ## move tenants for 10 minutes while servers fail: no row is 
 # ARGS: --seconds N, --seed N (which it prints), --clients N.
 pooling: $(INSTALLED) ## 200 clients leave something in a pool's sessions for 20 minutes: none finds it
 	@exec $(BIN)/python -m tests.soak.pooling $(ARGS)
+
+# What CI does not do: pools with the compiled relay on the newest server, and with Python's on the other.
+pools: $(INSTALLED) ## the tests of pools on both relays and on both servers (twenty minutes)
+	TEST_SHARDS_VERSION=18 $(BIN)/pytest -m e2e tests/e2e -k "pool and not soak" $(ARGS)
+	$(MAKE) pure e2e ARGS='-k "pool and not soak" $(ARGS)'
+	$(MAKE) setup
+
+# Asks the package registry for the sources of asyncpg and pg8000. ARGS: --suites NAME...
+suites: $(INSTALLED) ## drivers' own test suites: what passes without a pool passes through one
+	@exec $(BIN)/python -m tests.soak.driver_suites $(ARGS)
 
 # ARGS: --sessions N, --keys N. 100,000 sessions took 24 minutes on two busy cores.
 routes: $(INSTALLED) ## 100,000 sessions over 1,000 shard keys: every one is on the right shard

@@ -216,10 +216,10 @@ async def run(
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def databases(both: DirectAndProxied) -> AsyncIterator[tuple[str, str]]:
-    """Return two empty databases, one for each."""
+async def databases(both: DirectAndProxied) -> AsyncIterator[tuple[str, ...]]:
+    """Return three empty databases, one for each."""
     suffix = uuid.uuid4().hex[:8]
-    names = (f"direct_{suffix}", f"proxied_{suffix}")
+    names = (f"direct_{suffix}", f"proxied_{suffix}", f"pooled_{suffix}")
     for name in names:
         both.cluster.execute(f"CREATE DATABASE {name} OWNER {quoted(CLIENT_ID)}")
     yield names
@@ -245,8 +245,8 @@ def _without_pid(text: str, before: str) -> str:
     return head + tail.lstrip("0123456789")
 
 
-async def test_pg_dump_writes_the_same(both: DirectAndProxied, databases: tuple[str, str]) -> None:
-    database, _ = databases
+async def test_pg_dump_writes_the_same(both: DirectAndProxied, databases: tuple[str, ...]) -> None:
+    database, *_ = databases
     both.cluster.execute(SCHEMA, database=database, user=CLIENT_ID)
     options = ("--restrict-key=same", "-d", database)
     one, *others = [
@@ -260,10 +260,11 @@ async def test_pg_dump_writes_the_same(both: DirectAndProxied, databases: tuple[
 
 @pytest.mark.slow
 async def test_pgbench_leaves_the_same_in_all_three_protocols(
-    both: DirectAndProxied, databases: tuple[str, str]
+    both: DirectAndProxied, databases: tuple[str, ...]
 ) -> None:
     left = []
-    for database, where in zip(databases, (direct(both), proxied(both)), strict=True):
+    ways = (direct(both), proxied(both), in_a_pool(both))
+    for database, where in zip(databases, ways, strict=True):
         code, _, err = await run(both, "pgbench", where, "-i", "-q", "--scale=1", database)
         assert code == 0, err
         for protocol in ("simple", "extended", "prepared"):
@@ -276,4 +277,4 @@ async def test_pgbench_leaves_the_same_in_all_three_protocols(
             f"SELECT md5(string_agg(b::text, '' ORDER BY 1)) FROM pgbench_{t} b" for t in tables
         ]
         left.append(both.cluster.execute(";".join(sums), database=database))
-    assert left[0] == left[1]
+    assert left == [left[0]] * 3

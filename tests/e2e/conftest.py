@@ -15,7 +15,7 @@ from proxy.server.app import App
 from proxy.server.serving import serving
 from tests.support.catalogue import Stores
 from tests.support.operator import Operator, Placed
-from tests.support.pooling import SESSION_MODE
+from tests.support.pooling import both_modes
 from tests.support.proxy_process import ProxyProcess, started_process
 from tests.support.running import (
     LogLines,
@@ -68,8 +68,7 @@ async def start_proxy(lakebase: Lakebase, log: LogLines) -> AsyncIterator[StartP
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run the tests of drivers a second time through a pool."""
     if "connection" in metafunc.fixturenames:
-        modes = [{}, SESSION_MODE]
-        metafunc.parametrize("upstream_keys", modes, ids=["off", "session"], indirect=True)
+        metafunc.parametrize(*both_modes.args, **both_modes.kwargs)
 
 
 @pytest.fixture

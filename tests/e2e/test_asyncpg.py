@@ -12,6 +12,7 @@ import pytest_asyncio
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
+from tests.support.pooling import both_modes
 from tests.support.running import asyncpg_arguments
 
 VALUE_BYTES = 64 * 1024 * 1024
@@ -114,18 +115,23 @@ async def test_a_timeout_in_the_driver_cancels_the_query_and_keeps_the_session(
     assert cancel.secure
 
 
+@both_modes
 async def test_its_pool_serves_more_tasks_than_connections(proxy: App) -> None:
-    async with asyncpg.create_pool(**asyncpg_arguments(proxy), min_size=4, max_size=4) as pool:
-        answers = await asyncio.gather(*(pool.fetchval("SELECT $1::int", n) for n in range(40)))
-    assert answers == list(range(40))
+    for _ in range(2):  # in a pool of the proxy's, the second time in the sessions of the first
+        async with asyncpg.create_pool(**asyncpg_arguments(proxy), min_size=4, max_size=4) as pool:
+            answers = await asyncio.gather(*(pool.fetchval("SELECT $1::int", n) for n in range(40)))
+        assert answers == list(range(40))
 
 
+@both_modes
 async def test_server_settings_of_the_client_are_in_force(proxy: App) -> None:
     settings = {"search_path": '"My Schema", public', "work_mem": "5MB", "TimeZone": "Etc/GMT+3"}
-    connection = await asyncpg.connect(**asyncpg_arguments(proxy, server_settings=settings))
-    for name, value in settings.items():
-        assert await connection.fetchval("SELECT current_setting($1)", name) == value
-    await connection.close()
+    for _ in range(2):
+        connection = await asyncpg.connect(**asyncpg_arguments(proxy, server_settings=settings))
+        for name, value in settings.items():
+            assert await connection.fetchval("SELECT current_setting($1)", name) == value
+        await connection.execute("SET search_path = nowhere; SET work_mem = '6MB'")
+        await connection.close()
 
 
 @pytest.mark.parametrize("real", [True, False])

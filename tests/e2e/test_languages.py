@@ -6,7 +6,7 @@ A person's copy differs in the port alone, and so does the test's.
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,11 @@ import pytest
 
 from proxy.emulator.cluster import CLIENT_ID
 from proxy.server.app import App
-from tests.e2e.conftest import StartProxy
 from tests.packaging.manifests import ROOT
-from tests.support.languages import GO_ENVIRONMENT, GO_IS_THERE, GO_RUN, JDBC
+from tests.support.languages import GO_ENVIRONMENT, GO_IS_THERE, GO_RUN, JDBC, SETTINGS_IN_ANY_ORDER
+from tests.support.pooling import both_modes, states, taken
 from tests.support.proxy_process import run_to_end
-from tests.support.running import psql_path
+from tests.support.running import eventually, psql_path
 from tests.support.tools import lack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -93,18 +93,22 @@ def placed(example: Example, directory: Path, port: int) -> Path:
     return file
 
 
+@both_modes
 @pytest.mark.parametrize("example", MARKED, ids=lambda example: example.heading)
 async def test_an_example_logs_in_and_asks(
-    example: Example, start_proxy: StartProxy, tmp_path: Path
+    example: Example, proxy: App, tmp_path: Path, upstream_keys: Mapping[str, object]
 ) -> None:
     await need_language(example)
-    proxy: App = await start_proxy()
     file = placed(example, tmp_path, proxy.listen_port)
     environment = GO_ENVIRONMENT if example.language == "go" else None
     command = RUNNERS[example.language][1](file)
-    code, out, err = await run_to_end(*command, environment=environment)
-    assert code == 0, err
-    assert CLIENT_ID in out
+    for _ in range(2 if upstream_keys else 1):  # the second one in a session of the first
+        code, out, err = await run_to_end(*command, environment=environment)
+        assert code == 0, err
+        assert CLIENT_ID in out
+        await eventually(lambda: set(states(proxy)) <= {"idle"}, "its sessions are kept")
+    if upstream_keys and example.language != SETTINGS_IN_ANY_ORDER:
+        assert taken(proxy)["reused"]
 
 
 def test_every_language_of_the_readme_is_in_the_document() -> None:

@@ -132,7 +132,7 @@ async def send_all(client: Client, content: bytes) -> None:
         await loop.sock_sendall(client.sock, content)
 
 
-async def test_p49_an_idle_session_of_a_pool_costs_little_and_gives_it_back(
+async def test_p49_an_idle_upstream_session_costs_little_and_gives_it_back(
     start_process: StartProcess,
 ) -> None:
     count = 200

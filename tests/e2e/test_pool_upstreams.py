@@ -254,7 +254,7 @@ async def test_many_clients_one_after_the_other_need_three_logins_at_most(
         assert served.lakebase.gateway.logins == {CLIENT_ID: served.logins}
 
 
-async def test_a_database_with_idle_sessions_and_spares_sleeps_until_a_client_comes(
+async def test_p25_p36_a_database_with_idle_sessions_and_spares_sleeps_until_a_client_comes(
     lakebase: Lakebase,
 ) -> None:
     endpoint, asleep_seconds = lakebase["one"].endpoint, 0.5

@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
+from tests.support.pooling import both_modes, states
 from tests.support.proxy_process import run_to_end
 from tests.support.running import eventually, libpq
 
@@ -54,8 +55,10 @@ def in_a_thread(proxy: App) -> Any:
         return connection.execute("SELECT sum(n), current_user FROM t").fetchone()
 
 
+@both_modes
 async def test_synchronous_psycopg_works_in_a_thread(proxy: App, lakebase: Lakebase) -> None:
-    assert await asyncio.to_thread(in_a_thread, proxy) == (4950, lakebase.client_id)
+    for _ in range(2):  # in a pool, the second time in the session of the first
+        assert await asyncio.to_thread(in_a_thread, proxy) == (4950, lakebase.client_id)
 
 
 async def test_a_statement_is_prepared_and_runs_many_times(connection: Connection) -> None:
@@ -143,13 +146,31 @@ with psycopg.connect(sys.argv[1], autocommit=True) as connection:
 """
 
 
+@both_modes
 async def test_the_old_blocking_cancel_call_works_too(proxy: App) -> None:
     conninfo = psycopg.conninfo.make_conninfo(**libpq(proxy))
-    code, out, err = await run_to_end(sys.executable, "-c", _OLD_CANCEL, conninfo)
-    assert (code, out.split(), err) == (0, ["57014", "alive"], "")
+    for _ in range(2):
+        code, out, err = await run_to_end(sys.executable, "-c", _OLD_CANCEL, conninfo)
+        assert (code, out.split(), err) == (0, ["57014", "alive"], "")
 
 
-async def test_a_pool_of_ten_serves_a_hundred_tasks(proxy: App, lakebase: Lakebase) -> None:
+@both_modes
+async def test_a_pool_of_ten_serves_a_hundred_tasks(
+    proxy: App, lakebase: Lakebase, upstream_keys: Mapping[str, object]
+) -> None:
+    for opened in range(POOL_SIZE, 3 * POOL_SIZE, POOL_SIZE):
+        await use_a_pool(proxy)
+        await eventually(lambda: proxy.metrics.value("connections") == 0, "all ten are closed")
+        await eventually(lambda: set(states(proxy)) <= {"idle"}, "they are kept")
+        sessions = POOL_SIZE if upstream_keys else opened
+        assert len(lakebase.gateway.sessions) == sessions
+    # Ten connections at once share one token.
+    assert len(lakebase.workspace.mints) == 1
+    left = POOL_SIZE if upstream_keys else 0
+    await eventually(lambda: lakebase.gateway.open_sessions == left, f"{left} are open")
+
+
+async def use_a_pool(proxy: App) -> None:
     pool = psycopg_pool.AsyncConnectionPool(
         kwargs={**libpq(proxy), "autocommit": True},
         min_size=POOL_SIZE,
@@ -164,10 +185,6 @@ async def test_a_pool_of_ten_serves_a_hundred_tasks(proxy: App, lakebase: Lakeba
     async with pool:
         await pool.wait(timeout=10)
         assert await asyncio.gather(*(task(n) for n in range(100))) == list(range(100))
-        assert len(lakebase.gateway.sessions) == POOL_SIZE
-    # Ten connections at once share one token.
-    assert len(lakebase.workspace.mints) == 1
-    await eventually(lambda: lakebase.gateway.open_sessions == 0, "all ten are closed")
 
 
 async def test_the_client_encoding_and_error_fields_are_those_of_postgres(

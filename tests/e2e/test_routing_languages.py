@@ -5,6 +5,7 @@ every driver has, and prints the shard that the session finds itself on.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,14 @@ from tests.support.languages import (
     GO_IS_THERE,
     GO_RUN,
     JDBC,
+    SETTINGS_IN_ANY_ORDER,
     Language,
     need_driver,
     place,
 )
+from tests.support.pooling import both_modes, states, taken
 from tests.support.proxy_process import run_to_end
+from tests.support.running import eventually
 from tests.support.sharding import sharded
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -142,16 +146,28 @@ LANGUAGES = {
 }
 
 
+@both_modes
 @pytest.mark.parametrize("name", list(LANGUAGES))
 async def test_s15_the_same_key_by_both_ways_reaches_the_same_shard(
-    start_proxy: StartProxy, lakebase: Lakebase, tmp_path: Path, name: str
+    start_proxy: StartProxy,
+    lakebase: Lakebase,
+    tmp_path: Path,
+    name: str,
+    upstream_keys: Mapping[str, object],
 ) -> None:
     language = LANGUAGES[name]
     await need_driver(f"shard keys from {name}", language)
-    proxy = await start_proxy(**sharded(lakebase))
+    proxy = await start_proxy(**sharded(lakebase), upstream=upstream_keys)
     command = place(language, tmp_path, str(proxy.listen_port))
-    code, out, err = await run_to_end(*command, environment=language.environment)
-    assert code == 0, err
-    assert out.split() == EXPECTED
+    for _ in range(2 if upstream_keys else 1):
+        code, out, err = await run_to_end(*command, environment=language.environment)
+        assert code == 0, err
+        assert out.split() == EXPECTED
+        await eventually(lambda: proxy.metrics.value("connections") == 0, "all have left")
+        await eventually(lambda: set(states(proxy)) <= {"idle"}, "their sessions are kept")
     hosts = [lakebase[shard].endpoint.host for shard in EXPECTED]
-    assert [record.sni for record in lakebase.gateway.sessions] == hosts
+    assert {record.sni for record in lakebase.gateway.sessions} == set(hosts)
+    if upstream_keys and name != SETTINGS_IN_ANY_ORDER:
+        assert taken(proxy)["reused"] >= len(set(hosts))
+    elif not upstream_keys:
+        assert [record.sni for record in lakebase.gateway.sessions] == hosts

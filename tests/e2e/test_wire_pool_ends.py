@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 
 from proxy.emulator.cluster import Cluster
+from proxy.emulator.faults import Injection, Stage
 from proxy.wire.messages import BackendKeyData, Frame, ReadyForQuery
 from proxy.wire.startup import CancelRequest
 from tests.differential.frontend import (
@@ -31,9 +32,9 @@ from tests.differential.frontend import (
     parse,
     query,
 )
-from tests.support.client import Client, plain_client
+from tests.support.client import Client, plain_client, startup
 from tests.support.cuts import Cut, byte_by_byte, whole
-from tests.support.pooling import Pooled, backend_pid, pooled_for_module, value
+from tests.support.pooling import Pooled, backend_pid, pooled_for_module, states, value
 from tests.support.running import eventually, libpq
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -153,7 +154,7 @@ async def skip(client: Client) -> None:
 
 @pytest.mark.parametrize("cut", [whole, byte_by_byte], ids=lambda cut: cut.__name__)
 @pytest.mark.parametrize("leaving", LEAVINGS, ids=lambda one: one.name.replace(" ", "-"))
-async def test_p12_a_session_is_kept_if_its_client_leaves_it_quiet(
+async def test_p12_p13_p14_p15_a_session_is_kept_if_its_client_leaves_it_quiet(
     served: Pooled, leaving: Leaving, cut: Cut
 ) -> None:
     if cut is byte_by_byte and not leaving.last:
@@ -226,6 +227,43 @@ async def test_p30_a_key_ends_with_its_client(served: Pooled) -> None:
         await cancel(served, old)
         assert await running is None or await running == ""
         assert len(served.lakebase.gateway.cancels) == cancels
+
+
+async def test_p31_a_cancel_that_is_still_on_its_way_when_its_client_leaves_is_dropped(
+    served: Pooled,
+) -> None:
+    gateway = served.lakebase.gateway
+    before, cancels = await next_pid(served), len(gateway.cancels)
+    await served.at_rest()
+    async with plain_client(served.app) as client, plain_client(served.app) as canceller:
+        key = await client.start_up()
+        assert key is not None
+        connections = len(gateway.records)
+        gateway.inject(Stage.ACCEPTED, Injection.HANG, times=1)
+        await canceller.send(CancelRequest(key.pid, key.key).encode())
+        await eventually(lambda: len(gateway.records) > connections, "it is on its way")
+        await client.send(TERMINATE)
+        await client.ended()
+        await eventually(lambda: states(served.app).keys() <= {"idle"}, "it is kept")
+        gateway.clear_faults()
+        await canceller.ended()
+    assert len(gateway.cancels) == cancels
+    assert await next_pid(served) == before
+    await served.at_rest()
+
+
+async def test_p32_a_client_that_is_gone_when_it_is_served_costs_no_session(
+    served: Pooled,
+) -> None:
+    before, logins = await next_pid(served), served.logins
+    for _ in range(5):
+        await served.at_rest()
+        async with plain_client(served.app) as client:
+            await client.send(startup(database="databricks_postgres"))
+            client.reset()
+    await served.at_rest()
+    assert (await next_pid(served), served.logins) == (before, logins)
+    await served.at_rest()
 
 
 async def cancel(served: Pooled, key: BackendKeyData) -> None:

@@ -67,6 +67,7 @@ class Soak:
         self._endpoint.passes_real_key = True  # so that a client knows its backend
         lakebase.gateway.cancel_delay_seconds = 0.2
         self._folder = folder
+        self._idle_max = 20
         self._changed_at = -_CHANGE_SECONDS
         self._dice = random.Random(f"{seed} disturbances")
 
@@ -92,15 +93,16 @@ class Soak:
             tasks.create_task(self._watch(port))
             tasks.create_task(self._time(seconds))
 
-    def _file(self, *, level: str = "info", idle_max: int = 20) -> Path:
-        pool = {"pool": "session", "pool_size_max": SIZE_MAX, "pool_idle_max": idle_max}
+    def _file(self, *, level: str = "info") -> Path:
+        pool = {"pool": "session", "pool_size_max": SIZE_MAX, "pool_idle_max": self._idle_max}
         sections: dict[str, dict[str, object]] = {
             "admin": {"enabled": True, "port": 0},
             "log": {"level": level, "format": "json"},
             "upstream": {**pool, "pool_wait_seconds": 60, "pool_check_seconds": 1},
         }
-        file = self._folder / "proxy.toml"
-        file.write_text(toml(proxy_values(self._lakebase, sections)))
+        file, new = self._folder / "proxy.toml", self._folder / "proxy.toml.new"
+        new.write_text(toml(proxy_values(self._lakebase, sections)))
+        new.replace(file)  # the proxy may be reading it for the reload before
         return file
 
     async def _disturb(self, proxy: ProxyProcess, port: int) -> None:
@@ -125,7 +127,9 @@ class Soak:
                 case "reload of the pool" if self._pools() == 1:
                     # The pool before lives until its clients have left.
                     self._changed_at = time.monotonic()
-                    self._file(level="warning", idle_max=self._dice.randrange(5, 40))
+                    others = [number for number in range(5, 40) if number != self._idle_max]
+                    self._idle_max = self._dice.choice(others)
+                    self._file(level="warning")
                     proxy.send(signal.SIGHUP)
                 case "reconnect":
                     await ask(port, "/reconnect", "POST")

@@ -9,6 +9,8 @@ from typing import Final
 from tests.support.proxy_process import run_to_end
 from tests.support.tools import lack
 
+# lib/pq sends its settings in the order of a Go map, another one each time: another key of a pool.
+SETTINGS_IN_ANY_ORDER: Final = "go"
 JDBC: Final = Path("/usr/share/java/postgresql.jar")
 
 _GO_PATH: Final = Path("/usr/share/gocode")

@@ -12,6 +12,7 @@ from typing import Any, Final
 import psycopg
 import pytest
 
+from proxy import native
 from proxy.emulator.cluster import Cluster
 from proxy.emulator.endpoints import Endpoint
 from proxy.emulator.lakebase import Lakebase
@@ -39,7 +40,11 @@ Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 SESSION_MODE: Final[Mapping[str, object]] = {"pool": "session", "pool_spare_min": 0}
 PID: Final = "SELECT pg_backend_pid()"
 
-both_relays = pytest.mark.parametrize("accelerated", [True, False], ids=["compiled", "python"])
+both_modes = pytest.mark.parametrize(
+    "upstream_keys", [{}, SESSION_MODE], ids=["off", "session"], indirect=True
+)
+_RELAYS: Final = {"compiled": True, "python": False} if native.AVAILABLE else {"python": False}
+both_relays = pytest.mark.parametrize("accelerated", _RELAYS.values(), ids=_RELAYS)
 
 
 def pooling(*, accelerated: bool = True, **upstream: object) -> dict[str, dict[str, object]]:

@@ -44,11 +44,12 @@ def help_of(syntax: Syntax) -> str:
             continue
         group = parser.add_argument_group(keys[0].section)
         for key in keys:
-            group.add_argument(key.flag, metavar=_metavar(key), help=_described(key))
+            group.add_argument(key.flag, metavar=metavar_of(key), help=_described(key))
     return parser.format_help()
 
 
-def _metavar(key: SettingKey) -> str:
+def metavar_of(key: SettingKey) -> str:
+    """Return what stands for the value of a key."""
     return "true|false" if key.is_boolean else key.name.rpartition("_")[2].upper()
 
 

@@ -94,5 +94,11 @@ VERBS: Final[Mapping[str, Syntax]] = {
         "ask a running proxy to drain and end (it needs admin.quit)",
         sections=("admin",),
     ),
+    "completion": Syntax(
+        "completion bash | zsh | fish",
+        "print a script that makes a shell complete verbs and flags",
+        1,
+        1,
+    ),
     "version": Syntax("version [--build]", "print the version", options=(BUILD,)),
 }

@@ -152,6 +152,7 @@ docs: $(INSTALLED) ## regenerate config.example.toml, the manual page, the schem
 	mv config.example.toml.new config.example.toml
 	$(BIN)/python -m tests.protocol_states
 	$(BIN)/python -m tests.generated
+	$(BIN)/python -m tests.transcripts
 
 # What the image and the wheels are made of, at the newest versions: every package with the hashes of
 # its files. `make setup` takes the newest, so that the tests see them before a release has them.

@@ -57,7 +57,8 @@ _LINE_BYTES: Final = 200
 # How many levels of nested values are searched for keys; deeper ones are only masked as text.
 _NESTING_MAX: Final = 5
 
-# What a person reads last.
+# What a person reads first, and last.
+_FIRST_KEYS: Final = ("worker", "connection")
 _LAST_KEYS: Final = ("reason", "detail", "hint")
 
 
@@ -242,10 +243,12 @@ def _for_people(logger: object, method_name: str, event: EventDict) -> EventDict
 
     Its keys are the connection, those of the event in their order in the code, and what explains.
     """
-    at = datetime.fromisoformat(event["timestamp"]).astimezone()
-    last = {key: event[key] for key in _LAST_KEYS if key in event}
-    rest = {key: value for key, value in event.items() if key != "logger" and key not in last}
-    return rest | last | {"timestamp": f"{at:%H:%M:%S}"}
+    at = datetime.fromisoformat(event.pop("timestamp")).astimezone()
+    event.pop("logger", None)
+    first, last = (
+        {key: event.pop(key) for key in keys if key in event} for keys in (_FIRST_KEYS, _LAST_KEYS)
+    )
+    return {**first, **event, **last, "timestamp": f"{at:%H:%M:%S}"}
 
 
 def is_for_people(format: Literal["auto", "console", "json"], stream: TextIO | None = None) -> bool:

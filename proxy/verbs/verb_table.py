@@ -38,7 +38,7 @@ VERBS: Final[Mapping[str, Syntax]] = {
     ),
     "exec": Syntax(
         "exec [--socket] [--shard-key KEY] [settings] -- COMMAND ...",
-        "run a command beside a proxy of its own, and end with its exit code",
+        "run a command beside a proxy of its own; end with its exit code",
         words_max=ANY_NUMBER,
         options=(SOCKET, SHARD_KEY),
         sections=(*_DIALLING, "shutdown", "log"),

@@ -28,7 +28,7 @@ from tests.support.proxy_process import (
     handles,
     started_process,
 )
-from tests.support.running import eventually, libpq, proxy_values, toml
+from tests.support.running import Sections, eventually, libpq, proxy_values, toml
 
 pytestmark = pytest.mark.slow  # the process starts in about a second
 
@@ -158,8 +158,8 @@ async def test_a_person_is_told_where_to_connect_as_whom_and_to_which_host(
     lakebase: Lakebase, tmp_path: Path
 ) -> None:
     file = tmp_path / "proxy.toml"
-    admin: dict[str, object] = {"enabled": True, "port": 0}
-    sections = {"log": {"format": "console"}, "admin": admin}
+    admin = {"enabled": True, "port": 0}
+    sections: Sections = {"log": {"format": "console"}, "admin": admin}
     file.write_text(toml(proxy_values(lakebase, sections)))
     async with started_process("--config", str(file), "run") as proxy:
         told = re.compile(

@@ -37,11 +37,14 @@ help: ## show this list
 # what an earlier build left there would be installed too.
 install: ## install the command in ~/.local, or in PREFIX=/usr/local
 	@$(PYTHON) -c $(PYTHON_IS_NEW_ENOUGH)
-	@echo "Installing into $(INSTALL_VENV) (a minute or two)"
+	@echo "Installing into $(INSTALL_VENV)"
+	@echo "  1 of 2: a virtual environment"
 	@$(PYTHON) -m venv "$(INSTALL_VENV)"
 	@rm -rf build
+	@echo "  2 of 2: the proxy, what it depends on, and its compiled relay (a minute or two)"
 	@"$(INSTALL_VENV)/bin/python" -m pip install --quiet --disable-pip-version-check '.$(EXTRAS)'
-	@mkdir -p "$(PREFIX)/bin"
+	@mkdir -p "$(PREFIX)/bin" "$(PREFIX)/share/man/man1"
+	@cp docs/lakebase-auth-proxy.1 "$(PREFIX)/share/man/man1"
 	@ln -sfn "$(INSTALL_VENV)/bin/lakebase-auth-proxy" "$(PREFIX)/bin/lakebase-auth-proxy"
 	@"$(PREFIX)/bin/lakebase-auth-proxy" version --build
 	@case ":$$PATH:" in *:"$(PREFIX)/bin":*) ;; *) echo "$(PREFIX)/bin is not in PATH: add it, or type $(PREFIX)/bin/lakebase-auth-proxy" ;; esac
@@ -53,9 +56,11 @@ setup: $(INSTALLED) ## make the virtual environment .venv (the other verbs do it
 # be compiled now, the proxy must not run old ones.
 $(INSTALLED): pyproject.toml $(NATIVE)
 	@$(PYTHON) -c $(PYTHON_IS_NEW_ENOUGH)
-	@echo "Setting up $(VENV) (once; a minute or two)"
+	@echo "Setting up $(VENV), once"
+	@echo "  1 of 2: a virtual environment"
 	@$(PYTHON) -m venv $(VENV)
 	@rm -rf build $(COMPILED)
+	@echo "  2 of 2: what it depends on, and the compiled relay (a minute or two)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
 	@$(BIN)/python -c 'import sys; from proxy import native; why = native.WHY_MISSING; why and print("NOT COMPILED: the relay is pure Python here (%s). %s" % (why, native.WHAT_IT_TAKES), file=sys.stderr)'
 	@touch $@
@@ -142,10 +147,12 @@ fleet: $(INSTALLED) ## simulate proxies that share the workspace API's limit, in
 demo: $(INSTALLED) ## the whole system on this machine, nothing to sign up for
 	@exec $(BIN)/lakebase-auth-proxy demo $(ARGS)
 
-docs: $(INSTALLED) ## regenerate config.example.toml and docs/protocol-states.md
+docs: $(INSTALLED) ## regenerate config.example.toml, the manual page, the schema, the state tables
 	$(BIN)/python -c 'from proxy.config import example_toml; print(example_toml(), end="")' > config.example.toml.new
 	mv config.example.toml.new config.example.toml
 	$(BIN)/python -m tests.protocol_states
+	$(BIN)/python -m tests.generated
+	$(BIN)/python -m tests.transcripts
 
 # What the image and the wheels are made of, at the newest versions: every package with the hashes of
 # its files. `make setup` takes the newest, so that the tests see them before a release has them.

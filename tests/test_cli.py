@@ -96,8 +96,11 @@ def test_serving_does_not_import_what_only_others_need_or_what_comes_later() -> 
     assert ran.stdout == "[] True\n", ran.stderr
 
 
-def test_version_prints_the_version_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["version"]) == EXIT_OK
+@pytest.mark.parametrize("word", ["version", "-V", "--version"])
+def test_version_prints_the_version_and_nothing_else(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word]) == EXIT_OK
     assert capsys.readouterr() == (f"{__version__}\n", "")
 
 

@@ -57,6 +57,10 @@ _LINE_BYTES: Final = 200
 # How many levels of nested values are searched for keys; deeper ones are only masked as text.
 _NESTING_MAX: Final = 5
 
+# What a person reads first, and last.
+_FIRST_KEYS: Final = ("worker", "connection")
+_LAST_KEYS: Final = ("reason", "detail", "hint")
+
 
 def mask(text: str) -> str:
     """Return `text` with `MASK` in place of everything that looks like a secret."""
@@ -228,7 +232,39 @@ def _renderer(
         return [structlog.processors.format_exc_info, in_order, to_json]
     # The default formatter of exceptions shows local variables, which may hold tokens.
     plain = structlog.dev.plain_traceback
-    return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
+    line = structlog.dev.ConsoleRenderer(
+        colors=colors, exception_formatter=plain, sort_keys=False, pad_level=False
+    )
+    return [_for_people, line]
+
+
+def _for_people(logger: object, method_name: str, event: EventDict) -> EventDict:
+    """Return the line with local time and without the logger.
+
+    Its keys are the connection, those of the event in their order in the code, and what explains.
+    """
+    at = datetime.fromisoformat(event.pop("timestamp")).astimezone()
+    event.pop("logger", None)
+    first, last = (
+        {key: event.pop(key) for key in keys if key in event} for keys in (_FIRST_KEYS, _LAST_KEYS)
+    )
+    return {**first, **event, **last, "timestamp": f"{at:%H:%M:%S}"}
+
+
+def is_for_people(format: Literal["auto", "console", "json"], stream: TextIO | None = None) -> bool:
+    """Return whether the log has lines for people, and not JSON."""
+    target = stream or sys.stderr
+    terminal = target is not None and target.isatty()
+    return format == "console" or (format == "auto" and terminal)
+
+
+def _has_colors(stream: TextIO | None) -> bool:
+    """Return whether lines for people have colours: on a terminal, unless a variable decides."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def configure_logging(
@@ -248,8 +284,6 @@ def configure_logging(
     the SDK and urllib3 log complete requests at lower levels.
     """
     target = stream or sys.stderr
-    terminal = target is not None and target.isatty()
-    console = format == "console" or (format == "auto" and terminal)
     foreign: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -260,7 +294,8 @@ def configure_logging(
     ]
     handler = _handler_of(target)
     formatter = _MaskingFormatter(
-        foreign=foreign, render=_renderer(console, terminal, event_key, level_key)
+        foreign=foreign,
+        render=_renderer(is_for_people(format, target), _has_colors(target), event_key, level_key),
     )
     handler.setFormatter(formatter)
     # None of them is shown.

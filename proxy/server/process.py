@@ -23,6 +23,7 @@ from proxy.observe.systemd import READY, STOPPING, notify
 from proxy.server.app import App
 from proxy.server.file_limit import check_file_limit
 from proxy.server.first_tokens import mint_first_tokens
+from proxy.server.greeting import greet
 from proxy.server.reloading import CONFIGURATION_WARNING, Reloads
 from proxy.server.router_factory import Reread
 from proxy.server.serving import serving
@@ -106,6 +107,7 @@ async def _prepare(app: App) -> None:
     await mint_first_tokens(app)
     if not is_started:
         notify(READY)
+    await greet(app)
 
 
 # -- stop and drain ------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from proxy.verbs.demo_map import (
     write_settings,
 )
 from proxy.verbs.event_loop import run_on_event_loop
-from proxy.verbs.stderr import fail
+from proxy.verbs.stderr import fail, show_progress
 from proxy.verbs.syntax import Arguments
 
 if TYPE_CHECKING:
@@ -75,10 +75,13 @@ async def demonstrating(settings: Settings) -> AsyncIterator[tuple[App, "Lakebas
     _hide_databricks()
     async with AsyncExitStack() as stack:
         try:
+            show_progress("Starting PostgreSQL, a server for each of two shards")
             lakebase = await stack.enter_async_context(Lakebase())
         except ClusterError as error:
             raise DemoError(str(error)) from error
+        show_progress("Filling the shard map")
         await fill_catalogue(lakebase)
+        show_progress("Starting the proxy, and getting its first token")
         app = await stack.enter_async_context(serving(demo_settings(settings, lakebase)))
         await mint_first_tokens(app)
         yield app, lakebase

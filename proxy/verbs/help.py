@@ -44,19 +44,21 @@ def help_of(syntax: Syntax) -> str:
             continue
         group = parser.add_argument_group(keys[0].section)
         for key in keys:
-            group.add_argument(key.flag, metavar=_metavar(key), help=_described(key))
+            text = described(key).replace("%", "%%")  # argparse fills in what follows one
+            group.add_argument(key.flag, metavar=metavar_of(key), help=text)
     return parser.format_help()
 
 
-def _metavar(key: SettingKey) -> str:
+def metavar_of(key: SettingKey) -> str:
+    """Return what stands for the value of a key."""
     return "true|false" if key.is_boolean else key.name.rpartition("_")[2].upper()
 
 
-def _described(key: SettingKey) -> str:
+def described(key: SettingKey) -> str:
     """Return the first sentence on a key, its bounds and its default."""
     first = key.description.partition(". ")[0].rstrip(".") + "."
     default = "" if key.default in (None, "") or key.is_secret else _default(key.default)
-    return " ".join(filter(None, (first, key.bounds, default))).replace("%", "%%")
+    return " ".join(filter(None, (first, key.bounds, default)))
 
 
 def _default(value: object) -> str:

@@ -14,6 +14,12 @@ def fail(sentence: str) -> int:
     return EXIT_FAILURE
 
 
+def show_progress(doing: str) -> None:
+    """Print what is being done, for a person who waits at a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"{doing} ...", file=sys.stderr, flush=True)
+
+
 def wrong_usage(sentence: str) -> int:
     """Print how the verb is used. Return the exit code of wrong usage."""
     print(f"lakebase-auth-proxy: {sentence}", file=sys.stderr)

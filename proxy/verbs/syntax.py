@@ -83,14 +83,7 @@ class Syntax:
     @property
     def shown_usage(self) -> str:
         """The usage as lines of a terminal."""
-        lines = textwrap.wrap(
-            f"{PROGRAM} {self.usage}",
-            _COLUMNS,
-            initial_indent="usage: ",
-            subsequent_indent=" " * 8,
-            break_on_hyphens=False,
-        )
-        return "\n".join(lines)
+        return wrapped(f"{PROGRAM} {self.usage}", "usage: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +114,9 @@ class Arguments:
         words += after[1:]
         if not syntax.words_min <= len(words) <= syntax.words_max:
             many = "few" if len(words) < syntax.words_min else "many"
-            raise UsageError(f"too {many} arguments\n{syntax.shown_usage}")
+            switches = [flag for flag in flags if "=" not in flag] if many == "many" else []
+            hint = f": {switches[-1]} takes true or false" if switches else ""
+            raise UsageError(f"too {many} arguments{hint}\n{syntax.shown_usage}")
         given = {one: getattr(found, one.name.replace("-", "_")) for one in syntax.options}
         return cls(
             tuple(words),
@@ -197,6 +192,18 @@ def take_verb(arguments: Sequence[str], names: Collection[str]) -> tuple[str, li
         return "", list(arguments)
     near = did_you_mean(difflib.get_close_matches(rest[0], names, n=1))
     raise UsageError(f"there is no verb {rest[0]!r}{near or ': one of ' + ', '.join(names)}")
+
+
+def wrapped(text: str, before: str) -> str:
+    """Return the text as lines of a terminal, with `before` in the first one."""
+    lines = textwrap.wrap(
+        text,
+        _COLUMNS,
+        initial_indent=before,
+        subsequent_indent=" " * 8,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines)
 
 
 def did_you_mean(near: Sequence[str]) -> str:

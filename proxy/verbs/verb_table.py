@@ -38,7 +38,7 @@ VERBS: Final[Mapping[str, Syntax]] = {
     ),
     "exec": Syntax(
         "exec [--socket] [--shard-key KEY] [settings] -- COMMAND ...",
-        "run a command beside a proxy of its own, and end with its exit code",
+        "run a command beside a proxy of its own; end with its exit code",
         words_max=ANY_NUMBER,
         options=(SOCKET, SHARD_KEY),
         sections=(*_DIALLING, "shutdown", "log"),
@@ -93,6 +93,12 @@ VERBS: Final[Mapping[str, Syntax]] = {
         "shutdown [settings]",
         "ask a running proxy to drain and end (it needs admin.quit)",
         sections=("admin",),
+    ),
+    "completion": Syntax(
+        "completion bash | zsh | fish",
+        "print a script that makes a shell complete verbs and flags",
+        1,
+        1,
     ),
     "version": Syntax("version [--build]", "print the version", options=(BUILD,)),
 }

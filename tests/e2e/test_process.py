@@ -28,7 +28,7 @@ from tests.support.proxy_process import (
     handles,
     started_process,
 )
-from tests.support.running import eventually, libpq, proxy_values, toml
+from tests.support.running import Sections, eventually, libpq, proxy_values, toml
 
 pytestmark = pytest.mark.slow  # the process starts in about a second
 
@@ -152,6 +152,25 @@ async def test_a_hangup_before_it_serves_is_nothing(lakebase: Lakebase, tmp_path
             await asyncio.sleep(0.02)
         proxy.send(signal.SIGTERM)
         assert await proxy.ended() == 0, proxy.err
+
+
+async def test_a_person_is_told_where_to_connect_as_whom_and_to_which_host(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    file = tmp_path / "proxy.toml"
+    admin = {"enabled": True, "port": 0}
+    sections: Sections = {"log": {"format": "console"}, "admin": admin}
+    file.write_text(toml(proxy_values(lakebase, sections)))
+    async with started_process("--config", str(file), "run") as proxy:
+        told = re.compile(
+            r"Listening on 127\.0\.0\.1:\d+( and \[::1\]:\d+)?"
+            rf" as {lakebase.client_id} to {lakebase.shards[0].endpoint.host}"
+            r" \(page: http://127\.0\.0\.1:\d+/\)"
+        )
+        await eventually(lambda: "Listening" in proxy.err or not proxy.running, "it greets")
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 0, proxy.err
+    assert told.search(proxy.err), proxy.err
 
 
 async def test_it_serves_within_three_seconds_and_takes_little_memory(

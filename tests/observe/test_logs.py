@@ -98,6 +98,47 @@ def test_the_console_format_can_be_chosen_without_a_terminal() -> None:
     assert "\x1b" not in stream.getvalue(), "no colours into a file"
 
 
+def test_a_line_for_people_is_short_and_in_the_order_of_reading() -> None:
+    stream = io.StringIO()
+    configure_logging(format="console", stream=stream)
+    with connection_log(7):
+        get_logger("proxy.session").warning("refused", hint="wait", target="eu", reason="full", a=1)
+    (line,) = stream.getvalue().splitlines()
+    time, _, rest = line.partition(" ")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", time)
+    assert rest.split() == [
+        *("[warning]", "refused", "connection=7", "target=eu", "a=1", "reason=full", "hint=wait")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "colors"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"NO_COLOR": "1"}, True, False),
+        ({"NO_COLOR": ""}, True, True),
+        ({"FORCE_COLOR": "1"}, False, True),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, True, False),
+        ({"TERM": "dumb"}, True, False),
+    ],
+)
+def test_a_variable_decides_whether_there_are_colours(
+    environment: dict[str, str],
+    terminal: bool,
+    colors: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    stream = Terminal() if terminal else io.StringIO()
+    configure_logging(format="console", stream=stream)
+    get_logger("proxy").info("ready")
+    assert ("\x1b" in stream.getvalue()) == colors
+
+
 def test_lines_below_the_level_are_not_written() -> None:
     stream = io.StringIO()
     configure_logging(format="json", level="warning", stream=stream)
@@ -200,7 +241,7 @@ def test_standard_error_gets_the_lines_that_any_stream_gets(
         os.dup2(before, 2)
         os.close(before)
     whole, expected = (
-        re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", text)
+        re.sub(r"(?m)\d{4}-\d\d-\d\dT[\d:.]+Z|^\d\d:\d\d:\d\d", "TIME", text)
         for text in (path.read_text(errors="strict"), stream.getvalue())
     )
     expected = expected.encode(errors="backslashreplace").decode()

@@ -26,7 +26,8 @@ EXTENSION = re.compile(r"\[\[tool\.setuptools\.ext-modules\]\]\n(?:.+\n)+")
 def test_make_install_puts_a_command_into_the_home_that_runs_from_there(tmp_path: Path) -> None:
     clone, home = tmp_path / "clone", tmp_path / "home"
     home.mkdir()
-    for name in [*files_of("proxy"), "Makefile", "pyproject.toml", "README.md", "LICENSE"]:
+    page = "docs/lakebase-auth-proxy.1"
+    for name in [*files_of("proxy"), "Makefile", "pyproject.toml", "README.md", "LICENSE", page]:
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).write_bytes((ROOT / name).read_bytes())
     project = (ROOT / "pyproject.toml").read_text()
@@ -54,6 +55,7 @@ def test_make_install_puts_a_command_into_the_home_that_runs_from_there(tmp_path
     assert f"{command.parent} is not in PATH" in ran.stdout
     answer = subprocess.check_output([command, "version"], cwd=home, env=environment, text=True)
     assert answer == f"{__version__}\n"
+    assert (home / ".local" / "share" / "man" / "man1" / Path(page).name).exists()
 
 
 def test_a_relative_prefix_begins_in_the_clone() -> None:

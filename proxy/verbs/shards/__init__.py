@@ -38,7 +38,7 @@ from proxy.verbs.shards.arguments import Arguments
 from proxy.verbs.shards.output import Output
 from proxy.verbs.shards.verb import Call, Verb
 from proxy.verbs.stderr import fail
-from proxy.verbs.syntax import PROGRAM, UsageError, take_verb
+from proxy.verbs.syntax import PROGRAM, UsageError, take_verb, wrapped
 
 VERBS: Final[Mapping[str, Verb]] = {
     **store_verbs.VERBS,
@@ -56,10 +56,12 @@ VERBS: Final[Mapping[str, Verb]] = {
 
 
 _NOTES: Final = """
-It reads the sidecar's settings: [catalogue] says where, the users of its target and of [upstream]
-as whom. RANGE is KEY in a list map, LOW HIGH in the others; what begins with two dashes follows --.
-Verbs that write take --dry-run. Exit codes: 0 done, 1 refused or failed, 2 usage or configuration,
-4 an operation is left pending, 5 verify has found differences.
+It reads the sidecar's settings: [catalogue] says where, the users of its
+target and of [upstream] as whom. RANGE is KEY in a list map, LOW HIGH in the
+others; what begins with two dashes follows --. Verbs that write take --dry-run.
+shards VERB --help explains a verb's flags. Exit codes: 0 done, 1 refused or
+failed, 2 usage or configuration, 4 an operation is left pending, 5 verify has
+found differences.
 """
 
 
@@ -68,7 +70,9 @@ def help_of_verb(arguments: Sequence[str]) -> str:
     word, _ = take_verb(arguments, VERBS)
     if word:
         return help_of(VERBS[word].syntax)
-    usages = "".join(f"  {verb.syntax.usage}\n" for verb in VERBS.values())
+    usages = "".join(
+        wrapped(verb.syntax.usage.removeprefix("shards "), "  ") + "\n" for verb in VERBS.values()
+    )
     return f"usage: {PROGRAM} shards VERB ... [--map NAME] [--json] [settings]\n\n{usages}{_NOTES}"
 
 

@@ -44,6 +44,8 @@ _PYTEST: Final = (
 )
 _PASSED: Final = re.compile(r"^(?:PASSED |\s*--- PASS: )(.+?)(?: \(\d.*\))?$", re.MULTILINE)
 _FAILED: Final = re.compile(r"^(?:FAILED |ERROR |\s*--- FAIL: )(\S+)", re.MULTILINE)
+# They make and drop a database, and that fails while a kept session is in it: docs/pooling.md.
+_DROP_DATABASES: Final = ("test_introspection.py", "test_type_cache_invalidation_in_pool")
 _SQLALCHEMY: Final = {
     "conftest.py": "from sqlalchemy.testing.plugin.pytestplugin import *\n",
     "test_suite.py": "from sqlalchemy.testing.suite import *\n",
@@ -178,9 +180,10 @@ async def compare(name: str) -> bool:
     lost: set[str] = set()
     for one, other in zip(off, pooled, strict=True):
         lost |= one.passed - other.passed
-    sys.stdout.write(f"{name}: {len(lost)} lost\n")
-    sys.stdout.writelines(f"  LOST: {test}\n" for test in sorted(lost))
-    return not lost
+    expected = {test for test in lost if any(name in test for name in _DROP_DATABASES)}
+    sys.stdout.write(f"{name}: {len(lost)} lost, {len(expected)} of them drop a database\n")
+    sys.stdout.writelines(f"  LOST: {test}\n" for test in sorted(lost - expected))
+    return lost == expected
 
 
 async def compare_all(names: list[str]) -> bool:

@@ -266,16 +266,18 @@ async def test_many_clients_one_after_the_other_need_three_logins_at_most(
 async def test_p25_p36_a_database_with_idle_sessions_and_spares_sleeps_until_a_client_comes(
     lakebase: Lakebase,
 ) -> None:
-    endpoint, asleep_seconds = lakebase["one"].endpoint, 0.5
+    endpoint, asleep_seconds, spares = lakebase["one"].endpoint, 0.5, 3
     endpoint.suspend_after_seconds = asleep_seconds
-    async with pooled(lakebase, pool_spare_min=3) as served:
+    async with pooled(lakebase, pool_spare_min=spares) as served:
         await one_client(served)
+        await eventually(lambda: served.row().present.idle >= spares, "its spares are there")
+        await served.at_rest()
+        logins, wakes = served.logins, endpoint.wakes
         await eventually(lambda: endpoint.state == "IDLE", "it sleeps", 10 * asleep_seconds)
-        logins = served.logins
         await asyncio.sleep(10 * asleep_seconds)  # nothing is to happen
-        assert (endpoint.state, endpoint.wakes, served.logins) == ("IDLE", 0, logins)
+        assert (endpoint.state, endpoint.wakes, served.logins) == ("IDLE", wakes, logins)
         await one_client(served)
-        assert endpoint.wakes == 1
+        assert endpoint.wakes == wakes + 1
 
 
 LATE_CANCELS: Final = 200  # `make pooling` does thousands

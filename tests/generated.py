@@ -78,7 +78,7 @@ def _manual() -> Iterator[str]:
     yield ".SH VERBS OF SHARDS"
     yield _roff("Each takes --map NAME and --json, and those that write take --dry-run.")
     for verb in shards.VERBS.values():
-        yield f".TP\n.B {_roff(verb.syntax.usage)}\n"
+        yield f".TP\n.B {_roff(verb.syntax.usage)}\n{_roff(verb.syntax.summary)}"
     yield ".SH SETTINGS"
     yield _roff(
         "Every key is a flag (--listen.port 6000), an environment variable"

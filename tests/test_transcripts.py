@@ -22,6 +22,7 @@ def test_every_help_fits_80_columns_and_explains_each_flag(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     shown = help_of(syntax)
+    assert syntax.summary
     assert [line for line in (shown + overview(VERBS)).splitlines() if len(line) > 80] == []
     for option in syntax.options:
         assert option.help

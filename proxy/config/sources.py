@@ -110,22 +110,24 @@ def _set_at(values: dict[str, Any], path: KeyPath, value: str) -> bool:
     return True
 
 
-def take_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the settings' flags, each with its value as `read_flags` takes it, and the rest.
+def take_flags(arguments: Sequence[str], *, undotted: bool = False) -> tuple[list[str], list[str]]:
+    """Return the settings' flags, each with its value after an equals sign, and the rest.
 
-    A flag is one of the settings if it is --config, a section, or has a dot.
+    `--listen.port 6000` and `--listen.port=6000` are the same. A flag is one of the settings if it
+    is --config, a section, or has a dot; with `undotted` every flag is one. What follows a switch
+    is its value only if it is true, false or the like.
     """
     flags: list[str] = []
     others: list[str] = []
     rest = deque(arguments)
     while rest:
         argument = rest.popleft()
-        flag, equals, _ = argument.partition("=")
-        name = flag.removeprefix("--")
-        if flag == name or not ("." in name or name in _UNDOTTED):
+        name, equals, _ = argument.removeprefix("--").partition("=")
+        is_flag = argument.startswith("--") and bool(name)
+        if not is_flag or not (undotted or "." in name or name in _UNDOTTED):
             others.append(argument)
         elif not equals and _has_value(split_path(name), rest):
-            flags.append(f"{flag}={rest.popleft()}")
+            flags.append(f"{argument}={rest.popleft()}")
         else:
             flags.append(argument)
     return flags, others
@@ -142,7 +144,7 @@ def _has_value(path: KeyPath, rest: Sequence[str]) -> bool:
 
 
 def read_flags(argv: Sequence[str], problems: list[Problem]) -> Layer:
-    """Read `--listen.port 6000`, `--listen.port=6000` and, for a switch, `--listen.allow_remote`.
+    """Read the flags of the settings; for a switch `--listen.allow_remote` is enough.
 
     A chosen name with a dot is quoted: `--databases."my.db" eu`.
 
@@ -150,20 +152,15 @@ def read_flags(argv: Sequence[str], problems: list[Problem]) -> Layer:
     """
     values: dict[str, Any] = {}
     layer = Layer("flag", spell_flag, InitSettingsSource(Settings, {}))
-    rest = deque(argv)
-    before = "the verb"
-    while rest:
-        flag, equals, value = rest.popleft().partition("=")
-        if not flag.startswith("--") or flag == "--":
-            # Not shown: a stray argument may be a secret after a flag that takes no value.
-            problems.append(Problem("arguments", f"not a flag: the argument after {before}"))
-            continue
-        before = flag
-        path = split_path(flag.removeprefix("--"))
+    flags, others = take_flags(argv, undotted=True)
+    if others:
+        # Not shown: a stray argument may be a secret after a flag that takes no value.
+        problems.append(Problem("arguments", "not all of them are flags"))
+    for given in flags:
+        name, equals, value = given.removeprefix("--").partition("=")
+        path = split_path(name)
         key = key_at(path)
-        if not equals and _has_value(path, rest):
-            value = rest.popleft()
-        elif not equals and key and key.is_boolean:
+        if not equals and key and key.is_boolean:
             value = "true"
         elif not equals and (key or path == _CONFIG):
             problems.append(layer.problem(path, "needs a value"))

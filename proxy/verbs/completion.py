@@ -76,7 +76,8 @@ def _fish_rules() -> Iterator[str]:
         yield from _fish_options(f"__fish_seen_subcommand_from {name}", syntax)
     own = f"__fish_seen_subcommand_from {' '.join(shards.VERBS)}"
     for name, verb in shards.VERBS.items():
-        yield f"-f -n '__fish_seen_subcommand_from shards; and not {own}' -a {name}"
+        unseen = f"__fish_seen_subcommand_from shards; and not {own}"
+        yield f"-f -n '{unseen}' -a {name} -d {quote(verb.syntax.summary)}"
         seen = f"__fish_seen_subcommand_from shards; and __fish_seen_subcommand_from {name}"
         yield from _fish_options(seen, verb.syntax)
 

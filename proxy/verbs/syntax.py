@@ -83,7 +83,12 @@ class Syntax:
     @property
     def shown_usage(self) -> str:
         """The usage as lines of a terminal."""
-        return wrapped(f"{PROGRAM} {self.usage}", "usage: ")
+        return textwrap.fill(
+            f"usage: {PROGRAM} {self.usage}",
+            _COLUMNS,
+            subsequent_indent=" " * 8,
+            break_on_hyphens=False,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,18 +197,6 @@ def take_verb(arguments: Sequence[str], names: Collection[str]) -> tuple[str, li
         return "", list(arguments)
     near = did_you_mean(difflib.get_close_matches(rest[0], names, n=1))
     raise UsageError(f"there is no verb {rest[0]!r}{near or ': one of ' + ', '.join(names)}")
-
-
-def wrapped(text: str, before: str) -> str:
-    """Return the text as lines of a terminal, with `before` in the first one."""
-    lines = textwrap.wrap(
-        text,
-        _COLUMNS,
-        initial_indent=before,
-        subsequent_indent=" " * 8,
-        break_on_hyphens=False,
-    )
-    return "\n".join(lines)
 
 
 def did_you_mean(near: Sequence[str]) -> str:

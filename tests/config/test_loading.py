@@ -167,7 +167,7 @@ def test_every_problem_of_every_source_is_reported_at_once(tmp_path: Path) -> No
             upstream_required=True,
         )
     assert {problem.key: problem.text for problem in caught.value.problems} == {
-        "arguments": "not a flag: the argument after --prot",
+        "arguments": "not all of them are flags",
         "listen.max_connections": "must be greater than or equal to 1, not 0",
         "admin.port": "must be a valid integer, not 'abc'",
         "upstream.port": "must be less than or equal to 65535, not '70000'",

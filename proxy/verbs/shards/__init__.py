@@ -38,7 +38,7 @@ from proxy.verbs.shards.arguments import Arguments
 from proxy.verbs.shards.output import Output
 from proxy.verbs.shards.verb import Call, Verb
 from proxy.verbs.stderr import fail
-from proxy.verbs.syntax import PROGRAM, UsageError, take_verb, wrapped
+from proxy.verbs.syntax import PROGRAM, UsageError, take_verb
 
 VERBS: Final[Mapping[str, Verb]] = {
     **store_verbs.VERBS,
@@ -59,9 +59,9 @@ _NOTES: Final = """
 It reads the sidecar's settings: [catalogue] says where, the users of its
 target and of [upstream] as whom. RANGE is KEY in a list map, LOW HIGH in the
 others; what begins with two dashes follows --. Verbs that write take --dry-run.
-shards VERB --help explains a verb's flags. Exit codes: 0 done, 1 refused or
-failed, 2 usage or configuration, 4 an operation is left pending, 5 verify has
-found differences.
+shards VERB --help has a verb's words and flags. Exit codes: 0 done, 1 refused
+or failed, 2 usage or configuration, 4 an operation is left pending, 5 verify
+has found differences.
 """
 
 
@@ -70,10 +70,8 @@ def help_of_verb(arguments: Sequence[str]) -> str:
     word, _ = take_verb(arguments, VERBS)
     if word:
         return help_of(VERBS[word].syntax)
-    usages = "".join(
-        wrapped(verb.syntax.usage.removeprefix("shards "), "  ") + "\n" for verb in VERBS.values()
-    )
-    return f"usage: {PROGRAM} shards VERB ... [--map NAME] [--json] [settings]\n\n{usages}{_NOTES}"
+    verbs = "".join(f"  {name:<13} {verb.syntax.summary}\n" for name, verb in VERBS.items())
+    return f"usage: {PROGRAM} shards VERB ... [--map NAME] [--json] [settings]\n\n{verbs}{_NOTES}"
 
 
 def run(arguments: Sequence[str], reach: Reach = pass_by) -> int:

@@ -56,6 +56,40 @@ _OPTIONS: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 
+# What each verb does.
+_SUMMARIES: Final[Mapping[str, str]] = {
+    "init": "install the catalogue's schema",
+    "upgrade": "migrate the schemas of the catalogue and of shards",
+    "grant": "let a role read the catalogue, or open sessions on shards",
+    "revoke": "take such rights from a role",
+    "create": "create a map",
+    "drop": "remove an empty map",
+    "list": "list the maps",
+    "show": "show a map: its shards and mappings",
+    "add-shard": "add a database to a map as a shard",
+    "alter-shard": "change where a shard is found, or its name",
+    "remove-shard": "remove a shard that has no mappings",
+    "sessions": "list the sessions of shards, or of keys",
+    "add": "add a mapping, or those of a file",
+    "delete": "remove a mapping",
+    "offline": "take keys offline: sessions end, new ones wait",
+    "online": "bring keys online again",
+    "move": "move keys to another shard, with their rows",
+    "reassign": "name another shard for keys; copy no row",
+    "split": "split a mapping in two",
+    "merge": "merge a mapping with its neighbour",
+    "lock": "keep mappings from being changed without a token",
+    "unlock": "remove such a lock",
+    "lookup": "print where a key leads",
+    "verify": "compare the catalogue with its shards",
+    "repair": "make the catalogue and a shard agree again",
+    "detach": "take a shard that is lost out of its map",
+    "attach": "add a database that has a local map as a shard",
+    "relocate": "say where a shard is now: another host, port or name",
+    "ops": "list pending operations; complete or undo one",
+}
+
+
 def syntax(
     usage: str,
     words_min: int = 0,
@@ -72,7 +106,8 @@ def syntax(
         for name in (*options, *switches, *pairs, "map")
     ]
     own = (*named, *([_DRY_RUN] if writes else []), JSON)
-    return Syntax(f"shards {usage}", "", words_min, words_max, own, _SECTIONS)
+    summary = _SUMMARIES[usage.partition(" ")[0]]
+    return Syntax(f"shards {usage}", summary, words_min, words_max, own, _SECTIONS)
 
 
 class Arguments(generic.Arguments):

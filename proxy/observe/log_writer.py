@@ -35,7 +35,7 @@ _AT_ITS_POSITION: Final = -1
 _AT_ONCE_MAX: Final = 4
 _BURST_SECONDS: Final = 0.1
 # How long a line may wait for others that are written with it. A process that is killed loses them.
-GATHER_SECONDS: Final = 0.05
+GATHER_SECONDS: Final = 0.1
 # From so many bytes on none is waited for.
 _GATHER_BYTES_MAX: Final = QUEUE_BYTES_MAX // 8
 # Before a fork. The thread has nothing to do then, or is blocked for longer than is waited for.

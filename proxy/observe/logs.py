@@ -53,6 +53,14 @@ _FLAT: Final = (str, *_NUMBERS)
 _PLAIN: Final = frozenset((str, int, float, bool, NoneType))
 _NOT_LATER: Final = frozenset(("exc_info", "stack_info"))
 _LINE_BYTES: Final = 200
+_LEVELS: Final = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "exception": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
 
 # How many levels of nested values are searched for keys; deeper ones are only masked as text.
 _NESTING_MAX: Final = 5
@@ -159,20 +167,36 @@ class _QueueHandler(logging.Handler):
         return (line + "\n").encode(errors="backslashreplace")
 
 
-def _leave_to_writer(logger: logging.Logger, method_name: str, event: EventDict) -> EventDict:
-    """Queue a line of plain values for standard error as it is; a structlog processor.
+class _BoundLogger(structlog.stdlib.BoundLogger):
+    """Leaves lines of plain values for standard error to the log writer, as they are.
 
-    The log writer makes many such lines at a time. Made one by one in the middle of sessions, they
+    The writer makes many such lines at a time. Made one by one in the middle of sessions, they
     would displace the sessions' code in the CPU's caches, and be displaced by it.
     """
-    handlers = logging.getLogger().handlers
-    handler = handlers[0] if len(handlers) == 1 else None
-    if not isinstance(handler, _QueueHandler) or not _NOT_LATER.isdisjoint(event):
-        return event
-    if any(type(value) not in _PLAIN for value in event.values()):  # it may change meanwhile
-        return event
-    handler.write_later(logger, method_name, event)
-    raise structlog.DropEvent
+
+    def _proxy_to_logger(
+        self, method_name: str, event: str | None = None, *event_args: str, **event_kw: Any
+    ) -> Any:
+        handlers = logging.root.handlers
+        handler = handlers[0] if len(handlers) == 1 else None
+        if not isinstance(handler, _QueueHandler) or event_args:
+            return super()._proxy_to_logger(method_name, event, *event_args, **event_kw)
+        logger: logging.Logger = self._logger
+        if not logger.isEnabledFor(_LEVELS[method_name]):
+            return None
+        line = {**self._context, **event_kw, "event": event}
+        if _may_wait(line):
+            whole = structlog.contextvars.merge_contextvars(logger, method_name, line)
+            return handler.write_later(logger, method_name, whole)
+        return super()._proxy_to_logger(method_name, event, **event_kw)
+
+
+def _may_wait(line: Mapping[str, object]) -> bool:
+    """Return whether a line has nothing that may change until it is made, and no traceback."""
+    for value in line.values():
+        if type(value) not in _PLAIN:
+            return False
+    return _NOT_LATER.isdisjoint(line)
 
 
 def _report_dropped(lines: int) -> None:
@@ -311,13 +335,12 @@ def configure_logging(
         processors=[
             structlog.stdlib.filter_by_level,
             structlog.contextvars.merge_contextvars,
-            _leave_to_writer,
             _complete,
             redact,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
+        wrapper_class=_BoundLogger,
         # A later call changes only the handler and the levels, not the loggers.
         cache_logger_on_first_use=True,
     )

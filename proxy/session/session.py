@@ -154,6 +154,8 @@ class Session:
 
         A client that is too slow gets no answer, as from PostgreSQL (W49).
         """
+        if (at_hand := self._client.startup_at_hand()) is not None:
+            return at_hand
         try:
             async with asyncio.timeout(self._parts.startup_timeout_seconds):
                 event = await self._client.receive_startup()

@@ -87,6 +87,16 @@ class StartingClient:
         """Whether the client has sent its StartupMessage and no answer has been sent."""
         return self._machine.state is ClientState.AWAIT_BACKEND
 
+    def startup_at_hand(self) -> StartupReceived | None:
+        """Return the client's StartupMessage if it is here, and one that came before.
+
+        So it is with nearly every client of a pool: nothing is waited for, and nothing sent.
+        """
+        event = self._machine.receive_known(self._stream.at_hand)
+        if event is not None:
+            self._stream.take()
+        return event
+
     async def receive_startup(self) -> StartupReceived | CancelReceived | Violated | Disconnected:
         """Return what the client asks for, when it is complete. The caller sets the timeout.
 

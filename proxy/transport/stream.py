@@ -79,7 +79,23 @@ class StartupStream(asyncio.Protocol):
                 await self._waiting
             finally:
                 self._waiting = None
-        return self._take()
+        return self.take()
+
+    @property
+    def at_hand(self) -> bytes:
+        """The bytes that wait unread."""
+        return bytes(self._inbox)
+
+    def take(self) -> bytes:
+        """Remove and return the bytes that wait unread."""
+        taken = bytes(self._inbox)
+        self._inbox.clear()
+        if self._paused:
+            self._paused = False
+            if self._poll_timer is not None:
+                self._poll_timer.cancel()
+            self.transport.resume_reading()
+        return taken
 
     def unread(self, data: bytes) -> None:
         """Put back bytes that were received and belong to the next reader."""
@@ -139,7 +155,7 @@ class StartupStream(asyncio.Protocol):
         This object receives nothing from now on. Release it: a session needs the transport only.
         """
         self.transport.set_protocol(protocol)
-        return self._take()
+        return self.take()
 
     async def close(self) -> None:
         """Close the connection after sending what was written."""
@@ -147,16 +163,6 @@ class StartupStream(asyncio.Protocol):
         await close_gracefully(self.transport, linger_seconds=linger_seconds)
 
     # -- inside ----------------------------------------------------------------------------------
-
-    def _take(self) -> bytes:
-        taken = bytes(self._inbox)
-        self._inbox.clear()
-        if self._paused:
-            self._paused = False
-            if self._poll_timer is not None:
-                self._poll_timer.cancel()
-            self.transport.resume_reading()
-        return taken
 
     def _schedule_poll(self) -> None:
         loop = asyncio.get_running_loop()

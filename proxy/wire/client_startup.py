@@ -228,11 +228,6 @@ class ClientStartup:
             return events  # bytes after a CancelRequest or a refusal are ignored (W38)
         if self.state is ClientState.READY:
             raise StateMachineMisuse("a session that is ready is relayed, not parsed")
-        if not self._buffer and self.state is ClientState.AWAIT_STARTUP:
-            known = _ordinary.get(data)
-            if known is not None:
-                self._move(ClientStep.RECEIVE_STARTUP)
-                return [known]
         self._buffer += data
         try:
             while self.state is ClientState.AWAIT_STARTUP:
@@ -249,6 +244,19 @@ class ClientStartup:
             self._buffer.clear()
             events.append(Violated(violation, _answer(violation)))
         return events
+
+    def receive_known(self, data: bytes) -> StartupReceived | None:
+        """Return the only event of these bytes, if they are a packet whose meaning is known.
+
+        Else return None: they are not received.
+        """
+        if self._buffer or self.state is not ClientState.AWAIT_STARTUP:
+            return None
+        known = _ordinary.get(data)
+        if known is not None:
+            self._touched, self._last_answer = True, None
+            self._move(ClientStep.RECEIVE_STARTUP)
+        return known
 
     def receive_eof(self) -> list[ClientEvent]:
         """Process the end of the client's stream."""

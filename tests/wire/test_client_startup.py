@@ -138,7 +138,7 @@ def test_the_packets_whose_meaning_is_kept_are_bounded() -> None:
     for number in range(ORDINARY_MAX + 10):
         packet = startup([(b"user", b"%d" % number)])
         first, again = ClientStartup(), ClientStartup()
-        assert first.receive_data(packet) == again.receive_data(packet)
+        assert first.receive_data(packet) == [again.receive_known(packet)]
         assert again.state is ClientState.AWAIT_BACKEND
     assert len(client_startup._ordinary) == ORDINARY_MAX
 
@@ -157,6 +157,19 @@ def test_no_meaning_is_kept_but_that_of_an_ordinary_startup(packet: bytes) -> No
     # A cancel key must not stay in memory, and a violation has an answer.
     ClientStartup().receive_data(packet)
     assert packet not in client_startup._ordinary
+    machine = ClientStartup()
+    assert machine.receive_known(packet) is None
+    assert machine.state is ClientState.AWAIT_STARTUP
+
+
+def test_a_known_packet_is_received_only_where_it_is_awaited_and_whole() -> None:
+    ClientStartup().receive_data(STARTUP)
+    begun, ready = ClientStartup(), ClientStartup()
+    begun.receive_data(b"\0")
+    ready.receive_data(STARTUP)
+    assert begun.receive_known(STARTUP) is None
+    assert ready.receive_known(STARTUP) is None
+    assert ClientStartup().receive_known(STARTUP + QUERY) is None
 
 
 def test_w3_plaintext_after_an_accepted_ssl_request_is_an_injection() -> None:

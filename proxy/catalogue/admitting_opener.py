@@ -22,7 +22,7 @@ from proxy.catalogue.parking import Parking, ParkMetrics, ParkResult
 from proxy.catalogue.shard_upstreams import ShardUpstreams, target_name
 from proxy.errors import NOT_THE_OPERATORS, ErrorKind, ProxyError
 from proxy.transport.stream import StartupStream
-from proxy.upstream.phases import DialPhases
+from proxy.upstream.phases import DialPhases, StartStep
 from proxy.upstream.upstream_session import AdmittedBy, UpstreamSession
 from proxy.upstream.upstreams import RouteReplaced, Upstream
 from proxy.wire.secret import Secret
@@ -130,14 +130,18 @@ class _Budget:
 class _Admitting:
     """The admission within one dial; `admission` is the shard's answer."""
 
-    def __init__(self, parts: OpenerParts, located: Located, routing_key: bytes) -> None:
+    def __init__(
+        self, parts: OpenerParts, located: Located, routing_key: bytes, phases: DialPhases
+    ) -> None:
         self._parts = parts
+        self._phases = phases
         self._request = AdmissionRequest(located, routing_key, parts.proxy)
         self.admission: Admission | None = None
 
     async def __call__(self, stream: StartupStream, ticket: Secret | None) -> Secret:
         began = self._parts.clock()
-        self.admission = await admit(stream, replace(self._request, secret=ticket))
+        with self._phases.step(StartStep.ADMIT):
+            self.admission = await admit(stream, replace(self._request, secret=ticket))
         seconds = self._parts.clock() - began
         self._parts.metrics.admitted(self._parts.map_name, self.admission.verdict, seconds)
         return self.admission.secret
@@ -214,7 +218,9 @@ class AdmittingOpener:
     ) -> UpstreamSession | Admission:
         """Return the session, or the admission that its shard did not give. Raises ProxyError."""
         parts = self._parts
-        admitting = _Admitting(parts, located, self._routing_key) if parts.validate else None
+        admitting = None
+        if parts.validate:
+            admitting = _Admitting(parts, located, self._routing_key, phases)
         async with budget.spending() as seconds:
             self._upstream = upstream = await parts.shards.of(located.shard)
             session = await upstream.open(client, phases, admit=admitting, timeout_seconds=seconds)
@@ -277,7 +283,8 @@ class AdmittingOpener:
             phases.park_deadline = clock() + parking.seconds_max
         deadline = phases.park_deadline
         refusal = ProxyError(ErrorKind.MAPPING_OFFLINE, self._name(located))
-        with parking.waiting(deadline - clock(), refusal) as set_result:
+        waiting = parking.waiting(deadline - clock(), refusal)
+        with phases.step(StartStep.PARK), waiting as set_result:
             phases.current, phases.waits_for_slot = None, False
             try:
                 while (left := deadline - clock()) > 0:

@@ -27,7 +27,7 @@ from proxy.pool.pooled_session import CLOSE_SECONDS_MAX, PooledSession, State
 from proxy.pool.spares import Spares
 from proxy.pool.waiting import DialWaiter, Waiter
 from proxy.upstream.dialer import Dialer
-from proxy.upstream.phases import DialPhases
+from proxy.upstream.phases import DialPhases, StartStep
 from proxy.upstream.upstream_session import Admit, Prepared, UpstreamSession
 from proxy.upstream.upstreams import RouteReplaced
 from proxy.wire.client_startup import wants_replication
@@ -106,6 +106,17 @@ class Pool:
 
         And RouteReplaced for a client that waited while a reload has closed the pool.
         """
+        with phases.step(StartStep.TAKE):
+            return await self._take(client, phases, fallback, admit, timeout_seconds)
+
+    async def _take(
+        self,
+        client: StartupMessage,
+        phases: DialPhases,
+        fallback: StartupMessage | None,
+        admit: Admit | None,
+        timeout_seconds: float | None,
+    ) -> UpstreamSession:
         client, fallback, pools = self._asked(client, fallback)
         key = self._dialer.prepare(client, fallback) if pools else None
         session = None

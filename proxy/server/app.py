@@ -6,10 +6,12 @@ what serves (`serving`).
 
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from proxy import __version__
+from proxy.blocking import BlockingCalls, NoThreadStarted
 from proxy.config import Changes, Settings, UpstreamSettings, compare, with_running_values
 from proxy.errors import ErrorKind, ProxyError
 from proxy.native import Acceleration
@@ -22,6 +24,7 @@ from proxy.observe.metrics import Metrics
 from proxy.observe.session_page import SessionPage
 from proxy.observe.shard_map_metrics import PARKED
 from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
+from proxy.observe.traces import CLOSE_SECONDS_MAX, Traces
 from proxy.pool.pool import Pool
 from proxy.routing.router import LookupResult, Route, Router, RouteResult
 from proxy.server.catalogue_maps import CatalogueMaps
@@ -68,6 +71,8 @@ class App:
     """Reads the configuration again. It is set where that can be done: not in a worker."""
     lanes: "Lanes | None" = None
     """Those of the compiled relay, while the event loop watches them."""
+    traces: Traces | None = None
+    """Where the starts of sessions are sent, while it serves."""
 
     def __init__(
         self,
@@ -197,6 +202,13 @@ class App:
             pool.drain()
             await pool.wait_closed()
 
+    async def close_traces(self) -> None:
+        """Send the traces that are left, for a bounded time. Further sessions are not traced."""
+        traces, self.traces = self.traces, None
+        if traces is not None:
+            with suppress(TimeoutError, NoThreadStarted):
+                await BlockingCalls("traces").run(traces.close, CLOSE_SECONDS_MAX)
+
     def _make_listener(self, settings: Settings, starting_max: int) -> Listener:
         parts = SessionParts(
             route=self._route,
@@ -209,6 +221,7 @@ class App:
             mapped_sessions=self.catalogue.mapped_sessions,
             idle_timeout_seconds=settings.listen.idle_timeout_seconds,
             lanes=lambda: self.lanes,
+            traces=lambda: self.traces,
         )
         return Listener(
             settings.listen,

@@ -14,6 +14,7 @@ from proxy.config import (
 from proxy.observe.admin import serve_admin
 from proxy.observe.logs import get_logger
 from proxy.observe.loop_lag import sampling_lag
+from proxy.observe.traces import open_traces
 from proxy.server.app import App
 from proxy.server.metric_labels import build_metrics
 from proxy.server.snapshot import ConfigSnapshot
@@ -50,6 +51,9 @@ async def running(app: App) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         app.lanes = stack.enter_context(watched_lanes())
         stack.push_async_callback(app.workspaces.close)
+        if app.workers is None:  # else the workers have the sessions
+            app.traces = open_traces(__version__)
+            stack.push_async_callback(app.close_traces)
         stack.enter_context(sampling_lag(app.metrics.loop_lagged))
         if settings.admin.enabled:
             app.metrics.set_source(app)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from proxy.errors import NOT_THE_OPERATORS, ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
+from proxy.observe.traces import Traces
 from proxy.pool.pool_counts import RetireReason
 from proxy.routing.router import Route
 from proxy.session.cancel import CancelForwarder, CancelKeys, IssuedKey
@@ -23,10 +24,11 @@ from proxy.session.end_reason import EndReason, RelayEnd
 from proxy.session.mapped_sessions import MappedSessions
 from proxy.session.relay import Relay
 from proxy.session.session_log import SessionLog, StartupAdvice
+from proxy.session.session_trace import TracedPhases
 from proxy.session.starting_client import ClientGone, StartingClient
 from proxy.transport.sockets import is_unix
 from proxy.transport.stream import StartupStream
-from proxy.upstream.phases import DialPhases
+from proxy.upstream.phases import DialPhases, StartStep
 from proxy.upstream.upstream_session import Lease, UpstreamSession
 from proxy.upstream.upstreams import RouteReplaced, SessionOpener
 from proxy.wire.client_startup import CancelReceived, Disconnected, StartupReceived, Violated
@@ -65,6 +67,8 @@ class SessionParts:
     """Ends a session that was idle for this time; 0: never."""
     lanes: "Callable[[], Lanes | None]" = lambda: None
     """Returns the lanes of the running loop; None where they were not built."""
+    traces: Callable[[], Traces | None] = lambda: None
+    """Returns where the starts of sessions are sent; None where they are not traced."""
     advice: StartupAdvice = field(default_factory=StartupAdvice)
 
 
@@ -85,7 +89,8 @@ class Session:
         self._entry = entry
         self._parts = parts
         self._log = SessionLog(parts.metrics, parts.advice, entry.started_at)
-        self._phases = DialPhases()
+        traces = parts.traces()
+        self._phases = DialPhases() if traces is None else TracedPhases(traces, entry.number)
 
     async def run(self) -> None:
         """Serve the connection from accept to close."""
@@ -96,6 +101,7 @@ class Session:
                 self._log.ended(self._entry.relay.ended(EndReason.SHUTDOWN))
             raise
         except ClientGone:
+            self._phases.over(self._log.target, error="client_gone")
             self._log.client_gone(self._phases, self._client.negotiated_at)
         except ProxyError as error:
             self._refuse(error)
@@ -157,8 +163,10 @@ class Session:
         if (at_hand := self._client.startup_at_hand()) is not None:
             return at_hand
         try:
-            async with asyncio.timeout(self._parts.startup_timeout_seconds):
-                event = await self._client.receive_startup()
+            seconds = self._parts.startup_timeout_seconds
+            with self._phases.step(StartStep.STARTUP):
+                async with asyncio.timeout(seconds):
+                    event = await self._client.receive_startup()
         except TimeoutError:
             self._log.startup_timed_out()
         except (ssl.SSLError, ConnectionError) as error:
@@ -196,7 +204,8 @@ class Session:
         """Route the client, and open its session there. Raises ProxyError or ClientViolation."""
         while True:  # again only if the map was exchanged meanwhile
             try:
-                route, opener = await self._parts.route(startup)
+                with self._phases.step(StartStep.ROUTE):
+                    route, opener = await self._parts.route(startup)
                 self._log.routed(route)
                 self._entry.route = route
                 self._entry.refuse_if_draining()
@@ -209,6 +218,7 @@ class Session:
         self._refuse_with(error.reason, error.response(), is_warning=is_warning)
 
     def _refuse_with(self, reason: str, error: ErrorResponse, *, is_warning: bool = False) -> None:
+        self._phases.over(self._log.target, error=reason, sqlstate=error.sqlstate)
         self._log.refused(reason, error, is_warning=is_warning)
         self._client.refuse(_with_shard(error, self._log.shard))
 
@@ -249,7 +259,9 @@ class Session:
         if self._parts.idle_timeout_seconds:
             self._entry.end_after_idle(self._parts.idle_timeout_seconds)
         reused = None if lease is None else lease.reused
-        self._log.started(upstream.target.host, reused=reused)
+        target = upstream.target
+        self._phases.over(self._log.target, target.host, target.port)
+        self._log.started(target.host, reused=reused)
         return relay
 
 

@@ -317,6 +317,7 @@ class Dialer:
 
     async def _before_retry(self, dial: _Dial, error: ProxyError) -> None:
         """Wait until it is time for another try; raise the error if there is none."""
+        dial.phases.failed(error)
         if dial.fallback is not None and error.kind is ErrorKind.DATABASE_MISSING:
             self._missing.add(dial.client.get(b"database") or b"")
             dial.client, dial.fallback = dial.fallback, None

@@ -6,7 +6,11 @@ any of it (`connector`, `login`, `dialer`).
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum, unique
+from typing import Final
+
+from proxy.errors import ProxyError
 
 
 @unique
@@ -18,6 +22,17 @@ class ConnectPhase(StrEnum):
     TCP = "tcp"
     TLS = "tls"
     LOGIN = "login"
+
+
+@unique
+class StartStep(StrEnum):
+    """What else a session's start is spent on. Only a trace records it."""
+
+    STARTUP = "startup"
+    ROUTE = "route"
+    TAKE = "take"
+    ADMIT = "admit"
+    PARK = "park"
 
 
 RecordPhase = Callable[[ConnectPhase, float], None]
@@ -57,6 +72,18 @@ class DialPhases:
         self.current, self.waits_for_slot = phase, False
         self._started_at = time.perf_counter()
 
+    def step(self, _step: StartStep) -> AbstractContextManager[None]:
+        """Return the context for what is no phase of a dial."""
+        return _UNTRACED
+
+    def failed(self, error: ProxyError) -> None:
+        """End the current phase, which failed. Another try of the dial may follow."""
+
+    def over(
+        self, target: str, host: str = "", port: int = 0, error: str = "", sqlstate: str = ""
+    ) -> None:
+        """End the session's start. `error` is why its client is refused."""
+
     def wait_for_slot(self) -> None:
         """Leave the phase: other dials are waited for."""
         self.current, self.waits_for_slot = None, True
@@ -74,6 +101,9 @@ class DialPhases:
         for phase, seconds in self._measured:
             self.record(phase, seconds)
         self._measured = ()
+
+
+_UNTRACED: Final = nullcontext()
 
 
 def _discard(_phase: ConnectPhase, _seconds: float) -> None:

@@ -187,7 +187,8 @@ class Worker:
 
     async def _drain(self, seconds: float) -> int:
         sessions_cut = await self._app.drain(seconds)
-        # The supervisor kills this process next; unwritten lines would be lost.
+        # The supervisor kills this process next; unsent traces and unwritten lines would be lost.
+        await self._app.close_traces()
         await self._threads.run(flush_log, 2 * FLUSH_SECONDS_MAX)
         return sessions_cut
 

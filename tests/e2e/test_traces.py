@@ -21,6 +21,8 @@ from tests.support.trace_receiver import TraceReceiver, receiving_traces, values
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 DIAL = ["mint", "dns", "tcp", "tls", "login"]
+# There is none where the StartupMessage came with the connection, or the host is known.
+MAY_BE_THERE = ("startup", "lookup")
 
 
 @pytest.fixture
@@ -50,7 +52,8 @@ async def test_a_session_start_is_a_span_with_its_phases_as_children(
         "server.port": lakebase.port,
     }
     names = receiver.names_within(start)
-    assert [name for name in names if name != "lookup"] == ["startup", "route", *sorted_dial(names)]
+    rest = [name for name in names if name not in MAY_BE_THERE]
+    assert rest == ["route", *sorted_dial(names)]
     resource = receiver.resources[0]
     assert resource["service.name"] == "lakebase-auth-proxy"
     assert resource["deployment.environment.name"] == "tests"
@@ -74,8 +77,9 @@ async def test_a_pools_take_has_the_dial_inside_it_and_a_reused_session_has_none
             await psql(proxy, "SELECT 1")
             await settled(proxy, idle=1)
     dialled, reused = sorted(receiver.starts(), key=lambda span: int(span.start_time_unix_nano))
-    assert receiver.names_within(dialled) == ["startup", "route", "take"]
-    assert receiver.names_within(reused) == ["startup", "route", "take"]
+    for start in (dialled, reused):
+        names = [name for name in receiver.names_within(start) if name not in MAY_BE_THERE]
+        assert names == ["route", "take"]
     first, second = (span for span in receiver.spans if span.name == "take")
     assert set(receiver.names_within(first)) >= set(DIAL)
     assert receiver.names_within(second) == []

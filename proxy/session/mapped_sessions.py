@@ -32,7 +32,7 @@ from proxy.upstream.upstream_session import AdmittedBy
 
 # The shard's own end of a session arrives within this time, as a rule.
 KILL_SECONDS: Final = 2.0
-# A shard may end a session before the catalogue's change has come here. The catalogue is asked then,
+# A shard may end a session before the catalogue has changed here. The catalogue is asked then,
 # and the end is reported with its answer; after this time without one.
 CAUSE_SECONDS_MAX: Final = 5.0
 # Where the catalogue cannot be asked, sessions are looked at again after this time.

@@ -282,7 +282,11 @@ async def end_by_shard(session: Live) -> None:
 async def test_end_by_the_shard_that_the_feed_is_late_to_tell_of_is_the_moves(house: House) -> None:
     """On a busy machine the feed came more than a second later: 86 of 800 ends had no cause."""
     house.catalogue.refresh_goes_on.clear()
-    async with house.session(b"a") as one, house.session(b"b") as other, house.session(b"c") as live:
+    async with (
+        house.session(b"a") as one,
+        house.session(b"b") as other,
+        house.session(b"c") as live,
+    ):
         await end_by_shard(one)
         await end_by_shard(other)
         await eventually(lambda: house.catalogue.refreshed, "the catalogue is asked")
@@ -290,8 +294,8 @@ async def test_end_by_the_shard_that_the_feed_is_late_to_tell_of_is_the_moves(ho
         house.catalogue.default = None
         house.catalogue.refresh_goes_on.set()
         await eventually(lambda: one.ends and other.ends, "both ends are reported")
-        for session in (one, other):
-            assert [end.reason for end in session.ends] == [EndReason.MAPPING_MOVED]
+        for ended in (one, other):
+            assert [end.reason for end in ended.ends] == [EndReason.MAPPING_MOVED]
         assert await live.client.receive_rest() == MOVED
     assert len(house.catalogue.refreshed) == 1
     assert len(house.mapped) == 0

@@ -122,6 +122,12 @@ class ForeignRows:
 
 Difference = KeysDiffer | ShardDiffers | ForeignRows
 
+
+def of_keys(found: Sequence[Difference]) -> list[KeysDiffer]:
+    """Return the differences that are of keys."""
+    return [one for one in found if isinstance(one, KeysDiffer)]
+
+
 ReadChunk = Callable[[], Awaitable[Sequence[Row]]]
 """Returns the next rows of a stream, none at its end."""
 

@@ -224,8 +224,7 @@ class AddMapping(MappingOperation):
             text = f"{self.bounds} overlaps {other}, which is on shard {shard.name}"
             raise CatalogueError(Reason.OVERLAP, text)
         row = self.after
-        empty = await empty_shards(catalogue, self.map.map_id)
-        self._empty = tuple(one for one in empty if one.shard_id != row.shard_id)
+        self._empty = tuple(await empty_shards(catalogue, self.map.map_id))
         await catalogue.execute(
             "insert into shardmap.mapping (mapping_id, map_id, shard_id, lo, hi, status, op_id)"
             " values ($1, $2, $3, $4, $5, 'offline', $6)",
@@ -246,8 +245,9 @@ class AddMapping(MappingOperation):
         await self.check_others(tools)
 
     async def check_others(self, tools: Tools) -> None:
-        """Check that no other shard without mappings serves the keys (I1)."""
-        await check_not_served(tools, self.map, self._empty, (self._lo, self._hi))
+        """Check that no shard without mappings serves the keys (I1), and its own shard none."""
+        bounds, own = (self._lo, self._hi), self.after.shard_id
+        await check_not_served(tools, self.map, self._empty, bounds, own=own)
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Add the shard's row."""

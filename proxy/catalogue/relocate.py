@@ -19,7 +19,7 @@ from typing import ClassVar, Final, Self
 from uuid import UUID
 
 from proxy.catalogue.detach import fence_shard
-from proxy.catalogue.differences import Difference, ShardDiffers
+from proxy.catalogue.differences import Difference, ShardDiffers, of_keys
 from proxy.catalogue.errors import CatalogueError, Reason, driver_errors, translated
 from proxy.catalogue.fence import Registered, end_sessions
 from proxy.catalogue.mapping_operations import END, LOCAL
@@ -35,7 +35,7 @@ from proxy.catalogue.operation import (
     shard_to_json,
 )
 from proxy.catalogue.planned_operation import PLANNED, PlannedOperation
-from proxy.catalogue.repair import check_locked_rows, of_keys, other_owners, plan_from_shard
+from proxy.catalogue.repair import check_locked_rows, other_owners, plan_from_shard
 from proxy.catalogue.repair_plan import Choice, OwnStatus, RowChanges
 from proxy.catalogue.store import read_shard, read_shards, shards_by_id
 from proxy.catalogue.verify import Itself, read_itself, reading

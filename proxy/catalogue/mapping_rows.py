@@ -43,6 +43,10 @@ _AROUND: Final = (
     f"(({_MAPPING} where map_id = $1 and lo < $2 order by lo desc limit 1)"
     f" union all ({_MAPPING} where map_id = $1 and lo = $2)) order by lo"
 )
+_LOCKED: Final = (
+    f"{_MAPPING} where map_id = $1 and shard_id = $2"
+    " and locked_until > pg_catalog.clock_timestamp() order by lo"
+)
 _STRAY: Final = (
     "select lo, hi from shardmap_local.mapping where op_id is distinct from $4"
     " and (mapping_id = $5 or map_id = $1 and (hi is null or hi > $2)"
@@ -79,6 +83,14 @@ async def mappings_overlapping(
 ) -> list[Mapping]:
     """Return the mappings that have some of these keys."""
     rows = await connection.fetch(_OVERLAPPING, catalogue_map.map_id, lo, hi)
+    return [mapping_of(row) for row in rows]
+
+
+async def locked_mappings(
+    connection: Connection, catalogue_map: CatalogueMap, shard: Shard
+) -> list[Mapping]:
+    """Return the mappings of a shard that are locked now."""
+    rows = await connection.fetch(_LOCKED, catalogue_map.map_id, shard.shard_id)
     return [mapping_of(row) for row in rows]
 
 

@@ -21,6 +21,7 @@ from proxy.catalogue.differences import (
     ShardDiffers,
     bounds_of,
     of_keys,
+    of_same_rows,
     shown,
 )
 from proxy.catalogue.errors import CatalogueError, Reason
@@ -198,20 +199,17 @@ class Repair(PlannedOperation):
         if not chosen:
             raise Unchanged
         if self._asked.source is Source.SHARD and await is_empty(catalogue, self.shard):
-            self._check_first(chosen)
+            self._check_first(chosen)  # with a mapping it is not looked at when keys are added
         self.map = await with_session_roles(catalogue, self.map)
         await super().begin(catalogue)
 
     def _check_first(self, chosen: Sequence[Difference]) -> None:
-        """Check that all keys are chosen which a shard without mappings serves.
-
-        With its first mapping in the catalogue it is not looked at any more when keys are added.
-        """
+        """Check that all keys are chosen which a shard serves. Raises CatalogueError: OVERLAP."""
         own = [one.local for one in self._found if isinstance(one, ShardDiffers)]
-        if [*own, self.shard.status][0] != _ONLINE:
-            return
-        for one in of_keys(self._found):
-            if one not in chosen and one.local is not None and one.local.status == _ONLINE:
+        is_online = [*own, self.shard.status][0] == _ONLINE
+        concerned = of_same_rows(self._found, chosen)
+        for one in of_keys(self._found) if is_online else ():
+            if one not in concerned and one.local is not None and one.local.status == _ONLINE:
                 low, high = shown(self.map.spec, one.lo, one.hi)
                 raise serves_others(self.shard, f"[{low}, {high})")
 
@@ -220,9 +218,10 @@ class Repair(PlannedOperation):
         chosen = self._asked.choose(self.map, self.shard, self._found)
         name, source = self.shard.name, self._asked.source
         right = "the catalogue" if source is Source.CATALOGUE else f"shard {name}"
-        others = [f"shard {other.name}" for other in self.shards[1:]]
+        owners = other_owners(of_same_rows(self._found, chosen), self.shard)
+        others = [f"shard {one.name}" for one in self.shards[1:] if one.shard_id in owners]
         return [
-            f"Read what differs on shard {name} again: {len(chosen)} are repaired.",
+            f"Compare shard {name} again, and repair {len(chosen)} of its differences.",
             *(f"Take keys from {other}, and end their sessions." for other in others),
             f"Change shard {name}, and then the catalogue, to what {right} has.",
         ]

@@ -160,7 +160,7 @@ async def test_a_location_that_another_shard_has_is_refused(operating: Operating
 
 
 async def damaged(operating: Operating) -> Relocate:
-    """Make shard one, at another host, have another epoch, a row too many, and keys of shard two."""
+    """Make shard one have another host and epoch, a row too many, and keys of shard two."""
     await operating.fetch(
         MAP, "update shardmap.shard set host = $1 where name = 'one'", operating.shards["one"].host
     )

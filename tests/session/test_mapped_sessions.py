@@ -272,7 +272,7 @@ async def test_end_by_the_shard_itself_is_the_moves(house: House) -> None:
 
 
 async def end_by_shard(session: Live) -> None:
-    """Have the shard end a session; it is over then, and its end may be reported already."""
+    """End a session as its shard does. Its end may be reported already when this returns."""
     session.upstream.end()
     await session.client.receive_rest()
     session.client.end()

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 from proxy.catalogue.bounds import in_words
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.fence import Registered, count_sessions, lock_out
+from proxy.catalogue.fence import Registered, check_no_sessions, lock_out
 from proxy.catalogue.locks import check_locks
 from proxy.catalogue.mapping_rows import (
     check_expected,
@@ -310,11 +310,8 @@ class DeleteMapping(MappingOperation):
     async def check_shard(self, connection: Connection, shard: Shard) -> None:
         """Check that no session lives on the keys: another shard may get them next."""
         await super().check_shard(connection, shard)
-        count = await count_sessions(connection, Registered.of_mapping(self.before.mapping_id))
-        if count:
-            text = f"{count} sessions live on the mapping {self.bounds}"
-            hint = "lakebase-auth-proxy shards offline --sessions kill ends them."
-            raise CatalogueError(Reason.SESSIONS_ALIVE, text, hint)
+        which = Registered.of_mapping(self.before.mapping_id)
+        await check_no_sessions(connection, which, f"the mapping {self.bounds}")
 
     async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
         """Read the epoch of the shard's row: it must be known when the row is gone."""

@@ -12,7 +12,7 @@ from typing import ClassVar, Final, Self
 from uuid import UUID
 
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.fence import Registered, clean_registry, count_sessions
+from proxy.catalogue.fence import Registered, check_no_sessions, clean_registry
 from proxy.catalogue.locks import renew_lock
 from proxy.catalogue.mapping_operations import CHECKED, END, MappingOperation
 from proxy.catalogue.mapping_rows import served_bounds, serves_others, stray_bounds
@@ -266,10 +266,8 @@ class Reassign(ToShard):
     async def check_source(self, connection: Connection) -> None:
         """Check as well that no session lives on the keys: the other shard gets them."""
         await super().check_source(connection)
-        if count := await count_sessions(connection, Registered.of_mapping(self.before.mapping_id)):
-            text = f"{count} sessions live on the mapping {self.bounds}"
-            hint = "lakebase-auth-proxy shards offline --sessions kill ends them."
-            raise CatalogueError(Reason.SESSIONS_ALIVE, text, hint)
+        which = Registered.of_mapping(self.before.mapping_id)
+        await check_no_sessions(connection, which, f"the mapping {self.bounds}")
 
     async def do_catalogue(self, step: str, catalogue: Connection) -> None:
         """Name the target."""

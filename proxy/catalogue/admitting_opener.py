@@ -284,7 +284,7 @@ class AdmittingOpener:
         refusal = ProxyError(ErrorKind.MAPPING_OFFLINE, self._name(located))
         waiting = parking.waiting(deadline - began, refusal)
         with phases.step(StartStep.PARK), waiting as set_result:
-            phases.current, phases.waits_for_slot = None, False
+            phases.current, phases.waits_for_slot, phases.is_parked = None, False, True
             try:
                 while (left := deadline - clock()) > 0:
                     ids = located.mapping.mapping_id, located.shard.shard_id
@@ -306,6 +306,7 @@ class AdmittingOpener:
                     set_result(ParkResult.FAILED)
                 raise
             finally:
+                phases.is_parked = False
                 phases.parked_seconds += clock() - began
 
     async def _find_parked(self, located: Located, deadline: float, *, is_due: bool) -> Located:

@@ -124,11 +124,13 @@ async def test_s62_time_of_a_client_is_what_it_was_parked_and_not_what_was_betwe
         nonlocal is_in_force, later
         opening = asyncio.ensure_future(sidecar.open(phases=phases))
         await eventually(lambda: len(sidecar.parts.parking) == 1, "the client is parked")
+        assert phases.is_parked
         later += seconds
         is_in_force = False
         sidecar.parts.parking.exchanged()
         with pytest.raises(RouteReplaced):
             await opening
+        assert not phases.is_parked
         is_in_force = True
 
     await rerouted(0)

@@ -124,7 +124,7 @@ async def test_s62_time_of_a_client_is_what_it_was_parked_and_not_what_was_betwe
         nonlocal is_in_force, later
         opening = asyncio.ensure_future(sidecar.open(phases=phases))
         await eventually(lambda: len(sidecar.parts.parking) == 1, "the client is parked")
-        assert phases.is_parked
+        await eventually(lambda: phases.is_parked, "it is said what it waits for")
         later += seconds
         is_in_force = False
         sidecar.parts.parking.exchanged()

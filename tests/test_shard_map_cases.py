@@ -17,6 +17,7 @@ from tests.support.cases import rows as rows_of
 
 DOCUMENT: Final = TESTS.parent / "docs" / "shard-maps.md"
 ROWS: Final = rows_of(DOCUMENT, "S")
+RACES: Final = 15
 
 
 def test_every_case_that_has_a_test_has_a_row_and_every_row_has_tests() -> None:
@@ -32,6 +33,10 @@ def test_a_row_says_what_holds_and_names_the_files_with_its_tests(
     holds, proven = cells
     assert holds
     assert named_files(proven) == files_of("S", number)
+
+
+def test_s39_each_race_has_tests_by_its_number() -> None:
+    assert sorted(numbered_tests("R")) == [*range(1, 1 + RACES)]
 
 
 def blocks(language: str) -> list[str]:

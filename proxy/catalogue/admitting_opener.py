@@ -279,13 +279,12 @@ class AdmittingOpener:
         `shards_op` is an operation that its shard waits for.
         """
         parking, clock = self._parts.parking, self._parts.clock
-        if phases.park_deadline is None:  # one for a client, however often it is routed
-            phases.park_deadline = clock() + parking.seconds_max
-        deadline = phases.park_deadline
+        began = clock()  # one time for a client, however often it is parked or routed
+        deadline = began + parking.seconds_max - phases.parked_seconds
         refusal = ProxyError(ErrorKind.MAPPING_OFFLINE, self._name(located))
-        waiting = parking.waiting(deadline - clock(), refusal)
+        waiting = parking.waiting(deadline - began, refusal)
         with phases.step(StartStep.PARK), waiting as set_result:
-            phases.current, phases.waits_for_slot = None, False
+            phases.current, phases.waits_for_slot, phases.is_parked = None, False, True
             try:
                 while (left := deadline - clock()) > 0:
                     ids = located.mapping.mapping_id, located.shard.shard_id
@@ -306,6 +305,9 @@ class AdmittingOpener:
                 if error is not refusal:
                     set_result(ParkResult.FAILED)
                 raise
+            finally:
+                phases.is_parked = False
+                phases.parked_seconds += clock() - began
 
     async def _find_parked(self, located: Located, deadline: float, *, is_due: bool) -> Located:
         """Return where the key is; what is known, while the catalogue cannot be asked."""

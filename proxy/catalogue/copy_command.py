@@ -59,6 +59,9 @@ _FOLDER_PREFIX: Final = "shards-copy-"
 _FOLDER_TRIES: Final = 3
 _OPEN_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
+Lock = Callable[[int, int], None]
+"""Locks an open file, as `flock` does. Raises OSError."""
+
 Listen = Callable[[Shard, Path], AbstractAsyncContextManager[None]]
 """Serves a unix socket at a path with sessions of a shard, as administrator."""
 
@@ -234,34 +237,35 @@ async def end_group(
 
 
 @contextmanager
-def socket_folder() -> Iterator[str]:
+def socket_folder(lock: Lock = fcntl.flock) -> Iterator[str]:
     """Yield a new folder of mode 0700, which is locked while it is in use. Raises OSError.
 
-    Those of processes that were killed are removed first: their locks have ended with them.
+    Those of processes that were killed are removed first: their locks have ended with them. A
+    filesystem without locks keeps what they left, as nothing there can be known to be unused.
     """
     for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*"):
-        _remove_unlocked(left)
+        _remove_unlocked(left, lock)
     with ExitStack() as stack:
         for _ in range(_FOLDER_TRIES):
             made = tempfile.TemporaryDirectory(prefix=_FOLDER_PREFIX, ignore_cleanup_errors=True)
             folder = stack.enter_context(made)
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 descriptor = os.open(folder, _OPEN_FOLDER)
                 stack.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                lock(descriptor, fcntl.LOCK_EX)
             if Path(folder).is_dir():
                 yield folder
                 return
         raise FileNotFoundError("each new folder was removed at once")
 
 
-def _remove_unlocked(folder: Path) -> None:
+def _remove_unlocked(folder: Path, lock: Lock) -> None:
     """Remove a folder of ours, unless a process has it locked."""
     with suppress(OSError), ExitStack() as stack:
         descriptor = os.open(folder, _OPEN_FOLDER)
         stack.callback(os.close, descriptor)
         if os.fstat(descriptor).st_uid == os.geteuid():
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
 
 

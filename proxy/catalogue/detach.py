@@ -11,7 +11,9 @@ from uuid import UUID
 
 from proxy.catalogue.errors import CatalogueError, Reason, driver_errors, translated
 from proxy.catalogue.fence import LOCK_OUT_ALL, Registered, end_sessions, lock_out
+from proxy.catalogue.locks import check_locks
 from proxy.catalogue.mapping_operations import END
+from proxy.catalogue.mapping_rows import locked_mappings
 from proxy.catalogue.model import CatalogueMap, Connection, Shard, Status
 from proxy.catalogue.operation import Json, Operation, Place, Step, Tools
 from proxy.catalogue.store import count_mappings, read_shard
@@ -44,11 +46,13 @@ class Detach(Operation):
         name: str,
         *,
         force: bool = False,
+        token: UUID | None = None,
         op_id: UUID | None = None,
     ) -> None:
         super().__init__(catalogue_map, op_id)
         self._name = name
         self._force = force
+        self._token = token
         self.mappings = 0
         """How many mappings there were."""
         self.fenced = False
@@ -82,13 +86,15 @@ class Detach(Operation):
         self.shards = (await read_shard(catalogue, self.map, self._name),)
 
     async def begin(self, catalogue: Connection) -> None:
-        """Check that the shard is offline, unless it is forced; mark it."""
+        """Check that the shard is offline, unless it is forced, and all locks; mark it."""
         if self.shard.status is Status.ONLINE and not self._force:
             text = f"the shard {self._name} is online"
             hint = (
                 f"shards offline --shard {self._name}; --force is for one that cannot be reached."
             )
             raise CatalogueError(Reason.NOT_OFFLINE, text, hint)
+        locked = await locked_mappings(catalogue, self.map, self.shard)
+        await check_locks(catalogue, self.map, locked, self._token)
         counts = await count_mappings(catalogue, self.map.map_id)
         self.mappings = counts.get(self.shard.shard_id, 0)
         await catalogue.execute(

@@ -122,6 +122,19 @@ class ForeignRows:
 
 Difference = KeysDiffer | ShardDiffers | ForeignRows
 
+
+def of_keys(found: Sequence[Difference]) -> list[KeysDiffer]:
+    """Return the differences that are of keys."""
+    return [one for one in found if isinstance(one, KeysDiffer)]
+
+
+def of_same_rows(found: Sequence[Difference], chosen: Sequence[Difference]) -> list[Difference]:
+    """Return what is chosen, and what else differs in a row of the shard that is repaired so."""
+    rows = {one.local.mapping_id for one in of_keys(chosen) if one.local is not None}
+    same = [one for one in of_keys(found) if one.local is not None and one.local.mapping_id in rows]
+    return [*chosen, *same]
+
+
 ReadChunk = Callable[[], Awaitable[Sequence[Row]]]
 """Returns the next rows of a stream, none at its end."""
 

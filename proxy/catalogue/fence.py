@@ -205,6 +205,14 @@ async def count_sessions(connection: Connection, which: Registered) -> int:
     return len(await _alive(connection, which))
 
 
+async def check_no_sessions(connection: Connection, which: Registered, what: str) -> None:
+    """Check that none of these sessions may be alive. Raises CatalogueError: SESSIONS_ALIVE."""
+    if alive := await _alive(connection, which):
+        text = f"{len(alive)} sessions live on {what} ({_pids(alive)})"
+        hint = "lakebase-auth-proxy shards offline --sessions kill ends them."
+        raise CatalogueError(Reason.SESSIONS_ALIVE, text, hint)
+
+
 async def _alive(connection: Connection, which: Registered) -> list[_Alive]:
     rows = await connection.fetch(
         f"with {_LIVE}"  # noqa: S608 - constants
@@ -264,10 +272,14 @@ def _check_rights(shard: Shard, alive: list[_Alive]) -> None:
 
 
 def _still_alive(shard: Shard, alive: list[_Alive]) -> CatalogueError:
-    pids = ", ".join(str(one.pid) for one in alive[:_PIDS_SHOWN_MAX])
-    more = ", ..." if len(alive) > _PIDS_SHOWN_MAX else ""
-    text = f"shard {shard.name}: {len(alive)} sessions have not ended (pids {pids}{more})"
+    text = f"shard {shard.name}: {len(alive)} sessions have not ended ({_pids(alive)})"
     return CatalogueError(Reason.SESSIONS_ALIVE, text)
+
+
+def _pids(alive: list[_Alive]) -> str:
+    """Return the pids of the first of them, in words."""
+    more = ", ..." if len(alive) > _PIDS_SHOWN_MAX else ""
+    return "pids " + ", ".join(str(one.pid) for one in alive[:_PIDS_SHOWN_MAX]) + more
 
 
 def drain_end(tools: Tools, seconds: float) -> datetime:

@@ -16,7 +16,7 @@ from uuid import UUID
 
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.mapping_operations import CHECKED, END, LOCAL
-from proxy.catalogue.mapping_rows import check_not_served
+from proxy.catalogue.mapping_rows import EVERYTHING, check_not_served
 from proxy.catalogue.model import CatalogueMap, Connection, Shard, Status
 from proxy.catalogue.operation import Json, Operation, Step, Tools
 from proxy.catalogue.store import empty_shards, read_shards
@@ -120,7 +120,7 @@ class AddFile(Operation):
 
     async def check_others(self, tools: Tools) -> None:
         """Check that shards without mappings in the catalogue serve no keys (I1)."""
-        await check_not_served(tools, self.map, self._empty, (b"", None))
+        await check_not_served(tools, self.map, self._empty, EVERYTHING)
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Copy the shard's rows."""

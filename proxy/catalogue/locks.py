@@ -62,8 +62,8 @@ async def check_locks(
         if row["lock_owner"] != token:
             raise _refused(catalogue_map, by_id[row["mapping_id"]], row, token)
     if token is not None and not rows:
-        bounds = _in_words(catalogue_map, mappings[0])
-        text = f"the mapping {bounds} is not locked: the token's lock has expired, or was removed"
+        what = f"the mapping {_in_words(catalogue_map, mappings[0])}" if mappings else "this"
+        text = f"{what} is not locked: the token's lock has expired, or was removed"
         raise CatalogueError(Reason.LOCK_NOT_OWNED, text, "Look at it again, then lock it again.")
 
 

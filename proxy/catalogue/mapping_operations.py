@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 from proxy.catalogue.bounds import in_words
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.fence import Registered, count_sessions, lock_out
+from proxy.catalogue.fence import Registered, check_no_sessions, lock_out
 from proxy.catalogue.locks import check_locks
 from proxy.catalogue.mapping_rows import (
     check_expected,
@@ -224,8 +224,7 @@ class AddMapping(MappingOperation):
             text = f"{self.bounds} overlaps {other}, which is on shard {shard.name}"
             raise CatalogueError(Reason.OVERLAP, text)
         row = self.after
-        empty = await empty_shards(catalogue, self.map.map_id)
-        self._empty = tuple(one for one in empty if one.shard_id != row.shard_id)
+        self._empty = tuple(await empty_shards(catalogue, self.map.map_id))
         await catalogue.execute(
             "insert into shardmap.mapping (mapping_id, map_id, shard_id, lo, hi, status, op_id)"
             " values ($1, $2, $3, $4, $5, 'offline', $6)",
@@ -246,8 +245,9 @@ class AddMapping(MappingOperation):
         await self.check_others(tools)
 
     async def check_others(self, tools: Tools) -> None:
-        """Check that no other shard without mappings serves the keys (I1)."""
-        await check_not_served(tools, self.map, self._empty, (self._lo, self._hi))
+        """Check that no shard without mappings serves the keys (I1), and its own shard none."""
+        bounds, own = (self._lo, self._hi), self.after.shard_id
+        await check_not_served(tools, self.map, self._empty, bounds, own=own)
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
         """Add the shard's row."""
@@ -310,11 +310,8 @@ class DeleteMapping(MappingOperation):
     async def check_shard(self, connection: Connection, shard: Shard) -> None:
         """Check that no session lives on the keys: another shard may get them next."""
         await super().check_shard(connection, shard)
-        count = await count_sessions(connection, Registered.of_mapping(self.before.mapping_id))
-        if count:
-            text = f"{count} sessions live on the mapping {self.bounds}"
-            hint = "lakebase-auth-proxy shards offline --sessions kill ends them."
-            raise CatalogueError(Reason.SESSIONS_ALIVE, text, hint)
+        which = Registered.of_mapping(self.before.mapping_id)
+        await check_no_sessions(connection, which, f"the mapping {self.bounds}")
 
     async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
         """Read the epoch of the shard's row: it must be known when the row is gone."""

@@ -30,6 +30,9 @@ from proxy.routing.shard_map import MapSpec
 CHECKS_MAX: Final = 16
 CHECK_SECONDS_MAX: Final = 30.0
 
+EVERYTHING: Final = (b"", None)
+"""The bounds of all keys."""
+
 _MAPPING: Final = (
     "select *, coalesce(locked_until > pg_catalog.clock_timestamp(), false) as locked"
     " from shardmap.mapping"
@@ -39,6 +42,10 @@ _EXACT: Final = f"{_MAPPING} where map_id = $1 and lo = $2 and hi is not distinc
 _AROUND: Final = (
     f"(({_MAPPING} where map_id = $1 and lo < $2 order by lo desc limit 1)"
     f" union all ({_MAPPING} where map_id = $1 and lo = $2)) order by lo"
+)
+_LOCKED: Final = (
+    f"{_MAPPING} where map_id = $1 and shard_id = $2"
+    " and locked_until > pg_catalog.clock_timestamp() order by lo"
 )
 _STRAY: Final = (
     "select lo, hi from shardmap_local.mapping where op_id is distinct from $4"
@@ -79,6 +86,14 @@ async def mappings_overlapping(
     return [mapping_of(row) for row in rows]
 
 
+async def locked_mappings(
+    connection: Connection, catalogue_map: CatalogueMap, shard: Shard
+) -> list[Mapping]:
+    """Return the mappings of a shard that are locked now."""
+    rows = await connection.fetch(_LOCKED, catalogue_map.map_id, shard.shard_id)
+    return [mapping_of(row) for row in rows]
+
+
 async def mappings_around(
     connection: Connection, catalogue_map: CatalogueMap, key: bytes
 ) -> tuple[Mapping | None, Mapping | None]:
@@ -106,12 +121,15 @@ async def check_not_served(
     owner: CatalogueMap,
     shards: Sequence[Shard],
     bounds: tuple[bytes, bytes | None],
+    *,
+    own: UUID | None = None,
     seconds_max: float = CHECK_SECONDS_MAX,
 ) -> None:
     """Check that shards which have no mapping in the catalogue do not serve these keys.
 
-    They may have been attached, and wait for a repair. Raises CatalogueError: OVERLAP. Those that
-    do not answer in time are passed over: they are no reason to stop what concerns others.
+    They may have been attached, and wait for a repair. `own` gets the keys, and is to serve none at
+    all: with its first mapping it is not looked at any more. Those that do not answer in time are
+    passed over: they are no reason to stop what concerns others. Raises CatalogueError: OVERLAP.
     """
     dials, deadline = asyncio.Semaphore(CHECKS_MAX), asyncio.get_running_loop().time() + seconds_max
     found: list[tuple[Shard, str]] = []
@@ -123,23 +141,37 @@ async def check_not_served(
                 dials,
                 tools.databases.shard(shard) as connection,
             ):
-                row = await connection.fetchrow(_SERVED, owner.map_id, *bounds)
+                is_own = shard.shard_id == own
+                served = await served_bounds(connection, owner, EVERYTHING if is_own else bounds)
         except driver_errors(CatalogueError, ProxyError) as error:
             where = f"shard {shard.name}"
             is_late = isinstance(error, TimeoutError)
             text = f"{where}: no answer in time" if is_late else translated(error, where).message
             tools.progress(f"{text}; it is not known which keys it serves")
             return
-        if row is not None:
-            found.append((shard, in_words(owner.spec, row["lo"], row["hi"])))
+        if served is not None:
+            found.append((shard, served))
 
     async with asyncio.TaskGroup() as group:
         for shard in shards:
             group.create_task(check(shard))
     for shard, served in found:
-        text = f"shard {shard.name} serves {served}, which the catalogue does not give to it"
-        hint = f"shards verify --shard {shard.name}, then `shards repair`."
-        raise CatalogueError(Reason.OVERLAP, text, hint)
+        raise serves_others(shard, served)
+
+
+async def served_bounds(
+    shard: Connection, owner: CatalogueMap, bounds: tuple[bytes, bytes | None] = EVERYTHING
+) -> str | None:
+    """Return the bounds of a shard's own mapping that is online and has some of these keys."""
+    row = await shard.fetchrow(_SERVED, owner.map_id, *bounds)
+    return None if row is None else in_words(owner.spec, row["lo"], row["hi"])
+
+
+def serves_others(shard: Shard, served: str) -> CatalogueError:
+    """Return the refusal to change what belongs to a shard before it is repaired."""
+    text = f"shard {shard.name} serves {served}, which the catalogue does not give to it"
+    hint = f"shards verify --shard {shard.name}, then `shards repair` for all of its keys."
+    return CatalogueError(Reason.OVERLAP, text, hint)
 
 
 async def shard_of_mapping(connection: Connection, mapping: Mapping) -> Shard:

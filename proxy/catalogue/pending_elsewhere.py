@@ -15,7 +15,7 @@ from proxy.catalogue.held_connection import lock_key
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
 from proxy.catalogue.op_log import OperationRow, read_all
 from proxy.catalogue.operation import Databases, shard_from_json, to_text
-from proxy.catalogue.relocate import SET_LOCATION, SET_ROW, Relocate, check_same
+from proxy.catalogue.relocate import SET_LOCATION, SET_ROW, Relocate, check_same, raised
 from proxy.catalogue.transactions import transaction
 from proxy.catalogue.verify import read_itself
 from proxy.errors import ProxyError
@@ -47,9 +47,9 @@ async def lead_pending(
         async with transaction(catalogue):
             pending = await _locked(catalogue, catalogue_map, old)
             pending = [row for row in pending if _has_one(row)]
-            await _write_location(databases, catalogue_map, old, new)
             values = (new.host, new.port, new.database, new.endpoint, new.instance, new.workspace)
-            await catalogue.execute(SET_ROW, new.shard_id, *values)
+            version = await catalogue.fetchval(SET_ROW, new.shard_id, *values)
+            await _write_location(databases, catalogue_map, (old, new), version)
             for row in pending:
                 await catalogue.execute(_SET_BODY, row.op_id, to_text(_led(row.body, new)))
     return len(pending)
@@ -116,13 +116,18 @@ async def _answers(databases: Databases, shard: Shard) -> bool:
 
 
 async def _write_location(
-    databases: Databases, catalogue_map: CatalogueMap, old: Shard, new: Shard
+    databases: Databases, catalogue_map: CatalogueMap, shard: tuple[Shard, Shard], version: int
 ) -> None:
-    """Write into the shard where it is. It comes first: the old location is gone anyway."""
+    """Write into the shard where it is, and the version that the catalogue is to have.
+
+    It is committed first: the old location is gone anyway.
+    """
+    old, new = shard
     async with databases.shard(new) as connection, transaction(connection):
-        itself = await read_itself(connection, catalogue_map.map_id, f"shard {new.name}")
-        check_same(itself, old, new)
-        await connection.execute(SET_LOCATION, catalogue_map.map_id, new.location)
+        found = await read_itself(connection, catalogue_map.map_id, f"shard {new.name}")
+        itself = check_same(found, old, new)
+        values = catalogue_map.map_id, new.location, raised(itself.version, version)
+        await connection.execute(SET_LOCATION, *values)
 
 
 def _led(body: Any, new: Shard) -> dict[str, Any]:

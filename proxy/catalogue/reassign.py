@@ -12,14 +12,14 @@ from typing import ClassVar, Final, Self
 from uuid import UUID
 
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.fence import Registered, clean_registry, count_sessions
+from proxy.catalogue.fence import Registered, check_no_sessions, clean_registry
 from proxy.catalogue.locks import renew_lock
 from proxy.catalogue.mapping_operations import CHECKED, END, MappingOperation
-from proxy.catalogue.mapping_rows import stray_bounds
+from proxy.catalogue.mapping_rows import served_bounds, serves_others, stray_bounds
 from proxy.catalogue.model import CatalogueMap, Connection, Mapping, Shard, Status
 from proxy.catalogue.operation import Json, Place, Step, Tools
 from proxy.catalogue.shard_store import check_grants, check_rights
-from proxy.catalogue.store import map_by_id, read_shard
+from proxy.catalogue.store import is_empty, map_by_id, read_shard
 
 FENCED: Final = Step("fenced", Place.SHARD)
 TARGET_READY: Final = Step("target_ready", Place.SHARD)
@@ -61,6 +61,7 @@ class ToShard(MappingOperation):
         self._to = to
         self._renews_lock = token is not None
         self._epoch = 0  # that of the fence, known from then on
+        self._target_is_empty = False  # in the catalogue
         self._is_on_target = False  # as an undo finds it
 
     @property
@@ -77,7 +78,8 @@ class ToShard(MappingOperation):
 
     def body(self) -> Json:
         """Return what the row has."""
-        return {**super().body(), "renews_lock": self._renews_lock}
+        facts = {"renews_lock": self._renews_lock, "target_is_empty": self._target_is_empty}
+        return {**super().body(), **facts}
 
     def results(self) -> Json:
         """Return the mapping's row as it is, and the epoch of the fence."""
@@ -86,6 +88,7 @@ class ToShard(MappingOperation):
     def load(self, body: Json) -> Self:
         """Read what `body` and `results` wrote."""
         self._renews_lock = body["renews_lock"]
+        self._target_is_empty = body["target_is_empty"]
         self._epoch = body.get("epoch", 0)
         return super().load(body)
 
@@ -105,6 +108,7 @@ class ToShard(MappingOperation):
         await super().find(catalogue)
         self.map = await map_by_id(catalogue, self.map.map_id)  # its session roles as they are now
         self.shards = (*self.shards, await read_shard(catalogue, self.map, self._to))
+        self._target_is_empty = await is_empty(catalogue, self.target)
 
     def check(self) -> None:
         """Check the rows of both shards. Raises CatalogueError: SAME_SHARD, SHARD_OFFLINE."""
@@ -160,6 +164,10 @@ class ToShard(MappingOperation):
         if await connection.fetchval(query, self.map.map_id) != Status.ONLINE:
             raise self._target_offline()
         await self._check_free(connection)
+        if self._target_is_empty:  # it may have been attached, and wait for a repair
+            served = await served_bounds(connection, self.map)
+            if served is not None:
+                raise serves_others(self.target, served)
         await check_rights(connection, roles, where)
         await check_grants(connection, roles, where)
 
@@ -258,10 +266,8 @@ class Reassign(ToShard):
     async def check_source(self, connection: Connection) -> None:
         """Check as well that no session lives on the keys: the other shard gets them."""
         await super().check_source(connection)
-        if count := await count_sessions(connection, Registered.of_mapping(self.before.mapping_id)):
-            text = f"{count} sessions live on the mapping {self.bounds}"
-            hint = "lakebase-auth-proxy shards offline --sessions kill ends them."
-            raise CatalogueError(Reason.SESSIONS_ALIVE, text, hint)
+        which = Registered.of_mapping(self.before.mapping_id)
+        await check_no_sessions(connection, which, f"the mapping {self.bounds}")
 
     async def do_catalogue(self, step: str, catalogue: Connection) -> None:
         """Name the target."""

@@ -7,6 +7,8 @@ then on, and the catalogue is made as the shard is there. Not for: a branch besi
 If the database at the old location still answers and is another one, it is fenced before the
 catalogue leads to the new one: two databases may not both serve the keys. It is offline then for
 good, so from the state before on the operation can only be completed.
+
+Invariant: the shard's version is never lower in the shard than in the catalogue.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from typing import ClassVar, Final, Self
 from uuid import UUID
 
 from proxy.catalogue.detach import fence_shard
-from proxy.catalogue.differences import Difference, ShardDiffers
+from proxy.catalogue.differences import Difference, ShardDiffers, of_keys
 from proxy.catalogue.errors import CatalogueError, Reason, driver_errors, translated
 from proxy.catalogue.fence import Registered, end_sessions
 from proxy.catalogue.mapping_operations import END, LOCAL
@@ -33,7 +35,7 @@ from proxy.catalogue.operation import (
     shard_to_json,
 )
 from proxy.catalogue.planned_operation import PLANNED, PlannedOperation
-from proxy.catalogue.repair import check_locked_rows, of_keys, other_owners, plan_from_shard
+from proxy.catalogue.repair import check_locked_rows, other_owners, plan_from_shard
 from proxy.catalogue.repair_plan import Choice, OwnStatus, RowChanges
 from proxy.catalogue.store import read_shard, read_shards, shards_by_id
 from proxy.catalogue.verify import Itself, read_itself, reading
@@ -41,10 +43,12 @@ from proxy.errors import ProxyError
 
 OLD: Final = Step("old_fenced", Place.OUTSIDE)
 
-SET_LOCATION: Final = "update shardmap_local.identity set location = $2 where map_id = $1"
+SET_LOCATION: Final = (
+    "update shardmap_local.identity set location = $2, version = $3 where map_id = $1"
+)
 SET_ROW: Final = (
     "update shardmap.shard set host = $2, port = $3, dbname = $4, endpoint = $5, instance = $6,"
-    " workspace = $7, version = version + 1 where shard_id = $1"
+    " workspace = $7, version = version + 1 where shard_id = $1 returning version"
 )
 _KEY_BITS: Final = 62
 
@@ -74,6 +78,7 @@ class Relocate(PlannedOperation):
         self._old = new
         self._token = token
         self._found = found
+        self._versions = (0, 0)  # of the shard itself: before, and at its new location
         self.differences: list[Difference] = []
         """What was repaired."""
 
@@ -92,7 +97,13 @@ class Relocate(PlannedOperation):
         """Read what `body` wrote."""
         self._old = shard_from_json(body["old"])
         self._token = None if body["token"] is None else UUID(body["token"])
+        before, after = body.get("versions", self._versions)
+        self._versions = (before, after)
         return super().load(body)
+
+    def results(self) -> Json:
+        """Return the plan, and the versions of the shard itself."""
+        return {**super().results(), "versions": list(self._versions)}
 
     @property
     def shard(self) -> Shard:
@@ -166,18 +177,21 @@ class Relocate(PlannedOperation):
             await check_locked_rows(verified.catalogue, self.map, plan, self._token)
         self.differences = found
         plan.repaired = len(found)
+        version = raised(itself.version, self._old.version + 1)
         if any(isinstance(one, ShardDiffers) for one in found):
             version = max(abs(itself.version), self.shard.version) + 1
             plan.statuses[self.shard.shard_id] = OwnStatus(
                 itself.status, itself.version, str(self.shard.status), version
             )
+        self._versions = (itself.version, version)
         return plan
 
     async def do_shard(self, step: str, connection: Connection, shard: Shard, tools: Tools) -> None:
-        """Fence, or change rows; with those the shard's own location."""
+        """Fence, or change rows; with those the shard's own location and version."""
         await super().do_shard(step, connection, shard, tools)
         if step == LOCAL.name and shard.shard_id == self.shard.shard_id:
-            await connection.execute(SET_LOCATION, self.map.map_id, shard.location)
+            values = self.map.map_id, shard.location, self._versions[1]
+            await connection.execute(SET_LOCATION, *values)
 
     async def do_outside(self, step: str, shard: Shard, tools: Tools) -> None:
         """Fence what answers at the old location, if it is another database."""
@@ -209,7 +223,8 @@ class Relocate(PlannedOperation):
         """Write rows and location as they were."""
         await super().undo_shard(connection, shard)
         if shard.shard_id == self.shard.shard_id:
-            await connection.execute(SET_LOCATION, self.map.map_id, self._old.location)
+            values = self.map.map_id, self._old.location, self._versions[0]
+            await connection.execute(SET_LOCATION, *values)
 
 
 def check_same(itself: Itself | None, old: Shard, new: Shard) -> Itself:
@@ -221,6 +236,14 @@ def check_same(itself: Itself | None, old: Shard, new: Shard) -> Itself:
     if itself is not None:
         text += f": it says that it is {itself.location}"
     raise CatalogueError(Reason.WRONG_SHARD, text, "`shards attach` is for a database that is new.")
+
+
+def raised(own: int, version: int) -> int:
+    """Return a shard's own version, raised to that of the catalogue if it is lower.
+
+    It stays negative, where the shard waits for a repair.
+    """
+    return min(own, -version) if own < 0 else max(own, version)
 
 
 async def _are_same_database(one: Connection, other: Connection) -> bool:

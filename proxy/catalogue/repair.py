@@ -20,10 +20,13 @@ from proxy.catalogue.differences import (
     Row,
     ShardDiffers,
     bounds_of,
+    of_keys,
+    of_same_rows,
     shown,
 )
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.locks import check_locks
+from proxy.catalogue.mapping_rows import serves_others
 from proxy.catalogue.model import CatalogueMap, Connection, Mapping, Shard, Status
 from proxy.catalogue.operation import Databases, Json, Tools, Unchanged, check_identity
 from proxy.catalogue.planned_operation import PlannedOperation
@@ -38,7 +41,7 @@ from proxy.catalogue.repair_plan import (
 from proxy.catalogue.schema import migrate_shard
 from proxy.catalogue.shard_operations import add_identity, with_session_roles
 from proxy.catalogue.shard_store import check_rights, session_statements
-from proxy.catalogue.store import read_shard, read_shards, shards_by_id
+from proxy.catalogue.store import is_empty, read_shard, read_shards, shards_by_id
 from proxy.catalogue.transactions import transaction
 from proxy.catalogue.verify import (
     CATALOGUE_ROW,
@@ -192,19 +195,33 @@ class Repair(PlannedOperation):
 
     async def begin(self, catalogue: Connection) -> None:
         """Check the report against what was read before, and mark the shards."""
-        if not self._asked.choose(self.map, self.shard, self._found):
+        chosen = self._asked.choose(self.map, self.shard, self._found)
+        if not chosen:
             raise Unchanged
+        if self._asked.source is Source.SHARD and await is_empty(catalogue, self.shard):
+            self._check_first(chosen)  # with a mapping it is not looked at when keys are added
         self.map = await with_session_roles(catalogue, self.map)
         await super().begin(catalogue)
+
+    def _check_first(self, chosen: Sequence[Difference]) -> None:
+        """Check that all keys are chosen which a shard serves. Raises CatalogueError: OVERLAP."""
+        own = [one.local for one in self._found if isinstance(one, ShardDiffers)]
+        is_online = [*own, self.shard.status][0] == _ONLINE
+        concerned = of_same_rows(self._found, chosen)
+        for one in of_keys(self._found) if is_online else ():
+            if one not in concerned and one.local is not None and one.local.status == _ONLINE:
+                low, high = shown(self.map.spec, one.lo, one.hi)
+                raise serves_others(self.shard, f"[{low}, {high})")
 
     def plan(self) -> list[str]:
         """Return what will be done."""
         chosen = self._asked.choose(self.map, self.shard, self._found)
         name, source = self.shard.name, self._asked.source
         right = "the catalogue" if source is Source.CATALOGUE else f"shard {name}"
-        others = [f"shard {other.name}" for other in self.shards[1:]]
+        owners = other_owners(of_same_rows(self._found, chosen), self.shard)
+        others = [f"shard {one.name}" for one in self.shards[1:] if one.shard_id in owners]
         return [
-            f"Read what differs on shard {name} again: {len(chosen)} are repaired.",
+            f"Compare shard {name} again, and repair {len(chosen)} of its differences.",
             *(f"Take keys from {other}, and end their sessions." for other in others),
             f"Change shard {name}, and then the catalogue, to what {right} has.",
         ]
@@ -328,11 +345,6 @@ class Repair(PlannedOperation):
     def _is_new(self, shard: Shard) -> bool:
         status = self.row_changes.statuses.get(shard.shard_id)
         return status is not None and status.before is None
-
-
-def of_keys(found: Sequence[Difference]) -> list[KeysDiffer]:
-    """Return the differences that are of keys."""
-    return [one for one in found if isinstance(one, KeysDiffer)]
 
 
 async def plan_from_shard(

@@ -216,6 +216,12 @@ async def empty_shards(connection: Connection, map_id: UUID) -> list[Shard]:
     return [shard_of(row) for row in rows]
 
 
+async def is_empty(connection: Connection, shard: Shard) -> bool:
+    """Return whether a shard has no mapping in the catalogue."""
+    empty = await empty_shards(connection, shard.map_id)
+    return any(one.shard_id == shard.shard_id for one in empty)
+
+
 async def shards_by_id(connection: Connection, ids: Iterable[UUID]) -> list[Shard]:
     """Return those of these shards that exist."""
     rows = await connection.fetch(f"{_SHARD} where s.shard_id = any($1::uuid[])", list(ids))

@@ -62,7 +62,7 @@ class CatalogueMaps:
         self._metrics = metrics
         self._listener = PrivateListener(cancel_keys, cancels)
         self._elsewhere = elsewhere
-        self.mapped_sessions = MappedSessions(self._locate)
+        self.mapped_sessions = MappedSessions(self._locate, self._refresh)
         self._parking: Parking | None = None
         self._snapshot: ConfigSnapshot | None = None
         self._service: MapService | None = None
@@ -201,6 +201,17 @@ class CatalogueMaps:
         if self._service is None:
             raise ProxyError(ErrorKind.MAP_MISSING)
         return await self._service.locate(map_id, routing_keys)
+
+    async def _refresh(self, map_id: UUID, routing_key: bytes) -> None:
+        """Ask the catalogue where a key is, unless it is known to have no mapping."""
+        (known,) = await self._locate(map_id, [routing_key])
+        if known is None or self._service is None:
+            return
+        try:
+            await self._service.source.refresh(routing_key, known)
+        except ProxyError as error:
+            if error.kind is not ErrorKind.MAPPING_NOT_FOUND:
+                raise
 
     def _changed(self, change: Change) -> None:
         """Notify clients and sessions of a change; close the upstreams of shards that are gone."""

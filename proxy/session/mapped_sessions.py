@@ -18,6 +18,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Final, Protocol
@@ -31,9 +32,9 @@ from proxy.upstream.upstream_session import AdmittedBy
 
 # The shard's own end of a session arrives within this time, as a rule.
 KILL_SECONDS: Final = 2.0
-# A shard may end a session before the catalogue's change has come here: the cause is reported this
-# much later.
-CAUSE_SECONDS: Final = 1.0
+# A shard may end a session before the catalogue has changed here. The catalogue is asked then,
+# and the end is reported with its answer; after this time without one.
+CAUSE_SECONDS_MAX: Final = 5.0
 # Where the catalogue cannot be asked, sessions are looked at again after this time.
 RETRY_SECONDS: Final = 2.0
 # Sessions that are looked up before the event loop runs something else.
@@ -66,6 +67,13 @@ class Locate(Protocol):
         """Raises ProxyError if it cannot be known now."""
 
 
+class Refresh(Protocol):
+    """Asks the catalogue for the mapping of a routing key, so that `Locate` has its answer."""
+
+    def __call__(self, map_id: UUID, routing_key: bytes, /) -> Awaitable[None]:
+        """Raises ProxyError if it cannot be known now."""
+
+
 class MappedSession:
     """A live session and the mapping that it is registered under."""
 
@@ -81,7 +89,12 @@ class MappedSession:
         self.moved = False
         self.ends = False
         """Whether `end` follows in a moment."""
-        self._report: tuple[RelayEnd, Report] | None = None
+        self._report: tuple[RelayEnd, Report, asyncio.TimerHandle] | None = None
+
+    @property
+    def awaits_cause(self) -> bool:
+        """Whether it has ended, and its cause is still waited for."""
+        return self._report is not None
 
     @property
     def target(self) -> str:
@@ -96,16 +109,18 @@ class MappedSession:
     def report(self, end: RelayEnd, report: Report) -> None:
         """Report the end of the session, with the mapping's move as its cause if that is it."""
         if end.reason in UPSTREAM_ENDS and not self.moved:
-            self._report = end, report
-            asyncio.get_running_loop().call_later(CAUSE_SECONDS, self.report_now)
+            loop = asyncio.get_running_loop()
+            self._report = end, report, loop.call_later(CAUSE_SECONDS_MAX, self.report_now)
+            self._sessions.find_cause(self)
         else:
             report(self._with_cause(end))
 
     def report_now(self) -> None:
         """Report the end, if it is waited with, and unregister the session."""
         if self._report is not None:
-            end, report = self._report
+            end, report, timer = self._report
             self._report = None
+            timer.cancel()
             self._sessions.unregister(self)
             report(self._with_cause(end))
 
@@ -139,6 +154,7 @@ class MappedSessions:
     def __init__(
         self,
         locate: Locate,
+        refresh: Refresh,
         *,
         clock: Callable[[], float] = time.time,
         kill_seconds: float = KILL_SECONDS,
@@ -147,6 +163,7 @@ class MappedSessions:
     ) -> None:
         """`clock` is the wall clock, in seconds."""
         self._locate = locate
+        self._refresh = refresh
         self._clock = clock
         self._kill_seconds = kill_seconds
         self._retry_seconds = retry_seconds
@@ -155,6 +172,8 @@ class MappedSessions:
         self._changed: set[UUID] = set()
         self._all_changed = False
         self._wake = asyncio.Event()
+        self._causes = asyncio.Queue[UUID]()
+        self._causes_queued = set[UUID]()
         self._recent: dict[UUID, float] = {}
         self._all_recent_until = 0.0
         self._ending = deque[MappedSession]()
@@ -197,8 +216,19 @@ class MappedSessions:
             self._forget_old(now)
         self._wake.set()
 
+    def find_cause(self, session: MappedSession) -> None:
+        """Ask the catalogue why a session was ended, once for all of its mapping."""
+        if session.mapping_id not in self._causes_queued:
+            self._causes_queued.add(session.mapping_id)
+            self._causes.put_nowait(session.mapping_id)
+
     async def run(self) -> None:
         """Compare the sessions with the catalogue after each change, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow())
+            tasks.create_task(self._find_causes())
+
+    async def _follow(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -231,6 +261,22 @@ class MappedSessions:
             elif now - self._recent[oldest] < RECENT_SECONDS:
                 break
             del self._recent[oldest]
+
+    async def _find_causes(self) -> None:
+        """Ask for one mapping after the other: others ask the catalogue for keys meanwhile."""
+        while True:
+            mapping_id = await self._causes.get()
+            self._causes_queued.discard(mapping_id)
+            ended = [one for one in self._by_mapping.get(mapping_id, ()) if one.awaits_cause]
+            if not ended:
+                continue
+            with suppress(ProxyError, TimeoutError):
+                async with asyncio.timeout(CAUSE_SECONDS_MAX):
+                    asked = ended[0].admitted_by
+                    await self._refresh(asked.map_id, asked.routing_key)
+                    await self._compare_all(mapping_id)
+            for session in ended:
+                session.report_now()
 
     async def _compare_all(self, mapping_id: UUID) -> bool:
         """Compare the sessions of a mapping. Return False if they are to be compared again."""

@@ -97,7 +97,7 @@ def _waits_for(phases: DialPhases | None, *, is_routed: bool) -> str:
         return "slot"
     if phases.current is not None:
         return phases.current.value
-    return "session" if phases.park_deadline is None else "mapping"
+    return "mapping" if phases.is_parked else "session"
 
 
 def _address(host: str, port: int) -> str:

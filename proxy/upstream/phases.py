@@ -52,7 +52,7 @@ class DialPhases:
 
     __slots__ = (
         *("_measured", "_started_at"),
-        *("current", "park_deadline", "record", "waits_for_slot"),
+        *("current", "is_parked", "parked_seconds", "record", "waits_for_slot"),
     )
 
     def __init__(self) -> None:
@@ -60,8 +60,10 @@ class DialPhases:
         """The phase that was started last; None before the first and while a slot is waited for."""
         self.waits_for_slot = False
         """Whether all of `upstream.connects_max` are in use: nothing is done for this client."""
-        self.park_deadline: float | None = None
-        """When the client is refused if its shard key is offline until then; set when it is."""
+        self.is_parked = False
+        """Whether the client waits because its shard key is offline."""
+        self.parked_seconds = 0.0
+        """How long it has waited for that, all waits before this one together."""
         self.record: RecordPhase = _discard
         """Records what is flushed; the dialer sets that of its target."""
         self._started_at = 0.0

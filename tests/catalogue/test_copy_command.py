@@ -1,6 +1,7 @@
 """The operator's command that copies rows: what it finds, how it ends, what is said of it."""
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -205,6 +206,20 @@ def test_the_folder_of_a_process_that_was_killed_goes_with_the_next(
             with socket_folder():
                 assert not left.exists()
                 assert Path(folder).stat().st_mode & 0o777 == 0o700
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_filesystem_without_locks_keeps_no_copy_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of a network have none: a move was undone for what only tidies up."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with socket_folder(lock=refuse) as first, socket_folder(lock=refuse) as second:
+        assert sorted(tmp_path.iterdir()) == sorted([Path(first), Path(second)])
     assert list(tmp_path.iterdir()) == []
 
 

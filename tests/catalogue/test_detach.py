@@ -34,6 +34,23 @@ async def test_a_shard_that_is_online_needs_force(operating: Operating) -> None:
     await gone(operating)
 
 
+async def test_s13_a_locked_mapping_is_detached_with_its_token_only(operating: Operating) -> None:
+    """The mappings of another operator were deleted, whatever they were locked for."""
+    await add(operating, 0, 10)
+    token = await operating.lock(0, 10)
+    before = await operating.state()
+    for given, reason in ((None, "locked"), (uuid4(), "lock_not_owned")):
+        with pytest.raises(CatalogueError) as refused:
+            await operating.run(Detach(operating.map, "one", force=True, token=given))
+        assert (refused.value.reason, refused.value.sqlstate) == (reason, "55P03")
+    with pytest.raises(CatalogueError) as refused:
+        await operating.run(Detach(operating.map, "two", force=True, token=token))
+    assert refused.value.reason == "lock_not_owned"
+    assert await operating.state() == before
+    await operating.run(Detach(operating.map, "one", force=True, token=token))
+    await gone(operating)
+
+
 async def test_sessions_end_before_the_catalogue_changes(operating: Operating) -> None:
     await add(operating, 0, 10)
     pauses = Pauses("end")

@@ -15,12 +15,14 @@ from proxy.catalogue.mapping_operations import AddMapping, DeleteMapping
 from proxy.catalogue.mapping_rows import CHECKS_MAX, check_not_served
 from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.model import Shard, Status
+from proxy.catalogue.move import Move
 from proxy.catalogue.operation import Operation
+from proxy.catalogue.reassign import Reassign
 from proxy.routing.map_builder import LineMapping
 from tests.catalogue.test_operations import statuses
 from tests.support.catalogue import MAP
 from tests.support.operating import Databases, Killed, Operating, kill_at
-from tests.support.recovering import repair, restore, saved, told
+from tests.support.recovering import repair, repairing, restore, saved, told
 
 
 async def add(
@@ -228,6 +230,35 @@ async def test_i1_keys_that_a_shard_serves_beside_the_catalogue_are_not_added(
     await add(operating, 10, 15, "two")
     await repair(operating, "one", "shard")
     await operating.run(AddFile(operating.map, [line]))
+    await operating.check_settled()
+
+
+async def test_i1_a_shard_that_serves_keys_beside_the_catalogue_gets_others_once_it_is_repaired(
+    operating: Operating,
+) -> None:
+    """With its first mapping it was no shard any more whose keys were looked at."""
+    await add(operating, 0, 10)
+    await add(operating, 10, 20)
+    bounds = operating.bounds(20, 30)
+    await operating.run(AddMapping(operating.map, *bounds, "two", status=Status.OFFLINE))
+    await operating.fetch(MAP, "delete from shardmap.mapping where status = 'online'")
+    before = await operating.state()
+    operations: tuple[Operation, ...] = (
+        AddMapping(operating.map, *operating.bounds(40, 50), "one"),
+        Move(operating.map, *bounds, "one"),
+        Reassign(operating.map, *bounds, "one"),
+        await repairing(operating, "one", "shard", ("0", "10")),
+    )
+    calls: tuple[Callable[[Operation], Awaitable[object]], ...] = (operating.plan, operating.run)
+    for operation, do in product(operations, calls):
+        with pytest.raises(CatalogueError) as refused:
+            await do(operation)
+        assert (refused.value.reason, refused.value.sqlstate) == ("overlap", "23P01")
+        assert "shard one serves [" in refused.value.message
+        assert statuses(await operating.state()) == statuses(before)
+    await repair(operating, "one", "catalogue", ("10", "20"))
+    await repair(operating, "one", "shard", ("0", "10"))
+    await operating.run(Reassign(operating.map, *bounds, "one"))
     await operating.check_settled()
 
 

@@ -628,6 +628,8 @@ async def test_a_mapping_with_sessions_that_were_kept_is_not_reassigned(
         await operating.run(TakeOffline(operating.map, *operating.bounds(0, 10), sessions=keep))
         error = await refused(operating, reassign(operating))
         assert (error.reason, error.sqlstate) == ("sessions_alive", "55006")
+        (pid,) = await operating.registered()
+        assert f"(pids {pid})" in error.message
         await operating.run(moving := move(operating))  # which ends them
         assert moving.sessions_ended == 1
     await operating.check_settled()

@@ -160,6 +160,7 @@ async def test_a_location_that_another_shard_has_is_refused(operating: Operating
 
 
 async def damaged(operating: Operating) -> Relocate:
+    """Make shard one have another host and epoch, a row too many, and keys of shard two."""
     await operating.fetch(
         MAP, "update shardmap.shard set host = $1 where name = 'one'", operating.shards["one"].host
     )
@@ -170,6 +171,8 @@ async def damaged(operating: Operating) -> Relocate:
     await add(operating, 0, 10)
     await operating.fetch("one", "update shardmap_local.mapping set epoch = 4")
     await insert_local(operating, "one", 5, 6)
+    await add(operating, 20, 30, "two")
+    await insert_local(operating, "one", 25, 40, status="offline", epoch=9)
     return await relocating(operating)
 
 

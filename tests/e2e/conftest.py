@@ -14,6 +14,7 @@ from proxy.routing.shard_map import Kind, MapSpec
 from proxy.server.app import App
 from proxy.server.serving import serving
 from tests.support.catalogue import Stores
+from tests.support.direct_sidecar import Sidecar, direct_sidecar
 from tests.support.operator import Operator, Placed
 from tests.support.pooling import both_modes
 from tests.support.proxy_process import ProxyProcess, started_process
@@ -97,6 +98,13 @@ async def placed(operator: Operator) -> Placed:
     """Return the mapping [0, 10) on shard one. The keys from 1000 on are on shard two."""
     await operator.add("1000", None, "two")
     return await operator.add("0", "10", "one")
+
+
+@pytest_asyncio.fixture
+async def sidecar(operator: Operator) -> AsyncIterator[Sidecar]:
+    """Return what opens sessions for the keys of the operator's map."""
+    async with direct_sidecar(operator) as made:
+        yield made
 
 
 @pytest_asyncio.fixture

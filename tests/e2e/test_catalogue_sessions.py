@@ -266,13 +266,26 @@ async def test_r3_move_that_is_not_announced_costs_no_failed_session(
     app = await start(catalogue={"feed": "off"})
     async with session(app) as live:
         ending = asyncio.ensure_future(ended(live))
-        await operator.move(placed, "two")
-        await ending
+        await operator.move(placed, "two", ends=False)
         async with session(app) as again:
             pid = await again.fetchval("select pg_backend_pid()")
             assert [row["pid"] for row in await operator.registered("two")] == [pid]
+        await ending
     assert app.metrics.value("stale_retries_total") == 1
     assert app.metrics.value("admit_total", map="tenants", verdict="mapping_missing") == 1
+
+
+async def test_without_a_feed_the_end_of_a_session_by_its_shard_is_counted_as_the_moves(
+    start: Start, operator: Operator, placed: Placed
+) -> None:
+    app = await start(catalogue={"feed": "off"})
+    async with session(app) as live:
+        ending = asyncio.ensure_future(ended(live))
+        await operator.move(placed, "two")
+        await ending
+        await eventually(lambda: ends(app, "mapping_moved") == 1, "the end is counted")
+    async with session(app):
+        assert app.metrics.value("stale_retries_total") == 0  # what was asked for it is known
 
 
 async def registered(operator: Operator, pids: list[int]) -> None:

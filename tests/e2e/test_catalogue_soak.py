@@ -17,7 +17,9 @@ ALL_SECONDS_MAX = 600.0
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 
-async def test_no_key_is_on_two_shards_and_no_row_is_lost(stores: Stores, tmp_path: Path) -> None:
+async def test_s30_no_key_is_on_two_shards_and_no_row_is_lost(
+    stores: Stores, tmp_path: Path
+) -> None:
     faulthandler.cancel_dump_traceback_later()  # its bound is for tests that wait
     async with asyncio.timeout(ALL_SECONDS_MAX):
         outcome = await run(stores, tmp_path, SECONDS, random.randrange(2**32))

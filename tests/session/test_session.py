@@ -81,6 +81,10 @@ async def nowhere(map_id: UUID, routing_keys: Sequence[bytes]) -> Sequence[Locat
     return [None for _ in routing_keys]
 
 
+async def unchanged(map_id: UUID, routing_key: bytes) -> None:
+    pass
+
+
 def listener_with(
     metrics: Metrics, route: Routing, forwarder: type[CancelForwarder] = CancelForwarder
 ) -> Listener:
@@ -95,7 +99,7 @@ def listener_with(
         startup_timeout_seconds=5,
         tls=lambda: None,
         slot=slots.take,
-        mapped_sessions=MappedSessions(nowhere),
+        mapped_sessions=MappedSessions(nowhere, unchanged),
     )
 
     async def serve(stream: StartupStream, entry: OpenSession) -> None:

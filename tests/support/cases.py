@@ -1,6 +1,6 @@
 """Numbered cases: the rows of a document's table, and the tests that carry their numbers.
 
-A case is a letter and a number, W12, S48 or P30. A test of it has that in front of its name
+A case is a letter and a number: W12, S48, P30 or R4. A test of it has that in front of its name
 (`test_w12_...`, `test_w20_s48_...`). Not for what a document says; the tests of each look.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 TESTS: Final = Path(__file__).parents[1]
-_NAMED: Final = re.compile(r"test((?:_[psw]\d+)+)_")
+_NAMED: Final = re.compile(r"test((?:_[prsw]\d+)+)_")
 
 
 def rows(document: Path, letter: str) -> list[tuple[int, list[str]]]:

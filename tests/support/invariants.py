@@ -67,6 +67,8 @@ async def check_settled(operating: "Operating") -> None:
         assert [(one["shard_id"], one["status"]) for one in identities] == [
             (one["shard_id"], one["status"]) for one in mine
         ]
+        for own, row in zip(identities, mine, strict=True):
+            assert abs(own["version"]) >= row["version"], "the shard's own version is not lower"
         ids = {one["shard_id"] for one in mine}
         expected = {_compared(row) for row in rows if row["shard_id"] in ids}
         assert {_compared(row) for row in await operating.local(name)} == expected, name

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 import pytest_asyncio
@@ -16,6 +17,7 @@ from tests.support.operating import until
 from tests.support.shards_cli import Shards
 
 ADD = ("add", "0", "10", "--shard", "one")
+TERMINAL_COLUMNS: Final = 80
 UNKNOWN = "a6f6b1a2-0000-4000-8000-000000000000"
 
 
@@ -92,8 +94,12 @@ async def test_sentences_for_people(shards: Shards, verbs: KilledVerbs) -> None:
     assert (await shards("ops")).out == "no operation is pending\n"
     op = await killed(shards, verbs, *ADD, point="local")
     lines = (await shards("ops")).out.splitlines()
-    assert lines[0].split()[:3] == ["op", "kind", "state"]
-    assert lines[1].startswith(op)
+    assert [line.split()[:2] for line in lines[:3]] == [
+        ["op", op],
+        ["kind", "add"],
+        ["state", "checked"],
+    ]
+    assert max(map(len, lines)) <= TERMINAL_COLUMNS
     assert (await shards("ops", "undo", op)).out == f"the operation {op} (add) is undone\n"
 
 

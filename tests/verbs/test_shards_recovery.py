@@ -93,7 +93,7 @@ async def test_s35_s36_repair_takes_a_report_and_ranges(shards: Shards) -> None:
     assert bad == ("range_not_in_report", "22023")
     ranges = ("--range", "-10", "-5", "--range", "20", "30")
     plan = (await shards.done(*words, *ranges, "--dry-run"))["plan"]
-    assert "2 are repaired" in plan[0]
+    assert "repair 2 of its differences" in plan[0]
     assert await shards.done(*words, *ranges) == {"repaired": 2}
     assert await shards.refused(*words) == ("report_stale", "22023")
     facts = await verified(shards)

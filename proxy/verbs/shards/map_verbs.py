@@ -24,7 +24,7 @@ from proxy.verbs.syntax import UsageError
 
 _LIMIT_MAX: Final = 1 << 62
 _COLUMNS: Final = ("name", "kind", "key_type", "normalise", "version", "shards", "mappings")
-_SHARD_COLUMNS: Final = ("name", "host", "port", "database", "status", "mappings")
+_SHARD_COLUMNS: Final = ("name", "host", "port", "database", "status", "version", "mappings")
 
 
 # -- create, drop --------------------------------------------------------------------------------

@@ -14,13 +14,12 @@ from proxy.catalogue.operations import Operator
 from proxy.verbs.shards.arguments import Arguments, one_of, syntax
 from proxy.verbs.shards.move_verbs import copy_command, judge_copy
 from proxy.verbs.shards.operating import operating
-from proxy.verbs.shards.output import table
+from proxy.verbs.shards.output import described
 from proxy.verbs.shards.verb import Call, Json, Verb
 from proxy.verbs.syntax import UsageError
 
 _RESUME, _UNDO = "resume", "undo"
 _DONE: Final = {_RESUME: "done", _UNDO: "undone"}
-_COLUMNS: Final = ("op", "kind", "state", "map", "owner", "created_at", "updated_at", "progress")
 _ALL, _WITHOUT_COPY = "all", "without-copy"
 _USAGE: Final = (
     "ops [resume OP [--copy COMMAND [--copy-timeout-seconds N] | --without-copy]"
@@ -72,9 +71,10 @@ async def _ops(call: Call) -> None:
 
 
 def _answer(call: Call, rows: list[Json]) -> None:
-    cells = [[*map(str, list(row.values())[:-1]), _progress(row)] for row in rows]
-    lines = table(_COLUMNS, cells)
-    call.output.answer({"operations": rows}, lines if rows else ["no operation is pending"])
+    lines: list[str] = []
+    for row in rows:  # a table of them is wider than a terminal
+        lines += ["", *described({**row, "progress": _progress(row)})]
+    call.output.answer({"operations": rows}, lines[1:] or ["no operation is pending"])
 
 
 async def _settle(call: Call, operator: Operator) -> None:

@@ -193,9 +193,10 @@ async def _rebuild(call: Call) -> None:
 
 async def _detach(call: Call) -> None:
     name, force = call.arguments.words[0], "force" in call.arguments.switches
+    token = call.arguments.token()
 
     async def make(_: Connection, owner: CatalogueMap) -> Detach:
-        return Detach(owner, name, force=force)
+        return Detach(owner, name, force=force, token=token)
 
     call.output.progress(f"detaching the shard {name}")
     try:
@@ -260,6 +261,11 @@ async def _relocate(call: Call) -> None:
         call.output.answer({"shard": facts, "differences": found}, lines)
 
 
+def _judge_detach(arguments: Arguments) -> None:
+    shard_name(arguments.words[0])
+    arguments.token()
+
+
 def _judge_relocate(arguments: Arguments) -> None:
     judge_location(arguments)
     arguments.token()
@@ -277,9 +283,16 @@ VERBS: Final[Mapping[str, Verb]] = {
     "verify": Verb(syntax("verify [--shard NAME]", options=("shard",)), _verify, Arguments.shard),
     "repair": Verb(_REPAIR, _repair, _judge_repair),
     "detach": Verb(
-        syntax("detach NAME [--force]", 1, 1, switches=("force",), writes=True),
+        syntax(
+            "detach NAME [--force] [--token T]",
+            1,
+            1,
+            options=("token",),
+            switches=("force",),
+            writes=True,
+        ),
         _detach,
-        lambda arguments: shard_name(arguments.words[0]),
+        _judge_detach,
     ),
     "relocate": Verb(
         syntax(

@@ -101,7 +101,7 @@ async def _host_of(call: Call, endpoint: str, instance: str, workspace: str) -> 
     call.output.progress("looking up the host")
     settings = call.settings
     if workspace and workspace not in settings.workspaces:
-        raise translated(ProxyError(ErrorKind.WORKSPACE_UNKNOWN, workspace), "the shard")
+        raise translated(ProxyError(ErrorKind.WORKSPACE_UNKNOWN, workspace), "--workspace")
     given = UpstreamSettings(endpoint=endpoint, instance=instance, workspace=workspace)
     return await call.administration.host_of(given.inheriting(settings.upstream))
 

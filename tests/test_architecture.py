@@ -38,6 +38,7 @@ TASK_MAKERS = {
     "proxy/pool/spares.py": "the pool cancels them when it closes, and waits for them",
     "proxy/workspace/single_flight.py": "its owner closes it, which waits for the call",
     "proxy/observe/admin.py": "leaving the block of serve_admin waits for it",
+    "proxy/observe/history.py": "leaving the block of sampling waits for it",
     "proxy/workers/rpc.py": "an answer ends with its connection, which its process ends with",
     "proxy/workers/supervisor.py": "leaving the block of accepting waits for them all",
     "proxy/emulator/connection.py": "a connection of the emulator waits for its own tasks",

@@ -1,9 +1,9 @@
 """The admin address: health for orchestrators, metrics for scrapers, a page for people, over HTTP.
 
-For: `/startup`, `/readiness`, `/liveness`, `/metrics`, `/status`, `/`, `/sessions`,
-`/lookup`, `/reconnect`, `/reload`, `/quitquitquit`. Not for: finding anything out. The proxy's
-state (`AdminState`) answers from memory, so that a probe can neither resume a suspended database
-nor restart a pod because a database is full.
+For: `/startup`, `/readiness`, `/liveness`, `/metrics`, `/status`, `/history`, the page at `/`,
+`/sessions`, `/lookup`, `/reconnect`, `/reload`, `/quitquitquit`. Not for: finding anything out. The
+proxy's state (`AdminState`) answers from memory, so that a probe can neither resume a suspended
+database nor restart a pod because a database is full.
 
 Invariants: it never opens an upstream connection, handles no signal and changes no logger's level.
 Sessions do not depend on it: if its server fails, the address is opened again. After the block of
@@ -35,10 +35,11 @@ from proxy.observe.admin_access import (
     is_from_this_machine,
 )
 from proxy.observe.admin_state import AdminState, ReloadResult
+from proxy.observe.health import health_of
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import EXPOSITION_CONTENT_TYPE
 from proxy.observe.session_page import SESSIONS_PAGE_MAX
-from proxy.observe.status_page import PAGE, PAGE_HEADERS
+from proxy.observe.status_page import FILES, PAGE_HEADERS
 
 _BACKLOG: Final = 64
 # For the request line and the headers, which are some hundreds of bytes. No body is ever read.
@@ -106,21 +107,23 @@ def admin_app(state: AdminState, *, quit_allowed: bool) -> Starlette:
         return Response(state.exposition(), headers={"Content-Type": EXPOSITION_CONTENT_TYPE})
 
     async def status(_request: Request) -> Response:
-        return JSONResponse(state.status().as_dict())
+        shown = state.status()
+        return JSONResponse({"health": health_of(shown).as_dict(), **shown.as_dict()})
 
-    async def page(_request: Request) -> Response:
-        return Response(PAGE, headers=PAGE_HEADERS, media_type="text/html; charset=utf-8")
+    async def history(_request: Request) -> Response:
+        return JSONResponse(state.history.as_dict())
 
     def route(path: str, endpoint: Endpoint, method: str = "GET") -> Route:
         return Route(path, _guarded(endpoint, state.metrics.admin_failed), methods=[method])
 
     routes = [
-        route("/", page),
+        *(route(path, _page(*file)) for path, file in FILES.items()),
         route("/startup", startup),
         route("/readiness", readiness),
         route("/liveness", liveness),
         route("/metrics", _report(metrics, state, turn)),
         route("/status", _report(status, state, turn)),
+        route("/history", history),
         route("/lookup", _from_here(partial(_look_up, state))),
         route("/sessions", _from_here(_in_turn(partial(_sessions, state), turn))),
         route("/reconnect", _from_here(partial(_reconnect, state)), "POST"),
@@ -160,6 +163,13 @@ def _in_turn(endpoint: Endpoint, turn: asyncio.Lock) -> Endpoint:
             return response
 
     return in_turn
+
+
+def _page(content: bytes, media_type: str) -> Endpoint:
+    async def page(_request: Request) -> Response:
+        return Response(content, headers=PAGE_HEADERS, media_type=media_type)
+
+    return page
 
 
 def _from_here(endpoint: Endpoint) -> Endpoint:

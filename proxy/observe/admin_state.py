@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum, unique
 from typing import Final, Protocol
 
+from proxy.observe.history import History
 from proxy.observe.metrics import Metrics
 from proxy.observe.session_page import SessionPage
 from proxy.observe.status import LifecycleStatus, Status
@@ -78,6 +79,10 @@ class AdminState(Protocol):
 
     def status(self) -> Status:
         """Return what `/status` shows."""
+
+    @property
+    def history(self) -> History:
+        """The last minutes, for `/history`."""
 
     def look_up(self, key: str) -> Mapping[str, object]:
         """Return where a shard key leads as far as the proxy knows; nothing is asked for it.

@@ -10,12 +10,15 @@ alone, so that another process cannot add a name or a text to it.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from typing import Any, Final, NamedTuple
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from proxy.observe.connect_times import NO_CONNECTS, Counts, add_counts
+from proxy.observe.history import Totals
 from proxy.observe.pool_stats import PoolRow, add_pools
 from proxy.observe.recent_errors import RECENT_ERRORS_MAX, RecentError
 from proxy.observe.target_stats import TargetRow
@@ -71,6 +74,13 @@ class Reading:
     targets: Sequence[TargetRow] = ()
     errors: Sequence[RecentError] = ()
     pools: Sequence[PoolRow] = ()
+    refused: int = 0
+    connects: Counts = NO_CONNECTS
+
+    @property
+    def totals(self) -> Totals:
+        """The sums over targets and errors, for the history."""
+        return Totals.of(self.targets, self.errors, self.refused, self.connects)
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as values that JSON has."""
@@ -85,13 +95,15 @@ class Reading:
         ]
         targets = [TargetRow(**row) for row in content["targets"]]
         errors = [RecentError(**error) for error in content["errors"]]
-        return cls(samples, targets, errors, list(map(PoolRow.from_dict, content["pools"])))
+        pools = list(map(PoolRow.from_dict, content["pools"]))
+        return cls(samples, targets, errors, pools, content["refused"], content["connects"])
 
     def after_exit(self) -> "Reading":
         """Return what remains of it when its process has ended."""
         samples = [sample for sample in self.samples if sample.kind not in _PRESENT]
-        targets = [replace(row, host="", sessions=0) for row in self.targets]
-        return Reading(samples, targets, self.errors, [row.closed() for row in self.pools])
+        targets = [replace(row, host="", sessions=0, connects=()) for row in self.targets]
+        pools = [row.closed() for row in self.pools]
+        return replace(self, samples=samples, targets=targets, pools=pools)
 
 
 def total(readings: Sequence[Reading]) -> Reading:
@@ -101,6 +113,8 @@ def total(readings: Sequence[Reading]) -> Reading:
         _add_targets(row for reading in readings for row in reading.targets),
         _add_errors(error for reading in readings for error in reading.errors),
         add_pools(row for reading in readings for row in reading.pools),
+        sum(reading.refused for reading in readings),
+        reduce(add_counts, (reading.connects for reading in readings), NO_CONNECTS),
     )
 
 
@@ -130,6 +144,7 @@ def _added(one: TargetRow, other: TargetRow) -> TargetRow:
         one.client_bytes + other.client_bytes,
         one.upstream_bytes + other.upstream_bytes,
         {**one.connect_seconds, **other.connect_seconds},
+        (*one.connects, *other.connects),
     )
 
 
@@ -138,7 +153,7 @@ def _add_errors(errors: Iterable[RecentError]) -> list[RecentError]:
     found: dict[tuple[str, str, str], RecentError] = {}
     for error in errors:
         before = found.get(error.key, replace(error, count=0))
-        found[error.key] = replace(
-            error, at=max(error.at, before.at), count=error.count + before.count
-        )
+        at, count = max(error.at, before.at), error.count + before.count
+        since = min(error.since, before.since)
+        found[error.key] = replace(error, at=at, count=count, since=since)
     return sorted(found.values(), key=lambda error: error.at, reverse=True)[:RECENT_ERRORS_MAX]

@@ -303,6 +303,7 @@ class Metrics:
     def session_refused(self, reason: str, sqlstate: str = "", target: str = "") -> None:
         """Count a client that got an ErrorResponse in place of a session, and record the error."""
         self._startup_failures.count(reason)
+        self.targets.refused += 1
         self.record_error(reason, sqlstate, target)
 
     def record_error(

@@ -16,22 +16,25 @@ from typing import Final
 
 from proxy.errors import ErrorKind
 
-# As many as a person reads at a glance. A new kind of error replaces the oldest.
-RECENT_ERRORS_MAX: Final = 20
+# Enough for a failure at each of some dozens of targets. A new kind of error replaces the oldest.
+RECENT_ERRORS_MAX: Final = 50
+
+# After so long without it, an error that occurs again is a new one.
+QUIET_SECONDS: Final = 300.0
 
 _SQLSTATE: Final = re.compile(r"[0-9A-Z]{5}", re.ASCII)
 # Several kinds may share a reason. The first one is the most common, and is shown.
 _ROWS: Final = {kind.value.reason: kind.value for kind in reversed(ErrorKind)}
 # A hint may name the role; here it is not known. Most roles are service principals.
-_ANY_ROLE: Final = {"user": "ROLE", "identity": "SERVICE_PRINCIPAL"}
+ANY_ROLE: Final = {"user": "ROLE", "identity": "SERVICE_PRINCIPAL"}
 
 
 @dataclass(frozen=True, slots=True)
 class RecentError:
     """One kind of error at one target.
 
-    `at` is when it occurred last, in seconds since 1970; `target` is empty for an error that
-    concerns no target.
+    `at` is when it occurred last, in seconds since 1970, and `since` the first time after
+    `QUIET_SECONDS` without it. `target` is empty for an error that concerns no target.
     """
 
     at: float
@@ -41,6 +44,7 @@ class RecentError:
     count: int
     message: str
     hint: str
+    since: float = 0.0
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -49,8 +53,8 @@ class RecentError:
 
     def as_dict(self, now: float) -> dict[str, object]:
         """Return it as `/status` shows it at `now`, with its time in UTC and its age."""
-        shown = {"at": iso_time(self.at), "age_seconds": max(0.0, now - self.at)}
-        return {**shown, **{name: value for name, value in asdict(self).items() if name != "at"}}
+        times = {"at": iso_time(self.at), "since": iso_time(self.since)}
+        return {**asdict(self), **times, "age_seconds": max(0.0, now - self.at)}
 
 
 def iso_time(seconds: float) -> str:
@@ -77,10 +81,13 @@ class RecentErrors:
         if not _SQLSTATE.fullmatch(sqlstate):
             sqlstate = row.sqlstate if row else ""
         message = row.message if row else message
-        hint = row.hint.format(**_ANY_ROLE) if row else ""
-        error = RecentError(self._clock(), reason, sqlstate, target, 1, message, hint)
-        before = self._errors.pop(error.key, None)
-        self._errors[error.key] = replace(error, count=before.count + 1) if before else error
+        hint = row.hint.format(**ANY_ROLE) if row else ""
+        now = self._clock()
+        error = RecentError(now, reason, sqlstate, target, 1, message, hint, now)
+        if before := self._errors.pop(error.key, None):
+            since = before.since if now - before.at < QUIET_SECONDS else now
+            error = replace(error, count=before.count + 1, since=since)
+        self._errors[error.key] = error
         if len(self._errors) > RECENT_ERRORS_MAX:
             del self._errors[next(iter(self._errors))]
 

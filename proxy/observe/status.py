@@ -8,11 +8,15 @@ from closed lists (`recent_errors`).
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
+from proxy.observe.facts import Facts
+from proxy.observe.history import LastMinute
 from proxy.observe.pool_stats import PoolRow
 from proxy.observe.recent_errors import RecentError, iso_time
 from proxy.observe.target_stats import OTHER, TargetRow
+
+NOTHING: Final = LastMinute()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +132,9 @@ class StatusSource(Protocol):
     def session_slots_used(self) -> int:
         """The sessions that are served, and those whose upstream is being opened."""
 
+    def facts(self) -> Facts:
+        """Return what is the same for a long time."""
+
     def target_names(self) -> Collection[str]:
         """Return the names of the configured targets."""
 
@@ -175,6 +182,8 @@ class Status:
     errors: Sequence[RecentError]
     drain: Drain
     warnings: Sequence[str]
+    facts: Facts
+    last_minute: LastMinute
     shard_map: ShardMapStatus | None = None
     pools: Sequence[PoolRow] = ()
 
@@ -183,7 +192,9 @@ class Status:
         return asdict(self) | {
             "at": iso_time(self.at),
             "workspace_apis": [api.as_dict() for api in self.workspace_apis],
+            "targets": list(map(_shown_target, self.targets)),
             "errors": [error.as_dict(self.at) for error in self.errors],
+            "facts": self.facts.as_dict(),
             "pools": list(map(_shown_pool, self.pools)),
         }
 
@@ -193,7 +204,9 @@ def report(
     targets: Sequence[TargetRow],
     errors: Sequence[RecentError],
     now: float,
+    *,
     pools: Sequence[PoolRow] = (),
+    last_minute: LastMinute = NOTHING,
 ) -> Status:
     """Return the status at `now` (wall clock, seconds since 1970)."""
     sessions = sum(row.sessions for row in targets)
@@ -215,6 +228,8 @@ def report(
         errors=errors,
         drain=Drain(lifecycle.draining, lifecycle.drain_seconds_left, sessions),
         warnings=source.warnings(),
+        facts=source.facts(),
+        last_minute=last_minute,
         shard_map=source.shard_map(),
         pools=[row for row in pools if row.present.mode],  # not the counts of those that were
     )
@@ -230,6 +245,11 @@ def _shown_pool(row: PoolRow) -> Mapping[str, object]:
         "last_retired": row.last_retired,
         "last_retired_at": None if at is None else iso_time(at),
     }
+
+
+def _shown_target(row: TargetRow) -> Mapping[str, object]:
+    shown = {name: value for name, value in asdict(row).items() if name != "connects"}
+    return {**shown, "connect_p50_seconds": row.connect_p50_seconds}
 
 
 def _shown_targets(rows: Sequence[TargetRow], configured: Collection[str]) -> Sequence[TargetRow]:

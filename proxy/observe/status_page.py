@@ -1,41 +1,58 @@
-"""The page at `/`: one HTML file that shows `/status` and refreshes itself.
+"""The page at `/`, and the table of reasons at `/reasons`: their files and HTTP headers.
 
-For: its bytes and its HTTP headers. Not for: what it shows, which its own script decides.
+For: what a browser is sent. Not for: what the page shows, which its own script decides.
 
-Invariant: it loads nothing from other hosts. Its Content-Security-Policy allows its one style sheet
-and its one script, by their hashes, and nothing else.
+Invariant: it loads nothing from other hosts. Its Content-Security-Policy allows its own style sheet
+and its own script, and nothing else; text cannot become markup.
 """
 
-import hashlib
-import re
-from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from html import escape
 from importlib.resources import files
 from typing import Final
 
-PAGE: Final = files("proxy.observe").joinpath("status_page.html").read_bytes()
+from proxy.errors import ErrorKind, ErrorRow
+from proxy.observe.recent_errors import ANY_ROLE
+
+_HTML: Final = "text/html; charset=utf-8"
 
 
-def _hash_of(element: bytes) -> str:
-    """Return the CSP source for the page's only element of this name."""
-    (text,) = re.findall(rb"<%b>(.*?)</%b>" % (element, element), PAGE, re.DOTALL)
-    return f"'sha256-{b64encode(hashlib.sha256(text).digest()).decode()}'"
+def _file(name: str) -> bytes:
+    return files("proxy.observe").joinpath(f"page/{name}").read_bytes()
 
+
+def _reason_rows() -> Iterator[str]:
+    """Yield a row for each reason: kinds that share one share a row."""
+    kinds: dict[str, list[ErrorRow]] = {}
+    for kind in ErrorKind:
+        kinds.setdefault(kind.value.reason, []).append(kind.value)
+    for reason, rows in kinds.items():
+        states = ", ".join(dict.fromkeys(row.sqlstate for row in rows))
+        texts = [text for row in rows for text in (row.message, row.hint.format(**ANY_ROLE))]
+        lines = "".join(f"<p>{escape(text)}</p>" for text in dict.fromkeys(texts) if text)
+        yield (
+            f'<tr id="{reason}"><th scope="row"><code>{reason}</code></th>'
+            f"<td><code>{states}</code></td><td>{lines}</td></tr>"
+        )
+
+
+FILES: Final[Mapping[str, tuple[bytes, str]]] = {
+    "/": (_file("page.html"), _HTML),
+    "/page.css": (_file("page.css"), "text/css; charset=utf-8"),
+    "/page.js": (_file("page.js"), "text/javascript; charset=utf-8"),
+    "/reasons": (
+        _file("reasons.html").replace(b"<!-- rows -->", "\n".join(_reason_rows()).encode()),
+        _HTML,
+    ),
+}
+"""What is sent for each path, with its media type."""
 
 PAGE_HEADERS: Final[Mapping[str, str]] = {
-    "Content-Security-Policy": "; ".join(
-        [
-            "default-src 'none'",
-            f"style-src {_hash_of(b'style')}",
-            f"script-src {_hash_of(b'script')}",
-            "connect-src 'self'",
-            "img-src data:",  # its icon, so that a browser does not request one
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-            "require-trusted-types-for 'script'",  # text cannot become markup
-        ]
-    ),
+    # data: is the icon, so that a browser does not request one; trusted types: text cannot become
+    # markup.
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'",
     "Referrer-Policy": "no-referrer",
     "X-Frame-Options": "DENY",
 }

@@ -9,15 +9,22 @@ to the ended ones in one step. Targets are the configured ones; any other name i
 that a reload removed is dropped when its last session ends, so that old names do not accumulate.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Final
+
+from proxy.observe.connect_times import NO_CONNECTS, Counts, index_of
 
 # The name under which everything outside the configured targets is counted.
 OTHER: Final = "other"
 
 # Configured targets, and removed ones that still have sessions.
 TARGETS_MAX: Final = 1000
+
+# Connects of which a target's median is shown.
+CONNECTS_MAX: Final = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +40,8 @@ class TargetRow:
     """The numbers of one target.
 
     `host` is empty while it is unknown. `sessions` are open now; `sessions_started` and the bytes
-    include ended sessions. `connect_seconds` has each phase of the last connect.
+    include ended sessions. `connect_seconds` has each phase of the last connect that succeeded,
+    `connects` the whole time of the last ones.
     """
 
     name: str
@@ -43,6 +51,12 @@ class TargetRow:
     client_bytes: int
     upstream_bytes: int
     connect_seconds: Mapping[str, float]
+    connects: Sequence[float] = ()
+
+    @property
+    def connect_p50_seconds(self) -> float | None:
+        """The median time of the last connects that succeeded; None before the first."""
+        return median(self.connects) if self.connects else None
 
 
 @dataclass(slots=True)
@@ -53,6 +67,8 @@ class _Counts:
     # By a number of their own, because the functions of two sessions may compare equal.
     open_sessions: dict[int, Callable[[], Carried]] = field(default_factory=dict)
     connect_seconds: dict[str, float] = field(default_factory=dict)
+    phase_seconds: dict[str, float] = field(default_factory=dict)  # of a connect under way
+    connects: deque[float] = field(default_factory=lambda: deque(maxlen=CONNECTS_MAX))
 
     def row(self, name: str, host: str) -> TargetRow:
         carried = [session() for session in self.open_sessions.values()]
@@ -64,6 +80,7 @@ class _Counts:
             client_bytes=self.client_bytes + sum(one.client_bytes for one in carried),
             upstream_bytes=self.upstream_bytes + sum(one.upstream_bytes for one in carried),
             connect_seconds=dict(self.connect_seconds),
+            connects=tuple(self.connects),
         )
 
 
@@ -92,6 +109,9 @@ class TargetStats:
 
     def __init__(self, targets: Iterable[str]) -> None:
         self._counts_by_name = {OTHER: _Counts()}
+        self._connects = list(NO_CONNECTS)
+        self.refused = 0
+        """Clients that got an ErrorResponse in place of a session, whatever the target."""
         self._configured: frozenset[str] = frozenset()
         self.configure(targets)
 
@@ -132,8 +152,21 @@ class TargetStats:
         self._drop_if_unused(name)
 
     def connect_phase_took(self, target: str, phase: str, seconds: float) -> None:
-        """Record the duration of a phase of a connect, in place of the one before."""
-        self._counts_by_name[self.label(target)].connect_seconds[phase] = seconds
+        """Record the duration of a phase. It is shown when a connect of the target succeeds."""
+        self._counts_by_name[self.label(target)].phase_seconds[phase] = seconds
+
+    def connected(self, target: str, seconds: float) -> None:
+        """Record a connect that succeeded, and how long its client waited for it."""
+        counts = self._counts_by_name[self.label(target)]
+        counts.connect_seconds.update(counts.phase_seconds)
+        counts.phase_seconds.clear()
+        counts.connects.append(seconds)
+        self._connects[index_of(seconds)] += 1
+
+    @property
+    def connects(self) -> Counts:
+        """The connects to all targets that succeeded, by their time."""
+        return tuple(self._connects)
 
     def rows(self, hosts: Mapping[str, str] | None = None) -> list[TargetRow]:
         """Return a row for each target, `other` last; `hosts` are the known hosts by target."""

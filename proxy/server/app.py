@@ -19,6 +19,8 @@ from proxy.observe.admin import AdminAddress
 from proxy.observe.admin_state import ReloadConfiguration, not_serving
 from proxy.observe.aggregation import Reading, total
 from proxy.observe.client_processes import ClientProcesses
+from proxy.observe.facts import Configuration, Facts
+from proxy.observe.history import History
 from proxy.observe.logs import configure_logging, get_logger
 from proxy.observe.metrics import Metrics
 from proxy.observe.session_page import SessionPage
@@ -32,20 +34,18 @@ from proxy.server.connection_source import ConnectionSource, Workers
 from proxy.server.file_limit import forwards_max, full_error, slots_max
 from proxy.server.lifecycle import Lifecycle, State
 from proxy.server.map_service import MapService
-from proxy.server.metric_labels import build_metrics
+from proxy.server.metric_labels import build_metrics, configure_metrics, phase_recorder
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelForwarder, CancelKeys, Elsewhere
 from proxy.session.drain import AcceptPeriod
 from proxy.session.listen_sockets import Address, shown
 from proxy.session.listener import STARTING_MAX, Listener, listener_tls
 from proxy.session.session import Session, SessionParts
-from proxy.session.session_rows import page_of
 from proxy.session.slots import Slots, SlotSource
 from proxy.upstream.address_lookup import Target
 from proxy.upstream.connector import Connector
 from proxy.upstream.dialer import Dialer
 from proxy.upstream.name_lookup import Addresses
-from proxy.upstream.phases import ConnectPhase
 from proxy.upstream.upstreams import MakePool, SessionOpener
 from proxy.wire.startup import StartupMessage
 from proxy.workspace.registry import LocalWorkspaceRegistry, WorkspaceRegistry
@@ -69,6 +69,7 @@ class App:
     workers: Workers | None = None
     reload_configuration: ReloadConfiguration = staticmethod(not_serving)
     """Reads the configuration again. It is set where that can be done: not in a worker."""
+    configuration = Configuration()
     lanes: "Lanes | None" = None
     """Those of the compiled relay, while the event loop watches them."""
     traces: Traces | None = None
@@ -93,6 +94,7 @@ class App:
         Raises ConfigurationError for a file that a setting names and that cannot be used.
         """
         self.lifecycle = Lifecycle()
+        self.history = History()
         self._token_awaited = settings.startup.require == "token"
         self._map_awaited = True
         self.metrics = build_metrics(settings.target_names())
@@ -116,12 +118,12 @@ class App:
         self.snapshot = ConfigSnapshot(
             settings,
             self.workspaces,
-            self._record_phase,
+            phase_recorder(self.metrics),
             find_map=self.catalogue.find,
             make_pool=self._make_pool,
         )
         self.catalogue.use(self.snapshot)
-        self._configure_metrics(self.snapshot)
+        configure_metrics(self.metrics, self.snapshot)
         self._sessions_max = slots_max(settings.listen)
         self.listener = self._make_listener(settings, starting_max)
         self.connection_source: ConnectionSource = self.listener
@@ -158,7 +160,7 @@ class App:
         return ConfigSnapshot(
             settings,
             self.workspaces,
-            self._record_phase,
+            phase_recorder(self.metrics),
             self.snapshot,
             router,
             find_map=self.catalogue.find,
@@ -173,7 +175,7 @@ class App:
         except BaseException:
             snapshot.close()
             raise
-        self._configure_metrics(snapshot)
+        configure_metrics(self.metrics, snapshot)
         if kept.log != self.settings.log:
             configure_logging(**kept.log.model_dump())
         before = self.snapshot
@@ -282,6 +284,12 @@ class App:
         """The sessions that are served, and those whose upstream is being opened."""
         return self.slots.used if self.workers is None else self.workers.slots_used
 
+    def facts(self) -> Facts:
+        """Return what is the same for a long time."""
+        serving = 1 if self.workers is None else self.workers.serving
+        workers = self.settings.listen.workers
+        return Facts(workers, serving, self.snapshot.roles(), self.configuration)
+
     def target_names(self) -> Sequence[str]:
         """Return the names of the configured targets."""
         return self.settings.target_names()
@@ -322,19 +330,14 @@ class App:
 
     async def sessions(self, after: int, limit: int, *, processes: bool) -> SessionPage:
         """Return open connections of all processes whose id is higher than `after`."""
-        if self.workers is None:
-            page = await page_of(self.listener.open_sessions, after, limit)
-        else:
-            page = await self.workers.sessions(after, limit)
+        page = await (self.workers or self.listener).sessions(after, limit)
         if processes:
             await self._client_processes.add_to(page["sessions"])
         return page
 
     async def end_session(self, number: int) -> bool:
         """End the connection that has this id. Return whether there is one."""
-        if self.workers is None:
-            return self.listener.open_sessions.end(number)
-        return await self.workers.end_session(number)
+        return await (self.workers or self.listener).end_session(number)
 
     def quit(self) -> None:
         """Ask the process to drain and end."""
@@ -352,17 +355,23 @@ class App:
 
     def status(self) -> Status:
         """Return the status of all processes."""
-        whole = total([self._own_rows(), self._workers_reading()])
-        return report(self, whole.targets, whole.errors, time.time(), whole.pools)
+        whole = self.whole_reading()
+        minute = self.history.last_minute(whole.totals)
+        found = whole.targets, whole.errors
+        return report(self, *found, time.time(), pools=whole.pools, last_minute=minute)
 
     def reading(self) -> Reading:
         """Return what this process has counted."""
         return replace(self._own_rows(), samples=self.metrics.samples())
 
+    def whole_reading(self) -> Reading:
+        """Return what all processes had counted at the last `refresh`, without samples."""
+        return total([self._own_rows(), self._workers_reading()])
+
     def _own_rows(self) -> Reading:
-        targets = self.metrics.targets.rows(self.snapshot.hosts())
-        errors = self.metrics.recent_errors.latest()
-        return Reading(targets=targets, errors=errors, pools=self.metrics.pools.rows())
+        stats, errors = self.metrics.targets, self.metrics.recent_errors.latest()
+        rows, pools = stats.rows(self.snapshot.hosts()), self.metrics.pools.rows()
+        return Reading((), rows, errors, pools, stats.refused, stats.connects)
 
     def _workers_reading(self) -> Reading:
         return Reading() if self.workers is None else self.workers.reading()
@@ -395,18 +404,3 @@ class App:
 
     def _resolve(self, target: Target) -> Awaitable[Addresses]:
         return self.snapshot.upstreams.name_lookup.resolve(target)
-
-    def _configure_metrics(self, snapshot: ConfigSnapshot) -> None:
-        shard_map = snapshot.router.shard_map
-        mappings = 0 if shard_map is None else len(shard_map)
-        names = snapshot.settings.target_names()
-        self.metrics.configure(
-            names,
-            snapshot.settings.routing.shard_map,
-            mappings,
-            in_catalogue=bool(snapshot.settings.catalogue_map),
-        )
-        self.metrics.set_acceleration(snapshot.acceleration)
-
-    def _record_phase(self, target: str, phase: ConnectPhase, seconds: float) -> None:
-        self.metrics.connect_phase_took(phase, seconds, target)

@@ -34,6 +34,10 @@ class Workers(Protocol):
         """Whether one of them serves."""
 
     @property
+    def serving(self) -> int:
+        """The number of them that serve."""
+
+    @property
     def slots_used(self) -> int:
         """The slots that their sessions use."""
 

@@ -14,11 +14,12 @@ from proxy.errors import ErrorKind
 from proxy.observe.metrics import Metrics
 from proxy.observe.target_stats import OTHER
 from proxy.routing.router import LookupResult, RouteResult
+from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelResult
 from proxy.session.end_reason import ERRORS, OUTCOMES, Outcome
 from proxy.session.listener import TOO_MANY_STARTING
 from proxy.session.session_log import StartupFailure
-from proxy.upstream.phases import ConnectPhase
+from proxy.upstream.phases import ConnectPhase, RecordTargetPhase
 from proxy.wire.violations import ClientReason
 
 
@@ -37,3 +38,29 @@ def build_metrics(targets: Iterable[str] = ()) -> Metrics:
         target_names=targets,
         shard_map_words={"verdict": Verdict, "result": ParkResult, "purpose": QUERY_PURPOSES},
     )
+
+
+def configure_metrics(metrics: Metrics, snapshot: ConfigSnapshot) -> None:
+    """Count by the targets and the shard map of this configuration from now on."""
+    shard_map = snapshot.router.shard_map
+    mappings = 0 if shard_map is None else len(shard_map)
+    names = snapshot.settings.target_names()
+    metrics.configure(
+        names,
+        snapshot.settings.routing.shard_map,
+        mappings,
+        in_catalogue=bool(snapshot.settings.catalogue_map),
+    )
+    metrics.set_acceleration(snapshot.acceleration)
+
+
+def phase_recorder(metrics: Metrics) -> RecordTargetPhase:
+    """Return what records the phases of connects, and the connects that succeeded."""
+
+    def record(target: str, phase: ConnectPhase | None, seconds: float) -> None:
+        if phase is None:
+            metrics.targets.connected(target, seconds)
+        else:
+            metrics.connect_phase_took(phase, seconds, target)
+
+    return record

@@ -7,12 +7,14 @@ share it. Once `run` is cancelled, nothing is reloaded any more.
 """
 
 import asyncio
+import time
 from typing import Final
 
 from proxy.blocking import BlockingCalls, NoThreadStarted
 from proxy.config import ConfigurationError, Settings, named_files
 from proxy.file_stamp import Stamp, stamp_if_found
 from proxy.observe.admin_state import NOT_SERVING, ReloadOutcome, ReloadResult
+from proxy.observe.facts import Configuration
 from proxy.observe.logs import get_logger
 from proxy.observe.systemd import READY, notify, reloading
 from proxy.routing.router import Router
@@ -76,6 +78,7 @@ class Reloads:
     async def run(self, app: App) -> None:
         """Reload whenever it is asked for or a watched file has changed, until cancelled."""
         app.reload_configuration = self.reload
+        app.configuration = Configuration(self._config_file)
         self._is_running = True
         current = self._next
         try:
@@ -98,6 +101,7 @@ class Reloads:
         outcome = await self._outcome(app)
         if is_started:
             notify(READY)
+        app.configuration = Configuration(self._config_file, time.time(), outcome.result)
         if outcome.result is not ReloadResult.RELOADED:
             app.metrics.reload_failed()
         return outcome

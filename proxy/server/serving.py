@@ -6,12 +6,12 @@ shares; `open_snapshot`, for verbs that connect without a listener. Not for: the
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from proxy import __version__
-from proxy.config import (
-    Settings,
-)
+from proxy.config import Settings
 from proxy.observe.admin import serve_admin
+from proxy.observe.history import sampling
 from proxy.observe.logs import get_logger
 from proxy.observe.loop_lag import sampling_lag
 from proxy.observe.traces import open_traces
@@ -65,6 +65,7 @@ async def running(app: App) -> AsyncIterator[None]:
                     quit_allowed=settings.admin.quit,
                 )
             )
+            await stack.enter_async_context(sampling(partial(_add_to_history, app)))
         stack.push_async_callback(app.close_pools)
         await stack.enter_async_context(app.catalogue.running())
         accepting = app.connection_source.accepting()
@@ -72,6 +73,12 @@ async def running(app: App) -> AsyncIterator[None]:
         app.lifecycle.serve()
         await app.catalogue.first_outcome()
         yield
+
+
+async def _add_to_history(app: App) -> None:
+    await app.refresh()
+    ages = [token.age_seconds for token in app.tokens()]
+    app.history.add(app.whole_reading().totals, max(ages, default=None))
 
 
 def log_serving(app: App) -> None:

@@ -186,6 +186,11 @@ class ConfigSnapshot:
         named = [*self.upstreams.items(), *(self.shards or ())]
         return {name: upstream.address_lookup.host for name, upstream in named}
 
+    def roles(self) -> Sequence[str]:
+        """Return the roles that sessions log in as, so far as they are known, each once."""
+        lookups = [upstream.address_lookup for upstream in self.upstreams.values()]
+        return list(dict.fromkeys(each.role for each in lookups if each.role))
+
     @property
     def accounts(self) -> Sequence[TokenAccount]:
         """The accounts in use, each once; those that only shards have come last."""

@@ -21,10 +21,12 @@ from proxy.config import ConfigurationError, ListenSettings, Problem
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.logs import connection_log, get_logger
 from proxy.observe.metrics import Metrics
+from proxy.observe.session_page import SessionPage
 from proxy.session.drain import OpenSession, OpenSessions
 from proxy.session.end_reason import EndReason
 from proxy.session.listen_sockets import ACCEPT_BACKLOG, Address, open_sockets
 from proxy.session.memory_trim import MemoryTrim
+from proxy.session.session_rows import page_of
 from proxy.session.slots import SlotSource
 from proxy.transport.self_signed import self_signed_context
 from proxy.transport.sockets import inherits_options
@@ -165,6 +167,14 @@ class Listener:
         """
         self._close()
         return await self.open_sessions.drain(seconds)
+
+    async def sessions(self, after: int, limit: int) -> SessionPage:
+        """Return open connections whose id is higher than `after`."""
+        return await page_of(self.open_sessions, after, limit)
+
+    async def end_session(self, number: int) -> bool:
+        """End the connection that has this id. Return whether there is one."""
+        return self.open_sessions.end(number)
 
     async def _end(self) -> None:
         await self.drain(0)

@@ -95,6 +95,15 @@ class AddressLookup:
         return self._target.host
 
     @property
+    def role(self) -> str:
+        """The role as it is known now; empty before the first look-up, or `ANY_USER`."""
+        return self._user
+
+    def keep_role(self, role: str) -> None:
+        """Keep the identity's role, which the workspace has named to another process."""
+        self._user = self._user or role
+
+    @property
     def known_target(self) -> Target | None:
         """The target by what is known now; None before the first look-up."""
         return self._target if self._target.host else None

@@ -201,7 +201,9 @@ class Dialer:
             timeout_seconds = self._timeout_seconds
         try:
             async with asyncio.timeout(timeout_seconds):
-                return await self._dial_until_ready(dial)
+                session = await self._dial_until_ready(dial)
+            dial.phases.succeed()
+            return session
         except TimeoutError as error:
             raise (dial.failures or [self._timed_out(dial.phases)])[-1] from error
         finally:

@@ -35,10 +35,10 @@ class StartStep(StrEnum):
     PARK = "park"
 
 
-RecordPhase = Callable[[ConnectPhase, float], None]
-"""Records a phase that succeeded, and its seconds."""
+RecordPhase = Callable[[ConnectPhase | None, float], None]
+"""Records a phase that succeeded, and its seconds; None: the whole connect has."""
 
-RecordTargetPhase = Callable[[str, ConnectPhase, float], None]
+RecordTargetPhase = Callable[[str, ConnectPhase | None, float], None]
 """The same, with the target's name first."""
 
 
@@ -51,7 +51,7 @@ class DialPhases:
     """
 
     __slots__ = (
-        *("_measured", "_started_at"),
+        *("_began_at", "_measured", "_started_at"),
         *("current", "is_parked", "parked_seconds", "record", "waits_for_slot"),
     )
 
@@ -66,13 +66,15 @@ class DialPhases:
         """How long it has waited for that, all waits before this one together."""
         self.record: RecordPhase = _discard
         """Records what is flushed; the dialer sets that of its target."""
-        self._started_at = 0.0
-        self._measured: tuple[tuple[ConnectPhase, float], ...] = ()  # empty, it takes no memory
+        self._began_at = self._started_at = 0.0
+        # Empty, it takes no memory.
+        self._measured: tuple[tuple[ConnectPhase | None, float], ...] = ()
 
     def start(self, phase: ConnectPhase) -> None:
         """Start a phase. After a failure `current` still says which one it was."""
         self.current, self.waits_for_slot = phase, False
         self._started_at = time.perf_counter()
+        self._began_at = self._began_at or self._started_at
 
     def step(self, _step: StartStep) -> AbstractContextManager[None]:
         """Return the context for what is no phase of a dial."""
@@ -98,6 +100,10 @@ class DialPhases:
         assert self.current is not None
         self._measured += ((self.current, time.perf_counter() - self._started_at),)
 
+    def succeed(self) -> None:
+        """Measure the whole dial, which succeeded: its waits and failed tries included."""
+        self._measured += ((None, time.perf_counter() - self._began_at),)
+
     def flush(self) -> None:
         """Record what was measured since the last flush. The last one is when the dial is over."""
         for phase, seconds in self._measured:
@@ -108,5 +114,5 @@ class DialPhases:
 _UNTRACED: Final = nullcontext()
 
 
-def _discard(_phase: ConnectPhase, _seconds: float) -> None:
+def _discard(_phase: ConnectPhase | None, _seconds: float) -> None:
     pass

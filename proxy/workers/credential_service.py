@@ -64,6 +64,7 @@ class _UpstreamFacts:
     async def _ask_identity(self) -> Identity:
         with self._recorded(ApiCall.IDENTITY):
             self._identity = await self.upstream.workspace.identity()
+        self.upstream.address_lookup.keep_role(self._identity.role)
         return self._identity
 
     @contextmanager

@@ -142,6 +142,11 @@ class Supervisor:
         return bool(self._serving)
 
     @property
+    def serving(self) -> int:
+        """The number of workers that serve."""
+        return len(self._serving)
+
+    @property
     def slots_used(self) -> int:
         """The slots that the sessions of all workers use."""
         return self._counters.slots_used

@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from proxy.emulator import faults
 from proxy.emulator.api import Call
+from proxy.emulator.cluster import CLIENT_ID
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.observe.logs import configure_logging
@@ -67,6 +68,24 @@ async def test_a_session_is_seen_with_its_target_its_connect_and_the_tokens_time
     assert 0 <= token["age_seconds"] < 60
     assert 3000 < token["expires_in_seconds"] <= 3600
     assert token["accepted_age_seconds"] == 60
+
+
+async def test_a_refusal_is_said_first_and_its_connect_is_no_fast_one(shown: App) -> None:
+    async with plain_client(shown) as client:
+        await client.start_up()
+    before = (await get(shown, "/status")).json
+    assert before["health"]["level"] == "well"
+    async with plain_client(shown) as client:
+        await client.send(startup(database="missing"))
+        assert (await client.error()).sqlstate == "3D000"
+    status = (await get(shown, "/status")).json
+    assert status["health"]["text"].endswith("1 refusal in the last minute: database_missing.")
+    assert status["health"]["level"] == "warning", "the session before has started"
+    (target,), (known,) = status["targets"], before["targets"]
+    assert target["connect_p50_seconds"] == known["connect_p50_seconds"] > 0
+    assert target["connect_seconds"] == known["connect_seconds"]
+    assert sum(shown.whole_reading().totals.connects) == 1
+    assert status["facts"]["roles"] == [CLIENT_ID]
 
 
 async def test_a_session_that_waits_for_its_upstream_is_shown_as_opening(

@@ -186,7 +186,7 @@ async def test_no_token_is_in_what_works(
     assert_clean(*shown, log.getvalue())
 
 
-def unheard(target: str, phase: ConnectPhase, seconds: float) -> None:
+def unheard(target: str, phase: ConnectPhase | None, seconds: float) -> None:
     """Take no interest in how long a dial took."""
 
 

@@ -22,6 +22,7 @@ import psycopg
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxy.emulator.cluster import CLIENT_ID
 from proxy.emulator.endpoints import neon_error
 from proxy.emulator.lakebase import Lakebase
 from proxy.wire.messages import BackendKeyData
@@ -178,6 +179,13 @@ async def test_max_connections_is_a_bound_of_all_workers_together(
             async with plain_client(proxy) as one_more:
                 await one_more.send(startup())
                 assert (await one_more.error()).sqlstate == "53300"
+        # The page is the supervisor's, and shows what all of them have counted.
+        shown = await status(unused_tcp_port)
+        text = "Serving 5 sessions. 4 refusals in the last minute: too_many_connections."
+        assert (shown["health"]["text"], shown["facts"]["workers_serving"]) == (text, 2)
+        assert (shown["last_minute"]["started"], shown["facts"]["roles"]) == (5, [CLIENT_ID])
+        (target,) = shown["targets"]
+        assert target["connect_p50_seconds"] > 0
     await eventually(lambda: by_worker(proxy, "session ended").total() == 5, "slots are free")
     async with served(proxy, 5):
         pass

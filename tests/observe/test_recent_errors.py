@@ -3,7 +3,7 @@
 import pytest
 
 from proxy.errors import ErrorKind
-from proxy.observe.recent_errors import RECENT_ERRORS_MAX, RecentErrors
+from proxy.observe.recent_errors import QUIET_SECONDS, RECENT_ERRORS_MAX, RecentErrors
 
 
 class Clock:
@@ -33,6 +33,17 @@ def test_a_repeated_error_is_counted_and_moves_to_the_front() -> None:
         ("token_rejected", 3, 2),
         ("upstream_dns", 2, 1),
     ]
+
+
+def test_an_error_is_going_on_since_it_first_occurred_after_a_quiet_time() -> None:
+    at = iter([0.0, 100.0, 100.0 + QUIET_SECONDS - 1, 2000.0])
+    errors = RecentErrors(lambda: next(at))
+    since = []
+    for _ in range(4):
+        errors.record("upstream_dns")
+        since.append(errors.latest()[0].since)
+    assert since == [0.0, 0.0, 0.0, 2000.0]
+    assert errors.latest()[0].count == 4
 
 
 def test_another_target_or_sqlstate_is_another_error() -> None:

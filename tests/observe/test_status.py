@@ -36,6 +36,7 @@ def test_it_is_json_with_units_in_its_names() -> None:
                 "client_bytes": 0,
                 "upstream_bytes": 0,
                 "connect_seconds": {},
+                "connect_p50_seconds": None,
             }
         ],
         "tokens": [
@@ -57,6 +58,13 @@ def test_it_is_json_with_units_in_its_names() -> None:
         "errors": [],
         "drain": {"draining": False, "seconds_left": None, "sessions_left": 0},
         "warnings": ["careful"],
+        "facts": {
+            "workers": 1,
+            "workers_serving": 1,
+            "roles": [],
+            "configuration": {"file": "", "reloaded_at": None, "result": ""},
+        },
+        "last_minute": {"started": 0, "refused": 0, "errors": {}},
         "shard_map": None,
         "pools": [],
     }
@@ -103,6 +111,7 @@ def test_an_error_is_shown_with_its_time_and_age() -> None:
     assert error.pop("hint")
     assert error == {
         "at": "2026-09-21T14:13:20+00:00",
+        "since": "2026-09-21T14:13:20+00:00",
         "age_seconds": 0,
         "reason": "token_rejected",
         "sqlstate": "28000",

@@ -2,7 +2,14 @@
 
 import pytest
 
-from proxy.observe.target_stats import OTHER, TARGETS_MAX, Carried, TargetRow, TargetStats
+from proxy.observe.target_stats import (
+    CONNECTS_MAX,
+    OTHER,
+    TARGETS_MAX,
+    Carried,
+    TargetRow,
+    TargetStats,
+)
 
 
 def reading(stats: TargetStats, target: str) -> TargetRow:
@@ -32,8 +39,32 @@ def test_the_last_connect_is_shown_by_phase() -> None:
     stats.connect_phase_took("eu", "tls", 1.0)
     stats.connect_phase_took("eu", "tls", 0.5)
     stats.connect_phase_took("eu", "tcp", 0.1)
+    assert reading(stats, "eu").connect_seconds == {}, "it may still fail"
+    stats.connected("eu", 0.7)
     assert reading(stats, "eu").connect_seconds == {"tls": 0.5, "tcp": 0.1}
     assert reading(stats, OTHER).connect_seconds == {}
+
+
+def test_a_connect_that_failed_is_never_a_fast_one() -> None:
+    # The page showed the phases that a refused connect had got to as the last connect: a target
+    # that refused all looked faster than ever.
+    stats = TargetStats(["eu"])
+    stats.connect_phase_took("eu", "login", 0.4)
+    stats.connected("eu", 0.5)
+    stats.connect_phase_took("eu", "tcp", 0.001)  # and TLS fails
+    row = reading(stats, "eu")
+    assert (row.connect_seconds, row.connects) == ({"login": 0.4}, (0.5,))
+    assert sum(stats.connects) == 1
+
+
+def test_the_median_is_that_of_the_last_connects() -> None:
+    stats = TargetStats(["eu"])
+    assert reading(stats, "eu").connect_p50_seconds is None
+    for _ in range(CONNECTS_MAX):
+        stats.connected("eu", 9.0)
+    for number in range(CONNECTS_MAX):
+        stats.connected("eu", 0.1 * number)
+    assert reading(stats, "eu").connect_p50_seconds == pytest.approx(0.1 * (CONNECTS_MAX // 2))
 
 
 def test_a_name_that_is_not_configured_is_other() -> None:

@@ -28,7 +28,7 @@ FILES: Final = (
 # What tools leave in a folder, and what was compiled in this clone.
 LEFT_OVER: Final = {"__pycache__", ".so", ".c"}
 # Suffixes of what the wheel has of `proxy`, beside what is compiled.
-IN_THE_WHEEL: Final = {".py", ".pyi", ".html", ".sql"}
+IN_THE_WHEEL: Final = {".py", ".pyi", ".css", ".html", ".js", ".sql"}
 
 
 def built(step: str, source: Path, into: Path, **environment: str) -> Path:

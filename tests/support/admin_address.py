@@ -12,8 +12,10 @@ from typing import Any, Final
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.observe.admin_state import NOT_SERVING, ReloadOutcome
+from proxy.observe.facts import Facts
+from proxy.observe.history import History, Totals
 from proxy.observe.metrics import Metrics
-from proxy.observe.session_page import SessionPage
+from proxy.observe.session_page import SessionPage, SessionRow
 from proxy.observe.status import CatalogueFacts, ShardMapStatus, Status, Token, WorkspaceApi, report
 from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
@@ -38,6 +40,8 @@ class ScriptedAdminState:
     shown_apis: list[WorkspaceApi] = field(default_factory=list)
     shown_map: ShardMapStatus | None = None
     shown_warnings: list[str] = field(default_factory=list)
+    shown_facts: Facts = field(default_factory=Facts)
+    history: History = field(default_factory=History)
     uptime_seconds: float = 3.5
     acceleration: str = "used"
     drain_seconds_left: float | None = None
@@ -45,6 +49,7 @@ class ScriptedAdminState:
     quits: int = 0
     reconnects: int = 0
     reconnect_succeeds: bool = True
+    shown_sessions: list[SessionRow] = field(default_factory=list)
     asked_for_sessions: list[tuple[int, int, bool]] = field(default_factory=list)
     ended_sessions: list[int] = field(default_factory=list)
     reload_outcome: ReloadOutcome = NOT_SERVING
@@ -96,6 +101,10 @@ class ScriptedAdminState:
         """Return what is so without a catalogue."""
         return CatalogueFacts()
 
+    def facts(self) -> Facts:
+        """Return the facts that the test has set."""
+        return self.shown_facts
+
     async def refresh(self) -> None:
         """Do nothing: it has no other processes."""
 
@@ -107,7 +116,14 @@ class ScriptedAdminState:
         """Return what `/status` shows."""
         targets = self.metrics.targets.rows(self.hosts)
         errors = self.metrics.recent_errors.latest()
-        return report(self, targets, errors, NOW, self.metrics.pools.rows())
+        minute = self.history.last_minute(self.totals())
+        pools = self.metrics.pools.rows()
+        return report(self, targets, errors, NOW, pools=pools, last_minute=minute)
+
+    def totals(self) -> Totals:
+        """Return the sums for the history."""
+        stats, errors = self.metrics.targets, self.metrics.recent_errors.latest()
+        return Totals.of(stats.rows(), errors, stats.refused, stats.connects)
 
     def look_up(self, key: str) -> dict[str, object]:
         """Return the key that was asked for, unless there is none."""
@@ -121,9 +137,12 @@ class ScriptedAdminState:
         return self.reconnect_succeeds
 
     async def sessions(self, after: int, limit: int, *, processes: bool) -> SessionPage:
-        """Return an empty page, and keep what it was asked for."""
+        """Return the first of what the test has set, and keep what it was asked for."""
         self.asked_for_sessions.append((after, limit, processes))
-        return {"total": 0, "sessions": [], "next": None, "complete": True}
+        rows = self.shown_sessions[:limit]
+        following = rows[-1]["id"] if len(self.shown_sessions) > limit else None
+        total = len(self.shown_sessions)
+        return {"total": total, "sessions": rows, "next": following, "complete": True}
 
     async def end_session(self, number: int) -> bool:
         """Keep what was to be ended; there is a session with an even number."""

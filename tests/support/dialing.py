@@ -28,6 +28,7 @@ from proxy.upstream.dialer import (
 )
 from proxy.upstream.login import ANSWER_SECONDS_MAX
 from proxy.upstream.name_lookup import NameLookup
+from proxy.upstream.phases import ConnectPhase
 from proxy.upstream.upstream_session import UpstreamSession
 from proxy.wire.framing import MessageReader
 from proxy.wire.messages import (
@@ -97,7 +98,7 @@ class Dialing:
             self.connector,
             targets,
             credentials,
-            self.metrics.connect_phase_took,
+            self._record_phase,
             connect_timeout_seconds=seconds,
             connect_retry_seconds=retry_seconds,
             connects_max=connects_max,
@@ -105,6 +106,10 @@ class Dialing:
             jitter=lambda: 0.05,
             clock=clock,
         )
+
+    def _record_phase(self, phase: ConnectPhase | None, seconds: float) -> None:
+        if phase is not None:
+            self.metrics.connect_phase_took(phase, seconds)
 
     async def _resolve(self, target: Target) -> Sequence[AddrInfoType]:
         CLOCK.move(self.resolving_seconds)

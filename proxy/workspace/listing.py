@@ -38,7 +38,8 @@ def list_inside(client: WorkspaceClient, parent: str) -> list[Listed]:
             found = client.postgres.list_branches(parent)
         case _:
             found = client.postgres.list_projects()
-    return [Listed(str(one.name), _facts(one)) for one in islice(found, LISTED_MAX) if one.name]
+    names = ((str(one.name or ""), one) for one in islice(found, LISTED_MAX))
+    return [Listed(name, _facts(one)) for name, one in names if name and name.isprintable()]
 
 
 def _facts(found: Any) -> str:

@@ -4,7 +4,7 @@ The calls block: `client` makes them in a thread. The SDK reads page after page;
 read, and for how long, is bounded.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
@@ -30,15 +30,13 @@ def list_inside(client: WorkspaceClient, parent: str) -> list[Listed]:
 
     `parent` is empty, or a resource's name. Raises what the SDK raises.
     """
-    found: Iterable[Any]
-    match parent.count("/"):
-        case 3:
-            found = client.postgres.list_endpoints(parent)
-        case 1:
-            found = client.postgres.list_branches(parent)
-        case _:
-            found = client.postgres.list_projects()
-    names = ((str(one.name or ""), one) for one in islice(found, LISTED_MAX))
+    services: dict[int, Callable[[], Iterable[Any]]] = {
+        0: client.postgres.list_projects,
+        1: lambda: client.postgres.list_branches(parent),
+        3: lambda: client.postgres.list_endpoints(parent),
+    }
+    found = islice(services[parent.count("/")](), LISTED_MAX)
+    names = ((str(one.name or ""), one) for one in found)
     return [Listed(name, _facts(one)) for name, one in names if name and name.isprintable()]
 
 

@@ -56,7 +56,7 @@ VERBS: Final[Mapping[str, Syntax]] = {
     ),
     "init": Syntax(
         "init [--project ID] [--branch ID] [--role NAME] [--toml | --sql] [settings]",
-        "find an endpoint; print a configuration for it, and the SQL for the role",
+        "find an endpoint; print a configuration, and SQL for the role",
         options=(PROJECT, BRANCH, ROLE, TOML, SQL),
         sections=("workspace", "credentials", "upstream"),
     ),

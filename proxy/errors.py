@@ -718,7 +718,7 @@ class ProxyError(Exception):
         self.final = final
         # The role's name is inside a literal of the statement that the hint offers.
         literal = user.replace("'", "''")
-        self._hint = kind.value.hint.format(user=literal, identity=_identity(user))
+        self._hint = kind.value.hint.format(user=literal, identity=identity_kind(user))
 
     @property
     def reason(self) -> str:
@@ -742,7 +742,7 @@ def _completed(error: ErrorResponse, detail: str, hint: str) -> ErrorResponse:
     )
 
 
-def _identity(role: str) -> str:
+def identity_kind(role: str) -> str:
     """Return the kind of identity that a role's name looks like."""
     if _CLIENT_ID.fullmatch(role):
         return "SERVICE_PRINCIPAL"

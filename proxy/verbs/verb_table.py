@@ -12,15 +12,20 @@ from proxy.verbs.syntax import ANY_NUMBER, JSON, PRINT_CONFIG, Option, Syntax
 
 # The options that verbs read by name.
 ALL_SHARDS: Final = Option("all-shards", "test every target, not only the usual one")
+BRANCH: Final = Option("branch", "the branch's id, where there are several", "ID")
 BUILD: Final = Option("build", "also print whether the relay was compiled")
 END: Final = Option("end", "end this session (it needs admin.quit)", "ID")
 PROCESSES: Final = Option(
     "processes", "with --sessions: also the processes of clients on this machine"
 )
+PROJECT: Final = Option("project", "the project's id, where there are several", "ID")
+ROLE: Final = Option("role", "the identity that the proxy will log in as, if it is another", "NAME")
 SESSIONS: Final = Option("sessions", "also print who is connected")
 SHARD_KEY: Final = Option("shard-key", "connect to the shard that has the key", "KEY")
 SOCKET: Final = Option("socket", "take a unix socket in a private directory, and no port")
+SQL: Final = Option("sql", "print only the SQL: for psql")
 TIMEOUT: Final = Option("timeout", "how long to wait (30)", "SECONDS")
+TOML: Final = Option("toml", "print TOML, and not variables of the environment")
 WATCH: Final = Option("watch", "print it again every two seconds, until it is interrupted")
 
 _ALL_SECTIONS: Final = tuple(Settings.model_fields)
@@ -48,6 +53,12 @@ VERBS: Final[Mapping[str, Syntax]] = {
         "test each step of a connection; print what fails, and the fix",
         options=(JSON, ALL_SHARDS, PRINT_CONFIG),
         sections=_ALL_SECTIONS,
+    ),
+    "init": Syntax(
+        "init [--project ID] [--branch ID] [--role NAME] [--toml | --sql] [settings]",
+        "find an endpoint; print a configuration, and SQL for the role",
+        options=(PROJECT, BRANCH, ROLE, TOML, SQL),
+        sections=("workspace", "credentials", "upstream"),
     ),
     "demo": Syntax(
         "demo [settings]",

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol, TypeVar
 
 from pydantic import SecretStr
@@ -22,6 +23,7 @@ from proxy.config import CredentialsSettings, WorkspaceSettings
 from proxy.errors import ErrorKind, ProxyError
 from proxy.wire.secret import Secret
 from proxy.workspace.credential import Credential
+from proxy.workspace.listing import Listed, list_inside
 from proxy.workspace.login_settings import check_root_cert, proxy_secrets, read_secret_file
 from proxy.workspace.resources import Instance, Minted, Resource, ResourceStatus
 from proxy.workspace.sdk_client import connect
@@ -113,6 +115,10 @@ class Workspace:
     async def identity(self) -> Identity:
         """Return our identity, by a call that the workspace must accept. Raises ProxyError."""
         return await self._call(_identity)
+
+    async def list_inside(self, parent: str) -> list[Listed]:
+        """Return the projects, or what the project or branch `parent` has. Raises ProxyError."""
+        return await self._call(partial(list_inside, parent=parent))
 
     async def clock_ahead_seconds(self) -> float | None:
         """Return how far this machine's clock is ahead of the workspace's, to about a second.

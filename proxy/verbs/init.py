@@ -1,0 +1,164 @@
+"""`init`: find an endpoint in the workspace, print a configuration for it and the SQL for the role.
+
+It asks on standard error, and only the result is on standard output: `init > .env` works. Where
+there is one project, branch or endpoint, it is taken. Without a terminal flags choose.
+"""
+
+import asyncio
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from proxy import __version__
+from proxy.config import Settings, load_settings
+from proxy.config.toml import toml_value
+from proxy.errors import ProxyError
+from proxy.exit_codes import EXIT_OK
+from proxy.observe.logs import configure_logging
+from proxy.verbs.role_sql import role_statements
+from proxy.verbs.stderr import fail, show_progress
+from proxy.verbs.syntax import Arguments, UsageError
+from proxy.verbs.verb_table import BRANCH, PROJECT, ROLE, SQL, TOML
+from proxy.workspace.client import Workspace
+from proxy.workspace.listing import COLLECTIONS, Listed
+from proxy.workspace.resources import Endpoint
+
+# Then the person is not there, or cannot mean it.
+ANSWERS_MAX: Final = 5
+_SHOWN_WITHOUT_TERMINAL_MAX: Final = 20
+
+
+class NotChosen(Exception):
+    """There is nothing to choose from, or nothing was chosen. The text says why."""
+
+
+def run(arguments: Arguments) -> int:
+    """Choose, and print. Raises ConfigurationError and UsageError."""
+    if arguments.has(SQL) and arguments.has(TOML):
+        raise UsageError("--sql prints no configuration: leave --toml out")
+    settings = load_settings(arguments.flags, os.environ)
+    configure_logging(**settings.log.model_copy(update={"level": "error"}).model_dump())
+    workspace = Workspace(
+        settings.workspace, settings.credentials, version=__version__, retries=False
+    )
+    try:
+        with asyncio.Runner() as runner:
+            show_progress("logging in to the workspace")
+            role = arguments.get(ROLE.name) or runner.run(workspace.identity()).role
+            endpoint = _endpoint(runner, workspace, settings, arguments)
+    except ProxyError as error:
+        answer = error.response()
+        hint = answer.text(b"H")
+        return fail(f"{answer.message} ({error.reason})" + (f"\n  {hint}" if hint else ""))
+    except NotChosen as error:
+        return fail(str(error))
+    print(_result(settings, arguments, role, endpoint), end="")
+    return EXIT_OK
+
+
+def _endpoint(
+    runner: asyncio.Runner, workspace: Workspace, settings: Settings, arguments: Arguments
+) -> str:
+    """Return the endpoint's name. Raises ProxyError and NotChosen."""
+    if named := settings.upstream.endpoint:
+        runner.run(workspace.status(Endpoint(named)))  # which refuses one that is not there
+        return named
+    name = ""
+    for collection, option in zip(COLLECTIONS, (PROJECT, BRANCH, None), strict=True):
+        given = arguments.get(option.name) if option else None
+        found = runner.run(workspace.list_inside(name))
+        if given is not None:
+            wanted = f"{name}/{collection}/{given}".lstrip("/")
+            if wanted not in [one.name for one in found]:
+                raise NotChosen(f"there is no {wanted}{_one_of(found)}")
+            name = wanted
+        else:
+            name = _choose(found, collection, name, option.flag if option else "")
+    return name
+
+
+def _choose(found: Sequence[Listed], collection: str, parent: str, flag: str) -> str:
+    """Return the name that a person chooses, or the only one. Raises NotChosen."""
+    if not found:
+        where = f"{parent} has" if parent else "this login sees"
+        raise NotChosen(f"{where} no {collection}")
+    if len(found) == 1:
+        _say(f"{found[0].name} {_in_brackets(found[0])}".rstrip())
+        return found[0].name
+    if not sys.stdin.isatty():
+        how = flag or "--upstream.endpoint"
+        raise NotChosen(f"there are {len(found)} {collection}: set {how}{_one_of(found)}")
+    for number, one in enumerate(found, 1):
+        _say(f"{number:>3}  {one.name} {_in_brackets(one)}".rstrip())
+    for _ in range(ANSWERS_MAX):
+        print(f"Which of the {collection}? [1] ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        answer = line.strip() or "1"
+        if not line:
+            break
+        if answer.isascii() and answer.isdigit() and 1 <= int(answer[:9]) <= len(found):
+            return found[int(answer[:9]) - 1].name
+        _say(f"a number from 1 to {len(found)}, please")
+    raise NotChosen("nothing was chosen")
+
+
+def _one_of(found: Sequence[Listed]) -> str:
+    names = [f"\n  {one.name}" for one in found[:_SHOWN_WITHOUT_TERMINAL_MAX]]
+    more = len(found) - len(names)
+    return "; there is" + "".join(names) + (f"\n  and {more} more" if more else "")
+
+
+def _in_brackets(listed: Listed) -> str:
+    return f"({listed.facts})" if listed.facts else ""
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# -- the result ----------------------------------------------------------------------------------
+
+
+def _result(settings: Settings, arguments: Arguments, role: str, endpoint: str) -> str:
+    """Return what is printed: the SQL alone, or a configuration with the SQL as its comment."""
+    statements = role_statements(role, settings.upstream.database)
+    if arguments.has(SQL):
+        return "\n".join(statements) + "\n"
+    upstream = {"endpoint": endpoint, "database": settings.upstream.database}
+    login = _login(settings, os.environ)
+    is_toml = arguments.has(TOML)
+    lines = _toml(login, upstream) if is_toml else _environment(login, upstream)
+    comment = [
+        "",
+        "The role and its grants, for the owner of the database to run on this branch:",
+        *statements,
+    ]
+    return "\n".join([*lines, *(f"# {line}".rstrip() for line in comment)]) + "\n"
+
+
+def _login(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what names the workspace, and no secret. A profile has its host itself."""
+    profile = settings.workspace.profile or environ.get("DATABRICKS_CONFIG_PROFILE", "")
+    if profile:
+        return {"profile": profile}
+    host = settings.workspace.host or environ.get("DATABRICKS_HOST", "")
+    return {"host": host} if host else {}
+
+
+def _environment(login: Mapping[str, str], upstream: Mapping[str, str]) -> list[str]:
+    sections = {"WORKSPACE": login, "UPSTREAM": upstream}
+    return [
+        f"LAKEBASE_PROXY_{section}__{key.upper()}={value}"
+        for section, values in sections.items()
+        for key, value in values.items()
+    ]
+
+
+def _toml(login: Mapping[str, str], upstream: Mapping[str, str]) -> list[str]:
+    sections = {"workspace": login, "upstream": upstream}
+    lines = []
+    for section, values in sections.items():
+        if values:
+            lines += [f"[{section}]", *(f"{key} = {toml_value(values[key])}" for key in values)]
+    return lines

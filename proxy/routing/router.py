@@ -146,6 +146,8 @@ class Router:
         route = self._routes.get(message)
         if route is None:
             route = self._route(message)
+            if not message.may_be_remembered:
+                return route
             if len(self._routes) >= ROUTES_MAX:
                 del self._routes[next(iter(self._routes))]
             self._routes[message] = route

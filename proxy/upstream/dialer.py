@@ -153,6 +153,8 @@ class Dialer:
             names = self._address_lookup.known_names(client)
             if names is not None:
                 prepared = self._prepared(client, target, names)
+                if not (client.may_be_remembered and prepared.message.may_be_remembered):
+                    return prepared
                 if len(self._known) >= PREPARED_MAX:
                     del self._known[next(iter(self._known))]
                 self._known[client] = prepared

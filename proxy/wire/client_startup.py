@@ -382,9 +382,9 @@ class ClientStartup:
 
 
 def _remember(packet: bytes, events: list[ClientEvent]) -> None:
-    """Keep what a StartupMessage means, if that is the only event, and no answer."""
+    """Keep what a small StartupMessage means, if that is the only event, and no answer."""
     match events:
-        case [StartupReceived() as received]:
+        case [StartupReceived() as received] if received.message.may_be_remembered:
             if len(_ordinary) >= ORDINARY_MAX:
                 del _ordinary[next(iter(_ordinary))]
             _ordinary[packet] = received

@@ -23,6 +23,9 @@ from proxy.wire.violations import (
 FIRST_PACKET_BYTES_MIN: Final = 8
 FIRST_PACKET_BYTES_MAX: Final = 10_000
 
+# Of a message that is remembered. A packet of thousands takes 26 times its size once it is parsed.
+REMEMBERED_PARAMETERS_MAX: Final = 64
+
 LENGTH: Final = Struct("!I")
 _PREFIX: Final = Struct("!IHH")
 _CANCEL_PREFIX: Final = Struct("!IHHi")
@@ -97,6 +100,11 @@ class StartupMessage:
     def get(self, name: bytes) -> bytes | None:
         """Return the parameter's value, the last one if it is repeated (W18), or None."""
         return dict(self.parameters).get(name)
+
+    @property
+    def may_be_remembered(self) -> bool:
+        """Whether it is small, as those of drivers are."""
+        return len(self.parameters) <= REMEMBERED_PARAMETERS_MAX
 
     def encode(self) -> bytes:
         """Return the packet. Raises ValueError for a NUL, which would inject parameters."""

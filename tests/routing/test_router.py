@@ -354,3 +354,13 @@ def test_what_does_not_resolve_is_refused_as_a_session_would_be(
     with pytest.raises(ProxyError) as refused:
         routing.resolve(text)
     assert refused.value.kind is kind
+
+
+def test_a_message_of_a_thousand_parameters_is_routed_and_not_remembered() -> None:
+    # 256 of them took 66 MB.
+    routed = router(None)
+    small = StartupMessage(V3_0, (USER,))
+    large = StartupMessage(V3_0, (USER, *((b"p%d" % number, b"") for number in range(1000))))
+    assert routed.route(large).message == large
+    assert routed.route(small) is routed.route(small)
+    assert list(routed._routes) == [small]

@@ -109,6 +109,18 @@ async def test_the_workspace_says_with_what_where_and_as_whom(
         session.stream.transport.abort()
 
 
+async def test_what_a_message_of_a_thousand_parameters_needs_is_not_remembered(
+    lakebase: Lakebase, endpoint: Endpoint
+) -> None:
+    large = StartupMessage(V3_0, (*CLIENT.parameters, *((b"p%d" % n, b"") for n in range(1000))))
+    async with lakebase_dialing(lakebase, endpoint) as made:
+        prepare = made.dialer.prepare
+        assert prepare(large) is not None
+        assert prepare(large) == prepare(large)
+        assert prepare(CLIENT) is prepare(CLIENT)
+        assert list(made.dialer._known) == [CLIENT]
+
+
 @asynccontextmanager
 async def _through_workspace(
     lakebase: Lakebase, endpoint: Endpoint, seconds: float = 5

@@ -149,12 +149,13 @@ def test_the_packets_whose_meaning_is_kept_are_bounded() -> None:
         CANCEL_REQUEST,
         SSL_REQUEST,
         startup([(b"user", b"app"), (b"_pq_.foo", b"")]),
+        startup([(b"user", b"app"), *((b"p%d" % number, b"") for number in range(1000))]),
         startup([(b"user", b"")]),
         startup([], end=b"broken"),
     ],
 )
 def test_no_meaning_is_kept_but_that_of_an_ordinary_startup(packet: bytes) -> None:
-    # A cancel key must not stay in memory, and a violation has an answer.
+    # A cancel key must not stay in memory, nor a message that is large; a violation has an answer.
     ClientStartup().receive_data(packet)
     assert packet not in client_startup._ordinary
     machine = ClientStartup()

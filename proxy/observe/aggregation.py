@@ -93,10 +93,12 @@ class Reading:
             Sample(family, kind, name, tuple((label, word) for label, word in labels), value)
             for family, kind, name, labels, value in content["samples"]
         ]
-        targets = [TargetRow(**row) for row in content["targets"]]
+        targets = [
+            TargetRow(**{**row, "connects": tuple(row["connects"])}) for row in content["targets"]
+        ]
         errors = [RecentError(**error) for error in content["errors"]]
         pools = list(map(PoolRow.from_dict, content["pools"]))
-        return cls(samples, targets, errors, pools, content["refused"], content["connects"])
+        return cls(samples, targets, errors, pools, content["refused"], tuple(content["connects"]))
 
     def after_exit(self) -> "Reading":
         """Return what remains of it when its process has ended."""

@@ -870,8 +870,8 @@ async def test_a_second_worker_costs_little_memory(start_process: StartProcess) 
         async with served(proxy, 4):
             found[workers] = proportional_bytes({proxy.pid, *descendants(proxy.pid)})
     sys.stderr.write(f"memory by number of workers: {found}\n")  # shown by pytest -rP
-    # Of its own a worker has what it writes to; a new interpreter would have 30 MB.
-    assert (found[4] - found[2]) / 2 < 15_000_000
+    # Of its own a worker has what it writes to, 15 to 16 MB; a new interpreter would have 30.
+    assert (found[4] - found[2]) / 2 < 20_000_000
 
 
 async def test_one_worker_is_one_process(start_process: StartProcess) -> None:

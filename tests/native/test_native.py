@@ -28,7 +28,7 @@ def test_one_module_that_is_missing_is_named_and_nothing_fails(missing: str) -> 
     code = (
         f"import sys; sys.modules['proxy.native.{missing}'] = None; "
         "from proxy import native; print(native.AVAILABLE, native.WHY_MISSING); "
-        "from proxy.verbs import version; version.run(['--build'])"
+        "from proxy import cli; cli.main(['version', '--build'])"
     )
     command = [sys.executable, "-c", code]
     ran = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)

@@ -7,6 +7,7 @@ Invariant: no verb imports what only another needs. Serving imports an event loo
 and more, half a second of CPU time; a health check that waits needs none of it.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -14,7 +15,7 @@ from itertools import takewhile
 from typing import Final
 
 from proxy.config import ConfigurationError
-from proxy.exit_codes import EXIT_OK, EXIT_USAGE
+from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
 from proxy.verbs.stderr import wrong_usage
 from proxy.verbs.syntax import END_OF_FLAGS, PROGRAM, Arguments, UsageError, take_verb
 from proxy.verbs.verb_table import VERBS
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"  {problem}", file=sys.stderr)
         return EXIT_USAGE
+    except BrokenPipeError:  # what reads the output has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return EXIT_FAILURE
 
 
 def _run(arguments: list[str]) -> int:

@@ -25,6 +25,7 @@ from subprocess import DEVNULL
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[1]
+DIST: Final = ROOT / "dist"
 REQUIREMENTS: Final = ROOT / "requirements"
 TOOLS: Final = Path(sys.executable).parent
 MINORS: Final = range(11, 20)
@@ -182,12 +183,15 @@ def make(into: Path, pythons: Sequence[Path], directory: Path) -> None:
 def main() -> None:
     """Read the command line, and make it."""
     parser = argparse.ArgumentParser(prog="make dist", description=__doc__)
-    parser.add_argument("--into", type=Path, default=ROOT / "dist")
+    parser.add_argument("--into", type=Path, default=DIST)
     parser.add_argument("--python", type=Path, action="append", default=[])
     options = parser.parse_args()
     pythons = options.python or list(installed_pythons())
-    shutil.rmtree(options.into, ignore_errors=True)
-    options.into.mkdir(parents=True)
+    if options.into == DIST:
+        shutil.rmtree(DIST, ignore_errors=True)
+    elif options.into.exists() and any(options.into.iterdir()):
+        parser.error(f"{options.into} is not empty")
+    options.into.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("SOURCE_DATE_EPOCH", run("git", "log", "-1", "--format=%ct").strip())
     with tempfile.TemporaryDirectory(prefix="lakebase-dist-") as directory:
         make(options.into.absolute(), pythons, Path(directory))

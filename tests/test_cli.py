@@ -162,6 +162,27 @@ def test_an_unknown_verb_is_named_with_the_usage(capsys: pytest.CaptureFixture[s
     assert err == (f"lakebase-auth-proxy: there is no verb 'serve': one of {', '.join(VERBS)}\n")
 
 
+def test_a_word_that_may_be_a_secret_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"postgres://app:{SECRET}@host/db"]) == EXIT_USAGE
+    assert "there is no verb of that name" in (err := capsys.readouterr().err)
+    assert SECRET not in err
+
+
+def test_a_reader_that_has_ended_ends_the_verb_in_silence() -> None:
+    # `status --watch | head -1` ended with a traceback.
+    reading, writing = os.pipe()
+    os.close(reading)
+    ran = subprocess.run(
+        [sys.executable, "-m", "proxy", "status", "--watch", "--admin.host=127.0.0.9"],
+        check=False,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (EXIT_FAILURE, b"")
+
+
 def test_every_configuration_error_is_reported_at_once_and_no_secret(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -356,8 +356,7 @@ async def serve_admin(
     with closing(opened) as listener:
         bound_host, bound_port = listener.getsockname()[:2]
         app: ASGIApp = admin_app(state, quit_allowed=quit_allowed)
-        if is_loopback(bound_host):
-            app = HostCheck(app, own_name=host)
+        app = HostCheck(app, own_name=host, refuses=is_loopback(bound_host))
         admin = _AdminServer(app, state.metrics.admin_restarted)
         # Not a TaskGroup, which would wrap the block's exceptions in an ExceptionGroup. The task
         # cannot be lost, because leaving the block waits for it.

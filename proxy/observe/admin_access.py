@@ -79,23 +79,29 @@ class BoundedProtocol(H11Protocol):
 
 
 class HostCheck:
-    """Answers 421 to a foreign name in the Host header, for an address on loopback.
+    """Checks the name in the Host header: a page in a browser may be the client of a foreign one.
 
     A web page can let its own host name resolve to 127.0.0.1, and then read responses from there as
     its own ("DNS rebinding"). The Host header has the page's name then. An address is no name.
+
+    On loopback a foreign name is answered with 421. An address for other machines may have any
+    name; but a request with a foreign one then counts as another machine's.
     """
 
-    def __init__(self, app: ASGIApp, own_name: str) -> None:
+    def __init__(self, app: ASGIApp, own_name: str, *, refuses: bool) -> None:
         self._app = app
         self._own_name = own_name.lower()
+        self._refuses = refuses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = _without_port(Headers(scope=scope).get("host", ""))
         if host in ("", "localhost", self._own_name) or address_of(host) is not None:
             await self._app(scope, receive, send)
-        else:
+        elif self._refuses:
             answer = PlainTextResponse("ask for localhost or for an address\n", 421)
             await answer(scope, receive, send)
+        else:
+            await self._app({**scope, "client": None}, receive, send)
 
 
 def is_from_this_machine(request: Request) -> bool:

@@ -37,7 +37,7 @@ class ReloadOutcome:
 
 
 NOT_SERVING: Final = ReloadOutcome(
-    ReloadResult.NOT_SERVING, problems=("the proxy does not serve yet, or drains",)
+    ReloadResult.NOT_SERVING, problems=("the proxy does not serve yet, drains, or is a demo",)
 )
 
 

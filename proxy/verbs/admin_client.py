@@ -77,12 +77,12 @@ def ask_to_reload(settings: AdminSettings) -> dict[str, Any]:
 
     Raises AdminError if there is none, and ConfigurationError as `wait_until_ready` does.
     """
-    return _json_of(settings, *_answer(settings, "POST", "/reload", RELOAD_SECONDS_MAX))
+    return _json_of(settings, "result", *_answer(settings, "POST", "/reload", RELOAD_SECONDS_MAX))
 
 
 def fetch_status(settings: AdminSettings) -> dict[str, Any]:
     """Return what `/status` shows. Raises as `ask_to_reload` does."""
-    return _fetched(settings, _STATUS)
+    return _fetched(settings, _STATUS, "state")
 
 
 def fetch_sessions(settings: AdminSettings, *, processes: bool) -> Iterator[dict[str, Any]]:
@@ -90,7 +90,8 @@ def fetch_sessions(settings: AdminSettings, *, processes: bool) -> Iterator[dict
     after: int | None = 0
     while after is not None:
         query = {"after": after, "limit": _SESSIONS_PAGE} | ({"processes": 1} if processes else {})
-        page = _fetched(settings, f"{_SESSIONS}?{urlencode(query)}", SESSIONS_SECONDS_MAX)
+        path = f"{_SESSIONS}?{urlencode(query)}"
+        page = _fetched(settings, path, "sessions", SESSIONS_SECONDS_MAX)
         yield from page["sessions"]
         after = page["next"]
 
@@ -106,12 +107,12 @@ def ask_to_end(settings: AdminSettings, number: int) -> None:
 
 
 def _fetched(
-    settings: AdminSettings, path: str, seconds_max: float = REQUEST_SECONDS_MAX
+    settings: AdminSettings, path: str, name: str, seconds_max: float = REQUEST_SECONDS_MAX
 ) -> dict[str, Any]:
     status, body = _answer(settings, "GET", path, seconds_max)
     if status != 200:
         raise _no_proxy(settings, status)
-    return _json_of(settings, status, body)
+    return _json_of(settings, name, status, body)
 
 
 def _post(
@@ -132,7 +133,7 @@ def look_up(settings: AdminSettings, key: str) -> dict[str, Any]:
 
     Raises AdminError if there is none, and ConfigurationError as `wait_until_ready` does.
     """
-    return _fetched(settings, "/lookup?" + urlencode({"key": key}))
+    return _fetched(settings, "/lookup?" + urlencode({"key": key}), "ok")
 
 
 def _answer(
@@ -145,13 +146,13 @@ def _answer(
         raise AdminError(f"no proxy answers on {_shown(settings)}: {_reason(error)}") from error
 
 
-def _json_of(settings: AdminSettings, status: int, body: bytes) -> dict[str, Any]:
-    """Return the JSON object of an answer. Raises AdminError if it is none."""
+def _json_of(settings: AdminSettings, name: str, status: int, body: bytes) -> dict[str, Any]:
+    """Return the JSON object of an answer. Raises AdminError if it is none that has this name."""
     try:
         answer = json.loads(body)
     except ValueError:
         answer = None
-    if not isinstance(answer, dict):
+    if not isinstance(answer, dict) or name not in answer:
         raise _no_proxy(settings, status)
     return answer
 

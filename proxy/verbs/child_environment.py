@@ -22,8 +22,13 @@ _ANY_USER: Final = "*"
 # All of the SDK's own variables, and all of the proxy's: some are secrets, some name a file with
 # one, and without the others they are of no use.
 _PREFIXES: Final = ("DATABRICKS_", ENVIRONMENT_PREFIX)
-# The secrets that the SDK reads from other variables.
-_SDK_SECRETS: Final = frozenset(("ARM_CLIENT_SECRET", "GOOGLE_CREDENTIALS"))
+# The secrets that the SDK reads from other variables; in CI it asks for a token with the last two.
+_SDK_SECRETS: Final = frozenset(
+    (
+        *("ARM_CLIENT_SECRET", "GOOGLE_CREDENTIALS"),
+        *("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "SYSTEM_ACCESSTOKEN"),
+    )
+)
 # The variable in which the SDK looks for a token may have another name.
 _TOKEN_VARIABLE: Final = "DATABRICKS_OIDC_TOKEN_ENV"  # noqa: S105 - a name
 # What libpq would prefer to PGHOST, what it would refuse because the proxy asks for no password and

@@ -196,7 +196,8 @@ def take_verb(arguments: Sequence[str], names: Collection[str]) -> tuple[str, li
     if not rest or rest[0].startswith("-"):
         return "", list(arguments)
     near = did_you_mean(difflib.get_close_matches(rest[0], names, n=1))
-    raise UsageError(f"there is no verb {rest[0]!r}{near or ': one of ' + ', '.join(names)}")
+    word = repr(rest[0]) if re.fullmatch("[A-Za-z_-]+", rest[0]) else "of that name"
+    raise UsageError(f"there is no verb {word}{near or ': one of ' + ', '.join(names)}")
 
 
 def did_you_mean(near: Sequence[str]) -> str:

@@ -52,6 +52,16 @@ async def test_an_address_for_other_machines_accepts_any_name() -> None:
         assert (await ask(address.port, "/metrics", headers=headers)).status == 200
 
 
+@pytest.mark.parametrize("path", ["/sessions", "/lookup?key=1"])
+async def test_there_a_foreign_name_is_not_this_machine(path: str) -> None:
+    # A page reads what `kubectl port-forward` leads to by DNS rebinding. Its GET has no Origin, and
+    # comes from 127.0.0.1 there.
+    async with serve_admin(ScriptedAdminState(), host="0.0.0.0", port=0) as address:
+        rebound = await ask(address.port, path, headers="Host: rebound.example.com:9090\r\n")
+        own = await ask(address.port, path, headers="Host: localhost:9090\r\n")
+    assert (rebound.status, own.status) == (403, 200)
+
+
 async def test_quit_is_a_post_from_this_machine() -> None:
     shown = ScriptedAdminState()
     async with serve_admin(shown, host=LOOPBACK, port=0, quit_allowed=True) as address:

@@ -97,6 +97,15 @@ def test_a_lock_has_hashes_and_no_address(name: str) -> None:
     assert "--index" not in text
 
 
+def test_a_release_replaces_no_directory_with_other_files(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    command = [sys.executable, "-m", "release", "--into", str(tmp_path)]
+    ran = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, timeout=60)
+    assert ran.returncode == 2
+    assert b"is not empty" in ran.stderr
+    assert (tmp_path / "other").exists()
+
+
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Return the directory of what is released, and what was said about it."""

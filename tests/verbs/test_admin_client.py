@@ -2,7 +2,7 @@
 
 import http.server
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -12,11 +12,14 @@ from proxy.verbs.admin_client import (
     AdminError,
     ask_to_drain,
     ask_to_reconnect,
+    ask_to_reload,
+    fetch_sessions,
+    fetch_status,
     wait_until_ready,
 )
 from tests.support.fake_clock import FakeClock
 
-ANSWER = b"what it says\n"
+ANSWER = b'{"it": "what it says"}\n'
 
 
 @contextmanager
@@ -144,3 +147,13 @@ def test_p46_reconnect_posts_and_says_what_is_wrong() -> None:
             ask_to_reconnect(settings)
     with pytest.raises(AdminError, match="no proxy answers"):
         ask_to_reconnect(unused_address())
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [ask_to_reload, fetch_status, lambda settings: list(fetch_sessions(settings, processes=False))],
+    ids=["reload", "status", "sessions"],
+)
+def test_json_of_another_program_is_no_answer(ask: Callable[[AdminSettings], object]) -> None:
+    with answering(200) as (settings, _), pytest.raises(AdminError, match="is that the proxy"):
+        ask(settings)

@@ -38,6 +38,7 @@ def test_the_command_gets_its_proxys_address_and_keeps_what_is_its_own() -> None
         *("DATABRICKS_CLIENT_SECRET", "DATABRICKS_TOKEN", "DATABRICKS_HOST", "DATABRICKS_NEW"),
         *("LAKEBASE_PROXY_WORKSPACE__CLIENT_SECRET", "LAKEBASE_PROXY_CONFIG"),
         *("ARM_CLIENT_SECRET", "GOOGLE_CREDENTIALS", "PGPASSWORD"),
+        *("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "SYSTEM_ACCESSTOKEN"),
         # libpq would go elsewhere, or refuse a server without TLS or a password.
         *("PGSERVICE", "PGHOSTADDR", "PGSSLROOTCERT", "PGCHANNELBINDING", "PGREQUIREAUTH"),
         "PGSSLNEGOTIATION",

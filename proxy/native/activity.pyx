@@ -313,7 +313,7 @@ cdef class Activity:
             return False
         if len(self.reported) + 1 + length > _REPORTED_BYTES_MAX:
             self.reported = last_reports(self.reported)
-        if len(self.reported) + 1 + length > _REPORTED_BYTES_MAX:
+        if self.reported is None or len(self.reported) + 1 + length > _REPORTED_BYTES_MAX:
             self.reported = None
         elif length + 1 > size:
             return True

@@ -56,6 +56,8 @@ _SKIP_MAX: Final = 1 << 32  # of a message; beyond it synchronization is lost
 # What is kept of ParameterStatus, of which the last of each name counts. There are some 15 names,
 # and values are words; beyond it nothing is known of them.
 REPORTED_BYTES_MAX: Final = 4096
+# So much must be free once only the last ones are left, so that they are not looked for each time.
+_REPORTED_BYTES_FREE: Final = 1024
 
 _IDLE: Final = IDLE[0]
 # From the client.
@@ -365,7 +367,7 @@ class Activity:
         end = position + 1 + length
         if len(self.reported) + 1 + length > REPORTED_BYTES_MAX:
             self.reported = last_reports(self.reported)
-        if len(self.reported) + 1 + length > REPORTED_BYTES_MAX:
+        if self.reported is None or len(self.reported) + 1 + length > REPORTED_BYTES_MAX:
             self.reported = None
         elif end > len(data):
             return True
@@ -432,8 +434,8 @@ class Activity:
         self._tracks_copy = self._entered or bool(self._ends)
 
 
-def last_reports(messages: bytes) -> bytes:
-    """Return of whole ParameterStatus messages the last one of each name."""
+def last_reports(messages: bytes) -> bytes | None:
+    """Return of whole ParameterStatus messages the last one of each name; None for too many."""
     last: dict[bytes, bytes] = {}
     position = 0
     while position < len(messages):
@@ -441,4 +443,5 @@ def last_reports(messages: bytes) -> bytes:
         name, _, _ = messages[position + _HEADER_BYTES : end].partition(b"\0")
         last[name] = messages[position:end]
         position = end
-    return b"".join(last.values())
+    kept = b"".join(last.values())
+    return kept if len(kept) <= REPORTED_BYTES_MAX - _REPORTED_BYTES_FREE else None

@@ -63,6 +63,17 @@ def test_p22_after_too_many_nothing_is_kept() -> None:
     assert pair.reported is None
 
 
+def test_p22_a_name_among_hundreds_is_not_looked_for_at_each_report() -> None:
+    # It was: an upstream that sent one without end took 6 seconds of the process with each read.
+    pair = ActivityPair(walks_ahead=True)
+    pair.client_ahead(QUERY)
+    names = [message(b"S", b"name %03d\0\0" % at) for at in range(REPORTED_BYTES_MAX // 15 - 2)]
+    again = names[0] * 20
+    pair.upstream_sent(b"".join(names) + again + READY_FOR_QUERY)
+    assert pair.idle
+    assert pair.reported is None
+
+
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 1500)), max_size=30),
     st.lists(st.integers(0, 9999), max_size=5),

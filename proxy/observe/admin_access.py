@@ -31,6 +31,9 @@ _YOUNG_SECONDS: Final = 0.2
 # Headers that a browser adds to a page's POST, or an HTTP proxy in front of us to any request. The
 # peer's address then does not identify the client.
 _FOREIGN_HEADERS: Final = ("origin", "forwarded", "x-forwarded-for")
+# What a browser says of a request that no other site's page made. It adds no Origin to the GET of a
+# script or an image.
+_OWN_SITES: Final = ("same-origin", "none")
 
 # The source addresses of a program that connects to loopback. Connections from the rest of
 # 127.0.0.0/8 may be forwarded for others: Istio's sidecar forwards from 127.0.0.6.
@@ -108,6 +111,8 @@ def is_from_this_machine(request: Request) -> bool:
     """Return whether a program on this machine sent the request: no web page, no HTTP proxy."""
     peer: Any = request.client
     if peer is None or any(name in request.headers for name in _FOREIGN_HEADERS):
+        return False
+    if request.headers.get("sec-fetch-site", "none") not in _OWN_SITES:
         return False
     return address_of(peer.host) in _OWN_ADDRESSES
 

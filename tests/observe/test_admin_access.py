@@ -62,6 +62,19 @@ async def test_there_a_foreign_name_is_not_this_machine(path: str) -> None:
     assert (rebound.status, own.status) == (403, 200)
 
 
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200)]
+)
+async def test_a_script_or_an_image_of_another_site_starts_no_search(
+    site: str, status: int
+) -> None:
+    shown = ScriptedAdminState()
+    async with serve_admin(shown, host=LOOPBACK, port=0) as address:
+        headers = f"Host: localhost\r\nSec-Fetch-Site: {site}\r\n"
+        answer = await ask(address.port, "/sessions?processes", headers=headers)
+    assert (answer.status, bool(shown.asked_for_sessions)) == (status, status == 200)
+
+
 async def test_quit_is_a_post_from_this_machine() -> None:
     shown = ScriptedAdminState()
     async with serve_admin(shown, host=LOOPBACK, port=0, quit_allowed=True) as address:

@@ -152,6 +152,6 @@ def _refuse(error: ProxyError) -> int:
     """Print why no client can log in."""
     answer = error.response()
     lines = [f"no client can log in: {answer.message} ({answer.sqlstate}, {error.reason})"]
-    lines += [text for text in (answer.text(b"D"), answer.text(b"H")) if text]
+    lines += [text for text in (error.detail, answer.text(b"H")) if text]
     fail("\n  ".join(lines))
     return EXIT_FAILURE

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import asyncpg
 
@@ -20,6 +20,7 @@ from proxy.blocking import BlockingCalls
 from proxy.config import (
     UPSTREAM,
     AdminSettings,
+    ConfigurationError,
     ListenSettings,
     LogSettings,
     RoutingSettings,
@@ -40,7 +41,9 @@ from proxy.upstream.upstreams import Upstream
 from proxy.verbs.admin_client import REQUEST_SECONDS_MAX, running_proxy
 from proxy.verbs.check_catalogue import check_map, failed_step
 from proxy.verbs.check_facts import reach, upstream_facts, workspace_host
+from proxy.verbs.check_grants import GRANTS_SECONDS_MAX, missing_grants
 from proxy.verbs.check_report import PrintedReport, Report, Step
+from proxy.verbs.endpoint_list import with_endpoints
 from proxy.verbs.event_loop import print_config, run_on_event_loop, serving_settings
 from proxy.verbs.local_client import error_received, failed, log_in
 from proxy.verbs.stderr import fail
@@ -144,6 +147,7 @@ class _TargetCheck:
         self._upstream = upstream
         self._report = report
         self._step = ""  # the one that began last
+        self._note = ""  # of the last step
 
     async def run(self) -> bool:
         """Report each step up to the first failure. Return whether all passed."""
@@ -153,7 +157,8 @@ class _TargetCheck:
         user = await self._client_user()
         if not await self._dial(user):
             return False
-        seconds_max = self._upstream.settings.connect_timeout_seconds + QUERY_SECONDS_MAX
+        seconds_max = self._upstream.settings.connect_timeout_seconds
+        seconds_max += QUERY_SECONDS_MAX + GRANTS_SECONDS_MAX
         return await self._timed("query", seconds_max, self._query(user))
 
     def _begin(self, name: str, seconds_max: float) -> None:
@@ -164,7 +169,7 @@ class _TargetCheck:
         if error is not None:
             self._report.end(failed_step(self._step, self._name, error, seconds))
         else:
-            self._report.end(Step(self._step, self._name, True, seconds, text))
+            self._report.end(Step(self._step, self._name, True, seconds, text, note=self._note))
 
     def _local_steps(self) -> list[_Ask]:
         return [
@@ -307,11 +312,14 @@ class _TargetCheck:
         )
         async with serving(own) as app:
             try:
-                row = await _fetch_row(app, user, target.connect_timeout_seconds)
+                row, note = await _fetch_row(app, user, target.connect_timeout_seconds)
             except asyncpg.PostgresError as error:
                 raise error_received(error) from error
             except (asyncpg.InterfaceError, OSError, TimeoutError) as error:
                 raise failed(error) from error
+        settings = self._settings
+        if not (settings.catalogue_map and self._name == settings.catalogue.target):
+            self._note = note  # who reads a catalogue needs nothing else
         return f"current_user {row[0]}, current_database {row[1]}"
 
 
@@ -331,21 +339,35 @@ async def _terminate(session: UpstreamSession) -> None:
     await session.stream.close()
 
 
-async def _fetch_row(app: App, user: str, connect_seconds: float) -> Sequence[str]:
-    """Return the answer to the query. Raises ProxyError, and what asyncpg does."""
+async def _fetch_row(app: App, user: str, connect_seconds: float) -> tuple[Sequence[str], str]:
+    """Return the answer to the query, and a note on the role's grants.
+
+    Raises ProxyError, and what asyncpg does.
+    """
     connection = await log_in(app, user, "", connect_seconds)
     try:
         row: Sequence[str] = await connection.fetchrow(_QUERY, timeout=QUERY_SECONDS_MAX)
+        note = await _note_on_grants(connection, row[0])
     finally:
         await connection.close(timeout=QUERY_SECONDS_MAX)
-    return row
+    return row, note
+
+
+async def _note_on_grants(connection: Any, role: str) -> str:
+    try:
+        return (await missing_grants(connection, role)).note()
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        return f"the grants on schema public could not be read: {type(error).__name__}: {error}"
 
 
 # -- the verb ------------------------------------------------------------------------------------
 
 
 def run(arguments: Arguments) -> int:
-    """Check and print, or print the values in force. Raises ConfigurationError."""
+    """Check and print, or print the values in force.
+
+    Raises ConfigurationError, which has the endpoints that there are if none is set.
+    """
     if arguments.has(PRINT_CONFIG):
         return print_config(arguments.flags)
     as_json, all_targets = arguments.as_json, arguments.has(ALL_SHARDS)
@@ -356,7 +378,10 @@ def run(arguments: Arguments) -> int:
         except asyncio.CancelledError:
             return fail("check was interrupted")  # 0 would mean that every step passed
 
-    settings = serving_settings(arguments.flags)
+    try:
+        settings = serving_settings(arguments.flags)
+    except ConfigurationError as error:
+        raise with_endpoints(error, arguments.flags) from None
     quiet = settings.model_copy(update={"log": LogSettings(level="error")})
     return run_on_event_loop(quiet, program)
 

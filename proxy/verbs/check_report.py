@@ -9,7 +9,10 @@ _BEGUN_WIDTH: Final = 34
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The outcome of one step at one target. `reason`, `sqlstate` and `fix` are empty if `ok`."""
+    """The outcome of one step at one target. `reason`, `sqlstate` and `fix` are empty if `ok`.
+
+    `note` has lines on what may be missing, and is no failure.
+    """
 
     name: str
     target: str
@@ -19,6 +22,7 @@ class Step:
     reason: str = ""
     sqlstate: str = ""
     fix: str = ""
+    note: str = ""
 
 
 class Report:
@@ -55,10 +59,11 @@ class PrintedReport(Report):
 
 
 def as_outcome(step: Step) -> str:
-    """Return a step's outcome for people: the rest of its line, and if it failed its fix below."""
+    """Return a step's outcome for people: the rest of its line, and below it its fix or note."""
     mark = "ok  " if step.ok else "FAIL"
     line = f"{mark} {step.seconds * 1000:7.0f} ms  {step.text}"
     if step.ok:
-        return line
+        note = step.note.replace("\n", "\n      ")
+        return f"{line}\n      note: {note}" if note else line
     line = f"{line}\n      SQLSTATE {step.sqlstate}, reason={step.reason}"
     return f"{line}\n      fix: {step.fix}" if step.fix else line

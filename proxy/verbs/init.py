@@ -16,6 +16,7 @@ from proxy.config.toml import toml_value
 from proxy.errors import ProxyError
 from proxy.exit_codes import EXIT_OK
 from proxy.observe.logs import configure_logging
+from proxy.verbs.endpoint_list import one_of, refusal
 from proxy.verbs.role_sql import role_statements
 from proxy.verbs.stderr import fail, show_progress
 from proxy.verbs.syntax import Arguments, UsageError
@@ -26,7 +27,6 @@ from proxy.workspace.resources import Endpoint
 
 # Then the person is not there, or cannot mean it.
 ANSWERS_MAX: Final = 5
-_SHOWN_WITHOUT_TERMINAL_MAX: Final = 20
 
 
 class NotChosen(Exception):
@@ -48,9 +48,7 @@ def run(arguments: Arguments) -> int:
             role = arguments.get(ROLE.name) or runner.run(workspace.identity()).role
             endpoint = _endpoint(runner, workspace, settings, arguments)
     except ProxyError as error:
-        answer = error.response()
-        hint = answer.text(b"H")
-        return fail(f"{answer.message} ({error.reason})" + (f"\n  {hint}" if hint else ""))
+        return fail(refusal(error))
     except NotChosen as error:
         return fail(str(error))
     print(_result(settings, arguments, role, endpoint), end="")
@@ -71,7 +69,7 @@ def _endpoint(
         if given is not None:
             wanted = f"{name}/{collection}/{given}".lstrip("/")
             if wanted not in [one.name for one in found]:
-                raise NotChosen(f"there is no {wanted}{_one_of(found)}")
+                raise NotChosen(f"there is no {wanted}{one_of(found)}")
             name = wanted
         else:
             name = _choose(found, collection, name, option.flag if option else "")
@@ -88,7 +86,7 @@ def _choose(found: Sequence[Listed], collection: str, parent: str, flag: str) ->
         return found[0].name
     if not sys.stdin.isatty():
         how = flag or "--upstream.endpoint"
-        raise NotChosen(f"there are {len(found)} {collection}: set {how}{_one_of(found)}")
+        raise NotChosen(f"there are {len(found)} {collection}: set {how}{one_of(found)}")
     for number, one in enumerate(found, 1):
         _say(f"{number:>3}  {one.name} {_in_brackets(one)}".rstrip())
     for _ in range(ANSWERS_MAX):
@@ -101,12 +99,6 @@ def _choose(found: Sequence[Listed], collection: str, parent: str, flag: str) ->
             return found[int(answer[:9]) - 1].name
         _say(f"a number from 1 to {len(found)}, please")
     raise NotChosen("nothing was chosen")
-
-
-def _one_of(found: Sequence[Listed]) -> str:
-    names = [f"\n  {one.name}" for one in found[:_SHOWN_WITHOUT_TERMINAL_MAX]]
-    more = len(found) - len(names)
-    return "; there is" + "".join(names) + (f"\n  and {more} more" if more else "")
 
 
 def _in_brackets(listed: Listed) -> str:

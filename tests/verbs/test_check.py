@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from proxy.emulator.certificates import Certificate
 from proxy.emulator.cluster import Cluster
 from proxy.emulator.endpoints import neon_error
 from proxy.emulator.faults import Injection, Reply, Stage
-from proxy.emulator.lakebase import Lakebase
+from proxy.emulator.lakebase import SHARDS, Lakebase
 from proxy.emulator.tokens import TokenIssuer
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
 from proxy.server.serving import serving
+from proxy.verbs.endpoint_list import SHOWN_MAX
 from proxy.wire.messages import ErrorResponse
 from tests.support.proxy_process import ROOT, run_to_end, started_process
 from tests.support.running import proxy_settings, proxy_values, toml
@@ -45,6 +47,12 @@ class Checked:
     code: int
     out: str
     err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines of the steps, without the note on tables that other tests have left."""
+        assert "FAIL" not in self.out
+        return [line for line in self.out.splitlines() if not line.startswith(" ")]
 
     @property
     def json(self) -> dict[str, Any]:
@@ -81,7 +89,7 @@ async def test_all_steps_pass_and_the_last_line_says_who_and_where(
 ) -> None:
     found = await checked(lakebase, tmp_path)
     assert (found.code, found.err) == (EXIT_OK, "")
-    lines = found.out.splitlines()
+    lines = found.lines
     assert [line[:15].strip() for line in lines] == STEPS
     line_form = re.compile(r".{15} \(at most \d+ s\) +ok +\d+ ms  .*")
     assert all(line_form.fullmatch(line) for line in lines)
@@ -239,7 +247,7 @@ async def test_json_has_the_same_for_machines(lakebase: Lakebase, tmp_path: Path
     for step in steps:
         assert step.keys() == {
             *("name", "target", "ok", "seconds", "text"),
-            *("reason", "sqlstate", "fix"),
+            *("reason", "sqlstate", "fix", "note"),
         }
         assert step["target"] == "upstream"
         assert step["ok"] is True
@@ -260,7 +268,7 @@ async def test_a_native_password_is_checked_without_any_token(
         lakebase, tmp_path, credentials={"password_file": str(file)}, upstream=upstream
     )
     assert found.code == EXIT_OK
-    lines = found.out.splitlines()
+    lines = found.lines
     assert [line[:15].strip() for line in lines] == [*STEPS[:2], *STEPS[6:]]
     assert "with a native password" in lines[0]
     assert f"current_user {lakebase.native_role}, " in lines[-1]
@@ -569,7 +577,7 @@ async def test_a_workspace_that_does_not_say_the_time_is_no_failure(
         lakebase, tmp_path, workspace={**workspace, "token": lakebase.personal_token}
     )
     assert found.code == EXIT_OK
-    assert "the workspace does not say what time it is" in found.out.splitlines()[3]
+    assert "the workspace does not say what time it is" in found.lines[3]
 
 
 async def test_for_people_a_failure_has_its_fix_below_it(
@@ -613,6 +621,68 @@ async def test_a_configuration_error_exits_with_2_and_prints_nothing_else(
     assert "upstream.ssl_root_cert" in found.err
 
 
+async def test_without_an_endpoint_those_that_the_login_sees_are_named(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    api = lakebase.workspace.api
+    for number in range(SHOWN_MAX):
+        more = copy(api.endpoints[0])
+        more.name = f"projects/zoo/branches/production/endpoints/e{number}"
+        api.endpoints.append(more)
+    found = await checked(lakebase, tmp_path, upstream={"endpoint": ""})
+    assert (found.code, found.out) == (EXIT_USAGE, "")
+    _, problem, *names, last = found.err.splitlines()
+    assert problem.startswith("  upstream.endpoint (file ")
+    assert problem.endswith(" (or upstream.instance); there is")
+    assert len(names) == SHOWN_MAX
+    assert [f"    {shard.endpoint.name}" for shard in lakebase.shards] == names[: len(SHARDS)]
+    assert last == "    and more"
+
+
+async def test_why_endpoints_could_not_be_listed_is_told_within_the_bound(
+    lakebase: Lakebase, tmp_path: Path
+) -> None:
+    _wrong_secret(lakebase)
+    found = await checked(lakebase, tmp_path, "--json", upstream={"endpoint": ""})
+    assert (found.code, found.out) == (EXIT_USAGE, "")
+    assert "required, because tokens are issued for an endpoint" in found.err
+    assert "The endpoints could not be listed: " in found.err
+    assert "(workspace_login_failed)" in found.err
+    lakebase.workspace.fail(Call.TOKEN, faults.HANG)
+    short = {"mint_timeout_seconds": 1}
+    found = await checked(lakebase, tmp_path, upstream={"endpoint": ""}, credentials=short)
+    assert (found.code, found.out) == (EXIT_USAGE, "")
+    assert "could not be listed: " in found.err
+    # What is wrong in what is set is said alone, and nothing is asked.
+    wrong = {"endpoint": "", "port": 0}
+    found = await checked(lakebase, tmp_path, upstream=wrong, credentials=short)
+    assert (found.code, "listed" in found.err) == (EXIT_USAGE, False)
+
+
+async def test_grants_that_are_missing_on_schema_public_are_a_note(
+    lakebase: Lakebase, tmp_path: Path, scratch_database: str
+) -> None:
+    upstream = {"database": scratch_database}
+    found = await checked(lakebase, tmp_path, "--json", upstream=upstream)
+    assert (found.code, found.json["steps"][-1]["note"]) == (EXIT_OK, "")
+    lakebase["one"].endpoint.cluster.execute(
+        "ALTER SCHEMA public OWNER TO postgres; CREATE TABLE orders (n int)",
+        database=scratch_database,
+    )
+    found = await checked(lakebase, tmp_path, upstream=upstream)
+    assert found.code == EXIT_OK
+    role = f'"{lakebase.client_id}"'
+    *_, first, schema, tables = found.out.splitlines()
+    assert first.startswith(
+        "      note: the role lacks CREATE on schema public and may not read or"
+    )
+    assert first.endswith(" write 1 table there (orders); if it needs to, the owner runs:")
+    assert (schema, tables) == (
+        f"      GRANT USAGE, CREATE ON SCHEMA public TO {role};",
+        f"      GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role};",
+    )
+
+
 async def test_the_guides_environment_alone_is_enough(lakebase: Lakebase, tmp_path: Path) -> None:
     environment = {
         "PYTHONPATH": str(ROOT),
@@ -634,7 +704,7 @@ async def test_the_guides_environment_alone_is_enough(lakebase: Lakebase, tmp_pa
     code, out, err = await run_to_end(sys.executable, *command, environment=environment)
     assert (code, err) == (EXIT_OK, "")
     expected = f"current_user {lakebase.client_id}, current_database databricks_postgres"
-    assert out.splitlines()[-1].endswith(expected)
+    assert f"{expected}\n" in out
     assert lakebase.client_secret not in out
 
 
@@ -644,7 +714,7 @@ async def test_a_client_that_may_be_anyone_is_checked_as_the_tokens_identity(
     # As the user of the machine, whom no token lets in, it always failed.
     found = await checked(lakebase, tmp_path, upstream={"user": "*"})
     assert found.code == EXIT_OK
-    assert f"current_user {lakebase.client_id}, " in found.out.splitlines()[-1]
+    assert f"current_user {lakebase.client_id}, " in found.lines[-1]
 
 
 async def test_what_the_environment_says_to_drivers_is_not_for_the_last_step(
@@ -735,7 +805,7 @@ def _two_targets(lakebase: Lakebase) -> dict[str, dict[str, object]]:
 async def test_every_target_is_checked_under_its_name(lakebase: Lakebase, tmp_path: Path) -> None:
     found = await checked(lakebase, tmp_path, "--all-shards", **_two_targets(lakebase))
     assert (found.code, found.err) == (EXIT_OK, "")
-    lines = found.out.splitlines()
+    lines = found.lines
     assert [line for line in lines if " ok   " not in line] == ["target one", "target two"]
     assert lines[0] == "target one"
     assert lines[len(STEPS) + 1] == "target two"

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import pty
 import re
 import signal
 import sys
@@ -194,6 +195,20 @@ async def test_a_client_of_a_unix_socket_is_named_by_its_process(
         assert row["command"] == OWN_COMMAND
 
 
+async def in_terminal(columns: int, *arguments: str) -> list[str]:
+    """Run it with a terminal as its output; return the lines."""
+    ours, its = pty.openpty()
+    try:
+        command = (sys.executable, "-m", "proxy", *arguments)
+        environment = {**os.environ, "COLUMNS": str(columns)}
+        process = await asyncio.create_subprocess_exec(*command, stdout=its, env=environment)
+        assert await process.wait() == 0
+        return os.read(ours, 65536).decode().splitlines()
+    finally:
+        os.close(its)
+        os.close(ours)
+
+
 async def test_status_shows_and_ends_the_sessions_of_all_workers(
     start_process: StartProcess, unused_tcp_port: int
 ) -> None:
@@ -231,6 +246,11 @@ async def test_status_shows_and_ends_the_sessions_of_all_workers(
         header, *shown = lines[-3:]
         assert header.split()[:4] == ["ID", "STATE", "AGE", "CLIENT"]
         assert all(USER in line and "idle, " in line for line in shown)
+
+        lines = await in_terminal(60, "status", f"--admin.port={port}", "--sessions")
+        assert lines[-3].split()[:4] == header.split()[:4]
+        assert lines[-1].startswith("2   idle, ")
+        assert max(map(len, lines)) <= 60 < len(header)
 
         ended = json.dumps({"ok": True, "id": second["id"]}) + "\n"
         assert await status("--end", str(second["id"]), "--json") == (0, ended, "")

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -24,6 +24,8 @@ from typing import Final
 _SERVING_VERBS: Final = ("run", "demo")
 # These run beside a proxy, often in its container. If memory is short, they are to be killed.
 _VERBS_BESIDE: Final = ("check", "wait")
+# A key may be called like a verb.
+_SHARD_KEY: Final = "--shard-key"
 _OOM_SCORE_ADJ: Final = Path("/proc/self/oom_score_adj")
 _OOM_SCORE_MAX: Final = "1000"
 
@@ -49,8 +51,10 @@ def main() -> int:
 
 def _verb() -> str:
     """Return the verb if it is one of those that differ here: flags may stand before it."""
-    arguments = takewhile(lambda argument: argument != "--", sys.argv[1:])
-    return next((one for one in arguments if one in (*_SERVING_VERBS, *_VERBS_BESIDE)), "")
+    arguments = takewhile(lambda argument: argument != "--", sys.argv)
+    verbs = (*_SERVING_VERBS, *_VERBS_BESIDE)
+    given = (one for before, one in pairwise(arguments) if before != _SHARD_KEY and one in verbs)
+    return next(given, "")
 
 
 def _exit_at_once(code: int) -> None:

@@ -159,7 +159,27 @@ def test_an_unknown_verb_is_named_with_the_usage(capsys: pytest.CaptureFixture[s
     assert main(["serve"]) == EXIT_USAGE
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == (f"lakebase-auth-proxy: there is no verb 'serve': one of {', '.join(VERBS)}\n")
+    first, *listed = err.splitlines()
+    assert first == "lakebase-auth-proxy: there is no verb 'serve': one of"
+    assert " ".join(line.strip() for line in listed) == ", ".join(VERBS)
+    assert max(map(len, listed)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--shard-key", "run", "exec", "--", "x"), "--shard-key: needs a shard map"),
+        (("--project", "run", "init", "--sql", "--toml"), "--sql prints no configuration"),
+        (("shards", "--range", "move", "7", "repair"), "--from is one of catalogue, shard"),
+    ],
+    ids=str,
+)
+def test_the_value_of_a_flag_before_the_verb_is_no_verb(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # `--shard-key run exec -- x` was taken for `run`.
+    assert main(arguments) == EXIT_USAGE
+    assert said in capsys.readouterr().err
 
 
 def test_a_word_that_may_be_a_secret_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,10 +164,14 @@ class StoreReader:
 
 
 def refusal(error: BaseException) -> ProxyError:
-    """Return what a client is told of an error of the catalogue or of the dial to it."""
+    """Return what a client is told of an error of the catalogue or of the dial to it.
+
+    It is final where a credential was refused: waiting does not help.
+    """
     found = translated(error, _WHERE)
     kind = _KINDS.get(found.reason, ErrorKind.CATALOGUE_UNREACHABLE)
-    return ProxyError(kind, found.message)
+    refused = found.sqlstate.startswith("28") and not found.transient
+    return ProxyError(kind, found.message, final=refused)
 
 
 def open_reader(connect: Connect, opener: SessionOpener, record: RecordQuery) -> OpenReader:

@@ -86,9 +86,15 @@ class CatalogueService:
         return self._keys
 
     async def wait_for_keys(self, seconds: float) -> MapKeys:
-        """Return it when the map is loaded. Raises ProxyError after this time."""
+        """Return it when the map is loaded.
+
+        Raises ProxyError after this time, or at once if the catalogue's credential is refused.
+        """
         try:
             async with asyncio.timeout(seconds):
+                failure = await self._followed.first_try()
+                if failure is not None and failure.final and not self._followed.is_loaded:
+                    raise failure.with_traceback(None)
                 await self._followed.wait_until_loaded()
         except TimeoutError:
             raise self._unloaded() from None

@@ -93,7 +93,7 @@ def fetch_sessions(settings: AdminSettings, *, processes: bool) -> Iterator[dict
         path = f"{_SESSIONS}?{urlencode(query)}"
         page = _fetched(settings, path, "sessions", SESSIONS_SECONDS_MAX)
         yield from page["sessions"]
-        after = page["next"]
+        after = page.get("next")
 
 
 def ask_to_end(settings: AdminSettings, number: int) -> None:

@@ -11,6 +11,7 @@ SIGTERM works until it ends, as it would without the proxy.
 """
 
 import asyncio
+import errno
 import os
 import resource
 import signal
@@ -38,7 +39,7 @@ class CommandNotStarted(Exception):
     """The command cannot be started. `exit_code` is what a shell would end with."""
 
     def __init__(self, command: str, error: OSError) -> None:
-        super().__init__(f"{command}: {error.strerror or error}")
+        super().__init__(f"{command or repr(command)}: {error.strerror or error}")
         self.exit_code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
 
 
@@ -99,6 +100,8 @@ def _start(
     """Return the child. Raises CommandNotStarted."""
     raised = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
+        if not command[0]:  # it would be each folder of PATH
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         with suppress(ValueError, OSError):  # as it could not be raised either
             resource.setrlimit(resource.RLIMIT_NOFILE, (file_limit[0], raised[1]))
         return subprocess.Popen(command, env=environment)  # noqa: S603 - what the user asked for

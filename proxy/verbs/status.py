@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from proxy.exit_codes import EXIT_OK
 from proxy.verbs.admin_client import AdminError, ask_to_end, fetch_sessions, fetch_status
 from proxy.verbs.status_report import session_lines, status_lines
 from proxy.verbs.stderr import fail
-from proxy.verbs.syntax import Arguments
+from proxy.verbs.syntax import Arguments, UsageError
 from proxy.verbs.verb_table import END, PROCESSES, SESSIONS, WATCH
 
 WATCH_SECONDS: Final = 2.0
@@ -24,10 +25,14 @@ _CLEAR: Final = "\x1b[H\x1b[2J"
 def run(arguments: Arguments) -> int:
     """Ask the proxy that has this configuration. Raises ConfigurationError and UsageError."""
     number = arguments.number(END.name, 1, _ID_MAX)
+    if arguments.has(PROCESSES) and not arguments.has(SESSIONS):
+        raise UsageError(f"{PROCESSES.flag} is for {SESSIONS.flag}")
     admin = load_settings(arguments.flags, os.environ).admin
     try:
         if number is not None:
             ask_to_end(admin, number)
+            ending = {"ok": True, "id": number}
+            print(json.dumps(ending) if arguments.as_json else f"session {number} is being ended")
         elif not arguments.has(WATCH):
             print(_shown(admin, arguments))
     except AdminError as error:
@@ -55,7 +60,8 @@ def _shown(admin: AdminSettings, arguments: Arguments) -> str:
         sessions = list(fetch_sessions(admin, processes=arguments.has(PROCESSES)))
     if arguments.as_json:
         return json.dumps(status if sessions is None else {**status, "open_sessions": sessions})
-    lines: Iterator[str] = status_lines(status)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    lines: Iterator[str] = status_lines(status, width)
     if sessions is not None:
-        lines = chain(lines, [""], session_lines(sessions))
+        lines = chain(lines, [""], session_lines(sessions, width))
     return "\n".join(lines)

@@ -2,49 +2,45 @@
 
 For: `status` without --json. Not for: asking (`admin_client`).
 
-Invariant: what a client has sent cannot control the terminal: only printable characters are shown.
+Invariants: what a client has sent cannot control the terminal: only printable characters are shown.
+What a proxy of another version does not say is left out.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import accumulate
 from typing import Any, Final
 
-# A longer word would push the rest of the line away.
+# A longer word would push the rest of a terminal's line away.
 CELL_CHARACTERS_MAX: Final = 28
+_GAP: Final = "  "
 _UNITS: Final = (("d", 86_400), ("h", 3_600), ("min", 60))
 _BYTE_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
 Table = Mapping[str, Any]
+_Columns = Mapping[str, Callable[[Table], str]]
 
 
-def status_lines(status: Table) -> Iterator[str]:
-    """Yield what a proxy is doing: state, sessions, targets, tokens, errors, warnings."""
-    yield f"{status['state']}, up for {duration(status['uptime_seconds'])}, {status['version']}"
-    yield f"listens on {status['listen'] or 'nothing yet'}"
-    opening = f", {status['sessions_opening']} waiting" if status["sessions_opening"] else ""
-    yield f"{status['sessions']} of {status['sessions_max']} sessions{opening}"
-    if status["drain"]["draining"]:
-        left = status["drain"]["seconds_left"]
-        yield f"drains; what is left is cut in {duration(left or 0)}"
-    for api in status["workspace_apis"]:
-        if api["failing_since"]:
-            since = duration(api["failing_seconds"])
-            yield f"no token from {api['workspace']} for {since}: {api['reason']}"
-    for warning in status["warnings"]:
-        yield f"warning: {warning}"
-    if status["targets"]:
-        yield ""
-        yield from _table(map(_target_row, status["targets"]))
-    if status["errors"]:
-        yield ""
-        yield from _table(map(_error_row, status["errors"]))
+def status_lines(status: Table, width: int | None = None) -> Iterator[str]:
+    """Yield what a proxy is doing: health, state, sessions, targets, tokens, errors, warnings.
+
+    Tables fit the `width` of a terminal; without one nothing is cut.
+    """
+    for part in (_health, _state_of_proxy, _addresses, _sessions, _tokens, _warnings):
+        with suppress(KeyError):
+            yield from part(status)
+    for name, columns in (("targets", _TARGET), ("errors", _ERROR)):
+        if status.get(name):
+            yield ""
+            yield from _table(columns, status[name], width)
 
 
-def session_lines(sessions: Sequence[Table]) -> Iterator[str]:
+def session_lines(sessions: Sequence[Table], width: int | None = None) -> Iterator[str]:
     """Yield a table of open connections; a column that is empty in every row is left out.
 
-    `sent` and `received` are bytes, as the client sees them.
+    `sent` and `received` are bytes, as the client sees them. `width` is as in `status_lines`.
     """
-    yield from _table(map(_session_row, sessions)) if sessions else ("no client is connected",)
+    yield from _table(_SESSION, sessions, width) if sessions else ("no client is connected",)
 
 
 def duration(seconds: float) -> str:
@@ -68,37 +64,47 @@ def size(count: float) -> str:
     return f"{count:.1f} {_BYTE_UNITS[-1]}"
 
 
-def _target_row(row: Table) -> dict[str, str]:
-    return {
-        "target": row["name"],
-        "sessions": str(row["sessions"]),
-        "started": str(row["sessions_started"]),
-        "sent": size(row["client_bytes"]),
-        "received": size(row["upstream_bytes"]),
-        "host": row["host"],
-    }
+# -- lines, each of which raises KeyError for what is not known ------------------------------------
 
 
-def _error_row(row: Table) -> dict[str, str]:
-    return {"failure": row["reason"], "times": str(row["count"]), "last": row["at"]}
+def _health(status: Table) -> Iterator[str]:
+    yield status["health"]["text"]
 
 
-def _session_row(row: Table) -> dict[str, str]:
-    pid, command = row["pid"], row["command"]
-    return {
-        "id": str(row["id"]),
-        "client": row["client"] or ("unix socket" if pid else ""),
-        "process": " ".join(filter(None, (command, str(pid) if pid else ""))),
-        "application": row["application_name"],
-        "user": row["user"],
-        "database": row["database"],
-        "target": row["target"],
-        "key": row["shard_key"] or "",
-        "age": duration(row["age_seconds"]),
-        "state": _state(row),
-        "sent": size(row["client_bytes"]),
-        "received": size(row["upstream_bytes"]),
-    }
+def _state_of_proxy(status: Table) -> Iterator[str]:
+    yield f"{status['state']}, up for {duration(status['uptime_seconds'])}, {status['version']}"
+
+
+def _addresses(status: Table) -> Iterator[str]:
+    yield f"listens on {status['listen'] or 'nothing yet'}"
+
+
+def _sessions(status: Table) -> Iterator[str]:
+    opening = f", {status['sessions_opening']} waiting" if status["sessions_opening"] else ""
+    yield f"{status['sessions']} of {status['sessions_max']} sessions{opening}"
+
+
+def _tokens(status: Table) -> Iterator[str]:
+    for api in status["workspace_apis"]:
+        if api["failing_since"]:
+            since = duration(api["failing_seconds"])
+            yield f"no token from {api['workspace']} for {since}: {api['reason']}"
+
+
+def _warnings(status: Table) -> Iterator[str]:
+    for warning in status["warnings"]:
+        yield f"warning: {warning}"
+
+
+# -- tables: the columns that matter most come first -----------------------------------------------
+
+
+def _client(row: Table) -> str:
+    return row["client"] or ("unix socket" if row["pid"] else "")
+
+
+def _process(row: Table) -> str:
+    return " ".join(str(one) for one in (row["command"], row["pid"]) if one)
 
 
 def _state(row: Table) -> str:
@@ -107,18 +113,59 @@ def _state(row: Table) -> str:
     return words if seconds is None else f"{words}, {duration(seconds)}"
 
 
-def _table(rows: Iterable[Mapping[str, str]]) -> Iterator[str]:
-    """Yield the rows in columns below their names."""
-    shown = [{name: _cell(text) for name, text in row.items()} for row in rows]
-    names = [name for name in shown[0] if any(row[name] for row in shown)]
-    lines = [{name: name.upper() for name in names}, *shown]
+_TARGET: Final[_Columns] = {
+    "target": lambda row: row["name"],
+    "sessions": lambda row: str(row["sessions"]),
+    "started": lambda row: str(row["sessions_started"]),
+    "sent": lambda row: size(row["client_bytes"]),
+    "received": lambda row: size(row["upstream_bytes"]),
+    "host": lambda row: row["host"],
+}
+_ERROR: Final[_Columns] = {
+    "failure": lambda row: row["reason"],
+    "times": lambda row: str(row["count"]),
+    "last": lambda row: row["at"],
+}
+_SESSION: Final[_Columns] = {
+    "id": lambda row: str(row["id"]),
+    "state": _state,
+    "age": lambda row: duration(row["age_seconds"]),
+    "client": _client,
+    "process": _process,
+    "application": lambda row: row["application_name"],
+    "target": lambda row: row["target"],
+    "key": lambda row: row["shard_key"] or "",
+    "user": lambda row: row["user"],
+    "database": lambda row: row["database"],
+    "sent": lambda row: size(row["client_bytes"]),
+    "received": lambda row: size(row["upstream_bytes"]),
+}
+
+
+def _table(columns: _Columns, rows: Iterable[Table], width: int | None) -> Iterator[str]:
+    """Yield the rows in columns below their names.
+
+    Of a terminal's width the columns are shown that have room for their names; the last one is cut.
+    """
+    longest = None if width is None else CELL_CHARACTERS_MAX
+    shown = [{name: _cell(cell, row, longest) for name, cell in columns.items()} for row in rows]
+    lines = [{name: name.upper() for name in columns}, *shown]
+    names = [name for name in columns if any(row[name] for row in shown)]
     widths = {name: max(len(line[name]) for line in lines) for name in names}
+    if width is not None:
+        ends = accumulate(widths[name] + len(_GAP) for name in names)
+        starts = dict(zip(names, (0, *ends), strict=False))
+        names = [name for name in names if starts[name] + len(name) <= width]
     for line in lines:
-        yield "  ".join(line[name].ljust(widths[name]) for name in names).rstrip()
+        yield _GAP.join(line[name].ljust(widths[name]) for name in names)[:width].rstrip()
 
 
-def _cell(text: str) -> str:
+def _cell(cell: Callable[[Table], str], row: Table, longest: int | None) -> str:
+    try:
+        text = cell(row)
+    except KeyError:
+        return ""
     printable = "".join(one if one.isprintable() else "?" for one in text)
-    if len(printable) <= CELL_CHARACTERS_MAX:
+    if longest is None or len(printable) <= longest:
         return printable
-    return printable[: CELL_CHARACTERS_MAX - 3] + "..."
+    return printable[: longest - 3] + "..."

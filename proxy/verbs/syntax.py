@@ -13,7 +13,7 @@ import argparse
 import difflib
 import re
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn, Self
 
@@ -38,6 +38,17 @@ class UsageError(Exception):
     """The arguments cannot be meant. The text says why."""
 
 
+class UnknownFlags(UsageError):
+    """Flags that do not exist. `settings` are the settings' flags of a verb that has settings.
+
+    They may be wrong too, and so are to be reported with these.
+    """
+
+    def __init__(self, sentences: Iterable[str], settings: Sequence[str] | None = None) -> None:
+        super().__init__("\n".join(sentences))
+        self.settings = settings
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """A flag of a verb: a switch, or with a `metavar` one that takes a value, or a `pair` of them.
@@ -56,9 +67,9 @@ class Option:
         return f"--{self.name}"
 
     @property
-    def is_single(self) -> bool:
-        """Whether it takes one value, and may be given once."""
-        return bool(self.metavar) and not self.pair
+    def values(self) -> int:
+        """The number of values that it takes. With one it may be given once."""
+        return 2 if self.pair else int(bool(self.metavar))
 
 
 JSON: Final = Option("json", "print one JSON object")
@@ -115,7 +126,8 @@ class Arguments:
         if not syntax.sections:
             unknown += [flag.partition("=")[0] for flag in flags]
         if unknown:
-            raise UsageError("\n".join(_unknown(flag, syntax) for flag in unknown))
+            settings = flags if syntax.sections else None
+            raise UnknownFlags((_unknown(flag, syntax) for flag in unknown), settings)
         words += after[1:]
         if not syntax.words_min <= len(words) <= syntax.words_max:
             many = "few" if len(words) < syntax.words_min else "many"
@@ -125,7 +137,7 @@ class Arguments:
         given = {one: getattr(found, one.name.replace("-", "_")) for one in syntax.options}
         return cls(
             tuple(words),
-            {one.name: _only(one, given[one]) for one in given if one.is_single and given[one]},
+            {one.name: _only(one, given[one]) for one in given if one.values == 1 and given[one]},
             frozenset(one.name for one, value in given.items() if value is True),
             tuple(flags),
             tuple((low, high) for one in given if one.pair for low, high in given[one] or ()),
@@ -184,20 +196,36 @@ class OptionParser(argparse.ArgumentParser):
         raise UsageError(f"{flag} {why}")
 
 
-def take_verb(arguments: Sequence[str], names: Collection[str]) -> tuple[str, list[str]]:
+def take_verb(
+    arguments: Sequence[str], syntaxes: Mapping[str, Syntax], own: Collection[str] = ()
+) -> tuple[str, list[str]]:
     """Return the verb, which is the first argument that is one's name, and the other arguments.
 
-    The verb is empty if there are only flags. Raises UsageError.
+    The value of a verb's option is no verb. The verb is empty if there are only flags that exist:
+    `own` are those without a verb. Raises UsageError.
     """
     flags, rest, after = _split(arguments)
+    options = [option for syntax in syntaxes.values() for option in syntax.options]
+    values = {option.flag: option.values for option in options}
     for at, word in enumerate(rest):
-        if word in names:
+        is_value = any(values.get(rest[at - n], 0) >= n for n in range(1, min(at, 2) + 1))
+        if word in syntaxes and not is_value:
             return word, [*flags, *rest[:at], *rest[at + 1 :], *after]
     if not rest or rest[0].startswith("-"):
+        known = [*values, *own]
+        given = [word.partition("=")[0] for word in rest if word.startswith("--")]
+        if unknown := [flag for flag in given if flag not in known]:
+            raise UnknownFlags(_unknown_without_verb(flag, known) for flag in unknown)
         return "", list(arguments)
-    near = did_you_mean(difflib.get_close_matches(rest[0], names, n=1))
+    near = did_you_mean(difflib.get_close_matches(rest[0], syntaxes, n=1))
     word = repr(rest[0]) if re.fullmatch("[A-Za-z_-]+", rest[0]) else "of that name"
-    raise UsageError(f"there is no verb {word}{near or ': one of ' + ', '.join(names)}")
+    raise UsageError(f"there is no verb {word}{near or ': ' + one_of(syntaxes)}")
+
+
+def one_of(names: Iterable[str]) -> str:
+    """Return the end of a sentence that lists names, on lines of their own."""
+    listed = textwrap.fill(", ".join(names), _COLUMNS - 2, break_on_hyphens=False)
+    return "one of\n" + textwrap.indent(listed, "  ")
 
 
 def did_you_mean(near: Sequence[str]) -> str:
@@ -216,6 +244,11 @@ def _only(option: Option, values: Sequence[str]) -> str:
     if len(set(values)) > 1:
         raise UsageError(f"{option.flag} is given twice")
     return values[0]
+
+
+def _unknown_without_verb(flag: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(flag, known, n=1) or likely_flags(flag)
+    return f"there is no {flag}{did_you_mean(near) or ' without a verb: --help lists the verbs'}"
 
 
 def _unknown(flag: str, syntax: Syntax) -> str:

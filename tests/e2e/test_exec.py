@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from proxy.emulator.lakebase import Lakebase
+from tests.support.operator import Operator
 from tests.support.proxy_process import START_SECONDS_MAX, ProxyProcess, started_process
 from tests.support.running import eventually, proxy_values, psql_path, toml, without_own_account
 from tests.support.sharding import TABLE, sharded
@@ -87,6 +88,7 @@ async def test_a_command_that_cannot_run_has_a_shells_exit_code(
     file.chmod(0o600)
     cases = {
         (str(tmp_path / "none"),): (127, "No such file or directory"),
+        ("",): (127, "'': No such file or directory"),  # it was 126: a folder of PATH
         (str(file),): (126, "Permission denied"),
     }
     results = await asyncio.gather(*(result(config, "--", *command) for command in cases))
@@ -133,6 +135,19 @@ async def test_a_shard_key_is_the_commands_only_way_to_a_shard(
     assert "key_missing" in kept[2]
     assert conflict[:2] == (1, "")
     assert "key_conflict" in conflict[2]
+
+
+async def test_a_refused_credential_is_told_at_once_where_the_catalogues_map_is_not_loaded(
+    operator: Operator, tmp_path: Path
+) -> None:
+    # It waited for the map as long as a dial may take: 30 s.
+    secret = {"workspace": {"client_secret": "another-secret"}}
+    file = operator.stores.file(tmp_path, operator.stores.roles.session, **secret)
+    long = "--upstream.connect_timeout_seconds=600"
+    code, out, err = await result(str(file), long, "--", "echo", "it ran")
+    assert (code, out) == (1, "")
+    assert "no client can log in" in err
+    assert "the Databricks workspace refused the login" in err
 
 
 def toml_of(lakebase: Lakebase) -> str:

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import os
+import pty
 import re
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +21,7 @@ from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.admin_address import ask
 from tests.support.client import Client, connected, plain_client, query, startup
 from tests.support.pooling import SESSION_MODE
-from tests.support.proxy_process import run_to_end
+from tests.support.proxy_process import run_to_end, started_process
 from tests.support.running import USER, WAIT_SECONDS_MAX, all_over, eventually, libpq
 from tests.support.sharding import list_map, sharded
 
@@ -193,6 +195,20 @@ async def test_a_client_of_a_unix_socket_is_named_by_its_process(
         assert row["command"] == OWN_COMMAND
 
 
+async def in_terminal(columns: int, *arguments: str) -> list[str]:
+    """Run it with a terminal as its output; return the lines."""
+    ours, its = pty.openpty()
+    try:
+        command = (sys.executable, "-m", "proxy", *arguments)
+        environment = {**os.environ, "COLUMNS": str(columns)}
+        process = await asyncio.create_subprocess_exec(*command, stdout=its, env=environment)
+        assert await process.wait() == 0
+        return os.read(ours, 65536).decode().splitlines()
+    finally:
+        os.close(its)
+        os.close(ours)
+
+
 async def test_status_shows_and_ends_the_sessions_of_all_workers(
     start_process: StartProcess, unused_tcp_port: int
 ) -> None:
@@ -204,7 +220,13 @@ async def test_status_shows_and_ends_the_sessions_of_all_workers(
         command = (sys.executable, "-m", "proxy", "status", f"--admin.port={port}", *arguments)
         return await run_to_end(*command)
 
-    async with plain_client(proxy) as one, plain_client(proxy) as other:
+    watch = ("status", "--watch", "--json", f"--admin.port={port}")
+    async with (
+        plain_client(proxy) as one,
+        plain_client(proxy) as other,
+        started_process(*watch) as watching,
+    ):
+        await watching.printed('"state": "serving"')
         for client in (one, other):
             await client.start_up()
         code, out, err = await status("--sessions", "--json", "--processes")
@@ -217,17 +239,33 @@ async def test_status_shows_and_ends_the_sessions_of_all_workers(
         code, out, err = await status("--sessions")
         assert (code, err) == (0, "")
         lines = out.splitlines()
-        assert lines[0].startswith("serving, up for ")
-        assert lines[2] == "2 of 1000 sessions"
-        assert re.match(r"TARGET +SESSIONS +STARTED", lines[4])
+        assert lines[0] == "Serving 2 sessions."
+        assert lines[1].startswith("serving, up for ")
+        assert lines[3] == "2 of 1000 sessions"
+        assert re.match(r"TARGET +SESSIONS +STARTED", lines[5])
         header, *shown = lines[-3:]
-        assert header.split()[:4] == ["ID", "CLIENT", "USER", "TARGET"]
+        assert header.split()[:4] == ["ID", "STATE", "AGE", "CLIENT"]
         assert all(USER in line and "idle, " in line for line in shown)
 
-        assert await status("--end", str(second["id"])) == (0, "", "")
+        lines = await in_terminal(60, "status", f"--admin.port={port}", "--sessions")
+        assert lines[-3].split()[:4] == header.split()[:4]
+        assert lines[-1].startswith("2   idle, ")
+        assert max(map(len, lines)) <= 60 < len(header)
+
+        ended = json.dumps({"ok": True, "id": second["id"]}) + "\n"
+        assert await status("--end", str(second["id"]), "--json") == (0, ended, "")
         assert ENDED in await other.receive_rest()
         await one.query("SELECT 'it lives'")
         assert b"it lives" in await one.receive()
         code, _, err = await status("--end", "99")
         assert code == 1
         assert "there is no session 99" in err
+        assert await status("--end", str(first["id"])) == (0, "session 1 is being ended\n", "")
+
+        await watching.printed('"sessions": 2')  # it is asked again
+        proxy.send(signal.SIGTERM)
+        assert await proxy.ended() == 0
+        await watching.printed("no proxy answers on")  # which may start again
+        watching.send(signal.SIGINT)
+        assert await watching.ended() == 128 + signal.SIGINT
+        assert watching.err == ""

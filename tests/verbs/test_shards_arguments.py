@@ -78,7 +78,7 @@ target = "main"
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "one of init, upgrade"),
+        ([], "one of\n  init, upgrade"),
         (["--json"], "shards needs a verb"),
         (["inti"], "there is no verb 'inti'; did you mean init?"),
         (["init", "tenants"], "usage: lakebase-auth-proxy shards init"),

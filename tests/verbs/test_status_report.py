@@ -31,6 +31,7 @@ SESSION: dict[str, Any] = {
     "upstream_bytes": 3_400_000,
 }
 STATUS: dict[str, Any] = {
+    "health": {"level": "warning", "text": "Draining: 2 sessions left, to be cut in 12 s."},
     "state": "draining",
     "uptime_seconds": 90_061,
     "version": "1.2.3",
@@ -38,7 +39,6 @@ STATUS: dict[str, Any] = {
     "sessions": 2,
     "sessions_opening": 1,
     "sessions_max": 100,
-    "drain": {"draining": True, "seconds_left": 12.2, "sessions_left": 2},
     "workspace_apis": [
         {
             "workspace": "main",
@@ -65,8 +65,8 @@ STATUS: dict[str, Any] = {
 
 def test_a_session_is_a_line_and_empty_columns_are_left_out() -> None:
     assert list(session_lines([SESSION])) == [
-        "ID  CLIENT           APPLICATION  USER  TARGET  AGE        STATE       SENT  RECEIVED",
-        "7   127.0.0.1:50000  billing      app   eu      1 h 2 min  busy, 12 s  12 B  3.4 MB",
+        "ID  STATE       AGE        CLIENT           APPLICATION  TARGET  USER  SENT  RECEIVED",
+        "7   busy, 12 s  1 h 2 min  127.0.0.1:50000  billing      eu      app   12 B  3.4 MB",
     ]
     assert list(session_lines([])) == ["no client is connected"]
 
@@ -81,19 +81,51 @@ def test_a_process_and_what_is_waited_for_are_shown() -> None:
 
 
 def test_what_a_client_sent_neither_controls_the_terminal_nor_fills_the_line() -> None:
-    (_, line) = session_lines([{**SESSION, "application_name": "\x1b[2J\nx" + "y" * 100}])
-    assert "?[2J?x" in line
-    assert line.isprintable()
-    assert f"{'y' * 19}...  app" in line
-    assert len(line) < 8 * CELL_CHARACTERS_MAX
+    session = {**SESSION, "application_name": "\x1b[2J\nx" + "y" * 100}
+    (_, whole) = session_lines([session])
+    (_, cut) = session_lines([session], 8 * CELL_CHARACTERS_MAX)
+    for line in (whole, cut):
+        assert "?[2J?xy" in line
+        assert line.isprintable()
+    assert f"{'y' * 100}  eu" in whole
+    assert f"{'y' * 19}...  eu" in cut
 
 
-def test_a_proxy_is_shown_with_its_state_first() -> None:
+def test_a_terminals_width_is_kept_by_the_columns_that_matter_and_nothing_else_is_cut() -> None:
+    # It was 125 columns wide.
+    keyed = {"shard_key": "cc6ac2e2", "database": "app", "user": "a" * 36}
+    sessions = [{**SESSION, **keyed, "id": 123_456, "state": "in transaction"}]
+    (names, row) = session_lines(sessions, 80)
+    assert names.split() == ["ID", "STATE", "AGE", "CLIENT", "APPLICATION", "TARGET"]
+    assert len(row) <= 80
+    (names, row) = session_lines([{**SESSION, **keyed}], 80)
+    assert names.split()[-2:] == ["KEY", "USER"]
+    assert row.endswith("  aaaaa")
+    assert len(row) == 80
+    (names, row) = session_lines([{**SESSION, **keyed}])
+    assert names.split()[-3:] == ["DATABASE", "SENT", "RECEIVED"]
+    assert "a" * 36 in row
+    host = "ep-long-name-of-an-endpoint.database.eu-central-1.cloud.databricks.example"
+    targets = [{**STATUS["targets"][0], "host": host}]
+    assert max(map(len, status_lines({**STATUS, "targets": targets}, 80))) <= 80
+    assert any(line.endswith(host) for line in status_lines({**STATUS, "targets": targets}))
+
+
+def test_what_a_proxy_of_another_version_does_not_say_is_left_out() -> None:
+    # It ended with KeyError.
+    for field in STATUS:
+        others = {name: value for name, value in STATUS.items() if name != field}
+        assert set(status_lines(others)) < set(status_lines(STATUS))
+    assert list(status_lines({"state": "serving"})) == []
+    assert list(session_lines([{"id": 7, "user": "app"}])) == ["ID  USER", "7   app"]
+
+
+def test_a_proxy_is_shown_with_its_health_first() -> None:
     assert list(status_lines(STATUS)) == [
+        "Draining: 2 sessions left, to be cut in 12 s.",
         "draining, up for 1 d 1 h, 1.2.3",
         "listens on 127.0.0.1:5432",
         "2 of 100 sessions, 1 waiting",
-        "drains; what is left is cut in 12 s",
         "no token from main for 1 min: api_error",
         "warning: upstream.sslmod require verifies no certificate",
         "",

@@ -38,7 +38,7 @@ from proxy.verbs.shards.arguments import Arguments
 from proxy.verbs.shards.output import Output
 from proxy.verbs.shards.verb import Call, Verb
 from proxy.verbs.stderr import fail
-from proxy.verbs.syntax import PROGRAM, UsageError, take_verb
+from proxy.verbs.syntax import PROGRAM, Syntax, UsageError, one_of, take_verb
 
 VERBS: Final[Mapping[str, Verb]] = {
     **store_verbs.VERBS,
@@ -53,6 +53,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     **attach_verbs.VERBS,
     **operation_verbs.VERBS,
 }
+_SYNTAXES: Final[Mapping[str, Syntax]] = {name: verb.syntax for name, verb in VERBS.items()}
 
 
 _NOTES: Final = """
@@ -67,7 +68,7 @@ has found differences.
 
 def help_of_verb(arguments: Sequence[str]) -> str:
     """Return the help of the verb in the arguments, or the list of all. Raises UsageError."""
-    word, _ = take_verb(arguments, VERBS)
+    word, _ = take_verb(arguments, _SYNTAXES, ("--help", "-h"))
     if word:
         return help_of(VERBS[word].syntax)
     verbs = "".join(f"  {name:<13} {verb.syntax.summary}\n" for name, verb in VERBS.items())
@@ -96,9 +97,9 @@ def read(arguments: Sequence[str]) -> tuple[Verb, Arguments, Settings]:
 
     Raises UsageError and ConfigurationError.
     """
-    word, rest = take_verb(arguments, VERBS)
+    word, rest = take_verb(arguments, _SYNTAXES)
     if not word:
-        raise UsageError(f"shards needs a verb: one of {', '.join(VERBS)}")
+        raise UsageError(f"shards needs a verb: {one_of(VERBS)}")
     verb = VERBS[word]
     parsed = Arguments.parse(rest, verb.syntax)
     verb.judge(parsed)

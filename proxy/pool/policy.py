@@ -33,6 +33,7 @@ class Kept(Hashable, Protocol):
     born_at: float
     ends_at: float
     idle_since: float
+    used: bool
 
 
 Key = TypeVar("Key", bound=Hashable)
@@ -60,7 +61,7 @@ class _Idle(Generic[Key]):
 
 
 class IdleSessions(Generic[Key, Session]):
-    """The idle sessions of a target: last in, first out within a key; the least recently used."""
+    """The idle sessions of a target: within a key the last used is taken first, spares at last."""
 
     def __init__(self, bounds: Bounds, jitter: Callable[[], float]) -> None:
         """`jitter` returns a number from 0 to 1."""
@@ -91,7 +92,11 @@ class IdleSessions(Generic[Key, Session]):
         by_idleness = session.idle_since + self._shortened(self._bounds.idle_seconds)
         reason = RetireReason.IDLE if by_idleness < session.ends_at else RetireReason.LIFETIME
         self._all[session] = _Idle(key, min(session.ends_at, by_idleness), reason)
-        self._by_key.setdefault(key, {})[session] = None
+        of_key = self._by_key.setdefault(key, {})
+        if session.used:
+            of_key[session] = None
+        else:  # a spare, whose caches are cold: it is taken when no other is left
+            self._by_key[key] = {session: None} | of_key
         surplus = []
         while len(self._all) > self._bounds.idle_max:
             oldest = next(iter(self._all))
@@ -100,7 +105,7 @@ class IdleSessions(Generic[Key, Session]):
         return surplus
 
     def take(self, key: Key, now: float) -> Session | None:
-        """Remove and return the session of this key that became idle last; None without one."""
+        """Remove and return the session of this key that was used last; None without one (P28)."""
         for session in reversed(self._by_key.get(key, {})):
             if self._all[session].expires_at > now:
                 self.remove(session)

@@ -37,6 +37,7 @@ class Kept:
     born_at: float = 0.0
     idle_since: float = 0.0
     ends_at: float = math.inf
+    used: bool = True
 
 
 def idle_sessions(bounds: Bounds = BOUNDS, jitter: float = 0.0) -> IdleSessions[str, Kept]:
@@ -62,6 +63,16 @@ def test_p28_the_session_that_became_idle_last_is_taken_first() -> None:
     idle.add(third, "a")
     assert [idle.take("a", 7) for _ in range(3)] == [third, first, None]
     assert len(idle) == 0
+
+
+def test_p28_a_spare_is_taken_when_no_session_that_was_used_is_left() -> None:
+    # Two psql, one right after the other, had two backends: the spare that was dialled for the
+    # first was ready after its end, and so had become idle last.
+    idle = idle_sessions()
+    first, second = filled(idle, "a", "a")
+    spare = Kept(2, 2, used=False)
+    idle.add(spare, "a")
+    assert [idle.take("a", 5) for _ in range(4)] == [second, first, spare, None]
 
 
 def test_p6_no_session_is_taken_for_another_key() -> None:

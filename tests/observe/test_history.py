@@ -2,6 +2,7 @@
 
 import asyncio
 import tracemalloc
+from enum import StrEnum
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from proxy.observe import history
 from proxy.observe.connect_times import BOUNDS, NO_CONNECTS, index_of
 from proxy.observe.history import HISTORY_BYTES_MAX, SAMPLES_MAX, History, Totals, sampling
-from proxy.observe.recent_errors import RECENT_ERRORS_MAX
+from proxy.observe.recent_errors import RECENT_ERRORS_MAX, RecentErrors
 
 
 def connects(seconds: float, times: int) -> tuple[int, ...]:
@@ -46,6 +47,18 @@ def test_a_total_that_has_fallen_has_grown_from_nothing() -> None:
     kept.add(Totals(started=100), None)
     kept.add(Totals(started=3), None)
     assert series(kept)["connects"] == [600, 18]
+
+
+def test_totals_count_reasons_that_are_of_an_enum() -> None:
+    # /status answered 500 once a client had left at the proxy's answer to its SSLRequest.
+    class Failure(StrEnum):
+        WANTS_TLS = "client_wants_tls"
+
+    errors = RecentErrors(lambda: 0.0)
+    errors.record(Failure.WANTS_TLS)
+    errors.record("role_missing")
+    totals = Totals.of([], errors.latest(), 0, NO_CONNECTS)
+    assert totals.errors == {"client_wants_tls": 1, "role_missing": 1}
 
 
 def test_the_last_minute_has_what_was_not_there_a_minute_ago() -> None:

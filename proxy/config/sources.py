@@ -14,7 +14,7 @@ unknown sections.
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -110,27 +110,29 @@ def _set_at(values: dict[str, Any], path: KeyPath, value: str) -> bool:
     return True
 
 
-def take_flags(arguments: Sequence[str], *, undotted: bool = False) -> tuple[list[str], list[str]]:
+def take_flags(
+    arguments: Sequence[str], *, undotted: bool = False, others: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
     """Return the settings' flags, each with its value after an equals sign, and the rest.
 
     `--listen.port 6000` and `--listen.port=6000` are the same. A flag is one of the settings if it
-    is --config, a section, or has a dot; with `undotted` every flag is one. What follows a switch
-    is its value only if it is true, false or the like.
+    is --config, a section, or has a dot, and is none of `others`; with `undotted` every flag is
+    one. What follows a switch is its value only if it is true, false or the like.
     """
     flags: list[str] = []
-    others: list[str] = []
+    left: list[str] = []
     rest = deque(arguments)
     while rest:
         argument = rest.popleft()
         name, equals, _ = argument.removeprefix("--").partition("=")
-        is_flag = argument.startswith("--") and bool(name)
+        is_flag = argument.startswith("--") and name and f"--{name}" not in others
         if not is_flag or not (undotted or "." in name or name in _UNDOTTED):
-            others.append(argument)
+            left.append(argument)
         elif not equals and _has_value(split_path(name), rest):
             flags.append(f"{argument}={rest.popleft()}")
         else:
             flags.append(argument)
-    return flags, others
+    return flags, left
 
 
 def _has_value(path: KeyPath, rest: Sequence[str]) -> bool:

@@ -120,7 +120,7 @@ class Arguments:
     @classmethod
     def parse(cls, arguments: Sequence[str], syntax: Syntax) -> Self:
         """Split the arguments after the verb. Raises UsageError."""
-        flags, rest, after = _split(arguments)
+        flags, rest, after = _split(arguments, [option.flag for option in syntax.options])
         found, words = OptionParser(syntax).parse_known_args(rest)
         unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
         if not syntax.sections:
@@ -204,9 +204,9 @@ def take_verb(
     The value of a verb's option is no verb. The verb is empty if there are only flags that exist:
     `own` are those without a verb. Raises UsageError.
     """
-    flags, rest, after = _split(arguments)
     options = [option for syntax in syntaxes.values() for option in syntax.options]
     values = {option.flag: option.values for option in options}
+    flags, rest, after = _split(arguments, values)
     for at, word in enumerate(rest):
         is_value = any(values.get(rest[at - n], 0) >= n for n in range(1, min(at, 2) + 1))
         if word in syntaxes and not is_value:
@@ -233,10 +233,15 @@ def did_you_mean(near: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Return the settings' flags, the arguments before `--`, and what begins there."""
+def _split(
+    arguments: Sequence[str], own: Collection[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """Return the settings' flags, the arguments before `--`, and what begins there.
+
+    `own` are a verb's: `--workspace` of `add-shard` is not the section of that name.
+    """
     at = list(arguments).index(END_OF_FLAGS) if END_OF_FLAGS in arguments else len(arguments)
-    flags, rest = take_flags(arguments[:at])
+    flags, rest = take_flags(arguments[:at], others=own)
     return flags, rest, list(arguments[at:])
 
 

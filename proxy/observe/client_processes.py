@@ -12,7 +12,7 @@ command is its name without arguments, which may be secrets.
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -42,25 +42,31 @@ class ClientProcesses:
     def __init__(self) -> None:
         self._threads = BlockingCalls("client processes", threads_max=_THREADS_MAX)
 
-    async def add_to(self, rows: Iterable[SessionRow]) -> None:
-        """Set `pid` and `command` in the rows whose process is found."""
+    async def add_to(self, rows: Iterable[SessionRow], ports: Collection[int]) -> None:
+        """Set `pid` and `command` in the rows whose process is found.
+
+        `ports` are the proxy's: a client's port may also be that of another connection of another
+        process, to somewhere else.
+        """
         peers = [row["client"] for row in rows if row["client"]]
         pids = [row["pid"] for row in rows if row["pid"] is not None]
         found: Mapping[Peer, int] = {}
         commands: Mapping[int, str] = {}
         with suppress(TimeoutError, NoThreadStarted):
             found, commands = await self._threads.run(
-                lambda: _find(peers, pids), SCAN_SECONDS_MAX + _GRACE_SECONDS
+                lambda: _find(peers, ports, pids), SCAN_SECONDS_MAX + _GRACE_SECONDS
             )
         for row in rows:
             row["pid"] = pid = found.get(row["client"], row["pid"])
             row["command"] = None if pid is None else commands.get(pid)
 
 
-def _find(peers: Iterable[Peer], pids: Iterable[int]) -> tuple[dict[Peer, int], dict[int, str]]:
+def _find(
+    peers: Iterable[Peer], ports: Collection[int], pids: Iterable[int]
+) -> tuple[dict[Peer, int], dict[int, str]]:
     """Return the processes of these peers, and the commands of these and of the pids."""
     ends_at = time.monotonic() + SCAN_SECONDS_MAX
-    found = dict(_owners(_sockets_of(peers), ends_at))
+    found = dict(_owners(_sockets_of(peers, ports), ends_at))
     commands = {}
     for pid in {*pids, *found.values()}:
         with suppress(OSError):  # it has ended
@@ -68,15 +74,16 @@ def _find(peers: Iterable[Peer], pids: Iterable[int]) -> tuple[dict[Peer, int], 
     return found, commands
 
 
-def _sockets_of(peers: Iterable[Peer]) -> dict[str, Peer]:
+def _sockets_of(peers: Iterable[Peer], ports: Collection[int]) -> dict[str, Peer]:
     """Return the peers on loopback by what the kernel calls a link to their socket."""
+    ours = tuple(f":{port:04X}" for port in ports)
     wanted = {name: peer for peer in peers for name in _names_in_table(peer)}
     found: dict[str, Peer] = {}
     for table in _TABLES if wanted else ():
         with suppress(OSError), (_PROC / table).open() as lines:
             for line in lines:
-                local = line.split(None, 2)[1]
-                if local in wanted:
+                _, local, remote, _ = line.split(None, 3)
+                if local in wanted and remote.endswith(ours):
                     found[f"{_SOCKET}{line.split()[9]}]"] = wanted[local]
     return found
 

@@ -332,7 +332,8 @@ class App:
         """Return open connections of all processes whose id is higher than `after`."""
         page = await (self.workers or self.listener).sessions(after, limit)
         if processes:
-            await self._client_processes.add_to(page["sessions"])
+            ports = {port for _, port in self.listen_addresses}
+            await self._client_processes.add_to(page["sessions"], ports)
         return page
 
     async def end_session(self, number: int) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from proxy.verbs.verb_table import VERBS
 from tests.generated import GENERATED, manual, schema
+from tests.support.tools import need
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,8 +54,8 @@ def test_the_manual_has_every_verb() -> None:
         assert f"\n.B {name}" in manual()
 
 
-@pytest.mark.skipif(shutil.which("groff") is None, reason="no groff here")
 def test_the_manual_is_formatted_without_a_warning() -> None:
+    need("the format of the manual page", "groff")
     ran = subprocess.run(
         ["groff", "-ww", "-man", "-Tascii"],
         input=manual(),

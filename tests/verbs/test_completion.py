@@ -1,6 +1,5 @@
 """`completion`: the shells themselves are asked what they would complete."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from proxy.cli import main
 from proxy.exit_codes import EXIT_OK
+from tests.support.tools import need
 
 CASES = {
     "lakebase-auth-proxy wa": "wait",
@@ -44,8 +44,7 @@ def test_a_shell_completes_verbs_and_flags(
     assert main(["completion", shell]) == EXIT_OK
     script = tmp_path / "script"
     script.write_text(capsys.readouterr().out)
-    if shutil.which(shell) is None:
-        pytest.skip(f"no {shell} here")
+    need(f"completion in {shell}", shell)
     ran = subprocess.run(
         [shell, "-c", SHELLS[shell].format(script=script)],
         input="\n".join(CASES) + "\n",
@@ -61,8 +60,7 @@ def test_a_shell_completes_verbs_and_flags(
 def test_zsh_takes_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "zsh"]) == EXIT_OK
     script = capsys.readouterr().out
-    if shutil.which("zsh") is None:
-        pytest.skip("no zsh here")
+    need("completion in zsh", "zsh")
     # In a home of its own, where compinit writes what it has found.
     ran = subprocess.run(
         ["zsh", "-f", "-c", script + "print $_comps[lakebase-auth-proxy]"],

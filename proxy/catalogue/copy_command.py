@@ -36,6 +36,7 @@ from proxy.catalogue.bounds import show_bounds
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import CatalogueMap, Shard
 from proxy.catalogue.model import Mapping as MappingRow
+from proxy.workspace.login_variables import without_login
 
 # From SIGTERM to SIGKILL.
 TERMINATE_SECONDS_MAX: Final = 5.0
@@ -45,13 +46,9 @@ _STDERR_SECONDS_MAX: Final = 2.0
 _READ_BYTES: Final = 64 << 10
 LINE_CHARACTERS_MAX: Final = 300
 _UNPRINTABLE: Final = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
-# Where our own identity comes from, and what would change the command's connections.
-_NOT_PASSED: Final = re.compile(
-    "LAKEBASE_.*|DATABRICKS_.*|ENDPOINT_NAME|PG.*|ARM_.*"
-    "|GOOGLE_CREDENTIALS|OIDC_TOKEN|ACTIONS_ID_TOKEN_REQUEST_TOKEN|SYSTEM_ACCESSTOKEN"
-)
-# It names the variable that has the identity's token.
-_NAMES_VARIABLE: Final = "DATABRICKS_OIDC_TOKEN_ENV"
+# Beside what the SDK logs in with: our settings, what may be near to a login, and what would change
+# the command's connections.
+_NOT_PASSED: Final = re.compile("LAKEBASE_.*|ENDPOINT_NAME|ARM_.*|OIDC_TOKEN|PG.*")
 # A socket's file has a port in its name; these are on no network.
 _PORTS: Final = {"SHARDS_SOURCE": 1, "SHARDS_TARGET": 2}
 _FOLDER_PREFIX: Final = "shards-copy-"
@@ -271,11 +268,10 @@ def _remove_unlocked(folder: Path, lock: Lock) -> None:
 
 def _passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     """Return our environment without what the command does not need."""
-    ours = environment.get(_NAMES_VARIABLE)
     return {
         name: text
-        for name, text in environment.items()
-        if name != ours and not _NOT_PASSED.fullmatch(name)
+        for name, text in without_login(environment).items()
+        if not _NOT_PASSED.fullmatch(name)
     }
 
 

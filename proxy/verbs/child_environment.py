@@ -14,23 +14,12 @@ from proxy.config import Settings
 from proxy.config.setting_keys import ENVIRONMENT_PREFIX
 from proxy.routing.key_sources import BUILT_IN_PARAMETER
 from proxy.wire.options import Setting, appended
+from proxy.workspace.login_variables import without_login
 
 DEFAULT_USER: Final = "app"
 OPTIONS_VARIABLE: Final = "PGOPTIONS"
 _ANY_USER: Final = "*"
 
-# All of the SDK's own variables, and all of the proxy's: some are secrets, some name a file with
-# one, and without the others they are of no use.
-_PREFIXES: Final = ("DATABRICKS_", ENVIRONMENT_PREFIX)
-# The secrets that the SDK reads from other variables; in CI it asks for a token with the last two.
-_SDK_SECRETS: Final = frozenset(
-    (
-        *("ARM_CLIENT_SECRET", "GOOGLE_CREDENTIALS"),
-        *("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "SYSTEM_ACCESSTOKEN"),
-    )
-)
-# The variable in which the SDK looks for a token may have another name.
-_TOKEN_VARIABLE: Final = "DATABRICKS_OIDC_TOKEN_ENV"  # noqa: S105 - a name
 # What libpq would prefer to PGHOST, what it would refuse because the proxy asks for no password and
 # no TLS, and the passwords.
 _LIBPQ: Final = frozenset(
@@ -72,14 +61,12 @@ def child_environment(
 ) -> dict[str, str]:
     """Return the command's environment. `host` may be the directory of a unix socket."""
     user, database = client_user(settings, environ), client_database(settings)
-    token_variables = {environ.get(_TOKEN_VARIABLE), settings.workspace.oidc_token_env} | {
-        workspace.oidc_token_env for workspace in settings.workspaces.values()
-    }
-    removed = _SDK_SECRETS | _LIBPQ | token_variables
+    workspaces = (settings.workspace, *settings.workspaces.values())
+    removed = _LIBPQ | {workspace.oidc_token_env for workspace in workspaces}
     kept = {
         name: value
-        for name, value in environ.items()
-        if name not in removed and not name.startswith(_PREFIXES)
+        for name, value in without_login(environ).items()
+        if name not in removed and not name.startswith(ENVIRONMENT_PREFIX)
     }
     return {
         **kept,

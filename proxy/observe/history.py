@@ -57,7 +57,7 @@ class Totals:
             upstream_bytes += row.upstream_bytes
         by_reason = Counter[str]()
         for error in errors:
-            by_reason[sys.intern(str(error.reason))] += error.count  # str: it may be of an enum
+            by_reason[sys.intern(error.reason)] += error.count
         counts = (sessions, started, refused, client_bytes, upstream_bytes)
         return cls(*counts, connects, dict(by_reason))
 

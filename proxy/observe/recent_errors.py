@@ -83,6 +83,7 @@ class RecentErrors:
         message = row.message if row else message
         hint = row.hint.format(**ANY_ROLE) if row else ""
         now = self._clock()
+        reason = str(reason)  # it may be of an enum
         error = RecentError(now, reason, sqlstate, target, 1, message, hint, now)
         if before := self._errors.pop(error.key, None):
             since = before.since if now - before.at < QUIET_SECONDS else now

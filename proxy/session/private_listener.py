@@ -51,8 +51,9 @@ CLOSE_SECONDS_MAX: Final = 2.0
 # The user where the upstream's is "*". An upstream that has a role of its own ignores it.
 _USER: Final = "lakebase-auth-proxy"
 
-# The driver would take these from the environment, where they are meant for the upstream.
-_DRIVER: Final = {
+# For a driver whose server is this process: it would take these from the environment, where they
+# are meant for the upstream.
+LOCAL_DRIVER: Final = {
     "ssl": False,
     "direct_tls": False,
     "password": "",
@@ -151,7 +152,7 @@ class PrivateListener:
                 database=name,
                 timeout=_CONNECT_SECONDS_MAX,
                 statement_cache_size=statements_cached,
-                **_DRIVER,
+                **LOCAL_DRIVER,
             )
         except driver_errors() as error:
             # The driver knows what the dialer sent it; the dialer's own error says more.

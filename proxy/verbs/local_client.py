@@ -13,16 +13,9 @@ import asyncpg
 
 from proxy.errors import ErrorKind, ProxyError
 from proxy.server.app import App
+from proxy.session.private_listener import LOCAL_DRIVER
 from proxy.wire.messages import ErrorResponse
 
-_DRIVER: Final = {
-    "ssl": False,
-    "direct_tls": False,
-    "password": "",
-    "target_session_attrs": "any",
-    "gsslib": "gssapi",
-    "statement_cache_size": 0,
-}
 _REASON: Final = re.compile(r"reason=(\w+) ?")
 
 
@@ -46,7 +39,8 @@ async def log_in(
             database=database,
             timeout=timeout_seconds,
             server_settings=dict(parameters or {}),
-            **_DRIVER,
+            statement_cache_size=0,
+            **LOCAL_DRIVER,
         )
     except asyncpg.PostgresError as error:
         raise error_received(error) from error

@@ -19,6 +19,7 @@ from tests.support.admin_address import ScriptedAdminState
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[dt]*/**/*.md"))]
 README = ROOT / "README.md"
+OPERATIONS = ROOT / "docs" / "operations.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 # Drawn for who works on the code: docs/protocol-cases.md links to it.
 STATES = ROOT / "docs" / "protocol-states.md"
@@ -121,25 +122,31 @@ def test_the_tree_of_the_architecture_names_every_module() -> None:
     assert len(text.splitlines()) < 300, "it is read at one sitting"
 
 
-def test_the_readme_names_every_path_of_the_admin_address() -> None:
-    shown = README.read_text()
+def test_the_operations_name_every_path_of_the_admin_address() -> None:
+    shown = OPERATIONS.read_text()
     for route in admin_app(ScriptedAdminState(), quit_allowed=True).routes:
         assert isinstance(route, Route)
         named = re.search(rf"[` 0]{route.path}[`>]", shown)
         assert named or route.path.startswith("/page."), route.path
 
 
-def test_the_readme_links_to_what_was_built_for_operating_it() -> None:
-    built = [*ROOT.glob("docs/*.md"), *ROOT.glob("deploy/grafana/*"), *ROOT.glob("deploy/prom*/*")]
+def test_the_readme_is_read_at_one_sitting_and_leads_to_every_document() -> None:
+    assert len(README.read_text().splitlines()) <= 200
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in links(README)}
-    assert set(built) - {STATES} <= linked
+    assert set(ROOT.glob("docs/*.md")) - {STATES} <= linked
+
+
+def test_what_was_built_for_operating_it_is_named() -> None:
+    named = {(OPERATIONS.parent / link.partition("#")[0]).resolve() for link in links(OPERATIONS)}
+    assert {*ROOT.glob("deploy/grafana/*"), *ROOT.glob("deploy/prometheus/*")} <= named
 
 
 def test_a_container_that_is_stopped_has_the_time_to_drain() -> None:
     # Docker kills after ten seconds.
-    (seconds,) = re.findall(r"docker run .*--stop-timeout (\d+)", README.read_text())
+    shown = (ROOT / "docs" / "docker.md").read_text()
     shutdown = load_settings([], {}).shutdown
-    assert int(seconds) > shutdown.accept_seconds + shutdown.drain_seconds
+    for seconds in re.findall(r"docker run .*--stop-timeout (\d+)", shown):
+        assert int(seconds) > shutdown.accept_seconds + shutdown.drain_seconds
 
 
 def _code(document: Path) -> str:

@@ -19,6 +19,7 @@ from tests.packaging.manifests import (
     APPLIED,
     CHART,
     KUBERNETES,
+    ROOT,
     SIDECAR,
     Object,
     as_bytes,
@@ -121,13 +122,13 @@ def test_any_workload_gets_the_sidecar_and_keeps_what_it_has(tmp_path: Path) -> 
 
 
 def test_a_chart_of_ones_own_puts_the_sidecar_into_its_pods(tmp_path: Path) -> None:
-    """A chart that depends on this one, as README.md there shows."""
+    """A chart that depends on this one, as docs/kubernetes.md shows."""
     (tmp_path / "charts").mkdir()
     (tmp_path / "charts" / "lakebase-auth-proxy").symlink_to(SIDECAR)
     (tmp_path / "templates").mkdir()
     chart = {"apiVersion": "v2", "name": "own", "version": "1.0.0"}
     (tmp_path / "Chart.yaml").write_text(yaml.safe_dump(chart))
-    text = (KUBERNETES / "README.md").read_text()
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
     template = text.partition("```yaml\n# templates/")[2].partition("\n")[2].partition("```")[0]
     (tmp_path / "templates" / "deployment.yaml").write_text(template)
     objects = parsed(tool("helm", "template", "own", tmp_path))

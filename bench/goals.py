@@ -77,6 +77,14 @@ def _value(case: str, name: str, system: str = PROXY) -> _ReadValue:
     return read
 
 
+def _quotient(case: str, name: str, reference: str) -> _ReadValue:
+    def read(record: Record) -> float | None:
+        value, of = (_value(case, one)(record) for one in (name, reference))
+        return None if value is None or not of else value / of
+
+    return read
+
+
 _PROTOCOLS: Final = ("simple", "prepared")
 _TIMES_PGBOUNCER: Final = "x PgBouncer"
 _TIMES_DIRECT: Final = "x direct"
@@ -187,7 +195,7 @@ GOALS: Final = (
         at_most=True,
         unit="x one worker's a transaction",
         values=tuple(
-            (one, _value(f"workers, {one}", "CPU, 2 workers / 1"))
+            (one, _quotient(f"workers, {one}", "CPU, 2 workers", "CPU, 1 worker"))
             for one in ("simple, 8 clients", "prepared, 8 clients")
         ),
     ),

@@ -1,7 +1,7 @@
-"""The measured values and their arithmetic: medians over rounds, and ratios within a round.
+"""The measured values and their arithmetic: medians over rounds, and ratios of these medians.
 
-A ratio is the median of the rounds' own ratios, not the ratio of two medians, because what slows
-down the machine for a round slows down both systems.
+A ratio can be checked against the two medians that stand beside it. Every round's value is in the
+record, for another arithmetic.
 """
 
 from dataclasses import dataclass, field
@@ -53,31 +53,21 @@ class Measurements:
         return median(values) if values else None
 
     def ratio(self, quantity: Quantity | None, system: str, reference: str) -> float | None:
-        """Return the median of the rounds' ratios to `reference`, None if there is none."""
-        mine, theirs = self._of(quantity, system), self._of(quantity, reference)
-        if not mine or len(mine) != len(theirs) or not all(theirs):
-            return None
-        return median(one / other for one, other in zip(mine, theirs, strict=True))
+        """Return the median divided by that of `reference`, None if there is none."""
+        mine, theirs = self.median(quantity, system), self.median(quantity, reference)
+        return None if mine is None or not theirs else mine / theirs
 
     def added_ratio(
         self, quantity: Quantity | None, system: str, reference: str, floor: str
     ) -> float | None:
         """Return what the system adds to `floor`, divided by what `reference` adds to it.
 
-        The ratio of the medians of the rounds' differences, because the difference in one round may
-        be almost 0. None if nothing was measured, or if the reference adds nothing.
+        None if nothing was measured, or if the reference adds nothing.
         """
-        mine, theirs = (
-            self._added(quantity, system, floor),
-            self._added(quantity, reference, floor),
-        )
-        return None if mine is None or theirs is None or theirs <= 0 else mine / theirs
-
-    def _added(self, quantity: Quantity | None, system: str, floor: str) -> float | None:
-        values, lowest = self._of(quantity, system), self._of(quantity, floor)
-        if not values or len(values) != len(lowest):
+        mine, theirs, lowest = (self.median(quantity, name) for name in (system, reference, floor))
+        if mine is None or theirs is None or lowest is None or theirs <= lowest:
             return None
-        return median(one - other for one, other in zip(values, lowest, strict=True))
+        return (mine - lowest) / (theirs - lowest)
 
     def _of(self, quantity: Quantity | None, system: str) -> list[float]:
         return [] if quantity is None else self.values.get(quantity, {}).get(system, [])

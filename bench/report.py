@@ -29,7 +29,7 @@ def describe_machine(versions: dict[str, str]) -> dict[str, str]:
 
 
 def table(record: Record) -> str:
-    """Return the table: medians over the rounds, then the medians of the rounds' ratios."""
+    """Return the table: medians over the rounds, then the ratios of these medians."""
     lines = [f"{name + ':':<13}{value}" for name, value in record.machine.items()]
     head = "".join(f"{name:>11}" for name in record.systems)
     head += "".join(f"{f'{one}/{other}':>17}" for one, other in record.ratios)

@@ -63,16 +63,13 @@ def _compare(
 ) -> None:
     order = (1, 0) if reverse else (0, 1)
     windows = {index: pgbench.run(load, systems[index], upstream) for index in order}
-    costs = []
     for index in (0, 1):
         window, count = windows[index], f"{index + 1} worker{'s' * index}"
         assert window.cpu is not None
-        costs.append(window.cpu.total / len(window.latencies) * 1e6)
+        cost = window.cpu.total / len(window.latencies) * 1e6
         case = f"{CASE}, {load.case}"
         measurements.add(PROXY, Quantity(case, f"throughput, {count}", "TPS"), window.throughput)
-        measurements.add(PROXY, Quantity(case, f"CPU, {count}", "us/transaction"), costs[index])
-    ratio = Quantity(f"{CASE}, {load.case}", "CPU, 2 workers / 1", "")
-    measurements.add(PROXY, ratio, costs[1] / costs[0])
+        measurements.add(PROXY, Quantity(case, f"CPU, {count}", "us/transaction"), cost)
 
 
 def _unevenness_percent(system: System) -> float:

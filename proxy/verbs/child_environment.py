@@ -1,6 +1,6 @@
-"""The environment of a command that runs beside a proxy of its own.
+"""How a client reaches a proxy: the environment of a command beside its own proxy, and a URL.
 
-For: `exec`. Not for: starting the command (`child_process`).
+For: `exec`, and `resolve --url`. Not for: starting the command (`child_process`).
 
 Invariant: the command gets nothing that the proxy logs in with, and no variable that would lead
 libpq somewhere else or require of the proxy what only the upstream has.
@@ -76,11 +76,12 @@ def child_environment(
         "PGUSER": user,
         "PGDATABASE": database,
         "PGSSLMODE": "disable",
-        "DATABASE_URL": _url(host, port, user, database, options),
+        "DATABASE_URL": connection_url(host, port, user, database, options),
     }
 
 
-def _url(host: str, port: int, user: str, database: str, options: str) -> str:
+def connection_url(host: str, port: int, user: str, database: str, options: str) -> str:
+    """Return a URL that every driver reads alike. `host` may be the directory of a unix socket."""
     query = {"sslmode": "disable", **({"options": options} if options else {})}
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if host.startswith("/"):  # the form of a unix socket that most drivers read

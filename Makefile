@@ -28,6 +28,9 @@ FUZZ_SEED ?= 20261122
 
 SITE ?= build/site
 SITE_DOCUMENTS = $(SITE)-documents
+# The pages of the site, and what they link to.
+DOCUMENTS = $(wildcard *.md docs deploy examples) LICENSE config.example.toml docker-compose.yml \
+	tests/packaging/README.md tests/clients/registry.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling pools suites routes closes clients fleet demo docs site lock dist all clean
@@ -166,11 +169,10 @@ docs: $(INSTALLED) ## regenerate config.example.toml, the manual page, the schem
 # SITE=DIRECTORY: another place. Every document keeps its path, so that links are those of the repository.
 site: $(INSTALLED) ## the documents as a site in build/site, with every link and anchor checked
 	@rm -rf $(SITE) $(SITE_DOCUMENTS)
-	@mkdir -p $(SITE_DOCUMENTS)/tests/packaging
-	@cp -R *.md LICENSE config.example.toml docker-compose.yml docs deploy $(wildcard examples) $(SITE_DOCUMENTS)
-	@cp tests/packaging/README.md $(SITE_DOCUMENTS)/tests/packaging
+	@mkdir -p $(SITE_DOCUMENTS)
+	@tar -cf - $(DOCUMENTS) | tar -xf - -C $(SITE_DOCUMENTS)
 	@SITE=$(abspath $(SITE)) SITE_DOCUMENTS=$(abspath $(SITE_DOCUMENTS)) NO_MKDOCS_2_WARNING=1 \
-		$(BIN)/mkdocs build --quiet --strict
+		$(BIN)/mkdocs build --strict
 	@echo "Open $(SITE)/index.html"
 
 # What the image and the wheels are made of, at the newest versions: every package with the hashes of

@@ -26,8 +26,14 @@ FUZZ_EXAMPLES ?= 20000
 FUZZ_INPUTS ?= 2000000
 FUZZ_SEED ?= 20261122
 
+SITE ?= build/site
+SITE_DOCUMENTS = $(SITE)-documents
+# The pages of the site, and what they link to.
+DOCUMENTS = $(wildcard *.md docs deploy examples) LICENSE config.example.toml docker-compose.yml \
+	tests/packaging/README.md tests/clients/registry.py
+
 .DEFAULT_GOAL := help
-.PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling pools suites routes closes clients fleet demo docs lock dist all clean
+.PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling pools suites routes closes clients fleet demo docs site lock dist all clean
 .PHONY: halves unit-e2e unit-rest
 
 help: ## show this list
@@ -159,6 +165,15 @@ docs: $(INSTALLED) ## regenerate config.example.toml, the manual page, the schem
 	$(BIN)/python -m tests.protocol_states
 	$(BIN)/python -m tests.generated
 	$(BIN)/python -m tests.transcripts
+
+# SITE=DIRECTORY: another place. Every document keeps its path, so that links are those of the repository.
+site: $(INSTALLED) ## the documents as a site in build/site, with every link and anchor checked
+	@rm -rf $(SITE) $(SITE_DOCUMENTS)
+	@mkdir -p $(SITE_DOCUMENTS)
+	@tar -cf - $(DOCUMENTS) | tar -xf - -C $(SITE_DOCUMENTS)
+	@SITE=$(abspath $(SITE)) SITE_DOCUMENTS=$(abspath $(SITE_DOCUMENTS)) NO_MKDOCS_2_WARNING=1 \
+		$(BIN)/mkdocs build --strict
+	@echo "Open $(SITE)/index.html"
 
 # What the image and the wheels are made of, at the newest versions: every package with the hashes of
 # its files. `make setup` takes the newest, so that the tests see them before a release has them.

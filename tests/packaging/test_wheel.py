@@ -22,7 +22,7 @@ BUILD_SECONDS_MAX: Final = 300
 FOLDERS: Final = ("proxy", "tests", "bench", "docs", "deploy", "release", "requirements")
 FILES: Final = (
     *("pyproject.toml", "MANIFEST.in", "LICENSE", "Makefile", "config.example.toml"),
-    *("Dockerfile", ".dockerignore", "docker-compose.yml", ".gitignore", ".ci/run"),
+    *("Dockerfile", ".dockerignore", "docker-compose.yml", ".gitignore", ".ci/run", "mkdocs.yml"),
     *(".github/workflows/ci.yml", ".github/workflows/release.yml"),
 )
 # What tools leave in a folder, and what was compiled in this clone.

@@ -25,6 +25,13 @@ from proxy.emulator.faults import (
     Reply,
     api_error,
 )
+from proxy.emulator.resources import (
+    BRANCH_COLLECTIONS,
+    Json,
+    branch_resources,
+    instance_json,
+    instance_roles,
+)
 from proxy.emulator.tokens import Purpose, TokenIssuer, TokenRefused, fingerprint
 
 # The lifetimes that may be requested for a database credential; the longer one is the default.
@@ -32,6 +39,11 @@ TTL_SECONDS_MIN: Final = 300
 TTL_SECONDS_MAX: Final = 3600
 PAGE_SIZE_MAX: Final = 100
 
+# Of every identity, as Me shows it.
+DISPLAY_NAME: Final = "Lakebase demo"
+
+# The collections that a resource name goes through.
+_COLLECTIONS: Final = (("projects",), ("branches",), BRANCH_COLLECTIONS)
 _ENDPOINT_NAME: Final = re.compile(r"projects/[^/]+/branches/[^/]+/endpoints/[^/]+")
 
 
@@ -44,7 +56,9 @@ class Call(Enum):
     CREDENTIAL = re.compile(r"POST /api/2\.0/postgres/credentials")
     RESOURCE = re.compile(r"GET /api/2\.0/postgres/(projects(?:/.+)?)")
     INSTANCE_CREDENTIAL = re.compile(r"POST /api/2\.0/database/credentials")
-    INSTANCE = re.compile(r"GET /api/2\.0/database/instances(?:/(.+)|:findByUid)")
+    INSTANCES = re.compile(r"GET /api/2\.0/database/instances")
+    INSTANCE = re.compile(r"GET /api/2\.0/database/instances(?:/([^/]+)|:findByUid)")
+    INSTANCE_ROLES = re.compile(r"GET /api/2\.0/database/instances/([^/]+)/roles")
     ME = re.compile(r"GET /api/2\.0/preview/scim/v2/Me")
 
 
@@ -130,10 +144,15 @@ class Api:
                 return self._resource(request)
             case Call.INSTANCE_CREDENTIAL:
                 return self._instance_credential(identity, request)
+            case Call.INSTANCES:
+                return self._page("database_instances", self._instances(), request.query)
             case Call.INSTANCE:
                 return self._instance(request)
+            case Call.INSTANCE_ROLES:
+                return self._instance_roles(request)
             case _:
-                return _ok({"id": "1", "userName": identity, "active": True})
+                me = {"userName": identity, "displayName": DISPLAY_NAME, "active": True}
+                return _ok({"id": "1", **me})
 
     # -- logins ---------------------------------------------------------------------------------
 
@@ -214,32 +233,40 @@ class Api:
     def _resource(self, request: ApiRequest) -> Reply:
         """Answer a GET below /postgres/: an even count of segments is a resource, an odd a list."""
         segments = request.name.split("/")
-        if segments[::2] != ["projects", "branches", "endpoints"][: (len(segments) + 1) // 2]:
+        if len(segments) > 6 or any(
+            one not in known for one, known in zip(segments[::2], _COLLECTIONS, strict=False)
+        ):
             return NOT_FOUND
+        known = self._known((*segments[4:5], "endpoints")[0])
         if len(segments) % 2:
-            return self._list(segments, request.query)
-        if len(segments) == 6:
-            endpoint = self._find(request.name, Dialect.AUTOSCALING)
-            return NOT_FOUND if endpoint is None else _ok(_endpoint_json(endpoint))
-        known = any(name.startswith(request.name + "/") for name in self._names())
-        return _ok({"name": request.name}) if known else NOT_FOUND
+            return self._list(segments, known, request.query)
+        if len(segments) < 6 and any(name.startswith(request.name + "/") for name in known):
+            return _ok({"name": request.name})
+        return _ok(known[request.name]) if request.name in known else NOT_FOUND
 
-    def _list(self, segments: Sequence[str], query: Mapping[str, str]) -> Reply:
+    def _known(self, collection: str) -> dict[str, Json]:
+        """Return what is in such a collection of every branch, by resource name."""
+        endpoints = [one for one in self.endpoints if one.listed_as is Dialect.AUTOSCALING]
+        found = (one for endpoint in endpoints for one in branch_resources(endpoint, collection))
+        return {one["name"]: one for one in found}
+
+    def _list(
+        self, segments: Sequence[str], known: Mapping[str, Json], query: Mapping[str, str]
+    ) -> Reply:
         parent, collection = "/".join(segments[:-1]), segments[-1]
         depth = len(segments) + 1
-        inside = [name for name in self._names() if name.startswith(f"{parent}/" if parent else "")]
+        inside = [name for name in known if name.startswith(f"{parent}/" if parent else "")]
         if not inside:
             return NOT_FOUND
-        found = list(dict.fromkeys("/".join(name.split("/")[:depth]) for name in inside))
+        names = dict.fromkeys("/".join(name.split("/")[:depth]) for name in inside)
+        return self._page(collection, [known.get(name, {"name": name}) for name in names], query)
+
+    def _page(self, collection: str, found: Sequence[Json], query: Mapping[str, str]) -> Reply:
         start = int(query.get("page_token") or 0)
         size = min(int(query.get("page_size") or self.page_size_max), self.page_size_max)
-        page = [self._resource_json(name) for name in found[start : start + size]]
         more = start + size < len(found)
-        return _ok({collection: page, "next_page_token": str(start + size) if more else ""})
-
-    def _resource_json(self, name: str) -> dict[str, object]:
-        endpoint = self._find(name, Dialect.AUTOSCALING)
-        return {"name": name} if endpoint is None else _endpoint_json(endpoint)
+        token = str(start + size) if more else ""
+        return _ok({collection: found[start : start + size], "next_page_token": token})
 
     # -- Provisioned ----------------------------------------------------------------------------
 
@@ -252,13 +279,21 @@ class Api:
         token, expiry = self._mint(identity, str(names[0]), self.credential_seconds)
         return _ok({"token": token, "expiration_time": expiry})
 
+    def _instances(self) -> list[Json]:
+        found = (one for one in self.endpoints if one.listed_as is Dialect.PROVISIONED)
+        return [instance_json(one) for one in found]
+
     def _instance(self, request: ApiRequest) -> Reply:
-        for instance in self.endpoints:
-            uid = request.query.get("uid", instance.uid if request.name else "")
-            named = not request.name or instance.name == request.name
-            if instance.listed_as is Dialect.PROVISIONED and named and instance.uid == uid:
-                return _ok(_instance_json(instance))
-        return INSTANCE_NOT_FOUND
+        key, value = ("name", request.name) if request.name else ("uid", request.query.get("uid"))
+        found = (one for one in self._instances() if one[key] == value)
+        instance = next(found, None)
+        return INSTANCE_NOT_FOUND if instance is None else _ok(instance)
+
+    def _instance_roles(self, request: ApiRequest) -> Reply:
+        instance = self._find(request.name, Dialect.PROVISIONED)
+        if instance is None:
+            return INSTANCE_NOT_FOUND
+        return self._page("database_instance_roles", instance_roles(instance), request.query)
 
     # -- Autoscaling and Provisioned ------------------------------------------------------------
 
@@ -287,33 +322,6 @@ class Api:
 
     def _find(self, name: str, dialect: Dialect) -> Endpoint | None:
         return next((e for e in self.endpoints if e.name == name and e.listed_as is dialect), None)
-
-    def _names(self) -> list[str]:
-        return [e.name for e in self.endpoints if e.listed_as is Dialect.AUTOSCALING]
-
-
-def _endpoint_json(endpoint: Endpoint) -> dict[str, object]:
-    shown = dict(endpoint.hosts)
-    for kind in endpoint.hidden_hosts:
-        shown.pop(kind, None)
-    status = {
-        "endpoint_type": endpoint.kind,
-        "current_state": endpoint.state,
-        "disabled": endpoint.disabled,
-        "hosts": shown,
-    }
-    return {"name": endpoint.name, "uid": endpoint.uid, "status": status}
-
-
-def _instance_json(instance: Endpoint) -> dict[str, object]:
-    dns = {
-        "read_write_dns": instance.hosts["host"],
-        "read_only_dns": instance.hosts["read_only_host"],
-    }
-    shown = {"host": "read_write_dns", "read_only_host": "read_only_dns"}
-    for kind in instance.hidden_hosts:
-        dns.pop(shown[kind], None)
-    return {"name": instance.name, "uid": instance.uid, "state": instance.state, **dns}
 
 
 def _format_expiry(moment: datetime.datetime, expiry_format: ExpiryFormat) -> str:

@@ -24,11 +24,15 @@ class Gateway(GatewayState):
     """The gateway, on a port of its own; use it with `async with`."""
 
     def __init__(
-        self, endpoints: Iterable[Endpoint], certificates: Certificates, issuer: TokenIssuer
+        self,
+        endpoints: Iterable[Endpoint],
+        certificates: Certificates,
+        issuer: TokenIssuer,
+        port: int = 0,
     ) -> None:
-        """The gateway accepts tokens of `issuer` only."""
+        """The gateway accepts tokens of `issuer` only. Port 0 is one that the system chooses."""
         super().__init__(endpoints, certificates, issuer)
-        self._port = HeldPort()
+        self._port = HeldPort(port)
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 

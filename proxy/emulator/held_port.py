@@ -13,9 +13,9 @@ LOOPBACK: Final = "127.0.0.1"
 class HeldPort:
     """A port, held by a socket except while its owner listens on that."""
 
-    def __init__(self) -> None:
-        self.number = 0
-        """Chosen by the system when the port is held for the first time."""
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+        """0 is replaced by a number that the system chooses when the port is held."""
         self._holder: socket.socket | None = None
 
     def hold(self) -> None:

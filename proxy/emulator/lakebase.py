@@ -8,13 +8,13 @@ import hashlib
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from proxy.emulator.certificates import Certificates
+from proxy.emulator.certificates import Certificate, Certificates
 from proxy.emulator.cluster import CLIENT_ID, DATABASE, NATIVE_ROLE, Cluster, running
 from proxy.emulator.endpoints import (
     AUTOSCALING_DOMAIN,
@@ -35,6 +35,7 @@ SHARDS_MAX: Final = 16  # each is a Postgres server
 # The gateway does not listen on this loopback address. Tests use it as an address that refuses
 # connections, beside a good one in a resolver's answer.
 DEAD_ADDRESS: Final = "127.0.0.2"
+LOCAL_HOST: Final = "localhost"  # the one name that every machine resolves
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Lakebase:
         *,
         clusters: Mapping[str, Cluster] | None = None,
         clock: Callable[[], float] = time.time,
+        gateway_port: int = 0,
     ) -> None:
         """`clusters`, by shard name, are running already and are left running; the emulator starts
         the others. `clock` returns seconds since the epoch and determines when tokens expire."""
@@ -74,6 +76,7 @@ class Lakebase:
         by_name = {**running, **{cluster.shard: cluster for cluster in self._own_clusters}}
         self.shards = tuple(_shard(name, by_name[name]) for name in shards)
         self._clock = clock
+        self._gateway_port = gateway_port
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -83,8 +86,8 @@ class Lakebase:
             directory = self.shards[0].cluster.directory
             self.ca_file = directory / f"ca-{secrets.token_hex(4)}.pem"
             stack.callback(self.ca_file.unlink, missing_ok=True)
-            names = (f"*.{AUTOSCALING_DOMAIN}", f"*.{PROVISIONED_DOMAIN}")
-            certificates = Certificates(names, self.ca_file)
+            names = (f"*.{AUTOSCALING_DOMAIN}", f"*.{PROVISIONED_DOMAIN}", LOCAL_HOST, LOOPBACK)
+            self.certificates = Certificates(names, self.ca_file)
             endpoints = [one for shard in self.shards for one in (shard.endpoint, shard.instance)]
             clients = {self.client_id: self.client_secret}
             self.workspace = await stack.enter_async_context(
@@ -92,7 +95,7 @@ class Lakebase:
             )
             self.workspace.api.personal_tokens[self.personal_token] = self.client_id
             self.gateway = await stack.enter_async_context(
-                Gateway(endpoints, certificates, self.workspace.api.issuer)
+                Gateway(endpoints, self.certificates, self.workspace.api.issuer, self._gateway_port)
             )
             self._stack = stack.pop_all()
         return self
@@ -104,6 +107,19 @@ class Lakebase:
         traceback: TracebackType | None,
     ) -> None:
         await self._stack.aclose()
+
+    def answer_to_localhost(self) -> None:
+        """Make `localhost` the host of the first shard, for programs that look hosts up."""
+        for one in (self.shards[0].endpoint, self.shards[0].instance):
+            one.hosts["host"] = LOCAL_HOST
+
+    @asynccontextmanager
+    async def https(self) -> AsyncIterator[Workspace]:
+        """Serve the workspace API over HTTPS, too, while the block runs."""
+        tls = self.certificates.context(Certificate.GOOD)
+        async with Workspace((), {}, clock=self._clock, tls=tls) as workspace:
+            workspace.api = self.workspace.api
+            yield workspace
 
     def __getitem__(self, name: str) -> Shard:
         """Return the shard of this name."""

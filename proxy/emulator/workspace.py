@@ -2,11 +2,12 @@
 
 `api` returns the replies. This file listens, counts the calls, and replaces replies by the faults
 that a test injects. It listens on an ephemeral port of 127.0.0.1 in plain HTTP, and changes neither
-signal handlers nor the logging configuration.
+signal handlers nor the logging configuration. With a TLS context it is HTTPS.
 """
 
 import asyncio
 import socket
+import ssl
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -39,11 +40,13 @@ class Workspace:
         clients: Mapping[str, str],
         *,
         clock: Callable[[], float] = time.time,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """`clients` maps client ids to secrets; `clock` returns seconds since the epoch."""
         self.api = Api(endpoints, clients, clock)
         self.calls: Counter[Call] = Counter()
         self._clock = clock
+        self._tls = tls
         self._faults: FaultList[Call, Reply | Hang] = FaultList()
         self._released = asyncio.Event()
         self._changed = asyncio.Condition()
@@ -58,7 +61,7 @@ class Workspace:
     @property
     def url(self) -> str:
         """The value for DATABRICKS_HOST."""
-        return f"http://{LOOPBACK}:{self.port}"
+        return f"http{'s' if self._tls else ''}://{LOOPBACK}:{self.port}"
 
     @property
     def mints(self) -> list[Mint]:
@@ -162,6 +165,7 @@ class Workspace:
             date_header=False,  # `_response` sets it from `clock`
         )
         config.load()
+        config.ssl = self._tls
         self._server = uvicorn.Server(config)
         self._server.lifespan = config.lifespan_class(config)
         # `startup` alone: `serve` would install signal handlers.

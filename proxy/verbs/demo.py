@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, Final
@@ -29,11 +30,14 @@ from proxy.verbs.demo_map import (
 from proxy.verbs.event_loop import run_on_event_loop
 from proxy.verbs.stderr import fail, show_progress
 from proxy.verbs.syntax import Arguments
+from proxy.verbs.verb_table import GATEWAY_PORT, HTTPS
 
 if TYPE_CHECKING:
     from proxy.emulator.lakebase import Lakebase
 
 
+CLIENT_SECRET: Final = "fake-secret-of-the-demo"  # noqa: S105 - the emulator's, not a real one
+_PORT_MAX: Final = 65535
 _POOL_KEY: Final = re.compile("pool(_|$)")
 
 
@@ -62,7 +66,9 @@ def demo_settings(settings: Settings, lakebase: "Lakebase") -> Settings:
 
 
 @asynccontextmanager
-async def demonstrating(settings: Settings) -> AsyncIterator[tuple[App, "Lakebase"]]:
+async def demonstrating(
+    settings: Settings, gateway_port: int = 0
+) -> AsyncIterator[tuple[App, "Lakebase"]]:
     """Run emulator and proxy while the block runs, and remove every trace of them after it.
 
     Raises ImportError if the extra `demo` is not installed, OSError if a port is taken, and
@@ -76,9 +82,14 @@ async def demonstrating(settings: Settings) -> AsyncIterator[tuple[App, "Lakebas
     async with AsyncExitStack() as stack:
         try:
             show_progress("Starting PostgreSQL, a server for each of two shards")
-            lakebase = await stack.enter_async_context(Lakebase())
+            lakebase = Lakebase(gateway_port=gateway_port)
+            lakebase.client_secret = CLIENT_SECRET
+            lakebase.answer_to_localhost()
+            await stack.enter_async_context(lakebase)
         except ClusterError as error:
             raise DemoError(str(error)) from error
+        except OSError as error:
+            raise DemoError(f"{GATEWAY_PORT.flag} {gateway_port}: {error.strerror}") from error
         show_progress("Filling the shard map")
         await fill_catalogue(lakebase)
         show_progress("Starting the proxy, and getting its first token")
@@ -95,7 +106,7 @@ def _hide_databricks() -> None:
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 
-def greeting(app: App, lakebase: "Lakebase") -> str:
+def greeting(app: App, lakebase: "Lakebase", https_url: str = "") -> str:
     """Return the text that the demo prints when it is ready."""
     psql = f"psql -h {quote(app.listen_host)} -p {app.listen_port} -U anyone"
     table = "-c 'TABLE shard_identity'"
@@ -117,6 +128,7 @@ def greeting(app: App, lakebase: "Lakebase") -> str:
     ]
     lines += ["", *_pooling(app, f"{psql} -d {lakebase.database}")]
     lines += ["", *_moving(app, lakebase, psql)]
+    lines += ["", *_own_tokens(lakebase, https_url)]
     bundled = lakebase.shards[0].cluster.binaries / "psql"
     lines += ["", f"No psql here? There is one in {_shown(bundled.parent)}"]
     if app.admin is not None:
@@ -154,6 +166,38 @@ def _moving(app: App, lakebase: "Lakebase", psql: str) -> list[str]:
     ]
 
 
+def _own_tokens(lakebase: "Lakebase", https_url: str) -> list[str]:
+    """Return the guide's environment, for programs that get their tokens and log in themselves."""
+    authority = str(lakebase.ca_file)
+    workspace = {
+        "DATABRICKS_HOST": https_url or lakebase.workspace_url,
+        "DATABRICKS_CLIENT_ID": lakebase.client_id,
+        "DATABRICKS_CLIENT_SECRET": lakebase.client_secret,
+    }
+    of_https = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS") if https_url else ()
+    endpoint = lakebase.shards[0].endpoint
+    database = {
+        "PGHOST": endpoint.host,
+        "PGPORT": str(lakebase.port),
+        "PGDATABASE": lakebase.database,
+        "PGUSER": lakebase.client_id,
+    }
+    groups = (
+        workspace,
+        dict.fromkeys(of_https, authority),
+        {"ENDPOINT_NAME": endpoint.name},
+        database,
+        {"PGSSLMODE": "require", "PGSSLROOTCERT": authority},
+    )
+    exports = (" ".join(f"{name}={quote(one[name])}" for name in one) for one in groups if one)
+    return [
+        "Programs that get their own tokens, as the Lakebase guide shows, run with its variables.",
+        "Only in a terminal of theirs: clients of the proxy must not inherit PGSSLMODE=require.",
+        "",
+        *(f"  export {line}" for line in exports),
+    ]
+
+
 def _command() -> str:
     """Return this program as one would type it from here."""
     name = "lakebase-auth-proxy"
@@ -176,16 +220,20 @@ def run(arguments: Arguments) -> int:
     # The variables of the Lakebase guide point to a real Lakebase, which the demo must not touch.
     own = {name: value for name, value in os.environ.items() if name.startswith("LAKEBASE_PROXY_")}
     settings = load_settings(arguments.flags, {"LAKEBASE_PROXY_LOG__LEVEL": "warning", **own})
+    port = arguments.number(GATEWAY_PORT.name, 0, _PORT_MAX, 0)
+    program = partial(_serve, gateway_port=port or 0, https=arguments.has(HTTPS))
     try:
-        return run_on_event_loop(settings, _serve)
+        return run_on_event_loop(settings, program)
     except ImportError as error:
         return fail(f"{error}. For the demo: pip install 'lakebase-auth-proxy[demo]'")
     except DemoError as error:
         return fail(f"the demo cannot start: {error}")
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(settings: Settings, *, gateway_port: int, https: bool) -> int:
     signals = Signals()
-    async with demonstrating(settings) as (app, lakebase):
-        print(greeting(app, lakebase), flush=True)
+    async with AsyncExitStack() as stack:
+        app, lakebase = await stack.enter_async_context(demonstrating(settings, gateway_port))
+        url = (await stack.enter_async_context(lakebase.https())).url if https else ""
+        print(greeting(app, lakebase, url), flush=True)
         return await run_until_stopped(app, signals)

@@ -66,7 +66,11 @@ def settings_values(lakebase: "Lakebase") -> Values:
             "hostaddr": address,
             "database": CATALOGUE_DATABASE,
         },
-        "catalogue": {"target": "main", "shard_hostaddr": address},
+        "catalogue": {
+            "target": "main",
+            "shard_hostaddr": address,
+            "shard_hosts": ",".join(shard.endpoint.host for shard in lakebase.shards),
+        },
         f"shard_maps.{MAP}": {"catalogue": True},
         # A client that names no tenant gets the first shard.
         "routing": {"shard_map": MAP, "require_key": False},

@@ -15,6 +15,10 @@ ALL_SHARDS: Final = Option("all-shards", "test every target, not only the usual 
 BRANCH: Final = Option("branch", "the branch's id, where there are several", "ID")
 BUILD: Final = Option("build", "also print whether the relay was compiled")
 END: Final = Option("end", "end this session (it needs admin.quit)", "ID")
+GATEWAY_PORT: Final = Option(
+    "gateway-port", "the emulator's port for programs that log in themselves (a free one)", "PORT"
+)
+HTTPS: Final = Option("https", "serve the workspace API over HTTPS, too")
 PROCESSES: Final = Option(
     "processes", "with --sessions: also the processes of clients on this machine"
 )
@@ -62,8 +66,9 @@ VERBS: Final[Mapping[str, Syntax]] = {
         sections=("workspace", "credentials", "upstream"),
     ),
     "demo": Syntax(
-        "demo [settings]",
+        "demo [--gateway-port PORT] [--https] [settings]",
         "run the whole system on this machine, nothing to sign up for",
+        options=(GATEWAY_PORT, HTTPS),
         sections=("listen", "admin", "upstream", "shutdown", "log"),
     ),
     "resolve": Syntax(

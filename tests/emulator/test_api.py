@@ -19,6 +19,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from proxy.emulator.api import Call, ExpiryFormat
+from proxy.emulator.cluster import GROUP, PERSON
 from proxy.emulator.lakebase import Lakebase
 
 BRANCH = "projects/demo-one/branches/production"
@@ -103,6 +104,7 @@ async def test_a_personal_token_is_a_bearer(lakebase: Lakebase) -> None:
     login = {"token": lakebase.personal_token}
     me = await with_client(lakebase, lambda client: client.current_user.me(), **login)
     assert me.user_name == lakebase.client_id
+    assert me.display_name
     assert lakebase.workspace.calls[Call.TOKEN] == 0
     name = lakebase["one"].endpoint.name
 
@@ -277,9 +279,62 @@ async def test_a_provisioned_instance_has_names_of_its_own(lakebase: Lakebase) -
     assert lakebase.workspace.mints[0].name == instance.name
 
 
+async def test_roles_and_databases_are_those_of_the_branch(lakebase: Lakebase) -> None:
+    lakebase["one"].cluster.execute("CREATE ROLE added LOGIN")
+    try:
+        roles, databases, role = await with_client(
+            lakebase,
+            lambda client: (
+                list(client.postgres.list_roles(BRANCH)),
+                list(client.postgres.list_databases(BRANCH)),
+                client.postgres.get_role(f"{BRANCH}/roles/added"),
+            ),
+        )
+    finally:
+        lakebase["one"].cluster.execute("DROP ROLE added")
+    kinds = {
+        one.status.postgres_role: one.status.identity_type and one.status.identity_type.value
+        for one in roles
+    }
+    assert kinds == {
+        lakebase.client_id: "SERVICE_PRINCIPAL",
+        PERSON: "USER",
+        GROUP: "GROUP",
+        lakebase.native_role: None,
+        "added": None,
+    }
+    assert role.status.auth_method.value == "PG_PASSWORD_SCRAM_SHA_256"
+    (database,) = databases
+    assert database.name == f"{BRANCH}/databases/databricks-postgres"
+    assert database.status.postgres_database == lakebase.database
+    assert database.status.role == f"{BRANCH}/roles/{lakebase.client_id}"
+    with pytest.raises(NotFound):
+        await with_client(lakebase, lambda c: c.postgres.get_role(f"{BRANCH}/roles/none"))
+    with pytest.raises(NotFound):
+        await with_client(lakebase, lambda c: list(c.postgres.list_roles("projects/x/branches/y")))
+
+
+async def test_instances_and_their_roles_are_listed_in_pages(lakebase: Lakebase) -> None:
+    lakebase.workspace.api.page_size_max = 1
+    name = lakebase["one"].instance.name
+    instances, roles = await with_client(
+        lakebase,
+        lambda client: (
+            [one.name for one in client.database.list_database_instances()],
+            list(client.database.list_database_instance_roles(name)),
+        ),
+    )
+    assert instances == [shard.instance.name for shard in lakebase.shards]
+    kinds = {role.name: role.identity_type.value for role in roles}
+    assert kinds[lakebase.client_id] == "SERVICE_PRINCIPAL"
+    assert kinds[lakebase.native_role] == "PG_ONLY"
+
+
 async def test_an_unknown_instance_is_not_found(lakebase: Lakebase) -> None:
     with pytest.raises(NotFound):
         await with_client(lakebase, lambda c: c.database.get_database_instance("none"))
+    with pytest.raises(NotFound):
+        await with_client(lakebase, lambda c: list(c.database.list_database_instance_roles("none")))
     with pytest.raises(NotFound):
         await with_client(
             lakebase,

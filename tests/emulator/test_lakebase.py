@@ -1,5 +1,6 @@
 """The whole emulator: it starts on its own, needs no set-up, and removes everything."""
 
+import asyncio
 import os
 import tempfile
 from collections.abc import Mapping
@@ -8,6 +9,8 @@ from typing import Any
 
 import psycopg
 import pytest
+from databricks.sdk import WorkspaceClient
+from databricks.sdk.config import Config
 
 from proxy.emulator.cluster import Cluster
 from proxy.emulator.lakebase import SHARDS_MAX, Lakebase
@@ -51,6 +54,23 @@ async def test_a_stopped_cluster_is_a_compute_that_cannot_be_reached() -> None:
             parameters |= {"sslmode": "require", "sslrootcert": ""}  # removed with the cluster
             with pytest.raises(psycopg.OperationalError, match="Couldn't connect to compute node"):
                 await psycopg.AsyncConnection.connect(**parameters)
+
+
+async def test_the_workspace_is_served_over_https_when_asked(
+    lakebase: Lakebase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(lakebase.ca_file))
+    name = lakebase["one"].endpoint.name
+    async with lakebase.https() as https:
+        assert https.url.startswith("https://")
+        token = lakebase.personal_token
+
+        def mint() -> Any:
+            client = WorkspaceClient(config=Config(host=https.url, token=token))
+            return client.postgres.generate_database_credential(name)
+
+        assert (await asyncio.to_thread(mint)).token
+    assert [minted.name for minted in lakebase.workspace.mints] == [name]
 
 
 @pytest.mark.parametrize("count", [0, SHARDS_MAX + 1])

@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -37,6 +38,30 @@ pytestmark = [
 
 FREE_PORTS = ("--listen.port", "0", "--admin.port", "0")
 POOL = ("--upstream.pool", "session")
+# The guide's own kind of program, with asyncpg.
+OWN_TOKENS = """
+import asyncio, os
+import asyncpg
+from databricks.sdk import WorkspaceClient
+
+workspace = WorkspaceClient()
+
+
+def new_token():
+    endpoint = os.environ["ENDPOINT_NAME"]
+    return workspace.postgres.generate_database_credential(endpoint=endpoint).token
+
+
+async def main():
+    host = workspace.postgres.get_endpoint(os.environ["ENDPOINT_NAME"]).status.hosts.host
+    for where in ({}, {"host": host}):
+        connection = await asyncpg.connect(password=new_token, **where)
+        print(await connection.fetchval("SELECT current_user"))
+        await connection.close()
+
+
+asyncio.run(main())
+"""
 LAST_LINE = "Ctrl-C stops everything"
 
 
@@ -84,6 +109,13 @@ def printed_commands(proxy: ProxyProcess) -> list[list[str]]:
     return [shlex.split(command) for command in commands]
 
 
+def printed_exports(proxy: ProxyProcess) -> str:
+    """Return the environment for programs that get their own tokens."""
+    lines = proxy.out.splitlines()
+    guide = lines.index(next(line for line in lines if line.startswith("Programs that get")))
+    return "\n".join(line for line in lines[guide:] if line.startswith("  export "))
+
+
 async def paste(command: list[str]) -> str:
     assert command[0] == "psql"
     code, out, err = await run_to_end(psql_path(), "-X", "-At", *command[1:])
@@ -108,6 +140,9 @@ async def test_the_printed_commands_work_and_a_signal_leaves_nothing_behind(
         assert "no shard has this shard key" in err
         assert "reason=mapping_not_found" in err
         assert "HINT: " in err
+        program = f"{printed_exports(proxy)}\nexec {shlex.join((sys.executable, '-c', OWN_TOKENS))}"
+        code, out, err = await run_to_end("bash", "-c", program)
+        assert (code, out.split()) == (0, [CLIENT_ID, CLIENT_ID]), err
         if flags:
             one, other = [await paste(command) for command in pooled]
             assert one == other, "both clients had one session"
@@ -212,6 +247,22 @@ async def test_a_signal_while_it_starts_leaves_nothing_behind(
         assert await proxy.ended(30) == 0
         await leavings.are_gone()
     assert "Traceback" not in proxy.err
+
+
+async def test_a_chosen_port_of_the_gateway_is_taken_or_the_refusal_names_its_flag(
+    tmp_path: Path,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        async with demo(tmp_path, *FREE_PORTS, "--gateway-port", port) as proxy:
+            assert await proxy.ended(30) == 1
+    assert f"--gateway-port {port}: " in proxy.err
+    assert content(tmp_path) == []
+    async with demo(tmp_path, *FREE_PORTS, "--gateway-port", port) as proxy:
+        await proxy.printed(LAST_LINE)
+        assert f"PGPORT={port} " in printed_exports(proxy)
+        proxy.send(signal.SIGINT)
+        assert await proxy.ended() == 0
 
 
 @pytest.mark.parametrize("section", ["listen", "admin"])

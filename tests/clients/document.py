@@ -18,10 +18,10 @@ _INTRODUCTION: Final = """# Clients
 Drivers, pools and tools that were run through the proxy. `make clients` runs all of them again and
 writes this document.
 
-Each driver has a small program in [tests/clients](../tests/clients/registry.py), with the ordinary pool of its
-language and nothing about tokens. It runs twice, directly on PostgreSQL and through the proxy, and
-must print the same. ✓: it did. "{cannot}": the driver cannot do it, with or without the proxy; the
-lines below the table say why. The database is PostgreSQL 16 and the project's
+Each driver has a small program in [tests/clients](../tests/clients/registry.py), with the ordinary
+pool of its language and nothing about tokens. It runs twice, directly on PostgreSQL and through the
+proxy, and must print the same. ✓: it did. "{cannot}": the driver cannot do it, with or without the
+proxy; the lines below the table say why. The database is PostgreSQL 16 and the project's
 [Lakebase emulator](../README.md#try-it), not a live workspace.
 
 | check | what must be so |

@@ -436,7 +436,11 @@ async def test_a_login_of_the_cli_that_has_expired_is_no_api_that_cannot_be_reac
     program.write_text("#!/bin/sh\necho 'Error: the refresh token is invalid' >&2; exit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    by_program = {"auth_type": "databricks-cli", "client_id": "", "client_secret": SecretStr("")}
+    by_program: dict[str, Any] = {
+        "auth_type": "databricks-cli",
+        "client_id": "",
+        "client_secret": SecretStr(""),
+    }
     error = await refusal(workspace(api, **by_program))
     assert error.kind is ErrorKind.LOGIN_PROGRAM_FAILED
     assert "the refresh token is invalid" in error.detail

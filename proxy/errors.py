@@ -76,6 +76,12 @@ class ErrorKind(Enum):
         "the Databricks workspace refused the login",
         "Are client id and secret right and not expired? Is it the right workspace host?",
     )
+    LOGIN_PROGRAM_FAILED = ErrorRow(
+        "workspace_login_failed",
+        "28000",
+        "the program that logs in to the Databricks workspace failed",
+        "Log in with it again (databricks auth login, az login); DETAIL has its own words.",
+    )
     WORKSPACE_ACCESS_MISSING = ErrorRow(
         "workspace_access_missing",
         "28000",

@@ -133,6 +133,12 @@ def test_defaults_that_differ_from_another_programs_are_those_of_the_settings() 
     assert [one for one in told if defaults[one[0]] != one[1]] == []
 
 
+def test_the_error_that_is_shown_is_one_of_ours() -> None:
+    shown = r"FATAL:  (.*)\nDETAIL:  reason=(\w+)\nHINT:  (.*)\n"
+    ((message, reason, hint),) = re.findall(shown, TROUBLESHOOTING.read_text())
+    assert (KINDS[reason].message, KINDS[reason].hint) == (message, hint)
+
+
 def test_every_reason_is_explained() -> None:
     explained = set(re.findall(r"`([a-z_]+)`", TROUBLESHOOTING.read_text()))
     assert set(KINDS) <= explained

@@ -78,6 +78,8 @@ def _rows() -> tuple[_Row, ...]:
         # The SDK's own checks, which differ in their text alone.
         _Row(ValueError, "cannot configure default credentials", kinds.CONFIGURATION_INVALID),
         _Row(ValueError, "more than one authorization", kinds.TWO_LOGINS),
+        # Of databricks auth login, or az login: their own program said so.
+        _Row(Exception, "cannot get access token", kinds.LOGIN_PROGRAM_FAILED),
     )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import importlib
 import json
+import os
 import ssl
 import threading
 import time
@@ -426,6 +427,23 @@ async def test_a_wrong_configuration_says_so_and_shows_no_secret(
     error = await refusal(workspace(api, **settings))
     assert error.kind is kind
     assert not any(secret in shows(error) for secret in ("not-real", CLIENT_SECRET, PERSONAL_TOKEN))
+
+
+async def test_a_login_of_the_cli_that_has_expired_is_no_api_that_cannot_be_reached(
+    api: emulator.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "databricks"
+    program.write_text("#!/bin/sh\necho 'Error: the refresh token is invalid' >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    by_program: dict[str, Any] = {
+        "auth_type": "databricks-cli",
+        "client_id": "",
+        "client_secret": SecretStr(""),
+    }
+    error = await refusal(workspace(api, **by_program))
+    assert error.kind is ErrorKind.LOGIN_PROGRAM_FAILED
+    assert "the refresh token is invalid" in error.detail
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ prints the shard that the session finds itself on.
 """
 
 import io
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.exit_codes import EXIT_OK
 from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
+from tests.packaging.manifests import ROOT
 from tests.support.languages import (
     GO_ENVIRONMENT,
     GO_IS_THERE,
@@ -153,6 +156,20 @@ func main() {
 """
 
 
+# Two tenants on two shards, the first one again, and one without a mapping.
+ASK_POOLS = """
+(async () => {
+  for (const tenant of [7, 1500, 7]) {
+    const { rows } = await poolOf(tenant).query("SELECT name FROM shard_identity");
+    console.log(rows[0].name);
+  }
+  await poolOf(-7).query("SELECT 1").catch((error) => console.log(error.code));
+  for (const pool of pools.values()) await pool.end();
+})();
+"""
+DOCUMENT = (ROOT / "docs" / "languages.md").read_text()
+
+
 def url_of(key: str, proxy: App, lakebase: Lakebase, directory: Path) -> str:
     """Return the URL that `resolve --url` prints where this proxy serves."""
     file = directory / "proxy.toml"
@@ -170,6 +187,20 @@ LANGUAGES = {
     "java": Language(JAVA, "Main.java", ("java", "-cp", str(JDBC)), ("test", "-f", str(JDBC))),
     "go": Language(GO, "main.go", GO_RUN, GO_IS_THERE, GO_ENVIRONMENT),
 }
+
+
+async def test_s15_the_pools_of_the_document_reach_their_shards(
+    start_proxy: StartProxy, lakebase: Lakebase, tmp_path: Path
+) -> None:
+    chapter = DOCUMENT.partition("### A pool for each key\n")[2]
+    (code,) = re.findall(r"```js\n(.*?)```", chapter, re.DOTALL)
+    language = replace(LANGUAGES["node"], program=code + ASK_POOLS)
+    await need_driver("the pool for each key in Node", language)
+    proxy = await start_proxy(**sharded(lakebase))
+    language = replace(language, program=language.program.replace("5432", str(proxy.listen_port)))
+    code_of_end, out, err = await run_to_end(*place(language, tmp_path))
+    assert code_of_end == 0, err
+    assert out.split() == ["one", "two", "one", "3D000"]
 
 
 @both_modes

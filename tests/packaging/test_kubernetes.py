@@ -6,6 +6,7 @@ without a word. It knows no PodMonitor, which is the Prometheus Operator's.
 """
 
 import os
+import re
 from pathlib import Path
 
 import kubernetes_validate
@@ -40,6 +41,8 @@ MOUNT = "/etc/lakebase-auth-proxy"
 SLACK_SECONDS = 5
 # What a pod that says nothing has.
 GRACE_SECONDS = 30
+
+DOCUMENT = (ROOT / "docs" / "kubernetes.md").read_text()
 
 applied = pytest.mark.parametrize("name", APPLIED)
 
@@ -121,6 +124,38 @@ def test_any_workload_gets_the_sidecar_and_keeps_what_it_has(tmp_path: Path) -> 
     assert found == pod
 
 
+def test_the_steps_of_the_document_put_the_sidecar_beside_a_deployment(tmp_path: Path) -> None:
+    """What a person writes by docs/kubernetes.md, in a folder beside a clone."""
+    steps = DOCUMENT.partition("## Put it beside a Deployment")[2].partition("\n## ")[0]
+    (settings,) = re.findall(r"```toml\n(.*?)```", steps, re.DOTALL)
+    kustomization, environment = re.findall(r"```yaml\n(.*?)```", steps, re.DOTALL)
+    (tmp_path / "lakebase-auth-proxy").symlink_to(ROOT)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "proxy.toml").write_text(settings)
+    (own / "kustomization.yaml").write_text(kustomization.replace("REGISTRY", "registry.example"))
+    container = {"name": "application", "image": "application:1.0", **yaml.safe_load(environment)}
+    labels = {"app": "application"}
+    pod = {"metadata": {"labels": labels}, "spec": {"containers": [container]}}
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "application"},
+        "spec": {"selector": {"matchLabels": labels}, "template": pod},
+    }
+    (own / "application.yaml").write_text(yaml.safe_dump(deployment))
+    objects = parsed(tool("kubectl", "kustomize", own))
+    for document in objects:
+        kubernetes_validate.validate(document, VERSIONS[0], strict=True)
+    proxy = sidecar(pod_of(objects))
+    assert proxy["image"] == "registry.example/lakebase-auth-proxy:0.1.0"
+    (tmp_path / "proxy.toml").write_text(config_files(objects)["proxy.toml"])
+    config = {"LAKEBASE_PROXY_CONFIG": str(tmp_path / "proxy.toml")}
+    loaded = load_settings([], {**environment_of(proxy), **config}, upstream_required=True)
+    (secret,) = re.findall(r"--from-file=([\w-]+)=FILE", steps)
+    assert loaded.workspace.client_secret_file == f"{MOUNT}/{secret}"
+
+
 def test_a_chart_of_ones_own_puts_the_sidecar_into_its_pods(tmp_path: Path) -> None:
     """A chart that depends on this one, as docs/kubernetes.md shows."""
     (tmp_path / "charts").mkdir()
@@ -128,8 +163,7 @@ def test_a_chart_of_ones_own_puts_the_sidecar_into_its_pods(tmp_path: Path) -> N
     (tmp_path / "templates").mkdir()
     chart = {"apiVersion": "v2", "name": "own", "version": "1.0.0"}
     (tmp_path / "Chart.yaml").write_text(yaml.safe_dump(chart))
-    text = (ROOT / "docs" / "kubernetes.md").read_text()
-    template = text.partition("```yaml\n# templates/")[2].partition("\n")[2].partition("```")[0]
+    template = DOCUMENT.partition("```yaml\n# templates/")[2].partition("\n")[2].partition("```")[0]
     (tmp_path / "templates" / "deployment.yaml").write_text(template)
     objects = parsed(tool("helm", "template", "own", tmp_path))
     assert as_bytes(sidecar(pod_of(objects))) == as_bytes(sidecar(source_of_the_sidecar()))

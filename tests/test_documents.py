@@ -196,6 +196,14 @@ def test_a_container_that_is_stopped_has_the_time_to_drain() -> None:
         assert int(seconds) > shutdown.accept_seconds + shutdown.drain_seconds
 
 
+def test_the_proxy_takes_the_environment_of_a_container_with_a_published_port() -> None:
+    shown = (ROOT / "docs" / "docker.md").read_text().partition("## Publish the port")[2]
+    command = shown.partition("```console")[2].partition("```")[0]
+    assert "-p 127.0.0.1:5432:5432" in command
+    listen = load_settings([], dict(re.findall(r"-e (\w+)=(\S+)", command))).listen
+    assert (listen.host, listen.allow_remote) == ("0.0.0.0", True)
+
+
 def _code(document: Path) -> str:
     """Return what stands in blocks of code or between back-ticks."""
     text = document.read_text()

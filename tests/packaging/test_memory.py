@@ -31,15 +31,18 @@ def test_the_least_memory_is_documented() -> None:
     assert f"at least {LEAST_MIB} MiB, with a limit of {LIMIT_MIB} MiB" in OPERATIONS
 
 
-def test_the_table_of_memory_is_the_sum_of_its_parts() -> None:
+def test_the_table_of_sizes_is_the_sum_of_its_parts() -> None:
+    (thousand,) = re.findall(r"on a few connections \| (\d+)m", OPERATIONS)
     at_rest, session = re.findall(r"takes (\d+) MB at rest and (\d+) kB more", OPERATIONS)[0]
-    row = r"^\| ([\d,]+) \| (\d+) MB \| (\d+) MiB \| (\d+) MiB \|"
+    row = r"^\| ([\d,]+) \| (\d+) MB \| (\d+) MiB \| (\d+) MiB \| (\d+)m \|"
     rows = re.findall(row, OPERATIONS, re.MULTILINE)
     assert rows
-    for sessions, taken, request, limit in rows:
+    for sessions, taken, request, limit, cpu in rows:
         expected = int(at_rest) + int(sessions.replace(",", "")) * int(session) / 1000
         assert int(taken) == pytest.approx(expected, abs=1)
         assert expected * 1e6 <= int(request) * 1024**2 < int(limit) * 1024**2
+        transactions = 2 * int(sessions.replace(",", ""))
+        assert int(cpu) == max(100, transactions * int(thousand) / 1000)
 
 
 def published(case: str, name: str) -> float:

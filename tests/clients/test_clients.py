@@ -1,7 +1,7 @@
 """Every client does the same directly and through the proxy, and its pool outlives what happens."""
 
 import faulthandler
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import uvloop
@@ -26,8 +26,8 @@ async def lacks(client: Client) -> str:
     return ""
 
 
-def run_all(language: Language) -> dict[str, Outcome]:
-    there = [client for client in language.tried if not uvloop.run(lacks(client))]
+def run_all(clients: Sequence[Client], language: Language) -> dict[str, Outcome]:
+    there = [client for client in clients if not uvloop.run(lacks(client))]
     if not there:
         return {}
     build(language)
@@ -35,14 +35,19 @@ def run_all(language: Language) -> dict[str, Outcome]:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> Outcomes:
-    """Return what runs all clients of a language at the first of their tests."""
+def outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    """Return what runs all selected clients of a language at the first of their tests."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    params = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    selected = [one["client"] for one in params if "client" in one]
     done: dict[str, dict[str, Outcome]] = {}
 
     def of(language: Language) -> dict[str, Outcome]:
         if language.name not in done:
             faulthandler.cancel_dump_traceback_later()  # each of its waits has a bound
-            done[language.name] = run_all(language)
+            done[language.name] = run_all(
+                [client for client in language.tried if client in selected], language
+            )
         return done[language.name]
 
     return of

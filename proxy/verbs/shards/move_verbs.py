@@ -10,7 +10,7 @@ from proxy.catalogue.move import Move
 from proxy.catalogue.reassign import Reassign, ToShard
 from proxy.verbs.shards.arguments import Arguments, one_of, shard_name, syntax
 from proxy.verbs.shards.operating import Done, run
-from proxy.verbs.shards.verb import EPOCH_MAX, Call, Json, Verb, mapping_facts
+from proxy.verbs.shards.verb import Call, Json, Verb, mapping_facts
 from proxy.verbs.syntax import UsageError
 
 _DRAIN_SECONDS: Final = 60
@@ -24,7 +24,7 @@ _MODES: Final = (SessionsMode.KILL, SessionsMode.DRAIN)
 
 def _judge(arguments: Arguments) -> None:
     _to(arguments)
-    arguments.number("expect", 1, EPOCH_MAX)
+    arguments.expect()
     arguments.token()
 
 
@@ -86,7 +86,7 @@ async def _move(call: Call) -> None:
             sessions=mode,
             drain_seconds=seconds,
             copy=None if command is None else command.run,
-            expect=call.arguments.number("expect", 1, EPOCH_MAX),
+            expect=call.arguments.expect(),
             token=call.arguments.token(),
         )
 
@@ -108,7 +108,7 @@ async def _reassign(call: Call) -> None:
             lo,
             hi,
             _to(call.arguments),
-            expect=call.arguments.number("expect", 1, EPOCH_MAX),
+            expect=call.arguments.expect(),
             token=call.arguments.token(),
         )
 

@@ -1,5 +1,6 @@
 """`shards move`, `reassign`: a mapping gets another shard."""
 
+import os
 from collections.abc import Mapping
 from typing import Final
 
@@ -12,6 +13,7 @@ from proxy.verbs.shards.arguments import Arguments, one_of, shard_name, syntax
 from proxy.verbs.shards.operating import Done, run
 from proxy.verbs.shards.verb import Call, Json, Verb, mapping_facts
 from proxy.verbs.syntax import UsageError
+from proxy.workspace.login_variables import without_login
 
 _DRAIN_SECONDS: Final = 60
 SECONDS_MAX: Final = 86_400
@@ -66,7 +68,8 @@ def copy_command(call: Call) -> CopyCommand | None:
     if command is None:
         return None
     seconds = call.arguments.number("copy-timeout-seconds", 0, _COPY_SECONDS_MAX, 0)
-    return CopyCommand(command, float(seconds or 0), call.administration.share)
+    environment = without_login(os.environ, call.settings)
+    return CopyCommand(command, float(seconds or 0), call.administration.share, environment)
 
 
 # -- the verbs -----------------------------------------------------------------------------------

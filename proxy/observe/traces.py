@@ -96,7 +96,8 @@ def open_traces(version: str) -> Traces | None:
     """Return where session starts are sent; None unless the environment names an endpoint."""
     named = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
     is_off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if named is None or is_off or os.environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+    exporter = os.environ.get("OTEL_TRACES_EXPORTER") or "otlp"  # an empty one counts as not set
+    if named is None or is_off or exporter != "otlp":
         return None
     protocol = next((value for name in _PROTOCOLS if (value := os.environ.get(name))), _PROTOCOL)
     if protocol != _PROTOCOL:

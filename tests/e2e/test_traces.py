@@ -1,5 +1,6 @@
 """Traces of session starts, by the real SDK, at a real receiver of OTLP over HTTP."""
 
+import asyncio
 import signal
 import socket
 import sys
@@ -8,15 +9,18 @@ from collections.abc import Iterator
 
 import pytest
 
+from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.emulator.lakebase import Lakebase
 from proxy.observe.traces import CLOSE_SECONDS_MAX
 from proxy.server.serving import serving
 from tests.e2e.conftest import StartProcess
 from tests.e2e.test_psql import psql
+from tests.support.catalogue import Stores
 from tests.support.client import plain_client, startup
 from tests.support.pooling import pooling, settled
 from tests.support.proxy_process import run_to_end
-from tests.support.running import LogLines, proxy_settings
+from tests.support.running import LogLines, eventually, proxy_settings
+from tests.support.sidecars import connect, named_shards, parked, started_sidecars
 from tests.support.trace_receiver import TraceReceiver, receiving_traces, values
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -83,6 +87,28 @@ async def test_a_pools_take_has_the_dial_inside_it_and_a_reused_session_has_none
     first, second = (span for span in receiver.spans if span.name == "take")
     assert set(receiver.names_within(first)) >= set(DIAL)
     assert receiver.names_within(second) == []
+
+
+async def test_with_a_catalogue_the_park_and_the_admission_are_spans(
+    stores: Stores, receiver: TraceReceiver
+) -> None:
+    async with named_shards(stores) as operating, started_sidecars(stores) as start:
+        bounds, app = operating.bounds(0, 100), await start()
+        await (await connect(app, 5)).close()
+        await operating.run(TakeOffline(operating.map, *bounds))
+        waiting = asyncio.ensure_future(connect(app, 5))
+        await eventually(lambda: parked(app) == 1, "the client is parked")
+        await operating.run(TakeOnline(operating.map, *bounds))
+        await (await waiting).close()
+    starts = sorted(receiver.starts(), key=lambda span: int(span.start_time_unix_nano))
+    at_once, after_a_park = map(receiver.names_within, starts)
+    for names in (at_once, after_a_park):
+        assert set(names) >= {"route", *DIAL}
+        assert names[-1] == "admit"
+    assert ("park" in at_once, "park" in after_a_park) == (False, True)
+    assert {values(start.attributes)["lakebase_proxy.target"] for start in starts} == {
+        f"{operating.map.name}/one"
+    }
 
 
 async def test_a_refused_session_says_why_and_in_which_phase(

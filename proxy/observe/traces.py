@@ -106,7 +106,11 @@ def open_traces(version: str) -> Traces | None:
     if not _is_installed():
         _log.warning("no traces: the extra otel is not installed", variable=named)
         return None
-    return Traces(_provider(version), version)
+    try:
+        return Traces(_provider(version), version)
+    except ValueError as error:  # of a number that it cannot use
+        _log.warning("no traces: the SDK refuses its environment", error=str(error))
+        return None
 
 
 def _is_installed() -> bool:

@@ -149,6 +149,24 @@ async def test_a_collector_that_does_not_answer_costs_a_bounded_end_and_no_sessi
     assert time.monotonic() - began < CLOSE_SECONDS_MAX + 5
 
 
+async def test_what_the_sdk_cannot_use_costs_no_start_and_shows_no_secret(
+    start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The proxy ended with a traceback, and the SDK logged the header that it could not read.
+    for name, value in {
+        ENDPOINT: "http://127.0.0.1:1",
+        "OTEL_EXPORTER_OTLP_HEADERS": "api-key not-a-real-secret",
+        "OTEL_BSP_MAX_QUEUE_SIZE": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    process = await start_process()
+    assert await psql(process, "SELECT 1") == "1"
+    process.send(signal.SIGTERM)
+    assert await process.ended() == 0
+    assert "no traces: the SDK refuses its environment" in process.err
+    assert "not-a-real-secret" not in process.err
+
+
 IMPORTED = """
 import sys
 from proxy.observe.traces import open_traces

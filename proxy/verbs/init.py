@@ -100,6 +100,7 @@ def _choose(found: Sequence[Listed], collection: str, parent: str, flag: str) ->
         line = sys.stdin.readline()
         answer = line.strip() or "1"
         if not line:
+            _say("")
             break
         if answer.isascii() and answer.isdigit() and 1 <= int(answer[:9]) <= len(found):
             return found[int(answer[:9]) - 1].name

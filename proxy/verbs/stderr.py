@@ -9,7 +9,9 @@ from typing import Final
 
 from proxy.exit_codes import EXIT_FAILURE, EXIT_USAGE
 
-_COLUMNS: Final = 80
+_LINES: Final = textwrap.TextWrapper(
+    80, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+)
 
 
 def fail(sentence: str) -> int:
@@ -27,6 +29,5 @@ def show_progress(doing: str) -> None:
 def wrong_usage(sentence: str) -> int:
     """Print how the verb is used, in lines of a terminal. Return the exit code of wrong usage."""
     for line in f"lakebase-auth-proxy: {sentence}".split("\n"):
-        words = {"break_on_hyphens": False, "break_long_words": False}
-        print(textwrap.fill(line, _COLUMNS, subsequent_indent="  ", **words), file=sys.stderr)
+        print(_LINES.fill(line), file=sys.stderr)
     return EXIT_USAGE

@@ -171,6 +171,8 @@ def test_an_unknown_verb_is_named_with_the_usage(capsys: pytest.CaptureFixture[s
         (("--shard-key", "run", "exec", "--", "x"), "--shard-key: needs a shard map"),
         (("--project", "run", "init", "--sql", "--toml"), "--sql prints no configuration"),
         (("shards", "--range", "move", "7", "repair"), "--from is one of catalogue, shard"),
+        (("--map", "run", "shards", "ops", "--dry-run"), "--dry-run, --all, --copy"),
+        (("--dry-run", "shards", "init", "7"), "too many arguments"),
     ],
     ids=str,
 )
@@ -180,6 +182,20 @@ def test_the_value_of_a_flag_before_the_verb_is_no_verb(
     # `--shard-key run exec -- x` was taken for `run`.
     assert main(arguments) == EXIT_USAGE
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("also", ["--watch", "--sessions"])
+def test_a_session_is_not_ended_and_shown(also: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # It was ignored.
+    assert main(["status", "--end", "1", also]) == EXIT_USAGE
+    assert "--end shows nothing" in capsys.readouterr().err
+
+
+def test_what_was_meant_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--max_connection"]) == EXIT_USAGE
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("lakebase-auth-proxy: there is no --max_connection; did you mean")
+    assert second == "  --listen.max_connections?"
 
 
 def test_a_word_that_may_be_a_secret_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:

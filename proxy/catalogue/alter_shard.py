@@ -14,7 +14,7 @@ from uuid import UUID
 
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.mapping_operations import END, LOCAL
-from proxy.catalogue.mapping_rows import check_expected
+from proxy.catalogue.mapping_rows import check_version
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
 from proxy.catalogue.operation import (
     Json,
@@ -117,8 +117,7 @@ class AlterShard(Operation):
 
     async def check_values(self, catalogue: Connection) -> None:
         """Check version and name. Raises CatalogueError, and Unchanged."""
-        version, reason = self.before.version, Reason.STALE_VERSION
-        check_expected(f"the shard {self._name}", self._expect, version, reason)
+        check_version(self.before, self._expect)
         if self.after == self.before:
             raise Unchanged
         for one in await self._same_name(catalogue):

@@ -36,7 +36,6 @@ from proxy.catalogue.bounds import show_bounds
 from proxy.catalogue.errors import CatalogueError, Reason
 from proxy.catalogue.model import CatalogueMap, Shard
 from proxy.catalogue.model import Mapping as MappingRow
-from proxy.workspace.login_variables import without_login
 
 # From SIGTERM to SIGKILL.
 TERMINATE_SECONDS_MAX: Final = 5.0
@@ -65,11 +64,15 @@ Listen = Callable[[Shard, Path], AbstractAsyncContextManager[None]]
 
 @dataclass(frozen=True, slots=True)
 class CopyCommand:
-    """A command for /bin/sh; `timeout_seconds` of 0 is no limit."""
+    """A command for /bin/sh; `timeout_seconds` of 0 is no limit.
+
+    It gets the environment without what would lead libpq elsewhere.
+    """
 
     text: str
     timeout_seconds: float
     listen: Listen
+    environment: Mapping[str, str]
 
     async def run(
         self, catalogue_map: CatalogueMap, mapping: MappingRow, source: Shard, target: Shard
@@ -86,7 +89,7 @@ class CopyCommand:
         }
         shards = {"SHARDS_SOURCE": source, "SHARDS_TARGET": target}
         async with self._listening(shards) as uris:
-            await self._run({**_passed_on(os.environ), **facts, **uris})
+            await self._run({**_passed_on(self.environment), **facts, **uris})
 
     @asynccontextmanager
     async def _listening(self, shards: Mapping[str, Shard]) -> AsyncIterator[dict[str, str]]:
@@ -267,12 +270,8 @@ def _remove_unlocked(folder: Path, lock: Lock) -> None:
 
 
 def _passed_on(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return our environment without what the command does not need."""
-    return {
-        name: text
-        for name, text in without_login(environment).items()
-        if not _NOT_PASSED.fullmatch(name)
-    }
+    """Return an environment without what the command does not need."""
+    return {name: text for name, text in environment.items() if not _NOT_PASSED.fullmatch(name)}
 
 
 def _uri(folder: str, port: int, shard: Shard) -> str:

@@ -13,7 +13,7 @@ from proxy.catalogue.errors import CatalogueError, Reason, driver_errors, transl
 from proxy.catalogue.fence import LOCK_OUT_ALL, Registered, end_sessions, lock_out
 from proxy.catalogue.locks import check_locks
 from proxy.catalogue.mapping_operations import END
-from proxy.catalogue.mapping_rows import locked_mappings
+from proxy.catalogue.mapping_rows import check_version, locked_mappings
 from proxy.catalogue.model import CatalogueMap, Connection, Shard, Status
 from proxy.catalogue.operation import Json, Operation, Place, Step, Tools
 from proxy.catalogue.store import count_mappings, read_shard
@@ -46,12 +46,14 @@ class Detach(Operation):
         name: str,
         *,
         force: bool = False,
+        expect: int | None = None,
         token: UUID | None = None,
         op_id: UUID | None = None,
     ) -> None:
         super().__init__(catalogue_map, op_id)
         self._name = name
         self._force = force
+        self._expect = expect
         self._token = token
         self.mappings = 0
         """How many mappings there were."""
@@ -86,7 +88,8 @@ class Detach(Operation):
         self.shards = (await read_shard(catalogue, self.map, self._name),)
 
     async def begin(self, catalogue: Connection) -> None:
-        """Check that the shard is offline, unless it is forced, and all locks; mark it."""
+        """Check the version, that the shard is offline unless it is forced, and locks; mark it."""
+        check_version(self.shard, self._expect)
         if self.shard.status is Status.ONLINE and not self._force:
             text = f"the shard {self._name} is online"
             hint = (

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from proxy.catalogue.bounds import in_words
 from proxy.catalogue.errors import CatalogueError, Reason
-from proxy.catalogue.mapping_rows import mapping_exact
+from proxy.catalogue.mapping_rows import check_expected, mapping_exact
 from proxy.catalogue.model import CatalogueMap, Connection, Mapping
 
 # As long as a lock lasts by default.
@@ -89,17 +89,19 @@ async def lock_mapping(
     *,
     label: str,
     seconds: float,
+    expect: int | None = None,
 ) -> None:
     """Lock a mapping with a new token. In a transaction of the catalogue.
 
     To do it again, with the same token, changes nothing. Raises CatalogueError: UNKNOWN_MAPPING,
-    LOCKED, OPERATION_PENDING.
+    LOCKED, STALE_EPOCH, OPERATION_PENDING.
     """
     await _lock_map(catalogue, catalogue_map)
     mapping = await mapping_exact(catalogue, catalogue_map, *bounds)
     if mapping.locked and await catalogue.fetchval(_OWNER, mapping.mapping_id) == token:
         return  # an earlier try was committed
     await check_locks(catalogue, catalogue_map, (mapping,), None)
+    _check_epoch(catalogue_map, mapping, expect)
     _check_pending(catalogue_map, mapping)
     await catalogue.execute(_LOCK, mapping.mapping_id, token, label or None, seconds)
 
@@ -109,14 +111,16 @@ async def unlock_mapping(
     catalogue_map: CatalogueMap,
     bounds: tuple[bytes, bytes | None],
     token: UUID | None,
+    expect: int | None = None,
 ) -> int:
     """Take away the lock of a mapping; without a token whosever it is. Return how many there were.
 
-    In a transaction of the catalogue. Raises CatalogueError: UNKNOWN_MAPPING, LOCK_NOT_OWNED,
-    OPERATION_PENDING.
+    In a transaction of the catalogue. Raises CatalogueError: UNKNOWN_MAPPING, STALE_EPOCH,
+    LOCK_NOT_OWNED, OPERATION_PENDING.
     """
     await _lock_map(catalogue, catalogue_map)
     mapping = await mapping_exact(catalogue, catalogue_map, *bounds)
+    _check_epoch(catalogue_map, mapping, expect)
     owner = await catalogue.fetchval(_OWNER, mapping.mapping_id)
     if owner is None:
         return 0
@@ -155,6 +159,10 @@ async def renew_lock(catalogue: Connection, mapping_id: UUID) -> None:
 async def _lock_map(catalogue: Connection, catalogue_map: CatalogueMap) -> None:
     if await catalogue.fetchval(_LOCK_MAP, catalogue_map.map_id) is None:
         raise CatalogueError(Reason.UNKNOWN_MAP, f"there is no map {catalogue_map.name}")
+
+
+def _check_epoch(catalogue_map: CatalogueMap, mapping: Mapping, expect: int | None) -> None:
+    check_expected(f"the mapping {_in_words(catalogue_map, mapping)}", expect, mapping.epoch)
 
 
 def _check_pending(catalogue_map: CatalogueMap, mapping: Mapping) -> None:

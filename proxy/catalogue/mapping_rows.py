@@ -180,13 +180,15 @@ async def shard_of_mapping(connection: Connection, mapping: Mapping) -> Shard:
     return shard
 
 
+def check_version(shard: Shard, expected: int | None) -> None:
+    """Raise CatalogueError STALE_VERSION if a shard's row is not as the caller knows it."""
+    check_expected(f"the shard {shard.name}", expected, shard.version, Reason.STALE_VERSION)
+
+
 def check_expected(
     what: str, expected: int | None, found: int, reason: Reason = Reason.STALE_EPOCH
 ) -> None:
-    """Raise CatalogueError if the row is not as the caller knows it.
-
-    `reason` is STALE_EPOCH of a mapping, STALE_VERSION of a shard.
-    """
+    """Raise CatalogueError, STALE_EPOCH of a mapping, if the row is not as the caller knows it."""
     if expected is not None and expected != found:
         text = f"{what} is at {found}, not at {expected}"
         raise CatalogueError(reason, text, "Look at it again, then decide again.")

@@ -18,6 +18,7 @@ from proxy.catalogue.fence import lock_out
 from proxy.catalogue.locks import check_locks
 from proxy.catalogue.mapping_operations import END, LOCAL
 from proxy.catalogue.mapping_rows import (
+    check_expected,
     mapping_from_json,
     mapping_to_json,
     mappings_around,
@@ -86,23 +87,35 @@ class Merge(Operation):
         hi: bytes | None,
         *,
         at: bytes | None = None,
+        expect: int | None = None,
         token: UUID | None = None,
         op_id: UUID | None = None,
     ) -> None:
-        """All mappings from `lo` to `hi`; or, for `at`, the two that meet there."""
+        """All mappings from `lo` to `hi`; or, for `at`, the two that meet there.
+
+        `expect` is the epoch of the last one: for `at`, of the mapping that covers this key.
+        """
         super().__init__(catalogue_map, op_id)
         self._lo = lo
         self._hi = hi
         self._at = at
+        self._expect = expect
         self.token = token
         self.rows: tuple[Mapping, ...] = ()
         self.after: Mapping
         self._epoch_undone: int | None = None
 
     @classmethod
-    def at(cls, catalogue_map: CatalogueMap, key: bytes, *, token: UUID | None = None) -> Self:
+    def at(
+        cls,
+        catalogue_map: CatalogueMap,
+        key: bytes,
+        *,
+        expect: int | None = None,
+        token: UUID | None = None,
+    ) -> Self:
         """Return the operation on what ends at a key and what begins there."""
-        return cls(catalogue_map, key, key, at=key, token=token)
+        return cls(catalogue_map, key, key, at=key, expect=expect, token=token)
 
     @property
     def _ids(self) -> list[UUID]:
@@ -167,6 +180,8 @@ class Merge(Operation):
                 text = f"{self._in_words(left)} and {self._in_words(right)} {fault}"
                 raise CatalogueError(Reason.NOT_ADJACENT, text)
         await check_locks(catalogue, self.map, self.rows, self.token)
+        last = self.rows[-1]
+        check_expected(f"the mapping {self._in_words(last)}", self._expect, last.epoch)
         if len(self.rows) < 2:
             raise Unchanged
         self.after = self._merged(max(row.epoch for row in self.rows) + 1)

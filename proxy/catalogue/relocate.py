@@ -23,6 +23,7 @@ from proxy.catalogue.differences import Difference, ShardDiffers, of_keys
 from proxy.catalogue.errors import CatalogueError, Reason, driver_errors, translated
 from proxy.catalogue.fence import Registered, end_sessions
 from proxy.catalogue.mapping_operations import END, LOCAL
+from proxy.catalogue.mapping_rows import check_version
 from proxy.catalogue.mapping_status import FENCE, SESSIONS
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
 from proxy.catalogue.operation import (
@@ -68,6 +69,7 @@ class Relocate(PlannedOperation):
         new: Shard,
         found: Sequence[Difference] = (),
         *,
+        expect: int | None = None,
         token: UUID | None = None,
         op_id: UUID | None = None,
     ) -> None:
@@ -76,6 +78,7 @@ class Relocate(PlannedOperation):
         self._name = name
         self._new = new
         self._old = new
+        self._expect = expect
         self._token = token
         self._found = found
         self._versions = (0, 0)  # of the shard itself: before, and at its new location
@@ -134,7 +137,11 @@ class Relocate(PlannedOperation):
         self.shards = (new, *await shards_by_id(catalogue, sorted(others)))
 
     async def begin(self, catalogue: Connection) -> None:
-        """Check that no other shard is there, and mark them. Raises CatalogueError: EXISTS."""
+        """Check the version, and that no other shard is there; mark them.
+
+        Raises CatalogueError: STALE_VERSION, EXISTS.
+        """
+        check_version(self._old, self._expect)
         for one in await read_shards(catalogue, self.map.map_id):
             if one.location == self.shard.location and one.shard_id != self.shard.shard_id:
                 text = f"the map {self.map.name} has the shard {one.name} at {one.location}"

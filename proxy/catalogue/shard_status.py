@@ -19,7 +19,7 @@ from proxy.catalogue.fence import (
     lock_out,
 )
 from proxy.catalogue.mapping_operations import END, LOCAL
-from proxy.catalogue.mapping_rows import check_expected
+from proxy.catalogue.mapping_rows import check_version
 from proxy.catalogue.mapping_status import ANNOUNCE, FENCE, SESSIONS, sessions_sentence
 from proxy.catalogue.model import CatalogueMap, Connection, SessionsMode, Shard, Status
 from proxy.catalogue.operation import (
@@ -90,8 +90,7 @@ class _ShardStatus(Operation):
 
     async def begin(self, catalogue: Connection) -> None:
         """Check the version and the status, and mark the row."""
-        version, reason = self.before.version, Reason.STALE_VERSION
-        check_expected(f"the shard {self._name}", self._expect, version, reason)
+        check_version(self.before, self._expect)
         self.check()
         await catalogue.execute(
             "update shardmap.shard set op_id = $2 where shard_id = $1",

@@ -6,7 +6,14 @@ change needs a restart, and whether it names a file to watch. Everything else re
 
 from proxy.config.catalogue_section import ANY_LABELS, CatalogueSettings
 from proxy.config.config_errors import ConfigurationError, Problem
-from proxy.config.diff import Changes, Files, compare, named_files, with_running_values
+from proxy.config.diff import (
+    Changes,
+    Files,
+    compare,
+    lost_secrets,
+    named_files,
+    with_running_values,
+)
 from proxy.config.example import example_toml
 from proxy.config.loading import Configuration, Inspect, load, load_settings
 from proxy.config.printing import effective_toml
@@ -67,6 +74,7 @@ __all__ = [
     "with_running_values",
     "Changes",
     "named_files",
+    "lost_secrets",
     "config_file",
     "Files",
     "effective_toml",

@@ -12,12 +12,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
 
+from proxy.config.config_errors import Problem
 from proxy.config.setting_keys import KeyPath, key_at, sections, settings_keys
 from proxy.config.settings import Settings
 from proxy.config.toml import toml_path
 from proxy.config.upstream_sections import SYSTEM_AUTHORITIES
 from proxy.file_stamp import Stamp, stamp_of
+
+# A reload itself reads the others.
+_READ_LATER: Final = ("client_secret_file", "password_file")
 
 
 def effective_values(settings: Settings) -> Iterator[tuple[KeyPath, object]]:
@@ -119,6 +125,13 @@ def named_files(settings: Settings) -> list[str]:
     """Return the files that a reload reads again if their contents have changed."""
     maps = [one.mappings_file for one in settings.shard_maps.values() if one.mappings_file]
     return maps + [file for _, file in _watched_files(settings)]
+
+
+def lost_secrets(settings: Settings) -> Iterator[Problem]:
+    """Yield the files of secrets that are not there: they are only read for a later login."""
+    for path, file in _watched_files(settings):
+        if path[-1] in _READ_LATER and not Path(file).exists():
+            yield Problem(toml_path(path), f"no such file: {file}")
 
 
 def _watched_files(settings: Settings) -> Iterator[tuple[KeyPath, str]]:

@@ -326,7 +326,7 @@ def _identity_sql(shard: str) -> str:
     return f"""
 CREATE TABLE public.shard_identity (name text PRIMARY KEY);
 {insert}
-GRANT SELECT ON public.shard_identity TO PUBLIC;
+GRANT ALL ON public.shard_identity TO PUBLIC;
 """
 
 

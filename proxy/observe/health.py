@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum, unique
 
 from proxy.errors import ErrorKind
-from proxy.observe.recent_errors import iso_time
+from proxy.observe.recent_errors import QUIET_SECONDS, iso_time
 from proxy.observe.status import Status
 
 _REASONS_SHOWN = 3
@@ -75,7 +75,8 @@ def _failing(status: Status, serving: str) -> Health:
     level, text = Level.WARNING, f"{serving} {failures} in the last minute: {_list(reasons)}."
     if last.refused and not last.started:
         level, text = Level.BAD, f"{text} No session has started meanwhile."
-    since = min((each.since for each in status.errors if each.reason in reasons), default=None)
+    recent = (each for each in status.errors if status.at - each.at < QUIET_SECONDS)
+    since = min((each.since for each in recent if each.reason in reasons), default=None)
     return Health(level, text, since, reasons[0])
 
 

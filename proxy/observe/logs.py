@@ -331,6 +331,8 @@ def configure_logging(
     logging.getLogger("proxy").setLevel(level.upper())
     # Its warnings are repeated by the failure of the call, which is logged with a connection's id.
     logging.getLogger("databricks").setLevel(logging.ERROR)
+    # It shows a header that it cannot read, which may be a secret.
+    logging.getLogger("opentelemetry.util.re").setLevel(logging.ERROR)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

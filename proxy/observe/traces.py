@@ -96,7 +96,8 @@ def open_traces(version: str) -> Traces | None:
     """Return where session starts are sent; None unless the environment names an endpoint."""
     named = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
     is_off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if named is None or is_off or os.environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+    exporter = os.environ.get("OTEL_TRACES_EXPORTER") or "otlp"  # an empty one counts as not set
+    if named is None or is_off or exporter != "otlp":
         return None
     protocol = next((value for name in _PROTOCOLS if (value := os.environ.get(name))), _PROTOCOL)
     if protocol != _PROTOCOL:
@@ -105,7 +106,11 @@ def open_traces(version: str) -> Traces | None:
     if not _is_installed():
         _log.warning("no traces: the extra otel is not installed", variable=named)
         return None
-    return Traces(_provider(version), version)
+    try:
+        return Traces(_provider(version), version)
+    except ValueError as error:  # of a number that it cannot use
+        _log.warning("no traces: the SDK refuses its environment", error=str(error))
+        return None
 
 
 def _is_installed() -> bool:

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Final
 
 from proxy.blocking import BlockingCalls
-from proxy.config import UPSTREAM, ConfigurationError, Problem, Settings, ShardMapSettings
+from proxy.config import (
+    UPSTREAM,
+    ConfigurationError,
+    Problem,
+    Settings,
+    ShardMapSettings,
+    lost_secrets,
+)
 from proxy.file_stamp import Stamp, stamp_of
 from proxy.routing.key_sources import DatabasePattern
 from proxy.routing.map_builder import map_from_csv, map_from_tables
@@ -66,6 +73,8 @@ def reread_with_router(reread: Reread) -> tuple[Settings, Router]:
     gc.disable()
     try:
         settings = reread()
+        if lost := list(lost_secrets(settings)):
+            raise ConfigurationError(lost)
         return settings, router_of(settings)
     finally:
         gc.enable()

@@ -61,12 +61,10 @@ def child_environment(
 ) -> dict[str, str]:
     """Return the command's environment. `host` may be the directory of a unix socket."""
     user, database = client_user(settings, environ), client_database(settings)
-    workspaces = (settings.workspace, *settings.workspaces.values())
-    removed = _LIBPQ | {workspace.oidc_token_env for workspace in workspaces}
     kept = {
         name: value
-        for name, value in without_login(environ).items()
-        if name not in removed and not name.startswith(ENVIRONMENT_PREFIX)
+        for name, value in without_login(environ, settings).items()
+        if name not in _LIBPQ and not name.startswith(ENVIRONMENT_PREFIX)
     }
     return {
         **kept,

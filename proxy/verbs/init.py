@@ -23,7 +23,7 @@ from proxy.verbs.syntax import Arguments, UsageError
 from proxy.verbs.verb_table import BRANCH, PROJECT, ROLE, SQL, TOML
 from proxy.workspace.client import Workspace
 from proxy.workspace.listing import COLLECTIONS, Listed
-from proxy.workspace.resources import Endpoint
+from proxy.workspace.resources import resource_of
 
 # Then the person is not there, or cannot mean it.
 ANSWERS_MAX: Final = 5
@@ -37,7 +37,11 @@ def run(arguments: Arguments) -> int:
     """Choose, and print. Raises ConfigurationError and UsageError."""
     if arguments.has(SQL) and arguments.has(TOML):
         raise UsageError("--sql prints no configuration: leave --toml out")
+    if not (arguments.get(ROLE.name) or "").isprintable():
+        raise UsageError("--role is a name of printable characters")
     settings = load_settings(arguments.flags, os.environ)
+    if resource_of(settings.upstream) and any(map(arguments.get, (PROJECT.name, BRANCH.name))):
+        raise UsageError("an endpoint is set: leave --project and --branch out")
     configure_logging(**settings.log.model_copy(update={"level": "error"}).model_dump())
     workspace = Workspace(
         settings.workspace, settings.credentials, version=__version__, retries=False
@@ -46,45 +50,47 @@ def run(arguments: Arguments) -> int:
         with asyncio.Runner() as runner:
             show_progress("logging in to the workspace")
             role = arguments.get(ROLE.name) or runner.run(workspace.identity()).role
-            endpoint = _endpoint(runner, workspace, settings, arguments)
+            found = _found(runner, workspace, settings, arguments)
     except ProxyError as error:
         return fail(refusal(error))
     except NotChosen as error:
         return fail(str(error))
-    print(_result(settings, arguments, role, endpoint), end="")
+    print(_result(settings, arguments, role, found), end="")
     return EXIT_OK
 
 
-def _endpoint(
+def _found(
     runner: asyncio.Runner, workspace: Workspace, settings: Settings, arguments: Arguments
-) -> str:
-    """Return the endpoint's name. Raises ProxyError and NotChosen."""
-    if named := settings.upstream.endpoint:
-        runner.run(workspace.status(Endpoint(named)))  # which refuses one that is not there
-        return named
+) -> dict[str, str]:
+    """Return the key that names the endpoint or instance. Raises ProxyError and NotChosen."""
+    if named := resource_of(settings.upstream):
+        runner.run(workspace.status(named))  # which refuses one that is not there
+        return {"endpoint" if settings.upstream.endpoint else "instance": named.name}
     name = ""
     for collection, option in zip(COLLECTIONS, (PROJECT, BRANCH, None), strict=True):
         given = arguments.get(option.name) if option else None
         found = runner.run(workspace.list_inside(name))
         if given is not None:
-            wanted = f"{name}/{collection}/{given}".lstrip("/")
+            inside = f"{name}/{collection}/".lstrip("/")
+            wanted = inside + given.removeprefix(inside)  # the list shows the whole name
             if wanted not in [one.name for one in found]:
                 raise NotChosen(f"there is no {wanted}{one_of(found)}")
             name = wanted
         else:
             name = _choose(found, collection, name, option.flag if option else "")
-    return name
+    return {"endpoint": name}
 
 
 def _choose(found: Sequence[Listed], collection: str, parent: str, flag: str) -> str:
     """Return the name that a person chooses, or the only one. Raises NotChosen."""
     if not found:
         where = f"{parent} has" if parent else "this login sees"
-        raise NotChosen(f"{where} no {collection}")
+        hint = "" if parent else "; a Provisioned instance is named by --upstream.instance"
+        raise NotChosen(f"{where} no {collection}{hint}")
     if len(found) == 1:
         _say(f"{found[0].name} {_in_brackets(found[0])}".rstrip())
         return found[0].name
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         how = flag or "--upstream.endpoint"
         raise NotChosen(f"there are {len(found)} {collection}: set {how}{one_of(found)}")
     for number, one in enumerate(found, 1):
@@ -94,6 +100,7 @@ def _choose(found: Sequence[Listed], collection: str, parent: str, flag: str) ->
         line = sys.stdin.readline()
         answer = line.strip() or "1"
         if not line:
+            _say("")
             break
         if answer.isascii() and answer.isdigit() and 1 <= int(answer[:9]) <= len(found):
             return found[int(answer[:9]) - 1].name
@@ -112,12 +119,12 @@ def _say(text: str) -> None:
 # -- the result ----------------------------------------------------------------------------------
 
 
-def _result(settings: Settings, arguments: Arguments, role: str, endpoint: str) -> str:
+def _result(settings: Settings, arguments: Arguments, role: str, found: Mapping[str, str]) -> str:
     """Return what is printed: the SQL alone, or a configuration with the SQL as its comment."""
     statements = role_statements(role, settings.upstream.database)
     if arguments.has(SQL):
         return "\n".join(statements) + "\n"
-    upstream = {"endpoint": endpoint, "database": settings.upstream.database}
+    upstream = {**found, "database": settings.upstream.database}
     login = _login(settings, os.environ)
     is_toml = arguments.has(TOML)
     lines = _toml(login, upstream) if is_toml else _environment(login, upstream)
@@ -130,12 +137,12 @@ def _result(settings: Settings, arguments: Arguments, role: str, endpoint: str) 
 
 
 def _login(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what names the workspace, and no secret. A profile has its host itself."""
-    profile = settings.workspace.profile or environ.get("DATABRICKS_CONFIG_PROFILE", "")
-    if profile:
-        return {"profile": profile}
-    host = settings.workspace.host or environ.get("DATABRICKS_HOST", "")
-    return {"host": host} if host else {}
+    """Return what names the workspace, and no secret. A host is stronger than a profile's own."""
+    given = {"profile": settings.workspace.profile, "host": settings.workspace.host}
+    if not given["host"]:
+        given["host"] = environ.get("DATABRICKS_HOST", "")
+        given["profile"] = given["profile"] or environ.get("DATABRICKS_CONFIG_PROFILE", "")
+    return {key: value for key, value in given.items() if value}
 
 
 def _environment(login: Mapping[str, str], upstream: Mapping[str, str]) -> list[str]:

@@ -27,6 +27,8 @@ def run(arguments: Arguments) -> int:
     number = arguments.number(END.name, 1, _ID_MAX)
     if arguments.has(PROCESSES) and not arguments.has(SESSIONS):
         raise UsageError(f"{PROCESSES.flag} is for {SESSIONS.flag}")
+    if number is not None and (arguments.has(SESSIONS) or arguments.has(WATCH)):
+        raise UsageError(f"{END.flag} shows nothing: leave {SESSIONS.flag} and {WATCH.flag} out")
     admin = load_settings(arguments.flags, os.environ).admin
     try:
         if number is not None:
@@ -37,7 +39,7 @@ def run(arguments: Arguments) -> int:
             print(_shown(admin, arguments))
     except AdminError as error:
         return fail(str(error))
-    while arguments.has(WATCH) and number is None:  # until it is interrupted
+    while arguments.has(WATCH):  # until it is interrupted
         _print_again(admin, arguments)
         time.sleep(WATCH_SECONDS)
     return EXIT_OK

@@ -4,8 +4,14 @@ For: a verb that cannot do what it was asked for. Not for: the log.
 """
 
 import sys
+import textwrap
+from typing import Final
 
 from proxy.exit_codes import EXIT_FAILURE, EXIT_USAGE
+
+_LINES: Final = textwrap.TextWrapper(
+    80, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+)
 
 
 def fail(sentence: str) -> int:
@@ -21,6 +27,7 @@ def show_progress(doing: str) -> None:
 
 
 def wrong_usage(sentence: str) -> int:
-    """Print how the verb is used. Return the exit code of wrong usage."""
-    print(f"lakebase-auth-proxy: {sentence}", file=sys.stderr)
+    """Print how the verb is used, in lines of a terminal. Return the exit code of wrong usage."""
+    for line in f"lakebase-auth-proxy: {sentence}".split("\n"):
+        print(_LINES.fill(line), file=sys.stderr)
     return EXIT_USAGE

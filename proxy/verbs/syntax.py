@@ -21,6 +21,8 @@ from proxy.config import likely_flags, take_flags
 
 PROGRAM: Final = "lakebase-auth-proxy"
 END_OF_FLAGS: Final = "--"
+# It has verbs of its own.
+_NESTING: Final = "shards"
 # More than fit in a command line.
 ANY_NUMBER: Final = 1 << 30
 
@@ -208,7 +210,10 @@ def take_verb(
     values = {option.flag: option.values for option in options}
     flags, rest, after = _split(arguments, values)
     for at, word in enumerate(rest):
-        is_value = any(values.get(rest[at - n], 0) >= n for n in range(1, min(at, 2) + 1))
+        # The verbs of `shards` have options of their own: `--map run shards show`.
+        other = int(_NESTING in rest[at + 1 :])
+        taken = (_values_of(rest[at - n], values, other) for n in range(1, min(at, 2) + 1))
+        is_value = any(count >= n for n, count in enumerate(taken, 1))
         if word in syntaxes and not is_value:
             return word, [*flags, *rest[:at], *rest[at + 1 :], *after]
     if not rest or rest[0].startswith("-"):
@@ -220,6 +225,12 @@ def take_verb(
     near = did_you_mean(difflib.get_close_matches(rest[0], syntaxes, n=1))
     word = repr(rest[0]) if re.fullmatch("[A-Za-z_-]+", rest[0]) else "of that name"
     raise UsageError(f"there is no verb {word}{near or ': ' + one_of(syntaxes)}")
+
+
+def _values_of(word: str, known: Mapping[str, int], other: int) -> int:
+    """Return how many values follow a word: `other` of them if it is a flag that is not known."""
+    is_other = word.startswith("--") and "=" not in word
+    return known.get(word, other if is_other else 0)
 
 
 def one_of(names: Iterable[str]) -> str:

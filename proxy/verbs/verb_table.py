@@ -91,7 +91,7 @@ VERBS: Final[Mapping[str, Syntax]] = {
         sections=("admin",),
     ),
     "status": Syntax(
-        "status [--sessions [--processes]] [--watch] [--json] [--end ID] [settings]",
+        "status [[--sessions [--processes]] [--watch] | --end ID] [--json] [settings]",
         "print what a running proxy does, and who is connected",
         options=(SESSIONS, PROCESSES, WATCH, JSON, END),
         sections=("admin",),

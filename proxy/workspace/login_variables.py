@@ -7,6 +7,8 @@ For: the environment of a command that we start, which must not have them. Not f
 from collections.abc import Mapping
 from typing import Final
 
+from proxy.config import Settings
+
 # All of the SDK's own: some are secrets, some name a file with one, and without the others they are
 # of no use.
 _PREFIX: Final = "DATABRICKS_"
@@ -21,9 +23,11 @@ _OTHERS: Final = frozenset(
 _TOKEN_VARIABLE: Final = "DATABRICKS_OIDC_TOKEN_ENV"  # noqa: S105 - a name
 
 
-def without_login(environ: Mapping[str, str]) -> dict[str, str]:
+def without_login(environ: Mapping[str, str], settings: Settings) -> dict[str, str]:
     """Return the environment without the variables that the SDK logs in with."""
-    removed = _OTHERS | {environ.get(_TOKEN_VARIABLE)}
+    workspaces = (settings.workspace, *settings.workspaces.values())
+    named = {workspace.oidc_token_env for workspace in workspaces}
+    removed = _OTHERS | named | {environ.get(_TOKEN_VARIABLE)}
     return {
         name: value
         for name, value in environ.items()

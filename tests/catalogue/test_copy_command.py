@@ -27,8 +27,10 @@ from proxy.catalogue.copy_command import (
 )
 from proxy.catalogue.errors import CatalogueError
 from proxy.catalogue.model import CatalogueMap, Mapping, Shard
+from proxy.config import Settings
 from proxy.routing.keys import KeyType, parse_key
 from proxy.routing.shard_map import Kind, MapSpec
+from proxy.workspace.login_variables import without_login
 from tests.support.running import Unread
 
 MAP: Final = CatalogueMap(uuid4(), "tenants", MapSpec(Kind.RANGE, KeyType.INT4), 1)
@@ -39,6 +41,10 @@ MAPPING: Final = Mapping(
     uuid4(), MAP.map_id, ONE.shard_id, parse_key("0", KeyType.INT4), parse_key("10", KeyType.INT4)
 )
 WAIT_SECONDS_MAX: Final = 20.0
+SETTINGS: Final = {
+    "upstream": {"endpoint": "projects/p/branches/b/endpoints/e"},
+    "workspace": {"oidc_token_env": "OUR_SET_TOKEN"},
+}
 
 
 @asynccontextmanager
@@ -50,7 +56,8 @@ async def listen(shard: Shard, path: Path) -> AsyncIterator[None]:
 
 
 async def run(text: str, timeout_seconds: float = 0) -> None:
-    await CopyCommand(text, timeout_seconds, listen).run(MAP, MAPPING, ONE, TWO)
+    environment = without_login(os.environ, Settings.model_validate(SETTINGS))
+    await CopyCommand(text, timeout_seconds, listen, environment).run(MAP, MAPPING, ONE, TWO)
 
 
 async def failed(text: str, timeout_seconds: float = 0) -> str:
@@ -86,7 +93,7 @@ async def test_it_gets_no_secret_of_ours_and_the_rest_of_the_environment(
     for name in (
         *("DATABRICKS_CLIENT_SECRET", "ARM_CLIENT_SECRET", "LAKEBASE_PROXY_X", "PGPASSWORD"),
         *("GOOGLE_CREDENTIALS", "OIDC_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN"),
-        *("SYSTEM_ACCESSTOKEN", "OUR_OWN_TOKEN"),
+        *("SYSTEM_ACCESSTOKEN", "OUR_OWN_TOKEN", "OUR_SET_TOKEN"),
     ):
         monkeypatch.setenv(name, "not-a-real-secret")
     monkeypatch.setenv("DATABRICKS_OIDC_TOKEN_ENV", "OUR_OWN_TOKEN")

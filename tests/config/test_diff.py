@@ -12,6 +12,7 @@ from proxy.config import (
     SettingKey,
     Settings,
     compare,
+    lost_secrets,
     named_files,
     settings_keys,
     with_running_values,
@@ -135,6 +136,9 @@ def test_a_rewritten_file_is_reported_by_its_keys(tmp_path: Path) -> None:
     secret.write_text("it was not there")
     assert list(before.rewritten(Files.of(configured))) == [
         *("upstream.ssl_root_cert", "targets.eu.ssl_root_cert"),
+    ]
+    assert [str(problem) for problem in lost_secrets(configured)] == [
+        f"credentials.password_file: no such file: {tmp_path / 'nowhere'}"
     ]
     with_secret = Files.of(configured)
     replacement = tmp_path / "new"

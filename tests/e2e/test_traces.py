@@ -1,5 +1,6 @@
 """Traces of session starts, by the real SDK, at a real receiver of OTLP over HTTP."""
 
+import asyncio
 import signal
 import socket
 import sys
@@ -8,15 +9,18 @@ from collections.abc import Iterator
 
 import pytest
 
+from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.emulator.lakebase import Lakebase
 from proxy.observe.traces import CLOSE_SECONDS_MAX
 from proxy.server.serving import serving
 from tests.e2e.conftest import StartProcess
 from tests.e2e.test_psql import psql
+from tests.support.catalogue import Stores
 from tests.support.client import plain_client, startup
 from tests.support.pooling import pooling, settled
 from tests.support.proxy_process import run_to_end
-from tests.support.running import LogLines, proxy_settings
+from tests.support.running import LogLines, eventually, proxy_settings
+from tests.support.sidecars import connect, named_shards, parked, started_sidecars
 from tests.support.trace_receiver import TraceReceiver, receiving_traces, values
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -85,6 +89,28 @@ async def test_a_pools_take_has_the_dial_inside_it_and_a_reused_session_has_none
     assert receiver.names_within(second) == []
 
 
+async def test_with_a_catalogue_the_park_and_the_admission_are_spans(
+    stores: Stores, receiver: TraceReceiver
+) -> None:
+    async with named_shards(stores) as operating, started_sidecars(stores) as start:
+        bounds, app = operating.bounds(0, 100), await start()
+        await (await connect(app, 5)).close()
+        await operating.run(TakeOffline(operating.map, *bounds))
+        waiting = asyncio.ensure_future(connect(app, 5))
+        await eventually(lambda: parked(app) == 1, "the client is parked")
+        await operating.run(TakeOnline(operating.map, *bounds))
+        await (await waiting).close()
+    starts = sorted(receiver.starts(), key=lambda span: int(span.start_time_unix_nano))
+    at_once, after_a_park = map(receiver.names_within, starts)
+    for names in (at_once, after_a_park):
+        assert set(names) >= {"route", *DIAL}
+        assert names[-1] == "admit"
+    assert ("park" in at_once, "park" in after_a_park) == (False, True)
+    assert {values(start.attributes)["lakebase_proxy.target"] for start in starts} == {
+        f"{operating.map.name}/one"
+    }
+
+
 async def test_a_refused_session_says_why_and_in_which_phase(
     lakebase: Lakebase, receiver: TraceReceiver
 ) -> None:
@@ -121,6 +147,24 @@ async def test_a_collector_that_does_not_answer_costs_a_bounded_end_and_no_sessi
         process.send(signal.SIGTERM)
         assert await process.ended() == 0
     assert time.monotonic() - began < CLOSE_SECONDS_MAX + 5
+
+
+async def test_what_the_sdk_cannot_use_costs_no_start_and_shows_no_secret(
+    start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The proxy ended with a traceback, and the SDK logged the header that it could not read.
+    for name, value in {
+        ENDPOINT: "http://127.0.0.1:1",
+        "OTEL_EXPORTER_OTLP_HEADERS": "api-key not-a-real-secret",
+        "OTEL_BSP_MAX_QUEUE_SIZE": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    process = await start_process()
+    assert await psql(process, "SELECT 1") == "1"
+    process.send(signal.SIGTERM)
+    assert await process.ended() == 0
+    assert "no traces: the SDK refuses its environment" in process.err
+    assert "not-a-real-secret" not in process.err
 
 
 IMPORTED = """

@@ -6,7 +6,8 @@ import pytest
 
 from proxy.observe.facts import Facts
 from proxy.observe.health import Level, health_of
-from proxy.observe.history import History
+from proxy.observe.history import History, LastMinute
+from proxy.observe.recent_errors import RecentErrors
 from proxy.observe.status import ShardMapStatus, Status, WorkspaceApi
 from proxy.observe.target_stats import Carried
 from proxy.server.lifecycle import State
@@ -59,6 +60,22 @@ def test_what_was_more_than_a_minute_ago_is_over() -> None:
     status = shown.status()
     assert words(status) == (Level.WELL, "Serving 0 sessions.")
     assert [error.reason for error in status.errors] == ["database_missing"], "it is still listed"
+
+
+def test_it_is_not_well_since_the_failure_that_is_going_on() -> None:
+    """An error of the same reason at another target, hours ago, made it hours."""
+    now = [NOW]
+    errors = RecentErrors(lambda: now[0])
+    errors.record("database_missing", "3D000", "us")
+    now[0] = NOW + 7200
+    errors.record("database_missing", "3D000", "eu")
+    status = replace(
+        ScriptedAdminState().status(),
+        at=now[0],
+        errors=errors.latest(),
+        last_minute=LastMinute(refused=1, errors={"database_missing": 1}),
+    )
+    assert health_of(status).since == NOW + 7200
 
 
 def test_an_error_that_refused_no_client_is_a_failure() -> None:

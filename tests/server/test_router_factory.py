@@ -122,6 +122,15 @@ async def test_sessions_go_on_while_a_large_map_is_read(tmp_path: Path) -> None:
     assert max(gaps) < GAP_SECONDS_MAX
 
 
+def test_a_reload_is_refused_when_the_file_of_a_secret_is_gone(tmp_path: Path) -> None:
+    """It said that it had reloaded."""
+    gone = {"client_secret_file": str(tmp_path / "gone")}
+    given = {"upstream": {"endpoint": ENDPOINT}, "workspace": gone}
+    configured = Settings.model_validate(given)
+    with pytest.raises(ConfigurationError, match="client_secret_file: no such file"):
+        reread_with_router(lambda: configured)
+
+
 def test_a_snapshot_uses_the_router_that_was_made(tmp_path: Path) -> None:
     """It is not made twice, and not by a file that changed in between."""
     configured = settings(tmp_path, "a", used="a")

@@ -108,7 +108,10 @@ async def test_the_sql_alone_makes_the_role_with_its_grants(lakebase: Lakebase) 
 
 
 async def test_without_a_terminal_it_says_what_there_is_to_choose(lakebase: Lakebase) -> None:
-    code, out, err = await init(lakebase)
+    # Without any standard input it ended with a traceback.
+    closed = ("sh", "-c", '"$0" -B -m proxy init <&-', sys.executable)
+    code, out, err = await run_to_end(*closed, environment=login(lakebase))
+    assert "Traceback" not in err
     assert (code, out) == (EXIT_FAILURE, "")
     for shard in lakebase.shards:
         assert "/".join(shard.endpoint.name.split("/")[:2]) in err
@@ -120,9 +123,10 @@ async def test_lists_are_read_page_after_page(
 ) -> None:
     monkeypatch.setattr(lakebase.workspace.api, "page_size_max", 1)
     before = lakebase.workspace.calls[Call.RESOURCE]
-    _, flags = chosen(lakebase)
-    code, _, _ = await init(lakebase, *flags)
-    assert code == EXIT_OK
+    endpoint, (_, project, *branch) = chosen(lakebase)
+    # As the list shows the project, and the argument that is its id.
+    code, out, _ = await init(lakebase, "--project", f"projects/{project}", *branch)
+    assert (code, endpoint.name in out) == (EXIT_OK, True)
     assert lakebase.workspace.calls[Call.RESOURCE] - before > 3
 
 
@@ -130,8 +134,30 @@ async def test_what_is_not_there_or_contradicts_is_refused(lakebase: Lakebase) -
     code, out, err = await init(lakebase, "--project", "nowhere")
     assert (code, out) == (EXIT_FAILURE, "")
     assert "there is no projects/nowhere" in err
-    code, out, err = await init(lakebase, "--toml", "--sql")
-    assert (code, out) == (EXIT_USAGE, "")
+    for contradiction in (("--toml", "--sql"), ("--upstream.instance", "i", "--branch", "b")):
+        code, out, err = await init(lakebase, *contradiction)
+        assert (code, out) == (EXIT_USAGE, "")
+
+
+async def test_what_is_set_is_printed_and_not_another_workspaces_profile(
+    lakebase: Lakebase,
+) -> None:
+    """The profile of the environment was printed, and the instance was not looked at."""
+    workspace = {
+        "LAKEBASE_PROXY_WORKSPACE__HOST": lakebase.workspace_url,
+        "LAKEBASE_PROXY_WORKSPACE__CLIENT_ID": lakebase.client_id,
+        "LAKEBASE_PROXY_WORKSPACE__CLIENT_SECRET": lakebase.client_secret,
+        "DATABRICKS_CONFIG_PROFILE": "elsewhere",
+    }
+    instance = lakebase.shards[0].instance.name
+    code, out, _ = await init(lakebase, "--upstream.instance", instance, **workspace)
+    assert (code, out.splitlines()[:2]) == (
+        EXIT_OK,
+        [
+            f"LAKEBASE_PROXY_WORKSPACE__HOST={lakebase.workspace_url}",
+            f"LAKEBASE_PROXY_UPSTREAM__INSTANCE={instance}",
+        ],
+    )
 
 
 async def test_a_list_that_hangs_ends(lakebase: Lakebase) -> None:

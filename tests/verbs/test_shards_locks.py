@@ -81,6 +81,19 @@ async def test_s13_unlock_in_each_of_its_forms(shards: Shards) -> None:
     assert (await shards("unlock", "0", "10", "--token", token)).out == "unlocked 1 mappings\n"
 
 
+async def test_a_lock_is_given_and_taken_at_the_epoch_that_was_seen(shards: Shards) -> None:
+    await shards.done("offline", "0", "10")
+    stale, known = ("--expect", "1"), ("--expect", "2")
+    assert await shards.refused("lock", "0", "10", *stale) == ("stale_epoch", "40001")
+    assert await shards.refused("lock", "0", "10", *stale, "--dry-run") == ("stale_epoch", "40001")
+    token = ("--token", (await shards.done("lock", "0", "10", *known))["token"])
+    for whose in (token, ("--force",)):
+        refused = await shards.refused("unlock", "0", "10", *whose, *stale)
+        assert refused == ("stale_epoch", "40001")
+    assert await locked(shards) == [True, False]
+    assert await shards.done("unlock", "0", "10", *token, *known) == {"unlocked": 1}
+
+
 class Losing(DirectAdministration):
     """Loses the answer to the next commit in the catalogue."""
 
@@ -114,6 +127,8 @@ async def test_s28_an_unlock_whose_answer_was_lost_says_what_it_did(
         ("lock", "0", "10", "--label", "a\nb"),
         ("unlock",),
         ("unlock", "--force"),
+        ("unlock", "--token", OTHER, "--expect", "1"),
+        ("lock", "0", "10", "--expect", "0"),
         ("unlock", "0", "10"),
         ("unlock", "0", "10", "--token", "7"),
         ("unlock", "0", "10", "--token", OTHER, "--force"),

@@ -131,7 +131,9 @@ async def test_s31_detach_attach_verify_repair(shards: Shards) -> None:
     assert await shards.refused("detach", "one") == ("not_offline", "55006")
     plan = (await shards.done("detach", "one", "--force", "--dry-run"))["plan"]
     assert len(plan) == 3
-    assert await shards.done("detach", "one", "--force") == {"mappings": 1}
+    stale = await shards.refused("detach", "one", "--force", "--expect", "9")
+    assert stale == ("stale_version", "40001")
+    assert await shards.done("detach", "one", "--force", "--expect", "1") == {"mappings": 1}
     assert [one["name"] for one in (await shards.done("show"))["shards"]] == ["two"]
     where = shards.where("one")
     assert (await shards.done("attach", "one", *where, "--dry-run"))["dry_run"] is True
@@ -180,7 +182,7 @@ async def test_what_is_pending_on_a_shard_that_is_gone_does_not_keep_it_from_bei
     assert (await verified(shards))["differences"] == []
 
 
-async def test_a_dry_run_of_detach_gives_nothing_up(shards: Shards) -> None:
+async def test_a_dry_run_or_a_stale_detach_gives_nothing_up(shards: Shards) -> None:
     """What it could not settle, as an operation of a later version, it gave up."""
     await filled(shards)
     servers = Servers.of(shards.stores, shards.config)
@@ -193,8 +195,11 @@ async def test_a_dry_run_of_detach_gives_nothing_up(shards: Shards) -> None:
             raise ConnectionRefusedError("the shard is gone")
 
     detach = ("detach", "one", "--force", "--dry-run")
+    stale = ("detach", "one", "--force", "--expect", "9")
     answer = await answer_of(run_directly(servers, detach, fail=fail, sleep=Slept()))
     assert answer.code == EXIT_PENDING, answer
+    answer = await answer_of(run_directly(servers, stale, fail=fail, sleep=Slept()))
+    assert answer.facts["reason"] == "stale_version", answer
     assert [one["kind"] for one in (await shards.done("ops"))["operations"]] == ["later"]
     settle = "delete from shardmap.op_log; update shardmap.shard set op_id = null"
     shards.stores.execute(MAP, settle)
@@ -290,7 +295,9 @@ async def test_s37_relocate_after_a_rename(shards: Shards, stores: Stores) -> No
     )
     plan = (await shards.done("relocate", "one", *shards.where("one"), "--dry-run"))["plan"]
     assert len(plan) == 4
-    facts = await shards.done("relocate", "one", *shards.where("one"))
+    words = ("relocate", "one", *shards.where("one"), "--expect")
+    assert await shards.refused(*words, "9") == ("stale_version", "40001")
+    facts = await shards.done(*words, "1")
     assert facts["differences"] == []
     assert (facts["shard"]["host"], facts["shard"]["mappings"]) == (stores.host("one"), 1)
     assert (await verified(shards))["differences"] == []
@@ -336,6 +343,8 @@ async def test_s38_a_store_of_another_version(shards: Shards) -> None:
         "repair --shard one --from shard --report 1 --token none",
         "detach",
         "detach one two",
+        "detach one --expect 0",
+        "relocate one --host a --expect x",
         "attach one",
         "attach one --host a --new-identity --force",
         "attach one --host a --endpoint e --instance i",

@@ -96,7 +96,11 @@ async def test_s12_what_cannot_be_is_refused_and_nothing_begins(shards: Shards) 
     assert [one["locked"] for one in facts["mappings"]] == [True, True]
     assert await refused(shards, "merge", "5") == ("locked", "55P03")
     assert await shards.done("unlock", "--token", token) == {"unlocked": 2}
-    assert (await shards.done("merge", "5"))["merged"] == 2
+    # The epoch of what begins at KEY, as `lookup KEY` shows it.
+    await shards.done("offline", "5", "10")
+    await shards.done("online", "5", "10")
+    assert await refused(shards, "merge", "5", "--expect", "2") == ("stale_epoch", "40001")
+    assert (await shards.done("merge", "5", "--expect", "4"))["merged"] == 2
 
 
 async def test_s12_a_list_map_has_nothing_to_split_or_merge(stores: Stores, tmp_path: Path) -> None:
@@ -163,6 +167,8 @@ async def test_sentences_for_people(shards: Shards) -> None:
         ("merge", "1", "--shard", "one"),
         ("merge", "--auto", "--shard", "a b"),
         ("merge", "--auto", "--token", "mine"),
+        ("merge", "--auto", "--expect", "1"),
+        ("merge", "1", "--expect", "0"),
     ],
     ids=" ".join,
 )

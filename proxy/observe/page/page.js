@@ -179,8 +179,9 @@ function strip(history, [title, unit, ...lines]) {
   svg.setAttribute("preserveAspectRatio", "none");
   svg.setAttribute("role", "img");
   const words = lines.map(([name, word]) => `${word} ${shown(name)}`.trim());
-  svg.setAttribute("aria-label", `${title}: ${words.join(", ")}; at most ${unit(highest)} in 15 minutes`);
-  svg.append(...lines.map(([name, , className]) => path(history[name], highest || 1, className)));
+  const tooltip = document.createElementNS("http://www.w3.org/2000/svg", "title");
+  tooltip.textContent = `${title}: ${words.join(", ")}; at most ${unit(highest)} in 15 minutes`;
+  svg.append(tooltip, ...lines.map(([name, , className]) => path(history[name], highest || 1, className)));
   return element("figure", "", element("figcaption", "",
     element("span", "", title, element("small", "", highest ? `up to ${unit(highest)}` : "")),
     element("span", "", ...lines.map(([name, word, className]) => element("span", word ? `key ${className}` : "",

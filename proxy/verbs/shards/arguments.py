@@ -17,6 +17,9 @@ _SECTIONS: Final = ("catalogue", "targets", "upstream", "workspace", "workspaces
 _MAP_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,50}")
 _SHARD_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,63}")
 
+# As the catalogue's columns have it, of epochs and of versions.
+_EPOCH_MAX: Final = (1 << 63) - 1
+
 # What the options of all verbs mean, and the value of those that take one.
 _OPTIONS: Final[Mapping[str, tuple[str, str]]] = {
     "all": ("all of them, not one shard or operation", ""),
@@ -124,6 +127,10 @@ class Arguments(generic.Arguments):
         """Return the value of --shard. Raises UsageError for what is no name."""
         name = self.get("shard")
         return None if name is None else shard_name(name)
+
+    def expect(self) -> int | None:
+        """Return the value of --expect: an epoch or a version. Raises UsageError."""
+        return self.number("expect", 1, _EPOCH_MAX)
 
     def token(self) -> UUID | None:
         """Return the value of --token. Raises UsageError for what is none."""

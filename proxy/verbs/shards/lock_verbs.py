@@ -20,6 +20,7 @@ _FORCE: Final = "force"
 
 def _judge_lock(arguments: Arguments) -> None:
     _seconds(arguments)
+    arguments.expect()
     label = arguments.get("label") or ""
     if len(label) > _LABEL_MAX or not label.isprintable():
         raise UsageError(f"--label is a text of {_LABEL_MAX} printable characters at most")
@@ -31,12 +32,14 @@ def _seconds(arguments: Arguments) -> int:
 
 
 async def _lock(call: Call) -> None:
-    token, seconds = uuid4(), _seconds(call.arguments)
-    label = call.arguments.get("label") or ""
+    token, expect = uuid4(), call.arguments.expect()
+    seconds, label = _seconds(call.arguments), call.arguments.get("label") or ""
 
     async def change(connection: Connection, owner: CatalogueMap) -> str:
         bounds = parse_bounds(call.arguments.words, owner.spec)
-        await lock_mapping(connection, owner, bounds, token, label=label, seconds=seconds)
+        await lock_mapping(
+            connection, owner, bounds, token, label=label, seconds=seconds, expect=expect
+        )
         return in_words(owner.spec, *bounds)
 
     call.output.progress("locking the mapping")
@@ -52,17 +55,19 @@ def _judge_unlock(arguments: Arguments) -> None:
     forced = _FORCE in arguments.switches
     if (arguments.token() is not None) is forced or (forced and not arguments.words):
         raise UsageError("unlock needs --token T, or RANGE and --force")
+    if arguments.expect() is not None and not arguments.words:
+        raise UsageError("--expect is for one RANGE")
 
 
 async def _unlock(call: Call) -> None:
-    token = call.arguments.token()
+    token, expect = call.arguments.token(), call.arguments.expect()
     earlier = 0  # by a try whose answer was lost
 
     async def change(connection: Connection, owner: CatalogueMap) -> int:
         nonlocal earlier
         if call.arguments.words:
             bounds = parse_bounds(call.arguments.words, owner.spec)
-            found = await unlock_mapping(connection, owner, bounds, token)
+            found = await unlock_mapping(connection, owner, bounds, token, expect)
         else:
             assert token is not None  # it was judged
             found = await unlock_all(connection, owner, token)
@@ -80,10 +85,10 @@ async def _unlock(call: Call) -> None:
 VERBS: Final[Mapping[str, Verb]] = {
     "lock": Verb(
         syntax(
-            "lock RANGE [--label TEXT] [--expires-seconds 3600]",
+            "lock RANGE [--label TEXT] [--expires-seconds 3600] [--expect EPOCH]",
             1,
             2,
-            options=("label", "expires-seconds"),
+            options=("label", "expires-seconds", "expect"),
             writes=True,
         ),
         _lock,
@@ -91,10 +96,10 @@ VERBS: Final[Mapping[str, Verb]] = {
     ),
     "unlock": Verb(
         syntax(
-            "unlock RANGE --token T | --force, or unlock --token T",
+            "unlock RANGE --token T | --force [--expect EPOCH], or unlock --token T",
             0,
             2,
-            options=("token",),
+            options=("expect", "token"),
             switches=(_FORCE,),
             writes=True,
         ),

@@ -19,7 +19,7 @@ from proxy.routing.map_builder import LineMappings, mappings_from_csv
 from proxy.routing.map_rows import MapError
 from proxy.verbs.shards.arguments import Arguments, one_of, syntax
 from proxy.verbs.shards.operating import Done, counted_shard, run
-from proxy.verbs.shards.verb import EPOCH_MAX, Call, Verb, mapping_facts
+from proxy.verbs.shards.verb import Call, Verb, mapping_facts
 from proxy.verbs.syntax import UsageError
 
 _DRAIN_SECONDS: Final = 60
@@ -97,16 +97,12 @@ def _lines(path: Path) -> Iterator[Iterator[str]]:
 
 
 def _judge_change(arguments: Arguments) -> None:
-    _expected(arguments)
+    arguments.expect()
     arguments.token()
 
 
-def _expected(arguments: Arguments) -> int | None:
-    return arguments.number("expect", 1, EPOCH_MAX)
-
-
 async def _delete(call: Call) -> None:
-    expect = _expected(call.arguments)
+    expect = call.arguments.expect()
 
     async def make(connection: Connection, owner: CatalogueMap) -> DeleteMapping:
         lo, hi = parse_bounds(call.arguments.words, owner.spec)
@@ -121,7 +117,7 @@ def _judge_status(arguments: Arguments) -> None:
         raise UsageError("RANGE or --shard NAME is needed, and not both")
     if arguments.token() is not None and not arguments.words:
         raise UsageError("--token is for RANGE: a lock is of a mapping")
-    _expected(arguments)
+    arguments.expect()
 
 
 def _judge_offline(arguments: Arguments) -> None:
@@ -140,7 +136,7 @@ def _sessions(arguments: Arguments) -> tuple[SessionsMode, float]:
 
 async def _offline(call: Call) -> None:
     mode, seconds = _sessions(call.arguments)
-    expect = _expected(call.arguments)
+    expect = call.arguments.expect()
     if (name := call.arguments.shard()) is not None:
         await _shard_offline(call, name, mode, seconds)
         return
@@ -169,7 +165,7 @@ async def _shard_offline(call: Call, name: str, mode: SessionsMode, seconds: flo
             name,
             sessions=mode,
             drain_seconds=seconds,
-            expect=_expected(call.arguments),
+            expect=call.arguments.expect(),
         )
         shard = await store.read_shard(connection, owner, name)
         if shard.status is Status.OFFLINE and mode is not SessionsMode.KEEP:
@@ -184,7 +180,7 @@ async def _shard_offline(call: Call, name: str, mode: SessionsMode, seconds: flo
 
 
 async def _online(call: Call) -> None:
-    expect = _expected(call.arguments)
+    expect = call.arguments.expect()
     if (name := call.arguments.shard()) is not None:
         await _shard_online(call, name)
         return
@@ -199,7 +195,7 @@ async def _online(call: Call) -> None:
 
 async def _shard_online(call: Call, name: str) -> None:
     async def make(connection: Connection, owner: CatalogueMap) -> TakeShardOnline:
-        return TakeShardOnline(owner, name, expect=_expected(call.arguments))
+        return TakeShardOnline(owner, name, expect=call.arguments.expect())
 
     if done := await run(call, make):
         await _answer_shard(call, done.map, done.operation.after)

@@ -1,5 +1,6 @@
 """`shards move`, `reassign`: a mapping gets another shard."""
 
+import os
 from collections.abc import Mapping
 from typing import Final
 
@@ -10,8 +11,9 @@ from proxy.catalogue.move import Move
 from proxy.catalogue.reassign import Reassign, ToShard
 from proxy.verbs.shards.arguments import Arguments, one_of, shard_name, syntax
 from proxy.verbs.shards.operating import Done, run
-from proxy.verbs.shards.verb import EPOCH_MAX, Call, Json, Verb, mapping_facts
+from proxy.verbs.shards.verb import Call, Json, Verb, mapping_facts
 from proxy.verbs.syntax import UsageError
+from proxy.workspace.login_variables import without_login
 
 _DRAIN_SECONDS: Final = 60
 SECONDS_MAX: Final = 86_400
@@ -24,7 +26,7 @@ _MODES: Final = (SessionsMode.KILL, SessionsMode.DRAIN)
 
 def _judge(arguments: Arguments) -> None:
     _to(arguments)
-    arguments.number("expect", 1, EPOCH_MAX)
+    arguments.expect()
     arguments.token()
 
 
@@ -66,7 +68,8 @@ def copy_command(call: Call) -> CopyCommand | None:
     if command is None:
         return None
     seconds = call.arguments.number("copy-timeout-seconds", 0, _COPY_SECONDS_MAX, 0)
-    return CopyCommand(command, float(seconds or 0), call.administration.share)
+    environment = without_login(os.environ, call.settings)
+    return CopyCommand(command, float(seconds or 0), call.administration.share, environment)
 
 
 # -- the verbs -----------------------------------------------------------------------------------
@@ -86,7 +89,7 @@ async def _move(call: Call) -> None:
             sessions=mode,
             drain_seconds=seconds,
             copy=None if command is None else command.run,
-            expect=call.arguments.number("expect", 1, EPOCH_MAX),
+            expect=call.arguments.expect(),
             token=call.arguments.token(),
         )
 
@@ -108,7 +111,7 @@ async def _reassign(call: Call) -> None:
             lo,
             hi,
             _to(call.arguments),
-            expect=call.arguments.number("expect", 1, EPOCH_MAX),
+            expect=call.arguments.expect(),
             token=call.arguments.token(),
         )
 

@@ -20,6 +20,7 @@ from proxy.catalogue.differences import (
     shown,
 )
 from proxy.catalogue.errors import CatalogueError
+from proxy.catalogue.mapping_rows import check_version
 from proxy.catalogue.model import CatalogueMap, Connection, Shard
 from proxy.catalogue.pending_elsewhere import give_up_pending, lead_pending
 from proxy.catalogue.rebuild import Rebuild
@@ -193,10 +194,10 @@ async def _rebuild(call: Call) -> None:
 
 async def _detach(call: Call) -> None:
     name, force = call.arguments.words[0], "force" in call.arguments.switches
-    token = call.arguments.token()
+    token, expect = call.arguments.token(), call.arguments.expect()
 
     async def make(_: Connection, owner: CatalogueMap) -> Detach:
-        return Detach(owner, name, force=force, token=token)
+        return Detach(owner, name, force=force, expect=expect, token=token)
 
     call.output.progress(f"detaching the shard {name}")
     try:
@@ -221,6 +222,7 @@ async def _end_pending(call: Call, name: str) -> bool:
     async with call.administration.catalogue() as connection:
         owner = await call.read_map(connection, writes=True)
         shard = await store.read_shard(connection, owner, name)
+    check_version(shard, call.arguments.expect())
     given_up = await give_up_pending(call.administration, owner, shard)
     for row in given_up:
         text = f"the operation {row.op_id} ({row.kind}, {row.state}) is given up"
@@ -229,7 +231,8 @@ async def _end_pending(call: Call, name: str) -> bool:
 
 
 async def _relocate(call: Call) -> None:
-    name, host = call.arguments.words[0], await given_host(call)
+    name, expect = call.arguments.words[0], call.arguments.expect()
+    host = await given_host(call)
     names: dict[UUID, str] = {}
 
     async def make(connection: Connection, owner: CatalogueMap) -> Relocate:
@@ -237,18 +240,23 @@ async def _relocate(call: Call) -> None:
             {one.shard_id: one.name for one in await store.read_shards(connection, owner.map_id)}
         )
         old = await store.read_shard(connection, owner, name)
+        check_version(old, expect)
         new = await given_shard(call, owner, host)
         call.output.progress(f"comparing shard {name} at {new.location}")
         there = Shard(
             *(old.shard_id, old.map_id, name, new.host, new.port, new.database, new.endpoint),
             *(new.instance, new.workspace, old.status, old.version),
         )
+        known = expect
         if not call.arguments.dry_run:
-            await lead_pending(call.administration, owner, old, there)
+            led = await lead_pending(call.administration, owner, old, there)
+            if led and expect is not None:  # the row has been written with them
+                known = expect + 1
         async with reading(call.administration, owner, there) as verified:
             check_same(verified.itself, old, there)
             found = [one async for one in verified.differences()]
-        return Relocate(owner, name, there, found, token=call.arguments.token())
+        token = call.arguments.token()
+        return Relocate(owner, name, there, found, expect=known, token=token)
 
     call.output.progress(f"relocating the shard {name}")
     if done := await run(call, make):
@@ -263,11 +271,13 @@ async def _relocate(call: Call) -> None:
 
 def _judge_detach(arguments: Arguments) -> None:
     shard_name(arguments.words[0])
+    arguments.expect()
     arguments.token()
 
 
 def _judge_relocate(arguments: Arguments) -> None:
     judge_location(arguments)
+    arguments.expect()
     arguments.token()
 
 
@@ -284,10 +294,10 @@ VERBS: Final[Mapping[str, Verb]] = {
     "repair": Verb(_REPAIR, _repair, _judge_repair),
     "detach": Verb(
         syntax(
-            "detach NAME [--force] [--token T]",
+            "detach NAME [--force] [--expect VERSION] [--token T]",
             1,
             1,
-            options=("token",),
+            options=("expect", "token"),
             switches=("force",),
             writes=True,
         ),
@@ -296,10 +306,10 @@ VERBS: Final[Mapping[str, Verb]] = {
     ),
     "relocate": Verb(
         syntax(
-            f"relocate {LOCATION_USAGE} [--token T]",
+            f"relocate {LOCATION_USAGE} [--expect VERSION] [--token T]",
             1,
             1,
-            options=(*LOCATION_OPTIONS, "token"),
+            options=(*LOCATION_OPTIONS, "expect", "token"),
             writes=True,
         ),
         _relocate,

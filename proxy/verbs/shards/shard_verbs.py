@@ -21,7 +21,7 @@ from proxy.errors import ErrorKind, ProxyError
 from proxy.verbs.shards.arguments import Arguments, shard_name, syntax
 from proxy.verbs.shards.operating import counted_shard, run
 from proxy.verbs.shards.output import table
-from proxy.verbs.shards.verb import EPOCH_MAX, Call, Json, Verb, shard_facts
+from proxy.verbs.shards.verb import Call, Json, Verb, shard_facts
 from proxy.verbs.syntax import UsageError
 
 _PORT: Final = 5432
@@ -141,7 +141,7 @@ async def _remove_shard(call: Call) -> None:
 def _judge_alter(arguments: Arguments) -> None:
     """Raise UsageError for what no shard may have. Empty is none, of what may be none."""
     shard_name(arguments.words[0])
-    arguments.number("expect", 1, EPOCH_MAX)
+    arguments.expect()
     if (name := arguments.get("rename")) is not None:
         shard_name(name)
     if arguments.get("endpoint") and arguments.get("instance"):
@@ -156,7 +156,7 @@ def _judge_alter(arguments: Arguments) -> None:
 
 async def _alter_shard(call: Call) -> None:
     arguments = call.arguments
-    name, expect = arguments.words[0], arguments.number("expect", 1, EPOCH_MAX)
+    name, expect = arguments.words[0], arguments.expect()
     endpoint, instance = arguments.get("endpoint"), arguments.get("instance")
     changes = ShardChanges(
         arguments.get("rename"),

@@ -13,7 +13,7 @@ from proxy.catalogue.store import read_shard
 from proxy.catalogue.transactions import transaction
 from proxy.verbs.shards.arguments import Arguments, syntax
 from proxy.verbs.shards.operating import Do, run, running
-from proxy.verbs.shards.verb import EPOCH_MAX, Call, Json, Verb, mapping_facts
+from proxy.verbs.shards.verb import Call, Json, Verb, mapping_facts
 from proxy.verbs.syntax import UsageError
 
 _AUTO: Final = "auto"
@@ -37,12 +37,12 @@ def _key(call: Call, owner: CatalogueMap) -> bytes:
 
 
 def _judge_split(arguments: Arguments) -> None:
-    arguments.number("expect", 1, EPOCH_MAX)
+    arguments.expect()
     arguments.token()
 
 
 async def _split(call: Call) -> None:
-    expect = call.arguments.number("expect", 1, EPOCH_MAX)
+    expect = call.arguments.expect()
 
     async def make(_: Connection, owner: CatalogueMap) -> Split:
         return Split(owner, _key(call, owner), expect=expect, token=call.arguments.token())
@@ -65,6 +65,8 @@ def _judge_merge(arguments: Arguments) -> None:
         raise UsageError("merge needs KEY or --auto, and not both")
     if arguments.shard() is not None and not is_auto:
         raise UsageError("--shard is for merge --auto")
+    if arguments.expect() is not None and is_auto:
+        raise UsageError("--expect is for one KEY")
     arguments.token()
 
 
@@ -73,8 +75,10 @@ async def _merge(call: Call) -> None:
         await _merge_all(call)
         return
 
+    expect, token = call.arguments.expect(), call.arguments.token()
+
     async def make(_: Connection, owner: CatalogueMap) -> Merge:
-        return Merge.at(owner, _key(call, owner), token=call.arguments.token())
+        return Merge.at(owner, _key(call, owner), expect=expect, token=token)
 
     call.output.progress("merging the mappings")
     if done := await run(call, make):
@@ -175,10 +179,10 @@ VERBS: Final[Mapping[str, Verb]] = {
     ),
     "merge": Verb(
         syntax(
-            "merge KEY | --auto [--shard NAME] [--token T]",
+            "merge KEY [--expect EPOCH] | --auto [--shard NAME] [--token T]",
             0,
             1,
-            options=("shard", "token"),
+            options=("shard", "expect", "token"),
             switches=(_AUTO,),
             writes=True,
         ),

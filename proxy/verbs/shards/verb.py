@@ -7,7 +7,6 @@ any one of them.
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
 from uuid import UUID
 
 from proxy.catalogue import store
@@ -23,9 +22,6 @@ from proxy.verbs.shards.output import Output
 from proxy.verbs.syntax import Syntax, UsageError
 
 Json = dict[str, object]
-
-# As the catalogue's columns have it, of epochs and of versions.
-EPOCH_MAX: Final = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,7 +192,9 @@ def test_a_container_that_is_stopped_has_the_time_to_drain() -> None:
     # Docker kills after ten seconds.
     shown = (ROOT / "docs" / "docker.md").read_text()
     shutdown = load_settings([], {}).shutdown
-    for seconds in re.findall(r"docker run .*--stop-timeout (\d+)", shown):
+    given = re.findall(r"--stop-timeout (\d+)", shown)
+    assert len(given) == shown.count("lakebase-auth-proxy:0.1.0\n")
+    for seconds in given:
         assert int(seconds) > shutdown.accept_seconds + shutdown.drain_seconds
 
 

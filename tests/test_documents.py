@@ -17,7 +17,7 @@ from proxy.verbs.verb_table import VERBS
 from tests.support.admin_address import ScriptedAdminState
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[dt]*/**/*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[det]*/**/*.md"))]
 FILES = [
     *(path for path in ROOT.glob("deploy/**/*") if path.suffix in (".yaml", ".yml", ".json")),
     *(path for path in ROOT.glob("examples/**/*") if path.is_file()),

@@ -13,7 +13,9 @@ from typing import Final
 import pytest
 
 ROOT: Final = Path(__file__).parents[1]
-SEARCHED: Final = ("proxy", "tests", "bench", "docs", "deploy", "release", ".ci", ".github")
+SEARCHED: Final = (
+    *("proxy", "tests", "bench", "docs", "deploy", "examples", "release", ".ci", ".github"),
+)
 SUFFIXES: Final = frozenset(
     (
         *(".py", ".pyx", ".pxd", ".pyi", ".html", ".md", ".toml", ".yaml", ".yml", ".json"),

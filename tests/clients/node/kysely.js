@@ -1,0 +1,43 @@
+"use strict";
+// Kysely, a query builder above pg and its pool.
+
+const { CompiledQuery, Kysely, PostgresDialect, sql } = require("kysely");
+const { Pool } = require("pg");
+const Cursor = require("pg-cursor");
+const { serve } = require("./commands");
+
+const pools = new WeakMap();
+const asked = (db) => async (text, values) =>
+  (await db.executeQuery(CompiledQuery.raw(text, values))).rows;
+
+serve({
+  packages: ["kysely", "pg"],
+
+  async open({ option, ...settings }) {
+    const pool = new Pool({ ...settings, options: option && `-c ${option}`, idleTimeoutMillis: 0 });
+    pool.on("error", () => {}); // else the end of an idle connection ends the process
+    const db = new Kysely({ dialect: new PostgresDialect({ pool, cursor: Cursor }) });
+    pools.set(db, pool);
+    return db;
+  },
+  close: async (db) => {
+    await db.destroy(); // ends the pool only if Kysely has used it
+    if (!pools.get(db).ended) await pools.get(db).end();
+  },
+  query: (db, text, values) => asked(db)(text, values),
+  transaction: (db, use) => db.transaction().execute((one) => use(asked(one))),
+
+  async cursor(db, text, portion, take) {
+    const numbers = db.selectFrom(sql`(${sql.raw(text)})`.as("numbers")).selectAll();
+    for await (const row of numbers.stream(portion)) take([row]);
+  },
+
+  async withClient(db, use) {
+    const client = await pools.get(db).connect();
+    try {
+      return await use(client);
+    } finally {
+      client.release();
+    }
+  },
+});

@@ -3,8 +3,8 @@
 
 const { sql } = require("drizzle-orm");
 const { drizzle } = require("drizzle-orm/node-postgres");
-const { Pool } = require("pg");
 const { serve } = require("./commands");
+const { openPool, withClient } = require("./pg_pool");
 
 /** A text with $1, $2, ... as Drizzle's template. */
 const template = (text, values) =>
@@ -18,11 +18,7 @@ const asked = (db) => async (text, values) => (await db.execute(template(text, v
 serve({
   packages: ["drizzle-orm", "pg"],
 
-  async open({ option, ...settings }) {
-    const pool = new Pool({ ...settings, options: option && `-c ${option}`, idleTimeoutMillis: 0 });
-    pool.on("error", () => {}); // else the end of an idle connection ends the process
-    return drizzle(pool);
-  },
+  open: async (settings) => drizzle(openPool(settings)),
   close: (db) => db.$client.end(),
   query: (db, text, values) => asked(db)(text, values),
 
@@ -32,13 +28,5 @@ serve({
     return query.prepare(text).execute();
   },
   transaction: (db, use) => db.transaction((one) => use(asked(one))),
-
-  async withClient(db, use) {
-    const client = await db.$client.connect();
-    try {
-      return await use(client);
-    } finally {
-      client.release();
-    }
-  },
+  withClient: (db, use) => withClient(db.$client, use),
 });

@@ -2,9 +2,9 @@
 // Kysely, a query builder above pg and its pool.
 
 const { CompiledQuery, Kysely, PostgresDialect, sql } = require("kysely");
-const { Pool } = require("pg");
 const Cursor = require("pg-cursor");
 const { serve } = require("./commands");
+const { openPool, withClient } = require("./pg_pool");
 
 const pools = new WeakMap();
 const asked = (db) => async (text, values) =>
@@ -13,9 +13,8 @@ const asked = (db) => async (text, values) =>
 serve({
   packages: ["kysely", "pg"],
 
-  async open({ option, ...settings }) {
-    const pool = new Pool({ ...settings, options: option && `-c ${option}`, idleTimeoutMillis: 0 });
-    pool.on("error", () => {}); // else the end of an idle connection ends the process
+  async open(settings) {
+    const pool = openPool(settings);
     const db = new Kysely({ dialect: new PostgresDialect({ pool, cursor: Cursor }) });
     pools.set(db, pool);
     return db;
@@ -31,13 +30,5 @@ serve({
     const numbers = db.selectFrom(sql`(${sql.raw(text)})`.as("numbers")).selectAll();
     for await (const row of numbers.stream(portion)) take([row]);
   },
-
-  async withClient(db, use) {
-    const client = await pools.get(db).connect();
-    try {
-      return await use(client);
-    } finally {
-      client.release();
-    }
-  },
+  withClient: (db, use) => withClient(pools.get(db), use),
 });

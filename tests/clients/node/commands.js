@@ -129,15 +129,27 @@ function cancellableOfPg(client, sql) {
   return { answered, cancel: () => new Client(where).cancel(client, query) };
 }
 
-/** Wait until a backend runs pg_sleep. */
-async function sleeping(driver, pid) {
+/** Wait until a backend runs pg_sleep, or does not any more. */
+async function asleep(driver, pid, yes) {
   const sql = `select 1 from pg_stat_activity where pid = ${pid} and wait_event = 'PgSleep'`;
   const deadline = Date.now() + AGAIN_MS_MAX;
   await using(driver, {}, async (pool) => {
-    while (!(await driver.query(pool, sql)).length)
-      if (Date.now() > deadline) throw new Error("the query has not begun");
+    while ((await driver.query(pool, sql)).length !== (yes ? 1 : 0))
+      if (Date.now() > deadline) throw new Error(yes ? "it has not begun" : "it has not ended");
   });
 }
+
+/** Cancel a query that has begun, by a library's request or pg's. */
+const cancelled = (driver, run) => (pool, asleep) =>
+  driver.withClient(pool, async (client) => {
+    const [{ pid }] = await run(client, "select pg_backend_pid() as pid");
+    const cancellable = driver.cancellable ?? cancellableOfPg;
+    const { answered, cancel } = cancellable(client, "select pg_sleep(60)");
+    answered.catch(() => {});
+    await asleep(pid, true);
+    cancel();
+    await answered;
+  });
 
 /** Return the function of each command. */
 function commands(driver) {
@@ -221,18 +233,11 @@ function commands(driver) {
     cancel: () =>
       using(driver, {}, async (one) => {
         let state;
-        if (driver.cannotCancel) throw new Cannot(driver.cannotCancel);
         try {
-          await driver.withClient(one, async (client) => {
-            const [{ pid }] = await run(client, "select pg_backend_pid() as pid");
-            const cancellable = driver.cancellable ?? cancellableOfPg;
-            const { answered, cancel } = cancellable(client, "select pg_sleep(60)");
-            answered.catch(() => {});
-            await sleeping(driver, pid);
-            cancel();
-            await answered;
-          });
+          const cancel = driver.cancel ?? cancelled(driver, run);
+          await cancel(one, (pid, yes) => asleep(driver, pid, yes));
         } catch (error) {
+          if (error instanceof Cannot) throw error;
           state = sqlstate(error);
         }
         return [state, (await driver.query(one, "select 1 as one"))[0].one];

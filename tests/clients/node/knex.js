@@ -2,7 +2,7 @@
 // Knex, a query builder with its own pool above pg.
 
 const knex = require("knex");
-const { serve } = require("./commands");
+const { Cannot, serve } = require("./commands");
 
 // Its warnings would be lines of answers.
 const log = { warn: console.error, error: console.error };
@@ -32,7 +32,16 @@ serve({
       await db.client.releaseConnection(client);
     }
   },
-  cannotCancel:
-    "its timeout with cancel calls pg_cancel_backend with the process id of the login, " +
-    "which is not the backend's where a gateway replaces it",
+
+  async cancel(db, asleep) {
+    const [{ pid }] = await asked(db)("select pg_backend_pid() as pid");
+    await db
+      .raw("select pg_sleep(60)")
+      .timeout(500, { cancel: true })
+      .catch((error) => {
+        if (error.name !== "KnexTimeoutError") throw error;
+      });
+    await asleep(pid, false);
+    throw new Cannot("its user sees a KnexTimeoutError, not 57014; the query has ended");
+  },
 });

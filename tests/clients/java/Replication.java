@@ -1,6 +1,5 @@
 import java.io.BufferedReader;
 import java.io.InputStreamReader;
-import java.nio.charset.StandardCharsets;
 import java.sql.Connection;
 import java.sql.DriverManager;
 import java.sql.SQLException;
@@ -8,34 +7,33 @@ import java.util.Properties;
 import java.util.concurrent.TimeUnit;
 import org.postgresql.PGConnection;
 import org.postgresql.replication.PGReplicationStream;
+import org.postgresql.util.DriverInfo;
 
 /**
  * Follows a table by a replication stream, opened as Debezium opens it: its settings of the
- * connection, its slot, its options of pgoutput. Prints the types of the messages that it reads;
- * after a line on standard input it makes more changes and reads those, too.
+ * connection, its slot, its options of pgoutput. For each line on standard input it makes three
+ * changes, reads them from the stream and prints the types of the messages, then a dot.
  */
 class Replication {
-    static final String SLOT = "debezium";
     static final String TABLE = "followed";
     static final String PUBLICATION = "dbz_publication";
+    static final String SLOT = "debezium_" + System.getenv("PGDATABASE");
     static final long READ_SECONDS_MAX = 30;
 
     public static void main(String[] arguments) throws Exception {
-        var input = new BufferedReader(new InputStreamReader(System.in, StandardCharsets.UTF_8));
+        var input = new BufferedReader(new InputStreamReader(System.in));
         try (var general = connection(new Properties()); var streaming = connection(replicating())) {
             execute(general, "create table " + TABLE + " (n int primary key, s text)");
             execute(general, "create publication " + PUBLICATION + " for table " + TABLE);
             execute(streaming, "CREATE_REPLICATION_SLOT " + SLOT + " LOGICAL pgoutput");
             try (var stream = stream(streaming)) {
-                change(general, 1);
-                System.out.println(read(stream));
-                input.readLine();
-                change(general, 2);
-                System.out.println(read(stream));
+                System.out.println("pgjdbc " + DriverInfo.DRIVER_VERSION + "\n.");
+                for (var n = 1; input.readLine() != null; n++) {
+                    change(general, n);
+                    System.out.println(read(stream) + "\n.");
+                }
             }
             execute(streaming, "DROP_REPLICATION_SLOT " + SLOT);
-            execute(general, "drop publication " + PUBLICATION);
-            execute(general, "drop table " + TABLE);
         }
     }
 

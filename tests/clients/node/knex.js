@@ -41,6 +41,7 @@ serve({
       .catch((error) => {
         if (error.name !== "KnexTimeoutError") throw error;
       });
+    await asked(db)("select 1"); // discards the connection of the query that took too long
     await asleep(pid, false);
     throw new Cannot("its user sees a KnexTimeoutError, not 57014; the query has ended");
   },

@@ -11,8 +11,8 @@ import org.postgresql.util.DriverInfo;
 
 /**
  * Follows a table by a replication stream, opened as Debezium opens it: its settings of the
- * connection, its slot, its options of pgoutput. For each line on standard input it makes three
- * changes, reads them from the stream and prints the types of the messages, then a dot.
+ * connection, its slot, its options of pgoutput. Asked for a `change`, it makes three, reads them
+ * from the stream and prints the types of the messages.
  */
 class Replication {
     static final String TABLE = "followed";
@@ -27,10 +27,12 @@ class Replication {
             execute(general, "create publication " + PUBLICATION + " for table " + TABLE);
             execute(streaming, "CREATE_REPLICATION_SLOT " + SLOT + " LOGICAL pgoutput");
             try (var stream = stream(streaming)) {
-                System.out.println("pgjdbc " + DriverInfo.DRIVER_VERSION + "\n.");
-                for (var n = 1; input.readLine() != null; n++) {
-                    change(general, n);
-                    System.out.println(read(stream) + "\n.");
+                var number = 0;
+                for (String line; (line = input.readLine()) != null; ) {
+                    if (line.equals("change")) change(general, ++number);
+                    var version = "pgjdbc " + DriverInfo.DRIVER_VERSION;
+                    System.out.println(line.equals("change") ? read(stream) : version);
+                    System.out.println(".");
                 }
             }
             execute(streaming, "DROP_REPLICATION_SLOT " + SLOT);

@@ -149,8 +149,6 @@ class Jdbc {
         return text.replaceAll("\\s+", " ");
     }
 
-    // The commands.
-
     static List<?> version() throws Exception {
         var hikari = HikariDataSource.class.getProtectionDomain().getCodeSource().getLocation();
         try (var jar = new JarFile(hikari.getPath())) {

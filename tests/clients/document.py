@@ -57,7 +57,8 @@ def _lines() -> Iterator[str]:
 
 def _runs(found: Recorded) -> str:
     """Return when the clients of a table ran."""
-    return f"Run on {', '.join(sorted({one['run'] for one in found.values()}))}."
+    runs = sorted({one["run"] for one in found.values()})
+    return f"Run on {', '.join(runs)}." if runs else "None of them was tried."
 
 
 def _rows(language: Language, found: Recorded) -> Iterator[str]:

@@ -156,13 +156,11 @@ func pqCopy(string) (string, error) {
 			return "", err
 		}
 		var count int
-		var sum string
-		err = transaction.QueryRow("select count(*), md5(string_agg(s, ',' order by n)) from copied").
-			Scan(&count, &sum)
+		err = transaction.QueryRow("select count(*) from copied where s = e'row\t' || n").Scan(&count)
 		if err != nil || count != 10000 {
-			return "", fmt.Errorf("%d rows were copied: %w", count, err)
+			return "", fmt.Errorf("%d rows were copied: %v", count, err)
 		}
-		return "", cannot("lib/pq has no COPY out; its COPY in of 10,000 rows passed, checksum " + sum)
+		return "", cannot("lib/pq has no COPY out; its COPY in of 10,000 rows passed")
 	})
 }
 

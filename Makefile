@@ -144,7 +144,7 @@ closes: $(INSTALLED) ## 1,000 polite closes by each of seven clients: none is co
 	@exec $(BIN)/python -m tests.soak.polite_closes $(ARGS)
 
 # Needs what `.ci/run` installs; a client that is not there is skipped, and its row stays as it was.
-# ARGS: -k Python.
+# ARGS: -k Python. DUMP_MEGABYTES=1000 (30): how much pg_dump and pg_restore carry.
 clients: $(INSTALLED) ## try every driver and tool directly and through the proxy, and write docs/clients.md
 	CLIENTS_RECORD=1 $(BIN)/pytest tests/clients --ignore tests/clients/test_document.py $(ARGS)
 	$(BIN)/python -m tests.clients.document

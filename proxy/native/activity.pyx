@@ -124,7 +124,8 @@ cdef class Activity:
     @property
     def awaits_answer(self) -> bool:
         """Whether a request has had no ReadyForQuery; false where that cannot be known."""
-        return self._sent - self._answered > self._doubt and not self._lost
+        left_stream = self._copy_both and self.terminated  # the stream has no other answer
+        return self._sent - self._answered > self._doubt + left_stream and not self._lost
 
     @property
     def copying(self) -> bool:

@@ -208,8 +208,12 @@ class Activity:
 
     @property
     def awaits_answer(self) -> bool:
-        """Whether a request has had no ReadyForQuery; false where that cannot be known."""
-        return self._sent - self._answered > self._doubt and not self._lost
+        """Whether a request has had no ReadyForQuery; false where that cannot be known.
+
+        A Terminate ends a replication stream, and the request that began it has no other answer.
+        """
+        left_stream = self._copy_both and self.terminated
+        return self._sent - self._answered > self._doubt + left_stream and not self._lost
 
     @property
     def copying(self) -> bool:

@@ -1,14 +1,13 @@
 """psql through the proxy: the guide's expected output, and how many tokens that took."""
 
 import asyncio
-import signal
 import time
 
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
 from tests.support.proxy_process import run_to_end
-from tests.support.running import Listening, eventually, psql_path, without_own_account
+from tests.support.running import Listening, eventually, psql_path
 from tests.support.sharding import TABLE, sharded
 
 GUIDE_QUERY = "SELECT current_user, current_database()"
@@ -93,30 +92,3 @@ async def test_a_client_that_names_no_database_gets_the_default_one(proxy: App) 
     sql = "SELECT current_database()"
     _, out, _ = await run_to_end(psql_path(), "-X", *where, "-At", "-c", sql)
     assert out.strip() == "databricks_postgres"
-
-
-async def test_ctrl_c_in_psql_cancels_the_query(proxy: App, lakebase: Lakebase) -> None:
-    where = ("-h", proxy.listen_host, "-p", str(proxy.listen_port), "-U", "anyone")
-    process = await asyncio.create_subprocess_exec(
-        *(psql_path(), "-X", *where, "-At", "-f", "-"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=without_own_account({}),
-    )
-    assert process.stdin is not None
-    process.stdin.write(b"SELECT pg_sleep(60);\nSELECT 'still here';\n")
-    gateway = lakebase.gateway
-    await gateway.until(lambda: any(record.real_pid for record in gateway.sessions))
-    pid = gateway.sessions[0].real_pid
-    running = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event = 'PgSleep'"
-    cluster = lakebase["one"].cluster
-    await eventually(lambda: cluster.execute(running), "the query runs")
-    process.send_signal(signal.SIGINT)
-    async with asyncio.timeout(10):
-        out, err = await process.communicate(None)
-    assert b"canceling statement due to user request" in err
-    # psql in a script ends at Ctrl-C; interactively it goes on. Either way nothing sleeps on.
-    assert b"SELECT" not in out
-    assert not cluster.execute(running)
-    assert len(lakebase.gateway.cancels) == 1

@@ -1,7 +1,8 @@
 """Replication connections through the proxy: they go to a server of their own, so they work.
 
 PostgreSQL documentation, "Streaming Replication Protocol". The role needs the attribute, which
-Lakebase gives on request and the tests give here.
+Lakebase gives on request and the tests give here. pg_basebackup, pg_recvlogical and a subscription
+are among the tools (`tests/clients`).
 """
 
 import asyncio
@@ -54,41 +55,6 @@ def answer(arguments: dict[str, Any], command: bytes) -> list[bytes | None]:
     with psycopg.connect(**arguments, autocommit=True) as connection:
         result = connection.pgconn.exec_(command)
         return [result.get_value(0, column) for column in range(result.nfields)]
-
-
-@pytest.mark.slow
-async def test_pg_basebackup_makes_a_backup_that_verifies(
-    proxy: App, replication_role: Cluster, tmp_path: Path
-) -> None:
-    # The log is streamed over a second connection with a slot of its own.
-    options = ("-D", str(tmp_path / "base"), "-c", "fast", "-X", "stream", "--no-sync")
-    await run(replication_role.binaries / "pg_basebackup", *where(proxy), *options)
-    out = await run(replication_role.binaries / "pg_verifybackup", str(tmp_path / "base"))
-    assert "successfully verified" in out
-
-
-@pytest.mark.slow
-async def test_pg_recvlogical_receives_what_was_changed(
-    proxy: App, replication_role: Cluster, tmp_path: Path
-) -> None:
-    cluster = replication_role
-    program = cluster.binaries / "pg_recvlogical"
-    slot = (*where(proxy), "-d", DATABASE, "-S", SLOT)
-    cluster.execute("CREATE TABLE public.replicated (n int, s text)")
-    cluster.execute("CREATE PUBLICATION replicated FOR TABLE public.replicated")
-    try:
-        await run(program, *slot, "--create-slot", "-P", "pgoutput")
-        insert = "INSERT INTO public.replicated VALUES (1, 'through the proxy')"
-        cluster.execute(f"SET synchronous_commit = on; {insert}")  # so that its end is flushed
-        end = cluster.execute("SELECT pg_current_wal_flush_lsn()")
-        options = ("-o", "proto_version=1", "-o", "publication_names=replicated")
-        received = tmp_path / "received"
-        await run(program, *slot, "--start", "--no-loop", "-E", end, "-f", str(received), *options)
-        assert b"through the proxy" in received.read_bytes()
-        await run(program, *slot, "--drop-slot")
-        assert cluster.execute("SELECT count(*) FROM pg_replication_slots") == "0"
-    finally:
-        cluster.execute("DROP PUBLICATION replicated; DROP TABLE public.replicated")
 
 
 async def test_pg_receivewal_makes_and_drops_a_physical_slot(

@@ -320,6 +320,7 @@ def test_an_idle_session_owes_nothing_by_the_simplest_count(
 COPY_BOTH = b"W\0\0\0\x07\0\0\0"
 COPY_DONE = b"c\0\0\0\x04"
 KEEPALIVE = b"d\0\0\0\x06k\0"
+TERMINATE = b"X\0\0\0\x04"
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ KEEPALIVE = b"d\0\0\0\x06k\0"
         ((("client", COPY_DONE),), False),
         ((("upstream", COPY_DONE),), False),
         ((("client", QUERY),), False),
-        ((("client", b"X\0\0\0\x04"),), False),
+        ((("client", TERMINATE),), False),
         ((("upstream", ready()),), False),
     ],
 )
@@ -342,6 +343,25 @@ def test_w47_a_replication_stream_may_end_between_two_messages(
     tracker = after(("client", QUERY), ("upstream", COPY_BOTH), *then)
     assert tracker.streaming is streaming
     assert tracker.idle is (then == (("upstream", ready()),))
+
+
+@pytest.mark.parametrize(
+    ("then", "awaits"),
+    [
+        ((), True),
+        ((("client", TERMINATE),), False),
+        ((("upstream", KEEPALIVE[:4]), ("client", TERMINATE)), False),
+        ((("upstream", ERROR), ("client", TERMINATE)), True),
+        ((("client", COPY_DONE), ("client", TERMINATE)), True),
+        ((("client", QUERY), ("client", TERMINATE)), True),
+    ],
+)
+def test_a_terminate_is_the_end_of_a_replication_stream(
+    then: tuple[tuple[str, bytes], ...], awaits: bool
+) -> None:
+    # A subscription that was dropped was counted as lost: its START_REPLICATION had no answer.
+    tracker = after(("client", QUERY), ("upstream", COPY_BOTH), *then)
+    assert tracker.awaits_answer is awaits
 
 
 def test_w47_after_a_replication_stream_the_session_is_idle_again() -> None:

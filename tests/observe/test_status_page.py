@@ -206,6 +206,11 @@ async def test_strips_draw_no_failed_connect_and_no_refusal_as_none(browser: Bro
         lines = await page.value(
             "[...document.querySelectorAll('path')].map((p) => p.getAttribute('d'))"
         )
+        seen = await page.text("#strips")
+        tooltips = await page.value("document.querySelectorAll('#strips svg > title').length")
+    # An earlier one was shown as if it were of now.
+    assert re.search(r"p50 \u2013\s+p99 \u2013", seen), seen
+    assert tooltips == 5
     points = [len(re.findall("[ML]", line)) for line in lines]
     # In the last samples no connect succeeded: both percentiles have a gap there.
     sessions, connects, refusals, p50, p99, *_ = points

@@ -211,6 +211,23 @@ class WithoutEndpoint(DirectAdministration):
             yield connection
 
 
+async def test_a_relocation_takes_the_version_that_was_seen(shards: Shards) -> None:
+    """What is pending goes to the new host first, which writes the row."""
+    await shards.set_up()
+    await shards.add("0", "10", "one")
+    servers = Servers.of(shards.stores, shards.config)
+    with pytest.raises(Killed):
+        await run_directly(servers, ("move", "0", "10", "--to", "two"), kill_at("drained"))
+    instance = shards.stores.lakebase["one"].instance.name
+    version = str((await shards.done("show"))["shards"][0]["version"])
+    words = ("relocate", "one", "--instance", instance, "--expect", version, "--json")
+    verb, parsed, settings = read([*words, "--config", shards.config])
+    administration = WithoutEndpoint(settings, servers)
+    await verb.run(Call(parsed, administration, Output(as_json=True), sleep=Slept()))
+    assert (await shards.done("ops"))["operations"] == []
+    assert (await shards.done("show"))["shards"][0]["instance"] == instance
+
+
 async def test_what_is_pending_on_a_resource_that_was_deleted_goes_to_the_new_one(
     shards: Shards, capsys: pytest.CaptureFixture[str]
 ) -> None:

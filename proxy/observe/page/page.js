@@ -172,8 +172,8 @@ function path(series, highest, className) {
 function strip(history, [title, unit, ...lines]) {
   const known = lines.flatMap(([name]) => history[name].filter((value) => value !== null));
   const highest = Math.max(...known, 0);
-  const now = (name) => history[name].findLast((value) => value !== null);
-  const shown = (name) => now(name) === undefined ? "–" : unit(now(name));
+  const now = (name) => history[name].at(-1) ?? null;
+  const shown = (name) => now(name) === null ? "–" : unit(now(name));
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
   svg.setAttribute("preserveAspectRatio", "none");

@@ -1,14 +1,13 @@
-"""The same key by both ways reaches the same shard, from each language's ordinary driver.
+"""The same key by both ways reaches the same shard through a pool, from five ordinary drivers.
 
 A program gets the proxy's port, and for each of two keys the URL that `resolve --url` prints. It
 opens a session for each key by each of the two ways that every driver has, and by the URL, and
-prints the shard that the session finds itself on.
+prints the shard that the session finds itself on. `tests/clients` has more drivers, without a pool.
 """
 
 import io
 import re
 import sys
-from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from tests.support.languages import (
     need_driver,
     place,
 )
-from tests.support.pooling import both_modes, states, taken
+from tests.support.pooling import SESSION_MODE, states, taken
 from tests.support.proxy_process import run_to_end
 from tests.support.running import eventually, proxy_values, toml
 from tests.support.sharding import sharded
@@ -203,29 +202,22 @@ async def test_s15_the_pools_of_the_document_reach_their_shards(
     assert out.split() == ["one", "two", "one", "3D000"]
 
 
-@both_modes
 @pytest.mark.parametrize("name", list(LANGUAGES))
 async def test_s15_the_same_key_by_both_ways_reaches_the_same_shard(
-    start_proxy: StartProxy,
-    lakebase: Lakebase,
-    tmp_path: Path,
-    name: str,
-    upstream_keys: Mapping[str, object],
+    start_proxy: StartProxy, lakebase: Lakebase, tmp_path: Path, name: str
 ) -> None:
     language = LANGUAGES[name]
     await need_driver(f"shard keys from {name}", language)
-    proxy = await start_proxy(**sharded(lakebase), upstream=upstream_keys)
+    proxy = await start_proxy(**sharded(lakebase), upstream=SESSION_MODE)
     urls = [url_of(key, proxy, lakebase, tmp_path) for key in ("7", "1500")]
     command = place(language, tmp_path, str(proxy.listen_port), *urls)
-    for _ in range(2 if upstream_keys else 1):
+    for _ in range(2):  # the second one in the sessions of the first
         code, out, err = await run_to_end(*command, environment=language.environment)
         assert code == 0, err
         assert out.split() == EXPECTED
         await eventually(lambda: proxy.metrics.value("connections") == 0, "all have left")
         await eventually(lambda: set(states(proxy)) <= {"idle"}, "their sessions are kept")
-    hosts = [lakebase[shard].endpoint.host for shard in EXPECTED]
-    assert {record.sni for record in lakebase.gateway.sessions} == set(hosts)
-    if upstream_keys and name != SETTINGS_IN_ANY_ORDER:
-        assert taken(proxy)["reused"] >= len(set(hosts))
-    elif not upstream_keys:
-        assert [record.sni for record in lakebase.gateway.sessions] == hosts
+    hosts = {lakebase[shard].endpoint.host for shard in EXPECTED}
+    assert {record.sni for record in lakebase.gateway.sessions} == hosts
+    if name != SETTINGS_IN_ANY_ORDER:
+        assert taken(proxy)["reused"] >= len(hosts)

@@ -154,8 +154,9 @@ def test_the_five_most_frequent_causes_name_reasons_that_exist() -> None:
         assert set(reasons) <= KINDS.keys()
 
 
-def test_the_shard_map_of_the_readme_is_taken(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```toml\n(.*?)```", README.read_text(), re.DOTALL)
+@pytest.mark.parametrize("document", ["README.md", "docs/migrating.md"])
+def test_the_configuration_of_a_document_is_taken(document: str, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     file = tmp_path / "proxy.toml"
     file.write_text(block)
     load_settings(["--config", str(file)], {})

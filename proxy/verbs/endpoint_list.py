@@ -35,8 +35,8 @@ def one_of(found: Sequence[Listed], *, complete: bool = True) -> str:
 def refusal(error: ProxyError) -> str:
     """Return why the workspace was not asked, or what it answered, and what to do."""
     answer = error.response()
-    hint = answer.text(b"H")
-    return f"{answer.message} ({error.reason})" + (f"\n  {hint}" if hint else "")
+    first = f"{answer.message} ({error.reason})"
+    return "\n  ".join(line for line in (first, error.detail, answer.text(b"H")) if line)
 
 
 def with_endpoints(error: ConfigurationError, flags: Sequence[str]) -> ConfigurationError:

@@ -160,6 +160,13 @@ async def test_what_is_set_is_printed_and_not_another_workspaces_profile(
     )
 
 
+async def test_a_refused_login_says_what_the_hint_refers_to(lakebase: Lakebase) -> None:
+    profile = {"DATABRICKS_CONFIG_PROFILE": "mine", "DATABRICKS_CONFIG_FILE": "/nowhere/profiles"}
+    code, out, err = await init(lakebase, **profile)
+    assert (code, out) == (EXIT_FAILURE, "")
+    assert "/nowhere/profiles: the file with the profile [mine] does not exist" in err
+
+
 async def test_a_list_that_hangs_ends(lakebase: Lakebase) -> None:
     lakebase.workspace.fail(Call.RESOURCE, HANG)
     try:

@@ -19,7 +19,16 @@ pytestmark = pytest.mark.slow
 
 BUILD_SECONDS_MAX: Final = 300
 # What the source distribution has: these folders, and these files beside the documents.
-FOLDERS: Final = ("proxy", "tests", "bench", "docs", "deploy", "release", "requirements")
+FOLDERS: Final = (
+    "proxy",
+    "tests",
+    "bench",
+    "docs",
+    "deploy",
+    "examples",
+    "release",
+    "requirements",
+)
 FILES: Final = (
     *("pyproject.toml", "MANIFEST.in", "LICENSE", "Makefile", "config.example.toml"),
     *("Dockerfile", ".dockerignore", "docker-compose.yml", ".gitignore", ".ci/run", "mkdocs.yml"),

@@ -34,6 +34,8 @@ CARGO = (
     *("cargo", "run", "--quiet", "--offline", "--config", "profile.dev.debug=false"),
     *("--config", 'source.crates-io.replace-with="packages"'),
     *("--config", f'source.packages.directory="{PACKAGED_CRATES}"'),
+    # Where tests/clients builds the same crates.
+    *("--target-dir", str(ROOT / ".tools" / "built" / "rust")),
 )
 
 

@@ -57,7 +57,7 @@ impl Connected {
 
 type Pool = Vec<Mutex<Option<Connected>>>;
 
-#[tokio::main]
+#[tokio::main(flavor = "current_thread")]
 async fn main() {
     let pool: Pool = (0..POOL).map(|_| Mutex::new(None)).collect();
     for line in std::io::stdin().lock().lines() {

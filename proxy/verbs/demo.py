@@ -174,7 +174,7 @@ def _own_tokens(lakebase: "Lakebase", https_url: str) -> list[str]:
         "DATABRICKS_CLIENT_ID": lakebase.client_id,
         "DATABRICKS_CLIENT_SECRET": lakebase.client_secret,
     }
-    of_https = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS") if https_url else ()
+    of_https = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE") if https_url else ()
     endpoint = lakebase.shards[0].endpoint
     database = {
         "PGHOST": endpoint.host,
@@ -185,9 +185,9 @@ def _own_tokens(lakebase: "Lakebase", https_url: str) -> list[str]:
     groups = (
         workspace,
         dict.fromkeys(of_https, authority),
-        {"ENDPOINT_NAME": endpoint.name},
+        dict.fromkeys(("ENDPOINT_NAME", "LAKEBASE_ENDPOINT"), endpoint.name),
         database,
-        {"PGSSLMODE": "require", "PGSSLROOTCERT": authority},
+        {"PGSSLMODE": "require", "PGSSLROOTCERT": authority, "NODE_EXTRA_CA_CERTS": authority},
     )
     exports = (" ".join(f"{name}={quote(one[name])}" for name in one) for one in groups if one)
     return [

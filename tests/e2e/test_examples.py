@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 EXAMPLES = ROOT / "examples"
 KEY = "1500"  # the second shard has it
-BUILD_SECONDS_MAX = 300.0
+RUN_SECONDS_MAX = 300.0  # some compile first
 JARS = tuple(JDBC.with_name(f"{name}.jar") for name in ("HikariCP", "slf4j-api", "slf4j-nop"))
 PACKAGED_CRATES = Path("/usr/share/cargo/registry")
 CARGO = (
@@ -95,7 +95,8 @@ class Demo:
 
     def sessions(self, shard: str) -> int:
         """Return how many sessions a shard had."""
-        events = map(json.loads, self._log.read_text().splitlines())
+        whole = self._log.read_text().rpartition("\n")[0]  # the last line may be under way
+        events = map(json.loads, whole.splitlines())
         started = [event for event in events if event["event"] == "session started"]
         return sum(event["target"] == f"tenants/{shard}" for event in started)
 
@@ -151,7 +152,7 @@ async def test_an_example_with_the_sidecar_reaches_the_shard_of_its_key(
     command, environment = command_of(language, tmp_path)
     before = demo.sessions("two")
     code, out, err = await run_to_end(
-        *command, environment={**environment, **demo.clients}, seconds_max=BUILD_SECONDS_MAX
+        *command, environment={**environment, **demo.clients}, seconds_max=RUN_SECONDS_MAX
     )
     assert (code, out.split()) == (0, [CLIENT_ID, DATABASE]), err
     await eventually(lambda: demo.sessions("two") > before, "its session is in the log")
@@ -160,7 +161,7 @@ async def test_an_example_with_the_sidecar_reaches_the_shard_of_its_key(
 async def test_an_example_with_own_tokens_runs_with_the_printed_environment(demo: Demo) -> None:
     assert "DATABRICKS_HOST=https://" in demo.guide
     paste = f"{demo.guide}\nexec {quote(sys.executable)} {EXAMPLES / OWN_TOKENS}"
-    code, out, err = await run_to_end("bash", "-c", paste)
+    code, out, err = await run_to_end("bash", "-c", paste, seconds_max=RUN_SECONDS_MAX)
     assert (code, out.split()) == (0, [CLIENT_ID, DATABASE]), err
 
 

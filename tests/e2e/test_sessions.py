@@ -49,6 +49,15 @@ async def rows(port: int, query: str = "") -> list[Row]:
     return found
 
 
+async def row_with_process(port: int) -> Row:
+    """Return the only session, as soon as its process is found: a search has a second."""
+    async with asyncio.timeout(WAIT_SECONDS_MAX):
+        while True:
+            (row,) = await rows(port, "?processes")
+            if row["pid"] is not None:
+                return row
+
+
 async def row_in_state(port: int, state: str) -> Row:
     """Return the only session, as soon as it is in this state."""
     async with asyncio.timeout(WAIT_SECONDS_MAX):
@@ -80,7 +89,7 @@ async def test_a_session_is_shown_with_what_is_known_of_it_and_its_state(
         assert (row["application_name"], row["target"]) == ("billing\x1b", "upstream")
         assert (row["shard"], row["shard_key"], row["waits_for"]) == ("", None, None)
         assert (row["pid"], row["command"]) == (None, None)
-        (row,) = await rows(port, "?processes")
+        row = await row_with_process(port)
         assert row["pid"] == os.getpid()
         assert row["command"] == OWN_COMMAND
         assert row["id"] == log.events("session started")[0]["connection"]

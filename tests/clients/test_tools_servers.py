@@ -6,7 +6,7 @@ Backups, replication, a foreign server, and a balancer that asks whether the dat
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -16,8 +16,11 @@ import pytest
 from proxy.emulator.cluster import CLIENT_ID, Cluster, ClusterError, quoted
 from proxy.verbs.role_sql import grant_on_schema, grant_on_tables
 from tests.clients.record import record_tool
+from tests.clients.registry import HERE, Client, Language
+from tests.clients.running_client import started
 from tests.clients.stage import OTHER_KEY, Stage
 from tests.clients.tool_ways import Environment, Ways, execute, run, until, version_of
+from tests.support.languages import JDBC
 from tests.support.proxy_process import run_to_end
 from tests.support.running import eventually
 from tests.support.tools import lack, need
@@ -75,6 +78,28 @@ async def test_pg_recvlogical_receives_the_same(ways: Ways, tmp_path: Path) -> N
     assert received[0] == received[1]
     assert b"row 1000" in received[0]
     record_tool("pg_recvlogical", await version_of(program))
+
+
+@pytest.mark.usefixtures("replication")
+async def test_a_stream_of_debezium_outlives_three_token_lifetimes(ways: Ways) -> None:
+    need("Debezium's stream", "java")
+    lack("Debezium's stream", [] if JDBC.exists() else ["pgjdbc is missing"])
+    program = HERE / "java" / "Replication.java"
+    stream = Client("Debezium's stream", run=("java", "-cp", str(JDBC), str(program)))
+    java = Language("Java", program.parent, (stream,), ())
+    async with AsyncExitStack() as stack:
+        both = [await stack.enter_async_context(started(stream, java, way)) for way in ways.both]
+
+        async def ask(command: str) -> list[list[str]]:
+            return await asyncio.gather(*(one.ask(command) for one in both))
+
+        versions = await ask("version")
+        # Begin, the table's columns (sent once), insert, commit, and so on.
+        assert await ask("change") == [["BRICBUCBDC"]] * 2
+        await ways.place.outlive_tokens()
+        assert await ask("change") == [["BICBUCBDC"]] * 2
+        assert [await one.end() for one in both] == [0, 0]
+    record_tool(stream.name, versions[0][0])
 
 
 @pytest.mark.usefixtures("replication")

@@ -169,7 +169,7 @@ def test_the_document_lists_every_example_and_says_which_are_not_run() -> None:
     suffixes = {".py", ".go", ".java", ".js", ".rb", ".php", ".rs", ".cs"}
     programs = {path for path in EXAMPLES.rglob("*") if path.suffix in suffixes}
     text = (EXAMPLES / "README.md").read_text()
-    said = dict(re.findall(r"\]\((\S+?)\)(, not run)?", text))
+    said = dict(re.findall(r"\]\((\w+/\S+?)\)(, not run)?", text))
     assert set(said) == {str(path.relative_to(EXAMPLES)) for path in programs}
     run = {example.file for example in SIDECARS.values()} | {OWN_TOKENS}
     assert {file for file, not_run in said.items() if not not_run} == run

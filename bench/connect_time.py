@@ -46,7 +46,8 @@ def measure(
 ) -> None:
     """Open and close at least `count` sessions of each system; record the times.
 
-    A system's turn is `in_a_row` sessions. Raises BenchError.
+    A system's turn is `in_a_row` sessions, one right after the other; a pause follows the turn.
+    Raises BenchError.
     """
     turns = -(-count // in_a_row)
     for system in systems:
@@ -59,7 +60,7 @@ def measure(
             index = (number * (len(systems) - 1) + turn) % len(systems)
             for _ in range(in_a_row):
                 seconds[index].append(_timed(systems[index]))
-                time.sleep(PAUSE_SECONDS)
+            time.sleep(PAUSE_SECONDS)
     for system, took, then in zip(systems, seconds, before, strict=True):
         for name, share in (("p50", 0.5), ("p99", 0.99)):
             measurements.add(system.name, Quantity(case, name, "ms"), percentile(took, share) * 1e3)

@@ -36,24 +36,37 @@ def open_session(system: System) -> PGconn:
     raise BenchError(f"no session through {system.name}: {message}")
 
 
-def measure(case: str, count: int, systems: Sequence[System], measurements: Measurements) -> None:
-    """Open and close `count` sessions of each system; record the times. Raises BenchError."""
+def measure(
+    case: str,
+    count: int,
+    systems: Sequence[System],
+    measurements: Measurements,
+    *,
+    in_a_row: int = 1,
+) -> None:
+    """Open and close at least `count` sessions of each system; record the times.
+
+    A system's turn is `in_a_row` sessions, one right after the other; a pause follows the turn.
+    Raises BenchError.
+    """
+    turns = -(-count // in_a_row)
     for system in systems:
         for _ in range(_WARM_UP_SESSIONS):
             open_session(system).finish()
     before = [one.cpu_time() for one in systems]
     seconds: list[list[float]] = [[] for _ in systems]
-    for number in range(count):
+    for number in range(turns):
         for turn in range(len(systems)):  # another system is first each time
             index = (number * (len(systems) - 1) + turn) % len(systems)
-            seconds[index].append(_timed(systems[index]))
+            for _ in range(in_a_row):
+                seconds[index].append(_timed(systems[index]))
             time.sleep(PAUSE_SECONDS)
     for system, took, then in zip(systems, seconds, before, strict=True):
         for name, share in (("p50", 0.5), ("p99", 0.99)):
             measurements.add(system.name, Quantity(case, name, "ms"), percentile(took, share) * 1e3)
         now = system.cpu_time()
         if now is not None and then is not None:
-            used = (now - then).total / count
+            used = (now - then).total / (turns * in_a_row)
             measurements.add(system.name, Quantity(case, "CPU", "ms/session"), used * 1e3)
 
 

@@ -18,9 +18,9 @@ from proxy.session.drain import OpenSession, OpenSessions, Stage
 from proxy.transport.sockets import peer_name, peer_pid, quiet_seconds
 from proxy.upstream.phases import DialPhases
 
-# Rows that are made together, which takes less than a millisecond, and the pause after them: those
-# who list all the time must not take the time of sessions.
-SLICE: Final = 50
+# Rows that are made together, which takes less than 0.1 ms, and the pause after them: those who
+# list all the time must not take the time of sessions.
+SLICE: Final = 5
 PAUSE_SECONDS: Final = 0.001
 # PostgreSQL cuts names at 63 bytes. A client may send more, which must not fill the page.
 TEXT_CHARACTERS_MAX: Final = 64

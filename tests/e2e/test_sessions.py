@@ -236,6 +236,8 @@ async def test_status_shows_and_ends_the_sessions_of_all_workers(
         started_process(*watch) as watching,
     ):
         await watching.printed('"state": "serving"')
+        # It must not take the CPU of the sessions that it lists.
+        assert os.getpriority(os.PRIO_PROCESS, watching.pid) == 19
         for client in (one, other):
             await client.start_up()
         code, out, err = await status("--sessions", "--json", "--processes")

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,12 +61,17 @@ class ProxyProcess:
     @property
     def listen_host(self) -> str:
         """The host where it listens; known once it serves."""
-        return str(self.events("serving")[0]["host"])
+        return str(self._served["host"])
 
     @property
     def listen_port(self) -> int:
         """The port that it chose; known once it serves."""
-        return int(self.events("serving")[0]["port"])
+        return int(self._served["port"])
+
+    @cached_property
+    def _served(self) -> dict[str, Any]:
+        """The line that says where it serves. A log that grows is not read for each session."""
+        return self.events("serving")[0]
 
     async def serving(self) -> None:
         """Wait until it says that it serves."""

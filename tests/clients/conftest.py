@@ -9,7 +9,7 @@ import pytest_asyncio
 
 from proxy.emulator.cluster import CLIENT_ID, quoted
 from tests.clients.stage import Stage, stage
-from tests.clients.tool_ways import Ways, execute
+from tests.clients.tool_ways import Ways, drop, execute
 from tests.support.admin_address import metrics_once
 
 ENDED: Final = "session ended"
@@ -47,6 +47,6 @@ async def ways(place: Stage, completed: Collection[str]) -> AsyncIterator[Ways]:
     await metrics_once(port, lambda text: "\nlakebase_proxy_connections 0.0\n" in text)
     await place.ends()  # it has logged them, too
     for name in names:
-        await execute(place.server, f"DROP DATABASE {name} WITH (FORCE)")
+        await drop(place, name)
     ends = place.proxy.events(ENDED)[ended:]
     assert [end for end in ends if end["reason"] not in completed] == []

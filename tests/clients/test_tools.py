@@ -23,6 +23,7 @@ from tests.clients.tool_ways import (
     TOOL_SECONDS_MAX,
     Environment,
     Ways,
+    drop,
     execute,
     run,
     until,
@@ -234,7 +235,7 @@ async def test_pg_dump_and_pg_restore_with_four_jobs_carry_the_same(
             described = ("--schema-only", "--restrict-key=same")
             schema.append(await run(there, ways.program("pg_dump"), *described))
         finally:
-            await execute(ways.place.server, f"DROP DATABASE {target} WITH (FORCE)")
+            await drop(ways.place, target)
     assert sums == [await ways.psql(ways.direct, SUMS)] * 2
     assert schema[0] == schema[1]
     assert "CREATE MATERIALIZED VIEW" in schema[0]

@@ -222,6 +222,7 @@ global
 defaults
     mode tcp
     timeout connect 5s
+    timeout check 30s
     timeout client 30s
     timeout server 30s
 frontend clients

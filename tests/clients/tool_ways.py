@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from proxy.emulator.cluster import Cluster
+from proxy.emulator.cluster import SUPERUSER, Cluster
 from tests.clients.registry import ROOT
 from tests.clients.stage import Stage
 from tests.support.proxy_process import run_to_end
@@ -67,6 +67,13 @@ async def run(
 async def execute(cluster: Cluster, sql: str, **where: str) -> str:
     """Return what a script prints at a server. The loop, which the emulator needs, goes on."""
     return await asyncio.to_thread(cluster.execute, sql, **where)
+
+
+async def drop(place: Stage, database: str) -> None:
+    """Drop a database of the server, which takes long when it is large and the disk is busy."""
+    as_superuser = {**place.direct, "PGUSER": SUPERUSER}
+    sql = f"DROP DATABASE {database} WITH (FORCE)"
+    await run(as_superuser, place.server.binaries / "psql", "-Xqc", sql)
 
 
 async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:

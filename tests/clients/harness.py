@@ -1,4 +1,4 @@
-"""Runs the programs of a language twice, directly and through the proxy, and compares them.
+"""Runs the programs of some languages twice, directly and through the proxy, and compares them.
 
 Each program is asked alone, so that what the proxy counts is its own. What takes waiting is done
 for all of them together: their pools stay open while tokens expire, the compute sleeps and the
@@ -118,11 +118,11 @@ def build(language: Language) -> None:
         subprocess.run(command, check=True, timeout=BUILD_SECONDS_MAX)
 
 
-async def run(language: Language, clients: Sequence[Client]) -> dict[str, Outcome]:
-    """Return what each of these clients did, by its name."""
+async def run(clients: Sequence[tuple[Language, Client]]) -> dict[Client, Outcome]:
+    """Return what each of these clients did."""
     async with stage() as found, AsyncExitStack() as stack:
         pairs = []
-        for client in clients:
+        for language, client in clients:
             ways = (found.direct, found.proxied)
             both = [await stack.enter_async_context(started(client, language, w)) for w in ways]
             pairs.append(Pair(Outcome(client), *both))
@@ -131,7 +131,7 @@ async def run(language: Language, clients: Sequence[Client]) -> dict[str, Outcom
         await _together(found, pairs)
         for pair in pairs:
             await _close(found, pair)
-    return {pair.outcome.client.name: pair.outcome for pair in pairs}
+    return {pair.outcome.client: pair.outcome for pair in pairs}
 
 
 async def _alone(found: Stage, pair: Pair) -> None:

@@ -1,7 +1,7 @@
 """Every client does the same directly and through the proxy, and its pool outlives what happens."""
 
 import faulthandler
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import uvloop
@@ -14,8 +14,17 @@ from tests.support.tools import lack
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
-Outcomes = Callable[[Language], dict[str, Outcome]]
+Selected = tuple[Language, Client]
+Outcomes = Callable[[Client], Outcome | None]
 TRIED = [(language, client) for language in languages() for client in language.tried]
+# Whole languages run together, as long as they have no more clients: it saves the waiting, and
+# each client opens twenty connections both ways.
+TOGETHER_MAX = 13
+TEST = "test_a_client_does_the_same_through_the_proxy"
+
+
+def name_of(language: Language, client: Client) -> str:
+    return f"{language.name}-{client.name}"
 
 
 async def lacks(client: Client) -> str:
@@ -26,40 +35,49 @@ async def lacks(client: Client) -> str:
     return ""
 
 
-def run_all(clients: Sequence[Client], language: Language) -> dict[str, Outcome]:
-    there = [client for client in clients if not uvloop.run(lacks(client))]
-    if not there:
-        return {}
-    build(language)
-    return uvloop.run(run(language, there))
+def batches(selected: Sequence[Selected]) -> Iterator[list[Selected]]:
+    """Yield what runs together."""
+    batch: list[Selected] = []
+    for language in languages():
+        more = [(one, client) for one, client in selected if one is language]
+        if batch and len(batch) + len(more) > TOGETHER_MAX:
+            yield batch
+            batch = []
+        batch += more
+    yield batch
+
+
+def run_together(batch: Sequence[Selected]) -> dict[Client, Outcome]:
+    there = [(language, one) for language, one in batch if not uvloop.run(lacks(one))]
+    for language in dict.fromkeys(language.name for language, _ in there):
+        build(next(one for one, _ in there if one.name == language))
+    return uvloop.run(run(there)) if there else {}
 
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest) -> Outcomes:
-    """Return what runs all selected clients of a language at the first of their tests."""
-    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    params = [item.callspec.params for item in items if hasattr(item, "callspec")]
-    selected = [one["client"] for one in params if "client" in one]
-    done: dict[str, dict[str, Outcome]] = {}
+    """Return what runs the selected clients of a batch at the first of their tests."""
+    ids = {item.name for item in request.session.items}
+    waiting = list(batches([one for one in TRIED if f"{TEST}[{name_of(*one)}]" in ids]))
+    done: dict[Client, Outcome] = {}
 
-    def of(language: Language) -> dict[str, Outcome]:
-        if language.name not in done:
-            faulthandler.cancel_dump_traceback_later()  # each of its waits has a bound
-            done[language.name] = run_all(
-                [client for client in language.tried if client in selected], language
-            )
-        return done[language.name]
+    def of(client: Client) -> Outcome | None:
+        for batch in waiting:
+            if any(client is one for _, one in batch):
+                faulthandler.cancel_dump_traceback_later()  # each of its waits has a bound
+                waiting.remove(batch)
+                done.update(run_together(batch))
+                break
+        return done.get(client)
 
     return of
 
 
-@pytest.mark.parametrize(
-    ("language", "client"), TRIED, ids=[f"{one.name}-{client.name}" for one, client in TRIED]
-)
+@pytest.mark.parametrize(("language", "client"), TRIED, ids=[name_of(*one) for one in TRIED])
 def test_a_client_does_the_same_through_the_proxy(
     language: Language, client: Client, outcomes: Outcomes
 ) -> None:
-    found = outcomes(language).get(client.name)
+    found = outcomes(client)
     if found is None:
         lack(f"{client.name} ({language.name})", [uvloop.run(lacks(client))])
         return

@@ -8,7 +8,7 @@ import pytest
 import uvloop
 
 from tests.clients.harness import Outcome, build, run
-from tests.clients.record import record
+from tests.clients.record import record, recorded
 from tests.clients.registry import CHECKS, Client, Language, languages, missing
 from tests.support.proxy_process import run_to_end
 from tests.support.tools import lack
@@ -94,3 +94,5 @@ def test_a_client_does_the_same_through_the_proxy(
     assert found.failures == []
     assert found.cells.keys() == CHECKS.keys()
     record(language.folder, client.name, found.version, found.cells)
+    # A refusal without its hint or SQLSTATE, and a "cannot", are cells as well.
+    assert found.cells == recorded(language.folder)[client.name]["cells"], "run `make clients`"

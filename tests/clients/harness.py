@@ -153,12 +153,14 @@ async def _together(found: Stage, pairs: Sequence[Pair]) -> None:
         "sleep": found.sleep,
         "restart": found.restart,
     }
-    before = await found.ends()
     for check, happen in events.items():
+        before = await found.ends()
         await happen()
-        if check == "tokens":  # what ended is opened again, and would not be seen
-            lost = _lost(await found.ends() - before)
-            assert not lost, f"sessions ended with their tokens: {lost}"
+        ended = await found.ends() - before
+        if check == "tokens":  # what ended would be opened again, and not be seen
+            assert not _lost(ended), f"sessions ended with their tokens: {ended}"
+        else:
+            assert ended, f"no session ended by this: {check}"
         await asyncio.gather(*(pair.take(Step(check, *AGAIN)) for pair in pairs))
     tokens = {record.token for record in found.lakebase.gateway.sessions}
     assert len(tokens) > 1, "no token was renewed"

@@ -262,8 +262,11 @@ class Api:
         return self._page(collection, [known.get(name, {"name": name}) for name in names], query)
 
     def _page(self, collection: str, found: Sequence[Json], query: Mapping[str, str]) -> Reply:
-        start = int(query.get("page_token") or 0)
-        size = min(int(query.get("page_size") or self.page_size_max), self.page_size_max)
+        given = query.get("page_token") or "0", query.get("page_size") or "0"
+        if not all(number.isdecimal() for number in given):
+            return _invalid("page_token and page_size are numbers, and not negative")
+        start, size = map(int, given)
+        size = min(size or self.page_size_max, self.page_size_max)
         more = start + size < len(found)
         token = str(start + size) if more else ""
         return _ok({collection: found[start : start + size], "next_page_token": token})

@@ -18,7 +18,7 @@ BRANCH_COLLECTIONS: Final = ("endpoints", "roles", "databases")
 
 _CLIENT_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _ROLES: Final = "SELECT rolname FROM pg_roles WHERE rolcanlogin AND NOT rolsuper ORDER BY oid"
-_DATABASES: Final = """SELECT datname || ' ' || pg_get_userbyid(datdba) FROM pg_database
+_DATABASES: Final = """SELECT datname || e'\\t' || pg_get_userbyid(datdba) FROM pg_database
     WHERE NOT datistemplate AND datname <> 'postgres' ORDER BY oid"""
 
 
@@ -56,7 +56,7 @@ def branch_resources(endpoint: Endpoint, collection: str) -> Iterator[Json]:
             yield _role_json(branch, role, _identity_type(endpoint, role))
     elif collection == "databases":
         for row in endpoint.cluster.execute(_DATABASES).splitlines():
-            yield _database_json(branch, *row.split(" ", 1))
+            yield _database_json(branch, *row.split("\t", 1))
     else:
         yield endpoint_json(endpoint)
 

@@ -89,7 +89,8 @@ async def demonstrating(
         except ClusterError as error:
             raise DemoError(str(error)) from error
         except OSError as error:
-            raise DemoError(f"{GATEWAY_PORT.flag} {gateway_port}: {error.strerror}") from error
+            where = f"{GATEWAY_PORT.flag} {gateway_port}: " if gateway_port else ""
+            raise DemoError(f"{where}{error.strerror or error}") from error
         show_progress("Filling the shard map")
         await fill_catalogue(lakebase)
         show_progress("Starting the proxy, and getting its first token")
@@ -128,12 +129,12 @@ def greeting(app: App, lakebase: "Lakebase", https_url: str = "") -> str:
     ]
     lines += ["", *_pooling(app, f"{psql} -d {lakebase.database}")]
     lines += ["", *_moving(app, lakebase, psql)]
-    lines += ["", *_own_tokens(lakebase, https_url)]
-    bundled = lakebase.shards[0].cluster.binaries / "psql"
+    bundled = lakebase.shards[0].cluster.binaries / "psql"  # it has no TLS, so not for own tokens
     lines += ["", f"No psql here? There is one in {_shown(bundled.parent)}"]
+    lines += ["", *_own_tokens(lakebase, https_url)]
     if app.admin is not None:
         admin = f"http://{app.admin.host}:{app.admin.port}"
-        lines.append(f"Status and metrics: {admin}/ {admin}/metrics")
+        lines += ["", f"Status and metrics: {admin}/ {admin}/metrics"]
     return "\n".join([*lines, "", "Ctrl-C stops everything and removes what the demo created."])
 
 
@@ -148,7 +149,12 @@ def _pooling(app: App, psql: str) -> list[str]:
 def _moving(app: App, lakebase: "Lakebase", psql: str) -> list[str]:
     """Return the lines on moving tenants to another shard while one of them works."""
     admin = {} if app.admin is None else {"host": app.admin.host, "port": app.admin.port}
-    file = write_settings(lakebase, admin)
+    listen = {
+        "host": app.listen_host,
+        "port": app.listen_port,
+        "allow_remote": app.settings.listen.allow_remote,
+    }
+    file = write_settings(lakebase, {"listen": listen, "admin": admin})
     (low, high), other = bounds_of(0), lakebase.shards[1].name
     query = "echo 'TABLE shard_identity \\watch 1'"
     shards = f"{_command()} shards"

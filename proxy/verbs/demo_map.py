@@ -77,10 +77,13 @@ def settings_values(lakebase: "Lakebase") -> Values:
     }
 
 
-def write_settings(lakebase: "Lakebase", admin: Mapping[str, Any]) -> Path:
-    """Write a file for `shards`, beside the first server; it is removed with that directory."""
-    lines = ["# For the verbs of `shards` while the demo runs. Its secrets are not real."]
-    for section, values in {**settings_values(lakebase), "admin": admin}.items():
+def write_settings(lakebase: "Lakebase", own: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write a file for other verbs, beside the first server; it is removed with that directory.
+
+    `own` are the sections of the proxy's own addresses.
+    """
+    lines = ["# For `shards`, `resolve` and others while the demo runs. Its secrets are not real."]
+    for section, values in {**settings_values(lakebase), **own}.items():
         lines += ["", f"[{toml_path(section.split('.'))}]"]
         lines += [f"{toml_key(name)} = {toml_value(value)}" for name, value in values.items()]
     path = lakebase.shards[0].cluster.directory / _FILE

@@ -2,7 +2,7 @@
 
 A URL has the key in `options`, percent-encoded: a key in the database's name is read in different
 ways. SQLAlchemy and tokio-postgres take what follows a bare @ for the host, and drivers of Node
-do not decode %40.
+and SQLAlchemy 2.0 do not decode %40.
 """
 
 import json

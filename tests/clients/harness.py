@@ -8,7 +8,7 @@ server restarts.
 import asyncio
 import re
 import subprocess
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Final
@@ -154,8 +154,14 @@ async def _together(found: Stage, pairs: Sequence[Pair]) -> None:
         "restart": found.restart,
     }
     for check, happen in events.items():
+        before = await found.ends()
         await happen()
+        if check == "tokens":  # what ended would be opened again, and not be seen
+            lost = _lost(await found.ends() - before)
+            assert not lost, f"sessions ended with their tokens: {lost}"
         await asyncio.gather(*(pair.take(Step(check, *AGAIN)) for pair in pairs))
+        if check != "tokens":  # some clients notice an end only when they use the session
+            assert await found.ends() != before, f"no session ended by this: {check}"
     tokens = {record.token for record in found.lakebase.gateway.sessions}
     assert len(tokens) > 1, "no token was renewed"
 
@@ -169,8 +175,12 @@ async def _close(found: Stage, pair: Pair) -> None:
     _count(pair.outcome, dict(await found.ends() - before))
 
 
-def _count(outcome: Outcome, ends: dict[tuple[str, str], int]) -> None:
-    lost = {how: number for how, number in ends.items() if how[0] != "completed"}
+def _lost(ends: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    return {how: number for how, number in ends.items() if how[0] != "completed"}
+
+
+def _count(outcome: Outcome, ends: Mapping[tuple[str, str], int]) -> None:
+    lost = _lost(ends)
     outcome.settle("close", f"the proxy counted {lost}" if lost or not ends else "")
 
 

@@ -23,7 +23,7 @@ TOOLS: Final = HERE / "tools"
 
 # What each program is asked, by the heading of the column; the words are the program's commands.
 CHECKS: Final[Mapping[str, str]] = {
-    "connects": "host and port are all it is told",
+    "connects": "host, port, user and database are all it is told; no password",
     "key in the name": "the shard key in the database's name reaches the shard",
     "key in options": "the shard key as a startup option reaches the shard",
     "types": "values of many types go there and back, in text and in binary where it has that",

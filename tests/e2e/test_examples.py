@@ -66,7 +66,7 @@ SIDECARS = {
     "Rust": Example(
         "rust/src/main.rs",
         CARGO,
-        f"command -v cargo && ls -d {PACKAGED_CRATES}/tokio-postgres-*",
+        f"cargo --version && ls -d {PACKAGED_CRATES}/tokio-postgres-*",
     ),
 }
 OWN_TOKENS = "python/own_tokens.py"

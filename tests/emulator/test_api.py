@@ -2,6 +2,8 @@
 
 import asyncio
 import datetime
+import json
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +20,7 @@ from databricks.sdk.errors import (
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from proxy.emulator.api import Call, ExpiryFormat
+from proxy.emulator.api import Api, ApiRequest, Call, ExpiryFormat
 from proxy.emulator.cluster import GROUP, PERSON
 from proxy.emulator.lakebase import Lakebase
 
@@ -328,6 +330,28 @@ async def test_instances_and_their_roles_are_listed_in_pages(lakebase: Lakebase)
     kinds = {role.name: role.identity_type.value for role in roles}
     assert kinds[lakebase.client_id] == "SERVICE_PRINCIPAL"
     assert kinds[lakebase.native_role] == "PG_ONLY"
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ({}, 200),
+        ({"page_size": "0"}, 200),
+        ({"page_size": "-1"}, 400),
+        ({"page_size": "many"}, 400),
+        ({"page_token": "-1"}, 400),
+        ({"page_token": "none"}, 400),
+    ],
+)
+def test_a_list_ends_for_every_size_of_a_page(query: dict[str, str], status: int) -> None:
+    # A page of none, or of fewer, was followed by another one for ever.
+    api = Api((), {}, time.time)
+    api.personal_tokens["token"] = "someone"
+    headers = {"authorization": "Bearer token"}
+    reply = api.answer(ApiRequest(Call.INSTANCES, "", query, headers, b"", ""))
+    assert reply.status == status
+    if status == 200:
+        assert json.loads(reply.body)["next_page_token"] == ""
 
 
 async def test_an_unknown_instance_is_not_found(lakebase: Lakebase) -> None:

@@ -104,6 +104,8 @@ async def test_p32_a_session_that_ends_when_it_is_given_to_a_client_reaches_none
 
         def answered_and_more(data: bytes) -> None:
             deliver(data)
+            if session.state is State.RESETTING:
+                return  # the rest of the answer comes with the next segment
             assert session.state is State.IDLE
             deliver(b"A")
             if leaves:

@@ -4,13 +4,13 @@ PostgreSQL with its own TLS, which asks for a password in clear, as Lakebase doe
 a database of it.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from bench.child_processes import LOOPBACK, ChildProcess, child
+from bench.child_processes import LOOPBACK, child
+from bench.launch import serving_line
 from bench.postgres import HOST, Postgres
 from tests.support.running import toml
 
@@ -77,14 +77,7 @@ def write(folder: Path, name: str, sections: Sections) -> Path:
 def serving(program: Sequence[str | Path], file: Path, name: str) -> Iterator[tuple[int, int]]:
     """Run a proxy while the block runs; yield its process and its port."""
     with child([*program, "run", "--config", file], file.with_suffix(f".{name}.log")) as started:
-        started.wait_until(lambda: _port(started) is not None)
-        port = _port(started)
-        assert port is not None
-        yield started.pid, port
-
-
-def _port(started: ChildProcess) -> int | None:
-    for line in started.log.read_text(errors="replace").splitlines():
-        if line.startswith("{") and (found := json.loads(line))["event"] == "serving":
-            return int(found["port"])
-    return None
+        started.wait_until(lambda: serving_line(started) is not None)
+        line = serving_line(started)
+        assert line is not None
+        yield started.pid, int(line["port"])

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
@@ -203,13 +203,17 @@ def local_parameters(port: int | None) -> dict[str, str]:
     }
 
 
-def _serving_port(started: ChildProcess) -> int | None:
-    """Return the port on which the proxy listens, once its log has it."""
-    for line in started.log.read_text().splitlines():
-        if '"serving"' in line:
-            port: int = json.loads(line)["port"]
-            return port
+def serving_line(started: ChildProcess) -> dict[str, Any] | None:
+    """Return the line of its JSON log with which the proxy serves, once the log has it."""
+    for line in started.log.read_text(errors="replace").splitlines():
+        if line.startswith("{") and (found := json.loads(line))["event"] == "serving":
+            return dict(found)
     return None
+
+
+def _serving_port(started: ChildProcess) -> int | None:
+    line = serving_line(started)
+    return None if line is None else int(line["port"])
 
 
 def _log(directory: Path, name: str) -> Path:

@@ -7,21 +7,19 @@ open files and some more.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
 from bench import pgbench
-from bench.child_processes import LOOPBACK, ChildProcess, child
+from bench.child_processes import LOOPBACK, child
 from bench.connect_time import open_session
 from bench.idle_upstream import idle_upstream
-from bench.launch import local_parameters
+from bench.launch import local_parameters, serving_line
 from bench.measurements import percentile
 from bench.pgbench import Load
 from bench.postgres import HOST, Postgres, postgres
@@ -56,21 +54,8 @@ def _write_settings(server: Postgres, idle_port: int, folder: Path, sessions: in
     return file
 
 
-def _line(started: ChildProcess, event: str) -> dict[str, object] | None:
-    for line in started.log.read_text(errors="replace").splitlines():
-        if line.startswith("{") and (found := json.loads(line)).get("event") == event:
-            return dict(found)
-    return None
-
-
 def _with_key(port: int, key: int) -> System:
     return System(PROXY, local_parameters(port) | {"options": f"-c shard_key={key}"})
-
-
-@contextmanager
-def _listing(command: list[str], folder: Path) -> Iterator[None]:
-    with child(command, folder / "listing.log"):
-        yield
 
 
 def measure(rounds: int, sessions: int) -> None:
@@ -84,9 +69,9 @@ def measure(rounds: int, sessions: int) -> None:
         proxy = stack.enter_context(
             child([*_PROGRAM, "run", "--config", file], folder / "proxy.log")
         )
-        proxy.wait_until(lambda: _line(proxy, "serving") is not None)
-        line = _line(proxy, "serving") or {}
-        port, admin = int(str(line["port"])), str(line["admin_port"])
+        proxy.wait_until(lambda: serving_line(proxy) is not None)
+        line = serving_line(proxy) or {}
+        port, admin = int(line["port"]), str(line["admin_port"])
         for _ in range(sessions):
             stack.callback(open_session(_with_key(port, 10)).finish)
         status = [*_PROGRAM, "status", "--sessions", "--admin.port", admin]
@@ -99,7 +84,7 @@ def measure(rounds: int, sessions: int) -> None:
             for name, command in cases.items():
                 with ExitStack() as case:
                     if command:
-                        case.enter_context(_listing(command, folder))
+                        case.enter_context(child(command, folder / "listing.log"))
                     window = pgbench.run(_LOAD, _with_key(port, 0), server)
                 found[name].append(percentile(window.latencies, 0.99) * 1e3)
                 sys.stdout.write(f"{name:<12} p99 {found[name][-1]:.2f} ms")

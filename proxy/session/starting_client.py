@@ -137,11 +137,10 @@ class StartingClient:
         """Pass both connections to the relay, after the welcome."""
         stream = upstream.stream
         # What either side sent early comes after what the other one is sent first.
-        relay.from_upstream.data_received(
-            upstream.startup.trailing_data() + stream.hand_over(relay.from_upstream)
-        )
-        early = self._machine.trailing_data() + self._stream.hand_over(relay.from_client)
-        relay.from_client.data_received(early)
+        if early := upstream.startup.trailing_data() + stream.hand_over(relay.from_upstream):
+            relay.from_upstream.data_received(early)
+        if early := self._machine.trailing_data() + self._stream.hand_over(relay.from_client):
+            relay.from_client.data_received(early)
         if stream.gone.done():
             relay.from_upstream.eof_received()
 

@@ -41,13 +41,15 @@ class Prepared:
     target: Target
     names: LoginNames
     message: StartupMessage = field(repr=False)
-    _hash: list[int] = field(init=False, repr=False, compare=False, default_factory=list)
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Compute the hash once: a pool asks for it a dozen times for each client."""
+        object.__setattr__(self, "_hash", hash((self.target, self.message)))
 
     def __hash__(self) -> int:
-        """Return the same for equal ones. It is computed once: a pool asks for each client."""
-        if not self._hash:
-            self._hash.append(hash((self.target, self.message)))
-        return self._hash[0]
+        """Return the same for equal ones."""
+        return self._hash
 
 
 class Welcome(Protocol):

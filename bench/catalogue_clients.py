@@ -1,8 +1,9 @@
 """Clients of a mapping that moves, as a process of their own: `python -m bench.catalogue_clients`.
 
 They share no event loop with the emulator's gateway, which the operator's statements go through
-too. For each line on standard input all of them have a session again, and one line of JSON says how
-long they took.
+too. Some keep a session, and open another one when it is ended, at once or a while later. Some
+connect all the time: theirs are the waits. For each line on standard input all of the first have a
+session again, and one line of JSON says how long the others took.
 """
 
 import asyncio
@@ -26,26 +27,32 @@ ENDED: Final = (
     OSError,
 )
 _AT_ONCE: Final = 50
-_PROBE_SECONDS: Final = 0.01
+_CONNECTING: Final = 10
+_PAUSE_SECONDS: Final = 0.1  # of one of them
 LIVE_SECONDS_MAX: Final = 120.0
 _ANSWER_BYTES_MAX: Final = 1 << 24
+_LIVE: Final = "live"
 _AGAIN: Final = "again"
 
 
 class Waits(NamedTuple):
     """What clients waited since the last question, in seconds, and how many were refused."""
 
-    probes: list[float]
-    """Of one client that opens a session for another key of the mapping again and again."""
+    connecting: list[float]
+    """Of those that open a session for another key of the mapping again and again."""
     refused: int
 
 
 class Clients:
-    """Clients of one key that keep a session each, and open another one when it is ended."""
+    """Clients of one key that keep a session each, or open one after the other.
 
-    def __init__(self, proxy: Listening, key: int) -> None:
+    Those that keep one open another `away_seconds` after its end.
+    """
+
+    def __init__(self, proxy: Listening, key: int, away_seconds: float = 0.0) -> None:
         self._proxy = proxy
         self._key = key
+        self._away_seconds = away_seconds
         self._places = asyncio.Semaphore(_AT_ONCE)
         self.live = 0
         self.refused = 0
@@ -70,8 +77,9 @@ class Clients:
             finally:
                 self.live -= 1
                 connection.terminate()
+            await asyncio.sleep(self._away_seconds)
 
-    async def probe(self) -> None:
+    async def connect(self) -> None:
         """Open sessions one after the other, until cancelled, and note how long each took."""
         while True:
             began = time.monotonic()
@@ -82,7 +90,7 @@ class Clients:
                 continue
             self.waits.append(time.monotonic() - began)
             connection.terminate()
-            await asyncio.sleep(_PROBE_SECONDS)
+            await asyncio.sleep(_PAUSE_SECONDS)
 
 
 class ClientsProcess:
@@ -93,27 +101,33 @@ class ClientsProcess:
         assert process.stdout is not None
         self._to, self._from = process.stdin, process.stdout
 
+    async def waits(self) -> Waits:
+        """Return what was waited since the last question."""
+        return await self._ask("waits")
+
     async def live(self) -> Waits:
-        """Return, when all have a session, what they waited since the last question."""
-        return await self._ask("live")
+        """Return, when all have a session, what was waited since the last question."""
+        return await self._ask(_LIVE)
 
     async def reopen(self) -> Waits:
-        """Close all sessions, and open as many at once. Return what the probe waited meanwhile."""
+        """Close all sessions, and open as many at once. Return what was waited meanwhile."""
         return await self._ask(_AGAIN)
 
     async def _ask(self, word: str) -> Waits:
         self._to.write(f"{word}\n".encode())
         await self._to.drain()
-        probes, refused = json.loads(await self._from.readline())
-        return Waits(probes, refused)
+        connecting, refused = json.loads(await self._from.readline())
+        return Waits(connecting, refused)
 
 
 @asynccontextmanager
-async def started_clients(proxy: Listening, count: int) -> AsyncIterator[ClientsProcess]:
-    """Run so many clients of the key 5, and a probe of the key 6, while the block runs."""
+async def started_clients(
+    proxy: Listening, count: int, away_seconds: float
+) -> AsyncIterator[ClientsProcess]:
+    """Run so many clients of the key 5, and some of the key 6 that connect all the time."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "bench.catalogue_clients"),
-        *(proxy.listen_host, str(proxy.listen_port), str(count)),
+        *(proxy.listen_host, str(proxy.listen_port), str(count), str(away_seconds)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=_ANSWER_BYTES_MAX,
@@ -134,59 +148,64 @@ class _Address(NamedTuple):
 class _Serving:
     """The clients, and the answers to the questions of standard input."""
 
-    def __init__(self, proxy: Listening, count: int) -> None:
-        self._clients, self._probes = Clients(proxy, 5), Clients(proxy, 6)
+    def __init__(self, proxy: Listening, count: int, away_seconds: float) -> None:
+        self._clients, self._connecting = Clients(proxy, 5, away_seconds), Clients(proxy, 6)
         self._count = count
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        self._probe = asyncio.create_task(self._probes.probe())
+        connect = self._connecting.connect
+        self._connects = [asyncio.create_task(connect()) for _ in range(_CONNECTING)]
         self._start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._probe.cancel()
-        await self._stop()
+        await _stop(self._connects)
+        await _stop(self._tasks)
 
     def _start(self) -> None:
         keep = self._clients.keep
         self._tasks = [asyncio.create_task(keep()) for _ in range(self._count)]
 
-    async def _stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
     async def answer(self, word: str) -> Waits:
-        """Return what the clients waited, when all have a session."""
+        """Return what was waited, at once or when all have a session."""
         if word == _AGAIN:
-            await self._stop()
-            self._probes.waits.clear()
+            await _stop(self._tasks)
+            self._connecting.waits.clear()
             self._start()
-        await eventually(
-            lambda: self._clients.live == self._count, "all sessions live", LIVE_SECONDS_MAX
+        if word in (_AGAIN, _LIVE):
+            await eventually(
+                lambda: self._clients.live == self._count, "all sessions live", LIVE_SECONDS_MAX
+            )
+        waits = Waits(
+            list(self._connecting.waits), self._clients.refused + self._connecting.refused
         )
-        waits = Waits(list(self._probes.waits), self._clients.refused + self._probes.refused)
-        self._probes.waits.clear()
-        self._clients.refused = self._probes.refused = 0
+        self._connecting.waits.clear()
+        self._clients.refused = self._connecting.refused = 0
         return waits
 
 
-async def _serve(proxy: Listening, count: int) -> None:
+async def _stop(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _serve(proxy: Listening, count: int, away_seconds: float) -> None:
     questions = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(questions), sys.stdin
     )
-    async with _Serving(proxy, count) as serving:
+    async with _Serving(proxy, count, away_seconds) as serving:
         while word := (await questions.readline()).decode().strip():
             sys.stdout.write(json.dumps(await serving.answer(word)) + "\n")
             sys.stdout.flush()
 
 
 def main() -> None:
-    """Run as `python -m bench.catalogue_clients HOST PORT COUNT`."""
-    host, port, count = sys.argv[1:]
-    uvloop.run(_serve(_Address(host, int(port)), int(count)))
+    """Run as `python -m bench.catalogue_clients HOST PORT COUNT AWAY_SECONDS`."""
+    host, port, count, away_seconds = sys.argv[1:]
+    uvloop.run(_serve(_Address(host, int(port)), int(count), float(away_seconds)))
 
 
 if __name__ == "__main__":

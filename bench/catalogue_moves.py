@@ -43,6 +43,8 @@ from tests.support.shards_cli import Shards
 
 _MOVES: Final = 50
 _LIVE: Final = 100
+# A pool opens another session when it needs one, so that most come later; or all come at once.
+_AWAY_SECONDS: Final = (1.0, 0.0)
 _MANY: Final = 1_000
 _QUIET_SECONDS: Final = 0.5  # some usual waits
 _FLIPS: Final = 20
@@ -87,29 +89,37 @@ async def _move(shards: Shards, number: int) -> dict[str, Any]:
     return answered.facts
 
 
-async def _measure_offline(stores: Stores, shards: Shards, moves: int) -> None:
-    """Measure moves of a mapping with live sessions, whose clients come again at once.
+async def _measure_offline(stores: Stores, shards: Shards, moves: int, away_seconds: float) -> None:
+    """Measure moves of a mapping with live sessions; their clients come again a while after.
 
-    Beside each, what a client waits when as many come at once without a move.
+    Others connect all the time. Beside each move of clients that come again at once, what those
+    wait when as many come without a move.
     """
     offline, added, alone, ended, refused = list[float](), list[float](), list[float](), 0, 0
-    async with serving_proxy(stores, **_LISTEN) as proxy, started_clients(proxy, _LIVE) as clients:
-        await clients.live()
+    async with (
+        serving_proxy(stores, **_LISTEN) as proxy,
+        started_clients(proxy, _LIVE, away_seconds) as clients,
+    ):
         for number in range(moves):
+            await clients.live()
             await asyncio.sleep(_QUIET_SECONDS)
-            usual = statistics.median((await clients.live()).probes)
+            usual = statistics.median((await clients.waits()).connecting)
             facts = await _move(shards, number)
-            waits = await clients.live()
+            waits = await (clients.waits() if away_seconds else clients.live())
             offline.append(facts["seconds_offline"])
-            added.append(max(waits.probes) - usual - facts["seconds_offline"])
+            added.append(max(waits.connecting) - usual - facts["seconds_offline"])
             ended += facts["sessions_ended"]
             refused += waits.refused
-            alone.append(max((await clients.reopen()).probes, default=usual) - usual)
+            if not away_seconds:
+                waits = await clients.reopen()
+                alone.append(max(waits.connecting, default=usual) - usual)
         _print(f"{moves} moves with {_LIVE} live sessions: sessions ended", ended)
+        _print("  whose clients come again after, s", away_seconds, 1)
         _print("  counted as mapping_moved", await _count_moved(proxy))
         _print_spread("  fence to open", offline)
         _print_spread("  the longest wait of a client, beyond that and a usual one", added)
-        _print_spread("  the same when as many come at once without a move", alone)
+        if alone:
+            _print_spread("  the same when as many come at once without a move", alone)
         _print("  clients refused", refused)
 
 
@@ -250,7 +260,8 @@ async def _filled_map() -> AsyncIterator[tuple[Stores, Shards]]:
 async def measure(moves: int, sessions: int, long: int) -> None:
     """Measure all."""
     async with _filled_map() as (stores, shards):
-        await _measure_offline(stores, shards, moves - moves % 2)
+        for away_seconds in _AWAY_SECONDS:
+            await _measure_offline(stores, shards, moves - moves % 2, away_seconds)
         await _measure_ending(stores, shards, sessions)
         for feed in ("listen", "off"):
             await _measure_flips(stores, shards, feed, _FLIPS)

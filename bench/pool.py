@@ -30,20 +30,27 @@ RELAY: Final = f"{CASE}, relay"
 CATALOGUE_QUERY: Final = f"{CASE}, first catalogue query"
 MEMORY: Final = f"{CASE}, memory"
 LOGINS: Final = f"{CASE}, logins"
-# What is pooled for connects again and again. CONNECT_RARE shows a client that comes after others
-# have used the machine: everything is colder, the direct connection's libpq least of all.
-_SESSIONS_IN_A_ROW: Final = 50
+# What is pooled for connects again and again. For some 30 ms the kernel runs client and proxy on one
+# core, so a turn is much longer. CONNECT_RARE shows a client that comes after others have used the
+# machine: everything is colder, the direct connection's libpq least of all.
+_SESSIONS_IN_A_ROW: Final = 200
 _CLIENTS: Final = 8
 _SETTLE_SECONDS: Final = 6.0  # resets, closes, and what returns memory after the last session
 # As drivers and ORMs ask when they connect: cold caches make it slow.
-_CATALOGUE_SQL: Final = (
-    b"SELECT c.relname, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), d.adbin"
-    b" FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
-    b" JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid"
-    b" JOIN pg_catalog.pg_type t ON t.oid = a.atttypid"
-    b" LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum"
-    b" WHERE c.relname = 'pgbench_accounts' AND a.attnum > 0 ORDER BY a.attnum"
-)
+CATALOGUE_QUERIES: Final = {
+    "a type": (
+        b"SELECT oid, typarray, typdelim, typtype, oid::pg_catalog.regtype::pg_catalog.text"
+        b" FROM pg_catalog.pg_type WHERE oid = pg_catalog.to_regtype('uuid')"
+    ),
+    "a table's columns": (
+        b"SELECT c.relname, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), d.adbin"
+        b" FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
+        b" JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid"
+        b" JOIN pg_catalog.pg_type t ON t.oid = a.atttypid"
+        b" LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum"
+        b" WHERE c.relname = 'pgbench_accounts' AND a.attnum > 0 ORDER BY a.attnum"
+    ),
+}
 
 
 def measure_connects(
@@ -59,8 +66,10 @@ def measure_connects(
     case = f"{CONNECT_DELAYED} {away}"
     connect_time.measure(case, counts[1], delayed, measurements, in_a_row=turn)
     connect_time.measure(CONNECT_RARE, counts[0], local, measurements)
-    for system in local:
-        _first_catalogue_query(system, counts[1], measurements)
+    for what in CATALOGUE_QUERIES:
+        for system in local:
+            _first_catalogue_query(system, what, turn, measurements)
+            time.sleep(connect_time.PAUSE_SECONDS)
 
 
 def measure_queries(
@@ -118,17 +127,17 @@ def _settled_bytes(system: System) -> int:
     return sum(resident_bytes(pid) for pid in system.pids)
 
 
-def _first_catalogue_query(system: System, count: int, measurements: Measurements) -> None:
+def _first_catalogue_query(
+    system: System, what: str, count: int, measurements: Measurements
+) -> None:
     took = []
     for _ in range(count):
         session = open_session(system)
         began = time.perf_counter()
-        status = session.exec_(_CATALOGUE_SQL).status
+        status = session.exec_(CATALOGUE_QUERIES[what]).status
         took.append(time.perf_counter() - began)
         session.finish()
         if status != pq.ExecStatus.TUPLES_OK:
             raise BenchError(f"no answer about the catalogue through {system.name}")
-        time.sleep(connect_time.PAUSE_SECONDS)
-    measurements.add(
-        system.name, Quantity(CATALOGUE_QUERY, "p50", "us"), percentile(took, 0.5) * 1e6
-    )
+    quantity = Quantity(CATALOGUE_QUERY, f"{what}, p50", "us")
+    measurements.add(system.name, quantity, percentile(took, 0.5) * 1e6)

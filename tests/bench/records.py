@@ -58,7 +58,8 @@ def _pool_values(
     others = (DIRECT, PGBOUNCER, PROXY)
     for case, name in (
         *((pool.CONNECT_LOCAL, "p50"), (pool.CONNECT_LOCAL, "CPU")),
-        *((pool.CONNECT_DELAYED, "p50"), (pool.CATALOGUE_QUERY, "p50")),
+        (pool.CONNECT_DELAYED, "p50"),
+        *((pool.CATALOGUE_QUERY, f"{what}, p50") for what in pool.CATALOGUE_QUERIES),
     ):
         yield (
             Quantity(case, name, ""),

@@ -30,9 +30,9 @@ RELAY: Final = f"{CASE}, relay"
 CATALOGUE_QUERY: Final = f"{CASE}, first catalogue query"
 MEMORY: Final = f"{CASE}, memory"
 LOGINS: Final = f"{CASE}, logins"
-# What is pooled for connects again and again. For some 30 ms the kernel runs client and proxy on one
-# core, so a turn is much longer. CONNECT_RARE shows a client that comes after others have used the
-# machine: everything is colder, the direct connection's libpq least of all.
+# What is pooled for connects again and again. For some 30 ms the kernel runs client and proxy on
+# one core, so a turn is much longer. CONNECT_RARE shows a client that comes after others have used
+# the machine: everything is colder, the direct connection's libpq least of all.
 _SESSIONS_IN_A_ROW: Final = 200
 _CLIENTS: Final = 8
 _SETTLE_SECONDS: Final = 6.0  # resets, closes, and what returns memory after the last session

@@ -1,9 +1,9 @@
 """Listing 10,000 sessions while others work: `python -m bench.session_list`.
 
 One proxy holds 10,000 idle sessions to a scripted upstream, while pgbench works through it on a
-real server. Measures pgbench's p99 in two cases, interleaved: nothing is listed, and `status
---sessions --watch` lists all of them again and again. All share the machine. The proxy needs 20,000
-open files and some more.
+real server. Measures pgbench's p99 in three cases, interleaved: nothing is listed; `status
+--sessions` lists all of them, for a third of the run; and `--watch` lists them again and again. All
+share the machine, which pgbench keeps busy. The proxy needs 20,000 open files and some more.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Final
 from bench import pgbench
 from bench.child_processes import LOOPBACK, child
 from bench.connect_time import open_session
+from bench.errors import BenchError
 from bench.idle_upstream import idle_upstream
 from bench.launch import local_parameters, serving_line
 from bench.measurements import percentile
@@ -28,7 +29,9 @@ from proxy.emulator.cluster import CLIENT_ID, DATABASE
 from tests.support.running import toml
 
 _SESSIONS: Final = 10_000
-_LOAD: Final = Load("simple", 8, 8.0)
+_LOAD: Final = Load("simple", 8, 30.0)
+_NOT_LISTED: Final = "not listed"
+_ONCE: Final = "listed once"
 _PROGRAM: Final = [sys.executable, "-m", "proxy"]
 
 
@@ -75,21 +78,20 @@ def measure(rounds: int, sessions: int) -> None:
         for _ in range(sessions):
             stack.callback(open_session(_with_key(port, 10)).finish)
         status = [*_PROGRAM, "status", "--sessions", "--admin.port", admin]
-        cases = {
-            "not listed": None,
-            "listed": [*status, "--watch"],
-        }
+        cases = {_NOT_LISTED: None, _ONCE: status, "without end": [*status, "--watch"]}
         found: dict[str, list[float]] = {name: [] for name in cases}
         for _ in range(rounds):
             for name, command in cases.items():
                 with ExitStack() as case:
-                    if command:
-                        case.enter_context(child(command, folder / "listing.log"))
+                    log = folder / "listing.log"
+                    listing = case.enter_context(child(command, log)) if command else None
                     window = pgbench.run(_LOAD, _with_key(port, 0), server)
+                    if listing is not None and name == _ONCE and listing.process.poll() != 0:
+                        raise BenchError(f"the list did not end in the run:\n{listing.tail()}")
                 found[name].append(percentile(window.latencies, 0.99) * 1e3)
                 sys.stdout.write(f"{name:<12} p99 {found[name][-1]:.2f} ms")
                 sys.stdout.write(f"   (load {os.getloadavg()[0]:.1f})\n")
-    base = statistics.median(found["not listed"])
+    base = statistics.median(found[_NOT_LISTED])
     for name, values in found.items():
         median = statistics.median(values)
         sys.stdout.write(f"{name:<12} median of {rounds}: {median:.2f} ms, {median / base:.2f} x\n")

@@ -1,3 +1,4 @@
+from array import array
 from typing import Protocol
 
 from proxy.native.activity import Activity
@@ -26,6 +27,7 @@ class Lane:
         source_tls: TLSConnection | None,
         sink_tls: TLSConnection | None,
         activity: Activity,
+        total: array[int],
         from_upstream: bool,
         owner: Owner,
         paused: bool,

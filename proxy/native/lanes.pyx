@@ -18,6 +18,7 @@ from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
+from cpython.array cimport array
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
 
@@ -142,11 +143,12 @@ cdef class Lanes:
 cdef class Lane:
     """One direction of a session: from the socket `source` to the socket `sink`.
 
-    `source_tls` is the TLS of the source, `sink_tls` that of the sink; None is plain. The owner's
-    `overflow` is called with what the kernel did not take, which has to be sent before anything
-    else: the lane has to be paused while the sink is full. Its `lane_ended` is called once, when
-    the lane has closed itself: with None if the transport has to read on, else with the error by
-    which the connection ends. Its `client_left` is that of an `AheadLane`.
+    `source_tls` is the TLS of the source, `sink_tls` that of the sink; None is plain. What is
+    carried is added to `total`, an `array("Q")` of one number. The owner's `overflow` is called
+    with what the kernel did not take, which has to be sent before anything else: the lane has to be
+    paused while the sink is full. Its `lane_ended` is called once, when the lane has closed itself:
+    with None if the transport has to read on, else with the error by which the connection ends. Its
+    `client_left` is that of an `AheadLane`.
     """
 
     cdef readonly unsigned long long carried_bytes
@@ -158,6 +160,7 @@ cdef class Lane:
     cdef TLSConnection _source_tls
     cdef TLSConnection _sink_tls
     cdef Activity _activity
+    cdef array _total
     cdef bint _is_upstream
     cdef bint _closed
     cdef object _owner
@@ -171,6 +174,7 @@ cdef class Lane:
         TLSConnection source_tls,
         TLSConnection sink_tls,
         Activity activity not None,
+        array total not None,
         bint from_upstream,
         owner,
         bint paused,
@@ -179,7 +183,7 @@ cdef class Lane:
         self.source, self._sink = source, sink
         self._source_tls, self._sink_tls = source_tls, sink_tls
         self._activity, self._is_upstream = activity, from_upstream
-        self._owner = owner
+        self._total, self._owner = total, owner
         self.paused = paused
         if sink_tls is not None:
             sink_tls.ciphertext.blocked = paused
@@ -304,6 +308,7 @@ cdef class Lane:
 
     cdef int _count(self, char* plain, Py_ssize_t size) except -1:
         self.carried_bytes += size
+        self._total.data.as_ulonglongs[0] += size
         if self._is_upstream:
             return self._activity.upstream(<const unsigned char*>plain, size)
         return self._activity.client(<const unsigned char*>plain, size)
@@ -347,6 +352,7 @@ cdef class AheadLane(Lane):
             left += self._activity.released_bytes
             memcpy(into, self._activity.released, self._activity.released_bytes)
         self.carried_bytes += size
+        self._total.data.as_ulonglongs[0] += size
         if left and self._sink_tls is not None:
             self._encrypt_and_send(into, left)
         elif left:

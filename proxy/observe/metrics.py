@@ -34,7 +34,7 @@ from proxy.observe.recent_errors import RecentErrors
 from proxy.observe.scraped_metrics import PREFIX, ScrapedMetrics
 from proxy.observe.shard_map_metrics import ShardMapMetrics
 from proxy.observe.status import StatusSource
-from proxy.observe.target_stats import OTHER, Carried, TargetStats
+from proxy.observe.target_stats import OTHER, ByteTotals, TargetStats
 
 EXPOSITION_CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
@@ -285,9 +285,9 @@ class Metrics:
         """Return a context that counts a client connection: in total, and as open meanwhile."""
         return self._connection
 
-    def session(self, target: str, carried: Callable[[], Carried]) -> AbstractContextManager[None]:
-        """Return a context that counts a session and its bytes; `carried` returns them."""
-        return self.targets.session(target, carried)
+    def session(self, target: str) -> AbstractContextManager[ByteTotals]:
+        """Return a context that counts a session; it yields what the session's bytes add to."""
+        return self.targets.session(target)
 
     def session_ended(self, reason: str, target: str = "") -> None:
         """Count a session that had reached ReadyForQuery, by the first cause of its end."""

@@ -1,17 +1,20 @@
 """Sessions, bytes and connect times by target.
 
-For: numbers that change during a session. A session's relay counts its bytes anyway, and they are
-added up here only when somebody reads them, so that a relayed chunk costs nothing. Not for: what is
-only counted (`metrics`), or facts about one session.
+For: numbers that change during a session. A session's relay adds the bytes of each read to its
+target's totals, so that a reading costs the same for any number of sessions: it runs on the event
+loop. Not for: what is only counted (`metrics`), or facts about one session.
 
-Invariants: a target's totals never fall, because the bytes of a session move from the open sessions
-to the ended ones in one step. Targets are the configured ones; any other name is `other`. A target
-that a reload removed is dropped when its last session ends, so that old names do not accumulate.
+Invariants: a target's totals never fall. Targets are the configured ones; any other name is
+`other`. A target that a reload removed is dropped when its last session ends, so that old names do
+not accumulate; until then its totals stay the same object, also if it is configured again.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Final
 
@@ -27,12 +30,15 @@ TARGETS_MAX: Final = 1000
 CONNECTS_MAX: Final = 15
 
 
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """Bytes received from a client and from its upstream."""
+class ByteTotals:
+    """Bytes received from the clients of a target, and from their upstreams.
 
-    client_bytes: int
-    upstream_bytes: int
+    Each is an array of one number, which a compiled lane increments in C.
+    """
+
+    def __init__(self) -> None:
+        self.client_bytes = array("Q", (0,))
+        self.upstream_bytes = array("Q", (0,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,54 +67,43 @@ class TargetRow:
 
 @dataclass(slots=True)
 class _Counts:
+    """The counts of one target. A `with` block counts a session, whose relay adds to the totals."""
+
+    session_ended: Callable[[], None]
     started: int = 0
-    client_bytes: int = 0  # of the sessions that have ended
-    upstream_bytes: int = 0
-    # By a number of their own, because the functions of two sessions may compare equal.
-    open_sessions: dict[int, Callable[[], Carried]] = field(default_factory=dict)
+    open_sessions: int = 0
+    totals: ByteTotals = field(default_factory=ByteTotals)
     connect_seconds: dict[str, float] = field(default_factory=dict)
     phase_seconds: dict[str, float] = field(default_factory=dict)  # of a connect under way
     connects: deque[float] = field(default_factory=lambda: deque(maxlen=CONNECTS_MAX))
 
+    def __enter__(self) -> ByteTotals:
+        self.started += 1
+        self.open_sessions += 1
+        return self.totals
+
+    def __exit__(self, *_: object) -> None:
+        self.open_sessions -= 1
+        self.session_ended()
+
     def row(self, name: str, host: str) -> TargetRow:
-        carried = [session() for session in self.open_sessions.values()]
         return TargetRow(
             name=name,
             host=host,
-            sessions=len(carried),
+            sessions=self.open_sessions,
             sessions_started=self.started,
-            client_bytes=self.client_bytes + sum(one.client_bytes for one in carried),
-            upstream_bytes=self.upstream_bytes + sum(one.upstream_bytes for one in carried),
+            client_bytes=self.totals.client_bytes[0],
+            upstream_bytes=self.totals.upstream_bytes[0],
             connect_seconds=dict(self.connect_seconds),
             connects=tuple(self.connects),
         )
-
-
-class CountedSession:
-    """Counts one session while a `with` block runs."""
-
-    __slots__ = ("_carried", "_name", "_number", "_stats")
-
-    def __init__(self, stats: "TargetStats", name: str, carried: Callable[[], Carried]) -> None:
-        self._stats = stats
-        self._name = name
-        self._carried = carried
-        self._number = 0
-
-    def __enter__(self) -> None:
-        """Count it as open."""
-        self._number = self._stats.start(self._name, self._carried)
-
-    def __exit__(self, *_: object) -> None:
-        """Count it as ended."""
-        self._stats.end(self._name, self._number)
 
 
 class TargetStats:
     """The numbers of all targets in one process."""
 
     def __init__(self, targets: Iterable[str]) -> None:
-        self._counts_by_name = {OTHER: _Counts()}
+        self._counts_by_name: dict[str, _Counts] = {}
         self._connects = list(NO_CONNECTS)
         self.refused = 0
         """Clients that got an ErrorResponse in place of a session, whatever the target."""
@@ -120,36 +115,21 @@ class TargetStats:
 
         Any other target loses its row as soon as it has no open session.
         """
-        names = tuple(targets)
-        self._configured = frozenset((*names, OTHER))
+        names = (OTHER, *targets)
+        self._configured = frozenset(names)
         for name in tuple(self._counts_by_name):
             self._drop_if_unused(name)
         for name in names:
             if len(self._counts_by_name) <= TARGETS_MAX:
-                self._counts_by_name.setdefault(name, _Counts())
+                self._counts_by_name.setdefault(name, _Counts(partial(self._drop_if_unused, name)))
 
     def label(self, target: str) -> str:
         """Return the name under which a target is counted: its own, or `other`."""
         return target if target in self._counts_by_name else OTHER
 
-    def session(self, target: str, carried: Callable[[], Carried]) -> CountedSession:
-        """Return a context that counts a session; `carried` returns its bytes so far."""
-        return CountedSession(self, self.label(target), carried)
-
-    def start(self, name: str, carried: Callable[[], Carried]) -> int:
-        """Count a session of a target that has a row. Return the session's number there."""
-        counts = self._counts_by_name[name]
-        counts.started += 1
-        counts.open_sessions[counts.started] = carried
-        return counts.started
-
-    def end(self, name: str, number: int) -> None:
-        """Move the bytes of a session to those of the ended sessions."""
-        counts = self._counts_by_name[name]
-        last = counts.open_sessions.pop(number)()
-        counts.client_bytes += last.client_bytes
-        counts.upstream_bytes += last.upstream_bytes
-        self._drop_if_unused(name)
+    def session(self, target: str) -> AbstractContextManager[ByteTotals]:
+        """Return a context that counts a session; it yields what the session's bytes add to."""
+        return self._counts_by_name[self.label(target)]
 
     def connect_phase_took(self, target: str, phase: str, seconds: float) -> None:
         """Record the duration of a phase. It is shown when a connect of the target succeeds."""

@@ -5,6 +5,7 @@ sink's send buffer is above its high-water mark the source is not read.
 """
 
 import asyncio
+from array import array
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -37,6 +38,7 @@ def never() -> bool:
 class Direction(asyncio.Protocol):
     """The protocol of `source`, which writes what it receives to `sink`.
 
+    Each read is added to `total`, an array of one number that the directions of a target share.
     `on_read` is called with each read after its write; `write` is `sink.write` if it is None. The
     direction from the upstream has `watches_client`: while the upstream takes nothing, it polls
     whether the client is lost. One that has ended its stream is not: what it sent before the end
@@ -64,6 +66,7 @@ class Direction(asyncio.Protocol):
         "reverse",
         "sink",
         "source",
+        "total",
     )
 
     def __init__(
@@ -71,6 +74,7 @@ class Direction(asyncio.Protocol):
         source: asyncio.Transport,
         sink: asyncio.Transport,
         ended: asyncio.Future[EndReason],
+        total: "array[int]",
         on_read: Callable[[bytes], None],
         *,
         closed: EndReason,
@@ -81,6 +85,7 @@ class Direction(asyncio.Protocol):
     ) -> None:
         self.source = source
         self.sink = sink
+        self.total = total
         self.on_read = on_read
         self.closed = closed
         self.lost = lost
@@ -108,7 +113,9 @@ class Direction(asyncio.Protocol):
         # Local names: Python 3.11 is slow to call the value of an attribute.
         write, on_read = self._write, self.on_read
         write(data)
-        self._received_bytes += len(data)
+        size = len(data)
+        self._received_bytes += size
+        self.total[0] += size
         on_read(data)
 
     def pause_if_full(self, high_water_bytes: int) -> None:

@@ -105,6 +105,7 @@ class OpenLane:
             source_tls=source_tls,
             sink_tls=sink_tls,
             activity=path.activity,
+            total=direction.total,
             from_upstream=from_upstream,
             owner=self,
             paused=direction.paused,

@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from proxy.observe.target_stats import Carried
+from proxy.observe.target_stats import ByteTotals
 from proxy.pool.pool_counts import RetireReason
 from proxy.session.direction import Direction, never
 from proxy.session.end_reason import (
@@ -63,7 +63,7 @@ class Relay:
     `cancel_query` cancels what the upstream is running; it is awaited when the client has
     disconnected without a Terminate, with `cancels_copy_only` in the middle of COPY data only.
     After the upstream's end a client is cut when it has read nothing for `flush_seconds_max`. The
-    session's lanes are opened after `reads_before_lanes` of both sides.
+    session's lanes are opened after `reads_before_lanes` of both sides. Reads add to `totals`.
 
     With `keeps_upstream` the upstream's connection is not closed when its client leaves and nothing
     is owed: then the end is `kept`. The caller gives the connection its next protocol before it
@@ -81,7 +81,9 @@ class Relay:
         cancels_copy_only: bool = False,
         keeps_upstream: bool = False,
         reads_before_lanes: int = 0,
+        totals: ByteTotals | None = None,
     ) -> None:
+        totals = totals or ByteTotals()
         self._client = client
         self._keeps_upstream = keeps_upstream
         self._kept = False
@@ -101,6 +103,7 @@ class Relay:
             client,
             upstream,
             ended,
+            totals.client_bytes,
             on_client_read,
             closed=EndReason.CLIENT_CLOSED,
             lost=EndReason.CLIENT_LOST,
@@ -111,6 +114,7 @@ class Relay:
             upstream,
             client,
             ended,
+            totals.upstream_bytes,
             activity.upstream_sent,
             closed=EndReason.UPSTREAM_CLOSED,
             lost=EndReason.UPSTREAM_LOST,
@@ -145,9 +149,9 @@ class Relay:
         """Whether the session has ended. Both sides may still be closing."""
         return self._ended.done()
 
-    def carried(self) -> Carried:
-        """Return the bytes received from both sides so far."""
-        return Carried(self.from_client.received_bytes, self.from_upstream.received_bytes)
+    def carried(self) -> tuple[int, int]:
+        """Return the bytes received so far from the client, and from the upstream."""
+        return self.from_client.received_bytes, self.from_upstream.received_bytes
 
     # -- an end by the proxy; `drain` decides when -----------------------------------------------
 
@@ -229,14 +233,12 @@ class Relay:
             pass
         elif reason in DISCONNECTS and activity.terminated:
             reason = EndReason.CLIENT_CLOSED
-        carried = self.carried()
         retired = self._retired
         if self._keeps_upstream and not self._kept and retired is None:
             retired = RETIRED_BY.get(reason, RetireReason.BUSY)
         return RelayEnd(
             reason,
-            carried.client_bytes,
-            carried.upstream_bytes,
+            *self.carried(),
             kept=self._kept,
             reported=activity.reported or b"",
             retired=retired,

@@ -43,7 +43,7 @@ def row_of(entry: OpenSession, now: float) -> SessionRow:
     route, mapped, relay, transport = entry.route, entry.mapped, entry.relay, entry.transport
     asked = {} if route is None else dict(route.message.parameters)
     peer = None if transport is None else peer_name(transport)
-    carried = None if relay is None else relay.carried()
+    client_bytes, upstream_bytes = (0, 0) if relay is None else relay.carried()
     target = "" if route is None else route.target
     if mapped is not None:
         target = mapped.target  # the key may have moved since the route
@@ -62,8 +62,8 @@ def row_of(entry: OpenSession, now: float) -> SessionRow:
         "state": state,
         "waits_for": waits_for,
         "state_seconds": None if seconds is None else round(min(seconds, age_seconds), 3),
-        "client_bytes": 0 if carried is None else carried.client_bytes,
-        "upstream_bytes": 0 if carried is None else carried.upstream_bytes,
+        "client_bytes": client_bytes,
+        "upstream_bytes": upstream_bytes,
     }
 
 

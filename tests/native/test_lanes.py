@@ -3,6 +3,7 @@
 import asyncio
 import select
 import socket
+from array import array
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -234,6 +235,7 @@ class LaneHarness:
     then: Callable[[], None] = lambda: None
     left: int = 0
     ahead: bool = False
+    total: "array[int]" = field(default_factory=lambda: array("Q", (0,)))
 
     def __post_init__(self) -> None:
         for pair in self.pairs:
@@ -248,6 +250,7 @@ class LaneHarness:
             source_tls=None,
             sink_tls=None,
             activity=self.activity,
+            total=self.total,
             from_upstream=not self.ahead,
             owner=self,
             paused=False,
@@ -386,8 +389,21 @@ def test_what_a_full_sink_does_not_take_is_handed_over_whole(lanes: "Lanes") -> 
         received += some
     assert bytes(received[filled:]) + b"".join(harness.over) == content
     assert harness.over
-    assert harness.lane.carried_bytes == len(content)
+    assert harness.lane.carried_bytes == harness.total[0] == len(content)
     harness.close()
+
+
+def test_lanes_of_one_target_add_to_one_total(lanes: "Lanes") -> None:
+    total = array("Q", (2**40,))
+    first, second = LaneHarness(lanes, total=total), LaneHarness(lanes, total=total, ahead=True)
+    for number in range(3):
+        first.source.send(b"answer")
+        second.source.send(b"Q\0\0\0\4")
+        lanes.run_ready()
+        assert total[0] == 2**40 + (number + 1) * (6 + 5), "while both are open"
+    assert (first.lane.carried_bytes, second.lane.carried_bytes) == (18, 15)
+    first.close()
+    second.close()
 
 
 def test_a_lane_that_cannot_be_watched_again_ends(lanes: "Lanes") -> None:

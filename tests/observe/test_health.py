@@ -9,7 +9,6 @@ from proxy.observe.health import Level, health_of
 from proxy.observe.history import History, LastMinute
 from proxy.observe.recent_errors import RecentErrors
 from proxy.observe.status import ShardMapStatus, Status, WorkspaceApi
-from proxy.observe.target_stats import Carried
 from proxy.server.lifecycle import State
 from tests.support.admin_address import NOW, ScriptedAdminState
 
@@ -21,13 +20,13 @@ def words(status: Status) -> tuple[str, str]:
 
 def test_a_proxy_that_serves_is_well() -> None:
     shown = ScriptedAdminState()
-    with shown.metrics.session("upstream", lambda: Carried(0, 0)):
+    with shown.metrics.session("upstream"):
         assert words(shown.status()) == (Level.WELL, "Serving 1 session.")
 
 
 def test_refusals_are_counted_with_their_reasons_and_since_when() -> None:
     shown = ScriptedAdminState()
-    with shown.metrics.session("upstream", lambda: Carried(0, 0)):
+    with shown.metrics.session("upstream"):
         for _ in range(8):
             shown.metrics.session_refused("database_missing", "3D000", "upstream")
         health = health_of(shown.status())

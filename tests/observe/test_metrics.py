@@ -8,7 +8,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.observe.metrics import Metrics
 from proxy.observe.status import Token
-from proxy.observe.target_stats import Carried
 from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
 from tests.support.admin_address import NOW, ScriptedAdminState
@@ -186,15 +185,17 @@ def test_a_phase_outside_the_closed_set_makes_no_new_series() -> None:
 
 
 def test_bytes_are_counted_during_a_session_and_never_fall() -> None:
-    metrics, carried = new_metrics(), Carried(0, 0)
+    metrics = new_metrics()
     to_upstream = {"target": "eu", "direction": "to_upstream"}
     to_client = {"target": "eu", "direction": "to_client"}
     seen = []
-    with metrics.session("eu", lambda: carried):
+    with metrics.session("eu") as totals:
         assert metrics.value("sessions_active", target="eu") == 1
-        for carried in (Carried(1, 10), Carried(2, 20)):
+        for received in (10, 20):
+            totals.client_bytes[0] += 1
+            totals.upstream_bytes[0] += 10
             seen.append(metrics.value("relayed_bytes_total", **to_upstream))
-            assert metrics.value("relayed_bytes_total", **to_client) == carried.upstream_bytes
+            assert metrics.value("relayed_bytes_total", **to_client) == received
     seen.append(metrics.value("relayed_bytes_total", **to_upstream))
     assert seen == [1, 2, 2]
     assert metrics.value("sessions_active") == 0
@@ -205,7 +206,7 @@ def test_bytes_are_counted_during_a_session_and_never_fall() -> None:
 def test_a_target_that_is_not_configured_makes_no_series() -> None:
     metrics = new_metrics()
     for number in range(50):
-        with metrics.session(f"client-{number}", lambda: Carried(1, 1)):
+        with metrics.session(f"client-{number}"):
             pass
         metrics.session_refused("token_rejected", "28000", f"client-{number}")
     assert metrics.value("sessions_started_total", target="other") == 50

@@ -6,7 +6,6 @@ from dataclasses import fields
 import pytest
 
 from proxy.observe.status import Token, WorkspaceApi
-from proxy.observe.target_stats import Carried
 from proxy.server.lifecycle import State
 from tests.support.admin_address import NOW, ScriptedAdminState
 
@@ -77,7 +76,7 @@ def test_a_token_has_no_field_for_the_token() -> None:
 
 def test_a_drain_shows_the_time_and_sessions_left() -> None:
     shown = ScriptedAdminState(state=State.DRAINING, drain_seconds_left=12.0)
-    with shown.metrics.session("upstream", lambda: Carried(0, 0)):
+    with shown.metrics.session("upstream"):
         status = shown.status()
     assert (status.drain.draining, status.drain.seconds_left) == (True, 12.0)
     assert status.drain.sessions_left == status.sessions == 1
@@ -88,14 +87,14 @@ def test_a_session_whose_upstream_is_being_opened_is_counted_separately(
     session_slots_used: int, opening: int
 ) -> None:
     shown = ScriptedAdminState(session_slots_used=session_slots_used)
-    with shown.metrics.session("upstream", lambda: Carried(0, 0)):
+    with shown.metrics.session("upstream"):
         status = shown.status()
     assert (status.sessions, status.sessions_opening) == (1, opening)
 
 
 def test_a_removed_target_is_shown_while_it_has_sessions() -> None:
     shown = ScriptedAdminState()
-    with shown.metrics.session("upstream", lambda: Carried(0, 0)):
+    with shown.metrics.session("upstream"):
         shown.metrics.targets.configure(["us"])
         shown.hosts = {"us": "us.example.com"}
         during = shown.status()

@@ -22,7 +22,6 @@ from proxy.observe.admin import AdminAddress, serve_admin
 from proxy.observe.history import SAMPLES_MAX
 from proxy.observe.status import Token
 from proxy.observe.status_page import FILES, PAGE_HEADERS
-from proxy.observe.target_stats import Carried
 from proxy.server.lifecycle import State
 from tests.support.admin_address import LOOPBACK, ScriptedAdminState, ask
 from tests.support.chromium import Browser, Page, chromium_path, started_browser
@@ -346,7 +345,7 @@ async def test_a_screen_reader_announces_changes_only(browser: Browser) -> None:
             "{ window.told = 0; new MutationObserver(() => { window.told += 1 }).observe("
             "document.getElementById('told'), {childList: true, characterData: true}) }"
         )
-        shown.metrics.targets.start("upstream", lambda: Carried(0, 0))  # the sentence changes
+        shown.metrics.session("upstream").__enter__()  # the sentence changes
         await refresh(page)
         assert await page.value(HEALTH) == "Serving 81 sessions."
         assert await page.value("window.told") == 0

@@ -1,12 +1,15 @@
 """Numbers that change during sessions: totals never fall, and targets are a closed set."""
 
+import sys
+from contextlib import ExitStack
+from types import FrameType
+
 import pytest
 
 from proxy.observe.target_stats import (
     CONNECTS_MAX,
     OTHER,
     TARGETS_MAX,
-    Carried,
     TargetRow,
     TargetStats,
 )
@@ -19,7 +22,11 @@ def reading(stats: TargetStats, target: str) -> TargetRow:
 
 def test_a_session_is_counted_while_open_and_its_bytes_remain() -> None:
     stats = TargetStats(["eu"])
-    with stats.session("eu", lambda: Carried(3, 4)), stats.session("eu", lambda: Carried(30, 40)):
+    with stats.session("eu") as first, stats.session("eu") as second:
+        first.client_bytes[0] += 3
+        first.upstream_bytes[0] += 4
+        second.client_bytes[0] += 30
+        second.upstream_bytes[0] += 40
         during = reading(stats, "eu")
     after = reading(stats, "eu")
     assert (during.sessions, during.client_bytes, during.upstream_bytes) == (2, 33, 44)
@@ -29,9 +36,31 @@ def test_a_session_is_counted_while_open_and_its_bytes_remain() -> None:
 
 def test_a_session_that_fails_is_no_longer_open() -> None:
     stats = TargetStats(["eu"])
-    with pytest.raises(ConnectionError), stats.session("eu", lambda: Carried(1, 1)):
+    with pytest.raises(ConnectionError), stats.session("eu"):
         raise ConnectionError
-    assert (reading(stats, "eu").sessions, reading(stats, "eu").client_bytes) == (0, 1)
+    assert (reading(stats, "eu").sessions, reading(stats, "eu").sessions_started) == (0, 1)
+
+
+def test_a_reading_costs_the_same_for_any_number_of_sessions() -> None:
+    # It called a function for each open session, on the event loop: 80 ms for 10,000 of them.
+    stats, calls = TargetStats(["eu"]), [0]
+
+    def count_call(frame: FrameType, event: str, argument: object) -> None:
+        calls[-1] += 1
+
+    with ExitStack() as opened:
+        for _ in range(2):
+            profiler = sys.getprofile()
+            sys.setprofile(count_call)
+            try:
+                stats.rows()
+            finally:
+                sys.setprofile(profiler)
+            calls.append(0)
+            for _ in range(10_000):
+                opened.enter_context(stats.session("eu"))
+    few, many, _ = calls
+    assert few == many > 0
 
 
 def test_the_last_connect_is_shown_by_phase() -> None:
@@ -74,8 +103,9 @@ def test_a_name_that_is_not_configured_is_other() -> None:
 
 def test_a_reload_adds_names_and_keeps_what_was_counted() -> None:
     stats = TargetStats(["eu"])
-    with stats.session("eu", lambda: Carried(1, 1)):
+    with stats.session("eu") as totals:
         stats.configure(["us", "eu"])
+        totals.client_bytes[0] += 1
     assert [one.name for one in stats.rows()] == ["eu", "us", OTHER]
     assert reading(stats, "eu").client_bytes == 1
 
@@ -89,7 +119,7 @@ def test_the_number_of_names_is_bounded(names: int) -> None:
 
 def test_a_removed_target_is_dropped_with_its_last_session() -> None:
     stats = TargetStats(["eu", "us"])
-    with stats.session("eu", lambda: Carried(1, 1)), stats.session("eu", lambda: Carried(1, 1)):
+    with stats.session("eu"), stats.session("eu"):
         stats.configure(["us"])
         assert [one.name for one in stats.rows()] == ["eu", "us", OTHER]
         assert reading(stats, "eu").sessions == 2
@@ -99,9 +129,11 @@ def test_a_removed_target_is_dropped_with_its_last_session() -> None:
 
 def test_a_target_that_is_configured_again_keeps_counting() -> None:
     stats = TargetStats(["eu"])
-    with stats.session("eu", lambda: Carried(1, 1)):
+    with stats.session("eu") as totals:
         stats.configure([])
         stats.configure(["eu"])
+        totals.client_bytes[0] += 1
+        assert stats.session("eu").__enter__() is totals
     assert reading(stats, "eu").client_bytes == 1
 
 

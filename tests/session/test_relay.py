@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
+from proxy.observe.target_stats import ByteTotals
 from proxy.session.direction import CLIENT_POLL_SECONDS
 from proxy.session.end_reason import EndReason, RelayEnd
 from proxy.session.fast_path import watched_lanes
@@ -44,6 +45,7 @@ class Setting:
     client_transport: asyncio.Transport
     upstream_transport: asyncio.Transport
     running: asyncio.Task[RelayEnd]
+    totals: ByteTotals
 
     async def end(self) -> RelayEnd:
         async with asyncio.timeout(WAIT_SECONDS_MAX):
@@ -73,15 +75,17 @@ async def lanes(request: pytest.FixtureRequest) -> "AsyncIterator[Lanes | None]"
 @pytest_asyncio.fixture
 async def setting(lanes: "Lanes | None") -> AsyncIterator[Setting]:
     client, upstream, to_client, to_upstream = await transports()
-    relay = Relay(to_client, to_upstream, lanes=lanes)
+    totals = ByteTotals()
+    relay = Relay(to_client, to_upstream, lanes=lanes, totals=totals)
     to_client.set_protocol(relay.from_client)
     to_upstream.set_protocol(relay.from_upstream)
     running = asyncio.create_task(relay.run())
-    yield Setting(client, upstream, to_client, to_upstream, running)
+    yield Setting(client, upstream, to_client, to_upstream, running, totals)
     client.close()
     upstream.close()
     running.cancel()
     await asyncio.wait((running,))
+    assert relay.carried() == (totals.client_bytes[0], totals.upstream_bytes[0])
 
 
 async def test_bytes_go_both_ways_unchanged_and_in_order(setting: Setting) -> None:
@@ -92,6 +96,16 @@ async def test_bytes_go_both_ways_unchanged_and_in_order(setting: Setting) -> No
         forward = group.create_task(setting.upstream.receive_exactly(len(there)))
         backward = group.create_task(setting.client.receive_exactly(len(back)))
     assert (forward.result(), backward.result()) == (there, back)
+
+
+async def test_bytes_are_in_the_targets_totals_while_the_session_is_open(setting: Setting) -> None:
+    totals = setting.totals
+    for number in range(1, 4):
+        await setting.client.send(b"there")
+        await setting.upstream.receive_exactly(5)
+        await setting.upstream.send(b"back")
+        await setting.client.receive_exactly(4)
+        assert (totals.client_bytes[0], totals.upstream_bytes[0]) == (5 * number, 4 * number)
 
 
 async def test_8_bytes_at_a_time_written_and_read_are_the_same_stream(setting: Setting) -> None:

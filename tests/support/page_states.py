@@ -6,7 +6,6 @@ For: tests and screenshots of the page. Not for: what a real proxy reports (`tes
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
 from typing import Final
 
 from proxy.observe.connect_times import index_of
@@ -16,7 +15,6 @@ from proxy.observe.pool_stats import PoolPresent
 from proxy.observe.recent_errors import RecentErrors
 from proxy.observe.session_page import SessionRow
 from proxy.observe.status import ShardMapStatus, Token, WorkspaceApi
-from proxy.observe.target_stats import Carried
 from proxy.pool.pool_counts import PoolCounts, RetireReason, TakeSource
 from proxy.server.lifecycle import State
 from proxy.upstream.phases import ConnectPhase
@@ -119,8 +117,9 @@ def use_targets(shown: ScriptedAdminState, names: list[str]) -> None:
     opened = ExitStack()
     for at, name in enumerate(names):
         for _ in range((at * 7) % 5):
-            carried = partial(Carried, 2_000 * at, 3_000_000)
-            opened.enter_context(shown.metrics.session(name, carried))
+            totals = opened.enter_context(shown.metrics.session(name))
+            totals.client_bytes[0] += 2_000 * at
+            totals.upstream_bytes[0] += 3_000_000
         for phase in ConnectPhase:
             shown.metrics.connect_phase_took(phase, 0.02, name)
         shown.metrics.targets.connected(name, 0.1 + at / 100)

@@ -36,7 +36,7 @@ _AGAIN: Final = "again"
 
 
 class Waits(NamedTuple):
-    """What clients waited since the last question, in seconds, and how many were refused."""
+    """What clients waited since the last question, in seconds, and how many were ever refused."""
 
     connecting: list[float]
     """Of those that open a session for another key of the mapping again and again."""
@@ -56,7 +56,9 @@ class Clients:
         self._places = asyncio.Semaphore(_AT_ONCE)
         self.live = 0
         self.refused = 0
+        """Since the start."""
         self.waits: list[float] = []
+        self._began: dict[int, float] = {}  # the connects under way
 
     async def keep(self) -> None:
         """Keep a session, until cancelled."""
@@ -79,18 +81,30 @@ class Clients:
                 connection.terminate()
             await asyncio.sleep(self._away_seconds)
 
-    async def connect(self) -> None:
+    async def connect(self, number: int) -> None:
         """Open sessions one after the other, until cancelled, and note how long each took."""
         while True:
-            began = time.monotonic()
+            self._began[number] = began = time.monotonic()
             try:
                 connection = await open_session(self._proxy, self._key)
             except ENDED:
                 self.refused += 1
                 continue
             self.waits.append(time.monotonic() - began)
+            del self._began[number]
             connection.terminate()
             await asyncio.sleep(_PAUSE_SECONDS)
+
+    async def take_waits(self) -> list[float]:
+        """Return how long those waited that have begun to connect by now, since the last call."""
+        asked = time.monotonic()
+        await eventually(
+            lambda: all(began > asked for began in self._began.values()),
+            "all who were connecting have a session",
+            LIVE_SECONDS_MAX,
+        )
+        waits, self.waits = self.waits, []
+        return waits
 
 
 class ClientsProcess:
@@ -155,7 +169,7 @@ class _Serving:
 
     async def __aenter__(self) -> Self:
         connect = self._connecting.connect
-        self._connects = [asyncio.create_task(connect()) for _ in range(_CONNECTING)]
+        self._connects = [asyncio.create_task(connect(number)) for number in range(_CONNECTING)]
         self._start()
         return self
 
@@ -177,12 +191,8 @@ class _Serving:
             await eventually(
                 lambda: self._clients.live == self._count, "all sessions live", LIVE_SECONDS_MAX
             )
-        waits = Waits(
-            list(self._connecting.waits), self._clients.refused + self._connecting.refused
-        )
-        self._connecting.waits.clear()
-        self._clients.refused = self._connecting.refused = 0
-        return waits
+        waits = await self._connecting.take_waits()
+        return Waits(waits, self._clients.refused + self._connecting.refused)
 
 
 async def _stop(tasks: list[asyncio.Task[None]]) -> None:

@@ -95,7 +95,7 @@ async def _measure_offline(stores: Stores, shards: Shards, moves: int, away_seco
     Others connect all the time. Beside each move of clients that come again at once, what those
     wait when as many come without a move.
     """
-    offline, added, alone, ended, refused = list[float](), list[float](), list[float](), 0, 0
+    offline, added, alone, ended = list[float](), list[float](), list[float](), 0
     async with (
         serving_proxy(stores, **_LISTEN) as proxy,
         started_clients(proxy, _LIVE, away_seconds) as clients,
@@ -109,10 +109,10 @@ async def _measure_offline(stores: Stores, shards: Shards, moves: int, away_seco
             offline.append(facts["seconds_offline"])
             added.append(max(waits.connecting) - usual - facts["seconds_offline"])
             ended += facts["sessions_ended"]
-            refused += waits.refused
             if not away_seconds:
                 waits = await clients.reopen()
                 alone.append(max(waits.connecting, default=usual) - usual)
+        refused = (await clients.live()).refused
         _print(f"{moves} moves with {_LIVE} live sessions: sessions ended", ended)
         _print("  whose clients come again after, s", away_seconds, 1)
         _print("  counted as mapping_moved", await _count_moved(proxy))

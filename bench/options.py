@@ -56,7 +56,7 @@ class Options:
     def sizes(self) -> str:
         """Return the sizes as text."""
         loads = f"pgbench {self.loads[0].seconds:g} s a load"
-        connects = f"{self.connects} and {self.delayed_connects} (delayed) sessions"
+        connects = f"{self.connects} and {self.delayed_connects} (delayed) sessions, or whole turns"
         return f"{loads}, COPY {self.megabytes} MB, {connects} a round"
 
 

@@ -28,6 +28,7 @@ CONNECT_DELAYED: Final = f"{CASE}, connect, PostgreSQL"
 RECONNECTS: Final = f"{CASE}, pgbench -C"
 RELAY: Final = f"{CASE}, relay"
 CATALOGUE_QUERY: Final = f"{CASE}, first catalogue query"
+CATALOGUE_RARE: Final = f"{CATALOGUE_QUERY}, between sessions of others"
 MEMORY: Final = f"{CASE}, memory"
 LOGINS: Final = f"{CASE}, logins"
 # What is pooled for connects again and again. For some 30 ms the kernel runs client and proxy on
@@ -66,10 +67,8 @@ def measure_connects(
     case = f"{CONNECT_DELAYED} {away}"
     connect_time.measure(case, counts[1], delayed, measurements, in_a_row=turn)
     connect_time.measure(CONNECT_RARE, counts[0], local, measurements)
-    for what in CATALOGUE_QUERIES:
-        for system in local:
-            _first_catalogue_query(system, what, turn, measurements)
-            time.sleep(connect_time.PAUSE_SECONDS)
+    _measure_catalogue_query(CATALOGUE_QUERY, local, 1, turn, measurements)
+    _measure_catalogue_query(CATALOGUE_RARE, local, counts[1], 1, measurements)
 
 
 def measure_queries(
@@ -127,17 +126,27 @@ def _settled_bytes(system: System) -> int:
     return sum(resident_bytes(pid) for pid in system.pids)
 
 
-def _first_catalogue_query(
-    system: System, what: str, count: int, measurements: Measurements
+def _catalogue_query(system: System, what: str) -> float:
+    """Return the seconds that a new client's first query takes."""
+    session = open_session(system)
+    began = time.perf_counter()
+    status = session.exec_(CATALOGUE_QUERIES[what]).status
+    took = time.perf_counter() - began
+    session.finish()
+    if status != pq.ExecStatus.TUPLES_OK:
+        raise BenchError(f"no answer about the catalogue through {system.name}")
+    return took
+
+
+def _measure_catalogue_query(
+    case: str, systems: list[System], turns: int, in_a_row: int, measurements: Measurements
 ) -> None:
-    took = []
-    for _ in range(count):
-        session = open_session(system)
-        began = time.perf_counter()
-        status = session.exec_(CATALOGUE_QUERIES[what]).status
-        took.append(time.perf_counter() - began)
-        session.finish()
-        if status != pq.ExecStatus.TUPLES_OK:
-            raise BenchError(f"no answer about the catalogue through {system.name}")
-    quantity = Quantity(CATALOGUE_QUERY, f"{what}, p50", "us")
-    measurements.add(system.name, quantity, percentile(took, 0.5) * 1e6)
+    for what in CATALOGUE_QUERIES:
+        took: list[list[float]] = [[] for _ in systems]
+        for _ in range(turns):
+            for system, seconds in zip(systems, took, strict=True):
+                seconds += [_catalogue_query(system, what) for _ in range(in_a_row)]
+                time.sleep(connect_time.PAUSE_SECONDS)
+        for system, seconds in zip(systems, took, strict=True):
+            quantity = Quantity(case, f"{what}, p50", "us")
+            measurements.add(system.name, quantity, percentile(seconds, 0.5) * 1e6)

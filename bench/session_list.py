@@ -2,7 +2,7 @@
 
 One proxy holds 10,000 idle sessions to a scripted upstream, while pgbench works through it on a
 real server. Measures pgbench's p99 in three cases, interleaved: nothing is listed; `status
---sessions` lists all of them, for a third of the run; and `--watch` lists them again and again. All
+--sessions` lists all of them once within the run; and `--watch` lists them again and again. All
 share the machine, which pgbench keeps busy. The proxy needs 20,000 open files and some more.
 """
 
@@ -87,7 +87,7 @@ def measure(rounds: int, sessions: int) -> None:
                     listing = case.enter_context(child(command, log)) if command else None
                     window = pgbench.run(_LOAD, _with_key(port, 0), server)
                     if listing is not None and name == _ONCE and listing.process.poll() != 0:
-                        raise BenchError(f"the list did not end in the run:\n{listing.tail()}")
+                        raise BenchError(f"not listed within the run:\n{listing.tail()}")
                 found[name].append(percentile(window.latencies, 0.99) * 1e3)
                 sys.stdout.write(f"{name:<12} p99 {found[name][-1]:.2f} ms")
                 sys.stdout.write(f"   (load {os.getloadavg()[0]:.1f})\n")

@@ -183,6 +183,7 @@ cdef class Lane:
         self.source, self._sink = source, sink
         self._source_tls, self._sink_tls = source_tls, sink_tls
         self._activity, self._is_upstream = activity, from_upstream
+        assert total.typecode == "Q" and len(total) == 1
         self._total, self._owner = total, owner
         self.paused = paused
         if sink_tls is not None:

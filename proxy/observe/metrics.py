@@ -285,8 +285,12 @@ class Metrics:
         """Return a context that counts a client connection: in total, and as open meanwhile."""
         return self._connection
 
-    def session(self, target: str) -> AbstractContextManager[ByteTotals]:
-        """Return a context that counts a session; it yields what the session's bytes add to."""
+    def byte_totals(self, target: str) -> ByteTotals:
+        """Return what the bytes of a target's session are added to: while it is counted."""
+        return self.targets.byte_totals(target)
+
+    def session(self, target: str) -> AbstractContextManager[None]:
+        """Return a context that counts a session: in total, and as open meanwhile."""
         return self.targets.session(target)
 
     def session_ended(self, reason: str, target: str = "") -> None:

@@ -4,9 +4,10 @@ For: numbers that change during a session. A session's relay adds the bytes of e
 target's totals, so that a reading costs the same for any number of sessions: it runs on the event
 loop. Not for: what is only counted (`metrics`), or facts about one session.
 
-Invariants: a target's totals never fall. Targets are the configured ones; any other name is
-`other`. A target that a reload removed is dropped when its last session ends, so that old names do
-not accumulate; until then its totals stay the same object, also if it is configured again.
+Invariants: a row's totals never fall; one that was dropped and made again begins at 0. Targets are
+the configured ones; any other name is `other`. A target that a reload removed is dropped when its
+last session ends, so that old names do not accumulate; until then its totals stay the same object,
+also if it is configured again.
 """
 
 from array import array
@@ -67,7 +68,7 @@ class TargetRow:
 
 @dataclass(slots=True)
 class _Counts:
-    """The counts of one target. A `with` block counts a session, whose relay adds to the totals."""
+    """The counts of one target; a `with` block counts a session."""
 
     session_ended: Callable[[], None]
     started: int = 0
@@ -77,10 +78,9 @@ class _Counts:
     phase_seconds: dict[str, float] = field(default_factory=dict)  # of a connect under way
     connects: deque[float] = field(default_factory=lambda: deque(maxlen=CONNECTS_MAX))
 
-    def __enter__(self) -> ByteTotals:
+    def __enter__(self) -> None:
         self.started += 1
         self.open_sessions += 1
-        return self.totals
 
     def __exit__(self, *_: object) -> None:
         self.open_sessions -= 1
@@ -120,15 +120,19 @@ class TargetStats:
         for name in tuple(self._counts_by_name):
             self._drop_if_unused(name)
         for name in names:
-            if len(self._counts_by_name) <= TARGETS_MAX:
-                self._counts_by_name.setdefault(name, _Counts(partial(self._drop_if_unused, name)))
+            if name not in self._counts_by_name and len(self._counts_by_name) <= TARGETS_MAX:
+                self._counts_by_name[name] = _Counts(partial(self._drop_if_unused, name))
 
     def label(self, target: str) -> str:
         """Return the name under which a target is counted: its own, or `other`."""
         return target if target in self._counts_by_name else OTHER
 
-    def session(self, target: str) -> AbstractContextManager[ByteTotals]:
-        """Return a context that counts a session; it yields what the session's bytes add to."""
+    def byte_totals(self, target: str) -> ByteTotals:
+        """Return what the bytes of a target's session are added to: while it is counted."""
+        return self._counts_by_name[self.label(target)].totals
+
+    def session(self, target: str) -> AbstractContextManager[None]:
+        """Return a context that counts a session."""
         return self._counts_by_name[self.label(target)]
 
     def connect_phase_took(self, target: str, phase: str, seconds: float) -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Final
 
 from proxy.errors import NOT_THE_OPERATORS, ErrorKind, ProxyError
 from proxy.observe.metrics import Metrics
-from proxy.observe.target_stats import ByteTotals
 from proxy.observe.traces import Traces
 from proxy.pool.pool_counts import RetireReason
 from proxy.routing.router import Route
@@ -131,20 +130,18 @@ class Session:
         with parts.slot():
             opener, upstream = await self._open(startup.message)
             with _Leased(upstream.lease) as leased:
-                with (
-                    parts.cancel_keys.issue(
-                        upstream.startup.key,
-                        upstream.target,
-                        startup.version,
-                        own_secret=leased.returns,
-                    ) as key,
-                    parts.metrics.session(self._log.target) as totals,
-                ):
+                with parts.cancel_keys.issue(
+                    upstream.startup.key,
+                    upstream.target,
+                    startup.version,
+                    own_secret=leased.returns,
+                ) as key:
                     mapped = parts.mapped_sessions.register(self._entry, upstream.admitted_by)
-                    relay = self._start_relay(opener, upstream, key, totals)
+                    relay = self._start_relay(opener, upstream, key)
                     # The relay may run for days: release what only the startup needs.
                     del startup, opener, upstream
-                    end = await relay.run()
+                    with parts.metrics.session(self._log.target):
+                        end = await relay.run()
                 leased.ended(end, key)
         if mapped is None:
             self._log.ended(end)
@@ -237,11 +234,7 @@ class Session:
     # -- the relay -------------------------------------------------------------------------------
 
     def _start_relay(
-        self,
-        opener: SessionOpener,
-        upstream: UpstreamSession,
-        key: IssuedKey | None,
-        totals: ByteTotals,
+        self, opener: SessionOpener, upstream: UpstreamSession, key: IssuedKey | None
     ) -> Relay:
         """Send the client its welcome, and give both connections to a relay."""
         client = self._client
@@ -259,7 +252,7 @@ class Session:
             cancels_copy_only=opener.checks_connection,
             keeps_upstream=keeps_upstream,
             reads_before_lanes=READS_BEFORE_LANES if keeps_upstream else 0,
-            totals=totals,
+            totals=self._parts.metrics.byte_totals(self._log.target),
         )
         self._starting_client = None  # from here on the client cannot be refused
         self._entry.relaying(relay)

@@ -8,7 +8,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from proxy.observe.aggregation import Reading, total
 from proxy.observe.metrics import Metrics
 from proxy.observe.recent_errors import RECENT_ERRORS_MAX, RecentError
-from proxy.observe.target_stats import ByteTotals
 
 
 def a_process() -> Metrics:
@@ -24,7 +23,8 @@ def a_process() -> Metrics:
     )
 
 
-def count(totals: ByteTotals, client_bytes: int, upstream_bytes: int) -> None:
+def count(metrics: Metrics, client_bytes: int, upstream_bytes: int) -> None:
+    totals = metrics.byte_totals("eu")
     totals.client_bytes[0] += client_bytes
     totals.upstream_bytes[0] += upstream_bytes
 
@@ -57,8 +57,8 @@ def test_counters_gauges_and_histograms_are_added_and_the_build_is_not() -> None
         metrics.client_routed("tenants", "routed", "eu")
         metrics.cancel_requested("forwarded")
         metrics.connect_phase_took("tls", 0.03, "eu")
-    with others[0].connection(), others[0].session("eu") as totals:
-        count(totals, 10, 20)
+    with others[0].connection(), others[0].session("eu"):
+        count(others[0], 10, 20)
         values = shown(first.exposition(total(list(map(reading, others))).samples))
     assert values["cancel_requests_total", "forwarded"] == 3
     assert values["upstream_connect_seconds_count", "tls"] == 3
@@ -84,8 +84,8 @@ def test_a_target_that_only_another_process_knows_is_shown() -> None:
 
 def test_the_counts_of_an_ended_process_stay_and_its_present_does_not() -> None:
     first, other = a_process(), a_process()
-    with other.connection(), other.session("eu") as totals:
-        count(totals, 10, 20)
+    with other.connection(), other.session("eu"):
+        count(other, 10, 20)
         other.session_ended("client_closed", "eu")
         left = reading(other, eu="host").after_exit()
     values = shown(first.exposition(left.samples))
@@ -100,9 +100,9 @@ def test_the_counts_of_an_ended_process_stay_and_its_present_does_not() -> None:
 
 def test_targets_and_hosts_are_joined_by_name() -> None:
     first, other = a_process(), a_process()
-    with first.session("eu") as of_first, other.session("eu") as of_other:
-        count(of_first, 1, 2)
-        count(of_other, 3, 4)
+    with first.session("eu"), other.session("eu"):
+        count(first, 1, 2)
+        count(other, 3, 4)
         whole = total([reading(first, eu=""), reading(other, eu="host"), reading(first, eu="")])
     (target, _other) = whole.targets
     assert (target.sessions, target.client_bytes, target.upstream_bytes) == (3, 5, 8)

@@ -189,7 +189,8 @@ def test_bytes_are_counted_during_a_session_and_never_fall() -> None:
     to_upstream = {"target": "eu", "direction": "to_upstream"}
     to_client = {"target": "eu", "direction": "to_client"}
     seen = []
-    with metrics.session("eu") as totals:
+    totals = metrics.byte_totals("eu")
+    with metrics.session("eu"):
         assert metrics.value("sessions_active", target="eu") == 1
         for received in (10, 20):
             totals.client_bytes[0] += 1

@@ -22,11 +22,11 @@ def reading(stats: TargetStats, target: str) -> TargetRow:
 
 def test_a_session_is_counted_while_open_and_its_bytes_remain() -> None:
     stats = TargetStats(["eu"])
-    with stats.session("eu") as first, stats.session("eu") as second:
-        first.client_bytes[0] += 3
-        first.upstream_bytes[0] += 4
-        second.client_bytes[0] += 30
-        second.upstream_bytes[0] += 40
+    with stats.session("eu"), stats.session("eu"):
+        for client_bytes, upstream_bytes in ((3, 4), (30, 40)):
+            totals = stats.byte_totals("eu")
+            totals.client_bytes[0] += client_bytes
+            totals.upstream_bytes[0] += upstream_bytes
         during = reading(stats, "eu")
     after = reading(stats, "eu")
     assert (during.sessions, during.client_bytes, during.upstream_bytes) == (2, 33, 44)
@@ -103,7 +103,8 @@ def test_a_name_that_is_not_configured_is_other() -> None:
 
 def test_a_reload_adds_names_and_keeps_what_was_counted() -> None:
     stats = TargetStats(["eu"])
-    with stats.session("eu") as totals:
+    totals = stats.byte_totals("eu")
+    with stats.session("eu"):
         stats.configure(["us", "eu"])
         totals.client_bytes[0] += 1
     assert [one.name for one in stats.rows()] == ["eu", "us", OTHER]
@@ -129,11 +130,12 @@ def test_a_removed_target_is_dropped_with_its_last_session() -> None:
 
 def test_a_target_that_is_configured_again_keeps_counting() -> None:
     stats = TargetStats(["eu"])
-    with stats.session("eu") as totals:
+    totals = stats.byte_totals("eu")
+    with stats.session("eu"):
         stats.configure([])
         stats.configure(["eu"])
         totals.client_bytes[0] += 1
-        assert stats.session("eu").__enter__() is totals
+        assert stats.byte_totals("eu") is totals
     assert reading(stats, "eu").client_bytes == 1
 
 

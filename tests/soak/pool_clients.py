@@ -129,7 +129,8 @@ class Life:
         self.ended_at: dict[int, float] = {}  # by backend
         self.all_ended_at = 0.0  # by `time.monotonic`
         self.fresh: dict[str, list[object]] = {}  # by application name
-        self.secrets: set[bytes] = set()
+        # With the backend's pid: of 170,000 secrets of four bytes some are equal by chance.
+        self.keys: set[tuple[int, bytes]] = set()
 
 
 class PoolClient:
@@ -174,10 +175,10 @@ class PoolClient:
         welcome = await self._ask_as_new(client, packet)
         (key,) = (one for one in welcome if isinstance(one, BackendKeyData))
         self._pid = key.pid
-        secret = key.key.reveal()
-        if secret in self._life.secrets:
-            self._life.outcome.wrong.append(f"a secret of {name} comes again")
-        self._life.secrets.add(secret)
+        whole = key.pid, key.key.reveal()
+        if whole in self._life.keys:
+            self._life.outcome.wrong.append(f"a cancel key of {name} comes again")
+        self._life.keys.add(whole)
         seen: list[object] = [one for one in welcome if isinstance(one, ParameterStatus)]
         seen += [one for one in await self._ask_as_new(client, query(FRESH)) if _is_row(one)]
         answers = await self._ask_as_new(client, query(LASTVAL))

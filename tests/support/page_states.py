@@ -117,7 +117,8 @@ def use_targets(shown: ScriptedAdminState, names: list[str]) -> None:
     opened = ExitStack()
     for at, name in enumerate(names):
         for _ in range((at * 7) % 5):
-            totals = opened.enter_context(shown.metrics.session(name))
+            opened.enter_context(shown.metrics.session(name))
+            totals = shown.metrics.byte_totals(name)
             totals.client_bytes[0] += 2_000 * at
             totals.upstream_bytes[0] += 3_000_000
         for phase in ConnectPhase:

@@ -286,7 +286,7 @@ class Metrics:
         return self._connection
 
     def byte_totals(self, target: str) -> ByteTotals:
-        """Return what the bytes of a target's session are added to: while it is counted."""
+        """Return what a session of this target adds its bytes to, while it is counted."""
         return self.targets.byte_totals(target)
 
     def session(self, target: str) -> AbstractContextManager[None]:

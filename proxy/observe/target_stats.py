@@ -128,7 +128,7 @@ class TargetStats:
         return target if target in self._counts_by_name else OTHER
 
     def byte_totals(self, target: str) -> ByteTotals:
-        """Return what the bytes of a target's session are added to: while it is counted."""
+        """Return what a session of this target adds its bytes to, while it is counted."""
         return self._counts_by_name[self.label(target)].totals
 
     def session(self, target: str) -> AbstractContextManager[None]:

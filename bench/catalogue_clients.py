@@ -2,8 +2,8 @@
 
 They share no event loop with the emulator's gateway, which the operator's statements go through
 too. Some keep a session, and open another one when it is ended, at once or a while later. Some
-connect all the time: theirs are the waits. For each line on standard input all of the first have a
-session again, and one line of JSON says how long the others took.
+connect all the time: theirs are the waits. Each line on standard input is answered by one line of
+JSON with these waits, at once or when all of the first have a session again.
 """
 
 import asyncio

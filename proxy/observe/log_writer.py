@@ -16,17 +16,20 @@ own, from its first line on.
 import math
 import os
 import select
+import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
 # Some thousand lines. More of them would only be older when they are read.
 QUEUE_BYTES_MAX: Final = 1024 * 1024
-# Writes of up to this size are atomic, so that lines of several processes do not mix in a pipe.
+# Writes of up to this size are atomic, so that lines of several processes do not mix in a pipe. To
+# a file each write is. The thread needs the interpreter again after each.
 BATCH_BYTES: Final = select.PIPE_BUF
+FILE_BATCH_BYTES: Final = 64 * 1024
 # At the end of the process, for a reader that is slow.
 FLUSH_SECONDS_MAX: Final = 2.0
 _AT_ITS_POSITION: Final = -1
@@ -38,6 +41,9 @@ _BURST_SECONDS: Final = 0.1
 GATHER_SECONDS: Final = 0.1
 # From so many bytes on none is waited for.
 _GATHER_BYTES_MAX: Final = QUEUE_BYTES_MAX // 8
+# So many lines are made by the caller, in 0.3 ms. The thread would make all those of a burst, and
+# keep the interpreter for as long as a thread may: 5 ms.
+_MADE_TOGETHER: Final = 64
 # Before a fork. The thread has nothing to do then, or is blocked for longer than is waited for.
 _FORK_SECONDS_MAX: Final = 0.1
 _Line = bytes | Callable[[], bytes]
@@ -55,13 +61,17 @@ class LogWriter:
     def start_over(self) -> None:
         """Reset after a fork: queue, thread and count are the parent's."""
         self._takes_at_once = hasattr(os, "RWF_NOWAIT")  # until the descriptor says otherwise
+        self._batch_bytes = FILE_BATCH_BYTES if _is_file(self._descriptor) else BATCH_BYTES
         self._burst_at = -math.inf
         self._burst_lines = 0
         self.dropped = 0
         """How many lines were dropped."""
         self._reported = 0
-        self._changed = threading.Condition()
-        self._queue: deque[tuple[_Line, int]] = deque()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._unmade: list[_Line] = []  # they come after those of the queue
+        self._unmade_bytes = 0
+        self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._writing = False
         self._stopping = False
@@ -80,20 +90,31 @@ class LogWriter:
         self._write(make, size)
 
     def _write(self, line: _Line, size: int) -> None:
-        with self._changed:
+        with self._lock:  # the condition's own methods would cost half a microsecond
             if self._may_write_at_once() and size <= QUEUE_BYTES_MAX:
                 whole = _made(line)
                 line = whole[self._written_at_once(whole) :]
                 if not line:
                     return
                 size = len(line)
-            if self._queued_bytes + size > QUEUE_BYTES_MAX or not self._has_thread():
+            before = self._queued_bytes + self._unmade_bytes
+            if before + size > QUEUE_BYTES_MAX or not self._has_thread():
                 self.dropped += 1
                 return
-            before, self._queued_bytes = self._queued_bytes, self._queued_bytes + size
-            self._queue.append((line, size))
-            if not before or before < _GATHER_BYTES_MAX <= self._queued_bytes:
+            self._unmade.append(line)
+            self._unmade_bytes += size
+            if len(self._unmade) >= _MADE_TOGETHER:
+                self._make()
+            if not before or before < _GATHER_BYTES_MAX <= before + size:
                 self._changed.notify_all()
+
+    def _make(self) -> None:
+        """Make the lines that were queued to be made later. Call it with the lock."""
+        lines = [_made(line) for line in self._unmade]
+        self._unmade.clear()
+        self._unmade_bytes = 0
+        self._queue += lines
+        self._queued_bytes += sum(map(len, lines))
 
     def _may_write_at_once(self) -> bool:
         """Return whether the caller may write a line.
@@ -137,7 +158,7 @@ class LogWriter:
             self._stopping = False
 
     def _is_idle(self) -> bool:
-        return not self._queue and not self._writing
+        return not (self._queue or self._unmade or self._writing)
 
     def _has_thread(self) -> bool:
         """Start the thread if there is none. Return whether there is one."""
@@ -152,12 +173,12 @@ class LogWriter:
 
     def _run(self) -> None:
         while batch := self._next_batch():
-            lost = sum(len(part) for part in _parts(batch) if not self._write_all(b"".join(part)))
+            lost = 0 if self._write_all(b"".join(batch)) else len(batch)
             with self._changed:
                 self._writing = False
                 self.dropped += lost
                 dropped = self.dropped - self._reported
-                flows = dropped and not lost and not self._queue
+                flows = dropped and not lost and not (self._queue or self._unmade)
                 if flows:
                     self._reported = self.dropped
                 self._changed.notify_all()
@@ -166,21 +187,23 @@ class LogWriter:
 
     def _is_gathered(self) -> bool:
         """Return whether no further lines are waited for."""
-        return self._stopping or self._flushing > 0 or self._queued_bytes >= _GATHER_BYTES_MAX
+        queued_bytes = self._queued_bytes + self._unmade_bytes
+        return self._stopping or self._flushing > 0 or queued_bytes >= _GATHER_BYTES_MAX
 
-    def _next_batch(self) -> list[_Line]:
+    def _next_batch(self) -> list[bytes]:
         """Wait for lines and return some; none if the thread is to end."""
         with self._changed:
-            if not self._queue:
-                self._changed.wait_for(lambda: self._queue or self._stopping)
+            if self._is_idle():
+                self._changed.wait_for(lambda: self._unmade or self._queue or self._stopping)
                 self._changed.wait_for(self._is_gathered, GATHER_SECONDS)
-            batch: list[_Line] = []
-            left_bytes = BATCH_BYTES
-            while self._queue and (not batch or self._queue[0][1] <= left_bytes):
-                line, size = self._queue.popleft()
-                batch.append(line)
-                left_bytes -= size
-                self._queued_bytes -= size
+            if not self._queue:
+                self._make()
+            batch: list[bytes] = []
+            left_bytes = self._batch_bytes
+            while self._queue and (not batch or len(self._queue[0]) <= left_bytes):
+                batch.append(line := self._queue.popleft())
+                left_bytes -= len(line)
+                self._queued_bytes -= len(line)
             self._writing = bool(batch)
             if not batch:
                 self._thread = None
@@ -205,18 +228,12 @@ class LogWriter:
             poll.poll()
 
 
+def _is_file(descriptor: int) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError:  # it is not open
+        return False
+
+
 def _made(line: _Line) -> bytes:
     return line if isinstance(line, bytes) else line()
-
-
-def _parts(lines: Iterable[_Line]) -> list[list[bytes]]:
-    """Return the lines in parts of up to `BATCH_BYTES`, or of one line that is longer."""
-    parts: list[list[bytes]] = []
-    left_bytes = 0
-    for line in map(_made, lines):
-        if len(line) > left_bytes:
-            parts.append([])
-            left_bytes = BATCH_BYTES
-        parts[-1].append(line)
-        left_bytes -= len(line)
-    return parts

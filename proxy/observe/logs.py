@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from types import NoneType
@@ -62,6 +63,11 @@ _LEVELS: Final = {
     "critical": logging.CRITICAL,
 }
 
+# What each line of a task has, if it was set there. Those of structlog's own `contextvars` are
+# looked for among all variables, for each line.
+_worker: Final = ContextVar[int | None]("worker", default=None)
+_connection: Final = ContextVar[int | str | None]("connection", default=None)
+
 # How many levels of nested values are searched for keys; deeper ones are only masked as text.
 _NESTING_MAX: Final = 5
 
@@ -107,6 +113,14 @@ def redact(logger: object, method_name: str, event: EventDict) -> EventDict:
     return event
 
 
+def _add_task(logger: object, method_name: str, event: EventDict) -> EventDict:
+    """Add which worker and which connection this is; a structlog processor."""
+    for fact in (_connection, _worker):
+        if (value := fact.get()) is not None:
+            event.setdefault(fact.name, value)
+    return event
+
+
 def _complete(logger: logging.Logger, method_name: str, event: EventDict) -> EventDict:
     """Add what each line has; a structlog processor. One for each field takes twice the time."""
     event["level"] = "error" if method_name == "exception" else method_name
@@ -147,21 +161,21 @@ class _QueueHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         _stderr.write(self._made(partial(self.format, record)))
 
-    def write_later(self, logger: logging.Logger, method_name: str, event: EventDict) -> None:
-        """Write a line of plain values, which is made then."""
+    def write_later(
+        self, logger: logging.Logger, method_name: str, event: EventDict, size: int
+    ) -> None:
+        """Write a line of plain values, of some `size` bytes, which is made then."""
         event["timestamp"] = datetime.now(UTC)
-        size = sum(len(value) for value in event.values() if isinstance(value, str))
-        rendered = partial(self._rendered, logger, method_name, event)
-        _stderr.write_later(partial(self._made, rendered), size + _LINE_BYTES)
+        _stderr.write_later(partial(self._made, self._rendered, logger, method_name, event), size)
 
     def _rendered(self, logger: logging.Logger, method_name: str, event: EventDict) -> str:
         event = redact(logger, method_name, _complete(logger, method_name, event))
         return self.formatter.render(method_name, event)
 
     @staticmethod
-    def _made(make: Callable[[], str]) -> bytes:
+    def _made(make: Callable[..., str], *given: Any) -> bytes:
         try:
-            line = make()
+            line = make(*given)
         except Exception as error:  # a value that cannot be shown must not fail what is logged
             line = f"a log line could not be made: {type(error).__name__}"
         return (line + "\n").encode(errors="backslashreplace")
@@ -185,18 +199,21 @@ class _BoundLogger(structlog.stdlib.BoundLogger):
         if not logger.isEnabledFor(_LEVELS[method_name]):
             return None
         line = {**self._context, **event_kw, "event": event}
-        if _may_wait(line):
-            whole = structlog.contextvars.merge_contextvars(logger, method_name, line)
-            return handler.write_later(logger, method_name, whole)
-        return super()._proxy_to_logger(method_name, event, **event_kw)
+        size = _size_of_plain(line)
+        if size is None:
+            return super()._proxy_to_logger(method_name, event, **event_kw)
+        return handler.write_later(logger, method_name, _add_task(None, method_name, line), size)
 
 
-def _may_wait(line: Mapping[str, object]) -> bool:
-    """Return whether a line has nothing that may change until it is made, and no traceback."""
+def _size_of_plain(line: Mapping[str, object]) -> int | None:
+    """Return the bytes of a line, roughly; None if it has a traceback, or what may change later."""
+    size = _LINE_BYTES
     for value in line.values():
-        if type(value) not in _PLAIN:
-            return False
-    return _NOT_LATER.isdisjoint(line)
+        if type(value) is str:
+            size += len(value)
+        elif type(value) not in _PLAIN:
+            return None
+    return size if _NOT_LATER.isdisjoint(line) else None
 
 
 def _report_dropped(lines: int) -> None:
@@ -309,7 +326,7 @@ def configure_logging(
     """
     target = stream or sys.stderr
     foreign: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
+        _add_task,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -336,7 +353,7 @@ def configure_logging(
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
-            structlog.contextvars.merge_contextvars,
+            _add_task,
             _complete,
             redact,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
@@ -353,28 +370,30 @@ def get_logger(name: str) -> Logger:
     return structlog.stdlib.get_logger(name)
 
 
-def worker_log(number: int) -> AbstractContextManager[Any]:
+def worker_log(number: int) -> AbstractContextManager[None]:
     """Add `worker=<number>` to every line of the block, and of tasks that start in it."""
-    return structlog.contextvars.bound_contextvars(worker=number)
+    return _TaskFact(_worker, number)
 
 
 def connection_log(connection_id: int | str) -> AbstractContextManager[None]:
     """Add `connection=<id>` to every line of the block, and of tasks that start in it.
 
-    Do not nest them: the end of the inner block removes the id. structlog's own context manager
-    would need four times the memory for each session.
+    Do not nest them: the end of the inner block removes the id.
     """
-    return _ConnectionLog(connection_id)
+    return _TaskFact(_connection, connection_id)
 
 
-class _ConnectionLog:
-    __slots__ = ("_connection_id",)
+class _TaskFact:
+    """It keeps no token for the value before: of that there is one for each session."""
 
-    def __init__(self, connection_id: int | str) -> None:
-        self._connection_id = connection_id
+    __slots__ = ("_fact", "_value")
+
+    def __init__(self, fact: ContextVar[Any], value: int | str) -> None:
+        self._fact = fact
+        self._value = value
 
     def __enter__(self) -> None:
-        structlog.contextvars.bind_contextvars(connection=self._connection_id)
+        self._fact.set(self._value)
 
     def __exit__(self, *_: object) -> None:
-        structlog.contextvars.unbind_contextvars("connection")
+        self._fact.set(None)

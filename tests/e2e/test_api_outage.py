@@ -12,13 +12,13 @@ from typing import Any
 
 import psycopg
 import pytest
-from structlog.contextvars import bind_contextvars
 
 from proxy.emulator import faults
 from proxy.emulator.api import Call
 from proxy.emulator.cluster import Cluster
 from proxy.emulator.faults import Hang, Reply
 from proxy.emulator.lakebase import PERSONAL_TOKEN, Lakebase
+from proxy.observe.logs import worker_log
 from proxy.server.app import App
 from proxy.server.serving import serving
 from proxy.workspace.outage import OUTAGE_SECONDS
@@ -69,6 +69,7 @@ OUTAGES: dict[str, tuple[Call, Reply | Hang, str]] = {
     "where_to_log_in": (Call.OIDC, faults.UNAVAILABLE, "HTTP 503"),
     "identity": (Call.ME, faults.INTERNAL, "reason=api_error HTTP 500"),
 }
+NUMBERS = {how: number for number, how in enumerate(OUTAGES)}
 # With a personal access token the role is looked up.
 PERSONAL = {
     "workspace": {"client_id": "", "client_secret": "", "token": PERSONAL_TOKEN, "auth_type": "pat"}
@@ -90,9 +91,10 @@ async def outage(
     clusters: Mapping[str, Cluster], log: LogLines, how: str, max_age_seconds: float
 ) -> None:
     """Run one outage, with clients all the time."""
-    bind_contextvars(outage=how)  # the proxy's lines have it, as this task starts it
     call, fault, reason = OUTAGES[how]
     async with AsyncExitStack() as stack:
+        # The proxy's lines have it, as this task starts it.
+        stack.enter_context(worker_log(NUMBERS[how]))
         lakebase = await stack.enter_async_context(Lakebase(clusters=clusters))
         settings = proxy_settings(
             lakebase,
@@ -129,7 +131,7 @@ async def outage(
 
 def lines(log: LogLines, how: str, event: str) -> int:
     """Return how many lines of this event the proxy of an outage has written."""
-    return sum(line.get("outage") == how for line in log.events(event))
+    return sum(line.get("worker") == NUMBERS[how] for line in log.events(event))
 
 
 async def test_after_ten_seconds_of_an_outage_a_refusal_takes_milliseconds(

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -69,6 +70,27 @@ def test_lines_are_written_in_order_and_whole(pipe: Pipe) -> None:
     pipe.writer.flush(WAIT_SECONDS_MAX)
     assert pipe.writer.dropped == 0
     assert pipe.reports == []
+
+
+def test_lines_that_are_made_later_are_made_in_order_and_most_of_a_burst_by_the_caller(
+    pipe: Pipe,
+) -> None:
+    # The thread made all lines of a burst: meanwhile no session got an answer, for up to 5 ms.
+    makers = list[threading.Thread]()
+
+    def make(line: bytes) -> bytes:
+        makers.append(threading.current_thread())
+        return line
+
+    lines = [b"%d\n" % number for number in range(1000)]
+    for number, line in enumerate(lines):
+        if number % 3:
+            pipe.writer.write_later(partial(make, line), len(line))
+        else:
+            pipe.writer.write(line)
+    whole = b"".join(lines)
+    assert pipe.read(len(whole)) == whole
+    assert makers.count(threading.current_thread()) > len(makers) / 2
 
 
 needs_writes_at_once = pytest.mark.skipif(

@@ -36,7 +36,6 @@ def logging_as_before() -> Iterator[None]:
     root.setLevel(level)
     ours.setLevel(our_level)
     structlog.reset_defaults()
-    structlog.contextvars.clear_contextvars()
 
 
 @pytest.fixture

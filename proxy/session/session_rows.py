@@ -17,9 +17,11 @@ from proxy.session.drain import OpenSession, OpenSessions, Stage
 from proxy.transport.sockets import peer_name, peer_pid, quiet_seconds
 from proxy.upstream.phases import DialPhases
 
-# After each row, which takes 0.02 ms: those who list all the time must not take the time of
-# sessions. A page of 500 takes half a second.
-PAUSE_SECONDS: Final = 0.001
+# A slice takes 2 ms, and the pause after it leaves 96 % of the time to sessions, however many list.
+# Each slice delays the transactions of its moment, so that many short ones would delay more of
+# them. A page of 500 takes a quarter of a second.
+SLICE_ROWS: Final = 100
+PAUSE_SECONDS: Final = 0.05
 # PostgreSQL cuts names at 63 bytes. A client may send more, which must not fill the page.
 TEXT_CHARACTERS_MAX: Final = 64
 
@@ -31,7 +33,8 @@ async def page_of(sessions: OpenSessions, after: int, limit: int) -> SessionPage
     loop, rows = asyncio.get_running_loop(), list[SessionRow]()
     for entry in entries[:limit]:
         rows.append(row_of(entry, loop.time()))
-        await asyncio.sleep(PAUSE_SECONDS)
+        if len(rows) % SLICE_ROWS == 0:
+            await asyncio.sleep(PAUSE_SECONDS)
     following = rows[-1]["id"] if len(entries) > limit else None
     return {"total": len(sessions), "sessions": rows, "next": following, "complete": True}
 

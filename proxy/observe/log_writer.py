@@ -26,8 +26,8 @@ from typing import Final
 
 # Some thousand lines. More of them would only be older when they are read.
 QUEUE_BYTES_MAX: Final = 1024 * 1024
-# Writes of up to this size are atomic, so that lines of several processes do not mix in a pipe. To
-# a file each write is. The thread needs the interpreter again after each.
+# Writes of up to this size are atomic, so that lines of several processes do not mix in a pipe. One
+# to a local file is at any size. The thread needs the interpreter again after each.
 BATCH_BYTES: Final = select.PIPE_BUF
 FILE_BATCH_BYTES: Final = 64 * 1024
 # At the end of the process, for a reader that is slow.
@@ -41,9 +41,11 @@ _BURST_SECONDS: Final = 0.1
 GATHER_SECONDS: Final = 0.1
 # From so many bytes on none is waited for.
 _GATHER_BYTES_MAX: Final = QUEUE_BYTES_MAX // 8
-# So many lines are made by the caller, in 0.3 ms. The thread would make all those of a burst, and
-# keep the interpreter for as long as a thread may: 5 ms.
-_MADE_TOGETHER: Final = 64
+# So many bytes are made by the caller, some sixty lines in 0.3 ms. The thread would make all of a
+# burst, and keep the interpreter for as long as a thread may: 5 ms.
+_MADE_BYTES: Final = 16 * 1024
+# A line that a finalizer logs just before the thread waits wakes nobody.
+_IDLE_WAIT_SECONDS: Final = 5.0
 # Before a fork. The thread has nothing to do then, or is blocked for longer than is waited for.
 _FORK_SECONDS_MAX: Final = 0.1
 _Line = bytes | Callable[[], bytes]
@@ -67,12 +69,12 @@ class LogWriter:
         self.dropped = 0
         """How many lines were dropped."""
         self._reported = 0
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # a finalizer may log in the middle of this
         self._changed = threading.Condition(self._lock)
         self._unmade: list[_Line] = []  # they come after those of the queue
-        self._unmade_bytes = 0
+        self._unmade_bytes = 0  # roughly
         self._queue: deque[bytes] = deque()
-        self._queued_bytes = 0
+        self._queued_bytes = 0  # of both
         self._writing = False
         self._stopping = False
         self._flushing = 0  # callers that wait until all is written
@@ -83,9 +85,10 @@ class LogWriter:
         self._write(line, len(line))
 
     def write_later(self, make: Callable[[], bytes], size: int) -> None:
-        """Queue a line that is made when it is written; `size` is near to its bytes.
+        """Queue a line that is made later; `size` is near to its bytes.
 
-        `make` is called in the caller's thread or the writer's, and raises nothing.
+        `make` is called once, by this or another caller or by the writer's thread. It raises
+        nothing.
         """
         self._write(make, size)
 
@@ -97,24 +100,26 @@ class LogWriter:
                 if not line:
                     return
                 size = len(line)
-            before = self._queued_bytes + self._unmade_bytes
+            before = self._queued_bytes
             if before + size > QUEUE_BYTES_MAX or not self._has_thread():
                 self.dropped += 1
                 return
             self._unmade.append(line)
             self._unmade_bytes += size
-            if len(self._unmade) >= _MADE_TOGETHER:
+            self._queued_bytes += size
+            if self._unmade_bytes >= _MADE_BYTES:
                 self._make()
-            if not before or before < _GATHER_BYTES_MAX <= before + size:
+            if not before or before < _GATHER_BYTES_MAX <= self._queued_bytes:
                 self._changed.notify_all()
 
     def _make(self) -> None:
         """Make the lines that were queued to be made later. Call it with the lock."""
-        lines = [_made(line) for line in self._unmade]
-        self._unmade.clear()
-        self._unmade_bytes = 0
-        self._queue += lines
-        self._queued_bytes += sum(map(len, lines))
+        unmade, self._unmade = self._unmade, []
+        estimated, self._unmade_bytes = self._unmade_bytes, 0
+        for line in unmade:  # what is logged meanwhile comes after them
+            self._queue.append(made := _made(line))
+            self._queued_bytes += len(made)
+        self._queued_bytes -= estimated
 
     def _may_write_at_once(self) -> bool:
         """Return whether the caller may write a line.
@@ -158,7 +163,7 @@ class LogWriter:
             self._stopping = False
 
     def _is_idle(self) -> bool:
-        return not (self._queue or self._unmade or self._writing)
+        return not (self._queued_bytes or self._writing)
 
     def _has_thread(self) -> bool:
         """Start the thread if there is none. Return whether there is one."""
@@ -173,12 +178,12 @@ class LogWriter:
 
     def _run(self) -> None:
         while batch := self._next_batch():
-            lost = 0 if self._write_all(b"".join(batch)) else len(batch)
+            lost = self._write_all(b"".join(batch)).count(b"\n")
             with self._changed:
                 self._writing = False
                 self.dropped += lost
                 dropped = self.dropped - self._reported
-                flows = dropped and not lost and not (self._queue or self._unmade)
+                flows = dropped and not lost and not self._queued_bytes
                 if flows:
                     self._reported = self.dropped
                 self._changed.notify_all()
@@ -187,14 +192,14 @@ class LogWriter:
 
     def _is_gathered(self) -> bool:
         """Return whether no further lines are waited for."""
-        queued_bytes = self._queued_bytes + self._unmade_bytes
-        return self._stopping or self._flushing > 0 or queued_bytes >= _GATHER_BYTES_MAX
+        return self._stopping or self._flushing > 0 or self._queued_bytes >= _GATHER_BYTES_MAX
 
     def _next_batch(self) -> list[bytes]:
         """Wait for lines and return some; none if the thread is to end."""
         with self._changed:
             if self._is_idle():
-                self._changed.wait_for(lambda: self._unmade or self._queue or self._stopping)
+                while not (self._queued_bytes or self._stopping):
+                    self._changed.wait(_IDLE_WAIT_SECONDS)
                 self._changed.wait_for(self._is_gathered, GATHER_SECONDS)
             if not self._queue:
                 self._make()
@@ -209,8 +214,8 @@ class LogWriter:
                 self._thread = None
             return batch
 
-    def _write_all(self, content: bytes) -> bool:
-        """Write it, however long that takes. Return whether the descriptor took it."""
+    def _write_all(self, content: bytes) -> bytes:
+        """Write it, however long that takes. Return what the descriptor has not taken."""
         left = memoryview(content)
         while left:  # ends with what is left, or with the reader
             try:
@@ -218,8 +223,8 @@ class LogWriter:
             except BlockingIOError:  # another program has made it non-blocking
                 self._wait_until_writable()
             except OSError:  # its reader has gone, or the disk is full
-                return False
-        return True
+                break
+        return bytes(left)
 
     def _wait_until_writable(self) -> None:
         poll = select.poll()

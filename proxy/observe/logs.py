@@ -65,7 +65,7 @@ _LEVELS: Final = {
 
 # What each line of a task has, if it was set there. Those of structlog's own `contextvars` are
 # looked for among all variables, for each line.
-_worker: Final = ContextVar[int | None]("worker", default=None)
+_worker: Final = ContextVar[int | str | None]("worker", default=None)
 _connection: Final = ContextVar[int | str | None]("connection", default=None)
 
 # How many levels of nested values are searched for keys; deeper ones are only masked as text.
@@ -113,12 +113,18 @@ def redact(logger: object, method_name: str, event: EventDict) -> EventDict:
     return event
 
 
-def _add_task(logger: object, method_name: str, event: EventDict) -> EventDict:
-    """Add which worker and which connection this is; a structlog processor."""
-    for fact in (_connection, _worker):
+def _task_facts() -> dict[str, int | str]:
+    """Return which worker and which connection this is, where that is known."""
+    facts: dict[str, int | str] = {}
+    for fact in (_worker, _connection):
         if (value := fact.get()) is not None:
-            event.setdefault(fact.name, value)
-    return event
+            facts[fact.name] = value
+    return facts
+
+
+def _add_task_facts(logger: object, method_name: str, event: EventDict) -> EventDict:
+    """Add them to a line; a structlog processor."""
+    return {**_task_facts(), **event}
 
 
 def _complete(logger: logging.Logger, method_name: str, event: EventDict) -> EventDict:
@@ -198,11 +204,11 @@ class _BoundLogger(structlog.stdlib.BoundLogger):
         logger: logging.Logger = self._logger
         if not logger.isEnabledFor(_LEVELS[method_name]):
             return None
-        line = {**self._context, **event_kw, "event": event}
+        line = {**_task_facts(), **self._context, **event_kw, "event": event}
         size = _size_of_plain(line)
         if size is None:
             return super()._proxy_to_logger(method_name, event, **event_kw)
-        return handler.write_later(logger, method_name, _add_task(None, method_name, line), size)
+        return handler.write_later(logger, method_name, line, size)
 
 
 def _size_of_plain(line: Mapping[str, object]) -> int | None:
@@ -326,7 +332,7 @@ def configure_logging(
     """
     target = stream or sys.stderr
     foreign: list[Processor] = [
-        _add_task,
+        _add_task_facts,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -353,7 +359,7 @@ def configure_logging(
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
-            _add_task,
+            _add_task_facts,
             _complete,
             redact,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
@@ -371,7 +377,10 @@ def get_logger(name: str) -> Logger:
 
 
 def worker_log(number: int) -> AbstractContextManager[None]:
-    """Add `worker=<number>` to every line of the block, and of tasks that start in it."""
+    """Add `worker=<number>` to every line of the block, and of tasks that start in it.
+
+    Do not nest them, as with `connection_log`.
+    """
     return _TaskFact(_worker, number)
 
 
@@ -384,11 +393,14 @@ def connection_log(connection_id: int | str) -> AbstractContextManager[None]:
 
 
 class _TaskFact:
-    """It keeps no token for the value before: of that there is one for each session."""
+    """Sets what each line of a task has, inside a block.
+
+    It does not keep the value before: the token for it would be one more for each session.
+    """
 
     __slots__ = ("_fact", "_value")
 
-    def __init__(self, fact: ContextVar[Any], value: int | str) -> None:
+    def __init__(self, fact: ContextVar[int | str | None], value: int | str) -> None:
         self._fact = fact
         self._value = value
 

@@ -8,6 +8,8 @@ with 120.
 import os
 import select
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -82,7 +84,7 @@ def test_lines_that_are_made_later_are_made_in_order_and_most_of_a_burst_by_the_
         makers.append(threading.current_thread())
         return line
 
-    lines = [b"%d\n" % number for number in range(1000)]
+    lines = [b"%0200d\n" % number for number in range(1000)]
     for number, line in enumerate(lines):
         if number % 3:
             pipe.writer.write_later(partial(make, line), len(line))
@@ -91,6 +93,57 @@ def test_lines_that_are_made_later_are_made_in_order_and_most_of_a_burst_by_the_
     whole = b"".join(lines)
     assert pipe.read(len(whole)) == whole
     assert makers.count(threading.current_thread()) > len(makers) / 2
+
+
+def test_a_line_that_is_logged_while_others_are_made_disturbs_none(pipe: Pipe) -> None:
+    # A finalizer may log wherever the interpreter allocates. Lines were written twice, or lost.
+    whole = {b"%d\n" % number for number in range(1000)}
+    inner = {b"inner %d\n" % number for number in range(1000)}
+
+    def make(line: bytes, within: bytes) -> bytes:
+        pipe.writer.write(within)
+        return line
+
+    for line, within in zip(sorted(whole), sorted(inner), strict=True):
+        pipe.writer.write_later(partial(make, line, within), len(line))
+    written = pipe.read(sum(map(len, whole | inner)))
+    pipe.writer.flush(WAIT_SECONDS_MAX)
+    assert sorted(written.splitlines(keepends=True)) == sorted(whole | inner)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts a process's writes")
+def test_a_file_gets_larger_parts_than_a_pipe(tmp_path: Path) -> None:
+    # After each write the thread waits for the interpreter, and sessions for the thread.
+    def count_writes() -> int:
+        return int(Path("/proc/self/io").read_text().split("syscw: ")[1].split()[0])
+
+    with (tmp_path / "log").open("wb") as file:
+        writer = LogWriter(file.fileno(), flows_again=lambda _: None)
+        before = count_writes()
+        for _ in range(200):
+            writer.write(LINE)
+        writer.flush(WAIT_SECONDS_MAX)
+        assert count_writes() - before < 200 * len(LINE) / BATCH_BYTES / 2
+        writer.before_fork()  # it waits for the thread
+    assert (tmp_path / "log").read_bytes() == 200 * LINE
+
+
+def test_only_lines_that_a_file_did_not_take_are_counted_as_dropped(tmp_path: Path) -> None:
+    script = f"""
+import resource, signal
+from proxy.observe.log_writer import LogWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_500, 10_500))
+with open({str(tmp_path / "log")!r}, "wb") as file:
+    writer = LogWriter(file.fileno(), flows_again=lambda _: None)
+    for _ in range(100):
+        writer.write({LINE!r})
+    writer.flush()
+print(writer.dropped)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert int(done.stdout) == 90
+    assert (tmp_path / "log").read_bytes() == 10 * LINE + LINE[:500]
 
 
 needs_writes_at_once = pytest.mark.skipif(

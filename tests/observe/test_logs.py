@@ -13,7 +13,14 @@ from typing import Literal
 import pytest
 import structlog
 
-from proxy.observe.logs import configure_logging, connection_log, flush_log, get_logger, mask
+from proxy.observe.logs import (
+    configure_logging,
+    connection_log,
+    flush_log,
+    get_logger,
+    mask,
+    worker_log,
+)
 from proxy.wire.secret import MASK
 
 # Three parts as in a JWT, none of which means anything.
@@ -173,6 +180,14 @@ def test_every_line_of_a_connection_has_its_id_and_others_have_none(stream: io.S
     assert [line.get("connection") for line in lines(stream)] == [7, 7, None]
 
 
+def test_every_line_of_a_worker_has_its_number(stream: io.StringIO) -> None:
+    with worker_log(0), connection_log(7):
+        get_logger("proxy.session").info("inside")
+    get_logger("proxy.session").info("outside")
+    numbers = [(line.get("worker"), line.get("connection")) for line in lines(stream)]
+    assert numbers == [(0, 7), (None, None)]
+
+
 async def test_concurrent_connections_keep_their_ids_apart(stream: io.StringIO) -> None:
     both_inside = asyncio.Barrier(2)
 
@@ -222,7 +237,7 @@ def log_of_every_kind() -> None:
 def test_standard_error_gets_the_lines_that_any_stream_gets(
     format: Literal["json", "console"], tmp_path: Path
 ) -> None:
-    # Lines of plain values are made when they are written there, together.
+    # Lines of plain values are made later there, together.
     stream, path = io.StringIO(), tmp_path / "log"
     configure_logging(format=format, stream=stream, event_key="message")
     for _ in range(3):

@@ -13,6 +13,7 @@ Invariant: `write` never waits for the descriptor. A forked process has a queue 
 own, from its first line on.
 """
 
+import gc
 import math
 import os
 import select
@@ -41,10 +42,10 @@ _BURST_SECONDS: Final = 0.1
 GATHER_SECONDS: Final = 0.1
 # From so many bytes on none is waited for.
 _GATHER_BYTES_MAX: Final = QUEUE_BYTES_MAX // 8
-# So many bytes are made by the caller, some sixty lines in 0.3 ms. The thread would make all of a
-# burst, and keep the interpreter for as long as a thread may: 5 ms.
+# So many bytes are made by the caller: some sixty lines, in half a millisecond, or 1.3 for people.
+# The thread would make all of a burst, and keep the interpreter for as long as a thread may: 5 ms.
 _MADE_BYTES: Final = 16 * 1024
-# A line that a finalizer logs just before the thread waits wakes nobody.
+# A line that a finalizer logs just before the thread waits wakes nobody; the next one does.
 _IDLE_WAIT_SECONDS: Final = 5.0
 # Before a fork. The thread has nothing to do then, or is blocked for longer than is waited for.
 _FORK_SECONDS_MAX: Final = 0.1
@@ -76,6 +77,7 @@ class LogWriter:
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0  # of both
         self._writing = False
+        self._waiting = False  # the thread, for a first line
         self._stopping = False
         self._flushing = 0  # callers that wait until all is written
         self._thread: threading.Thread | None = None
@@ -109,16 +111,18 @@ class LogWriter:
             self._queued_bytes += size
             if self._unmade_bytes >= _MADE_BYTES:
                 self._make()
-            if not before or before < _GATHER_BYTES_MAX <= self._queued_bytes:
+            if self._waiting or before < _GATHER_BYTES_MAX <= self._queued_bytes:
                 self._changed.notify_all()
 
     def _make(self) -> None:
         """Make the lines that were queued to be made later. Call it with the lock."""
         unmade, self._unmade = self._unmade, []
         estimated, self._unmade_bytes = self._unmade_bytes, 0
-        for line in unmade:  # what is logged meanwhile comes after them
-            self._queue.append(made := _made(line))
-            self._queued_bytes += len(made)
+        for line in unmade:  # a finalizer may log meanwhile
+            made = _made(line)
+            size = len(made)
+            self._queue.append(made)
+            self._queued_bytes += size
         self._queued_bytes -= estimated
 
     def _may_write_at_once(self) -> bool:
@@ -168,11 +172,17 @@ class LogWriter:
     def _has_thread(self) -> bool:
         """Start the thread if there is none. Return whether there is one."""
         if self._thread is None:
+            # A finalizer that logs here would start another thread, or wait in the new one.
+            collects = gc.isenabled()
+            gc.disable()
             thread = threading.Thread(target=self._run, name="log", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # the machine has no more threads: the next line tries again
                 return False
+            finally:
+                if collects:
+                    gc.enable()
             self._thread = thread
         return True
 
@@ -198,8 +208,10 @@ class LogWriter:
         """Wait for lines and return some; none if the thread is to end."""
         with self._changed:
             if self._is_idle():
+                self._waiting = True
                 while not (self._queued_bytes or self._stopping):
                     self._changed.wait(_IDLE_WAIT_SECONDS)
+                self._waiting = False
                 self._changed.wait_for(self._is_gathered, GATHER_SECONDS)
             if not self._queue:
                 self._make()

@@ -164,6 +164,17 @@ class _QueueHandler(logging.Handler):
 
     formatter: _MaskingFormatter
 
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Give it to the writer, without the handler's lock: the writer has one.
+
+        A finalizer may log while the writer's is held, and would wait for a thread that has the
+        handler's and waits for the writer's.
+        """
+        is_logged = bool(self.filter(record))
+        if is_logged:
+            self.emit(record)
+        return is_logged
+
     def emit(self, record: logging.LogRecord) -> None:
         _stderr.write(self._made(partial(self.format, record)))
 

@@ -17,7 +17,8 @@ from proxy.session.drain import OpenSession, OpenSessions, Stage
 from proxy.transport.sockets import peer_name, peer_pid, quiet_seconds
 from proxy.upstream.phases import DialPhases
 
-# A slice takes 2 ms, and the pause after it leaves 96 % of the time to sessions, however many list.
+# A slice takes 2 ms, and the pause after it leaves 96 % of the time to sessions, however many list:
+# the admin address makes one page at a time.
 # Each slice delays the transactions of its moment, so that many short ones would delay more of
 # them. A page of 500 takes a quarter of a second, the shortest one a pause.
 SLICE_ROWS: Final = 100

@@ -179,7 +179,7 @@ def test_lines_that_come_together_are_written_together() -> None:
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # it keeps writes apart
     with here, there:
         writer = LogWriter(here.fileno(), flows_again=lambda _: None)
-        lines = [b"%d\n" % number for number in range(100)]
+        lines = [b"%0100d\n" % number for number in range(200)]
         for line in lines:
             writer.write(line)
         writer.flush(WAIT_SECONDS_MAX)
@@ -190,6 +190,7 @@ def test_lines_that_come_together_are_written_together() -> None:
                 writes.append(there.recv(1 << 16))
         assert b"".join(writes) == b"".join(lines)
         assert len(writes) < len(lines) / 4
+        assert max(map(len, writes)) <= BATCH_BYTES  # of a pipe's writers none is torn
         writer.before_fork()  # it waits for the thread
 
 

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -27,6 +29,8 @@ from proxy.wire.secret import MASK
 FAKE_JWT = "eyJub3QiOiJyZWFsIn0.bm90LWEtcmVhbC1zZWNyZXQ.bm90LWEtc2lnbmF0dXJl"
 FAKE_JWT_HEADER = FAKE_JWT.partition(".")[0]
 FAKE_SECRET = "not-a-real-secret"
+
+WAIT_SECONDS_MAX = 20.0
 
 
 class Terminal(io.StringIO):
@@ -356,3 +360,27 @@ def test_event_and_level_have_the_names_that_a_service_wants() -> None:
     assert first["severity"] == second["severity"] == "warning"
     assert second["message"] == "a library's line"
     assert "event" not in first | second
+
+
+def test_a_line_is_logged_while_another_thread_has_the_handlers_lock() -> None:
+    # A finalizer logged while the writer made lines, for a thread that had this lock and waited for
+    # the writer's: both waited for ever.
+    script = """
+import logging, os, threading
+from proxy.observe.logs import configure_logging, flush_log
+configure_logging(format="json")
+held = threading.Event()
+def hold():
+    logging.root.handlers[0].acquire()
+    held.set()
+    threading.Event().wait()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+logging.getLogger("library").warning("said")
+flush_log()
+os._exit(0)  # the interpreter's own end waits for the lock
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, timeout=WAIT_SECONDS_MAX
+    )
+    assert json.loads(done.stderr)["event"] == "said"

@@ -45,7 +45,7 @@ _GATHER_BYTES_MAX: Final = QUEUE_BYTES_MAX // 8
 # So many bytes are made by the caller: some sixty lines, in half a millisecond, or 1.3 for people.
 # The thread would make all of a burst, and keep the interpreter for as long as a thread may: 5 ms.
 _MADE_BYTES: Final = 16 * 1024
-# A line that a finalizer logs just before the thread waits wakes nobody; the next one does.
+# A line that a finalizer logs just before the thread waits does not wake it; the next one does.
 _IDLE_WAIT_SECONDS: Final = 5.0
 # Before a fork. The thread has nothing to do then, or is blocked for longer than is waited for.
 _FORK_SECONDS_MAX: Final = 0.1

@@ -165,7 +165,7 @@ class _QueueHandler(logging.Handler):
     formatter: _MaskingFormatter
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Give it to the writer, without the handler's lock: the writer has one.
+        """Pass a record to `emit`, without the handler's lock: the writer has one.
 
         A finalizer may log while the writer's is held, and would wait for a thread that has the
         handler's and waits for the writer's.

@@ -175,8 +175,8 @@ class LogWriter:
             # A finalizer that logs here would start another thread, or wait in the new one.
             collects = gc.isenabled()
             gc.disable()
-            thread = threading.Thread(target=self._run, name="log", daemon=True)
             try:
+                thread = threading.Thread(target=self._run, name="log", daemon=True)
                 thread.start()
             except RuntimeError:  # the machine has no more threads: the next line tries again
                 return False

@@ -181,7 +181,7 @@ class _QueueHandler(logging.Handler):
     def write_later(
         self, logger: logging.Logger, method_name: str, event: EventDict, size: int
     ) -> None:
-        """Write a line of plain values, of some `size` bytes, which is made then."""
+        """Queue a line of plain values, of some `size` bytes, which is made later."""
         event["timestamp"] = datetime.now(UTC)
         _stderr.write_later(partial(self._made, self._rendered, logger, method_name, event), size)
 

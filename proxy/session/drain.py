@@ -28,6 +28,7 @@ from proxy.routing.router import Route
 from proxy.session.end_reason import EndReason
 from proxy.session.idle_end import IdleEnd
 from proxy.session.relay import Relay
+from proxy.transport.sockets import send_first
 from proxy.transport.stream import StartupStream
 from proxy.upstream.phases import DialPhases
 from proxy.wire.messages import ErrorResponse
@@ -216,10 +217,11 @@ class OpenSessions:
         task.add_done_callback(self._unregister)
         return task
 
-    def close_slow(self) -> bool:
+    def close_slow(self, refusal: bytes) -> bool:
         """Close a connection that is slow to start, to make room. Return whether there is one.
 
-        It is the oldest that has sent nothing, else the oldest that has sent too little.
+        It is the oldest that has sent nothing, which is told `refusal`, else the oldest that has
+        sent too little.
         """
         now = asyncio.get_running_loop().time()
         slow = [
@@ -231,7 +233,7 @@ class OpenSessions:
         if not slow:
             return False
         _, _, entry, task = min(slow, key=lambda found: found[:2])
-        _close_starting(entry, task)
+        _close_starting(entry, task, refusal)
         return True
 
     def after(self, number: int, count: int) -> list[OpenSession]:
@@ -337,9 +339,11 @@ class OpenSessions:
         return sum(relay.may_end and not relay.over for relay in relays)
 
 
-def _close_starting(entry: OpenSession, task: asyncio.Task[None]) -> None:
-    """Close a connection that has sent no StartupMessage, without an answer."""
+def _close_starting(entry: OpenSession, task: asyncio.Task[None], refusal: bytes = b"") -> None:
+    """Close a connection that has sent no StartupMessage. One that has sent nothing is told why."""
     if entry.stream is not None:
+        if entry.stream.silent:
+            send_first(entry.stream.transport, refusal)
         entry.stream.transport.abort()
     entry.closing()
     task.cancel()

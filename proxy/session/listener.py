@@ -2,9 +2,9 @@
 
 Sessions are bounded by `max_connections` (`slots`). Connections that are starting, and cancel
 requests, have a bound of their own: they must neither use up slots nor be refused for lack of one
-(W42). Over it a new connection takes the place of one that is slow to start. If there is none, the
-new one is told 53300 at once, as PostgreSQL does when it cannot start a backend; or 53000, where
-the limit of open files is the bound.
+(W42). Over it a new connection takes the place of one that is slow to start. The one that is
+closed is told 53300, as PostgreSQL does when it cannot start a backend; or 53000, where the limit
+of open files is the bound.
 """
 
 import asyncio
@@ -207,7 +207,7 @@ class Listener:
         starting = len(self.open_sessions) - self._slots.used
         if starting < min(FLOOD_FROM, self._starting_max):
             return False
-        made_room = self.open_sessions.close_slow()
+        made_room = self.open_sessions.close_slow(self._refusal)
         if made_room or starting >= self._starting_max:
             self._metrics.startup_failed(TOO_MANY_STARTING)
             self._warn_of_flood(starting)

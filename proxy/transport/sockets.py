@@ -204,6 +204,13 @@ def is_reset(transport: asyncio.BaseTransport) -> bool:
     return bool(poll.poll(0))
 
 
+def send_first(transport: asyncio.BaseTransport, data: bytes) -> None:
+    """Send a few bytes at once, so that `abort` discards none; the transport has sent none yet."""
+    if (sock := _open_socket(transport)) is not None:
+        with suppress(OSError):  # the peer has disconnected
+            os.write(sock.fileno(), data)
+
+
 def reset_on_close(transport: asyncio.BaseTransport) -> None:
     """Make the close of a TCP connection a reset, which discards what was not sent."""
     if (sock := _open_socket(transport)) is not None:

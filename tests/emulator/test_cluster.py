@@ -23,6 +23,7 @@ from proxy.emulator.cluster import (
     start_together,
     stop_together,
 )
+from proxy.wire.startup import SSLRequest
 from tests.support.closed_checkout import ClosedCheckout
 from tests.support.proxy_process import ROOT
 
@@ -176,8 +177,11 @@ def test_a_restart_ends_sessions_and_the_server_serves_again_on_its_port() -> No
     with Cluster(settings={"listen_addresses": "127.0.0.1", "port": str(port)}) as cluster:
         began = cluster.execute("SELECT pg_postmaster_start_time()")
         with socket.create_connection(("127.0.0.1", port)) as session:
-            cluster.restart()
             session.settimeout(DEADLINE_SECONDS)
+            session.sendall(SSLRequest().encode())
+            # A server that accepts it while it stops would wait a minute for its StartupMessage.
+            assert session.recv(1) == b"N"
+            cluster.restart()
             assert session.recv(1) == b""
         assert cluster.execute("SELECT pg_postmaster_start_time()") != began
         socket.create_connection(("127.0.0.1", port)).close()

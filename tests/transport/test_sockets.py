@@ -111,6 +111,12 @@ async def _aborted(stream: StartupStream, peer: Peer) -> None:
 
 
 GOES_AWAY = (_reset_unseen, _reset_after_the_end, _lost, _aborted)
+
+
+def _send_first(transport: asyncio.Transport) -> None:
+    sockets.send_first(transport, b"x")
+
+
 CALLS = (
     sockets.end_stream,
     sockets.set_tcp_options,
@@ -118,6 +124,7 @@ CALLS = (
     sockets.is_unix,
     sockets.has_hung_up,
     sockets.is_reset,
+    _send_first,
     sockets.reset_on_close,
 )
 

@@ -98,10 +98,10 @@ unit: $(INSTALLED)
 halves: lint types unit-e2e unit-rest
 
 unit-e2e: $(INSTALLED)
-	$(BIN)/pytest -m 'not bench' tests/e2e
+	$(BIN)/pytest -m 'not bench' tests/e2e tests/differential
 
 unit-rest: $(INSTALLED)
-	$(BIN)/pytest -m 'not bench' --ignore=tests/e2e
+	$(BIN)/pytest -m 'not bench' --ignore=tests/e2e --ignore=tests/differential
 
 e2e: $(INSTALLED) ## only the tests against the emulator's real PostgreSQL
 	$(BIN)/pytest -m e2e $(ARGS)

@@ -63,6 +63,10 @@ class _Direction(asyncio.Protocol):
         self._loop.call_at(due, self._deliver)
 
     def _deliver(self) -> None:
+        if self.sink is None and self.source is not None and not self.source.is_closing():
+            # Not connected yet: Python 3.11.2 reads in spite of a pause in `connection_made`.
+            self._loop.call_later(self._one_way_seconds, self._deliver)
+            return
         data = self._queue.popleft()
         if self.sink is None or self.sink.is_closing():
             return

@@ -28,7 +28,7 @@ from proxy.routing.router import Route
 from proxy.session.end_reason import EndReason
 from proxy.session.idle_end import IdleEnd
 from proxy.session.relay import Relay
-from proxy.transport.sockets import send_first
+from proxy.transport.sockets import write_now
 from proxy.transport.stream import StartupStream
 from proxy.upstream.phases import DialPhases
 from proxy.wire.messages import ErrorResponse
@@ -220,7 +220,7 @@ class OpenSessions:
     def close_slow(self, refusal: bytes) -> bool:
         """Close a connection that is slow to start, to make room. Return whether there is one.
 
-        It is the oldest that has sent nothing, which is told `refusal`, else the oldest that has
+        It is the oldest that has sent nothing, which is sent `refusal`, else the oldest that has
         sent too little.
         """
         now = asyncio.get_running_loop().time()
@@ -340,10 +340,10 @@ class OpenSessions:
 
 
 def _close_starting(entry: OpenSession, task: asyncio.Task[None], refusal: bytes = b"") -> None:
-    """Close a connection that has sent no StartupMessage. One that has sent nothing is told why."""
+    """Close a connection that has sent no StartupMessage; send `refusal` if it has sent nothing."""
     if entry.stream is not None:
-        if entry.stream.silent:
-            send_first(entry.stream.transport, refusal)
+        if refusal and entry.stream.silent:
+            write_now(entry.stream.transport, refusal)
         entry.stream.transport.abort()
     entry.closing()
     task.cancel()

@@ -2,9 +2,9 @@
 
 Sessions are bounded by `max_connections` (`slots`). Connections that are starting, and cancel
 requests, have a bound of their own: they must neither use up slots nor be refused for lack of one
-(W42). Over it a new connection takes the place of one that is slow to start. The one that is
-closed is told 53300, as PostgreSQL does when it cannot start a backend; or 53000, where the limit
-of open files is the bound.
+(W42). Over it a new connection takes the place of one that is slow to start; if there is none, the
+new one is refused. One that is refused, or is closed and has sent nothing, gets 53300, as from
+PostgreSQL when it cannot start a backend; or 53000, where the limit of open files is the bound.
 """
 
 import asyncio
@@ -105,7 +105,7 @@ class Listener:
         self.open_sessions = OpenSessions(self._memory_trim.session_ended)
         self._ids = itertools.count(1)
         self._starting_max = starting_max
-        # A client that has sent nothing yet can be told.
+        # For a client that has sent nothing: a new one, or one that is closed in its place.
         files_bound = starting_max < STARTING_MAX
         kind = ErrorKind.TOO_FEW_FILES if files_bound else ErrorKind.TOO_MANY_CONNECTIONS
         self._refusal = ProxyError(kind).response().encode()

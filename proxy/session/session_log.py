@@ -29,9 +29,9 @@ _QUOTING_OPTIONS: Final = frozenset(
     kind.value.reason for kind in (ErrorKind.ARGUMENT_INVALID, ErrorKind.SETTING_INVALID)
 )
 
-# "session started" is written this much later, so that the first queries do not wait for it. A
-# shorter time would be the first that the kernel has to wake us for, and setting its clock for each
-# wait took a virtual machine 5 to 10 us.
+# "session started" is written this much later, so that the first queries do not wait for it. It is
+# longer than the kernel's tick, 10 ms at most: for a timer before that the kernel sets its clock at
+# each wait, which takes 5 to 10 us on a virtual machine.
 _STARTED_DELAY_SECONDS: Final = 0.02
 
 # Violations in a complete StartupMessage come from a driver or its settings, and are logged. Other

@@ -204,8 +204,11 @@ def is_reset(transport: asyncio.BaseTransport) -> bool:
     return bool(poll.poll(0))
 
 
-def send_first(transport: asyncio.BaseTransport, data: bytes) -> None:
-    """Send a few bytes at once, so that `abort` discards none; the transport has sent none yet."""
+def write_now(transport: asyncio.BaseTransport, data: bytes) -> None:
+    """Write a few bytes past the transport, whose `abort` would discard them.
+
+    The transport must have written nothing.
+    """
     if (sock := _open_socket(transport)) is not None:
         with suppress(OSError):  # the peer has disconnected
             os.write(sock.fileno(), data)

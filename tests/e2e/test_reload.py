@@ -22,7 +22,9 @@ import pytest
 import trustme
 
 from proxy.emulator.lakebase import Lakebase
+from proxy.wire.messages import Terminate
 from tests.e2e.conftest import StartProcess
+from tests.support.client import plain_client, startup
 from tests.support.proxy_process import ROOT, START_SECONDS_MAX, ProxyProcess, started_process
 from tests.support.running import (
     WAIT_SECONDS_MAX,
@@ -182,7 +184,9 @@ async def test_the_log_level_and_the_time_to_drain_change(start: Any, lakebase: 
         while await shard_by_psycopg(proxy, dbname="app@7") == "one":
             pass
     said = len(proxy.lines)
-    await shard_by_psycopg(proxy, dbname="app@7")
+    async with plain_client(proxy) as client:
+        await client.send(startup(database="app@7") + Terminate().encode())
+        await client.receive_rest()  # an open session would say that it started, some ms later
     talkative = {"log": {"level": "debug"}, "shutdown": {"drain_seconds": 0}}
     line = await reloading.take({**sharded(lakebase), **talkative})
     assert line["changed"] == ["log.level", "shard_maps.tenants.mappings"]

@@ -92,6 +92,7 @@ async def test_a_session_is_shown_with_what_is_known_of_it_and_its_state(
         row = await row_with_process(port)
         assert row["pid"] == os.getpid()
         assert row["command"] == OWN_COMMAND
+        await eventually(lambda: log.events("session started"), "its line is written")
         assert row["id"] == log.events("session started")[0]["connection"]
         assert 0 <= row["state_seconds"] <= row["age_seconds"]
 

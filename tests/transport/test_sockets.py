@@ -113,8 +113,8 @@ async def _aborted(stream: StartupStream, peer: Peer) -> None:
 GOES_AWAY = (_reset_unseen, _reset_after_the_end, _lost, _aborted)
 
 
-def _send_first(transport: asyncio.Transport) -> None:
-    sockets.send_first(transport, b"x")
+def _write_now(transport: asyncio.Transport) -> None:
+    sockets.write_now(transport, b"x")
 
 
 CALLS = (
@@ -124,7 +124,7 @@ CALLS = (
     sockets.is_unix,
     sockets.has_hung_up,
     sockets.is_reset,
-    _send_first,
+    _write_now,
     sockets.reset_on_close,
 )
 

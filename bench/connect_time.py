@@ -28,12 +28,24 @@ PAUSE_SECONDS: Final = 0.003  # PostgreSQL and the proxy take about one to end a
 
 def open_session(system: System) -> PGconn:
     """Open a session and return it after its first answer. Raises BenchError."""
-    session = pq.PGconn.connect(system.conninfo)
-    if session.status == pq.ConnStatus.OK and _answers(session):
+    session = open_unused_session(system)
+    if session.exec_(b"SELECT 1").status == pq.ExecStatus.TUPLES_OK:
         return session
+    raise _no_session(session, system)
+
+
+def open_unused_session(system: System) -> PGconn:
+    """Open a session and return it before its first query. Raises BenchError."""
+    session = pq.PGconn.connect(system.conninfo)
+    if session.status == pq.ConnStatus.OK:
+        return session
+    raise _no_session(session, system)
+
+
+def _no_session(session: PGconn, system: System) -> BenchError:
     message = session.error_message.decode(errors="replace")
     session.finish()
-    raise BenchError(f"no session through {system.name}: {message}")
+    return BenchError(f"no session through {system.name}: {message}")
 
 
 def measure(
@@ -76,7 +88,3 @@ def _timed(system: System) -> float:
     took = time.perf_counter() - started_at
     session.finish()
     return took
-
-
-def _answers(session: PGconn) -> bool:
-    return session.exec_(b"SELECT 1").status == pq.ExecStatus.TUPLES_OK

@@ -97,7 +97,7 @@ _POOL: Final = (
     ("CPU a session", 0.3, True, "x without a pool", (("connect, all on this machine", _ratio(pool.CONNECT_LOCAL, "CPU", PROXY, POOLED)),)),
     ("pgbench -C beside direct", 12, False, _TIMES_DIRECT, (("8 clients", _ratio(pool.RECONNECTS, "throughput", DIRECT, POOLED)),)),
     ("pgbench -C beside PgBouncer", 0.6, False, _TIMES_PGBOUNCER, (("8 clients", _ratio(pool.RECONNECTS, "throughput", PGBOUNCER, POOLED)),)),
-    ("first catalogue query", 0.25, True, _TIMES_DIRECT, tuple((what, _ratio(pool.CATALOGUE_QUERY, f"{what}, p50", DIRECT, POOLED)) for what in pool.CATALOGUE_QUERIES)),
+    ("first catalogue query", 0.25, True, _TIMES_DIRECT, tuple((what, _ratio(pool.CATALOGUE_QUERY, f"{what}, p50", DIRECT, POOLED)) for what in pool.DRIVER_QUERIES)),
     ("relay CPU", 1.02, True, "x without a pool", tuple((f"{one}, 8 clients", _ratio(f"{pool.RELAY}, {one}", "CPU", PROXY, POOLED)) for one in _PROTOCOLS)),
     ("relay throughput", 0.98, False, "x without a pool", tuple((f"{one}, 8 clients", _ratio(f"{pool.RELAY}, {one}", "throughput", PROXY, POOLED)) for one in _PROTOCOLS)),
     ("logins", 3, True, "for 10,000 sessions", (("one after the other", _value(pool.LOGINS, "backends for 10,000 sessions", POOLED)),)),

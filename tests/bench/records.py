@@ -59,7 +59,7 @@ def _pool_values(
     for case, name in (
         *((pool.CONNECT_LOCAL, "p50"), (pool.CONNECT_LOCAL, "CPU")),
         (pool.CONNECT_DELAYED, "p50"),
-        *((pool.CATALOGUE_QUERY, f"{what}, p50") for what in pool.CATALOGUE_QUERIES),
+        *((pool.CATALOGUE_QUERY, f"{what}, p50") for what in pool.DRIVER_QUERIES),
     ):
         yield (
             Quantity(case, name, ""),

@@ -384,6 +384,7 @@ async def test_metrics_and_status_are_the_sums_of_all_processes(
     async with served(proxy, 5):
         counted = await metrics(unused_tcp_port)
         shown = await status(unused_tcp_port)
+    await eventually(lambda: by_worker(proxy).total() == 12, "all were served")
     assert set(by_worker(proxy)) == {1, 2}
     assert counted["sessions_started_total"] == 12
     assert counted["connections_accepted_total"] == 12
@@ -711,6 +712,7 @@ async def test_a_worker_that_does_not_answer_gets_no_connections_until_it_does(
     await eventually(lambda: proxy.events("worker does not answer and gets no connections"), "seen")
     assert time.monotonic() - stopped_at < SILENT_SECONDS_MAX + 2
     async with served(proxy, 10):
+        await eventually(lambda: by_worker(proxy).total() == 10, "all are served")
         assert len(by_worker(proxy)) == 1
     os.kill(stopped, signal.SIGCONT)
     await eventually(lambda: proxy.events("worker answers again"), "it is used again")

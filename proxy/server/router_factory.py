@@ -11,6 +11,7 @@ import gc
 import stat
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from io import StringIO
 from pathlib import Path
 from typing import Final
 
@@ -153,8 +154,11 @@ def _build_map(
     spec = shard_map.spec
     if stamp is None:
         return map_from_tables((entry.columns() for entry in shard_map.mappings), spec, targets)
-    with Path(shard_map.mappings_file).open(encoding="utf-8-sig", newline="") as lines:
-        built = map_from_csv(lines, spec, targets)
+    with Path(shard_map.mappings_file).open(encoding="utf-8-sig", newline="") as file:
+        # Read as a whole: each read releases the interpreter lock and takes it back so soon that
+        # the event loop did not get it for 0.45 s.
+        lines = StringIO(file.read(), newline="")
+    built = map_from_csv(lines, spec, targets)
     if not len(built):
         # A file that lost its rows, or is being written, must not unmap every tenant.
         raise MapError(("it has no mapping",))

@@ -137,9 +137,8 @@ async def test_a_silent_connection_makes_room_for_a_new_one() -> None:
         await eventually(lambda: loop.time() >= late, "they have been silent for long enough")
         for number in range(1, 4):
             await exchange(await stack.enter_async_context(plain_client(there)), b"x")
-            assert (
-                await silent[number].error()
-            ).sqlstate == "53000"  # it was closed without an answer
+            error = await silent[number].error()  # it was closed without an answer
+            assert error.sqlstate == "53000"
             await assert_cut(silent[number])
         await exchange(silent[0], b"x")
         assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 3

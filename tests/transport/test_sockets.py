@@ -110,12 +110,11 @@ async def _aborted(stream: StartupStream, peer: Peer) -> None:
     stream.transport.abort()
 
 
-GOES_AWAY = (_reset_unseen, _reset_after_the_end, _lost, _aborted)
-
-
 def _write_now(transport: asyncio.Transport) -> None:
     sockets.write_now(transport, b"x")
 
+
+GOES_AWAY = (_reset_unseen, _reset_after_the_end, _lost, _aborted)
 
 CALLS = (
     sockets.end_stream,

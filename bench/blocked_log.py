@@ -2,7 +2,7 @@
 
 Standard error is a named pipe. One proxy's is read all the time; the other's is full, and so is the
 queue in front of it, before anything is measured. Transactions log nothing; with a connection for
-each transaction every one logs two lines, which is the most that a log can cost.
+each transaction every one logs a line or two, which is the most that a log can cost.
 """
 
 import json

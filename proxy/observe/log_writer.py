@@ -25,7 +25,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-# Some thousand lines. More of them would only be older when they are read.
+# Some thousand lines, beside those that are not made yet. More would only be older when they are
+# read.
 QUEUE_BYTES_MAX: Final = 1024 * 1024
 # Writes of up to this size are atomic, so that lines of several processes do not mix in a pipe. One
 # to a local file is at any size. The thread needs the interpreter again after each.
@@ -35,16 +36,16 @@ FILE_BATCH_BYTES: Final = 64 * 1024
 FLUSH_SECONDS_MAX: Final = 2.0
 _AT_ITS_POSITION: Final = -1
 # Each write wakes the reader, which may take the CPU: of a burst the thread writes the rest, in
-# larger parts. A session has two lines.
+# larger parts. A session has one line or two.
 _AT_ONCE_MAX: Final = 4
 _BURST_SECONDS: Final = 0.1
 # How long a line may wait for others that are written with it. A process that is killed loses them.
 GATHER_SECONDS: Final = 0.1
 # From so many bytes on none is waited for.
 _GATHER_BYTES_MAX: Final = QUEUE_BYTES_MAX // 8
-# So many bytes are made by the caller: some sixty lines, in half a millisecond, or 1.3 for people.
-# The thread would make all of a burst, and keep the interpreter for as long as a thread may: 5 ms.
-_MADE_BYTES: Final = 16 * 1024
+# So many lines are made by the caller, in half a millisecond, or 1.3 for people. The thread would
+# make all of a burst, and keep the interpreter for as long as a thread may: 5 ms.
+_UNMADE_MAX: Final = 60
 # A line that a finalizer logs just before the thread waits does not wake it; the next one does.
 _IDLE_WAIT_SECONDS: Final = 5.0
 # Before a fork. The thread has nothing to do then, or is blocked for longer than is waited for.
@@ -73,57 +74,49 @@ class LogWriter:
         self._lock = threading.RLock()  # a finalizer may log in the middle of this
         self._changed = threading.Condition(self._lock)
         self._unmade: list[_Line] = []  # they come after those of the queue
-        self._unmade_bytes = 0  # roughly
         self._queue: deque[bytes] = deque()
-        self._queued_bytes = 0  # of both
+        self._queued_bytes = 0
         self._writing = False
         self._waiting = False  # the thread, for a first line
         self._stopping = False
         self._flushing = 0  # callers that wait until all is written
         self._thread: threading.Thread | None = None
 
-    def write(self, line: bytes) -> None:
-        """Queue a line, or drop it if the queue is full."""
-        self._write(line, len(line))
+    def write(self, line: _Line) -> None:
+        """Queue a line. It is dropped if it does not fit.
 
-    def write_later(self, make: Callable[[], bytes], size: int) -> None:
-        """Queue a line that is made later; `size` is near to its bytes.
-
-        `make` is called once, by this or another caller or by the writer's thread. It raises
-        nothing.
+        A function is called later, once, by this or another caller or by the writer's thread. It
+        returns the line, and raises nothing.
         """
-        self._write(make, size)
-
-    def _write(self, line: _Line, size: int) -> None:
         with self._lock:  # the condition's own methods would cost half a microsecond
-            if self._may_write_at_once() and size <= QUEUE_BYTES_MAX:
-                whole = _made(line)
-                line = whole[self._written_at_once(whole) :]
+            if not self._unmade and self._may_write_at_once():
+                line = _made(line)
+                if len(line) <= QUEUE_BYTES_MAX:
+                    line = line[self._written_at_once(line) :]
                 if not line:
                     return
-                size = len(line)
-            before = self._queued_bytes
-            if before + size > QUEUE_BYTES_MAX or not self._has_thread():
+            if not self._has_thread():
                 self.dropped += 1
                 return
             self._unmade.append(line)
-            self._unmade_bytes += size
-            self._queued_bytes += size
-            if self._unmade_bytes >= _MADE_BYTES:
+            if len(self._unmade) >= _UNMADE_MAX:
                 self._make()
-            if self._waiting or before < _GATHER_BYTES_MAX <= self._queued_bytes:
+            if self._waiting:
                 self._changed.notify_all()
 
     def _make(self) -> None:
-        """Make the lines that were queued to be made later. Call it with the lock."""
+        """Queue the lines that were to be made later. Call it with the lock."""
         unmade, self._unmade = self._unmade, []
-        estimated, self._unmade_bytes = self._unmade_bytes, 0
         for line in unmade:  # a finalizer may log meanwhile
             made = _made(line)
             size = len(made)
-            self._queue.append(made)
-            self._queued_bytes += size
-        self._queued_bytes -= estimated
+            if self._queued_bytes + size > QUEUE_BYTES_MAX:
+                self.dropped += 1
+            else:
+                self._queue.append(made)
+                self._queued_bytes += size
+        if self._queued_bytes >= _GATHER_BYTES_MAX:
+            self._changed.notify_all()
 
     def _may_write_at_once(self) -> bool:
         """Return whether the caller may write a line.
@@ -167,7 +160,7 @@ class LogWriter:
             self._stopping = False
 
     def _is_idle(self) -> bool:
-        return not (self._queued_bytes or self._writing)
+        return not (self._unmade or self._queue or self._writing)
 
     def _has_thread(self) -> bool:
         """Start the thread if there is none. Return whether there is one."""
@@ -187,13 +180,13 @@ class LogWriter:
         return True
 
     def _run(self) -> None:
-        while batch := self._next_batch():
+        while (batch := self._next_batch()) is not None:
             lost = self._write_all(b"".join(batch)).count(b"\n")
             with self._changed:
                 self._writing = False
                 self.dropped += lost
                 dropped = self.dropped - self._reported
-                flows = dropped and not lost and not self._queued_bytes
+                flows = dropped and not lost and self._is_idle()
                 if flows:
                     self._reported = self.dropped
                 self._changed.notify_all()
@@ -204,12 +197,12 @@ class LogWriter:
         """Return whether no further lines are waited for."""
         return self._stopping or self._flushing > 0 or self._queued_bytes >= _GATHER_BYTES_MAX
 
-    def _next_batch(self) -> list[bytes]:
-        """Wait for lines and return some; none if the thread is to end."""
+    def _next_batch(self) -> list[bytes] | None:
+        """Wait for lines and return some, or none if they did not fit; None to end the thread."""
         with self._changed:
             if self._is_idle():
                 self._waiting = True
-                while not (self._queued_bytes or self._stopping):
+                while self._is_idle() and not self._stopping:
                     self._changed.wait(_IDLE_WAIT_SECONDS)
                 self._waiting = False
                 self._changed.wait_for(self._is_gathered, GATHER_SECONDS)
@@ -222,8 +215,9 @@ class LogWriter:
                 left_bytes -= len(line)
                 self._queued_bytes -= len(line)
             self._writing = bool(batch)
-            if not batch:
+            if self._stopping and not batch:
                 self._thread = None
+                return None
             return batch
 
     def _write_all(self, content: bytes) -> bytes:

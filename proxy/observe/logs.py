@@ -49,11 +49,9 @@ _NAMES_MAX: Final = 1024  # keys whose result is cached; there are some dozens
 
 _NUMBERS: Final = (int, float, NoneType)
 _FLAT: Final = (str, *_NUMBERS)
-# What a line consists of that is made later, what must be made at once, and the bytes of a line's
-# keys and fixed parts.
+# What a line consists of that is made later, and what must be made at once.
 _PLAIN: Final = frozenset((str, int, float, bool, NoneType))
 _NOT_LATER: Final = frozenset(("exc_info", "stack_info"))
-_LINE_BYTES: Final = 200
 _LEVELS: Final = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -65,8 +63,9 @@ _LEVELS: Final = {
 
 # What each line of a task has, if it was set there. Those of structlog's own `contextvars` are
 # looked for among all variables, for each line.
-_worker: Final = ContextVar[int | str | None]("worker", default=None)
-_connection: Final = ContextVar[int | str | None]("connection", default=None)
+_Fact = int | str | None
+_worker: Final = ContextVar[_Fact]("worker", default=None)
+_connection: Final = ContextVar[_Fact]("connection", default=None)
 
 # How many levels of nested values are searched for keys; deeper ones are only masked as text.
 _NESTING_MAX: Final = 5
@@ -89,6 +88,11 @@ def _is_secret_name(name: object) -> bool:
     return isinstance(name, str) and re.split(r"[_\-. ]", name.lower())[-1] in _SECRET_WORDS
 
 
+@lru_cache(maxsize=_NAMES_MAX)
+def _has_secret_name(names: tuple[str, ...]) -> bool:
+    return any(map(_is_secret_name, names))
+
+
 def _without_secrets(value: object, depth: int = _NESTING_MAX) -> object:
     """Return `value` with the values of secret keys masked, at each level of mappings."""
     if depth == 0 or isinstance(value, _FLAT):
@@ -107,24 +111,24 @@ def _without_secrets(value: object, depth: int = _NESTING_MAX) -> object:
 
 def redact(logger: object, method_name: str, event: EventDict) -> EventDict:
     """Mask the values of keys that are named like a secret; a structlog processor."""
-    for name, value in event.items():  # nearly every line is flat, and has none
-        if not isinstance(value, _FLAT) or (isinstance(value, str) and _is_secret_name(name)):
-            return cast(EventDict, _without_secrets(event))
-    return event
+    if _is_plain(event) and not _has_secret_name(tuple(event)):  # nearly every line
+        return event
+    return cast(EventDict, _without_secrets(event))
 
 
-def _task_facts() -> dict[str, int | str]:
-    """Return which worker and which connection this is, where that is known."""
-    facts: dict[str, int | str] = {}
-    for fact in (_worker, _connection):
-        if (value := fact.get()) is not None:
-            facts[fact.name] = value
-    return facts
+def _is_plain(event: Mapping[str, object]) -> bool:
+    return _PLAIN.issuperset(map(type, event.values()))
+
+
+def _known(worker: _Fact, connection: _Fact) -> dict[str, int | str]:
+    """Return which worker and which connection a line is of, where that is known."""
+    facts = {"worker": worker, "connection": connection}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _add_task_facts(logger: object, method_name: str, event: EventDict) -> EventDict:
     """Add them to a line; a structlog processor."""
-    return {**_task_facts(), **event}
+    return {**_known(_worker.get(), _connection.get()), **event}
 
 
 def _complete(logger: logging.Logger, method_name: str, event: EventDict) -> EventDict:
@@ -178,16 +182,21 @@ class _QueueHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         _stderr.write(self._made(partial(self.format, record)))
 
-    def write_later(
-        self, logger: logging.Logger, method_name: str, event: EventDict, size: int
-    ) -> None:
-        """Queue a line of plain values, of some `size` bytes, which is made later."""
+    def write_later(self, logger: logging.Logger, method_name: str, event: EventDict) -> None:
+        """Queue a line of plain values, which is made later."""
         event["timestamp"] = datetime.now(UTC)
-        _stderr.write_later(partial(self._made, self._rendered, logger, method_name, event), size)
+        of_task = _worker.get(), _connection.get()
+        _stderr.write(partial(self._made, self._rendered, logger, method_name, event, of_task))
 
-    def _rendered(self, logger: logging.Logger, method_name: str, event: EventDict) -> str:
-        event = redact(logger, method_name, _complete(logger, method_name, event))
-        return self.formatter.render(method_name, event)
+    def _rendered(
+        self,
+        logger: logging.Logger,
+        method_name: str,
+        event: EventDict,
+        of_task: tuple[_Fact, _Fact],
+    ) -> str:
+        event = _complete(logger, method_name, {**_known(*of_task), **event})
+        return self.formatter.render(method_name, redact(logger, method_name, event))
 
     @staticmethod
     def _made(make: Callable[..., str], *given: Any) -> bytes:
@@ -215,22 +224,10 @@ class _BoundLogger(structlog.stdlib.BoundLogger):
         logger: logging.Logger = self._logger
         if not logger.isEnabledFor(_LEVELS[method_name]):
             return None
-        line = {**_task_facts(), **self._context, **event_kw, "event": event}
-        size = _size_of_plain(line)
-        if size is None:
+        line = {**self._context, **event_kw, "event": event}
+        if not _is_plain(line) or not _NOT_LATER.isdisjoint(line):
             return super()._proxy_to_logger(method_name, event, **event_kw)
-        return handler.write_later(logger, method_name, line, size)
-
-
-def _size_of_plain(line: Mapping[str, object]) -> int | None:
-    """Return the bytes of a line, roughly; None if it has a traceback, or what may change later."""
-    size = _LINE_BYTES
-    for value in line.values():
-        if type(value) is str:
-            size += len(value)
-        elif type(value) not in _PLAIN:
-            return None
-    return size if _NOT_LATER.isdisjoint(line) else None
+        return handler.write_later(logger, method_name, line)
 
 
 def _report_dropped(lines: int) -> None:
@@ -277,10 +274,8 @@ def _renderer(
 
         def in_order(logger: object, method_name: str, event: EventDict) -> EventDict:
             """Return the line with its three fixed keys first, by their configured names."""
-            line = {name: event.pop(key) for key, name in keys.items() if key in event}
-            for key, value in event.items():
-                line.setdefault(key, value)
-            return line
+            fixed = {name: event.pop(key) for key, name in keys.items() if key in event}
+            return {**fixed, **event, **fixed}
 
         encode = json.JSONEncoder(default=repr).encode  # json.dumps makes an encoder for each line
 
@@ -411,7 +406,7 @@ class _TaskFact:
 
     __slots__ = ("_fact", "_value")
 
-    def __init__(self, fact: ContextVar[int | str | None], value: int | str) -> None:
+    def __init__(self, fact: ContextVar[_Fact], value: int | str) -> None:
         self._fact = fact
         self._value = value
 

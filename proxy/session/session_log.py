@@ -29,9 +29,10 @@ _QUOTING_OPTIONS: Final = frozenset(
     kind.value.reason for kind in (ErrorKind.ARGUMENT_INVALID, ErrorKind.SETTING_INVALID)
 )
 
-# "session started" is written this much later, so that the first queries do not wait for it. It is
-# longer than the kernel's tick, 10 ms at most: for a timer before that the kernel sets its clock at
-# each wait, which takes 5 to 10 us on a virtual machine.
+# "session started" is written this much later, so that the first queries do not wait for it. Where
+# the session ends before, the line of its end has the fields of both. The time is longer than the
+# kernel's tick, 10 ms at most: for a timer before that the kernel sets its clock at each wait,
+# which takes 5 to 10 us on a virtual machine.
 _STARTED_DELAY_SECONDS: Final = 0.02
 
 # Violations in a complete StartupMessage come from a driver or its settings, and are logged. Other
@@ -178,7 +179,7 @@ class SessionLog:
         self.shard = ""
         """The target, if a shard map chose it; else empty."""
         self._key: str | None = None
-        self._host = ""  # until the session's first line is written
+        self._host = ""  # until a line has shown it
         self._reused: bool | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -268,7 +269,7 @@ class SessionLog:
     # -- a session -------------------------------------------------------------------------------
 
     def started(self, host: str, *, reused: bool | None = None) -> None:
-        """Record the start of a session. Its line is written a moment later.
+        """Record the start of a session. Its line is written a moment later, if it lasts.
 
         `reused`: whether another client had its upstream session before; None without a pool.
         """
@@ -283,24 +284,28 @@ class SessionLog:
 
     def failed(self, end: RelayEnd) -> None:
         """Record the end of a session by a bug. The listener counts it."""
-        self._write_started()
+        if self._timer is not None:
+            self._timer.cancel()
         _log.info(
             "session ended",
             reason=end.reason.value,
             **self._where(),
+            **self._upstream(),
             duration_seconds=self._duration_seconds(),
             client_bytes=end.client_bytes,
             upstream_bytes=end.upstream_bytes,
         )
 
     def _write_started(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()  # a short session is over before
-            self._timer = None
-        if host := self._host:
-            self._host = ""
-            reused = {} if self._reused is None else {"reused": self._reused}
-            _log.info("session started", **self._where(), host=host, **reused)
+        self._timer = None
+        _log.info("session started", **self._where(), **self._upstream())
+
+    def _upstream(self) -> dict[str, str | bool]:
+        """Return the fields that show the upstream session; none after the first call."""
+        host, self._host = self._host, ""
+        if not host:
+            return {}
+        return {"host": host} if self._reused is None else {"host": host, "reused": self._reused}
 
     def _where(self) -> dict[str, str]:
         """Return the fields of a line that show the route."""

@@ -97,8 +97,8 @@ class Demo:
         """Return how many sessions a shard had."""
         whole = self._log.read_text().rpartition("\n")[0]  # the last line may be under way
         events = map(json.loads, whole.splitlines())
-        started = [event for event in events if event["event"] == "session started"]
-        return sum(event["target"] == f"tenants/{shard}" for event in started)
+        ended = [event for event in events if event["event"] == "session ended"]
+        return sum(event["target"] == f"tenants/{shard}" for event in ended)
 
 
 @contextmanager

@@ -45,6 +45,7 @@ from tests.support.running import (
     asyncpg_arguments,
     eventually,
     libpq,
+    opened_sessions,
     proxy_values,
     toml,
 )
@@ -57,9 +58,10 @@ SLEEP = "SELECT pg_sleep(60)"
 READY_TO_SERVE = "worker serves"
 
 
-def by_worker(proxy: ProxyProcess, event: str = "session started") -> Counter[int]:
-    """Count the log lines of an event by the worker that wrote them."""
-    return Counter(line["worker"] for line in proxy.events(event))
+def by_worker(proxy: ProxyProcess, event: str = "") -> Counter[int]:
+    """Count the log lines of an event, or the sessions, by the worker that wrote them."""
+    lines = proxy.events(event) if event else opened_sessions(proxy)
+    return Counter(line["worker"] for line in lines)
 
 
 def worker_pids(proxy: ProxyProcess) -> set[int]:
@@ -142,7 +144,7 @@ async def test_of_200_sessions_each_worker_has_half_to_within_20_percent(
     shares = by_worker(proxy)
     assert set(shares) == {1, 2}
     assert all(80 <= share <= 120 for share in shares.values())
-    connections = [line["connection"] for line in proxy.events("session started")]
+    connections = [line["connection"] for line in opened_sessions(proxy)]
     assert len(set(connections)) == 200, "each has a number of its own in the log"
     assert errors(proxy) == []
 
@@ -154,9 +156,7 @@ async def test_a_worker_whose_sessions_end_gets_the_next_ones(
     proxy = await start_process(listen=TWO, admin=admin)
     async with served(proxy, 8) as clients:
         await eventually(lambda: by_worker(proxy) == {1: 4, 2: 4}, "they are spread")
-        mine = {
-            line["connection"] for line in proxy.events("session started") if line["worker"] == 1
-        }
+        mine = {line["connection"] for line in opened_sessions(proxy) if line["worker"] == 1}
         # Clients connect one after another, so that their numbers are those of the log.
         for number, client in enumerate(clients, 1):
             if number in mine:
@@ -880,5 +880,5 @@ async def test_one_worker_is_one_process(start_process: StartProcess) -> None:
     proxy = await start_process(listen={"port": 0, "workers": 1})
     assert descendants(proxy.pid) == set()
     async with served(proxy, 1):
-        await eventually(lambda: proxy.events("session started"), "it is served")
-    assert "worker" not in proxy.events("session started")[0]
+        await eventually(lambda: opened_sessions(proxy), "it is served")
+    assert "worker" not in opened_sessions(proxy)[0]

@@ -87,7 +87,7 @@ def test_lines_that_are_made_later_are_made_in_order_and_most_of_a_burst_by_the_
     lines = [b"%0200d\n" % number for number in range(1000)]
     for number, line in enumerate(lines):
         if number % 3:
-            pipe.writer.write_later(partial(make, line), len(line))
+            pipe.writer.write(partial(make, line))
         else:
             pipe.writer.write(line)
     whole = b"".join(lines)
@@ -105,7 +105,7 @@ def test_a_line_that_is_logged_while_others_are_made_disturbs_none(pipe: Pipe) -
         return line
 
     for line, within in zip(sorted(whole), sorted(inner), strict=True):
-        pipe.writer.write_later(partial(make, line, within), len(line))
+        pipe.writer.write(partial(make, line, within))
     written = pipe.read(sum(map(len, whole | inner)))
     pipe.writer.flush(WAIT_SECONDS_MAX)
     assert sorted(written.splitlines(keepends=True)) == sorted(whole | inner)

@@ -188,6 +188,19 @@ class LogLines(io.StringIO):
         return [line for line in self.lines if line["level"] not in ("debug", "info")]
 
 
+class HasLines(Protocol):
+    """A log."""
+
+    @property
+    def lines(self) -> list[dict[str, Any]]: ...
+
+
+def opened_sessions(log: HasLines) -> list[dict[str, Any]]:
+    """Return the line of each session that shows its host: the first one."""
+    events = ("session started", "session ended")
+    return [line for line in log.lines if line["event"] in events and "host" in line]
+
+
 @contextmanager
 def captured_log() -> Iterator[LogLines]:
     """Yield what is logged inside the block, from debug upwards; then log as before."""

@@ -13,6 +13,7 @@ import pytest
 from proxy.emulator.endpoints import Dialect
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
+from proxy.server.first_tokens import mint_first_tokens
 from proxy.wire.startup import V3_0, ProtocolVersion, StartupMessage
 from tests.e2e.conftest import StartProxy
 from tests.support.client import Client, plain_client, query, startup
@@ -530,10 +531,11 @@ async def test_w49_waking_runs_on_the_other_clock_and_says_57p03(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
     endpoint = lakebase["one"].endpoint
-    endpoint.suspend()
-    endpoint.wake_seconds, endpoint.wake_timeout_seconds = 30, 0.05
     limits = {"connect_timeout_seconds": 0.5}
     proxy = await start_proxy(listen={"startup_timeout_seconds": 0.1}, upstream=limits)
+    await mint_first_tokens(proxy)
+    endpoint.suspend()
+    endpoint.wake_seconds, endpoint.wake_timeout_seconds = 30, 0.05
     received = await replies(proxy, startup())
     assert b"C57P03\0" in received
     assert b"Dreason=upstream_starting" in received

@@ -8,6 +8,7 @@ import pytest
 from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.server.app import App
+from proxy.server.first_tokens import mint_first_tokens
 from proxy.wire.messages import ErrorResponse
 from proxy.wire.startup import V3_0
 from tests.e2e.conftest import StartProxy
@@ -69,9 +70,11 @@ async def test_w46_a_database_that_wakes_too_slowly_is_57p03(
     start_proxy: StartProxy, lakebase: Lakebase
 ) -> None:
     endpoint = lakebase["one"].endpoint
+    proxy = await start_proxy(upstream={"connect_timeout_seconds": 0.4})
+    await mint_first_tokens(proxy)
     endpoint.suspend()
     endpoint.wake_seconds, endpoint.wake_timeout_seconds = 30, 0.05
-    error = await told(await start_proxy(upstream={"connect_timeout_seconds": 0.4}))
+    error = await told(proxy)
     assert (error.sqlstate, error.text(b"D").split()[0]) == ("57P03", "reason=upstream_starting")
 
 
@@ -98,6 +101,7 @@ async def test_w49_a_silent_upstream_is_57p03_after_connect_timeout_and_not_befo
 ) -> None:
     limits = {"startup_timeout_seconds": 0.1}
     proxy = await start_proxy(listen=limits, upstream={"connect_timeout_seconds": 0.4})
+    await mint_first_tokens(proxy)
     lakebase.gateway.inject(stage, Injection.HANG)
     error = await told(proxy)
     assert (error.sqlstate, error.text(b"D").split()[0]) == ("57P03", "reason=upstream_timeout")

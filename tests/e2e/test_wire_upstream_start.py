@@ -213,7 +213,7 @@ async def test_w30_an_unasked_negotiation_is_a_violation(
 ) -> None:
     question = NegotiateProtocolVersion(version, ()).encode()
     async with manual_upstream(lakebase, question=question) as upstream:
-        received = await told(await to(start_proxy, upstream.port, 0.5))
+        received = await told(await to(start_proxy, upstream.port))
     assert_fatal(received, "08006", "upstream_protocol")
 
 
@@ -256,7 +256,7 @@ async def test_w52_no_other_answer_than_s_alone_is_taken_and_nothing_is_said_in_
     start_proxy: StartProxy, lakebase: Lakebase, answer: bytes, sqlstate: str, reason: str
 ) -> None:
     async with scripted(Expect(SSLRequest().encode()), Send(answer)) as upstream:
-        received = await told(await to(start_proxy, upstream.port, 0.5))
+        received = await told(await to(start_proxy, upstream.port))
         await upstream.until_open(0)
     assert_fatal(received, sqlstate, reason)
     assert b"go away" not in received  # no party that is trusted said it
@@ -288,7 +288,7 @@ async def test_w53_a_hostile_upstream_costs_its_own_client_and_no_other(
         manual_upstream(lakebase, welcome=OK + nonsense) as upstream,
     ):
         await other.start_up()
-        received = await told(await to(start_proxy, upstream.port, 0.5))
+        received = await told(await to(start_proxy, upstream.port))
         assert_fatal(received, "08006", "upstream_protocol")
         await other.query("SELECT 'served on'")
         assert b"served on" in await other.receive()
@@ -300,7 +300,7 @@ async def test_w53_an_error_without_a_code_is_an_error_and_no_crash(
 ) -> None:
     error = ErrorResponse(((b"S", b"FATAL"), (b"M", b"no code"))).encode()
     async with manual_upstream(lakebase, welcome=OK + error) as upstream:
-        received = await told(await to(start_proxy, upstream.port, 0.5))
+        received = await told(await to(start_proxy, upstream.port))
     assert received.startswith(b"E")
     assert b"\0M" in received
     assert log.events("session failed") == []

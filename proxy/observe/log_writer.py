@@ -25,8 +25,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-# Some thousand lines, beside those that are not made yet. More would only be older when they are
-# read.
+# Some thousand lines, beside `_UNMADE_MAX` that are not made yet. More would only be older when
+# they are read.
 QUEUE_BYTES_MAX: Final = 1024 * 1024
 # Writes of up to this size are atomic, so that lines of several processes do not mix in a pipe. One
 # to a local file is at any size. The thread needs the interpreter again after each.
@@ -46,6 +46,8 @@ _GATHER_BYTES_MAX: Final = QUEUE_BYTES_MAX // 8
 # So many lines are made by the caller, in half a millisecond, or 1.3 for people. The thread would
 # make all of a burst, and keep the interpreter for as long as a thread may: 5 ms.
 _UNMADE_MAX: Final = 60
+# A line that is made later needs as much room in the queue, so that none is made for a full one.
+_ROOM_BYTES_MIN: Final = 4096
 # A line that a finalizer logs just before the thread waits does not wake it; the next one does.
 _IDLE_WAIT_SECONDS: Final = 5.0
 # Before a fork. The thread has nothing to do then, or is blocked for longer than is waited for.
@@ -74,6 +76,7 @@ class LogWriter:
         self._lock = threading.RLock()  # a finalizer may log in the middle of this
         self._changed = threading.Condition(self._lock)
         self._unmade: list[_Line] = []  # they come after those of the queue
+        self._making = False
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._writing = False
@@ -83,31 +86,35 @@ class LogWriter:
         self._thread: threading.Thread | None = None
 
     def write(self, line: _Line) -> None:
-        """Queue a line. It is dropped if it does not fit.
+        """Queue a line, or a function that makes one. It is dropped if it does not fit.
 
-        A function is called later, once, by this or another caller or by the writer's thread. It
+        The function is called later, once, by this or another caller or by the writer's thread. It
         returns the line, and raises nothing.
         """
         with self._lock:  # the condition's own methods would cost half a microsecond
-            if not self._unmade and self._may_write_at_once():
+            if self._may_write_at_once():
                 line = _made(line)
-                if len(line) <= QUEUE_BYTES_MAX:
+                if self._is_idle() and len(line) <= QUEUE_BYTES_MAX:  # a finalizer may have logged
                     line = line[self._written_at_once(line) :]
-                if not line:
-                    return
-            if not self._has_thread():
+                    if not line:
+                        return
+            size = len(line) if isinstance(line, bytes) else _ROOM_BYTES_MIN
+            if self._queued_bytes + size > QUEUE_BYTES_MAX or not self._has_thread():
                 self.dropped += 1
                 return
             self._unmade.append(line)
-            if len(self._unmade) >= _UNMADE_MAX:
+            if isinstance(line, bytes) or len(self._unmade) >= _UNMADE_MAX:
                 self._make()
             if self._waiting:
                 self._changed.notify_all()
 
     def _make(self) -> None:
         """Queue the lines that were to be made later. Call it with the lock."""
+        if self._making:  # a finalizer has logged: its line comes after those that are being made
+            return
+        self._making = True
         unmade, self._unmade = self._unmade, []
-        for line in unmade:  # a finalizer may log meanwhile
+        for line in unmade:
             made = _made(line)
             size = len(made)
             if self._queued_bytes + size > QUEUE_BYTES_MAX:
@@ -115,6 +122,7 @@ class LogWriter:
             else:
                 self._queue.append(made)
                 self._queued_bytes += size
+        self._making = False
         if self._queued_bytes >= _GATHER_BYTES_MAX:
             self._changed.notify_all()
 
@@ -160,7 +168,7 @@ class LogWriter:
             self._stopping = False
 
     def _is_idle(self) -> bool:
-        return not (self._unmade or self._queue or self._writing)
+        return not (self._unmade or self._making or self._queue or self._writing)
 
     def _has_thread(self) -> bool:
         """Start the thread if there is none. Return whether there is one."""
@@ -186,7 +194,7 @@ class LogWriter:
                 self._writing = False
                 self.dropped += lost
                 dropped = self.dropped - self._reported
-                flows = dropped and not lost and self._is_idle()
+                flows = batch and dropped and not lost and self._is_idle()
                 if flows:
                     self._reported = self.dropped
                 self._changed.notify_all()

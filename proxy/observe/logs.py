@@ -63,9 +63,9 @@ _LEVELS: Final = {
 
 # What each line of a task has, if it was set there. Those of structlog's own `contextvars` are
 # looked for among all variables, for each line.
-_Fact = int | str | None
-_worker: Final = ContextVar[_Fact]("worker", default=None)
-_connection: Final = ContextVar[_Fact]("connection", default=None)
+_TaskField = int | str | None
+_worker: Final = ContextVar[_TaskField]("worker", default=None)
+_connection: Final = ContextVar[_TaskField]("connection", default=None)
 
 # How many levels of nested values are searched for keys; deeper ones are only masked as text.
 _NESTING_MAX: Final = 5
@@ -120,15 +120,15 @@ def _is_plain(event: Mapping[str, object]) -> bool:
     return _PLAIN.issuperset(map(type, event.values()))
 
 
-def _known(worker: _Fact, connection: _Fact) -> dict[str, int | str]:
-    """Return which worker and which connection a line is of, where that is known."""
-    facts = {"worker": worker, "connection": connection}
-    return {name: value for name, value in facts.items() if value is not None}
+def _task_fields(worker: _TaskField, connection: _TaskField) -> dict[str, int | str]:
+    """Return the fields of a line that say which task it is of, as far as that is known."""
+    fields = {"worker": worker, "connection": connection}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _add_task_facts(logger: object, method_name: str, event: EventDict) -> EventDict:
     """Add them to a line; a structlog processor."""
-    return {**_known(_worker.get(), _connection.get()), **event}
+    return {**_task_fields(_worker.get(), _connection.get()), **event}
 
 
 def _complete(logger: logging.Logger, method_name: str, event: EventDict) -> EventDict:
@@ -193,9 +193,9 @@ class _QueueHandler(logging.Handler):
         logger: logging.Logger,
         method_name: str,
         event: EventDict,
-        of_task: tuple[_Fact, _Fact],
+        of_task: tuple[_TaskField, _TaskField],
     ) -> str:
-        event = _complete(logger, method_name, {**_known(*of_task), **event})
+        event = _complete(logger, method_name, {**_task_fields(*of_task), **event})
         return self.formatter.render(method_name, redact(logger, method_name, event))
 
     @staticmethod
@@ -231,7 +231,8 @@ class _BoundLogger(structlog.stdlib.BoundLogger):
 
 
 def _report_dropped(lines: int) -> None:
-    get_logger(__name__).warning("log lines were dropped: nothing took them", lines=lines)
+    event = "log lines were dropped: nothing took them, or they did not fit"
+    get_logger(__name__).warning(event, lines=lines)
 
 
 _STDERR: Final = 2
@@ -275,7 +276,7 @@ def _renderer(
         def in_order(logger: object, method_name: str, event: EventDict) -> EventDict:
             """Return the line with its three fixed keys first, by their configured names."""
             fixed = {name: event.pop(key) for key, name in keys.items() if key in event}
-            return {**fixed, **event, **fixed}
+            return {**fixed, **event, **fixed}  # again: another field may have such a name
 
         encode = json.JSONEncoder(default=repr).encode  # json.dumps makes an encoder for each line
 
@@ -406,7 +407,7 @@ class _TaskFact:
 
     __slots__ = ("_fact", "_value")
 
-    def __init__(self, fact: ContextVar[_Fact], value: int | str) -> None:
+    def __init__(self, fact: ContextVar[_TaskField], value: int | str) -> None:
         self._fact = fact
         self._value = value
 

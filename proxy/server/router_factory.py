@@ -11,7 +11,7 @@ import gc
 import stat
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from io import StringIO
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Final
 
@@ -154,10 +154,10 @@ def _build_map(
     spec = shard_map.spec
     if stamp is None:
         return map_from_tables((entry.columns() for entry in shard_map.mappings), spec, targets)
-    with Path(shard_map.mappings_file).open(encoding="utf-8-sig", newline="") as file:
-        # Read as a whole: each read releases the interpreter lock and takes it back so soon that
-        # the event loop did not get it for 0.45 s.
-        lines = StringIO(file.read(), newline="")
+    # Read as a whole: each read of a file releases the interpreter lock and takes it back so soon
+    # that the event loop did not get it for 0.45 s.
+    content = BytesIO(Path(shard_map.mappings_file).read_bytes())
+    lines = TextIOWrapper(content, encoding="utf-8-sig", newline="")
     built = map_from_csv(lines, spec, targets)
     if not len(built):
         # A file that lost its rows, or is being written, must not unmap every tenant.

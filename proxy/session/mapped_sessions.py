@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import replace
 from itertools import islice
 from typing import Final, Protocol
@@ -110,7 +111,9 @@ class MappedSession:
         """Report the end of the session, with the mapping's move as its cause if that is it."""
         if end.reason in UPSTREAM_ENDS and not self.moved:
             loop = asyncio.get_running_loop()
-            self._report = end, report, loop.call_later(CAUSE_SECONDS_MAX, self.report_now)
+            timer = loop.call_later(CAUSE_SECONDS_MAX, self.report_now)
+            context = copy_context()  # its line is to have its id
+            self._report = end, lambda known: context.run(report, known), timer
             self._sessions.find_cause(self)
         else:
             report(self._with_cause(end))

@@ -146,6 +146,7 @@ class Session:
         if mapped is None:
             self._log.ended(end)
         else:
+            self._log.over()
             mapped.report(end, self._log.ended)
 
     # -- startup ---------------------------------------------------------------------------------

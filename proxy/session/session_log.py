@@ -277,6 +277,12 @@ class SessionLog:
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(_STARTED_DELAY_SECONDS, self._write_started)
 
+    def over(self) -> None:
+        """Write no line of its start any more: the session has ended, and its cause may follow."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def ended(self, end: RelayEnd) -> None:
         """Record the end of a session."""
         self._metrics.session_ended(end.reason, self.target)
@@ -284,13 +290,12 @@ class SessionLog:
 
     def failed(self, end: RelayEnd) -> None:
         """Record the end of a session by a bug. The listener counts it."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self.over()
         _log.info(
             "session ended",
             reason=end.reason.value,
             **self._where(),
-            **self._upstream(),
+            **self._take_upstream(),
             duration_seconds=self._duration_seconds(),
             client_bytes=end.client_bytes,
             upstream_bytes=end.upstream_bytes,
@@ -298,9 +303,9 @@ class SessionLog:
 
     def _write_started(self) -> None:
         self._timer = None
-        _log.info("session started", **self._where(), **self._upstream())
+        _log.info("session started", **self._where(), **self._take_upstream())
 
-    def _upstream(self) -> dict[str, str | bool]:
+    def _take_upstream(self) -> dict[str, str | bool]:
         """Return the fields that show the upstream session; none after the first call."""
         host, self._host = self._host, ""
         if not host:

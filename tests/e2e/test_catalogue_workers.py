@@ -86,6 +86,7 @@ async def test_s61_workers_share_one_map_and_each_hears_of_changes(
         ),
         "every end is logged with its cause",
     )
+    assert all("connection" in line for line in proxy.events("session ended"))
     # Parked in a worker, woken by the supervisor's feed.
     connecting = [asyncio.ensure_future(connect(proxy)) for _ in range(WORKERS)]
     await parked(proxy, WORKERS)

@@ -17,7 +17,6 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.observe.logs import configure_logging
 from proxy.server.app import App
 from proxy.upstream.phases import ConnectPhase
-from proxy.wire.messages import Terminate
 from tests.e2e.conftest import StartProxy
 from tests.support.admin_address import Answer, ask
 from tests.support.client import plain_client, startup
@@ -203,20 +202,6 @@ async def test_a_session_has_one_opening_and_one_closing_line(
     assert closing["client_bytes"] == len(b"Q\0\0\0\rSELECT 1\0")
     assert closing["upstream_bytes"] > 0
     assert closing["reason"] in ("client_closed", "client_lost")
-
-
-async def test_a_session_that_is_over_at_once_has_one_line_with_the_fields_of_both(
-    proxy: App, lakebase: Lakebase, log: LogLines
-) -> None:
-    async with plain_client(proxy) as client:
-        await client.send(startup() + Terminate().encode())
-        await client.receive_rest()
-    await eventually(lambda: log.events("session ended"), "its line")
-    lines = [line for line in log.lines if line["level"] == "info" and "connection" in line]
-    (line,) = lines
-    assert (line["event"], line["target"]) == ("session ended", "upstream")
-    assert line["host"] == lakebase["one"].endpoint.host
-    assert (line["reason"], line["client_bytes"]) == ("client_closed", len(Terminate().encode()))
 
 
 async def test_a_refused_client_has_one_line(proxy: App, lakebase: Lakebase, log: LogLines) -> None:

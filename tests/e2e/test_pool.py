@@ -27,7 +27,7 @@ from tests.support.pooling import (
     visit,
     visitor,
 )
-from tests.support.running import LogLines, eventually, opened_sessions
+from tests.support.running import LogLines, eventually, first_lines
 
 
 @both_relays
@@ -41,7 +41,7 @@ async def test_two_clients_have_one_backend(
         await settled(proxy, idle=1)
     assert len(set(pids)) == 1
     assert lakebase.gateway.logins.total() == 1
-    assert [line["reused"] for line in opened_sessions(log)] == [False, True, True]
+    assert [line["reused"] for line in first_lines(log)] == [False, True, True]
     assert log.above_info() == []
 
 

@@ -12,7 +12,7 @@ from tests.e2e.test_workers import TWO, by_worker, metrics, status
 from tests.support.admin_address import ask
 from tests.support.client import plain_client
 from tests.support.proxy_process import ProxyProcess, run_to_end
-from tests.support.running import Listening, LogLines, eventually, libpq, opened_sessions
+from tests.support.running import Listening, LogLines, eventually, first_lines, libpq
 
 SESSION = {"upstream": {"pool": "session", "pool_spare_min": 0}}
 ADMIN = {"admin": {"enabled": True, "port": 0}}
@@ -70,7 +70,7 @@ async def test_p50_takes_resets_and_retirements_are_shown(
     assert value("upstream_connect_seconds_count", phase="login") == 1
     assert value("sessions_started_total") == 3
     await eventually(lambda: len(log.events("session ended")) == 3, "all lines are there")
-    assert [line["reused"] for line in opened_sessions(log)] == [False, True, True]
+    assert [line["reused"] for line in first_lines(log)] == [False, True, True]
     assert not log.above_info()
 
 
@@ -82,7 +82,7 @@ async def test_p50_without_a_pool_nothing_is_said_of_pools(
     await backend_of(proxy)
     await eventually(lambda: log.events("session ended"), "it is over")
     assert (await ask(proxy.admin.port, "/status")).json["pools"] == []
-    assert "reused" not in opened_sessions(log)[0]
+    assert "reused" not in first_lines(log)[0]
 
 
 async def test_p50_no_count_falls_when_a_reload_replaces_a_pool_or_removes_it(

@@ -19,7 +19,7 @@ from tests.support.catalogue import Stores
 from tests.support.client import plain_client, startup
 from tests.support.pooling import pooling, settled
 from tests.support.proxy_process import run_to_end
-from tests.support.running import LogLines, eventually, opened_sessions, proxy_settings
+from tests.support.running import LogLines, eventually, first_lines, proxy_settings
 from tests.support.sidecars import connect, named_shards, parked, started_sidecars
 from tests.support.trace_receiver import TraceReceiver, receiving_traces, values
 
@@ -43,7 +43,7 @@ async def test_a_session_start_is_a_span_with_its_phases_as_children(
 ) -> None:
     async with serving(proxy_settings(lakebase)) as proxy:
         assert await psql(proxy, "SELECT 1") == "1"
-    (line,) = opened_sessions(log)
+    (line,) = first_lines(log)
     host, connection = line["host"], line["connection"]
     (start,) = receiver.starts()
     assert (start.name, start.kind) == ("session start", start.SPAN_KIND_SERVER)

@@ -44,8 +44,8 @@ from tests.support.running import (
     WAIT_SECONDS_MAX,
     asyncpg_arguments,
     eventually,
+    first_lines,
     libpq,
-    opened_sessions,
     proxy_values,
     toml,
 )
@@ -58,10 +58,14 @@ SLEEP = "SELECT pg_sleep(60)"
 READY_TO_SERVE = "worker serves"
 
 
-def by_worker(proxy: ProxyProcess, event: str = "") -> Counter[int]:
-    """Count the log lines of an event, or the sessions, by the worker that wrote them."""
-    lines = proxy.events(event) if event else opened_sessions(proxy)
-    return Counter(line["worker"] for line in lines)
+def by_worker(proxy: ProxyProcess) -> Counter[int]:
+    """Count the sessions by their worker."""
+    return Counter(line["worker"] for line in first_lines(proxy))
+
+
+def lines_by_worker(proxy: ProxyProcess, event: str) -> Counter[int]:
+    """Count the log lines of an event by the worker that wrote them."""
+    return Counter(line["worker"] for line in proxy.events(event))
 
 
 def worker_pids(proxy: ProxyProcess) -> set[int]:
@@ -144,7 +148,7 @@ async def test_of_200_sessions_each_worker_has_half_to_within_20_percent(
     shares = by_worker(proxy)
     assert set(shares) == {1, 2}
     assert all(80 <= share <= 120 for share in shares.values())
-    connections = [line["connection"] for line in opened_sessions(proxy)]
+    connections = [line["connection"] for line in first_lines(proxy)]
     assert len(set(connections)) == 200, "each has a number of its own in the log"
     assert errors(proxy) == []
 
@@ -156,12 +160,12 @@ async def test_a_worker_whose_sessions_end_gets_the_next_ones(
     proxy = await start_process(listen=TWO, admin=admin)
     async with served(proxy, 8) as clients:
         await eventually(lambda: by_worker(proxy) == {1: 4, 2: 4}, "they are spread")
-        mine = {line["connection"] for line in opened_sessions(proxy) if line["worker"] == 1}
+        mine = {line["connection"] for line in first_lines(proxy) if line["worker"] == 1}
         # Clients connect one after another, so that their numbers are those of the log.
         for number, client in enumerate(clients, 1):
             if number in mine:
                 client.close()
-        await eventually(lambda: by_worker(proxy, "session ended") == {1: 4}, "one has none")
+        await eventually(lambda: lines_by_worker(proxy, "session ended") == {1: 4}, "one has none")
         await until_connected(unused_tcp_port, 4)
         async with served(proxy, 4):
             await eventually(lambda: by_worker(proxy) == {1: 8, 2: 4}, "it gets all four")
@@ -186,7 +190,7 @@ async def test_max_connections_is_a_bound_of_all_workers_together(
         assert (shown["last_minute"]["started"], shown["facts"]["roles"]) == (5, [CLIENT_ID])
         (target,) = shown["targets"]
         assert target["connect_p50_seconds"] > 0
-    await eventually(lambda: by_worker(proxy, "session ended").total() == 5, "slots are free")
+    await eventually(lambda: lines_by_worker(proxy, "session ended").total() == 5, "slots are free")
     async with served(proxy, 5):
         pass
     counted = await metrics(unused_tcp_port)
@@ -476,7 +480,9 @@ async def test_mappings_that_a_reload_brings_are_those_of_all_workers_and_of_new
         proxy.send(signal.SIGHUP)
         await eventually(lambda: proxy.events("reloaded"), "it is taken")
         assert [await shard_by_psycopg(proxy, dbname="x@a") for _ in range(4)] == ["two"] * 4
-        await eventually(lambda: set(by_worker(proxy, "session ended")) == {1, 2}, "from both")
+        await eventually(
+            lambda: set(lines_by_worker(proxy, "session ended")) == {1, 2}, "from both"
+        )
         for connection in staying:
             row = await (await connection.execute(TABLE)).fetchone()
             assert row == ("one",), "a session is routed once"
@@ -502,13 +508,13 @@ async def test_a_log_level_that_a_reload_brings_is_that_of_workers_and_their_suc
     proxy.send(signal.SIGHUP)
     await eventually(lambda: proxy.events("reloaded"), "it is taken")
     await cancel()
-    await eventually(lambda: by_worker(proxy, event) == {1: 1, 2: 1}, "both log it")
+    await eventually(lambda: lines_by_worker(proxy, event) == {1: 1, 2: 1}, "both log it")
     os.kill(min(worker_pids(proxy)), signal.SIGKILL)
     await eventually(lambda: proxy.events("worker died"), "it is dead")
     await eventually(lambda: len(worker_pids(proxy)) == 2, "another has come")
     await eventually(lambda: len(proxy.events(READY_TO_SERVE)) == 3, "it serves")
     await cancel()
-    await eventually(lambda: by_worker(proxy, event) == {1: 2, 2: 2}, "both log it again")
+    await eventually(lambda: lines_by_worker(proxy, event) == {1: 2, 2: 2}, "both log it again")
 
 
 async def test_systemd_hears_of_the_supervisor_alone(lakebase: Lakebase, tmp_path: Path) -> None:
@@ -555,7 +561,7 @@ async def test_a_drain_lets_busy_sessions_of_all_workers_finish_and_exits_with_0
         for client in clients:
             assert b"finished" in await client.receive_rest()
     assert await proxy.ended() == 0
-    assert set(by_worker(proxy, "session ended")) == {1, 2}
+    assert set(lines_by_worker(proxy, "session ended")) == {1, 2}
     assert [line["sessions_cut"] for line in proxy.events("stopped")] == [0]
     assert alive(below) == set()
     assert errors(proxy) == []
@@ -597,7 +603,7 @@ async def test_a_session_that_is_idle_for_too_long_ends_in_every_worker(
     proxy = await start_process(listen={**TWO, "idle_timeout_seconds": 0.2})
     async with served(proxy, 4) as clients:
         assert [(await client.error()).sqlstate for client in clients] == ["57P05"] * 4
-    await eventually(lambda: by_worker(proxy, "session ended") == {1: 2, 2: 2}, "of both")
+    await eventually(lambda: lines_by_worker(proxy, "session ended") == {1: 2, 2: 2}, "of both")
 
 
 @pytest.mark.parametrize("signalled_twice", [False, True])
@@ -880,5 +886,5 @@ async def test_one_worker_is_one_process(start_process: StartProcess) -> None:
     proxy = await start_process(listen={"port": 0, "workers": 1})
     assert descendants(proxy.pid) == set()
     async with served(proxy, 1):
-        await eventually(lambda: opened_sessions(proxy), "it is served")
-    assert "worker" not in opened_sessions(proxy)[0]
+        await eventually(lambda: first_lines(proxy), "it is served")
+    assert "worker" not in first_lines(proxy)[0]

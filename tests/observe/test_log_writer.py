@@ -5,6 +5,7 @@ sessions, liveness and SIGTERM included. A log that could not be written made a 
 with 120.
 """
 
+import math
 import os
 import select
 import socket
@@ -20,10 +21,18 @@ from queue import SimpleQueue
 
 import pytest
 
-from proxy.observe.log_writer import BATCH_BYTES, QUEUE_BYTES_MAX, LogWriter
+from proxy.observe.log_writer import (
+    _AT_ONCE_MAX,
+    BATCH_BYTES,
+    QUEUE_BYTES_MAX,
+    LogWriter,
+)
 
 LINE = b"x" * 999 + b"\n"
 WAIT_SECONDS_MAX = 10.0
+needs_writes_at_once = pytest.mark.skipif(
+    not hasattr(os, "RWF_NOWAIT"), reason="Linux has writes that do not wait"
+)
 
 
 class Pipe:
@@ -49,7 +58,8 @@ class Pipe:
             before = self.writer.dropped
             for _ in range(100):
                 self.writer.write(LINE)
-            fitted = self.writer.dropped < before + 100
+            takes_more = select.select([], [self.end], [], 0)[1]  # of what the thread has
+            fitted = bool(takes_more) or self.writer.dropped < before + 100
 
 
 @pytest.fixture
@@ -111,6 +121,90 @@ def test_a_line_that_is_logged_while_others_are_made_disturbs_none(pipe: Pipe) -
     assert sorted(written.splitlines(keepends=True)) == sorted(whole | inner)
 
 
+def await_lines(writer: LogWriter) -> None:
+    """Return when the thread waits for lines; the next ones are a burst of their own."""
+    for _ in range(10):
+        writer.write(b"before\n")
+    writer.flush(WAIT_SECONDS_MAX)
+    writer._burst_at = -math.inf
+
+
+def test_a_line_that_is_logged_while_others_are_made_comes_after_them(pipe: Pipe) -> None:
+    # The thread makes those of a burst. That one was written at once, before older ones.
+    await_lines(pipe.writer)
+    assert pipe.read(70) == b"before\n" * 10
+
+    def make(number: int) -> bytes:
+        if number == _AT_ONCE_MAX:  # the first one that is made later: none is queued before it
+            pipe.writer.write(b"inner\n")
+        return b"%d\n" % number
+
+    for number in range(10):
+        pipe.writer.write(partial(make, number))
+    whole = b"".join(b"%d\n" % number for number in range(10)) + b"inner\n"
+    assert pipe.read(len(whole)) == whole
+
+
+@needs_writes_at_once
+@pytest.mark.parametrize("lines_before", [0, _AT_ONCE_MAX])
+def test_a_long_line_that_is_logged_while_others_are_made_is_whole(lines_before: int) -> None:
+    # A socket took a part of it, and other lines came between the two.
+    here, there = socket.socketpair()
+    with here, there:
+        here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that there is
+        writer = LogWriter(here.fileno(), flows_again=lambda _: None)
+        long = b"x" * 30_000 + b"\n"
+
+        def make() -> bytes:
+            writer.write(long)
+            return b"outer\n"
+
+        await_lines(writer)
+        lines = [b"%d\n" % number for number in range(lines_before)]
+        for line in lines:
+            writer.write(partial(bytes, line))
+        writer.write(make)
+        for line in lines:
+            writer.write(partial(bytes, line))
+        expected = [b"before\n"] * 10 + 2 * lines + [b"outer\n", long]
+        received = b""
+        while len(received) < sum(map(len, expected)):
+            received += there.recv(1 << 16)
+        assert sorted(received.splitlines(keepends=True)) == sorted(expected)
+        writer.before_fork()  # it waits for the thread
+
+
+def test_lines_that_are_not_made_yet_are_written_before_a_fork(pipe: Pipe) -> None:
+    lines = [b"%d\n" % number for number in range(50)]
+    for line in lines:
+        pipe.writer.write(partial(bytes, line))
+    pipe.writer.before_fork()
+    assert os.read(pipe.reader, 1 << 16) == b"".join(lines)
+
+
+def test_a_made_line_that_does_not_fit_is_dropped_alone(pipe: Pipe) -> None:
+    lines = [partial(bytes, b"%d\n" % number) for number in range(10)]
+    lines.insert(8, partial(bytes, QUEUE_BYTES_MAX + 1))
+    for line in lines:
+        pipe.writer.write(line)
+    whole = b"".join(b"%d\n" % number for number in range(10))
+    assert pipe.read(len(whole)) == whole
+    assert pipe.writer.dropped == 1
+
+
+def test_nothing_is_made_for_a_queue_that_is_full(pipe: Pipe) -> None:
+    made: list[bytes] = []
+
+    def make() -> bytes:
+        made.append(LINE)
+        return LINE
+
+    pipe.fill()
+    for _ in range(1000):
+        pipe.writer.write(make)
+    assert len(made) < 200  # the thread may have taken a part since
+
+
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts a process's writes")
 def test_a_file_gets_larger_parts_than_a_pipe(tmp_path: Path) -> None:
     # After each write the thread waits for the interpreter, and sessions for the thread.
@@ -144,11 +238,6 @@ print(writer.dropped)
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     assert int(done.stdout) == 90
     assert (tmp_path / "log").read_bytes() == 10 * LINE + LINE[:500]
-
-
-needs_writes_at_once = pytest.mark.skipif(
-    not hasattr(os, "RWF_NOWAIT"), reason="Linux has writes that do not wait"
-)
 
 
 @needs_writes_at_once

@@ -233,6 +233,8 @@ def log_of_every_kind() -> None:
             raise ValueError(FAKE_JWT)
         except ValueError:
             logger.exception("failed", event_number=4)
+    with worker_log(2), connection_log(8):
+        logger.info("of a worker")
     logger.info("text", value='a "quoted" \u00e9\n\udc80')
     logger.debug("quiet")
 
@@ -264,7 +266,7 @@ def test_standard_error_gets_the_lines_that_any_stream_gets(
     )
     expected = expected.encode(errors="backslashreplace").decode()
     assert whole == expected
-    assert whole.count("TIME") == 3 * 6
+    assert whole.count("TIME") == 3 * 7
     assert FAKE_SECRET not in whole
     assert FAKE_JWT_HEADER not in whole
 

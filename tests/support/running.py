@@ -195,8 +195,8 @@ class HasLines(Protocol):
     def lines(self) -> list[dict[str, Any]]: ...
 
 
-def opened_sessions(log: HasLines) -> list[dict[str, Any]]:
-    """Return the line of each session that shows its host: the first one."""
+def first_lines(log: HasLines) -> list[dict[str, Any]]:
+    """Return the first line of each session: that with its host."""
     events = ("session started", "session ended")
     return [line for line in log.lines if line["event"] in events and "host" in line]
 

@@ -34,7 +34,7 @@ DOCUMENTS = $(wildcard *.md docs deploy examples) LICENSE config.example.toml do
 
 .DEFAULT_GOAL := help
 .PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling pools suites routes closes clients fleet demo docs site lock dist all clean
-.PHONY: halves unit-e2e unit-rest
+.PHONY: halves unit-e2e unit-rest pure-checks pure-wire pure-pools
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -96,6 +96,16 @@ unit: $(INSTALLED)
 
 # The same in two halves of about one length: `make --jobs=2 --output-sync=target halves` on two cores.
 halves: lint types unit-e2e unit-rest
+
+# On the relay in Python, after `make pure`: what is said on the wire and how it ends; and pools, in
+# front of the newest server. Without $(INSTALLED), which would compile it again.
+pure-checks: pure-wire pure-pools
+
+pure-wire:
+	$(BIN)/pytest -m e2e -q -k "(wire or drain) and not pool"
+
+pure-pools:
+	TEST_SHARDS_VERSION=18 $(BIN)/pytest -m e2e tests/e2e -q -k "pool and not soak"
 
 unit-e2e: $(INSTALLED)
 	$(BIN)/pytest -m 'not bench' tests/e2e tests/differential

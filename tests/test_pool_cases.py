@@ -14,6 +14,7 @@ NUMBERS: Final = [*range(1, 51), *range(71, 79)]
 # Tests that relay without a server, on both relays.
 RELAYED: Final = ("native/", "session/test_kept_upstream.py")
 CI: Final = (TESTS.parent / ".ci" / "run").read_text()
+MAKEFILE: Final = (TESTS.parent / "Makefile").read_text()
 
 
 def twice_in_ci(file: str, name: str) -> bool:
@@ -22,8 +23,11 @@ def twice_in_ci(file: str, name: str) -> bool:
 
 
 def test_ci_runs_pools_a_second_time() -> None:
-    command = '.venv/bin/pytest -m e2e tests/e2e -q -k "pool and not soak"'
-    assert f"\nTEST_SHARDS_VERSION=18 {command}\n" in CI
+    assert "\nmake pure PYTHON" in CI
+    assert "\nmake --jobs=2 --output-sync=target pure-checks\n" in CI
+    assert "\npure-checks: pure-wire pure-pools\n" in MAKEFILE
+    command = 'TEST_SHARDS_VERSION=18 $(BIN)/pytest -m e2e tests/e2e -q -k "pool and not soak"'
+    assert f"\npure-pools:\n\t{command}\n" in MAKEFILE
 
 
 def test_every_case_has_a_row_and_tests_and_no_test_has_another_number() -> None:

@@ -34,7 +34,7 @@ DOCUMENTS = $(wildcard *.md docs deploy examples) LICENSE config.example.toml do
 
 .DEFAULT_GOAL := help
 .PHONY: help install setup pure lint format types test unit e2e fuzz bench soak pooling pools suites routes closes clients fleet demo docs site lock dist all clean
-.PHONY: halves unit-e2e unit-rest pure-checks pure-wire pure-pools
+.PHONY: halves unit-e2e unit-rest pure-checks not-compiled pure-wire pure-pools
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -101,10 +101,13 @@ halves: lint types unit-e2e unit-rest
 # front of the newest server. Without $(INSTALLED), which would compile it again.
 pure-checks: pure-wire pure-pools
 
-pure-wire:
+not-compiled:
+	@$(BIN)/python -c 'import sys; from proxy import native; sys.exit("the relay is compiled: make pure comes first" if native.AVAILABLE else 0)'
+
+pure-wire: not-compiled
 	$(BIN)/pytest -m e2e -q -k "(wire or drain) and not pool"
 
-pure-pools:
+pure-pools: not-compiled
 	TEST_SHARDS_VERSION=18 $(BIN)/pytest -m e2e tests/e2e -q -k "pool and not soak"
 
 unit-e2e: $(INSTALLED)
@@ -124,7 +127,7 @@ fuzz: $(INSTALLED) ## two million inputs a side, and generated tests for longer 
 # Needs the distribution's PostgreSQL (the demo's has no TLS) and PgBouncer besides .venv, and reports
 # what is missing. ARGS: --help lists them. `--only shardmap` needs neither and takes a minute.
 # `--base CHECKOUT` compares with the proxy of another checkout in the same rounds.
-bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (ten minutes)
+bench: $(INSTALLED) ## measure beside PgBouncer and a direct connection (twenty minutes)
 	@exec $(BIN)/python -m bench $(ARGS)
 
 # ARGS: --seconds N, --seed N (which it prints).

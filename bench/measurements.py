@@ -21,12 +21,12 @@ class Quantity:
 
 @dataclass(slots=True)
 class Measurements:
-    """Values by quantity and system, one for each round, in the order of the rounds."""
+    """Values by quantity and system, one or more for each round, in the order of the rounds."""
 
     values: dict[Quantity, dict[str, list[float]]] = field(default_factory=dict)
 
     def add(self, system: str, quantity: Quantity, value: float) -> None:
-        """Add one round's value."""
+        """Add a round's value."""
         self.values.setdefault(quantity, {}).setdefault(system, []).append(value)
 
     def add_cpu(

@@ -26,7 +26,7 @@ SUBJECTS: Final = (
 )
 
 _EPILOGUE: Final = """\
-Five rounds take about ten minutes, with --full half an hour. --publish writes
+Five rounds take about twenty minutes, with --full half an hour. --publish writes
 docs/performance.json and the generated part of docs/performance.md; use it on a machine that does
 nothing else. --base compares with another checkout, in which `make setup` was run, in the same
 rounds: the column proxy/base is the ratio of this checkout to that one.

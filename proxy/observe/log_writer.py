@@ -46,7 +46,7 @@ _GATHER_BYTES_MAX: Final = QUEUE_BYTES_MAX // 8
 # So many lines are made by the caller, in half a millisecond, or 1.3 for people. The thread would
 # make all of a burst, and keep the interpreter for as long as a thread may: 5 ms.
 _UNMADE_MAX: Final = 60
-# A line that is made later needs as much room in the queue, so that none is made for a full one.
+# A line that is made later needs as much room in the queue, so that few are made in vain.
 _ROOM_BYTES_MIN: Final = 4096
 # A line that a finalizer logs just before the thread waits does not wake it; the next one does.
 _IDLE_WAIT_SECONDS: Final = 5.0
@@ -75,7 +75,7 @@ class LogWriter:
         self._reported = 0
         self._lock = threading.RLock()  # a finalizer may log in the middle of this
         self._changed = threading.Condition(self._lock)
-        self._unmade: list[_Line] = []  # they come after those of the queue
+        self._unmade: deque[_Line] = deque()  # they come after those of the queue
         self._making = False
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
@@ -92,39 +92,48 @@ class LogWriter:
         returns the line, and raises nothing.
         """
         with self._lock:  # the condition's own methods would cost half a microsecond
-            if self._may_write_at_once():
-                line = _made(line)
-                if self._is_idle() and len(line) <= QUEUE_BYTES_MAX:  # a finalizer may have logged
-                    line = line[self._written_at_once(line) :]
-                    if not line:
-                        return
             size = len(line) if isinstance(line, bytes) else _ROOM_BYTES_MIN
-            if self._queued_bytes + size > QUEUE_BYTES_MAX or not self._has_thread():
+            if self._queued_bytes + size > QUEUE_BYTES_MAX:
                 self.dropped += 1
                 return
+            at_once = self._may_write_at_once()
             self._unmade.append(line)
-            if isinstance(line, bytes) or len(self._unmade) >= _UNMADE_MAX:
+            if self._making:  # a finalizer has logged: its line comes after those
+                return
+            if at_once or isinstance(line, bytes) or len(self._unmade) >= _UNMADE_MAX:
                 self._make()
-            if self._waiting:
+            if at_once:
+                self._write_first()
+            if not self._is_idle() and self._has_thread() and self._waiting:
                 self._changed.notify_all()
 
     def _make(self) -> None:
         """Queue the lines that were to be made later. Call it with the lock."""
-        if self._making:  # a finalizer has logged: its line comes after those that are being made
-            return
         self._making = True
-        unmade, self._unmade = self._unmade, []
-        for line in unmade:
-            made = _made(line)
-            size = len(made)
-            if self._queued_bytes + size > QUEUE_BYTES_MAX:
-                self.dropped += 1
-            else:
-                self._queue.append(made)
-                self._queued_bytes += size
-        self._making = False
+        try:
+            for _ in range(len(self._unmade)):
+                made = _made(self._unmade.popleft())
+                size = len(made)
+                if self._queued_bytes + size > QUEUE_BYTES_MAX:
+                    self.dropped += 1
+                else:
+                    self._queue.append(made)
+                    self._queued_bytes += size
+        finally:
+            self._making = False
         if self._queued_bytes >= _GATHER_BYTES_MAX:
             self._changed.notify_all()
+
+    def _write_first(self) -> None:
+        """Write what the descriptor takes of the first line at once. Call it with the lock."""
+        if self._queue:
+            line = self._queue[0]
+            written = self._written_at_once(line)
+            self._queued_bytes -= written
+            if written == len(line):
+                self._queue.popleft()
+            else:
+                self._queue[0] = line[written:]
 
     def _may_write_at_once(self) -> bool:
         """Return whether the caller may write a line.

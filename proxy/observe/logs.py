@@ -126,7 +126,7 @@ def _task_fields(worker: _TaskField, connection: _TaskField) -> dict[str, int | 
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _add_task_facts(logger: object, method_name: str, event: EventDict) -> EventDict:
+def _add_task_fields(logger: object, method_name: str, event: EventDict) -> EventDict:
     """Add them to a line; a structlog processor."""
     return {**_task_fields(_worker.get(), _connection.get()), **event}
 
@@ -339,7 +339,7 @@ def configure_logging(
     """
     target = stream or sys.stderr
     foreign: list[Processor] = [
-        _add_task_facts,
+        _add_task_fields,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -366,7 +366,7 @@ def configure_logging(
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
-            _add_task_facts,
+            _add_task_fields,
             _complete,
             redact,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
@@ -388,7 +388,7 @@ def worker_log(number: int) -> AbstractContextManager[None]:
 
     Do not nest them, as with `connection_log`.
     """
-    return _TaskFact(_worker, number)
+    return _SetTaskField(_worker, number)
 
 
 def connection_log(connection_id: int | str) -> AbstractContextManager[None]:
@@ -396,23 +396,23 @@ def connection_log(connection_id: int | str) -> AbstractContextManager[None]:
 
     Do not nest them: the end of the inner block removes the id.
     """
-    return _TaskFact(_connection, connection_id)
+    return _SetTaskField(_connection, connection_id)
 
 
-class _TaskFact:
+class _SetTaskField:
     """Sets what each line of a task has, inside a block.
 
     It does not keep the value before: the token for it would be one more for each session.
     """
 
-    __slots__ = ("_fact", "_value")
+    __slots__ = ("_field", "_value")
 
-    def __init__(self, fact: ContextVar[_TaskField], value: int | str) -> None:
-        self._fact = fact
+    def __init__(self, field: ContextVar[_TaskField], value: int | str) -> None:
+        self._field = field
         self._value = value
 
     def __enter__(self) -> None:
-        self._fact.set(self._value)
+        self._field.set(self._value)
 
     def __exit__(self, *_: object) -> None:
-        self._fact.set(None)
+        self._field.set(None)

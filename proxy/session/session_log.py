@@ -160,6 +160,7 @@ class SessionLog:
 
     __slots__ = (
         "_advice",
+        "_ended_at",
         "_host",
         "_key",
         "_metrics",
@@ -182,6 +183,7 @@ class SessionLog:
         self._host = ""  # until a line has shown it
         self._reused: bool | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._ended_at: float | None = None
 
     # -- startup ---------------------------------------------------------------------------------
 
@@ -282,6 +284,8 @@ class SessionLog:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._ended_at is None:
+            self._ended_at = asyncio.get_running_loop().time()
 
     def ended(self, end: RelayEnd) -> None:
         """Record the end of a session."""
@@ -317,5 +321,6 @@ class SessionLog:
         return {"target": self.target} | ({"shard_key": self._key} if self._key else {})
 
     def _duration_seconds(self) -> float:
-        """Return the time since accept, as the log shows it."""
-        return round(asyncio.get_running_loop().time() - self._started_at, 3)
+        """Return the time from accept to the end, or until now, as the log shows it."""
+        until = self._ended_at or asyncio.get_running_loop().time()
+        return round(until - self._started_at, 3)

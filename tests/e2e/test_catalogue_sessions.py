@@ -276,7 +276,7 @@ async def test_r3_move_that_is_not_announced_costs_no_failed_session(
 
 
 async def test_without_a_feed_the_end_of_a_session_by_its_shard_is_counted_as_the_moves(
-    start: Start, operator: Operator, placed: Placed
+    start: Start, operator: Operator, placed: Placed, log: LogLines
 ) -> None:
     app = await start(catalogue={"feed": "off"})
     async with session(app) as live:
@@ -284,6 +284,8 @@ async def test_without_a_feed_the_end_of_a_session_by_its_shard_is_counted_as_th
         await operator.move(placed, "two")
         await ending
         await eventually(lambda: ends(app, "mapping_moved") == 1, "the end is counted")
+    (ending_line,) = log.events("session ended")
+    assert (ending_line["reason"], ending_line["connection"]) == ("mapping_moved", 1)
     async with session(app):
         assert app.metrics.value("stale_retries_total") == 0  # what was asked for it is known
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import pytest
 
 from proxy.observe.log_writer import (
     _AT_ONCE_MAX,
+    _UNMADE_MAX,
     BATCH_BYTES,
     QUEUE_BYTES_MAX,
     LogWriter,
@@ -121,33 +122,43 @@ def test_a_line_that_is_logged_while_others_are_made_disturbs_none(pipe: Pipe) -
     assert sorted(written.splitlines(keepends=True)) == sorted(whole | inner)
 
 
-def await_lines(writer: LogWriter) -> None:
-    """Return when the thread waits for lines; the next ones are a burst of their own."""
-    for _ in range(10):
-        writer.write(b"before\n")
-    writer.flush(WAIT_SECONDS_MAX)
-    writer._burst_at = -math.inf
+def first_later(number: int) -> bool:
+    """Return whether it is the first line of a burst that is not written at once."""
+    return number == _AT_ONCE_MAX
+
+
+def burst(writer: LogWriter, make: Callable[[int], bytes]) -> list[bytes]:
+    """Write lines of which this thread makes all that are not written at once; return their texts.
+
+    `make` gets the number of a line. Before the first one that is made later it may write at once.
+    """
+    numbers = range(_AT_ONCE_MAX + _UNMADE_MAX)
+
+    def made(number: int) -> bytes:
+        if first_later(number):
+            writer._burst_at = -math.inf
+        return make(number)
+
+    with writer._lock:
+        for number in numbers:
+            writer.write(partial(made, number))
+    return [b"%d\n" % number for number in numbers]
 
 
 def test_a_line_that_is_logged_while_others_are_made_comes_after_them(pipe: Pipe) -> None:
-    # The thread makes those of a burst. That one was written at once, before older ones.
-    await_lines(pipe.writer)
-    assert pipe.read(70) == b"before\n" * 10
-
+    # It was written at once, before older ones.
     def make(number: int) -> bytes:
-        if number == _AT_ONCE_MAX:  # the first one that is made later: none is queued before it
+        if first_later(number):
             pipe.writer.write(b"inner\n")
         return b"%d\n" % number
 
-    for number in range(10):
-        pipe.writer.write(partial(make, number))
-    whole = b"".join(b"%d\n" % number for number in range(10)) + b"inner\n"
+    whole = b"".join([*burst(pipe.writer, make), b"inner\n"])
     assert pipe.read(len(whole)) == whole
 
 
 @needs_writes_at_once
-@pytest.mark.parametrize("lines_before", [0, _AT_ONCE_MAX])
-def test_a_long_line_that_is_logged_while_others_are_made_is_whole(lines_before: int) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_long_line_that_is_logged_while_others_are_made_is_whole(*, at_once: bool) -> None:
     # A socket took a part of it, and other lines came between the two.
     here, there = socket.socketpair()
     with here, there:
@@ -155,23 +166,31 @@ def test_a_long_line_that_is_logged_while_others_are_made_is_whole(lines_before:
         writer = LogWriter(here.fileno(), flows_again=lambda _: None)
         long = b"x" * 30_000 + b"\n"
 
-        def make() -> bytes:
-            writer.write(long)
-            return b"outer\n"
+        def make(number: int) -> bytes:
+            if number == 0 if at_once else first_later(number):
+                writer.write(long)
+            return b"%d\n" % number
 
-        await_lines(writer)
-        lines = [b"%d\n" % number for number in range(lines_before)]
-        for line in lines:
-            writer.write(partial(bytes, line))
-        writer.write(make)
-        for line in lines:
-            writer.write(partial(bytes, line))
-        expected = [b"before\n"] * 10 + 2 * lines + [b"outer\n", long]
+        lines = burst(writer, make)
+        lines.insert(1 if at_once else len(lines), long)
+        whole = b"".join(lines)
         received = b""
-        while len(received) < sum(map(len, expected)):
+        while len(received) < len(whole):
             received += there.recv(1 << 16)
-        assert sorted(received.splitlines(keepends=True)) == sorted(expected)
+        assert received == whole
         writer.before_fork()  # it waits for the thread
+
+
+def test_a_line_that_cannot_be_made_since_the_program_ends_stops_no_other(pipe: Pipe) -> None:
+    def end() -> bytes:
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        pipe.writer.write(end)
+    lines = [b"%d\n" % number for number in range(50)]
+    for line in lines:
+        pipe.writer.write(partial(bytes, line))
+    assert pipe.read(len(b"".join(lines))) == b"".join(lines)
 
 
 def test_lines_that_are_not_made_yet_are_written_before_a_fork(pipe: Pipe) -> None:
@@ -179,7 +198,7 @@ def test_lines_that_are_not_made_yet_are_written_before_a_fork(pipe: Pipe) -> No
     for line in lines:
         pipe.writer.write(partial(bytes, line))
     pipe.writer.before_fork()
-    assert os.read(pipe.reader, 1 << 16) == b"".join(lines)
+    assert pipe.read(len(b"".join(lines))) == b"".join(lines)
 
 
 def test_a_made_line_that_does_not_fit_is_dropped_alone(pipe: Pipe) -> None:

@@ -95,6 +95,7 @@ unit: $(INSTALLED)
 	$(BIN)/pytest -m 'not bench' $(ARGS)
 
 # The same in two halves of about one length: `make --jobs=2 --output-sync=target halves` on two cores.
+FIRST_HALF = tests/e2e tests/differential tests/observe tests/session
 halves: lint types unit-e2e unit-rest
 
 # On the relay in Python, after `make pure`: what is said on the wire and how it ends; and pools, in
@@ -111,10 +112,10 @@ pure-pools: not-compiled
 	TEST_SHARDS_VERSION=18 $(BIN)/pytest -m e2e tests/e2e -q -k "pool and not soak"
 
 unit-e2e: $(INSTALLED)
-	$(BIN)/pytest -m 'not bench' tests/e2e tests/differential
+	$(BIN)/pytest -m 'not bench' $(FIRST_HALF)
 
 unit-rest: $(INSTALLED)
-	$(BIN)/pytest -m 'not bench' --ignore=tests/e2e --ignore=tests/differential
+	$(BIN)/pytest -m 'not bench' $(addprefix --ignore=,$(FIRST_HALF))
 
 e2e: $(INSTALLED) ## only the tests against the emulator's real PostgreSQL
 	$(BIN)/pytest -m e2e $(ARGS)

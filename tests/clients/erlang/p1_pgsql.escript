@@ -65,12 +65,16 @@ command(again, []) ->
     [integer_to_list(?QUERIES)];
 command(refused, [Database]) ->
     case connect(Database) of
-        {ok, Db} -> pgsql:terminate(Db), ["connected"];
+        {ok, Db} -> leave(Db), ["connected"];
         {error, Reason} -> [lists:flatten(io_lib:format("~0p", [Reason]))]
     end;
 command(close, []) ->
-    [pgsql:terminate(Db) || {_, Db} <- ets:tab2list(pool)],
+    [leave(Db) || {_, Db} <- ets:tab2list(pool)],
     ["closed"].
+
+%% The server may close before the driver's process has answered: then it has ended by that.
+leave(Db) ->
+    try pgsql:terminate(Db) catch exit:{tcp_close, _} -> ok end.
 
 connect(Database) ->
     pgsql:connect([{host, os:getenv("PGHOST")},
@@ -83,7 +87,7 @@ on(Do) ->
 
 on(Database, Do) ->
     {ok, Db} = connect(Database),
-    try Do(Db) after pgsql:terminate(Db) end.
+    try Do(Db) after leave(Db) end.
 
 %% The rows of one simple query, in text.
 rows(Db, Sql) ->

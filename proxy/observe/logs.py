@@ -180,7 +180,7 @@ class _QueueHandler(logging.Handler):
         return is_logged
 
     def emit(self, record: logging.LogRecord) -> None:
-        _stderr.write(self._made(partial(self.format, record)))
+        _stderr.write(self._made(self.format, record))
 
     def write_later(self, logger: logging.Logger, method_name: str, event: EventDict) -> None:
         """Queue a line of plain values, which is made later."""

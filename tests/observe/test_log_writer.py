@@ -36,6 +36,14 @@ needs_writes_at_once = pytest.mark.skipif(
 )
 
 
+def read_all(descriptor: int, size: int) -> bytes:
+    """Return so many bytes, which may come in parts."""
+    received = b""
+    while len(received) < size:
+        received += os.read(descriptor, size - len(received))
+    return received
+
+
 class Pipe:
     """A pipe, and a writer to it."""
 
@@ -45,10 +53,7 @@ class Pipe:
         self.writer = LogWriter(self.end, flows_again=self.reports.append)
 
     def read(self, size: int) -> bytes:
-        received = b""
-        while len(received) < size:
-            received += os.read(self.reader, size - len(received))
-        return received
+        return read_all(self.reader, size)
 
     def fill(self) -> None:
         """Write until nothing more fits into pipe and queue."""
@@ -174,10 +179,7 @@ def test_a_long_line_that_is_logged_while_others_are_made_is_whole(*, at_once: b
         lines = burst(writer, make)
         lines.insert(1 if at_once else len(lines), long)
         whole = b"".join(lines)
-        received = b""
-        while len(received) < len(whole):
-            received += there.recv(1 << 16)
-        assert received == whole
+        assert read_all(there.fileno(), len(whole)) == whole
         writer.before_fork()  # it waits for the thread
 
 
@@ -322,10 +324,7 @@ def test_what_is_not_taken_at_once_follows_in_order(lines: int) -> None:
         for line in (*long, b"last\n"):
             writer.write(line)
         whole = b"".join(long) + b"last\n"
-        received = b""
-        while len(received) < len(whole):
-            received += there.recv(1 << 16)
-        assert received == whole
+        assert read_all(there.fileno(), len(whole)) == whole
         writer.before_fork()  # it waits for the thread
 
 

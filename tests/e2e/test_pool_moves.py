@@ -15,8 +15,8 @@ from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.move import Move
 from proxy.observe.pool_stats import PoolRow
 from proxy.server.app import App
-from tests.support.catalogue import Stores
-from tests.support.operating import Operating
+from tests.support.catalogue import MAP, Stores
+from tests.support.operating import Operating, in_background
 from tests.support.pooling import SESSION_MODE
 from tests.support.running import eventually
 from tests.support.sidecars import (
@@ -81,6 +81,22 @@ async def move(operating: Operating, to: str) -> Move:
     return moving
 
 
+async def until_followed(app: App, operating: Operating) -> None:
+    """Wait until the sidecar has heard of each change in the catalogue.
+
+    Before that it finds out by asking a shard, which costs the session that it asks on.
+    """
+    (now,) = await operating.fetch(
+        MAP, "select version from shardmap.shard_map where map_id = $1", operating.map.map_id
+    )
+
+    def is_followed() -> bool:
+        shown = app.shard_map()
+        return shown is not None and shown.version == now["version"]
+
+    await eventually(is_followed, "the sidecar has the catalogue's version")
+
+
 async def registered_for(operating: Operating, pid: int) -> UUID:
     return (await operating.registered())[pid]
 
@@ -98,6 +114,7 @@ async def test_p33_a_reused_session_is_registered_for_the_key_of_its_client(
         assert await registered_for(operating, pid) == (await operating.mapping(150))["mapping_id"]
         assert (await move(operating, "two")).sessions_ended == 0
         assert await lives(other), "its key did not move"
+    await until_followed(app, operating)
     assert (await visit(app, 5))[1] == "two"
     await until_idle(app, 1)
     assert (await visit(app, 151))[0] == pid
@@ -183,8 +200,9 @@ async def test_p33_an_offline_mapping_parks_its_clients_although_sessions_are_id
     pid, _ = await visit(app, 150)
     await until_idle(app, 1)
     await operating.run(TakeOffline(operating.map, *bounds))
-    waiting = asyncio.ensure_future(visit(app, 5))
-    await eventually(lambda: parked(app) == 1, "it is parked")
-    assert (await visit(app, 150))[0] == pid
-    await operating.run(TakeOnline(operating.map, *bounds))
-    assert (await waiting)[1] == "one"
+    await until_followed(app, operating)
+    async with in_background(visit(app, 5)) as waiting:
+        await eventually(lambda: parked(app) == 1, "it is parked")
+        assert (await visit(app, 150))[0] == pid
+        await operating.run(TakeOnline(operating.map, *bounds))
+        assert (await waiting)[1] == "one"

@@ -17,9 +17,9 @@ from proxy.catalogue.model import SessionsMode
 from proxy.catalogue.move import Move
 from proxy.catalogue.reassign import Reassign
 from proxy.server.app import App
-from tests.support.catalogue import Stores
+from tests.support.catalogue import MAP, Stores
 from tests.support.operating import Killed, Operating, Pauses, in_background, kill_at, until
-from tests.support.running import eventually
+from tests.support.running import LogLines, eventually
 from tests.support.sidecars import (
     ENDED,
     Start,
@@ -34,6 +34,7 @@ from tests.support.sidecars import (
 
 SECONDS_MAX: Final = 30.0
 MANY: Final = 100
+HELD_SECONDS: Final = 0.5
 
 
 @pytest_asyncio.fixture
@@ -258,6 +259,30 @@ async def test_r4_without_a_feed_a_client_that_comes_before_the_opening_is_serve
         connection = await waiting
         assert await shard_of(connection) == "two"
         connection.terminate()
+
+
+async def test_the_wait_for_the_cause_of_an_end_is_not_in_the_duration_of_its_session(
+    operating: Operating, start: Start, log: LogLines
+) -> None:
+    """The catalogue is asked whether the mapping has moved, and answers half a second later."""
+    app = await start()
+    waits = "select from pg_locks where not granted and relation = 'shardmap.mapping'::regclass"
+
+    async def is_asked() -> bool:
+        return bool(await operating.fetch(MAP, waits))
+
+    began = time.monotonic()
+    async with operating.stores.connect(MAP) as catalogue, session(app, 5) as client:
+        await catalogue.execute("begin; lock table shardmap.mapping")
+        pid = await client.fetchval("select pg_backend_pid()")
+        await operating.fetch("one", "select pg_terminate_backend($1)", pid)
+        await until(is_asked, "the catalogue is asked")
+        seconds = time.monotonic() - began
+        await catalogue.execute(f"select pg_sleep({HELD_SECONDS}); rollback")
+    await eventually(lambda: log.events("session ended"), "its end is logged")
+    (line,) = log.events("session ended")
+    assert line["reason"] == "upstream_closed"
+    assert line["duration_seconds"] < seconds + HELD_SECONDS / 2
 
 
 async def test_r12_a_transaction_that_a_client_has_prepared_is_waited_for(

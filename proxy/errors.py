@@ -625,6 +625,12 @@ class ErrorKind(Enum):
         "too many clients already",
         "Raise listen.max_connections, or use a pool in the application.",
     )
+    TOO_MANY_STARTING = ErrorRow(
+        "too_many_starting",
+        "53300",
+        "too many clients already",
+        "Connect again in a moment. Clients that connect and send nothing take the places.",
+    )
     SHUTTING_DOWN = ErrorRow(
         "shutting_down",
         "57P01",

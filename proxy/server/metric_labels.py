@@ -17,7 +17,6 @@ from proxy.routing.router import LookupResult, RouteResult
 from proxy.server.snapshot import ConfigSnapshot
 from proxy.session.cancel import CancelResult
 from proxy.session.end_reason import ERRORS, OUTCOMES, Outcome
-from proxy.session.listener import TOO_MANY_STARTING
 from proxy.session.session_log import StartupFailure
 from proxy.upstream.phases import ConnectPhase, RecordTargetPhase
 from proxy.wire.violations import ClientReason
@@ -30,7 +29,7 @@ def build_metrics(targets: Iterable[str] = ()) -> Metrics:
         version=__version__,
         session_end_outcomes={**OUTCOMES, OTHER: Outcome.FAILED},
         session_end_errors=ERRORS,
-        startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure, TOO_MANY_STARTING],
+        startup_failure_reasons=[*refusals, *ClientReason, *StartupFailure],
         cancel_results=list(CancelResult),
         connect_phases=list(ConnectPhase),
         lookup_results=list(LookupResult),

@@ -40,7 +40,6 @@ STARTING_MAX: Final = 2000
 FLOOD_FROM: Final = 1000
 # A flood is logged once in this time.
 STARTING_WARNING_SECONDS: Final = 60.0
-TOO_MANY_STARTING: Final = "too_many_starting"  # its reason in the metrics
 
 _log = get_logger(__name__)
 
@@ -106,9 +105,8 @@ class Listener:
         self._ids = itertools.count(1)
         self._starting_max = starting_max
         # For a client that has sent nothing: a new one, or one that is closed in its place.
-        files_bound = starting_max < STARTING_MAX
-        kind = ErrorKind.TOO_FEW_FILES if files_bound else ErrorKind.TOO_MANY_CONNECTIONS
-        self._refusal = ProxyError(kind).response().encode()
+        self._too_many = _too_many(starting_max)
+        self._refusal = self._too_many.response().encode()
         # A burst that waits in the backlog is accepted at once, before anything of it can end.
         self._backlog = min(ACCEPT_BACKLOG, starting_max)
         self._flood_logged_at: float | None = None
@@ -194,7 +192,7 @@ class Listener:
     def _connected(self, stream: StartupStream) -> None:
         """Serve a connection; abort one that was in the backlog when the listener closed."""
         if not self._servers:
-            self._metrics.startup_failed(TOO_MANY_STARTING)
+            self._metrics.startup_failed(self._too_many.reason)
             stream.transport.abort()
         elif self._is_flooded():
             stream.write(self._refusal)
@@ -209,7 +207,7 @@ class Listener:
             return False
         made_room = self.open_sessions.close_slow(self._refusal)
         if made_room or starting >= self._starting_max:
-            self._metrics.startup_failed(TOO_MANY_STARTING)
+            self._metrics.startup_failed(self._too_many.reason)
             self._warn_of_flood(starting)
         return not made_room and starting >= self._starting_max
 
@@ -240,6 +238,14 @@ class Listener:
                 _log.exception("session failed")
             finally:
                 transport.abort()  # it is closed already, unless the session was cut
+
+
+def _too_many(starting_max: int) -> ProxyError:
+    """Return the error for a client that has sent nothing, where too many others are starting."""
+    if starting_max < STARTING_MAX:
+        detail = f"the proxy's limit of open files allows {starting_max} to start at a time"
+        return ProxyError(ErrorKind.TOO_FEW_FILES, detail)
+    return ProxyError(ErrorKind.TOO_MANY_STARTING, f"{starting_max} may start at a time")
 
 
 async def _stream_of(sock: socket.socket) -> StartupStream:

@@ -13,7 +13,7 @@ from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
 from proxy.server.metric_labels import build_metrics
 from proxy.session.drain import MUTE_SECONDS, OpenSession
-from proxy.session.listener import STARTING_MAX, TOO_MANY_STARTING, Listener, Serve
+from proxy.session.listener import FLOOD_FROM, STARTING_MAX, Listener, Serve
 from proxy.session.memory_trim import SESSIONS_MIN, MemoryTrim
 from proxy.session.slots import Slots
 from proxy.transport.stream import StartupStream
@@ -141,7 +141,7 @@ async def test_a_silent_connection_makes_room_for_a_new_one() -> None:
             assert error.sqlstate == "53000"
             await assert_cut(silent[number])
         await exchange(silent[0], b"x")
-        assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 3
+        assert there.metrics.value("startup_failures_total", reason="out_of_resources") == 3
 
 
 async def test_a_flood_is_bounded_told_and_one_warning(log: LogLines) -> None:
@@ -153,9 +153,11 @@ async def test_a_flood_is_bounded_told_and_one_warning(log: LogLines) -> None:
             client = await stack.enter_async_context(plain_client(there))
             error = await client.error()
             # Such a bound is that of few files.
-            assert (error.sqlstate, error.text(b"D")) == ("53000", "reason=out_of_resources")
+            assert error.sqlstate == "53000"
+            allowed = "the proxy's limit of open files allows 2 to start at a time"
+            assert error.text(b"D") == f"reason=out_of_resources {allowed}"
             await assert_cut(client)
-        assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 5
+        assert there.metrics.value("startup_failures_total", reason="out_of_resources") == 5
     (line,) = log.above_info()
     assert line["event"] == "connections are cut: too many are starting"
     assert line["starting"] == 2
@@ -269,6 +271,22 @@ async def test_a_connection_that_was_accepted_elsewhere_is_served_like_one_of_it
         assert there.metrics.value("connections_accepted_total") == 2
 
 
+async def test_where_files_are_no_bound_too_many_that_start_are_told_so() -> None:
+    async with listening() as there, AsyncExitStack() as stack:
+        first = await stack.enter_async_context(plain_client(there))
+        for _ in range(FLOOD_FROM - 1):
+            await stack.enter_async_context(plain_client(there))
+        await eventually(lambda: there.open == FLOOD_FROM, "all are connected")
+        loop = asyncio.get_running_loop()
+        late = loop.time() + MUTE_SECONDS
+        await eventually(lambda: loop.time() >= late, "they have been silent for long enough")
+        await exchange(await stack.enter_async_context(plain_client(there)), b"x")
+        error = await first.error()
+        assert (error.sqlstate, error.message) == ("53300", "too many clients already")
+        assert error.text(b"D") == f"reason=too_many_starting {STARTING_MAX} may start at a time"
+        assert there.metrics.value("startup_failures_total", reason="too_many_starting") == 1
+
+
 async def test_over_the_bound_of_those_that_start_an_adopted_connection_is_told_and_counted(
     log: LogLines,
 ) -> None:
@@ -285,6 +303,6 @@ async def test_over_the_bound_of_those_that_start_an_adopted_connection_is_told_
         async with asyncio.timeout(5):
             assert b"C53000" in await loop.sock_recv(second, 1000)
             assert await loop.sock_recv(second, 1) == b""
-        assert there.metrics.value("startup_failures_total", reason=TOO_MANY_STARTING) == 1
+        assert there.metrics.value("startup_failures_total", reason="out_of_resources") == 1
         await loop.sock_sendall(first, b"served")
         assert await loop.sock_recv(first, 100) == b"served"

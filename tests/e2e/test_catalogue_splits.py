@@ -14,11 +14,19 @@ from proxy.catalogue.merge import Merge
 from proxy.catalogue.operation import Operation
 from proxy.catalogue.shard_store import reader_statements
 from proxy.catalogue.split import Split
-from proxy.server.app import App
 from tests.support.catalogue import MAP, Stores
-from tests.support.operating import Operating, Pauses, in_background
+from tests.support.operating import Operating, Pauses, in_background, until
 from tests.support.running import eventually
-from tests.support.sidecars import Start, connect, lives, moved, parked, session, started_sidecars
+from tests.support.sidecars import (
+    Start,
+    connect,
+    lives,
+    moved,
+    parked,
+    session,
+    started_sidecars,
+    until_followed,
+)
 
 SECONDS_MAX: Final = 20.0
 MANY: Final = 12
@@ -43,10 +51,6 @@ async def start(stores: Stores) -> AsyncIterator[Start]:
         yield started
 
 
-def shard_changes(app: App) -> float:
-    return app.metrics.value("cache_changes_total", change="shard")
-
-
 def split(operating: Operating, key: int) -> Split:
     return Split(operating.map, operating.key(key))
 
@@ -68,7 +72,12 @@ async def test_s53_live_sessions_stay_over_splits_and_merges_and_end_with_their_
             assert await lives(new_low)
             assert await lives(new_high)
         ids = [(await operating.mapping(key))["mapping_id"] for key in (10, 60)]
-        assert await operating.registered() == dict(zip(pids, ids, strict=True))
+        expected = dict(zip(pids, ids, strict=True))
+
+        async def is_registered() -> bool:
+            return await operating.registered() == expected
+
+        await until(is_registered, "the two that live are registered for their mappings of now")
         assert moved(app) == 0
         assert await lives(low)
         assert await lives(high)
@@ -136,7 +145,7 @@ async def test_a_changed_shard_is_dialled_anew_and_its_sessions_go_on(
         instance = stores.lakebase["one"].instance
         changes = ShardChanges(name="uno", instance=instance.name)
         await operating.run(AlterShard(operating.map, "one", changes))
-        await eventually(lambda: shard_changes(app) >= 2, "the begin and the end are heard of")
+        await until_followed(app, operating)
         async with session(app, 10) as new:
             assert await lives(new)
             assert app.metrics.value("sessions_active", target="tenants/uno") == 1

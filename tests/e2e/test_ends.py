@@ -18,7 +18,7 @@ from proxy.emulator.faults import Injection, Stage
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
 from proxy.server.app import App
-from proxy.wire.messages import Terminate
+from proxy.wire.messages import ReadyForQuery, Terminate
 from tests.e2e.conftest import StartProxy
 from tests.support.client import plain_client, query, startup
 from tests.support.running import (
@@ -364,6 +364,8 @@ async def test_readiness_fails_while_draining_and_new_clients_are_refused(
     assert await status("/readiness") == "200"
     async with plain_client(proxy) as client:
         await client.start_up()
+        await client.query("BEGIN")
+        await client.messages_until(ReadyForQuery)
         draining = asyncio.create_task(proxy.drain(10))
         await asyncio.sleep(0)
         assert await status("/readiness") == "503"

@@ -17,6 +17,7 @@ from proxy.emulator.lakebase import Lakebase
 from proxy.observe.logs import configure_logging
 from proxy.server.app import App
 from proxy.upstream.phases import ConnectPhase
+from proxy.wire.messages import ReadyForQuery
 from tests.e2e.conftest import StartProxy
 from tests.support.admin_address import Answer, ask
 from tests.support.client import plain_client, startup
@@ -160,6 +161,8 @@ async def test_a_failed_mint_is_among_the_last_errors(shown: App, lakebase: Lake
 async def test_a_drain_is_shown_while_it_goes_on(shown: App) -> None:
     async with plain_client(shown) as client:
         await client.start_up()
+        await client.query("BEGIN")
+        await client.messages_until(ReadyForQuery)
         draining = asyncio.create_task(shown.drain(20))
         await asyncio.sleep(0)
         status = (await get(shown, "/status")).json

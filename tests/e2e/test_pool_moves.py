@@ -15,7 +15,7 @@ from proxy.catalogue.mapping_status import TakeOffline, TakeOnline
 from proxy.catalogue.move import Move
 from proxy.observe.pool_stats import PoolRow
 from proxy.server.app import App
-from tests.support.catalogue import MAP, Stores
+from tests.support.catalogue import Stores
 from tests.support.operating import Operating, in_background
 from tests.support.pooling import SESSION_MODE
 from tests.support.running import eventually
@@ -28,6 +28,7 @@ from tests.support.sidecars import (
     parked,
     session,
     started_sidecars,
+    until_followed,
 )
 
 CLIENTS: Final = 50
@@ -81,22 +82,6 @@ async def move(operating: Operating, to: str) -> Move:
     return moving
 
 
-async def until_followed(app: App, operating: Operating) -> None:
-    """Wait until the sidecar has heard of each change in the catalogue.
-
-    Before that it finds out by asking a shard, which costs the session that it asks on.
-    """
-    (now,) = await operating.fetch(
-        MAP, "select version from shardmap.shard_map where map_id = $1", operating.map.map_id
-    )
-
-    def is_followed() -> bool:
-        shown = app.shard_map()
-        return shown is not None and shown.version == now["version"]
-
-    await eventually(is_followed, "the sidecar has the catalogue's version")
-
-
 async def registered_for(operating: Operating, pid: int) -> UUID:
     return (await operating.registered())[pid]
 
@@ -126,6 +111,7 @@ async def test_p33_a_shard_that_does_not_admit_a_reused_session_costs_the_client
 ) -> None:
     app = await start(upstream=POOL, feed="off")
     pid, _ = await visit(app, 150)
+    await until_idle(app, 1)
     await visit(app, 5)  # the mapping is known from now on, and no feed tells that it moves
     await until_idle(app, 1)
     await move(operating, "two")

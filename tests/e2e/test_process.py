@@ -167,7 +167,9 @@ async def test_a_person_is_told_where_to_connect_as_whom_and_to_which_host(
             rf" as {lakebase.client_id} to {lakebase.shards[0].endpoint.host}"
             r" \(page: http://127\.0\.0\.1:\d+/\)"
         )
-        await eventually(lambda: "Listening" in proxy.err or not proxy.running, "it greets")
+        await eventually(
+            lambda: "Listening" in proxy.err or not proxy.running, "it greets", START_SECONDS_MAX
+        )
         proxy.send(signal.SIGTERM)
         assert await proxy.ended() == 0, proxy.err
     assert told.search(proxy.err), proxy.err

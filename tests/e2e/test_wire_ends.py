@@ -277,7 +277,7 @@ async def test_w35_who_says_terminate_wants_its_query_to_be_done(
         await client.send(startup(database=scratch_database))
         while not (await client.receive()).endswith(b"Z\0\0\0\x05I"):
             pass
-        sql = "INSERT INTO t SELECT 1 FROM pg_sleep(0.5)"
+        sql = "INSERT INTO t SELECT 1 FROM pg_sleep(2)"
         await client.send(query(sql) + Terminate().encode())
         await runs(lakebase)
         client.close()

@@ -61,6 +61,7 @@ async def test_w46_an_upstream_that_is_lost_before_ready_is_57p03(
     start_proxy: StartProxy, lakebase: Lakebase, stage: Stage, inject: Injection
 ) -> None:
     proxy = await start_proxy(upstream={"connect_timeout_seconds": 1})
+    await mint_first_tokens(proxy)
     lakebase.gateway.inject(stage, inject)
     error = await told(proxy)
     assert (error.sqlstate, error.text(b"D").split()[0]) == ("57P03", "reason=upstream_lost")
@@ -83,12 +84,14 @@ async def test_w46_no_answer_contains_the_token(
     start_proxy: StartProxy, lakebase: Lakebase, stage: Stage
 ) -> None:
     proxy = await start_proxy(upstream={"connect_timeout_seconds": 0.4})
+    await mint_first_tokens(proxy)
     lakebase.gateway.inject(stage, Injection.CLOSE)
     answer = (await told(proxy)).encode()
     assert lakebase.workspace.mints
     assert b"eyJ" not in answer  # how every such token begins
     async with manual_upstream(lakebase, welcome=b"R\0\0\0\x08\0\0\0\x03") as upstream:
         other = await start_proxy(upstream={"port": upstream.port, "connect_timeout_seconds": 0.4})
+        await mint_first_tokens(other)
         answer = (await told(other)).encode()
         token = (await upstream.session()).token
         assert token.startswith(b"eyJ")

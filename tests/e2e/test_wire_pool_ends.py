@@ -92,7 +92,7 @@ LEAVINGS: Final = (
     Leaving("after Parse and Flush without Sync", parse("SELECT 1") + FLUSH, b"1", TERMINATE, closes, kept=False),
     Leaving("after an error without Sync", parse("SELEC") + FLUSH, b"E", TERMINATE, closes, kept=False),
     Leaving("after an extended query without Sync", extended("SELECT 1"), b"", TERMINATE, closes, kept=False),
-    Leaving("with Query and Terminate in one write", b"", b"", query("SELECT pg_sleep(0.05)") + TERMINATE, closes, kept=False),
+    Leaving("with Query and Terminate in one write", b"", b"", query("SELECT pg_sleep(0.5)") + TERMINATE, closes, kept=False),
     Leaving("with RST while busy", SLEEP, b"", b"", resets, kept=False),
     Leaving("with EOF while busy", SLEEP, b"", b"", closes, kept=False),
     *(Leaving(f"with {n} bytes of a Query", b"", b"", query("SELECT 1")[:n], closes, kept=False) for n in range(1, 7)),
@@ -220,7 +220,7 @@ async def test_p30_a_key_ends_with_its_client(served: Pooled) -> None:
     await served.at_rest()
     async with served.client() as second:
         pid = await backend_pid(second)
-        running = asyncio.create_task(value(second, "SELECT pg_sleep(0.3)"))
+        running = asyncio.create_task(value(second, "SELECT pg_sleep(2)"))
         activity = f"SELECT state FROM pg_stat_activity WHERE pid = {pid}"
         await eventually(lambda: served.cluster.execute(activity) == "active", "it runs")
         cancels = len(served.lakebase.gateway.cancels)

@@ -346,6 +346,8 @@ async def test_w37_the_socket_is_gone_once_the_proxy_drains(
     path = path_of(proxy, directory)
     async with unix_client(path) as client:
         await client.start_up()
+        await client.query("BEGIN")
+        await client.messages_until(ReadyForQuery)
         draining = asyncio.create_task(proxy.drain(10))
         await eventually(lambda: not path.exists(), "the socket is gone")
         await client.query("SELECT 'still served'")

@@ -12,6 +12,7 @@ from proxy.emulator.certificates import Certificate
 from proxy.emulator.lakebase import Lakebase
 from proxy.emulator.streams import EndedBy
 from proxy.server.app import App
+from proxy.server.first_tokens import mint_first_tokens
 from proxy.wire.messages import (
     AuthenticationOk,
     ErrorResponse,
@@ -314,6 +315,7 @@ async def test_w53_an_end_at_every_offset_of_the_welcome_is_answered(
         steps = (*context_steps, SendSplit(WELCOME[:cut]))
         async with scripted(*steps) as upstream:
             proxy = await to(start_proxy, upstream.port, 0.4)
+            await mint_first_tokens(proxy)
             async with plain_client(proxy) as client:
                 await client.send(startup())
                 await upstream.until_read(1)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.proxy_process import ROOT, alive, descendants, handles
+from tests.support.proxy_process import ROOT, START_SECONDS_MAX, alive, descendants, handles
 from tests.support.running import eventually, without_own_account
 from tests.support.tools import need
 
@@ -65,7 +65,9 @@ async def test_sigterm_ends_it_before_the_program_is_imported(verb: str, code: i
 async def test_sigterm_ends_several_workers_and_leaves_no_process() -> None:
     need("SIGTERM to a PID 1 with workers", "unshare", root=True)
     async with pid_one("run", *ENDPOINT, *PORTS, "--listen.workers", "2") as (outside, inside):
-        await eventually(lambda: len(descendants(inside)) == 3, "its workers are there")
+        await eventually(
+            lambda: len(descendants(inside)) == 3, "its workers are there", START_SECONDS_MAX
+        )
         below = descendants(inside)
         os.kill(inside, signal.SIGTERM)
         async with asyncio.timeout(10):

@@ -16,7 +16,7 @@ from proxy.server.app import App
 from proxy.server.serving import serving
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
 from tests.support.operating import Operating
-from tests.support.running import Listening, captured_log
+from tests.support.running import Listening, captured_log, eventually
 from tests.support.secret_canaries import watching
 
 CONNECT_SECONDS_MAX: Final = 30.0
@@ -105,3 +105,19 @@ def moved(app: App) -> float:
 def parked(app: App) -> float:
     """Return how many clients wait."""
     return app.metrics.value("parked_sessions")
+
+
+async def until_followed(app: App, operating: Operating) -> None:
+    """Wait until the sidecar has heard of each change in the catalogue.
+
+    Before that it finds out by asking a shard, which costs the session that it asks on.
+    """
+    (now,) = await operating.fetch(
+        MAP, "select version from shardmap.shard_map where map_id = $1", operating.map.map_id
+    )
+
+    def is_followed() -> bool:
+        shown = app.shard_map()
+        return shown is not None and shown.version == now["version"]
+
+    await eventually(is_followed, "the sidecar has the catalogue's version")

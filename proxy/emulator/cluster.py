@@ -235,24 +235,30 @@ class Cluster:
 
     def _initdb(self, binaries: Path, account: pwd.struct_passwd | None) -> None:
         directory = self.directory
-        command = [str(binaries / "initdb"), "-D", str(directory / "data"), "-U", SUPERUSER]
-        command += ["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
-        initdb = _spawn(command, directory, account)
-        try:
-            if initdb.wait(START_SECONDS_MAX):
-                raise ClusterError(f"initdb failed: {self._log()}")
-        except BaseException:
-            initdb.kill()
-            initdb.wait()
-            raise
-        finally:
-            assert initdb.stdin is not None
-            initdb.stdin.close()
+        data = str(directory / "data")
+        options = ("--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync")
+        self._run((str(binaries / "initdb"), "-D", data, "-U", SUPERUSER, *options), account)
         settings = {**self._settings, "unix_socket_directories": str(directory)}
         with (directory / "data" / "postgresql.conf").open("a") as file:  # before 16 no initdb -c
             for name, value in settings.items():
                 literal = value.replace("'", "''")
                 file.write(f"{name} = '{literal}'\n")
+        # The supervisor does not tell of a server that refuses its settings; this does, at once.
+        self._run((str(binaries / "postgres"), "-D", data, "-C", "data_directory"), account)
+
+    def _run(self, command: Sequence[str], account: pwd.struct_passwd | None) -> None:
+        """Run one of PostgreSQL's programs to its end. Raises ClusterError."""
+        process = _spawn(command, self.directory, account)
+        try:
+            if process.wait(START_SECONDS_MAX):
+                raise ClusterError(f"{Path(command[0]).name} failed: {self._log()}")
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
 
     def _postmaster(self) -> list[str]:
         """Return the lines of postmaster.pid: first the process, last its status; none without."""

@@ -116,9 +116,12 @@ async def test_a_change_of_the_map_ends_the_memory_of_keys_without_a_mapping(
 
 
 async def test_keys_without_a_mapping_are_remembered_up_to_a_bound(
-    catalogue: FollowedCatalogue, clock: Clock
+    catalogue: FollowedCatalogue,
 ) -> None:
-    async with running(catalogue.followed(times(clock), feed="off")) as followed:
+    # The clock stands still: each is remembered for a second.
+    now = time.monotonic()
+    at_one_time = replace(real_times(), clock=lambda: now)
+    async with running(catalogue.followed(at_one_time, feed="off")) as followed:
         state = followed.state
         with state.flight() as flight:
             for number in range(MISSES_MAX + 5):

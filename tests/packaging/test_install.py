@@ -4,6 +4,7 @@ What pip would download comes from the environment of this test, and nothing is 
 `test_wheel.py` is for.
 """
 
+import faulthandler
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ EXTENSION = re.compile(r"\[\[tool\.setuptools\.ext-modules\]\]\n(?:.+\n)+")
 
 
 def test_make_install_puts_a_command_into_the_home_that_runs_from_there(tmp_path: Path) -> None:
+    faulthandler.cancel_dump_traceback_later()  # it may take longer than a test; it has a bound
     clone, home = tmp_path / "clone", tmp_path / "home"
     home.mkdir()
     page = "docs/lakebase-auth-proxy.1"

@@ -3,6 +3,7 @@
 The wheel with the compiled relay is in `test_release.py`.
 """
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -42,6 +43,7 @@ IN_THE_WHEEL: Final = {".py", ".pyi", ".css", ".html", ".js", ".sql"}
 
 def built(step: str, source: Path, into: Path, **environment: str) -> Path:
     """Run a step of the build as pip does, by what is installed here; return what it made."""
+    faulthandler.cancel_dump_traceback_later()  # it may take longer than a test; it has a bound
     code = "import sys, setuptools.build_meta as b; getattr(b, sys.argv[1])(sys.argv[2])"
     ran = subprocess.run(
         [sys.executable, "-c", code, step, str(into)],

@@ -15,11 +15,12 @@ from contextlib import suppress
 from typing import Final
 
 from proxy.catalogue.errors import CatalogueError
-from tests.soak.map_changes import VERB_SECONDS_MAX, Verbs
+from tests.soak.map_changes import Verbs
 from tests.soak.outcome import Outcome
 from tests.soak.served import Served
 from tests.soak.stamped_rows import Errors
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
+from tests.support.killed_verb import VERB_SECONDS_MAX
 
 RELOCATED: Final = "two"
 RESTART_SECONDS_MAX: Final = 60.0

@@ -25,9 +25,8 @@ from tests.soak.outcome import Outcome
 from tests.soak.served import Served, keys_of
 from tests.soak.stamped_rows import COPY, Errors, Known
 from tests.support.catalogue import MAP, SHARD_NAMES, Stores
-from tests.support.killed_verb import KilledVerbs
+from tests.support.killed_verb import VERB_SECONDS_MAX, KilledVerbs
 
-VERB_SECONDS_MAX: Final = 90.0
 _RETRY_SECONDS: Final = 0.2
 # For so long a writer waits for others that change the same shard.
 _OTHERS_SECONDS_MAX: Final = 30.0

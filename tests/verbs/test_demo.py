@@ -241,7 +241,7 @@ async def test_a_signal_while_it_starts_leaves_nothing_behind(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     async with demo(tmp_path, *FREE_PORTS) as proxy:
-        await eventually(lambda: descendants(proxy.pid), "its first child runs")
+        await eventually(lambda: descendants(proxy.pid), "its first child", START_SECONDS_MAX)
         leavings = Leavings(proxy.pid, tmp_path)
         proxy.send(number)
         assert await proxy.ended(30) == 0

@@ -629,7 +629,7 @@ class ErrorKind(Enum):
         "too_many_starting",
         "53300",
         "too many clients already",
-        "Connect again in a moment. Clients that connect and send nothing take the places.",
+        "Connect again in a moment. Look for clients that connect and send nothing.",
     )
     SHUTTING_DOWN = ErrorRow(
         "shutting_down",

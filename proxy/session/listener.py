@@ -192,7 +192,7 @@ class Listener:
     def _connected(self, stream: StartupStream) -> None:
         """Serve a connection; abort one that was in the backlog when the listener closed."""
         if not self._servers:
-            self._metrics.startup_failed(self._too_many.reason)
+            self._metrics.startup_failed(ErrorKind.SHUTTING_DOWN.value.reason)
             stream.transport.abort()
         elif self._is_flooded():
             stream.write(self._refusal)
@@ -207,7 +207,7 @@ class Listener:
             return False
         made_room = self.open_sessions.close_slow(self._refusal)
         if made_room or starting >= self._starting_max:
-            self._metrics.startup_failed(self._too_many.reason)
+            self._metrics.session_refused(self._too_many.reason, self._too_many.kind.value.sqlstate)
             self._warn_of_flood(starting)
         return not made_room and starting >= self._starting_max
 
@@ -217,7 +217,11 @@ class Listener:
         logged_at = self._flood_logged_at
         if logged_at is None or now - logged_at >= STARTING_WARNING_SECONDS:
             self._flood_logged_at = now
-            _log.warning("connections are cut: too many are starting", starting=starting)
+            _log.warning(
+                "connections are cut: too many are starting",
+                reason=self._too_many.reason,
+                starting=starting,
+            )
 
     async def _run_adopted(self, sock: socket.socket, entry: OpenSession) -> None:
         with suppress(OSError):  # the client has disconnected
@@ -242,10 +246,10 @@ class Listener:
 
 def _too_many(starting_max: int) -> ProxyError:
     """Return the error for a client that has sent nothing, where too many others are starting."""
-    if starting_max < STARTING_MAX:
+    if starting_max < FLOOD_FROM:
         detail = f"the proxy's limit of open files allows {starting_max} to start at a time"
         return ProxyError(ErrorKind.TOO_FEW_FILES, detail)
-    return ProxyError(ErrorKind.TOO_MANY_STARTING, f"{starting_max} may start at a time")
+    return ProxyError(ErrorKind.TOO_MANY_STARTING, f"at least {FLOOD_FROM} others are starting")
 
 
 async def _stream_of(sock: socket.socket) -> StartupStream:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,6 +12,7 @@ import pytest
 from proxy.config import ListenSettings
 from proxy.observe.logs import get_logger
 from proxy.observe.metrics import Metrics
+from proxy.server.file_limit import raise_file_limit
 from proxy.server.metric_labels import build_metrics
 from proxy.session.drain import MUTE_SECONDS, OpenSession
 from proxy.session.listener import FLOOD_FROM, STARTING_MAX, Listener, Serve
@@ -19,6 +21,15 @@ from proxy.session.slots import Slots
 from proxy.transport.stream import StartupStream
 from tests.support.client import Client, plain_client
 from tests.support.running import LogLines, captured_log, eventually
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Raise the limit of open files for a test, as the proxy does when it starts."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raise_file_limit()
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 async def echo(stream: StartupStream, _entry: OpenSession) -> None:
@@ -160,7 +171,25 @@ async def test_a_flood_is_bounded_told_and_one_warning(log: LogLines) -> None:
         assert there.metrics.value("startup_failures_total", reason="out_of_resources") == 5
     (line,) = log.above_info()
     assert line["event"] == "connections are cut: too many are starting"
+    assert line["reason"] == "out_of_resources"
     assert line["starting"] == 2
+
+
+async def test_where_files_are_no_bound_too_many_that_start_are_told_so(many_files: None) -> None:
+    async with listening() as there, AsyncExitStack() as stack:
+        first = await stack.enter_async_context(plain_client(there))
+        for _ in range(FLOOD_FROM - 1):
+            await stack.enter_async_context(plain_client(there))
+        await eventually(lambda: there.open == FLOOD_FROM, "all are connected")
+        loop = asyncio.get_running_loop()
+        late = loop.time() + MUTE_SECONDS
+        await eventually(lambda: loop.time() >= late, "they have been silent for long enough")
+        await exchange(await stack.enter_async_context(plain_client(there)), b"x")
+        error = await first.error()
+        assert (error.sqlstate, error.message) == ("53300", "too many clients already")
+        detail = f"at least {FLOOD_FROM} others are starting"
+        assert error.text(b"D") == f"reason=too_many_starting {detail}"
+        assert there.metrics.value("startup_failures_total", reason="too_many_starting") == 1
 
 
 async def test_an_address_in_use_is_an_os_error_and_nothing_else() -> None:
@@ -269,22 +298,6 @@ async def test_a_connection_that_was_accepted_elsewhere_is_served_like_one_of_it
             await ended.wait()
         await eventually(lambda: there.open == 0, "it is not counted any more")
         assert there.metrics.value("connections_accepted_total") == 2
-
-
-async def test_where_files_are_no_bound_too_many_that_start_are_told_so() -> None:
-    async with listening() as there, AsyncExitStack() as stack:
-        first = await stack.enter_async_context(plain_client(there))
-        for _ in range(FLOOD_FROM - 1):
-            await stack.enter_async_context(plain_client(there))
-        await eventually(lambda: there.open == FLOOD_FROM, "all are connected")
-        loop = asyncio.get_running_loop()
-        late = loop.time() + MUTE_SECONDS
-        await eventually(lambda: loop.time() >= late, "they have been silent for long enough")
-        await exchange(await stack.enter_async_context(plain_client(there)), b"x")
-        error = await first.error()
-        assert (error.sqlstate, error.message) == ("53300", "too many clients already")
-        assert error.text(b"D") == f"reason=too_many_starting {STARTING_MAX} may start at a time"
-        assert there.metrics.value("startup_failures_total", reason="too_many_starting") == 1
 
 
 async def test_over_the_bound_of_those_that_start_an_adopted_connection_is_told_and_counted(

@@ -217,13 +217,16 @@ class Cluster:
                 binaries = copy_installation(binaries, self._directory / "wheel")
             change_owner(self._directory, account)
         self._initdb(binaries, account)
+        # Says at once which name or value PostgreSQL does not accept; the supervisor says nothing.
+        data = str(self._directory / "data")
+        self._run((str(binaries / "postgres"), "-D", data, "-C", "data_directory"), account)
         self._supervisor = _spawn(
             (
                 *_SUPERVISOR,
                 str(self._directory),
                 str(binaries / "postgres"),
                 "-D",
-                str(self._directory / "data"),
+                data,
             ),
             self._directory,
             account,
@@ -243,11 +246,9 @@ class Cluster:
             for name, value in settings.items():
                 literal = value.replace("'", "''")
                 file.write(f"{name} = '{literal}'\n")
-        # The supervisor does not tell of a server that refuses its settings; this does, at once.
-        self._run((str(binaries / "postgres"), "-D", data, "-C", "data_directory"), account)
 
     def _run(self, command: Sequence[str], account: pwd.struct_passwd | None) -> None:
-        """Run one of PostgreSQL's programs to its end. Raises ClusterError."""
+        """Run one of PostgreSQL's programs. Raises ClusterError, or TimeoutExpired after 30 s."""
         process = _spawn(command, self.directory, account)
         try:
             if process.wait(START_SECONDS_MAX):

@@ -24,7 +24,7 @@ STARTUP_SECONDS_MAX: Final = 15.0
 CLOSE_DELAY_SECONDS: Final = 1.0
 # How many records of the newest connections are kept: more than a load test reads.
 RECORDS_MAX: Final = 20_000
-_UNTIL_SECONDS_MAX: Final = 10.0
+UNTIL_SECONDS_MAX: Final = 10.0
 
 
 @dataclass(slots=True, eq=False)
@@ -121,12 +121,14 @@ class GatewayState:
         self.released.set()
         self.released = asyncio.Event()
 
-    async def until(self, happened: Callable[[], bool]) -> None:
+    async def until(
+        self, happened: Callable[[], bool], seconds_max: float = UNTIL_SECONDS_MAX
+    ) -> None:
         """Wait until `happened` returns true; it is called after each change.
 
-        Raises TimeoutError after 10 s.
+        Raises TimeoutError after `seconds_max`.
         """
-        async with asyncio.timeout(_UNTIL_SECONDS_MAX):
+        async with asyncio.timeout(seconds_max):
             while not happened():
                 waiter = asyncio.get_running_loop().create_future()
                 self._waiters.append(waiter)

@@ -271,14 +271,16 @@ async def test_the_wait_for_the_cause_of_an_end_is_not_in_the_duration_of_its_se
     async def is_asked() -> bool:
         return bool(await operating.fetch(MAP, waits))
 
-    began = time.monotonic()
-    async with operating.stores.connect(MAP) as catalogue, session(app, 5) as client:
-        await catalogue.execute("begin; lock table shardmap.mapping")
-        pid = await client.fetchval("select pg_backend_pid()")
-        await operating.fetch("one", "select pg_terminate_backend($1)", pid)
-        await until(is_asked, "the catalogue is asked")
-        seconds = time.monotonic() - began
-        await catalogue.execute(f"select pg_sleep({HELD_SECONDS}); rollback")
+    async with operating.stores.connect(MAP) as catalogue:
+        await catalogue.execute("begin")
+        began = time.monotonic()
+        async with session(app, 5) as client:
+            pid = await client.fetchval("select pg_backend_pid()")
+            await catalogue.execute("lock table shardmap.mapping")
+            await operating.fetch("one", "select pg_terminate_backend($1)", pid)
+            await until(is_asked, "the catalogue is asked")
+            seconds = time.monotonic() - began
+            await catalogue.execute(f"select pg_sleep({HELD_SECONDS}); rollback")
     await eventually(lambda: log.events("session ended"), "its end is logged")
     (line,) = log.events("session ended")
     assert line["reason"] == "upstream_closed"

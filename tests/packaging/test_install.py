@@ -55,7 +55,9 @@ def test_make_install_puts_a_command_into_the_home_that_runs_from_there(tmp_path
     command = home / ".local" / "bin" / "lakebase-auth-proxy"
     assert f"\n{__version__}\ncompiled relay: not built" in ran.stdout
     assert f"{command.parent} is not in PATH" in ran.stdout
-    answer = subprocess.check_output([command, "version"], cwd=home, env=environment, text=True)
+    answer = subprocess.check_output(
+        [command, "version"], cwd=home, env=environment, text=True, timeout=INSTALL_SECONDS_MAX
+    )
     assert answer == f"{__version__}\n"
     assert (home / ".local" / "share" / "man" / "man1" / Path(page).name).exists()
 

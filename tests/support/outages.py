@@ -242,7 +242,7 @@ def _api(call: Call, fault: faults.Reply | faults.Hang) -> Callable[[Lakebase], 
 
 TOKENS_FAIL: Final = Alert("LakebaseProxyTokensFail")
 POOL: Final = {"pool": "session", "pool_spare_min": 0}
-# Of a mint that fails again and again; one try has to be done in it on a busy machine, too.
+# The time for a mint with its retries. On a busy machine one try must fit.
 MINT_SECONDS_MAX: Final = 1.5
 SHORT: Final = {"credentials": {"mint_timeout_seconds": MINT_SECONDS_MAX}}
 OUTAGES: Final[Mapping[str, Outage]] = {

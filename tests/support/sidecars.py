@@ -108,7 +108,7 @@ def parked(app: App) -> float:
 
 
 async def until_followed(app: App, operating: Operating) -> None:
-    """Wait until the sidecar has heard of each change in the catalogue.
+    """Wait until the sidecar has heard of each change of the map.
 
     Before that it finds out by asking a shard, which costs the session that it asks on.
     """

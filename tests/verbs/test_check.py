@@ -29,7 +29,7 @@ from proxy.server.serving import serving
 from proxy.verbs.endpoint_list import SHOWN_MAX
 from proxy.wire.messages import ErrorResponse
 from tests.support.proxy_process import ROOT, START_SECONDS_MAX, run_to_end, started_process
-from tests.support.running import eventually, proxy_settings, proxy_values, toml
+from tests.support.running import proxy_settings, proxy_values, toml
 
 LISTENER = 'localhost:0 with no TLS (listen.tls = "self-signed" offers it)'
 STEPS = ["configuration", "listener", "workspace login", "clock", "credential", "endpoint"]
@@ -748,7 +748,7 @@ async def test_a_refusal_of_the_last_step_has_its_own_reason_and_fix(
 ) -> None:
     # It was "startup_refused", XX000, without a fix, and three lines long.
     checking = asyncio.create_task(checked(lakebase, tmp_path, "--json"))
-    await eventually(lambda: lakebase.gateway.sessions, "it has a session", START_SECONDS_MAX)
+    await lakebase.gateway.until(lambda: len(lakebase.gateway.sessions) == 1, START_SECONDS_MAX)
     full = ErrorResponse.fatal("53300", "sorry, too many clients already")
     lakebase["one"].endpoint.refuse(full, None)
     failed = (await checking).json["steps"][-1]
@@ -762,7 +762,7 @@ async def test_a_refusal_of_the_last_step_by_the_proxy_itself_is_told_the_same_w
     lakebase: Lakebase, tmp_path: Path
 ) -> None:
     checking = asyncio.create_task(checked(lakebase, tmp_path, "--json"))
-    await eventually(lambda: lakebase.gateway.sessions, "it has a session", START_SECONDS_MAX)
+    await lakebase.gateway.until(lambda: len(lakebase.gateway.sessions) == 1, START_SECONDS_MAX)
     lakebase.workspace.fail(Call.CREDENTIAL, faults.IP_BLOCKED)
     failed = (await checking).json["steps"][-1]
     assert (failed["name"], failed["reason"]) == ("query", "ip_blocked")

@@ -129,6 +129,10 @@ class Cluster:
         return self._directory
 
     @property
+    def _data(self) -> Path:
+        return self.directory / "data"
+
+    @property
     def socket_path(self) -> str:
         """The path of the unix socket, which trusts every login."""
         return str(self.directory / f".s.PGSQL.{self._port}")
@@ -218,37 +222,26 @@ class Cluster:
             change_owner(self._directory, account)
         self._initdb(binaries, account)
         # Says at once which name or value PostgreSQL does not accept; the supervisor says nothing.
-        data = str(self._directory / "data")
-        self._run((str(binaries / "postgres"), "-D", data, "-C", "data_directory"), account)
-        self._supervisor = _spawn(
-            (
-                *_SUPERVISOR,
-                str(self._directory),
-                str(binaries / "postgres"),
-                "-D",
-                data,
-            ),
-            self._directory,
-            account,
-        )
+        server = (str(binaries / "postgres"), "-D", str(self._data))
+        self._run((*server, "-C", "data_directory"), account)
+        supervisor = (*_SUPERVISOR, str(self._directory), *server)
+        self._supervisor = _spawn(supervisor, self._directory, account)
         self._wait_until_ready()
         self.execute(_DATABRICKS_AUTH, database="template1")
         self.execute(_roles_sql() + _database_sql(DATABASE), database="postgres")
         self.execute(_identity_sql(self.shard))
 
     def _initdb(self, binaries: Path, account: pwd.struct_passwd | None) -> None:
-        directory = self.directory
-        data = str(directory / "data")
-        options = ("--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync")
-        self._run((str(binaries / "initdb"), "-D", data, "-U", SUPERUSER, *options), account)
-        settings = {**self._settings, "unix_socket_directories": str(directory)}
-        with (directory / "data" / "postgresql.conf").open("a") as file:  # before 16 no initdb -c
+        options = ("-U", SUPERUSER, "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync")
+        self._run((str(binaries / "initdb"), "-D", str(self._data), *options), account)
+        settings = {**self._settings, "unix_socket_directories": str(self.directory)}
+        with (self._data / "postgresql.conf").open("a") as file:  # before 16 no initdb -c
             for name, value in settings.items():
                 literal = value.replace("'", "''")
                 file.write(f"{name} = '{literal}'\n")
 
     def _run(self, command: Sequence[str], account: pwd.struct_passwd | None) -> None:
-        """Run one of PostgreSQL's programs. Raises ClusterError, or TimeoutExpired after 30 s."""
+        """Run one of PostgreSQL's programs. Raises ClusterError, or TimeoutExpired if it hangs."""
         process = _spawn(command, self.directory, account)
         try:
             if process.wait(START_SECONDS_MAX):
@@ -264,7 +257,7 @@ class Cluster:
     def _postmaster(self) -> list[str]:
         """Return the lines of postmaster.pid: first the process, last its status; none without."""
         try:
-            return (self.directory / "data" / "postmaster.pid").read_text().split()
+            return (self._data / "postmaster.pid").read_text().split()
         except FileNotFoundError:
             return []
 

@@ -31,9 +31,7 @@ def shown(log: LogLines) -> list[tuple[str, Any, Any]]:
 
 
 @pytest.mark.parametrize("reused", [None, False, True])
-async def test_a_session_that_ends_at_once_has_one_line(
-    reused: bool | None,
-) -> None:
+async def test_a_session_that_ends_at_once_has_one_line(reused: bool | None) -> None:
     session = new_session()
     with captured_log() as log:
         session.started(HOST, reused=reused)

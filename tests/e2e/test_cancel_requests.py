@@ -13,7 +13,7 @@ from proxy.wire.secret import Secret
 from proxy.wire.startup import V3_0, V3_2, CancelRequest, ProtocolVersion, SSLRequest
 from tests.e2e.conftest import StartProxy
 from tests.support.client import Client, plain_client
-from tests.support.running import LogLines, eventually
+from tests.support.running import LogLines, eventually, query_runs
 
 SLEEP = "SELECT pg_sleep(60)"
 
@@ -23,9 +23,7 @@ async def busy_session(client: Client, lakebase: Lakebase) -> BackendKeyData:
     key = await client.start_up()
     assert key is not None
     await client.query(SLEEP)
-    pid = lakebase.gateway.sessions[-1].real_pid
-    sql = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event = 'PgSleep'"
-    await eventually(lambda: lakebase["one"].cluster.execute(sql), "the query runs")
+    await query_runs(lakebase)
     return key
 
 

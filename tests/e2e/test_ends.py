@@ -28,6 +28,7 @@ from tests.support.running import (
     eventually,
     libpq,
     nothing_left,
+    query_runs,
 )
 
 ROWS = 20_000
@@ -40,11 +41,9 @@ async def test_fatal_57p01_of_a_terminated_backend_reaches_a_driver(
 ) -> None:
     connection = await psycopg.AsyncConnection.connect(**libpq(proxy), autocommit=True)
     sleeping = asyncio.create_task(connection.execute("SELECT pg_sleep(60)"))
+    await query_runs(lakebase)
     pid = lakebase.gateway.sessions[0].real_pid
-    cluster = lakebase["one"].cluster
-    active = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event = 'PgSleep'"
-    await eventually(lambda: cluster.execute(active), "the query runs")
-    cluster.execute(f"SELECT pg_terminate_backend({pid})")
+    lakebase["one"].cluster.execute(f"SELECT pg_terminate_backend({pid})")
     with pytest.raises(psycopg.errors.AdminShutdown) as raised:
         await sleeping
     assert raised.value.diag.sqlstate == "57P01"

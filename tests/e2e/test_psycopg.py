@@ -15,7 +15,7 @@ from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
 from tests.support.pooling import both_modes, states
 from tests.support.proxy_process import run_to_end
-from tests.support.running import eventually, libpq
+from tests.support.running import eventually, libpq, query_runs
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 POOL_SIZE = 10
@@ -125,9 +125,7 @@ async def test_cancel_ends_the_query_and_not_the_session(
     connection: Connection, lakebase: Lakebase
 ) -> None:
     sleeping = asyncio.create_task(connection.execute("SELECT pg_sleep(60)"))
-    pid = lakebase.gateway.sessions[0].real_pid
-    active = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event = 'PgSleep'"
-    await eventually(lambda: lakebase["one"].cluster.execute(active), "the query runs")
+    await query_runs(lakebase)
     await connection.cancel_safe(timeout=5)
     with pytest.raises(psycopg.errors.QueryCanceled):
         await sleeping

@@ -17,7 +17,7 @@ from proxy.server.app import App
 from tests.e2e.conftest import StartProxy
 from tests.support.client import Client, plain_client, query, startup
 from tests.support.manual_upstream import WELCOME, manual_upstream
-from tests.support.running import LogLines, eventually, nothing_left
+from tests.support.running import LogLines, eventually, nothing_left, query_runs
 
 
 def half_close(client: Client) -> None:
@@ -81,9 +81,7 @@ async def test_w34_half_close_while_a_query_runs_cancels_it(proxy: App, lakebase
     async with plain_client(proxy) as client:
         await client.start_up()
         await client.query("SELECT pg_sleep(60)")
-        pid = gateway.sessions[-1].real_pid
-        runs = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event = 'PgSleep'"
-        await eventually(lambda: cluster.execute(runs), "the query runs")
+        runs = await query_runs(lakebase)
         half_close(client)
         await client.receive_rest()  # the end comes, whatever was said before it
         await eventually(lambda: not cluster.execute(runs), "the query is gone")

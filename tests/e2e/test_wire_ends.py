@@ -24,7 +24,7 @@ from tests.support.manual_upstream import (
     ManualUpstream,
     manual_upstream,
 )
-from tests.support.running import LogLines, all_over, eventually
+from tests.support.running import LogLines, all_over, eventually, query_runs
 
 TERMINATE = bytes.fromhex("58 00000004")
 SLEEP = "SELECT pg_sleep(60)"
@@ -134,15 +134,6 @@ async def proxy(start_proxy: StartProxy) -> App:
     return await start_proxy(upstream={"cancel_method": "cancel_request"})
 
 
-async def runs(lakebase: Lakebase, event: str = "PgSleep") -> str:
-    """Wait until the newest session's backend waits for this; return SQL that finds it."""
-    pid = lakebase.gateway.sessions[-1].real_pid
-    sql = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event = '{event}'"
-    cluster = lakebase["one"].cluster
-    await eventually(lambda: cluster.execute(sql), f"the backend is in {event}")
-    return sql
-
-
 EXTENDED = (
     Frame(b"P", b"\0" + SLEEP.encode() + b"\0\0\0").encode()
     + Frame(b"B", bytes(8)).encode()
@@ -173,7 +164,7 @@ async def test_w35_the_query_of_a_client_that_vanishes_is_cancelled_and_gone(
     async with plain_client(proxy) as client:
         await client.start_up()
         await client.send(sent)
-        found = await runs(lakebase, event)
+        found = await query_runs(lakebase, event)
         getattr(client, way)()
         gateway, cluster = lakebase.gateway, lakebase["one"].cluster
         await gateway.until(lambda: any(r.cancel_known for r in gateway.cancels))
@@ -192,7 +183,7 @@ async def test_w35_the_cancel_comes_before_the_close(proxy: App, lakebase: Lakeb
     async with plain_client(proxy) as client:
         await client.start_up()
         await client.query(SLEEP)
-        found = await runs(lakebase)
+        found = await query_runs(lakebase)
         gateway.inject(Stage.CANCEL, Injection.HANG, times=1)
         client.close()
         await gateway.until(lambda: bool(gateway.cancels))
@@ -249,7 +240,7 @@ async def test_w35_every_statement_of_a_pipeline_is_cancelled(
         await client.start_up()
         await client.send(query(SLEEP) * 3)
         pid = lakebase.gateway.sessions[-1].real_pid
-        await runs(lakebase)
+        await query_runs(lakebase)
         client.close()
         alive = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"
         cluster = lakebase["one"].cluster
@@ -263,7 +254,7 @@ async def test_w47_a_session_at_work_is_cut_without_a_message_when_a_drain_ends(
     async with plain_client(proxy) as client:
         await client.start_up()
         await client.query(SLEEP)
-        await runs(lakebase)
+        await query_runs(lakebase)
         assert await proxy.drain(0) == 1
         assert await client.receive() == b""
 
@@ -279,7 +270,7 @@ async def test_w35_who_says_terminate_wants_its_query_to_be_done(
             pass
         sql = "INSERT INTO t SELECT 1 FROM pg_sleep(2)"
         await client.send(query(sql) + Terminate().encode())
-        await runs(lakebase)
+        await query_runs(lakebase)
         client.close()
     await eventually(
         lambda: cluster.execute("SELECT count(*) FROM t", database=scratch_database) == "1",
@@ -297,7 +288,7 @@ async def test_w35_with_the_setting_off_the_query_runs_on(
     async with plain_client(proxy) as client:
         await client.start_up()
         await client.query(SLEEP)
-        found = await runs(lakebase)
+        found = await query_runs(lakebase)
         client.close()
         await all_over(proxy, lakebase)
     assert lakebase.gateway.cancels == []
@@ -312,7 +303,7 @@ async def test_w35_a_cancel_that_cannot_be_delivered_does_not_keep_the_session(
     async with plain_client(proxy) as client:
         await client.start_up()
         await client.query(SLEEP)
-        await runs(lakebase)
+        await query_runs(lakebase)
         await lakebase.gateway.refuse_connections()
         client.close()
         await all_over(proxy, lakebase)
@@ -328,7 +319,7 @@ async def test_w35_an_upstream_that_ends_first_is_not_cancelled(
     async with plain_client(proxy) as client:
         await client.start_up()
         await client.query(SLEEP)
-        await runs(lakebase)
+        await query_runs(lakebase)
         lakebase["one"].endpoint.end_sessions()
         assert (await client.error()).sqlstate == "57P01"
         assert await client.receive_rest() == b""

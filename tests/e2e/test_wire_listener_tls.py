@@ -32,6 +32,7 @@ from tests.support.running import (
     eventually,
     libpq,
     nothing_left,
+    query_runs,
 )
 
 SERVER_NAME = "localhost"
@@ -333,7 +334,7 @@ async def test_w38_a_cancel_inside_tls_is_delivered_and_not_answered(
         key = await client.start_up()
         assert key is not None
         await client.query("SELECT pg_sleep(60)")
-        await lakebase_runs(lakebase)
+        await query_runs(lakebase)
         request = CancelRequest(key.pid, key.key).encode()
         if begins == "TLS":
             async with direct(secure_proxy, pem, ALPN) as canceller:
@@ -347,12 +348,6 @@ async def test_w38_a_cancel_inside_tls_is_delivered_and_not_answered(
             canceller.close()
         assert (await client.error()).sqlstate == "57014"
     assert [record.cancel_known for record in lakebase.gateway.cancels] == [True]
-
-
-async def lakebase_runs(lakebase: Lakebase) -> None:
-    pid = lakebase.gateway.sessions[-1].real_pid
-    sql = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event = 'PgSleep'"
-    await eventually(lambda: lakebase["one"].cluster.execute(sql), "the query runs")
 
 
 async def test_w34_the_last_words_come_inside_tls_and_before_close_notify(

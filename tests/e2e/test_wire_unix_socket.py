@@ -30,7 +30,7 @@ from tests.e2e.conftest import StartProcess, StartProxy
 from tests.support.admin_address import ask
 from tests.support.client import Client, plain_client, query, startup
 from tests.support.proxy_process import run_to_end
-from tests.support.running import eventually, libpq, nothing_left, psql_path
+from tests.support.running import eventually, libpq, nothing_left, psql_path, query_runs
 
 SSL_REQUEST = bytes.fromhex("00000008 04d2162f")
 GSSENC_REQUEST = bytes.fromhex("00000008 04d21630")
@@ -175,7 +175,7 @@ async def test_w37_the_rest_of_the_list_holds_there_too(
         key = await client.start_up()
         assert key is not None
         await client.query("SELECT pg_sleep(60)")
-        await running_query(lakebase)
+        await query_runs(lakebase)
         async with unix_client(path) as canceller:
             await canceller.send(CancelRequest(key.pid, key.key).encode())
             assert await canceller.receive_rest() == b""
@@ -192,15 +192,9 @@ async def test_w35_a_client_that_vanishes_from_it_has_its_query_cancelled(
     async with unix_client(path_of(proxy, directory)) as client:
         await client.start_up()
         await client.query("SELECT pg_sleep(60)")
-        await running_query(lakebase)
+        await query_runs(lakebase)
         client.close()
     await lakebase.gateway.until(lambda: any(r.cancel_known for r in lakebase.gateway.cancels))
-
-
-async def running_query(lakebase: Lakebase) -> None:
-    pid = lakebase.gateway.sessions[-1].real_pid
-    sql = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event = 'PgSleep'"
-    await eventually(lambda: lakebase["one"].cluster.execute(sql), "the query runs")
 
 
 async def test_w32_much_passes_both_ways(start_proxy: StartProxy, directory: Path) -> None:

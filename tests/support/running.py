@@ -122,6 +122,15 @@ async def eventually(
         await asyncio.sleep(_POLL_SECONDS)
 
 
+async def query_runs(lakebase: Lakebase, event: str = "PgSleep") -> str:
+    """Wait until the newest session's backend waits for this; return SQL that finds it."""
+    pid = lakebase.gateway.sessions[-1].real_pid
+    sql = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event = '{event}'"
+    cluster = lakebase["one"].cluster
+    await eventually(lambda: cluster.execute(sql), f"the backend is in {event}")
+    return sql
+
+
 async def all_over(proxy: App, lakebase: Lakebase) -> None:
     """Wait until no connection is left, neither of a client nor upstream.
 
